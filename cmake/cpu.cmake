@@ -1,0 +1,33 @@
+# The torch-free core: one object file per instruction set, each with its own flags; nothing else gets them.
+
+find_package(OpenMP REQUIRED COMPONENTS CXX)
+
+add_library(qlora_native_cpu STATIC
+  cpp/cpu/dequantize_4bit.cc
+  cpp/cpu/isa.cc
+  cpp/cpu/isa_scalar.cc
+  cpp/cpu/kernels.cc
+  cpp/cpu/quantize_4bit.cc)
+target_include_directories(qlora_native_cpu PUBLIC cpp)
+# No contraction: a product and a sum that the arithmetic rule keeps apart must not be fused.
+target_compile_options(qlora_native_cpu PUBLIC
+  -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror -ffp-contract=off
+  # Packing pairs of arrays is what the kernels do; GCC 12 warns on its own intrinsics headers there.
+  $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
+target_link_libraries(qlora_native_cpu PUBLIC OpenMP::OpenMP_CXX)
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  set(avx2 -mavx2 -mfma -mf16c)
+  set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+  set(avx512_bf16 ${avx512} -mavx512bf16)
+  foreach(isa avx2 avx512 avx512_bf16)
+    target_sources(qlora_native_cpu PRIVATE cpp/cpu/isa_${isa}.cc)
+    set_source_files_properties(cpp/cpu/isa_${isa}.cc PROPERTIES COMPILE_OPTIONS "${${isa}}")
+  endforeach()
+endif()
+
+if(QLORA_NATIVE_SANITIZE)
+  target_compile_options(qlora_native_cpu PUBLIC
+    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_link_options(qlora_native_cpu PUBLIC -fsanitize=address,undefined)
+endif()

@@ -1,0 +1,20 @@
+# The extension modules: _C always, _cuda when there is a CUDA compiler.
+
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(pybind11 CONFIG REQUIRED)
+
+pybind11_add_module(_C MODULE
+  cpp/python/bind_dequantize_4bit.cc
+  cpp/python/bind_quantize_4bit.cc
+  cpp/python/checked_weight.cc
+  cpp/python/module.cc)
+target_link_libraries(_C PRIVATE qlora_native_cpu)
+target_compile_definitions(_C PRIVATE
+  QLORA_NATIVE_VERSION="${QLORA_NATIVE_VERSION}"
+  QLORA_NATIVE_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
+  QLORA_NATIVE_CUDA_ARCHS_BUILT="${QLORA_NATIVE_CUDA_ARCHS_BUILT}")
+install(TARGETS _C DESTINATION qlora_native)
+
+if(QLORA_NATIVE_CUDA_FOUND)
+  include(cmake/python_cuda.cmake)
+endif()

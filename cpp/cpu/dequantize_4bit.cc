@@ -1,0 +1,50 @@
+#include "cpu/dequantize_4bit.h"
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace qlora_native::cpu {
+namespace {
+
+constexpr int64_t kElementsPerTask = 1 << 14;
+
+int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+}  // namespace
+
+void dequantize_4bit(const WeightView& weight, const Panel& panel, Dtype dtype, void* out) {
+  const auto kernel = kernels().dequantize_span[static_cast<int>(dtype)];
+  auto* bytes = static_cast<unsigned char*>(out);
+  const int64_t width = panel.column_end - panel.column_begin;
+  const int64_t size = size_of(dtype);
+  if (width == panel.row_length) {  // whole rows are one run of elements; cut it at blocks, not at rows
+    const int64_t first = panel.row_begin * width;
+    const int64_t total = (panel.row_end - panel.row_begin) * width;
+    const int64_t units = (total + weight.block_size - 1) / weight.block_size;
+    parallel_for(units, std::max<int64_t>(1, kElementsPerTask / weight.block_size), [&](int64_t begin, int64_t end) {
+      const int64_t from = begin * weight.block_size;
+      const int64_t to = std::min(end * weight.block_size, total);
+      kernel(weight, first + from, first + to, bytes + from * size);
+    });
+    return;
+  }
+  parallel_for(panel.row_end - panel.row_begin, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, width)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row) {
+                   const int64_t start = (panel.row_begin + row) * panel.row_length;
+                   kernel(weight, start + panel.column_begin, start + panel.column_end, bytes + row * width * size);
+                 }
+               });
+}
+
+void decode_scales(const WeightView& weight, int64_t blocks, float* scales) {
+  parallel_for(blocks, kElementsPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      scales[block] = weight.scale(block);
+    }
+  });
+}
+
+}  // namespace qlora_native::cpu

@@ -1,0 +1,40 @@
+// The table of kernels that each instruction set fills in once (isa_*.cc) and the ops call through.
+#pragma once
+
+#include <cstdint>
+
+#include "core/weight_view.h"
+#include "cpu/isa.h"
+
+namespace qlora_native::cpu {
+
+struct BlockJob {
+  const void* x;  // [numel], of the table entry's dtype
+  int64_t numel;
+  int64_t block_size;
+  QuantType type;
+  uint8_t* packed;  // [ceil(numel / 2)]
+  float* absmax;    // [blocks]
+};
+
+struct Kernels {
+  // Quantises blocks [first, last). Returns the index of the first non-finite element met, or -1.
+  using QuantizeBlocks = int64_t (*)(const BlockJob& job, int64_t first, int64_t last);
+  // Writes elements [begin, end) of the flattened weight to out[0, end - begin).
+  using DequantizeSpan = void (*)(const WeightView& weight, int64_t begin, int64_t end, void* out);
+
+  QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
+  DequantizeSpan dequantize_span[3];
+};
+
+const Kernels& scalar_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
+#endif
+
+// The table of the instruction set in use.
+const Kernels& kernels();
+
+}  // namespace qlora_native::cpu

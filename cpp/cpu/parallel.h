@@ -1,0 +1,62 @@
+// Loops over the threads of the OpenMP runtime that torch loaded: torch.set_num_threads holds here too.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace qlora_native::cpu {
+
+// Subnormals count: torch.set_flush_denormal(True) must not change the bytes that we write.
+class IeeeArithmetic {
+ public:
+#if defined(__x86_64__)
+  IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~kFlushBits); }
+  ~IeeeArithmetic() { _mm_setcsr(saved_); }
+
+ private:
+  static constexpr unsigned kFlushBits = 0x8040;  // flush-to-zero, denormals-are-zero
+  unsigned saved_;
+
+ public:
+#else
+  IeeeArithmetic() = default;
+  ~IeeeArithmetic() {}
+#endif
+  IeeeArithmetic(const IeeeArithmetic&) = delete;
+  IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
+};
+
+// Calls body(begin, end) over disjoint ranges that cover [0, total). A range is at least `grain` items long, so that
+// small work stays on one thread. The body must not throw, and its result must not depend on where the cuts fall.
+template <typename Body>
+void parallel_for(int64_t total, int64_t grain, const Body& body) {
+  if (total <= 0) {
+    return;
+  }
+  const int64_t wanted = (total + grain - 1) / grain;
+  const int64_t available = omp_in_parallel() ? 1 : omp_get_max_threads();
+  const int num_threads = static_cast<int>(wanted < available ? wanted : available);
+  if (num_threads <= 1) {
+    const IeeeArithmetic ieee;
+    body(int64_t{0}, total);
+    return;
+  }
+#pragma omp parallel num_threads(num_threads)
+  {
+    const IeeeArithmetic ieee;
+    const int64_t team = omp_get_num_threads();
+    const int64_t me = omp_get_thread_num();
+    const int64_t begin = total / team * me + (me < total % team ? me : total % team);
+    const int64_t length = total / team + (me < total % team ? 1 : 0);
+    if (length > 0) {
+      body(begin, begin + length);
+    }
+  }
+}
+
+}  // namespace qlora_native::cpu

@@ -1,0 +1,60 @@
+// One function a file registers its op; what they share in checking stands here.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "core/codebook.h"
+#include "core/half.h"
+#include "core/layout.h"
+#include "core/weight_view.h"
+
+namespace qlora_native::python {
+
+// Addresses cross as integers: the caller owns the memory and keeps it alive for the call.
+using Address = uintptr_t;
+
+void bind_quantize_4bit(pybind11::module_& module);
+void bind_dequantize_4bit(pybind11::module_& module);
+
+inline void require(bool condition, const std::string& sentence) {
+  if (!condition) {
+    throw std::invalid_argument(sentence);
+  }
+}
+
+template <typename T>
+T* pointer(Address address, int64_t count, const char* what) {
+  require(address != 0 || count == 0,
+          std::string(what) + " is a null pointer, but " + std::to_string(count) + " elements are expected.");
+  require(address % alignof(T) == 0,
+          std::string(what) + " is not aligned to " + std::to_string(alignof(T)) + " bytes.");
+  return reinterpret_cast<T*>(address);
+}
+
+inline Dtype checked_dtype(int value) {
+  require(value >= 0 && value <= 2,
+          "dtype is " + std::to_string(value) + ": expected 0 (float32), 1 (bfloat16) or 2 (float16).");
+  return static_cast<Dtype>(value);
+}
+
+inline QuantType checked_quant_type(int value) {
+  require(value == 0 || value == 1, "quant_type is " + std::to_string(value) + ": expected 0 (nf4) or 1 (fp4).");
+  return static_cast<QuantType>(value);
+}
+
+inline void check_block_size(int64_t block_size) {
+  require(is_block_size(block_size), "block_size is " + std::to_string(block_size) + ": expected a power of two from " +
+                                         std::to_string(kMinBlock) + " to " + std::to_string(kMaxBlock) + ".");
+}
+
+// Assembles and checks a weight; 0 for `levels` or `nested_code` means the built-in table of `quant_type`.
+// Exactly one of `absmax` and `absmax_codes` is given, unless the weight is empty.
+WeightView checked_weight(Address packed, Address absmax, Address absmax_codes, Address nested_absmax,
+                          Address nested_offset, Address nested_code, Address levels, int quant_type, int64_t numel,
+                          int64_t block_size);
+
+}  // namespace qlora_native::python

@@ -1,0 +1,57 @@
+#include <pybind11/stl.h>
+
+#include "core/nested_code.h"
+#include "cpu/isa.h"
+#include "python/bindings.h"
+
+namespace py = pybind11;
+
+namespace qlora_native::python {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = QLORA_NATIVE_VERSION;
+  info["compiler"] = QLORA_NATIVE_COMPILER;
+  py::list isas;
+  for (const cpu::Isa isa : cpu::isas_built()) {
+    isas.append(cpu::isa_name(isa));
+  }
+  info["isas_built"] = isas;
+  info["cuda_archs"] = std::string(QLORA_NATIVE_CUDA_ARCHS_BUILT);
+  return info;
+}
+
+std::vector<float> levels(int quant_type) {
+  const Levels table = levels_of(checked_quant_type(quant_type));
+  return {table.value, table.value + 16};
+}
+
+std::vector<float> boundaries(int quant_type) {
+  if (checked_quant_type(quant_type) == QuantType::kNf4) {
+    const Nf4Boundaries table = nf4_boundaries();
+    return {table.value, table.value + 15};
+  }
+  const Fp4Pivots table = fp4_pivots();
+  return {table.value, table.value + 7};
+}
+
+std::vector<float> nested_code() { return {kNestedCode.value, kNestedCode.value + 256}; }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Torch-free CPU kernels of qlora_native on raw addresses.";
+  module.def("build_info", &build_info, "What this library was built from and for.");
+  module.def(
+      "cpu_isa", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
+      "Name of the instruction set in use; ValueError if QLORA_NATIVE_ISA asks for one that is not here.");
+  module.def("levels", &levels, py::arg("quant_type"), "The 16 levels of nf4 (0) or fp4 (1).");
+  module.def("boundaries", &boundaries, py::arg("quant_type"),
+             "Decision boundaries: 15 values for nf4 (0), 7 magnitudes for fp4 (1).");
+  module.def("nested_code", &nested_code, "The 256 values that double-quantised scales are stored in.");
+  bind_quantize_4bit(module);
+  bind_dequantize_4bit(module);
+}
+
+}  // namespace qlora_native::python

@@ -1,0 +1,33 @@
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def cpu_isa() -> str: ...
+def levels(quant_type: int) -> list[float]: ...
+def boundaries(quant_type: int) -> list[float]: ...
+def nested_code() -> list[float]: ...
+def quantize_4bit(
+    x: int, dtype: int, numel: int, block_size: int, quant_type: int, packed: int, absmax: int
+) -> int: ...
+def quantize_scales(absmax: int, blocks: int, codes: int, nested_absmax: int, nested_offset: int) -> None: ...
+def dequantize_4bit(
+    dtype: int,
+    out: int,
+    row_length: int,
+    row_begin: int,
+    row_end: int,
+    column_begin: int,
+    column_end: int,
+    packed: int,
+    absmax: int,
+    absmax_codes: int,
+    nested_absmax: int,
+    nested_offset: int,
+    nested_code: int,
+    levels: int,
+    quant_type: int,
+    numel: int,
+    block_size: int,
+) -> None: ...
+def decode_scales(
+    absmax_codes: int, nested_absmax: int, nested_offset: int, nested_code: int, blocks: int, scales: int
+) -> None: ...

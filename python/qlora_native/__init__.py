@@ -1,0 +1,72 @@
+"""QLoRA as a native library: frozen weights in 4 bits, adapters trained beside them, on CPU and CUDA.
+
+``import qlora_native as qn`` brings the kernels (``torch.ops.qlora_native``), the quantised weight, the differentiable
+functions and the linear layer. Whatever needs transformers is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import ops  # registers torch.ops.qlora_native
+from ._native import build_info
+from ._version import __version__
+from .errors import UserError
+from .functional import linear, linear_cross_entropy, lora_linear
+from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
+
+if TYPE_CHECKING:
+    from . import nn as nn
+    from .load import load_model as load_model
+    from .lora import LoraConfig as LoraConfig
+    from .lora import add_lora as add_lora
+    from .lora import load_adapter as load_adapter
+    from .lora import merge as merge
+    from .lora import save_adapter as save_adapter
+    from .train import TrainConfig as TrainConfig
+    from .train import Trainer as Trainer
+
+_LAZY = {
+    "nn": "nn",
+    "load_model": "load",
+    "LoraConfig": "lora",
+    "add_lora": "lora",
+    "save_adapter": "lora",
+    "load_adapter": "lora",
+    "merge": "lora",
+    "TrainConfig": "train",
+    "Trainer": "train",
+}
+
+__all__ = [
+    "LoraConfig",
+    "QuantizedWeight",
+    "TrainConfig",
+    "Trainer",
+    "UserError",
+    "__version__",
+    "add_lora",
+    "build_info",
+    "from_bnb",
+    "linear",
+    "linear_cross_entropy",
+    "load_adapter",
+    "load_model",
+    "lora_linear",
+    "merge",
+    "nn",
+    "ops",
+    "quantize",
+    "save_adapter",
+    "to_bnb",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'qlora_native' has no attribute {name!r}")
+    module = importlib.import_module(f".{_LAZY[name]}", __name__)
+    value = module if name == "nn" else getattr(module, name)
+    globals()[name] = value
+    return value

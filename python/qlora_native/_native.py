@@ -1,0 +1,43 @@
+"""The native modules, imported in the one order that works, and the tables they hold."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch  # before _C: an OpenMP extension loaded after torch shares torch's runtime and its thread count
+
+from . import _C
+
+QUANT_TYPES = ("nf4", "fp4")  # index = the number that crosses into C++
+DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@cache
+def levels(quant_type: int) -> torch.Tensor:
+    """The 16 levels of a quantisation type, fp32 [16] on CPU."""
+    return torch.tensor(_C.levels(quant_type), dtype=torch.float32)
+
+
+@cache
+def boundaries(quant_type: int) -> torch.Tensor:
+    """Decision boundaries, fp32 [15] for nf4, fp32 [7] magnitudes for fp4, on CPU."""
+    return torch.tensor(_C.boundaries(quant_type), dtype=torch.float32)
+
+
+@cache
+def nested_code() -> torch.Tensor:
+    """The 256 values that double-quantised scales are stored in, fp32 [256] on CPU."""
+    return torch.tensor(_C.nested_code(), dtype=torch.float32)
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what runs.
+
+    Returns a dict with ``version`` (str), ``cuda`` (bool: the CUDA kernels were compiled), ``cuda_archs`` (list of
+    compute capabilities as int, e.g. ``[80, 90]``), ``compiler`` (str), ``isas_built`` (list of str) and ``cpu_isa``
+    (str, in use on this machine). Raises ValueError if ``QLORA_NATIVE_ISA`` asks for one that is not here.
+    """
+    info: dict[str, Any] = dict(_C.build_info())
+    archs = [int(arch) for arch in info["cuda_archs"].split(";") if arch]
+    return {**info, "cuda": bool(archs), "cuda_archs": archs, "cpu_isa": _C.cpu_isa()}

@@ -1,0 +1,52 @@
+"""The one table of cases: what the tests run each op on, and the benches time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Relative error (Frobenius) of a product against the fp64 truth on the same dequantised weight: half an ulp of the
+# output's rounding, plus the operands' (adapters and their intermediate are rounded to x's dtype).
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANT_TYPES = ("nf4", "fp4")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# Shapes of weights to quantise: odd counts, rows that are no multiple of the block, 1-D, 3-D, empty, many scales.
+WEIGHT_SHAPES = (
+    (0,),
+    (1,),
+    (63,),
+    (64,),
+    (65,),
+    (5, 127),
+    (6, 96),
+    (3, 7, 50),
+    (4, 0, 3),
+    (300, 64),
+    (129, 257),
+)
+
+
+class Product(NamedTuple):
+    """A product x [M, K] with a weight [N, K] and adapters of rank r."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+
+
+PRODUCTS = (
+    Product(1, 64, 64, 1),
+    Product(3, 32, 64, 4),
+    Product(7, 33, 65, 3),
+    Product(16, 96, 100, 8),
+    Product(33, 130, 192, 16),
+    Product(0, 32, 64, 4),
+)
+
+# What the benches time: square, and an 8B model's MLP.
+BENCH_PRODUCTS = tuple(Product(m, n, 4096, 16) for n in (4096, 14336) for m in (1, 4, 16, 64, 256, 1024))

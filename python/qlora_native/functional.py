@@ -1,0 +1,114 @@
+"""The differentiable functions: products with a quantised weight, and the loss over a large vocabulary."""
+
+from __future__ import annotations
+
+import torch
+
+from .weight import QuantizedWeight
+
+
+def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """What autocast would do to the operands of torch's own linear layer."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def linear(
+    x: torch.Tensor, w: QuantizedWeight, bias: torch.Tensor | None = None, low_memory: bool = False
+) -> torch.Tensor:
+    """x W^T + bias with a 4-bit weight.
+
+    The weight is decoded panel by panel straight to x's dtype and multiplied with fp32 sums; a dense copy of the whole
+    never exists, nor is anything decoded saved for backward. Differentiable (any number of times) in ``x`` and
+    ``bias``; the weight is frozen. Under autocast, x is cast as torch's linear would cast it.
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64.
+        w: [N, K].
+        bias: [N] or None.
+        low_memory: on CUDA, never take a path that needs a dense panel; slower at large M.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, with the numbers.
+    """
+    x, bias = _autocast(x, bias)  # type: ignore[assignment]
+    return torch.ops.qlora_native.linear_4bit(x, bias, low_memory, *w.op_args())
+
+
+def lora_linear(
+    x: torch.Tensor,
+    w: QuantizedWeight,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    x_lora: torch.Tensor | None = None,
+    low_memory: bool = False,
+) -> torch.Tensor:
+    """y = x W^T + bias + scale * (x_lora A^T) B^T as one autograd node.
+
+    Saved for backward: x_lora, x_lora A^T, A and B; nothing dequantised. Adapters are cast to x's dtype for their
+    products and get gradients in their own dtype.
+
+    Args:
+        x: [..., K].
+        w: [N, K], frozen.
+        a: [r, K], float32 or bfloat16.
+        b: [N, r], likewise.
+        scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
+        bias: [N] or None.
+        x_lora: what the adapter sees in place of x (x after dropout), [..., K] in x's dtype.
+        low_memory: as in :func:`linear`.
+
+    Returns:
+        [..., N] in x's dtype. Gradients flow to x, x_lora, a, b and bias.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, with the numbers.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+    x, bias, x_lora = _autocast(x, bias, x_lora)  # type: ignore[assignment]
+    y, _ = torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, low_memory, *w.op_args())
+    return y
+
+
+def linear_cross_entropy(
+    h: torch.Tensor, weight: torch.Tensor | QuantizedWeight, labels: torch.Tensor, ignore_index: int = -100
+) -> torch.Tensor:
+    """Mean cross entropy of the logits ``h @ weight.T``, which never exist as a whole.
+
+    Rows whose label is ``ignore_index`` are not computed at all. The gradient is formed together with the loss, chunk
+    by chunk, so memory is one chunk of logits whatever the number of tokens.
+
+    Args:
+        h: hidden states [..., K].
+        weight: output embedding [V, K], dense in h's dtype or a QuantizedWeight.
+        labels: int64 [...], 0 <= label < V or ``ignore_index``.
+
+    Returns:
+        fp32 [] (fp64 for fp64 input); NaN if every label is ignored, as torch's cross entropy. Gradients for h, and for
+        a dense weight that requires one; once differentiable.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a label out of range.
+    """
+    tracking = torch.is_grad_enabled()
+    if isinstance(weight, QuantizedWeight):
+        h = _autocast(h)[0]  # type: ignore[assignment]
+        arguments = weight.op_args()
+        need_grad_weight = False
+    else:
+        h, weight = _autocast(h, weight)  # type: ignore[assignment]
+        arguments = (weight, None, None, None, None, None, list(weight.shape), 0, 64)
+        need_grad_weight = tracking and weight.requires_grad
+    loss, _, _ = torch.ops.qlora_native.linear_cross_entropy(
+        h, labels, ignore_index, tracking and h.requires_grad, need_grad_weight, *arguments
+    )
+    return loss

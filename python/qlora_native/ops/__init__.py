@@ -1,0 +1,18 @@
+"""The ops behind ``torch.ops.qlora_native``: one file each with its kernels per device, its fake and its derivative.
+
+To add one, see CONTRIBUTING.md. The schemas stand together in ``_library.py``.
+"""
+
+from __future__ import annotations
+
+from . import dequantize_4bit, linear_4bit, linear_cross_entropy, lora_linear_4bit, quantize_4bit
+from ._library import SCHEMAS
+
+__all__ = [
+    "SCHEMAS",
+    "dequantize_4bit",
+    "linear_4bit",
+    "linear_cross_entropy",
+    "lora_linear_4bit",
+    "quantize_4bit",
+]

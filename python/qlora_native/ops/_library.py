@@ -1,0 +1,174 @@
+"""The one table of op schemas, and what the ops' files share: the weight's arguments and the scratch panel."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _native
+
+# A quantised weight as op arguments, always last. absmax is fp32 [blocks], or uint8 [blocks] with the two nested
+# tensors beside it; code and nested_code are None for the built-in tables.
+WEIGHT = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor? code, Tensor? nested_code, "
+    "SymInt[] shape, int quant_type, int block_size"
+)
+# For linear_cross_entropy, whose weight may also be dense: then absmax is None and packed is the weight [V, K].
+WEIGHT_OR_DENSE = WEIGHT.replace("Tensor absmax", "Tensor? absmax")
+
+SCHEMAS = {
+    "quantize_4bit": (
+        "(Tensor t, int quant_type, int block_size, bool double_quant) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "dequantize_4bit": f"(ScalarType dtype, {WEIGHT}) -> Tensor",
+    "dequantize_4bit.out": f"(Tensor(a!) out, {WEIGHT}) -> ()",
+    "linear_4bit": f"(Tensor x, Tensor? bias, bool low_memory, {WEIGHT}) -> Tensor",
+    "linear_4bit_grad_input": f"(Tensor grad_y, bool low_memory, {WEIGHT}) -> Tensor",
+    "lora_linear_4bit": (
+        "(Tensor x, Tensor? x_lora, Tensor a, Tensor b, float scale, Tensor? bias, bool low_memory, "
+        f"{WEIGHT}) -> (Tensor, Tensor)"
+    ),
+    "linear_cross_entropy": (
+        f"(Tensor h, Tensor labels, int ignore_index, bool need_grad_h, bool need_grad_weight, {WEIGHT_OR_DENSE})"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+LIBRARY = torch.library.Library("qlora_native", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+
+
+def implement(name: str, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated function as the op's kernel for a dispatch key (``CPU``, ``CUDA``, ...)."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        LIBRARY.impl(name, function, device)
+        return function
+
+    return register
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated function as the op's shape propagation for tracing."""
+    return torch.library.register_fake(f"qlora_native::{name}", lib=LIBRARY)
+
+
+def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Registers the op's derivative."""
+    torch.library.register_autograd(f"qlora_native::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+class Weight(NamedTuple):
+    """The weight arguments of an op, by name."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+    code: torch.Tensor | None
+    nested_code: torch.Tensor | None
+    shape: list[int]
+    quant_type: int
+    block_size: int
+
+    def pointers(self) -> tuple[int, ...]:
+        """Arguments of the native functions that take a weight, checked for size, dtype and contiguity."""
+        numel = math.prod(self.shape)
+        blocks = -(-numel // self.block_size)
+        nested = self.nested_absmax is not None
+        sizes = (
+            ("packed", self.packed, torch.uint8, (numel + 1) // 2),
+            ("absmax", self.absmax, torch.uint8 if nested else torch.float32, blocks),
+            ("nested_absmax", self.nested_absmax, torch.float32, -(-blocks // 256)),
+            ("nested_offset", self.nested_offset, torch.float32, 1),
+            ("nested_code", self.nested_code, torch.float32, 256),
+            ("code", self.code, torch.float32, 16),
+        )
+        addresses: dict[str, int] = {}
+        for name, tensor, dtype, count in sizes:
+            addresses[name] = 0
+            if tensor is None:
+                continue
+            if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous():
+                raise ValueError(
+                    f"quantised weight {list(self.shape)} in blocks of {self.block_size}: {name} is {tensor.dtype} "
+                    f"{list(tensor.shape)} with strides {tensor.stride()}: expected {count} contiguous {dtype} values."
+                )
+            if tensor.device != self.packed.device:
+                raise ValueError(
+                    f"quantised weight: {name} is on {tensor.device}, packed on {self.packed.device}: "
+                    "move the weight as a whole with .to(device)."
+                )
+            addresses[name] = tensor.data_ptr()
+        return (
+            addresses["packed"],
+            0 if nested else addresses["absmax"],
+            addresses["absmax"] if nested else 0,
+            addresses["nested_absmax"],
+            addresses["nested_offset"],
+            addresses["nested_code"],
+            addresses["code"],
+            self.quant_type,
+            numel,
+            self.block_size,
+        )
+
+
+def weight_of(arguments: tuple[Any, ...]) -> Weight:
+    """The trailing weight arguments of an op call."""
+    return Weight(*arguments)
+
+
+def check_matrix(op: str, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, features: int) -> None:
+    """Refuses shapes and dtypes that do not fit; ``features`` is the axis of the weight that x's last axis meets."""
+    if len(weight.shape) != 2:
+        raise ValueError(f"{op}: weight is {list(weight.shape)}: expected two dimensions, [N, K].")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[features]:
+        raise ValueError(
+            f"{op}: weight is {list(weight.shape)} in blocks of {weight.block_size}, but x is {list(x.shape)}: "
+            f"expected last dimension {weight.shape[features]}."
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{op}: x is {x.dtype}: expected float32, bfloat16, float16 or float64.")
+    if x.device != weight.packed.device:
+        raise ValueError(f"{op}: x is on {x.device}, the weight on {weight.packed.device}: move one to the other.")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"{op}: bias is {list(bias.shape)}: expected [{weight.shape[0]}].")
+
+
+_scratch = threading.local()
+
+
+def scratch(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor [count] in this thread's reusable buffer: no page faults after the first call.
+
+    Valid until the thread's next call. The buffer only grows, up to the largest panel asked for.
+    """
+    num_bytes = count * dtype.itemsize
+    buffer: torch.Tensor | None = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.numel() < num_bytes:
+        with torch.inference_mode(False):
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        _scratch.buffer = buffer
+    return buffer[:num_bytes].view(dtype)
+
+
+_warned: set[str] = set()
+
+
+def say_once(sentence: str) -> None:
+    """A slower path announces itself, once a process."""
+    if sentence not in _warned:
+        _warned.add(sentence)
+        warnings.warn(sentence, stacklevel=3)
+
+
+def native_dtype(dtype: torch.dtype) -> int:
+    """The number under which a dtype crosses into C++."""
+    return _native.DTYPE_NUMBER[dtype]

@@ -1,0 +1,97 @@
+"""Products with a quantised CPU weight through torch's own GEMM, one bounded panel at a time.
+
+A panel is decoded into the thread's scratch buffer and multiplied at once; a whole weight is never dense. Panels of the
+forward product are rows of W (complete sums, so one rounding each), those of the input gradient are columns of it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ._library import Weight, scratch
+from .dequantize_4bit import decode_panel
+
+# Large enough for torch's GEMM to run at its full rate, small enough to stay in a shared cache beside the activations.
+PANEL_BYTES = 8 << 20
+
+
+@cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which torch multiplies fast here: oneDNN takes 16-bit operands only on some CPUs."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return torch.float32
+    return dtype
+
+
+def _panel(
+    pointers: tuple[int, ...],
+    row_length: int,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    dtype: torch.dtype,
+    compute: torch.dtype,
+) -> torch.Tensor:
+    """W[rows, columns] rounded to ``dtype``, held in ``compute``."""
+    height, width = rows[1] - rows[0], columns[1] - columns[0]
+    stored = torch.float32 if dtype == torch.float64 else dtype
+    panel = scratch(height * width, stored).view(height, width)
+    decode_panel(pointers, row_length, rows, columns, panel)
+    return panel if compute == stored else panel.to(compute)
+
+
+def _step(length: int, other: int, itemsize: int) -> int:
+    """How many rows (or columns) of ``other`` elements make a panel: an equal share of them, a multiple of 64."""
+    most = max(64, PANEL_BYTES // max(1, other * itemsize) // 64 * 64)
+    count = -(-length // most)
+    return -(-length // max(1, count) // 64) * 64 if count else 64
+
+
+def forward(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """x W^T + bias + scale * xa b^T for x [M, K]; ``low_rank`` is (xa [M, r], b [N, r], scale). Returns [M, N]."""
+    rows, columns = weight.shape
+    compute = product_dtype(x.dtype)
+    y = torch.empty(x.shape[0], rows, dtype=compute)
+    if x.shape[0] == 0 or rows == 0:
+        return y.to(x.dtype)
+    pointers = weight.pointers()
+    operand = x.to(compute)
+    addend = None if bias is None else bias.to(compute)
+    step = _step(rows, columns, x.dtype.itemsize)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        panel = _panel(pointers, columns, (first, last), (0, columns), x.dtype, compute).t()
+        target = y[:, first:last]
+        if addend is None:
+            torch.mm(operand, panel, out=target)
+        else:
+            torch.addmm(addend[first:last], operand, panel, out=target)
+        if low_rank is not None:
+            xa, b, scale = low_rank
+            target.addmm_(xa.to(compute), b[first:last].to(compute).t(), alpha=scale)
+    return y.to(x.dtype)
+
+
+def grad_input(grad_y: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """grad_y W for grad_y [M, N]. Returns [M, K]."""
+    rows, columns = weight.shape
+    compute = product_dtype(grad_y.dtype)
+    grad_x = torch.empty(grad_y.shape[0], columns, dtype=compute)
+    if grad_y.shape[0] == 0 or columns == 0:
+        return grad_x.to(grad_y.dtype)
+    pointers = weight.pointers()
+    operand = grad_y.to(compute)
+    step = _step(columns, rows, grad_y.dtype.itemsize)
+    for first in range(0, columns, step):
+        last = min(first + step, columns)
+        panel = _panel(pointers, columns, (0, rows), (first, last), grad_y.dtype, compute)
+        torch.mm(operand, panel, out=grad_x[:, first:last])
+    return grad_x.to(grad_y.dtype)

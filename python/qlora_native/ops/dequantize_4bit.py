@@ -1,0 +1,85 @@
+"""dequantize_4bit: a quantised weight, or a panel of it, to a float tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .. import _C, _native, reference
+from ._library import Weight, fake, implement, native_dtype, weight_of
+
+
+def check(dtype: torch.dtype) -> None:
+    """Refuses dtypes that a weight cannot be decoded to."""
+    if dtype not in _native.DTYPE_NUMBER:
+        raise ValueError(f"dequantize: dtype is {dtype}: expected float32, bfloat16 or float16.")
+
+
+def decode_panel(
+    pointers: tuple[int, ...], row_length: int, rows: tuple[int, int], columns: tuple[int, int], out: torch.Tensor
+) -> None:
+    """Decodes rows x columns of a CPU weight, seen with rows of ``row_length``, into the contiguous ``out``."""
+    panel = (row_length, *rows, *columns)
+    _C.dequantize_4bit(native_dtype(out.dtype), out.data_ptr(), *panel, *pointers)
+
+
+def decode_all(weight: Weight, out: torch.Tensor) -> None:
+    """Decodes a whole CPU weight into the contiguous ``out``."""
+    numel = math.prod(weight.shape)
+    if numel:
+        decode_panel(weight.pointers(), numel, (0, 1), (0, numel), out)
+
+
+@implement("dequantize_4bit", "CPU")
+def cpu(dtype: torch.dtype, *arguments: Any) -> torch.Tensor:
+    check(dtype)
+    weight = weight_of(arguments)
+    out = torch.empty(weight.shape, dtype=dtype)
+    decode_all(weight, out)
+    return out
+
+
+def check_out(out: torch.Tensor, weight: Weight) -> None:
+    """Refuses an output that does not fit the weight."""
+    check(out.dtype)
+    if list(out.shape) != list(weight.shape) or out.device != weight.packed.device:
+        raise ValueError(
+            f"dequantize: out is {list(out.shape)} on {out.device}: expected {list(weight.shape)} on "
+            f"{weight.packed.device}."
+        )
+
+
+@implement("dequantize_4bit.out", "CPU")
+def cpu_out(out: torch.Tensor, *arguments: Any) -> None:
+    weight = weight_of(arguments)
+    check_out(out, weight)
+    if out.is_contiguous():
+        decode_all(weight, out)
+    else:
+        out.copy_(cpu(out.dtype, *arguments))
+
+
+@implement("dequantize_4bit", "CompositeExplicitAutograd")
+def anywhere(dtype: torch.dtype, *arguments: Any) -> torch.Tensor:
+    check(dtype)
+    return reference.dequantize(dtype, *arguments)
+
+
+@implement("dequantize_4bit.out", "CompositeExplicitAutograd")
+def anywhere_out(out: torch.Tensor, *arguments: Any) -> None:
+    check_out(out, weight_of(arguments))
+    out.copy_(reference.dequantize(out.dtype, *arguments))
+
+
+@fake("dequantize_4bit")
+def shapes(dtype: torch.dtype, *arguments: Any) -> torch.Tensor:
+    check(dtype)
+    weight = weight_of(arguments)
+    return weight.packed.new_empty(weight.shape, dtype=dtype)
+
+
+@fake("dequantize_4bit.out")
+def out_shapes(out: torch.Tensor, *arguments: Any) -> None:
+    check_out(out, weight_of(arguments))

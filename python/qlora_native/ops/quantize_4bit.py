@@ -1,0 +1,74 @@
+"""quantize_4bit: a float tensor to 4-bit codes and scales."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _C, reference
+from ._library import fake, implement, native_dtype
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def check(t: torch.Tensor, quant_type: int, block_size: int) -> None:
+    """Refuses what cannot be quantised, whatever the device."""
+    if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"quantize: tensor is {t.dtype}: expected float32, bfloat16 or float16.")
+    if quant_type not in (0, 1):
+        raise ValueError(f"quantize: quant_type number is {quant_type}: expected 0 (nf4) or 1 (fp4).")
+    if not 32 <= block_size <= 4096 or block_size & (block_size - 1):
+        raise ValueError(f"quantize: block_size is {block_size}: expected a power of two from 32 to 4096.")
+
+
+def empty_outputs(t: torch.Tensor, block_size: int, double_quant: bool) -> Outputs:
+    """packed, absmax (codes when double-quantised), nested_absmax, nested_offset; the nested ones empty without it."""
+    blocks = (t.numel() + block_size - 1) // block_size
+    packed = t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)
+    if not double_quant:
+        return packed, t.new_empty(blocks, dtype=torch.float32), *(t.new_empty(0, dtype=torch.float32) for _ in "12")  # type: ignore[return-value]
+    absmax = t.new_empty(blocks, dtype=torch.uint8)
+    nested = t.new_empty((blocks + 255) // 256, dtype=torch.float32)
+    return packed, absmax, nested, t.new_empty((), dtype=torch.float32)
+
+
+@implement("quantize_4bit", "CPU")
+def cpu(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+    check(t, quant_type, block_size)
+    dense = t.contiguous()
+    outputs = packed, absmax, nested_absmax, nested_offset = empty_outputs(t, block_size, double_quant)
+    block_max = torch.empty(absmax.numel(), dtype=torch.float32) if double_quant else absmax
+    bad = _C.quantize_4bit(
+        dense.data_ptr(),
+        native_dtype(t.dtype),
+        t.numel(),
+        block_size,
+        quant_type,
+        packed.data_ptr(),
+        block_max.data_ptr(),
+    )
+    if bad >= 0:
+        raise ValueError(reference.non_finite_message(bad, dense))
+    if double_quant:
+        _C.quantize_scales(
+            block_max.data_ptr(),
+            block_max.numel(),
+            absmax.data_ptr(),
+            nested_absmax.data_ptr(),
+            nested_offset.data_ptr(),
+        )
+    return outputs
+
+
+@implement("quantize_4bit", "CompositeExplicitAutograd")
+def anywhere(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+    check(t, quant_type, block_size)
+    packed, absmax = reference.quantize_blocks(t, quant_type, block_size)
+    if double_quant:
+        return packed, *reference.quantize_scales(absmax)
+    return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
+
+
+@fake("quantize_4bit")
+def shapes(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+    check(t, quant_type, block_size)
+    return empty_outputs(t, block_size, double_quant)

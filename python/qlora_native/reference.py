@@ -1,0 +1,154 @@
+"""Every op in plain torch: the truth that the tests compare with, and the path of devices that have no kernels.
+
+Nothing here is fast. It follows the exact arithmetic rule literally and works on any device torch has.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import _native
+
+NESTED_BLOCK = 256
+
+
+def _padded_blocks(flat: torch.Tensor, block: int) -> torch.Tensor:
+    return F.pad(flat, (0, -flat.numel() % block)).reshape(-1, block)
+
+
+def _normalised(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    reciprocal = 1.0 / absmax
+    overflow = torch.isinf(reciprocal)
+    return torch.where(overflow[:, None], blocks / absmax[:, None], blocks * reciprocal[:, None])
+
+
+def _codes(normalised: torch.Tensor, quant_type: int) -> torch.Tensor:
+    bounds = _native.boundaries(quant_type).to(normalised.device)
+    if quant_type == 0:
+        return torch.bucketize(normalised, bounds).to(torch.uint8)  # how many boundaries lie strictly below
+    rank = torch.bucketize(normalised.abs(), bounds)
+    code_of_rank = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], device=normalised.device)
+    return (code_of_rank[rank] | (normalised < 0) * 8).to(torch.uint8)
+
+
+def quantize_blocks(t: torch.Tensor, quant_type: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes packed two to a byte, uint8 [ceil(n/2)], and the largest magnitude of each block, fp32 [blocks]."""
+    flat = t.detach().reshape(-1).float()
+    finite = torch.isfinite(flat)
+    if not bool(finite.all()):
+        index = int((~finite).nonzero()[0])
+        raise ValueError(non_finite_message(index, t))
+    blocks = _padded_blocks(flat, block_size)
+    absmax = blocks.abs().amax(1) if flat.numel() else flat.new_zeros(0)
+    zero_code = 7 if quant_type == 0 else 0
+    codes = torch.where((absmax == 0)[:, None], zero_code, _codes(_normalised(blocks, absmax), quant_type))
+    codes = codes.reshape(-1)[: flat.numel()].to(torch.uint8)
+    codes = F.pad(codes, (0, codes.numel() % 2), value=zero_code)
+    return codes[0::2] << 4 | codes[1::2], absmax
+
+
+def non_finite_message(index: int, t: torch.Tensor) -> str:
+    """The one wording of the error about NaN and infinity in a weight."""
+    position = []
+    rest = index
+    for size in reversed(t.shape):
+        position.append(rest % size)
+        rest //= size
+    where = f"[{', '.join(str(i) for i in reversed(position))}]"
+    value = float(t.detach().reshape(-1)[index])
+    return f"quantize: element {where} of the {list(t.shape)} tensor is {value}: only finite weights can be quantised."
+
+
+def _fixed_order_mean(values: torch.Tensor) -> torch.Tensor:
+    slots = _padded_blocks(values.double(), NESTED_BLOCK)
+    while slots.shape[1] > 1:
+        half = slots.shape[1] // 2
+        slots = slots[:, :half] + slots[:, half:]
+    total = 0.0
+    for group in slots[:, 0].tolist():  # in order, in double precision
+        total += group
+    return torch.tensor(total / values.numel(), dtype=torch.float64).to(torch.float32).to(values.device)
+
+
+def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Double quantisation: codes uint8 [blocks], nested_absmax fp32 [ceil(blocks/256)], offset fp32 []."""
+    if absmax.numel() == 0:
+        return absmax.to(torch.uint8), absmax.clone(), absmax.new_zeros(())
+    offset = _fixed_order_mean(absmax)
+    centred = _padded_blocks(absmax - offset, NESTED_BLOCK)
+    valid = _padded_blocks(torch.ones_like(absmax), NESTED_BLOCK).bool()
+    centred = torch.where(valid, centred, 0.0)
+    nested_absmax = centred.abs().amax(1)
+    values = torch.where((nested_absmax == 0)[:, None], 0.0, _normalised(centred, nested_absmax)).reshape(-1)
+    code = _native.nested_code().to(absmax.device)
+    threshold = (code[:-1] + code[1:]) * 0.5
+    low = torch.bucketize(values, threshold)
+    tie = (low < 255) & (threshold[low.clamp(max=254)] == values)
+    nearest = torch.where(tie & (low % 2 == 1), low + 1, low)
+    return nearest[: absmax.numel()].to(torch.uint8), nested_absmax, offset
+
+
+def scales(
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+) -> torch.Tensor:
+    """Scales of all blocks, fp32 [blocks], double quantisation undone: product rounded, then sum rounded."""
+    if nested_absmax is None or nested_offset is None:
+        return absmax
+    code = (_native.nested_code() if nested_code is None else nested_code).to(absmax.device)
+    spread = nested_absmax.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+    return code[absmax.long()] * spread + nested_offset
+
+
+def dequantize(
+    dtype: torch.dtype,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    code: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    shape: list[int],
+    quant_type: int,
+    block_size: int,
+) -> torch.Tensor:
+    """round_to_dtype(fp32 level * fp32 scale), of the given shape."""
+    numel = math.prod(shape)
+    table = (_native.levels(quant_type) if code is None else code).to(packed.device)
+    index = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[:numel].long()
+    spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[:numel]
+    return (table[index] * spread).to(dtype).reshape(shape)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + bias in double precision, rounded once to x's dtype. ``weight`` is the dequantised weight [N, K]."""
+    y = x.double() @ weight.double().t()
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    x_lora: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T + bias + scale * (x_lora A^T) B^T in double precision, rounded once to x's dtype."""
+    low_rank = (x if x_lora is None else x_lora).double() @ a.double().t()
+    y = x.double() @ weight.double().t() + scale * (low_rank @ b.double().t())
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+def linear_cross_entropy(
+    h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100
+) -> torch.Tensor:
+    """Mean cross entropy of the logits h W^T in double precision, fp32 []; NaN when every label is ignored."""
+    logits = h.double().reshape(-1, h.shape[-1]) @ weight.double().t()
+    return F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index).float()

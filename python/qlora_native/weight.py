@@ -1,0 +1,352 @@
+"""A weight in 4 bits as one value, and the two directions of bitsandbytes' serialised form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from . import _native, reference
+
+# Fields that hold tensors, in the order in which ops take them.
+TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_offset", "code", "nested_code")
+STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+
+
+class QuantizedWeight:
+    """A frozen tensor in 4 bits (NF4 or FP4) with one scale a block.
+
+    Blocks of ``block_size`` elements run over the flattened tensor; element 2i lies in the high nibble of byte i. The
+    layout is bitsandbytes' (see docs/format.md).
+
+    Attributes:
+        packed: uint8 [ceil(n/2)], two codes a byte.
+        absmax: fp32 [blocks], or uint8 [blocks] codes when double-quantised.
+        nested_absmax: fp32 [ceil(blocks/256)], None unless double-quantised.
+        nested_offset: fp32 [], None unless double-quantised.
+        code: fp32 [16] levels of a checkpoint that differ from the built-in ones, else None.
+        nested_code: fp32 [256], likewise.
+        shape: torch.Size of the dense tensor.
+        dtype: dtype of the dense tensor, and the default of :meth:`dequantize`.
+        quant_type: "nf4" or "fp4".
+        block_size: elements a scale, a power of two from 32 to 4096.
+        storage_dtype: dtype under which :func:`to_bnb` stores the packed bytes (uint8 unless a checkpoint says else).
+    """
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        *,
+        shape: Iterable[int],
+        dtype: torch.dtype,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        nested_absmax: torch.Tensor | None = None,
+        nested_offset: torch.Tensor | None = None,
+        code: torch.Tensor | None = None,
+        nested_code: torch.Tensor | None = None,
+        storage_dtype: torch.dtype = torch.uint8,
+    ) -> None:
+        self.packed = packed
+        self.absmax = absmax
+        self.nested_absmax = nested_absmax
+        self.nested_offset = nested_offset
+        self.code = code
+        self.nested_code = nested_code
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.quant_type = quant_type
+        self.block_size = block_size
+        self.storage_dtype = storage_dtype
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are stored in 8 bits."""
+        return self.nested_absmax is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, scales and maps included."""
+        tensors = (getattr(self, name) for name in TENSOR_FIELDS)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def numel(self) -> int:
+        """Elements of the dense tensor."""
+        return math.prod(self.shape)
+
+    def op_args(self) -> tuple[Any, ...]:
+        """The weight arguments of ``torch.ops.qlora_native.*``."""
+        return (
+            self.packed,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            self.code,
+            self.nested_code,
+            list(self.shape),
+            quant_type_number(self.quant_type),
+            self.block_size,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense tensor: round_to_dtype(fp32 level * fp32 scale), the same bits on every device.
+
+        Args:
+            dtype: float32, bfloat16 or float16; the original dtype by default.
+            out: written in place of a new tensor; its dtype wins, its shape must be ``self.shape``.
+
+        Raises:
+            ValueError: another dtype; an ``out`` of another shape or device; both given and in conflict.
+        """
+        if out is None:
+            return torch.ops.qlora_native.dequantize_4bit(self.dtype if dtype is None else dtype, *self.op_args())
+        if dtype is not None and dtype != out.dtype:
+            raise ValueError(f"dequantize: dtype is {dtype}, out is {out.dtype}: give one of them or make them agree.")
+        torch.ops.qlora_native.dequantize_4bit.out(out, *self.op_args())
+        return out
+
+    def scales(self) -> torch.Tensor:
+        """The scale of every block, fp32 [blocks], double quantisation undone."""
+        return reference.scales(self.absmax, self.nested_absmax, self.nested_offset, self.nested_code)
+
+    def __getitem__(self, index: int) -> QuantizedWeight:
+        """One slice along the first dimension, as a view where the format allows it (stacked experts).
+
+        A slice begins at a block, so the elements of one slice must be a multiple of ``block_size``. If it does not
+        begin at a block of 256 scales as well, its scales are decoded to fp32: other bytes, the same values.
+
+        Raises:
+            IndexError: out of range. ValueError: a slice that does not begin at a block.
+        """
+        count = self.shape[0] if self.shape else 0
+        if not -count <= index < count:
+            raise IndexError(f"index {index} is out of range for the first dimension of {list(self.shape)}.")
+        each = self.numel() // count
+        if each % self.block_size:
+            raise ValueError(
+                f"a slice of {list(self.shape)} has {each} elements, no multiple of block_size {self.block_size}: "
+                "it does not begin at a block; dequantise the whole weight instead."
+            )
+        blocks = each // self.block_size
+        first = (index % count) * blocks
+        fields: dict[str, Any] = {"absmax": self.absmax[first : first + blocks]}
+        if self.nested_absmax is not None:
+            if first % 256 == 0:
+                fields["nested_absmax"] = self.nested_absmax[first // 256 : -(-(first + blocks) // 256)]
+                fields["nested_offset"] = self.nested_offset
+                fields["nested_code"] = self.nested_code
+            else:
+                fields["absmax"] = self.scales()[first : first + blocks].clone()
+        start = (index % count) * each // 2
+        return QuantizedWeight(
+            self.packed[start : start + each // 2],
+            shape=self.shape[1:],
+            dtype=self.dtype,
+            quant_type=self.quant_type,
+            block_size=self.block_size,
+            code=self.code,
+            storage_dtype=self.storage_dtype,
+            **fields,
+        )
+
+    def _map(self, function: Any) -> QuantizedWeight:
+        moved = object.__new__(QuantizedWeight)
+        moved.__dict__.update(self.__dict__)
+        for name in TENSOR_FIELDS:
+            tensor = getattr(self, name)
+            setattr(moved, name, None if tensor is None else function(tensor))
+        return moved
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> QuantizedWeight:
+        """The same weight on another device. Bytes are moved, never requantised."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> QuantizedWeight:
+        """The same weight in page-locked memory (needs an accelerator)."""
+        return self._map(lambda t: t.pin_memory())
+
+    def __repr__(self) -> str:
+        nested = ", double-quantised" if self.double_quant else ""
+        return (
+            f"QuantizedWeight({self.quant_type}, shape={list(self.shape)}, dtype={self.dtype}, "
+            f"block_size={self.block_size}{nested}, device={self.device}, nbytes={self.nbytes})"
+        )
+
+
+# A pickle made by torch.save names this class and the dtype; both are data.
+torch.serialization.add_safe_globals([QuantizedWeight])
+
+
+def quant_type_number(quant_type: str) -> int:
+    """0 for "nf4", 1 for "fp4"; ValueError for anything else."""
+    if quant_type not in _native.QUANT_TYPES:
+        raise ValueError(f"quant_type is {quant_type!r}: expected 'nf4' or 'fp4'.")
+    return _native.QUANT_TYPES.index(quant_type)
+
+
+def quantize(
+    t: torch.Tensor, *, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
+) -> QuantizedWeight:
+    """Quantise a tensor to 4 bits.
+
+    Each element becomes the nearest level of x * (1 / absmax), ties to the lower code; an all-zero block gets the code
+    of zero and absmax 0. NF4 codes are bitsandbytes' bit for bit; FP4 follows its CUDA rule.
+
+    Args:
+        t: any shape, float32, bfloat16 or float16, any device.
+        quant_type: "nf4" or "fp4".
+        block_size: elements a scale, a power of two from 32 to 4096.
+        double_quant: store the scales in 8 bits too (4.127 instead of 4.5 bits an element at block 64).
+
+    Raises:
+        ValueError: a non-finite element (named by its index), another dtype, another block size.
+
+    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3.
+    """
+    number = quant_type_number(quant_type)
+    packed, absmax, nested_absmax, nested_offset = torch.ops.qlora_native.quantize_4bit(
+        t.detach(), number, block_size, double_quant
+    )
+    return QuantizedWeight(
+        packed,
+        absmax,
+        shape=t.shape,
+        dtype=t.dtype,
+        quant_type=quant_type,
+        block_size=block_size,
+        nested_absmax=nested_absmax if double_quant else None,
+        nested_offset=nested_offset if double_quant else None,
+    )
+
+
+def _state_key(prefix: str, quant_type: str) -> str:
+    return f"{prefix}.quant_state.bitsandbytes__{quant_type}"
+
+
+def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, torch.Tensor]:
+    """The tensors under which bitsandbytes stores a 4-bit weight, by key.
+
+    Keys: ``prefix`` (packed bytes, uint8 [ceil(n/2), 1] or another storage dtype), ``prefix.absmax``,
+    ``prefix.quant_map`` fp32 [16], with double quantisation ``prefix.nested_absmax`` and ``prefix.nested_quant_map``
+    fp32 [256], and ``prefix.quant_state.bitsandbytes__nf4`` (or ``fp4``), UTF-8 JSON as uint8. Loading and saving is
+    byte-identical.
+
+    Raises ValueError if the packed bytes do not fill whole elements of the storage dtype.
+    """
+    state: dict[str, Any] = {
+        "quant_type": w.quant_type,
+        "blocksize": w.block_size,
+        "dtype": str(w.dtype).removeprefix("torch."),
+        "shape": list(w.shape),
+    }
+    number = quant_type_number(w.quant_type)
+    tensors = {
+        prefix: _as_storage(w),
+        f"{prefix}.absmax": w.absmax,
+        f"{prefix}.quant_map": (_native.levels(number).clone() if w.code is None else w.code).to(w.device),
+    }
+    if w.nested_absmax is not None and w.nested_offset is not None:
+        state["nested_blocksize"] = reference.NESTED_BLOCK
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = w.nested_offset.item()
+        nested_code = _native.nested_code().clone() if w.nested_code is None else w.nested_code
+        tensors[f"{prefix}.nested_absmax"] = w.nested_absmax
+        tensors[f"{prefix}.nested_quant_map"] = nested_code.to(w.device)
+    text = json.dumps(state).encode()
+    tensors[_state_key(prefix, w.quant_type)] = torch.tensor(list(text), dtype=torch.uint8, device=w.device)
+    return tensors
+
+
+def _as_storage(w: QuantizedWeight) -> torch.Tensor:
+    if w.packed.numel() % w.storage_dtype.itemsize:
+        raise ValueError(
+            f"to_bnb: {w.packed.numel()} packed bytes are no whole number of {w.storage_dtype} elements: "
+            "set storage_dtype to torch.uint8."
+        )
+    return w.packed.view(w.storage_dtype).reshape(-1, 1)
+
+
+def bnb_state_key(keys: Iterable[str], prefix: str = "weight") -> str | None:
+    """The quant-state key of ``prefix`` among ``keys``, or None if it is no 4-bit weight."""
+    present = set(keys)
+    found = (key for key in (_state_key(prefix, name) for name in _native.QUANT_TYPES) if key in present)
+    return next(found, None)
+
+
+def from_bnb(tensors: Mapping[str, torch.Tensor], prefix: str = "weight") -> QuantizedWeight:
+    """A weight from bitsandbytes' tensors (see :func:`to_bnb` for the keys; other keys are ignored).
+
+    Maps that equal the built-in tables are dropped, others are kept and honoured.
+
+    Raises ValueError, naming the key, if one is missing or does not fit the others.
+    """
+    key = bnb_state_key(tensors, prefix)
+    if key is None:
+        raise ValueError(f"from_bnb: there is no '{prefix}.quant_state.bitsandbytes__nf4' or '..__fp4' among the keys.")
+    try:
+        state = json.loads(bytes(tensors[key].cpu().numpy()).decode())
+        quant_type, block_size, shape = state["quant_type"], int(state["blocksize"]), tuple(state["shape"])
+        dtype = getattr(torch, state["dtype"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"from_bnb: '{key}' holds no valid quant state ({error}).") from None
+    number = quant_type_number(quant_type)
+    numel = math.prod(shape)
+    blocks = -(-numel // block_size)
+
+    def get(name: str, count: int, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+        full = prefix + name
+        if full not in tensors:
+            raise ValueError(f"from_bnb: key '{full}' is missing.")
+        tensor = tensors[full]
+        if tensor.numel() != count or tensor.dtype not in dtypes:
+            raise ValueError(
+                f"from_bnb: '{full}' is {tensor.dtype} with {tensor.numel()} elements: expected {count} of "
+                f"{' or '.join(str(d) for d in dtypes)} for a {list(shape)} weight in blocks of {block_size}."
+            )
+        return tensor.contiguous().reshape(-1)
+
+    stored = tensors.get(prefix)
+    if stored is None or stored.dtype not in STORAGE_DTYPES:
+        raise ValueError(f"from_bnb: key '{prefix}' is missing or of a dtype that is no quant_storage.")
+    packed = get("", (numel + 1) // (2 * stored.dtype.itemsize), STORAGE_DTYPES).view(torch.uint8)
+    nested = "nested_blocksize" in state
+    if nested and state["nested_blocksize"] != reference.NESTED_BLOCK:
+        raise ValueError(
+            f"from_bnb: nested_blocksize is {state['nested_blocksize']}: expected {reference.NESTED_BLOCK}"
+        )
+    fp32 = (torch.float32,)
+    nested_absmax = nested_offset = nested_code = None
+    if nested:
+        nested_absmax = get(".nested_absmax", -(-blocks // reference.NESTED_BLOCK), fp32)
+        nested_offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
+        nested_code = get(".nested_quant_map", 256, fp32)
+    code = get(".quant_map", 16, fp32)
+    return QuantizedWeight(
+        packed,
+        get(".absmax", blocks, (torch.uint8,) if nested else fp32),
+        shape=shape,
+        dtype=dtype,
+        quant_type=quant_type,
+        block_size=block_size,
+        nested_absmax=nested_absmax,
+        nested_offset=nested_offset,
+        code=_unless_built_in(code, _native.levels(number)),
+        nested_code=None if nested_code is None else _unless_built_in(nested_code, _native.nested_code()),
+        storage_dtype=stored.dtype,
+    )
+
+
+def _unless_built_in(stored: torch.Tensor, built_in: torch.Tensor) -> torch.Tensor | None:
+    if stored.device.type == "meta":
+        return None
+    same = torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32))
+    return None if same else stored

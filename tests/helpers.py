@@ -1,0 +1,26 @@
+"""What several tests need: comparisons by bit and by relative error."""
+
+from __future__ import annotations
+
+import torch
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal dtype, shape and values; NaN equals NaN, +0 equals -0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    nan = a.isnan()
+    return torch.equal(nan, b.isnan()) and torch.equal(a[~nan], b[~nan])
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal dtype, shape and bytes."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of the truth, in double precision."""
+    difference = (got.detach().double() - truth.detach().double()).norm()
+    return float(difference / truth.detach().double().norm().clamp_min(1e-30)) if truth.numel() else 0.0

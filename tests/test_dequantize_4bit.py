@@ -1,0 +1,123 @@
+"""dequantize_4bit against the plain-torch truth, byte for byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import same_bytes
+
+import qlora_native as qn
+from qlora_native import reference
+from qlora_native.cases import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, WEIGHT_SHAPES
+from qlora_native.ops import _library, _products
+
+pytestmark = pytest.mark.isa
+
+
+def truth(w: qn.QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    return reference.dequantize(dtype, *w.op_args())
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("shape", WEIGHT_SHAPES, ids=str)
+def test_matches_the_reference(shape: tuple[int, ...], quant_type: str) -> None:
+    t = torch.randn(shape)
+    for block_size in BLOCK_SIZES:
+        for double_quant in (False, True):
+            w = qn.quantize(t, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+            for dtype in FLOAT_DTYPES:
+                assert same_bytes(w.dequantize(dtype), truth(w, dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-39, 3e-8, 7e4, 2e38])
+def test_rounding_at_the_edges_of_the_formats(scale: float) -> None:
+    """Subnormal results in every format, and overflow of float16 to infinity."""
+    w = qn.quantize((torch.rand(64, 16) * 2 - 1) * scale, double_quant=False)
+    for dtype in FLOAT_DTYPES:
+        assert same_bytes(w.dequantize(dtype), truth(w, dtype))
+
+
+def test_infinite_and_nan_scales_of_foreign_checkpoints() -> None:
+    w = qn.quantize(torch.randn(192), double_quant=False)
+    w.absmax[0], w.absmax[1] = float("inf"), float("nan")
+    for dtype in FLOAT_DTYPES:
+        got, want = w.dequantize(dtype), truth(w, dtype)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(nan=1.0), want.nan_to_num(nan=1.0))
+
+
+def test_negative_scales_decode() -> None:
+    w = qn.quantize(torch.randn(128), double_quant=False)
+    w.absmax.neg_()
+    assert same_bytes(w.dequantize(torch.bfloat16), truth(w, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(7, 65), (5, 96), (9, 128), (3, 31)])
+def test_panels(n: int, k: int, dtype: torch.dtype) -> None:
+    w = qn.quantize(torch.randn(n, k), block_size=64)
+    whole = truth(w, dtype)
+    weight = _library.Weight(*w.op_args())
+    for rows in ((0, n), (1, n - 1), (2, 3), (1, 1)):
+        for columns in ((0, k), (0, 1), (3, k - 2), (k - 1, k), (17, 30)):
+            panel = _products._panel(weight.pointers(), k, rows, columns, dtype, dtype)
+            assert same_bytes(panel.clone(), whole[rows[0] : rows[1], columns[0] : columns[1]].contiguous())
+
+
+def test_out() -> None:
+    w = qn.quantize(torch.randn(6, 96))
+    for out in (torch.empty(6, 96), torch.empty(6, 96).half(), torch.empty(96, 6).t(), torch.empty(7, 97)[1:, 1:]):
+        assert w.dequantize(out=out) is out
+        assert same_bytes(out.contiguous(), truth(w, out.dtype))
+    with pytest.raises(ValueError, match=r"out is \[5, 96\] on cpu: expected \[6, 96\]"):
+        w.dequantize(out=torch.empty(5, 96))
+    with pytest.raises(ValueError, match="give one of them or make them agree"):
+        w.dequantize(torch.float16, out=torch.empty(6, 96))
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
+        w.dequantize(torch.int8)
+
+
+def test_tensors_that_do_not_belong_together_are_refused() -> None:
+    w = qn.quantize(torch.randn(6, 96))
+    w.absmax = w.absmax[:-1]
+    with pytest.raises(ValueError, match=r"absmax is torch\.uint8 \[8\].*expected 9 contiguous"):
+        w.dequantize()
+
+
+def test_native_boundary_checks_again() -> None:
+    """The extension refuses what ops.py would never pass: it takes raw addresses."""
+    native: Any = qn._native._C
+    w = qn.quantize(torch.randn(2, 64), double_quant=False)
+    pointers = _library.Weight(*w.op_args()).pointers()
+    out = torch.empty(128)
+    with pytest.raises(ValueError, match="does not lie inside a weight of 128 elements"):
+        native.dequantize_4bit(0, out.data_ptr(), 64, 0, 3, 0, 64, *pointers)
+    with pytest.raises(ValueError, match="out is not aligned to 4 bytes"):
+        native.dequantize_4bit(0, out.data_ptr() + 1, 64, 0, 2, 0, 64, *pointers)
+    with pytest.raises(ValueError, match="out is a null pointer"):
+        native.dequantize_4bit(0, 0, 64, 0, 2, 0, 64, *pointers)
+    with pytest.raises(ValueError, match="dtype is 9"):
+        native.dequantize_4bit(9, out.data_ptr(), 64, 0, 2, 0, 64, *pointers)
+
+
+def test_indices_beyond_32_bits() -> None:
+    """A weight of 2^31 + 64 elements whose packed bytes are one mapped, mostly untouched gigabyte."""
+    n = 2**31 + 64
+    packed = torch.zeros(n // 2, dtype=torch.uint8)
+    packed[-32:] = 0xF0
+    absmax = torch.ones(n // 4096 + 1)
+    weight = qn.QuantizedWeight(packed, absmax, shape=(n // 64, 64), dtype=torch.bfloat16, block_size=4096)
+    pointers = _library.Weight(*weight.op_args()).pointers()
+    rows = n // 64
+    panel = _products._panel(pointers, 64, (rows - 2, rows), (0, 64), torch.float32, torch.float32)
+    assert torch.equal(panel[0], torch.full((64,), -1.0))
+    assert torch.equal(panel[1], torch.tensor([1.0, -1.0]).repeat(32))
+
+
+def test_opcheck() -> None:
+    for double_quant in (False, True):
+        w = qn.quantize(torch.randn(5, 65), double_quant=double_quant)
+        torch.library.opcheck(torch.ops.qlora_native.dequantize_4bit.default, (torch.bfloat16, *w.op_args()))
+        torch.library.opcheck(torch.ops.qlora_native.dequantize_4bit.out, (torch.empty(5, 65), *w.op_args()))
