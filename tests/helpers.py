@@ -5,6 +5,25 @@ from __future__ import annotations
 import torch
 
 
+class SavedTensors:
+    """Collects what autograd keeps for backward while it is entered."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t)
+
+    def _keep(self, t: torch.Tensor) -> torch.Tensor:
+        self.tensors.append(t)
+        return t
+
+    def __enter__(self) -> SavedTensors:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal dtype, shape and values; NaN equals NaN, +0 equals -0."""
     if a.dtype != b.dtype or a.shape != b.shape:

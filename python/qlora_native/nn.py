@@ -182,6 +182,8 @@ class QuantizedLinear(nn.Linear):
         if self.bias is not None:
             if bias is None:
                 missing_keys.append(prefix + "bias")
+            elif bias.shape != self.bias.shape:
+                error_msgs.append(f"'{prefix}bias' is {list(bias.shape)}: expected {list(self.bias.shape)}.")
             elif self.bias.device.type == "meta" or local_metadata.get("assign_to_params_buffers", False):
                 self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
             else:

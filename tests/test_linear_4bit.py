@@ -1,0 +1,193 @@
+"""linear_4bit and its input gradient against fp64 on the same dequantised weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import SavedTensors, relative_error, same_bytes
+
+import qlora_native as qn
+from qlora_native import reference
+from qlora_native.cases import PRODUCTS, QUANT_TYPES, TOLERANCE, Product
+from qlora_native.ops import _products
+
+pytestmark = pytest.mark.isa
+DTYPES = tuple(TOLERANCE)
+
+
+def operands(
+    case: Product, dtype: torch.dtype, **options: object
+) -> tuple[torch.Tensor, qn.QuantizedWeight, torch.Tensor]:
+    w = qn.quantize(torch.randn(case.n, case.k) / case.k**0.5, **options)  # type: ignore[arg-type]
+    x = torch.randn(case.m, case.k, dtype=torch.float64).to(dtype)
+    return x, w, torch.randn(case.n).to(dtype)
+
+
+def decoded(w: qn.QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight as the op must see it: rounded once, straight to x's dtype."""
+    stored = torch.float32 if dtype == torch.float64 else dtype
+    return reference.dequantize(stored, *w.op_args()).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_forward_and_gradients(case: Product, dtype: torch.dtype) -> None:
+    for quant_type in QUANT_TYPES:
+        for with_bias in (False, True):
+            x, w, bias = operands(case, dtype, quant_type=quant_type)
+            x.requires_grad_()
+            b = bias.requires_grad_() if with_bias else None
+            y = qn.linear(x, w, b)
+            dense = decoded(w, dtype)
+            assert y.dtype == dtype
+            assert y.shape == (case.m, case.n)
+            assert relative_error(y, reference.linear(x, dense, b)) < TOLERANCE[dtype]
+            grad_y = torch.randn(case.m, case.n, dtype=torch.float64).to(dtype)
+            y.backward(grad_y)
+            assert x.grad is not None
+            assert relative_error(x.grad, grad_y.double() @ dense.double()) < TOLERANCE[dtype]
+            if b is not None:
+                assert b.grad is not None
+                assert relative_error(b.grad, grad_y.double().sum(0)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shape", [(192,), (2, 3, 192), (2, 0, 192), (1, 1, 1, 192)], ids=str)
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    w = qn.quantize(torch.randn(40, 192))
+    x = torch.randn(shape, requires_grad=True)
+    y = qn.linear(x, w)
+    assert y.shape == (*shape[:-1], 40)
+    assert relative_error(y, reference.linear(x, decoded(w, x.dtype))) < TOLERANCE[torch.float32]
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_non_contiguous_and_expanded_operands() -> None:
+    w = qn.quantize(torch.randn(40, 192))
+    dense = decoded(w, torch.float32)
+    x = torch.randn(192, 9).t()
+    grad = torch.randn(40, 1).expand(40, 9).t()  # stride 0, as the gradient of a sum
+    leaf = x.clone().requires_grad_()
+    y = qn.linear(leaf.t().contiguous().t(), w)
+    y.backward(grad)
+    assert relative_error(qn.linear(x, w), reference.linear(x, dense)) < TOLERANCE[torch.float32]
+    assert relative_error(leaf.grad, grad.double() @ dense.double()) < TOLERANCE[torch.float32]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_panels_equal_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Small panels cut both products many times, at places that are no multiple of a block."""
+    case = Product(5, 300, 195, 4)
+    x, w, bias = operands(case, dtype)
+    grad = torch.randn(5, 300).to(dtype)
+    monkeypatch.setattr(_products, "PANEL_BYTES", 70 * 200 * dtype.itemsize)
+    steps = []
+    original = _products._panel
+
+    def counted(*args: Any) -> torch.Tensor:
+        steps.append(args[2:4])
+        return original(*args)
+
+    monkeypatch.setattr(_products, "_panel", counted)
+    leaf = x.requires_grad_()
+    y = qn.linear(leaf, w, bias)
+    y.backward(grad)
+    assert len(steps) > 4
+    dense = decoded(w, dtype)
+    assert relative_error(y, reference.linear(x, dense, bias)) < TOLERANCE[dtype]
+    assert relative_error(leaf.grad, grad.double() @ dense.double()) < TOLERANCE[dtype]  # type: ignore[arg-type]
+
+
+def test_cpu_without_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN has no bf16, products run in fp32 on the same rounded weight."""
+    monkeypatch.setattr(_products, "product_dtype", lambda dtype: torch.float32)
+    x, w, bias = operands(Product(4, 48, 96, 2), torch.bfloat16)
+    y = qn.linear(x, w, bias)
+    assert y.dtype == torch.bfloat16
+    assert same_bytes(y, reference.linear(x, decoded(w, torch.bfloat16), bias))
+
+
+def test_gradcheck_twice() -> None:
+    w = qn.quantize(torch.randn(6, 8), block_size=32)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, b: qn.linear(x, w, b), (x, bias))
+    assert torch.autograd.gradgradcheck(lambda x, b: qn.linear(x, w, b) ** 2, (x, bias))
+
+
+def test_backward_twice_and_nothing_dense_saved() -> None:
+    w = qn.quantize(torch.randn(64, 128))
+    with SavedTensors() as saved:
+        y = qn.linear(torch.randn(4, 128, requires_grad=True), w)
+    assert sum(t.numel() * t.element_size() for t in saved.tensors) <= w.nbytes
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+
+
+def test_weight_gets_no_gradient() -> None:
+    layer = qn.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 32))
+    layer(torch.randn(2, 64)).sum().backward()
+    assert layer.weight.grad is None
+    assert not layer.weight.requires_grad
+    assert layer.bias.grad is not None
+
+
+def test_refuses_in_words() -> None:
+    w = qn.quantize(torch.randn(40, 192))
+    with pytest.raises(
+        ValueError, match=r"weight is \[40, 192\] in blocks of 64, but x is \[8, 190\]: expected last d"
+    ):
+        qn.linear(torch.randn(8, 190), w)
+    with pytest.raises(ValueError, match=r"bias is \[41\]: expected \[40\]"):
+        qn.linear(torch.randn(8, 192), w, torch.randn(41))
+    with pytest.raises(ValueError, match=r"x is torch\.int64"):
+        qn.linear(torch.ones(8, 192, dtype=torch.int64), w)
+    with pytest.raises(ValueError, match="expected two dimensions"):
+        qn.linear(torch.randn(8, 192), qn.quantize(torch.randn(192)))
+
+
+def test_autocast() -> None:
+    w = qn.quantize(torch.randn(40, 192))
+    x = torch.randn(5, 192, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = qn.linear(x, w)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+def test_threads_and_repeats_give_the_same_bytes() -> None:
+    w = qn.quantize(torch.randn(256, 512))
+    x = torch.randn(64, 512)
+    assert same_bytes(qn.linear(x, w), qn.linear(x, w))
+
+
+def test_opcheck() -> None:
+    for double_quant in (False, True):
+        w = qn.quantize(torch.randn(40, 65), double_quant=double_quant)
+        x = torch.randn(3, 65, requires_grad=True)
+        bias = torch.randn(40, requires_grad=True)
+        for b in (None, bias):
+            torch.library.opcheck(torch.ops.qlora_native.linear_4bit.default, (x, b, False, *w.op_args()))
+        grad = torch.randn(3, 40, requires_grad=True)
+        torch.library.opcheck(torch.ops.qlora_native.linear_4bit_grad_input.default, (grad, False, *w.op_args()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiles_without_breaks(backend: str) -> None:
+    torch._dynamo.reset()
+    layer = qn.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 32))
+    x = torch.randn(5, 64, requires_grad=True)
+    compiled = torch.compile(lambda t: torch.relu(layer(t)) * 2, fullgraph=True, backend=backend)
+    y = compiled(x)
+    y.sum().backward()
+    got = x.grad
+    x.grad = None
+    want = torch.relu(layer(x)) * 2
+    want.sum().backward()
+    assert relative_error(y, want) < 1e-6
+    assert relative_error(got, x.grad) < 1e-6  # type: ignore[arg-type]

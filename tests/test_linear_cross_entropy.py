@@ -1,0 +1,127 @@
+"""linear_cross_entropy against torch's cross entropy over full fp64 logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import relative_error
+
+import qlora_native as qn
+from qlora_native import reference
+from qlora_native.ops import linear_cross_entropy as op
+
+GRADIENT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def labels_for(shape: tuple[int, ...], vocabulary: int, ignored: float) -> torch.Tensor:
+    labels = torch.randint(vocabulary, shape)
+    return torch.where(torch.rand(shape) < ignored, -100, labels)
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("ignored", [0.0, 0.6])
+def test_loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, quantised: bool, ignored: float
+) -> None:
+    monkeypatch.setattr(op, "LOGIT_BYTES", 4 * 101 * 7)  # seven tokens a chunk: the last one is partial
+    dense = (torch.randn(101, 64) / 8).to(dtype)
+    weight = qn.quantize(dense) if quantised else dense.requires_grad_()
+    truth_weight = (weight.dequantize(dtype) if isinstance(weight, qn.QuantizedWeight) else weight).detach().double()
+    truth_weight.requires_grad_()
+    h = torch.randn(4, 10, 64).to(dtype).requires_grad_()
+    labels = labels_for((4, 10), 101, ignored)
+    loss = qn.linear_cross_entropy(h, weight, labels)
+    (loss * 3).backward()
+
+    wide = h.detach().double().requires_grad_()
+    logits = wide.reshape(-1, 64) @ truth_weight.t()
+    truth = torch.nn.functional.cross_entropy(logits, labels.reshape(-1))
+    (truth * 3).backward()
+    assert loss.dtype == torch.float32
+    assert abs(float(loss) - float(truth)) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert relative_error(h.grad, wide.grad) < GRADIENT_TOLERANCE[dtype]  # type: ignore[arg-type]
+    if not quantised:
+        assert relative_error(dense.grad, truth_weight.grad) < GRADIENT_TOLERANCE[dtype]  # type: ignore[arg-type]
+
+
+def test_reference_is_torch() -> None:
+    h, weight, labels = torch.randn(9, 16), torch.randn(33, 16), labels_for((9,), 33, 0.3)
+    want = torch.nn.functional.cross_entropy(h @ weight.t(), labels)
+    assert abs(float(reference.linear_cross_entropy(h, weight, labels)) - float(want)) < 1e-5
+
+
+def test_gradcheck() -> None:
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 10, -100, 3, 3, 7])
+    assert torch.autograd.gradcheck(lambda h, w: qn.linear_cross_entropy(h, w, labels), (h, weight))
+
+
+def test_other_ignore_index_and_ignored_rows_get_no_gradient() -> None:
+    h = torch.randn(5, 16, requires_grad=True)
+    labels = torch.tensor([1, 0, 2, 0, 3])
+    weight = torch.randn(7, 16)
+    loss = qn.linear_cross_entropy(h, weight, labels, ignore_index=0)
+    loss.backward()
+    want = torch.nn.functional.cross_entropy(h.detach() @ weight.t(), labels, ignore_index=0)
+    assert abs(float(loss) - float(want)) < 1e-5
+    assert h.grad is not None
+    assert (h.grad[[1, 3]] == 0).all()
+    assert (h.grad[[0, 2, 4]] != 0).any()
+
+
+def test_everything_ignored_is_nan_as_in_torch() -> None:
+    loss = qn.linear_cross_entropy(torch.randn(3, 16), torch.randn(7, 16), torch.full((3,), -100))
+    assert loss.isnan()
+
+
+def test_no_gradient_work_without_grad() -> None:
+    h = torch.randn(3, 16, requires_grad=True)
+    with torch.no_grad():
+        loss = qn.linear_cross_entropy(h, torch.randn(7, 16), torch.tensor([1, 2, 3]))
+    assert not loss.requires_grad
+
+
+def test_full_logits_never_exist() -> None:
+    """The largest tensor that the op makes is one chunk of logits."""
+    vocabulary, tokens = 50_000, 2_048
+    h = torch.randn(tokens, 8, requires_grad=True)
+    weight = torch.randn(vocabulary, 8)
+    labels = labels_for((tokens,), vocabulary, 0.0)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        qn.linear_cross_entropy(h, weight, labels).backward()
+    largest = max((event.self_cpu_memory_usage for event in profile.events()), default=0)
+    assert 0 < largest < vocabulary * tokens * 4 / 10
+
+
+def test_refuses_in_words() -> None:
+    h, weight = torch.randn(3, 16), torch.randn(7, 16)
+    with pytest.raises(ValueError, match="labels run from 1 to 7: expected 0 to 6"):
+        qn.linear_cross_entropy(h, weight, torch.tensor([1, 7, 2]))
+    with pytest.raises(ValueError, match=r"h is \[3, 16\], labels are \[4\]"):
+        qn.linear_cross_entropy(h, weight, torch.tensor([1, 2, 3, 4]))
+    with pytest.raises(ValueError, match="cast one of them"):
+        qn.linear_cross_entropy(h.half(), weight, torch.tensor([1, 2, 3]))
+
+
+def test_opcheck() -> None:
+    h = torch.randn(6, 64, requires_grad=True)
+    labels = torch.tensor([0, 10, -100, 3, 3, 7])
+    dense = torch.randn(11, 64, requires_grad=True)
+    function = torch.ops.qlora_native.linear_cross_entropy.default
+    nothing = (None, None, None, None, None)
+    torch.library.opcheck(function, (h, labels, -100, True, True, dense, *nothing, [11, 64], 0, 64))
+    w = qn.quantize(dense)
+    torch.library.opcheck(function, (h, labels, -100, True, False, *w.op_args()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiles_without_breaks(backend: str) -> None:
+    torch._dynamo.reset()
+    h = torch.randn(6, 16, requires_grad=True)
+    weight, labels = torch.randn(11, 16), torch.tensor([0, 10, -100, 3, 3, 7])
+    compiled = torch.compile(lambda t: qn.linear_cross_entropy(t * 2, weight, labels), fullgraph=True, backend=backend)
+    (got,) = torch.autograd.grad(compiled(h), h)
+    (want,) = torch.autograd.grad(qn.linear_cross_entropy(h * 2, weight, labels), h)
+    assert relative_error(got, want) < 1e-6

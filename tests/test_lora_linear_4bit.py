@@ -1,0 +1,158 @@
+"""lora_linear_4bit and all its gradients against autograd over plain fp64 torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import SavedTensors, relative_error
+
+import qlora_native as qn
+from qlora_native import reference
+from qlora_native.cases import PRODUCTS, TOLERANCE, Product
+
+pytestmark = pytest.mark.isa
+SCALE = 1.75
+
+
+class Operands:
+    def __init__(self, case: Product, dtype: torch.dtype, adapter: torch.dtype, separate: bool, bias: bool) -> None:
+        stored = torch.float32 if dtype == torch.float64 else dtype
+        self.w = qn.quantize(torch.randn(case.n, case.k) / case.k**0.5)
+        self.dense = reference.dequantize(stored, *self.w.op_args()).double()
+
+        def leaf(*shape: int, to: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(*shape, dtype=torch.float64).to(to).requires_grad_()
+
+        self.x = leaf(case.m, case.k)
+        self.x_lora = leaf(case.m, case.k) if separate else None
+        self.a = leaf(case.r, case.k, to=adapter)
+        self.b = leaf(case.n, case.r, to=adapter)
+        self.bias = leaf(case.n) if bias else None
+        self.grad_y = torch.randn(case.m, case.n, dtype=torch.float64).to(dtype)
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        named = {"x": self.x, "x_lora": self.x_lora, "a": self.a, "b": self.b, "bias": self.bias}
+        return {name: t for name, t in named.items() if t is not None}
+
+    def ours(self) -> torch.Tensor:
+        return qn.lora_linear(self.x, self.w, self.a, self.b, SCALE, self.bias, self.x_lora)
+
+    def truth(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # The rule: adapters are rounded to x's dtype for their products.
+        wide = {name: t.detach().to(self.x.dtype).double().requires_grad_() for name, t in self.leaves().items()}
+        adapted = wide.get("x_lora", wide["x"])
+        y = wide["x"] @ self.dense.t() + SCALE * (adapted @ wide["a"].t()) @ wide["b"].t()
+        if "bias" in wide:
+            y = y + wide["bias"]
+        y.backward(self.grad_y.double())
+        return y.detach(), {name: t.grad for name, t in wide.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_forward_and_all_gradients(case: Product, dtype: torch.dtype) -> None:
+    for adapter in (torch.float32, torch.bfloat16) if dtype != torch.float64 else (torch.float64,):
+        for separate in (False, True):
+            for bias in (False, True):
+                operands = Operands(case, dtype, adapter, separate, bias)
+                y = operands.ours()
+                y.backward(operands.grad_y)
+                want, gradients = operands.truth()
+                assert y.dtype == dtype
+                limit = 2 * TOLERANCE[dtype]  # x A^T is rounded on the way
+                assert relative_error(y, want) < limit
+                for name, leaf in operands.leaves().items():
+                    assert leaf.grad is not None, name
+                    assert leaf.grad.dtype == leaf.dtype
+                    # A gradient is rounded to its leaf's dtype once more.
+                    assert relative_error(leaf.grad, gradients[name]) < max(limit, TOLERANCE[leaf.dtype]), name
+
+
+def test_zero_b_is_the_plain_layer() -> None:
+    operands = Operands(Product(5, 48, 96, 4), torch.bfloat16, torch.float32, False, True)
+    with torch.no_grad():
+        operands.b.zero_()
+    assert torch.equal(operands.ours(), qn.linear(operands.x, operands.w, operands.bias))
+
+
+def test_only_the_wanted_gradients() -> None:
+    operands = Operands(Product(5, 48, 96, 4), torch.float32, torch.float32, True, True)
+    everything = torch.autograd.grad(operands.ours(), list(operands.leaves().values()), operands.grad_y)
+    for index, leaf in enumerate(operands.leaves().values()):
+        (alone,) = torch.autograd.grad(operands.ours(), leaf, operands.grad_y)
+        assert torch.equal(alone, everything[index])
+
+
+def test_gradcheck_twice() -> None:
+    w = qn.quantize(torch.randn(6, 8), block_size=32)
+    leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 8), (2, 8), (6, 2), (6,), (3, 8))]
+
+    def function(
+        x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, xl: torch.Tensor
+    ) -> torch.Tensor:
+        return qn.lora_linear(x, w, a, b, 0.5, bias, xl) + qn.lora_linear(x, w, a, b, 0.5)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_what_is_saved() -> None:
+    """x, x A^T, the adapters and the packed weight: nothing of the size of W or y."""
+    operands = Operands(Product(16, 256, 128, 4), torch.float32, torch.float32, False, False)
+    with SavedTensors() as saved:
+        operands.ours()
+    floats = sorted(tuple(t.shape) for t in saved.tensors if t.is_floating_point() and t.dim() == 2)
+    assert floats == sorted([(16, 128), (4, 128), (256, 4), (16, 4)])
+
+
+def test_leading_dimensions() -> None:
+    w = qn.quantize(torch.randn(40, 64))
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(40, 4, requires_grad=True)
+    y = qn.lora_linear(x, w, a, b, 2.0)
+    y.sum().backward()
+    assert y.shape == (2, 3, 40)
+    flat = qn.lora_linear(x.reshape(6, 64), w, a, b, 2.0)
+    assert relative_error(y.reshape(6, 40), flat) < 1e-6
+
+
+def test_refuses_in_words() -> None:
+    w = qn.quantize(torch.randn(40, 64))
+    x = torch.randn(2, 64)
+    with pytest.raises(ValueError, match=r"expected a \[r, 64\] and b \[40, r\]"):
+        qn.lora_linear(x, w, torch.randn(4, 65), torch.randn(40, 4), 1.0)
+    with pytest.raises(ValueError, match=r"b is \[40, 5\]"):
+        qn.lora_linear(x, w, torch.randn(4, 64), torch.randn(40, 5), 1.0)
+    with pytest.raises(ValueError, match=r"x_lora is torch\.float32 \[3, 64\]"):
+        qn.lora_linear(x, w, torch.randn(4, 64), torch.randn(40, 4), 1.0, x_lora=torch.randn(3, 64))
+
+
+def test_autocast() -> None:
+    operands = Operands(Product(5, 48, 96, 4), torch.float32, torch.float32, False, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = operands.ours()
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert operands.a.grad is not None
+    assert operands.a.grad.dtype == torch.float32
+
+
+def test_opcheck() -> None:
+    operands = Operands(Product(3, 40, 65, 4), torch.float32, torch.float32, True, True)
+    for x_lora, bias in ((None, None), (operands.x_lora, operands.bias)):
+        torch.library.opcheck(
+            torch.ops.qlora_native.lora_linear_4bit.default,
+            (operands.x, x_lora, operands.a, operands.b, SCALE, bias, False, *operands.w.op_args()),
+        )
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiles_without_breaks(backend: str) -> None:
+    torch._dynamo.reset()
+    operands = Operands(Product(5, 48, 96, 4), torch.float32, torch.float32, False, True)
+    leaves = list(operands.leaves().values())
+    want = torch.autograd.grad(torch.relu(operands.ours()), leaves, operands.grad_y)
+    compiled = torch.compile(lambda: torch.relu(operands.ours()), fullgraph=True, backend=backend)
+    got = torch.autograd.grad(compiled(), leaves, operands.grad_y)
+    for ours, theirs in zip(got, want, strict=True):
+        assert relative_error(ours, theirs) < 1e-6

@@ -1,0 +1,136 @@
+"""QuantizedLinear as a module: state_dict, casts, moves, training."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import relative_error, same_bytes
+
+import qlora_native as qn
+from qlora_native.nn import QuantizedLinear
+
+
+def layer(bias: bool = True, **options: object) -> QuantizedLinear:
+    return QuantizedLinear.from_linear(torch.nn.Linear(64, 32, bias=bias), **options)
+
+
+def test_from_linear_and_back() -> None:
+    dense = torch.nn.Linear(64, 32)
+    quantised = QuantizedLinear.from_linear(dense, quant_type="fp4", block_size=32)
+    back = quantised.dequantize()
+    assert type(back) is torch.nn.Linear
+    x = torch.randn(3, 64)
+    assert relative_error(back(x), quantised(x)) < 1e-6
+    assert relative_error(back.weight, dense.weight) < 0.2
+    assert back.bias is dense.bias
+    assert isinstance(quantised, torch.nn.Linear)
+    assert "fp4, block_size=32, double_quant=True" in repr(quantised)
+
+
+def test_shape_of_the_parameter() -> None:
+    quantised = layer()
+    assert quantised.weight.dtype == torch.uint8
+    assert quantised.weight.shape == (1024, 1)
+    assert not quantised.weight.requires_grad
+    assert [name for name, _ in quantised.named_parameters()] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_state_dict_round_trip(double_quant: bool, bias: bool) -> None:
+    source = layer(bias, double_quant=double_quant)
+    state = source.state_dict()
+    assert set(state) == {*qn.to_bnb(source.quantized), *(["bias"] if bias else [])}
+    for device in (None, "meta"):
+        target = QuantizedLinear(64, 32, bias, double_quant=not double_quant, dtype=torch.float32, device=device)
+        target.load_state_dict(state)
+        again = target.state_dict()
+        assert all(same_bytes(again[key], state[key]) for key in state)
+        x = torch.randn(3, 64)
+        assert torch.equal(target(x), source(x))
+
+
+def test_loading_copies() -> None:
+    source, target = layer(), layer()
+    target.load_state_dict(source.state_dict())
+    with torch.no_grad():
+        source.weight.zero_()
+    assert (target.weight != 0).any()
+
+
+def test_loading_a_dense_weight_quantises_it() -> None:
+    dense = torch.nn.Linear(64, 32)
+    target = layer(block_size=32)
+    target.load_state_dict(dense.state_dict())
+    assert same_bytes(target.quantized.packed, qn.quantize(dense.weight, block_size=32).packed)
+
+
+def test_strict_loading_reports() -> None:
+    state = layer().state_dict()
+    with pytest.raises(RuntimeError, match="Missing key.*bias"):
+        layer().load_state_dict({key: value for key, value in state.items() if key != "bias"})
+    with pytest.raises(RuntimeError, match="Unexpected key.*extra"):
+        layer().load_state_dict({**state, "extra": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="key 'weight.absmax' is missing"):
+        layer().load_state_dict({key: value for key, value in state.items() if key != "weight.absmax"})
+    with pytest.raises(RuntimeError, match=r"the weight is \[32, 64\], expected \[64, 32\]"):
+        QuantizedLinear(32, 64).load_state_dict(state)
+
+
+def test_inside_a_model() -> None:
+    model = torch.nn.Sequential(layer(), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), model(x))
+
+
+def test_casts_change_no_scale() -> None:
+    for double_quant in (False, True):
+        quantised = layer(double_quant=double_quant)
+        before = quantised.quantized
+        for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.float()):
+            cast(quantised)
+            after = quantised.quantized
+            for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
+                left, right = getattr(before, name), getattr(after, name)
+                assert (left is None and right is None) or same_bytes(left, right)
+        assert quantised.bias.dtype == torch.float32
+
+
+def test_made_under_a_16_bit_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        quantised = QuantizedLinear(64, 32, double_quant=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert quantised.absmax.dtype == torch.float32
+
+
+def test_evaluation_changes_nothing() -> None:
+    quantised = layer()
+    before = copy.deepcopy(quantised.state_dict())
+    quantised.eval()
+    with torch.inference_mode():
+        quantised(torch.randn(1, 64))
+    quantised.train()
+    x = torch.randn(3, 64, requires_grad=True)
+    quantised(x).sum().backward()
+    assert x.grad is not None
+    after = quantised.state_dict()
+    assert all(same_bytes(after[key], before[key]) for key in before)
+
+
+def test_gradient_checkpointing() -> None:
+    quantised = layer()
+    x = torch.randn(3, 64, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(quantised, x, use_reentrant=False).sum().backward()
+    got = x.grad
+    x.grad = None
+    quantised(x).sum().backward()
+    assert torch.equal(got, x.grad)  # type: ignore[arg-type]

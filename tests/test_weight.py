@@ -1,0 +1,159 @@
+"""QuantizedWeight: copies, moves, slices, and bitsandbytes' form both ways."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import same_bytes
+
+import qlora_native as qn
+from qlora_native.weight import TENSOR_FIELDS
+
+
+def same_weight(a: qn.QuantizedWeight, b: qn.QuantizedWeight) -> bool:
+    for name in TENSOR_FIELDS:
+        left, right = getattr(a, name), getattr(b, name)
+        if (left is None) != (right is None) or (left is not None and not same_bytes(left, right)):
+            return False
+    fields = ("shape", "dtype", "quant_type", "block_size", "storage_dtype")
+    return all(getattr(a, name) == getattr(b, name) for name in fields)
+
+
+def through_torch(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
+    file = io.BytesIO()
+    torch.save(w, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w)), through_torch, lambda w: w.to("cpu")],
+    ids=["copy", "deepcopy", "pickle", "torch.save", "to"],
+)
+def test_duplicates(duplicate: Callable[[qn.QuantizedWeight], qn.QuantizedWeight]) -> None:
+    for double_quant in (False, True):
+        w = qn.quantize(torch.randn(37, 65), quant_type="fp4", block_size=32, double_quant=double_quant)
+        assert same_weight(duplicate(w), w)
+
+
+def test_attributes() -> None:
+    w = qn.quantize(torch.randn(300, 64, dtype=torch.bfloat16))
+    assert w.packed.shape == (9600,)
+    assert w.absmax.dtype == torch.uint8
+    assert w.absmax.shape == (300,)
+    assert w.nested_absmax is not None
+    assert w.nested_absmax.shape == (2,)
+    assert w.nested_offset is not None
+    assert w.nested_offset.shape == ()
+    assert (w.shape, w.dtype, w.block_size, w.double_quant) == ((300, 64), torch.bfloat16, 64, True)
+    assert w.numel() == 19200
+    assert w.nbytes == 9600 + 300 + 8 + 4
+    plain = qn.quantize(torch.randn(300, 64), double_quant=False)
+    assert plain.nested_absmax is None
+    assert plain.nested_offset is None
+    assert not plain.double_quant
+
+
+def test_bits_a_weight() -> None:
+    """The paper's 4.127 bits: 4 + 8/64 + 32/(64 * 256)."""
+    w = qn.quantize(torch.randn(1024, 1024))
+    assert abs(w.nbytes * 8 / w.numel() - 4.127) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [256, 32])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_slices_of_stacked_experts(rows: int, double_quant: bool) -> None:
+    w = qn.quantize(torch.randn(5, rows, 64), double_quant=double_quant)
+    whole = w.dequantize()
+    for index in (0, 3, -1):
+        part = w[index]
+        assert part.shape == (rows, 64)
+        assert same_bytes(part.dequantize(), whole[index])
+    assert w[1].packed.untyped_storage().data_ptr() == w.packed.untyped_storage().data_ptr()
+    with pytest.raises(IndexError):
+        w[5]
+
+
+def test_slice_that_begins_inside_a_block() -> None:
+    with pytest.raises(ValueError, match="a slice of .* has 96 elements, no multiple of block_size 64"):
+        qn.quantize(torch.randn(4, 96))[1]
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bnb_round_trip(storage: torch.dtype, double_quant: bool) -> None:
+    w = qn.quantize(torch.randn(32, 64, dtype=torch.float16), double_quant=double_quant)
+    w.storage_dtype = storage
+    tensors = qn.to_bnb(w, "layer.weight")
+    assert all(key == "layer.weight" or key.startswith("layer.weight.") for key in tensors)
+    assert tensors["layer.weight"].dtype == storage
+    assert tensors["layer.weight"].shape == (1024 // storage.itemsize, 1)
+    back = qn.from_bnb(tensors, "layer.weight")
+    assert same_weight(back, w)
+    again = qn.to_bnb(back, "layer.weight")
+    assert list(again) == list(tensors)
+    assert all(same_bytes(again[key], tensors[key]) for key in tensors)
+
+
+def test_foreign_maps_are_honoured_and_saved_again() -> None:
+    w = qn.quantize(torch.randn(32, 64))
+    tensors = qn.to_bnb(w)
+    tensors["weight.quant_map"] = torch.nextafter(tensors["weight.quant_map"], torch.tensor(2.0))
+    tensors["weight.nested_quant_map"] = tensors["weight.nested_quant_map"] * 1.5
+    back = qn.from_bnb(tensors)
+    assert back.code is not None
+    assert back.nested_code is not None
+    assert not torch.equal(back.scales(), w.scales())
+    table = tensors["weight.quant_map"]
+    codes = torch.stack([back.packed >> 4, back.packed & 15], 1).reshape(-1).long()
+    want = table[codes] * back.scales().repeat_interleave(64)
+    assert same_bytes(back.dequantize(), want.reshape(32, 64))
+    assert all(same_bytes(value, tensors[key]) for key, value in qn.to_bnb(back).items())
+
+
+def test_state_is_the_json_of_the_format() -> None:
+    tensors = qn.to_bnb(qn.quantize(torch.randn(32, 64, dtype=torch.bfloat16)))
+    state = json.loads(bytes(tensors["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    assert list(state) == [
+        "quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset",
+    ]  # fmt: skip
+    assert (state["dtype"], state["shape"], state["nested_dtype"]) == ("bfloat16", [32, 64], "float32")
+
+
+def test_loads_in_bitsandbytes() -> None:
+    """Their reader rebuilds the same matrix from our tensors."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for quant_type in ("nf4", "fp4"):
+        for double_quant in (False, True):
+            w = qn.quantize(torch.randn(32, 64), quant_type=quant_type, double_quant=double_quant)
+            tensors = qn.to_bnb(w)
+            about = {key: value for key, value in tensors.items() if key != "weight"}
+            state = functional.QuantState.from_dict(about, device=torch.device("cpu"))
+            theirs = functional.dequantize_4bit(tensors["weight"], state)
+            assert torch.equal(theirs, w.dequantize())
+
+
+def test_broken_tensors_are_named() -> None:
+    tensors = qn.to_bnb(qn.quantize(torch.randn(32, 64)))
+    with pytest.raises(ValueError, match="there is no 'w.quant_state"):
+        qn.from_bnb(tensors, "w")
+    without = {key: value for key, value in tensors.items() if key != "weight.nested_absmax"}
+    with pytest.raises(ValueError, match="key 'weight.nested_absmax' is missing"):
+        qn.from_bnb(without)
+    with pytest.raises(ValueError, match=r"'weight.absmax' is torch\.uint8 with 31 elements: expected 32"):
+        qn.from_bnb({**tensors, "weight.absmax": tensors["weight.absmax"][:-1]})
+    with pytest.raises(ValueError, match=r"'weight' is torch\.uint8 with 1000 elements: expected 1024"):
+        qn.from_bnb({**tensors, "weight": tensors["weight"][:1000]})
+    with pytest.raises(ValueError, match="holds no valid quant state"):
+        qn.from_bnb({**tensors, "weight.quant_state.bitsandbytes__nf4": torch.tensor([1, 2], dtype=torch.uint8)})
+    odd = qn.quantize(torch.randn(6))
+    odd.storage_dtype = torch.float32
+    with pytest.raises(ValueError, match=r"3 packed bytes are no whole number of torch\.float32"):
+        qn.to_bnb(odd)
