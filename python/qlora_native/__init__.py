@@ -19,10 +19,10 @@ from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 if TYPE_CHECKING:
     from . import nn as nn
     from .load import load_model as load_model
+    from .load import merge as merge
     from .lora import LoraConfig as LoraConfig
     from .lora import add_lora as add_lora
     from .lora import load_adapter as load_adapter
-    from .lora import merge as merge
     from .lora import save_adapter as save_adapter
     from .train import TrainConfig as TrainConfig
     from .train import Trainer as Trainer
@@ -34,7 +34,7 @@ _LAZY = {
     "add_lora": "lora",
     "save_adapter": "lora",
     "load_adapter": "lora",
-    "merge": "lora",
+    "merge": "load",
     "TrainConfig": "train",
     "Trainer": "train",
 }

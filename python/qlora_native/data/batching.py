@@ -1,0 +1,216 @@
+"""Which rows form which batch, in an order that a checkpoint can name by two integers, and padding rows to tensors."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_native.data.template import IGNORE_INDEX
+from qlora_native.errors import UserError
+
+# Rows are sorted by length within windows of this many batches, or of a quarter of the epoch if that is less: wide
+# enough that neighbours are nearly equally long, narrow enough that which rows meet changes from epoch to epoch.
+WINDOW_BATCHES = 32
+
+
+def permutation(size: int, *key: int) -> np.ndarray:
+    """A random order of ``range(size)``, int64 [size], the same on every machine and under every version of numpy.
+
+    numpy promises no stable streams across its versions, so a resumed run could meet its rows in another order; this
+    sorts by the splitmix64 hash (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)
+    of the position, started from ``key``.
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    for part in key:
+        state = _splitmix64(state ^ np.uint64(part % 2**64))
+    return np.argsort(_splitmix64(state + np.arange(size, dtype=np.uint64)), kind="stable")
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class BatchPlan:
+    """The order of batches over epochs: rows of like length together, batches shuffled, position saved and restored.
+
+    ``for rows in plan`` runs from the position to the end of the epoch and leaves the position at the start of the
+    next; ``plan.forever()`` never ends. The position moves before a batch is handed out, so a state saved while working
+    on a batch resumes with the one after it.
+
+    The order is a pure function of (lengths, batch_size, seed, epoch, window_batches, drop_last); no global random
+    state is read. In epoch 0 the batch that needs most memory comes first: a setting too large for the machine fails
+    in the first step.
+
+    Args:
+        lengths: tokens per row, [rows].
+        batch_size: rows per batch; the last rows of an epoch may form one smaller batch.
+        seed: any integer; its last 64 bits count.
+        epoch: the epoch to start in, from 0.
+        window_batches: most batches that are sorted by length together; 1 turns grouping off.
+        drop_last: leave out the smaller batch.
+
+    Attributes:
+        epoch, batch: the position: the epoch, and the index in it of the next batch.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        epoch: int = 0,
+        *,
+        window_batches: int = WINDOW_BATCHES,
+        drop_last: bool = False,
+    ) -> None:
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        if self._lengths.ndim != 1 or self._lengths.size == 0:
+            raise ValueError(f"lengths has shape {list(self._lengths.shape)}, expected [rows] with at least one row")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("epoch", epoch, 0),
+            ("window_batches", window_batches, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
+        if drop_last and self._lengths.size < batch_size:
+            raise ValueError(f"{self._lengths.size} rows make no batch of {batch_size} with drop_last=True")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+        self.batch = 0
+        self.window_batches = window_batches
+        self.drop_last = drop_last
+        self._order: tuple[int, list[list[int]]] | None = None
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        rows = int(self._lengths.size)
+        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """All batches of one epoch, each a list of row indices; the position stays."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self._make(epoch))
+        return self._order[1]
+
+    def _make(self, epoch: int) -> list[list[int]]:
+        rows = permutation(self._lengths.size, self.seed, epoch, 0)
+        window = self.batch_size * min(self.window_batches, max(1, len(self) // 4))
+        batches: list[list[int]] = []
+        for start in range(0, len(rows), window):
+            part = rows[start : start + window]
+            part = part[np.argsort(-self._lengths[part], kind="stable")]
+            batches += [part[at : at + self.batch_size].tolist() for at in range(0, len(part), self.batch_size)]
+        if self.drop_last and len(batches[-1]) < self.batch_size:
+            batches.pop()
+        order = permutation(len(batches), self.seed, epoch, 1).tolist()
+        if epoch == 0:
+            costs = [len(rows) * int(self._lengths[rows].max()) for rows in batches]
+            largest = max(range(len(batches)), key=costs.__getitem__)
+            order.remove(largest)
+            order.insert(0, largest)
+        return [batches[index] for index in order]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self.epoch
+        while self.epoch == epoch:
+            yield self._next()
+
+    def forever(self) -> Iterator[list[int]]:
+        """Batches from the position on, epoch after epoch, without end."""
+        while True:
+            yield self._next()
+
+    def _next(self) -> list[int]:
+        rows = self.batches(self.epoch)[self.batch]
+        self.batch += 1
+        if self.batch == len(self):
+            self.epoch, self.batch = self.epoch + 1, 0
+        return list(rows)
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "rows": int(self._lengths.size),
+            "lengths_crc32": zlib.crc32(self._lengths.astype("<i8").tobytes()),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "window_batches": self.window_batches,
+            "drop_last": int(self.drop_last),
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        """The position and what the order depends on; plain integers, fit for JSON."""
+        return {"epoch": self.epoch, "batch": self.batch, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the position in ``state``.
+
+        Raises:
+            UserError: the state belongs to other data, another batch size or seed, so its position means nothing here.
+            ValueError: ``state`` is not what :meth:`state_dict` gives.
+        """
+        here = self._identity()
+        absent = [key for key in ("epoch", "batch", *here) if not isinstance(state.get(key), int)]
+        if absent:
+            raise ValueError(
+                f"load_state_dict: no integer for {', '.join(absent)} in the state, got keys {sorted(state)}"
+            )
+        for key, value in here.items():
+            if state[key] != value:
+                if key == "lengths_crc32":
+                    what = "the rows have other lengths than those the checkpoint was made with"
+                else:
+                    what = f"{key} was {state[key]} when the checkpoint was made and is {value} now"
+                raise UserError(
+                    f"the order of the data cannot be resumed: {what}; "
+                    "restore the data and the settings of that run, or start a new one without --resume."
+                )
+        if state["epoch"] < 0 or not 0 <= state["batch"] < len(self):
+            raise ValueError(
+                f"load_state_dict: position is epoch {state['epoch']}, batch {state['batch']}, "
+                f"expected an epoch from 0 and a batch below {len(self)}"
+            )
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+def collate(
+    rows: Sequence[Mapping[str, Sequence[int] | np.ndarray]], pad_id: int, pad_to_multiple: int = 8
+) -> dict[str, torch.Tensor]:
+    """Pad rows on the right to the longest, rounded up to ``pad_to_multiple`` tokens.
+
+    Args:
+        rows: B mappings with ``input_ids`` and ``labels``, each [length].
+        pad_id: the id written into ``input_ids`` behind a row; its label is -100 and its attention 0.
+
+    Returns:
+        ``input_ids``, ``labels``, ``attention_mask``: int64 [B, T].
+    """
+    if not rows:
+        raise ValueError("collate: got no rows, expected at least one")
+    if pad_to_multiple < 1:
+        raise ValueError(f"collate: pad_to_multiple is {pad_to_multiple}, expected at least 1")
+    longest = max(len(row["input_ids"]) for row in rows)
+    width = -(-longest // pad_to_multiple) * pad_to_multiple
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+    attention_mask = np.zeros((len(rows), width), dtype=np.int64)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        if len(row["labels"]) != length:
+            raise ValueError(f"collate: row {index} has {length} input_ids but {len(row['labels'])} labels")
+        input_ids[index, :length] = row["input_ids"]
+        labels[index, :length] = row["labels"]
+        attention_mask[index, :length] = 1
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "attention_mask": torch.from_numpy(attention_mask),
+    }

@@ -1,0 +1,208 @@
+"""Read rows from JSONL, JSON and Parquet files, each row with the place it came from.
+
+JSONL is read one line at a time, so a file larger than memory can be read; a ``.json`` array is held in memory whole.
+Whatever is wrong with a file or a row is a :class:`~qlora_native.errors.UserError` that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from qlora_native.errors import UserError
+
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json")
+DATA_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_JSON_SPACE = " \t\r\n"
+
+
+class SourceRow(NamedTuple):
+    """One row of a data file: its place (``train.jsonl:17``), its line (from 1; in Parquet its row) and its keys."""
+
+    where: str
+    line: int
+    data: dict[str, Any]
+
+
+def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceRow]:
+    """Iterate over the rows of ``path``, at most ``limit`` of them.
+
+    ``.jsonl``, ``.ndjson`` and ``.json`` hold either one object per line or one array of objects (told apart by the
+    first character); ``.parquet`` needs pyarrow. Blank lines, CRLF line ends and a UTF-8 byte order mark are accepted.
+
+    Raises:
+        UserError: no such file, an unknown kind of file, no row at all, or a bad row (raised when that row is reached).
+        ValueError: ``limit`` below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, expected None or at least 1")
+    file = Path(path).expanduser()
+    _check_file(file)
+    rows = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text(file)
+    return _not_empty(islice(rows, limit), file)
+
+
+def _check_file(file: Path) -> None:
+    if file.is_dir():
+        raise UserError(
+            f"{file} is a folder, expected a data file ({', '.join(DATA_SUFFIXES)}); name one file inside it."
+        )
+    if not file.exists():
+        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        near = difflib.get_close_matches(file.name, siblings, n=1)
+        advice = f"did you mean {file.parent / near[0]}?" if near else "check the path."
+        raise UserError(f"{file}: no such data file; {advice}")
+    if file.suffix.lower() not in DATA_SUFFIXES:
+        raise UserError(
+            f"{file}: got a '{file.suffix}' file, expected {', '.join(DATA_SUFFIXES)}; "
+            "convert it to JSONL, one JSON object per line."
+        )
+
+
+def _not_empty(rows: Iterator[SourceRow], file: Path) -> Iterator[SourceRow]:
+    count = 0
+    for count, row in enumerate(rows, 1):  # noqa: B007 - the count is read after the loop
+        yield row
+    if count == 0:
+        raise UserError(f"{file}: the file has no rows, expected at least one JSON object; write one object per line.")
+
+
+def _checked(file: Path, line: int, value: Any) -> SourceRow:
+    where = f"{file}:{line}"
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: the row is {_kind(value)}, expected a JSON object like {{"text": "..."}}.')
+    if not value:
+        raise UserError(f'{where}: the row is an empty object, expected keys like "text" or "messages"; delete it.')
+    return SourceRow(where, line, value)
+
+
+def _kind(value: Any) -> str:
+    """The JSON name of a value's type, with its article."""
+    for types, name in (
+        (bool, "true or false"),
+        ((int, float), "a number"),
+        (str, "a string"),
+        (list, "an array"),
+        (dict, "an object"),
+    ):
+        if isinstance(value, types):
+            return name
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _read_text(file: Path) -> Iterator[SourceRow]:
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(4096)
+            if start.startswith(_UTF16_BOMS):
+                raise UserError(f"{file}: the file is UTF-16, expected UTF-8; save it again as UTF-8.")
+            stream.seek(len(_UTF8_BOM) if start.startswith(_UTF8_BOM) else 0)
+            if start.removeprefix(_UTF8_BOM).lstrip().startswith(b"["):
+                yield from _array_rows(file, _decode(file, 1, stream.read()))
+            else:
+                yield from _line_rows(file, stream)
+    except OSError as error:
+        raise UserError(
+            f"{file}: the file cannot be read ({error.strerror or error}); check its permissions."
+        ) from error
+
+
+def _decode(file: Path, first_line: int, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b"\n", 0, error.start)
+        raise UserError(
+            f"{file}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file again as UTF-8."
+        ) from None
+
+
+def _line_rows(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
+    for line, raw in enumerate(stream, 1):
+        text = _decode(file, line, raw).strip(_JSON_SPACE)
+        if not text:
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(_broken(file, line, error.msg, error.colno, text)) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(_broken(file, line, str(error), 1, text)) from None
+        yield _checked(file, line, value)
+
+
+def _broken(file: Path, line: int, why: str, column: int, text: str) -> str:
+    hint = "write one whole JSON object per line"
+    if text in ("{", "["):
+        hint = "an object may not span lines: " + hint + ", or one array of objects"
+    return f"{file}:{line}: the line is not valid JSON ({why}, column {column}); {hint}."
+
+
+def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
+    """Yield the elements of the array one by one: the line of an element is that of its first character."""
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+
+    def skip_space(at: int) -> int:
+        nonlocal line, counted
+        while at < len(text) and text[at] in _JSON_SPACE:
+            at += 1
+        line += text.count("\n", counted, at)
+        counted = at
+        return at
+
+    def broken(why: str) -> UserError:
+        return UserError(f"{file}:{line}: the array is not valid JSON ({why}); mend it, or write one object per line.")
+
+    at = skip_space(skip_space(0) + 1)
+    if text[at : at + 1] != "]":
+        while True:
+            try:
+                value, end = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                line += text.count("\n", counted, error.pos)
+                raise broken(f"{error.msg}, column {error.colno}") from None
+            except (ValueError, RecursionError) as error:
+                raise broken(str(error)) from None
+            yield _checked(file, line, value)
+            at = skip_space(end)
+            if text[at : at + 1] == "]":
+                break
+            if text[at : at + 1] != ",":
+                raise broken(
+                    f"got {text[at]!r}, expected ',' or ']'" if at < len(text) else "the closing ']' is missing"
+                )
+            at = skip_space(at + 1)
+    at = skip_space(at + 1)
+    if at < len(text):
+        raise broken(f"got {text[at]!r} after the closing ']'")
+
+
+def _read_parquet(file: Path) -> Iterator[SourceRow]:
+    try:
+        # By name, so that the type checker does not ask for a package that is optional here.
+        pyarrow: Any = import_module("pyarrow")
+        parquet: Any = import_module("pyarrow.parquet")
+    except ImportError:
+        raise UserError(
+            f"{file}: reading Parquet needs pyarrow, which is not installed; "
+            "type pip install pyarrow, or convert the file to JSONL."
+        ) from None
+    line = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    line += 1
+                    yield _checked(file, line, value)
+    except (pyarrow.ArrowException, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file}: the file is not readable Parquet ({first}); write it again.") from error

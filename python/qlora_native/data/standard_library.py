@@ -1,0 +1,110 @@
+"""A task made from the Python that is running: the first line of the docstring for a function.
+
+Real text, no download, and a split that means something: whole modules are held out, so no function of a held-out file
+was seen in training.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+INSTRUCTION = "Write the first line of the docstring for this Python function."
+
+# Not code that people wrote to be read: tests, generated tables, vendored packages.
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "turtledemo", "_vendor"}
+_HELD_OUT_SHARE = 8  # one module in eight
+_MIN_SUMMARY, _MAX_SUMMARY = 15, 120  # characters
+_MIN_LINES = 3
+
+
+@dataclass(frozen=True)
+class Example:
+    """One function without its docstring, and the docstring's first line."""
+
+    module: str
+    source: str
+    summary: str
+
+    def messages(self) -> list[dict[str, str]]:
+        """The example as a chat: the function in a code block, its summary as the answer."""
+        return [
+            {"role": "user", "content": f"{INSTRUCTION}\n\n```python\n{self.source}\n```"},
+            {"role": "assistant", "content": self.summary},
+        ]
+
+
+def is_held_out(module: str) -> bool:
+    """Whether a module belongs to the held-out split: decided by its name alone, so it is the same everywhere."""
+    return hashlib.sha256(module.encode()).digest()[0] % _HELD_OUT_SHARE == 0
+
+
+def examples(max_characters: int, root: Path | None = None) -> Iterator[Example]:
+    """Every documented function of the standard library whose source has at most ``max_characters``, in a fixed order.
+
+    ``root`` is the folder of modules; the running Python's own by default.
+    """
+    folder = Path(sysconfig.get_path("stdlib")) if root is None else root
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if _SKIPPED_FOLDERS.intersection(parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old modules hold escapes that the parser grumbles about
+                tree = ast.parse(text)
+        except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                found = _example(".".join(parts), text, node)
+                if found is not None and len(found.source) <= max_characters:
+                    yield found
+
+
+def _example(module: str, text: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Example | None:
+    docstring = ast.get_docstring(node)
+    if not docstring or len(node.body) < 2 or node.end_lineno is None:
+        return None
+    summary = docstring.splitlines()[0].strip()
+    if not _MIN_SUMMARY <= len(summary) <= _MAX_SUMMARY:
+        return None
+    lines = text.splitlines()
+    documented = node.body[0]
+    head = lines[node.lineno - 1 : documented.lineno - 1]
+    body = lines[documented.end_lineno : node.end_lineno]
+    if len(head) + len(body) < _MIN_LINES:
+        return None
+    return Example(module, textwrap.dedent("\n".join(head + body)).rstrip(), summary)
+
+
+def write_split(folder: Path, max_characters: int, held_out_rows: int) -> tuple[Path, Path, int, int]:
+    """Writes ``train.jsonl`` and ``heldout.jsonl`` (OpenAI messages) into ``folder``.
+
+    Returns the two paths and their numbers of rows. Held-out rows beyond ``held_out_rows`` are thinned out evenly, so
+    that every held-out module stays represented.
+    """
+    train, held_out = [], []
+    seen: set[tuple[str, str]] = set()
+    for example in examples(max_characters):
+        if (example.source, example.summary) in seen:
+            continue
+        seen.add((example.source, example.summary))
+        (held_out if is_held_out(example.module) else train).append(example)
+    if len(held_out) > held_out_rows:
+        held_out = [held_out[i * len(held_out) // held_out_rows] for i in range(held_out_rows)]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.jsonl", folder / "heldout.jsonl"
+    for path, rows in zip(paths, (train, held_out), strict=True):
+        with path.open("w", encoding="utf-8") as file:
+            for example in rows:
+                file.write(json.dumps({"messages": example.messages()}, ensure_ascii=False) + "\n")
+    return *paths, len(train), len(held_out)

@@ -1,0 +1,383 @@
+"""Turn one row into token ids and labels: the chat template, and which tokens are trained.
+
+A label is the token's own id where it is trained and -100 where it is not (the causal shift is the loss's business).
+With ``train_on="answers"`` these are trained: what the assistant wrote and the token that ends its turn; the completion
+after a prompt; every token of a plain text. The first token is never trained: nothing stands before it to predict it
+from, and when rows are packed one after another it must not be predicted from a stranger.
+
+Where an answer stands in the tokens is found in this order:
+
+1. The template marks it with a ``{% generation %}`` block: transformers' assistant mask, plus the end-of-turn token if
+   the block stops short of it (a model never trained on that token never stops).
+2. Otherwise by text. It starts where the conversation so far, rendered with the generation prompt, ends. Templates that
+   rewrite earlier turns break that prefix; then the answer is replaced by a probe word and the rendered text before and
+   after the probe, which is also how the end is found, gives the place.
+3. A place in the text becomes a place in the tokens by the tokenizer's offsets where a token begins or ends exactly
+   there; else by tokenising the prefix alone, if that is a prefix of the tokens; else every token that overlaps the
+   answer is in.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from qlora_native.data.formats import Message, Row
+from qlora_native.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+TrainOn = Literal["answers", "all"]
+
+# For a tokenizer without a template of its own. A role's name on a line, its text, a blank line; an answer ends with
+# the tokenizer's end-of-sequence token, so that generation stops. Answers are marked: other trainers mask them alike.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + ':\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PROBE = "ProbeWordForTheAnswer"
+
+_Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids and labels of one row, equally long; ``truncated`` if tokens were cut off at its right end."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool = False
+
+    @property
+    def trained(self) -> int:
+        """How many tokens have a label."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+class ChatEncoder:
+    """Encodes rows with a tokenizer's chat template, or with :data:`DEFAULT_CHAT_TEMPLATE` if it has none.
+
+    Args:
+        tokenizer: a transformers tokenizer; a fast one is best (a slow one has no offsets).
+        max_length: longest row in tokens; longer rows lose their right end. None: no limit.
+        train_on: "answers", or "all" to train every token of every row.
+
+    Attributes:
+        chat_template: the Jinja text in use, to be saved beside an adapter.
+        uses_default_template: whether that is the built-in one.
+        folded_system: rows so far whose system message was put before the first user message, as the template has no
+            system role.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, train_on: TrainOn = "answers"
+    ) -> None:
+        if train_on not in ("answers", "all"):
+            raise ValueError(f"train_on is {train_on!r}, expected 'answers' or 'all'")
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length is {max_length}, expected at least 2: one token to read and one to predict")
+        self.tokenizer: Any = tokenizer
+        self.max_length = max_length
+        self.train_on = train_on
+        self.folded_system = 0
+        self._fast = bool(getattr(tokenizer, "is_fast", False))
+        self._lead = self._leading_ids()
+        own = self._own_template()
+        self.uses_default_template = own is None
+        self.chat_template = own if own is not None else self._default_template()
+        self._marked = self._fast and bool(_GENERATION_BLOCK.search(self.chat_template))
+        self._control_ids = self._control_tokens()
+        self._blank: dict[int, bool] = {}
+        self._prompts: bool | None = None
+
+    def encode(self, row: Row) -> Encoded:
+        """Token ids and labels of one row.
+
+        Raises:
+            UserError: the template refuses the conversation, or an answer cannot be found in what it renders.
+        """
+        if row.messages is not None:
+            ids, trained = self._messages(row, row.messages)
+        else:
+            ids, trained = self._plain(row)
+        if self.train_on == "all":
+            trained = [True] * len(ids)
+        labels = [token if keep else IGNORE_INDEX for token, keep in zip(ids, trained, strict=True)]
+        if labels:
+            labels[0] = IGNORE_INDEX
+        cut = self.max_length if self.max_length is not None else len(ids)
+        return Encoded(ids[:cut], labels[:cut], truncated=len(ids) > cut)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant is to answer: what generation starts from.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        _, text, _ = self._rendered(list(messages), "the conversation", add_generation_prompt=True)
+        return self._tokenise(text)[0]
+
+    # ---- plain text and prompt + completion
+
+    def _plain(self, row: Row) -> tuple[list[int], list[bool]]:
+        context = row.prompt or ""
+        text = context + (row.completion if row.completion is not None else row.text or "")
+        ids, trained = self._mask(text, [(len(context), len(text))])
+        if ids[: len(self._lead)] != self._lead:
+            ids, trained = [*self._lead, *ids], [row.prompt is None] * len(self._lead) + trained
+        return self._with_eos(ids, trained)
+
+    def _with_eos(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
+        eos = self.tokenizer.eos_token_id
+        if eos is None or ids[-1:] == [eos]:
+            return ids, trained
+        return [*ids, eos], [*trained, True]
+
+    # ---- conversations
+
+    def _messages(self, row: Row, given: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        messages, text, shift = self._rendered(list(given), row.where)
+        untrained = {index - shift for index in row.untrained}
+        if self.train_on == "all":
+            ids, _ = self._tokenise(text)
+            trained = [True] * len(ids)
+        elif self._marked and not untrained and (marked := self._assistant_mask(messages)):
+            ids, trained = marked
+        else:
+            ids, trained = self._mask(text, self._answers(messages, text, untrained, row.where))
+        ends_in_answer = messages[-1]["role"] == "assistant" and len(messages) - 1 not in untrained
+        return self._close_turns(ids, trained, ends_in_answer)
+
+    def _assistant_mask(self, messages: list[Message]) -> tuple[list[int], list[bool]] | None:
+        out = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, return_dict=True, return_assistant_tokens_mask=True
+        )
+        trained = [bool(flag) for flag in out["assistant_masks"]]
+        # A template may hold a block it does not reach; then the answers are found by text.
+        return (list(out["input_ids"]), trained) if any(trained) else None
+
+    def _answers(self, messages: list[Message], text: str, untrained: set[int], where: str) -> list[tuple[int, int]]:
+        """Start and end, in characters of ``text``, of every answer to train."""
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or index in untrained:
+                continue
+            before, after = self._around(messages, index)
+            prompt = self._generation_prompt(messages[:index])
+            start = end = None
+            if prompt is not None and text.startswith(prompt):
+                start = len(prompt)
+            elif before is not None and text.startswith(before):
+                start = len(before)
+            if after is not None and text.endswith(after):
+                end = len(text) - len(after)
+            elif (through := self._try_render(messages[: index + 1])) is not None and text.startswith(through):
+                end = len(through.rstrip())
+            if start is None or end is None or end < start:
+                raise UserError(
+                    f"{where}: the answer in message {index + 1} of {len(messages)} cannot be found in what the chat "
+                    "template renders; mark answers in the template with {% generation %}, or set train_on to 'all'."
+                )
+            spans.append((start, end))
+        return spans
+
+    def _around(self, messages: list[Message], index: int) -> tuple[str | None, str | None]:
+        """The rendered text before and after the content of one message."""
+        probe = _PROBE
+        while any(probe in message["content"] for message in messages):
+            probe += "X"
+        changed = [*messages[:index], {**messages[index], "content": probe}, *messages[index + 1 :]]
+        pieces = (self._try_render(changed) or "").split(probe)
+        return (pieces[0], pieces[1]) if len(pieces) == 2 else (None, None)
+
+    def _generation_prompt(self, before: list[Message]) -> str | None:
+        """The conversation so far and the header of an answer, or None if the template writes no header on request."""
+        if not before or self._prompts is False:
+            return None
+        prompt = self._try_render(before, add_generation_prompt=True)
+        if self._prompts is None and prompt is not None:
+            self._prompts = prompt != self._try_render(before)
+        return prompt if self._prompts else None
+
+    def _close_turns(self, ids: list[int], trained: list[bool], ends_in_answer: bool) -> tuple[list[int], list[bool]]:
+        """Train the token that ends each answer; add the end-of-sequence token if the last answer has no such token."""
+        if self.train_on == "all":
+            return (ids, trained) if not ends_in_answer or self._ends_turn(ids, 0) else self._with_eos(ids, trained)
+        trained = list(trained)
+        start, end = 0, 0
+        for at in range(len(ids)):
+            if not trained[at]:
+                continue
+            start, end = (start if at == end else at), at + 1
+            if (end < len(ids) and trained[end]) or self._ends_turn(ids[:end], start):
+                continue
+            stop = end
+            while stop < len(ids) and self._is_blank(ids[stop]):
+                stop += 1
+            if stop < len(ids) and ids[stop] in self._control_ids:
+                trained[end : stop + 1] = [True] * (stop + 1 - end)
+        open_ended = end > 0 and not self._ends_turn(ids[:end], start) and all(map(self._is_blank, ids[end:]))
+        if ends_in_answer and open_ended and self.tokenizer.eos_token_id is not None:
+            return self._with_eos(ids[:end], trained[:end])  # without the white space, which would follow the end
+        return ids, trained
+
+    def _ends_turn(self, ids: list[int], start: int) -> bool:
+        """Whether ``ids[start:]`` ends in a token that ends a turn, white space after it or not."""
+        at = len(ids) - 1
+        while at > start and self._is_blank(ids[at]):
+            at -= 1
+        return at >= start and ids[at] in self._control_ids
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = token not in self._control_ids and not self.tokenizer.decode([token]).strip()
+        return self._blank[token]
+
+    # ---- rendering
+
+    def _rendered(
+        self, messages: list[Message], where: str, *, add_generation_prompt: bool = False
+    ) -> tuple[list[Message], str, int]:
+        """The messages the template accepts, what it renders, and how many messages were folded away in front."""
+        try:
+            return messages, self._render(messages, add_generation_prompt=add_generation_prompt), 0
+        except ImportError as error:
+            raise UserError(f"chat templates need jinja2: {error}; type pip install jinja2.") from error
+        except Exception as error:  # a template is a program of the model's author and may raise anything
+            folded = _fold_system(messages)
+            text = self._try_render(folded, add_generation_prompt=add_generation_prompt) if folded else None
+            if folded and text is not None:
+                self.folded_system += 1
+                return folded, text, 1
+            roles = ", ".join(message["role"] for message in messages)
+            why = str(error) or type(error).__name__
+            raise UserError(
+                f"{where}: the chat template refuses the conversation ({why}), got roles {roles}; "
+                "change the row to what the template expects."
+            ) from error
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+
+    def _try_render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str | None:
+        try:
+            return self._render(messages, add_generation_prompt=add_generation_prompt)
+        except Exception:  # as above; that a template refuses a probe is an answer, not a fault
+            return None
+
+    # ---- tokens
+
+    def _tokenise(self, text: str) -> tuple[list[int], _Offsets | None]:
+        # verbose=False: a row longer than the model's context is cut here, and transformers need not warn of it.
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self._fast, verbose=False)
+        return list(out["input_ids"]), (list(out["offset_mapping"]) if self._fast else None)
+
+    def _mask(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        ids, offsets = self._tokenise(text)
+        trained = [False] * len(ids)
+        if offsets is None:
+            return self._mask_slow(text, spans, ids)
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        for span_start, span_end in spans:
+            first, stop = 0, len(ids)
+            if span_start > 0:
+                first = bisect_right(ends, span_start)
+                if first == len(ids) or starts[first] != span_start:
+                    first = self._by_prefix(text[:span_start], ids, first)
+            if span_end < len(text):
+                stop = bisect_left(starts, span_end)
+                if stop == 0 or ends[stop - 1] != span_end:
+                    stop = self._by_prefix(text[:span_end], ids, stop)
+            trained[first:stop] = [True] * max(0, stop - first)
+        return ids, trained
+
+    def _by_prefix(self, prefix: str, ids: list[int], otherwise: int) -> int:
+        prefix_ids, _ = self._tokenise(prefix)
+        return len(prefix_ids) if ids[: len(prefix_ids)] == prefix_ids else otherwise
+
+    def _mask_slow(self, text: str, spans: list[tuple[int, int]], ids: list[int]) -> tuple[list[int], list[bool]]:
+        """Without offsets: token prefixes if they all are prefixes, else the pieces between the places, one by one."""
+        trained = [False] * len(ids)
+        for start, end in spans:
+            first, stop = (self._by_prefix(text[:at], ids, -1) for at in (start, end))
+            if first < 0 or stop < 0:
+                break
+            trained[first:stop] = [True] * (stop - first)
+        else:
+            return ids, trained
+        ids, trained, done = [], [], 0
+        for start, end in [*spans, (len(text), len(text))]:
+            for piece, keep in ((text[done:start], False), (text[start:end], True)):
+                piece_ids = self._tokenise(piece)[0] if piece else []
+                ids += piece_ids
+                trained += [keep] * len(piece_ids)
+            done = end
+        return ids, trained
+
+    # ---- what the tokenizer is
+
+    def _leading_ids(self) -> list[int]:
+        """The ids (a beginning-of-sequence token, or none) that this tokenizer puts before a plain text."""
+        bare = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        full = list(self.tokenizer("a")["input_ids"])
+        for at in range(len(full) - len(bare) + 1):
+            if full[at : at + len(bare)] == bare:
+                return full[:at]
+        return []
+
+    def _own_template(self) -> str | None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        try:
+            return str(self.tokenizer.get_chat_template())
+        except ValueError:  # several named templates and none called "default"
+            return None
+
+    def _default_template(self) -> str:
+        bos = self.tokenizer.bos_token_id
+        return ("{{ bos_token }}" if bos is not None and self._lead == [bos] else "") + DEFAULT_CHAT_TEMPLATE
+
+    def _control_tokens(self) -> frozenset[int]:
+        """Ids that may end a turn: special tokens and added ones the template writes; not begin, pad or unknown."""
+        found = set(self.tokenizer.all_special_ids)
+        for token, added in getattr(self.tokenizer, "added_tokens_decoder", {}).items():
+            content = str(added)
+            if getattr(added, "special", False) or (content.strip() and content in self.chat_template):
+                found.add(token)
+        found -= {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, self.tokenizer.unk_token_id}
+        return frozenset(token for token in found | {self.tokenizer.eos_token_id} if token is not None)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's own, else its end-of-sequence id, else 0 (padding is masked either way)."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def _fold_system(messages: list[Message]) -> list[Message] | None:
+    """The system message's text put before the first user message, for templates that know no system role."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return None
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]

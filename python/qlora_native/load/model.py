@@ -1,0 +1,195 @@
+"""load_model: a causal LM from a folder, 4-bit, with one tensor at a time in 16 bits."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..nn import QuantizedLinear
+from ..weight import QuantizedWeight, quantize
+from .source import Source, open_source
+from .tree import OUTPUT_EMBEDDING, Tree, first_sentence
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+METHODS = ("rtn",)
+TRIM_EVERY_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a loaded model is made of, kept as ``model.load_report``.
+
+    Attributes:
+        path: the folder or GGUF file it came from.
+        bytes_4bit: bytes of the 4-bit weights, their scales included.
+        bytes_dense: bytes of every other parameter and buffer.
+        dense: bytes of each parameter that is not 4-bit, by name, largest first; tied ones once.
+    """
+
+    path: Path
+    bytes_4bit: int
+    bytes_dense: int
+    dense: dict[str, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole model."""
+        return self.bytes_4bit + self.bytes_dense
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | int | None = None,
+    skip_modules: Iterable[str] = (OUTPUT_EMBEDDING,),
+    method: str = "rtn",
+    calibration: Any = None,
+) -> PreTrainedModel:
+    """Load any transformers causal LM with its linear layers in 4 bits.
+
+    Tensors are read one at a time, quantised (or cast to ``dtype``) and dropped, so memory peaks at the 4-bit model
+    plus the largest tensor. The model comes back in evaluation mode, every parameter frozen; ``model.load_report``
+    says what is 4-bit and what is not.
+
+    Args:
+        path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in
+            bitsandbytes' format), a ``.gguf`` file, or a folder that holds one. GGUF goes through transformers'
+            reader, which makes the 16-bit model first.
+        quant_type, block_size, double_quant: as :func:`qlora_native.quantize`. Weights that are 4-bit already keep
+            what they have.
+        dtype: of everything that stays dense, and the dtype that the 4-bit weights stand for: bfloat16, float16 or
+            float32.
+        device: where the model goes; None is torch's default device.
+        skip_modules: linear layers to leave dense: module paths or path endings, with all under them. "lm_head"
+            means the output embedding, whatever the model calls it. Tied weights always stay dense.
+        method: "rtn", round to nearest.
+        calibration: for methods that need data; None with "rtn".
+
+    Raises:
+        UserError: the files are missing, broken, of another model or hold a NaN; the sentence names the file and the
+            tensor.
+        ValueError: an argument is wrong.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"load_model: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
+    if method not in METHODS:
+        raise ValueError(f"load_model: method is {method!r}: expected {' or '.join(map(repr, METHODS))}.")
+    if calibration is not None:
+        raise ValueError(f"load_model: method {method!r} takes no calibration data: leave calibration out.")
+    if isinstance(skip_modules, str):
+        raise ValueError(f"load_model: skip_modules is the string {skip_modules!r}: expected a list of module names.")
+    options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    quantize(torch.zeros(1), **options)  # refuses wrong options before minutes of reading
+
+    target = torch.get_default_device() if device is None else torch.device(device)
+    source = open_source(Path(path), dtype)
+    tree = Tree(source.config, dtype, target)
+    # A model that is 4-bit already says itself which layers are not.
+    linears = {} if source.is_four_bit(tree) else tree.linears(skip_modules)
+    weights = {f"{name}.weight": module for name, module in linears.items()}
+
+    def is_copied(name: str, stored: torch.dtype) -> bool:
+        return name in weights or stored != tree.dtype_of(name) or target.type != "cpu"
+
+    passed = 0
+    for name, value, file in source.arrivals(tree, lambda name: True, is_copied):
+        if isinstance(value, QuantizedWeight):
+            transposed = not isinstance(tree.model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+            tree.put_quantized(name, value.to(target), transposed, file)
+        elif name in weights:
+            transposed = not isinstance(weights[name], nn.Linear)
+            weight = _quantized(name, value.to(target), file, transposed, options)
+            weight.dtype = dtype  # not that of the file: everything dense is cast likewise
+            tree.put_quantized(name, weight, transposed, file)
+        else:
+            _check_finite(name, value, file)
+            tree.put(name, value, file)
+        passed += 0 if isinstance(value, QuantizedWeight) else value.nbytes
+        if passed > TRIM_EVERY_BYTES:
+            passed = 0
+            _give_memory_back()
+    model = tree.finish(source.unexpected(tree), str(source.path))
+    if (generation := source.generation_config()) is not None:
+        model.generation_config = generation
+    model.load_report = make_report(model, source.path)
+    _set_quantization_config(model, source, dtype, options)
+    _give_memory_back()
+    return model
+
+
+def _quantized(name: str, tensor: Tensor, file: str, transposed: bool, options: dict[str, Any]) -> QuantizedWeight:
+    if tensor.dtype not in DTYPES:
+        raise UserError(f"{file}: weight {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
+    try:
+        return quantize(tensor.t().contiguous() if transposed else tensor, **options)
+    except ValueError as error:
+        reason = first_sentence(error).removeprefix("quantize: ")
+        raise UserError(f"{file}: weight {name} cannot be quantised: {reason}") from error
+
+
+def _check_finite(name: str, tensor: Tensor, file: str) -> None:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    if tensor.dtype not in (*DTYPES, torch.float64):
+        raise UserError(f"{file}: tensor {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
+    low, high = torch.aminmax(tensor)  # one pass without a mask as large as the tensor; both pass a NaN on
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(
+            f"{file}: tensor {name} holds a NaN or an infinity: expected finite numbers; copy or train the model again."
+        )
+
+
+def make_report(model: nn.Module, path: Path) -> LoadReport:
+    """Count what ``model``, loaded from ``path``, holds."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    packed = {f"{name}.weight" for name in layers}
+    scales = {id(buffer) for layer in layers.values() for buffer in layer.buffers()}
+    dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in packed}
+    return LoadReport(
+        path=path,
+        bytes_4bit=sum(layer.quantized.nbytes for layer in layers.values()),
+        bytes_dense=sum(dense.values()) + sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in scales),
+        dense=dict(sorted(dense.items(), key=lambda item: -item[1])),
+    )
+
+
+def _set_quantization_config(
+    model: PreTrainedModel, source: Source, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        model.config.__dict__.pop("quantization_config", None)
+        return
+    # What transformers writes beside 4-bit weights in this format, so that save_pretrained makes a folder it can read.
+    model.config.quantization_config = source.four_bit_config or {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": options["quant_type"],
+        "bnb_4bit_use_double_quant": options["double_quant"],
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": [name for name, module in model.named_modules() if type(module) is nn.Linear],
+    }
+
+
+def _give_memory_back() -> None:
+    """Return freed heap to the system: glibc keeps it, and tensors of many sizes leave holes that add up to a tenth
+    of the model."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # musl has none and needs none
+            trim(0)

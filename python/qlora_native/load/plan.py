@@ -1,0 +1,146 @@
+"""Which stored tensors become which tensors of the model: transformers' renamings and conversions, without its loader.
+
+transformers describes per architecture how the names in published checkpoints map to today's modules, and which
+stored tensors are split, stacked or transposed on the way. Its own loader reads everything through these; here each
+result is read, handed over and dropped before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from ..errors import UserError
+from .files import Checkpoint, StoredTensor
+from .tree import Tree, first_sentence
+
+STATE_MARK = (
+    ".quant_state.bitsandbytes__"  # every 4-bit weight in bitsandbytes' format has one tensor with this in its name
+)
+
+
+@dataclass
+class Plain:
+    """One stored tensor that becomes one tensor of the model."""
+
+    name: str
+    stored: StoredTensor
+
+
+@dataclass
+class FourBit:
+    """The stored tensors of one weight that is 4-bit already; ``prefix`` is what their names begin with."""
+
+    name: str
+    prefix: str
+    parts: list[StoredTensor]
+
+
+@dataclass
+class Converted:
+    """Stored tensors that a conversion of transformers turns into one or more tensors of the model."""
+
+    name: str
+    converter: WeightConverter
+    parts: list[tuple[str, StoredTensor]] = field(default_factory=list)  # (pattern that matched, tensor)
+
+    def run(self, model: PreTrainedModel, read: Callable[[StoredTensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The results by name. The parts are read here, all of them, and dropped as the conversion consumes them."""
+        for pattern, stored in self.parts:
+            self.converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))
+        try:
+            results = self.converter.convert(self.name, model=model, config=model.config)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the {len(self.parts)} stored tensors around {self.parts[0][1].name} cannot be turned into "
+                f"{self.name}: "
+                f"{first_sentence(error)}"
+            ) from error
+        for name in list(results):
+            result = results.pop(name)
+            yield name, result[0] if isinstance(result, list) else result
+
+
+Step = Plain | FourBit | Converted
+
+
+@dataclass
+class Plan:
+    """The steps in the order of the files, and the names in the files that the model has no place for."""
+
+    steps: list[Step]
+    unexpected: list[str]
+    conversions: list[WeightRenaming | WeightConverter]
+
+    @property
+    def is_four_bit(self) -> bool:
+        return any(isinstance(step, FourBit) for step in self.steps)
+
+
+def make_plan(checkpoint: Checkpoint, tree: Tree) -> Plan:
+    """Match every stored tensor with the model."""
+    model, shapes = tree.model, tree.shapes
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+
+    four_bit = {key.partition(STATE_MARK)[0] for key in checkpoint.tensors if STATE_MARK in key}
+    parts: dict[str, list[StoredTensor]] = {key: [] for key in four_bit}
+    steps: dict[str, Step] = {}
+    unexpected: list[str] = []
+    # Some renamings remember what they have seen, and conversions stack in this order: layer 2 before layer 10.
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+        stored = checkpoint.tensors[key]
+        owner = _owner(key, four_bit)
+        if owner is not None:
+            parts[owner].append(stored)
+            if key != owner:
+                continue
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+        if name not in shapes and key in shapes:
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, shapes)
+        if name not in shapes:
+            unexpected.append(key)
+        elif pattern is None:
+            earlier = steps.setdefault(name, FourBit(name, key, parts[key]) if owner else Plain(name, stored))
+            if isinstance(earlier, Plain) and earlier.stored is not stored:
+                raise UserError(f"{stored.file}: tensors {earlier.stored.name} and {key} are both stored for {name}.")
+        elif owner is not None:
+            raise UserError(
+                f"{stored.file}: {key} is 4-bit already, but transformers rearranges this weight of "
+                f"{type(model).__name__} on loading; "
+                f"load the 16-bit model instead."
+            )
+        else:
+            step = steps.setdefault(name, Converted(name, deepcopy(converter_of[pattern])))
+            assert isinstance(step, Converted)
+            step.parts.append((pattern, stored))
+    ordered = sorted(steps.values(), key=_position)
+    return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()])
+
+
+def _owner(key: str, four_bit: set[str]) -> str | None:
+    """The 4-bit weight that the stored tensor ``key`` is a part of."""
+    candidate = key
+    while candidate not in four_bit:
+        candidate, dot, _ = candidate.rpartition(".")
+        if not dot:
+            return None
+    return candidate
+
+
+def _position(step: Step) -> tuple[str, int]:
+    stored = (
+        step.stored if isinstance(step, Plain) else step.parts[0] if isinstance(step, FourBit) else step.parts[0][1]
+    )
+    return str(stored.file), stored.start

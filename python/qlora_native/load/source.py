@@ -1,0 +1,205 @@
+"""What a model is loaded from: a folder of safetensors, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedConfig
+
+from ..errors import UserError
+from ..weight import QuantizedWeight, from_bnb
+from .files import Checkpoint, Scratch
+from .plan import Converted, FourBit, Plain, Plan, make_plan
+from .tree import Tree, first_sentence
+
+# (name in the model, tensor, where it came from). The tensor may lie in memory that the next one overwrites.
+Arrivals = Iterator[tuple[str, Tensor | QuantizedWeight, str]]
+
+
+class SafetensorsSource:
+    """A folder with ``config.json`` and safetensors, 16-bit or 32-bit, or 4-bit in bitsandbytes' format."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.checkpoint = Checkpoint.open(folder)
+        self.config = _read_config(folder)
+        self.four_bit_config: dict[str, object] | None = _four_bit_config(self.config, folder)
+        self._plan: Plan | None = None
+
+    def plan(self, tree: Tree) -> Plan:
+        """The plan for this tree; made once, before anything in the tree is exchanged."""
+        if self._plan is None:
+            self._plan = make_plan(self.checkpoint, tree)
+            tree.model._weight_conversions = self._plan.conversions  # save_pretrained turns these round
+        return self._plan
+
+    def unexpected(self, tree: Tree) -> list[str]:
+        """Stored names that the model has no place for."""
+        return self.plan(tree).unexpected
+
+    def is_four_bit(self, tree: Tree) -> bool:
+        """Whether the weights are 4-bit in the files."""
+        return self.plan(tree).is_four_bit
+
+    def arrivals(
+        self, tree: Tree, wanted: Callable[[str], bool], is_copied: Callable[[str, torch.dtype], bool]
+    ) -> Arrivals:
+        """Each wanted tensor of the model, one after another in the order of the files.
+
+        ``is_copied(name, stored dtype)`` says that the taker will not keep the tensor itself; it then lies in shared
+        scratch memory.
+        """
+        steps = [step for step in self.plan(tree).steps if isinstance(step, Converted) or wanted(step.name)]
+        copied = [
+            step.stored.num_bytes
+            for step in steps
+            if isinstance(step, Plain) and is_copied(step.name, step.stored.dtype)
+        ]
+        scratch = Scratch(max(copied, default=0))
+        for step in steps:
+            if isinstance(step, Plain):
+                reuse = is_copied(step.name, step.stored.dtype)
+                yield step.name, self.checkpoint.read(step.stored, scratch if reuse else None), str(step.stored.file)
+            elif isinstance(step, FourBit):
+                yield step.name, self._four_bit(step), str(step.parts[0].file)
+            else:
+                for name, tensor in step.run(tree.model, self.checkpoint.read):
+                    if wanted(name):
+                        yield name, tensor, str(step.parts[0][1].file)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The folder's own generation defaults, if it has any."""
+        if not (self.path / "generation_config.json").is_file():
+            return None
+        try:
+            return GenerationConfig.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.path / 'generation_config.json'} cannot be used: {first_sentence(error)}"
+            ) from error
+
+    def _four_bit(self, step: FourBit) -> QuantizedWeight:
+        tensors = {stored.name: self.checkpoint.read(stored) for stored in step.parts}
+        try:
+            return from_bnb(tensors, step.prefix)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{step.parts[0].file}: 4-bit weight {step.prefix} cannot be used: {first_sentence(error)}"
+            ) from error
+
+
+class GgufSource:
+    """One GGUF file, through transformers' own reader, which makes the whole 16-bit model first."""
+
+    four_bit_config: dict[str, object] | None = None
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        self.path, self._dtype = path, dtype
+        try:
+            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
+            raise self._unusable(error) from error
+        self.config.name_or_path = str(path)
+
+    def unexpected(self, tree: Tree) -> list[str]:
+        """Nothing: transformers has matched the names."""
+        return []
+
+    def is_four_bit(self, tree: Tree) -> bool:
+        """Never: the blocks of GGUF are of another kind, and are dequantised on reading."""
+        return False
+
+    def arrivals(
+        self, tree: Tree, wanted: Callable[[str], bool], is_copied: Callable[[str, torch.dtype], bool]
+    ) -> Arrivals:
+        """As for safetensors; here the peak is the 16-bit model, and each tensor of it is dropped once handed over."""
+        try:
+            dense = AutoModelForCausalLM.from_pretrained(
+                self.path.parent,
+                config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
+                gguf_file=self.path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=self._dtype,
+            )
+        except Exception as error:
+            raise self._unusable(error) from error
+        for name, parameter in list(dense.state_dict().items()):
+            if wanted(name):
+                yield name, parameter.detach(), str(self.path)
+            path, _, leaf = name.rpartition(".")
+            setattr(dense.get_submodule(path), leaf, None)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """GGUF holds none."""
+        return None
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(f"{self.path} cannot be read as GGUF: {first_sentence(error)}")
+
+
+Source = SafetensorsSource | GgufSource
+
+
+def open_source(path: Path, dtype: torch.dtype) -> Source:
+    """Find out what ``path`` holds. Raises :class:`UserError` saying what is missing."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(
+                f"{path} is a file: expected a model folder or a .gguf file; give the folder that holds it."
+            )
+        return GgufSource(path, dtype)
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is not there: expected a model folder or a .gguf file; a model of the Hugging Face hub is "
+            "fetched with "
+            f"`hf download NAME --local-dir FOLDER`."
+        )
+    if (path / "config.json").is_file():
+        return SafetensorsSource(path)
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return GgufSource(found[0], dtype)
+    if found:
+        raise UserError(f"{path} holds {len(found)} GGUF files: name the one to load, such as {found[0]}.")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds an adapter and no model: load its base model, then load_adapter(model, {str(path)!r})."
+        )
+    raise UserError(f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it.")
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    try:
+        kind = json.loads(path.read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: expected a JSON object; copy the file again.") from error
+    if not kind:
+        raise UserError(f"{path} has no model_type: expected the configuration of a transformers model.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # its validators raise types of their own, with the reason as the cause
+        reason = first_sentence(error.__cause__ or error)
+        raise UserError(f"{path} (model type {kind}) cannot be used: {reason}") from error
+    config.name_or_path = str(folder)
+    return config
+
+
+def _four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
+    """config.json's own description of 4-bit weights; refuses every other kind of quantised weights."""
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return None
+    values = dict(given if isinstance(given, dict) else given.to_dict())
+    if values.get("quant_method") == "bitsandbytes" and values.get("load_in_4bit"):
+        return values
+    kind = "8-bit bitsandbytes" if values.get("load_in_8bit") else values.get("quant_method", "unknown")
+    raise UserError(
+        f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, or 4-bit in bitsandbytes' format; load "
+        "the original model."
+    )

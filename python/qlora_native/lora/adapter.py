@@ -1,0 +1,320 @@
+"""Adapter folders in PEFT's format, written and read without PEFT.
+
+``adapter_config.json`` says what the adapter is, ``adapter_model.safetensors`` holds its tensors under
+``base_model.model.<path>.lora_A.weight`` [r, K] and ``.lora_B.weight`` [N, r].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .config import LoraConfig
+from .layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
+# PEFT's settings under which a layer computes something else than x W^T + s (x A^T) B^T.
+_OTHER_MATHS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Initialisations that change the base model's weights, which an adapter's file does not hold.
+_CHANGES_THE_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the model's adapter in PEFT's format: ``PeftModel.from_pretrained(base, folder)`` loads it.
+
+    Both files are written under temporary names and brought to the disk before either is renamed, so that a full disk
+    or a crash leaves an adapter that was already in ``folder`` as it was. Tensors are fp32.
+
+    Raises:
+        ValueError: the model has no adapter. UserError: the folder cannot be written.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError(f"save_adapter: {type(model).__name__} has no adapter: call add_lora first.")
+    config: LoraConfig = model.lora_config  # type: ignore[assignment]
+    tensors = {
+        f"{PREFIX}{path}.lora_{side}.weight": parameter.detach().float().cpu().contiguous()
+        for path, layer in layers.items()
+        for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B))
+    }
+    for path, module in trained_whole(model, config.modules_to_save).items():
+        for name, tensor in module.state_dict().items():
+            tensors[f"{PREFIX}{path}.{name}"] = tensor.detach().cpu().clone()
+    text = json.dumps(_peft_config(model, config, layers), indent=2, sort_keys=True) + "\n"
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as both:  # renames only after both are safe on disk
+            both.enter_context(_replacing(folder / CONFIG_NAME, text.encode()))
+            both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata={"format": "pt"})))
+        _fsync(folder)
+    except OSError as error:
+        kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
+        raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}{kept}.") from error
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Read an adapter in PEFT's format into the model.
+
+    A model without an adapter gets one, trainable as after :func:`add_lora`; into a model that has one of the same
+    layers, rank and scale, the values are copied. rsLoRA, rank and alpha patterns and ``modules_to_save`` are honoured.
+
+    Args:
+        model: the base that the adapter was trained on; changed in place.
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: a file is missing or broken; the adapter is for another model or another rank; it uses something
+            (DoRA, trained biases, ...) that this library does not compute. The model is then unchanged.
+    """
+    folder = Path(folder)
+    stored = _read_config(folder)
+    pairs, whole = _read_tensors(folder, model, stored)
+    config = _our_config(folder, stored, pairs, whole)
+    targets = _check(folder, model, config, pairs, stored)
+    copies = _whole_copies(folder, model, whole)
+    if not any(True for _ in lora_layers(model)):
+        try:
+            insert(model, targets, config, torch.Generator())  # the values come next; torch's own stays put
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
+    with torch.no_grad():
+        for path, layer in lora_layers(model):
+            layer.lora_A.copy_(pairs[path]["A"])
+            layer.lora_B.copy_(pairs[path]["B"])
+        for parameter, tensor in copies:
+            parameter.copy_(tensor)
+    return model
+
+
+def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+    report = getattr(model, "load_report", None)
+    base = report.path if report else getattr(getattr(model, "config", None), "name_or_path", None)
+    is_causal = callable(getattr(model, "prepare_inputs_for_generation", None))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if is_causal else None,
+        "base_model_name_or_path": str(base) if base else None,
+        "r": config.r,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": _shortest_names(model, layers),
+        "bias": "none",
+        "use_rslora": config.rslora,
+        "use_dora": False,
+        "fan_in_fan_out": any(getattr(layer.base_layer, "fan_in_fan_out", False) for layer in layers.values()),
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _shortest_names(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
+    """Names that PEFT, which matches path endings over all modules, resolves to exactly ``layers``."""
+    short = sorted({path.rpartition(".")[2] for path in layers})
+    meant = {path for path, _ in plain_modules(model) if any(matches(path, name) for name in short)}
+    return short if meant == set(layers) else sorted(layers)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        stored = json.loads(path.read_bytes())
+        if not isinstance(stored, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} has no {CONFIG_NAME}: expected an adapter folder as save_adapter or PEFT writes it."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: expected a JSON object; copy the file again.") from error
+    if stored.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {stored.get('peft_type')!r}: expected 'LORA', the one kind read here.")
+    used = [name for name in _OTHER_MATHS if stored.get(name)]
+    if stored.get("bias", "none") != "none":
+        used.append("bias")
+    if used:
+        raise UserError(
+            f"{path} sets {used[0]} to {stored[used[0]]!r}, which this library does not compute: "
+            f"merge that adapter with PEFT and load the merged model."
+        )
+    init = stored.get("init_lora_weights")
+    if isinstance(init, str) and _CHANGES_THE_BASE.fullmatch(init):
+        raise UserError(
+            f"{path} says init_lora_weights={init!r}, which changes the base model's weights as well: "
+            f"convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)."
+        )
+    return stored
+
+
+def _read_tensors(
+    folder: Path, model: nn.Module, stored: dict[str, Any]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """(path -> {"A": [r, K], "B": [N, r]}, whole tensors by their name in the model)."""
+    path = folder / TENSORS_NAME
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        pickle = " (a pickle, adapter_model.bin, is not read)" if (folder / "adapter_model.bin").is_file() else ""
+        raise UserError(f"{folder} has no {TENSORS_NAME}{pickle}: save the adapter again.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}; copy the file again.") from error
+    pairs: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if match := _LORA_KEY.fullmatch(name):
+            pairs.setdefault(match["path"], {})[match["side"]] = tensor
+        elif ".lora_" in name:
+            raise UserError(f"{path}: {key} belongs to a kind of LoRA that this library does not compute.")
+        elif ".base_layer." not in name:  # PEFT may store an adapted embedding's own weight; the model has it
+            whole[name] = tensor
+    for layer, pair in pairs.items():
+        if len(pair) != 2:
+            side = next(iter(pair))
+            raise UserError(f"{path} holds lora_{side} of {layer} but not its partner: save the adapter again.")
+    if not pairs:
+        raise UserError(f"{path} holds no lora_A and lora_B: expected those of at least one layer.")
+    return pairs, whole
+
+
+def _our_config(
+    folder: Path, stored: dict[str, Any], pairs: dict[str, dict[str, Tensor]], whole: dict[str, Tensor]
+) -> LoraConfig:
+    named = stored.get("modules_to_save") or sorted({name.rpartition(".")[0] for name in whole})
+    try:
+        return LoraConfig(
+            r=stored["r"],
+            alpha=stored.get("lora_alpha", 8),
+            dropout=stored.get("lora_dropout", 0.0),
+            target_modules=sorted(pairs),
+            rslora=bool(stored.get("use_rslora", False)),
+            rank_pattern=stored.get("rank_pattern") or {},
+            alpha_pattern=stored.get("alpha_pattern") or {},
+            modules_to_save=named if whole else (),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG_NAME} cannot be used: {error}") from error
+
+
+def _check(
+    folder: Path,
+    model: nn.Module,
+    config: LoraConfig,
+    pairs: dict[str, dict[str, Tensor]],
+    stored: dict[str, Any],
+) -> dict[str, tuple[int, float]]:
+    """Path -> (rank, scale), once everything fits the model."""
+    modules = dict(plain_modules(model))
+    name = type(model).__name__
+    base = stored.get("base_model_name_or_path") or "another model"
+    targets: dict[str, tuple[int, float]] = {}
+    for path, pair in pairs.items():
+        layer = modules.get(path)
+        if not isinstance(layer, nn.Linear):
+            what = "no such module" if layer is None else f"a {type(layer).__name__} there"
+            raise UserError(f"{folder}: the adapter is for {path}, but {name} has {what}; it was trained on {base}.")
+        rank = config.rank_of(path)
+        got = (tuple(pair["A"].shape), tuple(pair["B"].shape))
+        if len(got[0]) != 2 or len(got[1]) != 2 or got[0][0] != rank:
+            raise UserError(
+                f"{folder}: lora_A of {path} is {list(got[0])}, but {CONFIG_NAME} says rank {rank}; "
+                f"the two files are of different adapters."
+            )
+        if got != ((rank, layer.in_features), (layer.out_features, rank)):
+            raise UserError(
+                f"{folder}: the adapter of {path} is for {got[0][1]} inputs and {got[1][0]} outputs, but the layer of "
+                f"{name} has {layer.in_features} and {layer.out_features}; it was trained on {base}."
+            )
+        targets[path] = (rank, config.scale_of(path))
+    present = dict(lora_layers(model))
+    if not present:
+        return targets
+    if differing := sorted(targets.keys() ^ present.keys()):
+        where = "the adapter" if differing[0] in targets else "the model"
+        raise UserError(
+            f"{folder}: the adapter changes {len(targets)} layers and the model's adapter {len(present)}: only {where} "
+            f"has {differing[0]}; load the model again without an adapter."
+        )
+    for path, (rank, scale) in targets.items():
+        layer = present[path]
+        if rank != layer.r or abs(scale - layer.scale) > 1e-9 * abs(scale):
+            raise UserError(
+                f"{folder}: the adapter of {path} has rank {rank} and scale {scale:g}, the model's has rank {layer.r} "
+                f"and scale {layer.scale:g}; set the same r, alpha and rslora, or load the model again without an "
+                "adapter."
+            )
+    return targets
+
+
+def _whole_copies(folder: Path, model: nn.Module, whole: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What to copy where for the modules that were trained whole."""
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    copies = []
+    for name, tensor in whole.items():
+        target = state.get(name)
+        if target is None or target.shape != tensor.shape:
+            has = "nothing of that name" if target is None else f"it as {list(target.shape)}"
+            raise UserError(
+                f"{folder}: the adapter holds {name} {list(tensor.shape)}, but {type(model).__name__} has {has}; "
+                f"load a model whose {name.rpartition('.')[0]} is dense and of that shape."
+            )
+        copies.append((target, tensor))
+    return copies
+
+
+@contextmanager
+def _replacing(path: Path, content: bytes) -> Iterator[None]:
+    """``content`` safe on disk under a temporary name on entering; at ``path`` on leaving without an exception."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _fsync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,336 @@
+"""Adapter folders against the peft package, in both directions, and every way such a folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import dense_twin, distance, logits, make, save
+from torch import nn
+
+import qlora_native as qn
+from qlora_native.load import load_model
+from qlora_native.lora import LoraConfig, add_lora, load_adapter, lora_layers, save_adapter
+
+peft = pytest.importorskip("peft")
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+RANKS = {"q_proj": 4, r"layers\.1\..*up_proj": 2}
+
+
+def fill(model: nn.Module) -> None:
+    """Give B values, and A other ones than it begins with."""
+    generator = torch.Generator().manual_seed(7)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=generator) * 0.05
+
+
+def peft_model(base: nn.Module, **options: Any) -> Any:
+    """The base wrapped by peft, with values in every lora_B."""
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(8)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return model.eval()
+
+
+OURS: list[dict[str, Any]] = [
+    {},
+    {"rslora": True, "alpha": 5},
+    {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"]},  # short names would say too much
+    {"rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"dropout": 0.25},
+]
+
+
+@pytest.mark.parametrize("options", OURS, ids=lambda options: "+".join(options) or "default")
+def test_ours_loads_in_peft(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = save(tmp_path / "base")
+    model = load_model(folder, dtype=torch.float32)
+    twin = dense_twin(folder, model)[0]
+    plain = logits(model)
+    add_lora(model, LoraConfig(**{"r": 8, "seed": 0, **options}))
+    fill(model)
+    if "modules_to_save" in options:
+        model.lm_head.weight.data.normal_(0, 0.1)
+    save_adapter(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter").eval()
+    assert distance(logits(theirs), logits(model)) < 1e-5
+    assert distance(logits(model), plain) > 0.01
+    wrapped = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    assert wrapped == set(dict(lora_layers(model)))
+    again = load_adapter(load_model(folder, dtype=torch.float32), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Qwen2"])
+def test_ours_loads_in_peft_for_other_layers(tmp_path: Path, kind: str) -> None:
+    folder = save(tmp_path / "base", kind)
+    model = load_model(folder, dtype=torch.float32)
+    twin = dense_twin(folder, model)[0]
+    fill(add_lora(model, LoraConfig(r=4)))
+    save_adapter(model, tmp_path / "adapter")
+    assert distance(logits(peft.PeftModel.from_pretrained(twin, tmp_path / "adapter").eval()), logits(model)) < 1e-5
+
+
+THEIRS: list[dict[str, Any]] = [
+    {"target_modules": "all-linear"},
+    {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 5},
+    {"target_modules": r".*\.1\.(self_attn|mlp)\.(q|up)_proj"},  # a string is a regular expression
+    {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    {"target_modules": "all-linear", "rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    {"target_modules": ["lm_head", "v_proj"]},
+    {"target_modules": ["v_proj"], "init_lora_weights": "gaussian", "lora_dropout": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", THEIRS, ids=lambda options: "+".join(map(str, options.values()))[:40])
+def test_theirs_loads_here(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = save(tmp_path / "base")
+    model = load_model(folder, dtype=torch.float32)
+    theirs = peft_model(dense_twin(folder, model)[0], r=8, **options)
+    if "modules_to_save" in options:
+        for parameter in theirs.base_model.model.lm_head.modules_to_save.parameters():
+            parameter.data.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert load_adapter(model, tmp_path / "adapter") is model
+    assert distance(logits(model), logits(theirs)) < 1e-5
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("lora_" in name or "lm_head" in name or "embed" in name for name in trainable)
+    save_adapter(model, tmp_path / "again")
+    first, second = (load_file(tmp_path / name / TENSORS) for name in ("adapter", "again"))
+    first = {name: tensor for name, tensor in first.items() if "base_layer" not in name}
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_files_are_as_peft_writes_them(tmp_path: Path) -> None:
+    folder = save(tmp_path / "base")
+    model = load_model(folder)  # bf16: the adapter is fp32 all the same
+    add_lora(model, LoraConfig(r=4, alpha=16, dropout=0.05))
+    save_adapter(model, tmp_path / "ours")
+    peft_model(make(), r=4, target_modules="all-linear").save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / TENSORS) for name in ("ours", "theirs"))
+    assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {
+        name: (t.shape, t.dtype) for name, t in theirs.items()
+    }
+    with safe_open(tmp_path / "ours" / TENSORS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    config = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    known = json.loads((tmp_path / "theirs" / CONFIG).read_text())
+    assert set(config) <= set(known), "peft warns about keys that it does not know"
+    assert config["target_modules"] == sorted(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    for key in ("peft_type", "task_type", "bias", "use_dora", "fan_in_fan_out", "init_lora_weights"):
+        assert config[key] == known[key], key
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 16, 0.05)
+    assert config["base_model_name_or_path"] == str(folder)
+
+
+def test_loading_into_an_adapter_keeps_its_parameters(tmp_path: Path) -> None:
+    """An optimizer holds the parameters: loading must fill them, not exchange them."""
+    folder = save(tmp_path / "base")
+    first = load_model(folder)
+    fill(add_lora(first, LoraConfig(r=4, seed=1)))
+    save_adapter(first, tmp_path / "adapter")
+    second = add_lora(load_model(folder), LoraConfig(r=4, seed=2))
+    parameters = [parameter for parameter in second.parameters() if parameter.requires_grad]
+    load_adapter(second, tmp_path / "adapter")
+    assert all(a is b for a, b in zip(parameters, (p for p in second.parameters() if p.requires_grad), strict=True))
+    assert torch.equal(logits(first), logits(second))
+
+
+def test_loading_leaves_the_random_state_alone(tmp_path: Path) -> None:
+    folder = save(tmp_path / "base")
+    save_adapter(add_lora(load_model(folder), LoraConfig(r=4)), tmp_path / "adapter")
+    model = load_model(folder)
+    state = torch.get_rng_state()
+    load_adapter(model, tmp_path / "adapter")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong adapters
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model under base/ and an adapter of rank 4 under adapter/."""
+    root = tmp_path_factory.mktemp("sound")
+    model = load_model(save(root / "base"))
+    fill(add_lora(model, LoraConfig(r=4)))
+    save_adapter(model, root / "adapter")
+    return root
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / TENSORS)
+    edit(tensors)
+    save_file(tensors, folder / TENSORS)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+WRONG: list[tuple[str, Callable[[Path], object], str]] = [
+    ("no config", lambda f: (f / CONFIG).unlink(), r"has no adapter_config\.json: expected an adapter folder"),
+    ("config is not JSON", lambda f: (f / CONFIG).write_text("{"), "expected a JSON object"),
+    ("no tensors", lambda f: (f / TENSORS).unlink(), r"has no adapter_model\.safetensors"),
+    ("pickle", lambda f: (f / TENSORS).rename(f / "adapter_model.bin"), r"adapter_model\.bin, is not read"),
+    ("cut short", lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:500]), "cannot be read"),
+    ("prompt tuning", lambda f: edit_config(f, peft_type="PROMPT_TUNING"), "peft_type is 'PROMPT_TUNING'"),
+    ("DoRA", lambda f: edit_config(f, use_dora=True), "sets use_dora to True, which this library does not compute"),
+    ("biases", lambda f: edit_config(f, bias="all"), "sets bias to 'all'"),
+    ("PiSSA", lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), "pissa_niter_4.*changes the base"),
+    ("config of another rank", lambda f: edit_config(f, r=8), r"is \[4, 96\], but adapter_config\.json says rank 8"),
+    ("no rank", lambda f: edit_config(f, r=None), "cannot be used"),
+    ("half a pair", lambda f: edit_tensors(f, lambda t: t.pop(KEY)), "holds lora_B of .*q_proj but not its partner"),
+    ("nothing", lambda f: edit_tensors(f, lambda t: t.clear()), "holds no lora_A and lora_B"),
+    (
+        "embedding adapter",
+        lambda f: edit_tensors(f, lambda t: t.update({"base_model.model.x.lora_embedding_A": torch.zeros(2)})),
+        "a kind of LoRA that this library does not compute",
+    ),
+    (
+        "whole tensor of another model",
+        lambda f: edit_tensors(f, lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(9, 64)})),
+        r"lm_head\.weight \[9, 64\].*as \[128, 64\]",
+    ),
+    (
+        "whole tensor of a 4-bit layer",
+        lambda f: edit_tensors(
+            f, lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.weight": torch.zeros(96, 64)})
+        ),
+        r"up_proj\.weight \[96, 64\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_wrong_adapters_are_one_sentence(
+    tmp_path: Path, sound: Path, damage: Callable[[Path], object], says: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(sound / "adapter", adapter)
+    damage(adapter)
+    model = load_model(sound / "base")
+    before = logits(model)
+    with pytest.raises(qn.UserError) as told:
+        load_adapter(model, adapter)
+    sentence = str(told.value)
+    assert re.search(says, sentence), sentence
+    assert str(adapter) in sentence
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    assert torch.equal(logits(model), before), "the model must be as it was"
+
+
+def test_an_adapter_of_another_base(tmp_path: Path, sound: Path) -> None:
+    wider = load_model(save(tmp_path / "wider", intermediate_size=128))
+    with pytest.raises(
+        qn.UserError, match=r"down_proj is for 96 inputs and 64 outputs.*has 128 and 64.*trained on .*base"
+    ):
+        load_adapter(wider, sound / "adapter")
+    shallow = load_model(save(tmp_path / "shallow", num_hidden_layers=1))
+    with pytest.raises(qn.UserError, match=r"for model\.layers\.1\..*but LlamaForCausalLM has no such module"):
+        load_adapter(shallow, sound / "adapter")
+    other = load_model(save(tmp_path / "other", "GPT2"))
+    with pytest.raises(qn.UserError, match="GPT2LMHeadModel has no such module"):
+        load_adapter(other, sound / "adapter")
+
+
+def test_an_adapter_other_than_the_models(sound: Path) -> None:
+    def model_with(**options: Any) -> nn.Module:
+        return add_lora(load_model(sound / "base"), LoraConfig(**options))
+
+    with pytest.raises(qn.UserError, match=r"has rank 4 and scale 8, the model's has rank 8 and scale 4"):
+        load_adapter(model_with(r=8), sound / "adapter")
+    with pytest.raises(qn.UserError, match=r"scale 8, the model's has rank 4 and scale 16"):
+        load_adapter(model_with(r=4, rslora=True), sound / "adapter")
+    with pytest.raises(qn.UserError, match=r"changes 14 layers and the model's adapter 2"):
+        load_adapter(model_with(r=4, target_modules=["q_proj"]), sound / "adapter")
+
+
+def test_saving_without_an_adapter() -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no adapter: call add_lora first"):
+        save_adapter(make(), "nowhere")
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from qlora_native import UserError
+from qlora_native.load import load_model
+from qlora_native.lora import load_adapter, lora_layers, save_adapter
+
+base, adapter = sys.argv[1:]
+model = load_adapter(load_model(base), adapter)
+for _, layer in lora_layers(model):
+    layer.lora_B.data.fill_(1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+try:
+    save_adapter(model, adapter)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by setrlimit")
+def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path, sound: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(sound / "adapter", adapter)
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(sound / "base"), str(adapter)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert re.search("cannot write the adapter to .*; the adapter that was there is unchanged", done.stdout), (
+        done.stderr
+    )
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_both_files_are_renamed_only_when_both_are_written(
+    tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_native.lora import adapter as module
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(sound / "adapter", folder)
+    model = add_lora(load_model(sound / "base"), LoraConfig(r=2))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calls: list[int] = []
+
+    def second_fails(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", second_fails)
+    with pytest.raises(qn.UserError, match="No space left on device; the adapter that was there is unchanged"):
+        save_adapter(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

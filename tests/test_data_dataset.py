@@ -1,0 +1,202 @@
+"""From a file to arrays: every format end to end, the counts, what is dropped, and that batches come out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_data_template import byte_tokenizer, marked
+
+from qlora_native.data import BatchPlan, Encoded, TokenizedDataset, collate, load_dataset, padding_id
+from qlora_native.errors import UserError
+
+
+def jsonl(folder: Path, *rows: Any, name: str = "train.jsonl") -> Path:
+    file = folder / name
+    file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def alpaca(question: str, answer: str) -> dict[str, str]:
+    return {"instruction": question, "output": answer}
+
+
+def shown(tokenizer: Any, dataset: TokenizedDataset, index: int) -> str:
+    row = dataset[index]
+    return marked(tokenizer, Encoded(row["input_ids"].tolist(), row["labels"].tolist()))
+
+
+EXCHANGE = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[a<|im_end|>]]\n"
+HEADER = 1 + 5 + 1 + 2 + 1 + 10  # tokens of an exchange before its answer, the question being one byte
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "text"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, EXCHANGE),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, EXCHANGE),
+        ("alpaca", {"instruction": "q", "input": "", "output": "a"}, EXCHANGE),
+        ("prompt-completion", {"prompt": "q: ", "completion": "a"}, "q: [[a<|im_end|>]]"),
+        ("text", {"text": "abc"}, "a[[bc<|im_end|>]]"),
+    ],
+)
+def test_every_format_from_file_to_tokens(tmp_path: Path, format: str, row: dict[str, Any], text: str) -> None:
+    tokenizer = byte_tokenizer()
+    dataset = load_dataset(jsonl(tmp_path, row, row), tokenizer)
+    assert (dataset.stats.format, dataset.stats.inferred) == (format, True)
+    assert [shown(tokenizer, dataset, index) for index in range(2)] == [text, text]
+    forced = load_dataset(jsonl(tmp_path, {**row, "text": "abc", "extra": 1}), tokenizer, format=format)
+    assert (forced.stats.format, forced.stats.inferred) == (format, False)
+    assert shown(tokenizer, forced, 0) == text
+
+
+def test_rows_and_arrays(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    dataset = load_dataset(jsonl(tmp_path, alpaca("q", "a"), "\n", alpaca("q", "bcd")), tokenizer)
+    assert len(dataset) == 2
+    assert dataset.lines.tolist() == [1, 3]
+    assert dataset.lengths.tolist() == [HEADER + 3, HEADER + 5]
+    assert dataset.offsets.tolist() == [0, HEADER + 3, 2 * HEADER + 8]
+    assert [str(held.dtype) for held in (dataset.input_ids, dataset.labels)] == ["int32", "int32"]
+    second = dataset[1]
+    assert np.array_equal(second["input_ids"], dataset.input_ids[HEADER + 3 :])
+    assert np.shares_memory(second["labels"], dataset.labels)
+    assert np.array_equal(dataset[-1]["labels"], second["labels"])
+    assert len(list(dataset)) == len(dataset[0:2]) == 2
+    with pytest.raises(IndexError, match="row 2 of a dataset of 2 rows"):
+        dataset[2]
+    with pytest.raises(IndexError):
+        dataset[-3]
+    with pytest.raises(ValueError, match="read-only"):
+        second["input_ids"][0] = 1
+    assert dataset.labels[dataset.offsets[:-1]].tolist() == [-100, -100]
+
+
+def test_counts_of_kept_cut_and_dropped_rows(tmp_path: Path) -> None:
+    rows = [alpaca("q", "a"), alpaca("q", "abcdefgh"), alpaca("q" * 30, "a"), alpaca("q", "abc")]
+    file = jsonl(tmp_path, *rows)
+    dataset = load_dataset(file, byte_tokenizer(), max_length=HEADER + 5)
+    stats = dataset.stats
+    assert dataset.lines.tolist() == [1, 2, 4]
+    assert dataset.truncated.tolist() == [False, True, False]
+    assert (stats.rows, stats.dropped, stats.truncated) == (3, 1, 1)
+    assert stats.tokens == (HEADER + 3) + (HEADER + 5) + (HEADER + 5)
+    assert stats.trained_tokens == 2 + 5 + 4
+    assert stats.share_trained == pytest.approx(11 / stats.tokens)
+    assert stats.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (stats.path, stats.max_length, stats.train_on, stats.template) == (str(file), 25, "answers", "tokenizer")
+    as_json = json.loads(json.dumps(stats.as_dict()))
+    assert as_json["dropped"] == 1
+    assert as_json["share_trained"] == stats.share_trained
+    assert stats.describe() == (
+        f"{file}: format alpaca (inferred from the first rows); 3 rows, 73 tokens, 15% trained; "
+        "1 cut to 25 tokens, 1 dropped"
+    )
+
+
+def test_describe_tells_of_the_default_template_and_of_moved_system_messages(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, {**alpaca("q", "a"), "system": "s"})
+    plain = load_dataset(file, byte_tokenizer(None, eos="</s>"), format="alpaca")
+    assert plain.stats.template == "default"
+    assert ": format alpaca, default chat template (the tokenizer has none); 1 rows" in plain.stats.describe()
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[1]['content'] }}"
+    )
+    folded = load_dataset(file, byte_tokenizer(refusing))
+    assert folded.stats.folded_system == 1
+    assert folded.stats.describe().endswith("; 1 system messages put before the first user message")
+    assert load_dataset(jsonl(tmp_path, {"text": "abc"}), byte_tokenizer(None)).stats.template == "none"
+
+
+def test_train_on_all_and_limit(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, alpaca("q", "a"), alpaca("q", "b"), "{broken\n")
+    dataset = load_dataset(file, byte_tokenizer(), train_on="all", limit=2)
+    assert dataset.stats.trained_tokens == dataset.stats.tokens - 2
+    assert dataset.stats.train_on == "all"
+
+
+@pytest.mark.parametrize("line", [2, 21, 40])
+def test_a_bad_row_anywhere_is_named(tmp_path: Path, line: int) -> None:
+    rows: list[Any] = [alpaca("q", "a")] * 40
+    for bad, start in (
+        ("{broken\n", "the line is not valid JSON"),
+        ({"instruction": "q"}, "format 'alpaca' needs 'output', got 'instruction'"),
+        (alpaca("q", ""), "'output' is empty"),
+    ):
+        file = jsonl(tmp_path, *rows[: line - 1], bad, *rows[line:])
+        with pytest.raises(UserError) as caught:
+            load_dataset(file, byte_tokenizer())
+        assert str(caught.value).startswith(f"{file}:{line}: {start}")
+
+
+def test_a_file_without_anything_to_train_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_dataset(jsonl(tmp_path, alpaca("q", "a"), alpaca("r", "b")), byte_tokenizer(), max_length=HEADER)
+    assert str(caught.value).endswith(
+        f": no row has a trained token left, as 2 of 2 rows begin their answer after max_length={HEADER} tokens; "
+        "raise max_length."
+    )
+    with pytest.raises(UserError) as caught:
+        load_dataset(jsonl(tmp_path, {"messages": [{"role": "user", "content": "q"}]}), byte_tokenizer())
+    assert str(caught.value).endswith(
+        ": none of the 1 rows has an answer to train on; add assistant messages, or set train_on to 'all'."
+    )
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, alpaca("q", "a"))
+    with pytest.raises(ValueError, match="format is 'json', expected None or one of messages"):
+        load_dataset(file, byte_tokenizer(), format="json")
+    with pytest.raises(ValueError, match="max_length is 1"):
+        load_dataset(file, byte_tokenizer(), max_length=1)
+
+
+# ---- parts of a data set
+
+
+def test_subset_keeps_rows_lines_and_counts(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    rows = [*(alpaca("q", letter * size) for size, letter in enumerate("abcd", 1)), alpaca("q" * 30, "a")]
+    whole = load_dataset(jsonl(tmp_path, *rows), tokenizer, max_length=HEADER + 4)
+    part = whole.subset([3, 0])
+    assert [shown(tokenizer, part, index) for index in range(2)] == [shown(tokenizer, whole, index) for index in (3, 0)]
+    assert part.lines.tolist() == [4, 1]
+    assert part.truncated.tolist() == [True, False]
+    assert (part.stats.rows, part.stats.truncated, part.stats.trained_tokens) == (2, 1, 4 + 2)
+    assert part.stats.dropped == whole.stats.dropped == 1, "of the file"
+    assert part.stats.tokens == len(part.input_ids) == 2 * HEADER + 4 + 3
+    with pytest.raises(ValueError, match="row numbers from 0 to 3"):
+        whole.subset([4])
+
+
+def test_split_holds_out_the_same_rows_for_the_same_seed(tmp_path: Path) -> None:
+    whole = load_dataset(jsonl(tmp_path, *(alpaca("q", "a" * size) for size in range(1, 21))), byte_tokenizer())
+    train, held = whole.split(0.25, seed=1)
+    assert (len(train), len(held)) == (15, 5)
+    assert sorted([*train.lines, *held.lines]) == whole.lines.tolist()
+    assert held.lines.tolist() == sorted(held.lines)
+    assert whole.split(5, seed=1)[1].lines.tolist() == held.lines.tolist()
+    assert whole.split(5, seed=2)[1].lines.tolist() != held.lines.tolist()
+    for bad in (0, 20, 0.01, 0.99):
+        with pytest.raises(UserError, match="expected at least 1 of each"):
+            whole.split(bad)
+
+
+def test_batches_of_tensors_from_a_file(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    dataset = load_dataset(jsonl(tmp_path, *(alpaca("q", "a" * size) for size in range(1, 11))), tokenizer)
+    plan = BatchPlan(dataset.lengths, 4, seed=0)
+    seen = 0
+    for rows in plan:
+        batch = collate([dataset[index] for index in rows], padding_id(tokenizer))
+        assert batch["input_ids"].shape[1] % 8 == 0
+        seen += int((batch["labels"] != -100).sum())
+        padded = batch["attention_mask"] == 0
+        assert torch.all(batch["labels"][padded] == -100)
+        assert int(batch["attention_mask"].sum()) == int(dataset.lengths[rows].sum())
+    assert seen == dataset.stats.trained_tokens

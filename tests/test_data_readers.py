@@ -1,0 +1,191 @@
+"""Rows out of JSONL, JSON and Parquet files, and the sentence for each thing that can be wrong with a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_native.data import SourceRow, read_rows
+from qlora_native.errors import UserError
+
+
+def write(folder: Path, content: str | bytes, name: str = "train.jsonl") -> Path:
+    file = folder / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def failure(file: Path, **options: Any) -> str:
+    """The sentence that reading the file ends with, the folder taken out."""
+    with pytest.raises(UserError) as caught:
+        list(read_rows(file, **options))
+    message = str(caught.value).replace(str(file.parent) + "/", "")
+    assert "\n" not in message
+    assert message.endswith((".", "?"))
+    return message
+
+
+def lines_and_data(rows: Iterator[SourceRow]) -> list[tuple[int, dict[str, Any]]]:
+    return [(row.line, row.data) for row in rows]
+
+
+def test_jsonl_rows_carry_their_lines_through_blank_lines_crlf_and_a_byte_order_mark(tmp_path: Path) -> None:
+    file = write(tmp_path, b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "\xc3\xa9\\n"}\r\n{"text": "c"}')
+    rows = list(read_rows(file))
+    assert [(row.line, row.data["text"]) for row in rows] == [(1, "a"), (4, "é\n"), (5, "c")]
+    assert rows[1].where == f"{file}:4"
+
+
+def test_separators_of_unicode_do_not_end_a_jsonl_line(tmp_path: Path) -> None:
+    file = write(tmp_path, '{"text": "a\u2028b\x85c"}\n{"text": "d"}\n')
+    assert lines_and_data(read_rows(file)) == [(1, {"text": "a\u2028b\x85c"}), (2, {"text": "d"})]
+
+
+def test_jsonl_is_read_as_it_is_asked_for(tmp_path: Path) -> None:
+    file = write(tmp_path, '{"text": "a"}\n{"text": "b"}\n{broken\n')
+    rows = read_rows(file)
+    assert [next(rows).line, next(rows).line] == [1, 2]
+    with pytest.raises(UserError, match=":3: "):
+        next(rows)
+    assert len(list(read_rows(file, limit=2))) == 2
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.JSON"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_objects_is_read_whatever_the_suffix(tmp_path: Path, name: str, indent: int | None) -> None:
+    values = [{"text": "a"}, {"messages": [{"role": "user", "content": "x\ny"}]}, {"text": "]"}]
+    text = "\n" + json.dumps(values, indent=indent)
+    rows = list(read_rows(write(tmp_path, text, name)))
+    assert [row.data for row in rows] == values
+    if indent:
+        opening = [number for number, line in enumerate(text.split("\n"), 1) if line == "  {"]
+        assert [row.line for row in rows] == opening
+    else:
+        assert [row.line for row in rows] == [2, 2, 2]
+
+
+def test_a_json_file_may_hold_one_object_per_line(tmp_path: Path) -> None:
+    file = write(tmp_path, '{"text": "a"}\n{"text": "b"}\n', "rows.json")
+    assert lines_and_data(read_rows(file)) == [(1, {"text": "a"}), (2, {"text": "b"})]
+
+
+GOOD = '{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "start", "also"),
+    [
+        (GOOD * 2 + '{"text": "b"\n', "train.jsonl:3: the line is not valid JSON (", "column 13"),
+        (
+            GOOD + '\n{"text": "b"} {"text": "c"}\n',
+            "train.jsonl:3: the line is not valid JSON (Extra data",
+            "column 15",
+        ),
+        ('{\n  "text": "a"\n}\n', "train.jsonl:1: the line is not valid JSON (", "may not span lines"),
+        (GOOD + "[" * 100_000, "train.jsonl:2: the line is not valid JSON (", "recursion"),
+        (GOOD + '["b"]\n', "train.jsonl:2: the row is an array", "expected a JSON object"),
+        (GOOD + '"b"\n', "train.jsonl:2: the row is a string", "expected a JSON object"),
+        (GOOD + "3\n", "train.jsonl:2: the row is a number", "expected a JSON object"),
+        (GOOD + "true\n", "train.jsonl:2: the row is true or false", "expected a JSON object"),
+        (GOOD + "null\n", "train.jsonl:2: the row is null", "expected a JSON object"),
+        (GOOD + "{}\n", "train.jsonl:2: the row is an empty object", "delete it"),
+        (GOOD.encode() * 2 + b'{"text": "\xe9"}\n', "train.jsonl:3: byte 0xe9 is not UTF-8", "save the file again"),
+        ('{"text": "a"}\n'.encode("utf-16"), "train.jsonl: the file is UTF-16", "save it again as UTF-8"),
+        ("", "train.jsonl: the file has no rows", "one object per line"),
+        ("\n \r\n", "train.jsonl: the file has no rows", "one object per line"),
+    ],
+)
+def test_a_bad_line_is_one_sentence_with_file_and_line(
+    tmp_path: Path, content: str | bytes, start: str, also: str
+) -> None:
+    message = failure(write(tmp_path, content))
+    assert message.startswith(start)
+    assert also in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('[\n{"text": "a"},\n{"text" "b"}\n]', "rows.json:3: the array is not valid JSON (Expecting ':' delimiter"),
+        (
+            '[\n{"text": "a"}\n{"text": "b"}\n]',
+            "rows.json:3: the array is not valid JSON (got '{', expected ',' or ']')",
+        ),
+        ('[\n{"text": "a"}\n', "rows.json:3: the array is not valid JSON (the closing ']' is missing)"),
+        ('[\n{"text": "a"},\n]', "rows.json:3: the array is not valid JSON (Expecting value"),
+        (
+            '[{"text": "a"}]\n\n{"text": "b"}',
+            "rows.json:3: the array is not valid JSON (got '{' after the closing ']')",
+        ),
+        ('[\n{"text": "a"},\n\n7]', "rows.json:4: the row is a number"),
+        ('[\n{\n"text" "b"\n}]', "rows.json:3: the array is not valid JSON (Expecting ':' delimiter"),
+        ("[]", "rows.json: the file has no rows"),
+        (b'[\n{"text": "a"},\n{"text": "\xff"}]', "rows.json:3: byte 0xff is not UTF-8"),
+    ],
+)
+def test_a_bad_array_is_one_sentence_with_file_and_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
+    assert failure(write(tmp_path, content, "rows.json")).startswith(expected)
+
+
+def test_a_path_that_is_no_data_file_says_what_to_type_instead(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    assert failure(tmp_path / "trian.jsonl") == "trian.jsonl: no such data file; did you mean train.jsonl?"
+    assert "check the path" in failure(tmp_path / "nowhere" / "x.jsonl")
+    assert failure(write(tmp_path, "a,b", "rows.csv")).startswith("rows.csv: got a '.csv' file, expected .jsonl")
+    with pytest.raises(UserError, match="is a folder, expected a data file"):
+        read_rows(tmp_path)
+    with pytest.raises(ValueError, match="limit is 0"):
+        read_rows(tmp_path / "train.jsonl", limit=0)
+
+
+def test_parquet_without_pyarrow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = failure(write(tmp_path, b"PAR1", "rows.parquet"))
+    assert message.startswith("rows.parquet: reading Parquet needs pyarrow")
+    assert "pip install pyarrow" in message
+
+
+def test_parquet_rows_are_numbered_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[Any]] = [[{"text": "a"}, {"text": "b"}], [{"text": "c"}]]
+
+    class ParquetFile:
+        def __init__(self, file: Path) -> None:
+            if file.read_bytes() != b"PAR1":
+                raise ArrowError("magic bytes\nnot found")
+
+        def __enter__(self) -> ParquetFile:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+        def iter_batches(self, batch_size: int) -> Iterator[Any]:
+            return iter([types.SimpleNamespace(to_pylist=lambda batch=batch: batch) for batch in batches])
+
+    class ArrowError(Exception):
+        pass
+
+    arrow, parquet = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
+    vars(arrow)["ArrowException"], vars(parquet)["ParquetFile"] = ArrowError, ParquetFile
+    monkeypatch.setitem(sys.modules, "pyarrow", arrow)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+
+    file = write(tmp_path, b"PAR1", "rows.parquet")
+    assert lines_and_data(read_rows(file)) == [(1, {"text": "a"}), (2, {"text": "b"}), (3, {"text": "c"})]
+    bad = write(tmp_path, b"no", "bad.parquet")
+    assert failure(bad) == "bad.parquet: the file is not readable Parquet (magic bytes); write it again."
+
+
+def test_parquet_written_by_pyarrow(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "b"}]}] * 3
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row.data for row in read_rows(tmp_path / "rows.parquet", limit=2)] == rows[:2]
+    assert failure(write(tmp_path, b"PAR1", "bad.parquet")).startswith("bad.parquet: the file is not readable Parquet")

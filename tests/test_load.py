@@ -1,0 +1,301 @@
+"""load_model against transformers' own loading: the same model but for the 4-bit layers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import dense_twin, distance, logits, make, save
+from transformers import GenerationConfig
+
+import qlora_native as qn
+from qlora_native.load import load_model
+from qlora_native.nn import QuantizedLinear
+
+# Kind, changes to its config, layers that become 4-bit. What each one probes stands behind it.
+ARCHITECTURES: list[tuple[str, dict[str, Any], int]] = [
+    ("Llama", {}, 14),
+    ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}, 14),
+    ("Qwen2", {}, 14),  # biases in part of the layers
+    ("Qwen3", {"head_dim": 16}, 14),  # norms of heads
+    ("Gemma2", {"head_dim": 16}, 14),  # tied by default, a non-persistent scale
+    ("Gemma3Text", {"head_dim": 16}, 14),  # two rotary tables
+    ("Phi3", {}, 8),  # fused projections
+    ("GPTNeoX", {}, 8),  # the output embedding is called embed_out in checkpoints
+    ("GPT2", {}, 8),  # transposed Conv1D, tied
+    ("Falcon", {"new_decoder_architecture": False}, 8),  # a subclass of nn.Linear
+    ("Mixtral", {"num_local_experts": 4}, 8),  # experts stored one by one, stacked on loading
+    ("Mamba", {}, 2),  # most weights are read past their layer
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "layers"), ARCHITECTURES, ids=lambda value: str(value)[:12])
+def test_the_same_model_but_for_its_4bit_layers(
+    tmp_path: Path, kind: str, changes: dict[str, Any], layers: int
+) -> None:
+    save(tmp_path, kind, torch.bfloat16, **changes)
+    model = load_model(tmp_path, dtype=torch.float32)
+    twin, worst = dense_twin(tmp_path, model)
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == layers
+    assert worst < 0.12
+    assert distance(logits(model), logits(twin)) < 1e-5
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.config.dtype == torch.float32
+    buffers = dict(twin.named_buffers())  # the rotary tables among them, which no file holds
+    for name, buffer in model.named_buffers():
+        assert name not in buffers or torch.equal(buffer, buffers[name]), name
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_quantised_as_stored_and_the_rest_is_cast(tmp_path: Path, stored: torch.dtype) -> None:
+    save(tmp_path, dtype=stored)
+    model = load_model(tmp_path, quant_type="fp4", block_size=128, double_quant=False)
+    file = load_file(tmp_path / "model.safetensors")
+    layer = model.model.layers[1].mlp.down_proj
+    expected = qn.quantize(
+        file["model.layers.1.mlp.down_proj.weight"], quant_type="fp4", block_size=128, double_quant=False
+    )
+    assert torch.equal(layer.quantized.packed, expected.packed)
+    assert torch.equal(layer.quantized.absmax, expected.absmax)
+    assert layer.quantized.dtype == torch.bfloat16
+    assert torch.equal(model.model.embed_tokens.weight, file["model.embed_tokens.weight"].bfloat16())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.uint8}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_shards_give_the_same_model(tmp_path: Path) -> None:
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    model = make(num_hidden_layers=11)  # layer 10 sorts before layer 2 as text
+    model.save_pretrained(whole)
+    model.save_pretrained(sharded, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 5
+    assert torch.equal(logits(load_model(whole)), logits(load_model(sharded)))
+
+
+def test_the_prefix_of_the_base_model_may_be_absent(tmp_path: Path) -> None:
+    save(tmp_path, tie_word_embeddings=True)
+    expected = logits(load_model(tmp_path))
+    file = tmp_path / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    assert torch.equal(logits(load_model(tmp_path)), expected)
+
+
+def test_tied_weights_stored_twice(tmp_path: Path) -> None:
+    save(tmp_path, tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    model = load_model(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in model.load_report.dense
+
+
+def test_norms_kept_in_fp32_stay_so(tmp_path: Path) -> None:
+    save(tmp_path, "Llama")
+    model = load_model(tmp_path, dtype=torch.float16)
+    assert model.model.norm.weight.dtype == torch.float16  # llama asks for nothing
+    save(tmp_path / "t", "Mixtral", num_local_experts=4)
+    kind = type(make("Mixtral", num_local_experts=4))
+    kind._keep_in_fp32_modules_strict = {"norm"}
+    try:
+        model = load_model(tmp_path / "t", dtype=torch.float16)
+    finally:
+        del kind._keep_in_fp32_modules_strict
+    assert model.model.norm.weight.dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.float16
+
+
+def test_skip_modules(tmp_path: Path) -> None:
+    save(tmp_path)
+
+    def four_bit(skip: list[str]) -> set[str]:
+        model = load_model(tmp_path, skip_modules=skip)
+        return {path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+    everything = four_bit([])
+    assert "lm_head" in everything
+    assert four_bit(["lm_head"]) == everything - {"lm_head"}
+    assert four_bit(["q_proj"]) == {path for path in everything if not path.endswith("q_proj")}
+    assert four_bit(["layers.1"]) == {path for path in everything if ".1." not in path}
+    with pytest.raises(ValueError, match=r"skip_modules.*'q_prj'.*did you mean q_proj"):
+        load_model(tmp_path, skip_modules=["q_prj"])
+    with pytest.raises(ValueError, match="expected a list"):
+        load_model(tmp_path, skip_modules="lm_head")
+
+
+def test_lm_head_means_the_output_embedding_under_any_name(tmp_path: Path) -> None:
+    save(tmp_path, "GPTNeoX")
+    model = load_model(tmp_path)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert isinstance(load_model(tmp_path, skip_modules=[]).get_output_embeddings(), QuantizedLinear)
+
+
+def test_the_report_counts_every_byte(tmp_path: Path) -> None:
+    save(tmp_path, num_hidden_layers=1)
+    report = load_model(tmp_path).load_report
+    elements = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3
+    blocks = elements // 64
+    nested = 2 * 1 + 2 * 1 + 3 * 1  # each layer has fewer than 256 blocks: one fp32 scale of scales
+    assert report.bytes_4bit == elements // 2 + blocks + 4 * nested + 4 * 7  # and an fp32 offset each
+    norms = {f"model.layers.0.{name}_layernorm.weight": 128 for name in ("input", "post_attention")}
+    assert report.dense == {
+        "model.embed_tokens.weight": 128 * 64 * 2,
+        "lm_head.weight": 128 * 64 * 2,
+        **norms,
+        "model.norm.weight": 128,
+    }
+    inv_freq = 2 * 4 * 8  # kept twice by transformers, fp32 [head_dim / 2]
+    assert report.bytes_dense == sum(report.dense.values()) + inv_freq
+    assert report.num_bytes == report.bytes_4bit + report.bytes_dense
+    assert report.path == tmp_path
+
+
+def test_generation_config_and_generate(tmp_path: Path) -> None:
+    save(tmp_path)
+    GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=[127]).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert model.generation_config.eos_token_id == [127]
+    assert model.generate(torch.tensor([[5, 6]])).shape[1] <= 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights that are 4-bit already
+
+
+def write_four_bit(folder: Path, storage: torch.dtype = torch.uint8, ulp: bool = False) -> dict[str, torch.Tensor]:
+    """A folder as bitsandbytes writes it, made of qn.to_bnb; with ``ulp``, maps that differ from the tables by one."""
+    save(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            weight = qn.quantize(tensor.bfloat16())
+            weight.storage_dtype = storage
+            parts = qn.to_bnb(weight, name)
+            if ulp:
+                code = parts[f"{name}.quant_map"]
+                parts[f"{name}.quant_map"] = torch.nextafter(code, torch.full_like(code, 2.0))
+            tensors |= parts
+        else:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("ulp", [False, True])
+def test_four_bit_checkpoints_load_and_save_byte_for_byte(tmp_path: Path, storage: torch.dtype, ulp: bool) -> None:
+    stored = write_four_bit(tmp_path, storage, ulp)
+    model = load_model(tmp_path, quant_type="fp4", block_size=256)  # what the files say wins
+    state = model.state_dict()
+    assert state.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert state[name].dtype == tensor.dtype, name
+        assert torch.equal(state[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    assert torch.equal(logits(load_model(tmp_path / "again")), logits(model))
+
+
+def test_what_bitsandbytes_saved_answers_as_in_bitsandbytes(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    save(tmp_path / "dense", intermediate_size=128)  # its CPU kernels need rows of whole blocks
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.train()  # in evaluation mode its CPU path rounds to bf16
+    model = load_model(tmp_path / "theirs", dtype=torch.float32)
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 14
+    assert distance(logits(model), logits(theirs).detach()) < 1e-5
+
+
+def test_what_we_save_bitsandbytes_reads(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    save(tmp_path / "dense", intermediate_size=128)
+    model = load_model(tmp_path / "dense", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, device_map={"": "cpu"})
+    assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert distance(logits(theirs.train()).detach(), logits(model)) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+
+def write_gguf(path: Path) -> None:
+    """A tiny llama with fp32 tensors, written with the gguf package."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(128)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{number}>" for number in range(128)])
+    shapes = {
+        "token_embd": (128, 64),
+        "output": (128, 64),
+        "output_norm": (64,),
+        "blk.0.attn_norm": (64,),
+        "blk.0.ffn_norm": (64,),
+        "blk.0.attn_q": (64, 64),
+        "blk.0.attn_k": (32, 64),
+        "blk.0.attn_v": (32, 64),
+        "blk.0.attn_output": (64, 64),
+        "blk.0.ffn_gate": (96, 64),
+        "blk.0.ffn_up": (96, 64),
+        "blk.0.ffn_down": (64, 96),
+    }
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape, generator=generator) * 0.05 if len(shape) == 2 else torch.ones(shape)
+        writer.add_tensor(f"{name}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file_and_folder(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    write_gguf(tmp_path / "tiny.gguf")
+    model = load_model(tmp_path / "tiny.gguf", dtype=torch.float32)
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            weight = twin.get_submodule(path).weight
+            assert torch.equal(layer.quantized.packed, qn.quantize(weight).packed), path
+            weight.data.copy_(layer.quantized.dequantize(torch.float32))
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 7
+    assert distance(logits(model), logits(twin)) < 1e-5
+    assert torch.equal(logits(load_model(tmp_path, dtype=torch.float32)), logits(model))
+    shutil.copy(tmp_path / "tiny.gguf", tmp_path / "other.gguf")
+    with pytest.raises(qn.UserError, match="2 GGUF files"):
+        load_model(tmp_path)

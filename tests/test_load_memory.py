@@ -1,0 +1,119 @@
+"""The memory that load_model takes, measured from outside on a model of more than 500 MB in 16 bits."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+HIDDEN, INNER, LAYERS, VOCAB = 1536, 4096, 10, 8192
+
+# Imports, says so, loads once told to, reports, and stays alive until it is no longer measured.
+CHILD = """
+import json, sys
+import torch
+import transformers.models.llama.modeling_llama
+from qlora_native.load import load_model
+
+torch.set_num_threads(2)
+print("ready", flush=True)
+sys.stdin.readline()
+model = load_model(sys.argv[1])
+print(json.dumps({"num_bytes": model.load_report.num_bytes, "bytes_4bit": model.load_report.bytes_4bit}), flush=True)
+sys.stdin.readline()
+"""
+
+
+def write_model(folder: Path) -> tuple[int, int]:
+    """A random llama, one shard a layer, never whole in memory. Returns bytes of all tensors, and of the largest."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=12,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    attention = torch.randn(HIDDEN, HIDDEN).mul_(0.02).bfloat16()
+    mlp = torch.randn(INNER, HIDDEN).mul_(0.02).bfloat16()
+    norm = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for number in range(LAYERS):
+        prefix = f"model.layers.{number}."
+        shards[f"model-{number:02}.safetensors"] = {
+            **{f"{prefix}self_attn.{name}_proj.weight": attention for name in "qkvo"},
+            f"{prefix}mlp.gate_proj.weight": mlp,
+            f"{prefix}mlp.up_proj.weight": mlp,
+            f"{prefix}mlp.down_proj.weight": mlp.view(HIDDEN, INNER),
+            f"{prefix}input_layernorm.weight": norm,
+            f"{prefix}post_attention_layernorm.weight": norm,
+        }
+    table = torch.randn(VOCAB, HIDDEN).mul_(0.02).bfloat16()
+    shards["model-99.safetensors"] = {
+        "model.embed_tokens.weight": table,
+        "lm_head.weight": table,
+        "model.norm.weight": norm,
+    }
+    sizes = []
+    for file, tensors in shards.items():
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file)
+        sizes += [tensor.nbytes for tensor in tensors.values()]
+    index = {"weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(sizes), max(sizes)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory in use that no file stands behind. Shared anonymous memory counts too: it is no way round the limit."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    values = {
+        name: int(value.split()[0]) * 1024
+        for name, _, value in (line.partition(":") for line in lines)
+        if "kB" in value
+    }
+    return values["RssAnon"] + values["RssShmem"]
+
+
+@pytest.mark.slow_memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_is_the_four_bit_model_and_one_tensor(tmp_path: Path) -> None:
+    stored, largest = write_model(tmp_path)
+    assert stored > 500e6
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        before = peak = anonymous_bytes(process.pid)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        deadline = time.monotonic() + 120
+        while not select.select([process.stdout], [], [], 0.0005)[0]:
+            peak = max(peak, anonymous_bytes(process.pid))
+            assert time.monotonic() < deadline
+        model = json.loads(process.stdout.readline())
+        after = anonymous_bytes(process.pid)
+        process.stdin.write("done\n")
+        process.stdin.flush()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.stdin.close()
+    limit = (model["num_bytes"] + largest) * 1.1
+    told = f"peak {peak - before:,}, at rest {after - before:,} bytes; model {model}, largest tensor {largest:,}"
+    print(told)
+    assert model["bytes_4bit"] > 100e6, "the layers must have become 4-bit"
+    assert peak - before <= limit, told

@@ -1,0 +1,80 @@
+"""Random models of a few thousand parameters, folders that hold them, and their dense twins in plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qlora_native.nn import QuantizedLinear
+
+VOCAB = 128
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def make(kind: str = "Llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A causal LM of transformers' class ``kind`` + "Config" with random weights."""
+    sizes = GPT2_SIZES if kind == "GPT2" else SIZES
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zero as made: a lost one would go unseen
+                parameter.normal_(0, 0.02)
+    return model.to(dtype).eval()
+
+
+def save(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Save such a model into ``folder`` and return the folder."""
+    make(kind, dtype, **changes).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def dense_twin(folder: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, float]:
+    """What transformers loads from ``folder`` in fp32, with the linear weights that ``model`` holds in 4 bits.
+
+    Also returns the largest relative distance between such a weight and the one in the folder: about 0.1 for the right
+    tensor in the right place, about 1.4 for any other.
+    """
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    worst = 0.0
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            there = twin.get_submodule(path.replace(".base_layer", ""))
+            weight = layer.quantized.dequantize(torch.float32)
+            weight = weight if isinstance(there, torch.nn.Linear) else weight.t()
+            worst = max(worst, float((weight - there.weight).norm() / there.weight.norm()))
+            there.weight.data.copy_(weight)
+    return twin, worst
+
+
+def tokens(rows: int = 2, columns: int = 9, seed: int = 1) -> torch.Tensor:
+    """Random token numbers, int64 [rows, columns], special ones left out."""
+    return torch.randint(3, VOCAB, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """The model's logits for the same tokens every time."""
+    return model(tokens()).logits
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference against the largest expected value."""
+    return float((got - expected).abs().max() / expected.abs().max())
