@@ -159,8 +159,8 @@ class Side:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"a worker ended early: run {' '.join(map(str, self.process.args))} to see why")
-        return json.loads(line)  # type: ignore[no-any-return]
+            raise SystemExit("a worker ended early: run it by hand, with --worker and --folder, to see why")
+        return dict(json.loads(line))
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

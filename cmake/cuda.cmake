@@ -22,7 +22,7 @@ elseif(cuda_mode STREQUAL "AUTO" OR cuda_mode STREQUAL "ON")
     set(CMAKE_CUDA_STANDARD 20)
     set(CMAKE_CUDA_STANDARD_REQUIRED ON)
     set(QLORA_NATIVE_CUDA_FOUND TRUE)
-    set(QLORA_NATIVE_CUDA_ARCHS_BUILT "${archs}")
+    list(JOIN archs "," QLORA_NATIVE_CUDA_ARCHS_BUILT)  # a semicolon would not survive a command line
     message(STATUS "qlora_native: building for CPU and CUDA ${CMAKE_CUDA_COMPILER_VERSION}, architectures ${archs}")
   elseif(cuda_mode STREQUAL "ON")
     message(FATAL_ERROR "QLORA_NATIVE_CUDA=ON, but no working nvcc was found: "

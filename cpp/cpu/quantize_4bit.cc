@@ -67,6 +67,7 @@ void quantize_scales(const float* absmax, int64_t blocks, uint8_t* codes, float*
     *nested_offset = 0.0f;
     return;
   }
+  const IeeeArithmetic ieee;  // the mean is rounded on this thread
   const float offset = fixed_order_mean(absmax, blocks);
   *nested_offset = offset;
   parallel_for(num_nested_blocks(blocks), 16, [&](int64_t begin, int64_t end) {

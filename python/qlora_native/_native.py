@@ -16,19 +16,19 @@ DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 @cache
 def levels(quant_type: int) -> torch.Tensor:
     """The 16 levels of a quantisation type, fp32 [16] on CPU."""
-    return torch.tensor(_C.levels(quant_type), dtype=torch.float32)
+    return torch.tensor(_C.levels(quant_type), dtype=torch.float32, device="cpu")
 
 
 @cache
 def boundaries(quant_type: int) -> torch.Tensor:
     """Decision boundaries, fp32 [15] for nf4, fp32 [7] magnitudes for fp4, on CPU."""
-    return torch.tensor(_C.boundaries(quant_type), dtype=torch.float32)
+    return torch.tensor(_C.boundaries(quant_type), dtype=torch.float32, device="cpu")
 
 
 @cache
 def nested_code() -> torch.Tensor:
     """The 256 values that double-quantised scales are stored in, fp32 [256] on CPU."""
-    return torch.tensor(_C.nested_code(), dtype=torch.float32)
+    return torch.tensor(_C.nested_code(), dtype=torch.float32, device="cpu")
 
 
 def build_info() -> dict[str, Any]:
@@ -39,5 +39,5 @@ def build_info() -> dict[str, Any]:
     (str, in use on this machine). Raises ValueError if ``QLORA_NATIVE_ISA`` asks for one that is not here.
     """
     info: dict[str, Any] = dict(_C.build_info())
-    archs = [int(arch) for arch in info["cuda_archs"].split(";") if arch]
+    archs = [int(arch) for arch in info["cuda_archs"].split(",") if arch]
     return {**info, "cuda": bool(archs), "cuda_archs": archs, "cpu_isa": _C.cpu_isa()}

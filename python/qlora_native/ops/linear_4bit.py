@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from .. import reference
 from . import _products
 from ._library import Weight, autograd, check_matrix, fake, implement, say_once, weight_of
 
@@ -23,7 +22,7 @@ def dense_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
         "dequantising the whole weight for every product, which is slower and needs its memory."
     )
     stored = torch.float32 if dtype == torch.float64 else dtype
-    return reference.dequantize(stored, *weight).to(dtype)
+    return torch.ops.qlora_native.dequantize_4bit(stored, *weight).to(dtype)
 
 
 @implement("linear_4bit", "CPU")

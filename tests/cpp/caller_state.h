@@ -1,0 +1,41 @@
+// What the caller's thread may bring along: flags that flush subnormals, a number of OpenMP threads.
+#pragma once
+
+#include <omp.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// Sets flush-to-zero and denormals-are-zero for its lifetime, as torch.set_flush_denormal(True) does.
+class FlushesSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushesSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | kFlush); }
+  ~FlushesSubnormals() { _mm_setcsr(saved_); }
+  bool still() const { return (_mm_getcsr() & kFlush) == kFlush; }
+
+ private:
+  static constexpr unsigned kFlush = 0x8040;
+  unsigned saved_;
+
+ public:
+#else
+  FlushesSubnormals() = default;
+  ~FlushesSubnormals() {}
+  bool still() const { return true; }
+#endif
+  FlushesSubnormals(const FlushesSubnormals&) = delete;
+  FlushesSubnormals& operator=(const FlushesSubnormals&) = delete;
+};
+
+class Threads {
+ public:
+  explicit Threads(int count) : saved_(omp_get_max_threads()) { omp_set_num_threads(count); }
+  ~Threads() { omp_set_num_threads(saved_); }
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+
+ private:
+  int saved_;
+};

@@ -1,0 +1,167 @@
+"""The CUDA part as far as a machine without a GPU can see it, and its bits where there is one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import same_bytes
+
+import qlora_native as qn
+from qlora_native.ops import _cuda_kernels, _library
+
+built = pytest.mark.skipif(not qn.build_info()["cuda"], reason="this build has no CUDA part (no nvcc was found)")
+on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+
+# A call whose addresses are never read: the checks come first.
+CALL = {
+    "dtype": 1,
+    "out": 4096,
+    "stream": 0,
+    "packed": 4096,
+    "absmax": 4096,
+    "absmax_codes": 0,
+    "nested_absmax": 0,
+    "nested_offset": 0,
+    "nested_code": 0,
+    "levels": 4096,
+    "quant_type": 0,
+    "numel": 64,
+    "block_size": 64,
+}
+
+
+@built
+def test_the_module_loads_without_a_device() -> None:
+    from qlora_native import _cuda
+
+    assert _cuda.device_count() >= 0
+    assert _cuda.runtime_version() >= 12000
+    assert _cuda.driver_version() >= 0
+    if torch.cuda.is_available() and _cuda.driver_version() >= _cuda.runtime_version():
+        assert _cuda.device_count() == torch.cuda.device_count()
+
+
+@built
+def test_the_stub_names_what_the_module_has() -> None:
+    from qlora_native import _cuda
+
+    stub = (Path(qn.__file__).parent / "_cuda.pyi").read_text(encoding="utf-8")
+    declared = set(re.findall(r"^def (\w+)", stub, re.MULTILINE))
+    assert declared == {name for name in vars(_cuda) if not name.startswith("_")}
+
+
+@built
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"levels": 0}, "levels is a null pointer"),
+        ({"absmax": 0, "absmax_codes": 4096}, "nested_code is a null pointer"),
+        ({"absmax": 0}, "expected either fp32 scales or 8-bit scale codes"),
+        ({"packed": 0}, "packed is a null pointer, but 32 elements are expected"),
+        ({"out": 4097}, "out is not aligned to 2 bytes"),
+        ({"dtype": 3}, "dtype is 3: expected 0"),
+        ({"quant_type": 2}, "quant_type is 2: expected 0"),
+        ({"block_size": 48}, "block_size is 48: expected a power of two"),
+        ({"numel": -1}, "numel is -1: expected 0 or more"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(wrong: dict[str, int], sentence: str) -> None:
+    from qlora_native import _cuda
+
+    with pytest.raises(ValueError, match=sentence):
+        _cuda.dequantize_4bit(**{**CALL, **wrong})
+
+
+@built
+def test_nothing_to_decode_needs_no_device() -> None:
+    from qlora_native import _cuda
+
+    _cuda.dequantize_4bit(**{**CALL, "numel": 0, "out": 0, "packed": 0, "absmax": 0})
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which could read the made-up addresses")
+def test_a_failed_launch_is_told_in_words() -> None:
+    from qlora_native import _cuda
+
+    with pytest.raises(RuntimeError, match=r"^dequantize_4bit: CUDA failed with cudaError\w+ \(.+\)\. .+\.$"):
+        _cuda.dequantize_4bit(**CALL)
+
+
+def test_importing_the_package_registers_the_kernels_and_wakes_nothing() -> None:
+    script = (
+        "import sys, torch, qlora_native\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "print(has('qlora_native::dequantize_4bit', 'CUDA'), has('qlora_native::dequantize_4bit.out', 'CUDA'))\n"
+        "print('qlora_native._cuda' in sys.modules, torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["True", "True", "False", "False"]), done.stderr
+
+
+def unknown_archs() -> dict[str, Any]:
+    return {"cuda_archs": ""}
+
+
+def test_a_build_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda_kernels._C, "build_info", unknown_archs)
+    monkeypatch.setattr(_library, "_warned", set())
+    with pytest.warns(UserWarning, match="this build has no CUDA kernels.*QLORA_NATIVE_CUDA=ON"):
+        assert _cuda_kernels.native.__wrapped__() is None
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_driver_that_is_too_old_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_warned", set())
+    with pytest.warns(UserWarning, match=r"built with CUDA 1\d\.\d, the driver serves up to CUDA \d+\.\d"):
+        assert _cuda_kernels.native.__wrapped__() is None
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_built_in_tables_are_passed_explicitly(quant_type: str) -> None:
+    """Kernels on a device cannot read the tables of the host library; both must arrive as tensors of the device."""
+    number = qn.weight.quant_type_number(quant_type)
+    weight = _library.weight_of(qn.quantize(torch.randn(300, 7), quant_type=quant_type).op_args())
+    completed = _cuda_kernels.with_tables(weight)
+    assert completed.code is not None and completed.code.tolist() == _cuda_kernels._C.levels(number)
+    assert completed.nested_code is not None and completed.nested_code.tolist() == _cuda_kernels._C.nested_code()
+    pointers = completed.pointers()
+    assert pointers[5:7] == (completed.nested_code.data_ptr(), completed.code.data_ptr())
+    assert (pointers[:5], pointers[7:]) == (weight.pointers()[:5], weight.pointers()[7:])
+    assert _cuda_kernels.with_tables(weight).pointers() == pointers, "a table is uploaded once a device"
+
+
+def test_tables_of_a_checkpoint_are_kept() -> None:
+    weight = _library.weight_of(qn.quantize(torch.randn(64, 8)).op_args())
+    own = weight._replace(code=torch.arange(16.0), nested_code=torch.arange(256.0))
+    assert _cuda_kernels.with_tables(own).pointers() == own.pointers()
+
+
+@built
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_device_gives_the_bits_of_the_cpu(double_quant: bool, dtype: torch.dtype) -> None:
+    assert _cuda_kernels.native() is not None
+    for block_size in (32, 64, 4096):
+        for numel in (0, 1, 31, 32, 33, 65, 4097, 1 << 20):
+            w = qn.quantize(torch.randn(numel), block_size=block_size, double_quant=double_quant)
+            truth = w.dequantize(dtype)
+            there = w.to("cuda")
+            assert same_bytes(there.dequantize(dtype).cpu(), truth), (block_size, numel)
+            # Neither the packed bytes nor the output at a multiple of 16 bytes; another stream than the default one.
+            there.packed = torch.cat([there.packed[:0].new_zeros(1), there.packed])[1:]
+            out = torch.empty(numel + 1, dtype=dtype, device="cuda")[1:]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                there.dequantize(out=out)
+            side.synchronize()
+            assert same_bytes(out.cpu(), truth), (block_size, numel)
