@@ -1,4 +1,4 @@
-"""``python -m qlora_native``: the same command line as ``qlora``, for ``torchrun -m`` and for environments without scripts."""
+"""``python -m qlora_native``: the command line ``qlora``, for ``torchrun -m`` and where scripts are not on the path."""
 
 from qlora_native.cli.main import main
 

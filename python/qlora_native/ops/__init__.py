@@ -5,7 +5,8 @@ To add one, see CONTRIBUTING.md. The schemas stand together in ``_library.py``.
 
 from __future__ import annotations
 
-from . import _cuda_kernels, dequantize_4bit, linear_4bit, linear_cross_entropy, lora_linear_4bit, quantize_4bit
+from . import _cuda_kernels as _cuda_kernels
+from . import dequantize_4bit, linear_4bit, linear_cross_entropy, lora_linear_4bit, quantize_4bit
 from ._library import SCHEMAS
 
 __all__ = [

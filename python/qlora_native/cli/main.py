@@ -1,0 +1,150 @@
+"""The ``qlora`` dispatcher: finds the verb, checks its extras, and turns exceptions into exit codes.
+
+A verb is one module in this folder, named like the verb, with ``configure(parser)`` and ``run(args) -> int``. It is
+imported only when it is named, so that ``qlora --help`` needs neither torch nor transformers; inside a verb the heavy
+imports stand in ``run``.
+
+Exit codes: 0 success, 2 a user's mistake (one sentence on stderr), 1 a bug (with its trace), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from qlora_native._version import __version__
+from qlora_native.errors import UserError
+
+EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One line of ``qlora --help``, and what must be installed before the verb can run."""
+
+    summary: str
+    extra: str = ""  # the extra of pyproject.toml that brings `needs`
+    needs: tuple[str, ...] = ()  # import names beyond torch, numpy and safetensors
+    takes_overrides: bool = False  # unknown `--key value` pairs reach the verb as args.overrides
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        "fine-tune a small real model on this machine and show what it learned",
+        "demo",
+        ("transformers", "pydantic", "yaml"),
+    ),
+    "train": Verb(
+        "fine-tune a model as a config file says", "train", ("transformers", "pydantic", "yaml"), takes_overrides=True
+    ),
+    "quantize": Verb("turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", "train", ("transformers",)),
+    "config": Verb("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
+    "doctor": Verb("say what this machine and this installation offer, and what is missing"),
+}
+
+# What stands before the first --key, as argparse cannot tell the value of a key that it does not know from a file.
+_FIRST = {"train": "the config file", "config": "what to do (list, init or check)"}
+# Where the import name is not the name that pip knows.
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+
+
+def missing_modules(names: Sequence[str]) -> list[str]:
+    """Those of the import names that are not installed, found without importing them."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def require(verb: str, spec: Verb) -> None:
+    """Raise UserError naming the first module that the verb needs and the extra that brings it."""
+    for name in missing_modules(spec.needs):
+        package = DISTRIBUTIONS.get(name, name)
+        raise UserError(
+            f"qlora {verb} needs {package}, which is not installed: pip install 'qlora_native[{spec.extra}]'"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is one sentence instead of the usage text and an error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {spec.summary}" for name, spec in VERBS.items())
+    parser = _Parser(
+        prog="qlora",
+        usage="qlora VERB [options]",
+        description="QLoRA fine-tuning with 4-bit weights on CPU and CUDA.",
+        epilog=f"verbs:\n{verbs}\n\n`qlora VERB --help` explains one of them. Example:\n"
+        "  qlora train config.yaml --lr 1e-4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qlora_native {__version__}")
+    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
+    return parser
+
+
+def _run_verb(name: str, argv: Sequence[str]) -> int:
+    spec = VERBS[name]
+    module = importlib.import_module(f"qlora_native.cli.{name}")
+    parser = _Parser(
+        prog=f"qlora {name}",
+        description=spec.summary[0].upper() + spec.summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.configure(parser)
+    if spec.takes_overrides:
+        if argv and argv[0].startswith("--") and argv[0] != "--help":
+            raise UserError(f"qlora {name}: {_FIRST[name]} comes first, then --key value")
+        args, overrides = parser.parse_known_args(argv)
+        args.overrides = overrides
+    else:
+        args = parser.parse_args(argv)
+    require(name, spec)
+    return int(module.run(args) or EXIT_OK)
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        _top_parser().parse_args(argv)
+        _top_parser().print_help(sys.stdout if argv else sys.stderr)
+        return EXIT_OK if argv else EXIT_USER
+    name, rest = argv[0], argv[1:]
+    if name not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean `qlora {near[0]}`?" if near else f"the verbs are {', '.join(VERBS)}."
+        raise UserError(f"qlora {name} is not a verb: {hint}")
+    return _run_verb(name, rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (``sys.argv[1:]`` unless given) and return its exit code; a bug propagates, and exits with
+    1."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(line if line.startswith("qlora") else f"qlora: {line}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt as stop:
+        print(f"qlora: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (a pager, `head`) has gone; the interpreter would complain once more when it
+        # flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,108 @@
+"""``qlora quantize``: a 16-bit model folder becomes a 4-bit one that bitsandbytes and this library load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from qlora_native.errors import UserError
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments, as load_model takes them."""
+    parser.add_argument("model", metavar="MODEL", help="a 16-bit model folder or a .gguf file")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make; it must not exist yet")
+    parser.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="the 16 levels (default: nf4)")
+    parser.add_argument(
+        "--block-size", type=int, choices=BLOCK_SIZES, default=64, metavar="N", help="weights per scale (default: 64)"
+    )
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="store the scales in 8 bits (default: yes)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of what stays unquantised, and of the decoded weights (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--skip-modules",
+        nargs="+",
+        default=["lm_head"],
+        metavar="NAME",
+        help="linear layers to leave in --dtype (default: lm_head, the output embedding)",
+    )
+    parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.epilog = """It writes config.json with a quantization_config, model.safetensors (in shards if it is large)
+    in the format of
+bitsandbytes' Linear4bit, the generation defaults and the tokenizer. transformers loads the folder where bitsandbytes is
+installed; this library loads it without. Tensors are read and quantised one at a time.
+
+example:
+  qlora quantize Llama-3.1-8B-Instruct --out Llama-3.1-8B-Instruct-nf4"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, which quantises, and write."""
+    import torch
+
+    from qlora_native.load import load_model
+    from qlora_native.load.source import open_source
+    from qlora_native.train.disk import atomic_folder, told_if_unwritable
+    from qlora_native.train.setup import load_tokenizer, told_to_the_user
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    source, out = Path(args.model).expanduser(), Path(args.out).expanduser()
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out or remove it")
+    if getattr(open_source(source, torch.bfloat16), "four_bit_config", None):
+        raise UserError(f"{source} is 4-bit already; give the 16-bit model it was made from")
+    began = time.monotonic()
+    with told_to_the_user():
+        model = load_model(
+            source,
+            quant_type=args.quant_type,
+            block_size=args.block_size,
+            double_quant=args.double_quant,
+            dtype=getattr(torch, args.dtype),
+            skip_modules=args.skip_modules,
+        )
+    tokenizer: Any = None
+    try:
+        tokenizer = load_tokenizer(str(source))
+    except UserError as error:
+        note = f"no tokenizer is written: {error}"
+    with told_if_unwritable(out), atomic_folder(out) as partial:
+        model.save_pretrained(partial, max_shard_size=args.shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    report: Any = model.load_report
+    result = {
+        "out": str(out),
+        "bytes_4bit": report.bytes_4bit,
+        "bytes_dense": report.bytes_dense,
+        "bytes_on_disk": sum(path.stat().st_size for path in out.iterdir()),
+        "seconds": round(time.monotonic() - began, 2),
+        "tokenizer": tokenizer is not None,
+    }
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(
+        f"{out}: {report.bytes_4bit / 2**20:,.1f} MiB in 4 bits, "
+        f"{report.bytes_dense / 2**20:,.1f} MiB in {args.dtype}, "
+        f"{result['bytes_on_disk'] / 2**20:,.1f} MiB on disk; took {result['seconds']:.1f} s"
+    )
+    if tokenizer is None:
+        print(note)
+    return 0

@@ -1,0 +1,54 @@
+"""``qlora train``: run a config file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from typing import Any
+
+from qlora_native.cli.main import missing_modules
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments and the page of keys."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file; `qlora config init` writes one")
+    parser.usage = "qlora train CONFIG [--key value ...]"
+    parser.epilog = f"""examples:
+  qlora config init --out config.yaml
+  qlora train config.yaml
+  qlora train config.yaml --lr 1e-4 --lora.r 32 --output_dir run2
+  qlora train config.yaml --resume
+
+Ctrl-C finishes the step, saves a checkpoint and exits with 130; a second Ctrl-C stops at once.
+
+Any key of the config can be given as --key value:
+{_key_page()}"""
+
+
+def _key_page() -> str:
+    if missing_modules(("pydantic", "yaml")):
+        return "  (pip install 'qlora_native[train]' shows them here)"
+    from qlora_native.train.config import keys
+
+    lines = []
+    for name, field in keys().items():
+        default = "required" if field.is_required() else f"default {_as_typed(field.default)}"
+        lines.append(f"  --{name:<26} {field.description} ({default})")
+    return "\n".join(lines)
+
+
+def _as_typed(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the config, then train."""
+    from qlora_native.train.config import TrainConfig
+
+    config = TrainConfig.from_file(args.config, args.overrides)
+    from qlora_native.train.loop import Trainer
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    Trainer(config).train()
+    return 0

@@ -1,0 +1,135 @@
+"""Checkpoints that are whole or absent: written under a temporary name, every file and folder fsynced, then renamed.
+
+``step-000200/`` holds the adapter in PEFT's format, ``trainer.safetensors`` (optimiser states and torch's random
+state), ``trainer.json`` (step, data position, Python's and numpy's random state, losses so far) and the resolved
+``config.yaml``. The learning rate is a function of the step, so a scheduler has no state of its own. The newest
+checkpoint is found by looking at the folder's names; no pointer file exists that could point at something gone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from qlora_native.errors import UserError
+from qlora_native.train.disk import atomic_folder, reason, remove_folder, told_if_unwritable
+
+TENSORS, STATE, CONFIG = "trainer.safetensors", "trainer.json", "config.yaml"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints in ``output_dir``, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / STATE).is_file()]
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    *,
+    save_adapter: Callable[[Path], None],  # writes the adapter's files into the folder it is given
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],  # JSON values: the step, the data position, whatever the loop wants back
+    config: str,
+    keep: int,
+) -> Path:
+    """Write ``step-NNNNNN`` and, once it is safe on disk, delete all but the newest ``keep``. Returns its path.
+
+    UserError if it cannot be written (a full disk, no permission): the half-written folder is removed, older
+    checkpoints stay.
+    """
+    folder = output_dir / f"step-{step:06d}"
+    tensors, plain = _split(optimizer.state_dict()["state"])
+    random_tensors, random_plain = _random_state()
+    before = checkpoints(output_dir)
+    advice = f"; {before[-1]} is intact, and --resume continues from it" if before else ""
+    with told_if_unwritable(folder, advice), atomic_folder(folder) as partial:
+        save_adapter(partial)
+        (partial / TENSORS).write_bytes(save({**tensors, **random_tensors}))
+        (partial / STATE).write_text(
+            json.dumps({**state, "optimizer": plain, "random": random_plain}), encoding="utf-8"
+        )
+        (partial / CONFIG).write_text(config, encoding="utf-8")
+    for old in checkpoints(output_dir)[:-keep]:
+        remove_folder(old)
+    return folder
+
+
+def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put back optimiser and random state; returns ``state`` as it was given to save_checkpoint. The adapter is the
+    caller's to load.
+
+    Hyper-parameters stay those of ``optimizer``: only what it learned is taken from the checkpoint.
+    """
+    try:
+        tensors = load_file(folder / TENSORS)
+        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        optimizer_state = _join(tensors, state.pop("optimizer"))
+        restored = {**optimizer.state_dict(), "state": optimizer_state}
+        optimizer.load_state_dict(restored)
+        _set_random_state(tensors, state.pop("random"))
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint {folder} cannot be read ({reason(error)}); "
+            "delete that folder, and --resume continues from the one before it"
+        ) from error
+    return state
+
+
+def _split(states: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Tensors under ``optimizer.<parameter>.<name>`` and the rest, which must be JSON, under the same numbers and
+    names."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for number, values in states.items():
+        plain[str(number)] = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{number}.{name}"] = value.detach().cpu().contiguous()
+    return tensors, plain
+
+
+def _join(tensors: Mapping[str, Tensor], plain: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    states: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in plain.items()}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".", 2)
+            states[int(number)][name] = tensor
+    return states
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"random.cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return tensors, {
+        "numpy": [name, np.asarray(words).tolist(), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def _set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            if f"random.cuda.{number}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
+    name, words, position, has_gauss, gauss = plain["numpy"]
+    np.random.set_state((name, np.array(words, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = plain["python"]
+    random.setstate((version, tuple(internal), gauss_next))

@@ -1,0 +1,303 @@
+"""The whole training run, in plain torch, from top to bottom in ``Trainer.train``.
+
+A step learns from ``batch_size * grad_accum`` rows of about equal length. They pass through the model in
+micro-batches, each weighted by its share of the step's trained tokens, so that the gradient is that of one big batch
+however the rows are divided.
+
+A step whose loss or gradient is not finite changes nothing and is counted; after ``MAX_SKIPPED`` of them in a row the
+run stops.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_native.data import BatchPlan, TokenizedDataset, collate, padding_id
+from qlora_native.errors import UserError
+from qlora_native.lora import load_adapter, save_adapter
+from qlora_native.train.checkpoint import CONFIG, load_checkpoint, save_checkpoint
+from qlora_native.train.config import TrainConfig
+from qlora_native.train.disk import atomic_folder, recover, told_if_unwritable
+from qlora_native.train.interrupt import Interrupted, StopRequest
+from qlora_native.train.loss import causal_lm_loss, trained_tokens
+from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
+from qlora_native.train.resume import find_checkpoint
+from qlora_native.train.schedule import learning_rate
+from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, prepare_model
+
+MAX_SKIPPED = 5
+
+Batch = dict[str, torch.Tensor]
+Record = dict[str, Any]  # one line of metrics.jsonl
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint remembers of the loop itself; losses are held-out losses in nats per token, None without
+    held-out rows."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a finished run reports."""
+
+    steps: int
+    skipped_steps: int
+    tokens: int  # that passed through the model, padding not counted
+    loss_before: float | None  # held-out loss in nats per token of the quantised model; None without held-out rows
+    loss_after: float | None
+    best_loss: float | None
+    best_step: int | None
+    tokens_per_second: float  # median over the steps of this process; 0 if it took none
+    seconds: float  # of this process, from the first step to the last
+    peak_rss_bytes: int
+    adapter_dir: Path  # the adapter after the last step
+    best_dir: Path | None  # the adapter with the lowest held-out loss
+
+
+class Trainer:
+    """Runs one config.
+
+    Args:
+        config: the checked config. model: a model made by :func:`qlora_native.load_model`, to use instead of loading
+        ``config.model``; adapters are added unless it
+            has some.
+        tokenizer: likewise, instead of the one beside ``config.model``.
+        on_step: called after each optimiser step with its line of ``metrics.jsonl``.
+        quiet: print nothing.
+
+    After ``train()``, ``model`` is the trained model and ``tokenizer`` its tokenizer.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        on_step: Callable[[Record], None] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.on_step, self.quiet = on_step, quiet
+        self.output_dir = Path(config.output_dir).expanduser()
+
+    def train(self) -> TrainSummary:
+        """Train, evaluate, save. UserError for whatever the user can mend; Interrupted (a KeyboardInterrupt) once
+        saved after Ctrl-C."""
+        config, options = self.config, self.config.train
+        recover(self.output_dir)
+        checkpoint = find_checkpoint(config, self.output_dir)
+
+        # Data, model, optimiser. The data come first: a broken line is found in seconds, a model takes longer.
+        self.tokenizer = self.tokenizer or load_tokenizer(config.model)
+        rows, held_out = load_rows(config, self.tokenizer)
+        self.model = model = prepare_model(config, self.model)
+        adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            adapters, options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, fused=True
+        )
+        plan = BatchPlan(rows.lengths, options.batch_size * options.grad_accum, seed=options.seed)
+        total = options.steps or math.ceil((options.epochs or 1) * len(plan))
+
+        # Where to start: at 0 from the seed, or where the checkpoint stopped, random state included.
+        state = TrainState()
+        seed_everything(options.seed)
+        if checkpoint is not None:
+            load_adapter(model, checkpoint)
+            state = TrainState(**load_checkpoint(checkpoint, optimizer))
+            plan.load_state_dict(state.data)
+
+        metrics = Metrics(self.output_dir / "metrics.jsonl", state.step)
+        progress = Progress(total, state.step, options.log_every, quiet=self.quiet)
+        for line in describe_rows(rows, held_out):
+            progress.note(line)
+        if checkpoint is not None:
+            progress.note(f"continuing from {checkpoint} after step {state.step}")
+        speeds: list[float] = []
+        began = time.monotonic()
+
+        with closing(metrics), closing(progress), StopRequest() as stop:
+            while True:
+                if held_out and is_due(state.step, options.eval_every, total):
+                    self._evaluate(state, held_out, metrics, progress)
+                if state.step >= total:
+                    break
+
+                # One optimiser step.
+                started = time.monotonic()
+                batches = list(self._micro_batches(rows, next(plan.forever())))
+                counts = [trained_tokens(batch) for batch in batches]
+                loss = torch.zeros((), device=model.device)
+                for batch, count in zip(batches, counts, strict=True):
+                    share = causal_lm_loss(model, batch) * (count / sum(counts))
+                    share.backward()
+                    loss += share.detach()
+                norm = torch.nn.utils.clip_grad_norm_(adapters, options.clip or math.inf)
+                rate = learning_rate(
+                    state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
+                )
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                if self._is_finite(state, loss.item(), norm.item(), progress):
+                    optimizer.step()
+                optimizer.zero_grad()
+
+                # Tell.
+                tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+                seconds = time.monotonic() - started
+                speeds.append(tokens / seconds)
+                state.step, state.tokens, state.data = state.step + 1, state.tokens + tokens, plan.state_dict()
+                record: Record = {"step": state.step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
+                record |= {"tokens": tokens, "trained_tokens": sum(counts)}
+                record |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
+                metrics.write(record)
+                progress.step(record)
+                if self.on_step is not None:
+                    self.on_step(record)
+
+                # Save; after Ctrl-C, save and go.
+                if stop.requested or (options.save_every and is_due(state.step, options.save_every, total)):
+                    saved = self._save_checkpoint(state, optimizer)
+                    if stop.requested:
+                        raise Interrupted(
+                            f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
+                        )
+            return self._finish(state, progress, speeds, time.monotonic() - began)
+
+    def _micro_batches(self, rows: TokenizedDataset, numbers: list[int]) -> Iterator[Batch]:
+        """The rows of one step as padded batches on the model's device."""
+        size, pad_id = self.config.train.batch_size, padding_id(self.tokenizer)
+        for at in range(0, len(numbers), size):
+            batch = collate([rows[number] for number in numbers[at : at + size]], pad_id)
+            yield {key: value.to(self.model.device) for key, value in batch.items()}
+
+    @torch.no_grad()
+    def evaluate(self, rows: TokenizedDataset) -> float:
+        """Mean loss in nats over every trained token of ``rows``, with dropout off; draws no random number."""
+        longest_first = np.argsort(-rows.lengths, kind="stable").tolist()
+        total, count = 0.0, 0
+        self.model.eval()
+        try:
+            for batch in self._micro_batches(rows, longest_first):
+                tokens = trained_tokens(batch)
+                total += causal_lm_loss(self.model, batch).item() * tokens
+                count += tokens
+        finally:
+            self.model.train()
+        return total / count
+
+    def _evaluate(self, state: TrainState, rows: TokenizedDataset, metrics: Metrics, progress: Progress) -> None:
+        """Evaluate, write it down, and keep the adapter in ``best/`` if no earlier one was as good."""
+        loss = self.evaluate(rows)
+        metrics.write({"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))})
+        progress.evaluation(state.step, loss)
+        state.loss_after = loss
+        if state.step == 0:
+            state.loss_before = state.best_loss = loss
+        elif state.best_loss is None or loss < state.best_loss:
+            self._save_adapter(self.output_dir / "best")
+            state.best_loss, state.best_step = loss, state.step
+
+    def _is_finite(self, state: TrainState, loss: float, norm: float, progress: Progress) -> bool:
+        if math.isfinite(loss) and math.isfinite(norm):
+            state.skipped_in_a_row = 0
+            return True
+        state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+        what = f"step {state.step + 1}: loss {loss}, gradient norm {norm}"
+        if state.skipped_in_a_row >= MAX_SKIPPED:
+            options = self.config.train
+            advice = f"lower train.lr (now {options.lr:g}) or train.clip (now {options.clip:g})"
+            if options.dtype != "float32":
+                advice += ", or set train.dtype to float32"
+            raise UserError(f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}")
+        progress.note(f"{what}: not finite, step skipped")
+        return False
+
+    def _save_checkpoint(self, state: TrainState, optimizer: torch.optim.Optimizer) -> Path:
+        return save_checkpoint(
+            self.output_dir,
+            state.step,
+            save_adapter=lambda folder: save_adapter(self.model, folder),
+            optimizer=optimizer,
+            state=asdict(state),
+            config=self.config.to_yaml(),
+            keep=self.config.train.keep,
+        )
+
+    def _save_adapter(self, folder: Path) -> Path:
+        with told_if_unwritable(folder), atomic_folder(folder) as partial:
+            save_adapter(self.model, partial)
+            (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
+        return folder
+
+    def _finish(self, state: TrainState, progress: Progress, speeds: list[float], seconds: float) -> TrainSummary:
+        progress.close()  # the summary stands below the bar
+        adapter_dir = self._save_adapter(self.output_dir / "adapter")
+        plot_losses(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
+        summary = TrainSummary(
+            steps=state.step,
+            skipped_steps=state.skipped,
+            tokens=state.tokens,
+            loss_before=state.loss_before,
+            loss_after=state.loss_after,
+            best_loss=state.best_loss,
+            best_step=state.best_step,
+            tokens_per_second=median(speeds) if speeds else 0.0,
+            seconds=seconds,
+            peak_rss_bytes=peak_rss_bytes(),
+            adapter_dir=adapter_dir,
+            best_dir=self.output_dir / "best" if state.best_step else None,
+        )
+        progress.note(describe(summary))
+        return summary
+
+
+def describe(summary: TrainSummary) -> str:
+    """The end of a run in a few lines."""
+    lines = [
+        f"{summary.steps} steps, {summary.tokens:,} tokens, {summary.tokens_per_second:,.0f} tokens/s (median), "
+        f"peak memory {summary.peak_rss_bytes / 2**20:,.0f} MiB"
+    ]
+    if summary.loss_before is not None and summary.loss_after is not None:
+        lines.append(f"held-out loss {summary.loss_before:.4f} -> {summary.loss_after:.4f}")
+    if summary.skipped_steps:
+        lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite")
+    lines.append(f"adapter: {summary.adapter_dir}")
+    if summary.best_dir is not None and summary.best_step != summary.steps:
+        lines.append(f"lowest held-out loss {summary.best_loss:.4f} at step {summary.best_step}: {summary.best_dir}")
+    return "\n".join(lines)
+
+
+def is_due(step: int, every: int, total: int) -> bool:
+    """Whether something done at the start, every ``every`` steps (0: never in between) and at the end is done after
+    ``step``."""
+    return step == 0 or step >= total or (every > 0 and step % every == 0)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global random state."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,117 @@
+"""The loss of a causal language model without its logits.
+
+The logits of one micro-batch, [tokens, vocabulary], are the largest tensor of a training step: 4 x 1024 tokens over
+128,256 words take 2.1 GB in fp32. They are needed only to be reduced to one number, so the output embedding is taken
+out of the model's forward and multiplied chunk by chunk inside ``qn.linear_cross_entropy``.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qlora_native as qn
+from qlora_native.data import IGNORE_INDEX
+from qlora_native.nn import QuantizedLinear
+
+# config fields by which known models change the logits after the output embedding; only used to say why
+_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+_plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def trained_tokens(batch: Mapping[str, Tensor]) -> int:
+    """How many positions of the batch have a label once it is shifted by one, that is, how many terms the loss
+    averages over."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy in nats over the labelled positions of one micro-batch, an fp32 scalar with gradients.
+
+    ``batch`` holds ``input_ids`` and ``labels``, both int64 [B, T] (the label of a token is the token itself, -100
+    where it is not trained; the shift by one happens here), and whatever else the model's forward takes, such as
+    ``attention_mask``.
+
+    A model that does more than one product between its last hidden state and its logits (a bias, soft-capping, a
+    scale) goes through its own forward with full logits; a warning says so once per model.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    if model not in _plain:
+        _plain[model] = _head_is_plain(model, inputs)
+    if not _plain[model]:
+        trained = targets != IGNORE_INDEX
+        return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
+    hidden, head = _hidden_states(model, inputs)
+    weight = head.quantized if isinstance(head, QuantizedLinear) else head.weight
+    return qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
+
+
+def _hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear]:
+    """What enters the output embedding, [B, T, hidden], taken from the model's own forward.
+
+    The head itself is called with a single token, so that its product costs nothing. Reading the head's input,
+    instead of calling the decoder, keeps whatever a model does to the hidden states before the head.
+    """
+    head = model.get_output_embeddings()
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(args[0])
+        return (args[0][:, :1].detach(), *args[1:])
+
+    hook = head.register_forward_pre_hook(take)
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    return taken[0], head
+
+
+@torch.no_grad()
+def _head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+    """True if the logits are exactly the head's output: the head's output is swapped for known numbers, which must
+    come out unchanged.
+
+    The numbers are large, so that soft-capping shows whatever the weights are. Two tokens are enough, and the random
+    state is put back.
+    """
+    head = model.get_output_embeddings()
+    name = type(model).__name__
+    if type(head) is not nn.Linear and not isinstance(head, QuantizedLinear):
+        reason = f"its output embedding is {type(head).__name__}, not a linear layer"
+    elif head.bias is not None:
+        reason = "its output embedding has a bias"
+    else:
+        probe = torch.linspace(-96.0, 96.0, head.out_features, device=model.device)
+        seen: list[Tensor] = []
+
+        def swap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen.append(args[0])
+            return probe.to(output.dtype).expand_as(output)
+
+        hook = head.register_forward_hook(swap)
+        try:
+            with torch.random.fork_rng():
+                logits = model(input_ids=inputs["input_ids"][:1, :2], use_cache=False).logits
+        finally:
+            hook.remove()
+        expected = probe.to(seen[0].dtype) if seen else probe
+        if len(seen) == 1 and seen[0].shape[1] == 2 and torch.equal(logits.float(), expected.float().expand_as(logits)):
+            return True
+        text_config = model.config.get_text_config()
+        fields = [f"{key}={value}" for key in _LOGIT_FIELDS if (value := getattr(text_config, key, None)) is not None]
+        reason = f"it changes its logits after the output embedding{f' ({fields[0]})' if fields else ''}"
+    warnings.warn(
+        f"{name}: {reason}, so the loss is taken from the model's own logits, "
+        f"{model.config.get_text_config().vocab_size * 4 / 1024:.0f} KiB of memory for each token of a micro-batch",
+        stacklevel=3,
+    )
+    return False

@@ -1,0 +1,146 @@
+"""What a run says while it runs: one bar on a terminal, plain lines elsewhere, and every step in ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_native.train.disk import PARTIAL, told_if_unwritable
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+class Metrics:
+    """``metrics.jsonl``: one JSON object per step and per evaluation, appended and flushed at once.
+
+    A run that resumes at step N drops what a killed run wrote after the checkpoint: steps above N, and evaluations
+    from N on, which are made again.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] + ("eval_loss" in line) <= resume_step]
+        with told_if_unwritable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}{PARTIAL}")
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+            os.replace(partial, path)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line. JSON has no NaN: what is not finite is written as null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with told_if_unwritable(self.path):
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; what could be written is written already."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``, without a last one that a kill cut short; empty if there is no file."""
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+    return lines
+
+
+def plot_losses(metrics: Path, picture: Path) -> bool:
+    """Draw training and held-out loss over the steps into a PNG; False if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    lines = read_metrics(metrics)
+    trained = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    axes.plot(*zip(*trained, strict=True), linewidth=1, label="training") if trained else None
+    axes.plot(*zip(*held_out, strict=True), marker="o", label="held out") if held_out else None
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with told_if_unwritable(picture):
+        figure.savefig(picture, dpi=120)
+    return True
+
+
+class Progress:
+    """The human side: notes, steps and evaluations. ``quiet`` prints nothing."""
+
+    def __init__(self, total: int, start: int, log_every: int, *, quiet: bool = False) -> None:
+        self.total, self.log_every, self.quiet = total, log_every, quiet
+        self._began, self._start = time.monotonic(), start
+        self._bar = self._rich_bar() if not quiet and sys.stdout.isatty() else None
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total, completed=start, status="")
+
+    def note(self, text: str) -> None:
+        """One line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif not self.quiet:
+            print(text, flush=True)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One optimiser step, given as its line of ``metrics.jsonl``."""
+        done = record["step"]
+        status = (
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"peak {peak_rss_bytes() / 2**20:,.0f} MiB"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, status=status)
+        elif not self.quiet and (done % self.log_every == 0 or done in (self._start + 1, self.total)):
+            left = (time.monotonic() - self._began) / (done - self._start) * (self.total - done)
+            print(f"step {done}/{self.total}  {status}  {_clock(left)} left", flush=True)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """One evaluation on the held-out rows."""
+        perplexity = math.exp(min(loss, 700.0))
+        self.note(f"step {step}/{self.total}  held-out loss {loss:.4f}  perplexity {perplexity:,.2f}")
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _rich_bar(self) -> Any:
+        try:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+        except ImportError:
+            return None
+        return RichProgress(
+            MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.fields[status]}")
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,67 @@
+"""Which checkpoint a run starts from, if any, and whether it fits the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_native.errors import UserError
+from qlora_native.train.checkpoint import CONFIG, STATE, checkpoints
+from qlora_native.train.config import TrainConfig
+
+# Changing one of these between two halves of a run would make neither the one run nor the other. The data have a
+# check of their own: BatchPlan compares the rows.
+_FIXED_BLOCKS = ("quant", "lora")
+_FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype")
+
+
+def find_checkpoint(config: TrainConfig, output_dir: Path) -> Path | None:
+    """The checkpoint to continue from, or None to start anew.
+
+    UserError if ``resume`` names something else, if the checkpoint was made with other settings, or if ``resume`` is
+    not set although ``output_dir`` holds checkpoints of an earlier run.
+    """
+    found = checkpoints(output_dir)
+    if config.resume is None:
+        if found:
+            raise UserError(
+                f"{output_dir} holds an earlier run ({found[-1].name}); "
+                "continue it with --resume, or start anew with another --output_dir"
+            )
+        return None
+    if config.resume == "auto":
+        checkpoint = found[-1] if found else None
+    else:
+        checkpoint = Path(config.resume).expanduser()
+        if not (checkpoint / STATE).is_file():
+            near = f"; {found[-1]} is one" if found else ""
+            raise UserError(f"resume is {checkpoint}, which is no checkpoint (it has no {STATE}){near}")
+    if checkpoint is not None:
+        _check_settings(config, checkpoint)
+    return checkpoint
+
+
+def _check_settings(config: TrainConfig, checkpoint: Path) -> None:
+    try:
+        before: dict[str, Any] = yaml.safe_load((checkpoint / CONFIG).read_text(encoding="utf-8"))
+        now = config.model_dump(mode="json")
+        changed = [
+            f"{block}.{key} {before[block].get(key)} -> {value}"
+            for block in (*_FIXED_BLOCKS, "train")
+            for key, value in now[block].items()
+            if (block != "train" or key in _FIXED_KEYS) and before[block].get(key) != value
+        ]
+        if Path(before["model"]).name != Path(config.model).name:  # the folder may have moved
+            changed.insert(0, f"model {before['model']} -> {config.model}")
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{checkpoint / CONFIG} cannot be read ({type(error).__name__}); "
+            "delete that checkpoint, and --resume continues from the one before it"
+        ) from error
+    if changed:
+        raise UserError(
+            f"{checkpoint} was made with other settings: {', '.join(changed)}; "
+            "set them back, or start anew with another --output_dir"
+        )

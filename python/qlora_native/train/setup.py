@@ -1,0 +1,109 @@
+"""What a run needs before its first step: the base model, its tokenizer, the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_native.data import TokenizedDataset, load_dataset
+from qlora_native.errors import UserError
+from qlora_native.load import load_model
+from qlora_native.load.source import GgufSource, open_source
+from qlora_native.lora import LoraConfig, LoRALinear, add_lora
+from qlora_native.train.config import TrainConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """Turn the ValueError of a call whose arguments all come from the config into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer beside the model: in its folder, or in its GGUF file. UserError if there is no model or no
+    tokenizer."""
+    from transformers import AutoTokenizer
+
+    source = open_source(Path(model).expanduser(), torch.bfloat16)
+    try:
+        if isinstance(source, GgufSource):
+            return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
+        return AutoTokenizer.from_pretrained(source.path)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(
+            f"no usable tokenizer in {source.path} ({reason[:200]}); copy tokenizer.json and tokenizer_config.json "
+            "of the model into it"
+        ) from error
+
+
+def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Training rows and held-out rows (None if the config asks for none), tokenised and masked."""
+    data = config.data
+
+    def read(path: str) -> TokenizedDataset:
+        with told_to_the_user():
+            return load_dataset(
+                path,
+                tokenizer,
+                max_length=data.max_length,
+                format=None if data.format == "auto" else data.format,
+                train_on=data.train_on,
+            )
+
+    rows = read(data.train)
+    if data.eval is not None:
+        return rows, read(data.eval)
+    if data.eval_fraction == 0:
+        return rows, None
+    # A few rows still give a held-out loss: at least one is held out.
+    held_out = max(1, round(data.eval_fraction * len(rows)))
+    if held_out >= len(rows):
+        raise UserError(
+            f"{data.train} has {len(rows)} usable row: holding one out leaves none to learn from; "
+            "add rows or set data.eval_fraction to 0"
+        )
+    return rows.split(held_out, seed=config.train.seed)
+
+
+def prepare_model(config: TrainConfig, model: Any = None) -> Any:
+    """The 4-bit model with adapters, in training mode; loads it unless it is given, adds adapters unless it has
+    them."""
+    options = config.train
+    with told_to_the_user():
+        if model is None:
+            model = load_model(
+                Path(config.model).expanduser(),
+                quant_type=config.quant.type,
+                block_size=config.quant.block_size,
+                double_quant=config.quant.double_quant,
+                dtype=DTYPES[options.dtype],
+                device="cuda" if torch.cuda.is_available() else None,
+            )
+        if not any(isinstance(module, LoRALinear) for module in model.modules()):
+            add_lora(model, LoraConfig(**config.lora.model_dump(), seed=options.seed))
+        if options.grad_checkpointing:
+            # transformers 5.0 knows the older name only. Not the re-entrant kind: it cuts the graph where a block's
+            # input needs no gradient, as the first one's here.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+    return model.train()
+
+
+def describe_rows(train: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:
+    """Lines to print about the data."""
+    lines = [train.stats.describe()]
+    if held_out is not None and held_out.stats.path == train.stats.path:
+        lines.append(f"held out: {len(held_out):,} of its rows")
+    elif held_out is not None:
+        lines.append(held_out.stats.describe())
+    return lines

@@ -1,0 +1,336 @@
+"""The laws of the tree, each a function from the files to its breaches; test_laws.py holds them against the tree.
+
+A breach names its file and what to do. Loosen no law to get a change in: move the code instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import os
+import posixpath
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = (".py", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh")
+TEXT = (*CODE, ".pyi", ".md", ".toml", ".ini", ".cmake", ".txt", ".yaml", ".yml", ".json", ".jsonl")
+PACKAGE = "python/qlora_native/"
+
+Tree = dict[str, str]  # path from the root, with forward slashes -> text
+Law = Callable[[Tree], list[str]]
+
+
+@lru_cache(maxsize=1)
+def tree() -> Tree:
+    """Every text file of ours: what git would commit, or in a copy without git all but builds and caches."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode == 0 and (ROOT / ".git").exists():
+        paths = [ROOT / name for name in listed.stdout.splitlines()]
+    else:
+        paths = []
+        for folder, subfolders, names in os.walk(ROOT):
+            subfolders[:] = [name for name in subfolders if not name.startswith((".", "__")) and name != "build"]
+            paths += [Path(folder, name) for name in names]
+        paths += (ROOT / ".ci").iterdir()
+    ours = [path for path in paths if path.is_file() and (path.suffix in TEXT or path.parent.name == ".ci")]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(ours)}
+
+
+def lines_with(files: Tree, pattern: str, where: Callable[[str], bool], advice: str) -> list[str]:
+    """`path:line: advice` for each line that matches in the files that `where` selects."""
+    found = re.compile(pattern)
+    return [
+        f"{path}:{number}: {advice}: {line.strip()[:80]}"
+        for path, text in files.items()
+        if where(path)
+        for number, line in enumerate(text.splitlines(), 1)
+        if found.search(line)
+    ]
+
+
+def is_native(path: str) -> bool:
+    return path.startswith(("cpp/", "cuda/")) and path.endswith(CODE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C++ and CUDA
+
+
+MAY_INCLUDE = {
+    "cpp/core": {"cpp/core"},
+    "cpp/cpu": {"cpp/core", "cpp/cpu"},
+    "cuda": {"cpp/core", "cuda"},
+    "cpp/python": {"cpp/core", "cpp/cpu", "cpp/python"},
+    "cuda/python": {"cpp/core", "cuda", "cpp/python", "cuda/python"},
+}
+
+
+def native_room(path: str) -> str:
+    return next((room for room in sorted(MAY_INCLUDE, key=len, reverse=True) if path.startswith(room + "/")), "")
+
+
+def includes_point_one_way(files: Tree) -> list[str]:
+    breaches = []
+    for path in filter(is_native, files):
+        room = native_room(path)
+        for bracket, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', files[path], re.MULTILINE):
+            if bracket == "<":
+                core_breach = room == "cpp/core" and ("." in name or "/" in name)
+                python_breach = re.match(r"pybind11/|Python\.h", name) and not room.endswith("/python")
+                if core_breach or python_breach:
+                    breaches.append(f"{path}: {room} must not include <{name}>")
+                continue
+            beside = posixpath.normpath(posixpath.join(posixpath.dirname(path), name))
+            target = next((full for full in (beside, "cpp/" + name, name) if full in files), "")
+            if native_room(target) not in MAY_INCLUDE.get(room, set()):
+                breaches.append(f'{path}: {room or "no room"} must not include "{name}" ({target or "no such file"})')
+    return breaches
+
+
+def no_torch_header(files: Tree) -> list[str]:
+    return lines_with(files, r'#\s*include\s*[<"](torch|ATen|c10|caffe2)/', is_native, "torch header")
+
+
+def cuda_calls_only_in_cuda(files: Tree) -> list[str]:
+    pattern = r"\bcuda[A-Z]\w*\s*\(|<<<|#\s*include\s*[<\"]cuda"
+    return lines_with(files, pattern, lambda p: is_native(p) and p.startswith("cpp/"), "CUDA belongs in cuda/")
+
+
+def inline_assembly_only_in_wp(files: Tree) -> list[str]:
+    def where(path: str) -> bool:
+        return is_native(path) and path != "cuda/wp.cuh" and not path.startswith("cpp/cpu/isa.")
+
+    return lines_with(
+        files, r"\b(__)?asm(__)?\b\s*(volatile|__volatile__)?\s*\(", where, "assembly outside cuda/wp.cuh"
+    )
+
+
+def architecture_branches_only_in_wp(files: Tree) -> list[str]:
+    # core/ may ask whether it is device code, never which device.
+    branches = lines_with(
+        files,
+        r"__CUDA_ARCH__",
+        lambda p: is_native(p) and p != "cuda/wp.cuh" and not p.startswith("cpp/core/"),
+        "__CUDA_ARCH__ outside cuda/wp.cuh",
+    )
+    versions = lines_with(
+        files, r"__CUDA_ARCH__\s*[<>=]", lambda p: p.startswith("cpp/core/"), "architecture version in core"
+    )
+    templates = lines_with(
+        files,
+        r"^\s*#\s*(if|ifdef|ifndef)\b",
+        lambda p: p.startswith("cuda/") and p.endswith(".cuh") and p != "cuda/wp.cuh",
+        "conditional in a kernel template",
+    )
+    return branches + versions + templates
+
+
+def no_abort_on_user_input(files: Tree) -> list[str]:
+    return lines_with(files, r"(?<![\w:])(std::)?(abort|assert|exit)\s*\(", is_native, "throw a sentence instead")
+
+
+def launchers_never_synchronise(files: Tree) -> list[str]:
+    def where(path: str) -> bool:
+        return path.startswith("cuda/") and not path.startswith("cuda/python/") and "managed_store" not in path
+
+    return lines_with(files, r"cuda(Device|Stream|Event)Synchronize|cudaMalloc\b", where, "no wait, no allocation here")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Python
+
+
+LAYERS: tuple[set[str], ...] = (
+    {"errors", "_version", "_C", "_cuda"},
+    {"_native", "_cuda_native"},
+    {"reference", "cases"},
+    {"ops"},
+    {"weight"},
+    {"functional"},
+    {"nn", "optim"},
+    {"lora"},
+    {"__init__"},
+    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate"},
+    {"cli"},
+    {"__main__"},
+)
+USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "cli"}
+CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
+
+
+def unit_of(path: str) -> str:
+    """The room of a file of the package: `ops` for ops.py and for ops/linear_4bit.py."""
+    return path.removeprefix(PACKAGE).split("/")[0].removesuffix(".py")
+
+
+def imported_modules(path: str, text: str) -> Iterator[str]:
+    """Absolute dotted names of everything that a file of the package imports at run time, lazily or not.
+
+    Only the face of the package, its `__init__.py`, may offer rooms above it, lazily: there the top level counts alone.
+    """
+    parsed = ast.parse(text)
+    skipped = {
+        node
+        for branch in ast.walk(parsed)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+    package = ["qlora_native", *path.removeprefix(PACKAGE).split("/")[:-1]]
+    for node in parsed.body if path == PACKAGE + "__init__.py" else ast.walk(parsed):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def package_imports(files: Tree) -> Iterator[tuple[str, str, str]]:
+    """(path, importing unit, imported unit) for each import of one room of the package by another."""
+    units = {unit_of(path) for path in files if path.startswith(PACKAGE) and path.endswith((".py", ".pyi"))}
+    units |= {"_C", "_cuda"}
+    for path, text in files.items():
+        if not (path.startswith(PACKAGE) and path.endswith(".py")):
+            continue
+        for name in imported_modules(path, text):
+            parts = name.split(".")
+            if parts[0] == "qlora_native":
+                target = parts[1] if len(parts) > 1 and parts[1] in units else "__init__"
+                if target != unit_of(path):
+                    yield path, unit_of(path), target
+
+
+def imports_point_one_way(files: Tree) -> list[str]:
+    rank = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
+    breaches = []
+    for path in files:
+        if path.startswith(PACKAGE) and path.endswith(".py") and unit_of(path) not in rank:
+            breaches.append(f"{path}: give {unit_of(path)} a layer in LAYERS of tests/test_laws.py")
+    for path, unit, target in package_imports(files):
+        if target in rank and rank.get(unit, len(LAYERS)) < rank[target]:
+            breaches.append(f"{path}: {unit} must not import {target}, which stands above it")
+    return breaches
+
+
+def rooms_do_not_import_each_other(files: Tree) -> list[str]:
+    graph: dict[str, set[str]] = {}
+    for _, unit, target in package_imports(files):
+        graph.setdefault(unit, set()).add(target)
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        return ["imported in a circle: " + " -> ".join(error.args[1])]
+    return []
+
+
+def core_needs_only_the_core_packages(files: Tree) -> list[str]:
+    breaches = []
+    for path, text in files.items():
+        if not (path.startswith(PACKAGE) and path.endswith(".py")):
+            continue
+        for name in imported_modules(path, text):
+            top = name.split(".")[0]
+            third_party = top not in CORE_PACKAGES and top not in sys.stdlib_module_names
+            if top == "bitsandbytes" or (third_party and unit_of(path) not in USES_THE_ECOSYSTEM):
+                breaches.append(f"{path}: {unit_of(path)} must not import {top}")
+    return breaches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One stem, one home, and words
+
+
+NOT_AN_OP = re.compile(r"isa(_\w+)?|kernels(-inl)?|vec|parallel|file_store|wp|matmul_plan|managed_store|paging")
+# The rooms of kernels, and what a file there needs beside it and in the room of its bindings.
+KERNEL_ROOMS = {"cpp/cpu": (".h", ".cc"), "cuda": (".h", ".cuh", ".cu")}
+
+
+def op_stems(files: Tree) -> set[str]:
+    """The ops of the schema table; `linear_4bit_grad_input` and `dequantize_4bit.out` belong to their op's stem."""
+    stems: set[str] = set()
+    for path, text in files.items():
+        if not re.fullmatch(PACKAGE + r"ops(/\w+)?\.py", path):
+            continue
+        for node in ast.parse(text).body:
+            if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not isinstance(node.value, ast.Dict):
+                continue
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if "SCHEMAS" in map(ast.unparse, targets):
+                keys = [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
+                stems |= {re.sub(r"(\.\w+|_grad_\w+|_backward)$", "", key) for key in keys}
+    return stems
+
+
+def one_stem_per_op(files: Tree) -> list[str]:
+    stems = op_stems(files)
+    breaches = []
+    for stem in sorted(stems):
+        wanted = [f"{PACKAGE}ops/{stem}.py", f"tests/test_{stem}.py"]
+        breaches += [f"{stem}: {path} is missing" for path in wanted if path not in files]
+    for path in files:
+        room, _, name = path.rpartition("/")
+        stem = posixpath.splitext(name)[0]
+        if room in KERNEL_ROOMS and not NOT_AN_OP.fullmatch(stem):
+            if stem not in stems:
+                breaches.append(f"{path}: no op of this name in SCHEMAS")
+            bindings = f"{room.split('/')[0]}/python/bind_{stem}.cc"
+            wanted = [*(f"{room}/{stem}{suffix}" for suffix in KERNEL_ROOMS[room]), bindings]
+            breaches += [f"{path}: {other} is missing" for other in wanted if other not in files]
+        bound = re.fullmatch(r"(?:cpp|cuda)/python/bind_(\w+)\.cc", path)
+        if bound and bound[1] not in stems and not NOT_AN_OP.fullmatch(bound[1]):
+            breaches.append(f"{path}: no op of this name in SCHEMAS")
+        benched = re.fullmatch(r"bench/bench_(\w+)\.py", path)
+        if benched and benched[1].endswith("_4bit") and benched[1] not in stems:
+            breaches.append(f"{path}: no op of this name in SCHEMAS")
+    return breaches
+
+
+def no_file_over_500_lines(files: Tree) -> list[str]:
+    lengths = {path: text.count("\n") for path, text in files.items() if path.endswith(CODE)}
+    return [f"{path}: {length} lines, at most 500: split it" for path, length in lengths.items() if length > 500]
+
+
+def nf4_levels_only_in_core(files: Tree) -> list[str]:
+    # Three of the inner levels in one file, rounded or not, are a copy of the table.
+    levels = re.compile(
+        r"0\.(696[12]|525[01]|394[89]|395|284[45]|184[78]|0910|0911|0795|0796|1609|2461|3379|4407|562[67]|7229|7230)"
+    )
+    homes = {path: set(levels.findall(text)) for path, text in files.items() if path.endswith(CODE)}
+    return [
+        f"{path}: NF4 levels stand in cpp/core/codebook.h only"
+        for path, seen in homes.items()
+        if len(seen) >= 3 and not path.startswith("cpp/core/")
+    ]
+
+
+def no_machine_paths(files: Tree) -> list[str]:
+    paths = r"/(work|farm|tmp/[a-z]+|root|home/\w+)/"
+    hosts = r"(pypi|pythonhosted|debian|npmjs|pytorch)\.org"
+    return lines_with(files, f"{paths}|{hosts}", lambda p: True, "a path or host of one machine")
+
+
+def no_unfinished_marks(files: Tree) -> list[str]:
+    marks = r"\bTO[D]O\b|FIX[M]E|XX[X]|not implemented ye[t]|placehol[d]er"
+    return lines_with(files, marks, lambda p: p.endswith((*CODE, ".md", ".pyi")), "unfinished")
+
+
+def environment_is_on_one_page(files: Tree) -> list[str]:
+    reads = re.compile(r"(?:getenv\(|environ(?:\.get)?[\[(]|ENV\{|option\(|\benv\s*=)\s*[\"']?(QLORA_\w+)")
+    page = files.get("docs/environment.md", "")
+    return [
+        f"{path}: {name} is read here but not told in docs/environment.md"
+        for path, text in files.items()
+        if not path.startswith("tests/")
+        for name in sorted(set(reads.findall(text)))
+        if f"`{name}`" not in page
+    ]

@@ -1,0 +1,347 @@
+"""The command line from outside: exit codes, one sentence for a mistake, what each verb prints and writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from laws import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qlora_native as qn
+from qlora_native.cli import doctor, main
+from qlora_native.cli.main import VERBS
+from qlora_native.nn import QuantizedLinear
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    tiny.write_model(folder / "model")
+    tiny.write_rows(folder / "train.jsonl", 8)
+    (folder / "config.yaml").write_text(
+        f"model: {folder / 'model'}\noutput_dir: {folder / 'out'}\ndata: {{train: {folder / 'train.jsonl'}}}\n"
+        "train: {steps: 2, batch_size: 2, grad_accum: 1}\n"
+    )
+    return folder
+
+
+def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        cwd=ROOT / "tests",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dispatcher
+
+
+def test_help_of_every_verb_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as stop:
+            main.main([verb, "--help"])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        assert re.search(rf"examples?:\n(  .*\n)*  qlora {verb}", printed), verb
+
+
+def test_the_top_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^  (\w+) {2,}\w", printed.partition("verbs:")[2], re.MULTILINE) == list(VERBS)
+    assert main.main([]) == 2
+    assert "verbs:" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["--version"])
+    assert capsys.readouterr().out == f"qlora_native {qn.__version__}\n"
+
+
+def test_the_dispatcher_imports_nothing_heavy() -> None:
+    """With the package's __init__ left out, which registers the ops: the dispatcher itself must need the stdlib
+    only."""
+    done = python(
+        "import sys, types, importlib.machinery as m\n"
+        "spec = __import__('importlib.util').util.find_spec('qlora_native')\n"
+        "package = types.ModuleType('qlora_native')\n"
+        "package.__path__ = list(spec.submodule_search_locations)\n"
+        "sys.modules['qlora_native'] = package\n"
+        "from qlora_native.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = ('torch', 'numpy', 'transformers', 'pydantic', 'yaml', 'rich')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize("module", ["qlora_native", "qlora_native.cli.main"])
+def test_runs_as_a_module(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "trian", "x"], capture_output=True, text=True, cwd=ROOT / "tests"
+    )
+    assert done.returncode == 2
+    assert done.stderr == "qlora trian is not a verb: did you mean `qlora train`?\n"
+
+
+def test_a_bug_shows_its_trace_and_exits_with_1() -> None:
+    done = python(
+        "import sys\n"
+        "from qlora_native.cli import doctor, main\n"
+        "doctor.examine = lambda: 1 / 0\n"
+        "sys.exit(main.main(['doctor']))"
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_ctrl_c_outside_the_loop_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupted)
+    assert main.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "qlora: interrupted\n"
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = "import sys\nfrom qlora_native.cli.main import main\nsys.exit(main(['config', 'init']))"
+    done = subprocess.run(
+        f'"{sys.executable}" -c "$CODE" | true; echo "${{PIPESTATUS[0]}}"',
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CODE": code},
+        cwd=ROOT / "tests",
+    )
+    assert done.stdout == "0\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "told"),
+    [
+        (["train", "x.yaml"], "transformers", "qlora train needs transformers, which is not installed: {}[train]'"),
+        (["train", "x.yaml"], "pydantic", "qlora train needs pydantic, which is not installed: {}[train]'"),
+        (["config", "check", "x"], "yaml", "qlora config needs pyyaml, which is not installed: {}[train]'"),
+        (["quantize", "m", "--out", "o"], "transformers", "qlora quantize needs transformers, which is not {}[train]'"),
+        (["demo"], "transformers", "qlora demo needs transformers, which is not installed: {}[demo]'"),
+    ],
+)
+def test_the_core_install_names_the_extra(
+    words: list[str],
+    missing: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = main.importlib.util.find_spec
+    monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: None if name == missing else plain(name))
+    assert main.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    expected = told.format(
+        "pip install 'qlora_native" if "installed" in told else "installed: pip install 'qlora_native"
+    )
+    assert line == expected
+
+
+def test_with_the_core_packages_only_help_and_doctor_work() -> None:
+    """Nothing that an extra brings can be imported or found."""
+    blocked = sorted({name for names in doctor.EXTRAS.values() for name in names} | {"tokenizers"})
+    block = (
+        "import sys\n"
+        f"blocked = {blocked!r}\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in blocked: raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import importlib.util\n"
+        "plain = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, package=None: None if name in blocked else plain(name, package)\n"
+        "from qlora_native.cli.main import VERBS, main\n"
+        "def code(*words):\n"
+        "    try: return main(list(words))\n"
+        "    except SystemExit as stop: return stop.code\n"
+        "print(code('doctor'), *(code(verb, '--help') for verb in VERBS), code('train', 'x.yaml'))"
+    )
+    done = python(block)
+    assert done.stdout.splitlines()[-1] == "0 " + "0 " * len(VERBS) + "2", done.stderr
+    assert done.stderr.count("\n") == 1 and "pip install 'qlora_native[train]'" in done.stderr
+    assert "missing: transformers, pydantic, pyyaml" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train"], "qlora train: the following arguments are required: CONFIG"),
+        (["train", "--lr", "1e-4", "{config}"], "qlora train: the config file comes first"),
+        (["train", "{files}/gone.yaml"], "gone.yaml does not exist"),
+        (["train", "{config}", "--learning_rate", "1"], "--learning_rate is not a key; did you mean train.lr?"),
+        (["train", "{config}", "--model", "{files}/gone"], "{files}/gone is not there"),
+        (["train", "{config}", "--model", "{files}/empty"], "{files}/empty has no config.json"),
+        (["train", "{config}", "--model", "{files}/bare"], "no usable tokenizer in {files}/bare"),
+        (["train", "{config}", "--data.train", "{files}/gone.jsonl"], "{files}/gone.jsonl: no such data file"),
+        (["train", "{config}", "--data.train", "{files}/broken.jsonl"], "{files}/broken.jsonl:2"),
+        (["train", "{config}", "--target_modules", "[q_prj]"], "no linear layer named 'q_prj': did you mean q_proj"),
+        (["train", "{config}", "--model", "{files}/nan"], "model.layers.0.mlp.up_proj.weight cannot be quantised"),
+        (["train", "{config}", "--output_dir", "{files}/train.jsonl"], "could not write {files}/train.jsonl/metrics"),
+        (["train", "{config}", "--resume", "{files}/gone"], "resume is {files}/gone, which is no checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_lost(
+    files: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bad_inputs(files)
+    capsys.readouterr()  # what making them printed
+    fill = {"files": str(files), "config": str(files / "config.yaml")}
+    assert main.main([word.format(**fill) for word in words]) == 2
+    errors = capsys.readouterr().err
+    (line,) = [text for text in errors.splitlines() if not text.startswith(("Loading", "Writing"))]
+    assert told.format(**fill) in line
+    assert "Traceback" not in errors
+    assert not (files / "out" / "adapter").exists()
+
+
+def make_bad_inputs(files: Path) -> None:
+    if (files / "nan").is_dir():
+        return
+    (files / "empty").mkdir()
+    shutil.copytree(files / "model", files / "bare", ignore=shutil.ignore_patterns("*token*", "chat_template*"))
+    first = (files / "train.jsonl").read_text().splitlines()[0]
+    (files / "broken.jsonl").write_text(first + '\n{"messages": [\n')
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    model.model.layers[0].mlp.up_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(files / "nan")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(files / "model" / name, files / "nan" / name)
+
+
+def test_train_from_the_command_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert (
+        main.main(["train", str(files / "config.yaml"), "--output_dir", str(out), "--steps=3", "--save_every", "2"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "step 3/3" in printed and f"adapter: {out / 'adapter'}" in printed
+    assert (out / "step-000003" / "trainer.json").is_file()
+    model = qn.load_adapter(qn.load_model(files / "model"), out / "adapter")
+    assert any("lora_B" in name and bool(value.any()) for name, value in model.named_parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# quantize and doctor
+
+
+@torch.no_grad()
+def test_quantize_writes_what_bitsandbytes_loads(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "4bit"
+    assert main.main(["quantize", str(files / "model"), "--out", str(out), "--block-size", "32", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    ours = qn.load_model(out)
+    assert (result["out"], result["tokenizer"]) == (str(out), True)
+    assert (result["bytes_4bit"], result["bytes_dense"]) == (ours.load_report.bytes_4bit, ours.load_report.bytes_dense)
+    direct = qn.load_model(files / "model", block_size=32)
+    layers = [name for name, module in direct.named_modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 14
+    for name in layers:
+        stored, expected = ours.get_submodule(name).quantized, direct.get_submodule(name).quantized
+        assert stored.block_size == 32
+        assert torch.equal(stored.packed, expected.packed) and torch.equal(stored.absmax, expected.absmax)
+    described = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert described["quant_method"] == "bitsandbytes" and described["load_in_4bit"] is True
+    assert described["bnb_4bit_quant_type"] == "nf4" and described["bnb_4bit_use_double_quant"] is True
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
+    theirs = AutoModelForCausalLM.from_pretrained(out).train()  # in training mode it decodes the plain layout
+    ids = tokenizer("what is red?", return_tensors="pt").input_ids
+    expected, got = theirs(ids).logits.float(), direct(ids).logits.float()
+    assert float((got - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_quantize_options_reach_the_weights(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "4bit"
+    words = ["--quant-type", "fp4", "--no-double-quant", "--dtype", "float32", "--skip-modules", "lm_head", "o_proj"]
+    assert main.main(["quantize", str(files / "model"), "--out", str(out), *words, "--shard-size", "100KB"]) == 0
+    model = qn.load_model(out, dtype=torch.float32)
+    weight = model.model.layers[0].self_attn.q_proj.quantized
+    assert (weight.quant_type, weight.double_quant, weight.dtype) == ("fp4", False, torch.float32)
+    assert type(model.model.layers[0].self_attn.o_proj) is torch.nn.Linear
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{files}/model"], "qlora quantize: the following arguments are required: --out"),
+        (["{files}/model", "--out", "{files}"], "{files} exists already"),
+        (["{files}/gone", "--out", "{files}/new"], "{files}/gone is not there"),
+        (["{files}/model", "--out", "{files}/new", "--block-size", "48"], "argument --block-size: invalid choice: 48"),
+        (["{files}/model", "--out", "{files}/new", "--skip-modules", "lm_haed"], "lm_haed"),
+        (
+            ["{files}/model", "--out", "{files}/train.jsonl/new"],
+            "could not write {files}/train.jsonl/new: ",
+        ),
+    ],
+)
+def test_quantize_mistakes(files: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["quantize", *(word.format(files=files) for word in words)]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if not text.startswith(("Loading", "Writing"))]
+    assert told.format(files=files) in line
+    assert not (files / "new").exists()
+
+
+def test_quantize_refuses_what_is_4_bit(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["quantize", str(files / "model"), "--out", str(tmp_path / "a")]) == 0
+    assert main.main(["quantize", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 2
+    assert "is 4-bit already" in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["build"] == qn.build_info()
+    assert report["versions"]["torch"] == torch.__version__
+    plain = main.importlib.util.find_spec
+    gone = ("gguf", "yaml")
+    monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: None if name in gone else plain(name))
+    assert main.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{qn.build_info()['cpu_isa']} in use" in printed
+    assert "missing: pyyaml, gguf; mend with: pip install 'qlora_native[train]'\n" in printed
+
+
+def test_doctor_knows_the_extras_of_the_project() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for extra, names in doctor.EXTRAS.items():
+        (listed,) = re.findall(rf"^{extra} = \[(.*)\]$", text, re.MULTILINE)
+        packages = [re.match(r"[\w-]+", item)[0] for item in re.findall(r'"([^"]+)"', listed)]  # type: ignore[index]
+        ours = [main.DISTRIBUTIONS.get(name, name).replace("_", "-") for name in names]
+        assert [name.replace("_", "-") for name in packages if name != "qlora_native"] == ours

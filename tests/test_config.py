@@ -1,0 +1,270 @@
+"""The config: every mistake at once, each with what was meant; any key from the command line; the shipped files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from qlora_native.cli.config import shipped
+from qlora_native.cli.main import main
+from qlora_native.data import FORMATS
+from qlora_native.errors import UserError
+from qlora_native.train.config import _ALIASES, TrainConfig, keys
+
+MINIMAL = "model: base\ndata:\n  train: rows.jsonl\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def mistakes(folder: Path, text: str, *overrides: str) -> list[str]:
+    path = write(folder, text)
+    with pytest.raises(UserError) as error:
+        TrainConfig.from_file(path, overrides)
+    return str(error.value).replace(str(path), "run.yaml").splitlines()
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = TrainConfig.from_file(write(tmp_path, MINIMAL))
+    assert (config.model, config.data.train, config.output_dir, config.resume) == (
+        "base",
+        "rows.jsonl",
+        "qlora-out",
+        None,
+    )
+    assert (config.quant.type, config.quant.block_size, config.quant.double_quant) == ("nf4", 64, True)
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (16, 32, "all-linear")
+    assert (config.train.lr, config.train.betas, config.train.steps, config.train.epochs) == (
+        2e-4,
+        (0.9, 0.999),
+        None,
+        None,
+    )
+
+
+def test_every_mistake_is_told_at_once_with_its_line(tmp_path: Path) -> None:
+    text = (
+        "modle: base\n"
+        "data:\n"
+        "  train: rows.jsonl\n"
+        "  max_lenght: 512\n"
+        "quant:\n"
+        "  type: nf5\n"
+        "train:\n"
+        "  lr: fast\n"
+        "  steps: 0\n"
+        "  grad_checkpointing: perhaps\n"
+    )
+    assert mistakes(tmp_path, text) == [
+        "run.yaml: model is not set; add `model: ...` (model folder or .gguf file), or --model on the command line",
+        "run.yaml:4: data.max_lenght is not a key; did you mean data.max_length?",
+        "run.yaml:6: quant.type is 'nf5': expected 'nf4' or 'fp4'",
+        "run.yaml:9: train.steps is 0: expected greater than 0",
+        "run.yaml:8: train.lr is 'fast': expected a valid number",
+        "run.yaml:10: train.grad_checkpointing is 'perhaps': expected a valid boolean",
+        "run.yaml:1: modle is not a key; did you mean model?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("trian: {}", "train"),
+        ("lr: 1e-4", "train.lr"),
+        ("learning_rate: 1e-4", "train.lr"),
+        ("lora: {rank: 8}", "lora.r"),
+        ("lora: {lora_alpha: 8}", "lora.alpha"),
+        ("lora: {drop_out: 0.1}", "lora.dropout"),
+        ("train: {gradient_accumulation_steps: 4}", "train.grad_accum"),
+        ("train: {save_evry: 4}", "train.save_every"),
+        ("quant: {blocksize: 64}", "quant.block_size"),
+        ("data: {train: rows.jsonl, sequence_len: 3}", "data.max_length"),
+    ],
+)
+def test_did_you_mean(tmp_path: Path, wrong: str, meant: str) -> None:
+    text = "model: base\n" + wrong + ("" if "data:" in wrong else "\ndata: {train: rows.jsonl}")
+    (told,) = mistakes(tmp_path, text)
+    assert told.endswith(f"is not a key; did you mean {meant}?")
+
+
+def test_without_a_near_match_the_keys_are_listed(tmp_path: Path) -> None:
+    (told,) = mistakes(tmp_path, MINIMAL + "lora: {zzz: 1}")
+    assert told == "run.yaml:4: lora.zzz is not a key; the keys of lora are r, alpha, dropout, target_modules, rslora"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "run.yaml: model is not set"),
+        ("- a\n- b\n", "run.yaml holds list"),
+        ("just words", "run.yaml holds str 'just words'"),
+        ("model: base\ndata: rows.jsonl\n", "run.yaml:2: data is 'rows.jsonl': expected a block of keys, one per line"),
+        ("model: base\n", "run.yaml: data is not set; add a block `data:`"),
+        (
+            MINIMAL + "train: {steps: 5, epochs: 2}",
+            "run.yaml: train.steps is 5 and epochs is 2.0: expected one of them",
+        ),
+        (MINIMAL + "train: {betas: [0.9]}", "run.yaml:4: train.betas is [0.9]: expected another number"),
+        (MINIMAL + "train: {betas: [0.9, 1.0]}", "run.yaml: train.betas is [0.9, 1.0]: expected two numbers from 0"),
+        (MINIMAL + "train: {lr: .nan}", "run.yaml:4: train.lr is nan: expected a finite number"),
+        (MINIMAL + "lora: {dropout: 1.0}", "run.yaml:4: lora.dropout is 1.0: expected less than 1"),
+        (
+            MINIMAL + "train: {betas: [0.1, 0.2, 0.3]}",
+            "run.yaml:4: train.betas is [0.1, 0.2, 0.3]: expected at most 2 items",
+        ),
+        (MINIMAL + "lora: {target_modules: {a: 1}}", "run.yaml:4: lora.target_modules is {'a': 1}: expected"),
+        ("model: base\ndata: {eval: x}\n", "run.yaml: data.train is not set; add `train: ...` under data (file"),
+        (MINIMAL + "quant: {block_size: 48}", "run.yaml:4: quant.block_size is 48: expected 32, 64, 128, 256"),
+        (MINIMAL + "  format: csv", f"run.yaml:4: data.format is 'csv': expected auto, {', '.join(FORMATS)}"),
+        (MINIMAL + "model: other", "run.yaml:4: model was already set on line 1; remove one of them"),
+        ("model: [base\n", "run.yaml:2: not valid YAML"),
+        ("model: base\n\tdata: x\n", "run.yaml:2: not valid YAML"),
+        ("model: !!python/object:os.system x\n", "run.yaml:1: not valid YAML"),
+    ],
+)
+def test_other_mistakes(tmp_path: Path, text: str, told: str) -> None:
+    assert mistakes(tmp_path, text)[0].startswith(told)
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone.yaml does not exist; `qlora config init --out .*gone.yaml` writes"):
+        TrainConfig.from_file(tmp_path / "gone.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(UserError, match=r"binary.yaml cannot be read: not UTF-8 text"):
+        TrainConfig.from_file(tmp_path / "binary.yaml")
+    with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+        TrainConfig.from_file(tmp_path)
+
+
+def test_a_block_without_keys_is_empty(tmp_path: Path) -> None:
+    assert TrainConfig.from_file(write(tmp_path, MINIMAL + "lora:\n  # r: 8\n")).lora.r == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--lr", "1e-4"], "train.lr", 1e-4),
+        (["--train.lr=1e-4"], "train.lr", 1e-4),
+        (["--r", "8"], "lora.r", 8),
+        (["--lora.target_modules", "[q_proj, v_proj]"], "lora.target_modules", ["q_proj", "v_proj"]),
+        (["--target_modules", "q_proj"], "lora.target_modules", "q_proj"),
+        (["--betas", "[0.8, 0.9]"], "train.betas", (0.8, 0.9)),
+        (["--rslora"], "lora.rslora", True),
+        (["--double-quant", "false"], "quant.double_quant", False),
+        (["--resume"], "resume", "auto"),
+        (["--resume", "--lr", "1"], "resume", "auto"),
+        (["--resume", "out/step-000100"], "resume", "out/step-000100"),
+        (["--model", "2024-01-01"], "model", "2024-01-01"),
+        (["--output_dir=a=b"], "output_dir", "a=b"),
+        (["--eval", "null"], "data.eval", None),
+        (["--lr", "1", "--lr", "2"], "train.lr", 2.0),
+    ],
+)
+def test_any_key_from_the_command_line(tmp_path: Path, words: list[str], key: str, value: Any) -> None:
+    got: Any = TrainConfig.from_file(write(tmp_path, MINIMAL + "train:\n  lr: 5e-5\n"), words)
+    for part in key.split("."):
+        got = getattr(got, part)
+    assert got == value and type(got) is type(value)
+
+
+def test_a_length_from_the_command_line_replaces_the_one_in_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "train: {steps: 5}\n")
+    config = TrainConfig.from_file(path, ["--epochs", "2"])
+    assert (config.train.steps, config.train.epochs) == (None, 2.0)
+    told = mistakes(tmp_path, MINIMAL + "train: {steps: 5}\n", "--epochs", "2", "--steps", "3")
+    assert told == ["run.yaml: train.steps is 3 and epochs is 2.0: expected one of them"]
+
+
+def test_mistakes_on_the_command_line_name_the_flag(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, MINIMAL, "--learning_rate", "1") == [
+        "--learning_rate is not a key; did you mean train.lr?"
+    ]
+    assert mistakes(tmp_path, MINIMAL, "--lr", "fast") == ["--lr is 'fast': expected a valid number"]
+    assert mistakes(tmp_path, MINIMAL, "1e-4") == ["'1e-4' stands alone: expected --key value, for example --lr 1e-4"]
+    assert mistakes(tmp_path, MINIMAL, "--rslora", "1", "2")[0].startswith("'2' stands alone")
+    told = mistakes(tmp_path, "model: base\ndata: rows.jsonl\n", "--max_length", "3")
+    assert told == ["run.yaml:2: data is 'rows.jsonl': expected a block of keys, one per line"]
+
+
+def test_every_key_has_a_name_of_its_own_and_a_sentence() -> None:
+    """`--lr` can only stand for `--train.lr` while no other block has an lr."""
+    leaves = [key.rpartition(".")[2] for key in keys()]
+    assert len(leaves) == len(set(leaves)) and len(leaves) > 30
+    assert all(field.description for field in keys().values())
+    assert set(_ALIASES.values()) <= set(keys()) and not set(_ALIASES) & set(leaves)
+
+
+def test_python_use_raises_valueerror() -> None:
+    with pytest.raises(ValidationError) as error:
+        TrainConfig.model_validate({"model": "base", "data": {"train": "x", "trian": "y"}})
+    assert isinstance(error.value, ValueError)
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = TrainConfig.from_file(write(tmp_path, MINIMAL), ["--lr", "3e-5", "--target_modules", "[a, b]", "--resume"])
+    again = TrainConfig.from_file(write(tmp_path, config.to_yaml()))
+    assert again.resume is None
+    assert again.model_copy(update={"resume": "auto"}) == config
+    written = yaml.safe_load(config.to_yaml())
+    assert {key for key in keys() if "." not in key} - {"resume"} <= set(written)
+    assert set(written["train"]) == {key.split(".")[1] for key in keys() if key.startswith("train.")}
+
+
+def test_shipped_configs_are_valid_and_explain_every_line() -> None:
+    assert set(shipped()) == {"smollm2", "llama-8b"}
+    for name, path in shipped().items():
+        TrainConfig.from_file(path)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert lines[1] == f"#   qlora train {name}.yaml"
+        for line in lines:
+            key = re.match(r"\s*\w+: \S", line)
+            assert key is None or re.search(r"  +# \S", line), f"{path.name}: {line} has no comment"
+
+
+def test_config_init_list_and_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["config", "list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["llama-8b", "smollm2"]
+    assert main(["config", "init", "--out", "mine.yaml"]) == 0
+    assert "qlora train mine.yaml" in capsys.readouterr().out
+    assert "#   qlora train mine.yaml" in Path("mine.yaml").read_text()
+    assert main(["config", "check", "mine.yaml", "--lr", "7e-5"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["lr"] == 7e-5
+    assert main(["config", "init", "llama-8b"]) == 0
+    assert capsys.readouterr().out == shipped()["llama-8b"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["config", "init", "--out", "there.yaml"], "there.yaml exists already"),
+        (["config", "init", "smolm2"], "there is no shipped config 'smolm2'; did you mean smollm2?"),
+        (["config", "init", "--out", "no/such/folder.yaml"], "could not write no/such/folder.yaml: No such file"),
+        (["config", "check"], "qlora config check needs a file"),
+        (["config", "check", "there.yaml"], "qlora: there.yaml:1: modle is not a key; did you mean model?"),
+        (["config", "list", "--lr", "3"], "qlora config list takes no --lr"),
+        (["config", "chekc", "there.yaml"], "qlora config: argument action: invalid choice: 'chekc'"),
+    ],
+)
+def test_config_mistakes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.yaml").write_text("modle: base\n" + MINIMAL)
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line

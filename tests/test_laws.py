@@ -1,0 +1,172 @@
+"""Holds the tree against laws.py, and shows each law a breach that it must see and sound code that it must not."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import laws
+import pytest
+from laws import Law, Tree
+
+# A breach of each law. A law that finds nothing here could not fail.
+BREACHES: list[tuple[Law, Tree]] = [
+    (laws.includes_point_one_way, {"cpp/core/a.h": '#include "cpu/b.h"\n', "cpp/cpu/b.h": ""}),
+    (laws.includes_point_one_way, {"cpp/cpu/a.cc": '#include "../../cuda/b.h"\n', "cuda/b.h": ""}),
+    (laws.includes_point_one_way, {"cuda/a.cu": '#include "cpu/b.h"\n', "cpp/cpu/b.h": ""}),
+    (laws.includes_point_one_way, {"cpp/cpu/a.cc": '#include "cpu/gone.h"\n'}),
+    (laws.includes_point_one_way, {"cpp/core/a.h": "#include <omp.h>\n"}),
+    (laws.includes_point_one_way, {"cpp/cpu/a.h": "#include <pybind11/pybind11.h>\n"}),
+    (laws.no_torch_header, {"cpp/python/a.cc": "#include <torch/extension.h>\n"}),
+    (laws.no_torch_header, {"cuda/a.cu": '#include "c10/cuda/CUDAStream.h"\n'}),
+    (laws.cuda_calls_only_in_cuda, {"cpp/cpu/a.cc": "  cudaMemcpy(a, b, 4);\n"}),
+    (laws.cuda_calls_only_in_cuda, {"cpp/python/a.cc": "#include <cuda_runtime.h>\n"}),
+    (laws.inline_assembly_only_in_wp, {"cuda/linear_4bit.cuh": '  asm volatile("cp.async;");\n'}),
+    (laws.inline_assembly_only_in_wp, {"cpp/cpu/a.cc": '  __asm__("nop");\n'}),
+    (laws.architecture_branches_only_in_wp, {"cuda/linear_4bit.cu": "#if __CUDA_ARCH__ >= 800\n"}),
+    (laws.architecture_branches_only_in_wp, {"cpp/core/a.h": "#if __CUDA_ARCH__ >= 800\n"}),
+    (laws.architecture_branches_only_in_wp, {"cuda/linear_4bit.cuh": "#ifdef FAST\n"}),
+    (laws.no_abort_on_user_input, {"cpp/cpu/a.cc": "  assert(n > 0);\n"}),
+    (laws.no_abort_on_user_input, {"cpp/cpu/a.cc": "  std::abort();\n"}),
+    (laws.launchers_never_synchronise, {"cuda/a.cu": "  cudaStreamSynchronize(stream);\n"}),
+    (laws.imports_point_one_way, {"python/qlora_native/ops.py": "from . import nn\n", "python/qlora_native/nn.py": ""}),
+    (
+        laws.imports_point_one_way,
+        {"python/qlora_native/ops/a.py": "from ..lora import x\n", "python/qlora_native/lora/__init__.py": ""},
+    ),
+    (
+        laws.imports_point_one_way,
+        {
+            "python/qlora_native/nn.py": "def f():\n    import qlora_native.cli.main\n",
+            "python/qlora_native/cli/main.py": "",
+        },
+    ),
+    (laws.imports_point_one_way, {"python/qlora_native/lora.py": "from . import __version__\n"}),
+    (
+        laws.imports_point_one_way,
+        {"python/qlora_native/__init__.py": "from . import train\n", "python/qlora_native/train.py": ""},
+    ),
+    (laws.imports_point_one_way, {"python/qlora_native/a_new_room.py": ""}),
+    (
+        laws.rooms_do_not_import_each_other,
+        {
+            "python/qlora_native/data/a.py": "from .. import train\n",
+            "python/qlora_native/train/b.py": "from ..data import a\n",
+        },
+    ),
+    (
+        laws.core_needs_only_the_core_packages,
+        {"python/qlora_native/lora.py": "def f():\n    from transformers import X\n"},
+    ),
+    (laws.core_needs_only_the_core_packages, {"python/qlora_native/nn.py": "import scipy.stats\n"}),
+    (laws.core_needs_only_the_core_packages, {"python/qlora_native/load.py": "import bitsandbytes\n"}),
+    (
+        laws.one_stem_per_op,
+        {
+            "python/qlora_native/ops/_library.py": "SCHEMAS = {'a_4bit': '() -> ()'}\n",
+            "python/qlora_native/ops/a_4bit.py": "",
+        },
+    ),
+    (
+        laws.one_stem_per_op,
+        {"python/qlora_native/ops/_library.py": "SCHEMAS = {'a_4bit': '() -> ()'}\n", "tests/test_a_4bit.py": ""},
+    ),
+    (laws.one_stem_per_op, {"cpp/cpu/a_4bit.h": "", "cpp/cpu/a_4bit.cc": "", "cpp/python/bind_a_4bit.cc": ""}),
+    (laws.one_stem_per_op, {"cuda/a_4bit.h": "", "cuda/a_4bit.cuh": "", "cuda/a_4bit.cu": ""}),
+    (laws.no_file_over_500_lines, {"cuda/a.cuh": "\n" * 501}),
+    (laws.nf4_levels_only_in_core, {"cuda/a.cuh": ", ".join(f"0.{digits}f" for digits in (6962, 5251, 3949))}),
+    (laws.no_machine_paths, {"docs/a.md": "see " + "/".join(["", "work", "main"])}),
+    (laws.no_machine_paths, {"docs/a.md": "see " + ".".join(["pypi", "org"])}),
+    (laws.no_unfinished_marks, {"cpp/cpu/a.cc": "// TO" + "DO: the tail\n"}),
+    (
+        laws.environment_is_on_one_page,
+        {"cpp/cpu/a.cc": 'std::getenv("QLORA_NATIVE_SECRET")', "docs/environment.md": ""},
+    ),
+    (laws.environment_is_on_one_page, {"python/qlora_native/ops.py": 'os.environ.get("QLORA_NATIVE_SECRET")'}),
+]
+
+# What the laws allow, so that none of them fails on everything.
+ALLOWED: Tree = {
+    "cpp/core/layout.h": "#include <cstdint>\n#if defined(__CUDA_ARCH__)\n#endif\nstatic_assert(sizeof(int) == 4);\n",
+    "cpp/cpu/quantize_4bit.h": '#include "core/layout.h"\n',
+    "cpp/cpu/quantize_4bit.cc": '#include "cpu/quantize_4bit.h"\n#include <omp.h>\n',
+    "cpp/python/bind_quantize_4bit.cc": '#include <pybind11/pybind11.h>\n#include "cpu/quantize_4bit.h"\n',
+    "cuda/python/bind_quantize_4bit.cc": '#include "cuda/quantize_4bit.h"\n',
+    "cuda/wp.cuh": '#if __CUDA_ARCH__ >= 800\n  asm volatile("cp.async;");\n#endif\n',
+    "cuda/quantize_4bit.h": "",
+    "cuda/quantize_4bit.cuh": "",
+    "cuda/quantize_4bit.cu": '#include "core/layout.h"\n#include "wp.cuh"\n  f<<<1, 2>>>(x);\n',
+    "python/qlora_native/ops/__init__.py": "from . import quantize_4bit\n",
+    "python/qlora_native/ops/_library.py": "SCHEMAS: dict = {'quantize_4bit': '', 'quantize_4bit_grad_x': ''}\n",
+    "python/qlora_native/ops/quantize_4bit.py": "import torch\nfrom .. import reference\n",
+    "python/qlora_native/reference.py": "from __future__ import annotations\nimport math\n",
+    "python/qlora_native/lora.py": "if TYPE_CHECKING:\n    from transformers import X\n    from . import cli\n",
+    "python/qlora_native/load/files.py": "import transformers\nfrom ..lora import x\n",
+    "python/qlora_native/nn.py": "from . import ops",
+    "python/qlora_native/bitsandbytes/nn.py": "from ..nn import QuantizedLinear\n",
+    "python/qlora_native/__init__.py": "def __getattr__(name):\n    from . import load\n",
+    "python/qlora_native/cli/main.py": "import qlora_native as qn\nfrom ..load import files\n",
+    "tests/test_quantize_4bit.py": "",
+    "docs/a.md": "at https://example.com/work with a loss of 0.6962\n",
+}
+LAWS = list(dict.fromkeys(law for law, _ in BREACHES))
+
+
+def law_name(value: object) -> str:
+    return getattr(value, "__name__", "")
+
+
+@pytest.mark.parametrize("law", LAWS, ids=law_name)
+def test_the_tree_obeys(law: Law) -> None:
+    breaches = law(laws.tree())
+    assert not breaches, "\n" + "\n".join(breaches)
+
+
+@pytest.mark.parametrize(("law", "breach"), BREACHES, ids=law_name)
+def test_the_law_sees_a_breach(law: Law, breach: Tree) -> None:
+    assert law(breach)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=law_name)
+def test_the_law_lets_sound_code_pass(law: Law) -> None:
+    assert law(ALLOWED) == []
+
+
+def test_the_tree_is_read() -> None:
+    files = laws.tree()
+    assert {"README.md", ".ci/run", "python/qlora_native/errors.py", "cpp/core/codebook.h"} <= set(files)
+    assert not any(path.startswith(("build/", ".ci-venv/")) for path in files)
+
+
+def test_import_brings_only_the_core_packages() -> None:
+    """`import qlora_native` must work, and stay quick, with nothing but torch, numpy and safetensors installed."""
+    script = (
+        "import sys, qlora_native\n"
+        "heavy = ('transformers', 'peft', 'datasets', 'accelerate', 'bitsandbytes', 'pydantic', 'rich', 'yaml')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=laws.ROOT / "tests")
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def missing_docstrings(names: dict[str, object]) -> list[str]:
+    """Functions and classes without a docstring of their own; a dataclass's made-up signature is not one."""
+    return [
+        name
+        for name, value in names.items()
+        if inspect.isroutine(value) or inspect.isclass(value)
+        if not (value.__doc__ or "").strip() or str(value.__doc__).startswith(f"{name}(")
+    ]
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    import qlora_native
+
+    assert missing_docstrings({name: getattr(qlora_native, name) for name in qlora_native.__all__}) == []
+
+
+def test_a_missing_docstring_is_seen() -> None:
+    def bare() -> None: ...
+
+    assert missing_docstrings({"bare": bare, "documented": missing_docstrings}) == ["bare"]

@@ -1,0 +1,294 @@
+"""The loop: it learns, rows may be divided into micro-batches at will, it evaluates, reports and refuses what is not
+finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from helpers import relative_error
+from safetensors.torch import load_file
+
+from qlora_native.data import load_dataset
+from qlora_native.errors import UserError
+from qlora_native.lora import LoraConfig, add_lora
+from qlora_native.train import TrainConfig, Trainer
+from qlora_native.train import loop as loop_module
+from qlora_native.train.schedule import learning_rate
+from qlora_native.train.setup import load_tokenizer
+
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A second thread costs more than it brings on matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_config(
+    model: Path, folder: Path, *, rows: int = 24, eval_fraction: float = 0.0, **options: Any
+) -> TrainConfig:
+    data = tiny.write_rows(folder / "train.jsonl", rows)
+    train = {"steps": 4, "batch_size": 4, "grad_accum": 2, "lr": 5e-3, "save_every": 0, "eval_every": 0, **options}
+    return TrainConfig.model_validate(
+        {
+            "model": str(model),
+            "output_dir": str(folder / "out"),
+            "data": {"train": str(data), "eval_fraction": eval_fraction},
+            "lora": {"r": 8, "alpha": 16},
+            "train": train,
+        }
+    )
+
+
+def run(config: TrainConfig, **options: Any) -> tuple[loop_module.TrainSummary, list[Record], dict[str, torch.Tensor]]:
+    records: list[Record] = []
+    summary = Trainer(config, quiet=True, on_step=records.append, **options).train()
+    return summary, records, load_file(summary.adapter_dir / "adapter_model.safetensors")
+
+
+def test_learns_a_small_set_by_heart(model_folder: Path, tmp_path: Path) -> None:
+    config = make_config(model_folder, tmp_path, rows=12, steps=60, batch_size=12, grad_accum=1, lr=1e-2)
+    config.data.eval = config.data.train
+    summary, records, _ = run(config)
+    assert summary.loss_before is not None and summary.loss_after is not None
+    assert summary.loss_before > 3.0
+    assert summary.loss_after < 0.2
+    assert records[0]["loss"] == pytest.approx(
+        summary.loss_before, rel=1e-3
+    )  # before the first update, on the same rows
+    assert summary.steps == 60 and len(records) == 60
+    assert summary.tokens_per_second > 0 and summary.peak_rss_bytes > 2**27
+
+
+@pytest.mark.parametrize(("batch_size", "grad_accum"), [(1, 8), (2, 4), (3, 3)])
+def test_accumulation_equals_one_big_batch(
+    model_folder: Path, tmp_path: Path, batch_size: int, grad_accum: int
+) -> None:
+    """Rows differ in their number of trained tokens, so equal weights for the micro-batches would show."""
+    rows = batch_size * grad_accum
+    results = []
+    for name, size, accum in (("big", rows, 1), ("cut", batch_size, grad_accum)):
+        (tmp_path / name).mkdir()
+        config = make_config(
+            model_folder, tmp_path / name, rows=3 * rows, steps=3, batch_size=size, grad_accum=accum, dtype="float32"
+        )
+        results.append(run(config))
+    (_, big, adapter_big), (_, cut, adapter_cut) = results
+    for one, other in zip(big, cut, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert (other["tokens"], other["trained_tokens"]) == (one["tokens"], one["trained_tokens"])
+    for key, tensor in adapter_big.items():
+        assert relative_error(adapter_cut[key], tensor) < 1e-3, key
+
+
+def test_checkpointing_changes_memory_only(model_folder: Path, tmp_path: Path) -> None:
+    losses = []
+    for on in (False, True):
+        (tmp_path / str(on)).mkdir()
+        config = make_config(model_folder, tmp_path / str(on), grad_checkpointing=on)
+        config.lora.dropout = 0.2
+        trainer = Trainer(config, quiet=True)
+        trainer.train()
+        assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()) is on
+        losses.append([line["loss"] for line in read_lines(config)])
+    assert losses[0] == losses[1]
+
+
+def read_lines(config: TrainConfig) -> list[Record]:
+    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_leaves_behind(model_folder: Path, tmp_path: Path) -> None:
+    config = make_config(model_folder, tmp_path, eval_fraction=0.25, steps=6, eval_every=2, save_every=3, keep=1)
+    summary, records, _ = run(config)
+    out = Path(config.output_dir)
+    lines = read_lines(config)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6]
+    assert [line for line in lines if "loss" in line] == records
+    assert [line["step"] for line in records] == [1, 2, 3, 4, 5, 6]
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert (summary.loss_before, summary.loss_after) == (evaluations[0], evaluations[-1])
+    assert summary.best_loss == min(evaluations)
+    assert summary.best_dir == out / "best" and (out / "best" / "adapter_model.safetensors").is_file()
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in out.iterdir() if path.name.startswith("step-")] == ["step-000006"]
+    again = TrainConfig.from_file(out / "adapter" / "config.yaml")
+    assert again == config
+
+
+def test_best_is_the_adapter_of_the_lowest_held_out_loss(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 3.0, 2.0, 4.0])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, rows: next(losses))
+    config = make_config(model_folder, tmp_path, eval_fraction=0.25, steps=6, eval_every=2, save_every=2, keep=9)
+    summary, _, last = run(config)
+    assert (summary.best_loss, summary.best_step) == (2.0, 4)
+    assert summary.best_dir is not None
+    best = load_file(summary.best_dir / "adapter_model.safetensors")
+    at_four = load_file(Path(config.output_dir) / "step-000004" / "adapter_model.safetensors")
+    assert all(torch.equal(best[key], at_four[key]) for key in best)
+    assert not all(torch.equal(best[key], last[key]) for key in best)
+
+
+def test_evaluation_weights_every_token_alike(model_folder: Path, tmp_path: Path) -> None:
+    """Against the mean over single rows, weighted by hand."""
+    config = make_config(model_folder, tmp_path, batch_size=5)
+    trainer = Trainer(config, quiet=True)
+    trainer.train()
+    rows = load_dataset(config.data.train, load_tokenizer(str(model_folder)))
+    total, count = 0.0, 0
+    trainer.model.eval()
+    for row in rows:
+        ids, labels = (torch.from_numpy(row[key].astype("int64"))[None] for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = trainer.model(input_ids=ids).logits[0, :-1].float()
+        picked = labels[0, 1:] != -100
+        losses = torch.nn.functional.cross_entropy(logits[picked], labels[0, 1:][picked], reduction="sum")
+        total, count = total + losses.item(), count + int(picked.sum())
+    assert trainer.evaluate(rows) == pytest.approx(total / count, rel=5e-3)  # bf16 activations
+    assert trainer.model.training
+
+
+def test_epochs_become_steps(model_folder: Path, tmp_path: Path) -> None:
+    config = make_config(model_folder, tmp_path, rows=20, steps=None, epochs=1.5)
+    summary, records, _ = run(config)
+    assert summary.steps == math.ceil(1.5 * math.ceil(20 / 8)) == 5
+    assert sum(record["tokens"] for record in records[:3]) == sum(
+        len(row["input_ids"]) for row in load_dataset(config.data.train, load_tokenizer(str(model_folder)))
+    )
+
+
+def test_a_step_that_is_not_finite_is_skipped(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned = {3}  # calls of the loss, from 1; with two micro-batches a step this is the first of step 2
+    plain, calls = loop_module.causal_lm_loss, [0]
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        calls[0] += 1
+        return plain(model, batch) * (float("nan") if calls[0] in poisoned else 1.0)
+
+    monkeypatch.setattr(loop_module, "causal_lm_loss", loss)
+    config = make_config(model_folder, tmp_path, steps=3, save_every=1, keep=9)
+    summary, records, _ = run(config)
+    assert summary.skipped_steps == 1
+    assert math.isnan(records[1]["loss"]) and math.isfinite(records[2]["loss"])
+    one, two, three = (
+        load_file(Path(config.output_dir) / f"step-00000{n}" / "adapter_model.safetensors") for n in (1, 2, 3)
+    )
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not all(torch.equal(two[key], three[key]) for key in two)
+    assert read_lines(config)[1]["loss"] is None  # JSON has no NaN
+
+
+def test_many_steps_that_are_not_finite_stop_the_run(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = loop_module.causal_lm_loss
+    monkeypatch.setattr(loop_module, "causal_lm_loss", lambda model, batch: plain(model, batch) * float("inf"))
+    with pytest.raises(
+        UserError, match=rf"not finite {loop_module.MAX_SKIPPED} times in a row.*lower train.lr \(now 0.005\)"
+    ):
+        run(make_config(model_folder, tmp_path, steps=20))
+
+
+def test_clip_bounds_the_update(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    plain = torch.optim.AdamW.step
+
+    def step(self: Any, closure: Any = None) -> Any:
+        seen.append(math.sqrt(sum(float(p.grad.double().pow(2).sum()) for g in self.param_groups for p in g["params"])))
+        return plain(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for name, clip in (("clipped", 0.01), ("free", 0.0)):
+        (tmp_path / name).mkdir()
+        _, records, _ = run(make_config(model_folder, tmp_path / name, steps=2, clip=clip))
+        norms = [record["grad_norm"] for record in records]
+        assert min(norms) > 0.02
+        assert seen == pytest.approx([0.01, 0.01] if clip else norms, rel=1e-3)
+        seen.clear()
+
+
+def test_the_rate_reaches_the_optimiser(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    plain = torch.optim.AdamW.step
+
+    def step(self: Any, closure: Any = None) -> Any:
+        rates.extend(group["lr"] for group in self.param_groups)
+        return plain(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(make_config(model_folder, tmp_path, steps=4, lr=1e-3, warmup=2, scheduler="linear"))
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
+
+
+def test_schedules() -> None:
+    def curve(scheduler: Any, warmup: float) -> list[float]:
+        return [learning_rate(step, 10, peak=1.0, warmup=warmup, scheduler=scheduler) for step in range(11)]
+
+    assert curve("constant", 0.4) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1])
+    assert curve("linear", 0) == pytest.approx([1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0])
+    cosine = curve("cosine", 2)
+    assert cosine[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert cosine[6] == pytest.approx(0.5) and cosine[10] == pytest.approx(0.0)
+    assert cosine[2:] == sorted(cosine[2:], reverse=True)
+
+
+def test_a_model_given_is_used_as_it_is(model_folder: Path, tmp_path: Path) -> None:
+    """With its adapters: that is how two trainers start from the same tensors."""
+    from qlora_native import load_model
+
+    config = make_config(model_folder, tmp_path, steps=1)
+    model = add_lora(load_model(model_folder), LoraConfig(r=2, alpha=2, target_modules=["q_proj"], seed=7))
+    _, _, adapter = run(config, model=model)
+    assert {key.rsplit(".", 3)[1] for key in adapter} == {"q_proj"}
+    assert all(2 in tensor.shape for tensor in adapter.values())
+
+
+def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(model_folder: Path, tmp_path: Path) -> None:
+    adapters = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        (tmp_path / name).mkdir()
+        config = make_config(model_folder, tmp_path / name, steps=2, seed=seed)
+        config.lora.dropout = 0.3
+        adapters.append(run(config)[2])
+    first, second, third = adapters
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not any(torch.equal(first[key], third[key]) for key in first)
+
+
+def test_one_row_cannot_be_split(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.jsonl has 1 usable row.*data.eval_fraction"):
+        run(make_config(model_folder, tmp_path, rows=1, eval_fraction=0.5))
+
+
+def test_plain_lines_where_there_is_no_terminal(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(model_folder, tmp_path, eval_fraction=0.25, steps=5, log_every=2)
+    Trainer(config).train()
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines() if "tokens/s" in line and line.startswith("step ")] == [
+        "1/5", "2/5", "4/5", "5/5",
+    ]  # fmt: skip
+    assert printed.count("held-out loss") == 3  # before, after, summary
+    assert "\x1b" not in printed
