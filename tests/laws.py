@@ -38,7 +38,7 @@ def tree() -> Tree:
         for folder, subfolders, names in os.walk(ROOT):
             subfolders[:] = [name for name in subfolders if not name.startswith((".", "__")) and name != "build"]
             paths += [Path(folder, name) for name in names]
-        paths += (ROOT / ".ci").iterdir()
+        paths += (ROOT / ".ci").glob("*")
     ours = [path for path in paths if path.is_file() and (path.suffix in TEXT or path.parent.name == ".ci")]
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(ours)}
 

@@ -92,7 +92,8 @@ def write_split(folder: Path, max_characters: int, held_out_rows: int) -> tuple[
     Returns the two paths and their numbers of rows. Held-out rows beyond ``held_out_rows`` are thinned out evenly, so
     that every held-out module stays represented.
     """
-    train, held_out = [], []
+    train: list[Example] = []
+    held_out: list[Example] = []
     seen: set[tuple[str, str]] = set()
     for example in examples(max_characters):
         if (example.source, example.summary) in seen:

@@ -57,7 +57,7 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def _hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear]:
     """What enters the output embedding, [B, T, hidden], taken from the model's own forward.
 
-    The head itself is called with a single token, so that its product costs nothing. Reading the head's input,
+    The head itself is called with no token at all, so that its product costs nothing. Reading the head's input,
     instead of calling the decoder, keeps whatever a model does to the hidden states before the head.
     """
     head = model.get_output_embeddings()
@@ -65,7 +65,7 @@ def _hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn
 
     def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         taken.append(args[0])
-        return (args[0][:, :1].detach(), *args[1:])
+        return (args[0][:, :0].detach(), *args[1:])
 
     hook = head.register_forward_pre_hook(take)
     try:
