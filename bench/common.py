@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,13 +25,17 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn, so that the machine's moods fall on all of them alike."""
+    """Seconds of each function, called in turn, so that the machine's moods fall on all of them alike.
+
+    The order changes with every round: what ran before decides what the caches hold.
+    """
     for _ in range(warmup):
         for function in functions.values():
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order = random.Random(0)
     for _ in range(repeats):
-        for name, function in functions.items():
+        for name, function in order.sample(list(functions.items()), len(functions)):
             started = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - started)

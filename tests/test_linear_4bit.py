@@ -84,6 +84,7 @@ def test_many_panels_equal_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
     x, w, bias = operands(case, dtype)
     grad = torch.randn(5, 300).to(dtype)
     monkeypatch.setattr(_products, "PANEL_BYTES", 70 * 200 * dtype.itemsize)
+    monkeypatch.setattr(_products, "MAX_PANEL_BYTES", 70 * 200 * dtype.itemsize)
     steps = []
     original = _products._panel
 
@@ -99,6 +100,19 @@ def test_many_panels_equal_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
     dense = decoded(w, dtype)
     assert relative_error(y, reference.linear(x, dense, bias)) < TOLERANCE[dtype]
     assert relative_error(leaf.grad, grad.double() @ dense.double()) < TOLERANCE[dtype]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 1000, 1025, 2560, 3100, 4096, 14336, 128256])
+@pytest.mark.parametrize("other", [1, 576, 4096, 14336, 53248])
+def test_panels_are_bounded_and_cover(length: int, other: int) -> None:
+    for itemsize in (2, 4):
+        pieces = _products.cuts(length, other, itemsize)
+        assert [first for first, _ in pieces] == [0, *(last for _, last in pieces[:-1])]
+        assert pieces[-1][1] == length
+        widest = max(last - first for first, last in pieces)
+        assert widest * other * itemsize <= _products.MAX_PANEL_BYTES + 64 * other * itemsize
+        narrowest = min(last - first for first, last in pieces)
+        assert len(pieces) == 1 or narrowest >= 1024 or widest <= 256
 
 
 def test_cpu_without_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:

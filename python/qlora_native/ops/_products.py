@@ -6,6 +6,7 @@ forward product are rows of W (complete sums, so one rounding each), those of th
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import torch
@@ -13,8 +14,14 @@ import torch
 from ._library import Weight, scratch
 from .dequantize_4bit import decode_panel
 
-# Large enough for torch's GEMM to run at its full rate, small enough to stay in a shared cache beside the activations.
-PANEL_BYTES = 8 << 20
+# A panel of this size stays in a shared cache beside the activations.
+PANEL_BYTES = 16 << 20
+# oneDNN multiplies by a narrower matrix on a single thread at some numbers of rows (measured with 384 to 832 columns and
+# 512 or 1,024 rows), at half the rate; so panels are wider, up to MAX_PANEL_BYTES, or as narrow as the safe width.
+FULL_RATE_WIDTH = 1024
+SAFE_WIDTH = 256
+MAX_PANEL_BYTES = 32 << 20
+ALIGNMENT = 64  # of the cuts, in rows or columns
 
 
 @cache
@@ -43,11 +50,19 @@ def _panel(
     return panel if compute == stored else panel.to(compute)
 
 
-def _step(length: int, other: int, itemsize: int) -> int:
-    """How many rows (or columns) of ``other`` elements make a panel: an equal share of them, a multiple of 64."""
-    most = max(64, PANEL_BYTES // max(1, other * itemsize) // 64 * 64)
-    count = -(-length // most)
-    return -(-length // max(1, count) // 64) * 64 if count else 64
+def cuts(length: int, other: int, itemsize: int) -> list[tuple[int, int]]:
+    """[0, length) in pieces that make panels with ``other`` elements of ``itemsize`` bytes on the other side."""
+    row_bytes = max(1, other * itemsize)
+    count = -(-length * row_bytes // PANEL_BYTES)
+    if length < count * FULL_RATE_WIDTH:
+        count = max(1, length // FULL_RATE_WIDTH)
+    if -(-length // count) * row_bytes > MAX_PANEL_BYTES:
+        width = max(ALIGNMENT, min(SAFE_WIDTH, PANEL_BYTES // row_bytes // ALIGNMENT * ALIGNMENT))
+        count = -(-length // width)
+        edges = [min(i * width, length) for i in range(count + 1)]
+    else:
+        edges = [i * length // count // ALIGNMENT * ALIGNMENT for i in range(count)] + [length]
+    return [(first, last) for first, last in itertools.pairwise(edges) if first < last]
 
 
 def forward(
@@ -65,9 +80,7 @@ def forward(
     pointers = weight.pointers()
     operand = x.to(compute)
     addend = None if bias is None else bias.to(compute)
-    step = _step(rows, columns, x.dtype.itemsize)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
+    for first, last in cuts(rows, columns, x.dtype.itemsize):
         panel = _panel(pointers, columns, (first, last), (0, columns), x.dtype, compute).t()
         target = y[:, first:last]
         if addend is None:
@@ -89,9 +102,7 @@ def grad_input(grad_y: torch.Tensor, weight: Weight) -> torch.Tensor:
         return grad_x.to(grad_y.dtype)
     pointers = weight.pointers()
     operand = grad_y.to(compute)
-    step = _step(columns, rows, grad_y.dtype.itemsize)
-    for first in range(0, columns, step):
-        last = min(first + step, columns)
+    for first, last in cuts(columns, rows, grad_y.dtype.itemsize):
         panel = _panel(pointers, columns, (0, rows), (first, last), grad_y.dtype, compute)
         torch.mm(operand, panel, out=grad_x[:, first:last])
     return grad_x.to(grad_y.dtype)
