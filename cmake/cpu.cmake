@@ -7,6 +7,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/isa.cc
   cpp/cpu/isa_scalar.cc
   cpp/cpu/kernels.cc
+  cpp/cpu/linear_4bit.cc
   cpp/cpu/quantize_4bit.cc)
 target_include_directories(qlora_native_cpu PUBLIC cpp)
 # No contraction: a product and a sum that the arithmetic rule keeps apart must not be fused.

@@ -5,6 +5,7 @@ find_package(pybind11 CONFIG REQUIRED)
 
 pybind11_add_module(_C MODULE
   cpp/python/bind_dequantize_4bit.cc
+  cpp/python/bind_linear_4bit.cc
   cpp/python/bind_quantize_4bit.cc
   cpp/python/checked_weight.cc
   cpp/python/module.cc)

@@ -53,6 +53,17 @@ def test_forward_and_gradients(case: Product, dtype: torch.dtype) -> None:
                 assert relative_error(b.grad, grad_y.double().sum(0)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_tokens(dtype: torch.dtype) -> None:
+    """Every number of rows about the native kernel's limit, rows longer than it decodes at a time, odd shapes."""
+    for m in range(19):
+        for n, k in ((1, 64), (7, 2100), (33, 4133)):
+            x, w, bias = operands(Product(m, n, k, 1), dtype)
+            for b in (None, bias):
+                want = reference.linear(x, decoded(w, dtype), b)
+                assert relative_error(qn.linear(x, w, b), want) < TOLERANCE[dtype], (m, n, k)
+
+
 @pytest.mark.parametrize("shape", [(192,), (2, 3, 192), (2, 0, 192), (1, 1, 1, 192)], ids=str)
 def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     w = qn.quantize(torch.randn(40, 192))
@@ -80,9 +91,9 @@ def test_non_contiguous_and_expanded_operands() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_panels_equal_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Small panels cut both products many times, at places that are no multiple of a block."""
-    case = Product(5, 300, 195, 4)
+    case = Product(20, 300, 195, 4)
     x, w, bias = operands(case, dtype)
-    grad = torch.randn(5, 300).to(dtype)
+    grad = torch.randn(20, 300).to(dtype)
     monkeypatch.setattr(_products, "PANEL_BYTES", 70 * 200 * dtype.itemsize)
     monkeypatch.setattr(_products, "MAX_PANEL_BYTES", 70 * 200 * dtype.itemsize)
     steps = []
@@ -118,7 +129,7 @@ def test_panels_are_bounded_and_cover(length: int, other: int) -> None:
 def test_cpu_without_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where oneDNN has no bf16, products run in fp32 on the same rounded weight."""
     monkeypatch.setattr(_products, "product_dtype", lambda dtype: torch.float32)
-    x, w, bias = operands(Product(4, 48, 96, 2), torch.bfloat16)
+    x, w, bias = operands(Product(20, 48, 96, 2), torch.bfloat16)
     y = qn.linear(x, w, bias)
     assert y.dtype == torch.bfloat16
     assert same_bytes(y, reference.linear(x, decoded(w, torch.bfloat16), bias))
@@ -176,8 +187,15 @@ def test_autocast() -> None:
 
 def test_threads_and_repeats_give_the_same_bytes() -> None:
     w = qn.quantize(torch.randn(256, 512))
-    x = torch.randn(64, 512)
-    assert same_bytes(qn.linear(x, w), qn.linear(x, w))
+    threads = torch.get_num_threads()
+    for m in (3, 64):
+        x = torch.randn(m, 512)
+        once = qn.linear(x, w)
+        assert same_bytes(qn.linear(x, w), once)
+        if m <= 8:  # the native kernel's sums have one order; those of torch's GEMM are torch's
+            torch.set_num_threads(1)
+            assert same_bytes(qn.linear(x, w), once)
+            torch.set_num_threads(threads)
 
 
 def test_opcheck() -> None:

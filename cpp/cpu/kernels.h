@@ -17,14 +17,30 @@ struct BlockJob {
   float* absmax;    // [blocks]
 };
 
+inline constexpr int64_t kMaxTokens = 8;  // rows of x that linear_rows takes
+
+struct LinearJob {
+  WeightView weight;  // [n, k]
+  const void* x;      // [m, k], of the table entry's dtype
+  const void* bias;   // [n] of the same dtype, or null
+  void* y;            // [m, n] of the same dtype
+  int64_t m;
+  int64_t n;
+  int64_t k;
+};
+
 struct Kernels {
   // Quantises blocks [first, last). Returns the index of the first non-finite element met, or -1.
   using QuantizeBlocks = int64_t (*)(const BlockJob& job, int64_t first, int64_t last);
   // Writes elements [begin, end) of the flattened weight to out[0, end - begin).
   using DequantizeSpan = void (*)(const WeightView& weight, int64_t begin, int64_t end, void* out);
 
+  // Writes columns [first, last) of y = x W^T + bias: rows of W, decoded once each for all of x.
+  using LinearRows = void (*)(const LinearJob& job, int64_t first, int64_t last);
+
   QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
   DequantizeSpan dequantize_span[3];
+  LinearRows linear_rows[3];
 };
 
 const Kernels& scalar_kernels();

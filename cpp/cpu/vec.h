@@ -27,6 +27,9 @@ inline Floats load(const Bf16* p) {
 }
 inline Floats load(const Fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats zero() { return _mm512_setzero_ps(); }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
+inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
 
 // Magnitudes of IEEE floats are ordered like their bits, and anything non-finite lies above all finite values.
 struct MagnitudeMax {
@@ -143,6 +146,13 @@ inline Floats load(const Bf16* p) {
 }
 inline Floats load(const Fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Floats zero() { return _mm256_setzero_ps(); }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
+inline float total(Floats v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
 
 struct MagnitudeMax {
   __m256i bits = _mm256_setzero_si256();
@@ -270,6 +280,9 @@ inline Floats load(const T* p) {
   return {to_float(*p)};
 }
 inline void store(float* p, Floats v) { *p = v.value; }
+inline Floats zero() { return {0.0f}; }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return {a.value * b.value + sum.value}; }
+inline float total(Floats v) { return v.value; }
 
 struct MagnitudeMax {
   uint32_t bits = 0;
@@ -302,6 +315,23 @@ class Decoder {
   T table_[16];
 };
 
+#endif
+
+// One step of an inner product of kStep elements, summed in fp32.
+template <typename T>
+struct Dot {
+  static constexpr int kStep = kLanes;
+  static Floats load_operand(const T* p) { return load(p); }
+  static Floats step(Floats a, Floats b, Floats sum) { return multiply_add(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<Bf16> {
+  static constexpr int kStep = 32;
+  static __m512bh load_operand(const Bf16* p) { return std::bit_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static Floats step(__m512bh a, __m512bh b, Floats sum) { return _mm512_dpbf16_ps(sum, a, b); }
+};
 #endif
 
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

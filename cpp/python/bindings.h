@@ -19,6 +19,7 @@ using Address = uintptr_t;
 
 void bind_quantize_4bit(pybind11::module_& module);
 void bind_dequantize_4bit(pybind11::module_& module);
+void bind_linear_4bit(pybind11::module_& module);
 
 inline void require(bool condition, const std::string& sentence) {
   if (!condition) {

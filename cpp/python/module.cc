@@ -52,6 +52,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("nested_code", &nested_code, "The 256 values that double-quantised scales are stored in.");
   bind_quantize_4bit(module);
   bind_dequantize_4bit(module);
+  bind_linear_4bit(module);
 }
 
 }  // namespace qlora_native::python

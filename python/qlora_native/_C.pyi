@@ -28,6 +28,28 @@ def dequantize_4bit(
     numel: int,
     block_size: int,
 ) -> None: ...
+
+linear_4bit_max_tokens: int
+
+def linear_4bit(
+    dtype: int,
+    x: int,
+    bias: int,
+    y: int,
+    m: int,
+    n: int,
+    k: int,
+    packed: int,
+    absmax: int,
+    absmax_codes: int,
+    nested_absmax: int,
+    nested_offset: int,
+    nested_code: int,
+    levels: int,
+    quant_type: int,
+    numel: int,
+    block_size: int,
+) -> None: ...
 def decode_scales(
     absmax_codes: int, nested_absmax: int, nested_offset: int, nested_code: int, blocks: int, scales: int
 ) -> None: ...

@@ -11,13 +11,15 @@ from functools import cache
 
 import torch
 
-from ._library import Weight, scratch
+from .. import _C
+from .._native import DTYPE_NUMBER
+from ._library import Weight, native_dtype, scratch
 from .dequantize_4bit import decode_panel
 
 # A panel of this size stays in a shared cache beside the activations.
 PANEL_BYTES = 16 << 20
-# oneDNN multiplies by a narrower matrix on a single thread at some numbers of rows (measured with 384 to 832 columns and
-# 512 or 1,024 rows), at half the rate; so panels are wider, up to MAX_PANEL_BYTES, or as narrow as the safe width.
+# oneDNN multiplies by a narrower matrix on a single thread at some numbers of rows (measured with 384 to 832 columns
+# and 512 or 1,024 rows), at half the rate; so panels are wider, up to MAX_PANEL_BYTES, or as narrow as is safe.
 FULL_RATE_WIDTH = 1024
 SAFE_WIDTH = 256
 MAX_PANEL_BYTES = 32 << 20
@@ -65,6 +67,25 @@ def cuts(length: int, other: int, itemsize: int) -> list[tuple[int, int]]:
     return [(first, last) for first, last in itertools.pairwise(edges) if first < last]
 
 
+def _few_tokens(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + bias for so few rows that the weight's bytes are the work: decoded in registers, never as a panel."""
+    rows, columns = weight.shape
+    y = torch.empty(x.shape[0], rows, dtype=x.dtype)
+    operand = x.contiguous()
+    addend = None if bias is None else bias.to(x.dtype).contiguous()
+    _C.linear_4bit(
+        native_dtype(x.dtype),
+        operand.data_ptr(),
+        0 if addend is None else addend.data_ptr(),
+        y.data_ptr(),
+        x.shape[0],
+        rows,
+        columns,
+        *weight.pointers(),
+    )
+    return y
+
+
 def forward(
     x: torch.Tensor,
     weight: Weight,
@@ -73,6 +94,12 @@ def forward(
 ) -> torch.Tensor:
     """x W^T + bias + scale * xa b^T for x [M, K]; ``low_rank`` is (xa [M, r], b [N, r], scale). Returns [M, N]."""
     rows, columns = weight.shape
+    if x.shape[0] <= _C.linear_4bit_max_tokens and x.dtype in DTYPE_NUMBER:
+        y = _few_tokens(x, weight, bias)
+        if low_rank is not None:
+            xa, b, scale = low_rank
+            y.addmm_(xa, b.t(), alpha=scale)
+        return y
     compute = product_dtype(x.dtype)
     y = torch.empty(x.shape[0], rows, dtype=compute)
     if x.shape[0] == 0 or rows == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from . import _products
 from ._library import Weight, autograd, check_matrix, fake, implement, say_once, weight_of
 
 
-def without_autocast(x: torch.Tensor) -> torch.autocast:
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
     """Inside a kernel the operands already have their final dtype; autocast must not touch them again."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def dense_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,63 @@
+#include "check.h"
+#include "core/layout.h"
+#include "cpu/linear_4bit.h"
+#include "oracle.h"
+
+using namespace qlora_native;
+
+namespace {
+
+// Buffers of the exact size, so that a sanitizer sees every step beyond them.
+template <typename T>
+void check_product(int64_t m, int64_t n, int64_t k, double tolerance) {
+  const oracle::RandomWeight weight(n * k, 64, true, QuantType::kNf4, static_cast<uint64_t>(n + k));
+  oracle::Random random(static_cast<uint64_t>(m));
+  const auto values = [&random](int64_t count) {
+    std::vector<T> made;
+    for (int64_t i = 0; i < count; ++i) {
+      made.push_back(from_float<T>(random.uniform()));
+    }
+    return made;
+  };
+  const std::vector<T> x = values(m * k);
+  const std::vector<T> bias = values(n);
+  for (const bool with_bias : {false, true}) {
+    std::vector<T> y(static_cast<size_t>(m * n));
+    cpu::linear_4bit(weight.view, oracle::Storage<T>::kDtype, x.data(), with_bias ? bias.data() : nullptr, m, n, k,
+                     y.data());
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        double expected = with_bias ? oracle::value_of(bias[static_cast<size_t>(j)]) : 0.0;
+        double magnitude = std::fabs(expected) + 1e-30;
+        for (int64_t l = 0; l < k; ++l) {
+          const double product = oracle::value_of(x[static_cast<size_t>(i * k + l)]) *
+                                 oracle::dequantised(weight.view, j * k + l, oracle::Storage<T>::kFormat);
+          expected += product;
+          magnitude += std::fabs(product);
+        }
+        const double got = oracle::value_of(y[static_cast<size_t>(i * n + j)]);
+        CHECK(std::fabs(got - expected) <= tolerance * magnitude, "m %ld n %ld k %ld: [%ld, %ld] is %a, expected %a",
+              static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), static_cast<long>(i),
+              static_cast<long>(j), got, expected);
+      }
+    }
+  }
+}
+
+template <typename T>
+void check_products(double tolerance) {
+  for (int64_t m = 0; m <= cpu::linear_4bit_max_tokens(); ++m) {
+    check_product<T>(m, 5, 67, tolerance);
+  }
+  for (const int64_t k : {1, 31, 32, 33, 64, 129, 2047, 2048, 2049, 4133}) {
+    check_product<T>(3, 3, k, tolerance);
+  }
+  check_product<T>(2, 1, 64, tolerance);
+  check_product<T>(2, 200, 96, tolerance);
+}
+
+TEST(linear_fp32) { check_products<float>(1e-6); }
+TEST(linear_bf16) { check_products<Bf16>(0x1p-8); }
+TEST(linear_fp16) { check_products<Fp16>(0x1p-10); }
+
+}  // namespace
