@@ -17,7 +17,7 @@ from ._library import Weight, native_dtype, scratch
 from .dequantize_4bit import decode_panel
 
 # A panel of this size stays in a shared cache beside the activations.
-PANEL_BYTES = 16 << 20
+PANEL_BYTES = 8 << 20
 # oneDNN multiplies by a narrower matrix on a single thread at some numbers of rows (measured with 384 to 832 columns
 # and 512 or 1,024 rows), at half the rate; so panels are wider, up to MAX_PANEL_BYTES, or as narrow as is safe.
 FULL_RATE_WIDTH = 1024
