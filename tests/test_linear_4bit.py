@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -116,8 +117,8 @@ def test_many_panels_equal_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
 @pytest.mark.parametrize("length", [1, 63, 64, 1000, 1025, 2560, 3100, 4096, 14336, 128256])
 @pytest.mark.parametrize("other", [1, 576, 4096, 14336, 53248])
 def test_panels_are_bounded_and_cover(length: int, other: int) -> None:
-    for itemsize in (2, 4):
-        pieces = _products.cuts(length, other, itemsize)
+    for itemsize, panel_bytes in itertools.product((2, 4), (_products.PANEL_BYTES, _products.MAX_PANEL_BYTES)):
+        pieces = _products.cuts(length, other, itemsize, panel_bytes)
         assert [first for first, _ in pieces] == [0, *(last for _, last in pieces[:-1])]
         assert pieces[-1][1] == length
         widest = max(last - first for first, last in pieces)
