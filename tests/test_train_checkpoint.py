@@ -186,8 +186,8 @@ loop.learning_rate = lambda *args, **options: time.sleep(0.15) or plain(*args, *
 SLOW_WRITING = """
 import time
 from qlora_native.train import disk
-plain = disk._fsync
-disk._fsync = lambda path: time.sleep(0.2) or plain(path)
+plain = disk.fsync
+disk.fsync = lambda path: time.sleep(0.2) or plain(path)
 """
 
 

@@ -74,7 +74,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         with ExitStack() as both:  # renames only after both are safe on disk
             both.enter_context(_replacing(folder / CONFIG_NAME, text.encode()))
             both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata={"format": "pt"})))
-        _fsync(folder)
+        fsync(folder)
     except OSError as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}{kept}.") from error
@@ -312,8 +312,9 @@ def _replacing(path: Path, content: bytes) -> Iterator[None]:
         partial.unlink(missing_ok=True)
 
 
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from qlora_native.errors import UserError
+from qlora_native.lora.adapter import fsync
 
 PARTIAL, OLD = ".qlora-partial", ".qlora-old"  # suffixes that no one else's hidden file is likely to have
 
@@ -43,12 +44,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for path in (*partial.rglob("*"), partial):
-            _fsync(path)
+            fsync(path)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
         os.rename(partial, final)
-        _fsync(final.parent)
+        fsync(final.parent)
     except BaseException:
         if old.exists() and not final.exists():
             os.rename(old, final)
@@ -81,14 +82,6 @@ def remove_folder(folder: Path) -> None:
     except OSError:
         return  # an old checkpoint too many is no reason to stop training
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def reason(error: Exception) -> str:
