@@ -8,7 +8,8 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/isa_scalar.cc
   cpp/cpu/kernels.cc
   cpp/cpu/linear_4bit.cc
-  cpp/cpu/quantize_4bit.cc)
+  cpp/cpu/quantize_4bit.cc
+  cpp/cpu/tiles.cc)
 target_include_directories(qlora_native_cpu PUBLIC cpp)
 # No contraction: a product and a sum that the arithmetic rule keeps apart must not be fused.
 target_compile_options(qlora_native_cpu PUBLIC
@@ -21,7 +22,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(avx2 -mavx2 -mfma -mf16c)
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
   set(avx512_bf16 ${avx512} -mavx512bf16)
-  foreach(isa avx2 avx512 avx512_bf16)
+  set(amx ${avx512_bf16} -mamx-tile -mamx-bf16)
+  foreach(isa avx2 avx512 avx512_bf16 amx)
     target_sources(qlora_native_cpu PRIVATE cpp/cpu/isa_${isa}.cc)
     set_source_files_properties(cpp/cpu/isa_${isa}.cc PROPERTIES COMPILE_OPTIONS "${${isa}}")
   endforeach()

@@ -215,6 +215,7 @@ constexpr Kernels kTable = {
     {quantize_blocks<float>, quantize_blocks<Bf16>, quantize_blocks<Fp16>},
     {dequantize_span<float>, dequantize_span<Bf16>, dequantize_span<Fp16>},
     {linear_rows<float>, linear_rows<Bf16>, linear_rows<Fp16>},
+    nullptr,
 };
 
 }  // namespace

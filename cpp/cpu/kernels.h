@@ -5,6 +5,7 @@
 
 #include "core/weight_view.h"
 #include "cpu/isa.h"
+#include "cpu/tiles.h"
 
 namespace qlora_native::cpu {
 
@@ -41,6 +42,7 @@ struct Kernels {
   QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
   DequantizeSpan dequantize_span[3];
   LinearRows linear_rows[3];
+  const TileKernels* tiles;  // bf16 products by tiles, or null
 };
 
 const Kernels& scalar_kernels();
@@ -48,6 +50,7 @@ const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
+const Kernels& amx_kernels();
 #endif
 
 // The table of the instruction set in use.

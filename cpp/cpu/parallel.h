@@ -31,6 +31,9 @@ class IeeeArithmetic {
   IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
 };
 
+// How many threads a loop may use here and now.
+inline int64_t available_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
 // Calls body(begin, end) over disjoint ranges that cover [0, total). A range is at least `grain` items long, so that
 // small work stays on one thread. The body must not throw, and its result must not depend on where the cuts fall.
 template <typename Body>
@@ -39,7 +42,7 @@ void parallel_for(int64_t total, int64_t grain, const Body& body) {
     return;
   }
   const int64_t wanted = (total + grain - 1) / grain;
-  const int64_t available = omp_in_parallel() ? 1 : omp_get_max_threads();
+  const int64_t available = available_threads();
   const int num_threads = static_cast<int>(wanted < available ? wanted : available);
   if (num_threads <= 1) {
     const IeeeArithmetic ieee;

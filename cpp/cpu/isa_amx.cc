@@ -1,0 +1,16 @@
+#define QLORA_NATIVE_ISA_NAMESPACE amx_impl
+#include "cpu/kernels-inl.h"
+#include "cpu/kernels-tiles-inl.h"
+
+namespace qlora_native::cpu {
+
+const Kernels& amx_kernels() {
+  static constexpr Kernels kWithTiles = [] {
+    Kernels table = amx_impl::kTable;
+    table.tiles = &amx_impl::kTileKernels;
+    return table;
+  }();
+  return kWithTiles;
+}
+
+}  // namespace qlora_native::cpu

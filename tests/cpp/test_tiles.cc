@@ -1,0 +1,138 @@
+// Products by tiles against sums in double precision. On instruction sets without tiles there is nothing to run.
+#include <tuple>
+
+#include "check.h"
+#include "cpu/tiles.h"
+#include "oracle.h"
+
+using namespace qlora_native;
+using cpu::TileProduct;
+
+namespace {
+
+std::vector<Bf16> random_values(oracle::Random& random, int64_t count) {
+  std::vector<Bf16> made;
+  for (int64_t i = 0; i < count; ++i) {
+    made.push_back(from_float<Bf16>(random.uniform()));
+  }
+  return made;
+}
+
+double at(const std::vector<Bf16>& matrix, int64_t columns, int64_t row, int64_t column) {
+  return oracle::value_of(matrix[static_cast<size_t>(row * columns + column)]);
+}
+
+// An allocation of the exact size at an address that a tile may be loaded from.
+struct Scratch {
+  std::vector<unsigned char> bytes;
+  unsigned char* aligned;
+  explicit Scratch(int64_t count) : bytes(static_cast<size_t>(count) + 64) {
+    aligned = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+  }
+};
+
+struct Case {
+  int64_t m, n, k, r, block_size;
+  bool nested, with_bias, dense;
+};
+
+void check_product(const Case& c, bool forward) {
+  const oracle::RandomWeight weight(c.n * c.k, c.block_size, c.nested, QuantType::kNf4,
+                                    static_cast<uint64_t>(c.n + c.k));
+  oracle::Random random(static_cast<uint64_t>(c.m));
+  const int64_t depth = forward ? c.k : c.n;
+  const int64_t width = forward ? c.n : c.k;
+  const auto dense = random_values(random, c.n * c.k);
+  const auto x = random_values(random, c.m * depth);
+  const auto low = random_values(random, c.m * c.r);
+  const auto up = random_values(random, c.r * width);
+  const auto bias = random_values(random, width);
+  std::vector<Bf16> y(static_cast<size_t>(c.m * width));
+  TileProduct product{};
+  product.forward = forward;
+  product.matrix = {c.dense ? nullptr : &weight.view, c.dense ? dense.data() : nullptr, c.n, c.k};
+  product.x = x.data();
+  product.bias = c.with_bias && forward ? bias.data() : nullptr;
+  product.low = c.r > 0 ? low.data() : nullptr;
+  product.up = up.data();
+  product.r = c.r;
+  product.y = y.data();
+  product.m = c.m;
+  const Scratch scratch(cpu::tile_product_scratch_bytes(product));
+  cpu::tile_product(product, scratch.aligned);
+  for (int64_t i = 0; i < c.m; ++i) {
+    for (int64_t j = 0; j < width; ++j) {
+      double expected = product.bias != nullptr ? oracle::value_of(bias[static_cast<size_t>(j)]) : 0.0;
+      double magnitude = std::fabs(expected) + 1e-30;
+      const auto add = [&](double term) {
+        expected += term;
+        magnitude += std::fabs(term);
+      };
+      for (int64_t l = 0; l < depth; ++l) {
+        const int64_t element = forward ? j * c.k + l : l * c.k + j;
+        const double w = c.dense ? oracle::value_of(dense[static_cast<size_t>(element)])
+                                 : oracle::dequantised(weight.view, element, oracle::Storage<Bf16>::kFormat);
+        add(at(x, depth, i, l) * w);
+      }
+      for (int64_t l = 0; l < c.r; ++l) {
+        add(at(low, c.r, i, l) * (forward ? at(up, c.r, j, l) : at(up, width, l, j)));
+      }
+      const double got = at(y, width, i, j);
+      CHECK(std::fabs(got - expected) <= 0x1p-8 * std::fabs(expected) + 1e-6 * magnitude,
+            "%s m %ld n %ld k %ld r %ld block %ld: [%ld, %ld] is %a, expected %a", forward ? "forward" : "gradient",
+            static_cast<long>(c.m), static_cast<long>(c.n), static_cast<long>(c.k), static_cast<long>(c.r),
+            static_cast<long>(c.block_size), static_cast<long>(i), static_cast<long>(j), got, expected);
+    }
+  }
+}
+
+constexpr Case kCases[] = {
+    {1, 32, 64, 0, 64, true, false, false},      {16, 32, 64, 16, 64, true, true, false},
+    {17, 33, 96, 16, 32, false, true, false},    {33, 100, 67, 5, 64, true, true, false},
+    {5, 70, 192, 33, 128, true, false, false},   {40, 96, 576, 16, 64, true, true, false},
+    {3, 1, 1, 1, 64, true, true, false},         {70, 65, 130, 16, 4096, false, true, true},
+    {20, 4230, 128, 16, 64, true, false, false}, {20, 64, 8256, 16, 64, true, true, false},
+    {50, 192, 4160, 8, 4096, true, true, false}, {34, 48, 4097, 3, 64, true, true, false},
+    {32, 31, 33, 0, 64, true, false, true},
+};
+
+TEST(tile_products) {
+  if (!cpu::have_tiles()) {
+    return;
+  }
+  for (const Case& c : kCases) {
+    check_product(c, true);
+    check_product(c, false);
+  }
+}
+
+TEST(tile_outer_products) {
+  if (!cpu::have_tiles()) {
+    return;
+  }
+  for (const auto& [m, r, width] :
+       {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {33, 16, 64}, {300, 5, 129}, {64, 40, 200}, {31, 17, 63}}) {
+    oracle::Random random(static_cast<uint64_t>(m));
+    const auto left = random_values(random, m * r);
+    const auto right = random_values(random, m * width);
+    std::vector<float> out(static_cast<size_t>(r * width));
+    const Scratch scratch(cpu::tile_outer_scratch_bytes(m, r));
+    cpu::tile_outer(left.data(), right.data(), m, r, width, 0.5f, out.data(), scratch.aligned);
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t j = 0; j < width; ++j) {
+        double expected = 0.0;
+        double magnitude = 1e-30;
+        for (int64_t l = 0; l < m; ++l) {
+          expected += 0.5 * at(left, r, l, i) * at(right, width, l, j);
+          magnitude += std::fabs(at(left, r, l, i) * at(right, width, l, j));
+        }
+        const double got = out[static_cast<size_t>(i * width + j)];
+        CHECK(std::fabs(got - expected) <= 1e-6 * magnitude, "m %ld r %ld width %ld: [%ld, %ld] is %a, expected %a",
+              static_cast<long>(m), static_cast<long>(r), static_cast<long>(width), static_cast<long>(i),
+              static_cast<long>(j), got, expected);
+      }
+    }
+  }
+}
+
+}  // namespace
