@@ -20,10 +20,12 @@ namespace {
 constexpr int64_t kSpan = 256;                 // words of the depth in a span; kSpan x kStrip words fit the first cache
 constexpr int64_t kSpanCapacity = kSpan + 64;  // with an adapter of up to 64 words at its end
 constexpr int64_t kRowStride = kSpanCapacity + 16;  // words; an odd number of cache lines, so rows spread over the sets
-constexpr int64_t kBlockRows = 192;                 // packed rows of a that stay in the second cache
-constexpr int64_t kChunkRows = 1024;                // rows and columns of the buffer of sums
-constexpr int64_t kChunkColumns = 512;
+constexpr int64_t kChunkRows = 512;   // rows of a that are packed at a time
+constexpr int64_t kChunkSums = 1 << 20;  // rows by columns of the buffer of sums
 constexpr int64_t kStripsOfGroup = kColumnGrain / kStrip;
+
+constexpr int64_t limited(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+constexpr int64_t rounded_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
 // A part of the depth: elements [begin, end) of the weight's side, then [low_begin, low_end) of the adapter's.
 struct DepthSpan {
@@ -92,8 +94,12 @@ void pack_rows(const ProductJob& job, int64_t length, const DepthSpan& span, int
                float* block) {
   const T* x = static_cast<const T*>(job.x);
   const T* low = static_cast<const T*>(job.low);
+  constexpr int64_t kAhead = 8;  // rows; a piece of a row is too short for the hardware to foresee the next
   const int64_t words = Depth<kElements>::words(span.end - span.begin);
   for (int64_t row = first; row < last; ++row, block += kRowStride) {
+    for (int64_t i = span.begin; i < span.end; i += 64 / int64_t{sizeof(T)}) {
+      prefetch_far(x + limited(row + kAhead, last - 1) * length + i);
+    }
     pack_row<T, kElements>(x + row * length + span.begin, span.end - span.begin, block);
     if (span.low_begin < span.low_end) {
       pack_row<T, kElements>(low + row * job.r + span.low_begin, span.low_end - span.low_begin, block + words);
@@ -129,16 +135,26 @@ void put_pair(float* panel, int64_t depth, [[maybe_unused]] Floats even, [[maybe
   }
 }
 
-// A NaN becomes the canonical one, which rounding by integer arithmetic keeps.
-inline float scale_of(const WeightView& weight, int64_t block) {
-  const float scale = weight.scale(block);
-  return scale != scale ? std::bit_cast<float>(0x7fc00000u) : scale;
-}
+// The scales of a weight, by element. A NaN becomes the canonical one, which rounding by integer arithmetic keeps.
+class Scales {
+ public:
+  explicit Scales(const WeightView& weight) : weight_(weight), shift_(__builtin_ctzll(uint64_t(weight.block_size))) {}
+  float at(int64_t element) const {  // a shift, since a division would take longer than decoding a block
+    const float scale = weight_.scale(element >> shift_);
+    return scale != scale ? std::bit_cast<float>(0x7fc00000u) : scale;
+  }
+
+ private:
+  const WeightView& weight_;
+  int shift_;
+};
 
 // The forward product in panels: W's rows are columns of b, and the depth runs along a row.
 template <typename T>
 struct Forward {
   static constexpr int kElements = WordProduct<T>::kElements;
+
+  static constexpr int64_t kColumnsAtOnce = kStrip;
 
   static int64_t length(const ProductJob& job) { return job.k; }
   static int64_t columns(const ProductJob& job) { return job.n; }
@@ -146,48 +162,51 @@ struct Forward {
   // Whole bytes, and every 32 elements of a row in one block. A row that begins within a block would need more.
   static bool is_regular(const ProductJob& job, int64_t) { return job.k % job.weight.block_size == 0; }
 
-  // kLanes rows from `row` on, the last row again where there are no more; elements [begin, end), multiples of 32.
-  static void decode_lanes(const ProductJob& job, const DepthSpan& span, int64_t row, float* panel) {
+  // A panel of kStrip rows of W, the last row again where there are no more. Its elements, multiples of 32, come in
+  // runs of one block: kLanes rows by 32 elements are transposed as packed bytes, which are an eighth of the words.
+  static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t, float* panel) {
     const WeightView& weight = job.weight;
     const LevelTable levels(weight.levels);
-    int64_t starts[kLanes];
-    const uint8_t* rows[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      starts[lane] = (row + lane < job.n ? row + lane : job.n - 1) * job.k + span.begin;
-      rows[lane] = weight.packed + starts[lane] / 2;
-    }
+    const Scales scale_of(weight);
     const int64_t count = span.end - span.begin;
     const int64_t run = weight.block_size < count ? weight.block_size : count;
-    for (int lane = 0; lane < kLanes; ++lane) {  // the next span's bytes, wanted when all columns had their turn
-      prefetch(rows[lane] + count / 2);
+    int64_t starts[kStrip];
+    const uint8_t* rows[kStrip];
+    for (int64_t column = 0; column < kStrip; ++column) {
+      starts[column] = (first + column < job.n ? first + column : job.n - 1) * job.k + span.begin;
+      rows[column] = weight.packed + starts[column] / 2;
+      for (int64_t ahead = 0; ahead < count / 2; ahead += 64) {  // the next panel's bytes lie kStrip rows below
+        prefetch_far(rows[column] + kStrip * job.k / 2 + ahead);
+      }
     }
     for (int64_t at = 0; at < count; at += run) {
-      alignas(64) float scale[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        scale[lane] = scale_of(weight, (starts[lane] + at) / weight.block_size);
+      alignas(64) float scales[kStrip];
+      for (int64_t column = 0; column < kStrip; ++column) {
+        scales[column] = scale_of.at(starts[column] + at);
       }
-      const Floats scales = load(scale);
-      for (int64_t i = at; i < at + run; i += 32) {
-        Words codes[4];
-        transpose_codes(rows, i / 2, codes);
-        for (int quad = 0; quad < 4; ++quad) {
-          const auto pair = [&]<unsigned kByte>() {
-            const Floats even = multiply(levels.at(shift_right<8 * kByte + 4>(codes[quad])), scales);
-            const Floats odd = multiply(levels.at(shift_right<8 * kByte>(codes[quad])), scales);
-            put_pair<kElements>(panel, i + 8 * quad + 2 * kByte, round_through<T>(even), round_through<T>(odd));
-          };
-          pair.template operator()<0>();
-          pair.template operator()<1>();
-          pair.template operator()<2>();
-          pair.template operator()<3>();
+      for (int64_t v = 0; v < kStrip; v += kLanes) {
+        for (int64_t i = at; i < at + run; i += 32) {
+          decode_square(levels, load(scales + v), rows + v, i, panel + v);
         }
       }
     }
   }
 
-  static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-    for (int64_t column = first; column < last; column += kLanes) {
-      decode_lanes(job, span, column, column_of(panels, column - first));
+  // kLanes rows by elements [i, i + 32).
+  static void decode_square(const LevelTable& levels, Floats scales, const uint8_t* const* rows, int64_t i,
+                            float* panel) {
+    Words codes[4];
+    transpose_codes(rows, i / 2, codes);
+    for (int quad = 0; quad < 4; ++quad) {
+      const auto pair = [&]<unsigned kByte>() {
+        const Floats even = multiply(levels.at(shift_right<8 * kByte + 4>(codes[quad])), scales);
+        const Floats odd = multiply(levels.at(shift_right<8 * kByte>(codes[quad])), scales);
+        put_pair<kElements>(panel, i + 8 * quad + 2 * kByte, round_through<T>(even), round_through<T>(odd));
+      };
+      pair.template operator()<0>();
+      pair.template operator()<1>();
+      pair.template operator()<2>();
+      pair.template operator()<3>();
     }
   }
 
@@ -212,6 +231,8 @@ template <typename T>
 struct GradInput {
   static constexpr int kElements = WordProduct<T>::kElements;
 
+  static constexpr int64_t kColumnsAtOnce = kColumnGrain;  // panels side by side, which share scaled tables
+
   static int64_t length(const ProductJob& job) { return job.n; }
   static int64_t columns(const ProductJob& job) { return job.k; }
 
@@ -220,9 +241,9 @@ struct GradInput {
   }
 
   static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-    constexpr int64_t kAhead = 16;  // rows; the bytes of a row are a cache line of their own
     const WeightView& weight = job.weight;
     const LevelTable levels(weight.levels);
+    const Scales scale_of(weight);
     const int64_t run = weight.block_size < kColumnGrain ? weight.block_size : kColumnGrain;
     for (int64_t column = first; column < last; column += run) {
       const int64_t end = column + run < last ? column + run : last;
@@ -230,10 +251,10 @@ struct GradInput {
         const bool pairs = kElements == 2 && row + 1 < span.end;
         const int64_t start = row * job.k + column;
         const int64_t other = pairs ? start + job.k : start;
-        const LevelTable table = levels.scaled<T>(scale_of(weight, start / weight.block_size));
+        const LevelTable table = levels.scaled<T>(scale_of.at(start));
         const LevelTable second =
-            kElements == 1 ? table : levels.scaled<T>(pairs ? scale_of(weight, other / weight.block_size) : 0.0f);
-        prefetch(weight.packed + (start + kAhead * job.k) / 2);
+            kElements == 1 ? table : levels.scaled<T>(pairs ? scale_of.at(other) : 0.0f);
+        prefetch_far(weight.packed + (start + kColumnGrain) / 2);  // the next panels' bytes
         float* word = column_of(panels, column - first) + (row - span.begin) / kElements * kStrip;
         for (int64_t i = 0; i < end - column; i += kLanes) {
           float* target = word + i / kStrip * (kSpanCapacity * kStrip) + i % kStrip;
@@ -264,9 +285,9 @@ struct GradInput {
   }
 };
 
-// Columns [first, last) of b, at most kColumnGrain, to panels. What the panels hold beyond them never reaches y.
+// Columns [first, last) of b, at most kColumnsAtOnce, to panels. What the panels hold beyond them never reaches y.
 template <typename T, typename Side>
-void decode_group(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
+void decode_columns(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
   if (span.begin < span.end) {
     if (Side::is_regular(job, first)) {
       Side::decode_regular(job, span, first, last, panels);
@@ -367,34 +388,34 @@ void write_tile(const float* sums, int64_t rows, int64_t columns, const T* bias,
 // The product
 
 struct ProductScratch {
-  float* block;   // [kBlockRows][kRowStride]
-  float* panels;  // [strips][kSpanCapacity][kStrip]
+  float* panels;  // [kStripsOfGroup][kSpanCapacity][kStrip]
+  float* rows;    // [rows][kRowStride]
   float* sums;    // [strips][rows][kStrip]
 };
 
-constexpr int64_t limited(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
-inline int64_t chunk_strips(int64_t columns) {
-  return ceil_div(limited(columns, kChunkColumns), kColumnGrain) * kStripsOfGroup;
+inline int64_t chunk_rows(int64_t m) { return ceil_div(m, ceil_div(m, kChunkRows)); }
+
+inline int64_t chunk_columns(int64_t m, int64_t columns) {
+  return limited(rounded_up(columns, kColumnGrain), kChunkSums / chunk_rows(m) / kColumnGrain * kColumnGrain);
 }
 
-inline int64_t product_scratch_floats(int64_t m, int64_t columns) {
-  const int64_t strips = chunk_strips(columns);
-  return limited(m, kBlockRows) * kRowStride + strips * (kSpanCapacity * kStrip) +
-         strips * limited(m, kChunkRows) * kStrip;
-}
+constexpr int64_t kPanelFloats = kStripsOfGroup * kSpanCapacity * kStrip;
 
 int64_t columns_scratch_bytes(const ProductJob& job, int64_t columns) {
-  return ceil_div(product_scratch_floats(job.m, columns) * int64_t{sizeof(float)}, 64) * 64;
+  const int64_t rows = chunk_rows(job.m);
+  const int64_t floats = kPanelFloats + rows * kRowStride + rows * chunk_columns(job.m, columns);
+  return rounded_up(floats * int64_t{sizeof(float)}, 64);
 }
 
-// Rows [top, bottom), at most kChunkRows, by columns [first, last), at most kChunkColumns.
+// Rows [top, bottom) by columns [first, last).
 template <typename T, typename Side>
 void product_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64_t first, int64_t last,
                    const ProductScratch& scratch) {
   using Product = WordProduct<T>;
   const Depth<Product::kElements> depth{Side::length(job), job.low == nullptr ? 0 : job.r};
-  const int64_t chunk_rows = bottom - top;
+  const int64_t rows = bottom - top;
+  const int64_t tiles = ceil_div(rows, kTileRows);
   const int64_t stride = Side::columns(job);
   const T* bias = static_cast<const T*>(job.bias);
   T* y = static_cast<T*>(job.y);
@@ -402,29 +423,23 @@ void product_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64_t f
   for (int64_t index = 0; index < spans; ++index) {
     const DepthSpan span = depth.span(index);
     const int64_t words = depth.depth(span);
-    const int64_t blocks = ceil_div(chunk_rows, kBlockRows);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t begin = chunk_rows * block / blocks;
-      const int64_t rows = chunk_rows * (block + 1) / blocks - begin;
-      const int64_t tiles = ceil_div(rows, kTileRows);
-      pack_rows<T, Product::kElements>(job, depth.length, span, top + begin, top + begin + rows, scratch.block);
-      for (int64_t column = first; column < last; column += kStrip) {
-        const int64_t strip = (column - first) / kStrip;
-        float* panel = scratch.panels + strip * (kSpanCapacity * kStrip);
-        if (block == 0 && strip % kStripsOfGroup == 0) {
-          decode_group<T, Side>(job, span, column, limited(last, column + kColumnGrain), panel);
-        }
-        const int64_t columns = limited(last - column, kStrip);
-        float* sums = scratch.sums + (strip * chunk_rows + begin) * kStrip;
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t row = rows * t / tiles;
-          const int64_t count = rows * (t + 1) / tiles - row;
-          float* target = sums + row * kStrip;
-          tile_of<Product>(count)(scratch.block + row * kRowStride, panel, words, index > 0, target);
-          if (index == spans - 1) {
-            write_tile<T>(target, count, columns, bias == nullptr ? nullptr : bias + column,
-                          y + (top + begin + row) * stride + column, stride);
-          }
+    pack_rows<T, Product::kElements>(job, depth.length, span, top, bottom, scratch.rows);
+    for (int64_t column = first; column < last; column += kStrip) {
+      const int64_t strip = (column - first) / kStrip;
+      if ((column - first) % Side::kColumnsAtOnce == 0) {
+        decode_columns<T, Side>(job, span, column, limited(last, column + Side::kColumnsAtOnce), scratch.panels);
+      }
+      const float* panel = column_of(scratch.panels, (column - first) % Side::kColumnsAtOnce);
+      const int64_t columns = limited(last - column, kStrip);
+      float* sums = scratch.sums + strip * rows * kStrip;
+      for (int64_t t = 0; t < tiles; ++t) {  // of heights that differ by one at most
+        const int64_t row = rows * t / tiles;
+        const int64_t count = rows * (t + 1) / tiles - row;
+        float* target = sums + row * kStrip;
+        tile_of<Product>(count)(scratch.rows + row * kRowStride, panel, words, index > 0, target);
+        if (index == spans - 1) {
+          write_tile<T>(target, count, columns, bias == nullptr ? nullptr : bias + column,
+                        y + (top + row) * stride + column, stride);
         }
       }
     }
@@ -448,16 +463,16 @@ void product_columns(const ProductJob& job, int64_t first, int64_t last, void* s
     fill_columns<T, Side>(job, first, last);
     return;
   }
-  const int64_t strips = chunk_strips(last - first);
   ProductScratch parts{};
   parts.panels = static_cast<float*>(scratch);
-  parts.sums = parts.panels + strips * (kSpanCapacity * kStrip);
-  parts.block = parts.sums + strips * limited(job.m, kChunkRows) * kStrip;
+  parts.rows = parts.panels + kPanelFloats;
+  parts.sums = parts.rows + chunk_rows(job.m) * kRowStride;
+  const int64_t width = chunk_columns(job.m, last - first);
   const int64_t chunks = ceil_div(job.m, kChunkRows);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    for (int64_t column = first; column < last; column += kChunkColumns) {
+    for (int64_t column = first; column < last; column += width) {
       product_chunk<T, Side>(job, job.m * chunk / chunks, job.m * (chunk + 1) / chunks, column,
-                             limited(last, column + kChunkColumns), parts);
+                             limited(last, column + width), parts);
     }
   }
 }

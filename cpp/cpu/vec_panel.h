@@ -99,6 +99,7 @@ inline void store_as(Fp16* p, Floats v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
 #elif defined(__AVX2__)
 
@@ -190,6 +191,7 @@ inline void store_as(Fp16* p, Floats v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
 #else  // one lane
 
@@ -238,6 +240,7 @@ inline void store_as(T* p, Floats v) {
   *p = from_float<T>(v.value);
 }
 inline void prefetch(const void*) {}
+inline void prefetch_far(const void*) {}
 
 #endif
 
