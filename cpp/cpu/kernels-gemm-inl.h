@@ -199,6 +199,8 @@ struct Forward {
     transpose_codes(rows, i / 2, codes);
     for (int quad = 0; quad < 4; ++quad) {
       const auto pair = [&]<unsigned kByte>() {
+        prefetch(panel + (i + 32 + 8 * quad + 2 * kByte) / kElements * kStrip);
+        if (kElements == 1) prefetch(panel + (i + 33 + 8 * quad + 2 * kByte) / kElements * kStrip);
         const Floats even = multiply(levels.at(shift_right<8 * kByte + 4>(codes[quad])), scales);
         const Floats odd = multiply(levels.at(shift_right<8 * kByte>(codes[quad])), scales);
         put_pair<kElements>(panel, i + 8 * quad + 2 * kByte, round_through<T>(even), round_through<T>(odd));
