@@ -20,8 +20,8 @@ namespace {
 constexpr int64_t kSpan = 256;                 // words of the depth in a span; kSpan x kStrip words fit the first cache
 constexpr int64_t kSpanCapacity = kSpan + 64;  // with an adapter of up to 64 words at its end
 constexpr int64_t kRowStride = kSpanCapacity + 16;  // words; an odd number of cache lines, so rows spread over the sets
-constexpr int64_t kChunkRows = 512;   // rows of a that are packed at a time
-constexpr int64_t kChunkSums = 1 << 20;  // rows by columns of the buffer of sums
+constexpr int64_t kChunkRows = 512;                 // rows of a that are packed at a time
+constexpr int64_t kChunkSums = 1 << 20;             // rows by columns of the buffer of sums
 constexpr int64_t kStripsOfGroup = kColumnGrain / kStrip;
 
 constexpr int64_t limited(int64_t value, int64_t limit) { return value < limit ? value : limit; }
@@ -254,8 +254,7 @@ struct GradInput {
         const int64_t start = row * job.k + column;
         const int64_t other = pairs ? start + job.k : start;
         const LevelTable table = levels.scaled<T>(scale_of.at(start));
-        const LevelTable second =
-            kElements == 1 ? table : levels.scaled<T>(pairs ? scale_of.at(other) : 0.0f);
+        const LevelTable second = kElements == 1 ? table : levels.scaled<T>(pairs ? scale_of.at(other) : 0.0f);
         prefetch_far(weight.packed + (start + kColumnGrain) / 2);  // the next panels' bytes
         float* word = column_of(panels, column - first) + (row - span.begin) / kElements * kStrip;
         for (int64_t i = 0; i < end - column; i += kLanes) {
@@ -394,7 +393,6 @@ struct ProductScratch {
   float* rows;    // [rows][kRowStride]
   float* sums;    // [strips][rows][kStrip]
 };
-
 
 inline int64_t chunk_rows(int64_t m) { return ceil_div(m, ceil_div(m, kChunkRows)); }
 

@@ -193,7 +193,7 @@ inline void store_as(Fp16* p, Floats v) {
 inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
-#else  // one lane
+#elif !defined(QLORA_NATIVE_NEON)  // one lane
 
 using Words = uint32_t;
 inline constexpr int kTileRows = 4;
@@ -261,6 +261,14 @@ struct WordProduct<Bf16> {
   static constexpr int kElements = 2;
   static Floats step(Floats x, Floats w, Floats sum) {
     return _mm512_dpbf16_ps(sum, std::bit_cast<__m512bh>(x), std::bit_cast<__m512bh>(w));
+  }
+};
+#elif defined(QLORA_NATIVE_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+struct WordProduct<Bf16> {
+  static constexpr int kElements = 2;
+  static Floats step(Floats x, Floats w, Floats sum) {
+    return vbfdotq_f32(sum, vreinterpretq_bf16_f32(x), vreinterpretq_bf16_f32(w));
   }
 };
 #endif

@@ -168,6 +168,15 @@ TEST(product_fp32) { check_shapes<float>(cpu::kernels()); }
 TEST(product_bf16) { check_shapes<Bf16>(cpu::kernels()); }
 TEST(product_fp16) { check_shapes<Fp16>(cpu::kernels()); }
 
+#if defined(__x86_64__)
+// Where multiply-adds are faster than dot products of pairs, the table of this machine leaves the latter out.
+TEST(product_bf16_by_dot_products_of_pairs) {
+  if (cpu::current_isa() == cpu::Isa::kAvx512Bf16) {
+    check_shapes<Bf16>(cpu::avx512_bf16_kernels());
+  }
+}
+#endif
+
 TEST(product_of_an_empty_depth) {
   const oracle::RandomWeight weight(0, 64, false, QuantType::kNf4, 1);
   const std::vector<float> bias{1.0f, 2.0f, 3.0f};
