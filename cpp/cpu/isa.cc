@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -17,7 +19,7 @@
 namespace qlora_native::cpu {
 namespace {
 
-constexpr const char* kNames[kNumIsas] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char* kNames[kNumIsas] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"};
 
 #if defined(__x86_64__)
 
@@ -73,9 +75,37 @@ Isa best_of_this_cpu() {
   return amx && (states & kTileState) == kTileState && may_use_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
+bool is_intel() {
+  uint32_t eax = 0;
+  uint32_t ebx = 0;
+  uint32_t ecx = 0;
+  uint32_t edx = 0;
+  constexpr uint32_t kGenu = 0x756e6547;
+  constexpr uint32_t kIneI = 0x49656e69;
+  constexpr uint32_t kNtel = 0x6c65746e;
+  return __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx == kGenu && edx == kIneI && ecx == kNtel;
+}
+
+#elif defined(__aarch64__)
+
+Isa best_of_this_cpu() {
+#if defined(__linux__)
+  constexpr unsigned long kAsimd = 1ul << 1;  // HWCAP_ASIMD
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  if ((getauxval(AT_HWCAP) & kAsimd) == 0) {
+    return Isa::kScalar;
+  }
+  return (getauxval(AT_HWCAP2) & kBf16) != 0 ? Isa::kNeonBf16 : Isa::kNeon;
+#else
+  return Isa::kNeon;  // part of the architecture
+#endif
+}
+bool is_intel() { return false; }
+
 #else
 
 Isa best_of_this_cpu() { return Isa::kScalar; }
+bool is_intel() { return false; }
 
 #endif
 
@@ -112,6 +142,8 @@ std::vector<Isa> isas_built() {
   std::vector<Isa> isas{Isa::kScalar};
 #if defined(__x86_64__)
   isas.insert(isas.end(), {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx});
+#elif defined(__aarch64__)
+  isas.insert(isas.end(), {Isa::kNeon, Isa::kNeonBf16});
 #endif
   return isas;
 }
@@ -119,6 +151,11 @@ std::vector<Isa> isas_built() {
 Isa current_isa() {
   static const Isa isa = choose();
   return isa;
+}
+
+bool bf16_dot_is_slow() {
+  static const bool slow = is_intel();
+  return slow;
 }
 
 }  // namespace qlora_native::cpu

@@ -211,10 +211,23 @@ void linear_rows(const LinearJob& job, int64_t first, int64_t last) {
   }
 }
 
+}  // namespace
+}  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
+
+#include "cpu/kernels-gemm-inl.h"
+
+namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
+namespace {
+
 constexpr Kernels kTable = {
     {quantize_blocks<float>, quantize_blocks<Bf16>, quantize_blocks<Fp16>},
     {dequantize_span<float>, dequantize_span<Bf16>, dequantize_span<Fp16>},
     {linear_rows<float>, linear_rows<Bf16>, linear_rows<Fp16>},
+    {product_columns<float, Forward<float>>, product_columns<Bf16, Forward<Bf16>>,
+     product_columns<Fp16, Forward<Fp16>>},
+    {product_columns<float, GradInput<float>>, product_columns<Bf16, GradInput<Bf16>>,
+     product_columns<Fp16, GradInput<Fp16>>},
+    columns_scratch_bytes,
     nullptr,
 };
 

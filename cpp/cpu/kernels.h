@@ -5,6 +5,7 @@
 
 #include "core/weight_view.h"
 #include "cpu/isa.h"
+#include "cpu/product.h"
 #include "cpu/tiles.h"
 
 namespace qlora_native::cpu {
@@ -42,6 +43,13 @@ struct Kernels {
   QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
   DequantizeSpan dequantize_span[3];
   LinearRows linear_rows[3];
+
+  // Writes columns [first, last) of y, on one thread; `first` is a multiple of kColumnGrain. `scratch` is aligned to 64
+  // bytes and has columns_scratch_bytes(job, last - first) of them. An output's bits do not depend on the range.
+  using Columns = void (*)(const ProductJob& job, int64_t first, int64_t last, void* scratch);
+  Columns forward_columns[3];
+  Columns grad_input_columns[3];
+  int64_t (*columns_scratch_bytes)(const ProductJob& job, int64_t columns);
   const TileKernels* tiles;  // bf16 products by tiles, or null
 };
 
@@ -51,6 +59,9 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
 const Kernels& amx_kernels();
+#elif defined(__aarch64__)
+const Kernels& neon_kernels();
+const Kernels& neon_bf16_kernels();
 #endif
 
 // The table of the instruction set in use.

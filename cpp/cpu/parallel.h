@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include "cpu/fpcr.h"
 #endif
 
 namespace qlora_native::cpu {
@@ -21,6 +23,14 @@ class IeeeArithmetic {
  private:
   static constexpr unsigned kFlushBits = 0x8040;  // flush-to-zero, denormals-are-zero
   unsigned saved_;
+
+ public:
+#elif defined(__aarch64__)
+  IeeeArithmetic() : saved_(read_fpcr()) { write_fpcr(saved_ & ~kFlushBits); }
+  ~IeeeArithmetic() { write_fpcr(saved_); }
+
+ private:
+  uint64_t saved_;
 
  public:
 #else

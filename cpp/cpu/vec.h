@@ -11,6 +11,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(QLORA_NATIVE_NEON)
+#include "cpu/vec_neon.h"
 #endif
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
@@ -268,7 +270,7 @@ class Decoder {
   __m256i high_;
 };
 
-#else  // one lane: the rule itself
+#elif !defined(QLORA_NATIVE_NEON)  // one lane: the rule itself
 
 struct Floats {
   float value;
@@ -331,6 +333,15 @@ struct Dot<Bf16> {
   static constexpr int kStep = 32;
   static __m512bh load_operand(const Bf16* p) { return std::bit_cast<__m512bh>(_mm512_loadu_si512(p)); }
   static Floats step(__m512bh a, __m512bh b, Floats sum) { return _mm512_dpbf16_ps(sum, a, b); }
+};
+#elif defined(QLORA_NATIVE_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+struct Dot<Bf16> {
+  static constexpr int kStep = 8;
+  static bfloat16x8_t load_operand(const Bf16* p) {
+    return vreinterpretq_bf16_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+  }
+  static Floats step(bfloat16x8_t a, bfloat16x8_t b, Floats sum) { return vbfdotq_f32(sum, a, b); }
 };
 #endif
 

@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include "cpu/fpcr.h"
 #endif
 
 // Sets flush-to-zero and denormals-are-zero for its lifetime, as torch.set_flush_denormal(True) does.
@@ -18,6 +20,16 @@ class FlushesSubnormals {
  private:
   static constexpr unsigned kFlush = 0x8040;
   unsigned saved_;
+
+ public:
+#elif defined(__aarch64__)
+  FlushesSubnormals() : saved_(qlora_native::cpu::read_fpcr()) { qlora_native::cpu::write_fpcr(saved_ | kFlush); }
+  ~FlushesSubnormals() { qlora_native::cpu::write_fpcr(saved_); }
+  bool still() const { return (qlora_native::cpu::read_fpcr() & kFlush) == kFlush; }
+
+ private:
+  static constexpr uint64_t kFlush = 1u << 24;  // FZ
+  uint64_t saved_;
 
  public:
 #else

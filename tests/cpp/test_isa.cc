@@ -13,7 +13,7 @@ using namespace qlora_native::cpu;
 
 namespace {
 
-constexpr Isa kAll[kNumIsas] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr Isa kAll[kNumIsas] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kNeon, Isa::kNeonBf16};
 
 void set_variable(const std::string& name) {
   if (name.empty()) {

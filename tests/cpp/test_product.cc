@@ -1,0 +1,218 @@
+// Both products with a quantised weight, of any shape, against sums in double precision.
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "check.h"
+#include "core/layout.h"
+#include "cpu/kernels.h"
+#include "oracle.h"
+
+using namespace qlora_native;
+
+namespace {
+
+struct Shape {
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t block;
+  int64_t r;  // 0: no adapter
+  bool bias;
+  bool nested;
+};
+
+std::string text(const Shape& s, bool forward) {
+  return std::string(forward ? "forward" : "input gradient") + ", m " + std::to_string(s.m) + ", n " +
+         std::to_string(s.n) + ", k " + std::to_string(s.k) + ", block " + std::to_string(s.block) + ", r " +
+         std::to_string(s.r);
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Calls the kernel on [0, columns) in the ranges that `cuts` names, each with scratch of exactly the size it asks for.
+template <typename T>
+void run(const cpu::Kernels& kernels, bool forward, const cpu::ProductJob& job, const std::vector<int64_t>& cuts) {
+  const auto kernel =
+      (forward ? kernels.forward_columns : kernels.grad_input_columns)[static_cast<int>(oracle::Storage<T>::kDtype)];
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+    const int64_t bytes = kernels.columns_scratch_bytes(job, cuts[i + 1] - cuts[i]);
+    const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, static_cast<size_t>(bytes)));
+    std::memset(scratch.get(), 0xff, static_cast<size_t>(bytes));  // NaN: what is not written must not be read
+    kernel(job, cuts[i], cuts[i + 1], scratch.get());
+  }
+}
+
+template <typename T>
+std::vector<double> doubles(const std::vector<T>& values) {
+  std::vector<double> out;
+  for (const T value : values) {
+    out.push_back(oracle::value_of(value));
+  }
+  return out;
+}
+
+template <typename T>
+void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
+  const oracle::RandomWeight weight(s.n * s.k, s.block, s.nested, s.block == 64 ? QuantType::kNf4 : QuantType::kFp4,
+                                    static_cast<uint64_t>(s.n + s.k));
+  oracle::Random random(static_cast<uint64_t>(s.m));
+  const auto values = [&random](int64_t count) {
+    std::vector<T> made;
+    for (int64_t i = 0; i < count; ++i) {
+      made.push_back(from_float<T>(random.uniform()));
+    }
+    return made;
+  };
+  const int64_t columns = forward ? s.n : s.k;
+  const int64_t depth = forward ? s.k : s.n;
+  const std::vector<T> x = values(s.m * depth);
+  const std::vector<T> bias = values(columns);
+  const std::vector<T> low = values(s.m * s.r);
+  const std::vector<T> up = values(columns * s.r);
+  std::vector<T> y(static_cast<size_t>(s.m * columns));
+  const cpu::ProductJob job{weight.view,
+                            x.data(),
+                            s.bias ? bias.data() : nullptr,
+                            s.r > 0 ? low.data() : nullptr,
+                            s.r > 0 ? up.data() : nullptr,
+                            s.r,
+                            y.data(),
+                            s.m,
+                            s.n,
+                            s.k};
+  run<T>(kernels, forward, job, {0, columns});
+
+  // Operands in the order of the sum, each a row: the products are then of two contiguous rows.
+  std::vector<double> dense(static_cast<size_t>(s.n * s.k));
+  for (int64_t i = 0; i < s.n * s.k; ++i) {
+    const int64_t at = forward ? i : i % s.k * s.n + i / s.k;
+    dense[static_cast<size_t>(at)] = oracle::dequantised(weight.view, i, oracle::Storage<T>::kFormat);
+  }
+  const std::vector<double> a = doubles(x);
+  const std::vector<double> small = doubles(low);
+  const std::vector<double> large = doubles(up);
+  constexpr oracle::Format kFormat = oracle::Storage<T>::kFormat;
+  constexpr double kStep = 1.0 / static_cast<double>(int64_t{2} << kFormat.mantissa_bits);
+  const double smallest = oracle::value_of(kFormat, 1);
+  for (int64_t i = 0; i < s.m; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      double expected = s.bias ? oracle::value_of(bias[static_cast<size_t>(j)]) : 0.0;
+      double magnitude = std::fabs(expected);
+      const auto add = [&](double product) {
+        expected += product;
+        magnitude += std::fabs(product);
+      };
+      for (int64_t l = 0; l < depth; ++l) {
+        add(a[static_cast<size_t>(i * depth + l)] * dense[static_cast<size_t>(j * depth + l)]);
+      }
+      for (int64_t l = 0; l < s.r; ++l) {
+        add(small[static_cast<size_t>(i * s.r + l)] *
+            large[static_cast<size_t>(forward ? j * s.r + l : l * columns + j)]);
+      }
+      // One rounding of the result, and sums in fp32 whose errors grow like the root of their length.
+      const double tolerance =
+          kStep * std::fabs(expected) + smallest / 2.0 + 0x1p-24 * magnitude * (4.0 + std::sqrt(depth));
+      const double got = oracle::value_of(y[static_cast<size_t>(i * columns + j)]);
+      CHECK(std::fabs(got - expected) <= tolerance, "%s: [%ld, %ld] is %a, expected %a", text(s, forward).c_str(),
+            static_cast<long>(i), static_cast<long>(j), got, expected);
+    }
+  }
+
+  const std::vector<T> whole = y;
+  std::vector<int64_t> cuts;
+  for (int64_t cut = 0; cut < columns; cut += cpu::kColumnGrain * (1 + cut / cpu::kColumnGrain % 2)) {
+    cuts.push_back(cut);
+  }
+  cuts.push_back(columns);
+  std::memset(y.data(), 0xff, y.size() * sizeof(T));
+  run<T>(kernels, forward, job, cuts);
+  CHECK(std::memcmp(whole.data(), y.data(), y.size() * sizeof(T)) == 0, "%s: cut into ranges it gives other bits",
+        text(s, forward).c_str());
+}
+
+template <typename T>
+void check_shapes(const cpu::Kernels& kernels) {
+  std::vector<Shape> shapes;
+  for (int64_t m = 1; m <= 14; ++m) {  // every height of a tile
+    shapes.push_back({m, 70, 192, 64, 0, m % 2 == 0, true});
+  }
+  for (const int64_t block : {32, 64, 128, 4096}) {  // rows that are blocks, multiples of blocks, and neither
+    for (const int64_t k : {1, 31, 32, 64, 96, 129, 256, 320, 352, 1056}) {
+      shapes.push_back({3, 37, k, block, 0, true, block != 64});
+    }
+  }
+  for (const int64_t n : {1, 2, 15, 16, 17, 31, 33, 64, 65, 255, 257, 515, 640}) {
+    shapes.push_back({5, n, 64, 32, 0, false, true});
+    shapes.push_back({5, n, 77, 32, 3, true, true});
+  }
+  for (const int64_t r : {1, 2, 7, 16, 64, 65, 100, 200, 300}) {  // beside the last span of the depth, and in its own
+    shapes.push_back({7, 40, 512, 64, r, true, true});
+    shapes.push_back({7, 41, 67, 64, r, false, false});
+  }
+  shapes.push_back({2, 3, 4096, 4096, 8, true, true});
+  shapes.push_back({2, 530, 530, 64, 0, false, true});  // more columns than a chunk has
+  shapes.push_back({197, 33, 96, 32, 5, true, true});   // more rows than a block has
+  shapes.push_back({1030, 5, 64, 64, 1, true, true});   // more rows than a chunk has
+  for (const Shape& shape : shapes) {
+    check_product<T>(kernels, shape, true);
+    Shape gradient = shape;
+    gradient.bias = false;
+    check_product<T>(kernels, gradient, false);
+  }
+}
+
+TEST(product_fp32) { check_shapes<float>(cpu::kernels()); }
+TEST(product_bf16) { check_shapes<Bf16>(cpu::kernels()); }
+TEST(product_fp16) { check_shapes<Fp16>(cpu::kernels()); }
+
+#if defined(__x86_64__)
+// Where multiply-adds are faster than dot products of pairs, the table of this machine leaves the latter out.
+TEST(product_bf16_by_dot_products_of_pairs) {
+  if (cpu::current_isa() == cpu::Isa::kAvx512Bf16) {
+    check_shapes<Bf16>(cpu::avx512_bf16_kernels());
+  }
+}
+#endif
+
+TEST(product_of_an_empty_depth) {
+  const oracle::RandomWeight weight(0, 64, false, QuantType::kNf4, 1);
+  const std::vector<float> bias{1.0f, 2.0f, 3.0f};
+  for (const bool with_bias : {false, true}) {
+    std::vector<float> y(6, -1.0f);
+    run<float>(cpu::kernels(), true,
+               {weight.view, nullptr, with_bias ? bias.data() : nullptr, nullptr, nullptr, 0, y.data(), 2, 3, 0},
+               {0, 3});
+    for (size_t i = 0; i < y.size(); ++i) {
+      CHECK(y[i] == (with_bias ? bias[i % 3] : 0.0f), "%zu is %g", i, y[i]);
+    }
+  }
+}
+
+// A scale that is not a number shows in every output that it touches, and in no other.
+template <typename T>
+void check_nan() {
+  oracle::RandomWeight weight(40 * 64, 64, false, QuantType::kNf4, 3);
+  weight.scales[17] = std::bit_cast<float>(0x7fffffffu);
+  const std::vector<T> x(3 * 64, from_float<T>(0.5f));
+  for (const bool forward : {true, false}) {
+    const int64_t columns = forward ? 40 : 64;
+    std::vector<T> y(static_cast<size_t>(3 * columns));
+    run<T>(cpu::kernels(), forward, {weight.view, x.data(), nullptr, nullptr, nullptr, 0, y.data(), 3, 40, 64},
+           {0, columns});
+    for (size_t i = 0; i < y.size(); ++i) {
+      const bool touched = !forward || i % 40 == 17;
+      CHECK(std::isnan(oracle::value_of(y[i])) == touched, "%d, %zu", forward ? 1 : 0, i);
+    }
+  }
+}
+
+TEST(product_with_a_scale_that_is_not_a_number) {
+  check_nan<float>();
+  check_nan<Bf16>();
+  check_nan<Fp16>();
+}
+
+}  // namespace
