@@ -11,7 +11,8 @@ from helpers import same_bytes
 import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cases import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, WEIGHT_SHAPES
-from qlora_native.ops import _library, _products
+from qlora_native.ops import _library
+from qlora_native.ops.dequantize_4bit import decode_panel
 
 pytestmark = pytest.mark.isa
 
@@ -62,8 +63,9 @@ def test_panels(n: int, k: int, dtype: torch.dtype) -> None:
     weight = _library.Weight(*w.op_args())
     for rows in ((0, n), (1, n - 1), (2, 3), (1, 1)):
         for columns in ((0, k), (0, 1), (3, k - 2), (k - 1, k), (17, 30)):
-            panel = _products._panel(weight.pointers(), k, rows, columns, dtype, dtype)
-            assert same_bytes(panel.clone(), whole[rows[0] : rows[1], columns[0] : columns[1]].contiguous())
+            panel = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=dtype)
+            decode_panel(weight.pointers(), k, rows, columns, panel)
+            assert same_bytes(panel, whole[rows[0] : rows[1], columns[0] : columns[1]].contiguous())
 
 
 def test_out() -> None:
@@ -111,7 +113,8 @@ def test_indices_beyond_32_bits() -> None:
     weight = qn.QuantizedWeight(packed, absmax, shape=(n // 64, 64), dtype=torch.bfloat16, block_size=4096)
     pointers = _library.Weight(*weight.op_args()).pointers()
     rows = n // 64
-    panel = _products._panel(pointers, 64, (rows - 2, rows), (0, 64), torch.float32, torch.float32)
+    panel = torch.empty(2, 64)
+    decode_panel(pointers, 64, (rows - 2, rows), (0, 64), panel)
     assert torch.equal(panel[0], torch.full((64,), -1.0))
     assert torch.equal(panel[1], torch.tensor([1.0, -1.0]).repeat(32))
 

@@ -4,7 +4,7 @@
 // adapter's r rows. The depth is cut into spans. For each span the rows of a are copied to a packed block, padded with
 // zeros and widened to words; 64 columns of b at a time are decoded to panels of kStrip columns, [depth][kStrip], just
 // before their first use (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008). A tile of
-// kTileRows x kStrip sums stays in registers for a span and is then added to a buffer of fp32 sums.
+// kMicroRows x kStrip sums stays in registers for a span and is then added to a buffer of fp32 sums.
 //
 // Every output is the sum of its spans in rising order, and within a span of its products in rising order. Neither the
 // spans nor that order depend on the range of columns, on m, or on the tile: any number of threads gives the same bits.
@@ -349,18 +349,18 @@ using Tile = void (*)(const float* a, const float* panel, int64_t depth, bool ad
 
 template <typename Product>
 Tile tile_of(int64_t rows) {
-  static_assert(kTileRows <= 12);
+  static_assert(kMicroRows <= 12);
   static constexpr Tile tiles[12] = {
       tile<Product, 1>, tile<Product, 2>,
       tile<Product, 3>, tile<Product, 4>,
-      tile < Product,   kTileRows < 5 ? kTileRows : 5 >,
-      tile < Product,   kTileRows < 6 ? kTileRows : 6 >,
-      tile < Product,   kTileRows < 7 ? kTileRows : 7 >,
-      tile < Product,   kTileRows < 8 ? kTileRows : 8 >,
-      tile < Product,   kTileRows < 9 ? kTileRows : 9 >,
-      tile < Product,   kTileRows < 10 ? kTileRows : 10 >,
-      tile < Product,   kTileRows < 11 ? kTileRows : 11 >,
-      tile < Product,   kTileRows < 12 ? kTileRows : 12 >,
+      tile < Product,   kMicroRows < 5 ? kMicroRows : 5 >,
+      tile < Product,   kMicroRows < 6 ? kMicroRows : 6 >,
+      tile < Product,   kMicroRows < 7 ? kMicroRows : 7 >,
+      tile < Product,   kMicroRows < 8 ? kMicroRows : 8 >,
+      tile < Product,   kMicroRows < 9 ? kMicroRows : 9 >,
+      tile < Product,   kMicroRows < 10 ? kMicroRows : 10 >,
+      tile < Product,   kMicroRows < 11 ? kMicroRows : 11 >,
+      tile < Product,   kMicroRows < 12 ? kMicroRows : 12 >,
   };
   return tiles[rows - 1];
 }
@@ -415,7 +415,7 @@ void product_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64_t f
   using Product = WordProduct<T>;
   const Depth<Product::kElements> depth{Side::length(job), job.low == nullptr ? 0 : job.r};
   const int64_t rows = bottom - top;
-  const int64_t tiles = ceil_div(rows, kTileRows);
+  const int64_t tiles = ceil_div(rows, kMicroRows);
   const int64_t stride = Side::columns(job);
   const T* bias = static_cast<const T*>(job.bias);
   T* y = static_cast<T*>(job.y);

@@ -109,11 +109,11 @@ void fill_row(const TileSource& source, int64_t row, int64_t begin, int64_t step
       // The same row's part of the next panel: too many rows are read in turn for the hardware to foresee that.
       _mm_prefetch(reinterpret_cast<const char*>(bytes + steps * kTileStep / 2), _MM_HINT_T0);
       const __m512i table = block_table(levels, source.scales[element >> block_bits]);
-      _mm512_store_si512(out, decode_32(bytes, table));
-      _mm512_store_si512(out + stride, decode_32(bytes + 16, table));
+      _mm512_storeu_si512(out, decode_32(bytes, table));
+      _mm512_storeu_si512(out + stride, decode_32(bytes + 16, table));
     }
     for (int64_t at = stop; at < end; at += kTileStep, out += stride) {
-      _mm512_store_si512(out, _mm512_setzero_si512());
+      _mm512_storeu_si512(out, _mm512_setzero_si512());
     }
     return;
   }
@@ -126,7 +126,7 @@ void fill_row(const TileSource& source, int64_t row, int64_t begin, int64_t step
     } else if (count > 0) {
       dequantize_span<Bf16>(*source.weight, row * source.columns + at, row * source.columns + at + count, decoded);
     }
-    _mm512_store_si512(out, _mm512_permutexvar_epi16(words(kOrder), load_up_to_32(dense, count)));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(words(kOrder), load_up_to_32(dense, count)));
   }
 }
 
@@ -147,8 +147,8 @@ inline void fill_forward(const TileSource& source, const PanelPart& part, int64_
 
 // 32 columns of two rows of the source as pairs, from registers in an order that `first` and `second` undo.
 inline void store_pairs(__m512i even, __m512i odd, const Words& first, const Words& second, Bf16* out) {
-  _mm512_store_si512(out, _mm512_permutex2var_epi16(even, words(first), odd));
-  _mm512_store_si512(out + kTileSize, _mm512_permutex2var_epi16(even, words(second), odd));
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even, words(first), odd));
+  _mm512_storeu_si512(out + kTileSize, _mm512_permutex2var_epi16(even, words(second), odd));
 }
 
 // Pair `unit` of rows of a gradient panel: [strip][step][2 tiles][16 pairs of rows][16 columns][2].
@@ -247,24 +247,6 @@ inline void transpose_16x16(__m512i (&r)[16]) {
   }
 }
 
-// Scales [first, last) of a double-quantised weight. By vectors where 16 of them share their nested scale.
-void decode_scales(const WeightView& weight, int64_t first, int64_t last, float* scales) {
-  const __m512 offset = _mm512_set1_ps(*weight.nested_offset);
-  int64_t block = first;
-  while (block < last) {
-    if (block % 16 != 0 || block + 16 > last) {
-      scales[block] = weight.scale(block);
-      ++block;
-      continue;
-    }
-    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.absmax_codes + block));
-    const __m512 value = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(codes), weight.nested_code, 4);
-    const __m512 product = _mm512_mul_ps(value, _mm512_set1_ps(weight.nested_absmax[block / 256]));
-    _mm512_storeu_ps(scales + block, _mm512_add_ps(product, offset));
-    block += 16;
-  }
-}
-
 void pack_forward(const Bf16* x, int64_t m, int64_t width, int64_t first, int64_t last, Bf16* packed) {
   static constexpr Words kOrder = decoded_order();
   const int64_t steps = (width + kTileStep - 1) / kTileStep;
@@ -279,7 +261,7 @@ void pack_forward(const Bf16* x, int64_t m, int64_t width, int64_t first, int64_
       transpose_16x16(rows);
       Bf16* out = packed + (group * steps + step) * kTileSize;
       for (int64_t i = 0; i < kTileRows; ++i) {
-        _mm512_store_si512(out + i * kTileStep, rows[i]);
+        _mm512_storeu_si512(out + i * kTileStep, rows[i]);
       }
     }
   }
@@ -293,7 +275,7 @@ void pack_gradient(const Bf16* x, int64_t m, int64_t width, int64_t first, int64
       Bf16* out = packed + group * steps * kTileSize + i * kTileStep;
       for (int64_t step = 0; step < steps; ++step, out += kTileSize) {
         const int64_t left = row < m ? width - step * kTileStep : 0;
-        _mm512_store_si512(out, load_up_to_32(x + row * width + step * kTileStep, left));
+        _mm512_storeu_si512(out, load_up_to_32(x + row * width + step * kTileStep, left));
       }
     }
   }
@@ -353,11 +335,12 @@ void finish_forward(const TileJob& job, const float* sums, int64_t column, int64
   }();
   const int64_t columns = job.width - column < kTileStrip ? job.width - column : kTileStrip;
   const int64_t tokens = job.m - token < kTileRows ? job.m - token : kTileRows;
+  const __m512 scale = _mm512_set1_ps(job.scale);
   __m512i rows[16];
   for (int i = 0; i < 16; ++i) {
     const float* tile = sums + (2 * i / 16) * 2 * kSums + 2 * i % 16 * kTileRows;
-    __m512 even = _mm512_load_ps(tile);
-    __m512 odd = _mm512_load_ps(tile + kTileRows);
+    __m512 even = _mm512_mul_ps(_mm512_loadu_ps(tile), scale);
+    __m512 odd = _mm512_mul_ps(_mm512_loadu_ps(tile + kTileRows), scale);
     if (job.bias != nullptr) {
       even = _mm512_add_ps(even, _mm512_set1_ps(2 * i < columns ? to_float(job.bias[column + 2 * i]) : 0.0f));
       odd = _mm512_add_ps(odd, _mm512_set1_ps(2 * i + 1 < columns ? to_float(job.bias[column + 2 * i + 1]) : 0.0f));
@@ -376,9 +359,10 @@ void finish_gradient(const TileJob& job, const float* sums, int64_t column, int6
   const int64_t columns = job.width - column < kTileStrip ? job.width - column : kTileStrip;
   const int64_t tokens = job.m - token < kTileRows ? job.m - token : kTileRows;
   const __mmask32 mask = columns == kTileStrip ? ~__mmask32{0} : (1u << columns) - 1u;
+  const __m512 scale = _mm512_set1_ps(job.scale);
   for (int64_t i = 0; i < tokens; ++i) {
-    const __m512 low = _mm512_load_ps(sums + i * kTileRows);
-    const __m512 high = _mm512_load_ps(sums + 2 * kSums + i * kTileRows);
+    const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(sums + i * kTileRows), scale);
+    const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(sums + 2 * kSums + i * kTileRows), scale);
     _mm512_mask_storeu_epi16(job.y + (token + i) * job.width + column, mask,
                              std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
   }
@@ -469,76 +453,13 @@ void tile_product(const TileJob& job, const TileRange& range, const TileScratch&
   }
 }
 
-void pack_outer(const Bf16* left, int64_t m, int64_t r, Bf16* packed) {
-  const int64_t steps = (m + kTileStep - 1) / kTileStep;
-  for (int64_t tile = 0; tile * kTileRows < r; ++tile) {
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      for (int64_t token = 0; token < steps * kTileStep; ++token) {
-        const int64_t row = tile * kTileRows + i;
-        Bf16* out = packed + (tile * steps + token / kTileStep) * kTileSize + i * kTileStep + token % kTileStep;
-        *out = row < r && token < m ? left[token * r + row] : Bf16{};
-      }
-    }
-  }
-}
+}  // namespace
+}  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
 
-constexpr int64_t kOuterSteps = 8;  // of 32 tokens, paired up before they are multiplied
+#include "cpu/kernels-outer-inl.h"
 
-// Sums run over the tokens in order. 64 columns at a time: four tiles of sums for each 16 rows of the result.
-void outer(const Bf16* packed_left, int64_t r, const Bf16* right, int64_t m, int64_t width, float scale, int64_t first,
-           int64_t last, float* out) {
-  static constexpr Words kFirst = pairing(natural_order(), 0);
-  static constexpr Words kSecond = pairing(natural_order(), 1);
-  const TileScope tiles;
-  alignas(64) Bf16 pairs[kOuterSteps * 4 * kTileSize];
-  alignas(64) float sums[4 * kSums];
-  const int64_t steps = (m + kTileStep - 1) / kTileStep;
-  for (int64_t column = first; column < last; column += 64) {
-    const int64_t columns = last - column < 64 ? last - column : 64;
-    for (int64_t tile = 0; tile * kTileRows < r; ++tile) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t begin = 0; begin < steps; begin += kOuterSteps) {
-        const int64_t count = steps - begin < kOuterSteps ? steps - begin : kOuterSteps;
-        for (int64_t pair = 0; pair < count * kTileRows; ++pair) {
-          const int64_t row = begin * kTileStep + 2 * pair;
-          Bf16* to = pairs + pair / kTileRows * 4 * kTileSize + pair % kTileRows * kTileStep;
-          for (int64_t half = 0; half < 2; ++half, to += 2 * kTileSize) {
-            const Bf16* from = right + row * width + column + half * 32;
-            const __m512i even = load_up_to_32(from, row < m ? columns - half * 32 : 0);
-            const __m512i odd = load_up_to_32(from + width, row + 1 < m ? columns - half * 32 : 0);
-            store_pairs(even, odd, kFirst, kSecond, to);
-          }
-        }
-        for (int64_t step = 0; step < count; ++step) {
-          const Bf16* from = pairs + step * 4 * kTileSize;
-          _tile_loadd(4, packed_left + (tile * steps + begin + step) * kTileSize, 64);
-          _tile_loadd(5, from, 64);
-          _tile_dpbf16ps(0, 4, 5);
-          _tile_loadd(6, from + kTileSize, 64);
-          _tile_dpbf16ps(1, 4, 6);
-          _tile_loadd(7, from + 2 * kTileSize, 64);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_loadd(5, from + 3 * kTileSize, 64);
-          _tile_dpbf16ps(3, 4, 5);
-        }
-      }
-      _tile_stored(0, sums, 256);
-      _tile_stored(1, sums + 16, 256);
-      _tile_stored(2, sums + 32, 256);
-      _tile_stored(3, sums + 48, 256);
-      for (int64_t i = 0; i < kTileRows && tile * kTileRows + i < r; ++i) {
-        for (int64_t j = 0; j < columns; j += kTileRows) {
-          const __mmask16 mask = static_cast<__mmask16>(columns - j >= 16 ? 0xffff : (1 << (columns - j)) - 1);
-          const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(sums + i * 64 + j), _mm512_set1_ps(scale));
-          _mm512_mask_storeu_ps(out + (tile * kTileRows + i) * width + column + j, mask, scaled);
-        }
-      }
-    }
-  }
-}
+namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
+namespace {
 
 constexpr TileKernels kTileKernels = {decode_scales,       pack_forward, pack_gradient, tile_product<true>,
                                       tile_product<false>, pack_outer,   outer};

@@ -19,17 +19,10 @@ struct BlockJob {
   float* absmax;    // [blocks]
 };
 
-inline constexpr int64_t kMaxTokens = 8;  // rows of x that linear_rows takes
-
-struct LinearJob {
-  WeightView weight;  // [n, k]
-  const void* x;      // [m, k], of the table entry's dtype
-  const void* bias;   // [n] of the same dtype, or null
-  void* y;            // [m, n] of the same dtype
-  int64_t m;
-  int64_t n;
-  int64_t k;
-};
+inline constexpr int64_t kMaxTokens = 8;     // rows of x that linear_rows takes
+inline constexpr int64_t kStreamTokens = 4;  // rows of x for which rows of W may go by streams
+inline constexpr int64_t kStreamRows = 4;    // rows of W that go together: ranges are cut at multiples
+inline constexpr int64_t kMaxRowBlocks = 512;
 
 struct Kernels {
   // Quantises blocks [first, last). Returns the index of the first non-finite element met, or -1.
@@ -37,12 +30,15 @@ struct Kernels {
   // Writes elements [begin, end) of the flattened weight to out[0, end - begin).
   using DequantizeSpan = void (*)(const WeightView& weight, int64_t begin, int64_t end, void* out);
 
-  // Writes columns [first, last) of y = x W^T + bias: rows of W, decoded once each for all of x.
-  using LinearRows = void (*)(const LinearJob& job, int64_t first, int64_t last);
+  // Writes columns [first, last) of y for at most kMaxTokens rows of x: rows of W, decoded once each for all of them.
+  // `reordered` is what `reorder_tokens` made of x; both are null where that is not needed.
+  using LinearRows = void (*)(const ProductJob& job, int64_t first, int64_t last, const void* reordered);
+  using ReorderTokens = void (*)(const ProductJob& job, void* reordered);
 
   QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
   DequantizeSpan dequantize_span[3];
   LinearRows linear_rows[3];
+  ReorderTokens reorder_tokens[3];
 
   // Writes columns [first, last) of y, on one thread; `first` is a multiple of kColumnGrain. `scratch` is aligned to 64
   // bytes and has columns_scratch_bytes(job, last - first) of them. An output's bits do not depend on the range.

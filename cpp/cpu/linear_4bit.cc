@@ -2,25 +2,122 @@
 
 #include <algorithm>
 
+#include "core/layout.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/tiles.h"
 
 namespace qlora_native::cpu {
 namespace {
 
 constexpr int64_t kProductsPerTask = 1 << 15;
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kStreamTileTokens = 2;  // where there are tiles, they take over above this
+
+enum class Path { kRows, kTiles, kColumns };
+
+Path path_of(const LinearCall& call) {
+  const bool tiles = low_rank_is_native(call.dtype);
+  const int64_t few = tiles ? kStreamTileTokens : kMaxTokens;
+  if (call.forward && call.job.m <= few && call.down == nullptr) {
+    return Path::kRows;
+  }
+  return tiles ? Path::kTiles : Path::kColumns;
+}
+
+bool is_empty(const LinearCall& call) { return call.job.m == 0 || (call.forward ? call.job.n : call.job.k) == 0; }
+
+int64_t index_of(Dtype dtype) { return static_cast<int64_t>(dtype); }
+
+TileProduct tile_product_of(const LinearCall& call) {
+  const ProductJob& job = call.job;
+  TileProduct product{};
+  product.forward = call.forward;
+  product.matrix = {&job.weight, nullptr, job.n, job.k};
+  product.x = static_cast<const Bf16*>(job.x);
+  product.bias = static_cast<const Bf16*>(job.bias);
+  product.low = static_cast<const Bf16*>(job.low);
+  product.up = static_cast<const Bf16*>(job.up);
+  product.r = job.r;
+  product.y = static_cast<Bf16*>(job.y);
+  product.m = job.m;
+  product.down = static_cast<const Bf16*>(call.down);
+  product.made_low = static_cast<Bf16*>(call.low);
+  product.low_scale = call.low_scale;
+  return product;
+}
+
+// Units of columns that the vector kernels are dealt, and how many a thread gets at most.
+int64_t column_units(const LinearCall& call) { return ceil_div(call.forward ? call.job.n : call.job.k, kColumnGrain); }
+int64_t column_share(const LinearCall& call) {
+  return ceil_div(column_units(call), std::max<int64_t>(1, std::min(available_threads(), column_units(call))));
+}
+int64_t share_bytes(const LinearCall& call) {
+  const int64_t bytes = kernels().columns_scratch_bytes(call.job, column_share(call) * kColumnGrain);
+  return ceil_div(bytes, kAlignment) * kAlignment;
+}
 
 }  // namespace
 
-int64_t linear_4bit_max_tokens() { return kMaxTokens; }
+bool low_rank_is_native(Dtype dtype) { return dtype == Dtype::kBfloat16 && have_tiles(); }
 
-void linear_4bit(const WeightView& weight, Dtype dtype, const void* x, const void* bias, int64_t m, int64_t n,
-                 int64_t k, void* y) {
-  const LinearJob job{weight, x, bias, y, m, n, k};
-  const auto kernel = kernels().linear_rows[static_cast<int>(dtype)];
-  const int64_t pairs = (n + 1) / 2;  // a pair of rows shares its loads of x
-  const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, 2 * k));
-  parallel_for(pairs, grain, [&](int64_t begin, int64_t end) { kernel(job, 2 * begin, std::min(2 * end, n)); });
+int64_t linear_4bit_scratch_bytes(const LinearCall& call) {
+  if (is_empty(call)) {
+    return 0;
+  }
+  switch (path_of(call)) {
+    case Path::kRows:
+      return kernels().reorder_tokens[index_of(call.dtype)] == nullptr ? 0 : call.job.m * call.job.k * 2;
+    case Path::kTiles:
+      return tile_product_scratch_bytes(tile_product_of(call));
+    default:
+      return share_bytes(call) * ceil_div(column_units(call), std::max<int64_t>(1, column_share(call)));
+  }
+}
+
+void linear_4bit(const LinearCall& call, unsigned char* scratch) {
+  if (is_empty(call)) {
+    return;
+  }
+  const ProductJob& job = call.job;
+  const int64_t width = call.forward ? job.n : job.k;
+  switch (path_of(call)) {
+    case Path::kRows: {
+      const auto kernel = kernels().linear_rows[index_of(call.dtype)];
+      const auto reorder = kernels().reorder_tokens[index_of(call.dtype)];
+      if (reorder != nullptr) {
+        reorder(job, scratch);
+      }
+      const int64_t units = ceil_div(job.n, kStreamRows);
+      const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, kStreamRows * job.k));
+      parallel_for(units, grain, [&](int64_t begin, int64_t end) {
+        kernel(job, kStreamRows * begin, std::min(kStreamRows * end, job.n), scratch);
+      });
+      return;
+    }
+    case Path::kTiles:
+      tile_product(tile_product_of(call), scratch);
+      return;
+    default: {
+      const auto& columns = call.forward ? kernels().forward_columns : kernels().grad_input_columns;
+      const auto kernel = columns[index_of(call.dtype)];
+      const int64_t units = column_units(call);
+      const int64_t share = column_share(call);
+      const int64_t bytes = share_bytes(call);
+      parallel_for(ceil_div(units, share), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          kernel(job, i * share * kColumnGrain, std::min((i + 1) * share * kColumnGrain, width), scratch + i * bytes);
+        }
+      });
+    }
+  }
+}
+
+int64_t outer_scratch_bytes(int64_t m, int64_t r) { return tile_outer_scratch_bytes(m, r); }
+
+void outer(const void* left, const void* right, int64_t m, int64_t r, int64_t width, float scale, float* out,
+           unsigned char* scratch) {
+  tile_outer(static_cast<const Bf16*>(left), static_cast<const Bf16*>(right), m, r, width, scale, out, scratch);
 }
 
 }  // namespace qlora_native::cpu

@@ -1,22 +1,33 @@
-// y = x W^T + bias for a few rows of x, straight from the packed bytes. Pointers are trusted: the bindings check.
+// y = x W^T + bias + low up^T and its input gradient, with a 4-bit W.
 #pragma once
 
 #include <cstdint>
 
 #include "core/half.h"
-#include "core/weight_view.h"
+#include "cpu/product.h"
 
 namespace qlora_native::cpu {
 
-// The most rows of x that linear_4bit takes. Beyond them a GEMM on decoded panels is faster.
-int64_t linear_4bit_max_tokens();
+// With `down`, the product also makes `job.low` [m, r] itself, from the packed x that it needs anyway: x down^T, with
+// down [r, k], or for the gradient x down, with down [n, r]. Only where low_rank_is_native().
+struct LinearCall {
+  ProductJob job;
+  Dtype dtype;
+  bool forward;
+  const void* down;  // or null
+  void* low;         // written if `down` is given; job.low then points here too
+  float low_scale;   // with `down`, its sums are multiplied by this before they are rounded
+};
 
-// W is decoded to x's dtype by the exact rule and summed in fp32; the order of the sums is fixed, whatever the threads.
-void linear_4bit(const WeightView& weight,  // [n, k]
-                 Dtype dtype,
-                 const void* x,     // [m, k]
-                 const void* bias,  // [n] or null
-                 int64_t m, int64_t n, int64_t k,
-                 void* y);  // [m, n]
+// Whether this machine computes a product's low-rank part, and the outer products of its gradients, natively.
+bool low_rank_is_native(Dtype dtype);
+
+int64_t linear_4bit_scratch_bytes(const LinearCall& call);
+void linear_4bit(const LinearCall& call, unsigned char* scratch);  // scratch: aligned to 64 bytes
+
+// The gradient of a low-rank factor: out [r, width] = scale * left^T right in fp32, left [m, r], right [m, width].
+int64_t outer_scratch_bytes(int64_t m, int64_t r);
+void outer(const void* left, const void* right, int64_t m, int64_t r, int64_t width, float scale, float* out,
+           unsigned char* scratch);
 
 }  // namespace qlora_native::cpu

@@ -36,7 +36,7 @@ struct Plan {
     const int64_t depth = product.forward ? matrix.columns : matrix.rows;
     width = product.forward ? matrix.rows : matrix.columns;
     steps = ceil_div(depth, kTileStep);
-    low_steps = product.low == nullptr ? 0 : ceil_div(product.r, kTileStep);
+    low_steps = product.low == nullptr && product.down == nullptr ? 0 : ceil_div(product.r, kTileStep);
     const int64_t pair_bytes = 2 * steps * kTileBytes;  // of two groups of tokens
     turn = std::max<int64_t>(1, kTokenBytes / std::max<int64_t>(1, pair_bytes)) * 2 * kTileRows;
     turn = std::min(turn, ceil_div(product.m, kTileRows) * kTileRows);
@@ -67,10 +67,40 @@ struct Plan {
   }
 
   int64_t threads() const { return column_threads * token_threads; }
-  int64_t bytes() const { return token_bytes + low_bytes + scale_bytes + threads() * (panel_bytes + partial_bytes); }
+  int64_t thread_bytes() const { return panel_bytes + partial_bytes; }
+  float* partial(unsigned char* thread) const {
+    return partial_bytes == 0 ? nullptr : reinterpret_cast<float*>(thread + panel_bytes);
+  }
+  int64_t bytes() const { return token_bytes + low_bytes + scale_bytes + threads() * thread_bytes(); }
 };
 
 const TileKernels& tiles() { return *kernels().tiles; }
+
+// low = x down^T or x down, from packed x; the threads share out the tokens.
+void project(const TileProduct& product, const Plan& plan, const Bf16* packed, Bf16* low, int64_t m,
+             unsigned char* scratch) {
+  TileJob job{};
+  job.source = {nullptr, nullptr, product.down, product.forward ? product.r : product.matrix.rows,
+                product.forward ? product.matrix.columns : product.r};
+  job.tokens = packed;
+  job.steps = plan.steps;
+  job.scale = product.low_scale;
+  job.y = low;
+  job.m = m;
+  job.width = product.r;
+  const auto multiply = product.forward ? tiles().forward : tiles().gradient;
+  const int64_t groups = ceil_div(m, kTileRows);
+  const int64_t pairs = ceil_div(groups, 2);
+  const int64_t shares = std::min(plan.threads(), pairs);
+  // One strip at a time: its sums fit where the product's own will stand.
+  parallel_for(shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      unsigned char* const mine = scratch + i * plan.thread_bytes();
+      const TileRange range{0, product.r, pairs * i / shares * 2, std::min(pairs * (i + 1) / shares * 2, groups)};
+      multiply(job, range, {kTileStrip, plan.panel_steps, reinterpret_cast<Bf16*>(mine), plan.partial(mine)});
+    }
+  });
+}
 
 }  // namespace
 
@@ -96,8 +126,9 @@ void tile_product(const TileProduct& product, unsigned char* scratch) {
   job.source = {matrix.weight, matrix.weight == nullptr ? nullptr : matrix.weight->absmax, matrix.dense, matrix.rows,
                 matrix.columns};
   if (plan.scale_bytes > 0) {
-    parallel_for(num_blocks(matrix.weight->numel, matrix.weight->block_size), 4096,
-                 [&](int64_t begin, int64_t end) { tiles().decode_scales(*matrix.weight, begin, end, scales); });
+    parallel_for(num_blocks(matrix.weight->numel, matrix.weight->block_size), 4096, [&](int64_t begin, int64_t end) {
+      tiles().decode_scales(*matrix.weight, begin, end, scales + begin);
+    });
     job.source.scales = scales;
   }
   job.tokens = packed;
@@ -107,17 +138,24 @@ void tile_product(const TileProduct& product, unsigned char* scratch) {
   job.low = packed_low;
   job.low_steps = plan.low_steps;
   job.bias = product.bias;
+  job.scale = 1.0f;
   job.width = plan.width;
   for (int64_t token = 0; token < product.m; token += plan.turn) {
     job.m = std::min(plan.turn, product.m - token);
     job.y = product.y + token * plan.width;
     const int64_t groups = ceil_div(job.m, kTileRows);
-    parallel_for(groups, 1, [&](int64_t begin, int64_t end) {
-      pack(product.x + token * depth, job.m, depth, begin, end, packed);
-      if (plan.low_steps > 0) {
-        pack(product.low + token * product.r, job.m, product.r, begin, end, packed_low);
-      }
-    });
+    const Bf16* const x = product.x + token * depth;
+    parallel_for(groups, 1, [&](int64_t begin, int64_t end) { pack(x, job.m, depth, begin, end, packed); });
+    const Bf16* low = product.low == nullptr ? nullptr : product.low + token * product.r;
+    if (product.down != nullptr) {
+      Bf16* const made = product.made_low + token * product.r;
+      low = made;
+      project(product, plan, packed, made, job.m, own);
+    }
+    if (plan.low_steps > 0) {
+      parallel_for(groups, 16,
+                   [&](int64_t begin, int64_t end) { pack(low, job.m, product.r, begin, end, packed_low); });
+    }
     const int64_t strips = ceil_div(plan.width, kTileStrip);
     const int64_t pairs = ceil_div(groups, 2);
     parallel_for(plan.threads(), 1, [&](int64_t begin, int64_t end) {
@@ -129,10 +167,8 @@ void tile_product(const TileProduct& product, unsigned char* scratch) {
         range.last_column = std::min(strips * (c + 1) / plan.column_threads * kTileStrip, plan.width);
         range.first_group = pairs * t / plan.token_threads * 2;
         range.last_group = std::min(pairs * (t + 1) / plan.token_threads * 2, groups);
-        unsigned char* const mine = own + i * (plan.panel_bytes + plan.partial_bytes);
-        multiply(job, range,
-                 {plan.columns, plan.panel_steps, reinterpret_cast<Bf16*>(mine),
-                  plan.partial_bytes == 0 ? nullptr : reinterpret_cast<float*>(mine + plan.panel_bytes)});
+        unsigned char* const mine = own + i * plan.thread_bytes();
+        multiply(job, range, {plan.columns, plan.panel_steps, reinterpret_cast<Bf16*>(mine), plan.partial(mine)});
       }
     });
   }

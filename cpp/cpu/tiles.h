@@ -39,6 +39,7 @@ struct TileJob {
   const Bf16* low;     // its first, packed like x, or null
   int64_t low_steps;
   const Bf16* bias;  // [width], or null
+  float scale;       // of the sums, before the bias
   Bf16* y;           // [m, width]
   int64_t m;
   int64_t width;
@@ -66,6 +67,7 @@ struct TileKernels {
   // Columns [first, last) of out [r, width] = scale * left^T right, left [m, r], right [m, width].
   using Outer = void (*)(const Bf16* packed_left, int64_t r, const Bf16* right, int64_t m, int64_t width, float scale,
                          int64_t first, int64_t last, float* out);
+  // Scales [first, last) to scales[0, last - first).
   void (*decode_scales)(const WeightView& weight, int64_t first, int64_t last, float* scales);
   Pack pack_forward;
   Pack pack_gradient;
@@ -95,6 +97,9 @@ struct TileProduct {
   int64_t r;
   Bf16* y;  // [m, width]
   int64_t m;
+  const Bf16* down;  // forward [r, depth], gradient [depth, r]: low is made here, into made_low; or null
+  Bf16* made_low;    // [m, r]
+  float low_scale;   // its sums are multiplied by this before they are rounded
 };
 
 bool have_tiles();

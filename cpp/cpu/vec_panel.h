@@ -16,7 +16,7 @@ inline constexpr bool kIsBf16<Bf16> = true;
 #if defined(__AVX512BW__)
 
 using Words = __m512i;
-inline constexpr int kTileRows = 12;  // a tile of sums: 12 x 2 registers, and 2 of the panel, 1 of x
+inline constexpr int kMicroRows = 12;  // a tile of sums: 12 x 2 registers, and 2 of the panel, 1 of x
 inline constexpr int kTileVectors = 2;
 
 inline Floats broadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -104,7 +104,7 @@ inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 #elif defined(__AVX2__)
 
 using Words = __m256i;
-inline constexpr int kTileRows = 6;
+inline constexpr int kMicroRows = 6;
 inline constexpr int kTileVectors = 2;
 
 inline Floats broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -196,7 +196,7 @@ inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 #elif !defined(QLORA_NATIVE_NEON)  // one lane
 
 using Words = uint32_t;
-inline constexpr int kTileRows = 4;
+inline constexpr int kMicroRows = 4;
 inline constexpr int kTileVectors = 4;
 
 inline Floats broadcast(const float* p) { return {*p}; }

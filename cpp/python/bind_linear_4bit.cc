@@ -6,34 +6,83 @@ namespace py = pybind11;
 namespace qlora_native::python {
 namespace {
 
-void linear(int dtype, Address x, Address bias, Address y, int64_t m, int64_t n, int64_t k, Address packed,
-            Address absmax, Address absmax_codes, Address nested_absmax, Address nested_offset, Address nested_code,
-            Address levels, int quant_type, int64_t numel, int64_t block_size) {
-  const WeightView weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code,
-                                           levels, quant_type, numel, block_size);
-  require(m >= 0 && m <= cpu::linear_4bit_max_tokens(),
-          "m is " + std::to_string(m) + ": expected 0 to " + std::to_string(cpu::linear_4bit_max_tokens()) + ".");
-  require(n >= 0 && k >= 0 && (n == 0 ? numel == 0 : numel % n == 0 && numel / n == k),
-          "a weight of " + std::to_string(numel) + " elements is not [" + std::to_string(n) + ", " + std::to_string(k) +
-              "].");
-  const Dtype type = checked_dtype(dtype);
-  const auto operand = [type](Address address, int64_t count, const char* what) {
-    return type == Dtype::kFloat32 ? static_cast<void*>(pointer<float>(address, count, what))
-                                   : pointer<uint16_t>(address, count, what);
-  };
-  cpu::linear_4bit(weight, type, operand(x, m * k, "x"), bias == 0 ? nullptr : operand(bias, n, "bias"), m, n, k,
-                   operand(y, m * n, "y"));
+void* operand(Dtype type, Address address, int64_t count, const char* what) {
+  return type == Dtype::kFloat32 ? static_cast<void*>(pointer<float>(address, count, what))
+                                 : pointer<uint16_t>(address, count, what);
+}
+
+// Runs the product if `scratch` is given, and returns the bytes of scratch that it takes.
+int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, float low_scale, Address low, Address up,
+               int64_t r, Address y, int64_t m, int64_t n, int64_t k, Address scratch, int64_t scratch_bytes,
+               Address packed, Address absmax, Address absmax_codes, Address nested_absmax, Address nested_offset,
+               Address nested_code, Address levels, int quant_type, int64_t numel, int64_t block_size) {
+  cpu::LinearCall call{};
+  call.dtype = checked_dtype(dtype);
+  call.forward = forward;
+  require(m >= 0 && n >= 0 && k >= 0 && r >= 0, "m, n, k or r is negative.");
+  require(n == 0 ? numel == 0 : numel % n == 0 && numel / n == k, "a weight of " + std::to_string(numel) +
+                                                                      " elements is not [" + std::to_string(n) + ", " +
+                                                                      std::to_string(k) + "].");
+  require(down == 0 || cpu::low_rank_is_native(call.dtype), "the low-rank product is not native for this dtype here.");
+  require(r == 0 || m == 0 || n == 0 || k == 0 || (low != 0 && up != 0),
+          "an adapter of rank r > 0 needs both factors.");
+  cpu::ProductJob& job = call.job;
+  job.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
+                              quant_type, numel, block_size);
+  const int64_t depth = forward ? k : n;
+  const int64_t width = forward ? n : k;
+  job.x = operand(call.dtype, x, m * depth, "x");
+  job.bias = bias == 0 ? nullptr : operand(call.dtype, bias, n, "bias");
+  job.low = low == 0 ? nullptr : operand(call.dtype, low, m * r, "low");
+  job.up = up == 0 ? nullptr : operand(call.dtype, up, width * r, "up");
+  job.r = r;
+  job.y = operand(call.dtype, y, m * width, "y");
+  job.m = m;
+  job.n = n;
+  job.k = k;
+  call.down = down == 0 ? nullptr : operand(call.dtype, down, depth * r, "down");
+  call.low_scale = low_scale;
+  call.low = down == 0 ? nullptr : const_cast<void*>(job.low);
+  const int64_t needed = cpu::linear_4bit_scratch_bytes(call);
+  if (scratch_bytes >= needed && scratch % 64 == 0) {
+    cpu::linear_4bit(call, reinterpret_cast<unsigned char*>(scratch));
+    return 0;
+  }
+  return needed;
+}
+
+int64_t outer(Address left, Address right, int64_t m, int64_t r, int64_t width, float scale, Address out,
+              Address scratch, int64_t scratch_bytes) {
+  require(cpu::low_rank_is_native(Dtype::kBfloat16), "outer products are not native here.");
+  require(m >= 0 && r >= 0 && width >= 0, "m, r or width is negative.");
+  const int64_t needed = cpu::outer_scratch_bytes(m, r);
+  if (scratch_bytes >= needed && scratch % 64 == 0) {
+    cpu::outer(operand(Dtype::kBfloat16, left, m * r, "left"), operand(Dtype::kBfloat16, right, m * width, "right"), m,
+               r, width, scale, pointer<float>(out, r * width, "out"), reinterpret_cast<unsigned char*>(scratch));
+    return 0;
+  }
+  return needed;
 }
 
 }  // namespace
 
 void bind_linear_4bit(py::module_& module) {
-  module.attr("linear_4bit_max_tokens") = cpu::linear_4bit_max_tokens();
-  module.def("linear_4bit", &linear, py::arg("dtype"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("m"),
-             py::arg("n"), py::arg("k"), py::arg("packed"), py::arg("absmax"), py::arg("absmax_codes"),
-             py::arg("nested_absmax"), py::arg("nested_offset"), py::arg("nested_code"), py::arg("levels"),
-             py::arg("quant_type"), py::arg("numel"), py::arg("block_size"), py::call_guard<py::gil_scoped_release>(),
-             "x [m, k] times the transpose of a weight [n, k], plus a bias [n] or 0, for small m.");
+  module.def(
+      "low_rank_is_native", [](int dtype) { return cpu::low_rank_is_native(checked_dtype(dtype)); }, py::arg("dtype"),
+      "Whether linear_4bit takes `down`, and outer runs, for this dtype on this machine.");
+  module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
+             py::arg("down"), py::arg("low_scale"), py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"),
+             py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("packed"),
+             py::arg("absmax"), py::arg("absmax_codes"), py::arg("nested_absmax"), py::arg("nested_offset"),
+             py::arg("nested_code"), py::arg("levels"), py::arg("quant_type"), py::arg("numel"), py::arg("block_size"),
+             py::call_guard<py::gil_scoped_release>(),
+             "y = x W^T + bias + low up^T for a weight [n, k], or y = x W + low up. With `down`, low is computed too. "
+             "Returns 0, or the bytes of 64-byte aligned scratch that it needs before it runs.");
+  module.def("outer", &outer, py::arg("left"), py::arg("right"), py::arg("m"), py::arg("r"), py::arg("width"),
+             py::arg("scale"), py::arg("out"), py::arg("scratch"), py::arg("scratch_bytes"),
+             py::call_guard<py::gil_scoped_release>(),
+             "out [r, width] = scale * left^T right in fp32, for bf16 left [m, r] and right [m, width]. Returns as "
+             "linear_4bit does.");
 }
 
 }  // namespace qlora_native::python

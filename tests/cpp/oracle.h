@@ -283,4 +283,13 @@ struct RandomWeight {
   WeightView view;
 };
 
+// An allocation of the exact size at an address that a tile may be loaded from.
+struct Scratch {
+  std::vector<unsigned char> bytes;
+  unsigned char* aligned;
+  explicit Scratch(int64_t count) : bytes(static_cast<size_t>(count) + 64) {
+    aligned = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+  }
+};
+
 }  // namespace oracle

@@ -22,21 +22,12 @@ double at(const std::vector<Bf16>& matrix, int64_t columns, int64_t row, int64_t
   return oracle::value_of(matrix[static_cast<size_t>(row * columns + column)]);
 }
 
-// An allocation of the exact size at an address that a tile may be loaded from.
-struct Scratch {
-  std::vector<unsigned char> bytes;
-  unsigned char* aligned;
-  explicit Scratch(int64_t count) : bytes(static_cast<size_t>(count) + 64) {
-    aligned = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
-  }
-};
-
 struct Case {
   int64_t m, n, k, r, block_size;
   bool nested, with_bias, dense;
 };
 
-void check_product(const Case& c, bool forward) {
+void check_product(const Case& c, bool forward, bool project) {
   const oracle::RandomWeight weight(c.n * c.k, c.block_size, c.nested, QuantType::kNf4,
                                     static_cast<uint64_t>(c.n + c.k));
   oracle::Random random(static_cast<uint64_t>(c.m));
@@ -44,7 +35,8 @@ void check_product(const Case& c, bool forward) {
   const int64_t width = forward ? c.n : c.k;
   const auto dense = random_values(random, c.n * c.k);
   const auto x = random_values(random, c.m * depth);
-  const auto low = random_values(random, c.m * c.r);
+  auto low = random_values(random, c.m * c.r);
+  const auto down = random_values(random, c.r * depth);
   const auto up = random_values(random, c.r * width);
   const auto bias = random_values(random, width);
   std::vector<Bf16> y(static_cast<size_t>(c.m * width));
@@ -54,12 +46,30 @@ void check_product(const Case& c, bool forward) {
   product.x = x.data();
   product.bias = c.with_bias && forward ? bias.data() : nullptr;
   product.low = c.r > 0 ? low.data() : nullptr;
+  product.down = project ? down.data() : nullptr;
+  product.made_low = low.data();
+  product.low_scale = 0.75f;
   product.up = up.data();
   product.r = c.r;
   product.y = y.data();
   product.m = c.m;
-  const Scratch scratch(cpu::tile_product_scratch_bytes(product));
+  const oracle::Scratch scratch(cpu::tile_product_scratch_bytes(product));
   cpu::tile_product(product, scratch.aligned);
+  for (int64_t i = 0; project && i < c.m; ++i) {
+    for (int64_t j = 0; j < c.r; ++j) {
+      double expected = 0.0;
+      double magnitude = 1e-30;
+      for (int64_t l = 0; l < depth; ++l) {
+        const double term = 0.75 * at(x, depth, i, l) * (forward ? at(down, depth, j, l) : at(down, c.r, l, j));
+        expected += term;
+        magnitude += std::fabs(term);
+      }
+      CHECK(std::fabs(at(low, c.r, i, j) - expected) <= 0x1p-8 * std::fabs(expected) + 1e-6 * magnitude,
+            "low part of m %ld r %ld depth %ld: [%ld, %ld] is %a, expected %a", static_cast<long>(c.m),
+            static_cast<long>(c.r), static_cast<long>(depth), static_cast<long>(i), static_cast<long>(j),
+            at(low, c.r, i, j), expected);
+    }
+  }
   for (int64_t i = 0; i < c.m; ++i) {
     for (int64_t j = 0; j < width; ++j) {
       double expected = product.bias != nullptr ? oracle::value_of(bias[static_cast<size_t>(j)]) : 0.0;
@@ -101,8 +111,12 @@ TEST(tile_products) {
     return;
   }
   for (const Case& c : kCases) {
-    check_product(c, true);
-    check_product(c, false);
+    for (const bool forward : {true, false}) {
+      check_product(c, forward, false);
+      if (c.r > 0) {
+        check_product(c, forward, true);
+      }
+    }
   }
 }
 
@@ -116,7 +130,7 @@ TEST(tile_outer_products) {
     const auto left = random_values(random, m * r);
     const auto right = random_values(random, m * width);
     std::vector<float> out(static_cast<size_t>(r * width));
-    const Scratch scratch(cpu::tile_outer_scratch_bytes(m, r));
+    const oracle::Scratch scratch(cpu::tile_outer_scratch_bytes(m, r));
     cpu::tile_outer(left.data(), right.data(), m, r, width, 0.5f, out.data(), scratch.aligned);
     for (int64_t i = 0; i < r; ++i) {
       for (int64_t j = 0; j < width; ++j) {

@@ -33,6 +33,10 @@ SCHEMAS = {
         "(Tensor x, Tensor? x_lora, Tensor a, Tensor b, float scale, Tensor? bias, bool low_memory, "
         f"{WEIGHT}) -> (Tensor, Tensor)"
     ),
+    "lora_linear_4bit_backward": (
+        "(Tensor grad_y, Tensor x, Tensor xa, Tensor a, Tensor b, float scale, bool separate, bool[4] needed, bool low_memory, "
+        f"{WEIGHT}) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "linear_cross_entropy": (
         f"(Tensor h, Tensor labels, int ignore_index, bool need_grad_h, bool need_grad_weight, {WEIGHT_OR_DENSE})"
         " -> (Tensor, Tensor, Tensor)"
@@ -145,18 +149,28 @@ def check_matrix(op: str, x: torch.Tensor, weight: Weight, bias: torch.Tensor | 
 _scratch = threading.local()
 
 
+def _grown(num_bytes: int) -> torch.Tensor:
+    held: torch.Tensor | None = getattr(_scratch, "buffer", None)
+    if held is None or held.numel() < num_bytes:
+        with torch.inference_mode(False):
+            held = torch.empty(num_bytes, dtype=torch.uint8)
+        _scratch.buffer = held
+    return held
+
+
 def scratch(count: int, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor [count] in this thread's reusable buffer: no page faults after the first call.
 
-    Valid until the thread's next call. The buffer only grows, up to the largest panel asked for.
+    Valid until the thread's next call. The buffer only grows, up to the largest size asked for.
     """
     num_bytes = count * dtype.itemsize
-    buffer: torch.Tensor | None = getattr(_scratch, "buffer", None)
-    if buffer is None or buffer.numel() < num_bytes:
-        with torch.inference_mode(False):
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        _scratch.buffer = buffer
-    return buffer[:num_bytes].view(dtype)
+    return _grown(num_bytes)[:num_bytes].view(dtype)
+
+
+def buffer(num_bytes: int) -> tuple[int, int]:
+    """Address and size in bytes of the same buffer, which holds ``num_bytes`` at least."""
+    held = _grown(num_bytes)
+    return held.data_ptr(), held.numel()
 
 
 _warned: set[str] = set()

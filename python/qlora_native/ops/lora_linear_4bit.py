@@ -21,6 +21,7 @@ from .linear_4bit import (
 )
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # of x, x_lora, A, B; empty if not needed
 
 
 def check(
@@ -59,11 +60,22 @@ def cpu(
     weight = weight_of(arguments)
     check(x, x_lora, a, b, bias, weight)
     rows = x.reshape(-1, x.shape[-1])
-    adapted = rows if x_lora is None else x_lora.reshape(-1, x.shape[-1])
     with without_autocast(x):
-        xa = torch.mm(adapted, a.to(x.dtype).t())
-        y = _products.forward(rows, weight, bias, (xa, b.to(x.dtype), scale))
+        down, up = a.to(x.dtype), scaled(b, scale, x.dtype)
+        if x_lora is None and _products.makes_low(x.dtype):
+            xa = x.new_empty(rows.shape[0], a.shape[0])
+            adapter = _products.Adapter(xa, up, down.contiguous())
+        else:
+            adapted = rows if x_lora is None else x_lora.reshape(-1, x.shape[-1])
+            xa = torch.mm(adapted, down.t())
+            adapter = _products.Adapter(xa, up)
+        y = _products.forward(rows, weight, bias, adapter)
     return y.view(*x.shape[:-1], weight.shape[0]), xa.view(*x.shape[:-1], a.shape[0])
+
+
+def scaled(b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """scale * B, rounded once to the dtype of a product."""
+    return (b.float() * scale if b.dtype != torch.float64 else b * scale).to(dtype).contiguous()
 
 
 @implement("lora_linear_4bit", "CompositeExplicitAutograd")
@@ -114,7 +126,112 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+@implement("lora_linear_4bit_backward", "CPU")
+def cpu_backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    xa: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    separate: bool,
+    needed: list[bool],
+    low_memory: bool,
+    *arguments: Any,
+) -> Gradients:
+    weight = weight_of(arguments)
+    rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+    need_x, need_x_lora, need_a, need_b = needed
+    grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
+    with without_autocast(x):
+        down, up = a.to(grad_y.dtype).contiguous(), b.to(grad_y.dtype).contiguous()
+        if need_x and not separate and _products.makes_low(grad_y.dtype):
+            low = x.new_empty(rows.shape[0], a.shape[0])
+            grad_x = _products.grad_input(rows, weight, _products.Adapter(low, down, up, scale)).view(x.shape)
+        else:
+            low = torch.mm(rows, up) * scale
+            if need_x:
+                adapter = None if separate else _products.Adapter(low, down)
+                grad_x = _products.grad_input(rows, weight, adapter).view(x.shape)
+            if need_x_lora:
+                grad_x_lora = torch.mm(low, down).view(x.shape)
+        if need_a:
+            grad_a = _products.outer(low, tokens, 1.0).to(a.dtype)
+        if need_b:
+            grad_b = _products.outer(xa.reshape(-1, xa.shape[-1]), rows, scale).t().to(b.dtype).contiguous()
+    return grad_x, grad_x_lora, grad_a, grad_b
+
+
+@implement("lora_linear_4bit_backward", "CompositeExplicitAutograd")
+def anywhere_backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    xa: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    separate: bool,
+    needed: list[bool],
+    low_memory: bool,
+    *arguments: Any,
+) -> Gradients:
+    rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+    need_x, need_x_lora, need_a, need_b = needed
+    grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
+    low = torch.mm(rows, b.to(rows.dtype)) * scale
+    if need_x:
+        grad_x = torch.ops.qlora_native.linear_4bit_grad_input(grad_y, low_memory, *arguments)
+        if not separate:
+            grad_x.view(-1, a.shape[1]).addmm_(low, a.to(low.dtype))
+    if need_x_lora:
+        grad_x_lora = torch.mm(low, a.to(low.dtype)).view(x.shape)
+    if need_a:
+        grad_a = torch.mm(low.t(), tokens).to(a.dtype)
+    if need_b:
+        grad_b = (torch.mm(rows.t(), xa.reshape(-1, xa.shape[-1])) * scale).to(b.dtype)
+    return grad_x, grad_x_lora, grad_a, grad_b
+
+
+@fake("lora_linear_4bit_backward")
+def backward_shapes(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    xa: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    separate: bool,
+    needed: list[bool],
+    low_memory: bool,
+    *arguments: Any,
+) -> Gradients:
+    need_x, need_x_lora, need_a, need_b = needed
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(x.shape if need_x_lora else 0),
+        a.new_empty(a.shape if need_a else 0),
+        b.new_empty(b.shape if need_b else 0),
+    )
+
+
 def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_xa: torch.Tensor | None) -> tuple[Any, ...]:
+    arguments, (adapted, a, b, xa) = saved_weight(ctx)
+    need_x, need_x_lora, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
+    if grad_y is None or grad_xa is not None or torch.is_grad_enabled():
+        return _differentiable_backward(ctx, grad_y, grad_xa)
+    needed = [need_x, need_x_lora, need_a, need_b]
+    grads = torch.ops.qlora_native.lora_linear_4bit_backward(
+        grad_y, adapted, xa, a, b, ctx.scale, ctx.separate, needed, ctx.low_memory, *arguments
+    )
+    grad_x, grad_x_lora, grad_a, grad_b = (g if need else None for g, need in zip(grads, needed, strict=True))
+    grad_bias = sum_to_bias(grad_y, ctx.bias_dtype) if need_bias else None
+    return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, None, *NO_WEIGHT_GRADIENT
+
+
+def _differentiable_backward(
+    ctx: Any, grad_y: torch.Tensor | None, grad_xa: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """The same from ops that have derivatives of their own."""
     arguments, (adapted, a, b, xa) = saved_weight(ctx)
     need_x, need_x_lora, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
     grad_x = grad_x_lora = grad_a = grad_b = grad_bias = None
