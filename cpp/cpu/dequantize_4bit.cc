@@ -1,6 +1,7 @@
 #include "cpu/dequantize_4bit.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -26,7 +27,7 @@ void dequantize_4bit(const WeightView& weight, const Panel& panel, Dtype dtype, 
     parallel_for(units, std::max<int64_t>(1, kElementsPerTask / weight.block_size), [&](int64_t begin, int64_t end) {
       const int64_t from = begin * weight.block_size;
       const int64_t to = std::min(end * weight.block_size, total);
-      kernel(weight, first + from, first + to, bytes + from * size);
+      kernel(weight, first + from, first + to, bytes + from * size, std::getenv("QS") != nullptr);
     });
     return;
   }
@@ -34,16 +35,14 @@ void dequantize_4bit(const WeightView& weight, const Panel& panel, Dtype dtype, 
                [&](int64_t begin, int64_t end) {
                  for (int64_t row = begin; row < end; ++row) {
                    const int64_t start = (panel.row_begin + row) * panel.row_length;
-                   kernel(weight, start + panel.column_begin, start + panel.column_end, bytes + row * width * size);
+                   kernel(weight, start + panel.column_begin, start + panel.column_end, bytes + row * width * size, false);
                  }
                });
 }
 
 void decode_scales(const WeightView& weight, int64_t blocks, float* scales) {
   parallel_for(blocks, kElementsPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      scales[block] = weight.scale(block);
-    }
+    kernels().decode_scales(weight, begin, end, scales + begin);
   });
 }
 
