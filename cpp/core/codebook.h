@@ -112,9 +112,25 @@ constexpr CodeCells<kCells> code_cells(const float* decisions, int count, int fi
 constexpr CodeCells<32> nf4_cells() { return code_cells<32>(nf4_boundaries().value, 15, -16); }
 static_assert(nf4_cells().valid);
 
-// Cells 0 to 15 of the magnitude. `lower` is a rank; ranks become codes by code_of_rank.
-constexpr CodeCells<16> fp4_cells() { return code_cells<16>(fp4_pivots().value, 7, 0); }
-static_assert(fp4_cells().valid);
+// Cells 0 to 15 of the magnitude, with the codes on either side of the cell's pivot.
+struct Fp4CodeCells {
+  float pivot[16];
+  int32_t below[16];
+  int32_t above[16];
+};
+
+constexpr Fp4CodeCells fp4_code_cells() {
+  constexpr CodeCells<16> cells = code_cells<16>(fp4_pivots().value, 7, 0);
+  static_assert(cells.valid);
+  constexpr Fp4CodeOfRank code_of_rank = fp4_code_of_rank();
+  Fp4CodeCells codes{};
+  for (int i = 0; i < 16; ++i) {
+    codes.pivot[i] = cells.decision[i];
+    codes.below[i] = code_of_rank.code[cells.lower[i]];
+    codes.above[i] = code_of_rank.code[cells.lower[i] < 7 ? cells.lower[i] + 1 : 7];
+  }
+  return codes;
+}
 
 // The code of 0.0: what an all-zero block and the missing half of an odd last byte are filled with.
 constexpr uint8_t zero_code(QuantType type) { return type == QuantType::kNf4 ? 7 : 0; }

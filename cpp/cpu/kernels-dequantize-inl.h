@@ -26,6 +26,20 @@ void decode_run(const Decoder<T>& decode, const WeightView& weight, float scale,
   }
 }
 
+// `count` blocks from element `begin` on, where a block begins.
+template <bool kStream, typename T>
+int64_t decode_whole_blocks(const WeightView& weight, const float* scales, int64_t begin, int64_t count, T* out) {
+  constexpr int64_t kStep = 2 * Decoder<T>::kBytes;
+  const uint8_t* bytes = weight.packed + begin / 2;
+  for (int64_t i = 0; i < count; ++i) {
+    const Decoder<T> decode(weight.levels, scales[i]);
+    for (int64_t j = 0; j < weight.block_size; j += kStep, bytes += Decoder<T>::kBytes, out += kStep) {
+      decode.template step<kStream>(bytes, out);
+    }
+  }
+  return count;
+}
+
 template <bool kStream, typename T>
 void decode_blocks(const WeightView& weight, int64_t begin, int64_t end, T* out) {
   constexpr int64_t kScales = 64;  // decoded at a time
@@ -39,7 +53,15 @@ void decode_blocks(const WeightView& weight, int64_t begin, int64_t end, T* out)
     } else {
       decode_scales(weight, block, block + count, buffer);
     }
-    for (int64_t i = 0; i < count; ++i) {
+    int64_t i = 0;
+    if (begin == block * weight.block_size) {
+      const int64_t fitting = (end - begin) / weight.block_size;
+      const int64_t whole = count < fitting ? count : fitting;
+      i = decode_whole_blocks<kStream>(weight, scales, begin, whole, out);
+      begin += i * weight.block_size;
+      out += i * weight.block_size;
+    }
+    for (; i < count; ++i) {
       const int64_t block_end = (block + i + 1) * weight.block_size;
       const int64_t run_end = block_end < end ? block_end : end;
       const Decoder<T> decode(weight.levels, scales[i]);

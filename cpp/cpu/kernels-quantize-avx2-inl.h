@@ -129,7 +129,8 @@ class Encoder<QuantType::kFp4> {
 
 // As in kernels-quantize-avx512-inl.h.
 template <typename T, QuantType kType>
-void encode(const T* x, int64_t count, const float* factor, int log2_block, uint8_t* packed, bool stream) {
+void encode(const T* x, int64_t count, const float* factor, int log2_block, uint8_t* packed) {
+  constexpr int64_t kPerLine = 64 / sizeof(T);
   const Encoder<kType> encoder;
   const auto bytes_at = [&](int64_t i) {
     const Pairs pairs = load_pairs(x + i);
@@ -137,20 +138,17 @@ void encode(const T* x, int64_t count, const float* factor, int log2_block, uint
     const __m256i high = encoder(_mm256_mul_ps(pairs.even, by));
     return _mm256_or_si256(_mm256_slli_epi32(high, 4), encoder(_mm256_mul_ps(pairs.odd, by)));
   };
-  stream = stream && reinterpret_cast<uintptr_t>(packed) % 32 == 0;
   // Narrowing works within the two 128-bit lanes.
   const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
+    for (int64_t next = 0; next < 64; next += kPerLine) {
+      _mm_prefetch(reinterpret_cast<const char*>(x + kElementsPerChunk + i + next), _MM_HINT_T0);
+    }
     const __m256i first = _mm256_packus_epi32(bytes_at(i), bytes_at(i + 16));
     const __m256i second = _mm256_packus_epi32(bytes_at(i + 32), bytes_at(i + 48));
     const __m256i line = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), in_order);
-    auto* target = reinterpret_cast<__m256i*>(packed + i / 2);
-    if (stream) {
-      _mm256_stream_si256(target, line);
-    } else {
-      _mm256_storeu_si256(target, line);
-    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + i / 2), line);
   }
   if (i < count) {  // a last block of 32
     const __m256i words = _mm256_packus_epi32(bytes_at(i), bytes_at(i + 16));

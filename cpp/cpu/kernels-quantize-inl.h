@@ -7,6 +7,16 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
+namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
+namespace {
+
+// As many blocks as the first cache holds are read twice: for their largest magnitudes, then for their codes. While the
+// codes are found, the next chunk is on its way from memory.
+constexpr int64_t kElementsPerChunk = kMaxBlock;
+
+}  // namespace
+}  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
+
 #if defined(__AVX512BW__)
 #include "cpu/kernels-quantize-avx512-inl.h"
 #elif defined(__AVX2__)
@@ -67,8 +77,6 @@ int64_t quantize_block_plain(const BlockJob& job, int64_t block) {
 
 #if defined(__AVX2__)
 
-// As many blocks as the first cache holds are read twice: for their largest magnitudes, then for their codes.
-constexpr int64_t kElementsPerChunk = kMaxBlock;
 constexpr int64_t kBlocksPerChunk = kElementsPerChunk / kMinBlock;
 
 // Whole blocks [block, block + count), at most a chunk. Returns as quantize_block_plain.
@@ -88,7 +96,7 @@ int64_t quantize_chunk(const BlockJob& job, int log2_block, int64_t block, int64
            static_cast<uint32_t>(std::bit_cast<uint32_t>(absmax[i]) >= kInfinityBits);
   }
   if (odd == 0) {
-    encode<T, kType>(x, count << log2_block, factor, log2_block, packed, job.stream);
+    encode<T, kType>(x, count << log2_block, factor, log2_block, packed);
     return -1;
   }
   for (int64_t i = 0; i < count; ++i) {
@@ -97,7 +105,7 @@ int64_t quantize_chunk(const BlockJob& job, int log2_block, int64_t block, int64
       fill_with_zero_code(job.block_size, job.type, packed + begin / 2);
     } else if (std::bit_cast<uint32_t>(absmax[i]) < kInfinityBits &&
                std::bit_cast<uint32_t>(factor[i]) != kInfinityBits) {
-      encode<T, kType>(x + begin, job.block_size, factor + i, log2_block, packed + begin / 2, false);
+      encode<T, kType>(x + begin, job.block_size, factor + i, log2_block, packed + begin / 2);
     } else if (const int64_t bad = quantize_block_plain<T>(job, block + i); bad >= 0) {
       return bad;
     }
@@ -117,9 +125,6 @@ int64_t quantize_whole_blocks(const BlockJob& job, int64_t first, int64_t last) 
     if (const int64_t bad = quantize_chunk<T, kType>(job, log2_block, block, count); bad >= 0) {
       return bad;
     }
-  }
-  if (job.stream) {
-    _mm_sfence();
   }
   return -1;
 }

@@ -15,7 +15,6 @@ struct BlockJob {
   QuantType type;
   uint8_t* packed;  // [ceil(numel / 2)]
   float* absmax;    // [blocks]
-  bool stream;      // write `packed` past the caches
 };
 
 struct ScaleJob {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <limits>
 #include <vector>
 
@@ -33,7 +32,7 @@ float fixed_order_mean(const float* values, int64_t count) {
 
 int64_t quantize_4bit(const void* x, Dtype dtype, int64_t numel, int64_t block_size, QuantType type, uint8_t* packed,
                       float* absmax) {
-  const BlockJob job{x, numel, block_size, type, packed, absmax, std::getenv("QS") != nullptr};
+  const BlockJob job{x, numel, block_size, type, packed, absmax};
   const auto kernel = kernels().quantize_blocks[static_cast<int>(dtype)];
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> bad{kNone};

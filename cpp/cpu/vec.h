@@ -183,21 +183,43 @@ class Decoder<float> {
   __m256 high_;
 };
 
-// pshufb looks up bytes, so a table of 16-bit values is held as a plane of low bytes and one of high bytes.
+// 16 values rounded to T, in order.
+template <typename T>
+__m256i rounded(__m256 low, __m256 high);
+
+inline __m256i bf16_words(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quieted = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quieted, nan), 16);
+}
+
+template <>
+inline __m256i rounded<Bf16>(__m256 low, __m256 high) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_words(low), bf16_words(high)), 0xd8);
+}
+
+template <>
+inline __m256i rounded<Fp16>(__m256 low, __m256 high) {
+  return _mm256_set_m128i(_mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT),
+                          _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// pshufb looks up bytes, so a table of 16-bit values is held as a plane of low bytes and one of high bytes, each in both
+// 128-bit lanes.
 template <typename T>
 class Decoder {
  public:
   static constexpr int kBytes = 16;
   Decoder(const float* levels, float scale) {
-    alignas(32) T table[16];
-    for (int i = 0; i < 16; ++i) {
-      table[i] = from_float<T>(levels[i] * scale);
-    }
-    const __m128i first = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
-    const __m128i second = _mm_load_si128(reinterpret_cast<const __m128i*>(table + 8));
-    const __m128i byte = _mm_set1_epi16(0xff);
-    low_ = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte)));
-    high_ = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)));
+    const __m256 by = _mm256_set1_ps(scale);
+    const __m256i table = rounded<T>(_mm256_mul_ps(load(levels), by), _mm256_mul_ps(load(levels + 8), by));
+    const __m256i low = _mm256_and_si256(table, _mm256_set1_epi16(0xff));
+    const __m256i planes = _mm256_packus_epi16(low, _mm256_srli_epi16(table, 8));
+    low_ = _mm256_permute4x64_epi64(planes, 0x88);
+    high_ = _mm256_permute4x64_epi64(planes, 0xdd);
   }
   template <bool kStream = false>
   void step(const uint8_t* bytes, T* out) const {
