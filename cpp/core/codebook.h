@@ -74,7 +74,8 @@ constexpr Fp4CodeOfRank fp4_code_of_rank() { return {{0, 1, 6, 7, 4, 5, 2, 3}}; 
 
 // Equal cells over [-1, 1], the c-th around c / kCellsPerUnit, so narrow that none holds two decision points: a code is
 // that of its cell's lower end, or the next one where the cell's decision point lies strictly below the value. Vector
-// kernels find a cell with one fused multiply-add: the low five bits of value * kCellsPerUnit + kCellMagic are c mod 32.
+// kernels find a cell with one fused multiply-add: the low five bits of value * kCellsPerUnit + kCellMagic are c
+// mod 32.
 inline constexpr float kCellsPerUnit = 14.0f;
 inline constexpr float kCellMagic = 0x1.8p23f;  // adding it rounds to an integer, which lands in the lowest bits
 
@@ -82,7 +83,7 @@ template <int kCells>
 struct CodeCells {
   float decision[static_cast<size_t>(kCells)];  // infinity where the cell has none
   int32_t lower[static_cast<size_t>(kCells)];   // rank of the cell's lower end: how many decision points lie below it
-  bool valid;              // one decision point a cell at most, and none within a thousandth of an edge
+  bool valid;  // one decision point a cell at most, and none within a thousandth of an edge
 };
 
 template <int kCells>

@@ -14,7 +14,8 @@ constexpr int64_t kElementsPerTask = 1 << 14;
 
 // A longer output is written past the caches: they would not hold it, and a line that is not read before it is written
 // costs half the traffic. A shorter one is better written into them, for its reader. The last-level cache as the system
-// tells it, but no more than a machine shared with others gives: on a Xeon of 480 MB the turn came between 64 and 96 MiB.
+// tells it, but no more than a machine shared with others gives: on a Xeon of 480 MB the turn came between 64 and 96
+// MiB.
 int64_t largest_cached_output() {
   constexpr int64_t kMost = 64 << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
@@ -50,15 +51,15 @@ void dequantize_4bit(const WeightView& weight, const Panel& panel, Dtype dtype, 
                [&](int64_t begin, int64_t end) {
                  for (int64_t row = begin; row < end; ++row) {
                    const int64_t start = (panel.row_begin + row) * panel.row_length;
-                   kernel(weight, start + panel.column_begin, start + panel.column_end, bytes + row * width * size, false);
+                   kernel(weight, start + panel.column_begin, start + panel.column_end, bytes + row * width * size,
+                          false);
                  }
                });
 }
 
 void decode_scales(const WeightView& weight, int64_t blocks, float* scales) {
-  parallel_for(blocks, kElementsPerTask, [&](int64_t begin, int64_t end) {
-    kernels().decode_scales(weight, begin, end, scales + begin);
-  });
+  parallel_for(blocks, kElementsPerTask,
+               [&](int64_t begin, int64_t end) { kernels().decode_scales(weight, begin, end, scales + begin); });
 }
 
 }  // namespace qlora_native::cpu

@@ -120,15 +120,13 @@ class Encoder<QuantType::kFp4> {
   __m512i shifted_[2] = {_mm512_slli_epi32(code_[0], 4), _mm512_slli_epi32(code_[1], 4)};
 };
 
-// Codes of `count` elements, a multiple of 32; factor[b] normalises the b-th 2^log2_block of them. Ordinary stores: past
-// the caches, a quarter as many bytes as are read took longer (1.3x, on a Xeon with AMX).
+// Codes of `count` elements, a multiple of 32; factor[b] normalises the b-th 2^log2_block of them. Ordinary stores:
+// past the caches, a quarter as many bytes as are read took longer (1.3x, on a Xeon with AMX).
 template <typename T, QuantType kType>
 void encode(const T* x, int64_t count, const float* factor, int log2_block, uint8_t* packed) {
   constexpr int64_t kPerLine = 64 / sizeof(T);
   const Encoder<kType> encoder;
-  const auto bytes_at = [&](int64_t i) {
-    return encoder(load_pairs(x + i), _mm512_set1_ps(factor[i >> log2_block]));
-  };
+  const auto bytes_at = [&](int64_t i) { return encoder(load_pairs(x + i), _mm512_set1_ps(factor[i >> log2_block])); };
   // Narrowing works within the four 128-bit lanes and leaves a 4 x 4 matrix of 32-bit words transposed.
   const __m512i transposed = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t i = 0;

@@ -18,9 +18,8 @@ constexpr int64_t kElementsPerTask = 1 << 14;
 float fixed_order_mean(const float* values, int64_t count) {
   const int64_t groups = num_nested_blocks(count);
   std::vector<double> sums(static_cast<size_t>(groups));
-  parallel_for(groups, 64, [&](int64_t begin, int64_t end) {
-    kernels().sum_groups(values, count, begin, end, sums.data());
-  });
+  parallel_for(groups, 64,
+               [&](int64_t begin, int64_t end) { kernels().sum_groups(values, count, begin, end, sums.data()); });
   double total = 0.0;
   for (const double sum : sums) {
     total += sum;

@@ -95,9 +95,9 @@ class Decoder16 {
   void step(const uint8_t* bytes, void* out) const {
     // Each byte comes to stand in the high bytes of the two words of its elements. vpermw looks at five bits of a word:
     // the nibble belongs in the upper four, the lowest is free because every entry stands in the table twice.
-    const __m512i spread = _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a,
-                                            0x0909090908080808, 0x0707070706060606, 0x0505050504040404,
-                                            0x0303030302020202, 0x0101010100000000);
+    const __m512i spread =
+        _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
+                         0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000);
     const __m512i line = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(line, spread), _mm512_set1_epi32(7 << 16 | 11));
     store_vector<kStream>(out, _mm512_permutexvar_epi16(index, table_));
@@ -207,8 +207,8 @@ inline __m256i rounded<Fp16>(__m256 low, __m256 high) {
                           _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// pshufb looks up bytes, so a table of 16-bit values is held as a plane of low bytes and one of high bytes, each in both
-// 128-bit lanes.
+// pshufb looks up bytes, so a table of 16-bit values is held as a plane of low bytes and one of high bytes, each in
+// both 128-bit lanes.
 template <typename T>
 class Decoder {
  public:

@@ -23,7 +23,8 @@ bool exhaustive() { return std::getenv("QLORA_NATIVE_TEST_EXHAUSTIVE") != nullpt
 // ---------------------------------------------------------------------------------------------------------------------
 // Codes
 
-// The kernel's code of each value of [-1, 1]: the 64th element of each block is one, so the others normalise to themselves.
+// The kernel's code of each value of [-1, 1]: the 64th element of each block is one, so the others normalise to
+// themselves.
 class CodesOfKernel {
  public:
   explicit CodesOfKernel(QuantType type) : type_(type) {}
@@ -233,14 +234,16 @@ void check_chunks() {
         for (int64_t i = 0; i < numel; ++i) {
           const int64_t block = i / block_size;
           double highest = 0.0;
-          for (int64_t j = block * block_size; i % block_size == 0 && j < std::min(numel, (block + 1) * block_size); ++j) {
+          for (int64_t j = block * block_size; i % block_size == 0 && j < std::min(numel, (block + 1) * block_size);
+               ++j) {
             highest = std::max(highest, std::fabs(oracle::value_of(job_value<T>(job, j))));
           }
           const double scale = oracle::value_of(absmax[static_cast<size_t>(block)]);
           CHECK(i % block_size != 0 || scale == highest, "scale %a, expected %a", scale, highest);
           const int byte = job.packed[i / 2];
           const int code = i % 2 == 0 ? byte >> 4 : byte & 15;
-          const double normalised = scale == 0.0 ? 0.0 : oracle::normalised(oracle::value_of(job_value<T>(job, i)), scale);
+          const double normalised =
+              scale == 0.0 ? 0.0 : oracle::normalised(oracle::value_of(job_value<T>(job, i)), scale);
           const int expected = scale == 0.0 ? zero_code(type) : oracle::code_of(type, normalised);
           CHECK(code == expected, "block %d, element %d of %d: %d, expected %d", static_cast<int>(block_size),
                 static_cast<int>(i), static_cast<int>(numel), code, expected);
