@@ -2,11 +2,11 @@
 
     python bench/bench_quantize.py --json bench/results/quantize.json
 
-Every row says whether our bytes equal the plain-torch truth. The floor is the time in which torch copies as many bytes
-as the op must read and write; an op that reads more than it writes may beat it. Quantising returns new tensors: `ours`
-mostly gets pages that the allocator has had before, `ours_fresh_pages` keeps every result, so that the system must hand
-out new ones, `ours_in_place` allocates nothing. Dequantising writes into a warm `out`; bitsandbytes has no such argument
-on a CPU. It and torchao are timed when they are importable, at what they offer.
+Every row says whether our bytes equal the plain-torch truth. The floor is the time of as many bytes as the op must read
+and write at the rate of the row's own copy; an op that reads more than it writes may beat it. Quantising returns new
+tensors: `ours` mostly gets pages that the allocator has had before, `ours_fresh_pages` keeps every result, so that the
+system must hand out new ones, `ours_in_place` allocates nothing. Dequantising writes into a warm `out`; bitsandbytes has
+no such argument on a CPU. It and torchao are timed when they are importable, at what they offer.
 """
 
 from __future__ import annotations
@@ -97,6 +97,12 @@ def torchao_quantise(t: torch.Tensor) -> tuple[Callable[[], Any], Any] | None:
     return lambda: to_nf4(t, BLOCK_SIZE, 256), to_nf4(t, BLOCK_SIZE, 256)
 
 
+def keeping(function: Callable[[], Any]) -> Callable[[], None]:
+    """The function, whose results stay alive."""
+    kept: list[Any] = []
+    return lambda: kept.append(function())
+
+
 def rows(
     shape: tuple[int, int], quant_type: str, nested: bool, dtype: torch.dtype
 ) -> list[tuple[str, Functions, bool, int]]:
@@ -156,7 +162,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"bench": "quantize", "machine": machine(), "ceilings": ceilings(), "rows": []}
-    bandwidth = 1e9 * result["ceilings"]["copy_gb_per_s"]
     print(json.dumps(result["machine"]), json.dumps(result["ceilings"]))
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     for shape, quant_type, nested, dtype in itertools.product(SHAPES, QUANT_TYPES, (True, False), dtypes):
@@ -165,10 +170,9 @@ def main() -> None:
         for direction, functions, match, num_bytes in rows(shape, quant_type, nested, dtype):
             seconds = timed(functions, arguments.repeats)
             if direction == "quantize":
-                kept: list[Any] = []
-                fresh = {"ours_fresh_pages": lambda kept=kept, ours=functions["ours"]: kept.append(ours())}
-                seconds |= interleaved(fresh, 9, warmup=1)
+                seconds |= interleaved({"ours_fresh_pages": keeping(functions["ours"])}, 9, warmup=1)
             medians = {name: quartiles(values) for name, values in seconds.items()}
+            bandwidth = 2 * shape[0] * shape[1] * dtype.itemsize / medians["copy"][1]
             row: dict[str, Any] = {
                 "direction": direction,
                 "n": shape[0],
