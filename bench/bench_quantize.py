@@ -5,8 +5,8 @@
 Every row says whether our bytes equal the plain-torch truth. The floor is the time of as many bytes as the op must read
 and write at the rate of the row's own copy; an op that reads more than it writes may beat it. Quantising returns new
 tensors: `ours` mostly gets pages that the allocator has had before, `ours_fresh_pages` keeps every result, so that the
-system must hand out new ones, `ours_in_place` allocates nothing. Dequantising writes into a warm `out`; bitsandbytes has
-no such argument on a CPU. It and torchao are timed when they are importable, at what they offer.
+system must hand out new ones, `ours_in_place` allocates nothing. Dequantising writes into a warm `out`, which
+bitsandbytes does not take on a CPU. It and torchao are timed when they are importable, at what they offer.
 """
 
 from __future__ import annotations
