@@ -5,6 +5,8 @@
 // magnitudes {0, 1/16, 8, 12, 4, 6, 2, 3} / 12. Both are laid out as bitsandbytes stores them.
 #pragma once
 
+#include <bit>
+#include <cstddef>
 #include <cstdint>
 
 #include "core/half.h"
@@ -69,6 +71,67 @@ struct Fp4CodeOfRank {
 };
 
 constexpr Fp4CodeOfRank fp4_code_of_rank() { return {{0, 1, 6, 7, 4, 5, 2, 3}}; }
+
+// Equal cells over [-1, 1], the c-th around c / kCellsPerUnit, so narrow that none holds two decision points: a code is
+// that of its cell's lower end, or the next one where the cell's decision point lies strictly below the value. Vector
+// kernels find a cell with one fused multiply-add: the low five bits of value * kCellsPerUnit + kCellMagic are c
+// mod 32.
+inline constexpr float kCellsPerUnit = 14.0f;
+inline constexpr float kCellMagic = 0x1.8p23f;  // adding it rounds to an integer, which lands in the lowest bits
+
+template <int kCells>
+struct CodeCells {
+  float decision[static_cast<size_t>(kCells)];  // infinity where the cell has none
+  int32_t lower[static_cast<size_t>(kCells)];   // rank of the cell's lower end: how many decision points lie below it
+  bool valid;  // one decision point a cell at most, and none within a thousandth of an edge
+};
+
+template <int kCells>
+constexpr CodeCells<kCells> code_cells(const float* decisions, int count, int first_cell) {
+  constexpr double kMargin = 1e-3;
+  CodeCells<kCells> cells{};
+  cells.valid = true;
+  int below = 0;
+  for (int cell = first_cell; cell < first_cell + kCells; ++cell) {
+    const int slot = ((cell % kCells) + kCells) % kCells;
+    const double upper_edge = (cell + 0.5) / static_cast<double>(kCellsPerUnit);
+    cells.decision[slot] = std::bit_cast<float>(0x7f800000u);
+    cells.lower[slot] = below;
+    int held = 0;
+    for (; below < count && static_cast<double>(decisions[below]) < upper_edge; ++below, ++held) {
+      const double gap = upper_edge - static_cast<double>(decisions[below]);
+      cells.valid &= gap > kMargin && gap < 1.0 / static_cast<double>(kCellsPerUnit) - kMargin;
+      cells.decision[slot] = decisions[below];
+    }
+    cells.valid &= held <= 1;
+  }
+  cells.valid &= below == count;
+  return cells;
+}
+
+// Cells -16 to 15; only -14 to 14 are met.
+constexpr CodeCells<32> nf4_cells() { return code_cells<32>(nf4_boundaries().value, 15, -16); }
+static_assert(nf4_cells().valid);
+
+// Cells 0 to 15 of the magnitude, with the codes on either side of the cell's pivot.
+struct Fp4CodeCells {
+  float pivot[16];
+  int32_t below[16];
+  int32_t above[16];
+};
+
+constexpr Fp4CodeCells fp4_code_cells() {
+  constexpr CodeCells<16> cells = code_cells<16>(fp4_pivots().value, 7, 0);
+  static_assert(cells.valid);
+  constexpr Fp4CodeOfRank code_of_rank = fp4_code_of_rank();
+  Fp4CodeCells codes{};
+  for (int i = 0; i < 16; ++i) {
+    codes.pivot[i] = cells.decision[i];
+    codes.below[i] = code_of_rank.code[cells.lower[i]];
+    codes.above[i] = code_of_rank.code[cells.lower[i] < 7 ? cells.lower[i] + 1 : 7];
+  }
+  return codes;
+}
 
 // The code of 0.0: what an all-zero block and the missing half of an odd last byte are filled with.
 constexpr uint8_t zero_code(QuantType type) { return type == QuantType::kNf4 ? 7 : 0; }

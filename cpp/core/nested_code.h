@@ -5,6 +5,7 @@
 // form bitsandbytes computes it: fp32, with one rounding per linspace point.)
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 namespace qlora_native {
@@ -61,5 +62,46 @@ constexpr uint8_t nearest_nested_code(float x) {
   const bool tie = low < 255 && nested_threshold(low) == x;
   return static_cast<uint8_t>(tie && low % 2 == 1 ? low + 1 : low);
 }
+
+// nearest_nested_code() by one look-up, for vector kernels. The code is symmetric but for its last entry, so only the
+// magnitude m in [127, 255] is looked up; a negative value's code is max(254 - m, 0). Magnitudes fall into cells by
+// their exponent and kCellBits of mantissa; no cell holds two thresholds.
+//
+//   entry = m of the cell's lower end << 24 | the bits below the cell of the last magnitude that still takes it
+struct NestedCells {
+  static constexpr int kCellBits = 6;
+  static constexpr int kShift = 23 - kCellBits;
+  static constexpr uint32_t kLowMask = (1u << kShift) - 1;
+  static constexpr uint32_t kFirst = std::bit_cast<uint32_t>(nested_threshold(kNestedZero)) >> kShift;
+  static constexpr uint32_t kCount = (std::bit_cast<uint32_t>(1.0f) >> kShift) - kFirst + 1;  // up to 1 and just above
+  static constexpr uint32_t kLowest = kFirst << kShift;  // smaller magnitudes are raised to this one
+
+  uint32_t entry[kCount];
+  bool valid;
+};
+
+constexpr NestedCells make_nested_cells() {
+  NestedCells cells{};
+  cells.valid = true;
+  // A tie belongs to the even index: above an odd one the last magnitude that stays is the float before the threshold.
+  const auto last_of = [](uint32_t m) {
+    return std::bit_cast<uint32_t>(nested_threshold(static_cast<int>(m))) - m % 2;
+  };
+  uint32_t m = kNestedZero;
+  for (uint32_t i = 0; i < NestedCells::kCount; ++i) {
+    const uint32_t cell = NestedCells::kFirst + i;
+    cells.entry[i] = m << 24 | NestedCells::kLowMask;
+    if (m < 255 && last_of(m) >> NestedCells::kShift == cell) {
+      cells.entry[i] = m << 24 | (last_of(m) & NestedCells::kLowMask);
+      ++m;
+    }
+    cells.valid &= m == 255 || last_of(m) >> NestedCells::kShift > cell;
+  }
+  cells.valid &= m == 255;
+  return cells;
+}
+
+inline constexpr NestedCells kNestedCells = make_nested_cells();
+static_assert(kNestedCells.valid);
 
 }  // namespace qlora_native

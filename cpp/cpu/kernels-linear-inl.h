@@ -114,28 +114,6 @@ void linear_rows_by_table(const ProductJob& job, int64_t first, int64_t last) {
 
 #if defined(__AVX512BF16__)
 
-// Scales [first, last) of the weight to scales[0, last - first). By vectors where 16 of them share their nested scale.
-void decode_scales(const WeightView& weight, int64_t first, int64_t last, float* scales) {
-  if (weight.absmax != nullptr) {
-    std::memcpy(scales, weight.absmax + first, static_cast<size_t>(last - first) * sizeof(float));
-    return;
-  }
-  const __m512 offset = _mm512_set1_ps(*weight.nested_offset);
-  int64_t block = first;
-  while (block < last) {
-    if (block % 16 != 0 || block + 16 > last) {
-      scales[block - first] = weight.scale(block);
-      ++block;
-      continue;
-    }
-    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.absmax_codes + block));
-    const __m512 value = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(codes), weight.nested_code, 4);
-    const __m512 product = _mm512_mul_ps(value, _mm512_set1_ps(weight.nested_absmax[block / 256]));
-    _mm512_storeu_ps(scales + (block - first), _mm512_add_ps(product, offset));
-    block += 16;
-  }
-}
-
 constexpr int kStreams = kStreamRows;  // rows of W read at a time
 
 // The levels are looked up unscaled, and each block's sum is scaled in fp32: a shift, a permutation and a dot product
@@ -209,7 +187,7 @@ int64_t linear_rows_by_streams(const ProductJob& job, int64_t first, int64_t las
   int64_t row = first;
   for (; row + kStreams <= last; row += kStreams) {
     for (int64_t r = 0; r < kStreams; ++r) {
-      decode_scales(job.weight, (row + r) * blocks, (row + r + 1) * blocks, scales[r]);
+      load_scales(job.weight, (row + r) * blocks, (row + r + 1) * blocks, scales[r]);
     }
     switch (job.m) {
       case 1:

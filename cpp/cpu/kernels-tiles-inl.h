@@ -461,8 +461,8 @@ void tile_product(const TileJob& job, const TileRange& range, const TileScratch&
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
-constexpr TileKernels kTileKernels = {decode_scales,       pack_forward, pack_gradient, tile_product<true>,
-                                      tile_product<false>, pack_outer,   outer};
+constexpr TileKernels kTileKernels = {pack_forward,        pack_gradient, tile_product<true>,
+                                      tile_product<false>, pack_outer,    outer};
 
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

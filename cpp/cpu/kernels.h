@@ -19,6 +19,14 @@ struct BlockJob {
   float* absmax;    // [blocks]
 };
 
+struct ScaleJob {
+  const float* absmax;  // [blocks]
+  int64_t blocks;
+  float offset;
+  uint8_t* codes;        // [blocks]
+  float* nested_absmax;  // [ceil(blocks / 256)]
+};
+
 inline constexpr int64_t kMaxTokens = 8;     // rows of x that linear_rows takes
 inline constexpr int64_t kStreamTokens = 4;  // rows of x for which rows of W may go by streams
 inline constexpr int64_t kStreamRows = 4;    // rows of W that go together: ranges are cut at multiples
@@ -27,8 +35,14 @@ inline constexpr int64_t kMaxRowBlocks = 512;
 struct Kernels {
   // Quantises blocks [first, last). Returns the index of the first non-finite element met, or -1.
   using QuantizeBlocks = int64_t (*)(const BlockJob& job, int64_t first, int64_t last);
-  // Writes elements [begin, end) of the flattened weight to out[0, end - begin).
-  using DequantizeSpan = void (*)(const WeightView& weight, int64_t begin, int64_t end, void* out);
+  // Writes elements [begin, end) of the flattened weight to out[0, end - begin), past the caches if `stream`.
+  using DequantizeSpan = void (*)(const WeightView& weight, int64_t begin, int64_t end, void* out, bool stream);
+  // sums[g] of each group g in [first, last) of 256 of the values, added in the order of a halving tree.
+  using SumGroups = void (*)(const float* values, int64_t count, int64_t first, int64_t last, double* sums);
+  // Double quantisation of groups [first, last) of 256 scales.
+  using QuantizeScaleGroups = void (*)(const ScaleJob& job, int64_t first, int64_t last);
+  // Undoes it for blocks [first, last): scales[0, last - first).
+  using DecodeScales = void (*)(const WeightView& weight, int64_t first, int64_t last, float* scales);
 
   // Writes columns [first, last) of y for at most kMaxTokens rows of x: rows of W, decoded once each for all of them.
   // `reordered` is what `reorder_tokens` made of x; both are null where that is not needed.
@@ -37,6 +51,9 @@ struct Kernels {
 
   QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
   DequantizeSpan dequantize_span[3];
+  SumGroups sum_groups;
+  QuantizeScaleGroups quantize_scale_groups;
+  DecodeScales decode_scales;
   LinearRows linear_rows[3];
   ReorderTokens reorder_tokens[3];
 

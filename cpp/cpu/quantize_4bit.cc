@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -16,27 +15,11 @@ namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 14;
 
-// Halving tree over 256 slots, the missing ones zero: the order a 256-thread GPU block would take too.
-double tree_sum(const float* values, int64_t count) {
-  double slot[kNestedBlock] = {};
-  std::copy(values, values + count, slot);
-  for (int64_t half = kNestedBlock / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) {
-      slot[i] += slot[i + half];
-    }
-  }
-  return slot[0];
-}
-
 float fixed_order_mean(const float* values, int64_t count) {
   const int64_t groups = num_nested_blocks(count);
   std::vector<double> sums(static_cast<size_t>(groups));
-  parallel_for(groups, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      sums[static_cast<size_t>(g)] =
-          tree_sum(values + g * kNestedBlock, std::min(kNestedBlock, count - g * kNestedBlock));
-    }
-  });
+  parallel_for(groups, 64,
+               [&](int64_t begin, int64_t end) { kernels().sum_groups(values, count, begin, end, sums.data()); });
   double total = 0.0;
   for (const double sum : sums) {
     total += sum;
@@ -70,25 +53,9 @@ void quantize_scales(const float* absmax, int64_t blocks, uint8_t* codes, float*
   const IeeeArithmetic ieee;  // the mean is rounded on this thread
   const float offset = fixed_order_mean(absmax, blocks);
   *nested_offset = offset;
-  parallel_for(num_nested_blocks(blocks), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t first = g * kNestedBlock;
-      const int64_t last = std::min(first + kNestedBlock, blocks);
-      float highest = 0.0f;
-      for (int64_t i = first; i < last; ++i) {
-        highest = std::max(highest, std::fabs(absmax[i] - offset));
-      }
-      nested_absmax[g] = highest;
-      if (highest == 0.0f) {
-        std::fill(codes + first, codes + last, static_cast<uint8_t>(kNestedZero));
-        continue;
-      }
-      const Normaliser normalise = normaliser_of(highest);
-      for (int64_t i = first; i < last; ++i) {
-        codes[i] = nearest_nested_code(normalise(absmax[i] - offset));
-      }
-    }
-  });
+  const ScaleJob job{absmax, blocks, offset, codes, nested_absmax};
+  parallel_for(num_nested_blocks(blocks), 16,
+               [&](int64_t begin, int64_t end) { kernels().quantize_scale_groups(job, begin, end); });
 }
 
 }  // namespace qlora_native::cpu

@@ -127,7 +127,7 @@ void tile_product(const TileProduct& product, unsigned char* scratch) {
                 matrix.columns};
   if (plan.scale_bytes > 0) {
     parallel_for(num_blocks(matrix.weight->numel, matrix.weight->block_size), 4096, [&](int64_t begin, int64_t end) {
-      tiles().decode_scales(*matrix.weight, begin, end, scales + begin);
+      kernels().decode_scales(*matrix.weight, begin, end, scales + begin);
     });
     job.source.scales = scales;
   }

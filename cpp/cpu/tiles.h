@@ -67,8 +67,6 @@ struct TileKernels {
   // Columns [first, last) of out [r, width] = scale * left^T right, left [m, r], right [m, width].
   using Outer = void (*)(const Bf16* packed_left, int64_t r, const Bf16* right, int64_t m, int64_t width, float scale,
                          int64_t first, int64_t last, float* out);
-  // Scales [first, last) to scales[0, last - first).
-  void (*decode_scales)(const WeightView& weight, int64_t first, int64_t last, float* scales);
   Pack pack_forward;
   Pack pack_gradient;
   Product forward;

@@ -33,49 +33,19 @@ inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
 
-// Magnitudes of IEEE floats are ordered like their bits, and anything non-finite lies above all finite values.
-struct MagnitudeMax {
-  __m512i bits = _mm512_setzero_si512();
-  void update(Floats v) {
-    bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
-  }
-  uint32_t reduce() const { return _mm512_reduce_max_epu32(bits); }
-};
-
 inline Floats normalise(Floats v, const Normaliser& by) {
   const Floats factor = _mm512_set1_ps(by.factor);
   return by.divides ? _mm512_div_ps(v, factor) : _mm512_mul_ps(v, factor);
 }
 
-// How many of the sorted table's first `2 * first_step - 1` entries lie strictly below each lane, by bisection.
-inline __m512i rank_in(__m512 table, Floats v, int first_step) {
-  __m512i rank = _mm512_setzero_si512();
-  for (int step = first_step; step > 0; step >>= 1) {
-    const __m512i probe = _mm512_add_epi32(rank, _mm512_set1_epi32(step - 1));
-    const __mmask16 above = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(probe, table), v, _CMP_LT_OQ);
-    rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
+// The streaming store goes past the caches and needs an aligned target.
+template <bool kStream>
+inline void store_vector(void* p, __m512i v) {
+  if constexpr (kStream) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), v);
+  } else {
+    _mm512_storeu_si512(p, v);
   }
-  return rank;
-}
-
-inline void store_codes(uint8_t* p, __m512i codes) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes));
-}
-
-inline void nf4_codes(Floats v, uint8_t* codes) {
-  static constexpr Nf4Boundaries boundaries = nf4_boundaries();
-  store_codes(codes, rank_in(_mm512_loadu_ps(boundaries.value), v, 8));
-}
-
-inline void fp4_codes(Floats v, uint8_t* codes) {
-  static constexpr Fp4Pivots pivots = fp4_pivots();
-  static constexpr Fp4CodeOfRank code_of_rank = fp4_code_of_rank();
-  const __m512 table = _mm512_broadcast_f32x8(_mm256_loadu_ps(pivots.value));
-  const __m512i rank = rank_in(table, _mm512_abs_ps(v), 4);
-  const __m512i map = _mm512_broadcast_i32x8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(code_of_rank.code)));
-  const __mmask16 negative = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
-  const __m512i code = _mm512_permutexvar_epi32(rank, map);
-  store_codes(codes, _mm512_mask_or_epi32(code, negative, code, _mm512_set1_epi32(8)));
 }
 
 // The 16 levels of one block, scaled and rounded to T once: decoding is then a table look-up, exact by construction.
@@ -87,35 +57,52 @@ class Decoder<float> {
  public:
   static constexpr int kBytes = 8;  // packed bytes a step
   Decoder(const float* levels, float scale) : table_(_mm512_mul_ps(load(levels), _mm512_set1_ps(scale))) {}
+  template <bool kStream = false>
   void step(const uint8_t* bytes, float* out) const {
-    const __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-    // permutexvar looks at four bits of each 32-bit index, so the high nibble above the low one does no harm.
-    const __m512i index = _mm512_or_si512(_mm512_srli_epi64(pairs, 4), _mm512_slli_epi64(pairs, 32));
-    _mm512_storeu_ps(out, _mm512_permutexvar_ps(index, table_));
+    int64_t pairs = 0;
+    std::memcpy(&pairs, bytes, sizeof pairs);
+    // Each byte comes to stand in the two 32-bit lanes of its elements; permutexvar looks at four bits of each.
+    const __m512i spread = _mm512_set_epi32(0x07070707, 0x07070707, 0x06060606, 0x06060606, 0x05050505, 0x05050505,
+                                            0x04040404, 0x04040404, 0x03030303, 0x03030303, 0x02020202, 0x02020202,
+                                            0x01010101, 0x01010101, 0x00000000, 0x00000000);
+    const __m512i words = _mm512_shuffle_epi8(_mm512_set1_epi64(pairs), spread);
+    const __m512i index = _mm512_srlv_epi32(words, _mm512_set1_epi64(4));
+    store_vector<kStream>(out, _mm512_castps_si512(_mm512_permutexvar_ps(index, table_)));
   }
 
  private:
   __m512 table_;
 };
 
-inline __m256i round_to_bf16(__m512 v) {
+// Each rounded value in both halves of its lane.
+inline __m512i bf16_twice(__m512 v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __m512i quieted = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quieted), 16));
+  const __m512i high = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(high, 16), high);
+}
+
+inline __m512i fp16_twice(__m512 v) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  return _mm512_or_si512(_mm512_slli_epi32(low, 16), low);
 }
 
 class Decoder16 {
  public:
   static constexpr int kBytes = 16;
-  explicit Decoder16(__m256i words) : table_(_mm512_broadcast_i64x4(words)) {}
+  explicit Decoder16(__m512i twice) : table_(twice) {}
+  template <bool kStream = false>
   void step(const uint8_t* bytes, void* out) const {
-    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    // vpermw looks at five bits; the table stands there twice, so the fifth is free.
-    const __m512i index = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), _mm512_slli_epi32(pairs, 16));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table_));
+    // Each byte comes to stand in the high bytes of the two words of its elements. vpermw looks at five bits of a word:
+    // the nibble belongs in the upper four, the lowest is free because every entry stands in the table twice.
+    const __m512i spread =
+        _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
+                         0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000);
+    const __m512i line = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(line, spread), _mm512_set1_epi32(7 << 16 | 11));
+    store_vector<kStream>(out, _mm512_permutexvar_epi16(index, table_));
   }
 
  private:
@@ -126,14 +113,14 @@ template <>
 class Decoder<Bf16> : public Decoder16 {
  public:
   Decoder(const float* levels, float scale)
-      : Decoder16(round_to_bf16(_mm512_mul_ps(load(levels), _mm512_set1_ps(scale)))) {}
+      : Decoder16(bf16_twice(_mm512_mul_ps(load(levels), _mm512_set1_ps(scale)))) {}
 };
 
 template <>
 class Decoder<Fp16> : public Decoder16 {
  public:
   Decoder(const float* levels, float scale)
-      : Decoder16(_mm512_cvtps_ph(_mm512_mul_ps(load(levels), _mm512_set1_ps(scale)), _MM_FROUND_TO_NEAREST_INT)) {}
+      : Decoder16(fp16_twice(_mm512_mul_ps(load(levels), _mm512_set1_ps(scale)))) {}
 };
 
 #elif defined(__AVX2__)
@@ -156,56 +143,18 @@ inline float total(Floats v) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-struct MagnitudeMax {
-  __m256i bits = _mm256_setzero_si256();
-  void update(Floats v) {
-    bits = _mm256_max_epu32(bits, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
-  }
-  uint32_t reduce() const {
-    alignas(32) uint32_t lane[kLanes];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lane), bits);
-    uint32_t highest = 0;
-    for (const uint32_t value : lane) {
-      highest = value > highest ? value : highest;
-    }
-    return highest;
-  }
-};
-
 inline Floats normalise(Floats v, const Normaliser& by) {
   const Floats factor = _mm256_set1_ps(by.factor);
   return by.divides ? _mm256_div_ps(v, factor) : _mm256_mul_ps(v, factor);
 }
 
-// Counts the table's entries strictly below each lane; a true comparison is -1.
-template <int kEntries>
-inline __m256i rank_in(const float* table, Floats v) {
-  __m256i rank = _mm256_setzero_si256();
-  for (int i = 0; i < kEntries; ++i) {
-    const __m256 above = _mm256_cmp_ps(_mm256_broadcast_ss(table + i), v, _CMP_LT_OQ);
-    rank = _mm256_sub_epi32(rank, _mm256_castps_si256(above));
+template <bool kStream>
+inline void store_vector(void* p, __m256i v) {
+  if constexpr (kStream) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), v);
+  } else {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), v);
   }
-  return rank;
-}
-
-inline void store_codes(uint8_t* p, __m256i codes) {
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
-}
-
-inline void nf4_codes(Floats v, uint8_t* codes) {
-  static constexpr Nf4Boundaries boundaries = nf4_boundaries();
-  store_codes(codes, rank_in<15>(boundaries.value, v));
-}
-
-inline void fp4_codes(Floats v, uint8_t* codes) {
-  static constexpr Fp4Pivots pivots = fp4_pivots();
-  static constexpr Fp4CodeOfRank code_of_rank = fp4_code_of_rank();
-  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
-  const __m256i map = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code_of_rank.code));
-  const __m256i code = _mm256_permutevar8x32_epi32(map, rank_in<7>(pivots.value, magnitude));
-  const __m256i negative = _mm256_castps_si256(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ));
-  store_codes(codes, _mm256_or_si256(code, _mm256_and_si256(negative, _mm256_set1_epi32(8))));
 }
 
 template <typename T>
@@ -218,6 +167,7 @@ class Decoder<float> {
   Decoder(const float* levels, float scale)
       : low_(_mm256_mul_ps(load(levels), _mm256_set1_ps(scale))),
         high_(_mm256_mul_ps(load(levels + 8), _mm256_set1_ps(scale))) {}
+  template <bool kStream = false>
   void step(const uint8_t* bytes, float* out) const {
     int32_t word = 0;
     std::memcpy(&word, bytes, sizeof word);
@@ -225,8 +175,9 @@ class Decoder<float> {
     const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(word), shift);
     // Bits 0-2 choose within a half, bit 3, moved to the sign, between the halves.
     const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    _mm256_storeu_ps(
-        out, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_, index), _mm256_permutevar8x32_ps(high_, index), half));
+    const __m256 low = _mm256_permutevar8x32_ps(low_, index);
+    const __m256 high = _mm256_permutevar8x32_ps(high_, index);
+    store_vector<kStream>(out, _mm256_castps_si256(_mm256_blendv_ps(low, high, half)));
   }
 
  private:
@@ -234,22 +185,45 @@ class Decoder<float> {
   __m256 high_;
 };
 
-// pshufb looks up bytes, so a table of 16-bit values is held as a plane of low bytes and one of high bytes.
+// 16 values rounded to T, in order.
+template <typename T>
+__m256i rounded(__m256 low, __m256 high);
+
+inline __m256i bf16_words(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quieted = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quieted, nan), 16);
+}
+
+template <>
+inline __m256i rounded<Bf16>(__m256 low, __m256 high) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_words(low), bf16_words(high)), 0xd8);
+}
+
+template <>
+inline __m256i rounded<Fp16>(__m256 low, __m256 high) {
+  return _mm256_set_m128i(_mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT),
+                          _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// pshufb looks up bytes, so a table of 16-bit values is held as a plane of low bytes and one of high bytes, each in
+// both 128-bit lanes.
 template <typename T>
 class Decoder {
  public:
   static constexpr int kBytes = 16;
   Decoder(const float* levels, float scale) {
-    alignas(32) T table[16];
-    for (int i = 0; i < 16; ++i) {
-      table[i] = from_float<T>(levels[i] * scale);
-    }
-    const __m128i first = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
-    const __m128i second = _mm_load_si128(reinterpret_cast<const __m128i*>(table + 8));
-    const __m128i byte = _mm_set1_epi16(0xff);
-    low_ = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte)));
-    high_ = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)));
+    const __m256 by = _mm256_set1_ps(scale);
+    const __m256i table = rounded<T>(_mm256_mul_ps(load(levels), by), _mm256_mul_ps(load(levels + 8), by));
+    const __m256i low = _mm256_and_si256(table, _mm256_set1_epi16(0xff));
+    const __m256i planes = _mm256_packus_epi16(low, _mm256_srli_epi16(table, 8));
+    low_ = _mm256_permute4x64_epi64(planes, 0x88);
+    high_ = _mm256_permute4x64_epi64(planes, 0xdd);
   }
+  template <bool kStream = false>
   void step(const uint8_t* bytes, T* out) const {
     const __m128i nibble = _mm_set1_epi8(15);
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
@@ -260,9 +234,8 @@ class Decoder {
     const __m256i high = _mm256_shuffle_epi8(high_, index);
     const __m256i first = _mm256_unpacklo_epi8(low, high);
     const __m256i second = _mm256_unpackhi_epi8(low, high);
-    auto* target = reinterpret_cast<__m256i*>(out);
-    _mm256_storeu_si256(target, _mm256_permute2x128_si256(first, second, 0x20));
-    _mm256_storeu_si256(target + 1, _mm256_permute2x128_si256(first, second, 0x31));
+    store_vector<kStream>(out, _mm256_permute2x128_si256(first, second, 0x20));
+    store_vector<kStream>(out + 16, _mm256_permute2x128_si256(first, second, 0x31));
   }
 
  private:
@@ -286,19 +259,6 @@ inline Floats zero() { return {0.0f}; }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return {a.value * b.value + sum.value}; }
 inline float total(Floats v) { return v.value; }
 
-struct MagnitudeMax {
-  uint32_t bits = 0;
-  void update(Floats v) {
-    const uint32_t magnitude = std::bit_cast<uint32_t>(v.value) & 0x7fffffffu;
-    bits = magnitude > bits ? magnitude : bits;
-  }
-  uint32_t reduce() const { return bits; }
-};
-
-inline Floats normalise(Floats v, const Normaliser& by) { return {by(v.value)}; }
-inline void nf4_codes(Floats v, uint8_t* codes) { *codes = nf4_code(v.value); }
-inline void fp4_codes(Floats v, uint8_t* codes) { *codes = fp4_code(v.value); }
-
 template <typename T>
 class Decoder {
  public:
@@ -308,6 +268,7 @@ class Decoder {
       table_[i] = from_float<T>(levels[i] * scale);
     }
   }
+  template <bool kStream = false>
   void step(const uint8_t* bytes, T* out) const {
     out[0] = table_[*bytes >> 4];
     out[1] = table_[*bytes & 15];

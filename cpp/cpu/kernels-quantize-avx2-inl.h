@@ -1,0 +1,159 @@
+// Quantising whole blocks with AVX2. Even and odd elements are kept apart as in kernels-quantize-avx512-inl.h; the code
+// is found by bisection, whose tables of up to eight entries are one permutation each.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
+namespace {
+
+inline __m256i load_words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline float largest_magnitude(const float* x, int64_t count) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  __m256i highest = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += 8) {
+    highest = _mm256_max_epu32(highest, _mm256_and_si256(load_words(x + i), mask));
+  }
+  __m128i half = _mm_max_epu32(_mm256_castsi256_si128(highest), _mm256_extracti128_si256(highest, 1));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
+  return std::bit_cast<float>(_mm_cvtsi128_si32(half));
+}
+
+template <typename T>
+inline T largest_magnitude(const T* x, int64_t count) {  // Bf16, Fp16
+  const __m256i mask = _mm256_set1_epi16(0x7fff);
+  __m256i highest = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += 16) {
+    highest = _mm256_max_epu16(highest, _mm256_and_si256(load_words(x + i), mask));
+  }
+  const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(highest), _mm256_extracti128_si256(highest, 1));
+  // The largest of eight words is the complement of the smallest complement, and for that there is one instruction.
+  const __m128i ones = _mm_set1_epi32(-1);
+  const int smallest = _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, ones)));
+  return T{static_cast<uint16_t>(~smallest & 0xffff)};
+}
+
+// Elements 0, 2, .. 14 and 1, 3, .. 15 of 16.
+struct Pairs {
+  __m256 even;
+  __m256 odd;
+};
+
+inline Pairs pairs_of(__m256 low, __m256 high) {
+  const auto in_order = [](__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
+  return {in_order(_mm256_shuffle_ps(low, high, 0x88)), in_order(_mm256_shuffle_ps(low, high, 0xdd))};
+}
+
+inline Pairs load_pairs(const float* p) { return pairs_of(load(p), load(p + 8)); }
+inline Pairs load_pairs(const Fp16* p) { return pairs_of(load(p), load(p + 8)); }
+inline Pairs load_pairs(const Bf16* p) {
+  const __m256i words = load_words(p);
+  const __m256i high = _mm256_set1_epi32(-65536);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), _mm256_castsi256_ps(_mm256_and_si256(words, high))};
+}
+
+// One level of a bisection: rank r of the level above becomes 2r, or 2r + 1 if the r-th entry lies strictly below v.
+inline __m256i refine(__m256i rank, __m256 entries, __m256 v) {
+  const __m256 above = _mm256_cmp_ps(_mm256_permutevar8x32_ps(entries, rank), v, _CMP_LT_OQ);
+  return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), _mm256_castps_si256(above));
+}
+
+// Every stride-th entry of a sorted table of decision points: what one level of a bisection compares with.
+struct BisectionLevel {
+  float value[8];
+};
+
+template <typename Table>
+constexpr BisectionLevel bisection_level(const Table& table, int first, int stride, int count) {
+  BisectionLevel level{};
+  for (int i = 0; i < count; ++i) {
+    level.value[i] = table.value[first + i * stride];
+  }
+  return level;
+}
+
+template <QuantType kType>
+class Encoder;
+
+template <>
+class Encoder<QuantType::kNf4> {
+ public:
+  // The code of each lane.
+  __m256i operator()(__m256 v) const {
+    const __m256i half = _mm256_castps_si256(_mm256_cmp_ps(_mm256_set1_ps(kBoundaries.value[7]), v, _CMP_LT_OQ));
+    __m256i rank = _mm256_srli_epi32(half, 31);
+    rank = refine(rank, second_, v);
+    rank = refine(rank, third_, v);
+    return refine(rank, fourth_, v);
+  }
+
+ private:
+  static constexpr Nf4Boundaries kBoundaries = nf4_boundaries();
+  static constexpr BisectionLevel kSecond = bisection_level(kBoundaries, 3, 8, 2);
+  static constexpr BisectionLevel kThird = bisection_level(kBoundaries, 1, 4, 4);
+  static constexpr BisectionLevel kFourth = bisection_level(kBoundaries, 0, 2, 8);
+
+  __m256 second_ = load(kSecond.value);
+  __m256 third_ = load(kThird.value);
+  __m256 fourth_ = load(kFourth.value);
+};
+
+template <>
+class Encoder<QuantType::kFp4> {
+ public:
+  __m256i operator()(__m256 v) const {
+    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+    const __m256i half = _mm256_castps_si256(_mm256_cmp_ps(_mm256_set1_ps(kPivots.value[3]), magnitude, _CMP_LT_OQ));
+    __m256i rank = _mm256_srli_epi32(half, 31);
+    rank = refine(rank, second_, magnitude);
+    rank = refine(rank, third_, magnitude);
+    const __m256i code = _mm256_permutevar8x32_epi32(code_of_rank_, rank);
+    const __m256i negative = _mm256_castps_si256(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ));
+    return _mm256_or_si256(code, _mm256_and_si256(negative, _mm256_set1_epi32(8)));
+  }
+
+ private:
+  static constexpr Fp4Pivots kPivots = fp4_pivots();
+  static constexpr Fp4CodeOfRank kCodeOfRank = fp4_code_of_rank();
+  static constexpr BisectionLevel kSecond = bisection_level(kPivots, 1, 4, 2);
+  static constexpr BisectionLevel kThird = bisection_level(kPivots, 0, 2, 4);
+
+  __m256 second_ = load(kSecond.value);
+  __m256 third_ = load(kThird.value);
+  __m256i code_of_rank_ = load_words(kCodeOfRank.code);
+};
+
+// As in kernels-quantize-avx512-inl.h.
+template <typename T, QuantType kType>
+void encode(const T* x, int64_t count, const float* factor, int log2_block, uint8_t* packed) {
+  constexpr int64_t kPerLine = 64 / sizeof(T);
+  const Encoder<kType> encoder;
+  const auto bytes_at = [&](int64_t i) {
+    const Pairs pairs = load_pairs(x + i);
+    const __m256 by = _mm256_set1_ps(factor[i >> log2_block]);
+    const __m256i high = encoder(_mm256_mul_ps(pairs.even, by));
+    return _mm256_or_si256(_mm256_slli_epi32(high, 4), encoder(_mm256_mul_ps(pairs.odd, by)));
+  };
+  // Narrowing works within the two 128-bit lanes.
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    for (int64_t next = 0; next < 64; next += kPerLine) {
+      _mm_prefetch(reinterpret_cast<const char*>(x + kElementsPerChunk + i + next), _MM_HINT_T0);
+    }
+    const __m256i first = _mm256_packus_epi32(bytes_at(i), bytes_at(i + 16));
+    const __m256i second = _mm256_packus_epi32(bytes_at(i + 32), bytes_at(i + 48));
+    const __m256i line = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), in_order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + i / 2), line);
+  }
+  if (i < count) {  // a last block of 32
+    const __m256i words = _mm256_packus_epi32(bytes_at(i), bytes_at(i + 16));
+    const __m256i line = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, words), in_order);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2), _mm256_castsi256_si128(line));
+  }
+}
+
+}  // namespace
+}  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

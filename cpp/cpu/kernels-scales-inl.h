@@ -1,0 +1,168 @@
+// Scales: double quantisation of groups of 256, and its inverse.
+//
+// Included by kernels-inl.h; the same rules hold.
+#pragma once
+
+#include "core/layout.h"
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
+namespace {
+
+// slot[i] += slot[i + kHalf], then the same for half of it, down to one slot.
+template <int kHalf>
+double sum_halves(double* slot) {
+  for (int i = 0; i < kHalf; ++i) {
+    slot[i] += slot[i + kHalf];
+  }
+  if constexpr (kHalf > 1) {
+    return sum_halves<kHalf / 2>(slot);
+  } else {
+    return slot[0];
+  }
+}
+
+// Halving tree over 256 slots, the missing ones zero: the order a 256-thread GPU block would take too.
+void sum_groups(const float* values, int64_t count, int64_t first, int64_t last, double* sums) {
+  alignas(64) double slot[kNestedBlock];
+  for (int64_t g = first; g < last; ++g) {
+    const int64_t begin = g * kNestedBlock;
+    const int64_t held = count - begin < kNestedBlock ? count - begin : kNestedBlock;
+    for (int64_t i = 0; i < held; ++i) {
+      slot[i] = static_cast<double>(values[begin + i]);
+    }
+    for (int64_t i = held; i < kNestedBlock; ++i) {
+      slot[i] = 0.0;
+    }
+    sums[g] = sum_halves<kNestedBlock / 2>(slot);
+  }
+}
+
+// Codes of kLanes scales: nearest_nested_code() of the normalised difference from the offset.
+#if defined(__AVX512BW__)
+
+inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
+  const __m512i v = _mm512_castps_si512(normalise(_mm512_sub_ps(load(scales), _mm512_set1_ps(offset)), by));
+  const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi32(0x7fffffff));
+  const __m512i raised = _mm512_max_epu32(magnitude, _mm512_set1_epi32(static_cast<int>(NestedCells::kLowest)));
+  const __m512i cell =
+      _mm512_sub_epi32(_mm512_srli_epi32(raised, NestedCells::kShift), _mm512_set1_epi32(NestedCells::kFirst));
+  const __m512i entry = _mm512_i32gather_epi32(cell, kNestedCells.entry, 4);
+  const __m512i low = _mm512_set1_epi32(NestedCells::kLowMask);
+  const __mmask16 beyond = _mm512_cmpgt_epu32_mask(_mm512_and_si512(raised, low), _mm512_and_si512(entry, low));
+  const __m512i base = _mm512_srli_epi32(entry, 24);
+  const __m512i positive = _mm512_mask_add_epi32(base, beyond, base, _mm512_set1_epi32(1));
+  const __m512i mirrored = _mm512_sub_epi32(_mm512_set1_epi32(2 * kNestedZero), positive);
+  const __m512i negative = _mm512_max_epi32(mirrored, _mm512_setzero_si512());
+  const __m512i code = _mm512_mask_mov_epi32(positive, _mm512_movepi32_mask(v), negative);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
+}
+
+inline Floats nested_levels(const float* table, const uint8_t* codes) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), table, 4);
+}
+
+inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
+  return _mm512_add_ps(_mm512_mul_ps(levels, _mm512_set1_ps(nested_absmax)), _mm512_set1_ps(offset));
+}
+
+#elif defined(__AVX2__)
+
+inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
+  const __m256i v = _mm256_castps_si256(normalise(_mm256_sub_ps(load(scales), _mm256_set1_ps(offset)), by));
+  const __m256i magnitude = _mm256_and_si256(v, _mm256_set1_epi32(0x7fffffff));
+  const __m256i raised = _mm256_max_epu32(magnitude, _mm256_set1_epi32(static_cast<int>(NestedCells::kLowest)));
+  const __m256i cell =
+      _mm256_sub_epi32(_mm256_srli_epi32(raised, NestedCells::kShift), _mm256_set1_epi32(NestedCells::kFirst));
+  const __m256i entry = _mm256_i32gather_epi32(reinterpret_cast<const int*>(kNestedCells.entry), cell, 4);
+  const __m256i low = _mm256_set1_epi32(NestedCells::kLowMask);
+  const __m256i beyond = _mm256_cmpgt_epi32(_mm256_and_si256(raised, low), _mm256_and_si256(entry, low));
+  const __m256i positive = _mm256_sub_epi32(_mm256_srli_epi32(entry, 24), beyond);
+  const __m256i mirrored = _mm256_sub_epi32(_mm256_set1_epi32(2 * kNestedZero), positive);
+  const __m256i negative = _mm256_max_epi32(mirrored, _mm256_setzero_si256());
+  const __m256i code = _mm256_blendv_epi8(positive, negative, _mm256_srai_epi32(v, 31));
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm_packus_epi16(words, words));
+}
+
+inline Floats nested_levels(const float* table, const uint8_t* codes) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(bytes), 4);
+}
+
+inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
+  return _mm256_add_ps(_mm256_mul_ps(levels, _mm256_set1_ps(nested_absmax)), _mm256_set1_ps(offset));
+}
+
+#else
+
+inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
+  *codes = nearest_nested_code(by(*scales - offset));
+}
+
+inline Floats nested_levels(const float* table, const uint8_t* codes) { return {table[*codes]}; }
+
+inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
+  return {decode_scale(levels.value, nested_absmax, offset)};
+}
+
+#endif
+
+void quantize_scale_groups(const ScaleJob& job, int64_t first, int64_t last) {
+  for (int64_t g = first; g < last; ++g) {
+    const int64_t begin = g * kNestedBlock;
+    const int64_t count = job.blocks - begin < kNestedBlock ? job.blocks - begin : kNestedBlock;
+    const float* scales = job.absmax + begin;
+    uint8_t* codes = job.codes + begin;
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t magnitude = std::bit_cast<uint32_t>(scales[i] - job.offset) & 0x7fffffffu;
+      bits = magnitude > bits ? magnitude : bits;
+    }
+    const float highest = std::bit_cast<float>(bits);
+    job.nested_absmax[g] = highest;
+    if (bits == 0) {
+      std::memset(codes, kNestedZero, static_cast<size_t>(count));
+      continue;
+    }
+    const Normaliser by = normaliser_of(highest);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      nested_codes(scales + i, job.offset, by, codes + i);
+    }
+    for (; i < count; ++i) {
+      codes[i] = nearest_nested_code(by(scales[i] - job.offset));
+    }
+  }
+}
+
+// Scales of blocks [first, last) of a weight whose scales are double-quantised.
+void decode_scales(const WeightView& weight, int64_t first, int64_t last, float* scales) {
+  const float offset = *weight.nested_offset;
+  while (first < last) {
+    const int64_t group = first / kNestedBlock;
+    const int64_t group_end = (group + 1) * kNestedBlock;
+    const int64_t end = group_end < last ? group_end : last;
+    for (; first + kLanes <= end; first += kLanes, scales += kLanes) {
+      const Floats levels = nested_levels(weight.nested_code, weight.absmax_codes + first);
+      store(scales, scales_of(levels, weight.nested_absmax[group], offset));
+    }
+    for (; first < end; ++first) {
+      *scales++ = weight.scale(first);
+    }
+  }
+}
+
+// Scales of blocks [first, last), however they are stored.
+inline void load_scales(const WeightView& weight, int64_t first, int64_t last, float* scales) {
+  if (weight.absmax == nullptr) {
+    decode_scales(weight, first, last, scales);
+  } else {
+    std::memcpy(scales, weight.absmax + first, static_cast<size_t>(last - first) * sizeof(float));
+  }
+}
+
+}  // namespace
+}  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
