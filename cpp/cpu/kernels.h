@@ -5,6 +5,7 @@
 
 #include "core/weight_view.h"
 #include "cpu/isa.h"
+#include "cpu/kernels-optim.h"
 
 namespace qlora_native::cpu {
 
@@ -41,6 +42,8 @@ struct Kernels {
   QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
   DequantizeSpan dequantize_span[3];
   LinearRows linear_rows[3];
+
+  OptimKernels optim;
 };
 
 const Kernels& scalar_kernels();
