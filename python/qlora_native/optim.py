@@ -45,7 +45,8 @@ class _Plan:
 
     def __init__(self, params: list[Tensor], groups: list[int], states: list[dict[str, Any]]) -> None:
         self.params, self.groups, self.states = params, groups, states
-        self.kept = [tuple(state.values()) for state in states]  # keeps the tensors behind the addresses alive
+        self.kept = self._values()  # keeps the tensors behind the addresses alive
+        self.dtypes = [param.dtype for param in params]
         self.table: array[int] = rows.table_of(
             [
                 rows.row_of(
@@ -62,30 +63,33 @@ class _Plan:
             ]
         )
 
-    def still_holds(self, params: list[Tensor]) -> bool:
+    def _values(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self.states)))
+
+    def still_holds(self, params: list[Tensor], groups: list[int]) -> bool:
         """Whether these are the parameters, and their states the tensors, that the rows were made of."""
+        values = self._values()
         return (
-            len(params) == len(self.params)
+            groups == self.groups
+            and len(values) == len(self.kept)
             and all(map(operator.is_, params, self.params))
-            and all(
-                len(kept) == len(state) and all(map(operator.is_, kept, state.values()))
-                for kept, state in zip(self.kept, self.states, strict=True)
-            )
+            and all(map(operator.is_, values, self.kept))
         )
 
     def point_at(self, grads: list[Tensor]) -> bool:
         """Writes the addresses of this step. False if a tensor is not as the native code takes them."""
-        table, length = self.table, _C.optim_row_length
-        at = 0
-        for param, grad in zip(self.params, grads, strict=True):
-            if not (param.is_contiguous() and grad.is_contiguous() and grad.dtype is param.dtype):
-                return False
-            if not (param.is_cpu and grad.is_cpu):
-                return False
-            table[at + rows.PARAM] = param.data_ptr()
-            table[at + rows.GRAD] = grad.data_ptr()
-            at += length
-        return True
+        params = self.params
+        fits = (
+            all(map(Tensor.is_contiguous, grads))
+            and all(map(Tensor.is_contiguous, params))
+            and [grad.dtype for grad in grads] == self.dtypes
+            and all(param.is_cpu for param in params)
+        )
+        if fits:
+            length = _C.optim_row_length
+            self.table[rows.PARAM :: length] = array("q", map(Tensor.data_ptr, params))
+            self.table[rows.GRAD :: length] = array("q", map(Tensor.data_ptr, grads))
+        return fits
 
 
 class _Held:
@@ -198,25 +202,25 @@ class _Optimizer(torch.optim.Optimizer):
     def _with_gradient(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
         """The parameters that have a gradient, the number of the group of each, and the gradients."""
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         grads = [param.grad for param in params]
-        numbers = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
-        kept = [i for i, grad in enumerate(grads) if grad is not None]
-        if len(kept) < len(grads):
-            params, numbers = [params[i] for i in kept], [numbers[i] for i in kept]
         present = [grad for grad in grads if grad is not None]
-        for param, grad in zip(params, present, strict=True):
-            if grad.layout is not torch.strided:
-                raise ValueError(
-                    f"{type(self).__name__}: the gradient of a parameter {list(param.shape)} is {grad.layout}: "
-                    "expected a dense one; build the embedding with sparse=False, or give that parameter to "
-                    "torch.optim.SparseAdam."
-                )
-        return params, numbers, present
+        if len(present) < len(grads):
+            kept = [i for i, grad in enumerate(grads) if grad is not None]
+            params, groups = [params[i] for i in kept], [groups[i] for i in kept]
+        layouts = [grad.layout for grad in present]
+        if layouts.count(torch.strided) < len(layouts):
+            odd = next(layout for layout in layouts if layout is not torch.strided)
+            raise ValueError(
+                f"{type(self).__name__}: a gradient is {odd}: expected dense ones; build the embedding with "
+                "sparse=False, or give its parameter to torch.optim.SparseAdam."
+            )
+        return params, groups, present
 
     def _plan_for(self, params: list[Tensor], groups: list[int]) -> _Plan:
         """The plan of the last step, or a new one, which makes the states of parameters that are met for the first
         time."""
-        if self._plan is None or self._plan.groups != groups or not self._plan.still_holds(params):
+        if self._plan is None or not self._plan.still_holds(params, groups):
             for param, number in zip(params, groups, strict=True):
                 if not self.state[param]:
                     self.state[param] = self._new_state(param, self._is_coded(param, self.param_groups[number]))
