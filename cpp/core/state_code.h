@@ -35,8 +35,10 @@ struct StateCode {
 
 namespace detail {
 
-// The 16 leading bits of x, which is positive and normal.
-constexpr float leading_bits(float x) { return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0xffffff00u); }
+// x, positive and normal, rounded to 16 significant bits.
+constexpr float leading_bits(float x) {
+  return std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x80u) & 0xffffff00u);
+}
 
 constexpr double power_of_two(int exponent) {
   double value = 1.0;

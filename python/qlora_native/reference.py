@@ -269,7 +269,8 @@ def adamw_step(
     m = m * m_decay + g * (1 - beta1)
     v = v * v_decay + (g * (1 - beta2)) * g
     root_correction = 1 / math.sqrt(1 - power(beta2, taken))
-    denominator = v.sqrt() * root_correction + eps
+    root = v.double().sqrt().float()  # correctly rounded, as torch does not promise for fp32
+    denominator = root * root_correction + eps
     kept = p * (1 - lr * weight_decay if decoupled else 1.0)
     param.copy_(kept - (m * (lr / (1 - power(beta1, taken)))) / denominator)
     _store_state(m, exp_avg, exp_avg_absmax)
