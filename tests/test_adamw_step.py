@@ -53,9 +53,10 @@ class Lists:
 
     def reference(self, grad_factor: float = 1.0, **options: Any) -> None:
         for i in range(len(self.params)):
-            absmaxes = [part[i] if part else None for part in self.absmaxes]
+            first, second = (part[i] if part else None for part in self.absmaxes)
             reference.adamw_step(
-                self.params[i], self.grads[i], self.exp_avgs[i], self.exp_avg_sqs[i], *absmaxes, self.steps[i],
+                self.params[i], self.grads[i], self.exp_avgs[i], self.exp_avg_sqs[i], first, second,
+                self.steps[i],
                 grad_factor=grad_factor, **{**OPTIONS, **options},
             )  # fmt: skip
 
@@ -143,7 +144,7 @@ def test_non_finite_gradients_spread_as_far_as_said() -> None:
 
 
 def test_a_second_moment_does_not_vanish() -> None:
-    """A gradient 10^6 times smaller than its block's largest: coded to 0, its next quiet step would be divided by eps."""
+    """A gradient 10^6 times smaller than its block's largest: were it coded to 0, the next step would divide by eps."""
     lists = Lists((4096,), torch.float32, True)
     lists.grads[0].fill_(1e-6)
     lists.grads[0][::256] = 1.0

@@ -178,7 +178,7 @@ def test_a_checkpoint_of_torch_continues() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(32, 8), (8, 32)])
-def test_states_take_the_form_that_bits_asks_for(before: int, after: int) -> None:
+def test_states_take_the_form_that_bits_asks_for(before: Any, after: Any) -> None:
     a, b = parameters(), parameters()
     first, second = qn.optim.AdamW(a, bits=before), qn.optim.AdamW(b, bits=after)
     train(first, a, range(3))
@@ -222,7 +222,7 @@ def test_closure_hooks_and_missing_gradients() -> None:
         loss.backward()
         return loss
 
-    losses = [float(optimizer.step(closure)) for _ in range(3)]
+    losses = [optimizer.step(closure).item() for _ in range(3)]
     assert losses == sorted(losses, reverse=True)
     assert seen == ["before", "after"] * 3
     assert torch.equal(params[1], start[1]) and not torch.equal(params[0], start[0])
@@ -366,7 +366,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def test_bytes_of_the_states() -> None:
-    for bits, expected in ((32, 8.0), (8, 2.03125)):
+    forms: tuple[tuple[Any, float], ...] = ((32, 8.0), (8, 2.03125))
+    for bits, expected in forms:
         params = [torch.nn.Parameter(torch.zeros(1024, 1024))]
         optimizer = qn.optim.AdamW(params, bits=bits)
         give_grads(params, 0)
