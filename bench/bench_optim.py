@@ -2,9 +2,9 @@
 
     python bench/bench_optim.py --json bench/results/optim.json
 
-Every row says whether ours gives the bytes of the plain-torch rule, and how much of the floor it reaches: the bytes that a
-step must move (gradients and parameters read, states read and written, parameters written) at the rate of a large copy,
-measured in the same run. The clipped rows are compared with torch's step without clipping.
+Every row says whether ours gives the bytes of the plain-torch rule, and how much of the floor it reaches: the bytes that
+a step must move (gradients and parameters read, states read and written, parameters written) at the memory's rate,
+measured in the same run. Above 1 the last-level cache helped. The clipped rows, too, are compared with torch's step without clipping.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CASES = {"50M": (400, 125_000), "SmolLM2 r=16": (420, 11_630)}
 LR, DECAY = 1e-4, 0.01
 
 
-def copy_rate(repeats: int = 11) -> float:
-    """GB/s, read and written, of a copy that no cache holds."""
-    source = torch.ones(512 << 20, dtype=torch.uint8)
+def memory_rates(repeats: int = 11) -> dict[str, float]:
+    """GB/s, read and written, of a copy and of a sum in place (as an optimiser works) that no cache holds."""
+    source = torch.ones(256 << 20)
     target = torch.empty_like(source)
-    seconds = interleaved({"copy": lambda: target.copy_(source)}, repeats)["copy"]
-    return 2 * source.numel() / median(seconds) / 1e9
+    seconds = interleaved({"copy": lambda: target.copy_(source), "in_place": lambda: source.add_(1.0)}, repeats)
+    return {f"{name}_gb_per_s": round(2 * 4 * source.numel() / median(s) / 1e9, 1) for name, s in seconds.items()}
 
 
 def parameters(count: int, numel: int, grads: list[torch.Tensor]) -> list[torch.nn.Parameter]:
@@ -142,8 +142,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    rate = copy_rate()
-    result: dict[str, Any] = {"bench": "optim", "machine": machine(), "ceilings": {"copy_gb_per_s": round(rate, 1)}}
+    rates = memory_rates()
+    rate = max(rates.values())
+    result: dict[str, Any] = {"bench": "optim", "machine": machine(), "ceilings": rates}
     result["rows"] = []
     print(json.dumps(result["machine"]), json.dumps(result["ceilings"]))
     for case, (count, numel) in CASES.items():
