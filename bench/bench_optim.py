@@ -2,9 +2,10 @@
 
     python bench/bench_optim.py --json bench/results/optim.json
 
-Every row says whether ours gives the bytes of the plain-torch rule, and how much of the floor it reaches: the bytes that
-a step must move (gradients and parameters read, states read and written, parameters written) at the memory's rate,
-measured in the same run. Above 1 the last-level cache helped. The clipped rows, too, are compared with torch's step without clipping.
+Every row says whether ours gives the bytes of the plain-torch rule, and how much of the floor it reaches: the bytes
+that a step must move (gradients and parameters read, states read and written, parameters written) at the memory's rate,
+measured in the same run. Above 1 the last-level cache helped. Rows with clipping, too, are compared with torch's step
+without it.
 """
 
 from __future__ import annotations
