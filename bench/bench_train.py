@@ -106,7 +106,12 @@ def worker(side: str, folder: Path, lr: float, threads: int) -> None:
     model, loss_of = {"ours": our_side, "theirs": their_side}[side](folder)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
+    if side == "ours":  # as `qlora train` has it: the step clips
+        from qlora_native.optim import AdamW
+
+        optimizer: torch.optim.Optimizer = AdamW(parameters, lr, max_norm=1.0)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
     batches = torch.load(folder / "batches.pt")
 
     def held_out_loss() -> float:
@@ -124,7 +129,8 @@ def worker(side: str, folder: Path, lr: float, threads: int) -> None:
         started = time.perf_counter()
         loss = loss_of(batches["train"][index])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if side != "ours":
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return {"loss": float(loss), "seconds": time.perf_counter() - started}

@@ -3,11 +3,14 @@
 find_package(OpenMP REQUIRED COMPONENTS CXX)
 
 add_library(qlora_native_cpu STATIC
+  cpp/cpu/adamw_step.cc
   cpp/cpu/dequantize_4bit.cc
+  cpp/cpu/gradient_norm.cc
   cpp/cpu/isa.cc
   cpp/cpu/isa_scalar.cc
   cpp/cpu/kernels.cc
   cpp/cpu/linear_4bit.cc
+  cpp/cpu/lion_step.cc
   cpp/cpu/quantize_4bit.cc
   cpp/cpu/tiles.cc)
 target_include_directories(qlora_native_cpu PUBLIC cpp)

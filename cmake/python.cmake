@@ -4,11 +4,15 @@ find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
 find_package(pybind11 CONFIG REQUIRED)
 
 pybind11_add_module(_C MODULE
+  cpp/python/bind_adamw_step.cc
   cpp/python/bind_dequantize_4bit.cc
+  cpp/python/bind_gradient_norm.cc
   cpp/python/bind_linear_4bit.cc
+  cpp/python/bind_lion_step.cc
   cpp/python/bind_quantize_4bit.cc
   cpp/python/checked_weight.cc
-  cpp/python/module.cc)
+  cpp/python/module.cc
+  cpp/python/tensor_rows.cc)
 target_link_libraries(_C PRIVATE qlora_native_cpu)
 target_compile_definitions(_C PRIVATE
   QLORA_NATIVE_VERSION="${QLORA_NATIVE_VERSION}"

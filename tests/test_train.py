@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from qlora_native.data import load_dataset
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, add_lora
+from qlora_native.optim import AdamW, Lion
 from qlora_native.train import TrainConfig, Trainer
 from qlora_native.train import loop as loop_module
+from qlora_native.train.config import LoopSection
 from qlora_native.train.schedule import learning_rate
-from qlora_native.train.setup import load_tokenizer
+from qlora_native.train.setup import load_tokenizer, make_optimizer
 
 Record = dict[str, Any]
 
@@ -212,13 +214,14 @@ def test_many_steps_that_are_not_finite_stop_the_run(
 
 def test_clip_bounds_the_update(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    plain = torch.optim.AdamW.step
+    plain = AdamW._step_natively
 
-    def step(self: Any, closure: Any = None) -> Any:
-        seen.append(math.sqrt(sum(float(p.grad.double().pow(2).sum()) for g in self.param_groups for p in g["params"])))
-        return plain(self, closure)
+    def step(self: Any, table: int, num_tensors: int, grad_factor: float) -> None:
+        norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for g in self.param_groups for p in g["params"]))
+        seen.append(norm * grad_factor)
+        plain(self, table, num_tensors, grad_factor)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(AdamW, "_step_natively", step)
     for name, clip in (("clipped", 0.01), ("free", 0.0)):
         (tmp_path / name).mkdir()
         _, records, _ = run(make_config(model_folder, tmp_path / name, steps=2, clip=clip))
@@ -230,15 +233,31 @@ def test_clip_bounds_the_update(model_folder: Path, tmp_path: Path, monkeypatch:
 
 def test_the_rate_reaches_the_optimiser(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    plain = torch.optim.AdamW.step
+    plain = AdamW.step
 
     def step(self: Any, closure: Any = None) -> Any:
         rates.extend(group["lr"] for group in self.param_groups)
         return plain(self, closure)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(AdamW, "step", step)
     run(make_config(model_folder, tmp_path, steps=4, lr=1e-3, warmup=2, scheduler="linear"))
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "state_dtype"),
+    [("adamw", AdamW, torch.float32), ("adamw8bit", AdamW, torch.int8), ("lion", Lion, torch.float32)],
+)
+def test_the_optimiser_is_the_one_named(name: Any, kind: type, state_dtype: torch.dtype) -> None:
+    options = LoopSection(optimizer=name, clip=0.0, lr=0.5, betas=(0.1, 0.2), weight_decay=0.3)
+    parameter = torch.nn.Parameter(torch.zeros(4096))
+    parameter.grad = torch.ones(4096)
+    optimizer = make_optimizer(options, [parameter])
+    optimizer.step()
+    assert type(optimizer) is kind and optimizer.max_norm == math.inf
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.1, 0.2), 0.3)
+    assert optimizer.state[parameter]["exp_avg"].dtype == state_dtype
 
 
 def test_schedules() -> None:

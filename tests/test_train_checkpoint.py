@@ -23,6 +23,7 @@ import yaml
 
 from qlora_native.cli.main import main
 from qlora_native.errors import UserError
+from qlora_native.optim import AdamW
 from qlora_native.train import TrainConfig, Trainer, checkpoint, disk
 from qlora_native.train.interrupt import Interrupted, StopRequest
 
@@ -105,6 +106,29 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(files: Path, undisturbed: Path
     with pytest.raises(Crash):
         train(files, out, on_step=crash_at(step))
     torch.rand(5), random.random(), np.random.rand()  # the new process would begin elsewhere
+    train(files, out, resume="auto")
+    assert_as_undisturbed(out, undisturbed)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "lion"])
+def test_other_optimisers_resume_too(files: Path, tmp_path: Path, optimizer: str) -> None:
+    train(files, tmp_path / "whole", optimizer=optimizer)
+    with pytest.raises(Crash):
+        train(files, tmp_path / "out", optimizer=optimizer, on_step=crash_at(5))
+    train(files, tmp_path / "out", resume="auto", optimizer=optimizer)
+    assert_as_undisturbed(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_checkpoint_older_than_the_choice_of_optimiser_is_one_of_adamw(
+    files: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Crash):
+        train(files, out, on_step=crash_at(5))
+    for path in out.glob(f"step-*/{checkpoint.CONFIG}"):
+        path.write_text("".join(line for line in path.open() if "optimizer:" not in line))
+    with pytest.raises(UserError, match=r"train.optimizer adamw -> lion; set them back"):
+        train(files, out, resume="auto", optimizer="lion")
     train(files, out, resume="auto")
     assert_as_undisturbed(out, undisturbed)
 
@@ -355,6 +379,20 @@ def test_optimiser_and_random_state_come_back(tmp_path: Path) -> None:
     assert expected.keys() == got.keys() and len(expected) == 3
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     assert other.param_groups[0]["lr"] == 0.5  # the config's, not the checkpoint's
+
+
+def test_coded_states_come_back(tmp_path: Path) -> None:
+    def optimizer_of(parameter: torch.nn.Parameter) -> AdamW:
+        parameter.grad = torch.randn(5000)
+        return AdamW([parameter], bits=8)
+
+    optimizer = optimizer_of(torch.nn.Parameter(torch.zeros(5000)))
+    optimizer.step()
+    other = optimizer_of(torch.nn.Parameter(torch.zeros(5000)))
+    checkpoint.load_checkpoint(write(tmp_path, 3, optimizer), other)
+    (expected,), (got,) = optimizer.state.values(), other.state.values()
+    assert expected.keys() == got.keys() and len(expected) == 5
+    assert all(expected[key].dtype == got[key].dtype and torch.equal(expected[key], got[key]) for key in expected)
 
 
 @pytest.mark.parametrize("name", [checkpoint.TENSORS, checkpoint.STATE])

@@ -3,6 +3,7 @@
 // No standard-library templates in here: an instantiation compiled for AVX-512 could be the one the linker keeps.
 #include "core/layout.h"
 #include "cpu/kernels-dequantize-inl.h"
+#include "cpu/kernels-optim-inl.h"
 #include "cpu/kernels-quantize-inl.h"
 #include "cpu/kernels-scales-inl.h"
 #include "cpu/kernels.h"
@@ -28,6 +29,7 @@ constexpr Kernels kTable = {
      product_columns<Fp16, GradInput<Fp16>>},
     columns_scratch_bytes,
     nullptr,
+    kOptimTable,
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "core/weight_view.h"
 #include "cpu/isa.h"
+#include "cpu/kernels-optim.h"
 #include "cpu/product.h"
 #include "cpu/tiles.h"
 
@@ -64,6 +65,8 @@ struct Kernels {
   Columns grad_input_columns[3];
   int64_t (*columns_scratch_bytes)(const ProductJob& job, int64_t columns);
   const TileKernels* tiles;  // bf16 products by tiles, or null
+
+  OptimKernels optim;
 };
 
 const Kernels& scalar_kernels();

@@ -30,6 +30,9 @@ inline Floats load(const Bf16* p) {
 inline Floats load(const Fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Floats zero() { return _mm512_setzero_ps(); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
 
@@ -136,6 +139,9 @@ inline Floats load(const Bf16* p) {
 inline Floats load(const Fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats zero() { return _mm256_setzero_ps(); }
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
 inline float total(Floats v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -256,6 +262,9 @@ inline Floats load(const T* p) {
 }
 inline void store(float* p, Floats v) { *p = v.value; }
 inline Floats zero() { return {0.0f}; }
+inline Floats add(Floats a, Floats b) { return {a.value + b.value}; }
+inline Floats multiply(Floats a, Floats b) { return {a.value * b.value}; }
+inline Floats divide(Floats a, Floats b) { return {a.value / b.value}; }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return {a.value * b.value + sum.value}; }
 inline float total(Floats v) { return v.value; }
 

@@ -20,8 +20,6 @@ inline constexpr int kMicroRows = 12;  // a tile of sums: 12 x 2 registers, and 
 inline constexpr int kTileVectors = 2;
 
 inline Floats broadcast(const float* p) { return _mm512_set1_ps(*p); }
-inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 template <unsigned kBits>
 inline Words shift_right(Words v) {
   return kBits == 0 ? v : _mm512_srli_epi32(v, kBits);
@@ -110,8 +108,6 @@ inline constexpr int kMicroRows = 6;
 inline constexpr int kTileVectors = 2;
 
 inline Floats broadcast(const float* p) { return _mm256_broadcast_ss(p); }
-inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 template <unsigned kBits>
 inline Words shift_right(Words v) {
   return kBits == 0 ? v : _mm256_srli_epi32(v, kBits);
@@ -202,8 +198,6 @@ inline constexpr int kMicroRows = 4;
 inline constexpr int kTileVectors = 4;
 
 inline Floats broadcast(const float* p) { return {*p}; }
-inline Floats multiply(Floats a, Floats b) { return {a.value * b.value}; }
-inline Floats add(Floats a, Floats b) { return {a.value + b.value}; }
 template <unsigned kBits>
 inline Words shift_right(Words v) {
   return v >> kBits;

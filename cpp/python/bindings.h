@@ -20,6 +20,9 @@ using Address = uintptr_t;
 void bind_quantize_4bit(pybind11::module_& module);
 void bind_dequantize_4bit(pybind11::module_& module);
 void bind_linear_4bit(pybind11::module_& module);
+void bind_adamw_step(pybind11::module_& module);
+void bind_lion_step(pybind11::module_& module);
+void bind_gradient_norm(pybind11::module_& module);
 
 inline void require(bool condition, const std::string& sentence) {
   if (!condition) {

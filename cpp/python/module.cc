@@ -53,6 +53,9 @@ PYBIND11_MODULE(_C, module) {
   bind_quantize_4bit(module);
   bind_dequantize_4bit(module);
   bind_linear_4bit(module);
+  bind_adamw_step(module);
+  bind_lion_step(module);
+  bind_gradient_norm(module);
 }
 
 }  // namespace qlora_native::python

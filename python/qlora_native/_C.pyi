@@ -50,6 +50,21 @@ def linear_4bit(
     numel: int,
     block_size: int,
 ) -> None: ...
+def adamw_step(
+    rows: int,
+    num_tensors: int,
+    options: list[tuple[float, float, float, float, float, bool]],
+    grad_factor: float,
+) -> None: ...
+def lion_step(
+    rows: int, num_tensors: int, options: list[tuple[float, float, float, float]], grad_factor: float
+) -> None: ...
+def gradient_norm(rows: int, num_tensors: int) -> float: ...
+def state_code(signed: bool) -> list[list[float]]: ...
+
+optim_row_length: int
+state_block: int
+
 def decode_scales(
     absmax_codes: int, nested_absmax: int, nested_offset: int, nested_code: int, blocks: int, scales: int
 ) -> None: ...

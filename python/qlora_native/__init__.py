@@ -18,6 +18,7 @@ from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 
 if TYPE_CHECKING:
     from . import nn as nn
+    from . import optim as optim
     from .load import load_model as load_model
     from .load import merge as merge
     from .lora import LoraConfig as LoraConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "nn": "nn",
+    "optim": "optim",
     "load_model": "load",
     "LoraConfig": "lora",
     "add_lora": "lora",
@@ -57,6 +59,7 @@ __all__ = [
     "merge",
     "nn",
     "ops",
+    "optim",
     "quantize",
     "save_adapter",
     "to_bnb",
@@ -67,6 +70,6 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'qlora_native' has no attribute {name!r}")
     module = importlib.import_module(f".{_LAZY[name]}", __name__)
-    value = module if name == "nn" else getattr(module, name)
+    value = module if name in ("nn", "optim") else getattr(module, name)
     globals()[name] = value
     return value

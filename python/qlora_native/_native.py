@@ -11,6 +11,7 @@ from . import _C
 
 QUANT_TYPES = ("nf4", "fp4")  # index = the number that crosses into C++
 DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STATE_BLOCK: int = _C.state_block  # elements of an 8-bit optimiser state that share an absmax
 
 
 @cache
@@ -29,6 +30,12 @@ def boundaries(quant_type: int) -> torch.Tensor:
 def nested_code() -> torch.Tensor:
     """The 256 values that double-quantised scales are stored in, fp32 [256] on CPU."""
     return torch.tensor(_C.nested_code(), dtype=torch.float32, device="cpu")
+
+
+@cache
+def state_code(signed: bool) -> tuple[torch.Tensor, ...]:
+    """Tables of an 8-bit state's code, fp32 on CPU: a [8], b [8], alpha [32], beta [32], (lowest, top) [2]."""
+    return tuple(torch.tensor(table, dtype=torch.float32, device="cpu") for table in _C.state_code(signed))
 
 
 def build_info() -> dict[str, Any]:

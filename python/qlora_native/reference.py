@@ -152,3 +152,147 @@ def linear_cross_entropy(
     """Mean cross entropy of the logits h W^T in double precision, fp32 []; NaN when every label is ignored."""
     logits = h.double().reshape(-1, h.shape[-1]) @ weight.double().t()
     return F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index).float()
+
+
+STATE_BLOCK = _native.STATE_BLOCK
+
+
+def _exponent_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """The low bits of the exponent field of fp32 ``x``, as an index."""
+    return (x.view(torch.int32) >> 23 & ((1 << bits) - 1)).long()
+
+
+def decode_state(codes: torch.Tensor, absmax: torch.Tensor | None = None) -> torch.Tensor:
+    """The values of an 8-bit state: int8 is the signed code, uint8 the unsigned one. fp32, of the shape of ``codes``.
+
+    Without ``absmax`` (fp32, one a block of 256 of the flattened state) they are relative to it, in [-1, 1].
+    """
+    a, b, *_ = (table.to(codes.device) for table in _native.state_code(codes.dtype == torch.int8))
+    value = codes.float()
+    segment = _exponent_bits(value, 3)
+    relative = a[segment] * torch.where(value < 0, -1.0, 1.0) + b[segment] * value
+    if absmax is None:
+        return relative
+    flat = relative.reshape(-1)
+    return (flat * absmax.repeat_interleave(STATE_BLOCK)[: flat.numel()]).reshape(codes.shape)
+
+
+def encode_state(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """An fp32 state as codes (int8 signed, uint8 unsigned; of its shape) and absmax, fp32 [blocks of 256].
+
+    A block that holds something not finite gets codes 0 and absmax NaN.
+    """
+    _, _, alpha, beta, limits = (table.to(values.device) for table in _native.state_code(signed))
+    lowest, top = limits.tolist()
+    blocks = _padded_blocks(values.reshape(-1), STATE_BLOCK)
+    absmax = blocks.abs().amax(1) if values.numel() else blocks.new_zeros(0)
+    absmax = torch.where(absmax.isfinite(), absmax, math.nan)
+    x = _normalised(blocks, absmax).abs().clamp(min=lowest)
+    exponent = _exponent_bits(x, 5)
+    magnitude = (x * beta[exponent] + alpha[exponent]).round().clamp(max=top)
+    magnitude = torch.where((absmax > 0)[:, None], magnitude, 0.0)
+    codes = torch.where(blocks < 0, -magnitude, magnitude) if signed else magnitude
+    codes = codes.to(torch.int8 if signed else torch.uint8)
+    return codes.reshape(-1)[: values.numel()].reshape(values.shape), absmax
+
+
+def gradient_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of all gradients taken as one vector, summed in double precision; fp64 []."""
+    device = grads[0].device if grads else torch.device("cpu")
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for grad in grads:
+        total = total + grad.detach().double().square().sum().to(device)
+    return total.sqrt()
+
+
+def power(base: float, exponent: int) -> float:
+    """base**exponent by squaring: the order of roundings of the native code."""
+    result = 1.0
+    while exponent > 0:
+        if exponent % 2:
+            result *= base
+        base *= base
+        exponent //= 2
+    return result
+
+
+def _decay(
+    state: torch.Tensor, absmax: torch.Tensor | None, factors: list[float]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A state as fp32 values, and the factors to multiply them by: with the absmax inside, where there is one."""
+    one = torch.ones((), dtype=torch.float32, device=state.device)
+    if absmax is None:
+        return state, [one * factor for factor in factors]
+    values = decode_state(state)
+    spread = [(absmax * (one * f)).repeat_interleave(STATE_BLOCK)[: state.numel()] for f in factors]
+    return values, [factor.reshape(state.shape) for factor in spread]
+
+
+def _store_state(values: torch.Tensor, state: torch.Tensor, absmax: torch.Tensor | None) -> None:
+    if absmax is None:
+        state.copy_(values)
+        return
+    codes, new_absmax = encode_state(values, state.dtype == torch.int8)
+    state.copy_(codes)
+    absmax.copy_(new_absmax)
+
+
+def adamw_step(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_absmax: torch.Tensor | None,
+    exp_avg_sq_absmax: torch.Tensor | None,
+    step: torch.Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    grad_factor: float = 1.0,
+) -> None:
+    """One step of AdamW (``decoupled``) or Adam on one tensor, in place: fp32, rounded once to the parameter's dtype.
+
+    Moments of int8 and uint8 are codes, each block of 256 relative to its absmax.
+    """
+    step += 1
+    taken = int(step.item())
+    p = param.float()
+    g = grad.float() * grad_factor
+    if not decoupled and weight_decay != 0:
+        g = g + p * weight_decay
+    m, (m_decay,) = _decay(exp_avg, exp_avg_absmax, [beta1])
+    v, (v_decay,) = _decay(exp_avg_sq, exp_avg_sq_absmax, [beta2])
+    m = m * m_decay + g * (1 - beta1)
+    v = v * v_decay + (g * (1 - beta2)) * g
+    root_correction = 1 / math.sqrt(1 - power(beta2, taken))
+    root = v.double().sqrt().float()  # correctly rounded, as torch does not promise for fp32
+    denominator = root * root_correction + eps
+    kept = p * (1 - lr * weight_decay if decoupled else 1.0)
+    param.copy_(kept - (m * (lr / (1 - power(beta1, taken)))) / denominator)
+    _store_state(m, exp_avg, exp_avg_absmax)
+    _store_state(v, exp_avg_sq, exp_avg_sq_absmax)
+
+
+def lion_step(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_absmax: torch.Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    grad_factor: float = 1.0,
+) -> None:
+    """One step of Lion (Chen et al. 2023, algorithm 2) on one tensor, in place, in fp32."""
+    p = param.float()
+    g = grad.float() * grad_factor
+    m, (decay1, decay2) = _decay(exp_avg, exp_avg_absmax, [beta1, beta2])
+    direction = (m * decay1 + g * (1 - beta1)).sign()
+    param.copy_(p * (1 - lr * weight_decay) - direction * lr)
+    _store_state(m * decay2 + g * (1 - beta2), exp_avg, exp_avg_absmax)

@@ -6,14 +6,26 @@ To add one, see CONTRIBUTING.md. The schemas stand together in ``_library.py``.
 from __future__ import annotations
 
 from . import _cuda_kernels as _cuda_kernels
-from . import dequantize_4bit, linear_4bit, linear_cross_entropy, lora_linear_4bit, quantize_4bit
+from . import (
+    adamw_step,
+    dequantize_4bit,
+    gradient_norm,
+    linear_4bit,
+    linear_cross_entropy,
+    lion_step,
+    lora_linear_4bit,
+    quantize_4bit,
+)
 from ._library import SCHEMAS
 
 __all__ = [
     "SCHEMAS",
+    "adamw_step",
     "dequantize_4bit",
+    "gradient_norm",
     "linear_4bit",
     "linear_cross_entropy",
+    "lion_step",
     "lora_linear_4bit",
     "quantize_4bit",
 ]

@@ -41,6 +41,17 @@ SCHEMAS = {
         f"(Tensor h, Tensor labels, int ignore_index, bool need_grad_h, bool need_grad_weight, {WEIGHT_OR_DENSE})"
         " -> (Tensor, Tensor, Tensor)"
     ),
+    # The optimisers take lists of one tensor a parameter; the lists of absmax are empty for 32-bit states.
+    "adamw_step": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "Tensor(d!)[] exp_avg_absmaxes, Tensor(e!)[] exp_avg_sq_absmaxes, Tensor(f!)[] steps, float lr, float beta1, "
+        "float beta2, float eps, float weight_decay, bool decoupled, float grad_factor) -> ()"
+    ),
+    "lion_step": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_absmaxes, float lr, "
+        "float beta1, float beta2, float weight_decay, float grad_factor) -> ()"
+    ),
+    "gradient_norm": "(Tensor[] grads) -> Tensor",
 }
 
 LIBRARY = torch.library.Library("qlora_native", "DEF")

@@ -101,6 +101,11 @@ class LoopSection(_Section):
         default=4,
         description="micro-batches per step; raise it and lower batch_size to save memory without changing the result",
     )
+    optimizer: Literal["adamw", "adamw8bit", "lion"] = Field(
+        default="adamw",
+        description="adamw8bit keeps AdamW's averages in 2 bytes a trained weight instead of 8; lion keeps one average "
+        "in 4 and wants an lr 3 to 10 times smaller",
+    )
     lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="how the learning rate falls to 0 after the warm-up"
@@ -108,8 +113,12 @@ class LoopSection(_Section):
     warmup: float = Field(
         default=0.03, ge=0, description="steps over which the learning rate rises; below 1 it is a share of all steps"
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="pull of the adapter towards 0, as in AdamW")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="memory of AdamW's two averages")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="pull of the adapter towards 0, apart from the gradient's"
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="memory of the optimiser's averages; lion is usually given [0.9, 0.99]"
+    )
     eps: float = Field(default=1e-8, gt=0, description="added to AdamW's denominator")
     clip: float = Field(default=1.0, ge=0, description="largest norm of a step's gradient; 0 = no clipping")
     seed: NonNegative = Field(default=0, description="fixes the adapter's start, the order of the rows and dropout")

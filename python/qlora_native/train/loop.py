@@ -34,7 +34,7 @@ from qlora_native.train.loss import causal_lm_loss, trained_tokens
 from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
 from qlora_native.train.resume import find_checkpoint
 from qlora_native.train.schedule import learning_rate
-from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, prepare_model
+from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, make_optimizer, prepare_model
 
 MAX_SKIPPED = 5
 
@@ -115,9 +115,7 @@ class Trainer:
         rows, held_out = load_rows(config, self.tokenizer)
         self.model = model = prepare_model(config, self.model)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            adapters, options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, fused=True
-        )
+        optimizer = make_optimizer(options, adapters)
         plan = BatchPlan(rows.lengths, options.batch_size * options.grad_accum, seed=options.seed)
         total = options.steps or math.ceil((options.epochs or 1) * len(plan))
 
@@ -154,14 +152,16 @@ class Trainer:
                     share = causal_lm_loss(model, batch) * (count / sum(counts))
                     share.backward()
                     loss += share.detach()
-                norm = torch.nn.utils.clip_grad_norm_(adapters, options.clip or math.inf)
                 rate = learning_rate(
                     state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                if self._is_finite(state, loss.item(), norm.item(), progress):
-                    optimizer.step()
+                norm = math.nan
+                if math.isfinite(loss.item()):
+                    optimizer.step()  # clips; does nothing if the gradient is not finite
+                    norm = optimizer.grad_norm or 0.0
+                self._count_skipped(state, loss.item(), norm, progress)
                 optimizer.zero_grad()
 
                 # Tell.
@@ -169,7 +169,7 @@ class Trainer:
                 seconds = time.monotonic() - started
                 speeds.append(tokens / seconds)
                 state.step, state.tokens, state.data = state.step + 1, state.tokens + tokens, plan.state_dict()
-                record: Record = {"step": state.step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
+                record: Record = {"step": state.step, "loss": loss.item(), "lr": rate, "grad_norm": norm}
                 record |= {"tokens": tokens, "trained_tokens": sum(counts)}
                 record |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
                 metrics.write(record)
@@ -220,10 +220,11 @@ class Trainer:
             self._save_adapter(self.output_dir / "best")
             state.best_loss, state.best_step = loss, state.step
 
-    def _is_finite(self, state: TrainState, loss: float, norm: float, progress: Progress) -> bool:
+    def _count_skipped(self, state: TrainState, loss: float, norm: float, progress: Progress) -> None:
+        """Counts a step that was skipped because its loss or gradient norm is not finite; UserError after many."""
         if math.isfinite(loss) and math.isfinite(norm):
             state.skipped_in_a_row = 0
-            return True
+            return
         state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
         what = f"step {state.step + 1}: loss {loss}, gradient norm {norm}"
         if state.skipped_in_a_row >= MAX_SKIPPED:
@@ -233,7 +234,6 @@ class Trainer:
                 advice += ", or set train.dtype to float32"
             raise UserError(f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}")
         progress.note(f"{what}: not finite, step skipped")
-        return False
 
     def _save_checkpoint(self, state: TrainState, optimizer: torch.optim.Optimizer) -> Path:
         return save_checkpoint(

@@ -14,7 +14,8 @@ from qlora_native.train.config import TrainConfig
 # Changing one of these between two halves of a run would make neither the one run nor the other. The data have a
 # check of their own: BatchPlan compares the rows.
 _FIXED_BLOCKS = ("quant", "lora")
-_FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype")
+_FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
+_BEFORE_THE_KEY = {"train.optimizer": "adamw"}  # what runs did whose config does not have the key yet
 
 
 def find_checkpoint(config: TrainConfig, output_dir: Path) -> Path | None:
@@ -48,10 +49,11 @@ def _check_settings(config: TrainConfig, checkpoint: Path) -> None:
         before: dict[str, Any] = yaml.safe_load((checkpoint / CONFIG).read_text(encoding="utf-8"))
         now = config.model_dump(mode="json")
         changed = [
-            f"{block}.{key} {before[block].get(key)} -> {value}"
+            f"{block}.{key} {was} -> {value}"
             for block in (*_FIXED_BLOCKS, "train")
             for key, value in now[block].items()
-            if (block != "train" or key in _FIXED_KEYS) and before[block].get(key) != value
+            if block != "train" or key in _FIXED_KEYS
+            if (was := before[block].get(key, _BEFORE_THE_KEY.get(f"{block}.{key}"))) != value
         ]
         if Path(before["model"]).name != Path(config.model).name:  # the folder may have moved
             changed.insert(0, f"model {before['model']} -> {config.model}")

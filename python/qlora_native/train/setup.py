@@ -1,11 +1,12 @@
-"""What a run needs before its first step: the base model, its tokenizer, the rows."""
+"""What a run needs before its first step: the base model, its tokenizer, the rows, the optimiser."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +15,8 @@ from qlora_native.errors import UserError
 from qlora_native.load import load_model
 from qlora_native.load.source import GgufSource, open_source
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora
-from qlora_native.train.config import TrainConfig
+from qlora_native.optim import AdamW, Lion
+from qlora_native.train.config import LoopSection, TrainConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -97,6 +99,15 @@ def prepare_model(config: TrainConfig, model: Any = None) -> Any:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
     return model.train()
+
+
+def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter]) -> AdamW | Lion:
+    """The optimiser that the config names, with its clipping; it measures the gradient's norm without clipping too."""
+    max_norm = options.clip or math.inf
+    if options.optimizer == "lion":
+        return Lion(parameters, options.lr, options.betas, options.weight_decay, max_norm=max_norm)
+    bits: Literal[8, 32] = 8 if options.optimizer == "adamw8bit" else 32
+    return AdamW(parameters, options.lr, options.betas, options.eps, options.weight_decay, bits=bits, max_norm=max_norm)
 
 
 def describe_rows(train: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:

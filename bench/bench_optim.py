@@ -1,0 +1,187 @@
+"""An optimiser step, interleaved with torch's fused AdamW and, when importable, bitsandbytes and torchao.
+
+    python bench/bench_optim.py --json bench/results/optim.json
+
+Every row says whether ours gives the bytes of the plain-torch rule, and how much of the floor it reaches: the bytes
+that a step must move (gradients and parameters read, states read and written, parameters written) at the memory's rate,
+measured in the same run. Above 1 the last-level cache helped. Rows with clipping, too, are compared with torch's step
+without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from common import interleaved, machine, quartiles, write_json
+
+import qlora_native as qn
+from qlora_native import reference
+
+# (tensors, elements of each): 50 M parameters in 400 tensors, and the adapters of SmolLM2-135M at r=16.
+CASES = {"50M": (400, 125_000), "SmolLM2 r=16": (420, 11_630)}
+LR, DECAY = 1e-4, 0.01
+
+
+def memory_rates(repeats: int = 11) -> dict[str, float]:
+    """GB/s, read and written, of a copy and of a sum in place (as an optimiser works) that no cache holds."""
+    source = torch.ones(256 << 20)
+    target = torch.empty_like(source)
+    seconds = interleaved({"copy": lambda: target.copy_(source), "in_place": lambda: source.add_(1.0)}, repeats)
+    return {f"{name}_gb_per_s": round(2 * 4 * source.numel() / median(s) / 1e9, 1) for name, s in seconds.items()}
+
+
+def parameters(count: int, numel: int, grads: list[torch.Tensor]) -> list[torch.nn.Parameter]:
+    """Parameters of their own, with shared gradients."""
+    made = [torch.nn.Parameter(torch.randn(numel)) for _ in range(count)]
+    for parameter, grad in zip(made, grads, strict=True):
+        parameter.grad = grad
+    return made
+
+
+def matches(make: Callable[[Any], torch.optim.Optimizer]) -> bool:
+    """Whether two steps of ours, on three tensors, have the bytes of the rule in plain torch."""
+    grads = [torch.randn(n) for n in (5000, 4096, 70)]
+    params = [torch.nn.Parameter(torch.randn(grad.shape)) for grad in grads]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours, rule = make(params), make(twins)
+    for _ in range(2):
+        for p, q, grad in zip(params, twins, grads, strict=True):
+            p.grad, q.grad = grad.clone(), grad.clone()
+        ours.step()
+        reference_step(rule)
+    return all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+
+
+@torch.no_grad()
+def reference_step(optimizer: Any) -> None:
+    """One step of ours by way of reference.py."""
+    (group,) = optimizer.param_groups
+    grads = [p.grad for p in group["params"]]
+    factor = 1.0
+    if optimizer.max_norm is not None:
+        # Of the same order of summation: the reference's own differs in the last bits of the double.
+        factor = min(1.0, optimizer.max_norm / (float(torch.ops.qlora_native.gradient_norm(grads)) + 1e-6))
+    for p in group["params"]:
+        if not optimizer.state[p]:
+            optimizer.state[p] = optimizer._new_state(p, optimizer._is_coded(p, group))
+        state = optimizer.state[p]
+        common = {"lr": group["lr"], "weight_decay": group["weight_decay"], "grad_factor": factor}
+        common |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+        if isinstance(optimizer, qn.optim.Lion):
+            reference.lion_step(p, p.grad, state["exp_avg"], state.get("exp_avg_absmax"), **common)
+            continue
+        absmaxes = state.get("exp_avg_absmax"), state.get("exp_avg_sq_absmax")
+        moments = state["exp_avg"], state["exp_avg_sq"], *absmaxes, state["step"]
+        reference.adamw_step(p, p.grad, *moments, eps=group["eps"], decoupled=optimizer._decoupled, **common)
+
+
+def ours() -> dict[str, tuple[Callable[[Any], Any], float]]:
+    """Name -> how it is made, and the bytes a parameter that a step moves."""
+    adamw: Any = qn.optim.AdamW
+    lion: Any = qn.optim.Lion
+    coded = 2 * (1 + 4 / 256)  # a code and its share of an absmax, read and written
+    rows: dict[str, tuple[Callable[[Any], Any], float]] = {}
+    for bits, state in ((32, 8.0), (8, coded)):
+        for clip in (None, 1.0):
+            name = f"{bits}-bit" + ("" if clip is None else " clipped")
+            options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "bits": bits, "max_norm": clip}
+            sweep = 0 if clip is None else 4
+            rows[f"AdamW {name}"] = partial(adamw, **options), 12 + 2 * state + sweep
+            if clip is None:
+                rows[f"Lion {name}"] = partial(lion, **options), 12 + state
+    return rows
+
+
+def peers() -> dict[str, Callable[[Any], Any]]:
+    """torch's fused AdamW, and what else can be imported."""
+    found: dict[str, Callable[[Any], Any]] = {
+        "torch fused": lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=DECAY, fused=True)
+    }
+    try:
+        import bitsandbytes
+
+        found["bitsandbytes AdamW"] = lambda p: bitsandbytes.optim.AdamW(p, lr=LR, weight_decay=DECAY)
+        found["bitsandbytes AdamW8bit"] = lambda p: bitsandbytes.optim.AdamW8bit(p, lr=LR, weight_decay=DECAY)
+    except ImportError:
+        pass
+    try:
+        torchao = importlib.import_module("torchao.optim")
+        found["torchao AdamW8bit"] = lambda p: torchao.AdamW8bit(p, lr=LR, weight_decay=DECAY)
+    except ImportError:
+        pass
+    return found
+
+
+def clipped_by_torch(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -> Callable[[], None]:
+    """clip_grad_norm_ and the fused step, as a training loop has them. With no bound: gradients
+    are shared here, and must stay as they are."""
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, math.inf)
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    """Parse, run, print one line a row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--case", choices=CASES, help="one of the cases")
+    parser.add_argument("--no-peers", action="store_true", help="torch alone")
+    parser.add_argument("--json", help="file for the result")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    rates = memory_rates()
+    rate = max(rates.values())
+    result: dict[str, Any] = {"bench": "optim", "machine": machine(), "ceilings": rates}
+    result["rows"] = []
+    print(json.dumps(result["machine"]), json.dumps(result["ceilings"]))
+    for case, (count, numel) in CASES.items():
+        if arguments.case not in (None, case):
+            continue
+        grads = [torch.randn(numel) * 1e-2 for _ in range(count)]
+        rows, functions = ours(), {}
+        for name, (make, _) in rows.items():
+            functions[name] = make(parameters(count, numel, grads)).step
+        for name, make in peers().items():
+            if arguments.no_peers and name != "torch fused":
+                continue
+            params = parameters(count, numel, grads)
+            optimizer = make(params)
+            functions[name] = optimizer.step
+            if name == "torch fused":
+                functions["torch fused + clip_grad_norm_"] = clipped_by_torch(optimizer, params)
+        slow = [name for name in functions if name.startswith(("bitsandbytes", "torchao"))]
+        seconds = interleaved({n: f for n, f in functions.items() if n not in slow}, arguments.repeats)
+        for name in slow:  # an order of magnitude slower: a few runs tell, and the others need not wait
+            seconds[name] = interleaved({name: functions[name]}, 3, warmup=1)[name]
+        for name, values in seconds.items():
+            row: dict[str, Any] = {"case": case, "tensors": count, "parameters": count * numel, "optimizer": name}
+            row["ms"] = [round(1e3 * q, 3) for q in quartiles(values)]
+            base = seconds["torch fused"]
+            pairs = zip(values, base if len(base) == len(values) else [median(base)] * len(values), strict=True)
+            row["over_torch_fused"] = [round(q, 3) for q in quartiles([a / b for a, b in pairs])]
+            if name in rows:
+                make, bytes_each = rows[name]
+                floor = bytes_each * count * numel / rate / 1e9
+                row |= {"match": matches(make), "floor_ms": round(1e3 * floor, 3)}
+                row["of_floor"] = round(floor / median(values), 3)
+            result["rows"].append(row)
+            print(json.dumps(row), flush=True)
+    write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+#include "cpu/lion_step.h"
+
+#include "cpu/kernels.h"
+#include "cpu/tensor_list.h"
+
+namespace qlora_native::cpu {
+namespace {
+
+constexpr int64_t kBlocksPerTask = 32;
+
+LionJob job_of(const OptimTensor& tensor, const LionOptions& options, double grad_factor) {
+  LionJob job{};
+  job.param = tensor.param;
+  job.grad = tensor.grad;
+  job.exp_avg = tensor.exp_avg;
+  job.exp_avg_absmax = tensor.exp_avg_absmax;
+  job.numel = tensor.numel;
+  job.grad_factor = static_cast<float>(grad_factor);
+  job.keep = static_cast<float>(1.0 - options.lr * options.weight_decay);
+  job.lr = static_cast<float>(options.lr);
+  job.beta1 = static_cast<float>(options.beta1);
+  job.rest1 = static_cast<float>(1.0 - options.beta1);
+  job.beta2 = static_cast<float>(options.beta2);
+  job.rest2 = static_cast<float>(1.0 - options.beta2);
+  return job;
+}
+
+}  // namespace
+
+void lion_step(const OptimTensor* tensors, int64_t num_tensors, const LionOptions* options, double grad_factor) {
+  const OptimKernels& table = kernels().optim;
+  for_blocks_of_tensors(
+      num_tensors, kStateBlock, kBlocksPerTask, [&](int64_t i) { return tensors[i].numel; },
+      [&](int64_t i, int64_t first, int64_t last) {
+        const LionJob job = job_of(tensors[i], options[tensors[i].group], grad_factor);
+        table.lion_blocks[static_cast<int>(tensors[i].dtype)](job, first, last);
+      });
+}
+
+}  // namespace qlora_native::cpu

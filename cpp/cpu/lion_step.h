@@ -1,0 +1,24 @@
+// One step of Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023) over many tensors. Pointers are
+// trusted: the bindings check.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/tensor_list.h"
+
+namespace qlora_native::cpu {
+
+struct LionOptions {
+  double lr;
+  double beta1;
+  double beta2;
+  double weight_decay;
+};
+
+// grad_factor multiplies every gradient. The bytes written do not depend on the number of threads.
+void lion_step(const OptimTensor* tensors,  // [num_tensors]; exp_avg_sq and step are not used
+               int64_t num_tensors,
+               const LionOptions* options,  // [groups]
+               double grad_factor);
+
+}  // namespace qlora_native::cpu

@@ -1,0 +1,45 @@
+"""gradient_norm: the Euclidean norm of a list of gradients taken as one vector, in double precision."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _C, _native, reference
+from ._library import fake, implement
+from ._tensor_rows import DTYPE, GRAD, NUMEL, address_of, table_of
+
+
+def check(grads: list[torch.Tensor]) -> None:
+    """Refuses dtypes that have no norm here."""
+    for number, grad in enumerate(grads):
+        if grad.dtype not in _native.DTYPE_NUMBER:
+            raise ValueError(
+                f"gradient_norm: gradient {number} is {grad.dtype}: expected float32, bfloat16 or float16."
+            )
+
+
+def norm_row(grad: torch.Tensor) -> list[int]:
+    """A row that has a gradient alone, contiguous and on the CPU."""
+    row = [0] * _C.optim_row_length
+    row[GRAD], row[NUMEL], row[DTYPE] = grad.data_ptr(), grad.numel(), _native.DTYPE_NUMBER[grad.dtype]
+    return row
+
+
+@implement("gradient_norm", "CPU")
+def cpu(grads: list[torch.Tensor]) -> torch.Tensor:
+    check(grads)
+    dense = [grad.contiguous() for grad in grads]
+    table = table_of([norm_row(grad) for grad in dense])
+    return torch.tensor(_C.gradient_norm(address_of(table), len(dense)), dtype=torch.float64)
+
+
+@implement("gradient_norm", "CompositeExplicitAutograd")
+def anywhere(grads: list[torch.Tensor]) -> torch.Tensor:
+    check(grads)
+    return reference.gradient_norm(grads)
+
+
+@fake("gradient_norm")
+def shapes(grads: list[torch.Tensor]) -> torch.Tensor:
+    check(grads)
+    return grads[0].new_empty((), dtype=torch.float64)

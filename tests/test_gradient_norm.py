@@ -1,0 +1,76 @@
+"""gradient_norm against the exact sum, its order, and what is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qlora_native import reference
+from qlora_native.cases import FLOAT_DTYPES
+
+pytestmark = pytest.mark.isa
+
+OP = torch.ops.qlora_native.gradient_norm
+SIZES = (0, 1, 31, 32, 33, 8191, 8192, 8193, 50_000)
+
+
+def exact(grads: list[torch.Tensor]) -> float:
+    return math.sqrt(math.fsum(float(x) ** 2 for grad in grads for x in grad.double().reshape(-1).tolist()))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_is_the_norm(dtype: torch.dtype, scale: float) -> None:
+    if dtype == torch.float16 and scale != 1:
+        pytest.skip("beyond the range of float16")
+    grads = [(torch.randn(n) * scale).to(dtype) for n in SIZES]
+    assert float(OP(grads)) == pytest.approx(exact(grads), rel=1e-14, abs=0)
+    assert float(reference.gradient_norm(grads)) == pytest.approx(exact(grads), rel=1e-13, abs=0)
+
+
+def test_order_is_the_one_described() -> None:
+    """Chunks of 8192 in 32 running sums, halving tree, chunks in order: bit by bit."""
+    grads = [torch.randn(n) for n in SIZES]
+    total = 0.0
+    for grad in grads:
+        for chunk in grad.double().split(8192):
+            if chunk.numel():
+                rows = torch.nn.functional.pad(chunk.square(), (0, -chunk.numel() % 32)).reshape(-1, 32)
+                slots = torch.zeros(32, dtype=torch.float64)
+                for row in rows:
+                    slots = slots + row
+                while len(slots) > 1:
+                    slots = slots[: len(slots) // 2] + slots[len(slots) // 2 :]
+                total += float(slots)
+    threads = torch.get_num_threads()
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        assert float(OP(grads)) == math.sqrt(total)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_not_finite_wherever_it_stands(dtype: torch.dtype, value: float) -> None:
+    for at in (0, 8191, 8192, 49_999):
+        grads = [torch.randn(n).to(dtype) for n in SIZES]
+        grads[-1][at] = value
+        assert not math.isfinite(float(OP(grads)))
+    largest = torch.full((100_000,), torch.finfo(dtype).max, dtype=dtype)
+    assert math.isfinite(float(OP([largest])))
+
+
+def test_non_contiguous() -> None:
+    grad = torch.randn(70, 90)
+    assert float(OP([grad.t()[::2]])) == float(OP([grad.t()[::2].contiguous()]))
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(OP.default, ([torch.randn(5), torch.randn(3, 4)],))
+
+
+def test_refuses_in_words() -> None:
+    with pytest.raises(ValueError, match=r"gradient 1 is torch.int64: expected float32, bfloat16 or float16"):
+        OP([torch.zeros(3), torch.zeros(3, dtype=torch.int64)])

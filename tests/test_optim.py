@@ -1,0 +1,416 @@
+"""qn.optim as a torch optimiser: schedulers, groups, checkpoints, clipping, GradScaler, and what 8-bit states cost."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error, same_bytes
+
+import qlora_native as qn
+
+OPTIMIZERS = (qn.optim.AdamW, qn.optim.Adam, qn.optim.Lion)
+SIZES = ((70, 70), (5,), (4096,), (33, 200))
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in SIZES]
+
+
+def give_grads(params: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        param.grad = (torch.randn(param.shape, generator=generator) * scale).to(param.dtype)
+
+
+def same_params(a: list[torch.nn.Parameter], b: list[torch.nn.Parameter]) -> bool:
+    return all(same_bytes(x.detach(), y.detach()) for x, y in zip(a, b, strict=True))
+
+
+def train(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], seeds: range) -> None:
+    for seed in seeds:
+        give_grads(params, seed)
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against torch
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(qn.optim.AdamW, torch.optim.AdamW), (qn.optim.Adam, torch.optim.Adam)])
+def test_groups_and_scheduler_follow_torch(ours: Any, theirs: Any) -> None:
+    def run(rule: Any) -> list[torch.nn.Parameter]:
+        params = parameters()
+        groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "lr": 5e-3, "betas": (0.5, 0.9)}]
+        optimizer = rule(groups, lr=1e-2, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        for seed in range(10):
+            give_grads(params, seed)
+            optimizer.step()
+            scheduler.step()
+        return params
+
+    for a, b in zip(run(ours), run(theirs), strict=True):
+        assert (a - b).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf])
+def test_clipping_is_clip_grad_norm(max_norm: float) -> None:
+    a, b = parameters(), parameters()
+    ours = qn.optim.AdamW(a, lr=1e-2, max_norm=max_norm)
+    theirs = torch.optim.AdamW(b, lr=1e-2, weight_decay=0.0)
+    for seed in range(5):
+        give_grads(a, seed, scale=seed)
+        give_grads(b, seed, scale=seed)
+        norm = torch.nn.utils.clip_grad_norm_(b, max_norm)
+        before = [p.grad.clone() for p in a if p.grad is not None]
+        ours.step()
+        theirs.step()
+        assert ours.grad_norm == pytest.approx(float(norm), rel=1e-5)
+        assert all(torch.equal(p.grad, g) for p, g in zip(a, before, strict=True) if p.grad is not None)
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).abs().max() < 2e-6
+
+
+def test_a_sum_of_many_groups_is_one_norm() -> None:
+    params = parameters()
+    optimizer = qn.optim.Lion([{"params": [p]} for p in params], max_norm=1.0)
+    give_grads(params, 0)
+    optimizer.step()
+    exact = math.sqrt(sum(float(p.grad.double().square().sum()) for p in params if p.grad is not None))
+    assert optimizer.grad_norm == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(optimizer_class: Any, bits: int, value: float) -> None:
+    a, b = parameters(), parameters()
+    disturbed = optimizer_class(a, bits=bits, max_norm=1.0)
+    plain = optimizer_class(b, bits=bits, max_norm=1.0)
+    train(disturbed, a, range(2))
+    train(plain, b, range(2))
+    give_grads(a, 9)
+    assert a[3].grad is not None
+    a[3].grad[5, 5] = value
+    disturbed.step()
+    assert disturbed.skipped and not math.isfinite(disturbed.grad_norm)
+    assert same_params(a, b)
+    train(disturbed, a, range(2, 4))
+    train(plain, b, range(2, 4))
+    assert not disturbed.skipped
+    assert same_params(a, b)  # the states and the count of steps were left alone too
+
+
+def test_without_max_norm_there_is_no_norm() -> None:
+    params = parameters()
+    optimizer = qn.optim.AdamW(params)
+    train(optimizer, params, range(1))
+    assert optimizer.grad_norm is None and not optimizer.skipped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_continues_bit_equal(optimizer_class: Any, bits: int, dtype: torch.dtype) -> None:
+    a = parameters(dtype)
+    first = optimizer_class(a, lr=1e-2, bits=bits, max_norm=1.0)
+    train(first, a, range(3))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    b = [torch.nn.Parameter(p.detach().clone()) for p in a]
+    second = optimizer_class(b, bits=bits, max_norm=1.0)
+    second.load_state_dict(torch.load(file))
+    for mine, theirs in zip(first.state.values(), second.state.values(), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(same_bytes(mine[key], theirs[key]) for key in mine)
+    assert second.param_groups[0]["lr"] == 1e-2
+    train(first, a, range(3, 6))
+    train(second, b, range(3, 6))
+    assert same_params(a, b)
+
+
+def test_a_loaded_state_is_a_copy() -> None:
+    a, b = parameters(), parameters()
+    first, second = qn.optim.AdamW(a), qn.optim.AdamW(b)
+    train(first, a, range(1))
+    second.load_state_dict(first.state_dict())
+    for p, q in zip(a, b, strict=True):
+        assert first.state[p]["exp_avg"].data_ptr() != second.state[q]["exp_avg"].data_ptr()
+
+
+def test_deepcopy_and_pickle_keep_all() -> None:
+    params = parameters()
+    optimizer = qn.optim.AdamW(params, bits=8, max_norm=0.5)
+    train(optimizer, params, range(2))
+    twin_params, twin = copy.deepcopy((params, optimizer))
+    assert twin.max_norm == 0.5
+    train(optimizer, params, range(2, 4))
+    train(twin, twin_params, range(2, 4))
+    assert same_params(params, twin_params)
+    assert twin.grad_norm == optimizer.grad_norm
+
+
+def test_a_checkpoint_of_torch_continues() -> None:
+    a, b = parameters(), parameters()
+    theirs = torch.optim.AdamW(a, lr=1e-2, weight_decay=0.0, fused=True)
+    train(theirs, a, range(3))
+    with torch.no_grad():
+        for p, q in zip(a, b, strict=True):
+            q.copy_(p)
+    ours = qn.optim.AdamW(b)
+    ours.load_state_dict(theirs.state_dict())
+    train(theirs, a, range(3, 6))
+    train(ours, b, range(3, 6))
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("before", "after"), [(32, 8), (8, 32)])
+def test_states_take_the_form_that_bits_asks_for(before: Any, after: Any) -> None:
+    a, b = parameters(), parameters()
+    first, second = qn.optim.AdamW(a, bits=before), qn.optim.AdamW(b, bits=after)
+    train(first, a, range(3))
+    second.load_state_dict({**second.state_dict(), "state": first.state_dict()["state"]})
+    forms = [state["exp_avg"].dtype for state in second.state.values()]
+    coded = torch.int8 if after == 8 else torch.float32
+    assert forms == [coded, torch.float32, coded, coded]
+    coded_one = first if before == 8 else second
+    wide_one = second if before == 8 else first
+    codes, wide = next(iter(coded_one.state.values())), next(iter(wide_one.state.values()))
+    for name in ("exp_avg", "exp_avg_sq"):
+        values = qn.reference.decode_state(codes[name], codes[f"{name}_absmax"])
+        assert relative_error(values, wide[name]) < 0.02
+    train(second, b, range(3, 5))
+
+
+def test_states_that_do_not_fit_are_told() -> None:
+    a = parameters()
+    lion = qn.optim.Lion(a)
+    train(lion, a, range(1))
+    adamw = qn.optim.AdamW(parameters())
+    with pytest.raises(ValueError, match=r"AdamW: the state of a parameter \[70, 70\] holds exp_avg"):
+        adamw.load_state_dict({**adamw.state_dict(), "state": lion.state_dict()["state"]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A torch optimiser's habits
+
+
+def test_closure_hooks_and_missing_gradients() -> None:
+    params = parameters()
+    optimizer = qn.optim.AdamW(params, lr=0.1)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    start = [p.detach().clone() for p in params]
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = params[0].square().sum() + params[2].square().sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses == sorted(losses, reverse=True)
+    assert seen == ["before", "after"] * 3
+    assert torch.equal(params[1], start[1]) and not torch.equal(params[0], start[0])
+    assert params[1] not in optimizer.state
+    train(optimizer, params, range(1))  # now all have one, each with its own count of steps
+    assert [float(optimizer.state[p]["step"]) for p in params] == [4, 1, 4, 1]
+
+
+def test_no_gradient_at_all() -> None:
+    optimizer = qn.optim.AdamW(parameters(), max_norm=1.0)
+    optimizer.step()
+    assert not optimizer.state and optimizer.grad_norm is None
+
+
+def test_add_param_group_and_new_storage() -> None:
+    """Addresses are read anew: .data may be exchanged, states replaced, groups added."""
+    a, b = parameters(), parameters()
+    first, second = qn.optim.AdamW(a, lr=1e-2), qn.optim.AdamW(b[:2], lr=1e-2)
+    second.add_param_group({"params": b[2:]})
+    train(first, a, range(2))
+    train(second, b, range(2))
+    for p in b:
+        p.data = p.data.clone()
+        second.state[p]["exp_avg"] = second.state[p]["exp_avg"].clone()
+    train(first, a, range(2, 4))
+    train(second, b, range(2, 4))
+    assert same_params(a, b)
+
+
+def test_changed_storage_order_of_a_parameter() -> None:
+    a, b = parameters(), parameters()
+    b[0].data = b[0].data.t().contiguous().t()
+    first, second = qn.optim.AdamW(a, lr=1e-2, bits=8), qn.optim.AdamW(b, lr=1e-2, bits=8)
+    train(first, a, range(3))
+    train(second, b, range(3))
+    assert same_params(a, b)
+    assert not b[0].is_contiguous()
+
+
+def test_tensor_learning_rate_and_named_parameters() -> None:
+    module = torch.nn.Linear(4, 3)
+    optimizer = qn.optim.AdamW(module.named_parameters(), lr=torch.tensor(0.5))
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    before = module.bias.detach().clone()
+    module(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(module.bias.detach(), before - 0.5)
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+def test_grad_scaler(unscale_first: bool) -> None:
+    a, b = parameters(), parameters()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    scaled, plain = qn.optim.AdamW(a, lr=1e-2, max_norm=0.5), qn.optim.AdamW(b, lr=1e-2, max_norm=0.5)
+
+    def loss_of(params: list[torch.nn.Parameter]) -> torch.Tensor:
+        return torch.stack([p.square().sum() for p in params]).sum()
+
+    for _ in range(3):
+        scaled.zero_grad()
+        plain.zero_grad()
+        scaler.scale(loss_of(a)).backward()
+        loss_of(b).backward()
+        if unscale_first:
+            scaler.unscale_(scaled)
+        scaler.step(scaled)
+        scaler.update()
+        plain.step()
+        assert scaled.grad_norm == pytest.approx(plain.grad_norm, rel=1e-6)
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).abs().max() < 1e-6
+    assert a[0].grad is not None
+    a[0].grad[0, 0] = float("inf")
+    before = [p.detach().clone() for p in a]
+    scaler.scale(torch.zeros(()))
+    scaler.step(scaled)
+    scaler.update()
+    assert scaled.skipped and scaler.get_scale() == 512.0
+    assert all(torch.equal(p, q) for p, q in zip(a, before, strict=True))
+
+
+def test_sparse_is_refused() -> None:
+    embedding = torch.nn.Embedding(10, 4, sparse=True)
+    optimizer = qn.optim.AdamW(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"AdamW: a gradient is torch.sparse_coo: expected dense ones"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"paged": True}, "AdamW: paged is True, but this release has no paged states yet"),
+        ({"paged": "yes"}, "paged is 'yes': expected 'auto', True or False"),
+        ({"bits": 4}, "bits is 4: expected 32 or 8"),
+        ({"lr": -1.0}, "lr is -1.0: expected 0 or more"),
+        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\): expected two numbers"),
+        ({"eps": float("nan")}, "eps is nan: expected 0 or more"),
+        ({"max_norm": 0.0}, "max_norm is 0.0: expected a number above 0, or None"),
+    ],
+)
+def test_refuses_in_words(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        qn.optim.AdamW(parameters(), **options)
+
+
+def test_refuses_other_dtypes() -> None:
+    with pytest.raises(ValueError, match=r"a parameter \[3\] is torch.float64: expected float32, bfloat16 or float16"):
+        qn.optim.AdamW([torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))])
+
+
+def test_signature_is_the_promised_one() -> None:
+    for paged in ("auto", False):
+        qn.optim.AdamW(parameters(), 2e-4, (0.9, 0.999), 1e-8, 0.0, 8, paged, "pages")
+
+
+def test_other_devices_and_dtypes_take_the_ops() -> None:
+    """A gradient of another dtype cannot go to the kernel: same numbers, by way of the reference."""
+    a, b = parameters(), parameters()
+    plain, by_ops = qn.optim.AdamW(a, bits=8, max_norm=1.0), qn.optim.AdamW(b, bits=8, max_norm=1.0)
+    plain_point_at: Callable[..., bool] = qn.optim._Plan.point_at
+    for seed in range(3):
+        give_grads(a, seed)
+        give_grads(b, seed)
+        plain.step()
+        qn.optim._Plan.point_at = lambda self, grads: False  # type: ignore[method-assign]
+        try:
+            by_ops.step()
+        finally:
+            qn.optim._Plan.point_at = plain_point_at  # type: ignore[method-assign]
+    assert by_ops.grad_norm == plain.grad_norm
+    assert same_params(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8-bit states
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
+
+
+def test_bytes_of_the_states() -> None:
+    forms: tuple[tuple[Any, float], ...] = ((32, 8.0), (8, 2.03125))
+    for bits, expected in forms:
+        params = [torch.nn.Parameter(torch.zeros(1024, 1024))]
+        optimizer = qn.optim.AdamW(params, bits=bits)
+        give_grads(params, 0)
+        optimizer.step()
+        assert state_bytes(optimizer) / 2**20 == pytest.approx(expected, rel=1e-4)
+
+
+def test_small_tensors_keep_32_bits() -> None:
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (4095, 4096)]
+    optimizer = qn.optim.AdamW(params, bits=8)
+    give_grads(params, 0)
+    optimizer.step()
+    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.float32, torch.int8]
+
+
+def network_loss(rule: Callable[[Any], torch.optim.Optimizer], seed: int) -> list[float]:
+    """Losses of a small next-token model on a language of its own: a noisy permutation of 64 symbols."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    follows = torch.randperm(64, generator=generator)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(64, 96), torch.nn.Linear(96, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)
+    )
+    optimizer = rule(model.parameters())
+    losses = []
+    for _ in range(300):
+        tokens = torch.randint(64, (128,), generator=generator)
+        noise = torch.randint(64, (128,), generator=generator)
+        target = torch.where(torch.rand(128, generator=generator) < 0.2, noise, follows[tokens])
+        loss = torch.nn.functional.cross_entropy(model(tokens), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_8_bit_training_follows_32_bit(optimizer_class: Any) -> None:
+    lr = 1e-3 if optimizer_class is not qn.optim.Lion else 3e-4
+    curves = {bits: network_loss(lambda p, b=bits: optimizer_class(p, lr=lr, bits=b), 0) for bits in (32, 8)}  # type: ignore[misc]
+    start, end = curves[32][0], sum(curves[32][-50:]) / 50
+    assert end < 0.5 * start
+    assert abs(sum(curves[8][-50:]) / 50 - end) < 0.02 * end
+    for wide, coded in zip(curves[32], curves[8], strict=True):
+        assert abs(wide - coded) < 0.1 * wide
