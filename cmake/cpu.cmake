@@ -8,7 +8,11 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/isa_scalar.cc
   cpp/cpu/kernels.cc
   cpp/cpu/linear_4bit.cc
-  cpp/cpu/quantize_4bit.cc)
+  cpp/cpu/linear_cross_entropy.cc
+  cpp/cpu/quantize_4bit.cc
+  cpp/cpu/rms_norm.cc
+  cpp/cpu/rotary.cc
+  cpp/cpu/swiglu.cc)
 target_include_directories(qlora_native_cpu PUBLIC cpp)
 # No contraction: a product and a sum that the arithmetic rule keeps apart must not be fused.
 target_compile_options(qlora_native_cpu PUBLIC

@@ -6,7 +6,11 @@ find_package(pybind11 CONFIG REQUIRED)
 pybind11_add_module(_C MODULE
   cpp/python/bind_dequantize_4bit.cc
   cpp/python/bind_linear_4bit.cc
+  cpp/python/bind_linear_cross_entropy.cc
   cpp/python/bind_quantize_4bit.cc
+  cpp/python/bind_rms_norm.cc
+  cpp/python/bind_rotary.cc
+  cpp/python/bind_swiglu.cc
   cpp/python/checked_weight.cc
   cpp/python/module.cc)
 target_link_libraries(_C PRIVATE qlora_native_cpu)

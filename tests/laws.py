@@ -250,7 +250,7 @@ def core_needs_only_the_core_packages(files: Tree) -> list[str]:
 # One stem, one home, and words
 
 
-NOT_AN_OP = re.compile(r"isa(_\w+)?|kernels(-inl)?|vec|parallel|file_store|wp|matmul_plan|managed_store|paging")
+NOT_AN_OP = re.compile(r"isa(_\w+)?|kernels(-\w+)?(-inl)?|vec|parallel|file_store|wp|matmul_plan|managed_store|paging")
 # The rooms of kernels, and what a file there needs beside it and in the room of its bindings.
 KERNEL_ROOMS = {"cpp/cpu": (".h", ".cc"), "cuda": (".h", ".cuh", ".cu")}
 

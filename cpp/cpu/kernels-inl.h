@@ -2,6 +2,7 @@
 //
 // No standard-library templates in here: an instantiation compiled for AVX-512 could be the one the linker keeps.
 #include "core/layout.h"
+#include "cpu/kernels-activations-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -215,6 +216,7 @@ constexpr Kernels kTable = {
     {quantize_blocks<float>, quantize_blocks<Bf16>, quantize_blocks<Fp16>},
     {dequantize_span<float>, dequantize_span<Bf16>, dequantize_span<Fp16>},
     {linear_rows<float>, linear_rows<Bf16>, linear_rows<Fp16>},
+    kActivations,
 };
 
 }  // namespace

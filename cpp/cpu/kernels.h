@@ -5,6 +5,7 @@
 
 #include "core/weight_view.h"
 #include "cpu/isa.h"
+#include "cpu/kernels-activations.h"
 
 namespace qlora_native::cpu {
 
@@ -41,6 +42,7 @@ struct Kernels {
   QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
   DequantizeSpan dequantize_span[3];
   LinearRows linear_rows[3];
+  ActivationKernels activations;
 };
 
 const Kernels& scalar_kernels();

@@ -53,6 +53,10 @@ PYBIND11_MODULE(_C, module) {
   bind_quantize_4bit(module);
   bind_dequantize_4bit(module);
   bind_linear_4bit(module);
+  bind_linear_cross_entropy(module);
+  bind_rms_norm(module);
+  bind_rotary(module);
+  bind_swiglu(module);
 }
 
 }  // namespace qlora_native::python

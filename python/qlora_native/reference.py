@@ -152,3 +152,47 @@ def linear_cross_entropy(
     """Mean cross entropy of the logits h W^T in double precision, fp32 []; NaN when every label is ignored."""
     logits = h.double().reshape(-1, h.shape[-1]) @ weight.double().t()
     return F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index).float()
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight * round(x / rms(x)) over the last axis, as LlamaRMSNorm rounds; and 1 / rms(x) [...], at least fp32."""
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    return weight * (wide * rstd[..., None]).to(x.dtype), rstd
+
+
+def rms_norm_backward(grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Gradient of rms_norm to x; itself differentiable."""
+    wide, gradient = _wide(x), _wide(grad_y) * _wide(weight)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normal = wide * rstd
+    return (rstd * (gradient - normal * (gradient * normal).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """round(silu(gate)) * up."""
+    return F.silu(gate) * up
+
+
+def swiglu_backward(
+    grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of swiglu to gate and up; themselves differentiable."""
+    wide, gradient = _wide(gate), _wide(grad_y)
+    sigmoid = torch.sigmoid(wide)
+    grad_gate = gradient * _wide(up) * (sigmoid * (1 + wide * (1 - sigmoid)))
+    return grad_gate.to(gate.dtype), (gradient * (wide * sigmoid).to(gate.dtype)).to(up.dtype)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    """Dimensions i and i + D/2 of each head of x [B, H, T, D] turned by the angles in cos and sin [1 or B, T, D]."""
+    half = x.shape[-1] // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if inverse:  # the transpose
+        turned = x * sin
+        return x * cos + torch.cat((turned[..., half:], -turned[..., :half]), -1)
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin

@@ -6,7 +6,16 @@ To add one, see CONTRIBUTING.md. The schemas stand together in ``_library.py``.
 from __future__ import annotations
 
 from . import _cuda_kernels as _cuda_kernels
-from . import dequantize_4bit, linear_4bit, linear_cross_entropy, lora_linear_4bit, quantize_4bit
+from . import (
+    dequantize_4bit,
+    linear_4bit,
+    linear_cross_entropy,
+    lora_linear_4bit,
+    quantize_4bit,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from ._library import SCHEMAS
 
 __all__ = [
@@ -16,4 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear_4bit",
     "quantize_4bit",
+    "rms_norm",
+    "rotary",
+    "swiglu",
 ]
