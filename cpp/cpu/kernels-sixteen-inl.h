@@ -1,7 +1,7 @@
 // Sixteen floats at a time on every instruction set, so that sums are taken in one order and the bytes agree.
 //
-// A register on AVX-512, two on AVX2, an array otherwise. Products and sums are never fused in here, because a machine
-// without FMA could not follow. Sums run over sixteen partial sums, folded by halves.
+// A register on AVX-512, two on AVX2, an array otherwise. A product and a sum are fused only by fused(), which every
+// instruction set rounds once (the plain one calls fmaf). Sums run over sixteen partial sums, folded by halves.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +28,7 @@ inline Sixteen operator+(Sixteen a, Sixteen b) { return {_mm512_add_ps(a.v, b.v)
 inline Sixteen operator-(Sixteen a, Sixteen b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Sixteen operator*(Sixteen a, Sixteen b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Sixteen operator/(Sixteen a, Sixteen b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Sixteen fused(Sixteen a, Sixteen b, Sixteen c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a b + c
 // a > b ? a : b, and so on: with NaN in b the result is b.
 inline Sixteen larger(Sixteen a, Sixteen b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Sixteen smaller(Sixteen a, Sixteen b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -61,6 +62,9 @@ inline Sixteen operator+(Sixteen a, Sixteen b) { return {_mm256_add_ps(a.low, b.
 inline Sixteen operator-(Sixteen a, Sixteen b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 inline Sixteen operator*(Sixteen a, Sixteen b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 inline Sixteen operator/(Sixteen a, Sixteen b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline Sixteen fused(Sixteen a, Sixteen b, Sixteen c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
 inline Sixteen larger(Sixteen a, Sixteen b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
 inline Sixteen smaller(Sixteen a, Sixteen b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 inline SixteenInts bits_of(Sixteen a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
@@ -136,6 +140,9 @@ inline Sixteen operator*(const Sixteen& a, const Sixteen& b) {
 }
 inline Sixteen operator/(const Sixteen& a, const Sixteen& b) {
   return sixteen_of<Sixteen>([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline Sixteen fused(const Sixteen& a, const Sixteen& b, const Sixteen& c) {
+  return sixteen_of<Sixteen>([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
 }
 inline Sixteen larger(const Sixteen& a, const Sixteen& b) {
   return sixteen_of<Sixteen>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
@@ -248,23 +255,22 @@ inline float max16(Sixteen a) {
   return lane[0];
 }
 
-// e^x to 2 units in the last place, over the whole range: e^x = 2^n e^r with n the integer nearest to x / ln 2, e^r
+// e^x to 1.5 units in the last place over the whole range: e^x = 2^n e^r with n the integer nearest to x / ln 2, e^r
 // from the polynomial of S. Moshier's Cephes library (expf). Subnormal results are rounded once; NaN stays NaN.
 inline Sixteen exp16(Sixteen x) {
   // Outside, e^x rounds to zero or overflows anyway. The operand order keeps NaN.
   const Sixteen in = larger(splat(-104.0f), smaller(splat(89.0f), x));
   const Sixteen magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Sixteen shifted = in * splat(1.44269504088896341f) + magic;
+  const Sixteen shifted = fused(in, splat(1.44269504088896341f), magic);
   const Sixteen n = shifted - magic;
-  const Sixteen r =
-      (in - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);  // ln 2 in two parts; n times the first is exact
+  const Sixteen r = fused(n, splat(2.12194440e-4f), fused(n, splat(-0.693359375f), in));  // ln 2 in two parts
   Sixteen p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = (p * (r * r) + r) + splat(1.0f);
+  p = fused(p, r, splat(1.3981999507e-3f));
+  p = fused(p, r, splat(8.3334519073e-3f));
+  p = fused(p, r, splat(4.1665795894e-2f));
+  p = fused(p, r, splat(1.6666665459e-1f));
+  p = fused(p, r, splat(5.0000001201e-1f));
+  p = fused(p, r * r, r) + splat(1.0f);
   const SixteenInts exponent = bits_of(shifted) - bits_of(magic);
   const SixteenInts half = half_of(exponent);
   return (p * power_of_two(half)) * power_of_two(exponent - half);
