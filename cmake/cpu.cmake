@@ -3,6 +3,7 @@
 find_package(OpenMP REQUIRED COMPONENTS CXX)
 
 add_library(qlora_native_cpu STATIC
+  cpp/cpu/causal_attention.cc
   cpp/cpu/dequantize_4bit.cc
   cpp/cpu/isa.cc
   cpp/cpu/isa_scalar.cc
@@ -25,7 +26,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(avx2 -mavx2 -mfma -mf16c)
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
   set(avx512_bf16 ${avx512} -mavx512bf16)
-  foreach(isa avx2 avx512 avx512_bf16)
+  set(amx ${avx512_bf16} -mamx-tile -mamx-bf16)
+  foreach(isa avx2 avx512 avx512_bf16 amx)
     target_sources(qlora_native_cpu PRIVATE cpp/cpu/isa_${isa}.cc)
     set_source_files_properties(cpp/cpu/isa_${isa}.cc PROPERTIES COMPILE_OPTIONS "${${isa}}")
   endforeach()

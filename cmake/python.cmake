@@ -4,6 +4,7 @@ find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
 find_package(pybind11 CONFIG REQUIRED)
 
 pybind11_add_module(_C MODULE
+  cpp/python/bind_causal_attention.cc
   cpp/python/bind_dequantize_4bit.cc
   cpp/python/bind_linear_4bit.cc
   cpp/python/bind_linear_cross_entropy.cc

@@ -9,11 +9,15 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace qlora_native::cpu {
 namespace {
 
-constexpr const char* kNames[kNumIsas] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[kNumIsas] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__)
 
@@ -25,6 +29,17 @@ uint64_t saved_states() {
   uint32_t high = 0;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return static_cast<uint64_t>(high) << 32 | low;
+}
+
+// Linux gives a process its tile registers only when it asks (Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 Isa best_of_this_cpu() {
@@ -50,10 +65,12 @@ Isa best_of_this_cpu() {
   if (!avx512 || (states & kZmm) != kZmm) {
     return Isa::kAvx2;
   }
-  if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && bit(eax, 5)) {
-    return Isa::kAvx512Bf16;
+  const bool amx = bit(edx, 22) && bit(edx, 24);  // AMX-BF16, AMX-TILE
+  if (max_subleaf < 1 || __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0 || !bit(eax, 5)) {
+    return Isa::kAvx512;
   }
-  return Isa::kAvx512;
+  constexpr uint64_t kTileState = 0x60000;
+  return amx && (states & kTileState) == kTileState && may_use_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
 #else
@@ -94,7 +111,7 @@ const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 std::vector<Isa> isas_built() {
   std::vector<Isa> isas{Isa::kScalar};
 #if defined(__x86_64__)
-  isas.insert(isas.end(), {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16});
+  isas.insert(isas.end(), {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx});
 #endif
   return isas;
 }

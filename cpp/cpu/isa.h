@@ -7,9 +7,9 @@
 namespace qlora_native::cpu {
 
 // In rising order: each level includes the ones before it.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
-inline constexpr int kNumIsas = 4;
+inline constexpr int kNumIsas = 5;
 
 const char* isa_name(Isa isa);
 

@@ -3,6 +3,7 @@
 // No standard-library templates in here: an instantiation compiled for AVX-512 could be the one the linker keeps.
 #include "core/layout.h"
 #include "cpu/kernels-activations-inl.h"
+#include "cpu/kernels-attention-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -217,6 +218,7 @@ constexpr Kernels kTable = {
     {dequantize_span<float>, dequantize_span<Bf16>, dequantize_span<Fp16>},
     {linear_rows<float>, linear_rows<Bf16>, linear_rows<Fp16>},
     kActivations,
+    kAttention,
 };
 
 }  // namespace

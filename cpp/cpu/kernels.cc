@@ -6,6 +6,8 @@ const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     switch (current_isa()) {
 #if defined(__x86_64__)
+      case Isa::kAmx:
+        return amx_kernels();
       case Isa::kAvx512Bf16:
         return avx512_bf16_kernels();
       case Isa::kAvx512:

@@ -6,6 +6,7 @@
 #include "core/weight_view.h"
 #include "cpu/isa.h"
 #include "cpu/kernels-activations.h"
+#include "cpu/kernels-attention.h"
 
 namespace qlora_native::cpu {
 
@@ -43,6 +44,7 @@ struct Kernels {
   DequantizeSpan dequantize_span[3];
   LinearRows linear_rows[3];
   ActivationKernels activations;
+  AttentionKernels attention;
 };
 
 const Kernels& scalar_kernels();
@@ -50,6 +52,7 @@ const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
+const Kernels& amx_kernels();
 #endif
 
 // The table of the instruction set in use.

@@ -17,6 +17,7 @@ namespace qlora_native::python {
 // Addresses cross as integers: the caller owns the memory and keeps it alive for the call.
 using Address = uintptr_t;
 
+void bind_causal_attention(pybind11::module_& module);
 void bind_quantize_4bit(pybind11::module_& module);
 void bind_dequantize_4bit(pybind11::module_& module);
 void bind_linear_4bit(pybind11::module_& module);

@@ -76,3 +76,24 @@ def swiglu(dtype: int, gate: int, up: int, numel: int, y: int) -> None: ...
 def swiglu_backward(
     dtype: int, grad_y: int, gate: int, up: int, numel: int, grad_gate: int, grad_up: int
 ) -> None: ...
+
+Heads = tuple[int, int, int, int]
+
+def causal_attention_scratch_bytes(shape: tuple[int, ...], backward: bool) -> int: ...
+def causal_attention(
+    shape: tuple[int, ...], scale: float, q: Heads, k: Heads, v: Heads, out: Heads, lse: int, scratch: int
+) -> None: ...
+def causal_attention_backward(
+    shape: tuple[int, ...],
+    scale: float,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    out: Heads,
+    lse: int,
+    grad_out: Heads,
+    grad_q: Heads,
+    grad_k: Heads,
+    grad_v: Heads,
+    scratch: int,
+) -> None: ...

@@ -196,3 +196,18 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool 
         turned = x * sin
         return x * cos + torch.cat((turned[..., half:], -turned[..., :half]), -1)
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T) v where no position sees a later one; and the log of the softmax's sum, [B, H, T].
+
+    q is [B, H, T, D]; k and v are [B, H / g, T, D], each head of theirs shared by g of q's.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (_wide(x).repeat_interleave(group, 1) for x in (k, v))
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    scores = (scale * (_wide(q) @ keys.transpose(2, 3))).masked_fill(hidden, -math.inf)
+    lse = scores.logsumexp(-1)
+    return (torch.exp(scores - lse[..., None]) @ values).to(q.dtype), lse

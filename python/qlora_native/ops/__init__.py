@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from . import _cuda_kernels as _cuda_kernels
 from . import (
+    causal_attention,
     dequantize_4bit,
     linear_4bit,
     linear_cross_entropy,
@@ -20,6 +21,7 @@ from ._library import SCHEMAS
 
 __all__ = [
     "SCHEMAS",
+    "causal_attention",
     "dequantize_4bit",
     "linear_4bit",
     "linear_cross_entropy",

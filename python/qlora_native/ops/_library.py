@@ -37,6 +37,11 @@ SCHEMAS = {
         f"(Tensor h, Tensor labels, int ignore_index, bool need_grad_h, bool need_grad_weight, {WEIGHT_OR_DENSE})"
         " -> (Tensor, Tensor, Tensor)"
     ),
+    "causal_attention": "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    "causal_attention_backward": (
+        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rms_norm_backward": "(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, float eps) -> Tensor",
     "rotary": "(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
