@@ -205,9 +205,31 @@ def causal_attention(
 
     q is [B, H, T, D]; k and v are [B, H / g, T, D], each head of theirs shared by g of q's.
     """
-    group = q.shape[1] // k.shape[1]
-    keys, values = (_wide(x).repeat_interleave(group, 1) for x in (k, v))
+    keys, values = _each_query_head(k, q), _each_query_head(v, q)
+    weights, lse = _causal_weights(q, keys, scale)
+    return (weights @ values).to(q.dtype), lse
+
+
+def causal_attention_backward(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of causal_attention to q, k and v; themselves differentiable."""
+    keys, values, gradient = _each_query_head(k, q), _each_query_head(v, q), _wide(grad_out)
+    weights, _ = _causal_weights(q, keys, scale)
+    grad_weights = gradient @ values.transpose(2, 3)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+    shared = (k.shape[0], k.shape[1], q.shape[1] // k.shape[1], *k.shape[2:])
+    grad_k = (grad_scores.transpose(2, 3) @ _wide(q)).view(shared).sum(2)
+    grad_v = (weights.transpose(2, 3) @ gradient).view(shared).sum(2)
+    return (grad_scores @ keys).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _each_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return _wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _causal_weights(q: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scores = (scale * (_wide(q) @ keys.transpose(2, 3))).masked_fill(hidden, -math.inf)
     lse = scores.logsumexp(-1)
-    return (torch.exp(scores - lse[..., None]) @ values).to(q.dtype), lse
+    return torch.exp(scores - lse[..., None]), lse

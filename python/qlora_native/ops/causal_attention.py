@@ -129,7 +129,7 @@ def anywhere_backward(
     lse: torch.Tensor,
     scale: float,
 ) -> Triple:
-    grads = _plain_backward(grad_out, (q.detach(), k.detach(), v.detach()), scale, differentiable=False)
+    grads = reference.causal_attention_backward(grad_out, q, k, v, scale)
     copies = [_output(x).copy_(grad) for x, grad in zip((q, k, v), grads, strict=True)]
     return copies[0], copies[1], copies[2]
 
@@ -147,15 +147,6 @@ def backward_shapes(
     return _output(q), _output(k), _output(v)
 
 
-def _plain_backward(
-    grad_out: torch.Tensor, operands: Triple, scale: float, differentiable: bool
-) -> tuple[torch.Tensor, ...]:
-    with torch.enable_grad():
-        leaves = [x if x.requires_grad else x.requires_grad_() for x in operands]
-        out, _ = reference.causal_attention(leaves[0], leaves[1], leaves[2], scale)
-        return torch.autograd.grad(out, leaves, grad_out, create_graph=differentiable)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     q, k, v, scale = inputs
     ctx.mark_non_differentiable(output[1])
@@ -169,7 +160,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, _: Any) -> tuple[Any, ...
         return None, None, None, None
     q, k, v, out, lse = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody differentiates these gradients
-        return *_plain_backward(grad_out, (q, k, v), ctx.scale, differentiable=True), None
+        return *reference.causal_attention_backward(grad_out, q, k, v, ctx.scale), None
     return *torch.ops.qlora_native.causal_attention_backward(grad_out, q, k, v, out, lse, ctx.scale), None
 
 

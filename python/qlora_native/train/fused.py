@@ -1,4 +1,4 @@
-"""Native kernels in place of what stands between a model's matrix products: norms, gated MLPs, rotary embedding.
+"""Native kernels in place of what stands between a model's matrix products: norms, gated MLPs, attention.
 
 Nothing is known here by its class's name. A module is looked at for its parts, computed once both ways on numbers that
 tell the two apart, and replaced only where the results agree; whatever differs (Gemma's norm of weight 1 + w, a GELU, a
@@ -7,23 +7,18 @@ clamp, interleaved rotation) stays as it is. Parameters, names and state_dict ke
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache
 from itertools import permutations
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import qlora_native.ops  # registers torch.ops.qlora_native
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# How far two orders of rounding may lie apart, relative to the largest value.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+from qlora_native.train.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -66,7 +61,7 @@ class Fused(nn.Module):
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        kind, base = type(self).__mro__[1:3]
+        kind, base = type(self).__bases__
         return _blank, (kind, base), self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
 
 
@@ -95,20 +90,20 @@ class Norm(Fused):
         weight = own.get("weight")
         if list(own) != ["weight"] or weight is None or list(module.children()) or list(module.buffers()):
             return None
-        if weight.dim() != 1 or not _is_ours(weight) or type(module).__module__.startswith("torch."):
+        if weight.dim() != 1 or not is_ours(weight) or type(module).__module__.startswith("torch."):
             return None
         candidates = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}
         for eps in sorted(candidates):
             # Rows about as small as eps show where it is added and which it is.
             probe = _noise(4, weight.shape[0]) * torch.tensor([[1.0], [30.0], [eps**0.5], [eps**0.5 / 8]])
             probe = probe.to(weight.dtype)
-            if _agree(_attempt(module, probe), torch.ops.qlora_native.rms_norm(probe, weight.detach(), eps)[0]):
+            if agree(_attempt(module, probe), torch.ops.qlora_native.rms_norm(probe, weight.detach(), eps)[0]):
                 return {"_fused_eps": eps}
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to the same shape."""
-        if args or kwargs or x.dtype != self.weight.dtype or not _is_ours(x):
+        if args or kwargs or x.dtype != self.weight.dtype or not is_ours(x):
             return super().forward(x, *args, **kwargs)
         return torch.ops.qlora_native.rms_norm(x, self.weight, self._fused_eps)[0]
 
@@ -127,10 +122,10 @@ class GatedMLP(Fused):
         if len(linears) != 3 or len(others) != 1 or list(others[0].parameters()) or list(module.parameters(False)):
             return None
         dtype = _dtype_of(parts[linears[0]])
-        if dtype not in DTYPES or not all(_is_ours(tensor, dtype=False) for tensor in module.parameters()):
+        if dtype not in TOLERANCE or not all(is_ours(tensor, dtype=False) for tensor in module.parameters()):
             return None
         line = torch.linspace(-12.0, 12.0, 97).to(dtype)
-        if not _agree(_attempt(others[0], line), nn.functional.silu(line)):
+        if not agree(_attempt(others[0], line), nn.functional.silu(line)):
             return None
         for gate, up, down in permutations(linears):
             wide, narrow = _shape(parts[gate]), _shape(parts[down])
@@ -140,95 +135,34 @@ class GatedMLP(Fused):
             probe = (_noise(2, wide[1]) * torch.tensor([[1.0], [40.0]])).to(dtype)
             with _quiet(module), torch.no_grad():
                 got = parts[down](torch.ops.qlora_native.swiglu(parts[gate](probe), parts[up](probe)))
-                if _agree(_attempt(module, probe), got, each_row=True):
+                if agree(_attempt(module, probe), got, each_row=True):
                     return {"_fused_parts": (gate, up, down)}
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to the same shape."""
-        if args or kwargs or x.dtype not in DTYPES or not _is_ours(x):
+        if args or kwargs or x.dtype not in TOLERANCE or not is_ours(x):
             return super().forward(x, *args, **kwargs)
         gate, up, down = (getattr(self, name) for name in self._fused_parts)
         return down(torch.ops.qlora_native.swiglu(gate(x), up(x)))
 
 
 class Attention(Fused):
-    """An attention whose forward calls a function ``(q, k, cos, sin, ...)`` that rotates q and k."""
+    """An attention whose forward rotates q and k by a function of its module, or calls transformers' sdpa."""
 
     label = "attention"
 
     @classmethod
     def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
         parameter = next(module.parameters(), None)
-        if parameter is None or not _is_ours(parameter, dtype=False):
+        if parameter is None or not is_ours(parameter, dtype=False):
             return None
         forward = type(module).forward
-        return {} if isinstance(forward, FunctionType) and with_native_rotary(forward) is not forward else None
+        return {} if isinstance(forward, FunctionType) and with_native_parts(forward) is not forward else None
 
     @classmethod
     def members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        return {"forward": with_native_rotary(base.forward)}  # type: ignore[arg-type]
-
-
-def with_native_rotary(function: FunctionType) -> FunctionType:
-    """A copy of ``function`` that sees the native rotation in place of each global that computes the same; the function
-    itself if there is none. Functions that it wraps are looked into; globals of the module are not touched."""
-    swapped = {}
-    for name in function.__code__.co_names:
-        found = function.__globals__.get(name)
-        if isinstance(found, FunctionType) and _rotates(found):
-            swapped[name] = _native_rotary(found)
-    cells = []
-    for cell in function.__closure__ or ():
-        inner = cell.cell_contents
-        wrapped = inner is getattr(function, "__wrapped__", None) and isinstance(inner, FunctionType)
-        copied = with_native_rotary(inner) if wrapped else inner
-        cells.append(cell if copied is inner else CellType(copied))
-    if not swapped and all(a is b for a, b in zip(cells, function.__closure__ or (), strict=True)):
-        return function
-    names = {**function.__globals__, **swapped} if swapped else function.__globals__
-    copy = FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, tuple(cells) if cells else None
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return wraps(function)(copy)
-
-
-@cache
-def _rotates(function: FunctionType) -> bool:
-    """Whether ``function(q, k, cos, sin)`` is the rotation that the native kernel does."""
-    try:
-        if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
-            return False
-        noise = torch.Generator().manual_seed(0)
-        q, k = (torch.randn(2, heads, 5, 16, generator=noise) for heads in (3, 1))
-        cos, sin = (torch.randn(2, 5, 16, generator=noise) for _ in range(2))
-        got = function(q, k, cos, sin)
-    except Exception:  # it wants something else
-        return False
-    rotary = torch.ops.qlora_native.rotary
-    return len(got) == 2 and all(
-        isinstance(a, Tensor) and _agree(a, rotary(x, cos, sin, False)) for a, x in zip(got, (q, k), strict=True)
-    )
-
-
-@cache
-def _native_rotary(original: FunctionType) -> Callable[..., Any]:
-    @wraps(original)
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = not args and not kwargs and q.dtype == k.dtype == cos.dtype == sin.dtype and q.dim() == k.dim() == 4
-        fits = plain and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and _is_ours(q)
-        if not fits or cos.requires_grad or sin.requires_grad:
-            return original(q, k, cos, sin, *args, **kwargs)
-        rotary = torch.ops.qlora_native.rotary
-        return rotary(q, cos, sin, False), rotary(k, cos, sin, False)
-
-    return apply
-
-
-def _is_ours(tensor: Tensor, dtype: bool = True) -> bool:
-    """Whether the native kernels take it."""
-    return tensor.device.type == "cpu" and (not dtype or tensor.dtype in DTYPES)
+        return {"forward": with_native_parts(base.forward)}  # type: ignore[arg-type]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -271,15 +205,3 @@ def _attempt(module: nn.Module, x: Tensor) -> Any:
         return module(x)
     except Exception:  # whatever an unknown module raises, it is not what is looked for
         return None
-
-
-def _agree(got: Any, expected: Tensor, each_row: bool = False) -> bool:
-    """Equal but for rounding, relative to the largest value, of each row or of all."""
-    if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
-        return False
-    difference, size = (got.float() - expected.float()).abs(), expected.float().abs()
-    if each_row:
-        difference, size = difference.amax(-1), size.amax(-1)
-    else:
-        size = size.clamp_min(1e-3)
-    return bool((difference <= TOLERANCE[expected.dtype] * size).all() and size.isfinite().all())
