@@ -183,6 +183,30 @@ inline void grad_block(const GradBuffers& b, int64_t i, int64_t j, int64_t padde
   }
 }
 
+inline void write_rows(const float* sums, int64_t length, int64_t width, float scale, Bf16* out, int64_t row_stride) {
+  const Sixteen factor = splat(scale);
+  for (int64_t row = 0; row < length; ++row) {
+    for (int64_t d = 0; d < width; d += kSixteen) {
+      store16(out + row * row_stride + d, load16(sums + row * width + d) * factor);
+    }
+  }
+}
+
+// The same from sums [width, padded] that lie turned.
+inline void write_turned(const float* sums, int64_t padded, int64_t length, int64_t width, float scale, Bf16* out,
+                         int64_t row_stride) {
+  const Sixteen factor = splat(scale);
+  for (int64_t row = 0; row < length; row += kSixteen) {
+    for (int64_t d = 0; d < width; d += kSixteen) {
+      Sixteen turned[kSixteen];
+      turn_square(sums + d * padded + row, padded, turned);
+      for (int64_t r = 0; r < kSixteen && row + r < length; ++r) {
+        store16(out + (row + r) * row_stride + d, turned[r] * factor);
+      }
+    }
+  }
+}
+
 // Adds one query head's part to grad_k and grad_v, and writes its grad_q.
 void grad_of_query_head(const AttentionGradJob& job, int64_t batch, int64_t head, bool first_of_group,
                         const GradBuffers& b) {
@@ -227,21 +251,7 @@ void grad_of_query_head(const AttentionGradJob& job, int64_t batch, int64_t head
     tile_product(b.grad_scores + j, padded, {b.q_rows + from, rows_step, kTileElements}, kAttentionKeys, width, steps,
                  b.grad_k + j * width, width, !first_of_group);
   }
-  Bf16* grad_q = job.grad_q.at(batch, head);
-  for (int64_t i = 0; i < length; ++i) {
-    for (int64_t d = 0; d < width; ++d) {
-      grad_q[i * job.grad_q.row_stride + d] = from_float<Bf16>(b.grad_q[d * padded + i] * forward.scale);
-    }
-  }
-}
-
-inline void write_rows(const float* sums, int64_t length, int64_t width, float scale, Bf16* out, int64_t row_stride) {
-  const Sixteen factor = splat(scale);
-  for (int64_t row = 0; row < length; ++row) {
-    for (int64_t d = 0; d < width; d += kSixteen) {
-      store16(out + row * row_stride + d, load16(sums + row * width + d) * factor);
-    }
-  }
+  write_turned(b.grad_q, padded, length, width, forward.scale, job.grad_q.at(batch, head), job.grad_q.row_stride);
 }
 
 void attention_grad_heads(const AttentionGradJob& job, int64_t first, int64_t last, unsigned char* memory) {

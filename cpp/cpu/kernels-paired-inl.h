@@ -201,6 +201,29 @@ inline void transpose_16(const __m512i* in, __m512i* out) {
 }
 #endif
 
+// in [16, 16] at a stride, transposed.
+inline void turn_square(const float* in, int64_t stride, Sixteen* out) {
+#if defined(__AVX512BW__)
+  __m512i rows[16];
+  __m512i turned[16];
+  for (int64_t i = 0; i < 16; ++i) {
+    rows[i] = _mm512_loadu_si512(in + i * stride);
+  }
+  transpose_16(rows, turned);
+  for (int64_t i = 0; i < 16; ++i) {
+    out[i] = {_mm512_castsi512_ps(turned[i])};
+  }
+#else
+  for (int64_t i = 0; i < 16; ++i) {
+    float column[16];
+    for (int64_t j = 0; j < 16; ++j) {
+      column[j] = in[j * stride + i];
+    }
+    out[i] = load16(column);
+  }
+#endif
+}
+
 // x [length, width] as the second operand x^T [width, padded]: tiles [padded / 16][width / 32].
 inline void pack_transposed(const Bf16* x, int64_t row_stride, int64_t length, int64_t padded, int64_t width,
                             Bf16* out) {

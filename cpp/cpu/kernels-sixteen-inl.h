@@ -235,25 +235,48 @@ inline void by_sixteen(int64_t count, const Each& each) {
   }
 }
 
+#if defined(__AVX2__)
+// Lanes i and i + 8, then i + 4, i + 2, i + 1: the order of the plain version below.
+inline __m256 fold_once(Sixteen a, bool sum) {
+#if defined(__AVX512BW__)
+  const __m256 low = _mm512_castps512_ps256(a.v);
+  const __m256 high = _mm512_extractf32x8_ps(a.v, 1);
+#else
+  const __m256 low = a.low;
+  const __m256 high = a.high;
+#endif
+  return sum ? _mm256_add_ps(low, high) : _mm256_max_ps(low, high);
+}
 inline float sum16(Sixteen a) {
-  float lane[kSixteen];
-  store16(lane, a);
-  for (int64_t step = kSixteen / 2; step > 0; step /= 2) {
-    for (int64_t i = 0; i < step; ++i) {
-      lane[i] += lane[i + step];
+  const __m256 eight = fold_once(a, true);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max16(Sixteen a) {
+  const __m256 eight = fold_once(a, false);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#else
+template <typename Fold>
+inline float folded(const Sixteen& a, const Fold& fold) {
+  Sixteen lane = a;
+  for (int step = 8; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) {
+      lane.v[i] = fold(lane.v[i], lane.v[i + step]);
     }
   }
-  return lane[0];
+  return lane.v[0];
 }
-
-inline float max16(Sixteen a) {
-  float lane[kSixteen];
-  store16(lane, a);
-  for (int64_t i = 1; i < kSixteen; ++i) {
-    lane[0] = lane[0] > lane[i] ? lane[0] : lane[i];
-  }
-  return lane[0];
+inline float sum16(const Sixteen& a) {
+  return folded(a, [](float x, float y) { return x + y; });
 }
+inline float max16(const Sixteen& a) {
+  return folded(a, [](float x, float y) { return x > y ? x : y; });
+}
+#endif
 
 // e^x to 1.5 units in the last place over the whole range: e^x = 2^n e^r with n the integer nearest to x / ln 2, e^r
 // from the polynomial of S. Moshier's Cephes library (expf). Subnormal results are rounded once; NaN stays NaN.
