@@ -85,7 +85,9 @@ def our_side(folder: Path) -> tuple[Any, Loss]:
     import qlora_native as qn
     from qlora_native.train.fused import fuse
     from qlora_native.train.loss import causal_lm_loss
+    from qlora_native.train.memory import keep_freed_memory
 
+    keep_freed_memory()
     model: Any = qn.load_model(folder / "model")
     qn.load_adapter(model, folder / "adapter")
     fuse(model)
