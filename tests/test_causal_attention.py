@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import SavedTensors, relative_error, same_values
@@ -32,7 +34,7 @@ def operands(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_and_gradients(shape: tuple[int, ...]) -> None:
+def test_forward_and_gradients(shape: tuple[int, int, int, int, int]) -> None:
     *inputs, grad_out = operands(*shape)
     scale = shape[-1] ** -0.5
     leaves = [x.requires_grad_() for x in inputs]
@@ -61,7 +63,7 @@ def test_as_near_the_truth_as_torch() -> None:
 
     ours = [x.detach().clone().requires_grad_() for x in inputs]
     torchs = [x.detach().clone().requires_grad_() for x in inputs]
-    sdpa = torch.nn.functional.scaled_dot_product_attention
+    sdpa: Any = torch.nn.functional.scaled_dot_product_attention
     mine = errors(attention(*ours, 0.125)[0], ours)
     theirs = errors(sdpa(*torchs, is_causal=True, scale=0.125, enable_gqa=True), torchs)
     assert all(a < 1.2 * b for a, b in zip(mine, theirs, strict=True)), (mine, theirs)

@@ -69,9 +69,7 @@ def cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Pair
     out, lse = _output(q), torch.empty(q.shape[:3], dtype=torch.float32)
     shape = _shape(q, k)
     scratch = _scratch(shape, backward=False)
-    _C.causal_attention(
-        shape, scale, _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), scratch.data_ptr()
-    )
+    _C.causal_attention(shape, scale, _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), scratch.data_ptr())
     return out, lse
 
 
@@ -113,7 +111,9 @@ def cpu_backward(
         _heads(out),
         lse.data_ptr(),
         _heads(grad_out),
-        *(_heads(grad) for grad in grads),
+        _heads(grads[0]),
+        _heads(grads[1]),
+        _heads(grads[2]),
         scratch.data_ptr(),
     )
     return grads

@@ -17,7 +17,7 @@ def check(x: torch.Tensor, weight: torch.Tensor) -> None:
     """Refuses operands that do not fit each other."""
     if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != weight.shape[0] or weight.shape[0] == 0:
         raise ValueError(
-            f"rms_norm: x is {list(x.shape)}, weight is {list(weight.shape)}: expected x [..., K] and weight [K], K > 0."
+            f"rms_norm: x is {list(x.shape)}, weight is {list(weight.shape)}: expected [..., K] and [K], K > 0."
         )
     if x.dtype != weight.dtype or not x.dtype.is_floating_point:
         raise ValueError(f"rms_norm: x is {x.dtype}, weight is {weight.dtype}: expected one floating-point dtype.")

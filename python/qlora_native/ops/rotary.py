@@ -1,4 +1,4 @@
-"""rotary: position embedding by rotation, dimension i of a head paired with i + D/2. Backward keeps the angles alone."""
+"""rotary: position embedding by rotation, dimension i of a head paired with i + D/2. Backward keeps only the angles."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import permutations
 from types import FunctionType
 from typing import Any
@@ -25,8 +24,8 @@ def fuse(model: nn.Module) -> dict[str, int]:
     """Give the modules of a CPU model that allow it a forward of native kernels; others are left alone.
 
     Outputs agree to rounding and less is kept for backward: a norm keeps its input and one number a row, a gated MLP
-    its two branches and their product, a rotation nothing of its own size. Calling it twice changes nothing. A deep copy
-    or pickle of the model stays fused.
+    its two branches and their product, a rotation nothing of its own size. Calling it twice changes nothing. A deep
+    copy or pickle of the model stays fused.
 
     Returns:
         How many modules were fused, by kind: ``norm``, ``mlp``, ``attention``.
@@ -65,9 +64,17 @@ class Fused(nn.Module):
         return _blank, (kind, base), self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
 
 
-@cache
+_made: dict[tuple[type[Fused], type[nn.Module]], type[nn.Module]] = {}
+
+
 def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``base`` with ``kind``'s forward."""
+    """The subclass of ``base`` with ``kind``'s forward; the same one every time."""
+    if (kind, base) not in _made:
+        _made[kind, base] = _make_class(kind, base)
+    return _made[kind, base]
+
+
+def _make_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
     told = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (kind, base), {**told, **kind.members(base)})
 
@@ -88,7 +95,12 @@ class Norm(Fused):
     def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
         own = dict(module.named_parameters(recurse=False))
         weight = own.get("weight")
-        if list(own) != ["weight"] or weight is None or list(module.children()) or list(module.buffers()):
+        if (
+            list(own) != ["weight"]
+            or weight is None
+            or len(list(module.children())) > 0
+            or len(list(module.buffers())) > 0
+        ):
             return None
         if weight.dim() != 1 or not is_ours(weight) or type(module).__module__.startswith("torch."):
             return None

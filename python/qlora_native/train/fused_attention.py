@@ -1,14 +1,15 @@
 """A model's attention with native kernels: its own code, but for the two functions that do the work.
 
-transformers' attention modules call a rotation and an attention function by the names of globals. A copy of the forward
-is made that finds the native ones there; the modules of transformers are not touched, so other models see nothing of it.
+transformers' attention modules call a rotation and an attention function by the names of globals. A copy of the
+forward is made that finds the native ones there; the modules of transformers are not touched, so other models see
+nothing of it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, update_wrapper, wraps
 from types import CellType, FunctionType
 from typing import Any
 
@@ -42,8 +43,8 @@ def agree(got: Any, expected: Tensor, each_row: bool = False) -> bool:
 
 
 def with_native_parts(function: FunctionType) -> FunctionType:
-    """A copy of ``function`` that sees native kernels in place of the globals that compute the same; the function itself
-    if it uses none of them. A function that it wraps is looked into."""
+    """A copy of ``function`` that sees native kernels in place of the globals that compute the same; the function
+    itself if it uses none of them. A function that it wraps is looked into."""
     swapped: dict[str, Any] = {}
     for name in function.__code__.co_names:
         found = function.__globals__.get(name)
@@ -67,7 +68,8 @@ def with_native_parts(function: FunctionType) -> FunctionType:
         function.__code__, names, function.__name__, function.__defaults__, tuple(cells) if cells else None
     )
     copy.__kwdefaults__ = function.__kwdefaults__
-    return wraps(function)(copy)
+    update_wrapper(copy, function)
+    return copy
 
 
 @cache
