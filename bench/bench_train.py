@@ -1,11 +1,15 @@
-"""A QLoRA training run on SmolLM2-135M against transformers + peft + bitsandbytes: speed, memory and loss.
+"""A QLoRA training run on SmolLM2-135M against transformers + peft: speed, memory and loss.
 
     python bench/bench_train.py --json bench/results/train.json
+    python bench/bench_train.py --peer plain --full-length --quick
 
-Each side is a process of its own that loads the same 16-bit weights, quantises them to NF4 with double quantisation,
-starts from the same adapter tensors and sees the same batches in the same order at the same learning rate. The parent
-lets them take turns, one step each, so that both meet the same machine; each side's memory is its own process's peak.
-Needs the extra `bench`.
+The peer (`--peer`) is `bitsandbytes`, NF4 with double quantisation and fp32 adapters; `bitsandbytes-tuned`, the same
+with bf16 adapters on both sides and, for the peer, a malloc that keeps its memory; or `plain`, LoRA with fp32 adapters
+on the bf16 weights themselves.
+
+Each side is a process of its own that loads the same 16-bit weights, starts from the same adapter tensors and sees the
+same batches in the same order at the same learning rate. The parent lets them take turns, one step each, so that both
+meet the same machine; each side's memory is its own process's peak, loading included. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -26,9 +30,12 @@ from common import machine, quartiles, write_json
 
 ROWS, LENGTH = 4, 256
 RANK, ALPHA = 16, 32
+QUICK_STEPS = 12
+PEERS = ("bitsandbytes", "bitsandbytes-tuned", "plain")
+TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "10000000000"}
 
 
-def prepare(folder: Path, steps: int, seed: int, train_on: Literal["answers", "all"]) -> None:
+def prepare(folder: Path, steps: int, seed: int, train_on: Literal["answers", "all"], full_length: bool) -> None:
     """Writes the 16-bit model, the common adapter, the batches of every step and the held-out batches."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -54,37 +61,53 @@ def prepare(folder: Path, steps: int, seed: int, train_on: Literal["answers", "a
     held_out = load_dataset(held_out_file, tokenizer, max_length=LENGTH)
     pad = padding_id(tokenizer)
     order = BatchPlan(rows.lengths, ROWS, seed=seed).forever()
-    batches = [collate([rows[i] for i in next(order)], pad) for _ in range(steps)]
+    if full_length:
+        text = torch.cat([torch.as_tensor(rows[i]["input_ids"]).long() for i in range(len(rows))])
+        text = text.repeat(-(-steps * ROWS * LENGTH // text.numel()))[: steps * ROWS * LENGTH]
+        batches = [
+            {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+            for ids in text.view(steps, ROWS, LENGTH)
+        ]
+    else:
+        batches = [collate([rows[i] for i in next(order)], pad) for _ in range(steps)]
     evaluation = [
-        collate([held_out[i] for i in range(at, min(at + 8, len(held_out)))], pad) for at in range(0, len(held_out), 8)
+        collate([held_out[i] for i in range(at, min(at + ROWS, len(held_out)))], pad)
+        for at in range(0, len(held_out), ROWS)
     ]
     torch.save({"train": batches, "held_out": evaluation}, folder / "batches.pt")
 
 
-def our_side(folder: Path) -> tuple[Any, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
+Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
+def our_side(folder: Path) -> tuple[Any, Loss]:
     """The model as `qlora train` has it, and its loss."""
     import qlora_native as qn
+    from qlora_native.train.fused import fuse
     from qlora_native.train.loss import causal_lm_loss
+    from qlora_native.train.memory import keep_freed_memory
 
+    keep_freed_memory()
     model: Any = qn.load_model(folder / "model")
     qn.load_adapter(model, folder / "adapter")
+    fuse(model)
     return model, lambda batch: causal_lm_loss(model, batch)
 
 
-def their_side(folder: Path) -> tuple[Any, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
-    """The usual stack: a BitsAndBytesConfig, a PEFT adapter in fp32, and the model's own loss."""
+def their_side(folder: Path, quantised: bool) -> tuple[Any, Loss]:
+    """The usual stack: a bf16 model or a BitsAndBytesConfig, a PEFT adapter in fp32, and the model's own loss."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        folder / "model", quantization_config=quantisation, dtype=torch.bfloat16, device_map="cpu"
-    )
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": "cpu"}
+    if quantised:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
     base.config.use_cache = False
     model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
     return model, lambda batch: model(**batch).loss
@@ -96,16 +119,19 @@ def private_megabytes(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-def worker(side: str, folder: Path, lr: float, threads: int) -> None:
+def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
     """Serves one side: reads a command a line, answers with a line of JSON."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print; the pipe carries answers only
     imported = private_megabytes("VmRSS")
-    model, loss_of = {"ours": our_side, "theirs": their_side}[side](folder)
+    model, loss_of = our_side(folder) if side == "ours" else their_side(folder, quantised=peer != "plain")
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if peer == "bitsandbytes-tuned":
+        for parameter in parameters:
+            parameter.data = parameter.data.to(torch.bfloat16)
     if side == "ours":  # as `qlora train` has it: the step clips
         from qlora_native.optim import AdamW
 
@@ -151,8 +177,10 @@ def worker(side: str, folder: Path, lr: float, threads: int) -> None:
 class Side:
     """A worker process of the parent."""
 
-    def __init__(self, name: str, arguments: argparse.Namespace, folder: Path, env: dict[str, str]) -> None:
-        command = [sys.executable, __file__, "--worker", name, "--folder", str(folder)]
+    def __init__(self, name: str, arguments: argparse.Namespace, folder: Path) -> None:
+        command = [sys.executable, __file__, "--worker", name, "--folder", str(folder), "--peer", arguments.peer]
+        tuned = name == "theirs" and arguments.peer == "bitsandbytes-tuned"
+        env = {**os.environ, **(TUNED_MALLOC if tuned else {})}
         command += ["--lr", str(arguments.lr), "--threads", str(arguments.threads)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
@@ -171,10 +199,10 @@ class Side:
 
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs both sides step by step in turn."""
-    prepare(folder, arguments.steps, arguments.seed, arguments.train_on)
+    prepare(folder, arguments.steps, arguments.seed, arguments.train_on, arguments.full_length)
     tokens = [int(b["attention_mask"].sum()) for b in torch.load(folder / "batches.pt")["train"]]
-    sides = {name: Side(name, arguments, folder, dict(os.environ)) for name in ("ours", "theirs")}
-    start = {name: side.ask("evaluate")["loss"] for name, side in sides.items()}
+    sides = {name: Side(name, arguments, folder) for name in ("ours", "theirs")}
+    start = {} if arguments.quick else {name: side.ask("evaluate")["loss"] for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(arguments.steps):
@@ -182,8 +210,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             answer = side.ask(f"step {index}")
             seconds[name].append(answer["seconds"])
             losses[name].append(answer["loss"])
-    end = {name: side.ask("evaluate")["loss"] for name, side in sides.items()}
     memory = {name: side.ask("memory") for name, side in sides.items()}
+    end = {} if arguments.quick else {name: side.ask("evaluate")["loss"] for name, side in sides.items()}
     for side in sides.values():
         side.process.terminate()
 
@@ -193,7 +221,10 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "bench": "train",
         "machine": machine(),
-        "setting": {key: getattr(arguments, key) for key in ("steps", "lr", "seed", "train_on", "threads")}
+        "setting": {
+            key: getattr(arguments, key)
+            for key in ("peer", "steps", "lr", "seed", "train_on", "full_length", "threads")
+        }
         | {"rows": ROWS, "max_length": LENGTH, "rank": RANK, "tokens_a_step": sum(tokens) / len(tokens)},
         "held_out_loss_start": start,
         "held_out_loss_end": end,
@@ -201,6 +232,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokens_per_second_quartiles": speeds,
         "speed_ratio_quartiles": ratios,
         "peak_rss_mib": {name: memory[name]["peak_mib"] for name in sides},
+        "peak_rss_ratio": memory["ours"]["peak_mib"] / memory["theirs"]["peak_mib"],
         "trainable_parameters": {name: memory[name]["trainable"] for name in sides},
     }
 
@@ -208,6 +240,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--peer", choices=PEERS, default="bitsandbytes")
+    parser.add_argument("--full-length", action="store_true", help=f"every row is {LENGTH} tokens, all trained")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, no held-out loss")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -218,8 +253,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(arguments.worker, arguments.folder, arguments.lr, arguments.threads)
+        worker(arguments.worker, arguments.peer, arguments.folder, arguments.lr, arguments.threads)
         return
+    if arguments.quick:
+        arguments.steps = QUICK_STEPS
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         result = compare(arguments, Path(folder))

@@ -4,6 +4,7 @@ find_package(OpenMP REQUIRED COMPONENTS CXX)
 
 add_library(qlora_native_cpu STATIC
   cpp/cpu/adamw_step.cc
+  cpp/cpu/causal_attention.cc
   cpp/cpu/dequantize_4bit.cc
   cpp/cpu/gradient_norm.cc
   cpp/cpu/isa.cc
@@ -11,7 +12,12 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/kernels.cc
   cpp/cpu/linear_4bit.cc
   cpp/cpu/lion_step.cc
+
+  cpp/cpu/linear_cross_entropy.cc
   cpp/cpu/quantize_4bit.cc
+  cpp/cpu/rms_norm.cc
+  cpp/cpu/rotary.cc
+  cpp/cpu/swiglu.cc
   cpp/cpu/tiles.cc)
 target_include_directories(qlora_native_cpu PUBLIC cpp)
 # No contraction: a product and a sum that the arithmetic rule keeps apart must not be fused.

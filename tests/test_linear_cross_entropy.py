@@ -7,7 +7,7 @@ import torch
 from helpers import relative_error
 
 import qlora_native as qn
-from qlora_native import reference
+from qlora_native import _C, reference
 from qlora_native.ops import linear_cross_entropy as op
 
 GRADIENT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -125,3 +125,30 @@ def test_compiles_without_breaks(backend: str) -> None:
     (got,) = torch.autograd.grad(compiled(h), h)
     (want,) = torch.autograd.grad(qn.linear_cross_entropy(h * 2, weight, labels), h)
     assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 33, 4_099])
+def test_softmax_of_a_chunk(dtype: torch.dtype, vocabulary: int) -> None:
+    """The native sweep against fp64: losses to 1e-6, gradients to their rounding; large and small logits alike."""
+    logits = (8 * torch.randn(9, vocabulary)).to(dtype)
+    logits[0] += 60
+    logits[1] *= 100
+    targets, losses = torch.randint(vocabulary, (9,)), torch.empty(9)
+    truth = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    gradient = torch.softmax(logits.double(), 1) - torch.nn.functional.one_hot(targets, vocabulary)
+    rows = logits.clone()
+    for need_gradient in (False, True):
+        number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
+        _C.softmax_loss(number, rows.data_ptr(), targets.data_ptr(), 9, vocabulary, need_gradient, losses.data_ptr())
+        assert (losses.double() - truth).abs().max() <= 1e-6 * truth.abs().max() + 1e-6
+        assert need_gradient or torch.equal(rows, logits)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    assert ((rows.double() - gradient).abs() <= rounding * gradient.abs() + 2.5e-7).all()
+
+
+def test_nan_reaches_the_loss() -> None:
+    h = torch.randn(3, 16)
+    h[1, 0] = torch.nan
+    assert qn.linear_cross_entropy(h, torch.randn(7, 16), torch.tensor([1, 2, 3])).isnan()

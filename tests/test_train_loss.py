@@ -156,3 +156,51 @@ def test_no_hook_is_left_behind() -> None:
 def test_trained_tokens_counts_shifted_labels() -> None:
     labels = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 9]])
     assert trained_tokens({"labels": labels}) == 3
+
+
+def masks_seen(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss, and the attention masks with which the model's forward was called for it."""
+    causal_lm_loss(model, batch)  # the first call looks at the model
+    seen: list[torch.Tensor] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    try:
+        return causal_lm_loss(model, batch), seen
+    finally:
+        handle.remove()
+
+
+def test_padding_behind_a_row_needs_no_mask() -> None:
+    model, batch = make(PLAIN["llama"]), make_batch()
+    batch["labels"][1, 8:] = -100
+    loss, masks = masks_seen(model, batch)
+    assert [bool(mask.all()) for mask in masks] == [True]
+    expected = truth(model, batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_error(gradients(model, loss), gradients(model, expected)) < 1e-5
+
+
+@pytest.mark.parametrize("why", ["padding on the left", "a trained token that is masked", "no causal model"])
+def test_masks_that_matter_stay(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make(PLAIN["llama"]), make_batch()
+    if why == "padding on the left":
+        batch = {key: value.flip(1) for key, value in batch.items()}
+    elif why == "a trained token that is masked":
+        batch["labels"][1, 9] = 5
+    else:
+        for layer in model.model.layers:  # each position sees all
+            layer.self_attn.is_causal = False
+    loss, masks = masks_seen(model, batch)
+    assert [torch.equal(mask, batch["attention_mask"]) for mask in masks] == [True]
+    assert loss.item() == pytest.approx(truth(model, batch).item(), rel=1e-5)
+
+
+def test_looking_at_the_mask_leaves_training_flags_and_randomness_alone() -> None:
+    model, batch = make(PLAIN["llama"]).train(), make_batch()
+    model.model.norm.eval()
+    flags = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    causal_lm_loss(model, batch)
+    assert [module.training for module in model.modules()] == flags
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -5,6 +5,8 @@
 
 #include "core/weight_view.h"
 #include "cpu/isa.h"
+#include "cpu/kernels-activations.h"
+#include "cpu/kernels-attention.h"
 #include "cpu/kernels-optim.h"
 #include "cpu/product.h"
 #include "cpu/tiles.h"
@@ -67,6 +69,8 @@ struct Kernels {
   const TileKernels* tiles;  // bf16 products by tiles, or null
 
   OptimKernels optim;
+  ActivationKernels activations;
+  AttentionKernels attention;
 };
 
 const Kernels& scalar_kernels();

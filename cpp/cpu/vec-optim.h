@@ -29,7 +29,7 @@ inline Floats signed_rate(Floats lr, Floats x) {
 }
 
 inline void store_rounded(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-inline void store_rounded(Bf16* p, Floats v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_twice(v))); }
+inline void store_rounded(Bf16* p, Floats v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(v)); }
 inline void store_rounded(Fp16* p, Floats v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }

@@ -87,6 +87,8 @@ inline __m512i bf16_twice(__m512 v) {
   return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(high, 16), high);
 }
 
+inline __m256i round_to_bf16(__m512 v) { return _mm512_cvtepi32_epi16(bf16_twice(v)); }
+
 inline __m512i fp16_twice(__m512 v) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   return _mm512_or_si512(_mm512_slli_epi32(low, 16), low);

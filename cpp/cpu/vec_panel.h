@@ -92,9 +92,7 @@ inline void transpose_codes(const uint8_t* const* rows, int64_t offset, Words* o
 }
 
 inline void store_as(float* p, Floats v) { store(p, v); }
-inline void store_as(Bf16* p, Floats v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_twice(v)));
-}
+inline void store_as(Bf16* p, Floats v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(v)); }
 inline void store_as(Fp16* p, Floats v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }

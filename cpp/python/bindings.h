@@ -17,12 +17,17 @@ namespace qlora_native::python {
 // Addresses cross as integers: the caller owns the memory and keeps it alive for the call.
 using Address = uintptr_t;
 
+void bind_causal_attention(pybind11::module_& module);
 void bind_quantize_4bit(pybind11::module_& module);
 void bind_dequantize_4bit(pybind11::module_& module);
 void bind_linear_4bit(pybind11::module_& module);
 void bind_adamw_step(pybind11::module_& module);
 void bind_lion_step(pybind11::module_& module);
 void bind_gradient_norm(pybind11::module_& module);
+void bind_linear_cross_entropy(pybind11::module_& module);
+void bind_rms_norm(pybind11::module_& module);
+void bind_rotary(pybind11::module_& module);
+void bind_swiglu(pybind11::module_& module);
 
 inline void require(bool condition, const std::string& sentence) {
   if (!condition) {
@@ -43,6 +48,12 @@ inline Dtype checked_dtype(int value) {
   require(value >= 0 && value <= 2,
           "dtype is " + std::to_string(value) + ": expected 0 (float32), 1 (bfloat16) or 2 (float16).");
   return static_cast<Dtype>(value);
+}
+
+// The address of `count` elements of a dtype, as the job structs hold it.
+inline void* any_pointer(Dtype dtype, Address address, int64_t count, const char* what) {
+  return dtype == Dtype::kFloat32 ? static_cast<void*>(pointer<float>(address, count, what))
+                                  : pointer<uint16_t>(address, count, what);
 }
 
 inline QuantType checked_quant_type(int value) {

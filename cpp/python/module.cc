@@ -50,12 +50,17 @@ PYBIND11_MODULE(_C, module) {
   module.def("boundaries", &boundaries, py::arg("quant_type"),
              "Decision boundaries: 15 values for nf4 (0), 7 magnitudes for fp4 (1).");
   module.def("nested_code", &nested_code, "The 256 values that double-quantised scales are stored in.");
+  bind_causal_attention(module);
   bind_quantize_4bit(module);
   bind_dequantize_4bit(module);
   bind_linear_4bit(module);
   bind_adamw_step(module);
   bind_lion_step(module);
   bind_gradient_norm(module);
+  bind_linear_cross_entropy(module);
+  bind_rms_norm(module);
+  bind_rotary(module);
+  bind_swiglu(module);
 }
 
 }  // namespace qlora_native::python

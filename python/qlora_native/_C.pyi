@@ -68,3 +68,45 @@ state_block: int
 def decode_scales(
     absmax_codes: int, nested_absmax: int, nested_offset: int, nested_code: int, blocks: int, scales: int
 ) -> None: ...
+def softmax_loss(
+    dtype: int, logits: int, targets: int, rows: int, vocabulary: int, need_gradient: bool, losses: int
+) -> None: ...
+def rms_norm(dtype: int, x: int, weight: int, eps: float, rows: int, width: int, y: int, rstd: int) -> None: ...
+def rms_norm_backward(
+    dtype: int, grad_y: int, x: int, weight: int, rstd: int, rows: int, width: int, grad_x: int
+) -> None: ...
+def rotary(
+    dtype: int,
+    x: int,
+    x_strides: tuple[int, ...],
+    cos: int,
+    sin: int,
+    angle_batches: int,
+    shape: tuple[int, ...],
+    inverse: bool,
+    y: int,
+    y_strides: tuple[int, ...],
+) -> None: ...
+def swiglu(dtype: int, gate: int, up: int, numel: int, y: int) -> None: ...
+def swiglu_backward(dtype: int, grad_y: int, gate: int, up: int, numel: int, grad_gate: int, grad_up: int) -> None: ...
+
+Heads = tuple[int, int, int, int]
+
+def causal_attention_scratch_bytes(shape: tuple[int, ...], backward: bool) -> int: ...
+def causal_attention(
+    shape: tuple[int, ...], scale: float, q: Heads, k: Heads, v: Heads, out: Heads, lse: int, scratch: int
+) -> None: ...
+def causal_attention_backward(
+    shape: tuple[int, ...],
+    scale: float,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    out: Heads,
+    lse: int,
+    grad_out: Heads,
+    grad_q: Heads,
+    grad_k: Heads,
+    grad_v: Heads,
+    scratch: int,
+) -> None: ...

@@ -296,3 +296,82 @@ def lion_step(
     direction = (m * decay1 + g * (1 - beta1)).sign()
     param.copy_(p * (1 - lr * weight_decay) - direction * lr)
     _store_state(m * decay2 + g * (1 - beta2), exp_avg, exp_avg_absmax)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight * round(x / rms(x)) over the last axis, as LlamaRMSNorm rounds; and 1 / rms(x) [...], at least fp32."""
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    return weight * (wide * rstd[..., None]).to(x.dtype), rstd
+
+
+def rms_norm_backward(grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Gradient of rms_norm to x; itself differentiable."""
+    wide, gradient = _wide(x), _wide(grad_y) * _wide(weight)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normal = wide * rstd
+    return (rstd * (gradient - normal * (gradient * normal).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """round(silu(gate)) * up."""
+    return F.silu(gate) * up
+
+
+def swiglu_backward(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of swiglu to gate and up; themselves differentiable."""
+    wide, gradient = _wide(gate), _wide(grad_y)
+    sigmoid = torch.sigmoid(wide)
+    grad_gate = gradient * _wide(up) * (sigmoid * (1 + wide * (1 - sigmoid)))
+    return grad_gate.to(gate.dtype), (gradient * (wide * sigmoid).to(gate.dtype)).to(up.dtype)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    """Dimensions i and i + D/2 of each head of x [B, H, T, D] turned by the angles in cos and sin [1 or B, T, D]."""
+    half = x.shape[-1] // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if inverse:  # the transpose
+        turned = x * sin
+        return x * cos + torch.cat((turned[..., half:], -turned[..., :half]), -1)
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T) v where no position sees a later one; and the log of the softmax's sum, [B, H, T].
+
+    q is [B, H, T, D]; k and v are [B, H / g, T, D], each head of theirs shared by g of q's.
+    """
+    keys, values = _each_query_head(k, q), _each_query_head(v, q)
+    weights, lse = _causal_weights(q, keys, scale)
+    return (weights @ values).to(q.dtype), lse
+
+
+def causal_attention_backward(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of causal_attention to q, k and v; themselves differentiable."""
+    keys, values, gradient = _each_query_head(k, q), _each_query_head(v, q), _wide(grad_out)
+    weights, _ = _causal_weights(q, keys, scale)
+    grad_weights = gradient @ values.transpose(2, 3)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+    shared = (k.shape[0], k.shape[1], q.shape[1] // k.shape[1], *k.shape[2:])
+    grad_k = (grad_scores.transpose(2, 3) @ _wide(q)).view(shared).sum(2)
+    grad_v = (weights.transpose(2, 3) @ gradient).view(shared).sum(2)
+    return (grad_scores @ keys).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _each_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return _wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _causal_weights(q: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    scores = (scale * (_wide(q) @ keys.transpose(2, 3))).masked_fill(hidden, -math.inf)
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse[..., None]), lse

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = TrainConfig.from_file(args.config, args.overrides)
     from qlora_native.train.loop import Trainer
+    from qlora_native.train.memory import keep_freed_memory
 
+    keep_freed_memory()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     Trainer(config).train()
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from . import _cuda_kernels as _cuda_kernels
 from . import (
     adamw_step,
+    causal_attention,
     dequantize_4bit,
     gradient_norm,
     linear_4bit,
@@ -15,12 +16,16 @@ from . import (
     lion_step,
     lora_linear_4bit,
     quantize_4bit,
+    rms_norm,
+    rotary,
+    swiglu,
 )
 from ._library import SCHEMAS
 
 __all__ = [
     "SCHEMAS",
     "adamw_step",
+    "causal_attention",
     "dequantize_4bit",
     "gradient_norm",
     "linear_4bit",
@@ -28,4 +33,7 @@ __all__ = [
     "lion_step",
     "lora_linear_4bit",
     "quantize_4bit",
+    "rms_norm",
+    "rotary",
+    "swiglu",
 ]

@@ -52,6 +52,16 @@ SCHEMAS = {
         "float beta1, float beta2, float weight_decay, float grad_factor) -> ()"
     ),
     "gradient_norm": "(Tensor[] grads) -> Tensor",
+    "causal_attention": "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    "causal_attention_backward": (
+        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "rms_norm_backward": "(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, float eps) -> Tensor",
+    "rotary": "(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    "swiglu": "(Tensor gate, Tensor up) -> Tensor",
+    "swiglu_backward": "(Tensor grad_y, Tensor gate, Tensor up) -> (Tensor, Tensor)",
 }
 
 LIBRARY = torch.library.Library("qlora_native", "DEF")

@@ -24,6 +24,7 @@ from qlora_native.nn import QuantizedLinear
 _LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 _plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_causal: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def trained_tokens(batch: Mapping[str, Tensor]) -> int:
@@ -49,9 +50,53 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     if not _plain[model]:
         trained = targets != IGNORE_INDEX
         return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
-    hidden, head = _hidden_states(model, inputs)
+    hidden, head = _hidden_states(model, _without_needless_mask(model, inputs, targets))
     weight = head.quantized if isinstance(head, QuantizedLinear) else head.weight
     return qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
+
+
+def _without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+    """The inputs with an attention mask of ones where it hides only padding that no trained token could see.
+
+    A mask that hides something costs: attention computes with a table of [B, 1, T, T] and cannot leave out the upper
+    triangle. Behind a row, in a model in which no token sees later ones, padding changes nothing that is trained.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or mask.shape != targets.shape or bool((mask != 0).all()):
+        return dict(inputs)
+    seen = mask != 0
+    on_the_left = bool((seen[:, 1:] & ~seen[:, :-1]).any())
+    if on_the_left or bool(((targets != IGNORE_INDEX) & ~seen).any()):
+        return dict(inputs)
+    if model not in _causal:
+        _causal[model] = _is_causal(model, inputs)
+    return {**inputs, "attention_mask": torch.ones_like(mask)} if _causal[model] else dict(inputs)
+
+
+@torch.no_grad()
+def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+    """True if the first half of a row comes out the same, bit for bit, whatever stands in the second, and about the
+    same whether the second is masked or not."""
+    row = inputs["input_ids"][:1, :16]
+    half = row.shape[1] // 2
+    mask = torch.ones_like(row)
+    other = torch.cat((row[:, :half], (row[:, half:] + 1) % model.get_input_embeddings().num_embeddings), 1)
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.random.fork_rng():
+            hidden, changed, masked = (
+                _hidden_states(model, {"input_ids": ids, "attention_mask": seen})[0][:, :half].float()
+                for ids, seen in (
+                    (row, mask),
+                    (other, mask),
+                    (row, torch.cat((mask[:, :half], torch.zeros_like(mask[:, half:])), 1)),
+                )
+            )
+    finally:
+        for module, training in before.items():
+            module.training = training
+    return torch.equal(hidden, changed) and bool((hidden - masked).norm() <= 3e-2 * hidden.norm())
 
 
 def _hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear]:

@@ -17,6 +17,7 @@ from qlora_native.load.source import GgufSource, open_source
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
+from qlora_native.train.fused import fuse
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -93,6 +94,7 @@ def prepare_model(config: TrainConfig, model: Any = None) -> Any:
             )
         if not any(isinstance(module, LoRALinear) for module in model.modules()):
             add_lora(model, LoraConfig(**config.lora.model_dump(), seed=options.seed))
+        fuse(model)
         if options.grad_checkpointing:
             # transformers 5.0 knows the older name only. Not the re-entrant kind: it cuts the graph where a block's
             # input needs no gradient, as the first one's here.

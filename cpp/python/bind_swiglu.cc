@@ -1,0 +1,34 @@
+#include "cpu/swiglu.h"
+#include "python/bindings.h"
+
+namespace py = pybind11;
+
+namespace qlora_native::python {
+namespace {
+
+void forward(int dtype, Address gate, Address up, int64_t numel, Address y) {
+  const Dtype type = checked_dtype(dtype);
+  cpu::swiglu(
+      {any_pointer(type, gate, numel, "gate"), any_pointer(type, up, numel, "up"), any_pointer(type, y, numel, "y")},
+      numel, type);
+}
+
+void backward(int dtype, Address grad_y, Address gate, Address up, int64_t numel, Address grad_gate, Address grad_up) {
+  const Dtype type = checked_dtype(dtype);
+  cpu::swiglu_backward({any_pointer(type, grad_y, numel, "grad_y"), any_pointer(type, gate, numel, "gate"),
+                        any_pointer(type, up, numel, "up"), any_pointer(type, grad_gate, numel, "grad_gate"),
+                        any_pointer(type, grad_up, numel, "grad_up")},
+                       numel, type);
+}
+
+}  // namespace
+
+void bind_swiglu(py::module_& module) {
+  module.def("swiglu", &forward, py::arg("dtype"), py::arg("gate"), py::arg("up"), py::arg("numel"), py::arg("y"),
+             py::call_guard<py::gil_scoped_release>(), "y = silu(gate) * up.");
+  module.def("swiglu_backward", &backward, py::arg("dtype"), py::arg("grad_y"), py::arg("gate"), py::arg("up"),
+             py::arg("numel"), py::arg("grad_gate"), py::arg("grad_up"), py::call_guard<py::gil_scoped_release>(),
+             "Gradients of swiglu to gate and up.");
+}
+
+}  // namespace qlora_native::python

@@ -1,0 +1,167 @@
+"""causal_attention: attention in which no position sees a later one, with key heads shared by groups of query heads.
+
+Nothing of size [T, T] is kept: backward computes the scores again. The native kernel takes bf16 and heads of a multiple
+of 32 dimensions; others are computed plainly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _C, reference
+from ._library import autograd, fake, implement
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+ALIGNMENT = 64
+
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Refuses operands that do not fit each other."""
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+    if not fits or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"causal_attention: q is {list(q.shape)}, k is {list(k.shape)}, v is {list(v.shape)}: "
+            "expected q [B, H, T, D], k and v [B, H / g, T, D]."
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(
+            f"causal_attention: q is {q.dtype}, k is {k.dtype}, v is {v.dtype}: expected one floating-point dtype."
+        )
+
+
+def is_native(q: torch.Tensor) -> bool:
+    """Whether the CPU kernel takes such heads."""
+    return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and q.numel() > 0
+
+
+def _heads(x: torch.Tensor) -> tuple[int, int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
+def _shape(q: torch.Tensor, k: torch.Tensor) -> tuple[int, ...]:
+    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _output(q: torch.Tensor) -> torch.Tensor:
+    """[B, H, T, D] with the heads of a position side by side, as the product behind reads them."""
+    batch, heads, length, width = q.shape
+    return q.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def _scratch(shape: tuple[int, ...], backward: bool) -> torch.Tensor:
+    scratch = torch.empty(_C.causal_attention_scratch_bytes(shape, backward) + ALIGNMENT, dtype=torch.uint8)
+    return scratch[-scratch.data_ptr() % ALIGNMENT :]
+
+
+@implement("causal_attention", "CPU")
+def cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Pair:
+    check(q, k, v)
+    if not is_native(q):
+        return anywhere(q, k, v, scale)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out, lse = _output(q), torch.empty(q.shape[:3], dtype=torch.float32)
+    shape = _shape(q, k)
+    scratch = _scratch(shape, backward=False)
+    _C.causal_attention(shape, scale, _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), scratch.data_ptr())
+    return out, lse
+
+
+@implement("causal_attention", "CompositeExplicitAutograd")
+def anywhere(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Pair:
+    check(q, k, v)
+    out, lse = reference.causal_attention(q, k, v, scale)
+    return _output(q).copy_(out), lse.contiguous()
+
+
+@fake("causal_attention")
+def shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Pair:
+    check(q, k, v)
+    return _output(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@implement("causal_attention_backward", "CPU")
+def cpu_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> Triple:
+    if not is_native(q):
+        return anywhere_backward(grad_out, q, k, v, out, lse, scale)
+    grad_out, q, k, v, out = _rows(grad_out), _rows(q), _rows(k), _rows(v), _rows(out)
+    grads = _output(q), _output(k), _output(v)
+    shape = _shape(q, k)
+    scratch = _scratch(shape, backward=True)
+    _C.causal_attention_backward(
+        shape,
+        scale,
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        _heads(out),
+        lse.data_ptr(),
+        _heads(grad_out),
+        _heads(grads[0]),
+        _heads(grads[1]),
+        _heads(grads[2]),
+        scratch.data_ptr(),
+    )
+    return grads
+
+
+@implement("causal_attention_backward", "CompositeExplicitAutograd")
+def anywhere_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> Triple:
+    grads = reference.causal_attention_backward(grad_out, q, k, v, scale)
+    copies = [_output(x).copy_(grad) for x, grad in zip((q, k, v), grads, strict=True)]
+    return copies[0], copies[1], copies[2]
+
+
+@fake("causal_attention_backward")
+def backward_shapes(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> Triple:
+    return _output(q), _output(k), _output(v)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+    q, k, v, scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.scale = scale
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    if grad_out is None:
+        return None, None, None, None
+    q, k, v, out, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():  # somebody differentiates these gradients
+        return *reference.causal_attention_backward(grad_out, q, k, v, ctx.scale), None
+    return *torch.ops.qlora_native.causal_attention_backward(grad_out, q, k, v, out, lse, ctx.scale), None
+
+
+autograd("causal_attention", _backward, _setup)

@@ -1,0 +1,115 @@
+"""rms_norm: weight * x / rms(x) over the last axis. Backward keeps x, as it came, and one fp32 number a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _C, reference
+from .._native import DTYPE_NUMBER
+from ._library import autograd, fake, implement
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def check(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Refuses operands that do not fit each other."""
+    if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != weight.shape[0] or weight.shape[0] == 0:
+        raise ValueError(
+            f"rms_norm: x is {list(x.shape)}, weight is {list(weight.shape)}: expected [..., K] and [K], K > 0."
+        )
+    if x.dtype != weight.dtype or not x.dtype.is_floating_point:
+        raise ValueError(f"rms_norm: x is {x.dtype}, weight is {weight.dtype}: expected one floating-point dtype.")
+
+
+@implement("rms_norm", "CPU")
+def cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+    check(x, weight)
+    if x.dtype not in DTYPE_NUMBER:
+        return anywhere(x, weight, eps)
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty_like(x)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    width = weight.shape[0]
+    _C.rms_norm(
+        DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), eps, rstd.numel(), width, y.data_ptr(), rstd.data_ptr()
+    )
+    return y, rstd
+
+
+@implement("rms_norm", "CompositeExplicitAutograd")
+def anywhere(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+    check(x, weight)
+    y, rstd = reference.rms_norm(x, weight, eps)
+    return y.contiguous(), rstd.contiguous()
+
+
+@fake("rms_norm")
+def shapes(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+    check(x, weight)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), rstd
+
+
+@implement("rms_norm_backward", "CPU")
+def cpu_backward(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, eps: float
+) -> torch.Tensor:
+    if x.dtype not in DTYPE_NUMBER:
+        return anywhere_backward(grad_y, x, weight, rstd, eps)
+    grad_y, x, weight = grad_y.contiguous(), x.contiguous(), weight.contiguous()
+    grad_x = torch.empty_like(x)
+    _C.rms_norm_backward(
+        DTYPE_NUMBER[x.dtype],
+        grad_y.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        rstd.data_ptr(),
+        rstd.numel(),
+        weight.shape[0],
+        grad_x.data_ptr(),
+    )
+    return grad_x
+
+
+@implement("rms_norm_backward", "CompositeExplicitAutograd")
+def anywhere_backward(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, eps: float
+) -> torch.Tensor:
+    return reference.rms_norm_backward(grad_y, x, weight, eps).contiguous()
+
+
+@fake("rms_norm_backward")
+def backward_shapes(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, eps: float
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+    x, weight, eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.eps = eps
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    if grad_y is None:
+        return None, None, None
+    x, weight, rstd = ctx.saved_tensors
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        if torch.is_grad_enabled():  # somebody differentiates this gradient
+            grad_x = reference.rms_norm_backward(grad_y, x, weight, ctx.eps)
+        else:
+            grad_x = torch.ops.qlora_native.rms_norm_backward(grad_y, x, weight, rstd, ctx.eps)
+    if ctx.needs_input_grad[1]:
+        normal = reference.rms_norm(x, torch.ones_like(weight), ctx.eps)[0]
+        products = grad_y.to(rstd.dtype) * normal
+        grad_weight = products.reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
+    return grad_x, grad_weight, None
+
+
+autograd("rms_norm", _backward, _setup)

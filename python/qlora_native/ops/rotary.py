@@ -1,0 +1,76 @@
+"""rotary: position embedding by rotation, dimension i of a head paired with i + D/2. Backward keeps only the angles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _C, reference
+from .._native import DTYPE_NUMBER
+from ._library import autograd, fake, implement
+
+
+def check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Refuses operands that do not fit each other."""
+    fits = x.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and x.shape[-1] % 2 == 0 and x.shape[-1] > 0
+    if not fits or cos.shape[0] not in (1, x.shape[0]) or cos.shape[1:] != (x.shape[2], x.shape[3]):
+        raise ValueError(
+            f"rotary: x is {list(x.shape)}, cos is {list(cos.shape)}, sin is {list(sin.shape)}: "
+            "expected x [B, H, T, D] with an even D, cos and sin [1 or B, T, D]."
+        )
+    if not x.dtype == cos.dtype == sin.dtype or not x.dtype.is_floating_point:
+        raise ValueError(
+            f"rotary: x is {x.dtype}, cos is {cos.dtype}, sin is {sin.dtype}: expected one floating-point dtype."
+        )
+
+
+@implement("rotary", "CPU")
+def cpu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+    check(x, cos, sin)
+    if x.dtype not in DTYPE_NUMBER:
+        return anywhere(x, cos, sin, inverse)
+    y = torch.empty_like(x)  # in x's layout: heads side by side come out so, and the products around need no copy
+    source = x if x.stride(-1) == 1 else x.contiguous()
+    target = y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    _C.rotary(
+        DTYPE_NUMBER[x.dtype],
+        source.data_ptr(),
+        source.stride()[:3],
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[0],
+        tuple(x.shape),
+        inverse,
+        target.data_ptr(),
+        target.stride()[:3],
+    )
+    return y if target is y else y.copy_(target)
+
+
+@implement("rotary", "CompositeExplicitAutograd")
+def anywhere(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+    check(x, cos, sin)
+    return torch.empty_like(x).copy_(reference.rotary(x, cos, sin, inverse))
+
+
+@fake("rotary")
+def shapes(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+    check(x, cos, sin)
+    return torch.empty_like(x)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, cos, sin, inverse = inputs
+    ctx.save_for_backward(cos, sin)
+    ctx.inverse = inverse
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        raise NotImplementedError("rotary: cos and sin have no gradient here: detach them.")
+    return torch.ops.qlora_native.rotary(grad_y, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+autograd("rotary", _backward, _setup)

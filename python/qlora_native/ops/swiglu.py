@@ -1,0 +1,88 @@
+"""swiglu: silu(gate) * up. Backward keeps gate and up, which their own layers made, and computes silu again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _C, reference
+from .._native import DTYPE_NUMBER
+from ._library import autograd, fake, implement
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def check(gate: torch.Tensor, up: torch.Tensor) -> None:
+    """Refuses operands that do not fit each other."""
+    if gate.shape != up.shape or gate.dtype != up.dtype or not gate.dtype.is_floating_point:
+        raise ValueError(
+            f"swiglu: gate is {gate.dtype} {list(gate.shape)}, up is {up.dtype} {list(up.shape)}: "
+            "expected one shape and one floating-point dtype."
+        )
+
+
+@implement("swiglu", "CPU")
+def cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    check(gate, up)
+    if gate.dtype not in DTYPE_NUMBER:
+        return anywhere(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _C.swiglu(DTYPE_NUMBER[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
+    return y
+
+
+@implement("swiglu", "CompositeExplicitAutograd")
+def anywhere(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    check(gate, up)
+    return reference.swiglu(gate, up).contiguous()
+
+
+@fake("swiglu")
+def shapes(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    check(gate, up)
+    return gate.new_empty(gate.shape)
+
+
+@implement("swiglu_backward", "CPU")
+def cpu_backward(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
+    if gate.dtype not in DTYPE_NUMBER:
+        return anywhere_backward(grad_y, gate, up)
+    grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    _C.swiglu_backward(
+        DTYPE_NUMBER[gate.dtype],
+        grad_y.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        gate.numel(),
+        grad_gate.data_ptr(),
+        grad_up.data_ptr(),
+    )
+    return grad_gate, grad_up
+
+
+@implement("swiglu_backward", "CompositeExplicitAutograd")
+def anywhere_backward(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
+    grad_gate, grad_up = reference.swiglu_backward(grad_y, gate, up)
+    return grad_gate.contiguous(), grad_up.contiguous()
+
+
+@fake("swiglu_backward")
+def backward_shapes(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor) -> Pair:
+    if torch.is_grad_enabled():  # somebody differentiates these gradients
+        return reference.swiglu_backward(grad_y, *ctx.saved_tensors)
+    grad_gate, grad_up = torch.ops.qlora_native.swiglu_backward(grad_y, *ctx.saved_tensors)
+    return grad_gate, grad_up
+
+
+autograd("swiglu", _backward, _setup)

@@ -1,0 +1,174 @@
+"""A model's attention with native kernels: its own code, but for the two functions that do the work.
+
+transformers' attention modules call a rotation and an attention function by the names of globals. A copy of the
+forward is made that finds the native ones there; the modules of transformers are not touched, so other models see
+nothing of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, update_wrapper, wraps
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qlora_native as qn
+from qlora_native.ops.causal_attention import is_native
+
+# How far two orders of rounding may lie apart, relative to the largest value.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+# Where the native attention was measured to be the faster one; elsewhere it would do its products without dot products.
+FAST_ATTENTION = ("avx512_bf16", "amx")
+
+
+def is_ours(tensor: Tensor, dtype: bool = True) -> bool:
+    """Whether the native kernels take a tensor of this device, and of this dtype if that matters."""
+    return tensor.device.type == "cpu" and (not dtype or tensor.dtype in TOLERANCE)
+
+
+def agree(got: Any, expected: Tensor, each_row: bool = False) -> bool:
+    """Equal but for rounding, relative to the largest value, of each row or of all."""
+    if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    difference, size = (got.float() - expected.float()).abs(), expected.float().abs()
+    if each_row:
+        difference, size = difference.amax(-1), size.amax(-1)
+    else:
+        size = size.clamp_min(1e-3)
+    return bool((difference <= TOLERANCE[expected.dtype] * size).all() and size.isfinite().all())
+
+
+def with_native_parts(function: FunctionType) -> FunctionType:
+    """A copy of ``function`` that sees native kernels in place of the globals that compute the same; the function
+    itself if it uses none of them. A function that it wraps is looked into."""
+    swapped: dict[str, Any] = {}
+    for name in function.__code__.co_names:
+        found = function.__globals__.get(name)
+        if isinstance(found, FunctionType) and _rotates(found):
+            swapped[name] = _native_rotary(found)
+        elif found is not None and found is _attention_functions() and _is_fast():
+            swapped[name] = NativeInterfaces(found)
+    cells = []
+    for cell in function.__closure__ or ():
+        inner = cell.cell_contents
+        wrapped = inner is getattr(function, "__wrapped__", None) and isinstance(inner, FunctionType)
+        copied = with_native_parts(inner) if wrapped else inner
+        cells.append(cell if copied is inner else CellType(copied))
+    if not swapped and all(a is b for a, b in zip(cells, function.__closure__ or (), strict=True)):
+        return function
+    names = function.__globals__
+    if swapped:
+        names = {**names, **swapped}
+        names.pop("__name__", None)  # by which torch.compile would look the swapped ones up in the module itself
+    copy = FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, tuple(cells) if cells else None
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    update_wrapper(copy, function)
+    return copy
+
+
+@cache
+def _rotates(function: FunctionType) -> bool:
+    """Whether ``function(q, k, cos, sin)`` is the rotation that the native kernel does."""
+    try:
+        if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+            return False
+        noise = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(2, heads, 5, 16, generator=noise) for heads in (3, 1))
+        cos, sin = (torch.randn(2, 5, 16, generator=noise) for _ in range(2))
+        got = function(q, k, cos, sin)
+    except Exception:  # it wants something else
+        return False
+    rotary = torch.ops.qlora_native.rotary
+    return len(got) == 2 and all(agree(a, rotary(x, cos, sin, False)) for a, x in zip(got, (q, k), strict=True))
+
+
+@cache
+def _native_rotary(original: FunctionType) -> Callable[..., Any]:
+    @wraps(original)
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain = not args and not kwargs and q.dtype == k.dtype == cos.dtype == sin.dtype and q.dim() == k.dim() == 4
+        fits = plain and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and is_ours(q)
+        if not fits or cos.requires_grad or sin.requires_grad:
+            return original(q, k, cos, sin, *args, **kwargs)
+        rotary = torch.ops.qlora_native.rotary
+        return rotary(q, cos, sin, False), rotary(k, cos, sin, False)
+
+    return apply
+
+
+@cache
+def _attention_functions() -> Any:
+    """transformers' table of attention functions by name, or None."""
+    from transformers import modeling_utils
+
+    return getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
+
+
+def _is_fast() -> bool:
+    return qn.build_info()["cpu_isa"] in FAST_ATTENTION
+
+
+class NativeInterfaces:
+    """transformers' table of attention functions, with native causal attention where it names its own sdpa."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        return _or_native(self._table[name])
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of that name, ``default`` for the eager one."""
+        return _or_native(self._table.get_interface(name, default))
+
+
+def _or_native(function: Callable[..., Any]) -> Callable[..., Any]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return _native_attention if function is sdpa_attention_forward else function
+
+
+def _native_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, natively where every position sees all earlier ones and no other.
+
+    query [B, H, T, D], key and value [B, H / g, T, D]; returns [B, T, H, D].
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    plain = attention_mask is None and not dropout and causal is True and kwargs.get("position_bias") is None
+    square = query.shape[2] == key.shape[2] > 1 and key.shape == value.shape and query.shape[3] == key.shape[3]
+    if not (plain and square and is_ours(query) and query.dtype == key.dtype == value.dtype and is_native(query)):
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    out, _ = torch.ops.qlora_native.causal_attention(query, key, value, scale)
+    return out.transpose(1, 2), None

@@ -1,0 +1,290 @@
+// The kernels between the products against double precision, in buffers of the exact size, so that a sanitizer sees
+// every step beyond them.
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <vector>
+
+#include "check.h"
+#include "cpu/causal_attention.h"
+#include "cpu/linear_cross_entropy.h"
+#include "cpu/rms_norm.h"
+#include "cpu/rotary.h"
+#include "cpu/swiglu.h"
+#include "oracle.h"
+
+using namespace qlora_native;
+
+namespace {
+
+template <typename T>
+std::vector<T> random_values(oracle::Random& random, int64_t count, float largest = 3.0f) {
+  std::vector<T> made;
+  for (int64_t i = 0; i < count; ++i) {
+    made.push_back(from_float<T>(largest * random.uniform()));
+  }
+  return made;
+}
+
+template <typename T>
+double value(const std::vector<T>& values, int64_t i) {
+  return oracle::value_of(values[static_cast<size_t>(i)]);
+}
+
+void check_close(double got, double expected, double tolerance, const char* what, int64_t at) {
+  CHECK(std::fabs(got - expected) <= tolerance * (std::fabs(expected) + 1e-3), "%s [%ld] is %a, expected %a", what,
+        static_cast<long>(at), got, expected);
+}
+
+template <typename T>
+void check_rms_norm(int64_t rows, int64_t width, double tolerance) {
+  oracle::Random random(static_cast<uint64_t>(width));
+  const std::vector<T> x = random_values<T>(random, rows * width);
+  const std::vector<T> weight = random_values<T>(random, width);
+  const std::vector<T> grad_y = random_values<T>(random, rows * width);
+  std::vector<T> y(x.size());
+  std::vector<T> grad_x(x.size());
+  std::vector<float> rstd(static_cast<size_t>(rows));
+  constexpr auto kDtype = oracle::Storage<T>::kDtype;
+  cpu::rms_norm({x.data(), weight.data(), width, 1e-5f, y.data(), rstd.data()}, rows, kDtype);
+  cpu::rms_norm_backward({grad_y.data(), x.data(), weight.data(), rstd.data(), width, grad_x.data()}, rows, kDtype);
+  for (int64_t row = 0; row < rows; ++row) {
+    double squares = 0.0;
+    for (int64_t i = 0; i < width; ++i) {
+      squares += value(x, row * width + i) * value(x, row * width + i);
+    }
+    const double scale = 1.0 / std::sqrt(squares / static_cast<double>(width) + 1e-5);
+    double mean = 0.0;
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t at = row * width + i;
+      mean += value(grad_y, at) * value(weight, i) * value(x, at) * scale / static_cast<double>(width);
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t at = row * width + i;
+      const double normal = value(x, at) * scale;
+      check_close(value(y, at), value(weight, i) * normal, tolerance, "y", at);
+      const double gradient = scale * (value(grad_y, at) * value(weight, i) - normal * mean);
+      CHECK(std::fabs(value(grad_x, at) - gradient) <= tolerance * 8, "grad_x [%ld] is %a, expected %a",
+            static_cast<long>(at), value(grad_x, at), gradient);
+    }
+  }
+}
+
+template <typename T>
+void check_elementwise(int64_t count, double tolerance) {
+  oracle::Random random(static_cast<uint64_t>(count));
+  const std::vector<T> gate = random_values<T>(random, count);
+  const std::vector<T> up = random_values<T>(random, count);
+  const std::vector<T> grad_y = random_values<T>(random, count);
+  std::vector<T> y(gate.size());
+  std::vector<T> grad_gate(gate.size());
+  std::vector<T> grad_up(gate.size());
+  constexpr auto kDtype = oracle::Storage<T>::kDtype;
+  cpu::swiglu({gate.data(), up.data(), y.data()}, count, kDtype);
+  cpu::swiglu_backward({grad_y.data(), gate.data(), up.data(), grad_gate.data(), grad_up.data()}, count, kDtype);
+  for (int64_t i = 0; i < count; ++i) {
+    const double g = value(gate, i);
+    const double s = 1.0 / (1.0 + std::exp(-g));
+    check_close(value(y, i), g * s * value(up, i), tolerance, "y", i);
+    check_close(value(grad_up, i), value(grad_y, i) * g * s, tolerance, "grad_up", i);
+    const double gradient = value(grad_y, i) * value(up, i) * s * (1.0 + g * (1.0 - s));  // crosses zero
+    CHECK(std::fabs(value(grad_gate, i) - gradient) <= tolerance * (std::fabs(gradient) + 1.0),
+          "grad_gate [%ld] is %a, expected %a", static_cast<long>(i), value(grad_gate, i), gradient);
+  }
+}
+
+template <typename T>
+void check_softmax(int64_t rows, int64_t vocabulary, double tolerance) {
+  oracle::Random random(static_cast<uint64_t>(vocabulary));
+  std::vector<T> logits = random_values<T>(random, rows * vocabulary);
+  const std::vector<T> before = logits;
+  std::vector<float> losses(static_cast<size_t>(rows));
+  std::vector<int64_t> targets;
+  for (int64_t row = 0; row < rows; ++row) {
+    targets.push_back((row * 7) % vocabulary);
+  }
+  cpu::softmax_loss(oracle::Storage<T>::kDtype, logits.data(), targets.data(), rows, vocabulary, true, losses.data());
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t target = targets[static_cast<size_t>(row)];
+    double sum = 0.0;
+    for (int64_t i = 0; i < vocabulary; ++i) {
+      sum += std::exp(value(before, row * vocabulary + i));
+    }
+    check_close(losses[static_cast<size_t>(row)], std::log(sum) - value(before, row * vocabulary + target), 1e-6,
+                "loss", row);
+    for (int64_t i = 0; i < vocabulary; ++i) {
+      const int64_t at = row * vocabulary + i;
+      check_close(value(logits, at), std::exp(value(before, at)) / sum - (i == target ? 1.0 : 0.0), tolerance,
+                  "gradient", at);
+    }
+  }
+}
+
+template <typename T>
+void check_all(double tolerance) {
+  for (const int64_t width : {1, 15, 16, 17, 48, 65, 577}) {
+    check_rms_norm<T>(5, width, tolerance);
+    check_elementwise<T>(width, tolerance);
+    check_softmax<T>(3, width, tolerance);
+  }
+  check_elementwise<T>(40'001, tolerance);  // more than one task
+}
+
+TEST(activations_fp32) { check_all<float>(2e-6); }
+TEST(activations_bf16) { check_all<Bf16>(0x1p-7); }
+TEST(activations_fp16) { check_all<Fp16>(0x1p-9); }
+
+TEST(rotary_turns_and_returns) {
+  constexpr int64_t kLength = 3;
+  constexpr int64_t kWidth = 22;
+  oracle::Random random(1);
+  const std::vector<float> x = random_values<float>(random, 2 * kLength * 2 * kWidth);
+  std::vector<float> cosine;
+  std::vector<float> sine;
+  for (int64_t position = 0; position < kLength; ++position) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const double angle = static_cast<double>(position + 1) * static_cast<double>(i % (kWidth / 2) + 1);
+      cosine.push_back(static_cast<float>(std::cos(angle)));
+      sine.push_back(static_cast<float>(std::sin(angle)));
+    }
+  }
+  std::vector<float> turned(x.size());
+  std::vector<float> returned(x.size());
+  cpu::RotaryJob job{x.data(),
+                     {kLength * 2 * kWidth, kWidth, 2 * kWidth},
+                     cosine.data(),
+                     sine.data(),
+                     0,
+                     2,
+                     kLength,
+                     kWidth,
+                     false,
+                     turned.data(),
+                     {kLength * 2 * kWidth, kWidth, 2 * kWidth}};
+  cpu::rotary(job, 2, Dtype::kFloat32);
+  job.x = turned.data();
+  job.y = returned.data();
+  job.inverse = true;
+  cpu::rotary(job, 2, Dtype::kFloat32);
+  for (int64_t i = 0; i < static_cast<int64_t>(x.size()); ++i) {
+    check_close(value(returned, i), value(x, i), 1e-5, "returned", i);
+  }
+}
+
+struct Heads {
+  std::vector<Bf16> values;
+  int64_t heads;
+  int64_t length;
+  int64_t width;
+
+  cpu::HeadsView<Bf16> view() { return {values.data(), length * heads * width, width, heads * width}; }
+  cpu::HeadsView<const Bf16> view() const { return {values.data(), length * heads * width, width, heads * width}; }
+  double at(int64_t batch, int64_t head, int64_t row, int64_t d) const {
+    return value(values, ((batch * length + row) * heads + head) * width + d);
+  }
+};
+
+Heads random_heads(oracle::Random& random, int64_t batches, int64_t heads, int64_t length, int64_t width) {
+  return {random_values<Bf16>(random, batches * heads * length * width, 1.0f), heads, length, width};
+}
+
+std::vector<unsigned char> scratch_for(int64_t units, int64_t length, int64_t width, bool backward) {
+  const int64_t bytes = cpu::attention_threads(units) * cpu::attention_scratch_bytes(length, width, backward);
+  return std::vector<unsigned char>(static_cast<size_t>(bytes + 64));
+}
+
+unsigned char* aligned(std::vector<unsigned char>& bytes) {
+  return bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+}
+
+// Output and gradients against the plain formulas in double precision.
+void check_attention(int64_t heads, int64_t kv_heads, int64_t length, int64_t width) {
+  constexpr int64_t kBatches = 2;
+  oracle::Random random(static_cast<uint64_t>(length));
+  const float scale = 0.3f / std::sqrt(static_cast<float>(width));
+  const Heads q = random_heads(random, kBatches, heads, length, width);
+  const Heads k = random_heads(random, kBatches, kv_heads, length, width);
+  const Heads v = random_heads(random, kBatches, kv_heads, length, width);
+  const Heads grad_out = random_heads(random, kBatches, heads, length, width);
+  Heads out = grad_out;
+  Heads grad_q = q;
+  Heads grad_k = k;
+  Heads grad_v = v;
+  std::vector<float> lse(static_cast<size_t>(kBatches * heads * length));
+  const cpu::AttentionJob job{q.view(), k.view(), v.view(), out.view(), lse.data(),
+                              heads,    kv_heads, length,   width,      scale};
+  std::vector<unsigned char> scratch = scratch_for(kBatches * heads, length, width, false);
+  cpu::causal_attention(job, kBatches, aligned(scratch));
+  scratch = scratch_for(kBatches * kv_heads, length, width, true);
+  cpu::causal_attention_backward({job, grad_out.view(), grad_q.view(), grad_k.view(), grad_v.view()}, kBatches,
+                                 aligned(scratch));
+  const int64_t group = heads / kv_heads;
+  const auto tolerance = [](double magnitude) { return 0x1p-6 * magnitude + 0x1p-7; };
+  for (int64_t batch = 0; batch < kBatches; ++batch) {
+    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+      std::vector<double> dk(static_cast<size_t>(length * width));
+      std::vector<double> dv(dk.size());
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        for (int64_t i = 0; i < length; ++i) {
+          std::vector<double> weight(static_cast<size_t>(i + 1));
+          double total = 0.0;
+          for (int64_t j = 0; j <= i; ++j) {
+            double score = 0.0;
+            for (int64_t d = 0; d < width; ++d) {
+              score += q.at(batch, head, i, d) * k.at(batch, kv_head, j, d);
+            }
+            weight[static_cast<size_t>(j)] = std::exp(score * static_cast<double>(scale));
+            total += weight[static_cast<size_t>(j)];
+          }
+          double delta = 0.0;
+          std::vector<double> grad_weight(weight.size());
+          for (int64_t j = 0; j <= i; ++j) {
+            weight[static_cast<size_t>(j)] /= total;
+            for (int64_t d = 0; d < width; ++d) {
+              grad_weight[static_cast<size_t>(j)] += grad_out.at(batch, head, i, d) * v.at(batch, kv_head, j, d);
+            }
+            delta += weight[static_cast<size_t>(j)] * grad_weight[static_cast<size_t>(j)];
+          }
+          for (int64_t d = 0; d < width; ++d) {
+            double expected = 0.0;
+            double gradient = 0.0;
+            for (int64_t j = 0; j <= i; ++j) {
+              const double p = weight[static_cast<size_t>(j)];
+              const double ds = p * (grad_weight[static_cast<size_t>(j)] - delta) * static_cast<double>(scale);
+              expected += p * v.at(batch, kv_head, j, d);
+              gradient += ds * k.at(batch, kv_head, j, d);
+              dk[static_cast<size_t>(j * width + d)] += ds * q.at(batch, head, i, d);
+              dv[static_cast<size_t>(j * width + d)] += p * grad_out.at(batch, head, i, d);
+            }
+            const double got = out.at(batch, head, i, d);
+            CHECK(std::fabs(got - expected) <= tolerance(1.0), "out [%ld, %ld, %ld] is %a, expected %a",
+                  static_cast<long>(head), static_cast<long>(i), static_cast<long>(d), got, expected);
+            CHECK(std::fabs(grad_q.at(batch, head, i, d) - gradient) <= tolerance(1.0),
+                  "grad_q [%ld, %ld, %ld] is %a, expected %a", static_cast<long>(head), static_cast<long>(i),
+                  static_cast<long>(d), grad_q.at(batch, head, i, d), gradient);
+          }
+        }
+      }
+      for (int64_t j = 0; j < length; ++j) {
+        for (int64_t d = 0; d < width; ++d) {
+          const double expected_k = dk[static_cast<size_t>(j * width + d)];
+          const double expected_v = dv[static_cast<size_t>(j * width + d)];
+          CHECK(std::fabs(grad_k.at(batch, kv_head, j, d) - expected_k) <= tolerance(2.0), "grad_k is %a, expected %a",
+                grad_k.at(batch, kv_head, j, d), expected_k);
+          CHECK(std::fabs(grad_v.at(batch, kv_head, j, d) - expected_v) <= tolerance(std::fabs(expected_v) + 1.0),
+                "grad_v is %a, expected %a", grad_v.at(batch, kv_head, j, d), expected_v);
+        }
+      }
+    }
+  }
+}
+
+TEST(causal_attention_and_gradient) {
+  check_attention(1, 1, 1, 32);
+  check_attention(3, 1, 17, 32);
+  check_attention(4, 2, 64, 64);
+  check_attention(2, 2, 97, 96);
+  check_attention(2, 1, 130, 32);
+}
+
+}  // namespace

@@ -1,0 +1,148 @@
+"""causal_attention against fp64 softmax attention, and its derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import SavedTensors, relative_error, same_values
+
+from qlora_native import reference
+
+pytestmark = pytest.mark.isa
+attention = torch.ops.qlora_native.causal_attention
+# batch, heads, key heads, length, head dimensions
+SHAPES = (
+    (1, 1, 1, 2, 32),
+    (2, 3, 1, 5, 32),
+    (1, 2, 2, 64, 64),
+    (1, 6, 3, 65, 64),
+    (2, 4, 2, 100, 96),
+    (1, 3, 3, 31, 128),
+    (1, 9, 3, 257, 64),
+)
+
+
+def operands(
+    batch: int, heads: int, key_heads: int, length: int, width: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v and a gradient, as projections make them: heads side by side."""
+    return tuple(
+        torch.randn(batch, length, h, width).to(dtype).transpose(1, 2) for h in (heads, key_heads, key_heads, heads)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients(shape: tuple[int, int, int, int, int]) -> None:
+    *inputs, grad_out = operands(*shape)
+    scale = shape[-1] ** -0.5
+    leaves = [x.requires_grad_() for x in inputs]
+    out, lse = attention(*leaves, scale)
+    out.backward(grad_out)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    truth, truth_lse = reference.causal_attention(wide[0], wide[1], wide[2], scale)
+    truth.backward(grad_out.double())
+    assert out.shape == inputs[0].shape and out.transpose(1, 2).is_contiguous()
+    assert relative_error(out, truth) < 3e-3
+    assert relative_error(lse, truth_lse) < 1e-6
+    for leaf, exact in zip(leaves, wide, strict=True):
+        assert relative_error(leaf.grad, exact.grad) < 7e-3  # type: ignore[arg-type]
+
+
+def test_as_near_the_truth_as_torch() -> None:
+    *inputs, grad_out = operands(2, 6, 2, 200, 64)
+    wide = [x.double().requires_grad_() for x in inputs]
+    truth = reference.causal_attention(wide[0], wide[1], wide[2], 0.125)[0]
+    truth.backward(grad_out.double())
+
+    def errors(out: torch.Tensor, leaves: list[torch.Tensor]) -> list[float]:
+        out.backward(grad_out)
+        pairs = zip([out, *(x.grad for x in leaves)], [truth, *(x.grad for x in wide)], strict=True)
+        return [relative_error(got, want) for got, want in pairs]  # type: ignore[arg-type]
+
+    ours = [x.detach().clone().requires_grad_() for x in inputs]
+    torchs = [x.detach().clone().requires_grad_() for x in inputs]
+    sdpa: Any = torch.nn.functional.scaled_dot_product_attention
+    mine = errors(attention(*ours, 0.125)[0], ours)
+    theirs = errors(sdpa(*torchs, is_causal=True, scale=0.125, enable_gqa=True), torchs)
+    assert all(a < 1.2 * b for a, b in zip(mine, theirs, strict=True)), (mine, theirs)
+
+
+def test_no_position_sees_a_later_one() -> None:
+    q, k, v, _ = operands(1, 2, 1, 90, 32)
+    out, _ = attention(q, k, v, 0.2)
+    k[:, :, 40:], v[:, :, 40:] = 1e4, 1e4
+    q[:, :, 40:] = -1e4
+    assert torch.equal(attention(q, k, v, 0.2)[0][:, :, :40], out[:, :, :40])
+
+
+def test_scores_that_would_overflow() -> None:
+    """The largest score is taken out before the exponential, and hidden keys may score anything."""
+    q, k, v, grad_out = (200 * x for x in operands(1, 2, 2, 70, 32))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = attention(*leaves, 1.0)
+    out.backward(grad_out)
+    assert out.isfinite().all()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+    assert relative_error(out, reference.causal_attention(q.double(), k.double(), v.double(), 1.0)[0]) < 5e-3
+
+
+def test_layout_and_threads_do_not_matter() -> None:
+    q, k, v, grad_out = operands(2, 6, 2, 77, 64)
+
+    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        out, _ = attention(*leaves, 0.125)
+        out.backward(tensors[3])
+        return [out, *(x.grad for x in leaves if x.grad is not None)]
+
+    first = run(q, k, v, grad_out)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        second = run(*(x.contiguous() for x in (q, k, v, grad_out)))
+        third = run(*(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v, grad_out)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same_values(a, b) and same_values(a, c) for a, b, c in zip(first, second, third, strict=True))
+
+
+def test_keeps_nothing_of_size_length_squared() -> None:
+    q, k, v, _ = operands(1, 3, 1, 128, 32)
+    with SavedTensors() as saved:
+        attention(q.requires_grad_(), k, v, 0.2)
+    assert sum(t.numel() for t in saved.tensors) == 2 * q.numel() + k.numel() + v.numel() + 3 * 128
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_other_dtypes_and_widths_are_computed_plainly(dtype: torch.dtype) -> None:
+    q, k, v, _ = operands(1, 4, 2, 9, 20, dtype)
+    truth = reference.causal_attention(q.double(), k.double(), v.double(), 0.3)[0]
+    assert relative_error(attention(q, k, v, 0.3)[0], truth) < {2: 1e-3, 4: 1e-6, 8: 1e-14}[dtype.itemsize]
+
+
+def test_gradcheck_twice() -> None:
+    q, k, v, _ = (x.detach() for x in operands(1, 2, 1, 4, 4, torch.float64))
+    leaves = tuple(x.requires_grad_() for x in (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, 0.4)[0], leaves)
+    assert torch.autograd.gradgradcheck(lambda *x: attention(*x, 0.4)[0], leaves)
+
+
+def test_refuses_in_words() -> None:
+    q, k, v, _ = operands(1, 4, 3, 5, 32)
+    with pytest.raises(ValueError, match=r"q is \[1, 4, 5, 32\], k is \[1, 3, 5, 32\]"):
+        attention(q, k, v, 1.0)
+    with pytest.raises(ValueError, match="expected one floating-point dtype"):
+        attention(q, k[:, :2].float(), v[:, :2].float(), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    q, k, v, grad_out = operands(2, 4, 2, 33, 32, dtype)
+    out, lse = attention(q, k, v, 0.2)
+    backward = torch.ops.qlora_native.causal_attention_backward.default
+    torch.library.opcheck(backward, (grad_out, q, k, v, out, lse, 0.2))
+    torch.library.opcheck(
+        torch.ops.qlora_native.causal_attention.default, (q.requires_grad_(), k.requires_grad_(), v, 0.2)
+    )

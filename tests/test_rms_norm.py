@@ -1,0 +1,120 @@
+"""rms_norm against fp64, LlamaRMSNorm's rounding, and its derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import SavedTensors, relative_error, same_values
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from qlora_native import reference
+
+pytestmark = pytest.mark.isa
+rms_norm = torch.ops.qlora_native.rms_norm
+EPS = 1e-5
+TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+SHAPES = ((1, 1), (3, 16), (2, 5, 17), (4, 576), (1, 3, 100), (0, 8), (7, 2049))
+
+
+def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = operands(shape, dtype)
+    x.requires_grad_()
+    y, rstd = rms_norm(x, weight, EPS)
+    wide = x.detach().double().requires_grad_()
+    truth, truth_rstd = reference.rms_norm(wide, weight.double(), EPS)
+    grad_y = torch.randn(shape).to(dtype)
+    y.backward(grad_y)
+    truth.backward(grad_y.double())
+    assert y.dtype == dtype and y.shape == x.shape
+    assert rstd.dtype == torch.float32
+    assert relative_error(y, truth) < TOLERANCE[dtype]
+    assert relative_error(rstd, truth_rstd) < 2e-7
+    if shape[-1] > 1:  # of one element, the gradient is a difference of nearly equal numbers
+        assert relative_error(x.grad, wide.grad) < TOLERANCE[dtype]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_where_llama_does(dtype: torch.dtype) -> None:
+    """All but the elements that the order of the sum pushes over a rounding boundary are the same bits."""
+    x, weight = operands((64, 576), dtype)
+    norm = LlamaRMSNorm(576, EPS).to(dtype)
+    norm.weight.data.copy_(weight)
+    assert (rms_norm(x, weight, EPS)[0] != norm(x)).float().mean() < 1e-3
+
+
+def test_small_rows_feel_eps_and_zero_rows_stay_zero() -> None:
+    x = torch.tensor([[1e-4, -1e-4], [0.0, 0.0]])
+    y, rstd = rms_norm(x, torch.ones(2), EPS)
+    assert relative_error(y, x.double() / (1e-8 + EPS) ** 0.5) < 1e-6
+    assert (y[1] == 0).all() and rstd[1] == pytest.approx(EPS**-0.5)
+
+
+def test_non_finite_rows_do_not_spread() -> None:
+    x = torch.randn(3, 32)
+    x[1, 5] = torch.nan
+    y, _ = rms_norm(x, torch.ones(32), EPS)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_weight_gradient() -> None:
+    x, weight = operands((6, 33), torch.float32)
+    weight.requires_grad_()
+    wide = weight.detach().double().requires_grad_()
+    grad_y = torch.randn(6, 33)
+    rms_norm(x, weight, EPS)[0].backward(grad_y)
+    reference.rms_norm(x.double(), wide, EPS)[0].backward(grad_y.double())
+    assert relative_error(weight.grad, wide.grad) < 1e-6  # type: ignore[arg-type]
+
+
+def test_keeps_its_input_and_one_number_a_row() -> None:
+    x, weight = operands((8, 64), torch.bfloat16)
+    x.requires_grad_()
+    with SavedTensors() as saved:
+        rms_norm(x, weight, EPS)
+    assert sum(t.numel() * t.element_size() for t in saved.tensors if t.data_ptr() != x.data_ptr()) == 8 * 4 + 64 * 2
+
+
+def test_strides_do_not_matter() -> None:
+    x, weight = operands((40, 12), torch.float32)
+    turned, spread = x.t().contiguous().t(), torch.empty(24)[::2].copy_(weight)
+    assert same_values(rms_norm(turned, spread, EPS)[0], rms_norm(x, weight, EPS)[0])
+
+
+def test_threads_do_not_matter() -> None:
+    x, weight = operands((301, 576), torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = rms_norm(x, weight, EPS)[0]
+    finally:
+        torch.set_num_threads(threads)
+    assert same_values(rms_norm(x, weight, EPS)[0], one)
+
+
+def test_gradcheck_twice() -> None:
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t, w: rms_norm(t, w, EPS)[0], (x, weight))
+    assert torch.autograd.gradgradcheck(lambda t: rms_norm(t, weight.detach(), EPS)[0], (x,))
+
+
+def test_refuses_in_words() -> None:
+    with pytest.raises(ValueError, match=r"x is \[2, 4\], weight is \[5\]"):
+        rms_norm(torch.randn(2, 4), torch.randn(5), EPS)
+    with pytest.raises(ValueError, match="expected one floating-point dtype"):
+        rms_norm(torch.randn(2, 4).bfloat16(), torch.randn(4), EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    x, weight = operands((3, 20), dtype)
+    torch.library.opcheck(torch.ops.qlora_native.rms_norm.default, (x.requires_grad_(), weight, EPS))
+    _, rstd = rms_norm(x.detach(), weight, EPS)
+    backward = torch.ops.qlora_native.rms_norm_backward.default
+    torch.library.opcheck(backward, (torch.randn_like(x), x.detach(), weight, rstd, EPS))

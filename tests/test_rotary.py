@@ -1,0 +1,90 @@
+"""rotary against transformers' own function, bit by bit, and its derivative."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import SavedTensors, relative_error, same_values
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from qlora_native import reference
+
+pytestmark = pytest.mark.isa
+rotary = torch.ops.qlora_native.rotary
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def operands(
+    batch: int, heads: int, length: int, width: int, dtype: torch.dtype, angle_rows: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x as a projection makes it (heads side by side), and angles whose two halves differ."""
+    x = torch.randn(batch, length, heads, width).to(dtype).transpose(1, 2)
+    cos, sin = (torch.randn(angle_rows, length, width).to(dtype) for _ in range(2))
+    return x, cos, sin
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 5, 34), (2, 9, 7, 64), (3, 2, 4, 128), (0, 2, 3, 8)], ids=str)
+@pytest.mark.parametrize("own_angles", [False, True])
+def test_same_bits_as_transformers(shape: tuple[int, int, int, int], dtype: torch.dtype, own_angles: bool) -> None:
+    x, cos, sin = operands(*shape, dtype, angle_rows=shape[0] if own_angles else 1)
+    want, _ = apply_rotary_pos_emb(x, x, cos, sin)
+    got = rotary(x, cos, sin, False)
+    assert same_values(got, want)
+    assert got.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient(dtype: torch.dtype) -> None:
+    x, cos, sin = operands(2, 3, 5, 32, dtype)
+    x.requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    grad_y = torch.randn(2, 3, 5, 32).to(dtype)
+    rotary(x, cos, sin, False).backward(grad_y)
+    apply_rotary_pos_emb(wide, wide, cos.double(), sin.double())[0].backward(grad_y.double())
+    tolerance = {torch.float32: 1e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert relative_error(x.grad, wide.grad) < tolerance  # type: ignore[arg-type]
+
+
+def test_inverse_undoes_a_rotation() -> None:
+    x, _, _ = operands(2, 3, 5, 32, torch.float32)
+    angle = torch.randn(1, 5, 16).repeat(1, 1, 2)
+    back = rotary(rotary(x, angle.cos(), angle.sin(), False), angle.cos(), angle.sin(), True)
+    assert relative_error(back, x.double()) < 1e-6
+
+
+def test_keeps_only_the_angles() -> None:
+    x, cos, sin = operands(2, 3, 5, 32, torch.bfloat16)
+    with SavedTensors() as saved:
+        rotary(x.requires_grad_(), cos, sin, False)
+    assert {t.data_ptr() for t in saved.tensors} == {cos.data_ptr(), sin.data_ptr()}
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_any_strides(inverse: bool) -> None:
+    x, cos, sin = operands(2, 4, 6, 16, torch.float32)
+    want = reference.rotary(x, cos, sin, inverse)
+    for y in (x.contiguous(), x.transpose(2, 3).contiguous().transpose(2, 3), x[:, ::2].repeat(1, 2, 1, 1)[:, ::2]):
+        expected = want if y.shape == x.shape else reference.rotary(y, cos, sin, inverse)
+        assert same_values(rotary(y, cos, sin, inverse), expected)
+
+
+def test_gradcheck_twice() -> None:
+    x, cos, sin = operands(1, 2, 3, 4, torch.float64)
+    x = x.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: rotary(t, cos, sin, False), (x,))
+    assert torch.autograd.gradgradcheck(lambda t: rotary(t, cos, sin, False), (x,))
+
+
+def test_refuses_in_words() -> None:
+    x, cos, sin = operands(2, 3, 5, 32, torch.float32)
+    with pytest.raises(ValueError, match=r"x is \[2, 3, 5, 32\], cos is \[1, 4, 32\]"):
+        rotary(x, cos[:, :4], sin[:, :4], False)
+    with pytest.raises(ValueError, match="expected one floating-point dtype"):
+        rotary(x.bfloat16(), cos, sin, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    x, cos, sin = operands(2, 3, 5, 32, dtype)
+    torch.library.opcheck(torch.ops.qlora_native.rotary.default, (x.requires_grad_(), cos, sin, False))

@@ -1,0 +1,88 @@
+"""swiglu against fp64, torch's rounding, and its derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import SavedTensors, relative_error, same_values
+
+from qlora_native import reference
+
+pytestmark = pytest.mark.isa
+swiglu = torch.ops.qlora_native.swiglu
+TOLERANCE = {torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+SHAPES = ((1,), (16,), (3, 17), (2, 5, 100), (0, 4), (64, 1536))
+
+
+def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return (4 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    gate, up = (t.requires_grad_() for t in operands(shape, dtype))
+    wide_gate, wide_up = (t.detach().double().requires_grad_() for t in (gate, up))
+    y, truth = swiglu(gate, up), reference.swiglu(wide_gate, wide_up)
+    grad_y = torch.randn(shape).to(dtype)
+    y.backward(grad_y)
+    truth.backward(grad_y.double())
+    assert y.dtype == dtype and y.shape == gate.shape
+    assert relative_error(y, truth) < TOLERANCE[dtype]
+    assert relative_error(gate.grad, wide_gate.grad) < TOLERANCE[dtype]  # type: ignore[arg-type]
+    assert relative_error(up.grad, wide_up.grad) < TOLERANCE[dtype]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_where_torch_does(dtype: torch.dtype) -> None:
+    gate, up = operands((64, 1536), dtype)
+    assert (swiglu(gate, up) != torch.nn.functional.silu(gate) * up).float().mean() < 1e-3
+
+
+def test_the_exponential_over_its_whole_range() -> None:
+    """Relative error below 2.5e-7 wherever the result is a normal number, no overflow anywhere, NaN kept."""
+    gate = torch.linspace(-87.0, 200.0, 1_000_003)
+    truth = torch.nn.functional.silu(gate.double())
+    error = (swiglu(gate, torch.ones_like(gate)).double() - truth).abs() / truth.abs().clamp_min(1e-36)
+    assert float(error.max()) < 2.5e-7
+    edges = torch.tensor([-torch.inf, -1e30, -1e4, -120.0, -88.0, 0.0, 120.0, 1e30, torch.inf, torch.nan])
+    got = swiglu(edges, torch.ones(10))
+    assert (got[1:5].abs() < 1e-35).all() and got[5] == 0
+    assert same_values(got[6:], edges[6:])
+
+
+def test_keeps_only_its_inputs() -> None:
+    gate, up = (t.requires_grad_() for t in operands((8, 64), torch.bfloat16))
+    with SavedTensors() as saved:
+        swiglu(gate, up)
+    assert {t.data_ptr() for t in saved.tensors} == {gate.data_ptr(), up.data_ptr()}
+
+
+def test_strides_and_threads_do_not_matter() -> None:
+    gate, up = operands((300, 77), torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = swiglu(gate.t().contiguous().t(), up)
+    finally:
+        torch.set_num_threads(threads)
+    assert same_values(swiglu(gate, up), one)
+
+
+def test_gradcheck_twice() -> None:
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+    assert torch.autograd.gradgradcheck(swiglu, (gate, up))
+
+
+def test_refuses_in_words() -> None:
+    with pytest.raises(ValueError, match=r"gate is torch.float32 \[2, 4\], up is torch.float32 \[4\]"):
+        swiglu(torch.randn(2, 4), torch.randn(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    gate, up = operands((3, 20), dtype)
+    backward = torch.ops.qlora_native.swiglu_backward.default
+    torch.library.opcheck(backward, (torch.randn_like(gate), gate, up))
+    torch.library.opcheck(torch.ops.qlora_native.swiglu.default, (gate.requires_grad_(), up.requires_grad_()))

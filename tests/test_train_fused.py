@@ -1,0 +1,208 @@
+"""fuse(): what is replaced computes the same with the same gradients, and what differs is left alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers import SavedTensors, relative_error
+from tiny_models import make, tokens
+from torch import nn
+
+import qlora_native as qn
+from qlora_native.train.fused import Fused, fuse
+from qlora_native.train.fused_attention import FAST_ATTENTION
+from qlora_native.train.loss import causal_lm_loss
+
+# Where native attention is not the faster one, an attention without a rotation to replace stays as it is.
+SDPA = {"attention": 2} if qn.build_info()["cpu_isa"] in FAST_ATTENTION else {}
+ALL = {"attention": 2, "mlp": 2, "norm": 5}
+EXPECTED = {
+    "Llama": ALL,
+    "Mistral": ALL,
+    "Qwen2": ALL,
+    "Qwen3": {**ALL, "norm": 9},  # queries and keys have norms of their own
+    "Gemma": {"attention": 2},  # norms of weight 1 + w, GELU
+    "Gemma2": {"attention": 2},
+    "Olmo2": {**ALL, "norm": 9},
+    "Phi3": {**SDPA, "norm": 5},  # one projection for gate and up, rotation of a part of the head
+    "GPT2": SDPA,
+    "Cohere": {**SDPA, "mlp": 2},  # layer norm, interleaved rotation
+}
+
+
+def model_of(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    if kind == "Gemma2" or kind == "Gemma" or kind == "Qwen3":
+        changes["head_dim"] = 16
+    model = make(kind, dtype, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.dim() == 1:  # ones as made: a lost weight would go unseen
+                parameter.normal_(1.0, 0.2)
+    return model
+
+
+def loss_and_gradient(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the first projections, so that everything between them and the loss takes part."""
+    ids = tokens(2, 24)
+    weights = [p for p in model.parameters() if p.dim() == 2 and p.dtype.is_floating_point]
+    loss = model(input_ids=ids, labels=ids).loss
+    return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_same_loss_and_gradients(kind: str) -> None:
+    model = model_of(kind)
+    plain = copy.deepcopy(model)
+    assert fuse(model) == EXPECTED[kind]
+    (loss, gradient), (want, want_gradient) = loss_and_gradient(model), loss_and_gradient(plain)
+    assert float(loss) == pytest.approx(float(want), rel=1e-5)
+    assert relative_error(gradient, want_gradient) < 1e-5
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_same_in_bf16_to_rounding() -> None:
+    model = model_of("Llama", torch.bfloat16, head_dim=32)
+    plain = copy.deepcopy(model)
+    fuse(model)
+    (loss, gradient), (want, want_gradient) = loss_and_gradient(model), loss_and_gradient(plain)
+    assert float(loss) == pytest.approx(float(want), rel=1e-3)
+    assert relative_error(gradient, want_gradient) < 3e-2
+
+
+@pytest.mark.parametrize("change", ["clamp", "gelu", "dropout", "offset"])
+def test_what_differs_is_left_alone(change: str) -> None:
+    model = model_of("Llama")
+    layer = model.model.layers[0]
+    if change == "offset":
+        kind = type(layer.input_layernorm)
+
+        class Shifted(kind):  # type: ignore[misc,valid-type]
+            def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+                return super().forward(hidden_states) + 0.01
+
+        for module in model.modules():
+            if type(module) is kind:
+                module.__class__ = Shifted
+        assert fuse(model) == {"attention": 2, "mlp": 2}
+        return
+    kind = type(layer.mlp)
+
+    class Other(kind):  # type: ignore[misc,valid-type]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate = self.gate_proj(x)
+            gate = gate.clamp(max=2.0) if change == "clamp" else gate
+            hidden = nn.functional.gelu(gate) if change == "gelu" else self.act_fn(gate)
+            return self.down_proj(nn.functional.dropout(hidden * self.up_proj(x), 0.1, self.training))
+
+    if change != "dropout":
+        model.eval()
+    for one in model.model.layers:
+        one.mlp.__class__ = Other
+    assert fuse(model) == {"attention": 2, "norm": 5}
+
+
+def test_twice_is_once_and_training_flags_and_randomness_stay() -> None:
+    model = model_of("Llama").train()
+    model.model.layers[0].eval()
+    flags = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    fuse(model)
+    assert fuse(model) == {}
+    assert [module.training for module in model.modules()] == flags
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_other_models_of_the_class_stay_as_they_are() -> None:
+    model, other = model_of("Llama"), model_of("Llama")
+    fuse(model)
+    assert not any(isinstance(module, Fused) for module in other.modules())
+    from transformers.models.llama import modeling_llama
+
+    assert modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
+    assert isinstance(modeling_llama.ALL_ATTENTION_FUNCTIONS, transformers.AttentionInterface)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_fused_and_independent(how: str) -> None:
+    model = model_of("Llama")
+    fuse(model)
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert sum(isinstance(module, Fused) for module in copied.modules()) == 9
+    want = model(tokens()).logits
+    assert torch.equal(copied(tokens()).logits, want)
+    copied.model.norm.weight.data.zero_()
+    assert torch.equal(model(tokens()).logits, want)
+
+
+def test_generates_the_same() -> None:
+    model = model_of("Llama").eval()
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    want = model.generate(tokens(2, 7), **options)
+    fuse(model)
+    assert torch.equal(model.generate(tokens(2, 7), **options), want)
+
+
+def quantised(**changes: Any) -> Any:
+    model = model_of("Llama", torch.bfloat16, head_dim=32, **changes)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in path:
+            model.set_submodule(path, qn.nn.QuantizedLinear.from_linear(module))
+    qn.add_lora(model, qn.LoraConfig(r=4, seed=0))
+    return model
+
+
+def test_before_and_after_adapters() -> None:
+    before, after = quantised(), model_of("Llama", torch.bfloat16, head_dim=32)
+    assert fuse(before) == ALL
+    for path, module in list(after.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in path:
+            after.set_submodule(path, qn.nn.QuantizedLinear.from_linear(module))
+    assert fuse(after) == ALL
+    qn.add_lora(after, qn.LoraConfig(r=4, seed=0))
+    assert torch.equal(before(tokens()).logits, after(tokens()).logits)
+
+
+def test_keeps_less() -> None:
+    model = quantised()
+    ids = tokens(2, 64)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    def kept() -> int:
+        with SavedTensors() as saved:
+            causal_lm_loss(model, batch)
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved.tensors}
+        return sum(sizes.values())
+
+    plain = kept()
+    fuse(model)
+    assert kept() < 0.85 * plain
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    model = quantised().train()
+    fuse(model)
+    ids = tokens(2, 24)
+
+    def gradients() -> torch.Tensor:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    want = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert torch.equal(gradients(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_without_breaks(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    model = model_of("Llama", dtype, head_dim=32, num_hidden_layers=1)
+    fuse(model)
+    ids = tokens(2, 16)
+    compiled = torch.compile(lambda x: model(input_ids=x, use_cache=False).logits, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(ids), model(ids).logits) < (1e-5 if dtype == torch.float32 else 2e-2)

@@ -1,0 +1,50 @@
+"""keep_freed_memory: done under glibc, in a process of its own, and not against the user's settings."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys, torch
+from qlora_native.train.memory import USER_SETTINGS, keep_freed_memory
+
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+
+
+def step():
+    kept = [torch.ones(1 << 20) for _ in range(30)]  # 4 MiB each
+    del kept
+
+
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+def test_the_same_sizes_are_had_without_new_pages() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], env=environment, capture_output=True).stdout)
+        for how in ("given back", "kept")
+    }
+    assert faults["given back"] > 5_000  # of 30,720 pages
+    assert faults["kept"] < 500
+
+
+def test_the_users_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_native.train.memory import USER_SETTINGS, keep_freed_memory
+
+    for name in USER_SETTINGS:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            assert not keep_freed_memory()
