@@ -29,7 +29,6 @@ def dequantize_4bit(
     block_size: int,
 ) -> None: ...
 
-linear_4bit_max_tokens: int
 
 def linear_4bit(
     dtype: int,
