@@ -23,6 +23,7 @@ constexpr int64_t kRowStride = kSpanCapacity + 16;  // words; an odd number of c
 constexpr int64_t kChunkRows = 512;                 // rows of a that are packed at a time
 constexpr int64_t kChunkSums = 1 << 20;             // rows by columns of the buffer of sums
 constexpr int64_t kStripsOfGroup = kColumnGrain / kStrip;
+constexpr int64_t kElementsOfLine = 128;  // packed elements of a cache line
 
 constexpr int64_t limited(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 constexpr int64_t rounded_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
@@ -125,29 +126,45 @@ void put(float* panels, int64_t depth, int64_t column, T value) {
   }
 }
 
+// A panel has left the first cache since it was last written, and a store waits for its line.
+inline void store_word(float* target, Floats words) {
+  constexpr int64_t kAhead = 32;  // words of depth
+  prefetch(target + kAhead * kStrip);
+  store(target, words);
+}
+
 template <int kElements>
-void put_pair(float* panel, int64_t depth, [[maybe_unused]] Floats even, [[maybe_unused]] Floats odd) {
+void put_pair(float* panel, int64_t depth, Floats even, Floats odd) {
   if constexpr (kElements == 1) {
-    store(panel + depth * kStrip, even);
-    store(panel + (depth + 1) * kStrip, odd);
+    store_word(panel + depth * kStrip, even);
+    store_word(panel + (depth + 1) * kStrip, odd);
   } else {
-    store(panel + depth / 2 * kStrip, pair_up(even, odd));
+    store_word(panel + depth / 2 * kStrip, pair_up(even, odd));
   }
 }
 
-// The scales of a weight, by element. A NaN becomes the canonical one, which rounding by integer arithmetic keeps.
-class Scales {
- public:
-  explicit Scales(const WeightView& weight) : weight_(weight), shift_(__builtin_ctzll(uint64_t(weight.block_size))) {}
-  float at(int64_t element) const {  // a shift, since a division would take longer than decoding a block
-    const float scale = weight_.scale(element >> shift_);
-    return scale != scale ? std::bit_cast<float>(0x7fc00000u) : scale;
+// The scales of the blocks that hold `count` elements, a row apart, of a weight whose rows are whole blocks. A NaN
+// becomes the canonical one, which rounding by integer arithmetic keeps.
+inline void scales_down(const WeightView& weight, int64_t first_element, int64_t row_length, int64_t count,
+                        float* scales) {
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(weight.block_size));
+  const int64_t step = row_length >> shift;
+  int64_t block = first_element >> shift;
+  const auto canonical = [](float scale) { return scale != scale ? std::bit_cast<float>(0x7fc00000u) : scale; };
+  if (weight.absmax != nullptr) {
+    for (int64_t i = 0; i < count; ++i, block += step) {
+      scales[i] = canonical(weight.absmax[block]);
+    }
+    return;
   }
-
- private:
-  const WeightView& weight_;
-  int shift_;
-};
+  const uint8_t* codes = weight.absmax_codes;
+  const float* nested_code = weight.nested_code;
+  const float* nested_absmax = weight.nested_absmax;
+  const float offset = *weight.nested_offset;
+  for (int64_t i = 0; i < count; ++i, block += step) {
+    scales[i] = canonical(decode_scale(nested_code[codes[block]], nested_absmax[block >> 8], offset));
+  }
+}
 
 // The forward product in panels: W's rows are columns of b, and the depth runs along a row.
 template <typename T>
@@ -164,26 +181,21 @@ struct Forward {
 
   // A panel of kStrip rows of W, the last row again where there are no more. Its elements, multiples of 32, come in
   // runs of one block: kLanes rows by 32 elements are transposed as packed bytes, which are an eighth of the words.
-  static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t, float* panel) {
-    const WeightView& weight = job.weight;
+  __attribute__((noinline)) static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first,
+                                                       int64_t last, float* panel) {
+    const WeightView weight = job.weight;  // a copy, which stores to panels cannot change
     const LevelTable levels(weight.levels);
-    const Scales scale_of(weight);
     const int64_t count = span.end - span.begin;
-    const int64_t run = weight.block_size < count ? weight.block_size : count;
-    int64_t starts[kStrip];
+    const int64_t run = limited(weight.block_size, count);
+    const int64_t taken = limited(last - first, kStrip);
     const uint8_t* rows[kStrip];
     for (int64_t column = 0; column < kStrip; ++column) {
-      starts[column] = (first + column < job.n ? first + column : job.n - 1) * job.k + span.begin;
-      rows[column] = weight.packed + starts[column] / 2;
-      for (int64_t ahead = 0; ahead < count / 2; ahead += 64) {  // the next panel's bytes lie kStrip rows below
-        prefetch_far(rows[column] + kStrip * job.k / 2 + ahead);
-      }
+      const int64_t row = first + limited(column, taken - 1);
+      rows[column] = weight.packed + (row * job.k + span.begin) / 2;
     }
+    alignas(64) float scales[kStrip] = {};
     for (int64_t at = 0; at < count; at += run) {
-      alignas(64) float scales[kStrip];
-      for (int64_t column = 0; column < kStrip; ++column) {
-        scales[column] = scale_of.at(starts[column] + at);
-      }
+      scales_down(weight, first * job.k + span.begin + at, job.k, taken, scales);
       for (int64_t v = 0; v < kStrip; v += kLanes) {
         for (int64_t i = at; i < at + run; i += 32) {
           decode_square(levels, load(scales + v), rows + v, i, panel + v);
@@ -199,8 +211,6 @@ struct Forward {
     transpose_codes(rows, i / 2, codes);
     for (int quad = 0; quad < 4; ++quad) {
       const auto pair = [&]<unsigned kByte>() {
-        prefetch(panel + (i + 32 + 8 * quad + 2 * kByte) / kElements * kStrip);
-        if (kElements == 1) prefetch(panel + (i + 33 + 8 * quad + 2 * kByte) / kElements * kStrip);
         const Floats even = multiply(levels.at(shift_right<8 * kByte + 4>(codes[quad])), scales);
         const Floats odd = multiply(levels.at(shift_right<8 * kByte>(codes[quad])), scales);
         put_pair<kElements>(panel, i + 8 * quad + 2 * kByte, round_through<T>(even), round_through<T>(odd));
@@ -209,6 +219,18 @@ struct Forward {
       pair.template operator()<1>();
       pair.template operator()<2>();
       pair.template operator()<3>();
+    }
+  }
+
+  // Bytes that decoding columns [first, last) will read, one of `parts` shares of their cache lines: those that the
+  // last bytes of each piece lie in, since the first ones were fetched with the piece before.
+  static void fetch(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, int64_t part,
+                    int64_t parts) {
+    const int64_t lines = ceil_div(span.end - span.begin, kElementsOfLine);
+    const int64_t total = (last - first) * lines;
+    for (int64_t i = total * part / parts; i < total * (part + 1) / parts; ++i) {
+      const int64_t end = limited(span.end, span.begin + (i % lines + 1) * kElementsOfLine);
+      prefetch_far(job.weight.packed + ((first + i / lines) * job.k + end - 1) / 2);
     }
   }
 
@@ -242,31 +264,50 @@ struct GradInput {
     return job.k % job.weight.block_size == 0 && first % kColumnGrain == 0;
   }
 
-  static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-    const WeightView& weight = job.weight;
+  __attribute__((noinline)) static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first,
+                                                       int64_t last, float* panels) {
+    const WeightView weight = job.weight;  // a copy, which stores to panels cannot change
     const LevelTable levels(weight.levels);
-    const Scales scale_of(weight);
-    const int64_t run = weight.block_size < kColumnGrain ? weight.block_size : kColumnGrain;
+    const int64_t run = limited(weight.block_size, kColumnGrain);
+    const int64_t count = span.end - span.begin;
+    const int64_t row_bytes = job.k / 2;
+    float scales[size_t{kSpan * kElements} + 1];
     for (int64_t column = first; column < last; column += run) {
-      const int64_t end = column + run < last ? column + run : last;
-      for (int64_t row = span.begin; row < span.end; row += kElements) {
-        const bool pairs = kElements == 2 && row + 1 < span.end;
-        const int64_t start = row * job.k + column;
-        const int64_t other = pairs ? start + job.k : start;
-        const LevelTable table = levels.scaled<T>(scale_of.at(start));
-        const LevelTable second = kElements == 1 ? table : levels.scaled<T>(pairs ? scale_of.at(other) : 0.0f);
-        prefetch_far(weight.packed + (start + kColumnGrain) / 2);  // the next panels' bytes
-        float* word = column_of(panels, column - first) + (row - span.begin) / kElements * kStrip;
-        for (int64_t i = 0; i < end - column; i += kLanes) {
-          float* target = word + i / kStrip * (kSpanCapacity * kStrip) + i % kStrip;
-          const Floats value = table.at(natural_codes(weight.packed, start + i));
-          if constexpr (kElements == 1) {
-            store(target, value);
-          } else {
-            store(target, pair_up(value, second.at(natural_codes(weight.packed, other + i))));
-          }
+      scales_down(weight, span.begin * job.k + column, job.k, count, scales);
+      scales[count] = 0.0f;  // where a last row has none to pair with
+      const uint8_t* bytes = weight.packed + (span.begin * job.k + column) / 2;
+      float* word = column_of(panels, column - first);
+      const int64_t pieces = limited(run, last - column) / kMinBlock;
+      for (int64_t i = 0; i < count; i += kElements, word += kStrip, bytes += kElements * row_bytes) {
+        const LevelTable table = levels.scaled<T>(scales[i]);
+        const LevelTable below = kElements == 1 ? table : levels.scaled<T>(scales[i + 1]);
+        const uint8_t* bytes_below = i + 1 < count ? bytes + row_bytes : bytes;
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          decode_piece(table, below, bytes + piece * kMinBlock / 2, bytes_below + piece * kMinBlock / 2,
+                       column_of(word, piece * kMinBlock));
         }
       }
+    }
+  }
+
+  // kMinBlock elements of a row, or of two.
+  static void decode_piece(const LevelTable& table, [[maybe_unused]] const LevelTable& below, const uint8_t* bytes,
+                           [[maybe_unused]] const uint8_t* bytes_below, float* word) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kMinBlock; i += kLanes) {
+      const Floats value = table.at(natural_codes(bytes, i));
+      if constexpr (kElements == 1) {
+        store_word(column_of(word, i), value);
+      } else {
+        store_word(column_of(word, i), pair_up(value, below.at(natural_codes(bytes_below, i))));
+      }
+    }
+  }
+
+  static void fetch(const ProductJob& job, const DepthSpan& span, int64_t, int64_t last, int64_t part, int64_t parts) {
+    const int64_t total = span.end - span.begin;
+    for (int64_t i = total * part / parts; i < total * (part + 1) / parts; ++i) {
+      prefetch_far(job.weight.packed + ((span.begin + i) * job.k + last - 1) / 2);
     }
   }
 
@@ -430,12 +471,20 @@ void product_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64_t f
         decode_columns<T, Side>(job, span, column, limited(last, column + Side::kColumnsAtOnce), scratch.panels);
       }
       const float* panel = column_of(scratch.panels, (column - first) % Side::kColumnsAtOnce);
+      // The next panels' bytes are fetched under the multiplication, a few lines a tile: all at once they would keep
+      // the decoder's loads and stores waiting. After the last panels come the first ones of the next span.
+      const int64_t here = column - (column - first) % Side::kColumnsAtOnce;
+      const bool wraps = here + Side::kColumnsAtOnce >= last;
+      const int64_t next = wraps ? first : here + Side::kColumnsAtOnce;
+      const DepthSpan next_span = wraps && index + 1 < spans ? depth.span(index + 1) : span;
       const int64_t columns = limited(last - column, kStrip);
       float* sums = scratch.sums + strip * rows * kStrip;
       for (int64_t t = 0; t < tiles; ++t) {  // of heights that differ by one at most
         const int64_t row = rows * t / tiles;
         const int64_t count = rows * (t + 1) / tiles - row;
         float* target = sums + row * kStrip;
+        Side::fetch(job, next_span, next, limited(last, next + Side::kColumnsAtOnce),
+                    (column - here) / kStrip * tiles + t, Side::kColumnsAtOnce / kStrip * tiles);
         tile_of<Product>(count)(scratch.rows + row * kRowStride, panel, words, index > 0, target);
         if (index == spans - 1) {
           write_tile<T>(target, count, columns, bias == nullptr ? nullptr : bias + column,
