@@ -250,7 +250,9 @@ def core_needs_only_the_core_packages(files: Tree) -> list[str]:
 # One stem, one home, and words
 
 
-NOT_AN_OP = re.compile(r"isa(_\w+)?|kernels(-\w+)*|vec(_\w+)?|fpcr|product|parallel|file_store|wp|matmul_plan|managed_store|paging")
+NOT_AN_OP = re.compile(
+    r"isa(_\w+)?|kernels(-\w+)*|vec(_\w+)?|fpcr|product|parallel|file_store|wp|matmul_plan|managed_store|paging"
+)
 # The rooms of kernels, and what a file there needs beside it and in the room of its bindings.
 KERNEL_ROOMS = {"cpp/cpu": (".h", ".cc"), "cuda": (".h", ".cuh", ".cu")}
 
