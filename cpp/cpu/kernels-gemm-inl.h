@@ -1,309 +1,22 @@
 // Products of dense activations with a 4-bit weight, W x and W^T x alike, in tiles of fp32 sums.
 //
 // y [m, columns] = a [m, depth] b [depth, columns], where b is W^T (forward) or W (input gradient), followed by the
-// adapter's r rows. The depth is cut into spans. For each span the rows of a are copied to a packed block, padded with
-// zeros and widened to words; 64 columns of b at a time are decoded to panels of kStrip columns, [depth][kStrip], just
-// before their first use (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008). A tile of
-// kMicroRows x kStrip sums stays in registers for a span and is then added to a buffer of fp32 sums.
+// adapter's r rows (kernels-panels-inl.h). The depth is cut into spans. For each span the rows of a are copied to a
+// packed block, padded with zeros and widened to words; the columns of b are decoded a panel of kStrip at a time,
+// [depth][kStrip], just before their use (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication",
+// 2008). A tile of kMicroRows x kStrip sums stays in registers for a span and is then added to a buffer of fp32 sums.
 //
 // Every output is the sum of its spans in rising order, and within a span of its products in rising order. Neither the
 // spans nor that order depend on the range of columns, on m, or on the tile: any number of threads gives the same bits.
 #pragma once
 
-#include "core/layout.h"
-#include "cpu/product.h"
-#include "cpu/vec_panel.h"
+#include "cpu/kernels-panels-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kSpan = 256;                 // words of the depth in a span; kSpan x kStrip words fit the first cache
-constexpr int64_t kSpanCapacity = kSpan + 64;  // with an adapter of up to 64 words at its end
-constexpr int64_t kRowStride = kSpanCapacity + 16;  // words; an odd number of cache lines, so rows spread over the sets
-constexpr int64_t kChunkRows = 512;                 // rows of a that are packed at a time
-constexpr int64_t kChunkSums = 1 << 20;             // rows by columns of the buffer of sums
-constexpr int64_t kStripsOfGroup = kColumnGrain / kStrip;
-
-constexpr int64_t limited(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-constexpr int64_t rounded_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
-
-// A part of the depth: elements [begin, end) of the weight's side, then [low_begin, low_end) of the adapter's.
-struct DepthSpan {
-  int64_t begin;
-  int64_t end;
-  int64_t low_begin;
-  int64_t low_end;
-};
-
-template <int kElements>
-struct Depth {
-  int64_t length;  // of the weight's side
-  int64_t r;
-
-  static constexpr int64_t kElementsOfSpan = kSpan * kElements;
-  static constexpr int64_t words(int64_t elements) { return ceil_div(elements, kElements); }
-
-  int64_t weight_spans() const { return ceil_div(length, kElementsOfSpan); }
-  bool merges() const {
-    const int64_t last = length - (weight_spans() - 1) * kElementsOfSpan;
-    return r > 0 && length > 0 && words(last) + words(r) <= kSpanCapacity;
-  }
-  int64_t spans() const { return weight_spans() + (merges() ? 0 : ceil_div(r, kElementsOfSpan)); }
-  DepthSpan span(int64_t index) const {
-    const int64_t begin = index * kElementsOfSpan;
-    if (index < weight_spans()) {
-      const bool last = index == weight_spans() - 1;
-      return {begin, last ? length : begin + kElementsOfSpan, 0, last && merges() ? r : 0};
-    }
-    const int64_t low = begin - weight_spans() * kElementsOfSpan;
-    return {length, length, low, r - low < kElementsOfSpan ? r : low + kElementsOfSpan};
-  }
-  int64_t depth(const DepthSpan& span) const {
-    return words(span.end - span.begin) + words(span.low_end - span.low_begin);
-  }
-};
-
-inline float word_of(Bf16 first, Bf16 second) {
-  return std::bit_cast<float>(static_cast<uint32_t>(second.bits) << 16 | first.bits);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Packing
-
-// One row of a, `count` elements, to words; the last word is filled with zero.
-template <typename T, int kElements>
-void pack_row(const T* x, int64_t count, float* words) {
-  if constexpr (kElements == 2) {
-    std::memcpy(words, x, static_cast<size_t>(count / 2 * 2) * sizeof(T));
-    if (count % 2 == 1) {
-      words[count / 2] = word_of(x[count - 1], T{});
-    }
-  } else {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      store(words + i, load(x + i));
-    }
-    for (; i < count; ++i) {
-      words[i] = to_float(x[i]);
-    }
-  }
-}
-
-template <typename T, int kElements>
-void pack_rows(const ProductJob& job, int64_t length, const DepthSpan& span, int64_t first, int64_t last,
-               float* block) {
-  const T* x = static_cast<const T*>(job.x);
-  const T* low = static_cast<const T*>(job.low);
-  constexpr int64_t kAhead = 8;  // rows; a piece of a row is too short for the hardware to foresee the next
-  const int64_t words = Depth<kElements>::words(span.end - span.begin);
-  for (int64_t row = first; row < last; ++row, block += kRowStride) {
-    for (int64_t i = span.begin; i < span.end; i += 64 / int64_t{sizeof(T)}) {
-      prefetch_far(x + limited(row + kAhead, last - 1) * length + i);
-    }
-    pack_row<T, kElements>(x + row * length + span.begin, span.end - span.begin, block);
-    if (span.low_begin < span.low_end) {
-      pack_row<T, kElements>(low + row * job.r + span.low_begin, span.low_end - span.low_begin, block + words);
-    }
-  }
-}
-
-// Where a column of a group lies in its panels.
-inline float* column_of(float* panels, int64_t column) {
-  return panels + column / kStrip * (kSpanCapacity * kStrip) + column % kStrip;
-}
-
-// Element [depth, column] of a group, which shares its word with the element beside it in depth.
-template <typename T, int kElements>
-void put(float* panels, int64_t depth, int64_t column, T value) {
-  float* word = column_of(panels, column) + depth / kElements * kStrip;
-  if constexpr (kElements == 1) {
-    *word = to_float(value);
-  } else {
-    const uint32_t before = std::bit_cast<uint32_t>(*word);
-    *word = std::bit_cast<float>(depth % 2 == 0 ? uint32_t{value.bits}
-                                                : (before & 0xffffu) | static_cast<uint32_t>(value.bits) << 16);
-  }
-}
-
-template <int kElements>
-void put_pair(float* panel, int64_t depth, [[maybe_unused]] Floats even, [[maybe_unused]] Floats odd) {
-  if constexpr (kElements == 1) {
-    store(panel + depth * kStrip, even);
-    store(panel + (depth + 1) * kStrip, odd);
-  } else {
-    store(panel + depth / 2 * kStrip, pair_up(even, odd));
-  }
-}
-
-// The scales of a weight, by element. A NaN becomes the canonical one, which rounding by integer arithmetic keeps.
-class Scales {
- public:
-  explicit Scales(const WeightView& weight) : weight_(weight), shift_(__builtin_ctzll(uint64_t(weight.block_size))) {}
-  float at(int64_t element) const {  // a shift, since a division would take longer than decoding a block
-    const float scale = weight_.scale(element >> shift_);
-    return scale != scale ? std::bit_cast<float>(0x7fc00000u) : scale;
-  }
-
- private:
-  const WeightView& weight_;
-  int shift_;
-};
-
-// The forward product in panels: W's rows are columns of b, and the depth runs along a row.
-template <typename T>
-struct Forward {
-  static constexpr int kElements = WordProduct<T>::kElements;
-
-  static constexpr int64_t kColumnsAtOnce = kStrip;
-
-  static int64_t length(const ProductJob& job) { return job.k; }
-  static int64_t columns(const ProductJob& job) { return job.n; }
-
-  // Whole bytes, and every 32 elements of a row in one block. A row that begins within a block would need more.
-  static bool is_regular(const ProductJob& job, int64_t) { return job.k % job.weight.block_size == 0; }
-
-  // A panel of kStrip rows of W, the last row again where there are no more. Its elements, multiples of 32, come in
-  // runs of one block: kLanes rows by 32 elements are transposed as packed bytes, which are an eighth of the words.
-  static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t, float* panel) {
-    const WeightView& weight = job.weight;
-    const LevelTable levels(weight.levels);
-    const Scales scale_of(weight);
-    const int64_t count = span.end - span.begin;
-    const int64_t run = weight.block_size < count ? weight.block_size : count;
-    int64_t starts[kStrip];
-    const uint8_t* rows[kStrip];
-    for (int64_t column = 0; column < kStrip; ++column) {
-      starts[column] = (first + column < job.n ? first + column : job.n - 1) * job.k + span.begin;
-      rows[column] = weight.packed + starts[column] / 2;
-      for (int64_t ahead = 0; ahead < count / 2; ahead += 64) {  // the next panel's bytes lie kStrip rows below
-        prefetch_far(rows[column] + kStrip * job.k / 2 + ahead);
-      }
-    }
-    for (int64_t at = 0; at < count; at += run) {
-      alignas(64) float scales[kStrip];
-      for (int64_t column = 0; column < kStrip; ++column) {
-        scales[column] = scale_of.at(starts[column] + at);
-      }
-      for (int64_t v = 0; v < kStrip; v += kLanes) {
-        for (int64_t i = at; i < at + run; i += 32) {
-          decode_square(levels, load(scales + v), rows + v, i, panel + v);
-        }
-      }
-    }
-  }
-
-  // kLanes rows by elements [i, i + 32).
-  static void decode_square(const LevelTable& levels, Floats scales, const uint8_t* const* rows, int64_t i,
-                            float* panel) {
-    Words codes[4];
-    transpose_codes(rows, i / 2, codes);
-    for (int quad = 0; quad < 4; ++quad) {
-      const auto pair = [&]<unsigned kByte>() {
-        prefetch(panel + (i + 32 + 8 * quad + 2 * kByte) / kElements * kStrip);
-        if (kElements == 1) prefetch(panel + (i + 33 + 8 * quad + 2 * kByte) / kElements * kStrip);
-        const Floats even = multiply(levels.at(shift_right<8 * kByte + 4>(codes[quad])), scales);
-        const Floats odd = multiply(levels.at(shift_right<8 * kByte>(codes[quad])), scales);
-        put_pair<kElements>(panel, i + 8 * quad + 2 * kByte, round_through<T>(even), round_through<T>(odd));
-      };
-      pair.template operator()<0>();
-      pair.template operator()<1>();
-      pair.template operator()<2>();
-      pair.template operator()<3>();
-    }
-  }
-
-  static void decode_any(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-    T values[size_t{kSpan * kElements}];
-    for (int64_t column = first; column < last; ++column) {
-      const int64_t start = column * job.k;
-      dequantize_span<T>(job.weight, start + span.begin, start + span.end, values);
-      for (int64_t i = span.begin; i < span.end; ++i) {
-        put<T, kElements>(panels, i - span.begin, column - first, values[i - span.begin]);
-      }
-    }
-  }
-
-  static T adapter(const ProductJob& job, int64_t depth, int64_t column) {
-    return static_cast<const T*>(job.up)[column * job.r + depth];
-  }
-};
-
-// The product with W itself: the depth runs over W's rows.
-template <typename T>
-struct GradInput {
-  static constexpr int kElements = WordProduct<T>::kElements;
-
-  static constexpr int64_t kColumnsAtOnce = kColumnGrain;  // panels side by side, which share scaled tables
-
-  static int64_t length(const ProductJob& job) { return job.n; }
-  static int64_t columns(const ProductJob& job) { return job.k; }
-
-  static bool is_regular(const ProductJob& job, int64_t first) {
-    return job.k % job.weight.block_size == 0 && first % kColumnGrain == 0;
-  }
-
-  static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-    const WeightView& weight = job.weight;
-    const LevelTable levels(weight.levels);
-    const Scales scale_of(weight);
-    const int64_t run = weight.block_size < kColumnGrain ? weight.block_size : kColumnGrain;
-    for (int64_t column = first; column < last; column += run) {
-      const int64_t end = column + run < last ? column + run : last;
-      for (int64_t row = span.begin; row < span.end; row += kElements) {
-        const bool pairs = kElements == 2 && row + 1 < span.end;
-        const int64_t start = row * job.k + column;
-        const int64_t other = pairs ? start + job.k : start;
-        const LevelTable table = levels.scaled<T>(scale_of.at(start));
-        const LevelTable second = kElements == 1 ? table : levels.scaled<T>(pairs ? scale_of.at(other) : 0.0f);
-        prefetch_far(weight.packed + (start + kColumnGrain) / 2);  // the next panels' bytes
-        float* word = column_of(panels, column - first) + (row - span.begin) / kElements * kStrip;
-        for (int64_t i = 0; i < end - column; i += kLanes) {
-          float* target = word + i / kStrip * (kSpanCapacity * kStrip) + i % kStrip;
-          const Floats value = table.at(natural_codes(weight.packed, start + i));
-          if constexpr (kElements == 1) {
-            store(target, value);
-          } else {
-            store(target, pair_up(value, second.at(natural_codes(weight.packed, other + i))));
-          }
-        }
-      }
-    }
-  }
-
-  static void decode_any(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-    T values[size_t{kColumnGrain}];
-    for (int64_t row = span.begin; row < span.end; ++row) {
-      const int64_t start = row * job.k;
-      dequantize_span<T>(job.weight, start + first, start + last, values);
-      for (int64_t column = first; column < last; ++column) {
-        put<T, kElements>(panels, row - span.begin, column - first, values[column - first]);
-      }
-    }
-  }
-
-  static T adapter(const ProductJob& job, int64_t depth, int64_t column) {
-    return static_cast<const T*>(job.up)[depth * job.k + column];
-  }
-};
-
-// Columns [first, last) of b, at most kColumnsAtOnce, to panels. What the panels hold beyond them never reaches y.
-template <typename T, typename Side>
-void decode_columns(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-  if (span.begin < span.end) {
-    if (Side::is_regular(job, first)) {
-      Side::decode_regular(job, span, first, last, panels);
-    } else {
-      Side::decode_any(job, span, first, last, panels);
-    }
-  }
-  const int64_t words = ceil_div(span.end - span.begin, Side::kElements);
-  for (int64_t column = first; column < last; ++column) {
-    for (int64_t depth = span.low_begin; depth < span.low_end; ++depth) {
-      put<T, Side::kElements>(panels + words * kStrip, depth - span.low_begin, column - first,
-                              Side::adapter(job, depth, column));
-    }
-  }
-}
+constexpr int64_t kChunkRows = 512;      // rows of a that are packed at a time
+constexpr int64_t kChunkSums = 1 << 20;  // rows by columns of the buffer of sums
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles
@@ -394,7 +107,7 @@ struct ProductScratch {
   float* sums;    // [strips][rows][kStrip]
 };
 
-inline int64_t chunk_rows(int64_t m) { return ceil_div(m, ceil_div(m, kChunkRows)); }
+inline int64_t chunk_rows(int64_t m) { return m == 0 ? 1 : ceil_div(m, ceil_div(m, kChunkRows)); }
 
 inline int64_t chunk_columns(int64_t m, int64_t columns) {
   return limited(rounded_up(columns, kColumnGrain), kChunkSums / chunk_rows(m) / kColumnGrain * kColumnGrain);
@@ -430,12 +143,20 @@ void product_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64_t f
         decode_columns<T, Side>(job, span, column, limited(last, column + Side::kColumnsAtOnce), scratch.panels);
       }
       const float* panel = column_of(scratch.panels, (column - first) % Side::kColumnsAtOnce);
+      // The next panels' bytes are fetched under the multiplication, a few lines a tile: all at once they would keep
+      // the decoder's loads and stores waiting. After the last panels come the first ones of the next span.
+      const int64_t here = column - (column - first) % Side::kColumnsAtOnce;
+      const bool wraps = here + Side::kColumnsAtOnce >= last;
+      const int64_t next = wraps ? first : here + Side::kColumnsAtOnce;
+      const DepthSpan next_span = wraps && index + 1 < spans ? depth.span(index + 1) : span;
       const int64_t columns = limited(last - column, kStrip);
       float* sums = scratch.sums + strip * rows * kStrip;
       for (int64_t t = 0; t < tiles; ++t) {  // of heights that differ by one at most
         const int64_t row = rows * t / tiles;
         const int64_t count = rows * (t + 1) / tiles - row;
         float* target = sums + row * kStrip;
+        Side::fetch(job, next_span, next, limited(last, next + Side::kColumnsAtOnce),
+                    (column - here) / kStrip * tiles + t, Side::kColumnsAtOnce / kStrip * tiles);
         tile_of<Product>(count)(scratch.rows + row * kRowStride, panel, words, index > 0, target);
         if (index == spans - 1) {
           write_tile<T>(target, count, columns, bias == nullptr ? nullptr : bias + column,

@@ -126,7 +126,7 @@ class Decoder<float> {
 // Panels: see vec_panel.h
 
 using Words = uint32x4_t;
-inline constexpr int kTileRows = 6;  // 6 x 4 sums, 4 registers of the panel, 1 of x, of 32
+inline constexpr int kMicroRows = 6;  // 6 x 4 sums, 4 registers of the panel, 1 of x, of 32
 inline constexpr int kTileVectors = 4;
 
 inline Floats broadcast(const float* p) { return vld1q_dup_f32(p); }

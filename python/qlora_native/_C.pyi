@@ -30,14 +30,23 @@ def dequantize_4bit(
 ) -> None: ...
 
 
+def low_rank_is_native(dtype: int) -> bool: ...
 def linear_4bit(
+    forward: bool,
     dtype: int,
     x: int,
     bias: int,
+    down: int,
+    low_scale: float,
+    low: int,
+    up: int,
+    r: int,
     y: int,
     m: int,
     n: int,
     k: int,
+    scratch: int,
+    scratch_bytes: int,
     packed: int,
     absmax: int,
     absmax_codes: int,
@@ -48,7 +57,10 @@ def linear_4bit(
     quant_type: int,
     numel: int,
     block_size: int,
-) -> None: ...
+) -> int: ...
+def outer(
+    left: int, right: int, m: int, r: int, width: int, scale: float, out: int, scratch: int, scratch_bytes: int
+) -> int: ...
 def adamw_step(
     rows: int,
     num_tensors: int,

@@ -191,6 +191,13 @@ TEST(product_of_an_empty_depth) {
   }
 }
 
+TEST(product_of_no_rows) {
+  const oracle::RandomWeight weight(3 * 64, 64, true, QuantType::kNf4, 1);
+  const cpu::ProductJob job{weight.view, nullptr, nullptr, nullptr, nullptr, 0, nullptr, 0, 3, 64};
+  run<float>(cpu::kernels(), true, job, {0, 3});
+  run<Bf16>(cpu::kernels(), false, job, {0, 64});
+}
+
 // A scale that is not a number shows in every output that it touches, and in no other.
 template <typename T>
 void check_nan() {

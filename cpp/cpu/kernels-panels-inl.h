@@ -1,0 +1,340 @@
+// The operands of the products in kernels-gemm-inl.h as words: packed rows of the dense side, decoded panels of the
+// weight and of the adapter.
+#pragma once
+
+#include "core/layout.h"
+#include "cpu/product.h"
+#include "cpu/vec_panel.h"
+
+namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
+namespace {
+
+constexpr int64_t kSpan = 256;                 // words of the depth in a span; kSpan x kStrip words fit the first cache
+constexpr int64_t kSpanCapacity = kSpan + 64;  // with an adapter of up to 64 words at its end
+constexpr int64_t kRowStride = kSpanCapacity + 16;  // words; an odd number of cache lines, so rows spread over the sets
+constexpr int64_t kStripsOfGroup = kColumnGrain / kStrip;
+constexpr int64_t kElementsOfLine = 128;  // packed elements of a cache line
+
+constexpr int64_t limited(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+constexpr int64_t rounded_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
+
+// A part of the depth: elements [begin, end) of the weight's side, then [low_begin, low_end) of the adapter's.
+struct DepthSpan {
+  int64_t begin;
+  int64_t end;
+  int64_t low_begin;
+  int64_t low_end;
+};
+
+template <int kElements>
+struct Depth {
+  int64_t length;  // of the weight's side
+  int64_t r;
+
+  static constexpr int64_t kElementsOfSpan = kSpan * kElements;
+  static constexpr int64_t words(int64_t elements) { return ceil_div(elements, kElements); }
+
+  int64_t weight_spans() const { return ceil_div(length, kElementsOfSpan); }
+  bool merges() const {
+    const int64_t last = length - (weight_spans() - 1) * kElementsOfSpan;
+    return r > 0 && length > 0 && words(last) + words(r) <= kSpanCapacity;
+  }
+  int64_t spans() const { return weight_spans() + (merges() ? 0 : ceil_div(r, kElementsOfSpan)); }
+  DepthSpan span(int64_t index) const {
+    const int64_t begin = index * kElementsOfSpan;
+    if (index < weight_spans()) {
+      const bool last = index == weight_spans() - 1;
+      return {begin, last ? length : begin + kElementsOfSpan, 0, last && merges() ? r : 0};
+    }
+    const int64_t low = begin - weight_spans() * kElementsOfSpan;
+    return {length, length, low, r - low < kElementsOfSpan ? r : low + kElementsOfSpan};
+  }
+  int64_t depth(const DepthSpan& span) const {
+    return words(span.end - span.begin) + words(span.low_end - span.low_begin);
+  }
+};
+
+inline float word_of(Bf16 first, Bf16 second) {
+  return std::bit_cast<float>(static_cast<uint32_t>(second.bits) << 16 | first.bits);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packing
+
+// One row of a, `count` elements, to words; the last word is filled with zero.
+template <typename T, int kElements>
+void pack_row(const T* x, int64_t count, float* words) {
+  if constexpr (kElements == 2) {
+    std::memcpy(words, x, static_cast<size_t>(count / 2 * 2) * sizeof(T));
+    if (count % 2 == 1) {
+      words[count / 2] = word_of(x[count - 1], T{});
+    }
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      store(words + i, load(x + i));
+    }
+    for (; i < count; ++i) {
+      words[i] = to_float(x[i]);
+    }
+  }
+}
+
+template <typename T, int kElements>
+void pack_rows(const ProductJob& job, int64_t length, const DepthSpan& span, int64_t first, int64_t last,
+               float* block) {
+  const T* x = static_cast<const T*>(job.x);
+  const T* low = static_cast<const T*>(job.low);
+  constexpr int64_t kAhead = 8;  // rows; a piece of a row is too short for the hardware to foresee the next
+  const int64_t words = Depth<kElements>::words(span.end - span.begin);
+  for (int64_t row = first; row < last; ++row, block += kRowStride) {
+    for (int64_t i = span.begin; i < span.end; i += 64 / int64_t{sizeof(T)}) {
+      prefetch_far(x + limited(row + kAhead, last - 1) * length + i);
+    }
+    pack_row<T, kElements>(x + row * length + span.begin, span.end - span.begin, block);
+    if (span.low_begin < span.low_end) {
+      pack_row<T, kElements>(low + row * job.r + span.low_begin, span.low_end - span.low_begin, block + words);
+    }
+  }
+}
+
+// Where a column of a group lies in its panels.
+inline float* column_of(float* panels, int64_t column) {
+  return panels + column / kStrip * (kSpanCapacity * kStrip) + column % kStrip;
+}
+
+// Element [depth, column] of a group, which shares its word with the element beside it in depth.
+template <typename T, int kElements>
+void put(float* panels, int64_t depth, int64_t column, T value) {
+  float* word = column_of(panels, column) + depth / kElements * kStrip;
+  if constexpr (kElements == 1) {
+    *word = to_float(value);
+  } else {
+    const uint32_t before = std::bit_cast<uint32_t>(*word);
+    *word = std::bit_cast<float>(depth % 2 == 0 ? uint32_t{value.bits}
+                                                : (before & 0xffffu) | static_cast<uint32_t>(value.bits) << 16);
+  }
+}
+
+// A panel has left the first cache since it was last written, and a store waits for its line.
+inline void store_word(float* target, Floats words) {
+  constexpr int64_t kAhead = 32;  // words of depth
+  prefetch(target + kAhead * kStrip);
+  store(target, words);
+}
+
+template <int kElements>
+void put_pair(float* panel, int64_t depth, Floats even, Floats odd) {
+  if constexpr (kElements == 1) {
+    store_word(panel + depth * kStrip, even);
+    store_word(panel + (depth + 1) * kStrip, odd);
+  } else {
+    store_word(panel + depth / 2 * kStrip, pair_up(even, odd));
+  }
+}
+
+// The scales of the blocks that hold `count` elements, a row apart, of a weight whose rows are whole blocks. A NaN
+// becomes the canonical one, which rounding by integer arithmetic keeps.
+inline void scales_down(const WeightView& weight, int64_t first_element, int64_t row_length, int64_t count,
+                        float* scales) {
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(weight.block_size));
+  const int64_t step = row_length >> shift;
+  int64_t block = first_element >> shift;
+  const auto canonical = [](float scale) { return scale != scale ? std::bit_cast<float>(0x7fc00000u) : scale; };
+  if (weight.absmax != nullptr) {
+    for (int64_t i = 0; i < count; ++i, block += step) {
+      scales[i] = canonical(weight.absmax[block]);
+    }
+    return;
+  }
+  const uint8_t* codes = weight.absmax_codes;
+  const float* nested_code = weight.nested_code;
+  const float* nested_absmax = weight.nested_absmax;
+  const float offset = *weight.nested_offset;
+  for (int64_t i = 0; i < count; ++i, block += step) {
+    scales[i] = canonical(decode_scale(nested_code[codes[block]], nested_absmax[block >> 8], offset));
+  }
+}
+
+// The forward product in panels: W's rows are columns of b, and the depth runs along a row.
+template <typename T>
+struct Forward {
+  static constexpr int kElements = WordProduct<T>::kElements;
+
+  static constexpr int64_t kColumnsAtOnce = kStrip;
+
+  static int64_t length(const ProductJob& job) { return job.k; }
+  static int64_t columns(const ProductJob& job) { return job.n; }
+
+  // Whole bytes, and every 32 elements of a row in one block. A row that begins within a block would need more.
+  static bool is_regular(const ProductJob& job, int64_t) { return job.k % job.weight.block_size == 0; }
+
+  // A panel of kStrip rows of W, the last row again where there are no more. Its elements, multiples of 32, come in
+  // runs of one block: kLanes rows by 32 elements are transposed as packed bytes, which are an eighth of the words.
+  __attribute__((noinline)) static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first,
+                                                       int64_t last, float* panel) {
+    const WeightView weight = job.weight;  // a copy, which stores to panels cannot change
+    const LevelTable levels(weight.levels);
+    const int64_t count = span.end - span.begin;
+    const int64_t run = limited(weight.block_size, count);
+    const int64_t taken = limited(last - first, kStrip);
+    const uint8_t* rows[kStrip];
+    for (int64_t column = 0; column < kStrip; ++column) {
+      const int64_t row = first + limited(column, taken - 1);
+      rows[column] = weight.packed + (row * job.k + span.begin) / 2;
+    }
+    alignas(64) float scales[kStrip] = {};
+    for (int64_t at = 0; at < count; at += run) {
+      scales_down(weight, first * job.k + span.begin + at, job.k, taken, scales);
+      for (int64_t v = 0; v < kStrip; v += kLanes) {
+        for (int64_t i = at; i < at + run; i += 32) {
+          decode_square(levels, load(scales + v), rows + v, i, panel + v);
+        }
+      }
+    }
+  }
+
+  // kLanes rows by elements [i, i + 32).
+  static void decode_square(const LevelTable& levels, Floats scales, const uint8_t* const* rows, int64_t i,
+                            float* panel) {
+    Words codes[4];
+    transpose_codes(rows, i / 2, codes);
+    for (int quad = 0; quad < 4; ++quad) {
+      const auto pair = [&]<unsigned kByte>() {
+        const Floats even = multiply(levels.at(shift_right<8 * kByte + 4>(codes[quad])), scales);
+        const Floats odd = multiply(levels.at(shift_right<8 * kByte>(codes[quad])), scales);
+        put_pair<kElements>(panel, i + 8 * quad + 2 * kByte, round_through<T>(even), round_through<T>(odd));
+      };
+      pair.template operator()<0>();
+      pair.template operator()<1>();
+      pair.template operator()<2>();
+      pair.template operator()<3>();
+    }
+  }
+
+  // Bytes that decoding columns [first, last) will read, one of `parts` shares of their cache lines: those that the
+  // last bytes of each piece lie in, since the first ones were fetched with the piece before.
+  static void fetch(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, int64_t part,
+                    int64_t parts) {
+    const int64_t lines = ceil_div(span.end - span.begin, kElementsOfLine);
+    const int64_t total = (last - first) * lines;
+    for (int64_t i = total * part / parts; i < total * (part + 1) / parts; ++i) {
+      const int64_t end = limited(span.end, span.begin + (i % lines + 1) * kElementsOfLine);
+      prefetch_far(job.weight.packed + ((first + i / lines) * job.k + end - 1) / 2);
+    }
+  }
+
+  static void decode_any(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
+    T values[size_t{kSpan * kElements}];
+    for (int64_t column = first; column < last; ++column) {
+      const int64_t start = column * job.k;
+      dequantize_span<T>(job.weight, start + span.begin, start + span.end, values);
+      for (int64_t i = span.begin; i < span.end; ++i) {
+        put<T, kElements>(panels, i - span.begin, column - first, values[i - span.begin]);
+      }
+    }
+  }
+
+  static T adapter(const ProductJob& job, int64_t depth, int64_t column) {
+    return static_cast<const T*>(job.up)[column * job.r + depth];
+  }
+};
+
+// The product with W itself: the depth runs over W's rows.
+template <typename T>
+struct GradInput {
+  static constexpr int kElements = WordProduct<T>::kElements;
+
+  static constexpr int64_t kColumnsAtOnce = kColumnGrain;  // panels side by side, which share scaled tables
+
+  static int64_t length(const ProductJob& job) { return job.n; }
+  static int64_t columns(const ProductJob& job) { return job.k; }
+
+  static bool is_regular(const ProductJob& job, int64_t first) {
+    return job.k % job.weight.block_size == 0 && first % kColumnGrain == 0;
+  }
+
+  __attribute__((noinline)) static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first,
+                                                       int64_t last, float* panels) {
+    const WeightView weight = job.weight;  // a copy, which stores to panels cannot change
+    const LevelTable levels(weight.levels);
+    const int64_t run = limited(weight.block_size, kColumnGrain);
+    const int64_t count = span.end - span.begin;
+    const int64_t row_bytes = job.k / 2;
+    float scales[size_t{kSpan * kElements} + 1];
+    for (int64_t column = first; column < last; column += run) {
+      scales_down(weight, span.begin * job.k + column, job.k, count, scales);
+      scales[count] = 0.0f;  // where a last row has none to pair with
+      const uint8_t* bytes = weight.packed + (span.begin * job.k + column) / 2;
+      float* word = column_of(panels, column - first);
+      const int64_t pieces = limited(run, last - column) / kMinBlock;
+      for (int64_t i = 0; i < count; i += kElements, word += kStrip, bytes += kElements * row_bytes) {
+        const LevelTable table = levels.scaled<T>(scales[i]);
+        const LevelTable below = kElements == 1 ? table : levels.scaled<T>(scales[i + 1]);
+        const uint8_t* bytes_below = i + 1 < count ? bytes + row_bytes : bytes;
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          decode_piece(table, below, bytes + piece * kMinBlock / 2, bytes_below + piece * kMinBlock / 2,
+                       column_of(word, piece * kMinBlock));
+        }
+      }
+    }
+  }
+
+  // kMinBlock elements of a row, or of two.
+  static void decode_piece(const LevelTable& table, [[maybe_unused]] const LevelTable& below, const uint8_t* bytes,
+                           [[maybe_unused]] const uint8_t* bytes_below, float* word) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kMinBlock; i += kLanes) {
+      const Floats value = table.at(natural_codes(bytes, i));
+      if constexpr (kElements == 1) {
+        store_word(column_of(word, i), value);
+      } else {
+        store_word(column_of(word, i), pair_up(value, below.at(natural_codes(bytes_below, i))));
+      }
+    }
+  }
+
+  static void fetch(const ProductJob& job, const DepthSpan& span, int64_t, int64_t last, int64_t part, int64_t parts) {
+    const int64_t total = span.end - span.begin;
+    for (int64_t i = total * part / parts; i < total * (part + 1) / parts; ++i) {
+      prefetch_far(job.weight.packed + ((span.begin + i) * job.k + last - 1) / 2);
+    }
+  }
+
+  static void decode_any(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
+    T values[size_t{kColumnGrain}];
+    for (int64_t row = span.begin; row < span.end; ++row) {
+      const int64_t start = row * job.k;
+      dequantize_span<T>(job.weight, start + first, start + last, values);
+      for (int64_t column = first; column < last; ++column) {
+        put<T, kElements>(panels, row - span.begin, column - first, values[column - first]);
+      }
+    }
+  }
+
+  static T adapter(const ProductJob& job, int64_t depth, int64_t column) {
+    return static_cast<const T*>(job.up)[depth * job.k + column];
+  }
+};
+
+// Columns [first, last) of b, at most kColumnsAtOnce, to panels. What the panels hold beyond them never reaches y.
+template <typename T, typename Side>
+void decode_columns(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
+  if (span.begin < span.end) {
+    if (Side::is_regular(job, first)) {
+      Side::decode_regular(job, span, first, last, panels);
+    } else {
+      Side::decode_any(job, span, first, last, panels);
+    }
+  }
+  const int64_t words = ceil_div(span.end - span.begin, Side::kElements);
+  for (int64_t column = first; column < last; ++column) {
+    for (int64_t depth = span.low_begin; depth < span.low_end; ++depth) {
+      put<T, Side::kElements>(panels + words * kStrip, depth - span.low_begin, column - first,
+                              Side::adapter(job, depth, column));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
