@@ -77,8 +77,8 @@ void attention_heads(const AttentionJob& job, int64_t first, int64_t last, unsig
   Bf16* weights = scratch.take<Bf16>(kAttentionQueries * padded);
   float* scores = scratch.take<float>(kAttentionQueries * padded);
   float* sums = scratch.take<float>(kAttentionQueries * width);
-  const PairedTiles key_tiles{keys, kTileElements, width / 32 * kTileElements};
-  const PairedTiles value_tiles{values, width / 16 * kTileElements, kTileElements};
+  const PairedTiles key_tiles{keys, kPairedTile, width / 32 * kPairedTile};
+  const PairedTiles value_tiles{values, width / 16 * kPairedTile, kPairedTile};
   int64_t packed = -1;
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t batch = unit / job.heads;
@@ -95,7 +95,7 @@ void attention_heads(const AttentionJob& job, int64_t first, int64_t last, unsig
       const int64_t rows = job.length - i < kAttentionQueries ? job.length - i : kAttentionQueries;
       const int64_t columns = i + kAttentionQueries;
       copy_rows(q + i * job.q.row_stride, job.q.row_stride, rows, kAttentionQueries, width, queries);
-      tile_product(queries, width, key_tiles, kAttentionQueries, columns, width / 32, scores, padded, false);
+      paired_product(queries, width, key_tiles, kAttentionQueries, columns, width / 32, scores, padded, false);
       float totals[kAttentionQueries];
       for (int64_t row = 0; row < kAttentionQueries; ++row) {
         float top = 0.0f;
@@ -104,7 +104,7 @@ void attention_heads(const AttentionJob& job, int64_t first, int64_t last, unsig
           job.lse[unit * job.length + i + row] = top * job.scale + __builtin_logf(totals[row]);
         }
       }
-      tile_product(weights, padded, value_tiles, kAttentionQueries, width, columns / 32, sums, width, false);
+      paired_product(weights, padded, value_tiles, kAttentionQueries, width, columns / 32, sums, width, false);
       for (int64_t row = 0; row < rows; ++row) {
         const Sixteen share = splat(1.0f / totals[row]);
         for (int64_t d = 0; d < width; d += kSixteen) {
@@ -178,7 +178,7 @@ inline void grad_block(const GradBuffers& b, int64_t i, int64_t j, int64_t padde
         store_narrow(b.grad_scores + (row + r) * padded + i + half, grads[r]);
       }
       const int64_t tile = row / kStepLength * 2 + half / kSixteen;
-      store_paired(b.score_pairs + tile * kTileElements + row % kStepLength * 16, grads[0], grads[1]);
+      store_paired(b.score_pairs + tile * kPairedTile + row % kStepLength * 16, grads[0], grads[1]);
     }
   }
 }
@@ -231,25 +231,25 @@ void grad_of_query_head(const AttentionGradJob& job, int64_t batch, int64_t head
   pack_transposed(grad_out, job.grad_out.row_stride, length, padded, width, b.grad_turned);
   pack_rows(q, forward.q.row_stride, length, padded, width, b.q_rows);
   pack_rows(grad_out, job.grad_out.row_stride, length, padded, width, b.grad_rows);
-  const int64_t turned_column = width / 32 * kTileElements;
-  const int64_t rows_step = width / 16 * kTileElements;
+  const int64_t turned_column = width / 32 * kPairedTile;
+  const int64_t rows_step = width / 16 * kPairedTile;
   for (int64_t j = 0; j < padded; j += kAttentionKeys) {
     for (int64_t i = j; i < padded; i += kAttentionQueries) {
       const int64_t at = i / 16 * turned_column;
-      tile_product(b.keys + j * width, width, {b.q_turned + at, kTileElements, turned_column}, kAttentionKeys,
-                   kAttentionQueries, width / 32, b.scores, kAttentionQueries, false);
-      tile_product(b.values + j * width, width, {b.grad_turned + at, kTileElements, turned_column}, kAttentionKeys,
-                   kAttentionQueries, width / 32, b.grad_weights, kAttentionQueries, false);
+      paired_product(b.keys + j * width, width, {b.q_turned + at, kPairedTile, turned_column}, kAttentionKeys,
+                     kAttentionQueries, width / 32, b.scores, kAttentionQueries, false);
+      paired_product(b.values + j * width, width, {b.grad_turned + at, kPairedTile, turned_column}, kAttentionKeys,
+                     kAttentionQueries, width / 32, b.grad_weights, kAttentionQueries, false);
       grad_block(b, i, j, padded, forward.scale);
-      tile_product(b.keys_turned + j, padded, {b.score_pairs, 2 * kTileElements, kTileElements}, width,
-                   kAttentionQueries, kAttentionKeys / 32, b.grad_q + i, padded, j > 0);
+      paired_product(b.keys_turned + j, padded, {b.score_pairs, 2 * kPairedTile, kPairedTile}, width, kAttentionQueries,
+                     kAttentionKeys / 32, b.grad_q + i, padded, j > 0);
     }
     const int64_t steps = (padded - j) / 32;
     const int64_t from = j / 32 * rows_step;
-    tile_product(b.weights + j, padded, {b.grad_rows + from, rows_step, kTileElements}, kAttentionKeys, width, steps,
-                 b.grad_v + j * width, width, !first_of_group);
-    tile_product(b.grad_scores + j, padded, {b.q_rows + from, rows_step, kTileElements}, kAttentionKeys, width, steps,
-                 b.grad_k + j * width, width, !first_of_group);
+    paired_product(b.weights + j, padded, {b.grad_rows + from, rows_step, kPairedTile}, kAttentionKeys, width, steps,
+                   b.grad_v + j * width, width, !first_of_group);
+    paired_product(b.grad_scores + j, padded, {b.q_rows + from, rows_step, kPairedTile}, kAttentionKeys, width, steps,
+                   b.grad_k + j * width, width, !first_of_group);
   }
   write_turned(b.grad_q, padded, length, width, forward.scale, job.grad_q.at(batch, head), job.grad_q.row_stride);
 }

@@ -10,8 +10,8 @@
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kTileElements = 512;  // 16 x 32
-constexpr int64_t kStepLength = 32;     // elements of the reduction in a tile
+constexpr int64_t kPairedTile = 512;  // 16 x 32
+constexpr int64_t kStepLength = 32;   // elements of the reduction in a tile
 
 // Where tile (step, column) of a second operand lies: data + step * step_stride + column * column_stride.
 struct PairedTiles {
@@ -38,8 +38,8 @@ class AttentionTiles {
 };
 
 // c [32, 32] (+)= a [32, 32 steps] b.
-inline void tile_square(const Bf16* a, int64_t a_stride, const PairedTiles& b, int64_t column, int64_t steps, float* c,
-                        int64_t c_stride, bool accumulate) {
+inline void paired_square(const Bf16* a, int64_t a_stride, const PairedTiles& b, int64_t column, int64_t steps,
+                          float* c, int64_t c_stride, bool accumulate) {
   const auto c_bytes = static_cast<size_t>(c_stride * 4);
   const auto a_bytes = static_cast<size_t>(a_stride * 2);
   float* c_low = c + 16 * c_stride;
@@ -106,8 +106,8 @@ inline Sixteen add_pair(const Bf16* a, const Bf16* pairs, Sixteen sums) {
 #endif
 }
 
-inline void tile_square(const Bf16* a, int64_t a_stride, const PairedTiles& b, int64_t column, int64_t steps, float* c,
-                        int64_t c_stride, bool accumulate) {
+inline void paired_square(const Bf16* a, int64_t a_stride, const PairedTiles& b, int64_t column, int64_t steps,
+                          float* c, int64_t c_stride, bool accumulate) {
   constexpr int kRows = 4;  // with two columns, eight sums at once hide the latency
   const Bf16* left = b.data + column * b.column_stride;
   for (int64_t row = 0; row < 32; row += kRows) {
@@ -137,12 +137,12 @@ inline void tile_square(const Bf16* a, int64_t a_stride, const PairedTiles& b, i
 #endif
 
 // c [rows, columns] (+)= a [rows, 32 steps] b; rows and columns are multiples of 32.
-inline void tile_product(const Bf16* a, int64_t a_stride, const PairedTiles& b, int64_t rows, int64_t columns,
-                         int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+inline void paired_product(const Bf16* a, int64_t a_stride, const PairedTiles& b, int64_t rows, int64_t columns,
+                           int64_t steps, float* c, int64_t c_stride, bool accumulate) {
   for (int64_t column = 0; column < columns; column += 32) {
     for (int64_t row = 0; row < rows; row += 32) {
-      tile_square(a + row * a_stride, a_stride, b, column / 16, steps, c + row * c_stride + column, c_stride,
-                  accumulate);
+      paired_square(a + row * a_stride, a_stride, b, column / 16, steps, c + row * c_stride + column, c_stride,
+                    accumulate);
     }
   }
 }
@@ -228,7 +228,7 @@ inline void turn_square(const float* in, int64_t stride, Sixteen* out) {
 inline void pack_transposed(const Bf16* x, int64_t row_stride, int64_t length, int64_t padded, int64_t width,
                             Bf16* out) {
   for (int64_t column = 0; column < padded; column += 16) {
-    for (int64_t step = 0; step < width; step += kStepLength, out += kTileElements) {
+    for (int64_t step = 0; step < width; step += kStepLength, out += kPairedTile) {
 #if defined(__AVX512BW__)
       __m512i rows[16];
       __m512i turned[16];
@@ -254,7 +254,7 @@ inline void pack_transposed(const Bf16* x, int64_t row_stride, int64_t length, i
 // x [length, width] as the second operand x [padded, width]: tiles [padded / 32][width / 16].
 inline void pack_rows(const Bf16* x, int64_t row_stride, int64_t length, int64_t padded, int64_t width, Bf16* out) {
   for (int64_t step = 0; step < padded; step += kStepLength) {
-    for (int64_t column = 0; column < width; column += 16, out += kTileElements) {
+    for (int64_t column = 0; column < width; column += 16, out += kPairedTile) {
       for (int64_t r = 0; r < 16; ++r) {
         const int64_t row = step + 2 * r;
         const Bf16* even = x + row * row_stride + column;
