@@ -31,12 +31,11 @@ CASES = {"50M": (400, 125_000), "SmolLM2 r=16": (420, 11_630)}
 LR, DECAY = 1e-4, 0.01
 
 
-def memory_rates(repeats: int = 11) -> dict[str, float]:
-    """GB/s, read and written, of a copy and of a sum in place (as an optimiser works) that no cache holds."""
-    source = torch.ones(256 << 20)
-    target = torch.empty_like(source)
-    seconds = interleaved({"copy": lambda: target.copy_(source), "in_place": lambda: source.add_(1.0)}, repeats)
-    return {f"{name}_gb_per_s": round(2 * 4 * source.numel() / median(s) / 1e9, 1) for name, s in seconds.items()}
+def memory_probes(numel: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """What shows the memory's rate, and the bytes that it moves: a copy, and torch's addcmul_, which like a step reads
+    several streams and writes one of them back. Both over tensors of all the parameters' size."""
+    a, b, c = (torch.ones(numel) for _ in range(3))
+    return {"copy": (lambda: a.copy_(b), 8 * numel), "addcmul": (lambda: a.addcmul_(b, c), 16 * numel)}
 
 
 def parameters(count: int, numel: int, grads: list[torch.Tensor]) -> list[torch.nn.Parameter]:
@@ -143,11 +142,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    rates = memory_rates()
-    rate = max(rates.values())
-    result: dict[str, Any] = {"bench": "optim", "machine": machine(), "ceilings": rates}
-    result["rows"] = []
-    print(json.dumps(result["machine"]), json.dumps(result["ceilings"]))
+    result: dict[str, Any] = {"bench": "optim", "machine": machine(), "ceilings": {}, "rows": []}
+    print(json.dumps(result["machine"]))
     for case, (count, numel) in CASES.items():
         if arguments.case not in (None, case):
             continue
@@ -164,7 +160,13 @@ def main() -> None:
             if name == "torch fused":
                 functions["torch fused + clip_grad_norm_"] = clipped_by_torch(optimizer, params)
         slow = [name for name in functions if name.startswith(("bitsandbytes", "torchao"))]
-        seconds = interleaved({n: f for n, f in functions.items() if n not in slow}, arguments.repeats)
+        probes = memory_probes(count * numel)
+        quick = {n: f for n, f in functions.items() if n not in slow} | {n: f for n, (f, _) in probes.items()}
+        seconds = interleaved(quick, arguments.repeats)
+        rates = {n: round(num_bytes / median(seconds.pop(n)) / 1e9, 1) for n, (_, num_bytes) in probes.items()}
+        result["ceilings"][case] = {f"{n}_gb_per_s": value for n, value in rates.items()}
+        print(json.dumps(result["ceilings"][case]))
+        rate = max(rates.values())
         for name in slow:  # an order of magnitude slower: a few runs tell, and the others need not wait
             seconds[name] = interleaved({name: functions[name]}, 3, warmup=1)[name]
         for name, values in seconds.items():
