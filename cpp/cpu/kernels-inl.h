@@ -13,9 +13,24 @@
 // What builds on them.
 #include "cpu/kernels-gemm-inl.h"
 #include "cpu/kernels-linear-inl.h"
+#include "cpu/kernels-quads-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
+
+#if defined(__AVX512BF16__)
+void forward_bf16_columns(const ProductJob& job, int64_t first, int64_t last, void* scratch) {
+  (goes_by_quads(job) ? quad_columns : product_columns<Bf16, Forward<Bf16>>)(job, first, last, scratch);
+}
+int64_t scratch_bytes(const ProductJob& job, int64_t columns) {
+  const int64_t bytes = columns_scratch_bytes(job, columns);
+  const int64_t quads = quad_scratch_bytes(job, columns);
+  return quads < bytes ? bytes : quads;
+}
+#else
+constexpr auto forward_bf16_columns = product_columns<Bf16, Forward<Bf16>>;
+constexpr auto scratch_bytes = columns_scratch_bytes;
+#endif
 
 constexpr Kernels kTable = {
     {quantize_blocks<float>, quantize_blocks<Bf16>, quantize_blocks<Fp16>},
@@ -25,11 +40,10 @@ constexpr Kernels kTable = {
     decode_scales,
     {linear_rows<float>, linear_rows<Bf16>, linear_rows<Fp16>},
     {nullptr, kReorderTokens, nullptr},
-    {product_columns<float, Forward<float>>, product_columns<Bf16, Forward<Bf16>>,
-     product_columns<Fp16, Forward<Fp16>>},
+    {product_columns<float, Forward<float>>, forward_bf16_columns, product_columns<Fp16, Forward<Fp16>>},
     {product_columns<float, GradInput<float>>, product_columns<Bf16, GradInput<Bf16>>,
      product_columns<Fp16, GradInput<Fp16>>},
-    columns_scratch_bytes,
+    scratch_bytes,
     nullptr,
     kOptimTable,
     kActivations,

@@ -269,9 +269,22 @@ struct GradInput {
       float* word = column_of(panels, column - first);
       const int64_t pieces = limited(run, last - column) / kMinBlock;
       for (int64_t i = 0; i < count; i += kElements, word += kStrip, bytes += kElements * row_bytes) {
+        const uint8_t* bytes_below = i + 1 < count ? bytes + row_bytes : bytes;
+#if defined(__AVX512BF16__)
+        if constexpr (kElements == 2) {
+          const PairTable pairs(weight.levels, scales[i], scales[i + 1]);
+          for (int64_t piece = 0; piece < pieces; ++piece) {
+            float* target = column_of(word, piece * kMinBlock);
+            for (int half = 0; half < 2; ++half) {
+              store_word(target + half * kLanes,
+                         pairs.at(bytes + piece * kMinBlock / 2, bytes_below + piece * kMinBlock / 2, half));
+            }
+          }
+          continue;
+        }
+#endif
         const LevelTable table = levels.scaled<T>(scales[i]);
         const LevelTable below = kElements == 1 ? table : levels.scaled<T>(scales[i + 1]);
-        const uint8_t* bytes_below = i + 1 < count ? bytes + row_bytes : bytes;
         for (int64_t piece = 0; piece < pieces; ++piece) {
           decode_piece(table, below, bytes + piece * kMinBlock / 2, bytes_below + piece * kMinBlock / 2,
                        column_of(word, piece * kMinBlock));

@@ -16,9 +16,12 @@ constexpr int64_t kStreamTileTokens = 2;  // where there are tiles, they take ov
 
 enum class Path { kRows, kTiles, kColumns };
 
+int64_t index_of(Dtype dtype) { return static_cast<int64_t>(dtype); }
+
 Path path_of(const LinearCall& call) {
   const bool tiles = low_rank_is_native(call.dtype);
-  const int64_t few = tiles ? kStreamTileTokens : kMaxTokens;
+  const bool reorders = kernels().reorder_tokens[index_of(call.dtype)] != nullptr;
+  const int64_t few = tiles ? kStreamTileTokens : reorders ? kStreamTokens : kMaxTokens;
   if (call.forward && call.job.m <= few && call.down == nullptr) {
     return Path::kRows;
   }
@@ -26,8 +29,6 @@ Path path_of(const LinearCall& call) {
 }
 
 bool is_empty(const LinearCall& call) { return call.job.m == 0 || (call.forward ? call.job.n : call.job.k) == 0; }
-
-int64_t index_of(Dtype dtype) { return static_cast<int64_t>(dtype); }
 
 TileProduct tile_product_of(const LinearCall& call) {
   const ProductJob& job = call.job;

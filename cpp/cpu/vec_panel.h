@@ -91,6 +91,31 @@ inline void transpose_codes(const uint8_t* const* rows, int64_t offset, Words* o
   out[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
 }
 
+#if defined(__AVX512BF16__)
+// The scaled levels of two rows, rounded to bf16: 16 of the first, 16 of the second.
+struct PairTable {
+  __m512i level;
+  PairTable(const float* levels, float scale, float scale_below) {
+    const Floats unscaled = load(levels);
+    level = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(multiply(unscaled, _mm512_set1_ps(scale_below)),
+                                                       multiply(unscaled, _mm512_set1_ps(scale))));
+  }
+  // Words of elements 16 half to 16 half + 15 of the rows' 32, in their order: the first row's in the lower halves.
+  Floats at(const uint8_t* bytes, const uint8_t* bytes_below, int half) const {
+    const auto piece = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+    const __m256i rows = _mm256_inserti128_si256(_mm256_castsi128_si256(piece(bytes)), piece(bytes_below), 1);
+    const int64_t first = half == 0 ? 0x0008000000080000 : 0x000c0004000c0004;
+    const __m512i four = _mm512_set_epi64(0x0003000300030003, 0x0003000300030003, 0x0002000200020002,
+                                          0x0002000200020002, 0x0001000100010001, 0x0001000100010001, 0, 0);
+    const __m512i taken = _mm512_add_epi16(four, _mm512_set1_epi64(first));
+    const __m512i shift = _mm512_set4_epi32(0x00080008, 0x000c000c, 0, 0x00040004);
+    const __m512i codes = _mm512_srlv_epi16(_mm512_permutexvar_epi16(taken, _mm512_castsi256_si512(rows)), shift);
+    const __m512i index = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), _mm512_set1_epi32(0x100000), 0xea);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(index, level));
+  }
+};
+#endif
+
 inline void store_as(float* p, Floats v) { store(p, v); }
 inline void store_as(Bf16* p, Floats v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(v)); }
 inline void store_as(Fp16* p, Floats v) {

@@ -1,0 +1,348 @@
+// The forward product in bf16 where the CPU has a dot product of bf16 pairs (AVX512-BF16): y = x W^T, straight from the
+// packed bytes, with no transposition.
+//
+// A vector of the panel holds 8 weights of each of 4 rows of W, a quarter of the vector a row: 16 bytes of each row, a
+// shift, and a lookup in the four rows' tables of scaled levels. A table is 16 products rounded to bf16, the exact
+// rule, made once for a block. x is packed in the order of the reduction that this decode leaves, and broadcast by
+// quarters. A register of sums holds four partial sums of each of 4 outputs, which are added up when a span ends.
+//
+// Spans of the depth and the order within them are as in kernels-gemm-inl.h: they depend on K and r alone, so any
+// number of threads gives the same bits.
+#pragma once
+
+#include "cpu/kernels-gemm-inl.h"
+
+#if defined(__AVX512BF16__)
+
+namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
+namespace {
+
+constexpr int kQuads = 4;                         // vectors of 4 rows in a strip
+constexpr int kQuadStrip = 4 * kQuads;            // rows of W, columns of y
+constexpr int kQuadRows = 6;                      // rows of x in a tile: 6 x 4 sums, 4 vectors of the panel, 1 of x
+constexpr int64_t kStepElements = 8;              // of the depth that a vector holds of each row
+constexpr int64_t kGroupElements = 32;            // of the depth that 16 packed bytes hold
+constexpr int64_t kPackedElements = 1 << 18;      // of x that stay in the second cache while W passes by
+constexpr int64_t kQuadSpan = kSpanCapacity * 2;  // elements of a span, its adapter included, at most
+
+inline int64_t steps_of(const DepthSpan& span) {
+  return ceil_div(span.end - span.begin, kStepElements) + ceil_div(span.low_end - span.low_begin, kStepElements);
+}
+
+// Four vectors of sums, each with four partial sums of rows 4 i + v in quarter i, to the 16 sums in the order of rows.
+inline Floats quads_total(Floats a, Floats b, Floats c, Floats d) {
+  const Floats ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const Floats cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  return add(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+}
+
+// sums [kRows][16] (+)= x [steps][kRows][8] times a panel [steps][kQuads][4 rows][8].
+template <int kRows>
+void quad_tile(const Bf16* x, const Bf16* panel, int64_t steps, bool adds, float* sums) {
+  Floats sum[size_t{kRows}][size_t{kQuads}];
+#pragma GCC unroll 6
+  for (int row = 0; row < kRows; ++row) {
+    prefetch(sums + row * kQuadStrip);
+#pragma GCC unroll 4
+    for (int v = 0; v < kQuads; ++v) {
+      sum[row][v] = zero();
+    }
+  }
+  for (int64_t i = 0; i < steps; ++i, x += kRows * kStepElements, panel += kQuadStrip * kStepElements) {
+    __m512bh w[kQuads];
+#pragma GCC unroll 4
+    for (int v = 0; v < kQuads; ++v) {
+      w[v] = std::bit_cast<__m512bh>(_mm512_load_si512(panel + v * 32));
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < kRows; ++row) {
+      const __m128i piece = _mm_load_si128(reinterpret_cast<const __m128i*>(x + row * kStepElements));
+      const __m512bh quarters = std::bit_cast<__m512bh>(_mm512_broadcast_i32x4(piece));
+#pragma GCC unroll 4
+      for (int v = 0; v < kQuads; ++v) {
+        sum[row][v] = _mm512_dpbf16_ps(sum[row][v], w[v], quarters);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int row = 0; row < kRows; ++row) {
+    const Floats total = quads_total(sum[row][0], sum[row][1], sum[row][2], sum[row][3]);
+    float* target = sums + row * kQuadStrip;
+    store(target, adds ? add(load(target), total) : total);
+  }
+}
+
+using QuadTile = void (*)(const Bf16* x, const Bf16* panel, int64_t steps, bool adds, float* sums);
+constexpr QuadTile kQuadTiles[kQuadRows] = {quad_tile<1>, quad_tile<2>, quad_tile<3>,
+                                            quad_tile<4>, quad_tile<5>, quad_tile<6>};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packing and decoding
+
+// One row of a tile of `rows`: out [steps][rows][8].
+inline void pack_quads(const Bf16* x, const Bf16* low, const DepthSpan& span, int64_t rows, Bf16* out) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
+                                                      2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
+  const __m512i order = _mm512_load_si512(kOrder);
+  const auto put_step = [&](__m128i step) {
+    _mm_store_si128(reinterpret_cast<__m128i*>(out), step);
+    out += rows * kStepElements;
+  };
+  for (int64_t i = span.begin; i < span.end; i += kGroupElements) {
+    const __m512i group = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + i));
+    put_step(_mm512_castsi512_si128(group));
+    put_step(_mm512_extracti32x4_epi32(group, 1));
+    put_step(_mm512_extracti32x4_epi32(group, 2));
+    put_step(_mm512_extracti32x4_epi32(group, 3));
+  }
+  for (int64_t i = span.low_begin; i < span.low_end; i += kStepElements) {
+    const auto filled = static_cast<__mmask8>((1u << limited(span.low_end - i, kStepElements)) - 1u);
+    put_step(_mm_maskz_loadu_epi16(filled, low + i));
+  }
+}
+
+// The adapter's part of 16 columns of y.
+inline void put_adapter_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, Bf16* panel) {
+  const Bf16* up = static_cast<const Bf16*>(job.up);
+  panel += ceil_div(span.end - span.begin, kStepElements) * kQuadStrip * kStepElements;
+  for (int64_t i = span.low_begin; i < span.low_end; i += kStepElements, panel += kQuadStrip * kStepElements) {
+    const auto filled = static_cast<__mmask8>((1u << limited(span.low_end - i, kStepElements)) - 1u);
+    for (int row = 0; row < kQuadStrip; ++row) {
+      const __m128i piece = _mm_maskz_loadu_epi16(filled, up + limited(first + row, last - 1) * job.r + i);
+      _mm_store_si128(reinterpret_cast<__m128i*>(panel + row % 4 * 32 + row / 4 * kStepElements), piece);
+    }
+  }
+}
+
+// The scales of blocks [0, blocks) of 16 rows: scales[block][row].
+inline void quad_scales(const WeightView& weight, const int64_t* first_blocks, int64_t blocks, float* scales) {
+  if (weight.absmax != nullptr) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int row = 0; row < kQuadStrip; ++row) {
+        scales[block * kQuadStrip + row] = weight.absmax[first_blocks[row] + block];
+      }
+    }
+    return;
+  }
+  const Floats offset = _mm512_set1_ps(*weight.nested_offset);
+  for (int64_t block = 0; block < blocks; ++block, scales += kQuadStrip) {
+    alignas(64) float nested[kQuadStrip];
+    for (int row = 0; row < kQuadStrip; ++row) {
+      const int64_t index = first_blocks[row] + block;
+      scales[row] = weight.nested_code[weight.absmax_codes[index]];
+      nested[row] = weight.nested_absmax[index >> 8];
+    }
+    store(scales, add(multiply(load(scales), load(nested)), offset));
+  }
+}
+
+// 16 rows of W from `first`, the last of them again beyond `last`, to a panel.
+__attribute__((noinline)) void decode_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last,
+                                            Bf16* panel) {
+  const WeightView weight = job.weight;  // a copy, which stores to the panel cannot change
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(weight.block_size));
+  const int64_t run = limited(weight.block_size, span.end - span.begin);
+  const int64_t blocks = ceil_div(span.end - span.begin, run);
+  const uint8_t* rows[kQuadStrip];
+  int64_t first_blocks[kQuadStrip];
+  for (int row = 0; row < kQuadStrip; ++row) {
+    const int64_t element = limited(first + row, last - 1) * job.k + span.begin;
+    rows[row] = weight.packed + element / 2;
+    first_blocks[row] = element >> shift;
+  }
+  alignas(64) float scales[kSpan * 2 / kGroupElements * kQuadStrip];
+  quad_scales(weight, first_blocks, blocks, scales);
+
+  const Floats levels = load(weight.levels);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  // Which of the four tables of 16 entries.
+  const __m512i quarter = _mm512_set_epi64(0x0030003000300030, 0x0030003000300030, 0x0020002000200020,
+                                           0x0020002000200020, 0x0010001000100010, 0x0010001000100010, 0, 0);
+  const auto table_of = [&](float low, float high) {
+    return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(multiply(levels, _mm512_set1_ps(high)),  //
+                                                      multiply(levels, _mm512_set1_ps(low))));
+  };
+  for (int v = 0; v < kQuads; ++v) {
+    Bf16* out = panel + v * 32;
+    const auto put_step = [&](__m512i codes, const __m512i& low, const __m512i& high) {
+      const __m512i index = _mm512_ternarylogic_epi32(codes, nibble, quarter, 0xea);  // (codes & nibble) | quarter
+      _mm512_store_si512(out, _mm512_permutex2var_epi16(low, index, high));
+      out += kQuadStrip * kStepElements;
+    };
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float* scale = scales + block * kQuadStrip + v;
+      const __m512i low = table_of(scale[0], scale[4]);
+      const __m512i high = table_of(scale[8], scale[12]);
+      for (int64_t i = block * run / 2; i < (block + 1) * run / 2; i += kGroupElements / 2) {
+        const auto bytes = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + i)); };
+        __m512i codes = _mm512_castsi128_si512(bytes(v));
+        codes = _mm512_inserti32x4(codes, bytes(v + 4), 1);
+        codes = _mm512_inserti32x4(codes, bytes(v + 8), 2);
+        codes = _mm512_inserti32x4(codes, bytes(v + 12), 3);
+        put_step(_mm512_srli_epi16(codes, 4), low, high);
+        put_step(codes, low, high);
+        put_step(_mm512_srli_epi16(codes, 12), low, high);
+        put_step(_mm512_srli_epi16(codes, 8), low, high);
+      }
+    }
+  }
+}
+
+// Where each of `parts` shares of `total` things begins; they differ by one at most.
+class Shares {
+ public:
+  Shares(int64_t total, int64_t parts) : each_(total / parts), longer_(total % parts) {}
+  int64_t begin(int64_t part) const { return each_ * part + limited(part, longer_); }
+  int64_t end(int64_t part) const { return begin(part + 1); }
+
+ private:
+  int64_t each_;
+  int64_t longer_;
+};
+
+constexpr int64_t kFetchLines = kSpan * 2 / kElementsOfLine;  // cache lines of a row in a span
+
+// Asks for lines [line, last_line) of those that decoding 16 rows from `first` will read, kFetchLines a row: the lines
+// that the last bytes of each stretch lie in, since the first ones came with the stretch before.
+inline void fetch_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, int64_t line,
+                        int64_t last_line) {
+  for (; line < last_line; ++line) {
+    const int64_t end = limited(span.end, span.begin + (line % kFetchLines + 1) * kElementsOfLine);
+    prefetch(job.weight.packed + (limited(first + line / kFetchLines, last - 1) * job.k + end - 1) / 2);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The product
+
+struct QuadScratch {
+  Bf16* panel;   // [kQuadSpan][kQuadStrip]
+  Bf16* packed;  // [spans of a group][rows][kQuadSpan]
+  float* sums;   // [strips][rows][kQuadStrip]
+};
+
+inline int64_t spans_at_once(int64_t rows) {
+  const int64_t spans = kPackedElements / (rows * kSpan * 2);
+  return spans < 1 ? 1 : spans;
+}
+
+inline bool goes_by_quads(const ProductJob& job) {
+  return job.k > 0 && job.weight.block_size >= kGroupElements && job.k % job.weight.block_size == 0;
+}
+
+inline int64_t quad_scratch_bytes(const ProductJob& job, int64_t columns) {
+  const int64_t rows = chunk_rows(job.m);
+  const Depth<2> depth{job.k, job.low == nullptr ? 0 : job.r};
+  const int64_t spans = limited(depth.spans(), spans_at_once(rows));
+  const int64_t elements = kQuadStrip * kQuadSpan + spans * rows * kQuadSpan;
+  return rounded_up(2 * elements + 4 * rows * chunk_columns(job.m, columns), 64);
+}
+
+inline void write_quads(const float* sums, int64_t rows, int64_t columns, const Bf16* bias, Bf16* y, int64_t stride) {
+  const auto filled = static_cast<__mmask16>((1u << columns) - 1u);
+  Floats addend = zero();
+  if (bias != nullptr) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(filled, bias);
+    addend = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  for (int64_t row = 0; row < rows; ++row, sums += kQuadStrip, y += stride) {
+    const Floats value = bias == nullptr ? load(sums) : add(load(sums), addend);
+    _mm256_mask_storeu_epi16(y, filled, round_to_bf16(value));
+  }
+}
+
+// Packs rows [0, rows) of x for a span: out, tiles as tile_shares has them, each [steps][rows][8].
+inline void pack_quad_rows(const ProductJob& job, const DepthSpan& span, int64_t top, int64_t rows, Bf16* out) {
+  const Bf16* x = static_cast<const Bf16*>(job.x) + top * job.k;
+  const Bf16* low = static_cast<const Bf16*>(job.low) + (job.low == nullptr ? 0 : top * job.r);
+  const int64_t tiles = ceil_div(rows, kQuadRows);
+  const Shares shares(rows, tiles);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = shares.begin(t);
+    const int64_t count = shares.end(t) - begin;
+    for (int64_t row = 0; row < count; ++row) {
+      constexpr int64_t kAhead = 8;  // rows; a piece of a row is too short for the hardware to foresee the next
+      const Bf16* ahead = x + limited(begin + row + kAhead, rows - 1) * job.k;
+      for (int64_t i = span.begin; i < span.end; i += 32) {
+        prefetch(ahead + i);
+      }
+      pack_quads(x + (begin + row) * job.k, low + (begin + row) * job.r, span, count,
+                 out + (begin * steps_of(span) + row) * kStepElements);
+    }
+  }
+}
+
+// Rows [top, bottom) by columns [first, last).
+inline void quad_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64_t first, int64_t last,
+                       const QuadScratch& scratch) {
+  const Depth<2> depth{job.k, job.low == nullptr ? 0 : job.r};
+  const int64_t rows = bottom - top;
+  const int64_t tiles = ceil_div(rows, kQuadRows);
+  const Shares row_shares(rows, tiles);
+  const Shares line_shares(kQuadStrip * kFetchLines, tiles);
+  const int64_t spans = depth.spans();
+  const int64_t at_once = limited(spans, spans_at_once(rows));
+  const Bf16* bias = static_cast<const Bf16*>(job.bias);
+  Bf16* y = static_cast<Bf16*>(job.y) + top * job.n;
+  for (int64_t group = 0; group < spans; group += at_once) {
+    const int64_t end = limited(group + at_once, spans);
+    for (int64_t index = group; index < end; ++index) {
+      pack_quad_rows(job, depth.span(index), top, rows, scratch.packed + (index - group) * rows * kQuadSpan);
+    }
+    for (int64_t column = first; column < last; column += kQuadStrip) {
+      const int64_t stop = limited(last, column + kQuadStrip);
+      float* sums = scratch.sums + (at_once == spans ? 0 : (column - first) / kQuadStrip * rows * kQuadStrip);
+      for (int64_t index = group; index < end; ++index) {
+        const DepthSpan span = depth.span(index);
+        if (span.begin < span.end) {
+          decode_quads(job, span, column, stop, scratch.panel);
+        }
+        put_adapter_quads(job, span, column, stop, scratch.panel);
+        // The bytes of the next panel are fetched under the multiplication, a few lines a tile.
+        const bool wraps = index + 1 == end;
+        const int64_t next = wraps ? column + kQuadStrip : column;
+        const DepthSpan next_span = depth.span(wraps ? group : index + 1);
+        const Bf16* packed = scratch.packed + (index - group) * rows * kQuadSpan;
+        const int64_t steps = steps_of(span);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t begin = row_shares.begin(t);
+          const int64_t count = row_shares.end(t) - begin;
+          if (next < last) {
+            fetch_quads(job, next_span, next, last, line_shares.begin(t), line_shares.end(t));
+          }
+          float* target = sums + begin * kQuadStrip;
+          kQuadTiles[count - 1](packed + begin * steps * kStepElements, scratch.panel, steps, index > 0, target);
+          if (index == spans - 1) {
+            write_quads(target, count, stop - column, bias == nullptr ? nullptr : bias + column,
+                        y + begin * job.n + column, job.n);
+          }
+        }
+      }
+    }
+  }
+}
+
+void quad_columns(const ProductJob& job, int64_t first, int64_t last, void* memory) {
+  const int64_t rows = chunk_rows(job.m);
+  const Depth<2> depth{job.k, job.low == nullptr ? 0 : job.r};
+  QuadScratch scratch{};
+  scratch.panel = static_cast<Bf16*>(memory);
+  scratch.packed = scratch.panel + kQuadStrip * kQuadSpan;
+  scratch.sums =
+      reinterpret_cast<float*>(scratch.packed + limited(depth.spans(), spans_at_once(rows)) * rows * kQuadSpan);
+  const int64_t width = chunk_columns(job.m, last - first);
+  const int64_t chunks = ceil_div(job.m, kChunkRows);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t column = first; column < last; column += width) {
+      quad_chunk(job, job.m * chunk / chunks, job.m * (chunk + 1) / chunks, column, limited(last, column + width),
+                 scratch);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
+
+#endif
