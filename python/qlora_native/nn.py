@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import functional, weight
+from .ops._direct import Prepared, product, unobserved
 from .weight import QuantizedWeight
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset", "code", "nested_code")
@@ -33,6 +34,7 @@ class QuantizedLinear(nn.Linear):
     nested_offset: torch.Tensor | None
     code: torch.Tensor | None
     nested_code: torch.Tensor | None
+    _prepared: Prepared | None = None
 
     def __init__(
         self,
@@ -121,6 +123,30 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features] in x's dtype."""
+        parameters, buffers = self._parameters, self._buffers
+        if "weight" in parameters and "bias" in parameters and unobserved(x, parameters["bias"]):
+            if self._prepared is None:
+                self._prepared = Prepared()
+            about = self._about
+            y = product(
+                self._prepared.matrix(
+                    (
+                        parameters["weight"],
+                        buffers["absmax"],
+                        buffers["nested_absmax"],
+                        buffers["nested_offset"],
+                        buffers["code"],
+                        buffers["nested_code"],
+                        about.shape,
+                        weight.quant_type_number(about.quant_type),
+                        about.block_size,
+                    )
+                ),
+                x,
+                parameters["bias"],
+            )
+            if y is not None:
+                return y
         return functional.linear(x, self.quantized, self.bias)
 
     def reset_parameters(self) -> None:
