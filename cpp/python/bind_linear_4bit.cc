@@ -128,6 +128,7 @@ int64_t outer(Address left, Address right, int64_t m, int64_t r, int64_t width, 
 }  // namespace
 
 void bind_linear_4bit(py::module_& module) {
+  module.attr("few_rows") = cpu::kFewRows;
   module.def(
       "low_rank_is_native", [](int dtype) { return cpu::low_rank_is_native(checked_dtype(dtype)); }, py::arg("dtype"),
       "Whether linear_4bit takes `down`, and outer runs, for this dtype on this machine.");

@@ -98,6 +98,7 @@ def lion_step(
 def gradient_norm(rows: int, num_tensors: int) -> float: ...
 def state_code(signed: bool) -> list[list[float]]: ...
 
+few_rows: int
 optim_row_length: int
 state_block: int
 
