@@ -119,14 +119,16 @@ constexpr int64_t kScalesAtOnce = kStreamRows * kMaxRowBlocks;  // of as many ro
 
 // The levels are looked up unscaled, and each block's sum is scaled in fp32: a shift, a permutation and a dot product
 // for 32 weights. `x` [tokens, k] stands in the order in which the decode leaves a row (kernels-tiles-inl.h), `scales`
-// [kRows, blocks]. Rows lie one after the other, so what is called for ahead is one stream of lines.
+// [kRows, blocks]. Rows lie one after the other, so what is called for ahead is one stream of lines; it must be
+// ahead of all the rows that are read side by side.
 template <int kTokens, int kRows>
 void dot_rows(const ProductJob& job, const Bf16* x, const float* scales, __m512i table, int64_t row) {
   const __m512i shift = _mm512_set_epi64(0x0008000800080008, 0x0008000800080008, 0x000c000c000c000c, 0x000c000c000c000c,
                                          0, 0, 0x0004000400040004, 0x0004000400040004);
   const int64_t row_bytes = job.k / 2;
   const uint8_t* bytes = job.weight.packed + row * row_bytes;
-  const char* ahead = reinterpret_cast<const char*>(bytes) + kBytesAhead;
+  const int64_t distance = kRows * row_bytes < kBytesAhead ? kBytesAhead : kRows * row_bytes;
+  const char* ahead = reinterpret_cast<const char*>(bytes) + distance;
   const int64_t blocks = job.k / job.weight.block_size;
   const int chunk_to_block = std::countr_zero(static_cast<uint64_t>(job.weight.block_size / 64));
   __m512 total[size_t{kTokens}][size_t{kRows}];

@@ -123,31 +123,32 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features] in x's dtype."""
-        parameters, buffers = self._parameters, self._buffers
-        if "weight" in parameters and "bias" in parameters and unobserved(x, parameters["bias"]):
-            if self._prepared is None:
-                self._prepared = Prepared()
-            about = self._about
-            y = product(
-                self._prepared.matrix(
-                    (
-                        parameters["weight"],
-                        buffers["absmax"],
-                        buffers["nested_absmax"],
-                        buffers["nested_offset"],
-                        buffers["code"],
-                        buffers["nested_code"],
-                        about.shape,
-                        weight.quant_type_number(about.quant_type),
-                        about.block_size,
-                    )
-                ),
-                x,
-                parameters["bias"],
-            )
-            if y is not None:
-                return y
-        return functional.linear(x, self.quantized, self.bias)
+        y = self._at_once(x)
+        return functional.linear(x, self.quantized, self.bias) if y is None else y
+
+    def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The output past the dispatcher, or None where that is not possible."""
+        parameters, buffers = self._parameters, self._buffers  # not by attribute: that takes as long as a small product
+        if "weight" not in parameters or "bias" not in parameters:  # something else stands in their place
+            return None
+        bias = parameters["bias"]
+        if not unobserved(x, bias):
+            return None
+        if self._prepared is None:
+            self._prepared = Prepared()
+        about = self._about
+        arguments = (
+            parameters["weight"],
+            buffers["absmax"],
+            buffers["nested_absmax"],
+            buffers["nested_offset"],
+            buffers["code"],
+            buffers["nested_code"],
+            about.shape,
+            about.quant_type_number,
+            about.block_size,
+        )
+        return product(self._prepared.matrix(arguments), x, bias)
 
     def reset_parameters(self) -> None:
         """Does nothing: a frozen weight has no initialisation of its own."""
@@ -227,4 +228,5 @@ class _About:
     def __init__(self, value: QuantizedWeight) -> None:
         self.shape, self.dtype = value.shape, value.dtype
         self.quant_type, self.block_size = value.quant_type, value.block_size
+        self.quant_type_number = weight.quant_type_number(value.quant_type)
         self.storage_dtype = value.storage_dtype
