@@ -46,9 +46,9 @@ class Operands:
         magnitude = {key: t.detach().double().abs() for key, t in self.leaves().items()}
         grad_y, x = self.grad_y.double().abs(), magnitude.get("x_lora", magnitude["x"])
         if name == "a":
-            return float(SCALE * ((grad_y @ magnitude["b"]).t() @ x).norm()) / self.grad_y.numel() ** 0.5
+            return float(SCALE * ((grad_y @ magnitude["b"]).t() @ x).norm()) / max(1, self.grad_y.numel()) ** 0.5
         if name == "b":
-            return float(SCALE * (grad_y.t() @ (x @ magnitude["a"].t())).norm()) / x.numel() ** 0.5
+            return float(SCALE * (grad_y.t() @ (x @ magnitude["a"].t())).norm()) / max(1, x.numel()) ** 0.5
         return 0.0
 
     def truth(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
