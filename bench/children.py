@@ -16,7 +16,7 @@ class Child:
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         self.name = name
-        self.errors = tempfile.TemporaryFile("w+")  # a pipe would fill and stop the child
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe would fill and stop the child)
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,

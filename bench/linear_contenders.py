@@ -47,7 +47,7 @@ class Weights:
         self.values = self.ours.dequantize()  # bf16: what everyone multiplies with
         self.buffer = torch.empty_like(self.values)  # warm: that rival at its best, at the price of its memory
         self.bitsandbytes = _bitsandbytes_layer(dense)
-        self.torchao = _torchao_weight(dense)
+        self.torchao = torchao_weight(dense)
 
 
 def _bitsandbytes_layer(dense: torch.Tensor) -> Any:
@@ -62,7 +62,7 @@ def _bitsandbytes_layer(dense: torch.Tensor) -> Any:
     return layer.to("cpu")
 
 
-def _torchao_weight(dense: torch.Tensor) -> Any:
+def torchao_weight(dense: torch.Tensor) -> Any:
     """Their NF4 tensor, or None. It is one of the two modules, by version."""
     for module in ("torchao.quantization", "torchao.dtypes.nf4tensor"):
         try:
@@ -131,7 +131,12 @@ def grad_input(weights: Weights, case: Product, grad: torch.Tensor) -> Functions
                 return layer(x), x
 
         graphs = rotation(graph, packed_bytes, m)
-        functions["bitsandbytes"] = lambda: torch.autograd.grad(*graphs(), grad, retain_graph=True)[0]
+
+        def backward() -> torch.Tensor:
+            y, x = graphs()
+            return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+
+        functions["bitsandbytes"] = backward
     return functions
 
 

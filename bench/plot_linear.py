@@ -42,7 +42,7 @@ def draw(result: dict[str, Any], path: str) -> None:
             m, low, middle, high = zip(*points, strict=True)
             axis.plot(m, middle, style, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
             axis.fill_between(m, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.set(xscale="log", yscale="log", title=f"y = x Wᵀ, W {n} × {k}", xlabel="M, rows of x", ylabel="ms, median")
+        axis.set(xscale="log", yscale="log", title=f"y = x Wᵀ, W {n} x {k}", xlabel="M, rows of x", ylabel="ms, median")
         ticks = [r["m"] for r in chosen]
         axis.set_xticks(ticks, [str(m) for m in ticks])
         axis.minorticks_off()
