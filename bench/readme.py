@@ -77,9 +77,9 @@ def products(result: Row) -> list[str]:
     names = {name for row in result["rows"] for name in row["ours_over"]}
     rivals = [name for name in NAMES if name in names and name not in ("linear", "bf16_lora")]
     lines = [
-        f"One product with a 4-bit weight {about(result)}: our time, the share of the floor (reading the bytes once, or",
-        "the operations at oneDNN's best rate in the same run), and how many times as fast as each rival we are, by the",
-        "median of paired rounds. For M <= 16 the weights rotate over copies four times the cache.",
+        f"One product with a 4-bit weight {about(result)}: our time, the share of the floor (reading the bytes once,",
+        "or the operations at oneDNN's best rate in the same run), and how many times as fast as each rival we are, by",
+        "the median of paired rounds. For M <= 16 the weights rotate over copies four times the cache.",
         "",
     ]
     if (ROOT / "docs/linear.png").exists():
@@ -155,8 +155,8 @@ def training(result: Row) -> list[str]:
         steps = result["rows"][0]["steps"]
         what = f"The same over {steps} steps on answers, at most 256 tokens a row, with the held-out loss"
     lines = [
-        f"{what}: SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantisation, here and in the peer, from",
-        "the same 16-bit weights and adapter tensors, on the same batches, the two processes taking turns step by step",
+        f"{what}: SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantisation, here and in the peer,",
+        "from the same 16-bit weights and adapter tensors, on the same batches, the two processes taking turns step by step",
         f"{about(result)}. Medians and quartiles:",
         "",
     ]
