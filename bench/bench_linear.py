@@ -15,8 +15,9 @@ Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forwar
     torchao                         F.linear with its NF4 tensor
 
 Every row has the relative error of each contender against fp64 on the decoded weight (torchao's weight differs), and
-`match` says whether ours is within the tests' tolerance. The floor is the longer of reading and writing all bytes once
-and of doing all operations at the best rate that oneDNN reaches on this machine in this run (see ceilings.py).
+`match` says whether ours is within the tests' tolerance. The floor is the longer of moving all bytes once, at the
+memory's rate between the same rounds, and of doing all operations at the best rate that oneDNN reaches in this run (see
+ceilings.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 import linear_isa
 import torch
-from ceilings import Ceilings, ceilings, floor
+from ceilings import Ceilings, MemoryProbes, ceilings, floor
 from common import Bar, Functions, interleaved, interleaved_sparing, line, machine, relative_error, timings, write_json
 from linear_contenders import Lora, Weights, forward, grad_input
 
@@ -66,10 +67,12 @@ def product_row(weights: Weights, case: Product, direction: str, repeats: int, m
     dense = weights.values.double()
     truth = t.double() @ (dense.t() if direction == "forward" else dense)
     errors = {name: float(f"{relative_error(function(), truth):.2g}") for name, function in functions.items()}
-    seconds = interleaved_sparing(functions, rounds(case.m, repeats))
+    probes = MemoryProbes()
+    seconds = interleaved_sparing(functions | probes.jobs(), rounds(case.m, repeats))
+    rates = probes.rates(seconds)
     num_bytes = weights.ours.nbytes + 2 * case.m * (case.n + case.k)
-    least = floor(measured, num_bytes, flops=2 * case.m * case.n * case.k)
-    row = {"match": errors["ours"] < TOLERANCE[torch.bfloat16], "relative_error": errors}
+    least = floor(measured | rates, num_bytes, flops=2 * case.m * case.n * case.k)
+    row = {"match": errors["ours"] < TOLERANCE[torch.bfloat16], "relative_error": errors} | rates
     return row | timings(seconds, BARS[direction].get(case.m, ()), least)
 
 

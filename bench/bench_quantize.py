@@ -3,11 +3,11 @@
     python bench/bench_quantize.py --json bench/results/quantize.json
 
 Every row says whether our bytes equal the plain-torch truth. The floor is the time to read what must be read and to
-write what must be written, at the rates of torch's sum and fill in the same run; what the cache still holds, and stores
-that bypass it, may beat that. Quantising returns new tensors: `ours` mostly gets pages that the allocator has had
-before, `ours_fresh_pages` keeps every result, so that the system must hand out new ones, `ours_in_place` allocates
-nothing. Dequantising writes into a warm `out`, which bitsandbytes does not take on a CPU. It and torchao are timed when
-they are importable, at what they offer.
+write what must be written, at the rates of torch's sum and fill of large tensors between the same rounds; what the
+cache still holds, and stores that bypass it, may beat that. Quantising returns new tensors: `ours` mostly gets pages
+that the allocator has had before, `ours_fresh_pages` keeps every result, so that the system must hand out new ones,
+`ours_in_place` allocates nothing. Dequantising writes into a warm `out`, which bitsandbytes does not take on a CPU. It
+and torchao are timed when they are importable, at what they offer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ceilings import Ceilings, ceilings, floor
+from ceilings import MemoryProbes, ceilings, floor
 from common import Bar, Functions, interleaved, interleaved_sparing, line, machine, timings, write_json
 from linear_contenders import torchao_weight
 
@@ -128,7 +128,7 @@ def jobs(t: torch.Tensor, w: qn.QuantizedWeight) -> tuple[Functions, Functions]:
 
 
 def rows(
-    shape: tuple[int, int], quant_type: str, nested: bool, dtype: torch.dtype, repeats: int, measured: Ceilings
+    shape: tuple[int, int], quant_type: str, nested: bool, dtype: torch.dtype, repeats: int
 ) -> list[dict[str, Any]]:
     """The row of each direction."""
     t = (torch.randn(shape) / shape[1] ** 0.5).to(dtype)
@@ -140,10 +140,11 @@ def rows(
     decoded = same(dequantise["ours"](), reference.dequantize(dtype, *w.op_args()))
     usual = dtype == torch.bfloat16 and quant_type == "nf4" and nested
 
-    found = []
+    found, probes = [], MemoryProbes()
     dense_bytes = t.numel() * t.itemsize
     for direction, functions, match in (("quantize", quantise, matched), ("dequantize", dequantise, decoded)):
-        seconds = interleaved_sparing(functions, repeats)
+        seconds = interleaved_sparing(functions | probes.jobs(), repeats)
+        rates = probes.rates(seconds)
         row: dict[str, Any] = {"direction": direction, "n": shape[0], "k": shape[1], "quant_type": quant_type}
         row |= {"double_quant": nested, "dtype": str(dtype).removeprefix("torch."), "match": match}
         if direction == "quantize":
@@ -151,7 +152,7 @@ def rows(
             bars, moved = QUANTIZE_BARS if usual else (), (dense_bytes, w.nbytes)
         else:
             bars, moved = DEQUANTIZE_BARS if dtype == torch.bfloat16 else (), (w.nbytes, dense_bytes)
-        row |= timings(seconds, bars, floor(measured, *moved))
+        row |= rates | timings(seconds, bars, floor(rates, *moved))
         row["ours_gb_per_s"] = round(sum(moved) / row["ms"]["ours"][1] / 1e6, 1)
         found.append(row)
     return found
@@ -174,7 +175,7 @@ def main() -> None:
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     for case, dtype in itertools.product(CASES, dtypes):
         if arguments.only_n in (None, case[0][0]):
-            for row in rows(*case, dtype, arguments.repeats, measured):
+            for row in rows(*case, dtype, arguments.repeats):
                 result["rows"].append(row)
                 print(line(row, "direction", "n", "k", "quant_type", "double_quant", "dtype"), flush=True)
     write_json(arguments.json, result)

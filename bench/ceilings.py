@@ -8,10 +8,10 @@ floor may come out above 1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from statistics import median
 
 import torch
-from common import cache_bytes, interleaved
+from common import Functions, Seconds, cache_bytes, interleaved
 
 Ceilings = dict[str, float]
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -35,28 +35,39 @@ def dot_rate(dtype: torch.dtype, repeats: int) -> float:
     return max(rates)
 
 
-def memory_rates(repeats: int) -> Ceilings:
-    """GB/s: read (a sum), write (a fill), copy (bytes read plus bytes written)."""
-    num_bytes = max(512 << 20, 8 * cache_bytes())
-    source = torch.ones(num_bytes // 8, dtype=torch.int64)
-    target = torch.empty_like(source)
-    target.fill_(1)
-    jobs: dict[str, tuple[Callable[[], Any], int]] = {
-        "read": (source.sum, num_bytes),
-        "write": (lambda: target.fill_(2), num_bytes),
-        "copy": (lambda: target.copy_(source), 2 * num_bytes),
-    }
-    seconds = interleaved({name: job for name, (job, _) in jobs.items()}, repeats, warmup=1)
-    return {f"{name}_gb_per_s": moved / min(seconds[name]) / 1e9 for name, (_, moved) in jobs.items()}
+class MemoryProbes:
+    """Jobs to interleave with others, which show what the memory gives in the same minute: neighbours share it."""
+
+    def __init__(self, num_bytes: int | None = None) -> None:
+        count = (num_bytes or 4 * cache_bytes()) // 8
+        self.source = torch.ones(count, dtype=torch.int64)
+        self.target = torch.ones(count, dtype=torch.int64)
+
+    def jobs(self) -> Functions:
+        """A sum reads, a fill writes, a copy does both."""
+        return {
+            "probe read": self.source.sum,
+            "probe write": lambda: self.target.fill_(2),
+            "probe copy": lambda: self.target.copy_(self.source),
+        }
+
+    def rates(self, seconds: Seconds, of: Callable[[list[float]], float] = median) -> Ceilings:
+        """Takes the probes' timings out of ``seconds``; GB/s, for a copy of bytes read plus bytes written."""
+        found = {}
+        for name in self.jobs():
+            moved = self.source.nbytes * (2 if name == "probe copy" else 1)
+            found[name.removeprefix("probe ") + "_gb_per_s"] = round(moved / of(seconds.pop(name)) / 1e9, 1)
+        return found
 
 
 def ceilings(repeats: int = 7, dots: bool = True) -> Ceilings:
-    """The machine's rates: memory in GB/s, oneDNN's prepacked products in GFLOP/s."""
-    found = memory_rates(repeats)
+    """The machine's best rates: memory in GB/s, oneDNN's prepacked products in GFLOP/s."""
+    probes = MemoryProbes(max(512 << 20, 8 * cache_bytes()))
+    found = probes.rates(interleaved(probes.jobs(), repeats, warmup=1), min)
     if dots:
         for dtype, name in DTYPE_NAMES.items():
-            found[f"onednn_{name}_gflop_per_s"] = dot_rate(dtype, repeats) / 1e9
-    return {name: round(value, 1) for name, value in found.items()}
+            found[f"onednn_{name}_gflop_per_s"] = round(dot_rate(dtype, repeats) / 1e9, 1)
+    return found
 
 
 def floor(measured: Ceilings, read: float, written: float = 0.0, flops: float = 0.0, dtype: str = "bf16") -> float:

@@ -27,6 +27,7 @@ NAMES = {
     "copy": "`copy_`",
     "fill": "`fill_`",
     "theirs": "the peer",
+    "linears_free": "the same without its products",
 }
 PEERS = {
     "plain": "transformers + peft, bf16 weights, fp32 adapters",
@@ -58,7 +59,7 @@ def bars(row: Row) -> str:
             asked = f"at least {bar['bar']:g} x {rival}"
         state = {True: "met", False: "missed", None: "not measured"}[bar["met"]]
         words.append(f"{asked}: " + ("" if bar["value"] is None else f"{number(bar['value'])}, ") + state)
-    return "; ".join(words)
+    return " or ".join(words) if row.get("either_bar") else "; ".join(words)
 
 
 def faster(row: Row, rival: str) -> str:
@@ -156,7 +157,7 @@ def training(result: Row) -> list[str]:
         what = f"The same over {steps} steps on answers, at most 256 tokens a row, with the held-out loss"
     lines = [
         f"{what}: SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantisation, here and in the peer,",
-        "from the same 16-bit weights and adapter tensors, on the same batches, the two processes taking turns step by step",
+        "from the same 16-bit weights and adapter tensors, on the same batches, the two processes taking turns",
         f"{about(result)}. Medians and quartiles:",
         "",
     ]
@@ -170,7 +171,7 @@ def decoding(result: Row) -> list[str]:
     for row in result["rows"]:
         speeds = row["tokens_per_second"]
         body.append([spread(speeds["ours"]), *(spread(speeds[name]) for name in row["ours_over"]), bars(row)])
-    rivals = list(result["rows"][0]["ours_over"])
+    rivals = [NAMES[name] for name in result["rows"][0]["ours_over"]]
     lines = [
         f"Greedy decoding of SmolLM2-135M by transformers' `generate`, tokens a second {about(result)}:",
         "",
