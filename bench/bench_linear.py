@@ -13,8 +13,9 @@ Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forwar
     bitsandbytes                    Linear4bit in training mode: dequantise, then torch's product
     bitsandbytes_inference          the same in evaluation mode: repacked, forward only
     torchao                         F.linear with its NF4 tensor
+    ggml_iq4_nl                     its product with an IQ4_NL weight and x in 8 bits, from llama-cpp-python
 
-Every row has the relative error of each contender against fp64 on the decoded weight (torchao's weight differs), and
+Every row has the relative error of each contender against fp64 on the decoded weight (torchao's and ggml's differ), and
 `match` says whether ours is within the tests' tolerance. The floor is the longer of moving all bytes once, at the
 memory's rate between the same rounds, and of doing all operations at the best rate that oneDNN reaches in this run (see
 ceilings.py).
@@ -26,8 +27,10 @@ import argparse
 import itertools
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
+import ggml_peer
 import linear_isa
 import torch
 from ceilings import Ceilings, MemoryProbes, ceilings, floor
@@ -59,6 +62,17 @@ def rounds(m: int, repeats: int) -> int:
     return repeats * (4 if m <= 16 else 2 if m <= 64 else 1)
 
 
+def significant(value: float) -> float:
+    """Two digits."""
+    return float(f"{value:.2g}")
+
+
+def result(function: Callable[[], Any]) -> torch.Tensor:
+    """What a contender computes; ggml leaves it in memory of its own."""
+    value = function()
+    return function.result() if isinstance(function, ggml_peer.Product) else value
+
+
 def product_row(weights: Weights, case: Product, direction: str, repeats: int, measured: Ceilings) -> dict[str, Any]:
     """The forward, or the gradient to the input."""
     width = case.k if direction == "forward" else case.n
@@ -66,7 +80,7 @@ def product_row(weights: Weights, case: Product, direction: str, repeats: int, m
     functions: Functions = (forward if direction == "forward" else grad_input)(weights, case, t)
     dense = weights.values.double()
     truth = t.double() @ (dense.t() if direction == "forward" else dense)
-    errors = {name: float(f"{relative_error(function(), truth):.2g}") for name, function in functions.items()}
+    errors = {name: significant(relative_error(result(function), truth)) for name, function in functions.items()}
     probes = MemoryProbes()
     seconds = interleaved_sparing(functions | probes.jobs(), rounds(case.m, repeats))
     rates = probes.rates(seconds)
@@ -84,7 +98,7 @@ def lora_row(weights: Weights, case: Product, repeats: int, measured: Ceilings) 
     seconds = interleaved(functions, repeats)
     num_bytes = 2 * weights.ours.nbytes + 4 * case.m * (case.n + case.k)
     flops = 4 * case.m * case.n * case.k + 6 * case.m * case.r * (case.n + case.k)
-    row = {"r": case.r, "match": error < TOLERANCE[torch.bfloat16], "relative_error": {"ours": float(f"{error:.2g}")}}
+    row = {"r": case.r, "match": error < TOLERANCE[torch.bfloat16], "relative_error": {"ours": significant(error)}}
     bars = BARS["lora_forward_backward"][LORA_M]
     return row | timings(seconds, bars, floor(measured, num_bytes, flops=flops))
 
@@ -101,14 +115,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    result: dict[str, Any] = {"bench": "linear", "machine": machine(), "ceilings": ceilings(), "rows": []}
-    print(json.dumps(result["machine"]), json.dumps(result["ceilings"]), sep="\n")
+    found: dict[str, Any] = {"bench": "linear", "machine": machine(), "ceilings": ceilings(), "rows": []}
+    print(json.dumps(found["machine"]), json.dumps(found["ceilings"]), sep="\n")
 
     def add(head: dict[str, Any], row: dict[str, Any]) -> None:
-        result["rows"].append(head | row)
+        found["rows"].append(head | row)
         print(line(head | row, "direction", "isa", "n", "k", "m"), flush=True)
 
-    measured = result["ceilings"]
+    measured = found["ceilings"]
     with torch.no_grad():
         for n, cases in itertools.groupby(BENCH_PRODUCTS, key=lambda case: case.n):
             chosen = [case for case in cases if not arguments.only_m or case.m in arguments.only_m]
@@ -124,7 +138,7 @@ def main() -> None:
                 elif direction == "isa" and case.m == ISA_M:
                     for isa in linear_isa.ISAS:
                         add({}, linear_isa.row(isa, case.m, n, case.k, arguments.repeats, measured))
-    write_json(arguments.json, result)
+    write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

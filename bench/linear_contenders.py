@@ -1,8 +1,9 @@
 """The contenders of bench_linear: one weight in the form of each, and what each does with it.
 
-Every contender multiplies with the same values, those that the 4-bit weight stands for (torchao's scales differ in
-the last bits). For few rows of x each rotates over copies of its own form of the weight, four times the last-level
-cache in all, so that the products read memory, as a model's do.
+Every contender multiplies with the same values, those that the 4-bit weight stands for; but torchao's scales differ in
+the last bits, and ggml quantises those values to a format of its own and x to 8 bits. For few rows of x each rotates
+over copies of its own form of the weight, four times the last-level cache in all, so that the products read memory, as
+a model's do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ggml_peer
 import torch
 import torch.nn.functional as F
 from ceilings import prepacked
@@ -24,10 +26,14 @@ from qlora_native.cases import Product
 ROTATE_UP_TO = 16  # rows of x
 
 
+def copies(num_bytes: int, m: int) -> int:
+    """How many weights of so many bytes to rotate over."""
+    return max(2, -(-4 * cache_bytes() // num_bytes)) if m <= ROTATE_UP_TO else 1
+
+
 def rotation(make: Callable[[], Any], num_bytes: int, m: int) -> Callable[[], Any]:
     """A function that gives the next of enough copies, round and round, or always the one."""
-    count = max(2, -(-4 * cache_bytes() // num_bytes)) if m <= ROTATE_UP_TO else 1
-    values = itertools.cycle([make() for _ in range(count)])
+    values = itertools.cycle([make() for _ in range(copies(num_bytes, m))])
     return lambda: next(values)
 
 
@@ -104,6 +110,9 @@ def forward(weights: Weights, case: Product, x: torch.Tensor) -> Functions:
     if weights.torchao is not None:
         nf4 = rotation(lambda: copy.deepcopy(weights.torchao), packed_bytes, m)
         functions["torchao"] = lambda: F.linear(x, nf4())
+    ggml = ggml_peer.product(weights.values, x, copies(packed_bytes, m))
+    if ggml is not None:
+        functions["ggml_iq4_nl"] = ggml
     return functions
 
 

@@ -17,6 +17,7 @@ LINES = (
     ("onednn_prepacked", "oneDNN prepacked, bf16", "#0e7490", "-"),
     ("bitsandbytes", "bitsandbytes NF4, training", "#6b7280", "-"),
     ("bitsandbytes_inference", "bitsandbytes NF4, inference only", "#6b7280", ":"),
+    ("ggml_iq4_nl", "ggml IQ4_NL, x in 8 bits", "#4d7c0f", ":"),
 )
 
 

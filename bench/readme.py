@@ -23,6 +23,7 @@ NAMES = {
     "bitsandbytes": "bitsandbytes",
     "bitsandbytes_inference": "bitsandbytes, inference only",
     "torchao": "torchao",
+    "ggml_iq4_nl": "ggml IQ4_NL, x in 8 bits",
     "linear": "our bare `linear`",
     "copy": "`copy_`",
     "fill": "`fill_`",
