@@ -57,7 +57,7 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
     pad = padding_id(tokenizer)
     order = BatchPlan(rows.lengths, ROWS, seed=seed).forever()
     if full_length:
-        text = torch.cat([torch.as_tensor(rows[i]["input_ids"]).long() for i in range(len(rows))])
+        text = torch.cat([torch.tensor(rows[i]["input_ids"].tolist()) for i in range(len(rows))])
         text = text.repeat(-(-steps * ROWS * LENGTH // text.numel()))[: steps * ROWS * LENGTH]
         batches = [
             {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
