@@ -59,13 +59,16 @@ def bars(row: Row) -> str:
         if bar["measure"] == "times as fast":
             asked = f"at least {bar['bar']:g} x {rival}"
         state = {True: "met", False: "missed", None: "not measured"}[bar["met"]]
-        words.append(f"{asked}: " + ("" if bar["value"] is None else f"{number(bar['value'])}, ") + state)
+        words.append(f"{asked}: " + ("" if bar["value"] is None else f"{bar['value']:g}, ") + state)
     return " or ".join(words) if row.get("either_bar") else "; ".join(words)
 
 
 def faster(row: Row, rival: str) -> str:
     """How many times as fast as a rival, by the median of the paired ratios."""
-    return f"{1 / row['ours_over'][rival][1]:.2f}" if rival in row["ours_over"] else ""
+    if rival not in row["ours_over"]:
+        return ""
+    ratio = 1 / row["ours_over"][rival][1]
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
 def about(result: Row) -> str:
