@@ -38,9 +38,17 @@ inline Floats quads_total(Floats a, Floats b, Floats c, Floats d) {
   return add(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
 }
 
+// Cache lines to ask for while a product runs, one a step at most: a burst would fill the buffers of outstanding misses
+// that x needs to come from the second cache.
+struct Fetches {
+  const uint8_t* const* lines;
+  uint32_t position;  // in 1/65536 of a line
+  uint32_t pace;      // the same a step
+};
+
 // sums [kRows][16] (+)= x [steps][kRows][8] times a panel [steps][kQuads][4 rows][8].
 template <int kRows>
-void quad_tile(const Bf16* x, const Bf16* panel, int64_t steps, bool adds, float* sums) {
+void quad_tile(const Bf16* x, const Bf16* panel, int64_t steps, bool adds, float* sums, Fetches fetches) {
   Floats sum[size_t{kRows}][size_t{kQuads}];
 #pragma GCC unroll 6
   for (int row = 0; row < kRows; ++row) {
@@ -51,6 +59,8 @@ void quad_tile(const Bf16* x, const Bf16* panel, int64_t steps, bool adds, float
     }
   }
   for (int64_t i = 0; i < steps; ++i, x += kRows * kStepElements, panel += kQuadStrip * kStepElements) {
+    prefetch(fetches.lines[fetches.position >> 16]);
+    fetches.position += fetches.pace;
     __m512bh w[kQuads];
 #pragma GCC unroll 4
     for (int v = 0; v < kQuads; ++v) {
@@ -74,7 +84,7 @@ void quad_tile(const Bf16* x, const Bf16* panel, int64_t steps, bool adds, float
   }
 }
 
-using QuadTile = void (*)(const Bf16* x, const Bf16* panel, int64_t steps, bool adds, float* sums);
+using QuadTile = void (*)(const Bf16* x, const Bf16* panel, int64_t steps, bool adds, float* sums, Fetches fetches);
 constexpr QuadTile kQuadTiles[kQuadRows] = {quad_tile<1>, quad_tile<2>, quad_tile<3>,
                                             quad_tile<4>, quad_tile<5>, quad_tile<6>};
 
@@ -202,15 +212,16 @@ class Shares {
   int64_t longer_;
 };
 
+constexpr int64_t kFetchTiles = 4;  // the last tiles of a span, which fetch the next panel's bytes
 constexpr int64_t kFetchLines = kSpan * 2 / kElementsOfLine;  // cache lines of a row in a span
 
-// Asks for lines [line, last_line) of those that decoding 16 rows from `first` will read, kFetchLines a row: the lines
-// that the last bytes of each stretch lie in, since the first ones came with the stretch before.
-inline void fetch_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, int64_t line,
-                        int64_t last_line) {
-  for (; line < last_line; ++line) {
+// The lines that decoding 16 rows from `first` will read, kFetchLines a row: those that the last bytes of each stretch
+// lie in, since the first ones came with the stretch before.
+inline void fetch_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last,
+                        const uint8_t** lines) {
+  for (int64_t line = 0; line < kQuadStrip * kFetchLines; ++line) {
     const int64_t end = limited(span.end, span.begin + (line % kFetchLines + 1) * kElementsOfLine);
-    prefetch(job.weight.packed + (limited(first + line / kFetchLines, last - 1) * job.k + end - 1) / 2);
+    lines[line] = job.weight.packed + (limited(first + line / kFetchLines, last - 1) * job.k + end - 1) / 2;
   }
 }
 
@@ -281,7 +292,8 @@ inline void quad_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64
   const int64_t rows = bottom - top;
   const int64_t tiles = ceil_div(rows, kQuadRows);
   const Shares row_shares(rows, tiles);
-  const Shares line_shares(kQuadStrip * kFetchLines, tiles);
+  const uint8_t* lines[kQuadStrip * kFetchLines];
+  const int64_t fetching = limited(tiles, kFetchTiles);
   const int64_t spans = depth.spans();
   const int64_t at_once = limited(spans, spans_at_once(rows));
   const Bf16* bias = static_cast<const Bf16*>(job.bias);
@@ -300,20 +312,23 @@ inline void quad_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64
           decode_quads(job, span, column, stop, scratch.panel);
         }
         put_adapter_quads(job, span, column, stop, scratch.panel);
-        // The bytes of the next panel are fetched under the multiplication, a few lines a tile.
+        // The bytes of the next panel are fetched under the multiplication.
         const bool wraps = index + 1 == end;
         const int64_t next = wraps ? column + kQuadStrip : column;
         const DepthSpan next_span = depth.span(wraps ? group : index + 1);
         const Bf16* packed = scratch.packed + (index - group) * rows * kQuadSpan;
         const int64_t steps = steps_of(span);
+        fetch_quads(job, next_span, limited(next, last - 1), last, lines);
+        const auto pace = static_cast<uint32_t>(kQuadStrip * kFetchLines * 65536 / (fetching * steps));
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t begin = row_shares.begin(t);
           const int64_t count = row_shares.end(t) - begin;
-          if (next < last) {
-            fetch_quads(job, next_span, next, last, line_shares.begin(t), line_shares.end(t));
-          }
+          // Before the last tiles, what they would fetch would be pushed out of the first cache again.
+          const int64_t turn = t - (tiles - fetching);
+          const Fetches fetches{lines, turn < 0 ? 0 : static_cast<uint32_t>(turn * steps) * pace, turn < 0 ? 0 : pace};
           float* target = sums + begin * kQuadStrip;
-          kQuadTiles[count - 1](packed + begin * steps * kStepElements, scratch.panel, steps, index > 0, target);
+          kQuadTiles[count - 1](packed + begin * steps * kStepElements, scratch.panel, steps, index > 0, target,
+                                fetches);
           if (index == spans - 1) {
             write_quads(target, count, stop - column, bias == nullptr ? nullptr : bias + column,
                         y + begin * job.n + column, job.n);

@@ -28,8 +28,6 @@ def dequantize_4bit(
     numel: int,
     block_size: int,
 ) -> None: ...
-
-
 def low_rank_is_native(dtype: int) -> bool: ...
 def linear_4bit(
     forward: bool,

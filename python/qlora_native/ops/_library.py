@@ -34,7 +34,8 @@ SCHEMAS = {
         f"{WEIGHT}) -> (Tensor, Tensor)"
     ),
     "lora_linear_4bit_backward": (
-        "(Tensor grad_y, Tensor x, Tensor xa, Tensor a, Tensor b, float scale, bool separate, bool[4] needed, bool low_memory, "
+        "(Tensor grad_y, Tensor x, Tensor xa, Tensor a, Tensor b, float scale, bool separate, bool[4] needed, "
+        "bool low_memory, "
         f"{WEIGHT}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "linear_cross_entropy": (

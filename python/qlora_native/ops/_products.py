@@ -87,9 +87,7 @@ def _in_double(
     return y
 
 
-def forward(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, adapter: Adapter | None = None
-) -> torch.Tensor:
+def forward(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, adapter: Adapter | None = None) -> torch.Tensor:
     """x W^T + bias + low up^T for x [M, K]. Returns [M, N] in x's dtype."""
     return (_native if x.dtype in DTYPE_NUMBER else _in_double)(True, x, weight, bias, adapter)
 

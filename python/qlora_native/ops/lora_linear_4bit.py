@@ -228,9 +228,7 @@ def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_xa: torch.Tensor | Non
     return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, None, *NO_WEIGHT_GRADIENT
 
 
-def _differentiable_backward(
-    ctx: Any, grad_y: torch.Tensor | None, grad_xa: torch.Tensor | None
-) -> tuple[Any, ...]:
+def _differentiable_backward(ctx: Any, grad_y: torch.Tensor | None, grad_xa: torch.Tensor | None) -> tuple[Any, ...]:
     """The same from ops that have derivatives of their own."""
     arguments, (adapted, a, b, xa) = saved_weight(ctx)
     need_x, need_x_lora, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
