@@ -82,12 +82,14 @@ def product_row(weights: Weights, case: Product, direction: str, repeats: int, m
     truth = t.double() @ (dense.t() if direction == "forward" else dense)
     errors = {name: significant(relative_error(result(function), truth)) for name, function in functions.items()}
     probes = MemoryProbes()
-    seconds = interleaved_sparing(functions | probes.jobs(), rounds(case.m, repeats))
+    bars = BARS[direction].get(case.m, ())
+    keep = ("ours", "bf16", "onednn_prepacked", *(bar.rival for bar in bars))
+    seconds = interleaved_sparing(functions | probes.jobs(), rounds(case.m, repeats), keep)
     rates = probes.rates(seconds)
     num_bytes = weights.ours.nbytes + 2 * case.m * (case.n + case.k)
     least = floor(measured | rates, num_bytes, flops=2 * case.m * case.n * case.k)
     row = {"match": errors["ours"] < TOLERANCE[torch.bfloat16], "relative_error": errors} | rates
-    return row | timings(seconds, BARS[direction].get(case.m, ()), least)
+    return row | timings(seconds, bars, least)
 
 
 def lora_row(weights: Weights, case: Product, repeats: int, measured: Ceilings) -> dict[str, Any]:
@@ -107,7 +109,9 @@ def main() -> None:
     """Parse, run, print one line a row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=15, help="rounds of the long rows; short ones get up to 4 x")
+    parser.add_argument(
+        "--repeats", type=int, default=11, help="rounds of the long rows; short ones get up to 4 x, slow rivals 3"
+    )
     parser.add_argument("--only-n", type=int, help="one N of the table of cases")
     parser.add_argument("--only-m", type=int, nargs="+", help="some M of the table of cases")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)

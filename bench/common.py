@@ -59,15 +59,17 @@ def interleaved(functions: Functions, repeats: int, warmup: int = 2) -> Seconds:
     return seconds
 
 
-def interleaved_sparing(functions: Functions, repeats: int, over_ours: float = 8.0, few: int = 3) -> Seconds:
-    """As :func:`interleaved`, but those that take over_ours times as long as "ours" run in a few rounds only."""
+def interleaved_sparing(
+    functions: Functions, repeats: int, keep: Iterable[str] = ("ours",), slow: float = 0.02, few: int = 3
+) -> Seconds:
+    """As :func:`interleaved`, but what takes more than ``slow`` seconds and is not to be kept runs in few rounds."""
     once = interleaved(functions, 1, warmup=1)
-    slow = {name for name, seconds in once.items() if seconds[0] > over_ours * once["ours"][0] and seconds[0] > 0.02}
-    seconds = interleaved({name: f for name, f in functions.items() if name not in slow}, repeats)
-    if slow:
-        spared = interleaved({name: functions[name] for name in ("ours", *sorted(slow))}, few, warmup=0)
-        seconds |= {name: spared[name] for name in slow}
-    return seconds
+    spared = {name for name, seconds in once.items() if seconds[0] > slow} - set(keep)
+    seconds = interleaved({name: f for name, f in functions.items() if name not in spared}, repeats, warmup=1)
+    if spared:
+        others = interleaved({name: f for name, f in functions.items() if name in spared | {"ours"}}, few, warmup=0)
+        seconds |= {name: others[name] for name in spared}
+    return {name: seconds[name] for name in functions}
 
 
 class Bar(NamedTuple):

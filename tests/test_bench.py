@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def test_interleaved_runs_each_function_in_every_round() -> None:
     assert len(rounds) == 21 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len({tuple(r) for r in rounds}) > 3  # in changing order
     assert all(len(values) == 20 and min(values) >= 0 for values in seconds.values())
+
+
+def test_slow_rivals_are_spared_but_not_those_to_keep() -> None:
+    functions = {name: lambda: time.sleep(0.003) for name in ("ours", "slow", "slow_but_kept")}
+    seconds = common.interleaved_sparing(functions, 5, keep=("ours", "slow_but_kept"), slow=0.002, few=2)
+    assert {name: len(values) for name, values in seconds.items()} == {"ours": 5, "slow": 2, "slow_but_kept": 5}
 
 
 @pytest.mark.parametrize(
