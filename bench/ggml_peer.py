@@ -59,26 +59,36 @@ def library() -> dict[str, Any] | None:
     return found
 
 
+class Weight:
+    """A weight [N, K] in IQ4_NL."""
+
+    def __init__(self, ggml: dict[str, Any], weight: torch.Tensor) -> None:
+        self.ggml, self.shape = ggml, weight.shape
+        source = weight.float().contiguous()
+        self.packed = torch.empty(weight.numel(), dtype=torch.uint8)  # ample
+        arguments = (IQ4_NL, source.data_ptr(), self.packed.data_ptr(), 0, *weight.shape, None)
+        self.packed = self.packed[: ggml["ggml_quantize_chunk"](*arguments)].clone()
+
+
+def quantize(weight: torch.Tensor) -> Weight | None:
+    """The weight as ggml has it, or None where ggml is not there."""
+    ggml = library()
+    return None if ggml is None else Weight(ggml, weight)
+
+
 class Product:
     """x W^T with copies of W [N, K] that take turns."""
 
-    def __init__(self, ggml: dict[str, Any], weight: torch.Tensor, x: torch.Tensor, copies: int) -> None:
-        n, k = weight.shape
-        m = x.shape[0]
+    def __init__(self, weight: Weight, x: torch.Tensor, copies: int) -> None:
+        (n, k), m, ggml = weight.shape, x.shape[0], weight.ggml
         self.ggml, self.shape, self.turn = ggml, (m, n), 0
         self.context = ggml["ggml_init"](InitParams(ARENA_BYTES + copies * (n * k + 8 * m * (n + k)), None, False))
-        source, activations = weight.float().contiguous(), x.float().contiguous()
+        activations = x.float().contiguous()
         self.graphs: list[tuple[Any, Any]] = []
-        packed = None
         for _ in range(copies):
             w = ggml["ggml_new_tensor_2d"](self.context, IQ4_NL, k, n)
             t = ggml["ggml_new_tensor_2d"](self.context, F32, k, m)
-            data = ggml["ggml_get_data"](w)
-            if packed is None:
-                packed = data
-                num_bytes = ggml["ggml_quantize_chunk"](IQ4_NL, source.data_ptr(), data, 0, n, k, None)
-            else:
-                ctypes.memmove(data, packed, num_bytes)
+            ctypes.memmove(ggml["ggml_get_data"](w), weight.packed.data_ptr(), weight.packed.nbytes)
             ctypes.memmove(ggml["ggml_get_data"](t), activations.data_ptr(), activations.nbytes)
             y = ggml["ggml_mul_mat"](self.context, w, t)
             graph = ggml["ggml_new_graph_custom"](self.context, 16, False)
@@ -98,9 +108,3 @@ class Product:
 
     def __del__(self) -> None:
         self.ggml["ggml_free"](self.context)
-
-
-def product(weight: torch.Tensor, x: torch.Tensor, copies: int) -> Product | None:
-    """The product, or None where ggml is not there."""
-    ggml = library()
-    return None if ggml is None else Product(ggml, weight, x, copies)

@@ -3,7 +3,7 @@
 Every contender multiplies with the same values, those that the 4-bit weight stands for; but torchao's scales differ in
 the last bits, and ggml quantises those values to a format of its own and x to 8 bits. For few rows of x each rotates
 over copies of its own form of the weight, four times the last-level cache in all, so that the products read memory, as
-a model's do.
+a model's do; all but torchao, which writes and reads far more than that in each call, and takes seconds to copy.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Weights:
         self.buffer = torch.empty_like(self.values)  # warm: that rival at its best, at the price of its memory
         self.bitsandbytes = _bitsandbytes_layer(dense)
         self.torchao = torchao_weight(dense)
+        self.ggml = ggml_peer.quantize(self.values)
 
 
 def _bitsandbytes_layer(dense: torch.Tensor) -> Any:
@@ -108,11 +109,9 @@ def forward(weights: Weights, case: Product, x: torch.Tensor) -> Functions:
         functions["bitsandbytes"] = lambda: train()(x)
         functions["bitsandbytes_inference"] = lambda: inference()(x)
     if weights.torchao is not None:
-        nf4 = rotation(lambda: copy.deepcopy(weights.torchao), packed_bytes, m)
-        functions["torchao"] = lambda: F.linear(x, nf4())
-    ggml = ggml_peer.product(weights.values, x, copies(packed_bytes, m))
-    if ggml is not None:
-        functions["ggml_iq4_nl"] = ggml
+        functions["torchao"] = lambda: F.linear(x, weights.torchao)
+    if weights.ggml is not None:
+        functions["ggml_iq4_nl"] = ggml_peer.Product(weights.ggml, x, copies(packed_bytes, m))
     return functions
 
 
