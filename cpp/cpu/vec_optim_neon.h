@@ -1,4 +1,4 @@
-// The operations of vec-optim.h on arm64's Advanced SIMD.
+// The operations of vec_optim.h on arm64's Advanced SIMD.
 #pragma once
 
 #include "core/state_code.h"

@@ -6,7 +6,7 @@
 #include "cpu/vec.h"
 
 #if defined(QLORA_NATIVE_NEON)
-#include "cpu/vec-optim-neon.h"
+#include "cpu/vec_optim_neon.h"
 #endif
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
