@@ -114,35 +114,39 @@ void linear_rows_by_table(const ProductJob& job, int64_t first, int64_t last) {
 
 #if defined(__AVX512BF16__)
 
-constexpr int kStreams = kStreamRows;  // rows of W read at a time
+constexpr int64_t kBytesAhead = 4096;                           // of W that are called for before they are decoded
+constexpr int64_t kScalesAtOnce = kStreamRows * kMaxRowBlocks;  // of as many rows as they belong to
 
 // The levels are looked up unscaled, and each block's sum is scaled in fp32: a shift, a permutation and a dot product
-// for 32 weights. `x` [tokens, k] stands in the order in which the decode leaves a row (kernels-tiles-inl.h).
-template <int kTokens>
-void dot_streams(const ProductJob& job, const Bf16* x, const float (*scales)[kMaxRowBlocks], __m512i table,
-                 int64_t row) {
+// for 32 weights. `x` [tokens, k] stands in the order in which the decode leaves a row (kernels-tiles-inl.h), `scales`
+// [kRows, blocks]. Rows lie one after the other, so what is called for ahead is one stream of lines; it must be
+// ahead of all the rows that are read side by side.
+template <int kTokens, int kRows>
+void dot_rows(const ProductJob& job, const Bf16* x, const float* scales, __m512i table, int64_t row) {
   const __m512i shift = _mm512_set_epi64(0x0008000800080008, 0x0008000800080008, 0x000c000c000c000c, 0x000c000c000c000c,
                                          0, 0, 0x0004000400040004, 0x0004000400040004);
   const int64_t row_bytes = job.k / 2;
   const uint8_t* bytes = job.weight.packed + row * row_bytes;
-  const int64_t per_block = job.weight.block_size / 64;
-  __m512 total[size_t{kTokens}][size_t{kStreams}];
+  const int64_t distance = kRows * row_bytes < kBytesAhead ? kBytesAhead : kRows * row_bytes;
+  const char* ahead = reinterpret_cast<const char*>(bytes) + distance;
+  const int64_t blocks = job.k / job.weight.block_size;
+  const int chunk_to_block = std::countr_zero(static_cast<uint64_t>(job.weight.block_size / 64));
+  __m512 total[size_t{kTokens}][size_t{kRows}];
   for (auto& token : total) {
     for (__m512& sum : token) {
       sum = _mm512_setzero_ps();
     }
   }
-  for (int64_t chunk = 0; chunk < job.k / 64; ++chunk) {
-    for (int r = 0; r < kStreams; ++r) {
+  const auto decode = [&](const uint8_t* p) {
+    const __m512i quarters = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return std::bit_cast<__m512bh>(_mm512_permutexvar_epi16(_mm512_srlv_epi16(quarters, shift), table));
+  };
+  const auto step = [&](int64_t chunk) {
+    for (int r = 0; r < kRows; ++r) {
       const uint8_t* from = bytes + r * row_bytes + chunk * 32;
-      _mm_prefetch(reinterpret_cast<const char*>(from + kStreams * row_bytes), _MM_HINT_T0);
-      const auto decode = [&](const uint8_t* p) {
-        const __m512i quarters = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-        return std::bit_cast<__m512bh>(_mm512_permutexvar_epi16(_mm512_srlv_epi16(quarters, shift), table));
-      };
       const __m512bh first = decode(from);
       const __m512bh second = decode(from + 16);
-      const __m512 scale = _mm512_set1_ps(scales[r][chunk / per_block]);
+      const __m512 scale = _mm512_set1_ps(scales[r * blocks + (chunk >> chunk_to_block)]);
       for (int token = 0; token < kTokens; ++token) {
         const Bf16* values = x + token * job.k + chunk * 64;
         __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), first, Dot<Bf16>::load_operand(values));
@@ -150,9 +154,22 @@ void dot_streams(const ProductJob& job, const Bf16* x, const float (*scales)[kMa
         total[token][r] = _mm512_fmadd_ps(sum, scale, total[token][r]);
       }
     }
+  };
+  const int64_t chunks = job.k / 64;
+  int64_t chunk = 0;
+  for (; chunk + 2 <= chunks; chunk += 2, ahead += kRows * 64) {
+    for (int line = 0; line < kRows; ++line) {
+      _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
+    }
+    step(chunk);
+    step(chunk + 1);
+  }
+  if (chunk < chunks) {
+    _mm_prefetch(ahead, _MM_HINT_T0);
+    step(chunk);
   }
   for (int token = 0; token < kTokens; ++token) {
-    for (int r = 0; r < kStreams; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       finish_output<Bf16>(job, token, row + r, _mm512_reduce_add_ps(total[token][r]));
     }
   }
@@ -178,32 +195,42 @@ void reorder_tokens(const ProductJob& job, void* reordered) {
   }
 }
 
-// Rows [first, last) by streams of four; returns the first row that is left.
-int64_t linear_rows_by_streams(const ProductJob& job, int64_t first, int64_t last, const Bf16* x) {
-  alignas(64) float scales[kStreams][kMaxRowBlocks];
-  const __m256bh levels = _mm512_cvtneps_pbh(_mm512_loadu_ps(job.weight.levels));
-  const __m512i table = _mm512_broadcast_i64x4(std::bit_cast<__m256i>(levels));
+template <int kTokens>
+void dot_streams(const ProductJob& job, const Bf16* x, __m512i table, int64_t first, int64_t last) {
+  constexpr int kRows = kTokens <= 2 ? 2 : 4;  // that share a load of x: it takes more the more tokens there are
+  static_assert(kStreamRows % kRows == 0);
+  alignas(64) float scales[kScalesAtOnce];
+  const ScaleDecoder decode_scales_of(job.weight);
   const int64_t blocks = job.k / job.weight.block_size;
-  int64_t row = first;
-  for (; row + kStreams <= last; row += kStreams) {
-    for (int64_t r = 0; r < kStreams; ++r) {
-      load_scales(job.weight, (row + r) * blocks, (row + r + 1) * blocks, scales[r]);
-    }
-    switch (job.m) {
-      case 1:
-        dot_streams<1>(job, x, scales, table, row);
-        break;
-      case 2:
-        dot_streams<2>(job, x, scales, table, row);
-        break;
-      case 3:
-        dot_streams<3>(job, x, scales, table, row);
-        break;
-      default:
-        dot_streams<4>(job, x, scales, table, row);
+  const int64_t rows_at_once = kScalesAtOnce / blocks / kRows * kRows;
+  for (int64_t begin = first; begin < last; begin += rows_at_once) {
+    const int64_t end = last - begin < rows_at_once ? last : begin + rows_at_once;
+    decode_scales_of(begin * blocks, end * blocks, scales);
+    for (int64_t row = begin; row < end; row += kRows) {
+      dot_rows<kTokens, kRows>(job, x, scales + (row - begin) * blocks, table, row);
     }
   }
-  return row;
+}
+
+// Rows [first, last) as far as they come in multiples of kStreamRows; returns the first row that is left.
+int64_t linear_rows_by_streams(const ProductJob& job, int64_t first, int64_t last, const Bf16* x) {
+  const __m256bh levels = _mm512_cvtneps_pbh(_mm512_loadu_ps(job.weight.levels));
+  const __m512i table = _mm512_broadcast_i64x4(std::bit_cast<__m256i>(levels));
+  const int64_t end = first + (last - first) / kStreamRows * kStreamRows;
+  switch (job.m) {
+    case 1:
+      dot_streams<1>(job, x, table, first, end);
+      break;
+    case 2:
+      dot_streams<2>(job, x, table, first, end);
+      break;
+    case 3:
+      dot_streams<3>(job, x, table, first, end);
+      break;
+    default:
+      dot_streams<4>(job, x, table, first, end);
+  }
+  return end;
 }
 
 constexpr auto kReorderTokens = &reorder_tokens;

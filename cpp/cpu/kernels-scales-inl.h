@@ -96,6 +96,41 @@ inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
   return _mm256_add_ps(_mm256_mul_ps(levels, _mm256_set1_ps(nested_absmax)), _mm256_set1_ps(offset));
 }
 
+#elif defined(QLORA_NATIVE_NEON)
+
+// There is no gather: the look-ups go lane by lane.
+inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
+  const float32x4_t v = normalise(vsubq_f32(load(scales), vdupq_n_f32(offset)), by);
+  const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7fffffffu));
+  const uint32x4_t raised = vmaxq_u32(magnitude, vdupq_n_u32(NestedCells::kLowest));
+  uint32_t cell[kLanes];
+  vst1q_u32(cell, vsubq_u32(vshrq_n_u32(raised, NestedCells::kShift), vdupq_n_u32(NestedCells::kFirst)));
+  for (uint32_t& lane : cell) {
+    lane = kNestedCells.entry[lane];
+  }
+  const uint32x4_t entry = vld1q_u32(cell);
+  const uint32x4_t low = vdupq_n_u32(NestedCells::kLowMask);
+  const uint32x4_t beyond = vcgtq_u32(vandq_u32(raised, low), vandq_u32(entry, low));
+  const int32x4_t positive = vreinterpretq_s32_u32(vsubq_u32(vshrq_n_u32(entry, 24), beyond));
+  const int32x4_t mirrored = vsubq_s32(vdupq_n_s32(2 * kNestedZero), positive);
+  const int32x4_t negative = vmaxq_s32(mirrored, vdupq_n_s32(0));
+  const uint32x4_t is_negative = vcltzq_s32(vreinterpretq_s32_f32(v));
+  uint32_t code[kLanes];
+  vst1q_u32(code, vreinterpretq_u32_s32(vbslq_s32(is_negative, negative, positive)));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    codes[lane] = static_cast<uint8_t>(code[lane]);
+  }
+}
+
+inline Floats nested_levels(const float* table, const uint8_t* codes) {
+  const float levels[kLanes] = {table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
+  return load(levels);
+}
+
+inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
+  return vaddq_f32(vmulq_n_f32(levels, nested_absmax), vdupq_n_f32(offset));
+}
+
 #else
 
 inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
@@ -163,6 +198,80 @@ inline void load_scales(const WeightView& weight, int64_t first, int64_t last, f
     std::memcpy(scales, weight.absmax + first, static_cast<size_t>(last - first) * sizeof(float));
   }
 }
+
+#if defined(__AVX512BW__)
+
+// load_scales() without a gather, which costs more than all else in a product of one token: the table of codes is held
+// as its upper and lower halves, and each is looked up by permutations of 16-bit words.
+class ScaleDecoder {
+ public:
+  explicit ScaleDecoder(const WeightView& weight) : weight_(weight) {
+    for (int i = 0; weight.absmax == nullptr && i < 256; ++i) {
+      const uint32_t bits = std::bit_cast<uint32_t>(weight.nested_code[i]);
+      low_[i] = static_cast<uint16_t>(bits);
+      high_[i] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+
+  // scales[0, last - first)
+  void operator()(int64_t first, int64_t last, float* scales) const {
+    if (weight_.absmax != nullptr) {
+      load_scales(weight_, first, last, scales);
+      return;
+    }
+    const float offset = *weight_.nested_offset;
+    while (first < last) {
+      const int64_t group_end = (first / kNestedBlock + 1) * kNestedBlock;
+      const int64_t end = group_end < last ? group_end : last;
+      const float nested_absmax = weight_.nested_absmax[first / kNestedBlock];
+      while (first < end) {
+        const int64_t count = end - first < 32 ? end - first : 32;
+        decode(static_cast<__mmask32>(0xffffffffu >> (32 - count)), first, nested_absmax, offset, scales);
+        first += count;
+        scales += count;
+      }
+    }
+  }
+
+ private:
+  void decode(__mmask32 which, int64_t first, float nested_absmax, float offset, float* scales) const {
+    alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    alignas(64) static constexpr uint16_t kSecond[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21,
+                                                         53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58,
+                                                         27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    const __m512i code = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(which, weight_.absmax_codes + first));
+    const __m512i low = look_up(low_, code);
+    const __m512i high = look_up(high_, code);
+    const __m512i first_half = _mm512_permutex2var_epi16(low, _mm512_load_si512(kFirst), high);
+    const __m512i second_half = _mm512_permutex2var_epi16(low, _mm512_load_si512(kSecond), high);
+    _mm512_mask_storeu_ps(scales, static_cast<__mmask16>(which),
+                          scales_of(_mm512_castsi512_ps(first_half), nested_absmax, offset));
+    if (which >> 16 != 0) {
+      _mm512_mask_storeu_ps(scales + 16, static_cast<__mmask16>(which >> 16),
+                            scales_of(_mm512_castsi512_ps(second_half), nested_absmax, offset));
+    }
+  }
+
+  // table[code] of 256 words: six bits of the code choose in each of four pairs of registers, two among the pairs.
+  static __m512i look_up(const uint16_t* table, __m512i code) {
+    const auto in_pair = [&](int pair) {
+      return _mm512_permutex2var_epi16(_mm512_load_si512(table + 64 * pair), code,
+                                       _mm512_load_si512(table + 64 * pair + 32));
+    };
+    const __mmask32 odd = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
+    const __mmask32 upper = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
+    const __m512i below = _mm512_mask_mov_epi16(in_pair(0), odd, in_pair(1));
+    const __m512i above = _mm512_mask_mov_epi16(in_pair(2), odd, in_pair(3));
+    return _mm512_mask_mov_epi16(below, upper, above);
+  }
+
+  const WeightView& weight_;
+  alignas(64) uint16_t low_[256];
+  alignas(64) uint16_t high_[256];
+};
+
+#endif
 
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

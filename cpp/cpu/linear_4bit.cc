@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kProductsPerTask = 1 << 15;
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kStreamTileTokens = 2;  // where there are tiles, they take over above this
 
 enum class Path { kRows, kTiles, kColumns };
 
@@ -21,7 +20,7 @@ int64_t index_of(Dtype dtype) { return static_cast<int64_t>(dtype); }
 Path path_of(const LinearCall& call) {
   const bool tiles = low_rank_is_native(call.dtype);
   const bool reorders = kernels().reorder_tokens[index_of(call.dtype)] != nullptr;
-  const int64_t few = tiles ? kStreamTileTokens : reorders ? kStreamTokens : kMaxTokens;
+  const int64_t few = tiles ? kFewRows : reorders ? kStreamTokens : kMaxTokens;
   if (call.forward && call.job.m <= few && call.down == nullptr) {
     return Path::kRows;
   }

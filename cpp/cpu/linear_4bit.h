@@ -19,6 +19,9 @@ struct LinearCall {
   float low_scale;   // with `down`, its sums are multiplied by this before they are rounded
 };
 
+// Rows of x up to which the vector kernels, which have no `down`, are faster than tiles where there are such.
+inline constexpr int64_t kFewRows = 2;
+
 // Whether this machine computes a product's low-rank part, and the outer products of its gradients, natively.
 bool low_rank_is_native(Dtype dtype);
 

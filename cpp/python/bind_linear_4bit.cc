@@ -1,3 +1,6 @@
+#include <cstring>
+#include <memory>
+
 #include "cpu/linear_4bit.h"
 #include "python/bindings.h"
 
@@ -12,6 +15,71 @@ void* operand(Dtype type, Address address, int64_t count, const char* what) {
 }
 
 // Runs the product if `scratch` is given, and returns the bytes of scratch that it takes.
+int64_t run(const cpu::LinearCall& call, Address scratch, int64_t scratch_bytes) {
+  const int64_t needed = cpu::linear_4bit_scratch_bytes(call);
+  if (scratch_bytes >= needed && scratch % 64 == 0) {
+    cpu::linear_4bit(call, reinterpret_cast<unsigned char*>(scratch));
+    return 0;
+  }
+  return needed;
+}
+
+void check_shape(int64_t n, int64_t k, int64_t numel) {
+  require(n >= 0 && k >= 0, "n or k is negative.");
+  if (n == 0 ? numel != 0 : numel % n != 0 || numel / n != k) {
+    require(false, "a weight of " + std::to_string(numel) + " elements is not [" + std::to_string(n) + ", " +
+                       std::to_string(k) + "].");
+  }
+}
+
+// A weight that was checked once. Its memory stays the caller's, who keeps it in place.
+struct Matrix {
+  WeightView view;  // [n, k]
+  int64_t n;
+  int64_t k;
+};
+
+constexpr const char* kMatrix = "qlora_native.matrix";
+
+py::capsule matrix(int64_t n, int64_t k, Address packed, Address absmax, Address absmax_codes, Address nested_absmax,
+                   Address nested_offset, Address nested_code, Address levels, int quant_type, int64_t numel,
+                   int64_t block_size) {
+  check_shape(n, k, numel);
+  auto made = std::make_unique<Matrix>();
+  made->view = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
+                              quant_type, numel, block_size);
+  made->n = n;
+  made->k = k;
+  return py::capsule(made.release(), kMatrix,
+                     [](PyObject* object) { delete static_cast<Matrix*>(PyCapsule_GetPointer(object, kMatrix)); });
+}
+
+int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address bias, Address low, Address up,
+                       int64_t r, Address y, int64_t m, Address scratch, int64_t scratch_bytes) {
+  require(std::strcmp(matrix.name() == nullptr ? "" : matrix.name(), kMatrix) == 0, "expected what matrix() returned.");
+  const Matrix& self = *matrix.get_pointer<Matrix>();
+  const py::gil_scoped_release release;
+  cpu::LinearCall call{};
+  call.dtype = checked_dtype(dtype);
+  call.forward = true;
+  require(m >= 0 && r >= 0, "m or r is negative.");
+  require(r == 0 || m == 0 || self.n == 0 || self.k == 0 || (low != 0 && up != 0),
+          "an adapter of rank r > 0 needs both factors.");
+  cpu::ProductJob& job = call.job;
+  job.weight = self.view;
+  job.x = operand(call.dtype, x, m * self.k, "x");
+  job.bias = bias == 0 ? nullptr : operand(call.dtype, bias, self.n, "bias");
+  job.low = low == 0 ? nullptr : operand(call.dtype, low, m * r, "low");
+  job.up = up == 0 ? nullptr : operand(call.dtype, up, self.n * r, "up");
+  job.r = r;
+  job.y = operand(call.dtype, y, m * self.n, "y");
+  job.m = m;
+  job.n = self.n;
+  job.k = self.k;
+  call.low_scale = 1.0f;
+  return run(call, scratch, scratch_bytes);
+}
+
 int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, float low_scale, Address low, Address up,
                int64_t r, Address y, int64_t m, int64_t n, int64_t k, Address scratch, int64_t scratch_bytes,
                Address packed, Address absmax, Address absmax_codes, Address nested_absmax, Address nested_offset,
@@ -19,10 +87,8 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
   cpu::LinearCall call{};
   call.dtype = checked_dtype(dtype);
   call.forward = forward;
-  require(m >= 0 && n >= 0 && k >= 0 && r >= 0, "m, n, k or r is negative.");
-  require(n == 0 ? numel == 0 : numel % n == 0 && numel / n == k, "a weight of " + std::to_string(numel) +
-                                                                      " elements is not [" + std::to_string(n) + ", " +
-                                                                      std::to_string(k) + "].");
+  require(m >= 0 && r >= 0, "m or r is negative.");
+  check_shape(n, k, numel);
   require(down == 0 || cpu::low_rank_is_native(call.dtype), "the low-rank product is not native for this dtype here.");
   require(r == 0 || m == 0 || n == 0 || k == 0 || (low != 0 && up != 0),
           "an adapter of rank r > 0 needs both factors.");
@@ -43,12 +109,7 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
   call.down = down == 0 ? nullptr : operand(call.dtype, down, depth * r, "down");
   call.low_scale = low_scale;
   call.low = down == 0 ? nullptr : const_cast<void*>(job.low);
-  const int64_t needed = cpu::linear_4bit_scratch_bytes(call);
-  if (scratch_bytes >= needed && scratch % 64 == 0) {
-    cpu::linear_4bit(call, reinterpret_cast<unsigned char*>(scratch));
-    return 0;
-  }
-  return needed;
+  return run(call, scratch, scratch_bytes);
 }
 
 int64_t outer(Address left, Address right, int64_t m, int64_t r, int64_t width, float scale, Address out,
@@ -67,6 +128,7 @@ int64_t outer(Address left, Address right, int64_t m, int64_t r, int64_t width, 
 }  // namespace
 
 void bind_linear_4bit(py::module_& module) {
+  module.attr("few_rows") = cpu::kFewRows;
   module.def(
       "low_rank_is_native", [](int dtype) { return cpu::low_rank_is_native(checked_dtype(dtype)); }, py::arg("dtype"),
       "Whether linear_4bit takes `down`, and outer runs, for this dtype on this machine.");
@@ -78,6 +140,13 @@ void bind_linear_4bit(py::module_& module) {
              py::call_guard<py::gil_scoped_release>(),
              "y = x W^T + bias + low up^T for a weight [n, k], or y = x W + low up. With `down`, low is computed too. "
              "Returns 0, or the bytes of 64-byte aligned scratch that it needs before it runs.");
+  module.def("matrix", &matrix, py::arg("n"), py::arg("k"), py::arg("packed"), py::arg("absmax"),
+             py::arg("absmax_codes"), py::arg("nested_absmax"), py::arg("nested_offset"), py::arg("nested_code"),
+             py::arg("levels"), py::arg("quant_type"), py::arg("numel"), py::arg("block_size"),
+             "A weight [n, k], checked once, whose memory the caller keeps in place.");
+  module.def("matrix_forward", &matrix_forward, py::arg("matrix"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
+             py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"), py::arg("m"), py::arg("scratch"),
+             py::arg("scratch_bytes"), "linear_4bit with what matrix() returned, forward and without `down`.");
   module.def("outer", &outer, py::arg("left"), py::arg("right"), py::arg("m"), py::arg("r"), py::arg("width"),
              py::arg("scale"), py::arg("out"), py::arg("scratch"), py::arg("scratch_bytes"),
              py::call_guard<py::gil_scoped_release>(),

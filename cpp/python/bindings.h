@@ -29,24 +29,30 @@ void bind_rms_norm(pybind11::module_& module);
 void bind_rotary(pybind11::module_& module);
 void bind_swiglu(pybind11::module_& module);
 
-inline void require(bool condition, const std::string& sentence) {
+inline void require(bool condition, const char* sentence) {
   if (!condition) {
     throw std::invalid_argument(sentence);
   }
 }
 
+inline void require(bool condition, const std::string& sentence) { require(condition, sentence.c_str()); }
+
+// No sentence is built while all is well: a call has many checks, and may be short itself.
 template <typename T>
 T* pointer(Address address, int64_t count, const char* what) {
-  require(address != 0 || count == 0,
-          std::string(what) + " is a null pointer, but " + std::to_string(count) + " elements are expected.");
-  require(address % alignof(T) == 0,
-          std::string(what) + " is not aligned to " + std::to_string(alignof(T)) + " bytes.");
+  if (address == 0 && count != 0) {
+    require(false, std::string(what) + " is a null pointer, but " + std::to_string(count) + " elements are expected.");
+  }
+  if (address % alignof(T) != 0) {
+    require(false, std::string(what) + " is not aligned to " + std::to_string(alignof(T)) + " bytes.");
+  }
   return reinterpret_cast<T*>(address);
 }
 
 inline Dtype checked_dtype(int value) {
-  require(value >= 0 && value <= 2,
-          "dtype is " + std::to_string(value) + ": expected 0 (float32), 1 (bfloat16) or 2 (float16).");
+  if (value < 0 || value > 2) {
+    require(false, "dtype is " + std::to_string(value) + ": expected 0 (float32), 1 (bfloat16) or 2 (float16).");
+  }
   return static_cast<Dtype>(value);
 }
 

@@ -29,6 +29,33 @@ def dequantize_4bit(
     block_size: int,
 ) -> None: ...
 def low_rank_is_native(dtype: int) -> bool: ...
+def matrix(
+    n: int,
+    k: int,
+    packed: int,
+    absmax: int,
+    absmax_codes: int,
+    nested_absmax: int,
+    nested_offset: int,
+    nested_code: int,
+    levels: int,
+    quant_type: int,
+    numel: int,
+    block_size: int,
+) -> object: ...
+def matrix_forward(
+    matrix: object,
+    dtype: int,
+    x: int,
+    bias: int,
+    low: int,
+    up: int,
+    r: int,
+    y: int,
+    m: int,
+    scratch: int,
+    scratch_bytes: int,
+) -> int: ...
 def linear_4bit(
     forward: bool,
     dtype: int,
@@ -71,6 +98,7 @@ def lion_step(
 def gradient_norm(rows: int, num_tensors: int) -> float: ...
 def state_code(signed: bool) -> list[list[float]]: ...
 
+few_rows: int
 optim_row_length: int
 state_block: int
 

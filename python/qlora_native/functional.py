@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .ops import lora_linear_4bit
+from .ops._direct import product, unobserved
 from .weight import QuantizedWeight
 
 
@@ -37,6 +39,10 @@ def linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with the numbers.
     """
+    if unobserved(x, bias):
+        y = product(w._matrix(), x, bias)
+        if y is not None:
+            return y
     x, bias = _autocast(x, bias)  # type: ignore[assignment]
     return torch.ops.qlora_native.linear_4bit(x, bias, low_memory, *w.op_args())
 
@@ -74,6 +80,8 @@ def lora_linear(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
+    if unobserved(x, a, b, bias, x_lora) and w._matrix() is not None:
+        return lora_linear_4bit.cpu(x, x_lora, a, b, scale, bias, low_memory, *w.op_args())[0]
     x, bias, x_lora = _autocast(x, bias, x_lora)  # type: ignore[assignment]
     y, _ = torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, low_memory, *w.op_args())
     return y

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import functional, weight
+from .ops._direct import Prepared, product, unobserved
 from .weight import QuantizedWeight
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset", "code", "nested_code")
@@ -33,6 +34,7 @@ class QuantizedLinear(nn.Linear):
     nested_offset: torch.Tensor | None
     code: torch.Tensor | None
     nested_code: torch.Tensor | None
+    _prepared: Prepared | None = None
 
     def __init__(
         self,
@@ -121,7 +123,32 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features] in x's dtype."""
-        return functional.linear(x, self.quantized, self.bias)
+        y = self._at_once(x)
+        return functional.linear(x, self.quantized, self.bias) if y is None else y
+
+    def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The output past the dispatcher, or None where that is not possible."""
+        parameters, buffers = self._parameters, self._buffers  # not by attribute: that takes as long as a small product
+        if "weight" not in parameters or "bias" not in parameters:  # something else stands in their place
+            return None
+        bias = parameters["bias"]
+        if not unobserved(x, bias):
+            return None
+        if self._prepared is None:
+            self._prepared = Prepared()
+        about = self._about
+        arguments = (
+            parameters["weight"],
+            buffers["absmax"],
+            buffers["nested_absmax"],
+            buffers["nested_offset"],
+            buffers["code"],
+            buffers["nested_code"],
+            about.shape,
+            about.quant_type_number,
+            about.block_size,
+        )
+        return product(self._prepared.matrix(arguments), x, bias)
 
     def reset_parameters(self) -> None:
         """Does nothing: a frozen weight has no initialisation of its own."""
@@ -201,4 +228,5 @@ class _About:
     def __init__(self, value: QuantizedWeight) -> None:
         self.shape, self.dtype = value.shape, value.dtype
         self.quant_type, self.block_size = value.quant_type, value.block_size
+        self.quant_type_number = weight.quant_type_number(value.quant_type)
         self.storage_dtype = value.storage_dtype

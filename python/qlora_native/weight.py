@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import _native, reference
+from .ops._direct import Prepared
 
 # Fields that hold tensors, in the order in which ops take them.
 TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_offset", "code", "nested_code")
@@ -97,6 +98,16 @@ class QuantizedWeight:
             self.block_size,
         )
 
+    def _matrix(self) -> Any:
+        """The native form of a matrix in CPU memory, or None for another weight."""
+        prepared = self.__dict__.get("_prepared")
+        if prepared is None:
+            prepared = self._prepared = Prepared()
+        return prepared.matrix(self.op_args())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
     def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """The dense tensor: round_to_dtype(fp32 level * fp32 scale), the same bits on every device.
 
@@ -160,7 +171,7 @@ class QuantizedWeight:
 
     def _map(self, function: Any) -> QuantizedWeight:
         moved = object.__new__(QuantizedWeight)
-        moved.__dict__.update(self.__dict__)
+        moved.__dict__.update(self.__getstate__())
         for name in TENSOR_FIELDS:
             tensor = getattr(self, name)
             setattr(moved, name, None if tensor is None else function(tensor))

@@ -9,8 +9,8 @@ namespace {
 
 // Buffers of the exact size, so that a sanitizer sees every step beyond them.
 template <typename T>
-void check_product(int64_t m, int64_t n, int64_t k, double tolerance) {
-  const oracle::RandomWeight weight(n * k, 64, true, QuantType::kNf4, static_cast<uint64_t>(n + k));
+void check_product(int64_t m, int64_t n, int64_t k, double tolerance, int64_t block_size = 64, bool nested = true) {
+  const oracle::RandomWeight weight(n * k, block_size, nested, QuantType::kNf4, static_cast<uint64_t>(n + k));
   oracle::Random random(static_cast<uint64_t>(m));
   const auto values = [&random](int64_t count) {
     std::vector<T> made;
@@ -60,6 +60,13 @@ void check_products(double tolerance) {
   check_product<T>(2, 200, 96, tolerance);
   for (int64_t m = 1; m <= 5; ++m) {
     check_product<T>(m, 70, 192, tolerance);
+  }
+  for (const int64_t m : {1, 2, 4}) {  // several loads of scales, which end within a row's blocks and within a group
+    check_product<T>(m, 260, 576, tolerance);
+    check_product<T>(m, 13, 16384, tolerance);
+    check_product<T>(m, 36, 512, tolerance, 64, false);
+    check_product<T>(m, 36, 512, tolerance, 128, true);
+    check_product<T>(m, 12, 1536, tolerance, 512, false);
   }
 }
 

@@ -20,6 +20,7 @@ from .linear_4bit import (
     without_autocast,
 )
 
+FEW_TOKENS = 8
 Pair = tuple[torch.Tensor, torch.Tensor]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # of x, x_lora, A, B; empty if not needed
 
@@ -62,15 +63,22 @@ def cpu(
     rows = x.reshape(-1, x.shape[-1])
     with without_autocast(x):
         down, up = a.to(x.dtype), scaled(b, scale, x.dtype)
-        if x_lora is None and _products.makes_low(x.dtype):
+        if x_lora is None and _products.makes_low(x.dtype, rows.shape[0]):
             xa = x.new_empty(rows.shape[0], a.shape[0])
             adapter = _products.Adapter(xa, up, down.contiguous())
         else:
             adapted = rows if x_lora is None else x_lora.reshape(-1, x.shape[-1])
-            xa = torch.mm(adapted, down.t())
+            xa = project(adapted, down)
             adapter = _products.Adapter(xa, up)
         y = _products.forward(rows, weight, bias, adapter)
     return y.view(*x.shape[:-1], weight.shape[0]), xa.view(*x.shape[:-1], a.shape[0])
+
+
+def project(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """x down^T for x [M, K] and down [r, K], summed in fp32 at least. Returns [M, r] in x's dtype."""
+    if x.shape[0] > FEW_TOKENS or x.dtype not in (torch.bfloat16, torch.float16):
+        return torch.mm(x, down.t())
+    return torch.mm(x.float(), down.float().t()).to(x.dtype)  # to start torch's 16-bit GEMM takes longer than all this
 
 
 def scaled(b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_native.ops import rms_norm, swiglu
+from qlora_native.ops._direct import at_once
 from qlora_native.train.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
 
 
@@ -117,7 +119,7 @@ class Norm(Fused):
         """x [..., K] to the same shape."""
         if args or kwargs or x.dtype != self.weight.dtype or not is_ours(x):
             return super().forward(x, *args, **kwargs)
-        return torch.ops.qlora_native.rms_norm(x, self.weight, self._fused_eps)[0]
+        return at_once(rms_norm.cpu, torch.ops.qlora_native.rms_norm, (x, self.weight), self._fused_eps)[0]
 
 
 class GatedMLP(Fused):
@@ -156,7 +158,7 @@ class GatedMLP(Fused):
         if args or kwargs or x.dtype not in TOLERANCE or not is_ours(x):
             return super().forward(x, *args, **kwargs)
         gate, up, down = (getattr(self, name) for name in self._fused_parts)
-        return down(torch.ops.qlora_native.swiglu(gate(x), up(x)))
+        return down(at_once(swiglu.cpu, torch.ops.qlora_native.swiglu, (gate(x), up(x))))
 
 
 class Attention(Fused):

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 import qlora_native as qn
+from qlora_native.ops import rotary
+from qlora_native.ops._direct import at_once
 from qlora_native.ops.causal_attention import is_native
 
 # How far two orders of rounding may lie apart, relative to the largest value.
@@ -84,8 +86,8 @@ def _rotates(function: FunctionType) -> bool:
         got = function(q, k, cos, sin)
     except Exception:  # it wants something else
         return False
-    rotary = torch.ops.qlora_native.rotary
-    return len(got) == 2 and all(agree(a, rotary(x, cos, sin, False)) for a, x in zip(got, (q, k), strict=True))
+    op = torch.ops.qlora_native.rotary
+    return len(got) == 2 and all(agree(a, op(x, cos, sin, False)) for a, x in zip(got, (q, k), strict=True))
 
 
 @cache
@@ -96,8 +98,8 @@ def _native_rotary(original: FunctionType) -> Callable[..., Any]:
         fits = plain and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and is_ours(q)
         if not fits or cos.requires_grad or sin.requires_grad:
             return original(q, k, cos, sin, *args, **kwargs)
-        rotary = torch.ops.qlora_native.rotary
-        return rotary(q, cos, sin, False), rotary(k, cos, sin, False)
+        op = torch.ops.qlora_native.rotary
+        return at_once(rotary.cpu, op, (q, cos, sin), False), at_once(rotary.cpu, op, (k, cos, sin), False)
 
     return apply
 

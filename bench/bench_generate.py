@@ -1,0 +1,217 @@
+"""Greedy decoding with transformers' `generate`, one token at a time: tokens a second of SmolLM2-135M.
+
+    python bench/bench_generate.py --json bench/results/generate.json
+
+All sides start from the same 16-bit weights and take turns in one process. `ours` is a model as `qn.load_model` returns
+it and `fused` the same with the native kernels that `qlora train` puts between the products; `dequantised` is the dense
+bf16 model with the weights that ours stands for, the truth of the match column; `bitsandbytes` runs its inference path.
+`free` is `ours` with linear layers that return zeros at once, the output head included, and `layers free` the same with
+the head left as it is: what `generate` costs without the products. Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from ceilings import ceilings
+from common import interleaved, machine, quartiles, write_json
+from torch import Tensor, nn
+
+import qlora_native as qn
+from qlora_native.nn import QuantizedLinear
+
+PROMPT = "Explain in a few sentences why the sky is blue and a sunset is red."
+
+
+class FreeLinear(nn.Module):
+    """Zeros of the shape of a linear layer's output, made once for each shape."""
+
+    def __init__(self, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.dtype = out_features, dtype
+        self.outputs: dict[torch.Size, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to zeros [..., N], the same memory every time."""
+        shape = x.shape[:-1]
+        if shape not in self.outputs:
+            self.outputs[shape] = torch.zeros(*shape, self.out_features, dtype=self.dtype)
+        return self.outputs[shape]
+
+
+def with_layers(model: Any, replace: Callable[[nn.Linear], nn.Module | None]) -> Any:
+    """A copy of the model in which every linear layer is what ``replace`` returns, or stays where that is None.
+
+    Weights that nothing replaces are shared with the model.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for path, layer in list(twin.named_modules()):
+        if isinstance(layer, nn.Linear):
+            made = replace(layer)
+            if made is not None:
+                twin.set_submodule(path, made)
+    return twin
+
+
+def dequantised(model: Any) -> Any:
+    """The dense model that a 4-bit one stands for."""
+    return with_layers(model, lambda layer: layer.dequantize() if isinstance(layer, QuantizedLinear) else None)
+
+
+def free(model: Any, head: bool) -> Any:
+    """The model without the work of its 4-bit layers and, with ``head``, of its dense ones."""
+
+    def replace(layer: nn.Linear) -> nn.Module | None:
+        if isinstance(layer, QuantizedLinear) or head:
+            return FreeLinear(layer.out_features, model.dtype)
+        return None
+
+    return with_layers(model, replace)
+
+
+def bitsandbytes_model(folder: Path) -> Any:
+    """NF4 with double quantisation as transformers loads it, or None without bitsandbytes."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map="cpu", quantization_config=quantization
+    )
+
+
+def sides(folder: Path) -> dict[str, Any]:
+    """The models that take part, from a folder with a 16-bit one."""
+    from qlora_native.train.fused import fuse
+
+    ours: Any = qn.load_model(folder).eval()
+    fused: Any = qn.load_model(folder).eval()
+    fuse(fused)
+    models = {
+        "ours": ours,
+        "fused": fused,
+        "dequantised": dequantised(ours),
+        "free": free(ours, head=True),
+        "layers free": free(ours, head=False),
+        "fused, layers free": free(fused, head=False),
+        "bitsandbytes": bitsandbytes_model(folder),
+    }
+    return {name: model.eval() for name, model in models.items() if model is not None}
+
+
+@torch.inference_mode()
+def decode(model: Any, prompt: Tensor, count: int) -> Tensor:
+    """The ``count`` most likely tokens after prompt [1, T], one at a time, an end of text not heeded. int64 [count]."""
+    model.generation_config.eos_token_id = None
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, use_cache=True
+    )
+    return output[0, prompt.shape[1] :]
+
+
+def first_difference(tokens: Tensor, others: Tensor) -> int | None:
+    """The first position at which two rows of tokens differ, or None."""
+    found = (tokens != others).nonzero()
+    return int(found[0]) if len(found) else None
+
+
+@torch.inference_mode()
+def lead(model: Any, prompt: Tensor, tokens: Tensor, at: int) -> float:
+    """By how much the model prefers its token at a position to the second best, in logits."""
+    text = torch.cat([prompt[0], tokens[:at]])[None]
+    best = model(text).logits[0, -1].float().topk(2).values
+    return float(best[0] - best[1])
+
+
+def compare(models: dict[str, Any], prompt: Tensor, count: int, repeats: int) -> dict[str, Any]:
+    """Tokens of all sides against the truth, then tokens a second in turn."""
+    truth = models["dequantised"]
+    expected = decode(truth, prompt, count)
+    match: dict[str, Any] = {}
+    for name, model in models.items():
+        if "free" in name:
+            continue
+        at = first_difference(decode(model, prompt, count), expected)
+        match[name] = {"equal": at is None}
+        if at is not None:
+            match[name] |= {"first_difference": at, "lead_of_the_truth_there": lead(truth, prompt, expected, at)}
+    seconds = interleaved({name: partial(decode, model, prompt, count) for name, model in models.items()}, repeats)
+    layers = [m for m in models["ours"].modules() if isinstance(m, QuantizedLinear)]
+    head = models["ours"].get_output_embeddings().weight
+    return {
+        "prompt_tokens": prompt.shape[1],
+        "new_tokens": count,
+        "match": match,
+        "tokens_per_second_quartiles": {name: quartiles([count / s for s in v]) for name, v in seconds.items()},
+        "ours_times_as_fast_as": {
+            name: quartiles([b / a for a, b in zip(seconds["ours"], v, strict=True)])
+            for name, v in seconds.items()
+            if name != "ours"
+        },
+        "fused_times_as_fast_as": {
+            name: quartiles([b / a for a, b in zip(seconds["fused"], v, strict=True)])
+            for name, v in seconds.items()
+            if name != "fused"
+        },
+        "megabytes_read_a_token": {
+            "layers": sum(m.quantized.nbytes for m in layers) / 1e6,
+            "head": head.numel() * head.element_size() / 1e6,
+        },
+    }
+
+
+def smollm2(folder: Path) -> Tensor:
+    """Writes the bf16 model to the folder and returns the prompt, int64 [1, T]."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from qlora_native.cli.demo import model_file
+    from qlora_native.train.setup import load_tokenizer
+
+    source = model_file()
+    tokenizer: Any = load_tokenizer(str(source))
+    options = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    dense: Any = AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    dense.config.__dict__.pop("quantization_config", None)
+    dense.save_pretrained(folder)
+    message = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return inputs["input_ids"]
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", help="file for the result")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        prompt = smollm2(Path(folder))
+        models = sides(Path(folder))
+    result = {"bench": "generate", "machine": machine(), "ceilings": ceilings()}
+    result |= compare(models, prompt, arguments.new_tokens, arguments.repeats)
+    write_json(arguments.json, result)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Products of a frozen CPU weight without torch's dispatcher, where nothing would notice.
+
+For one token the way through the dispatcher costs more than a small layer's product. It serves what looks on: autograd,
+autocast, compilers, transforms, modes, profilers. Where there is none of these, the native function is called at once,
+with the same result, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import _profiler_enabled, forward_ad
+from torch.compiler import is_compiling
+
+from .. import _C
+from .._native import DTYPE_NUMBER
+from ._library import Weight, buffer
+
+_CPU = torch.device("cpu")
+_is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+_matrix_forward = _C.matrix_forward
+_PLAIN = (Tensor, torch.nn.Parameter)
+Matrix = tuple[int, int, object]  # N, K, and the native form of a weight [N, K]
+
+
+def _key_sets() -> tuple[Any, Any, Any, frozenset[int], frozenset[int]]:
+    """Torch's look at dispatch keys, and the sets that a plain CPU tensor and a thread without modes may have."""
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    tensor = keys(key.CPU)
+    for more in (key.ADInplaceOrView, key.AutogradCPU, key.AutocastCPU):
+        tensor = tensor | keys(more)
+    inference = tensor - keys(key.ADInplaceOrView) - keys(key.AutogradCPU)
+    thread = keys(key.BackendSelect)
+    return (
+        torch._C._dispatch_keys,
+        torch._C._dispatch_tls_local_include_set,
+        torch._C._is_torch_function_mode_enabled,
+        frozenset((tensor.raw_repr(), inference.raw_repr())),
+        frozenset((thread.raw_repr(), (thread | keys(key.ADInplaceOrView)).raw_repr())),
+    )
+
+
+try:
+    _keys, _included, _has_function_mode, _TENSOR_KEYS, _THREAD_KEYS = _key_sets()
+except AttributeError:  # a torch that tells these otherwise: every call goes through the dispatcher
+    _TENSOR_KEYS = frozenset()
+
+
+def unobserved(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op on these operands would go straight to its CPU kernel, with nothing to record or to transform."""
+    if is_compiling() or not _TENSOR_KEYS:
+        return False
+    if (
+        type(x) is not Tensor
+        or _keys(x).raw_repr() not in _TENSOR_KEYS
+        or _included().raw_repr() not in _THREAD_KEYS
+        or _has_function_mode()
+        or _is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
+        or _profiler_enabled()
+    ):
+        return False
+    records = _is_grad_enabled()
+    if records and x.requires_grad:
+        return False
+    for other in others:
+        if other is None:
+            continue
+        if type(other) not in _PLAIN or _keys(other).raw_repr() not in _TENSOR_KEYS:
+            return False
+        if records and other.requires_grad:
+            return False
+    return True
+
+
+def at_once(kernel: Callable[..., Any], op: Callable[..., Any], tensors: tuple[Tensor, ...], *others: Any) -> Any:
+    """``op`` of its leading operands and the other arguments: its CPU kernel itself where nothing would notice."""
+    return (kernel if unobserved(*tensors) else op)(*tensors, *others)
+
+
+class Prepared:
+    """A weight's native form, made when first used and again when one of its tensors lies elsewhere.
+
+    Belongs to one owner of a weight; copies of the owner get one of their own.
+    """
+
+    __slots__ = ("_made",)
+
+    def __init__(self) -> None:
+        self._made: tuple[Any, Matrix | None] = (None, None)  # replaced as a whole: threads may share an owner
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Prepared, ()
+
+    def matrix(self, weight: tuple[Any, ...]) -> Matrix | None:
+        """The native matrix of weight arguments, or None unless they are two-dimensional plain tensors in CPU memory.
+
+        Raises ValueError for tensors that do not fit each other.
+        """
+        packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = weight
+        if type(packed) not in _PLAIN or type(absmax) not in _PLAIN:
+            return None
+        key = (
+            packed.data_ptr(),
+            packed.numel(),
+            absmax.data_ptr(),
+            absmax.numel(),
+            nested_absmax if nested_absmax is None else nested_absmax.data_ptr(),
+            nested_absmax if nested_absmax is None else nested_absmax.numel(),
+            nested_offset if nested_offset is None else nested_offset.data_ptr(),
+            code if code is None else code.data_ptr(),
+            nested_code if nested_code is None else nested_code.data_ptr(),
+            shape,
+            quant_type,
+            block_size,
+        )
+        made, matrix = self._made
+        if made != key:
+            matrix = None
+            if len(shape) == 2 and all(t is None or (type(t) in _PLAIN and t.device == _CPU) for t in weight[:6]):
+                matrix = (*shape, _C.matrix(*shape, *Weight(*weight).pointers()))
+                self._made = key, matrix
+        return matrix
+
+
+def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x W^T + bias for operands that :func:`unobserved` has seen, or None where they take more than the kernel's call.
+
+    That is: no native matrix, another dtype than the kernels', a bias to be cast, x that is not contiguous or empty,
+    anything that does not fit.
+    """
+    number = DTYPE_NUMBER.get(x.dtype)
+    shape = x.shape
+    if matrix is None or number is None or not shape or not x.is_contiguous():
+        return None
+    n, k, native = matrix
+    if shape[-1] != k or k == 0:
+        return None
+    rows = x.numel() // k
+    if rows == 0:
+        return None
+    addend = 0
+    if bias is not None:
+        if bias.dtype != x.dtype or bias.dim() != 1 or bias.shape[0] != n or not bias.is_contiguous():
+            return None
+        addend = bias.data_ptr()
+    y = torch.empty((*shape[:-1], n), dtype=x.dtype, device=_CPU)
+    needed = _matrix_forward(native, number, x.data_ptr(), addend, 0, 0, 0, y.data_ptr(), rows, *buffer(0))
+    if needed:
+        _matrix_forward(native, number, x.data_ptr(), addend, 0, 0, 0, y.data_ptr(), rows, *buffer(needed))
+    return y

@@ -1,0 +1,240 @@
+"""Products without torch's dispatcher: when they are taken, and that nobody could tell."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from helpers import same_bytes
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qlora_native as qn
+from qlora_native import lora
+from qlora_native.nn import QuantizedLinear
+from qlora_native.ops._direct import unobserved
+
+K, N = 128, 48
+
+
+def layer(bias: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any) -> QuantizedLinear:
+    torch.manual_seed(seed)
+    made = QuantizedLinear.from_linear(torch.nn.Linear(K, N, bias=bias, dtype=dtype), **options)
+    return made.requires_grad_(False)
+
+
+def by_dispatcher(made: QuantizedLinear, x: Tensor) -> Tensor:
+    return torch.ops.qlora_native.linear_4bit(x, made.bias, False, *made.quantized.op_args())
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the ops that the dispatcher sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def dual_level() -> Iterator[None]:
+    with forward_ad.dual_level():
+        yield
+
+
+OBSERVED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dispatch mode": Recorder,
+    "function mode": TorchFunctionMode,
+    "fake tensors": FakeTensorMode,
+    "default device": lambda: torch.device("meta"),
+    "forward derivative": dual_level,
+    "profiler": torch.profiler.profile,
+}
+FREE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "nothing": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast off": lambda: torch.autocast("cpu", enabled=False),
+}
+
+
+@pytest.mark.parametrize("state", OBSERVED)
+def test_steps_aside(state: str) -> None:
+    x = torch.randn(1, K)
+    assert unobserved(x)
+    with OBSERVED[state]():
+        assert not unobserved(x)
+    assert unobserved(x)
+
+
+@pytest.mark.parametrize("state", FREE)
+def test_is_taken(state: str) -> None:
+    made = layer(bias=True)
+    with FREE[state]():
+        x = torch.randn(1, K, dtype=torch.bfloat16)
+        assert unobserved(x, made.bias)
+        got, expected = made(x), by_dispatcher(made, x)
+    assert same_bytes(got, expected)
+    assert got.is_inference() == expected.is_inference()
+    assert not got.requires_grad
+
+
+def test_is_not_taken_for_what_the_dispatcher_would_treat() -> None:
+    x = torch.randn(1, K)
+    needs_grad = x.clone().requires_grad_()
+    assert not unobserved(needs_grad)
+    assert not unobserved(x, needs_grad)
+    with torch.no_grad():
+        assert unobserved(needs_grad)
+    assert not unobserved(torch.nn.Parameter(x, requires_grad=False))
+    assert not unobserved(torch._neg_view(x))
+    assert not unobserved(x.to_sparse())
+    assert not unobserved(x.to("meta"))
+    seen: list[bool] = []
+
+    def look(row: Tensor) -> Tensor:
+        seen.append(unobserved(row))
+        return row.sum()
+
+    torch.vmap(look)(x)
+    torch.func.grad(look)(x)
+    torch.func.functionalize(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    assert seen
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
+def test_same_bytes(dtype: torch.dtype, double_quant: bool, bias: torch.dtype | None) -> None:
+    made = layer(bias=bias is not None, dtype=bias or torch.float32, double_quant=double_quant)
+    shapes = [(K,), (1, K), (1, 1, K), (2, 3, K), (3, K), (40, K), (0, K), (2, 0, K)]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    inputs.append(torch.randn(K, 3).to(dtype).t())
+    inputs.append(torch.randn(2, 3, 2 * K).to(dtype)[:, :, ::2])
+    for x in inputs:
+        expected = by_dispatcher(made, x)
+        for got in (made(x), qn.linear(x, made.quantized, made.bias)):
+            assert same_bytes(got, expected)
+            assert got.shape == expected.shape
+            assert got.is_contiguous()
+
+
+def test_errors_are_those_of_the_op() -> None:
+    made = layer()
+    for x in (torch.randn(1, K + 1), torch.randn(()), torch.randn(K, 1), torch.ones(1, K, dtype=torch.int64)):
+        with pytest.raises(ValueError) as by_op:
+            by_dispatcher(made, x)
+        for call in (lambda x=x: made(x), lambda x=x: qn.linear(x, made.quantized)):
+            with pytest.raises(ValueError) as direct:
+                call()
+            assert str(direct.value) == str(by_op.value)
+    with pytest.raises(ValueError, match=r"bias is \[3\]: expected \[48\]"):
+        qn.linear(torch.randn(1, K), made.quantized, torch.zeros(3))
+    made.absmax = made.absmax[:-1]
+    with pytest.raises(ValueError, match="absmax is torch.uint8"):
+        made(torch.randn(1, K))
+
+
+def test_a_dispatch_mode_sees_the_op() -> None:
+    made, x = layer(), torch.randn(1, K)
+    made(x)
+    with Recorder() as recorder:
+        made(x)
+    assert any("linear_4bit" in name for name in recorder.seen)
+
+
+def test_gradients_still_flow() -> None:
+    made, x = layer(bias=True), torch.randn(1, K, dtype=torch.bfloat16)
+    made(x)
+    x.requires_grad_()
+    made.bias.requires_grad_()
+    made(x).sum().backward()
+    assert x.grad is not None
+    assert made.bias.grad is not None
+
+
+def test_follows_its_tensors() -> None:
+    x = torch.randn(1, K, dtype=torch.bfloat16)
+    made, other = layer(), layer(seed=1)
+    before, after = made(x), other(x)
+    assert not torch.equal(before, after)
+
+    made.load_state_dict(other.state_dict())
+    assert same_bytes(made(x), after)
+
+    made = layer()
+    made(x)
+    for name in ("absmax", "nested_absmax", "nested_offset"):
+        setattr(made, name, getattr(other, name))
+    made.weight.data = other.weight.data.clone()  # the same parameter, other memory
+    assert same_bytes(made(x), after)
+    made.weight.copy_(layer().weight)  # the same memory
+    assert same_bytes(made(x), by_dispatcher(made, x))
+
+    made.quantized = qn.quantize(torch.randn(N, K), block_size=32, quant_type="fp4", double_quant=False)
+    assert same_bytes(made(x), by_dispatcher(made, x))
+
+    weight = layer().quantized
+    qn.linear(x, weight)
+    weight.packed = other.quantized.packed
+    assert same_bytes(qn.linear(x, weight), torch.ops.qlora_native.linear_4bit(x, None, False, *weight.op_args()))
+
+
+def test_copies_and_pickles() -> None:
+    x = torch.randn(1, K, dtype=torch.bfloat16)
+    made = layer()
+    weight = made.quantized
+    expected = made(x)
+    qn.linear(x, weight)
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        with torch.no_grad():
+            kept = made.weight.clone()
+            made.weight.zero_()
+            assert same_bytes(twin(x), expected)
+            made.weight.copy_(kept)
+    file = io.BytesIO()
+    torch.save(weight, file)
+    file.seek(0)
+    assert same_bytes(qn.linear(x, torch.load(file, weights_only=True)), expected)
+    assert same_bytes(qn.linear(x, weight.to("cpu")), expected)
+
+
+def test_compiled() -> None:
+    made, x = layer(bias=True), torch.randn(1, K, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = made(x)
+        assert same_bytes(torch.compile(made, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_lora(dtype: torch.dtype, adapter: torch.dtype) -> None:
+    made = layer(bias=True, dtype=dtype)
+    adapted = lora.LoRALinear(made, 4, 2.0)
+    torch.nn.init.normal_(adapted.lora_B)
+    adapted.to(adapter)
+    for shape in ((1, 1, K), (3, K), (40, K), (0, K)):
+        x = torch.randn(shape).to(dtype)
+        arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, False, *made.quantized.op_args())
+        with torch.no_grad():
+            got, expected = adapted(x), torch.ops.qlora_native.lora_linear_4bit(*arguments)[0]
+            assert same_bytes(got, expected)
+        assert adapted(x).requires_grad
+    with torch.no_grad(), Recorder() as recorder:
+        adapted(torch.randn(1, K).to(dtype))
+    assert any("lora_linear_4bit" in name for name in recorder.seen)
