@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Bar, Functions, Seconds, interleaved, line, machine, timings, write_json
+from common import Bar, Functions, Seconds, interleaved_sparing, line, machine, timings, write_json
 
 import qlora_native as qn
 from qlora_native import reference
@@ -154,11 +154,10 @@ def measure(
         else:
             slow.append(name)
     probes = memory_probes(count * numel)
-    quick = {n: f for n, f in functions.items() if n not in slow} | {n: f for n, (f, _) in probes.items()}
-    seconds = interleaved(quick, repeats)
+    functions |= {n: f for n, (f, _) in probes.items()}
+    # An order of magnitude slower: a few rounds tell, and the others need not wait.
+    seconds = interleaved_sparing(functions, repeats, keep=set(functions) - set(slow), slow=0)
     rates = {f"{n}_gb_per_s": round(moved / min(seconds.pop(n)) / 1e9, 1) for n, (_, moved) in probes.items()}
-    if slow:  # an order of magnitude slower: a few runs tell, and the others need not wait
-        seconds |= interleaved({name: functions[name] for name in slow}, 3, warmup=1)
     return seconds, rates
 
 

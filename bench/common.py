@@ -28,12 +28,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratios(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Quartiles of a / b round by round; of a over b's median where b was timed in fewer rounds, and vice versa."""
-    if len(a) == len(b):
-        return quartiles([x / y for x, y in zip(a, b, strict=True)])
-    if len(a) > len(b):
-        return quartiles([x / median(b) for x in a])
-    return quartiles([median(a) / y for y in b])
+    """Quartiles of a / b round by round; where one was timed in the first rounds only, over those."""
+    return quartiles([x / y for x, y in zip(a, b, strict=False)])
 
 
 def rounded(values: Iterable[float], factor: float = 1.0) -> list[float]:
@@ -62,14 +58,14 @@ def interleaved(functions: Functions, repeats: int, warmup: int = 2) -> Seconds:
 def interleaved_sparing(
     functions: Functions, repeats: int, keep: Iterable[str] = ("ours",), slow: float = 0.02, few: int = 3
 ) -> Seconds:
-    """As :func:`interleaved`, but what takes more than ``slow`` seconds and is not to be kept runs in few rounds."""
+    """As :func:`interleaved`; but what takes more than ``slow`` seconds and is not to be kept runs in the first few
+    rounds only."""
     once = interleaved(functions, 1, warmup=1)
     spared = {name for name, seconds in once.items() if seconds[0] > slow} - set(keep)
-    seconds = interleaved({name: f for name, f in functions.items() if name not in spared}, repeats, warmup=1)
-    if spared:
-        others = interleaved({name: f for name, f in functions.items() if name in spared | {"ours"}}, few, warmup=0)
-        seconds |= {name: others[name] for name in spared}
-    return {name: seconds[name] for name in functions}
+    first = interleaved(functions, min(few, repeats), warmup=0)
+    kept = {name: function for name, function in functions.items() if name not in spared}
+    rest = interleaved(kept, max(0, repeats - few), warmup=0)
+    return {name: seconds + rest.get(name, []) for name, seconds in first.items()}
 
 
 class Bar(NamedTuple):

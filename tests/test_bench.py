@@ -34,9 +34,9 @@ def test_ratios_are_taken_within_each_round() -> None:
     assert common.ratios([1.0, 1.0, 2.0, 2.0], [2.0, 2.0, 4.0, 4.0]) == (0.5, 0.5, 0.5)
 
 
-def test_ratios_of_unequal_counts_use_the_median_of_the_shorter() -> None:
-    assert common.ratios([1.0, 2.0, 3.0], [2.0]) == (0.75, 1.0, 1.25)
-    assert common.ratios([2.0], [1.0, 2.0, 4.0]) == (0.75, 1.0, 1.5)
+def test_ratios_of_unequal_counts_pair_the_rounds_that_both_ran_in() -> None:
+    assert common.ratios([2.0, 2.0, 200.0], [1.0, 4.0]) == (0.875, 1.25, 1.625)
+    assert common.ratios([1.0], [4.0, 400.0]) == (0.25, 0.25, 0.25)
 
 
 def test_interleaved_runs_each_function_in_every_round() -> None:
