@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, machine, quartiles, write_json
+from ceilings import ceilings
+from common import interleaved, machine, quartiles, write_json
 from torch import Tensor, nn
 
 import qlora_native as qn
