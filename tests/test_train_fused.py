@@ -210,7 +210,7 @@ def test_compiles_without_breaks(dtype: torch.dtype) -> None:
 
 def test_head_of_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_native.train.fused.LARGE", VOCAB * 64)
-    model = model_of("Llama", torch.bfloat16, head_dim=32)
+    model = model_of("Llama", torch.bfloat16)
     plain = copy.deepcopy(model)
     assert fuse(model)["head"] == 1
     head, ids = model.lm_head, tokens(1, 3)
