@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import SavedTensors, relative_error
-from tiny_models import make, tokens
+from tiny_models import VOCAB, make, tokens
 from torch import nn
 
 import qlora_native as qn
@@ -206,3 +206,30 @@ def test_compiles_without_breaks(dtype: torch.dtype) -> None:
     ids = tokens(2, 16)
     compiled = torch.compile(lambda x: model(input_ids=x, use_cache=False).logits, fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(ids), model(ids).logits) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_head_of_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_native.train.fused.LARGE", VOCAB * 64)
+    model = model_of("Llama", torch.bfloat16)
+    plain = copy.deepcopy(model)
+    assert fuse(model)["head"] == 1
+    head, ids = model.lm_head, tokens(1, 3)
+    assert isinstance(head, nn.Linear)
+    assert isinstance(head, Fused)
+    seen: list[Any] = []
+
+    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        seen.append(self)
+        return nn.functional.linear(x, self.weight)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    with torch.inference_mode():
+        assert relative_error(model(ids).logits, plain(ids).logits) < 3e-2
+        assert head not in seen
+        model(tokens(2, 24))
+    assert head in seen
+    batch = {"input_ids": tokens(2, 24), "labels": tokens(2, 24)}
+    loss, want = causal_lm_loss(model, batch), causal_lm_loss(plain, batch)
+    assert float(loss) == pytest.approx(float(want), rel=1e-3)
+    twin = pickle.loads(pickle.dumps(model))
+    assert isinstance(twin.lm_head, Fused)

@@ -11,6 +11,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 // What builds on them.
+#include "cpu/kernels-dense-inl.h"
 #include "cpu/kernels-gemm-inl.h"
 #include "cpu/kernels-linear-inl.h"
 #include "cpu/kernels-quads-inl.h"
@@ -40,6 +41,7 @@ constexpr Kernels kTable = {
     decode_scales,
     {linear_rows<float>, linear_rows<Bf16>, linear_rows<Fp16>},
     {nullptr, kReorderTokens, nullptr},
+    {dense_rows<float>, dense_rows<Bf16>, dense_rows<Fp16>},
     {product_columns<float, Forward<float>>, forward_bf16_columns, product_columns<Fp16, Forward<Fp16>>},
     {product_columns<float, GradInput<float>>, product_columns<Bf16, GradInput<Bf16>>,
      product_columns<Fp16, GradInput<Fp16>>},

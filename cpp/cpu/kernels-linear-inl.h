@@ -130,7 +130,10 @@ void dot_rows(const ProductJob& job, const Bf16* x, const float* scales, __m512i
   const int64_t distance = kRows * row_bytes < kBytesAhead ? kBytesAhead : kRows * row_bytes;
   const char* ahead = reinterpret_cast<const char*>(bytes) + distance;
   const int64_t blocks = job.k / job.weight.block_size;
-  const int chunk_to_block = std::countr_zero(static_cast<uint64_t>(job.weight.block_size / 64));
+  int chunk_to_block = 0;
+  while (int64_t{64} << chunk_to_block < job.weight.block_size) {
+    ++chunk_to_block;
+  }
   __m512 total[size_t{kTokens}][size_t{kRows}];
   for (auto& token : total) {
     for (__m512& sum : token) {
@@ -195,9 +198,8 @@ void reorder_tokens(const ProductJob& job, void* reordered) {
   }
 }
 
-template <int kTokens>
+template <int kTokens, int kRows>
 void dot_streams(const ProductJob& job, const Bf16* x, __m512i table, int64_t first, int64_t last) {
-  constexpr int kRows = kTokens <= 2 ? 2 : 4;  // that share a load of x: it takes more the more tokens there are
   static_assert(kStreamRows % kRows == 0);
   alignas(64) float scales[kScalesAtOnce];
   const ScaleDecoder decode_scales_of(job.weight);
@@ -212,6 +214,14 @@ void dot_streams(const ProductJob& job, const Bf16* x, __m512i table, int64_t fi
   }
 }
 
+// The more x takes, the more rows share a load of it: beside half the first cache of x, W's bytes find no room.
+template <int kTokens>
+void dot_tokens_by_streams(const ProductJob& job, const Bf16* x, __m512i table, int64_t first, int64_t last) {
+  constexpr int64_t kSmall = int64_t{1} << 13;  // elements of x
+  const bool small = kTokens <= 2 && kTokens * job.k <= kSmall;
+  (small ? dot_streams<kTokens, 2> : dot_streams<kTokens, 4>)(job, x, table, first, last);
+}
+
 // Rows [first, last) as far as they come in multiples of kStreamRows; returns the first row that is left.
 int64_t linear_rows_by_streams(const ProductJob& job, int64_t first, int64_t last, const Bf16* x) {
   const __m256bh levels = _mm512_cvtneps_pbh(_mm512_loadu_ps(job.weight.levels));
@@ -219,16 +229,16 @@ int64_t linear_rows_by_streams(const ProductJob& job, int64_t first, int64_t las
   const int64_t end = first + (last - first) / kStreamRows * kStreamRows;
   switch (job.m) {
     case 1:
-      dot_streams<1>(job, x, table, first, end);
+      dot_tokens_by_streams<1>(job, x, table, first, end);
       break;
     case 2:
-      dot_streams<2>(job, x, table, first, end);
+      dot_tokens_by_streams<2>(job, x, table, first, end);
       break;
     case 3:
-      dot_streams<3>(job, x, table, first, end);
+      dot_tokens_by_streams<3>(job, x, table, first, end);
       break;
     default:
-      dot_streams<4>(job, x, table, first, end);
+      dot_tokens_by_streams<4>(job, x, table, first, end);
   }
   return end;
 }

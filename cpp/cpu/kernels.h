@@ -30,6 +30,15 @@ struct ScaleJob {
   float* nested_absmax;  // [ceil(blocks / 256)]
 };
 
+struct DenseJob {
+  const void* x;  // [m, k], of the table entry's dtype, as are w and y
+  const void* w;  // [n, k]
+  void* y;        // [m, n]
+  int64_t m;
+  int64_t n;
+  int64_t k;
+};
+
 inline constexpr int64_t kMaxTokens = 8;     // rows of x that linear_rows takes
 inline constexpr int64_t kStreamTokens = 4;  // rows of x for which rows of W may go by streams
 inline constexpr int64_t kStreamRows = 4;    // rows of W that go together: ranges are cut at multiples
@@ -52,6 +61,9 @@ struct Kernels {
   using LinearRows = void (*)(const ProductJob& job, int64_t first, int64_t last, const void* reordered);
   using ReorderTokens = void (*)(const ProductJob& job, void* reordered);
 
+  // Writes columns [first, last) of y = x w^T.
+  using DenseRows = void (*)(const DenseJob& job, int64_t first, int64_t last);
+
   QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
   DequantizeSpan dequantize_span[3];
   SumGroups sum_groups;
@@ -59,6 +71,7 @@ struct Kernels {
   DecodeScales decode_scales;
   LinearRows linear_rows[3];
   ReorderTokens reorder_tokens[3];
+  DenseRows dense_rows[3];
 
   // Writes columns [first, last) of y, on one thread; `first` is a multiple of kColumnGrain. `scratch` is aligned to 64
   // bytes and has columns_scratch_bytes(job, last - first) of them. An output's bits do not depend on the range.

@@ -1,6 +1,7 @@
 #include "check.h"
 #include "core/layout.h"
 #include "cpu/linear_4bit.h"
+#include "cpu/linear_cross_entropy.h"
 #include "oracle.h"
 
 using namespace qlora_native;
@@ -68,6 +69,55 @@ void check_products(double tolerance) {
     check_product<T>(m, 36, 512, tolerance, 128, true);
     check_product<T>(m, 12, 1536, tolerance, 512, false);
   }
+}
+
+template <typename T>
+void check_few_logits(int64_t m, int64_t n, int64_t k, double tolerance) {
+  oracle::Random random(static_cast<uint64_t>(n * k));
+  const auto values = [&random](int64_t count) {
+    std::vector<T> made;
+    for (int64_t i = 0; i < count; ++i) {
+      made.push_back(from_float<T>(random.uniform()));
+    }
+    return made;
+  };
+  const std::vector<T> x = values(m * k);
+  const std::vector<T> w = values(n * k);
+  std::vector<T> y(static_cast<size_t>(m * n));
+  cpu::few_logits(oracle::Storage<T>::kDtype, x.data(), w.data(), m, n, k, y.data());
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double expected = 0.0;
+      double magnitude = 1e-30;
+      for (int64_t l = 0; l < k; ++l) {
+        const double product =
+            oracle::value_of(x[static_cast<size_t>(i * k + l)]) * oracle::value_of(w[static_cast<size_t>(j * k + l)]);
+        expected += product;
+        magnitude += std::fabs(product);
+      }
+      const double got = oracle::value_of(y[static_cast<size_t>(i * n + j)]);
+      CHECK(std::fabs(got - expected) <= tolerance * magnitude, "m %ld n %ld k %ld: [%ld, %ld] is %a, expected %a",
+            static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), static_cast<long>(i),
+            static_cast<long>(j), got, expected);
+    }
+  }
+}
+
+template <typename T>
+void check_all_few_logits(double tolerance) {
+  for (int64_t m = 0; m <= 3; ++m) {
+    check_few_logits<T>(m, 5, 67, tolerance);
+  }
+  for (const int64_t k : {1, 8, 31, 64, 128, 129, 576, 2049}) {
+    check_few_logits<T>(2, 7, k, tolerance);
+  }
+  check_few_logits<T>(1, 700, 256, tolerance);  // more than one thread
+}
+
+TEST(few_logits) {
+  check_all_few_logits<float>(1e-6);
+  check_all_few_logits<Bf16>(0x1p-8);
+  check_all_few_logits<Fp16>(0x1p-10);
 }
 
 TEST(linear_fp32) { check_products<float>(1e-6); }

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.ops import rms_norm, swiglu
-from qlora_native.ops._direct import at_once
+from qlora_native.ops._direct import at_once, few_logits
 from qlora_native.train.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
+
+LARGE = 1 << 22  # elements of a dense weight that no cache holds
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -30,13 +32,13 @@ def fuse(model: nn.Module) -> dict[str, int]:
     copy or pickle of the model stays fused.
 
     Returns:
-        How many modules were fused, by kind: ``norm``, ``mlp``, ``attention``.
+        How many modules were fused, by kind: ``norm``, ``mlp``, ``attention``, ``head``.
     """
     counts: Counter[str] = Counter()
     for module in list(model.modules()):
         if isinstance(module, Fused):
             continue
-        for kind in (Norm, GatedMLP, Attention):
+        for kind in (Norm, GatedMLP, Attention, Head):
             settings = kind.recognise(module)
             if settings is not None:
                 vars(module).update(settings)
@@ -177,6 +179,24 @@ class Attention(Fused):
     @classmethod
     def members(cls, base: type[nn.Module]) -> dict[str, Any]:
         return {"forward": with_native_parts(base.forward)}  # type: ignore[arg-type]
+
+
+class Head(Fused):
+    """A large dense linear layer in 16 bits, as an output embedding is; native for a few tokens without gradients."""
+
+    label = "head"
+    weight: nn.Parameter
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
+        if type(module) is not nn.Linear or module.bias is not None or module.weight.numel() < LARGE:
+            return None
+        return {} if module.weight.dtype in (torch.bfloat16, torch.float16) and is_ours(module.weight) else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] to [..., N]."""
+        y = None if args or kwargs else few_logits(x, self.weight)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
 
 def _is_linear(module: nn.Module) -> bool:

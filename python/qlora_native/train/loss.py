@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import qlora_native as qn
 from qlora_native.data import IGNORE_INDEX
 from qlora_native.nn import QuantizedLinear
+from qlora_native.train.fused import Head
 
 # config fields by which known models change the logits after the output embedding; only used to say why
 _LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -130,7 +131,7 @@ def _head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     """
     head = model.get_output_embeddings()
     name = type(model).__name__
-    if type(head) is not nn.Linear and not isinstance(head, QuantizedLinear):
+    if type(head) is not nn.Linear and not isinstance(head, (QuantizedLinear, Head)):
         reason = f"its output embedding is {type(head).__name__}, not a linear layer"
     elif head.bias is not None:
         reason = "its output embedding has a bias"
