@@ -6,7 +6,9 @@ All sides start from the same 16-bit weights and take turns in one process. `our
 it and `fused` the same with the native kernels that `qlora train` puts between the products; `dequantised` is the dense
 bf16 model with the weights that ours stands for, the truth of the match column; `bitsandbytes` runs its inference path.
 `free` is `ours` with linear layers that return zeros at once, the output head included, and `layers free` the same with
-the head left as it is: what `generate` costs without the products. Needs the extra `bench`.
+the head left as it is: what `generate` costs without the products. `match` says whether our tokens are the truth's, or
+part from them first where the truth itself nearly wavers. The floor is reading each weight once a token at the
+memory's best rate in this run. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, machine, quartiles, write_json
+from ceilings import Ceilings, ceilings, floor
+from common import Bar, interleaved, line, machine, quartiles, ratios, rounded, timings, write_json
 from torch import Tensor, nn
 
 import qlora_native as qn
 from qlora_native.nn import QuantizedLinear
 
+# Either is enough.
+BARS = (Bar("bitsandbytes", 1.5, faster=True), Bar("layers free", 1.15))
+NEAR_TIE = 0.25  # logits: two steps of bf16 where the best ones lie
 PROMPT = "Explain in a few sentences why the sky is blue and a sunset is red."
 
 
@@ -139,41 +145,32 @@ def lead(model: Any, prompt: Tensor, tokens: Tensor, at: int) -> float:
     return float(best[0] - best[1])
 
 
-def compare(models: dict[str, Any], prompt: Tensor, count: int, repeats: int) -> dict[str, Any]:
-    """Tokens of all sides against the truth, then tokens a second in turn."""
+def compare(models: dict[str, Any], prompt: Tensor, count: int, repeats: int, measured: Ceilings) -> dict[str, Any]:
+    """Tokens of all sides against the truth, then tokens a second in turn; a row."""
     truth = models["dequantised"]
     expected = decode(truth, prompt, count)
-    match: dict[str, Any] = {}
+    tokens: dict[str, Any] = {}
     for name, model in models.items():
         if "free" in name:
             continue
         at = first_difference(decode(model, prompt, count), expected)
-        match[name] = {"equal": at is None}
+        tokens[name] = {"equal": at is None}
         if at is not None:
-            match[name] |= {"first_difference": at, "lead_of_the_truth_there": lead(truth, prompt, expected, at)}
+            tokens[name] |= {"first_difference": at, "lead_of_the_truth_there": lead(truth, prompt, expected, at)}
     seconds = interleaved({name: partial(decode, model, prompt, count) for name, model in models.items()}, repeats)
     layers = [m for m in models["ours"].modules() if isinstance(m, QuantizedLinear)]
-    head = models["ours"].get_output_embeddings().weight
-    return {
-        "prompt_tokens": prompt.shape[1],
-        "new_tokens": count,
-        "match": match,
-        "tokens_per_second_quartiles": {name: quartiles([count / s for s in v]) for name, v in seconds.items()},
-        "ours_times_as_fast_as": {
-            name: quartiles([b / a for a, b in zip(seconds["ours"], v, strict=True)])
-            for name, v in seconds.items()
-            if name != "ours"
-        },
-        "fused_times_as_fast_as": {
-            name: quartiles([b / a for a, b in zip(seconds["fused"], v, strict=True)])
-            for name, v in seconds.items()
-            if name != "fused"
-        },
-        "megabytes_read_a_token": {
-            "layers": sum(m.quantized.nbytes for m in layers) / 1e6,
-            "head": head.numel() * head.element_size() / 1e6,
-        },
+    megabytes = {
+        "layers": sum(m.quantized.nbytes for m in layers) / 1e6,
+        "head": models["ours"].get_output_embeddings().weight.nbytes / 1e6,
     }
+    row: dict[str, Any] = {"prompt_tokens": prompt.shape[1], "new_tokens": count}
+    sides_of_ours = [tokens[name] for name in ("ours", "fused")]
+    row["match"] = all(t["equal"] or t["lead_of_the_truth_there"] <= NEAR_TIE for t in sides_of_ours)
+    row |= {"tokens": tokens, "megabytes_read_a_token": megabytes}
+    row |= timings(seconds, BARS, floor(measured, 1e6 * sum(megabytes.values()) * count)) | {"either_bar": True}
+    row["fused_over"] = {name: rounded(ratios(seconds["fused"], v)) for name, v in seconds.items() if name != "fused"}
+    row["tokens_per_second"] = {name: rounded(quartiles([count / s for s in v])) for name, v in seconds.items()}
+    return row
 
 
 def smollm2(folder: Path) -> Tensor:
@@ -206,10 +203,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompt = smollm2(Path(folder))
         models = sides(Path(folder))
-    result = {"bench": "generate", "machine": machine(), "ceilings": ceilings()}
-    result |= compare(models, prompt, arguments.new_tokens, arguments.repeats)
+    measured = ceilings(dots=False)
+    result: dict[str, Any] = {"bench": "generate", "machine": machine(), "ceilings": measured}
+    print(json.dumps(result["machine"]), json.dumps(measured), sep="\n")
+    row = compare(models, prompt, arguments.new_tokens, arguments.repeats, measured)
+    result["rows"] = [row]
     write_json(arguments.json, result)
-    print(json.dumps(result, indent=1))
+    print(line(row), json.dumps(row["tokens"]), json.dumps(row["tokens_per_second"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,24 @@
-"""linear and its input gradient, interleaved with dequantise + torch's GEMM, 16-bit torch and bitsandbytes.
+"""Products with a 4-bit weight, interleaved with 16-bit torch, oneDNN, bitsandbytes and torchao.
 
     python bench/bench_linear.py --json bench/results/linear.json
+    python bench/plot_linear.py bench/results/linear.json docs/linear.png
 
-Every row says whether our result matches the fp64 truth. Weights rotate over copies that together exceed the last-level
-cache where M <= 16, so that small products read memory as a model does. bitsandbytes is timed when it is importable.
+Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forward and backward against the same of
+`linear`; and, in processes of their own, fp32 products under AVX2 and under AVX-512 without BF16. Contenders:
+
+    ours                            straight from the stored bytes
+    bf16                            torch's F.linear (its matmul, for the gradient)
+    onednn_prepacked                oneDNN's bf16 product with the weight in its own layout, a copy made beforehand
+    dequantise_into_buffer_linear   our decoder into a kept dense buffer, then torch's product
+    bitsandbytes                    Linear4bit in training mode: dequantise, then torch's product
+    bitsandbytes_inference          the same in evaluation mode: repacked, forward only
+    torchao                         F.linear with its NF4 tensor
+    ggml_iq4_nl                     its product with an IQ4_NL weight and x in 8 bits, from llama-cpp-python
+
+Every row has the relative error of each contender against fp64 on the decoded weight (torchao's and ggml's differ), and
+`match` says whether ours is within the tests' tolerance. The floor is the longer of moving all bytes once, at the
+memory's rate between the same rounds, and of doing all operations at the best rate that oneDNN reaches in this run (see
+ceilings.py).
 """
 
 from __future__ import annotations
@@ -12,104 +27,122 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import ggml_peer
+import linear_isa
 import torch
-import torch.nn.functional as F
-from common import ceilings, interleaved, machine, quartiles, write_json
+from ceilings import Ceilings, MemoryProbes, ceilings, floor
+from common import Bar, Functions, interleaved, interleaved_sparing, line, machine, relative_error, timings, write_json
+from linear_contenders import Lora, Weights, forward, grad_input
 
-import qlora_native as qn
-from qlora_native import reference
 from qlora_native.cases import BENCH_PRODUCTS, TOLERANCE, Product
 
-ROTATE_BYTES = 1 << 30  # of 16-bit weights, for small M
+DIRECTIONS = ("forward", "grad_input", "lora_forward_backward", "isa")
+LORA_M, ISA_M = 1024, 256
+
+FEW = (Bar("onednn_prepacked", 1.2, faster=True),)
+MANY = (Bar("onednn_prepacked", 1.0),)
+BARS: dict[str, dict[int, tuple[Bar, ...]]] = {
+    "forward": {
+        1: (Bar("onednn_prepacked", 3.5, faster=True), Bar("bitsandbytes_inference", 1.3, faster=True)),
+        16: FEW,
+        64: FEW,
+        256: MANY,
+        1024: MANY,
+    },
+    "grad_input": {m: (Bar("bf16", 1.0),) for m in (16, 64, 256, 1024)},
+    "lora_forward_backward": {LORA_M: (Bar("linear", 1.05),)},
+}
 
 
-def cycle(values: list[Any]) -> Callable[[], Any]:
-    """Each call gives the next value, round and round."""
-    iterator: Iterator[Any] = itertools.cycle(values)
-    return lambda: next(iterator)
+def rounds(m: int, repeats: int) -> int:
+    """More of the short ones."""
+    return repeats * (4 if m <= 16 else 2 if m <= 64 else 1)
 
 
-def bitsandbytes_layer(dense: torch.Tensor) -> Any:
-    """Their layer in training mode, or None."""
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError:
-        return None
-    n, k = dense.shape
-    layer = Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
-    layer.weight = Params4bit(dense.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
-    return layer.to("cpu").train()
+def significant(value: float) -> float:
+    """Two digits."""
+    return float(f"{value:.2g}")
 
 
-def contenders(case: Product, direction: str) -> tuple[dict[str, Callable[[], Any]], bool]:
-    """The functions to time, and whether ours matches the truth."""
-    copies = max(2, ROTATE_BYTES // (2 * case.n * case.k)) if case.m <= 16 else 1
-    dense = [torch.randn(case.n, case.k, dtype=torch.bfloat16) / case.k**0.5 for _ in range(min(copies, 8))]
-    dense += [t.clone() for t in itertools.islice(itertools.cycle(dense), copies - len(dense))]
-    ours = [qn.quantize(t) for t in dense]
-    next_dense, next_ours = cycle(dense), cycle(ours)
-    buffer = torch.empty(
-        case.n, case.k, dtype=torch.bfloat16
-    )  # warm: the rival at its best, at the price of its memory
-    layer = bitsandbytes_layer(dense[0])
+def result(function: Callable[[], Any]) -> torch.Tensor:
+    """What a contender computes; ggml leaves it in memory of its own."""
+    value = function()
+    return function.result() if isinstance(function, ggml_peer.Product) else value
 
-    if direction == "forward":
-        x = torch.randn(case.m, case.k, dtype=torch.bfloat16)
-        got = qn.linear(x, ours[0])
-        truth = reference.linear(x, ours[0].dequantize())
-        functions: dict[str, Callable[[], Any]] = {
-            "ours": lambda: qn.linear(x, next_ours()),
-            "dequantise_linear": lambda: F.linear(x, next_ours().dequantize()),
-            "dequantise_into_buffer_linear": lambda: F.linear(x, next_ours().dequantize(out=buffer)),
-            "bf16": lambda: F.linear(x, next_dense()),
-        }
-        if layer is not None:
-            functions["bitsandbytes"] = lambda: layer(x)
-    else:
-        x = torch.randn(case.m, case.n, dtype=torch.bfloat16)
-        op = torch.ops.qlora_native.linear_4bit_grad_input
-        got = op(x, False, *ours[0].op_args())
-        truth = (x.double() @ ours[0].dequantize().double()).to(x.dtype)
-        functions = {
-            "ours": lambda: op(x, False, *next_ours().op_args()),
-            "dequantise_linear": lambda: x @ next_ours().dequantize(),
-            "dequantise_into_buffer_linear": lambda: x @ next_ours().dequantize(out=buffer),
-            "bf16": lambda: x @ next_dense(),
-        }
-    error = float((got.double() - truth.double()).norm() / truth.double().norm())
-    return functions, error < TOLERANCE[torch.bfloat16]
+
+def product_row(weights: Weights, case: Product, direction: str, repeats: int, measured: Ceilings) -> dict[str, Any]:
+    """The forward, or the gradient to the input."""
+    width = case.k if direction == "forward" else case.n
+    t = torch.randn(case.m, width, dtype=torch.bfloat16)
+    functions: Functions = (forward if direction == "forward" else grad_input)(weights, case, t)
+    dense = weights.values.double()
+    truth = t.double() @ (dense.t() if direction == "forward" else dense)
+    errors = {name: significant(relative_error(result(function), truth)) for name, function in functions.items()}
+    probes = MemoryProbes()
+    bars = BARS[direction].get(case.m, ())
+    keep = ("ours", "bf16", "onednn_prepacked", *(bar.rival for bar in bars))
+    seconds = interleaved_sparing(functions | probes.jobs(), rounds(case.m, repeats), keep)
+    rates = probes.rates(seconds)
+    num_bytes = weights.ours.nbytes + 2 * case.m * (case.n + case.k)
+    least = floor(measured | rates, num_bytes, flops=2 * case.m * case.n * case.k)
+    row = {"match": errors["ours"] < TOLERANCE[torch.bfloat16], "relative_error": errors} | rates
+    return row | timings(seconds, bars, least)
+
+
+def lora_row(weights: Weights, case: Product, repeats: int, measured: Ceilings) -> dict[str, Any]:
+    """Both directions of a layer with adapters."""
+    lora = Lora(weights, case)
+    functions = lora.functions()
+    error = lora.error(functions["ours"]())
+    seconds = interleaved(functions, repeats)
+    num_bytes = 2 * weights.ours.nbytes + 4 * case.m * (case.n + case.k)
+    flops = 4 * case.m * case.n * case.k + 6 * case.m * case.r * (case.n + case.k)
+    row = {"r": case.r, "match": error < TOLERANCE[torch.bfloat16], "relative_error": {"ours": significant(error)}}
+    bars = BARS["lora_forward_backward"][LORA_M]
+    return row | timings(seconds, bars, floor(measured, num_bytes, flops=flops))
 
 
 def main() -> None:
     """Parse, run, print one line a row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--repeats", type=int, default=11, help="rounds of the long rows; short ones get up to 4 x, slow rivals 3"
+    )
     parser.add_argument("--only-n", type=int, help="one N of the table of cases")
+    parser.add_argument("--only-m", type=int, nargs="+", help="some M of the table of cases")
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--json", help="file for the result")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"bench": "linear", "machine": machine(), "ceilings": ceilings(), "rows": []}
-    print(json.dumps(result["machine"]), json.dumps(result["ceilings"]))
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"bench": "linear", "machine": machine(), "ceilings": ceilings(), "rows": []}
+    print(json.dumps(found["machine"]), json.dumps(found["ceilings"]), sep="\n")
+
+    def add(head: dict[str, Any], row: dict[str, Any]) -> None:
+        found["rows"].append(head | row)
+        print(line(head | row, "direction", "isa", "n", "k", "m"), flush=True)
+
+    measured = found["ceilings"]
     with torch.no_grad():
-        for case, direction in itertools.product(BENCH_PRODUCTS, ("forward", "grad_input")):
-            if arguments.only_n not in (None, case.n):
+        for n, cases in itertools.groupby(BENCH_PRODUCTS, key=lambda case: case.n):
+            chosen = [case for case in cases if not arguments.only_m or case.m in arguments.only_m]
+            if arguments.only_n not in (None, n) or not chosen:
                 continue
-            functions, match = contenders(case, direction)
-            seconds = interleaved(functions, arguments.repeats)
-            row: dict[str, Any] = {"m": case.m, "n": case.n, "k": case.k, "direction": direction, "match": match}
-            row["ms"] = {name: [round(1e3 * q, 3) for q in quartiles(values)] for name, values in seconds.items()}
-            row["ours_over"] = {
-                name: [round(q, 3) for q in quartiles([a / b for a, b in zip(seconds["ours"], values, strict=True)])]
-                for name, values in seconds.items()
-                if name != "ours"
-            }
-            result["rows"].append(row)
-            print(json.dumps(row), flush=True)
-    write_json(arguments.json, result)
+            weights = Weights(n, chosen[0].k)
+            for direction, case in itertools.product(arguments.directions, chosen):
+                head = {"direction": direction, "dtype": "bfloat16", "m": case.m, "n": n, "k": case.k}
+                if direction in ("forward", "grad_input"):
+                    add(head, product_row(weights, case, direction, arguments.repeats, measured))
+                elif direction == "lora_forward_backward" and case.m == LORA_M:
+                    add(head, lora_row(weights, case, arguments.repeats, measured))
+                elif direction == "isa" and case.m == ISA_M:
+                    for isa in linear_isa.ISAS:
+                        add({}, linear_isa.row(isa, case.m, n, case.k, arguments.repeats, measured))
+    write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

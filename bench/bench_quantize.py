@@ -2,17 +2,17 @@
 
     python bench/bench_quantize.py --json bench/results/quantize.json
 
-Every row says whether our bytes equal the plain-torch truth. The floor is the time of as many bytes as the op must read
-and write at the rate of the row's own copy; an op that reads more than it writes may beat it. Quantising returns new
-tensors: `ours` mostly gets pages that the allocator has had before, `ours_fresh_pages` keeps every result, so that the
-system must hand out new ones, `ours_in_place` allocates nothing. Dequantising writes into a warm `out`, which
-bitsandbytes does not take on a CPU. It and torchao are timed when they are importable, at what they offer.
+Every row says whether our bytes equal the plain-torch truth. The floor is the time to read what must be read and to
+write what must be written, at the rates of torch's sum and fill of large tensors between the same rounds; what the
+cache still holds, and stores that bypass it, may beat that. Quantising returns new tensors: `ours` mostly gets pages
+that the allocator has had before, `ours_fresh_pages` keeps every result, so that the system must hand out new ones,
+`ours_in_place` allocates nothing. Dequantising writes into a warm `out`, which bitsandbytes does not take on a CPU. It
+and torchao are timed when they are importable, at what they offer.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import os
@@ -20,16 +20,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, machine, quartiles, write_json
+from ceilings import MemoryProbes, ceilings, floor
+from common import Bar, Functions, interleaved, interleaved_sparing, line, machine, timings, write_json
+from linear_contenders import torchao_weight
 
 import qlora_native as qn
 from qlora_native import _C, _native, reference
 from qlora_native.cases import FLOAT_DTYPES, QUANT_TYPES
 
-SHAPES = ((4096, 4096), (14336, 4096))
 BLOCK_SIZE = 64
-
-Functions = dict[str, Callable[[], Any]]
+# Shape, type, double quantisation: every combination on one shape, the usual one on an 8B model's MLP.
+CASES = [((4096, 4096), kind, nested) for kind in QUANT_TYPES for nested in (True, False)]
+CASES.append(((14336, 4096), "nf4", True))
+QUANTIZE_BARS = (Bar("bitsandbytes", 50, faster=True),)  # bf16, NF4, double quantisation
+DEQUANTIZE_BARS = (Bar("copy", 1.1),)  # bf16
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -88,31 +92,17 @@ def bitsandbytes_quantise(t: torch.Tensor, quant_type: str, nested: bool) -> tup
     return run, run()
 
 
-def torchao_quantise(t: torch.Tensor) -> tuple[Callable[[], Any], Any] | None:
-    """Their NF4 with double quantisation, and its result, or None."""
-    try:
-        to_nf4 = importlib.import_module("torchao.dtypes.nf4tensor").to_nf4
-    except ImportError:
-        return None
-    return lambda: to_nf4(t, BLOCK_SIZE, 256), to_nf4(t, BLOCK_SIZE, 256)
-
-
 def keeping(function: Callable[[], Any]) -> Callable[[], None]:
     """The function, whose results stay alive."""
     kept: list[Any] = []
     return lambda: kept.append(function())
 
 
-def rows(
-    shape: tuple[int, int], quant_type: str, nested: bool, dtype: torch.dtype
-) -> list[tuple[str, Functions, bool, int]]:
-    """Direction, functions to time, whether ours matches, and the bytes that must be moved."""
-    t = (torch.randn(shape) / shape[1] ** 0.5).to(dtype)
-    w = qn.quantize(t, quant_type=quant_type, double_quant=nested)
+def jobs(t: torch.Tensor, w: qn.QuantizedWeight) -> tuple[Functions, Functions]:
+    """What to time of t: quantising to the kind of w, and dequantising w."""
     out, other = torch.empty_like(t), t.clone()
-    num_bytes = t.numel() * t.itemsize + w.nbytes
     quantise: Functions = {
-        "ours": lambda: qn.quantize(t, quant_type=quant_type, double_quant=nested),
+        "ours": lambda: qn.quantize(t, quant_type=w.quant_type, double_quant=w.double_quant),
         "ours_in_place": quantise_in_place(t, w),
         "copy": lambda: out.copy_(t),
     }
@@ -121,34 +111,51 @@ def rows(
         "copy": lambda: out.copy_(other),
         "fill": lambda: out.fill_(1.0),
     }
-    matched = matches(t, w)
-    quantise["ours_in_place"]()
-    matched = matched and matches(t, w)
-    peer = bitsandbytes_quantise(t, quant_type, nested) if dtype == torch.bfloat16 else None
+    if t.dtype != torch.bfloat16:
+        return quantise, dequantise
+    peer = bitsandbytes_quantise(t, w.quant_type, w.double_quant)
     if peer is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         packed, state = peer[1]
         quantise["bitsandbytes"] = peer[0]
         dequantise["bitsandbytes"] = lambda: dequantize_4bit(packed, state)
-    ao = torchao_quantise(t) if dtype == torch.bfloat16 and quant_type == "nf4" and nested else None
-    if ao is not None:
-        quantise["torchao"] = ao[0]
-        dequantise["torchao"] = ao[1].get_original_weight
-    w.dequantize(out=out)
-    decoded = same(out, reference.dequantize(dtype, *w.op_args()))
-    return [("quantize", quantise, matched, num_bytes), ("dequantize", dequantise, decoded, num_bytes)]
+    nf4 = torchao_weight(t) if w.quant_type == "nf4" and w.double_quant else None
+    if nf4 is not None:
+        quantise["torchao"] = lambda: torchao_weight(t)
+        dequantise["torchao"] = nf4.get_original_weight
+    return quantise, dequantise
 
 
-def timed(functions: Functions, repeats: int) -> dict[str, list[float]]:
-    """The quick ones many times; those that take a fifth of a second or more a few times, and still in turns."""
-    once = interleaved(functions, 1, warmup=1)
-    slow = {name for name, seconds in once.items() if seconds[0] > 0.2}
-    quick = interleaved({name: f for name, f in functions.items() if name not in slow}, repeats)
-    if slow:
-        kept = {name: f for name, f in functions.items() if name in slow or name == "ours"}
-        quick.update({name: s for name, s in interleaved(kept, 5, warmup=0).items() if name in slow})
-    return quick
+def rows(
+    shape: tuple[int, int], quant_type: str, nested: bool, dtype: torch.dtype, repeats: int
+) -> list[dict[str, Any]]:
+    """The row of each direction."""
+    t = (torch.randn(shape) / shape[1] ** 0.5).to(dtype)
+    w = qn.quantize(t, quant_type=quant_type, double_quant=nested)
+    quantise, dequantise = jobs(t, w)
+    matched = matches(t, w)
+    quantise["ours_in_place"]()
+    matched = matched and matches(t, w)
+    decoded = same(dequantise["ours"](), reference.dequantize(dtype, *w.op_args()))
+    usual = dtype == torch.bfloat16 and quant_type == "nf4" and nested
+
+    found, probes = [], MemoryProbes()
+    dense_bytes = t.numel() * t.itemsize
+    for direction, functions, match in (("quantize", quantise, matched), ("dequantize", dequantise, decoded)):
+        seconds = interleaved_sparing(functions | probes.jobs(), repeats)
+        rates = probes.rates(seconds)
+        row: dict[str, Any] = {"direction": direction, "n": shape[0], "k": shape[1], "quant_type": quant_type}
+        row |= {"double_quant": nested, "dtype": str(dtype).removeprefix("torch."), "match": match}
+        if direction == "quantize":
+            seconds |= interleaved({"ours_fresh_pages": keeping(functions["ours"])}, 9, warmup=1)
+            bars, moved = QUANTIZE_BARS if usual else (), (dense_bytes, w.nbytes)
+        else:
+            bars, moved = DEQUANTIZE_BARS if dtype == torch.bfloat16 else (), (w.nbytes, dense_bytes)
+        row |= rates | timings(seconds, bars, floor(rates, *moved))
+        row["ours_gb_per_s"] = round(sum(moved) / row["ms"]["ours"][1] / 1e6, 1)
+        found.append(row)
+    return found
 
 
 def main() -> None:
@@ -161,35 +168,16 @@ def main() -> None:
     parser.add_argument("--json", help="file for the result")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"bench": "quantize", "machine": machine(), "ceilings": ceilings(), "rows": []}
-    print(json.dumps(result["machine"]), json.dumps(result["ceilings"]))
+    torch.manual_seed(0)
+    measured = ceilings(dots=False)
+    result: dict[str, Any] = {"bench": "quantize", "machine": machine(), "ceilings": measured, "rows": []}
+    print(json.dumps(result["machine"]), json.dumps(measured), sep="\n")
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
-    for shape, quant_type, nested, dtype in itertools.product(SHAPES, QUANT_TYPES, (True, False), dtypes):
-        if arguments.only_n not in (None, shape[0]):
-            continue
-        for direction, functions, match, num_bytes in rows(shape, quant_type, nested, dtype):
-            seconds = timed(functions, arguments.repeats)
-            if direction == "quantize":
-                seconds |= interleaved({"ours_fresh_pages": keeping(functions["ours"])}, 9, warmup=1)
-            medians = {name: quartiles(values) for name, values in seconds.items()}
-            bandwidth = 2 * shape[0] * shape[1] * dtype.itemsize / medians["copy"][1]
-            row: dict[str, Any] = {
-                "direction": direction,
-                "n": shape[0],
-                "k": shape[1],
-                "quant_type": quant_type,
-                "double_quant": nested,
-                "dtype": str(dtype).removeprefix("torch."),
-                "match": match,
-                "ms": {name: [round(1e3 * q, 3) for q in values] for name, values in medians.items()},
-                "times_ours": {n: round(v[1] / medians["ours"][1], 3) for n, v in medians.items() if n != "ours"},
-                "ours_gb_per_s": round(num_bytes / medians["ours"][1] / 1e9, 1),
-                "fraction_of_floor": round(num_bytes / bandwidth / medians["ours"][1], 3),
-            }
-            pairs = zip(seconds["ours"], seconds["copy"], strict=True)
-            row["ours_over_copy"] = [round(q, 3) for q in quartiles([a / b for a, b in pairs])]
-            result["rows"].append(row)
-            print(json.dumps(row), flush=True)
+    for case, dtype in itertools.product(CASES, dtypes):
+        if arguments.only_n in (None, case[0][0]):
+            for row in rows(*case, dtype, arguments.repeats):
+                result["rows"].append(row)
+                print(line(row, "direction", "n", "k", "quant_type", "double_quant", "dtype"), flush=True)
     write_json(arguments.json, result)
 
 

@@ -10,8 +10,11 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from qlora_native.train.memory import USER_SETTINGS, keep_freed_memory
+
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # one fault a small page, however free memory is scattered
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()

@@ -7,7 +7,7 @@
 //   Lion    param = param * keep - lr * sign(m * beta1 + g * rest1);  m = m * beta2 + g * rest2
 // 8-bit states: m is the value of its code, and beta1 (beta2) is first multiplied by the block's absmax.
 #include "cpu/kernels-optim.h"
-#include "cpu/vec-optim.h"
+#include "cpu/vec_optim.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {

@@ -98,6 +98,22 @@ inline Sixteen add_pair(const Bf16* a, const Bf16* pairs, Sixteen sums) {
                            _mm256_fmadd_ps(_mm256_set1_ps(to_float(a[0])), even, sum));
   };
   return {half(pairs, sums.low), half(pairs + 16, sums.high)};
+#elif defined(QLORA_NATIVE_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  uint32_t pair = 0;
+  std::memcpy(&pair, a, sizeof pair);
+  for (int i = 0; i < 4; ++i) {
+    sums.v[i] =
+        vbfdotq_f32(sums.v[i], vreinterpretq_bf16_u32(vdupq_n_u32(pair)), Dot<Bf16>::load_operand(pairs + 8 * i));
+  }
+  return sums;
+#elif defined(QLORA_NATIVE_NEON)
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t words = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(pairs + 8 * i)));
+    const float32x4_t even = vreinterpretq_f32_u32(vshlq_n_u32(words, 16));
+    const float32x4_t odd = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000u)));
+    sums.v[i] = vfmaq_n_f32(vfmaq_n_f32(sums.v[i], even, to_float(a[0])), odd, to_float(a[1]));
+  }
+  return sums;
 #else
   for (int i = 0; i < 16; ++i) {
     sums.v[i] += to_float(a[0]) * to_float(pairs[2 * i]) + to_float(a[1]) * to_float(pairs[2 * i + 1]);

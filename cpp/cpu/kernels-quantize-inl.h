@@ -21,6 +21,8 @@ constexpr int64_t kElementsPerChunk = kMaxBlock;
 #include "cpu/kernels-quantize-avx512-inl.h"
 #elif defined(__AVX2__)
 #include "cpu/kernels-quantize-avx2-inl.h"
+#elif defined(QLORA_NATIVE_NEON)
+#include "cpu/kernels-quantize-neon-inl.h"
 #endif
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
@@ -75,7 +77,7 @@ int64_t quantize_block_plain(const BlockJob& job, int64_t block) {
   return -1;
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(QLORA_NATIVE_NEON)
 
 constexpr int64_t kBlocksPerChunk = kElementsPerChunk / kMinBlock;
 

@@ -96,6 +96,41 @@ inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
   return _mm256_add_ps(_mm256_mul_ps(levels, _mm256_set1_ps(nested_absmax)), _mm256_set1_ps(offset));
 }
 
+#elif defined(QLORA_NATIVE_NEON)
+
+// There is no gather: the look-ups go lane by lane.
+inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
+  const float32x4_t v = normalise(vsubq_f32(load(scales), vdupq_n_f32(offset)), by);
+  const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7fffffffu));
+  const uint32x4_t raised = vmaxq_u32(magnitude, vdupq_n_u32(NestedCells::kLowest));
+  uint32_t cell[kLanes];
+  vst1q_u32(cell, vsubq_u32(vshrq_n_u32(raised, NestedCells::kShift), vdupq_n_u32(NestedCells::kFirst)));
+  for (uint32_t& lane : cell) {
+    lane = kNestedCells.entry[lane];
+  }
+  const uint32x4_t entry = vld1q_u32(cell);
+  const uint32x4_t low = vdupq_n_u32(NestedCells::kLowMask);
+  const uint32x4_t beyond = vcgtq_u32(vandq_u32(raised, low), vandq_u32(entry, low));
+  const int32x4_t positive = vreinterpretq_s32_u32(vsubq_u32(vshrq_n_u32(entry, 24), beyond));
+  const int32x4_t mirrored = vsubq_s32(vdupq_n_s32(2 * kNestedZero), positive);
+  const int32x4_t negative = vmaxq_s32(mirrored, vdupq_n_s32(0));
+  const uint32x4_t is_negative = vcltzq_s32(vreinterpretq_s32_f32(v));
+  uint32_t code[kLanes];
+  vst1q_u32(code, vreinterpretq_u32_s32(vbslq_s32(is_negative, negative, positive)));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    codes[lane] = static_cast<uint8_t>(code[lane]);
+  }
+}
+
+inline Floats nested_levels(const float* table, const uint8_t* codes) {
+  const float levels[kLanes] = {table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
+  return load(levels);
+}
+
+inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
+  return vaddq_f32(vmulq_n_f32(levels, nested_absmax), vdupq_n_f32(offset));
+}
+
 #else
 
 inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {

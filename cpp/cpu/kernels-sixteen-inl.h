@@ -1,7 +1,8 @@
 // Sixteen floats at a time on every instruction set, so that sums are taken in one order and the bytes agree.
 //
-// A register on AVX-512, two on AVX2, an array otherwise. A product and a sum are fused only by fused(), which every
-// instruction set rounds once (the plain one calls fmaf). Sums run over sixteen partial sums, folded by halves.
+// A register on AVX-512, two on AVX2, four on arm64, an array otherwise. A product and a sum are fused only by fused(),
+// which every instruction set rounds once (the plain one calls fmaf). Sums run over sixteen partial sums, folded by
+// halves.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,10 @@
 
 #include "core/half.h"
 #include "cpu/vec.h"
+
+#if defined(QLORA_NATIVE_NEON)
+#include "cpu/kernels-sixteen-neon-inl.h"
+#endif
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 
@@ -100,7 +105,7 @@ inline void store16(Fp16* p, Sixteen a) {
   _mm_storeu_si128(target + 1, _mm256_cvtps_ph(a.high, _MM_FROUND_TO_NEAREST_INT));
 }
 
-#else
+#elif !defined(QLORA_NATIVE_NEON)
 
 struct Sixteen {
   float v[16];
@@ -251,7 +256,7 @@ inline float max16(Sixteen a) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
-#else
+#elif !defined(QLORA_NATIVE_NEON)
 template <typename Fold>
 inline float folded(const Sixteen& a, const Fold& fold) {
   Sixteen lane = a;

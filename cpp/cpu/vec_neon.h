@@ -23,52 +23,15 @@ inline Floats load(const Fp16* p) {
 }
 inline void store(float* p, Floats v) { vst1q_f32(p, v); }
 inline Floats zero() { return vdupq_n_f32(0.0f); }
+inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
+inline Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
+inline Floats divide(Floats a, Floats b) { return vdivq_f32(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return vfmaq_f32(sum, a, b); }
 inline float total(Floats v) { return vaddvq_f32(v); }
-
-struct MagnitudeMax {
-  uint32x4_t bits = vdupq_n_u32(0);
-  void update(Floats v) { bits = vmaxq_u32(bits, vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7fffffffu))); }
-  uint32_t reduce() const { return vmaxvq_u32(bits); }
-};
 
 inline Floats normalise(Floats v, const Normaliser& by) {
   const Floats factor = vdupq_n_f32(by.factor);
   return by.divides ? vdivq_f32(v, factor) : vmulq_f32(v, factor);
-}
-
-// Counts the table's entries strictly below each lane; a true comparison is -1.
-template <int kEntries>
-inline uint32x4_t rank_in(const float* table, Floats v) {
-  uint32x4_t rank = vdupq_n_u32(0);
-  for (int i = 0; i < kEntries; ++i) {
-    rank = vsubq_u32(rank, vcltq_f32(vdupq_n_f32(table[i]), v));
-  }
-  return rank;
-}
-
-inline void store_codes(uint8_t* p, uint32x4_t codes) {
-  const uint16x4_t words = vmovn_u32(codes);
-  const uint8x8_t bytes = vmovn_u16(vcombine_u16(words, words));
-  const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
-  std::memcpy(p, &four, sizeof four);
-}
-
-inline void nf4_codes(Floats v, uint8_t* codes) {
-  static constexpr Nf4Boundaries boundaries = nf4_boundaries();
-  store_codes(codes, rank_in<15>(boundaries.value, v));
-}
-
-inline void fp4_codes(Floats v, uint8_t* codes) {
-  static constexpr Fp4Pivots pivots = fp4_pivots();
-  static constexpr Fp4CodeOfRank code_of_rank = fp4_code_of_rank();
-  alignas(16) uint32_t rank[kLanes];
-  vst1q_u32(rank, rank_in<7>(pivots.value, vabsq_f32(v)));
-  for (uint32_t& lane : rank) {
-    lane = static_cast<uint32_t>(code_of_rank.code[lane]);
-  }
-  const uint32x4_t negative = vcltq_f32(v, zero());
-  store_codes(codes, vorrq_u32(vld1q_u32(rank), vandq_u32(negative, vdupq_n_u32(8))));
 }
 
 // 16 codes in their order, from 8 bytes.
@@ -90,6 +53,7 @@ class Decoder {
     }
     planes_ = vld2q_u8(reinterpret_cast<const uint8_t*>(table));
   }
+  template <bool kStream = false>
   void step(const uint8_t* bytes, T* out) const {
     const uint8x16_t codes = spread_nibbles(bytes);
     vst2q_u8(reinterpret_cast<uint8_t*>(out),
@@ -111,6 +75,7 @@ class Decoder<float> {
     }
     planes_ = vld4q_u8(reinterpret_cast<const uint8_t*>(table));
   }
+  template <bool kStream = false>
   void step(const uint8_t* bytes, float* out) const {
     const uint8x16_t codes = spread_nibbles(bytes);
     vst4q_u8(reinterpret_cast<uint8_t*>(out),
@@ -130,8 +95,6 @@ inline constexpr int kMicroRows = 6;  // 6 x 4 sums, 4 registers of the panel, 1
 inline constexpr int kTileVectors = 4;
 
 inline Floats broadcast(const float* p) { return vld1q_dup_f32(p); }
-inline Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
-inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 template <unsigned kBits>
 inline Words shift_right(Words v) {
   if constexpr (kBits == 0) {

@@ -5,6 +5,10 @@
 #include "core/state_code.h"
 #include "cpu/vec.h"
 
+#if defined(QLORA_NATIVE_NEON)
+#include "cpu/vec_optim_neon.h"
+#endif
+
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 
 #if defined(__AVX512BW__)
@@ -245,7 +249,7 @@ class SquareSums {
                       _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd()};
 };
 
-#else  // one lane: the rule itself
+#elif !defined(QLORA_NATIVE_NEON)  // one lane: the rule itself
 
 struct MagnitudeMax {
   uint32_t bits = 0;

@@ -1,0 +1,194 @@
+"""The contenders of bench_linear: one weight in the form of each, and what each does with it.
+
+Every contender multiplies with the same values, those that the 4-bit weight stands for; but torchao's scales differ in
+the last bits, and ggml quantises those values to a format of its own and x to 8 bits. For few rows of x each rotates
+over copies of its own form of the weight, four times the last-level cache in all, so that the products read memory, as
+a model's do; all but torchao, which writes and reads far more than that in each call, and takes seconds to copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ggml_peer
+import torch
+import torch.nn.functional as F
+from ceilings import prepacked
+from common import Functions, cache_bytes, relative_error
+
+import qlora_native as qn
+from qlora_native.cases import Product
+
+ROTATE_UP_TO = 16  # rows of x
+
+
+def copies(num_bytes: int, m: int) -> int:
+    """How many weights of so many bytes to rotate over."""
+    return max(2, -(-4 * cache_bytes() // num_bytes)) if m <= ROTATE_UP_TO else 1
+
+
+def rotation(make: Callable[[], Any], num_bytes: int, m: int) -> Callable[[], Any]:
+    """A function that gives the next of enough copies, round and round, or always the one."""
+    values = itertools.cycle([make() for _ in range(copies(num_bytes, m))])
+    return lambda: next(values)
+
+
+def copied(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
+    """The same bytes elsewhere."""
+    fresh = copy.copy(w)
+    fresh.packed, fresh.absmax = w.packed.clone(), w.absmax.clone()
+    return fresh
+
+
+class Weights:
+    """A weight [N, K] in the form of each contender that is there."""
+
+    def __init__(self, n: int, k: int) -> None:
+        dense = torch.randn(n, k, dtype=torch.bfloat16) / k**0.5
+        self.ours = qn.quantize(dense)
+        self.values = self.ours.dequantize()  # bf16: what everyone multiplies with
+        self.buffer = torch.empty_like(self.values)  # warm: that rival at its best, at the price of its memory
+        self.bitsandbytes = _bitsandbytes_layer(dense)
+        self.torchao = torchao_weight(dense)
+        self.ggml = ggml_peer.quantize(self.values)
+
+
+def _bitsandbytes_layer(dense: torch.Tensor) -> Any:
+    """Their layer, or None."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError:
+        return None
+    n, k = dense.shape
+    layer = Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
+    layer.weight = Params4bit(dense.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+    return layer.to("cpu")
+
+
+def torchao_weight(dense: torch.Tensor) -> Any:
+    """Their NF4 tensor, or None. It is one of the two modules, by version."""
+    for module in ("torchao.quantization", "torchao.dtypes.nf4tensor"):
+        try:
+            return importlib.import_module(module).to_nf4(dense, 64, 256)
+        except (ImportError, AttributeError):
+            continue
+    return None
+
+
+def _layer_copy(layer: Any, inference: bool, k: int) -> Any:
+    """A layer with tensors of its own. In evaluation mode its first forward repacks them."""
+    fresh = copy.deepcopy(layer)
+    fresh.weight.quant_state = copy.deepcopy(layer.weight.quant_state)
+    fresh.quant_state = fresh.weight.quant_state
+    fresh.train(not inference)
+    if inference:
+        with torch.no_grad():
+            fresh(torch.zeros(1, k, dtype=torch.bfloat16))
+    return fresh
+
+
+def forward(weights: Weights, case: Product, x: torch.Tensor) -> Functions:
+    """Name -> x W^T, for x [M, K]."""
+    m, packed_bytes, dense_bytes = case.m, weights.ours.nbytes, 2 * case.n * case.k
+    ours = rotation(lambda: copied(weights.ours), packed_bytes, m)
+    dense = rotation(weights.values.clone, dense_bytes, m)
+    onednn = rotation(lambda: prepacked(weights.values, m), dense_bytes, m)
+    functions: Functions = {
+        "ours": lambda: qn.linear(x, ours()),
+        "bf16": lambda: F.linear(x, dense()),
+        "onednn_prepacked": lambda: onednn()(x),
+        "dequantise_into_buffer_linear": lambda: F.linear(x, ours().dequantize(out=weights.buffer)),
+    }
+    if weights.bitsandbytes is not None:
+        train = rotation(lambda: _layer_copy(weights.bitsandbytes, False, case.k), packed_bytes, m)
+        inference = rotation(lambda: _layer_copy(weights.bitsandbytes, True, case.k), packed_bytes, m)
+        functions["bitsandbytes"] = lambda: train()(x)
+        functions["bitsandbytes_inference"] = lambda: inference()(x)
+    if weights.torchao is not None:
+        functions["torchao"] = lambda: F.linear(x, weights.torchao)
+    if weights.ggml is not None:
+        functions["ggml_iq4_nl"] = ggml_peer.Product(weights.ggml, x, copies(packed_bytes, m))
+    return functions
+
+
+def grad_input(weights: Weights, case: Product, grad: torch.Tensor) -> Functions:
+    """Name -> dy W, for dy [M, N]. oneDNN's prepacked form is that of W^T: a second copy of the weight."""
+    m, packed_bytes, dense_bytes = case.m, weights.ours.nbytes, 2 * case.n * case.k
+    op = torch.ops.qlora_native.linear_4bit_grad_input
+    ours = rotation(lambda: copied(weights.ours).op_args(), packed_bytes, m)
+    decoded = rotation(lambda: copied(weights.ours), packed_bytes, m)
+    dense = rotation(weights.values.clone, dense_bytes, m)
+    transposed = weights.values.t().contiguous()
+    onednn = rotation(lambda: prepacked(transposed, m), dense_bytes, m)
+    functions: Functions = {
+        "ours": lambda: op(grad, False, *ours()),
+        "bf16": lambda: grad @ dense(),
+        "onednn_prepacked": lambda: onednn()(grad),
+        "dequantise_into_buffer_linear": lambda: grad @ decoded().dequantize(out=weights.buffer),
+    }
+    if weights.bitsandbytes is not None:
+
+        def graph() -> tuple[torch.Tensor, torch.Tensor]:
+            layer = _layer_copy(weights.bitsandbytes, False, case.k)
+            x = torch.zeros(m, case.k, dtype=torch.bfloat16, requires_grad=True)
+            with torch.enable_grad():
+                return layer(x), x
+
+        graphs = rotation(graph, packed_bytes, m)
+
+        def backward() -> torch.Tensor:
+            y, x = graphs()
+            return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+
+        functions["bitsandbytes"] = backward
+    return functions
+
+
+class Lora:
+    """Forward and backward of a layer with adapters, against the same without them."""
+
+    SCALE = 2.0
+
+    def __init__(self, weights: Weights, case: Product) -> None:
+        self.weights = weights
+        self.x = torch.randn(case.m, case.k, dtype=torch.bfloat16, requires_grad=True)
+        self.a = (torch.randn(case.r, case.k) / case.k**0.5).requires_grad_()
+        self.b = (torch.randn(case.n, case.r) / case.r**0.5).requires_grad_()
+        self.grad = torch.randn(case.m, case.n, dtype=torch.bfloat16)
+
+    def _both(self, forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            y = forward()
+            return y, *torch.autograd.grad(y, inputs, self.grad)
+
+    def functions(self) -> Functions:
+        """Name -> (y, dx) or (y, dx, dA, dB)."""
+        x, a, b, w, values = self.x, self.a, self.b, self.weights.ours, self.weights.values
+
+        def torch_lora() -> torch.Tensor:
+            low = F.linear(x, a.to(x.dtype))
+            return F.linear(x, values) + self.SCALE * F.linear(low, b.to(x.dtype))
+
+        return {
+            "ours": lambda: self._both(lambda: qn.lora_linear(x, w, a, b, self.SCALE), (x, a, b)),
+            "linear": lambda: self._both(lambda: qn.linear(x, w), (x,)),
+            "bf16": lambda: self._both(lambda: F.linear(x, values), (x,)),
+            "bf16_lora": lambda: self._both(torch_lora, (x, a, b)),
+        }
+
+    def error(self, got: tuple[torch.Tensor, ...]) -> float:
+        """The largest relative error of y, dx, dA and dB against fp64."""
+        x, a, b, grad = (t.detach().double() for t in (self.x, self.a, self.b, self.grad))
+        w = self.weights.values.double()
+        low, back = x @ a.t(), grad @ b
+        truth = (
+            x @ w.t() + self.SCALE * (low @ b.t()),
+            grad @ w + self.SCALE * (back @ a),
+            self.SCALE * (back.t() @ x),
+            self.SCALE * (grad.t() @ low),
+        )
+        return max(relative_error(t, s) for t, s in zip(got, truth, strict=True))

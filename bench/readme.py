@@ -1,0 +1,250 @@
+"""The README's figures, written from bench/results/*.json so that they cannot say anything else.
+
+python bench/readme.py --write      # after the benches have run
+python bench/readme.py --check      # exit status 1 if README.md is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
+NAMES = {
+    "bf16": "torch bf16",
+    "bf16_lora": "torch bf16 with LoRA",
+    "onednn_prepacked": "oneDNN prepacked",
+    "dequantise_into_buffer_linear": "decode into a buffer, torch",
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_inference": "bitsandbytes, inference only",
+    "torchao": "torchao",
+    "ggml_iq4_nl": "ggml IQ4_NL, x in 8 bits",
+    "linear": "our bare `linear`",
+    "copy": "`copy_`",
+    "fill": "`fill_`",
+    "theirs": "the peer",
+    "layers free": "the same with 4-bit layers that return zeros",
+}
+PEERS = {
+    "plain": "transformers + peft, bf16 weights, fp32 adapters",
+    "bitsandbytes-tuned": "transformers + peft + bitsandbytes NF4, bf16 adapters on both sides, tuned malloc",
+    "bitsandbytes": "transformers + peft + bitsandbytes NF4, fp32 adapters",
+}
+
+DECODERS = {
+    "ours": "`qn.load_model`",
+    "fused": "with the native kernels between the products, as `qlora train` has it",
+    "dequantised": "torch, bf16 weights",
+    "bitsandbytes": "bitsandbytes NF4, its inference path",
+    "layers free": "`qn.load_model`, 4-bit layers that return zeros",
+    "fused, layers free": "with the native kernels, 4-bit layers that return zeros",
+    "free": "`qn.load_model`, all linear layers return zeros, the output head too",
+}
+
+Row = dict[str, Any]
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *body)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands with a comma."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def bars(row: Row) -> str:
+    """The bars of a row: what was asked, what was measured."""
+    words = []
+    for bar in row["bars"]:
+        rival = NAMES.get(bar["rival"], bar["rival"])
+        asked = f"at most {bar['bar']:g} {bar['measure']} of {rival}"
+        if bar["measure"] == "times as fast":
+            asked = f"at least {bar['bar']:g} x {rival}"
+        state = {True: "met", False: "missed", None: "not measured"}[bar["met"]]
+        words.append(f"{asked}: " + ("" if bar["value"] is None else f"{bar['value']:g}, ") + state)
+    return " or ".join(words) if row.get("either_bar") else "; ".join(words)
+
+
+def faster(row: Row, rival: str) -> str:
+    """How many times as fast as a rival, by the median of the paired ratios."""
+    if rival not in row["ours_over"]:
+        return ""
+    ratio = 1 / row["ours_over"][rival][1]
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
+
+
+def about(result: Row) -> str:
+    """The script and the machine in words."""
+    script, m = f"bench/bench_{result['bench']}.py", result["machine"]
+    return f"([{script}]({script}); {m['cpu']}, {m['threads']} threads, {m['cpu_isa']}, torch {m['torch']})"
+
+
+def products(result: Row) -> list[str]:
+    """The tables of linear.json."""
+    names = {name for row in result["rows"] for name in row["ours_over"]}
+    rivals = [name for name in NAMES if name in names and name not in ("linear", "bf16_lora")]
+    lines = [
+        f"One product with a 4-bit weight {about(result)}: our time, the share of the floor (reading the bytes once,",
+        "or the operations at oneDNN's best rate in the same run), and how many times as fast as each rival we are, by",
+        "the median of paired rounds. For M <= 16 the weights rotate over copies four times the cache.",
+        "",
+    ]
+    if (ROOT / "docs/linear.png").exists():
+        lines += ["![Time of the forward product against M](docs/linear.png)", ""]
+    head = ["", "M", "ms", "of the floor", *(f"x {NAMES[name]}" for name in rivals), "bar"]
+    body = []
+    for row in (r for r in result["rows"] if r["direction"] in ("forward", "grad_input") and "isa" not in r):
+        what = {"forward": "forward", "grad_input": "input gradient"}[row["direction"]]
+        cells = [f"{what} {row['n']} x {row['k']}", str(row["m"]), number(row["ms"]["ours"][1])]
+        body.append([*cells, f"{100 * row['of_floor']:.0f} %", *(faster(row, name) for name in rivals), bars(row)])
+    lines += table(head, body)
+    body = []
+    for row in (r for r in result["rows"] if "isa" in r or r["direction"] == "lora_forward_backward"):
+        what = f"fp32, {row['isa']}" if "isa" in row else f"`lora_linear` r={row['r']}, forward + backward"
+        cells = [f"{what}, {row['n']} x {row['k']}, M={row['m']}", number(row["ms"]["ours"][1])]
+        body.append([*cells, f"{100 * row['of_floor']:.0f} %", bars(row)])
+    return lines + table(["", "ms", "of the floor", "bar"], body)
+
+
+def quantising(result: Row) -> list[str]:
+    """The table of quantize.json: NF4 with double quantisation, bf16."""
+    rows = [r for r in result["rows"] if r["quant_type"] == "nf4" and r["double_quant"] and r["dtype"] == "bfloat16"]
+    rivals = [name for name in ("copy", "bitsandbytes", "torchao") if any(name in r["ours_over"] for r in rows)]
+    body = []
+    for row in rows:
+        cells = [f"{row['direction']} {row['n']} x {row['k']}", number(row["ms"]["ours"][1])]
+        body.append([*cells, f"{100 * row['of_floor']:.0f} %", *(faster(row, name) for name in rivals), bars(row)])
+    lines = [
+        f"Quantising bf16 to NF4 with double quantisation, and back into a warm `out` {about(result)}.",
+        "The floor is reading the input and writing the output once:",
+        "",
+    ]
+    return lines + table(["", "ms", "of the floor", *(f"x {NAMES[name]}" for name in rivals), "bar"], body)
+
+
+def optimisers(result: Row) -> list[str]:
+    """The table of optim.json."""
+    rows = result["rows"]
+    rivals = list(dict.fromkeys(name for row in rows for name in row["ours_over"]))
+    body = []
+    for row in rows:
+        cells = [f"{row['optimizer']}, {row['case']}", number(row["ms"]["ours"][1]), f"{100 * row['of_floor']:.0f} %"]
+        body.append([*cells, *(faster(row, name) for name in rivals), bars(row)])
+    sizes = {row["case"]: f"{row['case']}: {row['parameters']:,} in {row['tensors']} tensors" for row in rows}
+    lines = [
+        f"An optimiser step over fp32 parameters, {'; '.join(sizes.values())} {about(result)}.",
+        "The floor is the step's bytes at the memory's best rate:",
+        "",
+    ]
+    return lines + table(["", "ms", "of the floor", *(f"x {name}" for name in rivals), "bar"], body)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and quartiles."""
+    return f"{number(values[1])} ({number(values[0])}-{number(values[2])})"
+
+
+def training(result: Row) -> list[str]:
+    """The table of train.json or train_learn.json."""
+    learned = any("held_out_loss" in row for row in result["rows"])
+    body = []
+    for row in result["rows"]:
+        speeds, memory = row["tokens_per_second"], row["peak_rss_mib"]
+        speed = f"{spread(speeds['ours'])} against {spread(speeds['theirs'])}"
+        cells = [PEERS[row["peer"]], speed, faster(row, "theirs")]
+        cells.append(f"{memory['ours']:,} against {memory['theirs']:,}")
+        if learned:
+            sides = (" -> ".join(f"{v:.3f}" for v in row["held_out_loss"][name]) for name in ("ours", "theirs"))
+            cells.append(" against ".join(sides))
+        body.append([*cells, bars(row)] if not learned else cells)
+    what = "Training steps of four rows of 256 tokens"
+    if learned:
+        steps = result["rows"][0]["steps"]
+        what = f"The same over {steps} steps on answers, at most 256 tokens a row, with the held-out loss"
+    lines = [
+        f"{what}: SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantisation, here and in the peer,",
+        "from the same 16-bit weights and adapter tensors, on the same batches, the two processes taking turns",
+        f"{about(result)}. Medians and quartiles:",
+        "",
+    ]
+    head = ["peer", "tokens a second, ours against the peer's", "x", "peak memory of the process, MiB"]
+    return lines + table([*head, "held-out loss" if learned else "bar"], body)
+
+
+def decoding(result: Row) -> list[str]:
+    """The table of generate.json."""
+    (row,) = result["rows"]
+    speeds = row["tokens_per_second"]
+    body = [[DECODERS[name], spread(values)] for name, values in speeds.items()]
+    lines = [
+        f"Greedy decoding of SmolLM2-135M by transformers' `generate` {about(result)}, medians and quartiles;",
+        f"asked: {bars(row)}.",
+        "",
+    ]
+    return lines + table(["", "tokens a second"], body)
+
+
+SECTIONS = (
+    ("train", training),
+    ("train_learn", training),
+    ("generate", decoding),
+    ("linear", products),
+    ("quantize", quantising),
+    ("optim", optimisers),
+)
+
+
+def section(folder: Path) -> str:
+    """Everything between the markers."""
+    lines = [
+        "Ratios come from runs of both sides in turns; they, not the times, carry over to another machine.",
+        "A bar is what this project set out to reach.",
+        "",
+    ]
+    for name, write in SECTIONS:
+        file = folder / f"{name}.json"
+        if file.exists():
+            lines += write(json.loads(file.read_text(encoding="utf-8")))
+    return "\n".join([BEGIN, *lines, END])
+
+
+def replaced(text: str, new: str) -> str:
+    """The README with another section.
+
+    Raises:
+        ValueError: the markers are not there, once each and in this order.
+    """
+    before, begun, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not begun or not ended or BEGIN in rest or END in after:
+        raise ValueError(f"README.md must hold {BEGIN} and {END} once each, in this order.")
+    return before + new + after
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", action="store_true", help="put the figures into README.md")
+    action.add_argument("--check", action="store_true", help="exit 1 if they differ from README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench/results")
+    arguments = parser.parse_args()
+    text = arguments.readme.read_text(encoding="utf-8")
+    wanted = replaced(text, section(arguments.results))
+    if arguments.write:
+        arguments.readme.write_text(wanted, encoding="utf-8")
+    elif text != wanted:
+        sys.exit(f"{arguments.readme} is not what {arguments.results} says: python bench/readme.py --write")
+
+
+if __name__ == "__main__":
+    main()

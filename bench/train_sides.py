@@ -1,0 +1,170 @@
+"""The two sides of bench_train, and what both start from: our training step, and transformers + peft's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from children import serve
+
+ROWS, LENGTH = 4, 256
+RANK, ALPHA = 16, 32
+PEERS = ("plain", "bitsandbytes-tuned", "bitsandbytes")
+
+
+def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str, float]:
+    """Writes the 16-bit model, the common adapter, the batches of every step and the held-out batches.
+
+    Full length: rows of LENGTH tokens, all trained. Otherwise conversations, their answers trained.
+
+    Returns:
+        loss: that of the first batch in fp32 with the decoded weights, in transformers' own code. weights: those of the
+        frozen matrices that every token meets, forward and back.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    import qlora_native as qn
+    from qlora_native import reference
+    from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, model_file
+    from qlora_native.data import BatchPlan, collate, load_dataset, padding_id
+    from qlora_native.data.standard_library import write_split
+    from qlora_native.nn import QuantizedLinear
+    from qlora_native.train.setup import load_tokenizer
+
+    source = model_file()
+    tokenizer: Any = load_tokenizer(str(source))
+    options = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    dense = AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    dense.config.__dict__.pop("quantization_config", None)
+    dense.save_pretrained(folder / "model")
+
+    model = qn.load_model(folder / "model")
+    num_weights = dense.get_output_embeddings().weight.numel()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            decoded = reference.dequantize(torch.bfloat16, *module.quantized.op_args())
+            dense.get_submodule(name).weight.data.copy_(decoded)
+            num_weights += decoded.numel()
+    qn.add_lora(model, qn.LoraConfig(r=RANK, alpha=ALPHA, seed=seed))
+    qn.save_adapter(model, folder / "adapter")
+
+    train_file, held_out_file, _, _ = write_split(folder / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
+    rows = load_dataset(train_file, tokenizer, max_length=LENGTH, train_on="all" if full_length else "answers")
+    held_out = load_dataset(held_out_file, tokenizer, max_length=LENGTH)
+    pad = padding_id(tokenizer)
+    order = BatchPlan(rows.lengths, ROWS, seed=seed).forever()
+    if full_length:
+        text = torch.cat([torch.tensor(rows[i]["input_ids"].tolist()) for i in range(len(rows))])
+        text = text.repeat(-(-steps * ROWS * LENGTH // text.numel()))[: steps * ROWS * LENGTH]
+        batches = [
+            {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+            for ids in text.view(steps, ROWS, LENGTH)
+        ]
+    else:
+        batches = [collate([rows[i] for i in next(order)], pad) for _ in range(steps)]
+    evaluation = [
+        collate([held_out[i] for i in range(at, min(at + ROWS, len(held_out)))], pad)
+        for at in range(0, len(held_out), ROWS)
+    ]
+    torch.save({"train": batches, "held_out": evaluation}, folder / "batches.pt")
+    with torch.no_grad():
+        loss = float(dense.float()(**batches[0]).loss)
+    return {"loss": loss, "weights": num_weights}
+
+
+Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
+def our_side(folder: Path) -> tuple[Any, Loss]:
+    """The model as `qlora train` has it, and its loss."""
+    import qlora_native as qn
+    from qlora_native.train.fused import fuse
+    from qlora_native.train.loss import causal_lm_loss
+    from qlora_native.train.memory import keep_freed_memory
+
+    keep_freed_memory()
+    model: Any = qn.load_model(folder / "model")
+    qn.load_adapter(model, folder / "adapter")
+    fuse(model)
+    return model, lambda batch: causal_lm_loss(model, batch)
+
+
+def their_side(folder: Path, quantised: bool) -> tuple[Any, Loss]:
+    """The usual stack: a bf16 model or a BitsAndBytesConfig, a PEFT adapter in fp32, and the model's own loss."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": "cpu"}
+    if quantised:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
+    base.config.use_cache = False
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
+    return model, lambda batch: model(**batch).loss
+
+
+def private_megabytes(field: str) -> float:
+    """A memory figure of this process from the kernel, in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+
+
+def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
+    """Serves one side: "step i", "evaluate", "memory"."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    imported = private_megabytes("VmRSS")
+    model, loss_of = our_side(folder) if side == "ours" else their_side(folder, quantised=peer != "plain")
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if peer == "bitsandbytes-tuned":
+        for parameter in parameters:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if side == "ours":  # as `qlora train` has it: the step clips
+        from qlora_native.optim import AdamW
+
+        optimizer: torch.optim.Optimizer = AdamW(parameters, lr, max_norm=1.0)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
+    batches = torch.load(folder / "batches.pt")
+
+    def held_out_loss() -> float:
+        # In training mode, which without dropout computes the same: one forward of bitsandbytes' layers in evaluation
+        # mode on a CPU repacks their weights in place, and cuts the gradients of all training after it.
+        total = count = 0.0
+        with torch.no_grad():
+            for batch in batches["held_out"]:
+                tokens = int((batch["labels"][:, 1:] != -100).sum())
+                total += float(loss_of(batch)) * tokens
+                count += tokens
+        return total / count
+
+    def step(index: int) -> dict[str, float]:
+        started = time.perf_counter()
+        loss = loss_of(batches["train"][index])
+        loss.backward()
+        if side != "ours":
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": float(loss), "seconds": time.perf_counter() - started}
+
+    trainable = sum(p.numel() for p in parameters)
+
+    def answer(command: list[str]) -> dict[str, float]:
+        if command[0] == "step":
+            return step(int(command[1]))
+        if command[0] == "evaluate":
+            return {"loss": held_out_loss()}
+        # VmHWM: the peak, of loading and of the training steps
+        return {"peak_mib": private_megabytes("VmHWM"), "imported_mib": imported, "trainable": trainable}
+
+    serve(answer)

@@ -1,0 +1,152 @@
+"""The benches' own arithmetic, and that README.md says what the committed results say, no more and no less."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
+RESULTS = sorted((BENCH / "results").glob("*.json"))
+sys.path.insert(0, str(BENCH))
+
+import ceilings  # noqa: E402
+import common  # noqa: E402
+import readme  # noqa: E402
+from children import Child  # noqa: E402
+from common import Bar  # noqa: E402
+
+
+def test_quartiles_are_those_of_the_sorted_values() -> None:
+    assert common.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
+    assert common.quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_ratios_are_taken_within_each_round() -> None:
+    # A machine that doubles its time half-way: the ratio of the medians would be off, the paired one is not.
+    assert common.ratios([1.0, 1.0, 2.0, 2.0], [2.0, 2.0, 4.0, 4.0]) == (0.5, 0.5, 0.5)
+
+
+def test_ratios_of_unequal_counts_pair_the_rounds_that_both_ran_in() -> None:
+    assert common.ratios([2.0, 2.0, 200.0], [1.0, 4.0]) == (0.875, 1.25, 1.625)
+    assert common.ratios([1.0], [4.0, 400.0]) == (0.25, 0.25, 0.25)
+
+
+def test_interleaved_runs_each_function_in_every_round() -> None:
+    calls: list[str] = []
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b"), "c": lambda: calls.append("c")}
+    seconds = common.interleaved(functions, repeats=20, warmup=1)
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 21 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 3  # in changing order
+    assert all(len(values) == 20 and min(values) >= 0 for values in seconds.values())
+
+
+def test_slow_rivals_are_spared_but_not_those_to_keep() -> None:
+    functions = {name: lambda: time.sleep(0.003) for name in ("ours", "slow", "slow_but_kept")}
+    seconds = common.interleaved_sparing(functions, 5, keep=("ours", "slow_but_kept"), slow=0.002, few=2)
+    assert {name: len(values) for name, values in seconds.items()} == {"ours": 5, "slow": 2, "slow_but_kept": 5}
+
+
+@pytest.mark.parametrize(
+    ("bar", "value", "met"),
+    [
+        (Bar("rival", 2.0, faster=True), 2.0, True),
+        (Bar("rival", 2.1, faster=True), 2.0, False),
+        (Bar("rival", 0.5), 0.5, True),
+        (Bar("rival", 0.49), 0.5, False),
+        (Bar("absent", 1.0), None, None),
+    ],
+)
+def test_a_bar_is_met_on_its_own_side(bar: Bar, value: float | None, met: bool | None) -> None:
+    (verdict,) = common.verdicts({"ours": [1.0, 1.0, 1.0], "rival": [2.0, 2.0, 2.0]}, [bar])
+    assert (verdict["value"], verdict["met"], verdict["bar"]) == (value, met, bar.limit)
+
+
+def test_floor_is_the_longer_of_bytes_and_operations() -> None:
+    measured = {"read_gb_per_s": 10.0, "write_gb_per_s": 5.0, "onednn_bf16_gflop_per_s": 100.0}
+    assert ceilings.floor(measured, read=1e9) == pytest.approx(0.1)
+    assert ceilings.floor(measured, read=1e9, written=1e9) == pytest.approx(0.3)
+    assert ceilings.floor(measured, read=1e9, flops=1e9) == pytest.approx(0.1)
+    assert ceilings.floor(measured, read=1e9, flops=1e11) == pytest.approx(1.0)
+
+
+def test_timings_are_in_milliseconds_and_reach_a_share_of_the_floor() -> None:
+    row = common.timings({"ours": [0.002] * 3, "rival": [0.004] * 3}, [Bar("rival", 1.0)], floor=0.001)
+    assert row["ms"] == {"ours": [2.0] * 3, "rival": [4.0] * 3}
+    assert row["ours_over"] == {"rival": [0.5] * 3}
+    assert (row["floor_ms"], row["of_floor"], row["bars"][0]["met"]) == (1.0, 0.5, True)
+
+
+def test_the_cache_is_the_largest_that_the_kernel_lists(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "1024K", "32768K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n", encoding="utf-8")
+    assert common.cache_bytes(str(tmp_path)) == 32 << 20
+    assert common.cache_bytes(str(tmp_path / "none")) == 32 << 20
+
+
+def test_prepacked_is_the_plain_product() -> None:
+    weight, x = torch.randn(96, 64), torch.randn(5, 64)
+    assert common.relative_error(ceilings.prepacked(weight, 5)(x), x.double() @ weight.double().t()) < 1e-6
+
+
+def test_a_written_result_reads_back_and_keeps_short_lists_on_a_line(tmp_path: Path) -> None:
+    result: dict[str, Any] = {"rows": [{"ms": {"ours": [1.0, 2.0, 3.0]}, "bars": []}], "note": "a, b"}
+    common.write_json(str(tmp_path / "r.json"), result)
+    text = (tmp_path / "r.json").read_text(encoding="utf-8")
+    assert json.loads(text) == result
+    assert '"ours": [1.0, 2.0, 3.0]' in text
+
+
+def test_a_child_that_dies_is_named_with_its_last_words() -> None:
+    child = Child("left", ["-c", "import sys; sys.exit('no model here')"])
+    with pytest.raises(SystemExit, match="'left' ended at 'step 0': no model here"):
+        child.ask("step 0")
+
+
+def test_there_are_results() -> None:
+    assert {"linear", "quantize", "optim", "train"} <= {file.stem for file in RESULTS}
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_every_committed_row_matched_the_reference(file: Path) -> None:
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert result["rows"] and result["machine"]["cpu"] and result["ceilings"]
+    for row in result["rows"]:
+        assert row["match"] is True, row
+        assert row["bars"] == [] or all(bar["met"] in (True, False, None) for bar in row["bars"])
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    run = subprocess.run([sys.executable, BENCH / "readme.py", "--check"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_readme_check_sees_another_figure(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\n1,000 times as fast\n{readme.END}\nafter\n", encoding="utf-8")
+    command = [sys.executable, str(BENCH / "readme.py"), "--readme", str(page)]
+    assert subprocess.run([*command, "--check"], capture_output=True, check=False).returncode == 1
+    subprocess.run([*command, "--write"], check=True)
+    assert subprocess.run([*command, "--check"], capture_output=True, check=False).returncode == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "1,000 times" not in text
+
+
+def test_a_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="once each"):
+        readme.replaced("no markers", "new")
+
+
+def test_a_missed_bar_is_told_as_missed() -> None:
+    seconds = {"ours": [1.0] * 3, "onednn_prepacked": [2.0] * 3}
+    row = common.timings(seconds, [Bar("onednn_prepacked", 3.5, faster=True), Bar("gone", 1.0)])
+    assert readme.bars(row) == "at least 3.5 x oneDNN prepacked: 2, missed; at most 1 of the time of gone: not measured"
