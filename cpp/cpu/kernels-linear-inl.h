@@ -121,7 +121,7 @@ constexpr int64_t kScalesAtOnce = kStreamRows * kMaxRowBlocks;  // of as many ro
 // for 32 weights. `x` [tokens, k] stands in the order in which the decode leaves a row (kernels-tiles-inl.h), `scales`
 // [kRows, blocks]. Rows lie one after the other, so what is called for ahead is one stream of lines; it must be
 // ahead of all the rows that are read side by side.
-template <int kTokens, int kRows>
+template <int kTokens, int kRows, bool kLong>
 void dot_rows(const ProductJob& job, const Bf16* x, const float* scales, __m512i table, int64_t row) {
   const __m512i shift = _mm512_set_epi64(0x0008000800080008, 0x0008000800080008, 0x000c000c000c000c, 0x000c000c000c000c,
                                          0, 0, 0x0004000400040004, 0x0004000400040004);
@@ -162,13 +162,13 @@ void dot_rows(const ProductJob& job, const Bf16* x, const float* scales, __m512i
   int64_t chunk = 0;
   for (; chunk + 2 <= chunks; chunk += 2, ahead += kRows * 64) {
     for (int line = 0; line < kRows; ++line) {
-      _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
+      _mm_prefetch(ahead + 64 * line, kLong ? _MM_HINT_T1 : _MM_HINT_T0);
     }
     step(chunk);
     step(chunk + 1);
   }
   if (chunk < chunks) {
-    _mm_prefetch(ahead, _MM_HINT_T0);
+    _mm_prefetch(ahead, kLong ? _MM_HINT_T1 : _MM_HINT_T0);
     step(chunk);
   }
   for (int token = 0; token < kTokens; ++token) {
@@ -198,7 +198,7 @@ void reorder_tokens(const ProductJob& job, void* reordered) {
   }
 }
 
-template <int kTokens, int kRows>
+template <int kTokens, int kRows, bool kLong>
 void dot_streams(const ProductJob& job, const Bf16* x, __m512i table, int64_t first, int64_t last) {
   static_assert(kStreamRows % kRows == 0);
   alignas(64) float scales[kScalesAtOnce];
@@ -209,17 +209,17 @@ void dot_streams(const ProductJob& job, const Bf16* x, __m512i table, int64_t fi
     const int64_t end = last - begin < rows_at_once ? last : begin + rows_at_once;
     decode_scales_of(begin * blocks, end * blocks, scales);
     for (int64_t row = begin; row < end; row += kRows) {
-      dot_rows<kTokens, kRows>(job, x, scales + (row - begin) * blocks, table, row);
+      dot_rows<kTokens, kRows, kLong>(job, x, scales + (row - begin) * blocks, table, row);
     }
   }
 }
 
-// The more x takes, the more rows share a load of it: beside half the first cache of x, W's bytes find no room.
+// The more x takes, the more rows share a load of it. Beside long rows, the first cache has no place for W's bytes too.
 template <int kTokens>
 void dot_tokens_by_streams(const ProductJob& job, const Bf16* x, __m512i table, int64_t first, int64_t last) {
-  constexpr int64_t kSmall = int64_t{1} << 13;  // elements of x
-  const bool small = kTokens <= 2 && kTokens * job.k <= kSmall;
-  (small ? dot_streams<kTokens, 2> : dot_streams<kTokens, 4>)(job, x, table, first, last);
+  constexpr int64_t kLongRow = 4096;
+  constexpr int kRows = kTokens <= 2 ? 2 : 4;
+  (job.k <= kLongRow ? dot_streams<kTokens, kRows, false> : dot_streams<kTokens, 4, true>)(job, x, table, first, last);
 }
 
 // Rows [first, last) as far as they come in multiples of kStreamRows; returns the first row that is left.
