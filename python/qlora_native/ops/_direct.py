@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 
 from .. import _C
 from .._native import DTYPE_NUMBER
+from . import _pages
 from ._library import Weight, buffer
 
 _CPU = torch.device("cpu")
@@ -124,6 +125,7 @@ class Prepared:
             if len(shape) == 2 and all(t is None or (type(t) in _PLAIN and t.device == _CPU) for t in weight[:6]):
                 matrix = (*shape, _C.matrix(*shape, *Weight(*weight).pointers()))
                 self._made = key, matrix
+                _pages.gather(packed)
         return matrix
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _C, reference
+from . import _pages
 from ._library import fake, implement, native_dtype, scratch
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -36,6 +37,7 @@ def cpu(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -
     check(t, quant_type, block_size)
     dense = t.contiguous()
     outputs = packed, absmax, nested_absmax, nested_offset = empty_outputs(t, block_size, double_quant)
+    _pages.expect(packed)
     block_max = scratch(absmax.numel(), torch.float32) if double_quant else absmax
     bad = _C.quantize_4bit(
         dense.data_ptr(),

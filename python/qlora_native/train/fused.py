@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native.ops import rms_norm, swiglu
+from qlora_native.ops import _pages, rms_norm, swiglu
 from qlora_native.ops._direct import at_once, few_logits
 from qlora_native.train.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
 
@@ -191,7 +191,11 @@ class Head(Fused):
     def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
         if type(module) is not nn.Linear or module.bias is not None or module.weight.numel() < LARGE:
             return None
-        return {} if module.weight.dtype in (torch.bfloat16, torch.float16) and is_ours(module.weight) else None
+        if module.weight.dtype not in (torch.bfloat16, torch.float16) or not is_ours(module.weight):
+            return None
+        if module.weight.is_contiguous():
+            _pages.gather(module.weight)
+        return {}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to [..., N]."""
