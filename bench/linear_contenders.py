@@ -38,9 +38,11 @@ def rotation(make: Callable[[], Any], num_bytes: int, m: int) -> Callable[[], An
 
 
 def copied(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
-    """The same bytes elsewhere."""
+    """The same bytes elsewhere. The first product checks them once and moves them into huge pages."""
     fresh = copy.copy(w)
     fresh.packed, fresh.absmax = w.packed.clone(), w.absmax.clone()
+    with torch.no_grad():
+        qn.linear(torch.zeros(1, w.shape[1], dtype=torch.bfloat16), fresh)
     return fresh
 
 
