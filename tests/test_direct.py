@@ -252,6 +252,10 @@ def test_few_logits(dtype: torch.dtype) -> None:
         assert got.shape == expected.shape
         assert relative_error(got, expected) < 4e-3
     many = torch.randn(MOST_LOGITS + 1, K).to(dtype)
+    alone, together = few_logits(many[:1], weight), few_logits(many[:MOST_LOGITS], weight)
+    assert alone is not None
+    assert together is not None
+    assert same_bytes(alone, together[:1])
     wide, empty = torch.randn(1, K + 1).to(dtype), torch.randn(0, K).to(dtype)
     for h in (many, wide, empty, many[:1].float(), many[:, ::2], many[0, 0]):
         assert few_logits(h, weight) is None

@@ -272,7 +272,7 @@ struct GradInput {
         const uint8_t* bytes_below = i + 1 < count ? bytes + row_bytes : bytes;
 #if defined(__AVX512BF16__)
         if constexpr (kElements == 2) {
-          const PairTable pairs(weight.levels, scales[i], scales[i + 1]);
+          const PairTable pairs(load(weight.levels), scales[i], scales[i + 1]);
           for (int64_t piece = 0; piece < pieces; ++piece) {
             float* target = column_of(word, piece * kMinBlock);
             for (int half = 0; half < 2; ++half) {

@@ -170,10 +170,6 @@ __attribute__((noinline)) void decode_quads(const ProductJob& job, const DepthSp
   // Which of the four tables of 16 entries.
   const __m512i quarter = _mm512_set_epi64(0x0030003000300030, 0x0030003000300030, 0x0020002000200020,
                                            0x0020002000200020, 0x0010001000100010, 0x0010001000100010, 0, 0);
-  const auto table_of = [&](float low, float high) {
-    return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(multiply(levels, _mm512_set1_ps(high)),  //
-                                                      multiply(levels, _mm512_set1_ps(low))));
-  };
   for (int v = 0; v < kQuads; ++v) {
     Bf16* out = panel + v * 32;
     const auto put_step = [&](__m512i codes, const __m512i& low, const __m512i& high) {
@@ -183,8 +179,8 @@ __attribute__((noinline)) void decode_quads(const ProductJob& job, const DepthSp
     };
     for (int64_t block = 0; block < blocks; ++block) {
       const float* scale = scales + block * kQuadStrip + v;
-      const __m512i low = table_of(scale[0], scale[4]);
-      const __m512i high = table_of(scale[8], scale[12]);
+      const __m512i low = PairTable(levels, scale[0], scale[4]).level;
+      const __m512i high = PairTable(levels, scale[8], scale[12]).level;
       for (int64_t i = block * run / 2; i < (block + 1) * run / 2; i += kGroupElements / 2) {
         const auto bytes = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + i)); };
         __m512i codes = _mm512_castsi128_si512(bytes(v));

@@ -60,20 +60,6 @@ inline __m256i refine(__m256i rank, __m256 entries, __m256 v) {
   return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), _mm256_castps_si256(above));
 }
 
-// Every stride-th entry of a sorted table of decision points: what one level of a bisection compares with.
-struct BisectionLevel {
-  float value[8];
-};
-
-template <typename Table>
-constexpr BisectionLevel bisection_level(const Table& table, int first, int stride, int count) {
-  BisectionLevel level{};
-  for (int i = 0; i < count; ++i) {
-    level.value[i] = table.value[first + i * stride];
-  }
-  return level;
-}
-
 template <QuantType kType>
 class Encoder;
 

@@ -14,6 +14,20 @@ namespace {
 // codes are found, the next chunk is on its way from memory.
 constexpr int64_t kElementsPerChunk = kMaxBlock;
 
+// Every stride-th entry of a sorted table of decision points: what one level of a bisection compares with.
+struct BisectionLevel {
+  float value[8];
+};
+
+template <typename Table>
+constexpr BisectionLevel bisection_level(const Table& table, int first, int stride, int count) {
+  BisectionLevel level{};
+  for (int i = 0; i < count; ++i) {
+    level.value[i] = table.value[first + i * stride];
+  }
+  return level;
+}
+
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
 

@@ -38,20 +38,6 @@ inline float32x4x2_t load_pairs(const Fp16* p) {
   return {{vcvt_f32_f16(vreinterpret_f16_u16(words.val[0])), vcvt_f32_f16(vreinterpret_f16_u16(words.val[1]))}};
 }
 
-// Every stride-th entry of a sorted table of decision points: what one level of a bisection compares with.
-struct BisectionLevel {
-  float value[8];
-};
-
-template <typename Table>
-constexpr BisectionLevel bisection_level(const Table& table, int first, int stride, int count) {
-  BisectionLevel level{};
-  for (int i = 0; i < count; ++i) {
-    level.value[i] = table.value[first + i * stride];
-  }
-  return level;
-}
-
 // Rank r of the level above becomes 2r, or 2r + 1 if the r-th entry lies strictly below v; a true comparison is -1.
 inline uint32x4_t refined(uint32x4_t rank, uint8x16_t entry, Floats v) {
   return vsubq_u32(vaddq_u32(rank, rank), vcltq_f32(vreinterpretq_f32_u8(entry), v));

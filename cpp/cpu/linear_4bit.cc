@@ -10,7 +10,6 @@
 namespace qlora_native::cpu {
 namespace {
 
-constexpr int64_t kProductsPerTask = 1 << 15;
 constexpr int64_t kAlignment = 64;
 
 enum class Path { kRows, kTiles, kColumns };

@@ -23,7 +23,6 @@ void softmax_loss(Dtype dtype, void* logits, const int64_t* targets, int64_t row
 
 void few_logits(Dtype dtype, const void* h, const void* weight, int64_t tokens, int64_t vocabulary, int64_t width,
                 void* logits) {
-  constexpr int64_t kProductsPerTask = 1 << 15;
   const auto kernel = kernels().dense_rows[static_cast<int>(dtype)];
   const DenseJob job{h, weight, logits, tokens, vocabulary, width};
   const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, 2 * width));

@@ -44,6 +44,8 @@ class IeeeArithmetic {
 // How many threads a loop may use here and now.
 inline int64_t available_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
+inline constexpr int64_t kProductsPerTask = 1 << 15;  // multiplications that are worth a thread
+
 // Calls body(begin, end) over disjoint ranges that cover [0, total). A range is at least `grain` items long, so that
 // small work stays on one thread. The body must not throw, and its result must not depend on where the cuts fall.
 template <typename Body>

@@ -95,11 +95,9 @@ inline void transpose_codes(const uint8_t* const* rows, int64_t offset, Words* o
 // The scaled levels of two rows, rounded to bf16: 16 of the first, 16 of the second.
 struct PairTable {
   __m512i level;
-  PairTable(const float* levels, float scale, float scale_below) {
-    const Floats unscaled = load(levels);
-    level = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(multiply(unscaled, _mm512_set1_ps(scale_below)),
-                                                       multiply(unscaled, _mm512_set1_ps(scale))));
-  }
+  PairTable(Floats levels, float scale, float scale_below)
+      : level(std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(multiply(levels, _mm512_set1_ps(scale_below)),
+                                                         multiply(levels, _mm512_set1_ps(scale))))) {}
   // Words of elements 16 half to 16 half + 15 of the rows' 32, in their order: the first row's in the lower halves.
   Floats at(const uint8_t* bytes, const uint8_t* bytes_below, int half) const {
     const auto piece = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };

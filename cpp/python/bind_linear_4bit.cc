@@ -54,24 +54,19 @@ py::capsule matrix(int64_t n, int64_t k, Address packed, Address absmax, Address
                      [](PyObject* object) { delete static_cast<Matrix*>(PyCapsule_GetPointer(object, kMatrix)); });
 }
 
-int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address bias, Address low, Address up,
-                       int64_t r, Address y, int64_t m, Address scratch, int64_t scratch_bytes) {
+int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address bias, Address y, int64_t m,
+                       Address scratch, int64_t scratch_bytes) {
   require(std::strcmp(matrix.name() == nullptr ? "" : matrix.name(), kMatrix) == 0, "expected what matrix() returned.");
   const Matrix& self = *matrix.get_pointer<Matrix>();
   const py::gil_scoped_release release;
   cpu::LinearCall call{};
   call.dtype = checked_dtype(dtype);
   call.forward = true;
-  require(m >= 0 && r >= 0, "m or r is negative.");
-  require(r == 0 || m == 0 || self.n == 0 || self.k == 0 || (low != 0 && up != 0),
-          "an adapter of rank r > 0 needs both factors.");
+  require(m >= 0, "m is negative.");
   cpu::ProductJob& job = call.job;
   job.weight = self.view;
   job.x = operand(call.dtype, x, m * self.k, "x");
   job.bias = bias == 0 ? nullptr : operand(call.dtype, bias, self.n, "bias");
-  job.low = low == 0 ? nullptr : operand(call.dtype, low, m * r, "low");
-  job.up = up == 0 ? nullptr : operand(call.dtype, up, self.n * r, "up");
-  job.r = r;
   job.y = operand(call.dtype, y, m * self.n, "y");
   job.m = m;
   job.n = self.n;
@@ -145,8 +140,8 @@ void bind_linear_4bit(py::module_& module) {
              py::arg("levels"), py::arg("quant_type"), py::arg("numel"), py::arg("block_size"),
              "A weight [n, k], checked once, whose memory the caller keeps in place.");
   module.def("matrix_forward", &matrix_forward, py::arg("matrix"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
-             py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"), py::arg("m"), py::arg("scratch"),
-             py::arg("scratch_bytes"), "linear_4bit with what matrix() returned, forward and without `down`.");
+             py::arg("y"), py::arg("m"), py::arg("scratch"), py::arg("scratch_bytes"),
+             "linear_4bit with what matrix() returned, forward and without an adapter.");
   module.def("outer", &outer, py::arg("left"), py::arg("right"), py::arg("m"), py::arg("r"), py::arg("width"),
              py::arg("scale"), py::arg("out"), py::arg("scratch"), py::arg("scratch_bytes"),
              py::call_guard<py::gil_scoped_release>(),

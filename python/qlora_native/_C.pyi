@@ -44,17 +44,7 @@ def matrix(
     block_size: int,
 ) -> object: ...
 def matrix_forward(
-    matrix: object,
-    dtype: int,
-    x: int,
-    bias: int,
-    low: int,
-    up: int,
-    r: int,
-    y: int,
-    m: int,
-    scratch: int,
-    scratch_bytes: int,
+    matrix: object, dtype: int, x: int, bias: int, y: int, m: int, scratch: int, scratch_bytes: int
 ) -> int: ...
 def linear_4bit(
     forward: bool,

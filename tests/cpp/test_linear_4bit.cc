@@ -8,20 +8,43 @@ using namespace qlora_native;
 
 namespace {
 
+template <typename T>
+std::vector<T> uniform_values(oracle::Random& random, int64_t count) {
+  std::vector<T> made;
+  for (int64_t i = 0; i < count; ++i) {
+    made.push_back(from_float<T>(random.uniform()));
+  }
+  return made;
+}
+
+// y [m, n] against x w^T + addend in double precision, with w [n, k]; errors are taken relative to the terms' sizes.
+template <typename T, typename Addend, typename W>
+void check_sums(const std::vector<T>& x, const std::vector<T>& y, int64_t m, int64_t n, int64_t k, double tolerance,
+                const Addend& addend, const W& w) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double expected = addend(j);
+      double magnitude = std::fabs(expected) + 1e-30;
+      for (int64_t l = 0; l < k; ++l) {
+        const double product = oracle::value_of(x[static_cast<size_t>(i * k + l)]) * w(j * k + l);
+        expected += product;
+        magnitude += std::fabs(product);
+      }
+      const double got = oracle::value_of(y[static_cast<size_t>(i * n + j)]);
+      CHECK(std::fabs(got - expected) <= tolerance * magnitude, "m %ld n %ld k %ld: [%ld, %ld] is %a, expected %a",
+            static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), static_cast<long>(i),
+            static_cast<long>(j), got, expected);
+    }
+  }
+}
+
 // Buffers of the exact size, so that a sanitizer sees every step beyond them.
 template <typename T>
 void check_product(int64_t m, int64_t n, int64_t k, double tolerance, int64_t block_size = 64, bool nested = true) {
   const oracle::RandomWeight weight(n * k, block_size, nested, QuantType::kNf4, static_cast<uint64_t>(n + k));
   oracle::Random random(static_cast<uint64_t>(m));
-  const auto values = [&random](int64_t count) {
-    std::vector<T> made;
-    for (int64_t i = 0; i < count; ++i) {
-      made.push_back(from_float<T>(random.uniform()));
-    }
-    return made;
-  };
-  const std::vector<T> x = values(m * k);
-  const std::vector<T> bias = values(n);
+  const std::vector<T> x = uniform_values<T>(random, m * k);
+  const std::vector<T> bias = uniform_values<T>(random, n);
   for (const bool with_bias : {false, true}) {
     std::vector<T> y(static_cast<size_t>(m * n));
     cpu::LinearCall call{};
@@ -30,22 +53,10 @@ void check_product(int64_t m, int64_t n, int64_t k, double tolerance, int64_t bl
     call.forward = true;
     const oracle::Scratch scratch(cpu::linear_4bit_scratch_bytes(call));
     cpu::linear_4bit(call, scratch.aligned);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) {
-        double expected = with_bias ? oracle::value_of(bias[static_cast<size_t>(j)]) : 0.0;
-        double magnitude = std::fabs(expected) + 1e-30;
-        for (int64_t l = 0; l < k; ++l) {
-          const double product = oracle::value_of(x[static_cast<size_t>(i * k + l)]) *
-                                 oracle::dequantised(weight.view, j * k + l, oracle::Storage<T>::kFormat);
-          expected += product;
-          magnitude += std::fabs(product);
-        }
-        const double got = oracle::value_of(y[static_cast<size_t>(i * n + j)]);
-        CHECK(std::fabs(got - expected) <= tolerance * magnitude, "m %ld n %ld k %ld: [%ld, %ld] is %a, expected %a",
-              static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), static_cast<long>(i),
-              static_cast<long>(j), got, expected);
-      }
-    }
+    const auto addend = [&](int64_t j) { return with_bias ? oracle::value_of(bias[static_cast<size_t>(j)]) : 0.0; };
+    check_sums(x, y, m, n, k, tolerance, addend, [&weight](int64_t element) {
+      return oracle::dequantised(weight.view, element, oracle::Storage<T>::kFormat);
+    });
   }
 }
 
@@ -74,33 +85,13 @@ void check_products(double tolerance) {
 template <typename T>
 void check_few_logits(int64_t m, int64_t n, int64_t k, double tolerance) {
   oracle::Random random(static_cast<uint64_t>(n * k));
-  const auto values = [&random](int64_t count) {
-    std::vector<T> made;
-    for (int64_t i = 0; i < count; ++i) {
-      made.push_back(from_float<T>(random.uniform()));
-    }
-    return made;
-  };
-  const std::vector<T> x = values(m * k);
-  const std::vector<T> w = values(n * k);
+  const std::vector<T> x = uniform_values<T>(random, m * k);
+  const std::vector<T> w = uniform_values<T>(random, n * k);
   std::vector<T> y(static_cast<size_t>(m * n));
   cpu::few_logits(oracle::Storage<T>::kDtype, x.data(), w.data(), m, n, k, y.data());
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      double expected = 0.0;
-      double magnitude = 1e-30;
-      for (int64_t l = 0; l < k; ++l) {
-        const double product =
-            oracle::value_of(x[static_cast<size_t>(i * k + l)]) * oracle::value_of(w[static_cast<size_t>(j * k + l)]);
-        expected += product;
-        magnitude += std::fabs(product);
-      }
-      const double got = oracle::value_of(y[static_cast<size_t>(i * n + j)]);
-      CHECK(std::fabs(got - expected) <= tolerance * magnitude, "m %ld n %ld k %ld: [%ld, %ld] is %a, expected %a",
-            static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), static_cast<long>(i),
-            static_cast<long>(j), got, expected);
-    }
-  }
+  check_sums(
+      x, y, m, n, k, tolerance, [](int64_t) { return 0.0; },
+      [&w](int64_t element) { return oracle::value_of(w[static_cast<size_t>(element)]); });
 }
 
 template <typename T>

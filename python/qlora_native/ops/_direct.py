@@ -151,9 +151,9 @@ def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> Tensor | N
             return None
         addend = bias.data_ptr()
     y = torch.empty((*shape[:-1], n), dtype=x.dtype, device=_CPU)
-    needed = _matrix_forward(native, number, x.data_ptr(), addend, 0, 0, 0, y.data_ptr(), rows, *buffer(0))
+    needed = _matrix_forward(native, number, x.data_ptr(), addend, y.data_ptr(), rows, *buffer(0))
     if needed:
-        _matrix_forward(native, number, x.data_ptr(), addend, 0, 0, 0, y.data_ptr(), rows, *buffer(needed))
+        _matrix_forward(native, number, x.data_ptr(), addend, y.data_ptr(), rows, *buffer(needed))
     return y
 
 

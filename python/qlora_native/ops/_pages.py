@@ -1,7 +1,7 @@
 """Huge pages for large weights.
 
 A product of one token reads a weight once, from end to end. With pages of 4 KiB the processor looks up an address a
-row or two, in a virtual machine through two tables, and reads a quarter to a third slower than the memory could.
+row or two, in a virtual machine through two tables.
 """
 
 from __future__ import annotations
