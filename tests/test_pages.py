@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,17 @@ import qlora_native as qn
 from qlora_native.ops import _pages
 
 
-def huge_bytes() -> int:
-    """Of this process's memory, by the kernel's count."""
-    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages"))
+def huge_bytes(address: int) -> int:
+    """In huge pages, of the mapping that holds an address, by the kernel's count."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        key, _, rest = line.partition(" ")
+        if "-" in key and not key.endswith(":"):
+            first, last = (int(end, 16) for end in key.split("-"))
+            inside = first <= address < last
+        elif inside and key == "AnonHugePages:":
+            return int(rest.split()[0]) << 10
+    raise AssertionError(f"no mapping holds {address:#x}")
 
 
 def test_values_stay() -> None:
@@ -43,11 +51,26 @@ def test_not_against_the_systems_setting(setting: str | None, tmp_path: Path, mo
         _pages._madvise.cache_clear()
 
 
-def test_a_large_weight_lies_in_huge_pages() -> None:
-    probe = torch.zeros(4 << 20)
-    if not _pages.gather(probe):
+def test_gathered_memory_lies_in_huge_pages() -> None:
+    size = 16 << 20
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    t = torch.frombuffer(memory, dtype=torch.uint8)
+    t.fill_(7)
+    assert huge_bytes(t.data_ptr()) == 0
+    memory.madvise(mmap.MADV_HUGEPAGE)  # takes the refusal back; only what is touched later would follow
+    assert huge_bytes(t.data_ptr()) == 0
+    if not _pages.gather(t):
         pytest.skip("this kernel gives none")
-    before = huge_bytes()
-    w = qn.quantize(torch.randn(4096, 4096))  # 8 MiB of codes
-    qn.linear(torch.randn(1, 4096), w)
-    assert huge_bytes() - before >= 6 << 20
+    assert huge_bytes(t.data_ptr()) >= size - 2 * _pages.HUGE_PAGE
+    assert bool((t == 7).all())
+
+
+def test_a_quantised_weight_is_expected_and_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(_pages, "_advise", lambda tensor, advice: advised.append((tensor.data_ptr(), advice)))
+    w = qn.quantize(torch.randn(64, 64))
+    assert advised == [(w.packed.data_ptr(), _pages.MADV_HUGEPAGE)]
+    for _ in range(2):  # at the first product only
+        qn.linear(torch.randn(1, 64), w)
+    assert advised[1:] == [(w.packed.data_ptr(), _pages.MADV_COLLAPSE)]

@@ -13,11 +13,14 @@ FAULTS = """
 import ctypes, resource, sys, torch
 from qlora_native.train.memory import USER_SETTINGS, keep_freed_memory
 
-PR_SET_THP_DISABLE = 41
-ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # one fault a small page, however free memory is scattered
-
+libc = ctypes.CDLL(None)
+PR_SET_THP_DISABLE, M_MMAP_THRESHOLD = 41, -3
+libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # one fault a small page, however free memory is scattered
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
+else:
+    # glibc's first threshold, held: else it grows at the first free, and what then goes back depends on the heap's top.
+    libc.mallopt(M_MMAP_THRESHOLD, 128 << 10)
 
 
 def step():
