@@ -17,11 +17,12 @@
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
-constexpr int kQuads = 4;                         // vectors of 4 rows in a strip
-constexpr int kQuadStrip = 4 * kQuads;            // rows of W, columns of y
-constexpr int kQuadRows = 6;                      // rows of x in a tile: 6 x 4 sums, 4 vectors of the panel, 1 of x
-constexpr int64_t kStepElements = 8;              // of the depth that a vector holds of each row
-constexpr int64_t kGroupElements = 32;            // of the depth that 16 packed bytes hold
+constexpr int kQuads = 4;               // vectors of 4 rows in a strip
+constexpr int kQuadStrip = 4 * kQuads;  // rows of W, columns of y
+constexpr int kQuadRows = 6;            // rows of x in a tile: 6 x 4 sums, 4 vectors of the panel, 1 of x
+constexpr int64_t kStepElements = 8;    // of the depth that a vector holds of each row
+constexpr int64_t kGroupElements = 32;  // of the depth that 16 packed bytes hold
+constexpr int64_t kSpanBlocks = kSpan * 2 / kGroupElements;
 constexpr int64_t kPackedElements = 1 << 18;      // of x that stay in the second cache while W passes by
 constexpr int64_t kQuadSpan = kSpanCapacity * 2;  // elements of a span, its adapter included, at most
 
@@ -126,72 +127,95 @@ inline void put_adapter_quads(const ProductJob& job, const DepthSpan& span, int6
   }
 }
 
-// The scales of blocks [0, blocks) of 16 rows: scales[block][row].
-inline void quad_scales(const WeightView& weight, const int64_t* first_blocks, int64_t blocks, float* scales) {
+// The scales of blocks [first, first + blocks) of a row. What is looked up is put together in a register: vectors read
+// back from single stores would wait for all stores to the panel before them.
+inline void quad_scales(const WeightView& weight, int64_t first, int64_t blocks, float* scales) {
   if (weight.absmax != nullptr) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int row = 0; row < kQuadStrip; ++row) {
-        scales[block * kQuadStrip + row] = weight.absmax[first_blocks[row] + block];
-      }
-    }
+    std::memcpy(scales, weight.absmax + first, static_cast<size_t>(blocks) * sizeof(float));
     return;
   }
-  const Floats offset = _mm512_set1_ps(*weight.nested_offset);
-  for (int64_t block = 0; block < blocks; ++block, scales += kQuadStrip) {
-    alignas(64) float nested[kQuadStrip];
-    for (int row = 0; row < kQuadStrip; ++row) {
-      const int64_t index = first_blocks[row] + block;
-      scales[row] = weight.nested_code[weight.absmax_codes[index]];
-      nested[row] = weight.nested_absmax[index >> 8];
+  constexpr int64_t kLanes = 8;
+  const __m256 offset = _mm256_set1_ps(*weight.nested_offset);
+  for (int64_t block = 0; block < blocks; block += kLanes) {
+    const int64_t begin = first + block;
+    const int64_t count = limited(kLanes, blocks - block);
+    uint64_t codes = 0;
+    if (count == kLanes) {
+      std::memcpy(&codes, weight.absmax_codes + begin, sizeof(codes));
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        codes |= static_cast<uint64_t>(weight.absmax_codes[begin + i]) << (8 * i);
+      }
     }
-    store(scales, add(multiply(load(scales), load(nested)), offset));
+    const auto code = [&](int i) { return weight.nested_code[(codes >> (8 * i)) & 255]; };
+    const __m256 value = _mm256_setr_ps(code(0), code(1), code(2), code(3), code(4), code(5), code(6), code(7));
+    const uint64_t group = static_cast<uint64_t>(begin) / kNestedBlock;
+    __m256 nested = _mm256_set1_ps(weight.nested_absmax[group]);
+    if (static_cast<uint64_t>(begin + count - 1) / kNestedBlock != group) {
+      const auto later = static_cast<__mmask8>(0xffu << (kNestedBlock - static_cast<uint64_t>(begin) % kNestedBlock));
+      nested = _mm256_mask_blend_ps(later, nested, _mm256_set1_ps(weight.nested_absmax[group + 1]));
+    }
+    _mm256_storeu_ps(scales + block, _mm256_add_ps(_mm256_mul_ps(value, nested), offset));
   }
 }
 
-// 16 rows of W from `first`, the last of them again beyond `last`, to a panel.
+// 16 rows of W from `first`, the last of them again beyond `last`, to a panel, a piece of kGroups groups at a time that
+// lies in one block.
+template <int kGroups>
 __attribute__((noinline)) void decode_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last,
                                             Bf16* panel) {
   const WeightView weight = job.weight;  // a copy, which stores to the panel cannot change
-  const int shift = __builtin_ctzll(static_cast<uint64_t>(weight.block_size));
-  const int64_t run = limited(weight.block_size, span.end - span.begin);
-  const int64_t blocks = ceil_div(span.end - span.begin, run);
-  const uint8_t* rows[kQuadStrip];
-  int64_t first_blocks[kQuadStrip];
-  for (int row = 0; row < kQuadStrip; ++row) {
-    const int64_t element = limited(first + row, last - 1) * job.k + span.begin;
-    rows[row] = weight.packed + element / 2;
-    first_blocks[row] = element >> shift;
-  }
-  alignas(64) float scales[kSpan * 2 / kGroupElements * kQuadStrip];
-  quad_scales(weight, first_blocks, blocks, scales);
-
+  const int shift = std::countr_zero(static_cast<uint64_t>(weight.block_size));
+  constexpr int64_t kPiece = kGroups * kGroupElements;
+  const int64_t pieces = (span.end - span.begin) / kPiece;
+  const int pieces_of_block = shift - std::countr_zero(static_cast<uint64_t>(kPiece));  // in powers of 2
+  const int64_t blocks = ((pieces - 1) >> pieces_of_block) + 1;
   const Floats levels = load(weight.levels);
   const __m512i nibble = _mm512_set1_epi16(15);
   // Which of the four tables of 16 entries.
   const __m512i quarter = _mm512_set_epi64(0x0030003000300030, 0x0030003000300030, 0x0020002000200020,
                                            0x0020002000200020, 0x0010001000100010, 0x0010001000100010, 0, 0);
   for (int v = 0; v < kQuads; ++v) {
+    alignas(64) float scales[4][kSpanBlocks];
+    const uint8_t* rows[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int64_t element = limited(first + v + 4 * i, last - 1) * job.k + span.begin;
+      rows[i] = weight.packed + element / 2;
+      quad_scales(weight, element >> shift, blocks, scales[i]);
+    }
     Bf16* out = panel + v * 32;
-    const auto put_step = [&](__m512i codes, const __m512i& low, const __m512i& high) {
-      const __m512i index = _mm512_ternarylogic_epi32(codes, nibble, quarter, 0xea);  // (codes & nibble) | quarter
-      _mm512_store_si512(out, _mm512_permutex2var_epi16(low, index, high));
-      out += kQuadStrip * kStepElements;
-    };
-    for (int64_t block = 0; block < blocks; ++block) {
-      const float* scale = scales + block * kQuadStrip + v;
-      const __m512i low = PairTable(levels, scale[0], scale[4]).level;
-      const __m512i high = PairTable(levels, scale[8], scale[12]).level;
-      for (int64_t i = block * run / 2; i < (block + 1) * run / 2; i += kGroupElements / 2) {
-        const auto bytes = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + i)); };
-        __m512i codes = _mm512_castsi128_si512(bytes(v));
-        codes = _mm512_inserti32x4(codes, bytes(v + 4), 1);
-        codes = _mm512_inserti32x4(codes, bytes(v + 8), 2);
-        codes = _mm512_inserti32x4(codes, bytes(v + 12), 3);
-        put_step(_mm512_srli_epi16(codes, 4), low, high);
-        put_step(codes, low, high);
-        put_step(_mm512_srli_epi16(codes, 12), low, high);
-        put_step(_mm512_srli_epi16(codes, 8), low, high);
+    const uint8_t* row0 = rows[0];
+    const uint8_t* row1 = rows[1];
+    const uint8_t* row2 = rows[2];
+    const uint8_t* row3 = rows[3];
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t block = piece >> pieces_of_block;
+      const __m512i low = PairTable(levels, scales[0][block], scales[1][block]).level;
+      const __m512i high = PairTable(levels, scales[2][block], scales[3][block]).level;
+      const auto put_step = [&](int64_t step, __m512i codes) {
+        const __m512i index = _mm512_ternarylogic_epi32(codes, nibble, quarter, 0xea);  // (codes & nibble) | quarter
+        _mm512_store_si512(out + step * (kQuadStrip * kStepElements), _mm512_permutex2var_epi16(low, index, high));
+      };
+#pragma GCC unroll 2
+      for (int group = 0; group < kGroups; ++group) {
+        const auto bytes = [&](const uint8_t* row) {
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + group * (kGroupElements / 2)));
+        };
+        __m512i codes = _mm512_castsi128_si512(bytes(row0));
+        codes = _mm512_inserti32x4(codes, bytes(row1), 1);
+        codes = _mm512_inserti32x4(codes, bytes(row2), 2);
+        codes = _mm512_inserti32x4(codes, bytes(row3), 3);
+        put_step(group * 4, _mm512_srli_epi16(codes, 4));
+        put_step(group * 4 + 1, codes);
+        put_step(group * 4 + 2, _mm512_srli_epi16(codes, 12));
+        put_step(group * 4 + 3, _mm512_srli_epi16(codes, 8));
       }
+      row0 += kPiece / 2;
+      row1 += kPiece / 2;
+      row2 += kPiece / 2;
+      row3 += kPiece / 2;
+      out += kPiece * kQuadStrip;
     }
   }
 }
@@ -209,15 +233,22 @@ class Shares {
 };
 
 constexpr int64_t kFetchTiles = 4;  // the last tiles of a span, which fetch the next panel's bytes
-constexpr int64_t kFetchLines = kSpan * 2 / kElementsOfLine;  // cache lines of a row in a span
+constexpr int64_t kFetchLines = kSpan * 2 / kElementsOfLine + 1;  // cache lines of a row in a span and of its scales
 
 // The lines that decoding 16 rows from `first` will read, kFetchLines a row: those that the last bytes of each stretch
-// lie in, since the first ones came with the stretch before.
+// lie in, since the first ones came with the stretch before, and the one where the scales begin.
 inline void fetch_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last,
                         const uint8_t** lines) {
-  for (int64_t line = 0; line < kQuadStrip * kFetchLines; ++line) {
-    const int64_t end = limited(span.end, span.begin + (line % kFetchLines + 1) * kElementsOfLine);
-    lines[line] = job.weight.packed + (limited(first + line / kFetchLines, last - 1) * job.k + end - 1) / 2;
+  const int shift = std::countr_zero(static_cast<uint64_t>(job.weight.block_size));
+  for (int row = 0; row < kQuadStrip; ++row) {
+    const int64_t element = limited(first + row, last - 1) * job.k;
+    for (int64_t line = 1; line < kFetchLines; ++line) {
+      const int64_t end = limited(span.end, span.begin + line * kElementsOfLine);
+      *lines++ = job.weight.packed + (element + end - 1) / 2;
+    }
+    const int64_t block = (element + span.begin) >> shift;
+    *lines++ = job.weight.absmax == nullptr ? job.weight.absmax_codes + block
+                                            : reinterpret_cast<const uint8_t*>(job.weight.absmax + block);
   }
 }
 
@@ -305,7 +336,8 @@ inline void quad_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64
       for (int64_t index = group; index < end; ++index) {
         const DepthSpan span = depth.span(index);
         if (span.begin < span.end) {
-          decode_quads(job, span, column, stop, scratch.panel);
+          const auto decode = job.weight.block_size == kGroupElements ? decode_quads<1> : decode_quads<2>;
+          decode(job, span, column, stop, scratch.panel);
         }
         put_adapter_quads(job, span, column, stop, scratch.panel);
         // The bytes of the next panel are fetched under the multiplication.
