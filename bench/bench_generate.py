@@ -3,7 +3,7 @@
     python bench/bench_generate.py --json bench/results/generate.json
 
 All sides start from the same 16-bit weights and take turns in one process. `ours` is a model as `qn.load_model` returns
-it and `fused` the same with the native kernels that `qlora train` puts between the products; `dequantised` is the dense
+it and `unfused` the same with `fuse=False`, transformers' own code between the products; `dequantised` is the dense
 bf16 model with the weights that ours stands for, the truth of the match column; `bitsandbytes` runs its inference path.
 `free` is `ours` with linear layers that return zeros at once, the output head included, and `layers free` the same with
 the head left as it is: what `generate` costs without the products. `match` says whether our tokens are the truth's, or
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from ceilings import Ceilings, ceilings, floor
-from common import Bar, interleaved, line, machine, quartiles, ratios, rounded, timings, write_json
+from common import Bar, interleaved, line, machine, quartiles, rounded, timings, write_json
 from torch import Tensor, nn
 
 import qlora_native as qn
@@ -104,18 +104,14 @@ def bitsandbytes_model(folder: Path) -> Any:
 
 def sides(folder: Path) -> dict[str, Any]:
     """The models that take part, from a folder with a 16-bit one."""
-    from qlora_native.train.fused import fuse
-
-    ours: Any = qn.load_model(folder).eval()
-    fused: Any = qn.load_model(folder).eval()
-    fuse(fused)
+    ours: Any = qn.load_model(folder)
+    unfused: Any = qn.load_model(folder, fuse=False)
     models = {
         "ours": ours,
-        "fused": fused,
-        "dequantised": dequantised(ours),
+        "unfused": unfused,
+        "dequantised": dequantised(unfused),
         "free": free(ours, head=True),
         "layers free": free(ours, head=False),
-        "fused, layers free": free(fused, head=False),
         "bitsandbytes": bitsandbytes_model(folder),
     }
     return {name: model.eval() for name, model in models.items() if model is not None}
@@ -164,11 +160,10 @@ def compare(models: dict[str, Any], prompt: Tensor, count: int, repeats: int, me
         "head": models["ours"].get_output_embeddings().weight.nbytes / 1e6,
     }
     row: dict[str, Any] = {"prompt_tokens": prompt.shape[1], "new_tokens": count}
-    sides_of_ours = [tokens[name] for name in ("ours", "fused")]
+    sides_of_ours = [tokens[name] for name in ("ours", "unfused")]
     row["match"] = all(t["equal"] or t["lead_of_the_truth_there"] <= NEAR_TIE for t in sides_of_ours)
     row |= {"tokens": tokens, "megabytes_read_a_token": megabytes}
     row |= timings(seconds, BARS, floor(measured, 1e6 * sum(megabytes.values()) * count)) | {"either_bar": True}
-    row["fused_over"] = {name: rounded(ratios(seconds["fused"], v)) for name, v in seconds.items() if name != "fused"}
     row["tokens_per_second"] = {name: rounded(quartiles([count / s for s in v])) for name, v in seconds.items()}
     return row
 

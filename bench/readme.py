@@ -38,11 +38,10 @@ PEERS = {
 
 DECODERS = {
     "ours": "`qn.load_model`",
-    "fused": "with the native kernels between the products, as `qlora train` has it",
+    "unfused": "the same with `fuse=False`: transformers' own code between the products",
     "dequantised": "torch, bf16 weights",
     "bitsandbytes": "bitsandbytes NF4, its inference path",
     "layers free": "`qn.load_model`, 4-bit layers that return zeros",
-    "fused, layers free": "with the native kernels, 4-bit layers that return zeros",
     "free": "`qn.load_model`, all linear layers return zeros, the output head too",
 }
 

@@ -81,7 +81,7 @@ Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 def our_side(folder: Path) -> tuple[Any, Loss]:
     """The model as `qlora train` has it, and its loss."""
     import qlora_native as qn
-    from qlora_native.train.fused import fuse
+    from qlora_native.integrations import fuse
     from qlora_native.train.loss import causal_lm_loss
     from qlora_native.train.memory import keep_freed_memory
 

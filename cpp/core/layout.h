@@ -10,6 +10,7 @@ inline constexpr int64_t kMinBlock = 32;
 inline constexpr int64_t kMaxBlock = 4096;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t rounded_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 constexpr int64_t packed_bytes(int64_t numel) { return ceil_div(numel, 2); }
 constexpr int64_t num_blocks(int64_t numel, int64_t block_size) { return ceil_div(numel, block_size); }
 constexpr int64_t num_nested_blocks(int64_t blocks) { return ceil_div(blocks, kNestedBlock); }

@@ -16,7 +16,6 @@ constexpr int64_t kStripsOfGroup = kColumnGrain / kStrip;
 constexpr int64_t kElementsOfLine = 128;  // packed elements of a cache line
 
 constexpr int64_t limited(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-constexpr int64_t rounded_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
 // A part of the depth: elements [begin, end) of the weight's side, then [low_begin, low_end) of the adapter's.
 struct DepthSpan {

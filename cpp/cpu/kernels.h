@@ -39,9 +39,10 @@ struct DenseJob {
   int64_t k;
 };
 
-inline constexpr int64_t kMaxTokens = 8;     // rows of x that linear_rows takes
-inline constexpr int64_t kStreamTokens = 4;  // rows of x for which rows of W may go by streams
-inline constexpr int64_t kStreamRows = 4;    // rows of W that go together: ranges are cut at multiples
+inline constexpr int64_t kMaxTokens = 8;      // rows of x that linear_rows takes
+inline constexpr int64_t kStreamTokens = 4;   // rows of x for which rows of W may go by streams
+inline constexpr int64_t kStreamChunk = 128;  // of a row, decoded together; reordered rows of x are whole chunks
+inline constexpr int64_t kStreamRows = 4;     // rows of W that go together: ranges are cut at multiples
 inline constexpr int64_t kMaxRowBlocks = 512;
 
 struct Kernels {

@@ -66,7 +66,9 @@ int64_t linear_4bit_scratch_bytes(const LinearCall& call) {
   }
   switch (path_of(call)) {
     case Path::kRows:
-      return kernels().reorder_tokens[index_of(call.dtype)] == nullptr ? 0 : call.job.m * call.job.k * 2;
+      return kernels().reorder_tokens[index_of(call.dtype)] == nullptr
+                 ? 0
+                 : call.job.m * rounded_up(call.job.k, kStreamChunk) * 2;
     case Path::kTiles:
       return tile_product_scratch_bytes(tile_product_of(call));
     default:

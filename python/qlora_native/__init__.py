@@ -19,6 +19,7 @@ from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 if TYPE_CHECKING:
     from . import nn as nn
     from . import optim as optim
+    from .integrations import fuse as fuse
     from .load import load_model as load_model
     from .load import merge as merge
     from .lora import LoraConfig as LoraConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "nn": "nn",
     "optim": "optim",
+    "fuse": "integrations",
     "load_model": "load",
     "LoraConfig": "lora",
     "add_lora": "lora",
@@ -51,6 +53,7 @@ __all__ = [
     "add_lora",
     "build_info",
     "from_bnb",
+    "fuse",
     "linear",
     "linear_cross_entropy",
     "load_adapter",

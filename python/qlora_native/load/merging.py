@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .. import integrations
 from ..errors import UserError
 from ..lora import LoRALinear
 from ..lora.layer import trained_whole
@@ -55,6 +56,7 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
                 _make_dense(model, path, layer, inner.quantized.dequantize(torch.float32), dtype)
             else:
                 _make_dense(model, path, layer, inner.weight, dtype)
+    integrations.unfuse(model)
     loaded_as = model.config.dtype
     for parameter in model.parameters():
         if parameter.dtype == loaded_as:  # what is kept in fp32 stays so

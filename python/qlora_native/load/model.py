@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .. import integrations
 from ..errors import UserError
 from ..nn import QuantizedLinear
 from ..weight import QuantizedWeight, quantize
@@ -59,6 +60,7 @@ def load_model(
     skip_modules: Iterable[str] = (OUTPUT_EMBEDDING,),
     method: str = "rtn",
     calibration: Any = None,
+    fuse: bool = True,
 ) -> PreTrainedModel:
     """Load any transformers causal LM with its linear layers in 4 bits.
 
@@ -79,6 +81,9 @@ def load_model(
             means the output embedding, whatever the model calls it. Tied weights always stay dense.
         method: "rtn", round to nearest.
         calibration: for methods that need data; None with "rtn".
+        fuse: give the modules between the products native kernels where they compute the same, as
+            :func:`qlora_native.fuse` says. Outputs then agree with transformers' own code to rounding; on a device
+            other than a CPU nothing changes.
 
     Raises:
         UserError: the files are missing, broken, of another model or hold a NaN; the sentence names the file and the
@@ -128,6 +133,8 @@ def load_model(
         model.generation_config = generation
     model.load_report = make_report(model, source.path)
     _set_quantization_config(model, source, dtype, options)
+    if fuse:
+        integrations.fuse(model)
     _give_memory_back()
     return model
 

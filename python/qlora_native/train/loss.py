@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import qlora_native as qn
 from qlora_native.data import IGNORE_INDEX
+from qlora_native.integrations.fused import Head
 from qlora_native.nn import QuantizedLinear
-from qlora_native.train.fused import Head
 
 # config fields by which known models change the logits after the output embedding; only used to say why
 _LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")

@@ -12,12 +12,12 @@ import torch
 
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
+from qlora_native.integrations import fuse
 from qlora_native.load import load_model
 from qlora_native.load.source import GgufSource, open_source
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
-from qlora_native.train.fused import fuse
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_native.integrations.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
 from qlora_native.ops import _pages, rms_norm, swiglu
 from qlora_native.ops._direct import at_once, few_logits
-from qlora_native.train.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
 
 LARGE = 1 << 22  # elements of a dense weight that no cache holds
 
@@ -48,6 +48,15 @@ def fuse(model: nn.Module) -> dict[str, int]:
     return dict(counts)
 
 
+def unfuse(model: nn.Module) -> None:
+    """Give the modules that :func:`fuse` changed their own code back."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            for setting in [name for name in vars(module) if name.startswith("_fused_")]:
+                delattr(module, setting)
+            module.__class__ = type(module).__bases__[1]
+
+
 class Fused(nn.Module):
     """What fused classes have in common: they are subclasses of the class they replace, under its name."""
 
@@ -55,7 +64,7 @@ class Fused(nn.Module):
 
     @classmethod
     def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
-        """Attributes to set if ``module`` computes what this class would, or None."""
+        """Attributes to set, named ``_fused_...``, if ``module`` computes what this class would, or None."""
         raise NotImplementedError
 
     @classmethod

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from helpers import SavedTensors, relative_error
-from tiny_models import VOCAB, make, tokens
+from tiny_models import VOCAB, logits, make, save, tokens
 from torch import nn
 
 import qlora_native as qn
-from qlora_native.train.fused import Fused, fuse
-from qlora_native.train.fused_attention import FAST_ATTENTION
+from qlora_native.integrations import fuse, unfuse
+from qlora_native.integrations.fused import Fused
+from qlora_native.integrations.fused_attention import FAST_ATTENTION
 from qlora_native.train.loss import causal_lm_loss
 
 # Where native attention is not the faster one, an attention without a rotation to replace stays as it is.
@@ -209,7 +211,7 @@ def test_compiles_without_breaks(dtype: torch.dtype) -> None:
 
 
 def test_head_of_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_native.train.fused.LARGE", VOCAB * 64)
+    monkeypatch.setattr("qlora_native.integrations.fused.LARGE", VOCAB * 64)
     model = model_of("Llama", torch.bfloat16)
     plain = copy.deepcopy(model)
     assert fuse(model)["head"] == 1
@@ -233,3 +235,24 @@ def test_head_of_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(loss) == pytest.approx(float(want), rel=1e-3)
     twin = pickle.loads(pickle.dumps(model))
     assert isinstance(twin.lm_head, Fused)
+
+
+def test_load_model_fuses_unless_told_not_to(tmp_path: Path) -> None:
+    folder = save(tmp_path, dtype=torch.bfloat16)
+    fused, plain = qn.load_model(folder), qn.load_model(folder, fuse=False)
+    assert sum(isinstance(module, Fused) for module in fused.modules()) > 0
+    assert not any(isinstance(module, Fused) for module in plain.modules())
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert [type(a).__name__ for a in fused.modules()] == [type(b).__name__ for b in plain.modules()]
+    assert relative_error(logits(fused).float(), logits(plain).float()) < 2e-2
+
+
+def test_unfuse_leaves_what_there_was() -> None:
+    model, plain = model_of("Llama"), model_of("Llama")
+    plain.load_state_dict(model.state_dict())
+    fuse(model)
+    unfuse(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert all(set(vars(a)) == set(vars(b)) for a, b in zip(model.modules(), plain.modules(), strict=True))
+    assert torch.equal(logits(model), logits(plain))
+    assert fuse(model)["norm"] == ALL["norm"]
