@@ -7,6 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cuda-binary", help="compiled GPU code to look at in place of the installed module's")
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)
