@@ -14,7 +14,7 @@ from .. import _C
 from .._native import DTYPE_NUMBER
 from . import _products
 from ._library import Weight, autograd, fake, implement, weight_of
-from .linear_4bit import NO_WEIGHT_GRADIENT, dense_weight, without_autocast
+from .linear_4bit import NO_WEIGHT_GRADIENT, without_autocast
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk: 256 tokens over 49,152 words in bf16, where both products are fast
 
@@ -47,7 +47,7 @@ def _logits(h: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) ->
         return torch.mm(h, weight.packed.t(), out=out)
     if h.device.type == "cpu":
         return _products.forward(h, weight, None)
-    return torch.mm(h, dense_weight(weight, h.dtype).t())
+    return torch.ops.qlora_native.linear_4bit(h, None, False, *weight)
 
 
 def _grad_h(grad_logits: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -56,7 +56,7 @@ def _grad_h(grad_logits: torch.Tensor, weight: Weight, out: torch.Tensor | None 
         return torch.mm(grad_logits, weight.packed, out=out)
     if grad_logits.device.type == "cpu":
         return _products.grad_input(grad_logits, weight)
-    return torch.mm(grad_logits, dense_weight(weight, grad_logits.dtype))
+    return torch.ops.qlora_native.linear_4bit_grad_input(grad_logits, False, *weight)
 
 
 def empty_gradients(h: torch.Tensor, weight: Weight, need_grad_h: bool, need_grad_weight: bool) -> Pair:
