@@ -58,6 +58,10 @@ __device__ __forceinline__ uint4 decode_eight(const Planes& planes, uint32_t cod
   return values;
 }
 
+// to_float by one instruction, without its branches.
+__device__ __forceinline__ float widened(Bf16 x) { return to_float(x); }
+__device__ __forceinline__ float widened(Fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
 // A block's scale as it is stored: what is loaded well before it is decoded.
 struct StoredScale {
   float value;  // the scale, or its nested scale

@@ -45,8 +45,9 @@ struct SmallRuns {
 template <typename T>
 __device__ __forceinline__ int64_t small_element(const SmallJob<T>& job, int64_t first_row, int64_t column, int i,
                                                  int half) {
-  const int64_t row = first_row + 16 * i + 8 * half + threadIdx.x % 32 / 4;
-  return row < job.n && column < job.k ? row * job.k + column : -1;
+  const int64_t row = first_row + threadIdx.x % 32 / 4;
+  const int further = 16 * i + 8 * half;
+  return row + further < job.n && column < job.k ? row * job.k + column + further * job.k : -1;
 }
 
 template <int kRowTiles, typename T>
@@ -78,18 +79,20 @@ __device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {
 // sums [kRowTiles][kGroups][4] += scale * (levels x^T) of one step.
 template <typename T, int kRowTiles, int kGroups>
 __device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRuns<kRowTiles>& runs, int64_t first_row,
-                                           int64_t column, const Planes& planes, float offset,
+                                           int64_t column, const Planes& planes,
                                            float (&sums)[kRowTiles][kGroups][4]) {
-  StoredScale scales[kRowTiles][2];  // needed last, asked for first
-#pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const int64_t element = small_element(job, first_row, column, i / 2, i % 2);
-    scales[i / 2][i % 2] =
-        element < 0 ? StoredScale{0.0f, -1} : stored_scale(job.weight, element >> job.block_shift);
-  }
+  StoredScale scales[kRowTiles][2];
   float unscaled[kRowTiles][kGroups][4] = {};
 #pragma unroll
   for (int quarter = 0; quarter < 4; ++quarter) {
+    if (quarter == 1) {  // early enough to hide their latency, late enough to take the registers of codes that are used
+#pragma unroll
+      for (int i = 0; i < 2 * kRowTiles; ++i) {
+        const int64_t element = small_element(job, first_row, column, i / 2, i % 2);
+        scales[i / 2][i % 2] =
+            element < 0 ? StoredScale{0.0f, -1} : stored_scale(job.weight, element >> job.block_shift);
+      }
+    }
     uint4 tokens[kGroups];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -109,6 +112,7 @@ __device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRu
       }
     }
   }
+  const float offset = job.weight.absmax == nullptr ? *job.weight.nested_offset : 0.0f;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
     const float upper = scale_of(scales[i][0], job.weight.nested_code, offset);
@@ -126,10 +130,10 @@ __device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRu
 // The low-rank term and the bias of one element of y.
 template <typename T>
 __device__ __forceinline__ float small_addend(const SmallJob<T>& job, int64_t token, int64_t row) {
-  float sum = job.bias != nullptr ? to_float(job.bias[row]) : 0.0f;
+  float sum = job.bias != nullptr ? widened(job.bias[row]) : 0.0f;
 #pragma unroll 8
   for (int64_t i = 0; i < job.r; ++i) {
-    sum = __fmaf_rn(to_float(job.low[token * job.r + i]), to_float(job.up[row * job.r + i]), sum);
+    sum = __fmaf_rn(widened(job.low[token * job.r + i]), widened(job.up[row * job.r + i]), sum);
   }
   return sum;
 }
@@ -143,9 +147,9 @@ __global__ void __launch_bounds__(kSmallThreads, 2) linear_4bit_small_kernel(con
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  int64_t column = warp * kSmallStep + lane % 4 * 32;
+  const int run = lane % 4 * 32;
 
-  SmallRuns<kRowTiles> next = small_runs<kRowTiles>(job, first_row, column);
+  SmallRuns<kRowTiles> next = small_runs<kRowTiles>(job, first_row, warp * kSmallStep + run);
   Planes planes;
   {
     const float* from = job.weight.levels;
@@ -155,14 +159,12 @@ __global__ void __launch_bounds__(kSmallThreads, 2) linear_4bit_small_kernel(con
                               make_float4(from[12], from[13], from[14], from[15])};
     planes = scaled_planes<T>(levels, 1.0f);
   }
-  const float offset = job.weight.absmax == nullptr ? *job.weight.nested_offset : 0.0f;
 
   float sums[kRowTiles][kGroups][4] = {};
   for (int64_t step = warp * kSmallStep; step < job.k; step += kGemvWarps * kSmallStep) {
     const SmallRuns<kRowTiles> runs = next;
-    next = small_runs<kRowTiles>(job, first_row, column + kGemvWarps * kSmallStep);
-    small_step(job, runs, first_row, column, planes, offset, sums);
-    column += kGemvWarps * kSmallStep;
+    next = small_runs<kRowTiles>(job, first_row, step + kGemvWarps * kSmallStep + run);
+    small_step(job, runs, first_row, step + run, planes, sums);
   }
 
   // Lanes t and t + 2 hold the two blocks' parts of the same tokens: columns 2t and 2t + 1 of each group.

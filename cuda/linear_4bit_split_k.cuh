@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kReduceThreads)
       second += part.y;
     }
     if (bias != nullptr) {
-      first += to_float(bias[column]);
-      second += column + 1 < columns ? to_float(bias[column + 1]) : 0.0f;
+      first += widened(bias[column]);
+      second += column + 1 < columns ? widened(bias[column + 1]) : 0.0f;
     }
     store_pair(y + row * columns, column, columns, first, second);
   }

@@ -46,6 +46,7 @@ struct TileShape {
   static constexpr int kRowParts = kRows / kWarpRows / 16;           // 16-row MMAs a warp
   static constexpr int kColumnParts = kColumns / kWarpColumns / 8;  // 8-column MMAs a warp
   static constexpr int kWarpsAlongRows = kWarpRows;
+  static constexpr int kResident = kThreads == 128 ? 4 : 1;  // CTAs an SM, by registers
   static_assert(kWarpRows * kWarpColumns * 32 == kThreads && kStages >= 3 && kColumnParts % 2 == 0);
 };
 using Tile16 = TileShape<0, 1, 4>;
@@ -262,8 +263,8 @@ __device__ __forceinline__ void store_sums(const Tile<T, Shape, kForward>& tile,
     const int64_t column = tile.first_column + warp.column + 8 * j + warp.lane % 4 * 2;
     float bias[2] = {0.0f, 0.0f};
     if (job.bias != nullptr && job.partial == nullptr) {
-      bias[0] = column < job.columns ? to_float(job.bias[column]) : 0.0f;
-      bias[1] = column + 1 < job.columns ? to_float(job.bias[column + 1]) : 0.0f;
+      bias[0] = column < job.columns ? widened(job.bias[column]) : 0.0f;
+      bias[1] = column + 1 < job.columns ? widened(job.bias[column + 1]) : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < Shape::kRowParts; ++i) {
@@ -284,7 +285,7 @@ __device__ __forceinline__ void store_sums(const Tile<T, Shape, kForward>& tile,
 }
 
 template <typename T, typename Shape, bool kForward>
-__global__ void __launch_bounds__(Shape::kThreads) linear_4bit_tile_kernel(const TileJob<T> job) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit_tile_kernel(const TileJob<T> job) {
   constexpr int kSlices = kReductionStep / 16;
   WP_SHARED(float4, levels, 4);
   WP_SHARED(float, nested_code, 256);
