@@ -2,7 +2,14 @@
 
 pybind11_add_module(_cuda MODULE
   cpp/python/checked_weight.cc
+  cpp/python/tensor_rows.cc
+  cuda/python/bind_adamw_step.cc
+  cuda/python/bind_all.cc
   cuda/python/bind_dequantize_4bit.cc
+  cuda/python/bind_gradient_norm.cc
+  cuda/python/bind_linear_4bit.cc
+  cuda/python/bind_lion_step.cc
+  cuda/python/bind_quantize_4bit.cc
   cuda/python/module.cc)
 target_link_libraries(_cuda PRIVATE qlora_native_cuda)
 target_compile_options(_cuda PRIVATE
