@@ -138,8 +138,8 @@ struct Tile {
 // The run of 32 weights that this thread copies and decodes in each step. Rows hold whole runs.
 template <typename T, typename Shape, bool kForward>
 struct Run {
-  using Tile = Tile<T, Shape, kForward>;
-  static constexpr int kInRow = Tile::kWeightChunks / 4;
+  using Owner = Tile<T, Shape, kForward>;
+  static constexpr int kInRow = Owner::kWeightChunks / 4;
 
   int64_t element;  // of W, the run's first in the next step
   int64_t row;      // of W
@@ -148,7 +148,7 @@ struct Run {
   static __device__ int tile_row() { return static_cast<int>(threadIdx.x) / kInRow; }
   static __device__ int tile_chunk() { return static_cast<int>(threadIdx.x) % kInRow * 4; }
 
-  __device__ explicit Run(const Tile& tile) {
+  __device__ explicit Run(const Owner& tile) {
     const int64_t reduced = tile.first_step * kReductionStep;
     row = (kForward ? tile.first_column : reduced) + tile_row();
     const int64_t column = (kForward ? reduced : tile.first_column) + 8 * tile_chunk();
@@ -174,12 +174,12 @@ struct Run {
 // Starts the copies of one step after another: this thread's units of x, one in every kThreads, and its run of W.
 template <typename T, typename Shape, bool kForward>
 struct Copies {
-  using Tile = Tile<T, Shape, kForward>;
-  static constexpr int kUnits = Tile::kStageChunks / Shape::kThreads;
+  using Owner = Tile<T, Shape, kForward>;
+  static constexpr int kUnits = Owner::kStageChunks / Shape::kThreads;
   static constexpr int kRowsApart = Shape::kThreads / 8;
   static_assert(kRowsApart % 8 == 0, "so that all units of a thread are swizzled alike");
 
-  const Tile& tile;
+  const Owner& tile;
   Run<T, Shape, kForward> run;
   const T* x_from;  // of the first unit in the next step
   int64_t x_column;
@@ -187,7 +187,7 @@ struct Copies {
   int x_to;
   int stage = 0;
 
-  __device__ explicit Copies(const Tile& given) : tile(given), run(given) {
+  __device__ explicit Copies(const Owner& given) : tile(given), run(given) {
     const int row = static_cast<int>(threadIdx.x) / 8;
     const int chunk = static_cast<int>(threadIdx.x) % 8;
     x_to = swizzled<8>(row, chunk);
@@ -199,7 +199,7 @@ struct Copies {
 
   __device__ void start_next() {
     const TileJob<T>& job = tile.job;
-    uint4* to = tile.x + stage * Tile::kStageChunks + x_to;
+    uint4* to = tile.x + stage * Owner::kStageChunks + x_to;
     // The reduction is a multiple of 8, forward of 64: a unit is there or not as a whole.
     const bool column_exists = kForward || x_column < job.reduction;
 #pragma unroll
@@ -229,14 +229,14 @@ __device__ __forceinline__ void decode_run_of(const Tile<T, Shape, kForward>& ti
   uint4* to = tile.weight_buffer(step);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    to[swizzled<Own::Tile::kWeightChunks>(Own::tile_row(), Own::tile_chunk() + i)] = decode_eight(planes, words[i]);
+    to[swizzled<Own::Owner::kWeightChunks>(Own::tile_row(), Own::tile_chunk() + i)] = decode_eight(planes, words[i]);
   }
 }
 
 // What one warp adds up: rows and columns of the tile from a first one on.
 template <typename T, typename Shape, bool kForward>
 struct WarpSums {
-  float sums[Shape::kRowParts][Shape::kColumnParts][4];
+  float sums[size_t{Shape::kRowParts}][size_t{Shape::kColumnParts}][4];
   int lane;
   int row;
   int column;
@@ -262,7 +262,7 @@ struct WarpSums {
   __device__ __forceinline__ void multiply(const uint4* x,        // [rows][8], swizzled
                                            const uint4* weights,  // [columns][8] or [64][columns / 8], swizzled
                                            int slice) {
-    uint32_t a[Shape::kRowParts][4];
+    uint32_t a[size_t{Shape::kRowParts}][4];
 #pragma unroll
     for (int i = 0; i < Shape::kRowParts; ++i) {
       wp::ldmatrix_x4(a[i], x + swizzled<8>(row + 16 * i + lane % 16, 2 * slice + lane / 16));
