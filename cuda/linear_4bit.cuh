@@ -48,7 +48,7 @@ cudaError_t launch_gemv(const LinearCall& call, const MatmulPlan& plan, cudaStre
 template <typename T>
 cudaError_t launch_reduce(const TileJob<T>& job, int tile_columns, cudaStream_t stream) {
   constexpr int64_t kMostReduceCtas = 1 << 16;
-  const int64_t ctas = ceil_div(job.m * ceil_div(job.columns, 2), kReduceThreads);
+  const int64_t ctas = ceil_div(job.m * ceil_div(job.columns, 8), kReduceThreads);
   return wp::launch(linear_4bit_reduce_kernel<T>, dim3(static_cast<unsigned>(ctas < kMostReduceCtas ? ctas
                                                                                                  : kMostReduceCtas)),
                     dim3(kReduceThreads), 0, stream, job.partial, job.bias, job.y, job.m, job.columns,

@@ -38,7 +38,7 @@ inline constexpr int kSmallStep = 128;  // of K
 // What a lane reads of W in one step: the runs of rows g and g + 8 of each 16. Zeros beyond the edge.
 template <int kRowTiles>
 struct SmallRuns {
-  uint4 codes[kRowTiles][2];
+  uint4 codes[size_t{kRowTiles}][2];
 };
 
 // The first element of the lane's run in row g (half 0) or g + 8 of the i-th 16 rows; -1 beyond the edge.
@@ -76,13 +76,19 @@ __device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {
   return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
 }
 
-// sums [kRowTiles][kGroups][4] += scale * (levels x^T) of one step.
+// A lane's part of the MMAs' results, as wp::mma_m16n8k16 lays it out.
+template <int kRowTiles, int kGroups>
+struct SmallSums {
+  float of[size_t{kRowTiles}][size_t{kGroups}][4] = {};
+};
+
+// sums += scale * (levels x^T) of one step.
 template <typename T, int kRowTiles, int kGroups>
 __device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRuns<kRowTiles>& runs, int64_t first_row,
                                            int64_t column, const Planes& planes,
-                                           float (&sums)[kRowTiles][kGroups][4]) {
-  StoredScale scales[kRowTiles][2];
-  float unscaled[kRowTiles][kGroups][4] = {};
+                                           SmallSums<kRowTiles, kGroups>& sums) {
+  StoredScale scales[size_t{kRowTiles}][2];
+  SmallSums<kRowTiles, kGroups> unscaled;
 #pragma unroll
   for (int quarter = 0; quarter < 4; ++quarter) {
     if (quarter == 1) {  // early enough to hide their latency, late enough to take the registers of codes that are used
@@ -93,7 +99,7 @@ __device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRu
             element < 0 ? StoredScale{0.0f, -1} : stored_scale(job.weight, element >> job.block_shift);
       }
     }
-    uint4 tokens[kGroups];
+    uint4 tokens[size_t{kGroups}];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       tokens[group] = small_tokens(job, group, column, quarter);
@@ -108,7 +114,7 @@ __device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRu
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const uint32_t b[2] = {word_of(tokens[group], 2 * half), word_of(tokens[group], 2 * half + 1)};
-        wp::mma_m16n8k16<T>(unscaled[i][group], a, b);
+        wp::mma_m16n8k16<T>(unscaled.of[i][group], a, b);
       }
     }
   }
@@ -121,7 +127,8 @@ __device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRu
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        sums[i][group][part] = __fmaf_rn(part < 2 ? upper : lower, unscaled[i][group][part], sums[i][group][part]);
+        float& sum = sums.of[i][group][part];
+        sum = __fmaf_rn(part < 2 ? upper : lower, unscaled.of[i][group][part], sum);
       }
     }
   }
@@ -143,7 +150,7 @@ template <typename T, int kRowTiles, int kGroups>
 __global__ void __launch_bounds__(kSmallThreads, 2) linear_4bit_small_kernel(const SmallJob<T> job) {
   constexpr int kRows = 16 * kRowTiles;
   constexpr int kTokens = 4 * kGroups;
-  WP_SHARED(float, parts, kGemvWarps * kTokens * kRows);  // [warp][token][row]
+  WP_SHARED(float, parts, size_t{kGemvWarps * kTokens * kRows});  // [warp][token][row]
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
@@ -160,7 +167,7 @@ __global__ void __launch_bounds__(kSmallThreads, 2) linear_4bit_small_kernel(con
     planes = scaled_planes<T>(levels, 1.0f);
   }
 
-  float sums[kRowTiles][kGroups][4] = {};
+  SmallSums<kRowTiles, kGroups> sums;
   for (int64_t step = warp * kSmallStep; step < job.k; step += kGemvWarps * kSmallStep) {
     const SmallRuns<kRowTiles> runs = next;
     next = small_runs<kRowTiles>(job, first_row, step + kGemvWarps * kSmallStep + run);
@@ -174,7 +181,8 @@ __global__ void __launch_bounds__(kSmallThreads, 2) linear_4bit_small_kernel(con
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        const float sum = sums[i][group][part] + __shfl_xor_sync(0xffffffffu, sums[i][group][part], 2);
+        const float own = sums.of[i][group][part];
+        const float sum = own + __shfl_xor_sync(0xffffffffu, own, 2);
         const int row = 16 * i + 8 * (part / 2) + lane / 4;
         const int token = 4 * group + lane % 2 * 2 + part % 2;
         if (lane % 4 < 2) {

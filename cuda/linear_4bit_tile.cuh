@@ -87,7 +87,8 @@ __device__ __forceinline__ uint4 load_eight(const T* matrix,  // [rows, columns]
 template <typename T, typename Shape, bool kForward>
 struct Tile {
   static constexpr int kWeightChunks = kForward ? 8 : Shape::kColumns / 8;  // of 16 bytes in a row of decoded W
-  static constexpr int kRunsInRow = kWeightChunks / 4;
+  static constexpr int kStageChunks = Shape::kRows * 8;                     // of x
+  static constexpr int kBufferChunks = Shape::kThreads * 4;                 // of decoded W
 
   const TileJob<T>& job;
   int64_t first_row;     // of y
@@ -97,13 +98,14 @@ struct Tile {
   int split;
   uint4* x;        // [stages][rows][8], swizzled
   uint4* packed;   // [stages][threads]
-  uint4* weights;  // [2][threads * 4], swizzled
+  uint4* weights;  // [2][kBufferChunks], swizzled
 
   // Tiles that run together should share rows of x and rows of W: they come in bands of 8 tiles of rows.
   __device__ explicit Tile(const TileJob<T>& given) : job(given) {
     constexpr int kBand = 8;
-    const int band = static_cast<int>(blockIdx.x) / (kBand * job.column_tiles);
-    const int within = static_cast<int>(blockIdx.x) % (kBand * job.column_tiles);
+    const int64_t in_band = static_cast<int64_t>(kBand) * job.column_tiles;
+    const int band = static_cast<int>(blockIdx.x / in_band);
+    const int within = static_cast<int>(blockIdx.x % in_band);
     const int height = min(kBand, job.row_tiles - band * kBand);
     first_row = static_cast<int64_t>(band * kBand + within % height) * Shape::kRows;
     first_column = static_cast<int64_t>(within / height) * Shape::kColumns;
@@ -112,68 +114,18 @@ struct Tile {
     first_step = all_steps * split / job.splits;
     steps = static_cast<int>(all_steps * (split + 1) / job.splits - first_step);
     x = wp::dyn_smem<uint4>();
-    packed = x + Shape::kStages * Shape::kRows * 8;
+    packed = x + Shape::kStages * kStageChunks;
     weights = packed + Shape::kStages * Shape::kThreads;
   }
 
-  __device__ uint4* x_stage(int step) const { return x + step % Shape::kStages * (Shape::kRows * 8); }
-  __device__ uint4* own_packed(int step) const {
-    return packed + step % Shape::kStages * Shape::kThreads + threadIdx.x;
-  }
-  __device__ uint4* weight_buffer(int step) const { return weights + step % 2 * (Shape::kThreads * 4); }
-
-  // The run of 32 weights that this thread copies and decodes: its row and first 16-byte unit in the decoded tile.
-  static __device__ int run_row() { return static_cast<int>(threadIdx.x) / kRunsInRow; }
-  static __device__ int run_chunk() { return static_cast<int>(threadIdx.x) % kRunsInRow * 4; }
-
-  // Its first element in W at a step, or -1 beyond the edge. Rows hold whole runs.
-  __device__ int64_t run_element(int step) const {
-    const int64_t reduced = (first_step + step) * kReductionStep;
-    const int64_t row = (kForward ? first_column : reduced) + run_row();
-    const int64_t column = (kForward ? reduced : first_column) + 8 * run_chunk();
-    return row < (kForward ? job.columns : job.reduction) && column < job.k ? row * job.k + column : -1;
-  }
-
-  __device__ StoredScale run_scale(int step) const {
-    const int64_t element = run_element(step);
-    return element < 0 ? StoredScale{0.0f, -1} : stored_scale(job.weight, element >> job.block_shift);
-  }
-
-  // Starts the copies of one step. The reduction is a multiple of 8, so a unit of x is there or not as a whole.
-  __device__ void start_copies(int step) const {
-    const int64_t reduced = (first_step + step) * kReductionStep;
-    uint4* to = x_stage(step);
-#pragma unroll
-    for (int unit = static_cast<int>(threadIdx.x); unit < Shape::kRows * 8; unit += Shape::kThreads) {
-      const int64_t row = first_row + unit / 8;
-      const int64_t column = reduced + unit % 8 * 8;
-      const bool inside = row < job.m && column < job.reduction;
-      const T* from = inside ? job.x + row * job.reduction + column : job.x;
-      wp::cp_async_16(to + swizzled<8>(unit / 8, unit % 8), from, inside ? 16 : 0);
-    }
-    const int64_t element = run_element(step);
-    const uint8_t* codes = element < 0 ? job.weight.packed : job.weight.packed + element / 2;
-    wp::cp_async_16(own_packed(step), codes, element < 0 ? 0 : 16);
-  }
-
-  __device__ void decode(int step, const float4* levels, float scale) const {
-    const Planes planes = scaled_planes<T>(levels, scale);
-    const uint4 codes = *own_packed(step);
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-    uint4* to = weight_buffer(step);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to[swizzled<kWeightChunks>(run_row(), run_chunk() + i)] = decode_eight(planes, words[i]);
-    }
-  }
+  __device__ uint4* weight_buffer(int step) const { return weights + step % 2 * kBufferChunks; }
 
   // The operands of the low-rank term from `from` on, as one step: low in stage 0, up in buffer 0.
   __device__ void load_low_rank(int64_t from) const {
-    for (int unit = static_cast<int>(threadIdx.x); unit < Shape::kRows * 8; unit += Shape::kThreads) {
-      x[swizzled<8>(unit / 8, unit % 8)] =
-          load_eight(job.low, first_row + unit / 8, from + unit % 8 * 8, job.m, job.r);
+    for (int unit = static_cast<int>(threadIdx.x); unit < kStageChunks; unit += Shape::kThreads) {
+      x[swizzled<8>(unit / 8, unit % 8)] = load_eight(job.low, first_row + unit / 8, from + unit % 8 * 8, job.m, job.r);
     }
-    for (int unit = static_cast<int>(threadIdx.x); unit < Shape::kThreads * 4; unit += Shape::kThreads) {
+    for (int unit = static_cast<int>(threadIdx.x); unit < kBufferChunks; unit += Shape::kThreads) {
       const int row = unit / kWeightChunks;
       const int chunk = unit % kWeightChunks;
       weights[swizzled<kWeightChunks>(row, chunk)] =
@@ -183,10 +135,108 @@ struct Tile {
   }
 };
 
+// The run of 32 weights that this thread copies and decodes in each step. Rows hold whole runs.
+template <typename T, typename Shape, bool kForward>
+struct Run {
+  using Owner = Tile<T, Shape, kForward>;
+  static constexpr int kInRow = Owner::kWeightChunks / 4;
+
+  int64_t element;  // of W, the run's first in the next step
+  int64_t row;      // of W
+  bool inside;      // forward: in every step; else: as far as columns go
+
+  static __device__ int tile_row() { return static_cast<int>(threadIdx.x) / kInRow; }
+  static __device__ int tile_chunk() { return static_cast<int>(threadIdx.x) % kInRow * 4; }
+
+  __device__ explicit Run(const Owner& tile) {
+    const int64_t reduced = tile.first_step * kReductionStep;
+    row = (kForward ? tile.first_column : reduced) + tile_row();
+    const int64_t column = (kForward ? reduced : tile.first_column) + 8 * tile_chunk();
+    inside = kForward ? row < tile.job.columns : column < tile.job.k;
+    element = row * tile.job.k + column;
+  }
+
+  __device__ bool exists(const TileJob<T>& job) const { return inside && (kForward || row < job.reduction); }
+
+  __device__ void advance(const TileJob<T>& job) {
+    element += kForward ? kReductionStep : kReductionStep * job.k;
+    row += kForward ? 0 : kReductionStep;
+  }
+
+  __device__ StoredScale next_scale(const TileJob<T>& job) {
+    const StoredScale stored =
+        exists(job) ? stored_scale(job.weight, element >> job.block_shift) : StoredScale{0.0f, -1};
+    advance(job);
+    return stored;
+  }
+};
+
+// Starts the copies of one step after another: this thread's units of x, one in every kThreads, and its run of W.
+template <typename T, typename Shape, bool kForward>
+struct Copies {
+  using Owner = Tile<T, Shape, kForward>;
+  static constexpr int kUnits = Owner::kStageChunks / Shape::kThreads;
+  static constexpr int kRowsApart = Shape::kThreads / 8;
+  static_assert(kRowsApart % 8 == 0, "so that all units of a thread are swizzled alike");
+
+  const Owner& tile;
+  Run<T, Shape, kForward> run;
+  const T* x_from;  // of the first unit in the next step
+  int64_t x_column;
+  int rows_left;  // of y from the first unit's on
+  int x_to;
+  int stage = 0;
+
+  __device__ explicit Copies(const Owner& given) : tile(given), run(given) {
+    const int row = static_cast<int>(threadIdx.x) / 8;
+    const int chunk = static_cast<int>(threadIdx.x) % 8;
+    x_to = swizzled<8>(row, chunk);
+    x_column = tile.first_step * kReductionStep + 8 * chunk;
+    x_from = tile.job.x + (tile.first_row + row) * tile.job.reduction + x_column;
+    const int64_t left = tile.job.m - tile.first_row - row;
+    rows_left = static_cast<int>(left < Shape::kRows ? left : Shape::kRows);
+  }
+
+  __device__ void start_next() {
+    const TileJob<T>& job = tile.job;
+    uint4* to = tile.x + stage * Owner::kStageChunks + x_to;
+    // The reduction is a multiple of 8, forward of 64: a unit is there or not as a whole.
+    const bool column_exists = kForward || x_column < job.reduction;
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      const bool exists = column_exists && unit * kRowsApart < rows_left;
+      const T* from = exists ? x_from + unit * kRowsApart * job.reduction : job.x;
+      wp::cp_async_16(to + unit * Shape::kThreads, from, exists ? 16 : 0);
+    }
+    const bool exists = run.exists(job);
+    const uint8_t* codes = exists ? job.weight.packed + run.element / 2 : job.weight.packed;
+    wp::cp_async_16(tile.packed + stage * Shape::kThreads + threadIdx.x, codes, exists ? 16 : 0);
+    run.advance(job);
+    x_from += kReductionStep;
+    x_column += kReductionStep;
+    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+  }
+};
+
+// Decodes this thread's run of one step from its stage into the step's buffer.
+template <typename T, typename Shape, bool kForward>
+__device__ __forceinline__ void decode_run_of(const Tile<T, Shape, kForward>& tile, int step, int stage,
+                                              const float4* levels, float scale) {
+  using Own = Run<T, Shape, kForward>;
+  const Planes planes = scaled_planes<T>(levels, scale);
+  const uint4 codes = tile.packed[stage * Shape::kThreads + static_cast<int>(threadIdx.x)];
+  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  uint4* to = tile.weight_buffer(step);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    to[swizzled<Own::Owner::kWeightChunks>(Own::tile_row(), Own::tile_chunk() + i)] = decode_eight(planes, words[i]);
+  }
+}
+
 // What one warp adds up: rows and columns of the tile from a first one on.
 template <typename T, typename Shape, bool kForward>
 struct WarpSums {
-  float sums[Shape::kRowParts][Shape::kColumnParts][4];
+  float sums[size_t{Shape::kRowParts}][size_t{Shape::kColumnParts}][4];
   int lane;
   int row;
   int column;
@@ -212,7 +262,7 @@ struct WarpSums {
   __device__ __forceinline__ void multiply(const uint4* x,        // [rows][8], swizzled
                                            const uint4* weights,  // [columns][8] or [64][columns / 8], swizzled
                                            int slice) {
-    uint32_t a[Shape::kRowParts][4];
+    uint32_t a[size_t{Shape::kRowParts}][4];
 #pragma unroll
     for (int i = 0; i < Shape::kRowParts; ++i) {
       wp::ldmatrix_x4(a[i], x + swizzled<8>(row + 16 * i + lane % 16, 2 * slice + lane / 16));
@@ -238,49 +288,78 @@ struct WarpSums {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ void store_pair(T* to, int64_t column, int64_t columns, float first, float second) {
-  const float values[2] = {first, second};
-  const uint32_t word = wp::pack_word<T>(values);
-  if (columns % 2 == 0) {
-    *reinterpret_cast<uint32_t*>(to + column) = word;
-    return;
-  }
-  to[column] = T{static_cast<uint16_t>(word)};
-  if (column + 1 < columns) {
-    to[column + 1] = T{static_cast<uint16_t>(word >> 16)};
-  }
-}
-
-// The finished sums with their bias into y, or those of one part into its plane of the workspace.
+// The sums of one part of the reduction into its plane of the workspace.
 template <typename T, typename Shape, bool kForward>
-__device__ __forceinline__ void store_sums(const Tile<T, Shape, kForward>& tile,
-                                           const WarpSums<T, Shape, kForward>& warp) {
+__device__ __forceinline__ void store_partial(const Tile<T, Shape, kForward>& tile,
+                                              const WarpSums<T, Shape, kForward>& warp) {
   const TileJob<T>& job = tile.job;
   const int64_t pitch = static_cast<int64_t>(job.column_tiles) * Shape::kColumns;
 #pragma unroll
-  for (int j = 0; j < Shape::kColumnParts; ++j) {
-    const int64_t column = tile.first_column + warp.column + 8 * j + warp.lane % 4 * 2;
-    float bias[2] = {0.0f, 0.0f};
-    if (job.bias != nullptr && job.partial == nullptr) {
-      bias[0] = column < job.columns ? widened(job.bias[column]) : 0.0f;
-      bias[1] = column + 1 < job.columns ? widened(job.bias[column + 1]) : 0.0f;
-    }
+  for (int i = 0; i < 2 * Shape::kRowParts; ++i) {
+    const int64_t row = tile.first_row + warp.row + 8 * i + warp.lane / 4;
+    float* to = job.partial + (tile.split * job.m + row) * pitch + tile.first_column + warp.column + warp.lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < Shape::kRowParts; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row = tile.first_row + warp.row + 16 * i + 8 * half + warp.lane / 4;
-        const float first = warp.sums[i][j][2 * half];
-        const float second = warp.sums[i][j][2 * half + 1];
-        if (row < job.m && job.partial != nullptr) {
-          float* to = job.partial + (tile.split * job.m + row) * pitch + column;
-          *reinterpret_cast<float2*>(to) = make_float2(first, second);
-        } else if (row < job.m && column < job.columns) {
-          store_pair(job.y + row * job.columns, column, job.columns, first + bias[0], second + bias[1]);
-        }
+    for (int j = 0; j < Shape::kColumnParts; ++j) {
+      const float* sums = warp.sums[i / 2][j] + i % 2 * 2;
+      if (row < job.m) {
+        *reinterpret_cast<float2*>(to + 8 * j) = make_float2(sums[0], sums[1]);
       }
     }
+  }
+}
+
+// Up to 8 consecutive elements of a row of y, those that exist.
+template <typename T>
+__device__ __forceinline__ void store_eight(T* matrix,  // [rows, columns]
+                                            int64_t row, int64_t column, int64_t rows, int64_t columns, uint4 values) {
+  if (row >= rows || column >= columns) {
+    return;
+  }
+  T* to = matrix + row * columns + column;
+  if (columns % 8 == 0) {
+    wp::store_16(to, values);
+    return;
+  }
+  const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (column + i < columns) {
+      to[i] = T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))};
+    }
+  }
+}
+
+// The finished sums with their bias, rounded, through shared memory into whole vectors of y. Every warp must be done
+// with the operands there.
+template <typename T, typename Shape, bool kForward>
+__device__ __forceinline__ void store_tile(const Tile<T, Shape, kForward>& tile,
+                                           const WarpSums<T, Shape, kForward>& warp) {
+  constexpr int kChunks = Shape::kColumns / 8;
+  constexpr int kPitch = kChunks + 1;  // in units of 16 bytes; the odd one turns rows against the banks
+  static_assert(Shape::kRows * kPitch * 16 <= Shape::kSize.shared_bytes());
+  const TileJob<T>& job = tile.job;
+  uint32_t* words = wp::dyn_smem<uint32_t>();
+#pragma unroll
+  for (int j = 0; j < Shape::kColumnParts; ++j) {
+    const int in_tile = warp.column + 8 * j + warp.lane % 4 * 2;
+    const int64_t column = tile.first_column + in_tile;
+    const bool biased = job.bias != nullptr;
+    const float left = biased && column < job.columns ? widened(job.bias[column]) : 0.0f;
+    const float right = biased && column + 1 < job.columns ? widened(job.bias[column + 1]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2 * Shape::kRowParts; ++i) {
+      const float* sums = warp.sums[i / 2][j] + i % 2 * 2;
+      const float pair[2] = {sums[0] + left, sums[1] + right};
+      words[(warp.row + 8 * i + warp.lane / 4) * kPitch * 4 + in_tile / 2] = wp::pack_word<T>(pair);
+    }
+  }
+  __syncthreads();
+  const uint4* chunks = wp::dyn_smem<uint4>();
+  for (int unit = static_cast<int>(threadIdx.x); unit < Shape::kRows * kChunks; unit += Shape::kThreads) {
+    const int row = unit / kChunks;
+    const int chunk = unit % kChunks;
+    store_eight(job.y, tile.first_row + row, tile.first_column + 8 * chunk, job.m, job.columns,
+                chunks[row * kPitch + chunk]);
   }
 }
 
@@ -290,12 +369,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit
   WP_SHARED(float4, levels, 4);
   WP_SHARED(float, nested_code, 256);
   const Tile<T, Shape, kForward> tile(job);
-  WarpSums<T, Shape, kForward> warp;
-
-#pragma unroll
+  Copies<T, Shape, kForward> copies(tile);
   for (int step = 0; step < Shape::kStages - 1; ++step) {
     if (step < tile.steps) {
-      tile.start_copies(step);
+      copies.start_next();
     }
     wp::cp_async_commit();
   }
@@ -308,33 +385,38 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit
   for (int i = static_cast<int>(threadIdx.x); nested && i < 256; i += Shape::kThreads) {
     nested_code[i] = job.weight.nested_code[i];
   }
+  Run<T, Shape, kForward> scales(tile);
+  const StoredScale first = tile.steps > 0 ? scales.next_scale(job) : StoredScale{0.0f, -1};
+  StoredScale stored = tile.steps > 1 ? scales.next_scale(job) : first;
   __syncthreads();
-  StoredScale stored{0.0f, -1};
+  WarpSums<T, Shape, kForward> warp;
+  wp::cp_async_wait<Shape::kStages - 2>();
   if (tile.steps > 0) {
-    wp::cp_async_wait<Shape::kStages - 2>();
-    tile.decode(0, levels, scale_of(tile.run_scale(0), nested_code, offset));
-    stored = tile.steps > 1 ? tile.run_scale(1) : stored;
+    decode_run_of(tile, 0, 0, levels, scale_of(first, nested_code, offset));
   }
 
+  int stage = 0;
   for (int step = 0; step < tile.steps; ++step) {
     // Behind the barrier the step's operands are complete, and the last step's buffers are free.
     wp::cp_async_wait<Shape::kStages - 3>();
     __syncthreads();
     if (step + Shape::kStages - 1 < tile.steps) {
-      tile.start_copies(step + Shape::kStages - 1);
+      copies.start_next();
     }
     wp::cp_async_commit();
+    const int next_stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
     if (step + 1 < tile.steps) {
       const float scale = scale_of(stored, nested_code, offset);
       if (step + 2 < tile.steps) {
-        stored = tile.run_scale(step + 2);
+        stored = scales.next_scale(job);
       }
-      tile.decode(step + 1, levels, scale);
+      decode_run_of(tile, step + 1, next_stage, levels, scale);
     }
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
-      warp.multiply(tile.x_stage(step), tile.weight_buffer(step), slice);
+      warp.multiply(tile.x + stage * Tile<T, Shape, kForward>::kStageChunks, tile.weight_buffer(step), slice);
     }
+    stage = next_stage;
   }
 
   if (tile.split == 0) {
@@ -347,7 +429,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit
       }
     }
   }
-  store_sums(tile, warp);
+  if (job.partial != nullptr) {
+    store_partial(tile, warp);
+    return;
+  }
+  __syncthreads();
+  store_tile(tile, warp);
 }
 
 }  // namespace qlora_native::cuda
