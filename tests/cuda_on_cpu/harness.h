@@ -1,0 +1,98 @@
+// What the test of a kernel needs: device memory with exact bounds, and every schedule. See docs/cuda-on-cpu.md.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "cpp/check.h"
+#include "cuda_on_cpu/device.h"
+#include "cuda_on_cpu/report.h"
+#include "cuda_on_cpu/schedule.h"
+
+namespace cuemu {
+
+// Device memory for `size` elements and not one byte more. It begins at a multiple of 256 bytes, or `offset_bytes`
+// after one, to test what a kernel does with addresses that allow no vectors.
+template <typename T>
+class DeviceBuffer {
+ public:
+  // Unwritten: every byte is 0xff, which reads as NaN.
+  explicit DeviceBuffer(size_t size, size_t offset_bytes = 0) : size_(size), offset_(offset_bytes) {
+    if (size_ > 0 && cudaMalloc(&memory_, offset_ + size_ * sizeof(T)) != cudaSuccess) {
+      throw std::bad_alloc();
+    }
+  }
+
+  explicit DeviceBuffer(const std::vector<T>& values, size_t offset_bytes = 0)
+      : DeviceBuffer(values.size(), offset_bytes) {
+    if (size_ > 0) {
+      std::memcpy(data(), values.data(), size_ * sizeof(T));
+    }
+  }
+
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+  ~DeviceBuffer() { cudaFree(memory_); }
+
+  size_t size() const { return size_; }
+
+  // Null if size() is 0.
+  T* data() const { return size_ == 0 ? nullptr : reinterpret_cast<T*>(static_cast<std::byte*>(memory_) + offset_); }
+
+  std::vector<T> host() const {
+    std::vector<T> values(size_);
+    if (size_ > 0) {
+      std::memcpy(values.data(), data(), size_ * sizeof(T));
+    }
+    return values;
+  }
+
+  void clear() {  // to unwritten
+    if (size_ > 0) {
+      std::memset(data(), 0xff, size_ * sizeof(T));
+    }
+  }
+
+ private:
+  size_t size_;
+  size_t offset_;
+  void* memory_ = nullptr;
+};
+
+// Calls test(name of the schedule) under each schedule, and fails if the emulator reported anything.
+template <typename Test>
+void over_all_schedules(Test test) {
+  for (const Schedule& schedule : all_schedules()) {
+    set_schedule(schedule);
+    const std::string name = name_of(schedule);
+    test(name.c_str());
+    const std::string reports = take_reports();
+    CHECK(reports.empty(), "under the schedule '%s':\n%s", name.c_str(), reports.c_str());
+  }
+  set_schedule({});
+}
+
+// Plays an architecture for the rest of the scope.
+class WithDevice {
+ public:
+  explicit WithDevice(int sm) : before_(device()) { device() = device_of(sm); }
+  WithDevice(const WithDevice&) = delete;
+  WithDevice& operator=(const WithDevice&) = delete;
+  ~WithDevice() { device() = before_; }
+
+ private:
+  Device before_;
+};
+
+}  // namespace cuemu
+
+#define CHECK_LAUNCH(call)                                                      \
+  do {                                                                          \
+    const cudaError_t launch_error = (call);                                    \
+    CHECK(launch_error == cudaSuccess, "%s", cudaGetErrorString(launch_error)); \
+  } while (false)

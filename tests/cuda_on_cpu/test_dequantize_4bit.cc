@@ -1,0 +1,87 @@
+// The shipped kernel against the CPU op, bit for bit.
+#include <cstring>
+#include <string>
+
+#include "cpp/oracle.h"
+#include "cpu/dequantize_4bit.h"
+#include "cuda/dequantize_4bit.h"
+#include "cuda_on_cpu/device_weight.h"
+#include "cuda_on_cpu/launch.h"
+
+using namespace qlora_native;
+
+namespace {
+
+template <typename T>
+void check_same_bits(const oracle::RandomWeight& weight, size_t packed_offset, size_t out_offset, const char* what) {
+  const WeightView& host = weight.view;
+  const auto numel = static_cast<size_t>(host.numel);
+  std::vector<T> expected(numel);
+  cpu::dequantize_4bit(host, {host.numel, 0, 1, 0, host.numel}, oracle::Storage<T>::kDtype, expected.data());
+  const cuemu::DeviceWeight on_device(host, packed_offset);
+  cuemu::DeviceBuffer<T> out(numel, out_offset);
+  CHECK_LAUNCH(cuda::launch_dequantize_4bit(on_device.view(), oracle::Storage<T>::kDtype, out.data(), nullptr));
+  const std::vector<T> got = out.host();
+  for (size_t i = 0; i < numel; ++i) {
+    CHECK(oracle::bits_of(got[i]) == oracle::bits_of(expected[i]), "%s: element %zu is %#x, expected %#x", what, i,
+          oracle::bits_of(got[i]), oracle::bits_of(expected[i]));
+  }
+}
+
+template <typename T>
+void check_sizes() {
+  for (const bool nested : {false, true}) {
+    for (const QuantType type : {QuantType::kNf4, QuantType::kFp4}) {
+      for (const int64_t numel : {1, 31, 32, 33, 65, 4097, 3 * 256 * 32 + 7}) {
+        for (const int64_t block : {32, 64, 4096}) {
+          const oracle::RandomWeight weight(numel, block, nested, type, static_cast<uint64_t>(numel + block));
+          const std::string what = "numel " + std::to_string(numel) + ", block " + std::to_string(block);
+          cuemu::over_all_schedules([&](const char*) { check_same_bits<T>(weight, 0, 0, what.c_str()); });
+        }
+      }
+    }
+  }
+}
+
+TEST(dequantize_fp32_of_every_size) { check_sizes<float>(); }
+TEST(dequantize_bf16_of_every_size) { check_sizes<Bf16>(); }
+TEST(dequantize_fp16_of_every_size) { check_sizes<Fp16>(); }
+
+template <typename T>
+void check_unaligned() {
+  const oracle::RandomWeight weight(1000, 64, true, QuantType::kNf4, 3);
+  cuemu::over_all_schedules([&](const char*) {
+    check_same_bits<T>(weight, 1, 0, "packed one byte past a vector");
+    check_same_bits<T>(weight, 0, sizeof(T), "out one element past a vector");
+    check_same_bits<T>(weight, 15, 16 - sizeof(T), "both at the end of a vector");
+  });
+}
+
+TEST(dequantize_unaligned) {
+  check_unaligned<float>();
+  check_unaligned<Bf16>();
+  check_unaligned<Fp16>();
+}
+
+TEST(dequantize_launches_once_on_its_stream) {
+  const oracle::RandomWeight weight(5000, 64, true, QuantType::kNf4, 4);
+  const cuemu::DeviceWeight on_device(weight.view);
+  cuemu::DeviceBuffer<float> out(5000);
+  cudaStream_t stream = nullptr;
+  CHECK(cudaStreamCreate(&stream) == cudaSuccess, "a stream");
+  cuemu::take_launches();
+  CHECK_LAUNCH(cuda::launch_dequantize_4bit(on_device.view(), Dtype::kFloat32, out.data(), stream));
+  const std::vector<cuemu::Launch> launches = cuemu::take_launches();
+  CHECK(launches.size() == 1 && launches[0].stream == stream && launches[0].block.x == 256 && launches[0].grid.x == 1,
+        "%zu launches", launches.size());
+  CHECK(cudaStreamDestroy(stream) == cudaSuccess, "the stream");
+}
+
+TEST(dequantize_of_nothing_launches_nothing) {
+  const oracle::RandomWeight weight(0, 64, false, QuantType::kNf4, 5);
+  cuemu::take_launches();
+  CHECK_LAUNCH(cuda::launch_dequantize_4bit(weight.view, Dtype::kFloat32, nullptr, nullptr));
+  CHECK(cuemu::take_launches().empty(), "a launch");
+}
+
+}  // namespace

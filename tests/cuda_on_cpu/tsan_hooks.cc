@@ -1,0 +1,62 @@
+// What a compiler calls before every load and store of a file built with -fsanitize=thread. The program is linked
+// without that sanitizer's runtime: these functions take its place and hand shared memory to the race check.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "cuda_on_cpu/race.h"
+
+namespace {
+
+using cuemu::Access;
+
+}  // namespace
+
+#define CUEMU_HERE cuemu::Where::instruction(__builtin_return_address(0))
+
+#define CUEMU_HOOKS(size)                                                                                             \
+  void __tsan_read##size(void* address) { cuemu::note(address, size, Access::kRead, CUEMU_HERE); }                    \
+  void __tsan_write##size(void* address) { cuemu::note(address, size, Access::kWrite, CUEMU_HERE); }                  \
+  void __tsan_unaligned_read##size(void* address) { cuemu::note(address, size, Access::kRead, CUEMU_HERE); }          \
+  void __tsan_unaligned_write##size(void* address) { cuemu::note(address, size, Access::kWrite, CUEMU_HERE); }        \
+  void __tsan_volatile_read##size(void* address) { cuemu::note(address, size, Access::kRead, CUEMU_HERE); }           \
+  void __tsan_volatile_write##size(void* address) { cuemu::note(address, size, Access::kWrite, CUEMU_HERE); }         \
+  void __tsan_unaligned_volatile_read##size(void* address) { cuemu::note(address, size, Access::kRead, CUEMU_HERE); } \
+  void __tsan_unaligned_volatile_write##size(void* address) { cuemu::note(address, size, Access::kWrite, CUEMU_HERE); }
+
+extern "C" {
+
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_read(void**) {}
+void __tsan_vptr_update(void**, void*) {}
+
+CUEMU_HOOKS(1)
+CUEMU_HOOKS(2)
+CUEMU_HOOKS(4)
+CUEMU_HOOKS(8)
+CUEMU_HOOKS(16)
+
+void __tsan_read_range(void* address, size_t num_bytes) { cuemu::note(address, num_bytes, Access::kRead, CUEMU_HERE); }
+void __tsan_write_range(void* address, size_t num_bytes) {
+  cuemu::note(address, num_bytes, Access::kWrite, CUEMU_HERE);
+}
+
+// clang's names for library calls in instrumented code.
+void* __tsan_memcpy(void* to, const void* from, size_t num_bytes) {
+  cuemu::note(from, num_bytes, Access::kRead, CUEMU_HERE);
+  cuemu::note(to, num_bytes, Access::kWrite, CUEMU_HERE);
+  return std::memcpy(to, from, num_bytes);
+}
+void* __tsan_memmove(void* to, const void* from, size_t num_bytes) {
+  cuemu::note(from, num_bytes, Access::kRead, CUEMU_HERE);
+  cuemu::note(to, num_bytes, Access::kWrite, CUEMU_HERE);
+  return std::memmove(to, from, num_bytes);
+}
+void* __tsan_memset(void* to, int value, size_t num_bytes) {
+  cuemu::note(to, num_bytes, Access::kWrite, CUEMU_HERE);
+  return std::memset(to, value, num_bytes);
+}
+
+}  // extern "C"

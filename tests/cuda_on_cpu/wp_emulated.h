@@ -1,0 +1,102 @@
+// The verbs of cuda/wp.cuh, carried out by the emulator. Kernels see this in place of the PTX.
+#pragma once
+
+#include "cuda_on_cpu/builtins.h"
+// The CUDA headers come first.
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+
+#include "core/half.h"
+#include "cuda_on_cpu/async_copy.h"
+#include "cuda_on_cpu/launch.h"
+#include "cuda_on_cpu/math_intrinsics.h"
+#include "cuda_on_cpu/matrix.h"
+#include "cuda_on_cpu/memory_intrinsics.h"
+#include "cuda_on_cpu/shared_memory.h"
+#include "cuda_on_cpu/warp_intrinsics.h"
+
+// The lambda's variable gives each declaration, and each instantiation of a template, an identity of its own.
+#define WP_SHARED(type, name, count)                                       \
+  type(&name)[count] = *static_cast<type(*)[count]>(::cuemu::shared_array( \
+      [] {                                                                 \
+        static char identity;                                              \
+        return static_cast<const void*>(&identity);                        \
+      }(),                                                                 \
+      #name, sizeof(type) * static_cast<size_t>(count), alignof(type), ::cuemu::Site{__FILE__, __LINE__}))
+
+namespace qlora_native::wp {
+
+using cuemu::Site;
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  return cuemu::launch({reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream},
+                       [kernel, values = std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)] {
+                         std::apply(kernel, values);
+                       });
+}
+
+template <typename T>
+T* dyn_smem(Site site = Site::here()) {
+  return static_cast<T*>(cuemu::dynamic_shared(alignof(T), site));
+}
+
+inline uint4 load_16(const void* address, Site site = Site::here()) {
+  cuemu::check_access(address, 16, 16, cuemu::Access::kRead, "load_16", site);
+  return *static_cast<const uint4*>(address);
+}
+
+inline uint4 load_16_streaming(const void* address, Site site = Site::here()) {
+  return cuemu::load_global(static_cast<const uint4*>(address), "load_16_streaming", site);
+}
+
+inline void store_16(void* address, uint4 value, Site site = Site::here()) {
+  cuemu::check_access(address, 16, 16, cuemu::Access::kWrite, "store_16", site);
+  *static_cast<uint4*>(address) = value;
+}
+
+inline void store_16_streaming(void* address, uint4 value, Site site = Site::here()) {
+  cuemu::store_global(static_cast<uint4*>(address), value, "store_16_streaming", site);
+}
+
+inline void cp_async_16(void* shared, const void* global, int src_bytes = 16, Site site = Site::here()) {
+  cuemu::issue_copy(shared, global, src_bytes, site);
+}
+
+inline void cp_async_commit() { cuemu::commit_copies(); }
+
+template <int kPending>
+void cp_async_wait(Site site = Site::here()) {
+  cuemu::wait_for_copies(kPending, site);
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
+  cuemu::load_matrices(r, row, 4, cuemu::Trans::kNo, site);
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
+  cuemu::load_matrices(r, row, 4, cuemu::Trans::kYes, site);
+}
+
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, Site site = Site::here()) {
+  cuemu::load_matrices(r, row, 2, cuemu::Trans::kNo, site);
+}
+
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, Site site = Site::here()) {
+  cuemu::load_matrices(r, row, 2, cuemu::Trans::kYes, site);
+}
+
+inline void mma_m16n8k8_fp16(float (&d)[4], const uint32_t (&a)[2], uint32_t b, Site site = Site::here()) {
+  cuemu::multiply(d, a, &b, Dtype::kFloat16, false, site);
+}
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::here()) {
+  static_assert(std::is_same_v<T, Bf16> || std::is_same_v<T, Fp16>);
+  cuemu::multiply(d, a, b, std::is_same_v<T, Bf16> ? Dtype::kBfloat16 : Dtype::kFloat16, true, site);
+}
+
+}  // namespace qlora_native::wp
