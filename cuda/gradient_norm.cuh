@@ -58,9 +58,8 @@ __global__ void __launch_bounds__(32 * kNormWarps) gradient_norm_kernel(const Op
                                                                         uint32_t* finished,  // [1]
                                                                         double* norm) {      // [1]
   const auto lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kNormWarps;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kNormWarps + threadIdx.x / 32; i < table.num_chunks;
-       i += stride) {
+  const int64_t stride = first_item(gridDim.x, kNormWarps);
+  for (int64_t i = first_item(blockIdx.x, kNormWarps) + threadIdx.x / 32; i < table.num_chunks; i += stride) {
     const OptimChunk chunk = table.chunks[i];
     const double sum = sum_of_chunk(table.tensors[chunk.tensor], chunk.index);
     if (lane == 0) {

@@ -18,8 +18,13 @@ constexpr unsigned grid_blocks(int64_t items, int64_t items_per_block, int64_t m
   return static_cast<unsigned>(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }
 
+// The first item of a thread block; of gridDim.x, how far the grid reaches.
+QLORA_NATIVE_HD constexpr int64_t first_item(unsigned block, int64_t items_per_block) {
+  return static_cast<int64_t>(block) * items_per_block;
+}
+
 // The smaller one, 0 if it is negative.
-QLORA_NATIVE_HD int at_most(int64_t count, int most) {
+QLORA_NATIVE_HD constexpr int at_most(int64_t count, int most) {
   return count < 0 ? 0 : count < most ? static_cast<int>(count) : most;
 }
 

@@ -163,12 +163,12 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   const int thread = static_cast<int>(threadIdx.x);
   const int lanes_per_block = block_shift < 8 ? (1 << block_shift) / kPerLane : 32;
   const int tiles_per_block = block_shift < 8 ? 1 : 1 << (block_shift - 8);
-  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kQuantizeChunk; begin < numel;
-       begin += static_cast<int64_t>(gridDim.x) * kQuantizeChunk) {
+  const int64_t stride = first_item(gridDim.x, kQuantizeChunk);
+  for (int64_t begin = first_item(blockIdx.x, kQuantizeChunk); begin < numel; begin += stride) {
     float values[kTilesPerThread][kPerLane];
     uint32_t highest[kTilesPerThread];
     const int64_t first = begin + thread * kPerLane;
-    constexpr int64_t kStep = kQuantizeThreads * kPerLane;
+    constexpr int kStep = kQuantizeThreads * kPerLane;
     if (vectors && begin + kQuantizeChunk <= numel) {
 #pragma unroll
       for (int t = 0; t < kTilesPerThread; ++t) {
@@ -188,12 +188,14 @@ __global__ void __launch_bounds__(kQuantizeThreads)
       __syncthreads();  // the last round's have been read
 #pragma unroll
       for (int t = 0; t < kTilesPerThread; ++t) {
-        tile_highest[(first - begin + t * kStep) / kTile] = highest[t];
+        if (thread % 32 == 0) {
+          tile_highest[thread / 32 + t * kStep / kTile] = highest[t];
+        }
       }
       __syncthreads();
 #pragma unroll
       for (int t = 0; t < kTilesPerThread; ++t) {
-        const auto tile = static_cast<int>((first - begin + t * kStep) / kTile) / tiles_per_block * tiles_per_block;
+        const int tile = (thread / 32 + t * kStep / kTile) / tiles_per_block * tiles_per_block;
         for (int i = tile; i < tile + tiles_per_block; ++i) {
           highest[t] = tile_highest[i] > highest[t] ? tile_highest[i] : highest[t];
         }
@@ -225,8 +227,8 @@ __global__ void __launch_bounds__(32 * kWarpsOfSums) sum_groups_kernel(const flo
                                                                        int64_t blocks, int64_t groups,
                                                                        double* __restrict__ sums) {  // [groups]
   const auto lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarpsOfSums;
-  for (int64_t g = static_cast<int64_t>(blockIdx.x) * kWarpsOfSums + threadIdx.x / 32; g < groups; g += stride) {
+  const int64_t stride = first_item(gridDim.x, kWarpsOfSums);
+  for (int64_t g = first_item(blockIdx.x, kWarpsOfSums) + threadIdx.x / 32; g < groups; g += stride) {
     double slot[8];  // lane + 32 i
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
