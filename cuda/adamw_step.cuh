@@ -13,10 +13,11 @@ namespace qlora_native::cuda {
 
 // m, v: the states as values, or as values of codes; m_decay, v_decay: beta1, beta2, times the block's absmax beside
 // codes.
+template <bool kCoupled>
 __device__ __forceinline__ float adamw_element(const AdamwFactors& by, float m_decay, float v_decay, float p, float g,
                                                float& m, float& v) {
   g = g * by.grad_factor;
-  if (by.coupled_decay != 0.0f) {
+  if (kCoupled && by.coupled_decay != 0.0f) {
     g = g + p * by.coupled_decay;
   }
   m = m * m_decay + g * by.rest1;
@@ -25,7 +26,7 @@ __device__ __forceinline__ float adamw_element(const AdamwFactors& by, float m_d
 }
 
 // `count` elements from `begin` on of a tensor with 32-bit states.
-template <typename T>
+template <typename T, bool kCoupled>
 __device__ __forceinline__ void adamw_elements(const OptimTensor& tensor, const AdamwFactors& by, int64_t begin,
                                                int count) {
   constexpr int kGroup = kPerVector<T>;
@@ -53,7 +54,7 @@ __device__ __forceinline__ void adamw_elements(const OptimTensor& tensor, const 
     }
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
-      p[j] = adamw_element(by, by.beta1, by.beta2, p[j], g[j], m[j], v[j]);
+      p[j] = adamw_element<kCoupled>(by, by.beta1, by.beta2, p[j], g[j], m[j], v[j]);
     }
     if (whole) {
       store_values(params + i, p);
@@ -68,7 +69,7 @@ __device__ __forceinline__ void adamw_elements(const OptimTensor& tensor, const 
 }
 
 // The same with 8-bit states: blocks of kStateBlock elements, padded with zeros as on the CPU.
-template <typename T>
+template <typename T, bool kCoupled>
 __device__ __forceinline__ void adamw_coded(const OptimTensor& tensor, const AdamwFactors& by,
                                             const StateCode* codes,  // [2], shared
                                             int64_t begin, int count) {
@@ -102,7 +103,7 @@ __device__ __forceinline__ void adamw_coded(const OptimTensor& tensor, const Ada
     const float v_decay = by.beta2 * v_absmaxes[block];
 #pragma unroll
     for (int j = 0; j < kPerStateLane; ++j) {
-      p[j] = adamw_element(by, m_decay, v_decay, p[j], g[j], m[j], v[j]);
+      p[j] = adamw_element<kCoupled>(by, m_decay, v_decay, p[j], g[j], m[j], v[j]);
     }
     if (whole) {
       store_values(params + i, p);
@@ -114,23 +115,24 @@ __device__ __forceinline__ void adamw_coded(const OptimTensor& tensor, const Ada
   }
 }
 
-template <typename T>
+template <typename T, bool kCoupled>
 __device__ __forceinline__ void adamw_chunk(const OptimTensor& tensor, const AdamwFactors& by,
                                             const StateCode* codes,  // [2], shared
                                             int64_t begin) {
   const int64_t left = tensor.numel - begin;
   const auto count = static_cast<int>(left < kNormChunk ? left : kNormChunk);
   if (tensor.exp_avg_absmax != nullptr) {
-    adamw_coded<T>(tensor, by, codes, begin, count);
+    adamw_coded<T, kCoupled>(tensor, by, codes, begin, count);
   } else {
-    adamw_elements<T>(tensor, by, begin, count);
+    adamw_elements<T, kCoupled>(tensor, by, begin, count);
   }
 }
 
+template <bool kDecoupled>
 __global__ void __launch_bounds__(kStepThreads, 5)
     adamw_step_kernel(const OptimTable table,
                       const double* __restrict__ options,  // [groups, kAdamwRow]
-                      bool decoupled, const StepInputs inputs, const StepResults results,
+                      const StepInputs inputs, const StepResults results,
                       uint32_t* finished) {  // [1]
   WP_SHARED(StateCode, codes, 2);
   WP_SHARED(AdamwFactors, factors, 1);
@@ -143,7 +145,7 @@ __global__ void __launch_bounds__(kStepThreads, 5)
     if (threadIdx.x == 0) {
       const GradFactor grad = grad_factor_of(inputs);
       const double* row = options + tensor.group * kAdamwRow;
-      const AdamwOptions by{row[0], row[1], row[2], row[3], row[4], decoupled};
+      const AdamwOptions by{row[0], row[1], row[2], row[3], row[4], kDecoupled};
       skips[0] = grad.skips;
       factors[0] = adamw_factors(by, static_cast<int64_t>(*tensor.step + 1.0f), grad.factor);
     }
@@ -155,13 +157,13 @@ __global__ void __launch_bounds__(kStepThreads, 5)
     const int64_t begin = chunk.index * kNormChunk;
     switch (tensor.dtype) {
       case Dtype::kBfloat16:
-        adamw_chunk<Bf16>(tensor, by, codes, begin);
+        adamw_chunk<Bf16, !kDecoupled>(tensor, by, codes, begin);
         break;
       case Dtype::kFloat16:
-        adamw_chunk<Fp16>(tensor, by, codes, begin);
+        adamw_chunk<Fp16, !kDecoupled>(tensor, by, codes, begin);
         break;
       default:
-        adamw_chunk<float>(tensor, by, codes, begin);
+        adamw_chunk<float, !kDecoupled>(tensor, by, codes, begin);
     }
   }
   finish_step<true>(table, inputs, results, finished);

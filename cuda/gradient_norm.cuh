@@ -53,20 +53,21 @@ __device__ __forceinline__ double sum_of_chunk(const OptimTensor& tensor, int64_
   }
 }
 
-__global__ void __launch_bounds__(32 * kNormWarps) gradient_norm_kernel(const OptimTable table,
-                                                                        double* sums,        // [num_chunks]
-                                                                        uint32_t* finished,  // [1]
-                                                                        double* norm) {      // [1]
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps) gradient_norm_kernel(const OptimTable table,
+                                                                    double* sums,        // [num_chunks]
+                                                                    uint32_t* finished,  // [1]
+                                                                    double* norm) {      // [1]
   const auto lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t stride = first_item(gridDim.x, kNormWarps);
-  for (int64_t i = first_item(blockIdx.x, kNormWarps) + threadIdx.x / 32; i < table.num_chunks; i += stride) {
+  const int64_t stride = first_item(gridDim.x, kWarps);
+  for (int64_t i = first_item(blockIdx.x, kWarps) + threadIdx.x / 32; i < table.num_chunks; i += stride) {
     const OptimChunk chunk = table.chunks[i];
     const double sum = sum_of_chunk(table.tensors[chunk.tensor], chunk.index);
     if (lane == 0) {
       sums[i] = sum;
     }
   }
-  if (!is_last_to_finish(gridDim.x * kNormWarps, finished)) {
+  if (!is_last_to_finish(gridDim.x * kWarps, finished)) {
     return;
   }
   double total = 0.0;

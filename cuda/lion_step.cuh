@@ -20,7 +20,7 @@ __device__ __forceinline__ float lion_element(const LionFactors& by, float decay
 }
 
 // `count` elements from `begin` on of a tensor with 32-bit states.
-template <typename T>
+template <typename T, int kThreads>
 __device__ __forceinline__ void lion_elements(const OptimTensor& tensor, const LionFactors& by, int64_t begin,
                                               int count) {
   constexpr int kGroup = kPerVector<T>;
@@ -28,7 +28,7 @@ __device__ __forceinline__ void lion_elements(const OptimTensor& tensor, const L
   const auto* grads = static_cast<const T*>(tensor.grad) + begin;
   auto* exp_avg = static_cast<float*>(tensor.exp_avg) + begin;
   const bool vectors = are_aligned(kVectorBytes, params, grads, exp_avg);
-  for (int i = static_cast<int>(threadIdx.x) * kGroup; i < count; i += kStepThreads * kGroup) {
+  for (int i = static_cast<int>(threadIdx.x) * kGroup; i < count; i += kThreads * kGroup) {
     float p[kGroup];
     float g[kGroup];
     float m[kGroup];
@@ -57,7 +57,7 @@ __device__ __forceinline__ void lion_elements(const OptimTensor& tensor, const L
 }
 
 // The same with 8-bit states: blocks of kStateBlock elements, padded with zeros as on the CPU.
-template <typename T>
+template <typename T, int kThreads>
 __device__ __forceinline__ void lion_coded(const OptimTensor& tensor, const LionFactors& by,
                                            const StateCode* codes,  // [2], shared
                                            int64_t begin, int count) {
@@ -68,7 +68,7 @@ __device__ __forceinline__ void lion_coded(const OptimTensor& tensor, const Lion
   const bool vectors = are_aligned(kVectorBytes, params, grads, exp_avg);
   constexpr auto kBlock = static_cast<int>(kStateBlock);
   const auto lane = static_cast<int>(threadIdx.x % 32);
-  for (int block = static_cast<int>(threadIdx.x / 32); block * kBlock < count; block += kStepThreads / 32) {
+  for (int block = static_cast<int>(threadIdx.x / 32); block * kBlock < count; block += kThreads / 32) {
     const int i = block * kBlock + lane * kPerStateLane;
     const int left = count - i;
     const bool whole = vectors && left >= kPerStateLane;
@@ -98,24 +98,24 @@ __device__ __forceinline__ void lion_coded(const OptimTensor& tensor, const Lion
   }
 }
 
-template <typename T>
+template <typename T, int kThreads>
 __device__ __forceinline__ void lion_chunk(const OptimTensor& tensor, const LionFactors& by,
                                            const StateCode* codes,  // [2], shared
                                            int64_t begin) {
   const int64_t left = tensor.numel - begin;
   const auto count = static_cast<int>(left < kNormChunk ? left : kNormChunk);
   if (tensor.exp_avg_absmax != nullptr) {
-    lion_coded<T>(tensor, by, codes, begin, count);
+    lion_coded<T, kThreads>(tensor, by, codes, begin, count);
   } else {
-    lion_elements<T>(tensor, by, begin, count);
+    lion_elements<T, kThreads>(tensor, by, begin, count);
   }
 }
 
-__global__ void __launch_bounds__(kStepThreads)
-    lion_step_kernel(const OptimTable table,
-                     const double* __restrict__ options,  // [groups, kLionRow]
-                     const StepInputs inputs, const StepResults results,
-                     uint32_t* finished) {  // [1]
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) lion_step_kernel(const OptimTable table,
+                                                             const double* __restrict__ options,  // [groups, kLionRow]
+                                                             const StepInputs inputs, const StepResults results,
+                                                             uint32_t* finished) {  // [1]
   WP_SHARED(StateCode, codes, 2);
   WP_SHARED(LionFactors, factors, 1);
   WP_SHARED(bool, skips, 1);
@@ -138,13 +138,13 @@ __global__ void __launch_bounds__(kStepThreads)
     const int64_t begin = chunk.index * kNormChunk;
     switch (tensor.dtype) {
       case Dtype::kBfloat16:
-        lion_chunk<Bf16>(tensor, by, codes, begin);
+        lion_chunk<Bf16, kThreads>(tensor, by, codes, begin);
         break;
       case Dtype::kFloat16:
-        lion_chunk<Fp16>(tensor, by, codes, begin);
+        lion_chunk<Fp16, kThreads>(tensor, by, codes, begin);
         break;
       default:
-        lion_chunk<float>(tensor, by, codes, begin);
+        lion_chunk<float, kThreads>(tensor, by, codes, begin);
     }
   }
   finish_step<false>(table, inputs, results, finished);

@@ -49,14 +49,15 @@ cudaError_t launch_quantize_scales(const float* absmax, int64_t blocks, uint8_t*
   }
   const int64_t groups = num_nested_blocks(blocks);
   auto* sums = static_cast<double*>(workspace);
-  cudaError_t error = wp::launch(sum_groups_kernel, dim3(grid_blocks(groups, kWarpsOfSums)), dim3(32 * kWarpsOfSums), 0,
-                                 stream, absmax, blocks, groups, sums);
+  cudaError_t error = wp::launch(sum_groups_kernel<kWarpsOfSums>, dim3(grid_blocks(groups, kWarpsOfSums)),
+                                 dim3(32 * kWarpsOfSums), 0, stream, absmax, blocks, groups, sums);
   if (error == cudaSuccess) {
-    error = wp::launch(mean_kernel, dim3(1), dim3(kNestedThreads), 0, stream, sums, groups, blocks, nested_offset);
+    error = wp::launch(mean_kernel<kNestedThreads>, dim3(1), dim3(kNestedThreads), 0, stream, sums, groups, blocks,
+                       nested_offset);
   }
   if (error == cudaSuccess) {
-    error = wp::launch(quantize_scales_kernel, dim3(grid_blocks(groups, 1)), dim3(kNestedThreads), 0, stream, absmax,
-                       blocks, groups, nested_offset, codes, nested_absmax);
+    error = wp::launch(quantize_scales_kernel<kNestedThreads>, dim3(grid_blocks(groups, 1)), dim3(kNestedThreads), 0,
+                       stream, absmax, blocks, groups, nested_offset, codes, nested_absmax);
   }
   return error;
 }

@@ -223,12 +223,13 @@ inline constexpr int kNestedThreads = static_cast<int>(kNestedBlock);
 inline constexpr int kWarpsOfSums = 4;
 
 // sums[g] = the scales of group g by a halving tree over 256 slots: the order of cpu/kernels-scales-inl.h.
-__global__ void __launch_bounds__(32 * kWarpsOfSums) sum_groups_kernel(const float* __restrict__ absmax,  // [blocks]
-                                                                       int64_t blocks, int64_t groups,
-                                                                       double* __restrict__ sums) {  // [groups]
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps) sum_groups_kernel(const float* __restrict__ absmax,  // [blocks]
+                                                                 int64_t blocks, int64_t groups,
+                                                                 double* __restrict__ sums) {  // [groups]
   const auto lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t stride = first_item(gridDim.x, kWarpsOfSums);
-  for (int64_t g = first_item(blockIdx.x, kWarpsOfSums) + threadIdx.x / 32; g < groups; g += stride) {
+  const int64_t stride = first_item(gridDim.x, kWarps);
+  for (int64_t g = first_item(blockIdx.x, kWarps) + threadIdx.x / 32; g < groups; g += stride) {
     double slot[8];  // lane + 32 i
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -252,18 +253,19 @@ __global__ void __launch_bounds__(32 * kWarpsOfSums) sum_groups_kernel(const flo
 }
 
 // The groups one after another, as on the CPU, by one thread; the others fetch for it.
-__global__ void __launch_bounds__(kNestedThreads) mean_kernel(const double* __restrict__ sums,  // [groups]
-                                                              int64_t groups, int64_t blocks,
-                                                              float* nested_offset) {  // [1]
-  WP_SHARED(double, fetched, kNestedThreads);
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) mean_kernel(const double* __restrict__ sums,  // [groups]
+                                                        int64_t groups, int64_t blocks,
+                                                        float* nested_offset) {  // [1]
+  WP_SHARED(double, fetched, kThreads);
   double total = 0.0;
-  for (int64_t begin = 0; begin < groups; begin += kNestedThreads) {
+  for (int64_t begin = 0; begin < groups; begin += kThreads) {
     __syncthreads();  // the last round's have been added
     fetched[threadIdx.x] = begin + threadIdx.x < groups ? sums[begin + threadIdx.x] : 0.0;
     __syncthreads();
     if (threadIdx.x == 0) {
 #pragma unroll 16
-      for (int i = 0; i < kNestedThreads; ++i) {
+      for (int i = 0; i < kThreads; ++i) {
         total += fetched[i];  // a sum of magnitudes: adding 0 changes nothing
       }
     }
@@ -287,13 +289,14 @@ __device__ __forceinline__ uint8_t nested_code_of(float normalised) {
   return static_cast<uint8_t>(bits >> 31 == 0 ? positive : negative > 0 ? negative : 0);
 }
 
-__global__ void __launch_bounds__(kNestedThreads)
-    quantize_scales_kernel(const float* __restrict__ absmax,  // [blocks]
-                           int64_t blocks, int64_t groups,
-                           const float* nested_offset,           // [1]
-                           uint8_t* __restrict__ codes,          // [blocks]
-                           float* __restrict__ nested_absmax) {  // [groups]
-  WP_SHARED(uint32_t, warp_highest, kNestedThreads / 32);
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) quantize_scales_kernel(const float* __restrict__ absmax,  // [blocks]
+                                                                   int64_t blocks, int64_t groups,
+                                                                   const float* nested_offset,           // [1]
+                                                                   uint8_t* __restrict__ codes,          // [blocks]
+                                                                   float* __restrict__ nested_absmax) {  // [groups]
+  static_assert(kThreads == kNestedBlock);
+  WP_SHARED(uint32_t, warp_highest, kThreads / 32);
   const float offset = *nested_offset;
   for (int64_t g = blockIdx.x; g < groups; g += gridDim.x) {
     const int64_t at = g * kNestedBlock + threadIdx.x;
@@ -305,7 +308,7 @@ __global__ void __launch_bounds__(kNestedThreads)
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kNestedThreads / 32; ++i) {
+    for (int i = 0; i < kThreads / 32; ++i) {
       highest = warp_highest[i] > highest ? warp_highest[i] : highest;
     }
     const float largest = __uint_as_float(highest);
