@@ -1,6 +1,6 @@
 """The CUDA branch of the ops on CPU tensors: the same bindings and kernels, linked over the emulator of a device.
 
-The module is built by cmake/emulated.cmake as ``_cuda`` into a folder of its own, ``build/emulated`` by default.
+The module is ``_cuda_emulated`` of tests/cuda_on_cpu/python, looked for in the folder ``build/emulated`` by default.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from qlora_native.ops import _cuda_kernels, _direct, _library
+from qlora_native.ops import _cuda_kernels, _cuda_products, _direct, _library
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "emulated"
 # The kernels of a device with these numbers are chosen; few multiprocessors, so that small sizes are cut in parts too.
@@ -29,8 +29,8 @@ BUILD = (
 @cache
 def load(folder: str) -> ModuleType | None:
     """The module, or None if it is not there."""
-    for file in sorted(Path(folder).rglob("_cuda.*.so")):
-        spec = importlib.util.spec_from_file_location("_cuda", file)
+    for file in sorted(Path(folder).rglob("_cuda_emulated.*.so")):
+        spec = importlib.util.spec_from_file_location("_cuda_emulated", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -61,30 +61,45 @@ def registered_on_cpu() -> Iterator[None]:
         library._destroy()
 
 
-class Launches:
-    """Where the ops launch: on the stream ``stream``. Keeps the device and the stream of each launch."""
+class Emulator:
+    """The module, and the stream that the ops launch on, which a test may change."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
         self.stream = 0
-        self.seen: list[tuple[torch.device, int]] = []
+        self.facts = FACTS
+        self.play(0)
+        self.launches()
+
+    def play(self, schedule: int) -> None:
+        """The device of ``facts``, and one of the ``module.num_schedules`` orders in which threads may run."""
+        self.module.play(self.facts.compute_capability, self.facts.sm_count, schedule)
+
+    def launches(self) -> list[tuple[int, int]]:
+        """Thread blocks and stream of each launch since the last call."""
+        found: list[tuple[int, int]] = self.module.take_launches()
+        return found
 
     @contextmanager
     def launching(self, device: torch.device) -> Iterator[int]:
-        self.seen.append((device, self.stream))
         yield self.stream
 
 
 @contextmanager
-def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
-    """The ops take the emulated kernels for CPU tensors while this is entered."""
-    launches = Launches()
+def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """The ops take the emulated kernels for CPU tensors while this is entered; what the emulator finds is an error."""
+    emulator = Emulator(module)
     replacements: dict[str, Callable[..., object]] = {
         "native": lambda: module,
-        "launching": launches.launching,
-        "facts": lambda device: FACTS,
+        "launching": emulator.launching,
+        "facts": lambda device: emulator.facts,
     }
     for name, replacement in replacements.items():
         monkeypatch.setattr(_cuda_kernels, name, replacement)
     monkeypatch.setattr(_direct, "_TENSOR_KEYS", frozenset())  # through the dispatcher, always
+    _cuda_products.plan_of.cache_clear()
+    module.take_reports()
     with registered_on_cpu():
-        yield launches
+        yield emulator
+    reports = module.take_reports()
+    assert not reports, f"the emulator reports:\n{reports}"

@@ -179,6 +179,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.qlora_native.linear_4bit_grad_input.default, (grad, False, *w.op_args()))
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()

@@ -163,6 +163,7 @@ def test_opcheck() -> None:
         )
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()
