@@ -36,10 +36,10 @@ __device__ __forceinline__ void adamw_elements(const OptimTensor& tensor, const 
   auto* exp_avg_sq = static_cast<float*>(tensor.exp_avg_sq) + begin;
   const bool vectors = are_aligned(kVectorBytes, params, grads, exp_avg, exp_avg_sq);
   for (int i = static_cast<int>(threadIdx.x) * kGroup; i < count; i += kStepThreads * kGroup) {
-    float p[kGroup];
-    float g[kGroup];
-    float m[kGroup];
-    float v[kGroup];
+    float p[size_t{kGroup}];
+    float g[size_t{kGroup}];
+    float m[size_t{kGroup}];
+    float v[size_t{kGroup}];
     const bool whole = vectors && i + kGroup <= count;
     if (whole) {
       load_values<false>(params + i, p);

@@ -29,9 +29,9 @@ __device__ __forceinline__ void lion_elements(const OptimTensor& tensor, const L
   auto* exp_avg = static_cast<float*>(tensor.exp_avg) + begin;
   const bool vectors = are_aligned(kVectorBytes, params, grads, exp_avg);
   for (int i = static_cast<int>(threadIdx.x) * kGroup; i < count; i += kThreads * kGroup) {
-    float p[kGroup];
-    float g[kGroup];
-    float m[kGroup];
+    float p[size_t{kGroup}];
+    float g[size_t{kGroup}];
+    float m[size_t{kGroup}];
     const bool whole = vectors && i + kGroup <= count;
     if (whole) {
       load_values<false>(params + i, p);

@@ -257,7 +257,7 @@ template <int kThreads>
 __global__ void __launch_bounds__(kThreads) mean_kernel(const double* __restrict__ sums,  // [groups]
                                                         int64_t groups, int64_t blocks,
                                                         float* nested_offset) {  // [1]
-  WP_SHARED(double, fetched, kThreads);
+  WP_SHARED(double, fetched, size_t{kThreads});
   double total = 0.0;
   for (int64_t begin = 0; begin < groups; begin += kThreads) {
     __syncthreads();  // the last round's have been added
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kThreads) quantize_scales_kernel(const float* 
                                                                    uint8_t* __restrict__ codes,          // [blocks]
                                                                    float* __restrict__ nested_absmax) {  // [groups]
   static_assert(kThreads == kNestedBlock);
-  WP_SHARED(uint32_t, warp_highest, kThreads / 32);
+  WP_SHARED(uint32_t, warp_highest, size_t{kThreads / 32});
   const float offset = *nested_offset;
   for (int64_t g = blockIdx.x; g < groups; g += gridDim.x) {
     const int64_t at = g * kNestedBlock + threadIdx.x;
