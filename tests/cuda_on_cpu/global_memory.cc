@@ -1,7 +1,12 @@
 #include "cuda_on_cpu/global_memory.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <csignal>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <new>
@@ -14,10 +19,18 @@ namespace {
 
 constexpr int kRedZoneByte = 0xa5;
 constexpr int kUnwritten = 0xff;
+constexpr size_t kPage = 4096;
+constexpr size_t kGuard = 64 * 1024;  // bytes on either side that fault: for what jumps over a red zone
 
+// memory: guard, red zone, the bytes, red zone of at least kRedZone up to the end of a page, guard.
 struct Allocation {
   size_t num_bytes;
-  std::byte* memory;  // with the red zones
+  std::byte* memory;
+  size_t total_bytes;
+
+  std::byte* begin() const { return memory + kGuard + kRedZone; }
+  std::byte* end() const { return begin() + num_bytes; }
+  size_t tail_bytes() const { return total_bytes - 2 * kGuard - kRedZone - num_bytes; }
 };
 
 std::map<uintptr_t, Allocation>& allocations() {
@@ -27,37 +40,77 @@ std::map<uintptr_t, Allocation>& allocations() {
 
 size_t total = 0;
 
-bool is_intact(const std::byte* zone, size_t num_bytes) {
+[[maybe_unused]] bool is_intact(const std::byte* zone, size_t num_bytes) {
   return std::all_of(zone, zone + num_bytes, [](std::byte value) { return value == std::byte{kRedZoneByte}; });
 }
 
-void set_red_zones([[maybe_unused]] uintptr_t address, [[maybe_unused]] const Allocation& allocation,
-                   [[maybe_unused]] bool poisoned) {
+void set_red_zones([[maybe_unused]] const Allocation& allocation, [[maybe_unused]] bool poisoned) {
 #if defined(CUEMU_ASAN)
-  std::byte* begin = reinterpret_cast<std::byte*>(address);
-  std::byte* end = begin + allocation.num_bytes;
   if (poisoned) {
-    ASAN_POISON_MEMORY_REGION(begin - kRedZone, kRedZone);
-    ASAN_POISON_MEMORY_REGION(end, kRedZone);
+    ASAN_POISON_MEMORY_REGION(allocation.begin() - kRedZone, kRedZone);
+    ASAN_POISON_MEMORY_REGION(allocation.end(), allocation.tail_bytes());
   } else {
-    ASAN_UNPOISON_MEMORY_REGION(begin - kRedZone, allocation.num_bytes + 2 * kRedZone);
+    ASAN_UNPOISON_MEMORY_REGION(allocation.begin() - kRedZone,
+                                kRedZone + allocation.num_bytes + allocation.tail_bytes());
   }
 #endif
 }
 
+void fill_red_zones(const Allocation& allocation) {
+  std::memset(allocation.begin() - kRedZone, kRedZoneByte, kRedZone);
+  std::memset(allocation.end(), kRedZoneByte, allocation.tail_bytes());
+}
+
+#if !defined(CUEMU_ASAN)
+void tell_fault(int signal, siginfo_t* info, void*) {
+  const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
+  for (const auto& [begin, allocation] : allocations()) {
+    const auto memory = reinterpret_cast<uintptr_t>(allocation.memory);
+    if (address >= memory && address < memory + allocation.total_bytes) {
+      std::fprintf(stderr, "cuda_on_cpu: access %s of a device allocation of %zu bytes\n",
+                   address < begin ? "before the begin" : "past the end", allocation.num_bytes);
+    }
+  }
+  std::signal(signal, SIG_DFL);  // the instruction faults again and ends the process
+}
+
+// A fiber may have run out of stack, so the handler has one of its own.
+void catch_faults() {
+  static const bool caught = [] {
+    static std::byte stack[64 * 1024];
+    stack_t alternate{};
+    alternate.ss_sp = stack;
+    alternate.ss_size = sizeof(stack);
+    sigaltstack(&alternate, nullptr);
+    struct sigaction action{};
+    action.sa_sigaction = tell_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    return sigaction(SIGSEGV, &action, nullptr) == 0;
+  }();
+  (void)caught;
+}
+#endif
+
 }  // namespace
 
 void* allocate_global(size_t num_bytes) {
-  auto* memory = static_cast<std::byte*>(::operator new(num_bytes + 2 * kRedZone, std::align_val_t{kRedZone}));
-  std::byte* begin = memory + kRedZone;
-  std::memset(memory, kRedZoneByte, kRedZone);
-  std::memset(begin, kUnwritten, num_bytes);
-  std::memset(begin + num_bytes, kRedZoneByte, kRedZone);
-  const auto address = reinterpret_cast<uintptr_t>(begin);
-  const Allocation& added = allocations()[address] = {num_bytes, memory};
-  set_red_zones(address, added, true);
+#if !defined(CUEMU_ASAN)
+  catch_faults();
+#endif
+  const size_t inner = (2 * kRedZone + num_bytes + kPage - 1) / kPage * kPage;
+  Allocation added{num_bytes, nullptr, inner + 2 * kGuard};
+  void* memory = mmap(nullptr, added.total_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    throw std::bad_alloc();
+  }
+  added.memory = static_cast<std::byte*>(memory);
+  mprotect(added.memory + kGuard, inner, PROT_READ | PROT_WRITE);
+  fill_red_zones(added);
+  std::memset(added.begin(), kUnwritten, num_bytes);
+  set_red_zones(added, true);
+  allocations()[reinterpret_cast<uintptr_t>(added.begin())] = added;
   total += num_bytes;
-  return begin;
+  return added.begin();
 }
 
 bool free_global(void* address) {
@@ -65,9 +118,9 @@ bool free_global(void* address) {
   if (found == allocations().end()) {
     return false;
   }
-  set_red_zones(found->first, found->second, false);
+  set_red_zones(found->second, false);
   total -= found->second.num_bytes;
-  ::operator delete(found->second.memory, std::align_val_t{kRedZone});
+  munmap(found->second.memory, found->second.total_bytes);
   allocations().erase(found);
   return true;
 }
@@ -101,14 +154,10 @@ void check_global(const void* address, size_t num_bytes, const char* verb, Site 
 std::string overwritten_red_zone() {
 #if !defined(CUEMU_ASAN)  // which reports the write itself
   for (const auto& [begin, allocation] : allocations()) {
-    const std::byte* before = allocation.memory;
-    const std::byte* after = before + kRedZone + allocation.num_bytes;
-    if (!is_intact(before, kRedZone) || !is_intact(after, kRedZone)) {
-      const bool at_end = is_intact(before, kRedZone);
-      set_red_zones(begin, allocation, false);
-      std::memset(allocation.memory, kRedZoneByte, kRedZone);  // told once
-      std::memset(allocation.memory + kRedZone + allocation.num_bytes, kRedZoneByte, kRedZone);
-      return "a kernel wrote " + std::string(at_end ? "past the end" : "before the begin") +
+    const bool begin_intact = is_intact(allocation.begin() - kRedZone, kRedZone);
+    if (!begin_intact || !is_intact(allocation.end(), allocation.tail_bytes())) {
+      fill_red_zones(allocation);  // told once
+      return "a kernel wrote " + std::string(begin_intact ? "past the end" : "before the begin") +
              " of a device allocation of " + std::to_string(allocation.num_bytes) + " bytes";
     }
   }

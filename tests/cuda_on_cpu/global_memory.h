@@ -9,7 +9,7 @@
 
 namespace cuemu {
 
-inline constexpr size_t kRedZone = 256;  // bytes on either side
+inline constexpr size_t kRedZone = 256;  // bytes on either side, at least
 
 // Multiples of 256 bytes, as cudaMalloc gives them.
 void* allocate_global(size_t num_bytes);

@@ -6,11 +6,7 @@
 
 #include "cuda_on_cpu/race.h"
 
-namespace {
-
 using cuemu::Access;
-
-}  // namespace
 
 #define CUEMU_HERE cuemu::Where::instruction(__builtin_return_address(0))
 
@@ -24,7 +20,33 @@ using cuemu::Access;
   void __tsan_unaligned_volatile_read##size(void* address) { cuemu::note(address, size, Access::kRead, CUEMU_HERE); } \
   void __tsan_unaligned_volatile_write##size(void* address) { cuemu::note(address, size, Access::kWrite, CUEMU_HERE); }
 
+// Atomics of host code in the same files (guards of static variables, reference counts): carried out, not checked.
+#define CUEMU_ATOMICS(bits)                                                                                     \
+  uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* address, int) {                      \
+    return __atomic_load_n(address, __ATOMIC_SEQ_CST);                                                          \
+  }                                                                                                             \
+  void __tsan_atomic##bits##_store(volatile uint##bits##_t* address, uint##bits##_t value, int) {               \
+    __atomic_store_n(address, value, __ATOMIC_SEQ_CST);                                                         \
+  }                                                                                                             \
+  uint##bits##_t __tsan_atomic##bits##_exchange(volatile uint##bits##_t* address, uint##bits##_t value, int) {  \
+    return __atomic_exchange_n(address, value, __ATOMIC_SEQ_CST);                                               \
+  }                                                                                                             \
+  uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile uint##bits##_t* address, uint##bits##_t value, int) { \
+    return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);                                                \
+  }                                                                                                             \
+  uint##bits##_t __tsan_atomic##bits##_fetch_sub(volatile uint##bits##_t* address, uint##bits##_t value, int) { \
+    return __atomic_fetch_sub(address, value, __ATOMIC_SEQ_CST);                                                \
+  }                                                                                                             \
+  int __tsan_atomic##bits##_compare_exchange_strong(volatile uint##bits##_t* address, uint##bits##_t* expected, \
+                                                    uint##bits##_t value, int, int) {                           \
+    return __atomic_compare_exchange_n(address, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);    \
+  }
+
 extern "C" {
+
+CUEMU_ATOMICS(8)
+CUEMU_ATOMICS(32)
+CUEMU_ATOMICS(64)
 
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
