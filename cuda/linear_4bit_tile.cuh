@@ -46,7 +46,7 @@ struct TileShape {
   static constexpr int kRowParts = kRows / kWarpRows / 16;           // 16-row MMAs a warp
   static constexpr int kColumnParts = kColumns / kWarpColumns / 8;  // 8-column MMAs a warp
   static constexpr int kWarpsAlongRows = kWarpRows;
-  static constexpr int kResident = kThreads == 128 ? 4 : 1;  // CTAs an SM, by registers
+  static constexpr int kResident = kSize.resident();
   static_assert(kWarpRows * kWarpColumns * 32 == kThreads && kStages >= 3 && kColumnParts % 2 == 0);
 };
 using Tile16 = TileShape<0, 1, 4>;

@@ -1,6 +1,7 @@
 #include "cuda/matmul_plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "core/layout.h"
@@ -9,7 +10,12 @@ namespace qlora_native::cuda {
 namespace {
 
 constexpr int kMostSplits = 32;
-constexpr int64_t kFewestSteps = 4;  // of a part: fewer do not fill the pipeline of copies
+constexpr int64_t kFewestSteps = 4;   // of a part: fewer do not fill the pipeline of copies
+
+// What a reduction in parts costs, in steps of a CTA. Estimates, not yet measurements.
+constexpr int64_t kStartingSteps = 4;  // to fill the pipeline of copies and to store a tile
+constexpr int64_t kPartialSteps = 2;   // to store and read again a tile's sums in fp32, for each CTA
+constexpr int64_t kLaunchSteps = 4;    // the second launch
 
 // Tokens up to which a fused kernel beats dequantising a panel for the library's GEMM. The table is an estimate from
 // memory and tensor-core rates, not yet a measurement. Cards with GDDR gain most from reading 4 bits; Hopper and
@@ -60,13 +66,28 @@ const TileSize& tile_of(const MatmulQuestion& question) {
   return kTiles[i];
 }
 
-// Enough CTAs to fill the card once, while each part keeps its pipeline full.
+// The number of parts with the shortest time in steps, that of all waves of CTAs; fewer parts unless a tenth is gained.
 int splits_of(const MatmulQuestion& question, const TileSize& tile, int64_t columns) {
   const int64_t tiles = ceil_div(question.m, tile.rows) * ceil_div(columns, tile.columns);
   const int64_t steps = ceil_div(question.forward ? question.k : question.n, kReductionStep);
-  const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(4, (96 << 10) / tile.shared_bytes()));
-  const int64_t wanted = question.sm_count * resident / tiles;
-  return static_cast<int>(std::max<int64_t>(1, std::min({wanted, steps / kFewestSteps, int64_t{kMostSplits}})));
+  constexpr int64_t kReserved = 1 << 10;  // of shared memory, by the driver for each CTA
+  const int64_t by_memory = (most_shared_bytes(question.compute_capability) + kReserved) /
+                            (tile.shared_bytes() + kStaticShared + kReserved);
+  const int64_t at_once = question.sm_count * std::clamp<int64_t>(by_memory, 1, tile.resident());
+  int best = 1;
+  int64_t least = std::numeric_limits<int64_t>::max() / 16;
+  const int64_t most = std::min({int64_t{kMostSplits}, steps / kFewestSteps,
+                                 kPanelBytes / split_k_workspace_bytes(question.m, columns, tile, 1)});
+  for (int splits = 1; splits <= std::max<int64_t>(1, most); ++splits) {
+    const int64_t waves = ceil_div(tiles * splits, at_once);
+    const int64_t for_parts = splits > 1 ? waves * kPartialSteps + kLaunchSteps : 0;
+    const int64_t time = waves * (ceil_div(steps, splits) + kStartingSteps) + for_parts;
+    if (10 * time < 9 * least) {
+      least = time;
+      best = splits;
+    }
+  }
+  return best;
 }
 
 MatmulPlan two_step(const MatmulQuestion& question) {

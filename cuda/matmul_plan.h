@@ -48,6 +48,7 @@ struct TileSize {
   int stages;
 
   constexpr int threads() const { return 2 * columns; }  // each decodes 32 weights a step
+  constexpr int resident() const { return threads() == 128 ? 4 : 1; }  // CTAs an SM, by registers
   constexpr int x_bytes() const { return rows * kReductionStep * 2; }
   constexpr int packed_bytes() const { return columns * kReductionStep / 2; }
   constexpr int weight_bytes() const { return columns * kReductionStep * 2; }
@@ -57,7 +58,7 @@ inline constexpr TileSize kTiles[] = {{16, 64, 4}, {32, 64, 4}, {64, 64, 3}, {12
 
 inline constexpr int kGemvTokens = 8;            // the most
 inline constexpr int kGemvWarps = 8;             // of a CTA; they share the reduction
-inline constexpr int64_t kPanelBytes = 24 << 20;  // fits the L2 cache of the cards it is used on
+inline constexpr int64_t kPanelBytes = 24 << 20;  // the most of a workspace: fits the L2 cache of the large cards
 
 // Sizes are positive, block_size is one of layout.h. Never fails: what no fused kernel can do is kTwoStep.
 MatmulPlan plan_matmul(const MatmulQuestion& question);
