@@ -91,6 +91,7 @@ def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     emulator = Emulator(module)
     replacements: dict[str, Callable[..., object]] = {
         "native": lambda: module,
+        "module_for": lambda device: module,
         "launching": emulator.launching,
         "facts": lambda device: emulator.facts,
     }

@@ -2,7 +2,7 @@
 
 The native module ``_cuda`` is loaded by the first call, that is, once there is a CUDA tensor. So importing the package
 neither maps the GPU code nor wakes the driver, which would forbid CUDA to forked processes. Whoever replaces
-:func:`native`, :func:`launching` and :func:`facts` has the ops launch elsewhere; the tests do.
+:func:`native`, :func:`module_for`, :func:`launching` and :func:`facts` has the ops launch elsewhere; the tests do.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def native() -> ModuleType | None:
         )
         return None
     return _cuda
+
+
+def module_for(device: torch.device) -> ModuleType | None:
+    """:func:`native` for a CUDA device, None for any other."""
+    return native() if device.type == "cuda" else None
 
 
 @contextmanager

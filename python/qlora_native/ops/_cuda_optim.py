@@ -85,15 +85,15 @@ class DeviceTable:
             self.module.gradient_norm(*self._table(rows), *workspace, self.norm.data_ptr(), stream)
         return self.norm
 
-    def step(
-        self, rows: array[int], options: Sequence[tuple[float, ...]], by: Scaling, decoupled: bool | None = None
-    ) -> None:
-        """One step; a row of ``options`` for each group. ``decoupled`` is for Adam alone. At most two launches."""
+    def step(self, rows: array[int], options: Sequence[tuple[float, ...]], by: Scaling) -> None:
+        """One step, of at most two launches; a row of ``options`` for each group, as the CPU's native function."""
         if by.max_norm is not None:
             self.measure(rows)
         with _cuda_kernels.launching(self.device) as stream:
             function = getattr(self.module, self.op)
-            kind = () if decoupled is None else (decoupled,)
+            kind: tuple[bool, ...] = ()
+            if self.op == ADAMW:  # one of Adam and AdamW, so that all groups have the same
+                kind, options = (bool(options[0][-1]),), [row[:-1] for row in options]
             addresses = [0 if t is None else t.data_ptr() for t in (by.grad_scale, by.found_inf)]
             clip = (by.max_norm, *addresses, self.norm.data_ptr()) if by.max_norm is not None else (0.0, *addresses, 0)
             results = self.grad_norm.data_ptr(), self.skipped.data_ptr(), self.finished.data_ptr()

@@ -123,8 +123,8 @@ def cuda(
     counts = [step.to(device) for step in steps]  # the same tensors where they stand there
     plain, rows = rows_of(params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, counts)
     table = table_of(rows)
-    options = [(lr, beta1, beta2, eps, weight_decay)]
-    DeviceTable(module, ADAMW, table, len(rows), device).step(table, options, Scaling(grad_factor), decoupled)
+    options = [(lr, beta1, beta2, eps, weight_decay, decoupled)]
+    DeviceTable(module, ADAMW, table, len(rows), device).step(table, options, Scaling(grad_factor))
     for p in plain:
         p.done()
     for step, count in zip(steps, counts, strict=True):
