@@ -8,6 +8,7 @@ pybind11_add_module(_cuda MODULE
   cuda/python/bind_dequantize_4bit.cc
   cuda/python/bind_gradient_norm.cc
   cuda/python/bind_linear_4bit.cc
+  cuda/python/bind_linear_cross_entropy.cc
   cuda/python/bind_lion_step.cc
   cuda/python/bind_quantize_4bit.cc
   cuda/python/module.cc)

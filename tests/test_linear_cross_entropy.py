@@ -10,7 +10,7 @@ import qlora_native as qn
 from qlora_native import _C, reference
 from qlora_native.ops import linear_cross_entropy as op
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = [pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 GRADIENT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -118,6 +118,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(function, (h, labels, -100, True, False, *w.op_args()))
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()

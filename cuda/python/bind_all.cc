@@ -37,6 +37,7 @@ void bind_all(py::module_& module) {
   bind_dequantize_4bit(module);
   bind_gradient_norm(module);
   bind_linear_4bit(module);
+  bind_linear_cross_entropy(module);
   bind_lion_step(module);
   bind_quantize_4bit(module);
 }
