@@ -75,9 +75,18 @@ class Product {
 
   cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, cudaStream_t stream = nullptr) {
     const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
-    const cuda::LinearCall call{on_device_.view(),  oracle::Storage<T>::kDtype, c.forward,          device_x_.data(),
-                                device_bias_.data(), device_low_.data(),         device_up_.data(), c.r,
-                                y.data(),            c.m,                        c.n,                c.k};
+    const cuda::LinearCall call{on_device_.view(),
+                                oracle::Storage<T>::kDtype,
+                                c.forward,
+                                device_x_.data(),
+                                device_bias_.data(),
+                                device_low_.data(),
+                                device_up_.data(),
+                                c.r,
+                                y.data(),
+                                c.m,
+                                c.n,
+                                c.k};
     return cuda::launch_linear_4bit(call, plan, workspace.data(), stream);
   }
 
@@ -110,7 +119,8 @@ class Product {
     for (size_t i = 0; i < size; ++i) {
       w[i] = oracle::dequantised(weight_.view, static_cast<int64_t>(i), oracle::Storage<T>::kFormat);
     }
-    const std::vector<double> x = doubles_of(x_), bias = doubles_of(bias_), low = doubles_of(low_), up = doubles_of(up_);
+    const std::vector<double> x = doubles_of(x_), bias = doubles_of(bias_), low = doubles_of(low_),
+                              up = doubles_of(up_);
     for (int64_t i = 0; i < c.m; ++i) {
       for (int64_t j = 0; j < columns_; ++j) {
         double sum = c.bias ? bias[static_cast<size_t>(j)] : 0.0;
@@ -120,7 +130,8 @@ class Product {
           magnitude += std::fabs(product);
         };
         for (int64_t l = 0; l < reduction_; ++l) {
-          add(x[static_cast<size_t>(i * reduction_ + l)] * w[static_cast<size_t>(c.forward ? j * c.k + l : l * c.k + j)]);
+          add(x[static_cast<size_t>(i * reduction_ + l)] *
+              w[static_cast<size_t>(c.forward ? j * c.k + l : l * c.k + j)]);
         }
         for (int64_t l = 0; l < c.r; ++l) {
           add(low[static_cast<size_t>(i * c.r + l)] *
@@ -144,8 +155,7 @@ class Product {
 
 cuda::MatmulPlan tile_plan(const Case& c, int tile, int splits) {
   const cuda::TileSize& size = cuda::kTiles[tile];
-  const int64_t workspace =
-      splits > 1 ? cuda::split_k_workspace_bytes(c.m, c.forward ? c.n : c.k, size, splits) : 0;
+  const int64_t workspace = splits > 1 ? cuda::split_k_workspace_bytes(c.m, c.forward ? c.n : c.k, size, splits) : 0;
   return {splits > 1 ? cuda::MatmulKind::kSplitK : cuda::MatmulKind::kTile,
           size.rows,
           size.columns,
@@ -205,7 +215,8 @@ TEST(split_k_input_gradient) { check_splits<Bf16>(false), check_splits<Fp16>(fal
 template <typename T>
 void check_odd_sizes() {
   // Rows of y, low and up that allow no vectors, and columns that end within one.
-  const std::vector<Case> cases = {{5, 67, 64, true, 3, true}, {33, 1, 128, true, 17, true}, {17, 130, 64, true, 65, false}};
+  const std::vector<Case> cases = {
+      {5, 67, 64, true, 3, true}, {33, 1, 128, true, 17, true}, {17, 130, 64, true, 65, false}};
   for (const Case& c : cases) {
     for (const int tile : {0, 2}) {
       Product<T>(c).check(tile_plan(c, tile, 1));
@@ -245,10 +256,10 @@ void check_gemv() {
     product.check(gemv_plan(c, 32));
   }
   const std::vector<Case> cases = {
-      {1, 64, 64, true},                                              // most warps have nothing to do
-      {3, 33, 1024, true, 5, true},                                   // every warp one step
-      {8, 50, 2368, true, 8, true, 64, false},                        // three steps and half a step
-      {4, 16, 1280, true, 0, false, 256, true, QuantType::kFp4},      // a scale for several steps of lanes
+      {1, 64, 64, true},                                          // most warps have nothing to do
+      {3, 33, 1024, true, 5, true},                               // every warp one step
+      {8, 50, 2368, true, 8, true, 64, false},                    // three steps and half a step
+      {4, 16, 1280, true, 0, false, 256, true, QuantType::kFp4},  // a scale for several steps of lanes
   };
   for (const Case& c : cases) {
     Product<T> product(c);
@@ -324,8 +335,9 @@ TEST(no_bank_conflicts) {
       cuemu::counters() = {};
       CHECK_LAUNCH(product.launch(tile_plan(c, tile, 1), y));
       const cuemu::Counters& counted = cuemu::counters();
-      CHECK(counted.ldmatrix > 0 && counted.ldmatrix_wavefronts == counted.ldmatrix, "tile %d: %lu passes for %lu", tile,
-            static_cast<unsigned long>(counted.ldmatrix_wavefronts), static_cast<unsigned long>(counted.ldmatrix));
+      CHECK(counted.ldmatrix > 0 && counted.ldmatrix_wavefronts == counted.ldmatrix, "tile %d: %lu passes for %lu",
+            tile, static_cast<unsigned long>(counted.ldmatrix_wavefronts),
+            static_cast<unsigned long>(counted.ldmatrix));
       CHECK(counted.mma * 2048 == static_cast<uint64_t>(c.m * c.n * c.k), "tile %d: %lu products", tile,
             static_cast<unsigned long>(counted.mma));
     }
