@@ -1,25 +1,19 @@
 #include <bit>
 #include <cstdint>
-#include <limits>
 
-#include "core/layout.h"
 #include "cuda/dequantize_4bit.cuh"
 #include "cuda/dequantize_4bit.h"
+#include "cuda/grid.h"
 
 namespace qlora_native::cuda {
 namespace {
 
-bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVector == 0; }
-
 template <typename T>
 cudaError_t launch(const WeightView& weight, void* out, cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();  // of gridDim.x; the kernel strides past them
-  const int64_t wanted = ceil_div(ceil_div(weight.numel, kRun), kThreads);
-  const dim3 grid(static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks));
-  const int block_shift = std::countr_zero(static_cast<uint64_t>(weight.block_size));
-  const bool aligned = is_aligned(weight.packed) && is_aligned(out);
-  const auto kernel = aligned ? dequantize_4bit_kernel<T, true> : dequantize_4bit_kernel<T, false>;
-  return wp::launch(kernel, grid, dim3(kThreads), 0, stream, weight, block_shift, static_cast<T*>(out));
+  return wp::launch(dequantize_4bit_kernel<T>, dim3(grid_blocks(weight.numel, kDequantizeChunk)),
+                    dim3(kDequantizeThreads), 0, stream, weight,
+                    std::countr_zero(static_cast<uint64_t>(weight.block_size)),
+                    are_aligned(kVectorBytes, weight.packed, out), static_cast<T*>(out));
 }
 
 }  // namespace

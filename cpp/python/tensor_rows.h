@@ -31,6 +31,6 @@ struct RowUse {
 };
 
 // Reads the rows; std::invalid_argument for null or misaligned addresses and for numbers out of range.
-std::vector<cpu::OptimTensor> checked_rows(Address rows, int64_t num_tensors, const RowUse& use);
+std::vector<OptimTensor> checked_rows(Address rows, int64_t num_tensors, const RowUse& use);
 
 }  // namespace qlora_native::python
