@@ -236,7 +236,12 @@ bool run_grid(const Grid& grid, const std::function<void()>& thread_body) {
     refill_shared();
     start_threads(grid.block);
     redraw_order();
-    if (!run_block()) {
+    bool ran = run_block();
+    if (std::string overrun = overrun_region(); ran && !overrun.empty()) {
+      add_report(std::move(overrun));
+      ran = false;
+    }
+    if (!ran) {
       end_shared();
       return false;
     }

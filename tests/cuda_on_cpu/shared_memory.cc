@@ -40,7 +40,7 @@ void set_accessible([[maybe_unused]] size_t begin, [[maybe_unused]] size_t num_b
 }
 
 void* add_region(const void* key, const char* name, size_t num_bytes, size_t align) {
-  size_t begin = (arena_used + kGap + kAlignment - 1) / kAlignment * kAlignment;
+  size_t begin = (arena_used + 2 * kGap + kAlignment - 1) / kAlignment * kAlignment;
   if (align < kAlignment) {
     begin += align;  // a multiple of what was asked for and of nothing larger
   }
@@ -51,6 +51,10 @@ void* add_region(const void* key, const char* name, size_t num_bytes, size_t ali
   regions.push_back({key, name, begin, num_bytes});
   set_accessible(begin, num_bytes, true);
   std::memset(shared_arena + begin, kUnwritten, num_bytes);
+#if !defined(CUEMU_ASAN)
+  std::memset(shared_arena + begin - kGap, kUnwritten, kGap);
+  std::memset(shared_arena + begin + num_bytes, kUnwritten, kGap);
+#endif
   return shared_arena + begin;
 }
 
@@ -86,6 +90,21 @@ void refill_shared() {
   for (const Region& region : regions) {
     std::memset(shared_arena + region.begin, kUnwritten, region.num_bytes);
   }
+}
+
+std::string overrun_region() {
+#if !defined(CUEMU_ASAN)  // which reports the write itself
+  for (const Region& region : regions) {
+    const std::byte* begin = shared_arena + region.begin;
+    const auto is_unwritten = [](std::byte value) { return value == std::byte{kUnwritten}; };
+    if (!std::all_of(begin - kGap, begin, is_unwritten) ||
+        !std::all_of(begin + region.num_bytes, begin + region.num_bytes + kGap, is_unwritten)) {
+      return "a kernel wrote around " + std::string(region.name) + ", which has " + std::to_string(region.num_bytes) +
+             " bytes";
+    }
+  }
+#endif
+  return {};
 }
 
 void end_shared() {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "cuda_on_cpu/site.h"
 
@@ -26,6 +27,9 @@ inline size_t arena_offset(const void* address) {
 void begin_shared(size_t dynamic_bytes);
 void refill_shared();
 void end_shared();
+
+// Which array's surroundings were overwritten, in words; empty if none was. After every block.
+std::string overrun_region();
 
 void* dynamic_shared(size_t align, Site site);
 
