@@ -92,13 +92,10 @@ int splits_of(const MatmulQuestion& question, const TileSize& tile, int64_t colu
 
 MatmulPlan two_step(const MatmulQuestion& question) {
   const int64_t row_bytes = question.k * (question.dtype == Dtype::kFloat32 ? 4 : 2);
-  int64_t rows = std::max<int64_t>(1, kPanelBytes / row_bytes);
-  // Panels that begin where a group of nested scales does are weights of their own, if so many rows fit.
-  const int64_t group = kNestedBlock * question.block_size;
-  const int64_t grain = group / std::gcd(group, question.k);
-  if (rows > grain) {
-    rows -= rows % grain;
-  }
+  // Panels begin at multiples of 32 elements, where the fast path of dequantize_4bit can.
+  constexpr int64_t kRun = 32;
+  const int64_t grain = kRun / std::gcd(kRun, question.k);
+  int64_t rows = std::max(grain, kPanelBytes / row_bytes / grain * grain);
   rows = std::min(rows, question.n);
   return {MatmulKind::kTwoStep, 0, 0, 1, 0, 0, rows * row_bytes, rows};
 }

@@ -190,15 +190,13 @@ TEST(plan_of_the_panel) {
         CHECK(plan.workspace_bytes == plan.panel_rows * k * element && plan.workspace_bytes <= 24 << 20,
               "n %ld, k %ld: %ld bytes", static_cast<long>(n), static_cast<long>(k),
               static_cast<long>(plan.workspace_bytes));
+        CHECK(plan.panel_rows == n || plan.panel_rows * k % 32 == 0, "n %ld, k %ld: a panel begins within a run",
+              static_cast<long>(n), static_cast<long>(k));
       }
     }
   }
-  // A panel of a usual weight begins where a group of nested scales does.
-  const MatmulPlan plan = cuda::plan_matmul(question(4096, kH100, true, 14336, 11008));
-  CHECK(plan.panel_rows < 14336 && plan.panel_rows * 11008 % (256 * 64) == 0, "%ld rows",
-        static_cast<long>(plan.panel_rows));
-  // A row that is larger than the panel is a panel.
-  CHECK(cuda::plan_matmul(question(4096, kH100, true, 8, 20'000'001)).panel_rows == 1, "one row");
+  // Whatever its size: the fewest rows after which the next panel begins at a multiple of 32 elements.
+  CHECK(cuda::plan_matmul(question(4096, kH100, true, 100, 20'000'002)).panel_rows == 16, "a panel of 16 rows");
 }
 
 TEST(plan_counts_in_64_bits) {

@@ -6,6 +6,7 @@
 
 #include "cpp/oracle.h"
 #include "cuda/linear_4bit.h"
+#include "cuda/linear_4bit_tile.cuh"
 #include "cuda_on_cpu/counters.h"
 #include "cuda_on_cpu/device_weight.h"
 #include "cuda_on_cpu/launch.h"
@@ -341,6 +342,59 @@ TEST(no_bank_conflicts) {
       CHECK(counted.mma * 2048 == static_cast<uint64_t>(c.m * c.n * c.k), "tile %d: %lu products", tile,
             static_cast<unsigned long>(counted.mma));
     }
+  }
+}
+
+// Where a CTA of a product too large to run here would begin to read.
+template <typename T, bool kForward>
+__global__ void first_reads_kernel(const cuda::TileJob<T> job,
+                                   int64_t* reads) {  // [3, threads]
+  const cuda::Tile<T, cuda::Tile16, kForward> tile(job);
+  cuda::Run<T, cuda::Tile16, kForward> run(tile);
+  const cuda::Copies<T, cuda::Tile16, kForward> copies(tile);
+  if (tile.split == 1) {
+    const unsigned threads = blockDim.x;
+    reads[threadIdx.x] = run.element;
+    run.advance(job);
+    reads[threads + threadIdx.x] = run.element;
+    reads[2 * threads + threadIdx.x] = copies.x_from - job.x;
+  }
+}
+
+TEST(indices_beyond_32_bits) {
+  constexpr int64_t kLong = int64_t{1} << 34;
+  constexpr int kThreads = cuda::Tile16::kThreads;
+  const cuemu::DeviceBuffer<int64_t> reads(3 * kThreads);
+  cuda::TileJob<Bf16> job{};
+  job.m = 16;
+  job.splits = 2;
+  job.row_tiles = job.column_tiles = 1;
+  job.reduction = kLong;
+
+  job.k = kLong;
+  job.columns = 64;
+  CHECK_LAUNCH(wp::launch(first_reads_kernel<Bf16, true>, dim3(1, 2), dim3(kThreads),
+                          static_cast<size_t>(cuda::Tile16::kSize.shared_bytes()), nullptr, job, reads.data()));
+  std::vector<int64_t> got = reads.host();
+  for (int64_t thread = 0; thread < kThreads; ++thread) {
+    const int64_t element = thread / 2 * kLong + kLong / 2 + thread % 2 * 32;
+    CHECK(got[static_cast<size_t>(thread)] == element, "forward, thread %ld", static_cast<long>(thread));
+    CHECK(got[static_cast<size_t>(kThreads + thread)] == element + 64, "forward, thread %ld",
+          static_cast<long>(thread));
+    CHECK(got[static_cast<size_t>(2 * kThreads + thread)] == thread / 8 * kLong + kLong / 2 + thread % 8 * 8,
+          "x of thread %ld", static_cast<long>(thread));
+  }
+
+  job.k = 4096;  // 2^46 weights
+  job.columns = 4096;
+  CHECK_LAUNCH(wp::launch(first_reads_kernel<Bf16, false>, dim3(1, 2), dim3(kThreads),
+                          static_cast<size_t>(cuda::Tile16::kSize.shared_bytes()), nullptr, job, reads.data()));
+  got = reads.host();
+  for (int64_t thread = 0; thread < kThreads; ++thread) {
+    const int64_t element = (kLong / 2 + thread / 2) * 4096 + thread % 2 * 32;
+    CHECK(got[static_cast<size_t>(thread)] == element, "gradient, thread %ld", static_cast<long>(thread));
+    CHECK(got[static_cast<size_t>(kThreads + thread)] == element + 64 * 4096, "gradient, thread %ld",
+          static_cast<long>(thread));
   }
 }
 
