@@ -40,53 +40,56 @@ __device__ __forceinline__ void decode_word(uint32_t word,
   store_values(out, values);
 }
 
-// A tile that lies whole within the weight, at addresses that allow vectors.
+// A tile that lies whole within the range, at addresses that allow vectors.
 template <typename T>
 __device__ __forceinline__ void decode_tile(const WeightView& weight, int block_shift, int64_t begin,
                                             const float* levels,  // [16], shared
-                                            T* out) {             // [weight.numel]
-  const int64_t first = begin + static_cast<int>(threadIdx.x % 32) * kCodesPerWord;
+                                            T* out) {             // [kDequantizeTile]
+  const int lane = static_cast<int>(threadIdx.x % 32) * kCodesPerWord;
   uint32_t words[kWordsPerLane];
   float scales[kWordsPerLane];
 #pragma unroll
   for (int i = 0; i < kWordsPerLane; ++i) {
-    const int64_t at = first + i * 32 * kCodesPerWord;
+    const int64_t at = begin + lane + i * 32 * kCodesPerWord;
     words[i] = __ldcs(reinterpret_cast<const uint32_t*>(weight.packed + at / 2));
     scales[i] = weight.scale(at >> block_shift);
   }
 #pragma unroll
   for (int i = 0; i < kWordsPerLane; ++i) {
-    decode_word(words[i], levels, scales[i], out + first + i * 32 * kCodesPerWord);
+    decode_word(words[i], levels, scales[i], out + lane + i * 32 * kCodesPerWord);
   }
 }
 
-// Elements [begin, end), one by one: the last tile of a weight, and every tile of one whose addresses allow no vectors.
+// Elements [begin, end), one by one: the last tile of a range, and every tile of one whose addresses allow no vectors.
 template <typename T>
 __device__ __forceinline__ void decode_singly(const WeightView& weight, int block_shift, int64_t begin, int64_t end,
                                               const float* levels,  // [16], shared
-                                              T* out) {             // [weight.numel]
+                                              T* out) {             // [end - begin]
   for (int64_t at = begin + threadIdx.x % 32; at < end; at += 32) {
-    out[at] = from_float<T>(__fmul_rn(levels[weight.code(at)], weight.scale(at >> block_shift)));
+    out[at - begin] = from_float<T>(__fmul_rn(levels[weight.code(at)], weight.scale(at >> block_shift)));
   }
 }
 
-// vectors: weight.packed and out lie at multiples of 16 bytes. block_shift: log2 of weight.block_size.
+// Elements [first, end). vectors: their packed codes and out lie at multiples of 16 bytes. block_shift: log2 of
+// weight.block_size.
 template <typename T>
 __global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_4bit_kernel(const WeightView weight, int block_shift, bool vectors,
-                           T* __restrict__ out) {  // [weight.numel]
+    dequantize_4bit_kernel(const WeightView weight, int block_shift, bool vectors, int64_t first, int64_t end,
+                           T* __restrict__ out) {  // [end - first]
   WP_SHARED(float, levels, 16);
   if (threadIdx.x < 16) {
     levels[threadIdx.x] = weight.levels[threadIdx.x];
   }
   __syncthreads();
   const int64_t stride = first_item(gridDim.x, kDequantizeChunk);
-  int64_t begin = first_item(blockIdx.x, kDequantizeChunk) + static_cast<int>(threadIdx.x / 32) * kDequantizeTile;
-  for (; begin < weight.numel; begin += stride) {
-    if (vectors && begin + kDequantizeTile <= weight.numel) {
-      decode_tile(weight, block_shift, begin, levels, out);
+  int64_t begin =
+      first + first_item(blockIdx.x, kDequantizeChunk) + static_cast<int>(threadIdx.x / 32) * kDequantizeTile;
+  for (; begin < end; begin += stride) {
+    T* tile = out + (begin - first);
+    if (vectors && begin + kDequantizeTile <= end) {
+      decode_tile(weight, block_shift, begin, levels, tile);
     } else {
-      decode_singly(weight, block_shift, begin, begin + at_most(weight.numel - begin, kDequantizeTile), levels, out);
+      decode_singly(weight, block_shift, begin, begin + at_most(end - begin, kDequantizeTile), levels, tile);
     }
   }
 }

@@ -1,4 +1,5 @@
-// The launches of the 4-bit matrix products for one dtype: what linear_4bit_bf16.cu and linear_4bit_fp16.cu instantiate.
+// The launches of the 4-bit matrix products for one dtype: what linear_4bit_bf16.cu and linear_4bit_fp16.cu
+// instantiate.
 #pragma once
 
 #include <bit>
@@ -49,9 +50,9 @@ template <typename T>
 cudaError_t launch_reduce(const TileJob<T>& job, int tile_columns, cudaStream_t stream) {
   constexpr int64_t kMostReduceCtas = 1 << 16;
   const int64_t ctas = ceil_div(job.m * ceil_div(job.columns, 8), kReduceThreads);
-  return wp::launch(linear_4bit_reduce_kernel<T>, dim3(static_cast<unsigned>(ctas < kMostReduceCtas ? ctas
-                                                                                                 : kMostReduceCtas)),
-                    dim3(kReduceThreads), 0, stream, job.partial, job.bias, job.y, job.m, job.columns,
+  return wp::launch(linear_4bit_reduce_kernel<T>,
+                    dim3(static_cast<unsigned>(ctas < kMostReduceCtas ? ctas : kMostReduceCtas)), dim3(kReduceThreads),
+                    0, stream, job.partial, job.bias, job.y, job.m, job.columns,
                     static_cast<int64_t>(job.column_tiles) * tile_columns, job.splits);
 }
 
@@ -66,8 +67,8 @@ cudaError_t launch_tile(TileJob<T> job, bool forward, cudaStream_t stream) {
   job.column_tiles = static_cast<int>(column_tiles);
   const dim3 grid(static_cast<unsigned>(row_tiles * column_tiles), static_cast<unsigned>(job.splits));
   const auto kernel = forward ? linear_4bit_tile_kernel<T, Shape, true> : linear_4bit_tile_kernel<T, Shape, false>;
-  const cudaError_t error = wp::launch(kernel, grid, dim3(Shape::kThreads),
-                                       static_cast<size_t>(Shape::kSize.shared_bytes()), stream, job);
+  const cudaError_t error =
+      wp::launch(kernel, grid, dim3(Shape::kThreads), static_cast<size_t>(Shape::kSize.shared_bytes()), stream, job);
   return error == cudaSuccess && job.splits > 1 ? launch_reduce(job, Shape::kColumns, stream) : error;
 }
 

@@ -62,7 +62,8 @@ __device__ __forceinline__ SmallRuns<kRowTiles> small_runs(const SmallJob<T>& jo
   return runs;
 }
 
-// The eight elements of x, from 8 * quarter on in its run, that this lane gives to two MMAs for one group of four tokens.
+// The eight elements of x, from 8 * quarter on in its run, that this lane gives to two MMAs for one group of four
+// tokens.
 template <typename T>
 __device__ __forceinline__ uint4 small_tokens(const SmallJob<T>& job, int group, int64_t column, int quarter) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -85,8 +86,7 @@ struct SmallSums {
 // sums += scale * (levels x^T) of one step.
 template <typename T, int kRowTiles, int kGroups>
 __device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRuns<kRowTiles>& runs, int64_t first_row,
-                                           int64_t column, const Planes& planes,
-                                           SmallSums<kRowTiles, kGroups>& sums) {
+                                           int64_t column, const Planes& planes, SmallSums<kRowTiles, kGroups>& sums) {
   StoredScale scales[size_t{kRowTiles}][2];
   SmallSums<kRowTiles, kGroups> unscaled;
 #pragma unroll
@@ -160,10 +160,9 @@ __global__ void __launch_bounds__(kSmallThreads, 2) linear_4bit_small_kernel(con
   Planes planes;
   {
     const float* from = job.weight.levels;
-    const float4 levels[4] = {make_float4(from[0], from[1], from[2], from[3]),
-                              make_float4(from[4], from[5], from[6], from[7]),
-                              make_float4(from[8], from[9], from[10], from[11]),
-                              make_float4(from[12], from[13], from[14], from[15])};
+    const float4 levels[4] = {
+        make_float4(from[0], from[1], from[2], from[3]), make_float4(from[4], from[5], from[6], from[7]),
+        make_float4(from[8], from[9], from[10], from[11]), make_float4(from[12], from[13], from[14], from[15])};
     planes = scaled_planes<T>(levels, 1.0f);
   }
 

@@ -43,7 +43,7 @@ struct TileShape {
   static constexpr int kColumns = kSize.columns;
   static constexpr int kStages = kSize.stages;
   static constexpr int kThreads = kSize.threads();
-  static constexpr int kRowParts = kRows / kWarpRows / 16;           // 16-row MMAs a warp
+  static constexpr int kRowParts = kRows / kWarpRows / 16;          // 16-row MMAs a warp
   static constexpr int kColumnParts = kColumns / kWarpColumns / 8;  // 8-column MMAs a warp
   static constexpr int kWarpsAlongRows = kWarpRows;
   static constexpr int kResident = kSize.resident();
@@ -271,11 +271,11 @@ struct WarpSums {
     for (int j = 0; j < Shape::kColumnParts; j += 2) {
       uint32_t two[4];
       if constexpr (kForward) {
-        wp::ldmatrix_x4(two, weights + swizzled<8>(column + 8 * j + lane % 8 + lane / 16 * 8,
-                                                   2 * slice + lane / 8 % 2));
+        wp::ldmatrix_x4(two,
+                        weights + swizzled<8>(column + 8 * j + lane % 8 + lane / 16 * 8, 2 * slice + lane / 8 % 2));
       } else {
-        wp::ldmatrix_x4_trans(two, weights + swizzled<Shape::kColumns / 8>(16 * slice + lane % 16,
-                                                                           column / 8 + j + lane / 16));
+        wp::ldmatrix_x4_trans(
+            two, weights + swizzled<Shape::kColumns / 8>(16 * slice + lane % 16, column / 8 + j + lane / 16));
       }
       const uint32_t left[2] = {two[0], two[1]};
       const uint32_t right[2] = {two[2], two[3]};

@@ -10,7 +10,7 @@ namespace qlora_native::cuda {
 namespace {
 
 constexpr int kMostSplits = 32;
-constexpr int64_t kFewestSteps = 4;   // of a part: fewer do not fill the pipeline of copies
+constexpr int64_t kFewestSteps = 4;  // of a part: fewer do not fill the pipeline of copies
 
 // What a reduction in parts costs, in steps of a CTA. Estimates, not yet measurements.
 constexpr int64_t kStartingSteps = 4;  // to fill the pipeline of copies and to store a tile
@@ -71,8 +71,8 @@ int splits_of(const MatmulQuestion& question, const TileSize& tile, int64_t colu
   const int64_t tiles = ceil_div(question.m, tile.rows) * ceil_div(columns, tile.columns);
   const int64_t steps = ceil_div(question.forward ? question.k : question.n, kReductionStep);
   constexpr int64_t kReserved = 1 << 10;  // of shared memory, by the driver for each CTA
-  const int64_t by_memory = (most_shared_bytes(question.compute_capability) + kReserved) /
-                            (tile.shared_bytes() + kStaticShared + kReserved);
+  const int64_t by_memory =
+      (most_shared_bytes(question.compute_capability) + kReserved) / (tile.shared_bytes() + kStaticShared + kReserved);
   const int64_t at_once = question.sm_count * std::clamp<int64_t>(by_memory, 1, tile.resident());
   int best = 1;
   int64_t least = std::numeric_limits<int64_t>::max() / 16;
@@ -92,13 +92,10 @@ int splits_of(const MatmulQuestion& question, const TileSize& tile, int64_t colu
 
 MatmulPlan two_step(const MatmulQuestion& question) {
   const int64_t row_bytes = question.k * (question.dtype == Dtype::kFloat32 ? 4 : 2);
-  int64_t rows = std::max<int64_t>(1, kPanelBytes / row_bytes);
-  // Panels that begin where a group of nested scales does are weights of their own, if so many rows fit.
-  const int64_t group = kNestedBlock * question.block_size;
-  const int64_t grain = group / std::gcd(group, question.k);
-  if (rows > grain) {
-    rows -= rows % grain;
-  }
+  // Panels begin at multiples of 32 elements, where the fast path of dequantize_4bit can.
+  constexpr int64_t kRun = 32;
+  const int64_t grain = kRun / std::gcd(kRun, question.k);
+  int64_t rows = std::max(grain, kPanelBytes / row_bytes / grain * grain);
   rows = std::min(rows, question.n);
   return {MatmulKind::kTwoStep, 0, 0, 1, 0, 0, rows * row_bytes, rows};
 }

@@ -1,5 +1,5 @@
-// Which kernel multiplies by a 4-bit weight, and with what tiles: a pure function of sizes, so that it is tested without
-// a GPU. The one home of the tiles, of their shared memory and of the crossovers.
+// Which kernel multiplies by a 4-bit weight, and with what tiles: a pure function of sizes, so that it is tested
+// without a GPU. The one home of the tiles, of their shared memory and of the crossovers.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,14 @@ enum class MatmulKind : int {
 };
 
 struct MatmulQuestion {
-  int64_t m;             // tokens
-  int64_t n;             // rows of W [n, k]
-  int64_t k;             // columns of W
-  int64_t r;             // of the low-rank term, 0 without
-  int64_t block_size;    // elements a scale
-  Dtype dtype;           // of x and y
-  bool forward;          // y = x W^T [m, n], or the input gradient dx = dy W [m, k]
-  bool low_memory;       // no panel, if a fused kernel can do it at all
+  int64_t m;               // tokens
+  int64_t n;               // rows of W [n, k]
+  int64_t k;               // columns of W
+  int64_t r;               // of the low-rank term, 0 without
+  int64_t block_size;      // elements a scale
+  Dtype dtype;             // of x and y
+  bool forward;            // y = x W^T [m, n], or the input gradient dx = dy W [m, k]
+  bool low_memory;         // no panel, if a fused kernel can do it at all
   int compute_capability;  // 10 * major + minor, e.g. 86
   int sm_count;
 };
@@ -47,7 +47,7 @@ struct TileSize {
   int columns;
   int stages;
 
-  constexpr int threads() const { return 2 * columns; }  // each decodes 32 weights a step
+  constexpr int threads() const { return 2 * columns; }                // each decodes 32 weights a step
   constexpr int resident() const { return threads() == 128 ? 4 : 1; }  // CTAs an SM, by registers
   constexpr int x_bytes() const { return rows * kReductionStep * 2; }
   constexpr int packed_bytes() const { return columns * kReductionStep / 2; }
@@ -56,8 +56,8 @@ struct TileSize {
 };
 inline constexpr TileSize kTiles[] = {{16, 64, 4}, {32, 64, 4}, {64, 64, 3}, {128, 128, 3}};
 
-inline constexpr int kGemvTokens = 8;            // the most
-inline constexpr int kGemvWarps = 8;             // of a CTA; they share the reduction
+inline constexpr int kGemvTokens = 8;             // the most
+inline constexpr int kGemvWarps = 8;              // of a CTA; they share the reduction
 inline constexpr int64_t kPanelBytes = 24 << 20;  // the most of a workspace: fits the L2 cache of the large cards
 
 // Sizes are positive, block_size is one of layout.h. Never fails: what no fused kernel can do is kTwoStep.

@@ -22,8 +22,16 @@ struct Card {
 constexpr Card kT4{75, 40}, kA100{80, 108}, kRtx4090{89, 128}, kH100{90, 132}, kB200{100, 148}, kRtx5090{120, 170};
 
 MatmulQuestion question(int64_t m, Card card, bool forward = true, int64_t n = 4096, int64_t k = 4096) {
-  return {m, n, k, 16, 64, card.compute_capability < 80 ? Dtype::kFloat16 : Dtype::kBfloat16, forward, false,
-          card.compute_capability, card.sm_count};
+  return {m,
+          n,
+          k,
+          16,
+          64,
+          card.compute_capability < 80 ? Dtype::kFloat16 : Dtype::kBfloat16,
+          forward,
+          false,
+          card.compute_capability,
+          card.sm_count};
 }
 
 void check_kind(const MatmulQuestion& asked, MatmulKind expected) {
@@ -98,8 +106,8 @@ TEST(plan_where_no_fused_kernel_can) {
 }
 
 int64_t most_shared_bytes(int compute_capability) {  // a block's limit, as the programming guide's table has it
-  return compute_capability == 75   ? 65536
-         : compute_capability == 80 ? 166912
+  return compute_capability == 75                                ? 65536
+         : compute_capability == 80                              ? 166912
          : compute_capability == 90 || compute_capability == 100 ? 232448
                                                                  : 101376;
 }
@@ -132,8 +140,8 @@ TEST(plan_is_consistent_for_all_sizes) {
                 }
                 continue;
               }
-              const auto* const tile = std::find_if(
-                  std::begin(cuda::kTiles), std::end(cuda::kTiles), [&plan](const cuda::TileSize& size) {
+              const auto* const tile =
+                  std::find_if(std::begin(cuda::kTiles), std::end(cuda::kTiles), [&plan](const cuda::TileSize& size) {
                     return size.rows == plan.rows && size.columns == plan.columns && size.stages == plan.stages &&
                            size.shared_bytes() == plan.shared_bytes;
                   });
@@ -177,20 +185,18 @@ TEST(plan_of_the_panel) {
         MatmulQuestion asked = question(4096, kH100, true, n, k);
         asked.dtype = dtype;
         const MatmulPlan plan = cuda::plan_matmul(asked);
-        CHECK(plan.kind == MatmulKind::kTwoStep && plan.panel_rows >= 1 && plan.panel_rows <= n, "n %ld, k %ld: %ld rows",
-              static_cast<long>(n), static_cast<long>(k), static_cast<long>(plan.panel_rows));
+        CHECK(plan.kind == MatmulKind::kTwoStep && plan.panel_rows >= 1 && plan.panel_rows <= n,
+              "n %ld, k %ld: %ld rows", static_cast<long>(n), static_cast<long>(k), static_cast<long>(plan.panel_rows));
         CHECK(plan.workspace_bytes == plan.panel_rows * k * element && plan.workspace_bytes <= 24 << 20,
               "n %ld, k %ld: %ld bytes", static_cast<long>(n), static_cast<long>(k),
               static_cast<long>(plan.workspace_bytes));
+        CHECK(plan.panel_rows == n || plan.panel_rows * k % 32 == 0, "n %ld, k %ld: a panel begins within a run",
+              static_cast<long>(n), static_cast<long>(k));
       }
     }
   }
-  // A panel of a usual weight begins where a group of nested scales does.
-  const MatmulPlan plan = cuda::plan_matmul(question(4096, kH100, true, 14336, 11008));
-  CHECK(plan.panel_rows < 14336 && plan.panel_rows * 11008 % (256 * 64) == 0, "%ld rows",
-        static_cast<long>(plan.panel_rows));
-  // A row that is larger than the panel is a panel.
-  CHECK(cuda::plan_matmul(question(4096, kH100, true, 8, 20'000'001)).panel_rows == 1, "one row");
+  // Whatever its size: the fewest rows after which the next panel begins at a multiple of 32 elements.
+  CHECK(cuda::plan_matmul(question(4096, kH100, true, 100, 20'000'002)).panel_rows == 16, "a panel of 16 rows");
 }
 
 TEST(plan_counts_in_64_bits) {

@@ -6,6 +6,7 @@
 
 #include "cpp/oracle.h"
 #include "cuda/linear_4bit.h"
+#include "cuda/linear_4bit_tile.cuh"
 #include "cuda_on_cpu/counters.h"
 #include "cuda_on_cpu/device_weight.h"
 #include "cuda_on_cpu/launch.h"
@@ -75,9 +76,18 @@ class Product {
 
   cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, cudaStream_t stream = nullptr) {
     const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
-    const cuda::LinearCall call{on_device_.view(),  oracle::Storage<T>::kDtype, c.forward,          device_x_.data(),
-                                device_bias_.data(), device_low_.data(),         device_up_.data(), c.r,
-                                y.data(),            c.m,                        c.n,                c.k};
+    const cuda::LinearCall call{on_device_.view(),
+                                oracle::Storage<T>::kDtype,
+                                c.forward,
+                                device_x_.data(),
+                                device_bias_.data(),
+                                device_low_.data(),
+                                device_up_.data(),
+                                c.r,
+                                y.data(),
+                                c.m,
+                                c.n,
+                                c.k};
     return cuda::launch_linear_4bit(call, plan, workspace.data(), stream);
   }
 
@@ -110,7 +120,8 @@ class Product {
     for (size_t i = 0; i < size; ++i) {
       w[i] = oracle::dequantised(weight_.view, static_cast<int64_t>(i), oracle::Storage<T>::kFormat);
     }
-    const std::vector<double> x = doubles_of(x_), bias = doubles_of(bias_), low = doubles_of(low_), up = doubles_of(up_);
+    const std::vector<double> x = doubles_of(x_), bias = doubles_of(bias_), low = doubles_of(low_),
+                              up = doubles_of(up_);
     for (int64_t i = 0; i < c.m; ++i) {
       for (int64_t j = 0; j < columns_; ++j) {
         double sum = c.bias ? bias[static_cast<size_t>(j)] : 0.0;
@@ -120,7 +131,8 @@ class Product {
           magnitude += std::fabs(product);
         };
         for (int64_t l = 0; l < reduction_; ++l) {
-          add(x[static_cast<size_t>(i * reduction_ + l)] * w[static_cast<size_t>(c.forward ? j * c.k + l : l * c.k + j)]);
+          add(x[static_cast<size_t>(i * reduction_ + l)] *
+              w[static_cast<size_t>(c.forward ? j * c.k + l : l * c.k + j)]);
         }
         for (int64_t l = 0; l < c.r; ++l) {
           add(low[static_cast<size_t>(i * c.r + l)] *
@@ -144,8 +156,7 @@ class Product {
 
 cuda::MatmulPlan tile_plan(const Case& c, int tile, int splits) {
   const cuda::TileSize& size = cuda::kTiles[tile];
-  const int64_t workspace =
-      splits > 1 ? cuda::split_k_workspace_bytes(c.m, c.forward ? c.n : c.k, size, splits) : 0;
+  const int64_t workspace = splits > 1 ? cuda::split_k_workspace_bytes(c.m, c.forward ? c.n : c.k, size, splits) : 0;
   return {splits > 1 ? cuda::MatmulKind::kSplitK : cuda::MatmulKind::kTile,
           size.rows,
           size.columns,
@@ -205,7 +216,8 @@ TEST(split_k_input_gradient) { check_splits<Bf16>(false), check_splits<Fp16>(fal
 template <typename T>
 void check_odd_sizes() {
   // Rows of y, low and up that allow no vectors, and columns that end within one.
-  const std::vector<Case> cases = {{5, 67, 64, true, 3, true}, {33, 1, 128, true, 17, true}, {17, 130, 64, true, 65, false}};
+  const std::vector<Case> cases = {
+      {5, 67, 64, true, 3, true}, {33, 1, 128, true, 17, true}, {17, 130, 64, true, 65, false}};
   for (const Case& c : cases) {
     for (const int tile : {0, 2}) {
       Product<T>(c).check(tile_plan(c, tile, 1));
@@ -245,10 +257,10 @@ void check_gemv() {
     product.check(gemv_plan(c, 32));
   }
   const std::vector<Case> cases = {
-      {1, 64, 64, true},                                              // most warps have nothing to do
-      {3, 33, 1024, true, 5, true},                                   // every warp one step
-      {8, 50, 2368, true, 8, true, 64, false},                        // three steps and half a step
-      {4, 16, 1280, true, 0, false, 256, true, QuantType::kFp4},      // a scale for several steps of lanes
+      {1, 64, 64, true},                                          // most warps have nothing to do
+      {3, 33, 1024, true, 5, true},                               // every warp one step
+      {8, 50, 2368, true, 8, true, 64, false},                    // three steps and half a step
+      {4, 16, 1280, true, 0, false, 256, true, QuantType::kFp4},  // a scale for several steps of lanes
   };
   for (const Case& c : cases) {
     Product<T> product(c);
@@ -324,11 +336,65 @@ TEST(no_bank_conflicts) {
       cuemu::counters() = {};
       CHECK_LAUNCH(product.launch(tile_plan(c, tile, 1), y));
       const cuemu::Counters& counted = cuemu::counters();
-      CHECK(counted.ldmatrix > 0 && counted.ldmatrix_wavefronts == counted.ldmatrix, "tile %d: %lu passes for %lu", tile,
-            static_cast<unsigned long>(counted.ldmatrix_wavefronts), static_cast<unsigned long>(counted.ldmatrix));
+      CHECK(counted.ldmatrix > 0 && counted.ldmatrix_wavefronts == counted.ldmatrix, "tile %d: %lu passes for %lu",
+            tile, static_cast<unsigned long>(counted.ldmatrix_wavefronts),
+            static_cast<unsigned long>(counted.ldmatrix));
       CHECK(counted.mma * 2048 == static_cast<uint64_t>(c.m * c.n * c.k), "tile %d: %lu products", tile,
             static_cast<unsigned long>(counted.mma));
     }
+  }
+}
+
+// Where a CTA of a product too large to run here would begin to read.
+template <typename T, bool kForward>
+__global__ void first_reads_kernel(const cuda::TileJob<T> job,
+                                   int64_t* reads) {  // [3, threads]
+  const cuda::Tile<T, cuda::Tile16, kForward> tile(job);
+  cuda::Run<T, cuda::Tile16, kForward> run(tile);
+  const cuda::Copies<T, cuda::Tile16, kForward> copies(tile);
+  if (tile.split == 1) {
+    const unsigned threads = blockDim.x;
+    reads[threadIdx.x] = run.element;
+    run.advance(job);
+    reads[threads + threadIdx.x] = run.element;
+    reads[2 * threads + threadIdx.x] = copies.x_from - job.x;
+  }
+}
+
+TEST(indices_beyond_32_bits) {
+  constexpr int64_t kLong = int64_t{1} << 34;
+  constexpr int kThreads = cuda::Tile16::kThreads;
+  const cuemu::DeviceBuffer<int64_t> reads(3 * kThreads);
+  cuda::TileJob<Bf16> job{};
+  job.m = 16;
+  job.splits = 2;
+  job.row_tiles = job.column_tiles = 1;
+  job.reduction = kLong;
+
+  job.k = kLong;
+  job.columns = 64;
+  CHECK_LAUNCH(wp::launch(first_reads_kernel<Bf16, true>, dim3(1, 2), dim3(kThreads),
+                          static_cast<size_t>(cuda::Tile16::kSize.shared_bytes()), nullptr, job, reads.data()));
+  std::vector<int64_t> got = reads.host();
+  for (int64_t thread = 0; thread < kThreads; ++thread) {
+    const int64_t element = thread / 2 * kLong + kLong / 2 + thread % 2 * 32;
+    CHECK(got[static_cast<size_t>(thread)] == element, "forward, thread %ld", static_cast<long>(thread));
+    CHECK(got[static_cast<size_t>(kThreads + thread)] == element + 64, "forward, thread %ld",
+          static_cast<long>(thread));
+    CHECK(got[static_cast<size_t>(2 * kThreads + thread)] == thread / 8 * kLong + kLong / 2 + thread % 8 * 8,
+          "x of thread %ld", static_cast<long>(thread));
+  }
+
+  job.k = 4096;  // 2^46 weights
+  job.columns = 4096;
+  CHECK_LAUNCH(wp::launch(first_reads_kernel<Bf16, false>, dim3(1, 2), dim3(kThreads),
+                          static_cast<size_t>(cuda::Tile16::kSize.shared_bytes()), nullptr, job, reads.data()));
+  got = reads.host();
+  for (int64_t thread = 0; thread < kThreads; ++thread) {
+    const int64_t element = (kLong / 2 + thread / 2) * 4096 + thread % 2 * 32;
+    CHECK(got[static_cast<size_t>(thread)] == element, "gradient, thread %ld", static_cast<long>(thread));
+    CHECK(got[static_cast<size_t>(kThreads + thread)] == element + 64 * 4096, "gradient, thread %ld",
+          static_cast<long>(thread));
   }
 }
 
