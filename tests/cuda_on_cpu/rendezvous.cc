@@ -94,17 +94,23 @@ void meet_warp(const char* verb, Site site, uint32_t mask, bool whole, void* pay
     fail(site, "%s needs 32 lanes, but the block ends within this warp", verb);
   }
   const uint32_t named = mask & warp.existing;
+  uint32_t arrived = mine;
   for (uint32_t rest = named & warp.waiting; rest != 0; rest &= rest - 1) {
-    const Thread& other = lane_of(warp, __builtin_ctz(rest));
+    const int lane = __builtin_ctz(rest);
+    const Thread& other = lane_of(warp, lane);
+    if ((other.mask & mine) == 0) {
+      continue;  // it meets others first
+    }
     if (!same(verb, other.verb) || other.mask != mask || !same(site, other.site)) {
       fail(site,
            "divergent warp: lane %d is in %s with the mask %08x, but lane %d waits in %s with the mask %08x at %s",
            self->lane, verb, mask, other.lane, other.verb, other.mask, words(other.site).c_str());
     }
+    arrived |= 1u << lane;
   }
   wait_in(Thread::State::kInWarp, verb, site, mask, payload);
   warp.waiting |= mine;
-  if ((warp.waiting & named) != named) {
+  if (arrived != named) {
     warp.ready &= ~mine;
     Fiber::yield();
     return;
