@@ -14,4 +14,9 @@ cudaError_t launch_dequantize_4bit(const WeightView& weight, Dtype dtype,
                                    void* out,  // [weight.numel]
                                    cudaStream_t stream);
 
+// The elements [first, first + count) alone: a panel of rows. Fast if `first` is a multiple of 32 besides.
+cudaError_t launch_dequantize_4bit(const WeightView& weight, int64_t first, int64_t count, Dtype dtype,
+                                   void* out,  // [count]
+                                   cudaStream_t stream);
+
 }  // namespace qlora_native::cuda

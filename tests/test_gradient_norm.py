@@ -10,7 +10,7 @@ import torch
 from qlora_native import reference
 from qlora_native.cases import FLOAT_DTYPES
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 
 OP = torch.ops.qlora_native.gradient_norm
 SIZES = (0, 1, 31, 32, 33, 8191, 8192, 8193, 50_000)
@@ -30,20 +30,21 @@ def test_is_the_norm(dtype: torch.dtype, scale: float) -> None:
     assert float(reference.gradient_norm(grads)) == pytest.approx(exact(grads), rel=1e-13, abs=0)
 
 
+def in_32_sums(values: torch.Tensor) -> float:
+    """Value i goes to running sum i mod 32; a halving tree adds up the sums."""
+    slots = torch.zeros(32, dtype=torch.float64)
+    for row in torch.nn.functional.pad(values, (0, -values.numel() % 32)).reshape(-1, 32):
+        slots = slots + row
+    while len(slots) > 1:
+        slots = slots[: len(slots) // 2] + slots[len(slots) // 2 :]
+    return float(slots)
+
+
 def test_order_is_the_one_described() -> None:
-    """Chunks of 8192 in 32 running sums, halving tree, chunks in order: bit by bit."""
-    grads = [torch.randn(n) for n in SIZES]
-    total = 0.0
-    for grad in grads:
-        for chunk in grad.double().split(8192):
-            if chunk.numel():
-                rows = torch.nn.functional.pad(chunk.square(), (0, -chunk.numel() % 32)).reshape(-1, 32)
-                slots = torch.zeros(32, dtype=torch.float64)
-                for row in rows:
-                    slots = slots + row
-                while len(slots) > 1:
-                    slots = slots[: len(slots) // 2] + slots[len(slots) // 2 :]
-                total += float(slots)
+    """The squares of a chunk of 8192 in 32 running sums, then the chunks of all tensors likewise: bit by bit."""
+    grads = [torch.randn(n) for n in (*SIZES, 400_000)]
+    chunks = [chunk for grad in grads for chunk in grad.double().split(8192) if chunk.numel()]
+    total = in_32_sums(torch.tensor([in_32_sums(chunk.square()) for chunk in chunks], dtype=torch.float64))
     threads = torch.get_num_threads()
     for count in (1, 2, 5):
         torch.set_num_threads(count)

@@ -18,6 +18,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "core/arithmetic.h"
 #include "core/half.h"
 
 namespace qlora_native {
@@ -104,18 +105,36 @@ QLORA_NATIVE_HD int encode_magnitude(const StateCode& code, float x) {
   return nearest < code.top ? nearest : code.top;
 }
 
-QLORA_NATIVE_HD float decode_signed(int8_t code) {
-  return code < 0 ? -decode_magnitude(kSignedState, -code) : decode_magnitude(kSignedState, code);
+// `code` is kSignedState or kUnsignedState, or a copy of it.
+QLORA_NATIVE_HD float decode_state(const StateCode& code, int8_t value) {
+  return value < 0 ? -decode_magnitude(code, -value) : decode_magnitude(code, value);
 }
 
-QLORA_NATIVE_HD float decode_unsigned(uint8_t code) { return decode_magnitude(kUnsignedState, code); }
+QLORA_NATIVE_HD float decode_state(const StateCode& code, uint8_t value) { return decode_magnitude(code, value); }
 
-QLORA_NATIVE_HD int8_t encode_signed(float x) {
+QLORA_NATIVE_HD int8_t encode_signed(const StateCode& code, float x) {
   const float magnitude = std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0x7fffffffu);
-  const int code = encode_magnitude(kSignedState, magnitude);
-  return static_cast<int8_t>(std::bit_cast<uint32_t>(x) >> 31 != 0 ? -code : code);
+  const int value = encode_magnitude(code, magnitude);
+  return static_cast<int8_t>(std::bit_cast<uint32_t>(x) >> 31 != 0 ? -value : value);
 }
 
-QLORA_NATIVE_HD uint8_t encode_unsigned(float x) { return static_cast<uint8_t>(encode_magnitude(kUnsignedState, x)); }
+QLORA_NATIVE_HD uint8_t encode_unsigned(const StateCode& code, float x) {
+  return static_cast<uint8_t>(encode_magnitude(code, x));
+}
+
+// How a block of a state is encoded: by its largest magnitude, unless that is 0 or not finite. Then all codes are 0,
+// and what is not finite makes the whole block NaN.
+class BlockScale {
+ public:
+  // highest: the bits of the largest magnitude, those of what is not finite lying above all others.
+  QLORA_NATIVE_HD explicit BlockScale(uint32_t highest)
+      : absmax(std::bit_cast<float>(highest < 0x7f800000u ? highest : 0x7fc00000u)),
+        encodes(highest > 0 && highest < 0x7f800000u),
+        normaliser(encodes ? normaliser_of(absmax) : Normaliser{0.0f, false}) {}
+
+  float absmax;
+  bool encodes;
+  Normaliser normaliser;
+};
 
 }  // namespace qlora_native

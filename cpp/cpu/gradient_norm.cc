@@ -29,11 +29,11 @@ double gradient_norm(const OptimTensor* tensors, int64_t num_tensors) {
               static_cast<const char*>(tensor.grad) + at * element_bytes, std::min(kNormChunk, tensor.numel - at));
         }
       });
-  double total = 0.0;
-  for (const double sum : sums) {
-    total += sum;
+  double slot[static_cast<size_t>(kNormLanes)] = {};
+  for (size_t i = 0; i < sums.size(); ++i) {
+    slot[i % static_cast<size_t>(kNormLanes)] += sums[i];
   }
-  return std::sqrt(total);
+  return std::sqrt(sum_by_halves(slot));
 }
 
 }  // namespace qlora_native::cpu

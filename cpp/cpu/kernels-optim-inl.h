@@ -12,8 +12,7 @@
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
-constexpr uint32_t kNotFiniteBits = 0x7f800000u;  // infinity; NaN lies above it
-constexpr int kStateStep = 4 * kLanes;            // codes that store_bytes writes
+constexpr int kStateStep = 4 * kLanes;  // codes that store_bytes writes
 static_assert(kStateBlock % kStateStep == 0);
 
 // Asks for the cache lines of `count` elements that lie kAhead bytes beyond p, whatever is there. The hardware's own
@@ -29,17 +28,17 @@ constexpr int kStepAhead = 1024;  // bytes; measured, as is the next
 constexpr int kNormAhead = 2048;
 
 struct AdamwConstants {
-  explicit AdamwConstants(const AdamwJob& job)
-      : factor(all(job.grad_factor)),
-        keep(all(job.keep)),
-        coupled(all(job.coupled_decay)),
-        beta1(all(job.beta1)),
-        rest1(all(job.rest1)),
-        beta2(all(job.beta2)),
-        rest2(all(job.rest2)),
-        correction(all(job.root_correction)),
-        eps(all(job.eps)),
-        step(all(job.step_size)) {}
+  explicit AdamwConstants(const AdamwFactors& by)
+      : factor(all(by.grad_factor)),
+        keep(all(by.keep)),
+        coupled(all(by.coupled_decay)),
+        beta1(all(by.beta1)),
+        rest1(all(by.rest1)),
+        beta2(all(by.beta2)),
+        rest2(all(by.rest2)),
+        correction(all(by.root_correction)),
+        eps(all(by.eps)),
+        step(all(by.step_size)) {}
 
   template <bool kCoupled>
   Floats gradient(Floats g, Floats p) const {
@@ -70,7 +69,7 @@ inline void adamw_vector(const AdamwConstants& by, T* p, const T* g, float* m, f
 
 template <typename T, bool kCoupled>
 void adamw_elements(const AdamwJob& job, int64_t begin, int64_t end) {
-  const AdamwConstants by(job);
+  const AdamwConstants by(job.by);
   T* p = static_cast<T*>(job.param);
   const T* g = static_cast<const T*>(job.grad);
   auto* m = static_cast<float*>(job.exp_avg);
@@ -100,20 +99,6 @@ void adamw_elements(const AdamwJob& job, int64_t begin, int64_t end) {
   }
 }
 
-// How a block of a state is encoded: by its largest magnitude, unless that is 0 or not finite. Then all codes are 0,
-// and what is not finite makes the whole block NaN.
-class BlockScale {
- public:
-  explicit BlockScale(uint32_t bits)
-      : absmax(std::bit_cast<float>(bits < kNotFiniteBits ? bits : 0x7fc00000u)),
-        encodes(bits > 0 && bits < kNotFiniteBits),
-        normaliser(encodes ? normaliser_of(absmax) : Normaliser{0.0f, false}) {}
-
-  float absmax;
-  bool encodes;
-  Normaliser normaliser;
-};
-
 template <typename Code>
 inline void encode_state(const StateEncoder& encoder, const BlockScale& scale, const float* values, Code* codes) {
   if (!scale.encodes) {
@@ -137,8 +122,8 @@ void adamw_block(const AdamwJob& job, const AdamwConstants& by, T* p, const T* g
   alignas(64) float root[kStateBlock];
   const StateDecoder decode_m(kSignedState);
   const StateDecoder decode_v(kUnsignedState);
-  const Floats m_decay = all(job.beta1 * *m_absmax);
-  const Floats v_decay = all(job.beta2 * *v_absmax);
+  const Floats m_decay = all(job.by.beta1 * *m_absmax);
+  const Floats v_decay = all(job.by.beta2 * *v_absmax);
   MagnitudeMax m_highest;
   MagnitudeMax v_highest;
   for (int64_t i = 0; i < kStateBlock; i += kLanes) {
@@ -168,7 +153,7 @@ void adamw_block(const AdamwJob& job, const AdamwConstants& by, T* p, const T* g
 
 template <typename T, bool kCoupled>
 void adamw_coded_blocks(const AdamwJob& job, int64_t first, int64_t last) {
-  const AdamwConstants by(job);
+  const AdamwConstants by(job.by);
   T* p = static_cast<T*>(job.param);
   const T* g = static_cast<const T*>(job.grad);
   auto* m = static_cast<int8_t*>(job.exp_avg);
@@ -199,7 +184,7 @@ void adamw_coded_blocks(const AdamwJob& job, int64_t first, int64_t last) {
 
 template <typename T>
 void adamw_blocks(const AdamwJob& job, int64_t first, int64_t last) {
-  const bool coupled = job.coupled_decay != 0.0f;
+  const bool coupled = job.by.coupled_decay != 0.0f;
   if (job.exp_avg_absmax != nullptr) {
     (coupled ? adamw_coded_blocks<T, true> : adamw_coded_blocks<T, false>)(job, first, last);
     return;
@@ -209,12 +194,8 @@ void adamw_blocks(const AdamwJob& job, int64_t first, int64_t last) {
 }
 
 struct LionConstants {
-  explicit LionConstants(const LionJob& job)
-      : factor(all(job.grad_factor)),
-        keep(all(job.keep)),
-        lr(all(job.lr)),
-        rest1(all(job.rest1)),
-        rest2(all(job.rest2)) {}
+  explicit LionConstants(const LionFactors& by)
+      : factor(all(by.grad_factor)), keep(all(by.keep)), lr(all(by.lr)), rest1(all(by.rest1)), rest2(all(by.rest2)) {}
 
   Floats param(Floats p, Floats m, Floats decay1, Floats g) const {
     const Floats direction = add(multiply(m, decay1), multiply(g, rest1));
@@ -235,9 +216,9 @@ inline void lion_vector(const LionConstants& by, Floats beta1, Floats beta2, T* 
 
 template <typename T>
 void lion_elements(const LionJob& job, int64_t begin, int64_t end) {
-  const LionConstants by(job);
-  const Floats beta1 = all(job.beta1);
-  const Floats beta2 = all(job.beta2);
+  const LionConstants by(job.by);
+  const Floats beta1 = all(job.by.beta1);
+  const Floats beta2 = all(job.by.beta2);
   T* p = static_cast<T*>(job.param);
   const T* g = static_cast<const T*>(job.grad);
   auto* m = static_cast<float*>(job.exp_avg);
@@ -266,8 +247,8 @@ template <typename T>
 void lion_block(const LionJob& job, const LionConstants& by, T* p, const T* g, int8_t* codes, float* absmax) {
   alignas(64) float m[kStateBlock];
   const StateDecoder decode(kSignedState);
-  const Floats decay1 = all(job.beta1 * *absmax);
-  const Floats decay2 = all(job.beta2 * *absmax);
+  const Floats decay1 = all(job.by.beta1 * *absmax);
+  const Floats decay2 = all(job.by.beta2 * *absmax);
   MagnitudeMax highest;
   for (int64_t i = 0; i < kStateBlock; i += kLanes) {
     const Floats grad = multiply(load(g + i), by.factor);
@@ -291,7 +272,7 @@ void lion_blocks(const LionJob& job, int64_t first, int64_t last) {
     lion_elements<T>(job, first * kStateBlock, last * kStateBlock < job.numel ? last * kStateBlock : job.numel);
     return;
   }
-  const LionConstants by(job);
+  const LionConstants by(job.by);
   T* p = static_cast<T*>(job.param);
   const T* g = static_cast<const T*>(job.grad);
   auto* codes = static_cast<int8_t*>(job.exp_avg);
@@ -317,7 +298,7 @@ void lion_blocks(const LionJob& job, int64_t first, int64_t last) {
 // 32 running sums in double, then a halving tree over them.
 template <typename T>
 double sum_of_squares(const void* values, int64_t count) {
-  constexpr int kStep = SquareSums::kNormLanes;
+  constexpr int kStep = kNormLanes;
   const T* x = static_cast<const T*>(values);
   alignas(64) float wide[kStep];
   SquareSums sums;
@@ -341,12 +322,7 @@ double sum_of_squares(const void* values, int64_t count) {
   }
   double slot[size_t{kStep}];
   sums.store(slot);
-  for (int half = kStep / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) {
-      slot[j] += slot[j + half];
-    }
-  }
-  return slot[0];
+  return sum_by_halves(slot);
 }
 
 constexpr OptimKernels kOptimTable = {

@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-#include "core/state_code.h"
+#include "core/optim.h"
 
 namespace qlora_native::cpu {
-
-inline constexpr int64_t kNormChunk = 8192;  // elements of a gradient whose squares are summed as one
 
 // One tensor of an AdamW step. The states are fp32, or codes with an absmax for each kStateBlock of elements.
 struct AdamwJob {
@@ -18,16 +16,7 @@ struct AdamwJob {
   float* exp_avg_absmax;     // [ceil(numel / kStateBlock)], or null: then both states are fp32
   float* exp_avg_sq_absmax;  // [ceil(numel / kStateBlock)], or null
   int64_t numel;
-  float grad_factor;
-  float keep;           // 1 - lr * decoupled weight decay
-  float coupled_decay;  // weight decay that is added to the gradient
-  float beta1;
-  float rest1;  // 1 - beta1
-  float beta2;
-  float rest2;
-  float root_correction;  // 1 / sqrt(1 - beta2^step)
-  float eps;
-  float step_size;  // lr / (1 - beta1^step)
+  AdamwFactors by;
 };
 
 struct LionJob {
@@ -36,13 +25,7 @@ struct LionJob {
   void* exp_avg;          // [numel] float, or int8_t
   float* exp_avg_absmax;  // [ceil(numel / kStateBlock)], or null: then the state is fp32
   int64_t numel;
-  float grad_factor;
-  float keep;  // 1 - lr * weight decay
-  float lr;
-  float beta1;
-  float rest1;
-  float beta2;
-  float rest2;
+  LionFactors by;
 };
 
 // Each is indexed by Dtype. Blocks are kStateBlock elements of a tensor, the last one shorter.

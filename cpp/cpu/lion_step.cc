@@ -15,13 +15,7 @@ LionJob job_of(const OptimTensor& tensor, const LionOptions& options, double gra
   job.exp_avg = tensor.exp_avg;
   job.exp_avg_absmax = tensor.exp_avg_absmax;
   job.numel = tensor.numel;
-  job.grad_factor = static_cast<float>(grad_factor);
-  job.keep = static_cast<float>(1.0 - options.lr * options.weight_decay);
-  job.lr = static_cast<float>(options.lr);
-  job.beta1 = static_cast<float>(options.beta1);
-  job.rest1 = static_cast<float>(1.0 - options.beta1);
-  job.beta2 = static_cast<float>(options.beta2);
-  job.rest2 = static_cast<float>(1.0 - options.beta2);
+  job.by = lion_factors(options, grad_factor);
   return job;
 }
 

@@ -8,13 +8,6 @@
 
 namespace qlora_native::cpu {
 
-struct LionOptions {
-  double lr;
-  double beta1;
-  double beta2;
-  double weight_decay;
-};
-
 // grad_factor multiplies every gradient. The bytes written do not depend on the number of threads.
 void lion_step(const OptimTensor* tensors,  // [num_tensors]; exp_avg_sq and step are not used
                int64_t num_tensors,

@@ -5,24 +5,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/optim.h"
 #include "core/state_code.h"
 #include "cpu/parallel.h"
 
 namespace qlora_native::cpu {
-
-// One tensor that an optimiser updates.
-struct OptimTensor {
-  void* param;               // [numel] of dtype
-  const void* grad;          // [numel] of dtype
-  void* exp_avg;             // [numel] float, or int8_t codes
-  void* exp_avg_sq;          // [numel] float, or uint8_t codes
-  float* exp_avg_absmax;     // [ceil(numel / kStateBlock)] beside codes, or null
-  float* exp_avg_sq_absmax;  // [ceil(numel / kStateBlock)] beside codes, or null
-  float* step;               // [1] steps taken so far
-  int64_t numel;
-  Dtype dtype;
-  int64_t group;  // index of its options
-};
 
 // Calls body(tensor, first, last) for ranges of blocks of `block_size` elements that together cover every tensor;
 // `numel(i)` gives the size of tensor i.

@@ -2,6 +2,7 @@
 // product is exact.
 #pragma once
 
+#include "core/optim.h"
 #include "core/state_code.h"
 #include "cpu/vec.h"
 
@@ -117,7 +118,6 @@ class StateEncoder {
 // kNormLanes running sums: element i goes to sum i % kNormLanes. A product of two floats is exact in double.
 class SquareSums {
  public:
-  static constexpr int kNormLanes = 32;
   void update(const float* x) {
     for (int i = 0; i < 4; ++i) {
       const __m512d v = _mm512_cvtps_pd(_mm256_loadu_ps(x + 8 * i));
@@ -231,7 +231,6 @@ class StateEncoder {
 
 class SquareSums {
  public:
-  static constexpr int kNormLanes = 32;
   void update(const float* x) {
     for (int i = 0; i < 8; ++i) {
       const __m256d v = _mm256_cvtps_pd(_mm_loadu_ps(x + 4 * i));
@@ -277,8 +276,8 @@ inline void store_rounded(T* p, Floats v) {
 class StateDecoder {
  public:
   explicit StateDecoder(const StateCode&) {}
-  Floats operator()(const int8_t* codes) const { return {decode_signed(*codes)}; }
-  Floats operator()(const uint8_t* codes) const { return {decode_unsigned(*codes)}; }
+  Floats operator()(const int8_t* codes) const { return {decode_state(kSignedState, *codes)}; }
+  Floats operator()(const uint8_t* codes) const { return {decode_state(kUnsignedState, *codes)}; }
 };
 
 using Ints = int;
@@ -294,13 +293,12 @@ inline void store_bytes(Code* p, Ints a, Ints b, Ints c, Ints d) {
 class StateEncoder {
  public:
   explicit StateEncoder(const StateCode&) {}
-  Ints of_signed(Floats x) const { return encode_signed(x.value); }
-  Ints of_unsigned(Floats x) const { return encode_unsigned(x.value); }
+  Ints of_signed(Floats x) const { return encode_signed(kSignedState, x.value); }
+  Ints of_unsigned(Floats x) const { return encode_unsigned(kUnsignedState, x.value); }
 };
 
 class SquareSums {
  public:
-  static constexpr int kNormLanes = 32;
   void update(const float* x) {
     for (int i = 0; i < kNormLanes; ++i) {
       const double v = static_cast<double>(x[i]);

@@ -114,7 +114,6 @@ class StateEncoder {
 
 class SquareSums {
  public:
-  static constexpr int kNormLanes = 32;
   void update(const float* x) {
     for (int i = 0; i < 16; ++i) {
       const float64x2_t v = vcvt_f64_f32(vld1_f32(x + 2 * i));

@@ -7,7 +7,7 @@ namespace qlora_native::python {
 namespace {
 
 double gradient_norm(Address rows, int64_t num_tensors) {
-  const std::vector<cpu::OptimTensor> tensors = checked_rows(rows, num_tensors, {false, false, 0});
+  const std::vector<OptimTensor> tensors = checked_rows(rows, num_tensors, {false, false, 0});
   const py::gil_scoped_release release;
   return cpu::gradient_norm(tensors.data(), num_tensors);
 }

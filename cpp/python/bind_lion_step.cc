@@ -12,8 +12,8 @@ using Options = std::vector<std::tuple<double, double, double, double>>;
 
 void lion_step(Address rows, int64_t num_tensors, const Options& options, double grad_factor) {
   const auto groups = static_cast<int64_t>(options.size());
-  const std::vector<cpu::OptimTensor> tensors = checked_rows(rows, num_tensors, {true, false, groups});
-  std::vector<cpu::LionOptions> by;
+  const std::vector<OptimTensor> tensors = checked_rows(rows, num_tensors, {true, false, groups});
+  std::vector<LionOptions> by;
   for (const auto& [lr, beta1, beta2, weight_decay] : options) {
     by.push_back({lr, beta1, beta2, weight_decay});
   }

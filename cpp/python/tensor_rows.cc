@@ -30,12 +30,12 @@ void* state(int64_t address, int64_t absmax, int64_t count, const char* what) {
 
 }  // namespace
 
-std::vector<cpu::OptimTensor> checked_rows(Address rows, int64_t num_tensors, const RowUse& use) {
+std::vector<OptimTensor> checked_rows(Address rows, int64_t num_tensors, const RowUse& use) {
   constexpr int64_t kMost = int64_t{1} << 60;
   check_range(num_tensors, kMost, "num_tensors");
   const int64_t* row = pointer<const int64_t>(rows, num_tensors, "rows");
-  std::vector<cpu::OptimTensor> tensors(static_cast<size_t>(num_tensors));
-  for (cpu::OptimTensor& tensor : tensors) {
+  std::vector<OptimTensor> tensors(static_cast<size_t>(num_tensors));
+  for (OptimTensor& tensor : tensors) {
     check_range(row[kNumel], kMost, "numel");
     check_range(row[kDtype], 3, "dtype");
     tensor.numel = row[kNumel];

@@ -3,7 +3,8 @@
 
 #include <vector>
 
-#include "cpu/tensor_list.h"
+#include "core/optim.h"
+#include "core/state_code.h"
 #include "python/bindings.h"
 
 namespace qlora_native::python {
@@ -31,6 +32,6 @@ struct RowUse {
 };
 
 // Reads the rows; std::invalid_argument for null or misaligned addresses and for numbers out of range.
-std::vector<cpu::OptimTensor> checked_rows(Address rows, int64_t num_tensors, const RowUse& use);
+std::vector<OptimTensor> checked_rows(Address rows, int64_t num_tensors, const RowUse& use);
 
 }  // namespace qlora_native::python

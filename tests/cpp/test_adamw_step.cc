@@ -57,14 +57,14 @@ struct Tensors {
     float step = 0.0f;
   };
   std::vector<Buffers> buffers;
-  std::vector<cpu::OptimTensor> list;
+  std::vector<OptimTensor> list;
 
   int64_t count() const { return static_cast<int64_t>(list.size()); }
 };
 
 const std::vector<int64_t> kSizes = {1, 15, 16, 17, 255, 256, 257, 1000, 0, 20000};
-const cpu::AdamwOptions kAdamw = {1e-2, 0.9, 0.99, 1e-8, 0.1, true};
-const cpu::LionOptions kLion = {1e-2, 0.9, 0.99, 0.1};
+const AdamwOptions kAdamw = {1e-2, 0.9, 0.99, 1e-8, 0.1, true};
+const LionOptions kLion = {1e-2, 0.9, 0.99, 0.1};
 
 TEST(adamw_32_bit_follows_double_precision) {
   Tensors tensors(kSizes, false);
@@ -110,7 +110,7 @@ TEST(adamw_8_bit_encodes_by_the_rule) {
     }
     CHECK(tensors.list[0].exp_avg_sq_absmax[block] == highest, "absmax of block %ld", static_cast<long>(block));
     for (int64_t i = block * kStateBlock; i < end; ++i) {
-      const uint8_t expected = encode_unsigned(normaliser_of(highest)(second(i)));
+      const uint8_t expected = encode_unsigned(kUnsignedState, normaliser_of(highest)(second(i)));
       const uint8_t got = tensors.buffers[0].exp_avg_sq[static_cast<size_t>(i)];
       CHECK(got == expected, "element %ld: %d, expected %d", static_cast<long>(i), got, expected);
     }

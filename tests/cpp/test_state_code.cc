@@ -49,8 +49,8 @@ TEST(state_code_unsigned) { check_code(kUnsignedState, 1); }
 TEST(state_code_is_odd) {
   for (int i = -127; i <= 127; ++i) {
     const auto code = static_cast<int8_t>(i);
-    CHECK(decode_signed(static_cast<int8_t>(-i)) == -decode_signed(code), "%d", i);
-    CHECK(encode_signed(decode_signed(code)) == code, "%d does not come back", i);
+    CHECK(decode_state(kSignedState, static_cast<int8_t>(-i)) == -decode_state(kSignedState, code), "%d", i);
+    CHECK(encode_signed(kSignedState, decode_state(kSignedState, code)) == code, "%d does not come back", i);
   }
 }
 

@@ -1,4 +1,5 @@
 // The shipped kernel against the CPU op, bit for bit.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -61,6 +62,36 @@ TEST(dequantize_unaligned) {
   check_unaligned<float>();
   check_unaligned<Bf16>();
   check_unaligned<Fp16>();
+}
+
+// Panels: their first element lies at the start of a run, of a word, of a byte, or in the middle of one.
+template <typename T>
+void check_ranges() {
+  const oracle::RandomWeight weight(20000, 64, true, QuantType::kNf4, 6);
+  std::vector<T> whole(20000);
+  cpu::dequantize_4bit(weight.view, {20000, 0, 1, 0, 20000}, oracle::Storage<T>::kDtype, whole.data());
+  const cuemu::DeviceWeight on_device(weight.view);
+  cuemu::over_all_schedules([&](const char* schedule) {
+    for (const int64_t first : {0, 32, 4096, 9608, 10002, 10003, 19999}) {
+      for (const int64_t count : {1, 33, 9997}) {
+        const int64_t taken = std::min<int64_t>(count, 20000 - first);
+        cuemu::DeviceBuffer<T> out(static_cast<size_t>(taken));
+        CHECK_LAUNCH(cuda::launch_dequantize_4bit(on_device.view(), first, taken, oracle::Storage<T>::kDtype,
+                                                  out.data(), nullptr));
+        const std::vector<T> got = out.host();
+        for (size_t i = 0; i < got.size(); ++i) {
+          CHECK(oracle::bits_of(got[i]) == oracle::bits_of(whole[static_cast<size_t>(first) + i]),
+                "%s: element %zu of those from %ld on", schedule, i, static_cast<long>(first));
+        }
+      }
+    }
+  });
+}
+
+TEST(dequantize_ranges) {
+  check_ranges<float>();
+  check_ranges<Bf16>();
+  check_ranges<Fp16>();
 }
 
 TEST(dequantize_launches_once_on_its_stream) {

@@ -1,0 +1,129 @@
+// The launches of the 4-bit matrix products for one dtype: what linear_4bit_bf16.cu and linear_4bit_fp16.cu
+// instantiate.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+#include "core/layout.h"
+#include "cuda/linear_4bit.h"
+#include "cuda/linear_4bit_small.cuh"
+#include "cuda/linear_4bit_split_k.cuh"
+#include "cuda/linear_4bit_tile.cuh"
+#include "cuda/wp.cuh"
+
+namespace qlora_native::cuda {
+
+inline constexpr int64_t kMostCtas = std::numeric_limits<int32_t>::max();  // of gridDim.x
+
+inline int block_shift_of(const WeightView& weight) {
+  return std::countr_zero(static_cast<uint64_t>(weight.block_size));
+}
+
+template <typename T>
+cudaError_t launch_gemv(const LinearCall& call, const MatmulPlan& plan, cudaStream_t stream) {
+  const bool wide = plan.columns == 32;
+  const bool two_groups = call.m > 4;
+  const int64_t ctas = ceil_div(call.n, plan.columns);
+  if (!call.forward || call.m > kGemvTokens || call.weight.block_size < kReductionStep || ctas > kMostCtas ||
+      (!wide && plan.columns != 16)) {
+    return cudaErrorInvalidValue;
+  }
+  const SmallJob<T> job{call.weight,
+                        static_cast<const T*>(call.x),
+                        static_cast<const T*>(call.bias),
+                        static_cast<const T*>(call.low),
+                        static_cast<const T*>(call.up),
+                        static_cast<T*>(call.y),
+                        call.m,
+                        call.n,
+                        call.k,
+                        call.r,
+                        block_shift_of(call.weight)};
+  const auto kernel = wide ? (two_groups ? linear_4bit_small_kernel<T, 2, 2> : linear_4bit_small_kernel<T, 2, 1>)
+                           : (two_groups ? linear_4bit_small_kernel<T, 1, 2> : linear_4bit_small_kernel<T, 1, 1>);
+  return wp::launch(kernel, dim3(static_cast<unsigned>(ctas)), dim3(kSmallThreads), 0, stream, job);
+}
+
+template <typename T>
+cudaError_t launch_reduce(const TileJob<T>& job, int tile_columns, cudaStream_t stream) {
+  constexpr int64_t kMostReduceCtas = 1 << 16;
+  const int64_t ctas = ceil_div(job.m * ceil_div(job.columns, 8), kReduceThreads);
+  return wp::launch(linear_4bit_reduce_kernel<T>,
+                    dim3(static_cast<unsigned>(ctas < kMostReduceCtas ? ctas : kMostReduceCtas)), dim3(kReduceThreads),
+                    0, stream, job.partial, job.bias, job.y, job.m, job.columns,
+                    static_cast<int64_t>(job.column_tiles) * tile_columns, job.splits);
+}
+
+template <typename T, typename Shape>
+cudaError_t launch_tile(TileJob<T> job, bool forward, cudaStream_t stream) {
+  const int64_t row_tiles = ceil_div(job.m, Shape::kRows);
+  const int64_t column_tiles = ceil_div(job.columns, Shape::kColumns);
+  if (row_tiles > kMostCtas / column_tiles) {
+    return cudaErrorInvalidValue;
+  }
+  job.row_tiles = static_cast<int>(row_tiles);
+  job.column_tiles = static_cast<int>(column_tiles);
+  const dim3 grid(static_cast<unsigned>(row_tiles * column_tiles), static_cast<unsigned>(job.splits));
+  const auto kernel = forward ? linear_4bit_tile_kernel<T, Shape, true> : linear_4bit_tile_kernel<T, Shape, false>;
+  const cudaError_t error =
+      wp::launch(kernel, grid, dim3(Shape::kThreads), static_cast<size_t>(Shape::kSize.shared_bytes()), stream, job);
+  return error == cudaSuccess && job.splits > 1 ? launch_reduce(job, Shape::kColumns, stream) : error;
+}
+
+template <typename T>
+cudaError_t launch_tiles(const LinearCall& call, const MatmulPlan& plan, void* workspace, cudaStream_t stream) {
+  const int64_t reduction = call.forward ? call.k : call.n;
+  const int64_t most_splits = ceil_div(reduction, kReductionStep);
+  if (plan.splits < 1 || plan.splits > most_splits || (plan.splits > 1 && workspace == nullptr)) {
+    return cudaErrorInvalidValue;
+  }
+  const TileJob<T> job{call.weight,
+                       static_cast<const T*>(call.x),
+                       static_cast<const T*>(call.bias),
+                       static_cast<const T*>(call.low),
+                       static_cast<const T*>(call.up),
+                       static_cast<T*>(call.y),
+                       plan.splits > 1 ? static_cast<float*>(workspace) : nullptr,
+                       call.m,
+                       call.k,
+                       reduction,
+                       call.forward ? call.n : call.k,
+                       call.r,
+                       block_shift_of(call.weight),
+                       plan.splits,
+                       0,
+                       0};
+  switch (plan.rows) {
+    case Tile16::kRows:
+      return launch_tile<T, Tile16>(job, call.forward, stream);
+    case Tile32::kRows:
+      return launch_tile<T, Tile32>(job, call.forward, stream);
+    case Tile64::kRows:
+      return launch_tile<T, Tile64>(job, call.forward, stream);
+    case Tile128::kRows:
+      return launch_tile<T, Tile128>(job, call.forward, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <typename T>
+cudaError_t launch_linear(const LinearCall& call, const MatmulPlan& plan, void* workspace, cudaStream_t stream) {
+  switch (plan.kind) {
+    case MatmulKind::kGemv:
+      return launch_gemv<T>(call, plan, stream);
+    case MatmulKind::kSplitK:
+    case MatmulKind::kTile:
+      return launch_tiles<T>(call, plan, workspace, stream);
+    case MatmulKind::kTwoStep:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+extern template cudaError_t launch_linear<Bf16>(const LinearCall&, const MatmulPlan&, void*, cudaStream_t);
+extern template cudaError_t launch_linear<Fp16>(const LinearCall&, const MatmulPlan&, void*, cudaStream_t);
+
+}  // namespace qlora_native::cuda

@@ -1,0 +1,7 @@
+#include "cuda/linear_4bit.cuh"
+
+namespace qlora_native::cuda {
+
+template cudaError_t launch_linear<Bf16>(const LinearCall&, const MatmulPlan&, void*, cudaStream_t);
+
+}  // namespace qlora_native::cuda

@@ -1,0 +1,145 @@
+#include "cuda/matmul_plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "core/layout.h"
+
+namespace qlora_native::cuda {
+namespace {
+
+constexpr int kMostSplits = 32;
+constexpr int64_t kFewestSteps = 4;  // of a part: fewer do not fill the pipeline of copies
+
+// What a reduction in parts costs, in steps of a CTA. Estimates, not yet measurements.
+constexpr int64_t kStartingSteps = 4;  // to fill the pipeline of copies and to store a tile
+constexpr int64_t kPartialSteps = 2;   // to store and read again a tile's sums in fp32, for each CTA
+constexpr int64_t kLaunchSteps = 4;    // the second launch
+
+// Tokens up to which a fused kernel beats dequantising a panel for the library's GEMM. The table is an estimate from
+// memory and tensor-core rates, not yet a measurement. Cards with GDDR gain most from reading 4 bits; Hopper and
+// datacentre Blackwell reach their peak only with instructions that the fused kernels do not use.
+int64_t most_fused_tokens(int compute_capability) {
+  if (compute_capability < 80) {
+    return 256;
+  }
+  switch (compute_capability / 10) {
+    case 8:
+      return compute_capability == 80 ? 256 : 1536;
+    case 9:
+      return 64;
+    case 10:
+    case 11:
+      return 32;
+    default:
+      return 1536;
+  }
+}
+
+int64_t most_shared_bytes(int compute_capability) {  // that a block may ask for (CUDA programming guide, table 27)
+  switch (compute_capability) {
+    case 75:
+      return 64 << 10;
+    case 80:
+    case 87:
+      return 163 << 10;
+    case 90:
+    case 100:
+    case 103:
+    case 110:
+      return 227 << 10;
+    default:
+      return 99 << 10;
+  }
+}
+
+constexpr int64_t kStaticShared = 2 << 10;  // at most, of the kernels' own tables
+
+const TileSize& tile_of(const MatmulQuestion& question) {
+  const bool fits = kTiles[3].shared_bytes() + kStaticShared <= most_shared_bytes(question.compute_capability);
+  const int last = fits ? 3 : 2;
+  int i = 0;
+  while (i < last && kTiles[i].rows < question.m) {
+    ++i;
+  }
+  return kTiles[i];
+}
+
+// The number of parts with the shortest time in steps, that of all waves of CTAs; fewer parts unless a tenth is gained.
+int splits_of(const MatmulQuestion& question, const TileSize& tile, int64_t columns) {
+  const int64_t tiles = ceil_div(question.m, tile.rows) * ceil_div(columns, tile.columns);
+  const int64_t steps = ceil_div(question.forward ? question.k : question.n, kReductionStep);
+  constexpr int64_t kReserved = 1 << 10;  // of shared memory, by the driver for each CTA
+  const int64_t by_memory =
+      (most_shared_bytes(question.compute_capability) + kReserved) / (tile.shared_bytes() + kStaticShared + kReserved);
+  const int64_t at_once = question.sm_count * std::clamp<int64_t>(by_memory, 1, tile.resident());
+  int best = 1;
+  int64_t least = std::numeric_limits<int64_t>::max() / 16;
+  const int64_t most = std::min({int64_t{kMostSplits}, steps / kFewestSteps,
+                                 kPanelBytes / split_k_workspace_bytes(question.m, columns, tile, 1)});
+  for (int splits = 1; splits <= std::max<int64_t>(1, most); ++splits) {
+    const int64_t waves = ceil_div(tiles * splits, at_once);
+    const int64_t for_parts = splits > 1 ? waves * kPartialSteps + kLaunchSteps : 0;
+    const int64_t time = waves * (ceil_div(steps, splits) + kStartingSteps) + for_parts;
+    if (10 * time < 9 * least) {
+      least = time;
+      best = splits;
+    }
+  }
+  return best;
+}
+
+MatmulPlan two_step(const MatmulQuestion& question) {
+  const int64_t row_bytes = question.k * (question.dtype == Dtype::kFloat32 ? 4 : 2);
+  // Panels begin at multiples of 32 elements, where the fast path of dequantize_4bit can.
+  constexpr int64_t kRun = 32;
+  const int64_t grain = kRun / std::gcd(kRun, question.k);
+  int64_t rows = std::max(grain, kPanelBytes / row_bytes / grain * grain);
+  rows = std::min(rows, question.n);
+  return {MatmulKind::kTwoStep, 0, 0, 1, 0, 0, rows * row_bytes, rows};
+}
+
+}  // namespace
+
+bool fused_is_possible(const MatmulQuestion& question) {
+  const bool has_mma = question.dtype == Dtype::kFloat16
+                           ? question.compute_capability >= 75
+                           : question.dtype == Dtype::kBfloat16 && question.compute_capability >= 80;
+  const bool rows_hold_blocks = question.k % kReductionStep == 0 && question.k % question.block_size == 0;
+  const bool loads_vectors = question.forward || question.n % 8 == 0;  // rows of dy are read 16 bytes at a time
+  return has_mma && rows_hold_blocks && loads_vectors;
+}
+
+int64_t split_k_workspace_bytes(int64_t m, int64_t columns, const TileSize& tile, int splits) {
+  return splits * m * ceil_div(columns, tile.columns) * tile.columns * static_cast<int64_t>(sizeof(float));
+}
+
+MatmulPlan plan_matmul(const MatmulQuestion& question) {
+  const bool wins = question.m <= most_fused_tokens(question.compute_capability) || question.low_memory;
+  if (!wins || !fused_is_possible(question)) {
+    return two_step(question);
+  }
+  if (question.forward && question.m <= kGemvTokens && question.block_size >= kReductionStep) {
+    // 32 rows of W a CTA read x half as often, but only if they still give every SM a CTA.
+    const bool wide = ceil_div(question.n, 32) >= question.sm_count;
+    return {MatmulKind::kGemv, question.m <= 4 ? 4 : 8, wide ? 32 : 16, 1, 0, 0, 0, 0};
+  }
+  const int64_t columns = question.forward ? question.n : question.k;
+  const TileSize& tile = tile_of(question);
+  const int splits = splits_of(question, tile, columns);
+  MatmulPlan plan{splits > 1 ? MatmulKind::kSplitK : MatmulKind::kTile,
+                  tile.rows,
+                  tile.columns,
+                  splits,
+                  tile.stages,
+                  tile.shared_bytes(),
+                  0,
+                  0};
+  if (splits > 1) {
+    plan.workspace_bytes = split_k_workspace_bytes(question.m, columns, tile, splits);
+  }
+  return plan;
+}
+
+}  // namespace qlora_native::cuda

@@ -1,0 +1,72 @@
+// Which kernel multiplies by a 4-bit weight, and with what tiles: a pure function of sizes, so that it is tested
+// without a GPU. The one home of the tiles, of their shared memory and of the crossovers.
+#pragma once
+
+#include <cstdint>
+
+#include "core/half.h"
+
+namespace qlora_native::cuda {
+
+enum class MatmulKind : int {
+  kGemv = 0,     // M <= 8, forward: weights on the 16-row side of the MMA, one launch, no workspace
+  kSplitK = 1,   // the reduction is cut into `splits` parts, summed in a fixed order by a second launch
+  kTile = 2,     // one CTA a tile of y, over the whole reduction
+  kTwoStep = 3,  // no fused kernel: dequantise `panel_rows` rows of W, call a library's GEMM, and so on
+};
+
+struct MatmulQuestion {
+  int64_t m;               // tokens
+  int64_t n;               // rows of W [n, k]
+  int64_t k;               // columns of W
+  int64_t r;               // of the low-rank term, 0 without
+  int64_t block_size;      // elements a scale
+  Dtype dtype;             // of x and y
+  bool forward;            // y = x W^T [m, n], or the input gradient dx = dy W [m, k]
+  bool low_memory;         // no panel, if a fused kernel can do it at all
+  int compute_capability;  // 10 * major + minor, e.g. 86
+  int sm_count;
+};
+
+struct MatmulPlan {
+  MatmulKind kind;
+  int rows;                 // of y in a CTA's tile (tokens); kGemv: tokens, 4 or 8
+  int columns;              // of y in a CTA's tile; kGemv: 16 or 32
+  int splits;               // parts of the reduction, 1 unless kSplitK
+  int stages;               // of the asynchronous copies; kGemv: 0
+  int64_t shared_bytes;     // dynamic, a CTA
+  int64_t workspace_bytes;  // kSplitK: the partial sums; kTwoStep: the panel
+  int64_t panel_rows;       // kTwoStep: rows of W dequantised at once, else 0
+};
+
+// Steps of the reduction, and what one step of a tile holds in shared memory: x [rows, 64] and W [columns, 64] (or [64,
+// columns]) in 16 bits, W twice, and the packed W.
+inline constexpr int kReductionStep = 64;
+struct TileSize {
+  int rows;
+  int columns;
+  int stages;
+
+  constexpr int threads() const { return 2 * columns; }                // each decodes 32 weights a step
+  constexpr int resident() const { return threads() == 128 ? 4 : 1; }  // CTAs an SM, by registers
+  constexpr int x_bytes() const { return rows * kReductionStep * 2; }
+  constexpr int packed_bytes() const { return columns * kReductionStep / 2; }
+  constexpr int weight_bytes() const { return columns * kReductionStep * 2; }
+  constexpr int shared_bytes() const { return stages * (x_bytes() + packed_bytes()) + 2 * weight_bytes(); }
+};
+inline constexpr TileSize kTiles[] = {{16, 64, 4}, {32, 64, 4}, {64, 64, 3}, {128, 128, 3}};
+
+inline constexpr int kGemvTokens = 8;             // the most
+inline constexpr int kGemvWarps = 8;              // of a CTA; they share the reduction
+inline constexpr int64_t kPanelBytes = 24 << 20;  // the most of a workspace: fits the L2 cache of the large cards
+
+// Sizes are positive, block_size is one of layout.h. Never fails: what no fused kernel can do is kTwoStep.
+MatmulPlan plan_matmul(const MatmulQuestion& question);
+
+// Whether a fused kernel takes these sizes at all. The pointers must be at multiples of 16 bytes besides.
+bool fused_is_possible(const MatmulQuestion& question);
+
+// Partial sums of kSplitK: fp32 [splits, m, columns of y rounded up to whole tiles].
+int64_t split_k_workspace_bytes(int64_t m, int64_t columns, const TileSize& tile, int splits);
+
+}  // namespace qlora_native::cuda

@@ -1,0 +1,209 @@
+// The choice of a kernel for a product with a 4-bit weight on a GPU: a pure function, so no GPU is needed.
+#include <algorithm>
+#include <cstdint>
+
+#include "check.h"
+#include "core/layout.h"
+#include "cuda/matmul_plan.h"
+
+using namespace qlora_native;
+using cuda::MatmulKind;
+using cuda::MatmulPlan;
+using cuda::MatmulQuestion;
+
+namespace {
+
+constexpr int kArchitectures[] = {75, 80, 86, 89, 90, 100, 120};
+
+struct Card {
+  int compute_capability;
+  int sm_count;
+};
+constexpr Card kT4{75, 40}, kA100{80, 108}, kRtx4090{89, 128}, kH100{90, 132}, kB200{100, 148}, kRtx5090{120, 170};
+
+MatmulQuestion question(int64_t m, Card card, bool forward = true, int64_t n = 4096, int64_t k = 4096) {
+  return {m,
+          n,
+          k,
+          16,
+          64,
+          card.compute_capability < 80 ? Dtype::kFloat16 : Dtype::kBfloat16,
+          forward,
+          false,
+          card.compute_capability,
+          card.sm_count};
+}
+
+void check_kind(const MatmulQuestion& asked, MatmulKind expected) {
+  const MatmulPlan plan = cuda::plan_matmul(asked);
+  CHECK(plan.kind == expected, "m %ld, sm_%d, forward %d: kind %d, expected %d", static_cast<long>(asked.m),
+        asked.compute_capability, asked.forward ? 1 : 0, static_cast<int>(plan.kind), static_cast<int>(expected));
+}
+
+TEST(plan_by_tokens_and_card) {
+  for (const Card card : {kT4, kA100, kRtx4090, kH100, kB200, kRtx5090}) {
+    const auto few_parts = card.compute_capability == 75 ? MatmulKind::kTile : MatmulKind::kSplitK;  // 40 SMs
+    for (const int64_t m : {1, 4, 8}) {
+      check_kind(question(m, card), MatmulKind::kGemv);
+      check_kind(question(m, card, false), few_parts);
+    }
+    check_kind(question(16, card), few_parts);
+    check_kind(question(16, card, true, 256 * 64 * 64), MatmulKind::kTile);  // every SM is busy without parts
+    check_kind(question(16384, card), MatmulKind::kTwoStep);
+    check_kind(question(16384, card, false), MatmulKind::kTwoStep);
+  }
+  check_kind(question(1024, kRtx4090), MatmulKind::kTile);
+  check_kind(question(1536, kRtx5090, false), MatmulKind::kTile);
+  check_kind(question(1537, kRtx5090), MatmulKind::kTwoStep);
+  check_kind(question(256, kA100), MatmulKind::kSplitK);
+  check_kind(question(257, kA100), MatmulKind::kTwoStep);
+  check_kind(question(64, kH100), MatmulKind::kSplitK);
+  check_kind(question(65, kH100), MatmulKind::kTwoStep);
+  check_kind(question(33, kB200), MatmulKind::kTwoStep);
+  check_kind(question(257, kT4), MatmulKind::kTwoStep);
+}
+
+TEST(plan_with_low_memory_takes_the_fused_kernel_wherever_there_is_one) {
+  for (const Card card : {kT4, kA100, kRtx4090, kH100, kB200, kRtx5090}) {
+    for (const bool forward : {true, false}) {
+      MatmulQuestion asked = question(16384, card, forward, 14336);
+      asked.low_memory = true;
+      check_kind(asked, MatmulKind::kTile);
+      asked.k = 4096 + 32;  // blocks cross rows: nothing else can
+      check_kind(asked, MatmulKind::kTwoStep);
+    }
+  }
+}
+
+TEST(plan_where_no_fused_kernel_can) {
+  const MatmulQuestion good = question(4, kA100);
+  check_kind(good, MatmulKind::kGemv);
+  MatmulQuestion asked = good;
+  asked.dtype = Dtype::kFloat32;
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked = good;
+  asked.compute_capability = 75;  // bf16
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked.dtype = Dtype::kFloat16;
+  check_kind(asked, MatmulKind::kGemv);
+  for (const int64_t k : {1, 32, 96, 4160 + 1}) {
+    asked = good;
+    asked.k = k;
+    check_kind(asked, MatmulKind::kTwoStep);
+  }
+  asked = good;
+  asked.block_size = 128;
+  asked.k = 4096 + 64;
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked = good;
+  asked.n = 4099;  // forward only writes rows of n elements
+  check_kind(asked, MatmulKind::kGemv);
+  asked.forward = false;  // the gradient reads them, 16 bytes at a time
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked = good;
+  asked.block_size = 32;  // two scales in the 64 weights that share the few-token kernel's accumulators
+  check_kind(asked, MatmulKind::kSplitK);
+}
+
+int64_t most_shared_bytes(int compute_capability) {  // a block's limit, as the programming guide's table has it
+  return compute_capability == 75                                ? 65536
+         : compute_capability == 80                              ? 166912
+         : compute_capability == 90 || compute_capability == 100 ? 232448
+                                                                 : 101376;
+}
+
+// Whatever the sizes: a tile that exists and fits the card, parts that are not empty, a workspace that holds them.
+TEST(plan_is_consistent_for_all_sizes) {
+  for (const int architecture : kArchitectures) {
+    for (const int sm_count : {1, 20, 132}) {
+      for (const bool forward : {true, false}) {
+        for (const int64_t m : {1, 8, 9, 16, 17, 33, 64, 65, 129, 500, 4096}) {
+          for (const int64_t n : {8, 64, 1024, 14336, 128256}) {
+            for (const int64_t k : {64, 128, 4096, 14336}) {
+              MatmulQuestion asked = question(m, {architecture, sm_count}, forward, n, k);
+              asked.low_memory = true;
+              const MatmulPlan plan = cuda::plan_matmul(asked);
+              const auto fail = [&](const char* what) {
+                CHECK(false, "sm_%d x %d, m %ld, n %ld, k %ld, forward %d: %s", architecture, sm_count,
+                      static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), forward ? 1 : 0, what);
+              };
+              if (plan.kind == MatmulKind::kTwoStep || plan.panel_rows != 0) {
+                fail("not fused");
+              }
+              if (plan.shared_bytes + 1152 > most_shared_bytes(architecture)) {
+                fail("too much shared memory");
+              }
+              if (plan.kind == MatmulKind::kGemv) {
+                if (m > 8 || !forward || plan.rows < m || (plan.columns != 16 && plan.columns != 32) ||
+                    plan.workspace_bytes != 0) {
+                  fail("gemv");
+                }
+                continue;
+              }
+              const auto* const tile =
+                  std::find_if(std::begin(cuda::kTiles), std::end(cuda::kTiles), [&plan](const cuda::TileSize& size) {
+                    return size.rows == plan.rows && size.columns == plan.columns && size.stages == plan.stages &&
+                           size.shared_bytes() == plan.shared_bytes;
+                  });
+              if (tile == std::end(cuda::kTiles)) {
+                fail("no such tile");
+                continue;
+              }
+              const int64_t steps = ceil_div(forward ? k : n, 64);
+              if (plan.splits < 1 || plan.splits > steps || (plan.kind == MatmulKind::kSplitK) != (plan.splits > 1)) {
+                fail("splits");
+              }
+              const int64_t columns = ceil_div(forward ? n : k, plan.columns) * plan.columns;
+              if (plan.workspace_bytes != (plan.splits > 1 ? plan.splits * m * columns * 4 : 0) ||
+                  plan.workspace_bytes > 24 << 20) {
+                fail("workspace");
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(plan_fills_the_card) {
+  for (const int64_t m : {9, 16, 32, 64}) {
+    const MatmulPlan plan = cuda::plan_matmul(question(m, kRtx4090));
+    const int64_t ctas = ceil_div(m, plan.rows) * ceil_div(4096, plan.columns) * plan.splits;
+    CHECK(ctas >= 128, "m %ld: %ld CTAs", static_cast<long>(m), static_cast<long>(ctas));
+  }
+  // 32 rows a CTA only if every SM still gets one.
+  CHECK(cuda::plan_matmul(question(1, kH100, true, 14336)).columns == 32, "a large weight");
+  CHECK(cuda::plan_matmul(question(1, kH100, true, 1024)).columns == 16, "a small weight");
+}
+
+TEST(plan_of_the_panel) {
+  for (const Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat32}) {
+    const int64_t element = dtype == Dtype::kFloat32 ? 4 : 2;
+    for (const int64_t n : {1, 1024, 14336, 128256}) {
+      for (const int64_t k : {1, 67, 4096, 11008, 14336, 50257}) {
+        MatmulQuestion asked = question(4096, kH100, true, n, k);
+        asked.dtype = dtype;
+        const MatmulPlan plan = cuda::plan_matmul(asked);
+        CHECK(plan.kind == MatmulKind::kTwoStep && plan.panel_rows >= 1 && plan.panel_rows <= n,
+              "n %ld, k %ld: %ld rows", static_cast<long>(n), static_cast<long>(k), static_cast<long>(plan.panel_rows));
+        CHECK(plan.workspace_bytes == plan.panel_rows * k * element && plan.workspace_bytes <= 24 << 20,
+              "n %ld, k %ld: %ld bytes", static_cast<long>(n), static_cast<long>(k),
+              static_cast<long>(plan.workspace_bytes));
+        CHECK(plan.panel_rows == n || plan.panel_rows * k % 32 == 0, "n %ld, k %ld: a panel begins within a run",
+              static_cast<long>(n), static_cast<long>(k));
+      }
+    }
+  }
+  // Whatever its size: the fewest rows after which the next panel begins at a multiple of 32 elements.
+  CHECK(cuda::plan_matmul(question(4096, kH100, true, 100, 20'000'002)).panel_rows == 16, "a panel of 16 rows");
+}
+
+TEST(plan_counts_in_64_bits) {
+  MatmulQuestion asked = question(1 << 20, kRtx4090, true, 1 << 20, 1 << 20);
+  asked.low_memory = true;
+  CHECK(cuda::plan_matmul(asked).kind == MatmulKind::kTile, "2^60 products");
+  CHECK(cuda::split_k_workspace_bytes(1 << 20, 1 << 20, cuda::kTiles[3], 32) == int64_t{1} << 47, "2^47 bytes");
+}
+
+}  // namespace
