@@ -92,3 +92,19 @@ system_packages() {  # the two things that pip cannot bring: a Python with its h
     fi
     "$(find_python)" --version && "$(find_compiler)" --version | head -n 1
 }
+
+# Prints the option that tells CMake where CUDA's headers are; nothing if a toolkit of CUDA 13 has them. The wheels of
+# the headers go into the active environment.
+cuda_headers_option() {
+    nvcc --version 2>/dev/null | grep -q 'release 13' && return 0
+    python -m pip install -q 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' >&2 &&
+        python -c 'import sysconfig; print("-DQLORA_NATIVE_CUDA_HEADERS=" + sysconfig.get_path("purelib") + "/nvidia/cu13/include")'
+}
+
+# The CUDA kernels on the CPU, under every schedule: plain, with the race check, with the sanitizers. Needs cmake, ninja.
+emulated_cuda() {
+    local build=$scratch/emulated headers
+    headers=$(cuda_headers_option) || return 1
+    cmake -S . -B "$build" -G Ninja -DQLORA_NATIVE_CUDA_ON_CPU=ON -DQLORA_NATIVE_PYTHON=OFF -DQLORA_NATIVE_CUDA=OFF \
+        $headers && cmake --build "$build" && ctest --test-dir "$build" -j "$(nproc)" --output-on-failure --no-tests=error
+}

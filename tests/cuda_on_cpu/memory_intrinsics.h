@@ -86,10 +86,11 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
 
-#define CUEMU_ATOMIC(name, expression)                                                                            \
-  template <typename T>                                                                                           \
-  T name(T* address, std::type_identity_t<T> value, cuemu::Site site = cuemu::Site::here()) {                     \
-    return cuemu::change_atomically(address, [value](T old) { return static_cast<T>(expression); }, #name, site); \
+#define CUEMU_ATOMIC(name, expression)                                                                 \
+  template <typename T>                                                                                \
+  T name(T* address, std::type_identity_t<T> value, cuemu::Site site = cuemu::Site::here()) {          \
+    return cuemu::change_atomically(                                                                   \
+        address, [value]([[maybe_unused]] T old) { return static_cast<T>(expression); }, #name, site); \
   }
 CUEMU_ATOMIC(atomicAdd, old + value)
 CUEMU_ATOMIC(atomicAdd_block, old + value)

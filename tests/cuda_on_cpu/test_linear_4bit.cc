@@ -74,8 +74,8 @@ class Product {
     find_truth();
   }
 
-  cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, cudaStream_t stream = nullptr) {
-    const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+  cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, unsigned char* workspace,
+                     cudaStream_t stream) {
     const cuda::LinearCall call{on_device_.view(),
                                 oracle::Storage<T>::kDtype,
                                 c.forward,
@@ -88,7 +88,12 @@ class Product {
                                 c.m,
                                 c.n,
                                 c.k};
-    return cuda::launch_linear_4bit(call, plan, workspace.data(), stream);
+    return cuda::launch_linear_4bit(call, plan, workspace, stream);
+  }
+
+  cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, cudaStream_t stream = nullptr) {
+    const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+    return launch(plan, y, workspace.data(), stream);
   }
 
   // Under every schedule; the sums of unscaled levels may be off by the rounding of a level besides that of y.
@@ -325,6 +330,33 @@ TEST(planned_products_run_on_their_stream) {
             static_cast<long>(m), launches[0].shared_bytes);
     }
   }
+  CHECK(cudaStreamDestroy(stream) == cudaSuccess, "the stream");
+}
+
+TEST(replayed_from_a_graph) {
+  const Case c{20, 72, 512, true, 8, true};
+  Product<Bf16> product(c);
+  const cuda::MatmulPlan plan = tile_plan(c, 1, 3);
+  const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+  cuemu::DeviceBuffer<Bf16> y(static_cast<size_t>(c.m * c.n));
+  CHECK_LAUNCH(product.launch(plan, y, workspace.data(), nullptr));
+  const std::vector<Bf16> expected = y.host();
+  y.clear();
+
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t replay = nullptr;
+  CHECK(cudaStreamCreate(&stream) == cudaSuccess, "a stream");
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess, "a capture");
+  CHECK_LAUNCH(product.launch(plan, y, workspace.data(), stream));
+  CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "a graph");
+  CHECK(cudaGraphInstantiate(&replay, graph, 0) == cudaSuccess, "an executable graph");
+  CHECK(cudaGraphLaunch(replay, stream) == cudaSuccess, "a replay");
+  const std::vector<Bf16> got = y.host();
+  for (size_t i = 0; i < got.size(); ++i) {
+    CHECK(got[i].bits == expected[i].bits, "element %zu differs", i);
+  }
+  CHECK(cudaGraphExecDestroy(replay) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess, "the graph");
   CHECK(cudaStreamDestroy(stream) == cudaSuccess, "the stream");
 }
 
