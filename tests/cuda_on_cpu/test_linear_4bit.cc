@@ -445,6 +445,16 @@ TEST(refused) {
   plan = tile_plan(c, 0, 1);
   plan.rows = 48;
   CHECK(product.launch(plan, y) == cudaErrorInvalidValue, "no such tile");
+  const Case long_rows{17, 64, 128};
+  Product<Bf16> in_parts(long_rows);
+  plan = tile_plan(long_rows, 0, 2);
+  --plan.workspace_bytes;
+  CHECK(in_parts.launch(plan, y) == cudaErrorInvalidValue, "a workspace that is too small");
+  for (const Case& irregular : {Case{17, 64, 96}, Case{17, 64, 64, true, 0, false, 128}, Case{17, 60, 64, false}}) {
+    Product<Bf16> other(irregular);
+    CHECK(other.launch(tile_plan(irregular, 0, 1), y) == cudaErrorInvalidValue, "rows of %ld in blocks of %ld",
+          static_cast<long>(irregular.k), static_cast<long>(irregular.block_size));
+  }
   CHECK(cuemu::take_launches().empty(), "a launch");
 }
 
