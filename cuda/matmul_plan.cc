@@ -102,13 +102,15 @@ MatmulPlan two_step(const MatmulQuestion& question) {
 
 }  // namespace
 
+bool rows_are_regular(int64_t n, int64_t k, int64_t block_size, bool forward) {
+  return k % kReductionStep == 0 && k % block_size == 0 && (forward || n % 8 == 0);
+}
+
 bool fused_is_possible(const MatmulQuestion& question) {
   const bool has_mma = question.dtype == Dtype::kFloat16
                            ? question.compute_capability >= 75
                            : question.dtype == Dtype::kBfloat16 && question.compute_capability >= 80;
-  const bool rows_hold_blocks = question.k % kReductionStep == 0 && question.k % question.block_size == 0;
-  const bool loads_vectors = question.forward || question.n % 8 == 0;  // rows of dy are read 16 bytes at a time
-  return has_mma && rows_hold_blocks && loads_vectors;
+  return has_mma && rows_are_regular(question.n, question.k, question.block_size, question.forward);
 }
 
 int64_t split_k_workspace_bytes(int64_t m, int64_t columns, const TileSize& tile, int splits) {
@@ -121,9 +123,13 @@ MatmulPlan plan_matmul(const MatmulQuestion& question) {
     return two_step(question);
   }
   if (question.forward && question.m <= kGemvTokens && question.block_size >= kReductionStep) {
-    // 32 rows of W a CTA read x half as often, but only if they still give every SM a CTA.
-    const bool wide = ceil_div(question.n, 32) >= question.sm_count;
-    return {MatmulKind::kGemv, question.m <= 4 ? 4 : 8, wide ? 32 : 16, 1, 0, 0, 0, 0};
+    // The more rows of W a CTA takes, the less often x is read, but every SM is to have a CTA.
+    int rows = question.m <= 4 ? 32 : 64;
+    while (rows > 16 && ceil_div(question.n, rows) < question.sm_count) {
+      rows /= 2;
+    }
+    const int tokens = question.m <= 4 ? 4 : question.m <= 8 ? 8 : 16;
+    return {MatmulKind::kGemv, tokens, rows, 1, 0, 0, 0, 0};
   }
   const int64_t columns = question.forward ? question.n : question.k;
   const TileSize& tile = tile_of(question);

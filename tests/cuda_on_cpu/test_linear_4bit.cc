@@ -74,8 +74,8 @@ class Product {
     find_truth();
   }
 
-  cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, cudaStream_t stream = nullptr) {
-    const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+  cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, unsigned char* workspace,
+                     cudaStream_t stream) {
     const cuda::LinearCall call{on_device_.view(),
                                 oracle::Storage<T>::kDtype,
                                 c.forward,
@@ -88,7 +88,12 @@ class Product {
                                 c.m,
                                 c.n,
                                 c.k};
-    return cuda::launch_linear_4bit(call, plan, workspace.data(), stream);
+    return cuda::launch_linear_4bit(call, plan, workspace, stream);
+  }
+
+  cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, cudaStream_t stream = nullptr) {
+    const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+    return launch(plan, y, workspace.data(), stream);
   }
 
   // Under every schedule; the sums of unscaled levels may be off by the rounding of a level besides that of y.
@@ -168,7 +173,7 @@ cuda::MatmulPlan tile_plan(const Case& c, int tile, int splits) {
 }
 
 cuda::MatmulPlan gemv_plan(const Case& c, int columns) {
-  return {cuda::MatmulKind::kGemv, c.m <= 4 ? 4 : 8, columns, 1, 0, 0, 0, 0};
+  return {cuda::MatmulKind::kGemv, c.m <= 4 ? 4 : c.m <= 8 ? 8 : 16, columns, 1, 0, 0, 0, 0};
 }
 
 // Full tiles, then edges in M and N and a K that leaves the pipeline of copies unfilled or wraps it around.
@@ -250,22 +255,24 @@ TEST(many_row_tiles) {
 
 template <typename T>
 void check_gemv() {
-  for (int64_t m = 1; m <= 8; ++m) {
+  for (int64_t m = 1; m <= 16; ++m) {
     const Case c{m, 40, 192, true, m % 3 == 0 ? 16 : 0, m % 2 == 0};
     Product<T> product(c);
-    product.check(gemv_plan(c, 16));
-    product.check(gemv_plan(c, 32));
+    product.check(gemv_plan(c, m % 4 < 2 ? 16 : 64));
   }
   const std::vector<Case> cases = {
       {1, 64, 64, true},                                          // most warps have nothing to do
       {3, 33, 1024, true, 5, true},                               // every warp one step
-      {8, 50, 2368, true, 8, true, 64, false},                    // three steps and half a step
+      {8, 50, 2368, true, 8, true, 64, false},                    // some more turns, and half a step
       {4, 16, 1280, true, 0, false, 256, true, QuantType::kFp4},  // a scale for several steps of lanes
+      {16, 130, 576, true, 16, true},
+      {10, 67, 640, true, 0, false, 128, false},
   };
   for (const Case& c : cases) {
     Product<T> product(c);
-    product.check(gemv_plan(c, 16));
-    product.check(gemv_plan(c, 32));
+    for (const int rows : {16, 32, 64}) {
+      product.check(gemv_plan(c, rows));
+    }
   }
 }
 
@@ -304,7 +311,7 @@ TEST(same_plan_same_bits) {
 TEST(planned_products_run_on_their_stream) {
   cudaStream_t stream = nullptr;
   CHECK(cudaStreamCreate(&stream) == cudaSuccess, "a stream");
-  for (const int64_t m : {1, 7, 12, 40, 70}) {
+  for (const int64_t m : {1, 7, 12, 20, 40, 70}) {
     for (const bool forward : {true, false}) {
       const Case c{m, 136, 256, forward, 16};
       const cuda::MatmulPlan plan =
@@ -323,6 +330,33 @@ TEST(planned_products_run_on_their_stream) {
             static_cast<long>(m), launches[0].shared_bytes);
     }
   }
+  CHECK(cudaStreamDestroy(stream) == cudaSuccess, "the stream");
+}
+
+TEST(replayed_from_a_graph) {
+  const Case c{20, 72, 512, true, 8, true};
+  Product<Bf16> product(c);
+  const cuda::MatmulPlan plan = tile_plan(c, 1, 3);
+  const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+  cuemu::DeviceBuffer<Bf16> y(static_cast<size_t>(c.m * c.n));
+  CHECK_LAUNCH(product.launch(plan, y, workspace.data(), nullptr));
+  const std::vector<Bf16> expected = y.host();
+  y.clear();
+
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t replay = nullptr;
+  CHECK(cudaStreamCreate(&stream) == cudaSuccess, "a stream");
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess, "a capture");
+  CHECK_LAUNCH(product.launch(plan, y, workspace.data(), stream));
+  CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "a graph");
+  CHECK(cudaGraphInstantiate(&replay, graph, 0) == cudaSuccess, "an executable graph");
+  CHECK(cudaGraphLaunch(replay, stream) == cudaSuccess, "a replay");
+  const std::vector<Bf16> got = y.host();
+  for (size_t i = 0; i < got.size(); ++i) {
+    CHECK(got[i].bits == expected[i].bits, "element %zu differs", i);
+  }
+  CHECK(cudaGraphExecDestroy(replay) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess, "the graph");
   CHECK(cudaStreamDestroy(stream) == cudaSuccess, "the stream");
 }
 
@@ -399,18 +433,28 @@ TEST(indices_beyond_32_bits) {
 }
 
 TEST(refused) {
-  const Case c{9, 64, 64};
+  const Case c{17, 64, 64};
   Product<Bf16> product(c);
-  const cuemu::DeviceBuffer<Bf16> y(static_cast<size_t>(9 * 64));
+  const cuemu::DeviceBuffer<Bf16> y(static_cast<size_t>(17 * 64));
   cuda::MatmulPlan plan = tile_plan(c, 0, 1);
   cuemu::take_launches();
   plan.kind = cuda::MatmulKind::kTwoStep;
   CHECK(product.launch(plan, y) == cudaErrorInvalidValue, "two steps are not one launch");
-  CHECK(product.launch(gemv_plan(c, 16), y) == cudaErrorInvalidValue, "nine tokens");
+  CHECK(product.launch(gemv_plan(c, 16), y) == cudaErrorInvalidValue, "17 tokens");
   CHECK(product.launch(tile_plan(c, 0, 2), y) == cudaErrorInvalidValue, "more parts than steps");
   plan = tile_plan(c, 0, 1);
   plan.rows = 48;
   CHECK(product.launch(plan, y) == cudaErrorInvalidValue, "no such tile");
+  const Case long_rows{17, 64, 128};
+  Product<Bf16> in_parts(long_rows);
+  plan = tile_plan(long_rows, 0, 2);
+  --plan.workspace_bytes;
+  CHECK(in_parts.launch(plan, y) == cudaErrorInvalidValue, "a workspace that is too small");
+  for (const Case& irregular : {Case{17, 64, 96}, Case{17, 64, 64, true, 0, false, 128}, Case{17, 60, 64, false}}) {
+    Product<Bf16> other(irregular);
+    CHECK(other.launch(tile_plan(irregular, 0, 1), y) == cudaErrorInvalidValue, "rows of %ld in blocks of %ld",
+          static_cast<long>(irregular.k), static_cast<long>(irregular.block_size));
+  }
   CHECK(cuemu::take_launches().empty(), "a launch");
 }
 
