@@ -69,19 +69,6 @@ cuda_tools() {
     nvcc --version | tail -n 2 && cuobjdump --version | tail -n 2
 }
 
-# The CUDA kernels executed on the CPU: plain, race check, sanitizers; and the module for the op tests. Needs an
-# environment with cmake, ninja and pybind11.
-cuda_on_cpu() {
-    if ! command -v nvcc >/dev/null && [ ! -e /usr/local/cuda/include/cuda_runtime.h ]; then
-        echo "There are no CUDA headers here: the kernels are not executed."
-        return 77
-    fi
-    cmake -S . -B build/emulated -G Ninja -DQLORA_NATIVE_CUDA_ON_CPU=ON -DQLORA_NATIVE_CUDA=OFF \
-        -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$(command -v python)" &&
-        cmake --build build/emulated &&
-        ctest --test-dir build/emulated -j "$(nproc)" --output-on-failure --no-tests=error
-}
-
 arm64_tools() {
     command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null && return 0
     if [ "$(id -u)" -eq 0 ] && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q \
@@ -125,4 +112,24 @@ system_packages() {  # the two things that pip cannot bring: a Python with its h
             DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" || return 1
     fi
     "$(find_python)" --version && "$(find_compiler)" --version | head -n 1
+}
+
+# Prints the option that tells CMake where CUDA's headers are; nothing if a toolkit of CUDA 13 has them. The wheels of
+# the headers go into the active environment.
+cuda_headers_option() {
+    nvcc --version 2>/dev/null | grep -q 'release 13' && return 0
+    python -m pip install -q 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' >&2 &&
+        python -c 'import sysconfig
+print("-DQLORA_NATIVE_CUDA_HEADERS=" + sysconfig.get_path("purelib") + "/nvidia/cu13/include")'
+}
+
+# The CUDA kernels on the CPU, under every schedule: plain, with the race check, with the sanitizers; and the module that
+# runs the op tests over them, in build/emulated. Needs an environment with cmake, ninja and pybind11.
+emulated_cuda() {
+    local headers
+    headers=$(cuda_headers_option) || return 1
+    cmake -S . -B build/emulated -G Ninja -DQLORA_NATIVE_CUDA_ON_CPU=ON -DQLORA_NATIVE_CUDA=OFF $headers \
+        -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$(command -v python)" &&
+        cmake --build build/emulated &&
+        ctest --test-dir build/emulated -j "$(nproc)" --output-on-failure --no-tests=error
 }
