@@ -3,8 +3,8 @@
 pybind11_add_module(_cuda MODULE
   cpp/python/checked_weight.cc
   cpp/python/tensor_rows.cc
+  cuda/python/all_bindings.cc
   cuda/python/bind_adamw_step.cc
-  cuda/python/bind_all.cc
   cuda/python/bind_dequantize_4bit.cc
   cuda/python/bind_gradient_norm.cc
   cuda/python/bind_linear_4bit.cc

@@ -21,13 +21,22 @@ inline int block_shift_of(const WeightView& weight) {
   return std::countr_zero(static_cast<uint64_t>(weight.block_size));
 }
 
+template <typename T, int kGroups>
+cudaError_t launch_small(SmallJob<T> job, int rows, cudaStream_t stream) {
+  job.row_warps = rows / kSmallRows;
+  const int64_t ctas = ceil_div(job.n, rows);
+  if (ctas > kMostCtas) {
+    return cudaErrorInvalidValue;
+  }
+  return wp::launch(linear_4bit_small_kernel<T, kGroups>, dim3(static_cast<unsigned>(ctas)),
+                    dim3(32 * small_warps(kGroups)), 0, stream, job);
+}
+
 template <typename T>
 cudaError_t launch_gemv(const LinearCall& call, const MatmulPlan& plan, cudaStream_t stream) {
-  const bool wide = plan.columns == 32;
-  const bool two_groups = call.m > 4;
-  const int64_t ctas = ceil_div(call.n, plan.columns);
-  if (!call.forward || call.m > kGemvTokens || call.weight.block_size < kReductionStep || ctas > kMostCtas ||
-      (!wide && plan.columns != 16)) {
+  const int rows = plan.columns;  // of W a CTA
+  if (!call.forward || call.m > kGemvTokens || call.weight.block_size < kReductionStep ||
+      (rows != 16 && rows != 32 && rows != 64)) {
     return cudaErrorInvalidValue;
   }
   const SmallJob<T> job{call.weight,
@@ -40,10 +49,11 @@ cudaError_t launch_gemv(const LinearCall& call, const MatmulPlan& plan, cudaStre
                         call.n,
                         call.k,
                         call.r,
-                        block_shift_of(call.weight)};
-  const auto kernel = wide ? (two_groups ? linear_4bit_small_kernel<T, 2, 2> : linear_4bit_small_kernel<T, 2, 1>)
-                           : (two_groups ? linear_4bit_small_kernel<T, 1, 2> : linear_4bit_small_kernel<T, 1, 1>);
-  return wp::launch(kernel, dim3(static_cast<unsigned>(ctas)), dim3(kSmallThreads), 0, stream, job);
+                        block_shift_of(call.weight),
+                        0};
+  return call.m > 8   ? launch_small<T, 4>(job, rows, stream)
+         : call.m > 4 ? launch_small<T, 2>(job, rows, stream)
+                      : launch_small<T, 1>(job, rows, stream);
 }
 
 template <typename T>

@@ -1,12 +1,13 @@
-// y = x W^T for at most 8 tokens, bound by reading W once: y^T = W x^T, so that rows of W fill the 16 rows of the MMA
+// y = x W^T for at most 16 tokens, bound by reading W once: y^T = W x^T, so that rows of W fill the 16 rows of the MMA
 // and tokens its 8 columns.
 //
-// A CTA's 8 warps share its rows of W and take turns along K, 128 at a time. Lane 4g + t loads 16 bytes of row g, the
+// A CTA's warps are some beside each other along the rows of W, which then find x in the L1 cache, times some that take
+// turns along K, 128 at a time. Lane 4g + t loads 16 bytes of row g, the
 // 32 weights from 32t on, and as many of row g + 8: the order of the reduction is free as long as x follows it. Levels
 // go into the MMA unscaled. The 128 weights of a row span two blocks of 64, and those of lanes t < 2 lie in the first:
 // columns 0 to 3 of x hold four tokens with zeros in place of the second block, columns 4 to 7 the same four tokens
 // with zeros in place of the first. So each lane's sums belong to the one block it loaded from, whose scale it applies
-// to them in fp32, and four more tokens are a second MMA with the same weights.
+// to them in fp32, and four more tokens are one more MMA with the same weights.
 #pragma once
 
 #include <cstdint>
@@ -25,39 +26,40 @@ struct SmallJob {
   const T* low;       // [m, r]
   const T* up;        // [n, r]
   T* y;               // [m, n]
-  int64_t m;          // 1 to 8
+  int64_t m;          // 1 to 16
   int64_t n;
   int64_t k;  // a multiple of 64
   int64_t r;
   int block_shift;  // log2 of the weight's block size
+  int row_warps;    // warps beside each other along the rows of W
 };
 
-inline constexpr int kSmallThreads = 32 * kGemvWarps;
 inline constexpr int kSmallStep = 128;  // of K
+inline constexpr int kSmallRows = 16;   // of W, a warp's
 
-// What a lane reads of W in one step: the runs of rows g and g + 8 of each 16. Zeros beyond the edge.
-template <int kRowTiles>
-struct SmallRuns {
-  uint4 codes[size_t{kRowTiles}][2];
-};
+// Sixteen tokens take so many registers that fewer, smaller CTAs share an SM.
+constexpr int small_warps(int groups) { return groups > 2 ? 4 : 8; }
+constexpr int small_ctas(int groups) { return groups > 2 ? 3 : 2; }  // an SM
 
-// The first element of the lane's run in row g (half 0) or g + 8 of the i-th 16 rows; -1 beyond the edge.
+// The first element of the lane's run in row g (half 0) or g + 8 (half 1) of its warp's 16; -1 beyond the edge.
 template <typename T>
-__device__ __forceinline__ int64_t small_element(const SmallJob<T>& job, int64_t first_row, int64_t column, int i,
-                                                 int half) {
-  const int64_t row = first_row + threadIdx.x % 32 / 4;
-  const int further = 16 * i + 8 * half;
-  return row + further < job.n && column < job.k ? row * job.k + column + further * job.k : -1;
+__device__ __forceinline__ int64_t small_element(const SmallJob<T>& job, int64_t first_row, int64_t column, int half) {
+  const int64_t row = first_row + 8 * half + threadIdx.x % 32 / 4;
+  return row < job.n && column < job.k ? row * job.k + column : -1;
 }
 
-template <int kRowTiles, typename T>
-__device__ __forceinline__ SmallRuns<kRowTiles> small_runs(const SmallJob<T>& job, int64_t first_row, int64_t column) {
-  SmallRuns<kRowTiles> runs;
+// The runs of both rows: what a lane reads of W in one step. Zeros beyond the edge.
+struct SmallRuns {
+  uint4 codes[2];
+};
+
+template <typename T>
+__device__ __forceinline__ SmallRuns small_runs(const SmallJob<T>& job, int64_t first_row, int64_t column) {
+  SmallRuns runs;
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const int64_t element = small_element(job, first_row, column, i / 2, i % 2);
-    runs.codes[i / 2][i % 2] =
-        element < 0 ? make_uint4(0, 0, 0, 0) : wp::load_16_streaming(job.weight.packed + element / 2);
+  for (int half = 0; half < 2; ++half) {
+    const int64_t element = small_element(job, first_row, column, half);
+    runs.codes[half] = element < 0 ? make_uint4(0, 0, 0, 0) : wp::load_16_streaming(job.weight.packed + element / 2);
   }
   return runs;
 }
@@ -78,58 +80,51 @@ __device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {
 }
 
 // A lane's part of the MMAs' results, as wp::mma_m16n8k16 lays it out.
-template <int kRowTiles, int kGroups>
+template <int kGroups>
 struct SmallSums {
-  float of[size_t{kRowTiles}][size_t{kGroups}][4] = {};
+  float of[size_t{kGroups}][4] = {};
 };
 
 // sums += scale * (levels x^T) of one step.
-template <typename T, int kRowTiles, int kGroups>
-__device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRuns<kRowTiles>& runs, int64_t first_row,
-                                           int64_t column, const Planes& planes, SmallSums<kRowTiles, kGroups>& sums) {
-  StoredScale scales[size_t{kRowTiles}][2];
-  SmallSums<kRowTiles, kGroups> unscaled;
+template <typename T, int kGroups>
+__device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRuns& runs, int64_t first_row,
+                                           int64_t column, const Planes& planes, SmallSums<kGroups>& sums) {
+  StoredScale scales[2];
+  SmallSums<kGroups> unscaled;
 #pragma unroll
   for (int quarter = 0; quarter < 4; ++quarter) {
     if (quarter == 1) {  // early enough to hide their latency, late enough to take the registers of codes that are used
 #pragma unroll
-      for (int i = 0; i < 2 * kRowTiles; ++i) {
-        const int64_t element = small_element(job, first_row, column, i / 2, i % 2);
-        scales[i / 2][i % 2] =
-            element < 0 ? StoredScale{0.0f, -1} : stored_scale(job.weight, element >> job.block_shift);
+      for (int half = 0; half < 2; ++half) {
+        const int64_t element = small_element(job, first_row, column, half);
+        scales[half] = element < 0 ? StoredScale{0.0f, -1} : stored_scale(job.weight, element >> job.block_shift);
       }
     }
-    uint4 tokens[size_t{kGroups}];
+    const uint32_t upper = word_of(runs.codes[0], quarter);
+    const uint32_t lower = word_of(runs.codes[1], quarter);
+    uint32_t a[2][4];  // 4 weights a lane and row, twice
+    decode_four(planes, upper, a[0][0], a[0][2]);
+    decode_four(planes, lower, a[0][1], a[0][3]);
+    decode_four(planes, upper >> 16, a[1][0], a[1][2]);
+    decode_four(planes, lower >> 16, a[1][1], a[1][3]);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      tokens[group] = small_tokens(job, group, column, quarter);
-    }
-#pragma unroll
-    for (int part = 0; part < 2 * kRowTiles; ++part) {
-      const int i = part / 2;
-      const int half = part % 2;  // of the quarter: 4 weights a lane and row
-      uint32_t a[4];
-      decode_four(planes, word_of(runs.codes[i][0], quarter) >> 16 * half, a[0], a[2]);
-      decode_four(planes, word_of(runs.codes[i][1], quarter) >> 16 * half, a[1], a[3]);
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const uint32_t b[2] = {word_of(tokens[group], 2 * half), word_of(tokens[group], 2 * half + 1)};
-        wp::mma_m16n8k16<T>(unscaled.of[i][group], a, b);
-      }
+      const uint4 tokens = small_tokens(job, group, column, quarter);
+      const uint32_t first[2] = {tokens.x, tokens.y};
+      const uint32_t second[2] = {tokens.z, tokens.w};
+      wp::mma_m16n8k16<T>(unscaled.of[group], a[0], first);
+      wp::mma_m16n8k16<T>(unscaled.of[group], a[1], second);
     }
   }
   const float offset = job.weight.absmax == nullptr ? *job.weight.nested_offset : 0.0f;
+  const float upper = scale_of(scales[0], job.weight.nested_code, offset);
+  const float lower = scale_of(scales[1], job.weight.nested_code, offset);
 #pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-    const float upper = scale_of(scales[i][0], job.weight.nested_code, offset);
-    const float lower = scale_of(scales[i][1], job.weight.nested_code, offset);
+  for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        float& sum = sums.of[i][group][part];
-        sum = __fmaf_rn(part < 2 ? upper : lower, unscaled.of[i][group][part], sum);
-      }
+    for (int part = 0; part < 4; ++part) {
+      float& sum = sums.of[group][part];
+      sum = __fmaf_rn(part < 2 ? upper : lower, unscaled.of[group][part], sum);
     }
   }
 }
@@ -145,18 +140,43 @@ __device__ __forceinline__ float small_addend(const SmallJob<T>& job, int64_t to
   return sum;
 }
 
-// 16 * kRowTiles rows of W a CTA, 4 * kGroups tokens.
-template <typename T, int kRowTiles, int kGroups>
-__global__ void __launch_bounds__(kSmallThreads, 2) linear_4bit_small_kernel(const SmallJob<T> job) {
-  constexpr int kRows = 16 * kRowTiles;
-  constexpr int kTokens = 4 * kGroups;
-  WP_SHARED(float, parts, size_t{kGemvWarps * kTokens * kRows});  // [warp][token][row]
+// The sums of all warps: one warp's [token][row] after another's, those of a turn along K beside each other.
+template <int kGroups>
+__device__ __forceinline__ void small_store_parts(const SmallSums<kGroups>& sums, float* parts) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int run = lane % 4 * 32;
+  float* own_parts = parts + static_cast<int>(threadIdx.x) / 32 * (4 * kGroups * kSmallRows);
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      // Lanes t and t + 2 hold the two blocks' parts of the same tokens.
+      const float own = sums.of[group][part];
+      const float sum = own + __shfl_xor_sync(0xffffffffu, own, 2);
+      const int row = 8 * (part / 2) + lane / 4;
+      const int token = 4 * group + lane % 2 * 2 + part % 2;
+      if (lane % 4 < 2) {
+        own_parts[token * kSmallRows + row] = sum;
+      }
+    }
+  }
+}
 
-  SmallRuns<kRowTiles> next = small_runs<kRowTiles>(job, first_row, warp * kSmallStep + run);
+// 16 * row_warps rows of W a CTA, 4 * kGroups tokens.
+template <typename T, int kGroups>
+__global__ void __launch_bounds__(32 * small_warps(kGroups), small_ctas(kGroups))
+    linear_4bit_small_kernel(const SmallJob<T> job) {
+  constexpr int kWarps = small_warps(kGroups);
+  constexpr int kTokens = 4 * kGroups;
+  WP_SHARED(float, parts, size_t{kWarps * kTokens * kSmallRows});
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int turns = kWarps / job.row_warps;
+  const int cta_rows = job.row_warps * kSmallRows;
+  const int64_t cta_row = static_cast<int64_t>(blockIdx.x) * cta_rows;
+  const int64_t first_row = cta_row + warp % job.row_warps * kSmallRows;
+  const int first_step = warp / job.row_warps * kSmallStep;
+  const int run = static_cast<int>(threadIdx.x) % 4 * 32;
+
+  SmallRuns next = small_runs(job, first_row, first_step + run);
   Planes planes;
   {
     const float* from = job.weight.levels;
@@ -166,40 +186,26 @@ __global__ void __launch_bounds__(kSmallThreads, 2) linear_4bit_small_kernel(con
     planes = scaled_planes<T>(levels, 1.0f);
   }
 
-  SmallSums<kRowTiles, kGroups> sums;
-  for (int64_t step = warp * kSmallStep; step < job.k; step += kGemvWarps * kSmallStep) {
-    const SmallRuns<kRowTiles> runs = next;
-    next = small_runs<kRowTiles>(job, first_row, step + kGemvWarps * kSmallStep + run);
+  SmallSums<kGroups> sums;
+  for (int64_t step = first_step; step < job.k; step += turns * kSmallStep) {
+    const SmallRuns runs = next;
+    next = small_runs(job, first_row, step + turns * kSmallStep + run);
     small_step(job, runs, first_row, step + run, planes, sums);
   }
-
-  // Lanes t and t + 2 hold the two blocks' parts of the same tokens: columns 2t and 2t + 1 of each group.
-#pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const float own = sums.of[i][group][part];
-        const float sum = own + __shfl_xor_sync(0xffffffffu, own, 2);
-        const int row = 16 * i + 8 * (part / 2) + lane / 4;
-        const int token = 4 * group + lane % 2 * 2 + part % 2;
-        if (lane % 4 < 2) {
-          parts[(warp * kTokens + token) * kRows + row] = sum;
-        }
-      }
-    }
-  }
+  small_store_parts(sums, parts);
   __syncthreads();
-  const int row = static_cast<int>(threadIdx.x) % kRows;
-  const int token = static_cast<int>(threadIdx.x) / kRows;
-  if (token < kTokens && token < job.m && first_row + row < job.n) {
-    float sum = small_addend(job, token, first_row + row);
-#pragma unroll
-    for (int from = 0; from < kGemvWarps; ++from) {
-      sum += parts[(from * kTokens + token) * kRows + row];
+
+  for (int unit = static_cast<int>(threadIdx.x); unit < kTokens * cta_rows; unit += 32 * kWarps) {
+    const int row = unit % cta_rows;
+    const int token = unit / cta_rows;
+    if (token < job.m && cta_row + row < job.n) {
+      float sum = small_addend(job, token, cta_row + row);
+      const float* part = parts + (row / kSmallRows * kTokens + token) * kSmallRows + row % kSmallRows;
+      for (int turn = 0; turn < turns; ++turn) {
+        sum += part[turn * job.row_warps * (kTokens * kSmallRows)];
+      }
+      job.y[token * job.n + cta_row + row] = from_float<T>(sum);
     }
-    job.y[token * job.n + first_row + row] = from_float<T>(sum);
   }
 }
 

@@ -121,9 +121,13 @@ MatmulPlan plan_matmul(const MatmulQuestion& question) {
     return two_step(question);
   }
   if (question.forward && question.m <= kGemvTokens && question.block_size >= kReductionStep) {
-    // 32 rows of W a CTA read x half as often, but only if they still give every SM a CTA.
-    const bool wide = ceil_div(question.n, 32) >= question.sm_count;
-    return {MatmulKind::kGemv, question.m <= 4 ? 4 : 8, wide ? 32 : 16, 1, 0, 0, 0, 0};
+    // The more rows of W a CTA takes, the less often x is read, but every SM is to have a CTA.
+    int rows = question.m <= 4 ? 32 : 64;
+    while (rows > 16 && ceil_div(question.n, rows) < question.sm_count) {
+      rows /= 2;
+    }
+    const int tokens = question.m <= 4 ? 4 : question.m <= 8 ? 8 : 16;
+    return {MatmulKind::kGemv, tokens, rows, 1, 0, 0, 0, 0};
   }
   const int64_t columns = question.forward ? question.n : question.k;
   const TileSize& tile = tile_of(question);

@@ -9,7 +9,7 @@
 namespace qlora_native::cuda {
 
 enum class MatmulKind : int {
-  kGemv = 0,     // M <= 8, forward: weights on the 16-row side of the MMA, one launch, no workspace
+  kGemv = 0,     // M <= 16, forward: weights on the 16-row side of the MMA, one launch, no workspace
   kSplitK = 1,   // the reduction is cut into `splits` parts, summed in a fixed order by a second launch
   kTile = 2,     // one CTA a tile of y, over the whole reduction
   kTwoStep = 3,  // no fused kernel: dequantise `panel_rows` rows of W, call a library's GEMM, and so on
@@ -30,8 +30,8 @@ struct MatmulQuestion {
 
 struct MatmulPlan {
   MatmulKind kind;
-  int rows;                 // of y in a CTA's tile (tokens); kGemv: tokens, 4 or 8
-  int columns;              // of y in a CTA's tile; kGemv: 16 or 32
+  int rows;                 // of y in a CTA's tile (tokens); kGemv: tokens, 4, 8 or 16
+  int columns;              // of y in a CTA's tile; kGemv: 16, 32 or 64
   int splits;               // parts of the reduction, 1 unless kSplitK
   int stages;               // of the asynchronous copies; kGemv: 0
   int64_t shared_bytes;     // dynamic, a CTA
@@ -56,8 +56,7 @@ struct TileSize {
 };
 inline constexpr TileSize kTiles[] = {{16, 64, 4}, {32, 64, 4}, {64, 64, 3}, {128, 128, 3}};
 
-inline constexpr int kGemvTokens = 8;             // the most
-inline constexpr int kGemvWarps = 8;              // of a CTA; they share the reduction
+inline constexpr int kGemvTokens = 16;            // the most
 inline constexpr int64_t kPanelBytes = 24 << 20;  // the most of a workspace: fits the L2 cache of the large cards
 
 // Sizes are positive, block_size is one of layout.h. Never fails: what no fused kernel can do is kTwoStep.

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,8 +78,13 @@ def _printed(option: str, file: Path) -> list[str]:
     done = subprocess.run([tool, option, str(file)], capture_output=True, text=True, env={"PATH": path})
     if done.returncode:
         raise RuntimeError(f"cuobjdump {option} {file} failed: {done.stderr.strip()}")
-    text = subprocess.run([str(find_tool("c++filt"))], input=done.stdout, capture_output=True, text=True, check=True)
-    return text.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+@cache
+def _name_of(mangled: str) -> str:
+    done = subprocess.run([str(find_tool("c++filt")), mangled], capture_output=True, text=True, check=True)
+    return short_name(done.stdout.strip())
 
 
 def _functions(lines: Sequence[str]) -> Iterator[tuple[Key, str]]:
@@ -89,9 +95,9 @@ def _functions(lines: Sequence[str]) -> Iterator[tuple[Key, str]]:
         if found:
             arch, kernel = int(found[1]), ""
             continue
-        found = re.match(r"\s*Function : (.+)$|\s*Function (.+):$", line)
+        found = re.match(r"\s*Function : (.+)$|\s*Function (.+):$", line) if "Function" in line else None
         if found:
-            kernel = short_name(found[1] or found[2])
+            kernel = _name_of(found[1] or found[2])
         elif kernel:
             yield (kernel, arch), line
 

@@ -36,12 +36,40 @@ class Rule(NamedTuple):
     required: bool = True  # some kernel of this name must be there
 
 
+TILE, SMALL = "linear_4bit_tile_kernel", "linear_4bit_small_kernel"
 RULES = (
     Rule(r".*", r"(LDL|STL)(\..*)?", least=0, most=0),
-    # 32 codes come in one load that leaves the cache first and go out in full vectors.
-    Rule(r"dequantize_4bit_kernel<.*, true>", r"LDG\.E\.EF\.128(\.SYS)?", least=1, most=1),
-    Rule(r"dequantize_4bit_kernel<(Bf16|Fp16), true>", r"STG\.E\.128(\.SYS)?", least=4, most=4),
-    Rule(r"dequantize_4bit_kernel<float, true>", r"STG\.E\.128(\.SYS)?", least=8, most=8),
+    # Products on the tensor cores, with the shapes that each architecture has; sm_75 has none in bf16, and its kernel
+    # in that type is a trap that the plan never chooses.
+    Rule(TILE + "<Bf16, .*>", r"HMMA\.16816\.F32\.BF16", least=10, since=80),
+    Rule(TILE + "<Fp16, .*>", r"HMMA\.16816\.F32", least=10, since=80),
+    Rule(TILE + "<Fp16, .*>", r"HMMA\.1688\.F32", least=20, until=75),
+    Rule(SMALL + "<Bf16, .*>", r"HMMA\.16816\.F32\.BF16", least=8, since=80),
+    Rule(SMALL + "<Fp16, .*>", r"HMMA\.16816\.F32", least=8, since=80),
+    Rule(SMALL + "<Fp16, .*>", r"HMMA\.1688\.F32", least=16, until=75),
+    Rule("linear_4bit_(tile|small)_kernel<Bf16, .*>", r"HMMA.*", least=0, most=0, until=75),
+    # Tiles come by asynchronous copies of 16 bytes and go to the tensor cores by ldmatrix, transposed for W backward.
+    Rule(TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.128(\.ZFILL)?", least=8, since=80),
+    Rule(TILE + "<.*>", r"LDGSTS.*", least=0, most=0, until=75),
+    Rule(TILE + "<.*>", r"LDSM\.16\.M88\.4", least=5, since=80),
+    Rule(TILE + "<.*, true>", r"LDSM\.16\.MT88.*", least=0, most=0),
+    Rule(TILE + "<.*, false>", r"LDSM\.16\.MT88\.4", least=5, since=80),
+    # Few tokens: packed weights in loads of 16 bytes that leave the cache first, tokens in loads that stay.
+    Rule(SMALL + "<.*>", r"LDG\.E\.EF\.128", least=4, since=80),
+    Rule(SMALL + "<.*>", r"LDG\.E\.128", least=4, since=80),
+    Rule("linear_4bit_reduce_kernel<.*>", r"LDG\.E\.128.*"),
+    Rule("linear_4bit_reduce_kernel<.*>", r"STG\.E\.128.*"),
+    # Passes over memory: 16 bytes at a time, of 16-bit gradients and parameters 8. The optimisers' pointers come out of a
+    # table, so their loads are generic.
+    Rule(r"dequantize_4bit_kernel<(Bf16|Fp16)>", r"STG\.E\.128.*", least=3),
+    Rule(r"dequantize_4bit_kernel<float>", r"STG\.E\.128.*", least=8),
+    Rule(r"quantize_4bit_kernel<.*>", r"LDG\.E\.EF\.128.*", least=2),
+    Rule(r"(adamw|lion)_step_kernel<.*>", r"LDG\.E\.EF\.128.*", least=3),
+    Rule(r"(adamw|lion)_step_kernel<.*>", r"LDG\.E\.EF\.64.*", least=6),
+    Rule(r"adamw_step_kernel<.*>", r"(LD|ST)G?\.E\.128.*", least=18),
+    Rule(r"lion_step_kernel<.*>", r"(LD|ST)G?\.E\.128.*", least=12),
+    Rule(r"softmax_loss_kernel<.*>", r"LDG\.E\.128.*", least=4),
+    Rule(r"softmax_loss_kernel<.*>", r"STG\.E\.128.*"),
 )
 
 

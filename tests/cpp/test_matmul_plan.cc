@@ -43,12 +43,12 @@ void check_kind(const MatmulQuestion& asked, MatmulKind expected) {
 TEST(plan_by_tokens_and_card) {
   for (const Card card : {kT4, kA100, kRtx4090, kH100, kB200, kRtx5090}) {
     const auto few_parts = card.compute_capability == 75 ? MatmulKind::kTile : MatmulKind::kSplitK;  // 40 SMs
-    for (const int64_t m : {1, 4, 8}) {
+    for (const int64_t m : {1, 4, 8, 16}) {
       check_kind(question(m, card), MatmulKind::kGemv);
       check_kind(question(m, card, false), few_parts);
     }
-    check_kind(question(16, card), few_parts);
-    check_kind(question(16, card, true, 256 * 64 * 64), MatmulKind::kTile);  // every SM is busy without parts
+    check_kind(question(17, card), few_parts);
+    check_kind(question(17, card, true, 256 * 64 * 64), MatmulKind::kTile);  // every SM is busy without parts
     check_kind(question(16384, card), MatmulKind::kTwoStep);
     check_kind(question(16384, card, false), MatmulKind::kTwoStep);
   }
@@ -134,8 +134,8 @@ TEST(plan_is_consistent_for_all_sizes) {
                 fail("too much shared memory");
               }
               if (plan.kind == MatmulKind::kGemv) {
-                if (m > 8 || !forward || plan.rows < m || (plan.columns != 16 && plan.columns != 32) ||
-                    plan.workspace_bytes != 0) {
+                const bool wide = plan.columns == 16 || plan.columns == 32 || plan.columns == 64;
+                if (m > 16 || !forward || plan.rows < m || !wide || plan.workspace_bytes != 0) {
                   fail("gemv");
                 }
                 continue;
@@ -167,13 +167,15 @@ TEST(plan_is_consistent_for_all_sizes) {
 }
 
 TEST(plan_fills_the_card) {
-  for (const int64_t m : {9, 16, 32, 64}) {
+  for (const int64_t m : {17, 32, 64}) {
     const MatmulPlan plan = cuda::plan_matmul(question(m, kRtx4090));
     const int64_t ctas = ceil_div(m, plan.rows) * ceil_div(4096, plan.columns) * plan.splits;
     CHECK(ctas >= 128, "m %ld: %ld CTAs", static_cast<long>(m), static_cast<long>(ctas));
   }
-  // 32 rows a CTA only if every SM still gets one.
+  // More rows of W a CTA only if every SM still gets one.
   CHECK(cuda::plan_matmul(question(1, kH100, true, 14336)).columns == 32, "a large weight");
+  CHECK(cuda::plan_matmul(question(8, kH100, true, 14336)).columns == 64, "a large weight and 8 tokens");
+  CHECK(cuda::plan_matmul(question(16, kRtx4090)).columns == 32, "128 CTAs for 128 SMs");
   CHECK(cuda::plan_matmul(question(1, kH100, true, 1024)).columns == 16, "a small weight");
 }
 

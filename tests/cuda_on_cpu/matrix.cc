@@ -13,7 +13,7 @@ namespace cuemu {
 namespace {
 
 constexpr int kRowBytes = 16;
-constexpr int kBanks = 32;
+constexpr int kBankGroups = 8;  // of four banks of four bytes
 
 struct LoadPayload {
   const std::byte* row;
@@ -22,22 +22,24 @@ struct LoadPayload {
   Trans trans;
 };
 
-// Passes that eight rows of 16 bytes take: a pass reads one word of each bank.
+// Passes that eight rows of 16 bytes take: a pass reads one word of each bank, so one row of each group of four banks.
 uint64_t wavefronts(const std::array<const std::byte*, 8>& rows) {
-  std::array<std::array<size_t, 8>, kBanks> words{};
-  std::array<uint64_t, kBanks> used{};
   uint64_t most = 0;
-  for (const std::byte* row : rows) {
-    for (size_t word = arena_offset(row) / 4; word < arena_offset(row) / 4 + 4; ++word) {
-      const size_t bank = word % kBanks;
-      bool met = false;
-      for (uint64_t i = 0; i < used[bank]; ++i) {
-        met |= words[bank][i] == word;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const size_t place = arena_offset(rows[i]) / kRowBytes;
+    uint64_t before = 0;  // other rows in the same banks
+    bool met = false;
+    for (size_t j = 0; j < i; ++j) {
+      const size_t other = arena_offset(rows[j]) / kRowBytes;
+      met |= other == place;
+      bool counted = other % kBankGroups != place % kBankGroups;
+      for (size_t k = 0; k < j && !counted; ++k) {
+        counted = rows[k] == rows[j];
       }
-      if (!met) {
-        words[bank][used[bank]++] = word;
-      }
-      most = used[bank] > most ? used[bank] : most;
+      before += !counted;
+    }
+    if (!met) {
+      most = before + 1 > most ? before + 1 : most;
     }
   }
   return most;

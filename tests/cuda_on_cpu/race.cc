@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <new>
 
 #include "cuda_on_cpu/async_copy.h"
@@ -36,17 +37,34 @@ struct Cell {
   Reads reads[2];
 };
 
-// A cell a byte, from pages that are only there once they are touched.
-Cell* cells() {
-  static Cell* const all = [] {
-    void* memory = mmap(nullptr, kArenaBytes * sizeof(Cell), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
-      throw std::bad_alloc();
-    }
-    return static_cast<Cell*>(memory);
-  }();
-  return all;
+// Sixteen bytes that have been accessed alike so far share a cell; `split` ones have a cell a byte.
+struct Slot {
+  uint32_t epoch;  // the block's when the slot was last accessed: what is older is ordered
+  bool split;
+  Cell whole;
+};
+
+constexpr size_t kSlotBytes = 16;
+
+// From pages that are only there once they are touched.
+template <typename T>
+T* zeroed(size_t count) {
+  void* memory =
+      mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    throw std::bad_alloc();
+  }
+  return static_cast<T*>(memory);
+}
+
+Slot& slot_of(size_t offset) {
+  static Slot* const all = zeroed<Slot>(kArenaBytes / kSlotBytes);
+  return all[offset / kSlotBytes];
+}
+
+Cell* cells_of(size_t offset) {
+  static Cell* const all = zeroed<Cell>(kArenaBytes);
+  return all + offset;
 }
 
 bool is_ordered(const Write& write) {
@@ -94,6 +112,50 @@ void add_read(Cell& cell, Where where) {
        theirs, words(before).c_str());
 }
 
+void access_cell(Cell& cell, Access access, Where where, const void* address) {
+  const char* const mine = access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic";
+  const bool both_atomic = access == Access::kAtomic && cell.write.atomic;
+  const bool ordered = is_ordered(cell.write);
+  if (!both_atomic && !ordered) {
+    fail_race(mine, cell.write.atomic ? "atomic" : "write", where, cell.write.where, address);
+  }
+  if (access == Access::kRead) {
+    add_read(cell, where);
+    return;
+  }
+  for (const Reads& reads : cell.reads) {
+    if (!is_ordered(reads)) {
+      fail_race(mine, "read", where, reads.where, address);
+    }
+  }
+  const uint16_t thread = both_atomic && !ordered ? kSeveral : static_cast<uint16_t>(self->linear);
+  cell.write = Write{block.epoch, warp_of(*self).epoch, thread, access == Access::kAtomic, where};
+}
+
+// Bytes [begin, end) of the arena, all of one slot.
+void access_slot(size_t begin, size_t end, Access access, Where where) {
+  Slot& slot = slot_of(begin);
+  if (slot.epoch != block.epoch) {
+    slot = Slot{block.epoch, false, {}};
+  }
+  const bool all = end - begin == kSlotBytes;
+  if (all && !slot.split) {
+    access_cell(slot.whole, access, where, shared_arena + begin);
+    return;
+  }
+  if (!slot.split) {
+    std::fill_n(cells_of(begin / kSlotBytes * kSlotBytes), kSlotBytes, slot.whole);
+    slot.split = true;
+  }
+  for (size_t i = begin; i < end; ++i) {
+    access_cell(*cells_of(i), access, where, shared_arena + i);
+  }
+  if (all && access == Access::kWrite) {  // ordered after all that came before: what is ordered after it is, too
+    slot.split = false;
+    slot.whole = Cell{cells_of(begin)->write, {}};
+  }
+}
+
 }  // namespace
 
 void note_shared(const void* address, size_t num_bytes, Access access, Where where) {
@@ -102,26 +164,11 @@ void note_shared(const void* address, size_t num_bytes, Access access, Where whe
   }
   check_within_shared(address, num_bytes, where);
   check_not_in_flight(address, num_bytes, where);
-  const char* const mine = access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic";
-  Cell* cell = cells() + arena_offset(address);
-  for (size_t i = 0; i < num_bytes; ++i, ++cell) {
-    const bool both_atomic = access == Access::kAtomic && cell->write.atomic;
-    if (!both_atomic && !is_ordered(cell->write)) {
-      fail_race(mine, cell->write.atomic ? "atomic" : "write", where, cell->write.where,
-                static_cast<const std::byte*>(address) + i);
-    }
-    if (access == Access::kRead) {
-      add_read(*cell, where);
-      continue;
-    }
-    for (const Reads& reads : cell->reads) {
-      if (!is_ordered(reads)) {
-        fail_race(mine, "read", where, reads.where, static_cast<const std::byte*>(address) + i);
-      }
-    }
-    const bool joins = both_atomic && !is_ordered(cell->write);
-    cell->write = Write{block.epoch, warp_of(*self).epoch, joins ? kSeveral : static_cast<uint16_t>(self->linear),
-                        access == Access::kAtomic, where};
+  const size_t end = arena_offset(address) + num_bytes;
+  for (size_t begin = arena_offset(address); begin < end;) {
+    const size_t next = std::min(end, (begin / kSlotBytes + 1) * kSlotBytes);
+    access_slot(begin, next, access, where);
+    begin = next;
   }
 }
 

@@ -21,6 +21,26 @@ void wait_in(Thread::State state, const char* verb, Site site, uint32_t mask, vo
   self->payload = payload;
 }
 
+// The lanes that wait for this one in the same verb at the same site with the same mask. Who waits for it elsewhere is
+// an error; who waits for others first is not.
+uint32_t lanes_met(const Warp& warp, const char* verb, Site site, uint32_t mask) {
+  uint32_t met = 0;
+  for (uint32_t rest = mask & warp.waiting; rest != 0; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
+    const Thread& other = lane_of(warp, lane);
+    if ((other.mask >> self->lane & 1) == 0) {
+      continue;
+    }
+    if (!same(verb, other.verb) || other.mask != mask || !same(site, other.site)) {
+      fail(site,
+           "divergent warp: lane %d is in %s with the mask %08x, but lane %d waits in %s with the mask %08x at %s",
+           self->lane, verb, mask, lane, other.verb, other.mask, words(other.site).c_str());
+    }
+    met |= 1u << lane;
+  }
+  return met;
+}
+
 void open_barrier() {
   BarrierState& barrier = block.barrier;
   barrier.result_count = barrier.count;
@@ -94,27 +114,19 @@ void meet_warp(const char* verb, Site site, uint32_t mask, bool whole, void* pay
     fail(site, "%s needs 32 lanes, but the block ends within this warp", verb);
   }
   const uint32_t named = mask & warp.existing;
-  uint32_t arrived = mine;
-  for (uint32_t rest = named & warp.waiting; rest != 0; rest &= rest - 1) {
-    const int lane = __builtin_ctz(rest);
-    const Thread& other = lane_of(warp, lane);
-    if ((other.mask & mine) == 0) {
-      continue;  // it meets others first
-    }
-    if (!same(verb, other.verb) || other.mask != mask || !same(site, other.site)) {
-      fail(site,
-           "divergent warp: lane %d is in %s with the mask %08x, but lane %d waits in %s with the mask %08x at %s",
-           self->lane, verb, mask, other.lane, other.verb, other.mask, words(other.site).c_str());
-    }
-    arrived |= 1u << lane;
+  Meeting& last = warp.last;
+  if (last.arrived == 0 || last.mask != mask || !same(last.verb, verb) || !same(last.site, site)) {
+    last = Meeting{verb, site, mask, lanes_met(warp, verb, site, mask)};
   }
+  last.arrived |= mine;
   wait_in(Thread::State::kInWarp, verb, site, mask, payload);
   warp.waiting |= mine;
-  if (arrived != named) {
+  if (last.arrived != named) {
     warp.ready &= ~mine;
     Fiber::yield();
     return;
   }
+  last.arrived = 0;
   perform(warp, named);
   warp.waiting &= ~named;
   warp.ready |= named;

@@ -77,6 +77,7 @@ void start_threads(dim3 shape) {
     warp.ready = warp.existing;
     warp.ended = 0;
     warp.waiting = 0;
+    warp.last = {};
     ++warp.epoch;
   }
 }

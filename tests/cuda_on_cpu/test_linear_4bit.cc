@@ -168,7 +168,7 @@ cuda::MatmulPlan tile_plan(const Case& c, int tile, int splits) {
 }
 
 cuda::MatmulPlan gemv_plan(const Case& c, int columns) {
-  return {cuda::MatmulKind::kGemv, c.m <= 4 ? 4 : 8, columns, 1, 0, 0, 0, 0};
+  return {cuda::MatmulKind::kGemv, c.m <= 4 ? 4 : c.m <= 8 ? 8 : 16, columns, 1, 0, 0, 0, 0};
 }
 
 // Full tiles, then edges in M and N and a K that leaves the pipeline of copies unfilled or wraps it around.
@@ -250,22 +250,24 @@ TEST(many_row_tiles) {
 
 template <typename T>
 void check_gemv() {
-  for (int64_t m = 1; m <= 8; ++m) {
+  for (int64_t m = 1; m <= 16; ++m) {
     const Case c{m, 40, 192, true, m % 3 == 0 ? 16 : 0, m % 2 == 0};
     Product<T> product(c);
-    product.check(gemv_plan(c, 16));
-    product.check(gemv_plan(c, 32));
+    product.check(gemv_plan(c, m % 4 < 2 ? 16 : 64));
   }
   const std::vector<Case> cases = {
       {1, 64, 64, true},                                          // most warps have nothing to do
       {3, 33, 1024, true, 5, true},                               // every warp one step
-      {8, 50, 2368, true, 8, true, 64, false},                    // three steps and half a step
+      {8, 50, 2368, true, 8, true, 64, false},                    // some more turns, and half a step
       {4, 16, 1280, true, 0, false, 256, true, QuantType::kFp4},  // a scale for several steps of lanes
+      {16, 130, 576, true, 16, true},
+      {10, 67, 640, true, 0, false, 128, false},
   };
   for (const Case& c : cases) {
     Product<T> product(c);
-    product.check(gemv_plan(c, 16));
-    product.check(gemv_plan(c, 32));
+    for (const int rows : {16, 32, 64}) {
+      product.check(gemv_plan(c, rows));
+    }
   }
 }
 
@@ -304,7 +306,7 @@ TEST(same_plan_same_bits) {
 TEST(planned_products_run_on_their_stream) {
   cudaStream_t stream = nullptr;
   CHECK(cudaStreamCreate(&stream) == cudaSuccess, "a stream");
-  for (const int64_t m : {1, 7, 12, 40, 70}) {
+  for (const int64_t m : {1, 7, 12, 20, 40, 70}) {
     for (const bool forward : {true, false}) {
       const Case c{m, 136, 256, forward, 16};
       const cuda::MatmulPlan plan =
@@ -399,14 +401,14 @@ TEST(indices_beyond_32_bits) {
 }
 
 TEST(refused) {
-  const Case c{9, 64, 64};
+  const Case c{17, 64, 64};
   Product<Bf16> product(c);
-  const cuemu::DeviceBuffer<Bf16> y(static_cast<size_t>(9 * 64));
+  const cuemu::DeviceBuffer<Bf16> y(static_cast<size_t>(17 * 64));
   cuda::MatmulPlan plan = tile_plan(c, 0, 1);
   cuemu::take_launches();
   plan.kind = cuda::MatmulKind::kTwoStep;
   CHECK(product.launch(plan, y) == cudaErrorInvalidValue, "two steps are not one launch");
-  CHECK(product.launch(gemv_plan(c, 16), y) == cudaErrorInvalidValue, "nine tokens");
+  CHECK(product.launch(gemv_plan(c, 16), y) == cudaErrorInvalidValue, "17 tokens");
   CHECK(product.launch(tile_plan(c, 0, 2), y) == cudaErrorInvalidValue, "more parts than steps");
   plan = tile_plan(c, 0, 1);
   plan.rows = 48;

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/python/bind_all.h"
+#include "cuda/python/all_bindings.h"
 #include "cuda_on_cpu/device.h"
 #include "cuda_on_cpu/launch.h"
 #include "cuda_on_cpu/report.h"

@@ -1,4 +1,4 @@
-#include "cuda/python/bind_all.h"
+#include "cuda/python/all_bindings.h"
 
 #include <cuda_runtime_api.h>
 
