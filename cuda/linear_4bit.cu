@@ -6,6 +6,9 @@ cudaError_t launch_linear_4bit(const LinearCall& call, const MatmulPlan& plan, v
   if (call.m == 0 || (call.forward ? call.n : call.k) == 0) {
     return cudaSuccess;
   }
+  if (!rows_are_regular(call.n, call.k, call.weight.block_size, call.forward)) {
+    return cudaErrorInvalidValue;
+  }
   switch (call.dtype) {
     case Dtype::kBfloat16:
       return launch_linear<Bf16>(call, plan, workspace, stream);

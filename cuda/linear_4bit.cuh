@@ -66,11 +66,14 @@ cudaError_t launch_reduce(const TileJob<T>& job, int tile_columns, cudaStream_t 
                     static_cast<int64_t>(job.column_tiles) * tile_columns, job.splits);
 }
 
+// workspace_bytes: what the plan asked for.
 template <typename T, typename Shape>
-cudaError_t launch_tile(TileJob<T> job, bool forward, cudaStream_t stream) {
+cudaError_t launch_tile(TileJob<T> job, bool forward, int64_t workspace_bytes, cudaStream_t stream) {
   const int64_t row_tiles = ceil_div(job.m, Shape::kRows);
   const int64_t column_tiles = ceil_div(job.columns, Shape::kColumns);
-  if (row_tiles > kMostCtas / column_tiles) {
+  const bool holds_sums =
+      job.splits == 1 || split_k_workspace_bytes(job.m, job.columns, Shape::kSize, job.splits) <= workspace_bytes;
+  if (row_tiles > kMostCtas / column_tiles || !holds_sums) {
     return cudaErrorInvalidValue;
   }
   job.row_tiles = static_cast<int>(row_tiles);
@@ -107,13 +110,13 @@ cudaError_t launch_tiles(const LinearCall& call, const MatmulPlan& plan, void* w
                        0};
   switch (plan.rows) {
     case Tile16::kRows:
-      return launch_tile<T, Tile16>(job, call.forward, stream);
+      return launch_tile<T, Tile16>(job, call.forward, plan.workspace_bytes, stream);
     case Tile32::kRows:
-      return launch_tile<T, Tile32>(job, call.forward, stream);
+      return launch_tile<T, Tile32>(job, call.forward, plan.workspace_bytes, stream);
     case Tile64::kRows:
-      return launch_tile<T, Tile64>(job, call.forward, stream);
+      return launch_tile<T, Tile64>(job, call.forward, plan.workspace_bytes, stream);
     case Tile128::kRows:
-      return launch_tile<T, Tile128>(job, call.forward, stream);
+      return launch_tile<T, Tile128>(job, call.forward, plan.workspace_bytes, stream);
     default:
       return cudaErrorInvalidValue;
   }

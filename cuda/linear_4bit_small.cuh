@@ -1,13 +1,13 @@
 // y = x W^T for at most 16 tokens, bound by reading W once: y^T = W x^T, so that rows of W fill the 16 rows of the MMA
 // and tokens its 8 columns.
 //
-// A CTA's warps are some beside each other along the rows of W, which then find x in the L1 cache, times some that take
-// turns along K, 128 at a time. Lane 4g + t loads 16 bytes of row g, the
-// 32 weights from 32t on, and as many of row g + 8: the order of the reduction is free as long as x follows it. Levels
-// go into the MMA unscaled. The 128 weights of a row span two blocks of 64, and those of lanes t < 2 lie in the first:
-// columns 0 to 3 of x hold four tokens with zeros in place of the second block, columns 4 to 7 the same four tokens
-// with zeros in place of the first. So each lane's sums belong to the one block it loaded from, whose scale it applies
-// to them in fp32, and four more tokens are one more MMA with the same weights.
+// Some warps of a CTA stand beside each other along the rows of W and find x in the L1 cache; the others take turns
+// with them along K, 128 at a time. Lane 4g + t loads 16 bytes of row g, the 32 weights from 32t on, and as many of row
+// g + 8: the order of the reduction is free as long as x follows it. Levels go into the MMA unscaled. The 128 weights
+// of a row span two blocks of 64, and those of lanes t < 2 lie in the first: columns 0 to 3 of x hold four tokens with
+// zeros in place of the second block, columns 4 to 7 the same four tokens with zeros in place of the first. So each
+// lane's sums belong to the one block it loaded from, whose scale it applies to them in fp32, and four more tokens are
+// one more MMA with the same weights.
 #pragma once
 
 #include <cstdint>

@@ -102,13 +102,15 @@ MatmulPlan two_step(const MatmulQuestion& question) {
 
 }  // namespace
 
+bool rows_are_regular(int64_t n, int64_t k, int64_t block_size, bool forward) {
+  return k % kReductionStep == 0 && k % block_size == 0 && (forward || n % 8 == 0);
+}
+
 bool fused_is_possible(const MatmulQuestion& question) {
   const bool has_mma = question.dtype == Dtype::kFloat16
                            ? question.compute_capability >= 75
                            : question.dtype == Dtype::kBfloat16 && question.compute_capability >= 80;
-  const bool rows_hold_blocks = question.k % kReductionStep == 0 && question.k % question.block_size == 0;
-  const bool loads_vectors = question.forward || question.n % 8 == 0;  // rows of dy are read 16 bytes at a time
-  return has_mma && rows_hold_blocks && loads_vectors;
+  return has_mma && rows_are_regular(question.n, question.k, question.block_size, question.forward);
 }
 
 int64_t split_k_workspace_bytes(int64_t m, int64_t columns, const TileSize& tile, int splits) {

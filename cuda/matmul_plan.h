@@ -62,6 +62,9 @@ inline constexpr int64_t kPanelBytes = 24 << 20;  // the most of a workspace: fi
 // Sizes are positive, block_size is one of layout.h. Never fails: what no fused kernel can do is kTwoStep.
 MatmulPlan plan_matmul(const MatmulQuestion& question);
 
+// Whether rows of W hold whole blocks and whole steps, and rows of what is multiplied whole vectors.
+bool rows_are_regular(int64_t n, int64_t k, int64_t block_size, bool forward);
+
 // Whether a fused kernel takes these sizes at all. The pointers must be at multiples of 16 bytes besides.
 bool fused_is_possible(const MatmulQuestion& question);
 

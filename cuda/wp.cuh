@@ -72,12 +72,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* address) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(address));
 }
 
-// 16 bytes from global to shared memory, past the L1 cache and past the registers: the first src_bytes (0 to 16) are
-// read, the rest are zeros. They are there once the thread has waited for the group; other threads need a barrier
-// after that (section 9.7.9.25). On sm_75, which has no such copy, the thread carries it out at once.
+// 16 bytes from global to shared memory, past the L1 cache and past the registers, the rest of their 128 into the L2
+// cache, for neighbours and later steps: the first src_bytes (0 to 16) are read, the rest are zeros. They are there
+// once the thread has waited for the group; other threads need a barrier after that (section 9.7.9.25). On sm_75, which
+// has no such copy, the thread carries it out at once.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int src_bytes = 16) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(src_bytes)
                : "memory");
 #else

@@ -25,12 +25,13 @@ constexpr size_t kGuard = 64 * 1024;  // bytes on either side that fault: for wh
 // memory: guard, red zone, the bytes, red zone of at least kRedZone up to the end of a page, guard.
 struct Allocation {
   size_t num_bytes;
+  size_t head_bytes;  // of the red zone before them
   std::byte* memory;
   size_t total_bytes;
 
-  std::byte* begin() const { return memory + kGuard + kRedZone; }
+  std::byte* begin() const { return memory + kGuard + head_bytes; }
   std::byte* end() const { return begin() + num_bytes; }
-  size_t tail_bytes() const { return total_bytes - 2 * kGuard - kRedZone - num_bytes; }
+  size_t tail_bytes() const { return total_bytes - 2 * kGuard - head_bytes - num_bytes; }
 };
 
 std::map<uintptr_t, Allocation>& allocations() {
@@ -47,17 +48,17 @@ size_t total = 0;
 void set_red_zones([[maybe_unused]] const Allocation& allocation, [[maybe_unused]] bool poisoned) {
 #if defined(CUEMU_ASAN)
   if (poisoned) {
-    ASAN_POISON_MEMORY_REGION(allocation.begin() - kRedZone, kRedZone);
+    ASAN_POISON_MEMORY_REGION(allocation.begin() - allocation.head_bytes, allocation.head_bytes);
     ASAN_POISON_MEMORY_REGION(allocation.end(), allocation.tail_bytes());
   } else {
-    ASAN_UNPOISON_MEMORY_REGION(allocation.begin() - kRedZone,
-                                kRedZone + allocation.num_bytes + allocation.tail_bytes());
+    ASAN_UNPOISON_MEMORY_REGION(allocation.begin() - allocation.head_bytes,
+                                allocation.head_bytes + allocation.num_bytes + allocation.tail_bytes());
   }
 #endif
 }
 
 void fill_red_zones(const Allocation& allocation) {
-  std::memset(allocation.begin() - kRedZone, kRedZoneByte, kRedZone);
+  std::memset(allocation.begin() - allocation.head_bytes, kRedZoneByte, allocation.head_bytes);
   std::memset(allocation.end(), kRedZoneByte, allocation.tail_bytes());
 }
 
@@ -93,12 +94,12 @@ void catch_faults() {
 
 }  // namespace
 
-void* allocate_global(size_t num_bytes) {
+void* allocate_global(size_t num_bytes, size_t offset_bytes) {
 #if !defined(CUEMU_ASAN)
   catch_faults();
 #endif
-  const size_t inner = (2 * kRedZone + num_bytes + kPage - 1) / kPage * kPage;
-  Allocation added{num_bytes, nullptr, inner + 2 * kGuard};
+  const size_t inner = (2 * kRedZone + offset_bytes + num_bytes + kPage - 1) / kPage * kPage;
+  Allocation added{num_bytes, kRedZone + offset_bytes, nullptr, inner + 2 * kGuard};
   void* memory = mmap(nullptr, added.total_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     throw std::bad_alloc();
@@ -154,7 +155,7 @@ void check_global(const void* address, size_t num_bytes, const char* verb, Site 
 std::string overwritten_red_zone() {
 #if !defined(CUEMU_ASAN)  // which reports the write itself
   for (const auto& [begin, allocation] : allocations()) {
-    const bool begin_intact = is_intact(allocation.begin() - kRedZone, kRedZone);
+    const bool begin_intact = is_intact(allocation.begin() - allocation.head_bytes, allocation.head_bytes);
     if (!begin_intact || !is_intact(allocation.end(), allocation.tail_bytes())) {
       fill_red_zones(allocation);  // told once
       return "a kernel wrote " + std::string(begin_intact ? "past the end" : "before the begin") +

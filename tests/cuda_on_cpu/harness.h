@@ -5,12 +5,12 @@
 
 #include <cstddef>
 #include <cstring>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "cpp/check.h"
 #include "cuda_on_cpu/device.h"
+#include "cuda_on_cpu/global_memory.h"
 #include "cuda_on_cpu/report.h"
 #include "cuda_on_cpu/schedule.h"
 
@@ -22,11 +22,8 @@ template <typename T>
 class DeviceBuffer {
  public:
   // Unwritten: every byte is 0xff, which reads as NaN.
-  explicit DeviceBuffer(size_t size, size_t offset_bytes = 0) : size_(size), offset_(offset_bytes) {
-    if (size_ > 0 && cudaMalloc(&memory_, offset_ + size_ * sizeof(T)) != cudaSuccess) {
-      throw std::bad_alloc();
-    }
-  }
+  explicit DeviceBuffer(size_t size, size_t offset_bytes = 0)
+      : size_(size), memory_(size == 0 ? nullptr : allocate_global(size * sizeof(T), offset_bytes)) {}
 
   explicit DeviceBuffer(const std::vector<T>& values, size_t offset_bytes = 0)
       : DeviceBuffer(values.size(), offset_bytes) {
@@ -37,12 +34,12 @@ class DeviceBuffer {
 
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-  ~DeviceBuffer() { cudaFree(memory_); }
+  ~DeviceBuffer() { free_global(memory_); }
 
   size_t size() const { return size_; }
 
   // Null if size() is 0.
-  T* data() const { return size_ == 0 ? nullptr : reinterpret_cast<T*>(static_cast<std::byte*>(memory_) + offset_); }
+  T* data() const { return static_cast<T*>(memory_); }
 
   std::vector<T> host() const {
     std::vector<T> values(size_);
@@ -60,8 +57,7 @@ class DeviceBuffer {
 
  private:
   size_t size_;
-  size_t offset_;
-  void* memory_ = nullptr;
+  void* memory_;
 };
 
 // Calls test(name of the schedule) under each schedule, and fails if the emulator reported anything.

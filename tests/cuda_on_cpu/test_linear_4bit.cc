@@ -74,8 +74,8 @@ class Product {
     find_truth();
   }
 
-  cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, cudaStream_t stream = nullptr) {
-    const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+  cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, unsigned char* workspace,
+                     cudaStream_t stream) {
     const cuda::LinearCall call{on_device_.view(),
                                 oracle::Storage<T>::kDtype,
                                 c.forward,
@@ -88,7 +88,12 @@ class Product {
                                 c.m,
                                 c.n,
                                 c.k};
-    return cuda::launch_linear_4bit(call, plan, workspace.data(), stream);
+    return cuda::launch_linear_4bit(call, plan, workspace, stream);
+  }
+
+  cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, cudaStream_t stream = nullptr) {
+    const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+    return launch(plan, y, workspace.data(), stream);
   }
 
   // Under every schedule; the sums of unscaled levels may be off by the rounding of a level besides that of y.
@@ -328,6 +333,33 @@ TEST(planned_products_run_on_their_stream) {
   CHECK(cudaStreamDestroy(stream) == cudaSuccess, "the stream");
 }
 
+TEST(replayed_from_a_graph) {
+  const Case c{20, 72, 512, true, 8, true};
+  Product<Bf16> product(c);
+  const cuda::MatmulPlan plan = tile_plan(c, 1, 3);
+  const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+  cuemu::DeviceBuffer<Bf16> y(static_cast<size_t>(c.m * c.n));
+  CHECK_LAUNCH(product.launch(plan, y, workspace.data(), nullptr));
+  const std::vector<Bf16> expected = y.host();
+  y.clear();
+
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t replay = nullptr;
+  CHECK(cudaStreamCreate(&stream) == cudaSuccess, "a stream");
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess, "a capture");
+  CHECK_LAUNCH(product.launch(plan, y, workspace.data(), stream));
+  CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "a graph");
+  CHECK(cudaGraphInstantiate(&replay, graph, 0) == cudaSuccess, "an executable graph");
+  CHECK(cudaGraphLaunch(replay, stream) == cudaSuccess, "a replay");
+  const std::vector<Bf16> got = y.host();
+  for (size_t i = 0; i < got.size(); ++i) {
+    CHECK(got[i].bits == expected[i].bits, "element %zu differs", i);
+  }
+  CHECK(cudaGraphExecDestroy(replay) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess, "the graph");
+  CHECK(cudaStreamDestroy(stream) == cudaSuccess, "the stream");
+}
+
 // What the layout in shared memory is for: ldmatrix meets each bank once.
 TEST(no_bank_conflicts) {
   for (const bool forward : {true, false}) {
@@ -413,6 +445,16 @@ TEST(refused) {
   plan = tile_plan(c, 0, 1);
   plan.rows = 48;
   CHECK(product.launch(plan, y) == cudaErrorInvalidValue, "no such tile");
+  const Case long_rows{17, 64, 128};
+  Product<Bf16> in_parts(long_rows);
+  plan = tile_plan(long_rows, 0, 2);
+  --plan.workspace_bytes;
+  CHECK(in_parts.launch(plan, y) == cudaErrorInvalidValue, "a workspace that is too small");
+  for (const Case& irregular : {Case{17, 64, 96}, Case{17, 64, 64, true, 0, false, 128}, Case{17, 60, 64, false}}) {
+    Product<Bf16> other(irregular);
+    CHECK(other.launch(tile_plan(irregular, 0, 1), y) == cudaErrorInvalidValue, "rows of %ld in blocks of %ld",
+          static_cast<long>(irregular.k), static_cast<long>(irregular.block_size));
+  }
   CHECK(cuemu::take_launches().empty(), "a launch");
 }
 
