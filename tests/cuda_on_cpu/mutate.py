@@ -1,6 +1,6 @@
 """Deletes one barrier or wait of the CUDA kernels at a time and asks the emulator's tests to notice.
 
-    python tests/cuda_on_cpu/mutate.py [--only linear_4bit_tile.cuh] [--first N] [--scratch DIR] [--list] [-D<cmake option>...]
+    python tests/cuda_on_cpu/mutate.py [--only linear_4bit_tile.cuh] [--first N] [--scratch DIR] [--list] [-D<option>]
 
 Works on a copy of the tree and leaves this one alone. A mutant is tried in the builds race, plain and asan, in that
 order, with the tests of the ops whose sources include its file, until one fails. Prints a line for each and the score;
