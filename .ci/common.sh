@@ -48,6 +48,27 @@ find_compiler() {
     command -v "${CXX:-c++}" || command -v g++ || command -v clang++
 }
 
+# nvcc from this machine's toolkit or else from NVIDIA's wheels, and what reads compiled GPU code: on PATH afterwards.
+cuda_tools() {
+    local wanted=() wheels
+    command -v nvcc >/dev/null || wanted+=(-r .ci/requirements-nvcc.txt)
+    { command -v cuobjdump && command -v nvdisasm; } >/dev/null || wanted+=(-r .ci/requirements-cubin.txt)
+    if [ "${#wanted[@]}" -gt 0 ]; then
+        if ! "$(find_python)" -m venv "$scratch/cuda-tools" ||
+            ! "$scratch/cuda-tools/bin/python" -m pip install -q "${wanted[@]}"; then
+            command -v nvcc || echo 'There is no nvcc here, and its wheels cannot be installed: no CUDA build.'
+            echo "Missing: ${wanted[*]}. The GPU code is not looked at."
+            return 77
+        fi
+        wheels=$(echo "$scratch"/cuda-tools/lib/python3*/site-packages/nvidia/cu13)
+        # The names under which CMake and nvcc look for the runtime, which wheels leave out.
+        ln -sfn lib "$wheels/lib64"
+        [ ! -e "$wheels/lib/libcudart.so.13" ] || ln -sfn libcudart.so.13 "$wheels/lib/libcudart.so"
+        export PATH=$PATH:$wheels/bin
+    fi
+    nvcc --version | tail -n 2 && cuobjdump --version | tail -n 2
+}
+
 arm64_tools() {
     command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null && return 0
     if [ "$(id -u)" -eq 0 ] && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q \
@@ -98,13 +119,17 @@ system_packages() {  # the two things that pip cannot bring: a Python with its h
 cuda_headers_option() {
     nvcc --version 2>/dev/null | grep -q 'release 13' && return 0
     python -m pip install -q 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' >&2 &&
-        python -c 'import sysconfig; print("-DQLORA_NATIVE_CUDA_HEADERS=" + sysconfig.get_path("purelib") + "/nvidia/cu13/include")'
+        python -c 'import sysconfig
+print("-DQLORA_NATIVE_CUDA_HEADERS=" + sysconfig.get_path("purelib") + "/nvidia/cu13/include")'
 }
 
-# The CUDA kernels on the CPU, under every schedule: plain, with the race check, with the sanitizers. Needs cmake, ninja.
+# The CUDA kernels on the CPU, under every schedule: plain, with the race check, with the sanitizers; and the module that
+# runs the op tests over them, in build/emulated. Needs an environment with cmake, ninja and pybind11.
 emulated_cuda() {
-    local build=$scratch/emulated headers
+    local headers
     headers=$(cuda_headers_option) || return 1
-    cmake -S . -B "$build" -G Ninja -DQLORA_NATIVE_CUDA_ON_CPU=ON -DQLORA_NATIVE_PYTHON=OFF -DQLORA_NATIVE_CUDA=OFF \
-        $headers && cmake --build "$build" && ctest --test-dir "$build" -j "$(nproc)" --output-on-failure --no-tests=error
+    cmake -S . -B build/emulated -G Ninja -DQLORA_NATIVE_CUDA_ON_CPU=ON -DQLORA_NATIVE_CUDA=OFF $headers \
+        -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$(command -v python)" &&
+        cmake --build build/emulated &&
+        ctest --test-dir build/emulated -j "$(nproc)" --output-on-failure --no-tests=error
 }

@@ -65,7 +65,7 @@ __device__ __forceinline__ RunningSum joined_by_block(RunningSum running,
 
 // vectors: every row lies at a multiple of 16 bytes.
 template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     softmax_loss_kernel(T* logits,                            // [rows, vocabulary]
                         const int64_t* __restrict__ targets,  // [rows]
                         int64_t rows, int64_t vocabulary, bool vectors, bool need_gradient,

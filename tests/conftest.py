@@ -1,15 +1,50 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from safetensors.torch import load_file
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cuda-binary", help="compiled GPU code to look at in place of the installed module's")
+    parser.addoption("--emulated", help="folder of the CUDA module that is built over the emulator (build/emulated)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that uses the fixture ``device`` runs on each device that its marker ``devices`` names."""
+    if "device" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("devices")
+    names = list(marker.args) if marker else ["cpu", "cuda"]
+    if os.environ.get("QLORA_NATIVE_ISA"):  # repeated for the CPU's kernels alone
+        names = [name for name in names if name == "cpu"]
+    metafunc.parametrize("device", names, indirect=True)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The device that new tensors stand on: "cpu", "cuda", or "cpu" with the CUDA kernels run by the emulator."""
+    name = request.param
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no CUDA device")
+        with torch.device("cuda"):
+            yield name
+    elif name == "emulated":
+        with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch):
+            yield "cpu"
+    else:
+        yield name
 
 
 @pytest.fixture(scope="session")

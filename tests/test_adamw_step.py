@@ -16,7 +16,7 @@ import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cases import FLOAT_DTYPES
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 
 OP = torch.ops.qlora_native.adamw_step
 SIZES = (0, 1, 7, 15, 16, 17, 255, 256, 257, 1000, 4096, 5001, 40_000)
@@ -100,6 +100,7 @@ def test_bytes_are_those_of_the_rule(dtype: torch.dtype, coded: bool, decoupled:
         assert lists.same(expected)
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("coded", [False, True], ids=["32-bit", "8-bit"])
 def test_subnormals_and_flush_flags(coded: bool) -> None:
     lists = Lists((600,), torch.float32, coded)
@@ -116,6 +117,7 @@ def test_subnormals_and_flush_flags(coded: bool) -> None:
     assert lists.same(expected)
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("coded", [False, True], ids=["32-bit", "8-bit"])
 def test_thread_count_does_not_change_bytes(coded: bool) -> None:
     start = Lists((100, 70_000, 3, 40_001, 256), torch.float32, coded)
@@ -210,7 +212,9 @@ def test_the_path_of_other_devices() -> None:
 def test_refuses_in_words() -> None:
     lists = Lists((300, 5), torch.float32, True)
     lists.absmaxes[0][1] = torch.zeros(2)
-    with pytest.raises(ValueError, match=r"exp_avg 1 is torch.int8 \[5\] on cpu with an absmax of torch.float32 \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"exp_avg 1 is torch.int8 \[5\] on \w+(:0)? with an absmax of torch.float32 \[2\]"
+    ):
         lists.call()
     lists = Lists((300,), torch.float64, False)
     with pytest.raises(ValueError, match=r"parameter 0 is torch.float64: expected float32, bfloat16 or float16"):
@@ -220,7 +224,7 @@ def test_refuses_in_words() -> None:
     with pytest.raises(ValueError, match="expected 1 step counters"):
         lists.call()
     lists.grads = [torch.zeros(299)]
-    with pytest.raises(ValueError, match=r"parameter 0 is \[300\] on cpu, its gradient \[299\]"):
+    with pytest.raises(ValueError, match=r"parameter 0 is \[300\] on \w+(:0)?, its gradient \[299\]"):
         lists.call()
     with pytest.raises(ValueError, match="grad is a null pointer, but 4 elements are expected"):
         qn._C.adamw_step(qn.ops._tensor_rows.address_of(rows := null_row()), 1, [(0.1,) * 5 + (True,)], 1.0)
@@ -253,6 +257,7 @@ print(qn.build_info()["cpu_isa"], h.hexdigest())
 """
 
 
+@pytest.mark.devices("cpu")
 def test_same_bytes_on_every_isa() -> None:
     """All optimisers, the clipping included."""
     digests = {}

@@ -10,7 +10,7 @@ from helpers import SavedTensors, relative_error, same_values
 
 from qlora_native import reference
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
 attention = torch.ops.qlora_native.causal_attention
 # batch, heads, key heads, length, head dimensions
 SHAPES = (

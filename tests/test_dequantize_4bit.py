@@ -14,7 +14,7 @@ from qlora_native.cases import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, WEIGHT_SH
 from qlora_native.ops import _library
 from qlora_native.ops.dequantize_4bit import decode_panel
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 
 
 def truth(w: qn.QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -55,6 +55,7 @@ def test_negative_scales_decode() -> None:
     assert same_bytes(w.dequantize(torch.bfloat16), truth(w, torch.bfloat16))
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(7, 65), (5, 96), (9, 128), (3, 31)])
 def test_panels(n: int, k: int, dtype: torch.dtype) -> None:
@@ -73,7 +74,7 @@ def test_out() -> None:
     for out in (torch.empty(6, 96), torch.empty(6, 96).half(), torch.empty(96, 6).t(), torch.empty(7, 97)[1:, 1:]):
         assert w.dequantize(out=out) is out
         assert same_bytes(out.contiguous(), truth(w, out.dtype))
-    with pytest.raises(ValueError, match=r"out is \[5, 96\] on cpu: expected \[6, 96\]"):
+    with pytest.raises(ValueError, match=r"out is \[5, 96\] on \w+(:0)?: expected \[6, 96\]"):
         w.dequantize(out=torch.empty(5, 96))
     with pytest.raises(ValueError, match="give one of them or make them agree"):
         w.dequantize(torch.float16, out=torch.empty(6, 96))
@@ -88,6 +89,7 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
         w.dequantize()
 
 
+@pytest.mark.devices("cpu")
 def test_native_boundary_checks_again() -> None:
     """The extension refuses what ops.py would never pass: it takes raw addresses."""
     native: Any = qn._native._C
@@ -104,6 +106,7 @@ def test_native_boundary_checks_again() -> None:
         native.dequantize_4bit(9, out.data_ptr(), 64, 0, 2, 0, 64, *pointers)
 
 
+@pytest.mark.devices("cpu")
 def test_indices_beyond_32_bits() -> None:
     """A weight of 2^31 + 64 elements whose packed bytes are one mapped, mostly untouched gigabyte."""
     n = 2**31 + 64

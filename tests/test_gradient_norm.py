@@ -10,7 +10,7 @@ import torch
 from qlora_native import reference
 from qlora_native.cases import FLOAT_DTYPES
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 
 OP = torch.ops.qlora_native.gradient_norm
 SIZES = (0, 1, 31, 32, 33, 8191, 8192, 8193, 50_000)

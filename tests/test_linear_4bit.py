@@ -13,7 +13,7 @@ from qlora_native import reference
 from qlora_native.cases import PRODUCTS, QUANT_TYPES, TOLERANCE, Product
 from qlora_native.ops import _products
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 DTYPES = tuple(TOLERANCE)
 
 
@@ -88,6 +88,7 @@ def test_non_contiguous_and_expanded_operands() -> None:
     assert relative_error(leaf.grad, grad.double() @ dense.double()) < TOLERANCE[torch.float32]  # type: ignore[arg-type]
 
 
+@pytest.mark.devices("cpu")
 def test_float64_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small panels cut both products many times, at places that are no multiple of a block."""
     x, w, bias = operands(Product(20, 300, 195, 4), torch.float64)
@@ -140,10 +141,10 @@ def test_refuses_in_words() -> None:
         qn.linear(torch.randn(8, 192), qn.quantize(torch.randn(192)))
 
 
-def test_autocast() -> None:
+def test_autocast(device: str) -> None:
     w = qn.quantize(torch.randn(40, 192))
     x = torch.randn(5, 192, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = qn.linear(x, w)
     assert y.dtype == torch.bfloat16
     y.sum().backward()
@@ -178,6 +179,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.qlora_native.linear_4bit_grad_input.default, (grad, False, *w.op_args()))
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ import qlora_native as qn
 from qlora_native import _C, reference
 from qlora_native.ops import linear_cross_entropy as op
 
+pytestmark = [pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 GRADIENT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -83,6 +84,7 @@ def test_no_gradient_work_without_grad() -> None:
     assert not loss.requires_grad
 
 
+@pytest.mark.devices("cpu")
 def test_full_logits_never_exist() -> None:
     """The largest tensor that the op makes is one chunk of logits."""
     vocabulary, tokens = 50_000, 2_048
@@ -116,6 +118,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(function, (h, labels, -100, True, False, *w.op_args()))
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()
@@ -127,6 +130,7 @@ def test_compiles_without_breaks(backend: str) -> None:
     assert relative_error(got, want) < 1e-6
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 15, 16, 33, 4_099])

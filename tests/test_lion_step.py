@@ -12,7 +12,7 @@ import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cases import FLOAT_DTYPES
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 
 OP = torch.ops.qlora_native.lion_step
 SIZES = (0, 1, 15, 17, 255, 256, 257, 5001, 40_000)
@@ -76,6 +76,7 @@ def test_bytes_are_those_of_the_rule(dtype: torch.dtype, coded: bool) -> None:
         assert same(parts, expected)
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("coded", [False, True], ids=["32-bit", "8-bit"])
 def test_thread_count_does_not_change_bytes(coded: bool) -> None:
     start = lists((100, 70_000, 3, 40_001), torch.float32, coded)
@@ -118,7 +119,7 @@ def test_opcheck(coded: bool) -> None:
 def test_refuses_in_words() -> None:
     parts = lists((300,), torch.float32, False)
     parts[2] = [torch.zeros(300, dtype=torch.int8)]
-    with pytest.raises(ValueError, match=r"lion_step: exp_avg 0 is torch.int8 \[300\] on cpu: expected .*float32"):
+    with pytest.raises(ValueError, match=r"lion_step: exp_avg 0 is torch.int8 \[300\] on \w+(:0)?: expected .*float32"):
         call(parts)
     with pytest.raises(ValueError, match="1 parameters, but 0 gradients"):
         OP(parts[0], [], parts[2], [], *OPTIONS.values(), 1.0)

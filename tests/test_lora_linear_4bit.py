@@ -10,7 +10,7 @@ import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cases import PRODUCTS, TOLERANCE, Product
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 SCALE = 1.75
 
 
@@ -144,9 +144,9 @@ def test_refuses_in_words() -> None:
         qn.lora_linear(x, w, torch.randn(4, 64), torch.randn(40, 4), 1.0, x_lora=torch.randn(3, 64))
 
 
-def test_autocast() -> None:
+def test_autocast(device: str) -> None:
     operands = Operands(Product(5, 48, 96, 4), torch.float32, torch.float32, False, False)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = operands.ours()
     assert y.dtype == torch.bfloat16
     y.sum().backward()
@@ -163,6 +163,7 @@ def test_opcheck() -> None:
         )
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()

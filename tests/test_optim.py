@@ -343,16 +343,16 @@ def test_other_devices_and_dtypes_take_the_ops() -> None:
     """A gradient of another dtype cannot go to the kernel: same numbers, by way of the reference."""
     a, b = parameters(), parameters()
     plain, by_ops = qn.optim.AdamW(a, bits=8, max_norm=1.0), qn.optim.AdamW(b, bits=8, max_norm=1.0)
-    plain_point_at: Callable[..., bool] = qn.optim._Plan.point_at
+    plain_point_at: Callable[..., bool] = qn.optim.Plan.point_at
     for seed in range(3):
         give_grads(a, seed)
         give_grads(b, seed)
         plain.step()
-        qn.optim._Plan.point_at = lambda self, grads: False  # type: ignore[method-assign]
+        qn.optim.Plan.point_at = lambda self, grads, device: False  # type: ignore
         try:
             by_ops.step()
         finally:
-            qn.optim._Plan.point_at = plain_point_at  # type: ignore[method-assign]
+            qn.optim.Plan.point_at = plain_point_at  # type: ignore[method-assign]
     assert by_ops.grad_norm == plain.grad_norm
     assert same_params(a, b)
 

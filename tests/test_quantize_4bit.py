@@ -14,7 +14,7 @@ import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cases import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, WEIGHT_SHAPES
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 
 
 def truth(t: torch.Tensor, quant_type: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +52,7 @@ def test_error_is_that_of_the_paper() -> None:
 
 def test_every_level_is_its_own_code() -> None:
     for quant_type in QUANT_TYPES:
-        levels = qn._native.levels(QUANT_TYPES.index(quant_type))
+        levels = qn._native.levels(QUANT_TYPES.index(quant_type)).to(torch.get_default_device())
         t = levels.repeat(4)
         w = qn.quantize(t, quant_type=quant_type, double_quant=False)
         assert torch.equal(w.dequantize(), t)
@@ -80,6 +80,7 @@ def test_tiny_and_huge_blocks() -> None:
     assert same_bytes(qn.quantize(pattern * 3e-39, double_quant=False).packed[:8], qn.quantize(pattern).packed[:8])
 
 
+@pytest.mark.devices("cpu")
 def test_flush_to_zero_does_not_change_bytes() -> None:
     t = torch.randn(64) * 1e-39
     want = truth(t, "nf4", 64)[0]
@@ -124,6 +125,7 @@ def test_misaligned_input() -> None:
     assert same_bytes(qn.quantize(whole[1:]).packed, qn.quantize(whole[1:].clone()).packed)
 
 
+@pytest.mark.devices("cpu")
 def test_thread_count_does_not_change_bytes() -> None:
     t = torch.rand(3000, 64) + 0.1
     threads = torch.get_num_threads()
@@ -164,6 +166,7 @@ def _run(isa: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.devices("cpu")
 def test_same_bytes_on_every_isa() -> None:
     digests = {}
     for isa in qn.build_info()["isas_built"]:
@@ -178,6 +181,7 @@ def test_same_bytes_on_every_isa() -> None:
     assert len(set(digests.values())) == 1, digests
 
 
+@pytest.mark.devices("cpu")
 def test_unknown_isa_is_refused() -> None:
     run = _run("mmx")
     assert run.returncode

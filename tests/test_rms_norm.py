@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_native import reference
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
 rms_norm = torch.ops.qlora_native.rms_norm
 EPS = 1e-5
 TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -86,6 +86,7 @@ def test_strides_do_not_matter() -> None:
     assert same_values(rms_norm(turned, spread, EPS)[0], rms_norm(x, weight, EPS)[0])
 
 
+@pytest.mark.devices("cpu")
 def test_threads_do_not_matter() -> None:
     x, weight = operands((301, 576), torch.bfloat16)
     threads = torch.get_num_threads()

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from qlora_native import reference
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
 rotary = torch.ops.qlora_native.rotary
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

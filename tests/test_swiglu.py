@@ -8,7 +8,7 @@ from helpers import SavedTensors, relative_error, same_values
 
 from qlora_native import reference
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
 swiglu = torch.ops.qlora_native.swiglu
 TOLERANCE = {torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = ((1,), (16,), (3, 17), (2, 5, 100), (0, 4), (64, 1536))

@@ -3,7 +3,8 @@
 
 #include <vector>
 
-#include "cpu/tensor_list.h"
+#include "core/optim.h"
+#include "core/state_code.h"
 #include "python/bindings.h"
 
 namespace qlora_native::python {

@@ -1,6 +1,26 @@
+from collections.abc import Sequence
+
 def device_count() -> int: ...
 def runtime_version() -> int: ...
 def driver_version() -> int: ...
+def adamw_step(
+    tensors: int,
+    chunks: int,
+    num_tensors: int,
+    num_chunks: int,
+    options: int,
+    num_groups: int,
+    decoupled: bool,
+    grad_factor: float,
+    max_norm: float,
+    grad_scale: int,
+    found_inf: int,
+    norm: int,
+    grad_norm: int,
+    skipped: int,
+    finished: int,
+    stream: int,
+) -> None: ...
 def dequantize_4bit(
     dtype: int,
     out: int,
@@ -15,4 +35,112 @@ def dequantize_4bit(
     quant_type: int,
     numel: int,
     block_size: int,
+) -> None: ...
+def gradient_norm(
+    tensors: int,
+    chunks: int,
+    num_tensors: int,
+    num_chunks: int,
+    workspace: int,
+    workspace_bytes: int,
+    norm: int,
+    stream: int,
+) -> None: ...
+def gradient_norm_workspace(num_chunks: int) -> int: ...
+def linear_4bit(
+    forward: bool,
+    dtype: int,
+    x: int,
+    bias: int,
+    low: int,
+    up: int,
+    r: int,
+    y: int,
+    m: int,
+    n: int,
+    k: int,
+    plan: Sequence[int],
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+    packed: int,
+    absmax: int,
+    absmax_codes: int,
+    nested_absmax: int,
+    nested_offset: int,
+    nested_code: int,
+    levels: int,
+    quant_type: int,
+    numel: int,
+    block_size: int,
+) -> None: ...
+def lion_step(
+    tensors: int,
+    chunks: int,
+    num_tensors: int,
+    num_chunks: int,
+    options: int,
+    num_groups: int,
+    grad_factor: float,
+    max_norm: float,
+    grad_scale: int,
+    found_inf: int,
+    norm: int,
+    grad_norm: int,
+    skipped: int,
+    finished: int,
+    stream: int,
+) -> None: ...
+def optim_chunks(
+    rows: int,
+    num_tensors: int,
+    updates: bool,
+    second_moment: bool,
+    num_groups: int,
+    chunks: int,
+    room: int,
+) -> int: ...
+def plan_matmul(
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    block_size: int,
+    dtype: int,
+    forward: bool,
+    low_memory: bool,
+    compute_capability: int,
+    sm_count: int,
+) -> list[int]: ...
+def quantize_4bit(
+    dtype: int,
+    x: int,
+    numel: int,
+    block_size: int,
+    quant_type: int,
+    packed: int,
+    absmax: int,
+    first_bad: int,
+    stream: int,
+) -> None: ...
+def quantize_scales(
+    absmax: int,
+    blocks: int,
+    codes: int,
+    nested_absmax: int,
+    nested_offset: int,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None: ...
+def quantize_scales_workspace(blocks: int) -> int: ...
+def softmax_loss(
+    dtype: int,
+    logits: int,
+    targets: int,
+    rows: int,
+    vocabulary: int,
+    need_gradient: bool,
+    losses: int,
+    stream: int,
 ) -> None: ...

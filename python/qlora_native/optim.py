@@ -14,15 +14,14 @@ deepcopy and ``GradScaler`` work as with torch's own. The differences:
   moment overflows becomes NaN as a whole; ``max_norm`` prevents that.
 * Parameters may be float32, bfloat16 or float16; the update is computed in float32 and rounded once. States are float32
   or codes, whatever the parameter's dtype.
-* On the CPU the bytes written depend neither on the instruction set nor on the number of threads. Elsewhere the plain
-  torch reference computes the same, slower. The same holds for gradients of another dtype than their parameter's.
+* On the CPU the bytes written depend neither on the instruction set nor on the number of threads. A CUDA device gives
+  the same bytes in two launches; the host waits for it only where ``grad_norm`` or ``skipped`` is read. Elsewhere, and
+  for gradients of another dtype than their parameter's, the plain torch reference computes the same, slower.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from array import array
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -32,64 +31,14 @@ import torch
 from torch import Tensor
 
 from . import _C, _native, reference
+from .ops import _cuda_kernels
 from .ops import _tensor_rows as rows
+from .ops._cuda_optim import DeviceTable, Scaling
+from .ops._optim_plan import Plan
 
 Paged = Literal["auto"] | bool
 
 MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
-
-
-class _Plan:
-    """What stays from step to step: the parameters that have a gradient, their states, and their rows for the native
-    code, of which only the addresses of parameters and gradients are written anew."""
-
-    def __init__(self, params: list[Tensor], groups: list[int], states: list[dict[str, Any]]) -> None:
-        self.params, self.groups, self.states = params, groups, states
-        self.kept = self._values()  # keeps the tensors behind the addresses alive
-        self.dtypes = [param.dtype for param in params]
-        self.table: array[int] = rows.table_of(
-            [
-                rows.row_of(
-                    param,
-                    param,
-                    state["exp_avg"],
-                    state.get("exp_avg_sq"),
-                    state.get("exp_avg_absmax"),
-                    state.get("exp_avg_sq_absmax"),
-                    state.get("step"),
-                    group,
-                )
-                for param, group, state in zip(params, groups, states, strict=True)
-            ]
-        )
-
-    def _values(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self.states)))
-
-    def still_holds(self, params: list[Tensor], groups: list[int]) -> bool:
-        """Whether these are the parameters, and their states the tensors, that the rows were made of."""
-        values = self._values()
-        return (
-            groups == self.groups
-            and len(values) == len(self.kept)
-            and all(map(operator.is_, params, self.params))
-            and all(map(operator.is_, values, self.kept))
-        )
-
-    def point_at(self, grads: list[Tensor]) -> bool:
-        """Writes the addresses of this step. False if a tensor is not as the native code takes them."""
-        params = self.params
-        fits = (
-            all(map(Tensor.is_contiguous, grads))
-            and all(map(Tensor.is_contiguous, params))
-            and [grad.dtype for grad in grads] == self.dtypes
-            and all(param.is_cpu for param in params)
-        )
-        if fits:
-            length = _C.optim_row_length
-            self.table[rows.PARAM :: length] = array("q", map(Tensor.data_ptr, params))
-            self.table[rows.GRAD :: length] = array("q", map(Tensor.data_ptr, grads))
-        return fits
 
 
 class _Held:
@@ -108,8 +57,7 @@ class _Optimizer(torch.optim.Optimizer):
     _counts_steps: ClassVar[bool]
 
     max_norm: float | None
-    grad_norm: float | None  # of the last step's gradients before clipping; None without max_norm
-    skipped: bool  # the last step changed nothing, because a gradient was not finite
+    _op: ClassVar[str]
 
     def __init__(
         self,
@@ -134,9 +82,19 @@ class _Optimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _reset(self) -> None:
-        self._plan: _Plan | None = None
-        self.grad_norm = None
-        self.skipped = False
+        self._plan: Plan | None = None
+        self._grad_norm: float | Tensor | None = None
+        self._skipped: bool | Tensor = False
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's gradients before clipping; None without ``max_norm``."""
+        return None if self._grad_norm is None else float(self._grad_norm)
+
+    @property
+    def skipped(self) -> bool:
+        """The last step changed nothing, because a gradient was not finite."""
+        return bool(self._skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; ValueError for options and dtypes that cannot be."""
@@ -174,25 +132,26 @@ class _Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.grad_norm, self.skipped = None, False
+        self._grad_norm, self._skipped = None, False
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and float(found_inf) != 0:
-            self.skipped = True
-            return loss
         params, groups, grads = self._with_gradient()
+        if params and self._step_on_device(params, groups, grads, grad_scale, found_inf):
+            return loss
+        if found_inf is not None and float(found_inf) != 0:
+            self._skipped = True
+            return loss
         if not params:
             return loss
         plan = self._plan_for(params, groups)
-        native = plan.point_at(grads)
+        native = plan.point_at(grads, torch.device("cpu"))
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         if self.max_norm is not None:
-            self.grad_norm = factor * (
-                _C.gradient_norm(rows.address_of(plan.table), len(params)) if native else _norm_of(grads)
-            )
-            if not math.isfinite(self.grad_norm):
-                self.skipped = True
+            norm = _C.gradient_norm(rows.address_of(plan.table), len(params)) if native else _norm_of(grads)
+            self._grad_norm = norm = factor * norm
+            if not math.isfinite(norm):
+                self._skipped = True
                 return loss
-            factor *= min(1.0, self.max_norm / (self.grad_norm + 1e-6))
+            factor *= min(1.0, self.max_norm / (norm + 1e-6))
         if native:
             self._step_natively(rows.address_of(plan.table), len(params), factor)
         else:
@@ -217,15 +176,42 @@ class _Optimizer(torch.optim.Optimizer):
             )
         return params, groups, present
 
-    def _plan_for(self, params: list[Tensor], groups: list[int]) -> _Plan:
+    def _plan_for(self, params: list[Tensor], groups: list[int]) -> Plan:
         """The plan of the last step, or a new one, which makes the states of parameters that are met for the first
         time."""
         if self._plan is None or not self._plan.still_holds(params, groups):
             for param, number in zip(params, groups, strict=True):
                 if not self.state[param]:
                     self.state[param] = self._new_state(param, self._is_coded(param, self.param_groups[number]))
-            self._plan = _Plan(params, groups, [self.state[param] for param in params])
+            self._plan = Plan(params, groups, [self.state[param] for param in params])
         return self._plan
+
+    def _step_on_device(
+        self,
+        params: list[Tensor],
+        groups: list[int],
+        grads: list[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """Launches the step, if all is on one CUDA device and as its kernels take it; waits for nothing."""
+        device = params[0].device
+        module = _cuda_kernels.module_for(device)
+        plan = None if module is None else self._plan_for(params, groups)
+        if module is None or plan is None or not plan.point_at(grads, device):
+            return False
+        if plan.on_device is None:
+            plan.on_device = DeviceTable(module, self._op, plan.table, len(params), device)
+        options = [self._options(group) for group in self.param_groups]
+        plan.on_device.step(plan.table, options, Scaling(1.0, self.max_norm, grad_scale, found_inf))
+        if self.max_norm is not None:
+            self._grad_norm = plan.on_device.grad_norm
+        if self.max_norm is not None or found_inf is not None:
+            self._skipped = plan.on_device.skipped
+        return True
+
+    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        raise NotImplementedError
 
     def _step_natively(self, table: int, num_tensors: int, grad_factor: float) -> None:
         raise NotImplementedError
@@ -235,7 +221,7 @@ class _Optimizer(torch.optim.Optimizer):
     ) -> None:
         raise NotImplementedError
 
-    def _step_by_ops(self, plan: _Plan, grads: list[Tensor], grad_factor: float) -> None:
+    def _step_by_ops(self, plan: Plan, grads: list[Tensor], grad_factor: float) -> None:
         """The same step, one op for each group, device and form of the states."""
         parts: dict[tuple[int, torch.device, bool], list[int]] = {}
         for i, (param, number, state) in enumerate(zip(plan.params, plan.groups, plan.states, strict=True)):
@@ -256,7 +242,9 @@ class _Optimizer(torch.optim.Optimizer):
         return bool(group["bits"] == 8) and param.numel() >= MIN_CODED_NUMEL
 
     def _new_state(self, param: Tensor, coded: bool) -> dict[str, Any]:
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)} if self._counts_steps else {}
+        state: dict[str, Any] = {}
+        if self._counts_steps:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         blocks = -(-param.numel() // _native.STATE_BLOCK)
         for name, codes in self._moments.items():
             dtype = codes if coded else torch.float32
@@ -368,6 +356,7 @@ class AdamW(_Optimizer):
 
     _moments: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
     _counts_steps = True
+    _op = "adamw_step"
     _decoupled = True
 
     def __init__(
@@ -426,6 +415,7 @@ class Lion(_Optimizer):
 
     _moments: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8}
     _counts_steps = False
+    _op = "lion_step"
 
     def __init__(
         self,

@@ -92,15 +92,16 @@ class OptimCase {
       for (int part = 0; part < kParts; ++part) {
         const Bytes& expected = tensors_[i].host[part];
         const Bytes got = tensors_[i].device[part]->host();
-        const bool halves = part == kParam && specs_[i].dtype != qlora_native::Dtype::kFloat32;
-        const bool floats = !halves && (part == kParam || part >= kAbsmax || !specs_[i].coded);
+        const bool halves = (part == kParam || part == kGrad) && specs_[i].dtype != qlora_native::Dtype::kFloat32;
+        const bool floats = !halves && (part < kExpAvg || part >= kAbsmax || !specs_[i].coded);
         const size_t width = halves ? 2 : floats ? 4 : 1;
         for (size_t at = 0; at < expected.size(); at += width) {
-          CHECK(std::memcmp(&got[at], &expected[at], width) == 0 ||
-                    (floats && both_nan<float>(&got[at], &expected[at])) ||
-                    (halves && specs_[i].dtype == qlora_native::Dtype::kBfloat16 &&
-                     both_nan<qlora_native::Bf16>(&got[at], &expected[at])),
-                "%s: tensor %zu, %s %zu: %s, expected %s", what, i, kNames[part], at / width,
+          const bool same = std::memcmp(&got[at], &expected[at], width) == 0 ||
+                            (floats && both_nan<float>(&got[at], &expected[at])) ||
+                            (halves && (specs_[i].dtype == qlora_native::Dtype::kBfloat16
+                                            ? both_nan<qlora_native::Bf16>(&got[at], &expected[at])
+                                            : both_nan<qlora_native::Fp16>(&got[at], &expected[at])));
+          CHECK(same, "%s: tensor %zu, %s %zu: %s, expected %s", what, i, kNames[part], at / width,
                 hex(&got[at], width).c_str(), hex(&expected[at], width).c_str());
         }
       }

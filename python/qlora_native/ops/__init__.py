@@ -5,7 +5,6 @@ To add one, see CONTRIBUTING.md. The schemas stand together in ``_library.py``.
 
 from __future__ import annotations
 
-from . import _cuda_kernels as _cuda_kernels
 from . import (
     adamw_step,
     causal_attention,

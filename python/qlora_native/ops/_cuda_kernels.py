@@ -1,20 +1,22 @@
-"""The ops' CUDA kernels. The native module ``_cuda`` is loaded by the first call, that is, once there is a CUDA tensor.
+"""The way to the CUDA kernels: the native module, the stream to launch on, the device and the tables it can read.
 
-So importing the package neither maps the GPU code nor wakes the driver, which would forbid CUDA to forked processes.
+The native module ``_cuda`` is loaded by the first call, that is, once there is a CUDA tensor. So importing the package
+neither maps the GPU code nor wakes the driver, which would forbid CUDA to forked processes. Whoever replaces
+:func:`native`, :func:`module_for`, :func:`launching` and :func:`facts` has the ops launch elsewhere; the tests do.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from .. import _C, _native, reference
-from ._library import Weight, implement, native_dtype, say_once, weight_of
-from .dequantize_4bit import check, check_out
+from .. import _C, _native
+from ._library import Weight, say_once
 
 
 @cache
@@ -39,6 +41,32 @@ def native() -> ModuleType | None:
     return _cuda
 
 
+def module_for(device: torch.device) -> ModuleType | None:
+    """:func:`native` for a CUDA device, None for any other."""
+    return native() if device.type == "cuda" else None
+
+
+@contextmanager
+def launching(device: torch.device) -> Iterator[int]:
+    """Makes a device the current one and gives the handle of torch's current stream there, to launch on."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+class Facts(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    compute_capability: int  # 10 * major + minor, e.g. 86
+    sm_count: int
+
+
+@cache
+def facts(device: torch.device) -> Facts:
+    """Of a CUDA device, with its index."""
+    properties = torch.cuda.get_device_properties(device)
+    return Facts(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
 # Copying from pageable memory waits for the device, so a table is complete before any other stream can read it.
 @cache
 def levels_on(device: torch.device, quant_type: int) -> torch.Tensor:
@@ -59,35 +87,3 @@ def with_tables(weight: Weight) -> Weight:
         code=levels_on(device, weight.quant_type) if weight.code is None else weight.code,
         nested_code=nested_code_on(device) if weight.nested_code is None else weight.nested_code,
     )
-
-
-def decode_all(module: ModuleType, weight: Weight, out: torch.Tensor) -> None:
-    """Decodes a whole weight into the contiguous ``out``, on its device, in the order of torch's current stream."""
-    if math.prod(weight.shape) == 0:
-        return
-    with torch.cuda.device(out.device):
-        stream = torch.cuda.current_stream(out.device).cuda_stream
-        module.dequantize_4bit(native_dtype(out.dtype), out.data_ptr(), stream, *with_tables(weight).pointers())
-
-
-@implement("dequantize_4bit", "CUDA")
-def dequantize(dtype: torch.dtype, *arguments: Any) -> torch.Tensor:
-    check(dtype)
-    module = native()
-    if module is None:
-        return reference.dequantize(dtype, *arguments)
-    weight = weight_of(arguments)
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
-    decode_all(module, weight, out)
-    return out
-
-
-@implement("dequantize_4bit.out", "CUDA")
-def dequantize_out(out: torch.Tensor, *arguments: Any) -> None:
-    weight = weight_of(arguments)
-    check_out(out, weight)
-    module = native()
-    if module is not None and out.is_contiguous():
-        decode_all(module, weight, out)
-    else:
-        out.copy_(dequantize(out.dtype, *arguments))

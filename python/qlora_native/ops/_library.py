@@ -70,11 +70,15 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
 
 
+IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and dispatch key
+
+
 def implement(name: str, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the op's kernel for a dispatch key (``CPU``, ``CUDA``, ...)."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         LIBRARY.impl(name, function, device)
+        IMPLEMENTATIONS[name, device] = function
         return function
 
     return register

@@ -26,7 +26,7 @@ def row_of(
     step: State,
     group: int = 0,
 ) -> list[int]:
-    """One row. All tensors are contiguous and on the CPU, grad of the dtype of param; the caller keeps them alive."""
+    """One row. All tensors are contiguous and on one device, grad of param's dtype; the caller keeps them alive."""
     tensors = (param, grad, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, step)
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     return [*addresses, param.numel(), _native.DTYPE_NUMBER[param.dtype], group]
@@ -97,6 +97,13 @@ def check_steps(op: str, params: Sequence[torch.Tensor], steps: Sequence[torch.T
     """Refuses step counters that are not one fp32 number each."""
     if len(steps) != len(params) or any(step.dtype != torch.float32 or step.numel() != 1 for step in steps):
         raise ValueError(f"{op}: expected {len(params)} step counters, float32 [] each.")
+
+
+def on_one_device(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> bool:
+    """Whether the native kernels take these at once: one device, and each gradient of its parameter's dtype."""
+    return len({param.device for param in params}) == 1 and all(
+        param.dtype == grad.dtype for param, grad in zip(params, grads, strict=True)
+    )
 
 
 class Plain:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from .. import _C, _native, reference
+from . import _cuda_kernels
 from ._library import Weight, fake, implement, native_dtype, weight_of
 
 
@@ -59,6 +61,37 @@ def cpu_out(out: torch.Tensor, *arguments: Any) -> None:
         decode_all(weight, out)
     else:
         out.copy_(cpu(out.dtype, *arguments))
+
+
+def launch(module: ModuleType, weight: Weight, out: torch.Tensor) -> None:
+    """Decodes a whole CUDA weight into the contiguous ``out`` on its device, in the order of torch's current stream."""
+    if math.prod(weight.shape):
+        with _cuda_kernels.launching(out.device) as stream:
+            pointers = _cuda_kernels.with_tables(weight).pointers()
+            module.dequantize_4bit(native_dtype(out.dtype), out.data_ptr(), stream, *pointers)
+
+
+@implement("dequantize_4bit", "CUDA")
+def cuda(dtype: torch.dtype, *arguments: Any) -> torch.Tensor:
+    check(dtype)
+    module = _cuda_kernels.native()
+    if module is None:
+        return reference.dequantize(dtype, *arguments)
+    weight = weight_of(arguments)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
+    launch(module, weight, out)
+    return out
+
+
+@implement("dequantize_4bit.out", "CUDA")
+def cuda_out(out: torch.Tensor, *arguments: Any) -> None:
+    weight = weight_of(arguments)
+    check_out(out, weight)
+    module = _cuda_kernels.native()
+    if module is not None and out.is_contiguous():
+        launch(module, weight, out)
+    else:
+        out.copy_(cuda(out.dtype, *arguments))
 
 
 @implement("dequantize_4bit", "CompositeExplicitAutograd")

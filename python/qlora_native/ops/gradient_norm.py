@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import _C, _native, reference
+from . import _cuda_kernels
+from ._cuda_optim import NORM, DeviceTable
 from ._library import fake, implement
 from ._tensor_rows import DTYPE, GRAD, NUMEL, address_of, table_of
 
@@ -19,7 +21,7 @@ def check(grads: list[torch.Tensor]) -> None:
 
 
 def norm_row(grad: torch.Tensor) -> list[int]:
-    """A row that has a gradient alone, contiguous and on the CPU."""
+    """A row that has a gradient alone, contiguous."""
     row = [0] * _C.optim_row_length
     row[GRAD], row[NUMEL], row[DTYPE] = grad.data_ptr(), grad.numel(), _native.DTYPE_NUMBER[grad.dtype]
     return row
@@ -31,6 +33,17 @@ def cpu(grads: list[torch.Tensor]) -> torch.Tensor:
     dense = [grad.contiguous() for grad in grads]
     table = table_of([norm_row(grad) for grad in dense])
     return torch.tensor(_C.gradient_norm(address_of(table), len(dense)), dtype=torch.float64)
+
+
+@implement("gradient_norm", "CUDA")
+def cuda(grads: list[torch.Tensor]) -> torch.Tensor:
+    check(grads)
+    module, device = _cuda_kernels.native(), grads[0].device
+    if module is None or any(grad.device != device for grad in grads):
+        return reference.gradient_norm(grads)
+    dense = [grad.contiguous() for grad in grads]
+    rows = table_of([norm_row(grad) for grad in dense])
+    return DeviceTable(module, NORM, rows, len(dense), device).measure(rows)
 
 
 @implement("gradient_norm", "CompositeExplicitAutograd")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import _products
+from . import _cuda_products, _products
 from ._library import Weight, autograd, check_matrix, fake, implement, say_once, weight_of
 
 
@@ -27,22 +28,51 @@ def dense_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     return torch.ops.qlora_native.dequantize_4bit(stored, *weight).to(dtype)
 
 
-@implement("linear_4bit", "CPU")
-def cpu(x: torch.Tensor, bias: torch.Tensor | None, low_memory: bool, *arguments: Any) -> torch.Tensor:
+Engine = ModuleType | _cuda_products.Products  # the module _products for CPU tensors, or what has the same functions
+
+
+def forward_by(engine: Engine, x: torch.Tensor, bias: torch.Tensor | None, arguments: tuple[Any, ...]) -> torch.Tensor:
+    """linear_4bit by the products of a device."""
     weight = weight_of(arguments)
     check_matrix("linear_4bit", x, weight, bias, features=1)
     with without_autocast(x):
-        y = _products.forward(x.reshape(-1, x.shape[-1]), weight, bias)
+        y: torch.Tensor = engine.forward(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def grad_input_by(engine: Engine, grad_y: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Tensor:
+    """linear_4bit_grad_input by the products of a device."""
+    weight = weight_of(arguments)
+    check_matrix("linear_4bit_grad_input", grad_y, weight, None, features=0)
+    with without_autocast(grad_y):
+        grad_x: torch.Tensor = engine.grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
+    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+
+
+@implement("linear_4bit", "CPU")
+def cpu(x: torch.Tensor, bias: torch.Tensor | None, low_memory: bool, *arguments: Any) -> torch.Tensor:
+    return forward_by(_products, x, bias, arguments)
 
 
 @implement("linear_4bit_grad_input", "CPU")
 def cpu_grad_input(grad_y: torch.Tensor, low_memory: bool, *arguments: Any) -> torch.Tensor:
-    weight = weight_of(arguments)
-    check_matrix("linear_4bit_grad_input", grad_y, weight, None, features=0)
-    with without_autocast(grad_y):
-        grad_x = _products.grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
-    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+    return grad_input_by(_products, grad_y, arguments)
+
+
+@implement("linear_4bit", "CUDA")
+def cuda(x: torch.Tensor, bias: torch.Tensor | None, low_memory: bool, *arguments: Any) -> torch.Tensor:
+    products = _cuda_products.products(low_memory)
+    if products is None:
+        return anywhere(x, bias, low_memory, *arguments)
+    return forward_by(products, x, bias, arguments)
+
+
+@implement("linear_4bit_grad_input", "CUDA")
+def cuda_grad_input(grad_y: torch.Tensor, low_memory: bool, *arguments: Any) -> torch.Tensor:
+    products = _cuda_products.products(low_memory)
+    if products is None:
+        return anywhere_grad_input(grad_y, low_memory, *arguments)
+    return grad_input_by(products, grad_y, arguments)
 
 
 @implement("linear_4bit", "CompositeExplicitAutograd")

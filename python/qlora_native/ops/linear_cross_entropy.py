@@ -6,15 +6,16 @@ multiplication and nothing of size [tokens, vocabulary] is kept. Ignored tokens 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import _C
 from .._native import DTYPE_NUMBER
-from . import _products
+from . import _cuda_kernels
 from ._library import Weight, autograd, fake, implement, weight_of
-from .linear_4bit import NO_WEIGHT_GRADIENT, dense_weight, without_autocast
+from .linear_4bit import NO_WEIGHT_GRADIENT, without_autocast
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk: 256 tokens over 49,152 words in bf16, where both products are fast
 
@@ -45,18 +46,16 @@ def _logits(h: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) ->
     """h W^T, [M, V]; in ``out`` where the product can be put there."""
     if is_dense(weight):
         return torch.mm(h, weight.packed.t(), out=out)
-    if h.device.type == "cpu":
-        return _products.forward(h, weight, None)
-    return torch.mm(h, dense_weight(weight, h.dtype).t())
+    logits: torch.Tensor = torch.ops.qlora_native.linear_4bit(h, None, False, *weight)
+    return logits
 
 
 def _grad_h(grad_logits: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
     """grad_logits W, [M, K]; in ``out`` where the product can be put there."""
     if is_dense(weight):
         return torch.mm(grad_logits, weight.packed, out=out)
-    if grad_logits.device.type == "cpu":
-        return _products.grad_input(grad_logits, weight)
-    return torch.mm(grad_logits, dense_weight(weight, grad_logits.dtype))
+    grad_h: torch.Tensor = torch.ops.qlora_native.linear_4bit_grad_input(grad_logits, False, *weight)
+    return grad_h
 
 
 def empty_gradients(h: torch.Tensor, weight: Weight, need_grad_h: bool, need_grad_weight: bool) -> Pair:
@@ -77,9 +76,33 @@ def anywhere(
 ) -> Outputs:
     weight = weight_of(arguments)
     check(h, labels, weight, need_grad_weight)
-    native = h.device.type == "cpu" and h.dtype in DTYPE_NUMBER
+    call = (h, labels, ignore_index, need_grad_h, need_grad_weight, weight)
     with without_autocast(h):
-        return (_fused if native else _chunked)(h, labels, ignore_index, need_grad_h, need_grad_weight, weight)
+        if h.device.type == "cpu" and h.dtype in DTYPE_NUMBER:
+            return _fused(_C.softmax_loss, *call)
+        return _chunked(*call)
+
+
+@implement("linear_cross_entropy", "CUDA")
+def cuda(
+    h: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    need_grad_h: bool,
+    need_grad_weight: bool,
+    *arguments: Any,
+) -> Outputs:
+    module = _cuda_kernels.native()
+    if module is None or h.dtype not in DTYPE_NUMBER:
+        return anywhere(h, labels, ignore_index, need_grad_h, need_grad_weight, *arguments)
+    weight = weight_of(arguments)
+    check(h, labels, weight, need_grad_weight)
+    with without_autocast(h), _cuda_kernels.launching(h.device) as stream:
+
+        def softmax_loss(*numbers: int) -> None:
+            module.softmax_loss(*numbers, stream)
+
+        return _fused(softmax_loss, h, labels, ignore_index, need_grad_h, need_grad_weight, weight)
 
 
 def _kept(labels: torch.Tensor, ignore_index: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +119,7 @@ def _kept(labels: torch.Tensor, ignore_index: int, vocabulary: int) -> tuple[tor
 
 
 def _fused(
+    softmax_loss: Callable[..., None],
     h: torch.Tensor,
     labels: torch.Tensor,
     ignore_index: int,
@@ -103,7 +127,7 @@ def _fused(
     need_grad_weight: bool,
     weight: Weight,
 ) -> Outputs:
-    """On a CPU: what lies between the two products is one sweep over the logits, which become their own gradient."""
+    """What lies between the two products is one native sweep over the logits, which become their own gradient."""
     vocabulary = weight.shape[0]
     rows = h.reshape(-1, h.shape[-1])
     kept, chosen = _kept(labels, ignore_index, vocabulary)
@@ -111,14 +135,14 @@ def _fused(
     grad_h, grad_weight = empty_gradients(h, weight, need_grad_h and not everything, need_grad_weight)
     if need_grad_h and everything:
         grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
-    losses = torch.empty(kept.numel(), dtype=torch.float32)
+    losses = torch.empty(kept.numel(), dtype=torch.float32, device=h.device)
     chunk = min(max(1, LOGIT_BYTES // (h.dtype.itemsize * max(1, vocabulary))), max(1, kept.numel()))
-    buffer = torch.empty(chunk if is_dense(weight) else 0, vocabulary, dtype=h.dtype)
+    buffer = torch.empty(chunk if is_dense(weight) else 0, vocabulary, dtype=h.dtype, device=h.device)
     for first in range(0, kept.numel(), chunk):
         last = min(first + chunk, kept.numel())
         part = rows[first:last] if everything else rows[kept[first:last]]
         logits = _logits(part, weight, buffer[: last - first])
-        _C.softmax_loss(
+        softmax_loss(
             DTYPE_NUMBER[h.dtype],
             logits.data_ptr(),
             chosen[first:].data_ptr(),

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from . import _products
+from . import _cuda_products, _products
 from ._library import Weight, autograd, check_matrix, fake, implement, weight_of
 from .linear_4bit import (
     NO_WEIGHT_GRADIENT,
+    Engine,
     dense_weight,
     save_weight,
     saved_weight,
@@ -47,30 +48,30 @@ def check(
         )
 
 
-@implement("lora_linear_4bit", "CPU")
-def cpu(
+def forward_by(
+    engine: Engine,
     x: torch.Tensor,
     x_lora: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
     scale: float,
     bias: torch.Tensor | None,
-    low_memory: bool,
-    *arguments: Any,
+    arguments: tuple[Any, ...],
 ) -> Pair:
+    """The op by the products of a device."""
     weight = weight_of(arguments)
     check(x, x_lora, a, b, bias, weight)
     rows = x.reshape(-1, x.shape[-1])
     with without_autocast(x):
         down, up = a.to(x.dtype), scaled(b, scale, x.dtype)
-        if x_lora is None and _products.makes_low(x.dtype, rows.shape[0]):
+        if x_lora is None and engine.makes_low(x.dtype, rows.shape[0]):
             xa = x.new_empty(rows.shape[0], a.shape[0])
             adapter = _products.Adapter(xa, up, down.contiguous())
         else:
             adapted = rows if x_lora is None else x_lora.reshape(-1, x.shape[-1])
             xa = project(adapted, down)
             adapter = _products.Adapter(xa, up)
-        y = _products.forward(rows, weight, bias, adapter)
+        y = engine.forward(rows, weight, bias, adapter)
     return y.view(*x.shape[:-1], weight.shape[0]), xa.view(*x.shape[:-1], a.shape[0])
 
 
@@ -84,6 +85,37 @@ def project(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 def scaled(b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """scale * B, rounded once to the dtype of a product."""
     return (b.float() * scale if b.dtype != torch.float64 else b * scale).to(dtype).contiguous()
+
+
+@implement("lora_linear_4bit", "CPU")
+def cpu(
+    x: torch.Tensor,
+    x_lora: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None,
+    low_memory: bool,
+    *arguments: Any,
+) -> Pair:
+    return forward_by(_products, x, x_lora, a, b, scale, bias, arguments)
+
+
+@implement("lora_linear_4bit", "CUDA")
+def cuda(
+    x: torch.Tensor,
+    x_lora: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None,
+    low_memory: bool,
+    *arguments: Any,
+) -> Pair:
+    products = _cuda_products.products(low_memory)
+    if products is None:
+        return anywhere(x, x_lora, a, b, scale, bias, low_memory, *arguments)
+    return forward_by(products, x, x_lora, a, b, scale, bias, arguments)
 
 
 @implement("lora_linear_4bit", "CompositeExplicitAutograd")
@@ -134,6 +166,42 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def backward_by(
+    engine: Engine,
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    xa: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    separate: bool,
+    needed: list[bool],
+    arguments: tuple[Any, ...],
+) -> Gradients:
+    """The gradients by the products of a device."""
+    weight = weight_of(arguments)
+    rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+    need_x, need_x_lora, need_a, need_b = needed
+    grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
+    with without_autocast(x):
+        down, up = a.to(grad_y.dtype).contiguous(), b.to(grad_y.dtype).contiguous()
+        if need_x and not separate and engine.makes_low(grad_y.dtype):
+            low = x.new_empty(rows.shape[0], a.shape[0])
+            grad_x = engine.grad_input(rows, weight, _products.Adapter(low, down, up, scale)).view(x.shape)
+        else:
+            low = torch.mm(rows, up) * scale
+            if need_x:
+                adapter = None if separate else _products.Adapter(low, down)
+                grad_x = engine.grad_input(rows, weight, adapter).view(x.shape)
+            if need_x_lora:
+                grad_x_lora = torch.mm(low, down).view(x.shape)
+        if need_a:
+            grad_a = engine.outer(low, tokens, 1.0).to(a.dtype)
+        if need_b:
+            grad_b = engine.outer(xa.reshape(-1, xa.shape[-1]), rows, scale).t().to(b.dtype).contiguous()
+    return grad_x, grad_x_lora, grad_a, grad_b
+
+
 @implement("lora_linear_4bit_backward", "CPU")
 def cpu_backward(
     grad_y: torch.Tensor,
@@ -147,27 +215,26 @@ def cpu_backward(
     low_memory: bool,
     *arguments: Any,
 ) -> Gradients:
-    weight = weight_of(arguments)
-    rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-    need_x, need_x_lora, need_a, need_b = needed
-    grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
-    with without_autocast(x):
-        down, up = a.to(grad_y.dtype).contiguous(), b.to(grad_y.dtype).contiguous()
-        if need_x and not separate and _products.makes_low(grad_y.dtype):
-            low = x.new_empty(rows.shape[0], a.shape[0])
-            grad_x = _products.grad_input(rows, weight, _products.Adapter(low, down, up, scale)).view(x.shape)
-        else:
-            low = torch.mm(rows, up) * scale
-            if need_x:
-                adapter = None if separate else _products.Adapter(low, down)
-                grad_x = _products.grad_input(rows, weight, adapter).view(x.shape)
-            if need_x_lora:
-                grad_x_lora = torch.mm(low, down).view(x.shape)
-        if need_a:
-            grad_a = _products.outer(low, tokens, 1.0).to(a.dtype)
-        if need_b:
-            grad_b = _products.outer(xa.reshape(-1, xa.shape[-1]), rows, scale).t().to(b.dtype).contiguous()
-    return grad_x, grad_x_lora, grad_a, grad_b
+    return backward_by(_products, grad_y, x, xa, a, b, scale, separate, needed, arguments)
+
+
+@implement("lora_linear_4bit_backward", "CUDA")
+def cuda_backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    xa: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    separate: bool,
+    needed: list[bool],
+    low_memory: bool,
+    *arguments: Any,
+) -> Gradients:
+    products = _cuda_products.products(low_memory)
+    if products is None:
+        return anywhere_backward(grad_y, x, xa, a, b, scale, separate, needed, low_memory, *arguments)
+    return backward_by(products, grad_y, x, xa, a, b, scale, separate, needed, arguments)
 
 
 @implement("lora_linear_4bit_backward", "CompositeExplicitAutograd")

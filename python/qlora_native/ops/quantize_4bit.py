@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _C, reference
-from . import _pages
+from . import _cuda_kernels, _pages
 from ._library import fake, implement, native_dtype, scratch
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -58,6 +58,31 @@ def cpu(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -
             nested_absmax.data_ptr(),
             nested_offset.data_ptr(),
         )
+    return outputs
+
+
+@implement("quantize_4bit", "CUDA")
+def cuda(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+    check(t, quant_type, block_size)
+    module = _cuda_kernels.native()
+    if module is None:
+        return anywhere(t, quant_type, block_size, double_quant)
+    dense = t.contiguous()
+    outputs = packed, absmax, nested_absmax, nested_offset = empty_outputs(t, block_size, double_quant)
+    blocks = absmax.numel()
+    block_max = t.new_empty(blocks, dtype=torch.float32) if double_quant else absmax
+    first_bad = t.new_empty((), dtype=torch.int64)
+    with _cuda_kernels.launching(t.device) as stream:
+        source = native_dtype(t.dtype), dense.data_ptr(), t.numel(), block_size, quant_type
+        module.quantize_4bit(*source, packed.data_ptr(), block_max.data_ptr(), first_bad.data_ptr(), stream)
+        if double_quant:
+            workspace = t.new_empty(module.quantize_scales_workspace(blocks), dtype=torch.uint8)
+            targets = absmax.data_ptr(), nested_absmax.data_ptr(), nested_offset.data_ptr()
+            room = workspace.data_ptr(), workspace.numel()
+            module.quantize_scales(block_max.data_ptr(), blocks, *targets, *room, stream)
+    bad = int(first_bad)  # waits for the device, once
+    if bad >= 0:
+        raise ValueError(reference.non_finite_message(bad, dense))
     return outputs
 
 

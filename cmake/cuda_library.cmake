@@ -1,0 +1,29 @@
+# The torch-free CUDA core: kernels and launchers compiled by nvcc, with the CUDA runtime linked in.
+
+find_package(CUDAToolkit REQUIRED)
+include(CheckCompilerFlag)
+check_compiler_flag(CUDA "-Xfatbin=--compress-mode=size" QLORA_NATIVE_FATBIN_COMPRESSES)
+
+add_library(qlora_native_cuda STATIC
+  cuda/adamw_step.cu
+  cuda/dequantize_4bit.cu
+  cuda/gradient_norm.cu
+  cuda/linear_4bit.cu
+  cuda/linear_4bit_bf16.cu
+  cuda/linear_4bit_fp16.cu
+  cuda/linear_cross_entropy.cu
+  cuda/lion_step.cu
+  cuda/matmul_plan.cc
+  cuda/quantize_4bit.cu)
+target_include_directories(qlora_native_cuda PUBLIC cpp ${PROJECT_SOURCE_DIR})
+set_target_properties(qlora_native_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
+target_link_libraries(qlora_native_cuda PUBLIC CUDA::cudart_static)
+target_compile_options(qlora_native_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:
+  -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror>)
+target_compile_options(qlora_native_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
+  --fmad=false  # as -ffp-contract=off: the arithmetic rule says where to round
+  --expt-relaxed-constexpr  # std::bit_cast in device code
+  "SHELL:-Werror all-warnings"
+  "SHELL:-Xptxas -warn-spills,-warn-lmem-usage"
+  -Xcompiler=-Wall,-Wextra,-Wshadow,-Wconversion,-Wsign-conversion,-Werror,-ffp-contract=off
+  $<$<BOOL:${QLORA_NATIVE_FATBIN_COMPRESSES}>:-Xfatbin=--compress-mode=size>>)

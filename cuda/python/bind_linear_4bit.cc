@@ -1,0 +1,98 @@
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "cuda/linear_4bit.h"
+#include "cuda/matmul_plan.h"
+#include "cuda/python/errors.h"
+#include "python/bindings.h"
+
+namespace py = pybind11;
+
+namespace qlora_native::python {
+namespace {
+
+using PlanFields = std::array<int64_t, 8>;  // of MatmulPlan, in order
+
+PlanFields plan_matmul(int64_t m, int64_t n, int64_t k, int64_t r, int64_t block_size, int dtype, bool forward,
+                       bool low_memory, int compute_capability, int sm_count) {
+  require(m > 0 && n > 0 && k > 0 && r >= 0 && sm_count > 0, "m, n, k, r or sm_count is out of range.");
+  check_block_size(block_size);
+  const cuda::MatmulPlan plan = cuda::plan_matmul(
+      {m, n, k, r, block_size, checked_dtype(dtype), forward, low_memory, compute_capability, sm_count});
+  return {static_cast<int64_t>(plan.kind),
+          plan.rows,
+          plan.columns,
+          plan.splits,
+          plan.stages,
+          plan.shared_bytes,
+          plan.workspace_bytes,
+          plan.panel_rows};
+}
+
+// A plan as plan_matmul gave it. Its fields choose among what is compiled; what no kernel has is refused at the launch.
+cuda::MatmulPlan checked_plan(const PlanFields& fields, int64_t workspace_bytes) {
+  const auto [kind, rows, columns, splits, stages, shared, workspace, panel_rows] = fields;
+  require(kind >= 0 && kind < static_cast<int64_t>(cuda::MatmulKind::kTwoStep), "the plan has no fused kernel.");
+  require(rows > 0 && columns > 0 && splits > 0, "rows, columns or splits of the plan is not positive.");
+  require(workspace >= 0 && workspace <= workspace_bytes, "the workspace is smaller than the plan's.");
+  return {static_cast<cuda::MatmulKind>(kind),
+          static_cast<int>(rows),
+          static_cast<int>(columns),
+          static_cast<int>(splits),
+          static_cast<int>(stages),
+          shared,
+          workspace,
+          panel_rows};
+}
+
+void linear(bool forward, int dtype, Address x, Address bias, Address low, Address up, int64_t r, Address y, int64_t m,
+            int64_t n, int64_t k, const PlanFields& plan_fields, Address workspace, int64_t workspace_bytes,
+            Address stream, Address packed, Address absmax, Address absmax_codes, Address nested_absmax,
+            Address nested_offset, Address nested_code, Address levels, int quant_type, int64_t numel,
+            int64_t block_size) {
+  const py::gil_scoped_release release;
+  require(levels != 0 && (absmax_codes == 0 || nested_code != 0), "levels or nested_code is a null pointer.");
+  require(m > 0 && n > 0 && k > 0 && r >= 0, "m, n, k or r is out of range.");
+  require(numel / n == k && numel % n == 0, "the weight's number of elements is not n * k.");
+  require((low != 0) == (r != 0) && (up != 0) == (r != 0), "an adapter of rank r > 0, and no other, has both factors.");
+  require(x % 16 == 0 && bias % 2 == 0 && low % 16 == 0 && up % 16 == 0 && y % 16 == 0 && packed % 16 == 0 &&
+              workspace % 16 == 0,
+          "an operand is not aligned to 16 bytes.");
+  cuda::LinearCall call{};
+  call.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
+                               quant_type, numel, block_size);
+  call.dtype = checked_dtype(dtype);
+  call.forward = forward;
+  require(forward || bias == 0, "an input gradient has no bias.");
+  call.x = any_pointer(call.dtype, x, m * (forward ? k : n), "x");
+  call.bias = reinterpret_cast<const void*>(bias);
+  call.low = reinterpret_cast<const void*>(low);
+  call.up = reinterpret_cast<const void*>(up);
+  call.r = r;
+  call.y = any_pointer(call.dtype, y, m * (forward ? n : k), "y");
+  call.m = m;
+  call.n = n;
+  call.k = k;
+  const cuda::MatmulPlan plan = checked_plan(plan_fields, workspace_bytes);
+  check_cuda(
+      cuda::launch_linear_4bit(call, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<cudaStream_t>(stream)),
+      "linear_4bit");
+}
+
+}  // namespace
+
+void bind_linear_4bit(py::module_& module) {
+  module.def("plan_matmul", &plan_matmul, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("block_size"),
+             py::arg("dtype"), py::arg("forward"), py::arg("low_memory"), py::arg("compute_capability"),
+             py::arg("sm_count"),
+             "The fields of MatmulPlan: kind, rows, columns, splits, stages, shared and workspace bytes, panel rows.");
+  module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
+             py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"),
+             py::arg("plan"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"), py::arg("packed"),
+             py::arg("absmax"), py::arg("absmax_codes"), py::arg("nested_absmax"), py::arg("nested_offset"),
+             py::arg("nested_code"), py::arg("levels"), py::arg("quant_type"), py::arg("numel"), py::arg("block_size"),
+             "y = x W^T + bias + low up^T, or the input gradient y = x W + low up, by the fused kernel of the plan.");
+}
+
+}  // namespace qlora_native::python

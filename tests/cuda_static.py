@@ -1,0 +1,161 @@
+"""What the compiled GPU code says of itself: registers, shared memory and opcodes of every kernel and architecture.
+
+    python tests/cuda_static.py FILE.so|FILE.o...   the table, as tests/cuda_budgets.json holds it
+    python tests/cuda_static.py --write FILE...     and writes it there, for the architectures that the files have
+
+Reads what NVIDIA's cuobjdump prints, and names kernels with binutils' c++filt. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+BUDGETS = Path(__file__).parent / "cuda_budgets.json"
+COMPILER = "13.0"  # the release of nvcc whose figures the table holds
+
+Key = tuple[str, int]  # a kernel's short name and an architecture such as 80
+
+
+class Usage(NamedTuple):
+    """What a block or a thread of a kernel takes."""
+
+    registers: int  # a thread
+    shared: int  # bytes a block, without what is given at the launch
+    local: int  # bytes a thread: stack and spills
+
+
+def find_tool(name: str) -> str | None:
+    """A tool of the CUDA toolkit: on PATH, or from NVIDIA's wheels in this environment."""
+    found = shutil.which(name)
+    if found:
+        return found
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in [] if wheels is None else wheels.submodule_search_locations or []:
+        for candidate in sorted(Path(folder).glob(f"*/bin/{name}")):
+            return str(candidate)
+    return None
+
+
+def missing_tools() -> str:
+    """Why nothing can be read here, in words; empty if all is there."""
+    wanted = {
+        "cuobjdump": "pip install -r .ci/requirements-cuda.txt",
+        "nvdisasm": "pip install -r .ci/requirements-cuda.txt",
+        "c++filt": "it comes with binutils",
+    }
+    absent = [f"{name} ({advice})" for name, advice in wanted.items() if find_tool(name) is None]
+    return "missing: " + ", ".join(absent) if absent else ""
+
+
+def short_name(demangled: str) -> str:
+    """`void a::b::kernel<a::T, (int)4, true>(a::X, int)` as `kernel<T, 4, true>`."""
+    depth = 0
+    for end, letter in enumerate(demangled):  # up to the parameters; template arguments may hold brackets, too
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0 and not demangled.startswith("(anonymous namespace)", end):
+            demangled = demangled[:end]
+            break
+    name = re.sub(r"\((?!anonymous)[\w:]+\)", "", demangled.removeprefix("void "))
+    return re.sub(r"(?:\w+|\(anonymous namespace\))::", "", name)
+
+
+def _printed(option: str, file: Path) -> list[str]:
+    tool = find_tool("cuobjdump")
+    assert tool is not None
+    # cuobjdump looks for nvdisasm on PATH.
+    folders = {str(Path(found).parent) for found in map(find_tool, ("cuobjdump", "nvdisasm")) if found}
+    path = ":".join([*sorted(folders), "/usr/bin", "/bin"])
+    done = subprocess.run([tool, option, str(file)], capture_output=True, text=True, env={"PATH": path})
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump {option} {file} failed: {done.stderr.strip()}")
+    return done.stdout.splitlines()
+
+
+@cache
+def _name_of(mangled: str) -> str:
+    done = subprocess.run([str(find_tool("c++filt")), mangled], capture_output=True, text=True, check=True)
+    return short_name(done.stdout.strip())
+
+
+def _functions(lines: Sequence[str]) -> Iterator[tuple[Key, str]]:
+    """The lines that belong to a kernel, with its key."""
+    arch, kernel = 0, ""
+    for line in lines:
+        found = re.match(r"arch = sm_(\d+)", line)
+        if found:
+            arch, kernel = int(found[1]), ""
+            continue
+        found = re.match(r"\s*Function : (.+)$|\s*Function (.+):$", line) if "Function" in line else None
+        if found:
+            kernel = _name_of(found[1] or found[2])
+        elif kernel:
+            yield (kernel, arch), line
+
+
+def usages(files: Sequence[Path]) -> dict[Key, Usage]:
+    """Of every kernel in the files, as the compiler recorded it."""
+    found = {}
+    for file in files:
+        for key, line in _functions(_printed("-res-usage", file)):
+            number = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            if "REG" in number:
+                # From sm_90 on, `shared` counts the 1 KiB of each block that the system keeps to itself.
+                found[key] = Usage(number["REG"], number["SHARED"], number["LOCAL"] + number["STACK"])
+    return found
+
+
+def opcodes(files: Sequence[Path]) -> dict[Key, Counter[str]]:
+    """How often each instruction stands in each kernel, e.g. ``LDG.E.128``."""
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+    found: dict[Key, Counter[str]] = {}
+    for file in files:
+        for key, line in _functions(_printed("-sass", file)):
+            match = instruction.match(line)
+            if match:
+                found.setdefault(key, Counter())[match[1]] += 1
+    return found
+
+
+def read_budgets() -> dict[Key, tuple[int, int]]:
+    """Registers a thread and bytes of shared memory a block that a kernel may take."""
+    table = json.loads(BUDGETS.read_text(encoding="utf-8"))
+    return {(kernel, int(arch)): tuple(budget) for kernel, row in table.items() for arch, budget in row.items()}
+
+
+def merged(old: dict[Key, tuple[int, int]], new: dict[Key, Usage]) -> dict[str, dict[str, list[int]]]:
+    """The table with these figures in place of the old ones; kernels that are gone are dropped."""
+    kernels = {kernel for kernel, _ in new}
+    every = {key: budget for key, budget in old.items() if key[0] in kernels}
+    every |= {key: (usage.registers, usage.shared) for key, usage in new.items()}
+    table: dict[str, dict[str, list[int]]] = {}
+    for (kernel, arch), budget in sorted(every.items()):
+        table.setdefault(kernel, {})[str(arch)] = list(budget)
+    return table
+
+
+def main(arguments: Sequence[str]) -> None:
+    files = [Path(argument) for argument in arguments if argument != "--write"]
+    if missing_tools() or not files:
+        raise SystemExit(missing_tools() or __doc__)
+    old = read_budgets() if BUDGETS.exists() else {}
+    table = merged(old if "--write" in arguments else {}, usages(files))
+    rows = [f"{json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in table.items()]
+    text = "{\n" + ",\n".join(rows) + "\n}\n"
+    if "--write" in arguments:
+        BUDGETS.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

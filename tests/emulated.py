@@ -1,0 +1,106 @@
+"""The CUDA branch of the ops on CPU tensors: the same bindings and kernels, linked over the emulator of a device.
+
+The module is ``_cuda_emulated`` of tests/cuda_on_cpu/python, looked for in the folder ``build/emulated`` by default.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from qlora_native.ops import _cuda_kernels, _cuda_products, _direct, _library
+
+FOLDER = Path(__file__).resolve().parents[1] / "build" / "emulated"
+# The kernels of a device with these numbers are chosen; few multiprocessors, so that small sizes are cut in parts too.
+FACTS = _cuda_kernels.Facts(compute_capability=80, sm_count=4)
+BUILD = (
+    "cmake -S . -B build/emulated -DQLORA_NATIVE_EMULATED=ON && cmake --build build/emulated --target _cuda_emulated"
+)
+
+
+@cache
+def load(folder: str) -> ModuleType | None:
+    """The module, or None if it is not there."""
+    for file in sorted(Path(folder).rglob("_cuda_emulated.*.so")):
+        spec = importlib.util.spec_from_file_location("_cuda_emulated", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return None
+
+
+def module_or_skip(config: pytest.Config) -> ModuleType:
+    """The module; without it the test is skipped, in words."""
+    module = load(config.getoption("--emulated") or str(FOLDER))
+    if module is None:
+        pytest.skip(f"the kernels are not built over the emulator: {BUILD}")
+    return module
+
+
+@contextmanager
+def registered_on_cpu() -> Iterator[None]:
+    """While it is entered, CPU tensors go to the ops' CUDA implementations, past no other."""
+    library = torch.library.Library("qlora_native", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is overridden is what is meant
+        for (name, key), function in _library.IMPLEMENTATIONS.items():
+            if key == "CUDA":
+                library.impl(name, function, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+class Emulator:
+    """The module, and the stream that the ops launch on, which a test may change."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.stream = 0
+        self.facts = FACTS
+        self.play(0)
+        self.launches()
+
+    def play(self, schedule: int) -> None:
+        """The device of ``facts``, and one of the ``module.num_schedules`` orders in which threads may run."""
+        self.module.play(self.facts.compute_capability, self.facts.sm_count, schedule)
+
+    def launches(self) -> list[tuple[int, int]]:
+        """Thread blocks and stream of each launch since the last call."""
+        found: list[tuple[int, int]] = self.module.take_launches()
+        return found
+
+    @contextmanager
+    def launching(self, device: torch.device) -> Iterator[int]:
+        yield self.stream
+
+
+@contextmanager
+def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """The ops take the emulated kernels for CPU tensors while this is entered; what the emulator finds is an error."""
+    emulator = Emulator(module)
+    replacements: dict[str, Callable[..., object]] = {
+        "native": lambda: module,
+        "module_for": lambda device: module,
+        "launching": emulator.launching,
+        "facts": lambda device: emulator.facts,
+    }
+    for name, replacement in replacements.items():
+        monkeypatch.setattr(_cuda_kernels, name, replacement)
+    monkeypatch.setattr(_direct, "_TENSOR_KEYS", frozenset())  # through the dispatcher, always
+    _cuda_products.plan_of.cache_clear()
+    module.take_reports()
+    with registered_on_cpu():
+        yield emulator
+    reports = module.take_reports()
+    assert not reports, f"the emulator reports:\n{reports}"

@@ -1,0 +1,321 @@
+"""What stands between the ops and the CUDA kernels, executed without a GPU: bindings, plans, streams, device tables.
+
+The op tests themselves run over the emulator too, as `[emulated-...]`; here is what they do not look at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+from emulated import Emulator
+from helpers import relative_error, same_bytes
+
+import qlora_native as qn
+from qlora_native import reference
+from qlora_native.cases import TOLERANCE
+from qlora_native.ops import _cuda_kernels, _cuda_products
+
+OPS = torch.ops.qlora_native
+GEMV, SPLIT_K, TILE, TWO_STEP = range(4)
+
+
+@pytest.fixture
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch) as found:
+        yield found
+
+
+def stub_of_cuda() -> set[str]:
+    stub = (Path(qn.__file__).parent / "_cuda.pyi").read_text(encoding="utf-8")
+    return set(re.findall(r"^def (\w+)", stub, re.MULTILINE))
+
+
+def test_it_has_the_functions_of_the_real_module(emulator: Emulator) -> None:
+    extra = {"play", "new_stream", "take_launches", "take_reports", "num_schedules"}
+    assert {name for name in vars(emulator.module) if not name.startswith("_")} == stub_of_cuda() | extra
+    assert emulator.module.device_count() == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams and grids
+
+
+def optimizers(bits: int) -> list[torch.optim.Optimizer]:
+    made: list[torch.optim.Optimizer] = []
+    for rule in (qn.optim.AdamW, qn.optim.Adam, qn.optim.Lion):
+        params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 4097, 20_000)]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        made.append(rule(params, lr=1e-2, bits=bits, max_norm=1.0))  # type: ignore[arg-type]
+    return made
+
+
+def run_decode() -> None:
+    qn.quantize(torch.randn(300, 100)).dequantize()
+
+
+def run_products() -> None:
+    w = qn.quantize(torch.randn(128, 192))
+    for m in (3, 40):
+        x = torch.randn(m, 192).bfloat16().requires_grad_()
+        a, b = torch.randn(4, 192, requires_grad=True), torch.randn(128, 4, requires_grad=True)
+        (qn.linear(x, w).sum() + qn.lora_linear(x, w, a, b, 2.0).sum()).backward()
+
+
+def run_loss() -> None:
+    h = torch.randn(9, 64).bfloat16().requires_grad_()
+    qn.linear_cross_entropy(h, qn.quantize(torch.randn(101, 64)), torch.arange(9)).backward()
+
+
+def run_optimizers() -> None:
+    for optimizer in (*optimizers(32), *optimizers(8)):
+        optimizer.step()
+
+
+def run_ops_of_optimizers() -> None:
+    lists = [[torch.randn(9000)] for _ in range(4)]
+    OPS.adamw_step(*lists, [], [], [torch.zeros(())], 0.1, 0.9, 0.99, 1e-8, 0.0, True, 1.0)
+    OPS.lion_step(*lists[:3], [], 0.1, 0.9, 0.99, 0.0, 1.0)
+    OPS.gradient_norm([torch.randn(9000)])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [run_decode, run_products, run_loss, run_optimizers, run_ops_of_optimizers],
+    ids=lambda run: run.__name__,
+)
+def test_everything_is_launched_on_the_current_stream(emulator: Emulator, run: Callable[[], None]) -> None:
+    emulator.stream = emulator.module.new_stream()
+    run()
+    launches = emulator.launches()
+    assert launches and {stream for _, stream in launches} == {emulator.stream}
+    assert max(blocks for blocks, _ in launches) > 1, "a grid of several blocks is wanted"
+
+
+def test_a_refused_launch_is_told_in_words(emulator: Emulator) -> None:
+    w = qn.quantize(torch.randn(64))
+    emulator.stream = 12345  # no stream
+    with pytest.raises(RuntimeError, match=r"^dequantize_4bit: CUDA failed with cudaErrorInvalidResourceHandle"):
+        w.dequantize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
+
+
+def plan_of(m: int, n: int, k: int, r: int, dtype: int, forward: bool, low_memory: bool) -> _cuda_products.Plan:
+    module = _cuda_kernels.native()
+    assert module is not None
+    sizes = _cuda_products.Sizes(m, n, k, r, 64, dtype, forward, low_memory)
+    return _cuda_products.plan_of(module, sizes, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "forward", "kind"),
+    [
+        (1, 96, 128, True, GEMV),
+        (8, 130, 192, True, GEMV),
+        (16, 64, 1024, True, SPLIT_K),
+        (33, 192, 128, True, TILE),
+        (5, 1024, 64, False, SPLIT_K),
+        (70, 128, 320, False, TILE),
+        (257, 64, 64, True, TWO_STEP),
+        (9, 64, 65, True, TWO_STEP),
+        (9, 67, 64, False, TWO_STEP),
+    ],
+)
+def test_each_kind_of_plan(
+    emulator: Emulator, m: int, n: int, k: int, forward: bool, kind: int, dtype: torch.dtype
+) -> None:
+    """With an adapter inside, and in each order of threads."""
+    w = qn.quantize(torch.randn(n, k) / k**0.5)
+    dense = reference.dequantize(dtype, *w.op_args()).double()
+    a, b = torch.randn(8, k).to(dtype) / k**0.5, torch.randn(n, 8).to(dtype)
+    x, bias = torch.randn(m, k if forward else n).to(dtype), torch.randn(n).to(dtype)
+    number = {torch.bfloat16: 1, torch.float16: 2}[dtype]
+    assert plan_of(m, n, k, 8, number, forward, False).kind == kind
+    for schedule in range(emulator.module.num_schedules):
+        emulator.play(schedule)
+        if forward:
+            y, xa = OPS.lora_linear_4bit(x, None, a, b, 0.5, bias, False, *w.op_args())
+            truth = x.double() @ dense.t() + bias.double() + xa.double() @ (b * 0.5).double().t()
+        else:
+            xa = torch.zeros(m, 8, dtype=dtype)
+            tokens = torch.randn(m, k).to(dtype)
+            needed = [True, False, False, False]
+            y = OPS.lora_linear_4bit_backward(x, tokens, xa, a, b, 0.5, False, needed, False, *w.op_args())[0]
+            truth = x.double() @ dense + (0.5 * (x.double() @ b.double())) @ a.double()
+        assert relative_error(y, truth) < 2 * TOLERANCE[dtype], schedule
+
+
+def test_an_older_card_multiplies_bf16_in_two_steps(emulator: Emulator) -> None:
+    emulator.facts = _cuda_kernels.Facts(75, 4)
+    emulator.play(0)
+    assert plan_of(4, 64, 128, 0, 1, True, False).kind == TWO_STEP
+    assert plan_of(4, 64, 128, 0, 2, True, False).kind == GEMV
+    w = qn.quantize(torch.randn(64, 128))
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(4, 128).to(dtype)
+        truth = x.double() @ reference.dequantize(dtype, *w.op_args()).double().t()
+        assert relative_error(qn.linear(x, w), truth) < TOLERANCE[dtype]
+
+
+def test_low_memory_takes_no_panel(emulator: Emulator) -> None:
+    assert plan_of(4096, 64, 128, 0, 1, True, False).kind == TWO_STEP
+    assert plan_of(4096, 64, 128, 0, 1, True, True).kind in (SPLIT_K, TILE)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("n", "k", "panel_rows"), [(300, 192, 7), (1100, 96, 512), (40, 65, 1), (70, 4096, 5)])
+def test_panels_of_any_height(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, n: int, k: int, panel_rows: int, double_quant: bool
+) -> None:
+    """Panels begin inside a group of nested scales, or at one; the last is shorter."""
+    plan = _cuda_products.Plan(TWO_STEP, 0, 0, 1, 0, 0, 0, panel_rows)
+    monkeypatch.setattr(_cuda_products, "plan_of", lambda *_: plan)
+    w = qn.quantize(torch.randn(n, k), double_quant=double_quant)
+    x, grad = torch.randn(20, k), torch.randn(20, n)
+    dense = reference.dequantize(torch.float32, *w.op_args()).double()
+    emulator.launches()
+    assert relative_error(qn.linear(x, w), x.double() @ dense.t()) < TOLERANCE[torch.float32]
+    assert len(emulator.launches()) > 1 or n < 64
+    got = OPS.linear_4bit_grad_input(grad, False, *w.op_args())
+    assert relative_error(got, grad.double() @ dense) < TOLERANCE[torch.float32]
+
+
+def test_addresses_that_allow_no_vectors(emulator: Emulator) -> None:
+    w = qn.quantize(torch.randn(64, 128))
+    dense = reference.dequantize(torch.bfloat16, *w.op_args()).double()
+    x = torch.randn(4 * 128 + 1).bfloat16()[1:].view(4, 128)
+    assert relative_error(qn.linear(x, w), x.double() @ dense.t()) < TOLERANCE[torch.bfloat16]
+    w.packed = torch.cat([w.packed[:1], w.packed])[1:]
+    assert relative_error(qn.linear(x, w), x.double() @ dense.t()) < TOLERANCE[torch.bfloat16]
+
+
+CALL = {
+    "forward": True, "dtype": 1, "x": 4096, "bias": 0, "low": 0, "up": 0, "r": 0, "y": 4096, "m": 1, "n": 64, "k": 64,
+    "plan": [0, 4, 16, 1, 0, 0, 0, 0], "workspace": 0, "workspace_bytes": 0, "stream": 0, "packed": 4096,
+    "absmax": 4096, "absmax_codes": 0, "nested_absmax": 0, "nested_offset": 0, "nested_code": 0, "levels": 4096,
+    "quant_type": 0, "numel": 4096, "block_size": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"x": 4104}, "not aligned to 16 bytes"),
+        ({"x": 0}, "x is a null pointer, but 64 elements are expected"),
+        ({"levels": 0}, "levels or nested_code is a null pointer"),
+        ({"numel": 4097}, "number of elements is not n \\* k"),
+        ({"r": 4}, "has both factors"),
+        ({"m": 0}, "m, n, k or r is out of range"),
+        ({"forward": False, "bias": 4096}, "an input gradient has no bias"),
+        ({"plan": [3, 0, 0, 1, 0, 0, 0, 64]}, "the plan has no fused kernel"),
+        ({"plan": [1, 16, 64, 4, 4, 0, 4096, 0]}, "the workspace is smaller than the plan's"),
+    ],
+)
+def test_a_product_is_checked_at_the_boundary(emulator: Emulator, wrong: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        emulator.module.linear_4bit(**{**CALL, **wrong})
+
+
+def test_workspaces_are_checked_at_the_boundary(emulator: Emulator) -> None:
+    module = emulator.module
+    with pytest.raises(ValueError, match="the workspace is too small"):
+        module.gradient_norm(0, 4096, 0, 4, 4096, module.gradient_norm_workspace(4) - 1, 4096, 0)
+    with pytest.raises(ValueError, match="the workspace is too small"):
+        module.quantize_scales(4096, 300, 4096, 4096, 4096, 4096, module.quantize_scales_workspace(300) - 1, 0)
+    with pytest.raises(ValueError, match="tensors is a null pointer"):
+        module.gradient_norm(0, 0, 1, 0, 4096, 1 << 20, 4096, 0)
+    with pytest.raises(ValueError, match="quant_type is 2"):
+        module.quantize_4bit(0, 4096, 64, 64, 2, 4096, 4096, 4096, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisers
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    params = [param.detach() for param in params_of(optimizer)]
+    return [*params, *(t for state in optimizer.state.values() for t in state.values())]
+
+
+def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
+    return all(same_bytes(x, y) for x, y in zip(state_of(a), state_of(b), strict=True))
+
+
+def twins(rule: str, **options: object) -> tuple[qn.optim.AdamW, qn.optim.AdamW]:
+    """Two optimisers, groups of their own learning rates, over equal parameters of all dtypes."""
+    sizes = (5, 4097, 20_000)
+    start = [torch.randn(n).to(dtype) for dtype in (torch.float32, torch.bfloat16) for n in sizes]
+    made = []
+    for _ in "ab":
+        params = [torch.nn.Parameter(t.clone()) for t in start]
+        groups = [{"params": params[:4], "lr": 1e-2}, {"params": params[4:], "lr": 3e-3, "weight_decay": 0.1}]
+        made.append(getattr(qn.optim, rule)(groups, **options))
+    return made[0], made[1]
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def give_grads(there: torch.optim.Optimizer, here: torch.optim.Optimizer, scale: float) -> None:
+    for one, other in zip(params_of(there), params_of(here), strict=True):
+        grad = (torch.randn(one.shape) * scale).to(one.dtype)
+        one.grad, other.grad = grad, grad.clone()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("rule", ["AdamW", "Adam", "Lion"])
+def test_a_step_on_a_device_gives_the_bytes_of_the_cpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rule: str, bits: int
+) -> None:
+    """Clipped steps of several groups, learning rates that change, and a step that is skipped; two launches each."""
+    module = emulated.module_or_skip(request.config)
+    there, here = twins(rule, bits=bits, max_norm=1.0)
+    for step, scale in enumerate((1.0, 1e-3, float("nan"), 1.0)):
+        give_grads(there, here, scale)
+        for optimizer in (there, here):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+        here.step()
+        with monkeypatch.context() as patch, emulated.kernels(module, patch) as emulator:
+            there.step()
+            assert len(emulator.launches()) == 2
+        assert there.skipped == here.skipped == (scale != scale)
+        assert there.grad_norm == here.grad_norm or scale != scale
+        assert same(there, here), step
+
+
+def test_gradient_scaler_is_heeded_on_the_device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = emulated.module_or_skip(request.config)
+    there, here = twins("AdamW", bits=32)
+    for found_inf in (0.0, 1.0):
+        give_grads(there, here, 1024.0)
+        for optimizer in (there, here):
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(found_inf)  # type: ignore[attr-defined]
+        here.step()
+        with monkeypatch.context() as patch, emulated.kernels(module, patch) as emulator:
+            there.step()
+            assert len(emulator.launches()) == 1
+        assert there.skipped == here.skipped == bool(found_inf)
+        assert same(there, here)
+
+
+def test_gradients_of_another_dtype_take_the_reference(emulator: Emulator) -> None:
+    param, other, grad = torch.ones(300).bfloat16(), torch.ones(300).bfloat16(), torch.randn(300)
+    states = [torch.zeros(300)], [torch.zeros(300)]
+    OPS.adamw_step([param], [grad], *states, [], [], [torch.zeros(())], 0.1, 0.9, 0.99, 1e-8, 0.0, True, 1.0)
+    assert emulator.launches() == []
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "decoupled": True}
+    state = torch.zeros(300), torch.zeros(300), None, None, torch.zeros(())
+    reference.adamw_step(other, grad, *state, grad_factor=1.0, **options)  # type: ignore[arg-type]
+    assert same_bytes(param, other)

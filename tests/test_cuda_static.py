@@ -1,0 +1,241 @@
+"""Proofs about the compiled GPU code that need no GPU: budgets of registers and memory, and the opcodes that are meant.
+
+The build itself refuses warnings, spills and local memory (cmake/cuda_library.cmake).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import cuda_static
+import pytest
+from cuda_static import Key, Usage
+
+import qlora_native as qn
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_BYTES = 40_000_000  # of the module with all architectures
+STATIC_SHARED = 48 << 10  # bytes a block may declare; more is asked for at the launch
+
+
+class Rule(NamedTuple):
+    """How often an instruction stands in the kernels whose name matches, on the architectures in between."""
+
+    kernels: str  # a regular expression for the whole short name
+    opcode: str  # a regular expression for the whole opcode
+    least: int = 1
+    most: int | None = None
+    since: int = 75
+    until: int = 999
+    required: bool = True  # some kernel of this name must be there
+
+
+TILE, SMALL = "linear_4bit_tile_kernel", "linear_4bit_small_kernel"
+RULES = (
+    Rule(r".*", r"(LDL|STL)(\..*)?", least=0, most=0),
+    # Products on the tensor cores, with the shapes that each architecture has; sm_75 has none in bf16, and its kernel
+    # in that type is a trap that the plan never chooses.
+    Rule(TILE + "<Bf16, .*>", r"HMMA\.16816\.F32\.BF16", least=10, since=80),
+    Rule(TILE + "<Fp16, .*>", r"HMMA\.16816\.F32", least=10, since=80),
+    Rule(TILE + "<Fp16, .*>", r"HMMA\.1688\.F32", least=20, until=75),
+    Rule(SMALL + "<Bf16, .*>", r"HMMA\.16816\.F32\.BF16", least=8, since=80),
+    Rule(SMALL + "<Fp16, .*>", r"HMMA\.16816\.F32", least=8, since=80),
+    Rule(SMALL + "<Fp16, .*>", r"HMMA\.1688\.F32", least=16, until=75),
+    Rule("linear_4bit_(tile|small)_kernel<Bf16, .*>", r"HMMA.*", least=0, most=0, until=75),
+    # Tiles come by asynchronous copies of 16 bytes and go to the tensor cores by ldmatrix, transposed for W backward.
+    Rule(TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.128(\.ZFILL)?", least=8, since=80),
+    Rule(TILE + "<.*>", r"LDGSTS.*", least=0, most=0, until=75),
+    Rule(TILE + "<.*>", r"LDSM\.16\.M88\.4", least=5, since=80),
+    Rule(TILE + "<.*, true>", r"LDSM\.16\.MT88.*", least=0, most=0),
+    Rule(TILE + "<.*, false>", r"LDSM\.16\.MT88\.4", least=5, since=80),
+    # Few tokens: packed weights in loads of 16 bytes that leave the cache first, tokens in loads that stay.
+    Rule(SMALL + "<.*>", r"LDG\.E\.EF\.128", least=4, since=80),
+    Rule(SMALL + "<.*>", r"LDG\.E\.128", least=4, since=80),
+    Rule("linear_4bit_reduce_kernel<.*>", r"LDG\.E\.128.*"),
+    Rule("linear_4bit_reduce_kernel<.*>", r"STG\.E\.128.*"),
+    # Passes over memory: 16 bytes at a time. The optimisers' pointers come out of a table, so their loads are generic.
+    Rule(r"dequantize_4bit_kernel<(Bf16|Fp16)>", r"STG\.E\.128.*", least=3),
+    Rule(r"dequantize_4bit_kernel<float>", r"STG\.E\.128.*", least=8),
+    Rule(r"quantize_4bit_kernel<.*>", r"LDG\.E\.EF\.128.*", least=2),
+    Rule(r"(adamw|lion)_step_kernel<.*>", r"LDG\.E\.EF\.128.*", least=7),
+    Rule(r"(adamw|lion)_step_kernel<.*>", r"LDG?\.E\.128.*", least=12),
+    Rule(r"(adamw|lion)_step_kernel<.*>", r"STG?\.E\.128.*", least=12),
+    Rule(r"softmax_loss_kernel<.*>", r"LDG\.E\.128.*", least=4),
+    Rule(r"softmax_loss_kernel<.*>", r"STG\.E\.128.*"),
+)
+
+
+def module_file(config: pytest.Config) -> Path:
+    """What is looked at: the file of --cuda-binary, or the installed module."""
+    reason = cuda_static.missing_tools()
+    if reason:
+        pytest.skip(f"the GPU code cannot be read here, {reason}")
+    given = config.getoption("--cuda-binary")
+    if given:
+        return Path(given)
+    if not qn.build_info()["cuda"]:
+        pytest.skip("this build has no CUDA part (no nvcc was found)")
+    spec = importlib.util.find_spec("qlora_native._cuda")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin)
+
+
+@pytest.fixture(scope="module")
+def module(request: pytest.FixtureRequest) -> Path:
+    return module_file(request.config)
+
+
+@pytest.fixture(scope="module")
+def usages(module: Path) -> dict[Key, Usage]:
+    return cuda_static.usages([module])
+
+
+@pytest.fixture(scope="module")
+def opcodes(module: Path) -> dict[Key, Counter[str]]:
+    return cuda_static.opcodes([module])
+
+
+def test_every_architecture_has_every_kernel(module: Path, usages: dict[Key, Usage]) -> None:
+    kernels: dict[int, set[str]] = {}
+    for kernel, arch in usages:
+        kernels.setdefault(arch, set()).add(kernel)
+    assert kernels and all(names == set(cuda_kernels()) for names in kernels.values())
+    if module.name.startswith("_cuda"):
+        assert sorted(kernels) == qn.build_info()["cuda_archs"]
+
+
+def cuda_kernels() -> list[str]:
+    return sorted({kernel for kernel, _ in cuda_static.read_budgets()})
+
+
+def breaches(usages: dict[Key, Usage], budgets: dict[Key, tuple[int, int]], exact: bool) -> list[str]:
+    """What no kernel may do; with ``exact``, the table's figures hold, else the hardware's limits alone."""
+    found = []
+    for (kernel, arch), usage in sorted(usages.items()):
+        where = f"{kernel} for sm_{arch}"
+        if usage.local:
+            found.append(f"{where} takes {usage.local} bytes of local memory a thread: expected none")
+        if usage.shared > STATIC_SHARED + 1024:
+            found.append(f"{where} declares {usage.shared} bytes of shared memory: at most {STATIC_SHARED} may be")
+        if (kernel, arch) not in budgets:
+            found.append(f"{where} has no budget: run tests/cuda_static.py --write on a build and look at the row")
+        elif exact:
+            for what, used, budget in zip(
+                ("registers", "bytes of shared memory"), usage[:2], budgets[kernel, arch], strict=True
+            ):
+                if used > budget:
+                    found.append(f"{where} takes {used} {what}, its budget is {budget}")
+    return found
+
+
+def test_kernels_keep_to_their_budgets(usages: dict[Key, Usage]) -> None:
+    """The figures are those of the compiler that the table was written with; another one may need a few more."""
+    found = breaches(usages, cuda_static.read_budgets(), exact=compiler_release() in ("", cuda_static.COMPILER))
+    assert not found, "\n" + "\n".join(found)
+
+
+def compiler_release() -> str:
+    """The nvcc behind the installed module, e.g. 13.0; empty where a file was given."""
+    if not qn.build_info()["cuda"]:
+        return ""
+    from qlora_native import _cuda
+
+    return f"{_cuda.runtime_version() // 1000}.{_cuda.runtime_version() % 1000 // 10}"
+
+
+def unmet(counts: dict[Key, Counter[str]], rules: tuple[Rule, ...]) -> list[str]:
+    """The rules that do not hold, in words."""
+    found = []
+    for rule in rules:
+        seen = False
+        for (kernel, arch), counter in sorted(counts.items()):
+            if not (re.fullmatch(rule.kernels, kernel) and rule.since <= arch <= rule.until):
+                continue
+            seen = True
+            count = sum(n for opcode, n in counter.items() if re.fullmatch(rule.opcode, opcode))
+            if count < rule.least or (rule.most is not None and count > rule.most):
+                bounds = f"at least {rule.least}" if rule.most is None else f"{rule.least} to {rule.most}"
+                found.append(f"{kernel} for sm_{arch} has {count} of {rule.opcode}: expected {bounds}")
+        here = {arch for _, arch in counts if rule.since <= arch <= rule.until}
+        if rule.required and here and not seen:
+            found.append(f"no kernel is called {rule.kernels}: correct the rule")
+    return found
+
+
+def test_kernels_have_the_instructions_that_are_meant(opcodes: dict[Key, Counter[str]]) -> None:
+    found = unmet(opcodes, RULES)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_the_module_is_small(module: Path) -> None:
+    assert module.stat().st_size < MOST_BYTES
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proofs can fail
+
+
+def test_a_breach_of_a_budget_is_seen() -> None:
+    budgets = {("a", 80): (32, 64)}
+    assert breaches({("a", 80): Usage(32, 64, 0)}, budgets, exact=True) == []
+    assert "takes 33 registers, its budget is 32" in breaches({("a", 80): Usage(33, 64, 0)}, budgets, exact=True)[0]
+    assert "takes 65 bytes of shared memory" in breaches({("a", 80): Usage(32, 65, 0)}, budgets, exact=True)[0]
+    assert breaches({("a", 80): Usage(33, 65, 0)}, budgets, exact=False) == []
+    assert "8 bytes of local memory" in breaches({("a", 80): Usage(32, 64, 8)}, budgets, exact=False)[0]
+    assert "has no budget" in breaches({("b", 80): Usage(32, 64, 0)}, budgets, exact=False)[0]
+
+
+def test_a_missing_instruction_is_seen() -> None:
+    counts = {("mma<T>", 75): Counter({"HMMA.1688.F32": 2}), ("mma<T>", 80): Counter({"LDSM.16.M88.4": 1, "STL": 1})}
+    met = (Rule("mma<.*>", r"LDSM\..*", since=80), Rule("mma<.*>", r"HMMA\.1688\.F32", least=2, most=2, until=75))
+    assert unmet(counts, met) == []
+    assert unmet(counts, (Rule("gemv", "LDG", required=False), Rule("gemv", "LDG", since=90))) == []
+    assert "has 0 of LDGSTS.*: expected at least 1" in unmet(counts, (Rule("mma<.*>", "LDGSTS.*", since=80),))[0]
+    assert "mma<T> for sm_80 has 1 of (LDL|STL)" in unmet(counts, RULES[:1])[0]
+    assert "no kernel is called gemv" in unmet(counts, (Rule("gemv", "LDG"),))[0]
+
+
+@pytest.mark.parametrize(
+    ("demangled", "short"),
+    [
+        ("void a::b::kernel<a::T, false>(a::View, int, a::T*)", "kernel<T, false>"),
+        ("void a::kernel<(int)4, (bool)1>(float*)", "kernel<4, 1>"),
+        ("void a::(anonymous namespace)::kernel<a::X<(a::Kind)2>, 3>(a::X<(a::Kind)2>)", "kernel<X<2>, 3>"),
+        ("spills(float*)", "spills"),
+    ],
+)
+def test_names_are_short(demangled: str, short: str) -> None:
+    assert cuda_static.short_name(demangled) == short
+
+
+SPILLS = """
+__global__ void __launch_bounds__(1024, 2) spills(float* p) {
+  float a[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) a[i] = p[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) p[i * 1024 + threadIdx.x] = a[63 - i] * a[i];
+}
+"""
+
+
+def test_the_build_refuses_a_kernel_that_spills(tmp_path: Path) -> None:
+    nvcc = cuda_static.find_tool("nvcc")
+    if nvcc is None or shutil.which("c++") is None:
+        pytest.skip("there is no nvcc here, or no host compiler for it")
+    library = (ROOT / "cmake" / "cuda_library.cmake").read_text(encoding="utf-8")
+    flags = [word for line in re.findall(r'"SHELL:([^"]+)"', library) for word in line.split()]
+    assert "all-warnings" in flags and "-warn-spills,-warn-lmem-usage" in flags
+    source = tmp_path / "spills.cu"
+    source.write_text(SPILLS, encoding="utf-8")
+    command = [nvcc, "-arch=sm_80", "-cubin", "-o", str(tmp_path / "out"), str(source)]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    refused = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert refused.returncode != 0 and "spilled to local memory" in refused.stderr + refused.stdout
