@@ -49,7 +49,7 @@ RULES = (
     Rule(SMALL + "<Fp16, .*>", r"HMMA\.1688\.F32", least=16, until=75),
     Rule("linear_4bit_(tile|small)_kernel<Bf16, .*>", r"HMMA.*", least=0, most=0, until=75),
     # Tiles come by asynchronous copies of 16 bytes and go to the tensor cores by ldmatrix, transposed for W backward.
-    Rule(TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.128(\.ZFILL)?", least=8, since=80),
+    Rule(TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=8, since=80),
     Rule(TILE + "<.*>", r"LDGSTS.*", least=0, most=0, until=75),
     Rule(TILE + "<.*>", r"LDSM\.16\.M88\.4", least=5, since=80),
     Rule(TILE + "<.*, true>", r"LDSM\.16\.MT88.*", least=0, most=0),
