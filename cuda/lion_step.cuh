@@ -124,10 +124,11 @@ __device__ __forceinline__ void lion_chunk(const OptimTensor& tensor, const Lion
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads, 6) lion_step_kernel(const OptimTable table,
-                                                             const double* __restrict__ options,  // [groups, kLionRow]
-                                                             const StepInputs inputs, const StepResults results,
-                                                             uint32_t* finished) {  // [1]
+__global__ void __launch_bounds__(kThreads, 7)
+    lion_step_kernel(const OptimTable table,
+                     const double* __restrict__ options,  // [groups, kLionRow]
+                     const StepInputs inputs, const StepResults results,
+                     uint32_t* finished) {  // [1]
   WP_SHARED(StateCode, codes, 2);
   WP_SHARED(LionFactors, factors, 1);
   WP_SHARED(bool, skips, 1);

@@ -96,6 +96,12 @@ MatmulPlan two_step(const MatmulQuestion& question) {
   constexpr int64_t kRun = 32;
   const int64_t grain = kRun / std::gcd(kRun, question.k);
   int64_t rows = std::max(grain, kPanelBytes / row_bytes / grain * grain);
+  // If so many rows fit, they begin where a group of nested scales does, and a panel is a weight of its own.
+  const int64_t group = kNestedBlock * question.block_size;
+  const int64_t group_rows = group / std::gcd(group, question.k);
+  if (rows > group_rows) {
+    rows -= rows % group_rows;
+  }
   rows = std::min(rows, question.n);
   return {MatmulKind::kTwoStep, 0, 0, 1, 0, 0, rows * row_bytes, rows};
 }

@@ -121,7 +121,8 @@ def plan_of(m: int, n: int, k: int, r: int, dtype: int, forward: bool, low_memor
     [
         (1, 96, 128, True, GEMV),
         (8, 130, 192, True, GEMV),
-        (16, 64, 1024, True, SPLIT_K),
+        (16, 64, 1024, True, GEMV),
+        (17, 64, 1024, True, SPLIT_K),
         (33, 192, 128, True, TILE),
         (5, 1024, 64, False, SPLIT_K),
         (70, 128, 320, False, TILE),

@@ -197,6 +197,10 @@ TEST(plan_of_the_panel) {
       }
     }
   }
+  // A panel of a usual weight begins where a group of nested scales does.
+  const MatmulPlan plan = cuda::plan_matmul(question(4096, kH100, true, 14336, 11008));
+  CHECK(plan.panel_rows < 14336 && plan.panel_rows * 11008 % (256 * 64) == 0, "%ld rows",
+        static_cast<long>(plan.panel_rows));
   // Whatever its size: the fewest rows after which the next panel begins at a multiple of 32 elements.
   CHECK(cuda::plan_matmul(question(4096, kH100, true, 100, 20'000'002)).panel_rows == 16, "a panel of 16 rows");
 }
