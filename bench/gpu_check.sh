@@ -74,13 +74,15 @@ section 'primitives against the emulator' 60 bash -c '
         -o "$2/primitives" tests/conformance/main.cu && "$2/primitives" >"$2/primitives.txt" &&
         "$0" bench/gpu_primitives.py tests/golden/cuda_primitives.txt "$2/primitives.txt"' "$python" "$arch" "$OUT"
 
-for tool in memcheck racecheck synccheck; do
+for tool in memcheck racecheck synccheck; do  # of our kernels alone, where the tool can choose
     section "compute-sanitizer, $tool" 40 bash -c '
         sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null) ||
             leave_out "there is no compute-sanitizer here"
-        "$sanitizer" --tool "$1" --error-exitcode 3 --kernel-name-exclude kernel_substring=at:: "$2/primitives" \
-            >/dev/null && "$sanitizer" --tool "$1" --error-exitcode 3 --kernel-name kernel_substring=qlora_native \
-            "$0" bench/gpu_check.py --once' "$python" "$tool" "$OUT"
+        ours=()
+        "$sanitizer" --help | grep -q -- --kernel-regex && ours=(--kernel-regex kns=qlora_native)
+        "$sanitizer" --tool "$1" --error-exitcode 3 "$2/primitives" >/dev/null &&
+            "$sanitizer" --tool "$1" --error-exitcode 3 "${ours[@]}" "$0" bench/gpu_check.py --once' \
+        "$python" "$tool" "$OUT"
 done
 
 section 'measurements' 480 "$python" bench/gpu_check.py --json "$OUT/gpu_check.json" --seconds $((end - SECONDS - 15))

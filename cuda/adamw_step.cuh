@@ -29,18 +29,17 @@ __device__ __forceinline__ float adamw_element(const AdamwFactors& by, float m_d
 template <typename T, bool kCoupled>
 __device__ __forceinline__ void adamw_elements(const OptimTensor& tensor, const AdamwFactors& by, int64_t begin,
                                                int count) {
-  constexpr int kGroup = kPerVector<T>;
   auto* params = static_cast<T*>(tensor.param) + begin;
   const auto* grads = static_cast<const T*>(tensor.grad) + begin;
   auto* exp_avg = static_cast<float*>(tensor.exp_avg) + begin;
   auto* exp_avg_sq = static_cast<float*>(tensor.exp_avg_sq) + begin;
   const bool vectors = are_aligned(kVectorBytes, params, grads, exp_avg, exp_avg_sq);
-  for (int i = static_cast<int>(threadIdx.x) * kGroup; i < count; i += kStepThreads * kGroup) {
-    float p[size_t{kGroup}];
-    float g[size_t{kGroup}];
-    float m[size_t{kGroup}];
-    float v[size_t{kGroup}];
-    const bool whole = vectors && i + kGroup <= count;
+  for (int i = static_cast<int>(threadIdx.x) * kPerGroup; i < count; i += kStepThreads * kPerGroup) {
+    float p[kPerGroup];
+    float g[kPerGroup];
+    float m[kPerGroup];
+    float v[kPerGroup];
+    const bool whole = vectors && i + kPerGroup <= count;
     if (whole) {
       load_values<false>(params + i, p);
       load_values<true>(grads + i, g);
@@ -53,7 +52,7 @@ __device__ __forceinline__ void adamw_elements(const OptimTensor& tensor, const 
       load_first(exp_avg_sq + i, count - i, v);
     }
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
+    for (int j = 0; j < kPerGroup; ++j) {
       p[j] = adamw_element<kCoupled>(by, by.beta1, by.beta2, p[j], g[j], m[j], v[j]);
     }
     if (whole) {
@@ -83,35 +82,49 @@ __device__ __forceinline__ void adamw_coded(const OptimTensor& tensor, const Ada
   constexpr auto kBlock = static_cast<int>(kStateBlock);
   const auto lane = static_cast<int>(threadIdx.x % 32);
   for (int block = static_cast<int>(threadIdx.x / 32); block * kBlock < count; block += kStepThreads / 32) {
-    const int i = block * kBlock + lane * kPerStateLane;
-    const int left = count - i;
-    const bool whole = vectors && left >= kPerStateLane;
-    float p[kPerStateLane];
-    float g[kPerStateLane];
-    float m[kPerStateLane];
-    float v[kPerStateLane];
-    if (whole) {
-      load_values<false>(params + i, p);
-      load_values<true>(grads + i, g);
-    } else {
-      load_first(params + i, left, p);
-      load_first(grads + i, left, g);
-    }
-    load_state(codes[0], exp_avg + i, left, whole, m);
-    load_state(codes[1], exp_avg_sq + i, left, whole, v);
+    float p[kGroupsPerLane][kPerGroup];
+    float g[kGroupsPerLane][kPerGroup];
+    float m[kGroupsPerLane][kPerGroup];
+    float v[kGroupsPerLane][kPerGroup];
     const float m_decay = by.beta1 * m_absmaxes[block];
     const float v_decay = by.beta2 * v_absmaxes[block];
+    const int first = block * kBlock + lane * kPerGroup;
 #pragma unroll
-    for (int j = 0; j < kPerStateLane; ++j) {
-      p[j] = adamw_element<kCoupled>(by, m_decay, v_decay, p[j], g[j], m[j], v[j]);
+    for (int k = 0; k < kGroupsPerLane; ++k) {
+      const int i = first + 32 * kPerGroup * k;
+      const bool whole = vectors && i + kPerGroup <= count;
+      if (whole) {
+        load_values<false>(params + i, p[k]);
+        load_values<true>(grads + i, g[k]);
+      } else {
+        load_first(params + i, count - i, p[k]);
+        load_first(grads + i, count - i, g[k]);
+      }
+      load_state(codes[0], exp_avg + i, count - i, whole, m[k]);
+      load_state(codes[1], exp_avg_sq + i, count - i, whole, v[k]);
     }
-    if (whole) {
-      store_values(params + i, p);
-    } else {
-      store_first(params + i, left, p);
+#pragma unroll
+    for (int k = 0; k < kGroupsPerLane; ++k) {
+      const int i = first + 32 * kPerGroup * k;
+#pragma unroll
+      for (int j = 0; j < kPerGroup; ++j) {
+        p[k][j] = adamw_element<kCoupled>(by, m_decay, v_decay, p[k][j], g[k][j], m[k][j], v[k][j]);
+      }
+      if (vectors && i + kPerGroup <= count) {
+        store_values(params + i, p[k]);
+      } else {
+        store_first(params + i, count - i, p[k]);
+      }
     }
-    store_state(codes[0], m, left, whole, exp_avg + i, m_absmaxes + block);
-    store_state(codes[1], v, left, whole, exp_avg_sq + i, v_absmaxes + block);
+    const BlockScale m_scale = new_scale(m, m_absmaxes + block);
+    const BlockScale v_scale = new_scale(v, v_absmaxes + block);
+#pragma unroll
+    for (int k = 0; k < kGroupsPerLane; ++k) {
+      const int i = first + 32 * kPerGroup * k;
+      const bool whole = vectors && i + kPerGroup <= count;
+      store_state(codes[0], m_scale, m[k], count - i, whole, exp_avg + i);
+      store_state(codes[1], v_scale, v[k], count - i, whole, exp_avg_sq + i);
+    }
   }
 }
 

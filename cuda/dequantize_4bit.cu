@@ -10,8 +10,8 @@ namespace {
 
 template <typename T>
 cudaError_t launch(const WeightView& weight, int64_t first, int64_t end, void* out, cudaStream_t stream) {
-  // Words of codes stay within bytes and blocks only from a multiple of them on.
-  const bool vectors = first % kCodesPerWord == 0 && are_aligned(kVectorBytes, weight.packed + first / 2, out);
+  // The codes of a vector stay within bytes and blocks only from a multiple of them on.
+  const bool vectors = first % kPerVector<T> == 0 && are_aligned(kVectorBytes, weight.packed + first / 2, out);
   return wp::launch(
       dequantize_4bit_kernel<T>, dim3(grid_blocks(end - first, kDequantizeChunk)), dim3(kDequantizeThreads), 0, stream,
       weight, std::countr_zero(static_cast<uint64_t>(weight.block_size)), vectors, first, end, static_cast<T*>(out));

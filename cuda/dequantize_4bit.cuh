@@ -1,13 +1,14 @@
 // One pass from packed codes to values, nested scales included, bound by memory: 0.52 bytes in, 2 or 4 out per element.
 //
-// A lane decodes four words of eight codes, 32 words apart, so that the loads of a warp are contiguous and, above all,
-// its 16-byte stores: stores with gaps between lanes would cost two passes over every sector of the output. The codes
-// of a word never leave a block. The 16 levels stand in shared memory, one bank each, so lanes that read different
-// levels meet different banks and lanes that read the same one share it. level * scale is rounded to fp32 and then to
-// T, as on the CPU.
+// A lane decodes a vector of output at a time, and its neighbours the vectors beside it: loads of a warp are
+// contiguous, and so are, above all, its 16-byte stores. Gaps between lanes would cost two passes over every sector of
+// the output. The codes of a vector never leave a block. The 16 levels stand in shared memory, one bank each, so lanes
+// that read different levels meet different banks and lanes that read the same one share it. level * scale is rounded
+// to fp32 and then to T, as on the CPU.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/arithmetic.h"
 #include "core/layout.h"
@@ -19,21 +20,22 @@
 namespace qlora_native::cuda {
 
 inline constexpr int kDequantizeThreads = 256;
-inline constexpr int kCodesPerWord = 8;                                     // codes
-inline constexpr int kWordsPerLane = 4;                                     // under way at once
-inline constexpr int kDequantizeTile = 32 * kWordsPerLane * kCodesPerWord;  // elements that a warp takes at once
+inline constexpr int kDequantizeTile = 1024;  // elements that a warp takes at once
 inline constexpr int kDequantizeChunk = kDequantizeThreads / 32 * kDequantizeTile;
-static_assert(kMinBlock % kCodesPerWord == 0);
 
-// Eight codes of one little-endian word, the even element in the high nibble of each byte.
+// Codes of one vector of output: kPerVector<T>, as a little-endian word, the even element in the high nibble of each
+// byte.
 template <typename T>
-__device__ __forceinline__ void decode_word(uint32_t word,
-                                            const float* levels,  // [16], shared
-                                            float scale,
-                                            T* out) {  // [8], 16-byte aligned
-  float values[kCodesPerWord];
+using PackedVector = std::conditional_t<kPerVector<T> == 8, uint32_t, uint16_t>;
+
+template <typename T>
+__device__ __forceinline__ void decode_vector(uint32_t word,
+                                              const float* levels,  // [16], shared
+                                              float scale,
+                                              T* out) {  // [kPerVector<T>], 16-byte aligned
+  float values[size_t{kPerVector<T>}];
 #pragma unroll
-  for (int byte = 0; byte < kCodesPerWord / 2; ++byte) {
+  for (int byte = 0; byte < kPerVector<T> / 2; ++byte) {
     values[2 * byte] = __fmul_rn(levels[word >> (8 * byte + 4) & 15], scale);
     values[2 * byte + 1] = __fmul_rn(levels[word >> (8 * byte) & 15], scale);
   }
@@ -45,18 +47,21 @@ template <typename T>
 __device__ __forceinline__ void decode_tile(const WeightView& weight, int block_shift, int64_t begin,
                                             const float* levels,  // [16], shared
                                             T* out) {             // [kDequantizeTile]
-  const int lane = static_cast<int>(threadIdx.x % 32) * kCodesPerWord;
-  uint32_t words[kWordsPerLane];
-  float scales[kWordsPerLane];
+  static_assert(kMinBlock % kPerVector<T> == 0);
+  constexpr int kApart = 32 * kPerVector<T>;  // elements between a lane's vectors
+  constexpr int kVectors = kDequantizeTile / kApart;
+  const int first = static_cast<int>(threadIdx.x % 32) * kPerVector<T>;
+  PackedVector<T> words[size_t{kVectors}];
+  float scales[size_t{kVectors}];
 #pragma unroll
-  for (int i = 0; i < kWordsPerLane; ++i) {
-    const int64_t at = begin + lane + i * 32 * kCodesPerWord;
-    words[i] = __ldcs(reinterpret_cast<const uint32_t*>(weight.packed + at / 2));
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t at = begin + first + i * kApart;
+    words[i] = __ldcs(reinterpret_cast<const PackedVector<T>*>(weight.packed + at / 2));
     scales[i] = weight.scale(at >> block_shift);
   }
 #pragma unroll
-  for (int i = 0; i < kWordsPerLane; ++i) {
-    decode_word(words[i], levels, scales[i], out + lane + i * 32 * kCodesPerWord);
+  for (int i = 0; i < kVectors; ++i) {
+    decode_vector(words[i], levels, scales[i], out + first + i * kApart);
   }
 }
 

@@ -23,16 +23,15 @@ __device__ __forceinline__ float lion_element(const LionFactors& by, float decay
 template <typename T, int kThreads>
 __device__ __forceinline__ void lion_elements(const OptimTensor& tensor, const LionFactors& by, int64_t begin,
                                               int count) {
-  constexpr int kGroup = kPerVector<T>;
   auto* params = static_cast<T*>(tensor.param) + begin;
   const auto* grads = static_cast<const T*>(tensor.grad) + begin;
   auto* exp_avg = static_cast<float*>(tensor.exp_avg) + begin;
   const bool vectors = are_aligned(kVectorBytes, params, grads, exp_avg);
-  for (int i = static_cast<int>(threadIdx.x) * kGroup; i < count; i += kThreads * kGroup) {
-    float p[size_t{kGroup}];
-    float g[size_t{kGroup}];
-    float m[size_t{kGroup}];
-    const bool whole = vectors && i + kGroup <= count;
+  for (int i = static_cast<int>(threadIdx.x) * kPerGroup; i < count; i += kThreads * kPerGroup) {
+    float p[kPerGroup];
+    float g[kPerGroup];
+    float m[kPerGroup];
+    const bool whole = vectors && i + kPerGroup <= count;
     if (whole) {
       load_values<false>(params + i, p);
       load_values<true>(grads + i, g);
@@ -43,7 +42,7 @@ __device__ __forceinline__ void lion_elements(const OptimTensor& tensor, const L
       load_first(exp_avg + i, count - i, m);
     }
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
+    for (int j = 0; j < kPerGroup; ++j) {
       p[j] = lion_element(by, by.beta1, by.beta2, p[j], g[j], m[j]);
     }
     if (whole) {
@@ -69,32 +68,45 @@ __device__ __forceinline__ void lion_coded(const OptimTensor& tensor, const Lion
   constexpr auto kBlock = static_cast<int>(kStateBlock);
   const auto lane = static_cast<int>(threadIdx.x % 32);
   for (int block = static_cast<int>(threadIdx.x / 32); block * kBlock < count; block += kThreads / 32) {
-    const int i = block * kBlock + lane * kPerStateLane;
-    const int left = count - i;
-    const bool whole = vectors && left >= kPerStateLane;
-    float p[kPerStateLane];
-    float g[kPerStateLane];
-    float m[kPerStateLane];
-    if (whole) {
-      load_values<false>(params + i, p);
-      load_values<true>(grads + i, g);
-    } else {
-      load_first(params + i, left, p);
-      load_first(grads + i, left, g);
-    }
-    load_state(codes[0], exp_avg + i, left, whole, m);
+    float p[kGroupsPerLane][kPerGroup];
+    float g[kGroupsPerLane][kPerGroup];
+    float m[kGroupsPerLane][kPerGroup];
     const float decay1 = by.beta1 * absmaxes[block];
     const float decay2 = by.beta2 * absmaxes[block];
+    const int first = block * kBlock + lane * kPerGroup;
 #pragma unroll
-    for (int j = 0; j < kPerStateLane; ++j) {
-      p[j] = lion_element(by, decay1, decay2, p[j], g[j], m[j]);
+    for (int k = 0; k < kGroupsPerLane; ++k) {
+      const int i = first + 32 * kPerGroup * k;
+      const bool whole = vectors && i + kPerGroup <= count;
+      if (whole) {
+        load_values<false>(params + i, p[k]);
+        load_values<true>(grads + i, g[k]);
+      } else {
+        load_first(params + i, count - i, p[k]);
+        load_first(grads + i, count - i, g[k]);
+      }
+      load_state(codes[0], exp_avg + i, count - i, whole, m[k]);
     }
-    if (whole) {
-      store_values(params + i, p);
-    } else {
-      store_first(params + i, left, p);
+#pragma unroll
+    for (int k = 0; k < kGroupsPerLane; ++k) {
+      const int i = first + 32 * kPerGroup * k;
+#pragma unroll
+      for (int j = 0; j < kPerGroup; ++j) {
+        p[k][j] = lion_element(by, decay1, decay2, p[k][j], g[k][j], m[k][j]);
+      }
+      if (vectors && i + kPerGroup <= count) {
+        store_values(params + i, p[k]);
+      } else {
+        store_first(params + i, count - i, p[k]);
+      }
     }
-    store_state(codes[0], m, left, whole, exp_avg + i, absmaxes + block);
+    const BlockScale scale = new_scale(m, absmaxes + block);
+#pragma unroll
+    for (int k = 0; k < kGroupsPerLane; ++k) {
+      const int i = first + 32 * kPerGroup * k;
+      const bool whole = vectors && i + kPerGroup <= count;
+      store_state(codes[0], scale, m[k], count - i, whole, exp_avg + i);
+    }
   }
 }
 
@@ -112,7 +124,7 @@ __device__ __forceinline__ void lion_chunk(const OptimTensor& tensor, const Lion
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, 7)
     lion_step_kernel(const OptimTable table,
                      const double* __restrict__ options,  // [groups, kLionRow]
                      const StepInputs inputs, const StepResults results,

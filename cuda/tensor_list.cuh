@@ -87,10 +87,13 @@ __device__ __forceinline__ void finish_step(const OptimTable& table, const StepI
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// States. Those of 8 bits are taken by warps, a block of kStateBlock elements each, eight consecutive ones a lane.
+// Elements. A lane takes four consecutive ones at a time, its neighbours those beside them: 16 bytes of fp32, 8 of 16
+// bits, 4 of codes, so that every sector that a warp touches is touched whole.
 
-inline constexpr int kPerStateLane = static_cast<int>(kStateBlock) / 32;
-inline constexpr int kStateBlocksPerChunk = static_cast<int>(kNormChunk / kStateBlock);
+inline constexpr int kPerGroup = 4;
+
+// States of 8 bits are taken by warps, a block of kStateBlock elements each.
+inline constexpr int kGroupsPerLane = static_cast<int>(kStateBlock) / (32 * kPerGroup);
 
 __device__ constexpr StateCode kStateCodes[2] = {kSignedState, kUnsignedState};
 
@@ -106,11 +109,11 @@ __device__ __forceinline__ void fetch_state_codes(StateCode* codes) {  // [2], s
 }
 
 // The largest of the warp's magnitudes, as bits.
-__device__ __forceinline__ uint32_t highest_of_warp(const float (&values)[kPerStateLane]) {
+__device__ __forceinline__ uint32_t highest_of_warp(const float (&values)[kGroupsPerLane][kPerGroup]) {
   uint32_t highest = 0;
 #pragma unroll
-  for (int i = 0; i < kPerStateLane; ++i) {
-    const uint32_t bits = __float_as_uint(values[i]) & 0x7fffffffu;
+  for (int i = 0; i < kGroupsPerLane * kPerGroup; ++i) {
+    const uint32_t bits = __float_as_uint(values[i / kPerGroup][i % kPerGroup]) & 0x7fffffffu;
     highest = bits > highest ? bits : highest;
   }
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -120,24 +123,33 @@ __device__ __forceinline__ uint32_t highest_of_warp(const float (&values)[kPerSt
   return highest;
 }
 
-// Codes of `count` elements, all eight where `whole`, at a multiple of 8 bytes; 0 after them.
+// The scale of the block whose values the warp holds; its absmax is kept. The shuffles come after every lane's look at
+// the old absmax.
+__device__ __forceinline__ BlockScale new_scale(const float (&values)[kGroupsPerLane][kPerGroup],
+                                                float* absmax) {  // [1]
+  const BlockScale scale(highest_of_warp(values));
+  if (threadIdx.x % 32 == 0) {
+    *absmax = scale.absmax;
+  }
+  return scale;
+}
+
+// Codes of `count` elements, all four where `whole`, at a multiple of 4 bytes; 0 after them.
 template <typename Code>
 __device__ __forceinline__ void load_state(const StateCode& code, const Code* codes,  // [count]
-                                           int count, bool whole, float (&values)[kPerStateLane]) {
-  uint2 words = make_uint2(0, 0);
+                                           int count, bool whole, float (&values)[kPerGroup]) {
+  uint32_t word = 0;
   if (whole) {
-    words = *reinterpret_cast<const uint2*>(codes);
+    word = *reinterpret_cast<const uint32_t*>(codes);
   } else {
 #pragma unroll
-    for (int i = 0; i < kPerStateLane; ++i) {
-      const uint32_t byte = i < count ? static_cast<uint8_t>(codes[i]) : 0u;
-      (i < 4 ? words.x : words.y) |= byte << (8 * (i % 4));
+    for (int i = 0; i < kPerGroup; ++i) {
+      word |= i < count ? static_cast<uint32_t>(static_cast<uint8_t>(codes[i])) << (8 * i) : 0u;
     }
   }
 #pragma unroll
-  for (int i = 0; i < kPerStateLane; ++i) {
-    const uint32_t byte = (i < 4 ? words.x : words.y) >> (8 * (i % 4)) & 255u;
-    values[i] = decode_state(code, static_cast<Code>(byte));
+  for (int i = 0; i < kPerGroup; ++i) {
+    values[i] = decode_state(code, static_cast<Code>(word >> (8 * i) & 255u));
   }
 }
 
@@ -148,32 +160,26 @@ __device__ __forceinline__ uint8_t encode_state(const StateCode& code, float x, 
   return encode_unsigned(code, x);
 }
 
-// Encodes a block that the warp holds. Its shuffles come after every lane's look at the old absmax.
 template <typename Code>
-__device__ __forceinline__ void store_state(const StateCode& code, const float (&values)[kPerStateLane], int count,
-                                            bool whole,
-                                            Code* codes,      // [count]
-                                            float* absmax) {  // [1]
-  const BlockScale scale(highest_of_warp(values));
-  if (threadIdx.x % 32 == 0) {
-    *absmax = scale.absmax;
-  }
-  uint2 words = make_uint2(0, 0);
+__device__ __forceinline__ void store_state(const StateCode& code, const BlockScale& scale,
+                                            const float (&values)[kPerGroup], int count, bool whole,
+                                            Code* codes) {  // [count]
+  uint32_t word = 0;
   if (scale.encodes) {
 #pragma unroll
-    for (int i = 0; i < kPerStateLane; ++i) {
+    for (int i = 0; i < kPerGroup; ++i) {
       const auto byte = static_cast<uint8_t>(encode_state(code, scale.normaliser(values[i]), Code{}));
-      (i < 4 ? words.x : words.y) |= static_cast<uint32_t>(byte) << (8 * (i % 4));
+      word |= static_cast<uint32_t>(byte) << (8 * i);
     }
   }
   if (whole) {
-    *reinterpret_cast<uint2*>(codes) = words;
+    *reinterpret_cast<uint32_t*>(codes) = word;
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPerStateLane; ++i) {
+  for (int i = 0; i < kPerGroup; ++i) {
     if (i < count) {
-      codes[i] = static_cast<Code>((i < 4 ? words.x : words.y) >> (8 * (i % 4)) & 255u);
+      codes[i] = static_cast<Code>(word >> (8 * i) & 255u);
     }
   }
 }

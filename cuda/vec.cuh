@@ -33,19 +33,31 @@ __device__ __forceinline__ void unpack_word<Fp16>(uint32_t word, float* out) {
   out[1] = __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16)));
 }
 
-// x is at a multiple of 16 bytes. kStreaming: it is read once.
+// Words of 4 bytes that one load or store moves at once.
+template <typename T, size_t kCount>
+inline constexpr size_t kWordsOf = kCount * sizeof(T) / 4;
+
+// 8 or a multiple of 16 bytes, and x at a multiple of as many. kStreaming: it is read once.
 template <bool kStreaming, typename T, size_t kCount>
 __device__ __forceinline__ void load_values(const T* x,  // [kCount]
                                             float (&out)[kCount]) {
+  constexpr size_t kWords = kWordsOf<T, kCount>;
   constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
-  static_assert(static_cast<int>(kCount) % kPerVector<T> == 0);
+  static_assert(kWords == 2 || kWords % 4 == 0);
+  if constexpr (kWords == 2) {
+    const auto* at = reinterpret_cast<const uint2*>(x);
+    const uint2 v = kStreaming ? __ldcs(at) : *at;
+    unpack_word<T>(v.x, out);
+    unpack_word<T>(v.y, out + kPerWord);
+  } else {
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(kCount); i += kPerVector<T>) {
-    const uint4 v = kStreaming ? wp::load_16_streaming(x + i) : wp::load_16(x + i);
-    unpack_word<T>(v.x, out + i);
-    unpack_word<T>(v.y, out + i + kPerWord);
-    unpack_word<T>(v.z, out + i + 2 * kPerWord);
-    unpack_word<T>(v.w, out + i + 3 * kPerWord);
+    for (int i = 0; i < static_cast<int>(kCount); i += kPerVector<T>) {
+      const uint4 v = kStreaming ? wp::load_16_streaming(x + i) : wp::load_16(x + i);
+      unpack_word<T>(v.x, out + i);
+      unpack_word<T>(v.y, out + i + kPerWord);
+      unpack_word<T>(v.z, out + i + 2 * kPerWord);
+      unpack_word<T>(v.w, out + i + 3 * kPerWord);
+    }
   }
 }
 
@@ -59,17 +71,22 @@ __device__ __forceinline__ void load_first(const T* x,  // [count]
   }
 }
 
-// Rounded to T; x is at a multiple of 16 bytes.
+// Rounded to T; sizes and addresses as for load_values.
 template <typename T, size_t kCount>
 __device__ __forceinline__ void store_values(T* x,  // [kCount]
                                              const float (&values)[kCount]) {
+  constexpr size_t kWords = kWordsOf<T, kCount>;
   constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
-  static_assert(static_cast<int>(kCount) % kPerVector<T> == 0);
+  static_assert(kWords == 2 || kWords % 4 == 0);
+  if constexpr (kWords == 2) {
+    *reinterpret_cast<uint2*>(x) = make_uint2(wp::pack_word<T>(values), wp::pack_word<T>(values + kPerWord));
+  } else {
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(kCount); i += kPerVector<T>) {
-    const float* v = values + i;
-    wp::store_16(x + i, make_uint4(wp::pack_word<T>(v), wp::pack_word<T>(v + kPerWord),
-                                   wp::pack_word<T>(v + 2 * kPerWord), wp::pack_word<T>(v + 3 * kPerWord)));
+    for (int i = 0; i < static_cast<int>(kCount); i += kPerVector<T>) {
+      const float* v = values + i;
+      wp::store_16(x + i, make_uint4(wp::pack_word<T>(v), wp::pack_word<T>(v + kPerWord),
+                                     wp::pack_word<T>(v + 2 * kPerWord), wp::pack_word<T>(v + 3 * kPerWord)));
+    }
   }
 }
 

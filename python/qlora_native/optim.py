@@ -203,7 +203,8 @@ class _Optimizer(torch.optim.Optimizer):
         if plan.on_device is None:
             plan.on_device = DeviceTable(module, self._op, plan.table, len(params), device)
         options = [self._options(group) for group in self.param_groups]
-        plan.on_device.step(plan.table, options, Scaling(1.0, self.max_norm, grad_scale, found_inf))
+        scale, skip = (None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf))
+        plan.on_device.step(plan.table, options, Scaling(1.0, self.max_norm, scale, skip))
         if self.max_norm is not None:
             self._grad_norm = plan.on_device.grad_norm
         if self.max_norm is not None or found_inf is not None:

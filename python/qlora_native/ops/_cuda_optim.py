@@ -20,8 +20,9 @@ ADAMW, LION, NORM = "adamw_step", "lion_step", "gradient_norm"
 
 
 def _upload(values: array[int] | array[float], target: torch.Tensor) -> None:
-    """Host numbers into ``target``, in the order of the current stream; a few kilobytes, staged by the driver."""
-    target.copy_(torch.frombuffer(values, dtype=target.dtype).view(target.shape), non_blocking=True)
+    """Host numbers into ``target``, in the order of the current stream. From pageable memory the copy would wait."""
+    source = torch.frombuffer(values, dtype=target.dtype).view(target.shape)
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
 class Scaling(NamedTuple):
@@ -66,7 +67,7 @@ class DeviceTable:
 
     def _table(self, rows: array[int]) -> tuple[int, int, int, int]:
         if rows != self.held and self.num_tensors:
-            self.held = array("q", rows)  # outlives the copy
+            self.held = array("q", rows)
             _upload(self.held, self.tensors)
         return self.tensors.data_ptr(), self.chunks.data_ptr(), self.num_tensors, self.chunks.shape[0]
 
