@@ -176,7 +176,9 @@ __global__ void __launch_bounds__(32 * small_warps(kGroups), small_ctas(kGroups)
   const int first_step = warp / job.row_warps * kSmallStep;
   const int run = static_cast<int>(threadIdx.x) % 4 * 32;
 
-  SmallRuns next = small_runs(job, first_row, first_step + run);
+  // Two steps ahead: a warp's loads under way are what hides the latency of memory.
+  SmallRuns ahead[2] = {small_runs(job, first_row, first_step + run),
+                        small_runs(job, first_row, first_step + turns * kSmallStep + run)};
   Planes planes;
   {
     const float* from = job.weight.levels;
@@ -188,8 +190,9 @@ __global__ void __launch_bounds__(32 * small_warps(kGroups), small_ctas(kGroups)
 
   SmallSums<kGroups> sums;
   for (int64_t step = first_step; step < job.k; step += turns * kSmallStep) {
-    const SmallRuns runs = next;
-    next = small_runs(job, first_row, step + turns * kSmallStep + run);
+    const SmallRuns runs = ahead[0];
+    ahead[0] = ahead[1];
+    ahead[1] = small_runs(job, first_row, step + 2 * turns * kSmallStep + run);
     small_step(job, runs, first_row, step + run, planes, sums);
   }
   small_store_parts(sums, parts);

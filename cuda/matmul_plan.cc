@@ -129,9 +129,11 @@ MatmulPlan plan_matmul(const MatmulQuestion& question) {
     return two_step(question);
   }
   if (question.forward && question.m <= kGemvTokens && question.block_size >= kReductionStep) {
-    // The more rows of W a CTA takes, the less often x is read, but every SM is to have a CTA.
-    int rows = question.m <= 4 ? 32 : 64;
-    while (rows > 16 && ceil_div(question.n, rows) < question.sm_count) {
+    // The more rows of W a CTA takes, the less often x is read. But about every SM is to have a CTA, and two where x is
+    // so small that reading it again costs less than fewer loads under way.
+    const bool few = question.m <= 4;
+    int rows = few ? 32 : 64;
+    while (rows > 16 && 10 * ceil_div(question.n, rows) < 9 * (few ? 2 : 1) * question.sm_count) {
       rows /= 2;
     }
     const int tokens = question.m <= 4 ? 4 : question.m <= 8 ? 8 : 16;

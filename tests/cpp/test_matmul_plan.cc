@@ -175,7 +175,8 @@ TEST(plan_fills_the_card) {
   // More rows of W a CTA only if every SM still gets one.
   CHECK(cuda::plan_matmul(question(1, kH100, true, 14336)).columns == 32, "a large weight");
   CHECK(cuda::plan_matmul(question(8, kH100, true, 14336)).columns == 64, "a large weight and 8 tokens");
-  CHECK(cuda::plan_matmul(question(16, kRtx4090)).columns == 32, "128 CTAs for 128 SMs");
+  CHECK(cuda::plan_matmul(question(16, kH100)).columns == 32, "128 CTAs for 132 SMs");
+  CHECK(cuda::plan_matmul(question(1, kH100)).columns == 16, "two CTAs an SM");
   CHECK(cuda::plan_matmul(question(1, kH100, true, 1024)).columns == 16, "a small weight");
 }
 
