@@ -49,8 +49,8 @@ def find_tool(name: str) -> str | None:
 def missing_tools() -> str:
     """Why nothing can be read here, in words; empty if all is there."""
     wanted = {
-        "cuobjdump": "pip install -r .ci/requirements-cuda.txt",
-        "nvdisasm": "pip install -r .ci/requirements-cuda.txt",
+        "cuobjdump": "pip install -r .ci/requirements-cubin.txt",
+        "nvdisasm": "pip install -r .ci/requirements-cubin.txt",
         "c++filt": "it comes with binutils",
     }
     absent = [f"{name} ({advice})" for name, advice in wanted.items() if find_tool(name) is None]
