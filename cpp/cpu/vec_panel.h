@@ -92,16 +92,12 @@ inline void transpose_codes(const uint8_t* const* rows, int64_t offset, Words* o
 }
 
 #if defined(__AVX512BF16__)
-// Two vectors rounded to bf16, the second above the first.
-inline __m512i rounded_pair(Floats first, Floats second) {
-  return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-}
-
 // The scaled levels of two rows, rounded to bf16: 16 of the first, 16 of the second.
 struct PairTable {
   __m512i level;
   PairTable(Floats levels, float scale, float scale_below)
-      : level(rounded_pair(multiply(levels, _mm512_set1_ps(scale)), multiply(levels, _mm512_set1_ps(scale_below)))) {}
+      : level(std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(multiply(levels, _mm512_set1_ps(scale_below)),
+                                                         multiply(levels, _mm512_set1_ps(scale))))) {}
   // Words of elements 16 half to 16 half + 15 of the rows' 32, in their order: the first row's in the lower halves.
   Floats at(const uint8_t* bytes, const uint8_t* bytes_below, int half) const {
     const auto piece = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
