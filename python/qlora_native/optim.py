@@ -14,9 +14,10 @@ deepcopy and ``GradScaler`` work as with torch's own. The differences:
   moment overflows becomes NaN as a whole; ``max_norm`` prevents that.
 * Parameters may be float32, bfloat16 or float16; the update is computed in float32 and rounded once. States are float32
   or codes, whatever the parameter's dtype.
-* On the CPU the bytes written depend neither on the instruction set nor on the number of threads. A CUDA device gives
-  the same bytes in two launches; the host waits for it only where ``grad_norm`` or ``skipped`` is read. Elsewhere, and
-  for gradients of another dtype than their parameter's, the plain torch reference computes the same, slower.
+* On the CPU the bytes written depend neither on the instruction set nor on the number of threads. The CUDA kernels give
+  the same bytes in two launches (in the emulator; they have not run on hardware); the host waits for them only where
+  ``grad_norm`` or ``skipped`` is read. Elsewhere, and for gradients of another dtype than their parameter's, the plain
+  torch reference computes the same, slower.
 """
 
 from __future__ import annotations
