@@ -48,9 +48,15 @@ void check_product(int64_t m, int64_t n, int64_t k, double tolerance, int64_t bl
   for (const bool with_bias : {false, true}) {
     std::vector<T> y(static_cast<size_t>(m * n));
     cpu::LinearCall call{};
-    call.job = {weight.view, x.data(), with_bias ? bias.data() : nullptr, nullptr, nullptr, 0, y.data(), m, n, k};
-    call.dtype = oracle::Storage<T>::kDtype;
-    call.forward = true;
+    call.job.weight = weight.view;
+    call.job.dtype = oracle::Storage<T>::kDtype;
+    call.job.forward = true;
+    call.job.x = x.data();
+    call.job.bias = with_bias ? bias.data() : nullptr;
+    call.job.y = y.data();
+    call.job.m = m;
+    call.job.n = n;
+    call.job.k = k;
     const oracle::Scratch scratch(cpu::linear_4bit_scratch_bytes(call));
     cpu::linear_4bit(call, scratch.aligned);
     const auto addend = [&](int64_t j) { return with_bias ? oracle::value_of(bias[static_cast<size_t>(j)]) : 0.0; };

@@ -76,18 +76,18 @@ class Product {
 
   cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, unsigned char* workspace,
                      cudaStream_t stream) {
-    const cuda::LinearCall call{on_device_.view(),
-                                oracle::Storage<T>::kDtype,
-                                c.forward,
-                                device_x_.data(),
-                                device_bias_.data(),
-                                device_low_.data(),
-                                device_up_.data(),
-                                c.r,
-                                y.data(),
-                                c.m,
-                                c.n,
-                                c.k};
+    const ProductJob call{on_device_.view(),
+                          oracle::Storage<T>::kDtype,
+                          c.forward,
+                          device_x_.data(),
+                          device_bias_.data(),
+                          device_low_.data(),
+                          device_up_.data(),
+                          c.r,
+                          y.data(),
+                          c.m,
+                          c.n,
+                          c.k};
     return cuda::launch_linear_4bit(call, plan, workspace, stream);
   }
 
@@ -460,7 +460,7 @@ TEST(refused) {
 
 TEST(nothing_to_multiply) {
   cuemu::take_launches();
-  cuda::LinearCall call{};
+  ProductJob call{};
   call.dtype = Dtype::kBfloat16;
   call.forward = true;
   call.n = call.k = 64;
