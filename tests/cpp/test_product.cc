@@ -44,32 +44,16 @@ void run(const cpu::Kernels& kernels, const ProductJob& job, const std::vector<i
 }
 
 template <typename T>
-std::vector<double> doubles(const std::vector<T>& values) {
-  std::vector<double> out;
-  for (const T value : values) {
-    out.push_back(oracle::value_of(value));
-  }
-  return out;
-}
-
-template <typename T>
 void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
   const oracle::RandomWeight weight(s.n * s.k, s.block, s.nested, s.block == 64 ? QuantType::kNf4 : QuantType::kFp4,
                                     static_cast<uint64_t>(s.n + s.k));
   oracle::Random random(static_cast<uint64_t>(s.m));
-  const auto values = [&random](int64_t count) {
-    std::vector<T> made;
-    for (int64_t i = 0; i < count; ++i) {
-      made.push_back(from_float<T>(random.uniform()));
-    }
-    return made;
-  };
   const int64_t columns = forward ? s.n : s.k;
   const int64_t depth = forward ? s.k : s.n;
-  const std::vector<T> x = values(s.m * depth);
-  const std::vector<T> bias = values(columns);
-  const std::vector<T> low = values(s.m * s.r);
-  const std::vector<T> up = values(columns * s.r);
+  const std::vector<T> x = oracle::uniform_values<T>(random, s.m * depth);
+  const std::vector<T> bias = oracle::uniform_values<T>(random, columns);
+  const std::vector<T> low = oracle::uniform_values<T>(random, s.m * s.r);
+  const std::vector<T> up = oracle::uniform_values<T>(random, columns * s.r);
   std::vector<T> y(static_cast<size_t>(s.m * columns));
   const ProductJob job{weight.view,
                        oracle::Storage<T>::kDtype,
@@ -91,9 +75,9 @@ void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
     const int64_t at = forward ? i : i % s.k * s.n + i / s.k;
     dense[static_cast<size_t>(at)] = oracle::dequantised(weight.view, i, oracle::Storage<T>::kFormat);
   }
-  const std::vector<double> a = doubles(x);
-  const std::vector<double> small = doubles(low);
-  const std::vector<double> large = doubles(up);
+  const std::vector<double> a = oracle::doubles_of(x);
+  const std::vector<double> small = oracle::doubles_of(low);
+  const std::vector<double> large = oracle::doubles_of(up);
   constexpr oracle::Format kFormat = oracle::Storage<T>::kFormat;
   constexpr double kStep = 1.0 / static_cast<double>(int64_t{2} << kFormat.mantissa_bits);
   const double smallest = oracle::value_of(kFormat, 1);
