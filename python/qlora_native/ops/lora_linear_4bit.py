@@ -39,12 +39,19 @@ class Call(NamedTuple):
     weight: Weight
 
 
-def read(*arguments: Any) -> Call:
+def read(
+    x: torch.Tensor,
+    x_lora: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None,
+    low_memory: bool,
+    *arguments: Any,
+) -> Call:
     """The op's call; refuses operands that do not fit each other."""
-    weight = weight_of(arguments[7:])
-    call = Call._make((*arguments[:7], weight))
-    x, x_lora, a, b = call[:4]
-    check_matrix("lora_linear_4bit", x, weight, call.bias, features=1)
+    weight = weight_of(arguments)
+    check_matrix("lora_linear_4bit", x, weight, bias, features=1)
     n, k = weight.shape
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1]:
         raise ValueError(
@@ -55,7 +62,7 @@ def read(*arguments: Any) -> Call:
         raise ValueError(
             f"lora_linear_4bit: x_lora is {x_lora.dtype} {list(x_lora.shape)}: expected {x.dtype} {list(x.shape)}."
         )
-    return call
+    return Call(x, x_lora, a, b, scale, bias, low_memory, weight)
 
 
 def forward_by(engine: Engine, call: Call) -> Pair:
