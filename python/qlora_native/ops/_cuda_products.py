@@ -49,6 +49,10 @@ class Sizes(NamedTuple):
     forward: bool
     low_memory: bool
 
+    def problem(self) -> _tuned_plans.Problem:
+        """What a measured choice is looked up by: all but the rank."""
+        return _tuned_plans.Problem(self.m, self.n, self.k, self.block_size, self.dtype, self.forward, self.low_memory)
+
 
 def question_of(sizes: Sizes, facts: _cuda_kernels.Facts) -> tuple[int, ...]:
     """MatmulQuestion of cuda/matmul_plan.h, field by field."""
@@ -60,8 +64,7 @@ def plan_of(module: ModuleType, sizes: Sizes, device: torch.device) -> Plan:
     """The plan for these sizes, all of them positive, on a device: the measured choice, or the built-in one."""
     facts = _cuda_kernels.facts(device)
     question = question_of(sizes, facts)
-    problem = _tuned_plans.Problem(*sizes[:3], *sizes[4:])
-    choice = _tuned_plans.choice_of(module, problem, facts)
+    choice = _tuned_plans.choice_of(module, sizes.problem(), facts)
     fields = None if choice is None else module.plan_of_choice(question, choice)
     return Plan(*(module.plan_matmul(question) if fields is None else fields))
 

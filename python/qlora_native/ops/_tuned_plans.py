@@ -109,9 +109,9 @@ def _flag(value: Any) -> bool:
 
 
 def _parsed(entry: Any) -> tuple[Problem, Choice | None]:
-    sizes = [_whole(entry[name]) for name in ("m", "n", "k", "block_size")]
+    m, n, k, block_size = (_whole(entry[name]) for name in ("m", "n", "k", "block_size"))
     dtype = {name: number for number, name in DTYPES.items()}[entry["dtype"]]
-    problem = Problem(*sizes, dtype, _flag(entry["forward"]), _flag(entry["low_memory"]))
+    problem = Problem(m, n, k, block_size, dtype, _flag(entry["forward"]), _flag(entry["low_memory"]))
     plan = entry["plan"]
     if plan is None:
         return problem, None
