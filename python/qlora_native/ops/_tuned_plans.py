@@ -46,6 +46,12 @@ class Choice(NamedTuple):
     columns: int
     splits: int
 
+    def __str__(self) -> str:
+        if self.rows == 0:
+            return KINDS[self.kind]
+        parts = f" in {self.splits} parts" if self.splits > 1 else ""
+        return f"{KINDS[self.kind]} {self.rows}x{self.columns}{parts}"
+
 
 Choices = dict[Problem, Choice | None]  # None: the built-in plan was not beaten
 
