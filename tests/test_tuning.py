@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_the_choice_is_by_ratios_within_a_round() -> None:
     assert tuning.choose({built_in: [1.0, 2.0, 4.0], other: [0.1, 2.0, 4.0]}, built_in) == built_in
 
 
-def few_rows_win_nothing(plan: Plan, forward: bool) -> float:
+def rows_and_parts_win(plan: Plan, forward: bool) -> float:
     """Forward: the few-token kernel, the more rows of W the better. Gradient: two steps, then the most parts."""
     if forward:
         return 1.0 / plan.columns if plan.kind == GEMV else 1.0
@@ -161,8 +162,9 @@ def few_rows_win_nothing(plan: Plan, forward: bool) -> float:
 def test_tuning_chooses_what_the_clock_says(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    another_bucket = plan_of(emulator, 17)
     with monkeypatch.context() as patch:
-        clock = Clock(patch, few_rows_win_nothing)
+        clock = Clock(patch, rows_and_parts_win)
         seen: list[tuning.Tuned] = []
         found = qn.tune([(N, K), (N, K)], tokens=[3, 4], rank=8, device="cpu", report=seen.append)
     assert seen == found and [r.problem for r in found] == [
@@ -181,7 +183,7 @@ def test_tuning_chooses_what_the_clock_says(
         assert [plan_of(emulator, m).columns for m in (1, 2, 4)] == [64, 64, 64]
         assert plan_of(emulator, 3, forward=False).kind == TWO_STEP
         assert plan_of(emulator, 3, forward=False, low_memory=True).splits == 2
-        assert plan_of(emulator, 5).columns == 32, "another bucket"
+        assert plan_of(emulator, 17) == another_bucket
         assert plan_of(emulator, 4, n=N + 64).columns == 32, "another weight"
         forget()
 
@@ -212,7 +214,7 @@ def test_wrong_and_failing_candidates_are_left_out(emulator: Emulator, monkeypat
     assert plain.chosen.kind != TWO_STEP and plain.chosen != Choice(GEMV, 4, 64, 1)
     assert plain.left_out == (
         "gemv 4x64: linear_4bit: CUDA failed with a sentence",
-        "two_step: its result differs by nan from the built-in plan's",
+        "two_step: its result differs by nan from the first plan's",
     )
 
 
@@ -223,15 +225,16 @@ def test_a_wrong_built_in_plan_is_no_choice(emulator: Emulator, monkeypatch: pyt
         return by_plan(products, plan, *others) * (0.5 if plan.kind == TILE else 1.0)
 
     monkeypatch.setattr(_cuda_products.Products, "by_plan", product)
-    with pytest.raises(RuntimeError, match="the built-in plan is wrong for Sizes"):
+    with pytest.raises(RuntimeError, match="the built-in plan fails for Sizes"):
         qn.tune([(64, 128)], tokens=[512], device="cpu")
 
 
 def test_a_model_is_tuned_where_its_layers_are(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [qn.nn.QuantizedLinear(k, n, block_size=b) for n, k, b in ((64, 128, 64), (64, 128, 64), (64, 128, 32))]
     Clock(monkeypatch, lambda plan, forward: 1.0)
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(8, 8))
     state = torch.get_rng_state()
-    found = qn.tune(torch.nn.Sequential(*layers, torch.nn.Linear(8, 8)), tokens=[4])
+    found = qn.tune(model, tokens=[4])
     assert same_bytes(torch.get_rng_state(), state)
     assert {r.problem for r in found} == {
         Problem(4, 64, 128, block_size, 1, forward, low_memory)
@@ -239,6 +242,110 @@ def test_a_model_is_tuned_where_its_layers_are(emulator: Emulator, monkeypatch: 
         for forward in (True, False)
         for low_memory in (False, True)
     }
+
+
+class Device:
+    """Stands in for torch.cuda in the replays: a clock that its work advances, and a log of what was asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0  # milliseconds
+        self.log: list[str] = []
+        self.calls: list[Callable[[], None]] | None = None  # while a graph is captured
+        names = ("device", "stream", "current_stream", "synchronize", "Stream", "CUDAGraph", "Event", "graph")
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def work(self, milliseconds: float) -> None:
+        if self.calls is not None:
+            self.calls.append(lambda: self.work(milliseconds))
+        else:
+            self.log.append("work")
+            self.now += milliseconds
+
+    def device(self, device: torch.device) -> Any:
+        return nullcontext()
+
+    stream = device
+
+    def current_stream(self) -> Device:
+        return self
+
+    Stream = current_stream
+
+    def wait_stream(self, other: object) -> None:
+        self.log.append("wait")
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+    class CUDAGraph:
+        calls: list[Callable[[], None]]
+
+        def replay(self) -> None:
+            for call in self.calls:
+                call()
+
+    @contextmanager
+    def graph(self, graph: CUDAGraph) -> Iterator[None]:
+        self.calls = graph.calls = []
+        try:
+            yield
+        finally:
+            self.calls = None
+
+    def Event(self, enable_timing: bool) -> Any:
+        class Event:
+            def record(event) -> None:
+                event.at = self.now
+
+            def synchronize(event) -> None:
+                self.log.append("synchronize")
+
+            def elapsed_time(event, end: Any) -> float:
+                return float(end.at - event.at)
+
+        return Event()
+
+
+def test_a_graph_is_replayed_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    made = replay.Replay([lambda: device.work(2.0), lambda: device.work(4.0)], torch.device("cuda", 0))
+    assert device.log == ["wait", "work", "work", "wait", "synchronize"] and not made.refused, (
+        "warmed up, then captured"
+    )
+    assert made.seconds() == pytest.approx(3e-3), "of one call"
+    assert device.log[5:] == ["work", "work", "synchronize"]
+
+
+def test_what_cannot_stand_in_a_graph_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+
+    def waits() -> None:
+        if device.calls is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+        device.work(2.0)
+
+    made = replay.Replay([waits], torch.device("cuda", 0))
+    assert made.refused == "CUDA error: operation not permitted when stream is capturing"
+    assert made.seconds() == pytest.approx(2e-3)
+
+
+def test_what_cannot_stand_in_a_graph_is_not_chosen(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(replay.Replay):
+        def __init__(self, calls: list[replay.Call], device: torch.device) -> None:
+            super().__init__(calls, device)
+            if self.refuses(calls[0].__defaults__[0]):  # type: ignore[attr-defined]
+                self.refused = "it waits"
+
+        refuses = staticmethod(lambda plan: plan.kind == TWO_STEP)
+
+    monkeypatch.setattr(tuning, "Replay", Refusing)
+    Clock(monkeypatch, rows_and_parts_win)
+    found = qn.tune([(N, K)], tokens=[4], device="cpu")
+    assert found[2].left_out == ("two_step: it waits",) and found[2].chosen.kind == SPLIT_K
+    monkeypatch.setattr(Refusing, "refuses", staticmethod(lambda plan: plan.kind == GEMV))
+    with pytest.raises(RuntimeError, match="the built-in plan fails for Sizes.*: it waits"):
+        qn.tune([(N, K)], tokens=[4], device="cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +436,7 @@ def test_a_file_cannot_ask_for_what_is_not_possible(emulator: Emulator, about: P
 
 
 def test_further_calls_add_to_the_file(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Clock(monkeypatch, few_rows_win_nothing)
+    Clock(monkeypatch, rows_and_parts_win)
     kept = {problem(64): Choice(TILE, 32, 64, 1), problem(4): None}
     file = keep(emulator, dict(kept))
     qn.tune([(N, K)], tokens=[4], device="cpu")
@@ -424,10 +531,10 @@ def test_the_file_is_replaced_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        Clock(patch, few_rows_win_nothing)
+        Clock(patch, rows_and_parts_win)
         patch.setattr(os, step, fails)
         with pytest.raises(qn.UserError, match=r"could not be written \(No space left on device\): set QLORA_NATIVE"):
-            qn.tune([(N, K)], tokens=[16], device="cpu")
+            qn.tune([(64, 128)], tokens=[4], device="cpu")
     assert file_here(tmp_path) == file and file.read_bytes() == before
 
 

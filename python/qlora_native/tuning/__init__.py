@@ -6,7 +6,7 @@ Without it the library goes by estimates (cuda/matmul_plan.h). Nothing here runs
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -112,6 +112,12 @@ class Contest:
         """y by a plan."""
         return self.products.by_plan(plan, self.sizes, self.x, weight, None, self.adapter)
 
+    def leave_out(self, plan: Plan, why: str) -> None:
+        """A candidate takes no part; that a built-in plan does not is an error."""
+        if any(plan == plans[0] for plans in self.candidates.values()):
+            raise RuntimeError(f"tune: the built-in plan fails for {self.sizes}: {why}.")
+        self.left_out[plan] = why
+
     def check(self) -> None:
         """Leaves out what does not give the built-in plan's result, or fails."""
         weight = self.operands.weights[0]
@@ -120,31 +126,30 @@ class Contest:
             try:
                 error = float((self.call(plan, weight).float() - truth).norm() / truth.norm())
             except (RuntimeError, ValueError) as failure:
-                self.left_out[plan] = str(failure).splitlines()[0]
+                self.leave_out(plan, str(failure).splitlines()[0])
             else:
                 if not error < 2 * TOLERANCE[self.operands.dtype]:
-                    self.left_out[plan] = f"its result differs by {error:.1e} from the built-in plan's"
-        for plans in self.candidates.values():
-            if plans[0] in self.left_out:
-                raise RuntimeError(f"tune: the built-in plan is wrong for {self.sizes}: {self.left_out[plans[0]]}.")
+                    self.leave_out(plan, f"its result differs by {error:.1e} from the first plan's")
 
-    def replay(self, plan: Plan) -> Replay:
-        """A plan, ready to be timed."""
-        calls: list[Call] = [lambda w=w: self.call(plan, w) for w in self.operands.weights]  # type: ignore[misc]
-        return Replay(calls, self.operands.shape.device)
+    def ready(self, plans: Iterable[Plan]) -> Iterator[tuple[Plan, Replay]]:
+        """Those of the plans that can be timed without their launches."""
+        for plan in plans:
+            calls: list[Call] = [lambda p=plan, w=w: self.call(p, w) for w in self.operands.weights]  # type: ignore[misc]
+            replay = Replay(calls, self.operands.shape.device)
+            if replay.refused:
+                self.leave_out(plan, replay.refused)
+            else:
+                yield plan, replay
 
     def finals(self) -> dict[Plan, list[float]]:
         """Seconds of the built-in plans and of those that come out fastest in a first round, taken in turns."""
-        usable = {low: [plan for plan in plans if plan not in self.left_out] for low, plans in self.candidates.items()}
-        first = {
-            plan: median(in_turns({plan: self.replay(plan)}, SCREENING)[plan])
-            for plan in self.plans
-            if plan not in self.left_out
-        }
+        right = [plan for plan in self.plans if plan not in self.left_out]
+        first = {plan: median(in_turns({plan: replay}, SCREENING)[plan]) for plan, replay in self.ready(right)}
         finalists: dict[Plan, None] = {}
-        for plans in usable.values():
-            finalists |= dict.fromkeys([*plans[:1], *sorted(plans, key=first.__getitem__)[:FINALISTS]])
-        return in_turns({plan: self.replay(plan) for plan in finalists}, ROUNDS)
+        for plans in self.candidates.values():
+            timed = sorted(filter(first.__contains__, plans), key=first.__getitem__)
+            finalists |= dict.fromkeys([plans[0], *timed[:FINALISTS]])
+        return in_turns(dict(self.ready(finalists)), ROUNDS)
 
     def results(self) -> list[Tuned]:
         """With low_memory and without; nothing where there is nothing to choose."""
@@ -218,9 +223,10 @@ def tune(
 ) -> list[Tuned]:
     """Measures on this card which kernel is fastest for each product, and keeps it for this and every later process.
 
-    Call it once a card, before training, on an idle machine. It takes seconds a weight shape, and about three times the
-    largest product's operands in device memory. What it finds holds from its return on; the file is described in
-    docs/tuning.md. The sums of a product, so its last bits, depend on the plan: the same file gives the same bits.
+    Call it once a card and model shape, before training, on a card that does nothing else. It needs device memory for
+    copies of a weight (together more than twice the L2 cache), for x, and for a few of y. What it finds holds from its
+    return on; graphs captured before keep their plans. The file is described in docs/tuning.md. The sums of a product,
+    so its last bits, depend on the plan: the same file gives the same bits.
 
     Args:
         of: a model, whose 4-bit linear layers are measured where they are; or shapes (N, K) of weights.
@@ -238,7 +244,7 @@ def tune(
     Raises:
         UserError: no device with these kernels, nothing to measure, a graph being captured, a file that cannot be
             written, ``QLORA_NATIVE_TUNING=off``.
-        RuntimeError: the built-in plan itself gives a wrong result.
+        RuntimeError: the built-in plan itself fails.
     """
     _refuse_if_busy()
     if _tuned_plans.folder() is None:
