@@ -23,7 +23,6 @@ import gpu_products  # noqa: E402
 import gpu_timing  # noqa: E402
 
 from qlora_native import tuning  # noqa: E402
-from qlora_native.tuning import replay  # noqa: E402
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bench/gpu_check.sh measures on it")
 
@@ -72,12 +71,6 @@ def test_the_tuning_pass(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 def test_it_says_that_there_is_no_gpu() -> None:
     done = subprocess.run([sys.executable, "bench/gpu_check.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "torch finds no GPU; --dry-run" in done.stderr
-
-
-def test_copies_are_more_than_twice_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "l2_bytes", lambda device: 50 << 20)
-    for num_bytes in (1 << 20, 9 << 20, 60 << 20, 200 << 20):
-        assert replay.copies(num_bytes, torch.device("cpu"), most=1000) * num_bytes > 2 * (50 << 20)
 
 
 def test_the_floor_is_the_longer_of_bytes_and_operations() -> None:
