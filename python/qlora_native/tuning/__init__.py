@@ -244,6 +244,7 @@ def tune(
     Raises:
         UserError: no device with these kernels, nothing to measure, a graph being captured, a file that cannot be
             written, ``QLORA_NATIVE_TUNING=off``.
+        ValueError: ``block_size`` is none that weights have.
         RuntimeError: the built-in plan itself fails.
     """
     _refuse_if_busy()
@@ -256,6 +257,8 @@ def tune(
         raise UserError(f"tune: rank is {rank}, tokens are {tokens}: expected rank >= 0 and positive token counts.")
     results = []
     for shape in _shapes(of, block_size, None if device is None else torch.device(device)):
+        if shape.device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError("tune: torch finds no CUDA device: it is on one that tuning measures.")
         module = _cuda_kernels.module_for(shape.device)
         if module is None:
             raise UserError(
