@@ -24,7 +24,7 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def copies(num_bytes: int, device: torch.device, most: int = 64) -> int:
-    """How many weights of so many bytes to rotate over."""
+    """How many weights of so many bytes to rotate over; ``most`` may be too few for small ones."""
     return max(1, min(most, 1 + 2 * l2_bytes(device) // max(1, num_bytes)))
 
 
