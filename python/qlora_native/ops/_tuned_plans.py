@@ -84,7 +84,7 @@ def identity(module: ModuleType, facts: Facts) -> dict[str, Any]:
         "format": FORMAT,
         "version": build_info()["version"],
         "kernels": _hash_of(module.__file__),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # which compares as a version otherwise
         "gpu": facts.name,
         "compute_capability": facts.compute_capability,
         "sm_count": facts.sm_count,
