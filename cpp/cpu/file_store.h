@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -11,14 +12,19 @@
 
 namespace qlora_native::cpu {
 
+// The page file cannot be had, written or read; a sentence.
+class PageFileError : public std::runtime_error {
+  using runtime_error::runtime_error;
+};
+
 // The file has no name: it is made with O_TMPFILE, or unlinked as soon as it is open, so that nothing is left behind
-// however the process ends. Its space is reserved when it is made.
+// however the process ends. Its space is reserved when it is made: a full disk is an error then, not a signal later.
 //
-// A function that throws, throws std::runtime_error with a sentence, and leaves the bytes where they were. Ranges are
-// whole pages. fetch, start_write, release and evict do nothing to bytes that are in private memory.
+// Ranges are whole pages. What lies in private memory is resident: there is nothing to fetch or release. One thread at
+// a time may call what is not const, others may read the bytes meanwhile.
 class FileStore {
  public:
-  // Zeroed memory; a file from the start if in_file. `folder` is not touched before there is to be a file.
+  // Zeroed bytes, in a file from the start if in_file. No file is made in `folder` before one is needed.
   FileStore(int64_t num_bytes, std::string folder, bool in_file);
   ~FileStore();
   FileStore(const FileStore&) = delete;
@@ -26,30 +32,36 @@ class FileStore {
 
   char* data() const { return data_; }  // [num_bytes()], at this address for as long as the store lives
   int64_t num_bytes() const { return num_bytes_; }
-  bool in_file() const { return file_ >= 0; }
+  int64_t bytes_in_file() const { return in_file_; }
 
-  // Moves all bytes into a file, piece by piece, never holding them twice. Throws if the folder is missing, not
-  // writable, in memory itself (tmpfs), or without room for all of them.
+  // Moves all bytes into a file, piece by piece, so that they are never held twice; none of them stays resident.
+  // PageFileError if the folder is missing, not writable, in memory itself (tmpfs), or without room for all of them.
   void to_file();
-  // Moves all bytes back into private memory and gives the file up. Throws if there is no memory for them.
-  void to_memory();
+  // Moves all bytes back into private memory and gives the file up. False if there is not the memory; the bytes that
+  // were not moved stay in the file.
+  bool to_memory();
 
   void fetch(const std::vector<ByteRange>& ranges);        // returns when they are resident and may be written to
   void start_write(const std::vector<ByteRange>& ranges);  // begins to write them to the disk, and waits for nothing
   void release(const std::vector<ByteRange>& ranges);      // returns when they are on the disk and no longer resident
-  void evict();                                            // releases everything
+  void evict() { release({{0, num_bytes_}}); }
 
-  int64_t resident_bytes() const;                          // as the system counts them, in memory or file
-  int64_t bytes_in() const { return bytes_in_.load(); }    // fetched so far
-  int64_t bytes_out() const { return bytes_out_.load(); }  // released so far
+  int64_t resident_bytes() const;                                  // as the system counts them, in memory or file
+  int64_t bytes_read() const { return bytes_read_.load(); }        // from the file so far, by fetch and to_memory
+  int64_t bytes_written() const { return bytes_written_.load(); }  // into the file so far, by release and to_file
 
  private:
-  int64_t num_bytes_;  // whole pages
-  std::string folder_;
+  ByteRange clipped(const ByteRange& range) const;  // to what is in the file
+  void open_file();
+
+  const int64_t num_bytes_;  // whole pages
+  const std::string folder_;
   char* data_ = nullptr;
   int file_ = -1;
-  std::atomic<int64_t> bytes_in_{0};
-  std::atomic<int64_t> bytes_out_{0};
+  // The bytes before it are in the file, the others in private memory. Between, if a move had to stop halfway.
+  int64_t in_file_ = 0;
+  std::atomic<int64_t> bytes_read_{0};
+  std::atomic<int64_t> bytes_written_{0};
 };
 
 int64_t page_bytes();  // of this machine
