@@ -154,14 +154,16 @@ void FileStore::open_file() {
   if (file < 0) {
     fail(folder_, "made", errno);
   }
-  const int error = posix_fallocate(file, 0, num_bytes_);
+  // Some file systems would fill the disk before they say that it is too small.
+  struct statvfs system{};
+  const bool known = fstatvfs(file, &system) == 0;
+  const auto room = static_cast<int64_t>(system.f_bavail * system.f_frsize);
+  const int error = known && room < num_bytes_ ? ENOSPC : posix_fallocate(file, 0, num_bytes_);
   if (error != 0) {
-    struct statvfs system{};
-    const bool known = fstatvfs(file, &system) == 0;
     close(file);
-    throw PageFileError("The page file in " + folder_ + " takes " + std::to_string(num_bytes_) + " bytes, of which " +
-                        (known ? std::to_string(system.f_bavail * system.f_frsize) + " are free" : "too few are free") +
-                        " (" + in_words(error) + "): make room, or name another folder as page_dir.");
+    throw PageFileError("The page file in " + folder_ + " takes " + std::to_string(num_bytes_) + " bytes, and " +
+                        std::to_string(room) + " are free there (" + in_words(error) +
+                        "): make room, or name another folder as page_dir.");
   }
   file_ = file;
 }
