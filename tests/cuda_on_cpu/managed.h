@@ -32,15 +32,17 @@ struct Residency {
 // In pages, since the counters were last taken. Within one launch a page is touched once, and once more each time that
 // it has been moved away.
 struct ManagedCounters {
-  uint64_t device_faults;    // touched by a kernel while not on the device: each stalls the kernel
-  uint64_t remote_accesses;  // touched by a kernel on the host, where it stayed: its bytes crossed the bus
-  uint64_t host_faults;      // touched by the host while on the device: each stalls the host
-  uint64_t to_device;        // moved there by a prefetch or a fault; never-touched pages count as moved
-  uint64_t to_host;          // moved there by a prefetch, a fault or an eviction
-  uint64_t evicted;          // of to_host
-  uint64_t idle_prefetches;  // pages that were where a prefetch was to bring them
-  uint64_t most_to_device;   // of the page that was moved there most often
-  uint64_t most_to_host;
+  uint64_t device_faults = 0;    // touched by a kernel while not on the device: each stalls the kernel
+  uint64_t remote_accesses = 0;  // touched by a kernel on the host, where it stayed: its bytes crossed the bus
+  uint64_t host_faults = 0;      // touched by the host while on the device: each stalls the host
+  uint64_t to_device = 0;        // moved there by a prefetch or a fault; never-touched pages count as moved
+  uint64_t to_host = 0;          // moved there by a prefetch, a fault or an eviction
+  uint64_t evicted = 0;          // of to_host
+  uint64_t idle_prefetches = 0;  // pages that were where a prefetch was to bring them
+  uint64_t most_to_device = 0;   // of the page that was moved there most often
+  uint64_t most_to_host = 0;
+
+  bool operator==(const ManagedCounters&) const = default;
 };
 
 // What is running decides whose touches pages feel.

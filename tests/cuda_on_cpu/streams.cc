@@ -27,6 +27,8 @@ struct CUstream_st {
 namespace cuemu {
 namespace {
 
+constexpr uint64_t kTurn = 4;  // pieces of work after which a stream's rank is drawn anew, on average
+
 StreamOrder current{false, 0};
 std::mt19937_64 random_source;
 
@@ -61,6 +63,9 @@ cudaError_t run_until(const std::function<bool()>& is_done) {
       }
     }
     const cudaError_t error = run_front(*chosen);
+    if (random_source() % kTurn == 0) {
+      draw_rank(*chosen);
+    }
     first = first == cudaSuccess ? error : first;
   }
   return first;

@@ -23,7 +23,7 @@ struct StreamOrder {
   uint64_t seed;
 };
 
-// At once, and late with as many seeds as show every order of three streams.
+// At once, and late under twelve seeds.
 const std::vector<StreamOrder>& all_stream_orders();
 
 // What is queued runs first.
