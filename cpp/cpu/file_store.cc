@@ -44,11 +44,6 @@ int open_nameless(const std::string& folder) {
   return named;
 }
 
-bool lies_in_memory(int file) {
-  struct statfs system{};
-  return fstatfs(file, &system) == 0 && (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
-}
-
 void write_all(int file, const char* bytes, int64_t count, int64_t offset, const std::string& folder) {
   while (count > 0) {
     const ssize_t written = pwrite(file, bytes, static_cast<size_t>(count), offset);
@@ -84,6 +79,11 @@ void* private_memory(int64_t bytes) {
 }
 
 }  // namespace
+
+bool lies_in_memory(const std::string& folder) {
+  struct statfs system{};
+  return statfs(folder.c_str(), &system) == 0 && (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
+}
 
 int64_t page_bytes() {
   static const int64_t bytes = sysconf(_SC_PAGESIZE);
@@ -121,14 +121,13 @@ FileStore::~FileStore() {
 }
 
 void FileStore::open_file() {
+  if (lies_in_memory(folder_)) {
+    throw PageFileError("The page file would lie in memory, since " + folder_ +
+                        " is a tmpfs: name a folder on a disk as page_dir.");
+  }
   const int file = open_nameless(folder_);
   if (file < 0) {
     fail(folder_, "made", errno);
-  }
-  if (lies_in_memory(file)) {
-    close(file);
-    throw PageFileError("The page file would lie in memory, since " + folder_ +
-                        " is a tmpfs: name a folder on a disk as page_dir.");
   }
   const int error = posix_fallocate(file, 0, num_bytes_);
   if (error != 0) {
@@ -187,26 +186,25 @@ bool FileStore::to_memory() {
 }
 
 ByteRange FileStore::clipped(const ByteRange& range) const {
-  return {std::min(range.begin, in_file_), std::min(range.end, in_file_)};
+  const int64_t end = in_file_;
+  return {std::min(range.begin, end), std::min(range.end, end)};
 }
 
 void FileStore::fetch(const std::vector<ByteRange>& ranges) {
   for (const ByteRange& whole : ranges) {
     const ByteRange range = clipped(whole);
+    bytes_in_ += range.size() - resident_bytes(range);
     for (int64_t at = range.begin; at < range.end; at += kReadAhead) {
       readahead(file_, at, static_cast<size_t>(std::min(kReadAhead, range.end - at)));
     }
   }
   for (const ByteRange& whole : ranges) {
     const ByteRange range = clipped(whole);
-    if (range.size() == 0) {
-      continue;
-    }
-    // EINVAL: Linux before 5.14. There whoever writes first takes the faults; the bytes are in the page cache.
-    if (madvise(data_ + range.begin, static_cast<size_t>(range.size()), kPopulateWrite) != 0 && errno != EINVAL) {
+    // EINVAL: Linux before 5.14. There whoever writes first takes the faults; the bytes are on their way.
+    if (range.size() > 0 && madvise(data_ + range.begin, static_cast<size_t>(range.size()), kPopulateWrite) != 0 &&
+        errno != EINVAL) {
       fail(folder_, "read", errno == EFAULT ? EIO : errno);
     }
-    bytes_read_ += range.size();
   }
 }
 
@@ -229,26 +227,20 @@ void FileStore::release(const std::vector<ByteRange>& ranges) {
     if (write_back(file_, range, kThrough) != 0) {
       fail(folder_, "written", errno);
     }
+    bytes_out_ += resident_bytes(range);
     // What is written to in between stays dirty, and therefore resident; nothing is lost.
     madvise(data_ + range.begin, static_cast<size_t>(range.size()), MADV_DONTNEED);
     posix_fadvise(file_, range.begin, range.size(), POSIX_FADV_DONTNEED);
-    bytes_written_ += range.size();
   }
 }
 
-int64_t FileStore::resident_bytes() const {
-  constexpr int64_t kPagesAtOnce = 1 << 16;
-  std::vector<unsigned char> flags(static_cast<size_t>(std::min(kPagesAtOnce, num_bytes_ / page_bytes())));
-  int64_t pages = 0;
-  for (int64_t at = 0; at < num_bytes_; at += kPagesAtOnce * page_bytes()) {
-    const int64_t bytes = std::min(kPagesAtOnce * page_bytes(), num_bytes_ - at);
-    if (mincore(data_ + at, static_cast<size_t>(bytes), flags.data()) != 0) {
-      return num_bytes_;
-    }
-    pages += std::count_if(flags.begin(), flags.begin() + bytes / page_bytes(),
-                           [](unsigned char flag) { return (flag & 1) != 0; });
+int64_t FileStore::resident_bytes(const ByteRange& range) const {
+  const int64_t page = page_bytes();
+  std::vector<unsigned char> flags(static_cast<size_t>(range.size() / page));
+  if (flags.empty() || mincore(data_ + range.begin, static_cast<size_t>(range.size()), flags.data()) != 0) {
+    return 0;
   }
-  return pages * page_bytes();
+  return page * std::count_if(flags.begin(), flags.end(), [](unsigned char flag) { return (flag & 1) != 0; });
 }
 
 }  // namespace qlora_native::cpu

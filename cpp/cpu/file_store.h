@@ -21,7 +21,7 @@ class PageFileError : public std::runtime_error {
 // however the process ends. Its space is reserved when it is made: a full disk is an error then, not a signal later.
 //
 // Ranges are whole pages. What lies in private memory is resident: there is nothing to fetch or release. One thread at
-// a time may call what is not const, others may read the bytes meanwhile.
+// a time may call what is not const; others may call what is, and read the bytes.
 class FileStore {
  public:
   // Zeroed bytes, in a file from the start if in_file. No file is made in `folder` before one is needed.
@@ -32,7 +32,7 @@ class FileStore {
 
   char* data() const { return data_; }  // [num_bytes()], at this address for as long as the store lives
   int64_t num_bytes() const { return num_bytes_; }
-  int64_t bytes_in_file() const { return in_file_; }
+  int64_t bytes_in_file() const { return in_file_.load(); }
 
   // Moves all bytes into a file, piece by piece, so that they are never held twice; none of them stays resident.
   // PageFileError if the folder is missing, not writable, in memory itself (tmpfs), or without room for all of them.
@@ -46,12 +46,14 @@ class FileStore {
   void release(const std::vector<ByteRange>& ranges);      // returns when they are on the disk and no longer resident
   void evict() { release({{0, num_bytes_}}); }
 
-  int64_t resident_bytes() const;                                  // as the system counts them, in memory or file
-  int64_t bytes_read() const { return bytes_read_.load(); }        // from the file so far, by fetch and to_memory
-  int64_t bytes_written() const { return bytes_written_.load(); }  // into the file so far, by release and to_file
+  // Bytes that are resident, as the system counts them, in memory or file.
+  int64_t resident_bytes() const { return resident_bytes({0, num_bytes_}); }
+  int64_t bytes_in() const { return bytes_in_.load(); }    // so far: came from the file into memory
+  int64_t bytes_out() const { return bytes_out_.load(); }  // so far: left memory for the file
 
  private:
   ByteRange clipped(const ByteRange& range) const;  // to what is in the file
+  int64_t resident_bytes(const ByteRange& range) const;
   void open_file();
 
   const int64_t num_bytes_;  // whole pages
@@ -59,11 +61,13 @@ class FileStore {
   char* data_ = nullptr;
   int file_ = -1;
   // The bytes before it are in the file, the others in private memory. Between, if a move had to stop halfway.
-  int64_t in_file_ = 0;
-  std::atomic<int64_t> bytes_read_{0};
-  std::atomic<int64_t> bytes_written_{0};
+  std::atomic<int64_t> in_file_{0};
+  std::atomic<int64_t> bytes_in_{0};
+  std::atomic<int64_t> bytes_out_{0};
 };
 
 int64_t page_bytes();  // of this machine
+
+bool lies_in_memory(const std::string& folder);  // tmpfs or ramfs
 
 }  // namespace qlora_native::cpu

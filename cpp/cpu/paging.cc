@@ -221,8 +221,8 @@ void Pager::walk(const PageWalk& order, const std::vector<std::vector<StatePart>
   }
   if (mover.joinable()) {
     const auto stalled = [this](double seconds) {
-      statistics_.stalls += seconds > 0.0 ? 1 : 0;
-      statistics_.stall_seconds += seconds;
+      stalls_ += seconds > 0.0 ? 1 : 0;
+      stall_seconds_ = stall_seconds_ + seconds;
     };
     try {
       for (const PageMove& move : order.moves) {
@@ -242,7 +242,6 @@ void Pager::walk(const PageWalk& order, const std::vector<std::vector<StatePart>
     stalled(clock.seconds());
     progress.rethrow();
   }
-  ++statistics_.steps;
   if (fetches > 0 && updates > 0) {
     const double ratio = fetch_seconds / static_cast<double>(fetches) * static_cast<double>(updates) / update_seconds;
     look_ahead_ = static_cast<int64_t>(std::ceil(std::clamp(ratio, 1.0, static_cast<double>(kMostAhead))));

@@ -2,6 +2,7 @@
 // while the caller's threads update what is there. The thread lives as long as the step, so that a fork finds none.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -11,12 +12,6 @@
 #include "cpu/tensor_list.h"
 
 namespace qlora_native::cpu {
-
-struct PagingStatistics {
-  int64_t steps = 0;           // that moved pages
-  int64_t stalls = 0;          // times that an update, or the end of a step, waited for pages
-  double stall_seconds = 0.0;  // waited there
-};
 
 // The stores of one optimiser. Not for two threads at a time.
 class Pager {
@@ -38,7 +33,9 @@ class Pager {
   const std::vector<int64_t>& numel() const { return numel_; }  // of each tensor taken in
   int64_t num_chunks() const { return static_cast<int64_t>(chunks_.size()); }
   int64_t look_ahead() const { return look_ahead_; }
-  const PagingStatistics& statistics() const { return statistics_; }
+  // So far: how often an update, or the end of a step, waited for pages, and how long. From any thread.
+  int64_t stalls() const { return stalls_; }
+  double stall_seconds() const { return stall_seconds_; }
 
  private:
   struct Chunk {
@@ -57,7 +54,8 @@ class Pager {
   std::vector<Chunk> chunks_;
   std::vector<int64_t> sizes_;  // of the chunks, in bytes
   int64_t look_ahead_ = 2;      // chunks; from the second step on, how many updates a fetch takes
-  PagingStatistics statistics_;
+  std::atomic<int64_t> stalls_{0};
+  std::atomic<double> stall_seconds_{0.0};
 };
 
 }  // namespace qlora_native::cpu

@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 
 #include "cpu/file_store.h"
@@ -52,6 +53,7 @@ void bind_paging(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::register_local_exception<cpu::PageFileError>(module, "PageFileError", PyExc_OSError);
   module.attr("page_bytes") = cpu::page_bytes();
+  module.def("lies_in_memory", &cpu::lies_in_memory, py::arg("folder"), "Whether a folder is one of a tmpfs.");
 
   py::class_<PagePlan>(module, "PagePlan", "Where states lie in an arena, and its chunks; core/page_plan.h.")
       .def(py::init(&page_plan), py::arg("forms"), py::arg("page_bytes"), py::arg("chunk_bytes"),
@@ -74,9 +76,9 @@ void bind_paging(py::module_& module) {
       .def_buffer(&buffer_of)
       .def_property_readonly("num_bytes", &cpu::FileStore::num_bytes)
       .def_property_readonly("bytes_in_file", &cpu::FileStore::bytes_in_file)
-      .def_property_readonly("bytes_read", &cpu::FileStore::bytes_read)
-      .def_property_readonly("bytes_written", &cpu::FileStore::bytes_written)
-      .def("resident_bytes", &cpu::FileStore::resident_bytes, unlocked);
+      .def_property_readonly("bytes_in", &cpu::FileStore::bytes_in)
+      .def_property_readonly("bytes_out", &cpu::FileStore::bytes_out)
+      .def("resident_bytes", py::overload_cast<>(&cpu::FileStore::resident_bytes, py::const_), unlocked);
 
   py::class_<cpu::Pager>(module, "Pager", "Moves the chunks of stores in and out around an optimiser's step.")
       .def(py::init<>())
@@ -85,10 +87,8 @@ void bind_paging(py::module_& module) {
       .def("to_memory", &cpu::Pager::to_memory, unlocked)
       .def("evict", &cpu::Pager::evict, unlocked)
       .def_property_readonly("look_ahead", &cpu::Pager::look_ahead)
-      .def_property_readonly("statistics", [](const cpu::Pager& pager) {
-        const cpu::PagingStatistics& told = pager.statistics();
-        return std::make_tuple(told.steps, told.stalls, told.stall_seconds);
-      });
+      .def_property_readonly("stalls", &cpu::Pager::stalls)
+      .def_property_readonly("stall_seconds", &cpu::Pager::stall_seconds);
 }
 
 }  // namespace qlora_native::python
