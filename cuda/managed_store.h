@@ -12,7 +12,7 @@
 
 namespace qlora_native::cuda {
 
-inline constexpr int64_t kManagedPageBytes = int64_t{2} << 20;  // the driver moves blocks of 2 MiB where it can
+inline constexpr int64_t kManagedPageBytes = int64_t{64} << 10;  // a step of the driver's; it moves up to 2 MiB at once
 
 // False if the driver does not say.
 bool has_concurrent_managed_access(int device);
