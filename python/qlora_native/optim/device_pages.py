@@ -26,7 +26,8 @@ from .pages import Paged, PagingStatistics, State
 from .pressure import Judge
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
-CHUNKS_IN_BUDGET = 4
+CHUNKS = 16  # at least, of an arena or of a budget, as far as tensors can be cut so fine
+CHUNKS_AT_ONCE = 3  # one that comes, one that is updated, one that goes
 TYPE_CODES = {torch.float32: "<f4", torch.int8: "|i1", torch.uint8: "|u1"}
 
 
@@ -81,7 +82,9 @@ class DevicePages:
         if not self.managed and self.paged is not True:
             return
         forms = [(param.numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)]
-        chunk_bytes = CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
+        codes_or_floats = (1 if is_coded else 4 for is_coded in coded)
+        arena_bytes = len(self.moments) * sum(p.numel() * n for p, n in zip(params, codes_or_floats, strict=True))
+        chunk_bytes = min(CHUNK_BYTES, min(arena_bytes, self.budget or arena_bytes) // CHUNKS)
         with _cuda_kernels.launching(self.device) as stream:
             if self.managed:
                 store = self.module.ManagedStore(forms, self.module.managed_page_bytes, chunk_bytes)
@@ -187,6 +190,8 @@ class DevicePages:
             move = self._judge.judge(time.monotonic(), free, self.states_in_memory(), self.states_paged_out())
             if move is not None:
                 self._sent_out = move == "out"
+            elif self.states_paged_out() == 0 and free.bytes >= free.margin:
+                self._sent_out = False  # so little that it was never out
 
     def _settle(self) -> None:
         if self._moved:
@@ -201,8 +206,11 @@ class DevicePages:
         if self.paged is not True and not self._sent_out:
             return int(store.num_bytes)
         share = max(1, len(self.stores))
-        budget = self.budget if self.budget is not None else self.free().bytes // 2
-        return max(int(store.largest_chunk) * (1 if self.budget is not None else CHUNKS_IN_BUDGET), budget // share)
+        if self.budget is not None:
+            return max(int(store.largest_chunk), self.budget // share) if share > 1 else self.budget
+        least = CHUNKS_AT_ONCE * int(store.largest_chunk)
+        # Under "auto" somebody else needs what is free.
+        return max(least, self.free().bytes // 2 // share) if self.paged is True else least
 
     def free(self) -> Free:
         return Free(*_cuda_kernels.memory(self.device), f"the memory of {self.device}")
