@@ -185,7 +185,8 @@ class DevicePages:
         return tables
 
     def _judge_now(self) -> None:
-        if self.managed and self.paged == "auto":
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.managed and self.paged == "auto" and not capturing:
             free = self.free()
             move = self._judge.judge(time.monotonic(), free, self.states_in_memory(), self.states_paged_out())
             if move is not None:
