@@ -265,6 +265,12 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         return state
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Its tensors are the states themselves: copy them to keep them from the next step."""
+        with self._alone():
+            self._ready_to_read()
+            return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep their dtype, are copied, and take the form that the group's ``bits`` asks for:
         a checkpoint of ``torch.optim.AdamW`` or of the other number of bits can be continued. ValueError for states
@@ -340,6 +346,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
+        self._ready_to_read()
         return {**super().__getstate__(), "max_norm": self.max_norm, **self._paging_options()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

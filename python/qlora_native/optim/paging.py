@@ -116,6 +116,12 @@ class PagedStates:
             for param, group, given in loaded
         ]
 
+    def _ready_to_read(self) -> None:
+        """Waits for states that are still on their way into the host's memory."""
+        for pages in self._pages.values():
+            if isinstance(pages, DevicePages):
+                pages.ready_to_read()
+
     def _keep_within_budget(self) -> None:
         for pages in self._pages.values():
             pages.keep_within_budget()
