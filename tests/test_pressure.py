@@ -108,6 +108,18 @@ def test_where_the_cgroups_are(cgroup: str, mountinfo: str, folders: list[tuple[
     assert free_memory.cgroup_folders(cgroup, mountinfo) == folders
 
 
+def test_the_file_system_of_a_path() -> None:
+    mounts = (
+        "21 1 8:1 / / rw - ext4 /dev/sda rw\n"
+        "24 21 0:5 / /dev/shm rw - tmpfs shm rw\n"
+        "25 21 8:2 / /mnt/my\\040disk rw shared:1 - xfs /dev/sdb rw\n"
+        "26 21 0:6 / /dev/shm rw - ramfs shm rw\n"
+    )
+    found = [free_memory.file_system(path, mounts) for path in ("/dev/shm/a", "/dev/shmem", "/", "/mnt/my disk/b")]
+    assert found == ["ramfs", "ext4", "ext4", "xfs"]
+    assert free_memory.file_system("/a", "") == ""
+
+
 def test_a_device() -> None:
     """8 GiB, of which another process holds 2, torch 3 with 1 of them in tensors."""
     assert free_memory.free_of_device(3 * GIB, 8 * GIB, 1.0, 3 * GIB, GIB).bytes == 5 * GIB

@@ -29,14 +29,15 @@ pytestmark = [
 MIB = 1 << 20
 RANK = 1024  # adapters far larger than the layers they stand on, so that their states matter: 136 MiB
 WORDS = 700  # of the one long row; others have five
-STEPS = 8
+ROWS = 4
+STEPS = 2 * ROWS  # the first epoch begins with the long row, when there are no states yet; in the second it is a spike
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("spike")
     tiny.write_model(folder / "model", hidden_size=512, intermediate_size=1024, max_position_embeddings=8192)
-    rows = tiny.write_rows(folder / "train.jsonl", 9)
+    rows = tiny.write_rows(folder / "train.jsonl", ROWS - 1)
     answer = " ".join(tiny.FACTS[number % len(tiny.FACTS)][1] for number in range(WORDS))
     messages = [{"role": "user", "content": "all of them"}, {"role": "assistant", "content": answer}]
     with rows.open("a") as file:
@@ -105,12 +106,14 @@ def limit(files: Path, unlimited: Run) -> int:
 def test_unpaged_it_dies(files: Path, unlimited: Run, limit: int) -> None:
     done = run(files, "dies", limited(limit), paged=False)
     assert done.status == 2, done.errors
+    told = done.errors.splitlines()[-1]
     assert re.fullmatch(
         r"qlora: step \d needs more memory than there is \(.*MiB left of RLIMIT_DATA.*\); lower data.max_length .*, "
-        r"or set train.grad_checkpointing to true, or set train.paged to auto\n",
-        done.errors,
-    ), done.errors
-    assert 0 < len(done.metrics) < STEPS
+        r"or set train.grad_checkpointing to true, or set train.paged to auto",
+        told,
+    ), told
+    assert "Traceback" not in done.errors
+    assert ROWS <= len(done.metrics) < STEPS
     assert done.metrics == unlimited.metrics[: len(done.metrics)]
 
 
@@ -119,7 +122,7 @@ def test_paged_it_ends_with_the_same_losses(files: Path, unlimited: Run, limit: 
     done = run(files, "watched" if not driver else "unwatched", limited(limit) + driver)
     print(done.printed)
     assert done.status == 0, done.errors
-    assert done.errors == ""
+    assert "Error" not in done.errors
     assert done.metrics == unlimited.metrics
     assert done.peak <= limit
     began = [line for line in done.printed.splitlines() if "memory is short" in line]

@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from qlora_native.cli.main import DISTRIBUTIONS, missing_modules
@@ -56,6 +58,7 @@ def examine() -> dict[str, Any]:
         "memory_bytes": _memory(),
         "versions": versions,
         "cuda_devices": _cuda_devices(),
+        "paging": _paging(Path.cwd()),
         "missing": [],
     }
     for extra, names in EXTRAS.items():
@@ -94,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         ("CUDA kernels", cuda),
         ("machine", f"{report['system']}, {report['cpu_cores']} cores, torch uses {report['threads']} threads{memory}"),
         *(("CUDA device", device) for device in report["cuda_devices"] or ["none"]),
+        ("paging", _paging_in_words(report["paging"])),
         ("Python", report["python"]),
         *((name, version) for name, version in report["versions"].items()),
     ]
@@ -119,6 +123,39 @@ def _memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _paging(folder: Path) -> dict[str, Any]:
+    """Whether optimiser states could be paged into a file in this folder, found by making one, and what limits memory
+    here."""
+    from qlora_native import _C
+    from qlora_native.optim.free_memory import file_system_of, free_memory
+
+    free = free_memory()
+    report: dict[str, Any] = {
+        "folder": str(folder),
+        "file_system": file_system_of(folder),
+        "free_bytes": shutil.disk_usage(folder).free,
+        "refused": None,
+        "memory": None if free is None else {"limit": free.name, "bytes": free.limit, "free_bytes": free.bytes},
+    }
+    try:
+        _C.FileStore(_C.page_bytes, str(folder), True)
+    except (OSError, MemoryError) as error:
+        report["refused"] = str(error)
+    return report
+
+
+def _paging_in_words(report: dict[str, Any]) -> str:
+    memory = report["memory"]
+    words = f"{report['folder']}: {report['refused']}"
+    if report["refused"] is None:
+        kind = report["file_system"] or "unknown file system"
+        words = f"possible in {report['folder']} ({kind}, {report['free_bytes'] / 2**30:.1f} GiB free)"
+    if memory is not None:
+        free, limit = memory["free_bytes"] / 2**30, memory["bytes"] / 2**30
+        words += f"; {free:.1f} of {limit:.1f} GiB free by {memory['limit']}"
+    return words
 
 
 def _cuda_devices() -> list[str]:

@@ -99,6 +99,25 @@ def cgroup_folders(cgroup: str, mountinfo: str) -> list[tuple[int, str]]:
     return found
 
 
+def file_system(path: str, mountinfo: str) -> str:
+    """The type of the file system that a path without links lies in; "" if no mount point is above it."""
+    best, found = PurePosixPath(), ""
+    for line in mountinfo.splitlines():
+        place, _, kind = line.partition(" - ")
+        point = PurePosixPath(place.split()[4].replace("\\040", " "))
+        if PurePosixPath(path).is_relative_to(point) and len(point.parts) >= len(best.parts):  # the last mount is on top
+            best, found = point, kind.split(" ", 1)[0]
+    return found
+
+
+def file_system_of(folder: Path) -> str:
+    """The same for a folder of this machine; "" where that cannot be read."""
+    try:
+        return file_system(str(folder.resolve()), _read("/proc/self/mountinfo"))
+    except OSError:
+        return ""
+
+
 CGROUP_FILES = {
     1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
     2: (("memory.max", "memory.high"), "memory.current"),

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from qlora_native import _C
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW, Lion
 from qlora_native.optim.free_memory import free_device_memory, free_memory, release_free_memory
@@ -70,9 +71,11 @@ class SecondTry:
         return self.told(passes, what)
 
     def told(self, work: Callable[[], Result], what: str) -> Result:
-        """``work()``, which cannot be done twice: UserError if memory runs out."""
+        """``work()``, which cannot be done twice: UserError if memory runs out or the page file fails."""
         try:
             return work()
+        except _C.PageFileError as error:
+            raise UserError(f"{what}: {error}") from error
         except (MemoryError, RuntimeError) as error:
             if not is_shortage(error):
                 raise
