@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from queue import SimpleQueue
 
 import torch
@@ -48,7 +49,7 @@ class PlainLoop:
         self.address = self.floats.data_ptr()
         edges = [*range(resident, num_bytes, chunk_bytes), num_bytes]
         self.first = (0, resident)
-        self.chunks = list(zip(edges[:-1], edges[1:], strict=True))
+        self.chunks = list(pairwise(edges))
 
     def fetch(self, begin: int, end: int) -> None:
         for at in range(begin, end, READ_AHEAD):

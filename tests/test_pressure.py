@@ -190,7 +190,7 @@ class States:
 
 def play(free: Callable[[int], int], seconds: int, judge: Judge, states: States) -> list[tuple[int, str]]:
     """One look a second; the seconds at which states move."""
-    moves = []
+    moves: list[tuple[int, str]] = []
     for now in range(seconds):
         move = judge.judge(float(now), left(free(now)), states.here, states.there)
         if move is not None:

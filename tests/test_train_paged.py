@@ -50,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(files: Path, folder: Path, **train: Any) -> dict[str, Any]:
     """Rank 256: 9 MiB of states, through a budget of one MiB."""
-    options = {"steps": STEPS, "batch_size": 2, "grad_accum": 1, "lr": 5e-4, "save_every": 1, "eval_every": 0}
+    options: dict[str, Any] = {"steps": STEPS, "batch_size": 2, "grad_accum": 1, "lr": 5e-4, "save_every": 1, "eval_every": 0}
     options |= {"paged": True, "page_dir": str(folder / "pages"), "page_budget": MIB, **train}
     return {
         "model": str(files / "model"),
@@ -82,9 +82,7 @@ def test_paged_training_computes_the_same(files: Path, unpaged: Path, tmp_path: 
     assert list((tmp_path / "pages").iterdir()) == []
 
 
-def test_killed_at_a_random_moment(
-    files: Path, unpaged: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_killed_at_a_random_moment(files: Path, unpaged: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """As often as --kills says: no page file stays, the newest checkpoint loads, and the run ends as if nothing had
     been."""
     chance = random.Random(0)

@@ -92,9 +92,9 @@ def cgroup_folders(cgroup: str, mountinfo: str) -> list[tuple[int, str]]:
         version = {"cgroup2": 2, "cgroup": 1}.get(filesystem)
         if version not in own or (version == 1 and "memory" not in options.split(",")):
             continue
-        path, top = PurePosixPath(own.pop(version)), PurePosixPath(root)
+        group, top = PurePosixPath(own.pop(version)), PurePosixPath(root)
         # In a container the path may be the host's, and then the mount point is the process's own cgroup.
-        parts = path.relative_to(top).parts if path.is_relative_to(top) and ".." not in path.parts else ()
+        parts = group.relative_to(top).parts if group.is_relative_to(top) and ".." not in group.parts else ()
         found += [(version, str(PurePosixPath(point, *parts[:depth]))) for depth in range(len(parts), -1, -1)]
     return found
 
@@ -105,7 +105,8 @@ def file_system(path: str, mountinfo: str) -> str:
     for line in mountinfo.splitlines():
         place, _, kind = line.partition(" - ")
         point = PurePosixPath(place.split()[4].replace("\\040", " "))
-        if PurePosixPath(path).is_relative_to(point) and len(point.parts) >= len(best.parts):  # the last mount is on top
+        # Of two mounts in one place the later one lies on top.
+        if PurePosixPath(path).is_relative_to(point) and len(point.parts) >= len(best.parts):
             best, found = point, kind.split(" ", 1)[0]
     return found
 

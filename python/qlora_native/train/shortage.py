@@ -92,9 +92,8 @@ class SecondTry:
 
     def _error(self, what: str, asked: str) -> UserError:
         options, data = self.config.train, self.config.data
-        device = next((p.device for group in self.optimizer.param_groups for p in group["params"]), None)
-        on_device = device is not None and device.type == "cuda"
-        free = free_device_memory(device) if on_device else free_memory()
+        device: torch.device = self.optimizer.param_groups[0]["params"][0].device
+        free = free_device_memory(device) if device.type == "cuda" else free_memory()
         advice = [f"lower data.max_length (now {data.max_length})"]
         if options.batch_size > 1:
             advice.insert(0, f"halve train.batch_size (now {options.batch_size}) and double train.grad_accum")
