@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from helpers import needs_page_files
 from laws import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -339,6 +340,25 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     printed = capsys.readouterr().out
     assert f"{qn.build_info()['cpu_isa']} in use" in printed
     assert "missing: pyyaml, gguf; mend with: pip install 'qlora_native[train]'\n" in printed
+
+
+@needs_page_files
+def test_doctor_says_whether_states_can_be_paged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["doctor"]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("paging"))
+    kind = subprocess.run(["stat", "-f", "-c", "%T", "."], capture_output=True, text=True).stdout.strip()
+    assert re.search(rf"possible in {tmp_path} \(\w+, [\d.]+ GiB free\); [\d.]+ of [\d.]+ GiB free by ", told), told
+    assert doctor.examine()["paging"]["file_system"][:3] == kind[:3]  # stat says ext2/ext3 of an ext4
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.chdir("/proc")
+    paging = doctor.examine()["paging"]
+    assert paging["file_system"] == "proc" and paging["refused"]
+    assert main.main(["doctor"]) == 0
+    assert f"paging        /proc: {paging['refused']}" in capsys.readouterr().out
 
 
 def test_doctor_knows_the_extras_of_the_project() -> None:

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import tiny
+from helpers import needs_page_files
 from runs import metrics, start
 
 from qlora_native.optim.free_memory import kib_fields
 
-pytestmark = [
-    pytest.mark.slow_memory,
-    pytest.mark.skipif(sys.platform != "linux", reason="Linux counts private memory against RLIMIT_DATA"),
-]
+pytestmark = [pytest.mark.slow_memory, needs_page_files]
 
 MIB = 1 << 20
 RANK = 1024  # adapters far larger than the layers they stand on, so that their states matter: 136 MiB

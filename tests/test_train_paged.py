@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import resource
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from helpers import needs_page_files
 from runs import metrics, start, steps_told, wait_until
 
 from qlora_native.cli.main import main
@@ -24,7 +24,7 @@ from qlora_native.optim import paging, pressure
 from qlora_native.optim.free_memory import Free
 from qlora_native.train import TrainConfig, Trainer, checkpoint
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="page files are Linux's")
+pytestmark = needs_page_files
 
 STEPS = 12
 MIB = 1 << 20
@@ -50,7 +50,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(files: Path, folder: Path, **train: Any) -> dict[str, Any]:
     """Rank 256: 9 MiB of states, through a budget of one MiB."""
-    options: dict[str, Any] = {"steps": STEPS, "batch_size": 2, "grad_accum": 1, "lr": 5e-4, "save_every": 1, "eval_every": 0}
+    options: dict[str, Any] = {
+        "steps": STEPS,
+        "batch_size": 2,
+        "grad_accum": 1,
+        "lr": 5e-4,
+        "save_every": 1,
+        "eval_every": 0,
+    }
     options |= {"paged": True, "page_dir": str(folder / "pages"), "page_budget": MIB, **train}
     return {
         "model": str(files / "model"),
