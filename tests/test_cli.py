@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import qlora_native as qn
 from qlora_native.cli import doctor, main
 from qlora_native.cli.main import VERBS
 from qlora_native.nn import QuantizedLinear
+from qlora_native.ops import _cuda_kernels
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +361,19 @@ def test_doctor_says_whether_states_can_be_paged(
     assert paging["file_system"] == "proc" and paging["refused"]
     assert main.main(["doctor"]) == 0
     assert f"paging        /proc: {paging['refused']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("moves", "told"), [(True, "by managed memory"), (False, "by pinned host memory, if train.paged is true")]
+)
+def test_doctor_says_how_a_device_pages(monkeypatch: pytest.MonkeyPatch, moves: bool, told: str) -> None:
+    properties = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    module = SimpleNamespace(has_concurrent_managed_access=lambda number: moves)
+    monkeypatch.setattr(_cuda_kernels, "module_for", lambda device: module)
+    assert doctor._cuda_devices() == [f"A GPU, sm_90, 80.0 GiB, paging {told}"]
 
 
 def test_doctor_knows_the_extras_of_the_project() -> None:

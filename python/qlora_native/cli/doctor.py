@@ -161,12 +161,17 @@ def _paging_in_words(report: dict[str, Any]) -> str:
 def _cuda_devices() -> list[str]:
     import torch
 
+    from qlora_native.ops import _cuda_kernels
+
     if not torch.cuda.is_available():
         return []
     devices = []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
-        devices.append(
-            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
-        )
+        words = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
+        module = _cuda_kernels.module_for(torch.device("cuda", number))
+        if module is not None:  # without the kernels there is no paging either
+            moves = module.has_concurrent_managed_access(number)
+            words += ", paging by managed memory" if moves else ", paging by pinned host memory, if train.paged is true"
+        devices.append(words)
     return devices

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops import _cuda_kernels
+
 
 class Free(NamedTuple):
     """What is left of one limit."""
@@ -173,7 +175,7 @@ def free_memory() -> Free | None:
     return min(found, default=None)
 
 
-def free_of_device(free: int, total: int, fraction: float, reserved: int, allocated: int) -> Free:
+def free_of_device(free: int, total: int, fraction: float = 1.0, reserved: int = 0, allocated: int = 0) -> Free:
     """What torch can still hand out on a CUDA device.
 
     Args:
@@ -186,13 +188,12 @@ def free_of_device(free: int, total: int, fraction: float, reserved: int, alloca
 
 
 def free_device_memory(device: torch.device) -> Free:
-    """The same for a CUDA device that is there."""
-    return free_of_device(
-        *torch.cuda.mem_get_info(device),
-        torch.cuda.get_per_process_memory_fraction(device),
-        torch.cuda.memory_reserved(device),
-        torch.cuda.memory_allocated(device),
-    )
+    """The same for a device that runs the CUDA kernels; over the emulator torch's allocator knows nothing of it."""
+    told = _cuda_kernels.memory(device)
+    if device.type != "cuda":
+        return free_of_device(*told)
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return free_of_device(*told, fraction, torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device))
 
 
 def release_free_memory() -> None:
