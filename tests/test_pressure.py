@@ -71,7 +71,9 @@ def test_a_cgroup_of_version_1() -> None:
     assert free_memory.free_of_cgroup(["9223372036854771712\n"], f"{600 * MIB}\n", stat) is None
 
 
-MOUNTS_V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
+MOUNTS_V2 = (
+    "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
+)
 MOUNTS_BOTH = """\
 35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
 36 31 0:33 / /sys/fs/cgroup/devices rw,relatime - cgroup cgroup rw,devices
@@ -104,6 +106,18 @@ MOUNTS_DOCKER = "42 40 0:32 /docker/abc /sys/fs/cgroup/memory ro master:9 - cgro
 )
 def test_where_the_cgroups_are(cgroup: str, mountinfo: str, folders: list[tuple[int, str]]) -> None:
     assert free_memory.cgroup_folders(cgroup, mountinfo) == folders
+
+
+def test_the_file_system_of_a_path() -> None:
+    mounts = (
+        "21 1 8:1 / / rw - ext4 /dev/sda rw\n"
+        "24 21 0:5 / /dev/shm rw - tmpfs shm rw\n"
+        "25 21 8:2 / /mnt/my\\040disk rw shared:1 - xfs /dev/sdb rw\n"
+        "26 21 0:6 / /dev/shm rw - ramfs shm rw\n"
+    )
+    found = [free_memory.file_system(path, mounts) for path in ("/dev/shm/a", "/dev/shmem", "/", "/mnt/my disk/b")]
+    assert found == ["ramfs", "ext4", "ext4", "xfs"]
+    assert free_memory.file_system("/a", "") == ""
 
 
 def test_a_device() -> None:
@@ -176,7 +190,7 @@ class States:
 
 def play(free: Callable[[int], int], seconds: int, judge: Judge, states: States) -> list[tuple[int, str]]:
     """One look a second; the seconds at which states move."""
-    moves = []
+    moves: list[tuple[int, str]] = []
     for now in range(seconds):
         move = judge.judge(float(now), left(free(now)), states.here, states.there)
         if move is not None:

@@ -21,7 +21,7 @@ from ..ops import _cuda_kernels
 from ..ops._cuda_optim import Scaling, StoreTable
 from ..ops._library import say_once
 from ..ops._optim_plan import Plan
-from .free_memory import Free
+from .free_memory import Free, free_device_memory
 from .pages import Paged, PagingStatistics, State
 from .pressure import Judge
 
@@ -214,7 +214,7 @@ class DevicePages:
         return max(least, self.free().bytes // 2 // share) if self.paged is True else least
 
     def free(self) -> Free:
-        return Free(*_cuda_kernels.memory(self.device), f"the memory of {self.device}")
+        return free_device_memory(self.device)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Moves; the caller sees to it that there is one at a time

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops import _cuda_kernels
+
 
 class Free(NamedTuple):
     """What is left of one limit."""
@@ -92,11 +94,31 @@ def cgroup_folders(cgroup: str, mountinfo: str) -> list[tuple[int, str]]:
         version = {"cgroup2": 2, "cgroup": 1}.get(filesystem)
         if version not in own or (version == 1 and "memory" not in options.split(",")):
             continue
-        path, top = PurePosixPath(own.pop(version)), PurePosixPath(root)
+        group, top = PurePosixPath(own.pop(version)), PurePosixPath(root)
         # In a container the path may be the host's, and then the mount point is the process's own cgroup.
-        parts = path.relative_to(top).parts if path.is_relative_to(top) and ".." not in path.parts else ()
+        parts = group.relative_to(top).parts if group.is_relative_to(top) and ".." not in group.parts else ()
         found += [(version, str(PurePosixPath(point, *parts[:depth]))) for depth in range(len(parts), -1, -1)]
     return found
+
+
+def file_system(path: str, mountinfo: str) -> str:
+    """The type of the file system that a path without links lies in; "" if no mount point is above it."""
+    best, found = PurePosixPath(), ""
+    for line in mountinfo.splitlines():
+        place, _, kind = line.partition(" - ")
+        point = PurePosixPath(place.split()[4].replace("\\040", " "))
+        # Of two mounts in one place the later one lies on top.
+        if PurePosixPath(path).is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, found = point, kind.split(" ", 1)[0]
+    return found
+
+
+def file_system_of(folder: Path) -> str:
+    """The same for a folder of this machine; "" where that cannot be read."""
+    try:
+        return file_system(str(folder.resolve()), _read("/proc/self/mountinfo"))
+    except OSError:
+        return ""
 
 
 CGROUP_FILES = {
@@ -153,7 +175,7 @@ def free_memory() -> Free | None:
     return min(found, default=None)
 
 
-def free_of_device(free: int, total: int, fraction: float, reserved: int, allocated: int) -> Free:
+def free_of_device(free: int, total: int, fraction: float = 1.0, reserved: int = 0, allocated: int = 0) -> Free:
     """What torch can still hand out on a CUDA device.
 
     Args:
@@ -166,13 +188,12 @@ def free_of_device(free: int, total: int, fraction: float, reserved: int, alloca
 
 
 def free_device_memory(device: torch.device) -> Free:
-    """The same for a CUDA device that is there."""
-    return free_of_device(
-        *torch.cuda.mem_get_info(device),
-        torch.cuda.get_per_process_memory_fraction(device),
-        torch.cuda.memory_reserved(device),
-        torch.cuda.memory_allocated(device),
-    )
+    """The same for a device that runs the CUDA kernels; over the emulator torch's allocator knows nothing of it."""
+    told = _cuda_kernels.memory(device)
+    if device.type != "cuda":
+        return free_of_device(*told)
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return free_of_device(*told, fraction, torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device))
 
 
 def release_free_memory() -> None:
