@@ -188,10 +188,13 @@ class DevicePages:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self.managed and self.paged == "auto" and not capturing:
             free = self.free()
-            move = self._judge.judge(time.monotonic(), free, self.states_in_memory(), self.states_paged_out())
+            out = self.states_paged_out()
+            move = self._judge.judge(time.monotonic(), free, self.states_in_memory(), out)
+            if move == "in" and _cuda_kernels.memory(self.device)[0] < free.margin + out:
+                return  # there is room, but torch's allocator keeps it
             if move is not None:
                 self._sent_out = move == "out"
-            elif self.states_paged_out() == 0 and free.bytes >= free.margin:
+            elif out == 0 and free.bytes >= free.margin:
                 self._sent_out = False  # so little that it was never out
 
     def _settle(self) -> None:
