@@ -101,11 +101,11 @@ def test_golden_products(name: str) -> None:
 def test_golden_ldmatrix(trans: bool) -> None:
     """Element (row, column) of matrix i is 64 i + 8 row + column."""
     for lane, got in enumerate(words("ldmatrix_trans" if trans else "ldmatrix")):
-        for i, word in enumerate(got):
-            matrix, g, t = i % 4, lane // 4, lane % 4
+        for matrix, word in enumerate(got):
+            g, t = lane // 4, lane % 4
             pair = [(2 * t + j, g) if trans else (g, 2 * t + j) for j in range(2)]
             low, high = (64 * matrix + 8 * row + column for row, column in pair)
-            assert word == low | high << 16, (lane, i)
+            assert word == low | high << 16, (lane, matrix)
 
 
 def test_golden_rounding() -> None:

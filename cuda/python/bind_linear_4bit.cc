@@ -59,25 +59,25 @@ void linear(bool forward, int dtype, Address x, Address bias, Address low, Addre
   require(x % 16 == 0 && bias % 2 == 0 && low % 16 == 0 && up % 16 == 0 && y % 16 == 0 && packed % 16 == 0 &&
               workspace % 16 == 0,
           "an operand is not aligned to 16 bytes.");
-  cuda::LinearCall call{};
-  call.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
-                               quant_type, numel, block_size);
-  call.dtype = checked_dtype(dtype);
-  call.forward = forward;
+  ProductJob product{};
+  product.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
+                                  quant_type, numel, block_size);
+  product.dtype = checked_dtype(dtype);
+  product.forward = forward;
   require(forward || bias == 0, "an input gradient has no bias.");
-  call.x = any_pointer(call.dtype, x, m * (forward ? k : n), "x");
-  call.bias = reinterpret_cast<const void*>(bias);
-  call.low = reinterpret_cast<const void*>(low);
-  call.up = reinterpret_cast<const void*>(up);
-  call.r = r;
-  call.y = any_pointer(call.dtype, y, m * (forward ? n : k), "y");
-  call.m = m;
-  call.n = n;
-  call.k = k;
+  product.m = m;
+  product.n = n;
+  product.k = k;
+  product.x = any_pointer(product.dtype, x, m * product.depth(), "x");
+  product.bias = reinterpret_cast<const void*>(bias);
+  product.low = reinterpret_cast<const void*>(low);
+  product.up = reinterpret_cast<const void*>(up);
+  product.r = r;
+  product.y = any_pointer(product.dtype, y, m * product.width(), "y");
   const cuda::MatmulPlan plan = checked_plan(plan_fields, workspace_bytes);
-  check_cuda(
-      cuda::launch_linear_4bit(call, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<cudaStream_t>(stream)),
-      "linear_4bit");
+  check_cuda(cuda::launch_linear_4bit(product, plan, reinterpret_cast<void*>(workspace),
+                                      reinterpret_cast<cudaStream_t>(stream)),
+             "linear_4bit");
 }
 
 }  // namespace

@@ -25,16 +25,7 @@ def dequantize_4bit(
     dtype: int,
     out: int,
     stream: int,
-    packed: int,
-    absmax: int,
-    absmax_codes: int,
-    nested_absmax: int,
-    nested_offset: int,
-    nested_code: int,
-    levels: int,
-    quant_type: int,
-    numel: int,
-    block_size: int,
+    *weight: int,  # Weight.pointers()
 ) -> None: ...
 def gradient_norm(
     tensors: int,
@@ -63,16 +54,7 @@ def linear_4bit(
     workspace: int,
     workspace_bytes: int,
     stream: int,
-    packed: int,
-    absmax: int,
-    absmax_codes: int,
-    nested_absmax: int,
-    nested_offset: int,
-    nested_code: int,
-    levels: int,
-    quant_type: int,
-    numel: int,
-    block_size: int,
+    *weight: int,
 ) -> None: ...
 def lion_step(
     tensors: int,
