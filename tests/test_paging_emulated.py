@@ -305,6 +305,12 @@ def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.Monk
         auto.page_out()
 
 
+def test_no_store_is_said_in_numbers(emulator: Emulator) -> None:
+    emulator.module.set_memory(1 << 30, False)
+    with pytest.raises(RuntimeError, match="65536 bytes of managed memory could not be had: CUDA gave cudaErrorInvalid"):
+        emulator.module.ManagedStore([(1000, 2, False)], 65536, 65536)
+
+
 def test_a_budget_below_a_chunk_is_refused_in_numbers(emulator: Emulator) -> None:
     params = [torch.nn.Parameter(torch.zeros(6_000_000))]
     with pytest.raises(ValueError, match=r"the residency budget is 1048576 bytes: expected at least the largest chunk"):
