@@ -55,20 +55,29 @@ def test_the_machine() -> None:
 
 def test_a_cgroup_of_version_2() -> None:
     stat = f"anon {500 * MIB}\nfile {300 * MIB}\ninactive_file {200 * MIB}\nactive_file {50 * MIB}\nshmem {50 * MIB}\n"
-    free = free_memory.free_of_cgroup([f"{GIB}\n", "max\n"], f"{800 * MIB}\n", stat)
+    free = free_memory.free_of_cgroup(GIB, f"{800 * MIB}\n", stat)
     assert free == Free(GIB - 800 * MIB + 250 * MIB, GIB, "the memory cgroup")
-    throttled = free_memory.free_of_cgroup([f"{GIB}\n", f"{900 * MIB}\n"], f"{800 * MIB}\n", stat)
-    assert throttled is not None and throttled.limit == 900 * MIB
-    assert free_memory.free_of_cgroup(["max\n", "max\n"], f"{800 * MIB}\n", stat) is None
-    cache_alone = free_memory.free_of_cgroup([f"{GIB}\n"], f"{100 * MIB}\n", stat)  # read a moment later
-    assert cache_alone is not None and cache_alone.bytes == GIB
+    assert free_memory.free_of_cgroup(GIB, f"{100 * MIB}\n", stat).bytes == GIB  # cache alone, read a moment later
+    assert free_memory.free_of_cgroup(GIB, f"{2 * GIB}\n", stat).bytes == 0
 
 
 def test_a_cgroup_of_version_1() -> None:
     stat = f"inactive_file 0\nactive_file 0\ntotal_inactive_file {70 * MIB}\ntotal_active_file {30 * MIB}\n"
-    free = free_memory.free_of_cgroup([f"{GIB}\n"], f"{600 * MIB}\n", stat)
+    free = free_memory.free_of_cgroup(GIB, f"{600 * MIB}\n", stat)
     assert free == Free(GIB - 500 * MIB, GIB, "the memory cgroup")
-    assert free_memory.free_of_cgroup(["9223372036854771712\n"], f"{600 * MIB}\n", stat) is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "limit"),
+    [
+        ([f"{GIB}\n", "max\n"], GIB),
+        ([f"{GIB}\n", f"{900 * MIB}\n"], 900 * MIB),  # memory.high, above which a process is slowed down
+        (["max\n", "max\n"], None),
+        (["9223372036854771712\n"], None),
+    ],
+)
+def test_the_limit_of_a_cgroup(texts: list[str], limit: int | None) -> None:
+    assert free_memory.cgroup_limit(texts) == limit
 
 
 MOUNTS_V2 = (

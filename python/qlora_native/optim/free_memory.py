@@ -17,6 +17,8 @@ import torch
 
 from ..ops import _cuda_kernels
 
+NO_LIMIT = 1 << 60  # bytes
+
 
 class Free(NamedTuple):
     """What is left of one limit."""
@@ -54,18 +56,21 @@ def free_of_machine(meminfo: str) -> Free | None:
     return Free(fields["MemAvailable"], fields["MemTotal"], "the machine's memory")
 
 
-def free_of_cgroup(limits: Iterable[str], held: str, stat: str) -> Free | None:
+def cgroup_limit(texts: Iterable[str]) -> int | None:
+    """Bytes, from the texts of memory.max and memory.high, or of memory.limit_in_bytes; "max" and what no machine has
+    are no limit."""
+    limit = min((int(text) for text in texts if text.strip() != "max"), default=NO_LIMIT)
+    return None if limit >= NO_LIMIT else limit
+
+
+def free_of_cgroup(limit: int, held: str, stat: str) -> Free:
     """What one cgroup leaves.
 
     Args:
-        limits: texts of memory.max and memory.high, or of memory.limit_in_bytes; "max" and what no machine has are no
-            limit.
+        limit: in bytes.
         held: text of memory.current or memory.usage_in_bytes.
         stat: text of memory.stat. Its file pages, written back or not, are given up before anything is killed.
     """
-    limit = min((int(text) for text in limits if text.strip() != "max"), default=1 << 60)
-    if limit >= 1 << 60:
-        return None
     counts = {name: int(value) for name, _, value in (line.partition(" ") for line in stat.splitlines())}
     prefix = "total_" if "total_inactive_file" in counts else ""  # version 1 has a line with the cgroups below, too
     cache = sum(counts.get(f"{prefix}{name}_file", 0) for name in ("inactive", "active"))
@@ -128,17 +133,20 @@ CGROUP_FILES = {
 
 
 @lru_cache(maxsize=1)
-def _limited_cgroups() -> list[tuple[int, Path]]:
-    """Those that are there; a version 2 root has no limit and no such files."""
-    try:
-        folders = cgroup_folders(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
-    except (OSError, ValueError):
-        return []
-    return [(version, Path(folder)) for version, folder in folders if Path(folder, CGROUP_FILES[version][1]).exists()]
+def _cgroups() -> list[tuple[list[str], str, str]]:
+    """Of each cgroup the files of its limits, of what it holds, and memory.stat; a version 2 root has none of them."""
+    found = []
+    for version, folder in cgroup_folders(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo")):
+        limits, held = CGROUP_FILES[version]
+        files = [f"{folder}/{name}" for name in limits], f"{folder}/{held}", f"{folder}/memory.stat"
+        if Path(files[1]).exists():
+            found.append(files)
+    return found
 
 
-def _read(file: str | Path) -> str:
-    return Path(file).read_text(encoding="ascii", errors="replace")
+def _read(file: str) -> str:
+    with open(file, encoding="ascii", errors="replace") as opened:
+        return opened.read()
 
 
 def _of_data_limit() -> Iterator[Free | None]:
@@ -154,11 +162,10 @@ def _of_machine() -> Iterator[Free | None]:
 
 
 def _of_cgroups() -> Iterator[Free | None]:
-    for version, folder in _limited_cgroups():
-        limits, held = CGROUP_FILES[version]
-        texts = [_read(folder / name) for name in limits]
-        if any(text.strip() != "max" for text in texts):
-            yield free_of_cgroup(texts, _read(folder / held), _read(folder / "memory.stat"))
+    for limits, held, stat in _cgroups():
+        limit = cgroup_limit(map(_read, limits))
+        if limit is not None:
+            yield free_of_cgroup(limit, _read(held), _read(stat))
 
 
 SOURCES: tuple[Callable[[], Iterator[Free | None]], ...] = (_of_data_limit, _of_cgroups, _of_machine)
