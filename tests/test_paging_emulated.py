@@ -225,6 +225,34 @@ def test_page_out_and_page_in(emulator: Emulator) -> None:
     assert same(auto, plain)
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_auto_pins_states_where_pages_cannot_move(emulator: Emulator, bits: int, by_hand: bool) -> None:
+    module = emulator.module
+    module.set_memory(1 << 30, False)
+    auto, plain = make("AdamW", bits), make("AdamW", bits, paged=False)
+    spike = 0
+    for number in range(4):
+        for optimizer in (auto, plain):
+            give_grads(optimizer, number)
+            emulator.launches()
+            optimizer.step()
+            assert number > 1 or len(emulator.launches()) == 1
+        if number == 1:
+            assert auto.states_in_memory() > 0 == auto.states_paged_out()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if by_hand:
+                    auto.page_out()
+                    assert auto.states_in_memory() == 0 < auto.states_paged_out()
+                else:
+                    spike = module.allocate(module.memory()[0] - MIB)
+    assert auto.states_paged_out() > 0 < auto.paging_statistics()["bytes_out"]
+    assert same(auto, plain)
+    if spike:
+        module.release(spike)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # States are tensors
 
@@ -298,16 +326,13 @@ def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.Monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make("AdamW", 32, paged=True)
-        auto = make("AdamW", 32)
-        give_grads(auto, 0)
-        auto.step()
-    with pytest.warns(UserWarning, match="AdamW's states stay on the device; paged=True keeps them on the host"):
-        auto.page_out()
 
 
 def test_no_store_is_said_in_numbers(emulator: Emulator) -> None:
     emulator.module.set_memory(1 << 30, False)
-    with pytest.raises(RuntimeError, match="65536 bytes of managed memory could not be had: CUDA gave cudaErrorInvalid"):
+    with pytest.raises(
+        RuntimeError, match="65536 bytes of managed memory could not be had: CUDA gave cudaErrorInvalid"
+    ):
         emulator.module.ManagedStore([(1000, 2, False)], 65536, 65536)
 
 

@@ -191,6 +191,9 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         """Launches the step, if all is on one CUDA device and as its kernels take it; waits for nothing."""
         device = params[0].device
         module = _cuda_kernels.module_for(device)
+        pages = self._pages.get(device)
+        if isinstance(pages, DevicePages) and pages.could_pin and pages.is_short():
+            self._pin(pages)
         plan = None if module is None else self._plan_for(params, groups)
         pages = self._pages.get(device)
         if plan is not None and not (isinstance(pages, DevicePages) and pages.holds(plan)):

@@ -1,8 +1,9 @@
 """Where the states of an optimiser on a CUDA device lie when they may leave its memory.
 
 On a device with concurrent managed access (Linux) in managed memory, whose pages move between device and host under one
-address; elsewhere (Windows, WSL2, Tegra), with ``paged=True``, in pinned host memory, from which each chunk is copied
-to the device for its update. A state is a tensor that looks into the arena and keeps it alive.
+address. Elsewhere (Windows, WSL2, Tegra) in pinned host memory, from which each chunk is copied to the device for its
+update: with ``paged=True`` from the start, with "auto" from the first time on that memory runs short. A state is a
+tensor that looks into the arena and keeps it alive.
 """
 
 from __future__ import annotations
@@ -59,11 +60,9 @@ class DevicePages:
         self.owner, self.moments, self.paged, self.budget = owner, moments, paged, budget
         self.device, self.module = device, module
         self.managed: bool = module.has_concurrent_managed_access(device.index or 0)
+        self._pinned = False
         if not self.managed and paged is True:
-            say_once(
-                f"qlora_native: managed memory of {device} does not move while kernels run (as on Windows, WSL2 and "
-                f"Tegra): {owner}'s paged states are in pinned host memory, and every step copies all of them."
-            )
+            self.use_pinned_memory()
         self.stores: list[Any] = []
         self._judge = Judge()
         self._sent_out = False  # "auto" is under pressure, or page_out was asked for
@@ -73,13 +72,33 @@ class DevicePages:
         self._taken: set[Tensor] = set()
         self._tables: tuple[Plan, list[StoreTable]] | None = None  # of the plan that stepped last
 
+    def use_pinned_memory(self) -> None:
+        """From now on states are reserved in pinned host memory; a sentence says so once."""
+        self._pinned = True
+        say_once(
+            f"qlora_native: managed memory of {self.device} does not move while kernels run (as on Windows, WSL2 and "
+            f"Tegra): {self.owner}'s paged states are in pinned host memory, and every step copies all of them."
+        )
+
+    @property
+    def could_pin(self) -> bool:
+        """Whether the states are ordinary tensors of the device that pinned host memory could take."""
+        return not self.managed and not self._pinned
+
+    def is_short(self) -> bool:
+        """Whether less of the device than the margin is free; no answer while a graph is captured."""
+        free = self.free()
+        return free.bytes < free.margin and not self._is_capturing()
+
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     # -----------------------------------------------------------------------------------------------------------------
     # Places
 
     def reserve(self, params: Sequence[Tensor], coded: Sequence[bool]) -> None:
-        """Makes room for the states of these parameters, all 0, in one arena more. Without managed memory that moves,
-        "auto" has no arena: its states are ordinary tensors of the device."""
-        if not self.managed and self.paged is not True:
+        """Makes room for the states of these parameters, all 0, in one arena more; not where they :attr:`could_pin`."""
+        if self.could_pin:
             return
         forms = [(param.numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)]
         codes_or_floats = (1 if is_coded else 4 for is_coded in coded)
@@ -185,8 +204,7 @@ class DevicePages:
         return tables
 
     def _judge_now(self) -> None:
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.managed and self.paged == "auto" and not capturing:
+        if self.managed and self.paged == "auto" and not self._is_capturing():
             free = self.free()
             out = self.states_paged_out()
             move = self._judge.judge(time.monotonic(), free, self.states_in_memory(), out)
@@ -226,13 +244,9 @@ class DevicePages:
         """Steps that go over the states with torch's operations move nothing here."""
 
     def page_out(self) -> None:
-        """Sends all states to the host, and returns when they are there; "auto" then pages until there is room."""
+        """Sends all states to the host, and returns when they are there; "auto" then pages until there is room. Those
+        in pinned memory are always there."""
         if not self.managed:
-            if self.paged == "auto":
-                say_once(
-                    f"qlora_native: managed memory of {self.device} does not move while kernels run (as on Windows, "
-                    f"WSL2 and Tegra): {self.owner}'s states stay on the device; paged=True keeps them on the host."
-                )
             return
         self._sent_out = True
         with _cuda_kernels.launching(self.device) as stream:
