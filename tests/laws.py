@@ -157,7 +157,7 @@ LAYERS: tuple[set[str], ...] = (
     {"weight"},
     {"functional"},
     {"nn", "optim"},
-    {"lora"},
+    {"lora", "tuning"},
     {"__init__"},
     {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate"},
     {"cli"},

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 
+def candidate_plans(question: Sequence[int]) -> list[list[int]]: ...
 def device_count() -> int: ...
 def runtime_version() -> int: ...
 def driver_version() -> int: ...
@@ -82,18 +83,8 @@ def optim_chunks(
     chunks: int,
     room: int,
 ) -> int: ...
-def plan_matmul(
-    m: int,
-    n: int,
-    k: int,
-    r: int,
-    block_size: int,
-    dtype: int,
-    forward: bool,
-    low_memory: bool,
-    compute_capability: int,
-    sm_count: int,
-) -> list[int]: ...
+def plan_matmul(question: Sequence[int]) -> list[int]: ...
+def plan_of_choice(question: Sequence[int], choice: Sequence[int]) -> list[int] | None: ...
 def quantize_4bit(
     dtype: int,
     x: int,
@@ -126,6 +117,7 @@ def softmax_loss(
     losses: int,
     stream: int,
 ) -> None: ...
+def tokens_bucket(m: int) -> int: ...
 
 managed_page_bytes: int
 pinned_page_bytes: int
