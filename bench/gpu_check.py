@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import gpu_models
+import gpu_paging
 import gpu_passes
 import gpu_products
 import gpu_tuning
@@ -85,7 +86,7 @@ def name_missing_kernels(run: Run) -> None:
 
 
 def measure_passes(run: Run, measured: Ceilings, rounds: int) -> None:
-    """Dequantise, quantise, AdamW."""
+    """Dequantise, quantise, AdamW, AdamW with paged states."""
     shapes = gpu_passes.TINY_SHAPES if run.dry else gpu_passes.DEQUANTISE_SHAPES
     for (n, k), dtype in itertools.product(shapes, (torch.bfloat16, torch.float32)):
         head = {"op": "dequantize_4bit", "dtype": str(dtype).removeprefix("torch."), "n": n, "k": k}
@@ -97,6 +98,7 @@ def measure_passes(run: Run, measured: Ceilings, rounds: int) -> None:
     for bits in widths:
         head = {"op": "adamw_step", "bits": bits}
         run.row(head, lambda bits=bits: gpu_passes.adamw_row(bits, run.dry, measured, rounds))  # type: ignore[misc]
+    run.row({"op": "paged_adamw_step", "bits": 32}, lambda: gpu_paging.paging_row(run.dry, rounds))
 
 
 def measure_products(run: Run, measured: Ceilings, rounds: int, keep_s: float) -> None:

@@ -71,7 +71,7 @@ section 'op tests on the GPU' 100 bash -c '
     "$0" -c "import pytest" 2>/dev/null || leave_out "there is no pytest in this Python"
     "$0" -m pytest tests/test_*4bit.py tests/test_*_step.py tests/test_gradient_norm.py \
         tests/test_linear_cross_entropy.py tests/test_rms_norm.py tests/test_rotary.py tests/test_swiglu.py \
-        tests/test_causal_attention.py tests/test_cuda_build.py \
+        tests/test_causal_attention.py tests/test_cuda_build.py tests/test_paging_cuda.py \
         -k "cuda or on_device or the_device" --continue-on-collection-errors -q' "$python"
 
 section 'primitives against the emulator' 60 bash -c '

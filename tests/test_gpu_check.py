@@ -40,7 +40,8 @@ def test_a_dry_run_measures_every_kind_of_row(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
     assert found["dry_run"] and found["failed"] == [] and "dry run" in found["card"]["name"]
     ops = {row["op"] for row in found["rows"]}
-    assert ops == {*gpu_products.DIRECTIONS, "dequantize_4bit", "quantize_4bit", "adamw_step", "qlora_step", "load"}
+    passes = {"dequantize_4bit", "quantize_4bit", "adamw_step", "paged_adamw_step"}
+    assert ops == {*gpu_products.DIRECTIONS, *passes, "qlora_step", "load"}
     assert all(row["match"] for row in found["rows"])
     assert "tuning: there are no CUDA kernels to choose from" in found["left_out"]
     assert "each op ran once" in (tmp_path / "gpu_check.log").read_text(encoding="utf-8")

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import _cuda_kernels
+from .device_pages import DevicePages
 from .free_memory import free_memory
 from .pages import LEAST_BUDGET, HostPages, Paged, PagingStatistics
 from .pressure import watch
@@ -24,6 +26,7 @@ class PagedStates:
 
     _moments: ClassVar[dict[str, torch.dtype]]  # name of a state -> dtype of its codes
 
+    state: Any  # torch's
     paged: Paged
     page_dir: Path | None
     page_budget: int | None
@@ -41,7 +44,7 @@ class PagedStates:
         self._reset_paging()
 
     def _reset_paging(self) -> None:
-        self._pages: dict[torch.device, HostPages] = {}
+        self._pages: dict[torch.device, HostPages | DevicePages] = {}
         self._lock, self._process = threading.RLock(), os.getpid()
 
     def _alone(self) -> threading.RLock:
@@ -60,18 +63,32 @@ class PagedStates:
             return
         missing: dict[torch.device, list[tuple[Tensor, bool]]] = {}
         for param, coded in wanted:
-            if param.device.type == "cpu" and not self._has_place(param, coded):
+            if not self._has_place(param, coded):
                 missing.setdefault(param.device, []).append((param, coded))
         for device, chosen in missing.items():
-            pages = self._pages.get(device)
+            pages = self._pages.get(device) or self._new_pages(device)
             if pages is None:
-                name = type(self).__name__
-                pages = HostPages(name, self._moments, self.paged, self.page_dir, self.page_budget)
+                continue
             before = pages.state_bytes()
             pages.reserve(*zip(*chosen, strict=True))
             self._pages[device] = pages
-            if self.paged == "auto" and before < LEAST_WATCHED <= pages.state_bytes():
+            watched = self.paged == "auto" and isinstance(pages, HostPages)  # on a device, every step looks
+            if watched and before < LEAST_WATCHED <= pages.state_bytes():
                 watch(self, free_memory)
+
+    def _new_pages(self, device: torch.device) -> HostPages | DevicePages | None:
+        """None for devices that have no page store: their states are ordinary tensors."""
+        name, module = type(self).__name__, _cuda_kernels.module_for(device)
+        if module is not None:
+            return DevicePages(name, self._moments, self.paged, self.page_budget, device, module)
+        if device.type == "cpu":
+            return HostPages(name, self._moments, self.paged, self.page_dir, self.page_budget)
+        if self.paged is True:
+            raise ValueError(
+                f"{name}: paged is True, but states on {device} cannot be paged by this build: leave paged at 'auto', "
+                "or move the parameters to the CPU."
+            )
+        return None
 
     def _has_place(self, param: Tensor, coded: bool) -> bool:
         place = self._pages[param.device].place_of(param) if param.device in self._pages else None
@@ -100,6 +117,12 @@ class PagedStates:
             for param, group, given in loaded
         ]
 
+    def _ready_to_read(self) -> None:
+        """Waits for states that are still on their way into the host's memory."""
+        for pages in self._pages.values():
+            if isinstance(pages, DevicePages):
+                pages.ready_to_read()
+
     def _keep_within_budget(self) -> None:
         for pages in self._pages.values():
             pages.keep_within_budget()
@@ -112,7 +135,21 @@ class PagedStates:
         file cannot be had, a warning says so, once, and the states stay. The values are the same wherever they are."""
         with self._alone():
             for pages in self._pages.values():
+                if isinstance(pages, DevicePages) and pages.could_pin:
+                    self._pin(pages)
                 pages.page_out()
+
+    def _pin(self, pages: DevicePages) -> None:
+        """Moves states that are ordinary tensors of a device into pinned host memory, for good."""
+        pages.use_pinned_memory()
+        found = [(param, state) for param, state in self.state.items() if state and param.device == pages.device]
+        if found:
+            pages.reserve([param for param, _ in found], ["exp_avg_absmax" in state for _, state in found])
+        for param, state in found:
+            place = pages.take(param, blank=False)
+            for name, tensor in place.items():
+                tensor.copy_(state[name])
+            state.update(place)
 
     def page_in(self) -> None:
         """Brings states that "auto" sent out back into ordinary memory, as far as there is room."""
@@ -122,7 +159,12 @@ class PagedStates:
 
     def states_in_memory(self) -> int:
         """Bytes of states in ordinary memory that ``page_out`` would free; 0 if there is no page file to be had."""
-        return sum(pages.states_in_memory() for pages in list(self._pages.values()))
+        total = sum(pages.states_in_memory() for pages in list(self._pages.values()))
+        for device, pages in list(self._pages.items()):
+            if isinstance(pages, DevicePages) and pages.could_pin:
+                states = [state for param, state in list(self.state.items()) if param.device == device]
+                total += sum(t.nbytes for state in states for name, t in state.items() if name != "step")
+        return total
 
     def states_paged_out(self) -> int:
         """Bytes of states in the page file; some may be resident."""
