@@ -12,7 +12,6 @@ the held-out loss of SmolLM2 with 8-bit states in a file and with 32-bit states 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import importlib
 import json
@@ -209,8 +208,7 @@ def learn(folder: str, steps: int) -> list[Row]:
             values["train"] |= {"optimizer": name, "paged": paged}
             if paged:
                 values["train"]["page_budget"] = 2 << 20
-            with contextlib.redirect_stdout(None):
-                summary = Trainer(TrainConfig.model_validate(values)).train()
+            summary = Trainer(TrainConfig.model_validate(values), quiet=True).train()
             row: Row = {"case": "learn", "optimizer": name, "paged": paged, "steps": steps}
             row |= {"held_out_loss": [summary.loss_before, summary.loss_after], "paged_bytes": summary.paged_bytes}
             rows.append(row)
