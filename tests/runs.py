@@ -20,14 +20,14 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
-def start(config: dict[str, Any], folder: Path, driver: str = "") -> subprocess.Popen[str]:
+def start(config: dict[str, Any], folder: Path, driver: str = "", **environment: str) -> subprocess.Popen[str]:
     """``qlora train`` on ``config``; ``driver`` is Python that runs before it."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     code = f"import sys\n{driver}\nfrom qlora_native.cli.main import main\nsys.exit(main(['train', sys.argv[1]]))\n"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

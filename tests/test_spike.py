@@ -1,8 +1,8 @@
 """A spike of memory in a training run under a hard limit, in processes of their own: unpaged it dies, paged it ends
 with the same losses, bit for bit.
 
-The limit is RLIMIT_DATA, which counts private writable memory. It is put halfway between the peaks of two runs without
-a limit, one with the optimizer's states in memory and one with them in a file.
+The limit is RLIMIT_DATA, which counts private writable memory. It is put between the peaks of two runs without a limit,
+one with the optimizer's states in memory and one with them in a file.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from qlora_native.optim.free_memory import kib_fields
 pytestmark = [pytest.mark.slow_memory, needs_page_files]
 
 MIB = 1 << 20
-RANK = 1024  # adapters far larger than the layers they stand on, so that their states matter: 136 MiB
-WORDS = 700  # of the one long row; others have five
+RANK = 1536  # adapters far larger than the layers they stand on, so that their states matter: 120 MiB
+WORDS = 300  # of the one long row, whose activations take more than the states; the other rows have five
 ROWS = 4
 STEPS = 2 * ROWS  # the first epoch begins with the long row, when there are no states yet; in the second it is a spike
 
@@ -32,7 +32,8 @@ STEPS = 2 * ROWS  # the first epoch begins with the long row, when there are no 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("spike")
-    tiny.write_model(folder / "model", hidden_size=512, intermediate_size=1024, max_position_embeddings=8192)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "max_position_embeddings": 8192}
+    tiny.write_model(folder / "model", **sizes)
     rows = tiny.write_rows(folder / "train.jsonl", ROWS - 1)
     answer = " ".join(tiny.FACTS[number % len(tiny.FACTS)][1] for number in range(WORDS))
     messages = [{"role": "user", "content": "all of them"}, {"role": "assistant", "content": answer}]
@@ -60,10 +61,11 @@ def run(files: Path, name: str, driver: str = "", **options: Any) -> Run:
         "model": str(files / "model"),
         "output_dir": str(folder / "out"),
         "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0, "max_length": 8192},
-        "lora": {"r": RANK, "alpha": RANK, "dropout": 0.1},
+        "lora": {"r": RANK, "alpha": RANK, "dropout": 0.1, "target_modules": ["down_proj"]},
         "train": train,
     }
-    process = start(config, folder, driver)
+    # malloc gives every tensor back at once, so that peaks are those of what is needed.
+    process = start(config, folder, driver, MALLOC_MMAP_THRESHOLD_="65536")
     status, peak = Path(f"/proc/{process.pid}/status"), 0
     while process.poll() is None:
         peak = max(peak, kib_fields(status.read_text()).get("VmData", 0))
@@ -95,8 +97,11 @@ def limit(files: Path, unlimited: Run) -> int:
     paged = run(files, "paged", paged=True, page_budget=16 * MIB)
     assert paged.status == 0, paged.errors
     assert paged.metrics == unlimited.metrics
-    assert unlimited.peak - paged.peak > 80 * MIB, "the states are not what decides here"
-    return (unlimited.peak + paged.peak) // 2
+    told = f"peaks {unlimited.peak / MIB:,.0f} MiB unpaged, {paged.peak / MIB:,.0f} MiB paged"
+    assert unlimited.peak - paged.peak > 90 * MIB, told
+    limit = paged.peak + (unlimited.peak - paged.peak) // 3
+    print(f"{told}, limit {limit / MIB:,.0f}")
+    return limit
 
 
 def test_unpaged_it_dies(files: Path, unlimited: Run, limit: int) -> None:
@@ -123,7 +128,7 @@ def test_paged_it_ends_with_the_same_losses(files: Path, unlimited: Run, limit: 
     assert done.peak <= limit
     began = [line for line in done.printed.splitlines() if "memory is short" in line]
     assert len(began) == 1
-    assert re.search(r"1\d\d MiB of optimizer states are paged out", began[0])
+    assert re.search(r"12\d MiB of optimizer states are paged out", began[0])
     report = re.search(r"^paging moved ([\d,]+) MiB of optimizer states; (\d) steps? began again", done.printed, re.M)
     assert report is not None
     assert int(report[1].replace(",", "")) >= 100

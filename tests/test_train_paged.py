@@ -92,7 +92,7 @@ def test_paged_training_computes_the_same(files: Path, unpaged: Path, tmp_path: 
 def test_killed_at_a_random_moment(files: Path, unpaged: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """As often as --kills says: no page file stays, the newest checkpoint loads, and the run ends as if nothing had
     been."""
-    chance = random.Random(0)
+    chance = random.Random(request.config.getoption("--kills"))
     for number in range(request.config.getoption("--kills")):
         folder = tmp_path / str(number)
         folder.mkdir()
