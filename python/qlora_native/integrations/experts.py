@@ -7,7 +7,7 @@ parameter at a time and keeps its class, its names and its gate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,12 @@ class QuantizedExperts(Substitute):
     A stack lies under its own name as frozen uint8 [ceil(n/2), 1], its scales beside it as buffers; the state_dict
     holds the keys of :func:`qlora_native.to_bnb`.
     """
+
+    # The class replaced has these.
+    num_experts: int
+    has_gate: bool
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
 
     _stacks: dict[str, QuantizedWeight]
     _slices: dict[str, list[QuantizedWeight]]

@@ -75,7 +75,7 @@ def put_four_bit(model: nn.Module, name: str, weight: QuantizedWeight, transpose
     else:
         layer = QuantizedLinear.from_quantized(weight)
         if old.bias is not None:
-            layer.bias = old.bias
+            layer.bias = old.bias  # type: ignore[assignment]
         layer.fan_in_fan_out = transposed  # type: ignore[assignment]  # merging gives the layer back as it was
         layer.train(old.training)
         model.set_submodule(path, layer)

@@ -140,7 +140,7 @@ def load_model(
         passed += 0 if isinstance(value, QuantizedWeight) else value.nbytes
         if passed > TRIM_EVERY_BYTES:
             passed = 0
-            _give_memory_back()
+            give_memory_back()
     model = tree.finish(source.unexpected(tree), str(source.path))
     if (generation := source.generation_config()) is not None:
         model.generation_config = generation
@@ -149,7 +149,7 @@ def load_model(
     _set_quantization_config(model, source, dtype, options)
     if fuse:
         integrations.fuse(model)
-    _give_memory_back()
+    give_memory_back()
     return model
 
 
@@ -206,7 +206,7 @@ def _set_quantization_config(
     }
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Return freed heap to the system: glibc keeps it, and tensors of many sizes leave holes that add up to a tenth
     of the model."""
     if sys.platform == "linux":
