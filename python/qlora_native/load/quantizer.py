@@ -125,8 +125,13 @@ class QLoRANativeQuantizer(HfQuantizer):
         give_memory_back()
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dequantize_model(model, self._dtype if dtype is None else dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self._dtype
+        dequantize_model(model, dtype)
+        for parameter in model.parameters():
+            if parameter.dtype == self._dtype:  # what is kept in fp32 stays so
+                parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
         return model
 
     def is_serializable(self) -> bool:
