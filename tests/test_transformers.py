@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import qlora_native as qn
 from qlora_native.nn import QuantizedLinear
 
-FEW = {"Mixtral": {"num_local_experts": 4}}  # changes to a kind's config, for speed
+FEW: dict[str, dict[str, Any]] = {"Mixtral": {"num_local_experts": 4}}  # changes to a kind's config, for speed
 
 
 def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
