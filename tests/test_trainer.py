@@ -143,3 +143,35 @@ def test_a_whole_step_compiles_without_a_break(folder: Path, adapter: str) -> No
     assert len(got) == 14
     for name, gradient in got.items():
         assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_losses_are_those_with_bitsandbytes_config(tmp_path: Path) -> None:
+    """The usual script from the same 4-bit bytes and adapter; bench/bench_switch.py does it on a real model."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    dense = save(tmp_path / "dense", num_hidden_layers=1, intermediate_size=128)  # their CPU code wants whole blocks
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    theirs = BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
+    made = AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=theirs, dtype=torch.float32, device_map="cpu"
+    )
+    made.save_pretrained(tmp_path / "four_bit")
+    torch.manual_seed(0)
+    peft.get_peft_model(made, peft.LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8)]
+
+    def run_with(config: Any) -> list[float]:
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "four_bit", quantization_config=config, dtype=torch.float32, device_map="cpu"
+        )
+        model = peft.prepare_model_for_kbit_training(model)
+        model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
+        args = TrainingArguments(**arguments(tmp_path / "out", save_strategy="no"))
+        trainer = Trainer(model=model, args=args, train_dataset=rows)
+        trainer.train()
+        return losses(trainer)
+
+    ours = qn.QLoRANativeConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
+    assert run_with(ours) == pytest.approx(run_with(theirs), abs=1e-5)
