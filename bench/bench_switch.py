@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--json", help="file for the result")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="an existing folder that keeps files and finished runs")
     arguments = parser.parse_args()
     if arguments.worker:
         side, threads = arguments.worker
@@ -141,20 +141,27 @@ def main() -> None:
         return
     result: dict[str, Any] = {"bench": "switch", "machine": machine(), "rows": []}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, arguments.steps)
+        folder = arguments.folder or Path(name)
+        if not (folder / "rows.pt").is_file():
+            prepare(folder, arguments.steps)
         for dtype in arguments.dtypes:
-            runs = [("ours", 2), ("theirs", 2)] + ([("theirs", 1)] if dtype == "bf16" else [])
-            found = {}
-            for side, threads in runs:
-                command = [__file__, "--worker", side, str(threads), "--folder", str(folder)]
-                child = Child(side, command)
-                found[f"{side}, {threads} threads"] = child.ask(dtype)["losses"]
-                child.end()
+            threads = {"ours": (2,), "theirs": (1, 2) if dtype == "bf16" else (2,)}
+            runs = [(side, count) for side, counts in threads.items() for count in counts]
+            found = {f"{side}, {count} threads": run(folder, dtype, side, count) for side, count in runs}
             result["rows"].append(row := compare(found, dtype))
             told = {key: value for key, value in row.items() if key not in ("losses", "bars")}
             print(json.dumps(told), flush=True)
     write_json(arguments.json, result)
+
+
+def run(folder: Path, dtype: str, side: str, threads: int) -> list[float]:
+    """The losses of one run, which are kept in the folder."""
+    kept = folder / f"{dtype}-{side}-{threads}.json"
+    if not kept.is_file():
+        child = Child(side, [__file__, "--worker", side, str(threads), "--folder", str(folder)])
+        kept.write_text(json.dumps(child.ask(dtype)["losses"]), encoding="utf-8")
+        child.end()
+    return list(json.loads(kept.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
+from qlora_native.integrations.experts import quantized_stacks
 from qlora_native.nn import QuantizedLinear
 
 peft = pytest.importorskip("peft")
@@ -214,6 +215,45 @@ def test_conv1d_layers(tmp_path: Path) -> None:
     )
     assert distance(logits(ours), logits(theirs)) < 1e-5
     assert distance(logits(ours.merge_and_unload()), logits(theirs)) < 0.3
+
+
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
+def test_experts(tmp_path: Path) -> None:
+    """PEFT's "all-linear" means the stacks of experts as well, and the router."""
+    model = base(save(tmp_path / "base", "Mixtral", num_local_experts=4, num_hidden_layers=1))
+    twin = dense_twin(tmp_path / "base", model)[0]
+    ours = filled(peft.get_peft_model(model, qn.peft_config(r=4)))
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(**{**DEFAULTS, "r": 4}))
+    theirs.load_state_dict(
+        {name: tensor for name, tensor in ours.state_dict().items() if "lora_" in name}, strict=False
+    )
+    batch = tokens()
+    for adapted in (ours, theirs):
+        adapted.train()
+        adapted(input_ids=batch, labels=batch).loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert sum("experts" in name for name in gradients) == 4
+    for name, gradient in gradients.items():
+        assert distance(ours.get_parameter(name).grad, gradient) < 1e-4, name
+    expected = logits(ours)
+    assert distance(expected, logits(theirs)) < 1e-5
+    ours.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(base(tmp_path / "base"), tmp_path / "adapter")
+    assert distance(logits(again), expected) < 1e-6
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items() if ".experts." in name}
+    ours.merge_adapter(safe_merge=True)
+    merged = theirs.merge_and_unload()
+    stacks = list(quantized_stacks(ours.base_model.model))
+    assert len(stacks) == 2
+    for path, _, name, stack in stacks:
+        there = merged.get_submodule(path.removesuffix(".base_layer.base_layer")).get_parameter(name)
+        wanted = qn.quantize(there).dequantize()
+        assert (stack.dequantize(torch.float32) != wanted).float().mean() < 1e-2, name
+    ours.unmerge_adapter()
+    after = ours.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    unloaded = ours.merge_and_unload()
+    assert [stack.shape for *_, stack in quantized_stacks(unloaded)] == [stack.shape for *_, stack in stacks]
 
 
 def test_a_copy_has_its_own_layers(folder: Path) -> None:

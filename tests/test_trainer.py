@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, save, tokens
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from tiny import FACTS, write_model
+from tiny_models import save, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import qlora_native as qn
 
@@ -78,30 +79,22 @@ def test_trainer_with_our_optimizer(tmp_path: Path, folder: Path) -> None:
     assert eight_bit == pytest.approx(expected, rel=2e-2)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0, w1, ..., one a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2", unk_token="w3")
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_sft_trainer(tmp_path: Path, folder: Path) -> None:
+def test_sft_trainer(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
     from qlora_native.integrations.peft import QuantizedLoraLinear
 
-    rows = [{"text": " ".join(f"w{number}" for number in row.tolist())} for row in tokens(8)]
+    folder = write_model(tmp_path / "base", num_hidden_layers=1)
+    rows = [{"text": f"what is {colour}? {thing}"} for colour, thing in FACTS]
     trainer = trl.SFTTrainer(
         model=base(folder),
         args=trl.SFTConfig(
             **arguments(tmp_path, max_steps=8, save_strategy="no"), gradient_checkpointing=True, bf16=False
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
+        processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=qn.peft_config(r=4),
         optimizer_cls_and_kwargs=(qn.optim.AdamW, {"lr": 1e-2}),
     )
@@ -152,7 +145,7 @@ def test_the_losses_are_those_with_bitsandbytes_config(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig
 
     dense = save(tmp_path / "dense", num_hidden_layers=1, intermediate_size=128)  # their CPU code wants whole blocks
-    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    settings: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     theirs = BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
     made = AutoModelForCausalLM.from_pretrained(
         dense, quantization_config=theirs, dtype=torch.float32, device_map="cpu"

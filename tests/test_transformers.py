@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +168,25 @@ def test_8bit_floats(tmp_path: Path, kind: torch.dtype, scaled: bool) -> None:
         assert config.quantization_config["quant_method"] == "fp8"
 
 
+def test_scaled_experts_are_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.0.w1.weight_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(qn.UserError, match="holds experts as 8-bit floats.*load it with qlora_native.load_model"):
+        load(tmp_path)
+
+
+def test_a_nan_is_named(tmp_path: Path) -> None:
+    save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(qn.UserError, match=r"up_proj\.weight cannot be quantised: element \[3, 4\].*is nan") as told:
+        load(tmp_path)
+    assert "\n" not in str(told.value)
+
+
 def test_our_config_reads_weights_that_are_4bit_already(tmp_path: Path) -> None:
     save(tmp_path / "dense", dtype=torch.bfloat16)
     stored = qn.load_model(tmp_path / "dense", quant_type="fp4", fuse=False)
@@ -218,6 +239,16 @@ def test_compute_dtype_is_that_of_the_product(tmp_path: Path) -> None:
     assert layer(x).dtype == torch.float32
     assert distance(layer(x), expected) < 1e-2
     assert torch.equal(layer(x), layer(x.bfloat16()).float())
+
+
+def test_a_pickle_and_a_copy_hold_the_weights(tmp_path: Path) -> None:
+    model = load(save(tmp_path, "Mixtral", **FEW["Mixtral"]))
+    expected = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+    other = load(tmp_path, quant_type="fp4")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), expected)
 
 
 def test_conv1d_is_stored_transposed(tmp_path: Path) -> None:
