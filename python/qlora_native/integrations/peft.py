@@ -222,14 +222,14 @@ def _register() -> None:
     default = lora_model.dispatch_default
 
     @wraps(default)
-    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> nn.Module | None:
+    def dispatch(target: nn.Module, adapter_name: str, *args: Any, **options: Any) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, QuantizedLinear):
             options.pop("parameter_name", None)
-            return QuantizedLoraLinear(target, adapter_name, config=config, **options)
+            return QuantizedLoraLinear(target, adapter_name, *args, **options)
         if isinstance(base, QuantizedExperts) and options.get("parameter_name") is not None:
-            return QuantizedParamWrapper(target, adapter_name, config=config, **options)
-        return default(target, adapter_name, config=config, **options)
+            return QuantizedParamWrapper(target, adapter_name, *args, **options)
+        return default(target, adapter_name, *args, **options)
 
     lora_model.dispatch_default = dispatch
 
