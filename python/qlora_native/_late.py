@@ -29,8 +29,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name not in REGISTRIES:
             return None
         for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = find(name, path, target) if find is not None and finder is not self else None
+            find = None if isinstance(finder, _Finder) else getattr(finder, "find_spec", None)
+            spec = None if find is None else find(name, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader = _Loader(spec.loader)
                 return spec
