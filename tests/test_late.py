@@ -27,7 +27,7 @@ def test_ours_follows_and_a_failure_of_ours_is_a_warning(tmp_path: Path) -> None
     (tmp_path / "outer" / "__init__.py").touch()
     (tmp_path / "outer" / "registry.py").write_text("followed = False\n")
     (tmp_path / "outer" / "other.py").write_text("value = 7\n")
-    (tmp_path / "follower.py").write_text("import outer.registry\nouter.registry.followed = True\n")
+    (tmp_path / "follower.py").write_text("from outer import registry\nregistry.followed = True\n")
     (tmp_path / "broken.py").write_text("from outer.other import gone\n")
     done = subprocess.run(
         [sys.executable, "-c", HOOK.format(folder=str(tmp_path))], capture_output=True, text=True, check=False
