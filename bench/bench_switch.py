@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def prepare(folder: Path, steps: int) -> None:
-    """Writes four_bit/ (by bitsandbytes), adapter/ and rows.pt, int64 [steps * ROWS, LENGTH]."""
+    """Writes fp32/ and bf16/ (4-bit, by bitsandbytes), adapter/ and rows.pt, int64 [steps * ROWS, LENGTH]."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
     from transformers.utils.logging import disable_progress_bar
@@ -42,10 +42,12 @@ def prepare(folder: Path, steps: int) -> None:
     dense = AutoModelForCausalLM.from_pretrained(source.parent, **options)
     dense.config.__dict__.pop("quantization_config", None)
     dense.save_pretrained(folder / "dense")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "dense", quantization_config=their_config(BitsAndBytesConfig, torch.bfloat16), device_map="cpu"
-    )
-    model.save_pretrained(folder / "four_bit")
+    for name, dtype in DTYPES.items():
+        settings = their_config(BitsAndBytesConfig, dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "dense", quantization_config=settings, dtype=dtype, device_map="cpu"
+        )
+        model.save_pretrained(folder / name)
     torch.manual_seed(0)
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained(folder / "adapter")
@@ -68,7 +70,7 @@ def their_config(kind: Any, dtype: torch.dtype) -> Any:
     )
 
 
-def losses(side: str, dtype: torch.dtype, folder: Path) -> list[float]:
+def losses(side: str, name: str, folder: Path) -> list[float]:
     """The script: the loss of every step."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
@@ -78,12 +80,8 @@ def losses(side: str, dtype: torch.dtype, folder: Path) -> list[float]:
 
     disable_progress_bar()
     kind = qn.QLoRANativeConfig if side == "ours" else BitsAndBytesConfig
-    config_file = folder / "four_bit" / "config.json"  # a checkpoint's own settings win over those given, in theirs
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["quantization_config"]["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config), encoding="utf-8")
     base = AutoModelForCausalLM.from_pretrained(
-        folder / "four_bit", quantization_config=their_config(kind, dtype), dtype=dtype, device_map="cpu"
+        folder / name, quantization_config=their_config(kind, DTYPES[name]), dtype=DTYPES[name], device_map="cpu"
     )
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
     rows = torch.load(folder / "rows.pt")
@@ -137,7 +135,7 @@ def main() -> None:
     if arguments.worker:
         side, threads = arguments.worker
         torch.set_num_threads(int(threads))
-        serve(lambda command: {"losses": losses(side, DTYPES[command[0]], arguments.folder)})
+        serve(lambda command: {"losses": losses(side, command[0], arguments.folder)})
         return
     result: dict[str, Any] = {"bench": "switch", "machine": machine(), "rows": []}
     with tempfile.TemporaryDirectory() as name:
