@@ -187,9 +187,15 @@ def test_a_nan_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(told.value)
 
 
-def test_our_config_reads_weights_that_are_4bit_already(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_our_config_reads_weights_that_are_4bit_already(tmp_path: Path, storage: torch.dtype) -> None:
     save(tmp_path / "dense", dtype=torch.bfloat16)
     stored = qn.load_model(tmp_path / "dense", quant_type="fp4", fuse=False)
+    for layer in stored.modules():
+        if isinstance(layer, QuantizedLinear):
+            weight = layer.quantized
+            weight.storage_dtype = storage
+            layer.quantized = weight
     stored.save_pretrained(tmp_path / "theirs")  # as bitsandbytes writes it
     model = load(tmp_path / "theirs")
     assert model.model.layers[0].mlp.up_proj.quantized.quant_type == "fp4"
@@ -239,6 +245,16 @@ def test_compute_dtype_is_that_of_the_product(tmp_path: Path) -> None:
     assert layer(x).dtype == torch.float32
     assert distance(layer(x), expected) < 1e-2
     assert torch.equal(layer(x), layer(x.bfloat16()).float())
+    experts = load(save(tmp_path / "m", "Mixtral", **FEW["Mixtral"]), torch.float32, compute_dtype="bfloat16")
+    block = experts.model.layers[0].mlp.experts
+    assert block.compute_dtype == torch.bfloat16
+    weights, chosen = torch.ones(3, 1), torch.tensor([[0], [1], [3]])
+    wanted = []
+    for row, expert in enumerate(chosen.flatten().tolist()):
+        up, down = (block.stack(name).dequantize(torch.bfloat16)[expert] for name in ("gate_up_proj", "down_proj"))
+        gate, inner = (x[row].bfloat16() @ up.t()).float().chunk(2)
+        wanted.append(((torch.nn.functional.silu(gate) * inner).bfloat16() @ down.t()).float())
+    assert distance(block(x, chosen, weights), torch.stack(wanted)) < 2e-2
 
 
 def test_a_pickle_and_a_copy_hold_the_weights(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ class QuantizedExperts(Substitute):
     """A module of experts with stacks [E, N, K] in 4 bits; ``forward`` as transformers' own, expert by expert.
 
     A stack lies under its own name as frozen uint8 [ceil(n/2), 1], its scales beside it as buffers; the state_dict
-    holds the keys of :func:`qlora_native.to_bnb`.
+    holds the keys of :func:`qlora_native.to_bnb`. ``compute_dtype`` is as in :class:`qlora_native.nn.QuantizedLinear`.
     """
+
+    compute_dtype: torch.dtype | None = None
 
     # The class replaced has these.
     num_experts: int
@@ -67,6 +69,8 @@ class QuantizedExperts(Substitute):
         stack = self.stack(name)
         if stack is None:
             return nn.functional.linear(x, getattr(self, name)[expert])
+        if self.compute_dtype is not None and self.compute_dtype != x.dtype:
+            return self._product(name, expert, x.to(self.compute_dtype)).to(x.dtype)
         slices = self._slices.get(name)
         if slices is None or slices[0].packed.data_ptr() != stack.packed.data_ptr():
             slices = self._slices[name] = [stack[index] for index in range(self.num_experts)]
@@ -150,7 +154,8 @@ def take_stack(module: QuantizedExperts, name: str, dense: Tensor) -> None:
         module._buffers.pop(f"{name}_{field}", None)
     setattr(module, name, nn.Parameter(dense, requires_grad=False))
     if not module._stacks:
-        del module._stacks, module._slices, module.adapters
+        for attribute in ("_stacks", "_slices", "adapters", "compute_dtype"):
+            vars(module).pop(attribute, None)
         module.__class__ = type(module).__bases__[1]
 
 

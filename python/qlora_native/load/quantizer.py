@@ -17,7 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import UserError
-from ..integrations.experts import STACKS, without_stacks
+from ..integrations.experts import STACKS, QuantizedExperts, without_stacks
 from ..nn import QuantizedLinear
 from ..weight import QuantizedWeight, bnb_state_key, from_bnb, quantize
 from .eight_bit import SCALE_SUFFIX, unscaled
@@ -128,7 +128,7 @@ class QLoRANativeQuantizer(HfQuantizer):
             raise UserError(self._refused)
         compute = self.quantization_config.compute_dtype
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, (QuantizedLinear, QuantizedExperts)):
                 module.compute_dtype = None if compute is None else getattr(torch, compute)
         model.requires_grad_(False)
         # The parts of a 4-bit weight are saved as state_dict names them: nothing is to be turned back.
