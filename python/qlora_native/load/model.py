@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 from .. import integrations
 from ..errors import UserError
-from ..nn import QuantizedLinear
-from ..weight import QuantizedWeight, quantize
+from ..integrations.experts import without_stacks
+from ..weight import TENSOR_FIELDS, QuantizedWeight, quantize
+from .files import some_of
+from .layers import OUTPUT_EMBEDDING, four_bit_parts, four_bit_weights, is_four_bit, is_plain_linear
 from .source import Source, open_source
-from .tree import OUTPUT_EMBEDDING, Tree, first_sentence
+from .tree import Tree, first_sentence
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 METHODS = ("rtn",)
@@ -47,6 +49,18 @@ class LoadReport:
     def num_bytes(self) -> int:
         """Bytes of the whole model."""
         return self.bytes_4bit + self.bytes_dense
+
+    @property
+    def share_4bit(self) -> float:
+        """The part of all bytes that is 4-bit weights, 0 to 1."""
+        return self.bytes_4bit / self.num_bytes if self.num_bytes else 0.0
+
+    def __str__(self) -> str:
+        named = [f"{name} ({num_bytes / 2**20:.1f} MiB)" for name, num_bytes in self.dense.items()]
+        return (
+            f"{self.num_bytes / 2**20:.1f} MiB, {100 * self.share_4bit:.1f} % of them 4-bit; not 4-bit: "
+            f"{some_of(named, 8) or 'nothing'}"
+        )
 
 
 def load_model(
@@ -105,8 +119,7 @@ def load_model(
     source = open_source(Path(path), dtype)
     tree = Tree(source.config, dtype, target)
     # A model that is 4-bit already says itself which layers are not.
-    linears = {} if source.is_four_bit(tree) else tree.linears(skip_modules)
-    weights = {f"{name}.weight": module for name, module in linears.items()}
+    weights = {} if source.is_four_bit(tree) else four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
 
     def is_copied(name: str, stored: torch.dtype) -> bool:
         return name in weights or stored != tree.dtype_of(name) or target.type != "cpu"
@@ -114,28 +127,29 @@ def load_model(
     passed = 0
     for name, value, file in source.arrivals(tree, lambda name: True, is_copied):
         if isinstance(value, QuantizedWeight):
-            transposed = not isinstance(tree.model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+            module = tree.model.get_submodule(name.rpartition(".")[0])
+            transposed = is_plain_linear(module) and not isinstance(module, nn.Linear)
             tree.put_quantized(name, value.to(target), transposed, file)
         elif name in weights:
-            transposed = not isinstance(weights[name], nn.Linear)
-            weight = _quantized(name, value.to(target), file, transposed, options)
+            weight = _quantized(name, value.to(target), file, weights[name], options)
             weight.dtype = dtype  # not that of the file: everything dense is cast likewise
-            tree.put_quantized(name, weight, transposed, file)
+            tree.put_quantized(name, weight, weights[name], file)
         else:
             _check_finite(name, value, file)
             tree.put(name, value, file)
         passed += 0 if isinstance(value, QuantizedWeight) else value.nbytes
         if passed > TRIM_EVERY_BYTES:
             passed = 0
-            _give_memory_back()
+            give_memory_back()
     model = tree.finish(source.unexpected(tree), str(source.path))
     if (generation := source.generation_config()) is not None:
         model.generation_config = generation
+    model._weight_conversions = without_stacks(getattr(model, "_weight_conversions", None) or (), model)
     model.load_report = make_report(model, source.path)
     _set_quantization_config(model, source, dtype, options)
     if fuse:
         integrations.fuse(model)
-    _give_memory_back()
+    give_memory_back()
     return model
 
 
@@ -163,13 +177,12 @@ def _check_finite(name: str, tensor: Tensor, file: str) -> None:
 
 def make_report(model: nn.Module, path: Path) -> LoadReport:
     """Count what ``model``, loaded from ``path``, holds."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    packed = {f"{name}.weight" for name in layers}
-    scales = {id(buffer) for layer in layers.values() for buffer in layer.buffers()}
-    dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in packed}
+    four_bit = four_bit_parts(model)
+    scales = {id(getattr(weight, name)) for weight in four_bit.values() for name in TENSOR_FIELDS[1:]}
+    dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in four_bit}
     return LoadReport(
         path=path,
-        bytes_4bit=sum(layer.quantized.nbytes for layer in layers.values()),
+        bytes_4bit=sum(weight.nbytes for weight in four_bit.values()),
         bytes_dense=sum(dense.values()) + sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in scales),
         dense=dict(sorted(dense.items(), key=lambda item: -item[1])),
     )
@@ -178,7 +191,7 @@ def make_report(model: nn.Module, path: Path) -> LoadReport:
 def _set_quantization_config(
     model: PreTrainedModel, source: Source, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if not is_four_bit(model):
         model.config.__dict__.pop("quantization_config", None)
         return
     # What transformers writes beside 4-bit weights in this format, so that save_pretrained makes a folder it can read.
@@ -193,7 +206,7 @@ def _set_quantization_config(
     }
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Return freed heap to the system: glibc keeps it, and tensors of many sizes leave holes that add up to a tenth
     of the model."""
     if sys.platform == "linux":

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..errors import UserError
+from .eight_bit import SCALE_SUFFIX
 from .files import Checkpoint, StoredTensor
 from .tree import Tree, first_sentence
 
@@ -80,6 +81,7 @@ class Plan:
     steps: list[Step]
     unexpected: list[str]
     conversions: list[WeightRenaming | WeightConverter]
+    scales: dict[str, StoredTensor]  # of weights stored as 8-bit floats, by the weight's name in the files
 
     @property
     def is_four_bit(self) -> bool:
@@ -96,11 +98,18 @@ def make_plan(checkpoint: Checkpoint, tree: Tree) -> Plan:
 
     four_bit = {key.partition(STATE_MARK)[0] for key in checkpoint.tensors if STATE_MARK in key}
     parts: dict[str, list[StoredTensor]] = {key: [] for key in four_bit}
+    scales = {
+        key.removesuffix(SCALE_SUFFIX): stored
+        for key, stored in checkpoint.tensors.items()
+        if key.endswith(SCALE_SUFFIX) and key not in shapes and key.removesuffix(SCALE_SUFFIX) in checkpoint.tensors
+    }
     steps: dict[str, Step] = {}
     unexpected: list[str] = []
     # Some renamings remember what they have seen, and conversions stack in this order: layer 2 before layer 10.
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
         stored = checkpoint.tensors[key]
+        if scales.get(key.removesuffix(SCALE_SUFFIX)) is stored:
+            continue
         owner = _owner(key, four_bit)
         if owner is not None:
             parts[owner].append(stored)
@@ -126,7 +135,7 @@ def make_plan(checkpoint: Checkpoint, tree: Tree) -> Plan:
             assert isinstance(step, Converted)
             step.parts.append((pattern, stored))
     ordered = sorted(steps.values(), key=_position)
-    return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()])
+    return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()], scales)
 
 
 def _owner(key: str, four_bit: set[str]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedConfig
 
 from ..errors import UserError
+from ..integrations.transformers import METHOD
 from ..weight import QuantizedWeight, from_bnb
-from .files import Checkpoint, Scratch
+from .eight_bit import FLOATS, unscaled
+from .files import Checkpoint, Scratch, StoredTensor
 from .plan import Converted, FourBit, Plain, Plan, make_plan
 from .tree import Tree, first_sentence
 
@@ -54,7 +57,8 @@ class SafetensorsSource:
         ``is_copied(name, stored dtype)`` says that the taker will not keep the tensor itself; it then lies in shared
         scratch memory.
         """
-        steps = [step for step in self.plan(tree).steps if isinstance(step, Converted) or wanted(step.name)]
+        plan = self.plan(tree)
+        steps = [step for step in plan.steps if isinstance(step, Converted) or wanted(step.name)]
         copied = [
             step.stored.num_bytes
             for step in steps
@@ -64,13 +68,24 @@ class SafetensorsSource:
         for step in steps:
             if isinstance(step, Plain):
                 reuse = is_copied(step.name, step.stored.dtype)
-                yield step.name, self.checkpoint.read(step.stored, scratch if reuse else None), str(step.stored.file)
+                yield step.name, self._read(plan, step.stored, scratch if reuse else None), str(step.stored.file)
             elif isinstance(step, FourBit):
                 yield step.name, self._four_bit(step), str(step.parts[0].file)
             else:
-                for name, tensor in step.run(tree.model, self.checkpoint.read):
+                for name, tensor in step.run(tree.model, partial(self._read, plan)):
                     if wanted(name):
                         yield name, tensor, str(step.parts[0][1].file)
+
+    def _read(self, plan: Plan, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, 16-bit if it is stored as 8-bit floats."""
+        tensor = self.checkpoint.read(stored, scratch)
+        scales = plan.scales.get(stored.name)
+        if scales is None:
+            return tensor.bfloat16() if tensor.dtype in FLOATS else tensor
+        try:
+            return unscaled(tensor, self.checkpoint.read(scales), torch.bfloat16)
+        except ValueError as error:
+            raise UserError(f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}") from error
 
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
@@ -191,15 +206,19 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
-    """config.json's own description of 4-bit weights; refuses every other kind of quantised weights."""
+    """config.json's own description of 4-bit weights; None for 8-bit floats; refuses every other kind of quantised
+    weights."""
     given = getattr(config, "quantization_config", None)
     if not given:
         return None
     values = dict(given if isinstance(given, dict) else given.to_dict())
-    if values.get("quant_method") == "bitsandbytes" and values.get("load_in_4bit"):
+    method = values.get("quant_method")
+    if method == METHOD or (method == "bitsandbytes" and values.get("load_in_4bit")):
         return values
+    if method == "fp8":
+        return None
     kind = "8-bit bitsandbytes" if values.get("load_in_8bit") else values.get("quant_method", "unknown")
     raise UserError(
-        f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, or 4-bit in bitsandbytes' format; load "
-        "the original model."
+        f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, 8-bit floats, or 4-bit in bitsandbytes' "
+        "format; load the original model."
     )
