@@ -74,7 +74,7 @@ def _fixed_order_mean(values: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_index(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The index in the sorted ``table`` (fp32, at most 256 values) of the nearest value, uint8; a tie takes the even one."""
+    """The index of the nearest value of the sorted ``table``, fp32 [at most 256]; uint8. A tie takes the even one."""
     threshold = (table[:-1] + table[1:]) * 0.5
     low = torch.bucketize(values, threshold)
     last = table.numel() - 1
