@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import functional, nn, optim
-from .matmul import matmul_4bit
+from .products import matmul_4bit
 from .nn import modules
 from .ops import register_ops
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .matmul import linear
+from .products import linear
 from .state import QuantState
 
 _SCHEMAS = {

@@ -41,8 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = """16bit: plain weights; those that are 4-bit are decoded. bitsandbytes: 4-bit as bitsandbytes'
-Linear4bit stores it, loaded by transformers with bitsandbytes. qlora: the same tensors, loaded by transformers with this
-library. Both are loaded by qlora_native.load_model. Weights that are 4-bit already keep their bytes between the two.
+Linear4bit stores it, which transformers loads with bitsandbytes. qlora: the same tensors, which transformers loads with
+this library. load_model reads both. Weights that are 4-bit already keep their bytes between the two.
 Tensors are read and written a few megabytes at a time, so a model may be larger than memory.
 
 examples:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..matmul import matmul_4bit
+from ..products import matmul_4bit
 from ..state import QuantState
 
 logger = logging.getLogger(__name__)
+_CASTS = (Tensor.half, Tensor.bfloat16, Tensor.float, Tensor.double)  # of module.half() and its like
 
 
 def _proxy(name: str, *path: str) -> property:
@@ -159,8 +160,8 @@ class Params4bit(nn.Parameter):
         """:meth:`to` an XPU."""
         return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self._attributes(), "data": self.data, "requires_grad": self.requires_grad}
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return type(self), (self.data, self.requires_grad), self._attributes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -176,6 +177,8 @@ class Params4bit(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CASTS and isinstance(args[0], cls) and args[0].bnb_quantized:
+            return args[0]  # bytes under a float dtype are no numbers to cast
         result = super().__torch_function__(func, types, args, kwargs or {})
         if func in (torch.chunk, torch.split):  # FSDP2 shards with these, and reads the attributes of the pieces
             whole = args[0]
