@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from . import functional, nn, optim
-from .products import matmul_4bit
 from .nn import modules
 from .ops import register_ops
+from .products import matmul_4bit
 
 __all__ = ["functional", "matmul_4bit", "modules", "nn", "optim", "register_ops"]
 

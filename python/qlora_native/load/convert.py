@@ -19,7 +19,7 @@ from ..ops.quantize_4bit import double_quantize
 from ..reference import NESTED_BLOCK
 from ..weight import QuantizedWeight, bnb_state_key, quant_type_number, quantize, to_bnb, unpack_json
 from .files import StoredTensor
-from .layers import OUTPUT_EMBEDDING, four_bit_weights
+from .layers import OUTPUT_EMBEDDING, four_bit_weights, is_plain_linear
 from .model import DTYPES, bitsandbytes_config
 from .plan import Converted, FourBit, Plain, Plan
 from .shards import Output, ShardWriter, shard_names, write_index
@@ -169,19 +169,21 @@ class _Conversion:
         old = self.source.four_bit_config or {}
         if (old.get("quant_method") == METHOD) == (self.target == "qlora") and old:
             return dict(old)
-        options = self.options
+        options, storage = self.options, "uint8"
+        compute = old.get("compute_dtype", old.get("bnb_4bit_compute_dtype"))
         first = next((step for step in self.plan.steps if isinstance(step, FourBit)), None)
         if first is not None:
             state = self._state(first)
-            nested = "nested_blocksize" in state
-            options = {
-                "quant_type": state["quant_type"], "block_size": state["blocksize"], "double_quant": nested,
-            }  # fmt: skip
+            options = {"quant_type": state["quant_type"], "block_size": state["blocksize"]}
+            options["double_quant"] = "nested_blocksize" in state
+            packed = next(part for part in first.parts if part.name == first.prefix)
+            storage = str(packed.dtype).removeprefix("torch.")
         modules = self.tree.model.named_modules()
         dense = [path for path, module in modules if type(module) is nn.Linear and f"{path}.weight" not in names]
         if self.target == "qlora":
-            return QLoRANativeConfig(**options, skip_modules=dense).to_dict()
-        return bitsandbytes_config(self.dtype, options, dense)
+            return QLoRANativeConfig(**options, skip_modules=dense, compute_dtype=compute).to_dict()
+        told = bitsandbytes_config(self.dtype, options, dense)
+        return {**told, "bnb_4bit_quant_storage": storage, **({"bnb_4bit_compute_dtype": compute} if compute else {})}
 
     def jobs(self) -> Iterator[Job]:
         """In the order of the files."""
@@ -311,8 +313,9 @@ class _Conversion:
     def _decoded(self, step: FourBit) -> Job:
         shape = tuple(self._state(step)["shape"])
         expected = tuple(self.tree.shapes[step.name].shape)
-        turned = shape != expected and shape[::-1] == expected
-        if not turned and shape != expected:
+        module = self.tree.model.get_submodule(step.name.rpartition(".")[0])
+        turned = is_plain_linear(module) and not isinstance(module, nn.Linear)
+        if (shape[::-1] if turned else shape) != expected:
             raise UserError(
                 f"{step.parts[0].file}: weight {step.prefix} is {list(shape)}, but {list(expected)} by config.json; "
                 "the two are of different models."
