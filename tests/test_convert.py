@@ -1,4 +1,4 @@
-"""qlora convert between 16 bits, this library's 4 bits and bitsandbytes', against tensors quantised and decoded whole."""
+"""qlora convert: between 16 bits, our 4 bits and bitsandbytes', against tensors quantised and decoded whole."""
 
 from __future__ import annotations
 

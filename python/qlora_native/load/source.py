@@ -214,7 +214,7 @@ def _four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object
         return None
     values = dict(given if isinstance(given, dict) else given.to_dict())
     method = values.get("quant_method")
-    if method == METHOD or (method == "bitsandbytes" and values.get("load_in_4bit")):
+    if method == METHOD or (method == "bitsandbytes" and (values.get("load_in_4bit") or values.get("_load_in_4bit"))):
         return values
     if method == "fp8":
         return None
