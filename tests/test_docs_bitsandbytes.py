@@ -7,28 +7,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 from safetensors.torch import load_file
+
+from qlora_native.cli.main import main
 
 PAGE = Path(__file__).parents[1] / "docs" / "bitsandbytes.md"
 
 
-def test_every_script_of_the_page_runs(tmp_path: Path) -> None:
+def test_every_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").mkdir()
     tiny.write_model(tmp_path / "my-model")
     scripts = re.findall(r"```(python|sh)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert [kind for kind, _ in scripts] == ["python", "sh", "python", "python", "python"]
     for kind, script in scripts:
-        if kind == "python":
-            calls = [[sys.executable, "-c", script]]
-        else:
-            calls = [
-                [sys.executable, "-m", *line.replace("qlora", "qlora_native", 1).split()]
-                for line in script.splitlines()
-            ]
-        for call in calls:
-            result = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
-            assert result.returncode == 0, f"{script}\n{result.stderr}"
+        if kind == "sh":
+            for line in script.splitlines():
+                assert main(line.removeprefix("qlora ").split()) == 0, line
+            continue
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert result.returncode == 0, f"{script}\n{result.stderr}"
     ours, again = (load_file(tmp_path / name / "model.safetensors") for name in ("my-model-nf4", "my-model-nf4-again"))
     assert ours.keys() == again.keys()
 
