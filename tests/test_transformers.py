@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import qlora_native as qn
 from qlora_native.nn import QuantizedLinear
 
-FEW = {"Mixtral": {"num_local_experts": 4}}  # changes to a kind's config, for speed
+FEW: dict[str, dict[str, Any]] = {"Mixtral": {"num_local_experts": 4}}  # changes to a kind's config, for speed
 
 
 def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
@@ -166,6 +168,25 @@ def test_8bit_floats(tmp_path: Path, kind: torch.dtype, scaled: bool) -> None:
         assert config.quantization_config["quant_method"] == "fp8"
 
 
+def test_scaled_experts_are_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.0.w1.weight_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(qn.UserError, match="holds experts as 8-bit floats.*load it with qlora_native.load_model"):
+        load(tmp_path)
+
+
+def test_a_nan_is_named(tmp_path: Path) -> None:
+    save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(qn.UserError, match=r"up_proj\.weight cannot be quantised: element \[3, 4\].*is nan") as told:
+        load(tmp_path)
+    assert "\n" not in str(told.value)
+
+
 def test_our_config_reads_weights_that_are_4bit_already(tmp_path: Path) -> None:
     save(tmp_path / "dense", dtype=torch.bfloat16)
     stored = qn.load_model(tmp_path / "dense", quant_type="fp4", fuse=False)
@@ -220,6 +241,16 @@ def test_compute_dtype_is_that_of_the_product(tmp_path: Path) -> None:
     assert torch.equal(layer(x), layer(x.bfloat16()).float())
 
 
+def test_a_pickle_and_a_copy_hold_the_weights(tmp_path: Path) -> None:
+    model = load(save(tmp_path, "Mixtral", **FEW["Mixtral"]))
+    expected = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+    other = load(tmp_path, quant_type="fp4")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), expected)
+
+
 def test_conv1d_is_stored_transposed(tmp_path: Path) -> None:
     dense = make("GPT2")
     dense.save_pretrained(tmp_path)
@@ -235,23 +266,15 @@ def test_conv1d_is_stored_transposed(tmp_path: Path) -> None:
 
 RELOAD = """
 import sys
-{imports}
+import qlora_native
+assert "transformers" not in sys.modules
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(model.model.layers[0].mlp.up_proj).__name__, type(model.hf_quantizer).__name__)
 """
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import qlora_native; assert 'transformers' not in sys.modules",
-        "import qlora_native; from qlora_native import QLoRANativeConfig",
-    ],
-)
-def test_a_saved_folder_loads_whatever_is_imported_first(tmp_path: Path, imports: str) -> None:
+def test_a_saved_folder_loads_when_ours_is_imported_first(tmp_path: Path) -> None:
     load(save(tmp_path / "dense", num_hidden_layers=1)).save_pretrained(tmp_path / "saved")
-    done = subprocess.run(
-        [sys.executable, "-c", RELOAD.format(imports=imports), str(tmp_path / "saved")], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path / "saved")], capture_output=True, text=True)
     assert done.stdout.strip() == "QuantizedLinear QLoRANativeQuantizer", done.stderr

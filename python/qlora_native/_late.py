@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -28,8 +29,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name not in REGISTRIES:
             return None
         for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = find(name, path, target) if find is not None and finder is not self else None
+            find = None if isinstance(finder, _Finder) else getattr(finder, "find_spec", None)
+            spec = None if find is None else find(name, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader = _Loader(spec.loader)
                 return spec
@@ -53,12 +54,22 @@ class _Loader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        importlib.import_module(REGISTRIES[module.__name__])
+        _register(module.__name__)
+
+
+def _register(name: str) -> None:
+    try:
+        importlib.import_module(REGISTRIES[name])
+    except (ImportError, AttributeError) as error:  # their import must not fail for us
+        warnings.warn(
+            f"qlora_native does not fit this version of {name.partition('.')[0]} ({error}): its integration is off.",
+            stacklevel=2,
+        )
 
 
 def watch() -> None:
     """Register with what is imported already, and with the others when they are."""
-    for name, ours in REGISTRIES.items():
+    for name in REGISTRIES:
         if name in sys.modules:
-            importlib.import_module(ours)
+            _register(name)
     sys.meta_path.insert(0, _Finder())

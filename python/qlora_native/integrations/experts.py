@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native.functional import linear
+from qlora_native.functional import linear, lora_linear
 from qlora_native.integrations.substitute import Substitute, substitute_class
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, bnb_state_key, from_bnb, to_bnb
 
+Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _SCALES = TENSOR_FIELDS[1:]
 
@@ -36,6 +37,7 @@ class QuantizedExperts(Substitute):
 
     _stacks: dict[str, QuantizedWeight]
     _slices: dict[str, list[QuantizedWeight]]
+    adapters: dict[str, list[Factors]]  # of stacks by name, for as long as a forward with them lasts
 
     def stack(self, name: str) -> QuantizedWeight | None:
         """The stack of that name as a value, or None if it is dense."""
@@ -68,7 +70,15 @@ class QuantizedExperts(Substitute):
         slices = self._slices.get(name)
         if slices is None or slices[0].packed.data_ptr() != stack.packed.data_ptr():
             slices = self._slices[name] = [stack[index] for index in range(self.num_experts)]
-        return linear(x, slices[expert])
+        weight, adapters = slices[expert], self.adapters.get(name)
+        if not adapters:
+            return linear(x, weight)
+        (a, b, scale), *others = adapters
+        y = lora_linear(x, weight, a[expert], b[expert], scale)
+        for a, b, scale in others:
+            low = nn.functional.linear(x, a[expert].to(x.dtype))
+            y = y + nn.functional.linear(low, b[expert].to(x.dtype)) * scale
+        return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedExperts:
         exact = {name: buffer for name, buffer in self._buffers.items() if name.endswith(_SCALES)}
@@ -124,7 +134,7 @@ def put_stack(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
     """Make ``weight`` [E, N, K] the parameter ``name`` of a module that :func:`stacks_of` names."""
     if not isinstance(module, QuantizedExperts):
         module.__class__ = substitute_class(QuantizedExperts, type(module))
-        module._stacks, module._slices = {}, {}  # type: ignore[assignment]
+        module._stacks, module._slices, module.adapters = {}, {}, {}  # type: ignore[assignment]
     assert isinstance(module, QuantizedExperts)
     setattr(module, name, nn.Parameter(weight.packed.view(-1, 1), requires_grad=False))
     for field in _SCALES:
@@ -140,7 +150,7 @@ def take_stack(module: QuantizedExperts, name: str, dense: Tensor) -> None:
         module._buffers.pop(f"{name}_{field}", None)
     setattr(module, name, nn.Parameter(dense, requires_grad=False))
     if not module._stacks:
-        del module._stacks, module._slices
+        del module._stacks, module._slices, module.adapters
         module.__class__ = type(module).__bases__[1]
 
 

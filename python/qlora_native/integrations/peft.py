@@ -15,14 +15,15 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import Linear
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora.layer import Linear, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from qlora_native.functional import lora_linear
+from qlora_native.integrations.experts import Factors, QuantizedExperts, put_stack
 from qlora_native.lora import LoraConfig as LoraDefaults
 from qlora_native.nn import QuantizedLinear
-from qlora_native.weight import quantize
+from qlora_native.weight import QuantizedWeight, quantize
 
 _UNMERGED = "qlora_native.unmerged"  # where PEFT's cache of a layer holds the weight from before a merge
 # What lora_A and lora_B may begin with where the base weight is neither read as floats nor changed.
@@ -99,14 +100,7 @@ class QuantizedLoraLinear(Linear):
         if len(self.merged_adapters) == merged:
             return
         self._caches.setdefault(_UNMERGED, before)
-        after = quantize(
-            dense.weight,
-            quant_type=before.quant_type,
-            block_size=before.block_size,
-            double_quant=before.double_quant,
-        )
-        after.dtype, after.storage_dtype = before.dtype, before.storage_dtype
-        cast(QuantizedLinear, self.get_base_layer()).quantized = after
+        cast(QuantizedLinear, self.get_base_layer()).quantized = _quantised_like(before, dense.weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -136,6 +130,75 @@ class QuantizedLoraLinear(Linear):
             del self.__dict__["_stand_in"]
 
 
+class QuantizedParamWrapper(ParamWrapper):
+    """PEFT's LoRA on one stack of 4-bit experts: each expert's product is one autograd node with its adapter."""
+
+    def get_param(self) -> Tensor:
+        """A tensor of the stack's shape [E, N, K], dtype and device, all that PEFT asks it for, over one number."""
+        stack = self._stack()
+        if stack is None:
+            return super().get_param()
+        return torch.empty(1, dtype=stack.dtype, device=stack.device).expand(stack.shape)
+
+    def _stack(self) -> QuantizedWeight | None:
+        return cast(QuantizedExperts, self.get_base_layer()).stack(self.parameter_name)
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        if self._stack() is None:
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        adapters = cast(QuantizedExperts, self.get_base_layer()).adapters
+        adapters[self.parameter_name] = [self._factors(name) for name in active_adapters if name in self.lora_A]
+        try:
+            yield
+        finally:
+            del adapters[self.parameter_name]
+
+    def _factors(self, name: str) -> Factors:
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        stacked = b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
+        return a.view(self.num_experts, -1, a.shape[1]), stacked, self.scaling[name]
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the decoded stack, which is quantised anew; its bytes are kept for :meth:`unmerge`."""
+        before, names = self._stack(), check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names or () if name in self.lora_A]
+        if before is None or not names:
+            super().merge(safe_merge, adapter_names)
+            return
+        dense = before.dequantize(torch.float32)
+        for name in names:
+            dense += self.get_delta_weight(name)
+        if safe_merge and not dense.isfinite().all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        self._caches.setdefault(_UNMERGED, before)
+        put_stack(self.get_base_layer(), self.parameter_name, _quantised_like(before, dense))
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the stack from before the merges back, bit for bit."""
+        before = self._caches.pop(_UNMERGED, None)
+        if before is None:
+            super().unmerge()
+            return
+        put_stack(self.get_base_layer(), self.parameter_name, before)
+        self.merged_adapters.clear()
+
+
+QuantizedParamWrapper.__name__ = "ParamWrapper"  # by which PEFT knows a layer that may be wrapped for another stack
+
+
+def _quantised_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
+    after = quantize(
+        dense, quant_type=before.quant_type, block_size=before.block_size, double_quant=before.double_quant
+    )
+    after.dtype, after.storage_dtype = before.dtype, before.storage_dtype
+    return after
+
+
 def peft_config(**options: Any) -> LoraConfig:
     """A PEFT ``LoraConfig`` for ``peft.get_peft_model`` on a 4-bit model, with this library's defaults.
 
@@ -159,12 +222,14 @@ def _register() -> None:
     default = lora_model.dispatch_default
 
     @wraps(default)
-    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> nn.Module | None:
+    def dispatch(target: nn.Module, adapter_name: str, *args: Any, **options: Any) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, QuantizedLinear) and options.get("parameter_name") is None:
+        if isinstance(base, QuantizedLinear):
             options.pop("parameter_name", None)
-            return QuantizedLoraLinear(target, adapter_name, config=config, **options)
-        return default(target, adapter_name, config=config, **options)
+            return QuantizedLoraLinear(target, adapter_name, *args, **options)
+        if isinstance(base, QuantizedExperts) and options.get("parameter_name") is not None:
+            return QuantizedParamWrapper(target, adapter_name, *args, **options)
+        return default(target, adapter_name, *args, **options)
 
     lora_model.dispatch_default = dispatch
 

@@ -128,9 +128,7 @@ def patterns_kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callabl
     strict = model._keep_in_fp32_modules_strict if dtype in (torch.float16, torch.bfloat16) else ()
     loose = model._keep_in_fp32_modules if dtype is torch.float16 else ()
     patterns = [pattern.replace("*", ".*") for pattern in {*(strict or ()), *(loose or ())}]
-    if not patterns:
-        return lambda name: False
-    return re.compile("|".join(f"({pattern})" for pattern in patterns)).search
+    return re.compile("|".join(f"({pattern})" for pattern in patterns) or "(?!)").search
 
 
 def _is_read_raw(model: nn.Module, path: str) -> bool:

@@ -47,6 +47,7 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     if dtype not in DTYPES:
         raise ValueError(f"merge: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
     report: LoadReport | None = getattr(model, "load_report", None)
+    has_stacks = any(True for _ in quantized_stacks(model))
     if base == "original":
         if report is None:
             raise ValueError("merge: the model was not loaded by load_model: expected base='dequantized'.")
@@ -60,6 +61,8 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
                 _make_dense(model, path, layer, inner.weight, dtype)
         for _, experts, name, weight in list(quantized_stacks(model)):
             take_stack(experts, name, weight.dequantize(dtype))
+    if has_stacks:
+        model.__dict__.pop("_weight_conversions", None)  # transformers' own for this class: experts one by one again
     integrations.unfuse(model)
     loaded_as = model.config.dtype
     for parameter in model.parameters():

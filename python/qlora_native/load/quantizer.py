@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
+from ..errors import UserError
 from ..integrations.experts import STACKS, without_stacks
 from ..nn import QuantizedLinear
 from ..weight import QuantizedWeight, bnb_state_key, from_bnb, quantize
@@ -30,6 +31,7 @@ from .layers import (
 )
 from .model import TRIM_EVERY_BYTES, give_memory_back, make_report
 from .plan import STATE_MARK
+from .tree import first_sentence
 
 # The parts of a 4-bit weight in a checkpoint, as their names end.
 _PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE_MARK}nf4", f"{STATE_MARK}fp4")
@@ -72,7 +74,12 @@ class QLoRANativeQuantizer(HfQuantizer):
         self._folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path(str(model.config.name_or_path))
         self._dtype = dtype or model.dtype
         self._in_fp32 = patterns_kept_in_fp32(model, self._dtype)
-        self._passed = 0
+        self._passed, self._refused = 0, ""
+        if any(name.endswith(SCALE_SUFFIX) and ".experts." in name for name in stored):
+            raise UserError(
+                f"{self._folder} holds experts as 8-bit floats with scales, which from_pretrained cannot bring "
+                "together: load it with qlora_native.load_model."
+            )
         skip = self.quantization_config.skip_modules
         self._weights = four_bit_weights(
             model, (OUTPUT_EMBEDDING,) if skip is None else skip, self.quantization_config.block_size, self._in_fp32
@@ -94,8 +101,12 @@ class QLoRANativeQuantizer(HfQuantizer):
         transposed = self._weights[name]
         try:
             weight = quantize(tensor.t().contiguous() if transposed else tensor, **self.quantization_config.options())
-        except ValueError as error:
-            raise ValueError(f"{self._folder}: weight {name} cannot be quantised: {error}") from error
+        except ValueError as error:  # told after loading, in a sentence: transformers would print a stack trace
+            reason = first_sentence(error).removeprefix("quantize: ")
+            self._refused = self._refused or f"{self._folder}: weight {name} cannot be quantised: {reason}"
+            weight = quantize(
+                torch.zeros_like(tensor.t() if transposed else tensor), **self.quantization_config.options()
+            )
         weight.dtype = self._dtype
         self._passed += tensor.nbytes
         if self._passed > TRIM_EVERY_BYTES:  # what was freed so far; the tensor itself goes next time
@@ -113,6 +124,8 @@ class QLoRANativeQuantizer(HfQuantizer):
         return torch.float32 if self._in_fp32(name) else self._dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._refused:
+            raise UserError(self._refused)
         compute = self.quantization_config.compute_dtype
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
