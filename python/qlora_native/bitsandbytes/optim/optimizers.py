@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ... import optim as native
+from ...optim.base import MIN_CODED_NUMEL, Optimizer
 from .manager import GlobalOptimManager
 from .states import State, native_state_dict, to_bitsandbytes
 
 LION_EPS = 1e-8  # of no effect; bitsandbytes looks for it in every group
 
 
-class _Bitsandbytes(native._Optimizer):
+class _Bitsandbytes(Optimizer):
     """What the classes below share: bitsandbytes' arguments, names of states, and layout of ``state_dict``."""
 
     _bits: ClassVar[int | None] = None  # None: the argument optim_bits tells
@@ -38,19 +40,26 @@ class _Bitsandbytes(native._Optimizer):
         self.args = SimpleNamespace(optim_bits=bits, min_8bit_size=min_8bit_size, max_unorm=0.0, skip_zeros=False)
         return {"bits": bits, "paged": "auto" if self._paged or is_paged else False}
 
+    # Frozen parameters may be of any dtype, and get no states: model.parameters() holds the packed weights as well.
+
     def _check_group(self, group: dict[str, Any]) -> None:
-        # Frozen parameters may be of any dtype: model.parameters() holds the packed weights as well.
         super()._check_group(
             {**group, "params": [p for p in group["params"] if p.requires_grad or p.is_floating_point()]}
         )
+
+    def _reserve(self, wanted: Iterable[tuple[Tensor, bool]]) -> None:
+        super()._reserve([(param, coded) for param, coded in wanted if param.is_floating_point()])
 
     def _is_coded(self, param: Tensor, group: dict[str, Any]) -> bool:
         config = GlobalOptimManager.get_instance().config_of(param)
         least = config.get("min_8bit_size", self.args.min_8bit_size)
         return bool(config.get("optim_bits", group["bits"]) == 8 and param.numel() >= least)
 
-    def _new_state(self, param: Tensor, coded: bool) -> dict[str, Any]:
-        return State(super()._new_state(param, coded))
+    def _new_state(self, param: Tensor, coded: bool, blank: bool = True) -> dict[str, Any]:
+        return State(super()._new_state(param, coded, blank))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "args": self.args}
 
     def state_dict(self) -> dict[str, Any]:
         """In bitsandbytes' layout: it loads there, in this class and, by :func:`native_state_dict`, in
@@ -90,7 +99,7 @@ class Adam(_Bitsandbytes, native.AdamW):
         amsgrad: bool = False,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = native.MIN_CODED_NUMEL,
+        min_8bit_size: int = MIN_CODED_NUMEL,
         is_paged: bool = False,
     ) -> None:
         arguments = self._arguments(optim_bits, args, min_8bit_size, is_paged, amsgrad)
@@ -110,7 +119,7 @@ class AdamW(_Bitsandbytes, native.AdamW):
         amsgrad: bool = False,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = native.MIN_CODED_NUMEL,
+        min_8bit_size: int = MIN_CODED_NUMEL,
         is_paged: bool = False,
     ) -> None:
         arguments = self._arguments(optim_bits, args, min_8bit_size, is_paged, amsgrad)
@@ -128,7 +137,7 @@ class Lion(_Bitsandbytes, native.Lion):
         weight_decay: float = 0.0,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = native.MIN_CODED_NUMEL,
+        min_8bit_size: int = MIN_CODED_NUMEL,
         is_paged: bool = False,
     ) -> None:
         super().__init__(params, lr, betas, weight_decay, **self._arguments(optim_bits, args, min_8bit_size, is_paged))
@@ -144,7 +153,7 @@ class _FixedLion(Lion):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         args: Any = None,
-        min_8bit_size: int = native.MIN_CODED_NUMEL,
+        min_8bit_size: int = MIN_CODED_NUMEL,
         is_paged: bool = False,
     ) -> None:
         super().__init__(params, lr, betas, weight_decay, args=args, min_8bit_size=min_8bit_size, is_paged=is_paged)
