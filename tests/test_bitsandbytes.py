@@ -85,7 +85,12 @@ def test_each_reads_what_the_other_made(
     theirs: Any, quant_type: str, nested: bool, storage: torch.dtype, dtype: torch.dtype
 ) -> None:
     weight = torch.randn(64, 128, dtype=dtype)
-    options = {"quant_type": quant_type, "compress_statistics": nested, "quant_storage": storage, "blocksize": 64}
+    options: dict[str, Any] = {
+        "quant_type": quant_type,
+        "compress_statistics": nested,
+        "quant_storage": storage,
+        "blocksize": 64,
+    }
     packed, state = theirs.functional.quantize_4bit(weight, **options)
     stored = state.as_dict(packed=True)
     read = F.QuantState.from_dict(stored, device="cpu")
@@ -134,13 +139,14 @@ def test_levels_of_a_checkpoint_are_honoured() -> None:
     assert state.state2.code is not None
     state.state2.code = torch.zeros(256)  # all scales become their mean
     codes = torch.stack([packed >> 4, packed & 15], -1).reshape(32, 64).long()
+    assert state.offset is not None
     assert torch.equal(F.dequantize_4bit(packed, state), state.code[codes] * state.offset)
 
 
 def test_nested_scales_in_blocks_of_another_size() -> None:
     packed, state = F.quantize_nf4(torch.randn(64, 128), compress_statistics=True)
     dense = F.dequantize_4bit(packed, state)
-    assert state.state2 is not None
+    assert state.offset is not None
     codes, second = F.quantize_blockwise(state.scales() - state.offset, blocksize=64)
     state.absmax, state.state2 = codes, second
     assert relative_error(F.dequantize_4bit(packed, state), dense) < 0.02
@@ -215,6 +221,8 @@ def test_product_and_gradients() -> None:
     grad = torch.randn_like(y)
     y.backward(grad)
     assert relative_error(y, reference.linear(x, dense, bias)) < 2e-6
+    assert x.grad is not None
+    assert bias.grad is not None
     assert relative_error(x.grad, grad.double() @ dense.double()) < 2e-6
     assert relative_error(bias.grad, grad.double().sum((0, 1))) < 2e-6
     with torch.no_grad():
@@ -248,7 +256,7 @@ def test_layer_computes_and_saves_what_theirs_does(theirs: Any, kind: str, neste
     assert list(saved) == list(stored)
     assert all(same_bytes(saved[name], stored[name]) for name in stored)
     x = torch.randn(7, 128, dtype=dtype)
-    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    inputs: Any = [x.clone().requires_grad_() for _ in range(2)]
     grad = torch.randn(7, 48, dtype=dtype)
     for layer, given in zip((our, their), inputs, strict=True):
         layer(given).backward(grad)
@@ -278,7 +286,7 @@ def test_evaluation_changes_no_byte() -> None:
         assert torch.equal(layer.eval()(x), trained)
         after = layer.state_dict()
         assert all(same_bytes(after[name], before[name]) for name in before)
-        inputs = x.clone().requires_grad_()
+        inputs: Any = x.clone().requires_grad_()
         layer(inputs).sum().backward()
         dense = F.dequantize_4bit(layer.weight, layer.weight.quant_state)
         assert relative_error(inputs.grad, dense.double().sum(0).expand(4, -1)) < 6e-3
@@ -296,8 +304,8 @@ def test_rows_that_are_no_multiple_of_the_block(theirs: Any) -> None:
 
 
 def test_compute_dtype_and_bias() -> None:
-    layer = bnb.nn.LinearNF4(64, 32).to("cpu")
-    assert layer.compute_dtype is None
+    layer: Any = bnb.nn.LinearNF4(64, 32).to("cpu")
+    assert getattr(layer, "compute_dtype", 0) is None
     y = layer(torch.randn(2, 64, dtype=torch.bfloat16))
     assert (y.dtype, layer.compute_dtype, layer.bias.dtype) == (torch.bfloat16,) * 3
     assert layer(torch.randn(2, 64)).dtype == torch.float32
@@ -316,7 +324,7 @@ def test_packed_bytes_are_never_cast() -> None:
 
 
 def test_parameter_copies_and_pieces() -> None:
-    parameter = bnb.nn.Params4bit(torch.randn(32, 64), quant_type="nf4", blocksize=128).to("cpu")
+    parameter: Any = bnb.nn.Params4bit(torch.randn(32, 64), quant_type="nf4", blocksize=128).to("cpu")
     assert parameter.bnb_quantized
     assert parameter.absmax is parameter.quant_state.absmax
     for twin in (copy.copy(parameter), copy.deepcopy(parameter), pickle.loads(pickle.dumps(parameter))):

@@ -239,7 +239,7 @@ def test_older_layouts(theirs: Any) -> None:
 
 
 def test_frozen_packed_weights_may_be_among_the_parameters() -> None:
-    model = nn.Sequential(bnb.nn.LinearNF4(64, 64), nn.Linear(64, 64)).to("cpu")
+    model: Any = nn.Sequential(bnb.nn.LinearNF4(64, 64), nn.Linear(64, 64)).to("cpu")
     optimizer = bnb.optim.AdamW8bit(model.parameters(), lr=1e-2)
     before = model[0].weight.data.clone()
     for _ in range(3):
@@ -274,7 +274,7 @@ def test_the_manager_sets_the_form_of_single_parameters() -> None:
     manager = bnb.optim.GlobalOptimManager.get_instance()
     manager.initialize()
     try:
-        model = nn.ModuleDict({"embed": nn.Embedding(100, 64), "fc": nn.Linear(64, 80), "out": nn.Linear(80, 80)})
+        model: Any = nn.ModuleDict({"embed": nn.Embedding(100, 64), "fc": nn.Linear(64, 80), "out": nn.Linear(80, 80)})
         manager.register_parameters(model.parameters())
         manager.register_module_override(model["embed"], "weight", {"optim_bits": 32})
         manager.override_config(model["fc"].weight, "min_8bit_size", 10**6)

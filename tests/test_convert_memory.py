@@ -47,7 +47,7 @@ def write_model(folder: Path) -> int:
         dtype="float32",
     )
     config.save_pretrained(folder)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(LAYERS):
         prefix = f"model.layers.{number}."
         shard = {

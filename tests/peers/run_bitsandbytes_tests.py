@@ -71,7 +71,7 @@ def install() -> None:
         modules[name].__dict__.update(values)
     for name, module in modules.items():
         sys.modules[f"bitsandbytes.{name}".rstrip(".")] = module
-    functional.has_avx512bf16 = lambda: False  # type: ignore[attr-defined]  # there is no second layout for such CPUs
+    functional.has_avx512bf16 = lambda: False  # there is no second layout for such CPUs
     for name in (
         "Linear8bitLt",
         "StableEmbedding",
@@ -81,10 +81,10 @@ def install() -> None:
     for family in ["AdEMAMix", "SGD", "LARS", "LAMB", "RMSprop", "Adagrad"]:
         for name in (family, f"{family}8bit", f"{family}32bit", f"Paged{family}", f"Paged{family}8bit"):
             setattr(optim, name, Absent)
-    optim.PytorchLARS = Absent  # type: ignore[attr-defined]
-    optim.ademamix = ModuleType("ademamix")  # type: ignore[attr-defined]
+    optim.PytorchLARS = Absent
+    optim.ademamix = ModuleType("ademamix")
     optim.ademamix._ReferenceAdEMAMix = Absent
-    ours.matmul = Absent  # type: ignore[attr-defined]
+    ours.matmul = Absent
 
 
 class Selection:

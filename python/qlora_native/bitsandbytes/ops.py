@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +125,7 @@ def _writes_out(*arguments: object, **more: object) -> None:
     """The shape function of ops that fill ``out``."""
 
 
-_KERNELS = {
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize_4bit": (_quantize_4bit, _quantize_4bit_shapes),
     "dequantize_4bit": (_dequantize_4bit, _dequantize_4bit_shapes),
     "dequantize_4bit.out": (_dequantize_4bit_out, _writes_out),

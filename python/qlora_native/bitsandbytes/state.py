@@ -187,7 +187,7 @@ class QuantState:
             return self.absmax.float()
         second = self.state2
         absmax = reference.dequantize_blockwise(self.absmax, second.scales(), _table(second), second.blocksize or 0)
-        return absmax + self.offset
+        return absmax if self.offset is None else absmax + self.offset
 
     def op_args(self, packed: Tensor) -> tuple[Any, ...]:
         """The weight arguments of ``torch.ops.qlora_native.*`` for these packed bytes (of any storage dtype)."""

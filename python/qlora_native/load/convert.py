@@ -166,7 +166,7 @@ class _Conversion:
         names = self.four_bit | self.weights.keys()
         if self.target == "16bit" or not names:
             return None
-        old = self.source.four_bit_config or {}
+        old: dict[str, Any] = self.source.four_bit_config or {}
         if (old.get("quant_method") == METHOD) == (self.target == "qlora") and old:
             return dict(old)
         options, storage = self.options, "uint8"

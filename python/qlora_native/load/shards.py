@@ -64,7 +64,7 @@ class ShardWriter:
             self._begin[name] = self._end
             self._end += raw.nbytes
         self._file.seek(8 + self._header_bytes + self._begin[name] + self._written[name])
-        self._file.write(memoryview(raw))
+        self._file.write(memoryview(raw))  # type: ignore[arg-type]
         self._written[name] += raw.nbytes
 
     def close(self) -> None:

@@ -133,7 +133,7 @@ class Params4bit(nn.Parameter):
         self._tell_module()
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         """Quantise on the device, if this is dense still, in place; else move bytes and scales.
 
         A dtype is not taken by what is packed: bytes are no numbers to cast.
@@ -141,11 +141,9 @@ class Params4bit(nn.Parameter):
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != "meta" and not self.bnb_quantized:
             return self._quantize(device)
-        if self.bnb_quantized:
-            dtype = None
         if self.quant_state is not None and device is not None:
             self.quant_state.to(device)
-        moved = super().to(device=device, dtype=dtype, non_blocking=non_blocking)
+        moved = super().to(device=device, dtype=None if self.bnb_quantized else dtype, non_blocking=non_blocking)
         return type(self)(moved, self.requires_grad, **self._attributes())
 
     def cpu(self) -> Params4bit:  # type: ignore[override]
@@ -198,7 +196,7 @@ class Linear4bit(nn.Linear):
         compress_statistics, quant_type, quant_storage: as ``functional.quantize_4bit``.
     """
 
-    weight: Params4bit  # type: ignore[assignment]
+    weight: Params4bit
 
     def __init__(
         self,
@@ -259,7 +257,7 @@ class Linear4bit(nn.Linear):
         if bias is not None:
             if bias.dtype != compute:
                 bias.data = bias.data.to(compute)
-            bias = bias.to(compute)
+            bias = bias.to(compute)  # type: ignore[assignment]
         return matmul_4bit(x.to(compute), self.weight.data, state, bias=bias).to(given)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
