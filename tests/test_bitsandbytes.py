@@ -233,6 +233,14 @@ def test_product_and_gradients() -> None:
     assert bnb.matmul_4bit(torch.randn(0, 96), packed, state).shape == (0, 33)
 
 
+def test_a_long_fp32_product_is_nearer_to_the_truth_than_bitsandbytes_asks() -> None:
+    """Their test_gemv_4bit compares with torch's product, and fails for torch's own error on a CPU."""
+    packed, state = F.quantize_nf4(torch.randn(1024, 4096) / 32)
+    x = torch.randn(1, 4096)
+    truth = x.double() @ F.dequantize_4bit(packed, state).double().t()
+    assert (F.gemv_4bit(x, packed, state=state) - truth).abs().mean() / 32 < 2.4e-8
+
+
 def test_a_transposed_weight_warns_and_works() -> None:
     packed, state = F.quantize_nf4(torch.randn(96, 32))
     x = torch.randn(3, 96)

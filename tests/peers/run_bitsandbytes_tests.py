@@ -42,6 +42,10 @@ LEFT_OUT = [
 ]
 # What fails for a reason that docs/bitsandbytes.md tells: a pattern, and the reason in short.
 EXPECTED = [
+    (
+        r"test_gemv_4bit\[dim=1024-fp32-fc2-",
+        "torch's own fp32 product, which they compare with, is further from the truth than their bound",
+    ),
     ("test_4bit_linear_warnings", "no warning of float32 products where there are none"),
 ]
 
@@ -127,8 +131,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="a checkout of bitsandbytes 0.50")
     parser.add_argument("--compile", action="store_true", help="run the tests of torch.compile as well")
-    parser.add_argument("rest", nargs="*", help="arguments for pytest, after --")
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args, rest = parser.parse_args(words[:end]), words[end + 1 :]
     folder = args.folder.resolve()
     absent = [name for name in FILES if not (folder / "tests" / name).is_file()]
     if absent:
@@ -141,7 +146,7 @@ def main() -> int:
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent)]
     install()
     selection = Selection(LEFT_OUT + ([] if args.compile else [("torch_compile", COMPILED)]))
-    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestUnknownMarkWarning", *args.rest]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestUnknownMarkWarning", *rest]
     status = pytest.main([*options, *(f"tests/{name}" for name in FILES)], plugins=[selection])
     print(
         f"\nbitsandbytes' tests against qlora_native.bitsandbytes: {selection.outcomes.pop('passed', 0)} passed, ",
