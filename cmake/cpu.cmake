@@ -6,6 +6,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/adamw_step.cc
   cpp/cpu/causal_attention.cc
   cpp/cpu/dequantize_4bit.cc
+  cpp/cpu/file_store.cc
   cpp/cpu/gradient_norm.cc
   cpp/cpu/isa.cc
   cpp/cpu/isa_scalar.cc
@@ -14,6 +15,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/lion_step.cc
 
   cpp/cpu/linear_cross_entropy.cc
+  cpp/cpu/paging.cc
   cpp/cpu/quantize_4bit.cc
   cpp/cpu/rms_norm.cc
   cpp/cpu/rotary.cc

@@ -13,6 +13,7 @@ import torch
 from helpers import relative_error, same_bytes
 
 import qlora_native as qn
+from qlora_native.ops._optim_plan import Plan
 
 OPTIMIZERS = (qn.optim.AdamW, qn.optim.Adam, qn.optim.Lion)
 SIZES = ((70, 70), (5,), (4096,), (33, 200))
@@ -315,7 +316,7 @@ def test_sparse_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"paged": True}, "AdamW: paged is True, but this release has no paged states yet"),
+        ({"page_budget": 1000}, "AdamW: page_budget is 1000: expected at least [0-9]+ bytes, or None"),
         ({"paged": "yes"}, "paged is 'yes': expected 'auto', True or False"),
         ({"bits": 4}, "bits is 4: expected 32 or 8"),
         ({"lr": -1.0}, "lr is -1.0: expected 0 or more"),
@@ -343,16 +344,16 @@ def test_other_devices_and_dtypes_take_the_ops() -> None:
     """A gradient of another dtype cannot go to the kernel: same numbers, by way of the reference."""
     a, b = parameters(), parameters()
     plain, by_ops = qn.optim.AdamW(a, bits=8, max_norm=1.0), qn.optim.AdamW(b, bits=8, max_norm=1.0)
-    plain_point_at: Callable[..., bool] = qn.optim.Plan.point_at
+    plain_point_at: Callable[..., bool] = Plan.point_at
     for seed in range(3):
         give_grads(a, seed)
         give_grads(b, seed)
         plain.step()
-        qn.optim.Plan.point_at = lambda self, grads, device: False  # type: ignore
+        Plan.point_at = lambda self, grads, device: False  # type: ignore
         try:
             by_ops.step()
         finally:
-            qn.optim.Plan.point_at = plain_point_at  # type: ignore[method-assign]
+            Plan.point_at = plain_point_at  # type: ignore[method-assign]
     assert by_ops.grad_norm == plain.grad_norm
     assert same_params(a, b)
 

@@ -248,11 +248,11 @@ def test_the_rate_reaches_the_optimiser(model_folder: Path, tmp_path: Path, monk
     ("name", "kind", "state_dtype"),
     [("adamw", AdamW, torch.float32), ("adamw8bit", AdamW, torch.int8), ("lion", Lion, torch.float32)],
 )
-def test_the_optimiser_is_the_one_named(name: Any, kind: type, state_dtype: torch.dtype) -> None:
+def test_the_optimiser_is_the_one_named(name: Any, kind: type, state_dtype: torch.dtype, tmp_path: Path) -> None:
     options = LoopSection(optimizer=name, clip=0.0, lr=0.5, betas=(0.1, 0.2), weight_decay=0.3)
     parameter = torch.nn.Parameter(torch.zeros(4096))
     parameter.grad = torch.ones(4096)
-    optimizer = make_optimizer(options, [parameter])
+    optimizer = make_optimizer(options, [parameter], tmp_path)
     optimizer.step()
     assert type(optimizer) is kind and optimizer.max_norm == math.inf
     group = optimizer.param_groups[0]

@@ -25,7 +25,8 @@ AdamwJob job_of(const OptimTensor& tensor, const AdamwOptions& options, double g
 
 }  // namespace
 
-void adamw_step(const OptimTensor* tensors, int64_t num_tensors, const AdamwOptions* options, double grad_factor) {
+void adamw_step(const OptimTensor* tensors, int64_t num_tensors, const AdamwOptions* options, double grad_factor,
+                const UpdateOrder& order) {
   const IeeeArithmetic ieee;
   std::vector<AdamwJob> jobs(static_cast<size_t>(num_tensors));
   for (int64_t i = 0; i < num_tensors; ++i) {
@@ -33,11 +34,11 @@ void adamw_step(const OptimTensor* tensors, int64_t num_tensors, const AdamwOpti
     jobs[static_cast<size_t>(i)] = job_of(tensors[i], options[tensors[i].group], grad_factor);
   }
   const OptimKernels& table = kernels().optim;
-  for_blocks_of_tensors(
-      num_tensors, kStateBlock, kBlocksPerTask, [&](int64_t i) { return tensors[i].numel; },
-      [&](int64_t i, int64_t first, int64_t last) {
-        table.adamw_blocks[static_cast<int>(tensors[i].dtype)](jobs[static_cast<size_t>(i)], first, last);
-      });
+  update_in(order, tensors, num_tensors, [&](const StatePart* parts, int64_t num_parts) {
+    for_blocks_of_parts(parts, num_parts, kStateBlock, kBlocksPerTask, [&](int64_t i, int64_t first, int64_t last) {
+      table.adamw_blocks[static_cast<int>(tensors[i].dtype)](jobs[static_cast<size_t>(i)], first, last);
+    });
+  });
 }
 
 }  // namespace qlora_native::cpu

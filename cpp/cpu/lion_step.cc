@@ -1,5 +1,7 @@
 #include "cpu/lion_step.h"
 
+#include <vector>
+
 #include "cpu/kernels.h"
 #include "cpu/tensor_list.h"
 
@@ -21,14 +23,18 @@ LionJob job_of(const OptimTensor& tensor, const LionOptions& options, double gra
 
 }  // namespace
 
-void lion_step(const OptimTensor* tensors, int64_t num_tensors, const LionOptions* options, double grad_factor) {
+void lion_step(const OptimTensor* tensors, int64_t num_tensors, const LionOptions* options, double grad_factor,
+               const UpdateOrder& order) {
+  std::vector<LionJob> jobs(static_cast<size_t>(num_tensors));
+  for (int64_t i = 0; i < num_tensors; ++i) {
+    jobs[static_cast<size_t>(i)] = job_of(tensors[i], options[tensors[i].group], grad_factor);
+  }
   const OptimKernels& table = kernels().optim;
-  for_blocks_of_tensors(
-      num_tensors, kStateBlock, kBlocksPerTask, [&](int64_t i) { return tensors[i].numel; },
-      [&](int64_t i, int64_t first, int64_t last) {
-        const LionJob job = job_of(tensors[i], options[tensors[i].group], grad_factor);
-        table.lion_blocks[static_cast<int>(tensors[i].dtype)](job, first, last);
-      });
+  update_in(order, tensors, num_tensors, [&](const StatePart* parts, int64_t num_parts) {
+    for_blocks_of_parts(parts, num_parts, kStateBlock, kBlocksPerTask, [&](int64_t i, int64_t first, int64_t last) {
+      table.lion_blocks[static_cast<int>(tensors[i].dtype)](jobs[static_cast<size_t>(i)], first, last);
+    });
+  });
 }
 
 }  // namespace qlora_native::cpu

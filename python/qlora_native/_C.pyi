@@ -17,31 +17,13 @@ def dequantize_4bit(
     row_end: int,
     column_begin: int,
     column_end: int,
-    packed: int,
-    absmax: int,
-    absmax_codes: int,
-    nested_absmax: int,
-    nested_offset: int,
-    nested_code: int,
-    levels: int,
-    quant_type: int,
-    numel: int,
-    block_size: int,
+    *weight: int,  # Weight.pointers()
 ) -> None: ...
 def low_rank_is_native(dtype: int) -> bool: ...
 def matrix(
     n: int,
     k: int,
-    packed: int,
-    absmax: int,
-    absmax_codes: int,
-    nested_absmax: int,
-    nested_offset: int,
-    nested_code: int,
-    levels: int,
-    quant_type: int,
-    numel: int,
-    block_size: int,
+    *weight: int,
 ) -> object: ...
 def matrix_forward(
     matrix: object, dtype: int, x: int, bias: int, y: int, m: int, scratch: int, scratch_bytes: int
@@ -62,16 +44,7 @@ def linear_4bit(
     k: int,
     scratch: int,
     scratch_bytes: int,
-    packed: int,
-    absmax: int,
-    absmax_codes: int,
-    nested_absmax: int,
-    nested_offset: int,
-    nested_code: int,
-    levels: int,
-    quant_type: int,
-    numel: int,
-    block_size: int,
+    *weight: int,
 ) -> int: ...
 def outer(
     left: int, right: int, m: int, r: int, width: int, scale: float, out: int, scratch: int, scratch_bytes: int
@@ -81,15 +54,64 @@ def adamw_step(
     num_tensors: int,
     options: list[tuple[float, float, float, float, float, bool]],
     grad_factor: float,
+    pager: Pager | None = None,
+    numbers: int = 0,
+    budget_bytes: int = 0,
 ) -> None: ...
 def lion_step(
-    rows: int, num_tensors: int, options: list[tuple[float, float, float, float]], grad_factor: float
+    rows: int,
+    num_tensors: int,
+    options: list[tuple[float, float, float, float]],
+    grad_factor: float,
+    pager: Pager | None = None,
+    numbers: int = 0,
+    budget_bytes: int = 0,
 ) -> None: ...
 def gradient_norm(rows: int, num_tensors: int) -> float: ...
 def state_code(signed: bool) -> list[list[float]]: ...
 
+class PageFileError(OSError): ...
+
+class PagePlan:
+    def __init__(self, forms: list[tuple[int, int, bool]], page_bytes: int, chunk_bytes: int) -> None: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def places(self) -> list[tuple[int, int, int, int]]: ...
+    @property
+    def largest_chunk(self) -> int: ...
+
+class FileStore:
+    def __init__(self, num_bytes: int, folder: str, in_file: bool) -> None: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def bytes_in_file(self) -> int: ...
+    @property
+    def bytes_in(self) -> int: ...
+    @property
+    def bytes_out(self) -> int: ...
+    def resident_bytes(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Pager:
+    def __init__(self) -> None: ...
+    def add(self, store: FileStore, plan: PagePlan) -> None: ...
+    def to_file(self) -> None: ...
+    def to_memory(self) -> bool: ...
+    def evict(self) -> None: ...
+    @property
+    def look_ahead(self) -> int: ...
+    @property
+    def stalls(self) -> int: ...
+    @property
+    def stall_seconds(self) -> float: ...
+
+def lies_in_memory(folder: str) -> bool: ...
+
 few_rows: int
 optim_row_length: int
+page_bytes: int
 state_block: int
 
 def decode_scales(

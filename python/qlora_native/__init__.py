@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .lora import save_adapter as save_adapter
     from .train import TrainConfig as TrainConfig
     from .train import Trainer as Trainer
+    from .tuning import tune as tune
 
 _LAZY = {
     "nn": "nn",
@@ -47,6 +48,7 @@ _LAZY = {
     "merge": "load",
     "TrainConfig": "train",
     "Trainer": "train",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "quantize",
     "save_adapter",
     "to_bnb",
+    "tune",
 ]
 
 

@@ -194,15 +194,24 @@ def _set_quantization_config(
     if not is_four_bit(model):
         model.config.__dict__.pop("quantization_config", None)
         return
-    # What transformers writes beside 4-bit weights in this format, so that save_pretrained makes a folder it can read.
-    model.config.quantization_config = source.four_bit_config or {
+    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    model.config.quantization_config = source.four_bit_config or bitsandbytes_config(dtype, options, dense)
+
+
+def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list[str]) -> dict[str, Any]:
+    """What transformers writes beside 4-bit weights in bitsandbytes' format, so that it reads the folder again.
+
+    ``options`` are those of :func:`qlora_native.quantize`, ``dense`` the linear layers that are not 4-bit.
+    """
+    return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
+        "load_in_8bit": False,
         "bnb_4bit_quant_type": options["quant_type"],
         "bnb_4bit_use_double_quant": options["double_quant"],
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [name for name, module in model.named_modules() if type(module) is nn.Linear],
+        "llm_int8_skip_modules": dense,
     }
 
 

@@ -68,15 +68,15 @@ class SafetensorsSource:
         for step in steps:
             if isinstance(step, Plain):
                 reuse = is_copied(step.name, step.stored.dtype)
-                yield step.name, self._read(plan, step.stored, scratch if reuse else None), str(step.stored.file)
+                yield step.name, self.read(plan, step.stored, scratch if reuse else None), str(step.stored.file)
             elif isinstance(step, FourBit):
-                yield step.name, self._four_bit(step), str(step.parts[0].file)
+                yield step.name, self.four_bit(step), str(step.parts[0].file)
             else:
-                for name, tensor in step.run(tree.model, partial(self._read, plan)):
+                for name, tensor in step.run(tree.model, partial(self.read, plan)):
                     if wanted(name):
                         yield name, tensor, str(step.parts[0][1].file)
 
-    def _read(self, plan: Plan, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+    def read(self, plan: Plan, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         """The tensor, 16-bit if it is stored as 8-bit floats."""
         tensor = self.checkpoint.read(stored, scratch)
         scales = plan.scales.get(stored.name)
@@ -98,7 +98,8 @@ class SafetensorsSource:
                 f"{self.path / 'generation_config.json'} cannot be used: {first_sentence(error)}"
             ) from error
 
-    def _four_bit(self, step: FourBit) -> QuantizedWeight:
+    def four_bit(self, step: FourBit) -> QuantizedWeight:
+        """The weight whose parts the step names."""
         tensors = {stored.name: self.checkpoint.read(stored) for stored in step.parts}
         try:
             return from_bnb(tensors, step.prefix)
@@ -213,7 +214,7 @@ def _four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object
         return None
     values = dict(given if isinstance(given, dict) else given.to_dict())
     method = values.get("quant_method")
-    if method == METHOD or (method == "bitsandbytes" and values.get("load_in_4bit")):
+    if method == METHOD or (method == "bitsandbytes" and (values.get("load_in_4bit") or values.get("_load_in_4bit"))):
         return values
     if method == "fp8":
         return None

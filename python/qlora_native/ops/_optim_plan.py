@@ -25,6 +25,7 @@ class Plan:
         self.dtypes = [param.dtype for param in params]
         self.devices = {value.device for value in self.kept if isinstance(value, Tensor)}
         self.on_device: DeviceTable | None = None
+        self.numbers: array[int] | None = None  # of the parameters in their page stores, once they are asked for
         self.table: array[int] = table_of(
             [
                 row_of(

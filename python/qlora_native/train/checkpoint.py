@@ -9,13 +9,11 @@ checkpoint is found by looking at the folder's names; no pointer file exists tha
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from qlora_native.errors import UserError
 from qlora_native.train.disk import atomic_folder, reason, remove_folder, told_if_unwritable
+from qlora_native.train.random_state import random_state, set_random_state
 
 TENSORS, STATE, CONFIG = "trainer.safetensors", "trainer.json", "config.yaml"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -53,7 +52,7 @@ def save_checkpoint(
     """
     folder = output_dir / f"step-{step:06d}"
     tensors, plain = _split(optimizer.state_dict()["state"])
-    random_tensors, random_plain = _random_state()
+    random_tensors, random_plain = random_state()
     before = checkpoints(output_dir)
     advice = f"; {before[-1]} is intact, and --resume continues from it" if before else ""
     with told_if_unwritable(folder, advice), atomic_folder(folder) as partial:
@@ -80,7 +79,7 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str,
         optimizer_state = _join(tensors, state.pop("optimizer"))
         restored = {**optimizer.state_dict(), "state": optimizer_state}
         optimizer.load_state_dict(restored)
-        _set_random_state(tensors, state.pop("random"))
+        set_random_state(tensors, state.pop("random"))
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({reason(error)}); "
@@ -109,27 +108,3 @@ def _join(tensors: Mapping[str, Tensor], plain: Mapping[str, Mapping[str, Any]])
             _, number, name = key.split(".", 2)
             states[int(number)][name] = tensor
     return states
-
-
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"random.cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-    name, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
-    return tensors, {
-        "numpy": [name, np.asarray(words).tolist(), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def _set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            if f"random.cuda.{number}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
-    name, words, position, has_gauss, gauss = plain["numpy"]
-    np.random.set_state((name, np.array(words, dtype=np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = plain["python"]
-    random.setstate((version, tuple(internal), gauss_next))

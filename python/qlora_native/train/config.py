@@ -106,6 +106,18 @@ class LoopSection(_Section):
         description="adamw8bit keeps AdamW's averages in 2 bytes a trained weight instead of 8; lion keeps one average "
         "in 4 and wants an lr 3 to 10 times smaller",
     )
+    paged: Literal["auto", True, False] = Field(
+        default="auto",
+        description="where the optimiser's averages lie: auto = in memory until it runs short, then in a page file; "
+        "true = in the file from the start; false = in memory, whatever happens",
+    )
+    page_dir: str | None = Field(
+        default=None, description="folder of that file, on a disk; without it output_dir. No file is left behind"
+    )
+    page_budget: Positive | None = Field(
+        default=None,
+        description="bytes of paged averages that may be in memory at once; without it decided from what is free",
+    )
     lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="how the learning rate falls to 0 after the warm-up"

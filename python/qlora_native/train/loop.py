@@ -5,7 +5,7 @@ micro-batches, each weighted by its share of the step's trained tokens, so that 
 however the rows are divided.
 
 A step whose loss or gradient is not finite changes nothing and is counted; after ``MAX_SKIPPED`` of them in a row the
-run stops.
+run stops. A step that runs out of memory begins again, once, without the optimizer's states in memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +36,7 @@ from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_
 from qlora_native.train.resume import find_checkpoint
 from qlora_native.train.schedule import learning_rate
 from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, make_optimizer, prepare_model
+from qlora_native.train.shortage import SecondTry
 
 MAX_SKIPPED = 5
 
@@ -71,6 +73,9 @@ class TrainSummary:
     best_step: int | None
     tokens_per_second: float  # median over the steps of this process; 0 if it took none
     seconds: float  # of this process, from the first step to the last
+    paged_bytes: int  # of optimizer states that this process moved, both ways together
+    paging_seconds: float  # in which it waited for them, and which first tries took
+    retried: int  # steps and evaluations that ran out of memory and began again
     peak_rss_bytes: int
     adapter_dir: Path  # the adapter after the last step
     best_dir: Path | None  # the adapter with the lowest held-out loss
@@ -115,7 +120,7 @@ class Trainer:
         rows, held_out = load_rows(config, self.tokenizer)
         self.model = model = prepare_model(config, self.model)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(options, adapters)
+        optimizer = make_optimizer(options, adapters, self.output_dir)
         plan = BatchPlan(rows.lengths, options.batch_size * options.grad_accum, seed=options.seed)
         total = options.steps or math.ceil((options.epochs or 1) * len(plan))
 
@@ -133,44 +138,42 @@ class Trainer:
             progress.note(line)
         if checkpoint is not None:
             progress.note(f"continuing from {checkpoint} after step {state.step}")
+        second_try = SecondTry(config, optimizer, progress.note)
         speeds: list[float] = []
         began = time.monotonic()
 
         with closing(metrics), closing(progress), StopRequest() as stop:
             while True:
                 if held_out and is_due(state.step, options.eval_every, total):
-                    self._evaluate(state, held_out, metrics, progress)
+                    loss = second_try.run(partial(self.evaluate, held_out), f"evaluation after step {state.step}")
+                    self._take_evaluation(state, loss, metrics, progress)
                 if state.step >= total:
                     break
 
                 # One optimiser step.
                 started = time.monotonic()
-                batches = list(self._micro_batches(rows, next(plan.forever())))
-                counts = [trained_tokens(batch) for batch in batches]
-                loss = torch.zeros((), device=model.device)
-                for batch, count in zip(batches, counts, strict=True):
-                    share = causal_lm_loss(model, batch) * (count / sum(counts))
-                    share.backward()
-                    loss += share.detach()
+                what = f"step {state.step + 1}"
+                numbers = next(plan.forever())
+                loss, tokens, trained = second_try.run(partial(self._learn, rows, numbers), what)
                 rate = learning_rate(
                     state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 norm = math.nan
-                if math.isfinite(loss.item()):
-                    optimizer.step()  # clips; does nothing if the gradient is not finite
+                if math.isfinite(loss):
+                    second_try.told(optimizer.step, what)  # clips; does nothing if the gradient is not finite
                     norm = optimizer.grad_norm or 0.0
-                self._count_skipped(state, loss.item(), norm, progress)
+                self._count_skipped(state, loss, norm, progress)
                 optimizer.zero_grad()
 
                 # Tell.
-                tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+                second_try.tell_if_paged_out(what)
                 seconds = time.monotonic() - started
                 speeds.append(tokens / seconds)
                 state.step, state.tokens, state.data = state.step + 1, state.tokens + tokens, plan.state_dict()
-                record: Record = {"step": state.step, "loss": loss.item(), "lr": rate, "grad_norm": norm}
-                record |= {"tokens": tokens, "trained_tokens": sum(counts)}
+                record: Record = {"step": state.step, "loss": loss, "lr": rate, "grad_norm": norm}
+                record |= {"tokens": tokens, "trained_tokens": trained}
                 record |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
                 metrics.write(record)
                 progress.step(record)
@@ -184,7 +187,18 @@ class Trainer:
                         raise Interrupted(
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
-            return self._finish(state, progress, speeds, time.monotonic() - began)
+            return self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+
+    def _learn(self, rows: TokenizedDataset, numbers: list[int]) -> tuple[float, int, int]:
+        """Forward and backward passes of one step: its loss, the tokens in it, and those of them that are trained."""
+        batches = list(self._micro_batches(rows, numbers))
+        counts = [trained_tokens(batch) for batch in batches]
+        loss = torch.zeros((), device=self.model.device)
+        for batch, count in zip(batches, counts, strict=True):
+            share = causal_lm_loss(self.model, batch) * (count / sum(counts))
+            share.backward()
+            loss += share.detach()
+        return loss.item(), sum(int(batch["attention_mask"].sum()) for batch in batches), sum(counts)
 
     def _micro_batches(self, rows: TokenizedDataset, numbers: list[int]) -> Iterator[Batch]:
         """The rows of one step as padded batches on the model's device."""
@@ -208,9 +222,8 @@ class Trainer:
             self.model.train()
         return total / count
 
-    def _evaluate(self, state: TrainState, rows: TokenizedDataset, metrics: Metrics, progress: Progress) -> None:
-        """Evaluate, write it down, and keep the adapter in ``best/`` if no earlier one was as good."""
-        loss = self.evaluate(rows)
+    def _take_evaluation(self, state: TrainState, loss: float, metrics: Metrics, progress: Progress) -> None:
+        """Write a held-out loss down, and keep the adapter in ``best/`` if no earlier one was as good."""
         metrics.write({"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))})
         progress.evaluation(state.step, loss)
         state.loss_after = loss
@@ -252,8 +265,11 @@ class Trainer:
             (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
         return folder
 
-    def _finish(self, state: TrainState, progress: Progress, speeds: list[float], seconds: float) -> TrainSummary:
+    def _finish(
+        self, state: TrainState, second_try: SecondTry, progress: Progress, speeds: list[float], seconds: float
+    ) -> TrainSummary:
         progress.close()  # the summary stands below the bar
+        paging = second_try.optimizer.paging_statistics()
         adapter_dir = self._save_adapter(self.output_dir / "adapter")
         plot_losses(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
         summary = TrainSummary(
@@ -266,6 +282,9 @@ class Trainer:
             best_step=state.best_step,
             tokens_per_second=median(speeds) if speeds else 0.0,
             seconds=seconds,
+            paged_bytes=paging["bytes_in"] + paging["bytes_out"],
+            paging_seconds=paging["stall_seconds"] + second_try.lost_seconds,
+            retried=second_try.retries,
             peak_rss_bytes=peak_rss_bytes(),
             adapter_dir=adapter_dir,
             best_dir=self.output_dir / "best" if state.best_step else None,
@@ -282,6 +301,12 @@ def describe(summary: TrainSummary) -> str:
     ]
     if summary.loss_before is not None and summary.loss_after is not None:
         lines.append(f"held-out loss {summary.loss_before:.4f} -> {summary.loss_after:.4f}")
+    if summary.paged_bytes or summary.retried:
+        lines.append(
+            f"paging moved {summary.paged_bytes / 2**20:,.0f} MiB of optimizer states; "
+            f"{summary.retried} {'step' if summary.retried == 1 else 'steps'} began again; "
+            f"it cost {summary.paging_seconds:.1f} s"
+        )
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite")
     lines.append(f"adapter: {summary.adapter_dir}")

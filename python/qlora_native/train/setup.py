@@ -18,6 +18,7 @@ from qlora_native.load.source import GgufSource, open_source
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
+from qlora_native.train.disk import told_if_unwritable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -103,13 +104,26 @@ def prepare_model(config: TrainConfig, model: Any = None) -> Any:
     return model.train()
 
 
-def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter]) -> AdamW | Lion:
-    """The optimiser that the config names, with its clipping; it measures the gradient's norm without clipping too."""
-    max_norm = options.clip or math.inf
-    if options.optimizer == "lion":
-        return Lion(parameters, options.lr, options.betas, options.weight_decay, max_norm=max_norm)
-    bits: Literal[8, 32] = 8 if options.optimizer == "adamw8bit" else 32
-    return AdamW(parameters, options.lr, options.betas, options.eps, options.weight_decay, bits=bits, max_norm=max_norm)
+def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], output_dir: Path) -> AdamW | Lion:
+    """The optimiser that the config names, with its clipping; it measures the gradient's norm without clipping too.
+
+    Its page file, if there comes to be one, lies in ``train.page_dir`` or else in ``output_dir``, where there must be
+    room anyway.
+    """
+    page_dir = Path(options.page_dir).expanduser() if options.page_dir else output_dir
+    with told_if_unwritable(page_dir):
+        page_dir.mkdir(parents=True, exist_ok=True)
+    common: dict[str, Any] = {
+        "paged": options.paged,
+        "page_dir": page_dir,
+        "page_budget": options.page_budget,
+        "max_norm": options.clip or math.inf,
+    }
+    with told_to_the_user():
+        if options.optimizer == "lion":
+            return Lion(parameters, options.lr, options.betas, options.weight_decay, **common)
+        bits: Literal[8, 32] = 8 if options.optimizer == "adamw8bit" else 32
+        return AdamW(parameters, options.lr, options.betas, options.eps, options.weight_decay, bits=bits, **common)
 
 
 def describe_rows(train: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:

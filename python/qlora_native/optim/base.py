@@ -1,24 +1,4 @@
-"""Optimisers with one native call a step: ``AdamW``, ``Adam`` and ``Lion``, with 32-bit or 8-bit states.
-
-They are ``torch.optim.Optimizer``: learning-rate schedulers, parameter groups, hooks, closures, ``state_dict``,
-deepcopy and ``GradScaler`` work as with torch's own. The differences:
-
-* ``max_norm`` clips inside ``step()``: one sweep measures the norm of all gradients, a second one updates with every
-  gradient multiplied by ``min(1, max_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` would leave them;
-  ``.grad`` itself is not written. ``optimizer.grad_norm`` is the norm before clipping. If it is not finite, nothing is
-  updated, no step is counted, and ``optimizer.skipped`` is True until the next step. ``max_norm=math.inf`` measures and
-  skips without clipping; without ``max_norm`` there is no first sweep, and what is not finite spreads as in torch.
-* ``bits=8`` keeps the moments as 8-bit dynamic codes, each block of 256 elements relative to its largest magnitude
-  (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"): 2.03 bytes a parameter instead of 8. Tensors
-  below 4096 elements keep 32-bit states: they weigh little, and norms and biases are sensitive. A block in which a
-  moment overflows becomes NaN as a whole; ``max_norm`` prevents that.
-* Parameters may be float32, bfloat16 or float16; the update is computed in float32 and rounded once. States are float32
-  or codes, whatever the parameter's dtype.
-* On the CPU the bytes written depend neither on the instruction set nor on the number of threads. The CUDA kernels give
-  the same bytes in two launches (in the emulator; they have not run on hardware); the host waits for them only where
-  ``grad_norm`` or ``skipped`` is read. Elsewhere, and for gradients of another dtype than their parameter's, the plain
-  torch reference computes the same, slower.
-"""
+"""What the optimisers share: one step over all parameters, their states, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,19 +6,20 @@ import math
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import _C, _native, reference
-from .ops import _cuda_kernels
-from .ops import _tensor_rows as rows
-from .ops._cuda_optim import DeviceTable, Scaling
-from .ops._optim_plan import Plan
+from .. import _C, _native, reference
+from ..ops import _cuda_kernels
+from ..ops import _tensor_rows as rows
+from ..ops._cuda_optim import DeviceTable, Scaling
+from ..ops._optim_plan import Plan
+from .pages import Paged
+from .paging import PAGING_DEFAULTS, PagedStates
 
-Paged = Literal["auto"] | bool
-
+Paging = tuple[_C.Pager | None, int, int]  # the native functions' last arguments: pager, numbers, budget_bytes
 MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
 
 
@@ -49,12 +30,11 @@ class _Held:
         self.tensor = tensor
 
 
-class _Optimizer(torch.optim.Optimizer):
+class Optimizer(PagedStates, torch.optim.Optimizer):
     """What AdamW, Adam and Lion share."""
 
     # GradScaler leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
-    _moments: ClassVar[dict[str, torch.dtype]]  # name of a state -> dtype of its codes
     _counts_steps: ClassVar[bool]
 
     max_norm: float | None
@@ -66,21 +46,17 @@ class _Optimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         paged: Paged,
         page_dir: str | Path | None,
+        page_budget: int | None,
         max_norm: float | None,
     ) -> None:
-        name = type(self).__name__
-        if paged not in (True, False, "auto"):
-            raise ValueError(f"{name}: paged is {paged!r}: expected 'auto', True or False.")
-        if paged is True:
-            raise ValueError(
-                f"{name}: paged is True, but this release has no paged states yet: leave paged at 'auto', "
-                "or use bits=8, which takes a quarter of the memory."
-            )
         if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"{name}: max_norm is {max_norm}: expected a number above 0, or None.")
+            raise ValueError(f"{type(self).__name__}: max_norm is {max_norm}: expected a number above 0, or None.")
+        self._set_paging(paged, page_dir, page_budget)
         self._reset()
         self.max_norm = max_norm
         super().__init__(params, defaults)
+        if paged is True:  # no room for the page file is to be known at the start
+            self._reserve_all()
 
     def _reset(self) -> None:
         self._plan: Plan | None = None
@@ -102,7 +78,9 @@ class _Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-        except ValueError:
+            if self.paged is True and self._pages:
+                self._reserve_all()
+        except (ValueError, OSError):
             self.param_groups.pop()
             raise
 
@@ -133,16 +111,21 @@ class _Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with self._alone():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         self._grad_norm, self._skipped = None, False
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         params, groups, grads = self._with_gradient()
         if params and self._step_on_device(params, groups, grads, grad_scale, found_inf):
-            return loss
+            return
         if found_inf is not None and float(found_inf) != 0:
             self._skipped = True
-            return loss
+            return
         if not params:
-            return loss
+            return
         plan = self._plan_for(params, groups)
         native = plan.point_at(grads, torch.device("cpu"))
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
@@ -151,13 +134,12 @@ class _Optimizer(torch.optim.Optimizer):
             self._grad_norm = norm = factor * norm
             if not math.isfinite(norm):
                 self._skipped = True
-                return loss
+                return
             factor *= min(1.0, self.max_norm / (norm + 1e-6))
         if native:
-            self._step_natively(rows.address_of(plan.table), len(params), factor)
+            self._step_natively(rows.address_of(plan.table), len(params), factor, self._paging_of(plan))
         else:
             self._step_by_ops(plan, grads, factor)
-        return loss
 
     def _with_gradient(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
         """The parameters that have a gradient, the number of the group of each, and the gradients."""
@@ -181,11 +163,21 @@ class _Optimizer(torch.optim.Optimizer):
         """The plan of the last step, or a new one, which makes the states of parameters that are met for the first
         time."""
         if self._plan is None or not self._plan.still_holds(params, groups):
+            if not all(self.state[param] for param in params):
+                self._reserve_all()
             for param, number in zip(params, groups, strict=True):
                 if not self.state[param]:
                     self.state[param] = self._new_state(param, self._is_coded(param, self.param_groups[number]))
             self._plan = Plan(params, groups, [self.state[param] for param in params])
         return self._plan
+
+    def _paging_of(self, plan: Plan) -> Paging:
+        pages = self._pages.get(torch.device("cpu"))
+        if pages is None:
+            return None, 0, 0
+        if plan.numbers is None:
+            plan.numbers = pages.numbers(plan.params, plan.states)
+        return pages.pager, rows.address_of(plan.numbers), pages.budget_now()
 
     def _step_on_device(
         self,
@@ -215,7 +207,7 @@ class _Optimizer(torch.optim.Optimizer):
     def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         raise NotImplementedError
 
-    def _step_natively(self, table: int, num_tensors: int, grad_factor: float) -> None:
+    def _step_natively(self, table: int, num_tensors: int, grad_factor: float, paging: Paging) -> None:
         raise NotImplementedError
 
     def _step_by_op(
@@ -236,6 +228,7 @@ class _Optimizer(torch.optim.Optimizer):
                 [plan.states[i] for i in chosen],
                 grad_factor,
             )
+            self._keep_within_budget()
 
     # -----------------------------------------------------------------------------------------------------------------
     # States
@@ -243,10 +236,19 @@ class _Optimizer(torch.optim.Optimizer):
     def _is_coded(self, param: Tensor, group: dict[str, Any]) -> bool:
         return bool(group["bits"] == 8) and param.numel() >= MIN_CODED_NUMEL
 
-    def _new_state(self, param: Tensor, coded: bool) -> dict[str, Any]:
+    def _reserve_all(self) -> None:
+        self._reserve(
+            [(param, self._is_coded(param, group)) for group in self.param_groups for param in group["params"]]
+        )
+
+    def _new_state(self, param: Tensor, coded: bool, blank: bool = True) -> dict[str, Any]:
+        """The states of a parameter, zeros if ``blank``; where they have a place reserved, there."""
         state: dict[str, Any] = {}
         if self._counts_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        place = self._take(param, coded, blank)
+        if place is not None:
+            return state | place
         blocks = -(-param.numel() // _native.STATE_BLOCK)
         for name, codes in self._moments.items():
             dtype = codes if coded else torch.float32
@@ -268,28 +270,32 @@ class _Optimizer(torch.optim.Optimizer):
             return {**given, "state": held}
 
         def release(_: Any) -> None:
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if param in self.state:
-                        self.state[param] = self._fitted(param, self.state[param], group)
+            loaded = [
+                (param, group, self._held_by(param))
+                for group in self.param_groups
+                for param in group["params"]
+                if param in self.state
+            ]
+            self._reserve_all()
+            for param, group, given in self._apart(loaded):
+                self.state[param] = self._fitted(param, given, group)
 
         hooks = (
             self.register_load_state_dict_pre_hook(hold),
             self.register_load_state_dict_post_hook(release, prepend=True),
         )
         try:
-            super().load_state_dict(state_dict)
+            with self._alone():
+                super().load_state_dict(state_dict)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _fitted(self, param: Tensor, loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-        """A state of our own from a loaded one."""
-        given = {key: value.tensor if isinstance(value, _Held) else value for key, value in loaded.items()}
-        coded = self._is_coded(param, group)
-        state = self._new_state(param, coded)
+    def _held_by(self, param: Tensor) -> dict[str, Any]:
+        """What was loaded as the state of a parameter; ValueError if it is no such state."""
+        given = {key: value.tensor if isinstance(value, _Held) else value for key, value in self.state[param].items()}
         for name in self._moments:
-            value, absmax = given.get(name), given.get(f"{name}_absmax")
+            value = given.get(name)
             if (
                 not isinstance(value, Tensor)
                 or value.shape != param.shape
@@ -301,7 +307,15 @@ class _Optimizer(torch.optim.Optimizer):
                     f"{', '.join(sorted(given)) or 'nothing'}, {name} {shape}: expected the states of this optimiser, "
                     "of the parameter's shape."
                 )
-            value = value.detach().to(param.device)
+        return given
+
+    def _fitted(self, param: Tensor, given: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+        """A state of our own from a loaded one."""
+        coded = self._is_coded(param, group)
+        state = self._new_state(param, coded, blank=False)
+        for name in self._moments:
+            absmax = given.get(f"{name}_absmax")
+            value = given[name].detach().to(param.device)
             if (absmax is not None) == coded and value.dtype == state[name].dtype:
                 state[name].copy_(value)
                 if coded:
@@ -318,11 +332,13 @@ class _Optimizer(torch.optim.Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_norm": self.max_norm}
+        return {**super().__getstate__(), "max_norm": self.max_norm, **self._paging_options()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
+        if "defaults" in state:  # a copy or from a pickle; load_state_dict comes by here, too
+            self._set_paging(*(state.get(key, default) for key, default in PAGING_DEFAULTS.items()))
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -330,6 +346,12 @@ class _Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{type(self).__name__}: the state was made with amsgrad or maximize: neither is here."
                 )
+        if "defaults" in state and self.state:
+            self._reserve_all()
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if self.state.get(param):
+                        self.state[param] = self._fitted(param, self.state[param], group)
 
 
 def _norm_of(grads: list[Tensor]) -> float:
@@ -338,116 +360,3 @@ def _norm_of(grads: list[Tensor]) -> float:
         by_device.setdefault(grad.device, []).append(grad)
     op = torch.ops.qlora_native.gradient_norm
     return math.sqrt(sum(float(op(part)) ** 2 for part in by_device.values()))
-
-
-class AdamW(_Optimizer):
-    """Adam with decoupled weight decay; the update of ``torch.optim.AdamW`` (Loshchilov and Hutter 2019).
-
-    Args:
-        params: parameters, (name, parameter) pairs or groups, as for any torch optimiser.
-        lr: learning rate. betas: decay of the two averages. eps: added to the denominator.
-        weight_decay: each step first multiplies the parameter by ``1 - lr * weight_decay``.
-        bits: 32, or 8 for coded states; a group may have its own.
-        paged: "auto" or False; True raises ValueError, since there are no paged states yet.
-        page_dir: folder of paged states; not used without them.
-        max_norm: clips the norm of all gradients together; see the module's text.
-
-    Raises ValueError for values out of range, for parameters that are not float32, bfloat16 or float16, and, in
-    ``step``, for sparse gradients.
-    """
-
-    _moments: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
-    _counts_steps = True
-    _op = "adamw_step"
-    _decoupled = True
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 2e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        bits: Literal[8, 32] = 32,
-        paged: Paged = "auto",
-        page_dir: str | Path | None = None,
-        *,
-        max_norm: float | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": bits}
-        super().__init__(params, defaults, paged, page_dir, max_norm)
-
-    def _options(self, group: dict[str, Any]) -> tuple[float, float, float, float, float, bool]:
-        beta1, beta2 = group["betas"]
-        numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        return (*map(float, numbers), self._decoupled)  # type: ignore[return-value]
-
-    def _step_natively(self, table: int, num_tensors: int, grad_factor: float) -> None:
-        _C.adamw_step(table, num_tensors, [self._options(group) for group in self.param_groups], grad_factor)
-
-    def _step_by_op(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        grad_factor: float,
-    ) -> None:
-        names = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "step")
-        lists = ([state[name] for state in states if name in state] for name in names)
-        torch.ops.qlora_native.adamw_step(params, grads, *lists, *self._options(group), grad_factor)
-
-
-class Adam(AdamW):
-    """Adam (Kingma and Ba 2015); the update of ``torch.optim.Adam``: ``weight_decay`` is added to the gradient.
-
-    Arguments as for :class:`AdamW`.
-    """
-
-    _decoupled = False
-
-
-class Lion(_Optimizer):
-    """Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms"): one average, and steps of ``lr`` in the
-    direction of ``sign(beta1 * average + (1 - beta1) * gradient)``.
-
-    Its authors advise a learning rate 3 to 10 times smaller than AdamW's, with a weight decay as much larger. Arguments
-    as for :class:`AdamW`.
-    """
-
-    _moments: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8}
-    _counts_steps = False
-    _op = "lion_step"
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        bits: Literal[8, 32] = 32,
-        paged: Paged = "auto",
-        page_dir: str | Path | None = None,
-        *,
-        max_norm: float | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "bits": bits}
-        super().__init__(params, defaults, paged, page_dir, max_norm)
-
-    def _options(self, group: dict[str, Any]) -> tuple[float, float, float, float]:
-        beta1, beta2 = group["betas"]
-        return float(group["lr"]), float(beta1), float(beta2), float(group["weight_decay"])
-
-    def _step_natively(self, table: int, num_tensors: int, grad_factor: float) -> None:
-        _C.lion_step(table, num_tensors, [self._options(group) for group in self.param_groups], grad_factor)
-
-    def _step_by_op(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        grad_factor: float,
-    ) -> None:
-        lists = ([state[name] for state in states if name in state] for name in ("exp_avg", "exp_avg_absmax"))
-        torch.ops.qlora_native.lion_step(params, grads, *lists, *self._options(group), grad_factor)

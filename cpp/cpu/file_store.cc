@@ -1,0 +1,246 @@
+#include "cpu/file_store.h"
+
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <sys/mman.h>
+#include <sys/statvfs.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+namespace qlora_native::cpu {
+
+namespace {
+
+constexpr int64_t kPiece = 32 << 20;       // bytes that change between memory and file at once
+constexpr int64_t kReadAhead = 128 << 10;  // bytes: the kernel cuts a longer request off at its own limit
+
+// include/uapi/asm-generic/mman-common.h of Linux 5.14; older C libraries do not know it.
+constexpr int kPopulateWrite = 23;
+
+std::string in_words(int error) { return std::strerror(error); }
+
+[[noreturn]] void fail(const std::string& folder, const std::string& what, int error) {
+  throw PageFileError("The page file in " + folder + " cannot be " + what + ": " + in_words(error) + ".");
+}
+
+// A file without a name in `folder`.
+int open_nameless(const std::string& folder) {
+  const int file = open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (file >= 0 || (errno != EOPNOTSUPP && errno != EISDIR)) {
+    return file;
+  }
+  std::string path = folder + "/qlora_native-XXXXXX";
+  const int named = mkostemp(path.data(), O_CLOEXEC);
+  if (named >= 0) {
+    unlink(path.c_str());
+  }
+  return named;
+}
+
+void write_all(int file, const char* bytes, int64_t count, int64_t offset, const std::string& folder) {
+  while (count > 0) {
+    const ssize_t written = pwrite(file, bytes, static_cast<size_t>(count), offset);
+    if (written < 0 && errno == EINTR) {
+      continue;
+    }
+    if (written <= 0) {
+      fail(folder, "written", written < 0 ? errno : EIO);
+    }
+    bytes += written;
+    count -= written;
+    offset += written;
+  }
+}
+
+// Bytes of a file onto the disk, or on their way there. Some file systems offer the whole file only.
+int write_back(int file, const ByteRange& range, unsigned flags) {
+  if (sync_file_range(file, range.begin, range.size(), flags) == 0) {
+    return 0;
+  }
+  if (errno != EINVAL && errno != ENOSYS && errno != ESPIPE) {
+    return -1;
+  }
+  return flags == SYNC_FILE_RANGE_WRITE ? 0 : fdatasync(file);
+}
+
+void* private_memory(int64_t bytes) {
+  void* memory = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory != MAP_FAILED) {
+    madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // where they are not to be had, small ones serve
+  }
+  return memory;
+}
+
+}  // namespace
+
+bool lies_in_memory(const std::string& folder) {
+  struct statfs system{};
+  return statfs(folder.c_str(), &system) == 0 && (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
+}
+
+int64_t page_bytes() {
+  static const int64_t bytes = sysconf(_SC_PAGESIZE);
+  return bytes;
+}
+
+FileStore::FileStore(int64_t num_bytes, std::string folder, bool in_file)
+    : num_bytes_(rounded_up(num_bytes, page_bytes())), folder_(std::move(folder)) {
+  if (num_bytes_ == 0) {
+    return;
+  }
+  if (in_file) {
+    open_file();
+  }
+  const auto bytes = static_cast<size_t>(num_bytes_);
+  void* memory =
+      in_file ? mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file_, 0) : private_memory(num_bytes_);
+  if (memory == MAP_FAILED) {
+    if (file_ >= 0) {
+      close(file_);
+    }
+    throw std::bad_alloc();
+  }
+  data_ = static_cast<char*>(memory);
+  in_file_ = in_file ? num_bytes_ : 0;
+}
+
+FileStore::~FileStore() {
+  if (data_ != nullptr) {
+    munmap(data_, static_cast<size_t>(num_bytes_));
+  }
+  if (file_ >= 0) {
+    close(file_);
+  }
+}
+
+void FileStore::open_file() {
+  if (lies_in_memory(folder_)) {
+    throw PageFileError("The page file would lie in memory, since " + folder_ +
+                        " is a tmpfs: name a folder on a disk as page_dir.");
+  }
+  const int file = open_nameless(folder_);
+  if (file < 0) {
+    fail(folder_, "made", errno);
+  }
+  const int error = posix_fallocate(file, 0, num_bytes_);
+  if (error != 0) {
+    struct statvfs system{};
+    const bool known = fstatvfs(file, &system) == 0;
+    close(file);
+    throw PageFileError("The page file in " + folder_ + " takes " + std::to_string(num_bytes_) + " bytes, of which " +
+                        (known ? std::to_string(system.f_bavail * system.f_frsize) + " are free" : "too few are free") +
+                        " (" + in_words(error) + "): make room, or name another folder as page_dir.");
+  }
+  file_ = file;
+}
+
+void FileStore::to_file() {
+  if (in_file_ < num_bytes_ && file_ < 0) {
+    open_file();
+  }
+  ByteRange before{0, 0};
+  while (in_file_ < num_bytes_) {
+    const ByteRange piece{in_file_, std::min(num_bytes_, in_file_ + kPiece)};
+    char* const bytes = data_ + piece.begin;
+    write_all(file_, bytes, piece.size(), piece.begin, folder_);
+    if (mmap(bytes, static_cast<size_t>(piece.size()), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file_,
+             piece.begin) == MAP_FAILED) {
+      fail(folder_, "mapped", errno);
+    }
+    in_file_ = piece.end;
+    start_write({piece});
+    release({before});  // one piece later, so that it is written while the next one is copied
+    before = piece;
+  }
+  release({before});
+}
+
+bool FileStore::to_memory() {
+  while (in_file_ > 0) {
+    const ByteRange piece{(in_file_ - 1) / kPiece * kPiece, in_file_};
+    const auto bytes = static_cast<size_t>(piece.size());
+    void* memory = private_memory(piece.size());
+    if (memory == MAP_FAILED) {
+      return false;
+    }
+    fetch({piece});
+    std::memcpy(memory, data_ + piece.begin, bytes);
+    if (mremap(memory, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, data_ + piece.begin) == MAP_FAILED) {
+      munmap(memory, bytes);
+      return false;
+    }
+    in_file_ = piece.begin;
+  }
+  if (file_ >= 0) {
+    close(file_);
+    file_ = -1;
+  }
+  return true;
+}
+
+ByteRange FileStore::clipped(const ByteRange& range) const {
+  const int64_t end = in_file_;
+  return {std::min(range.begin, end), std::min(range.end, end)};
+}
+
+void FileStore::fetch(const std::vector<ByteRange>& ranges) {
+  for (const ByteRange& whole : ranges) {
+    const ByteRange range = clipped(whole);
+    bytes_in_ += range.size() - resident_bytes(range);
+    for (int64_t at = range.begin; at < range.end; at += kReadAhead) {
+      readahead(file_, at, static_cast<size_t>(std::min(kReadAhead, range.end - at)));
+    }
+  }
+  for (const ByteRange& whole : ranges) {
+    const ByteRange range = clipped(whole);
+    // EINVAL: Linux before 5.14. There whoever writes first takes the faults; the bytes are on their way.
+    if (range.size() > 0 && madvise(data_ + range.begin, static_cast<size_t>(range.size()), kPopulateWrite) != 0 &&
+        errno != EINVAL) {
+      fail(folder_, "read", errno == EFAULT ? EIO : errno);
+    }
+  }
+}
+
+void FileStore::start_write(const std::vector<ByteRange>& ranges) {
+  for (const ByteRange& whole : ranges) {
+    const ByteRange range = clipped(whole);
+    if (range.size() > 0 && write_back(file_, range, SYNC_FILE_RANGE_WRITE) != 0) {
+      fail(folder_, "written", errno);
+    }
+  }
+}
+
+void FileStore::release(const std::vector<ByteRange>& ranges) {
+  constexpr unsigned kThrough = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+  for (const ByteRange& whole : ranges) {
+    const ByteRange range = clipped(whole);
+    if (range.size() == 0) {
+      continue;
+    }
+    if (write_back(file_, range, kThrough) != 0) {
+      fail(folder_, "written", errno);
+    }
+    bytes_out_ += resident_bytes(range);
+    // What is written to in between stays dirty, and therefore resident; nothing is lost.
+    madvise(data_ + range.begin, static_cast<size_t>(range.size()), MADV_DONTNEED);
+    posix_fadvise(file_, range.begin, range.size(), POSIX_FADV_DONTNEED);
+  }
+}
+
+int64_t FileStore::resident_bytes(const ByteRange& range) const {
+  const int64_t page = page_bytes();
+  std::vector<unsigned char> flags(static_cast<size_t>(range.size() / page));
+  if (flags.empty() || mincore(data_ + range.begin, static_cast<size_t>(range.size()), flags.data()) != 0) {
+    return 0;
+  }
+  return page * std::count_if(flags.begin(), flags.end(), [](unsigned char flag) { return (flag & 1) != 0; });
+}
+
+}  // namespace qlora_native::cpu

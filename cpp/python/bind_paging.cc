@@ -1,0 +1,94 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "cpu/file_store.h"
+#include "cpu/paging.h"
+#include "python/bindings.h"
+
+namespace py = pybind11;
+
+namespace qlora_native::python {
+namespace {
+
+using Forms = std::vector<std::tuple<int64_t, int, bool>>;
+
+PagePlan page_plan(const Forms& forms, int64_t page_bytes, int64_t chunk_bytes) {
+  std::vector<StateForm> checked;
+  for (const auto& [numel, moments, coded] : forms) {
+    require(numel >= 0 && numel < int64_t{1} << 60 && (moments == 1 || moments == 2),
+            "a form is (" + std::to_string(numel) + ", " + std::to_string(moments) +
+                ", ..): expected a number of elements and 1 or 2 moments.");
+    checked.push_back({numel, moments, coded});
+  }
+  return plan_pages(checked, page_bytes, chunk_bytes);
+}
+
+std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> places_of(const PagePlan& plan) {
+  std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> places;
+  for (const StatePlace& place : plan.places) {
+    places.emplace_back(place.exp_avg, place.exp_avg_sq, place.exp_avg_absmax, place.exp_avg_sq_absmax);
+  }
+  return places;
+}
+
+py::buffer_info buffer_of(const cpu::FileStore& store) {
+  return {store.data(), 1, py::format_descriptor<uint8_t>::format(), 1, {store.num_bytes()}, {1}};
+}
+
+void add(cpu::Pager& pager, const std::shared_ptr<cpu::FileStore>& store, const PagePlan& plan) {
+  require(store->num_bytes() >= plan.num_bytes, "the store has " + std::to_string(store->num_bytes()) +
+                                                    " bytes: expected at least the plan's " +
+                                                    std::to_string(plan.num_bytes) + ".");
+  require(plan.page_bytes % cpu::page_bytes() == 0, "the plan's pages are " + std::to_string(plan.page_bytes) +
+                                                        " bytes: expected a multiple of this machine's " +
+                                                        std::to_string(cpu::page_bytes()) + ".");
+  pager.add(store, plan);
+}
+
+}  // namespace
+
+void bind_paging(py::module_& module) {
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  py::register_local_exception<cpu::PageFileError>(module, "PageFileError", PyExc_OSError);
+  module.attr("page_bytes") = cpu::page_bytes();
+  module.def("lies_in_memory", &cpu::lies_in_memory, py::arg("folder"), "Whether a folder is one of a tmpfs.");
+
+  py::class_<PagePlan>(module, "PagePlan", "Where states lie in an arena, and its chunks; core/page_plan.h.")
+      .def(py::init(&page_plan), py::arg("forms"), py::arg("page_bytes"), py::arg("chunk_bytes"),
+           "forms holds (numel, moments, coded) of each tensor.")
+      .def_readonly("num_bytes", &PagePlan::num_bytes)
+      .def_property_readonly("places", &places_of,
+                             "Offsets of (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax), -1 for none.")
+      .def_property_readonly("largest_chunk", [](const PagePlan& plan) {
+        int64_t largest = 0;
+        for (const PageChunk& chunk : plan.chunks) {
+          largest = std::max(largest, chunk.num_bytes);
+        }
+        return largest;
+      });
+
+  py::class_<cpu::FileStore, std::shared_ptr<cpu::FileStore>>(module, "FileStore", py::buffer_protocol(),
+                                                              "Bytes in private memory or in a file without a name.")
+      .def(py::init<int64_t, std::string, bool>(), py::arg("num_bytes"), py::arg("folder"), py::arg("in_file"),
+           unlocked)
+      .def_buffer(&buffer_of)
+      .def_property_readonly("num_bytes", &cpu::FileStore::num_bytes)
+      .def_property_readonly("bytes_in_file", &cpu::FileStore::bytes_in_file)
+      .def_property_readonly("bytes_in", &cpu::FileStore::bytes_in)
+      .def_property_readonly("bytes_out", &cpu::FileStore::bytes_out)
+      .def("resident_bytes", py::overload_cast<>(&cpu::FileStore::resident_bytes, py::const_), unlocked);
+
+  py::class_<cpu::Pager>(module, "Pager", "Moves the chunks of stores in and out around an optimiser's step.")
+      .def(py::init<>())
+      .def("add", &add, py::arg("store"), py::arg("plan"))
+      .def("to_file", &cpu::Pager::to_file, unlocked)
+      .def("to_memory", &cpu::Pager::to_memory, unlocked)
+      .def("evict", &cpu::Pager::evict, unlocked)
+      .def_property_readonly("look_ahead", &cpu::Pager::look_ahead)
+      .def_property_readonly("stalls", &cpu::Pager::stalls)
+      .def_property_readonly("stall_seconds", &cpu::Pager::stall_seconds);
+}
+
+}  // namespace qlora_native::python

@@ -1,0 +1,187 @@
+"""How many bytes can still be had before an allocation fails or the kernel kills the process.
+
+On Linux the least of: RLIMIT_DATA less the process's private writable memory, the limit of each memory cgroup above the
+process (version 2 and 1) less what it holds beyond page cache, and MemAvailable. RLIMIT_AS is left out on purpose: it
+counts addresses, of which states in a page file take as many as states in memory. The parsers are functions of the
+files' text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import torch
+
+
+class Free(NamedTuple):
+    """What is left of one limit."""
+
+    bytes: int
+    limit: int  # bytes
+    name: str  # what sets the limit, for messages
+
+    @property
+    def margin(self) -> int:
+        """Bytes below which memory is short: a sixteenth of the limit, from 64 MiB to 1 GiB."""
+        return min(max(self.limit // 16, 64 << 20), 1 << 30)
+
+    def __str__(self) -> str:
+        return f"{self.bytes / 2**20:,.0f} MiB left of {self.name}, {self.limit / 2**20:,.0f} MiB"
+
+
+def kib_fields(text: str) -> dict[str, int]:
+    """The fields of /proc/self/status or /proc/meminfo that are given in kB, in bytes."""
+    words = (line.split() for line in text.splitlines())
+    return {word[0].rstrip(":"): int(word[1]) * 1024 for word in words if len(word) == 3 and word[2] == "kB"}
+
+
+def free_of_data_limit(status: str, limit: int) -> Free | None:
+    """What RLIMIT_DATA leaves; ``limit`` is negative where there is none (resource.RLIM_INFINITY)."""
+    held = kib_fields(status).get("VmData")
+    return None if limit < 0 or held is None else Free(max(0, limit - held), limit, "RLIMIT_DATA")
+
+
+def free_of_machine(meminfo: str) -> Free | None:
+    """What the machine has, page cache that can be dropped counted as free."""
+    fields = kib_fields(meminfo)
+    if "MemAvailable" not in fields:
+        return None
+    return Free(fields["MemAvailable"], fields["MemTotal"], "the machine's memory")
+
+
+def free_of_cgroup(limits: Iterable[str], held: str, stat: str) -> Free | None:
+    """What one cgroup leaves.
+
+    Args:
+        limits: texts of memory.max and memory.high, or of memory.limit_in_bytes; "max" and what no machine has are no
+            limit.
+        held: text of memory.current or memory.usage_in_bytes.
+        stat: text of memory.stat. Its file pages, written back or not, are given up before anything is killed.
+    """
+    limit = min((int(text) for text in limits if text.strip() != "max"), default=1 << 60)
+    if limit >= 1 << 60:
+        return None
+    counts = {name: int(value) for name, _, value in (line.partition(" ") for line in stat.splitlines())}
+    prefix = "total_" if "total_inactive_file" in counts else ""  # version 1 has a line with the cgroups below, too
+    cache = sum(counts.get(f"{prefix}{name}_file", 0) for name in ("inactive", "active"))
+    return Free(max(0, limit - max(0, int(held) - cache)), limit, "the memory cgroup")
+
+
+def cgroup_folders(cgroup: str, mountinfo: str) -> list[tuple[int, str]]:
+    """The process's memory cgroups as (version, folder), its own first, then those above it as far as they are seen.
+
+    Args:
+        cgroup: text of /proc/self/cgroup.
+        mountinfo: text of /proc/self/mountinfo.
+    """
+    own: dict[int, str] = {}
+    for line in cgroup.splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            own[2] = path
+        elif "memory" in controllers.split(","):
+            own[1] = path
+    found: list[tuple[int, str]] = []
+    for line in mountinfo.splitlines():
+        place, _, kind = line.partition(" - ")
+        root, point = place.split()[3:5]
+        filesystem, _, options = kind.split(" ", 2)
+        version = {"cgroup2": 2, "cgroup": 1}.get(filesystem)
+        if version not in own or (version == 1 and "memory" not in options.split(",")):
+            continue
+        path, top = PurePosixPath(own.pop(version)), PurePosixPath(root)
+        # In a container the path may be the host's, and then the mount point is the process's own cgroup.
+        parts = path.relative_to(top).parts if path.is_relative_to(top) and ".." not in path.parts else ()
+        found += [(version, str(PurePosixPath(point, *parts[:depth]))) for depth in range(len(parts), -1, -1)]
+    return found
+
+
+CGROUP_FILES = {
+    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
+    2: (("memory.max", "memory.high"), "memory.current"),
+}
+
+
+@lru_cache(maxsize=1)
+def _limited_cgroups() -> list[tuple[int, Path]]:
+    """Those that are there; a version 2 root has no limit and no such files."""
+    try:
+        folders = cgroup_folders(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
+    except (OSError, ValueError):
+        return []
+    return [(version, Path(folder)) for version, folder in folders if Path(folder, CGROUP_FILES[version][1]).exists()]
+
+
+def _read(file: str | Path) -> str:
+    return Path(file).read_text(encoding="ascii", errors="replace")
+
+
+def _of_data_limit() -> Iterator[Free | None]:
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit != resource.RLIM_INFINITY:
+        yield free_of_data_limit(_read("/proc/self/status"), limit)
+
+
+def _of_machine() -> Iterator[Free | None]:
+    yield free_of_machine(_read("/proc/meminfo"))
+
+
+def _of_cgroups() -> Iterator[Free | None]:
+    for version, folder in _limited_cgroups():
+        limits, held = CGROUP_FILES[version]
+        texts = [_read(folder / name) for name in limits]
+        if any(text.strip() != "max" for text in texts):
+            yield free_of_cgroup(texts, _read(folder / held), _read(folder / "memory.stat"))
+
+
+SOURCES: tuple[Callable[[], Iterator[Free | None]], ...] = (_of_data_limit, _of_cgroups, _of_machine)
+
+
+def free_memory() -> Free | None:
+    """The limit of this process that leaves least; None where no limit can be read (no procfs)."""
+    found: list[Free] = []
+    for source in SOURCES:
+        try:
+            found += [free for free in source() if free is not None]
+        except (ImportError, OSError, ValueError, KeyError):
+            continue  # a file that this kernel does not have tells nothing
+    return min(found, default=None)
+
+
+def free_of_device(free: int, total: int, fraction: float, reserved: int, allocated: int) -> Free:
+    """What torch can still hand out on a CUDA device.
+
+    Args:
+        free, total: of the device, in bytes, as cudaMemGetInfo tells.
+        fraction: share of ``total`` that this process may take.
+        reserved, allocated: bytes that torch took from the device, and those of them that tensors hold.
+    """
+    limit = min(total, int(fraction * total))
+    return Free(max(0, min(free, limit - reserved)) + reserved - allocated, limit, "the device's memory")
+
+
+def free_device_memory(device: torch.device) -> Free:
+    """The same for a CUDA device that is there."""
+    return free_of_device(
+        *torch.cuda.mem_get_info(device),
+        torch.cuda.get_per_process_memory_fraction(device),
+        torch.cuda.memory_reserved(device),
+        torch.cuda.memory_allocated(device),
+    )
+
+
+def release_free_memory() -> None:
+    """Give memory that malloc keeps for later back to the system: it counts against the limits as if it were in use."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return  # not glibc
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,116 @@
+"""The watcher: moves optimizer states out of memory when it runs short, and back when there is room again.
+
+One daemon thread an optimizer, which holds it by a weak reference and ends with it. A single large allocation can come
+between two looks of the thread; the training loop answers that one by ``page_out()`` and a second try.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from .free_memory import Free
+
+INTERVAL = 0.05  # seconds between two looks; one takes about 0.1 ms
+CALM, LONGEST_CALM = 10.0, 640.0  # seconds
+
+
+class Pageable(Protocol):
+    """What the watcher needs of an optimizer. The methods take the optimizer's own lock against ``step()``."""
+
+    def states_in_memory(self) -> int:
+        """Bytes of states in ordinary memory, which ``page_out`` would free; 0 also where it cannot."""
+
+    def states_paged_out(self) -> int:
+        """Bytes of states in the page store, which ``page_in`` would bring back into ordinary memory."""
+
+    def page_out(self) -> None:
+        """Move all states out."""
+
+    def page_in(self) -> None:
+        """Move all states back."""
+
+
+class Judge:
+    """When to move: out as soon as less than the margin is free; in when, for ``calm`` seconds on end, the margin and
+    the states had room.
+
+    A training step needs much memory in its middle and little at its end: what is free at one moment is no reason to
+    come back. And if coming back was too early, the next time takes twice as long, up to ``longest``.
+    """
+
+    def __init__(self, calm: float = CALM, longest: float = LONGEST_CALM) -> None:
+        self.calm, self.base, self.longest = calm, calm, longest
+        self._out = False  # as last seen; the training loop moves states, too
+        self._short = -math.inf  # when there was last too little room to come back
+        self._came_back = -math.inf
+
+    def judge(self, now: float, free: Free, in_memory: int, paged_out: int) -> Literal["out", "in"] | None:
+        """One look: seconds of any clock, what is free, and the bytes of states here and there."""
+        if in_memory > 0 and free.bytes < free.margin:
+            return "out"
+        out = paged_out > 0
+        if out and not self._out:
+            again = now - self._came_back < self.calm
+            self.calm = min(2 * self.calm, self.longest) if again else self.base
+        if (out and not self._out) or free.bytes < free.margin + paged_out:
+            self._short = now
+        if self._out and not out:
+            self._came_back = now
+        self._out = out
+        return "in" if out and now - self._short >= self.calm else None
+
+
+_ending = threading.Event()
+_watchers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def watch(
+    optimizer: Pageable,
+    free_bytes: Callable[[], Free | None],
+    interval: float = INTERVAL,
+    judge: Judge | None = None,
+) -> threading.Thread:
+    """Start the watcher of an optimizer.
+
+    It ends when the optimizer is collected, when ``free_bytes`` answers None (nothing can be read here) or raises, and
+    at the interpreter's end.
+    """
+    thread = threading.Thread(
+        target=_watch,
+        args=(weakref.ref(optimizer), free_bytes, interval, judge or Judge()),
+        name="qlora_native page watcher",
+        daemon=True,
+    )
+    _watchers.add(thread)
+    thread.start()
+    return thread
+
+
+def _watch(
+    reference: weakref.ref[Pageable], free_bytes: Callable[[], Free | None], interval: float, judge: Judge
+) -> None:
+    while not _ending.wait(interval):
+        free = free_bytes()
+        optimizer = reference()
+        if free is None or optimizer is None:
+            return
+        move = judge.judge(time.monotonic(), free, optimizer.states_in_memory(), optimizer.states_paged_out())
+        if move == "out":
+            optimizer.page_out()
+        elif move == "in":
+            optimizer.page_in()
+        del optimizer
+
+
+@atexit.register
+def _end() -> None:
+    """A thread in native code must not wake up in an interpreter that is gone."""
+    _ending.set()
+    for thread in list(_watchers):
+        thread.join()

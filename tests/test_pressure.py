@@ -1,0 +1,284 @@
+"""What is free, read from texts as Linux writes them and held against what mmap grants; when states move, and by
+whom."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from qlora_native.optim import free_memory, pressure
+from qlora_native.optim.free_memory import Free
+from qlora_native.optim.pressure import Judge
+
+MIB, GIB = 1 << 20, 1 << 30
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is free
+
+STATUS = """\
+Name:\tpython
+State:\tR (running)
+VmPeak:\t 5195304 kB
+VmSize:\t 5195304 kB
+VmData:\t 1000000 kB
+VmStk:\t     132 kB
+Threads:\t3
+"""
+MEMINFO = """\
+MemTotal:       24590000 kB
+MemFree:         1000000 kB
+MemAvailable:   20000000 kB
+HugePages_Total:       0
+Hugepagesize:       2048 kB
+"""
+
+
+def test_the_data_limit() -> None:
+    free = free_memory.free_of_data_limit(STATUS, 2_000_000 * 1024)
+    assert free == Free(1_000_000 * 1024, 2_000_000 * 1024, "RLIMIT_DATA")
+    assert free_memory.free_of_data_limit(STATUS, -1) is None
+    over = free_memory.free_of_data_limit(STATUS, 1024)  # a limit set below what is held already
+    assert over is not None and over.bytes == 0
+    assert free_memory.free_of_data_limit("Name:\tkthreadd\n", 1024) is None
+
+
+def test_the_machine() -> None:
+    assert free_memory.free_of_machine(MEMINFO) == Free(20_000_000 * 1024, 24_590_000 * 1024, "the machine's memory")
+    assert free_memory.free_of_machine("MemTotal: 5 kB\n") is None  # before Linux 3.14
+
+
+def test_a_cgroup_of_version_2() -> None:
+    stat = f"anon {500 * MIB}\nfile {300 * MIB}\ninactive_file {200 * MIB}\nactive_file {50 * MIB}\nshmem {50 * MIB}\n"
+    free = free_memory.free_of_cgroup([f"{GIB}\n", "max\n"], f"{800 * MIB}\n", stat)
+    assert free == Free(GIB - 800 * MIB + 250 * MIB, GIB, "the memory cgroup")
+    throttled = free_memory.free_of_cgroup([f"{GIB}\n", f"{900 * MIB}\n"], f"{800 * MIB}\n", stat)
+    assert throttled is not None and throttled.limit == 900 * MIB
+    assert free_memory.free_of_cgroup(["max\n", "max\n"], f"{800 * MIB}\n", stat) is None
+    cache_alone = free_memory.free_of_cgroup([f"{GIB}\n"], f"{100 * MIB}\n", stat)  # read a moment later
+    assert cache_alone is not None and cache_alone.bytes == GIB
+
+
+def test_a_cgroup_of_version_1() -> None:
+    stat = f"inactive_file 0\nactive_file 0\ntotal_inactive_file {70 * MIB}\ntotal_active_file {30 * MIB}\n"
+    free = free_memory.free_of_cgroup([f"{GIB}\n"], f"{600 * MIB}\n", stat)
+    assert free == Free(GIB - 500 * MIB, GIB, "the memory cgroup")
+    assert free_memory.free_of_cgroup(["9223372036854771712\n"], f"{600 * MIB}\n", stat) is None
+
+
+MOUNTS_V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
+MOUNTS_BOTH = """\
+35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+36 31 0:33 / /sys/fs/cgroup/devices rw,relatime - cgroup cgroup rw,devices
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+"""
+MOUNTS_DOCKER = "42 40 0:32 /docker/abc /sys/fs/cgroup/memory ro master:9 - cgroup cgroup rw,memory\n"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mountinfo", "folders"),
+    [
+        (
+            "0::/user.slice/run-1.scope\n",
+            MOUNTS_V2,
+            [(2, f"/sys/fs/cgroup{path}") for path in ("/user.slice/run-1.scope", "/user.slice", "")],
+        ),
+        ("0::/\n", MOUNTS_V2, [(2, "/sys/fs/cgroup")]),  # a container with a cgroup namespace
+        ("0::/../other\n", MOUNTS_V2, [(2, "/sys/fs/cgroup")]),  # a process moved out of its namespace's root
+        (
+            "5:devices:/\n4:memory:/jobs/7\n0::/\n",
+            MOUNTS_BOTH,
+            [(1, f"/sys/fs/cgroup/memory{path}") for path in ("/jobs/7", "/jobs", "")]
+            + [(2, "/sys/fs/cgroup/unified")],
+        ),
+        ("4:cpuset,memory:/docker/abc\n", MOUNTS_DOCKER, [(1, "/sys/fs/cgroup/memory")]),
+        ("4:memory:/docker/abc/inner\n", MOUNTS_DOCKER, [(1, f"/sys/fs/cgroup/memory{p}") for p in ("/inner", "")]),
+        ("4:memory:/elsewhere\n", MOUNTS_DOCKER, [(1, "/sys/fs/cgroup/memory")]),
+        ("1:name=systemd:/\n", MOUNTS_BOTH, []),
+    ],
+)
+def test_where_the_cgroups_are(cgroup: str, mountinfo: str, folders: list[tuple[int, str]]) -> None:
+    assert free_memory.cgroup_folders(cgroup, mountinfo) == folders
+
+
+def test_a_device() -> None:
+    """8 GiB, of which another process holds 2, torch 3 with 1 of them in tensors."""
+    assert free_memory.free_of_device(3 * GIB, 8 * GIB, 1.0, 3 * GIB, GIB).bytes == 5 * GIB
+    half = free_memory.free_of_device(3 * GIB, 8 * GIB, 0.5, 3 * GIB, GIB)
+    assert half == Free(3 * GIB, 4 * GIB, "the device's memory")
+
+
+def test_the_margin_grows_with_the_limit() -> None:
+    assert [Free(0, limit, "").margin for limit in (GIB // 2, 4 * GIB, 64 * GIB)] == [64 * MIB, 256 * MIB, GIB]
+    assert str(Free(3 * MIB, GIB, "RLIMIT_DATA")) == "3 MiB left of RLIMIT_DATA, 1,024 MiB"
+
+
+GRANTED = """
+import mmap, resource
+from qlora_native.optim.free_memory import free_memory
+
+MIB = 1 << 20
+before = free_memory()
+assert before.name != "RLIMIT_DATA", before
+held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (held + 256 * MIB,) * 2)
+free = free_memory()
+assert free.name == "RLIMIT_DATA" and free.limit == held + 256 * MIB, free
+assert 200 * MIB < free.bytes <= 256 * MIB, free
+mmap.mmap(-1, free.bytes - 8 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+try:
+    mmap.mmap(-1, free.bytes + 8 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+except OSError:
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_free_is_what_the_system_grants() -> None:
+    done = subprocess.run([sys.executable, "-c", GRANTED], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("refused\n", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When to move
+
+
+def left(mib: int) -> Free:
+    return Free(mib * MIB, GIB, "a test")  # of 1 GiB: the margin is 64 MiB
+
+
+class States:
+    """100 MiB of states without any memory: what moves them and when."""
+
+    def __init__(self, in_memory: int = 100 * MIB) -> None:
+        self.here, self.there = in_memory, 0
+        self.moves: list[str] = []
+
+    def states_in_memory(self) -> int:
+        return self.here
+
+    def states_paged_out(self) -> int:
+        return self.there
+
+    def page_out(self) -> None:
+        self.moves.append("out")
+        self.here, self.there = 0, self.here + self.there
+
+    def page_in(self) -> None:
+        self.moves.append("in")
+        self.here, self.there = self.here + self.there, 0
+
+
+def play(free: Callable[[int], int], seconds: int, judge: Judge, states: States) -> list[tuple[int, str]]:
+    """One look a second; the seconds at which states move."""
+    moves = []
+    for now in range(seconds):
+        move = judge.judge(float(now), left(free(now)), states.here, states.there)
+        if move is not None:
+            getattr(states, f"page_{move}")()
+            moves.append((now, move))
+    return moves
+
+
+def test_out_under_the_margin_and_back_after_a_calm() -> None:
+    assert play(lambda now: 50 if now == 7 else 500, 40, Judge(calm=10), States()) == [(7, "out"), (18, "in")]
+
+
+def test_no_room_for_margin_and_states_means_no_way_back() -> None:
+    assert play(lambda now: 50 if now == 7 else 163, 100, Judge(calm=10), States()) == [(7, "out")]
+    assert play(lambda now: 50 if now == 7 else 164, 100, Judge(calm=10), States()) == [(7, "out"), (18, "in")]
+
+
+def test_room_between_the_spikes_of_every_step_is_no_room() -> None:
+    """Steps of eight seconds, each with a moment of little memory: out once, and never back."""
+    assert play(lambda now: 120 if now % 8 == 5 else 500, 400, Judge(calm=10), States()) == []
+    assert play(lambda now: 40 if now % 8 == 5 else 500, 400, Judge(calm=10), States()) == [(5, "out")]
+
+
+def test_coming_back_too_early_doubles_the_wait_and_never_without_end() -> None:
+    """A spike every 15 seconds: out and in at first, at least half as often each time."""
+    moves = play(lambda now: 40 if now % 15 == 5 else 500, 3000, Judge(calm=10, longest=40), States())
+    assert moves[:3] == [(5, "out"), (16, "in"), (20, "out")]
+    assert [move for _, move in moves].count("out") == 2  # after which the calm of 20 seconds never comes
+    rare = play(lambda now: 40 if now % 100 == 5 else 500, 1000, Judge(calm=10, longest=40), States())
+    assert rare == [(at + delay, move) for at in range(5, 1000, 100) for delay, move in ((0, "out"), (11, "in"))]
+
+
+def test_states_that_the_loop_moved_out_wait_for_a_calm_too() -> None:
+    judge, states = Judge(calm=10), States()
+    assert play(lambda now: 500, 5, judge, states) == []
+    states.page_out()
+    later = play(lambda now: 500, 30, judge, states)
+    assert [move for _, move in later] == ["in"]
+    assert later[0][0] >= 10
+
+
+def test_nothing_to_move() -> None:
+    assert play(lambda now: 0, 30, Judge(), States(in_memory=0)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The thread
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit, "nothing happened"
+        time.sleep(0.002)
+
+
+def test_the_watcher_moves_states_and_ends_with_their_owner() -> None:
+    now_free = [500]
+    states = States()
+    moves = states.moves
+    thread = pressure.watch(states, lambda: left(now_free[0]), 0.001, Judge(calm=0.01))
+    now_free[0] = 10
+    wait_for(lambda: moves == ["out"])
+    now_free[0] = 500
+    wait_for(lambda: moves == ["out", "in"])
+    del states
+    gc.collect()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_the_watcher_ends_where_nothing_can_be_read() -> None:
+    states = States()
+    thread = pressure.watch(states, lambda: None, 0.001)
+    thread.join(30)
+    assert not thread.is_alive() and states.moves == []
+
+
+AT_THE_END = """
+import threading, time
+from qlora_native.optim import pressure
+from qlora_native.optim.free_memory import free_memory
+
+class Slow:
+    def states_in_memory(self): return 0
+    def states_paged_out(self): return 1
+    def page_in(self):
+        time.sleep(0.3)
+        print("moved", flush=True)
+
+states = Slow()
+thread = pressure.watch(states, free_memory, 0.001, pressure.Judge(calm=0.0))
+assert thread.daemon
+time.sleep(0.1)
+"""
+
+
+def test_a_move_at_the_interpreters_end_is_waited_for() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("moved\n", "", 0)
+
+
+def test_no_watcher_is_left_behind() -> None:
+    gc.collect()
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "qlora_native page watcher"])

@@ -1,0 +1,187 @@
+"""Memory that runs out inside a step: the step begins again and computes the same, or one sentence says what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from qlora_native.errors import UserError
+from qlora_native.optim import AdamW
+from qlora_native.train import TrainConfig, Trainer, loop, shortage
+
+STEPS = 5
+TOO_MUCH = 1 << 60  # bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    tiny.write_model(folder / "model")
+    tiny.write_rows(folder / "train.jsonl", 20)
+    return folder
+
+
+def train(files: Path, out: Path, **options: Any) -> Any:
+    """Dropout makes each micro-batch draw random numbers."""
+    train = {"steps": STEPS, "batch_size": 3, "grad_accum": 2, "lr": 5e-3, "save_every": 0, "eval_every": 3, **options}
+    config = {
+        "model": str(files / "model"),
+        "output_dir": str(out),
+        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0.2},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.3},
+        "train": train,
+    }
+    return Trainer(TrainConfig.model_validate(config)).train()
+
+
+def result(out: Path) -> tuple[bytes, list[dict[str, Any]]]:
+    """The adapter, and the metrics without the times."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes(), metrics
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(files, out)
+    return result(out)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *calls: int, allocate: Callable[[], Any]) -> list[int]:
+    """Has the losses of these numbers fail once they are computed; returns the list that counts all."""
+    plain, count = loop.causal_lm_loss, [0]
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        count[0] += 1
+        value = plain(model, batch)
+        if count[0] in calls:
+            allocate()
+        return value
+
+    monkeypatch.setattr(loop, "causal_lm_loss", loss)
+    return count
+
+
+def by_torch() -> None:
+    torch.empty(TOO_MUCH, dtype=torch.uint8)
+
+
+def by_numpy() -> None:
+    np.empty(TOO_MUCH, dtype=np.uint8)
+
+
+def by_a_device() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+
+
+# The calls: two micro-batches of held-out rows, two a step, two of held-out rows after step 3.
+EVALUATION = 2
+SECOND_HALF_OF_STEP_2 = EVALUATION + 4
+
+
+@pytest.mark.parametrize("allocate", [by_torch, by_numpy, by_a_device])
+def test_the_step_begins_again_and_computes_the_same(
+    files: Path,
+    undisturbed: tuple[bytes, list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    allocate: Callable[[], Any],
+) -> None:
+    failing(monkeypatch, SECOND_HALF_OF_STEP_2, allocate=allocate)
+    summary = train(files, tmp_path)
+    assert result(tmp_path) == undisturbed
+    assert summary.retried == 1 and summary.paging_seconds > 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "page" in line or "paging" in line]
+    assert len(told) == 2, told
+    assert told[0].startswith("step 2: memory is short, so ")
+    assert "1 step began again" in told[1]
+
+
+def test_without_the_random_state_the_end_would_differ(
+    files: Path, undisturbed: tuple[bytes, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the comparison above can fail."""
+    failing(monkeypatch, SECOND_HALF_OF_STEP_2, allocate=by_torch)
+    monkeypatch.setattr(shortage, "set_random_state", lambda *state: None)
+    train(files, tmp_path)
+    assert result(tmp_path)[0] != undisturbed[0]
+
+
+def test_an_evaluation_begins_again_too(
+    files: Path, undisturbed: tuple[bytes, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = failing(monkeypatch, 1, EVALUATION + 1 + 6 + 1, allocate=by_torch)
+    assert train(files, tmp_path).retried == 2
+    assert result(tmp_path) == undisturbed
+    assert count[0] == 3 * EVALUATION + 2 * STEPS + 2
+
+
+def test_the_second_failure_is_one_sentence(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = failing(monkeypatch, SECOND_HALF_OF_STEP_2, SECOND_HALF_OF_STEP_2 + 2, allocate=by_torch)
+    words = (
+        r"^step 2 needs more memory than there is \(it asked for 1152921504606846976 bytes; [\d,]+ MiB left of .*\); "
+        r"halve train.batch_size \(now 3\) and double train.grad_accum, or lower data.max_length \(now 1024\)$"
+    )
+    with pytest.raises(UserError, match=words):
+        train(files, tmp_path)
+    assert count[0] == SECOND_HALF_OF_STEP_2 + 2
+
+
+def test_without_paging_the_first_failure_is(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = failing(monkeypatch, SECOND_HALF_OF_STEP_2, allocate=by_numpy)
+    words = r"^step 2 needs .*or set train.grad_checkpointing to true, or set train.paged to auto$"
+    with pytest.raises(UserError, match=words):
+        train(files, tmp_path, paged=False, grad_checkpointing=False)
+    assert count[0] == SECOND_HALF_OF_STEP_2
+
+
+def test_an_update_is_never_done_twice(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    plain = AdamW.step
+
+    def step(self: AdamW, closure: Any = None) -> Any:
+        steps.append(plain(self, closure))
+        by_torch()
+
+    monkeypatch.setattr(AdamW, "step", step)
+    with pytest.raises(UserError, match="step 1 needs more memory"):
+        train(files, tmp_path)
+    assert len(steps) == 1
+
+
+def test_other_errors_pass(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = failing(monkeypatch, 4, allocate=lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        train(files, tmp_path)
+    assert count[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_what_counts_as_a_shortage(error: Exception, expected: bool) -> None:
+    assert shortage.is_shortage(error) == expected
