@@ -98,3 +98,16 @@ def test_experts_merge_to_the_original_weights(tmp_path: Path, kind: str) -> Non
     expected = dense.state_dict()
     assert merged.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_experts_quantised_one_by_one_have_the_bytes_of_the_stack(tmp_path: Path, double_quant: bool) -> None:
+    dense = make("Mixtral", torch.bfloat16, num_hidden_layers=1, num_local_experts=4)
+    dense.save_pretrained(tmp_path)  # experts one by one
+    model = qn.load_model(tmp_path, double_quant=double_quant)
+    stacks = {name: weight for name, weight in four_bit_parts(model).items() if ".experts." in name}
+    assert len(stacks) == 2
+    for name, weight in stacks.items():
+        expected = qn.to_bnb(qn.quantize(dense.get_parameter(name), double_quant=double_quant))
+        got = qn.to_bnb(weight)
+        assert all(torch.equal(got[key], tensor) for key, tensor in expected.items()), name

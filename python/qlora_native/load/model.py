@@ -6,7 +6,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from .. import integrations
 from ..errors import UserError
 from ..integrations.experts import without_stacks
+from ..ops.quantize_4bit import double_quantize
+from ..reference import NESTED_BLOCK
 from ..weight import TENSOR_FIELDS, QuantizedWeight, quantize
 from .files import some_of
 from .layers import OUTPUT_EMBEDDING, four_bit_parts, four_bit_weights, is_four_bit, is_plain_linear
@@ -125,8 +127,12 @@ def load_model(
         return name in weights or stored != tree.dtype_of(name) or target.type != "cpu"
 
     passed = 0
-    for name, value, file in source.arrivals(tree, lambda name: True, is_copied):
-        if isinstance(value, QuantizedWeight):
+    for name, value, file in source.arrivals(tree, lambda name: True, is_copied, weights.__contains__):
+        if isinstance(value, Iterator):
+            weight = _quantized_stack(name, value, tree.shapes[name].shape, file, target, options)
+            weight.dtype = dtype
+            tree.put_quantized(name, weight, False, file)
+        elif isinstance(value, QuantizedWeight):
             module = tree.model.get_submodule(name.rpartition(".")[0])
             transposed = is_plain_linear(module) and not isinstance(module, nn.Linear)
             tree.put_quantized(name, value.to(target), transposed, file)
@@ -137,7 +143,7 @@ def load_model(
         else:
             _check_finite(name, value, file)
             tree.put(name, value, file)
-        passed += 0 if isinstance(value, QuantizedWeight) else value.nbytes
+        passed += value.nbytes if isinstance(value, Tensor) else 0
         if passed > TRIM_EVERY_BYTES:
             passed = 0
             give_memory_back()
@@ -161,6 +167,37 @@ def _quantized(name: str, tensor: Tensor, file: str, transposed: bool, options: 
     except ValueError as error:
         reason = first_sentence(error).removeprefix("quantize: ")
         raise UserError(f"{file}: weight {name} cannot be quantised: {reason}") from error
+
+
+def _quantized_stack(
+    name: str,
+    slices: Iterator[Tensor],
+    shape: torch.Size,
+    file: str,
+    device: torch.device,
+    options: dict[str, Any],
+) -> QuantizedWeight:
+    """Quantise a stack [E, N, K] from its slices [1, N, K]: the same bytes, without the stack in 16 bits."""
+    block, done = options["block_size"], 0
+    packed = torch.empty(shape.numel() // 2, dtype=torch.uint8, device=device)
+    scales = torch.empty(shape.numel() // block, device=device)
+    for one in slices:
+        if one.shape != (1, *shape[1:]):
+            raise UserError(f"{file}: a part of {name} is {list(one.shape[1:])}, but {list(shape[1:])} by config.json.")
+        part = _quantized(name, one.to(device), file, False, {**options, "double_quant": False})
+        packed[done // 2 :][: part.packed.numel()] = part.packed
+        scales[done // block :][: part.absmax.numel()] = part.absmax
+        done += one.numel()
+    if done != shape.numel():
+        raise UserError(f"{file}: {name} has {done // shape[1:].numel()} parts, but {shape[0]} by config.json.")
+    about = {name: options[name] for name in ("quant_type", "block_size")}
+    weight = QuantizedWeight(packed, scales, shape=shape, dtype=torch.bfloat16, **about)
+    if options["double_quant"]:
+        codes = torch.empty(scales.numel(), dtype=torch.uint8)
+        nested, offset = torch.empty(-(-scales.numel() // NESTED_BLOCK)), torch.empty(())
+        double_quantize(scales.cpu(), codes, nested, offset)
+        weight.absmax, weight.nested_absmax, weight.nested_offset = (t.to(device) for t in (codes, nested, offset))
+    return weight
 
 
 def _check_finite(name: str, tensor: Tensor, file: str) -> None:

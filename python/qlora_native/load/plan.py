@@ -7,6 +7,7 @@ result is read, handed over and dropped before the next.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,7 +16,14 @@ from functools import partial
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from ..errors import UserError
 from .eight_bit import SCALE_SUFFIX
@@ -69,6 +77,29 @@ class Converted:
         for name in list(results):
             result = results.pop(name)
             yield name, result[0] if isinstance(result, list) else result
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the result is a stack along the first dimension, each slice of which comes of parts of its own."""
+        first, *others = self.converter.operations
+        counts = Counter(pattern for pattern, _ in self.parts)
+        return (
+            isinstance(first, MergeModulelist)
+            and first.dim == 0
+            and all(isinstance(op, Concatenate) and op.dim > 0 for op in others)
+            and len(self.converter.target_patterns) == 1
+            and len(set(counts.values())) == 1
+        )
+
+    def slices(self, model: PreTrainedModel, read: Callable[[StoredTensor], Tensor]) -> Iterator[Tensor]:
+        """The slices [1, ...] of a stack, one after another; the parts of one are read and dropped before the next."""
+        parts: dict[str, list[StoredTensor]] = {}
+        for pattern, stored in self.parts:
+            parts.setdefault(pattern, []).append(stored)
+        for index in range(len(next(iter(parts.values())))):
+            of_one = [(pattern, tensors[index]) for pattern, tensors in parts.items()]
+            ((_, result),) = Converted(self.name, deepcopy(self.converter), of_one).run(model, read)
+            yield result
 
 
 Step = Plain | FourBit | Converted

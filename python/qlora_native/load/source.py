@@ -20,8 +20,14 @@ from .files import Checkpoint, Scratch, StoredTensor
 from .plan import Converted, FourBit, Plain, Plan, make_plan
 from .tree import Tree, first_sentence
 
-# (name in the model, tensor, where it came from). The tensor may lie in memory that the next one overwrites.
-Arrivals = Iterator[tuple[str, Tensor | QuantizedWeight, str]]
+# (name in the model, tensor, where it came from). The tensor may lie in memory that the next one overwrites; a stack
+# may come as its slices.
+Arrivals = Iterator[tuple[str, Tensor | QuantizedWeight | Iterator[Tensor], str]]
+
+
+def never(name: str) -> bool:
+    """No."""
+    return False
 
 
 class SafetensorsSource:
@@ -50,12 +56,16 @@ class SafetensorsSource:
         return self.plan(tree).is_four_bit
 
     def arrivals(
-        self, tree: Tree, wanted: Callable[[str], bool], is_copied: Callable[[str, torch.dtype], bool]
+        self,
+        tree: Tree,
+        wanted: Callable[[str], bool],
+        is_copied: Callable[[str, torch.dtype], bool],
+        in_slices: Callable[[str], bool] = never,
     ) -> Arrivals:
         """Each wanted tensor of the model, one after another in the order of the files.
 
         ``is_copied(name, stored dtype)`` says that the taker will not keep the tensor itself; it then lies in shared
-        scratch memory.
+        scratch memory. ``in_slices(name)`` says that it takes a stack of experts slice by slice.
         """
         plan = self.plan(tree)
         steps = [step for step in plan.steps if isinstance(step, Converted) or wanted(step.name)]
@@ -71,6 +81,8 @@ class SafetensorsSource:
                 yield step.name, self.read(plan, step.stored, scratch if reuse else None), str(step.stored.file)
             elif isinstance(step, FourBit):
                 yield step.name, self.four_bit(step), str(step.parts[0].file)
+            elif step.is_stack and in_slices(step.name):
+                yield step.name, step.slices(tree.model, partial(self.read, plan)), str(step.parts[0][1].file)
             else:
                 for name, tensor in step.run(tree.model, partial(self.read, plan)):
                     if wanted(name):
@@ -131,7 +143,11 @@ class GgufSource:
         return False
 
     def arrivals(
-        self, tree: Tree, wanted: Callable[[str], bool], is_copied: Callable[[str, torch.dtype], bool]
+        self,
+        tree: Tree,
+        wanted: Callable[[str], bool],
+        is_copied: Callable[[str, torch.dtype], bool],
+        in_slices: Callable[[str], bool] = never,
     ) -> Arrivals:
         """As for safetensors; here the peak is the 16-bit model, and each tensor of it is dropped once handed over."""
         try:
