@@ -20,7 +20,7 @@ import torch
 from children import Child, serve
 from common import machine, write_json
 
-ROWS, LENGTH = 2, 64  # tokens a step: their product
+ROWS, LENGTH = 2, 32  # tokens a step: their product
 TOLERANCE = 1e-3  # of the loss, in fp32
 SPREADS = 2.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
