@@ -119,7 +119,8 @@ def test_there_are_results() -> None:
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_every_committed_row_matched_the_reference(file: Path) -> None:
     result = json.loads(file.read_text(encoding="utf-8"))
-    assert result["rows"] and result["machine"]["cpu"] and result["ceilings"]
+    assert result["rows"] and result["machine"]["cpu"]
+    assert result.get("ceilings") or not any("ms" in row for row in result["rows"])
     for row in result["rows"]:
         assert row["match"] is True, row
         assert row["bars"] == [] or all(bar["met"] in (True, False, None) for bar in row["bars"])

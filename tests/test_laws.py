@@ -143,7 +143,8 @@ def test_import_brings_only_the_core_packages() -> None:
     """`import qlora_native` must work, and stay quick, with nothing but torch, numpy and safetensors installed."""
     script = (
         "import sys, qlora_native\n"
-        "heavy = ('transformers', 'peft', 'datasets', 'accelerate', 'bitsandbytes', 'pydantic', 'rich', 'yaml')\n"
+        "heavy = ('transformers', 'peft', 'trl', 'datasets', 'accelerate', 'bitsandbytes', 'pydantic', 'rich', "
+        "'yaml')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=laws.ROOT / "tests")

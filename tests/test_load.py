@@ -29,7 +29,7 @@ ARCHITECTURES: list[tuple[str, dict[str, Any], int]] = [
     ("GPTNeoX", {}, 8),  # the output embedding is called embed_out in checkpoints
     ("GPT2", {}, 8),  # transposed Conv1D, tied
     ("Falcon", {"new_decoder_architecture": False}, 8),  # a subclass of nn.Linear
-    ("Mixtral", {"num_local_experts": 4}, 8),  # experts stored one by one, stacked on loading
+    ("Mixtral", {"num_local_experts": 4}, 8),  # experts stored one by one, stacked on loading, 4-bit as stacks
     ("Mamba", {}, 2),  # most weights are read past their layer
 ]
 

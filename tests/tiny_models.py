@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_native.integrations.experts import quantized_stacks
 from qlora_native.nn import QuantizedLinear
 
 VOCAB = 128
@@ -47,7 +48,7 @@ def save(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.float32, 
 
 @torch.no_grad()
 def dense_twin(folder: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, float]:
-    """What transformers loads from ``folder`` in fp32, with the linear weights that ``model`` holds in 4 bits.
+    """What transformers loads from ``folder`` in fp32, with the weights that ``model`` holds in 4 bits.
 
     Also returns the largest relative distance between such a weight and the one in the folder: about 0.1 for the right
     tensor in the right place, about 1.4 for any other.
@@ -61,6 +62,10 @@ def dense_twin(folder: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, f
             weight = weight if isinstance(there, torch.nn.Linear) else weight.t()
             worst = max(worst, float((weight - there.weight).norm() / there.weight.norm()))
             there.weight.data.copy_(weight)
+    for path, _, name, stack in quantized_stacks(model):
+        there, weight = twin.get_submodule(path).get_parameter(name), stack.dequantize(torch.float32)
+        worst = max(worst, float((weight - there).norm() / there.norm()))
+        there.data.copy_(weight)
     return twin, worst
 
 

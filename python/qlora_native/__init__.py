@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import ops  # registers torch.ops.qlora_native
+from . import _late, ops  # ops registers torch.ops.qlora_native
 from ._native import build_info
 from ._version import __version__
 from .errors import UserError
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from . import nn as nn
     from . import optim as optim
     from .integrations import fuse as fuse
+    from .integrations.peft import peft_config as peft_config
+    from .integrations.transformers import QLoRANativeConfig as QLoRANativeConfig
     from .load import load_model as load_model
     from .load import merge as merge
+    from .load.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
     from .lora import LoraConfig as LoraConfig
     from .lora import add_lora as add_lora
     from .lora import load_adapter as load_adapter
@@ -34,6 +37,9 @@ _LAZY = {
     "nn": "nn",
     "optim": "optim",
     "fuse": "integrations",
+    "peft_config": "integrations.peft",
+    "QLoRANativeConfig": "integrations.transformers",
+    "QLoRANativeQuantizer": "load.quantizer",
     "load_model": "load",
     "LoraConfig": "lora",
     "add_lora": "lora",
@@ -47,6 +53,7 @@ _LAZY = {
 
 __all__ = [
     "LoraConfig",
+    "QLoRANativeConfig",
     "QuantizedWeight",
     "TrainConfig",
     "Trainer",
@@ -65,6 +72,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "peft_config",
     "quantize",
     "save_adapter",
     "to_bnb",
@@ -79,3 +87,6 @@ def __getattr__(name: str) -> Any:
     value = module if name in ("nn", "optim") else getattr(module, name)
     globals()[name] = value
     return value
+
+
+_late.watch()  # so that transformers and PEFT know our classes, whichever is imported first

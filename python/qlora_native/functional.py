@@ -9,7 +9,7 @@ from .ops._direct import product, unobserved
 from .weight import QuantizedWeight
 
 
-def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """What autocast would do to the operands of torch's own linear layer."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):
@@ -43,7 +43,7 @@ def linear(
         y = product(w._matrix(), x, bias)
         if y is not None:
             return y
-    x, bias = _autocast(x, bias)  # type: ignore[assignment]
+    x, bias = autocast(x, bias)  # type: ignore[assignment]
     return torch.ops.qlora_native.linear_4bit(x, bias, low_memory, *w.op_args())
 
 
@@ -82,7 +82,7 @@ def lora_linear(
     """
     if unobserved(x, a, b, bias, x_lora) and w._matrix() is not None:
         return lora_linear_4bit.cpu(x, x_lora, a, b, scale, bias, low_memory, *w.op_args())[0]
-    x, bias, x_lora = _autocast(x, bias, x_lora)  # type: ignore[assignment]
+    x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
     y, _ = torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, low_memory, *w.op_args())
     return y
 
@@ -109,11 +109,11 @@ def linear_cross_entropy(
     """
     tracking = torch.is_grad_enabled()
     if isinstance(weight, QuantizedWeight):
-        h = _autocast(h)[0]  # type: ignore[assignment]
+        h = autocast(h)[0]  # type: ignore[assignment]
         arguments = weight.op_args()
         need_grad_weight = False
     else:
-        h, weight = _autocast(h, weight)  # type: ignore[assignment]
+        h, weight = autocast(h, weight)  # type: ignore[assignment]
         arguments = (weight, None, None, None, None, None, list(weight.shape), 0, 64)
         need_grad_weight = tracking and weight.requires_grad
     loss, _, _ = torch.ops.qlora_native.linear_cross_entropy(

@@ -27,6 +27,10 @@ class QuantizedLinear(nn.Linear):
         quant_type, block_size, double_quant: as :func:`qlora_native.quantize`.
         dtype: dtype of the dense weight that this stands for, and of the bias.
         device: where the (uninitialised) tensors are made; "meta" is allowed.
+
+    Attributes:
+        compute_dtype: the dtype that x is cast to for the product; None, the default, takes x's own. The output has
+            x's dtype either way.
     """
 
     absmax: torch.Tensor
@@ -34,6 +38,7 @@ class QuantizedLinear(nn.Linear):
     nested_offset: torch.Tensor | None
     code: torch.Tensor | None
     nested_code: torch.Tensor | None
+    compute_dtype: torch.dtype | None = None
     _prepared: Prepared | None = None
 
     def __init__(
@@ -95,7 +100,8 @@ class QuantizedLinear(nn.Linear):
             )
         self.weight = nn.Parameter(value.packed.view(-1, 1), requires_grad=False)
         for name in _SCALES:
-            self.register_buffer(name, getattr(value, name), persistent=False)
+            # As persistent ones, though state_dict is written below: transformers makes the others anew after loading.
+            self.register_buffer(name, getattr(value, name))
         self._about = _About(value)
 
     @classmethod
@@ -123,6 +129,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features] in x's dtype."""
+        if self.compute_dtype is not None and self.compute_dtype != x.dtype:
+            return self.forward(x.to(self.compute_dtype)).to(x.dtype)
         y = self._at_once(x)
         return functional.linear(x, self.quantized, self.bias) if y is None else y
 

@@ -73,22 +73,41 @@ def _fixed_order_mean(values: torch.Tensor) -> torch.Tensor:
     return torch.tensor(total / values.numel(), dtype=torch.float64).to(torch.float32).to(values.device)
 
 
+def nearest_index(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The index of the nearest value of the sorted ``table``, fp32 [at most 256]; uint8. A tie takes the even one."""
+    threshold = (table[:-1] + table[1:]) * 0.5
+    low = torch.bucketize(values, threshold)
+    last = table.numel() - 1
+    tie = (low < last) & (threshold[low.clamp(max=last - 1)] == values)
+    return torch.where(tie & (low % 2 == 1), low + 1, low).to(torch.uint8)
+
+
+def quantize_blockwise(t: torch.Tensor, table: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices into ``table`` (uint8, of t's shape) of each element over its block's largest magnitude (fp32 [blocks]).
+
+    In a block of zeros every element takes the index of zero.
+    """
+    blocks = _padded_blocks(t.detach().reshape(-1).float(), block_size)
+    absmax = blocks.abs().amax(1) if t.numel() else blocks.new_zeros(0)
+    values = torch.where((absmax == 0)[:, None], 0.0, _normalised(blocks, absmax))
+    return nearest_index(values, table).reshape(-1)[: t.numel()].reshape(t.shape), absmax
+
+
+def dequantize_blockwise(
+    codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """table[code] * absmax of the block, fp32, of the shape of ``codes``."""
+    spread = absmax.repeat_interleave(block_size)[: codes.numel()]
+    return table[codes.long()] * spread.reshape(codes.shape)
+
+
 def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Double quantisation: codes uint8 [blocks], nested_absmax fp32 [ceil(blocks/256)], offset fp32 []."""
     if absmax.numel() == 0:
         return absmax.to(torch.uint8), absmax.clone(), absmax.new_zeros(())
     offset = _fixed_order_mean(absmax)
-    centred = _padded_blocks(absmax - offset, NESTED_BLOCK)
-    valid = _padded_blocks(torch.ones_like(absmax), NESTED_BLOCK).bool()
-    centred = torch.where(valid, centred, 0.0)
-    nested_absmax = centred.abs().amax(1)
-    values = torch.where((nested_absmax == 0)[:, None], 0.0, _normalised(centred, nested_absmax)).reshape(-1)
-    code = _native.nested_code().to(absmax.device)
-    threshold = (code[:-1] + code[1:]) * 0.5
-    low = torch.bucketize(values, threshold)
-    tie = (low < 255) & (threshold[low.clamp(max=254)] == values)
-    nearest = torch.where(tie & (low % 2 == 1), low + 1, low)
-    return nearest[: absmax.numel()].to(torch.uint8), nested_absmax, offset
+    codes, nested_absmax = quantize_blockwise(absmax - offset, _native.nested_code().to(absmax.device), NESTED_BLOCK)
+    return codes, nested_absmax, offset
 
 
 def scales(
@@ -101,8 +120,7 @@ def scales(
     if nested_absmax is None or nested_offset is None:
         return absmax
     code = (_native.nested_code() if nested_code is None else nested_code).to(absmax.device)
-    spread = nested_absmax.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
-    return code[absmax.long()] * spread + nested_offset
+    return dequantize_blockwise(absmax, nested_absmax, code, NESTED_BLOCK) + nested_offset
 
 
 def dequantize(

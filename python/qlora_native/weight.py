@@ -272,9 +272,21 @@ def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, torch.Tensor
         nested_code = _native.nested_code().clone() if w.nested_code is None else w.nested_code
         tensors[f"{prefix}.nested_absmax"] = w.nested_absmax
         tensors[f"{prefix}.nested_quant_map"] = nested_code.to(w.device)
-    text = json.dumps(state).encode()
-    tensors[_state_key(prefix, w.quant_type)] = torch.tensor(list(text), dtype=torch.uint8, device=w.device)
+    tensors[_state_key(prefix, w.quant_type)] = pack_json(state).to(w.device)
     return tensors
+
+
+def pack_json(state: Mapping[str, Any]) -> torch.Tensor:
+    """A quant state's plain values as the UTF-8 bytes of a JSON object, uint8 [length]."""
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def unpack_json(stored: torch.Tensor) -> dict[str, Any]:
+    """The values that :func:`pack_json` packed. Raises ValueError if the bytes are no JSON object."""
+    state = json.loads(bytes(stored.cpu().numpy()).decode())
+    if not isinstance(state, dict):
+        raise ValueError("not a JSON object")
+    return state
 
 
 def _as_storage(w: QuantizedWeight) -> torch.Tensor:
@@ -304,7 +316,7 @@ def from_bnb(tensors: Mapping[str, torch.Tensor], prefix: str = "weight") -> Qua
     if key is None:
         raise ValueError(f"from_bnb: there is no '{prefix}.quant_state.bitsandbytes__nf4' or '..__fp4' among the keys.")
     try:
-        state = json.loads(bytes(tensors[key].cpu().numpy()).decode())
+        state = unpack_json(tensors[key])
         quant_type, block_size, shape = state["quant_type"], int(state["blocksize"]), tuple(state["shape"])
         dtype = getattr(torch, state["dtype"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -44,6 +44,9 @@ VERBS: dict[str, Verb] = {
         "fine-tune a model as a config file says", "train", ("transformers", "pydantic", "yaml"), takes_overrides=True
     ),
     "quantize": Verb("turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", "train", ("transformers",)),
+    "convert": Verb(
+        "turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", "train", ("transformers",)
+    ),
     "config": Verb("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
     "tune": Verb("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
     "doctor": Verb("say what this machine and this installation offer, and what is missing"),

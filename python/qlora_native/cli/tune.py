@@ -34,9 +34,9 @@ example:
 def run(args: argparse.Namespace) -> int:
     """Measure and print each product as it comes."""
     import torch
-    from torch import nn
 
     from qlora_native import tuning
+    from qlora_native.load.layers import four_bit_weights
     from qlora_native.load.source import open_source
     from qlora_native.load.tree import Tree
     from qlora_native.train.setup import told_to_the_user
@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     with told_to_the_user():
         tree = Tree(open_source(Path(args.model).expanduser(), dtype).config, dtype, torch.device("meta"))
-        linears = tree.linears(args.skip_modules).values()
+        weights = four_bit_weights(tree.model, args.skip_modules, args.block_size, tree.in_fp32)
     shapes = []
-    for module in linears:
-        rows, columns = module.get_parameter("weight").shape
-        shapes.append((rows, columns) if isinstance(module, nn.Linear) else (columns, rows))  # GPT-2's Conv1D
+    for name, transposed in weights.items():
+        *_, rows, columns = tree.shapes[name].shape  # of one expert, where it is a stack of them
+        shapes.append((columns, rows) if transposed else (rows, columns))
 
     def report(found: tuning.Tuned) -> None:
         sizes = {**found.problem._asdict(), "dtype": args.dtype}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.integrations.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
+from qlora_native.integrations.substitute import Substitute, substitute_class
 from qlora_native.ops import _pages, rms_norm, swiglu
 from qlora_native.ops._direct import at_once, few_logits
 
@@ -42,7 +43,7 @@ def fuse(model: nn.Module) -> dict[str, int]:
             settings = kind.recognise(module)
             if settings is not None:
                 vars(module).update(settings)
-                module.__class__ = fused_class(kind, type(module))
+                module.__class__ = substitute_class(kind, type(module))
                 counts[kind.label] += 1
                 break
     return dict(counts)
@@ -57,7 +58,7 @@ def unfuse(model: nn.Module) -> None:
             module.__class__ = type(module).__bases__[1]
 
 
-class Fused(nn.Module):
+class Fused(Substitute):
     """What fused classes have in common: they are subclasses of the class they replace, under its name."""
 
     label = ""
@@ -66,35 +67,6 @@ class Fused(nn.Module):
     def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
         """Attributes to set, named ``_fused_...``, if ``module`` computes what this class would, or None."""
         raise NotImplementedError
-
-    @classmethod
-    def members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Class attributes that depend on the class replaced."""
-        return {}
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        kind, base = type(self).__bases__
-        return _blank, (kind, base), self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
-
-
-_made: dict[tuple[type[Fused], type[nn.Module]], type[nn.Module]] = {}
-
-
-def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``base`` with ``kind``'s forward; the same one every time."""
-    if (kind, base) not in _made:
-        _made[kind, base] = _make_class(kind, base)
-    return _made[kind, base]
-
-
-def _make_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
-    told = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (kind, base), {**told, **kind.members(base)})
-
-
-def _blank(kind: type[Fused], base: type[nn.Module]) -> nn.Module:
-    made = fused_class(kind, base)
-    return made.__new__(made)
 
 
 class Norm(Fused):

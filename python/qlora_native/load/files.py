@@ -25,7 +25,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -111,14 +111,24 @@ class Checkpoint:
             tensor = scratch.tensor(stored.dtype, stored.shape)
         else:
             tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        if stored.num_bytes == 0:
-            return tensor
+        self._fill(tensor, stored, stored.start)
+        return tensor
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        """Elements ``begin`` to ``end`` of the flattened tensor, in memory of their own."""
+        part = torch.empty(end - begin, dtype=stored.dtype)
+        self._fill(part, stored, stored.start + begin * stored.dtype.itemsize)
+        return part
+
+    def _fill(self, tensor: Tensor, stored: StoredTensor, start: int) -> None:
+        if tensor.numel() == 0:
+            return
         target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
         try:
             with stored.file.open("rb", buffering=0) as file:
-                file.seek(stored.start)
-                while done < stored.num_bytes:  # one call moves at most 2 GiB on Linux
+                file.seek(start)
+                while done < target.nbytes:  # one call moves at most 2 GiB on Linux
                     got = file.readinto(target[done:])
                     if not got:
                         raise _cut_short(stored.file, stored.start + stored.num_bytes)
@@ -127,7 +137,6 @@ class Checkpoint:
             raise UserError(
                 f"{stored.file} cannot be read at tensor {stored.name}: {error.strerror or error}."
             ) from error
-        return tensor
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -170,10 +179,10 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTenso
         raise _corrupted(path, f"the header entry of {name} is incomplete") from error
     if not plain:
         raise _corrupted(path, f"the header entry of {name} is malformed")
-    dtype = _DTYPES.get(kind)
+    dtype = DTYPES.get(kind)
     if dtype is None:
         raise UserError(
-            f"{path}: tensor {name} has dtype {kind}, which is not read here; expected one of {', '.join(_DTYPES)}."
+            f"{path}: tensor {name} has dtype {kind}, which is not read here; expected one of {', '.join(DTYPES)}."
         )
     num_bytes = math.prod(shape) * dtype.itemsize
     if end - begin != num_bytes:

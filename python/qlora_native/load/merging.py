@@ -11,9 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import integrations
 from ..errors import UserError
+from ..integrations.experts import quantized_stacks, take_stack
 from ..lora import LoRALinear
 from ..lora.layer import trained_whole
 from ..nn import QuantizedLinear
+from .layers import put_dense
 from .model import DTYPES, LoadReport, make_report
 from .source import open_source
 from .tree import Tree
@@ -45,6 +47,7 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     if dtype not in DTYPES:
         raise ValueError(f"merge: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
     report: LoadReport | None = getattr(model, "load_report", None)
+    has_stacks = any(True for _ in quantized_stacks(model))
     if base == "original":
         if report is None:
             raise ValueError("merge: the model was not loaded by load_model: expected base='dequantized'.")
@@ -56,6 +59,10 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
                 _make_dense(model, path, layer, inner.quantized.dequantize(torch.float32), dtype)
             else:
                 _make_dense(model, path, layer, inner.weight, dtype)
+        for _, experts, name, weight in list(quantized_stacks(model)):
+            take_stack(experts, name, weight.dequantize(dtype))
+    if has_stacks:
+        model.__dict__.pop("_weight_conversions", None)  # transformers' own for this class: experts one by one again
     integrations.unfuse(model)
     loaded_as = model.config.dtype
     for parameter in model.parameters():
@@ -75,6 +82,7 @@ def _from_original(model: PreTrainedModel, report: LoadReport, dtype: torch.dtyp
     if source.is_four_bit(tree):
         raise UserError(f"{report.path} holds 4-bit weights and no original ones: merge with base 'dequantized'.")
     layers = {f"{path}.weight": (path, layer) for path, layer in _layers(model)}
+    stacks = {f"{path}.{name}": (experts, name, weight) for path, experts, name, weight in quantized_stacks(model)}
     parameters = {name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
     config = model.__dict__.get("lora_config")
     trained = tuple(f"{path}." for path in trained_whole(model, config.modules_to_save)) if config else ()
@@ -82,13 +90,22 @@ def _from_original(model: PreTrainedModel, report: LoadReport, dtype: torch.dtyp
     def is_wanted(name: str) -> bool:
         """Layers to replace, and whatever the model holds in a dtype that loses something against the files."""
         parameter = parameters.get(name)
-        return name in layers or (
-            parameter is not None and parameter.dtype != tree.dtype_of(name) and not name.startswith(trained)
+        return (
+            name in layers
+            or name in stacks
+            or (parameter is not None and parameter.dtype != tree.dtype_of(name) and not name.startswith(trained))
         )
 
-    absent = set(layers)
+    absent = {*layers, *stacks}
     for name, value, _ in source.arrivals(tree, is_wanted, lambda name, stored: True):
         assert isinstance(value, Tensor)
+        absent.discard(name)
+        if name in stacks:
+            experts, leaf, weight = stacks[name]
+            if value.shape != weight.shape:
+                raise _changed(report, f"{name} is {list(value.shape)} there now")
+            take_stack(experts, leaf, value.to(weight.device, dtype, copy=True))
+            continue
         if name not in layers:
             parameters[name].data = value.to(parameters[name].device, tree.dtype_of(name), copy=True)
             continue
@@ -98,7 +115,6 @@ def _from_original(model: PreTrainedModel, report: LoadReport, dtype: torch.dtyp
         if tuple(value.shape) != (_inner(layer).out_features, _inner(layer).in_features):
             raise _changed(report, f"{name} is {list(value.shape)} there now")
         _make_dense(model, path, layer, value, dtype)
-        absent.discard(name)
     if absent:
         raise _changed(report, f"{sorted(absent)[0]} is no longer there")
 
@@ -136,12 +152,4 @@ def _make_dense(
             model.all_tied_weights_keys = {}
     else:
         total = weight.to(device, dtype, copy=True)
-    if getattr(inner, "fan_in_fan_out", False):
-        dense: nn.Module = Conv1D(1, 1)
-        dense.nx, dense.nf = inner.in_features, inner.out_features  # type: ignore[assignment]
-        total = total.t().contiguous()
-    else:
-        dense = nn.Linear(inner.in_features, inner.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(total, requires_grad=False)
-    dense.register_parameter("bias", inner.bias)
-    model.set_submodule(path, dense.train(layer.training))
+    put_dense(model, path, inner, total)

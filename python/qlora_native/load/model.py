@@ -6,7 +6,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,14 @@ from transformers import PreTrainedModel
 
 from .. import integrations
 from ..errors import UserError
-from ..nn import QuantizedLinear
-from ..weight import QuantizedWeight, quantize
+from ..integrations.experts import without_stacks
+from ..ops.quantize_4bit import double_quantize
+from ..reference import NESTED_BLOCK
+from ..weight import TENSOR_FIELDS, QuantizedWeight, quantize
+from .files import some_of
+from .layers import OUTPUT_EMBEDDING, four_bit_parts, four_bit_weights, is_four_bit, is_plain_linear
 from .source import Source, open_source
-from .tree import OUTPUT_EMBEDDING, Tree, first_sentence
+from .tree import Tree, first_sentence
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 METHODS = ("rtn",)
@@ -47,6 +51,18 @@ class LoadReport:
     def num_bytes(self) -> int:
         """Bytes of the whole model."""
         return self.bytes_4bit + self.bytes_dense
+
+    @property
+    def share_4bit(self) -> float:
+        """The part of all bytes that is 4-bit weights, 0 to 1."""
+        return self.bytes_4bit / self.num_bytes if self.num_bytes else 0.0
+
+    def __str__(self) -> str:
+        named = [f"{name} ({num_bytes / 2**20:.1f} MiB)" for name, num_bytes in self.dense.items()]
+        return (
+            f"{self.num_bytes / 2**20:.1f} MiB, {100 * self.share_4bit:.1f} % of them 4-bit; not 4-bit: "
+            f"{some_of(named, 8) or 'nothing'}"
+        )
 
 
 def load_model(
@@ -105,37 +121,42 @@ def load_model(
     source = open_source(Path(path), dtype)
     tree = Tree(source.config, dtype, target)
     # A model that is 4-bit already says itself which layers are not.
-    linears = {} if source.is_four_bit(tree) else tree.linears(skip_modules)
-    weights = {f"{name}.weight": module for name, module in linears.items()}
+    weights = {} if source.is_four_bit(tree) else four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
 
     def is_copied(name: str, stored: torch.dtype) -> bool:
         return name in weights or stored != tree.dtype_of(name) or target.type != "cpu"
 
     passed = 0
-    for name, value, file in source.arrivals(tree, lambda name: True, is_copied):
-        if isinstance(value, QuantizedWeight):
-            transposed = not isinstance(tree.model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+    for name, value, file in source.arrivals(tree, lambda name: True, is_copied, weights.__contains__):
+        if isinstance(value, Iterator):
+            weight = _quantized_stack(name, value, tree.shapes[name].shape, file, target, options)
+            weight.dtype = dtype
+            tree.put_quantized(name, weight, False, file)
+            passed += 2 * weight.numel()
+        elif isinstance(value, QuantizedWeight):
+            module = tree.model.get_submodule(name.rpartition(".")[0])
+            transposed = is_plain_linear(module) and not isinstance(module, nn.Linear)
             tree.put_quantized(name, value.to(target), transposed, file)
         elif name in weights:
-            transposed = not isinstance(weights[name], nn.Linear)
-            weight = _quantized(name, value.to(target), file, transposed, options)
+            weight = _quantized(name, value.to(target), file, weights[name], options)
             weight.dtype = dtype  # not that of the file: everything dense is cast likewise
-            tree.put_quantized(name, weight, transposed, file)
+            tree.put_quantized(name, weight, weights[name], file)
         else:
             _check_finite(name, value, file)
             tree.put(name, value, file)
-        passed += 0 if isinstance(value, QuantizedWeight) else value.nbytes
+        passed += value.nbytes if isinstance(value, Tensor) else 0
         if passed > TRIM_EVERY_BYTES:
             passed = 0
-            _give_memory_back()
+            give_memory_back()
     model = tree.finish(source.unexpected(tree), str(source.path))
     if (generation := source.generation_config()) is not None:
         model.generation_config = generation
+    model._weight_conversions = without_stacks(getattr(model, "_weight_conversions", None) or (), model)
     model.load_report = make_report(model, source.path)
     _set_quantization_config(model, source, dtype, options)
     if fuse:
         integrations.fuse(model)
-    _give_memory_back()
+    give_memory_back()
     return model
 
 
@@ -147,6 +168,37 @@ def _quantized(name: str, tensor: Tensor, file: str, transposed: bool, options: 
     except ValueError as error:
         reason = first_sentence(error).removeprefix("quantize: ")
         raise UserError(f"{file}: weight {name} cannot be quantised: {reason}") from error
+
+
+def _quantized_stack(
+    name: str,
+    slices: Iterator[Tensor],
+    shape: torch.Size,
+    file: str,
+    device: torch.device,
+    options: dict[str, Any],
+) -> QuantizedWeight:
+    """Quantise a stack [E, N, K] from its slices [1, N, K]: the same bytes, without the stack in 16 bits."""
+    block, done = options["block_size"], 0
+    packed = torch.empty(shape.numel() // 2, dtype=torch.uint8, device=device)
+    scales = torch.empty(shape.numel() // block, device=device)
+    for one in slices:
+        if one.shape != (1, *shape[1:]):
+            raise UserError(f"{file}: a part of {name} is {list(one.shape[1:])}, but {list(shape[1:])} by config.json.")
+        part = _quantized(name, one.to(device), file, False, {**options, "double_quant": False})
+        packed[done // 2 :][: part.packed.numel()] = part.packed
+        scales[done // block :][: part.absmax.numel()] = part.absmax
+        done += one.numel()
+    if done != shape.numel():
+        raise UserError(f"{file}: {name} has {done // shape[1:].numel()} parts, but {shape[0]} by config.json.")
+    about = {name: options[name] for name in ("quant_type", "block_size")}
+    weight = QuantizedWeight(packed, scales, shape=shape, dtype=torch.bfloat16, **about)
+    if options["double_quant"]:
+        codes = torch.empty(scales.numel(), dtype=torch.uint8)
+        nested, offset = torch.empty(-(-scales.numel() // NESTED_BLOCK)), torch.empty(())
+        double_quantize(scales.cpu(), codes, nested, offset)
+        weight.absmax, weight.nested_absmax, weight.nested_offset = (t.to(device) for t in (codes, nested, offset))
+    return weight
 
 
 def _check_finite(name: str, tensor: Tensor, file: str) -> None:
@@ -163,13 +215,12 @@ def _check_finite(name: str, tensor: Tensor, file: str) -> None:
 
 def make_report(model: nn.Module, path: Path) -> LoadReport:
     """Count what ``model``, loaded from ``path``, holds."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    packed = {f"{name}.weight" for name in layers}
-    scales = {id(buffer) for layer in layers.values() for buffer in layer.buffers()}
-    dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in packed}
+    four_bit = four_bit_parts(model)
+    scales = {id(getattr(weight, name)) for weight in four_bit.values() for name in TENSOR_FIELDS[1:]}
+    dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in four_bit}
     return LoadReport(
         path=path,
-        bytes_4bit=sum(layer.quantized.nbytes for layer in layers.values()),
+        bytes_4bit=sum(weight.nbytes for weight in four_bit.values()),
         bytes_dense=sum(dense.values()) + sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in scales),
         dense=dict(sorted(dense.items(), key=lambda item: -item[1])),
     )
@@ -178,22 +229,31 @@ def make_report(model: nn.Module, path: Path) -> LoadReport:
 def _set_quantization_config(
     model: PreTrainedModel, source: Source, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if not is_four_bit(model):
         model.config.__dict__.pop("quantization_config", None)
         return
-    # What transformers writes beside 4-bit weights in this format, so that save_pretrained makes a folder it can read.
-    model.config.quantization_config = source.four_bit_config or {
+    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    model.config.quantization_config = source.four_bit_config or bitsandbytes_config(dtype, options, dense)
+
+
+def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list[str]) -> dict[str, Any]:
+    """What transformers writes beside 4-bit weights in bitsandbytes' format, so that it reads the folder again.
+
+    ``options`` are those of :func:`qlora_native.quantize`, ``dense`` the linear layers that are not 4-bit.
+    """
+    return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
+        "load_in_8bit": False,
         "bnb_4bit_quant_type": options["quant_type"],
         "bnb_4bit_use_double_quant": options["double_quant"],
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [name for name, module in model.named_modules() if type(module) is nn.Linear],
+        "llm_int8_skip_modules": dense,
     }
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Return freed heap to the system: glibc keeps it, and tensors of many sizes leave holes that add up to a tenth
     of the model."""
     if sys.platform == "linux":

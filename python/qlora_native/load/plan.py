@@ -7,6 +7,7 @@ result is read, handed over and dropped before the next.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,9 +16,17 @@ from functools import partial
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from ..errors import UserError
+from .eight_bit import SCALE_SUFFIX
 from .files import Checkpoint, StoredTensor
 from .tree import Tree, first_sentence
 
@@ -69,6 +78,29 @@ class Converted:
             result = results.pop(name)
             yield name, result[0] if isinstance(result, list) else result
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether the result is a stack along the first dimension, each slice of which comes of parts of its own."""
+        first, *others = self.converter.operations
+        counts = Counter(pattern for pattern, _ in self.parts)
+        return (
+            isinstance(first, MergeModulelist)
+            and first.dim == 0
+            and all(isinstance(op, Concatenate) and op.dim > 0 for op in others)
+            and len(self.converter.target_patterns) == 1
+            and len(set(counts.values())) == 1
+        )
+
+    def slices(self, model: PreTrainedModel, read: Callable[[StoredTensor], Tensor]) -> Iterator[Tensor]:
+        """The slices [1, ...] of a stack, one after another; the parts of one are read and dropped before the next."""
+        parts: dict[str, list[StoredTensor]] = {}
+        for pattern, stored in self.parts:
+            parts.setdefault(pattern, []).append(stored)
+        for index in range(len(next(iter(parts.values())))):
+            of_one = [(pattern, tensors[index]) for pattern, tensors in parts.items()]
+            ((_, result),) = Converted(self.name, deepcopy(self.converter), of_one).run(model, read)
+            yield result
+
 
 Step = Plain | FourBit | Converted
 
@@ -80,6 +112,7 @@ class Plan:
     steps: list[Step]
     unexpected: list[str]
     conversions: list[WeightRenaming | WeightConverter]
+    scales: dict[str, StoredTensor]  # of weights stored as 8-bit floats, by the weight's name in the files
 
     @property
     def is_four_bit(self) -> bool:
@@ -96,11 +129,18 @@ def make_plan(checkpoint: Checkpoint, tree: Tree) -> Plan:
 
     four_bit = {key.partition(STATE_MARK)[0] for key in checkpoint.tensors if STATE_MARK in key}
     parts: dict[str, list[StoredTensor]] = {key: [] for key in four_bit}
+    scales = {
+        key.removesuffix(SCALE_SUFFIX): stored
+        for key, stored in checkpoint.tensors.items()
+        if key.endswith(SCALE_SUFFIX) and key not in shapes and key.removesuffix(SCALE_SUFFIX) in checkpoint.tensors
+    }
     steps: dict[str, Step] = {}
     unexpected: list[str] = []
     # Some renamings remember what they have seen, and conversions stack in this order: layer 2 before layer 10.
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
         stored = checkpoint.tensors[key]
+        if scales.get(key.removesuffix(SCALE_SUFFIX)) is stored:
+            continue
         owner = _owner(key, four_bit)
         if owner is not None:
             parts[owner].append(stored)
@@ -126,7 +166,7 @@ def make_plan(checkpoint: Checkpoint, tree: Tree) -> Plan:
             assert isinstance(step, Converted)
             step.parts.append((pattern, stored))
     ordered = sorted(steps.values(), key=_position)
-    return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()])
+    return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()], scales)
 
 
 def _owner(key: str, four_bit: set[str]) -> str | None:

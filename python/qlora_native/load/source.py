@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,13 +13,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedConfig
 
 from ..errors import UserError
+from ..integrations.transformers import METHOD
 from ..weight import QuantizedWeight, from_bnb
-from .files import Checkpoint, Scratch
+from .eight_bit import FLOATS, unscaled
+from .files import Checkpoint, Scratch, StoredTensor
 from .plan import Converted, FourBit, Plain, Plan, make_plan
 from .tree import Tree, first_sentence
 
-# (name in the model, tensor, where it came from). The tensor may lie in memory that the next one overwrites.
-Arrivals = Iterator[tuple[str, Tensor | QuantizedWeight, str]]
+# (name in the model, tensor, where it came from). The tensor may lie in memory that the next one overwrites; a stack
+# may come as its slices.
+Arrivals = Iterator[tuple[str, Tensor | QuantizedWeight | Iterator[Tensor], str]]
+
+
+def never(name: str) -> bool:
+    """No."""
+    return False
 
 
 class SafetensorsSource:
@@ -47,14 +56,19 @@ class SafetensorsSource:
         return self.plan(tree).is_four_bit
 
     def arrivals(
-        self, tree: Tree, wanted: Callable[[str], bool], is_copied: Callable[[str, torch.dtype], bool]
+        self,
+        tree: Tree,
+        wanted: Callable[[str], bool],
+        is_copied: Callable[[str, torch.dtype], bool],
+        in_slices: Callable[[str], bool] = never,
     ) -> Arrivals:
         """Each wanted tensor of the model, one after another in the order of the files.
 
         ``is_copied(name, stored dtype)`` says that the taker will not keep the tensor itself; it then lies in shared
-        scratch memory.
+        scratch memory. ``in_slices(name)`` says that it takes a stack of experts slice by slice.
         """
-        steps = [step for step in self.plan(tree).steps if isinstance(step, Converted) or wanted(step.name)]
+        plan = self.plan(tree)
+        steps = [step for step in plan.steps if isinstance(step, Converted) or wanted(step.name)]
         copied = [
             step.stored.num_bytes
             for step in steps
@@ -64,13 +78,26 @@ class SafetensorsSource:
         for step in steps:
             if isinstance(step, Plain):
                 reuse = is_copied(step.name, step.stored.dtype)
-                yield step.name, self.checkpoint.read(step.stored, scratch if reuse else None), str(step.stored.file)
+                yield step.name, self.read(plan, step.stored, scratch if reuse else None), str(step.stored.file)
             elif isinstance(step, FourBit):
-                yield step.name, self._four_bit(step), str(step.parts[0].file)
+                yield step.name, self.four_bit(step), str(step.parts[0].file)
+            elif step.is_stack and in_slices(step.name):
+                yield step.name, step.slices(tree.model, partial(self.read, plan)), str(step.parts[0][1].file)
             else:
-                for name, tensor in step.run(tree.model, self.checkpoint.read):
+                for name, tensor in step.run(tree.model, partial(self.read, plan)):
                     if wanted(name):
                         yield name, tensor, str(step.parts[0][1].file)
+
+    def read(self, plan: Plan, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, 16-bit if it is stored as 8-bit floats."""
+        tensor = self.checkpoint.read(stored, scratch)
+        scales = plan.scales.get(stored.name)
+        if scales is None:
+            return tensor.bfloat16() if tensor.dtype in FLOATS else tensor
+        try:
+            return unscaled(tensor, self.checkpoint.read(scales), torch.bfloat16)
+        except ValueError as error:
+            raise UserError(f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}") from error
 
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
@@ -83,7 +110,8 @@ class SafetensorsSource:
                 f"{self.path / 'generation_config.json'} cannot be used: {first_sentence(error)}"
             ) from error
 
-    def _four_bit(self, step: FourBit) -> QuantizedWeight:
+    def four_bit(self, step: FourBit) -> QuantizedWeight:
+        """The weight whose parts the step names."""
         tensors = {stored.name: self.checkpoint.read(stored) for stored in step.parts}
         try:
             return from_bnb(tensors, step.prefix)
@@ -115,7 +143,11 @@ class GgufSource:
         return False
 
     def arrivals(
-        self, tree: Tree, wanted: Callable[[str], bool], is_copied: Callable[[str, torch.dtype], bool]
+        self,
+        tree: Tree,
+        wanted: Callable[[str], bool],
+        is_copied: Callable[[str, torch.dtype], bool],
+        in_slices: Callable[[str], bool] = never,
     ) -> Arrivals:
         """As for safetensors; here the peak is the 16-bit model, and each tensor of it is dropped once handed over."""
         try:
@@ -191,15 +223,19 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
-    """config.json's own description of 4-bit weights; refuses every other kind of quantised weights."""
+    """config.json's own description of 4-bit weights; None for 8-bit floats; refuses every other kind of quantised
+    weights."""
     given = getattr(config, "quantization_config", None)
     if not given:
         return None
     values = dict(given if isinstance(given, dict) else given.to_dict())
-    if values.get("quant_method") == "bitsandbytes" and values.get("load_in_4bit"):
+    method = values.get("quant_method")
+    if method == METHOD or (method == "bitsandbytes" and (values.get("load_in_4bit") or values.get("_load_in_4bit"))):
         return values
+    if method == "fp8":
+        return None
     kind = "8-bit bitsandbytes" if values.get("load_in_8bit") else values.get("quant_method", "unknown")
     raise UserError(
-        f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, or 4-bit in bitsandbytes' format; load "
-        "the original model."
+        f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, 8-bit floats, or 4-bit in bitsandbytes' "
+        "format; load the original model."
     )

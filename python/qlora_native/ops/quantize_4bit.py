@@ -51,14 +51,16 @@ def cpu(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -
     if bad >= 0:
         raise ValueError(reference.non_finite_message(bad, dense))
     if double_quant:
-        _C.quantize_scales(
-            block_max.data_ptr(),
-            block_max.numel(),
-            absmax.data_ptr(),
-            nested_absmax.data_ptr(),
-            nested_offset.data_ptr(),
-        )
+        double_quantize(block_max, absmax, nested_absmax, nested_offset)
     return outputs
+
+
+def double_quantize(
+    scales: torch.Tensor, absmax: torch.Tensor, nested_absmax: torch.Tensor, nested_offset: torch.Tensor
+) -> None:
+    """Stores CPU ``scales``, fp32 [blocks], in 8 bits: codes, uint8 [blocks], and the two tensors that decode them."""
+    targets = absmax.data_ptr(), nested_absmax.data_ptr(), nested_offset.data_ptr()
+    _C.quantize_scales(scales.data_ptr(), scales.numel(), *targets)
 
 
 @implement("quantize_4bit", "CUDA")

@@ -1,0 +1,172 @@
+"""The usual script, transformers + PEFT + Trainer, with bitsandbytes' config class and with ours: the same losses?
+
+    python bench/bench_switch.py --json bench/results/switch.json
+
+Both sides load the same 4-bit checkpoint of SmolLM2-135M, which bitsandbytes made and saved, and the same initial
+adapter, and train on the same rows with the same torch.optim.AdamW; each run is a process of its own. In fp32 our loss
+must be theirs to 1e-3 at every step. In bf16 the yardstick is bitsandbytes itself, at one thread against two: our
+distance from it should be at most twice the largest that it has from itself. Where it gives the same bits at both, the
+yardstick is its own rounding instead: how far its bf16 losses lie from its fp32 ones. `match` says whether ours hold,
+`limit_by` which yardstick it was. Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from children import Child, serve
+from common import machine, write_json
+
+ROWS, LENGTH = 2, 32  # tokens a step: their product
+TOLERANCE = 1e-3  # of the loss, in fp32
+SPREADS = 2.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def prepare(folder: Path, steps: int) -> None:
+    """Writes fp32/ and bf16/ (4-bit, by bitsandbytes), adapter/ and rows.pt, int64 [steps * ROWS, LENGTH]."""
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    from qlora_native.cli.demo import MAX_CHARACTERS, model_file
+    from qlora_native.data.standard_library import examples
+    from qlora_native.train.setup import load_tokenizer
+
+    disable_progress_bar()
+    source = model_file()
+    options = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    dense = AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    dense.config.__dict__.pop("quantization_config", None)
+    dense.save_pretrained(folder / "dense")
+    for name, dtype in DTYPES.items():
+        settings = their_config(BitsAndBytesConfig, dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "dense", quantization_config=settings, dtype=dtype, device_map="cpu"
+        )
+        model.save_pretrained(folder / name)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(folder / "adapter")
+    tokenizer: Any = load_tokenizer(str(source))
+    wanted, ids = steps * ROWS * LENGTH, []
+    for example in examples(MAX_CHARACTERS):
+        ids += tokenizer(example.source)["input_ids"]
+        if len(ids) >= wanted:
+            break
+    torch.save(torch.tensor(ids[:wanted]).view(-1, LENGTH), folder / "rows.pt")
+
+
+def their_config(kind: Any, dtype: torch.dtype) -> Any:
+    """The quantisation config as scripts have it; ``kind`` is all that changes."""
+    return kind(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def losses(side: str, name: str, folder: Path) -> list[float]:
+    """The script: the loss of every step."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+    from transformers.utils.logging import disable_progress_bar
+
+    import qlora_native as qn
+
+    disable_progress_bar()
+    kind = qn.QLoRANativeConfig if side == "ours" else BitsAndBytesConfig
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / name, quantization_config=their_config(kind, DTYPES[name]), dtype=DTYPES[name], device_map="cpu"
+    )
+    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    rows = torch.load(folder / "rows.pt")
+    with tempfile.TemporaryDirectory() as out:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=out,
+                max_steps=len(rows) // ROWS,
+                per_device_train_batch_size=ROWS,
+                learning_rate=5e-4,
+                optim="adamw_torch",
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        )
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def largest(a: list[float], b: list[float]) -> float:
+    """The largest distance of two lists of losses, step by step."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def compare(found: dict[str, list[float]], dtype: str, exact: list[float]) -> dict[str, Any]:
+    """A row from the losses by side and threads, and bitsandbytes' fp32 losses."""
+    theirs = found["theirs, 2 threads"]
+    distance = largest(found["ours, 2 threads"], theirs)
+    row: dict[str, Any] = {"dtype": dtype, "steps": len(theirs), "tokens_a_step": ROWS * LENGTH, "losses": found}
+    limit, by = TOLERANCE, "tolerance"
+    if dtype == "bf16":
+        row["their_spread"] = largest(found["theirs, 1 threads"], theirs)
+        row["their_rounding"] = largest(theirs, exact)
+        limit, by = SPREADS * row["their_spread"], "their_spread"
+        if not limit:
+            limit, by = row["their_rounding"], "their_rounding"
+    return row | {"distance": distance, "limit": limit, "limit_by": by, "match": distance <= limit, "bars": []}
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--json", help="file for the result")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="an existing folder that keeps files and finished runs")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        side, threads = arguments.worker
+        torch.set_num_threads(int(threads))
+        serve(lambda command: {"losses": losses(side, command[0], arguments.folder)})
+        return
+    result: dict[str, Any] = {"bench": "switch", "machine": machine(), "rows": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = arguments.folder or Path(name)
+        if not (folder / "rows.pt").is_file():
+            prepare(folder, arguments.steps)
+        for dtype in arguments.dtypes:
+            threads = {"ours": (2,), "theirs": (1, 2) if dtype == "bf16" else (2,)}
+            runs = [(side, count) for side, counts in threads.items() for count in counts]
+            found = {f"{side}, {count} threads": run(folder, dtype, side, count) for side, count in runs}
+            exact = found["theirs, 2 threads"] if dtype == "fp32" else run(folder, "fp32", "theirs", 2)
+            result["rows"].append(row := compare(found, dtype, exact))
+            told = {key: value for key, value in row.items() if key not in ("losses", "bars")}
+            print(json.dumps(told), flush=True)
+    write_json(arguments.json, result)
+
+
+def run(folder: Path, dtype: str, side: str, threads: int) -> list[float]:
+    """The losses of one run, which are kept in the folder."""
+    kept = folder / f"{dtype}-{side}-{threads}.json"
+    if not kept.is_file():
+        child = Child(side, [__file__, "--worker", side, str(threads), "--folder", str(folder)])
+        kept.write_text(json.dumps(child.ask(dtype)["losses"]), encoding="utf-8")
+        child.end()
+    return list(json.loads(kept.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The 4-bit half of bitsandbytes' interface over this library's kernels.
+
+``import qlora_native.bitsandbytes as bnb`` in place of ``import bitsandbytes as bnb``. What it offers, and where it
+differs from bitsandbytes and why, is told in docs/bitsandbytes.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import functional, nn, optim
+from .nn import modules
+from .ops import register_ops
+from .products import matmul_4bit
+
+__all__ = ["functional", "matmul_4bit", "modules", "nn", "optim", "register_ops"]
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"qlora_native.bitsandbytes has no {name!r}: it offers {', '.join(__all__)}.")

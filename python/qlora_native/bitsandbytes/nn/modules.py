@@ -1,0 +1,334 @@
+"""Linear layers over 4-bit weights, and the parameter that is quantised when it is moved to a device."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..products import matmul_4bit
+from ..state import QuantState
+
+logger = logging.getLogger(__name__)
+_CASTS = (Tensor.half, Tensor.bfloat16, Tensor.float, Tensor.double)  # of module.half() and its like
+
+
+def _proxy(name: str, *path: str) -> property:
+    """A read-only attribute of the quant state, for FSDP, which walks the keys of a state_dict by attribute."""
+
+    def read(self: Params4bit) -> Any:
+        value = self.__dict__.get("quant_state")
+        for step in path:
+            if value is None:
+                raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+            value = getattr(value, step)
+        return value
+
+    return property(read)
+
+
+class Params4bit(nn.Parameter):
+    """A frozen parameter that becomes 4-bit when it is moved to a device, and stays so.
+
+    Args:
+        data: the dense tensor, or packed bytes with ``bnb_quantized``.
+        requires_grad: False; packed bytes have no gradient.
+        quant_state: of bytes that are packed already.
+        blocksize, compress_statistics, quant_type, quant_storage: as ``functional.quantize_4bit``; blocksize is 64
+            unless given.
+        module: the layer whose attribute ``quant_state`` follows this one's.
+        bnb_quantized: ``data`` is packed.
+    """
+
+    blocksize: int
+    compress_statistics: bool
+    quant_type: str
+    quant_state: QuantState | None
+    quant_storage: torch.dtype
+    bnb_quantized: bool
+    module: nn.Module | None
+
+    absmax = _proxy("absmax", "absmax")
+    code = _proxy("code", "code")
+    quant_map = _proxy("quant_map", "code")
+    offset = _proxy("offset", "offset")
+    state2 = _proxy("state2", "state2")
+    nested_absmax = _proxy("nested_absmax", "state2", "absmax")
+    nested_blocksize = _proxy("nested_blocksize", "state2", "blocksize")
+    nested_quant_map = _proxy("nested_quant_map", "state2", "code")
+    nested_dtype = _proxy("nested_dtype", "state2", "dtype")
+    nested_offset = _proxy("nested_offset", "offset")
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = False,
+        quant_state: QuantState | None = None,
+        blocksize: int | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        module: nn.Module | None = None,
+        bnb_quantized: bool = False,
+        **kwargs: Any,
+    ) -> Params4bit:
+        self: Params4bit = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
+        self.blocksize = 64 if blocksize is None else blocksize
+        self.compress_statistics = compress_statistics
+        self.quant_type = quant_type
+        self.quant_state = quant_state
+        self.quant_storage = quant_storage
+        self.bnb_quantized = bnb_quantized
+        self.module = module
+        return self
+
+    @classmethod
+    def from_prequantized(
+        cls,
+        data: Tensor,
+        quantized_stats: dict[str, Any],
+        requires_grad: bool = False,
+        device: torch.device | str = "cuda",
+        module: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Params4bit:
+        """The parameter from packed bytes and the other tensors of a state_dict (see docs/format.md)."""
+        state = QuantState.from_dict(quantized_stats, device=device)
+        self = cls(
+            data.to(device),
+            requires_grad,
+            state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type or "",
+            quant_storage=data.dtype,
+            module=module,
+            bnb_quantized=True,
+        )
+        self._tell_module()
+        return self
+
+    def _attributes(self) -> dict[str, Any]:
+        names = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
+        return {name: getattr(self, name) for name in (*names, "bnb_quantized")}
+
+    def _tell_module(self) -> None:
+        if self.module is not None:
+            self.module.quant_state = self.quant_state  # type: ignore[assignment]
+
+    def _quantize(self, device: torch.device | str) -> Params4bit:
+        packed, self.quant_state = functional.quantize_4bit(
+            self.data.to(device),
+            blocksize=self.blocksize,
+            compress_statistics=self.compress_statistics,
+            quant_type=self.quant_type,
+            quant_storage=self.quant_storage,
+        )
+        self.data = packed
+        self.bnb_quantized = True
+        self._tell_module()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
+        """Quantise on the device, if this is dense still, in place; else move bytes and scales.
+
+        A dtype is not taken by what is packed: bytes are no numbers to cast.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type != "meta" and not self.bnb_quantized:
+            return self._quantize(device)
+        if self.quant_state is not None and device is not None:
+            self.quant_state.to(device)
+        moved = super().to(device=device, dtype=None if self.bnb_quantized else dtype, non_blocking=non_blocking)
+        return type(self)(moved, self.requires_grad, **self._attributes())
+
+    def cpu(self) -> Params4bit:  # type: ignore[override]
+        """:meth:`to` the CPU."""
+        return self.to(device="cpu")
+
+    def cuda(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
+        """:meth:`to` a CUDA device."""
+        return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
+
+    def xpu(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
+        """:meth:`to` an XPU."""
+        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return type(self), (self.data, self.requires_grad), self._attributes()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def __copy__(self) -> Params4bit:
+        return type(self)(self.data, self.requires_grad, **self._attributes())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
+        attributes = self._attributes()
+        attributes["quant_state"] = copy.deepcopy(attributes["quant_state"], memo)
+        return type(self)(copy.deepcopy(self.data, memo), self.requires_grad, **attributes)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CASTS and isinstance(args[0], cls) and args[0].bnb_quantized:
+            return args[0]  # bytes under a float dtype are no numbers to cast
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if func in (torch.chunk, torch.split):  # FSDP2 shards with these, and reads the attributes of the pieces
+            whole = args[0]
+            return tuple(cls(piece, whole.requires_grad, **whole._attributes()) for piece in result)
+        return result
+
+
+class Linear4bit(nn.Linear):
+    """y = x W^T + bias with W frozen in 4 bits, once the layer has been moved to a device.
+
+    Load dense weights first and move then, ``layer.to(device)``, which quantises; or load a state_dict that is 4-bit.
+    Evaluation and training compute the same; the weight's bytes never change.
+
+    Args:
+        input_features, output_features, bias, device: as nn.Linear.
+        compute_dtype: x is cast to it, and y back to x's dtype; the dtype of the first input unless given.
+        compress_statistics, quant_type, quant_storage: as ``functional.quantize_4bit``.
+    """
+
+    weight: Params4bit
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.weight = Params4bit(
+            self.weight.data,
+            compress_statistics=compress_statistics,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+            module=self,
+        )
+        self.compute_dtype = compute_dtype
+        self.compute_type_is_set = compute_dtype is not None
+        self.quant_state: QuantState | None = None
+        self.quant_storage = quant_storage
+
+    def set_compute_type(self, x: Tensor) -> None:
+        """Compute in the dtype of the first input; float16 leaves ``compute_dtype`` as it is."""
+        if x.dtype in (torch.float32, torch.bfloat16):
+            self.compute_dtype = x.dtype
+        elif x.dtype == torch.float16 and self.compute_dtype == torch.float32:
+            logger.warning("Linear4bit: float16 inputs are computed in float32, as compute_dtype says: slower.")
+
+    def _state(self) -> QuantState:
+        """The weight's quant state; taken from the layer where a wrapper such as FSDP has made a plain parameter."""
+        weight = self._parameters["weight"]
+        state: QuantState | None = getattr(weight, "quant_state", None)
+        if state is not None:
+            return state
+        if self.quant_state is None:
+            raise RuntimeError(
+                f"{type(self).__name__}({self.in_features}, {self.out_features}): the weight is not 4-bit yet: move "
+                "the layer to a device with .to(device) first, which quantises it."
+            )
+        if not isinstance(weight, Params4bit):
+            assert weight is not None
+            self.weight = Params4bit(weight, quant_storage=self.quant_storage, bnb_quantized=True, module=self)
+        self.weight.quant_state = self.quant_state
+        return self.quant_state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] to [..., out_features] in x's dtype."""
+        state = self._state()
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+            self.compute_type_is_set = True
+        given, compute = x.dtype, self.compute_dtype or x.dtype
+        bias = self.bias
+        if bias is not None:
+            if bias.dtype != compute:
+                bias.data = bias.data.to(compute)
+            bias = bias.to(compute)  # type: ignore[assignment]
+        return matmul_4bit(x.to(compute), self.weight.data, state, bias=bias).to(given)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state: QuantState | None = getattr(self.weight, "quant_state", None)
+        if state is not None:
+            for name, value in state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{name}"] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = f"{prefix}weight"
+        parts = {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+        if not parts:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
+        rest = {key: value for key, value in state_dict.items() if key not in parts and key != name}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if name not in state_dict:
+            return
+        missing_keys.remove(name)
+        device = self.weight.device
+        stored = state_dict[name]
+        device = stored.device if device.type == "meta" else device
+        try:
+            self.weight = Params4bit.from_prequantized(stored, parts, device=device, module=self)
+        except ValueError as error:
+            error_msgs.append(f"{name}: {error}")
+
+
+class LinearNF4(Linear4bit):
+    """:class:`Linear4bit` of type NF4."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
+        )
+
+
+class LinearFP4(Linear4bit):
+    """:class:`Linear4bit` of type FP4."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
+        )

@@ -1,0 +1,236 @@
+"""QuantState: what a packed tensor needs beside its bytes to be decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..ops._direct import Prepared
+from ..weight import pack_json, quant_type_number, unpack_json
+
+_PACKED_KEY = "quant_state.bitsandbytes__"
+
+
+class QuantState:
+    """Scales, levels and form of a quantised tensor, as ``quantize_4bit`` and ``quantize_blockwise`` return them.
+
+    Attributes:
+        absmax: fp32 [blocks]; uint8 [blocks], codes, where ``nested``.
+        shape: torch.Size of the dense tensor; None for 8-bit blockwise quantisation.
+        code: fp32 [16] levels (4-bit) or fp32 [256] map (8-bit); what differs from the built-in table is honoured.
+        blocksize: elements a scale.
+        quant_type: "nf4", "fp4", or None for 8-bit.
+        dtype: of the dense tensor.
+        offset: fp32 [], mean of the scales, None unless ``nested``.
+        state2: QuantState of the scales themselves, None unless ``nested``.
+        nested: whether the scales are stored in 8 bits.
+    """
+
+    valid_quant_types = _native.QUANT_TYPES
+
+    def __init__(
+        self,
+        absmax: Tensor,
+        shape: Any = None,
+        code: Tensor | None = None,
+        blocksize: int | None = None,
+        quant_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
+        state2: QuantState | None = None,
+    ) -> None:
+        self.absmax = absmax
+        self.shape = shape
+        self.dtype = dtype
+        self.blocksize = blocksize
+        self.quant_type = quant_type
+        self.offset = offset
+        self.state2 = state2
+        self.nested = state2 is not None
+        self.code = code
+        self._prepared = Prepared()
+
+    @property
+    def code(self) -> Tensor | None:
+        """The table of levels."""
+        return self._code
+
+    @code.setter
+    def code(self, table: Tensor | None) -> None:
+        self._code = table
+        self._other_code = None if table is None or self._is_built_in(table) else table
+
+    def _is_built_in(self, table: Tensor) -> bool:
+        built_in = _native.nested_code() if self.quant_type is None else _native.levels(_number(self))
+        return table.device.type == "meta" or torch.equal(table.cpu(), built_in)
+
+    def __getattr__(self, name: str) -> Any:
+        # FSDP walks the keys of a state_dict attribute by attribute, the packed one among them.
+        if name.startswith("bitsandbytes__"):
+            packed = self.as_dict(packed=True)
+            if f"quant_state.{name}" in packed:
+                return packed[f"quant_state.{name}"]
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __getitem__(self, index: Any) -> Any:
+        """The fields as the list that bitsandbytes kept before version 0.39."""
+        nested = [self.offset, self.state2] if self.nested else None
+        return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type][index]
+
+    @classmethod
+    def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str) -> QuantState:
+        """The state from what :meth:`as_dict` gives, packed or not, under any prefix; ``qs_dict`` is left as it is.
+
+        Raises ValueError naming the keys that are missing, unknown or broken.
+        """
+        values = dict(qs_dict)
+        packed = [key for key, value in values.items() if "quant_state" in key and isinstance(value, Tensor)]
+        if "quant_type" not in values and len(packed) != 1:
+            raise ValueError(
+                f"QuantState.from_dict: the keys are {', '.join(values) or 'none'}: expected quant_type, or one that "
+                f"ends in {_PACKED_KEY}nf4 or fp4."
+            )
+        for key in packed:
+            try:
+                values |= unpack_json(values.pop(key))
+            except ValueError as error:
+                raise ValueError(f"QuantState.from_dict: '{key}' holds no quant state ({error}).") from None
+        values = {key.split(".")[-1]: value for key, value in values.items()}
+        unknown = sorted(set(values) - _FIELDS)
+        missing = sorted(_ALWAYS - set(values)) + sorted(_NESTED - set(values) if _NESTED & set(values) else [])
+        if unknown or missing:
+            told = [
+                f"{', '.join(names)} {what}" for names, what in ((missing, "missing"), (unknown, "unknown")) if names
+            ]
+            raise ValueError(f"QuantState.from_dict: {' and '.join(told)} among the keys of the quant state.")
+        offset = state2 = None
+        if "nested_absmax" in values:
+            offset = torch.tensor(float(values["nested_offset"]), dtype=torch.float32, device=device)
+            state2 = cls(
+                absmax=values["nested_absmax"].to(device),
+                blocksize=values["nested_blocksize"],
+                code=values["nested_quant_map"].to(device),
+                dtype=getattr(torch, values["nested_dtype"]),
+            )
+        return cls(
+            absmax=values["absmax"].to(device),
+            shape=None if values["shape"] is None else torch.Size(values["shape"]),
+            code=values["quant_map"].to(device),
+            blocksize=values["blocksize"],
+            quant_type=values["quant_type"],
+            dtype=getattr(torch, values["dtype"]),
+            offset=offset,
+            state2=state2,
+        )
+
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """The fields by name.
+
+        Args:
+            packed: everything as tensors, plain values as JSON bytes under ``quant_state.bitsandbytes__nf4`` (or
+                ``fp4``): what a state_dict holds (see docs/format.md). 8-bit states have no packed form.
+        """
+        values: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "absmax": self.absmax,
+            "blocksize": self.blocksize,
+            "quant_map": self.code,
+            "dtype": _dtype_name(self.dtype),
+            "shape": None if self.shape is None else tuple(self.shape),
+        }
+        if self.state2 is not None and self.offset is not None and self.state2.code is not None:
+            values |= {
+                "nested_absmax": self.state2.absmax,
+                "nested_blocksize": self.state2.blocksize,
+                "nested_quant_map": self.state2.code.clone(),  # tensors that share memory are not saved by safetensors
+                "nested_dtype": _dtype_name(self.state2.dtype),
+                "nested_offset": self.offset.item(),
+            }
+        if not packed or self.quant_type is None:
+            return values
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        plain = {key: value for key, value in values.items() if key not in tensors}
+        return {**tensors, _PACKED_KEY + self.quant_type: pack_json(plain)}
+
+    def to(self, device: torch.device | str | int) -> None:
+        """Moves the tensors, in place."""
+        self.absmax = self.absmax.to(device)
+        if self.code is not None:
+            self.code = self.code.to(device)
+        if self.offset is not None:
+            self.offset = self.offset.to(device)
+        if self.state2 is not None:
+            self.state2.to(device)
+
+    def __eq__(self, other: object) -> bool:
+        """Same form, and tables and scales equal within 1e-6 (and 1e-5 of the value)."""
+        if not isinstance(other, QuantState):
+            return False
+        names = ("shape", "dtype", "blocksize", "quant_type", "state2")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in names)
+            and (self.offset is None) == (other.offset is None)
+            and (self.offset is None or bool(self.offset == other.offset))
+            and _is_close(self.absmax, other.absmax)
+            and _is_close(self.code, other.code)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def scales(self) -> Tensor:
+        """The scale of every block, fp32 [blocks], double quantisation undone."""
+        if self.state2 is None:
+            return self.absmax.float()
+        second = self.state2
+        absmax = reference.dequantize_blockwise(self.absmax, second.scales(), _table(second), second.blocksize or 0)
+        return absmax if self.offset is None else absmax + self.offset
+
+    def op_args(self, packed: Tensor) -> tuple[Any, ...]:
+        """The weight arguments of ``torch.ops.qlora_native.*`` for these packed bytes (of any storage dtype)."""
+        absmax, nested_absmax, nested_offset, nested_code = self.absmax, None, None, None
+        if self.state2 is not None:
+            if self.state2.blocksize == reference.NESTED_BLOCK and self.state2.absmax.dtype == torch.float32:
+                nested_absmax, nested_code = self.state2.absmax, self.state2._other_code
+                nested_offset = None if self.offset is None else self.offset.float()
+            else:
+                absmax = self.scales()
+        return (
+            packed.reshape(-1).view(torch.uint8),
+            absmax,
+            nested_absmax,
+            nested_offset,
+            self._other_code,
+            nested_code,
+            list(self.shape),
+            _number(self),
+            self.blocksize,
+        )
+
+
+_ALWAYS = {"quant_type", "absmax", "blocksize", "quant_map", "dtype", "shape"}
+_NESTED = {"nested_absmax", "nested_blocksize", "nested_quant_map", "nested_dtype", "nested_offset"}
+_FIELDS = _ALWAYS | _NESTED
+
+
+def _number(state: QuantState) -> int:
+    return quant_type_number(state.quant_type or "")
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _table(state: QuantState) -> Tensor:
+    """The 8-bit map of a blockwise state, where its codes are."""
+    table = _native.nested_code() if state.code is None else state.code
+    return table.to(state.absmax.device)
+
+
+def _is_close(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-6)

@@ -1,0 +1,96 @@
+"""``qlora convert``: a model folder between 16 bits, this library's 4 bits and bitsandbytes'."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from qlora_native.cli.quantize import BLOCK_SIZES
+from qlora_native.errors import UserError
+
+TARGETS = ("16bit", "qlora", "bitsandbytes")
+_QUANTISING = ("quant_type", "block_size", "double_quant", "skip_modules")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments; those of quantising as in ``qlora quantize``."""
+    parser.add_argument("source", metavar="SRC", help="a model folder with safetensors: 32-bit, 16-bit, fp8 or 4-bit")
+    parser.add_argument("out", metavar="DST", help="the folder to make; it must not exist yet")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="what to make of it")
+    parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="the 16 levels (default: nf4)")
+    parser.add_argument(
+        "--block-size", type=int, choices=BLOCK_SIZES, metavar="N", help="weights per scale (default: 64)"
+    )
+    parser.add_argument(
+        "--double-quant", action=argparse.BooleanOptionalAction, help="store the scales in 8 bits (default: yes)"
+    )
+    parser.add_argument(
+        "--skip-modules", nargs="+", metavar="NAME", help="linear layers to leave dense (default: lm_head)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of what is not 4-bit, and of decoded weights (default: config.json's if that is 16-bit, else bfloat16)",
+    )
+    parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.epilog = """16bit: plain weights; those that are 4-bit are decoded. bitsandbytes: 4-bit as bitsandbytes'
+Linear4bit stores it, which transformers loads with bitsandbytes. qlora: the same tensors, which transformers loads with
+this library. load_model reads both. Weights that are 4-bit already keep their bytes between the two.
+Tensors are read and written a few megabytes at a time, so a model may be larger than memory.
+
+examples:
+  qlora convert Llama-3.1-8B-nf4 Llama-3.1-8B-decoded --to 16bit
+  qlora convert Llama-3.1-8B Llama-3.1-8B-nf4 --to bitsandbytes --block-size 64"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, whole or not at all."""
+    import torch
+
+    from qlora_native.load.convert import convert
+    from qlora_native.load.source import open_source
+    from qlora_native.train.disk import atomic_folder, told_if_unwritable
+    from qlora_native.train.setup import told_to_the_user
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another DST or remove it")
+    given: dict[str, Any] = {name: getattr(args, name) for name in _QUANTISING if getattr(args, name) is not None}
+    four_bit = getattr(open_source(source, torch.bfloat16), "four_bit_config", None)
+    if given and (args.to == "16bit" or four_bit):
+        flag = f"--{next(iter(given)).replace('_', '-')}"
+        why = "16bit has no 4-bit weights" if args.to == "16bit" else f"the weights of {source} are 4-bit already"
+        raise UserError(f"qlora convert: {flag} says how to quantise, but {why}; leave it out")
+    if "skip_modules" in given:
+        given["skip_modules"] = tuple(given["skip_modules"])
+    shard_bytes = _size(args.shard_size)
+    began = time.monotonic()
+    with told_to_the_user(), told_if_unwritable(out), atomic_folder(out) as partial:
+        dtype = None if args.dtype is None else getattr(torch, args.dtype)
+        report = convert(source, partial, args.to, dtype=dtype, shard_bytes=shard_bytes, **given)
+    result = {"out": str(out), **vars(report), "seconds": round(time.monotonic() - began, 2)}
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    done = {"quantised": report.quantized, "decoded": report.dequantized, "kept in 4 bits": report.copied}
+    counts = ", ".join(f"{count} weights {verb}" for verb, count in done.items() if count) or "no 4-bit weights"
+    print(
+        f"{out}: {counts}; {report.num_bytes / 2**20:,.1f} MiB in {report.files} file{'s' * (report.files > 1)}; "
+        f"took {result['seconds']:.1f} s"
+    )
+    return 0
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]B)\s*", text.upper())
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"qlora convert: --shard-size is {text!r}: expected a size such as 500MB or 4GB")
+    return int(float(match[1]) * _UNITS[match[2]])

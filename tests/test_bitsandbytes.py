@@ -1,0 +1,447 @@
+"""qlora_native.bitsandbytes against bitsandbytes: tables, states, layers, and what one saved read by the other."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error, same_bytes, same_values
+from torch import Tensor, nn
+
+import qlora_native as qn
+import qlora_native.bitsandbytes as bnb
+from qlora_native import reference
+from qlora_native.bitsandbytes import functional as F
+
+STORAGE = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    return pytest.importorskip("bitsandbytes")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def test_tables_are_theirs(theirs: Any) -> None:
+    other = theirs.functional
+    for signed in (True, False):
+        for bits in range(2, 9):
+            for zero in (True, False):
+                args = (signed, bits, zero)
+                assert torch.equal(F.create_linear_map(*args), other.create_linear_map(*args)), args
+        for bits in range(2, 9):
+            exponents = range(1, bits + 1) if signed else [bits - 1]
+            for exponent in filter(None, exponents):
+                dynamic = (signed, exponent, bits)
+                assert torch.equal(F.create_dynamic_map(*dynamic), other.create_dynamic_map(*dynamic)), dynamic
+                fraction = bits - exponent - signed
+                if fraction >= 0:
+                    floats = (signed, exponent, fraction, bits)
+                    assert torch.equal(F.create_fp8_map(*floats), other.create_fp8_map(*floats)), floats
+    for name in ("nf4", "fp4"):
+        assert torch.equal(F.get_4bit_type(name, "cpu"), other.get_4bit_type(name, "cpu"))
+
+
+def test_normal_map_is_theirs(theirs: Any) -> None:
+    pytest.importorskip("scipy")
+    for args in ((), (0.95, True), (0.9677083, False)):
+        assert torch.equal(F.create_normal_map(*args), theirs.functional.create_normal_map(*args))
+
+
+def test_maps_of_our_tables(golden: dict[str, Tensor]) -> None:
+    assert same_bytes(F.create_dynamic_map(), golden["map/dynamic_signed"])
+    assert same_bytes(F.create_dynamic_map(signed=False), golden["map/dynamic_unsigned"])
+    normal = F.create_normal_map()
+    assert torch.equal(normal[normal != 0], F.get_4bit_type("nf4", "cpu")[[*range(7), *range(8, 16)]])
+
+
+def test_tables_that_cannot_be() -> None:
+    with pytest.raises(NotImplementedError, match="'int4': expected 'nf4' or 'fp4'"):
+        F.get_4bit_type("int4")
+    with pytest.raises(ValueError, match="3 exponent bits, 3 precision bits and 1 sign bits are not total_bits = 8"):
+        F.create_fp8_map(True, 3, 3, 8)
+    with pytest.raises(ValueError, match="expected 16 for total_bits=4"):
+        F.create_dynamic_map(False, 2, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 bits
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_each_reads_what_the_other_made(
+    theirs: Any, quant_type: str, nested: bool, storage: torch.dtype, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(64, 128, dtype=dtype)
+    options: dict[str, Any] = {
+        "quant_type": quant_type,
+        "compress_statistics": nested,
+        "quant_storage": storage,
+        "blocksize": 64,
+    }
+    packed, state = theirs.functional.quantize_4bit(weight, **options)
+    stored = state.as_dict(packed=True)
+    read = F.QuantState.from_dict(stored, device="cpu")
+    assert same_values(F.dequantize_4bit(packed, read), theirs.functional.dequantize_4bit(packed, state))
+    again = read.as_dict(packed=True)
+    assert list(again) == list(state.as_dict(packed=True))
+    assert all(same_bytes(again[name], stored[name]) for name in stored)
+
+    packed, ours = F.quantize_4bit(weight, **options)
+    assert packed.dtype == storage
+    there = theirs.functional.QuantState.from_dict(ours.as_dict(packed=True), device=torch.device("cpu"))
+    assert same_values(F.dequantize_4bit(packed, ours), theirs.functional.dequantize_4bit(packed, there))
+    assert ours.as_dict().keys() == state.as_dict().keys()
+
+
+def test_the_arithmetic_is_that_of_quantize() -> None:
+    weight = torch.randn(6, 96, dtype=torch.bfloat16)  # rows that are no multiple of the block
+    for nested in (False, True):
+        packed, state = F.quantize_nf4(weight, compress_statistics=nested)
+        same = qn.quantize(weight, double_quant=nested)
+        assert torch.equal(packed.view(-1), same.packed)
+        assert torch.equal(F.dequantize_4bit(packed, state), same.dequantize())
+        out = torch.empty(6, 96, dtype=torch.bfloat16)
+        assert F.dequantize_nf4(packed.t(), state, out=out) is out
+        assert torch.equal(out, same.dequantize())
+    packed, state = F.quantize_fp4(weight, blocksize=32)
+    assert (state.blocksize, state.quant_type, len(state.absmax)) == (32, "fp4", 18)
+    room = torch.empty_like(packed), torch.empty_like(state.absmax)
+    filled, other = F.quantize_fp4(weight, out=room[0], absmax=room[1], blocksize=32)
+    assert filled is room[0]
+    assert other.absmax is room[1]
+    assert other == state
+    values = torch.empty(6, 96)
+    F.dequantize_fp4(packed, absmax=state.absmax, out=values, blocksize=32)
+    assert torch.equal(values.bfloat16(), F.dequantize_4bit(packed, state))
+
+
+def test_levels_of_a_checkpoint_are_honoured() -> None:
+    weight = torch.randn(32, 64)
+    packed, state = F.quantize_nf4(weight, compress_statistics=True)
+    before = F.dequantize_4bit(packed, state)
+    assert state.code is not None
+    state.code = state.code * 0.5
+    assert torch.equal(F.dequantize_4bit(packed, state), before * 0.5)
+    assert state.state2 is not None
+    assert state.state2.code is not None
+    state.state2.code = torch.zeros(256)  # all scales become their mean
+    codes = torch.stack([packed >> 4, packed & 15], -1).reshape(32, 64).long()
+    assert state.offset is not None
+    assert torch.equal(F.dequantize_4bit(packed, state), state.code[codes] * state.offset)
+
+
+def test_nested_scales_in_blocks_of_another_size() -> None:
+    packed, state = F.quantize_nf4(torch.randn(64, 128), compress_statistics=True)
+    dense = F.dequantize_4bit(packed, state)
+    assert state.offset is not None
+    codes, second = F.quantize_blockwise(state.scales() - state.offset, blocksize=64)
+    state.absmax, state.state2 = codes, second
+    assert relative_error(F.dequantize_4bit(packed, state), dense) < 0.02
+    x = torch.randn(3, 128)
+    assert relative_error(bnb.matmul_4bit(x, packed, state), x @ F.dequantize_4bit(packed, state).t()) < 2e-6
+
+
+def test_state_compares_copies_and_travels() -> None:
+    weight = torch.randn(32, 64)
+    _, state = F.quantize_nf4(weight, compress_statistics=True)
+    for twin in (
+        copy.deepcopy(state),
+        pickle.loads(pickle.dumps(state)),
+        F.QuantState.from_dict(state.as_dict(), "cpu"),
+    ):
+        assert twin == state
+    assert state != F.quantize_nf4(weight)[1]
+    assert state != F.quantize_nf4(weight * 2, compress_statistics=True)[1]
+    assert state != "state"
+    assert state[0] is state.absmax
+    assert state[4] == [state.offset, state.state2]
+    assert same_bytes(state.bitsandbytes__nf4, state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"])
+    with pytest.raises(AttributeError, match="bitsandbytes__fp4"):
+        _ = state.bitsandbytes__fp4
+    stored = {f"layer.weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+    kept = dict(stored)
+    assert F.QuantState.from_dict(stored, "cpu") == state
+    assert stored.keys() == kept.keys()  # theirs takes one out
+
+
+def test_mistakes_are_sentences() -> None:
+    weight = torch.randn(32, 64)
+    packed, state = F.quantize_nf4(weight)
+    fields = state.as_dict(packed=True)
+    cases: list[tuple[str, Any]] = [
+        ("quant_type is 'int4': expected 'nf4' or 'fp4'", lambda: F.quantize_4bit(weight, quant_type="int4")),
+        ("block_size is 48: expected a power of two", lambda: F.quantize_4bit(weight, blocksize=48)),
+        ("tensor is torch.float64", lambda: F.quantize_4bit(weight.double())),
+        (r"element \[0, 1\] of the \[1, 2\] tensor is nan", lambda: F.quantize_4bit(torch.tensor([[1.0, torch.nan]]))),
+        ("3 packed bytes are no whole number", lambda: F.quantize_4bit(torch.randn(6), quant_storage=torch.float32)),
+        ("both absmax and out are needed", lambda: F.dequantize_4bit(packed, absmax=state.absmax)),
+        ("give the state that quantize_4bit returned", lambda: bnb.matmul_4bit(weight, packed, None)),
+        ("give the state that quantize_4bit returned", lambda: F.gemv_4bit(weight, packed)),
+        ("expected two dimensions", lambda: bnb.matmul_4bit(weight, *F.quantize_nf4(torch.randn(64)))),
+        (r"expected last dimension 64", lambda: bnb.matmul_4bit(torch.randn(2, 60), packed, state)),
+        ("expected quant_type, or one that ends in", lambda: F.QuantState.from_dict({"absmax": state.absmax}, "cpu")),
+        ("extra unknown", lambda: F.QuantState.from_dict({**fields, "extra": 1}, "cpu")),
+        ("holds no quant state", lambda: F.QuantState.from_dict({"quant_state.x": torch.tensor([1, 2]).byte()}, "cpu")),
+        ("blocksize is 0", lambda: F.quantize_blockwise(weight, blocksize=0)),
+        ("A is torch.int32", lambda: F.quantize_blockwise(weight.int())),
+        ("A is torch.float32: expected uint8", lambda: F.dequantize_blockwise(weight, absmax=state.absmax)),
+        ("quant_state or absmax is needed", lambda: F.dequantize_blockwise(packed)),
+    ]
+    for words, call in cases:
+        with pytest.raises(ValueError, match=words):
+            call()
+    del fields["absmax"]
+    with pytest.raises(ValueError, match="absmax missing among the keys"):
+        F.QuantState.from_dict(fields, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
+
+
+def test_product_and_gradients() -> None:
+    packed, state = F.quantize_nf4(torch.randn(33, 96), compress_statistics=True)
+    dense = reference.dequantize(torch.float32, *state.op_args(packed))
+    x = torch.randn(2, 5, 96, requires_grad=True)
+    bias = torch.randn(33, requires_grad=True)
+    y = bnb.matmul_4bit(x, packed.t(), state, bias=bias)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert relative_error(y, reference.linear(x, dense, bias)) < 2e-6
+    assert x.grad is not None
+    assert bias.grad is not None
+    assert relative_error(x.grad, grad.double() @ dense.double()) < 2e-6
+    assert relative_error(bias.grad, grad.double().sum((0, 1))) < 2e-6
+    with torch.no_grad():
+        out = torch.empty(2, 5, 33)
+        assert bnb.matmul_4bit(x, packed, state, out=out, bias=bias) is out
+        assert torch.equal(out, y)
+        assert torch.equal(F.gemv_4bit(x, packed, state=state), bnb.matmul_4bit(x, packed, state))
+    assert bnb.matmul_4bit(torch.randn(0, 96), packed, state).shape == (0, 33)
+
+
+def test_a_long_fp32_product_is_nearer_to_the_truth_than_bitsandbytes_asks() -> None:
+    """Their test_gemv_4bit compares with torch's product, and fails for torch's own error on a CPU."""
+    packed, state = F.quantize_nf4(torch.randn(1024, 4096) / 32)
+    x = torch.randn(1, 4096)
+    truth = x.double() @ F.dequantize_4bit(packed, state).double().t()
+    assert (F.gemv_4bit(x, packed, state=state) - truth).abs().mean() / 32 < 2.4e-8
+
+
+def test_a_transposed_weight_warns_and_works() -> None:
+    packed, state = F.quantize_nf4(torch.randn(96, 32))
+    x = torch.randn(3, 96)
+    with pytest.warns(DeprecationWarning, match=r"Re-quantize from the weight in \[N, K\]"):
+        y = bnb.matmul_4bit(x, packed, state)
+    assert relative_error(y, x @ F.dequantize_4bit(packed, state)) < 2e-6
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["LinearNF4", "LinearFP4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layer_computes_and_saves_what_theirs_does(theirs: Any, kind: str, nested: bool, dtype: torch.dtype) -> None:
+    dense = nn.Linear(128, 48).to(dtype)
+    their = getattr(theirs.nn, kind)(128, 48, compute_dtype=dtype, compress_statistics=nested)
+    their.load_state_dict(dense.state_dict())
+    their.to("cpu").train()
+    stored = {name: value.clone() for name, value in their.state_dict().items()}
+    our = getattr(bnb.nn, kind)(128, 48, compute_dtype=dtype, compress_statistics=nested)
+    our.load_state_dict(stored)
+    saved = our.state_dict()
+    assert list(saved) == list(stored)
+    assert all(same_bytes(saved[name], stored[name]) for name in stored)
+    x = torch.randn(7, 128, dtype=dtype)
+    inputs: Any = [x.clone().requires_grad_() for _ in range(2)]
+    grad = torch.randn(7, 48, dtype=dtype)
+    for layer, given in zip((our, their), inputs, strict=True):
+        layer(given).backward(grad)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+    assert relative_error(our(x), their(x.clone().requires_grad_())) < tolerance
+    assert relative_error(inputs[0].grad, inputs[1].grad) < tolerance
+    assert relative_error(our.bias.grad, their.bias.grad) < tolerance
+    # A second layer of theirs reads what ours saved.
+    weight = theirs.nn.Params4bit.from_prequantized(
+        saved["weight"],
+        {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")},
+        device="cpu",
+    )
+    assert torch.equal(
+        theirs.functional.dequantize_4bit(weight.data, weight.quant_state),
+        F.dequantize_4bit(our.weight, our.weight.quant_state),
+    )
+
+
+def test_evaluation_changes_no_byte() -> None:
+    """Where the CPU has AVX512-BF16, theirs repacks the weight in the first evaluation forward."""
+    for rows, columns in ((64, 128), (33, 96)):
+        layer = bnb.nn.LinearNF4(columns, rows, bias=False, compute_dtype=torch.bfloat16).to("cpu")
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        x = torch.randn(4, columns)
+        trained = layer.train()(x)
+        assert torch.equal(layer.eval()(x), trained)
+        after = layer.state_dict()
+        assert all(same_bytes(after[name], before[name]) for name in before)
+        inputs: Any = x.clone().requires_grad_()
+        layer(inputs).sum().backward()
+        dense = F.dequantize_4bit(layer.weight, layer.weight.quant_state)
+        assert relative_error(inputs.grad, dense.double().sum(0).expand(4, -1)) < 6e-3
+
+
+def test_rows_that_are_no_multiple_of_the_block(theirs: Any) -> None:
+    """bitsandbytes 0.50 indexes the scales by rows on AVX-512 and gets another matrix."""
+    weight = torch.randn(32, 96)
+    packed, state = theirs.functional.quantize_4bit(weight, quant_type="nf4")
+    ours = F.dequantize_4bit(packed, F.QuantState.from_dict(state.as_dict(packed=True), "cpu"))
+    codes = torch.stack([packed >> 4, packed & 15], -1).reshape(-1).long()
+    truth = (state.code[codes] * state.absmax.repeat_interleave(64)).reshape(32, 96)
+    assert torch.equal(ours, truth)
+    assert relative_error(ours, weight) < 0.12
+
+
+def test_compute_dtype_and_bias() -> None:
+    layer: Any = bnb.nn.LinearNF4(64, 32).to("cpu")
+    assert getattr(layer, "compute_dtype", 0) is None
+    y = layer(torch.randn(2, 64, dtype=torch.bfloat16))
+    assert (y.dtype, layer.compute_dtype, layer.bias.dtype) == (torch.bfloat16,) * 3
+    assert layer(torch.randn(2, 64)).dtype == torch.float32
+    half = bnb.nn.LinearNF4(64, 32, compute_dtype=torch.float32).to("cpu")
+    assert half(torch.randn(2, 64, dtype=torch.float16)).dtype == torch.float16
+
+
+def test_packed_bytes_are_never_cast() -> None:
+    layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4", quant_storage=torch.bfloat16).to("cpu")
+    before = layer.weight.data.clone()
+    layer.half()
+    layer.to(torch.float32)
+    layer.to("cpu", torch.float16)
+    assert same_bytes(layer.weight.data, before)
+    assert layer.bias.dtype == torch.float16
+
+
+def test_parameter_copies_and_pieces() -> None:
+    parameter: Any = bnb.nn.Params4bit(torch.randn(32, 64), quant_type="nf4", blocksize=128).to("cpu")
+    assert parameter.bnb_quantized
+    assert parameter.absmax is parameter.quant_state.absmax
+    for twin in (copy.copy(parameter), copy.deepcopy(parameter), pickle.loads(pickle.dumps(parameter))):
+        assert type(twin) is bnb.nn.Params4bit
+        assert torch.equal(twin, parameter)
+        assert twin.quant_state == parameter.quant_state
+        assert twin.blocksize == 128
+    file = io.BytesIO()
+    torch.save(parameter, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False).quant_state == parameter.quant_state
+    for piece in torch.chunk(parameter, 4):
+        assert type(piece) is bnb.nn.Params4bit
+        assert piece.quant_state is parameter.quant_state
+    plain = bnb.nn.Params4bit(torch.randn(4, 4))
+    with pytest.raises(AttributeError, match="no attribute 'absmax'"):
+        _ = plain.absmax
+
+
+def test_a_layer_that_is_not_4bit_yet_says_so() -> None:
+    with pytest.raises(RuntimeError, match=r"Linear4bit\(64, 32\): the weight is not 4-bit yet"):
+        bnb.nn.Linear4bit(64, 32)(torch.randn(1, 64))
+
+
+def test_a_wrapper_that_lost_the_state_gets_it_from_the_layer() -> None:
+    layer = bnb.nn.LinearNF4(64, 32).to("cpu")
+    x = torch.randn(3, 64)
+    y = layer(x)
+    layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)  # type: ignore[assignment]
+    assert torch.equal(layer(x), y)
+    assert isinstance(layer.weight, bnb.nn.Params4bit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 bits
+
+
+@pytest.mark.parametrize("name", ["normal", "logspread", "withzeros"])
+def test_blockwise_codes_are_the_nearest(golden: dict[str, Tensor], name: str) -> None:
+    values = golden[f"b8/{name}/in"]
+    codes, state = F.quantize_blockwise(values, blocksize=256)
+    decoded = F.dequantize_blockwise(codes, state)
+    assert same_bytes(state.absmax, golden[f"b8/{name}/absmax"].reshape(-1))
+    want = golden[f"b8/{name}/codes_exact"].reshape(codes.shape)
+    zero = (state.absmax == 0).repeat_interleave(256)[: values.numel()].reshape(codes.shape)
+    assert torch.equal(codes[~zero], want[~zero])
+    assert not decoded[zero].any()
+
+
+def test_blockwise_states_are_theirs(theirs: Any) -> None:
+    values = torch.randn(300, 70, dtype=torch.bfloat16)
+    for nested in (False, True):
+        codes, state = theirs.functional.quantize_blockwise(values, blocksize=512, nested=nested)
+        read = F.QuantState.from_dict(state.as_dict(), device="cpu")
+        assert same_values(F.dequantize_blockwise(codes, read), theirs.functional.dequantize_blockwise(codes, state))
+        codes, ours = F.quantize_blockwise(values, blocksize=512, nested=nested)
+        there = theirs.functional.QuantState.from_dict(ours.as_dict(), device=torch.device("cpu"))
+        assert same_values(F.dequantize_blockwise(codes, ours), theirs.functional.dequantize_blockwise(codes, there))
+    linear = F.create_linear_map()
+    codes, state = F.quantize_blockwise(values, linear, blocksize=100)
+    scaled = (values.double().reshape(-1, 100) / state.absmax[:, None]).reshape(-1, 1)
+    distance = (linear[None] - scaled).abs()
+    chosen = distance.gather(1, codes.long().reshape(-1, 1))[:, 0]
+    assert (chosen - distance.min(1).values).max() < 1e-7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The package
+
+
+def test_names_that_are_not_here_are_told() -> None:
+    for module, name, offered in (
+        (bnb, "matmul", "matmul_4bit"),
+        (bnb.nn, "Linear8bitLt", "LinearNF4"),
+        (bnb.functional, "igemm", "quantize_4bit"),
+        (bnb.optim, "LAMB", "AdamW8bit"),
+    ):
+        assert not hasattr(module, name)
+        with pytest.raises(AttributeError, match=f"{name}.*{offered}"):
+            getattr(module, name)
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_brings_no_bitsandbytes() -> None:
+    code = "import sys, qlora_native.bitsandbytes; print({'bitsandbytes', 'transformers'} & sys.modules.keys())"
+    assert run(code) == "set()\n"
+
+
+def test_ops_on_request() -> None:
+    code = """
+import torch, qlora_native.bitsandbytes as bnb
+assert not hasattr(torch.ops.bitsandbytes, "quantize_4bit")
+bnb.register_ops(); bnb.register_ops()
+w = torch.randn(32, 64)
+packed, absmax = torch.ops.bitsandbytes.quantize_4bit(w, 64, "nf4", torch.uint8)
+dense = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", [32, 64], torch.float32)
+x = torch.randn(3, 64)
+y = torch.ops.bitsandbytes.gemm_4bit(x, packed, [32, 64], absmax, 64, "nf4")
+assert torch.allclose(y, x @ dense.t(), atol=1e-4)
+torch.library.opcheck(torch.ops.bitsandbytes.gemm_4bit.default, (x, packed, [32, 64], absmax, 64, "nf4"))
+"""
+    run(code)
+
+
+def test_ops_do_not_meet_theirs(theirs: Any) -> None:
+    with pytest.raises(RuntimeError, match="bitsandbytes has been imported in this process"):
+        bnb.register_ops()

@@ -1,0 +1,322 @@
+"""The optimisers of qlora_native.bitsandbytes: bitsandbytes' arguments, updates and states, either way."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error, same_bytes
+from torch import Tensor, nn
+
+import qlora_native as qn
+import qlora_native.bitsandbytes as bnb
+from qlora_native import optim as native
+from qlora_native import reference
+from qlora_native.bitsandbytes.optim import states
+
+FAMILIES = ("Adam", "AdamW", "Lion")
+FORMS = [f"{paged}{family}{bits}" for family in FAMILIES for paged in ("", "Paged") for bits in ("", "8bit", "32bit")]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    return pytest.importorskip("bitsandbytes")
+
+
+def parameters(seed: int = 0) -> list[nn.Parameter]:
+    """One that is coded under 8 bits, with a last block that is cut, and one that is too small."""
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator) * 0.1) for shape in ((71, 65), (40,))]
+
+
+def steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], count: int, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator) * 0.01
+        optimizer.step()
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+def values(state: dict[str, Any], number: int) -> Tensor:
+    """A state of bitsandbytes' names as fp32."""
+    codes = state[f"state{number}"]
+    if codes.dtype == torch.float32:
+        return codes
+    return bnb.functional.dequantize_blockwise(
+        codes, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_defaults_and_form(theirs: Any, form: str) -> None:
+    ours, other = getattr(bnb.optim, form)(parameters()), getattr(theirs.optim, form)(parameters())
+    group, expected = ours.param_groups[0], other.param_groups[0]
+    for name in ("lr", "betas", "weight_decay"):
+        assert tuple(torch.tensor(group[name]).reshape(-1)) == tuple(torch.tensor(expected[name]).reshape(-1)), name
+    assert group["bits"] == (8 if form.endswith("8bit") else 32)
+    assert isinstance(ours, torch.optim.Optimizer)
+    steps(ours, ours.param_groups[0]["params"], 1)
+    big, small = (ours.state[param] for param in group["params"])
+    assert big["state1"].dtype == (torch.uint8 if form.endswith("8bit") else torch.float32)
+    assert small["state1"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_32_bit_updates_are_theirs(theirs: Any, family: str, weight_decay: float) -> None:
+    """Decay is decoupled in all three, in Adam too, and comes before the update, as on bitsandbytes' CPU."""
+    ours, other = parameters(), parameters()
+    for module, params in ((bnb, ours), (theirs, other)):
+        steps(getattr(module.optim, family)(params, lr=1e-2, weight_decay=weight_decay), params, 20)
+    for a, b in zip(ours, other, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_8_bit_updates_stay_as_near_to_32_bits_as_theirs(theirs: Any, family: str) -> None:
+    exact, ours, other = parameters(), parameters(), parameters()
+    steps(getattr(bnb.optim, f"{family}32bit")(exact), exact, 30)
+    steps(getattr(bnb.optim, f"{family}8bit")(ours), ours, 30)
+    steps(getattr(theirs.optim, f"{family}8bit")(other), other, 30)
+    assert (ours[0] - exact[0]).norm() < 1.5 * (other[0] - exact[0]).norm() + 1e-6
+    assert relative_error(ours[1], exact[1]) == 0  # too small to be coded
+
+
+@pytest.mark.parametrize("bits", ["8bit", "32bit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_their_state_dict_loads(theirs: Any, family: str, bits: str) -> None:
+    params = parameters()
+    other = getattr(theirs.optim, family + bits)(params)
+    steps(other, params, 5)
+    stored = through_a_file(other.state_dict())
+    moments = (1,) if family == "Lion" else (1, 2)
+
+    # Into 32-bit states of qlora_native.optim: exactly what their states stand for.
+    plain = getattr(native, family)(params, bits=32)
+    plain.load_state_dict(bnb.optim.native_state_dict(stored))
+    for param in params:
+        for number, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=False):
+            assert torch.equal(plain.state[param][name], values(other.state[param], number))
+        assert family == "Lion" or float(plain.state[param]["step"]) == 5
+
+    # Into the same class here: 32 bits exactly, 8 bits to the nearest code of ours.
+    ours = getattr(bnb.optim, family + bits)(params)
+    ours.load_state_dict(stored)
+    for param in params:
+        for number in moments:
+            want, got = values(other.state[param], number), values(ours.state[param], number)
+            codes = ours.state[param][f"state{number}"]
+            assert codes.dtype == other.state[param][f"state{number}"].dtype
+            if codes.dtype == torch.float32:
+                assert torch.equal(got, want)
+                continue
+            nearest, absmax = reference.encode_state(want, signed=number == 1)
+            assert same_bytes(codes, nearest.view(torch.uint8))
+            assert same_bytes(ours.state[param][f"absmax{number}"], absmax)
+            assert relative_error(got, want) < 0.03
+    assert ours.param_groups[0]["lr"] == other.param_groups[0]["lr"]
+    steps(ours, params, 1)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "32bit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_state_dict_loads_in_theirs(theirs: Any, family: str, bits: str) -> None:
+    params = parameters()
+    ours = getattr(bnb.optim, family + bits)(params)
+    steps(ours, params, 5)
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    other = getattr(theirs.optim, family + bits)(twins)
+    other.load_state_dict(through_a_file(ours.state_dict()))
+    for param, twin in zip(params, twins, strict=True):
+        for number in (1,) if family == "Lion" else (1, 2):
+            state = other.state[twin]
+            if state[f"state{number}"].dtype == torch.uint8:
+                assert torch.equal(state[f"qmap{number}"].sort().values, state[f"qmap{number}"])  # theirs searches it
+                decoded = theirs.functional.dequantize_blockwise(
+                    state[f"state{number}"], absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
+                )
+            else:
+                decoded = state[f"state{number}"]
+            assert torch.equal(decoded, values(ours.state[param], number))
+    before = [param.detach().clone() for param in params]
+    steps(ours, params, 3)
+    steps(other, twins, 3)
+    for param, twin, start in zip(params, twins, before, strict=True):
+        moved = (param - start).norm()
+        assert (param - twin).norm() < (0.02 if param.numel() > 4096 and bits == "8bit" else 1e-4) * moved
+
+
+@pytest.mark.parametrize("form", ["AdamW", "AdamW8bit", "Lion", "Lion8bit", "Adam8bit"])
+def test_resuming_is_exact(form: str) -> None:
+    make: Callable[..., Any] = getattr(bnb.optim, form)
+    straight, broken = parameters(), parameters()
+    optimizer = make(straight)
+    steps(optimizer, straight, 3)
+    steps(optimizer, straight, 3, seed=2)
+    first = make(broken)
+    steps(first, broken, 3)
+    second = make(broken)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    steps(second, broken, 3, seed=2)
+    assert all(same_bytes(a, b) for a, b in zip(straight, broken, strict=True))
+    twin = copy.deepcopy(second)
+    assert twin.args == second.args
+    for param, other in zip(broken, twin.param_groups[0]["params"], strict=True):
+        assert all(same_bytes(twin.state[other][name], value) for name, value in second.state[param].items())
+
+
+def test_states_of_qlora_native_optim_load() -> None:
+    params = parameters()
+    plain = native.AdamW(params, bits=8)
+    steps(plain, params, 3)
+    ours = bnb.optim.AdamW8bit(params)
+    ours.load_state_dict(plain.state_dict())
+    back = native.AdamW(params, bits=8)
+    back.load_state_dict(bnb.optim.native_state_dict(ours.state_dict()))
+    for param in params:
+        for name, value in plain.state[param].items():
+            assert same_bytes(ours.state[param][name], value)
+            assert same_bytes(back.state[param][name], value)
+
+
+def test_bitsandbytes_names_are_the_same_memory() -> None:
+    params = parameters()
+    ours = bnb.optim.AdamW8bit(params)
+    steps(ours, params, 2)
+    state = ours.state[params[0]]
+    assert state["state1"].data_ptr() == state["exp_avg"].data_ptr()
+    assert torch.equal(values(state, 1), reference.decode_state(state["exp_avg"], state["exp_avg_absmax"]))
+    assert torch.equal(values(state, 2), reference.decode_state(state["exp_avg_sq"], state["exp_avg_sq_absmax"]))
+    for name in ("state3", "qmap1x", "unorm_vec"):
+        with pytest.raises(KeyError, match=name):
+            state[name]
+    with pytest.raises(KeyError, match="qmap1"):
+        ours.state[params[1]]["qmap1"]
+
+
+def test_tables_are_sorted_and_complete() -> None:
+    for signed in (True, False):
+        table = states.table(signed)
+        assert torch.equal(table.sort().values, table)
+        assert table.unique().numel() == (255 if signed else 256)
+        assert table.max() == 1
+    assert states.table(True)[128] == 0
+
+
+def test_older_layouts(theirs: Any) -> None:
+    params = parameters()
+    other = theirs.optim.AdamW8bit(params)
+    steps(other, params, 2)
+    stored = other.state_dict()
+    flat = {
+        **stored,
+        "state": {k: {"step": v["step"], **v[states.WRAPPER]} for k, v in stored["state"].items()},
+    }  # before the wrapper
+    for given in (flat, stored):
+        ours = bnb.optim.AdamW8bit(params)
+        ours.load_state_dict(given)
+        assert relative_error(values(ours.state[params[0]], 1), values(other.state[params[0]], 1)) < 0.03
+    codes = torch.randint(0, 256, (5000,), dtype=torch.uint8)  # one scale for 2048, as before 0.44
+    qmap = bnb.functional.create_dynamic_map()
+    old = {"step": 1, "state1": codes, "qmap1": qmap, "absmax1": torch.tensor([1.0, 2.0, 3.0])}
+    decoded = states.from_bitsandbytes(old)["exp_avg"]
+    assert torch.equal(decoded, qmap[codes.long()] * torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(2048)[:5000])
+    with pytest.raises(ValueError, match="5000 elements has 7 scales: expected one for each 256 or 2048"):
+        states.from_bitsandbytes({**old, "absmax1": torch.ones(7)})
+    with pytest.raises(ValueError, match="qmap1 is missing"):
+        states.from_bitsandbytes({"state1": codes, "absmax1": torch.ones(20)})
+
+
+def test_frozen_packed_weights_may_be_among_the_parameters() -> None:
+    model: Any = nn.Sequential(bnb.nn.LinearNF4(64, 64), nn.Linear(64, 64)).to("cpu")
+    optimizer = bnb.optim.AdamW8bit(model.parameters(), lr=1e-2)
+    before = model[0].weight.data.clone()
+    for _ in range(3):
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model[0].weight.data, before)
+    assert len(optimizer.state) == 3  # the bias of the first, weight and bias of the second
+    with pytest.raises(ValueError, match="torch.complex64"):
+        bnb.optim.AdamW([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("form", ["PagedAdamW8bit", "PagedLion", "PagedAdam32bit"])
+def test_paged_states_out_of_memory_give_the_same_bytes(form: str) -> None:
+    packed = bnb.nn.Params4bit(torch.randn(256, 256)).to("cpu")
+    stays, leaves = parameters(), parameters()
+    straight = getattr(bnb.optim, form.removeprefix("Paged"))(stays)
+    paged = getattr(bnb.optim, form)([packed, *leaves])
+    steps(straight, stays, 2)
+    steps(paged, leaves, 2)
+    paged.page_out()
+    statistics = paged.paging_statistics()
+    assert statistics["paged_out_bytes"] > 0
+    assert statistics["state_bytes"] < 70_000 < packed.numel() * 4  # nothing is kept for the frozen weight
+    steps(straight, stays, 2)
+    steps(paged, leaves, 2)
+    assert all(same_bytes(a, b) for a, b in zip(stays, leaves, strict=True))
+    assert straight.paged is False
+
+
+def test_the_manager_sets_the_form_of_single_parameters() -> None:
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    manager.initialize()
+    try:
+        model: Any = nn.ModuleDict({"embed": nn.Embedding(100, 64), "fc": nn.Linear(64, 80), "out": nn.Linear(80, 80)})
+        manager.register_parameters(model.parameters())
+        manager.register_module_override(model["embed"], "weight", {"optim_bits": 32})
+        manager.override_config(model["fc"].weight, "min_8bit_size", 10**6)
+        manager.override_config([model["fc"].bias], key_value_dict={"optim_bits": 8, "min_8bit_size": 16})
+        optimizer = bnb.optim.Adam8bit(model.parameters())
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        coded = {name for name, p in model.named_parameters() if optimizer.state[p]["state1"].dtype == torch.uint8}
+        assert coded == {"fc.bias", "out.weight"}
+        with pytest.raises(ValueError, match="'lr' cannot be set for single parameters"):
+            manager.override_config(model["fc"].weight, "lr", 1.0)
+        with pytest.raises(RuntimeError, match="get_instance"):
+            bnb.optim.GlobalOptimManager()
+    finally:
+        manager.initialize()
+
+
+def test_arguments_that_cannot_be() -> None:
+    params = parameters()
+    with pytest.raises(ValueError, match="AdamW8bit: amsgrad is True"):
+        bnb.optim.AdamW8bit(params, amsgrad=True)
+    with pytest.raises(ValueError, match="Adam8bit: optim_bits is 16"):
+        bnb.optim.Adam8bit(params, optim_bits=16)
+    with pytest.raises(ValueError, match="bits is 16"):
+        bnb.optim.Adam(params, optim_bits=16)
+
+    class Args:
+        optim_bits = 8
+        min_8bit_size = 32
+
+    optimizer = bnb.optim.AdamW(params, args=Args())
+    steps(optimizer, params, 1)
+    assert all(optimizer.state[param]["state2"].dtype == torch.uint8 for param in params)
+    assert optimizer.args.optim_bits == 8
+
+
+def test_torch_state_dict_loads() -> None:
+    params = parameters()
+    plain = torch.optim.AdamW(params)
+    steps(plain, params, 3)
+    ours = bnb.optim.AdamW(params)
+    ours.load_state_dict(plain.state_dict())
+    assert torch.equal(ours.state[params[0]]["state1"], plain.state[params[0]]["exp_avg"])
+    assert issubclass(bnb.optim.PagedAdamW8bit, qn.optim.AdamW)

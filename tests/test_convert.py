@@ -1,0 +1,310 @@
+"""qlora convert: between 16 bits, our 4 bits and bitsandbytes', against tensors quantised and decoded whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import same_bytes
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import distance, logits, make, save
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import qlora_native as qn
+from qlora_native import reference
+from qlora_native.cli.main import main
+from qlora_native.load import convert as module
+from qlora_native.load import load_model
+from qlora_native.load.convert import convert
+from qlora_native.nn import QuantizedLinear
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART", 4096)  # so that tiny tensors come in several parts
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder's files."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def made(folder: Path, source: Path, target: str, **options: Any) -> Path:
+    folder.mkdir()
+    convert(source, folder, target, **options)
+    return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+OPTIONS = [
+    {},
+    {"quant_type": "fp4", "block_size": 256},
+    {"double_quant": False, "block_size": 32, "dtype": torch.float32},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Gemma2", "Phi3", "GPTNeoX"])
+def test_weights_become_those_of_quantize(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    source = save(tmp_path / "source", kind, torch.float16)
+    stored = read(source)
+    out = made(tmp_path / "out", source, "bitsandbytes", **options)
+    tensors = read(out)
+    dtype = options.get("dtype", torch.float16)
+    quantising = {k: v for k, v in options.items() if k != "dtype"}
+    model = load_model(source, dtype=dtype, **quantising)
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    packed = {name for name in stored if any(key.startswith(f"{name}.quant_state") for key in tensors)}
+    assert len(packed) == len(layers) > 0
+    for name, tensor in stored.items():
+        if name not in packed:
+            assert same_bytes(tensors.pop(name), tensor.to(dtype)), name
+            continue
+        whole = tensor.t().contiguous() if kind == "GPT2" else tensor
+        weight = qn.quantize(whole, **quantising)
+        weight.dtype = dtype
+        for key, value in qn.to_bnb(weight, name).items():
+            assert same_bytes(tensors.pop(key), value), key
+    assert not tensors
+    assert torch.equal(logits(load_model(out, dtype=dtype)), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_decoded_weights_are_the_reference(tmp_path: Path, kind: str, quant_type: str) -> None:
+    source = save(tmp_path / "source", kind, torch.bfloat16)
+    four = made(tmp_path / "four", source, "qlora", quant_type=quant_type)
+    model = load_model(four, dtype=torch.bfloat16)
+    dense = made(tmp_path / "dense", four, "16bit")
+    tensors, stored = read(dense), read(source)
+    assert tensors.keys() == stored.keys()
+    changed = 0
+    parts = read(four)
+    for name, tensor in tensors.items():
+        if f"{name}.absmax" not in parts:
+            assert same_bytes(tensor, stored[name])
+            continue
+        weight = qn.from_bnb(parts, name)
+        want = reference.dequantize(torch.bfloat16, *weight.op_args())
+        assert same_bytes(tensor, want.t().contiguous() if kind == "GPT2" else want), name
+        changed += 1
+    assert changed == sum(isinstance(layer, QuantizedLinear) for layer in model.modules())
+    assert "quantization_config" not in config_of(dense)
+    plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    assert distance(logits(plain), logits(load_model(four, dtype=torch.float32))) < 1e-2
+
+
+def test_between_the_two_forms_of_4_bits_bytes_stay(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", dtype=torch.bfloat16)
+    theirs = made(tmp_path / "theirs", source, "bitsandbytes")
+    ours = made(tmp_path / "ours", theirs, "qlora")
+    back = made(tmp_path / "back", ours, "bitsandbytes")
+    for folder in (ours, back):
+        tensors = read(folder)
+        assert tensors.keys() == read(theirs).keys()
+        assert all(same_bytes(tensors[name], value) for name, value in read(theirs).items())
+    assert config_of(ours)["quantization_config"]["quant_method"] == "qlora_native"
+    assert config_of(back) == config_of(theirs)
+    assert config_of(theirs)["quantization_config"] == {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+    expected = logits(load_model(theirs))
+    assert torch.equal(logits(load_model(ours)), expected)
+    loaded = AutoModelForCausalLM.from_pretrained(ours, dtype=torch.bfloat16)
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, QuantizedLinear)
+    assert distance(logits(loaded).float(), expected.float()) < 1e-2
+
+
+@pytest.mark.parametrize("target", ["bitsandbytes", "16bit"])
+def test_shards_in_and_out(tmp_path: Path, target: str) -> None:
+    model = make(num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    model.save_pretrained(tmp_path / "whole")
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 3
+    folder = tmp_path / "out"
+    folder.mkdir()
+    report = convert(tmp_path / "source", folder, target, shard_bytes=60_000)
+    files = sorted(folder.glob("*.safetensors"))
+    assert report.files == len(files) > 2
+    assert [file.name for file in files] == [
+        f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)
+    ]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    tensors = read(folder)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values()) == report.num_bytes
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert all(index["weight_map"][name] == file.name for name in opened.keys())  # noqa: SIM118
+        assert file.stat().st_size < 90_000
+    whole = read(made(tmp_path / "one", tmp_path / "whole", target))
+    assert whole.keys() == tensors.keys() == index["weight_map"].keys()
+    assert all(same_bytes(tensors[name], value) for name, value in whole.items())
+
+
+def test_files_are_sound_safetensors(tmp_path: Path) -> None:
+    out = made(tmp_path / "out", save(tmp_path / "source"), "bitsandbytes", double_quant=False)
+    raw = (out / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0
+    assert header.pop("__metadata__") == {"format": "pt"}
+    end = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        assert begin == end
+        assert begin % {"F32": 4, "BF16": 2, "U8": 1}[entry["dtype"]] == 0
+        end = stop
+    assert 8 + length + end == len(raw)
+
+
+def test_stacks_of_experts(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "Mixtral", torch.bfloat16, num_local_experts=4)
+    theirs = made(tmp_path / "theirs", source, "bitsandbytes")  # which has no 4-bit stacks
+    names = read(source).keys()
+    assert sum(name.endswith(".absmax") for name in read(theirs)) == 8
+    assert all(name in read(theirs) for name in names)
+    ours = made(tmp_path / "ours", source, "qlora")
+    assert sum(name.endswith(".absmax") for name in read(ours)) == 12
+    assert torch.equal(logits(load_model(ours)), logits(load_model(source)))
+    with pytest.raises(qn.UserError, match="holds stacks of experts in 4 bits .*convert it to 16bit first"):
+        made(tmp_path / "no", ours, "bitsandbytes")
+    dense = made(tmp_path / "dense", ours, "16bit")
+    plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    assert distance(logits(plain), logits(load_model(ours, dtype=torch.float32))) < 1e-2
+
+
+def test_eight_bit_floats_are_read(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", dtype=torch.bfloat16)
+    tensors = {
+        name: tensor.to(torch.float8_e4m3fn) if name.endswith("proj.weight") else tensor
+        for name, tensor in read(source).items()
+    }
+    save_file(tensors, source / "model.safetensors")
+    four = read(made(tmp_path / "four", source, "bitsandbytes"))
+    dense = read(made(tmp_path / "dense", source, "16bit"))
+    for name, tensor in tensors.items():
+        assert same_bytes(dense[name], tensor.bfloat16())
+        if name.endswith("proj.weight"):
+            assert same_bytes(four[name].view(-1), qn.quantize(tensor.bfloat16()).packed)
+
+
+def test_other_files_come_along(tmp_path: Path) -> None:
+    source = save(tmp_path / "source")
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        (source / name).write_text("{}")
+    (source / "pytorch_model.bin").write_text("old")
+    out = made(tmp_path / "out", source, "16bit")
+    assert {path.name for path in out.iterdir()} == {
+        "tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json", "model.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+def test_what_bitsandbytes_saved(tmp_path: Path, storage: str, nested: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    source = save(tmp_path / "source", intermediate_size=128)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_quant_storage=storage,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = made(tmp_path / "ours", tmp_path / "theirs", "qlora")
+    back = made(tmp_path / "back", ours, "bitsandbytes")
+    stored = read(tmp_path / "theirs")
+    for folder in (ours, back):
+        tensors = read(folder)
+        assert tensors.keys() == stored.keys()
+        assert all(same_bytes(tensors[name], value) for name, value in stored.items())
+    again = AutoModelForCausalLM.from_pretrained(back, dtype=torch.bfloat16, device_map={"": "cpu"})
+    assert type(again.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert torch.equal(logits(again.train()), logits(theirs.train()))
+    dense = made(tmp_path / "dense", tmp_path / "theirs", "16bit")
+    import bitsandbytes
+
+    layer = theirs.model.layers[1].self_attn.o_proj
+    decoded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert same_bytes(read(dense)["model.layers.1.self_attn.o_proj.weight"], decoded)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, four, dense = save(tmp_path / "source"), tmp_path / "four", tmp_path / "dense"
+    assert main(["convert", str(source), str(four), "--to", "bitsandbytes", "--block-size", "128"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{four}: 14 weights quantised; ")
+    assert "MiB in 1 file; took" in told
+    assert main(["convert", str(four), str(dense), "--to", "16bit", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["dequantized"], result["quantized"], result["files"]) == (14, 0, 1)
+    assert config_of(dense)["dtype"] == "bfloat16"  # float32 in the source is no 16-bit dtype
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "--help"])
+    assert stop.value.code == 0
+    assert "qlora convert Llama-3.1-8B" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "source")
+    four = made(tmp_path / "four", source, "bitsandbytes")
+    (tmp_path / "file.gguf").write_bytes(b"GGUF")
+    eight = save(tmp_path / "eight")
+    config = config_of(eight)
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (eight / "config.json").write_text(json.dumps(config))
+    broken = save(tmp_path / "broken")
+    tensors = read(broken)
+    tensors["model.layers.1.mlp.up_proj.weight"][70, 1] = torch.inf
+    save_file(tensors, broken / "model.safetensors")
+    out = str(tmp_path / "out")
+    to = ["--to", "bitsandbytes"]
+    cases = [
+        ([str(source), str(source), *to], "exists already; choose another DST"),
+        ([str(tmp_path / "none"), out, *to], "is not there: expected a model folder"),
+        ([str(eight), out, *to], "holds 8-bit bitsandbytes weights"),
+        (
+            [str(four), out, "--to", "qlora", "--block-size", "128"],
+            "--block-size says how to quantise, but the weights",
+        ),
+        ([str(source), out, "--to", "16bit", "--no-double-quant"], "--double-quant says how to quantise, but 16bit"),
+        ([str(source), out, "--to", "int8"], "invalid choice: 'int8'"),
+        ([str(source), out, *to, "--shard-size", "many"], "--shard-size is 'MANY'|--shard-size is 'many'"),
+        ([str(source), out, *to, "--skip-modules", "upproj"], "did you mean up_proj"),
+        (
+            [str(broken), out, *to],
+            r"model.layers.1.mlp.up_proj.weight cannot be quantised: its element 4481 is inf: only finite",
+        ),
+    ]
+    capsys.readouterr()
+    for arguments, words in cases:
+        assert main(["convert", *arguments]) == 2, arguments
+        told = capsys.readouterr().err
+        assert re.search(words, told), told
+        assert told.count("\n") == 1
+    assert not Path(out).exists()

@@ -1,0 +1,39 @@
+"""The import hook: other packages import as ever, and ours follows them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HOOK = """
+import sys
+sys.path.insert(0, {folder!r})
+import qlora_native._late as late
+late.REGISTRIES = {{"outer.registry": "follower", "outer.other": "broken"}}
+late.watch()
+import warnings
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    import outer.registry, outer.other
+print(outer.registry.followed, outer.other.value, type(outer.registry.__loader__).__name__)
+print(outer.registry.__spec__.loader is outer.registry.__loader__)
+print(*[str(one.message) for one in told if "qlora" in str(one.message)])
+"""
+
+
+def test_ours_follows_and_a_failure_of_ours_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "__init__.py").touch()
+    (tmp_path / "outer" / "registry.py").write_text("followed = False\n")
+    (tmp_path / "outer" / "other.py").write_text("value = 7\n")
+    (tmp_path / "follower.py").write_text("from outer import registry\nregistry.followed = True\n")
+    (tmp_path / "broken.py").write_text("from outer.other import gone\n")
+    done = subprocess.run(
+        [sys.executable, "-c", HOOK.format(folder=str(tmp_path))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first == "True 7 SourceFileLoader"
+    assert second == "True"
+    assert third.startswith("qlora_native does not fit this version of outer (cannot import name 'gone'")

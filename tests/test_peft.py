@@ -1,0 +1,273 @@
+"""PEFT on 4-bit models: the same numbers as PEFT on the decoded weights, by way of one autograd node."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SavedTensors
+from tiny_models import dense_twin, distance, logits, save, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import qlora_native as qn
+from qlora_native.integrations.experts import quantized_stacks
+from qlora_native.nn import QuantizedLinear
+
+peft = pytest.importorskip("peft")
+FusedLayer: Any = pytest.importorskip("qlora_native.integrations.peft").QuantizedLoraLinear
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("base"))
+
+
+def base(folder: Path, **options: Any) -> Any:
+    config = qn.QLoRANativeConfig(**options)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
+def filled(model: Any, seed: int = 5) -> Any:
+    """Give every lora_B values, by name, so that two models get the same."""
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return model
+
+
+def both(folder: Path, **options: Any) -> tuple[Any, Any]:
+    """The adapter on a 4-bit model and on its dense twin, with the same values."""
+    model = base(folder)
+    twin = dense_twin(folder, model)[0]
+    torch.manual_seed(1)
+    ours = filled(peft.get_peft_model(model, qn.peft_config(**options)))
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(**{**DEFAULTS, **options}))
+    theirs.load_state_dict(
+        {name: tensor for name, tensor in ours.state_dict().items() if "lora_" in name}, strict=False
+    )
+    return ours, theirs
+
+
+DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+ADAPTERS: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"r": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}, True),
+    ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 3}}, True),
+    ({"init_lora_weights": "gaussian", "modules_to_save": ["lm_head"]}, True),
+    ({"use_dora": True, "r": 4}, False),
+    ({"init_lora_weights": "orthogonal"}, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"), ADAPTERS, ids=lambda value: "+".join(value) if isinstance(value, dict) else ""
+)
+def test_the_adapter_computes_what_it_does_on_dense_weights(
+    folder: Path, options: dict[str, Any], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = both(folder, **options)
+    layers = [module for module in ours.modules() if isinstance(module, FusedLayer)]
+    assert len(layers) == (4 if "target_modules" in options else 14)
+    calls = count_nodes(monkeypatch)
+    batch = tokens()
+    for model in (ours, theirs):
+        model.train()
+        model(input_ids=batch, labels=batch).loss.backward()
+    assert len(calls) == (len(layers) if fused else 0)
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert set(gradients) == {name for name, p in ours.named_parameters() if p.grad is not None}
+    for name, parameter in ours.named_parameters():
+        if name in gradients:
+            assert distance(parameter.grad, gradients[name]) < 1e-4, name
+    assert distance(logits(ours), logits(theirs)) < 1e-5
+
+
+def count_nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one a call of lora_linear."""
+    from qlora_native.integrations import peft as module
+
+    calls: list[int] = []
+    real = module.lora_linear
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "lora_linear", counted)
+    return calls
+
+
+def test_nothing_dequantised_is_kept_for_backward(folder: Path) -> None:
+    ours = peft.get_peft_model(base(folder), qn.peft_config(r=4)).train()
+    layer = ours.base_model.model.model.layers[0].mlp.up_proj
+    with SavedTensors() as saved:
+        layer(torch.randn(2, 64, requires_grad=True))
+    assert max(tensor.numel() for tensor in saved.tensors if tensor.is_floating_point()) < 64 * 96
+
+
+def test_dropout_is_seen_by_the_adapter_alone(folder: Path) -> None:
+    ours = filled(peft.get_peft_model(base(folder), qn.peft_config(lora_dropout=0.5))).train()
+    layer = ours.base_model.model.model.layers[0].mlp.up_proj
+    x = torch.randn(5, 64)
+    torch.manual_seed(3)
+    got = layer(x)
+    torch.manual_seed(3)
+    low = layer.lora_A["default"](layer.lora_dropout["default"](x))
+    assert distance(got, layer.base_layer(x) + layer.lora_B["default"](low) * 2) < 1e-5
+
+
+@pytest.mark.parametrize("config", ["ours", "theirs"])
+def test_the_layers_survive_saving(tmp_path: Path, folder: Path, config: str) -> None:
+    made = qn.peft_config() if config == "ours" else peft.LoraConfig(**DEFAULTS)
+    first = filled(peft.get_peft_model(base(folder), made)).eval()
+    first.save_pretrained(tmp_path)
+    second = peft.PeftModel.from_pretrained(base(folder), tmp_path)
+    assert sum(isinstance(module, FusedLayer) for module in second.modules()) == 14
+    assert torch.equal(logits(second), logits(first))
+    ours = qn.load_adapter(qn.load_model(folder, dtype=torch.float32, fuse=False), tmp_path)
+    assert distance(logits(ours), logits(first)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 8}, {"use_dora": True}], ids=str)
+def test_merging_quantises_the_sum(folder: Path, options: dict[str, Any]) -> None:
+    ours, theirs = both(folder, **options)
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    with_adapter = logits(ours)
+    merged = theirs.merge_and_unload()
+    ours.merge_adapter(safe_merge=True)
+    for path, layer in ours.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            dense = merged.get_submodule(path.removeprefix("base_model.model.").removesuffix(".base_layer"))
+            expected = qn.quantize(dense.weight).dequantize()
+            assert distance(layer.quantized.dequantize(torch.float32), expected) < 0.2, path  # a code may move by one
+            assert (layer.quantized.dequantize(torch.float32) != expected).float().mean() < 1e-2, path
+    assert 0 < distance(logits(ours), with_adapter) < 0.3
+    ours.unmerge_adapter()
+    after = ours.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    plain = ours.merge_and_unload()
+    assert type(plain.model.layers[0].mlp.up_proj) is QuantizedLinear
+    assert distance(logits(plain), with_adapter) < 0.3
+
+
+def test_several_adapters(folder: Path) -> None:
+    ours, theirs = both(folder, r=4)
+    for model in (ours, theirs):
+        model.add_adapter("second", peft.LoraConfig(**{**DEFAULTS, "r": 2}))
+        torch.manual_seed(4)
+        for name, parameter in sorted(model.named_parameters()):
+            if ".second." in name:
+                parameter.data.normal_(0, 0.05)
+        model.eval()
+    for active in ("default", "second"):
+        for model in (ours, theirs):
+            model.set_adapter(active)
+        assert distance(logits(ours), logits(theirs)) < 1e-5
+    for model in (ours, theirs):
+        model.base_model.set_adapter(["default", "second"])
+    assert distance(logits(ours), logits(theirs)) < 1e-5
+    batch = {"input_ids": tokens(), "adapter_names": ["default", "__base__"]}
+    with torch.no_grad():
+        assert distance(ours(**batch).logits, theirs(**batch).logits) < 1e-5
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert distance(logits(ours), logits(theirs)) < 1e-5
+    for model in (ours, theirs):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum", combination_type="cat")
+        model.set_adapter("sum")
+    assert distance(logits(ours), logits(theirs)) < 1e-5
+    ours.delete_adapter("second")
+
+
+def test_initialisations_that_read_the_weights_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="init_lora_weights is 'pissa'.*these are 4-bit: expected one of True"):
+        peft.get_peft_model(base(folder), qn.peft_config(init_lora_weights="pissa"))
+
+
+def test_preparing_for_training_does_no_harm(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=qn.QLoRANativeConfig(compute_dtype="bfloat16"), dtype=torch.bfloat16
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "proj" in name}
+    prepared = peft.prepare_model_for_kbit_training(model)
+    assert all(torch.equal(prepared.state_dict()[name], tensor) for name, tensor in before.items())
+    assert prepared.model.norm.weight.dtype == torch.float32
+    trained = peft.get_peft_model(prepared, qn.peft_config(r=4)).train()
+    batch = tokens()
+    trained(input_ids=batch, labels=batch).loss.backward()
+    gradients = [p.grad for name, p in trained.named_parameters() if ".lora_B" in name]
+    assert all(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+def test_conv1d_layers(tmp_path: Path) -> None:
+    model = base(save(tmp_path, "GPT2"))
+    twin = dense_twin(tmp_path, model)[0]
+    options = {"r": 4, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    ours = filled(peft.get_peft_model(model, qn.peft_config(**options)))
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(**{**DEFAULTS, **options}))
+    theirs.load_state_dict(
+        {name: tensor for name, tensor in ours.state_dict().items() if "lora_" in name}, strict=False
+    )
+    assert distance(logits(ours), logits(theirs)) < 1e-5
+    assert distance(logits(ours.merge_and_unload()), logits(theirs)) < 0.3
+
+
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
+def test_experts(tmp_path: Path) -> None:
+    """PEFT's "all-linear" means the stacks of experts as well, and the router."""
+    model = base(save(tmp_path / "base", "Mixtral", num_local_experts=4, num_hidden_layers=1))
+    twin = dense_twin(tmp_path / "base", model)[0]
+    ours = filled(peft.get_peft_model(model, qn.peft_config(r=4)))
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(**{**DEFAULTS, "r": 4}))
+    theirs.load_state_dict(
+        {name: tensor for name, tensor in ours.state_dict().items() if "lora_" in name}, strict=False
+    )
+    batch = tokens()
+    for adapted in (ours, theirs):
+        adapted.train()
+        adapted(input_ids=batch, labels=batch).loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert sum("experts" in name for name in gradients) == 4
+    for name, gradient in gradients.items():
+        assert distance(ours.get_parameter(name).grad, gradient) < 1e-4, name
+    expected = logits(ours)
+    assert distance(expected, logits(theirs)) < 1e-5
+    ours.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(base(tmp_path / "base"), tmp_path / "adapter")
+    assert distance(logits(again), expected) < 1e-6
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items() if ".experts." in name}
+    ours.merge_adapter(safe_merge=True)
+    merged = theirs.merge_and_unload()
+    stacks = list(quantized_stacks(ours.base_model.model))
+    assert len(stacks) == 2
+    for path, _, name, stack in stacks:
+        there = merged.get_submodule(path.removesuffix(".base_layer.base_layer")).get_parameter(name)
+        wanted = qn.quantize(there).dequantize()
+        assert (stack.dequantize(torch.float32) != wanted).float().mean() < 1e-2, name
+    ours.unmerge_adapter()
+    after = ours.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    unloaded = ours.merge_and_unload()
+    assert [stack.shape for *_, stack in quantized_stacks(unloaded)] == [stack.shape for *_, stack in stacks]
+
+
+def test_a_copy_has_its_own_layers(folder: Path) -> None:
+    ours = filled(peft.get_peft_model(base(folder), qn.peft_config(r=4)))
+    twin = copy.deepcopy(ours)
+    assert torch.equal(logits(twin), logits(ours))
+    nn.init.zeros_(twin.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight)
+    assert not torch.equal(logits(twin), logits(ours))
+
+
+def test_models_of_load_model_take_part(folder: Path) -> None:
+    ours = filled(peft.get_peft_model(qn.load_model(folder, dtype=torch.float32), peft.LoraConfig(**DEFAULTS)))
+    theirs = filled(peft.get_peft_model(base(folder), peft.LoraConfig(**DEFAULTS)))
+    for name, parameter in ours.named_parameters():
+        if ".lora_A" in name:
+            parameter.data.copy_(theirs.get_parameter(name))
+    assert distance(logits(ours), logits(theirs)) < 1e-4
