@@ -59,10 +59,10 @@ struct PageChunk {
 
 struct PagePlan {
   int64_t page_bytes = 0;
-  int64_t num_bytes = 0;           // of the arena, whole pages
+  int64_t num_bytes = 0;           // of the arena, whole pages; those of no chunk are gaps
   std::vector<StatePlace> places;  // of each tensor
   std::vector<StatePart> parts;    // in the order of the tensors and of their elements
-  std::vector<PageChunk> chunks;   // in the order of the parts; together all parts and all pages
+  std::vector<PageChunk> chunks;   // in the order of the parts; together all parts
 };
 
 namespace detail {
@@ -91,14 +91,18 @@ inline std::vector<StateArray> arrays_of(const StateForm& form) {
   return arrays;
 }
 
-// Elements between two places where a tensor may be cut: whole pages of each of its arrays.
-inline int64_t cut_unit(const StateForm& form, int64_t page_bytes) {
-  return std::max(kNormChunk, form.coded ? page_bytes / 4 * kStateBlock : page_bytes / 4);
+// Elements between two places where a tensor may be cut: whole pages of each of its arrays, whole blocks of the large
+// ones.
+inline int64_t cut_unit(const StateForm& form, int64_t page_bytes, int64_t block_bytes) {
+  return std::max({kNormChunk, block_bytes / (form.coded ? 1 : 4), form.coded ? page_bytes / 4 * kStateBlock : 0});
 }
 
 class PagePlanner {
  public:
-  PagePlanner(int64_t page_bytes, int64_t chunk_bytes) : chunk_bytes_(chunk_bytes) { plan_.page_bytes = page_bytes; }
+  PagePlanner(int64_t page_bytes, int64_t chunk_bytes, int64_t block_bytes)
+      : chunk_bytes_(chunk_bytes), block_bytes_(block_bytes) {
+    plan_.page_bytes = page_bytes;
+  }
 
   void add(const StateForm& form) {
     const std::vector<StateArray> arrays = arrays_of(form);
@@ -125,6 +129,9 @@ class PagePlanner {
     if (end_ + bytes - start_ > chunk_bytes_) {
       close();
     }
+    if (start_ == end_) {
+      start_ = end_ = rounded_up(end_, block_bytes_);
+    }
     StatePlace& place = plan_.places.emplace_back();
     for (const StateArray& array : arrays) {
       place.*array.place = end_;
@@ -135,13 +142,14 @@ class PagePlanner {
     }
   }
 
-  // Each array from a page on, in chunks of about the same size.
+  // Each array from a page or a block on, in chunks of about the same size.
   void add_cut(const StateForm& form, const std::vector<StateArray>& arrays) {
     close();
     StatePlace& place = plan_.places.emplace_back();
-    const int64_t unit = cut_unit(form, plan_.page_bytes);
+    const int64_t unit = cut_unit(form, plan_.page_bytes, block_bytes_);
     int64_t unit_bytes = 0;
     for (const StateArray& array : arrays) {
+      end_ = rounded_up(end_, array.elements == 1 ? block_bytes_ : plan_.page_bytes);
       place.*array.place = end_;
       end_ += rounded_up(array.bytes_of(form.numel), plan_.page_bytes);
       unit_bytes += array.bytes_of(unit);
@@ -192,24 +200,34 @@ class PagePlanner {
 
   PagePlan plan_;
   int64_t chunk_bytes_;
+  int64_t block_bytes_;
   int64_t start_ = 0;  // of the chunk of whole tensors that is being filled
   int64_t end_ = 0;    // of what has a place
 };
 
 }  // namespace detail
 
-// Plans the arena of tensors of these forms, in this order. page_bytes is a power of two of at least 64; chunks hold at
-// most chunk_bytes, or what least a tensor can be cut into, if that is more.
-inline PagePlan plan_pages(const std::vector<StateForm>& forms, int64_t page_bytes, int64_t chunk_bytes) {
-  if (page_bytes < kPlaceAlignment || (page_bytes & (page_bytes - 1)) != 0) {
-    throw std::invalid_argument("page_bytes is " + std::to_string(page_bytes) +
-                                ": expected a power of two of at least " + std::to_string(kPlaceAlignment) + ".");
+// Plans the arena of tensors of these forms, in this order. Chunks hold at most chunk_bytes, or what least a tensor can
+// be cut into, if that is more. Where they begin in an array, absmaxes aside, they begin with a block of block_bytes:
+// larger pages, if the machine has such. Both sizes are powers of two; page_bytes is at least 64, block_bytes at least
+// page_bytes.
+inline PagePlan plan_pages(const std::vector<StateForm>& forms, int64_t page_bytes, int64_t chunk_bytes,
+                           int64_t block_bytes) {
+  const auto fits = [](int64_t value, int64_t least) { return value >= least && (value & (value - 1)) == 0; };
+  if (!fits(page_bytes, kPlaceAlignment) || !fits(block_bytes, page_bytes)) {
+    throw std::invalid_argument("page_bytes is " + std::to_string(page_bytes) + ", block_bytes " +
+                                std::to_string(block_bytes) + ": expected powers of two, the first at least " +
+                                std::to_string(kPlaceAlignment) + ", the second at least the first.");
   }
-  detail::PagePlanner planner(page_bytes, std::max(page_bytes, chunk_bytes / page_bytes * page_bytes));
+  detail::PagePlanner planner(page_bytes, std::max(page_bytes, chunk_bytes / page_bytes * page_bytes), block_bytes);
   for (const StateForm& form : forms) {
     planner.add(form);
   }
   return planner.finish();
+}
+
+inline PagePlan plan_pages(const std::vector<StateForm>& forms, int64_t page_bytes, int64_t chunk_bytes) {
+  return plan_pages(forms, page_bytes, chunk_bytes, page_bytes);
 }
 
 enum class PageAction : int { kFetch, kUpdate, kRelease };

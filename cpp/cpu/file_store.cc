@@ -19,7 +19,7 @@ namespace qlora_native::cpu {
 namespace {
 
 constexpr int64_t kPiece = 32 << 20;       // bytes that change between memory and file at once
-constexpr int64_t kReadAhead = 128 << 10;  // bytes: the kernel cuts a longer request off at its own limit
+constexpr int64_t kReadAhead = 128 << 10;  // bytes: the kernel cuts longer requests off at a limit of its own
 
 // include/uapi/asm-generic/mman-common.h of Linux 5.14; older C libraries do not know it.
 constexpr int kPopulateWrite = 23;
@@ -36,7 +36,7 @@ int open_nameless(const std::string& folder) {
   if (file >= 0 || (errno != EOPNOTSUPP && errno != EISDIR)) {
     return file;
   }
-  std::string path = folder + "/qlora_native-XXXXXX";
+  std::string path = folder + "/qlora_native-" + std::string(6, 'X');
   const int named = mkostemp(path.data(), O_CLOEXEC);
   if (named >= 0) {
     unlink(path.c_str());
@@ -70,8 +70,28 @@ int write_back(int file, const ByteRange& range, unsigned flags) {
   return flags == SYNC_FILE_RANGE_WRITE ? 0 : fdatasync(file);
 }
 
-void* private_memory(int64_t bytes) {
-  void* memory = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+constexpr int kReadWrite = PROT_READ | PROT_WRITE;
+
+// Addresses that begin with a block, as the file does.
+void* reserve_aligned(int64_t bytes) {
+  const int64_t more = bytes + kBlockBytes;
+  void* const memory = mmap(nullptr, static_cast<size_t>(more), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) {
+    return memory;
+  }
+  char* const begin = static_cast<char*>(memory);
+  const auto before = static_cast<size_t>(-reinterpret_cast<intptr_t>(begin) & (kBlockBytes - 1));
+  if (before > 0) {
+    munmap(begin, before);
+  }
+  munmap(begin + before + bytes, static_cast<size_t>(kBlockBytes) - before);
+  return begin + before;
+}
+
+// At `place`, or anywhere.
+void* private_memory(int64_t bytes, void* place = nullptr) {
+  const int fixed = place == nullptr ? 0 : MAP_FIXED;
+  void* const memory = mmap(place, static_cast<size_t>(bytes), kReadWrite, MAP_PRIVATE | MAP_ANONYMOUS | fixed, -1, 0);
   if (memory != MAP_FAILED) {
     madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // where they are not to be had, small ones serve
   }
@@ -99,9 +119,14 @@ FileStore::FileStore(int64_t num_bytes, std::string folder, bool in_file)
     open_file();
   }
   const auto bytes = static_cast<size_t>(num_bytes_);
-  void* memory =
-      in_file ? mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file_, 0) : private_memory(num_bytes_);
+  void* const place = reserve_aligned(num_bytes_);
+  void* const memory = place == MAP_FAILED ? place
+                       : in_file           ? mmap(place, bytes, kReadWrite, MAP_SHARED | MAP_FIXED, file_, 0)
+                                           : private_memory(num_bytes_, place);
   if (memory == MAP_FAILED) {
+    if (place != MAP_FAILED) {
+      munmap(place, bytes);
+    }
     if (file_ >= 0) {
       close(file_);
     }
@@ -129,14 +154,16 @@ void FileStore::open_file() {
   if (file < 0) {
     fail(folder_, "made", errno);
   }
-  const int error = posix_fallocate(file, 0, num_bytes_);
+  // Some file systems would fill the disk before they say that it is too small.
+  struct statvfs system{};
+  const bool known = fstatvfs(file, &system) == 0;
+  const auto room = static_cast<int64_t>(system.f_bavail * system.f_frsize);
+  const int error = known && room < num_bytes_ ? ENOSPC : posix_fallocate(file, 0, num_bytes_);
   if (error != 0) {
-    struct statvfs system{};
-    const bool known = fstatvfs(file, &system) == 0;
     close(file);
-    throw PageFileError("The page file in " + folder_ + " takes " + std::to_string(num_bytes_) + " bytes, of which " +
-                        (known ? std::to_string(system.f_bavail * system.f_frsize) + " are free" : "too few are free") +
-                        " (" + in_words(error) + "): make room, or name another folder as page_dir.");
+    throw PageFileError("The page file in " + folder_ + " takes " + std::to_string(num_bytes_) + " bytes, and " +
+                        std::to_string(room) + " are free there (" + in_words(error) +
+                        "): make room, or name another folder as page_dir.");
   }
   file_ = file;
 }
@@ -150,8 +177,8 @@ void FileStore::to_file() {
     const ByteRange piece{in_file_, std::min(num_bytes_, in_file_ + kPiece)};
     char* const bytes = data_ + piece.begin;
     write_all(file_, bytes, piece.size(), piece.begin, folder_);
-    if (mmap(bytes, static_cast<size_t>(piece.size()), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file_,
-             piece.begin) == MAP_FAILED) {
+    if (mmap(bytes, static_cast<size_t>(piece.size()), kReadWrite, MAP_SHARED | MAP_FIXED, file_, piece.begin) ==
+        MAP_FAILED) {
       fail(folder_, "mapped", errno);
     }
     in_file_ = piece.end;
@@ -190,17 +217,32 @@ ByteRange FileStore::clipped(const ByteRange& range) const {
   return {std::min(range.begin, end), std::min(range.end, end)};
 }
 
+// Small pages are read by readahead(), large ones by touching them: one at a time, and no more than is asked for.
+void FileStore::prepare(const ByteRange& range) const {
+  ByteRange blocks{rounded_up(range.begin, kBlockBytes), range.end / kBlockBytes * kBlockBytes};
+  if (blocks.size() <= 0 || madvise(data_ + blocks.begin, static_cast<size_t>(blocks.size()), MADV_HUGEPAGE) != 0) {
+    blocks = {range.end, range.end};
+  } else {
+    madvise(data_ + blocks.begin, static_cast<size_t>(blocks.size()), MADV_RANDOM);
+  }
+  for (const ByteRange& edge : {ByteRange{range.begin, blocks.begin}, ByteRange{blocks.end, range.end}}) {
+    for (int64_t at = edge.begin; at < edge.end; at += kReadAhead) {
+      readahead(file_, at, static_cast<size_t>(std::min(kReadAhead, edge.end - at)));
+    }
+  }
+}
+
 void FileStore::fetch(const std::vector<ByteRange>& ranges) {
   for (const ByteRange& whole : ranges) {
     const ByteRange range = clipped(whole);
-    bytes_in_ += range.size() - resident_bytes(range);
-    for (int64_t at = range.begin; at < range.end; at += kReadAhead) {
-      readahead(file_, at, static_cast<size_t>(std::min(kReadAhead, range.end - at)));
+    if (range.size() > 0) {
+      bytes_in_ += range.size() - resident_bytes(range);
+      prepare(range);
     }
   }
   for (const ByteRange& whole : ranges) {
     const ByteRange range = clipped(whole);
-    // EINVAL: Linux before 5.14. There whoever writes first takes the faults; the bytes are on their way.
+    // EINVAL: Linux before 5.14. There whoever writes first takes the faults.
     if (range.size() > 0 && madvise(data_ + range.begin, static_cast<size_t>(range.size()), kPopulateWrite) != 0 &&
         errno != EINVAL) {
       fail(folder_, "read", errno == EFAULT ? EIO : errno);

@@ -55,6 +55,7 @@ class FileStore {
   ByteRange clipped(const ByteRange& range) const;  // to what is in the file
   int64_t resident_bytes(const ByteRange& range) const;
   void open_file();
+  void prepare(const ByteRange& range) const;
 
   const int64_t num_bytes_;  // whole pages
   const std::string folder_;
@@ -67,6 +68,9 @@ class FileStore {
 };
 
 int64_t page_bytes();  // of this machine
+
+// Blocks of which one page may be made: chunks that begin with a block move several times as fast.
+inline constexpr int64_t kBlockBytes = 2 << 20;
 
 bool lies_in_memory(const std::string& folder);  // tmpfs or ramfs
 

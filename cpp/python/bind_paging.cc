@@ -14,7 +14,7 @@ namespace {
 
 using Forms = std::vector<std::tuple<int64_t, int, bool>>;
 
-PagePlan page_plan(const Forms& forms, int64_t page_bytes, int64_t chunk_bytes) {
+PagePlan page_plan(const Forms& forms, int64_t page_bytes, int64_t chunk_bytes, int64_t block_bytes) {
   std::vector<StateForm> checked;
   for (const auto& [numel, moments, coded] : forms) {
     require(numel >= 0 && numel < int64_t{1} << 60 && (moments == 1 || moments == 2),
@@ -22,7 +22,7 @@ PagePlan page_plan(const Forms& forms, int64_t page_bytes, int64_t chunk_bytes) 
                 ", ..): expected a number of elements and 1 or 2 moments.");
     checked.push_back({numel, moments, coded});
   }
-  return plan_pages(checked, page_bytes, chunk_bytes);
+  return plan_pages(checked, page_bytes, chunk_bytes, block_bytes);
 }
 
 std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> places_of(const PagePlan& plan) {
@@ -53,11 +53,12 @@ void bind_paging(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::register_local_exception<cpu::PageFileError>(module, "PageFileError", PyExc_OSError);
   module.attr("page_bytes") = cpu::page_bytes();
+  module.attr("block_bytes") = std::max(cpu::kBlockBytes, cpu::page_bytes());
   module.def("lies_in_memory", &cpu::lies_in_memory, py::arg("folder"), "Whether a folder is one of a tmpfs.");
 
   py::class_<PagePlan>(module, "PagePlan", "Where states lie in an arena, and its chunks; core/page_plan.h.")
       .def(py::init(&page_plan), py::arg("forms"), py::arg("page_bytes"), py::arg("chunk_bytes"),
-           "forms holds (numel, moments, coded) of each tensor.")
+           py::arg("block_bytes"), "forms holds (numel, moments, coded) of each tensor.")
       .def_readonly("num_bytes", &PagePlan::num_bytes)
       .def_property_readonly("places", &places_of,
                              "Offsets of (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax), -1 for none.")

@@ -38,8 +38,8 @@ int64_t bytes_to(const Array& array, int64_t element) {
 }
 
 // By brute force, unit by unit of 64 bytes: who owns it.
-void check_plan(const std::vector<StateForm>& forms, int64_t page_bytes, int64_t chunk_bytes) {
-  const PagePlan plan = plan_pages(forms, page_bytes, chunk_bytes);
+void check_plan(const std::vector<StateForm>& forms, int64_t page_bytes, int64_t chunk_bytes, int64_t block_bytes) {
+  const PagePlan plan = plan_pages(forms, page_bytes, chunk_bytes, block_bytes);
   CHECK(plan.num_bytes % page_bytes == 0, "%ld bytes", static_cast<long>(plan.num_bytes));
   CHECK(plan.places.size() == forms.size(), "%zu places", plan.places.size());
   std::vector<int> owners(static_cast<size_t>(plan.num_bytes / 64));
@@ -100,14 +100,21 @@ void check_plan(const std::vector<StateForm>& forms, int64_t page_bytes, int64_t
           CHECK(chunk_of[static_cast<size_t>(page)] == static_cast<int64_t>(c), "tensor %zu: a page elsewhere", t);
         }
       }
-      const int64_t least = std::max(kNormChunk, forms[t].coded ? page_bytes * 64 : page_bytes / 4);
+      const int64_t least =
+          std::max({kNormChunk, forms[t].coded ? page_bytes * 64 : 0, block_bytes / (forms[t].coded ? 1 : 4)});
       smallest = smallest && part.end - part.begin <= least;
     }
     CHECK(bytes <= std::max(page_bytes, chunk_bytes) || smallest, "chunk %zu has %ld bytes", c,
           static_cast<long>(bytes));
   }
   CHECK(next_part == static_cast<int64_t>(plan.parts.size()), "%ld parts", static_cast<long>(next_part));
-  CHECK(std::count(chunk_of.begin(), chunk_of.end(), -1) == 0, "a page of no chunk");
+  const int64_t gaps = std::count(chunk_of.begin(), chunk_of.end(), -1) * page_bytes;
+  CHECK(block_bytes > page_bytes || gaps == 0, "a page of no chunk");
+  CHECK(gaps <= block_bytes * static_cast<int64_t>(plan.chunks.size() + forms.size()), "gaps of %ld bytes",
+        static_cast<long>(gaps));
+  for (const PageChunk& chunk : plan.chunks) {
+    CHECK(chunk.ranges[0].begin % block_bytes == 0, "a chunk begins at %ld", static_cast<long>(chunk.ranges[0].begin));
+  }
 }
 
 int64_t below(oracle::Random& random, int64_t end) { return static_cast<int64_t>(random.bits()) % end; }
@@ -121,7 +128,8 @@ TEST(page_plan_covers_everything_once) {
       forms.push_back({below(random, scale + 1), 1 + random.byte() % 2, random.byte() % 2 == 0});
     }
     const int64_t page_bytes = round % 3 == 0 ? 1 << 16 : 4096;
-    check_plan(forms, page_bytes, page_bytes * (1 + below(random, 300)));
+    check_plan(forms, page_bytes, page_bytes * (1 + below(random, 300)), page_bytes);
+    check_plan(forms, page_bytes, page_bytes * (1 + below(random, 300)), page_bytes << (random.byte() % 10));
   }
 }
 
@@ -239,7 +247,8 @@ TEST(page_plans_refuse_in_words) {
     }
     return false;
   };
-  CHECK(refused([] { plan_pages({}, 100, 4096); }, "page_bytes is 100: expected a power of two"), "page_bytes");
+  CHECK(refused([] { plan_pages({}, 100, 4096); }, "page_bytes is 100, block_bytes 100: expected powers of two"),
+        "page_bytes");
   CHECK(refused([] { plan_walk({8192}, {true}, {false}, 4096, 1); },
                 "the residency budget is 4096 bytes: expected at least the largest chunk, 8192"),
         "budget");

@@ -81,7 +81,8 @@ class HostPages:
         """
         forms = [(param.numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)]
         chunk_bytes = CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
-        plan = _C.PagePlan(forms, _C.page_bytes, chunk_bytes)
+        block_bytes = _C.block_bytes if chunk_bytes >= 4 * _C.block_bytes else _C.page_bytes
+        plan = _C.PagePlan(forms, _C.page_bytes, chunk_bytes, block_bytes)
         try:
             store = _C.FileStore(plan.num_bytes, str(self.folder), self.paged is True)
         except MemoryError:
