@@ -132,6 +132,7 @@ def load_model(
             weight = _quantized_stack(name, value, tree.shapes[name].shape, file, target, options)
             weight.dtype = dtype
             tree.put_quantized(name, weight, False, file)
+            passed += 2 * weight.numel()
         elif isinstance(value, QuantizedWeight):
             module = tree.model.get_submodule(name.rpartition(".")[0])
             transposed = is_plain_linear(module) and not isinstance(module, nn.Linear)
