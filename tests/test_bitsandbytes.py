@@ -352,6 +352,18 @@ def test_parameter_copies_and_pieces() -> None:
         _ = plain.absmax
 
 
+def test_a_layer_is_copied_with_its_own_state() -> None:
+    layer = bnb.nn.LinearNF4(64, 32).to("cpu")
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    x = torch.randn(2, 64)
+    for twin in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert twin.weight.module is twin
+        assert twin.weight.quant_state is twin.quant_state is not layer.quant_state
+        assert torch.equal(twin(x), layer(x))
+
+
 def test_a_layer_that_is_not_4bit_yet_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"Linear4bit\(64, 32\): the weight is not 4-bit yet"):
         bnb.nn.Linear4bit(64, 32)(torch.randn(1, 64))

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def convert(
 
     Tensors keep their stored names. What is 4-bit already keeps its bytes when the target is 4-bit. Files that hold no
     weights are copied. Memory beyond the libraries: a few parts of 2^22 elements, the scales of the tensor at hand, and
-    whole tensors only where one has to be turned (GPT-2), decoded from 4 bits (its packed bytes) or is made of several
-    stored ones by transformers (stacks of experts).
+    whole tensors only where one has to be turned (GPT-2), decoded from 4 bits (its packed bytes) or made of several by
+    transformers (one expert of a stack).
 
     Args:
         source: a folder with config.json and safetensors, in one file or sharded: 32-bit, 16-bit, 8-bit floats, or
@@ -239,8 +240,12 @@ class _Conversion:
 
     def _stacked(self, step: Converted) -> Job:
         def parts() -> Parts:
-            made = dict(step.run(self.tree.model, lambda stored: self.source.read(self.plan, stored)))
-            yield from _slices(made.pop(step.name))
+            read = partial(self.source.read, self.plan)
+            stacks = (
+                step.slices(self.tree.model, read) if step.is_stack else (t for _, t in step.run(self.tree.model, read))
+            )
+            for stack in stacks:
+                yield from _slices(stack)
 
         return self._packed(step.name, tuple(self.tree.shapes[step.name].shape), str(step.parts[0][1].file), parts)
 

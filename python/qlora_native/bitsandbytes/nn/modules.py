@@ -171,6 +171,7 @@ class Params4bit(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         attributes = self._attributes()
         attributes["quant_state"] = copy.deepcopy(attributes["quant_state"], memo)
+        attributes["module"] = memo.get(id(self.module), self.module)  # the layer's copy, if it is that which is copied
         return type(self)(copy.deepcopy(self.data, memo), self.requires_grad, **attributes)
 
     @classmethod

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 KEYS = ("optim_bits", "min_8bit_size")
 
@@ -33,8 +35,8 @@ class GlobalOptimManager:
 
     def initialize(self) -> None:
         """Forget all settings."""
-        self._of_parameters: dict[int, dict[str, Any]] = {}
-        self._of_modules: list[tuple[nn.Module, str, dict[str, Any]]] = []
+        self._of_parameters = WeakTensorKeyDictionary()
+        self._of_modules: list[tuple[weakref.ref[nn.Module], str, dict[str, Any]]] = []
 
     def register_parameters(self, params: Iterable[Any]) -> None:
         """Nothing needs to be registered: settings go by the parameter itself, which stays the same when moved."""
@@ -53,18 +55,18 @@ class GlobalOptimManager:
         config = {**({} if key is None else {key: value}), **(key_value_dict or {})}
         _check(config)
         for parameter in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
-            self._of_parameters.setdefault(id(parameter), {}).update(config)
+            self._of_parameters.setdefault(parameter, {}).update(config)
 
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
         """Set ``config`` for whatever parameter stands under ``param_name`` of the module at the first step."""
         _check(config)
-        self._of_modules.append((module, param_name, dict(config)))
+        self._of_modules.append((weakref.ref(module), param_name, dict(config)))
 
     def config_of(self, parameter: Tensor) -> dict[str, Any]:
         """What is set for this parameter."""
-        config = dict(self._of_parameters.get(id(parameter), {}))
+        config = dict(self._of_parameters.get(parameter, {}))
         for module, name, more in self._of_modules:
-            if getattr(module, name, None) is parameter:
+            if getattr(module(), name, None) is parameter:
                 config |= more
         return config
 

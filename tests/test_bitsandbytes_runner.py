@@ -1,0 +1,75 @@
+"""The runner of bitsandbytes' own tests, on a folder of the same form with tests of ours."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+RUNNER = Path(__file__).parent / "peers" / "run_bitsandbytes_tests.py"
+FILES = ("linear4bit", "functional", "ops", "autograd", "modules", "optim")
+LINEAR = """
+import torch
+import bitsandbytes as bnb
+from bitsandbytes.cextension import HIP_ENVIRONMENT
+from bitsandbytes.nn.modules import Params4bit
+from tests.helpers import answer
+
+def test_name():
+    assert bnb.__name__ == "qlora_native.bitsandbytes" and answer == 42 and not HIP_ENVIRONMENT
+    assert bnb.nn.LinearNF4(64, 64).to("cpu")(torch.ones(1, 64)).shape == (1, 64)
+    assert torch.ops.bitsandbytes.quantize_4bit(torch.ones(64), 64, "nf4", torch.uint8)[0].shape == (32, 1)
+
+def test_torch_compile():
+    raise AssertionError("left out")
+"""
+OPTIM = """
+import bitsandbytes.optim as optim
+
+LAMB = optim.LAMB
+
+def test_lamb():
+    LAMB([])
+
+def test_timing_bench():
+    raise AssertionError("left out")
+"""
+MODULES = """
+def test_4bit_linear_warnings():
+    raise AssertionError("told in the docs")
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(RUNNER), str(folder), *arguments], capture_output=True, text=True)
+
+
+def test_what_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    for name in FILES:
+        (tmp_path / "tests" / f"test_{name}.py").write_text("")
+    (tmp_path / "tests" / "__init__.py").write_text("")
+    (tmp_path / "tests" / "helpers.py").write_text("answer = 42\n")
+    (tmp_path / "tests" / "test_linear4bit.py").write_text(LINEAR)
+    (tmp_path / "tests" / "test_optim.py").write_text(OPTIM)
+    (tmp_path / "tests" / "test_modules.py").write_text(MODULES)
+    result = run(tmp_path, "--", "-q")
+    assert result.returncode == 0, result.stdout
+    summary, *table = result.stdout.splitlines()[-5:]
+    assert summary.endswith(": 1 passed, 0 failed, 1 failed as docs/bitsandbytes.md says")
+    assert [line.split(maxsplit=1) for line in table] == [
+        ["1", "failed: no warning of float32 products where there are none"],
+        ["1", "left out: a timing without an assertion"],
+        ["1", "left out: an optimiser that is not AdamW, Adam or Lion"],
+        ["1", "left out: minutes of compiling: --compile runs it"],
+    ]
+
+    result = run(tmp_path, "--compile", "--", "-q")
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "FAILED  tests/test_linear4bit.py::test_torch_compile"
+
+
+def test_another_folder_is_told(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == f"{tmp_path} is no checkout of bitsandbytes: tests/test_linear4bit.py is missing.\n"
