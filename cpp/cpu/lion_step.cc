@@ -8,8 +8,6 @@
 namespace qlora_native::cpu {
 namespace {
 
-constexpr int64_t kBlocksPerTask = 32;
-
 LionJob job_of(const OptimTensor& tensor, const LionOptions& options, double grad_factor) {
   LionJob job{};
   job.param = tensor.param;
@@ -30,8 +28,8 @@ void lion_step(const OptimTensor* tensors, int64_t num_tensors, const LionOption
     jobs[static_cast<size_t>(i)] = job_of(tensors[i], options[tensors[i].group], grad_factor);
   }
   const OptimKernels& table = kernels().optim;
-  update_in(order, tensors, num_tensors, [&](const StatePart* parts, int64_t num_parts) {
-    for_blocks_of_parts(parts, num_parts, kStateBlock, kBlocksPerTask, [&](int64_t i, int64_t first, int64_t last) {
+  update_in(order, tensors, num_tensors, [&](const StatePart* parts, int64_t num_parts, int64_t grain) {
+    for_blocks_of_parts(parts, num_parts, kStateBlock, grain, [&](int64_t i, int64_t first, int64_t last) {
       table.lion_blocks[static_cast<int>(tensors[i].dtype)](jobs[static_cast<size_t>(i)], first, last);
     });
   });

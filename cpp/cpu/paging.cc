@@ -150,11 +150,10 @@ void Pager::step(const OptimTensor* tensors, const int64_t* number_of_tensor, in
                              : PageWalk{};
   const auto moves = [](const PageMove& move) { return move.action != PageAction::kUpdate; };
   if (std::none_of(order.moves.begin(), order.moves.end(), moves)) {
-    const std::vector<StatePart> all = whole_parts(tensors, num_tensors);
-    update(all.data(), num_tensors);
+    update_in_one_run(tensors, num_tensors, update);
     return;
   }
-  update(elsewhere.data(), static_cast<int64_t>(elsewhere.size()));
+  update(elsewhere.data(), static_cast<int64_t>(elsewhere.size()), kUpdateGrain);
   walk(order, parts, update);
 }
 
@@ -191,7 +190,7 @@ void Pager::walk(const PageWalk& order, const std::vector<std::vector<StatePart>
   const auto update_chunk = [&](int64_t number) {
     const std::vector<StatePart>& own = parts[static_cast<size_t>(number)];
     const Clock clock;
-    update(own.data(), static_cast<int64_t>(own.size()));
+    update(own.data(), static_cast<int64_t>(own.size()), kPagedUpdateGrain);
     update_seconds += clock.seconds();
     ++updates;
     progress.set_updated(number);

@@ -46,21 +46,26 @@ void for_blocks_of_parts(const StatePart* parts,  // [num_parts]
   });
 }
 
-// Updates these parts of a step's tensors.
+// Updates these parts of a step's tensors; `grain` blocks are worth a thread.
 using UpdateParts = std::function<void(const StatePart* parts,  // [num_parts]
-                                       int64_t num_parts)>;
+                                       int64_t num_parts, int64_t grain)>;
 // The order in which a step's tensors are updated: calls `update` for runs of parts that together cover them once. An
 // empty one is a single run.
 using UpdateOrder = std::function<void(const UpdateParts& update)>;
 
+inline constexpr int64_t kUpdateGrain = 32;
+// In short runs between waits for a disk, threads that wait for each other cost more than they bring.
+inline constexpr int64_t kPagedUpdateGrain = 1024;
+
+inline void update_in_one_run(const OptimTensor* tensors,  // [num_tensors]
+                              int64_t num_tensors, const UpdateParts& update) {
+  const std::vector<StatePart> parts = whole_parts(tensors, num_tensors);
+  update(parts.data(), num_tensors, kUpdateGrain);
+}
+
 inline void update_in(const UpdateOrder& order, const OptimTensor* tensors,  // [num_tensors]
                       int64_t num_tensors, const UpdateParts& update) {
-  if (order) {
-    order(update);
-    return;
-  }
-  const std::vector<StatePart> parts = whole_parts(tensors, num_tensors);
-  update(parts.data(), num_tensors);
+  order ? order(update) : update_in_one_run(tensors, num_tensors, update);
 }
 
 }  // namespace qlora_native::cpu

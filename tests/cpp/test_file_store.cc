@@ -234,10 +234,11 @@ void check_steps(const std::vector<StateForm>& forms, int64_t chunk_bytes, int64
   for (int step = 0; step < 5; ++step) {
     const Threads threads(1 + step % 2);
     const cpu::UpdateOrder order = [&](const cpu::UpdateParts& update) {
-      pager.step(paged_list.data(), numbers.data(), count, budget, [&](const StatePart* parts, int64_t num_parts) {
-        most = std::max(most, store->resident_bytes());
-        update(parts, num_parts);
-      });
+      pager.step(paged_list.data(), numbers.data(), count, budget,
+                 [&](const StatePart* parts, int64_t num_parts, int64_t grain) {
+                   most = std::max(most, store->resident_bytes());
+                   update(parts, num_parts, grain);
+                 });
     };
     const int64_t in = store->bytes_in();
     const int64_t out = store->bytes_out();
@@ -290,7 +291,7 @@ TEST(paged_step_tells_that_the_disk_failed) {
   int calls = 0;
   bool failed = false;
   try {
-    pager.step(list.data(), &number, 1, 1 << 20, [&](const StatePart*, int64_t) {
+    pager.step(list.data(), &number, 1, 1 << 20, [&](const StatePart*, int64_t, int64_t) {
       if (++calls == 3) {
         throw cpu::PageFileError("as if");
       }
