@@ -253,6 +253,7 @@ def core_needs_only_the_core_packages(files: Tree) -> list[str]:
 NOT_AN_OP = re.compile(
     r"isa(_\w+)?|kernels(-\w+)*|vec([-_]\w+)?|fpcr|product|tiles|parallel|file_store|wp|matmul_plan|managed_store|paging"
     r"|tensor_list|grid"
+    r"|side_thread"
     r"|linear_4bit_(bf16|fp16|decode|small|split_k|tile)"  # parts of a CUDA op that fill files of their own
 )
 # The rooms of kernels, and what a file there needs beside it and in the room of its bindings.
