@@ -373,7 +373,8 @@ def test_budgets_and_settings_in_words() -> None:
 
 
 def test_page_out_of_nothing() -> None:
-    for options in ({"paged": False}, {}):
+    kinds: tuple[dict[str, Any], ...] = ({"paged": False}, {})
+    for options in kinds:
         optimizer = qn.optim.AdamW(params := small(), **options)
         optimizer.page_out()
         optimizer.page_in()

@@ -71,9 +71,7 @@ def test_a_cgroup_of_version_1() -> None:
     assert free_memory.free_of_cgroup(["9223372036854771712\n"], f"{600 * MIB}\n", stat) is None
 
 
-MOUNTS_V2 = (
-    "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
-)
+MOUNTS_V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
 MOUNTS_BOTH = """\
 35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
 36 31 0:33 / /sys/fs/cgroup/devices rw,relatime - cgroup cgroup rw,devices
