@@ -29,6 +29,10 @@ NAMES = {
     "fill": "`fill_`",
     "theirs": "the peer",
     "layers free": "the same with 4-bit layers that return zeros",
+    "plain loop": "the plain loop",
+    "unpaged": "our step with `paged=False`",
+    "budget": "the residency budget",
+    "32-bit": "the run with 32-bit states",
 }
 PEERS = {
     "plain": "transformers + peft, bf16 weights, fp32 adapters",
@@ -191,6 +195,46 @@ def decoding(result: Row) -> list[str]:
     return lines + table(["", "tokens a second"], body)
 
 
+def paging(result: Row) -> list[str]:
+    """The tables of paged.json."""
+    rows, disk = result["rows"], result["ceilings"]
+    shares = [row for row in rows if row["case"] == "shares"]
+    rivals = list(shares[0]["ours_over"])
+    lines = [
+        f"An AdamW step over {shares[0]['parameters']:,} parameters with 32-bit states, a share of them out of memory",
+        f"{about(result)}; the disk reads {disk['disk_read_gb_per_s']:g} GB/s and writes",
+        f"{disk['disk_write_gb_per_s']:g}.",
+        *(f"{note.rstrip('.')}." for note in result["notes"]),
+        "",
+    ]
+    if (ROOT / "docs/paged.png").exists():
+        lines += ["![Time of a step against the share of states out of memory](docs/paged.png)", ""]
+    body = []
+    for row in shares:
+        moved = (row["bytes_in_a_step"] + row["bytes_out_a_step"]) / 1e6
+        cells = [f"{100 * row['paged_out']:g} %", spread(row["ms"]["ours"]), number(moved)]
+        body.append([*cells, *(faster(row, name) for name in rivals)])
+    lines += table(["out of memory", "ms", "MB moved a step", *(f"x {NAMES.get(n, n)}" for n in rivals)], body)
+    names = {"large": "{parameters:,} parameters, states of {state_bytes:,} bytes under {budget_bytes:,}"}
+    body = []
+    for row in (r for r in rows if r["case"] in ("large", "idle")):
+        what = names.get(row["case"], "{optimizer}, without pressure, {parameters:,} parameters").format(**row)
+        reached = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
+        body.append([what, spread(row["ms"]["ours"]), reached, bars(row)])
+    return lines + table(["", "ms", "of the disk's rate", "bar"], body)
+
+
+def paged_learning(result: Row) -> list[str]:
+    """One sentence from paged_learn.json."""
+    plain, coded = result["rows"]
+    losses = [" -> ".join(f"{value:.4f}" for value in row["held_out_loss"]) for row in (plain, coded)]
+    return [
+        f"SmolLM2-135M after {plain['steps']} steps {about(result)}: held-out loss {losses[0]} with 32-bit states in",
+        f"memory, {losses[1]} with 8-bit states in a page file ({bars(coded)}).",
+        "",
+    ]
+
+
 SECTIONS = (
     ("train", training),
     ("train_learn", training),
@@ -198,6 +242,8 @@ SECTIONS = (
     ("linear", products),
     ("quantize", quantising),
     ("optim", optimisers),
+    ("paged", paging),
+    ("paged_learn", paged_learning),
 )
 
 

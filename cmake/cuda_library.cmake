@@ -13,7 +13,11 @@ add_library(qlora_native_cuda STATIC
   cuda/linear_4bit_fp16.cu
   cuda/linear_cross_entropy.cu
   cuda/lion_step.cu
+  cuda/managed_store.cc
   cuda/matmul_plan.cc
+  cuda/page_store.cc
+  cuda/paged_table.cc
+  cuda/pinned_store.cc
   cuda/quantize_4bit.cu)
 target_include_directories(qlora_native_cuda PUBLIC cpp ${PROJECT_SOURCE_DIR})
 set_target_properties(qlora_native_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)

@@ -10,6 +10,7 @@ pybind11_add_module(_cuda MODULE
   cuda/python/bind_linear_4bit.cc
   cuda/python/bind_linear_cross_entropy.cc
   cuda/python/bind_lion_step.cc
+  cuda/python/bind_paging.cc
   cuda/python/bind_quantize_4bit.cc
   cuda/python/module.cc)
 target_link_libraries(_cuda PRIVATE qlora_native_cuda)

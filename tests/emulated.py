@@ -94,6 +94,7 @@ def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
         "module_for": lambda device: module,
         "launching": emulator.launching,
         "facts": lambda device: emulator.facts,
+        "memory": lambda device: module.memory(),
     }
     for name, replacement in replacements.items():
         monkeypatch.setattr(_cuda_kernels, name, replacement)

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
+
+import pytest
 import torch
+
+from qlora_native import _C
+
+# For tests whose page files lie in pytest's temporary folder.
+needs_page_files = pytest.mark.skipif(
+    sys.platform != "linux" or _C.lies_in_memory(tempfile.gettempdir()),
+    reason="page files are Linux's, and the folder for temporary files is to be on a disk",
+)
 
 
 class SavedTensors:

@@ -138,7 +138,7 @@ def no_abort_on_user_input(files: Tree) -> list[str]:
 
 def launchers_never_synchronise(files: Tree) -> list[str]:
     def where(path: str) -> bool:
-        return path.startswith("cuda/") and not path.startswith("cuda/python/") and "managed_store" not in path
+        return path.startswith("cuda/") and not path.startswith("cuda/python/") and not path.endswith(("_store.cc", "_store.h"))
 
     return lines_with(files, r"cuda(Device|Stream|Event)Synchronize|cudaMalloc\b", where, "no wait, no allocation here")
 
@@ -251,7 +251,7 @@ def core_needs_only_the_core_packages(files: Tree) -> list[str]:
 
 
 NOT_AN_OP = re.compile(
-    r"isa(_\w+)?|kernels(-\w+)*|vec([-_]\w+)?|fpcr|product|tiles|parallel|file_store|wp|matmul_plan|managed_store|paging"
+    r"isa(_\w+)?|kernels(-\w+)*|vec([-_]\w+)?|fpcr|product|tiles|parallel|file_store|wp|matmul_plan|managed_store|pinned_store|page_store|paged_table|paging"
     r"|tensor_list|grid"
     r"|side_thread"
     r"|linear_4bit_(bf16|fp16|decode|small|split_k|tile)"  # parts of a CUDA op that fill files of their own

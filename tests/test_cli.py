@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from helpers import needs_page_files
 from laws import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +23,7 @@ import qlora_native as qn
 from qlora_native.cli import doctor, main
 from qlora_native.cli.main import VERBS
 from qlora_native.nn import QuantizedLinear
+from qlora_native.ops import _cuda_kernels
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +339,38 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     printed = capsys.readouterr().out
     assert f"{qn.build_info()['cpu_isa']} in use" in printed
     assert "missing: pyyaml, gguf; mend with: pip install 'qlora_native[train]'\n" in printed
+
+
+@needs_page_files
+def test_doctor_says_whether_states_can_be_paged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["doctor"]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("paging"))
+    kind = subprocess.run(["stat", "-f", "-c", "%T", "."], capture_output=True, text=True).stdout.strip()
+    assert re.search(rf"possible in {tmp_path} \(\w+, [\d.]+ GiB free\); [\d.]+ of [\d.]+ GiB free by ", told), told
+    assert doctor.examine()["paging"]["file_system"][:3] == kind[:3]  # stat says ext2/ext3 of an ext4
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.chdir("/proc")
+    paging = doctor.examine()["paging"]
+    assert paging["file_system"] == "proc" and paging["refused"]
+    assert main.main(["doctor"]) == 0
+    assert f"paging        /proc: {paging['refused']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("moves", "told"), [(True, "by managed memory"), (False, "by pinned host memory, if train.paged is true")]
+)
+def test_doctor_says_how_a_device_pages(monkeypatch: pytest.MonkeyPatch, moves: bool, told: str) -> None:
+    properties = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    module = SimpleNamespace(has_concurrent_managed_access=lambda number: moves)
+    monkeypatch.setattr(_cuda_kernels, "module_for", lambda device: module)
+    assert doctor._cuda_devices() == [f"A GPU, sm_90, 80.0 GiB, paging {told}"]
 
 
 def test_doctor_knows_the_extras_of_the_project() -> None:

@@ -32,11 +32,12 @@ def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def stub_of_cuda() -> set[str]:
     stub = (Path(qn.__file__).parent / "_cuda.pyi").read_text(encoding="utf-8")
-    return set(re.findall(r"^def (\w+)", stub, re.MULTILINE))
+    return set(re.findall(r"^(?:def |class )?(\w+)(?=\(|:)", stub, re.MULTILINE))
 
 
 def test_it_has_the_functions_of_the_real_module(emulator: Emulator) -> None:
-    extra = {"play", "new_stream", "take_launches", "take_reports", "num_schedules"}
+    extra = {"play", "new_stream", "take_launches", "take_reports", "num_schedules", "set_memory", "memory"}
+    extra |= {"allocate", "release", "take_managed_counters", "run_streams", "num_queued"}
     assert {name for name in vars(emulator.module) if not name.startswith("_")} == stub_of_cuda() | extra
     assert emulator.module.device_count() == 1
 

@@ -55,20 +55,29 @@ def test_the_machine() -> None:
 
 def test_a_cgroup_of_version_2() -> None:
     stat = f"anon {500 * MIB}\nfile {300 * MIB}\ninactive_file {200 * MIB}\nactive_file {50 * MIB}\nshmem {50 * MIB}\n"
-    free = free_memory.free_of_cgroup([f"{GIB}\n", "max\n"], f"{800 * MIB}\n", stat)
+    free = free_memory.free_of_cgroup(GIB, f"{800 * MIB}\n", stat)
     assert free == Free(GIB - 800 * MIB + 250 * MIB, GIB, "the memory cgroup")
-    throttled = free_memory.free_of_cgroup([f"{GIB}\n", f"{900 * MIB}\n"], f"{800 * MIB}\n", stat)
-    assert throttled is not None and throttled.limit == 900 * MIB
-    assert free_memory.free_of_cgroup(["max\n", "max\n"], f"{800 * MIB}\n", stat) is None
-    cache_alone = free_memory.free_of_cgroup([f"{GIB}\n"], f"{100 * MIB}\n", stat)  # read a moment later
-    assert cache_alone is not None and cache_alone.bytes == GIB
+    assert free_memory.free_of_cgroup(GIB, f"{100 * MIB}\n", stat).bytes == GIB  # cache alone, read a moment later
+    assert free_memory.free_of_cgroup(GIB, f"{2 * GIB}\n", stat).bytes == 0
 
 
 def test_a_cgroup_of_version_1() -> None:
     stat = f"inactive_file 0\nactive_file 0\ntotal_inactive_file {70 * MIB}\ntotal_active_file {30 * MIB}\n"
-    free = free_memory.free_of_cgroup([f"{GIB}\n"], f"{600 * MIB}\n", stat)
+    free = free_memory.free_of_cgroup(GIB, f"{600 * MIB}\n", stat)
     assert free == Free(GIB - 500 * MIB, GIB, "the memory cgroup")
-    assert free_memory.free_of_cgroup(["9223372036854771712\n"], f"{600 * MIB}\n", stat) is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "limit"),
+    [
+        ([f"{GIB}\n", "max\n"], GIB),
+        ([f"{GIB}\n", f"{900 * MIB}\n"], 900 * MIB),  # memory.high, above which a process is slowed down
+        (["max\n", "max\n"], None),
+        (["9223372036854771712\n"], None),
+    ],
+)
+def test_the_limit_of_a_cgroup(texts: list[str], limit: int | None) -> None:
+    assert free_memory.cgroup_limit(texts) == limit
 
 
 MOUNTS_V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
@@ -104,6 +113,18 @@ MOUNTS_DOCKER = "42 40 0:32 /docker/abc /sys/fs/cgroup/memory ro master:9 - cgro
 )
 def test_where_the_cgroups_are(cgroup: str, mountinfo: str, folders: list[tuple[int, str]]) -> None:
     assert free_memory.cgroup_folders(cgroup, mountinfo) == folders
+
+
+def test_the_file_system_of_a_path() -> None:
+    mounts = (
+        "21 1 8:1 / / rw - ext4 /dev/sda rw\n"
+        "24 21 0:5 / /dev/shm rw - tmpfs shm rw\n"
+        "25 21 8:2 / /mnt/my\\040disk rw shared:1 - xfs /dev/sdb rw\n"
+        "26 21 0:6 / /dev/shm rw - ramfs shm rw\n"
+    )
+    found = [free_memory.file_system(path, mounts) for path in ("/dev/shm/a", "/dev/shmem", "/", "/mnt/my disk/b")]
+    assert found == ["ramfs", "ext4", "ext4", "xfs"]
+    assert free_memory.file_system("/a", "") == ""
 
 
 def test_a_device() -> None:
@@ -176,7 +197,7 @@ class States:
 
 def play(free: Callable[[int], int], seconds: int, judge: Judge, states: States) -> list[tuple[int, str]]:
     """One look a second; the seconds at which states move."""
-    moves = []
+    moves: list[tuple[int, str]] = []
     for now in range(seconds):
         move = judge.judge(float(now), left(free(now)), states.here, states.there)
         if move is not None:

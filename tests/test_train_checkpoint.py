@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from runs import metrics, start, steps_told, wait_until
 
 from qlora_native.cli.main import main
 from qlora_native.errors import UserError
@@ -73,12 +71,6 @@ def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     train(files, out)
     return out
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the times, which differ from run to run."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
 def assert_as_undisturbed(out: Path, undisturbed: Path) -> None:
@@ -171,33 +163,6 @@ def test_resume_from_a_named_checkpoint(files: Path, undisturbed: Path, tmp_path
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals, in processes of their own
-
-
-def start(config: dict[str, Any], folder: Path, driver: str = "") -> subprocess.Popen[str]:
-    """``qlora train`` on ``config``; ``driver`` is Python that runs before it."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    code = f"import sys\n{driver}\nfrom qlora_native.cli.main import main\nsys.exit(main(['train', sys.argv[1]]))\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit, "nothing happened"
-        time.sleep(0.002)
-
-
-def steps_told(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    return path.read_text().count('"loss"') if path.is_file() else 0
 
 
 # Slow enough for a parent to act in the middle; what is computed and written is the same.

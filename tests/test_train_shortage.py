@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from runs import metrics
 
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
@@ -51,9 +51,7 @@ def train(files: Path, out: Path, **options: Any) -> Any:
 
 def result(out: Path) -> tuple[bytes, list[dict[str, Any]]]:
     """The adapter, and the metrics without the times."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
-    return (out / "adapter" / "adapter_model.safetensors").read_bytes(), metrics
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes(), metrics(out)
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ void bind_all(py::module_& module) {
   bind_linear_4bit(module);
   bind_linear_cross_entropy(module);
   bind_lion_step(module);
+  bind_paging(module);
   bind_quantize_4bit(module);
 }
 

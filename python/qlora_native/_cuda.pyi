@@ -144,3 +144,78 @@ def softmax_loss(
     losses: int,
     stream: int,
 ) -> None: ...
+
+managed_page_bytes: int
+pinned_page_bytes: int
+
+def has_concurrent_managed_access(device: int) -> bool: ...
+
+class PageStore:
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def places(self) -> list[tuple[int, int, int, int]]: ...
+    @property
+    def largest_chunk(self) -> int: ...
+    @property
+    def is_resident(self) -> bool: ...
+    @property
+    def statistics(self) -> tuple[int, int, int]: ...
+    def zero(self, budget_bytes: int, stream: int) -> None: ...
+    def page_in(self, stream: int) -> None: ...
+    def page_out(self, stream: int) -> None: ...
+    def finish(self) -> None: ...
+    def forget_residency(self) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class ManagedStore(PageStore):
+    def __init__(self, forms: list[tuple[int, int, bool]], page_bytes: int, chunk_bytes: int) -> None: ...
+
+class PinnedStore(PageStore):
+    def __init__(self, forms: list[tuple[int, int, bool]], page_bytes: int, chunk_bytes: int) -> None: ...
+    @property
+    def staging_bytes(self) -> int: ...
+
+class StoreTable:
+    def __init__(self, store: PageStore, row_of: list[int], staging: int) -> None: ...
+    @property
+    def rows(self) -> list[tuple[int, int, int, int, int]]: ...
+    @property
+    def chunks(self) -> list[tuple[int, int]]: ...
+    def adamw_step(
+        self,
+        tensors: int,
+        chunks: int,
+        budget_bytes: int,
+        options: int,
+        num_groups: int,
+        decoupled: bool,
+        grad_factor: float,
+        max_norm: float,
+        grad_scale: int,
+        found_inf: int,
+        norm: int,
+        grad_norm: int,
+        skipped: int,
+        finished: int,
+        stream: int,
+    ) -> None: ...
+    def lion_step(
+        self,
+        tensors: int,
+        chunks: int,
+        budget_bytes: int,
+        options: int,
+        num_groups: int,
+        grad_factor: float,
+        max_norm: float,
+        grad_scale: int,
+        found_inf: int,
+        norm: int,
+        grad_norm: int,
+        skipped: int,
+        finished: int,
+        stream: int,
+    ) -> None: ...

@@ -1,13 +1,17 @@
 // Allocations, copies and managed memory of the runtime stub.
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <set>
+#include <string>
 
 #include "cuda_on_cpu/cudart.h"
 #include "cuda_on_cpu/device.h"
 #include "cuda_on_cpu/global_memory.h"
 #include "cuda_on_cpu/launch.h"
 #include "cuda_on_cpu/managed.h"
+#include "cuda_on_cpu/report.h"
+#include "cuda_on_cpu/streams.h"
 
 namespace {
 
@@ -33,6 +37,27 @@ cudaError_t allocate(void** address, size_t num_bytes) {
   return cudaSuccess;
 }
 
+// The runtime waits here for everything, or for what it knows to use the memory; code that counts on it is wrong on
+// some of its versions.
+void report_use(const char* verb) {
+  if (const size_t queued = cuemu::num_queued(); queued > 0) {
+    cuemu::add_report(std::string(verb) + " while " + std::to_string(queued) +
+                      " pieces of work are queued: wait for the streams that use the memory first");
+  }
+}
+
+// Runs on the device: `work` under the touches of `toucher`.
+cudaError_t run_touching(cuemu::Toucher toucher, const std::function<void()>& work) {
+  cuemu::enter(toucher);
+  work();
+  std::string wrong = cuemu::leave();
+  if (wrong.empty()) {
+    return cudaSuccess;
+  }
+  cuemu::add_report(std::move(wrong));
+  return cudaErrorLaunchFailure;
+}
+
 bool is_device(cudaMemLocation location) { return location.type == cudaMemLocationTypeDevice; }
 
 bool is_known(cudaMemLocation location) {
@@ -49,6 +74,7 @@ cudaError_t cudaFree(void* address) {
   if (cuemu::is_capturing()) {
     return remember(cudaErrorStreamCaptureUnsupported);
   }
+  report_use("cudaFree");
   const bool freed = address == nullptr || cuemu::free_managed(address) || cuemu::free_global(address);
   return remember(freed ? cudaSuccess : cudaErrorInvalidValue);
 }
@@ -65,34 +91,41 @@ cudaError_t cudaFreeHost(void* address) {
   if (pinned().erase(address) == 0) {
     return remember(cudaErrorInvalidValue);
   }
+  report_use("cudaFreeHost");
   std::free(address);
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t num_bytes, cudaMemcpyKind, cudaStream_t stream) {
-  return remember(cuemu::submit(stream, [to, from, num_bytes] {
-    if (num_bytes > 0) {
-      std::memcpy(to, from, num_bytes);
-    }
-    return cudaSuccess;
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  const bool to_host = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyHostToHost;
+  const auto toucher = to_host ? cuemu::Toucher::kCopyToHost : cuemu::Toucher::kCopyToDevice;
+  return remember(cuemu::submit(stream, [=] {
+    return run_touching(toucher, [=] {
+      if (num_bytes > 0) {
+        std::memcpy(to, from, num_bytes);
+      }
+    });
   }));
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind) {
-  return cudaMemcpyAsync(to, from, num_bytes, kind, nullptr);
+  const cudaError_t error = cudaMemcpyAsync(to, from, num_bytes, kind, nullptr);
+  return error == cudaSuccess ? cudaStreamSynchronize(nullptr) : error;
 }
 
 cudaError_t cudaMemsetAsync(void* address, int value, size_t num_bytes, cudaStream_t stream) {
-  return remember(cuemu::submit(stream, [address, value, num_bytes] {
-    if (num_bytes > 0) {
-      std::memset(address, value, num_bytes);
-    }
-    return cudaSuccess;
+  return remember(cuemu::submit(stream, [=] {
+    return run_touching(cuemu::Toucher::kDevice, [=] {
+      if (num_bytes > 0) {
+        std::memset(address, value, num_bytes);
+      }
+    });
   }));
 }
 
 cudaError_t cudaMemset(void* address, int value, size_t num_bytes) {
-  return cudaMemsetAsync(address, value, num_bytes, nullptr);
+  const cudaError_t error = cudaMemsetAsync(address, value, num_bytes, nullptr);
+  return error == cudaSuccess ? cudaStreamSynchronize(nullptr) : error;
 }
 
 cudaError_t cudaMallocManaged(void** address, size_t num_bytes, unsigned flags) {

@@ -7,30 +7,17 @@
 
 #include "cuda_on_cpu/cudart.h"
 #include "cuda_on_cpu/launch.h"
-
-struct CUgraph_st {
-  std::vector<std::function<cudaError_t()>> work;
-};
+#include "cuda_on_cpu/streams.h"
 
 struct CUgraphExec_st {
   std::vector<std::function<cudaError_t()>> work;
 };
 
-struct CUstream_st {
-  CUgraph_st* graph = nullptr;  // while it is captured
-};
-
 struct CUevent_st {
-  std::chrono::steady_clock::time_point at{};
-  bool recorded = false;
+  cuemu::TaskRef last;  // its last record; null before the first one
 };
 
 namespace {
-
-std::set<cudaStream_t>& streams() {
-  static std::set<cudaStream_t> all;
-  return all;
-}
 
 std::set<cudaEvent_t>& events() {
   static std::set<cudaEvent_t> all;
@@ -39,14 +26,24 @@ std::set<cudaEvent_t>& events() {
 
 int capturing = 0;
 
-bool is_default(cudaStream_t stream) {
-  return stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread;
+// Waits by calling `finish`, unless a stream is being captured.
+cudaError_t wait(const std::function<cudaError_t()>& finish) {
+  return cuemu::remember(capturing > 0 ? cudaErrorStreamCaptureUnsupported : finish());
 }
 
-bool exists(cudaStream_t stream) { return is_default(stream) || streams().contains(stream); }
-
-cudaError_t wait_is_allowed() {
-  return cuemu::remember(capturing > 0 ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
+cudaError_t submit_task(cudaStream_t stream, std::function<cudaError_t()> work, cuemu::TaskRef after,
+                        cuemu::TaskRef& task) {
+  if (!cuemu::exists(stream)) {
+    return cudaErrorInvalidResourceHandle;
+  }
+  if (!cuemu::is_default(stream) && cuemu::graph_of(stream) != nullptr) {
+    cuemu::graph_of(stream)->work.push_back(std::move(work));
+    return cudaSuccess;
+  }
+  if (capturing > 0 && cuemu::is_default(stream)) {
+    return cudaErrorStreamCaptureImplicit;
+  }
+  return cuemu::enqueue(stream, std::move(work), std::move(after), task);
 }
 
 }  // namespace
@@ -56,17 +53,8 @@ namespace cuemu {
 bool is_capturing() { return capturing > 0; }
 
 cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work) {
-  if (!exists(stream)) {
-    return cudaErrorInvalidResourceHandle;
-  }
-  if (!is_default(stream) && stream->graph != nullptr) {
-    stream->graph->work.push_back(std::move(work));
-    return cudaSuccess;
-  }
-  if (capturing > 0 && is_default(stream)) {
-    return cudaErrorStreamCaptureImplicit;
-  }
-  return work();
+  TaskRef task;
+  return submit_task(stream, std::move(work), nullptr, task);
 }
 
 }  // namespace cuemu
@@ -75,9 +63,8 @@ using cuemu::remember;
 
 extern "C" {
 
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
-  *stream = new CUstream_st;
-  streams().insert(*stream);
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  *stream = cuemu::make_stream((flags & cudaStreamNonBlocking) == 0);
   return cudaSuccess;
 }
 
@@ -88,24 +75,38 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  if (streams().erase(stream) == 0) {
+  if (cuemu::is_default(stream) || !cuemu::exists(stream)) {
     return remember(cudaErrorInvalidResourceHandle);
   }
-  delete stream;
+  cuemu::destroy(stream);
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return exists(stream) ? wait_is_allowed() : remember(cudaErrorInvalidResourceHandle);
+  return cuemu::exists(stream) ? wait([stream] { return cuemu::finish(stream); })
+                               : remember(cudaErrorInvalidResourceHandle);
 }
 
-cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
+// Whoever asks is one day told that it is done: the question makes it so.
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  const bool queued = capturing == 0 && cuemu::exists(stream) && cuemu::num_queued(stream) > 0;
+  const cudaError_t error = cudaStreamSynchronize(stream);
+  return queued && error == cudaSuccess ? cudaErrorNotReady : error;
+}
 
-cudaError_t cudaDeviceSynchronize() { return wait_is_allowed(); }
+cudaError_t cudaDeviceSynchronize() { return wait(cuemu::finish_all); }
 
-// Work runs in the order of the calls, so there is nothing to wait for. A capture does not spread to other streams.
+// A capture does not spread to other streams.
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  return remember(exists(stream) && events().contains(event) ? cudaSuccess : cudaErrorInvalidResourceHandle);
+  if (!cuemu::exists(stream) || !events().contains(event)) {
+    return remember(cudaErrorInvalidResourceHandle);
+  }
+  const bool captured = !cuemu::is_default(stream) && cuemu::graph_of(stream) != nullptr;
+  if (captured || event->last == nullptr || event->last->is_done) {
+    return cudaSuccess;
+  }
+  cuemu::TaskRef task;
+  return remember(submit_task(stream, [] { return cudaSuccess; }, event->last, task));
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
@@ -128,52 +129,57 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (!events().contains(event)) {
     return remember(cudaErrorInvalidResourceHandle);
   }
-  return remember(cuemu::submit(stream, [event] {
-    event->at = std::chrono::steady_clock::now();
-    event->recorded = true;
-    return cudaSuccess;
-  }));
-}
-
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-  return remember(events().contains(event) ? cudaSuccess : cudaErrorInvalidResourceHandle);
+  return remember(submit_task(stream, [] { return cudaSuccess; }, nullptr, event->last));
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return events().contains(event) ? wait_is_allowed() : remember(cudaErrorInvalidResourceHandle);
+  if (!events().contains(event)) {
+    return remember(cudaErrorInvalidResourceHandle);
+  }
+  return wait([event] { return event->last == nullptr ? cudaSuccess : cuemu::finish(event->last); });
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const bool queued = capturing == 0 && events().contains(event) && event->last != nullptr && !event->last->is_done;
+  const cudaError_t error = cudaEventSynchronize(event);
+  return queued && error == cudaSuccess ? cudaErrorNotReady : error;
 }
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  if (!events().contains(start) || !events().contains(end) || !start->recorded || !end->recorded) {
+  const auto has_happened = [](cudaEvent_t event) { return events().contains(event) && event->last != nullptr; };
+  if (!has_happened(start) || !has_happened(end)) {
     return remember(cudaErrorInvalidResourceHandle);
   }
-  *milliseconds = std::chrono::duration<float, std::milli>(end->at - start->at).count();
+  if (!start->last->is_done || !end->last->is_done) {
+    return cudaErrorNotReady;
+  }
+  *milliseconds = std::chrono::duration<float, std::milli>(end->last->ended - start->last->ended).count();
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-  if (is_default(stream)) {
+  if (cuemu::is_default(stream)) {
     return remember(cudaErrorStreamCaptureUnsupported);
   }
-  if (!exists(stream) || stream->graph != nullptr) {
+  if (!cuemu::exists(stream) || cuemu::graph_of(stream) != nullptr) {
     return remember(cudaErrorIllegalState);
   }
-  stream->graph = new CUgraph_st;
+  cuemu::graph_of(stream) = new CUgraph_st;
   ++capturing;
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  if (is_default(stream) || !exists(stream) || stream->graph == nullptr) {
+  if (cuemu::is_default(stream) || !cuemu::exists(stream) || cuemu::graph_of(stream) == nullptr) {
     return remember(cudaErrorIllegalState);
   }
-  *graph = std::exchange(stream->graph, nullptr);
+  *graph = std::exchange(cuemu::graph_of(stream), nullptr);
   --capturing;
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  const bool captured = !is_default(stream) && exists(stream) && stream->graph != nullptr;
+  const bool captured = !cuemu::is_default(stream) && cuemu::exists(stream) && cuemu::graph_of(stream) != nullptr;
   *status = captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }

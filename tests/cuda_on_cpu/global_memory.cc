@@ -94,17 +94,19 @@ void catch_faults() {
 
 }  // namespace
 
-void* allocate_global(size_t num_bytes, size_t offset_bytes) {
+void* allocate_global(size_t num_bytes, size_t offset_bytes, size_t alignment) {
 #if !defined(CUEMU_ASAN)
   catch_faults();
 #endif
-  const size_t inner = (2 * kRedZone + offset_bytes + num_bytes + kPage - 1) / kPage * kPage;
-  Allocation added{num_bytes, kRedZone + offset_bytes, nullptr, inner + 2 * kGuard};
+  const size_t inner = (alignment + offset_bytes + num_bytes + kRedZone + kPage - 1) / kPage * kPage;
+  Allocation added{num_bytes, 0, nullptr, inner + 2 * kGuard};
   void* memory = mmap(nullptr, added.total_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     throw std::bad_alloc();
   }
   added.memory = static_cast<std::byte*>(memory);
+  const auto first = reinterpret_cast<uintptr_t>(added.memory) + kGuard;
+  added.head_bytes = (first + kRedZone + alignment - 1) / alignment * alignment - first + offset_bytes;
   mprotect(added.memory + kGuard, inner, PROT_READ | PROT_WRITE);
   fill_red_zones(added);
   std::memset(added.begin(), kUnwritten, num_bytes);

@@ -11,8 +11,8 @@ namespace cuemu {
 
 inline constexpr size_t kRedZone = 256;  // bytes on either side, at least
 
-// At a multiple of 256 bytes, as cudaMalloc gives them, or `offset_bytes` after one.
-void* allocate_global(size_t num_bytes, size_t offset_bytes = 0);
+// At a multiple of `alignment` bytes, a power of two: 256, as cudaMalloc gives them, or `offset_bytes` after one.
+void* allocate_global(size_t num_bytes, size_t offset_bytes = 0, size_t alignment = kRedZone);
 
 // False if `address` is not the start of a live allocation.
 bool free_global(void* address);

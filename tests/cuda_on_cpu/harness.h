@@ -13,6 +13,7 @@
 #include "cuda_on_cpu/global_memory.h"
 #include "cuda_on_cpu/report.h"
 #include "cuda_on_cpu/schedule.h"
+#include "cuda_on_cpu/streams.h"
 
 namespace cuemu {
 
@@ -71,6 +72,20 @@ void over_all_schedules(Test test) {
     CHECK(reports.empty(), "under the schedule '%s':\n%s", name.c_str(), reports.c_str());
   }
   set_schedule({});
+}
+
+// Calls test(name of the order) at once and with streams that run late; the test waits for its streams before it looks.
+template <typename Test>
+void over_all_stream_orders(Test test) {
+  for (const StreamOrder& order : all_stream_orders()) {
+    set_stream_order(order);
+    const std::string name = order.is_late ? "streams late, seed " + std::to_string(order.seed) : "at once";
+    test(name.c_str());
+    (void)finish_all();
+    const std::string reports = take_reports();
+    CHECK(reports.empty(), "%s:\n%s", name.c_str(), reports.c_str());
+  }
+  set_stream_order({});
 }
 
 // Plays an architecture for the rest of the scope.

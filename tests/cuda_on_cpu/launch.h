@@ -1,9 +1,10 @@
-// Launches. Work runs at once, in the order of the calls, unless its stream is being captured into a graph.
+// Launches. When work runs is up to streams.h, unless its stream is being captured into a graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <vector>
 
@@ -20,8 +21,11 @@ struct Launch {
 // Limits as a driver checks them, then submit(). A launch that ends in a report gives cudaErrorLaunchFailure.
 cudaError_t launch(const Launch& launch, std::function<void()> thread_body);
 
-// Runs `work` now, or keeps it for the graph that `stream` is being captured into.
+// Gives `work` to the stream, or to the graph that the stream is being captured into.
 cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work);
+
+// How many launches have run so far.
+uint64_t launches_begun();
 
 // Every launch that reached a stream since the last call, replays of graphs included.
 std::vector<Launch> take_launches();

@@ -1,11 +1,13 @@
-// Managed memory: which pages lie on the device and which on the host, by what was asked for. A kernel's own accesses
-// migrate nothing here; tests hold prefetches, advice and evictions to what they should be.
+// Managed memory: where each page lies, and what moved it there. Every touch of a page counts, whoever makes it and in
+// every build: pages are closed to the processor at the begin and the end of whatever runs on the device, and the first
+// access of each one faults. See docs/cuda-on-cpu.md.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace cuemu {
@@ -20,10 +22,36 @@ struct ManagedCall {
   bool to_device;           // else the host
   cudaMemoryAdvise advice;  // of kAdvise
   cudaStream_t stream;      // of kPrefetch
+  uint64_t launches;        // how many had begun before it, since the emulator started
 };
 
 struct Residency {
   size_t device_bytes, host_bytes;  // whole pages; pages that were never touched count for neither
+};
+
+// In pages, since the counters were last taken. Within one launch a page is touched once, and once more each time that
+// it has been moved away.
+struct ManagedCounters {
+  uint64_t device_faults = 0;    // touched by a kernel while not on the device: each stalls the kernel
+  uint64_t remote_accesses = 0;  // touched by a kernel on the host, where it stayed: its bytes crossed the bus
+  uint64_t host_faults = 0;      // touched by the host while on the device: each stalls the host
+  uint64_t to_device = 0;        // moved there by a prefetch or a fault; never-touched pages count as moved
+  uint64_t to_host = 0;          // moved there by a prefetch, a fault or an eviction
+  uint64_t evicted = 0;          // of to_host
+  uint64_t idle_prefetches = 0;  // pages that were where a prefetch was to bring them
+  uint64_t most_to_device = 0;   // of the page that was moved there most often
+  uint64_t most_to_host = 0;
+
+  bool operator==(const ManagedCounters&) const = default;
+};
+
+// What is running decides whose touches pages feel.
+enum class Toucher : uint8_t {
+  kHost,
+  kDevice,        // a kernel or a memset
+  kCopyToDevice,  // a copy reads and writes pages where they lie; those never touched arise where it leads
+  kCopyToHost,
+  kInspector,  // looks at bytes on behalf of the emulator: nothing moves
 };
 
 cudaError_t allocate_managed(void** address, size_t num_bytes);
@@ -33,6 +61,10 @@ bool is_managed(const void* address);
 cudaError_t prefetch(const void* address, size_t num_bytes, bool to_device, cudaStream_t stream);
 cudaError_t advise(const void* address, size_t num_bytes, cudaMemoryAdvise advice, bool device_location);
 
+// Until leave(), touches are this one's. leave() gives what was done to memory that had been freed, in words.
+void enter(Toucher toucher);
+std::string leave();
+
 // Moves pages of managed memory to the host, those that came longest ago first, until `num_bytes` of the device are
 // free. False if plain allocations alone leave less.
 bool make_room(size_t num_bytes);
@@ -40,7 +72,7 @@ bool make_room(size_t num_bytes);
 Residency residency(const void* address);  // of the allocation that begins there
 size_t plain_bytes();                      // of allocations that are not managed
 size_t managed_bytes_on_device();
-size_t evicted_bytes();  // so far
+ManagedCounters take_managed_counters();
 std::vector<ManagedCall> take_managed_calls();
 
 }  // namespace cuemu

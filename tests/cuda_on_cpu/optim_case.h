@@ -69,6 +69,8 @@ class OptimCase {
     return {table_->data(), chunks_->data(), count(), static_cast<int64_t>(chunks_->size())};
   }
   void* workspace() const { return workspace_->data(); }
+  const std::vector<TensorSpec>& specs() const { return specs_; }
+  const std::vector<qlora_native::OptimTensor>& device_rows() const { return device_list_; }  // on the host
 
   // New gradients, the same on both sides. Some blocks hold zeros alone, some magnitudes of which the squares are
   // subnormal.

@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from qlora_native.cli.main import DISTRIBUTIONS, missing_modules
@@ -56,6 +58,7 @@ def examine() -> dict[str, Any]:
         "memory_bytes": _memory(),
         "versions": versions,
         "cuda_devices": _cuda_devices(),
+        "paging": _paging(Path.cwd()),
         "missing": [],
     }
     for extra, names in EXTRAS.items():
@@ -94,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         ("CUDA kernels", cuda),
         ("machine", f"{report['system']}, {report['cpu_cores']} cores, torch uses {report['threads']} threads{memory}"),
         *(("CUDA device", device) for device in report["cuda_devices"] or ["none"]),
+        ("paging", _paging_in_words(report["paging"])),
         ("Python", report["python"]),
         *((name, version) for name, version in report["versions"].items()),
     ]
@@ -121,15 +125,53 @@ def _memory() -> int | None:
         return None
 
 
+def _paging(folder: Path) -> dict[str, Any]:
+    """Whether optimiser states could be paged into a file in this folder, found by making one, and what limits memory
+    here."""
+    from qlora_native import _C
+    from qlora_native.optim.free_memory import file_system_of, free_memory
+
+    free = free_memory()
+    report: dict[str, Any] = {
+        "folder": str(folder),
+        "file_system": file_system_of(folder),
+        "free_bytes": shutil.disk_usage(folder).free,
+        "refused": None,
+        "memory": None if free is None else {"limit": free.name, "bytes": free.limit, "free_bytes": free.bytes},
+    }
+    try:
+        _C.FileStore(_C.page_bytes, str(folder), True)
+    except (OSError, MemoryError) as error:
+        report["refused"] = str(error)
+    return report
+
+
+def _paging_in_words(report: dict[str, Any]) -> str:
+    memory = report["memory"]
+    words = f"{report['folder']}: {report['refused']}"
+    if report["refused"] is None:
+        kind = report["file_system"] or "unknown file system"
+        words = f"possible in {report['folder']} ({kind}, {report['free_bytes'] / 2**30:.1f} GiB free)"
+    if memory is not None:
+        free, limit = memory["free_bytes"] / 2**30, memory["bytes"] / 2**30
+        words += f"; {free:.1f} of {limit:.1f} GiB free by {memory['limit']}"
+    return words
+
+
 def _cuda_devices() -> list[str]:
     import torch
+
+    from qlora_native.ops import _cuda_kernels
 
     if not torch.cuda.is_available():
         return []
     devices = []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
-        devices.append(
-            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
-        )
+        words = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
+        module = _cuda_kernels.module_for(torch.device("cuda", number))
+        if module is not None:  # without the kernels there is no paging either
+            moves = module.has_concurrent_managed_access(number)
+            words += ", paging by managed memory" if moves else ", paging by pinned host memory, if train.paged is true"
+        devices.append(words)
     return devices

@@ -2,7 +2,8 @@
 
 The native module ``_cuda`` is loaded by the first call, that is, once there is a CUDA tensor. So importing the package
 neither maps the GPU code nor wakes the driver, which would forbid CUDA to forked processes. Whoever replaces
-:func:`native`, :func:`module_for`, :func:`launching` and :func:`facts` has the ops launch elsewhere; the tests do.
+:func:`native`, :func:`module_for`, :func:`launching`, :func:`facts` and :func:`memory` has the ops launch elsewhere;
+the tests do.
 """
 
 from __future__ import annotations
@@ -65,6 +66,12 @@ def facts(device: torch.device) -> Facts:
     """Of a CUDA device, with its index."""
     properties = torch.cuda.get_device_properties(device)
     return Facts(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a device that are free, and all of them, as its driver has it."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free, total
 
 
 # Copying from pageable memory waits for the device, so a table is complete before any other stream can read it.

@@ -9,19 +9,21 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from .. import _C
 from . import _cuda_kernels
-from ._tensor_rows import address_of
+from ._tensor_rows import EXP_AVG, EXP_AVG_SQ_ABSMAX, address_of
 
 ADAMW, LION, NORM = "adamw_step", "lion_step", "gradient_norm"
 
 
-def _upload(values: array[int] | array[float], target: torch.Tensor) -> None:
+def _upload(values: array[int] | array[float] | torch.Tensor, target: torch.Tensor) -> None:
     """Host numbers into ``target``, in the order of the current stream. From pageable memory the copy would wait."""
-    source = torch.frombuffer(values, dtype=target.dtype).view(target.shape)
+    source = values if isinstance(values, torch.Tensor) else torch.frombuffer(values, dtype=target.dtype)
+    source = source.view(target.shape)
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
@@ -91,11 +93,60 @@ class DeviceTable:
         if by.max_norm is not None:
             self.measure(rows)
         with _cuda_kernels.launching(self.device) as stream:
-            function = getattr(self.module, self.op)
-            kind: tuple[bool, ...] = ()
-            if self.op == ADAMW:  # one of Adam and AdamW, so that all groups have the same
-                kind, options = (bool(options[0][-1]),), [row[:-1] for row in options]
-            addresses = [0 if t is None else t.data_ptr() for t in (by.grad_scale, by.found_inf)]
-            clip = (by.max_norm, *addresses, self.norm.data_ptr()) if by.max_norm is not None else (0.0, *addresses, 0)
-            results = self.grad_norm.data_ptr(), self.skipped.data_ptr(), self.finished.data_ptr()
-            function(*self._table(rows), *self._groups(options), *kind, by.grad_factor, *clip, *results, stream)
+            getattr(self.module, self.op)(*self._table(rows), *self._arguments(options, by), stream)
+
+    def paged_step(
+        self,
+        rows: array[int],
+        options: Sequence[tuple[float, ...]],
+        by: Scaling,
+        stores: Sequence[tuple[StoreTable, int]],
+    ) -> None:
+        """The same step with states in page stores, each within so many bytes of the device: a launch a chunk."""
+        if by.max_norm is not None:
+            self.measure(rows)
+        with _cuda_kernels.launching(self.device) as stream:
+            for store, budget in stores:
+                store.point_at(rows)
+                addresses = store.tensors.data_ptr(), store.chunks.data_ptr(), budget
+                getattr(store.native, self.op)(*addresses, *self._arguments(options, by), stream)
+
+    def _arguments(self, options: Sequence[tuple[float, ...]], by: Scaling) -> tuple[Any, ...]:
+        """What the native functions take between the table and the stream."""
+        kind: tuple[bool, ...] = ()
+        if self.op == ADAMW:  # one of Adam and AdamW, so that all groups have the same
+            kind, options = (bool(options[0][-1]),), [row[:-1] for row in options]
+        addresses = [0 if t is None else t.data_ptr() for t in (by.grad_scale, by.found_inf)]
+        clip = (by.max_norm, *addresses, self.norm.data_ptr()) if by.max_norm is not None else (0.0, *addresses, 0)
+        results = self.grad_norm.data_ptr(), self.skipped.data_ptr(), self.finished.data_ptr()
+        return *self._groups(options), *kind, by.grad_factor, *clip, *results
+
+
+class StoreTable:
+    """Rows and chunks of a page store's tensors on the device, a run of them for each chunk of its pages.
+
+    ``row_of``: the row of the optimiser's table that updates each tensor of the store, or -1.
+    """
+
+    def __init__(self, module: ModuleType, store: Any, row_of: list[int], device: torch.device) -> None:
+        staging_bytes = store.staging_bytes if isinstance(store, module.PinnedStore) else 0
+        self.staging = torch.empty(staging_bytes, dtype=torch.uint8, device=device)
+        self.native = module.StoreTable(store, row_of, self.staging.data_ptr())
+        rows = torch.tensor(self.native.rows, dtype=torch.int64).view(-1, 5)
+        self.sources, self.states = rows[:, 0], rows[:, 1:]
+        chunks = torch.tensor(self.native.chunks, dtype=torch.int32).view(-1, 2)
+        self.chunks = torch.empty(chunks.shape, dtype=torch.int32, device=device)
+        self.tensors = torch.empty(len(rows), _C.optim_row_length, dtype=torch.int64, device=device)
+        self.held: torch.Tensor | None = None  # what `tensors` holds
+        if len(chunks):
+            _upload(chunks, self.chunks)
+
+    def point_at(self, rows: array[int]) -> None:
+        """Takes the addresses of parameters and gradients from the optimiser's table."""
+        if not len(self.sources):
+            return
+        table = torch.frombuffer(rows, dtype=torch.int64).view(-1, _C.optim_row_length)[self.sources]
+        table[:, EXP_AVG : EXP_AVG_SQ_ABSMAX + 1] = self.states
+        if self.held is None or not torch.equal(table, self.held):
+            self.held = table
+            _upload(table, self.tensors)

@@ -16,7 +16,8 @@ from ..ops import _cuda_kernels
 from ..ops import _tensor_rows as rows
 from ..ops._cuda_optim import DeviceTable, Scaling
 from ..ops._optim_plan import Plan
-from .pages import Paged
+from .device_pages import DevicePages
+from .pages import HostPages, Paged
 from .paging import PAGING_DEFAULTS, PagedStates
 
 Paging = tuple[_C.Pager | None, int, int]  # the native functions' last arguments: pager, numbers, budget_bytes
@@ -173,7 +174,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
 
     def _paging_of(self, plan: Plan) -> Paging:
         pages = self._pages.get(torch.device("cpu"))
-        if pages is None:
+        if not isinstance(pages, HostPages):
             return None, 0, 0
         if plan.numbers is None:
             plan.numbers = pages.numbers(plan.params, plan.states)
@@ -191,13 +192,20 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         device = params[0].device
         module = _cuda_kernels.module_for(device)
         plan = None if module is None else self._plan_for(params, groups)
+        pages = self._pages.get(device)
+        if plan is not None and not (isinstance(pages, DevicePages) and pages.holds(plan)):
+            pages = None
         if module is None or plan is None or not plan.point_at(grads, device):
             return False
         if plan.on_device is None:
             plan.on_device = DeviceTable(module, self._op, plan.table, len(params), device)
         options = [self._options(group) for group in self.param_groups]
         scale, skip = (None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf))
-        plan.on_device.step(plan.table, options, Scaling(1.0, self.max_norm, scale, skip))
+        by = Scaling(1.0, self.max_norm, scale, skip)
+        if isinstance(pages, DevicePages):
+            pages.step(plan, options, by)
+        else:
+            plan.on_device.step(plan.table, options, by)
         if self.max_norm is not None:
             self._grad_norm = plan.on_device.grad_norm
         if self.max_norm is not None or found_inf is not None:

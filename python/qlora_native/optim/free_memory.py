@@ -15,6 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops import _cuda_kernels
+
+NO_LIMIT = 1 << 60  # bytes
+
 
 class Free(NamedTuple):
     """What is left of one limit."""
@@ -52,18 +56,21 @@ def free_of_machine(meminfo: str) -> Free | None:
     return Free(fields["MemAvailable"], fields["MemTotal"], "the machine's memory")
 
 
-def free_of_cgroup(limits: Iterable[str], held: str, stat: str) -> Free | None:
+def cgroup_limit(texts: Iterable[str]) -> int | None:
+    """Bytes, from the texts of memory.max and memory.high, or of memory.limit_in_bytes; "max" and what no machine has
+    are no limit."""
+    limit = min((int(text) for text in texts if text.strip() != "max"), default=NO_LIMIT)
+    return None if limit >= NO_LIMIT else limit
+
+
+def free_of_cgroup(limit: int, held: str, stat: str) -> Free:
     """What one cgroup leaves.
 
     Args:
-        limits: texts of memory.max and memory.high, or of memory.limit_in_bytes; "max" and what no machine has are no
-            limit.
+        limit: in bytes.
         held: text of memory.current or memory.usage_in_bytes.
         stat: text of memory.stat. Its file pages, written back or not, are given up before anything is killed.
     """
-    limit = min((int(text) for text in limits if text.strip() != "max"), default=1 << 60)
-    if limit >= 1 << 60:
-        return None
     counts = {name: int(value) for name, _, value in (line.partition(" ") for line in stat.splitlines())}
     prefix = "total_" if "total_inactive_file" in counts else ""  # version 1 has a line with the cgroups below, too
     cache = sum(counts.get(f"{prefix}{name}_file", 0) for name in ("inactive", "active"))
@@ -92,11 +99,31 @@ def cgroup_folders(cgroup: str, mountinfo: str) -> list[tuple[int, str]]:
         version = {"cgroup2": 2, "cgroup": 1}.get(filesystem)
         if version not in own or (version == 1 and "memory" not in options.split(",")):
             continue
-        path, top = PurePosixPath(own.pop(version)), PurePosixPath(root)
+        group, top = PurePosixPath(own.pop(version)), PurePosixPath(root)
         # In a container the path may be the host's, and then the mount point is the process's own cgroup.
-        parts = path.relative_to(top).parts if path.is_relative_to(top) and ".." not in path.parts else ()
+        parts = group.relative_to(top).parts if group.is_relative_to(top) and ".." not in group.parts else ()
         found += [(version, str(PurePosixPath(point, *parts[:depth]))) for depth in range(len(parts), -1, -1)]
     return found
+
+
+def file_system(path: str, mountinfo: str) -> str:
+    """The type of the file system that a path without links lies in; "" if no mount point is above it."""
+    best, found = PurePosixPath(), ""
+    for line in mountinfo.splitlines():
+        place, _, kind = line.partition(" - ")
+        point = PurePosixPath(place.split()[4].replace("\\040", " "))
+        # Of two mounts in one place the later one lies on top.
+        if PurePosixPath(path).is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, found = point, kind.split(" ", 1)[0]
+    return found
+
+
+def file_system_of(folder: Path) -> str:
+    """The same for a folder of this machine; "" where that cannot be read."""
+    try:
+        return file_system(str(folder.resolve()), _read("/proc/self/mountinfo"))
+    except OSError:
+        return ""
 
 
 CGROUP_FILES = {
@@ -106,17 +133,20 @@ CGROUP_FILES = {
 
 
 @lru_cache(maxsize=1)
-def _limited_cgroups() -> list[tuple[int, Path]]:
-    """Those that are there; a version 2 root has no limit and no such files."""
-    try:
-        folders = cgroup_folders(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
-    except (OSError, ValueError):
-        return []
-    return [(version, Path(folder)) for version, folder in folders if Path(folder, CGROUP_FILES[version][1]).exists()]
+def _cgroups() -> list[tuple[list[str], str, str]]:
+    """Of each cgroup the files of its limits, of what it holds, and memory.stat; a version 2 root has none of them."""
+    found = []
+    for version, folder in cgroup_folders(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo")):
+        limits, held = CGROUP_FILES[version]
+        files = [f"{folder}/{name}" for name in limits], f"{folder}/{held}", f"{folder}/memory.stat"
+        if Path(files[1]).exists():
+            found.append(files)
+    return found
 
 
-def _read(file: str | Path) -> str:
-    return Path(file).read_text(encoding="ascii", errors="replace")
+def _read(file: str) -> str:
+    with open(file, encoding="ascii", errors="replace") as opened:
+        return opened.read()
 
 
 def _of_data_limit() -> Iterator[Free | None]:
@@ -132,11 +162,10 @@ def _of_machine() -> Iterator[Free | None]:
 
 
 def _of_cgroups() -> Iterator[Free | None]:
-    for version, folder in _limited_cgroups():
-        limits, held = CGROUP_FILES[version]
-        texts = [_read(folder / name) for name in limits]
-        if any(text.strip() != "max" for text in texts):
-            yield free_of_cgroup(texts, _read(folder / held), _read(folder / "memory.stat"))
+    for limits, held, stat in _cgroups():
+        limit = cgroup_limit(map(_read, limits))
+        if limit is not None:
+            yield free_of_cgroup(limit, _read(held), _read(stat))
 
 
 SOURCES: tuple[Callable[[], Iterator[Free | None]], ...] = (_of_data_limit, _of_cgroups, _of_machine)
@@ -153,7 +182,7 @@ def free_memory() -> Free | None:
     return min(found, default=None)
 
 
-def free_of_device(free: int, total: int, fraction: float, reserved: int, allocated: int) -> Free:
+def free_of_device(free: int, total: int, fraction: float = 1.0, reserved: int = 0, allocated: int = 0) -> Free:
     """What torch can still hand out on a CUDA device.
 
     Args:
@@ -166,13 +195,12 @@ def free_of_device(free: int, total: int, fraction: float, reserved: int, alloca
 
 
 def free_device_memory(device: torch.device) -> Free:
-    """The same for a CUDA device that is there."""
-    return free_of_device(
-        *torch.cuda.mem_get_info(device),
-        torch.cuda.get_per_process_memory_fraction(device),
-        torch.cuda.memory_reserved(device),
-        torch.cuda.memory_allocated(device),
-    )
+    """The same for a device that runs the CUDA kernels; over the emulator torch's allocator knows nothing of it."""
+    told = _cuda_kernels.memory(device)
+    if device.type != "cuda":
+        return free_of_device(*told)
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return free_of_device(*told, fraction, torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device))
 
 
 def release_free_memory() -> None:

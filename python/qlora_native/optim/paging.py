@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import _cuda_kernels
+from .device_pages import DevicePages
 from .free_memory import free_memory
 from .pages import LEAST_BUDGET, HostPages, Paged, PagingStatistics
 from .pressure import watch
@@ -41,7 +43,7 @@ class PagedStates:
         self._reset_paging()
 
     def _reset_paging(self) -> None:
-        self._pages: dict[torch.device, HostPages] = {}
+        self._pages: dict[torch.device, HostPages | DevicePages] = {}
         self._lock, self._process = threading.RLock(), os.getpid()
 
     def _alone(self) -> threading.RLock:
@@ -60,18 +62,32 @@ class PagedStates:
             return
         missing: dict[torch.device, list[tuple[Tensor, bool]]] = {}
         for param, coded in wanted:
-            if param.device.type == "cpu" and not self._has_place(param, coded):
+            if not self._has_place(param, coded):
                 missing.setdefault(param.device, []).append((param, coded))
         for device, chosen in missing.items():
-            pages = self._pages.get(device)
+            pages = self._pages.get(device) or self._new_pages(device)
             if pages is None:
-                name = type(self).__name__
-                pages = HostPages(name, self._moments, self.paged, self.page_dir, self.page_budget)
+                continue
             before = pages.state_bytes()
             pages.reserve(*zip(*chosen, strict=True))
             self._pages[device] = pages
-            if self.paged == "auto" and before < LEAST_WATCHED <= pages.state_bytes():
+            watched = self.paged == "auto" and isinstance(pages, HostPages)  # on a device, every step looks
+            if watched and before < LEAST_WATCHED <= pages.state_bytes():
                 watch(self, free_memory)
+
+    def _new_pages(self, device: torch.device) -> HostPages | DevicePages | None:
+        """None for devices that have no page store: their states are ordinary tensors."""
+        name, module = type(self).__name__, _cuda_kernels.module_for(device)
+        if module is not None:
+            return DevicePages(name, self._moments, self.paged, self.page_budget, device, module)
+        if device.type == "cpu":
+            return HostPages(name, self._moments, self.paged, self.page_dir, self.page_budget)
+        if self.paged is True:
+            raise ValueError(
+                f"{name}: paged is True, but states on {device} cannot be paged by this build: leave paged at 'auto', "
+                "or move the parameters to the CPU."
+            )
+        return None
 
     def _has_place(self, param: Tensor, coded: bool) -> bool:
         place = self._pages[param.device].place_of(param) if param.device in self._pages else None

@@ -73,17 +73,17 @@ _watchers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 def watch(
     optimizer: Pageable,
     free_bytes: Callable[[], Free | None],
-    interval: float = INTERVAL,
+    interval: float | None = None,
     judge: Judge | None = None,
 ) -> threading.Thread:
-    """Start the watcher of an optimizer.
+    """Start the watcher of an optimizer; ``interval`` is in seconds, ``INTERVAL`` unless given.
 
     It ends when the optimizer is collected, when ``free_bytes`` answers None (nothing can be read here) or raises, and
     at the interpreter's end.
     """
     thread = threading.Thread(
         target=_watch,
-        args=(weakref.ref(optimizer), free_bytes, interval, judge or Judge()),
+        args=(weakref.ref(optimizer), free_bytes, INTERVAL if interval is None else interval, judge or Judge()),
         name="qlora_native page watcher",
         daemon=True,
     )

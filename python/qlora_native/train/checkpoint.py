@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_native.errors import UserError
@@ -57,7 +57,7 @@ def save_checkpoint(
     advice = f"; {before[-1]} is intact, and --resume continues from it" if before else ""
     with told_if_unwritable(folder, advice), atomic_folder(folder) as partial:
         save_adapter(partial)
-        (partial / TENSORS).write_bytes(save({**tensors, **random_tensors}))
+        save_file({**tensors, **random_tensors}, partial / TENSORS)  # from where the states lie, without a copy
         (partial / STATE).write_text(
             json.dumps({**state, "optimizer": plain, "random": random_plain}), encoding="utf-8"
         )

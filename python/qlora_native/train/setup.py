@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from qlora_native import _C
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
 from qlora_native.integrations import fuse
@@ -25,10 +26,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
-    """Turn the ValueError of a call whose arguments all come from the config into a UserError."""
+    """Turn the ValueError of a call whose arguments all come from the config into a UserError; and PageFileError,
+    which says in a sentence why there can be no page file."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, _C.PageFileError) as error:
         raise UserError(str(error)) from error
 
 

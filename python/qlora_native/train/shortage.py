@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from qlora_native import _C
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW, Lion
 from qlora_native.optim.free_memory import free_device_memory, free_memory, release_free_memory
@@ -70,9 +71,11 @@ class SecondTry:
         return self.told(passes, what)
 
     def told(self, work: Callable[[], Result], what: str) -> Result:
-        """``work()``, which cannot be done twice: UserError if memory runs out."""
+        """``work()``, which cannot be done twice: UserError if memory runs out or the page file fails."""
         try:
             return work()
+        except _C.PageFileError as error:
+            raise UserError(f"{what}: {error}") from error
         except (MemoryError, RuntimeError) as error:
             if not is_shortage(error):
                 raise
@@ -89,9 +92,8 @@ class SecondTry:
 
     def _error(self, what: str, asked: str) -> UserError:
         options, data = self.config.train, self.config.data
-        device = next((p.device for group in self.optimizer.param_groups for p in group["params"]), None)
-        on_device = device is not None and device.type == "cuda"
-        free = free_device_memory(device) if on_device else free_memory()
+        device: torch.device = self.optimizer.param_groups[0]["params"][0].device
+        free = free_device_memory(device) if device.type == "cuda" else free_memory()
         advice = [f"lower data.max_length (now {data.max_length})"]
         if options.batch_size > 1:
             advice.insert(0, f"halve train.batch_size (now {options.batch_size}) and double train.grad_accum")

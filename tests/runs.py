@@ -1,0 +1,47 @@
+"""``qlora train`` in a process of its own, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the times, which differ from run to run."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def start(config: dict[str, Any], folder: Path, driver: str = "", **environment: str) -> subprocess.Popen[str]:
+    """``qlora train`` on ``config``; ``driver`` is Python that runs before it."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    code = f"import sys\n{driver}\nfrom qlora_native.cli.main import main\nsys.exit(main(['train', sys.argv[1]]))\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, "nothing happened"
+        time.sleep(0.002)
+
+
+def steps_told(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.is_file() else 0

@@ -1,0 +1,310 @@
+"""Paged optimisers of a CUDA device, over the emulator: bytes, moves, launches, what is said and what is kept.
+
+What the stores themselves do is held by tests/cuda_on_cpu/test_managed_store.cc.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import warnings
+from collections.abc import Iterator
+
+import emulated
+import pytest
+import torch
+from emulated import Emulator
+from helpers import same_bytes
+
+import qlora_native as qn
+from qlora_native.ops import _library
+from qlora_native.optim import device_pages
+
+MIB = 1 << 20
+SIZES = (5, 4097, 200_000, 20_000, 0, 90_000)
+Optimizer = qn.optim.AdamW
+
+
+@pytest.fixture(autouse=True)
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    module = emulated.module_or_skip(request.config)
+    with emulated.kernels(module, monkeypatch) as found:
+        module.set_memory(1 << 30, True)
+        module.take_managed_counters()
+        yield found
+        module.run_streams(False, 0)
+
+
+def make(rule: str, bits: int, **options: object) -> Optimizer:
+    """Parameters of two dtypes in two groups, the same for the same seed."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n).to(t)) for t in (torch.float32, torch.bfloat16) for n in SIZES]
+    groups = [{"params": params[:7], "lr": 1e-2}, {"params": params[7:], "lr": 3e-3, "weight_decay": 0.1}]
+    return getattr(qn.optim, rule)(groups, bits=bits, **options)  # type: ignore[no-any-return]
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def give_grads(optimizer: torch.optim.Optimizer, seed: int, scale: float = 1.0, skip: int = -1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for number, param in enumerate(params_of(optimizer)):
+        grad = (torch.randn(param.shape, generator=generator) * scale).to(param.dtype)
+        param.grad = None if number == skip else grad
+
+
+def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
+    values = [
+        [*(p.detach() for p in params_of(o)), *(t for p in params_of(o) for t in o.state[p].values())] for o in (a, b)
+    ]
+    return len(values[0]) == len(values[1]) and all(same_bytes(x, y) for x, y in zip(*values, strict=True))
+
+
+def quiet(counters: dict[str, int]) -> bool:
+    return not any(counters[name] for name in ("device_faults", "host_faults", "remote_accesses", "evicted"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+@pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("rule", ["AdamW", "Adam", "Lion"])
+def test_paged_steps_give_the_bytes_of_unpaged_ones(emulator: Emulator, rule: str, bits: int, concurrent: bool) -> None:
+    """Clipped, with a step that is skipped, a parameter that goes without a gradient and learning rates that change."""
+    emulator.module.set_memory(1 << 30, concurrent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the fallback says what it is; another test reads that
+        paged = make(rule, bits, paged=True, page_budget=MIB, max_norm=1.0)
+    plain = make(rule, bits, paged=False, max_norm=1.0)
+    for step, scale in enumerate((1.0, float("nan"), 1e-3, 1.0)):
+        for optimizer in (paged, plain):
+            give_grads(optimizer, step, scale, skip=2 if step == 2 else -1)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+            optimizer.step()
+        assert paged.skipped == plain.skipped == (scale != scale)
+        assert paged.grad_norm == plain.grad_norm or scale != scale
+    for pages in paged._pages.values():
+        assert isinstance(pages, device_pages.DevicePages) and pages.managed == concurrent
+        pages.ready_to_read()
+    assert same(paged, plain)
+
+
+@pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_the_order_of_streams_does_not_matter(emulator: Emulator, seed: int, concurrent: bool) -> None:
+    emulator.module.set_memory(1 << 30, concurrent)
+    emulator.stream = emulator.module.new_stream()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        paged = make("AdamW", 32, paged=True, page_budget=MIB)
+    plain = make("AdamW", 32, paged=False)
+    for step in range(2):
+        give_grads(plain, step)
+        plain.step()
+        give_grads(paged, step)
+        emulator.module.run_streams(True, seed)
+        paged.step()
+        assert emulator.module.num_queued() > 0, "the host waited in a step"
+        emulator.module.run_streams(False, 0)
+    assert same(paged, plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moves
+
+
+def test_in_steady_state_nothing_faults_and_a_page_moves_once_each_way(emulator: Emulator) -> None:
+    paged = make("AdamW", 32, paged=True, page_budget=MIB)
+    for step in range(4):
+        give_grads(paged, step)
+        emulator.module.take_managed_counters()
+        paged.step()
+        counters = emulator.module.take_managed_counters()
+        if step > 0:
+            assert quiet(counters), counters
+            assert counters["most_to_device"] == counters["most_to_host"] == 1, counters
+            assert counters["to_device"] == counters["to_host"] > 0 == counters["idle_prefetches"], counters
+    told = paged.paging_statistics()
+    assert told["resident_bytes"] <= MIB < told["state_bytes"]
+    assert told["paged_out_bytes"] == told["state_bytes"] - told["resident_bytes"]
+    assert told["bytes_in"] - told["bytes_out"] == told["resident_bytes"] and told["stalls"] == 0
+
+
+def test_without_pressure_a_step_is_the_two_launches_of_an_unpaged_one(emulator: Emulator) -> None:
+    auto = make("AdamW", 32, max_norm=1.0)
+    for step in range(3):
+        give_grads(auto, step)
+        emulator.launches()
+        emulator.module.take_managed_counters()
+        auto.step()
+        assert len(emulator.launches()) == 2
+        counters = emulator.module.take_managed_counters()
+        assert step == 0 or not any(counters.values()), counters
+    told = auto.paging_statistics()
+    assert told["resident_bytes"] == told["state_bytes"] > 0 == told["bytes_out"]
+
+
+def test_auto_pages_under_pressure_and_comes_back(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(device_pages.time, "monotonic", lambda: clock[0])
+    module = emulator.module
+    auto, plain = make("AdamW", 32), make("AdamW", 32, paged=False)
+
+    def step(number: int) -> dict[str, int]:
+        for optimizer in (auto, plain):
+            give_grads(optimizer, number)
+            optimizer.step()
+        found: dict[str, int] = module.take_managed_counters()
+        return found
+
+    step(0)
+    free, _ = module.memory()
+    spike = module.allocate(free - MIB)
+    assert step(1)["to_host"] > 0 and auto.states_paged_out() > 0
+    assert quiet(step(2))
+    module.release(spike)
+    assert step(3)["to_host"] > 0, "there is room again, but not for long"
+    clock[0] = 60.0
+    step(4)
+    assert auto.states_paged_out() == 0
+    assert not any(step(5).values())
+    assert same(auto, plain)
+
+
+def test_an_allocation_evicts_states_and_they_return(emulator: Emulator) -> None:
+    """What the driver does of itself: an allocation finds room, and the next step is right."""
+    module = emulator.module
+    auto, plain = make("Lion", 32), make("Lion", 32, paged=False)
+    for optimizer in (auto, plain):
+        give_grads(optimizer, 0)
+        optimizer.step()
+    free, _ = module.memory()
+    spike = module.allocate(free + MIB)
+    assert module.take_managed_counters()["evicted"] >= MIB // auto._pages[torch.device("cpu")].module.managed_page_bytes
+    for number in (1, 2):
+        for optimizer in (auto, plain):
+            give_grads(optimizer, number)
+            optimizer.step()
+        assert module.take_managed_counters()["device_faults"] == 0
+    module.release(spike)
+    assert same(auto, plain)
+
+
+def test_page_out_and_page_in(emulator: Emulator) -> None:
+    auto, plain = make("AdamW", 8), make("AdamW", 8, paged=False)
+    for number in range(4):
+        for optimizer in (auto, plain):
+            give_grads(optimizer, number)
+            optimizer.step()
+        if number == 1:
+            auto.page_out()
+            assert auto.states_in_memory() == 0 < auto.states_paged_out()
+        if number == 2:
+            auto.page_in()
+    assert auto.states_paged_out() == 0
+    assert same(auto, plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States are tensors
+
+
+@pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
+def test_states_survive_a_round_trip(emulator: Emulator, concurrent: bool) -> None:
+    emulator.module.set_memory(1 << 30, concurrent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        paged = make("AdamW", 8, paged=True, page_budget=MIB)
+        other = make("AdamW", 8, paged=True, page_budget=MIB)
+    plain = make("AdamW", 8, paged=False)
+    for optimizer in (paged, plain):
+        give_grads(optimizer, 0)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(copy.deepcopy(paged.state_dict()), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    for optimizer, source in ((other, paged), (plain, plain)):
+        for param, values in zip(params_of(optimizer), params_of(source), strict=True):
+            param.data.copy_(values.detach())
+        give_grads(optimizer, 1)
+        optimizer.step()
+    assert other.paging_statistics()["bytes_in"] > 0
+    assert same(other, plain)
+    emulator.module.take_managed_counters()
+    for number in (2, 3):
+        give_grads(other, number)
+        emulator.module.take_managed_counters()
+        other.step()
+    assert quiet(emulator.module.take_managed_counters()), "loading has unsettled the pages for good"
+
+
+def test_a_state_keeps_its_arena_alive(emulator: Emulator) -> None:
+    free, _ = emulator.module.memory()
+    paged = make("AdamW", 32, paged=True, page_budget=MIB)
+    give_grads(paged, 0)
+    paged.step()
+    state = paged.state[params_of(paged)[2]]["exp_avg"]
+    expected = state.clone()
+    del paged
+    gc.collect()
+    assert same_bytes(state, expected)
+    del state
+    gc.collect()
+    assert emulator.module.memory()[0] == free
+
+
+def test_parameters_that_come_later_get_a_store_of_their_own(emulator: Emulator) -> None:
+    paged, plain = make("AdamW", 32, paged=True, page_budget=MIB), make("AdamW", 32, paged=False)
+    for number in range(3):
+        for optimizer in (paged, plain):
+            if number == 1:
+                optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(50_000))], "lr": 1e-3})
+            give_grads(optimizer, number)
+            optimizer.step()
+    assert same(paged, plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_warned", set())
+    emulator.module.set_memory(1 << 30, False)
+    with pytest.warns(UserWarning, match=r"as on Windows, WSL2 and Tegra\): AdamW's paged states are in pinned host"):
+        make("AdamW", 32, paged=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make("AdamW", 32, paged=True)
+        auto = make("AdamW", 32)
+        give_grads(auto, 0)
+        auto.step()
+    with pytest.warns(UserWarning, match="AdamW's states stay on the device; paged=True keeps them on the host"):
+        auto.page_out()
+
+
+def test_a_budget_below_a_chunk_is_refused_in_numbers(emulator: Emulator) -> None:
+    params = [torch.nn.Parameter(torch.zeros(6_000_000))]
+    with pytest.raises(ValueError, match=r"the residency budget is 1048576 bytes: expected at least the largest chunk"):
+        Optimizer(params, bits=8, paged=True, page_budget=MIB)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m, s: m.StoreTable(s, [0, 1], 0), "2 rows, but the store has 1 tensors"),
+        (lambda m, s: m.ManagedStore([(-1, 2, False)], 65536, 65536), "a form is"),
+        (lambda m, s: m.ManagedStore([(1, 2, False)], 100, 65536), "page_bytes is 100"),
+        (lambda m, s: m.StoreTable(m.PinnedStore([(9, 1, True)], 4096, 4096), [0], 0), "staging is a null pointer"),
+        (lambda m, s: m.StoreTable(s, [0], 0).lion_step(0, 0, 1 << 20, 0, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 64, 0), "tensors"),
+    ],
+)
+def test_stores_are_checked_at_the_boundary(emulator: Emulator, call: object, sentence: str) -> None:
+    store = emulator.module.ManagedStore([(1000, 1, False)], 65536, 65536)
+    with pytest.raises(ValueError, match=sentence):
+        call(emulator.module, store)  # type: ignore[operator]

@@ -1,0 +1,177 @@
+"""Training with paged states: killed at random moments it leaves nothing behind and resumes, and where there can be no
+page file it says so."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from helpers import needs_page_files
+from runs import metrics, start, steps_told, wait_until
+
+from qlora_native.cli.main import main
+from qlora_native.errors import UserError
+from qlora_native.optim import paging, pressure
+from qlora_native.optim.free_memory import Free
+from qlora_native.train import TrainConfig, Trainer, checkpoint
+
+pytestmark = needs_page_files
+
+STEPS = 12
+MIB = 1 << 20
+ADAPTER = Path("adapter", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the subprocesses: the number of threads changes the order of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    tiny.write_model(folder / "model", hidden_size=128, intermediate_size=256)
+    tiny.write_rows(folder / "train.jsonl", 20)
+    return folder
+
+
+def settings(files: Path, folder: Path, **train: Any) -> dict[str, Any]:
+    """Rank 256: 9 MiB of states, through a budget of one MiB."""
+    options: dict[str, Any] = {
+        "steps": STEPS,
+        "batch_size": 2,
+        "grad_accum": 1,
+        "lr": 5e-4,
+        "save_every": 1,
+        "eval_every": 0,
+    }
+    options |= {"paged": True, "page_dir": str(folder / "pages"), "page_budget": MIB, **train}
+    return {
+        "model": str(files / "model"),
+        "output_dir": str(folder / "out"),
+        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0},
+        "lora": {"r": 256, "alpha": 256, "dropout": 0.1},
+        "train": options,
+    }
+
+
+@pytest.fixture(scope="module")
+def unpaged(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run with its states in memory that nothing happens to."""
+    folder = tmp_path_factory.mktemp("unpaged")
+    config = settings(files, folder, paged=False, page_budget=None)
+    Trainer(TrainConfig.model_validate(config), quiet=True).train()
+    return folder / "out"
+
+
+def assert_same(out: Path, unpaged: Path) -> None:
+    assert metrics(out) == metrics(unpaged)
+    assert (out / ADAPTER).read_bytes() == (unpaged / ADAPTER).read_bytes()
+
+
+def test_paged_training_computes_the_same(files: Path, unpaged: Path, tmp_path: Path) -> None:
+    summary = Trainer(TrainConfig.model_validate(settings(files, tmp_path)), quiet=True).train()
+    assert_same(tmp_path / "out", unpaged)
+    assert summary.paged_bytes > STEPS * 8 * MIB and summary.retried == 0
+    assert list((tmp_path / "pages").iterdir()) == []
+
+
+def test_killed_at_a_random_moment(files: Path, unpaged: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """As often as --kills says: no page file stays, the newest checkpoint loads, and the run ends as if nothing had
+    been."""
+    chance = random.Random(request.config.getoption("--kills"))
+    for number in range(request.config.getoption("--kills")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        out, pages = folder / "out", folder / "pages"
+        process = start(settings(files, folder), folder)
+        steps = chance.randrange(STEPS - 2)
+        wait_until(lambda out=out, steps=steps: steps_told(out) >= steps and out.is_dir(), process)  # type: ignore[misc]
+        time.sleep(chance.random() * 0.3)
+        process.kill()
+        process.communicate()
+        assert list(pages.iterdir()) == []
+        found = checkpoint.checkpoints(out)
+        assert len(found) >= min(2, max(0, steps - 1))
+        assert main(["train", str(folder / "config.yaml"), "--resume"]) == 0
+        assert_same(out, unpaged)
+        assert list(pages.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No room for the page file
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """The kernel refuses files above 6 MiB: the states are 9, an adapter 4.5."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6 * MIB, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_no_room_for_the_page_file_is_told_before_the_first_step(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings(files, tmp_path)))
+    assert main(["train", str(path)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qlora")]
+    assert len(errors) == 1 and str(tmp_path / "pages") in errors[0], errors
+    assert "File too large" in errors[0]
+    assert steps_told(tmp_path / "out") == 0
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first look on, the watcher sees less than the margin."""
+    monkeypatch.setattr(paging, "free_memory", lambda: Free(10 * MIB, 1024 * MIB, "a test"))
+    monkeypatch.setattr(pressure, "INTERVAL", 0.001)
+
+
+@pytest.mark.usefixtures("small_files", "short_of_memory")
+def test_auto_without_room_for_the_page_file_stays_in_memory_and_says_so(
+    files: Path, unpaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig.model_validate(settings(files, tmp_path, paged="auto", save_every=0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        summary = Trainer(config).train()
+    told = [str(warning.message) for warning in caught if "page" in str(warning.message)]
+    assert len(told) == 1 and "the states stay in memory" in told[0], told
+    assert_same(tmp_path / "out", unpaged)
+    assert summary.paged_bytes == 0
+    assert "paged out" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("short_of_memory")
+def test_auto_pages_out_under_pressure_and_says_so_once(
+    files: Path, unpaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = Trainer(TrainConfig.model_validate(settings(files, tmp_path, paged="auto"))).train()
+    assert_same(tmp_path / "out", unpaged)
+    assert summary.paged_bytes > 8 * MIB
+    printed = capsys.readouterr().out
+    assert printed.count("memory is short, so ") == 1 and printed.count("paging moved ") == 1
+    assert list((tmp_path / "pages").iterdir()) == []
+
+
+def test_a_budget_below_the_least_is_one_sentence(files: Path, tmp_path: Path) -> None:
+    config = TrainConfig.model_validate(settings(files, tmp_path, page_budget=5))
+    with pytest.raises(UserError, match=r"page_budget is 5: expected at least \d+ bytes"):
+        Trainer(config, quiet=True).train()
