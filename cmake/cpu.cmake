@@ -19,6 +19,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/quantize_4bit.cc
   cpp/cpu/rms_norm.cc
   cpp/cpu/rotary.cc
+  cpp/cpu/side_thread.cc
   cpp/cpu/swiglu.cc
   cpp/cpu/tiles.cc)
 target_include_directories(qlora_native_cpu PUBLIC cpp)

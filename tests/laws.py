@@ -253,8 +253,8 @@ def core_needs_only_the_core_packages(files: Tree) -> list[str]:
 
 
 NOT_AN_OP = re.compile(
-    r"isa(_\w+)?|kernels(-\w+)*|vec([-_]\w+)?|fpcr|tiles|parallel|file_store|wp|matmul_plan|paging"
-    r"|managed_store|pinned_store|page_store|paged_table|tensor_list|step_frame|grid"
+    r"isa(_\w+)?|kernels(-\w+)*|vec([-_]\w+)?|fpcr|tiles|parallel|file_store|side_thread|wp|matmul_plan"
+    r"|paging|managed_store|pinned_store|page_store|paged_table|tensor_list|step_frame|grid"
     r"|linear_4bit_(bf16|fp16|decode|small|split_k|tile)"  # parts of a CUDA op that fill files of their own
 )
 # The rooms of kernels, and what a file there needs beside it and in the room of its bindings.

@@ -131,8 +131,8 @@ def test_gradients_for_the_ops_are_paged_too(tmp_path: Path) -> None:
         for param in params:
             param.grad = torch.ones(2 * param.numel())[::2]
         optimizer.step()
-    assert same_training(plain, in_file)
     assert in_file[1].paging_statistics()["resident_bytes"] <= 4 * MIB
+    assert same_training(plain, in_file)
 
 
 @pytest.mark.parametrize("paged_as", [True, "auto"])
@@ -163,7 +163,7 @@ def test_thousand_steps_of_torch(paged_as: Any, tmp_path: Path) -> None:
             if step % 200 == 199:
                 ours.page_in()
         for p, q in zip(mine, theirs, strict=True):
-            worst = max(worst, float((p - q).detach().norm() / q.detach().norm()))
+            worst = max(worst, float((p - q).detach().abs().max() / q.detach().abs().max()))
     torch.set_num_threads(threads)
     assert worst < 1e-6
 
@@ -373,7 +373,8 @@ def test_budgets_and_settings_in_words() -> None:
 
 
 def test_page_out_of_nothing() -> None:
-    for options in ({"paged": False}, {}):
+    kinds: tuple[dict[str, Any], ...] = ({"paged": False}, {})
+    for options in kinds:
         optimizer = qn.optim.AdamW(params := small(), **options)
         optimizer.page_out()
         optimizer.page_in()

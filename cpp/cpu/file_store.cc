@@ -11,8 +11,11 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <new>
 #include <utility>
+
+#include "cpu/side_thread.h"
 
 namespace qlora_native::cpu {
 
@@ -20,6 +23,8 @@ namespace {
 
 constexpr int64_t kPiece = 32 << 20;       // bytes that change between memory and file at once
 constexpr int64_t kReadAhead = 128 << 10;  // bytes: the kernel cuts longer requests off at a limit of its own
+
+constexpr size_t kTouchers = 4;  // threads that wait for large pages at once
 
 // include/uapi/asm-generic/mman-common.h of Linux 5.14; older C libraries do not know it.
 constexpr int kPopulateWrite = 23;
@@ -217,36 +222,53 @@ ByteRange FileStore::clipped(const ByteRange& range) const {
   return {std::min(range.begin, end), std::min(range.end, end)};
 }
 
-// Small pages are read by readahead(), large ones by touching them: one at a time, and no more than is asked for.
-void FileStore::prepare(const ByteRange& range) const {
-  ByteRange blocks{rounded_up(range.begin, kBlockBytes), range.end / kBlockBytes * kBlockBytes};
-  if (blocks.size() <= 0 || madvise(data_ + blocks.begin, static_cast<size_t>(blocks.size()), MADV_HUGEPAGE) != 0) {
-    blocks = {range.end, range.end};
-  } else {
-    madvise(data_ + blocks.begin, static_cast<size_t>(blocks.size()), MADV_RANDOM);
-  }
-  for (const ByteRange& edge : {ByteRange{range.begin, blocks.begin}, ByteRange{blocks.end, range.end}}) {
-    for (int64_t at = edge.begin; at < edge.end; at += kReadAhead) {
-      readahead(file_, at, static_cast<size_t>(std::min(kReadAhead, edge.end - at)));
-    }
-  }
-}
-
+// Small pages are read ahead. Of large ones no more is read than is touched, so several threads touch one each.
 void FileStore::fetch(const std::vector<ByteRange>& ranges) {
+  std::vector<ByteRange> touched;
   for (const ByteRange& whole : ranges) {
     const ByteRange range = clipped(whole);
-    if (range.size() > 0) {
-      bytes_in_ += range.size() - resident_bytes(range);
-      prepare(range);
+    if (range.size() == 0) {
+      continue;
+    }
+    bytes_in_ += range.size() - resident_bytes(range);
+    ByteRange blocks{rounded_up(range.begin, kBlockBytes), range.end / kBlockBytes * kBlockBytes};
+    if (blocks.size() <= 0 || madvise(data_ + blocks.begin, static_cast<size_t>(blocks.size()), MADV_HUGEPAGE) != 0) {
+      blocks = {range.end, range.end};
+    } else {
+      madvise(data_ + blocks.begin, static_cast<size_t>(blocks.size()), MADV_RANDOM);
+    }
+    for (int64_t at = blocks.begin; at < blocks.end; at += kBlockBytes) {
+      touched.push_back({at, at + kBlockBytes});
+    }
+    for (const ByteRange& edge : {ByteRange{range.begin, blocks.begin}, ByteRange{blocks.end, range.end}}) {
+      for (int64_t at = edge.begin; at < edge.end; at += kReadAhead) {
+        readahead(file_, at, static_cast<size_t>(std::min(kReadAhead, edge.end - at)));
+      }
+      if (edge.size() > 0) {
+        touched.push_back(edge);
+      }
     }
   }
-  for (const ByteRange& whole : ranges) {
-    const ByteRange range = clipped(whole);
-    // EINVAL: Linux before 5.14. There whoever writes first takes the faults.
-    if (range.size() > 0 && madvise(data_ + range.begin, static_cast<size_t>(range.size()), kPopulateWrite) != 0 &&
-        errno != EINVAL) {
-      fail(folder_, "read", errno == EFAULT ? EIO : errno);
+  std::atomic<size_t> next{0};
+  std::atomic<int> failed{0};
+  const auto touch = [&] {
+    for (size_t i = next++; i < touched.size(); i = next++) {
+      // EINVAL: Linux before 5.14. There whoever writes first takes the faults.
+      if (madvise(data_ + touched[i].begin, static_cast<size_t>(touched[i].size()), kPopulateWrite) != 0 &&
+          errno != EINVAL) {
+        failed = errno;
+      }
     }
+  };
+  {
+    std::list<SideThread> helpers;
+    for (size_t i = 1; i < std::min(touched.size(), kTouchers); ++i) {
+      helpers.emplace_back(touch);
+    }
+    touch();
+  }
+  if (const int error = failed; error != 0) {
+    fail(folder_, "read", error == EFAULT ? EIO : error);
   }
 }
 
@@ -269,10 +291,14 @@ void FileStore::release(const std::vector<ByteRange>& ranges) {
     if (write_back(file_, range, kThrough) != 0) {
       fail(folder_, "written", errno);
     }
-    bytes_out_ += resident_bytes(range);
-    // What is written to in between stays dirty, and therefore resident; nothing is lost.
-    madvise(data_ + range.begin, static_cast<size_t>(range.size()), MADV_DONTNEED);
-    posix_fadvise(file_, range.begin, range.size(), POSIX_FADV_DONTNEED);
+    const int64_t resident = resident_bytes(range);
+    // What is written to in between stays dirty, and therefore resident; nothing is lost. A page that the system holds
+    // for a moment is let go at the next try.
+    for (int attempt = 0; attempt < 3 && resident_bytes(range) > 0; ++attempt) {
+      madvise(data_ + range.begin, static_cast<size_t>(range.size()), MADV_DONTNEED);
+      posix_fadvise(file_, range.begin, range.size(), POSIX_FADV_DONTNEED);
+    }
+    bytes_out_ += resident;
   }
 }
 

@@ -55,7 +55,6 @@ class FileStore {
   ByteRange clipped(const ByteRange& range) const;  // to what is in the file
   int64_t resident_bytes(const ByteRange& range) const;
   void open_file();
-  void prepare(const ByteRange& range) const;
 
   const int64_t num_bytes_;  // whole pages
   const std::string folder_;

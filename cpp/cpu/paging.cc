@@ -1,21 +1,20 @@
 #include "cpu/paging.h"
 
-#include <signal.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
-#include <system_error>
-#include <thread>
 #include <utility>
+
+#include "cpu/side_thread.h"
 
 namespace qlora_native::cpu {
 namespace {
 
 constexpr int64_t kMostAhead = 4;  // chunks
+constexpr int64_t kNoMoreThreads = int64_t{1} << 60;
 
 class Clock {
  public:
@@ -24,23 +23,6 @@ class Clock {
  private:
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
-
-// Starts a thread that takes none of the process's signals.
-template <typename Function>
-std::thread quiet_thread(const Function& function) {
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  try {
-    std::thread thread(function);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return thread;
-  } catch (...) {
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    throw;
-  }
-}
 
 // What the two threads of a step tell each other.
 class Progress {
@@ -190,61 +172,64 @@ void Pager::walk(const PageWalk& order, const std::vector<std::vector<StatePart>
   const auto update_chunk = [&](int64_t number) {
     const std::vector<StatePart>& own = parts[static_cast<size_t>(number)];
     const Clock clock;
-    update(own.data(), static_cast<int64_t>(own.size()), kPagedUpdateGrain);
+    update(own.data(), static_cast<int64_t>(own.size()), alone_ ? kNoMoreThreads : kPagedUpdateGrain);
     update_seconds += clock.seconds();
     ++updates;
     progress.set_updated(number);
   };
-  std::thread mover;
-  try {
-    mover = quiet_thread([&] {
-      try {
-        for (const PageMove& move : order.moves) {
-          if (move.action == PageAction::kUpdate) {
-            continue;
-          }
-          if (move.action == PageAction::kRelease && !parts[static_cast<size_t>(move.chunk)].empty()) {
-            progress.wait_updated(move.chunk);
-          }
-          progress.rethrow();
-          transfer(move);
-        }
-      } catch (...) {
-        progress.fail();
-      }
-    });
-  } catch (const std::system_error&) {  // no room for a thread, when memory is short: one after the other, then
-    for (const PageMove& move : order.moves) {
-      move.action == PageAction::kUpdate ? update_chunk(move.chunk) : transfer(move);
-    }
-  }
-  if (mover.joinable()) {
-    const auto stalled = [this](double seconds) {
-      stalls_ += seconds > 0.0 ? 1 : 0;
-      stall_seconds_ = stall_seconds_ + seconds;
-    };
+  double transfer_seconds = 0.0;
+  SideThread mover([&] {
     try {
       for (const PageMove& move : order.moves) {
         if (move.action == PageAction::kUpdate) {
-          if (is_fetched[static_cast<size_t>(move.chunk)]) {
-            stalled(progress.wait_fetched(move.chunk));
-          }
-          progress.rethrow();
-          update_chunk(move.chunk);
+          continue;
         }
+        if (move.action == PageAction::kRelease && !parts[static_cast<size_t>(move.chunk)].empty()) {
+          progress.wait_updated(move.chunk);
+        }
+        progress.rethrow();
+        const Clock clock;
+        transfer(move);
+        transfer_seconds += clock.seconds();
       }
     } catch (...) {
       progress.fail();
     }
-    const Clock clock;
-    mover.join();
-    stalled(clock.seconds());
-    progress.rethrow();
+  });
+  if (!mover.runs()) {  // there was no room for a thread: one after the other, then
+    for (const PageMove& move : order.moves) {
+      move.action == PageAction::kUpdate ? update_chunk(move.chunk) : transfer(move);
+    }
+    return;
   }
-  if (fetches > 0 && updates > 0) {
-    const double ratio = fetch_seconds / static_cast<double>(fetches) * static_cast<double>(updates) / update_seconds;
-    look_ahead_ = static_cast<int64_t>(std::ceil(std::clamp(ratio, 1.0, static_cast<double>(kMostAhead))));
+  const auto stalled = [this](double seconds) {
+    stalls_ += seconds > 0.0 ? 1 : 0;
+    stall_seconds_ = stall_seconds_ + seconds;
+  };
+  try {
+    for (const PageMove& move : order.moves) {
+      if (move.action == PageAction::kUpdate) {
+        if (is_fetched[static_cast<size_t>(move.chunk)]) {
+          stalled(progress.wait_fetched(move.chunk));
+        }
+        progress.rethrow();
+        update_chunk(move.chunk);
+      }
+    }
+  } catch (...) {
+    progress.fail();
   }
+  const Clock clock;
+  mover.join();
+  stalled(clock.seconds());
+  progress.rethrow();
+  if (fetches == 0 || updates == 0) {
+    return;
+  }
+  const double ratio = fetch_seconds / static_cast<double>(fetches) * static_cast<double>(updates) / update_seconds;
+  look_ahead_ = static_cast<int64_t>(std::ceil(std::clamp(ratio, 1.0, static_cast<double>(kMostAhead))));
+  const double alone = alone_ ? update_seconds : update_seconds * static_cast<double>(available_threads());
+  alone_ = alone < transfer_seconds / 2;
 }
 
 void Pager::to_file() {

@@ -1,0 +1,35 @@
+#include "cpu/side_thread.h"
+
+#include <signal.h>
+
+#include <utility>
+
+namespace qlora_native::cpu {
+
+SideThread::SideThread(std::function<void()> work) : work_(std::move(work)) {
+  constexpr size_t kStack = 256 << 10;  // bytes
+  pthread_attr_t attributes;
+  if (pthread_attr_init(&attributes) != 0) {
+    return;
+  }
+  pthread_attr_setstacksize(&attributes, kStack);
+  sigset_t all;
+  sigset_t before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  const auto run = [](void* self) -> void* {
+    static_cast<SideThread*>(self)->work_();
+    return nullptr;
+  };
+  runs_ = pthread_create(&thread_, &attributes, run, this) == 0;
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  pthread_attr_destroy(&attributes);
+}
+
+void SideThread::join() {
+  if (std::exchange(runs_, false)) {
+    pthread_join(thread_, nullptr);
+  }
+}
+
+}  // namespace qlora_native::cpu

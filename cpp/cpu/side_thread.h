@@ -1,0 +1,28 @@
+// A thread beside the OpenMP team, for work that waits for a disk.
+#pragma once
+
+#include <pthread.h>
+
+#include <functional>
+
+namespace qlora_native::cpu {
+
+// It takes none of the process's signals, and its stack is small: stacks count where memory is limited.
+class SideThread {
+ public:
+  // The work must not throw.
+  explicit SideThread(std::function<void()> work);
+  ~SideThread() { join(); }
+  SideThread(const SideThread&) = delete;
+  SideThread& operator=(const SideThread&) = delete;
+
+  bool runs() const { return runs_; }  // false if there was no room for a thread, or after join()
+  void join();
+
+ private:
+  std::function<void()> work_;
+  pthread_t thread_{};
+  bool runs_ = false;
+};
+
+}  // namespace qlora_native::cpu
