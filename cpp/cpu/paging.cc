@@ -135,8 +135,22 @@ void Pager::step(const OptimTensor* tensors, const int64_t* number_of_tensor, in
     update_in_one_run(tensors, num_tensors, update);
     return;
   }
+  drop_what_others_touched(budget_bytes);
   update(elsewhere.data(), static_cast<int64_t>(elsewhere.size()), kUpdateGrain);
   walk(order, parts, update);
+}
+
+// Who saves a checkpoint has all states come in.
+void Pager::drop_what_others_touched(int64_t budget_bytes) {
+  int64_t resident = 0;
+  for (const auto& store : stores_) {
+    resident += store->resident_bytes();
+  }
+  for (Chunk& chunk : chunks_) {
+    if (resident > budget_bytes && !chunk.resident) {
+      chunk.store->drop(chunk.ranges);
+    }
+  }
 }
 
 void Pager::walk(const PageWalk& order, const std::vector<std::vector<StatePart>>& parts, const UpdateParts& update) {
