@@ -211,7 +211,10 @@ def test_with_the_core_packages_only_help_and_doctor_work() -> None:
         (["train", "{config}", "--data.train", "{files}/broken.jsonl"], "{files}/broken.jsonl:2"),
         (["train", "{config}", "--target_modules", "[q_prj]"], "no linear layer named 'q_prj': did you mean q_proj"),
         (["train", "{config}", "--model", "{files}/nan"], "model.layers.0.mlp.up_proj.weight cannot be quantised"),
-        (["train", "{config}", "--output_dir", "{files}/train.jsonl"], "could not write {files}/train.jsonl: File exists"),
+        (
+            ["train", "{config}", "--output_dir", "{files}/train.jsonl"],
+            "could not write {files}/train.jsonl: File exists",
+        ),
         (["train", "{config}", "--resume", "{files}/gone"], "resume is {files}/gone, which is no checkpoint"),
     ],
 )

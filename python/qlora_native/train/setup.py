@@ -125,9 +125,7 @@ def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], o
         if options.optimizer == "lion":
             return Lion(parameters, options.lr, options.betas, options.weight_decay, **common)
         bits: Literal[8, 32] = 8 if options.optimizer == "adamw8bit" else 32
-        return AdamW(
-            parameters, options.lr, options.betas, options.eps, options.weight_decay, bits=bits, **common
-        )
+        return AdamW(parameters, options.lr, options.betas, options.eps, options.weight_decay, bits=bits, **common)
 
 
 def describe_rows(train: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:
