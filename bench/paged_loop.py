@@ -135,7 +135,8 @@ def largest_resident(address: int, num_bytes: int, seconds: float = 0.02) -> Ite
 
 
 def disk_rates(folder: str, num_bytes: int = 1 << 30, piece: int = 16 << 20) -> dict[str, float]:
-    """GB/s of the disk, past the page cache: written over what is reserved, then read."""
+    """GB/s of the disk, past the page cache, one request after another: written over what was written, then read.
+    Several requests at once may do more."""
     buffer = mmap.mmap(-1, piece)
     buffer.write(os.urandom(1 << 20) * (piece >> 20))
     seconds = {}

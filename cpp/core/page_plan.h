@@ -301,17 +301,24 @@ inline PageWalk plan_walk(const std::vector<int64_t>& sizes,  // [chunks]
   for (int64_t i = 0; i < ahead; ++i) {
     push_moving(PageAction::kFetch, i);
   }
+  std::vector<size_t> staying;
   for (size_t chunk = 0; chunk < pinned; ++chunk) {
-    if (wanted[chunk] && !resident[chunk]) {
-      push(PageAction::kFetch, chunk);
-    }
     if (wanted[chunk]) {
-      push(PageAction::kUpdate, chunk);
+      staying.push_back(chunk);
     }
   }
+  // Those that stay are spread among the others, so that there is always something to update while pages move.
+  size_t next = 0;
   for (int64_t i = 0; i <= moves + lag; ++i) {
     push_moving(PageAction::kRelease, i - 1 - lag);
     push_moving(PageAction::kFetch, i + ahead);
+    const size_t share = i + 1 < moves ? staying.size() * static_cast<size_t>(i + 1) / moving.size() : staying.size();
+    for (; next < share; ++next) {
+      if (!resident[staying[next]]) {
+        push(PageAction::kFetch, staying[next]);
+      }
+      push(PageAction::kUpdate, staying[next]);
+    }
     push_moving(PageAction::kUpdate, i);
   }
   return walk;

@@ -282,6 +282,13 @@ void FileStore::start_write(const std::vector<ByteRange>& ranges) {
 }
 
 void FileStore::release(const std::vector<ByteRange>& ranges) {
+  for (const ByteRange& range : ranges) {
+    bytes_out_ += resident_bytes(clipped(range));
+  }
+  drop(ranges);
+}
+
+void FileStore::drop(const std::vector<ByteRange>& ranges) {
   constexpr unsigned kThrough = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
   for (const ByteRange& whole : ranges) {
     const ByteRange range = clipped(whole);
@@ -291,14 +298,13 @@ void FileStore::release(const std::vector<ByteRange>& ranges) {
     if (write_back(file_, range, kThrough) != 0) {
       fail(folder_, "written", errno);
     }
-    const int64_t resident = resident_bytes(range);
     // What is written to in between stays dirty, and therefore resident; nothing is lost. A page that the system holds
     // for a moment is let go at the next try.
-    for (int attempt = 0; attempt < 3 && resident_bytes(range) > 0; ++attempt) {
+    int attempt = 0;
+    do {
       madvise(data_ + range.begin, static_cast<size_t>(range.size()), MADV_DONTNEED);
       posix_fadvise(file_, range.begin, range.size(), POSIX_FADV_DONTNEED);
-    }
-    bytes_out_ += resident;
+    } while (++attempt < 3 && resident_bytes(range) > 0);
   }
 }
 

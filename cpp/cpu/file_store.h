@@ -44,6 +44,7 @@ class FileStore {
   void fetch(const std::vector<ByteRange>& ranges);        // returns when they are resident and may be written to
   void start_write(const std::vector<ByteRange>& ranges);  // begins to write them to the disk, and waits for nothing
   void release(const std::vector<ByteRange>& ranges);      // returns when they are on the disk and no longer resident
+  void drop(const std::vector<ByteRange>& ranges);         // the same, not counted: for what somebody else has touched
   void evict() { release({{0, num_bytes_}}); }
 
   // Bytes that are resident, as the system counts them, in memory or file.

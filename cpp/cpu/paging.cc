@@ -135,8 +135,38 @@ void Pager::step(const OptimTensor* tensors, const int64_t* number_of_tensor, in
     update_in_one_run(tensors, num_tensors, update);
     return;
   }
+  drop_what_others_touched(budget_bytes);
   update(elsewhere.data(), static_cast<int64_t>(elsewhere.size()), kUpdateGrain);
   walk(order, parts, update);
+}
+
+// Who saves a checkpoint has all states come in, in large pages that know nothing of chunks: neighbours go together.
+void Pager::drop_what_others_touched(int64_t budget_bytes) {
+  int64_t resident = 0;
+  for (const auto& store : stores_) {
+    resident += store->resident_bytes();
+  }
+  if (resident <= budget_bytes) {
+    return;
+  }
+  for (const auto& store : stores_) {
+    std::vector<ByteRange> ranges;
+    for (const Chunk& chunk : chunks_) {
+      if (chunk.store == store.get() && !chunk.resident) {
+        ranges.insert(ranges.end(), chunk.ranges.begin(), chunk.ranges.end());
+      }
+    }
+    std::sort(ranges.begin(), ranges.end(), [](const ByteRange& a, const ByteRange& b) { return a.begin < b.begin; });
+    std::vector<ByteRange> joined;
+    for (const ByteRange& range : ranges) {
+      if (!joined.empty() && range.begin == joined.back().end) {
+        joined.back().end = range.end;
+      } else {
+        joined.push_back(range);
+      }
+    }
+    store->drop(joined);
+  }
 }
 
 void Pager::walk(const PageWalk& order, const std::vector<std::vector<StatePart>>& parts, const UpdateParts& update) {

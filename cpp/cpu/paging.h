@@ -46,6 +46,7 @@ class Pager {
     bool resident;
   };
 
+  void drop_what_others_touched(int64_t budget_bytes);
   void walk(const PageWalk& order, const std::vector<std::vector<StatePart>>& parts, const UpdateParts& update);
 
   std::vector<std::shared_ptr<FileStore>> stores_;

@@ -3,7 +3,9 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
@@ -240,6 +242,10 @@ void check_steps(const std::vector<StateForm>& forms, int64_t chunk_bytes, int64
                    update(parts, num_parts, grain);
                  });
     };
+    if (step == 3) {  // somebody reads all states, and what the system reads ahead of it arrives
+      CHECK(std::count(store->data(), store->data() + plan.num_bytes, '\1') >= 0, "reading");
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
     const int64_t in = store->bytes_in();
     const int64_t out = store->bytes_out();
     if (forms[0].moments == 2) {
@@ -253,8 +259,8 @@ void check_steps(const std::vector<StateForm>& forms, int64_t chunk_bytes, int64
     CHECK(budget < plan.num_bytes || step == 0 || store->bytes_in() == in, "moved for nothing");
     CHECK(budget >= plan.num_bytes || store->bytes_out() > out, "nothing moved");
   }
-  CHECK(most <= budget && store->resident_bytes() <= budget, "%ld bytes, budget %ld", static_cast<long>(most),
-        static_cast<long>(budget));
+  CHECK(most <= budget + budget / 10 && store->resident_bytes() <= budget, "%ld bytes, budget %ld",
+        static_cast<long>(most), static_cast<long>(budget));
   CHECK(paged.params == plain.params && paged.steps == plain.steps, "parameters, budget %ld",
         static_cast<long>(budget));
   CHECK(std::memcmp(store->data(), aligned, static_cast<size_t>(plan.num_bytes)) == 0, "states, budget %ld",

@@ -227,15 +227,19 @@ TEST(page_walk_of_equal_chunks) {
   const auto is = [&](size_t i, PageAction action, int64_t chunk) {
     CHECK(walk.moves[i].action == action && walk.moves[i].chunk == chunk, "move %zu", i);
   };
-  is(0, PageAction::kFetch, 2);  // on its way while those that stay are updated
-  is(1, PageAction::kFetch, 0);
-  is(2, PageAction::kUpdate, 0);
-  is(5, PageAction::kFetch, 3);
-  is(6, PageAction::kUpdate, 2);
-  is(7, PageAction::kFetch, 4);
-  is(8, PageAction::kUpdate, 3);
-  is(9, PageAction::kRelease, 2);
-  is(10, PageAction::kFetch, 5);
+  is(0, PageAction::kFetch, 2);
+  is(1, PageAction::kFetch, 3);
+  is(2, PageAction::kUpdate, 2);
+  is(3, PageAction::kFetch, 4);
+  is(4, PageAction::kUpdate, 3);
+  is(5, PageAction::kRelease, 2);
+  is(6, PageAction::kFetch, 5);
+  is(7, PageAction::kUpdate, 4);
+  is(8, PageAction::kRelease, 3);
+  is(9, PageAction::kFetch, 6);
+  is(10, PageAction::kFetch, 0);  // one of those that stay, once in four
+  is(11, PageAction::kUpdate, 0);
+  is(12, PageAction::kUpdate, 5);
 }
 
 TEST(page_plans_refuse_in_words) {
