@@ -1,31 +1,37 @@
-"""What bench/gpu_check.sh measures once the library is built: ceilings, products, passes over memory, whole models.
+"""What bench/gpu_check.sh measures once the library is built: ceilings, products, passes over memory, whole models, and
+what the autotuner finds.
 
     python bench/gpu_check.py --json FILE [--seconds 300]    on a machine with a GPU
     python bench/gpu_check.py --json FILE --dry-run          tiny shapes on the CPU: shows that this script works
     python bench/gpu_check.py --once                         each op once on tiny shapes, for compute-sanitizer
 
 The file is written anew after every row, so that a run that is cut off leaves what it had. Sections that time does not
-allow, and kernels that this build lacks, are named in ``left_out``.
+allow, and kernels that this build lacks, are named in ``left_out``. All sections but the last run by built-in plans:
+the user's tuning files are neither read nor written.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Literal
 
 import gpu_models
+import gpu_paging
 import gpu_passes
 import gpu_products
+import gpu_tuning
 import torch
 from common import line, write_json
 from gpu_timing import Ceilings, card, ceilings, device, on_gpu
 
 import qlora_native as qn
-from qlora_native.ops import _library
+from qlora_native.ops import _cuda_kernels, _library
 
 OPS = ("dequantize_4bit", "quantize_4bit", "linear_4bit", "lora_linear_4bit", "adamw_step", "gradient_norm")
 
@@ -80,7 +86,7 @@ def name_missing_kernels(run: Run) -> None:
 
 
 def measure_passes(run: Run, measured: Ceilings, rounds: int) -> None:
-    """Dequantise, quantise, AdamW."""
+    """Dequantise, quantise, AdamW, AdamW with paged states."""
     shapes = gpu_passes.TINY_SHAPES if run.dry else gpu_passes.DEQUANTISE_SHAPES
     for (n, k), dtype in itertools.product(shapes, (torch.bfloat16, torch.float32)):
         head = {"op": "dequantize_4bit", "dtype": str(dtype).removeprefix("torch."), "n": n, "k": k}
@@ -92,6 +98,7 @@ def measure_passes(run: Run, measured: Ceilings, rounds: int) -> None:
     for bits in widths:
         head = {"op": "adamw_step", "bits": bits}
         run.row(head, lambda bits=bits: gpu_passes.adamw_row(bits, run.dry, measured, rounds))  # type: ignore[misc]
+    run.row({"op": "paged_adamw_step", "bits": 32}, lambda: gpu_paging.paging_row(run.dry, rounds))
 
 
 def measure_products(run: Run, measured: Ceilings, rounds: int, keep_s: float) -> None:
@@ -121,6 +128,16 @@ def measure_models(run: Run) -> None:
         run.leave_out("the 70B-shaped load: this card has less than 44 GiB")
     else:
         run.row(load, lambda: gpu_models.load(large, 48 * gib), keep_s=10)
+
+
+def measure_tuning(run: Run) -> None:
+    """The autotuner on every layer shape and number of tokens."""
+    if _cuda_kernels.module_for(device()) is None:
+        run.leave_out("tuning: there are no CUDA kernels to choose from")
+        return
+    for case in gpu_products.cases(run.dry):
+        head = {"op": "tune", "n": case.n, "k": case.k, "m": case.m}
+        run.row(head, lambda c=case: gpu_tuning.row(c.n, c.k, c.m, device()))  # type: ignore[misc]
 
 
 def once() -> None:
@@ -158,6 +175,7 @@ def main() -> None:
             else "gpu_check: torch finds no GPU; --dry-run tries the script out on the CPU."
         )
     torch.manual_seed(0)
+    os.environ["QLORA_NATIVE_TUNING"] = "off"
     if arguments.once:
         once()
         return
@@ -169,9 +187,12 @@ def main() -> None:
         print(run.found["card"], measured, sep="\n", flush=True)
         run.write()
         measure_passes(run, measured, rounds)
-        models_s = 0 if run.dry else 90
-        measure_products(run, measured, rounds, keep_s=models_s)
+        later_s = 0 if run.dry else 130  # 90 for the models, 40 for the autotuner
+        measure_products(run, measured, rounds, keep_s=later_s)
     measure_models(run)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["QLORA_NATIVE_TUNING"] = folder
+        measure_tuning(run)
     run.write()
     missed = [row for row in run.found["rows"] if not row["match"]]
     print(f"{len(run.found['rows'])} rows, {len(missed)} without a match, {len(run.found['failed'])} failed")

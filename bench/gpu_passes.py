@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from common import timings
 from gpu_products import of_floor
-from gpu_timing import Call, Ceilings, copies, device, floor, interleaved_replays, on_gpu
+from gpu_timing import Ceilings, device, floor, interleaved_replays, on_gpu
 
 import qlora_native as qn
+from qlora_native.tuning.replay import Call, copies
 
 DEQUANTISE_SHAPES = ((4096, 4096), (14336, 4096), (1024, 4096))
 TINY_SHAPES = ((64, 128),)
@@ -25,7 +26,7 @@ def dequantise_row(n: int, k: int, dtype: torch.dtype, measured: Ceilings, round
     """A whole weight to a dense buffer; the bar is 85 % of the bandwidth of a copy."""
     first = qn.quantize(torch.randn(n, k, device=device()))
     num_bytes = first.nbytes + n * k * dtype.itemsize
-    outs = [torch.empty(n, k, dtype=dtype, device=device()) for _ in range(copies(num_bytes))]
+    outs = [torch.empty(n, k, dtype=dtype, device=device()) for _ in range(copies(num_bytes, device()))]
     calls: list[Call] = [
         lambda out=out: torch.ops.qlora_native.dequantize_4bit.out(out, *first.op_args())  # type: ignore[misc]
         for out in outs

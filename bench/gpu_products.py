@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from common import Bar, relative_error, timings
-from gpu_timing import Call, Ceilings, card, copies, device, floor, interleaved_replays, on_gpu, peak_bytes
+from gpu_timing import Ceilings, card, device, floor, interleaved_replays, on_gpu, peak_bytes
 
 import qlora_native as qn
+from qlora_native.tuning.replay import Call, copies
 
 OPS = torch.ops.qlora_native
 RANK, SCALE = 16, 2.0
@@ -78,8 +79,8 @@ class Weights:
         first = qn.quantize(dense)
         self.dense = first.dequantize(torch.bfloat16)  # what everyone multiplies with
         self.scratch = torch.empty_like(self.dense)
-        self.ours = [first, *(_copied(first) for _ in range(copies(first.nbytes) - 1))]
-        self.bf16 = [self.dense, *(self.dense.clone() for _ in range(copies(self.dense.nbytes) - 1))]
+        self.ours = [first, *(_copied(first) for _ in range(copies(first.nbytes, device()) - 1))]
+        self.bf16 = [self.dense, *(self.dense.clone() for _ in range(copies(self.dense.nbytes, device()) - 1))]
         self.a = torch.randn(RANK, k, device=device()) / k**0.5
         self.b = torch.randn(n, RANK, device=device()) / 4
         module = bitsandbytes()

@@ -7,7 +7,9 @@
 #include <cstdint>
 
 #include "core/optim.h"
+#include "cuda/grid.h"
 #include "cuda/tensor_list.cuh"
+#include "cuda/tensor_list.h"
 #include "cuda/wp.cuh"
 
 namespace qlora_native::cuda {
@@ -43,14 +45,9 @@ __device__ __forceinline__ double sum_of_squares(const T* x,  // [count]
 __device__ __forceinline__ double sum_of_chunk(const OptimTensor& tensor, int64_t index) {
   const int64_t begin = index * kNormChunk;
   const int64_t count = tensor.numel - begin < kNormChunk ? tensor.numel - begin : kNormChunk;
-  switch (tensor.dtype) {
-    case Dtype::kBfloat16:
-      return sum_of_squares(static_cast<const Bf16*>(tensor.grad) + begin, count);
-    case Dtype::kFloat16:
-      return sum_of_squares(static_cast<const Fp16*>(tensor.grad) + begin, count);
-    default:
-      return sum_of_squares(static_cast<const float*>(tensor.grad) + begin, count);
-  }
+  return with_type(tensor.dtype, [&](auto zero) {
+    return sum_of_squares(static_cast<const decltype(zero)*>(tensor.grad) + begin, count);
+  });
 }
 
 template <int kWarps>

@@ -2,18 +2,19 @@
 
 namespace qlora_native::cuda {
 
-cudaError_t launch_linear_4bit(const LinearCall& call, const MatmulPlan& plan, void* workspace, cudaStream_t stream) {
-  if (call.m == 0 || (call.forward ? call.n : call.k) == 0) {
+cudaError_t launch_linear_4bit(const ProductJob& product, const MatmulPlan& plan, void* workspace,
+                               cudaStream_t stream) {
+  if (product.m == 0 || product.width() == 0) {
     return cudaSuccess;
   }
-  if (!rows_are_regular(call.n, call.k, call.weight.block_size, call.forward)) {
+  if (!rows_are_regular(product.n, product.k, product.weight.block_size, product.forward)) {
     return cudaErrorInvalidValue;
   }
-  switch (call.dtype) {
+  switch (product.dtype) {
     case Dtype::kBfloat16:
-      return launch_linear<Bf16>(call, plan, workspace, stream);
+      return launch_linear<Bf16>(product, plan, workspace, stream);
     case Dtype::kFloat16:
-      return launch_linear<Fp16>(call, plan, workspace, stream);
+      return launch_linear<Fp16>(product, plan, workspace, stream);
     case Dtype::kFloat32:
       break;
   }

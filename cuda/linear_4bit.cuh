@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/layout.h"
+#include "core/product.h"
 #include "cuda/linear_4bit.h"
 #include "cuda/linear_4bit_small.cuh"
 #include "cuda/linear_4bit_split_k.cuh"
@@ -33,27 +34,27 @@ cudaError_t launch_small(SmallJob<T> job, int rows, cudaStream_t stream) {
 }
 
 template <typename T>
-cudaError_t launch_gemv(const LinearCall& call, const MatmulPlan& plan, cudaStream_t stream) {
+cudaError_t launch_gemv(const ProductJob& product, const MatmulPlan& plan, cudaStream_t stream) {
   const int rows = plan.columns;  // of W a CTA
-  if (!call.forward || call.m > kGemvTokens || call.weight.block_size < kReductionStep ||
+  if (!product.forward || product.m > kGemvTokens || product.weight.block_size < kReductionStep ||
       (rows != 16 && rows != 32 && rows != 64)) {
     return cudaErrorInvalidValue;
   }
-  const SmallJob<T> job{call.weight,
-                        static_cast<const T*>(call.x),
-                        static_cast<const T*>(call.bias),
-                        static_cast<const T*>(call.low),
-                        static_cast<const T*>(call.up),
-                        static_cast<T*>(call.y),
-                        call.m,
-                        call.n,
-                        call.k,
-                        call.r,
-                        block_shift_of(call.weight),
+  const SmallJob<T> job{product.weight,
+                        static_cast<const T*>(product.x),
+                        static_cast<const T*>(product.bias),
+                        static_cast<const T*>(product.low),
+                        static_cast<const T*>(product.up),
+                        static_cast<T*>(product.y),
+                        product.m,
+                        product.n,
+                        product.k,
+                        product.r,
+                        block_shift_of(product.weight),
                         0};
-  return call.m > 8   ? launch_small<T, 4>(job, rows, stream)
-         : call.m > 4 ? launch_small<T, 2>(job, rows, stream)
-                      : launch_small<T, 1>(job, rows, stream);
+  return product.m > 8   ? launch_small<T, 4>(job, rows, stream)
+         : product.m > 4 ? launch_small<T, 2>(job, rows, stream)
+                         : launch_small<T, 1>(job, rows, stream);
 }
 
 template <typename T>
@@ -86,57 +87,57 @@ cudaError_t launch_tile(TileJob<T> job, bool forward, int64_t workspace_bytes, c
 }
 
 template <typename T>
-cudaError_t launch_tiles(const LinearCall& call, const MatmulPlan& plan, void* workspace, cudaStream_t stream) {
-  const int64_t reduction = call.forward ? call.k : call.n;
+cudaError_t launch_tiles(const ProductJob& product, const MatmulPlan& plan, void* workspace, cudaStream_t stream) {
+  const int64_t reduction = product.depth();
   const int64_t most_splits = ceil_div(reduction, kReductionStep);
   if (plan.splits < 1 || plan.splits > most_splits || (plan.splits > 1 && workspace == nullptr)) {
     return cudaErrorInvalidValue;
   }
-  const TileJob<T> job{call.weight,
-                       static_cast<const T*>(call.x),
-                       static_cast<const T*>(call.bias),
-                       static_cast<const T*>(call.low),
-                       static_cast<const T*>(call.up),
-                       static_cast<T*>(call.y),
+  const TileJob<T> job{product.weight,
+                       static_cast<const T*>(product.x),
+                       static_cast<const T*>(product.bias),
+                       static_cast<const T*>(product.low),
+                       static_cast<const T*>(product.up),
+                       static_cast<T*>(product.y),
                        plan.splits > 1 ? static_cast<float*>(workspace) : nullptr,
-                       call.m,
-                       call.k,
+                       product.m,
+                       product.k,
                        reduction,
-                       call.forward ? call.n : call.k,
-                       call.r,
-                       block_shift_of(call.weight),
+                       product.width(),
+                       product.r,
+                       block_shift_of(product.weight),
                        plan.splits,
                        0,
                        0};
   switch (plan.rows) {
     case Tile16::kRows:
-      return launch_tile<T, Tile16>(job, call.forward, plan.workspace_bytes, stream);
+      return launch_tile<T, Tile16>(job, product.forward, plan.workspace_bytes, stream);
     case Tile32::kRows:
-      return launch_tile<T, Tile32>(job, call.forward, plan.workspace_bytes, stream);
+      return launch_tile<T, Tile32>(job, product.forward, plan.workspace_bytes, stream);
     case Tile64::kRows:
-      return launch_tile<T, Tile64>(job, call.forward, plan.workspace_bytes, stream);
+      return launch_tile<T, Tile64>(job, product.forward, plan.workspace_bytes, stream);
     case Tile128::kRows:
-      return launch_tile<T, Tile128>(job, call.forward, plan.workspace_bytes, stream);
+      return launch_tile<T, Tile128>(job, product.forward, plan.workspace_bytes, stream);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
 template <typename T>
-cudaError_t launch_linear(const LinearCall& call, const MatmulPlan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t launch_linear(const ProductJob& product, const MatmulPlan& plan, void* workspace, cudaStream_t stream) {
   switch (plan.kind) {
     case MatmulKind::kGemv:
-      return launch_gemv<T>(call, plan, stream);
+      return launch_gemv<T>(product, plan, stream);
     case MatmulKind::kSplitK:
     case MatmulKind::kTile:
-      return launch_tiles<T>(call, plan, workspace, stream);
+      return launch_tiles<T>(product, plan, workspace, stream);
     case MatmulKind::kTwoStep:
       break;
   }
   return cudaErrorInvalidValue;
 }
 
-extern template cudaError_t launch_linear<Bf16>(const LinearCall&, const MatmulPlan&, void*, cudaStream_t);
-extern template cudaError_t launch_linear<Fp16>(const LinearCall&, const MatmulPlan&, void*, cudaStream_t);
+extern template cudaError_t launch_linear<Bf16>(const ProductJob&, const MatmulPlan&, void*, cudaStream_t);
+extern template cudaError_t launch_linear<Fp16>(const ProductJob&, const MatmulPlan&, void*, cudaStream_t);
 
 }  // namespace qlora_native::cuda

@@ -2,6 +2,6 @@
 
 namespace qlora_native::cuda {
 
-template cudaError_t launch_linear<Bf16>(const LinearCall&, const MatmulPlan&, void*, cudaStream_t);
+template cudaError_t launch_linear<Bf16>(const ProductJob&, const MatmulPlan&, void*, cudaStream_t);
 
 }  // namespace qlora_native::cuda

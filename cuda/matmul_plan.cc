@@ -1,6 +1,8 @@
 #include "cuda/matmul_plan.h"
 
 #include <algorithm>
+#include <bit>
+#include <iterator>
 #include <limits>
 #include <numeric>
 
@@ -10,7 +12,8 @@ namespace qlora_native::cuda {
 namespace {
 
 constexpr int kMostSplits = 32;
-constexpr int64_t kFewestSteps = 4;  // of a part: fewer do not fill the pipeline of copies
+constexpr int kGemvRows[] = {16, 32, 64};  // of W a CTA, in the columns of a plan
+constexpr int64_t kFewestSteps = 4;        // of a part: fewer do not fill the pipeline of copies
 
 // What a reduction in parts costs, in steps of a CTA. Estimates, not yet measurements.
 constexpr int64_t kStartingSteps = 4;  // to fill the pipeline of copies and to store a tile
@@ -56,29 +59,40 @@ int64_t most_shared_bytes(int compute_capability) {  // that a block may ask for
 
 constexpr int64_t kStaticShared = 2 << 10;  // at most, of the kernels' own tables
 
-const TileSize& tile_of(const MatmulQuestion& question) {
+// The last of kTiles that these sizes may take: the first that holds m, as larger ones would multiply zeros.
+int last_tile(const MatmulQuestion& question) {
   const bool fits = kTiles[3].shared_bytes() + kStaticShared <= most_shared_bytes(question.compute_capability);
   const int last = fits ? 3 : 2;
   int i = 0;
   while (i < last && kTiles[i].rows < question.m) {
     ++i;
   }
-  return kTiles[i];
+  return i;
+}
+
+int64_t columns_of(const MatmulQuestion& question) { return question.forward ? question.n : question.k; }  // of y
+
+int64_t steps_of(const MatmulQuestion& question) {
+  return ceil_div(question.forward ? question.k : question.n, kReductionStep);
+}
+
+int64_t most_splits(const MatmulQuestion& question, const TileSize& tile) {
+  const int64_t sums = split_k_workspace_bytes(question.m, columns_of(question), tile, 1);
+  return std::max<int64_t>(1, std::min({int64_t{kMostSplits}, steps_of(question) / kFewestSteps, kPanelBytes / sums}));
 }
 
 // The number of parts with the shortest time in steps, that of all waves of CTAs; fewer parts unless a tenth is gained.
-int splits_of(const MatmulQuestion& question, const TileSize& tile, int64_t columns) {
-  const int64_t tiles = ceil_div(question.m, tile.rows) * ceil_div(columns, tile.columns);
-  const int64_t steps = ceil_div(question.forward ? question.k : question.n, kReductionStep);
+int splits_of(const MatmulQuestion& question, const TileSize& tile) {
+  const int64_t tiles = ceil_div(question.m, tile.rows) * ceil_div(columns_of(question), tile.columns);
+  const int64_t steps = steps_of(question);
   constexpr int64_t kReserved = 1 << 10;  // of shared memory, by the driver for each CTA
   const int64_t by_memory =
       (most_shared_bytes(question.compute_capability) + kReserved) / (tile.shared_bytes() + kStaticShared + kReserved);
   const int64_t at_once = question.sm_count * std::clamp<int64_t>(by_memory, 1, tile.resident());
   int best = 1;
   int64_t least = std::numeric_limits<int64_t>::max() / 16;
-  const int64_t most = std::min({int64_t{kMostSplits}, steps / kFewestSteps,
-                                 kPanelBytes / split_k_workspace_bytes(question.m, columns, tile, 1)});
-  for (int splits = 1; splits <= std::max<int64_t>(1, most); ++splits) {
+  const int64_t most = most_splits(question, tile);
+  for (int splits = 1; splits <= most; ++splits) {
     const int64_t waves = ceil_div(tiles * splits, at_once);
     const int64_t for_parts = splits > 1 ? waves * kPartialSteps + kLaunchSteps : 0;
     const int64_t time = waves * (ceil_div(steps, splits) + kStartingSteps) + for_parts;
@@ -106,6 +120,31 @@ MatmulPlan two_step(const MatmulQuestion& question) {
   return {MatmulKind::kTwoStep, 0, 0, 1, 0, 0, rows * row_bytes, rows};
 }
 
+bool takes_gemv(const MatmulQuestion& question) {
+  return question.forward && question.m <= kGemvTokens && question.block_size >= kReductionStep;
+}
+
+MatmulPlan gemv(const MatmulQuestion& question, int rows) {
+  const int tokens = question.m <= 4 ? 4 : question.m <= 8 ? 8 : 16;
+  return {MatmulKind::kGemv, tokens, rows, 1, 0, 0, 0, 0};
+}
+
+MatmulPlan tiled(const MatmulQuestion& question, const TileSize& tile, int splits) {
+  const bool cut = splits > 1;
+  return {cut ? MatmulKind::kSplitK : MatmulKind::kTile,
+          tile.rows,
+          tile.columns,
+          splits,
+          tile.stages,
+          tile.shared_bytes(),
+          cut ? split_k_workspace_bytes(question.m, columns_of(question), tile, splits) : 0,
+          0};
+}
+
+bool same_choice(const MatmulPlan& a, const MatmulPlan& b) {
+  return a.kind == b.kind && a.rows == b.rows && a.columns == b.columns && a.splits == b.splits;
+}
+
 }  // namespace
 
 bool rows_are_regular(int64_t n, int64_t k, int64_t block_size, bool forward) {
@@ -128,7 +167,7 @@ MatmulPlan plan_matmul(const MatmulQuestion& question) {
   if (!wins || !fused_is_possible(question)) {
     return two_step(question);
   }
-  if (question.forward && question.m <= kGemvTokens && question.block_size >= kReductionStep) {
+  if (takes_gemv(question)) {
     // The more rows of W a CTA takes, the less often x is read. But about every SM is to have a CTA, and two where x is
     // so small that reading it again costs less than fewer loads under way.
     const bool few = question.m <= 4;
@@ -136,24 +175,69 @@ MatmulPlan plan_matmul(const MatmulQuestion& question) {
     while (rows > 16 && 10 * ceil_div(question.n, rows) < 9 * (few ? 2 : 1) * question.sm_count) {
       rows /= 2;
     }
-    const int tokens = question.m <= 4 ? 4 : question.m <= 8 ? 8 : 16;
-    return {MatmulKind::kGemv, tokens, rows, 1, 0, 0, 0, 0};
+    return gemv(question, rows);
   }
-  const int64_t columns = question.forward ? question.n : question.k;
-  const TileSize& tile = tile_of(question);
-  const int splits = splits_of(question, tile, columns);
-  MatmulPlan plan{splits > 1 ? MatmulKind::kSplitK : MatmulKind::kTile,
-                  tile.rows,
-                  tile.columns,
-                  splits,
-                  tile.stages,
-                  tile.shared_bytes(),
-                  0,
-                  0};
-  if (splits > 1) {
-    plan.workspace_bytes = split_k_workspace_bytes(question.m, columns, tile, splits);
+  const TileSize& tile = kTiles[last_tile(question)];
+  return tiled(question, tile, splits_of(question, tile));
+}
+
+std::optional<MatmulPlan> plan_of_choice(const MatmulQuestion& question, const MatmulChoice& choice) {
+  const bool fused = fused_is_possible(question);
+  if (choice.kind == MatmulKind::kTwoStep) {
+    return fused && question.low_memory ? std::nullopt : std::optional(two_step(question));
   }
-  return plan;
+  if (!fused) {
+    return std::nullopt;
+  }
+  if (choice.kind == MatmulKind::kGemv) {
+    const bool known = std::find(std::begin(kGemvRows), std::end(kGemvRows), choice.columns) != std::end(kGemvRows);
+    const MatmulPlan plan = gemv(question, choice.columns);
+    return takes_gemv(question) && known && choice.rows == plan.rows && choice.splits == 1 ? std::optional(plan)
+                                                                                           : std::nullopt;
+  }
+  for (int i = 0; i <= last_tile(question); ++i) {
+    const TileSize& tile = kTiles[i];
+    if (tile.rows == choice.rows && tile.columns == choice.columns && choice.splits >= 1 &&
+        choice.splits <= most_splits(question, tile) && (choice.kind == MatmulKind::kSplitK) == (choice.splits > 1)) {
+      return tiled(question, tile, choice.splits);
+    }
+  }
+  return std::nullopt;
+}
+
+std::vector<MatmulPlan> candidate_plans(const MatmulQuestion& question) {
+  std::vector<MatmulPlan> found{plan_matmul(question)};
+  const auto add = [&found](const MatmulPlan& plan) {
+    if (std::none_of(found.begin(), found.end(), [&plan](const MatmulPlan& p) { return same_choice(p, plan); })) {
+      found.push_back(plan);
+    }
+  };
+  if (fused_is_possible(question)) {
+    if (takes_gemv(question)) {
+      for (const int rows : kGemvRows) {
+        add(gemv(question, rows));
+      }
+    }
+    const int last = last_tile(question);
+    for (int i = 0; i <= last; ++i) {
+      if (4 * kTiles[i].rows < kTiles[last].rows) {
+        continue;  // it decodes W more than four times as often
+      }
+      for (const int splits : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}) {
+        if (splits <= most_splits(question, kTiles[i])) {
+          add(tiled(question, kTiles[i], splits));
+        }
+      }
+    }
+  }
+  if (!question.low_memory || !fused_is_possible(question)) {
+    add(two_step(question));
+  }
+  return found;
+}
+
+int64_t tokens_bucket(int64_t m) {
+  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(m, 4))));
 }
 
 }  // namespace qlora_native::cuda

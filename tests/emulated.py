@@ -16,11 +16,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from qlora_native.ops import _cuda_kernels, _cuda_products, _direct, _library
+from qlora_native.ops import _cuda_kernels, _cuda_products, _direct, _library, _tuned_plans
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "emulated"
 # The kernels of a device with these numbers are chosen; few multiprocessors, so that small sizes are cut in parts too.
-FACTS = _cuda_kernels.Facts(compute_capability=80, sm_count=4)
+FACTS = _cuda_kernels.Facts(compute_capability=80, sm_count=4, name="the emulator")
 BUILD = (
     "cmake -S . -B build/emulated -DQLORA_NATIVE_EMULATED=ON && cmake --build build/emulated --target _cuda_emulated"
 )
@@ -99,6 +99,8 @@ def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     for name, replacement in replacements.items():
         monkeypatch.setattr(_cuda_kernels, name, replacement)
     monkeypatch.setattr(_direct, "_TENSOR_KEYS", frozenset())  # through the dispatcher, always
+    monkeypatch.setenv("QLORA_NATIVE_TUNING", "off")  # the built-in plans
+    _tuned_plans.choices_of.cache_clear()
     _cuda_products.plan_of.cache_clear()
     module.take_reports()
     with registered_on_cpu():

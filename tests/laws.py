@@ -137,8 +137,10 @@ def no_abort_on_user_input(files: Tree) -> list[str]:
 
 
 def launchers_never_synchronise(files: Tree) -> list[str]:
+    stores = ("_store.h", "_store.cc")
+
     def where(path: str) -> bool:
-        return path.startswith("cuda/") and not path.startswith("cuda/python/") and not path.endswith(("_store.cc", "_store.h"))
+        return path.startswith("cuda/") and not path.startswith("cuda/python/") and not path.endswith(stores)
 
     return lines_with(files, r"cuda(Device|Stream|Event)Synchronize|cudaMalloc\b", where, "no wait, no allocation here")
 
@@ -155,7 +157,7 @@ LAYERS: tuple[set[str], ...] = (
     {"weight"},
     {"functional"},
     {"nn", "optim"},
-    {"lora"},
+    {"lora", "tuning"},
     {"__init__"},
     {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate"},
     {"cli"},
@@ -251,9 +253,8 @@ def core_needs_only_the_core_packages(files: Tree) -> list[str]:
 
 
 NOT_AN_OP = re.compile(
-    r"isa(_\w+)?|kernels(-\w+)*|vec([-_]\w+)?|fpcr|product|tiles|parallel|file_store|wp|matmul_plan|managed_store|pinned_store|page_store|paged_table|paging"
-    r"|tensor_list|grid"
-    r"|side_thread"
+    r"isa(_\w+)?|kernels(-\w+)*|vec([-_]\w+)?|fpcr|tiles|parallel|side_thread|file_store|wp|matmul_plan|paging"
+    r"|managed_store|pinned_store|page_store|paged_table|tensor_list|step_frame|grid"
     r"|linear_4bit_(bf16|fp16|decode|small|split_k|tile)"  # parts of a CUDA op that fill files of their own
 )
 # The rooms of kernels, and what a file there needs beside it and in the room of its bindings.

@@ -157,7 +157,7 @@ def test_each_kind_of_plan(
 
 
 def test_an_older_card_multiplies_bf16_in_two_steps(emulator: Emulator) -> None:
-    emulator.facts = _cuda_kernels.Facts(75, 4)
+    emulator.facts = _cuda_kernels.Facts(75, 4, "a T4")
     emulator.play(0)
     assert plan_of(4, 64, 128, 0, 1, True, False).kind == TWO_STEP
     assert plan_of(4, 64, 128, 0, 2, True, False).kind == GEMV

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 
@@ -16,9 +17,12 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "cuda_primitives.txt"
 sys.path.insert(0, str(ROOT / "bench"))
 
+import gpu_check  # noqa: E402
 import gpu_primitives  # noqa: E402
 import gpu_products  # noqa: E402
 import gpu_timing  # noqa: E402
+
+from qlora_native import tuning  # noqa: E402
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bench/gpu_check.sh measures on it")
 
@@ -36,21 +40,38 @@ def test_a_dry_run_measures_every_kind_of_row(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
     assert found["dry_run"] and found["failed"] == [] and "dry run" in found["card"]["name"]
     ops = {row["op"] for row in found["rows"]}
-    assert ops == {*gpu_products.DIRECTIONS, "dequantize_4bit", "quantize_4bit", "adamw_step", "qlora_step", "load"}
+    passes = {"dequantize_4bit", "quantize_4bit", "adamw_step", "paged_adamw_step"}
+    assert ops == {*gpu_products.DIRECTIONS, *passes, "qlora_step", "load"}
     assert all(row["match"] for row in found["rows"])
+    assert "tuning: there are no CUDA kernels to choose from" in found["left_out"]
     assert "each op ran once" in (tmp_path / "gpu_check.log").read_text(encoding="utf-8")
+
+
+def test_the_tuning_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Over the emulator, which a dry run does not have."""
+    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch):
+        monkeypatch.setenv("QLORA_NATIVE_TUNING", str(tmp_path / "plans"))
+        monkeypatch.setattr(tuning, "copies", lambda num_bytes, device: 1)
+        monkeypatch.setattr(gpu_check, "device", lambda: torch.device("cpu"))
+        run = gpu_check.Run(str(tmp_path / "found.json"), 60.0, dry=True)
+        gpu_check.measure_tuning(run)
+    rows = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["op"], row["n"], row["k"], row["m"]) for row in rows] == [
+        ("tune", c.n, c.k, c.m) for c in gpu_products.TINY
+    ]
+    assert run.found["failed"] == [] and all(row["match"] for row in rows)
+    products = [product for row in rows for product in row["products"]]
+    assert {(p["forward"], p["low_memory"]) for p in products} == {
+        (f, low) for f in (True, False) for low in (True, False)
+    }
+    assert all(p["chosen_ms"] > 0 and p["candidates"] > 0 for p in products)
+    assert products[0]["built_in"].startswith("gemv 4x")
 
 
 @no_gpu
 def test_it_says_that_there_is_no_gpu() -> None:
     done = subprocess.run([sys.executable, "bench/gpu_check.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "torch finds no GPU; --dry-run" in done.stderr
-
-
-def test_copies_are_more_than_twice_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_timing, "l2_bytes", lambda: 50 << 20)
-    for num_bytes in (1 << 20, 9 << 20, 60 << 20, 200 << 20):
-        assert gpu_timing.copies(num_bytes, most=1000) * num_bytes > 2 * (50 << 20)
 
 
 def test_the_floor_is_the_longer_of_bytes_and_operations() -> None:
@@ -100,11 +121,11 @@ def test_golden_products(name: str) -> None:
 def test_golden_ldmatrix(trans: bool) -> None:
     """Element (row, column) of matrix i is 64 i + 8 row + column."""
     for lane, got in enumerate(words("ldmatrix_trans" if trans else "ldmatrix")):
-        for i, word in enumerate(got):
-            matrix, g, t = i % 4, lane // 4, lane % 4
+        for matrix, word in enumerate(got):
+            g, t = lane // 4, lane % 4
             pair = [(2 * t + j, g) if trans else (g, 2 * t + j) for j in range(2)]
             low, high = (64 * matrix + 8 * row + column for row, column in pair)
-            assert word == low | high << 16, (lane, i)
+            assert word == low | high << 16, (lane, matrix)
 
 
 def test_golden_rounding() -> None:

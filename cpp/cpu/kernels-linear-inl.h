@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "core/layout.h"
+#include "core/product.h"
 #include "cpu/kernels.h"
-#include "cpu/product.h"
 #include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/layout.h"
-#include "cpu/product.h"
+#include "core/product.h"
 #include "cpu/vec_panel.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {

@@ -3,15 +3,18 @@
 
 #include <cstdint>
 
+#include "core/product.h"
 #include "core/weight_view.h"
 #include "cpu/isa.h"
 #include "cpu/kernels-activations.h"
 #include "cpu/kernels-attention.h"
 #include "cpu/kernels-optim.h"
-#include "cpu/product.h"
 #include "cpu/tiles.h"
 
 namespace qlora_native::cpu {
+
+// Threads take columns of y in multiples of this, so that no panel of weights is decoded twice.
+inline constexpr int64_t kColumnGrain = 64;
 
 struct BlockJob {
   const void* x;  // [numel], of the table entry's dtype

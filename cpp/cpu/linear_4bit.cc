@@ -17,21 +17,21 @@ enum class Path { kRows, kTiles, kColumns };
 int64_t index_of(Dtype dtype) { return static_cast<int64_t>(dtype); }
 
 Path path_of(const LinearCall& call) {
-  const bool tiles = low_rank_is_native(call.dtype);
-  const bool reorders = kernels().reorder_tokens[index_of(call.dtype)] != nullptr;
+  const bool tiles = low_rank_is_native(call.job.dtype);
+  const bool reorders = kernels().reorder_tokens[index_of(call.job.dtype)] != nullptr;
   const int64_t few = tiles ? kFewRows : reorders ? kStreamTokens : kMaxTokens;
-  if (call.forward && call.job.m <= few && call.down == nullptr) {
+  if (call.job.forward && call.job.m <= few && call.down == nullptr) {
     return Path::kRows;
   }
   return tiles ? Path::kTiles : Path::kColumns;
 }
 
-bool is_empty(const LinearCall& call) { return call.job.m == 0 || (call.forward ? call.job.n : call.job.k) == 0; }
+bool is_empty(const LinearCall& call) { return call.job.m == 0 || call.job.width() == 0; }
 
 TileProduct tile_product_of(const LinearCall& call) {
   const ProductJob& job = call.job;
   TileProduct product{};
-  product.forward = call.forward;
+  product.forward = job.forward;
   product.matrix = {&job.weight, nullptr, job.n, job.k};
   product.x = static_cast<const Bf16*>(job.x);
   product.bias = static_cast<const Bf16*>(job.bias);
@@ -47,7 +47,7 @@ TileProduct tile_product_of(const LinearCall& call) {
 }
 
 // Units of columns that the vector kernels are dealt, and how many a thread gets at most.
-int64_t column_units(const LinearCall& call) { return ceil_div(call.forward ? call.job.n : call.job.k, kColumnGrain); }
+int64_t column_units(const LinearCall& call) { return ceil_div(call.job.width(), kColumnGrain); }
 int64_t column_share(const LinearCall& call) {
   return ceil_div(column_units(call), std::max<int64_t>(1, std::min(available_threads(), column_units(call))));
 }
@@ -66,7 +66,7 @@ int64_t linear_4bit_scratch_bytes(const LinearCall& call) {
   }
   switch (path_of(call)) {
     case Path::kRows:
-      return kernels().reorder_tokens[index_of(call.dtype)] == nullptr
+      return kernels().reorder_tokens[index_of(call.job.dtype)] == nullptr
                  ? 0
                  : call.job.m * rounded_up(call.job.k, kStreamChunk) * 2;
     case Path::kTiles:
@@ -81,11 +81,10 @@ void linear_4bit(const LinearCall& call, unsigned char* scratch) {
     return;
   }
   const ProductJob& job = call.job;
-  const int64_t width = call.forward ? job.n : job.k;
   switch (path_of(call)) {
     case Path::kRows: {
-      const auto kernel = kernels().linear_rows[index_of(call.dtype)];
-      const auto reorder = kernels().reorder_tokens[index_of(call.dtype)];
+      const auto kernel = kernels().linear_rows[index_of(job.dtype)];
+      const auto reorder = kernels().reorder_tokens[index_of(job.dtype)];
       if (reorder != nullptr) {
         reorder(job, scratch);
       }
@@ -100,14 +99,15 @@ void linear_4bit(const LinearCall& call, unsigned char* scratch) {
       tile_product(tile_product_of(call), scratch);
       return;
     default: {
-      const auto& columns = call.forward ? kernels().forward_columns : kernels().grad_input_columns;
-      const auto kernel = columns[index_of(call.dtype)];
+      const auto& columns = job.forward ? kernels().forward_columns : kernels().grad_input_columns;
+      const auto kernel = columns[index_of(job.dtype)];
       const int64_t units = column_units(call);
       const int64_t share = column_share(call);
       const int64_t bytes = share_bytes(call);
       parallel_for(ceil_div(units, share), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          kernel(job, i * share * kColumnGrain, std::min((i + 1) * share * kColumnGrain, width), scratch + i * bytes);
+          kernel(job, i * share * kColumnGrain, std::min((i + 1) * share * kColumnGrain, job.width()),
+                 scratch + i * bytes);
         }
       });
     }

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "core/half.h"
-#include "cpu/product.h"
+#include "core/product.h"
 
 namespace qlora_native::cpu {
 
@@ -12,8 +12,6 @@ namespace qlora_native::cpu {
 // down [r, k], or for the gradient x down, with down [n, r]. Only where low_rank_is_native().
 struct LinearCall {
   ProductJob job;
-  Dtype dtype;
-  bool forward;
   const void* down;  // or null
   void* low;         // written if `down` is given; job.low then points here too
   float low_scale;   // with `down`, its sums are multiplied by this before they are rounded

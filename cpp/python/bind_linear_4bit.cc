@@ -9,11 +9,6 @@ namespace py = pybind11;
 namespace qlora_native::python {
 namespace {
 
-void* operand(Dtype type, Address address, int64_t count, const char* what) {
-  return type == Dtype::kFloat32 ? static_cast<void*>(pointer<float>(address, count, what))
-                                 : pointer<uint16_t>(address, count, what);
-}
-
 // Runs the product if `scratch` is given, and returns the bytes of scratch that it takes.
 int64_t run(const cpu::LinearCall& call, Address scratch, int64_t scratch_bytes) {
   const int64_t needed = cpu::linear_4bit_scratch_bytes(call);
@@ -60,14 +55,14 @@ int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address 
   const Matrix& self = *matrix.get_pointer<Matrix>();
   const py::gil_scoped_release release;
   cpu::LinearCall call{};
-  call.dtype = checked_dtype(dtype);
-  call.forward = true;
   require(m >= 0, "m is negative.");
-  cpu::ProductJob& job = call.job;
+  ProductJob& job = call.job;
   job.weight = self.view;
-  job.x = operand(call.dtype, x, m * self.k, "x");
-  job.bias = bias == 0 ? nullptr : operand(call.dtype, bias, self.n, "bias");
-  job.y = operand(call.dtype, y, m * self.n, "y");
+  job.dtype = checked_dtype(dtype);
+  job.forward = true;
+  job.x = any_pointer(job.dtype, x, m * self.k, "x");
+  job.bias = bias == 0 ? nullptr : any_pointer(job.dtype, bias, self.n, "bias");
+  job.y = any_pointer(job.dtype, y, m * self.n, "y");
   job.m = m;
   job.n = self.n;
   job.k = self.k;
@@ -80,28 +75,26 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
                Address packed, Address absmax, Address absmax_codes, Address nested_absmax, Address nested_offset,
                Address nested_code, Address levels, int quant_type, int64_t numel, int64_t block_size) {
   cpu::LinearCall call{};
-  call.dtype = checked_dtype(dtype);
-  call.forward = forward;
+  ProductJob& job = call.job;
+  job.dtype = checked_dtype(dtype);
+  job.forward = forward;
   require(m >= 0 && r >= 0, "m or r is negative.");
   check_shape(n, k, numel);
-  require(down == 0 || cpu::low_rank_is_native(call.dtype), "the low-rank product is not native for this dtype here.");
+  require(down == 0 || cpu::low_rank_is_native(job.dtype), "the low-rank product is not native for this dtype here.");
   require(r == 0 || m == 0 || n == 0 || k == 0 || (low != 0 && up != 0),
           "an adapter of rank r > 0 needs both factors.");
-  cpu::ProductJob& job = call.job;
   job.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
                               quant_type, numel, block_size);
-  const int64_t depth = forward ? k : n;
-  const int64_t width = forward ? n : k;
-  job.x = operand(call.dtype, x, m * depth, "x");
-  job.bias = bias == 0 ? nullptr : operand(call.dtype, bias, n, "bias");
-  job.low = low == 0 ? nullptr : operand(call.dtype, low, m * r, "low");
-  job.up = up == 0 ? nullptr : operand(call.dtype, up, width * r, "up");
-  job.r = r;
-  job.y = operand(call.dtype, y, m * width, "y");
   job.m = m;
   job.n = n;
   job.k = k;
-  call.down = down == 0 ? nullptr : operand(call.dtype, down, depth * r, "down");
+  job.r = r;
+  job.x = any_pointer(job.dtype, x, m * job.depth(), "x");
+  job.bias = bias == 0 ? nullptr : any_pointer(job.dtype, bias, n, "bias");
+  job.low = low == 0 ? nullptr : any_pointer(job.dtype, low, m * r, "low");
+  job.up = up == 0 ? nullptr : any_pointer(job.dtype, up, job.width() * r, "up");
+  job.y = any_pointer(job.dtype, y, m * job.width(), "y");
+  call.down = down == 0 ? nullptr : any_pointer(job.dtype, down, job.depth() * r, "down");
   call.low_scale = low_scale;
   call.low = down == 0 ? nullptr : const_cast<void*>(job.low);
   return run(call, scratch, scratch_bytes);
@@ -113,8 +106,9 @@ int64_t outer(Address left, Address right, int64_t m, int64_t r, int64_t width, 
   require(m >= 0 && r >= 0 && width >= 0, "m, r or width is negative.");
   const int64_t needed = cpu::outer_scratch_bytes(m, r);
   if (scratch_bytes >= needed && scratch % 64 == 0) {
-    cpu::outer(operand(Dtype::kBfloat16, left, m * r, "left"), operand(Dtype::kBfloat16, right, m * width, "right"), m,
-               r, width, scale, pointer<float>(out, r * width, "out"), reinterpret_cast<unsigned char*>(scratch));
+    cpu::outer(any_pointer(Dtype::kBfloat16, left, m * r, "left"),
+               any_pointer(Dtype::kBfloat16, right, m * width, "right"), m, r, width, scale,
+               pointer<float>(out, r * width, "out"), reinterpret_cast<unsigned char*>(scratch));
     return 0;
   }
   return needed;

@@ -1,6 +1,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <limits>
+#include <optional>
+#include <vector>
 
 #include "cuda/linear_4bit.h"
 #include "cuda/matmul_plan.h"
@@ -12,14 +15,11 @@ namespace py = pybind11;
 namespace qlora_native::python {
 namespace {
 
-using PlanFields = std::array<int64_t, 8>;  // of MatmulPlan, in order
+using PlanFields = std::array<int64_t, 8>;       // of MatmulPlan, in order
+using QuestionFields = std::array<int64_t, 10>;  // of MatmulQuestion, in order
+using ChoiceFields = std::array<int64_t, 4>;     // of MatmulChoice, in order
 
-PlanFields plan_matmul(int64_t m, int64_t n, int64_t k, int64_t r, int64_t block_size, int dtype, bool forward,
-                       bool low_memory, int compute_capability, int sm_count) {
-  require(m > 0 && n > 0 && k > 0 && r >= 0 && sm_count > 0, "m, n, k, r or sm_count is out of range.");
-  check_block_size(block_size);
-  const cuda::MatmulPlan plan = cuda::plan_matmul(
-      {m, n, k, r, block_size, checked_dtype(dtype), forward, low_memory, compute_capability, sm_count});
+PlanFields fields_of(const cuda::MatmulPlan& plan) {
   return {static_cast<int64_t>(plan.kind),
           plan.rows,
           plan.columns,
@@ -28,6 +28,53 @@ PlanFields plan_matmul(int64_t m, int64_t n, int64_t k, int64_t r, int64_t block
           plan.shared_bytes,
           plan.workspace_bytes,
           plan.panel_rows};
+}
+
+int checked_int(int64_t value) {
+  require(value >= 0 && value <= std::numeric_limits<int>::max(), "a field is negative or does not fit 32 bits.");
+  return static_cast<int>(value);
+}
+
+cuda::MatmulQuestion checked_question(const QuestionFields& fields) {
+  const auto [m, n, k, r, block_size, dtype, forward, low_memory, compute_capability, sm_count] = fields;
+  require(m > 0 && n > 0 && k > 0 && r >= 0 && sm_count > 0, "m, n, k, r or sm_count is out of range.");
+  check_block_size(block_size);
+  return {m,
+          n,
+          k,
+          r,
+          block_size,
+          checked_dtype(checked_int(dtype)),
+          forward != 0,
+          low_memory != 0,
+          checked_int(compute_capability),
+          checked_int(sm_count)};
+}
+
+PlanFields plan_matmul(const QuestionFields& question) {
+  return fields_of(cuda::plan_matmul(checked_question(question)));
+}
+
+std::optional<PlanFields> plan_of_choice(const QuestionFields& question, const ChoiceFields& choice) {
+  const auto [kind, rows, columns, splits] = choice;
+  require(kind >= 0 && kind <= static_cast<int64_t>(cuda::MatmulKind::kTwoStep), "there is no such kind of plan.");
+  const auto plan = cuda::plan_of_choice(
+      checked_question(question),
+      {static_cast<cuda::MatmulKind>(kind), checked_int(rows), checked_int(columns), checked_int(splits)});
+  return plan ? std::optional(fields_of(*plan)) : std::nullopt;
+}
+
+std::vector<PlanFields> candidate_plans(const QuestionFields& question) {
+  std::vector<PlanFields> found;
+  for (const cuda::MatmulPlan& plan : cuda::candidate_plans(checked_question(question))) {
+    found.push_back(fields_of(plan));
+  }
+  return found;
+}
+
+int64_t tokens_bucket(int64_t m) {
+  require(m > 0 && m <= int64_t{1} << 62, "m is out of range.");
+  return cuda::tokens_bucket(m);
 }
 
 // A plan as plan_matmul gave it. Its fields choose among what is compiled; what no kernel has is refused at the launch.
@@ -59,34 +106,39 @@ void linear(bool forward, int dtype, Address x, Address bias, Address low, Addre
   require(x % 16 == 0 && bias % 2 == 0 && low % 16 == 0 && up % 16 == 0 && y % 16 == 0 && packed % 16 == 0 &&
               workspace % 16 == 0,
           "an operand is not aligned to 16 bytes.");
-  cuda::LinearCall call{};
-  call.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
-                               quant_type, numel, block_size);
-  call.dtype = checked_dtype(dtype);
-  call.forward = forward;
+  ProductJob product{};
+  product.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
+                                  quant_type, numel, block_size);
+  product.dtype = checked_dtype(dtype);
+  product.forward = forward;
   require(forward || bias == 0, "an input gradient has no bias.");
-  call.x = any_pointer(call.dtype, x, m * (forward ? k : n), "x");
-  call.bias = reinterpret_cast<const void*>(bias);
-  call.low = reinterpret_cast<const void*>(low);
-  call.up = reinterpret_cast<const void*>(up);
-  call.r = r;
-  call.y = any_pointer(call.dtype, y, m * (forward ? n : k), "y");
-  call.m = m;
-  call.n = n;
-  call.k = k;
+  product.m = m;
+  product.n = n;
+  product.k = k;
+  product.x = any_pointer(product.dtype, x, m * product.depth(), "x");
+  product.bias = reinterpret_cast<const void*>(bias);
+  product.low = reinterpret_cast<const void*>(low);
+  product.up = reinterpret_cast<const void*>(up);
+  product.r = r;
+  product.y = any_pointer(product.dtype, y, m * product.width(), "y");
   const cuda::MatmulPlan plan = checked_plan(plan_fields, workspace_bytes);
-  check_cuda(
-      cuda::launch_linear_4bit(call, plan, reinterpret_cast<void*>(workspace), reinterpret_cast<cudaStream_t>(stream)),
-      "linear_4bit");
+  check_cuda(cuda::launch_linear_4bit(product, plan, reinterpret_cast<void*>(workspace),
+                                      reinterpret_cast<cudaStream_t>(stream)),
+             "linear_4bit");
 }
 
 }  // namespace
 
 void bind_linear_4bit(py::module_& module) {
-  module.def("plan_matmul", &plan_matmul, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("block_size"),
-             py::arg("dtype"), py::arg("forward"), py::arg("low_memory"), py::arg("compute_capability"),
-             py::arg("sm_count"),
-             "The fields of MatmulPlan: kind, rows, columns, splits, stages, shared and workspace bytes, panel rows.");
+  module.def(
+      "plan_matmul", &plan_matmul, py::arg("question"),
+      "The fields of MatmulPlan (kind, rows, columns, splits, stages, shared and workspace bytes, panel rows) for "
+      "those of MatmulQuestion (m, n, k, r, block_size, dtype, forward, low_memory, compute_capability, sm_count).");
+  module.def("plan_of_choice", &plan_of_choice, py::arg("question"), py::arg("choice"),
+             "The plan of a choice (kind, rows, columns, splits), or None where it is not possible.");
+  module.def("candidate_plans", &candidate_plans, py::arg("question"),
+             "The plans worth measuring, plan_matmul's first.");
+  module.def("tokens_bucket", &tokens_bucket, py::arg("m"), "The token count at which m tokens' choice is measured.");
   module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"),
              py::arg("plan"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"), py::arg("packed"),

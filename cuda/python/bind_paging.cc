@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -34,8 +35,14 @@ std::shared_ptr<Store> make_store(const Forms& forms, int64_t page_bytes, int64_
     checked.push_back({numel, moments, coded});
   }
   cudaError_t error = cudaSuccess;
-  std::shared_ptr<Store> store = Store::make(std::move(checked), page_bytes, chunk_bytes, error);
-  check_cuda(error, "paging");
+  std::shared_ptr<Store> store = Store::make(checked, page_bytes, chunk_bytes, error);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    throw std::runtime_error("paging: " + std::to_string(plan_pages(checked, page_bytes, chunk_bytes).num_bytes) +
+                             " bytes of " + (std::is_same_v<Store, ManagedStore> ? "managed" : "pinned host") +
+                             " memory could not be had: CUDA gave " + cudaGetErrorName(error) +
+                             ". Use bits=8, which takes a quarter, or paged=False.");
+  }
   return store;
 }
 

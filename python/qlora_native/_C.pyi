@@ -17,31 +17,13 @@ def dequantize_4bit(
     row_end: int,
     column_begin: int,
     column_end: int,
-    packed: int,
-    absmax: int,
-    absmax_codes: int,
-    nested_absmax: int,
-    nested_offset: int,
-    nested_code: int,
-    levels: int,
-    quant_type: int,
-    numel: int,
-    block_size: int,
+    *weight: int,  # Weight.pointers()
 ) -> None: ...
 def low_rank_is_native(dtype: int) -> bool: ...
 def matrix(
     n: int,
     k: int,
-    packed: int,
-    absmax: int,
-    absmax_codes: int,
-    nested_absmax: int,
-    nested_offset: int,
-    nested_code: int,
-    levels: int,
-    quant_type: int,
-    numel: int,
-    block_size: int,
+    *weight: int,
 ) -> object: ...
 def matrix_forward(
     matrix: object, dtype: int, x: int, bias: int, y: int, m: int, scratch: int, scratch_bytes: int
@@ -62,16 +44,7 @@ def linear_4bit(
     k: int,
     scratch: int,
     scratch_bytes: int,
-    packed: int,
-    absmax: int,
-    absmax_codes: int,
-    nested_absmax: int,
-    nested_offset: int,
-    nested_code: int,
-    levels: int,
-    quant_type: int,
-    numel: int,
-    block_size: int,
+    *weight: int,
 ) -> int: ...
 def outer(
     left: int, right: int, m: int, r: int, width: int, scale: float, out: int, scratch: int, scratch_bytes: int

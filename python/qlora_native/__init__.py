@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .lora import save_adapter as save_adapter
     from .train import TrainConfig as TrainConfig
     from .train import Trainer as Trainer
+    from .tuning import tune as tune
 
 _LAZY = {
     "nn": "nn",
@@ -41,6 +42,7 @@ _LAZY = {
     "merge": "load",
     "TrainConfig": "train",
     "Trainer": "train",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "quantize",
     "save_adapter",
     "to_bnb",
+    "tune",
 ]
 
 

@@ -34,7 +34,7 @@ __device__ inline int b_at(int row, int column) { return (7 * row + 11 * column)
 
 // 32 rows of 8 halves, each its own number, read back by ldmatrix.
 template <bool kTrans>
-__global__ void ldmatrix(uint32_t* out) {  // [32, 6]
+__global__ void ldmatrix(uint32_t* out) {  // [32, 4]
   WP_SHARED(uint4, rows, 32);
   const int lane = static_cast<int>(threadIdx.x);
   uint32_t words[4];
@@ -44,20 +44,14 @@ __global__ void ldmatrix(uint32_t* out) {  // [32, 6]
   }
   wp::store_16(&rows[lane], make_uint4(words[0], words[1], words[2], words[3]));
   __syncwarp();
-  uint32_t four[4];
-  uint32_t two[2];
   if constexpr (kTrans) {
-    wp::ldmatrix_x4_trans(four, &rows[lane]);
-    wp::ldmatrix_x2_trans(two, &rows[lane]);
+    wp::ldmatrix_x4_trans(words, &rows[lane]);
   } else {
-    wp::ldmatrix_x4(four, &rows[lane]);
-    wp::ldmatrix_x2(two, &rows[lane]);
+    wp::ldmatrix_x4(words, &rows[lane]);
   }
   for (int i = 0; i < 4; ++i) {
-    out[6 * lane + i] = four[i];
+    out[4 * lane + i] = words[i];
   }
-  out[6 * lane + 4] = two[0];
-  out[6 * lane + 5] = two[1];
 }
 
 // Fragments by the tables of the PTX manual, section 9.7.14.5.
@@ -115,7 +109,7 @@ __global__ void cp_async(const uint32_t* in, uint32_t* out) {  // [32, 8]
   __syncwarp();
   const uint4 cut = wp::load_16(&second[(lane + 1) % 32]);
   wp::store_16(out + 8 * lane, whole);
-  wp::store_16_streaming(out + 8 * lane + 4, cut);
+  wp::store_16(out + 8 * lane + 4, cut);
 }
 
 // Rounding to 16 bits and back: ties, overflow, subnormals, infinity. `in` is [32, 4] floats as words.

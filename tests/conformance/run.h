@@ -76,8 +76,8 @@ class Runner {
 inline std::vector<Result> run_all(int compute_capability) {
   Runner runner;
   std::vector<Result> results;
-  results.push_back(runner.run("ldmatrix", 6, ldmatrix<false>));
-  results.push_back(runner.run("ldmatrix_trans", 6, ldmatrix<true>));
+  results.push_back(runner.run("ldmatrix", 4, ldmatrix<false>));
+  results.push_back(runner.run("ldmatrix_trans", 4, ldmatrix<true>));
   if (compute_capability >= 80) {
     results.push_back(runner.run("mma_m16n8k16_bf16", 4, mma_m16n8k16<Bf16>));
   }

@@ -1,8 +1,8 @@
 // The truth that the kernels are held against: the arithmetic rule in double precision, one element at a time.
 //
 // A product of two floats is exact in double, and a sum or quotient of two floats rounded to double and then to float
-// is the correctly rounded one (53 >= 2 * 24 + 2), so every step here rounds once. Nothing here depends on the flags
-// that flush subnormal floats, nor on the conversions of core/half.h.
+// is the correctly rounded one (53 >= 2 * 24 + 2), so every step here rounds once. Nothing here but the making of
+// inputs depends on the flags that flush subnormal floats, or on the conversions of core/half.h.
 #pragma once
 
 #include <algorithm>
@@ -103,6 +103,15 @@ T from_bits(uint32_t bits) {
   } else {
     return T{static_cast<uint16_t>(bits)};
   }
+}
+
+template <typename T>
+std::vector<double> doubles_of(const std::vector<T>& values) {
+  std::vector<double> made;
+  for (const T value : values) {
+    made.push_back(value_of(value));
+  }
+  return made;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -223,6 +232,16 @@ class Random {
  private:
   std::mt19937_64 engine_;
 };
+
+// In [-1, 1], rounded to T.
+template <typename T>
+std::vector<T> uniform_values(Random& random, int64_t count) {
+  std::vector<T> made;
+  for (int64_t i = 0; i < count; ++i) {
+    made.push_back(from_float<T>(random.uniform()));
+  }
+  return made;
+}
 
 // Where rounding to T turns: the middle of every finite T and the next one away from zero, and the floats beside it.
 template <typename T>

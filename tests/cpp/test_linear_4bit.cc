@@ -8,15 +8,6 @@ using namespace qlora_native;
 
 namespace {
 
-template <typename T>
-std::vector<T> uniform_values(oracle::Random& random, int64_t count) {
-  std::vector<T> made;
-  for (int64_t i = 0; i < count; ++i) {
-    made.push_back(from_float<T>(random.uniform()));
-  }
-  return made;
-}
-
 // y [m, n] against x w^T + addend in double precision, with w [n, k]; errors are taken relative to the terms' sizes.
 template <typename T, typename Addend, typename W>
 void check_sums(const std::vector<T>& x, const std::vector<T>& y, int64_t m, int64_t n, int64_t k, double tolerance,
@@ -43,14 +34,20 @@ template <typename T>
 void check_product(int64_t m, int64_t n, int64_t k, double tolerance, int64_t block_size = 64, bool nested = true) {
   const oracle::RandomWeight weight(n * k, block_size, nested, QuantType::kNf4, static_cast<uint64_t>(n + k));
   oracle::Random random(static_cast<uint64_t>(m));
-  const std::vector<T> x = uniform_values<T>(random, m * k);
-  const std::vector<T> bias = uniform_values<T>(random, n);
+  const std::vector<T> x = oracle::uniform_values<T>(random, m * k);
+  const std::vector<T> bias = oracle::uniform_values<T>(random, n);
   for (const bool with_bias : {false, true}) {
     std::vector<T> y(static_cast<size_t>(m * n));
     cpu::LinearCall call{};
-    call.job = {weight.view, x.data(), with_bias ? bias.data() : nullptr, nullptr, nullptr, 0, y.data(), m, n, k};
-    call.dtype = oracle::Storage<T>::kDtype;
-    call.forward = true;
+    call.job.weight = weight.view;
+    call.job.dtype = oracle::Storage<T>::kDtype;
+    call.job.forward = true;
+    call.job.x = x.data();
+    call.job.bias = with_bias ? bias.data() : nullptr;
+    call.job.y = y.data();
+    call.job.m = m;
+    call.job.n = n;
+    call.job.k = k;
     const oracle::Scratch scratch(cpu::linear_4bit_scratch_bytes(call));
     cpu::linear_4bit(call, scratch.aligned);
     const auto addend = [&](int64_t j) { return with_bias ? oracle::value_of(bias[static_cast<size_t>(j)]) : 0.0; };
@@ -85,8 +82,8 @@ void check_products(double tolerance) {
 template <typename T>
 void check_few_logits(int64_t m, int64_t n, int64_t k, double tolerance) {
   oracle::Random random(static_cast<uint64_t>(n * k));
-  const std::vector<T> x = uniform_values<T>(random, m * k);
-  const std::vector<T> w = uniform_values<T>(random, n * k);
+  const std::vector<T> x = oracle::uniform_values<T>(random, m * k);
+  const std::vector<T> w = oracle::uniform_values<T>(random, n * k);
   std::vector<T> y(static_cast<size_t>(m * n));
   cpu::few_logits(oracle::Storage<T>::kDtype, x.data(), w.data(), m, n, k, y.data());
   check_sums(

@@ -213,4 +213,143 @@ TEST(plan_counts_in_64_bits) {
   CHECK(cuda::split_k_workspace_bytes(1 << 20, 1 << 20, cuda::kTiles[3], 32) == int64_t{1} << 47, "2^47 bytes");
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// What the autotuner may choose
+
+using cuda::MatmulChoice;
+
+MatmulChoice choice_of(const MatmulPlan& plan) { return {plan.kind, plan.rows, plan.columns, plan.splits}; }
+
+bool same(const MatmulPlan& a, const MatmulPlan& b) {
+  return a.kind == b.kind && a.rows == b.rows && a.columns == b.columns && a.splits == b.splits &&
+         a.stages == b.stages && a.shared_bytes == b.shared_bytes && a.workspace_bytes == b.workspace_bytes &&
+         a.panel_rows == b.panel_rows;
+}
+
+TEST(candidates_of_a_few_sizes) {
+  const auto count = [](const MatmulQuestion& asked, MatmulKind kind, int rows, int columns) {
+    const auto plans = cuda::candidate_plans(asked);
+    return std::count_if(plans.begin(), plans.end(), [kind, rows, columns](const MatmulPlan& plan) {
+      return plan.kind == kind && plan.rows == rows && plan.columns == columns;
+    });
+  };
+  MatmulQuestion asked = question(8, kA100);
+  for (const int columns : {16, 32, 64}) {
+    CHECK(count(asked, MatmulKind::kGemv, 8, columns) == 1, "the few-token kernel with %d rows of W", columns);
+  }
+  CHECK(count(asked, MatmulKind::kTile, 16, 64) == 1, "a tile over the whole reduction");
+  CHECK(count(asked, MatmulKind::kSplitK, 16, 64) == 7, "64 steps in 2, 3, 4, 6, 8, 12 and 16 parts");
+  CHECK(count(asked, MatmulKind::kTile, 32, 64) == 0, "a tile of which half is zeros");
+  CHECK(count(asked, MatmulKind::kTwoStep, 0, 0) == 1, "two steps");
+  asked = question(100, kA100, false);
+  for (const cuda::TileSize& tile : cuda::kTiles) {
+    CHECK(count(asked, MatmulKind::kTile, tile.rows, tile.columns) == (tile.rows >= 32 ? 1 : 0), "tile of %d rows",
+          tile.rows);
+  }
+  asked.compute_capability = 75;  // where tiles of 128 rows do not fit
+  asked.dtype = Dtype::kFloat16;
+  CHECK(count(asked, MatmulKind::kTile, 128, 128) == 0 && count(asked, MatmulKind::kTile, 16, 64) == 1, "sm_75");
+  asked.dtype = Dtype::kFloat32;
+  CHECK(cuda::candidate_plans(asked).size() == 1, "fp32 has two steps alone");
+  asked = question(4096, kH100);
+  CHECK(cuda::candidate_plans(asked).size() == 4, "two steps and three tiles");
+  asked.low_memory = true;
+  CHECK(cuda::candidate_plans(asked).size() == 3 && count(asked, MatmulKind::kTwoStep, 0, 0) == 0, "no panel");
+}
+
+// The built-in plan comes first, nothing comes twice, each is the plan of its own choice; and what was chosen at the
+// bucket's end holds for every token count in it.
+TEST(candidates_hold_for_their_whole_bucket) {
+  for (const int architecture : kArchitectures) {
+    for (const bool forward : {true, false}) {
+      for (const bool low_memory : {false, true}) {
+        for (const int64_t m : {4, 8, 16, 32, 64, 128, 256, 4096}) {
+          for (const int64_t n : {64, 1024, 14336}) {
+            for (const int64_t k : {64, 4096, 4160 + 1}) {
+              MatmulQuestion asked = question(m, {architecture, 108}, forward, n, k);
+              asked.low_memory = low_memory;
+              const auto plans = cuda::candidate_plans(asked);
+              CHECK(!plans.empty() && same(plans.front(), cuda::plan_matmul(asked)), "the built-in plan is not first");
+              for (size_t i = 0; i < plans.size(); ++i) {
+                for (size_t j = 0; j < i; ++j) {
+                  CHECK(!same(plans[i], plans[j]), "m %ld: plan %zu is plan %zu", static_cast<long>(m), i, j);
+                }
+                const MatmulChoice choice = choice_of(plans[i]);
+                const auto again = cuda::plan_of_choice(asked, choice);
+                CHECK(again && same(*again, plans[i]), "m %ld: plan %zu is not its choice's", static_cast<long>(m), i);
+                CHECK(!low_memory || !cuda::fused_is_possible(asked) || choice.kind != MatmulKind::kTwoStep, "a panel");
+                for (const int64_t fewer : {m / 2 + 1, 3 * m / 4, m - 1}) {
+                  MatmulQuestion inside = asked;
+                  inside.m = fewer;
+                  const auto plan = cuda::plan_of_choice(inside, choice);
+                  CHECK(cuda::tokens_bucket(fewer) == m, "%ld tokens are not of bucket %ld", static_cast<long>(fewer),
+                        static_cast<long>(m));
+                  CHECK(plan && plan->rows == plans[i].rows && plan->splits == plans[i].splits &&
+                            plan->workspace_bytes <= plans[i].workspace_bytes,
+                        "plan %zu of %ld tokens does not hold for %ld", i, static_cast<long>(m),
+                        static_cast<long>(fewer));
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(buckets_of_tokens) {
+  for (const int64_t m : {1, 2, 3, 4}) {
+    CHECK(cuda::tokens_bucket(m) == 4, "%ld tokens", static_cast<long>(m));
+  }
+  CHECK(cuda::tokens_bucket(5) == 8 && cuda::tokens_bucket(16) == 16 && cuda::tokens_bucket(17) == 32, "few tokens");
+  CHECK(cuda::tokens_bucket(4097) == 8192 && cuda::tokens_bucket((int64_t{1} << 40) + 1) == int64_t{1} << 41, "many");
+  for (int64_t m = 1; m <= 128; ++m) {
+    for (const bool forward : {true, false}) {
+      MatmulQuestion asked = question(m, kA100, forward);
+      const MatmulPlan plan = cuda::plan_matmul(asked);
+      asked.m = cuda::tokens_bucket(m);
+      CHECK(plan.rows == cuda::plan_matmul(asked).rows, "%ld tokens: another tile than at %ld", static_cast<long>(m),
+            static_cast<long>(asked.m));
+    }
+  }
+}
+
+TEST(choices_that_no_kernel_has) {
+  const MatmulQuestion asked = question(8, kA100);
+  const MatmulQuestion many = question(64, kA100);
+  struct Wrong {
+    MatmulQuestion question;
+    MatmulChoice choice;
+    const char* what;
+  };
+  MatmulQuestion frugal = asked;
+  frugal.low_memory = true;
+  MatmulQuestion single = asked;
+  single.dtype = Dtype::kFloat32;
+  MatmulQuestion small_blocks = asked;
+  small_blocks.block_size = 32;
+  const MatmulQuestion turing = {200, 4096, 4096, 0, 64, Dtype::kFloat16, true, false, 75, 40};
+  for (const Wrong& wrong :
+       {Wrong{asked, {MatmulKind::kGemv, 8, 48, 1}, "48 rows of W"},
+        Wrong{asked, {MatmulKind::kGemv, 4, 16, 1}, "4 tokens for 8"},
+        Wrong{asked, {MatmulKind::kGemv, 8, 16, 2}, "parts of the few-token kernel"},
+        Wrong{many, {MatmulKind::kGemv, 16, 16, 1}, "64 tokens in the few-token kernel"},
+        Wrong{question(8, kA100, false), {MatmulKind::kGemv, 8, 16, 1}, "its gradient"},
+        Wrong{small_blocks, {MatmulKind::kGemv, 8, 16, 1}, "blocks of 32"},
+        Wrong{many, {MatmulKind::kTile, 64, 128, 1}, "no such tile"},
+        Wrong{many, {MatmulKind::kTile, 128, 128, 1}, "a tile of which half is zeros"},
+        Wrong{turing, {MatmulKind::kTile, 128, 128, 1}, "a tile that does not fit"},
+        Wrong{many, {MatmulKind::kTile, 64, 64, 2}, "kTile in parts"},
+        Wrong{many, {MatmulKind::kSplitK, 64, 64, 1}, "kSplitK whole"},
+        Wrong{many, {MatmulKind::kSplitK, 64, 64, 17}, "parts of less than 4 steps"},
+        Wrong{many, {MatmulKind::kSplitK, 64, 64, 0}, "no part"}, Wrong{single, {MatmulKind::kTile, 16, 64, 1}, "fp32"},
+        Wrong{frugal, {MatmulKind::kTwoStep, 0, 0, 1}, "a panel with low_memory"}}) {
+    CHECK(!cuda::plan_of_choice(wrong.question, wrong.choice), "%s is a plan", wrong.what);
+  }
+  CHECK(cuda::plan_of_choice(many, {MatmulKind::kSplitK, 64, 64, 16}).has_value(), "16 parts of 4 steps");
+  frugal.k = 4096 + 32;
+  CHECK(cuda::plan_of_choice(frugal, {MatmulKind::kTwoStep, 0, 0, 1}).has_value(), "where nothing else can");
+}
+
 }  // namespace

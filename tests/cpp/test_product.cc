@@ -33,10 +33,8 @@ struct Free {
 };
 
 // Calls the kernel on [0, columns) in the ranges that `cuts` names, each with scratch of exactly the size it asks for.
-template <typename T>
-void run(const cpu::Kernels& kernels, bool forward, const cpu::ProductJob& job, const std::vector<int64_t>& cuts) {
-  const auto kernel =
-      (forward ? kernels.forward_columns : kernels.grad_input_columns)[static_cast<int>(oracle::Storage<T>::kDtype)];
+void run(const cpu::Kernels& kernels, const ProductJob& job, const std::vector<int64_t>& cuts) {
+  const auto kernel = (job.forward ? kernels.forward_columns : kernels.grad_input_columns)[static_cast<int>(job.dtype)];
   for (size_t i = 0; i + 1 < cuts.size(); ++i) {
     const int64_t bytes = kernels.columns_scratch_bytes(job, cuts[i + 1] - cuts[i]);
     const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, static_cast<size_t>(bytes)));
@@ -46,44 +44,30 @@ void run(const cpu::Kernels& kernels, bool forward, const cpu::ProductJob& job, 
 }
 
 template <typename T>
-std::vector<double> doubles(const std::vector<T>& values) {
-  std::vector<double> out;
-  for (const T value : values) {
-    out.push_back(oracle::value_of(value));
-  }
-  return out;
-}
-
-template <typename T>
 void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
   const oracle::RandomWeight weight(s.n * s.k, s.block, s.nested, s.block == 64 ? QuantType::kNf4 : QuantType::kFp4,
                                     static_cast<uint64_t>(s.n + s.k));
   oracle::Random random(static_cast<uint64_t>(s.m));
-  const auto values = [&random](int64_t count) {
-    std::vector<T> made;
-    for (int64_t i = 0; i < count; ++i) {
-      made.push_back(from_float<T>(random.uniform()));
-    }
-    return made;
-  };
   const int64_t columns = forward ? s.n : s.k;
   const int64_t depth = forward ? s.k : s.n;
-  const std::vector<T> x = values(s.m * depth);
-  const std::vector<T> bias = values(columns);
-  const std::vector<T> low = values(s.m * s.r);
-  const std::vector<T> up = values(columns * s.r);
+  const std::vector<T> x = oracle::uniform_values<T>(random, s.m * depth);
+  const std::vector<T> bias = oracle::uniform_values<T>(random, columns);
+  const std::vector<T> low = oracle::uniform_values<T>(random, s.m * s.r);
+  const std::vector<T> up = oracle::uniform_values<T>(random, columns * s.r);
   std::vector<T> y(static_cast<size_t>(s.m * columns));
-  const cpu::ProductJob job{weight.view,
-                            x.data(),
-                            s.bias ? bias.data() : nullptr,
-                            s.r > 0 ? low.data() : nullptr,
-                            s.r > 0 ? up.data() : nullptr,
-                            s.r,
-                            y.data(),
-                            s.m,
-                            s.n,
-                            s.k};
-  run<T>(kernels, forward, job, {0, columns});
+  const ProductJob job{weight.view,
+                       oracle::Storage<T>::kDtype,
+                       forward,
+                       x.data(),
+                       s.bias ? bias.data() : nullptr,
+                       s.r > 0 ? low.data() : nullptr,
+                       s.r > 0 ? up.data() : nullptr,
+                       s.r,
+                       y.data(),
+                       s.m,
+                       s.n,
+                       s.k};
+  run(kernels, job, {0, columns});
 
   // Operands in the order of the sum, each a row: the products are then of two contiguous rows.
   std::vector<double> dense(static_cast<size_t>(s.n * s.k));
@@ -91,9 +75,9 @@ void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
     const int64_t at = forward ? i : i % s.k * s.n + i / s.k;
     dense[static_cast<size_t>(at)] = oracle::dequantised(weight.view, i, oracle::Storage<T>::kFormat);
   }
-  const std::vector<double> a = doubles(x);
-  const std::vector<double> small = doubles(low);
-  const std::vector<double> large = doubles(up);
+  const std::vector<double> a = oracle::doubles_of(x);
+  const std::vector<double> small = oracle::doubles_of(low);
+  const std::vector<double> large = oracle::doubles_of(up);
   constexpr oracle::Format kFormat = oracle::Storage<T>::kFormat;
   constexpr double kStep = 1.0 / static_cast<double>(int64_t{2} << kFormat.mantissa_bits);
   const double smallest = oracle::value_of(kFormat, 1);
@@ -128,7 +112,7 @@ void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
   }
   cuts.push_back(columns);
   std::memset(y.data(), 0xff, y.size() * sizeof(T));
-  run<T>(kernels, forward, job, cuts);
+  run(kernels, job, cuts);
   CHECK(std::memcmp(whole.data(), y.data(), y.size() * sizeof(T)) == 0, "%s: cut into ranges it gives other bits",
         text(s, forward).c_str());
 }
@@ -182,9 +166,10 @@ TEST(product_of_an_empty_depth) {
   const std::vector<float> bias{1.0f, 2.0f, 3.0f};
   for (const bool with_bias : {false, true}) {
     std::vector<float> y(6, -1.0f);
-    run<float>(cpu::kernels(), true,
-               {weight.view, nullptr, with_bias ? bias.data() : nullptr, nullptr, nullptr, 0, y.data(), 2, 3, 0},
-               {0, 3});
+    run(cpu::kernels(),
+        {weight.view, Dtype::kFloat32, true, nullptr, with_bias ? bias.data() : nullptr, nullptr, nullptr, 0, y.data(),
+         2, 3, 0},
+        {0, 3});
     for (size_t i = 0; i < y.size(); ++i) {
       CHECK(y[i] == (with_bias ? bias[i % 3] : 0.0f), "%zu is %g", i, y[i]);
     }
@@ -193,9 +178,15 @@ TEST(product_of_an_empty_depth) {
 
 TEST(product_of_no_rows) {
   const oracle::RandomWeight weight(3 * 64, 64, true, QuantType::kNf4, 1);
-  const cpu::ProductJob job{weight.view, nullptr, nullptr, nullptr, nullptr, 0, nullptr, 0, 3, 64};
-  run<float>(cpu::kernels(), true, job, {0, 3});
-  run<Bf16>(cpu::kernels(), false, job, {0, 64});
+  ProductJob job{};
+  job.weight = weight.view;
+  job.n = 3;
+  job.k = 64;
+  job.forward = true;
+  run(cpu::kernels(), job, {0, 3});
+  job.dtype = Dtype::kBfloat16;
+  job.forward = false;
+  run(cpu::kernels(), job, {0, 64});
 }
 
 // A scale that is not a number shows in every output that it touches, and in no other.
@@ -207,8 +198,9 @@ void check_nan() {
   for (const bool forward : {true, false}) {
     const int64_t columns = forward ? 40 : 64;
     std::vector<T> y(static_cast<size_t>(3 * columns));
-    run<T>(cpu::kernels(), forward, {weight.view, x.data(), nullptr, nullptr, nullptr, 0, y.data(), 3, 40, 64},
-           {0, columns});
+    run(cpu::kernels(),
+        {weight.view, oracle::Storage<T>::kDtype, forward, x.data(), nullptr, nullptr, nullptr, 0, y.data(), 3, 40, 64},
+        {0, columns});
     for (size_t i = 0; i < y.size(); ++i) {
       const bool touched = !forward || i % 40 == 17;
       CHECK(std::isnan(oracle::value_of(y[i])) == touched, "%d, %zu", forward ? 1 : 0, i);

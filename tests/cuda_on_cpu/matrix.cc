@@ -17,8 +17,7 @@ constexpr int kBankGroups = 8;  // of four banks of four bytes
 
 struct LoadPayload {
   const std::byte* row;
-  uint32_t* registers;
-  int count;
+  uint32_t* registers;  // [4]
   Trans trans;
 };
 
@@ -49,17 +48,14 @@ void load_all(Warp& warp, uint32_t) {
   const Site site = self->site;
   const auto& mine = *static_cast<LoadPayload*>(self->payload);
   Thread* const last = self;
-  const int addressed = device().sm < 80 ? kLanes : 8 * mine.count;  // sm_75 wants all 32 addresses valid
-  for (int i = 0; i < addressed; ++i) {
+  for (int i = 0; i < kLanes; ++i) {
     self = &lane_of(warp, i);
     const std::byte* row = static_cast<LoadPayload*>(self->payload)->row;
     check_shared_16(self->verb, row, site);
-    if (i < 8 * mine.count) {
-      note_shared(row, kRowBytes, Access::kRead, Where::site(site));
-    }
+    note_shared(row, kRowBytes, Access::kRead, Where::site(site));
   }
   self = last;
-  for (int matrix = 0; matrix < mine.count; ++matrix) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
     std::array<const std::byte*, 8> rows;
     uint16_t elements[8][8];
     for (int row = 0; row < 8; ++row) {
@@ -135,11 +131,9 @@ void multiply_all(Warp& warp, uint32_t) {
 
 }  // namespace
 
-void load_matrices(uint32_t* registers, const void* row, int count, Trans trans, Site site) {
-  LoadPayload payload{static_cast<const std::byte*>(row), registers, count, trans};
-  const char* const verb = trans == Trans::kYes ? (count == 4 ? "ldmatrix_x4_trans" : "ldmatrix_x2_trans")
-                                                : (count == 4 ? "ldmatrix_x4" : "ldmatrix_x2");
-  meet_warp(verb, site, kAllLanes, true, &payload, load_all);
+void load_matrices(uint32_t* registers, const void* row, Trans trans, Site site) {
+  LoadPayload payload{static_cast<const std::byte*>(row), registers, trans};
+  meet_warp(trans == Trans::kYes ? "ldmatrix_x4_trans" : "ldmatrix_x4", site, kAllLanes, true, &payload, load_all);
 }
 
 void multiply(float* d, const uint32_t* a, const uint32_t* b, qlora_native::Dtype dtype, bool k16, Site site) {

@@ -10,8 +10,8 @@ namespace cuemu {
 
 enum class Trans : bool { kNo, kYes };
 
-// `count` matrices (2 or 4) into registers[0 .. count - 1] of every lane.
-void load_matrices(uint32_t* registers, const void* row, int count, Trans trans, Site site);
+void load_matrices(uint32_t* registers,  // [4] of every lane
+                   const void* row, Trans trans, Site site);
 
 // d += a b in fp32, one product after the other in the order of k. k16: a has 4 registers and b 2; else 2 and 1.
 void multiply(float* d, const uint32_t* a, const uint32_t* b, qlora_native::Dtype dtype, bool k16, Site site);

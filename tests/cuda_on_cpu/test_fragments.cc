@@ -140,32 +140,28 @@ TEST(every_layout_names_every_position_once) {
 }
 
 // Words of every lane after ldmatrix; lane i gives the address of row i.
-template <int kCount, bool kTrans>
+template <bool kTrans>
 __global__ void load_fragments(const uint16_t* elements,  // [32, 8]
-                               uint32_t* out) {           // [32, kCount]
+                               uint32_t* out) {           // [32, 4]
   WP_SHARED(uint4, rows, 32);
   const size_t lane = threadIdx.x;
   rows[lane] = wp::load_16(elements + lane * 8);
   __syncthreads();
-  uint32_t words[kCount];
+  uint32_t words[4];
   const void* const row = &rows[lane];
-  if constexpr (kCount == 4 && !kTrans) {
-    wp::ldmatrix_x4(words, row);
-  } else if constexpr (kCount == 4) {
+  if constexpr (kTrans) {
     wp::ldmatrix_x4_trans(words, row);
-  } else if constexpr (!kTrans) {
-    wp::ldmatrix_x2(words, row);
   } else {
-    wp::ldmatrix_x2_trans(words, row);
+    wp::ldmatrix_x4(words, row);
   }
-  for (size_t i = 0; i < kCount; ++i) {
-    out[lane * kCount + i] = words[i];
+  for (size_t i = 0; i < 4; ++i) {
+    out[lane * 4 + i] = words[i];
   }
 }
 
 // copy_traits_sm75.hpp: plain, value v of lane l of a matrix is element 2 l + v in row-major order; transposed, lane
 // l0 + 4 l1 holds rows 2 l0 and 2 l0 + 1 of column l1.
-template <int kCount, bool kTrans>
+template <bool kTrans>
 void check_ldmatrix() {
   std::vector<uint16_t> elements(32 * 8);
   for (size_t i = 0; i < elements.size(); ++i) {
@@ -173,19 +169,19 @@ void check_ldmatrix() {
   }
   const cuemu::DeviceBuffer<uint16_t> in(elements);
   cuemu::over_all_schedules([&](const char* schedule) {
-    const cuemu::DeviceBuffer<uint32_t> out(32 * kCount);
+    const cuemu::DeviceBuffer<uint32_t> out(32 * 4);
     cuemu::counters() = {};
-    CHECK_LAUNCH((wp::launch(load_fragments<kCount, kTrans>, dim3(1), dim3(32), 0, nullptr, in.data(), out.data())));
-    CHECK(cuemu::counters().ldmatrix == kCount && cuemu::counters().ldmatrix_wavefronts == kCount,
+    CHECK_LAUNCH((wp::launch(load_fragments<kTrans>, dim3(1), dim3(32), 0, nullptr, in.data(), out.data())));
+    CHECK(cuemu::counters().ldmatrix == 4 && cuemu::counters().ldmatrix_wavefronts == 4,
           "rows one after the other have no bank conflict");
     const std::vector<uint32_t> words = out.host();
     for (int lane = 0; lane < 32; ++lane) {
-      for (int matrix = 0; matrix < kCount; ++matrix) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
         for (int value = 0; value < 2; ++value) {
           const int plain = 2 * lane + value;
           const int across = (2 * (lane % 4) + value) * 8 + lane / 4;
           const uint32_t expected = elements[static_cast<size_t>(matrix * 64 + (kTrans ? across : plain))];
-          const uint32_t got = words[static_cast<size_t>(lane * kCount + matrix)] >> (16 * value) & 0xffffu;
+          const uint32_t got = words[static_cast<size_t>(lane * 4 + matrix)] >> (16 * value) & 0xffffu;
           CHECK(got == expected, "%s: lane %d, matrix %d, value %d: %#x, expected %#x", schedule, lane, matrix, value,
                 got, expected);
         }
@@ -194,10 +190,8 @@ void check_ldmatrix() {
   });
 }
 
-TEST(ldmatrix_x4_gives_every_element) { check_ldmatrix<4, false>(); }
-TEST(ldmatrix_x4_trans_gives_every_element) { check_ldmatrix<4, true>(); }
-TEST(ldmatrix_x2_gives_every_element) { check_ldmatrix<2, false>(); }
-TEST(ldmatrix_x2_trans_gives_every_element) { check_ldmatrix<2, true>(); }
+TEST(ldmatrix_x4_gives_every_element) { check_ldmatrix<false>(); }
+TEST(ldmatrix_x4_trans_gives_every_element) { check_ldmatrix<true>(); }
 
 // Rows 128 bytes apart all lie in the same four banks; 144 bytes apart they lie in different ones.
 template <int kStride>

@@ -34,24 +34,6 @@ std::string text_of(const Case& c, const cuda::MatmulPlan& plan) {
          std::to_string(plan.rows) + " x " + std::to_string(plan.columns) + ", splits " + std::to_string(plan.splits);
 }
 
-template <typename T>
-std::vector<T> uniform_values(oracle::Random& random, int64_t count) {
-  std::vector<T> made;
-  for (int64_t i = 0; i < count; ++i) {
-    made.push_back(from_float<T>(random.uniform()));
-  }
-  return made;
-}
-
-template <typename T>
-std::vector<double> doubles_of(const std::vector<T>& values) {
-  std::vector<double> made;
-  for (const T value : values) {
-    made.push_back(oracle::value_of(value));
-  }
-  return made;
-}
-
 // One case with its operands on the device and its truth.
 template <typename T>
 class Product {
@@ -62,10 +44,10 @@ class Product {
         columns_(c.forward ? c.n : c.k),
         weight_(c.n * c.k, c.block_size, c.nested, c.type, static_cast<uint64_t>(c.n * 131 + c.k)),
         random_(static_cast<uint64_t>(c.m * 7 + c.r)),
-        x_(uniform_values<T>(random_, c.m * reduction_)),
-        bias_(uniform_values<T>(random_, c.bias ? columns_ : 0)),
-        low_(uniform_values<T>(random_, c.m * c.r)),
-        up_(uniform_values<T>(random_, columns_ * c.r)),
+        x_(oracle::uniform_values<T>(random_, c.m * reduction_)),
+        bias_(oracle::uniform_values<T>(random_, c.bias ? columns_ : 0)),
+        low_(oracle::uniform_values<T>(random_, c.m * c.r)),
+        up_(oracle::uniform_values<T>(random_, columns_ * c.r)),
         on_device_(weight_.view),
         device_x_(x_),
         device_bias_(bias_),
@@ -76,18 +58,18 @@ class Product {
 
   cudaError_t launch(const cuda::MatmulPlan& plan, const cuemu::DeviceBuffer<T>& y, unsigned char* workspace,
                      cudaStream_t stream) {
-    const cuda::LinearCall call{on_device_.view(),
-                                oracle::Storage<T>::kDtype,
-                                c.forward,
-                                device_x_.data(),
-                                device_bias_.data(),
-                                device_low_.data(),
-                                device_up_.data(),
-                                c.r,
-                                y.data(),
-                                c.m,
-                                c.n,
-                                c.k};
+    const ProductJob call{on_device_.view(),
+                          oracle::Storage<T>::kDtype,
+                          c.forward,
+                          device_x_.data(),
+                          device_bias_.data(),
+                          device_low_.data(),
+                          device_up_.data(),
+                          c.r,
+                          y.data(),
+                          c.m,
+                          c.n,
+                          c.k};
     return cuda::launch_linear_4bit(call, plan, workspace, stream);
   }
 
@@ -125,8 +107,8 @@ class Product {
     for (size_t i = 0; i < size; ++i) {
       w[i] = oracle::dequantised(weight_.view, static_cast<int64_t>(i), oracle::Storage<T>::kFormat);
     }
-    const std::vector<double> x = doubles_of(x_), bias = doubles_of(bias_), low = doubles_of(low_),
-                              up = doubles_of(up_);
+    const std::vector<double> x = oracle::doubles_of(x_), bias = oracle::doubles_of(bias_),
+                              low = oracle::doubles_of(low_), up = oracle::doubles_of(up_);
     for (int64_t i = 0; i < c.m; ++i) {
       for (int64_t j = 0; j < columns_; ++j) {
         double sum = c.bias ? bias[static_cast<size_t>(j)] : 0.0;
@@ -460,7 +442,7 @@ TEST(refused) {
 
 TEST(nothing_to_multiply) {
   cuemu::take_launches();
-  cuda::LinearCall call{};
+  ProductJob call{};
   call.dtype = Dtype::kBfloat16;
   call.forward = true;
   call.n = call.k = 64;

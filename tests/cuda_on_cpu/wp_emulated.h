@@ -58,10 +58,6 @@ inline void store_16(void* address, uint4 value, Site site = Site::here()) {
   *static_cast<uint4*>(address) = value;
 }
 
-inline void store_16_streaming(void* address, uint4 value, Site site = Site::here()) {
-  cuemu::store_global(static_cast<uint4*>(address), value, "store_16_streaming", site);
-}
-
 inline void cp_async_16(void* shared, const void* global, int src_bytes = 16, Site site = Site::here()) {
   cuemu::issue_copy(shared, global, src_bytes, site);
 }
@@ -74,19 +70,11 @@ void cp_async_wait(Site site = Site::here()) {
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
-  cuemu::load_matrices(r, row, 4, cuemu::Trans::kNo, site);
+  cuemu::load_matrices(r, row, cuemu::Trans::kNo, site);
 }
 
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
-  cuemu::load_matrices(r, row, 4, cuemu::Trans::kYes, site);
-}
-
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, Site site = Site::here()) {
-  cuemu::load_matrices(r, row, 2, cuemu::Trans::kNo, site);
-}
-
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, Site site = Site::here()) {
-  cuemu::load_matrices(r, row, 2, cuemu::Trans::kYes, site);
+  cuemu::load_matrices(r, row, cuemu::Trans::kYes, site);
 }
 
 inline void mma_m16n8k8_fp16(float (&d)[4], const uint32_t (&a)[2], uint32_t b, Site site = Site::here()) {

@@ -45,6 +45,7 @@ VERBS: dict[str, Verb] = {
     ),
     "quantize": Verb("turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", "train", ("transformers",)),
     "config": Verb("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
+    "tune": Verb("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
     "doctor": Verb("say what this machine and this installation offer, and what is missing"),
 }
 

@@ -59,13 +59,14 @@ class Facts(NamedTuple):
 
     compute_capability: int  # 10 * major + minor, e.g. 86
     sm_count: int
+    name: str  # measured choices belong to it
 
 
 @cache
 def facts(device: torch.device) -> Facts:
     """Of a CUDA device, with its index."""
     properties = torch.cuda.get_device_properties(device)
-    return Facts(10 * properties.major + properties.minor, properties.multi_processor_count)
+    return Facts(10 * properties.major + properties.minor, properties.multi_processor_count, properties.name)
 
 
 def memory(device: torch.device) -> tuple[int, int]:

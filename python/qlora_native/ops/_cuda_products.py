@@ -1,7 +1,7 @@
 """Products with a quantised CUDA weight: the fused kernels, or panels of it and torch's own GEMM, as the plan says.
 
-The plan is native and a pure function of sizes (cuda/matmul_plan.h). Whatever the path, a weight is never dense as a
-whole, unless it fits a panel.
+The plan is native and a pure function of sizes (cuda/matmul_plan.h), or what ``qn.tune`` measured to be faster on this
+card. Whatever the path, a weight is never dense as a whole, unless it fits a panel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from .. import reference
 from .._native import DTYPE_NUMBER
-from . import _cuda_kernels, dequantize_4bit
+from . import _cuda_kernels, _tuned_plans, dequantize_4bit
 from ._library import Weight
 from ._products import Adapter
 
@@ -49,12 +49,34 @@ class Sizes(NamedTuple):
     forward: bool
     low_memory: bool
 
+    def problem(self) -> _tuned_plans.Problem:
+        """What a measured choice is looked up by: all but the rank."""
+        return _tuned_plans.Problem(self.m, self.n, self.k, self.block_size, self.dtype, self.forward, self.low_memory)
+
+
+def question_of(sizes: Sizes, facts: _cuda_kernels.Facts) -> tuple[int, ...]:
+    """MatmulQuestion of cuda/matmul_plan.h, field by field."""
+    return (*sizes, facts.compute_capability, facts.sm_count)
+
 
 @lru_cache(maxsize=4096)
 def plan_of(module: ModuleType, sizes: Sizes, device: torch.device) -> Plan:
-    """The plan for these sizes, all of them positive, on a device."""
+    """The plan for these sizes, all of them positive, on a device: the measured choice, or the built-in one."""
     facts = _cuda_kernels.facts(device)
-    return Plan(*module.plan_matmul(*sizes, facts.compute_capability, facts.sm_count))
+    question = question_of(sizes, facts)
+    choice = _tuned_plans.choice_of(module, sizes.problem(), facts)
+    fields = None if choice is None else module.plan_of_choice(question, choice)
+    return Plan(*(module.plan_matmul(question) if fields is None else fields))
+
+
+def sizes_of(
+    is_forward: bool, x: torch.Tensor, weight: Weight, adapter: Adapter | None, low_memory: bool = False
+) -> Sizes:
+    """Of a product of x [M, K], or of a gradient [M, N], with a weight [N, K]."""
+    n, k = weight.shape
+    rank = 0 if adapter is None else adapter.low.shape[1]
+    number = DTYPE_NUMBER.get(x.dtype, DTYPE_NUMBER[torch.float32])
+    return Sizes(x.shape[0], n, k, rank, weight.block_size, number, is_forward, low_memory)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
@@ -121,17 +143,24 @@ class Products:
     def _product(
         self, is_forward: bool, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, adapter: Adapter | None
     ) -> torch.Tensor:
-        n, k = weight.shape
-        panel_rows = n
-        if x.shape[0] and n and k:
-            rank = 0 if adapter is None else adapter.low.shape[1]
-            number = DTYPE_NUMBER.get(x.dtype, DTYPE_NUMBER[torch.float32])
-            sizes = Sizes(x.shape[0], n, k, rank, weight.block_size, number, is_forward, self.low_memory)
-            plan = plan_of(self.module, sizes, x.device)
-            if plan.kind != TWO_STEP and _is_aligned(weight.packed):
-                return self._fused(sizes, plan, x, weight, bias, adapter)
-            panel_rows = plan.panel_rows or n
-        return self._two_step(is_forward, x, weight, bias, adapter, panel_rows)
+        sizes = sizes_of(is_forward, x, weight, adapter, self.low_memory)
+        if not (sizes.m and sizes.n and sizes.k):
+            return self._two_step(is_forward, x, weight, bias, adapter, sizes.n)
+        return self.by_plan(plan_of(self.module, sizes, x.device), sizes, x, weight, bias, adapter)
+
+    def by_plan(
+        self,
+        plan: Plan,
+        sizes: Sizes,
+        x: torch.Tensor,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        adapter: Adapter | None,
+    ) -> torch.Tensor:
+        """The product of these sizes by a plan for them."""
+        if plan.kind != TWO_STEP and _is_aligned(weight.packed):
+            return self._fused(sizes, plan, x, weight, bias, adapter)
+        return self._two_step(sizes.forward, x, weight, bias, adapter, plan.panel_rows or sizes.n)
 
     def _fused(
         self,

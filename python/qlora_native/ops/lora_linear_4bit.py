@@ -5,7 +5,7 @@ Returns y and xa = x_lora A^T; xa, x, x_lora, A and B are all that backward need
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,15 +26,31 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # of x, x_lora, A, B; empty if not needed
 
 
-def check(
+class Call(NamedTuple):
+    """The arguments of the op, checked."""
+
+    x: torch.Tensor
+    x_lora: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None
+    low_memory: bool
+    weight: Weight
+
+
+def read(
     x: torch.Tensor,
     x_lora: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
+    scale: float,
     bias: torch.Tensor | None,
-    weight: Weight,
-) -> None:
-    """Refuses operands that do not fit each other."""
+    low_memory: bool,
+    *arguments: Any,
+) -> Call:
+    """The op's call; refuses operands that do not fit each other."""
+    weight = weight_of(arguments)
     check_matrix("lora_linear_4bit", x, weight, bias, features=1)
     n, k = weight.shape
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1]:
@@ -46,21 +62,12 @@ def check(
         raise ValueError(
             f"lora_linear_4bit: x_lora is {x_lora.dtype} {list(x_lora.shape)}: expected {x.dtype} {list(x.shape)}."
         )
+    return Call(x, x_lora, a, b, scale, bias, low_memory, weight)
 
 
-def forward_by(
-    engine: Engine,
-    x: torch.Tensor,
-    x_lora: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None,
-    arguments: tuple[Any, ...],
-) -> Pair:
+def forward_by(engine: Engine, call: Call) -> Pair:
     """The op by the products of a device."""
-    weight = weight_of(arguments)
-    check(x, x_lora, a, b, bias, weight)
+    x, x_lora, a, b, scale, bias, _, weight = call
     rows = x.reshape(-1, x.shape[-1])
     with without_autocast(x):
         down, up = a.to(x.dtype), scaled(b, scale, x.dtype)
@@ -88,49 +95,20 @@ def scaled(b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
 
 
 @implement("lora_linear_4bit", "CPU")
-def cpu(
-    x: torch.Tensor,
-    x_lora: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None,
-    low_memory: bool,
-    *arguments: Any,
-) -> Pair:
-    return forward_by(_products, x, x_lora, a, b, scale, bias, arguments)
+def cpu(*arguments: Any) -> Pair:
+    return forward_by(_products, read(*arguments))
 
 
 @implement("lora_linear_4bit", "CUDA")
-def cuda(
-    x: torch.Tensor,
-    x_lora: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None,
-    low_memory: bool,
-    *arguments: Any,
-) -> Pair:
-    products = _cuda_products.products(low_memory)
-    if products is None:
-        return anywhere(x, x_lora, a, b, scale, bias, low_memory, *arguments)
-    return forward_by(products, x, x_lora, a, b, scale, bias, arguments)
+def cuda(*arguments: Any) -> Pair:
+    call = read(*arguments)
+    products = _cuda_products.products(call.low_memory)
+    return anywhere(*arguments) if products is None else forward_by(products, call)
 
 
 @implement("lora_linear_4bit", "CompositeExplicitAutograd")
-def anywhere(
-    x: torch.Tensor,
-    x_lora: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None,
-    low_memory: bool,
-    *arguments: Any,
-) -> Pair:
-    weight = weight_of(arguments)
-    check(x, x_lora, a, b, bias, weight)
+def anywhere(*arguments: Any) -> Pair:
+    x, x_lora, a, b, scale, bias, _, weight = read(*arguments)
     with without_autocast(x):
         adapted = x if x_lora is None else x_lora
         xa = adapted @ a.to(x.dtype).t()
@@ -141,18 +119,8 @@ def anywhere(
 
 
 @fake("lora_linear_4bit")
-def shapes(
-    x: torch.Tensor,
-    x_lora: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None,
-    low_memory: bool,
-    *arguments: Any,
-) -> Pair:
-    weight = weight_of(arguments)
-    check(x, x_lora, a, b, bias, weight)
+def shapes(*arguments: Any) -> Pair:
+    x, _, a, *_, weight = read(*arguments)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], a.shape[0])
 
 
@@ -166,20 +134,28 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def backward_by(
-    engine: Engine,
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    xa: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    separate: bool,
-    needed: list[bool],
-    arguments: tuple[Any, ...],
-) -> Gradients:
+class BackwardCall(NamedTuple):
+    """The arguments of lora_linear_4bit_backward."""
+
+    grad_y: torch.Tensor
+    x: torch.Tensor
+    xa: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    separate: bool
+    needed: list[bool]
+    low_memory: bool
+    weight: Weight
+
+
+def read_backward(*arguments: Any) -> BackwardCall:
+    return BackwardCall._make((*arguments[:9], weight_of(arguments[9:])))
+
+
+def backward_by(engine: Engine, call: BackwardCall) -> Gradients:
     """The gradients by the products of a device."""
-    weight = weight_of(arguments)
+    grad_y, x, xa, a, b, scale, separate, needed, _, weight = call
     rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
     need_x, need_x_lora, need_a, need_b = needed
     grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
@@ -203,59 +179,26 @@ def backward_by(
 
 
 @implement("lora_linear_4bit_backward", "CPU")
-def cpu_backward(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    xa: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    separate: bool,
-    needed: list[bool],
-    low_memory: bool,
-    *arguments: Any,
-) -> Gradients:
-    return backward_by(_products, grad_y, x, xa, a, b, scale, separate, needed, arguments)
+def cpu_backward(*arguments: Any) -> Gradients:
+    return backward_by(_products, read_backward(*arguments))
 
 
 @implement("lora_linear_4bit_backward", "CUDA")
-def cuda_backward(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    xa: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    separate: bool,
-    needed: list[bool],
-    low_memory: bool,
-    *arguments: Any,
-) -> Gradients:
-    products = _cuda_products.products(low_memory)
-    if products is None:
-        return anywhere_backward(grad_y, x, xa, a, b, scale, separate, needed, low_memory, *arguments)
-    return backward_by(products, grad_y, x, xa, a, b, scale, separate, needed, arguments)
+def cuda_backward(*arguments: Any) -> Gradients:
+    call = read_backward(*arguments)
+    products = _cuda_products.products(call.low_memory)
+    return anywhere_backward(*arguments) if products is None else backward_by(products, call)
 
 
 @implement("lora_linear_4bit_backward", "CompositeExplicitAutograd")
-def anywhere_backward(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    xa: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    separate: bool,
-    needed: list[bool],
-    low_memory: bool,
-    *arguments: Any,
-) -> Gradients:
+def anywhere_backward(*arguments: Any) -> Gradients:
+    grad_y, x, xa, a, b, scale, separate, needed, low_memory, weight = read_backward(*arguments)
     rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
     need_x, need_x_lora, need_a, need_b = needed
     grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
     low = torch.mm(rows, b.to(rows.dtype)) * scale
     if need_x:
-        grad_x = torch.ops.qlora_native.linear_4bit_grad_input(grad_y, low_memory, *arguments)
+        grad_x = torch.ops.qlora_native.linear_4bit_grad_input(grad_y, low_memory, *weight)
         if not separate:
             grad_x.view(-1, a.shape[1]).addmm_(low, a.to(low.dtype))
     if need_x_lora:
@@ -268,18 +211,8 @@ def anywhere_backward(
 
 
 @fake("lora_linear_4bit_backward")
-def backward_shapes(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    xa: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    separate: bool,
-    needed: list[bool],
-    low_memory: bool,
-    *arguments: Any,
-) -> Gradients:
+def backward_shapes(*arguments: Any) -> Gradients:
+    _, x, _, a, b, _, _, needed, *_ = read_backward(*arguments)
     need_x, need_x_lora, need_a, need_b = needed
     return (
         x.new_empty(x.shape if need_x else 0),

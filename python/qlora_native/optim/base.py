@@ -191,6 +191,9 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         """Launches the step, if all is on one CUDA device and as its kernels take it; waits for nothing."""
         device = params[0].device
         module = _cuda_kernels.module_for(device)
+        pages = self._pages.get(device)
+        if isinstance(pages, DevicePages) and pages.could_pin and pages.is_short():
+            self._pin(pages)
         plan = None if module is None else self._plan_for(params, groups)
         pages = self._pages.get(device)
         if plan is not None and not (isinstance(pages, DevicePages) and pages.holds(plan)):
@@ -264,6 +267,12 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             if coded:
                 state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Its tensors are the states themselves: copy them to keep them from the next step."""
+        with self._alone():
+            self._ready_to_read()
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep their dtype, are copied, and take the form that the group's ``bits`` asks for:
@@ -340,6 +349,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
+        self._ready_to_read()
         return {**super().__getstate__(), "max_norm": self.max_norm, **self._paging_options()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Where the states of an optimiser on a CUDA device lie when they may leave its memory.
 
 On a device with concurrent managed access (Linux) in managed memory, whose pages move between device and host under one
-address; elsewhere (Windows, WSL2, Tegra), with ``paged=True``, in pinned host memory, from which each chunk is copied
-to the device for its update. A state is a tensor that looks into the arena and keeps it alive.
+address. Elsewhere (Windows, WSL2, Tegra) in pinned host memory, from which each chunk is copied to the device for its
+update: with ``paged=True`` from the start, with "auto" from the first time on that memory runs short. A state is a
+tensor that looks into the arena and keeps it alive.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .pages import Paged, PagingStatistics, State
 from .pressure import Judge
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
-CHUNKS_IN_BUDGET = 4
+CHUNKS = 16  # at least, of an arena or of a budget, as far as tensors can be cut so fine
+CHUNKS_AT_ONCE = 3  # one that comes, one that is updated, one that goes
 TYPE_CODES = {torch.float32: "<f4", torch.int8: "|i1", torch.uint8: "|u1"}
 
 
@@ -58,11 +60,9 @@ class DevicePages:
         self.owner, self.moments, self.paged, self.budget = owner, moments, paged, budget
         self.device, self.module = device, module
         self.managed: bool = module.has_concurrent_managed_access(device.index or 0)
+        self._pinned = False
         if not self.managed and paged is True:
-            say_once(
-                f"qlora_native: managed memory of {device} does not move while kernels run (as on Windows, WSL2 and "
-                f"Tegra): {owner}'s paged states are in pinned host memory, and every step copies all of them."
-            )
+            self.use_pinned_memory()
         self.stores: list[Any] = []
         self._judge = Judge()
         self._sent_out = False  # "auto" is under pressure, or page_out was asked for
@@ -72,16 +72,38 @@ class DevicePages:
         self._taken: set[Tensor] = set()
         self._tables: tuple[Plan, list[StoreTable]] | None = None  # of the plan that stepped last
 
+    def use_pinned_memory(self) -> None:
+        """From now on states are reserved in pinned host memory; a sentence says so once."""
+        self._pinned = True
+        say_once(
+            f"qlora_native: managed memory of {self.device} does not move while kernels run (as on Windows, WSL2 and "
+            f"Tegra): {self.owner}'s paged states are in pinned host memory, and every step copies all of them."
+        )
+
+    @property
+    def could_pin(self) -> bool:
+        """Whether the states are ordinary tensors of the device that pinned host memory could take."""
+        return not self.managed and not self._pinned
+
+    def is_short(self) -> bool:
+        """Whether less of the device than the margin is free; no answer while a graph is captured."""
+        free = self.free()
+        return free.bytes < free.margin and not self._is_capturing()
+
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     # -----------------------------------------------------------------------------------------------------------------
     # Places
 
     def reserve(self, params: Sequence[Tensor], coded: Sequence[bool]) -> None:
-        """Makes room for the states of these parameters, all 0, in one arena more. Without managed memory that moves,
-        "auto" has no arena: its states are ordinary tensors of the device."""
-        if not self.managed and self.paged is not True:
+        """Makes room for the states of these parameters, all 0, in one arena more; not where they :attr:`could_pin`."""
+        if self.could_pin:
             return
         forms = [(param.numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)]
-        chunk_bytes = CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
+        codes_or_floats = (1 if is_coded else 4 for is_coded in coded)
+        arena_bytes = len(self.moments) * sum(p.numel() * n for p, n in zip(params, codes_or_floats, strict=True))
+        chunk_bytes = min(CHUNK_BYTES, min(arena_bytes, self.budget or arena_bytes) // CHUNKS)
         with _cuda_kernels.launching(self.device) as stream:
             if self.managed:
                 store = self.module.ManagedStore(forms, self.module.managed_page_bytes, chunk_bytes)
@@ -182,11 +204,16 @@ class DevicePages:
         return tables
 
     def _judge_now(self) -> None:
-        if self.managed and self.paged == "auto":
+        if self.managed and self.paged == "auto" and not self._is_capturing():
             free = self.free()
-            move = self._judge.judge(time.monotonic(), free, self.states_in_memory(), self.states_paged_out())
+            out = self.states_paged_out()
+            move = self._judge.judge(time.monotonic(), free, self.states_in_memory(), out)
+            if move == "in" and _cuda_kernels.memory(self.device)[0] < free.margin + out:
+                return  # there is room, but torch's allocator keeps it
             if move is not None:
                 self._sent_out = move == "out"
+            elif out == 0 and free.bytes >= free.margin:
+                self._sent_out = False  # so little that it was never out
 
     def _settle(self) -> None:
         if self._moved:
@@ -201,8 +228,11 @@ class DevicePages:
         if self.paged is not True and not self._sent_out:
             return int(store.num_bytes)
         share = max(1, len(self.stores))
-        budget = self.budget if self.budget is not None else self.free().bytes // 2
-        return max(int(store.largest_chunk) * (1 if self.budget is not None else CHUNKS_IN_BUDGET), budget // share)
+        if self.budget is not None:
+            return max(int(store.largest_chunk), self.budget // share) if share > 1 else self.budget
+        least = CHUNKS_AT_ONCE * int(store.largest_chunk)
+        # Under "auto" somebody else needs what is free.
+        return max(least, self.free().bytes // 2 // share) if self.paged is True else least
 
     def free(self) -> Free:
         return free_device_memory(self.device)
@@ -214,13 +244,9 @@ class DevicePages:
         """Steps that go over the states with torch's operations move nothing here."""
 
     def page_out(self) -> None:
-        """Sends all states to the host, and returns when they are there; "auto" then pages until there is room."""
+        """Sends all states to the host, and returns when they are there; "auto" then pages until there is room. Those
+        in pinned memory are always there."""
         if not self.managed:
-            if self.paged == "auto":
-                say_once(
-                    f"qlora_native: managed memory of {self.device} does not move while kernels run (as on Windows, "
-                    f"WSL2 and Tegra): {self.owner}'s states stay on the device; paged=True keeps them on the host."
-                )
             return
         self._sent_out = True
         with _cuda_kernels.launching(self.device) as stream:

@@ -26,6 +26,7 @@ class PagedStates:
 
     _moments: ClassVar[dict[str, torch.dtype]]  # name of a state -> dtype of its codes
 
+    state: Any  # torch's
     paged: Paged
     page_dir: Path | None
     page_budget: int | None
@@ -116,6 +117,12 @@ class PagedStates:
             for param, group, given in loaded
         ]
 
+    def _ready_to_read(self) -> None:
+        """Waits for states that are still on their way into the host's memory."""
+        for pages in self._pages.values():
+            if isinstance(pages, DevicePages):
+                pages.ready_to_read()
+
     def _keep_within_budget(self) -> None:
         for pages in self._pages.values():
             pages.keep_within_budget()
@@ -128,7 +135,21 @@ class PagedStates:
         file cannot be had, a warning says so, once, and the states stay. The values are the same wherever they are."""
         with self._alone():
             for pages in self._pages.values():
+                if isinstance(pages, DevicePages) and pages.could_pin:
+                    self._pin(pages)
                 pages.page_out()
+
+    def _pin(self, pages: DevicePages) -> None:
+        """Moves states that are ordinary tensors of a device into pinned host memory, for good."""
+        pages.use_pinned_memory()
+        found = [(param, state) for param, state in self.state.items() if state and param.device == pages.device]
+        if found:
+            pages.reserve([param for param, _ in found], ["exp_avg_absmax" in state for _, state in found])
+        for param, state in found:
+            place = pages.take(param, blank=False)
+            for name, tensor in place.items():
+                tensor.copy_(state[name])
+            state.update(place)
 
     def page_in(self) -> None:
         """Brings states that "auto" sent out back into ordinary memory, as far as there is room."""
@@ -138,7 +159,12 @@ class PagedStates:
 
     def states_in_memory(self) -> int:
         """Bytes of states in ordinary memory that ``page_out`` would free; 0 if there is no page file to be had."""
-        return sum(pages.states_in_memory() for pages in list(self._pages.values()))
+        total = sum(pages.states_in_memory() for pages in list(self._pages.values()))
+        for device, pages in list(self._pages.items()):
+            if isinstance(pages, DevicePages) and pages.could_pin:
+                states = [state for param, state in list(self.state.items()) if param.device == device]
+                total += sum(t.nbytes for state in states for name, t in state.items() if name != "step")
+        return total
 
     def states_paged_out(self) -> int:
         """Bytes of states in the page file; some may be resident."""

@@ -1,16 +1,18 @@
-// What the matrix products with a quantised weight are given. Their kernels stand in kernels-gemm-inl.h.
+// A matrix product with a quantised weight, or its input gradient, as every device's kernels are given it.
 #pragma once
 
 #include <cstdint>
 
+#include "core/half.h"
 #include "core/weight_view.h"
 
-namespace qlora_native::cpu {
+namespace qlora_native {
 
 struct ProductJob {
   WeightView weight;  // [n, k]
-  const void* x;      // forward: [m, k]; input gradient: the gradient of y, [m, n]; of the table entry's dtype, as are
-                      // bias, low, up and y
+  Dtype dtype;        // of x, bias, low, up and y
+  bool forward;       // or the input gradient
+  const void* x;      // forward: [m, k]; input gradient: the gradient of y, [m, n]
   const void* bias;   // forward: [n] or null; input gradient: null
   const void* low;    // [m, r] or null: the adapter's projection of x (forward) or of the gradient of y
   const void* up;     // forward: [n, r], y += low up^T; input gradient: [r, k], y += low up; null without `low`
@@ -19,9 +21,9 @@ struct ProductJob {
   int64_t m;
   int64_t n;
   int64_t k;
+
+  QLORA_NATIVE_HD int64_t depth() const { return forward ? k : n; }  // of x's rows
+  QLORA_NATIVE_HD int64_t width() const { return forward ? n : k; }  // of y's
 };
 
-// Threads take columns of y in multiples of this, so that no panel of weights is decoded twice.
-inline constexpr int64_t kColumnGrain = 64;
-
-}  // namespace qlora_native::cpu
+}  // namespace qlora_native

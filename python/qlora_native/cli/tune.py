@@ -1,0 +1,72 @@
+"""``qlora tune``: measures on this machine's GPU which kernels are fastest for the layers of a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments."""
+    parser.add_argument("model", metavar="MODEL", help="a model folder or a .gguf file; only its shapes are used")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, metavar="M", help="token counts of a step (default: 4, 8, 16, ... 8192)"
+    )
+    parser.add_argument("--block-size", type=int, default=64, metavar="N", help="weights per scale (default: 64)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of x (default: bfloat16)")
+    parser.add_argument(
+        "--skip-modules",
+        nargs="+",
+        default=["lm_head"],
+        metavar="NAME",
+        help="linear layers that are not 4-bit (default: lm_head, the output embedding)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a product")
+    parser.epilog = """Once a GPU and model, before training, while nothing else runs there. Training and
+inference then follow what was found; docs/tuning.md tells where it is kept and how to forget it.
+
+example:
+  qlora tune Llama-3.1-8B-Instruct"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print each product as it comes."""
+    import torch
+    from torch import nn
+
+    from qlora_native import tuning
+    from qlora_native.load.source import open_source
+    from qlora_native.load.tree import Tree
+    from qlora_native.train.setup import told_to_the_user
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    dtype = getattr(torch, args.dtype)
+    with told_to_the_user():
+        tree = Tree(open_source(Path(args.model).expanduser(), dtype).config, dtype, torch.device("meta"))
+        linears = tree.linears(args.skip_modules).values()
+    shapes = []
+    for module in linears:
+        rows, columns = module.get_parameter("weight").shape
+        shapes.append((rows, columns) if isinstance(module, nn.Linear) else (columns, rows))  # GPT-2's Conv1D
+
+    def report(found: tuning.Tuned) -> None:
+        sizes = {**found.problem._asdict(), "dtype": args.dtype}
+        plans = {"built_in": str(found.built_in), "chosen": str(found.chosen)}
+        seconds = {"built_in_seconds": found.built_in_seconds, "chosen_seconds": found.chosen_seconds}
+        if args.json:
+            print(json.dumps({**sizes, **plans, **seconds, "left_out": found.left_out}), flush=True)
+            return
+        m, n, k, *_, forward, low_memory = found.problem
+        kind = ("forward" if forward else "gradient") + (", low memory" if low_memory else "")
+        change = f"{found.built_in} stays" if found.chosen == found.built_in else f"{found.chosen} for {found.built_in}"
+        times = f"{1e3 * found.chosen_seconds:.4g} ms for {1e3 * found.built_in_seconds:.4g}"
+        print(f"[{n}, {k}], {m} tokens, {kind}: {change}, {times}", flush=True)
+        for sentence in found.left_out:
+            print(f"  left out: {sentence}", flush=True)
+
+    tokens = args.tokens or tuning.TOKENS
+    with told_to_the_user():
+        tuning.tune(shapes, tokens=tokens, dtype=dtype, block_size=args.block_size, report=report)
+    return 0
