@@ -21,12 +21,6 @@ PagedTable paged_table(const PagePlan& plan, const std::vector<StateForm>& forms
                        const AddressOf& address_of) {
   PagedTable table;
   table.runs.resize(plan.chunks.size());
-  std::vector<int64_t> empty;
-  for (size_t tensor = 0; tensor < forms.size(); ++tensor) {
-    if (forms[tensor].numel == 0 && row_of[tensor] >= 0) {
-      empty.push_back(row_of[tensor]);
-    }
-  }
   for (size_t i = 0; i < plan.chunks.size(); ++i) {
     PagedRun& run = table.runs[i];
     run.first_row = static_cast<int64_t>(table.rows.size());
@@ -38,20 +32,19 @@ PagedTable paged_table(const PagePlan& plan, const std::vector<StateForm>& forms
       if (row_of[tensor] < 0) {
         continue;
       }
-      for (const int64_t row : empty) {
-        table.rows.push_back({row, 0, 0, 0, 0});
-        ++run.num_counted;
-      }
-      empty.clear();
       const auto at = static_cast<int32_t>(static_cast<int64_t>(table.rows.size()) - run.first_row);
       table.rows.push_back(row_of_part(plan, forms[tensor], part, page_chunk, row_of[tensor], address_of));
       for (int64_t index = part.begin / kNormChunk; index * kNormChunk < part.end; ++index) {
         table.chunks.push_back({at, static_cast<int32_t>(index)});
       }
-      // Only the last part of a chunk can end before its tensor does.
-      run.num_counted += part.end == forms[tensor].numel ? 1 : 0;
     }
     run.num_chunks = static_cast<int64_t>(table.chunks.size()) - run.first_chunk;
+  }
+  table.first_counted = static_cast<int64_t>(table.rows.size());
+  for (const int64_t row : row_of) {
+    if (row >= 0) {
+      table.rows.push_back({row, 0, 0, 0, 0});
+    }
   }
   return table;
 }

@@ -24,29 +24,34 @@ struct PagedRow {
 // What the launch for one page chunk is given: rows and chunks from these on.
 struct PagedRun {
   int64_t first_row = 0;
-  int64_t num_counted = 0;  // rows, the first ones, whose tensors are complete with this chunk: their step is counted
   int64_t first_chunk = 0;
   int64_t num_chunks = 0;  // 0: there is nothing to update
 };
 
 struct PagedTable {
-  std::vector<PagedRow> rows;
+  std::vector<PagedRow> rows;      // of the runs, and then one of each tensor
   std::vector<OptimChunk> chunks;  // tensor: counted from the first row of its run
   std::vector<PagedRun> runs;      // of each page chunk
+  int64_t first_counted = 0;       // row
 
   // The launch's table, given where rows and chunks lie on the device.
   OptimTable of(int64_t page_chunk, const OptimTensor* tensors,  // [rows], device
                 const OptimChunk* optim_chunks) const {          // [chunks], device
     const PagedRun& run = runs[static_cast<size_t>(page_chunk)];
-    return {tensors + run.first_row, optim_chunks + run.first_chunk, run.num_counted, run.num_chunks};
+    return {tensors + run.first_row, optim_chunks + run.first_chunk, 0, run.num_chunks};
+  }
+
+  // The table of the launch that comes after all others and counts the step of every tensor. They cannot: the parts of
+  // a tensor need its count as it was, and a walk takes them in any order.
+  OptimTable counting(const OptimTensor* tensors) const {  // [rows], device
+    return {tensors + first_counted, nullptr, static_cast<int64_t>(rows.size()) - first_counted, 0};
   }
 };
 
 // Where byte `offset` of the arena is while its page chunk is updated.
 using AddressOf = std::function<uintptr_t(int64_t page_chunk, int64_t offset)>;
 
-// row_of: the row that updates each tensor of the plan, -1 for those without a gradient. Tensors without elements are
-// counted with the first chunk that has something to update.
+// row_of: the row that updates each tensor of the plan, -1 for those without a gradient.
 PagedTable paged_table(const PagePlan& plan,
                        const std::vector<StateForm>& forms,  // of the plan's tensors
                        const std::vector<int64_t>& row_of,   // of the plan's tensors

@@ -258,8 +258,7 @@ void Pager::walk(const PageWalk& order, const std::vector<std::vector<StatePart>
   }
   const double ratio = fetch_seconds / static_cast<double>(fetches) * static_cast<double>(updates) / update_seconds;
   look_ahead_ = static_cast<int64_t>(std::ceil(std::clamp(ratio, 1.0, static_cast<double>(kMostAhead))));
-  const double alone = alone_ ? update_seconds : update_seconds * static_cast<double>(available_threads());
-  alone_ = alone < transfer_seconds / 2;
+  alone_ = alone_ && update_seconds < transfer_seconds;
 }
 
 void Pager::to_file() {

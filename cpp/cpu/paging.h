@@ -55,7 +55,9 @@ class Pager {
   std::vector<Chunk> chunks_;
   std::vector<int64_t> sizes_;  // of the chunks, in bytes
   int64_t look_ahead_ = 2;      // chunks; from the second step on, how many updates a fetch takes
-  bool alone_ = false;          // transfers take longer than one thread's updates: others would only wait
+  // One thread updates, until that has once taken longer than the transfers: beside a disk, a team mostly waits for
+  // its members.
+  bool alone_ = true;
   std::atomic<int64_t> stalls_{0};
   std::atomic<double> stall_seconds_{0.0};
 };

@@ -105,9 +105,11 @@ class StoreTable {
     const auto* rows = pointer<const double>(options, num_groups * cuda::kAdamwRow, "options");
     auto* count = pointer<uint32_t>(finished, 1, "finished");
     const auto on = reinterpret_cast<cudaStream_t>(stream);
-    step("adamw_step", tensors, chunks, budget_bytes, on, [&](const cuda::OptimTable& table) {
+    const auto launch = [&](const cuda::OptimTable& table) {
       return cuda::launch_adamw_step(table, rows, decoupled, inputs, results, count, on);
-    });
+    };
+    step("adamw_step", tensors, chunks, budget_bytes, on, launch);
+    check_cuda(launch(table_.counting(reinterpret_cast<const OptimTensor*>(tensors))), "adamw_step");
   }
 
   void lion_step(Address tensors, Address chunks, int64_t budget_bytes, Address options, int64_t num_groups,

@@ -107,14 +107,15 @@ class PagedCase {
 
   cudaError_t step(const double* options, const cuda::StepInputs& inputs, const cuemu::StepScalars& scalars,
                    int64_t budget, cudaStream_t stream) {
-    const auto update = [&](int64_t chunk) {
-      const cuda::OptimTable table = table_.of(chunk, rows_->data(), chunks_->data());
+    const auto launch = [&](const cuda::OptimTable& table) {
       return rule_ == Rule::kLion
                  ? cuda::launch_lion_step(table, options, inputs, scalars.results(), scalars.finished.data(), stream)
                  : cuda::launch_adamw_step(table, options, rule_ == Rule::kAdamw, inputs, scalars.results(),
                                            scalars.finished.data(), stream);
     };
-    return store_->walk(wanted_, budget, update, stream);
+    const auto update = [&](int64_t chunk) { return launch(table_.of(chunk, rows_->data(), chunks_->data())); };
+    const cudaError_t error = store_->walk(wanted_, budget, update, stream);
+    return error == cudaSuccess && rule_ != Rule::kLion ? launch(table_.counting(rows_->data())) : error;
   }
 
   // States of the arena to the case's own, for its comparison.
