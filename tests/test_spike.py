@@ -99,7 +99,7 @@ def limit(files: Path, unlimited: Run) -> int:
     assert paged.metrics == unlimited.metrics
     told = f"peaks {unlimited.peak / MIB:,.0f} MiB unpaged, {paged.peak / MIB:,.0f} MiB paged"
     assert unlimited.peak - paged.peak > 90 * MIB, told
-    limit = paged.peak + (unlimited.peak - paged.peak) // 3
+    limit = (paged.peak + unlimited.peak) // 2  # a short row must have room beside the states
     print(f"{told}, limit {limit / MIB:,.0f}")
     return limit
 

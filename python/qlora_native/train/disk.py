@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +87,9 @@ def remove_folder(folder: Path) -> None:
 
 def reason(error: Exception) -> str:
     """The system's words for an error, on one line."""
+    code = re.search(r"\(os error (\d+)\)", str(error))  # so ends what safetensors says of a file that it writes
+    if code is not None:
+        return os.strerror(int(code[1]))
     return (
         (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
     )
