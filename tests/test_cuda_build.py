@@ -52,7 +52,7 @@ def test_the_stub_names_what_the_module_has() -> None:
     from qlora_native import _cuda
 
     stub = (Path(qn.__file__).parent / "_cuda.pyi").read_text(encoding="utf-8")
-    declared = set(re.findall(r"^def (\w+)", stub, re.MULTILINE))
+    declared = set(re.findall(r"^(?:(?:def|class) )?([a-zA-Z]\w*)[(:]", stub, re.MULTILINE))
     assert declared == {name for name in vars(_cuda) if not name.startswith("_")}
 
 
