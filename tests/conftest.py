@@ -52,3 +52,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def golden() -> dict[str, torch.Tensor]:
     """bitsandbytes' own results; see tests/golden/README.md."""
     return load_file(Path(__file__).parent / "golden" / "bnb_golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 import yaml
 from helpers import needs_page_files
 from runs import metrics, start, steps_told, wait_until
@@ -24,20 +23,14 @@ from qlora_native.optim import paging, pressure
 from qlora_native.optim.free_memory import Free
 from qlora_native.train import TrainConfig, Trainer, checkpoint
 
-pytestmark = needs_page_files
+pytestmark = [
+    needs_page_files,
+    pytest.mark.usefixtures("one_thread"),
+]  # as in the subprocesses: their number changes the order of sums
 
 STEPS = 12
 MIB = 1 << 20
 ADAPTER = Path("adapter", "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in the subprocesses: the number of threads changes the order of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
