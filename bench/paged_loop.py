@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from queue import SimpleQueue
@@ -134,22 +135,29 @@ def largest_resident(address: int, num_bytes: int, seconds: float = 0.02) -> Ite
         thread.join()
 
 
-def disk_rates(folder: str, num_bytes: int = 1 << 30, piece: int = 16 << 20) -> dict[str, float]:
-    """GB/s of the disk, past the page cache, one request after another: written over what was written, then read.
-    Several requests at once may do more."""
+def disk_rates(folder: str, num_bytes: int = 1 << 30, piece: int = 4 << 20, requests: int = 8) -> dict[str, float]:
+    """GB/s of the disk, past the page cache, with several requests under way: written over what was written, then
+    read."""
     buffer = mmap.mmap(-1, piece)
     buffer.write(os.urandom(1 << 20) * (piece >> 20))
     seconds = {}
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
+    with tempfile.NamedTemporaryFile(dir=folder) as file, ThreadPoolExecutor(requests) as pool:
         direct = os.open(file.name, os.O_RDWR | os.O_DIRECT)
+        landing = [mmap.mmap(-1, piece) for _ in range(requests)]  # of each reader
         try:
-            for at in range(0, num_bytes, piece):  # blocks that were never written cost the file system more
+
+            def write(at: int) -> None:
                 os.pwrite(direct, buffer, at)
+
+            def read(at: int) -> None:
+                os.preadv(direct, [landing[at // piece % requests]], at)
+
+            offsets = range(0, num_bytes, piece)
+            list(pool.map(write, offsets))  # blocks that were never written cost the file system more
             os.fsync(direct)
-            for name, move in (("write", os.pwrite), ("read", lambda d, b, at: os.preadv(d, [b], at))):
+            for name, move in (("write", write), ("read", read)):
                 started = time.perf_counter()
-                for at in range(0, num_bytes, piece):
-                    move(direct, buffer, at)
+                list(pool.map(move, offsets))
                 seconds[name] = time.perf_counter() - started
         finally:
             os.close(direct)
