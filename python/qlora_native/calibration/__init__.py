@@ -1,0 +1,1 @@
+"""Calibrated quantisation: the statistics of what goes into a weight, and codes and scales chosen by them."""
