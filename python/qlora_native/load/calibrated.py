@@ -238,23 +238,21 @@ class _Layers:
         """The weights that share an input, and which of them did not get the method."""
         statistic, keys = group
         method, why = self._method_for(statistic)
-        data: dict[str, Tensor | None] = {}
+        data: dict[str, Any] = {"method": method}
         if statistic is not None and method != "rtn":
-            data = {"moment": statistic.moment, "hessian": statistic.hessian() if method == "gptq" else None}
+            data |= {"moment": statistic.moment, "hessian": statistic.hessian() if method == "gptq" else None}
         made: dict[Key, QuantizedWeight] = {}
         fell_back: FellBack = {}
         for name, expert in keys:
             tensor, file = stored[name]
-            whole = expert is None
-            nested = {} if whole else {"double_quant": False}  # the stack's scales are nested together
-            one = tensor if whole else tensor[expert]
-            if why:
-                fell_back[name if whole else f"{name}[{expert}]"] = why
-            if method == "rtn":
-                made[name, expert] = self.taker.nearest(name, one, file, **nested)
-            else:
-                function = partial(_calibrated, method, data)
-                made[name, expert] = self.taker.quantised(name, one, file, function, **nested)
+            called, one, nested = name, tensor, {}
+            if expert is not None:
+                # The scales of a stack are nested together, once all of them are there.
+                called, one, nested = f"{name}[{expert}]", tensor[expert], {"double_quant": False}
+            result = self.taker.quantised(name, one, file, partial(quantize_calibrated, **data), **nested)
+            made[name, expert] = result.weight
+            if reason := why or result.report.fallback:
+                fell_back[called] = reason
         return made, fell_back
 
     def _method_for(self, statistic: Statistic | None) -> tuple[str, str]:
@@ -266,10 +264,6 @@ class _Layers:
         if self.method == "gptq" and tokens < LEAST_TOKENS_PER_CHANNEL * channels:
             return "wmse", f"{tokens} tokens reached it, which has {channels} input channels: 'wmse'"
         return self.method, ""
-
-
-def _calibrated(method: str, data: dict[str, Tensor | None], tensor: Tensor, **options: Any) -> QuantizedWeight:
-    return quantize_calibrated(tensor, method, **data, **options).weight
 
 
 def _starting(prefix: str) -> Callable[[str], bool]:

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from .tree import Tree, first_sentence
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRIM_EVERY_BYTES = 1 << 27
+
+Result = TypeVar("Result")
 
 
 class Taker:
@@ -80,9 +82,7 @@ class Taker:
             return self.quantised(name, tensor, file, _signed, **changes)
         return self.quantised(name, tensor, file, quantize, **changes)
 
-    def quantised(
-        self, name: str, tensor: Tensor, file: str, function: Callable[..., QuantizedWeight], **changes: Any
-    ) -> QuantizedWeight:
+    def quantised(self, name: str, tensor: Tensor, file: str, function: Callable[..., Result], **changes: Any) -> Result:
         """The tensor [out, in] by ``function`` with the options; what is wrong with it is told as of ``name``."""
         if tensor.dtype not in DTYPES:
             raise UserError(f"{file}: weight {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
