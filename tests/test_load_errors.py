@@ -177,7 +177,7 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_native.load import model as module
+    from qlora_native.load import taker as module
 
     save(tmp_path)
 
