@@ -220,7 +220,7 @@ def test_old_rotary_tables_are_left_out_silently(tmp_path: Path, recwarn: pytest
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"method": "gptq"}, "method is 'gptq': expected 'rtn'"),
+        ({"method": "awq"}, "method is 'awq': expected 'rtn', 'rtn_signed', 'wmse', 'gptq'"),
         ({"calibration": ["text"]}, "takes no calibration data"),
         ({"dtype": torch.int8}, "dtype is torch.int8"),
         ({"quant_type": "int4"}, "quant_type is 'int4'"),
