@@ -221,7 +221,8 @@ def test_old_rotary_tables_are_left_out_silently(tmp_path: Path, recwarn: pytest
     ("arguments", "says"),
     [
         ({"method": "awq"}, "method is 'awq': expected 'rtn', 'rtn_signed', 'wmse', 'gptq'"),
-        ({"calibration": ["text"]}, "takes no calibration data"),
+        ({"method": "rtn", "calibration": ["text"]}, "takes no calibration data"),
+        ({"method": "gptq"}, "method .gptq. needs calibration data"),
         ({"dtype": torch.int8}, "dtype is torch.int8"),
         ({"quant_type": "int4"}, "quant_type is 'int4'"),
         ({"block_size": 48}, "block_size is 48"),
