@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, distance, logits, save, tokens
+from tiny_models import distance, logits, save, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +27,7 @@ from qlora_native.load import calibrated, load_model
 from qlora_native.nn import QuantizedLinear
 
 IDS = tokens(6, 40)
-Seen = list[tuple[Tensor, str, Tensor | None, Tensor | None]]  # weight, method, moment, hessian
+Seen = list[tuple[Tensor, str, Any, Any]]  # weight, method, moment, hessian
 
 
 @pytest.fixture
@@ -49,26 +49,26 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 def inputs_of_the_whole_model(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """(weight [N, K], its input [tokens, K] in fp64) of every linear and expert, by one forward of transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found: dict[nn.Module, list[tuple[Tensor, ...]]] = {}
+    found: dict[Any, list[tuple[Tensor, ...]]] = {}
 
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def note(module: Any, args: tuple[Tensor, ...]) -> None:
         found.setdefault(module, []).append(args)
 
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) or path.endswith("experts"):
             module.register_forward_pre_hook(note)
     model(IDS, use_cache=False)
-    for module, calls in found.items():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
+    for part, calls in found.items():
+        if isinstance(part, (nn.Linear, Conv1D)):
+            weight = part.weight if isinstance(part, nn.Linear) else part.weight.t()
             yield weight, torch.cat([x.flatten(0, -2) for (x,) in calls]).double()
             continue
         ((hidden, index, _),) = calls
-        for expert in range(len(module.down_proj)):
+        for expert in range(len(part.down_proj)):
             x = hidden[(index == expert).any(-1)].double()
-            gate, up = (x @ module.gate_up_proj[expert].double().t()).chunk(2, -1)
-            yield module.gate_up_proj[expert], x
-            yield module.down_proj[expert], nn.functional.silu(gate) * up
+            gate, up = (x @ part.gate_up_proj[expert].double().t()).chunk(2, -1)
+            yield part.gate_up_proj[expert], x
+            yield part.down_proj[expert], nn.functional.silu(gate) * up
 
 
 @pytest.mark.parametrize(
@@ -352,9 +352,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     ]
     ran: list[int] = []
     calibrate = calibrated._Layers.calibrate
-    monkeypatch.setattr(
-        calibrated._Layers, "calibrate", lambda self, index, *rest: ran.append(index) or calibrate(self, index, *rest)
-    )
+
+    def noting(self: Any, index: int, *rest: Any) -> Any:
+        ran.append(index)
+        return calibrate(self, index, *rest)
+
+    monkeypatch.setattr(calibrated._Layers, "calibrate", noting)
     capfd.readouterr()
     assert main(words) == 0
     assert "1 layers are finished already" in capfd.readouterr().err
@@ -391,7 +394,7 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
         return TrainConfig.model_validate({"model": str(files / "model"), "data": data, "quant": quant})
 
     tokenizer = load_tokenizer(str(files / "model"))
-    rows, held_out = load_rows(config(), tokenizer)
+    rows, _ = load_rows(config(), tokenizer)
     with pytest.raises(qn.UserError, match=r"calibration: \d+ tokens of text, expected at least 2,048"):
         prepare_model(config(method="wmse"), None, rows, quiet=True)
     with pytest.raises(qn.UserError, match=r"quant\.calibration is x, but quant\.method rtn takes no text"):
