@@ -176,7 +176,7 @@ def test_bad_arguments_are_told_in_words(inputs: torch.Tensor) -> None:
     )
     for options, words in cases:
         with pytest.raises(ValueError, match=words):
-            quantize_calibrated(t, **options)  # type: ignore[arg-type]
+            quantize_calibrated(t, **options)
     with pytest.raises(ValueError, match=r"weight is \[192\]: expected two dimensions"):
         quantize_calibrated(t[0], "rtn")
     t[2, 5] = float("inf")

@@ -30,7 +30,8 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What a calibrated quantisation did.
+    """What a calibrated quantisation did. The errors, unlike the weight, may differ in the last digits between
+    numbers of threads.
 
     Attributes:
         method: the method whose codes were kept; "rtn" after a fallback.
@@ -105,10 +106,8 @@ def quantize_calibrated(
     measure = moment if hessian is None else hessian
     rtn_error = weighted_error(weight, plain, measure)
 
-    def kept(result: QuantizedWeight, used: float | None = None) -> CalibratedWeight:
-        return CalibratedWeight(
-            result, CalibrationReport(method, rtn_error, weighted_error(weight, result, measure), used)
-        )
+    def kept(result: QuantizedWeight, error: float, used: float | None = None) -> CalibratedWeight:
+        return CalibratedWeight(result, CalibrationReport(method, rtn_error, error, used))
 
     def fall_back(reason: str, used: float | None = None) -> CalibratedWeight:
         return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error, used, reason))
@@ -116,8 +115,9 @@ def quantize_calibrated(
     if method == "rtn" or weight.numel() == 0:
         return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error))
     if method == "rtn_signed":
-        return kept(_signed(weight, torch.ones(weight.shape[1], device=weight.device), form))
-    moments = torch.diagonal(hessian) if hessian is not None else moment
+        signed = _signed(weight, torch.ones(weight.shape[1], device=weight.device), form)
+        return kept(signed, weighted_error(weight, signed, measure))
+    moments = measure if hessian is None else torch.diagonal(hessian)
     assert moments is not None  # _check
     if not bool((moments > 0).any()):
         return fall_back("the inputs' second moments are all zero: no token reached this weight")
@@ -132,10 +132,11 @@ def quantize_calibrated(
         number = quant_type_number(quant_type)
         packed = torch.ops.qlora_native.gptq_4bit(weight, factor, order, result.scales(), number, block_size)
         result, metric = _replaced(result, packed), hessian
-    error, of_rtn = weighted_error(weight, result, metric), weighted_error(weight, plain, metric)
+    error = weighted_error(weight, result, metric)
+    of_rtn = rtn_error if metric is measure else weighted_error(weight, plain, metric)
     if not error < of_rtn:
         return fall_back(f"{method} has a weighted squared error of {error:.4g}, rtn of {of_rtn:.4g}", used)
-    return kept(result, used)
+    return kept(result, error if metric is measure else weighted_error(weight, result, measure), used)
 
 
 def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch.Tensor | None) -> float:
