@@ -18,6 +18,7 @@ METHODS = ("rtn", "rtn_signed", "wmse", "gptq")
 SEARCH_LOW, SEARCH_HIGH = 0.375, 1.125
 # Without double quantisation any fp32 scale can be stored: these shares are tried, exact in fp32.
 SHARES = tuple(i / 64 for i in range(24, 73))
+ERROR_PART = 1 << 18  # elements whose errors are in memory at once
 
 
 class Form(NamedTuple):
@@ -30,7 +31,8 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What a calibrated quantisation did.
+    """What a calibrated quantisation did. The errors, unlike the weight, may differ in the last digits between
+    numbers of threads.
 
     Attributes:
         method: the method whose codes were kept; "rtn" after a fallback.
@@ -105,10 +107,8 @@ def quantize_calibrated(
     measure = moment if hessian is None else hessian
     rtn_error = weighted_error(weight, plain, measure)
 
-    def kept(result: QuantizedWeight, used: float | None = None) -> CalibratedWeight:
-        return CalibratedWeight(
-            result, CalibrationReport(method, rtn_error, weighted_error(weight, result, measure), used)
-        )
+    def kept(result: QuantizedWeight, error: float, used: float | None = None) -> CalibratedWeight:
+        return CalibratedWeight(result, CalibrationReport(method, rtn_error, error, used))
 
     def fall_back(reason: str, used: float | None = None) -> CalibratedWeight:
         return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error, used, reason))
@@ -116,8 +116,9 @@ def quantize_calibrated(
     if method == "rtn" or weight.numel() == 0:
         return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error))
     if method == "rtn_signed":
-        return kept(_signed(weight, torch.ones(weight.shape[1], device=weight.device), form))
-    moments = torch.diagonal(hessian) if hessian is not None else moment
+        signed = _signed(weight, torch.ones(weight.shape[1], device=weight.device), form)
+        return kept(signed, weighted_error(weight, signed, measure))
+    moments = measure if hessian is None else torch.diagonal(hessian)
     assert moments is not None  # _check
     if not bool((moments > 0).any()):
         return fall_back("the inputs' second moments are all zero: no token reached this weight")
@@ -132,10 +133,11 @@ def quantize_calibrated(
         number = quant_type_number(quant_type)
         packed = torch.ops.qlora_native.gptq_4bit(weight, factor, order, result.scales(), number, block_size)
         result, metric = _replaced(result, packed), hessian
-    error, of_rtn = weighted_error(weight, result, metric), weighted_error(weight, plain, metric)
+    error = weighted_error(weight, result, metric)
+    of_rtn = rtn_error if metric is measure else weighted_error(weight, plain, metric)
     if not error < of_rtn:
         return fall_back(f"{method} has a weighted squared error of {error:.4g}, rtn of {of_rtn:.4g}", used)
-    return kept(result, used)
+    return kept(result, error if metric is measure else weighted_error(weight, result, measure), used)
 
 
 def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch.Tensor | None) -> float:
@@ -144,11 +146,22 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
     ``measure`` is None (plain), [K] (second moments of the inputs) or [K, K] (their hessian).
     """
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    dense = result.dequantize(torch.float32)
+    scales, block, width = result.scales(), result.block_size, max(weight.shape[1], 1)
     metric = None if measure is None else measure.float()
-    rows = max(1, (1 << 22) // max(weight.shape[1], 1))
+    aligned = block // math.gcd(block, width)  # rows that fill whole blocks
+    rows = aligned * max(1, ERROR_PART // (width * aligned))
     for begin in range(0, weight.shape[0], rows):
-        error = weight[begin : begin + rows].float() - dense[begin : begin + rows]
+        error = weight[begin : begin + rows].float()
+        first, last = begin * width, begin * width + error.numel()
+        part = QuantizedWeight(
+            result.packed[first // 2 : (last + 1) // 2],
+            scales[first // block : -(-last // block)],
+            shape=error.shape,
+            dtype=torch.float32,
+            quant_type=result.quant_type,
+            block_size=block,
+        )
+        error -= part.dequantize()
         if metric is None:
             other = error
         else:
