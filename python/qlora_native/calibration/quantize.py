@@ -20,7 +20,7 @@ SEARCH_LOW, SEARCH_HIGH = 0.375, 2.0
 # The shares that are tried where any fp32 scale can be stored, exact in fp32, and coarser those that lay out the range
 # of the double quantisation, within which the stored scales are then tried.
 SHARES = tuple(i / 64 for i in range(24, 129))
-COARSE_SHARES = SHARES[::4]
+COARSE_SHARES = SHARES[::8]
 
 
 class Form(NamedTuple):
@@ -109,25 +109,20 @@ def quantize_calibrated(
     measure = moment if hessian is None else hessian
     rtn_error = weighted_error(weight, plain, measure)
 
-    def kept(result: QuantizedWeight, error: float, used: float | None = None) -> CalibratedWeight:
-        return CalibratedWeight(result, CalibrationReport(method, rtn_error, error, used))
-
     def fall_back(reason: str, used: float | None = None) -> CalibratedWeight:
         return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error, used, reason))
 
     if method == "rtn" or weight.numel() == 0:
         return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error))
-    if method == "rtn_signed":
-        signed = _signed(weight, torch.ones(weight.shape[1], device=weight.device), form, (1.0,))
-        return kept(signed, weighted_error(weight, signed, measure))
     moments = measure if hessian is None else torch.diagonal(hessian)
-    assert moments is not None  # _check
-    if not bool((moments > 0).any()):
+    used, metric = None, None if method == "rtn_signed" else moments  # in which the method is to be better than rtn
+    if metric is None or moments is None:
+        result = _signed(weight, torch.ones(weight.shape[1], device=weight.device), form, (1.0,))
+    elif not bool((moments > 0).any()):
         return fall_back("the inputs' second moments are all zero: no token reached this weight")
-    used, metric = None, moments
-    result = _searched(weight, _near_one(moments), form)
-    if method == "gptq":
-        assert hessian is not None
+    else:
+        result = _searched(weight, _near_one(moments), form)
+    if method == "gptq" and hessian is not None:
         found = feedback_factor(hessian, damping)
         if found is None:
             return fall_back(f"the hessian is not positive definite, not even with {LAST_DAMPING:g} of its mean added")
@@ -137,9 +132,10 @@ def quantize_calibrated(
         result, metric = _replaced(result, packed), hessian
     error = weighted_error(weight, result, metric)
     of_rtn = rtn_error if metric is measure else weighted_error(weight, plain, metric)
-    if not error < of_rtn:
+    if not error <= of_rtn:  # NaN too, where the errors overflow
         return fall_back(f"{method} has a weighted squared error of {error:.4g}, rtn of {of_rtn:.4g}", used)
-    return kept(result, error if metric is measure else weighted_error(weight, result, measure), used)
+    error = error if metric is measure else weighted_error(weight, result, measure)
+    return CalibratedWeight(result, CalibrationReport(method, rtn_error, error, used))
 
 
 def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch.Tensor | None) -> float:
