@@ -116,7 +116,7 @@ def alone(model: nn.Module, rows: list[dict[str, Any]]) -> torch.Tensor:
     return total / count
 
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen2": {},
     "Mistral": {"sliding_window": 7},  # shorter than the rows
@@ -139,7 +139,7 @@ def test_losses_and_gradients_are_those_of_the_rows_alone(kind: str) -> None:
     batch = collate_packed([rows[:4], rows[4:]], pad_id=0)
     assert trained_tokens(batch) == sum(int((row["labels"][1:] != -100).sum()) for row in rows)
     loss, expected = causal_lm_loss(model, batch), alone(truth, rows)
-    assert abs(float(loss - expected)) <= 1e-5 * abs(float(expected))
+    assert abs(float((loss - expected).detach())) <= 1e-5 * abs(float(expected.detach()))
     loss.backward()
     expected.backward()
     for (name, got), wanted in zip(model.named_parameters(), truth.parameters(), strict=True):
@@ -152,10 +152,10 @@ def test_without_positions_that_start_again_the_comparison_fails() -> None:
     model = tiny_models.make()
     rows = rows_of(13, 9, 20)
     batch = collate_packed([rows], pad_id=0)
-    expected = float(alone(model, rows))
-    assert float(causal_lm_loss(model, batch)) == pytest.approx(expected, rel=1e-5)
+    expected = alone(model, rows).item()
+    assert causal_lm_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
-    assert abs(float(causal_lm_loss(model, batch)) - expected) > 1e-4 * expected
+    assert abs(causal_lm_loss(model, batch).item() - expected) > 1e-4 * expected
 
 
 def test_a_model_that_carries_something_from_row_to_row_is_refused() -> None:
@@ -185,7 +185,8 @@ def test_documents_are_read_off_the_mask() -> None:
     windowed = mask & torch.ones(9, 9, dtype=torch.bool).triu(-1)  # a window of two
     (sequence,) = documents_of(windowed, 1) or ()
     assert [document.mask is None for document in sequence] == [False, True, False]
-    assert torch.equal(sequence[0].mask[0, 0], windowed[0, 0, :4, :4])
+    first = sequence[0].mask
+    assert first is not None and torch.equal(first[0, 0], windowed[0, 0, :4, :4])
     leaking = mask.clone()
     leaking[..., 8, 0] = True
     blind = mask.clone()
