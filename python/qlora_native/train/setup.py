@@ -49,6 +49,7 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
                 max_length=data.max_length,
                 format=None if data.format == "auto" else data.format,
                 train_on=data.train_on,
+                folder=Path(config.output_dir).expanduser(),
             )
 
     rows = read(data.train)
