@@ -56,15 +56,12 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
 
 def _changed(work: Merging) -> Iterator[tuple[Plain | FourBit, str]]:
     """The weights and their names in the files; what was trained whole is copied and has no error."""
-    steps = {step.name: step for step in work.plan.steps}
-    for step in steps.values():
+    stored = {step.name for step in work.plan.steps}
+    for step in work.merged_steps():
         if isinstance(step, (Plain, FourBit)) and (work.changes(step) or work.becomes_four_bit(step)):
+            key = step.prefix if isinstance(step, FourBit) else step.stored.name
             if step.name not in work.whole:
-                yield step, step.prefix if isinstance(step, FourBit) else step.stored.name
-    for name in sorted({f"{path}.weight" for path in work.adapter.pairs} - steps.keys()):
-        tied = steps[work.tree.tied[name]]
-        assert isinstance(tied, Plain)
-        yield Plain(name, tied.stored), name
+                yield step, key if step.name in stored else step.name
 
 
 def _stored(written: Checkpoint, key: str) -> Tensor:

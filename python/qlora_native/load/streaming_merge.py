@@ -119,23 +119,38 @@ class Merging(Conversion):
         tied = self.tree.tied
         origins = {tied.get(name, name): tensor for name, tensor in self.adapter.whole.items()}
         self.whole = origins | {name: origins[to] for name, to in tied.items() if to in origins}
-        self._left = {f"{path}.weight" for path in self.adapter.pairs} | origins.keys()
-        self.untied = False
+        # Tied embeddings part where only the output one has an adapter.
+        self.untied = any(f"{path}.weight" in tied for path in self.adapter.pairs)
 
     def jobs(self) -> Iterator[Job]:
         """In the order of the files; an output embedding that is no longer tied comes last."""
         yield from super().jobs()
+        for step in self._parted():
+            yield self._merged(step, step.name)
+
+    def merged_steps(self) -> list[Step]:
+        """What :meth:`rows` may be asked for: the steps of the plan, and an output embedding that is no longer tied."""
+        return [*self.plan.steps, *self._parted()]
+
+    def _parted(self) -> list[Plain]:
+        """Output embeddings that are not in the files because they were tied, and have an adapter; UserError for other
+        adapted weights that are not there."""
         steps = {step.name: step for step in self.plan.steps}
-        for name in sorted(self._left):
-            tied = steps.get(self.tree.tied.get(name, ""))
-            if isinstance(tied, Plain):
-                yield self._merged(Plain(name, tied.stored), name)
-        if self._left:
-            name = sorted(self._left)[0]
+        adapted = {f"{path}.weight" for path in self.adapter.pairs} | self.adapter.whole.keys()
+        found = []
+        for name in sorted(adapted):
+            step = steps.get(name)
+            origin = steps.get(self.tree.tied.get(name, ""))
+            if isinstance(step, (Plain, FourBit)) or (name in self.whole and isinstance(origin, Plain)):
+                continue
+            if isinstance(origin, Plain):
+                found.append(Plain(name, origin.stored))
+                continue
             raise UserError(
                 f"{self.source.path} stores {name} in several tensors, where no adapter can be merged file by file: "
                 "merge in memory, with qlora_native.merge(model) and model.save_pretrained(folder)."
             )
+        return found
 
     def jobs_of(self, step: Step) -> Iterator[Job]:
         """As without an adapter, but for the weights that it changes, and those that are decoded from 4 bits."""
@@ -156,8 +171,6 @@ class Merging(Conversion):
         return step.name in self.four_bit or step.name in self.weights
 
     def _merged(self, step: Plain | FourBit, key: str) -> Job:
-        self._left.discard(step.name)
-        self.untied |= step.name in self.tree.tied and step.name not in self.whole
         if self.becomes_four_bit(step):
             file = str(step.parts[0].file if isinstance(step, FourBit) else step.stored.file)
             rows, width = self.shape(step)
