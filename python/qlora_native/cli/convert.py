@@ -24,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="DST", help="the folder to make; it must not exist yet")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to make of it")
     add_quantising(parser)
+    add_shard_size(parser)
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
@@ -41,7 +42,7 @@ examples:
 
 
 def add_quantising(parser: argparse.ArgumentParser) -> None:
-    """How to quantise what is not 4-bit yet, and how large files may be; None is not given."""
+    """How to quantise what is not 4-bit yet; None is not given."""
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="the 16 levels (default: nf4)")
     parser.add_argument(
         "--block-size", type=int, choices=BLOCK_SIZES, metavar="N", help="weights per scale (default: 64)"
@@ -52,6 +53,10 @@ def add_quantising(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-modules", nargs="+", metavar="NAME", help="linear layers to leave dense (default: lm_head)"
     )
+
+
+def add_shard_size(parser: argparse.ArgumentParser) -> None:
+    """How large a file of safetensors may be."""
     parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantising, quantising, refuse_existing, shard_size
+from qlora_native.cli.convert import add_quantising, add_shard_size, quantising, refuse_existing, shard_size
 from qlora_native.cli.main import missing_modules
 from qlora_native.errors import UserError
 
@@ -33,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="add the adapter to the weights in MODEL, or to their 4-bit form (default: original)",
     )
     add_quantising(parser)
+    add_shard_size(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = """safetensors: a 16-bit folder that transformers loads. gguf: one file with the tokenizer and chat
 template in it, which llama.cpp runs: llama, mistral, qwen2, qwen3, gemma and gemma2. peft: the adapter alone, checked

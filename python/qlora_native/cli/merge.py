@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantising, quantising, shard_size
+from qlora_native.cli.convert import add_quantising, add_shard_size, quantising, shard_size
 from qlora_native.errors import UserError
 
 REPORT = "merge_report"
@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--to", choices=("bf16", "fp16", "fp32", "nf4"), default="bf16", help="what to write (default: bf16)"
     )
     add_quantising(parser)
+    add_shard_size(parser)
     parser.add_argument("--check", action="store_true", help="report the error of each weight and the logits' drift")
     parser.add_argument(
         "--sample", metavar="FILE", help="--check: a text or data file to compare logits on (default: a few sentences)"
