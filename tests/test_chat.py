@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -96,8 +97,7 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         tokens = plain(*args)
         if next(calls):
             yield from tokens
-        for _ in range(count):
-            yield next(tokens)
+        yield from itertools.islice(tokens, count)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "stream", stream)

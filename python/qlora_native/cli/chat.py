@@ -48,7 +48,7 @@ class Side:
 
     name: str
     with_adapter: bool
-    messages: list[dict[str, str]]
+    messages: list[Any]
 
 
 @dataclass
@@ -77,37 +77,22 @@ class Chat:
     """A model, its tokenizer, and the conversations of base and adapter."""
 
     def __init__(self, model: Any, tokenizer: Any, sampling: Any, system: str | None, with_adapter: bool) -> None:
-        from qlora_native.data import ChatEncoder
+        from qlora_native.data import ChatEncoder, Message
         from qlora_native.load.generate import stop_tokens
 
-        self.template = ChatEncoder(tokenizer).chat_template  # the one that training uses
+        self.encoder = ChatEncoder(tokenizer)  # as training does it
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.stop = stop_tokens(model, tokenizer)
-        begin = [{"role": "system", "content": system}] if system else []
+        begin = [Message("system", system)] if system else []
         names = {"base": False, "adapter": True} if with_adapter else {"model": False}
         self.sides = [Side(name, on, list(begin)) for name, on in names.items()]
-
-    def prompt(self, side: Side) -> list[int]:
-        """The conversation as tokens, up to where the answer begins."""
-        from jinja2 import TemplateError
-
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                side.messages,
-                chat_template=self.template,
-                add_generation_prompt=True,
-                return_dict=True,
-            )["input_ids"]
-        except TemplateError as error:
-            raise UserError(f"the model's chat template refuses this conversation: {error}") from error
-        return list(ids)
 
     def pieces(self, answer: Answer) -> Iterator[str]:
         """The answer's text in parts as they come. What may yet change (half a character) is held back."""
         from qlora_native.load.generate import stream
         from qlora_native.lora.layer import adapters_off
 
-        tokens = stream(self.model, self.prompt(answer.side), self.sampling, self.stop)
+        tokens = stream(self.model, self.encoder.prompt_ids(answer.side.messages), self.sampling, self.stop)
         while True:
             began = time.monotonic()
             off = contextlib.nullcontext() if answer.side.with_adapter else adapters_off(self.model)
@@ -127,9 +112,11 @@ class Chat:
 
     def ask(self, text: str, show: Any) -> tuple[list[Answer], bool]:
         """Every side's answer to ``text``, and whether Ctrl-C cut them short; ``show(chat, answers)`` runs them."""
+        from qlora_native.data import Message
+
         answers = []
         for side in self.sides:
-            side.messages.append({"role": "user", "content": text})
+            side.messages.append(Message("user", text))
             answers.append(Answer(side))
         interrupted = False
         try:
@@ -139,7 +126,7 @@ class Chat:
         for answer in answers:
             if interrupted and answer.ended != "stop":
                 answer.ended = "interrupted"
-            answer.side.messages.append({"role": "assistant", "content": answer.text})
+            answer.side.messages.append(Message("assistant", answer.text))
         return answers, interrupted
 
 
