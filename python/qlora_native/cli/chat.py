@@ -48,7 +48,7 @@ class Side:
 
     name: str
     with_adapter: bool
-    messages: list[Any]
+    messages: list[dict[str, str]]
 
 
 @dataclass
@@ -77,13 +77,13 @@ class Chat:
     """A model, its tokenizer, and the conversations of base and adapter."""
 
     def __init__(self, model: Any, tokenizer: Any, sampling: Any, system: str | None, with_adapter: bool) -> None:
-        from qlora_native.data import ChatEncoder, Message
+        from qlora_native.data import ChatEncoder
         from qlora_native.load.generate import stop_tokens
 
         self.encoder = ChatEncoder(tokenizer)  # as training does it
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.stop = stop_tokens(model, tokenizer)
-        begin = [Message("system", system)] if system else []
+        begin: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         names = {"base": False, "adapter": True} if with_adapter else {"model": False}
         self.sides = [Side(name, on, list(begin)) for name, on in names.items()]
 
@@ -112,11 +112,9 @@ class Chat:
 
     def ask(self, text: str, show: Any) -> tuple[list[Answer], bool]:
         """Every side's answer to ``text``, and whether Ctrl-C cut them short; ``show(chat, answers)`` runs them."""
-        from qlora_native.data import Message
-
         answers = []
         for side in self.sides:
-            side.messages.append(Message("user", text))
+            side.messages.append({"role": "user", "content": text})
             answers.append(Answer(side))
         interrupted = False
         try:
@@ -126,7 +124,7 @@ class Chat:
         for answer in answers:
             if interrupted and answer.ended != "stop":
                 answer.ended = "interrupted"
-            answer.side.messages.append(Message("assistant", answer.text))
+            answer.side.messages.append({"role": "assistant", "content": answer.text})
         return answers, interrupted
 
 
