@@ -52,6 +52,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb("write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", "train", ("transformers",)),
     "config": Verb("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
     "tune": Verb("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
+    "bench": Verb("measure this library's ops against torch's on this machine"),
     "doctor": Verb("say what this machine and this installation offer, and what is missing"),
 }
 
