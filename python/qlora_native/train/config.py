@@ -166,6 +166,9 @@ class TrainConfig(_Section):
         default=None,
         description="auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint",
     )
+    logging: list[Literal["tensorboard", "trackio"]] = Field(
+        default=[], description="other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
+    )
     data: DataConfig
     quant: QuantConfig = QuantConfig()
     lora: LoraSection = LoraSection()
