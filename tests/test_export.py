@@ -188,5 +188,3 @@ def test_llama_cpp_runs_it(request: pytest.FixtureRequest, tmp_path: Path, kind:
     got = torch.tensor(runner.scores[: len(ids)])
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits[0]
     assert float((got - expected).norm() / expected.norm()) < 1e-2  # its K and V are fp16
-
-

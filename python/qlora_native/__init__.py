@@ -19,6 +19,7 @@ from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 if TYPE_CHECKING:
     from . import nn as nn
     from . import optim as optim
+    from .calibration.data import CalibrationData as CalibrationData
     from .integrations import fuse as fuse
     from .integrations.peft import peft_config as peft_config
     from .integrations.transformers import QLoRANativeConfig as QLoRANativeConfig
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .tuning import tune as tune
 
 _LAZY = {
+    "CalibrationData": "calibration.data",
     "nn": "nn",
     "optim": "optim",
     "fuse": "integrations",
@@ -52,6 +54,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CalibrationData",
     "LoraConfig",
     "QLoRANativeConfig",
     "QuantizedWeight",

@@ -74,7 +74,11 @@ def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
         raise UserError("qlora bench: --model and --shape were given: expected one of them")
     if args.shape and args.tokens:
         raise UserError("qlora bench: --tokens does not go with --shape, whose first number it is; leave one out")
-    for name, values in {"--shape": args.shape or (), "--tokens": args.tokens or (), "--rounds": (args.rounds,)}.items():
+    for name, values in {
+        "--shape": args.shape or (),
+        "--tokens": args.tokens or (),
+        "--rounds": (args.rounds,),
+    }.items():
         if any(value < 1 for value in values):
             raise UserError(f"qlora bench: {name} is {' '.join(map(str, values))}: expected numbers of 1 and more")
     if args.shape:

@@ -15,7 +15,6 @@ from typing import Any
 
 from qlora_native.cli.convert import add_quantising, quantising
 from qlora_native.cli.main import missing_modules
-from qlora_native.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
     )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="likeliest share to draw from (default: 1)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="likeliest share to draw from (default: 1)"
+    )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="tokens to draw from; 0 is all (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of drawing; both answers draw alike (default: 0)")
     add_quantising(parser)
@@ -174,7 +175,8 @@ def run(args: argparse.Namespace) -> int:
 
     import qlora_native as qn
     from qlora_native.load.generate import Sampling
-    from qlora_native.train.setup import load_tokenizer, told_to_the_user
+    from qlora_native.load.tokenizer import load_tokenizer
+    from qlora_native.train.setup import told_to_the_user
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with told_to_the_user():

@@ -85,8 +85,8 @@ def _is_four_bit(model: str) -> bool:
 def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from qlora_native.load.source import GgufSource
     from qlora_native.load.streaming_merge import merge_files
+    from qlora_native.load.tokenizer import load_tokenizer
     from qlora_native.train.disk import atomic_folder, told_if_unwritable
-    from qlora_native.train.setup import load_tokenizer
 
     types = {"f16": "fp16", "bf16": "bf16", "f32": "fp32", None: "bf16"}
     if args.type not in types:
@@ -105,9 +105,9 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         raise UserError("qlora export --to gguf needs gguf, which is not installed: pip install 'qlora_native[train]'")
     from qlora_native.export.gguf import export_gguf
     from qlora_native.load.source import GgufSource
+    from qlora_native.load.tokenizer import load_tokenizer
     from qlora_native.lora.adapter import fsync
     from qlora_native.train.disk import PARTIAL, told_if_unwritable
-    from qlora_native.train.setup import load_tokenizer
 
     if out.suffix != ".gguf":
         raise UserError(f"qlora export: --out is {out}: expected a name that ends in .gguf")

@@ -52,8 +52,9 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.export.check import check_logits, check_weights, report_markdown, sample_rows
     from qlora_native.load.source import SafetensorsSource
     from qlora_native.load.streaming_merge import Merging, merge_files
+    from qlora_native.load.tokenizer import load_tokenizer
     from qlora_native.train.disk import atomic_folder, told_if_unwritable
-    from qlora_native.train.setup import load_tokenizer, told_to_the_user
+    from qlora_native.train.setup import told_to_the_user
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     source, adapter, out = (Path(name).expanduser() for name in (args.model, args.adapter, args.out))

@@ -111,7 +111,9 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
         "tensors": len(tensors),
         "num_bytes": sum(tensor.nbytes for _, _, tensor in tensors),
         "not_q8_0": [
-            name for name, shape, tensor in tensors if out_type == "q8_0" and tensor._kind is Kind.F16 and len(shape) > 1
+            name
+            for name, shape, tensor in tensors
+            if out_type == "q8_0" and tensor._kind is Kind.F16 and len(shape) > 1
         ],
     }
 

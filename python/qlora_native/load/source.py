@@ -16,7 +16,6 @@ from transformers import (
     GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from ..errors import UserError
@@ -35,6 +34,11 @@ Arrivals = Iterator[tuple[str, Tensor | QuantizedWeight | Iterator[Tensor], str]
 def never(name: str) -> bool:
     """No."""
     return False
+
+
+def always(name: str) -> bool:
+    """Yes."""
+    return True
 
 
 class SafetensorsSource:
@@ -68,14 +72,16 @@ class SafetensorsSource:
         wanted: Callable[[str], bool],
         is_copied: Callable[[str, torch.dtype], bool],
         in_slices: Callable[[str], bool] = never,
+        among: Callable[[str], bool] = always,
     ) -> Arrivals:
         """Each wanted tensor of the model, one after another in the order of the files.
 
         ``is_copied(name, stored dtype)`` says that the taker will not keep the tensor itself; it then lies in shared
-        scratch memory. ``in_slices(name)`` says that it takes a stack of experts slice by slice.
+        scratch memory. ``in_slices(name)`` says that it takes a stack of experts slice by slice. ``among`` is a
+        coarser ``wanted`` that also spares the conversions: it tells tensors of one module tree from those of another.
         """
         plan = self.plan(tree)
-        steps = [step for step in plan.steps if isinstance(step, Converted) or wanted(step.name)]
+        steps = [step for step in plan.steps if among(step.name) and (isinstance(step, Converted) or wanted(step.name))]
         copied = [
             step.stored.num_bytes
             for step in steps
@@ -105,6 +111,11 @@ class SafetensorsSource:
             return unscaled(tensor, self.checkpoint.read(scales), torch.bfloat16)
         except ValueError as error:
             raise UserError(f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}") from error
+
+    def identity(self) -> dict[str, object]:
+        """What tells whether the folder is still the one it was: its files' names, sizes and times."""
+        files = [self.path / "config.json", *sorted({stored.file for stored in self.checkpoint.tensors.values()})]
+        return _identity(files)
 
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
@@ -154,6 +165,7 @@ class GgufSource:
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self.path, self._dtype = path, dtype
+        self._dense: dict[str, Tensor] | None = None
         self._checkpoint: InMemory | None = None
         try:
             self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -167,10 +179,12 @@ class GgufSource:
 
     @property
     def checkpoint(self) -> InMemory:
-        """The 16-bit model, made when first asked for; of tensors that are tied, one."""
+        """The 16-bit model, made when first asked for; of tensors that are tied, the first."""
         if self._checkpoint is None:
-            dense = self._dense()
-            self._checkpoint = InMemory(self.path, {name: p.detach() for name, p in dense.named_parameters()})
+            once: dict[int, tuple[str, Tensor]] = {}
+            for name, tensor in self._read().items():
+                once.setdefault(tensor.data_ptr(), (name, tensor))
+            self._checkpoint = InMemory(self.path, dict(once.values()))
         return self._checkpoint
 
     def plan(self, tree: Tree) -> Plan:
@@ -196,18 +210,18 @@ class GgufSource:
         wanted: Callable[[str], bool],
         is_copied: Callable[[str, torch.dtype], bool],
         in_slices: Callable[[str], bool] = never,
+        among: Callable[[str], bool] = always,
     ) -> Arrivals:
-        """As for safetensors; here the peak is the 16-bit model, and each tensor of it is dropped once handed over."""
-        dense = self._dense()
-        for name, parameter in list(dense.state_dict().items()):
-            if wanted(name):
-                yield name, parameter.detach(), str(self.path)
-            path, _, leaf = name.rpartition(".")
-            setattr(dense.get_submodule(path), leaf, None)
+        """As for safetensors; here the peak is the 16-bit model, and each tensor of it is dropped once handed over:
+        it arrives once."""
+        if self._dense is None:
+            self._dense = self._read()
+        for name in [name for name in self._dense if among(name) and wanted(name)]:
+            yield name, self._dense.pop(name), str(self.path)
 
-    def _dense(self) -> PreTrainedModel:
+    def _read(self) -> dict[str, Tensor]:
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            dense = AutoModelForCausalLM.from_pretrained(
                 self.path.parent,
                 config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
                 gguf_file=self.path.name,
@@ -216,6 +230,11 @@ class GgufSource:
             )
         except Exception as error:
             raise self._unusable(error) from error
+        return {name: tensor.detach() for name, tensor in dense.state_dict().items()}
+
+    def identity(self) -> dict[str, object]:
+        """What tells whether the file is still the one it was."""
+        return _identity([self.path])
 
     def generation_config(self) -> GenerationConfig | None:
         """GGUF holds none."""
@@ -226,6 +245,10 @@ class GgufSource:
 
 
 Source = SafetensorsSource | GgufSource
+
+
+def _identity(files: list[Path]) -> dict[str, object]:
+    return {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def open_source(path: Path, dtype: torch.dtype) -> Source:

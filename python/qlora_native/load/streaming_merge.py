@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..integrations.transformers import METADATA
 from ..lora.adapter import StoredAdapter, read_adapter
 from ..weight import QuantizedWeight, quantize
 from .convert import (
@@ -121,6 +122,11 @@ class Merging(Conversion):
         self.whole = origins | {name: origins[to] for name, to in tied.items() if to in origins}
         # Tied embeddings part where only the output one has an adapter.
         self.untied = any(f"{path}.weight" in tied for path in self.adapter.pairs)
+
+    def config(self) -> dict[str, Any] | None:
+        """quantization_config of what was written: what an adapter changed is rounded to nearest."""
+        told = super().config()
+        return told and {**told, METADATA: {"method": "rtn"}}
 
     def jobs(self) -> Iterator[Job]:
         """In the order of the files; an output embedding that is no longer tied comes last."""

@@ -43,7 +43,9 @@ class Contest(NamedTuple):
 Maker = Callable[[Shape, torch.dtype, torch.device], Contest]
 
 
-def _weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[QuantizedWeight], list[Tensor]]:
+def _weights(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[QuantizedWeight], list[Tensor]]:
     """fp64 values; enough copies of the weight in 4 and in 16 bits that no product finds its own in the cache."""
     dense = torch.randn(shape.n, shape.k, dtype=dtype, device=device) / shape.k**0.5
     weight = quantize(dense)
