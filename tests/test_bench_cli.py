@@ -95,11 +95,13 @@ def test_doctor_names_the_kernel_of_each_shape(
     module.has_concurrent_managed_access, module.plan_matmul = lambda number: True, plan  # type: ignore[attr-defined]
     monkeypatch.setattr(_cuda_kernels, "module_for", lambda device: module)
     monkeypatch.setattr(_tuned_plans, "choice_of", lambda module, problem, facts: None)
-    _cuda_kernels.facts.cache_clear(), _cuda_products.plan_of.cache_clear()
+    _cuda_kernels.facts.cache_clear()
+    _cuda_products.plan_of.cache_clear()
     try:
         assert main.main(["doctor", str(model), "--tokens", "1", "32"]) == 0
     finally:
-        _cuda_kernels.facts.cache_clear(), _cuda_products.plan_of.cache_clear()
+        _cuda_kernels.facts.cache_clear()
+        _cuda_products.plan_of.cache_clear()
     printed = capsys.readouterr().out
     told = [line.split(None, 2)[2] for line in printed.splitlines() if line.startswith("[64, 128]")]
     assert told == ["2 layers, 1 tokens: gemv 4x16", "2 layers, 32 tokens: tile 64x128"]

@@ -74,7 +74,8 @@ def test_its_code_loads_the_adapter(run: tuple[Path, Trackio]) -> None:
     folder, _ = run
     text = (folder / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
     codes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    ours, theirs = ({"__name__": "__main__"} for _ in codes)
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
     for code, names in zip(codes, (ours, theirs), strict=True):
         exec(code.replace("path/to/this/folder", str(folder / "out" / "adapter")), names)
     assert ours["model"].model.layers[0].mlp.up_proj.base_layer.quantized.block_size == 32

@@ -36,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(files: Path) -> dict[str, str]:
     """transformers' greedy answers to PROMPT."""
-    model = qn.load_adapter(qn.load_model(files / "model"), files / "adapter").eval()
+    model: Any = qn.load_adapter(qn.load_model(files / "model"), files / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(files / "model")
     ids = tokenizer.apply_chat_template(
         [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}],
@@ -107,7 +107,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupted_after(monkeypatch, 1)
-    typed = iter([PROMPT, KeyboardInterrupt, "and red?", EOFError])
+    typed = iter([PROMPT, KeyboardInterrupt(), "and red?", EOFError()])
 
     def line(prompt: str) -> str:
         item = next(typed)

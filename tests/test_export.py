@@ -1,4 +1,4 @@
-"""`qlora export`: GGUF files read back by transformers and, with --llama-cpp, run by llama.cpp; adapters read by PEFT."""
+"""`qlora export`: GGUF files read by transformers and, with --llama-cpp, run by llama.cpp; adapters read by PEFT."""
 
 from __future__ import annotations
 

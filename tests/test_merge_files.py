@@ -140,8 +140,8 @@ def tiny_tokenizer(folder: Path) -> Any:
 @pytest.mark.parametrize("base", ["original", "dequantized"])
 def test_nf4_is_the_merged_weight_quantised(files: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = files / f"nf4-{base}"
-    words = (files / "model", files / "adapter", "--out", out, "--base", base, "--to", "nf4", "--block-size", "32")
-    result = merge(capsys, *words, "--check")
+    options = ("--base", base, "--to", "nf4", "--block-size", "32", "--check")
+    result = merge(capsys, files / "model", files / "adapter", "--out", out, *options)
     got, errors = qn.load_model(out), {row["layer"]: row["error"] for row in result["weights"]}
     for path, (weight, total) in exact(files / "model", files / "adapter").items():
         if base == "dequantized":
@@ -155,8 +155,7 @@ def test_nf4_is_the_merged_weight_quantised(files: Path, base: str, capsys: pyte
 
     # A folder that is 4-bit already: the same layers, in the blocks that it has.
     again = files / f"again-{base}"
-    words = (out, files / "adapter", "--out", again, "--base", "dequantized", "--to", "nf4")
-    merge(capsys, *words)
+    merge(capsys, out, files / "adapter", "--out", again, "--base", "dequantized", "--to", "nf4")
     stored = qn.load_model(again).model.layers[0].self_attn.q_proj.quantized
     assert (stored.block_size, stored.double_quant) == (32, True)
     assert main.main(["merge", str(out), str(files / "adapter"), "--out", str(files / "new")]) == 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import _native, reference
-from ..weight import QuantizedWeight, quant_type_number, quantize
+from ..weight import QuantizedWeight, quantize, quant_type_number
 from .feedback import feedback_factor
 
 METHODS = ("rtn", "rtn_signed", "wmse", "gptq")

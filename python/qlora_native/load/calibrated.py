@@ -168,7 +168,9 @@ class _Layers:
         """Read what is dense in a layer, and put its 4-bit weights, which are there already."""
         prefix, taker = f"{self.path}.{index}.", self.taker
         dense = [name for name in taker.tree.shapes if name.startswith(prefix) and name not in weights]
-        taker.take_all(self.source.arrivals(taker.tree, dense.__contains__, taker.is_copied, among=_starting(prefix)))
+        taker.take_all(
+            self.source.arrivals(taker.tree, dense.__contains__, taker.is_copied, among=_starting(prefix))
+        )
         for name, weight in weights.items():
             taker.put_four_bit(name, weight.to(taker.tree.device), str(self.source.path))
 
@@ -268,7 +270,9 @@ def _starting(prefix: str) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefix)
 
 
-def _by_cost(statistics: Statistics, stored: dict[str, tuple[Tensor, str]]) -> list[tuple[Statistic | None, list[Key]]]:
+def _by_cost(
+    statistics: Statistics, stored: dict[str, tuple[Tensor, str]]
+) -> list[tuple[Statistic | None, list[Key]]]:
     """The groups of weights, those that take longest first, and the weights that no token reached."""
     groups: list[tuple[Statistic | None, list[Key]]] = [*statistics.groups()]
     groups.sort(key=lambda group: -len(group[0].squares) if group[0] is not None else 0)

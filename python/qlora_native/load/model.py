@@ -153,9 +153,7 @@ def load_model(
     fell_back: dict[str, str] = {}
     if source.is_four_bit(tree):  # it says itself which layers are not
         if method != "rtn":
-            raise UserError(
-                f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from."
-            )
+            raise UserError(f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from.")
         taker = Taker(tree, {}, options, False, dtype)
     else:
         weights = four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
@@ -173,7 +171,9 @@ def load_model(
     if fuse:
         integrations.fuse(model)
     give_memory_back()
-    model.load_report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
+    model.load_report = replace(
+        make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began
+    )
     return model
 
 

@@ -26,7 +26,7 @@ def make_loggers(names: Sequence[str], output_dir: Path, config: Mapping[str, An
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"logging names {name}, which is not installed: pip install {name}, or leave it out")
-    kinds = {"tensorboard": TensorBoard, "trackio": Trackio}
+    kinds: dict[str, type[TensorBoard] | type[Trackio]] = {"tensorboard": TensorBoard, "trackio": Trackio}
     return [kinds[name](output_dir, config) for name in names]
 
 
@@ -45,7 +45,7 @@ class TensorBoard:
     def __init__(self, output_dir: Path, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(output_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(output_dir / "tensorboard"))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One line."""
