@@ -107,7 +107,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupted_after(monkeypatch, 1)
-    typed = iter([PROMPT, KeyboardInterrupt(), "and red?", EOFError()])
+    typed: Iterator[str | BaseException] = iter([PROMPT, KeyboardInterrupt(), "and red?", EOFError()])
 
     def line(prompt: str) -> str:
         item = next(typed)
