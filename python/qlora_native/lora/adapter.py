@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,38 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         for parameter, tensor in copies:
             parameter.copy_(tensor)
     return model
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as its file holds it.
+
+    Attributes:
+        pairs: lora_A [r, K], lora_B [N, r] and the scale of each adapted layer, by path.
+        whole: what was trained whole, by the parameter's name.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor, float]]
+    whole: dict[str, Tensor]
+
+    def delta(self, path: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the adapter adds to the weight at ``path``: scale * B A [N, K], computed in ``dtype``."""
+        a, b, scale = self.pairs[path]
+        return (b.to(dtype) @ a.to(dtype)) * scale
+
+
+def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdapter:
+    """Read an adapter in PEFT's format without putting it into the model, which may be on the meta device.
+
+    Raises:
+        UserError: as :func:`load_adapter`.
+    """
+    folder = Path(folder)
+    stored = _read_config(folder)
+    pairs, whole = _read_tensors(folder, model, stored)
+    targets = _check(folder, model, _our_config(folder, stored, pairs, whole), pairs, stored)
+    _whole_copies(folder, model, whole)
+    return StoredAdapter({path: (pair["A"], pair["B"], targets[path][1]) for path, pair in pairs.items()}, whole)
 
 
 def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALinear]) -> dict[str, Any]:

@@ -179,6 +179,9 @@ class TrainConfig(_Section):
         default=None,
         description="auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint",
     )
+    logging: list[Literal["tensorboard", "trackio"]] = Field(
+        default=[], description="other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
+    )
     data: DataConfig
     quant: QuantConfig = QuantConfig()
     lora: LoraSection = LoraSection()
@@ -228,7 +231,8 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, An
 _ALIASES = {
     "base_model": "model", "model_name_or_path": "model", "datasets": "data.train", "dataset": "data.train",
     "sequence_len": "data.max_length", "max_seq_length": "data.max_length", "val_set_size": "data.eval_fraction",
-    "sample_packing": "data.packing", "train_on_inputs": "data.train_on", "quant_type": "quant.type", "bnb_4bit_quant_type": "quant.type",
+    "sample_packing": "data.packing", "train_on_inputs": "data.train_on", "quant_type": "quant.type",
+    "bnb_4bit_quant_type": "quant.type",
     "bnb_4bit_use_double_quant": "quant.double_quant", "quant_method": "quant.method",
     "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "lora_target_modules": "lora.target_modules",
