@@ -47,6 +47,9 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", "train", ("transformers",)
     ),
+    "eval": Verb(
+        "measure what 4 bits, a method and an adapter did to a model", "train", ("transformers", "pydantic", "yaml")
+    ),
     "config": Verb("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
     "tune": Verb("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
     "doctor": Verb("say what this machine and this installation offer, and what is missing"),
