@@ -17,7 +17,7 @@ from qlora_native.errors import UserError
 from qlora_native.evaluate.choices import Accuracy, Choices, accuracy
 from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.measure import Kept, Scores, measure
-from qlora_native.evaluate.sides import REFERENCE, Sides
+from qlora_native.evaluate.sides import ADAPTED, REFERENCE, Sides
 from qlora_native.evaluate.texts import Text
 
 Note = Callable[[str], None]
@@ -33,6 +33,11 @@ class SideResult:
     texts: dict[str, Scores] = field(default_factory=dict)
     choices: dict[str, Accuracy] = field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has an adapter."""
+        return self.name.endswith(ADAPTED)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Comparison:
         found: dict[str, tuple[float, float] | None] = {"loss": scores.loss}
         found["excess"] = scores.excess(best) if best else None
         found["kl"], found["same_first"] = scores.divergence, scores.agreement
-        found["closed"] = scores.closed(worst, best) if best and worst else None
+        # What an adapter learned is no part of what 4 bits lost.
+        found["closed"] = scores.closed(worst, best) if best and worst and not side.learned else None
         row: dict[str, float | None] = {"tokens": float(scores.tokens.sum()), "perplexity": scores.perplexity}
         for name, pair in found.items():
             row[name], row[f"{name}_error"] = pair or (None, None)

@@ -18,7 +18,7 @@ from qlora_native.load.source import open_source
 from qlora_native.load.tree import Tree
 from qlora_native.lora import load_adapter
 
-REFERENCE, FOUR_BIT = "16-bit", "4-bit"
+REFERENCE, FOUR_BIT, ADAPTED = "16-bit", "4-bit", " + adapter"
 
 
 def load_dense(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: Any = None) -> Any:
@@ -86,4 +86,4 @@ class Sides:
             yield name, load
             if number == 0 and self.adapter is not None:
                 adapter = self.adapter
-                yield f"{name} + adapter", lambda load=load: load_adapter(load(), adapter)  # type: ignore[misc]
+                yield f"{name}{ADAPTED}", lambda load=load: load_adapter(load(), adapter)  # type: ignore[misc]
