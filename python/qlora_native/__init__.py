@@ -17,9 +17,9 @@ from .functional import linear, linear_cross_entropy, lora_linear
 from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 
 if TYPE_CHECKING:
-    from .calibration.data import CalibrationData as CalibrationData
     from . import nn as nn
     from . import optim as optim
+    from .calibration.data import CalibrationData as CalibrationData
     from .integrations import fuse as fuse
     from .integrations.peft import peft_config as peft_config
     from .integrations.transformers import QLoRANativeConfig as QLoRANativeConfig

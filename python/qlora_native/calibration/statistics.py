@@ -164,7 +164,8 @@ class InputTaps:
     @contextmanager
     def noting(self) -> Iterator[Inputs]:
         """The inputs that this thread's forwards meet while entered."""
-        self._thread.inputs = inputs = {}
+        inputs: Inputs = {}
+        self._thread.inputs = inputs
         try:
             yield inputs
         finally:

@@ -75,9 +75,7 @@ class SafetensorsSource:
         coarser ``wanted`` that also spares the conversions: it tells tensors of one module tree from those of another.
         """
         plan = self.plan(tree)
-        steps = [
-            step for step in plan.steps if among(step.name) and (isinstance(step, Converted) or wanted(step.name))
-        ]
+        steps = [step for step in plan.steps if among(step.name) and (isinstance(step, Converted) or wanted(step.name))]
         copied = [
             step.stored.num_bytes
             for step in steps

@@ -118,7 +118,7 @@ class Trainer:
         # Data, model, optimiser. The data come first: a broken line is found in seconds, a model takes longer.
         self.tokenizer = self.tokenizer or load_tokenizer(config.model)
         rows, held_out = load_rows(config, self.tokenizer)
-        self.model = model = prepare_model(config, self.model)
+        self.model = model = prepare_model(config, self.model, rows, quiet=self.quiet)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(options, adapters, self.output_dir)
         plan = BatchPlan(rows.lengths, options.batch_size * options.grad_accum, seed=options.seed)
