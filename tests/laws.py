@@ -160,10 +160,11 @@ LAYERS: tuple[set[str], ...] = (
     {"lora", "tuning"},
     {"__init__"},
     {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "calibration"},
+    {"evaluate"},
     {"cli"},
     {"__main__"},
 )
-USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "calibration", "cli"}
+USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "calibration", "evaluate", "cli"}
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .integrations.peft import peft_config as peft_config
     from .integrations.transformers import QLoRANativeConfig as QLoRANativeConfig
     from .load import load_model as load_model
+    from .load import lora_statistics as lora_statistics
     from .load import merge as merge
     from .load.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
     from .lora import LoraConfig as LoraConfig
@@ -47,6 +48,7 @@ _LAZY = {
     "add_lora": "lora",
     "save_adapter": "lora",
     "load_adapter": "lora",
+    "lora_statistics": "load",
     "merge": "load",
     "TrainConfig": "train",
     "Trainer": "train",
@@ -71,6 +73,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "lora_linear",
+    "lora_statistics",
     "merge",
     "nn",
     "ops",

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .config import LoraConfig
+from .config import INITS, ZERO, LoraConfig
 from .layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+
+# In the header of the tensors' file, where PEFT does not look: its own config refuses keys that it does not know.
+INIT_KEY = "qlora_native.init"
 
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 # PEFT's settings under which a layer computes something else than x W^T + s (x A^T) B^T.
@@ -74,7 +77,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as both:  # renames only after both are safe on disk
             both.enter_context(_replacing(folder / CONFIG_NAME, text.encode()))
-            both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata={"format": "pt"})))
+            both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata={"format": "pt", INIT_KEY: config.init})))
         fsync(folder)
     except OSError as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
@@ -102,6 +105,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     stored = _read_config(folder)
     pairs, whole = _read_tensors(folder, model, stored)
     config = _our_config(folder, stored, pairs, whole)
+    config.init = _init_of(folder)
     targets = _check(folder, model, config, pairs, stored)
     copies = _whole_copies(folder, model, whole)
     if not any(True for _ in lora_layers(model)):
@@ -243,6 +247,13 @@ def _read_tensors(
     if not pairs:
         raise UserError(f"{path} holds no lora_A and lora_B: expected those of at least one layer.")
     return pairs, whole
+
+
+def _init_of(folder: Path) -> str:
+    """How the adapter began, if this library wrote it."""
+    with safe_open(folder / TENSORS_NAME, "pt") as file:
+        init = (file.metadata() or {}).get(INIT_KEY, ZERO)
+    return init if init in INITS else ZERO
 
 
 def _our_config(
