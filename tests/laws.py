@@ -159,7 +159,7 @@ LAYERS: tuple[set[str], ...] = (
     {"nn", "optim"},
     {"lora", "tuning"},
     {"__init__"},
-    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate"},
+    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "parallel"},
     {"cli"},
     {"__main__"},
 )
