@@ -49,6 +49,11 @@ class DataConfig(_Section):
     train_on: Literal["answers", "all"] = Field(
         default="answers", description="learn the answers only, or every token of the row"
     )
+    packing: bool = Field(
+        default=False,
+        description="lay whole rows end to end up to max_length, blind to each other; batch_size then counts such "
+        "sequences, so a step learns from more rows",
+    )
 
     @field_validator("format")
     @classmethod
@@ -215,7 +220,7 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, An
 _ALIASES = {
     "base_model": "model", "model_name_or_path": "model", "datasets": "data.train", "dataset": "data.train",
     "sequence_len": "data.max_length", "max_seq_length": "data.max_length", "val_set_size": "data.eval_fraction",
-    "train_on_inputs": "data.train_on", "quant_type": "quant.type", "bnb_4bit_quant_type": "quant.type",
+    "train_on_inputs": "data.train_on", "sample_packing": "data.packing", "quant_type": "quant.type", "bnb_4bit_quant_type": "quant.type",
     "bnb_4bit_use_double_quant": "quant.double_quant", "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "lora_target_modules": "lora.target_modules",
     "max_steps": "train.steps", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",

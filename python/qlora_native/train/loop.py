@@ -1,8 +1,8 @@
 """The whole training run, in plain torch, from top to bottom in ``Trainer.train``.
 
-A step learns from ``batch_size * grad_accum`` rows of about equal length. They pass through the model in
-micro-batches, each weighted by its share of the step's trained tokens, so that the gradient is that of one big batch
-however the rows are divided.
+A step learns from ``batch_size * grad_accum`` rows of about equal length, or packed sequences. They pass through the
+model in micro-batches, each weighted by its share of the step's trained tokens, so that the gradient is that of one
+big batch however the rows are divided.
 
 A step whose loss or gradient is not finite changes nothing and is counted; after ``MAX_SKIPPED`` of them in a row the
 run stops. A step that runs out of memory begins again, once, without the optimizer's states in memory.
@@ -24,9 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_native.data import BatchPlan, TokenizedDataset, collate, padding_id
+from qlora_native.data import TokenizedDataset, padding_id
 from qlora_native.errors import UserError
 from qlora_native.lora import load_adapter, save_adapter
+from qlora_native.train.batches import (
+    Batch,
+    Items,
+    check_packing,
+    evaluation_items,
+    make_plan,
+    micro_batches,
+    token_count,
+)
 from qlora_native.train.checkpoint import CONFIG, load_checkpoint, save_checkpoint
 from qlora_native.train.config import TrainConfig
 from qlora_native.train.disk import atomic_folder, recover, told_if_unwritable
@@ -40,7 +49,6 @@ from qlora_native.train.shortage import SecondTry
 
 MAX_SKIPPED = 5
 
-Batch = dict[str, torch.Tensor]
 Record = dict[str, Any]  # one line of metrics.jsonl
 
 
@@ -121,8 +129,10 @@ class Trainer:
         self.model = model = prepare_model(config, self.model)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(options, adapters, self.output_dir)
-        plan = BatchPlan(rows.lengths, options.batch_size * options.grad_accum, seed=options.seed)
-        total = options.steps or math.ceil((options.epochs or 1) * len(plan))
+        if config.data.packing:
+            check_packing(model)
+        plan = make_plan(config, rows)
+        total = options.steps or plan.steps(options.epochs or 1)
 
         # Where to start: at 0 from the seed, or where the checkpoint stopped, random state included.
         state = TrainState()
@@ -153,8 +163,8 @@ class Trainer:
                 # One optimiser step.
                 started = time.monotonic()
                 what = f"step {state.step + 1}"
-                numbers = next(plan.forever())
-                loss, tokens, trained = second_try.run(partial(self._learn, rows, numbers), what)
+                items = next(plan.forever())
+                loss, tokens, trained = second_try.run(partial(self._learn, rows, items), what)
                 rate = learning_rate(
                     state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
                 )
@@ -189,32 +199,28 @@ class Trainer:
                         )
             return self._finish(state, second_try, progress, speeds, time.monotonic() - began)
 
-    def _learn(self, rows: TokenizedDataset, numbers: list[int]) -> tuple[float, int, int]:
+    def _learn(self, rows: TokenizedDataset, items: Items) -> tuple[float, int, int]:
         """Forward and backward passes of one step: its loss, the tokens in it, and those of them that are trained."""
-        batches = list(self._micro_batches(rows, numbers))
+        batches = list(self._micro_batches(rows, items))
         counts = [trained_tokens(batch) for batch in batches]
         loss = torch.zeros((), device=self.model.device)
         for batch, count in zip(batches, counts, strict=True):
             share = causal_lm_loss(self.model, batch) * (count / sum(counts))
             share.backward()
             loss += share.detach()
-        return loss.item(), sum(int(batch["attention_mask"].sum()) for batch in batches), sum(counts)
+        return loss.item(), token_count(rows, items), sum(counts)
 
-    def _micro_batches(self, rows: TokenizedDataset, numbers: list[int]) -> Iterator[Batch]:
-        """The rows of one step as padded batches on the model's device."""
+    def _micro_batches(self, rows: TokenizedDataset, items: Items) -> Iterator[Batch]:
         size, pad_id = self.config.train.batch_size, padding_id(self.tokenizer)
-        for at in range(0, len(numbers), size):
-            batch = collate([rows[number] for number in numbers[at : at + size]], pad_id)
-            yield {key: value.to(self.model.device) for key, value in batch.items()}
+        return micro_batches(rows, items, size, pad_id, self.model.device)
 
     @torch.no_grad()
     def evaluate(self, rows: TokenizedDataset) -> float:
         """Mean loss in nats over every trained token of ``rows``, with dropout off; draws no random number."""
-        longest_first = np.argsort(-rows.lengths, kind="stable").tolist()
         total, count = 0.0, 0
         self.model.eval()
         try:
-            for batch in self._micro_batches(rows, longest_first):
+            for batch in self._micro_batches(rows, evaluation_items(self.config, rows)):
                 tokens = trained_tokens(batch)
                 total += causal_lm_loss(self.model, batch).item() * tokens
                 count += tokens

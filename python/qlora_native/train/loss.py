@@ -51,7 +51,7 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     if not _plain[model]:
         trained = targets != IGNORE_INDEX
         return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
-    hidden, head = _hidden_states(model, _without_needless_mask(model, inputs, targets))
+    hidden, head = hidden_states(model, _without_needless_mask(model, inputs, targets))
     weight = head.quantized if isinstance(head, QuantizedLinear) else head.weight
     return qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
 
@@ -87,7 +87,7 @@ def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
         model.eval()
         with torch.random.fork_rng():
             hidden, changed, masked = (
-                _hidden_states(model, {"input_ids": ids, "attention_mask": seen})[0][:, :half].float()
+                hidden_states(model, {"input_ids": ids, "attention_mask": seen})[0][:, :half].float()
                 for ids, seen in (
                     (row, mask),
                     (other, mask),
@@ -100,7 +100,7 @@ def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     return torch.equal(hidden, changed) and bool((hidden - masked).norm() <= 3e-2 * hidden.norm())
 
 
-def _hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear]:
+def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear]:
     """What enters the output embedding, [B, T, hidden], taken from the model's own forward.
 
     The head itself is called with no token at all, so that its product costs nothing. Reading the head's input,
