@@ -159,11 +159,11 @@ LAYERS: tuple[set[str], ...] = (
     {"nn", "optim"},
     {"lora", "tuning"},
     {"__init__"},
-    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "parallel"},
+    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "calibration", "parallel"},
     {"cli"},
     {"__main__"},
 )
-USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "cli"}
+USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "calibration", "cli"}
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
 

@@ -17,6 +17,7 @@ from .functional import linear, linear_cross_entropy, lora_linear
 from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 
 if TYPE_CHECKING:
+    from .calibration.data import CalibrationData as CalibrationData
     from . import nn as nn
     from . import optim as optim
     from . import parallel as parallel
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .tuning import tune as tune
 
 _LAZY = {
+    "CalibrationData": "calibration.data",
     "nn": "nn",
     "optim": "optim",
     "parallel": "parallel",
@@ -54,6 +56,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CalibrationData",
     "LoraConfig",
     "QLoRANativeConfig",
     "QuantizedWeight",

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..integrations.transformers import METHOD, QLoRANativeConfig
+from ..integrations.transformers import METADATA, METHOD, QLoRANativeConfig
 from ..ops.quantize_4bit import double_quantize
 from ..reference import NESTED_BLOCK
 from ..weight import QuantizedWeight, bnb_state_key, quant_type_number, quantize, to_bnb, unpack_json
 from .files import StoredTensor
 from .layers import OUTPUT_EMBEDDING, four_bit_weights, is_plain_linear
-from .model import DTYPES, bitsandbytes_config
+from .model import bitsandbytes_config
 from .plan import Converted, FourBit, Plain, Plan
 from .shards import Output, ShardWriter, shard_names, write_index
 from .source import SafetensorsSource, open_source
+from .taker import DTYPES
 from .tree import Tree, first_sentence
 
 TARGETS = ("16bit", "qlora", "bitsandbytes")
@@ -181,9 +182,10 @@ class _Conversion:
             storage = str(packed.dtype).removeprefix("torch.")
         modules = self.tree.model.named_modules()
         dense = [path for path, module in modules if type(module) is nn.Linear and f"{path}.weight" not in names]
+        made = {METADATA: old.get(METADATA, {})} if old else {METADATA: {"method": "rtn"}}
         if self.target == "qlora":
-            return QLoRANativeConfig(**options, skip_modules=dense, compute_dtype=compute).to_dict()
-        told = bitsandbytes_config(self.dtype, options, dense)
+            return QLoRANativeConfig(**options, skip_modules=dense, compute_dtype=compute, **made).to_dict()
+        told = {**bitsandbytes_config(self.dtype, options, dense), **made}
         return {**told, "bnb_4bit_quant_storage": storage, **({"bnb_4bit_compute_dtype": compute} if compute else {})}
 
     def jobs(self) -> Iterator[Job]:

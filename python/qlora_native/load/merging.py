@@ -16,8 +16,9 @@ from ..lora import LoRALinear
 from ..lora.layer import trained_whole
 from ..nn import QuantizedLinear
 from .layers import put_dense
-from .model import DTYPES, LoadReport, make_report
+from .model import LoadReport, make_report
 from .source import open_source
+from .taker import DTYPES
 from .tree import Tree
 
 BASES = ("original", "dequantized")

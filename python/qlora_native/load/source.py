@@ -30,6 +30,11 @@ def never(name: str) -> bool:
     return False
 
 
+def always(name: str) -> bool:
+    """Yes."""
+    return True
+
+
 class SafetensorsSource:
     """A folder with ``config.json`` and safetensors, 16-bit or 32-bit, or 4-bit in bitsandbytes' format."""
 
@@ -61,14 +66,18 @@ class SafetensorsSource:
         wanted: Callable[[str], bool],
         is_copied: Callable[[str, torch.dtype], bool],
         in_slices: Callable[[str], bool] = never,
+        among: Callable[[str], bool] = always,
     ) -> Arrivals:
         """Each wanted tensor of the model, one after another in the order of the files.
 
         ``is_copied(name, stored dtype)`` says that the taker will not keep the tensor itself; it then lies in shared
-        scratch memory. ``in_slices(name)`` says that it takes a stack of experts slice by slice.
+        scratch memory. ``in_slices(name)`` says that it takes a stack of experts slice by slice. ``among`` is a
+        coarser ``wanted`` that also spares the conversions: it tells tensors of one module tree from those of another.
         """
         plan = self.plan(tree)
-        steps = [step for step in plan.steps if isinstance(step, Converted) or wanted(step.name)]
+        steps = [
+            step for step in plan.steps if among(step.name) and (isinstance(step, Converted) or wanted(step.name))
+        ]
         copied = [
             step.stored.num_bytes
             for step in steps
@@ -99,6 +108,11 @@ class SafetensorsSource:
         except ValueError as error:
             raise UserError(f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}") from error
 
+    def identity(self) -> dict[str, object]:
+        """What tells whether the folder is still the one it was: its files' names, sizes and times."""
+        files = [self.path / "config.json", *sorted({stored.file for stored in self.checkpoint.tensors.values()})]
+        return _identity(files)
+
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
         if not (self.path / "generation_config.json").is_file():
@@ -128,6 +142,7 @@ class GgufSource:
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self.path, self._dtype = path, dtype
+        self._dense: dict[str, Tensor] | None = None
         try:
             self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
@@ -148,8 +163,16 @@ class GgufSource:
         wanted: Callable[[str], bool],
         is_copied: Callable[[str, torch.dtype], bool],
         in_slices: Callable[[str], bool] = never,
+        among: Callable[[str], bool] = always,
     ) -> Arrivals:
-        """As for safetensors; here the peak is the 16-bit model, and each tensor of it is dropped once handed over."""
+        """As for safetensors; here the peak is the 16-bit model, and each tensor of it is dropped once handed over:
+        it arrives once."""
+        if self._dense is None:
+            self._dense = self._read()
+        for name in [name for name in self._dense if among(name) and wanted(name)]:
+            yield name, self._dense.pop(name), str(self.path)
+
+    def _read(self) -> dict[str, Tensor]:
         try:
             dense = AutoModelForCausalLM.from_pretrained(
                 self.path.parent,
@@ -160,11 +183,11 @@ class GgufSource:
             )
         except Exception as error:
             raise self._unusable(error) from error
-        for name, parameter in list(dense.state_dict().items()):
-            if wanted(name):
-                yield name, parameter.detach(), str(self.path)
-            path, _, leaf = name.rpartition(".")
-            setattr(dense.get_submodule(path), leaf, None)
+        return {name: tensor.detach() for name, tensor in dense.state_dict().items()}
+
+    def identity(self) -> dict[str, object]:
+        """What tells whether the file is still the one it was."""
+        return _identity([self.path])
 
     def generation_config(self) -> GenerationConfig | None:
         """GGUF holds none."""
@@ -175,6 +198,10 @@ class GgufSource:
 
 
 Source = SafetensorsSource | GgufSource
+
+
+def _identity(files: list[Path]) -> dict[str, object]:
+    return {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def open_source(path: Path, dtype: torch.dtype) -> Source:

@@ -15,7 +15,7 @@ from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
 from qlora_native.integrations import fuse
 from qlora_native.load import load_model
-from qlora_native.load.source import GgufSource, open_source
+from qlora_native.load.tokenizer import load_tokenizer as load_tokenizer
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
@@ -32,24 +32,6 @@ def told_to_the_user() -> Iterator[None]:
         yield
     except (ValueError, _C.PageFileError) as error:
         raise UserError(str(error)) from error
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer beside the model: in its folder, or in its GGUF file. UserError if there is no model or no
-    tokenizer."""
-    from transformers import AutoTokenizer
-
-    source = open_source(Path(model).expanduser(), torch.bfloat16)
-    try:
-        if isinstance(source, GgufSource):
-            return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
-        return AutoTokenizer.from_pretrained(source.path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise UserError(
-            f"no usable tokenizer in {source.path} ({reason[:200]}); copy tokenizer.json and tokenizer_config.json "
-            "of the model into it"
-        ) from error
 
 
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
