@@ -44,9 +44,9 @@ def shard(
     if offload is not None:
         options["offload_policy"] = offload
     lay_out(model)
-    blocks = [block for block in blocks_of(model) if not isinstance(block, FSDPModule)]
-    for block in blocks:
-        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    for block in blocks_of(model):
+        if not isinstance(block, FSDPModule):
+            fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     embedding = untied_input_embedding(model)
     if embedding is not None and not isinstance(embedding, FSDPModule):
         fully_shard(embedding, reshard_after_forward=True, **options)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from qlora_native import _C
+from qlora_native import _C, parallel
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
 from qlora_native.integrations import fuse
@@ -20,6 +21,7 @@ from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
 from qlora_native.train.disk import told_if_unwritable
+from qlora_native.train.ranks import Ranks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -63,23 +65,30 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
     return rows.split(held_out, seed=config.train.seed)
 
 
-def prepare_model(config: TrainConfig, model: Any = None) -> Any:
+def prepare_model(config: TrainConfig, model: Any = None, ranks: Ranks | None = None) -> Any:
     """The 4-bit model with adapters, in training mode; loads it unless it is given, adds adapters unless it has
-    them."""
-    options = config.train
+    them. Cut over the ranks if the config says so."""
+    options, ranks = config.train, ranks or Ranks()
+    lora = LoraConfig(**config.lora.model_dump(), seed=options.seed)
     with told_to_the_user():
         if model is None:
-            model = load_model(
-                Path(config.model).expanduser(),
-                quant_type=config.quant.type,
-                block_size=config.quant.block_size,
-                double_quant=config.quant.double_quant,
-                dtype=DTYPES[options.dtype],
-                device="cuda" if torch.cuda.is_available() else None,
-            )
+            given: dict[str, Any] = {
+                "quant_type": config.quant.type,
+                "block_size": config.quant.block_size,
+                "double_quant": config.quant.double_quant,
+                "dtype": DTYPES[options.dtype],
+                "device": "cuda" if torch.cuda.is_available() else None,
+            }
+            path = Path(config.model).expanduser()
+            if ranks.world > 1:
+                model = parallel.load_model(path, cut=ranks.cut, lora=lora, **given)
+            else:
+                model = load_model(path, **given)
         if not any(isinstance(module, LoRALinear) for module in model.modules()):
-            add_lora(model, LoraConfig(**config.lora.model_dump(), seed=options.seed))
+            add_lora(model, lora)
         fuse(model)
+        if ranks.cut and not isinstance(model, FSDPModule):
+            parallel.shard(model)
         if options.grad_checkpointing:
             # transformers 5.0 knows the older name only. Not the re-entrant kind: it cuts the graph where a block's
             # input needs no gradient, as the first one's here.
