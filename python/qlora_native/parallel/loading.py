@@ -78,8 +78,9 @@ def load_model(
             _adapt(model, path, lora)
         lay_out(block)
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        for part in (*block.modules(), *block.parameters()):
-            part._is_hf_initialized = True  # type: ignore[assignment,union-attr]  # as arrived tensors are marked
+        arrived: list[Any] = [*block.modules(), *block.parameters()]
+        for part in arrived:
+            part._is_hf_initialized = True  # keeps transformers' initialisation off what replaced the tensors
         give_memory_back()
 
     model: Any = load_alone(

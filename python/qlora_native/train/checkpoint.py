@@ -72,8 +72,10 @@ def save_checkpoint(
         ranks.on_first(lambda: stack.enter_context(atomic_folder(folder)))
         partial = partial_folder(folder)
         ranks.together(lambda: save_adapter(partial))
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, dict[str, Any]] = {}
         if ranks.cut:
-            tensors, plain = {}, save_cut_states(partial / STATES, optimizer)
+            save_cut_states(partial / STATES, optimizer)
         else:
             tensors, plain = _split(optimizer.state_dict()["state"])
 

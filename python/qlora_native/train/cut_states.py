@@ -19,10 +19,10 @@ from qlora_native.train.ranks import Ranks
 States = dict[int, dict[str, Any]]
 
 
-def save_cut_states(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Each rank writes its parts of the states; returns nothing plain, since all of it is tensors.
+def save_cut_states(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Each rank writes its parts of the states. Every rank calls it.
 
-    Every rank calls it. Raises OSError if one of them cannot write.
+    Raises OSError if one of them cannot write.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -33,7 +33,6 @@ def save_cut_states(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str,
     except dcp.api.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         raise next((cause for cause in causes if isinstance(cause, OSError)), error) from error
-    return {}
 
 
 def load_cut_states(folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks) -> States:

@@ -215,8 +215,8 @@ class Trainer:
         batches = list(self._micro_batches(rows, ranks.mine(items)))
         counts = [trained_tokens(batch) for batch in batches]
         total = int(ranks.sum(sum(counts))[0])
-        for item in ranks.filler(items, size):
-            batches += self._micro_batches(rows, [item])  # type: ignore[list-item]
+        for filler in ranks.filler(items, size):
+            batches += self._micro_batches(rows, filler)
             counts.append(0)
         loss = torch.zeros((), device=self.model.device)
         for batch, count in zip(batches, counts, strict=True):
@@ -241,8 +241,8 @@ class Trainer:
                 tokens = trained_tokens(batch)
                 total += causal_lm_loss(self.model, batch).item() * tokens
                 count += tokens
-            for item in self.ranks.filler(items, self.config.train.batch_size):
-                for batch in self._micro_batches(rows, [item]):  # type: ignore[list-item]
+            for filler in self.ranks.filler(items, self.config.train.batch_size):
+                for batch in self._micro_batches(rows, filler):
                     causal_lm_loss(self.model, batch)
         finally:
             self.model.train()

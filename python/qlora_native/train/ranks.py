@@ -55,12 +55,12 @@ class Ranks:
         """This rank's part of a batch: every world-th of it, so that long and short rows spread evenly."""
         return items[self.rank :: self.world]
 
-    def filler(self, items: Items, batch_size: int) -> Items:
-        """Items that this rank passes through a cut model without learning from them, because another rank has more
-        micro-batches: all ranks gather the same blocks as often."""
+    def filler(self, items: Items, batch_size: int) -> list[Items]:
+        """Micro-batches that this rank passes through a cut model without learning from them, because another rank has
+        more of them: all ranks gather the same blocks as often."""
         most = math.ceil(math.ceil(len(items) / self.world) / batch_size)
         lacking = most - math.ceil(len(self.mine(items)) / batch_size) if self.cut else 0
-        return [items[0]] * lacking  # type: ignore[return-value]
+        return [items[:1]] * lacking
 
     def sum(self, *values: float) -> list[float]:
         """The sums over the ranks, in double precision."""
@@ -87,7 +87,7 @@ class Ranks:
         self._enter()
         dist.all_reduce(flat)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):  # type: ignore[union-attr]
-            grad.copy_(part.view_as(grad))  # type: ignore[union-attr,arg-type]
+            grad.copy_(part.view_as(grad))  # type: ignore[union-attr]
 
     def together(self, work: Callable[[], Result]) -> Result:
         """``work()`` on every rank. If one cannot, all stop: the lowest such rank raises its UserError, the others
