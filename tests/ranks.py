@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import tempfile
 import time
 import traceback
@@ -23,18 +24,22 @@ PRELOADED = [
 SECONDS = 240  # a hang is a failure, not a long test
 
 
-def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """``work(rank, world, *args)`` on each of ``world`` processes of one thread; what each returned, by rank."""
+def on_ranks(world: int, work: Callable[..., Any], *args: Any, dying: int | None = None) -> list[Any]:
+    """``work(rank, world, *args)`` on each of ``world`` processes of one thread; what each returned, by rank.
+
+    The rank ``dying`` kills itself on the way; its place in the list is None.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_run, args=(rank, world, folder, work, args)) for rank in range(world)]
+        given = (world, folder, work, args, dying is None)
+        processes = [context.Process(target=_run, args=(rank, *given)) for rank in range(world)]
         for process in processes:
             process.start()
         limit = time.monotonic() + SECONDS
         try:
             while any(process.is_alive() for process in processes):
-                failed = [p.exitcode for p in processes if p.exitcode]
+                failed = [p.exitcode for rank, p in enumerate(processes) if p.exitcode and rank != dying]
                 if failed or time.monotonic() > limit:
                     break
                 time.sleep(0.01)
@@ -44,17 +49,22 @@ def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
                 process.join()
         told = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
         assert not told, told[0]
-        assert all(p.exitcode == 0 for p in processes), [p.exitcode for p in processes]
-        return [torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(world)]
+        codes = [process.exitcode for process in processes]
+        assert codes == [-signal.SIGKILL if rank == dying else 0 for rank in range(world)], codes
+        return [
+            None if rank == dying else torch.load(Path(folder, f"{rank}.result"), weights_only=False)
+            for rank in range(world)
+        ]
 
 
-def _run(rank: int, world: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(rank: int, world: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...], all_live: bool) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
         torch.save(work(rank, world, *args), Path(folder, f"{rank}.result"))
-        dist.barrier()
-        dist.destroy_process_group()
+        if all_live:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         Path(folder, f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise

@@ -30,7 +30,7 @@ TOLERANCE = 1e-5
 
 def make(double_quant: bool = True, **changes: Any) -> Any:
     """A tiny 4-bit llama in fp32 with adapters that do something; some weights end within a block."""
-    sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3, "vocab_size": 64, **changes}
+    sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "vocab_size": 64, **changes}
     model = tiny_models.make("Llama", **sizes)
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and name != "lm_head":
@@ -116,13 +116,13 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
     found["fsdp"] = distance(train(model, optimizer_of(model), rank, world), expected)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
 
-    model = shard(deepcopy(base), line)
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = optimizer_of(model, folder)
-    found["fsdp, paged, checkpointing"] = distance(train(model, optimizer, rank, world), expected)
-    assert optimizer.states_paged_out() > 0
-
-    if world == 4:
+    if world == 2:
+        model = shard(deepcopy(base), line)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        optimizer = optimizer_of(model, folder)
+        found["fsdp, paged, checkpointing"] = distance(train(model, optimizer, rank, world), expected)
+        assert optimizer.states_paged_out() > 0
+    else:
         plane = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
         model = shard(deepcopy(base), plane, reshard_after_forward=False)
         found["2 copies of 2 shards"] = distance(train(model, optimizer_of(model), rank, world), expected)

@@ -31,8 +31,6 @@ class Watch:
         seconds: after which a rank whose beats stop ends this process too, should it sit in a collective that does
             not notice.
 
-    Attributes:
-        step: the last step that this rank finished; the loop sets it.
     """
 
     def __init__(self, store: Any, rank: int, world: int, seconds: float) -> None:
@@ -42,11 +40,17 @@ class Watch:
         self._store = dist.PrefixStore(f"qlora_native/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", own)
         self._calls = self._beats = 0
         self._more: dict[str, Any] = {}
+        self._lock = threading.Lock()  # a store's connection serves one thread at a time
         self._last: dict[int, tuple[str, float]] = {}  # of each rank: its last word, and when it was new
         self._done = threading.Event()
         self._beat()
         self._thread = threading.Thread(target=self._run, name="qlora-watch", daemon=True)
         self._thread.start()
+
+    def finished(self, step: int) -> None:
+        """Tell the others that this rank has finished a step."""
+        self.step = step
+        self._say()
 
     def enter(self) -> None:
         """Count a collective that every rank enters."""
@@ -102,7 +106,8 @@ class Watch:
         told = {}
         for rank in range(self.world):
             try:
-                text = self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else ""
+                with self._lock:
+                    text = self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else ""
             except (RuntimeError, dist.DistError):  # the store went with the host that kept it
                 text = ""
             if text:
@@ -112,9 +117,9 @@ class Watch:
         return told
 
     def _say(self, **more: Any) -> None:
-        self._more |= more
-        word = {"step": self.step, "calls": self._calls, "beats": self._beats, **self._more}
-        with suppress(RuntimeError, dist.DistError):  # the store is gone: the others see that too
+        with self._lock, suppress(RuntimeError, dist.DistError):  # the store is gone: the others see that too
+            self._more |= more
+            word = {"step": self.step, "calls": self._calls, "beats": self._beats, **self._more}
             self._store.set(str(self.rank), json.dumps(word))
 
     def _beat(self) -> None:

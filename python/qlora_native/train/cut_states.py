@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -45,7 +46,9 @@ def load_cut_states(folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks
     for key in reader.read_metadata().state_dict_metadata:
         number, _, name = key.partition(".")
         named[key] = torch.zeros(()) if name == "step" else _like(params[int(number)])
-    dcp.load(named, storage_reader=reader, no_dist=ranks.world == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as is asked for
+        dcp.load(named, storage_reader=reader, no_dist=ranks.world == 1)
     states: States = {}
     for key, value in named.items():
         number, _, name = key.partition(".")

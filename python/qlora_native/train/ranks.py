@@ -119,7 +119,7 @@ class Ranks:
     def finished(self, step: int) -> None:
         """Tell the others how far this rank is."""
         if self.watch is not None:
-            self.watch.step = step
+            self.watch.finished(step)
 
     def _enter(self) -> None:
         if self.watch is not None:
