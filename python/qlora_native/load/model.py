@@ -189,6 +189,7 @@ def _quantized_stack(
         packed[done // 2 :][: part.packed.numel()] = part.packed
         scales[done // block :][: part.absmax.numel()] = part.absmax
         done += one.numel()
+        del part  # before the next is made
     if done != shape.numel():
         raise UserError(f"{file}: {name} has {done // shape[1:].numel()} parts, but {shape[0]} by config.json.")
     about = {name: options[name] for name in ("quant_type", "block_size")}
