@@ -48,7 +48,7 @@ def test_a_config_by_the_real_command_line(files: Path) -> None:
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
     file = files / "train.jsonl"
     assert done.stdout.splitlines()[:4] == [
-        f"{file}: format messages (inferred from the first rows); 7 rows, 168 tokens, 47% trained; "
+        f"{file}: format messages (inferred from the first rows); 7 rows, 168 tokens, 46% trained; "
         "1 cut to 64 tokens, 2 dropped",
         "  cut: longer than max_length=64: 1 row, on line 7",
         "  dropped: no trained token within max_length=64: 1 row, on line 9",
@@ -68,7 +68,7 @@ def test_a_data_file_with_keys_and_one_row(files: Path, capsys: pytest.CaptureFi
     assert "packed: about 3 sequences of 64 tokens an epoch, 87.5% full" in out
     assert out.endswith(":8: 9 tokens, 0 of them trained; dropped: nothing to train on\n<|user|>\\x1b[31mred<|end|>\n")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert ":7: 64 tokens, 53 of them trained, 180 more cut off\n" in shown(capsys, *words, "--row", 7)
+    assert ":7: 64 tokens, 54 of them trained, 108 more cut off\n" in shown(capsys, *words, "--row", 7)
     assert ":9: 64 tokens, 0 of them trained," in (out := shown(capsys, *words, "--row", 9))
     assert "dropped: no trained token within max_length=64\n" in out
 
