@@ -2,11 +2,11 @@
 
     python bench/bench_packing.py --json bench/results/packing.json
 
-SmolLM2-135M in 4 bits with adapters of rank 16, through the trainer's own step (forward and backward over micro-batches,
-checkpointing off), on the same rows in each arm: functions of Python's standard library whose lengths in tokens lie from
-1 to 10 times the shortest, evenly on a logarithmic scale. `padded` cuts them into micro-batches in a random order,
-`grouped` in the order of their lengths, `ours` packs them. Tokens a second count no padding. `match` says whether each
-arm has the loss of the rows one by one in transformers' code, and the gradients of the packed arm are those of the padded one.
+SmolLM2-135M in 4 bits with adapters of rank 16, through the trainer's own step (forward and backward over
+micro-batches, checkpointing off), on the same rows in each arm: functions of Python's standard library, the longest ten
+times as long as the shortest, their lengths even on a logarithmic scale. `padded` cuts them into micro-batches in a
+random order, `grouped` in the order of their lengths, `ours` packs them. Tokens a second count no padding. `match` says
+whether each arm has the loss of the rows one by one, from full logits, and the gradients of the padded arm.
 """
 
 from __future__ import annotations
