@@ -19,10 +19,12 @@ from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 if TYPE_CHECKING:
     from . import nn as nn
     from . import optim as optim
+    from .calibration.data import CalibrationData as CalibrationData
     from .integrations import fuse as fuse
     from .integrations.peft import peft_config as peft_config
     from .integrations.transformers import QLoRANativeConfig as QLoRANativeConfig
     from .load import load_model as load_model
+    from .load import lora_statistics as lora_statistics
     from .load import merge as merge
     from .load.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
     from .lora import LoraConfig as LoraConfig
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .tuning import tune as tune
 
 _LAZY = {
+    "CalibrationData": "calibration.data",
     "nn": "nn",
     "optim": "optim",
     "fuse": "integrations",
@@ -45,6 +48,7 @@ _LAZY = {
     "add_lora": "lora",
     "save_adapter": "lora",
     "load_adapter": "lora",
+    "lora_statistics": "load",
     "merge": "load",
     "TrainConfig": "train",
     "Trainer": "train",
@@ -52,6 +56,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CalibrationData",
     "LoraConfig",
     "QLoRANativeConfig",
     "QuantizedWeight",
@@ -68,6 +73,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "lora_linear",
+    "lora_statistics",
     "merge",
     "nn",
     "ops",

@@ -73,6 +73,14 @@ class QuantConfig(_Section):
         default=64, description="weights that share one scale; smaller is more exact and larger on disk"
     )
     double_quant: bool = Field(default=True, description="store the scales in 8 bits: saves about 0.37 bits per weight")
+    method: Literal["rtn", "rtn_signed", "wmse", "gptq"] = Field(
+        default="rtn",
+        description="how codes and scales are chosen: rtn = nearest; rtn_signed = scales may be negative; wmse and "
+        "gptq look at what text does in the model, lose less, and take seconds or minutes longer to load",
+    )
+    calibration: str | None = Field(
+        default=None, description="file of that text for wmse and gptq; without it the training rows are used"
+    )
 
 
 class LoraSection(_Section):
@@ -171,6 +179,9 @@ class TrainConfig(_Section):
         default=None,
         description="auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint",
     )
+    logging: list[Literal["tensorboard", "trackio"]] = Field(
+        default=[], description="other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
+    )
     data: DataConfig
     quant: QuantConfig = QuantConfig()
     lora: LoraSection = LoraSection()
@@ -234,7 +245,8 @@ _ALIASES = {
     "sequence_len": "data.max_length", "max_seq_length": "data.max_length", "val_set_size": "data.eval_fraction",
     "sample_packing": "data.packing", "train_on_inputs": "data.train_on", "quant_type": "quant.type",
     "bnb_4bit_quant_type": "quant.type",
-    "bnb_4bit_use_double_quant": "quant.double_quant", "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
+    "bnb_4bit_use_double_quant": "quant.double_quant", "quant_method": "quant.method",
+    "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "lora_target_modules": "lora.target_modules",
     "max_steps": "train.steps", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
     "micro_batch_size": "train.batch_size", "per_device_train_batch_size": "train.batch_size",

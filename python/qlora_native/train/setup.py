@@ -11,15 +11,18 @@ from typing import Any, Literal
 import torch
 
 from qlora_native import _C
+from qlora_native.calibration.data import CalibrationData
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
 from qlora_native.integrations import fuse
 from qlora_native.load import load_model
-from qlora_native.load.source import GgufSource, open_source
+from qlora_native.load.model import CALIBRATED
+from qlora_native.load.tokenizer import load_tokenizer as load_tokenizer
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
 from qlora_native.train.disk import told_if_unwritable
+from qlora_native.train.layer_progress import LayerProgress
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -32,24 +35,6 @@ def told_to_the_user() -> Iterator[None]:
         yield
     except (ValueError, _C.PageFileError) as error:
         raise UserError(str(error)) from error
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer beside the model: in its folder, or in its GGUF file. UserError if there is no model or no
-    tokenizer."""
-    from transformers import AutoTokenizer
-
-    source = open_source(Path(model).expanduser(), torch.bfloat16)
-    try:
-        if isinstance(source, GgufSource):
-            return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
-        return AutoTokenizer.from_pretrained(source.path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise UserError(
-            f"no usable tokenizer in {source.path} ({reason[:200]}); copy tokenizer.json and tokenizer_config.json "
-            "of the model into it"
-        ) from error
 
 
 def load_data(
@@ -87,14 +72,19 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
     return rows.split(held_out, seed=config.train.seed)
 
 
-def prepare_model(config: TrainConfig, model: Any = None) -> Any:
+def prepare_model(
+    config: TrainConfig, model: Any = None, rows: TokenizedDataset | None = None, *, quiet: bool = False
+) -> Any:
     """The 4-bit model with adapters, in training mode; loads it unless it is given, adds adapters unless it has
-    them."""
+    them. ``rows`` are the training rows, which calibrate it if ``quant.calibration`` names nothing else."""
     options = config.train
-    with told_to_the_user():
+    with told_to_the_user(), LayerProgress(quiet=quiet) as progress:
         if model is None:
             model = load_model(
                 Path(config.model).expanduser(),
+                method=config.quant.method,
+                calibration=_calibration(config, rows),
+                progress=progress,
                 quant_type=config.quant.type,
                 block_size=config.quant.block_size,
                 double_quant=config.quant.double_quant,
@@ -110,6 +100,20 @@ def prepare_model(config: TrainConfig, model: Any = None) -> Any:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
     return model.train()
+
+
+def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
+    method, path, seed = config.quant.method, config.quant.calibration, config.train.seed
+    if method not in CALIBRATED:
+        if path is not None:
+            raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
+        return None
+    if path is not None:
+        return CalibrationData(Path(path).expanduser(), seed=seed)
+    if rows is None:
+        raise ValueError(f"quant.method is {method}: it needs the training rows or quant.calibration")
+    # Not the file: it also holds the rows that are held out.
+    return CalibrationData([torch.from_numpy(row["input_ids"].copy()) for row in rows], seed=seed)
 
 
 def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], output_dir: Path) -> AdamW | Lion:
