@@ -92,7 +92,9 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
                 model, result = load(work / name), {"match": True}
                 for text, windows in texts.items():
                     keep_in = Path(scratch) if name == REFERENCE else None
-                    scores, reference = measure(model, as_rows(windows.ids), 0, against=kept.get(text), keep_in=keep_in)
+                    scores, reference = measure(
+                        model, as_rows(windows.ids), 0, against=kept.get(text), keep_in=keep_in
+                    )
                     if reference is not None:
                         kept[text] = reference
                     found = {"nats": scores.nats, "tokens": scores.tokens, "kl": scores.kl, "agreed": scores.agreed}
@@ -126,9 +128,7 @@ def method_rows(work: Path, scored: dict[str, dict[str, Any]], texts: dict[str, 
                 figures["closed"] = rounded(mine.closed(worst, best))
             row["texts"][text] = figures
             if text in CLOSED_BARS.get(name, {}):
-                row["bars"].append(
-                    _bar(f"of the gap closed on {text}", CLOSED_BARS[name][text], figures["closed"][0], True)
-                )
+                row["bars"].append(_bar(f"of the gap closed on {text}", CLOSED_BARS[name][text], figures["closed"][0], True))
         rows.append(row)
     return rows
 
@@ -176,14 +176,7 @@ def learning_rows(work: Path) -> list[dict[str, Any]]:
 
 def _bar(measure: str, limit: float, value: float, at_least: bool) -> dict[str, Any]:
     met = value >= limit if at_least else value <= limit
-    return {
-        "rival": BASELINE,
-        "measure": measure,
-        "bar": limit,
-        "at_least": at_least,
-        "value": rounded([value])[0],
-        "met": met,
-    }
+    return {"rival": BASELINE, "measure": measure, "bar": limit, "at_least": at_least, "value": rounded([value])[0], "met": met}
 
 
 def main() -> None:

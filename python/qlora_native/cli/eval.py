@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     parser.add_argument("model", metavar="MODEL", help="a model folder, 16-bit or 4-bit, or a .gguf file")
-    parser.add_argument(
-        "--data", nargs="+", default=[], metavar="FILE", help="texts: any file that training reads, or .txt"
-    )
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts: any file that training reads, or .txt")
     parser.add_argument(
         "--choices", nargs="+", default=[], metavar="FILE", help="rows with question, choices and answer, such as JSONL"
     )
@@ -128,9 +126,7 @@ def _check(args: argparse.Namespace) -> None:
     names = [Path(file).name for file in files]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(
-            f"qlora eval: two files are called {twice}, so the report could not tell them apart; rename one"
-        )
+        raise UserError(f"qlora eval: two files are called {twice}, so the report could not tell them apart; rename one")
     if args.calibration is not None:
         evaluated = {Path(file).expanduser().resolve() for file in files}
         if Path(args.calibration).expanduser().resolve() in evaluated:

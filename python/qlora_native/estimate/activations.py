@@ -217,8 +217,7 @@ class _Layer:
         """As transformers computes experts, one after another over the tokens that go to each."""
         chosen = int(getattr(self.config, "num_experts_per_tok", 1) or 1)
         inner = int(
-            getattr(self.config, "moe_intermediate_size", None)
-            or getattr(self.config, "intermediate_size", self.hidden)
+            getattr(self.config, "moe_intermediate_size", None) or getattr(self.config, "intermediate_size", self.hidden)
         )
         return chosen * (self.size * (4 * inner + 2 * self.hidden) + 16.0), 2 * self.size * inner
 

@@ -5,6 +5,7 @@ Bytes throughout. docs/memory.md derives the formulas; bench/bench_estimate.py h
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 
 from .. import _C, _native
+from ..lora import LoRALinear
+from ..optim import base
 from ..ops.causal_attention import ALIGNMENT
 from ..ops.linear_cross_entropy import LOGIT_BYTES
-from ..optim import base
 from .activations import LayerBytes, decoder_layers, layer_bytes, norm_bytes, norms_of
 from .anatomy import Anatomy, Setting, read_anatomy
 

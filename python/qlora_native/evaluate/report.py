@@ -105,7 +105,5 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """Markdown whose columns stand under each other in plain text too."""
     rows = [list(head), *map(list, body)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

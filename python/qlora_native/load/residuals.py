@@ -23,7 +23,9 @@ from .tokenizer import load_tokenizer
 from .tree import Tree
 
 
-def lora_statistics(model: PreTrainedModel, calibration: Any = None, *, full: bool = True) -> Iterator[LayerStatistics]:
+def lora_statistics(
+    model: PreTrainedModel, calibration: Any = None, *, full: bool = True
+) -> Iterator[LayerStatistics]:
     """What :func:`qlora_native.add_lora` needs for ``init`` "h_svd" (with calibration) and "loftq" (without).
 
     The 16-bit weights are read again from where the model was loaded, one at a time, while the result is iterated
