@@ -159,7 +159,7 @@ LAYERS: tuple[set[str], ...] = (
     {"nn", "optim"},
     {"lora", "tuning"},
     {"__init__"},
-    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "calibration"},
+    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "calibration", "parallel"},
     {"evaluate"},
     {"cli"},
     {"__main__"},

@@ -182,6 +182,14 @@ class TrainConfig(_Section):
     logging: list[Literal["tensorboard", "trackio"]] = Field(
         default=[], description="other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
     )
+    parallel: Literal["none", "ddp", "fsdp"] = Field(
+        default="none",
+        description="of several processes, as torchrun starts them: ddp = each has the whole model, fsdp = each has a "
+        "part; the rows of a step are divided, so the result is that of one process",
+    )
+    rank_timeout: Positive = Field(
+        default=600, description="seconds that one process may keep the others waiting before the run ends"
+    )
     data: DataConfig
     quant: QuantConfig = QuantConfig()
     lora: LoraSection = LoraSection()

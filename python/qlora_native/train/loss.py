@@ -56,6 +56,16 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
 
 
+def settle(model: Any) -> None:
+    """Find out now what :func:`causal_lm_loss` otherwise finds out when a batch first makes it ask: the forward passes
+    that this takes must be the same on all ranks of a cut model."""
+    ids = torch.arange(16, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    inputs = {"input_ids": ids}
+    _plain[model] = head_is_plain(model, inputs)
+    if _plain[model]:
+        _causal[model] = _is_causal(model, inputs)
+
+
 def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
     """The inputs with an attention mask of ones where it hides only padding that no trained token could see.
 
