@@ -3,19 +3,17 @@
     python bench/bench_packing.py --json bench/results/packing.json
 
 SmolLM2-135M in 4 bits with adapters of rank 16, through the trainer's own step (forward and backward over
-micro-batches, checkpointing off), on the same rows in each arm: functions of Python's standard library, the longest ten
-times as long as the shortest, their lengths even on a logarithmic scale. `padded` cuts them into micro-batches in a
-random order, `grouped` in the order of their lengths, `ours` packs them. Tokens a second count no padding. `match` says
-whether each arm has the loss of the rows one by one, from full logits, and the gradients of the padded arm.
+micro-batches, checkpointing off), on the same rows in each arm: random tokens, the longest row ten times as long as the
+shortest, the lengths even on a logarithmic scale. `padded` cuts the rows into micro-batches in a random order,
+`grouped` in the order of their lengths, `ours` packs them. Tokens a second count no padding. `match` says whether each
+arm has the loss of the rows one by one, from full logits, and the gradients of the padded arm.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,38 +22,38 @@ import torch
 from common import Bar, interleaved, line, machine, ratios, relative_error, rounded, timings, write_json
 
 from qlora_native.cli.demo import model_file
-from qlora_native.data import TokenizedDataset
 from qlora_native.data.batching import permutation
 from qlora_native.data.packing import pack
-from qlora_native.data.standard_library import write_split
-from qlora_native.train import TrainConfig, Trainer
-from qlora_native.train.batches import check_packing
-from qlora_native.train.setup import load_data, load_tokenizer, prepare_model
+from qlora_native.train import TrainConfig
+from qlora_native.train.batches import check_packing, micro_batches
+from qlora_native.train.loss import causal_lm_loss, trained_tokens
+from qlora_native.train.setup import prepare_model
 
-SHORTEST, SPREAD = 50, 10  # tokens; longest over shortest
+SHORTEST, SPREAD = 24, 10  # tokens; longest over shortest
 PACKED_LENGTH = SHORTEST * SPREAD
 BARS = (Bar("padded", 1.5, faster=True),)
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-3, 5e-2  # of bf16 activations
 
 
-def choose(rows: TokenizedDataset, count: int) -> TokenizedDataset:
-    """``count`` rows with lengths as evenly spread on a logarithmic scale as the file allows."""
-    left, chosen = rows.lengths.astype(float), []
-    for target in np.geomspace(SHORTEST, PACKED_LENGTH, count):
-        chosen.append(int(np.argmin(np.abs(left - target) + (left > PACKED_LENGTH) * 1e9)))
-        left[chosen[-1]] = np.inf
-    return rows.subset(chosen)
+def random_rows(count: int, vocabulary: int) -> list[dict[str, np.ndarray]]:
+    """``count`` rows of random tokens, all of them trained."""
+    draw = np.random.RandomState(0)
+    rows = []
+    for length in np.geomspace(SHORTEST, PACKED_LENGTH, count).round().astype(int):
+        ids = draw.randint(3, vocabulary, length)
+        rows.append({"input_ids": ids, "labels": np.where(np.arange(length) == 0, -100, ids)})
+    return rows
 
 
-def one_by_one(model: Any, rows: TokenizedDataset) -> float:
+@torch.no_grad()
+def one_by_one(model: Any, rows: list[dict[str, np.ndarray]]) -> float:
     """The loss over all rows from full logits, each row on its own."""
     total, count = 0.0, 0
     for row in rows:
-        ids, labels = (torch.from_numpy(row[key].astype("int64"))[None] for key in ("input_ids", "labels"))
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
-        count += int((labels[:, 1:] != -100).sum())
+        ids = torch.from_numpy(row["input_ids"])[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += ids.numel() - 1
     return total / count
 
 
@@ -63,64 +61,58 @@ def main() -> None:
     """Prepare, compare, time, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", help="write the results here")
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=8, help="rows of a micro-batch")
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=4, help="rows of a padded micro-batch")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
 
-    path = model_file()
-    with tempfile.TemporaryDirectory() as folder:
-        file = write_split(Path(folder), 4000, 1)[0]
-        config = TrainConfig.model_validate(
-            {
-                "model": str(path),
-                "data": {"train": str(file), "max_length": PACKED_LENGTH, "train_on": "all"},
-                "train": {"batch_size": arguments.batch, "grad_checkpointing": False},
-            }
-        )
-        tokenizer = load_tokenizer(str(path))
-        rows = choose(load_data(config, str(file), tokenizer, limit=2000), arguments.rows)
+    values = {"model": str(model_file()), "data": {"train": "random"}, "train": {"grad_checkpointing": False}}
     torch.manual_seed(0)
-    model = prepare_model(config)
+    model = prepare_model(TrainConfig.model_validate(values))
     check_packing(model)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in weights.items():
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero as made, which would leave A without a gradient
             torch.nn.init.normal_(parameter, std=0.01)
 
+    rows: Any = random_rows(arguments.rows, model.config.vocab_size)
+    lengths = np.array([len(row["input_ids"]) for row in rows])
     order = permutation(len(rows), 0)
-    sorted_rows = np.argsort(-rows.lengths, kind="stable")
-    items = {
+    items: dict[str, list[Any]] = {
         "padded": order.tolist(),
-        "grouped": sorted_rows.tolist(),
-        "ours": pack(rows.lengths, order, PACKED_LENGTH),
+        "grouped": np.argsort(-lengths, kind="stable").tolist(),
+        "ours": pack(lengths, order, PACKED_LENGTH),
     }
-    trainers = {name: Trainer(config, model=model, tokenizer=tokenizer, quiet=True) for name in items}
     # As many tokens at once as the padded arm holds on average.
-    mean = median(max(rows.lengths[order[at : at + arguments.batch]]) for at in range(0, len(rows), arguments.batch))
-    packed = config.model_copy(deep=True)
-    packed.train.batch_size = max(1, round(arguments.batch * mean / PACKED_LENGTH))
-    trainers["ours"].config = packed
+    widths = [lengths[order[at : at + arguments.batch]].max() for at in range(0, len(rows), arguments.batch)]
+    sizes = {name: arguments.batch for name in items}
+    sizes["ours"] = max(1, round(arguments.batch * float(np.mean(widths)) / PACKED_LENGTH))
 
     def step(name: str) -> float:
         model.zero_grad()
-        return trainers[name]._learn(rows, items[name])[0]
+        batches = list(micro_batches(rows, items[name], sizes[name], 0, model.device))
+        counts = [trained_tokens(batch) for batch in batches]
+        loss = 0.0
+        for batch, count in zip(batches, counts, strict=True):
+            share = causal_lm_loss(model, batch) * (count / sum(counts))
+            share.backward()
+            loss += share.item()
+        return loss
 
     losses, grads = {}, {}
     for name in items:
         losses[name] = step(name)
-        grads[name] = torch.cat([parameter.grad.flatten() for parameter in weights.values()])
-    truth = one_by_one(model.eval(), rows)
-    model.train()
+        grads[name] = torch.cat([parameter.grad.flatten() for parameter in weights if parameter.grad is not None])
+    truth = one_by_one(model, rows)
     distance = {name: relative_error(grads[name], grads["padded"]) for name in ("grouped", "ours")}
-    seconds = interleaved({name: partial(step, name) for name in items}, arguments.repeats, warmup=1)
+    seconds = interleaved({name: partial(step, name) for name in items}, arguments.repeats, warmup=0)
 
-    tokens = int(rows.lengths.sum())
+    tokens = int(lengths.sum())
     row: dict[str, Any] = {
         "case": "SmolLM2-135M",
         "rows": len(rows),
-        "micro_batch": {"padded": arguments.batch, "grouped": arguments.batch, "ours": packed.train.batch_size},
-        "lengths": [int(value) for value in np.quantile(rows.lengths, [0, 0.25, 0.5, 0.75, 1])],
+        "micro_batch": sizes,
+        "lengths": [int(value) for value in np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])],
         "tokens": tokens,
         "match": all(abs(loss - truth) <= LOSS_TOLERANCE * truth for loss in losses.values())
         and max(distance.values()) <= GRADIENT_TOLERANCE,
