@@ -6,7 +6,8 @@ SmolLM2-135M in 4 bits with adapters of rank 16, through the trainer's own step 
 micro-batches, checkpointing off), on the same rows in each arm: random tokens, the longest row ten times as long as the
 shortest, the lengths even on a logarithmic scale. `padded` cuts the rows into micro-batches in a random order,
 `grouped` in the order of their lengths, `ours` packs them. Tokens a second count no padding. `match` says whether each
-arm has the loss of the rows one by one, from full logits, and the gradients of the padded arm.
+arm has the loss of the rows one by one, from full logits, and the gradients of the padded arm. The floor is the time of
+the products with frozen weights alone, on the rows' own tokens, at oneDNN's best rate in this run.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from ceilings import ceilings, floor
 from common import Bar, interleaved, line, machine, ratios, relative_error, rounded, timings, write_json
 
 from qlora_native.cli.demo import model_file
 from qlora_native.data.batching import permutation
 from qlora_native.data.packing import pack
+from qlora_native.nn import QuantizedLinear
 from qlora_native.train import TrainConfig
 from qlora_native.train.batches import check_packing, micro_batches
 from qlora_native.train.loss import causal_lm_loss, trained_tokens
@@ -85,7 +88,7 @@ def main() -> None:
     }
     # As many tokens at once as the padded arm holds on average.
     widths = [lengths[order[at : at + arguments.batch]].max() for at in range(0, len(rows), arguments.batch)]
-    sizes = {name: arguments.batch for name in items}
+    sizes = dict.fromkeys(items, arguments.batch)
     sizes["ours"] = max(1, round(arguments.batch * float(np.mean(widths)) / PACKED_LENGTH))
 
     def step(name: str) -> float:
@@ -105,6 +108,7 @@ def main() -> None:
         grads[name] = torch.cat([parameter.grad.flatten() for parameter in weights if parameter.grad is not None])
     truth = one_by_one(model, rows)
     distance = {name: relative_error(grads[name], grads["padded"]) for name in ("grouped", "ours")}
+    measured = ceilings(3)
     seconds = interleaved({name: partial(step, name) for name in items}, arguments.repeats, warmup=0)
 
     tokens = int(lengths.sum())
@@ -119,12 +123,13 @@ def main() -> None:
         "loss": {"one by one": truth, **losses},
         "gradient_distance": distance,
     }
-    row |= timings(seconds, BARS)
+    frozen = sum(part.quantized.numel() for part in model.modules() if isinstance(part, QuantizedLinear))
+    row |= timings(seconds, BARS, floor(measured, 0, flops=4 * frozen * tokens))
     row["tokens_per_second"] = {name: rounded([tokens / median(values)])[0] for name, values in seconds.items()}
     row["times_as_fast"] = {name: rounded(ratios(seconds[name], seconds["ours"])) for name in items if name != "ours"}
     print(line(row, "case"))
     print(json.dumps({key: row[key] for key in ("tokens_per_second", "times_as_fast", "loss", "gradient_distance")}))
-    write_json(arguments.json, {"machine": machine(), "rows": [row]})
+    write_json(arguments.json, {"bench": "packing", "machine": machine(), "ceilings": measured, "rows": [row]})
 
 
 if __name__ == "__main__":
