@@ -39,24 +39,29 @@ def told_to_the_user() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def load_data(
+    config: TrainConfig, path: str, tokenizer: Any, *, folder: Path | None = None, limit: int | None = None
+) -> TokenizedDataset:
+    """A data file, tokenised and masked as the config says; ``folder`` and ``limit`` as in ``load_dataset``."""
+    data = config.data
+    with told_to_the_user():
+        return load_dataset(
+            path,
+            tokenizer,
+            max_length=data.max_length,
+            format=None if data.format == "auto" else data.format,
+            train_on=data.train_on,
+            limit=limit,
+            folder=folder,
+        )
+
+
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training rows and held-out rows (None if the config asks for none), tokenised and masked."""
-    data = config.data
-
-    def read(path: str) -> TokenizedDataset:
-        with told_to_the_user():
-            return load_dataset(
-                path,
-                tokenizer,
-                max_length=data.max_length,
-                format=None if data.format == "auto" else data.format,
-                train_on=data.train_on,
-                folder=Path(config.output_dir).expanduser(),
-            )
-
-    rows = read(data.train)
+    data, folder = config.data, Path(config.output_dir).expanduser()
+    rows = load_data(config, data.train, tokenizer, folder=folder)
     if data.eval is not None:
-        return rows, read(data.eval)
+        return rows, load_data(config, data.eval, tokenizer, folder=folder)
     if data.eval_fraction == 0:
         return rows, None
     # A few rows still give a held-out loss: at least one is held out.
