@@ -140,6 +140,8 @@ def _dispatch(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv[1:]`` unless given) and return its exit code; a bug propagates, and exits with
     1."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other libraries write over their own line
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
