@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
 from qlora_native.cli import main
+from qlora_native.load import convert
+from qlora_native.load.files import Checkpoint
+from qlora_native.load.streaming_merge import Merging, merge_files
 from qlora_native.lora import adapter as stored_adapter
 
 IDS = torch.arange(10, 58).view(2, 24)
@@ -160,6 +163,30 @@ def test_nf4_is_the_merged_weight_quantised(files: Path, base: str, capsys: pyte
     assert (stored.block_size, stored.double_quant) == (32, True)
     assert main.main(["merge", str(out), str(files / "adapter"), "--out", str(files / "new")]) == 2
     assert "holds 4-bit weights and no original ones" in capsys.readouterr().err
+
+
+def test_memory_is_a_few_parts(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With parts of 512 elements: no reading is longer, none is of a whole weight, and the bytes are the same."""
+    sizes: list[int] = []
+    read_part = Checkpoint.read_part
+
+    def told(self: Checkpoint, stored: Any, begin: int, end: int) -> torch.Tensor:
+        sizes.append(end - begin)
+        return read_part(self, stored, begin, end)
+
+    def refused(self: Checkpoint, stored: Any, *scratch: Any) -> torch.Tensor:
+        raise AssertionError(f"{stored.name} is read whole")
+
+    monkeypatch.setattr(Checkpoint, "read_part", told)
+    monkeypatch.setattr(Checkpoint, "read", refused)
+    monkeypatch.setattr(convert, "PART", 512)
+    work = Merging(files / "model", files / "adapter")
+    merge_files(work, tmp_path)
+    assert max(sizes) == 4096  # 64 rows of 64, which fill a block of any size, are the least
+    monkeypatch.undo()
+    for path, (_, total) in exact(files / "model", files / "adapter").items():
+        weight = load_file(tmp_path / "model.safetensors")[f"{path}.weight"]
+        assert torch.equal(weight, total.float().bfloat16())
 
 
 @torch.no_grad()
