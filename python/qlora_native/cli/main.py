@@ -52,6 +52,9 @@ VERBS: dict[str, Verb] = {
     "export": Verb(
         "write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", "train", ("transformers",)
     ),
+    "eval": Verb(
+        "measure what 4 bits, a method and an adapter did to a model", "train", ("transformers", "pydantic", "yaml")
+    ),
     "config": Verb("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
     "tune": Verb("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
     "bench": Verb("measure this library's ops against torch's on this machine"),

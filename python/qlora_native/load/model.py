@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import integrations
+from ..calibration.quantize import METHODS
 from ..errors import UserError
 from ..integrations.experts import without_stacks
 from ..integrations.transformers import METADATA
@@ -26,7 +27,6 @@ from .taker import DTYPES, Taker, give_memory_back
 from .tree import Tree
 
 CALIBRATED = ("wmse", "gptq")  # methods that need data
-METHODS = ("rtn", "rtn_signed", *CALIBRATED)
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,14 @@ def load_model(
     fuse: bool = True,
     work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    reader: Callable[[Source, Taker], None] | None = None,
 ) -> PreTrainedModel:
     """Load any transformers causal LM with its linear layers in 4 bits.
 
     Tensors are read one at a time, quantised (or cast to ``dtype``) and dropped, so memory peaks at the 4-bit model
     plus the largest tensor; with "wmse" and "gptq", plus one decoder layer in 16 bits, what it computes of the
-    sequences at hand, and its statistics. The model comes back in evaluation mode, every parameter frozen; ``model.load_report``
-    says what is 4-bit and what is not.
+    sequences at hand, and its statistics. The model comes back in evaluation mode, every parameter frozen;
+    ``model.load_report`` says what is 4-bit and what is not.
 
     Args:
         path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in
@@ -125,6 +126,8 @@ def load_model(
         work_dir: with calibration, a folder of this load's own on a disk: finished layers and hidden states are kept
             there, a load that was killed goes on from it, and a load that ends removes it.
         progress: with calibration, called with a line of text, the layers done, and the layers in all.
+        reader: brings the tensors in, in place of reading all of them here; without calibration. For several
+            processes there is :func:`qlora_native.parallel.load_model`, which uses it.
 
     Raises:
         UserError: the files are missing, broken, of another model or hold a NaN; the sentence names the file and the
@@ -153,7 +156,9 @@ def load_model(
     fell_back: dict[str, str] = {}
     if source.is_four_bit(tree):  # it says itself which layers are not
         if method != "rtn":
-            raise UserError(f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from.")
+            raise UserError(
+                f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from."
+            )
         taker = Taker(tree, {}, options, False, dtype)
     else:
         weights = four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
@@ -161,6 +166,8 @@ def load_model(
     if method in CALIBRATED:
         folder = None if work_dir is None else Path(work_dir)
         told["calibration"], fell_back = calibrated(source, taker, method, calibration, folder, progress)
+    elif reader is not None:
+        reader(source, taker)
     else:
         taker.take_all(source.arrivals(tree, lambda name: True, taker.is_copied, taker.weights.__contains__))
     model = tree.finish(source.unexpected(tree), str(source.path))
@@ -171,9 +178,7 @@ def load_model(
     if fuse:
         integrations.fuse(model)
     give_memory_back()
-    model.load_report = replace(
-        make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began
-    )
+    model.load_report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
     return model
 
 

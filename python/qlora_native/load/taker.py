@@ -82,7 +82,9 @@ class Taker:
             return self.quantised(name, tensor, file, _signed, **changes)
         return self.quantised(name, tensor, file, quantize, **changes)
 
-    def quantised(self, name: str, tensor: Tensor, file: str, function: Callable[..., Result], **changes: Any) -> Result:
+    def quantised(
+        self, name: str, tensor: Tensor, file: str, function: Callable[..., Result], **changes: Any
+    ) -> Result:
         """The tensor [out, in] by ``function`` with the options; what is wrong with it is told as of ``name``."""
         if tensor.dtype not in DTYPES:
             raise UserError(f"{file}: weight {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
