@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantising, add_shard_size, quantising, refuse_existing, shard_size
+from qlora_native.cli.convert import add_quantising, add_shard_size, as_trained, refuse_existing, shard_size
 from qlora_native.cli.main import missing_modules
 from qlora_native.errors import UserError
 
@@ -71,7 +71,9 @@ def _merging(args: argparse.Namespace, to: str) -> Any:
     adapter = Path(args.adapter).expanduser() if args.adapter else None
     if args.base == "original" and adapter is None and _is_four_bit(args.model):
         args.base = "dequantized"  # nothing is added to it, so there is nothing to choose
-    return Merging(Path(args.model).expanduser(), adapter, base=args.base, to=to, **quantising(args))
+    return Merging(
+        Path(args.model).expanduser(), adapter, base=args.base, to=to, **as_trained(args, args.base == "dequantized")
+    )
 
 
 def _is_four_bit(model: str) -> bool:
