@@ -54,6 +54,11 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         (["--model", "gone"], "gone is not there"),
         ([OPTION], f"unrecognized arguments: {OPTION}"),
     ],
+    "eval": [
+        (["gone", "--data", "gone.txt"], "gone is not there"),
+        (["{model}"], "--data"),
+        (["{model}", OPTION], f"unrecognized arguments: {OPTION}"),
+    ],
     "merge": [
         (["{model}"], "the following arguments are required: ADAPTER, --out"),
         (["gone", "adapter", "--out", "new"], "gone is not there"),
