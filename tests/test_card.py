@@ -105,6 +105,12 @@ def test_chat_and_merge_take_the_run_at_its_word(run: tuple[Path, Trackio], tmp_
         taken()
 
 
+def test_the_folder_of_a_run_is_no_adapter(run: tuple[Path, Trackio], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = run
+    assert main.main(["merge", str(folder / "model"), str(folder / "out"), "--out", str(folder / "new")]) == 2
+    assert f"did you mean {folder / 'out' / 'adapter'}?" in capsys.readouterr().err
+
+
 def test_trackio_gets_every_line(run: tuple[Path, Trackio]) -> None:
     folder, trackio = run
     (first, options), *logs, (last, _) = trackio.calls

@@ -135,7 +135,8 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if args.adapter is None or args.type is not None:
         raise UserError("qlora export: --to peft takes --adapter DIR, and no --type: the adapter is written as it is")
     adapter = Path(args.adapter).expanduser()
-    _merging(argparse.Namespace(**{**vars(args), "base": "dequantized"}), "fp32")  # refuses what does not belong here
+    args.base = "dequantized" if _is_four_bit(args.model) else "original"
+    _merging(args, "fp32")  # refuses what does not belong together
     config = json.loads((adapter / CONFIG_NAME).read_bytes())
     config["base_model_name_or_path"] = str(Path(args.model).expanduser())
     with told_if_unwritable(out), atomic_folder(out) as partial:
