@@ -163,7 +163,7 @@ LAYERS: tuple[set[str], ...] = (
     {"cli"},
     {"__main__"},
 )
-USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "cli"}
+USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "estimate", "cli"}
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
 

@@ -5,7 +5,6 @@ Bytes throughout. docs/memory.md derives the formulas; bench/bench_estimate.py h
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +24,11 @@ from .anatomy import Anatomy, Setting, read_anatomy
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
+FIXED_SLACK = 14 << 20  # Python's objects for modules and graph, and holes of the heap, on the CPU
+HEAP_SLACK = 0.19  # of what is kept without checkpointing: glibc's holes beside aligned blocks of the heap
 THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
 CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold beside torch's allocator
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,9 @@ class _Sum:
         head = self._head()
         moments = {
             "loading": replace(frozen, scratch=self._loading()),
-            "loss": replace(held, gradients=before, activations=kept, loss=final + head),
-            "backward": self._backward(held, before, final),
-            "step": replace(held, gradients=adapters),
+            "loss": replace(held, gradients=before, activations=kept, loss=final + head, scratch=self._scratch()),
+            "backward": self._backward(held, before),
+            "step": replace(held, gradients=adapters, scratch=self._scratch()),
         }
         with_slack = {name: self._with_slack(name, terms) for name, terms in moments.items()}
         return Estimate(self.setting, with_slack, paged, self._rough())
@@ -221,7 +221,7 @@ class _Sum:
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         return 2 * self.setting.length * width * self.size + 5 * 8 * self.tokens
 
-    def _backward(self, held: Terms, before: int, final: int) -> Terms:
+    def _backward(self, held: Terms, before: int) -> Terms:
         """The fullest moment of the backward pass: in the layer where what is kept so far, its own tensors, its
         gradients and the adapters' gradients of the layers behind are the most."""
         best, so_far, behind = Terms(), 0.0, sum(layer.gradients for layer in self.layers)
@@ -235,7 +235,6 @@ class _Sum:
                 held,
                 gradients=max(before, behind),
                 activations=round(here),
-                # the loss has kept the gradient of its hidden states until its own backward pass
                 scratch=self._scratch() + (layer.gradients if before else 0),
             )
             best = max(best, terms, key=lambda t: t.total)
@@ -285,7 +284,10 @@ class _Sum:
         return int(threads * THREAD_SCRATCH + attention)
 
     def _with_slack(self, name: str, terms: Terms) -> Terms:
-        return terms
+        if self.setting.device == "cuda":
+            return terms
+        share = 0.0 if self.setting.checkpointing else HEAP_SLACK
+        return replace(terms, slack=round(FIXED_SLACK + share * terms.activations))
 
     def _rough(self) -> tuple[str, ...]:
         return () if self.layers else (type(self.model).__name__,)

@@ -33,6 +33,7 @@ from qlora_native.train.disk import atomic_folder, recover, told_if_unwritable
 from qlora_native.train.interrupt import Interrupted, StopRequest
 from qlora_native.train.loss import causal_lm_loss, trained_tokens
 from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
+from qlora_native.train.report import MemoryReport
 from qlora_native.train.resume import find_checkpoint
 from qlora_native.train.schedule import learning_rate
 from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, make_optimizer, prepare_model
@@ -118,6 +119,7 @@ class Trainer:
         # Data, model, optimiser. The data come first: a broken line is found in seconds, a model takes longer.
         self.tokenizer = self.tokenizer or load_tokenizer(config.model)
         rows, held_out = load_rows(config, self.tokenizer)
+        memory = None if self.model is not None else MemoryReport(config, int(rows.lengths.max()))
         self.model = model = prepare_model(config, self.model)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(options, adapters, self.output_dir)
@@ -187,7 +189,10 @@ class Trainer:
                         raise Interrupted(
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
-            return self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+            summary = self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+            if memory is not None:
+                progress.note(memory.line())
+            return summary
 
     def _learn(self, rows: TokenizedDataset, numbers: list[int]) -> tuple[float, int, int]:
         """Forward and backward passes of one step: its loss, the tokens in it, and those of them that are trained."""
