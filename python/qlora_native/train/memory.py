@@ -5,12 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 
+from qlora_native.optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
+
 # mallopt's parameters (glibc, malloc.h)
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-# From these sizes on a block is a mapping of its own, which goes back to the system when it is freed. glibc seldom finds
-# an aligned block a place in a hole of the same size, so that what it keeps grows beyond what is used: by a fifth without
-# checkpointing, where most is kept anyway; to several times as much with it, where layer after layer comes and goes.
-LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING = 8 << 20, 256 << 10
 USER_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
 
