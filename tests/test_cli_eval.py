@@ -24,7 +24,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "held.jsonl", 6)
     (folder / "notes.txt").write_text("what is red? blood. " * 300, encoding="utf-8")
     (folder / "calibration.jsonl").write_text(
-        "".join(f'{{"text": "what is blue and good number {number}? sky"}}\n' for number in range(160)), encoding="utf-8"
+        "".join(f'{{"text": "what is blue and good number {number}? sky"}}\n' for number in range(160)),
+        encoding="utf-8",
     )
     model = qn.load_model(folder / "model")
     model.save_pretrained(folder / "four")
@@ -36,9 +37,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_line_compares_and_reports_plainly(files: Path, tmp_path: Path) -> None:
     command = "import sys; from qlora_native.cli.main import main; sys.exit(main())"
-    words = ["eval", files / "model", "--data", files / "held.jsonl", files / "notes.txt", "--report", tmp_path / "r"]
+    words: list[str | Path] = ["eval", files / "model", "--report", tmp_path / "r", "--compare", "rtn", "wmse"]
+    words += ["--calibration", files / "calibration.jsonl", "--data", files / "held.jsonl", files / "notes.txt"]
     done = subprocess.run(
-        [sys.executable, "-c", command, *words, "--compare", "rtn", "wmse", "--calibration", files / "calibration.jsonl"],
+        [sys.executable, "-c", command, *words],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -71,12 +73,24 @@ def test_json_is_one_object_and_nothing_else(files: Path, capsys: pytest.Capture
         (["{model}"], "nothing to evaluate on; give --data FILE, --choices FILE or --lm-eval TASK"),
         (["{model}", "--data", "{files}/gone.jsonl"], "gone.jsonl: no such data file"),
         (["{model}", "--data", "{held}", "--compare", "rtn", "gptq"], "method gptq needs calibration text"),
-        (["{model}", "--data", "{held}", "--compare", "rnt"], "'rnt' is no method of quantising: expected rtn, rtn_signed"),
-        (["{model}", "--data", "{held}", "--compare", "wmse", "--calibration", "{held}"], "calibrated on, which flatters"),
+        (
+            ["{model}", "--data", "{held}", "--compare", "rnt"],
+            "'rnt' is no method of quantising: expected rtn, rtn_signed",
+        ),
+        (
+            ["{model}", "--data", "{held}", "--compare", "wmse", "--calibration", "{held}"],
+            "calibrated on, which flatters",
+        ),
         (["{files}/four", "--data", "{held}", "--compare", "wmse"], "four is 4-bit already: methods are compared from"),
         (["{model}", "--data", "{held}", "--reference", "{model}"], "16-bit and its own reference"),
-        (["{files}/four", "--data", "{held}", "--reference", "{files}/four"], "four holds 4-bit weights: expected the 16-bit"),
-        (["{model}", "--data", "{held}", "--adapter", "{files}"], "has no adapter_config.json: expected an adapter folder"),
+        (
+            ["{files}/four", "--data", "{held}", "--reference", "{files}/four"],
+            "four holds 4-bit weights: expected the 16-bit",
+        ),
+        (
+            ["{model}", "--data", "{held}", "--adapter", "{files}"],
+            "has no adapter_config.json: expected an adapter folder",
+        ),
         (["{files}/gone", "--data", "{held}"], "gone is not there: expected a model folder"),
         (["{model}", "--data", "{held}", "--max-length", "1"], "--max-length is 1: expected 2 or more"),
         (["{model}", "--data", "{held}", "--rows", "0"], "--rows is 0: expected 1 or more"),

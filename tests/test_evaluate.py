@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.errors import UserError
-from qlora_native.evaluate import Comparison, Scores, Sides, SideResult, compare, load_choices, load_text, measure
+from qlora_native.evaluate import Comparison, Scores, SideResult, Sides, compare, load_choices, load_text, measure
 from qlora_native.evaluate.choices import accuracy
 from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.report import tables, write_report
@@ -91,6 +91,7 @@ def test_sums_are_those_of_each_row_alone(folder: Path, tmp_path: Path, monkeypa
     other = measure(dense, rows[:2], 1, keep_in=tmp_path)[1]  # a second text's file leaves the first one's alone
     scores, nothing = measure(model, rows, 1, against=kept)
     assert nothing is None and other is not None and model.training
+    assert scores.kl is not None and scores.agreed is not None
     assert torch.equal(scores.tokens, expected["tokens"]) and torch.equal(scores.agreed, expected["agreed"])
     assert torch.allclose(scores.nats, expected["nats"], rtol=1e-4)
     assert torch.allclose(scores.kl, expected["kl"], rtol=1e-3, atol=1e-5)
@@ -104,11 +105,13 @@ def test_logits_that_are_more_than_a_product(tmp_path: Path) -> None:
     dense, other = (make("Gemma2", seed=seed, final_logit_softcapping=3.0, head_dim=16) for seed in (0, 1))
     for model in (dense, other):
         torch.nn.init.normal_(model.lm_head.weight, std=0.5)
-    with pytest.warns(UserWarning, match="changes its logits after the output embedding"):
-        kept = measure(dense, rows, 0, keep_in=tmp_path)[1]
-        scores = measure(other, rows, 0, against=kept)[0]
+    told = "changes its logits after the output embedding"
+    with pytest.warns(UserWarning, match=told):
+        _, kept = measure(dense, rows, 0, keep_in=tmp_path)
+    with pytest.warns(UserWarning, match=told):
+        scores, _ = measure(other, rows, 0, against=kept)
     expected = by_hand(other, rows, dense)
-    assert kept is not None and kept.head is None
+    assert kept is not None and kept.head is None and scores.kl is not None
     assert torch.allclose(scores.nats, expected["nats"], rtol=1e-4)
     assert torch.allclose(scores.kl, expected["kl"], rtol=1e-3)
 
@@ -147,7 +150,7 @@ def test_questions_are_answered_by_likelihood(folder: Path, tokenizer: Any) -> N
     assert tokenizer.decode(predicted) == " the wide sky"
     nats = torch.tensor([1.0, 2.0, 5.0, 6.0, 7.0, 1.0, 2.0])
     found = accuracy(choices, nats)  # the second is right only by the byte
-    assert (found.plain[0], found.normalised[0]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert found.plain[0] == pytest.approx(1 / 3) and found.normalised[0] == pytest.approx(2 / 3)
     assert found.plain[1] == pytest.approx(math.sqrt(2 / 9 / 2))
     short = load_choices(folder / "q.jsonl", tokenizer, max_length=6)
     assert all(len(row["input_ids"]) <= 6 and row["labels"][0] == -100 for row in short.rows)
@@ -159,7 +162,10 @@ def test_questions_are_answered_by_likelihood(folder: Path, tokenizer: Any) -> N
         ({"question": "x", "choices": ["a", "b"]}, "q.jsonl:1: the row has no 'answer', only"),
         ({"question": " ", "choices": ["a", "b"], "answer": 0}, "'question' is ' ', expected text"),
         ({"question": "x", "choices": ["a"], "answer": 0}, "expected a list of at least two texts"),
-        ({"question": "x", "choices": ["a", "b"], "answer": 2}, "'answer' is 2, expected a number from 0 to 1, a letter"),
+        (
+            {"question": "x", "choices": ["a", "b"], "answer": 2},
+            "'answer' is 2, expected a number from 0 to 1, a letter",
+        ),
         ({"question": "x", "choices": ["a", "b"], "answer": "z"}, "'answer' is 'z', expected a number from 0 to 1"),
     ],
 )
@@ -179,7 +185,11 @@ def test_plain_text_is_cut_into_windows(folder: Path, tmp_path: Path, tokenizer:
     assert len(rows.rows) == 9 and "format messages" in rows.about and len(rows.sha256) == 64
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name, told in (("empty", "makes 0 tokens, expected at least 2"), ("latin", "byte 0xe9 at 3"), ("gone", "no such")):
+    for name, told in (
+        ("empty", "makes 0 tokens, expected at least 2"),
+        ("latin", "byte 0xe9 at 3"),
+        ("gone", "no such"),
+    ):
         with pytest.raises(UserError, match=told):
             load_text(tmp_path / f"{name}.txt", tokenizer)
 

@@ -76,7 +76,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as both:  # renames only after both are safe on disk
             both.enter_context(_replacing(folder / CONFIG_NAME, text.encode()))
-            both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata={"format": "pt", INIT_KEY: config.init})))
+            both.enter_context(
+                _replacing(folder / TENSORS_NAME, save(tensors, metadata={"format": "pt", INIT_KEY: config.init}))
+            )
         fsync(folder)
     except OSError as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""

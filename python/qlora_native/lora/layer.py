@@ -92,9 +92,7 @@ class LoRALinear(nn.Module):
         return f"r={self.r}, scale={self.scale:g}{dropout}"
 
 
-def add_lora(
-    model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics] | None = None
-) -> nn.Module:
+def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics] | None = None) -> nn.Module:
     """Put an adapter beside the linear layers that ``config`` targets, and freeze everything else.
 
     Args:

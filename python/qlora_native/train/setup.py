@@ -112,9 +112,7 @@ def _statistics(config: TrainConfig, model: Any, rows: TokenizedDataset | None) 
     init = config.lora.init
     if init == ZERO:
         return None
-    return lora_statistics(
-        model, _text(config, rows, f"lora.init is {init}") if init == H_SVD else None, full=False
-    )
+    return lora_statistics(model, _text(config, rows, f"lora.init is {init}") if init == H_SVD else None, full=False)
 
 
 def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> CalibrationData:
