@@ -64,13 +64,19 @@ def learning(result: dict[str, Any]) -> list[str]:
         ".",
         "",
     ]
-    head = ["base", *(f"{what} on {text}" for text in rows[0]["texts"] for what in ("end loss", "gap", "by rate")), "bar"]
+    head = [
+        "base",
+        *(f"{what} on {text}" for text in rows[0]["texts"] for what in ("end loss", "gap", "by rate")),
+        "bar",
+    ]
     body = []
     for row in rows:
         cells = [NAMES.get(row["base"], f"`{row['base']}`")]
         for found in row["texts"].values():
             gaps = found.get("gaps", {})
-            by_rate = "; ".join(f"{rate}: {sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for rate, v in gaps.items() if v)
+            by_rate = "; ".join(
+                f"{rate}: {sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for rate, v in gaps.items() if v
+            )
             cells += [f"{found['loss']:.3f}", f"{found['gap']:.3f}" if "gap" in found else "", by_rate]
         bars = (f"at most {bar['bar']:g} {bar['measure']}: {bar['value']:.2f}, {state(bar)}" for bar in row["bars"])
         body.append([*cells, "; ".join(bars)])
@@ -129,7 +135,9 @@ def main() -> None:
     _, _, after = rest.partition(END)
     wanted = before + block(result) + after
     if arguments.check:
-        sys.exit(0 if wanted == page else "docs/quality.md is not what bench/results/quality.json says: --write it again")
+        sys.exit(
+            0 if wanted == page else "docs/quality.md is not what bench/results/quality.json says: --write it again"
+        )
     PAGE.write_text(wanted, encoding="utf-8")
     plot(result, PICTURE)
 
