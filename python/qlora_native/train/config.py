@@ -97,6 +97,11 @@ class LoraSection(_Section):
         default="all-linear", description="names of the layers that get an adapter, or all-linear"
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r): steadier for large r")
+    init: Literal["zero", "h_svd", "loftq"] = Field(
+        default="zero",
+        description="what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs it by "
+        "text in the model; lower the learning rate; merge with base dequantized)",
+    )
 
 
 class LoopSection(_Section):
