@@ -7,13 +7,17 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from ranks import on_ranks
-from runs import metrics
+from runs import metrics, steps_told, wait_until
 from safetensors.torch import load_file
 from tiny import write_model, write_rows
 
@@ -165,3 +169,57 @@ def test_a_killed_rank_is_named_and_the_rest_resumes(folder: Path, pytestconfig:
         assert re.match(rf"rank {dying} of 2 died or hangs after step {step - 1}; the last checkpoint is", survivor)
         on_ranks(2, resumes, folder, name)
         assert distance(adapter(folder, name), adapter(folder, "one")) <= TOLERANCE
+
+
+def test_torchrun_restarts_from_the_checkpoint(folder: Path, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """Two processes of torchrun, one of which is killed again and again at moments of chance."""
+    if not pytestconfig.getoption("--torchrun"):
+        pytest.skip("starts torchrun only with --torchrun")
+    values = config(folder, "torchrun", parallel="fsdp", train={"save_every": 2}).model_dump(mode="json")
+    path, out = tmp_path / "config.yaml", folder / "torchrun"
+    path.write_text(yaml.safe_dump(values))
+    kills, chance = pytestconfig.getoption("--rank-kills"), random.Random(11)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(kills)]
+    process = subprocess.Popen(
+        [
+            *command,
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            "-m",
+            "qlora_native",
+            "train",
+            str(path),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(process.stderr or ()))
+    reader.start()
+    last = 0
+    for _ in range(kills):
+        before = children(process.pid)
+        wait_until(lambda: children(process.pid) != [] and steps_told(out) > last, process, 120)  # noqa: B023
+        last = min(8, steps_told(out) + chance.randrange(2))
+        wait_until(lambda: steps_told(out) >= last, process, 120)  # noqa: B023
+        before = children(process.pid)
+        os.kill(chance.choice(before), signal.SIGKILL)
+        wait_until(lambda: not set(before) & set(children(process.pid)), process, 120)  # noqa: B023
+        last = 0
+    printed = process.communicate(timeout=240)[0]
+    reader.join()
+    assert process.returncode == 0, (printed, said)
+    sentences = [line for line in said if re.match(r"qlora: rank [01] of 2 died or hangs after step \d", line)]
+    assert len(sentences) == kills, said
+    assert printed.count("continuing from") == kills
+    assert distance(adapter(folder, "torchrun"), adapter(folder, "one")) <= TOLERANCE
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` has started and that live."""
+    found = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if not line.split()[1].startswith("Z")]

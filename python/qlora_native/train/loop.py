@@ -42,7 +42,7 @@ from qlora_native.train.disk import atomic_folder, recover, told_if_unwritable
 from qlora_native.train.interrupt import Interrupted, StopRequest
 from qlora_native.train.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
-from qlora_native.train.ranks import NoMetrics, Ranks, joined
+from qlora_native.train.ranks import NoMetrics, Ranks, joined, restarted
 from qlora_native.train.resume import find_checkpoint
 from qlora_native.train.schedule import learning_rate
 from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, make_optimizer, prepare_model
@@ -127,7 +127,7 @@ class Trainer:
     def _train(self) -> TrainSummary:
         config, options, ranks = self.config, self.config.train, self.ranks
         ranks.on_first(lambda: recover(self.output_dir))
-        checkpoint = ranks.together(lambda: find_checkpoint(config, self.output_dir))
+        checkpoint = ranks.together(lambda: find_checkpoint(restarted(config), self.output_dir))
 
         # Data, model, optimiser. The data come first: a broken line is found in seconds, a model takes longer.
         self.tokenizer = self.tokenizer or ranks.together(lambda: load_tokenizer(config.model))
@@ -160,7 +160,7 @@ class Trainer:
         speeds: list[float] = []
         began = time.monotonic()
 
-        with closing(metrics), closing(progress), StopRequest() as stop:
+        with closing(metrics), closing(progress), StopRequest(ranks.world > 1, ranks.first) as stop:
             while True:
                 ranks.finished(state.step)
                 if held_out and is_due(state.step, options.eval_every, total):

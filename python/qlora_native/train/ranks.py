@@ -136,6 +136,12 @@ class NoMetrics:
         """Nothing."""
 
 
+def restarted(config: TrainConfig) -> TrainConfig:
+    """The config; one that resumes if torchrun started these processes anew because one of them had failed."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return config.model_copy(update={"resume": "auto"}) if again and config.resume is None else config
+
+
 @contextmanager
 def joined(config: TrainConfig) -> Iterator[Ranks]:
     """The ranks of the run, joined by torch.distributed if torchrun started several; a process group that is there
