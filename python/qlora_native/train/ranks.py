@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -175,6 +177,8 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         raise
     except Exception as error:
         if is_loss(error):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; it kills what has not ended in 30 s
             raise RankLost(watch.sentence()) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise
