@@ -163,7 +163,7 @@ LAYERS: tuple[set[str], ...] = (
     {"cli"},
     {"__main__"},
 )
-USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "calibration", "cli"}
+USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "calibration", "estimate", "cli"}
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
 

@@ -43,6 +43,12 @@ VERBS: dict[str, Verb] = {
     "train": Verb(
         "fine-tune a model as a config file says", "train", ("transformers", "pydantic", "yaml"), takes_overrides=True
     ),
+    "estimate": Verb(
+        "say how much memory a run takes, and what fits a card, before anything is loaded",
+        "train",
+        ("transformers", "pydantic", "yaml"),
+        takes_overrides=True,
+    ),
     "quantize": Verb("turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", "train", ("transformers",)),
     "convert": Verb(
         "turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", "train", ("transformers",)
@@ -53,7 +59,7 @@ VERBS: dict[str, Verb] = {
 }
 
 # What stands before the first --key, as argparse cannot tell the value of a key that it does not know from a file.
-_FIRST = {"train": "the config file", "config": "what to do (list, init or check)"}
+_FIRST = {"train": "the config file", "estimate": "the config file or the model", "config": "what to do (list, init or check)"}
 # Where the import name is not the name that pip knows.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 

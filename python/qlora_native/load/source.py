@@ -41,8 +41,8 @@ class SafetensorsSource:
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.checkpoint = Checkpoint.open(folder)
-        self.config = _read_config(folder)
-        self.four_bit_config: dict[str, object] | None = _four_bit_config(self.config, folder)
+        self.config = read_config(folder)
+        self.four_bit_config: dict[str, object] | None = four_bit_config(self.config, folder)
         self._plan: Plan | None = None
 
     def plan(self, tree: Tree) -> Plan:
@@ -232,7 +232,7 @@ def open_source(path: Path, dtype: torch.dtype) -> Source:
     raise UserError(f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it.")
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     try:
         kind = json.loads(path.read_bytes()).get("model_type")
@@ -249,7 +249,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
+def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
     """config.json's own description of 4-bit weights; None for 8-bit floats; refuses every other kind of quantised
     weights."""
     given = getattr(config, "quantization_config", None)

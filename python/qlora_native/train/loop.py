@@ -43,6 +43,7 @@ from qlora_native.train.interrupt import Interrupted, StopRequest
 from qlora_native.train.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
 from qlora_native.train.ranks import NoMetrics, Ranks, joined, restarted
+from qlora_native.train.report import MemoryReport
 from qlora_native.train.resume import find_checkpoint
 from qlora_native.train.schedule import learning_rate
 from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, make_optimizer, prepare_model
@@ -132,6 +133,8 @@ class Trainer:
         # Data, model, optimiser. The data come first: a broken line is found in seconds, a model takes longer.
         self.tokenizer = self.tokenizer or ranks.together(lambda: load_tokenizer(config.model))
         rows, held_out = ranks.together(lambda: load_rows(config, self.tokenizer))
+        alone = self.model is None and ranks.world == 1
+        memory = MemoryReport(config, int(rows.lengths.max())) if alone else None
         self.model = model = prepare_model(config, self.model, ranks)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(options, adapters, self.output_dir)
@@ -207,7 +210,10 @@ class Trainer:
                         raise Interrupted(
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
-            return self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+            summary = self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+            if memory is not None:
+                progress.note(memory.line())
+            return summary
 
     def _learn(self, rows: TokenizedDataset, items: Items) -> tuple[float, int, int]:
         """Forward and backward passes of one step: its loss, the tokens in it, and those of them that are trained."""

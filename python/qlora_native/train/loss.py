@@ -19,11 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 
 import qlora_native as qn
 from qlora_native.data import IGNORE_INDEX
+from qlora_native.estimate.memory import LOGIT_FIELDS  # only used to say why
 from qlora_native.integrations.fused import Head
 from qlora_native.nn import QuantizedLinear
-
-# config fields by which known models change the logits after the output embedding; only used to say why
-_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 _plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 _causal: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -168,7 +166,7 @@ def _head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
         if len(seen) == 1 and seen[0].shape[1] == 2 and torch.equal(logits.float(), expected.float().expand_as(logits)):
             return True
         text_config = model.config.get_text_config()
-        fields = [f"{key}={value}" for key in _LOGIT_FIELDS if (value := getattr(text_config, key, None)) is not None]
+        fields = [f"{key}={value}" for key in LOGIT_FIELDS if (value := getattr(text_config, key, None)) is not None]
         reason = f"it changes its logits after the output embedding{f' ({fields[0]})' if fields else ''}"
     warnings.warn(
         f"{name}: {reason}, so the loss is taken from the model's own logits, "
