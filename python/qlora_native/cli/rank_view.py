@@ -59,7 +59,8 @@ def _of_rank(moment: str, terms: Terms, plan: RankPlan) -> int:
         gradients=math.ceil(terms.gradients * part),
         optimizer=math.ceil(terms.optimizer * part),
     )
-    return own.total + (plan.gathered if moment in ("loss", "backward") else 0)
+    gathered = {"loss": plan.gathered_embedding, "backward": plan.gathered_blocks}
+    return own.total + gathered.get(moment, 0)
 
 
 def told_ranks(ranks: list[Rank]) -> list[dict[str, Any]]:
@@ -78,7 +79,8 @@ def rank_lines(ranks: list[Rank], card: int | None) -> list[str]:
         verdict = "" if card is None else f", which {'fits' if rank.total <= card else 'does not fit'} {size(card)}"
         held = f"{size(plan.frozen)} of frozen weights"
         if plan.cut:
-            held += f" and {size(plan.gathered)} gathered for a moment"
+            most = max(plan.gathered_blocks, plan.gathered_embedding)
+            held += f" and up to {size(most)} gathered for a moment"
         lines.append(
             f"{rank.mode} on {plan.world}: {size(rank.total)} a card{verdict}; {held}; "
             f"{size(plan.received)} received a step, {rank.seconds:.2g} s on that link"

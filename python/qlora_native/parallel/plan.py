@@ -38,8 +38,9 @@ class RankPlan:
         world: ranks. cut: the model is cut over them (fsdp); else each has all of it (ddp).
         frozen: bytes of frozen weights that the rank holds, whole buffers included.
         trained: bytes of trained parameters that it holds; gradients take as much, and optimizer states in proportion.
-        gathered: the most bytes of gathered weights at once: the block that runs, those that are on their way and the
-            message that brings one; or an embedding and its message; beside them what belongs to no block.
+        gathered_blocks: the most bytes of gathered weights while blocks run: one block, those that are on their way,
+            the message that brings one, and what belongs to no block.
+        gathered_embedding: the same while an embedding, the output's among them, and its message are there.
         received: bytes that it receives in a step. sent: bytes that it sends.
     """
 
@@ -47,7 +48,8 @@ class RankPlan:
     cut: bool
     frozen: int
     trained: int
-    gathered: int
+    gathered_blocks: int
+    gathered_embedding: int
     received: int
     sent: int
 
@@ -71,7 +73,7 @@ def plan_rank(
         whole = _group(model, 1)
         # In a ring every byte passes twice: once to be summed, once with the sum.
         moved = math.ceil(2 * others / world * whole.trained)
-        return RankPlan(world, False, whole.frozen + buffers, whole.trained, 0, moved, moved)
+        return RankPlan(world, False, whole.frozen + buffers, whole.trained, 0, 0, moved, moved)
     apart = [*blocks_of(model), *(module for module in untied_embeddings(model) if module is not None)]
     groups = {module: _group(module, world) for module in apart}
     blocks = [groups[block] for block in blocks_of(model)]
@@ -85,13 +87,15 @@ def plan_rank(
     parts = sorted((block.part for block in blocks), reverse=True)
     running = sum(parts[: 1 + prefetch]) if reshard else sum(parts)
     # While a message is there, so is what is unpacked from it: what is gathered last counts twice.
-    most = max(running + max(parts, default=0), 2 * max(embeddings, default=0) + (0 if reshard else sum(parts)))
+    one = max(parts, default=0)
+    embedding = 2 * max(embeddings, default=0) + (0 if reshard else sum(parts))
     return RankPlan(
         world=world,
         cut=True,
         frozen=sum(group.frozen for group in every) + buffers,
         trained=sums,
-        gathered=world * max(2 * root.part, root.part + most),
+        gathered_blocks=world * (root.part + running + one),
+        gathered_embedding=world * (root.part + embedding),
         received=moved,
         sent=moved,
     )
