@@ -41,6 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="SIZE", help="memory of a card, such as 24GB: does the run fit, and what would")
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens a row (the key data.max_length)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows a micro-batch (the key train.batch_size)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="several processes with a card each, by ddp and by fsdp")
+    parser.add_argument("--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)")
     parser.add_argument("--cpu", action="store_true", help="for a run on the CPU (the default where torch finds no GPU and --gpu is not given)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
     parser.add_argument("--plot", metavar="FILE.png", help="draw each part for checkpointing on and off")
@@ -50,11 +52,13 @@ figure comes about and how far it was from what was measured.
 examples:
   qlora estimate config.yaml
   qlora estimate Llama-3.1-8B-Instruct --gpu 24GB --seq-length 2048 --batch-size 1
+  qlora estimate Llama-3.1-70B-Instruct --gpus 8 --gpu 24GB --link 50GB
   qlora estimate Qwen3-8B --gpu 16GB --lora.r 64 --optimizer adamw8bit --plot memory.png"""
 
 
 def run(args: argparse.Namespace) -> int:
     """Estimate and print."""
+    from qlora_native.cli.rank_view import each_rank, rank_lines, told_ranks
     from qlora_native.estimate import Estimator
     from qlora_native.train.report import setting_of
     from qlora_native.train.setup import told_to_the_user
@@ -67,25 +71,27 @@ def run(args: argparse.Namespace) -> int:
         estimator = Estimator(Path(config.model).expanduser(), setting_of(config, device))
         estimate = estimator.at()
     fitting = None if card is None else _fitting(estimator, card)
+    ranks = [] if args.gpus == 1 else each_rank(estimator, estimate, config, args.gpus, card_bytes(args.link, "--link"))
     if args.plot:
         from qlora_native.cli.memory_view import plot
 
         plot(estimator, Path(args.plot), Path(config.model).name)
     if args.json:
-        print(json.dumps({**estimate.as_dict(), "setting": _told(config, device), "card": card, "fits": fitting}))
+        print(json.dumps({**estimate.as_dict(), "setting": _told(config, device), "card": card, "fits": fitting, "ranks": told_ranks(ranks)}))
         return 0
     from qlora_native.cli.memory_view import show
 
-    show(estimate, _title(config, device), _lines(estimate, card, fitting, config))
+    show(estimate, _title(config, device), _lines(estimate, card, fitting, config) + rank_lines(ranks, card))
     return 0
 
 
-def card_bytes(text: str) -> int:
+def card_bytes(text: str, option: str = "--gpu") -> int:
     """The memory of a card: 24GB is 24 GiB, as makers of cards count."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])?(?:i?B)?", text.strip(), re.IGNORECASE)
     size = 0 if found is None else int(float(found[1]) * UNITS[(found[2] or "G").upper()])
     if not CARDS[0] <= size <= CARDS[1]:
-        raise UserError(f"--gpu is {text!r}: expected the memory of a card from 1GB to 1TB, such as 24GB")
+        what = "the memory of a card" if option == "--gpu" else "bytes a second"
+        raise UserError(f"{option} is {text!r}: expected {what} from 1GB to 1TB, such as 24GB")
     return size
 
 

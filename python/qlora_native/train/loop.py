@@ -44,7 +44,7 @@ from qlora_native.train.interrupt import Interrupted, StopRequest
 from qlora_native.train.loggers import make_loggers
 from qlora_native.train.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
-from qlora_native.train.ranks import NoMetrics, Ranks, joined
+from qlora_native.train.ranks import NoMetrics, Ranks, joined, restarted
 from qlora_native.train.report import MemoryReport
 from qlora_native.train.resume import find_checkpoint
 from qlora_native.train.schedule import learning_rate
@@ -130,7 +130,7 @@ class Trainer:
     def _train(self) -> TrainSummary:
         config, options, ranks = self.config, self.config.train, self.ranks
         ranks.on_first(lambda: recover(self.output_dir))
-        checkpoint = ranks.together(lambda: find_checkpoint(config, self.output_dir))
+        checkpoint = ranks.together(lambda: find_checkpoint(restarted(config), self.output_dir))
 
         loggers = ranks.on_first(lambda: make_loggers(config.logging, self.output_dir, config.model_dump(mode="json")))
 
@@ -167,7 +167,7 @@ class Trainer:
         speeds: list[float] = []
         began = time.monotonic()
 
-        with closing(metrics), closing(progress), StopRequest() as stop:
+        with closing(metrics), closing(progress), StopRequest(ranks.world > 1, ranks.first) as stop:
             while True:
                 ranks.finished(state.step)
                 if held_out and is_due(state.step, options.eval_every, total):
