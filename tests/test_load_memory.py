@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 HIDDEN, INNER, LAYERS, VOCAB = 1536, 4096, 10, 8192
 
@@ -27,7 +27,7 @@ LOADERS = {
 CHILD = """
 import json, sys
 import torch
-import transformers.models.llama.modeling_llama
+import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
 from transformers import AutoModelForCausalLM
 from qlora_native import QLoRANativeConfig
 from qlora_native.load import load_model, quantizer
@@ -98,6 +98,37 @@ def anonymous_bytes(pid: int) -> int:
     return values["RssAnon"] + values["RssShmem"]
 
 
+def write_experts(folder: Path) -> int:
+    """A random mixtral whose largest tensors are its experts, stored one by one. Returns the bytes of the largest."""
+    hidden, inner = 1024, 2048
+    config = MixtralConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        architectures=["MixtralForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    weight = torch.randn(inner, hidden).mul_(0.02).bfloat16()
+    square, norm = weight[:hidden], torch.ones(hidden, dtype=torch.bfloat16)
+    tensors = {"model.embed_tokens.weight": square, "lm_head.weight": square, "model.norm.weight": norm}
+    for number in range(config.num_hidden_layers):
+        prefix = f"model.layers.{number}."
+        tensors |= {f"{prefix}self_attn.{name}_proj.weight": square for name in "qkvo"}
+        tensors |= {f"{prefix}{name}_layernorm.weight": norm for name in ("input", "post_attention")}
+        tensors[f"{prefix}block_sparse_moe.gate.weight"] = weight[:8]
+        for expert in range(8):
+            for name in ("w1", "w2", "w3"):
+                part = weight.view(hidden, inner) if name == "w2" else weight
+                tensors[f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"] = part
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return weight.nbytes
+
+
 def measure(folder: Path, loader: str) -> tuple[int, int, int, int]:
     """Anonymous bytes at the peak and after loading, beyond those of the imports; the model's bytes, the 4-bit ones."""
     script = CHILD.replace("{loader}", loader)
@@ -140,10 +171,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("loader", LOADERS)
 def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int], loader: str) -> None:
-    folder, largest = model_folder
-    peak, rest, num_bytes, bytes_4bit = measure(folder, LOADERS[loader])
+    check_peak(*model_folder, LOADERS[loader], 100e6)
+
+
+@pytest.mark.slow_memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_experts_are_not_stacked_in_16_bits(tmp_path: Path) -> None:
+    check_peak(tmp_path, write_experts(tmp_path), LOADERS["load_model"], 50e6)
+
+
+def check_peak(folder: Path, largest: int, loader: str, at_least: float) -> None:
+    """Load ``folder`` in a process of its own: its peak, and that ``at_least`` so many bytes have become 4-bit."""
+    peak, rest, num_bytes, bytes_4bit = measure(folder, loader)
     limit = (num_bytes + largest) * 1.1
     told = f"peak {peak:,}, at rest {rest:,} bytes; model {num_bytes:,}, largest tensor {largest:,}"
     print(told)
-    assert bytes_4bit > 100e6, "the layers must have become 4-bit"
+    assert bytes_4bit > at_least, "the layers must have become 4-bit"
     assert peak <= limit, told
