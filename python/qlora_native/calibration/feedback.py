@@ -66,9 +66,10 @@ def _factorised(hessian: torch.Tensor, damping: float) -> Factor | None:
         torch.diagonal(lower).add_(damping)
         failed = torch.empty((), dtype=torch.int32, device=hessian.device)
         with _on_one_thread():
-            torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if int(failed) == 0 and bool(torch.isfinite(lower.sum())):
-            return _over_diagonal(lower), order, damping
+            columns = lower.t()  # the same matrix as LAPACK lays it out: nothing is copied
+            torch.linalg.cholesky_ex(columns, out=(columns, failed))
+        if int(failed) == 0 and bool(torch.isfinite(columns.sum())):
+            return _over_diagonal(columns), order, damping
         damping = max(10 * damping, FIRST_RAISE)
     return None
 
