@@ -7,6 +7,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/causal_attention.cc
   cpp/cpu/dequantize_4bit.cc
   cpp/cpu/file_store.cc
+  cpp/cpu/gptq_4bit.cc
   cpp/cpu/gradient_norm.cc
   cpp/cpu/isa.cc
   cpp/cpu/isa_scalar.cc
@@ -19,6 +20,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/quantize_4bit.cc
   cpp/cpu/rms_norm.cc
   cpp/cpu/rotary.cc
+  cpp/cpu/search_scales_4bit.cc
   cpp/cpu/side_thread.cc
   cpp/cpu/swiglu.cc
   cpp/cpu/tiles.cc)

@@ -272,17 +272,17 @@ ASSISTANT = {"role": "assistant", "content": "a"}
         (
             "messages",
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
-            "messages[0] calls a tool, which cannot be trained on; remove the row.",
+            "messages[0].tool_calls[0] names no function, expected {'name': ..., 'arguments': {...}}.",
         ),
         (
             "sharegpt",
             {"conversations": [{"from": "function_call", "value": "{}"}]},
-            "conversations[0].from is 'function_call', a tool call, which cannot be trained on; remove the row.",
+            "conversations[0].value names no function, expected {'name': ..., 'arguments': {...}}.",
         ),
         (
             "messages",
             {"messages": CHAT, "tools": [{}]},
-            "the row has 'tools', which cannot be trained on; remove the row or its 'tools' key.",
+            "tools[0] has no 'name', expected a function with name and parameters.",
         ),
         (
             "messages",

@@ -19,10 +19,13 @@ from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 if TYPE_CHECKING:
     from . import nn as nn
     from . import optim as optim
+    from . import parallel as parallel
+    from .calibration.data import CalibrationData as CalibrationData
     from .integrations import fuse as fuse
     from .integrations.peft import peft_config as peft_config
     from .integrations.transformers import QLoRANativeConfig as QLoRANativeConfig
     from .load import load_model as load_model
+    from .load import lora_statistics as lora_statistics
     from .load import merge as merge
     from .load.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
     from .lora import LoraConfig as LoraConfig
@@ -34,8 +37,10 @@ if TYPE_CHECKING:
     from .tuning import tune as tune
 
 _LAZY = {
+    "CalibrationData": "calibration.data",
     "nn": "nn",
     "optim": "optim",
+    "parallel": "parallel",
     "fuse": "integrations",
     "peft_config": "integrations.peft",
     "QLoRANativeConfig": "integrations.transformers",
@@ -45,6 +50,7 @@ _LAZY = {
     "add_lora": "lora",
     "save_adapter": "lora",
     "load_adapter": "lora",
+    "lora_statistics": "load",
     "merge": "load",
     "TrainConfig": "train",
     "Trainer": "train",
@@ -52,6 +58,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CalibrationData",
     "LoraConfig",
     "QLoRANativeConfig",
     "QuantizedWeight",
@@ -68,10 +75,12 @@ __all__ = [
     "load_adapter",
     "load_model",
     "lora_linear",
+    "lora_statistics",
     "merge",
     "nn",
     "ops",
     "optim",
+    "parallel",
     "peft_config",
     "quantize",
     "save_adapter",
@@ -84,7 +93,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'qlora_native' has no attribute {name!r}")
     module = importlib.import_module(f".{_LAZY[name]}", __name__)
-    value = module if name in ("nn", "optim") else getattr(module, name)
+    value = module if name in ("nn", "optim", "parallel") else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -45,9 +45,7 @@ def quantize_blocks(t: torch.Tensor, quant_type: int, block_size: int) -> tuple[
     absmax = blocks.abs().amax(1) if flat.numel() else flat.new_zeros(0)
     zero_code = 7 if quant_type == 0 else 0
     codes = torch.where((absmax == 0)[:, None], zero_code, _codes(_normalised(blocks, absmax), quant_type))
-    codes = codes.reshape(-1)[: flat.numel()].to(torch.uint8)
-    codes = F.pad(codes, (0, codes.numel() % 2), value=zero_code)
-    return codes[0::2] << 4 | codes[1::2], absmax
+    return pack(codes.reshape(-1)[: flat.numel()].to(torch.uint8), quant_type), absmax
 
 
 def non_finite_message(index: int, t: torch.Tensor) -> str:
@@ -141,6 +139,99 @@ def dequantize(
     index = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[:numel].long()
     spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[:numel]
     return (table[index] * spread).to(dtype).reshape(shape)
+
+
+def pack(codes: torch.Tensor, quant_type: int) -> torch.Tensor:
+    """Two codes a byte, the earlier one in the high nibble; an odd last byte is filled with the code of zero."""
+    codes = F.pad(codes.reshape(-1), (0, codes.numel() % 2), value=7 if quant_type == 0 else 0)
+    return codes[0::2] << 4 | codes[1::2]
+
+
+def reciprocals(scales: torch.Tensor) -> torch.Tensor:
+    """1 / scale, and 0 where that is not finite: such a block takes the code of zero throughout."""
+    inverse = 1.0 / scales
+    return torch.where(torch.isfinite(inverse), inverse, 0.0)
+
+
+SUM_LANES = 16  # partial sums of a block's error: element i belongs to sum i % 16, and a halving tree adds them up
+
+
+def _weighted_error(x: torch.Tensor, moment: torch.Tensor, scales: torch.Tensor, quant_type: int) -> torch.Tensor:
+    """Sum over each block of moment * (x - level * scale)^2 in fp32, in the fixed order; [blocks]."""
+    codes = _codes(x * reciprocals(scales)[:, None], quant_type)
+    error = x - _native.levels(quant_type).to(x.device)[codes.long()] * scales[:, None]
+    terms = (moment * (error * error)).unflatten(1, (-1, SUM_LANES))
+    sums = terms[:, 0].clone()
+    for step in range(1, terms.shape[1]):
+        sums += terms[:, step]
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums[:, 0]
+
+
+def search_scales(
+    t: torch.Tensor,
+    moment: torch.Tensor,
+    table: torch.Tensor,
+    multiplier: torch.Tensor,
+    offset: torch.Tensor,
+    initial: torch.Tensor,
+    group: int,
+    low: float,
+    high: float,
+    quant_type: int,
+    block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes and, for each block, the index of the scale with the least weighted squared error.
+
+    The scales are table[i] * multiplier + offset. A block looks at those whose magnitude lies between ``low`` and
+    ``high`` times its largest element, and at ``initial``; equal errors take the lower index. Each row of ``t`` is
+    weighted by ``moment``, fp32 [K].
+    """
+    flat = t.detach().reshape(-1).float()
+    x = _padded_blocks(flat, block_size)
+    weights = _padded_blocks(moment.repeat(flat.numel() // max(moment.numel(), 1)), block_size)
+    absmax = x.abs().amax(1) if flat.numel() else flat.new_zeros(0)
+    spread = multiplier.repeat_interleave(group)[: absmax.numel()]
+    best, chosen = torch.full_like(absmax, math.inf), initial.clone()
+    for index, level in enumerate(table):
+        scales = level * spread + offset
+        size = scales.abs()
+        allowed = ((absmax * low <= size) & (size <= absmax * high)) | (initial == index)
+        rows = allowed.nonzero()[:, 0]
+        error = _weighted_error(x[rows], weights[rows], scales[rows], quant_type)
+        better = error < best[rows]
+        best[rows[better]] = error[better]
+        chosen[rows[better]] = index
+    scales = table[chosen.long()] * spread + offset
+    codes = _codes(x * reciprocals(scales)[:, None], quant_type)
+    return pack(codes.reshape(-1)[: flat.numel()], quant_type), chosen
+
+
+def gptq(
+    t: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, scales: torch.Tensor, quant_type: int, block_size: int
+) -> torch.Tensor:
+    """Packed codes of ``t`` [N, K] under given scales, each column's rounding error handed on to the later ones.
+
+    Columns go in ``order``, int64 [K]. The i-th of them adds (weight - decoded) * factor[i, j] to every later column
+    j, fp32 product and sum apart; ``factor`` is fp32 [K, K] in that order, read above its diagonal alone.
+
+    Source: Frantar et al., "GPTQ", 2022, algorithm 1, in the form of Babai's nearest plane (Chen et al., "The Geometry
+    of LLM Quantization", 2025): the same codes with one Cholesky factor and no inverse.
+    """
+    weight = t.detach().float()[:, order]
+    spread = scales.repeat_interleave(block_size)[: t.numel()].reshape(t.shape)[:, order]
+    inverse = reciprocals(spread)
+    levels = _native.levels(quant_type).to(t.device)
+    target = weight.clone()
+    codes = torch.empty(t.shape, dtype=torch.uint8, device=t.device)
+    for i in range(t.shape[1]):
+        code = _codes(target[:, i] * inverse[:, i], quant_type)
+        codes[:, order[i]] = code
+        error = weight[:, i] - levels[code.long()] * spread[:, i]
+        target[:, i + 1 :] += error[:, None] * factor[i, i + 1 :]
+    return pack(codes, quant_type)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

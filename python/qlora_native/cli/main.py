@@ -47,8 +47,17 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", "train", ("transformers",)
     ),
+    "chat": Verb("answer, base model and adapter side by side", "train", ("transformers", "jinja2")),
+    "merge": Verb("add an adapter to its base model and say what that cost", "train", ("transformers",)),
+    "export": Verb(
+        "write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", "train", ("transformers",)
+    ),
+    "eval": Verb(
+        "measure what 4 bits, a method and an adapter did to a model", "train", ("transformers", "pydantic", "yaml")
+    ),
     "config": Verb("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
     "tune": Verb("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
+    "bench": Verb("measure this library's ops against torch's on this machine"),
     "doctor": Verb("say what this machine and this installation offer, and what is missing"),
 }
 

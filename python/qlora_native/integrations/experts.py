@@ -18,6 +18,7 @@ from qlora_native.integrations.substitute import Substitute, substitute_class
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, bnb_state_key, from_bnb, to_bnb
 
 Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
+Product = Callable[[str, int, Tensor], Tensor]
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _SCALES = TENSOR_FIELDS[1:]
 
@@ -54,16 +55,7 @@ class QuantizedExperts(Substitute):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, K] of tokens that go to experts top_k_index [T, k]; returns [T, K]."""
-        up, activate = ("gate_up_proj", self._apply_gate) if self.has_gate else ("up_proj", self.act_fn)
-        result = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:  # another process has it
-                continue
-            token, position = torch.where(top_k_index == expert)
-            inner = activate(self._product(up, expert, hidden_states[token]))
-            outer = self._product("down_proj", expert, inner) * top_k_weights[token, position, None]
-            result = result.index_add(0, token, outer.to(result.dtype))
-        return result
+        return by_expert(self, hidden_states, top_k_index, top_k_weights, product=self._product)
 
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
         stack = self.stack(name)
@@ -116,6 +108,23 @@ class QuantizedExperts(Substitute):
                 missing_keys.append(prefix + name)
             else:
                 put_stack(self, name, from_bnb(state_dict, prefix + name).to(self._parameters[name].device))  # type: ignore[union-attr]
+
+
+def by_expert(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, product: Product
+) -> Tensor:
+    """The rule of a module that :func:`stacks_of` names, expert by expert: ``product(name, e, x [t, K])`` is x times
+    the transpose of that stack's slice e."""
+    up, activate = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
+    result = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if expert >= experts.num_experts:  # another process has it
+            continue
+        token, position = torch.where(top_k_index == expert)
+        inner = activate(product(up, expert, hidden_states[token]))
+        outer = product("down_proj", expert, inner) * top_k_weights[token, position, None]
+        result = result.index_add(0, token, outer.to(result.dtype))
+    return result
 
 
 def stacks_of(model: nn.Module, block_size: int) -> Iterator[tuple[str, str, Tensor]]:

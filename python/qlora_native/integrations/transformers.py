@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import qlora_native as qn
 
 METHOD = "qlora_native"  # quant_method in config.json
+METADATA = "qlora_native"  # key of quantization_config that tells how the 4-bit weights were made, bitsandbytes' too
 # bitsandbytes' names for the same settings, so that a script changes nothing but the class.
 _THEIR_NAMES = {
     "bnb_4bit_quant_type": "quant_type",
@@ -82,6 +83,8 @@ class QLoRANativeConfig(QuantizationConfigMixin):
         self.double_quant = values["double_quant"]
         self.compute_dtype = _dtype_name(values["compute_dtype"])
         self.skip_modules = None if values["skip_modules"] is None else list(values["skip_modules"])
+        if METADATA in others:
+            self.qlora_native = others[METADATA]
         qn.quantize(torch.zeros(1, device="cpu"), **self.options())  # refuses wrong options now
 
     def options(self) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def _translated(others: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
         elif name in _THEIR_OTHERS:
             if value not in _THEIR_OTHERS[name]:
                 raise ValueError(f"QLoRANativeConfig: {name} is {value!r}: expected {_THEIR_OTHERS[name][0]!r}.")
-        elif name not in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
+        elif name not in ("quant_method", "_load_in_4bit", "_load_in_8bit", METADATA):
             near = get_close_matches(name, [*values, *_THEIR_NAMES], n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(values)}."
             raise ValueError(f"QLoRANativeConfig has no setting {name!r}: {hint}")
@@ -121,7 +124,11 @@ def _register() -> None:
         """Our config, given by the caller, wins over the 8-bit floats and 4-bit weights that it can read."""
         values = stored if isinstance(stored, dict) else stored.to_dict()
         readable = values.get("quant_method") == "fp8" or values.get("load_in_4bit")
-        return given if isinstance(given, QLoRANativeConfig) and readable else merge(stored, given)
+        if not (isinstance(given, QLoRANativeConfig) and readable):
+            return merge(stored, given)
+        if METADATA in values:
+            given.qlora_native = values[METADATA]
+        return given
 
     AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
 

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 import os
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from .. import integrations
+from ..calibration.quantize import METHODS
 from ..errors import UserError
 from ..integrations.experts import without_stacks
-from ..ops.quantize_4bit import double_quantize
-from ..reference import NESTED_BLOCK
-from ..weight import TENSOR_FIELDS, QuantizedWeight, quantize
+from ..integrations.transformers import METADATA
+from ..weight import TENSOR_FIELDS, quantize
+from .calibrated import Progress, calibrated
 from .files import some_of
-from .layers import OUTPUT_EMBEDDING, four_bit_parts, four_bit_weights, is_four_bit, is_plain_linear
+from .layers import OUTPUT_EMBEDDING, four_bit_parts, four_bit_weights, is_four_bit
 from .source import Source, open_source
-from .tree import Tree, first_sentence
+from .taker import DTYPES, Taker, give_memory_back
+from .tree import Tree
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-METHODS = ("rtn",)
-TRIM_EVERY_BYTES = 1 << 27
+CALIBRATED = ("wmse", "gptq")  # methods that need data
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,23 @@ class LoadReport:
         bytes_4bit: bytes of the 4-bit weights, their scales included.
         bytes_dense: bytes of every other parameter and buffer.
         dense: bytes of each parameter that is not 4-bit, by name, largest first; tied ones once.
+        method: how its 4-bit weights were made: "rtn", "rtn_signed", "wmse" or "gptq"; None if nothing is 4-bit or
+            the folder, which holds 4-bit weights, does not say.
+        calibration: what the statistics were gathered from: sha256 of the tokens, rows, length, tokens, seed; None for
+            methods without data.
+        fell_back: 4-bit weights that did not get the method, and why; "name[3]" is expert 3 of a stack. Empty for a
+            folder that holds 4-bit weights.
+        seconds: that loading took.
     """
 
     path: Path
     bytes_4bit: int
     bytes_dense: int
     dense: dict[str, int]
+    method: str | None = None
+    calibration: dict[str, Any] | None = None
+    fell_back: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -59,10 +68,15 @@ class LoadReport:
 
     def __str__(self) -> str:
         named = [f"{name} ({num_bytes / 2**20:.1f} MiB)" for name, num_bytes in self.dense.items()]
-        return (
+        text = (
             f"{self.num_bytes / 2**20:.1f} MiB, {100 * self.share_4bit:.1f} % of them 4-bit; not 4-bit: "
             f"{some_of(named, 8) or 'nothing'}"
         )
+        if self.calibration is not None:
+            text += f"; {self.method} by {self.calibration['tokens']:,} tokens"
+        if self.fell_back:
+            text += f"; {len(self.fell_back)} weights were not calibrated ({some_of(list(self.fell_back), 3)})"
+        return text
 
 
 def load_model(
@@ -74,15 +88,19 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | int | None = None,
     skip_modules: Iterable[str] = (OUTPUT_EMBEDDING,),
-    method: str = "rtn",
+    method: str | None = None,
     calibration: Any = None,
     fuse: bool = True,
+    work_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    reader: Callable[[Source, Taker], None] | None = None,
 ) -> PreTrainedModel:
     """Load any transformers causal LM with its linear layers in 4 bits.
 
     Tensors are read one at a time, quantised (or cast to ``dtype``) and dropped, so memory peaks at the 4-bit model
-    plus the largest tensor. The model comes back in evaluation mode, every parameter frozen; ``model.load_report``
-    says what is 4-bit and what is not.
+    plus the largest tensor; with "wmse" and "gptq", plus one decoder layer in 16 bits, what it computes of the
+    sequences at hand, and its statistics. The model comes back in evaluation mode, every parameter frozen;
+    ``model.load_report`` says what is 4-bit and what is not.
 
     Args:
         path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in
@@ -95,123 +113,73 @@ def load_model(
         device: where the model goes; None is torch's default device.
         skip_modules: linear layers to leave dense: module paths or path endings, with all under them. "lm_head"
             means the output embedding, whatever the model calls it. Tied weights always stay dense.
-        method: "rtn", round to nearest.
-        calibration: for methods that need data; None with "rtn".
+        method: how codes and scales are chosen; the format is the same. "rtn" rounds to nearest under each block's
+            largest magnitude, as bitsandbytes does; "rtn_signed" lets a scale be negative; "wmse" searches each
+            block's scale for the least error weighted by the mean square of the input channels; "gptq" also passes
+            the error of each column on to the next ones (Frantar et al., "GPTQ", 2022). None is "wmse" with
+            calibration data and "rtn" without. docs/calibration.md tells which to use.
+        calibration: for "wmse" and "gptq": a file that ``qlora train`` reads, a list of texts, token tensors, or a
+            :class:`qlora_native.CalibrationData`, which also says how much of it to take.
         fuse: give the modules between the products native kernels where they compute the same, as
             :func:`qlora_native.fuse` says. Outputs then agree with transformers' own code to rounding; on a device
             other than a CPU nothing changes.
+        work_dir: with calibration, a folder of this load's own on a disk: finished layers and hidden states are kept
+            there, a load that was killed goes on from it, and a load that ends removes it.
+        progress: with calibration, called with a line of text, the layers done, and the layers in all.
+        reader: brings the tensors in, in place of reading all of them here; without calibration. For several
+            processes there is :func:`qlora_native.parallel.load_model`, which uses it.
 
     Raises:
         UserError: the files are missing, broken, of another model or hold a NaN; the sentence names the file and the
-            tensor.
+            tensor. The calibration data are too short or cannot be read; the model has no layers to run one by one.
         ValueError: an argument is wrong.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load_model: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
+    method = method or ("rtn" if calibration is None else CALIBRATED[0])
     if method not in METHODS:
-        raise ValueError(f"load_model: method is {method!r}: expected {' or '.join(map(repr, METHODS))}.")
-    if calibration is not None:
+        raise ValueError(f"load_model: method is {method!r}: expected {', '.join(map(repr, METHODS))}.")
+    if calibration is not None and method not in CALIBRATED:
         raise ValueError(f"load_model: method {method!r} takes no calibration data: leave calibration out.")
+    if calibration is None and method in CALIBRATED:
+        raise ValueError(f"load_model: method {method!r} needs calibration data: give calibration a file or texts.")
     if isinstance(skip_modules, str):
         raise ValueError(f"load_model: skip_modules is the string {skip_modules!r}: expected a list of module names.")
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before minutes of reading
 
+    began = time.monotonic()
     target = torch.get_default_device() if device is None else torch.device(device)
     source = open_source(Path(path), dtype)
     tree = Tree(source.config, dtype, target)
-    # A model that is 4-bit already says itself which layers are not.
-    weights = {} if source.is_four_bit(tree) else four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
-
-    def is_copied(name: str, stored: torch.dtype) -> bool:
-        return name in weights or stored != tree.dtype_of(name) or target.type != "cpu"
-
-    passed = 0
-    for name, value, file in source.arrivals(tree, lambda name: True, is_copied, weights.__contains__):
-        if isinstance(value, Iterator):
-            weight = _quantized_stack(name, value, tree.shapes[name].shape, file, target, options)
-            weight.dtype = dtype
-            tree.put_quantized(name, weight, False, file)
-            passed += 2 * weight.numel()
-        elif isinstance(value, QuantizedWeight):
-            module = tree.model.get_submodule(name.rpartition(".")[0])
-            transposed = is_plain_linear(module) and not isinstance(module, nn.Linear)
-            tree.put_quantized(name, value.to(target), transposed, file)
-        elif name in weights:
-            weight = _quantized(name, value.to(target), file, weights[name], options)
-            weight.dtype = dtype  # not that of the file: everything dense is cast likewise
-            tree.put_quantized(name, weight, weights[name], file)
-        else:
-            _check_finite(name, value, file)
-            tree.put(name, value, file)
-        passed += value.nbytes if isinstance(value, Tensor) else 0
-        if passed > TRIM_EVERY_BYTES:
-            passed = 0
-            give_memory_back()
+    told: dict[str, Any] = {"method": method}
+    fell_back: dict[str, str] = {}
+    if source.is_four_bit(tree):  # it says itself which layers are not
+        if method != "rtn":
+            raise UserError(
+                f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from."
+            )
+        taker = Taker(tree, {}, options, False, dtype)
+    else:
+        weights = four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
+        taker = Taker(tree, weights, options, method == "rtn_signed", dtype)
+    if method in CALIBRATED:
+        folder = None if work_dir is None else Path(work_dir)
+        told["calibration"], fell_back = calibrated(source, taker, method, calibration, folder, progress)
+    elif reader is not None:
+        reader(source, taker)
+    else:
+        taker.take_all(source.arrivals(tree, lambda name: True, taker.is_copied, taker.weights.__contains__))
     model = tree.finish(source.unexpected(tree), str(source.path))
     if (generation := source.generation_config()) is not None:
         model.generation_config = generation
     model._weight_conversions = without_stacks(getattr(model, "_weight_conversions", None) or (), model)
-    model.load_report = make_report(model, source.path)
-    _set_quantization_config(model, source, dtype, options)
+    _set_quantization_config(model, source, dtype, options, told)
     if fuse:
         integrations.fuse(model)
     give_memory_back()
+    model.load_report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
     return model
-
-
-def _quantized(name: str, tensor: Tensor, file: str, transposed: bool, options: dict[str, Any]) -> QuantizedWeight:
-    if tensor.dtype not in DTYPES:
-        raise UserError(f"{file}: weight {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
-    try:
-        return quantize(tensor.t().contiguous() if transposed else tensor, **options)
-    except ValueError as error:
-        reason = first_sentence(error).removeprefix("quantize: ")
-        raise UserError(f"{file}: weight {name} cannot be quantised: {reason}") from error
-
-
-def _quantized_stack(
-    name: str,
-    slices: Iterator[Tensor],
-    shape: torch.Size,
-    file: str,
-    device: torch.device,
-    options: dict[str, Any],
-) -> QuantizedWeight:
-    """Quantise a stack [E, N, K] from its slices [1, N, K]: the same bytes, without the stack in 16 bits."""
-    block, done = options["block_size"], 0
-    packed = torch.empty(shape.numel() // 2, dtype=torch.uint8, device=device)
-    scales = torch.empty(shape.numel() // block, device=device)
-    for one in slices:
-        if one.shape != (1, *shape[1:]):
-            raise UserError(f"{file}: a part of {name} is {list(one.shape[1:])}, but {list(shape[1:])} by config.json.")
-        part = _quantized(name, one.to(device), file, False, {**options, "double_quant": False})
-        packed[done // 2 :][: part.packed.numel()] = part.packed
-        scales[done // block :][: part.absmax.numel()] = part.absmax
-        done += one.numel()
-        del part  # before the next is made
-    if done != shape.numel():
-        raise UserError(f"{file}: {name} has {done // shape[1:].numel()} parts, but {shape[0]} by config.json.")
-    about = {name: options[name] for name in ("quant_type", "block_size")}
-    weight = QuantizedWeight(packed, scales, shape=shape, dtype=torch.bfloat16, **about)
-    if options["double_quant"]:
-        codes = torch.empty(scales.numel(), dtype=torch.uint8)
-        nested, offset = torch.empty(-(-scales.numel() // NESTED_BLOCK)), torch.empty(())
-        double_quantize(scales.cpu(), codes, nested, offset)
-        weight.absmax, weight.nested_absmax, weight.nested_offset = (t.to(device) for t in (codes, nested, offset))
-    return weight
-
-
-def _check_finite(name: str, tensor: Tensor, file: str) -> None:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
-    if tensor.dtype not in (*DTYPES, torch.float64):
-        raise UserError(f"{file}: tensor {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
-    low, high = torch.aminmax(tensor)  # one pass without a mask as large as the tensor; both pass a NaN on
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise UserError(
-            f"{file}: tensor {name} holds a NaN or an infinity: expected finite numbers; copy or train the model again."
-        )
 
 
 def make_report(model: nn.Module, path: Path) -> LoadReport:
@@ -219,22 +187,28 @@ def make_report(model: nn.Module, path: Path) -> LoadReport:
     four_bit = four_bit_parts(model)
     scales = {id(getattr(weight, name)) for weight in four_bit.values() for name in TENSOR_FIELDS[1:]}
     dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in four_bit}
+    config = getattr(model.config, "quantization_config", None) or {}
+    config = config if isinstance(config, dict) else config.to_dict()
+    told = config.get(METADATA) or {}
     return LoadReport(
         path=path,
         bytes_4bit=sum(weight.nbytes for weight in four_bit.values()),
         bytes_dense=sum(dense.values()) + sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in scales),
         dense=dict(sorted(dense.items(), key=lambda item: -item[1])),
+        method=told.get("method") if four_bit else None,
+        calibration=told.get("calibration"),
     )
 
 
 def _set_quantization_config(
-    model: PreTrainedModel, source: Source, dtype: torch.dtype, options: dict[str, Any]
+    model: PreTrainedModel, source: Source, dtype: torch.dtype, options: dict[str, Any], told: dict[str, Any]
 ) -> None:
     if not is_four_bit(model):
         model.config.__dict__.pop("quantization_config", None)
         return
     dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    model.config.quantization_config = source.four_bit_config or bitsandbytes_config(dtype, options, dense)
+    made = {**bitsandbytes_config(dtype, options, dense), METADATA: told}
+    model.config.quantization_config = source.four_bit_config or made
 
 
 def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list[str]) -> dict[str, Any]:
@@ -252,12 +226,3 @@ def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": dense,
     }
-
-
-def give_memory_back() -> None:
-    """Return freed heap to the system: glibc keeps it, and tensors of many sizes leave holes that add up to a tenth
-    of the model."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:  # musl has none and needs none
-            trim(0)

@@ -43,6 +43,11 @@ class Plain:
     name: str
     stored: StoredTensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the files."""
+        return self.stored.num_bytes
+
 
 @dataclass
 class FourBit:
@@ -52,6 +57,11 @@ class FourBit:
     prefix: str
     parts: list[StoredTensor]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the files."""
+        return sum(stored.num_bytes for stored in self.parts)
+
 
 @dataclass
 class Converted:
@@ -60,6 +70,11 @@ class Converted:
     name: str
     converter: WeightConverter
     parts: list[tuple[str, StoredTensor]] = field(default_factory=list)  # (pattern that matched, tensor)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the files."""
+        return sum(stored.num_bytes for _, stored in self.parts)
 
     def run(self, model: PreTrainedModel, read: Callable[[StoredTensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The results by name. The parts are read here, all of them, and dropped as the conversion consumes them."""

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..errors import UserError
 from ..integrations.experts import STACKS, QuantizedExperts, without_stacks
+from ..integrations.transformers import METADATA
 from ..nn import QuantizedLinear
 from ..weight import QuantizedWeight, bnb_state_key, from_bnb, quantize
 from .eight_bit import SCALE_SUFFIX, unscaled
@@ -29,8 +30,9 @@ from .layers import (
     patterns_kept_in_fp32,
     put_four_bit,
 )
-from .model import TRIM_EVERY_BYTES, give_memory_back, make_report
+from .model import make_report
 from .plan import STATE_MARK
+from .taker import TRIM_EVERY_BYTES, give_memory_back
 from .tree import first_sentence
 
 # The parts of a 4-bit weight in a checkpoint, as their names end.
@@ -70,6 +72,8 @@ class QLoRANativeQuantizer(HfQuantizer):
     ) -> None:
         stored = _stored_names(checkpoint_files or ())
         self.pre_quantized = any(STATE_MARK in name for name in stored)
+        if not self.pre_quantized:
+            setattr(self.quantization_config, METADATA, {"method": "rtn"})
         self._scaled = any(name.endswith(SCALE_SUFFIX) for name in stored)
         self._folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path(str(model.config.name_or_path))
         self._dtype = dtype or model.dtype

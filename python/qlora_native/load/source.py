@@ -10,14 +10,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+)
 
 from ..errors import UserError
 from ..integrations.transformers import METHOD
 from ..weight import QuantizedWeight, from_bnb
 from .eight_bit import FLOATS, unscaled
 from .files import Checkpoint, Scratch, StoredTensor
-from .plan import Converted, FourBit, Plain, Plan, make_plan
+from .plan import Converted, FourBit, Plain, Plan, Step, make_plan
 from .tree import Tree, first_sentence
 
 # (name in the model, tensor, where it came from). The tensor may lie in memory that the next one overwrites; a stack
@@ -30,14 +36,19 @@ def never(name: str) -> bool:
     return False
 
 
+def always(name: str) -> bool:
+    """Yes."""
+    return True
+
+
 class SafetensorsSource:
     """A folder with ``config.json`` and safetensors, 16-bit or 32-bit, or 4-bit in bitsandbytes' format."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.checkpoint = Checkpoint.open(folder)
-        self.config = _read_config(folder)
-        self.four_bit_config: dict[str, object] | None = _four_bit_config(self.config, folder)
+        self.config = read_config(folder)
+        self.four_bit_config: dict[str, object] | None = four_bit_config(self.config, folder)
         self._plan: Plan | None = None
 
     def plan(self, tree: Tree) -> Plan:
@@ -61,14 +72,16 @@ class SafetensorsSource:
         wanted: Callable[[str], bool],
         is_copied: Callable[[str, torch.dtype], bool],
         in_slices: Callable[[str], bool] = never,
+        among: Callable[[str], bool] = always,
     ) -> Arrivals:
         """Each wanted tensor of the model, one after another in the order of the files.
 
         ``is_copied(name, stored dtype)`` says that the taker will not keep the tensor itself; it then lies in shared
-        scratch memory. ``in_slices(name)`` says that it takes a stack of experts slice by slice.
+        scratch memory. ``in_slices(name)`` says that it takes a stack of experts slice by slice. ``among`` is a
+        coarser ``wanted`` that also spares the conversions: it tells tensors of one module tree from those of another.
         """
         plan = self.plan(tree)
-        steps = [step for step in plan.steps if isinstance(step, Converted) or wanted(step.name)]
+        steps = [step for step in plan.steps if among(step.name) and (isinstance(step, Converted) or wanted(step.name))]
         copied = [
             step.stored.num_bytes
             for step in steps
@@ -99,6 +112,11 @@ class SafetensorsSource:
         except ValueError as error:
             raise UserError(f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}") from error
 
+    def identity(self) -> dict[str, object]:
+        """What tells whether the folder is still the one it was: its files' names, sizes and times."""
+        files = [self.path / "config.json", *sorted({stored.file for stored in self.checkpoint.tensors.values()})]
+        return _identity(files)
+
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
         if not (self.path / "generation_config.json").is_file():
@@ -121,6 +139,25 @@ class SafetensorsSource:
             ) from error
 
 
+class InMemory:
+    """The tensors of a model that is in memory already, read as those of a :class:`Checkpoint` are."""
+
+    def __init__(self, path: Path, values: dict[str, Tensor]) -> None:
+        self._values = values
+        self.tensors = {
+            name: StoredTensor(name, path, value.dtype, tuple(value.shape), 0, value.nbytes)
+            for name, value in values.items()
+        }
+
+    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor itself."""
+        return self._values[stored.name]
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        """Elements ``begin`` to ``end`` of the flattened tensor."""
+        return self._values[stored.name].view(-1)[begin:end]
+
+
 class GgufSource:
     """One GGUF file, through transformers' own reader, which makes the whole 16-bit model first."""
 
@@ -128,6 +165,8 @@ class GgufSource:
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self.path, self._dtype = path, dtype
+        self._dense: dict[str, Tensor] | None = None
+        self._checkpoint: InMemory | None = None
         try:
             self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
@@ -137,6 +176,29 @@ class GgufSource:
     def unexpected(self, tree: Tree) -> list[str]:
         """Nothing: transformers has matched the names."""
         return []
+
+    @property
+    def checkpoint(self) -> InMemory:
+        """The 16-bit model, made when first asked for; of tensors that are tied, the first."""
+        if self._checkpoint is None:
+            once: dict[int, tuple[str, Tensor]] = {}
+            for name, tensor in self._read().items():
+                once.setdefault(tensor.data_ptr(), (name, tensor))
+            self._checkpoint = InMemory(self.path, dict(once.values()))
+        return self._checkpoint
+
+    def plan(self, tree: Tree) -> Plan:
+        """Each tensor as it is: transformers has matched the names."""
+        steps: list[Step] = [Plain(name, stored) for name, stored in self.checkpoint.tensors.items()]
+        return Plan(steps, [], [], {})
+
+    def read(self, plan: Plan, stored: StoredTensor) -> Tensor:
+        """The tensor."""
+        return self.checkpoint.read(stored)
+
+    def four_bit(self, step: FourBit) -> QuantizedWeight:
+        """Never asked for: no step of the plan is 4-bit."""
+        raise AssertionError(step)
 
     def is_four_bit(self, tree: Tree) -> bool:
         """Never: the blocks of GGUF are of another kind, and are dequantised on reading."""
@@ -148,8 +210,16 @@ class GgufSource:
         wanted: Callable[[str], bool],
         is_copied: Callable[[str, torch.dtype], bool],
         in_slices: Callable[[str], bool] = never,
+        among: Callable[[str], bool] = always,
     ) -> Arrivals:
-        """As for safetensors; here the peak is the 16-bit model, and each tensor of it is dropped once handed over."""
+        """As for safetensors; here the peak is the 16-bit model, and each tensor of it is dropped once handed over:
+        it arrives once."""
+        if self._dense is None:
+            self._dense = self._read()
+        for name in [name for name in self._dense if among(name) and wanted(name)]:
+            yield name, self._dense.pop(name), str(self.path)
+
+    def _read(self) -> dict[str, Tensor]:
         try:
             dense = AutoModelForCausalLM.from_pretrained(
                 self.path.parent,
@@ -160,11 +230,11 @@ class GgufSource:
             )
         except Exception as error:
             raise self._unusable(error) from error
-        for name, parameter in list(dense.state_dict().items()):
-            if wanted(name):
-                yield name, parameter.detach(), str(self.path)
-            path, _, leaf = name.rpartition(".")
-            setattr(dense.get_submodule(path), leaf, None)
+        return {name: tensor.detach() for name, tensor in dense.state_dict().items()}
+
+    def identity(self) -> dict[str, object]:
+        """What tells whether the file is still the one it was."""
+        return _identity([self.path])
 
     def generation_config(self) -> GenerationConfig | None:
         """GGUF holds none."""
@@ -175,6 +245,10 @@ class GgufSource:
 
 
 Source = SafetensorsSource | GgufSource
+
+
+def _identity(files: list[Path]) -> dict[str, object]:
+    return {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def open_source(path: Path, dtype: torch.dtype) -> Source:
@@ -205,7 +279,7 @@ def open_source(path: Path, dtype: torch.dtype) -> Source:
     raise UserError(f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it.")
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     try:
         kind = json.loads(path.read_bytes()).get("model_type")
@@ -222,7 +296,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
+def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
     """config.json's own description of 4-bit weights; None for 8-bit floats; refuses every other kind of quantised
     weights."""
     given = getattr(config, "quantization_config", None)

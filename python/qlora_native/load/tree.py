@@ -104,13 +104,26 @@ class Tree:
             parent, leaf = self._parent(name)
             empty = torch.empty_like(self.shapes[name], device=self.device)
             setattr(parent, leaf, nn.Parameter(empty, requires_grad=False) if leaf in parent._parameters else empty)
-        for name, buffer in list(model.named_buffers()):
+        self._compute_buffers()
+        model.requires_grad_(False)
+        return model.eval()
+
+    def prepare(self) -> PreTrainedModel:
+        """The model in a state in which those of its layers that have arrived can run; others are still to come."""
+        self.model.tie_weights(missing_keys=set(self.missing), recompute_mapping=False)
+        initialised = {module for module in self.model.modules() if "_is_hf_initialized" in vars(module)}
+        self._compute_buffers()
+        for module in self.model.modules():
+            if module not in initialised:  # finish() looks at it again
+                vars(module).pop("_is_hf_initialized", None)
+        return self.model.eval()
+
+    def _compute_buffers(self) -> None:
+        for name, buffer in list(self.model.named_buffers()):
             if buffer.is_meta:
                 parent, leaf = self._parent(name)
                 setattr(parent, leaf, torch.empty_like(buffer, device=self.device))
-        model.initialize_weights()
-        model.requires_grad_(False)
-        return model.eval()
+        self.model.initialize_weights()
 
     def _without_ignored(self, unexpected: Iterable[str]) -> list[str]:
         # Older checkpoints hold buffers that are computed today.

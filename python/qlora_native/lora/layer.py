@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..functional import lora_linear
 from ..nn import QuantizedLinear
-from .config import ALL_LINEAR, LoraConfig
+from .config import ALL_LINEAR, H_SVD, ZERO, LoraConfig
+from .start import LayerStatistics, residual_factors
 
 
 class LoRALinear(nn.Module):
@@ -45,7 +46,7 @@ class LoRALinear(nn.Module):
         device = base_layer.weight.device
         # Drawn on the CPU whatever the device, so that a seed means the same adapter everywhere.
         a = torch.empty(r, self.in_features, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        fill_a(a, generator)
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
         self.train(base_layer.training)
@@ -91,23 +92,67 @@ class LoRALinear(nn.Module):
         return f"r={self.r}, scale={self.scale:g}{dropout}"
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
+def fill_a(a: Tensor, generator: torch.Generator | None) -> None:
+    """The start of ``lora_A``, which is the next of the generator's numbers."""
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+
+
+def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics] | None = None) -> nn.Module:
     """Put an adapter beside the linear layers that ``config`` targets, and freeze everything else.
 
     Args:
         model: from :func:`qlora_native.load_model`, or any module with linear layers; changed in place.
         config: see :class:`LoraConfig`. It stays with the model as ``model.lora_config``.
+        statistics: for ``init`` "h_svd" and "loftq": each layer's 16-bit weight, with the second moments of its inputs
+            for "h_svd", as :func:`qlora_native.lora_statistics` reads and gathers them. Layers that they leave out,
+            and dense ones, which lost nothing, begin as with "zero".
 
     Returns:
         The model. Its trainable parameters are the fp32 ``lora_A`` and ``lora_B``, and those of ``modules_to_save``.
 
     Raises:
-        ValueError: the model has an adapter already; a name that stands for no linear layer (near matches are told).
+        ValueError: the model has an adapter already; a name that stands for no linear layer (near matches are told);
+            statistics that are missing, or of another model.
     """
+    if (config.init == ZERO) != (statistics is None):
+        told = "takes no statistics" if config.init == ZERO else "needs statistics: qn.lora_statistics(model, ...)"
+        raise ValueError(f"add_lora: init {config.init!r} {told}.")
     targets = select_targets(model, config.target_modules)
     generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
     insert(model, {path: (config.rank_of(path), config.scale_of(path)) for path in targets}, config, generator)
+    if statistics is not None:
+        _start(model, config, statistics)
     return model
+
+
+@torch.no_grad()
+def _start(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics]) -> None:
+    """Give the adapters of 4-bit layers the values that correct these layers best."""
+    layers = dict(lora_layers(model))
+    started = 0
+    for known in statistics:
+        layer = layers.get(known.path)
+        if layer is None or not isinstance(layer.base_layer, QuantizedLinear):
+            continue
+        shape = (layer.out_features, layer.in_features)
+        if tuple(known.weight.shape) != shape:
+            raise ValueError(
+                f"add_lora: the statistics of {known.path} hold a weight {list(known.weight.shape)}, the layer's is "
+                f"{list(shape)}: they are of another model."
+            )
+        if config.init == H_SVD and known.metric is None:
+            raise ValueError(f"add_lora: init 'h_svd' needs the inputs' second moments, which {known.path} lacks.")
+        metric = known.metric if config.init == H_SVD else None
+        decoded = layer.base_layer.quantized.dequantize(torch.float32)
+        residual = known.weight.to(decoded.device, torch.float32) - decoded
+        a, b = residual_factors(
+            residual, layer.r, layer.scale, None if metric is None else metric.to(residual), config.seed or 0
+        )
+        layer.lora_A.copy_(a)
+        layer.lora_B.copy_(b)
+        started += 1
+    if not started:
+        raise ValueError("add_lora: the statistics are of none of the adapted 4-bit layers.")
 
 
 def insert(
@@ -115,9 +160,11 @@ def insert(
     targets: dict[str, tuple[int, float]],
     config: LoraConfig,
     generator: torch.Generator | None,
+    beside: bool = False,
 ) -> None:
-    """Wrap the layers of ``targets`` (path -> rank, scale) and set what is trainable."""
-    if any(True for _ in lora_layers(model)):
+    """Wrap the layers of ``targets`` (path -> rank, scale) and set what is trainable; ``beside`` an adapter of other
+    layers only if it says so."""
+    if not beside and any(True for _ in lora_layers(model)):
         raise ValueError("the model has an adapter already: merge it, or load the model again.")
     saved = trained_whole(model, config.modules_to_save)
     model.requires_grad_(False)

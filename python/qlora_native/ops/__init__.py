@@ -9,6 +9,7 @@ from . import (
     adamw_step,
     causal_attention,
     dequantize_4bit,
+    gptq_4bit,
     gradient_norm,
     linear_4bit,
     linear_cross_entropy,
@@ -17,6 +18,7 @@ from . import (
     quantize_4bit,
     rms_norm,
     rotary,
+    search_scales_4bit,
     swiglu,
 )
 from ._library import SCHEMAS
@@ -26,6 +28,7 @@ __all__ = [
     "adamw_step",
     "causal_attention",
     "dequantize_4bit",
+    "gptq_4bit",
     "gradient_norm",
     "linear_4bit",
     "linear_cross_entropy",
@@ -34,5 +37,6 @@ __all__ = [
     "quantize_4bit",
     "rms_norm",
     "rotary",
+    "search_scales_4bit",
     "swiglu",
 ]

@@ -25,6 +25,12 @@ SCHEMAS = {
     "quantize_4bit": (
         "(Tensor t, int quant_type, int block_size, bool double_quant) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    # multiplier holds one value for each `group` blocks; the results are packed codes and the indices into the table.
+    "search_scales_4bit": (
+        "(Tensor t, Tensor moment, Tensor table, Tensor multiplier, Tensor offset, Tensor initial, int group, "
+        "float low, float high, int quant_type, int block_size) -> (Tensor, Tensor)"
+    ),
+    "gptq_4bit": ("(Tensor t, Tensor factor, Tensor order, Tensor scales, int quant_type, int block_size) -> Tensor"),
     "dequantize_4bit": f"(ScalarType dtype, {WEIGHT}) -> Tensor",
     "dequantize_4bit.out": f"(Tensor(a!) out, {WEIGHT}) -> ()",
     "linear_4bit": f"(Tensor x, Tensor? bias, bool low_memory, {WEIGHT}) -> Tensor",

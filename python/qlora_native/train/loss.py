@@ -47,16 +47,26 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     if model not in _plain:
-        _plain[model] = _head_is_plain(model, inputs)
+        _plain[model] = head_is_plain(model, inputs)
     if not _plain[model]:
         trained = targets != IGNORE_INDEX
         return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
-    hidden, head = _hidden_states(model, _without_needless_mask(model, inputs, targets))
+    hidden, head = hidden_states(model, without_needless_mask(model, inputs, targets))
     weight = head.quantized if isinstance(head, QuantizedLinear) else head.weight
     return qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
 
 
-def _without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+def settle(model: Any) -> None:
+    """Find out now what :func:`causal_lm_loss` otherwise finds out when a batch first makes it ask: the forward passes
+    that this takes must be the same on all ranks of a cut model."""
+    ids = torch.arange(16, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    inputs = {"input_ids": ids}
+    _plain[model] = head_is_plain(model, inputs)
+    if _plain[model]:
+        _causal[model] = _is_causal(model, inputs)
+
+
+def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
     """The inputs with an attention mask of ones where it hides only padding that no trained token could see.
 
     A mask that hides something costs: attention computes with a table of [B, 1, T, T] and cannot leave out the upper
@@ -87,7 +97,7 @@ def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
         model.eval()
         with torch.random.fork_rng():
             hidden, changed, masked = (
-                _hidden_states(model, {"input_ids": ids, "attention_mask": seen})[0][:, :half].float()
+                hidden_states(model, {"input_ids": ids, "attention_mask": seen})[0][:, :half].float()
                 for ids, seen in (
                     (row, mask),
                     (other, mask),
@@ -100,7 +110,7 @@ def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     return torch.equal(hidden, changed) and bool((hidden - masked).norm() <= 3e-2 * hidden.norm())
 
 
-def _hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear]:
+def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear]:
     """What enters the output embedding, [B, T, hidden], taken from the model's own forward.
 
     The head itself is called with no token at all, so that its product costs nothing. Reading the head's input,
@@ -122,7 +132,7 @@ def _hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn
 
 
 @torch.no_grad()
-def _head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     """True if the logits are exactly the head's output: the head's output is swapped for known numbers, which must
     come out unchanged.
 

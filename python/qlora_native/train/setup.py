@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from qlora_native import _C
+from qlora_native import _C, parallel
+from qlora_native.calibration.data import CalibrationData
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
 from qlora_native.integrations import fuse
 from qlora_native.load import load_model
-from qlora_native.load.source import GgufSource, open_source
+from qlora_native.load.model import CALIBRATED
+from qlora_native.load.tokenizer import load_tokenizer as load_tokenizer
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
 from qlora_native.train.disk import told_if_unwritable
+from qlora_native.train.layer_progress import LayerProgress
+from qlora_native.train.ranks import Ranks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -34,24 +39,6 @@ def told_to_the_user() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer beside the model: in its folder, or in its GGUF file. UserError if there is no model or no
-    tokenizer."""
-    from transformers import AutoTokenizer
-
-    source = open_source(Path(model).expanduser(), torch.bfloat16)
-    try:
-        if isinstance(source, GgufSource):
-            return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
-        return AutoTokenizer.from_pretrained(source.path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise UserError(
-            f"no usable tokenizer in {source.path} ({reason[:200]}); copy tokenizer.json and tokenizer_config.json "
-            "of the model into it"
-        ) from error
-
-
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training rows and held-out rows (None if the config asks for none), tokenised and masked."""
     data = config.data
@@ -64,6 +51,7 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
                 max_length=data.max_length,
                 format=None if data.format == "auto" else data.format,
                 train_on=data.train_on,
+                folder=Path(config.output_dir).expanduser(),
             )
 
     rows = read(data.train)
@@ -81,29 +69,65 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
     return rows.split(held_out, seed=config.train.seed)
 
 
-def prepare_model(config: TrainConfig, model: Any = None) -> Any:
+def prepare_model(
+    config: TrainConfig,
+    model: Any = None,
+    rows: TokenizedDataset | None = None,
+    ranks: Ranks | None = None,
+    *,
+    quiet: bool = False,
+) -> Any:
     """The 4-bit model with adapters, in training mode; loads it unless it is given, adds adapters unless it has
-    them."""
-    options = config.train
-    with told_to_the_user():
+    them. ``rows`` are the training rows, which calibrate it if ``quant.calibration`` names nothing else. Cut over the
+    ranks if the config says so."""
+    options, ranks = config.train, ranks or Ranks()
+    lora = LoraConfig(**config.lora.model_dump(), seed=options.seed)
+    with told_to_the_user(), LayerProgress(quiet=quiet or not ranks.first) as progress:
         if model is None:
-            model = load_model(
-                Path(config.model).expanduser(),
-                quant_type=config.quant.type,
-                block_size=config.quant.block_size,
-                double_quant=config.quant.double_quant,
-                dtype=DTYPES[options.dtype],
-                device="cuda" if torch.cuda.is_available() else None,
-            )
+            given: dict[str, Any] = {
+                "quant_type": config.quant.type,
+                "block_size": config.quant.block_size,
+                "double_quant": config.quant.double_quant,
+                "dtype": DTYPES[options.dtype],
+                "device": "cuda" if torch.cuda.is_available() else None,
+                "method": config.quant.method,
+            }
+            path, calibration = Path(config.model).expanduser(), _calibration(config, rows)
+            if ranks.world == 1:
+                model = load_model(path, calibration=calibration, progress=progress, **given)
+            elif calibration is None:
+                model = parallel.load_model(path, cut=ranks.cut, lora=lora, **given)
+            else:
+                raise UserError(
+                    f"quant.method is {config.quant.method}, which calibrates on one process, and {ranks.world} were "
+                    f"started: make the 4-bit model first (`qlora quantize {config.model} --method "
+                    f"{config.quant.method} --calibration {config.data.train} --out DIR`) and set model to DIR"
+                )
         if not any(isinstance(module, LoRALinear) for module in model.modules()):
-            add_lora(model, LoraConfig(**config.lora.model_dump(), seed=options.seed))
+            add_lora(model, lora)
         fuse(model)
+        if ranks.cut and not isinstance(model, FSDPModule):
+            parallel.shard(model)
         if options.grad_checkpointing:
             # transformers 5.0 knows the older name only. Not the re-entrant kind: it cuts the graph where a block's
             # input needs no gradient, as the first one's here.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
     return model.train()
+
+
+def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
+    method, path, seed = config.quant.method, config.quant.calibration, config.train.seed
+    if method not in CALIBRATED:
+        if path is not None:
+            raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
+        return None
+    if path is not None:
+        return CalibrationData(Path(path).expanduser(), seed=seed)
+    if rows is None:
+        raise ValueError(f"quant.method is {method}: it needs the training rows or quant.calibration")
+    # Not the file: it also holds the rows that are held out.
+    return CalibrationData([torch.from_numpy(row["input_ids"].copy()) for row in rows], seed=seed)
 
 
 def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], output_dir: Path) -> AdamW | Lion:

@@ -1,0 +1,7 @@
+"""Quantisation that looks at the inputs of a weight: the same format and bytes, a smaller loss."""
+
+from __future__ import annotations
+
+from .quantize import METHODS, CalibratedWeight, CalibrationReport, quantize_calibrated
+
+__all__ = ["METHODS", "CalibratedWeight", "CalibrationReport", "quantize_calibrated"]

@@ -1,0 +1,190 @@
+"""Calibration data: a fixed number of token sequences out of a file, texts or tokens, the same ones every time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import ChatEncoder, Row, infer_format, normalise, read_rows
+from ..data.batching import permutation
+from ..data.formats import INFER_ROWS
+from ..errors import UserError
+
+ROWS = {"wmse": 16, "gptq": 128}  # sequences that a method takes unless told otherwise
+LENGTH = 512  # tokens of a sequence, likewise
+LEAST_TOKENS = {"wmse": 2048, "gptq": 8192}  # fewer than the default is accepted down to here
+MOST_ROWS = 4096  # of a file: the first ones are drawn from, so that a large file is not read to its end
+
+Source = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What the statistics of a calibrated method are gathered from, and how much of it.
+
+    Attributes:
+        source: a file that ``qlora train`` reads (rows in any of its formats, through the model's chat template);
+            a list of texts; a list of int tensors [tokens], one a document; or an int tensor [rows, length], used as
+            it is.
+        rows: sequences; None is 16 for "wmse" and 128 for "gptq".
+        length: tokens of a sequence; None is 512, or the model's number of positions if that is less.
+        seed: of the order in which rows or texts are drawn.
+        format: of the rows of a file; None finds out from the first ones.
+    """
+
+    source: Source
+    rows: int | None = None
+    length: int | None = None
+    seed: int = 0
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """The sequences, int64 [rows, length], and the seed and number of tokens that were asked for."""
+
+    ids: Tensor
+    seed: int
+    wanted: int
+
+    def describe(self) -> dict[str, Any]:
+        """What is kept beside the weights: JSON values."""
+        rows, length = self.ids.shape
+        return {"sha256": self.sha256, "rows": rows, "length": length, "tokens": rows * length, "seed": self.seed}
+
+    @property
+    def sha256(self) -> str:
+        """Of the token numbers as little-endian 64-bit integers, in hexadecimal."""
+        return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def as_calibration(given: Any) -> CalibrationData:
+    """``given`` as :class:`CalibrationData`; ValueError naming the argument that is out of range."""
+    data = given if isinstance(given, CalibrationData) else CalibrationData(given)
+    for name in ("rows", "length"):
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise ValueError(f"calibration: {name} is {value}: expected 1 or more.")
+    return data
+
+
+def take_tokens(
+    data: CalibrationData,
+    method: str,
+    load_tokenizer: Callable[[], Any],
+    vocab_size: int,
+    positions: int | None,
+) -> CalibrationTokens:
+    """Draw the sequences that ``method`` takes.
+
+    Documents are drawn in an order that ``seed`` fixes and laid end to end; each gives its first ``length`` tokens,
+    and what is behind them only if there is not enough otherwise.
+
+    Args:
+        load_tokenizer: called if there is text.
+        vocab_size: token numbers lie below it. positions: the longest sequence that the model takes, None if any.
+
+    Raises:
+        UserError: too little text, none, or a file that cannot be read.
+        ValueError: a wrong argument.
+    """
+    length = data.length or min(LENGTH, positions or LENGTH)
+    if isinstance(data.source, Tensor):
+        ids = _as_given(data)
+        length = ids.shape[1]
+    else:
+        rows = data.rows or ROWS[method]
+        ids = _cut(_documents(data, load_tokenizer), rows, length, _told(data.source), method)
+    if positions is not None and length > positions:
+        raise UserError(
+            f"calibration: sequences of {length} tokens, but the model has {positions} positions: make length smaller."
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"calibration: token numbers from {low} to {high}, but the model's lie from 0 to {vocab_size - 1}: "
+            "tokenise with the tokenizer of this model."
+        )
+    return CalibrationTokens(ids, data.seed, data.rows * length if data.rows else ROWS[method] * length)
+
+
+def _as_given(data: CalibrationData) -> Tensor:
+    ids = data.source
+    assert isinstance(ids, Tensor)
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise ValueError(
+            f"calibration is a tensor {list(ids.shape)} of {ids.dtype}: expected token numbers [rows, length]."
+        )
+    if data.rows is not None or data.length is not None:
+        raise ValueError("calibration: a tensor [rows, length] is used as it is: leave rows and length out.")
+    return ids.to("cpu", torch.int64).contiguous()
+
+
+def _documents(data: CalibrationData, load_tokenizer: Callable[[], Any]) -> Iterator[list[int]]:
+    source = data.source
+    if isinstance(source, (str, os.PathLike)):
+        rows = read_rows(Path(source), limit=MOST_ROWS)
+        first = list(islice(rows, INFER_ROWS))
+        name = data.format or infer_format(first)
+        kept = [*first, *rows]
+        encoder = ChatEncoder(load_tokenizer(), train_on="all")
+        for index in permutation(len(kept), data.seed):
+            yield encoder.encode(normalise(kept[index], name)).input_ids
+        return
+    documents: list[Any] = list(source)
+    order = permutation(len(documents), data.seed)
+    if all(isinstance(one, str) for one in documents):
+        if not documents:
+            return
+        encoder = ChatEncoder(load_tokenizer(), train_on="all")
+        for index in order:
+            if documents[index].strip():
+                yield encoder.encode(Row(f"calibration text {index}", 1, text=documents[index])).input_ids
+        return
+    for index in order:
+        one = documents[index]
+        if not isinstance(one, Tensor) or one.dim() != 1 or one.is_floating_point():
+            raise ValueError(
+                f"calibration: entry {index} of the list is {_kind(one)}: expected texts, or int tensors [tokens]."
+            )
+        yield one.tolist()
+
+
+def _cut(documents: Iterator[list[int]], rows: int, length: int, told: str, method: str) -> Tensor:
+    """The documents end to end, in sequences: int64 [at most rows, length]."""
+    wanted = rows * length
+    taken: list[int] = []
+    behind: list[list[int]] = []
+    for document in documents:
+        taken += document[:length]
+        behind.append(document[length:])
+        if len(taken) >= wanted:
+            break
+    while len(taken) < wanted and behind:
+        taken += behind.pop(0)
+    least = min(wanted, max(length, LEAST_TOKENS[method]))
+    if len(taken) < least:
+        raise UserError(
+            f"{told}: {len(taken):,} tokens of text, expected at least {least:,} to calibrate {method} "
+            f"({rows} sequences of {length}); give more text, or ask for fewer or shorter sequences."
+        )
+    whole = min(rows, len(taken) // length)
+    return torch.tensor(taken[: whole * length], dtype=torch.int64).view(whole, length)
+
+
+def _told(source: Any) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else "calibration"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype}"
+    return f"a {type(value).__name__}"

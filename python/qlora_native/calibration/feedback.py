@@ -1,0 +1,55 @@
+"""The factor by which GPTQ hands a column's error on, from the second moments of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+import torch
+
+_one_at_a_time = Lock()
+# From the asked damping on by tens: a matrix that is no sum of squares stays indefinite beyond this.
+LAST_DAMPING = 100.0
+FIRST_RAISE = 1e-4
+
+
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    """LAPACK rounds differently on another number of threads."""
+    with _one_at_a_time:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def feedback_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """What the op ``gptq_4bit`` needs: factor fp32 [K, K], order int64 [K], and the damping that was needed.
+
+    Columns go by falling second moment, equal ones by index. In that order, damped by ``damping`` times the mean of
+    its diagonal, H = R R^T with R upper triangular, and factor[i, j] = R[i, j] / R[j, j]. If there is no such R, the
+    damping is raised tenfold until there is; None if that does not help. Factorised in fp64.
+
+    Args:
+        hessian: fp32 or fp64 [K, K], symmetric, its diagonal not negative and not all zero.
+        damping: 0 or more.
+    """
+    diagonal = torch.diagonal(hessian).double()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    mean = float(diagonal.sum() / diagonal.numel())
+    backwards = order.flip(0)  # LAPACK's factor is lower triangular
+    # Over its mean: a product of tiny or huge moments neither underflows nor overflows.
+    turned = hessian.double()[backwards][:, backwards] / mean
+    while damping <= LAST_DAMPING:
+        damped = turned.clone()
+        torch.diagonal(damped).add_(damping)
+        with _on_one_thread():
+            lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed) == 0 and bool(torch.isfinite(lower).all()):
+            upper = lower.flip(0, 1)
+            return (upper / torch.diagonal(upper)).float().contiguous(), order, damping
+        damping = max(10 * damping, FIRST_RAISE)
+    return None

@@ -1,0 +1,269 @@
+"""One weight by one of the calibrated methods: the arithmetic, without the model around it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .. import _native, reference
+from ..weight import QuantizedWeight, quant_type_number, quantize
+from .feedback import LAST_DAMPING, feedback_factor
+
+METHODS = ("rtn", "rtn_signed", "wmse", "gptq")
+
+# Scales are looked for between these shares of a block's largest magnitude.
+SEARCH_LOW, SEARCH_HIGH = 0.375, 1.125
+# Without double quantisation any fp32 scale can be stored: these shares are tried, exact in fp32.
+SHARES = tuple(i / 64 for i in range(24, 73))
+
+
+class Form(NamedTuple):
+    """How a weight is stored."""
+
+    quant_type: str
+    block_size: int
+    double_quant: bool
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What a calibrated quantisation did.
+
+    Attributes:
+        method: the method whose codes were kept; "rtn" after a fallback.
+        rtn_error: squared error of plain rounding, weighted as ``error`` is.
+        error: the result's. With a hessian H: trace((W - W') H (W - W')^T); with channel moments m alone:
+            sum m_k (w - w')^2; without statistics: sum (w - w')^2.
+        damping: share of the mean of H's diagonal that was added to it ("gptq"), else None.
+        fallback: why the weight was rounded plainly although another method was asked for, else None.
+    """
+
+    method: str
+    rtn_error: float
+    error: float
+    damping: float | None = None
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibratedWeight:
+    """A quantised weight, and the report on it."""
+
+    weight: QuantizedWeight
+    report: CalibrationReport
+
+
+@torch.no_grad()
+def quantize_calibrated(
+    weight: torch.Tensor,
+    method: str,
+    *,
+    moment: torch.Tensor | None = None,
+    hessian: torch.Tensor | None = None,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    damping: float = 0.01,
+) -> CalibratedWeight:
+    """Quantise a matrix to 4 bits so that its products with the inputs it will meet lose little.
+
+    Methods: ``rtn`` rounds to the nearest level (:func:`qlora_native.quantize`: bitsandbytes' codes); ``rtn_signed``
+    also chooses the sign of each block's scale by the squared error; ``wmse`` chooses each block's scale, sign
+    included, among those that the format can store by the squared error weighted with the inputs' second moments;
+    ``gptq`` keeps the scales of ``wmse`` and hands each column's error on to the later ones, largest moment first.
+
+    The format is the same for all: a reader of bitsandbytes' checkpoints decodes the result. On CPU the bytes do not
+    depend on the number of threads or the instruction set. CUDA tensors stay on their device (plain torch, slower).
+
+    A result that is no better than plain rounding in the error it minimises, or statistics of no input at all, fall
+    back to ``rtn``, and the report says so.
+
+    Args:
+        weight: [N, K], float32, bfloat16 or float16.
+        method: one of :data:`METHODS`.
+        moment: fp32 [K], E[x_k^2] of the inputs, to a common factor. ``wmse`` needs it or ``hessian``; where there is
+            a hessian, its diagonal is used.
+        hessian: fp32 or fp64 [K, K], sum or mean of x x^T over the tokens. ``gptq`` needs it.
+        quant_type: "nf4" or "fp4". The levels of FP4 are symmetric: its scales stay positive.
+        block_size: elements a scale, a power of two from 32 to 4096.
+        double_quant: store the scales in 8 bits.
+        damping: share of the mean of the hessian's diagonal that is added to it; raised tenfold until the matrix is
+            positive definite.
+
+    Raises:
+        ValueError: a wrong shape, dtype, method or device; statistics that are missing, negative, asymmetric or not
+            finite; a non-finite weight.
+
+    Source: Dettmers et al., "QLoRA", 2023 (format); Frantar et al., "GPTQ", 2022.
+    """
+    _check(weight, method, moment, hessian, damping)
+    form = Form(quant_type, block_size, double_quant)
+    plain = quantize(weight, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+    measure = moment if hessian is None else hessian
+    rtn_error = weighted_error(weight, plain, measure)
+
+    def kept(result: QuantizedWeight, used: float | None = None) -> CalibratedWeight:
+        return CalibratedWeight(
+            result, CalibrationReport(method, rtn_error, weighted_error(weight, result, measure), used)
+        )
+
+    def fall_back(reason: str, used: float | None = None) -> CalibratedWeight:
+        return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error, used, reason))
+
+    if method == "rtn" or weight.numel() == 0:
+        return CalibratedWeight(plain, CalibrationReport("rtn", rtn_error, rtn_error))
+    if method == "rtn_signed":
+        return kept(_signed(weight, torch.ones(weight.shape[1], device=weight.device), form))
+    moments = torch.diagonal(hessian) if hessian is not None else moment
+    assert moments is not None  # _check
+    if not bool((moments > 0).any()):
+        return fall_back("the inputs' second moments are all zero: no token reached this weight")
+    used, metric = None, moments
+    result = _searched(weight, _near_one(moments), form)
+    if method == "gptq":
+        assert hessian is not None
+        found = feedback_factor(hessian, damping)
+        if found is None:
+            return fall_back(f"the hessian is not positive definite, not even with {LAST_DAMPING:g} of its mean added")
+        factor, order, used = found
+        number = quant_type_number(quant_type)
+        packed = torch.ops.qlora_native.gptq_4bit(weight, factor, order, result.scales(), number, block_size)
+        result, metric = _replaced(result, packed), hessian
+    error, of_rtn = weighted_error(weight, result, metric), weighted_error(weight, plain, metric)
+    if not error < of_rtn:
+        return fall_back(f"{method} has a weighted squared error of {error:.4g}, rtn of {of_rtn:.4g}", used)
+    return kept(result, used)
+
+
+def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch.Tensor | None) -> float:
+    """Squared error of a quantised matrix [N, K], summed in fp64.
+
+    ``measure`` is None (plain), [K] (second moments of the inputs) or [K, K] (their hessian).
+    """
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    dense = result.dequantize(torch.float32)
+    metric = None if measure is None else measure.float()
+    rows = max(1, (1 << 22) // max(weight.shape[1], 1))
+    for begin in range(0, weight.shape[0], rows):
+        error = weight[begin : begin + rows].float() - dense[begin : begin + rows]
+        if metric is None:
+            other = error
+        else:
+            other = error * metric if metric.dim() == 1 else error @ metric
+        total += (error * other).sum(dtype=torch.float64)
+    return float(total)
+
+
+def _check(
+    weight: torch.Tensor, method: str, moment: torch.Tensor | None, hessian: torch.Tensor | None, damping: float
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"quantize_calibrated: method is {method!r}: expected one of {', '.join(METHODS)}.")
+    if weight.dim() != 2:
+        raise ValueError(f"quantize_calibrated: weight is {list(weight.shape)}: expected two dimensions, [N, K].")
+    if not (math.isfinite(damping) and damping >= 0):
+        raise ValueError(f"quantize_calibrated: damping is {damping}: expected a finite number, 0 or more.")
+    if method == "gptq" and hessian is None:
+        raise ValueError("quantize_calibrated: method 'gptq' needs the hessian of the weight's inputs, [K, K].")
+    if method == "wmse" and moment is None and hessian is None:
+        raise ValueError("quantize_calibrated: method 'wmse' needs the second moments of the weight's inputs, [K].")
+    k = weight.shape[1]
+    for name, tensor, shape in (("moment", moment, [k]), ("hessian", hessian, [k, k])):
+        if tensor is None:
+            continue
+        if list(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"quantize_calibrated: {name} is {tensor.dtype} {list(tensor.shape)}: expected float32 {shape} for a "
+                f"weight {list(weight.shape)}."
+            )
+        if tensor.device != weight.device:
+            raise ValueError(
+                f"quantize_calibrated: {name} is on {tensor.device}, the weight on {weight.device}: move one of them."
+            )
+        finite = torch.isfinite(tensor)
+        if not bool(finite.all()):
+            at = (~finite).nonzero()[0].tolist()
+            raise ValueError(
+                f"quantize_calibrated: element {at} of the {name} is {float(tensor[tuple(at)])}: the statistics of the "
+                "inputs must be finite. Was the model run in float16? Use bfloat16 or float32."
+            )
+        diagonal = tensor if tensor.dim() == 1 else torch.diagonal(tensor)
+        if bool((diagonal < 0).any()):
+            at = (diagonal < 0).nonzero()[0].tolist()
+            raise ValueError(
+                f"quantize_calibrated: the second moment of channel {at[0]} is {float(diagonal[at[0]])}: expected 0 or "
+                "more."
+            )
+        if tensor.dim() == 2 and k:
+            apart, largest = float((tensor - tensor.t()).abs().max()), float(diagonal.max())
+            if apart > 1e-3 * largest:
+                raise ValueError(
+                    f"quantize_calibrated: the hessian differs from its transpose by {apart:.3g}, its largest diagonal "
+                    f"element is {largest:.3g}: expected a symmetric matrix, the sum or mean of x x^T."
+                )
+
+
+def _near_one(moment: torch.Tensor) -> torch.Tensor:
+    """The moments over a power of two near the largest, fp32: exact, and their products do not overflow."""
+    _, exponent = torch.frexp(moment.max().double())
+    return torch.ldexp(moment.double(), -exponent).float().contiguous()
+
+
+def _search(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    form: Form,
+    table: torch.Tensor,
+    multiplier: torch.Tensor,
+    offset: torch.Tensor,
+    initial: torch.Tensor,
+    group: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    settings = SEARCH_LOW, SEARCH_HIGH, quant_type_number(form.quant_type), form.block_size
+    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.qlora_native.search_scales_4bit(
+        weight, moment, table.to(weight.device), multiplier, offset, initial, group, *settings
+    )
+    return found
+
+
+def _signed(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> QuantizedWeight:
+    """Each block's largest magnitude as its scale, with the sign of the lesser weighted error."""
+    plain = quantize(weight, quant_type=form.quant_type, block_size=form.block_size, double_quant=False)
+    signs = torch.tensor([1.0, -1.0] if form.quant_type == "nf4" else [1.0])
+    first = torch.zeros_like(plain.absmax, dtype=torch.uint8)
+    nothing = plain.absmax.new_zeros(())
+    packed, chosen = _search(weight, moment, form, signs, plain.absmax, nothing, first, 1)
+    signed = _replaced(plain, packed, signs.to(weight.device)[chosen.long()] * plain.absmax)
+    if form.double_quant:
+        signed.absmax, signed.nested_absmax, signed.nested_offset = reference.quantize_scales(signed.absmax)
+    return signed
+
+
+def _searched(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> QuantizedWeight:
+    """The scales of the least weighted error among those that can be stored."""
+    signed = _signed(weight, moment, form)
+    if signed.nested_absmax is not None and signed.nested_offset is not None:
+        place = signed.nested_absmax, signed.nested_offset, signed.absmax, reference.NESTED_BLOCK
+        return _replaced(signed, *_search(weight, moment, form, _native.nested_code(), *place))
+    absmax = signed.absmax.abs()
+    table = torch.tensor([*SHARES, *(-share for share in SHARES)] if form.quant_type == "nf4" else SHARES)
+    whole = SHARES.index(1.0)
+    initial = torch.where(signed.absmax < 0, whole + len(SHARES), whole).to(torch.uint8)
+    packed, chosen = _search(weight, moment, form, table, absmax, absmax.new_zeros(()), initial, 1)
+    return _replaced(signed, packed, table.to(weight.device)[chosen.long()] * absmax)
+
+
+def _replaced(w: QuantizedWeight, packed: torch.Tensor, absmax: torch.Tensor | None = None) -> QuantizedWeight:
+    return QuantizedWeight(
+        packed,
+        w.absmax if absmax is None else absmax,
+        shape=w.shape,
+        dtype=w.dtype,
+        quant_type=w.quant_type,
+        block_size=w.block_size,
+        nested_absmax=w.nested_absmax,
+        nested_offset=w.nested_offset,
+    )

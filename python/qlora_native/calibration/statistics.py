@@ -1,0 +1,185 @@
+"""What the calibrated methods know of a weight's input: sums over tokens, gathered while a decoder layer runs.
+
+Sums are taken sequence by sequence in a fixed order, and each partial product by one thread, so that the same bytes
+come out whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..integrations.experts import STACKS, by_expert
+
+Key = tuple[str, int | None]  # the parameter's name, and the expert for a stack
+Inputs = dict[Key, list[Tensor]]  # [..., K] each, in the order of the calls
+
+_TILE = 256  # columns of a block of x^T x that one thread computes
+
+
+class Statistic:
+    """Sums over the tokens of one input x [K] of ``sharers`` weights: of x^2, and of x x^T if ``full``."""
+
+    def __init__(self, channels: int, full: bool, sharers: int, device: torch.device) -> None:
+        self.sharers = sharers
+        self.tokens = 0
+        self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.products = torch.zeros(channels, channels, device=device) if full else None
+
+    @property
+    def moment(self) -> Tensor:
+        """Mean of x^2, fp32 [K]."""
+        return (self.squares / max(self.tokens, 1)).float()
+
+    def hessian(self) -> Tensor | None:
+        """Mean of x x^T, fp32 [K, K], in place of the sums; None unless they were taken."""
+        if self.products is None:
+            return None
+        size = len(self.squares)
+        for start, stop in _tiles(size):
+            self.products[stop:, start:stop] = self.products[start:stop, stop:].t()
+        return self.products.div_(max(self.tokens, 1))
+
+    def add_squares(self, x: Tensor) -> None:
+        """Add those of x [tokens, K]."""
+        self.tokens += len(x)
+        self.squares += x.float().square().sum(0, dtype=torch.float64)
+
+    def add_tile(self, rows: tuple[int, int], columns: tuple[int, int], inputs: Sequence[Tensor]) -> None:
+        """Add that block of x^T x, for one x [tokens, K] fp32 after another."""
+        assert self.products is not None
+        target = self.products[slice(*rows), slice(*columns)]
+        for x in inputs:
+            target.addmm_(x[:, slice(*rows)].t(), x[:, slice(*columns)])
+
+
+def _tiles(size: int) -> list[tuple[int, int]]:
+    count = -(-size // _TILE)
+    width = -(-size // count + 15) // 16 * 16  # whole cache lines
+    return [(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+class Statistics:
+    """One :class:`Statistic` for each distinct input of a layer's weights: q, k and v share theirs.
+
+    Which weights share is found from the tensors themselves, in the first sequence that reaches them.
+    """
+
+    def __init__(self, full: bool) -> None:
+        self.full = full
+        self.of: dict[Key, Statistic] = {}
+
+    def groups(self) -> list[tuple[Statistic, list[Key]]]:
+        """Each statistic with the weights that share it, in the order in which the layer meets them."""
+        members: dict[int, tuple[Statistic, list[Key]]] = {}
+        for key, statistic in self.of.items():
+            members.setdefault(id(statistic), (statistic, []))[1].append(key)
+        return list(members.values())
+
+    def add(self, sequences: Sequence[Inputs], pool: Executor) -> None:
+        """Add the inputs of whole sequences, in that order."""
+        taken: dict[int, tuple[Statistic, list[Tensor]]] = {}
+        for inputs in sequences:
+            for keys in _shared(inputs):
+                tensors = [x.reshape(-1, x.shape[-1]) for x in inputs[keys[0]]]
+                statistic = self._statistic(keys, tensors[0])
+                taken.setdefault(id(statistic), (statistic, []))[1].extend(tensors)
+        tasks: list[Callable[[], None]] = []
+        for statistic, tensors in taken.values():
+            tasks.append(partial(_add_squares, statistic, tensors))
+            if self.full:
+                exact = list(pool.map(Tensor.float, tensors))
+                spans = _tiles(tensors[0].shape[1])
+                for index, rows in enumerate(spans):
+                    tasks += [partial(statistic.add_tile, rows, columns, exact) for columns in spans[index:]]
+        for _ in pool.map(_call, tasks):
+            pass
+
+    def _statistic(self, keys: list[Key], x: Tensor) -> Statistic:
+        known = {id(self.of[key]) if key in self.of else None for key in keys}
+        if known == {None}:
+            made = Statistic(x.shape[1], self.full, len(keys), x.device)
+            self.of |= dict.fromkeys(keys, made)
+        elif len(known) > 1 or self.of[keys[0]].sharers != len(keys):
+            raise UserError(
+                f"{keys[0][0]}: its input is another weight's too for some texts and not for others, so this model "
+                "cannot be calibrated; load it with method 'rtn' or 'rtn_signed'."
+            )
+        return self.of[keys[0]]
+
+
+def _shared(inputs: Inputs) -> Iterable[list[Key]]:
+    """The weights of one sequence, those that see the same tensors together."""
+    found: dict[tuple[int, ...], list[Key]] = {}
+    for key, tensors in inputs.items():
+        found.setdefault(tuple(map(id, tensors)), []).append(key)
+    return found.values()
+
+
+def _add_squares(statistic: Statistic, tensors: Iterable[Tensor]) -> None:
+    for x in tensors:
+        statistic.add_squares(x)
+
+
+def _call(task: Callable[[], None]) -> None:
+    task()
+
+
+class InputTaps:
+    """Notes what goes into the linears and the stacks of experts of a layer, for each thread apart."""
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+
+    @contextmanager
+    def on(self, layer: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[None]:
+        """While entered, forwards of ``layer`` note the inputs of the parameters ``names``, which start with
+        ``prefix``."""
+        handles, experts = [], set()
+        for name in names:
+            path, _, leaf = name.removeprefix(prefix).rpartition(".")
+            module = layer.get_submodule(path)
+            if leaf in STACKS:
+                experts.add((name.rpartition(".")[0], module))
+            else:
+                handles.append(module.register_forward_pre_hook(partial(self._note_input, name), with_kwargs=True))
+        for path, module in experts:
+            product = partial(self._product, path, module, {name for name in names if name.startswith(f"{path}.")})
+            module.forward = partial(by_expert, module, product=product)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for _, module in experts:
+                del module.forward
+
+    @contextmanager
+    def noting(self) -> Iterator[Inputs]:
+        """The inputs that this thread's forwards meet while entered."""
+        inputs: Inputs = {}
+        self._thread.inputs = inputs
+        try:
+            yield inputs
+        finally:
+            self._thread.inputs = None
+
+    def _note_input(self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        self._note((name, None), args[0] if args else next(iter(kwargs.values())))
+
+    def _product(self, path: str, module: nn.Module, names: set[str], leaf: str, expert: int, x: Tensor) -> Tensor:
+        if f"{path}.{leaf}" in names:
+            self._note((f"{path}.{leaf}", expert), x)
+        return nn.functional.linear(x, getattr(module, leaf)[expert])
+
+    def _note(self, key: Key, x: Tensor) -> None:
+        inputs: Inputs | None = getattr(self._thread, "inputs", None)
+        if inputs is not None:
+            inputs.setdefault(key, []).append(x)

@@ -1,0 +1,314 @@
+"""The memory of a training run before it starts: what each part takes, at which moment the sum is largest, what fits.
+
+Bytes throughout. docs/memory.md derives the formulas; bench/bench_estimate.py holds them against measured peaks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _C, _native
+from ..lora import LoRALinear
+from ..optim import base
+from ..ops.causal_attention import ALIGNMENT
+from ..ops.linear_cross_entropy import LOGIT_BYTES
+from .activations import LayerBytes, decoder_layers, layer_bytes, norm_bytes, norms_of
+from .anatomy import Anatomy, Setting, read_anatomy
+
+# config fields by which known models change the logits after the output embedding
+LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
+THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
+FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
+CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold beside torch's allocator
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Bytes by what they are for; the fields are the rows of the table.
+
+    Attributes:
+        weights: 4-bit codes.
+        scales: of the 4-bit weights.
+        dense: embeddings, norms and whatever else is not 4-bit.
+        adapters: fp32 masters.
+        gradients: of the adapters.
+        optimizer: states that are in memory.
+        activations: what is kept for the backward pass, and gradients on their way through a layer.
+        loss: logits of a chunk, hidden states at the output embedding and their gradient.
+        scratch: of kernels, and of loading.
+        slack: what the allocator holds beside all this.
+    """
+
+    weights: int = 0
+    scales: int = 0
+    dense: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    loss: int = 0
+    scratch: int = 0
+    slack: int = 0
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of one setting.
+
+    Attributes:
+        moments: what is held in each part of a run by its name: "loading", "loss", "backward", "step".
+        paged: bytes of optimizer states in a page file or in the host's memory.
+        is_rough: kinds of layers for which there is no formula of their own.
+    """
+
+    setting: Setting
+    moments: dict[str, Terms]
+    paged: int
+    is_rough: tuple[str, ...]
+
+    @property
+    def moment(self) -> str:
+        """When the most is held."""
+        return max(self.moments, key=lambda name: self.moments[name].total)
+
+    @property
+    def peak(self) -> Terms:
+        """What is held then."""
+        return self.moments[self.moment]
+
+    @property
+    def total(self) -> int:
+        """The peak, in bytes."""
+        return self.peak.total
+
+    @property
+    def reserve(self) -> int:
+        """Bytes of a card that no tensor can have."""
+        return CUDA_CONTEXT if self.setting.device == "cuda" else 0
+
+    def fits(self, num_bytes: int) -> bool:
+        """Whether a card, or a machine, of so many free bytes is enough."""
+        return self.total + self.reserve <= num_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "total": self.total,
+            "moment": self.moment,
+            "reserve": self.reserve,
+            "paged": self.paged,
+            "peak": vars(self.peak),
+            "moments": {name: {**vars(terms), "total": terms.total} for name, terms in self.moments.items()},
+        }
+
+
+class Estimator:
+    """Estimates for one model; the shapes are read once, batch size and length vary.
+
+    Args:
+        model: a folder or a GGUF file, or an :class:`Anatomy`.
+        setting: what :meth:`at` changes is of no account here.
+    """
+
+    def __init__(self, model: Path | Anatomy, setting: Setting) -> None:
+        self.setting = setting
+        self.anatomy = read_anatomy(model, setting) if isinstance(model, Path) else model
+        self.config: Any = self.anatomy.model.config.get_text_config()
+
+    def at(self, **changes: Any) -> Estimate:
+        """The estimate with another batch size, length, number of micro-batches, checkpointing, optimizer or
+        paging."""
+        return _Sum(self, replace(self.setting, **changes)).estimate()
+
+    def longest(self, num_bytes: int, batch_size: int, most: int = 1 << 20) -> int:
+        """The most tokens a row, a multiple of 64, with which ``batch_size`` rows fit; 0 if none do."""
+        return 64 * _largest(lambda n: self.at(batch_size=batch_size, length=64 * n).fits(num_bytes), most // 64)
+
+    def widest(self, num_bytes: int, length: int, most: int = 1 << 16) -> int:
+        """The most rows of ``length`` tokens that fit; 0 if none do."""
+        return _largest(lambda n: self.at(batch_size=n, length=length).fits(num_bytes), most)
+
+    @cached_property
+    def _layers(self) -> dict[tuple[Any, ...], list[LayerBytes]]:
+        return {}
+
+    def layers(self, setting: Setting) -> list[LayerBytes]:
+        """Bytes of each decoder layer."""
+        window = getattr(self.config, "sliding_window", None)
+        key = (setting.dtype, setting.device, window is not None and setting.length > window)
+        if key not in self._layers:
+            model = self.anatomy.model
+            self._layers[key] = [layer_bytes(layer, model, setting) for layer in decoder_layers(model)]
+        return self._layers[key]
+
+
+def _largest(fits: Any, most: int) -> int:
+    """The largest n from 0 to ``most`` that fits, where n + 1 never fits if n does not."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class _Sum:
+    """The terms of one setting."""
+
+    def __init__(self, estimator: Estimator, setting: Setting) -> None:
+        self.estimator, self.setting, self.config = estimator, setting, estimator.config
+        self.model, self.report = estimator.anatomy.model, estimator.anatomy.report
+        self.tokens, self.size = setting.batch_size * setting.length, setting.dtype.itemsize
+        self.pairs = self.tokens * setting.length
+        self.layers = estimator.layers(setting)
+
+    def estimate(self) -> Estimate:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        adapters = sum(parameter.nbytes for parameter in trained)
+        states = sum(state_bytes(parameter.numel(), self.setting.optimizer) for parameter in trained)
+        in_memory, paged = self._paged(states)
+        packed = sum(weight.packed.nbytes for weight in _four_bit(self.model))
+        frozen = Terms(weights=packed, scales=self.report.bytes_4bit - packed, dense=self.report.bytes_dense)
+        held = replace(frozen, adapters=adapters, optimizer=in_memory)
+        # All but the first micro-batch of a step begin with the gradients of those before.
+        before = adapters if self.setting.micro_batches > 1 else 0
+        kept, final = self._kept()
+        head = self._head()
+        moments = {
+            "loading": replace(frozen, scratch=self._loading()),
+            "loss": replace(held, gradients=before, activations=kept, loss=final + head),
+            "backward": self._backward(held, before, final),
+            "step": replace(held, gradients=adapters),
+        }
+        with_slack = {name: self._with_slack(name, terms) for name, terms in moments.items()}
+        return Estimate(self.setting, with_slack, paged, self._rough())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Activations
+
+    def _kept(self) -> tuple[int, int]:
+        """What all layers keep at the end of the forward pass; what the final norm keeps."""
+        norms = [norm for path, norm in norms_of(self.model) if not self._is_in_a_layer(path)]
+        final = self.tokens * sum(norm_bytes(norm, self.setting) for norm in norms)
+        if self.setting.checkpointing:
+            kept = self.tokens * sum(layer.input for layer in self.layers)
+        else:
+            kept = sum(self._of(layer) for layer in self.layers)
+            kept -= self.tokens * self.layers[0].first if self.layers else 0  # its input needs no gradient
+        return round(kept + self._shared()), round(final)
+
+    def _of(self, layer: LayerBytes) -> float:
+        return self.tokens * layer.token + self.pairs * layer.square
+
+    def _shared(self) -> int:
+        """Of all layers together: the angles of the rotation, token numbers, labels and masks."""
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return 2 * self.setting.length * width * self.size + 5 * 8 * self.tokens
+
+    def _backward(self, held: Terms, before: int, final: int) -> Terms:
+        """The fullest moment of the backward pass: in the layer where what is kept so far, its own tensors, its
+        gradients and the adapters' gradients of the layers behind are the most."""
+        best, so_far, behind = Terms(), 0.0, sum(layer.gradients for layer in self.layers)
+        for number, layer in enumerate(self.layers):
+            own = self._of(layer) - (self.tokens * layer.first if number == 0 else 0)
+            so_far += self.tokens * layer.input if self.setting.checkpointing else own
+            here = so_far + self.tokens * layer.spare + self._shared()
+            if self.setting.checkpointing:
+                here += own - self.tokens * layer.shared
+            terms = replace(
+                held,
+                gradients=max(before, behind),
+                activations=round(here),
+                # the loss has kept the gradient of its hidden states until its own backward pass
+                scratch=self._scratch() + (layer.gradients if before else 0),
+            )
+            best = max(best, terms, key=lambda t: t.total)
+            behind -= layer.gradients
+        return best
+
+    def _is_in_a_layer(self, path: str) -> bool:
+        names = self.estimator.__dict__.setdefault("_paths", _layer_paths(self.model))
+        return path.startswith(names)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The loss
+
+    def _head(self) -> int:
+        """Hidden states, their gradient, and the logits: of a chunk, or all where the model changes them afterwards."""
+        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
+        states = 2 * self.tokens * hidden * self.size
+        if changes_logits(self.config) or getattr(self.model.get_output_embeddings(), "bias", None) is not None:
+            return states + self.tokens * vocabulary * FULL_LOGITS
+        chunk = min(max(1, LOGIT_BYTES // (self.size * vocabulary)), self.tokens)
+        return states + chunk * (vocabulary + 2 * hidden) * self.size + 12 * self.tokens
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The rest
+
+    def _paged(self, states: int) -> tuple[int, int]:
+        """Bytes of states in ordinary memory, and elsewhere."""
+        if self.setting.paged is not True:
+            return states, 0
+        budget = self.setting.page_budget or 0
+        return (min(states, budget), states) if self.setting.device == "cuda" else (0, states)
+
+    def _loading(self) -> int:
+        anatomy = self.estimator.anatomy
+        return anatomy.largest_read + anatomy.whole_read
+
+    def _scratch(self) -> int:
+        """Of kernels."""
+        if self.setting.device == "cuda":  # a weight decoded for torch's own product
+            return max((weight.numel() * self.size for weight in _four_bit(self.model)), default=0)
+        threads = torch.get_num_threads()
+        heads = self.config.num_attention_heads
+        groups = getattr(self.config, "num_key_value_heads", None) or heads
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
+        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if self.size == 2 else 0
+        return int(threads * THREAD_SCRATCH + attention)
+
+    def _with_slack(self, name: str, terms: Terms) -> Terms:
+        return terms
+
+    def _rough(self) -> tuple[str, ...]:
+        return () if self.layers else (type(self.model).__name__,)
+
+
+def _layer_paths(model: Any) -> tuple[str, ...]:
+    layers = {id(layer) for layer in decoder_layers(model)}
+    return tuple(path + "." for path, module in model.named_modules() if id(module) in layers)
+
+
+def _four_bit(model: Any) -> list[Any]:
+    from ..load.layers import four_bit_parts
+
+    return list(four_bit_parts(model).values())
+
+
+def state_bytes(numel: int, optimizer: str) -> int:
+    """Bytes of one parameter's optimizer states."""
+    if optimizer == "adamw8bit" and numel >= base.MIN_CODED_NUMEL:
+        return MOMENTS[optimizer] * (numel + 4 * -(-numel // _native.STATE_BLOCK))
+    return MOMENTS[optimizer] * 4 * numel
+
+
+def changes_logits(config: Any) -> bool:
+    """Whether a config names an operation between the output embedding and the logits."""
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_FIELDS)

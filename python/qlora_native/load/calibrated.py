@@ -1,0 +1,291 @@
+"""Loading with calibrated methods: one decoder layer at a time in 16 bits, run on the calibration set, then 4-bit.
+
+Every layer sees what the unquantised model would have given it. Sequences run side by side, each on one thread, and
+what they add to the statistics is added in their order: the bytes do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _C
+from .._version import __version__
+from ..calibration.data import CalibrationTokens, as_calibration, take_tokens
+from ..calibration.hidden import MOST_IN_MEMORY, HiddenStates
+from ..calibration.layers import LayerCalls, decoder_layers
+from ..calibration.quantize import quantize_calibrated
+from ..calibration.statistics import Inputs, InputTaps, Key, Statistic, Statistics
+from ..errors import UserError
+from ..integrations.experts import STACKS
+from ..weight import QuantizedWeight
+from .finished import FinishedLayers
+from .source import Source
+from .taker import Taker, give_memory_back
+from .tokenizer import load_tokenizer
+
+Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers in all)
+FellBack = dict[str, str]  # weight, or weight[expert] -> why it did not get the method
+
+MOST_THREADS = 8  # each holds the activations of one sequence and the factors of one weight
+LEAST_TOKENS = 64  # that must have reached a weight for statistics to mean something
+LEAST_TOKENS_PER_CHANNEL = 0.25  # for "gptq": with fewer most of the Hessian is its damping
+
+
+def calibrated(
+    source: Source, taker: Taker, method: str, given: Any, work_dir: Path | None, progress: Progress | None
+) -> tuple[dict[str, Any], FellBack]:
+    """Fill the taker's tree from ``source`` by ``method``, "wmse" or "gptq", with the calibration data ``given``.
+
+    Returns:
+        What is kept of the data beside the weights, and the 4-bit weights that were rounded to nearest, or got "wmse"
+        in place of "gptq", and why.
+    """
+    tell = progress or (lambda text, done, total: None)
+    text = source.config.get_text_config()
+    tokens = take_tokens(
+        as_calibration(given),
+        method,
+        partial(load_tokenizer, source),
+        text.vocab_size,
+        getattr(text, "max_position_embeddings", None),
+    )
+    rows, length = tokens.ids.shape
+    if rows * length < tokens.wanted:
+        tell(f"the calibration data have {rows * length:,} of {tokens.wanted:,} tokens", 0, text.num_hidden_layers)
+    told = tokens.describe()
+    num_bytes = rows * length * text.hidden_size * taker.dtype.itemsize
+    try:
+        if work_dir is not None:
+            run = {"version": __version__, "model": source.identity(), "method": method, "calibration": told}
+            run |= {**taker.options, "dtype": str(taker.dtype), "skip_modules": sorted(taker.weights)}
+            finished = FinishedLayers(work_dir, run)
+            _tell_of(finished, tell, text.num_hidden_layers)
+            fell_back = _calibrate_layers(source, taker, method, tokens, finished, None, tell)
+            finished.remove()
+        elif num_bytes > MOST_IN_MEMORY and not _C.lies_in_memory(gettempdir()):
+            with TemporaryDirectory(prefix="qlora-calibration-") as scratch:
+                fell_back = _calibrate_layers(source, taker, method, tokens, None, Path(scratch), tell)
+        else:
+            fell_back = _calibrate_layers(source, taker, method, tokens, None, None, tell)
+    except OSError as error:
+        folder = work_dir or gettempdir()
+        raise UserError(
+            f"{folder}: the calibration's files cannot be written or read ({error.strerror or error}); they take "
+            f"{2 * num_bytes / 2**20:,.0f} MiB and the 4-bit layers."
+        ) from error
+    return told, fell_back
+
+
+def _tell_of(finished: FinishedLayers, tell: Progress, total: int) -> None:
+    if finished.changed:
+        tell(f"{', '.join(finished.changed)} changed since the run that was interrupted: starting anew", 0, total)
+    elif finished.count:
+        tell(f"{finished.count} layers are finished already: going on after them", finished.count, total)
+
+
+def _calibrate_layers(
+    source: Source,
+    taker: Taker,
+    method: str,
+    tokens: CalibrationTokens,
+    finished: FinishedLayers | None,
+    scratch: Path | None,
+    progress: Progress,
+) -> FellBack:
+    """As :func:`calibrated`; ``finished`` are layers of an earlier run, with room for those of this one, ``scratch`` is
+    a folder for hidden states."""
+    path, layers = decoder_layers(taker.tree.model)
+    outside = partial(_is_outside, f"{path}.")
+    taker.take_all(source.arrivals(taker.tree, outside, taker.is_copied, taker.weights.__contains__, outside))
+    fell_back = {name: "it stands outside the decoder layers" for name in taker.weights if outside(name)}
+    model = taker.tree.prepare()
+    work = _Layers(source, taker, method, tokens, path, layers, LayerCalls(model, layers))
+    with _side_by_side(taker.tree.device) as (pool, threads):
+        start = finished.count if finished else 0
+        hidden = work.first_inputs(tokens.ids, finished.folder if finished else scratch, start)
+        for index in range(len(layers)):
+            if finished is not None and index < start:
+                weights, fallen = finished.load(index)
+                work.put_finished(index, weights)
+            else:
+                weights, fallen = work.calibrate(index, hidden, pool, threads)
+                if finished is not None:
+                    hidden.sync(index + 1)
+                    finished.save(index, weights, fallen)
+                hidden.advance()
+            fell_back |= fallen
+            give_memory_back()
+            progress(f"layer {index + 1} of {len(layers)}", index + 1, len(layers))
+    return fell_back
+
+
+def _is_outside(prefix: str, name: str) -> bool:
+    return not name.startswith(prefix)
+
+
+@contextmanager
+def _side_by_side(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Threads that run torch next to each other, each op on one of them; and how many they are."""
+    threads = torch.get_num_threads()
+    count = min(threads, MOST_THREADS) if device.type == "cpu" else 1
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, "calibration", torch.set_num_threads, (1,)) as pool:
+            yield pool, count
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Layers:
+    """One load: the layers, what they are called with, and what is made of each."""
+
+    def __init__(
+        self,
+        source: Source,
+        taker: Taker,
+        method: str,
+        tokens: CalibrationTokens,
+        path: str,
+        layers: nn.ModuleList,
+        calls: LayerCalls,
+    ) -> None:
+        self.source, self.taker, self.method, self.ids = source, taker, method, tokens.ids
+        self.path, self.layers, self.calls = path, layers, calls
+        self.taps = InputTaps()
+
+    def first_inputs(self, ids: Tensor, folder: Path | None, start: int) -> HiddenStates:
+        """What enters the layer ``start``; where that is not the first it lies in the folder already."""
+        device = self.taker.tree.device
+        first = self.calls.first_input(ids[:1].to(device))
+        hidden = HiddenStates((len(ids), *first.shape[1:]), first.dtype, folder)
+        hidden.layer = start
+        if start == 0:
+            hidden.begin(0)
+            for row in range(len(ids)):
+                hidden.write(row, self.calls.first_input(ids[row : row + 1].to(device)) if row else first, 0)
+        return hidden
+
+    def put_finished(self, index: int, weights: dict[str, QuantizedWeight]) -> None:
+        """Read what is dense in a layer, and put its 4-bit weights, which are there already."""
+        prefix, taker = f"{self.path}.{index}.", self.taker
+        dense = [name for name in taker.tree.shapes if name.startswith(prefix) and name not in weights]
+        taker.take_all(self.source.arrivals(taker.tree, dense.__contains__, taker.is_copied, among=_starting(prefix)))
+        for name, weight in weights.items():
+            taker.put_four_bit(name, weight.to(taker.tree.device), str(self.source.path))
+
+    def calibrate(
+        self, index: int, hidden: HiddenStates, pool: ThreadPoolExecutor, threads: int
+    ) -> tuple[dict[str, QuantizedWeight], FellBack]:
+        """Read a layer, run it, quantise it; ``hidden`` then also holds what it makes of its input."""
+        prefix, layer, last = f"{self.path}.{index}.", self.layers[index], index + 1 == len(self.layers)
+        stored = self._read(prefix)
+        statistics = Statistics(full=self.method == "gptq")
+        hidden.begin(index + 1)
+        run = partial(self._run, index, hidden, last)
+        with self.taps.on(layer, prefix, stored):
+            for first in range(0, len(self.ids), threads):
+                rows = range(first, min(first + threads, len(self.ids)))
+                statistics.add(list(pool.map(run, rows)), pool)
+        made: dict[Key, QuantizedWeight] = {}
+        fell_back: FellBack = {}
+        for weights, fallen in pool.map(self._quantise_group, _by_cost(statistics, stored), repeat(stored)):
+            made |= weights
+            fell_back |= fallen
+        done: dict[str, QuantizedWeight] = {}
+        for name, (tensor, file) in stored.items():
+            if (name, None) in made:
+                done[name] = made[name, None]
+            else:
+                parts = (made[name, expert] for expert in range(len(tensor)))
+                done[name] = self.taker.joined(name, parts, tensor.shape, file)
+            self.taker.put_four_bit(name, done[name], file)
+        return done, fell_back
+
+    def _read(self, prefix: str) -> dict[str, tuple[Tensor, str]]:
+        """Put a layer into the tree, dense; returns its weights to be, as they are stored, and their files."""
+        taker, stored = self.taker, {}
+
+        def is_copied(name: str, dtype: torch.dtype) -> bool:
+            return name not in taker.weights and taker.is_copied(name, dtype)
+
+        arrivals = self.source.arrivals(taker.tree, lambda name: True, is_copied, among=_starting(prefix))
+        for name, value, file in arrivals:
+            assert isinstance(value, Tensor)
+            taker.put_dense(name, value, file)
+            if name in taker.weights:
+                stored[name] = (value.to(taker.tree.device), file)
+        return stored
+
+    @torch.no_grad()
+    def _run(self, index: int, hidden: HiddenStates, last: bool, row: int) -> Inputs:
+        device = self.taker.tree.device
+        with self.taps.noting() as inputs:
+            out = self.calls[index].run(self.layers[index], hidden.read(row).to(device))
+        if not bool(out.isfinite().all()):
+            raise UserError(
+                f"layer {index} makes a NaN or an infinity of sequence {row} of the calibration data in {out.dtype}: "
+                "load with dtype float32, or calibrate with other text."
+            )
+        if not last:
+            hidden.write(row, out, index + 1)
+        return inputs
+
+    @torch.no_grad()
+    def _quantise_group(
+        self, group: tuple[Statistic | None, list[Key]], stored: dict[str, tuple[Tensor, str]]
+    ) -> tuple[dict[Key, QuantizedWeight], FellBack]:
+        """The weights that share an input, and which of them did not get the method."""
+        statistic, keys = group
+        method, why = self._method_for(statistic)
+        data: dict[str, Any] = {"method": method}
+        if statistic is not None and method != "rtn":
+            data |= {"moment": statistic.moment, "hessian": statistic.hessian() if method == "gptq" else None}
+        made: dict[Key, QuantizedWeight] = {}
+        fell_back: FellBack = {}
+        for name, expert in keys:
+            tensor, file = stored[name]
+            called, one, nested = name, tensor, {}
+            if expert is not None:
+                # The scales of a stack are nested together, once all of them are there.
+                called, one, nested = f"{name}[{expert}]", tensor[expert], {"double_quant": False}
+            result = self.taker.quantised(name, one, file, partial(quantize_calibrated, **data), **nested)
+            made[name, expert] = result.weight
+            if reason := why or result.report.fallback:
+                fell_back[called] = reason
+        return made, fell_back
+
+    def _method_for(self, statistic: Statistic | None) -> tuple[str, str]:
+        """The method for weights with that input, and why it is not the one asked for."""
+        tokens = 0 if statistic is None else statistic.tokens
+        if statistic is None or tokens < LEAST_TOKENS:
+            return "rtn", f"{tokens} tokens of the calibration data reached it, expected at least {LEAST_TOKENS}: 'rtn'"
+        channels = len(statistic.squares)
+        if self.method == "gptq" and tokens < LEAST_TOKENS_PER_CHANNEL * channels:
+            return "wmse", f"{tokens} tokens reached it, which has {channels} input channels: 'wmse'"
+        return self.method, ""
+
+
+def _starting(prefix: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(prefix)
+
+
+def _by_cost(statistics: Statistics, stored: dict[str, tuple[Tensor, str]]) -> list[tuple[Statistic | None, list[Key]]]:
+    """The groups of weights, those that take longest first, and the weights that no token reached."""
+    groups: list[tuple[Statistic | None, list[Key]]] = [*statistics.groups()]
+    groups.sort(key=lambda group: -len(group[0].squares) if group[0] is not None else 0)
+    keys: list[Key] = []
+    for name, (tensor, _) in stored.items():
+        is_stack = name.rpartition(".")[2] in STACKS
+        keys += [(name, expert) for expert in range(len(tensor))] if is_stack else [(name, None)]
+    unseen = [key for key in keys if key not in statistics.of]
+    return [*groups, (None, unseen)] if unseen else groups
