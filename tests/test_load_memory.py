@@ -43,33 +43,35 @@ sys.stdin.readline()
 """
 
 
-def write_model(folder: Path) -> tuple[int, int]:
+def write_model(
+    folder: Path, hidden: int = HIDDEN, inner: int = INNER, layers: int = LAYERS, vocab: int = VOCAB
+) -> tuple[int, int]:
     """A random llama, one shard a layer, never whole in memory. Returns bytes of all tensors, and of the largest."""
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
     config.save_pretrained(folder)
-    attention = torch.randn(HIDDEN, HIDDEN).mul_(0.02).bfloat16()
-    mlp = torch.randn(INNER, HIDDEN).mul_(0.02).bfloat16()
-    norm = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    attention = torch.randn(hidden, hidden).mul_(0.02).bfloat16()
+    mlp = torch.randn(inner, hidden).mul_(0.02).bfloat16()
+    norm = torch.ones(hidden, dtype=torch.bfloat16)
     shards: dict[str, dict[str, torch.Tensor]] = {}
-    for number in range(LAYERS):
+    for number in range(layers):
         prefix = f"model.layers.{number}."
         shards[f"model-{number:02}.safetensors"] = {
             **{f"{prefix}self_attn.{name}_proj.weight": attention for name in "qkvo"},
             f"{prefix}mlp.gate_proj.weight": mlp,
             f"{prefix}mlp.up_proj.weight": mlp,
-            f"{prefix}mlp.down_proj.weight": mlp.view(HIDDEN, INNER),
+            f"{prefix}mlp.down_proj.weight": mlp.view(hidden, inner),
             f"{prefix}input_layernorm.weight": norm,
             f"{prefix}post_attention_layernorm.weight": norm,
         }
-    table = torch.randn(VOCAB, HIDDEN).mul_(0.02).bfloat16()
+    table = torch.randn(vocab, hidden).mul_(0.02).bfloat16()
     shards["model-99.safetensors"] = {
         "model.embed_tokens.weight": table,
         "lm_head.weight": table,
@@ -94,15 +96,6 @@ def anonymous_bytes(pid: int) -> int:
         if "kB" in value
     }
     return values["RssAnon"] + values["RssShmem"]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A folder and the bytes of its largest tensor."""
-    folder = tmp_path_factory.mktemp("model")
-    stored, largest = write_model(folder)
-    assert stored > 500e6
-    return folder, largest
 
 
 def write_experts(folder: Path) -> int:
@@ -136,21 +129,8 @@ def write_experts(folder: Path) -> int:
     return weight.nbytes
 
 
-@pytest.mark.slow_memory
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_experts_are_not_stacked_in_16_bits(tmp_path: Path) -> None:
-    check_peak(tmp_path, write_experts(tmp_path), LOADERS["load_model"], 50e6)
-
-
-@pytest.mark.slow_memory
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("loader", LOADERS)
-def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int], loader: str) -> None:
-    check_peak(*model_folder, LOADERS[loader], 100e6)
-
-
-def check_peak(folder: Path, largest: int, loader: str, at_least: float) -> None:
-    """Load ``folder`` in a process of its own: its peak, and that ``at_least`` so many bytes have become 4-bit."""
+def measure(folder: Path, loader: str) -> tuple[int, int, int, int]:
+    """Anonymous bytes at the peak and after loading, beyond those of the imports; the model's bytes, the 4-bit ones."""
     script = CHILD.replace("{loader}", loader)
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -175,8 +155,36 @@ def check_peak(folder: Path, largest: int, loader: str, at_least: float) -> None
         process.kill()
         process.stdout.close()
         process.stdin.close()
+    return peak - before, after - before, num_bytes, bytes_4bit
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A folder and the bytes of its largest tensor."""
+    folder = tmp_path_factory.mktemp("model")
+    stored, largest = write_model(folder)
+    assert stored > 500e6
+    return folder, largest
+
+
+@pytest.mark.slow_memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("loader", LOADERS)
+def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int], loader: str) -> None:
+    check_peak(*model_folder, LOADERS[loader], 100e6)
+
+
+@pytest.mark.slow_memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_experts_are_not_stacked_in_16_bits(tmp_path: Path) -> None:
+    check_peak(tmp_path, write_experts(tmp_path), LOADERS["load_model"], 50e6)
+
+
+def check_peak(folder: Path, largest: int, loader: str, at_least: float) -> None:
+    """Load ``folder`` in a process of its own: its peak, and that ``at_least`` so many bytes have become 4-bit."""
+    peak, rest, num_bytes, bytes_4bit = measure(folder, loader)
     limit = (num_bytes + largest) * 1.1
-    told = f"peak {peak - before:,}, at rest {after - before:,} bytes; model {num_bytes:,}, largest tensor {largest:,}"
+    told = f"peak {peak:,}, at rest {rest:,} bytes; model {num_bytes:,}, largest tensor {largest:,}"
     print(told)
     assert bytes_4bit > at_least, "the layers must have become 4-bit"
-    assert peak - before <= limit, told
+    assert peak <= limit, told
