@@ -21,6 +21,7 @@ SEARCH_LOW, SEARCH_HIGH = 0.375, 2.0
 # of the double quantisation, within which the stored scales are then tried.
 SHARES = tuple(i / 64 for i in range(24, 129))
 COARSE_SHARES = SHARES[::8]
+ERROR_PART = 1 << 18  # elements whose errors are in memory at once
 
 
 class Form(NamedTuple):
@@ -144,11 +145,22 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
     ``measure`` is None (plain), [K] (second moments of the inputs) or [K, K] (their hessian).
     """
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    dense = result.dequantize(torch.float32)
+    scales, block, width = result.scales(), result.block_size, max(weight.shape[1], 1)
     metric = None if measure is None else measure.float()
-    rows = max(1, (1 << 22) // max(weight.shape[1], 1))
+    aligned = block // math.gcd(block, width)  # rows that fill whole blocks
+    rows = aligned * max(1, ERROR_PART // (width * aligned))
     for begin in range(0, weight.shape[0], rows):
-        error = weight[begin : begin + rows].float() - dense[begin : begin + rows]
+        error = weight[begin : begin + rows].float()
+        first, last = begin * width, begin * width + error.numel()
+        part = QuantizedWeight(
+            result.packed[first // 2 : (last + 1) // 2],
+            scales[first // block : -(-last // block)],
+            shape=error.shape,
+            dtype=torch.float32,
+            quant_type=result.quant_type,
+            block_size=block,
+        )
+        error -= part.dequantize()
         if metric is None:
             other = error
         else:
