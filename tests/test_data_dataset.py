@@ -87,7 +87,7 @@ def test_counts_of_kept_cut_and_dropped_rows(tmp_path: Path) -> None:
     assert dataset.lines.tolist() == [1, 2, 4]
     assert dataset.truncated.tolist() == [False, True, False]
     assert (stats.rows, stats.dropped, stats.dropped_too_long, stats.truncated) == (3, 1, 1, 1)
-    assert dataset.dropped_lines.tolist() == [3]
+    assert (dataset.dropped.lines.tolist(), dataset.dropped.too_long.tolist()) == ([3], [True])
     assert stats.tokens == (HEADER + 3) + (HEADER + 5) + (HEADER + 5)
     assert stats.trained_tokens == 2 + 5 + 4
     assert stats.share_trained == pytest.approx(11 / stats.tokens)

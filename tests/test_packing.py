@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from helpers import relative_error
 from torch import nn
 
 from qlora_native.data import BatchPlan, PackedPlan, collate_packed
@@ -146,6 +147,23 @@ def test_losses_and_gradients_are_those_of_the_rows_alone(kind: str) -> None:
         if wanted.grad is not None:
             assert got.grad is not None, name
             assert float((got.grad - wanted.grad).norm()) <= 1e-5 * float(wanted.grad.norm()) + 1e-7, name
+
+
+def test_in_bf16_native_attention_sees_no_other_row_either() -> None:
+    """Where this machine's native attention is the faster one; elsewhere the same through transformers' function."""
+    model = tiny_models.make(hidden_size=128)
+    model.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
+    truth, model = model, copy.deepcopy(model).bfloat16()
+    fuse(model)
+    check_packing(model)
+    rows = rows_of(130, 40, 70, 33)
+    loss, expected = causal_lm_loss(model, collate_packed([rows[:2], rows[2:]], pad_id=0)), alone(truth, rows)
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    loss.backward()
+    expected.backward()
+    for (name, got), wanted in zip(model.named_parameters(), truth.parameters(), strict=True):
+        if wanted.grad is not None:
+            assert got.grad is not None and relative_error(got.grad, wanted.grad) < 5e-2, name
 
 
 def test_without_positions_that_start_again_the_comparison_fails() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -79,6 +79,13 @@ class DatasetStats:
         return line
 
 
+class Dropped(NamedTuple):
+    """Rows left out: their lines, int64 [dropped], and which of them are longer than ``max_length``, bool [dropped]."""
+
+    lines: np.ndarray
+    too_long: np.ndarray
+
+
 class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
     """Rows of token ids and labels in flat arrays; ``dataset[i]`` is ``{"input_ids", "labels"}``, int32 [length] each.
 
@@ -92,7 +99,7 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
         trained: int32 [rows], trained tokens per row.
         lines: int64 [rows], the line of the file each row came from (Parquet: the row), from 1.
         truncated: bool [rows].
-        dropped_lines: int64 [dropped], the lines of the file that were left out; a subset keeps them.
+        dropped: the lines of the file that were left out; a subset keeps them.
         stats: :class:`DatasetStats`.
     """
 
@@ -105,12 +112,12 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
         trained: np.ndarray,
         lines: np.ndarray,
         truncated: np.ndarray,
-        dropped_lines: np.ndarray,
+        dropped: Dropped,
         stats: DatasetStats,
     ) -> None:
         self.input_ids, self.labels, self.starts, self.lengths = input_ids, labels, starts, lengths
         self.trained, self.lines, self.truncated = trained, lines, truncated
-        self.dropped_lines, self.stats = dropped_lines, stats
+        self.dropped, self.stats = dropped, stats
         for held in (input_ids, labels, starts, lengths, trained, lines, truncated):
             held.flags.writeable = False
 
@@ -145,7 +152,7 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
         )
         flat = self.input_ids, self.labels
         rows = self.starts[chosen], lengths, trained, self.lines[chosen], truncated
-        return TokenizedDataset(*flat, *rows, self.dropped_lines, stats)
+        return TokenizedDataset(*flat, *rows, self.dropped, stats)
 
     def split(self, held_out: float | int, seed: int = 0) -> tuple[TokenizedDataset, TokenizedDataset]:
         """Training and held-out rows, chosen by ``seed``, each in the order of the file.
@@ -202,8 +209,7 @@ def load_dataset(
     place = Path(folder or tempfile.gettempdir())
     ids, labels = GrowingArray(place), GrowingArray(place)
     lengths, lines, dropped = array("q"), array("q"), array("q")
-    trained, cut = array("i"), bytearray()
-    too_long = 0
+    trained, cut, too_long = array("i"), bytearray(), bytearray()
     with_messages = False
     for source in chain(first, rows):
         row = normalise(source, name)
@@ -211,7 +217,7 @@ def load_dataset(
         encoded = encoder.encode(row)
         if encoded.trained == 0:
             dropped.append(row.line)
-            too_long += encoded.cut > 0
+            too_long.append(encoded.cut > 0)
             continue
         ids.extend(encoded.input_ids)
         labels.extend(encoded.labels)
@@ -220,7 +226,7 @@ def load_dataset(
         lines.append(row.line)
         cut.append(encoded.cut > 0)
     if not lengths:
-        raise UserError(_nothing_left(path, len(dropped), too_long, max_length))
+        raise UserError(_nothing_left(path, len(dropped), sum(too_long), max_length))
 
     counts = np.array(lengths, dtype=np.int64)
     stats = DatasetStats(
@@ -233,7 +239,7 @@ def load_dataset(
         train_on=train_on,
         rows=len(lengths),
         dropped=len(dropped),
-        dropped_too_long=too_long,
+        dropped_too_long=sum(too_long),
         truncated=sum(cut),
         tokens=int(counts.sum()),
         trained_tokens=sum(trained),
@@ -247,7 +253,7 @@ def load_dataset(
         np.array(trained, dtype=np.int32),
         np.array(lines, dtype=np.int64),
         np.array(cut, dtype=bool),
-        np.array(dropped, dtype=np.int64),
+        Dropped(np.array(dropped, dtype=np.int64), np.array(too_long, dtype=bool)),
         stats,
     )
 

@@ -76,15 +76,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, write: boo
             tensors[f"{PREFIX}{path}.{name}"] = _whole(tensor).cpu().clone()
     if not write:
         return
+    # safetensors writes two keys in either order, and the bytes of a resumed run are to be those of an undisturbed one.
+    metadata = {"format": "pt"} if config.init == ZERO else {INIT_KEY: config.init}
     text = json.dumps(_peft_config(model, config, layers), indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as both:  # renames only after both are safe on disk
             both.enter_context(_replacing(folder / CONFIG_NAME, text.encode()))
-            both.enter_context(
-                _replacing(folder / TENSORS_NAME, save(tensors, metadata={"format": "pt", INIT_KEY: config.init}))
-            )
+            both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata=metadata)))
         fsync(folder)
     except OSError as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
