@@ -54,6 +54,16 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         (["--model", "gone"], "gone is not there"),
         ([OPTION], f"unrecognized arguments: {OPTION}"),
     ],
+    "estimate": [
+        (["gone"], "gone"),
+        (["{model}", "--gpu", "much"], "much"),
+        ([], "the following arguments are required"),
+    ],
+    "data": [
+        (["show", "gone.yaml"], "gone.yaml"),
+        (["look", "gone.yaml"], "invalid choice: 'look'"),
+        ([], "the following arguments are required"),
+    ],
     "eval": [
         (["gone", "--data", "gone.txt"], "gone is not there"),
         (["{model}"], "--data"),
@@ -88,8 +98,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_three_likely_mistakes_are_one_sentence_each(
     verb: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if verb not in MISTAKES:
-        pytest.skip(f"the mistakes of qlora {verb} have tests of their own")
     monkeypatch.chdir(tmp_path)
     assert len(MISTAKES[verb]) == 3
     for words, told in MISTAKES[verb]:
