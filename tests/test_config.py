@@ -222,7 +222,7 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
 
 
 def test_shipped_configs_are_valid_and_explain_every_line() -> None:
-        for name, path in shipped().items():
+    for name, path in shipped().items():
         TrainConfig.from_file(path)
         lines = path.read_text(encoding="utf-8").splitlines()
         assert lines[1] == f"#   qlora train {name}.yaml"
