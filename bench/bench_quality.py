@@ -4,11 +4,12 @@
     python bench/quality_page.py bench/results/quality.json      # writes docs/quality.md's tables and docs/quality.png
 
 FOLDER keeps what is done, so a run that was stopped goes on: the bases, what they score on the held-out texts
-(quality_texts.py says which), and the fine-tuning runs (quality_runs.py). In all some two hours on two cores. The 16-bit
-model is the reference, in bf16; the gap is what plain rounding with double quantisation (`rtn`) loses against it, paired
-row by row. `wmse` is calibrated on the first 16 windows of 512 tokens, `gptq` on all 128; no text that is measured on
-is calibrated on. `match` says that the 4-bit model's loss on the first rows is that of transformers' own code in fp32
-with the decoded weights, to 0.5 %; for fine-tuning, that every base learned from the same tokens in the same order.
+(quality_texts.py says which), and the fine-tuning runs (quality_runs.py). In all about an hour and a half on two cores
+that do nothing else. The 16-bit model is the reference, in bf16; the gap is what plain rounding with double
+quantisation (`rtn`) loses against it, paired row by row. `wmse` is calibrated on the first 16 windows of 512 tokens,
+`gptq` on all 128; no text that is measured on is calibrated on. `match` says that the 4-bit model's loss on the first
+rows is that of transformers' own code in fp32 with the decoded weights, to 0.5 %; for fine-tuning, that the runs of a
+seed began with the same loss at both rates and scored the same tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -89,12 +89,11 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
         kept: dict[str, Kept] = {}
         with TemporaryDirectory() as scratch:
             for name in dict.fromkeys([REFERENCE, *missing]):
-                model, result = load(work / name), {"match": True}
+                model: Any = load(work / name)
+                result: dict[str, Any] = {"match": True}
                 for text, windows in texts.items():
                     keep_in = Path(scratch) if name == REFERENCE else None
-                    scores, reference = measure(
-                        model, as_rows(windows.ids), 0, against=kept.get(text), keep_in=keep_in
-                    )
+                    scores, reference = measure(model, as_rows(windows.ids), 0, against=kept.get(text), keep_in=keep_in)
                     if reference is not None:
                         kept[text] = reference
                     found = {"nats": scores.nats, "tokens": scores.tokens, "kl": scores.kl, "agreed": scores.agreed}
@@ -128,7 +127,9 @@ def method_rows(work: Path, scored: dict[str, dict[str, Any]], texts: dict[str, 
                 figures["closed"] = rounded(mine.closed(worst, best))
             row["texts"][text] = figures
             if text in CLOSED_BARS.get(name, {}):
-                row["bars"].append(_bar(f"of the gap closed on {text}", CLOSED_BARS[name][text], figures["closed"][0], True))
+                row["bars"].append(
+                    _bar(f"of the gap closed on {text}", CLOSED_BARS[name][text], figures["closed"][0], True)
+                )
         rows.append(row)
     return rows
 
@@ -144,7 +145,7 @@ def learning_rows(work: Path) -> list[dict[str, Any]]:
     pairs = [key for key in itertools.product(RATES, SEEDS) if all((base, *key) in found for base in LEARNING)]
 
     def scores(base: str, key: tuple[float, int], text: str) -> Scores:
-        run = found[base, *key][text]
+        run = found[(base, *key)][text]
         return Scores(torch.tensor(run["tokens"]).double(), torch.tensor(run["nats"]).double())
 
     def gap(base: str, text: str) -> float:
@@ -152,15 +153,19 @@ def learning_rows(work: Path) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     for base in LEARNING if pairs else ():
-        row: dict[str, Any] = {"kind": "lora", "base": base, "bars": [], "texts": {}, "runs": []}
-        row["match"] = all(
-            math.isfinite(run["train_loss"][-1]) and run["ids"] == found[REFERENCE, run["lr"], run["seed"]]["ids"]
-            for run in (found[base, *key] for key in pairs)
+        row: dict[str, Any] = {"kind": "lora", "base": base, "bars": [], "texts": {}, "runs": len(pairs)}
+        starts: dict[int, set[float]] = {}
+        for rate, seed in pairs:
+            starts.setdefault(seed, set()).add(found[base, rate, seed]["train_loss"][0])
+        row["match"] = all(len(losses) == 1 for losses in starts.values()) and all(
+            found[(base, *key)][text]["tokens"] == found[(REFERENCE, *key)][text]["tokens"]
+            for key in pairs
+            for text in EVALUATED
         )
         for text in EVALUATED:
             figures: dict[str, Any] = {"loss": rounded([mean(scores(base, key, text).loss[0] for key in pairs)])[0]}
             if base != REFERENCE:
-                gaps = {rate: [] for rate in RATES}
+                gaps: dict[float, list[float]] = {rate: [] for rate in RATES}
                 for rate, seed in pairs:
                     one = (rate, seed)
                     gaps[rate].append(scores(base, one, text).excess(scores(REFERENCE, one, text))[0])
@@ -176,7 +181,14 @@ def learning_rows(work: Path) -> list[dict[str, Any]]:
 
 def _bar(measure: str, limit: float, value: float, at_least: bool) -> dict[str, Any]:
     met = value >= limit if at_least else value <= limit
-    return {"rival": BASELINE, "measure": measure, "bar": limit, "at_least": at_least, "value": rounded([value])[0], "met": met}
+    return {
+        "rival": BASELINE,
+        "measure": measure,
+        "bar": limit,
+        "at_least": at_least,
+        "value": rounded([value])[0],
+        "met": met,
+    }
 
 
 def main() -> None:

@@ -22,7 +22,17 @@ import torch
 from qlora_native.data.batching import permutation
 from qlora_native.data.standard_library import SKIPPED_FOLDERS, is_held_out
 
-PACKAGES = ("accelerate", "huggingface-hub", "numpy", "peft", "safetensors", "tokenizers", "torch", "tqdm", "transformers")
+PACKAGES = (
+    "accelerate",
+    "huggingface-hub",
+    "numpy",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+)
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 128, 512
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 64, 256
 

@@ -164,7 +164,17 @@ LAYERS: tuple[set[str], ...] = (
     {"cli"},
     {"__main__"},
 )
-USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "calibration", "evaluate", "cli"}
+USES_THE_ECOSYSTEM = {
+    "load",
+    "data",
+    "train",
+    "export",
+    "integrations",
+    "calibration",
+    "estimate",
+    "evaluate",
+    "cli",
+}
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
 

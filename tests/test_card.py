@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +19,8 @@ import yaml
 
 import qlora_native as qn
 from qlora_native.cli import main
+from qlora_native.cli.convert import as_trained
+from qlora_native.errors import UserError
 from qlora_native.train.progress import read_metrics
 
 
@@ -80,6 +84,31 @@ def test_its_code_loads_the_adapter(run: tuple[Path, Trackio]) -> None:
         exec(code.replace("path/to/this/folder", str(folder / "out" / "adapter")), names)
     assert ours["model"].model.layers[0].mlp.up_proj.base_layer.quantized.block_size == 32
     assert isinstance(theirs["model"], peft.PeftModel)
+
+
+def test_chat_and_merge_take_the_run_at_its_word(run: tuple[Path, Trackio], tmp_path: Path) -> None:
+    folder, _ = run
+    adapter, config = folder / "out" / "adapter", folder / "out" / "adapter" / "config.yaml"
+
+    def taken(rounds: bool = True, **given: Any) -> dict[str, Any]:
+        options = {"model": str(folder / "model"), "adapter": str(adapter), "skip_modules": None, "quant_type": None}
+        return as_trained(Namespace(**{**options, "block_size": None, "double_quant": None, **given}), rounds)
+
+    assert taken() == {"quant_type": "nf4", "block_size": 32, "double_quant": True}
+    assert taken(block_size=128)["block_size"] == 128
+    shutil.copytree(adapter, tmp_path / "adapter")
+    text = config.read_text().replace("method: rtn\n", "method: gptq\n")
+    (tmp_path / "adapter" / "config.yaml").write_text(text)
+    adapter = tmp_path / "adapter"
+    assert taken(rounds=False)["block_size"] == 32
+    with pytest.raises(UserError, match="was trained on weights made by gptq"):
+        taken()
+
+
+def test_the_folder_of_a_run_is_no_adapter(run: tuple[Path, Trackio], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = run
+    assert main.main(["merge", str(folder / "model"), str(folder / "out"), "--out", str(folder / "new")]) == 2
+    assert f"did you mean {folder / 'out' / 'adapter'}?" in capsys.readouterr().err
 
 
 def test_trackio_gets_every_line(run: tuple[Path, Trackio]) -> None:

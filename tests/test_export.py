@@ -71,6 +71,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {"attention_bias": True}),
     ("Llama", {"rope_parameters": LLAMA_3, "max_position_embeddings": 512}),
     ("Qwen3", {"head_dim": 16}),
+    ("Gemma", {"head_dim": 16}),
     ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}),
 ]
 
@@ -87,6 +88,36 @@ def test_transformers_reads_the_same_model(tmp_path: Path, kind: str, changes: d
     ours = AutoTokenizer.from_pretrained(folder)
     assert theirs(TEXT).input_ids == ours(TEXT).input_ids
     assert theirs.chat_template == tiny.CHAT_TEMPLATE and theirs.eos_token_id == ours.eos_token_id
+
+
+def sentencepiece_model(folder: Path, with_file: bool) -> Path:
+    """A random llama with a tokenizer of SentencePiece's kind, with its own file beside it or without."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    make("Llama", vocab_size=330, num_hidden_layers=1).save_pretrained(folder)
+    lines = iter([f"what is {colour}? {thing} {number}" for number in range(30) for colour, thing in tiny.FACTS])
+    options = {"model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    trainer.train(sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), vocab_size=325, **options)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    if not with_file:
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+        (folder / "tokenizer.model").unlink()
+    return folder
+
+
+SPOKEN = "what is green? walnut 12  \u00fc?\n"
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+def test_tokenizers_of_sentencepiece(request: pytest.FixtureRequest, tmp_path: Path, with_file: bool) -> None:
+    folder = sentencepiece_model(tmp_path / "model", with_file)
+    export(folder, "--to", "gguf", "--type", "f32", "--out", tmp_path / "model.gguf")
+    expected = AutoTokenizer.from_pretrained(folder)(SPOKEN).input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")(SPOKEN).input_ids == expected
+    if request.config.getoption("--llama-cpp"):
+        import llama_cpp
+
+        runner = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+        assert runner.tokenize(SPOKEN.encode(), add_bos=True) == expected
 
 
 @torch.no_grad()

@@ -97,7 +97,9 @@ def test_the_inputs_are_those_of_the_model(tmp_path: Path) -> None:
     for full, expected in ((True, x.t() @ x / len(x)), (False, x.square().mean(0))):
         found = {known.path: known for known in lora_statistics(model, CALIBRATION, full=full)}
         metric = found["model.layers.1.mlp.down_proj"].metric
-        assert len(found) == 14 and torch.allclose(metric.double(), expected, rtol=1e-4, atol=1e-6)
+        assert (
+            len(found) == 14 and metric is not None and torch.allclose(metric.double(), expected, rtol=1e-4, atol=1e-6)
+        )
 
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:

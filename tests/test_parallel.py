@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import on_ranks
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from qlora_native.lora.layer import lora_layers
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW
 from qlora_native.parallel import shard
+from qlora_native.parallel.plan import plan_rank
 
 STEPS, ROWS = 10, 8
 TOLERANCE = 1e-5
@@ -99,6 +102,28 @@ def held_bytes(model: Any) -> int:
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
+@contextmanager
+def received_bytes(world: int) -> Iterator[list[int]]:
+    """What this rank receives inside, by message."""
+    found: list[int] = []
+    gather, reduce = dist.all_gather_single, dist.reduce_scatter_single
+
+    def gathered(output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(output.nbytes // world * (world - 1))
+        return gather(output, *args, **kwargs)
+
+    def reduced(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs["input"] if "input" in kwargs else args[1]
+        found.append(given.nbytes // world * (world - 1))
+        return reduce(*args, **kwargs)
+
+    dist.all_gather_single, dist.reduce_scatter_single = gathered, reduced
+    try:
+        yield found
+    finally:
+        dist.all_gather_single, dist.reduce_scatter_single = gather, reduce
+
+
 def optimizer_of(model: Any, folder: str | None = None) -> AdamW:
     return AdamW(trained(model), 1e-3, max_norm=0.5, paged=folder is not None, page_dir=folder)
 
@@ -112,7 +137,16 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
     base, found = make(), {}
     line = init_device_mesh("cpu", (world,))
 
+    plan = plan_rank(base, world)
     model: Any = shard(deepcopy(base), line)
+    if rank == 0:  # the others' last parts are shorter where a number of rows does not divide
+        assert held_bytes(model) == plan.frozen
+        assert sum(parameter.to_local().nbytes for parameter in trained(model)) == plan.trained
+    with received_bytes(world) as received:
+        ids, labels = next(batches())
+        loss_sum(model, ids, labels).backward()
+    assert sum(received) == plan.received, (received, plan)
+    model.zero_grad()
     found["fsdp"] = distance(train(model, optimizer_of(model), rank, world), expected)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
 

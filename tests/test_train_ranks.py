@@ -7,13 +7,17 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from ranks import on_ranks
-from runs import metrics
+from runs import metrics, steps_told, wait_until
 from safetensors.torch import load_file
 from tiny import write_model, write_rows
 
@@ -165,3 +169,46 @@ def test_a_killed_rank_is_named_and_the_rest_resumes(folder: Path, pytestconfig:
         assert re.match(rf"rank {dying} of 2 died or hangs after step {step - 1}; the last checkpoint is", survivor)
         on_ranks(2, resumes, folder, name)
         assert distance(adapter(folder, name), adapter(folder, "one")) <= TOLERANCE
+
+
+def test_torchrun_restarts_from_the_checkpoint(folder: Path, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """Two processes of torchrun, one of which is killed again and again at steps of chance."""
+    if not pytestconfig.getoption("--torchrun"):
+        pytest.skip("starts torchrun only with --torchrun")
+    kills, chance = pytestconfig.getoption("--rank-kills"), random.Random(11)
+    train = {"save_every": 5, "steps": 15 * kills + 15}
+    run(0, 1, folder, "one, longer", train=train)
+    path, out = tmp_path / "config.yaml", folder / "torchrun"
+    path.write_text(yaml.safe_dump(config(folder, "torchrun", parallel="fsdp", train=train).model_dump(mode="json")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(kills)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "qlora_native", "train", str(path)]
+    said = (tmp_path / "stderr").open("w+")
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=said, text=True
+    )
+    for number in range(kills):
+        step = 15 * number + chance.randrange(1, 15)
+        wait_until(partial(has_told, out, step), process, 180)
+        before = children(process.pid)
+        os.kill(chance.choice(before), signal.SIGKILL)
+        wait_until(partial(are_gone, before, process.pid), process, 60)
+    printed = process.communicate(timeout=300)[0]
+    said.seek(0)
+    sentences = re.findall(r"^qlora: rank [01] of 2 died or hangs after step \d+;", said.read(), re.MULTILINE)
+    assert process.returncode == 0 and len(sentences) == kills
+    assert printed.count("continuing from") <= kills  # a kill before the first checkpoint starts anew
+    assert distance(adapter(folder, "torchrun"), adapter(folder, "one, longer")) <= TOLERANCE
+
+
+def has_told(out: Path, step: int) -> bool:
+    return steps_told(out) >= step
+
+
+def are_gone(processes: list[int], parent: int) -> bool:
+    return not set(processes) & set(children(parent))
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` has started and that live."""
+    found = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if not line.split()[1].startswith("Z")]

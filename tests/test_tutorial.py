@@ -49,7 +49,14 @@ def test_every_step_of_the_tutorial_runs(
                 assert "\x1b" not in printed and "\r" not in printed, command  # no terminal: plain lines
                 ran.append(words[0])
     assert {"doctor", "chat", "config", "train", "merge", "export"} <= set(ran)
-    left = ("run/adapter/README.md", "run/loss.png", "run-2/adapter", "merged/merge_report.md", "tuned.gguf", "for-peft")
+    left = (
+        "run/adapter/README.md",
+        "run/loss.png",
+        "run-2/adapter",
+        "merged/merge_report.md",
+        "tuned.gguf",
+        "for-peft",
+    )
     assert all(Path(name).exists() for name in left)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantising, quantising
+from qlora_native.cli.convert import add_quantising, as_trained
 from qlora_native.cli.main import missing_modules
 
 
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_tokens)
         tokenizer = load_tokenizer(args.model)
         device = "cuda" if torch.cuda.is_available() else None
-        model: Any = qn.load_model(Path(args.model).expanduser(), device=device, **quantising(args))
+        model: Any = qn.load_model(Path(args.model).expanduser(), device=device, **as_trained(args, rounds=True))
         if args.adapter:
             qn.load_adapter(model, Path(args.adapter).expanduser())
     model.eval()

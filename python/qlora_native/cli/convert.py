@@ -68,6 +68,36 @@ def quantising(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
+    """The options that were given; for the others, what the config beside the adapter says of its run.
+
+    Args:
+        rounds: whether 16-bit weights are to become the 4-bit ones of that run, which rounding to nearest cannot do
+            where they were calibrated: then UserError.
+    """
+    import torch
+
+    from qlora_native.load.source import open_source
+
+    given = quantising(args)
+    config = Path(args.adapter).expanduser() / "config.yaml" if args.adapter else None
+    if config is None or not config.is_file():
+        return given
+    import yaml
+
+    told = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("quant") or {}
+    if open_source(Path(args.model).expanduser(), torch.bfloat16).four_bit_config:
+        return given
+    method = told.get("method", "rtn")
+    if rounds and method != "rtn":
+        raise UserError(
+            f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "
+            f"`qlora quantize {args.model} --method {method} --out DIR`, and give DIR in its place"
+        )
+    names = {"type": "quant_type", "block_size": "block_size", "double_quant": "double_quant"}
+    return {name: told[key] for key, name in names.items() if key in told} | given
+
+
 def refuse_existing(out: Path, name: str) -> None:
     """A folder or file that is there is never written over."""
     if out.exists():

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     parser.add_argument("model", metavar="MODEL", help="a model folder, 16-bit or 4-bit, or a .gguf file")
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts: any file that training reads, or .txt")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="FILE", help="texts: any file that training reads, or .txt"
+    )
     parser.add_argument(
         "--choices", nargs="+", default=[], metavar="FILE", help="rows with question, choices and answer, such as JSONL"
     )
@@ -42,10 +44,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", metavar="DIR", help="write report.md, report.json and report.png there")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.epilog = """A 16-bit MODEL is compared with its 4-bit forms: loss, perplexity, KL divergence from 16 bits, each
-with its standard error over
-rows. One model is in memory at a time; of the 16-bit one, two bytes for each token and element of its hidden state are
-kept in a temporary file. A question is answered by the choice that is likeliest behind "Question: ...\\nAnswer:".
+    parser.epilog = """A 16-bit MODEL is compared with its 4-bit forms: loss, perplexity, KL divergence from 16 bits,
+each with its standard error over rows. One model is in memory at a time; of the 16-bit one, two bytes for each token
+and element of its hidden state are kept in a temporary file. A question is answered by the choice that is likeliest behind
+"Question: ...\\nAnswer:".
 
 examples:
   qlora eval Llama-3.1-8B --data heldout.jsonl --adapter run/adapter
@@ -126,7 +128,9 @@ def _check(args: argparse.Namespace) -> None:
     names = [Path(file).name for file in files]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"qlora eval: two files are called {twice}, so the report could not tell them apart; rename one")
+        raise UserError(
+            f"qlora eval: two files are called {twice}, so the report could not tell them apart; rename one"
+        )
     if args.calibration is not None:
         evaluated = {Path(file).expanduser().resolve() for file in files}
         if Path(args.calibration).expanduser().resolve() in evaluated:

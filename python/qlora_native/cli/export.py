@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantising, add_shard_size, quantising, refuse_existing, shard_size
+from qlora_native.cli.convert import add_quantising, add_shard_size, as_trained, refuse_existing, shard_size
 from qlora_native.cli.main import missing_modules
 from qlora_native.errors import UserError
 
@@ -71,7 +71,9 @@ def _merging(args: argparse.Namespace, to: str) -> Any:
     adapter = Path(args.adapter).expanduser() if args.adapter else None
     if args.base == "original" and adapter is None and _is_four_bit(args.model):
         args.base = "dequantized"  # nothing is added to it, so there is nothing to choose
-    return Merging(Path(args.model).expanduser(), adapter, base=args.base, to=to, **quantising(args))
+    return Merging(
+        Path(args.model).expanduser(), adapter, base=args.base, to=to, **as_trained(args, args.base == "dequantized")
+    )
 
 
 def _is_four_bit(model: str) -> bool:
@@ -133,7 +135,8 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if args.adapter is None or args.type is not None:
         raise UserError("qlora export: --to peft takes --adapter DIR, and no --type: the adapter is written as it is")
     adapter = Path(args.adapter).expanduser()
-    _merging(argparse.Namespace(**{**vars(args), "base": "dequantized"}), "fp32")  # refuses what does not belong here
+    args.base = "dequantized" if _is_four_bit(args.model) else "original"
+    _merging(args, "fp32")  # refuses what does not belong together
     config = json.loads((adapter / CONFIG_NAME).read_bytes())
     config["base_model_name_or_path"] = str(Path(args.model).expanduser())
     with told_if_unwritable(out), atomic_folder(out) as partial:

@@ -43,6 +43,12 @@ VERBS: dict[str, Verb] = {
     "train": Verb(
         "fine-tune a model as a config file says", "train", ("transformers", "pydantic", "yaml"), takes_overrides=True
     ),
+    "estimate": Verb(
+        "say how much memory a run takes, and what fits a card, before anything is loaded",
+        "train",
+        ("transformers", "pydantic", "yaml"),
+        takes_overrides=True,
+    ),
     "quantize": Verb("turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", "train", ("transformers",)),
     "convert": Verb(
         "turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", "train", ("transformers",)
@@ -70,6 +76,7 @@ VERBS: dict[str, Verb] = {
 # What stands before the first --key, as argparse cannot tell the value of a key that it does not know from a file.
 _FIRST = {
     "train": "the config file",
+    "estimate": "the config file or the model",
     "config": "what to do (list, init or check)",
     "data": "what to do (show)",
 }
@@ -153,6 +160,8 @@ def _dispatch(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv[1:]`` unless given) and return its exit code; a bug propagates, and exits with
     1."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they write over their own line
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantising, add_shard_size, quantising, shard_size
+from qlora_native.cli.convert import add_quantising, add_shard_size, as_trained, shard_size
 from qlora_native.errors import UserError
 
 REPORT = "merge_report"
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = f"""Tensors are read, merged and written a few megabytes at a time, so the model may be larger than
 memory; --check loads it. Its report goes to DIR/{REPORT}.json and DIR/{REPORT}.md.
-The options of quantising say how MODEL was loaded for training, for --base dequantized, --to nf4 and --check.
+The options of quantising say how MODEL was loaded for training; without them, the config.yaml beside the adapter does.
 
 examples:
   qlora merge Llama-3.1-8B-Instruct run/adapter --out merged
@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
             rows = sample_rows(Path(args.sample).expanduser() if args.sample else None, tokenizer)
         began = time.monotonic()
         shard_bytes = shard_size(args)
-        work = Merging(source, adapter, base=args.base, to=args.to, **quantising(args))
+        work = Merging(
+            source, adapter, base=args.base, to=args.to, **as_trained(args, args.base == "dequantized" or args.check)
+        )
         with told_if_unwritable(out), atomic_folder(out) as partial:
             merge_files(work, partial, shard_bytes)
             if not isinstance(work.source, SafetensorsSource):

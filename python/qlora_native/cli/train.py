@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.train.loop import Trainer
     from qlora_native.train.memory import keep_freed_memory
 
-    keep_freed_memory()
+    keep_freed_memory(config.train.grad_checkpointing)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         Trainer(config).train()

@@ -50,13 +50,13 @@ class LayerBytes:
     gradients: int
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that checkpointing works by, outermost ones."""
-    found: list[nn.Module] = []
+def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Path and module of the layers that checkpointing works by, outermost ones."""
+    found: list[tuple[str, nn.Module]] = []
     prefix = "\0"
     for path, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and not path.startswith(prefix):
-            found.append(module)
+            found.append((path, module))
             prefix = path + "."
     return found
 

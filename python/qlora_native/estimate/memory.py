@@ -5,17 +5,16 @@ Bytes throughout. docs/memory.md derives the formulas; bench/bench_estimate.py h
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import _C, _native
-from ..lora import LoRALinear
+from ..load.layers import four_bit_parts
 from ..optim import base
+from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from ..ops.causal_attention import ALIGNMENT
 from ..ops.linear_cross_entropy import LOGIT_BYTES
 from .activations import LayerBytes, decoder_layers, layer_bytes, norm_bytes, norms_of
@@ -25,10 +24,11 @@ from .anatomy import Anatomy, Setting, read_anatomy
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
+FIXED_SLACK = 14 << 20  # Python's objects for modules and graph, and holes of the heap, on the CPU
+HEAP_SLACK = 0.19  # of what is kept without checkpointing: glibc's holes beside aligned blocks of the heap
 THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
 CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold beside torch's allocator
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,25 @@ class Estimator:
 
     Args:
         model: a folder or a GGUF file, or an :class:`Anatomy`.
-        setting: what :meth:`at` changes is of no account here.
+        setting: what :meth:`at` starts from.
     """
 
     def __init__(self, model: Path | Anatomy, setting: Setting) -> None:
         self.setting = setting
-        self.anatomy = read_anatomy(model, setting) if isinstance(model, Path) else model
-        self.config: Any = self.anatomy.model.config.get_text_config()
+        self.anatomy = anatomy = read_anatomy(model, setting) if isinstance(model, Path) else model
+        self.config: Any = anatomy.model.config.get_text_config()
+        self.trained = [parameter.numel() for parameter in anatomy.model.parameters() if parameter.requires_grad]
+        self.adapters = sum(p.nbytes for p in anatomy.model.parameters() if p.requires_grad)
+        four_bit = four_bit_parts(anatomy.model).values()
+        self.packed = sum(weight.packed.nbytes for weight in four_bit)
+        self.largest_weight = max((weight.shape[-1] * weight.shape[-2] for weight in four_bit), default=0)
+        layers = decoder_layers(anatomy.model)
+        inside = tuple(path + "." for path, _ in layers)
+        self.modules = [layer for _, layer in layers]
+        self.norms = [norm for path, norm in norms_of(anatomy.model) if not path.startswith(inside)]
+        head = anatomy.model.get_output_embeddings()
+        self.changes_logits = changes_logits(self.config) or getattr(head, "bias", None) is not None
+        self._layers: dict[bool, list[LayerBytes]] = {}
 
     def at(self, **changes: Any) -> Estimate:
         """The estimate with another batch size, length, number of micro-batches, checkpointing, optimizer or
@@ -142,18 +154,13 @@ class Estimator:
         """The most rows of ``length`` tokens that fit; 0 if none do."""
         return _largest(lambda n: self.at(batch_size=n, length=length).fits(num_bytes), most)
 
-    @cached_property
-    def _layers(self) -> dict[tuple[Any, ...], list[LayerBytes]]:
-        return {}
-
     def layers(self, setting: Setting) -> list[LayerBytes]:
         """Bytes of each decoder layer."""
         window = getattr(self.config, "sliding_window", None)
-        key = (setting.dtype, setting.device, window is not None and setting.length > window)
-        if key not in self._layers:
-            model = self.anatomy.model
-            self._layers[key] = [layer_bytes(layer, model, setting) for layer in decoder_layers(model)]
-        return self._layers[key]
+        beyond = window is not None and setting.length > window
+        if beyond not in self._layers:
+            self._layers[beyond] = [layer_bytes(layer, self.anatomy.model, setting) for layer in self.modules]
+        return self._layers[beyond]
 
 
 def _largest(fits: Any, most: int) -> int:
@@ -173,28 +180,25 @@ class _Sum:
 
     def __init__(self, estimator: Estimator, setting: Setting) -> None:
         self.estimator, self.setting, self.config = estimator, setting, estimator.config
-        self.model, self.report = estimator.anatomy.model, estimator.anatomy.report
+        self.report = estimator.anatomy.report
         self.tokens, self.size = setting.batch_size * setting.length, setting.dtype.itemsize
         self.pairs = self.tokens * setting.length
         self.layers = estimator.layers(setting)
 
     def estimate(self) -> Estimate:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        adapters = sum(parameter.nbytes for parameter in trained)
-        states = sum(state_bytes(parameter.numel(), self.setting.optimizer) for parameter in trained)
+        adapters, packed = self.estimator.adapters, self.estimator.packed
+        states = sum(state_bytes(numel, self.setting.optimizer) for numel in self.estimator.trained)
         in_memory, paged = self._paged(states)
-        packed = sum(weight.packed.nbytes for weight in _four_bit(self.model))
         frozen = Terms(weights=packed, scales=self.report.bytes_4bit - packed, dense=self.report.bytes_dense)
         held = replace(frozen, adapters=adapters, optimizer=in_memory)
-        # All but the first micro-batch of a step begin with the gradients of those before.
-        before = adapters if self.setting.micro_batches > 1 else 0
+        before = self._gradients_held()
         kept, final = self._kept()
         head = self._head()
         moments = {
             "loading": replace(frozen, scratch=self._loading()),
-            "loss": replace(held, gradients=before, activations=kept, loss=final + head),
-            "backward": self._backward(held, before, final),
-            "step": replace(held, gradients=adapters),
+            "loss": replace(held, gradients=before, activations=kept, loss=final + head, scratch=self._scratch()),
+            "backward": self._backward(held, before),
+            "step": replace(held, gradients=adapters, scratch=self._scratch()),
         }
         with_slack = {name: self._with_slack(name, terms) for name, terms in moments.items()}
         return Estimate(self.setting, with_slack, paged, self._rough())
@@ -204,8 +208,7 @@ class _Sum:
 
     def _kept(self) -> tuple[int, int]:
         """What all layers keep at the end of the forward pass; what the final norm keeps."""
-        norms = [norm for path, norm in norms_of(self.model) if not self._is_in_a_layer(path)]
-        final = self.tokens * sum(norm_bytes(norm, self.setting) for norm in norms)
+        final = self.tokens * sum(norm_bytes(norm, self.setting) for norm in self.estimator.norms)
         if self.setting.checkpointing:
             kept = self.tokens * sum(layer.input for layer in self.layers)
         else:
@@ -221,7 +224,7 @@ class _Sum:
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         return 2 * self.setting.length * width * self.size + 5 * 8 * self.tokens
 
-    def _backward(self, held: Terms, before: int, final: int) -> Terms:
+    def _backward(self, held: Terms, before: int) -> Terms:
         """The fullest moment of the backward pass: in the layer where what is kept so far, its own tensors, its
         gradients and the adapters' gradients of the layers behind are the most."""
         best, so_far, behind = Terms(), 0.0, sum(layer.gradients for layer in self.layers)
@@ -235,16 +238,11 @@ class _Sum:
                 held,
                 gradients=max(before, behind),
                 activations=round(here),
-                # the loss has kept the gradient of its hidden states until its own backward pass
-                scratch=self._scratch() + (layer.gradients if before else 0),
+                scratch=self._scratch(),
             )
             best = max(best, terms, key=lambda t: t.total)
             behind -= layer.gradients
         return best
-
-    def _is_in_a_layer(self, path: str) -> bool:
-        names = self.estimator.__dict__.setdefault("_paths", _layer_paths(self.model))
-        return path.startswith(names)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loss
@@ -253,13 +251,24 @@ class _Sum:
         """Hidden states, their gradient, and the logits: of a chunk, or all where the model changes them afterwards."""
         hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
         states = 2 * self.tokens * hidden * self.size
-        if changes_logits(self.config) or getattr(self.model.get_output_embeddings(), "bias", None) is not None:
+        if self.estimator.changes_logits:
             return states + self.tokens * vocabulary * FULL_LOGITS
         chunk = min(max(1, LOGIT_BYTES // (self.size * vocabulary)), self.tokens)
         return states + chunk * (vocabulary + 2 * hidden) * self.size + 12 * self.tokens
 
     # -----------------------------------------------------------------------------------------------------------------
     # The rest
+
+    def _gradients_held(self) -> int:
+        """Bytes that gradients of the adapters have at the loss: all but the first micro-batch of a step begin with
+        those of the ones before; and on the CPU the heap keeps their place from step to step, up to the size from
+        which a block is a mapping of its own."""
+        if self.setting.micro_batches > 1:
+            return self.estimator.adapters
+        if self.setting.device != "cpu":
+            return 0
+        least = LEAST_MAPPED_WITH_CHECKPOINTING if self.setting.checkpointing else LEAST_MAPPED
+        return sum(4 * numel for numel in self.estimator.trained if 4 * numel < least)
 
     def _paged(self, states: int) -> tuple[int, int]:
         """Bytes of states in ordinary memory, and elsewhere."""
@@ -275,7 +284,7 @@ class _Sum:
     def _scratch(self) -> int:
         """Of kernels."""
         if self.setting.device == "cuda":  # a weight decoded for torch's own product
-            return max((weight.numel() * self.size for weight in _four_bit(self.model)), default=0)
+            return self.estimator.largest_weight * self.size
         threads = torch.get_num_threads()
         heads = self.config.num_attention_heads
         groups = getattr(self.config, "num_key_value_heads", None) or heads
@@ -285,21 +294,13 @@ class _Sum:
         return int(threads * THREAD_SCRATCH + attention)
 
     def _with_slack(self, name: str, terms: Terms) -> Terms:
-        return terms
+        if self.setting.device == "cuda":
+            return terms
+        share = 0.0 if self.setting.checkpointing else HEAP_SLACK
+        return replace(terms, slack=round(FIXED_SLACK + share * terms.activations))
 
     def _rough(self) -> tuple[str, ...]:
-        return () if self.layers else (type(self.model).__name__,)
-
-
-def _layer_paths(model: Any) -> tuple[str, ...]:
-    layers = {id(layer) for layer in decoder_layers(model)}
-    return tuple(path + "." for path, module in model.named_modules() if id(module) in layers)
-
-
-def _four_bit(model: Any) -> list[Any]:
-    from ..load.layers import four_bit_parts
-
-    return list(four_bit_parts(model).values())
+        return () if self.layers else (type(self.estimator.anatomy.model).__name__,)
 
 
 def state_bytes(numel: int, optimizer: str) -> int:

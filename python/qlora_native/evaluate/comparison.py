@@ -11,9 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-from qlora_native.errors import UserError
 from qlora_native.evaluate.choices import Accuracy, Choices, accuracy
 from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.measure import Kept, Scores, measure

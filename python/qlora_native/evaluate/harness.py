@@ -15,7 +15,9 @@ def check_harness() -> None:
         raise UserError("--lm-eval needs lm-eval, which is not installed: pip install lm-eval")
 
 
-def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None = None) -> dict[str, dict[str, float]]:
+def run_tasks(
+    model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None = None
+) -> dict[str, dict[str, float]]:
     """The metrics of each task by its name, as lm-eval names them ("acc,none", "acc_stderr,none", ...).
 
     Args:

@@ -32,12 +32,11 @@ def tables(comparison: Comparison) -> list[str]:
         head = ("", "right", "right, by likelihood a byte")
         lines += [f"**{name}**, {first.questions:,} questions", "", *_table(head, body), ""]
     for task, metrics in comparison.sides[0].tasks.items():
-        head = ("", *metrics)
         body = [
             [side.name, *(f"{side.tasks[task].get(key, float('nan')):.4g}" for key in metrics)]
             for side in comparison.sides
         ]
-        lines += [f"**{task}** (lm-eval)", "", *_table(head, body), ""]
+        lines += [f"**{task}** (lm-eval)", "", *_table(("", *metrics), body), ""]
     return lines[:-1]
 
 
@@ -105,5 +104,7 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """Markdown whose columns stand under each other in plain text too."""
     rows = [list(head), *map(list, body)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

@@ -85,5 +85,8 @@ class Sides:
         for number, (name, load) in enumerate(forms):
             yield name, load
             if number == 0 and self.adapter is not None:
-                adapter = self.adapter
-                yield f"{name}{ADAPTED}", lambda load=load: load_adapter(load(), adapter)  # type: ignore[misc]
+                yield f"{name}{ADAPTED}", partial(_adapted, load, self.adapter)
+
+
+def _adapted(load: Callable[[], Any], adapter: Path) -> Any:
+    return load_adapter(load(), adapter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -116,7 +115,6 @@ def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> dict[str, Any]:
 
 def _load(path: Path, options: dict[str, Any]) -> Any:
     """In 4 bits as ``options`` say, or 16-bit without any."""
-    gc.collect()  # the model before has cycles, and two would not fit
     if options:
         return load_model(path, **options, dtype=torch.bfloat16, fuse=False)
     source = open_source(path, torch.bfloat16)

@@ -70,7 +70,8 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
     """Write ``path``, a GGUF file with weights, hyperparameters, tokenizer and chat template.
 
     Matrices take ``out_type`` (those whose rows are no multiple of 32 take F16 instead of Q8_0); vectors are F32.
-    Memory is that of :func:`qlora_native.load.streaming_merge.merge_files`, plus q and k of a layer for llama and mistral.
+    Memory is that of :func:`qlora_native.load.streaming_merge.merge_files`; for llama and mistral, q
+    and k are in memory whole, one at a time.
 
     Args:
         work: the model and its adapter.

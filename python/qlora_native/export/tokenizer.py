@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types of GGUF
+
 
 # How llama.cpp calls a way to split text before the merges, by the steps of the tokenizers library that do the same.
 _LLAMA_3 = (
@@ -37,37 +40,43 @@ def add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) ->
     backend = getattr(tokenizer, "backend_tokenizer", None)
     stored: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
     model = stored.get("model") or {}
-    if (folder / "tokenizer.model").is_file():
-        tokens, types, scores = _sentencepiece(folder / "tokenizer.model")
+    if model.get("type") != "BPE":
+        raise UserError(
+            f"the tokenizer of {folder} is {model.get('type', 'of an unknown kind')}: expected BPE, of bytes or as "
+            "SentencePiece has it; export --to safetensors and convert that with llama.cpp."
+        )
+    by_id = {number: token for token, number in model["vocab"].items()}
+    tokens = [by_id.get(number, f"[UNUSED{number}]") for number in range(max(by_id) + 1)]
+    types = [NORMAL if number in by_id else UNUSED for number in range(len(tokens))]
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    scores: list[float] | None = None
+    if model.get("byte_fallback"):
+        types = [
+            BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else kind for token, kind in zip(tokens, types, strict=True)
+        ]
+        scores = _scores(folder / "tokenizer.model", tokens, merges)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-    elif model.get("type") == "BPE" and not model.get("byte_fallback"):
-        by_id = {number: token for token, number in model["vocab"].items()}
-        tokens = [by_id.get(number, f"[UNUSED{number}]") for number in range(max(by_id) + 1)]
-        types, scores = [NORMAL if number in by_id else UNUSED for number in range(len(tokens))], None
+        writer.add_add_space_prefix(_adds_space(stored))
+    else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_split(stored.get("pre_tokenizer"), folder))
-    else:
-        raise UserError(
-            f"the tokenizer of {folder} is {model.get('type', 'of an unknown kind')}: expected byte-level BPE, or "
-            "SentencePiece with its tokenizer.model; export --to safetensors and convert that with llama.cpp."
-        )
     for added in stored.get("added_tokens") or ():
         number = added["id"]
         while len(tokens) <= number:
             tokens.append(f"[UNUSED{len(tokens)}]")
             types.append(UNUSED)
-        tokens[number], types[number] = added["content"], CONTROL if added["special"] else USER_DEFINED
+        kind = CONTROL if added["special"] else USER_DEFINED
+        tokens[number], types[number] = added["content"], UNKNOWN if number == tokenizer.unk_token_id else kind
     while len(tokens) < vocabulary:
         tokens.append(f"[UNUSED{len(tokens)}]")
         types.append(UNUSED)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if scores is not None:
-        writer.add_token_scores([*scores, *[-1000.0] * (len(tokens) - len(scores))][: len(tokens)])
+        writer.add_token_scores([*scores, *[0.0] * (len(tokens) - len(scores))])
     else:
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        writer.add_token_merges(merges)
+        writer.add_token_merges([" ".join(pair) for pair in merges])
     _add_special(writer, tokenizer)
 
 
@@ -118,16 +127,22 @@ def _split(stored: dict[str, Any] | None, folder: Path) -> str:
         ) from None
 
 
-def _sentencepiece(path: Path) -> tuple[list[str], list[int], list[float]]:
-    try:
+def _scores(path: Path, tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """SentencePiece's own scores if its file is there; else, to the same effect, the order of the merges."""
+    if path.is_file() and importlib.util.find_spec("sentencepiece") is not None:
         from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise UserError(f"{path} needs sentencepiece: pip install 'qlora_native[train]'") from error
-    pieces = SentencePieceProcessor(model_file=str(path))
-    tokens, types, scores = [], [], []
-    for number in range(pieces.vocab_size()):
-        tokens.append(pieces.id_to_piece(number))
-        scores.append(pieces.get_score(number))
-        kinds = ((pieces.is_unknown, UNKNOWN), (pieces.is_control, CONTROL), (pieces.is_byte, BYTE))
-        types.append(next((kind for is_one, kind in (*kinds, (pieces.is_unused, UNUSED)) if is_one(number)), NORMAL))
-    return tokens, types, scores
+
+        pieces = SentencePieceProcessor(model_file=str(path))
+        told = {pieces.id_to_piece(number): pieces.get_score(number) for number in range(pieces.vocab_size())}
+        return [told.get(token, 0.0) for token in tokens]
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    return [-float(ranks[token]) if token in ranks else 0.0 for token in tokens]
+
+
+def _adds_space(stored: dict[str, Any]) -> bool:
+    """Whether a text is read as if a space stood before it."""
+    before, first = stored.get("normalizer") or {}, stored.get("pre_tokenizer") or {}
+    steps = before.get("normalizers") or [before]
+    return any(step.get("type") == "Prepend" for step in steps) or first.get("prepend_scheme") in ("first", "always")

@@ -107,7 +107,7 @@ def _calibrate_layers(
     path, layers = decoder_layers(taker.tree.model)
     outside = partial(_is_outside, f"{path}.")
     taker.take_all(source.arrivals(taker.tree, outside, taker.is_copied, taker.weights.__contains__, outside))
-    fell_back = {name: "it stands outside the decoder layers" for name in taker.weights if outside(name)}
+    fell_back = {name: "it stands outside the decoder layers: 'rtn'" for name in taker.weights if outside(name)}
     model = taker.tree.prepare()
     work = _Layers(source, taker, method, tokens, path, layers, LayerCalls(model, layers))
     with _side_by_side(taker.tree.device) as (pool, threads):

@@ -265,9 +265,7 @@ class Conversion:
     def _stacked(self, step: Converted) -> Job:
         def parts() -> Parts:
             read = partial(self.source.read, self.plan)
-            stacks = (
-                step.slices(self.tree.model, read) if step.is_stack else (t for _, t in step.run(self.tree.model, read))
-            )
+            stacks = step.slices(read) if step.is_stack else (t for _, t in step.run(self.tree.model, read))
             for stack in stacks:
                 yield from slices(stack)
 

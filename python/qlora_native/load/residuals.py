@@ -23,9 +23,7 @@ from .tokenizer import load_tokenizer
 from .tree import Tree
 
 
-def lora_statistics(
-    model: PreTrainedModel, calibration: Any = None, *, full: bool = True
-) -> Iterator[LayerStatistics]:
+def lora_statistics(model: PreTrainedModel, calibration: Any = None, *, full: bool = True) -> Iterator[LayerStatistics]:
     """What :func:`qlora_native.add_lora` needs for ``init`` "h_svd" (with calibration) and "loftq" (without).
 
     The 16-bit weights are read again from where the model was loaded, one at a time, while the result is iterated
@@ -52,7 +50,8 @@ def lora_statistics(
     tree = Tree(source.config, torch.bfloat16, torch.device("cpu"))
     if source.is_four_bit(tree):
         raise UserError(
-            f"{report.path} holds 4-bit weights and no 16-bit ones, so what was lost is not known: load the 16-bit model."
+            f"{report.path} holds 4-bit weights and no 16-bit ones, so what was lost is not known: "
+            "load the 16-bit model."
         )
     metrics = {} if calibration is None else _metrics(model, calibration, full, list(layers))
     return _read(source, tree, layers, metrics)

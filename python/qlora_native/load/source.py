@@ -95,7 +95,7 @@ class SafetensorsSource:
             elif isinstance(step, FourBit):
                 yield step.name, self.four_bit(step), str(step.parts[0].file)
             elif step.is_stack and in_slices(step.name):
-                yield step.name, step.slices(tree.model, partial(self.read, plan)), str(step.parts[0][1].file)
+                yield step.name, step.slices(partial(self.read, plan)), str(step.parts[0][1].file)
             else:
                 for name, tensor in step.run(tree.model, partial(self.read, plan)):
                     if wanted(name):

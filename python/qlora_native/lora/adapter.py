@@ -221,8 +221,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(stored, dict):
             raise ValueError("not an object")
     except FileNotFoundError as error:
+        inside = folder / "adapter"  # of the output folder of a run
+        hint = f"; did you mean {inside}?" if (inside / CONFIG_NAME).is_file() else "."
         raise UserError(
-            f"{folder} has no {CONFIG_NAME}: expected an adapter folder as save_adapter or PEFT writes it."
+            f"{folder} has no {CONFIG_NAME}: expected an adapter folder as save_adapter or PEFT writes it{hint}"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: expected a JSON object; copy the file again.") from error

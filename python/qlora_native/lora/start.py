@@ -65,7 +65,7 @@ def residual_factors(
     for _ in range(ROUNDS):
         basis = torch.linalg.qr(_weighted(residual.t() @ basis, metric, residual))[0]
     seen = _weighted(residual.t() @ basis, metric, residual)
-    values, vectors = torch.linalg.eigh(basis.t() @ seen)
+    _, vectors = torch.linalg.eigh(basis.t() @ seen)
     kept = min(rank, width)
     u = basis @ vectors[:, -kept:].flip(1)
     down = (u.t() @ residual) / scale

@@ -47,9 +47,11 @@ def shard(
     for block in blocks_of(model):
         if not isinstance(block, FSDPModule):
             fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-    embedding = untied_input_embedding(model)
+    embedding, head = untied_embeddings(model)
     if embedding is not None and not isinstance(embedding, FSDPModule):
         fully_shard(embedding, reshard_after_forward=True, **options)
+    if head is not None and not isinstance(head, FSDPModule):
+        fully_shard(head, reshard_after_forward=False, **options)  # the loss multiplies by it after its forward
     fully_shard(model, reshard_after_forward=False, **options)
     set_prefetch(model, prefetch)
     return model
@@ -78,16 +80,21 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def untied_input_embedding(model: nn.Module) -> nn.Module | None:
-    """The input embedding, if it shares its weight with no other module: its backward does not need it again."""
-    find = getattr(model, "get_input_embeddings", None)
-    embedding: nn.Module | None = find() if callable(find) else None
-    if embedding is None or embedding is model:
+def untied_embeddings(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Input and output embedding, each if it shares no weight with another module: they are large, and are needed at
+    different times."""
+    return _alone(model, "get_input_embeddings"), _alone(model, "get_output_embeddings")
+
+
+def _alone(model: nn.Module, getter: str) -> nn.Module | None:
+    find = getattr(model, getter, None)
+    module: nn.Module | None = find() if callable(find) else None
+    if module is None or module is model:
         return None
-    own = {id(parameter) for parameter in embedding.parameters()}
-    inside = set(embedding.modules())
+    own = {id(parameter) for parameter in module.parameters()}
+    inside = set(module.modules())
     elsewhere = {id(p) for part in model.modules() if part not in inside for p in part.parameters(recurse=False)}
-    return None if own & elsewhere else embedding
+    return None if own & elsewhere else module
 
 
 def set_prefetch(model: nn.Module, ahead: int) -> None:
@@ -95,4 +102,6 @@ def set_prefetch(model: nn.Module, ahead: int) -> None:
     blocks = [block for block in blocks_of(model) if isinstance(block, FSDPModule)]
     for at, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[at + 1 : at + 1 + ahead])  # type: ignore[arg-type]
-        block.set_modules_to_backward_prefetch(blocks[max(0, at - ahead) : at][::-1])  # type: ignore[arg-type]
+        # With an empty list FSDP takes whatever ran before, for the first block the embedding, in vain.
+        before = blocks[max(0, at - ahead) : at][::-1] or [block]
+        block.set_modules_to_backward_prefetch(before)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class Watch:
         self.rank, self.world, self.seconds, self.step = rank, world, seconds, 0
         clone = getattr(store, "clone", None)
         own = store if clone is None else clone()  # a connection of its own: the other one may be waiting
-        self._store = dist.PrefixStore(f"qlora_native/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", own)
+        self._store = dist.PrefixStore("watch", own)
         self._calls = self._beats = 0
         self._more: dict[str, Any] = {}
         self._lock = threading.Lock()  # a store's connection serves one thread at a time

@@ -32,7 +32,12 @@ def card(config: TrainConfig, facts: dict[str, Any]) -> str:
     """The text. Its front matter is what PEFT writes, so that the Hugging Face hub knows the adapter's base."""
     model, quant, lora = config.model, config.quant, config.lora
     options = {"quant_type": quant.type, "block_size": quant.block_size, "double_quant": quant.double_quant}
-    given = "".join(f", {name}={value!r}" for name, value in options.items())
+    given = repr(model) + "".join(f", {name}={value!r}" for name, value in options.items())
+    made = ""
+    if quant.method != "rtn":  # not made anew on every loading
+        text = quant.calibration or config.data.train
+        made = f" Make it with `qlora quantize {model} --method {quant.method} --calibration {text} --out base-4bit`:"
+        given = "'base-4bit'"
     data = {"training rows": config.data.train, "held-out rows": config.data.eval}
     hashes = [f"| {what} | `{path}` | `{sha256(path)}` |" for what, path in data.items() if path is not None]
     losses = ""
@@ -60,12 +65,12 @@ Trained with qlora_native on a base in 4 bits ({quant.type}, blocks of {quant.bl
 {losses}
 ## Load it
 
-On the 4-bit base, as it was trained:
+On the 4-bit base, as it was trained.{made}
 
 ```python
 import qlora_native as qn
 
-model = qn.load_model({model!r}{given})
+model = qn.load_model({given})
 qn.load_adapter(model, "path/to/this/folder")
 ```
 

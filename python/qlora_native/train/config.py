@@ -97,6 +97,11 @@ class LoraSection(_Section):
         default="all-linear", description="names of the layers that get an adapter, or all-linear"
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r): steadier for large r")
+    init: Literal["zero", "h_svd", "loftq"] = Field(
+        default="zero",
+        description="what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs it by "
+        "text in the model; lower the learning rate; merge with base dequantized)",
+    )
 
 
 class LoopSection(_Section):
@@ -202,18 +207,17 @@ class TrainConfig(_Section):
         UserError with one line per mistake: the place, what was got, what was expected.
         """
         values, lines = _read_yaml(Path(path))
-        return cls.from_values(values, overrides, source=str(path), lines=lines)
+        return cls.from_values(values, overrides, str(path), lines)
 
     @classmethod
     def from_values(
         cls,
         values: dict[str, Any],
         overrides: Sequence[str] = (),
-        *,
         source: str = "the command line",
         lines: Mapping[str, int] | None = None,
     ) -> TrainConfig:
-        """As :meth:`from_file` from the nested values themselves, which stood in ``source`` on those ``lines``."""
+        """The same from the nested values of a file that is read already; ``lines`` are those of its dotted keys."""
         flags = _apply_overrides(values, overrides)
         # A block whose keys are all commented out is an empty block, not a mistake.
         values = {key: {} if value is None and key in _sections() else value for key, value in values.items()}

@@ -44,7 +44,8 @@ from qlora_native.train.interrupt import Interrupted, StopRequest
 from qlora_native.train.loggers import make_loggers
 from qlora_native.train.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
-from qlora_native.train.ranks import NoMetrics, Ranks, joined
+from qlora_native.train.ranks import NoMetrics, Ranks, joined, restarted
+from qlora_native.train.report import MemoryReport
 from qlora_native.train.resume import find_checkpoint
 from qlora_native.train.schedule import learning_rate
 from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, make_optimizer, prepare_model
@@ -129,13 +130,15 @@ class Trainer:
     def _train(self) -> TrainSummary:
         config, options, ranks = self.config, self.config.train, self.ranks
         ranks.on_first(lambda: recover(self.output_dir))
-        checkpoint = ranks.together(lambda: find_checkpoint(config, self.output_dir))
+        checkpoint = ranks.together(lambda: find_checkpoint(restarted(config), self.output_dir))
 
         loggers = ranks.on_first(lambda: make_loggers(config.logging, self.output_dir, config.model_dump(mode="json")))
 
         # Data, model, optimiser. The data come first: a broken line is found in seconds, a model takes longer.
         self.tokenizer = self.tokenizer or ranks.together(lambda: load_tokenizer(config.model))
         rows, held_out = ranks.together(lambda: load_rows(config, self.tokenizer))
+        longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
+        memory = MemoryReport(config, longest) if self.model is None and ranks.world == 1 else None
         self.model = model = prepare_model(config, self.model, rows, ranks, quiet=self.quiet)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(options, adapters, self.output_dir)
@@ -164,7 +167,7 @@ class Trainer:
         speeds: list[float] = []
         began = time.monotonic()
 
-        with closing(metrics), closing(progress), StopRequest() as stop:
+        with closing(metrics), closing(progress), StopRequest(ranks.world > 1, ranks.first) as stop:
             while True:
                 ranks.finished(state.step)
                 if held_out and is_due(state.step, options.eval_every, total):
@@ -211,7 +214,10 @@ class Trainer:
                         raise Interrupted(
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
-            return self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+            summary = self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+            if memory is not None:
+                progress.note(memory.line())
+            return summary
 
     def _learn(self, rows: TokenizedDataset, items: Items) -> tuple[float, int, int]:
         """Forward and backward passes of one step: its loss, the tokens in it, and those of them that are trained."""

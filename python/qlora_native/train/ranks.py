@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -137,6 +139,16 @@ class NoMetrics:
         """Nothing."""
 
 
+def restarted(config: TrainConfig) -> TrainConfig:
+    """The config; one that resumes if torchrun started these processes anew because one of them had failed."""
+    again = _restarts() > 0
+    return config.model_copy(update={"resume": "auto"}) if again and config.resume is None else config
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 @contextmanager
 def joined(config: TrainConfig) -> Iterator[Ranks]:
     """The ranks of the run, joined by torch.distributed if torchrun started several; a process group that is there
@@ -159,7 +171,11 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.rank_timeout))
+        timeout = timedelta(seconds=config.rank_timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store over restarts, with the addresses of processes that are gone in it.
+        store = dist.PrefixStore(f"qlora_native/attempt_{_restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     rank, world, store = dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()
     watch = Watch(store, rank, world, config.rank_timeout)
     ranks = Ranks(config.parallel, rank, world, watch)
@@ -170,6 +186,8 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         raise
     except Exception as error:
         if is_loss(error):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; it kills what has not ended in 30 s
             raise RankLost(watch.sentence()) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise

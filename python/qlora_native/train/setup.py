@@ -16,10 +16,11 @@ from qlora_native.calibration.data import CalibrationData
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
 from qlora_native.integrations import fuse
-from qlora_native.load import load_model
+from qlora_native.load import load_model, lora_statistics
 from qlora_native.load.model import CALIBRATED
 from qlora_native.load.tokenizer import load_tokenizer as load_tokenizer
-from qlora_native.lora import LoraConfig, LoRALinear, add_lora
+from qlora_native.lora import LayerStatistics, LoraConfig, LoRALinear, add_lora
+from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
 from qlora_native.train.disk import told_if_unwritable
@@ -109,7 +110,12 @@ def prepare_model(
                     f"{config.quant.method} --calibration {config.data.train} --out DIR`) and set model to DIR"
                 )
         if not any(isinstance(module, LoRALinear) for module in model.modules()):
-            add_lora(model, lora)
+            if ranks.world > 1 and config.lora.init != ZERO:
+                raise UserError(
+                    f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: "
+                    f"set lora.init to {ZERO}"
+                )
+            add_lora(model, lora, _statistics(config, model, rows))
         fuse(model)
         if ranks.cut and not isinstance(model, FSDPModule):
             parallel.shard(model)
@@ -122,15 +128,28 @@ def prepare_model(
 
 
 def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
-    method, path, seed = config.quant.method, config.quant.calibration, config.train.seed
+    method, path = config.quant.method, config.quant.calibration
     if method not in CALIBRATED:
-        if path is not None:
+        if path is not None and config.lora.init != H_SVD:
             raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
         return None
+    return _text(config, rows, f"quant.method is {method}")
+
+
+def _statistics(config: TrainConfig, model: Any, rows: TokenizedDataset | None) -> Iterator[LayerStatistics] | None:
+    """What an adapter begins with, if it does not begin with nothing; the inputs' moments alone, which take no room."""
+    init = config.lora.init
+    if init == ZERO:
+        return None
+    return lora_statistics(model, _text(config, rows, f"lora.init is {init}") if init == H_SVD else None, full=False)
+
+
+def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> CalibrationData:
+    path, seed = config.quant.calibration, config.train.seed
     if path is not None:
         return CalibrationData(Path(path).expanduser(), seed=seed)
     if rows is None:
-        raise ValueError(f"quant.method is {method}: it needs the training rows or quant.calibration")
+        raise ValueError(f"{why}: it needs the training rows or quant.calibration")
     # Not the file: it also holds the rows that are held out.
     return CalibrationData([torch.from_numpy(row["input_ids"].copy()) for row in rows], seed=seed)
 
