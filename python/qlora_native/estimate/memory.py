@@ -13,10 +13,10 @@ import torch
 
 from .. import _C, _native
 from ..load.layers import four_bit_parts
-from ..optim import base
-from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from ..ops.causal_attention import ALIGNMENT
 from ..ops.linear_cross_entropy import LOGIT_BYTES
+from ..optim import base
+from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from .activations import LayerBytes, decoder_layers, layer_bytes, norm_bytes, norms_of
 from .anatomy import Anatomy, Setting, read_anatomy
 
@@ -210,7 +210,7 @@ class _Sum:
         """What all layers keep at the end of the forward pass; what the final norm keeps."""
         final = self.tokens * sum(norm_bytes(norm, self.setting) for norm in self.estimator.norms)
         if self.setting.checkpointing:
-            kept = self.tokens * sum(layer.input for layer in self.layers)
+            kept = float(self.tokens * sum(layer.input for layer in self.layers))
         else:
             kept = sum(self._of(layer) for layer in self.layers)
             kept -= self.tokens * self.layers[0].first if self.layers else 0  # its input needs no gradient
