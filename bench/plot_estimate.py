@@ -33,8 +33,8 @@ def draw(result: dict[str, Any], path: str) -> None:
         bottoms = [low + high for low, high in zip(bottoms, heights, strict=True)]
     measured = [row["total"]["measured"] / 2**20 for row in rows]
     axes.plot(range(len(rows)), measured, "k_", markersize=16, markeredgewidth=2, label="measured")
-    names = [f"{row['model']}\n{row['length']}\n{'ckpt' if row['checkpointing'] else 'all kept'}" for row in rows]
-    axes.set_xticks(range(len(rows)), names, fontsize=7)
+    labels = [f"{row['model']}\n{row['length']}\n{'ckpt' if row['checkpointing'] else 'all kept'}" for row in rows]
+    axes.set_xticks(range(len(rows)), labels, fontsize=7)
     axes.legend(fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -19,8 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="init: a shipped config or a model; check: a config file")
     parser.add_argument("--gpu", metavar="SIZE", help="init MODEL: memory of the card, such as 24GB")
     parser.add_argument("--out", metavar="FILE", help="init: where to write it (default: to the screen)")
-    parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the folder of a model, one
-whose batch size and length fit the card, or this machine.
+    parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the
+folder of a model, one whose batch size and length fit the card, or this machine.
 check reports every mistake in a file at once, or prints it with all defaults filled in.
 
 examples:

@@ -149,9 +149,7 @@ def _fitting(estimator: Estimator, card: int) -> list[dict[str, int]]:
     return found
 
 
-def _lines(
-    estimate: Estimate, card: int | None, fitting: list[dict[str, int]] | None, config: TrainConfig
-) -> list[str]:
+def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] | None) -> list[str]:
     lines = [f"The most is held {_WHEN[estimate.moment]}."]
     if estimate.paged:
         lines.append(f"{size(estimate.paged)} of optimizer states are in a page file.")
