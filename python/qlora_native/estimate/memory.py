@@ -290,7 +290,8 @@ class _Sum:
         groups = getattr(self.config, "num_key_value_heads", None) or heads
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
-        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if self.size == 2 else 0
+        is_native = self.setting.dtype == torch.bfloat16 and width % 32 == 0  # ops.causal_attention.is_native of such q
+        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if is_native else 0
         return int(threads * THREAD_SCRATCH + attention)
 
     def _with_slack(self, name: str, terms: Terms) -> Terms:
