@@ -103,6 +103,8 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     """Predicts, says so, trains once told to, and tells the program's own figures."""
     import logging
 
+    import matplotlib.figure  # noqa: F401  (the run's picture at its end counts as an import, too)
+
     from qlora_native.train import loop, report
     from qlora_native.train.memory import keep_freed_memory
 
