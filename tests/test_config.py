@@ -236,7 +236,12 @@ def test_config_init_list_and_check(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["config", "list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["cpu", "llama-70b", "llama-8b", "smollm2"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "cpu",
+        "llama-70b",
+        "llama-8b",
+        "smollm2",
+    ]
     assert main(["config", "init", "--out", "mine.yaml"]) == 0
     assert "qlora train mine.yaml" in capsys.readouterr().out
     assert "#   qlora train mine.yaml" in Path("mine.yaml").read_text()
