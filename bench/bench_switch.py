@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ from common import machine, write_json
 ROWS, LENGTH = 2, 32  # tokens a step: their product
 TOLERANCE = 1e-3  # of the loss, in fp32
 SPREADS = 2.0
+# Other ways through the same script that bitsandbytes' users take, and what each changes. In exact arithmetic they are
+# the same training.
+WAYS = {
+    "theirs in halves": "one row at a time, gradients of two added up",
+    "theirs without bf16 dot products": "oneDNN as on a CPU that has AVX-512 and no AVX512-BF16",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -82,6 +89,9 @@ def losses(side: str, name: str, folder: Path) -> list[float]:
     import qlora_native as qn
 
     disable_progress_bar()
+    if side == "theirs without bf16 dot products":
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first product
+    parts = 2 if side == "theirs in halves" else 1
     kind = qn.QLoRANativeConfig if side == "ours" else BitsAndBytesConfig
     base = AutoModelForCausalLM.from_pretrained(
         folder / name, quantization_config=their_config(kind, DTYPES[name]), dtype=DTYPES[name], device_map="cpu"
@@ -94,7 +104,8 @@ def losses(side: str, name: str, folder: Path) -> list[float]:
             args=TrainingArguments(
                 output_dir=out,
                 max_steps=len(rows) // ROWS,
-                per_device_train_batch_size=ROWS,
+                per_device_train_batch_size=ROWS // parts,
+                gradient_accumulation_steps=parts,
                 learning_rate=5e-4,
                 optim="adamw_torch",
                 logging_steps=1,

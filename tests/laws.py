@@ -159,12 +159,22 @@ LAYERS: tuple[set[str], ...] = (
     {"nn", "optim"},
     {"lora", "tuning"},
     {"__init__"},
-    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "calibration"},
+    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "calibration", "parallel"},
     {"evaluate"},
     {"cli"},
     {"__main__"},
 )
-USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "calibration", "evaluate", "cli"}
+USES_THE_ECOSYSTEM = {
+    "load",
+    "data",
+    "train",
+    "export",
+    "integrations",
+    "calibration",
+    "estimate",
+    "evaluate",
+    "cli",
+}
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
 

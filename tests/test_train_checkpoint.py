@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import resource
@@ -44,10 +45,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(files: Path, out: Path, **train: Any) -> dict[str, Any]:
     """Dropout, odd batch sizes and epochs that end inside the run: all that a resumed run could get wrong."""
     options = {"steps": STEPS, "batch_size": 3, "grad_accum": 2, "lr": 5e-3, "save_every": 2, "eval_every": 3, **train}
+    data = options.pop("data", {})
     return {
         "model": str(files / "model"),
         "output_dir": str(out),
-        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0.2},
+        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0.2, **data},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.3},
         "train": options,
     }
@@ -96,6 +98,27 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(files: Path, undisturbed: Path
     assert_as_undisturbed(out, undisturbed)
 
 
+def test_a_packed_run_stopped_inside_its_second_epoch_ends_as_if_it_had_not(files: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "data": {"packing": True, "max_length": 64},
+        "batch_size": 1,
+        "steps": None,
+        "epochs": 2.5,
+    }
+    train(files, tmp_path / "whole", **options)
+    steps = [record for record in metrics(tmp_path / "whole") if "lr" in record]
+    assert len(steps) == 8, "3 steps an epoch"
+    with pytest.raises(Crash):
+        train(files, tmp_path / "out", on_step=crash_at(5), **options)
+    state = json.loads((tmp_path / "out" / "step-000004" / checkpoint.STATE).read_text())["data"]
+    assert (state["epoch"], state["batch"]) == (1, 1)
+    torch.rand(5), random.random(), np.random.rand()
+    train(files, tmp_path / "out", resume="auto", **options)
+    assert_as_undisturbed(tmp_path / "out", tmp_path / "whole")
+    with pytest.raises(UserError, match="packing was on when the checkpoint was made and is off now"):
+        train(files, tmp_path / "out", resume="auto", **{**options, "data": {"max_length": 64}})
+
+
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "lion"])
 def test_other_optimisers_resume_too(files: Path, tmp_path: Path, optimizer: str) -> None:
     train(files, tmp_path / "whole", optimizer=optimizer)
@@ -126,7 +149,7 @@ def test_without_the_random_state_the_end_would_differ(
     out = tmp_path / "out"
     with pytest.raises(Crash):
         train(files, out, on_step=crash_at(5))
-    monkeypatch.setattr(checkpoint, "set_random_state", lambda tensors, plain: None)
+    monkeypatch.setattr(checkpoint, "set_random_states", lambda tensors, plain, ranks: None)
     train(files, out, resume="auto")
     assert (out / "adapter" / ADAPTER).read_bytes() != (undisturbed / "adapter" / ADAPTER).read_bytes()
 

@@ -19,6 +19,7 @@ from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 if TYPE_CHECKING:
     from . import nn as nn
     from . import optim as optim
+    from . import parallel as parallel
     from .calibration.data import CalibrationData as CalibrationData
     from .integrations import fuse as fuse
     from .integrations.peft import peft_config as peft_config
@@ -39,6 +40,7 @@ _LAZY = {
     "CalibrationData": "calibration.data",
     "nn": "nn",
     "optim": "optim",
+    "parallel": "parallel",
     "fuse": "integrations",
     "peft_config": "integrations.peft",
     "QLoRANativeConfig": "integrations.transformers",
@@ -78,6 +80,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "parallel",
     "peft_config",
     "quantize",
     "save_adapter",
@@ -90,7 +93,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'qlora_native' has no attribute {name!r}")
     module = importlib.import_module(f".{_LAZY[name]}", __name__)
-    value = module if name in ("nn", "optim") else getattr(module, name)
+    value = module if name in ("nn", "optim", "parallel") else getattr(module, name)
     globals()[name] = value
     return value
 

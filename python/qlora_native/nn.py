@@ -79,7 +79,7 @@ class QuantizedLinear(nn.Linear):
         about = self._about
         return QuantizedWeight(
             self.weight.view(-1),
-            self.absmax,
+            self._absmax(),
             shape=about.shape,
             dtype=about.dtype,
             quant_type=about.quant_type,
@@ -98,6 +98,8 @@ class QuantizedLinear(nn.Linear):
                 f"QuantizedLinear({self.in_features}, {self.out_features}): the weight is {list(value.shape)}, "
                 f"expected [{self.out_features}, {self.in_features}]."
             )
+        if self.is_laid_out:
+            raise ValueError("QuantizedLinear: a weight laid out for sharding cannot be exchanged: load it before.")
         self.weight = nn.Parameter(value.packed.view(-1, 1), requires_grad=False)
         for name in _SCALES:
             # As persistent ones, though state_dict is written below: transformers makes the others anew after loading.
@@ -127,6 +129,33 @@ class QuantizedLinear(nn.Linear):
         dense.register_parameter("bias", self.bias)
         return dense.train(self.training)
 
+    def lay_out_for_sharding(self) -> None:
+        """Make the weight [blocks, block_size / 2] and its scales [blocks, bytes] frozen uint8 parameters, of the same
+        bytes; the scales' is called ``absmax_bytes`` and takes the place of ``absmax``.
+
+        Whatever cuts parameters along their first dimension then cuts both at the borders of blocks, and no cast to
+        another floating-point dtype reaches them. A weight whose last block is not full keeps its shape
+        [ceil(n/2), 1]. The state_dict does not change; loading one is refused from now on.
+        """
+        if self.is_laid_out:
+            return
+        absmax, row = self.absmax, self._about.block_size // 2
+        if self.in_features * self.out_features % self._about.block_size == 0:
+            self.weight = nn.Parameter(self.weight.view(-1, row), requires_grad=False)
+        del self.absmax
+        self.absmax_bytes = nn.Parameter(absmax.view(-1, 1).view(torch.uint8), requires_grad=False)
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether :meth:`lay_out_for_sharding` was called."""
+        return "absmax_bytes" in self._parameters
+
+    def _absmax(self) -> torch.Tensor:
+        if not self.is_laid_out:
+            return self.absmax
+        stored = self._parameters["absmax_bytes"]
+        return stored.view(-1) if self.nested_absmax is not None else stored.view(torch.float32).view(-1)  # type: ignore[union-attr]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features] in x's dtype."""
         if self.compute_dtype is not None and self.compute_dtype != x.dtype:
@@ -145,9 +174,10 @@ class QuantizedLinear(nn.Linear):
         if self._prepared is None:
             self._prepared = Prepared()
         about = self._about
+        absmax = buffers.get("absmax")
         arguments = (
             parameters["weight"],
-            buffers["absmax"],
+            self._absmax() if absmax is None else absmax,
             buffers["nested_absmax"],
             buffers["nested_offset"],
             buffers["code"],
@@ -167,7 +197,7 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, {about.quant_type}, block_size={about.block_size}, double_quant={nested}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        exact = {name: self._buffers[name] for name in _SCALES}
+        exact = {name: self._buffers[name] for name in _SCALES if name in self._buffers}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = self._buffers[name]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, local
 
 import torch
 
+Factor = tuple[torch.Tensor, torch.Tensor, float]
+
 _one_at_a_time = Lock()
+_last = local()  # what this thread factorised last, while that hessian lives: q, k and v share their inputs
 # From the asked damping on by tens: a matrix that is no sum of squares stays indefinite beyond this.
 LAST_DAMPING = 100.0
 FIRST_RAISE = 1e-4
@@ -26,7 +31,7 @@ def _on_one_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def feedback_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+def feedback_factor(hessian: torch.Tensor, damping: float) -> Factor | None:
     """What the op ``gptq_4bit`` needs: factor fp32 [K, K], order int64 [K], and the damping that was needed.
 
     Columns go by falling second moment, equal ones by index. In that order, damped by ``damping`` times the mean of
@@ -37,9 +42,22 @@ def feedback_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor
         hessian: fp32 or fp64 [K, K], symmetric, its diagonal not negative and not all zero.
         damping: 0 or more.
     """
+    if hessian.is_inference():  # whose changes torch does not count
+        return _factorised(hessian, damping)
+    memo = _last.__dict__
+    about = memo.get("about")
+    if about is None or about[0]() is not hessian or about[1:] != (hessian._version, damping):
+        memo.clear()
+        memo["found"] = _factorised(hessian, damping)
+        memo["about"] = weakref.ref(hessian, lambda _: memo.clear()), hessian._version, damping
+    found: Factor | None = memo["found"]
+    return found
+
+
+def _factorised(hessian: torch.Tensor, damping: float) -> Factor | None:
     diagonal = torch.diagonal(hessian).double()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    mean = float(diagonal.sum() / diagonal.numel())
+    mean = math.fsum(diagonal.tolist()) / diagonal.numel()
     backwards = order.flip(0)  # LAPACK's factor is lower triangular
     # Over its mean: a product of tiny or huge moments neither underflows nor overflows.
     turned = hessian.double()[backwards][:, backwards] / mean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from typing import Any
 
 from qlora_native.cli.main import missing_modules
@@ -19,6 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
   qlora train config.yaml
   qlora train config.yaml --lr 1e-4 --lora.r 32 --output_dir run2
   qlora train config.yaml --resume
+  torchrun --nproc-per-node 4 -m qlora_native train config.yaml --parallel fsdp
 
 Ctrl-C finishes the step, saves a checkpoint and exits with 130; a second Ctrl-C stops at once.
 
@@ -44,13 +46,19 @@ def _as_typed(value: Any) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Check the config, then train."""
+    from qlora_native.parallel.watch import RankLost
     from qlora_native.train.config import TrainConfig
 
     config = TrainConfig.from_file(args.config, args.overrides)
     from qlora_native.train.loop import Trainer
     from qlora_native.train.memory import keep_freed_memory
 
-    keep_freed_memory()
+    keep_freed_memory(config.train.grad_checkpointing)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    Trainer(config).train()
+    try:
+        Trainer(config).train()
+    except RankLost as lost:
+        if str(lost):
+            print(f"qlora: {lost}", file=sys.stderr, flush=True)
+        return 1
     return 0

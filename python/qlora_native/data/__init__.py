@@ -14,6 +14,7 @@ from __future__ import annotations
 from qlora_native.data.batching import BatchPlan, collate
 from qlora_native.data.dataset import DatasetStats, TokenizedDataset, load_dataset
 from qlora_native.data.formats import FORMATS, Message, Row, infer_format, normalise
+from qlora_native.data.packing import PackedPlan, collate_packed
 from qlora_native.data.readers import DATA_SUFFIXES, SourceRow, read_rows
 from qlora_native.data.template import DEFAULT_CHAT_TEMPLATE, IGNORE_INDEX, ChatEncoder, Encoded, padding_id
 
@@ -27,10 +28,12 @@ __all__ = [
     "DatasetStats",
     "Encoded",
     "Message",
+    "PackedPlan",
     "Row",
     "SourceRow",
     "TokenizedDataset",
     "collate",
+    "collate_packed",
     "infer_format",
     "load_dataset",
     "normalise",

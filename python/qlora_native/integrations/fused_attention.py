@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, update_wrapper, wraps
+from functools import cache, partial, update_wrapper, wraps
 from types import CellType, FunctionType
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import qlora_native as qn
+from qlora_native.integrations.documents import by_document, documents_of
 from qlora_native.ops import rotary
 from qlora_native.ops._direct import at_once
 from qlora_native.ops.causal_attention import is_native
@@ -52,7 +53,7 @@ def with_native_parts(function: FunctionType) -> FunctionType:
         found = function.__globals__.get(name)
         if isinstance(found, FunctionType) and _rotates(found):
             swapped[name] = _native_rotary(found)
-        elif found is not None and found is _attention_functions() and _is_fast():
+        elif found is not None and found is _attention_functions():
             swapped[name] = NativeInterfaces(found)
     cells = []
     for cell in function.__closure__ or ():
@@ -112,34 +113,30 @@ def _attention_functions() -> Any:
     return getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
 
 
-def _is_fast() -> bool:
-    return qn.build_info()["cpu_isa"] in FAST_ATTENTION
-
-
 class NativeInterfaces:
-    """transformers' table of attention functions, with native causal attention where it names its own sdpa."""
+    """transformers' table of attention functions, with ours where it names its own sdpa."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
+        self._ours = partial(_attention, native=qn.build_info()["cpu_isa"] in FAST_ATTENTION)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._table, name)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        return _or_native(self._table[name])
+        return self._or_ours(self._table[name])
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         """The function of that name, ``default`` for the eager one."""
-        return _or_native(self._table.get_interface(name, default))
+        return self._or_ours(self._table.get_interface(name, default))
+
+    def _or_ours(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return self._ours if function is sdpa_attention_forward else function
 
 
-def _or_native(function: Callable[..., Any]) -> Callable[..., Any]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return _native_attention if function is sdpa_attention_forward else function
-
-
-def _native_attention(
+def _attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -148,29 +145,32 @@ def _native_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    *,
+    native: bool,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa, natively where every position sees all earlier ones and no other.
+    """transformers' sdpa; document by document where a mask cuts the sequences into some, and by the native kernel, if
+    ``native``, where every position sees all earlier ones and no other.
 
     query [B, H, T, D], key and value [B, H / g, T, D]; returns [B, T, H, D].
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    plain = attention_mask is None and not dropout and causal is True and kwargs.get("position_bias") is None
-    square = query.shape[2] == key.shape[2] > 1 and key.shape == value.shape and query.shape[3] == key.shape[3]
-    if not (plain and square and is_ours(query) and query.dtype == key.dtype == value.dtype and is_native(query)):
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
-        )
+    square = query.shape[2] == key.shape[2] > 1 and kwargs.get("position_bias") is None
+    alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape and query.shape[3] == key.shape[3]
+    native = native and square and alike and not dropout and is_ours(query) and is_native(query)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    out, _ = torch.ops.qlora_native.causal_attention(query, key, value, scale)
-    return out.transpose(1, 2), None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None) -> Tensor:
+        if native and mask is None and causal is True:
+            return torch.ops.qlora_native.causal_attention(q, k, v, scale)[0].transpose(1, 2)
+        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": causal, **kwargs}
+        return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+
+    documents = None
+    if attention_mask is not None and square and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        documents = documents_of(attention_mask, query.shape[0])
+    if documents is not None:
+        return by_document(attend, query, key, value, documents), None
+    return attend(query, key, value, attention_mask, causal), None

@@ -106,9 +106,15 @@ def _from_original(model: PreTrainedModel, report: LoadReport, dtype: torch.dtyp
         )
 
     absent = {*layers, *stacks}
-    for name, value, _ in source.arrivals(tree, is_wanted, lambda name, stored: True):
+    tied_to = {tree.tied[name]: name for name in layers if name in tree.tied}  # of which a file may hold one
+    for name, value, _ in source.arrivals(tree, lambda n: is_wanted(n) or n in tied_to, lambda name, stored: True):
         assert isinstance(value, Tensor)
         absent.discard(name)
+        if name in tied_to:
+            absent.discard(tied_to[name])
+            _make_dense(model, *layers[tied_to[name]], value, dtype)
+            if not is_wanted(name):
+                continue
         if name in stacks:
             experts, leaf, weight = stacks[name]
             if value.shape != weight.shape:

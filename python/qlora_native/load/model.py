@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def load_model(
     fuse: bool = True,
     work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    reader: Callable[[Source, Taker], None] | None = None,
 ) -> PreTrainedModel:
     """Load any transformers causal LM with its linear layers in 4 bits.
 
@@ -125,6 +126,8 @@ def load_model(
         work_dir: with calibration, a folder of this load's own on a disk: finished layers and hidden states are kept
             there, a load that was killed goes on from it, and a load that ends removes it.
         progress: with calibration, called with a line of text, the layers done, and the layers in all.
+        reader: brings the tensors in, in place of reading all of them here; without calibration. For several
+            processes there is :func:`qlora_native.parallel.load_model`, which uses it.
 
     Raises:
         UserError: the files are missing, broken, of another model or hold a NaN; the sentence names the file and the
@@ -163,6 +166,8 @@ def load_model(
     if method in CALIBRATED:
         folder = None if work_dir is None else Path(work_dir)
         told["calibration"], fell_back = calibrated(source, taker, method, calibration, folder, progress)
+    elif reader is not None:
+        reader(source, taker)
     else:
         taker.take_all(source.arrivals(tree, lambda name: True, taker.is_copied, taker.weights.__contains__))
     model = tree.finish(source.unexpected(tree), str(source.path))

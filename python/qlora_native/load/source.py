@@ -10,14 +10,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+)
 
 from ..errors import UserError
 from ..integrations.transformers import METHOD
 from ..weight import QuantizedWeight, from_bnb
 from .eight_bit import FLOATS, unscaled
 from .files import Checkpoint, Scratch, StoredTensor
-from .plan import Converted, FourBit, Plain, Plan, make_plan
+from .plan import Converted, FourBit, Plain, Plan, Step, make_plan
 from .tree import Tree, first_sentence
 
 # (name in the model, tensor, where it came from). The tensor may lie in memory that the next one overwrites; a stack
@@ -41,8 +47,8 @@ class SafetensorsSource:
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.checkpoint = Checkpoint.open(folder)
-        self.config = _read_config(folder)
-        self.four_bit_config: dict[str, object] | None = _four_bit_config(self.config, folder)
+        self.config = read_config(folder)
+        self.four_bit_config: dict[str, object] | None = four_bit_config(self.config, folder)
         self._plan: Plan | None = None
 
     def plan(self, tree: Tree) -> Plan:
@@ -89,7 +95,7 @@ class SafetensorsSource:
             elif isinstance(step, FourBit):
                 yield step.name, self.four_bit(step), str(step.parts[0].file)
             elif step.is_stack and in_slices(step.name):
-                yield step.name, step.slices(tree.model, partial(self.read, plan)), str(step.parts[0][1].file)
+                yield step.name, step.slices(partial(self.read, plan)), str(step.parts[0][1].file)
             else:
                 for name, tensor in step.run(tree.model, partial(self.read, plan)):
                     if wanted(name):
@@ -133,6 +139,25 @@ class SafetensorsSource:
             ) from error
 
 
+class InMemory:
+    """The tensors of a model that is in memory already, read as those of a :class:`Checkpoint` are."""
+
+    def __init__(self, path: Path, values: dict[str, Tensor]) -> None:
+        self._values = values
+        self.tensors = {
+            name: StoredTensor(name, path, value.dtype, tuple(value.shape), 0, value.nbytes)
+            for name, value in values.items()
+        }
+
+    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor itself."""
+        return self._values[stored.name]
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        """Elements ``begin`` to ``end`` of the flattened tensor."""
+        return self._values[stored.name].view(-1)[begin:end]
+
+
 class GgufSource:
     """One GGUF file, through transformers' own reader, which makes the whole 16-bit model first."""
 
@@ -141,6 +166,7 @@ class GgufSource:
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self.path, self._dtype = path, dtype
         self._dense: dict[str, Tensor] | None = None
+        self._checkpoint: InMemory | None = None
         try:
             self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
@@ -150,6 +176,29 @@ class GgufSource:
     def unexpected(self, tree: Tree) -> list[str]:
         """Nothing: transformers has matched the names."""
         return []
+
+    @property
+    def checkpoint(self) -> InMemory:
+        """The 16-bit model, made when first asked for; of tensors that are tied, the first."""
+        if self._checkpoint is None:
+            once: dict[int, tuple[str, Tensor]] = {}
+            for name, tensor in self._read().items():
+                once.setdefault(tensor.data_ptr(), (name, tensor))
+            self._checkpoint = InMemory(self.path, dict(once.values()))
+        return self._checkpoint
+
+    def plan(self, tree: Tree) -> Plan:
+        """Each tensor as it is: transformers has matched the names."""
+        steps: list[Step] = [Plain(name, stored) for name, stored in self.checkpoint.tensors.items()]
+        return Plan(steps, [], [], {})
+
+    def read(self, plan: Plan, stored: StoredTensor) -> Tensor:
+        """The tensor."""
+        return self.checkpoint.read(stored)
+
+    def four_bit(self, step: FourBit) -> QuantizedWeight:
+        """Never asked for: no step of the plan is 4-bit."""
+        raise AssertionError(step)
 
     def is_four_bit(self, tree: Tree) -> bool:
         """Never: the blocks of GGUF are of another kind, and are dequantised on reading."""
@@ -230,7 +279,7 @@ def open_source(path: Path, dtype: torch.dtype) -> Source:
     raise UserError(f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it.")
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     try:
         kind = json.loads(path.read_bytes()).get("model_type")
@@ -247,7 +296,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
+def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
     """config.json's own description of 4-bit weights; None for 8-bit floats; refuses every other kind of quantised
     weights."""
     given = getattr(config, "quantization_config", None)

@@ -115,6 +115,7 @@ class Taker:
             packed[done // 2 :][: part.packed.numel()] = part.packed
             scales[done // block :][: part.absmax.numel()] = part.absmax
             done += part.numel()
+            del part  # before the next is made
         if done != shape.numel():
             raise UserError(f"{file}: {name} has {done // shape[1:].numel()} parts, but {shape[0]} by config.json.")
         about = {key: self.options[key] for key in ("quant_type", "block_size")}

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ _OTHER_MATHS = (
 _CHANGES_THE_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, write: bool = True) -> None:
     """Write the model's adapter in PEFT's format: ``PeftModel.from_pretrained(base, folder)`` loads it.
+
+    Of a model that is cut over ranks, every rank calls this, since the parts are gathered, and all but one with
+    ``write=False``.
 
     Both files are written under temporary names and brought to the disk before either is renamed, so that a full disk
     or a crash leaves an adapter that was already in ``folder`` as it was. Tensors are fp32.
@@ -63,22 +67,24 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"save_adapter: {type(model).__name__} has no adapter: call add_lora first.")
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
     tensors = {
-        f"{PREFIX}{path}.lora_{side}.weight": parameter.detach().float().cpu().contiguous()
+        f"{PREFIX}{path}.lora_{side}.weight": _whole(parameter).float().cpu().contiguous()
         for path, layer in layers.items()
         for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B))
     }
     for path, module in trained_whole(model, config.modules_to_save).items():
         for name, tensor in module.state_dict().items():
-            tensors[f"{PREFIX}{path}.{name}"] = tensor.detach().cpu().clone()
+            tensors[f"{PREFIX}{path}.{name}"] = _whole(tensor).cpu().clone()
+    if not write:
+        return
+    # safetensors writes two keys in either order, and the bytes of a resumed run are to be those of an undisturbed one.
+    metadata = {"format": "pt"} if config.init == ZERO else {INIT_KEY: config.init}
     text = json.dumps(_peft_config(model, config, layers), indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as both:  # renames only after both are safe on disk
             both.enter_context(_replacing(folder / CONFIG_NAME, text.encode()))
-            both.enter_context(
-                _replacing(folder / TENSORS_NAME, save(tensors, metadata={"format": "pt", INIT_KEY: config.init}))
-            )
+            both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata=metadata)))
         fsync(folder)
     except OSError as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
@@ -116,11 +122,63 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             raise UserError(f"{folder}: {error}") from error
     with torch.no_grad():
         for path, layer in lora_layers(model):
-            layer.lora_A.copy_(pairs[path]["A"])
-            layer.lora_B.copy_(pairs[path]["B"])
+            copy_whole(layer.lora_A, pairs[path]["A"])
+            copy_whole(layer.lora_B, pairs[path]["B"])
         for parameter, tensor in copies:
-            parameter.copy_(tensor)
+            copy_whole(parameter, tensor)
     return model
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as its file holds it.
+
+    Attributes:
+        pairs: lora_A [r, K], lora_B [N, r] and the scale of each adapted layer, by path.
+        whole: what was trained whole, by the parameter's name.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor, float]]
+    whole: dict[str, Tensor]
+
+    def delta(self, path: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the adapter adds to the weight at ``path``: scale * B A [N, K], computed in ``dtype``."""
+        a, b, scale = self.pairs[path]
+        return (b.to(dtype) @ a.to(dtype)) * scale
+
+
+def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdapter:
+    """Read an adapter in PEFT's format without putting it into the model, which may be on the meta device.
+
+    Raises:
+        UserError: as :func:`load_adapter`.
+    """
+    folder = Path(folder)
+    stored = _read_config(folder)
+    pairs, whole = _read_tensors(folder, model, stored)
+    targets = _check(folder, model, _our_config(folder, stored, pairs, whole), pairs, stored)
+    _whole_copies(folder, model, whole)
+    return StoredAdapter({path: (pair["A"], pair["B"], targets[path][1]) for path, pair in pairs.items()}, whole)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, detached; the parts of a DTensor are gathered, in which every rank takes part."""
+    tensor = tensor.detach()
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, values: Tensor) -> None:
+    """Copy ``values`` into a tensor of the same shape; of a DTensor, into this rank's part."""
+    mesh = getattr(target, "device_mesh", None)
+    if mesh is None:
+        target.copy_(values)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    # None: each rank cuts its own copy, nothing is sent.
+    target.copy_(distribute_tensor(values.to(target), mesh, target.placements, src_data_rank=None))  # type: ignore[attr-defined]
 
 
 def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALinear]) -> dict[str, Any]:
@@ -163,8 +221,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(stored, dict):
             raise ValueError("not an object")
     except FileNotFoundError as error:
+        inside = folder / "adapter"  # of the output folder of a run
+        hint = f"; did you mean {inside}?" if (inside / CONFIG_NAME).is_file() else "."
         raise UserError(
-            f"{folder} has no {CONFIG_NAME}: expected an adapter folder as save_adapter or PEFT writes it."
+            f"{folder} has no {CONFIG_NAME}: expected an adapter folder as save_adapter or PEFT writes it{hint}"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: expected a JSON object; copy the file again.") from error

@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
         device = base_layer.weight.device
         # Drawn on the CPU whatever the device, so that a seed means the same adapter everywhere.
         a = torch.empty(r, self.in_features, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        fill_a(a, generator)
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
         self.train(base_layer.training)
@@ -90,6 +90,11 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout}" if self.dropout else ""
         return f"r={self.r}, scale={self.scale:g}{dropout}"
+
+
+def fill_a(a: Tensor, generator: torch.Generator | None) -> None:
+    """The start of ``lora_A``, which is the next of the generator's numbers."""
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics] | None = None) -> nn.Module:
@@ -155,9 +160,11 @@ def insert(
     targets: dict[str, tuple[int, float]],
     config: LoraConfig,
     generator: torch.Generator | None,
+    beside: bool = False,
 ) -> None:
-    """Wrap the layers of ``targets`` (path -> rank, scale) and set what is trainable."""
-    if any(True for _ in lora_layers(model)):
+    """Wrap the layers of ``targets`` (path -> rank, scale) and set what is trainable; ``beside`` an adapter of other
+    layers only if it says so."""
+    if not beside and any(True for _ in lora_layers(model)):
         raise ValueError("the model has an adapter already: merge it, or load the model again.")
     saved = trained_whole(model, config.modules_to_save)
     model.requires_grad_(False)

@@ -19,6 +19,7 @@ from ..ops._optim_plan import Plan
 from .device_pages import DevicePages
 from .pages import HostPages, Paged
 from .paging import PAGING_DEFAULTS, PagedStates
+from .shards import is_cut, local, whole_norm, whole_states
 
 Paging = tuple[_C.Pager | None, int, int]  # the native functions' last arguments: pager, numbers, budget_bytes
 MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
@@ -120,7 +121,8 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         self._grad_norm, self._skipped = None, False
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         params, groups, grads = self._with_gradient()
-        if params and self._step_on_device(params, groups, grads, grad_scale, found_inf):
+        cut_norm = self._norm_over_ranks(params, grads)
+        if params and cut_norm is None and self._step_on_device(params, groups, grads, grad_scale, found_inf):
             return
         if found_inf is not None and float(found_inf) != 0:
             self._skipped = True
@@ -131,7 +133,12 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         native = plan.point_at(grads, torch.device("cpu"))
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         if self.max_norm is not None:
-            norm = _C.gradient_norm(rows.address_of(plan.table), len(params)) if native else _norm_of(grads)
+            if cut_norm is not None:
+                norm = cut_norm
+            elif native:
+                norm = _C.gradient_norm(rows.address_of(plan.table), len(params))
+            else:
+                norm = whole_norm(params, grads)
             self._grad_norm = norm = factor * norm
             if not math.isfinite(norm):
                 self._skipped = True
@@ -139,8 +146,14 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             factor *= min(1.0, self.max_norm / (norm + 1e-6))
         if native:
             self._step_natively(rows.address_of(plan.table), len(params), factor, self._paging_of(plan))
-        else:
+        elif cut_norm is None or not self._step_on_device(params, groups, grads, None, None, factor):
             self._step_by_ops(plan, grads, factor)
+
+    def _norm_over_ranks(self, params: list[Tensor], grads: list[Tensor]) -> float | None:
+        """The norm to clip by where parameters are cut over ranks, and every rank must ask for it; else None."""
+        if self.max_norm is None or not any(map(is_cut, params)):
+            return None
+        return whole_norm(params, grads)
 
     def _with_gradient(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
         """The parameters that have a gradient, the number of the group of each, and the gradients."""
@@ -158,7 +171,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 f"{type(self).__name__}: a gradient is {odd}: expected dense ones; build the embedding with "
                 "sparse=False, or give its parameter to torch.optim.SparseAdam."
             )
-        return params, groups, present
+        return params, groups, list(map(local, present))
 
     def _plan_for(self, params: list[Tensor], groups: list[int]) -> Plan:
         """The plan of the last step, or a new one, which makes the states of parameters that are met for the first
@@ -187,6 +200,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         grads: list[Tensor],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        clipped_by: float | None = None,  # what gradients are multiplied by where the norm is known already
     ) -> bool:
         """Launches the step, if all is on one CUDA device and as its kernels take it; waits for nothing."""
         device = params[0].device
@@ -204,14 +218,14 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             plan.on_device = DeviceTable(module, self._op, plan.table, len(params), device)
         options = [self._options(group) for group in self.param_groups]
         scale, skip = (None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf))
-        by = Scaling(1.0, self.max_norm, scale, skip)
+        by = Scaling(1.0, self.max_norm, scale, skip) if clipped_by is None else Scaling(clipped_by)
         if isinstance(pages, DevicePages):
             pages.step(plan, options, by)
         else:
             plan.on_device.step(plan.table, options, by)
-        if self.max_norm is not None:
+        if by.max_norm is not None:
             self._grad_norm = plan.on_device.grad_norm
-        if self.max_norm is not None or found_inf is not None:
+        if by.max_norm is not None or found_inf is not None:
             self._skipped = plan.on_device.skipped
         return True
 
@@ -234,7 +248,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         for (number, _, _), chosen in parts.items():
             self._step_by_op(
                 self.param_groups[number],
-                [plan.params[i] for i in chosen],
+                [plan.parts[i] for i in chosen],
                 [grads[i] for i in chosen],
                 [plan.states[i] for i in chosen],
                 grad_factor,
@@ -260,19 +274,29 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         place = self._take(param, coded, blank)
         if place is not None:
             return state | place
-        blocks = -(-param.numel() // _native.STATE_BLOCK)
+        part = local(param)
+        blocks = -(-part.numel() // _native.STATE_BLOCK)
         for name, codes in self._moments.items():
             dtype = codes if coded else torch.float32
-            state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+            state[name] = torch.zeros(part.shape, dtype=dtype, device=param.device)
             if coded:
                 state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. Its tensors are the states themselves: copy them to keep them from the next step."""
+        """As torch's. Its tensors are the states themselves: copy them to keep them from the next step. Those of
+        parameters cut over ranks are DTensors of fp32, which any number of ranks can load."""
         with self._alone():
             self._ready_to_read()
-            return super().state_dict()
+            told = super().state_dict()
+            cut = [
+                (number, param)
+                for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))
+                if is_cut(param) and self.state.get(param)
+            ]
+            for number, param in cut:
+                told["state"][number] = whole_states(param, self.state[param], list(self._moments))
+            return told
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep their dtype, are copied, and take the form that the group's ``bits`` asks for:
@@ -310,12 +334,13 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
 
     def _held_by(self, param: Tensor) -> dict[str, Any]:
         """What was loaded as the state of a parameter; ValueError if it is no such state."""
-        given = {key: value.tensor if isinstance(value, _Held) else value for key, value in self.state[param].items()}
+        held = {key: value.tensor if isinstance(value, _Held) else value for key, value in self.state[param].items()}
+        given = {key: local(value) if isinstance(value, Tensor) else value for key, value in held.items()}
         for name in self._moments:
             value = given.get(name)
             if (
                 not isinstance(value, Tensor)
-                or value.shape != param.shape
+                or value.shape != local(param).shape
                 or (self._counts_steps and "step" not in given)
             ):
                 shape = list(value.shape) if isinstance(value, Tensor) else None
@@ -370,11 +395,3 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 for param in group["params"]:
                     if self.state.get(param):
                         self.state[param] = self._fitted(param, self.state[param], group)
-
-
-def _norm_of(grads: list[Tensor]) -> float:
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for grad in grads:
-        by_device.setdefault(grad.device, []).append(grad)
-    op = torch.ops.qlora_native.gradient_norm
-    return math.sqrt(sum(float(op(part)) ** 2 for part in by_device.values()))

@@ -25,6 +25,7 @@ from ..ops._optim_plan import Plan
 from .free_memory import Free, free_device_memory
 from .pages import Paged, PagingStatistics, State
 from .pressure import Judge
+from .shards import local
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
 CHUNKS = 16  # at least, of an arena or of a budget, as far as tensors can be cut so fine
@@ -100,9 +101,13 @@ class DevicePages:
         """Makes room for the states of these parameters, all 0, in one arena more; not where they :attr:`could_pin`."""
         if self.could_pin:
             return
-        forms = [(param.numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)]
+        forms = [
+            (local(param).numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)
+        ]
         codes_or_floats = (1 if is_coded else 4 for is_coded in coded)
-        arena_bytes = len(self.moments) * sum(p.numel() * n for p, n in zip(params, codes_or_floats, strict=True))
+        arena_bytes = len(self.moments) * sum(
+            local(p).numel() * n for p, n in zip(params, codes_or_floats, strict=True)
+        )
         chunk_bytes = min(CHUNK_BYTES, min(arena_bytes, self.budget or arena_bytes) // CHUNKS)
         with _cuda_kernels.launching(self.device) as stream:
             if self.managed:
@@ -118,10 +123,11 @@ class DevicePages:
         self._tables = None
 
     def _tensors(self, store: Any, param: Tensor, coded: bool, place: tuple[int, int, int, int]) -> State:
-        blocks = -(-param.numel() // _native.STATE_BLOCK)
+        part = local(param)
+        blocks = -(-part.numel() // _native.STATE_BLOCK)
         state: State = {}
         for i, (name, codes) in enumerate(self.moments.items()):
-            state[name] = self._tensor_at(store, place[i], param.shape, codes if coded else torch.float32)
+            state[name] = self._tensor_at(store, place[i], part.shape, codes if coded else torch.float32)
             if coded:
                 state[f"{name}_absmax"] = self._tensor_at(store, place[2 + i], torch.Size([blocks]), torch.float32)
         return state

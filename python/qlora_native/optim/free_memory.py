@@ -18,6 +18,10 @@ import torch
 from ..ops import _cuda_kernels
 
 NO_LIMIT = 1 << 60  # bytes
+# From these sizes on a block is a mapping of its own, which goes back to the system when it is freed. glibc seldom finds
+# an aligned block a place in a hole of the same size, so that what it keeps grows beyond what is used: by a fifth without
+# checkpointing, where most is kept anyway; to several times as much with it, where layer after layer comes and goes.
+LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING = 8 << 20, 256 << 10
 
 
 class Free(NamedTuple):

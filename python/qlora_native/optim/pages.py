@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _C, _native
 from .free_memory import free_memory
+from .shards import local
 
 Paged = Literal["auto"] | bool
 State = dict[str, Tensor]
@@ -79,7 +80,9 @@ class HostPages:
 
         PageFileError, which is an OSError, if a page file is asked for and cannot be had.
         """
-        forms = [(param.numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)]
+        forms = [
+            (local(param).numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)
+        ]
         chunk_bytes = CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
         block_bytes = _C.block_bytes if chunk_bytes >= 4 * _C.block_bytes else _C.page_bytes
         plan = _C.PagePlan(forms, _C.page_bytes, chunk_bytes, block_bytes)
@@ -98,10 +101,11 @@ class HostPages:
         self.largest_chunk = max(self.largest_chunk, plan.largest_chunk)
 
     def _tensors(self, store: _C.FileStore, param: Tensor, coded: bool, place: tuple[int, int, int, int]) -> State:
-        blocks = -(-param.numel() // _native.STATE_BLOCK)
+        part = local(param)
+        blocks = -(-part.numel() // _native.STATE_BLOCK)
         state: State = {}
         for i, (name, codes) in enumerate(self.moments.items()):
-            state[name] = _tensor_at(store, place[i], param.shape, codes if coded else torch.float32)
+            state[name] = _tensor_at(store, place[i], part.shape, codes if coded else torch.float32)
             if coded:
                 state[f"{name}_absmax"] = _tensor_at(store, place[2 + i], torch.Size([blocks]), torch.float32)
         return state

@@ -2,8 +2,10 @@
 
 ``step-000200/`` holds the adapter in PEFT's format, ``trainer.safetensors`` (optimiser states and torch's random
 state), ``trainer.json`` (step, data position, Python's and numpy's random state, losses so far) and the resolved
-``config.yaml``. The learning rate is a function of the step, so a scheduler has no state of its own. The newest
-checkpoint is found by looking at the folder's names; no pointer file exists that could point at something gone.
+``config.yaml``. Where the model is cut over processes, the states lie in ``states/`` instead, written by all of them
+through torch.distributed.checkpoint; any number of processes, cut or not, continues from either. The learning rate is
+a function of the step, so a scheduler has no state of its own. The newest checkpoint is found by looking at the
+folder's names; no pointer file exists that could point at something gone.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_native.errors import UserError
-from qlora_native.train.disk import atomic_folder, reason, remove_folder, told_if_unwritable
-from qlora_native.train.random_state import random_state, set_random_state
+from qlora_native.train.cut_states import (
+    cut_states,
+    load_cut_states,
+    random_states,
+    save_cut_states,
+    set_random_states,
+)
+from qlora_native.train.disk import atomic_folder, partial_folder, reason, remove_folder, told_if_unwritable
+from qlora_native.train.ranks import Ranks
 
-TENSORS, STATE, CONFIG = "trainer.safetensors", "trainer.json", "config.yaml"
+TENSORS, STATE, CONFIG, STATES = "trainer.safetensors", "trainer.json", "config.yaml", "states"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -44,42 +54,65 @@ def save_checkpoint(
     state: Mapping[str, Any],  # JSON values: the step, the data position, whatever the loop wants back
     config: str,
     keep: int,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write ``step-NNNNNN`` and, once it is safe on disk, delete all but the newest ``keep``. Returns its path.
+
+    Every rank calls it, and ``save_adapter`` is called on every one.
 
     UserError if it cannot be written (a full disk, no permission): the half-written folder is removed, older
     checkpoints stay.
     """
+    ranks = ranks or Ranks()
     folder = output_dir / f"step-{step:06d}"
-    tensors, plain = _split(optimizer.state_dict()["state"])
-    random_tensors, random_plain = random_state()
     before = checkpoints(output_dir)
     advice = f"; {before[-1]} is intact, and --resume continues from it" if before else ""
-    with told_if_unwritable(folder, advice), atomic_folder(folder) as partial:
-        save_adapter(partial)
-        save_file({**tensors, **random_tensors}, partial / TENSORS)  # from where the states lie, without a copy
-        (partial / STATE).write_text(
-            json.dumps({**state, "optimizer": plain, "random": random_plain}), encoding="utf-8"
-        )
-        (partial / CONFIG).write_text(config, encoding="utf-8")
-    for old in checkpoints(output_dir)[:-keep]:
-        remove_folder(old)
+    random_tensors, random_plain = random_states(ranks)
+    with told_if_unwritable(folder, advice), ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(atomic_folder(folder)))
+        partial = partial_folder(folder)
+        ranks.together(lambda: save_adapter(partial))
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, dict[str, Any]] = {}
+        if ranks.cut:
+            save_cut_states(partial / STATES, optimizer)
+        else:
+            tensors, plain = _split(optimizer.state_dict()["state"])
+
+        def write() -> None:
+            save_file({**tensors, **random_tensors}, partial / TENSORS)  # from where the states lie, without a copy
+            (partial / STATE).write_text(
+                json.dumps({**state, "optimizer": plain, "random": random_plain}), encoding="utf-8"
+            )
+            (partial / CONFIG).write_text(config, encoding="utf-8")
+            stack.close()  # now it has its name
+
+        ranks.on_first(write)
+    if ranks.first:
+        for old in checkpoints(output_dir)[:-keep]:
+            remove_folder(old)
     return folder
 
 
-def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> dict[str, Any]:
     """Put back optimiser and random state; returns ``state`` as it was given to save_checkpoint. The adapter is the
     caller's to load.
 
-    Hyper-parameters stay those of ``optimizer``: only what it learned is taken from the checkpoint.
+    Hyper-parameters stay those of ``optimizer``: only what it learned is taken from the checkpoint. The number of
+    ranks, and whether the model is cut over them, may differ from those that saved it.
     """
+    ranks = ranks or Ranks()
     try:
         tensors = load_file(folder / TENSORS)
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        optimizer_state = _join(tensors, state.pop("optimizer"))
+        plain = state.pop("optimizer")
+        if (folder / STATES).is_dir():
+            optimizer_state = load_cut_states(folder / STATES, optimizer, ranks)
+        else:
+            optimizer_state = cut_states(_join(tensors, plain), optimizer)
         restored = {**optimizer.state_dict(), "state": optimizer_state}
         optimizer.load_state_dict(restored)
-        set_random_state(tensors, state.pop("random"))
+        set_random_states(tensors, state.pop("random"), ranks)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({reason(error)}); "

@@ -49,6 +49,11 @@ class DataConfig(_Section):
     train_on: Literal["answers", "all"] = Field(
         default="answers", description="learn the answers only, or every token of the row"
     )
+    packing: bool = Field(
+        default=False,
+        description="lay whole rows end to end up to max_length, blind to each other; batch_size then counts such "
+        "sequences, so a step learns from more rows",
+    )
 
     @field_validator("format")
     @classmethod
@@ -179,6 +184,17 @@ class TrainConfig(_Section):
         default=None,
         description="auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint",
     )
+    logging: list[Literal["tensorboard", "trackio"]] = Field(
+        default=[], description="other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
+    )
+    parallel: Literal["none", "ddp", "fsdp"] = Field(
+        default="none",
+        description="of several processes, as torchrun starts them: ddp = each has the whole model, fsdp = each has a "
+        "part; the rows of a step are divided, so the result is that of one process",
+    )
+    rank_timeout: Positive = Field(
+        default=600, description="seconds that one process may keep the others waiting before the run ends"
+    )
     data: DataConfig
     quant: QuantConfig = QuantConfig()
     lora: LoraSection = LoraSection()
@@ -191,6 +207,17 @@ class TrainConfig(_Section):
         UserError with one line per mistake: the place, what was got, what was expected.
         """
         values, lines = _read_yaml(Path(path))
+        return cls.from_values(values, overrides, str(path), lines)
+
+    @classmethod
+    def from_values(
+        cls,
+        values: dict[str, Any],
+        overrides: Sequence[str] = (),
+        source: str = "the command line",
+        lines: Mapping[str, int] | None = None,
+    ) -> TrainConfig:
+        """The same from the nested values of a file that is read already; ``lines`` are those of its dotted keys."""
         flags = _apply_overrides(values, overrides)
         # A block whose keys are all commented out is an empty block, not a mistake.
         values = {key: {} if value is None and key in _sections() else value for key, value in values.items()}
@@ -200,7 +227,7 @@ class TrainConfig(_Section):
             mistakes: dict[str, str] = {}
             for item in error.errors():
                 key = _key_of(item)
-                mistakes.setdefault(key, _explain(key, item, str(path), lines, flags))
+                mistakes.setdefault(key, _explain(key, item, source, lines or {}, flags))
             raise UserError("\n".join(mistakes.values())) from None
 
     def to_yaml(self) -> str:
@@ -228,7 +255,8 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, An
 _ALIASES = {
     "base_model": "model", "model_name_or_path": "model", "datasets": "data.train", "dataset": "data.train",
     "sequence_len": "data.max_length", "max_seq_length": "data.max_length", "val_set_size": "data.eval_fraction",
-    "train_on_inputs": "data.train_on", "quant_type": "quant.type", "bnb_4bit_quant_type": "quant.type",
+    "sample_packing": "data.packing", "train_on_inputs": "data.train_on", "quant_type": "quant.type",
+    "bnb_4bit_quant_type": "quant.type",
     "bnb_4bit_use_double_quant": "quant.double_quant", "quant_method": "quant.method",
     "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "lora_target_modules": "lora.target_modules",

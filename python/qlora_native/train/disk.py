@@ -30,6 +30,11 @@ def told_if_unwritable(target: Path, advice: str = "") -> Iterator[None]:
         raise UserError(f"could not write {target}: {reason(cause)}{_space(target.parent)}{advice}") from error
 
 
+def partial_folder(final: Path) -> Path:
+    """The temporary folder of :func:`atomic_folder`."""
+    return final.with_name(f".{final.name}{PARTIAL}")
+
+
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``final``, replacing it, when the block ends without an exception, and vanishes
@@ -38,7 +43,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     A kill at any moment leaves ``final`` as it was before or as it is after, but for the instant between two renames
     when an old ``final`` is replaced: then ``recover`` puts the old one back.
     """
-    partial, old = (final.with_name(f".{final.name}{suffix}") for suffix in (PARTIAL, OLD))
+    partial, old = partial_folder(final), final.with_name(f".{final.name}{OLD}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,8 @@
 """The whole training run, in plain torch, from top to bottom in ``Trainer.train``.
 
-A step learns from ``batch_size * grad_accum`` rows of about equal length. They pass through the model in
-micro-batches, each weighted by its share of the step's trained tokens, so that the gradient is that of one big batch
-however the rows are divided.
+A step learns from ``batch_size * grad_accum`` rows of about equal length, or packed sequences. They pass through the
+model in micro-batches, each weighted by its share of the step's trained tokens, so that the gradient is that of one
+big batch however the rows are divided.
 
 A step whose loss or gradient is not finite changes nothing and is counted; after ``MAX_SKIPPED`` of them in a row the
 run stops. A step that runs out of memory begins again, once, without the optimizer's states in memory.
@@ -24,15 +24,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_native.data import BatchPlan, TokenizedDataset, collate, padding_id
+from qlora_native.data import TokenizedDataset, padding_id
 from qlora_native.errors import UserError
 from qlora_native.lora import load_adapter, save_adapter
+from qlora_native.train.batches import (
+    Batch,
+    Items,
+    check_packing,
+    evaluation_items,
+    make_plan,
+    micro_batches,
+    token_count,
+)
+from qlora_native.train.card import write_card
 from qlora_native.train.checkpoint import CONFIG, load_checkpoint, save_checkpoint
 from qlora_native.train.config import TrainConfig
 from qlora_native.train.disk import atomic_folder, recover, told_if_unwritable
 from qlora_native.train.interrupt import Interrupted, StopRequest
-from qlora_native.train.loss import causal_lm_loss, trained_tokens
+from qlora_native.train.loggers import make_loggers
+from qlora_native.train.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
+from qlora_native.train.ranks import NoMetrics, Ranks, joined, restarted
+from qlora_native.train.report import MemoryReport
 from qlora_native.train.resume import find_checkpoint
 from qlora_native.train.schedule import learning_rate
 from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, make_optimizer, prepare_model
@@ -40,7 +53,6 @@ from qlora_native.train.shortage import SecondTry
 
 MAX_SKIPPED = 5
 
-Batch = dict[str, torch.Tensor]
 Record = dict[str, Any]  # one line of metrics.jsonl
 
 
@@ -106,44 +118,58 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.on_step, self.quiet = on_step, quiet
+        self.ranks = Ranks()
         self.output_dir = Path(config.output_dir).expanduser()
 
     def train(self) -> TrainSummary:
         """Train, evaluate, save. UserError for whatever the user can mend; Interrupted (a KeyboardInterrupt) once
-        saved after Ctrl-C."""
-        config, options = self.config, self.config.train
-        recover(self.output_dir)
-        checkpoint = find_checkpoint(config, self.output_dir)
+        saved after Ctrl-C; RankLost if there are several processes, and another one dies or hangs."""
+        with joined(self.config) as self.ranks:
+            return self._train()
+
+    def _train(self) -> TrainSummary:
+        config, options, ranks = self.config, self.config.train, self.ranks
+        ranks.on_first(lambda: recover(self.output_dir))
+        checkpoint = ranks.together(lambda: find_checkpoint(restarted(config), self.output_dir))
+
+        loggers = ranks.on_first(lambda: make_loggers(config.logging, self.output_dir, config.model_dump(mode="json")))
 
         # Data, model, optimiser. The data come first: a broken line is found in seconds, a model takes longer.
-        self.tokenizer = self.tokenizer or load_tokenizer(config.model)
-        rows, held_out = load_rows(config, self.tokenizer)
-        self.model = model = prepare_model(config, self.model, rows, quiet=self.quiet)
+        self.tokenizer = self.tokenizer or ranks.together(lambda: load_tokenizer(config.model))
+        rows, held_out = ranks.together(lambda: load_rows(config, self.tokenizer))
+        longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
+        memory = MemoryReport(config, longest) if self.model is None and ranks.world == 1 else None
+        self.model = model = prepare_model(config, self.model, rows, ranks, quiet=self.quiet)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(options, adapters, self.output_dir)
-        plan = BatchPlan(rows.lengths, options.batch_size * options.grad_accum, seed=options.seed)
-        total = options.steps or math.ceil((options.epochs or 1) * len(plan))
+        if ranks.cut:
+            settle(model)
+        if config.data.packing:
+            check_packing(model)
+        plan = make_plan(config, rows)
+        total = options.steps or plan.steps(options.epochs or 1)
 
         # Where to start: at 0 from the seed, or where the checkpoint stopped, random state included.
         state = TrainState()
-        seed_everything(options.seed)
+        seed_everything(options.seed + ranks.rank)  # dropout differs from rank to rank
         if checkpoint is not None:
             load_adapter(model, checkpoint)
-            state = TrainState(**load_checkpoint(checkpoint, optimizer))
+            state = TrainState(**load_checkpoint(checkpoint, optimizer, ranks))
             plan.load_state_dict(state.data)
 
-        metrics = Metrics(self.output_dir / "metrics.jsonl", state.step)
-        progress = Progress(total, state.step, options.log_every, quiet=self.quiet)
+        metrics = ranks.metrics(self.output_dir / "metrics.jsonl", state.step, loggers or [])
+        progress = Progress(total, state.step, options.log_every, quiet=self.quiet or not ranks.first)
         for line in describe_rows(rows, held_out):
             progress.note(line)
         if checkpoint is not None:
             progress.note(f"continuing from {checkpoint} after step {state.step}")
-        second_try = SecondTry(config, optimizer, progress.note)
+        second_try = SecondTry(config, optimizer, progress.note, alone=ranks.world == 1)
         speeds: list[float] = []
         began = time.monotonic()
 
-        with closing(metrics), closing(progress), StopRequest() as stop:
+        with closing(metrics), closing(progress), StopRequest(ranks.world > 1, ranks.first) as stop:
             while True:
+                ranks.finished(state.step)
                 if held_out and is_due(state.step, options.eval_every, total):
                     loss = second_try.run(partial(self.evaluate, held_out), f"evaluation after step {state.step}")
                     self._take_evaluation(state, loss, metrics, progress)
@@ -153,8 +179,8 @@ class Trainer:
                 # One optimiser step.
                 started = time.monotonic()
                 what = f"step {state.step + 1}"
-                numbers = next(plan.forever())
-                loss, tokens, trained = second_try.run(partial(self._learn, rows, numbers), what)
+                items = next(plan.forever())
+                loss, tokens, trained = second_try.run(partial(self._learn, rows, items), what)
                 rate = learning_rate(
                     state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
                 )
@@ -181,48 +207,61 @@ class Trainer:
                     self.on_step(record)
 
                 # Save; after Ctrl-C, save and go.
-                if stop.requested or (options.save_every and is_due(state.step, options.save_every, total)):
+                stopping = ranks.any(stop.requested)
+                if stopping or (options.save_every and is_due(state.step, options.save_every, total)):
                     saved = self._save_checkpoint(state, optimizer)
-                    if stop.requested:
+                    if stopping:
                         raise Interrupted(
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
-            return self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+            summary = self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+            if memory is not None:
+                progress.note(memory.line())
+            return summary
 
-    def _learn(self, rows: TokenizedDataset, numbers: list[int]) -> tuple[float, int, int]:
+    def _learn(self, rows: TokenizedDataset, items: Items) -> tuple[float, int, int]:
         """Forward and backward passes of one step: its loss, the tokens in it, and those of them that are trained."""
-        batches = list(self._micro_batches(rows, numbers))
+        ranks, size = self.ranks, self.config.train.batch_size
+        batches = list(self._micro_batches(rows, ranks.mine(items)))
         counts = [trained_tokens(batch) for batch in batches]
+        total = int(ranks.sum(sum(counts))[0])
+        for filler in ranks.filler(items, size):
+            batches += self._micro_batches(rows, filler)
+            counts.append(0)
         loss = torch.zeros((), device=self.model.device)
         for batch, count in zip(batches, counts, strict=True):
-            share = causal_lm_loss(self.model, batch) * (count / sum(counts))
-            share.backward()
+            share = causal_lm_loss(self.model, batch) * (count / total)
+            (share * ranks.averaged_over).backward()
             loss += share.detach()
-        return loss.item(), sum(int(batch["attention_mask"].sum()) for batch in batches), sum(counts)
+        ranks.add_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        return ranks.sum(loss.item())[0], token_count(rows, items), total
 
-    def _micro_batches(self, rows: TokenizedDataset, numbers: list[int]) -> Iterator[Batch]:
-        """The rows of one step as padded batches on the model's device."""
+    def _micro_batches(self, rows: TokenizedDataset, items: Items) -> Iterator[Batch]:
         size, pad_id = self.config.train.batch_size, padding_id(self.tokenizer)
-        for at in range(0, len(numbers), size):
-            batch = collate([rows[number] for number in numbers[at : at + size]], pad_id)
-            yield {key: value.to(self.model.device) for key, value in batch.items()}
+        return micro_batches(rows, items, size, pad_id, self.model.device)
 
     @torch.no_grad()
     def evaluate(self, rows: TokenizedDataset) -> float:
         """Mean loss in nats over every trained token of ``rows``, with dropout off; draws no random number."""
-        longest_first = np.argsort(-rows.lengths, kind="stable").tolist()
         total, count = 0.0, 0
+        items = evaluation_items(self.config, rows)
         self.model.eval()
         try:
-            for batch in self._micro_batches(rows, longest_first):
+            for batch in self._micro_batches(rows, self.ranks.mine(items)):
                 tokens = trained_tokens(batch)
                 total += causal_lm_loss(self.model, batch).item() * tokens
                 count += tokens
+            for filler in self.ranks.filler(items, self.config.train.batch_size):
+                for batch in self._micro_batches(rows, filler):
+                    causal_lm_loss(self.model, batch)
         finally:
             self.model.train()
-        return total / count
+        total, tokens_of_all = self.ranks.sum(total, count)
+        return total / tokens_of_all
 
-    def _take_evaluation(self, state: TrainState, loss: float, metrics: Metrics, progress: Progress) -> None:
+    def _take_evaluation(
+        self, state: TrainState, loss: float, metrics: Metrics | NoMetrics, progress: Progress
+    ) -> None:
         """Write a held-out loss down, and keep the adapter in ``best/`` if no earlier one was as good."""
         metrics.write({"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))})
         progress.evaluation(state.step, loss)
@@ -230,7 +269,7 @@ class Trainer:
         if state.step == 0:
             state.loss_before = state.best_loss = loss
         elif state.best_loss is None or loss < state.best_loss:
-            self._save_adapter(self.output_dir / "best")
+            self._save_adapter(self.output_dir / "best", state)
             state.best_loss, state.best_step = loss, state.step
 
     def _count_skipped(self, state: TrainState, loss: float, norm: float, progress: Progress) -> None:
@@ -252,17 +291,24 @@ class Trainer:
         return save_checkpoint(
             self.output_dir,
             state.step,
-            save_adapter=lambda folder: save_adapter(self.model, folder),
+            save_adapter=lambda folder: save_adapter(self.model, folder, write=self.ranks.first),
             optimizer=optimizer,
             state=asdict(state),
             config=self.config.to_yaml(),
             keep=self.config.train.keep,
+            ranks=self.ranks,
         )
 
-    def _save_adapter(self, folder: Path) -> Path:
-        with told_if_unwritable(folder), atomic_folder(folder) as partial:
-            save_adapter(self.model, partial)
-            (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
+    def _save_adapter(self, folder: Path, state: TrainState) -> Path:
+        def write() -> None:
+            if not self.ranks.first:
+                return save_adapter(self.model, folder, write=False)
+            with told_if_unwritable(folder), atomic_folder(folder) as partial:
+                save_adapter(self.model, partial)
+                (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
+                write_card(partial, self.config, asdict(state))
+
+        self.ranks.together(write)
         return folder
 
     def _finish(
@@ -270,8 +316,9 @@ class Trainer:
     ) -> TrainSummary:
         progress.close()  # the summary stands below the bar
         paging = second_try.optimizer.paging_statistics()
-        adapter_dir = self._save_adapter(self.output_dir / "adapter")
-        plot_losses(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
+        adapter_dir = self._save_adapter(self.output_dir / "adapter", state)
+        if self.ranks.first:
+            plot_losses(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
         summary = TrainSummary(
             steps=state.step,
             skipped_steps=state.skipped,

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import qlora_native as qn
 from qlora_native.data import IGNORE_INDEX
+from qlora_native.estimate.memory import LOGIT_FIELDS  # only used to say why
 from qlora_native.integrations.fused import Head
 from qlora_native.nn import QuantizedLinear
-
-# config fields by which known models change the logits after the output embedding; only used to say why
-_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 _plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 _causal: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -53,7 +52,20 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
     hidden, head = hidden_states(model, without_needless_mask(model, inputs, targets))
     weight = head.quantized if isinstance(head, QuantizedLinear) else head.weight
-    return qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
+    loss = qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
+    if isinstance(head, FSDPModule) and not any(p.requires_grad for p in head.parameters()):
+        head.reshard()  # the gradient of the hidden states is there already
+    return loss
+
+
+def settle(model: Any) -> None:
+    """Find out now what :func:`causal_lm_loss` otherwise finds out when a batch first makes it ask: the forward passes
+    that this takes must be the same on all ranks of a cut model."""
+    ids = torch.arange(16, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    inputs = {"input_ids": ids}
+    _plain[model] = head_is_plain(model, inputs)
+    if _plain[model]:
+        _causal[model] = _is_causal(model, inputs)
 
 
 def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
@@ -131,8 +143,9 @@ def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     """
     head = model.get_output_embeddings()
     name = type(model).__name__
-    if type(head) is not nn.Linear and not isinstance(head, (QuantizedLinear, Head)):
-        reason = f"its output embedding is {type(head).__name__}, not a linear layer"
+    kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)  # FSDP puts two classes before it
+    if kind is not nn.Linear and not isinstance(head, (QuantizedLinear, Head)):
+        reason = f"its output embedding is {kind.__name__}, not a linear layer"
     elif head.bias is not None:
         reason = "its output embedding has a bias"
     else:
@@ -153,7 +166,7 @@ def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
         if len(seen) == 1 and seen[0].shape[1] == 2 and torch.equal(logits.float(), expected.float().expand_as(logits)):
             return True
         text_config = model.config.get_text_config()
-        fields = [f"{key}={value}" for key in _LOGIT_FIELDS if (value := getattr(text_config, key, None)) is not None]
+        fields = [f"{key}={value}" for key in LOGIT_FIELDS if (value := getattr(text_config, key, None)) is not None]
         reason = f"it changes its logits after the output embedding{f' ({fields[0]})' if fields else ''}"
     warnings.warn(
         f"{name}: {reason}, so the loss is taken from the model's own logits, "

@@ -5,18 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 
+from qlora_native.optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
+
 # mallopt's parameters (glibc, malloc.h)
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses more
 USER_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(checkpointing: bool = False) -> bool:
     """Tell glibc to hold on to freed memory instead of giving it back to the system.
 
     Each step frees what it kept for backward and asks for the same sizes again; given back, these pages are fetched and
-    cleared anew, tens of thousands a step. The peak does not change: it is reached in every step. Tensors of 32 MiB and
-    more still come and go.
+    cleared anew, tens of thousands a step. Large blocks still come and go: with ``checkpointing``, which is there to
+    save memory, from 256 KiB on, otherwise from 8 MiB.
 
     Returns:
         Whether it was done: not without glibc, nor where the user set malloc's variables himself.
@@ -27,4 +28,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    return bool(mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
+    least = LEAST_MAPPED_WITH_CHECKPOINTING if checkpointing else LEAST_MAPPED
+    return bool(mallopt(MMAP_THRESHOLD, least) and mallopt(TRIM_THRESHOLD, 2**31 - 1))

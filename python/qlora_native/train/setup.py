@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from qlora_native import _C
+from qlora_native import _C, parallel
 from qlora_native.calibration.data import CalibrationData
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
@@ -24,6 +25,7 @@ from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
 from qlora_native.train.disk import told_if_unwritable
 from qlora_native.train.layer_progress import LayerProgress
+from qlora_native.train.ranks import Ranks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -38,23 +40,29 @@ def told_to_the_user() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def load_data(
+    config: TrainConfig, path: str, tokenizer: Any, *, folder: Path | None = None, limit: int | None = None
+) -> TokenizedDataset:
+    """A data file, tokenised and masked as the config says; ``folder`` and ``limit`` as in ``load_dataset``."""
+    data = config.data
+    with told_to_the_user():
+        return load_dataset(
+            path,
+            tokenizer,
+            max_length=data.max_length,
+            format=None if data.format == "auto" else data.format,
+            train_on=data.train_on,
+            limit=limit,
+            folder=folder,
+        )
+
+
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training rows and held-out rows (None if the config asks for none), tokenised and masked."""
-    data = config.data
-
-    def read(path: str) -> TokenizedDataset:
-        with told_to_the_user():
-            return load_dataset(
-                path,
-                tokenizer,
-                max_length=data.max_length,
-                format=None if data.format == "auto" else data.format,
-                train_on=data.train_on,
-            )
-
-    rows = read(data.train)
+    data, folder = config.data, Path(config.output_dir).expanduser()
+    rows = load_data(config, data.train, tokenizer, folder=folder)
     if data.eval is not None:
-        return rows, read(data.eval)
+        return rows, load_data(config, data.eval, tokenizer, folder=folder)
     if data.eval_fraction == 0:
         return rows, None
     # A few rows still give a held-out loss: at least one is held out.
@@ -68,28 +76,49 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
 
 
 def prepare_model(
-    config: TrainConfig, model: Any = None, rows: TokenizedDataset | None = None, *, quiet: bool = False
+    config: TrainConfig,
+    model: Any = None,
+    rows: TokenizedDataset | None = None,
+    ranks: Ranks | None = None,
+    *,
+    quiet: bool = False,
 ) -> Any:
     """The 4-bit model with adapters, in training mode; loads it unless it is given, adds adapters unless it has
-    them. ``rows`` are the training rows, which calibrate it if ``quant.calibration`` names nothing else."""
-    options = config.train
-    with told_to_the_user(), LayerProgress(quiet=quiet) as progress:
+    them. ``rows`` are the training rows, which calibrate it if ``quant.calibration`` names nothing else. Cut over the
+    ranks if the config says so."""
+    options, ranks = config.train, ranks or Ranks()
+    lora = LoraConfig(**config.lora.model_dump(), seed=options.seed)
+    with told_to_the_user(), LayerProgress(quiet=quiet or not ranks.first) as progress:
         if model is None:
-            model = load_model(
-                Path(config.model).expanduser(),
-                method=config.quant.method,
-                calibration=_calibration(config, rows),
-                progress=progress,
-                quant_type=config.quant.type,
-                block_size=config.quant.block_size,
-                double_quant=config.quant.double_quant,
-                dtype=DTYPES[options.dtype],
-                device="cuda" if torch.cuda.is_available() else None,
-            )
+            given: dict[str, Any] = {
+                "quant_type": config.quant.type,
+                "block_size": config.quant.block_size,
+                "double_quant": config.quant.double_quant,
+                "dtype": DTYPES[options.dtype],
+                "device": "cuda" if torch.cuda.is_available() else None,
+                "method": config.quant.method,
+            }
+            path, calibration = Path(config.model).expanduser(), _calibration(config, rows)
+            if ranks.world == 1:
+                model = load_model(path, calibration=calibration, progress=progress, **given)
+            elif calibration is None:
+                model = parallel.load_model(path, cut=ranks.cut, lora=lora, **given)
+            else:
+                raise UserError(
+                    f"quant.method is {config.quant.method}, which calibrates on one process, and {ranks.world} were "
+                    f"started: make the 4-bit model first (`qlora quantize {config.model} --method "
+                    f"{config.quant.method} --calibration {config.data.train} --out DIR`) and set model to DIR"
+                )
         if not any(isinstance(module, LoRALinear) for module in model.modules()):
-            lora = LoraConfig(**config.lora.model_dump(), seed=options.seed)
+            if ranks.world > 1 and config.lora.init != ZERO:
+                raise UserError(
+                    f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: "
+                    f"set lora.init to {ZERO}"
+                )
             add_lora(model, lora, _statistics(config, model, rows))
         fuse(model)
+        if ranks.cut and not isinstance(model, FSDPModule):
+            parallel.shard(model)
         if options.grad_checkpointing:
             # transformers 5.0 knows the older name only. Not the re-entrant kind: it cuts the graph where a block's
             # input needs no gradient, as the first one's here.

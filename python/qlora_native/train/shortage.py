@@ -38,18 +38,23 @@ class SecondTry:
         config: for ``train.paged``, which False leaves no second try, and for the advice.
         optimizer: whose states leave memory in between.
         tell: takes the one line that says that paging began.
+        alone: there is one process. Of several none can begin again by itself, and the run ends.
 
     ``retries`` and ``lost_seconds`` count the first tries that failed, with the paging out after them.
     """
 
-    def __init__(self, config: TrainConfig, optimizer: AdamW | Lion, tell: Callable[[str], None]) -> None:
-        self.config, self.optimizer, self._tell = config, optimizer, tell
+    def __init__(
+        self, config: TrainConfig, optimizer: AdamW | Lion, tell: Callable[[str], None], *, alone: bool = True
+    ) -> None:
+        self.config, self.optimizer, self._tell, self._alone = config, optimizer, tell, alone
         self.retries, self.lost_seconds = 0, 0.0
         self._told = False
 
     def run(self, passes: Callable[[], Result], what: str) -> Result:
         """``passes()``. A second try starts from the random state of the first, without gradients: it computes the
         same. UserError, which begins with ``what``, if memory runs out again."""
+        if not self._alone:
+            return self.told(passes, what)
         before, began = random_state(), time.monotonic()
         try:
             return passes()

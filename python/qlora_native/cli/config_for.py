@@ -1,0 +1,87 @@
+"""A commented config for one model and one card, its batch size and length chosen by the estimate."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from qlora_native.cli.estimate import card_bytes, size
+from qlora_native.errors import UserError
+
+MARGIN = 0.9  # of the memory, so that a longer row or another process is no disaster
+LENGTHS = (2048, 1024, 512, 256)
+MOST_ROWS = 8  # of a micro-batch: more make a GPU no faster with rows of such lengths
+STEP_ROWS = 16
+
+
+def config_for(model: Path, gpu: str | None, name: str) -> str:
+    """The text of a YAML file. UserError if no row of 256 tokens fits."""
+    from qlora_native.estimate import Estimate, Estimator, Setting
+    from qlora_native.optim.free_memory import free_memory
+    from qlora_native.train.setup import told_to_the_user
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if gpu is not None:
+        device, limit, where = "cuda", card_bytes(gpu), f"a card of {gpu}"
+    else:
+        free = free_memory()
+        device, limit, where = "cpu", free.bytes if free else 8 << 30, "the free memory of this machine"
+    with told_to_the_user():
+        estimator = Estimator(model, Setting(device=device))
+
+    def first() -> tuple[Estimate, str] | None:
+        for optimizer in ("adamw", "adamw8bit"):
+            for length in LENGTHS:
+                rows = MOST_ROWS if device == "cuda" else 1
+                while rows:
+                    estimate = estimator.at(length=length, batch_size=rows, optimizer=optimizer)
+                    if estimate.fits(int(MARGIN * limit)):
+                        return estimate, optimizer
+                    rows //= 2
+        return None
+
+    found = first()
+    if found is None:
+        least = estimator.at(length=LENGTHS[-1], batch_size=1, optimizer="adamw8bit")
+        raise UserError(
+            f"{model} does not fit {where}: a row of {LENGTHS[-1]} tokens takes {size(least.total + least.reserve)} of "
+            f"{size(limit)}; take a larger card or a smaller model"
+        )
+    estimate, optimizer = found
+    setting, peak = estimate.setting, estimate.peak
+    weights = peak.weights + peak.scales + peak.dense
+    trained = peak.adapters // 4
+    return f"""# {model.name} on {where}: {size(estimate.total + estimate.reserve)} of {size(limit)} by `qlora estimate`. Start it with:
+#   qlora train {name}
+# `qlora train --help` lists every key; those left out here keep their defaults.
+
+model: {model}
+output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and loss.png
+
+data:
+  train: train.jsonl          # one JSON object per line: messages, conversations, instruction/output, prompt/completion or text
+  eval_fraction: 0.05         # rows held out to measure what was learned; name a file with `eval:` to choose them yourself
+  max_length: {setting.length:<16}# up to {estimator.longest(int(MARGIN * limit), 1):,} tokens fit with batch_size 1; longer rows are cut
+  train_on: answers           # all = learn the questions too: only for plain text
+
+quant:
+  type: nf4                   # {size(weights)} of weights in all, embeddings in 16 bits
+  block_size: 64              # weights that share a scale
+  double_quant: true          # false keeps the scales in fp32, for {size(3 * peak.scales)} more
+
+lora:
+  r: {setting.lora.r:<25}# {trained / 1e6:,.1f} million trained weights, {size(2 * peak.adapters + peak.optimizer)} with gradients and optimiser
+  alpha: 32                   # 2 * r is the usual start
+  dropout: 0.0                # 0.05 to 0.1 helps on small data
+  target_modules: all-linear  # attention alone, [q_proj, v_proj], trains less and learns less
+
+train:
+  epochs: 1                   # more as long as the held-out loss falls; the best adapter is kept in best/
+  batch_size: {setting.batch_size:<16}# rows in memory at once; up to {estimator.widest(int(MARGIN * limit), setting.length)} fit
+  grad_accum: {STEP_ROWS // setting.batch_size:<16}# a step learns from {STEP_ROWS} rows, however they are cut
+  optimizer: {optimizer:<17}# its states take {size(peak.optimizer)}; adamw8bit keeps them in a quarter of adamw's
+  paged: auto                 # if memory runs short they wait elsewhere: slower, no crash
+  lr: 2e-4                    # halve it if the loss jumps about
+  grad_checkpointing: true    # false is about a third faster and takes {size(estimator.at(batch_size=setting.batch_size, length=setting.length, checkpointing=False, optimizer=optimizer).total)} here
+  dtype: bfloat16             # of activations and of what is not 4-bit
+"""

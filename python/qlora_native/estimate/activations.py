@@ -1,0 +1,296 @@
+"""What a decoder layer keeps for its backward pass, by the kind of its parts. docs/memory.md explains each term.
+
+A linear layer with an adapter keeps its input, once for all layers that share it, and the input times A. A norm and an
+activation function keep what a small one is seen to keep. Attention keeps q, k, v, its output and one number a head
+and row, or, where no kernel without it is used, tables of [T, T]. Everything else keeps nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..integrations import fuse
+from ..integrations.experts import QuantizedExperts
+from ..lora import LoRALinear
+from ..lora.layer import plain_modules
+from .anatomy import Setting
+
+# The last linear layer of an attention or an MLP; the others there read the block's input.
+_OUTPUT = re.compile(r"(^|_)(o|out|down|c|fc2|fc_out|w2|wo|4h_to_h)(_proj|_lin)?$|^dense$|^dense_4h_to_h$")
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of one decoder layer.
+
+    Attributes:
+        input: its input, for each token.
+        token: what it keeps, for each token; ``shared`` of it is the input itself.
+        first: part of ``token`` that is not kept where the input needs no gradient.
+        square: what it keeps for each pair of positions of a row.
+        spare: gradients at the fullest moment of its backward pass, for each token.
+        gradients: of its adapters.
+    """
+
+    input: int
+    token: float
+    shared: int
+    first: float
+    square: float
+    spare: float
+    gradients: int
+
+
+def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Path and module of the layers that checkpointing works by, outermost ones."""
+    found: list[tuple[str, nn.Module]] = []
+    prefix = "\0"
+    for path, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not path.startswith(prefix):
+            found.append((path, module))
+            prefix = path + "."
+    return found
+
+
+def norms_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Path and module of each norm with a weight of one dimension."""
+    for path, part in module.named_modules():
+        weight = getattr(part, "weight", None)
+        if "norm" in type(part).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1:
+            yield path, part
+
+
+def norm_bytes(norm: Any, setting: Setting) -> float:
+    """What a norm keeps for each row."""
+    width = norm.weight.shape[0]
+    return _kept_by(norm, width, setting) * width
+
+
+def layer_bytes(layer: nn.Module, model: PreTrainedModel, setting: Setting) -> LayerBytes:
+    """What one decoder layer of a model with adapters, on the meta device, keeps in training."""
+    return _Layer(layer, model, setting).bytes()
+
+
+class _Layer:
+    def __init__(self, layer: nn.Module, model: PreTrainedModel, setting: Setting) -> None:
+        self.layer, self.setting = layer, setting
+        self.config: Any = model.config.get_text_config()
+        self.size = setting.dtype.itemsize
+        self.hidden: int = self.config.hidden_size
+        # name of the parent -> its linear layers by their own name
+        self.blocks: dict[str, dict[str, nn.Linear]] = {}
+        for path, module in plain_modules(layer):
+            if isinstance(module, nn.Linear):
+                parent, _, name = path.rpartition(".")
+                self.blocks.setdefault(parent, {})[name] = module
+        self.adapted = {path: module for path, module in layer.named_modules() if isinstance(module, LoRALinear)}
+
+    def bytes(self) -> LayerBytes:
+        norms = list(self._norms())
+        first = next((norm_bytes(n, self.setting) for n, _ in norms if n.weight.shape == (self.hidden,)), 0.0)
+        shares = self.hidden * self.size <= first < self.hidden * (self.size + 1)  # the input, and little beside it
+        token = self._linears() + self._dropouts() + sum(rows * norm_bytes(n, self.setting) for n, rows in norms)
+        square = 0.0
+        spare = 0.0
+        for parent, linears in self.blocks.items():
+            module = self.layer.get_submodule(parent)
+            if _is_attention(module):
+                kept, square = self._attention(module, parent, linears)
+                token += kept
+            elif len(linears) > 1:
+                kept, spare_here = self._mlp(module, parent, linears)
+                token, spare = token + kept, max(spare, spare_here)
+        for module in self.layer.modules():
+            if isinstance(module, QuantizedExperts) or hasattr(module, "_apply_gate"):
+                kept, spare_here = self._experts(module)
+                token, spare = token + kept, max(spare, spare_here)
+        return LayerBytes(
+            input=self.hidden * self.size,
+            token=token,
+            shared=self.hidden * self.size if shares else 0,
+            first=first,
+            square=square,
+            spare=self.hidden * self.size + spare,
+            gradients=sum(p.nbytes for p in self.layer.parameters() if p.requires_grad),
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Linear layers and dropout
+
+    def _linears(self) -> float:
+        """Inputs of adapted layers, each once; x A^T; with dropout the dropped-out copy and what was dropped."""
+        inputs: set[tuple[str, int, bool]] = set()
+        kept = 0
+        dropped = self.size + (1 if self.setting.device == "cuda" else self.size)
+        for path, module in self.adapted.items():
+            parent, _, name = path.rpartition(".")
+            kept += module.r * self.size
+            if module.dropout:
+                kept += module.in_features * dropped
+            else:
+                inputs.add((parent, module.in_features, _is_output(name)))
+        return kept + sum(width for _, width, _ in inputs) * self.size
+
+    def _dropouts(self) -> float:
+        share = 1 if self.setting.device == "cuda" else self.size
+        return sum(
+            self.hidden * share for module in self.layer.modules() if isinstance(module, nn.Dropout) and module.p > 0
+        )
+
+    def _is_adapted(self, parent: str, name: str) -> bool:
+        return (f"{parent}.{name}" if parent else name) in self.adapted
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Norms
+
+    def _norms(self) -> Iterator[tuple[Any, int]]:
+        """Each norm, and how many rows a token has there: one, or one a head."""
+        for path, module in norms_of(self.layer):
+            parent, _, name = path.rpartition(".")
+            beside = self.blocks.get(parent, {})
+            source = beside.get(f"{name.partition('_')[0]}_proj")  # q_norm stands behind q_proj
+            width = module.weight.shape[0]
+            yield module, source.out_features // width if source is not None and source.out_features >= width else 1
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Attention
+
+    def _attention(self, module: nn.Module, parent: str, linears: dict[str, nn.Linear]) -> tuple[float, float]:
+        """Bytes a token, bytes a pair of positions."""
+        heads = int(getattr(self.config, "num_attention_heads", 1))
+        groups = heads // int(getattr(self.config, "num_key_value_heads", None) or heads)
+        outputs = [linear for name, linear in linears.items() if _is_output(name)]
+        inner = sum(linear.out_features for name, linear in linears.items() if not _is_output(name))
+        context = outputs[0].in_features if outputs else heads * self.hidden
+        if len(linears) - len(outputs) == 1 and hasattr(self.config, "rope_parameters"):
+            inner += inner - context // groups  # q and k are turned into new tensors, v looks into the product's output
+        kept = float(self.size * inner)
+        if not any(self._is_adapted(parent, name) for name in linears if _is_output(name)):
+            kept += self.size * context  # else its input counts there
+        dropout = float(getattr(self.config, "attention_dropout", getattr(self.config, "attn_pdrop", 0.0)) or 0.0)
+        is_masked = self._is_windowed(module) and self.setting.length > int(self.config.sliding_window)
+        expanded = max(0, 2 * (context - context // groups)) * self.size  # k and v, once a query head
+        if self.config._attn_implementation == "eager":
+            softcap = getattr(self.config, "attn_logit_softcapping", None) is not None
+            return kept + expanded, heads * (4.0 + self.size * (2 if softcap else 1))
+        if dropout and self.setting.device == "cpu":  # torch's plain attention, in fp32
+            return kept + 3 * 4 * context, heads * 12.0
+        if is_masked:  # a table [T, T] in the dtype of q, made anew in each layer; k and v once a query head
+            return kept + 4 * heads + expanded, float(self.size)
+        return kept + 4 * heads, 0.0
+
+    def _is_windowed(self, module: nn.Module) -> bool:
+        """Whether a layer's positions see a window of the earlier ones only."""
+        if getattr(self.config, "sliding_window", None) is None or not getattr(self.config, "use_sliding_window", True):
+            return False
+        kinds, number = getattr(self.config, "layer_types", None), getattr(module, "layer_idx", None)
+        return not kinds or number is None or kinds[number] == "sliding_attention"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # MLPs
+
+    def _mlp(self, module: nn.Module, parent: str, linears: dict[str, nn.Linear]) -> tuple[float, float]:
+        """Bytes kept a token, bytes of gradients a token."""
+        outputs = [linear for name, linear in linears.items() if _is_output(name)]
+        made = sum(linear.out_features for name, linear in linears.items() if not _is_output(name))
+        inner = outputs[0].in_features if outputs else made
+        product = 0 if any(self._is_adapted(parent, name) for name in linears if _is_output(name)) else inner
+        activation = next((part for part in module.children() if not isinstance(part, (nn.Linear, LoRALinear))), None)
+        if made < 2 * inner:  # no gate
+            kept = inner * (_kept_by(activation, 64, self.setting) if activation is not None else self.size)
+            return kept, 2 * self.size * inner
+        if self.setting.device == "cpu" and _is_native_mlp(module, self.setting.dtype):
+            return made * self.size, 2 * self.size * inner
+        gate = _kept_by(activation, 64, self.setting) * inner if activation is not None else 0
+        return gate + self.size * (2 * inner + product), 2 * self.size * inner
+
+    def _experts(self, module: nn.Module) -> tuple[float, float]:
+        """As transformers computes experts, one after another over the tokens that go to each."""
+        chosen = int(getattr(self.config, "num_experts_per_tok", 1) or 1)
+        inner = int(
+            getattr(self.config, "moe_intermediate_size", None) or getattr(self.config, "intermediate_size", self.hidden)
+        )
+        return chosen * (self.size * (4 * inner + 2 * self.hidden) + 16.0), 2 * self.size * inner
+
+
+def _is_output(name: str) -> bool:
+    return _OUTPUT.search(name) is not None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
+
+
+_seen: dict[tuple[Any, ...], Any] = {}
+
+
+def _kept_by(module: nn.Module, width: int, setting: Setting) -> float:
+    """Bytes for each element of x that a norm or an activation function keeps, seen on a few rows of ``width``."""
+
+    def look() -> float:
+        small = _on_the_cpu(module, setting.dtype)
+        if setting.device == "cpu":
+            fuse(small)
+        few, more = (kept_bytes(small, torch.ones(rows, width, dtype=setting.dtype)) for rows in (8, 16))
+        return (more - few) / (8 * width)  # what does not grow with the rows is small
+
+    return _once(("kept", type(module), width, setting.dtype, setting.device), look)
+
+
+def kept_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that a call keeps for its backward pass, beside its parameters; what is kept twice counts once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []  # an address is no name for a tensor that is gone
+
+    def keep(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(x.detach().requires_grad_())
+    return sum(size for address, size in kept.items() if address not in own)
+
+
+def _is_native_mlp(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether :func:`qlora_native.fuse` takes an MLP like this one, tried with small layers in place of its own."""
+
+    def look() -> bool:
+        small = copy.copy(module)
+        small._modules = dict(module._modules)
+        for name, part in module.named_children():
+            if isinstance(part, (nn.Linear, LoRALinear)):
+                wide = part.out_features > part.in_features
+                small._modules[name] = nn.Linear(8, 16, False) if wide else nn.Linear(16, 8, False)
+        small = _on_the_cpu(small, dtype, keep=True)
+        return "mlp" in fuse(small)
+
+    narrow = {part.out_features == part.in_features for part in module.children() if isinstance(part, nn.Linear)}
+    return False if True in narrow else bool(_once(("mlp", type(module), dtype), look))
+
+
+def _on_the_cpu(module: nn.Module, dtype: torch.dtype, keep: bool = False) -> nn.Module:
+    """A copy of a module of the meta device, its weights ones; ``keep`` leaves what is on the CPU already."""
+    with torch.random.fork_rng(devices=[]):
+        small = copy.deepcopy(module)
+        if not keep:
+            small = small.to_empty(device="cpu")
+            for parameter in small.parameters():
+                parameter.data.fill_(1.0)
+        return small.to(dtype).requires_grad_(False)
+
+
+def _once(key: tuple[Any, ...], look: Callable[[], Any]) -> Any:
+    if key not in _seen:
+        _seen[key] = look()
+    return _seen[key]

@@ -1,0 +1,315 @@
+"""The memory of a training run before it starts: what each part takes, at which moment the sum is largest, what fits.
+
+Bytes throughout. docs/memory.md derives the formulas; bench/bench_estimate.py holds them against measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _C, _native
+from ..load.layers import four_bit_parts
+from ..optim import base
+from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
+from ..ops.causal_attention import ALIGNMENT
+from ..ops.linear_cross_entropy import LOGIT_BYTES
+from .activations import LayerBytes, decoder_layers, layer_bytes, norm_bytes, norms_of
+from .anatomy import Anatomy, Setting, read_anatomy
+
+# config fields by which known models change the logits after the output embedding
+LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
+FIXED_SLACK = 14 << 20  # Python's objects for modules and graph, and holes of the heap, on the CPU
+HEAP_SLACK = 0.19  # of what is kept without checkpointing: glibc's holes beside aligned blocks of the heap
+THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
+FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
+CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold beside torch's allocator
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Bytes by what they are for; the fields are the rows of the table.
+
+    Attributes:
+        weights: 4-bit codes.
+        scales: of the 4-bit weights.
+        dense: embeddings, norms and whatever else is not 4-bit.
+        adapters: fp32 masters.
+        gradients: of the adapters.
+        optimizer: states that are in memory.
+        activations: what is kept for the backward pass, and gradients on their way through a layer.
+        loss: logits of a chunk, hidden states at the output embedding and their gradient.
+        scratch: of kernels, and of loading.
+        slack: what the allocator holds beside all this.
+    """
+
+    weights: int = 0
+    scales: int = 0
+    dense: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    loss: int = 0
+    scratch: int = 0
+    slack: int = 0
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of one setting.
+
+    Attributes:
+        moments: what is held in each part of a run by its name: "loading", "loss", "backward", "step".
+        paged: bytes of optimizer states in a page file or in the host's memory.
+        is_rough: kinds of layers for which there is no formula of their own.
+    """
+
+    setting: Setting
+    moments: dict[str, Terms]
+    paged: int
+    is_rough: tuple[str, ...]
+
+    @property
+    def moment(self) -> str:
+        """When the most is held."""
+        return max(self.moments, key=lambda name: self.moments[name].total)
+
+    @property
+    def peak(self) -> Terms:
+        """What is held then."""
+        return self.moments[self.moment]
+
+    @property
+    def total(self) -> int:
+        """The peak, in bytes."""
+        return self.peak.total
+
+    @property
+    def reserve(self) -> int:
+        """Bytes of a card that no tensor can have."""
+        return CUDA_CONTEXT if self.setting.device == "cuda" else 0
+
+    def fits(self, num_bytes: int) -> bool:
+        """Whether a card, or a machine, of so many free bytes is enough."""
+        return self.total + self.reserve <= num_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "total": self.total,
+            "moment": self.moment,
+            "reserve": self.reserve,
+            "paged": self.paged,
+            "peak": vars(self.peak),
+            "moments": {name: {**vars(terms), "total": terms.total} for name, terms in self.moments.items()},
+        }
+
+
+class Estimator:
+    """Estimates for one model; the shapes are read once, batch size and length vary.
+
+    Args:
+        model: a folder or a GGUF file, or an :class:`Anatomy`.
+        setting: what :meth:`at` starts from.
+    """
+
+    def __init__(self, model: Path | Anatomy, setting: Setting) -> None:
+        self.setting = setting
+        self.anatomy = anatomy = read_anatomy(model, setting) if isinstance(model, Path) else model
+        self.config: Any = anatomy.model.config.get_text_config()
+        self.trained = [parameter.numel() for parameter in anatomy.model.parameters() if parameter.requires_grad]
+        self.adapters = sum(p.nbytes for p in anatomy.model.parameters() if p.requires_grad)
+        four_bit = four_bit_parts(anatomy.model).values()
+        self.packed = sum(weight.packed.nbytes for weight in four_bit)
+        self.largest_weight = max((weight.shape[-1] * weight.shape[-2] for weight in four_bit), default=0)
+        layers = decoder_layers(anatomy.model)
+        inside = tuple(path + "." for path, _ in layers)
+        self.modules = [layer for _, layer in layers]
+        self.norms = [norm for path, norm in norms_of(anatomy.model) if not path.startswith(inside)]
+        head = anatomy.model.get_output_embeddings()
+        self.changes_logits = changes_logits(self.config) or getattr(head, "bias", None) is not None
+        self._layers: dict[bool, list[LayerBytes]] = {}
+
+    def at(self, **changes: Any) -> Estimate:
+        """The estimate with another batch size, length, number of micro-batches, checkpointing, optimizer or
+        paging."""
+        return _Sum(self, replace(self.setting, **changes)).estimate()
+
+    def longest(self, num_bytes: int, batch_size: int, most: int = 1 << 20) -> int:
+        """The most tokens a row, a multiple of 64, with which ``batch_size`` rows fit; 0 if none do."""
+        return 64 * _largest(lambda n: self.at(batch_size=batch_size, length=64 * n).fits(num_bytes), most // 64)
+
+    def widest(self, num_bytes: int, length: int, most: int = 1 << 16) -> int:
+        """The most rows of ``length`` tokens that fit; 0 if none do."""
+        return _largest(lambda n: self.at(batch_size=n, length=length).fits(num_bytes), most)
+
+    def layers(self, setting: Setting) -> list[LayerBytes]:
+        """Bytes of each decoder layer."""
+        window = getattr(self.config, "sliding_window", None)
+        beyond = window is not None and setting.length > window
+        if beyond not in self._layers:
+            self._layers[beyond] = [layer_bytes(layer, self.anatomy.model, setting) for layer in self.modules]
+        return self._layers[beyond]
+
+
+def _largest(fits: Any, most: int) -> int:
+    """The largest n from 0 to ``most`` that fits, where n + 1 never fits if n does not."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class _Sum:
+    """The terms of one setting."""
+
+    def __init__(self, estimator: Estimator, setting: Setting) -> None:
+        self.estimator, self.setting, self.config = estimator, setting, estimator.config
+        self.report = estimator.anatomy.report
+        self.tokens, self.size = setting.batch_size * setting.length, setting.dtype.itemsize
+        self.pairs = self.tokens * setting.length
+        self.layers = estimator.layers(setting)
+
+    def estimate(self) -> Estimate:
+        adapters, packed = self.estimator.adapters, self.estimator.packed
+        states = sum(state_bytes(numel, self.setting.optimizer) for numel in self.estimator.trained)
+        in_memory, paged = self._paged(states)
+        frozen = Terms(weights=packed, scales=self.report.bytes_4bit - packed, dense=self.report.bytes_dense)
+        held = replace(frozen, adapters=adapters, optimizer=in_memory)
+        before = self._gradients_held()
+        kept, final = self._kept()
+        head = self._head()
+        moments = {
+            "loading": replace(frozen, scratch=self._loading()),
+            "loss": replace(held, gradients=before, activations=kept, loss=final + head, scratch=self._scratch()),
+            "backward": self._backward(held, before),
+            "step": replace(held, gradients=adapters, scratch=self._scratch()),
+        }
+        with_slack = {name: self._with_slack(name, terms) for name, terms in moments.items()}
+        return Estimate(self.setting, with_slack, paged, self._rough())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Activations
+
+    def _kept(self) -> tuple[int, int]:
+        """What all layers keep at the end of the forward pass; what the final norm keeps."""
+        final = self.tokens * sum(norm_bytes(norm, self.setting) for norm in self.estimator.norms)
+        if self.setting.checkpointing:
+            kept = self.tokens * sum(layer.input for layer in self.layers)
+        else:
+            kept = sum(self._of(layer) for layer in self.layers)
+            kept -= self.tokens * self.layers[0].first if self.layers else 0  # its input needs no gradient
+        return round(kept + self._shared()), round(final)
+
+    def _of(self, layer: LayerBytes) -> float:
+        return self.tokens * layer.token + self.pairs * layer.square
+
+    def _shared(self) -> int:
+        """Of all layers together: the angles of the rotation, token numbers, labels and masks."""
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return 2 * self.setting.length * width * self.size + 5 * 8 * self.tokens
+
+    def _backward(self, held: Terms, before: int) -> Terms:
+        """The fullest moment of the backward pass: in the layer where what is kept so far, its own tensors, its
+        gradients and the adapters' gradients of the layers behind are the most."""
+        best, so_far, behind = Terms(), 0.0, sum(layer.gradients for layer in self.layers)
+        for number, layer in enumerate(self.layers):
+            own = self._of(layer) - (self.tokens * layer.first if number == 0 else 0)
+            so_far += self.tokens * layer.input if self.setting.checkpointing else own
+            here = so_far + self.tokens * layer.spare + self._shared()
+            if self.setting.checkpointing:
+                here += own - self.tokens * layer.shared
+            terms = replace(
+                held,
+                gradients=max(before, behind),
+                activations=round(here),
+                scratch=self._scratch(),
+            )
+            best = max(best, terms, key=lambda t: t.total)
+            behind -= layer.gradients
+        return best
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The loss
+
+    def _head(self) -> int:
+        """Hidden states, their gradient, and the logits: of a chunk, or all where the model changes them afterwards."""
+        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
+        states = 2 * self.tokens * hidden * self.size
+        if self.estimator.changes_logits:
+            return states + self.tokens * vocabulary * FULL_LOGITS
+        chunk = min(max(1, LOGIT_BYTES // (self.size * vocabulary)), self.tokens)
+        return states + chunk * (vocabulary + 2 * hidden) * self.size + 12 * self.tokens
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The rest
+
+    def _gradients_held(self) -> int:
+        """Bytes that gradients of the adapters have at the loss: all but the first micro-batch of a step begin with
+        those of the ones before; and on the CPU the heap keeps their place from step to step, up to the size from
+        which a block is a mapping of its own."""
+        if self.setting.micro_batches > 1:
+            return self.estimator.adapters
+        if self.setting.device != "cpu":
+            return 0
+        least = LEAST_MAPPED_WITH_CHECKPOINTING if self.setting.checkpointing else LEAST_MAPPED
+        return sum(4 * numel for numel in self.estimator.trained if 4 * numel < least)
+
+    def _paged(self, states: int) -> tuple[int, int]:
+        """Bytes of states in ordinary memory, and elsewhere."""
+        if self.setting.paged is not True:
+            return states, 0
+        budget = self.setting.page_budget or 0
+        return (min(states, budget), states) if self.setting.device == "cuda" else (0, states)
+
+    def _loading(self) -> int:
+        anatomy = self.estimator.anatomy
+        return anatomy.largest_read + anatomy.whole_read
+
+    def _scratch(self) -> int:
+        """Of kernels."""
+        if self.setting.device == "cuda":  # a weight decoded for torch's own product
+            return self.estimator.largest_weight * self.size
+        threads = torch.get_num_threads()
+        heads = self.config.num_attention_heads
+        groups = getattr(self.config, "num_key_value_heads", None) or heads
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
+        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if self.size == 2 else 0
+        return int(threads * THREAD_SCRATCH + attention)
+
+    def _with_slack(self, name: str, terms: Terms) -> Terms:
+        if self.setting.device == "cuda":
+            return terms
+        share = 0.0 if self.setting.checkpointing else HEAP_SLACK
+        return replace(terms, slack=round(FIXED_SLACK + share * terms.activations))
+
+    def _rough(self) -> tuple[str, ...]:
+        return () if self.layers else (type(self.estimator.anatomy.model).__name__,)
+
+
+def state_bytes(numel: int, optimizer: str) -> int:
+    """Bytes of one parameter's optimizer states."""
+    if optimizer == "adamw8bit" and numel >= base.MIN_CODED_NUMEL:
+        return MOMENTS[optimizer] * (numel + 4 * -(-numel // _native.STATE_BLOCK))
+    return MOMENTS[optimizer] * 4 * numel
+
+
+def changes_logits(config: Any) -> bool:
+    """Whether a config names an operation between the output embedding and the logits."""
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_FIELDS)

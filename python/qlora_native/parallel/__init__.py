@@ -1,0 +1,23 @@
+"""Several processes: models cut or copied over them through torch.distributed, on the ranks that torchrun starts.
+
+``load_model``, which needs transformers, is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .sharding import blocks_of, shard
+
+if TYPE_CHECKING:
+    from .loading import load_model as load_model
+
+__all__ = ["blocks_of", "load_model", "shard"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_model":
+        from .loading import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,278 @@
+"""qlora estimate: bytes against a loaded model, kept activations against what autograd keeps, the verb from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_models
+import torch
+from laws import ROOT
+from transformers import AutoConfig
+
+import qlora_native as qn
+from qlora_native.cli.config import shipped
+from qlora_native.cli.estimate import card_bytes
+from qlora_native.cli.main import main
+from qlora_native.errors import UserError
+from qlora_native.estimate import Estimator, Setting, of_config, read_anatomy
+from qlora_native.estimate.activations import decoder_layers, layer_bytes, norm_bytes, norms_of
+from qlora_native.estimate.memory import state_bytes
+from qlora_native.lora import LoraConfig
+from qlora_native.train.config import TrainConfig, keys
+from qlora_native.train.loss import causal_lm_loss
+from qlora_native.train.report import setting_of
+from qlora_native.train.setup import make_optimizer
+
+GIB = 1 << 30
+RANK, ROWS, LENGTH = 8, 2, 64
+# Class, options, how far the kept bytes may be off: experts meet as many tokens as they happen to.
+KINDS: list[tuple[str, dict[str, Any], float]] = [
+    ("Llama", {"head_dim": 32}, 0.0),
+    ("Mistral", {"sliding_window": 32}, 0.002),
+    ("Qwen2", {"tie_word_embeddings": True}, 0.0),
+    ("Qwen3", {"head_dim": 32}, 0.0),
+    ("Gemma", {"head_dim": 32}, 0.005),
+    ("Gemma3Text", {"head_dim": 32}, 0.005),
+    ("Phi3", {}, 0.0),
+    ("Qwen3Moe", {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}, 0.08),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "tolerance"), KINDS, ids=[kind for kind, *_ in KINDS])
+def test_bytes_are_those_of_a_loaded_model_and_of_its_graph(
+    kind: str, options: dict[str, Any], tolerance: float, tmp_path: Path
+) -> None:
+    folder = tiny_models.save(tmp_path, kind, torch.bfloat16, **options)
+    setting = Setting(lora=LoraConfig(r=RANK), batch_size=ROWS, length=LENGTH)
+    anatomy = read_anatomy(folder, setting)
+    model = qn.load_model(folder)
+    expected = model.load_report
+    assert (anatomy.report.bytes_4bit, anatomy.report.bytes_dense) == (expected.bytes_4bit, expected.bytes_dense)
+
+    qn.add_lora(model, LoraConfig(r=RANK)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    estimator = Estimator(anatomy, setting)
+    assert estimator.adapters == sum(p.nbytes for p in trained)
+
+    ids = tiny_models.tokens(ROWS, LENGTH)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = causal_lm_loss(model, batch)
+    in_graph = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    assert loss.requires_grad
+
+    tokens, config = ROWS * LENGTH, model.config
+    layers = [layer_bytes(layer, anatomy.model, setting) for _, layer in decoder_layers(anatomy.model)]
+    predicted = sum(tokens * (layer.token + LENGTH * layer.square) for layer in layers) - tokens * layers[0].first
+    final = [norm for path, norm in norms_of(anatomy.model) if ".layers." not in path]
+    predicted += tokens * (sum(norm_bytes(norm, setting) for norm in final) + 2 * config.hidden_size + 8)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    predicted += 2 * 2 * LENGTH * head  # the rotation's angles; the gradient of the hidden states and labels stand above
+    assert abs(predicted - in_graph) <= tolerance * in_graph, (predicted, in_graph)
+
+
+def test_weights_that_are_4_bit_already(tmp_path: Path) -> None:
+    model = qn.load_model(tiny_models.save(tmp_path / "a", "Llama", torch.bfloat16), block_size=128)
+    model.save_pretrained(tmp_path / "b")
+    report = read_anatomy(tmp_path / "b", Setting()).report
+    assert (report.bytes_4bit, report.bytes_dense) == (model.load_report.bytes_4bit, model.load_report.bytes_dense)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion"])
+def test_bytes_of_optimizer_states(name: str, tmp_path: Path) -> None:
+    options = TrainConfig.from_values({"model": "m", "data": {"train": "x"}, "train": {"optimizer": name}}).train
+    parameters = [torch.nn.Parameter(torch.ones(size)) for size in (100, 4096, 70_000)]
+    optimizer = make_optimizer(options.model_copy(update={"paged": False}), parameters, tmp_path)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter in parameters:
+        state = {key: value for key, value in optimizer.state[parameter].items() if key != "step"}
+        assert state_bytes(parameter.numel(), name) == sum(t.nbytes for t in state.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Known models from config values alone
+
+
+def config_of(kind: str, hidden: int, inner: int, layers: int, heads: int, groups: int, words: int, **more: Any) -> Any:
+    return AutoConfig.for_model(
+        kind, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, vocab_size=words, tie_word_embeddings=False, **more,
+    )  # fmt: skip
+
+
+LLAMA_8B = config_of("llama", 4096, 14336, 32, 32, 8, 128256)
+LLAMA_70B = config_of("llama", 8192, 28672, 80, 64, 8, 128256)
+QWEN_06B = config_of("qwen3", 1024, 3072, 28, 16, 8, 151936, head_dim=128)
+SMOL = config_of("llama", 576, 1536, 30, 9, 3, 49152)
+SMOL.tie_word_embeddings = QWEN_06B.tie_word_embeddings = True
+
+
+@pytest.mark.parametrize(
+    ("config", "four_bit", "dense"),
+    [  # weights in 4-bit layers, and in others, counted by hand from the sizes
+        (LLAMA_8B, 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 2 * 128256 * 4096 + 65 * 4096),
+        (LLAMA_70B, 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672), 2 * 128256 * 8192 + 161 * 8192),
+        (config_of("mistral", 4096, 14336, 32, 32, 8, 32768), 6_979_321_856, 2 * 32768 * 4096 + 65 * 4096),
+        (config_of("gemma", 3072, 24576, 28, 16, 16, 256000, head_dim=256), 7_751_073_792, 2 * 256000 * 3072 + 57 * 3072),
+    ],
+    ids=["llama-8b", "llama-70b", "mistral-7b", "gemma-7b"],
+)
+def test_known_models(config: Any, four_bit: int, dense: int) -> None:
+    estimator = Estimator(of_config(config, Setting()), Setting(device="cuda"))
+    peak = estimator.at().peak
+    assert peak.weights == four_bit // 2
+    assert peak.scales == pytest.approx(four_bit / 64 * (1 + 4 / 256), rel=1e-3)
+    assert peak.dense == pytest.approx(2 * dense, rel=1e-5)
+    # More of anything never takes less.
+    totals = [estimator.at(length=length).total for length in (256, 1024, 4096)]
+    assert totals == sorted(totals)
+    assert estimator.at(checkpointing=False).total > estimator.at().total
+    assert estimator.at(optimizer="adamw8bit").total < estimator.at().total
+    longest = estimator.longest(48 * GIB, 1)
+    if longest:
+        assert estimator.at(batch_size=1, length=longest).fits(48 * GIB)
+        assert not estimator.at(batch_size=1, length=longest + 64).fits(48 * GIB)
+
+
+RECIPES: dict[str, tuple[Any, str, int]] = {
+    "smollm2": (SMOL, "cpu", 2 * GIB),
+    "cpu": (QWEN_06B, "cpu", 3 * GIB),
+    "llama-8b": (LLAMA_8B, "cuda", 24 * GIB),
+    "llama-70b": (LLAMA_70B, "cuda", 48 * GIB),
+}
+
+
+def test_every_shipped_config_fits_its_card() -> None:
+    assert set(shipped()) == set(RECIPES)
+    for name, (model, device, limit) in RECIPES.items():
+        setting = setting_of(TrainConfig.from_file(shipped()[name]), device)
+        estimate = Estimator(of_config(model, setting), setting).at()
+        assert estimate.fits(limit), (name, estimate.total)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verbs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("estimate")
+    tiny.write_model(folder / "model")
+    LLAMA_8B.save_pretrained(folder / "llama-8b")
+    (folder / "empty").mkdir()
+    return folder
+
+
+def test_estimate_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "memory.png"
+    words = ["estimate", str(folder / "llama-8b"), "--gpu", "24GB", "--seq-length", "2048", "--batch-size", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_native", *words, "--plot", str(picture)],
+        capture_output=True, text=True, cwd=ROOT / "tests", env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4-bit weights           3,328 MiB" in done.stdout and "which fits 24.00 GiB" in done.stdout
+    assert done.stdout.isascii()  # no box, no bar, no colour where there is no terminal
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_estimate_json_and_overrides(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(folder / "model")
+    assert main(["estimate", model, "--json", "--cpu", "--lora.r", "4", "--grad_checkpointing", "false"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["setting"]["r"] == 4 and told["setting"]["grad_checkpointing"] is False
+    assert told["total"] == sum(told["peak"].values()) == max(moment["total"] for moment in told["moments"].values())
+    (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {{train: rows.jsonl, max_length: 32}}\n")
+    assert main(["estimate", str(tmp_path / "run.yaml"), "--json", "--cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["setting"]["length"] == 32
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{0}/gone"], "{0}/gone is not there: expected a model folder"),
+        (["{0}/empty"], "{0}/empty has no config.json"),
+        (["{0}/model", "--gpu", "5TB"], "--gpu is '5TB': expected the memory of a card from 1GB to 1TB, such as 24GB"),
+        (["{0}/model", "--gpu", "big"], "--gpu is 'big'"),
+        (["{0}/model", "--plot", "x.txt"], "--plot is x.txt: expected a name that ends in .png"),
+        (["{0}/model", "--rank", "4"], "--rank is not a key; did you mean lora.r?"),
+        (["{0}/model", "--batch-size", "0"], "train.batch_size is 0: expected greater than 0"),
+        (["--gpu", "24GB"], "qlora estimate: the config file or the model comes first"),
+    ],
+)
+def test_estimate_mistakes(
+    folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["estimate", *(word.format(folder) for word in words)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told.format(folder) in line
+
+
+def test_card_sizes() -> None:
+    assert card_bytes("24GB") == card_bytes("24") == card_bytes("24 GiB") == 24 * GIB
+    assert card_bytes("1.5g") == 3 * GIB // 2 and card_bytes("16384MB") == 16 * GIB
+    with pytest.raises(UserError):
+        card_bytes("0GB")
+
+
+def test_config_init_for_a_model_and_a_card(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = str(folder / "llama-8b")
+    assert main(["config", "init", model, "--gpu", "16GB", "--out", "mine.yaml"]) == 0
+    config = TrainConfig.from_file("mine.yaml")
+    setting = setting_of(config, "cuda")
+    assert Estimator(of_config(LLAMA_8B, setting), setting).at().fits(16 * GIB)
+    assert config.train.batch_size * config.train.grad_accum == 16 and config.data.max_length == 2048
+    lines = Path("mine.yaml").read_text().splitlines()
+    assert lines[1] == "#   qlora train mine.yaml"
+    assert all(" # " in line for line in lines if line.startswith("  "))
+    capsys.readouterr()
+    assert main(["config", "init", model, "--gpu", "4GB"]) == 2
+    assert "does not fit a card of 4GB: a row of 256 tokens takes" in capsys.readouterr().err
+    assert main(["config", "init", "gone", "--gpu", "4GB"]) == 2
+    assert "gone is no model folder" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against what is measured
+
+
+@pytest.mark.slow_memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_a_run_is_as_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cell of bench_estimate, which has the others: a llama of 50 MB."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import bench_estimate
+
+    folder = bench_estimate.write_model("llama", tmp_path / "llama", vocabulary=16000, num_hidden_layers=4)
+    row = bench_estimate.cell(folder, 128, checkpointing=False, steps=2)
+    for name, bar in bench_estimate.BARS.items():
+        assert abs(row[name]["error"]) <= bar, (name, row)
+    assert row["told_by_the_run"] == pytest.approx(row["total"]["measured"], rel=0.05)
+
+
+def test_the_page_of_keys_is_that_of_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import config_page
+
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert config_page.page() == page, "run: python bench/config_page.py > docs/config.md"
+    assert all(f"`{key}`" in page for key in keys())

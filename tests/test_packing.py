@@ -1,0 +1,213 @@
+"""Packing: full sequences, the same every time, and rows that see nothing of their neighbours."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+from helpers import relative_error
+from torch import nn
+
+from qlora_native.data import BatchPlan, PackedPlan, collate_packed
+from qlora_native.data.packing import pack
+from qlora_native.errors import UserError
+from qlora_native.integrations import fuse
+from qlora_native.integrations.documents import documents_of
+from qlora_native.train.batches import check_packing
+from qlora_native.train.loss import causal_lm_loss, trained_tokens
+
+
+def lengths(rows: int, low: int = 10, high: int = 100) -> np.ndarray:
+    draw = random.Random(0)
+    return np.array([draw.randint(low, high) for _ in range(rows)])
+
+
+# ---- sequences
+
+
+def test_a_known_packing() -> None:
+    sizes = np.array([4, 7, 3, 6, 2, 8])
+    # Longest first: 8 | 7 | 6 | 4 to the 6 | 3 to the 7 | 2 to the 8, all of them full.
+    assert pack(sizes, np.arange(6), 10) == [[5, 4], [1, 2], [3, 0]]
+    assert pack(sizes, np.arange(6), 10, window_rows=3) == [[1, 2], [0], [5, 4], [3]]
+    with pytest.raises(ValueError, match="row 5 has 8 tokens, more than the 7 of a sequence"):
+        pack(sizes, np.arange(6), 7)
+
+
+def test_every_row_once_per_epoch_and_hardly_any_room_is_left() -> None:
+    sizes = lengths(5000)
+    plan = PackedPlan(sizes, 8, 256, seed=3)
+    epochs = [[rows for batch in plan.batches(epoch) for rows in batch] for epoch in range(2)]
+    for sequences in epochs:
+        assert sorted(row for rows in sequences for row in rows) == list(range(5000))
+        filled = [int(sizes[rows].sum()) for rows in sequences]
+        assert max(filled) <= 256
+        assert sum(filled) > 0.98 * 256 * len(sequences)
+    assert {frozenset(rows) for rows in epochs[0]} != {frozenset(rows) for rows in epochs[1]}, "rows mix anew"
+    assert PackedPlan(sizes, 8, 256, seed=3).batches(1) == plan.batches(1)
+    assert PackedPlan(sizes, 8, 256, seed=4).batches(1) != plan.batches(1)
+    assert plan.steps(1.5) == plan.count(0) + -(-plan.count(1) // 2)
+
+
+def test_a_position_in_the_middle_of_an_epoch_is_taken_up() -> None:
+    def plan() -> PackedPlan:
+        return PackedPlan(lengths(90), 3, 150, seed=7)
+
+    whole = list(islice(plan().forever(), 30))
+    first = plan()
+    seen = list(islice(first.forever(), 17))
+    resumed = plan()
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert resumed.epoch >= 1 and resumed.batch > 0
+    assert seen + list(islice(resumed.forever(), 13)) == whole
+    with pytest.raises(UserError, match="packing was on when the checkpoint was made and is off now"):
+        BatchPlan(lengths(90), 3, seed=7).load_state_dict(first.state_dict())
+    with pytest.raises(UserError, match="packed_length was 150 when the checkpoint was made and is 200 now"):
+        PackedPlan(lengths(90), 3, 200, seed=7).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="packed_length is 20, expected at least the longest row's"):
+        PackedPlan(lengths(90), 3, 20)
+
+
+# ---- tensors
+
+
+def rows_of(*sizes: int) -> list[dict[str, Any]]:
+    """Random rows; of each, some tokens are trained."""
+    draw = np.random.RandomState(0)
+    rows = []
+    for size in sizes:
+        ids = draw.randint(3, tiny_models.VOCAB, size)
+        rows.append({"input_ids": ids, "labels": np.where(draw.rand(size) < 0.7, ids, -100)})
+    return rows
+
+
+def test_collate_packed_lays_rows_end_to_end() -> None:
+    first, second, third = (
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [8, 9], "labels": [8, 9]},
+        {"input_ids": [1], "labels": [-100]},
+    )
+    batch = collate_packed([[first, second], [third]], pad_id=0, pad_to_multiple=4)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9, -100, -100, -100], [-100] * 8]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 1, 2, 3, 4, 5, 6]]
+    with pytest.raises(ValueError, match="got no rows"):
+        collate_packed([[first], []], pad_id=0)
+
+
+# ---- models
+
+
+def alone(model: nn.Module, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """The loss over all rows, each on its own in transformers' code, from full logits."""
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        ids, labels = torch.tensor(row["input_ids"])[None], torch.tensor(row["labels"])[None, 1:]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        total = total + F.cross_entropy(logits[0].float(), labels[0], ignore_index=-100, reduction="sum")
+        count += int((labels != -100).sum())
+    return total / count
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {},
+    "Mistral": {"sliding_window": 7},  # shorter than the rows
+    "Gemma2": {"sliding_window": 7, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "Gemma3": {"sliding_window": 7, "head_dim": 16},
+    "Phi3": {},
+    "GPT2": {},  # learned positions
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*the loss is taken from the model's own logits")
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_losses_and_gradients_are_those_of_the_rows_alone(kind: str) -> None:
+    kind_of_config = "Gemma3Text" if kind == "Gemma3" else kind
+    model = tiny_models.make(kind_of_config, **ARCHITECTURES[kind])
+    truth = copy.deepcopy(model)
+    fuse(model)
+    check_packing(model)
+    rows = rows_of(13, 9, 20, 1, 5, 16)
+    batch = collate_packed([rows[:4], rows[4:]], pad_id=0)
+    assert trained_tokens(batch) == sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+    loss, expected = causal_lm_loss(model, batch), alone(truth, rows)
+    assert abs(float((loss - expected).detach())) <= 1e-5 * abs(float(expected.detach()))
+    loss.backward()
+    expected.backward()
+    for (name, got), wanted in zip(model.named_parameters(), truth.parameters(), strict=True):
+        if wanted.grad is not None:
+            assert got.grad is not None, name
+            assert float((got.grad - wanted.grad).norm()) <= 1e-5 * float(wanted.grad.norm()) + 1e-7, name
+
+
+def test_in_bf16_native_attention_sees_no_other_row_either() -> None:
+    """Where this machine's native attention is the faster one; elsewhere the same through transformers' function."""
+    model = tiny_models.make(hidden_size=128)
+    model.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
+    truth, model = model, copy.deepcopy(model).bfloat16()
+    fuse(model)
+    check_packing(model)
+    rows = rows_of(130, 40, 70, 33)
+    loss, expected = causal_lm_loss(model, collate_packed([rows[:2], rows[2:]], pad_id=0)), alone(truth, rows)
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    loss.backward()
+    expected.backward()
+    for (name, got), wanted in zip(model.named_parameters(), truth.parameters(), strict=True):
+        if wanted.grad is not None:
+            assert got.grad is not None and relative_error(got.grad, wanted.grad) < 5e-2, name
+
+
+def test_without_positions_that_start_again_the_comparison_fails() -> None:
+    model = tiny_models.make()
+    rows = rows_of(13, 9, 20)
+    batch = collate_packed([rows], pad_id=0)
+    expected = alone(model, rows).item()
+    assert causal_lm_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+    assert abs(causal_lm_loss(model, batch).item() - expected) > 1e-4 * expected
+
+
+def test_a_model_that_carries_something_from_row_to_row_is_refused() -> None:
+    class Leaking(nn.Module):
+        """Adds a running mean of all earlier tokens."""
+
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x) + x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+    model = tiny_models.make()
+    model.model.layers[0].mlp = Leaking(model.model.layers[0].mlp)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM cannot train on packed rows: a row's hidden states change"):
+        check_packing(model)
+
+
+def test_documents_are_read_off_the_mask() -> None:
+    tril = torch.ones(9, 9, dtype=torch.bool).tril()
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    mask = (tril & (group[:, None] == group))[None, None]
+    found = documents_of(mask, 2)
+    assert found is not None and len(found) == 2
+    assert [(document.length, document.mask) for document in found[0]] == [(4, None), (2, None), (3, None)]
+    windowed = mask & torch.ones(9, 9, dtype=torch.bool).triu(-1)  # a window of two
+    (sequence,) = documents_of(windowed, 1) or ()
+    assert [document.mask is None for document in sequence] == [False, True, False]
+    first = sequence[0].mask
+    assert first is not None and torch.equal(first[0, 0], windowed[0, 0, :4, :4])
+    leaking = mask.clone()
+    leaking[..., 8, 0] = True
+    blind = mask.clone()
+    blind[..., 5, 5] = False
+    for other in (tril[None, None], leaking, blind, mask.float(), mask[0, 0]):
+        assert documents_of(other, 1) is None

@@ -1,0 +1,286 @@
+"""4-bit models over several processes: FSDP2, copies x shards, DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from qlora_native.lora import LoraConfig, add_lora
+from qlora_native.lora.layer import lora_layers
+from qlora_native.nn import QuantizedLinear
+from qlora_native.optim import AdamW
+from qlora_native.parallel import shard
+from qlora_native.parallel.plan import plan_rank
+
+STEPS, ROWS = 10, 8
+TOLERANCE = 1e-5
+
+
+def make(double_quant: bool = True, **changes: Any) -> Any:
+    """A tiny 4-bit llama in fp32 with adapters that do something; some weights end within a block."""
+    sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "vocab_size": 64, **changes}
+    model = tiny_models.make("Llama", **sizes)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and name != "lm_head":
+            model.set_submodule(name, QuantizedLinear.from_linear(layer, double_quant=double_quant))
+    add_lora(model, LoraConfig(r=3, seed=1))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(0, 0.1, generator=generator)
+    return model.train()
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and labels of each step, [ROWS, 12]; rows have different numbers of trained tokens."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(STEPS):
+        ids = torch.randint(3, 64, (ROWS, 12), generator=generator)
+        labels = ids.clone()
+        for row in range(ROWS):
+            labels[row, : row + 2] = -100
+        yield ids, labels
+
+
+def loss_sum(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """Ten steps on this rank's rows of each batch; the trained parameters, whole."""
+    for ids, labels in batches():
+        count = int((labels[:, 1:] != -100).sum())
+        loss = loss_sum(model, ids[rank::world], labels[rank::world]) * (world / count)  # ranks are averaged
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapters(model)
+
+
+def adapters(model: Any) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("module."): whole(parameter).clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def whole(tensor: Any) -> Tensor:
+    part = tensor.detach()
+    return part.full_tensor() if isinstance(part, DTensor) else part
+
+
+def trained(model: Any) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert got.keys() == expected.keys()
+    return max(float((got[name] - expected[name]).abs().max()) for name in expected)
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of all frozen tensors that this rank holds."""
+    tensors = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+@contextmanager
+def received_bytes(world: int) -> Iterator[list[int]]:
+    """What this rank receives inside, by message."""
+    found: list[int] = []
+    gather, reduce = dist.all_gather_single, dist.reduce_scatter_single
+
+    def gathered(output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(output.nbytes // world * (world - 1))
+        return gather(output, *args, **kwargs)
+
+    def reduced(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs["input"] if "input" in kwargs else args[1]
+        found.append(given.nbytes // world * (world - 1))
+        return reduce(*args, **kwargs)
+
+    dist.all_gather_single, dist.reduce_scatter_single = gathered, reduced
+    try:
+        yield found
+    finally:
+        dist.all_gather_single, dist.reduce_scatter_single = gather, reduce
+
+
+def optimizer_of(model: Any, folder: str | None = None) -> AdamW:
+    return AdamW(trained(model), 1e-3, max_norm=0.5, paged=folder is not None, page_dir=folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the ranks do; the assertions of a rank fail the test
+
+
+def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tensor]) -> dict[str, float]:
+    """Distance of the adapter after ten steps from that of one process, for each way of running."""
+    base, found = make(), {}
+    line = init_device_mesh("cpu", (world,))
+
+    plan = plan_rank(base, world)
+    model: Any = shard(deepcopy(base), line)
+    if rank == 0:  # the others' last parts are shorter where a number of rows does not divide
+        assert held_bytes(model) == plan.frozen
+        assert sum(parameter.to_local().nbytes for parameter in trained(model)) == plan.trained
+    with received_bytes(world) as received:
+        ids, labels = next(batches())
+        loss_sum(model, ids, labels).backward()
+    assert sum(received) == plan.received, (received, plan)
+    model.zero_grad()
+    found["fsdp"] = distance(train(model, optimizer_of(model), rank, world), expected)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
+
+    if world == 2:
+        model = shard(deepcopy(base), line)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        optimizer = optimizer_of(model, folder)
+        found["fsdp, paged, checkpointing"] = distance(train(model, optimizer, rank, world), expected)
+        assert optimizer.states_paged_out() > 0
+    else:
+        plane = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+        model = shard(deepcopy(base), plane, reshard_after_forward=False)
+        found["2 copies of 2 shards"] = distance(train(model, optimizer_of(model), rank, world), expected)
+
+    codes = {name: tensor.clone() for name, tensor in base.named_parameters() if name.endswith("base_layer.weight")}
+    if rank > 0:
+        with torch.no_grad():
+            for name, tensor in base.named_parameters():
+                tensor.zero_() if name in codes else None
+    model = DistributedDataParallel(base)  # sends rank 0's codes
+    for name, tensor in base.named_parameters():
+        assert name not in codes or torch.equal(tensor, codes[name])
+    found["ddp"] = distance(train(model, optimizer_of(model), rank, world), expected)
+    return found
+
+
+def optimizer_on_parts(rank: int, world: int) -> None:
+    """8-bit states of cut parameters: as one process where blocks end with the parts, else close to it."""
+    line = init_device_mesh("cpu", (world,))
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((96, 64), (2, 4096), (4101, 1), (3, 5))  # aligned; empty on some ranks; not aligned; not coded
+    wholes = [torch.randn(shape, generator=generator) for shape in shapes]
+    alone = [nn.Parameter(value.clone()) for value in wholes]
+    parts = [nn.Parameter(distribute_tensor(value.clone(), line, [Shard(0)])) for value in wholes]
+    one, many = (AdamW(params, 1e-3, bits=8, max_norm=1.0, paged=False) for params in (alone, parts))
+
+    def step(optimizer: AdamW, params: list[nn.Parameter], seed: int) -> None:
+        noise = torch.Generator().manual_seed(seed)
+        for param in params:
+            grad = torch.randn(param.shape, generator=noise)
+            param.grad = distribute_tensor(grad, line, [Shard(0)]) if isinstance(param, DTensor) else grad
+        optimizer.step()
+
+    for seed in range(4):
+        step(one, alone, seed)
+        step(many, parts, seed)
+        assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-9)
+    for at, (whole_param, part) in enumerate(zip(alone, parts, strict=True)):
+        assert distance({"": whole(part)}, {"": whole_param}) <= (2e-3 if at == 2 else 1e-7), shapes[at]
+
+    # State goes out as fp32 DTensors and comes back as the same bytes.
+    state = many.state_dict()
+    assert all(isinstance(values["exp_avg"], DTensor) for values in state["state"].values())
+    again = AdamW(parts, 1e-3, bits=8, max_norm=1.0, paged=False)
+    again.load_state_dict(state)
+    for param in parts:
+        before, after = many.state[param], again.state[param]
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    skipped = [param.detach().clone() for param in parts]
+    for param in parts:
+        param.grad = torch.zeros_like(param)
+    grad: Any = parts[0].grad
+    grad.to_local().fill_(float("inf") if rank == 0 else 0.0)
+    many.step()  # one rank's infinity is everyone's
+    assert many.skipped and all(torch.equal(whole(a), whole(b)) for a, b in zip(parts, skipped, strict=True))
+
+
+def bytes_survive(rank: int, world: int, double_quant: bool) -> float:
+    """Bytes that look like NaN in bf16 come through gathers under mixed precision. Returns the share of the frozen
+    bytes that this rank holds."""
+    model = make(double_quant, hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    patterns = torch.arange(1 << 16).to(torch.uint16).view(torch.uint8)  # every 16-bit number, NaNs among them
+    layers: dict[str, Any] = {path: layer.base_layer for path, layer in lora_layers(model)}
+    for layer in layers.values():
+        layer.weight.view(-1).copy_(patterns.repeat(2)[: layer.weight.numel()])
+    before = held_bytes(model)
+    kept = {path: (layer.quantized.packed.clone(), layer.quantized.absmax.clone()) for path, layer in layers.items()}
+    line = init_device_mesh("cpu", (world,))
+    shard(model, line, policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    after = held_bytes(model)
+    seen: set[str] = set()
+
+    def look(path: str) -> None:
+        codes, absmax = kept[path]
+        value = layers[path].quantized
+        assert type(layers[path].weight) is nn.Parameter and torch.equal(value.packed, codes)
+        assert torch.equal(value.absmax, absmax) and value.absmax.dtype == absmax.dtype
+        seen.add(path)
+
+    for path, layer in layers.items():
+        rows = layer.weight.to_local().shape[0]  # whole blocks, and as many scales
+        assert rows == layer.absmax_bytes.to_local().shape[0] == kept[path][1].numel() // world
+        assert layer.weight.dtype == layer.absmax_bytes.dtype == torch.uint8 and layer.weight.shape[1] == 32
+        model.get_submodule(path).register_forward_hook(lambda *_, path=path: look(path))
+    ids, labels = next(batches())
+    loss_sum(model, ids, labels).backward()
+    assert seen == kept.keys()
+    for path, layer in layers.items():  # cut again after backward
+        assert isinstance(layer.weight, DTensor)
+        assert torch.equal(layer.weight.full_tensor().view(-1), kept[path][0])
+    path = "model.layers.0.mlp.up_proj"
+    state = model.state_dict()
+    assert torch.equal(state[f"{path}.base_layer.weight"].full_tensor().view(-1), kept[path][0])
+    assert torch.equal(state[f"{path}.base_layer.weight.absmax"].full_tensor(), kept[path][1])
+    with torch.no_grad():  # past the dispatcher
+        assert torch.isfinite(model.eval()(input_ids=ids).logits).all()
+    return after / before
+
+
+def on_four(rank: int, world: int, folder: str, expected: dict[str, Tensor]) -> tuple[Any, Any]:
+    optimizer_on_parts(rank, world)
+    shares = [bytes_survive(rank, world, double_quant) for double_quant in (True, False)]
+    return equal_training(rank, world, folder, expected), shares
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    """The trained adapter of one process on the whole batches."""
+    model = make()
+    start = adapters(model)
+    found = train(model, optimizer_of(model))
+    assert distance(found, start) > 5e-3
+    return found
+
+
+def test_two_ranks_train_as_one(expected: dict[str, Tensor], tmp_path: Path) -> None:
+    for found in on_ranks(2, equal_training, str(tmp_path), expected):
+        assert max(found.values()) <= TOLERANCE, found
+
+
+def test_four_ranks(expected: dict[str, Tensor], tmp_path: Path) -> None:
+    for found, shares in on_ranks(4, on_four, str(tmp_path), expected):
+        assert max(found.values()) <= TOLERANCE, found
+        assert max(shares) <= 0.30, shares

@@ -1,0 +1,214 @@
+"""``qlora train`` on several processes: the same adapter as on one, from the same config."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import on_ranks
+from runs import metrics, steps_told, wait_until
+from safetensors.torch import load_file
+from tiny import write_model, write_rows
+
+from qlora_native.load import load_model
+from qlora_native.parallel.watch import RankLost
+from qlora_native.train import TrainConfig, Trainer
+
+TOLERANCE = 1e-5
+
+
+def config(folder: Path, out: str, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "model": str(folder / "model"),
+        "output_dir": str(folder / out),
+        "data": {"train": str(folder / "rows.jsonl"), "eval": str(folder / "held.jsonl"), "max_length": 48},
+        "lora": {"r": 3},
+        "train": {
+            "steps": 10, "batch_size": 3, "grad_accum": 2, "lr": 1e-3, "dtype": "float32", "save_every": 4,
+            "eval_every": 0, "paged": False,
+        },
+    }  # fmt: skip
+    train = {**values["train"], **changes.pop("train", {})}
+    return TrainConfig.model_validate({**values, **changes, "train": train})
+
+
+def adapter(folder: Path, out: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / out / "adapter" / "adapter_model.safetensors")
+
+
+def distance(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert got.keys() == expected.keys()
+    return max(float((got[name] - expected[name]).abs().max()) for name in expected)
+
+
+def run(rank: int, world: int, folder: Path, name: str, **changes: Any) -> Trainer:
+    trainer = Trainer(config(folder, name, **changes), quiet=True)
+    trainer.train()
+    return trainer
+
+
+def same_bytes(rank: int, model: Any, folder: Path) -> float:
+    """The 4-bit bytes of a model cut over ranks against those of a load on one process; the share that is held here."""
+    alone = load_model(folder / "model", dtype=torch.float32)
+    held = whole = 0
+    for path, layer in alone.named_modules():
+        if not hasattr(layer, "quantized"):
+            continue
+        cut = model.get_submodule(f"{path}.base_layer").quantized
+        assert torch.equal(cut.packed.full_tensor(), layer.quantized.packed)
+        assert torch.equal(cut.absmax.full_tensor(), layer.quantized.absmax)
+        assert torch.equal(cut.nested_absmax, layer.quantized.nested_absmax)
+        assert torch.equal(cut.nested_offset, layer.quantized.nested_offset)
+        held, whole = held + cut.packed.to_local().numel(), whole + layer.quantized.packed.numel()
+    return held / whole
+
+
+def until(rank: int, world: int, folder: Path, name: str, step: int, **changes: Any) -> None:
+    """A run that every rank gives up after ``step``."""
+
+    def give_up(record: dict[str, Any]) -> None:
+        if record["step"] == step:
+            raise Crash
+
+    with pytest.raises(Crash):
+        Trainer(config(folder, name, **changes), quiet=True, on_step=give_up).train()
+
+
+class Crash(Exception):
+    pass
+
+
+def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    run(rank, world, folder, "ddp", parallel="ddp")
+    trainer = run(rank, world, folder, "fsdp", parallel="fsdp", train={"paged": True, "grad_checkpointing": False})
+    found["share"] = same_bytes(rank, trainer.model, folder)
+    found["read"] = trainer.model.reading.bytes_read
+    found["received"] = trainer.model.reading.bytes_received
+
+    until(rank, world, folder, "cut for one", 6, parallel="fsdp")
+    until(rank, world, folder, "copies for four", 6, parallel="ddp")
+    coded: dict[str, Any] = {"parallel": "fsdp", "lora": {"r": 64}}  # matrices large enough for 8-bit states
+    coded["train"] = {"optimizer": "adamw8bit", "steps": 4, "save_every": 2, "eval_every": 0}
+    run(rank, world, folder, "coded", **coded)
+    until(rank, world, folder, "coded, resumed", 3, **coded)
+    run(rank, world, folder, "coded, resumed", resume="auto", **coded)
+    return found
+
+
+def on_four(rank: int, world: int, folder: Path) -> None:
+    run(rank, world, folder, "cut for four", parallel="fsdp", resume="auto")
+    run(rank, world, folder, "copies for four", parallel="ddp", resume="auto")
+
+
+def dies(rank: int, world: int, folder: Path, name: str, dying: int, step: int, resume: str | None) -> str | None:
+    """A run in which rank ``dying`` is killed after ``step``; what the others say."""
+
+    def die(record: dict[str, Any]) -> None:
+        if rank == dying and record["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    changed = config(folder, name, parallel="fsdp", train={"save_every": 2}, resume=resume)
+    with pytest.raises(RankLost) as lost:
+        Trainer(changed, quiet=True, on_step=die).train()
+    return str(lost.value)
+
+
+def resumes(rank: int, world: int, folder: Path, name: str) -> None:
+    run(rank, world, folder, name, parallel="fsdp", train={"save_every": 2}, resume="auto")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, rows, and in ``one`` the run of one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_model(folder / "model", num_hidden_layers=2)
+    write_rows(folder / "rows.jsonl", 20)  # 20 rows in steps of 6: the last one of an epoch has two
+    write_rows(folder / "held.jsonl", 5)
+    run(0, 1, folder, "one")
+    return folder
+
+
+def test_two_ranks(folder: Path) -> None:
+    found = on_ranks(2, on_two, folder)
+    one = adapter(folder, "one")
+    for name in ("ddp", "fsdp"):
+        assert distance(adapter(folder, name), one) <= TOLERANCE, name
+        for got, expected in zip(metrics(folder / name), metrics(folder / "one"), strict=True):
+            assert got == pytest.approx(expected, rel=1e-4), name
+    assert distance(adapter(folder, "coded, resumed"), adapter(folder, "coded")) == 0
+    assert sum(of_rank["share"] for of_rank in found) == 1
+    total = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+    reads = [of_rank["read"] for of_rank in found]
+    assert 0.9 * total < sum(reads) <= total and max(reads) < 0.6 * total, (reads, total)
+
+    shutil.copytree(folder / "cut for one", folder / "cut for four")
+    run(0, 1, folder, "cut for one", resume="auto")
+    on_ranks(4, on_four, folder)
+    for name in ("cut for one", "cut for four", "copies for four"):
+        assert distance(adapter(folder, name), one) <= TOLERANCE, name
+
+
+def test_a_killed_rank_is_named_and_the_rest_resumes(folder: Path, pytestconfig: pytest.Config) -> None:
+    chance = random.Random(7)
+    for number in range(pytestconfig.getoption("--rank-kills")):
+        name, dying, step = f"killed {number}", chance.randrange(2), chance.randrange(1, 10)
+        said = on_ranks(2, dies, folder, name, dying, step, None, dying=dying)
+        survivor = said[1 - dying]
+        assert re.match(rf"rank {dying} of 2 died or hangs after step {step - 1}; the last checkpoint is", survivor)
+        on_ranks(2, resumes, folder, name)
+        assert distance(adapter(folder, name), adapter(folder, "one")) <= TOLERANCE
+
+
+def test_torchrun_restarts_from_the_checkpoint(folder: Path, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """Two processes of torchrun, one of which is killed again and again at steps of chance."""
+    if not pytestconfig.getoption("--torchrun"):
+        pytest.skip("starts torchrun only with --torchrun")
+    kills, chance = pytestconfig.getoption("--rank-kills"), random.Random(11)
+    train = {"save_every": 5, "steps": 15 * kills + 15}
+    run(0, 1, folder, "one, longer", train=train)
+    path, out = tmp_path / "config.yaml", folder / "torchrun"
+    path.write_text(yaml.safe_dump(config(folder, "torchrun", parallel="fsdp", train=train).model_dump(mode="json")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(kills)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "qlora_native", "train", str(path)]
+    said = (tmp_path / "stderr").open("w+")
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=said, text=True
+    )
+    for number in range(kills):
+        step = 15 * number + chance.randrange(1, 15)
+        wait_until(partial(has_told, out, step), process, 180)
+        before = children(process.pid)
+        os.kill(chance.choice(before), signal.SIGKILL)
+        wait_until(partial(are_gone, before, process.pid), process, 60)
+    printed = process.communicate(timeout=300)[0]
+    said.seek(0)
+    sentences = re.findall(r"^qlora: rank [01] of 2 died or hangs after step \d+;", said.read(), re.MULTILINE)
+    assert process.returncode == 0 and len(sentences) == kills
+    assert printed.count("continuing from") <= kills  # a kill before the first checkpoint starts anew
+    assert distance(adapter(folder, "torchrun"), adapter(folder, "one, longer")) <= TOLERANCE
+
+
+def has_told(out: Path, step: int) -> bool:
+    return steps_told(out) >= step
+
+
+def are_gone(processes: list[int], parent: int) -> bool:
+    return not set(processes) & set(children(parent))
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` has started and that live."""
+    found = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if not line.split()[1].startswith("Z")]
