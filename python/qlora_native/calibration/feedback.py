@@ -17,6 +17,7 @@ _last = local()  # what this thread factorised last, while that hessian lives: q
 # From the asked damping on by tens: a matrix that is no sum of squares stays indefinite beyond this.
 LAST_DAMPING = 100.0
 FIRST_RAISE = 1e-4
+ROWS = 256  # of the factor, rounded to fp32 at a time
 
 
 @contextmanager
@@ -59,15 +60,25 @@ def _factorised(hessian: torch.Tensor, damping: float) -> Factor | None:
     order = torch.argsort(diagonal, descending=True, stable=True)
     mean = math.fsum(diagonal.tolist()) / diagonal.numel()
     backwards = order.flip(0)  # LAPACK's factor is lower triangular
-    # Over its mean: a product of tiny or huge moments neither underflows nor overflows.
-    turned = hessian.double()[backwards][:, backwards] / mean
     while damping <= LAST_DAMPING:
-        damped = turned.clone()
-        torch.diagonal(damped).add_(damping)
+        # Over its mean: a product of tiny or huge moments neither underflows nor overflows. In place, as it is large.
+        lower = hessian[backwards][:, backwards].double().div_(mean)
+        torch.diagonal(lower).add_(damping)
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
         with _on_one_thread():
-            lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0 and bool(torch.isfinite(lower).all()):
-            upper = lower.flip(0, 1)
-            return (upper / torch.diagonal(upper)).float().contiguous(), order, damping
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if int(failed) == 0 and bool(torch.isfinite(lower.sum())):
+            return _over_diagonal(lower), order, damping
         damping = max(10 * damping, FIRST_RAISE)
     return None
+
+
+def _over_diagonal(lower: torch.Tensor) -> torch.Tensor:
+    """The factor, fp32 [K, K], of the one that LAPACK made for the columns in reverse, fp64, a few rows at a time."""
+    size = len(lower)
+    factor = torch.empty(size, size, device=lower.device)
+    diagonal = torch.diagonal(lower).flip(0)
+    for begin in range(0, size, ROWS):
+        end = min(begin + ROWS, size)
+        factor[begin:end] = lower[size - end : size - begin].flip(0, 1) / diagonal
+    return factor

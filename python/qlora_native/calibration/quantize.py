@@ -150,17 +150,17 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
     aligned = block // math.gcd(block, width)  # rows that fill whole blocks
     rows = aligned * max(1, ERROR_PART // (width * aligned))
     for begin in range(0, weight.shape[0], rows):
-        error = weight[begin : begin + rows].float()
-        first, last = begin * width, begin * width + error.numel()
+        whole = weight[begin : begin + rows]
+        first, last = begin * width, begin * width + whole.numel()
         part = QuantizedWeight(
             result.packed[first // 2 : (last + 1) // 2],
             scales[first // block : -(-last // block)],
-            shape=error.shape,
+            shape=whole.shape,
             dtype=torch.float32,
             quant_type=result.quant_type,
             block_size=block,
         )
-        error -= part.dequantize()
+        error = whole.float() - part.dequantize()
         if metric is None:
             other = error
         else:

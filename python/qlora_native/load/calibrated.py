@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers
 FellBack = dict[str, str]  # weight, or weight[expert] -> why it did not get the method
 
 MOST_THREADS = 8  # each holds the activations of one sequence and the factors of one weight
+WIDE = 4096  # input channels beyond which factors are too large to have several at once
 LEAST_TOKENS = 64  # that must have reached a weight for statistics to mean something
 LEAST_TOKENS_PER_CHANNEL = 0.25  # for "gptq": with fewer most of the Hessian is its damping
 
@@ -162,6 +164,7 @@ class _Layers:
         self.source, self.taker, self.method, self.ids = source, taker, method, tokens.ids
         self.path, self.layers, self.calls = path, layers, calls
         self.taps = InputTaps()
+        self._wide = Lock()
 
     def first_inputs(self, ids: Tensor, folder: Path | None, start: int) -> HiddenStates:
         """What enters the layer ``start``; where that is not the first it lies in the folder already."""
@@ -246,6 +249,13 @@ class _Layers:
     ) -> tuple[dict[Key, QuantizedWeight], FellBack]:
         """The weights that share an input, and which of them did not get the method."""
         statistic, keys = group
+        is_wide = self.method == "gptq" and statistic is not None and len(statistic.squares) > WIDE
+        with self._wide if is_wide else nullcontext():
+            return self._quantised_by(statistic, keys, stored)
+
+    def _quantised_by(
+        self, statistic: Statistic | None, keys: list[Key], stored: dict[str, tuple[Tensor, str]]
+    ) -> tuple[dict[Key, QuantizedWeight], FellBack]:
         method, why = self._method_for(statistic)
         data: dict[str, Any] = {"method": method}
         if statistic is not None and method != "rtn":
