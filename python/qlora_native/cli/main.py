@@ -59,7 +59,11 @@ VERBS: dict[str, Verb] = {
 }
 
 # What stands before the first --key, as argparse cannot tell the value of a key that it does not know from a file.
-_FIRST = {"train": "the config file", "estimate": "the config file or the model", "config": "what to do (list, init or check)"}
+_FIRST = {
+    "train": "the config file",
+    "estimate": "the config file or the model",
+    "config": "what to do (list, init or check)",
+}
 # Where the import name is not the name that pip knows.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 

@@ -13,10 +13,10 @@ import torch
 
 from .. import _C, _native
 from ..load.layers import four_bit_parts
-from ..optim import base
-from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from ..ops.causal_attention import ALIGNMENT
 from ..ops.linear_cross_entropy import LOGIT_BYTES
+from ..optim import base
+from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from .activations import LayerBytes, decoder_layers, layer_bytes, norm_bytes, norms_of
 from .anatomy import Anatomy, Setting, read_anatomy
 
@@ -210,7 +210,7 @@ class _Sum:
         """What all layers keep at the end of the forward pass; what the final norm keeps."""
         final = self.tokens * sum(norm_bytes(norm, self.setting) for norm in self.estimator.norms)
         if self.setting.checkpointing:
-            kept = self.tokens * sum(layer.input for layer in self.layers)
+            kept = float(self.tokens * sum(layer.input for layer in self.layers))
         else:
             kept = sum(self._of(layer) for layer in self.layers)
             kept -= self.tokens * self.layers[0].first if self.layers else 0  # its input needs no gradient
@@ -290,7 +290,8 @@ class _Sum:
         groups = getattr(self.config, "num_key_value_heads", None) or heads
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
-        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if self.size == 2 else 0
+        is_native = self.setting.dtype == torch.bfloat16 and width % 32 == 0  # ops.causal_attention.is_native of such q
+        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if is_native else 0
         return int(threads * THREAD_SCRATCH + attention)
 
     def _with_slack(self, name: str, terms: Terms) -> Terms:
