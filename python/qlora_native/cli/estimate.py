@@ -48,7 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="several processes with a card each, by ddp and by fsdp"
     )
-    parser.add_argument("--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)")
+    parser.add_argument(
+        "--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)"
+    )
     parser.add_argument(
         "--cpu",
         action="store_true",
