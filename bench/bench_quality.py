@@ -20,7 +20,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -39,21 +38,18 @@ CHECKED_ROWS, TOLERANCE = 2, 5e-3
 
 
 def make_base(folder: Path, ids: torch.Tensor) -> None:
-    """Write one base, and beside it how long it took, calibration included."""
+    """Write one base."""
     import qlora_native as qn
     from qlora_native.cli.demo import model_file
     from qlora_native.evaluate import load_dense
 
-    began = time.monotonic()
     if folder.name == REFERENCE:
         model = load_dense(model_file())
     else:
         rows = METHODS[folder.name]
         model = qn.load_model(model_file(), method=folder.name, calibration=ids[:rows] if rows else None)
-    seconds = time.monotonic() - began
     partial = folder.with_name(f"{folder.name}.partial")
     model.save_pretrained(partial)
-    (partial / "seconds").write_text(f"{seconds:.1f}\n", encoding="utf-8")
     partial.rename(folder)
 
 
@@ -105,7 +101,7 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
     return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names}
 
 
-def method_rows(work: Path, scored: dict[str, dict[str, Any]], texts: dict[str, Windows]) -> list[dict[str, Any]]:
+def method_rows(scored: dict[str, dict[str, Any]], texts: dict[str, Windows]) -> list[dict[str, Any]]:
     """A row of the result for each base: figures with standard errors, and the bars on the share of the gap closed."""
     from qlora_native.evaluate import Scores
 
@@ -115,7 +111,6 @@ def method_rows(work: Path, scored: dict[str, dict[str, Any]], texts: dict[str, 
     rows = []
     for name, found in scored.items():
         row: dict[str, Any] = {"kind": "method", "base": name, "match": found["match"], "bars": []}
-        row["seconds_to_load"] = float((work / name / "seconds").read_text(encoding="utf-8"))
         row["texts"] = {}
         for text in texts:
             mine, best, worst = (scores(which, text) for which in (name, REFERENCE, BASELINE))
@@ -225,7 +220,7 @@ def main() -> None:
     }
     result["lora"] = {"steps": STEPS, "rows": ROWS, "length": LENGTH, "r": RANK, "alpha": ALPHA}
     result["lora"] |= {"rates": RATES, "seeds": SEEDS, "evaluated_rows": EVALUATED_ROWS}
-    result["rows"] = method_rows(work, scored, texts) + learning_rows(work)
+    result["rows"] = method_rows(scored, texts) + learning_rows(work)
     for row in result["rows"]:
         for bar in row["bars"]:
             print(row["kind"], row["base"], bar["measure"], bar["value"], "met" if bar["met"] else "MISSED")

@@ -55,13 +55,13 @@ def learning(result: dict[str, Any]) -> list[str]:
     rows, setting = [row for row in result["rows"] if row["kind"] == "lora"], result["lora"]
     if not rows:
         return []
+    rates = " and ".join(f"{rate:g}" for rate in setting["rates"])
     lines = [
         f"After {setting['steps']} steps of {setting['rows']} x {setting['length']} tokens from the training modules, "
         f"rank {setting['r']}, alpha {setting['alpha']} on every linear layer, AdamW with warm-up and cosine: the end "
         f"loss above that of the adapter on the 16-bit base which saw the same batches, in nats a token, on the first "
         f"{setting['evaluated_rows']} windows of each text. Mean of {rows[0]['runs']} runs: seeds "
-        f"{', '.join(map(str, setting['seeds']))} at peak rates {' and '.join(f'{rate:g}' for rate in setting['rates'])}"
-        ".",
+        f"{', '.join(map(str, setting['seeds']))} at peak rates {rates}.",
         "",
     ]
     head = [
@@ -135,9 +135,7 @@ def main() -> None:
     _, _, after = rest.partition(END)
     wanted = before + block(result) + after
     if arguments.check:
-        sys.exit(
-            0 if wanted == page else "docs/quality.md is not what bench/results/quality.json says: --write it again"
-        )
+        sys.exit(0 if wanted == page else "the page is not what bench/results/quality.json says: --write it again")
     PAGE.write_text(wanted, encoding="utf-8")
     plot(result, PICTURE)
 

@@ -45,9 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="DIR", help="write report.md, report.json and report.png there")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = """A 16-bit MODEL is compared with its 4-bit forms: loss, perplexity, KL divergence from 16 bits,
-each with its standard error over rows. One model is in memory at a time; of the 16-bit one, two bytes for each token
-and element of its hidden state are kept in a temporary file. A question is answered by the choice that is likeliest behind
-"Question: ...\\nAnswer:".
+each with its standard error
+over rows. One model is in memory at a time; of the 16-bit one, two bytes for each token and element of its hidden state
+are kept in a temporary file. A question is answered by the choice that is likeliest behind "Question: ...\\nAnswer:".
 
 examples:
   qlora eval Llama-3.1-8B --data heldout.jsonl --adapter run/adapter
