@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -64,12 +65,14 @@ def main() -> None:
     """Prepare, compare, time, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--model", help="a model folder in place of SmolLM2-135M-Instruct")
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--batch", type=int, default=4, help="rows of a padded micro-batch")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
 
-    values = {"model": str(model_file()), "data": {"train": "random"}, "train": {"grad_checkpointing": False}}
+    path = Path(arguments.model) if arguments.model else model_file()
+    values = {"model": str(path), "data": {"train": "random"}, "train": {"grad_checkpointing": False}}
     torch.manual_seed(0)
     model = prepare_model(TrainConfig.model_validate(values))
     check_packing(model)
@@ -113,7 +116,7 @@ def main() -> None:
 
     tokens = int(lengths.sum())
     row: dict[str, Any] = {
-        "case": "SmolLM2-135M",
+        "case": path.stem,
         "rows": len(rows),
         "micro_batch": sizes,
         "lengths": [int(value) for value in np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])],

@@ -19,10 +19,10 @@ def page() -> str:
     lines = [
         "# Keys of the config",
         "",
-        "Made from the schema by `bench/config_page.py`; a test compares. Every key can be given on the command line as "
-        "`--key value`, by its whole name or its last part. A file with an unknown key is refused: `qlora config check`",
-        "tells every mistake at once, `qlora config init` writes a commented file, `qlora config list` names the shipped "
-        "ones.",
+        "Made from the schema by `bench/config_page.py`; a test compares. Every key can be given on the command line "
+        "as `--key value`, by its whole name or its last part.",
+        "A file with an unknown key is refused: `qlora config check` tells every mistake at once, `qlora config init` "
+        "writes a commented file, `qlora config list` names the shipped ones.",
     ]
     block = None
     for key, field in keys().items():

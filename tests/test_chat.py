@@ -17,7 +17,7 @@ from test_merge_files import make_adapter
 from transformers import AutoTokenizer
 
 import qlora_native as qn
-from qlora_native.cli import main
+from qlora_native.cli import chat, main
 from qlora_native.load import generate
 from qlora_native.lora.layer import adapters_off
 
@@ -70,7 +70,8 @@ def test_greedy_answers_are_those_of_generate(
 
     assert main.main(words(files, "--system", "be brief", "--prompt", PROMPT)) == 0
     printed = capsys.readouterr().out
-    assert printed == f"base: {expected['base']}\nadapter: {expected['adapter']}\n"
+    base, adapter = map(chat.printable, expected.values())
+    assert printed == f"base: {base}\nadapter: {adapter}\n"
 
 
 def test_lines_are_turns_of_one_conversation_until_the_input_ends(
@@ -138,7 +139,11 @@ def test_side_by_side_on_a_terminal(
     heads = [line for line in printed.splitlines() if " base " in line and " adapter " in line]
     assert heads, printed
     for text in expected.values():
-        assert text.split()[0][:8] in printed
+        assert chat.printable(text).split()[0][:8] in printed
+
+
+def test_an_answer_cannot_command_the_terminal() -> None:
+    assert chat.printable("a\tb\n\x1b[2J\r\x9bc \u00e9") == "a\tb\n\ufffd[2J\ufffd\ufffdc \u00e9"
 
 
 def test_drawing_keeps_to_its_limits() -> None:

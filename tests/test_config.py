@@ -222,7 +222,7 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
 
 
 def test_shipped_configs_are_valid_and_explain_every_line() -> None:
-        for name, path in shipped().items():
+    for name, path in shipped().items():
         TrainConfig.from_file(path)
         lines = path.read_text(encoding="utf-8").splitlines()
         assert lines[1] == f"#   qlora train {name}.yaml"
@@ -236,7 +236,12 @@ def test_config_init_list_and_check(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["config", "list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["cpu", "llama-70b", "llama-8b", "smollm2"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "cpu",
+        "llama-70b",
+        "llama-8b",
+        "smollm2",
+    ]
     assert main(["config", "init", "--out", "mine.yaml"]) == 0
     assert "qlora train mine.yaml" in capsys.readouterr().out
     assert "#   qlora train mine.yaml" in Path("mine.yaml").read_text()

@@ -81,7 +81,7 @@ def test_bytes_are_those_of_a_loaded_model_and_of_its_graph(
     final = [norm for path, norm in norms_of(anatomy.model) if ".layers." not in path]
     predicted += tokens * (sum(norm_bytes(norm, setting) for norm in final) + 2 * config.hidden_size + 8)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    predicted += 2 * 2 * LENGTH * head  # the rotation's angles; the gradient of the hidden states and labels stand above
+    predicted += 2 * 2 * LENGTH * head  # the rotation's angles
     assert abs(predicted - in_graph) <= tolerance * in_graph, (predicted, in_graph)
 
 
@@ -129,7 +129,11 @@ SMOL.tie_word_embeddings = QWEN_06B.tie_word_embeddings = True
         (LLAMA_8B, 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 2 * 128256 * 4096 + 65 * 4096),
         (LLAMA_70B, 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672), 2 * 128256 * 8192 + 161 * 8192),
         (config_of("mistral", 4096, 14336, 32, 32, 8, 32768), 6_979_321_856, 2 * 32768 * 4096 + 65 * 4096),
-        (config_of("gemma", 3072, 24576, 28, 16, 16, 256000, head_dim=256), 7_751_073_792, 2 * 256000 * 3072 + 57 * 3072),
+        (
+            config_of("gemma", 3072, 24576, 28, 16, 16, 256000, head_dim=256),
+            7_751_073_792,
+            2 * 256000 * 3072 + 57 * 3072,
+        ),
     ],
     ids=["llama-8b", "llama-70b", "mistral-7b", "gemma-7b"],
 )
@@ -216,9 +220,7 @@ def test_estimate_json_and_overrides(folder: Path, tmp_path: Path, capsys: pytes
         (["--gpu", "24GB"], "qlora estimate: the config file or the model comes first"),
     ],
 )
-def test_estimate_mistakes(
-    folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_estimate_mistakes(folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", *(word.format(folder) for word in words)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told.format(folder) in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from runs import metrics, steps_told, wait_until
 from safetensors.torch import load_file
 from tiny import write_model, write_rows
 
+from qlora_native.cli.main import main
 from qlora_native.load import load_model
 from qlora_native.parallel.watch import RankLost
 from qlora_native.train import TrainConfig, Trainer
@@ -212,3 +214,15 @@ def children(pid: int) -> list[int]:
     """The processes that ``pid`` has started and that live."""
     found = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in found.splitlines() if not line.split()[1].startswith("Z")]
+
+
+def test_estimate_of_several_cards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["estimate", str(folder / "model"), "--gpus", "4", "--gpu", "1GB", "--link", "10GB"]
+    assert main([*command, "--json"]) == 0
+    copies, cut = json.loads(capsys.readouterr().out)["ranks"]
+    assert cut["frozen"] < 0.3 * copies["frozen"] and copies["trained"] == pytest.approx(4 * cut["trained"], rel=0.05)
+    assert cut["seconds"] == max(cut["received"], cut["sent"]) / (10 << 30)
+    assert main(command) == 0
+    assert "fsdp on 4: " in capsys.readouterr().out
+    assert main(["estimate", str(folder / "model"), "--gpus", "17"]) == 2
+    assert "--gpus is 17: expected 2 to 16" in capsys.readouterr().err

@@ -54,6 +54,16 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         (["--model", "gone"], "gone is not there"),
         ([OPTION], f"unrecognized arguments: {OPTION}"),
     ],
+    "estimate": [
+        (["gone"], "gone"),
+        (["{model}", "--gpu", "much"], "much"),
+        ([], "the following arguments are required"),
+    ],
+    "data": [
+        (["show", "gone.yaml"], "gone.yaml"),
+        (["look", "gone.yaml"], "invalid choice: 'look'"),
+        ([], "the following arguments are required"),
+    ],
     "eval": [
         (["gone", "--data", "gone.txt"], "gone is not there"),
         (["{model}"], "--data"),
@@ -88,8 +98,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_three_likely_mistakes_are_one_sentence_each(
     verb: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if verb not in MISTAKES:
-        pytest.skip(f"the mistakes of qlora {verb} have tests of their own")
     monkeypatch.chdir(tmp_path)
     assert len(MISTAKES[verb]) == 3
     for words, told in MISTAKES[verb]:
@@ -107,7 +115,9 @@ def test_output_is_plain_lines_where_there_is_no_terminal(
     """A screen reader gets text from top to bottom: no colours, no line that is written over. The tutorial's test looks
     at the other verbs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")  # read by transformers and tqdm when they are imported
+    for name in bars:
+        monkeypatch.delenv(name, raising=False)
     for command in (
         f"quantize {model} --out four-bit",
         "convert four-bit sixteen-bit --to 16bit",
@@ -118,4 +128,4 @@ def test_output_is_plain_lines_where_there_is_no_terminal(
         assert main.main(command.split()) == 0, command
         printed = capsys.readouterr().out
         assert printed.strip() and not set(printed) & {"\x1b", "\r", "\b"}, command
-    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"  # read by transformers when it is imported
+    assert all(os.environ[name] == "1" for name in bars)

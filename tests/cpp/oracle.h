@@ -263,7 +263,8 @@ std::vector<float> turning_points() {
   return points;
 }
 
-// A quantised weight of random bytes and scales of both signs, whose buffers end where the format says they end: a sanitizer sees an overrun.
+// A quantised weight of random bytes and scales of both signs, whose buffers end where the format says they end: a
+// sanitizer sees an overrun.
 struct RandomWeight {
   RandomWeight(int64_t numel, int64_t block_size, bool nested, QuantType type, uint64_t seed)
       : levels(levels_of(type)),

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -129,6 +130,11 @@ class Chat:
         return answers, interrupted
 
 
+def printable(text: str) -> str:
+    """Without characters that would command the terminal; lines and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
 def show_nothing(chat: Chat, answers: list[Answer]) -> None:
     """Only run."""
     for answer in answers:
@@ -143,7 +149,7 @@ def show_in_turn(chat: Chat, answers: list[Answer]) -> None:
             print(f"{answer.side.name}: ", end="")
         try:
             for piece in chat.pieces(answer):
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
         finally:
             print(flush=True)
 
@@ -159,7 +165,7 @@ def show_side_by_side(chat: Chat, answers: list[Answer]) -> None:
         table = Table.grid(expand=True)
         for _ in answers:
             table.add_column(ratio=1)
-        table.add_row(*(Panel(Text(answer.text), title=answer.side.name) for answer in answers))
+        table.add_row(*(Panel(Text(printable(answer.text)), title=answer.side.name) for answer in answers))
         return table
 
     with Live(columns(), refresh_per_second=12, vertical_overflow="visible") as live:

@@ -19,8 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="init: a shipped config or a model; check: a config file")
     parser.add_argument("--gpu", metavar="SIZE", help="init MODEL: memory of the card, such as 24GB")
     parser.add_argument("--out", metavar="FILE", help="init: where to write it (default: to the screen)")
-    parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the folder of a model, one whose
-batch size and length fit the card, or this machine.
+    parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the
+folder of a model, one whose batch size and length fit the card, or this machine.
 check reports every mistake in a file at once, or prints it with all defaults filled in.
 
 examples:
@@ -58,7 +58,9 @@ def _init(name: str, out: str | None, gpu: str | None) -> int:
 
         text = config_for(Path(name).expanduser(), gpu, out or "config.yaml")
     elif gpu is not None:
-        raise UserError(f"{name} is no model folder: --gpu fits a config to a model, as in `qlora config init FOLDER --gpu 24GB`")
+        raise UserError(
+            f"{name} is no model folder: --gpu fits a config to a model, as in `qlora config init FOLDER --gpu 24GB`"
+        )
     elif name in configs:
         text = configs[name].read_text(encoding="utf-8")
     else:

@@ -51,7 +51,12 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
     setting, peak = estimate.setting, estimate.peak
     weights = peak.weights + peak.scales + peak.dense
     trained = peak.adapters // 4
-    return f"""# {model.name} on {where}: {size(estimate.total + estimate.reserve)} of {size(limit)} by `qlora estimate`. Start it with:
+    needed = size(estimate.total + estimate.reserve)
+    longest = estimator.longest(int(MARGIN * limit), 1)
+    widest = estimator.widest(int(MARGIN * limit), setting.length)
+    here = {"batch_size": setting.batch_size, "length": setting.length, "optimizer": optimizer}
+    all_kept = size(estimator.at(checkpointing=False, **here).total)
+    return f"""# {model.name} on {where}: {needed} of {size(limit)} by `qlora estimate`. Start it with:
 #   qlora train {name}
 # `qlora train --help` lists every key; those left out here keep their defaults.
 
@@ -59,9 +64,9 @@ model: {model}
 output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and loss.png
 
 data:
-  train: train.jsonl          # one JSON object per line: messages, conversations, instruction/output, prompt/completion or text
-  eval_fraction: 0.05         # rows held out to measure what was learned; name a file with `eval:` to choose them yourself
-  max_length: {setting.length:<16}# up to {estimator.longest(int(MARGIN * limit), 1):,} tokens fit with batch_size 1; longer rows are cut
+  train: train.jsonl          # one JSON object per line; `qlora train --help` names the formats
+  eval_fraction: 0.05         # rows held out to measure what was learned; or name a file with `eval:`
+  max_length: {setting.length:<16}# up to {longest:,} tokens fit with batch_size 1; longer rows are cut
   train_on: answers           # all = learn the questions too: only for plain text
 
 quant:
@@ -70,18 +75,18 @@ quant:
   double_quant: true          # false keeps the scales in fp32, for {size(3 * peak.scales)} more
 
 lora:
-  r: {setting.lora.r:<25}# {trained / 1e6:,.1f} million trained weights, {size(2 * peak.adapters + peak.optimizer)} with gradients and optimiser
+  r: {setting.lora.r:<25}# {trained / 1e6:,.1f} million trained weights, {size(2 * peak.adapters)} with gradients
   alpha: 32                   # 2 * r is the usual start
   dropout: 0.0                # 0.05 to 0.1 helps on small data
   target_modules: all-linear  # attention alone, [q_proj, v_proj], trains less and learns less
 
 train:
   epochs: 1                   # more as long as the held-out loss falls; the best adapter is kept in best/
-  batch_size: {setting.batch_size:<16}# rows in memory at once; up to {estimator.widest(int(MARGIN * limit), setting.length)} fit
+  batch_size: {setting.batch_size:<16}# rows in memory at once; up to {widest} fit
   grad_accum: {STEP_ROWS // setting.batch_size:<16}# a step learns from {STEP_ROWS} rows, however they are cut
   optimizer: {optimizer:<17}# its states take {size(peak.optimizer)}; adamw8bit keeps them in a quarter of adamw's
   paged: auto                 # if memory runs short they wait elsewhere: slower, no crash
   lr: 2e-4                    # halve it if the loss jumps about
-  grad_checkpointing: true    # false is about a third faster and takes {size(estimator.at(batch_size=setting.batch_size, length=setting.length, checkpointing=False, optimizer=optimizer).total)} here
+  grad_checkpointing: true    # false is about a third faster and takes {all_kept} here
   dtype: bfloat16             # of activations and of what is not 4-bit
 """

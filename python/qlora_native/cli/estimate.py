@@ -37,17 +37,29 @@ WHAT = {
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     parser.usage = "qlora estimate CONFIG|MODEL [--gpu 24GB] [--key value ...]"
-    parser.add_argument("what", metavar="CONFIG|MODEL", help="a YAML file, a model folder (config.json is enough) or a .gguf file")
-    parser.add_argument("--gpu", metavar="SIZE", help="memory of a card, such as 24GB: does the run fit, and what would")
+    parser.add_argument(
+        "what", metavar="CONFIG|MODEL", help="a YAML file, a model folder (config.json is enough) or a .gguf file"
+    )
+    parser.add_argument(
+        "--gpu", metavar="SIZE", help="memory of a card, such as 24GB: does the run fit, and what would"
+    )
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens a row (the key data.max_length)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows a micro-batch (the key train.batch_size)")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="several processes with a card each, by ddp and by fsdp")
-    parser.add_argument("--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)")
-    parser.add_argument("--cpu", action="store_true", help="for a run on the CPU (the default where torch finds no GPU and --gpu is not given)")
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="several processes with a card each, by ddp and by fsdp"
+    )
+    parser.add_argument(
+        "--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)"
+    )
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="for a run on the CPU (the default where torch finds no GPU and --gpu is not given)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
     parser.add_argument("--plot", metavar="FILE.png", help="draw each part for checkpointing on and off")
-    parser.epilog = """No weights are read. Any key of the config can be given as --key value. docs/memory.md tells how each
-figure comes about and how far it was from what was measured.
+    parser.epilog = """No weights are read. Any key of the config can be given as --key value. docs/memory.md tells
+how each figure comes about and how far it was from what was measured.
 
 examples:
   qlora estimate config.yaml
@@ -81,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from qlora_native.cli.memory_view import show
 
-    show(estimate, _title(config, device), _lines(estimate, card, fitting, config) + rank_lines(ranks, card))
+    show(estimate, _title(config, device), _lines(estimate, card, fitting) + rank_lines(ranks, card))
     return 0
 
 
@@ -147,7 +159,7 @@ def _fitting(estimator: Estimator, card: int) -> list[dict[str, int]]:
     return found
 
 
-def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] | None, config: TrainConfig) -> list[str]:
+def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] | None) -> list[str]:
     lines = [f"The most is held {_WHEN[estimate.moment]}."]
     if estimate.paged:
         lines.append(f"{size(estimate.paged)} of optimizer states are in a page file.")

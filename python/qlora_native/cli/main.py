@@ -161,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv[1:]`` unless given) and return its exit code; a bug propagates, and exits with
     1."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they write over their own line
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
+            os.environ.setdefault(name, "1")
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:

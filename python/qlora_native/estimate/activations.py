@@ -167,7 +167,7 @@ class _Layer:
     def _attention(self, module: nn.Module, parent: str, linears: dict[str, nn.Linear]) -> tuple[float, float]:
         """Bytes a token, bytes a pair of positions."""
         heads = int(getattr(self.config, "num_attention_heads", 1))
-        groups = heads // int(getattr(self.config, "num_key_value_heads", None) or heads)
+        groups = heads // int(getattr(self.config, "num_key_value_heads", None) or heads or 1)
         outputs = [linear for name, linear in linears.items() if _is_output(name)]
         inner = sum(linear.out_features for name, linear in linears.items() if not _is_output(name))
         context = outputs[0].in_features if outputs else heads * self.hidden
@@ -216,9 +216,8 @@ class _Layer:
     def _experts(self, module: nn.Module) -> tuple[float, float]:
         """As transformers computes experts, one after another over the tokens that go to each."""
         chosen = int(getattr(self.config, "num_experts_per_tok", 1) or 1)
-        inner = int(
-            getattr(self.config, "moe_intermediate_size", None) or getattr(self.config, "intermediate_size", self.hidden)
-        )
+        sizes = [getattr(self.config, name, None) for name in ("moe_intermediate_size", "intermediate_size")]
+        inner = next((int(size) for size in sizes if size), self.hidden)
         return chosen * (self.size * (4 * inner + 2 * self.hidden) + 16.0), 2 * self.size * inner
 
 

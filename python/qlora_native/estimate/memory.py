@@ -13,10 +13,10 @@ import torch
 
 from .. import _C, _native
 from ..load.layers import four_bit_parts
-from ..optim import base
-from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from ..ops.causal_attention import ALIGNMENT
 from ..ops.linear_cross_entropy import LOGIT_BYTES
+from ..optim import base
+from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 from .activations import LayerBytes, decoder_layers, layer_bytes, norm_bytes, norms_of
 from .anatomy import Anatomy, Setting, read_anatomy
 
@@ -24,7 +24,7 @@ from .anatomy import Anatomy, Setting, read_anatomy
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
-FIXED_SLACK = 14 << 20  # Python's objects for modules and graph, and holes of the heap, on the CPU
+FIXED_SLACK, LAYER_SLACK = 8 << 20, 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
 HEAP_SLACK = 0.19  # of what is kept without checkpointing: glibc's holes beside aligned blocks of the heap
 THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
@@ -210,7 +210,7 @@ class _Sum:
         """What all layers keep at the end of the forward pass; what the final norm keeps."""
         final = self.tokens * sum(norm_bytes(norm, self.setting) for norm in self.estimator.norms)
         if self.setting.checkpointing:
-            kept = self.tokens * sum(layer.input for layer in self.layers)
+            kept = float(self.tokens * sum(layer.input for layer in self.layers))
         else:
             kept = sum(self._of(layer) for layer in self.layers)
             kept -= self.tokens * self.layers[0].first if self.layers else 0  # its input needs no gradient
@@ -290,14 +290,15 @@ class _Sum:
         groups = getattr(self.config, "num_key_value_heads", None) or heads
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
-        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if self.size == 2 else 0
+        is_native = self.setting.dtype == torch.bfloat16 and width % 32 == 0  # ops.causal_attention.is_native of such q
+        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if is_native else 0
         return int(threads * THREAD_SCRATCH + attention)
 
     def _with_slack(self, name: str, terms: Terms) -> Terms:
         if self.setting.device == "cuda":
             return terms
         share = 0.0 if self.setting.checkpointing else HEAP_SLACK
-        return replace(terms, slack=round(FIXED_SLACK + share * terms.activations))
+        return replace(terms, slack=round(FIXED_SLACK + len(self.layers) * LAYER_SLACK + share * terms.activations))
 
     def _rough(self) -> tuple[str, ...]:
         return () if self.layers else (type(self.estimator.anatomy.model).__name__,)

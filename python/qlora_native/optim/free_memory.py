@@ -18,8 +18,8 @@ import torch
 from ..ops import _cuda_kernels
 
 NO_LIMIT = 1 << 60  # bytes
-# From these sizes on a block is a mapping of its own, which goes back to the system when it is freed. glibc seldom finds
-# an aligned block a place in a hole of the same size, so that what it keeps grows beyond what is used: by a fifth without
+# Blocks from these sizes on are mappings of their own, which go back to the system when they are freed. glibc seldom
+# finds an aligned block a place in a hole of its size, so that the heap grows beyond what is used: by a fifth without
 # checkpointing, where most is kept anyway; to several times as much with it, where layer after layer comes and goes.
 LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING = 8 << 20, 256 << 10
 

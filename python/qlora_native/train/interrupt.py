@@ -9,7 +9,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-
 SAME_SIGNAL_SECONDS = 5.0
 
 

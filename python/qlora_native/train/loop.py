@@ -214,9 +214,10 @@ class Trainer:
                         raise Interrupted(
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
+            told = "" if memory is None else memory.line()  # before the picture of the losses has taken its own
             summary = self._finish(state, second_try, progress, speeds, time.monotonic() - began)
-            if memory is not None:
-                progress.note(memory.line())
+            if told:
+                progress.note(told)
             return summary
 
     def _learn(self, rows: TokenizedDataset, items: Items) -> tuple[float, int, int]:

@@ -1,0 +1,53 @@
+"""Predicted parts against the measured peak, as a picture. Needs matplotlib.
+
+python bench/plot_estimate.py bench/results/estimate.json docs/memory.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+PARTS = {
+    "weights": ("weights", "scales", "dense"),
+    "adapters, gradients, optimizer": ("adapters", "gradients", "optimizer"),
+    "activations": ("activations",),
+    "logits and loss": ("loss",),
+    "kernels, allocator": ("scratch", "slack"),
+}
+
+
+def draw(result: dict[str, Any], path: str) -> None:
+    """One stacked bar a run, a mark where the measured peak was."""
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.add_subplot(ylabel="MiB", title="Predicted parts (bars) and measured peak (marks)")
+    bottoms = [0.0] * len(rows)
+    for label, names in PARTS.items():
+        heights = [sum(row["terms"][name] for name in names) / 2**20 for row in rows]
+        axes.bar(range(len(rows)), heights, bottom=bottoms, label=label)
+        bottoms = [low + high for low, high in zip(bottoms, heights, strict=True)]
+    measured = [row["total"]["measured"] / 2**20 for row in rows]
+    axes.plot(range(len(rows)), measured, "k_", markersize=16, markeredgewidth=2, label="measured")
+    labels = [f"{row['model']}\n{row['length']}\n{'ckpt' if row['checkpointing'] else 'all kept'}" for row in rows]
+    axes.set_xticks(range(len(rows)), labels, fontsize=7)
+    axes.legend(fontsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Parse, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("json", help="what bench_estimate.py wrote")
+    parser.add_argument("png", help="the picture")
+    arguments = parser.parse_args()
+    draw(json.loads(Path(arguments.json).read_text(encoding="utf-8")), arguments.png)
+
+
+if __name__ == "__main__":
+    main()
