@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_model, write_rows
 from tiny_models import dense_twin, distance, logits, make, save, tokens
 
 from qlora_native import lora_statistics
@@ -13,6 +14,8 @@ from qlora_native.errors import UserError
 from qlora_native.load import load_model, merge
 from qlora_native.lora import LayerStatistics, LoraConfig, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_native.lora.start import residual_factors
+from qlora_native.train.config import TrainConfig
+from qlora_native.train.setup import load_rows, load_tokenizer, prepare_model
 
 peft = pytest.importorskip("peft")
 CALIBRATION = tokens(24, 64, seed=5)
@@ -126,3 +129,21 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     load_model(tmp_path / "base", dtype=torch.float32).save_pretrained(tmp_path / "four")
     with pytest.raises(UserError, match="holds 4-bit weights and no 16-bit ones"):
         lora_statistics(load_model(tmp_path / "four", dtype=torch.float32))
+
+
+def test_a_config_asks_for_it(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", num_hidden_layers=1)
+    config = TrainConfig.model_validate(
+        {
+            "model": str(folder),
+            "output_dir": str(tmp_path / "out"),
+            "data": {"train": str(write_rows(tmp_path / "train.jsonl", 200)), "eval_fraction": 0.0},
+            "lora": {"r": 4, "init": "h_svd"},
+            "train": {"steps": 1, "dtype": "float32"},
+        }
+    )
+    rows, _ = load_rows(config, load_tokenizer(str(folder)))
+    model = prepare_model(config, rows=rows, quiet=True)
+    assert all(layer.lora_B.any() and layer.lora_B.requires_grad for _, layer in lora_layers(model))
+    with pytest.raises(ValueError, match="lora.init is h_svd: it needs the training rows or quant.calibration"):
+        prepare_model(config, quiet=True)
