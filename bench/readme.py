@@ -221,7 +221,7 @@ def paging(result: Row) -> list[str]:
         what = names.get(row["case"], "{optimizer}, without pressure, {parameters:,} parameters").format(**row)
         reached = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
         body.append([what, spread(row["ms"]["ours"]), reached, bars(row)])
-    return lines + table(["", "ms", "of the disk's rate, one request at a time", "bar"], body)
+    return lines + table(["", "ms", "of the disk's rate, measured at the start", "bar"], body)
 
 
 def paged_learning(result: Row) -> list[str]:

@@ -7,6 +7,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/causal_attention.cc
   cpp/cpu/dequantize_4bit.cc
   cpp/cpu/file_store.cc
+  cpp/cpu/gptq_4bit.cc
   cpp/cpu/gradient_norm.cc
   cpp/cpu/isa.cc
   cpp/cpu/isa_scalar.cc
@@ -19,6 +20,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/quantize_4bit.cc
   cpp/cpu/rms_norm.cc
   cpp/cpu/rotary.cc
+  cpp/cpu/search_scales_4bit.cc
   cpp/cpu/side_thread.cc
   cpp/cpu/swiglu.cc
   cpp/cpu/tiles.cc)
@@ -47,7 +49,8 @@ foreach(isa ${isas})
 endforeach()
 
 if(QLORA_NATIVE_SANITIZE)
+  # -O1: the checks double what the kernels' templates cost to optimise, and -O3 finds no more.
   target_compile_options(qlora_native_cpu PUBLIC
-    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(qlora_native_cpu PUBLIC -fsanitize=address,undefined)
 endif()

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuda-binary", help="compiled GPU code to look at in place of the installed module's")
     parser.addoption("--emulated", help="folder of the CUDA module that is built over the emulator (build/emulated)")
+    parser.addoption("--llama-cpp", action="store_true", help="run exported GGUF files in llama.cpp")
     parser.addoption("--rank-kills", type=int, default=1, help="how often one process of a run on several is killed")
     parser.addoption("--torchrun", action="store_true", help="run what starts torchrun, which takes a minute")
+    parser.addoption("--backend", default="aot_eager", help="torch.compile's, for a whole training step")
     parser.addoption("--kills", type=int, default=3, help="how often a paged training run is killed")
 
 

@@ -8,7 +8,8 @@ import tempfile
 import pytest
 import torch
 
-from qlora_native import _C
+import qlora_native as qn
+from qlora_native import _C, reference
 
 # For tests whose page files lie in pytest's temporary folder.
 needs_page_files = pytest.mark.skipif(
@@ -34,6 +35,17 @@ class SavedTensors:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+
+
+def signed(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
+    """The same codes under scales of which every other one is negative; a nested offset near 0 comes of itself."""
+    scales = w.scales().clone()
+    scales[::2].neg_()
+    signed_w = w.to(w.device)
+    signed_w.absmax = scales
+    if w.double_quant:
+        signed_w.absmax, signed_w.nested_absmax, signed_w.nested_offset = reference.quantize_scales(scales)
+    return signed_w
 
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -160,10 +160,21 @@ LAYERS: tuple[set[str], ...] = (
     {"lora", "tuning"},
     {"__init__"},
     {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "calibration", "parallel"},
+    {"evaluate"},
     {"cli"},
     {"__main__"},
 )
-USES_THE_ECOSYSTEM = {"load", "data", "train", "export", "integrations", "calibration", "estimate", "cli"}
+USES_THE_ECOSYSTEM = {
+    "load",
+    "data",
+    "train",
+    "export",
+    "integrations",
+    "calibration",
+    "estimate",
+    "evaluate",
+    "cli",
+}
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
 

@@ -34,7 +34,7 @@ def start(config: dict[str, Any], folder: Path, driver: str = "", **environment:
     )
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 180) -> None:
     limit = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()

@@ -97,7 +97,10 @@ def test_did_you_mean(tmp_path: Path, wrong: str, meant: str) -> None:
 
 def test_without_a_near_match_the_keys_are_listed(tmp_path: Path) -> None:
     (told,) = mistakes(tmp_path, MINIMAL + "lora: {zzz: 1}")
-    assert told == "run.yaml:4: lora.zzz is not a key; the keys of lora are r, alpha, dropout, target_modules, rslora"
+    assert (
+        told
+        == "run.yaml:4: lora.zzz is not a key; the keys of lora are r, alpha, dropout, target_modules, rslora, init"
+    )
 
 
 @pytest.mark.parametrize(

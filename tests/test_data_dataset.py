@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from test_data_template import byte_tokenizer, marked
 
-from qlora_native.data import BatchPlan, Encoded, TokenizedDataset, collate, load_dataset, padding_id
+from qlora_native.data import BatchPlan, Encoded, TokenizedDataset, collate, growing, load_dataset, padding_id
 from qlora_native.errors import UserError
 
 
@@ -61,7 +62,8 @@ def test_rows_and_arrays(tmp_path: Path) -> None:
     assert len(dataset) == 2
     assert dataset.lines.tolist() == [1, 3]
     assert dataset.lengths.tolist() == [HEADER + 3, HEADER + 5]
-    assert dataset.offsets.tolist() == [0, HEADER + 3, 2 * HEADER + 8]
+    assert dataset.starts.tolist() == [0, HEADER + 3]
+    assert dataset.trained.tolist() == [2, 4]
     assert [str(held.dtype) for held in (dataset.input_ids, dataset.labels)] == ["int32", "int32"]
     second = dataset[1]
     assert np.array_equal(second["input_ids"], dataset.input_ids[HEADER + 3 :])
@@ -74,7 +76,7 @@ def test_rows_and_arrays(tmp_path: Path) -> None:
         dataset[-3]
     with pytest.raises(ValueError, match="read-only"):
         second["input_ids"][0] = 1
-    assert dataset.labels[dataset.offsets[:-1]].tolist() == [-100, -100]
+    assert dataset.labels[dataset.starts].tolist() == [-100, -100]
 
 
 def test_counts_of_kept_cut_and_dropped_rows(tmp_path: Path) -> None:
@@ -84,7 +86,8 @@ def test_counts_of_kept_cut_and_dropped_rows(tmp_path: Path) -> None:
     stats = dataset.stats
     assert dataset.lines.tolist() == [1, 2, 4]
     assert dataset.truncated.tolist() == [False, True, False]
-    assert (stats.rows, stats.dropped, stats.truncated) == (3, 1, 1)
+    assert (stats.rows, stats.dropped, stats.dropped_too_long, stats.truncated) == (3, 1, 1, 1)
+    assert (dataset.dropped.lines.tolist(), dataset.dropped.too_long.tolist()) == ([3], [True])
     assert stats.tokens == (HEADER + 3) + (HEADER + 5) + (HEADER + 5)
     assert stats.trained_tokens == 2 + 5 + 4
     assert stats.share_trained == pytest.approx(11 / stats.tokens)
@@ -169,7 +172,8 @@ def test_subset_keeps_rows_lines_and_counts(tmp_path: Path) -> None:
     assert part.truncated.tolist() == [True, False]
     assert (part.stats.rows, part.stats.truncated, part.stats.trained_tokens) == (2, 1, 4 + 2)
     assert part.stats.dropped == whole.stats.dropped == 1, "of the file"
-    assert part.stats.tokens == len(part.input_ids) == 2 * HEADER + 4 + 3
+    assert part.stats.tokens == 2 * HEADER + 4 + 3
+    assert part.input_ids is whole.input_ids, "no copy"
     with pytest.raises(ValueError, match="row numbers from 0 to 3"):
         whole.subset([4])
 
@@ -200,3 +204,38 @@ def test_batches_of_tensors_from_a_file(tmp_path: Path) -> None:
         assert torch.all(batch["labels"][padded] == -100)
         assert int(batch["attention_mask"].sum()) == int(dataset.lengths[rows].sum())
     assert seen == dataset.stats.trained_tokens
+
+
+def test_memory_is_bounded_however_long_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's and numpy's memory while a file is read whose tokens take far more."""
+    tokenizer = byte_tokenizer()
+    rows = [{"text": f"{number:04} " + "abcdefgh" * 62} for number in range(400)]
+    file = jsonl(tmp_path, *rows)
+    held = load_dataset(file, tokenizer, max_length=4096, limit=100)
+    monkeypatch.setattr(growing, "CHUNK_BYTES", 1 << 14)
+    load_dataset(file, tokenizer, max_length=4096, limit=1)
+    tracemalloc.start()
+    try:
+        dataset = load_dataset(file, tokenizer, max_length=4096, folder=tmp_path / "tokens")
+        train, _ = dataset.split(0.1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    token_bytes = 8 * dataset.stats.tokens
+    assert token_bytes > 1.5e6 and peak < token_bytes / 3
+    assert list((tmp_path / "tokens").iterdir()) == [], "the file has no name"
+    assert all(np.array_equal(dataset[at]["input_ids"], held[at]["input_ids"]) for at in (0, 7, 99))
+    assert all(np.array_equal(dataset[at]["labels"], held[at]["labels"]) for at in (0, 7, 99))
+    assert int((train[100]["labels"] != -100).sum()) == train.trained[100]
+    plan = BatchPlan(train.lengths, 2)
+    batch = collate([train[at] for at in plan.batches(0)[0]], 0)
+    assert batch["input_ids"].shape == (2, 504)
+    with pytest.raises(ValueError, match="read-only"):
+        dataset[0]["input_ids"][0] = 1
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "CHUNK_BYTES", 8)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"could not be written to .*file: .*; make room there"):
+        load_dataset(jsonl(tmp_path, alpaca("q", "a")), byte_tokenizer(), folder=tmp_path / "file")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
+from laws import ROOT
 
 from qlora_native.data import FORMATS, Row, SourceRow, infer_format, normalise
 from qlora_native.errors import UserError
@@ -272,17 +275,17 @@ ASSISTANT = {"role": "assistant", "content": "a"}
         (
             "messages",
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
-            "messages[0] calls a tool, which cannot be trained on; remove the row.",
+            "messages[0].tool_calls[0] names no function, expected {'name': ..., 'arguments': {...}}.",
         ),
         (
             "sharegpt",
             {"conversations": [{"from": "function_call", "value": "{}"}]},
-            "conversations[0].from is 'function_call', a tool call, which cannot be trained on; remove the row.",
+            "conversations[0].value names no function, expected {'name': ..., 'arguments': {...}}.",
         ),
         (
             "messages",
             {"messages": CHAT, "tools": [{}]},
-            "the row has 'tools', which cannot be trained on; remove the row or its 'tools' key.",
+            "tools[0] has no 'name', expected a function with name and parameters.",
         ),
         (
             "messages",
@@ -300,3 +303,18 @@ def test_a_bad_row_is_one_sentence_with_file_and_line(format: str, data: dict[st
 def test_an_unknown_format_is_a_wrong_argument() -> None:
     with pytest.raises(ValueError, match="format is 'chatml', expected one of messages, sharegpt, alpaca"):
         normal({"text": "t"}, "chatml")
+
+
+def test_every_example_of_the_page_is_of_the_format_it_stands_under() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    sections = re.split(r"^### (.+)$", page.partition("## Templates")[0], flags=re.M)[1:]
+    assert tuple(sections[::2]) == FORMATS
+    for name, section in zip(sections[::2], sections[1::2], strict=True):
+        examples = re.findall(r"^```json\n(.*?)^```", section, re.M | re.S)
+        assert examples, name
+        for number, text in enumerate(examples, 1):
+            row = SourceRow(f"docs/data.md, {name} {number}", number, json.loads(text))
+            assert infer_format([row]) == name
+            found = normalise(row, name)
+            assert bool(found.tools) == ('"tools"' in text)
+            assert found.messages or found.text or found.completion

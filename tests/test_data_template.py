@@ -117,7 +117,7 @@ def test_ids_and_labels_of_one_exchange() -> None:
     before = [start, *user, newline, h, i, end, newline, start, *assistant, newline]
     assert encoded.input_ids == [*before, *answer, newline]
     assert encoded.labels == [-100] * len(before) + answer + [-100]
-    assert (encoded.trained, encoded.truncated) == (3, False)
+    assert (encoded.trained, encoded.cut) == (3, 0)
 
 
 # ---- templates without a generation block

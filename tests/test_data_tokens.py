@@ -145,7 +145,7 @@ def test_rows_are_cut_at_their_right_end(extra: int, ending: str) -> None:
     full = 1 + 5 + 2 + 2 + 1 + 10 + 4
     encoded = ChatEncoder(tokenizer, max_length=full + extra).encode(row("u:Hi", "a:Yo"))
     assert marked(tokenizer, encoded) == before + ending
-    assert (len(encoded.input_ids), encoded.truncated) == (full + extra, extra < 0)
+    assert (len(encoded.input_ids), encoded.cut) == (full + extra, max(0, -extra))
 
 
 def test_wrong_arguments() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same_bytes
+from helpers import same_bytes, signed
 
 import qlora_native as qn
 from qlora_native import reference
@@ -30,6 +30,7 @@ def test_matches_the_reference(shape: tuple[int, ...], quant_type: str) -> None:
             w = qn.quantize(t, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
             for dtype in FLOAT_DTYPES:
                 assert same_bytes(w.dequantize(dtype), truth(w, dtype))
+                assert same_bytes(signed(w).dequantize(dtype), truth(signed(w), dtype))
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-39, 3e-8, 7e4, 2e38])
@@ -50,9 +51,17 @@ def test_infinite_and_nan_scales_of_foreign_checkpoints() -> None:
 
 
 def test_negative_scales_decode() -> None:
-    w = qn.quantize(torch.randn(128), double_quant=False)
-    w.absmax.neg_()
-    assert same_bytes(w.dequantize(torch.bfloat16), truth(w, torch.bfloat16))
+    """As a code under a positive scale, with the sign turned; nested ones to the rounding of an 8-bit scale."""
+    t = torch.randn(300, 64)
+    plain = qn.quantize(t, double_quant=False)
+    turned = (torch.arange(300) % 2 == 0)[:, None]
+    want = torch.where(turned, -plain.dequantize(), plain.dequantize())
+    assert torch.equal(signed(plain).dequantize(), want)
+    nested = signed(qn.quantize(t))
+    assert nested.nested_offset is not None
+    assert abs(float(nested.nested_offset)) < 0.2
+    assert bool((nested.scales() < 0).any())
+    assert float((nested.dequantize() - want).abs().max()) < 0.1
 
 
 @pytest.mark.devices("cpu")

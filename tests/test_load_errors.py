@@ -177,7 +177,7 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_native.load import model as module
+    from qlora_native.load import taker as module
 
     save(tmp_path)
 
@@ -220,8 +220,9 @@ def test_old_rotary_tables_are_left_out_silently(tmp_path: Path, recwarn: pytest
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"method": "gptq"}, "method is 'gptq': expected 'rtn'"),
-        ({"calibration": ["text"]}, "takes no calibration data"),
+        ({"method": "awq"}, "method is 'awq': expected 'rtn', 'rtn_signed', 'wmse', 'gptq'"),
+        ({"method": "rtn", "calibration": ["text"]}, "takes no calibration data"),
+        ({"method": "gptq"}, "method .gptq. needs calibration data"),
         ({"dtype": torch.int8}, "dtype is torch.int8"),
         ({"quant_type": "int4"}, "quant_type is 'int4'"),
         ({"block_size": 48}, "block_size is 48"),

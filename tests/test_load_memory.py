@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 HIDDEN, INNER, LAYERS, VOCAB = 1536, 4096, 10, 8192
 
@@ -27,7 +27,7 @@ LOADERS = {
 CHILD = """
 import json, sys
 import torch
-import transformers.models.llama.modeling_llama
+import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
 from transformers import AutoModelForCausalLM
 from qlora_native import QLoRANativeConfig
 from qlora_native.load import load_model, quantizer
@@ -43,33 +43,35 @@ sys.stdin.readline()
 """
 
 
-def write_model(folder: Path) -> tuple[int, int]:
+def write_model(
+    folder: Path, hidden: int = HIDDEN, inner: int = INNER, layers: int = LAYERS, vocab: int = VOCAB
+) -> tuple[int, int]:
     """A random llama, one shard a layer, never whole in memory. Returns bytes of all tensors, and of the largest."""
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
     config.save_pretrained(folder)
-    attention = torch.randn(HIDDEN, HIDDEN).mul_(0.02).bfloat16()
-    mlp = torch.randn(INNER, HIDDEN).mul_(0.02).bfloat16()
-    norm = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    attention = torch.randn(hidden, hidden).mul_(0.02).bfloat16()
+    mlp = torch.randn(inner, hidden).mul_(0.02).bfloat16()
+    norm = torch.ones(hidden, dtype=torch.bfloat16)
     shards: dict[str, dict[str, torch.Tensor]] = {}
-    for number in range(LAYERS):
+    for number in range(layers):
         prefix = f"model.layers.{number}."
         shards[f"model-{number:02}.safetensors"] = {
             **{f"{prefix}self_attn.{name}_proj.weight": attention for name in "qkvo"},
             f"{prefix}mlp.gate_proj.weight": mlp,
             f"{prefix}mlp.up_proj.weight": mlp,
-            f"{prefix}mlp.down_proj.weight": mlp.view(HIDDEN, INNER),
+            f"{prefix}mlp.down_proj.weight": mlp.view(hidden, inner),
             f"{prefix}input_layernorm.weight": norm,
             f"{prefix}post_attention_layernorm.weight": norm,
         }
-    table = torch.randn(VOCAB, HIDDEN).mul_(0.02).bfloat16()
+    table = torch.randn(vocab, hidden).mul_(0.02).bfloat16()
     shards["model-99.safetensors"] = {
         "model.embed_tokens.weight": table,
         "lm_head.weight": table,
@@ -96,21 +98,40 @@ def anonymous_bytes(pid: int) -> int:
     return values["RssAnon"] + values["RssShmem"]
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A folder and the bytes of its largest tensor."""
-    folder = tmp_path_factory.mktemp("model")
-    stored, largest = write_model(folder)
-    assert stored > 500e6
-    return folder, largest
+def write_experts(folder: Path) -> int:
+    """A random mixtral whose largest tensors are its experts, stored one by one. Returns the bytes of the largest."""
+    hidden, inner = 1024, 2048
+    config = MixtralConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        architectures=["MixtralForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    weight = torch.randn(inner, hidden).mul_(0.02).bfloat16()
+    square, norm = weight[:hidden], torch.ones(hidden, dtype=torch.bfloat16)
+    tensors = {"model.embed_tokens.weight": square, "lm_head.weight": square, "model.norm.weight": norm}
+    for number in range(config.num_hidden_layers):
+        prefix = f"model.layers.{number}."
+        tensors |= {f"{prefix}self_attn.{name}_proj.weight": square for name in "qkvo"}
+        tensors |= {f"{prefix}{name}_layernorm.weight": norm for name in ("input", "post_attention")}
+        tensors[f"{prefix}block_sparse_moe.gate.weight"] = weight[:8]
+        for expert in range(8):
+            for name in ("w1", "w2", "w3"):
+                part = weight.view(hidden, inner) if name == "w2" else weight
+                tensors[f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"] = part
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return weight.nbytes
 
 
-@pytest.mark.slow_memory
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("loader", LOADERS)
-def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int], loader: str) -> None:
-    folder, largest = model_folder
-    script = CHILD.replace("{loader}", LOADERS[loader])
+def measure(folder: Path, loader: str) -> tuple[int, int, int, int]:
+    """Anonymous bytes at the peak and after loading, beyond those of the imports; the model's bytes, the 4-bit ones."""
+    script = CHILD.replace("{loader}", loader)
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -134,8 +155,36 @@ def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int
         process.kill()
         process.stdout.close()
         process.stdin.close()
+    return peak - before, after - before, num_bytes, bytes_4bit
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A folder and the bytes of its largest tensor."""
+    folder = tmp_path_factory.mktemp("model")
+    stored, largest = write_model(folder)
+    assert stored > 500e6
+    return folder, largest
+
+
+@pytest.mark.slow_memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("loader", LOADERS)
+def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int], loader: str) -> None:
+    check_peak(*model_folder, LOADERS[loader], 100e6)
+
+
+@pytest.mark.slow_memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_experts_are_not_stacked_in_16_bits(tmp_path: Path) -> None:
+    check_peak(tmp_path, write_experts(tmp_path), LOADERS["load_model"], 50e6)
+
+
+def check_peak(folder: Path, largest: int, loader: str, at_least: float) -> None:
+    """Load ``folder`` in a process of its own: its peak, and that ``at_least`` so many bytes have become 4-bit."""
+    peak, rest, num_bytes, bytes_4bit = measure(folder, loader)
     limit = (num_bytes + largest) * 1.1
-    told = f"peak {peak - before:,}, at rest {after - before:,} bytes; model {num_bytes:,}, largest tensor {largest:,}"
+    told = f"peak {peak:,}, at rest {rest:,} bytes; model {num_bytes:,}, largest tensor {largest:,}"
     print(told)
-    assert bytes_4bit > 100e6, "the layers must have become 4-bit"
-    assert peak - before <= limit, told
+    assert bytes_4bit > at_least, "the layers must have become 4-bit"
+    assert peak <= limit, told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SavedTensors, relative_error
+from helpers import SavedTensors, relative_error, signed
 
 import qlora_native as qn
 from qlora_native import reference
@@ -17,7 +17,8 @@ SCALE = 1.75
 class Operands:
     def __init__(self, case: Product, dtype: torch.dtype, adapter: torch.dtype, separate: bool, bias: bool) -> None:
         stored = torch.float32 if dtype == torch.float64 else dtype
-        self.w = qn.quantize(torch.randn(case.n, case.k) / case.k**0.5)
+        w = qn.quantize(torch.randn(case.n, case.k) / case.k**0.5)
+        self.w = signed(w) if bias else w
         self.dense = reference.dequantize(stored, *self.w.op_args()).double()
 
         def leaf(*shape: int, to: torch.dtype = dtype) -> torch.Tensor:

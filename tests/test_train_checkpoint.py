@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import resource
@@ -44,10 +45,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(files: Path, out: Path, **train: Any) -> dict[str, Any]:
     """Dropout, odd batch sizes and epochs that end inside the run: all that a resumed run could get wrong."""
     options = {"steps": STEPS, "batch_size": 3, "grad_accum": 2, "lr": 5e-3, "save_every": 2, "eval_every": 3, **train}
+    data = options.pop("data", {})
     return {
         "model": str(files / "model"),
         "output_dir": str(out),
-        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0.2},
+        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0.2, **data},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.3},
         "train": options,
     }
@@ -94,6 +96,27 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(files: Path, undisturbed: Path
     torch.rand(5), random.random(), np.random.rand()  # the new process would begin elsewhere
     train(files, out, resume="auto")
     assert_as_undisturbed(out, undisturbed)
+
+
+def test_a_packed_run_stopped_inside_its_second_epoch_ends_as_if_it_had_not(files: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "data": {"packing": True, "max_length": 64},
+        "batch_size": 1,
+        "steps": None,
+        "epochs": 2.5,
+    }
+    train(files, tmp_path / "whole", **options)
+    steps = [record for record in metrics(tmp_path / "whole") if "lr" in record]
+    assert len(steps) == 8, "3 steps an epoch"
+    with pytest.raises(Crash):
+        train(files, tmp_path / "out", on_step=crash_at(5), **options)
+    state = json.loads((tmp_path / "out" / "step-000004" / checkpoint.STATE).read_text())["data"]
+    assert (state["epoch"], state["batch"]) == (1, 1)
+    torch.rand(5), random.random(), np.random.rand()
+    train(files, tmp_path / "out", resume="auto", **options)
+    assert_as_undisturbed(tmp_path / "out", tmp_path / "whole")
+    with pytest.raises(UserError, match="packing was on when the checkpoint was made and is off now"):
+        train(files, tmp_path / "out", resume="auto", **{**options, "data": {"max_length": 64}})
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "lion"])

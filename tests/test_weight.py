@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import same_bytes
+from helpers import same_bytes, signed
 
 import qlora_native as qn
 from qlora_native.weight import TENSOR_FIELDS
@@ -91,6 +91,7 @@ def test_slice_that_begins_inside_a_block() -> None:
 def test_bnb_round_trip(storage: torch.dtype, double_quant: bool) -> None:
     w = qn.quantize(torch.randn(32, 64, dtype=torch.float16), double_quant=double_quant)
     w.storage_dtype = storage
+    w = signed(w) if storage == torch.uint8 else w
     tensors = qn.to_bnb(w, "layer.weight")
     assert all(key == "layer.weight" or key.startswith("layer.weight.") for key in tensors)
     assert tensors["layer.weight"].dtype == storage

@@ -12,6 +12,7 @@
 #include "cpu/vec.h"
 // What builds on them.
 #include "cpu/kernels-dense-inl.h"
+#include "cpu/kernels-feedback-inl.h"
 #include "cpu/kernels-gemm-inl.h"
 #include "cpu/kernels-linear-inl.h"
 #include "cpu/kernels-quads-inl.h"
@@ -50,6 +51,7 @@ constexpr Kernels kTable = {
     kOptimTable,
     kActivations,
     kAttention,
+    kCalibration,
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels-activations.h"
 #include "cpu/kernels-attention.h"
+#include "cpu/kernels-calibration.h"
 #include "cpu/kernels-optim.h"
 #include "cpu/tiles.h"
 
@@ -88,6 +89,7 @@ struct Kernels {
   OptimKernels optim;
   ActivationKernels activations;
   AttentionKernels attention;
+  CalibrationKernels calibration;
 };
 
 const Kernels& scalar_kernels();

@@ -23,11 +23,13 @@ void bind_dequantize_4bit(pybind11::module_& module);
 void bind_linear_4bit(pybind11::module_& module);
 void bind_adamw_step(pybind11::module_& module);
 void bind_lion_step(pybind11::module_& module);
+void bind_gptq_4bit(pybind11::module_& module);
 void bind_gradient_norm(pybind11::module_& module);
 void bind_linear_cross_entropy(pybind11::module_& module);
 void bind_paging(pybind11::module_& module);
 void bind_rms_norm(pybind11::module_& module);
 void bind_rotary(pybind11::module_& module);
+void bind_search_scales_4bit(pybind11::module_& module);
 void bind_swiglu(pybind11::module_& module);
 
 inline void require(bool condition, const char* sentence) {

@@ -8,6 +8,37 @@ def nested_code() -> list[float]: ...
 def quantize_4bit(
     x: int, dtype: int, numel: int, block_size: int, quant_type: int, packed: int, absmax: int
 ) -> int: ...
+def search_scales_4bit(
+    x: int,
+    dtype: int,
+    numel: int,
+    k: int,
+    block_size: int,
+    quant_type: int,
+    moment: int,
+    table: int,
+    count: int,
+    group: int,
+    multiplier: int,
+    offset: float,
+    low: float,
+    high: float,
+    initial: int,
+    packed: int,
+    chosen: int,
+) -> None: ...
+def gptq_4bit(
+    x: int,
+    dtype: int,
+    n: int,
+    k: int,
+    block_size: int,
+    quant_type: int,
+    factor: int,
+    order: int,
+    scales: int,
+    packed: int,
+) -> None: ...
 def quantize_scales(absmax: int, blocks: int, codes: int, nested_absmax: int, nested_offset: int) -> None: ...
 def dequantize_4bit(
     dtype: int,

@@ -17,14 +17,15 @@ from .functional import linear, linear_cross_entropy, lora_linear
 from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
 
 if TYPE_CHECKING:
-    from .calibration.data import CalibrationData as CalibrationData
     from . import nn as nn
     from . import optim as optim
     from . import parallel as parallel
+    from .calibration.data import CalibrationData as CalibrationData
     from .integrations import fuse as fuse
     from .integrations.peft import peft_config as peft_config
     from .integrations.transformers import QLoRANativeConfig as QLoRANativeConfig
     from .load import load_model as load_model
+    from .load import lora_statistics as lora_statistics
     from .load import merge as merge
     from .load.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
     from .lora import LoraConfig as LoraConfig
@@ -49,6 +50,7 @@ _LAZY = {
     "add_lora": "lora",
     "save_adapter": "lora",
     "load_adapter": "lora",
+    "lora_statistics": "load",
     "merge": "load",
     "TrainConfig": "train",
     "Trainer": "train",
@@ -73,6 +75,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "lora_linear",
+    "lora_statistics",
     "merge",
     "nn",
     "ops",

@@ -263,7 +263,8 @@ std::vector<float> turning_points() {
   return points;
 }
 
-// A quantised weight of random bytes whose buffers end where the format says they end: a sanitizer sees an overrun.
+// A quantised weight of random bytes and scales of both signs, whose buffers end where the format says they end: a
+// sanitizer sees an overrun.
 struct RandomWeight {
   RandomWeight(int64_t numel, int64_t block_size, bool nested, QuantType type, uint64_t seed)
       : levels(levels_of(type)),
@@ -279,7 +280,7 @@ struct RandomWeight {
       code = random.byte();
     }
     for (float& scale : scales) {
-      scale = 0.01f + 0.01f * random.uniform();
+      scale = nested ? 0.01f + 0.01f * random.uniform() : 0.02f * random.uniform();
     }
     view = {packed.data(),
             nested ? nullptr : scales.data(),
@@ -298,7 +299,7 @@ struct RandomWeight {
   std::vector<uint8_t> packed;
   std::vector<uint8_t> codes;
   std::vector<float> scales;
-  float offset = 0.02f;
+  float offset = -0.0005f;  // scales of both signs have about this mean
   WeightView view;
 };
 

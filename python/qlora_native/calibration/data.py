@@ -142,9 +142,11 @@ def _documents(data: CalibrationData, load_tokenizer: Callable[[], Any]) -> Iter
     documents: list[Any] = list(source)
     order = permutation(len(documents), data.seed)
     if all(isinstance(one, str) for one in documents):
-        encoder = ChatEncoder(load_tokenizer(), train_on="all") if documents else None
+        if not documents:
+            return
+        encoder = ChatEncoder(load_tokenizer(), train_on="all")
         for index in order:
-            if documents[index].strip() and encoder is not None:
+            if documents[index].strip():
                 yield encoder.encode(Row(f"calibration text {index}", 1, text=documents[index])).input_ids
         return
     for index in order:

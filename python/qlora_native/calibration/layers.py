@@ -7,7 +7,7 @@ sequence, with stand-ins in place of the layers that hand the hidden states on a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +80,8 @@ class LayerCalls:
         """
         calls: list[LayerCall] = []
         entered: list[Tensor] = []
-        with _stand_ins(self._model, self._layers, calls, entered):
-            try:
-                self._model(input_ids=ids, use_cache=False)
-            except _Stop:
-                pass
+        with _stand_ins(self._model, self._layers, calls, entered), suppress(_Stop):
+            self._model(input_ids=ids, use_cache=False)
         if len(calls) != len(self._layers):
             raise _unlike(self._model, f"{len(calls)} of its {len(self._layers)} layers are called")
         if not self._calls:

@@ -50,7 +50,7 @@ class Statistic:
     def add_squares(self, x: Tensor) -> None:
         """Add those of x [tokens, K]."""
         self.tokens += len(x)
-        self.squares += x.float().square_().sum(0, dtype=torch.float64)
+        self.squares += x.float().square().sum(0, dtype=torch.float64)
 
     def add_tile(self, rows: tuple[int, int], columns: tuple[int, int], inputs: Sequence[Tensor]) -> None:
         """Add that block of x^T x, for one x [tokens, K] fp32 after another."""
@@ -164,7 +164,8 @@ class InputTaps:
     @contextmanager
     def noting(self) -> Iterator[Inputs]:
         """The inputs that this thread's forwards meet while entered."""
-        self._thread.inputs = inputs = {}
+        inputs: Inputs = {}
+        self._thread.inputs = inputs
         try:
             yield inputs
         finally:

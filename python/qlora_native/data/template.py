@@ -54,11 +54,11 @@ _Offsets = list[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids and labels of one row, equally long; ``truncated`` if tokens were cut off at its right end."""
+    """Token ids and labels of one row, equally long; ``cut`` tokens were left out at its right end."""
 
     input_ids: list[int]
     labels: list[int]
-    truncated: bool = False
+    cut: int = 0
 
     @property
     def trained(self) -> int:
@@ -101,6 +101,7 @@ class ChatEncoder:
         self._control_ids = self._control_tokens()
         self._blank: dict[int, bool] = {}
         self._prompts: bool | None = None
+        self._tools: list[dict[str, Any]] | None = None  # of the row in hand
 
     def encode(self, row: Row) -> Encoded:
         """Token ids and labels of one row.
@@ -108,6 +109,7 @@ class ChatEncoder:
         Raises:
             UserError: the template refuses the conversation, or an answer cannot be found in what it renders.
         """
+        self._tools = list(row.tools) or None
         if row.messages is not None:
             ids, trained = self._messages(row, row.messages)
         else:
@@ -118,7 +120,7 @@ class ChatEncoder:
         if labels:
             labels[0] = IGNORE_INDEX
         cut = self.max_length if self.max_length is not None else len(ids)
-        return Encoded(ids[:cut], labels[:cut], truncated=len(ids) > cut)
+        return Encoded(ids[:cut], labels[:cut], cut=max(0, len(ids) - cut))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant is to answer: what generation starts from.
@@ -126,6 +128,7 @@ class ChatEncoder:
         Raises:
             UserError: the template refuses the conversation.
         """
+        self._tools = None
         _, text, _ = self._rendered(list(messages), "the conversation", add_generation_prompt=True)
         return self._tokenise(text)[0]
 
@@ -149,6 +152,7 @@ class ChatEncoder:
 
     def _messages(self, row: Row, given: Sequence[Message]) -> tuple[list[int], list[bool]]:
         messages, text, shift = self._rendered(list(given), row.where)
+        self._check_tools(messages, text, row.where)
         untrained = {index - shift for index in row.untrained}
         if self.train_on == "all":
             ids, _ = self._tokenise(text)
@@ -160,9 +164,24 @@ class ChatEncoder:
         ends_in_answer = messages[-1]["role"] == "assistant" and len(messages) - 1 not in untrained
         return self._close_turns(ids, trained, ends_in_answer)
 
+    def _check_tools(self, messages: list[Message], text: str, where: str) -> None:
+        """UserError if the template leaves out a tool or a call: answers would be learnt to what is not there."""
+        calls = [call for message in messages for call in message.get("tool_calls", ())]
+        for tool in [*(self._tools or ()), *calls]:
+            name = tool["function"]["name"]
+            if name not in text:
+                raise UserError(
+                    f"{where}: the chat template does not show tools ('{name}' is not in what it renders); use a model "
+                    "whose template does, or remove the row."
+                )
+
     def _assistant_mask(self, messages: list[Message]) -> tuple[list[int], list[bool]] | None:
         out = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            tools=self._tools,
+            chat_template=self.chat_template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         trained = [bool(flag) for flag in out["assistant_masks"]]
         # A template may hold a block it does not reach; then the answers are found by text.
@@ -194,11 +213,12 @@ class ChatEncoder:
         return spans
 
     def _around(self, messages: list[Message], index: int) -> tuple[str | None, str | None]:
-        """The rendered text before and after the content of one message."""
+        """The rendered text before and after what one message says and calls."""
         probe = _PROBE
         while any(probe in message["content"] for message in messages):
             probe += "X"
-        changed = [*messages[:index], {**messages[index], "content": probe}, *messages[index + 1 :]]
+        plain = {key: value for key, value in messages[index].items() if key != "tool_calls"}
+        changed = [*messages[:index], {**plain, "content": probe}, *messages[index + 1 :]]
         pieces = (self._try_render(changed) or "").split(probe)
         return (pieces[0], pieces[1]) if len(pieces) == 2 else (None, None)
 
@@ -272,6 +292,7 @@ class ChatEncoder:
         return str(
             self.tokenizer.apply_chat_template(
                 list(messages),
+                tools=self._tools,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,

@@ -24,7 +24,7 @@ from .anatomy import Anatomy, Setting, read_anatomy
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
-FIXED_SLACK = 14 << 20  # Python's objects for modules and graph, and holes of the heap, on the CPU
+FIXED_SLACK, LAYER_SLACK = 8 << 20, 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
 HEAP_SLACK = 0.19  # of what is kept without checkpointing: glibc's holes beside aligned blocks of the heap
 THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
@@ -298,7 +298,7 @@ class _Sum:
         if self.setting.device == "cuda":
             return terms
         share = 0.0 if self.setting.checkpointing else HEAP_SLACK
-        return replace(terms, slack=round(FIXED_SLACK + share * terms.activations))
+        return replace(terms, slack=round(FIXED_SLACK + len(self.layers) * LAYER_SLACK + share * terms.activations))
 
     def _rough(self) -> tuple[str, ...]:
         return () if self.layers else (type(self.estimator.anatomy.model).__name__,)

@@ -8,6 +8,7 @@ mask itself, so whatever model or library made it, the result is what the mask a
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def _find(mask: Tensor) -> Documents | None:
             return None
         starts = [0, *((~square.diagonal(-1)).nonzero().flatten() + 1).tolist(), length]
         documents, inside = [], 0
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             part = square[start:end, start:end]
             seen, size = int(part.sum()), end - start
             inside += seen

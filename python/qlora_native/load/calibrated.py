@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers
 FellBack = dict[str, str]  # weight, or weight[expert] -> why it did not get the method
 
 MOST_THREADS = 8  # each holds the activations of one sequence and the factors of one weight
+WIDE = 4096  # input channels beyond which factors are too large to have several at once
 LEAST_TOKENS = 64  # that must have reached a weight for statistics to mean something
 LEAST_TOKENS_PER_CHANNEL = 0.25  # for "gptq": with fewer most of the Hessian is its damping
 
@@ -64,22 +66,33 @@ def calibrated(
         tell(f"the calibration data have {rows * length:,} of {tokens.wanted:,} tokens", 0, text.num_hidden_layers)
     told = tokens.describe()
     num_bytes = rows * length * text.hidden_size * taker.dtype.itemsize
-    with ExitStack() as stack:
-        finished, scratch = None, None
+    try:
         if work_dir is not None:
             run = {"version": __version__, "model": source.identity(), "method": method, "calibration": told}
             run |= {**taker.options, "dtype": str(taker.dtype), "skip_modules": sorted(taker.weights)}
             finished = FinishedLayers(work_dir, run)
-            if finished.changed:
-                tell(f"{', '.join(finished.changed)} changed since the run that was interrupted: it starts anew", 0, 1)
-            elif finished.count:
-                tell(f"going on after layer {finished.count} of the run that was interrupted", finished.count, 1)
-        elif num_bytes > MOST_IN_MEMORY and not _C.lies_in_memory(gettempdir()):
-            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="qlora-calibration-")))
-        fell_back = _calibrate_layers(source, taker, method, tokens, finished, scratch, tell)
-        if finished is not None:
+            _tell_of(finished, tell, text.num_hidden_layers)
+            fell_back = _calibrate_layers(source, taker, method, tokens, finished, None, tell)
             finished.remove()
+        elif num_bytes > MOST_IN_MEMORY and not _C.lies_in_memory(gettempdir()):
+            with TemporaryDirectory(prefix="qlora-calibration-") as scratch:
+                fell_back = _calibrate_layers(source, taker, method, tokens, None, Path(scratch), tell)
+        else:
+            fell_back = _calibrate_layers(source, taker, method, tokens, None, None, tell)
+    except OSError as error:
+        folder = work_dir or gettempdir()
+        raise UserError(
+            f"{folder}: the calibration's files cannot be written or read ({error.strerror or error}); they take "
+            f"{2 * num_bytes / 2**20:,.0f} MiB and the 4-bit layers."
+        ) from error
     return told, fell_back
+
+
+def _tell_of(finished: FinishedLayers, tell: Progress, total: int) -> None:
+    if finished.changed:
+        tell(f"{', '.join(finished.changed)} changed since the run that was interrupted: starting anew", 0, total)
+    elif finished.count:
+        tell(f"{finished.count} layers are finished already: going on after them", finished.count, total)
 
 
 def _calibrate_layers(
@@ -96,7 +109,7 @@ def _calibrate_layers(
     path, layers = decoder_layers(taker.tree.model)
     outside = partial(_is_outside, f"{path}.")
     taker.take_all(source.arrivals(taker.tree, outside, taker.is_copied, taker.weights.__contains__, outside))
-    fell_back = {name: "it stands outside the decoder layers" for name in taker.weights if outside(name)}
+    fell_back = {name: "it stands outside the decoder layers: 'rtn'" for name in taker.weights if outside(name)}
     model = taker.tree.prepare()
     work = _Layers(source, taker, method, tokens, path, layers, LayerCalls(model, layers))
     with _side_by_side(taker.tree.device) as (pool, threads):
@@ -151,6 +164,7 @@ class _Layers:
         self.source, self.taker, self.method, self.ids = source, taker, method, tokens.ids
         self.path, self.layers, self.calls = path, layers, calls
         self.taps = InputTaps()
+        self._wide = Lock()
 
     def first_inputs(self, ids: Tensor, folder: Path | None, start: int) -> HiddenStates:
         """What enters the layer ``start``; where that is not the first it lies in the folder already."""
@@ -168,9 +182,7 @@ class _Layers:
         """Read what is dense in a layer, and put its 4-bit weights, which are there already."""
         prefix, taker = f"{self.path}.{index}.", self.taker
         dense = [name for name in taker.tree.shapes if name.startswith(prefix) and name not in weights]
-        taker.take_all(
-            self.source.arrivals(taker.tree, dense.__contains__, taker.is_copied, among=_starting(prefix))
-        )
+        taker.take_all(self.source.arrivals(taker.tree, dense.__contains__, taker.is_copied, among=_starting(prefix)))
         for name, weight in weights.items():
             taker.put_four_bit(name, weight.to(taker.tree.device), str(self.source.path))
 
@@ -237,6 +249,13 @@ class _Layers:
     ) -> tuple[dict[Key, QuantizedWeight], FellBack]:
         """The weights that share an input, and which of them did not get the method."""
         statistic, keys = group
+        is_wide = self.method == "gptq" and statistic is not None and len(statistic.squares) > WIDE
+        with self._wide if is_wide else nullcontext():
+            return self._quantised_by(statistic, keys, stored)
+
+    def _quantised_by(
+        self, statistic: Statistic | None, keys: list[Key], stored: dict[str, tuple[Tensor, str]]
+    ) -> tuple[dict[Key, QuantizedWeight], FellBack]:
         method, why = self._method_for(statistic)
         data: dict[str, Any] = {"method": method}
         if statistic is not None and method != "rtn":
@@ -270,9 +289,7 @@ def _starting(prefix: str) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefix)
 
 
-def _by_cost(
-    statistics: Statistics, stored: dict[str, tuple[Tensor, str]]
-) -> list[tuple[Statistic | None, list[Key]]]:
+def _by_cost(statistics: Statistics, stored: dict[str, tuple[Tensor, str]]) -> list[tuple[Statistic | None, list[Key]]]:
     """The groups of weights, those that take longest first, and the weights that no token reached."""
     groups: list[tuple[Statistic | None, list[Key]]] = [*statistics.groups()]
     groups.sort(key=lambda group: -len(group[0].squares) if group[0] is not None else 0)

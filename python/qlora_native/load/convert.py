@@ -22,9 +22,9 @@ from ..weight import QuantizedWeight, bnb_state_key, quant_type_number, quantize
 from .files import StoredTensor
 from .layers import OUTPUT_EMBEDDING, four_bit_weights, is_plain_linear
 from .model import bitsandbytes_config
-from .plan import Converted, FourBit, Plain, Plan
+from .plan import Converted, FourBit, Plain, Plan, Step
 from .shards import Output, ShardWriter, shard_names, write_index
-from .source import SafetensorsSource, open_source
+from .source import SafetensorsSource, Source, open_source
 from .taker import DTYPES
 from .tree import Tree, first_sentence
 
@@ -107,7 +107,16 @@ def convert(
     dtype = dtype or (stored_dtype if stored_dtype in DTYPES[:2] else torch.bfloat16)
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before anything is written
-    work = _Conversion(opened, target, dtype, options, skip_modules)
+    work = Conversion(opened, target, dtype, options, skip_modules)
+    write_all(work, folder, shard_bytes)
+    config = json.loads((source / "config.json").read_bytes())
+    write_config(folder, config, work.config(), dtype)
+    copy_other_files(source, folder)
+    return work.report
+
+
+def write_all(work: Conversion, folder: Path, shard_bytes: int) -> None:
+    """Write every job's tensors into safetensors files of at most ``shard_bytes``, unless one tensor is larger."""
     files: list[list[Job]] = [[]]
     for job in work.jobs():
         if files[-1] and sum(one.num_bytes for one in files[-1]) + job.num_bytes > shard_bytes:
@@ -128,19 +137,21 @@ def convert(
     work.report.files = len(files)
     if len(files) > 1:
         write_index(folder, weight_map, work.report.num_bytes)
-    _write_config(source, folder, work.config(), dtype)
+
+
+def copy_other_files(source: Path, folder: Path) -> None:
+    """What lies beside the weights: tokenizer, generation defaults, licence."""
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
-    return work.report
 
 
-class _Conversion:
+class Conversion:
     """One run: what is read, what is wanted, and the jobs that lead there."""
 
     def __init__(
         self,
-        source: SafetensorsSource,
+        source: Source,
         target: str,
         dtype: torch.dtype,
         options: dict[str, Any],
@@ -149,6 +160,9 @@ class _Conversion:
         self.source, self.target, self.dtype, self.options = source, target, dtype, options
         self.tree = Tree(source.config, dtype, torch.device("cpu"))
         self.report = ConvertReport()
+        modules = self.tree.model.named_modules()
+        # Weights [in, out] of layers that multiply from the right.
+        self.turned = {f"{n}.weight" for n, m in modules if is_plain_linear(m) and not isinstance(m, nn.Linear)}
         self.plan: Plan = source.plan(self.tree)
         self.four_bit = {step.name for step in self.plan.steps if isinstance(step, FourBit)}
         stacks = sorted(name for name in self.four_bit if not name.endswith(".weight"))
@@ -191,21 +205,25 @@ class _Conversion:
     def jobs(self) -> Iterator[Job]:
         """In the order of the files."""
         for step in self.plan.steps:
-            if isinstance(step, FourBit):
-                yield self._decoded(step) if self.target == "16bit" else self._copied(step)
-            elif isinstance(step, Plain):
-                turned = self.weights.get(step.name)
-                if turned is None:
-                    yield self._dense(step.stored, self.tree.dtype_of(step.name))
-                else:
-                    yield self._quantised(step.stored.name, step.stored, turned)
-            elif step.name in self.weights and len(step.converter.target_patterns) == 1:
-                yield self._stacked(step)
-            else:
-                yield from (self._dense(stored, self.tree.dtype_of(step.name)) for _, stored in step.parts)
+            yield from self.jobs_of(step)
         for name in self.plan.unexpected:
             stored = self.source.checkpoint.tensors[name]
             yield self._dense(stored, stored.dtype)
+
+    def jobs_of(self, step: Step) -> Iterator[Job]:
+        """What one step of the plan becomes."""
+        if isinstance(step, FourBit):
+            yield self._decoded(step) if self.target == "16bit" else self._copied(step)
+        elif isinstance(step, Plain):
+            turned = self.weights.get(step.name)
+            if turned is None:
+                yield self._dense(step.stored, self.tree.dtype_of(step.name))
+            else:
+                yield self._quantised(step.stored.name, step.stored, turned)
+        elif step.name in self.weights and len(step.converter.target_patterns) == 1:
+            yield self._stacked(step)
+        else:
+            yield from (self._dense(stored, self.tree.dtype_of(step.name)) for _, stored in step.parts)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Parts of a stored tensor
@@ -213,12 +231,16 @@ class _Conversion:
     def _flat(self, stored: StoredTensor, turned: bool) -> Parts:
         """The elements of a stored tensor, transposed if ``turned``."""
         numel = math.prod(stored.shape)
-        if stored.name in self.plan.scales or stored.dtype.itemsize == 1 or turned:
+        if self.is_read_whole(stored) or turned:
             whole = self.source.read(self.plan, stored)
-            yield from _slices(whole.t() if turned else whole)
+            yield from slices(whole.t() if turned else whole)
             return
         for begin in range(0, numel, PART):
             yield self.source.checkpoint.read_part(stored, begin, min(begin + PART, numel))
+
+    def is_read_whole(self, stored: StoredTensor) -> bool:
+        """Whether its elements are more than its bytes: 8-bit floats have scales beside them."""
+        return stored.name in self.plan.scales or stored.dtype.itemsize == 1
 
     def _dense(self, stored: StoredTensor, dtype: torch.dtype) -> Job:
         kept = not stored.dtype.is_floating_point
@@ -243,11 +265,9 @@ class _Conversion:
     def _stacked(self, step: Converted) -> Job:
         def parts() -> Parts:
             read = partial(self.source.read, self.plan)
-            stacks = (
-                step.slices(self.tree.model, read) if step.is_stack else (t for _, t in step.run(self.tree.model, read))
-            )
+            stacks = step.slices(read) if step.is_stack else (t for _, t in step.run(self.tree.model, read))
             for stack in stacks:
-                yield from _slices(stack)
+                yield from slices(stack)
 
         return self._packed(step.name, tuple(self.tree.shapes[step.name].shape), str(step.parts[0][1].file), parts)
 
@@ -320,8 +340,7 @@ class _Conversion:
     def _decoded(self, step: FourBit) -> Job:
         shape = tuple(self._state(step)["shape"])
         expected = tuple(self.tree.shapes[step.name].shape)
-        module = self.tree.model.get_submodule(step.name.rpartition(".")[0])
-        turned = is_plain_linear(module) and not isinstance(module, nn.Linear)
+        turned = step.name in self.turned
         if (shape[::-1] if turned else shape) != expected:
             raise UserError(
                 f"{step.parts[0].file}: weight {step.prefix} is {list(shape)}, but {list(expected)} by config.json; "
@@ -330,7 +349,7 @@ class _Conversion:
 
         def write(writer: ShardWriter) -> None:
             weight = self.source.four_bit(step)
-            parts = _slices(weight.dequantize(self.dtype).t()) if turned else _decoded_parts(weight, self.dtype)
+            parts = slices(weight.dequantize(self.dtype).t()) if turned else decoded_parts(weight, self.dtype)
             for part in parts:
                 writer.write(step.prefix, part)
             self.report.dequantized += 1
@@ -338,21 +357,26 @@ class _Conversion:
         return Job([Output(step.prefix, self.dtype, expected)], write)
 
 
-def _slices(whole: Tensor) -> Parts:
+def slices(whole: Tensor) -> Parts:
     """The elements of a tensor in row-major order, contiguous, in parts of whole blocks of any size."""
     if whole.is_contiguous():
         yield from whole.view(-1).split(PART)
         return
-    width = whole[0].numel()
-    step = 4096 // math.gcd(width, 4096)  # so many rows fill blocks of any size
-    for part in whole.split(step * max(1, PART // (width * step))):
+    for part in whole.split(rows_of_a_part(whole[0].numel())):
         yield part.contiguous().view(-1)
 
 
-def _decoded_parts(weight: QuantizedWeight, dtype: torch.dtype) -> Parts:
+def rows_of_a_part(width: int) -> int:
+    """How many rows of ``width`` elements make a part of whole blocks of any size."""
+    step = 4096 // math.gcd(width, 4096)
+    return step * max(1, PART // (width * step))
+
+
+def decoded_parts(weight: QuantizedWeight, dtype: torch.dtype, size: int = PART) -> Parts:
+    """The decoded elements in order, ``size`` (whole blocks) at a time."""
     scales, numel, block = weight.scales(), weight.numel(), weight.block_size
-    for begin in range(0, numel, PART):
-        end = min(begin + PART, numel)
+    for begin in range(0, numel, size):
+        end = min(begin + size, numel)
         part = QuantizedWeight(
             weight.packed[begin // 2 : (end + 1) // 2],
             scales[begin // block : -(-end // block)],
@@ -373,8 +397,8 @@ def _bad(part: Tensor, done: int, error: ValueError) -> str:
     return f"its element {done + index} is {float(part[index])}: only finite weights can be quantised."
 
 
-def _write_config(source: Path, folder: Path, quantization: dict[str, Any] | None, dtype: torch.dtype) -> None:
-    config = json.loads((source / "config.json").read_bytes())
+def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None, dtype: torch.dtype) -> None:
+    """config.json: the source's, with another ``quantization_config`` and dtype."""
     config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = quantization

@@ -13,6 +13,7 @@ import math
 import mmap
 import struct
 import sys
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,7 @@ class Scratch:
     """
 
     def __init__(self, num_bytes: int) -> None:
+        self._start = 0
         if sys.platform == "win32":
             self._memory = mmap.mmap(-1, max(num_bytes, 1))
         else:  # the default, MAP_SHARED, would be memory that limits count but RssAnon does not show
@@ -71,7 +73,13 @@ class Scratch:
         num_elements = math.prod(shape)
         if num_elements == 0:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._memory, dtype=dtype, count=num_elements).view(shape)
+        return torch.frombuffer(self._memory, dtype=dtype, count=num_elements, offset=self._start).view(shape)
+
+    def behind(self, num_bytes: int) -> Scratch:
+        """The same memory without its first ``num_bytes``."""
+        rest = copy(self)
+        rest._start += num_bytes
+        return rest
 
 
 class Checkpoint:

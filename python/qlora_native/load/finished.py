@@ -56,7 +56,9 @@ class FinishedLayers:
     def save(self, index: int, weights: dict[str, QuantizedWeight], fell_back: dict[str, str]) -> None:
         """Put a layer on the disk, whole or not at all."""
         tensors = {
-            key: tensor.cpu().contiguous() for name, weight in weights.items() for key, tensor in to_bnb(weight, name).items()
+            key: tensor.cpu().contiguous()
+            for name, weight in weights.items()
+            for key, tensor in to_bnb(weight, name).items()
         }
         told = {"told": json.dumps({"names": list(weights), "fell_back": fell_back})}
         self._write(self._file(index).name, lambda path: save_file(tensors, path, told))

@@ -13,6 +13,7 @@ from .. import integrations
 from ..errors import UserError
 from ..integrations.experts import quantized_stacks, take_stack
 from ..lora import LoRALinear
+from ..lora.config import ZERO
 from ..lora.layer import trained_whole
 from ..nn import QuantizedLinear
 from .layers import put_dense
@@ -40,7 +41,8 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
         The model, frozen.
 
     Raises:
-        ValueError: a wrong argument; "original" for a model that was not loaded by load_model.
+        ValueError: a wrong argument; "original" for a model that was not loaded by load_model, or with an adapter that
+            began with what 4 bits lost, which the original weights have not lost.
         UserError: the original weights are gone, or are 4-bit themselves.
     """
     if base not in BASES:
@@ -50,6 +52,12 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     report: LoadReport | None = getattr(model, "load_report", None)
     has_stacks = any(True for _ in quantized_stacks(model))
     if base == "original":
+        config = model.__dict__.get("lora_config")
+        if config is not None and config.init != ZERO:
+            raise ValueError(
+                f"merge: the adapter began with init {config.init!r}, which corrects the 4-bit weights: expected "
+                "base='dequantized'."
+            )
         if report is None:
             raise ValueError("merge: the model was not loaded by load_model: expected base='dequantized'.")
         _from_original(model, report, dtype)
@@ -98,9 +106,15 @@ def _from_original(model: PreTrainedModel, report: LoadReport, dtype: torch.dtyp
         )
 
     absent = {*layers, *stacks}
-    for name, value, _ in source.arrivals(tree, is_wanted, lambda name, stored: True):
+    tied_to = {tree.tied[name]: name for name in layers if name in tree.tied}  # of which a file may hold one
+    for name, value, _ in source.arrivals(tree, lambda n: is_wanted(n) or n in tied_to, lambda name, stored: True):
         assert isinstance(value, Tensor)
         absent.discard(name)
+        if name in tied_to:
+            absent.discard(tied_to[name])
+            _make_dense(model, *layers[tied_to[name]], value, dtype)
+            if not is_wanted(name):
+                continue
         if name in stacks:
             experts, leaf, weight = stacks[name]
             if value.shape != weight.shape:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import integrations
+from ..calibration.quantize import METHODS
 from ..errors import UserError
 from ..integrations.experts import without_stacks
 from ..integrations.transformers import METADATA
@@ -26,7 +27,6 @@ from .taker import DTYPES, Taker, give_memory_back
 from .tree import Tree
 
 CALIBRATED = ("wmse", "gptq")  # methods that need data
-METHODS = ("rtn", "rtn_signed", *CALIBRATED)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def load_model(
 
     Tensors are read one at a time, quantised (or cast to ``dtype``) and dropped, so memory peaks at the 4-bit model
     plus the largest tensor; with "wmse" and "gptq", plus one decoder layer in 16 bits, what it computes of the
-    sequences at hand, and its statistics. The model comes back in evaluation mode, every parameter frozen; ``model.load_report``
-    says what is 4-bit and what is not.
+    sequences at hand, and its statistics. The model comes back in evaluation mode, every parameter frozen;
+    ``model.load_report`` says what is 4-bit and what is not.
 
     Args:
         path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in

@@ -7,6 +7,7 @@ result is read, handed over and dropped before the next.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -27,7 +28,7 @@ from transformers.core_model_loading import (
 
 from ..errors import UserError
 from .eight_bit import SCALE_SUFFIX
-from .files import Checkpoint, StoredTensor
+from .files import Checkpoint, Scratch, StoredTensor
 from .tree import Tree, first_sentence
 
 STATE_MARK = (
@@ -95,26 +96,44 @@ class Converted:
 
     @property
     def is_stack(self) -> bool:
-        """Whether the result is a stack along the first dimension, each slice of which comes of parts of its own."""
+        """Whether the result is a stack of matrices, each of them parts of its own that stand below one another."""
         first, *others = self.converter.operations
         counts = Counter(pattern for pattern, _ in self.parts)
+        kinds = {(stored.dtype, len(stored.shape), stored.shape[1:]) for _, stored in self.parts}
         return (
             isinstance(first, MergeModulelist)
             and first.dim == 0
-            and all(isinstance(op, Concatenate) and op.dim > 0 for op in others)
+            and len(others) <= 1
+            and all(isinstance(op, Concatenate) and op.dim == 1 for op in others)
             and len(self.converter.target_patterns) == 1
             and len(set(counts.values())) == 1
+            and len(kinds) == 1
+            and all(dims == 2 for _, dims, _ in kinds)
         )
 
-    def slices(self, model: PreTrainedModel, read: Callable[[StoredTensor], Tensor]) -> Iterator[Tensor]:
-        """The slices [1, ...] of a stack, one after another; the parts of one are read and dropped before the next."""
-        parts: dict[str, list[StoredTensor]] = {}
+    def slices(self, read: Callable[[StoredTensor, Scratch], Tensor]) -> Iterator[Tensor]:
+        """The slices [1, N, K] of a stack, one after another, each valid until the next is asked for.
+
+        The parts are read to where they belong: transformers' operations would make three copies of each, in a heap
+        that keeps the holes.
+        """
+        of_one: dict[str, list[StoredTensor]] = {}
         for pattern, stored in self.parts:
-            parts.setdefault(pattern, []).append(stored)
-        for index in range(len(next(iter(parts.values())))):
-            of_one = [(pattern, tensors[index]) for pattern, tensors in parts.items()]
-            ((_, result),) = Converted(self.name, deepcopy(self.converter), of_one).run(model, read)
-            yield result
+            of_one.setdefault(pattern, []).append(stored)
+        ordered = [of_one[pattern] for pattern in self.converter.source_patterns if pattern in of_one]
+        slices = list(zip(*ordered, strict=True))
+        widest = max(2, self.parts[0][1].dtype.itemsize)  # 8-bit floats become 16-bit
+        scratch = Scratch(widest * max(sum(math.prod(stored.shape) for stored in parts) for parts in slices))
+        for parts in slices:
+            end = 0
+            for stored in parts:
+                behind = scratch.behind(end)
+                tensor = read(stored, behind)
+                place = behind.tensor(tensor.dtype, stored.shape)
+                if tensor.data_ptr() != place.data_ptr():  # made of 8-bit floats
+                    place.copy_(tensor)
+                end += place.nbytes
+            yield scratch.tensor(tensor.dtype, (1, sum(stored.shape[0] for stored in parts), tensor.shape[1]))
 
 
 Step = Plain | FourBit | Converted

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+)
 
 from ..errors import UserError
 from ..integrations.transformers import METHOD
 from ..weight import QuantizedWeight, from_bnb
 from .eight_bit import FLOATS, unscaled
 from .files import Checkpoint, Scratch, StoredTensor
-from .plan import Converted, FourBit, Plain, Plan, make_plan
+from .plan import Converted, FourBit, Plain, Plan, Step, make_plan
 from .tree import Tree, first_sentence
 
 # (name in the model, tensor, where it came from). The tensor may lie in memory that the next one overwrites; a stack
@@ -75,9 +81,7 @@ class SafetensorsSource:
         coarser ``wanted`` that also spares the conversions: it tells tensors of one module tree from those of another.
         """
         plan = self.plan(tree)
-        steps = [
-            step for step in plan.steps if among(step.name) and (isinstance(step, Converted) or wanted(step.name))
-        ]
+        steps = [step for step in plan.steps if among(step.name) and (isinstance(step, Converted) or wanted(step.name))]
         copied = [
             step.stored.num_bytes
             for step in steps
@@ -91,7 +95,7 @@ class SafetensorsSource:
             elif isinstance(step, FourBit):
                 yield step.name, self.four_bit(step), str(step.parts[0].file)
             elif step.is_stack and in_slices(step.name):
-                yield step.name, step.slices(tree.model, partial(self.read, plan)), str(step.parts[0][1].file)
+                yield step.name, step.slices(partial(self.read, plan)), str(step.parts[0][1].file)
             else:
                 for name, tensor in step.run(tree.model, partial(self.read, plan)):
                     if wanted(name):
@@ -135,6 +139,25 @@ class SafetensorsSource:
             ) from error
 
 
+class InMemory:
+    """The tensors of a model that is in memory already, read as those of a :class:`Checkpoint` are."""
+
+    def __init__(self, path: Path, values: dict[str, Tensor]) -> None:
+        self._values = values
+        self.tensors = {
+            name: StoredTensor(name, path, value.dtype, tuple(value.shape), 0, value.nbytes)
+            for name, value in values.items()
+        }
+
+    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor itself."""
+        return self._values[stored.name]
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        """Elements ``begin`` to ``end`` of the flattened tensor."""
+        return self._values[stored.name].view(-1)[begin:end]
+
+
 class GgufSource:
     """One GGUF file, through transformers' own reader, which makes the whole 16-bit model first."""
 
@@ -143,6 +166,7 @@ class GgufSource:
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self.path, self._dtype = path, dtype
         self._dense: dict[str, Tensor] | None = None
+        self._checkpoint: InMemory | None = None
         try:
             self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
@@ -152,6 +176,29 @@ class GgufSource:
     def unexpected(self, tree: Tree) -> list[str]:
         """Nothing: transformers has matched the names."""
         return []
+
+    @property
+    def checkpoint(self) -> InMemory:
+        """The 16-bit model, made when first asked for; of tensors that are tied, the first."""
+        if self._checkpoint is None:
+            once: dict[int, tuple[str, Tensor]] = {}
+            for name, tensor in self._read().items():
+                once.setdefault(tensor.data_ptr(), (name, tensor))
+            self._checkpoint = InMemory(self.path, dict(once.values()))
+        return self._checkpoint
+
+    def plan(self, tree: Tree) -> Plan:
+        """Each tensor as it is: transformers has matched the names."""
+        steps: list[Step] = [Plain(name, stored) for name, stored in self.checkpoint.tensors.items()]
+        return Plan(steps, [], [], {})
+
+    def read(self, plan: Plan, stored: StoredTensor) -> Tensor:
+        """The tensor."""
+        return self.checkpoint.read(stored)
+
+    def four_bit(self, step: FourBit) -> QuantizedWeight:
+        """Never asked for: no step of the plan is 4-bit."""
+        raise AssertionError(step)
 
     def is_four_bit(self, tree: Tree) -> bool:
         """Never: the blocks of GGUF are of another kind, and are dequantised on reading."""

@@ -82,7 +82,9 @@ class Taker:
             return self.quantised(name, tensor, file, _signed, **changes)
         return self.quantised(name, tensor, file, quantize, **changes)
 
-    def quantised(self, name: str, tensor: Tensor, file: str, function: Callable[..., Result], **changes: Any) -> Result:
+    def quantised(
+        self, name: str, tensor: Tensor, file: str, function: Callable[..., Result], **changes: Any
+    ) -> Result:
         """The tensor [out, in] by ``function`` with the options; what is wrong with it is told as of ``name``."""
         if tensor.dtype not in DTYPES:
             raise UserError(f"{file}: weight {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
@@ -113,6 +115,7 @@ class Taker:
             packed[done // 2 :][: part.packed.numel()] = part.packed
             scales[done // block :][: part.absmax.numel()] = part.absmax
             done += part.numel()
+            del part  # before the next is made
         if done != shape.numel():
             raise UserError(f"{file}: {name} has {done // shape[1:].numel()} parts, but {shape[0]} by config.json.")
         about = {key: self.options[key] for key in ("quant_type", "block_size")}

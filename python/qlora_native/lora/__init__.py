@@ -1,6 +1,7 @@
 """Low-rank adapters beside frozen linear layers (Hu et al., "LoRA", 2021), 4-bit or dense.
 
-``config.py`` says what an adapter is, ``layer.py`` puts it into a model, ``adapter.py`` is PEFT's file format.
+``config.py`` says what an adapter is, ``layer.py`` puts it into a model, ``start.py`` computes what it may begin with,
+``adapter.py`` is PEFT's file format.
 """
 
 from __future__ import annotations
@@ -8,5 +9,15 @@ from __future__ import annotations
 from .adapter import load_adapter, save_adapter
 from .config import LoraConfig
 from .layer import LoRALinear, adapters_off, add_lora, lora_layers
+from .start import LayerStatistics
 
-__all__ = ["LoRALinear", "LoraConfig", "adapters_off", "add_lora", "load_adapter", "lora_layers", "save_adapter"]
+__all__ = [
+    "LayerStatistics",
+    "LoRALinear",
+    "LoraConfig",
+    "adapters_off",
+    "add_lora",
+    "load_adapter",
+    "lora_layers",
+    "save_adapter",
+]

@@ -11,21 +11,25 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .config import LoraConfig
+from .config import INITS, ZERO, LoraConfig
 from .layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+
+# In the header of the tensors' file, where PEFT does not look: its own config refuses keys that it does not know.
+INIT_KEY = "qlora_native.init"
 
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 # PEFT's settings under which a layer computes something else than x W^T + s (x A^T) B^T.
@@ -72,13 +76,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, write: boo
             tensors[f"{PREFIX}{path}.{name}"] = _whole(tensor).cpu().clone()
     if not write:
         return
+    # safetensors writes two keys in either order, and the bytes of a resumed run are to be those of an undisturbed one.
+    metadata = {"format": "pt"} if config.init == ZERO else {INIT_KEY: config.init}
     text = json.dumps(_peft_config(model, config, layers), indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as both:  # renames only after both are safe on disk
             both.enter_context(_replacing(folder / CONFIG_NAME, text.encode()))
-            both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata={"format": "pt"})))
+            both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata=metadata)))
         fsync(folder)
     except OSError as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
@@ -106,6 +112,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     stored = _read_config(folder)
     pairs, whole = _read_tensors(folder, model, stored)
     config = _our_config(folder, stored, pairs, whole)
+    config.init = _init_of(folder)
     targets = _check(folder, model, config, pairs, stored)
     copies = _whole_copies(folder, model, whole)
     if not any(True for _ in lora_layers(model)):
@@ -120,6 +127,38 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         for parameter, tensor in copies:
             copy_whole(parameter, tensor)
     return model
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as its file holds it.
+
+    Attributes:
+        pairs: lora_A [r, K], lora_B [N, r] and the scale of each adapted layer, by path.
+        whole: what was trained whole, by the parameter's name.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor, float]]
+    whole: dict[str, Tensor]
+
+    def delta(self, path: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the adapter adds to the weight at ``path``: scale * B A [N, K], computed in ``dtype``."""
+        a, b, scale = self.pairs[path]
+        return (b.to(dtype) @ a.to(dtype)) * scale
+
+
+def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdapter:
+    """Read an adapter in PEFT's format without putting it into the model, which may be on the meta device.
+
+    Raises:
+        UserError: as :func:`load_adapter`.
+    """
+    folder = Path(folder)
+    stored = _read_config(folder)
+    pairs, whole = _read_tensors(folder, model, stored)
+    targets = _check(folder, model, _our_config(folder, stored, pairs, whole), pairs, stored)
+    _whole_copies(folder, model, whole)
+    return StoredAdapter({path: (pair["A"], pair["B"], targets[path][1]) for path, pair in pairs.items()}, whole)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -182,8 +221,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(stored, dict):
             raise ValueError("not an object")
     except FileNotFoundError as error:
+        inside = folder / "adapter"  # of the output folder of a run
+        hint = f"; did you mean {inside}?" if (inside / CONFIG_NAME).is_file() else "."
         raise UserError(
-            f"{folder} has no {CONFIG_NAME}: expected an adapter folder as save_adapter or PEFT writes it."
+            f"{folder} has no {CONFIG_NAME}: expected an adapter folder as save_adapter or PEFT writes it{hint}"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: expected a JSON object; copy the file again.") from error
@@ -235,6 +276,13 @@ def _read_tensors(
     if not pairs:
         raise UserError(f"{path} holds no lora_A and lora_B: expected those of at least one layer.")
     return pairs, whole
+
+
+def _init_of(folder: Path) -> str:
+    """How the adapter began, if this library wrote it."""
+    with safe_open(folder / TENSORS_NAME, "pt") as file:
+        init = (file.metadata() or {}).get(INIT_KEY, ZERO)
+    return init if init in INITS else ZERO
 
 
 def _our_config(

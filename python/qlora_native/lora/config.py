@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 ALL_LINEAR = "all-linear"
+# How an adapter begins: changing nothing, or with what 4 bits lost of each weight.
+ZERO, H_SVD, LOFTQ = "zero", "h_svd", "loftq"
+INITS = (ZERO, H_SVD, LOFTQ)
 
 
 @dataclass
@@ -25,6 +28,10 @@ class LoraConfig:
         rank_pattern: rank of the layers whose path ends in (or equals) the key, a regular expression as in PEFT.
         alpha_pattern: alpha, likewise.
         modules_to_save: names of dense modules that are trained whole and saved with the adapter, such as "lm_head".
+        init: "zero" begins with an adapter that changes nothing. "h_svd" begins with the best rank-r correction of what
+            4 bits lost, weighted by the inputs' second moments, "loftq" with the unweighted one (Li et al., "LoftQ",
+            2023, with one iteration); both need statistics, see :func:`qlora_native.add_lora`. An adapter that begins
+            so belongs to that one 4-bit base, and wants a lower learning rate (docs/quality.md).
     """
 
     r: int = 16
@@ -36,6 +43,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
+    init: str = ZERO
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -47,6 +55,8 @@ class LoraConfig:
             self.target_modules = [self.target_modules]
         if not self.target_modules:
             raise ValueError(f"LoraConfig: target_modules is empty: expected {ALL_LINEAR!r} or names of layers.")
+        if self.init not in INITS:
+            raise ValueError(f"LoraConfig: init is {self.init!r}: expected {', '.join(map(repr, INITS))}.")
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..functional import lora_linear
 from ..nn import QuantizedLinear
-from .config import ALL_LINEAR, LoraConfig
+from .config import ALL_LINEAR, H_SVD, ZERO, LoraConfig
+from .start import LayerStatistics, residual_factors
 
 
 class LoRALinear(nn.Module):
@@ -96,23 +97,62 @@ def fill_a(a: Tensor, generator: torch.Generator | None) -> None:
     nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
+def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics] | None = None) -> nn.Module:
     """Put an adapter beside the linear layers that ``config`` targets, and freeze everything else.
 
     Args:
         model: from :func:`qlora_native.load_model`, or any module with linear layers; changed in place.
         config: see :class:`LoraConfig`. It stays with the model as ``model.lora_config``.
+        statistics: for ``init`` "h_svd" and "loftq": each layer's 16-bit weight, with the second moments of its inputs
+            for "h_svd", as :func:`qlora_native.lora_statistics` reads and gathers them. Layers that they leave out,
+            and dense ones, which lost nothing, begin as with "zero".
 
     Returns:
         The model. Its trainable parameters are the fp32 ``lora_A`` and ``lora_B``, and those of ``modules_to_save``.
 
     Raises:
-        ValueError: the model has an adapter already; a name that stands for no linear layer (near matches are told).
+        ValueError: the model has an adapter already; a name that stands for no linear layer (near matches are told);
+            statistics that are missing, or of another model.
     """
+    if (config.init == ZERO) != (statistics is None):
+        told = "takes no statistics" if config.init == ZERO else "needs statistics: qn.lora_statistics(model, ...)"
+        raise ValueError(f"add_lora: init {config.init!r} {told}.")
     targets = select_targets(model, config.target_modules)
     generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
     insert(model, {path: (config.rank_of(path), config.scale_of(path)) for path in targets}, config, generator)
+    if statistics is not None:
+        _start(model, config, statistics)
     return model
+
+
+@torch.no_grad()
+def _start(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics]) -> None:
+    """Give the adapters of 4-bit layers the values that correct these layers best."""
+    layers = dict(lora_layers(model))
+    started = 0
+    for known in statistics:
+        layer = layers.get(known.path)
+        if layer is None or not isinstance(layer.base_layer, QuantizedLinear):
+            continue
+        shape = (layer.out_features, layer.in_features)
+        if tuple(known.weight.shape) != shape:
+            raise ValueError(
+                f"add_lora: the statistics of {known.path} hold a weight {list(known.weight.shape)}, the layer's is "
+                f"{list(shape)}: they are of another model."
+            )
+        if config.init == H_SVD and known.metric is None:
+            raise ValueError(f"add_lora: init 'h_svd' needs the inputs' second moments, which {known.path} lacks.")
+        metric = known.metric if config.init == H_SVD else None
+        decoded = layer.base_layer.quantized.dequantize(torch.float32)
+        residual = known.weight.to(decoded.device, torch.float32) - decoded
+        a, b = residual_factors(
+            residual, layer.r, layer.scale, None if metric is None else metric.to(residual), config.seed or 0
+        )
+        layer.lora_A.copy_(a)
+        layer.lora_B.copy_(b)
+        started += 1
+    if not started:
+        raise ValueError("add_lora: the statistics are of none of the adapted 4-bit layers.")
 
 
 def insert(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
-from ._library import fake, implement
+from .. import _C, reference
+from ._library import fake, implement, native_dtype
 from .quantize_4bit import check as check_tensor
 
 
@@ -30,6 +30,29 @@ def check(
             )
 
 
+@implement("gptq_4bit", "CPU")
+def cpu(
+    t: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, scales: torch.Tensor, quant_type: int, block_size: int
+) -> torch.Tensor:
+    check(t, factor, order, scales, quant_type, block_size)
+    n, k = t.shape
+    packed = t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)
+    dense, factor, order, scales = (x.contiguous() for x in (t, factor, order, scales))
+    _C.gptq_4bit(
+        dense.data_ptr(),
+        native_dtype(t.dtype),
+        n,
+        k,
+        block_size,
+        quant_type,
+        factor.data_ptr(),
+        order.data_ptr(),
+        scales.data_ptr(),
+        packed.data_ptr(),
+    )
+    return packed
+
+
 @implement("gptq_4bit", "CompositeExplicitAutograd")
 def anywhere(
     t: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, scales: torch.Tensor, quant_type: int, block_size: int
@@ -42,5 +65,5 @@ def anywhere(
 def shapes(
     t: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, scales: torch.Tensor, quant_type: int, block_size: int
 ) -> torch.Tensor:
-    check_tensor(t, quant_type, block_size)
+    check(t, factor, order, scales, quant_type, block_size)
     return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
-from ._library import fake, implement
+from .. import _C, reference
+from ._library import fake, implement, native_dtype
 from .quantize_4bit import check as check_tensor
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -45,6 +45,52 @@ def check(
             )
 
 
+def empty_outputs(t: torch.Tensor, initial: torch.Tensor) -> Pair:
+    """The packed codes and the index of each block's scale."""
+    return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8), initial.new_empty(initial.shape)
+
+
+@implement("search_scales_4bit", "CPU")
+def cpu(
+    t: torch.Tensor,
+    moment: torch.Tensor,
+    table: torch.Tensor,
+    multiplier: torch.Tensor,
+    offset: torch.Tensor,
+    initial: torch.Tensor,
+    group: int,
+    low: float,
+    high: float,
+    quant_type: int,
+    block_size: int,
+) -> Pair:
+    check(t, moment, table, multiplier, offset, initial, group, quant_type, block_size)
+    packed, chosen = empty_outputs(t, initial)
+    if t.numel() == 0:
+        return packed, chosen
+    dense, moment, table, multiplier, initial = (x.contiguous() for x in (t, moment, table, multiplier, initial))
+    _C.search_scales_4bit(
+        dense.data_ptr(),
+        native_dtype(t.dtype),
+        t.numel(),
+        moment.numel(),
+        block_size,
+        quant_type,
+        moment.data_ptr(),
+        table.data_ptr(),
+        table.numel(),
+        group,
+        multiplier.data_ptr(),
+        float(offset),
+        low,
+        high,
+        initial.data_ptr(),
+        packed.data_ptr(),
+        chosen.data_ptr(),
+    )
+    return packed, chosen
+
+
 @implement("search_scales_4bit", "CompositeExplicitAutograd")
 def anywhere(
     t: torch.Tensor,
@@ -79,5 +125,5 @@ def shapes(
     quant_type: int,
     block_size: int,
 ) -> Pair:
-    check_tensor(t, quant_type, block_size)
-    return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8), torch.empty_like(initial)
+    check(t, moment, table, multiplier, offset, initial, group, quant_type, block_size)
+    return empty_outputs(t, initial)

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from qlora_native.data import BatchPlan, PackedPlan, TokenizedDataset, collate, collate_packed
+from qlora_native.data.batching import Plan
 from qlora_native.data.packing import pack
 from qlora_native.errors import UserError
 from qlora_native.train.config import TrainConfig
 from qlora_native.train.loss import hidden_states
 
 Batch = dict[str, Tensor]
-Items = Sequence[int] | Sequence[list[int]]
+Items = Sequence[int | list[int]]
 
 # How far the hidden states of one token may lie apart in two orders of rounding, relative to their norm.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-def make_plan(config: TrainConfig, rows: TokenizedDataset) -> BatchPlan | PackedPlan:
+def make_plan(config: TrainConfig, rows: TokenizedDataset) -> Plan[Any]:
     """The order of the steps: each has ``batch_size * grad_accum`` rows of like length, or as many packed sequences."""
     options = config.train
     size = options.batch_size * options.grad_accum
@@ -37,9 +38,10 @@ def make_plan(config: TrainConfig, rows: TokenizedDataset) -> BatchPlan | Packed
 def evaluation_items(config: TrainConfig, rows: TokenizedDataset) -> Items:
     """All rows once, in an order that leaves little padding."""
     longest_first = np.argsort(-rows.lengths, kind="stable")
+    items: list[Any] = longest_first.tolist()
     if config.data.packing:
-        return pack(rows.lengths, longest_first, config.data.max_length)
-    return longest_first.tolist()
+        items = pack(rows.lengths, longest_first, config.data.max_length)
+    return items
 
 
 def token_count(rows: TokenizedDataset, items: Items) -> int:
@@ -53,10 +55,11 @@ def micro_batches(
     """The items of one step, ``batch_size`` at a time, as tensors on ``device``."""
     for at in range(0, len(items), batch_size):
         part = items[at : at + batch_size]
-        if isinstance(part[0], list):
-            batch = collate_packed([[rows[number] for number in sequence] for sequence in part], pad_id)
+        sequences = [[rows[number] for number in item] for item in part if isinstance(item, list)]
+        if sequences:
+            batch = collate_packed(sequences, pad_id)
         else:
-            batch = collate([rows[number] for number in part], pad_id)
+            batch = collate([rows[number] for number in part if isinstance(number, int)], pad_id)
         yield {key: value.to(device) for key, value in batch.items()}
 
 

@@ -73,6 +73,14 @@ class QuantConfig(_Section):
         default=64, description="weights that share one scale; smaller is more exact and larger on disk"
     )
     double_quant: bool = Field(default=True, description="store the scales in 8 bits: saves about 0.37 bits per weight")
+    method: Literal["rtn", "rtn_signed", "wmse", "gptq"] = Field(
+        default="rtn",
+        description="how codes and scales are chosen: rtn = nearest; rtn_signed = scales may be negative; wmse and "
+        "gptq look at what text does in the model, lose less, and take seconds or minutes longer to load",
+    )
+    calibration: str | None = Field(
+        default=None, description="file of that text for wmse and gptq; without it the training rows are used"
+    )
 
 
 class LoraSection(_Section):
@@ -89,6 +97,11 @@ class LoraSection(_Section):
         default="all-linear", description="names of the layers that get an adapter, or all-linear"
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r): steadier for large r")
+    init: Literal["zero", "h_svd", "loftq"] = Field(
+        default="zero",
+        description="what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs it by "
+        "text in the model; lower the learning rate; merge with base dequantized)",
+    )
 
 
 class LoopSection(_Section):
@@ -171,6 +184,9 @@ class TrainConfig(_Section):
         default=None,
         description="auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint",
     )
+    logging: list[Literal["tensorboard", "trackio"]] = Field(
+        default=[], description="other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
+    )
     parallel: Literal["none", "ddp", "fsdp"] = Field(
         default="none",
         description="of several processes, as torchrun starts them: ddp = each has the whole model, fsdp = each has a "
@@ -239,8 +255,10 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, An
 _ALIASES = {
     "base_model": "model", "model_name_or_path": "model", "datasets": "data.train", "dataset": "data.train",
     "sequence_len": "data.max_length", "max_seq_length": "data.max_length", "val_set_size": "data.eval_fraction",
-    "train_on_inputs": "data.train_on", "sample_packing": "data.packing", "quant_type": "quant.type", "bnb_4bit_quant_type": "quant.type",
-    "bnb_4bit_use_double_quant": "quant.double_quant", "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
+    "sample_packing": "data.packing", "train_on_inputs": "data.train_on", "quant_type": "quant.type",
+    "bnb_4bit_quant_type": "quant.type",
+    "bnb_4bit_use_double_quant": "quant.double_quant", "quant_method": "quant.method",
+    "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "lora_target_modules": "lora.target_modules",
     "max_steps": "train.steps", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
     "micro_batch_size": "train.batch_size", "per_device_train_batch_size": "train.batch_size",

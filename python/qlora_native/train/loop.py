@@ -36,10 +36,12 @@ from qlora_native.train.batches import (
     micro_batches,
     token_count,
 )
+from qlora_native.train.card import write_card
 from qlora_native.train.checkpoint import CONFIG, load_checkpoint, save_checkpoint
 from qlora_native.train.config import TrainConfig
 from qlora_native.train.disk import atomic_folder, recover, told_if_unwritable
 from qlora_native.train.interrupt import Interrupted, StopRequest
+from qlora_native.train.loggers import make_loggers
 from qlora_native.train.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
 from qlora_native.train.ranks import NoMetrics, Ranks, joined, restarted
@@ -130,12 +132,14 @@ class Trainer:
         ranks.on_first(lambda: recover(self.output_dir))
         checkpoint = ranks.together(lambda: find_checkpoint(restarted(config), self.output_dir))
 
+        loggers = ranks.on_first(lambda: make_loggers(config.logging, self.output_dir, config.model_dump(mode="json")))
+
         # Data, model, optimiser. The data come first: a broken line is found in seconds, a model takes longer.
         self.tokenizer = self.tokenizer or ranks.together(lambda: load_tokenizer(config.model))
         rows, held_out = ranks.together(lambda: load_rows(config, self.tokenizer))
-        alone = self.model is None and ranks.world == 1
-        memory = MemoryReport(config, int(rows.lengths.max())) if alone else None
-        self.model = model = prepare_model(config, self.model, ranks)
+        longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
+        memory = MemoryReport(config, longest) if self.model is None and ranks.world == 1 else None
+        self.model = model = prepare_model(config, self.model, rows, ranks, quiet=self.quiet)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(options, adapters, self.output_dir)
         if ranks.cut:
@@ -153,7 +157,7 @@ class Trainer:
             state = TrainState(**load_checkpoint(checkpoint, optimizer, ranks))
             plan.load_state_dict(state.data)
 
-        metrics = ranks.metrics(self.output_dir / "metrics.jsonl", state.step)
+        metrics = ranks.metrics(self.output_dir / "metrics.jsonl", state.step, loggers or [])
         progress = Progress(total, state.step, options.log_every, quiet=self.quiet or not ranks.first)
         for line in describe_rows(rows, held_out):
             progress.note(line)
@@ -266,7 +270,7 @@ class Trainer:
         if state.step == 0:
             state.loss_before = state.best_loss = loss
         elif state.best_loss is None or loss < state.best_loss:
-            self._save_adapter(self.output_dir / "best")
+            self._save_adapter(self.output_dir / "best", state)
             state.best_loss, state.best_step = loss, state.step
 
     def _count_skipped(self, state: TrainState, loss: float, norm: float, progress: Progress) -> None:
@@ -296,13 +300,14 @@ class Trainer:
             ranks=self.ranks,
         )
 
-    def _save_adapter(self, folder: Path) -> Path:
+    def _save_adapter(self, folder: Path, state: TrainState) -> Path:
         def write() -> None:
             if not self.ranks.first:
                 return save_adapter(self.model, folder, write=False)
             with told_if_unwritable(folder), atomic_folder(folder) as partial:
                 save_adapter(self.model, partial)
                 (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
+                write_card(partial, self.config, asdict(state))
 
         self.ranks.together(write)
         return folder
@@ -312,7 +317,7 @@ class Trainer:
     ) -> TrainSummary:
         progress.close()  # the summary stands below the bar
         paging = second_try.optimizer.paging_statistics()
-        adapter_dir = self._save_adapter(self.output_dir / "adapter")
+        adapter_dir = self._save_adapter(self.output_dir / "adapter", state)
         if self.ranks.first:
             plot_losses(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
         summary = TrainSummary(

@@ -46,11 +46,11 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     if model not in _plain:
-        _plain[model] = _head_is_plain(model, inputs)
+        _plain[model] = head_is_plain(model, inputs)
     if not _plain[model]:
         trained = targets != IGNORE_INDEX
         return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
-    hidden, head = hidden_states(model, _without_needless_mask(model, inputs, targets))
+    hidden, head = hidden_states(model, without_needless_mask(model, inputs, targets))
     weight = head.quantized if isinstance(head, QuantizedLinear) else head.weight
     loss = qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
     if isinstance(head, FSDPModule) and not any(p.requires_grad for p in head.parameters()):
@@ -63,12 +63,12 @@ def settle(model: Any) -> None:
     that this takes must be the same on all ranks of a cut model."""
     ids = torch.arange(16, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     inputs = {"input_ids": ids}
-    _plain[model] = _head_is_plain(model, inputs)
+    _plain[model] = head_is_plain(model, inputs)
     if _plain[model]:
         _causal[model] = _is_causal(model, inputs)
 
 
-def _without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
     """The inputs with an attention mask of ones where it hides only padding that no trained token could see.
 
     A mask that hides something costs: attention computes with a table of [B, 1, T, T] and cannot leave out the upper
@@ -134,7 +134,7 @@ def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.
 
 
 @torch.no_grad()
-def _head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     """True if the logits are exactly the head's output: the head's output is swapped for known numbers, which must
     come out unchanged.
 

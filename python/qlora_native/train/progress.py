@@ -7,11 +7,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_native.train.disk import PARTIAL, told_if_unwritable
+from qlora_native.train.loggers import Logger
 
 
 def peak_rss_bytes() -> int:
@@ -28,11 +29,11 @@ class Metrics:
     """``metrics.jsonl``: one JSON object per step and per evaluation, appended and flushed at once.
 
     A run that resumes at step N drops what a killed run wrote after the checkpoint: steps above N, and evaluations
-    from N on, which are made again.
+    from N on, which are made again. Each line goes to the ``loggers`` too.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, resume_step: int, loggers: Sequence[Logger] = ()) -> None:
+        self.path, self._loggers = path, loggers
         kept = [line for line in read_metrics(path) if line["step"] + ("eval_loss" in line) <= resume_step]
         with told_if_unwritable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +51,14 @@ class Metrics:
         with told_if_unwritable(self.path):
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
+        for logger in self._loggers:
+            logger.write(record)
 
     def close(self) -> None:
         """Close the file; what could be written is written already."""
         self._file.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from qlora_native.errors import UserError
 from qlora_native.parallel.watch import RankLost, Watch, is_loss
 from qlora_native.train.batches import Items
 from qlora_native.train.config import TrainConfig
+from qlora_native.train.loggers import Logger
 from qlora_native.train.progress import Metrics
 
 Result = TypeVar("Result")
@@ -114,9 +115,9 @@ class Ranks:
         """``work()`` on rank 0 alone, while the others wait; its error stops all. None on the others."""
         return self.together(lambda: work() if self.first else None)
 
-    def metrics(self, path: Path, step: int) -> Metrics | NoMetrics:
-        """``metrics.jsonl`` on rank 0, nothing on the others."""
-        return Metrics(path, step) if self.first else NoMetrics()
+    def metrics(self, path: Path, step: int, loggers: Sequence[Logger]) -> Metrics | NoMetrics:
+        """``metrics.jsonl`` and what else takes its lines on rank 0, nothing on the others."""
+        return Metrics(path, step, loggers) if self.first else NoMetrics()
 
     def finished(self, step: int) -> None:
         """Tell the others how far this rank is."""

@@ -12,15 +12,19 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from qlora_native import _C, parallel
+from qlora_native.calibration.data import CalibrationData
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
 from qlora_native.integrations import fuse
-from qlora_native.load import load_model
+from qlora_native.load import load_model, lora_statistics
+from qlora_native.load.model import CALIBRATED
 from qlora_native.load.tokenizer import load_tokenizer as load_tokenizer
-from qlora_native.lora import LoraConfig, LoRALinear, add_lora
+from qlora_native.lora import LayerStatistics, LoraConfig, LoRALinear, add_lora
+from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.config import LoopSection, TrainConfig
 from qlora_native.train.disk import told_if_unwritable
+from qlora_native.train.layer_progress import LayerProgress
 from qlora_native.train.ranks import Ranks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -36,23 +40,29 @@ def told_to_the_user() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def load_data(
+    config: TrainConfig, path: str, tokenizer: Any, *, folder: Path | None = None, limit: int | None = None
+) -> TokenizedDataset:
+    """A data file, tokenised and masked as the config says; ``folder`` and ``limit`` as in ``load_dataset``."""
+    data = config.data
+    with told_to_the_user():
+        return load_dataset(
+            path,
+            tokenizer,
+            max_length=data.max_length,
+            format=None if data.format == "auto" else data.format,
+            train_on=data.train_on,
+            limit=limit,
+            folder=folder,
+        )
+
+
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training rows and held-out rows (None if the config asks for none), tokenised and masked."""
-    data = config.data
-
-    def read(path: str) -> TokenizedDataset:
-        with told_to_the_user():
-            return load_dataset(
-                path,
-                tokenizer,
-                max_length=data.max_length,
-                format=None if data.format == "auto" else data.format,
-                train_on=data.train_on,
-            )
-
-    rows = read(data.train)
+    data, folder = config.data, Path(config.output_dir).expanduser()
+    rows = load_data(config, data.train, tokenizer, folder=folder)
     if data.eval is not None:
-        return rows, read(data.eval)
+        return rows, load_data(config, data.eval, tokenizer, folder=folder)
     if data.eval_fraction == 0:
         return rows, None
     # A few rows still give a held-out loss: at least one is held out.
@@ -65,12 +75,20 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
     return rows.split(held_out, seed=config.train.seed)
 
 
-def prepare_model(config: TrainConfig, model: Any = None, ranks: Ranks | None = None) -> Any:
+def prepare_model(
+    config: TrainConfig,
+    model: Any = None,
+    rows: TokenizedDataset | None = None,
+    ranks: Ranks | None = None,
+    *,
+    quiet: bool = False,
+) -> Any:
     """The 4-bit model with adapters, in training mode; loads it unless it is given, adds adapters unless it has
-    them. Cut over the ranks if the config says so."""
+    them. ``rows`` are the training rows, which calibrate it if ``quant.calibration`` names nothing else. Cut over the
+    ranks if the config says so."""
     options, ranks = config.train, ranks or Ranks()
     lora = LoraConfig(**config.lora.model_dump(), seed=options.seed)
-    with told_to_the_user():
+    with told_to_the_user(), LayerProgress(quiet=quiet or not ranks.first) as progress:
         if model is None:
             given: dict[str, Any] = {
                 "quant_type": config.quant.type,
@@ -78,14 +96,26 @@ def prepare_model(config: TrainConfig, model: Any = None, ranks: Ranks | None = 
                 "double_quant": config.quant.double_quant,
                 "dtype": DTYPES[options.dtype],
                 "device": "cuda" if torch.cuda.is_available() else None,
+                "method": config.quant.method,
             }
-            path = Path(config.model).expanduser()
-            if ranks.world > 1:
+            path, calibration = Path(config.model).expanduser(), _calibration(config, rows)
+            if ranks.world == 1:
+                model = load_model(path, calibration=calibration, progress=progress, **given)
+            elif calibration is None:
                 model = parallel.load_model(path, cut=ranks.cut, lora=lora, **given)
             else:
-                model = load_model(path, **given)
+                raise UserError(
+                    f"quant.method is {config.quant.method}, which calibrates on one process, and {ranks.world} were "
+                    f"started: make the 4-bit model first (`qlora quantize {config.model} --method "
+                    f"{config.quant.method} --calibration {config.data.train} --out DIR`) and set model to DIR"
+                )
         if not any(isinstance(module, LoRALinear) for module in model.modules()):
-            add_lora(model, lora)
+            if ranks.world > 1 and config.lora.init != ZERO:
+                raise UserError(
+                    f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: "
+                    f"set lora.init to {ZERO}"
+                )
+            add_lora(model, lora, _statistics(config, model, rows))
         fuse(model)
         if ranks.cut and not isinstance(model, FSDPModule):
             parallel.shard(model)
@@ -95,6 +125,33 @@ def prepare_model(config: TrainConfig, model: Any = None, ranks: Ranks | None = 
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
     return model.train()
+
+
+def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
+    method, path = config.quant.method, config.quant.calibration
+    if method not in CALIBRATED:
+        if path is not None and config.lora.init != H_SVD:
+            raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
+        return None
+    return _text(config, rows, f"quant.method is {method}")
+
+
+def _statistics(config: TrainConfig, model: Any, rows: TokenizedDataset | None) -> Iterator[LayerStatistics] | None:
+    """What an adapter begins with, if it does not begin with nothing; the inputs' moments alone, which take no room."""
+    init = config.lora.init
+    if init == ZERO:
+        return None
+    return lora_statistics(model, _text(config, rows, f"lora.init is {init}") if init == H_SVD else None, full=False)
+
+
+def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> CalibrationData:
+    path, seed = config.quant.calibration, config.train.seed
+    if path is not None:
+        return CalibrationData(Path(path).expanduser(), seed=seed)
+    if rows is None:
+        raise ValueError(f"{why}: it needs the training rows or quant.calibration")
+    # Not the file: it also holds the rows that are held out.
+    return CalibrationData([torch.from_numpy(row["input_ids"].copy()) for row in rows], seed=seed)
 
 
 def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], output_dir: Path) -> AdamW | Lion:

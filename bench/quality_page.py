@@ -1,0 +1,144 @@
+"""Writes the tables of docs/quality.md and the picture docs/quality.png from bench/results/quality.json.
+
+python bench/quality_page.py --write
+python bench/quality_page.py --check      # exit status 1 if docs/quality.md is not what the result says
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from readme import table
+
+ROOT = Path(__file__).parents[1]
+PAGE, PICTURE, RESULT = ROOT / "docs/quality.md", ROOT / "docs/quality.png", ROOT / "bench/results/quality.json"
+BEGIN, END = "<!-- bench/quality_page.py begins -->", "<!-- bench/quality_page.py ends -->"
+NAMES = {"bf16": "16-bit (bf16)"}
+
+
+def with_error(pair: Sequence[float], factor: float = 1.0, digits: int = 3) -> str:
+    """A figure and its standard error."""
+    return f"{factor * pair[0]:.{digits}f} ± {factor * pair[1]:.{digits}f}"
+
+
+def methods(result: dict[str, Any]) -> list[str]:
+    """What each method loses, one table a text."""
+    lines: list[str] = []
+    rows = [row for row in result["rows"] if row["kind"] == "method"]
+    texts = {name: text for name, text in result["texts"].items() if name in rows[0]["texts"]}
+    for name, text in texts.items():
+        lines += [f"**{name}**: {text['about']}; {text['rows']} windows of {text['length']} tokens.", ""]
+        body = []
+        for row in rows:
+            found = row["texts"][name]
+            cells = [NAMES.get(row["base"], f"`{row['base']}`"), f"{found['perplexity']:.2f}"]
+            if "excess" in found:
+                cells += [with_error(found["excess"]), with_error(found["kl"])]
+                cells += [with_error(found["same_first"], 100, 1) + " %"]
+            cells += [""] * (5 - len(cells))
+            cells.append(with_error(found["closed"], 100, 0) + " %" if "closed" in found else "")
+            bars = [bar for bar in row["bars"] if bar["measure"].endswith(name)]
+            cells.append("; ".join(f"at least {100 * bar['bar']:.0f} %: {state(bar)}" for bar in bars))
+            body.append(cells)
+        head = ["", "perplexity", "nats a token above 16-bit", "KL to 16-bit", "same first token", "gap closed", "bar"]
+        lines += table(head, body)
+    return lines
+
+
+def learning(result: dict[str, Any]) -> list[str]:
+    """What is left of it after fine-tuning."""
+    rows, setting = [row for row in result["rows"] if row["kind"] == "lora"], result["lora"]
+    if not rows:
+        return []
+    rates = " and ".join(f"{rate:g}" for rate in setting["rates"])
+    lines = [
+        f"After {setting['steps']} steps of {setting['rows']} x {setting['length']} tokens from the training modules, "
+        f"rank {setting['r']}, alpha {setting['alpha']} on every linear layer, AdamW with warm-up and cosine: the end "
+        f"loss above that of the adapter on the 16-bit base which saw the same batches, in nats a token, on the first "
+        f"{setting['evaluated_rows']} windows of each text. Mean of {rows[0]['runs']} runs: seeds "
+        f"{', '.join(map(str, setting['seeds']))} at peak rates {rates}.",
+        "",
+    ]
+    head = [
+        "base",
+        *(f"{what} on {text}" for text in rows[0]["texts"] for what in ("end loss", "gap", "by rate")),
+        "bar",
+    ]
+    body = []
+    for row in rows:
+        cells = [NAMES.get(row["base"], f"`{row['base']}`")]
+        for found in row["texts"].values():
+            gaps = found.get("gaps", {})
+            by_rate = "; ".join(
+                f"{rate}: {sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for rate, v in gaps.items() if v
+            )
+            cells += [f"{found['loss']:.3f}", f"{found['gap']:.3f}" if "gap" in found else "", by_rate]
+        bars = (f"at most {bar['bar']:g} {bar['measure']}: {bar['value']:.2f}, {state(bar)}" for bar in row["bars"])
+        body.append([*cells, "; ".join(bars)])
+    return lines + table(head, body)
+
+
+def state(bar: dict[str, Any]) -> str:
+    """Whether a bar was met."""
+    return "met" if bar["met"] else "missed"
+
+
+def block(result: dict[str, Any]) -> str:
+    """What stands between the marks of the page."""
+    machine = result["machine"]
+    about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
+    script = "[bench/bench_quality.py](../bench/bench_quality.py)"
+    lines = [BEGIN, "", f"Made by {script} ({about}).", "", *methods(result), "![What is lost](quality.png)", ""]
+    return "\n".join([*lines, *learning(result), END])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Nats above 16 bits: as quantised, and after fine-tuning."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    parts = [
+        ("as quantised", "method", lambda found: found["excess"]),
+        ("after LoRA", "lora", lambda found: (found["gap"], 0.0)),
+    ]
+    for axes, (title, kind, values) in zip(figure.subplots(1, 2), parts, strict=True):
+        rows = [row for row in result["rows"] if row["kind"] == kind and row["base"] != "bf16"]
+        texts = list(rows[0]["texts"]) if rows else []
+        for number, text in enumerate(texts):
+            width = 0.8 / len(texts)
+            places = [at + (number - (len(texts) - 1) / 2) * width for at in range(len(rows))]
+            pairs = [values(row["texts"][text]) for row in rows]
+            axes.bar(places, [p[0] for p in pairs], width, yerr=[p[1] for p in pairs], label=text, capsize=2)
+        axes.set_xticks(range(len(rows)), [row["base"] for row in rows])
+        axes.set_title(title)
+        axes.set_ylabel("nats a token above the 16-bit base")
+        if texts:
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true")
+    what.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = before + block(result) + after
+    if arguments.check:
+        sys.exit(0 if wanted == page else "the page is not what bench/results/quality.json says: --write it again")
+    PAGE.write_text(wanted, encoding="utf-8")
+    plot(result, PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""``qlora chat``: answers as they come, of the base model and of the adapter side by side."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora_native.cli.convert import add_quantising, as_trained
+from qlora_native.cli.main import missing_modules
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments; those of quantising as in ``qlora quantize``."""
+    parser.add_argument("model", metavar="MODEL", help="a model folder or a .gguf file")
+    parser.add_argument("--adapter", metavar="DIR", help="a folder in PEFT's format; base and adapter then both answer")
+    parser.add_argument("--system", metavar="TEXT", help="what to tell the model beforehand")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="the longest answer (default: 256)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="likeliest share to draw from (default: 1)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="tokens to draw from; 0 is all (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawing; both answers draw alike (default: 0)")
+    add_quantising(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object an answer, when it is complete")
+    parser.epilog = """Lines are read until the end of input (Ctrl-D); each goes to the model with the turns before it.
+Ctrl-C ends an answer and not the program. On a terminal the two answers stand side by side, elsewhere one after the
+other.
+
+examples:
+  qlora chat Llama-3.1-8B-Instruct --adapter run/adapter
+  qlora chat Llama-3.1-8B-Instruct --adapter run/adapter --prompt "Which moons has Mars?" --json"""
+
+
+@dataclass
+class Side:
+    """One that answers: the base or the adapter."""
+
+    name: str
+    with_adapter: bool
+    messages: list[dict[str, str]]
+
+
+@dataclass
+class Answer:
+    """One side's answer so far."""
+
+    side: Side
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    seconds: float = 0.0
+    ended: str = "length"  # or "stop", or "interrupted"
+
+    def told(self) -> dict[str, Any]:
+        """For --json."""
+        speed = len(self.tokens) / self.seconds if self.seconds else 0.0
+        return {
+            "from": self.side.name,
+            "text": self.text,
+            "tokens": len(self.tokens),
+            "tokens_per_second": round(speed, 1),
+            "ended": self.ended,
+        }
+
+
+class Chat:
+    """A model, its tokenizer, and the conversations of base and adapter."""
+
+    def __init__(self, model: Any, tokenizer: Any, sampling: Any, system: str | None, with_adapter: bool) -> None:
+        from qlora_native.data import ChatEncoder
+        from qlora_native.load.generate import stop_tokens
+
+        self.encoder = ChatEncoder(tokenizer)  # as training does it
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.stop = stop_tokens(model, tokenizer)
+        begin: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        names = {"base": False, "adapter": True} if with_adapter else {"model": False}
+        self.sides = [Side(name, on, list(begin)) for name, on in names.items()]
+
+    def pieces(self, answer: Answer) -> Iterator[str]:
+        """The answer's text in parts as they come. What may yet change (half a character) is held back."""
+        from qlora_native.load.generate import stream
+        from qlora_native.lora.layer import adapters_off
+
+        tokens = stream(self.model, self.encoder.prompt_ids(answer.side.messages), self.sampling, self.stop)
+        while True:
+            began = time.monotonic()
+            off = contextlib.nullcontext() if answer.side.with_adapter else adapters_off(self.model)
+            with off:
+                token = next(tokens, None)
+            answer.seconds += time.monotonic() - began
+            if token is not None:
+                answer.tokens.append(token)
+            elif len(answer.tokens) < self.sampling.max_tokens:
+                answer.ended = "stop"
+            text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+            if token is None or not text.endswith("\ufffd"):
+                piece, answer.text = text[len(answer.text) :], text
+                yield piece
+            if token is None:
+                return
+
+    def ask(self, text: str, show: Any) -> tuple[list[Answer], bool]:
+        """Every side's answer to ``text``, and whether Ctrl-C cut them short; ``show(chat, answers)`` runs them."""
+        answers = []
+        for side in self.sides:
+            side.messages.append({"role": "user", "content": text})
+            answers.append(Answer(side))
+        interrupted = False
+        try:
+            show(self, answers)
+        except KeyboardInterrupt:
+            interrupted = True
+        for answer in answers:
+            if interrupted and answer.ended != "stop":
+                answer.ended = "interrupted"
+            answer.side.messages.append({"role": "assistant", "content": answer.text})
+        return answers, interrupted
+
+
+def printable(text: str) -> str:
+    """Without characters that would command the terminal; lines and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def show_nothing(chat: Chat, answers: list[Answer]) -> None:
+    """Only run."""
+    for answer in answers:
+        for _ in chat.pieces(answer):
+            pass
+
+
+def show_in_turn(chat: Chat, answers: list[Answer]) -> None:
+    """One after the other, in plain text."""
+    for answer in answers:
+        if len(answers) > 1:
+            print(f"{answer.side.name}: ", end="")
+        try:
+            for piece in chat.pieces(answer):
+                print(printable(piece), end="", flush=True)
+        finally:
+            print(flush=True)
+
+
+def show_side_by_side(chat: Chat, answers: list[Answer]) -> None:
+    """Both at once, a token of each in turn, in columns of the terminal."""
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    def columns() -> Table:
+        table = Table.grid(expand=True)
+        for _ in answers:
+            table.add_column(ratio=1)
+        table.add_row(*(Panel(Text(printable(answer.text)), title=answer.side.name) for answer in answers))
+        return table
+
+    with Live(columns(), refresh_per_second=12, vertical_overflow="visible") as live:
+        running = [chat.pieces(answer) for answer in answers]
+        while running:
+            running = [pieces for pieces in running if next(pieces, None) is not None]
+            live.update(columns())
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, then answer the prompt or every line."""
+    import torch
+
+    import qlora_native as qn
+    from qlora_native.load.generate import Sampling
+    from qlora_native.load.tokenizer import load_tokenizer
+    from qlora_native.train.setup import told_to_the_user
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with told_to_the_user():
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_tokens)
+        tokenizer = load_tokenizer(args.model)
+        device = "cuda" if torch.cuda.is_available() else None
+        model: Any = qn.load_model(Path(args.model).expanduser(), device=device, **as_trained(args, rounds=True))
+        if args.adapter:
+            qn.load_adapter(model, Path(args.adapter).expanduser())
+    model.eval()
+    chat = Chat(model, tokenizer, sampling, args.system, bool(args.adapter))
+    wide = sys.stdout.isatty() and len(chat.sides) > 1 and not missing_modules(("rich",))
+    show = show_nothing if args.json else show_side_by_side if wide else show_in_turn
+    for text in [args.prompt] if args.prompt is not None else _lines():
+        answers, interrupted = chat.ask(text, show)
+        if args.json:
+            told = [answer.told() for answer in answers]
+            print(json.dumps({"prompt": text, "system": args.system, "seed": args.seed, "answers": told}), flush=True)
+        if interrupted and args.prompt is not None:
+            raise KeyboardInterrupt("the answer was interrupted")
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, or what is piped in, line by line."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        return
+    if not missing_modules(("readline",)):
+        import readline  # noqa: F401  arrow keys and history in input()
+    print("Ctrl-C ends an answer, Ctrl-D the program.")
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends the program.")
+            continue
+        if line.strip():
+            yield line

@@ -1,0 +1,30 @@
+"""What quantising and training did to a model: loss, perplexity, divergence from 16 bits, multiple choice.
+
+``measure.py`` is one pass of one model over one text, ``texts.py`` and ``choices.py`` read what is measured on,
+``sides.py`` says which forms of a model are compared, ``comparison.py`` compares them, ``report.py`` writes it down,
+``harness.py`` hands a model to lm-eval.
+"""
+
+from __future__ import annotations
+
+from .choices import Accuracy, Choices, load_choices
+from .comparison import Comparison, SideResult, compare
+from .measure import Kept, Scores, measure
+from .sides import Sides, load_dense
+from .texts import Text, load_text
+
+__all__ = [
+    "Accuracy",
+    "Choices",
+    "Comparison",
+    "Kept",
+    "Scores",
+    "SideResult",
+    "Sides",
+    "Text",
+    "compare",
+    "load_choices",
+    "load_dense",
+    "load_text",
+    "measure",
+]

@@ -1,0 +1,202 @@
+"""Loss and divergence of a model on rows of tokens, row by row, without more than a block of logits in memory.
+
+Two models are compared one after the other: of the first, what enters its output embedding is kept, [tokens, hidden]
+in the model's own dtype, which is some eighty times smaller than its logits and gives them again exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_native.data import IGNORE_INDEX, collate
+from qlora_native.nn import QuantizedLinear
+from qlora_native.train.loss import head_is_plain, hidden_states, without_needless_mask
+
+BATCH_TOKENS = 2048  # in one forward pass, padding included
+LOGITS_BYTES = 1 << 26  # of one block of fp32 logits; four such blocks are alive at once
+
+Rows = Sequence[Mapping[str, np.ndarray]]  # "input_ids" and "labels", each int32 [length]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model made of one text, summed within each row.
+
+    Attributes:
+        tokens: predicted tokens, fp64 [rows].
+        nats: their cross-entropy, fp64 [rows].
+        kl: KL(reference || model) in nats, fp64 [rows]; None without a reference.
+        agreed: tokens for which both name the same most likely one, fp64 [rows]; likewise.
+    """
+
+    tokens: Tensor
+    nats: Tensor
+    kl: Tensor | None = None
+    agreed: Tensor | None = None
+
+    @property
+    def loss(self) -> tuple[float, float]:
+        """Mean cross-entropy in nats a token, and its standard error."""
+        return ratio(self.nats, self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return math.exp(min(self.loss[0], 700.0))
+
+    @property
+    def divergence(self) -> tuple[float, float] | None:
+        """Mean KL divergence in nats a token, and its standard error."""
+        return None if self.kl is None else ratio(self.kl, self.tokens)
+
+    @property
+    def agreement(self) -> tuple[float, float] | None:
+        """Share of tokens whose most likely successor is the reference's, and its standard error."""
+        return None if self.agreed is None else ratio(self.agreed, self.tokens)
+
+    def excess(self, other: Scores) -> tuple[float, float]:
+        """By how many nats a token this loss is above ``other``'s on the same rows, and the standard error of the
+        paired difference."""
+        return ratio(self.nats - other.nats, self.tokens)
+
+    def closed(self, worst: Scores, best: Scores) -> tuple[float, float]:
+        """The share of the gap between ``worst`` and ``best`` that is closed here, and its standard error."""
+        share, error = ratio(self.nats - best.nats, worst.nats - best.nats)
+        return 1 - share, error
+
+
+def ratio(values: Tensor, weights: Tensor) -> tuple[float, float]:
+    """sum(values) / sum(weights) over rows, fp64 [rows], and its standard error with rows as the sample.
+
+    The error is the linearised one of a ratio estimator (Cochran, "Sampling Techniques", section 2.11); nan for fewer
+    than two rows.
+    """
+    total, rows = float(weights.sum()), len(values)
+    share = float(values.sum()) / total if total else math.nan
+    if rows < 2:
+        return share, math.nan
+    residuals = values - share * weights
+    return share, math.sqrt(rows / (rows - 1) * float(residuals.square().sum())) / abs(total)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Of a reference's pass over a text: what gives its logits again.
+
+    ``states`` is [tokens, hidden] with ``head`` [vocabulary, hidden], or, for a model that does more to its logits
+    than one product, the logits themselves, [tokens, vocabulary], with ``head`` None.
+    """
+
+    scores: Scores
+    states: Tensor
+    head: Tensor | None
+
+
+@torch.no_grad()
+def measure(
+    model: Any, rows: Rows, pad_id: int, *, against: Kept | None = None, keep_in: Path | None = None
+) -> tuple[Scores, Kept | None]:
+    """One pass of ``model`` over ``rows``.
+
+    Args:
+        model: a causal LM; evaluated with dropout off and left in the mode it was in.
+        rows: token ids and labels, as :func:`qlora_native.data.load_dataset` gives them; -100 is not predicted.
+        pad_id: what fills shorter rows.
+        against: the reference, from a pass over the same rows.
+        keep_in: a folder for the file of what must be kept to compare others with this model.
+
+    Returns:
+        The scores, and what was kept (None without ``keep_in``).
+    """
+    training = model.training
+    model.eval()
+    try:
+        return _measure(model, rows, pad_id, against, keep_in)
+    finally:
+        model.train(training)
+
+
+def _measure(
+    model: Any, rows: Rows, pad_id: int, against: Kept | None, keep_in: Path | None
+) -> tuple[Scores, Kept | None]:
+    tokens, nats, kl, agreed = torch.zeros(4, len(rows), dtype=torch.float64)
+    count = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
+    plain: bool | None = None
+    head = kept = None
+    done = 0
+    for numbers, batch in _batches(rows, pad_id):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        inputs = without_needless_mask(model, inputs, targets)
+        if plain is None:
+            plain = head_is_plain(model, inputs)
+            head = _dense(model.get_output_embeddings()) if plain else None
+        trained = targets != IGNORE_INDEX
+        states = (hidden_states(model, inputs)[0] if plain else model(**inputs, use_cache=False).logits)[trained]
+        if keep_in is not None:
+            kept = _file(keep_in, count, states) if kept is None else kept
+            kept[done : done + len(states)] = states.to(kept.device)
+        row_of = torch.tensor(numbers)[:, None].expand_as(targets)[trained.cpu()]
+        step = max(1, LOGITS_BYTES // (4 * (len(head) if head is not None else states.shape[-1])))
+        for at in range(0, len(states), step):
+            part = slice(at, at + step)
+            found = log_probabilities(states[part], head)
+            picked = -found.gather(1, targets[trained][part, None]).squeeze(1)
+            rows_here = row_of[part]
+            nats.index_add_(0, rows_here, picked.double().cpu())
+            tokens.index_add_(0, rows_here, torch.ones(len(rows_here), dtype=torch.float64))
+            if against is not None:
+                theirs = against.states[done + at : done + at + len(rows_here)].to(found.device)
+                expected = log_probabilities(theirs, against.head)
+                agreed.index_add_(0, rows_here, (expected.argmax(1) == found.argmax(1)).double().cpu())
+                divergence = F.kl_div(found, expected, reduction="none", log_target=True).sum(1)
+                kl.index_add_(0, rows_here, divergence.double().cpu())
+        done += len(states)
+    scores = Scores(tokens, nats, kl, agreed) if against is not None else Scores(tokens, nats)
+    return scores, None if kept is None else Kept(scores, kept, head)
+
+
+def log_probabilities(states: Tensor, head: Tensor | None) -> Tensor:
+    """log softmax in fp32, [tokens, vocabulary], of states [tokens, hidden] through ``head`` [vocabulary, hidden]."""
+    if head is None:
+        return states.float().log_softmax(1)
+    logits = torch.empty(len(states), len(head), dtype=torch.float32, device=states.device)
+    wide, step = states.float(), max(1, LOGITS_BYTES // (4 * head.shape[1]))
+    for at in range(0, len(head), step):  # the head in fp32 at once may be as large as the model
+        torch.mm(wide, head[at : at + step].float().t(), out=logits[:, at : at + step])
+    return logits.log_softmax(1)
+
+
+def _dense(head: Any) -> Tensor:
+    weight: Tensor = head.quantized.dequantize() if isinstance(head, QuantizedLinear) else head.weight.detach()
+    return weight
+
+
+def _file(folder: Path, count: int, like: Tensor) -> Tensor:
+    """A tensor [count, width] in a file of ``folder``, which may be larger than memory."""
+    path, width = folder / "reference.bin", like.shape[-1]
+    path.unlink(missing_ok=True)  # a reference that was kept there before keeps its own bytes
+    mapped = torch.from_file(str(path), shared=True, size=max(1, count * width), dtype=like.dtype)
+    path.unlink()
+    return mapped[: count * width].view(count, width)
+
+
+def _batches(rows: Rows, pad_id: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Rows of like length together, the longest first: (their numbers, the padded batch)."""
+    order = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable").tolist()
+    at = 0
+    while at < len(order):
+        size = max(1, BATCH_TOKENS // len(rows[order[at]]["input_ids"]))
+        numbers = order[at : at + size]
+        yield numbers, collate([rows[number] for number in numbers], pad_id)
+        at += size

@@ -1,0 +1,85 @@
+"""What a model is evaluated on: any file that training reads, or plain text."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_native.data import load_dataset
+from qlora_native.data.template import TrainOn
+from qlora_native.errors import UserError
+from qlora_native.evaluate.measure import Rows
+
+PLAIN_SUFFIXES = (".txt", ".md", ".rst")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text, tokenised.
+
+    Attributes:
+        name: the file's name.
+        rows: token ids and labels.
+        about: a line to print: what the file is and what became of it.
+        sha256: of the file, in hexadecimal.
+    """
+
+    name: str
+    rows: Rows
+    about: str
+    sha256: str
+
+
+def load_text(
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_length: int = 1024,
+    train_on: TrainOn = "answers",
+    limit: int | None = None,
+) -> Text:
+    """Tokenise a file.
+
+    Plain text (``.txt``, ``.md``, ``.rst``) is cut into windows of ``max_length`` tokens, in which every token but the
+    first is predicted; a rest of less than two tokens is left out. Every other file is read as for training: of a
+    conversation the answers are predicted, or all of it with ``train_on="all"``.
+
+    Args:
+        limit: of the file's rows (windows), only so many from the start.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read or has nothing to predict.
+        ValueError: a wrong argument.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length is {max_length}, expected at least 2: the first token of a row is not predicted")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, expected None or at least 1")
+    file = Path(path).expanduser()
+    if file.suffix.lower() not in PLAIN_SUFFIXES:
+        rows = load_dataset(file, tokenizer, max_length=max_length, train_on=train_on, limit=limit)
+        return Text(file.name, rows, rows.stats.describe(), rows.stats.sha256)
+    try:
+        raw = file.read_bytes()
+        text = raw.decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such text file; check the path.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: byte 0x{raw[error.start]:02x} at {error.start} is not UTF-8; save the file again as UTF-8."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file}: the file cannot be read ({error.strerror or error}).") from error
+    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+    windows = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
+    windows = [window for window in windows if len(window) > 1][:limit]
+    if not windows:
+        raise UserError(f"{file}: the file makes {len(ids)} tokens, expected at least 2; give a longer text.")
+    tokens = sum(map(len, windows))
+    about = f"{file}: plain text; {len(windows):,} windows of at most {max_length:,} tokens, {tokens:,} tokens"
+    rows_of = [{"input_ids": window, "labels": window} for window in windows]
+    return Text(file.name, rows_of, about, hashlib.sha256(raw).hexdigest())

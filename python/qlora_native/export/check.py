@@ -1,0 +1,217 @@
+"""What a merge cost: the error of every weight that changed, and how far the logits moved on a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import load_dataset
+from ..errors import UserError
+from ..load.files import Checkpoint
+from ..load.model import load_model
+from ..load.plan import FourBit, Plain
+from ..load.source import open_source
+from ..load.streaming_merge import Merging
+from ..load.tree import Tree
+from ..lora.adapter import StoredAdapter
+from ..weight import from_bnb
+
+SAMPLE_ROWS, SAMPLE_TOKENS = 4, 128
+SAMPLE = (
+    "The quick brown fox jumps over the lazy dog, and the dog, which has seen this before, sleeps on.",
+    "Water boils at 100 degrees Celsius at sea level; on a mountain of 3000 metres it boils at about 90 degrees.",
+    "def mean(values):\n    return sum(values) / len(values)\n\nprint(mean([1, 2, 3, 4]))",
+    "Question: which planets of the solar system have rings?\nAnswer: Jupiter, Saturn, Uranus and Neptune.",
+)
+
+
+def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
+    """Each weight that ``work`` changed, as it stands in ``folder``, against W + scale * B A in fp64.
+
+    Returns, per weight: ``layer``; ``error``, the Frobenius norm of the difference over that of the exact sum;
+    ``change``, the norm of the adapter's part over that of W, None without an adapter; ``lost``, the norm of the
+    difference over that of the adapter's part: above 1, rounding has moved the weight more than the adapter has.
+    """
+    written = Checkpoint.open(folder)
+    rows = []
+    for step, key in _changed(work):
+        path = step.name.removesuffix(".weight")
+        base = torch.cat([part.double() for part in work.base_rows(step)])
+        delta = work.adapter.delta(path, torch.float64) if path in work.adapter.pairs else torch.zeros(())
+        exact = base + delta
+        got = _stored(written, key).double()
+        off = float(((got.t() if step.name in work.turned and got.shape != exact.shape else got) - exact).norm())
+        row: dict[str, Any] = {"layer": path, "error": off / (float(exact.norm()) or 1.0), "change": None, "lost": None}
+        if size := float(delta.norm()):
+            row |= {"change": size / (float(base.norm()) or 1.0), "lost": off / size}
+        rows.append(row)
+    return rows
+
+
+def _changed(work: Merging) -> Iterator[tuple[Plain | FourBit, str]]:
+    """The weights and their names in the files; what was trained whole is copied and has no error."""
+    stored = {step.name for step in work.plan.steps}
+    for step in work.merged_steps():
+        if isinstance(step, (Plain, FourBit)) and (work.changes(step) or work.becomes_four_bit(step)):
+            key = step.prefix if isinstance(step, FourBit) else step.stored.name
+            if step.name not in work.whole:
+                yield step, key if step.name in stored else step.name
+
+
+def _stored(written: Checkpoint, key: str) -> Tensor:
+    """A weight as the merged model has it, decoded if it is 4-bit."""
+    parts = {name: stored for name, stored in written.tensors.items() if name == key or name.startswith(f"{key}.")}
+    if len(parts) == 1:
+        return written.read(parts[key])
+    return from_bnb({name: written.read(stored) for name, stored in parts.items()}, key).dequantize(torch.float32)
+
+
+def check_logits(work: Merging, folder: Path, rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """The merged model's logits on rows of token numbers, against those of the base with the adapter beside it.
+
+    One entry, or two where the merge took the original weights: the 4-bit base, which the adapter was trained on, is
+    then another. Each has ``against``; ``tokens``; ``kl_mean`` and ``kl_max``, of KL(reference || merged) in nats a
+    token; ``relative``, the norm of the logits' difference over that of the reference's; ``same_top``, the share of
+    tokens with the same likeliest continuation. The models are in memory one after the other, in 16 or 4 bits, and
+    compute in fp32, so that what is told is the merge and not the rounding of a pass through bf16.
+    """
+    four_bit = {**work.options, "skip_modules": work.skip_modules}
+    references = {"base + adapter, 4-bit": four_bit}
+    if not work.four_bit and not work.rounded:
+        references = {"base + adapter, 16-bit": {}} | references
+    told = []
+    for name, options in references.items():
+        model = _load(work.source.path, options)
+        _put_beside(model, work.adapter)
+        told.append((name, _logits(model, rows)))
+        del model
+    merged = _logits(_load(folder, four_bit if work.target != "16bit" else {}), rows)
+    return [{"against": name, **drift(expected, merged)} for name, expected in told]
+
+
+def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> dict[str, Any]:
+    """The measures of :func:`check_logits` over rows of logits [tokens, vocabulary]."""
+    divergences, same, off, size = [], 0, 0.0, 0.0
+    for reference, merged in zip(expected, got, strict=True):
+        p, q = (t.double().log_softmax(-1) for t in (reference, merged))
+        divergences.append((p.exp() * (p - q)).sum(-1))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        off += float((merged.double() - reference.double()).square().sum())
+        size += float(reference.double().square().sum())
+    kl = torch.cat(divergences)
+    return {
+        "tokens": kl.numel(),
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "relative": math.sqrt(off / size),
+        "same_top": same / kl.numel(),
+    }
+
+
+def _load(path: Path, options: dict[str, Any]) -> Any:
+    """In 4 bits as ``options`` say, or 16-bit without any."""
+    if options:
+        return load_model(path, **options, dtype=torch.bfloat16, fuse=False)
+    source = open_source(path, torch.bfloat16)
+    names = [name for name, _ in Tree(source.config, torch.bfloat16, torch.device("meta")).model.named_children()]
+    return load_model(path, dtype=torch.bfloat16, skip_modules=names, fuse=False)
+
+
+@torch.no_grad()
+def _put_beside(model: nn.Module, adapter: StoredAdapter) -> None:
+    """y + scale * (x A^T) B^T at every adapted layer, whatever its kind, in plain torch: nothing that merging uses."""
+    for path, (a, b, scale) in adapter.pairs.items():
+
+        def add(module: Any, inputs: Any, y: Tensor, a: Tensor = a, b: Tensor = b, scale: float = scale) -> Tensor:
+            x = inputs[0].float()
+            return (y.float() + (x @ a.float().t().to(x.device)) @ b.float().t().to(x.device) * scale).to(y.dtype)
+
+        model.get_submodule(path).register_forward_hook(add)
+    for name, tensor in adapter.whole.items():
+        model.get_parameter(name).copy_(tensor)
+
+
+def _compute_in_fp32(model: nn.Module) -> None:
+    """Each module's own 16-bit parameters are fp32 while it runs, and no longer."""
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if p.dtype in (torch.bfloat16, torch.float16)]
+        if own:
+            kept = [parameter.data for parameter in own]
+
+            def widen(module: Any, inputs: Any, own: Any = own) -> None:
+                for parameter in own:
+                    parameter.data = parameter.data.float()
+
+            def narrow(module: Any, inputs: Any, y: Any, own: Any = own, kept: Any = kept) -> None:
+                for parameter, data in zip(own, kept, strict=True):
+                    parameter.data = data
+
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(narrow)
+
+
+@torch.no_grad()
+def _logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """fp32 [tokens, vocabulary] a row."""
+    _compute_in_fp32(model)
+    return [model(torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in rows]
+
+
+def sample_rows(path: Path | None, tokenizer: Any) -> list[list[int]]:
+    """Up to SAMPLE_ROWS rows of SAMPLE_TOKENS tokens: of a data file, of a text, or of sentences that come along."""
+    if path is not None and path.suffix in (".jsonl", ".json", ".parquet"):
+        data = load_dataset(str(path), tokenizer, max_length=SAMPLE_TOKENS, train_on="all")
+        return [data[number]["input_ids"].tolist() for number in range(min(SAMPLE_ROWS, len(data)))]
+    if path is None:
+        texts: Sequence[str] = SAMPLE
+    else:
+        try:
+            texts = (path.read_text(encoding="utf-8"),)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UserError(f"{path} cannot be read: {reason}; give a text or a data file as --sample.") from error
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [row[at : at + SAMPLE_TOKENS] for row in ids for at in range(0, len(row), SAMPLE_TOKENS)]
+    if not rows:
+        raise UserError(f"{path} holds no text: expected at least a sentence as --sample.")
+    return rows[:SAMPLE_ROWS]
+
+
+def report_markdown(report: dict[str, Any]) -> str:
+    """The report of a check for people; the same figures as in JSON."""
+    worst = report["largest_drift"]
+    lines = [
+        "# What this merge cost",
+        "",
+        f"Model `{report['model']}`, adapter `{report['adapter']}`, base {report['base']}, written as {report['to']}.",
+        "",
+        "## Logits",
+        "",
+        "Merged model against the base with the adapter beside it; KL in nats a token.",
+        "",
+        "| against | tokens | KL mean | KL largest | relative difference | same likeliest token |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row['against']} | {row['tokens']} | {row['kl_mean']:.3g} | {row['kl_max']:.3g} "
+            f"| {row['relative']:.3g} | {100 * row['same_top']:.1f} % |"
+            for row in report["logits"]
+        ),
+        "",
+        "## Weights",
+        "",
+        "error: |written - (W + scale B A)| / |W + scale B A|. change: |scale B A| / |W|. lost: |written - exact| / "
+        "|scale B A|; above 1, rounding moved the weight more than the adapter did.",
+        "",
+    ]
+    if worst is not None:
+        lines += [f"Largest drift: `{worst['layer']}`, error {worst['error']:.3g}.", ""]
+    lines += ["| layer | error | change | lost |", "|---|---|---|---|"]
+    for row in report["weights"]:
+        change, lost = ("" if row[key] is None else f"{row[key]:.3g}" for key in ("change", "lost"))
+        lines.append(f"| {row['layer']} | {row['error']:.3g} | {change} | {lost} |")
+    return "\n".join(lines) + "\n"

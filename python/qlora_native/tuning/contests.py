@@ -1,0 +1,163 @@
+"""Ops of this library against torch's own on made-up tensors of a given shape, for `qlora bench`.
+
+Each contest has the functions to time, ``ours`` and ``torch``, and the relative error of our result: against fp64 for
+products, against torch's result otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cases import TOLERANCE
+from ..functional import linear, linear_cross_entropy, lora_linear
+from ..optim import AdamW
+from ..weight import QuantizedWeight, quantize
+from .timing import Functions, cache_bytes, relative_error
+
+RANK = 16
+
+
+class Shape(NamedTuple):
+    """x [m, k] and a weight [n, k]."""
+
+    m: int
+    n: int
+    k: int
+
+
+class Contest(NamedTuple):
+    """One row of the bench."""
+
+    functions: Functions
+    error: float
+    tolerance: float
+    rival: str  # in words
+
+
+Maker = Callable[[Shape, torch.dtype, torch.device], Contest]
+
+
+def _weights(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[QuantizedWeight], list[Tensor]]:
+    """fp64 values; enough copies of the weight in 4 and in 16 bits that no product finds its own in the cache."""
+    dense = torch.randn(shape.n, shape.k, dtype=dtype, device=device) / shape.k**0.5
+    weight = quantize(dense)
+    values = weight.dequantize(dtype)
+    count = max(1, -(-2 * cache_bytes() // weight.nbytes)) if shape.m <= 16 and device.type == "cpu" else 1
+    count = min(count, 16)
+    packed = [weight, *(quantize(dense) for _ in range(count - 1))]
+    return weight.dequantize(torch.float32).double(), packed, [values, *(values.clone() for _ in range(count - 1))]
+
+
+@torch.no_grad()
+def linear_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
+    """The forward product."""
+    exact, packed, dense = _weights(shape, dtype, device)
+    x = torch.randn(shape.m, shape.k, dtype=dtype, device=device)
+    ours, theirs = itertools.cycle(packed), itertools.cycle(dense)
+
+    def run_ours() -> Tensor:
+        with torch.no_grad():
+            return linear(x, next(ours))
+
+    functions: Functions = {"ours": run_ours, "torch": lambda: F.linear(x, next(theirs))}
+    error = relative_error(functions["ours"](), x.double() @ exact.t())
+    return Contest(functions, error, TOLERANCE[dtype], "F.linear with the 16-bit weight")
+
+
+def lora_linear_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
+    """A layer with an adapter, forward and backward."""
+    exact, packed, dense = _weights(shape, dtype, device)
+    x = torch.randn(shape.m, shape.k, dtype=dtype, device=device, requires_grad=True)
+    a = (torch.randn(RANK, shape.k, device=device) / shape.k**0.5).requires_grad_()
+    b = torch.randn(shape.n, RANK, device=device).mul_(0.1).requires_grad_()
+    grad = torch.randn(shape.m, shape.n, dtype=dtype, device=device)
+
+    def backward(y: Tensor) -> Tensor:
+        x.grad = a.grad = b.grad = None
+        y.backward(grad)
+        assert x.grad is not None
+        return x.grad
+
+    def theirs() -> Tensor:
+        return backward(F.linear(x, dense[0]) + F.linear(F.linear(x, a.to(dtype)), b.to(dtype)) * 2.0)
+
+    functions: Functions = {"ours": lambda: backward(lora_linear(x, packed[0], a, b, 2.0)), "torch": theirs}
+    truth = grad.double() @ (exact + 2.0 * b.detach().double() @ a.detach().double())
+    error = relative_error(functions["ours"](), truth)
+    return Contest(functions, error, 2 * TOLERANCE[dtype], "the same layer of F.linear with the 16-bit weight")
+
+
+@torch.no_grad()
+def quantize_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
+    """16 bits to 4, double quantisation and all."""
+    dense = torch.randn(shape.n, shape.k, dtype=dtype, device=device)
+    error = relative_error(quantize(dense).dequantize(torch.float32), dense.float())
+    functions: Functions = {"ours": lambda: quantize(dense), "torch": dense.clone}
+    return Contest(functions, error, 0.12, "a copy of the 16-bit weight")  # of normal numbers: the levels' own error
+
+
+@torch.no_grad()
+def dequantize_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
+    """4 bits to 16."""
+    dense = torch.randn(shape.n, shape.k, dtype=dtype, device=device)
+    weight, out = quantize(dense), torch.empty_like(dense)
+    error = relative_error(weight.dequantize(dtype), weight.dequantize(torch.float32))
+    functions: Functions = {"ours": lambda: weight.dequantize(dtype, out=out), "torch": lambda: out.copy_(dense)}
+    return Contest(functions, error, TOLERANCE[dtype], "a copy of the 16-bit weight")
+
+
+def cross_entropy(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
+    """The loss of m tokens over a vocabulary of n, forward and backward."""
+    weight = torch.randn(shape.n, shape.k, dtype=dtype, device=device) / shape.k**0.5
+    labels = torch.randint(shape.n, (shape.m,), device=device)
+    h = torch.randn(shape.m, shape.k, dtype=dtype, device=device, requires_grad=True)
+
+    def backward(loss: Tensor) -> Tensor:
+        h.grad = None
+        loss.backward()
+        assert h.grad is not None
+        return h.grad
+
+    functions: Functions = {
+        "ours": lambda: backward(linear_cross_entropy(h, weight, labels)),
+        "torch": lambda: backward(F.cross_entropy(F.linear(h, weight).float(), labels)),
+    }
+    error = relative_error(functions["ours"]().clone(), functions["torch"]())
+    return Contest(functions, error, 4 * TOLERANCE[dtype], "F.cross_entropy over the whole logits")
+
+
+def adamw_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
+    """One optimiser step of an adapter's n x k fp32 parameters."""
+    start = torch.randn(shape.n, shape.k, device=device)
+    grad = torch.randn_like(start)
+
+    def stepping(make: Any) -> tuple[Callable[[], None], torch.nn.Parameter]:
+        parameter = torch.nn.Parameter(start.clone())
+        parameter.grad = grad.clone()
+        return make([parameter], lr=1e-3, weight_decay=0.01).step, parameter
+
+    ours, mine = stepping(AdamW)
+    theirs, other = stepping(torch.optim.AdamW)
+    ours(), theirs()
+    error = relative_error(mine.detach() - start, other.detach() - start)
+    return Contest({"ours": ours, "torch": theirs}, error, 1e-4, "torch.optim.AdamW")
+
+
+CONTESTS: dict[str, Maker] = {
+    "linear_4bit": linear_4bit,
+    "lora_linear_4bit": lora_linear_4bit,
+    "quantize_4bit": quantize_4bit,
+    "dequantize_4bit": dequantize_4bit,
+    "linear_cross_entropy": cross_entropy,
+    "adamw_step": adamw_step,
+}
+# Ops that have no tokens: once a weight.
+WITHOUT_TOKENS = ("quantize_4bit", "dequantize_4bit", "adamw_step")

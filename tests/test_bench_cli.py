@@ -1,0 +1,116 @@
+"""`qlora bench` and what `qlora doctor` says of a model; no test looks at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from laws import ROOT
+
+from qlora_native.cli import bench, main
+from qlora_native.ops import _cuda_kernels, _cuda_products, _tuned_plans
+from qlora_native.tuning import contests
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("bench") / "model")
+
+
+def test_every_op_is_measured_and_matches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["bench", "--shape", "8", "256", "128", "--rounds", "2", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["op"] for row in rows] == list(bench.OPS) == list(contests.CONTESTS)
+    for row in rows:
+        assert row["match"], row
+        assert row["m"] == (None if row["op"] in contests.WITHOUT_TOKENS else 8) and (row["n"], row["k"]) == (256, 128)
+        low, high = row["quartiles"]
+        assert 0 < low <= row["times_as_fast"] <= high and row["ours_ms"] > 0 and row["torch_ms"] > 0
+
+
+def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(contests, "linear", lambda x, w: torch.zeros(x.shape[0], w.shape[0], dtype=x.dtype))
+    assert main.main(["bench", "linear_4bit", "--shape", "2", "64", "64", "--rounds", "1"]) == 0
+    assert "NO MATCH: relative error 1" in capsys.readouterr().out
+
+
+def test_shapes_of_a_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "linear_4bit", "--model", str(model), "--tokens", "1", "3", "--rounds", "1"]
+    assert main.main(words) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}" in head and "\x1b" not in head
+    sizes = ["[32, 64]", "[64, 64]", "[64, 128]", "[128, 64]"]
+    assert [row.split(": ")[0] for row in rows] == [f"linear_4bit, {m} x {size}" for size in sizes for m in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["bench", "linear"], "argument OP: invalid choice: 'linear'"),
+        (["bench", "--shape", "1", "2"], "argument --shape: expected 3 arguments"),
+        (["bench", "--shape", "1", "0", "64"], "--shape is 1 0 64: expected numbers of 1 and more"),
+        (["bench", "--model", "m", "--shape", "1", "2", "3"], "--model and --shape were given"),
+        (["bench", "--model", "gone"], "gone is not there"),
+        (["doctor", "gone"], "gone is not there"),
+        (["doctor", "--tokens", "0"], "--tokens is 0: expected numbers of 1 and more"),
+        (["doctor", "--tokens", "x"], "argument --tokens: invalid int value: 'x'"),
+    ],
+)
+def test_mistakes(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_doctor_names_the_kernel_of_each_shape(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["doctor", str(model), "--tokens", "1", "32", "--json"]) == 0
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert [(row["n"], row["k"], row["layers"], row["tokens"]) for row in kernels[:4]] == [
+        (32, 64, 4, 1),
+        (32, 64, 4, 32),
+        (64, 64, 4, 1),
+        (64, 64, 4, 32),
+    ]
+    assert all("rows of the weight" in row["kernel"] for row in kernels)
+
+    # On a CUDA device: what the plan says, asked with the card's facts.
+    asked = []
+
+    def plan(question: tuple[int, ...]) -> tuple[int, ...]:
+        asked.append(question)
+        return (2, 64, 128, 1, 3, 0, 0, 0) if question[0] > 16 else (0, 4, 16, 1, 0, 0, 0, 0)
+
+    properties = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    module = ModuleType("_cuda")
+    module.has_concurrent_managed_access, module.plan_matmul = lambda number: True, plan  # type: ignore[attr-defined]
+    monkeypatch.setattr(_cuda_kernels, "module_for", lambda device: module)
+    monkeypatch.setattr(_tuned_plans, "choice_of", lambda module, problem, facts: None)
+    _cuda_kernels.facts.cache_clear()
+    _cuda_products.plan_of.cache_clear()
+    try:
+        assert main.main(["doctor", str(model), "--tokens", "1", "32"]) == 0
+    finally:
+        _cuda_kernels.facts.cache_clear()
+        _cuda_products.plan_of.cache_clear()
+    printed = capsys.readouterr().out
+    told = [line.split(None, 2)[2] for line in printed.splitlines() if line.startswith("[64, 128]")]
+    assert told == ["2 layers, 1 tokens: gemv 4x16", "2 layers, 32 tokens: tile 64x128"]
+    assert asked[0][:3] == (1, 32, 64) and asked[0][-2:] == (90, 132)
+
+
+def test_the_timing_has_one_home() -> None:
+    import re
+
+    text = (ROOT / "bench" / "common.py").read_text(encoding="utf-8")
+    assert "from qlora_native.tuning.timing import" in text
+    assert not re.search(r"^def (quartiles|ratios|interleaved|relative_error)\(", text, re.MULTILINE)

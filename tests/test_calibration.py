@@ -1,0 +1,210 @@
+"""Calibrated quantisation of one weight: what each method promises, bad statistics, and bitsandbytes as the reader."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import same_bytes
+
+import qlora_native as qn
+from qlora_native import reference
+from qlora_native.calibration import METHODS, CalibratedWeight, quantize_calibrated
+from qlora_native.weight import TENSOR_FIELDS
+
+N, K = 48, 192
+
+
+@pytest.fixture(scope="module")
+def inputs() -> torch.Tensor:
+    """[tokens, K] that are correlated, with channels of very different size."""
+    torch.manual_seed(1)
+    mixed = torch.randn(1024, K) @ (torch.eye(K) + 0.1 * torch.randn(K, K))
+    return mixed * torch.randn(K).exp()
+
+
+def weight(dtype: torch.dtype = torch.bfloat16, k: int = K) -> torch.Tensor:
+    return (torch.randn(N, k) * 0.05).to(dtype)
+
+
+def calibrated(inputs: torch.Tensor, t: torch.Tensor, method: str, **options: object) -> CalibratedWeight:
+    return quantize_calibrated(t, method, hessian=inputs.t() @ inputs, **options)  # type: ignore[arg-type]
+
+
+def output_error(inputs: torch.Tensor, t: torch.Tensor, w: qn.QuantizedWeight) -> float:
+    """|X (W - W')^T|^2 in double precision."""
+    return float((inputs.double() @ (t.double() - w.dequantize(torch.float32).double()).t()).square().sum())
+
+
+def same_weight(a: qn.QuantizedWeight, b: qn.QuantizedWeight) -> bool:
+    pairs = [(getattr(a, name), getattr(b, name)) for name in TENSOR_FIELDS]
+    return all((x is None) == (y is None) and (x is None or same_bytes(x, y)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_each_method_is_better_than_the_last(inputs: torch.Tensor, quant_type: str, double_quant: bool) -> None:
+    """In the error of the products with the very inputs, and the report tells that error."""
+    t = weight()
+    errors = {}
+    for method in METHODS:
+        result = calibrated(inputs, t, method, quant_type=quant_type, double_quant=double_quant)
+        errors[method] = output_error(inputs, t, result.weight)
+        assert result.report.method == method
+        assert result.report.fallback is None
+        assert result.report.error == pytest.approx(errors[method], rel=1e-4)
+        assert result.report.rtn_error == pytest.approx(errors["rtn"], rel=1e-4)
+        assert result.weight.double_quant == double_quant
+        assert same_bytes(result.weight.dequantize(), reference.dequantize(t.dtype, *result.weight.op_args()))
+    plain = qn.quantize(t, quant_type=quant_type, double_quant=double_quant)
+    assert same_weight(calibrated(inputs, t, "rtn", quant_type=quant_type, double_quant=double_quant).weight, plain)
+    if quant_type == "nf4":
+        assert errors["rtn_signed"] < errors["rtn"]
+    assert errors["wmse"] < 0.7 * errors["rtn"]
+    assert errors["gptq"] < 0.5 * errors["wmse"]
+
+
+def test_signs_are_chosen_by_the_squared_error() -> None:
+    t = weight(torch.float32)
+    w = quantize_calibrated(t, "rtn_signed", double_quant=False).weight
+    plain, mirrored = (qn.quantize(x, double_quant=False) for x in (t, -t))
+    errors = [(x - q.dequantize()).reshape(-1, 64).square().sum(1) for x, q in ((t, plain), (-t, mirrored))]
+    sure = (errors[0] - errors[1]).abs() > 1e-6 * errors[0]
+    assert bool(sure.sum() > 100)
+    assert torch.equal((w.absmax < 0)[sure], (errors[1] < errors[0])[sure])
+    assert torch.equal(w.absmax.abs(), plain.absmax)
+
+
+def test_moments_alone_are_enough_for_wmse(inputs: torch.Tensor) -> None:
+    t, moment = weight(), inputs.square().mean(0)
+    result = quantize_calibrated(t, "wmse", moment=moment)
+    for factor in (2.0**-60, 2.0**60):  # sums or means, however small or large
+        assert same_weight(quantize_calibrated(t, "wmse", moment=moment * factor).weight, result.weight)
+    error = ((t.double() - result.weight.dequantize(torch.float32).double()).square() * moment.double()).sum()
+    assert result.report.error == pytest.approx(float(error), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["wmse", "gptq"])
+def test_rows_that_are_no_multiple_of_the_block(inputs: torch.Tensor, method: str) -> None:
+    some = inputs[:, :77]
+    for dtype in (torch.float32, torch.float16):
+        t = weight(dtype, 77)
+        t[5:9] = 0  # blocks of zeros
+        result = calibrated(some, t, method)
+        assert result.report.fallback is None
+        assert output_error(some, t, result.weight) < 0.8 * output_error(some, t, qn.quantize(t))
+        assert bool((result.weight.dequantize()[6:8] == 0).all())
+
+
+def test_threads_do_not_change_the_bytes(inputs: torch.Tensor) -> None:
+    t, hessian, before = weight(), inputs.t() @ inputs, torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results.append(quantize_calibrated(t, "gptq", hessian=hessian).weight)
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert same_weight(results[0], results[1])
+    assert same_weight(results[0], results[2])
+
+
+def test_dead_channels_and_a_hessian_of_low_rank(inputs: torch.Tensor) -> None:
+    few = inputs[:20].clone()  # fewer tokens than channels
+    few[:, 3] = few[:, 100] = 0
+    t = weight()
+    result = calibrated(few, t, "gptq")
+    assert (result.report.method, result.report.damping, result.report.fallback) == ("gptq", 0.01, None)
+    assert output_error(few, t, result.weight) < 0.1 * output_error(few, t, qn.quantize(t))
+    undamped = calibrated(few, t, "gptq", damping=0.0)
+    assert undamped.report.damping is not None
+    assert undamped.report.damping > 0
+    assert bool(torch.isfinite(undamped.weight.dequantize()).all())
+
+
+def test_a_hessian_that_is_not_positive_definite_is_damped_more_or_given_up() -> None:
+    indefinite = torch.eye(K)
+    indefinite[0, 1] = indefinite[1, 0] = 1.05  # an eigenvalue of -0.05 beside a mean of 1
+    result = quantize_calibrated(weight(), "gptq", hessian=indefinite)
+    assert result.report.damping == pytest.approx(0.1)
+    assert bool(torch.isfinite(result.weight.dequantize()).all())
+    hopeless = torch.full((K, K), 1e6)
+    hopeless.fill_diagonal_(1.0)
+    t = weight()
+    given_up = quantize_calibrated(t, "gptq", hessian=hopeless)
+    assert given_up.report.method == "rtn"
+    assert "not positive definite" in str(given_up.report.fallback)
+    assert same_weight(given_up.weight, qn.quantize(t))
+
+
+def test_no_tokens_at_all_fall_back_to_rounding() -> None:
+    t = weight()
+    for result in (
+        quantize_calibrated(t, "wmse", moment=torch.zeros(K)),
+        quantize_calibrated(t, "gptq", hessian=torch.zeros(K, K)),
+    ):
+        assert same_weight(result.weight, qn.quantize(t))
+        assert "no token reached" in str(result.report.fallback)
+    empty = quantize_calibrated(t[:0], "wmse", moment=torch.zeros(K))
+    assert empty.weight.numel() == 0
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e30, 3e38])
+def test_extreme_weights_give_finite_ones(inputs: torch.Tensor, size: float) -> None:
+    t = torch.randn(N, K).clamp(-1, 1) * size
+    for method in METHODS:
+        assert bool(torch.isfinite(calibrated(inputs, t, method).weight.dequantize()).all())
+
+
+def test_bad_arguments_are_told_in_words(inputs: torch.Tensor) -> None:
+    t, moment, hessian = weight(), inputs.square().mean(0), inputs.t() @ inputs
+    nan = hessian.clone()
+    nan[3, 4] = float("nan")
+    lopsided = hessian.clone()
+    lopsided[0, 1] += hessian.max()
+    negative = moment.clone()
+    negative[7] = -1.0
+    cases = (
+        ({"method": "mse"}, "method is 'mse': expected one of rtn, rtn_signed, wmse, gptq"),
+        ({"method": "wmse"}, "needs the second moments"),
+        ({"method": "gptq", "moment": moment}, "needs the hessian"),
+        ({"method": "wmse", "moment": moment[1:]}, r"moment is torch.float32 \[191\]: expected float32 \[192\]"),
+        ({"method": "wmse", "moment": moment.half()}, "moment is torch.float16"),
+        ({"method": "wmse", "moment": negative}, "second moment of channel 7 is -1.0"),
+        ({"method": "wmse", "moment": moment * float("inf")}, r"element \[0\] of the moment is inf"),
+        ({"method": "gptq", "hessian": nan}, r"element \[3, 4\] of the hessian is nan"),
+        ({"method": "gptq", "hessian": lopsided}, "differs from its transpose"),
+        ({"method": "gptq", "hessian": hessian, "damping": -1.0}, "damping is -1.0"),
+    )
+    for options, words in cases:
+        with pytest.raises(ValueError, match=words):
+            quantize_calibrated(t, **options)
+    with pytest.raises(ValueError, match=r"weight is \[192\]: expected two dimensions"):
+        quantize_calibrated(t[0], "rtn")
+    t[2, 5] = float("inf")
+    with pytest.raises(ValueError, match=r"element \[2, 5\] of the \[48, 192\] tensor is inf"):
+        quantize_calibrated(t, "wmse", moment=moment)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_bitsandbytes_decodes_and_saves_the_same(inputs: torch.Tensor, double_quant: bool) -> None:
+    """Their dequantize_4bit gives our bits, their matmul_4bit the product, and their state our tensors again."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    import bitsandbytes
+
+    for method in ("wmse", "gptq"):
+        w = calibrated(inputs, weight(), method, double_quant=double_quant).weight
+        assert bool((w.scales() < 0).any())
+        tensors = qn.to_bnb(w)
+        about = {key: value for key, value in tensors.items() if key != "weight"}
+        state = functional.QuantState.from_dict(dict(about), device=torch.device("cpu"))
+        theirs = functional.dequantize_4bit(tensors["weight"], state)
+        assert same_bytes(theirs, w.dequantize())
+        saved = state.as_dict(packed=True)
+        assert set(saved) == {key.removeprefix("weight.") for key in about}
+        again = qn.to_bnb(qn.from_bnb({"weight": tensors["weight"], **{f"weight.{k}": v for k, v in saved.items()}}))
+        assert all(same_bytes(again[key], tensors[key]) for key in tensors)
+        for tokens in (1, 3):
+            x = inputs[:tokens].bfloat16()
+            y = bitsandbytes.matmul_4bit(x, tensors["weight"].t(), quant_state=state)
+            truth = x.double() @ w.dequantize().double().t()
+            assert float((y.double() - truth).norm() / truth.norm()) < 6e-3
+            assert float((qn.linear(x, w).double() - truth).norm() / truth.norm()) < 6e-3

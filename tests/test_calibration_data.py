@@ -1,0 +1,108 @@
+"""Which tokens calibration takes: the same ones every time, and a sentence where there are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer
+
+import qlora_native as qn
+from qlora_native.calibration.data import CalibrationData, as_calibration, take_tokens
+
+TEXTS = [f"what is {colour}? {thing} and nothing else, number {n}" for n in range(8) for colour, thing in tiny.FACTS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.write_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def take(given: Any, tokenizer: Any = None, method: str = "wmse", positions: int | None = 256) -> Any:
+    return take_tokens(as_calibration(given), method, lambda: tokenizer, 300, positions)
+
+
+def test_texts_are_cut_into_sequences_in_an_order_of_the_seed(tokenizer: Any) -> None:
+    def taken(seed: int) -> Any:
+        return take(CalibrationData(TEXTS, rows=4, length=32, seed=seed), tokenizer)
+
+    one = taken(0)
+    assert one.ids.shape == (4, 32)
+    assert one.ids.dtype == torch.int64
+    assert torch.equal(one.ids, taken(0).ids)
+    assert one.sha256 == taken(0).sha256 != taken(1).sha256
+    assert one.describe() == {"sha256": one.sha256, "rows": 4, "length": 32, "tokens": 128, "seed": 0}
+    # Whole documents, each ended by the end token, one after another.
+    told = tokenizer.decode(take(CalibrationData(TEXTS, rows=1, length=128), tokenizer).ids[0]).split("<|end|>")
+    assert len(told) > 2
+    assert set(told[:-1]) < set(TEXTS)
+
+
+def test_a_file_gives_the_rows_that_training_sees(tokenizer: Any, tmp_path: Path) -> None:
+    path = tiny.write_rows(tmp_path / "rows.jsonl")
+    told = tokenizer.decode(take(CalibrationData(path, rows=2, length=40), tokenizer).ids.flatten())
+    assert told.count("<|user|>") >= 3
+    assert told.count("<|assistant|>") >= 3
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    from_file = take(CalibrationData(plain, rows=4, length=32, seed=3), tokenizer)
+    assert torch.equal(from_file.ids, take(CalibrationData(TEXTS, rows=4, length=32, seed=3), tokenizer).ids)
+
+
+def test_long_documents_give_their_first_tokens_and_more_only_where_needed(tokenizer: Any) -> None:
+    documents = [torch.full((100,), number) for number in range(3)]
+    few = take(CalibrationData(documents, rows=3, length=20)).ids
+    assert sorted(few.unique().tolist()) == [0, 1, 2]
+    assert torch.equal(few, few[:, :1].expand(-1, 20))
+    all_of_it = take(CalibrationData(documents, rows=15, length=20)).ids
+    assert all_of_it.flatten().bincount().tolist() == [100, 100, 100]
+
+
+def test_defaults(tokenizer: Any) -> None:
+    long = [torch.arange(200).repeat(100)] * 8
+    assert take(long, positions=None).ids.shape == (16, 512)
+    assert take(long, method="gptq", positions=None).ids.shape == (128, 512)
+    assert take(long).ids.shape == (16, 256)  # no longer than the model takes
+    short = take([torch.arange(200).repeat(15)], positions=None)  # 3000 tokens, of 8192 wanted
+    assert short.ids.shape == (5, 512)
+    assert short.wanted == 8192
+
+
+def test_a_tensor_is_taken_as_it_is() -> None:
+    ids = torch.arange(60, dtype=torch.int32).view(4, 15)
+    assert torch.equal(take(ids).ids, ids.long())
+    for wrong in (ids[0], ids.float(), ids[:0]):
+        with pytest.raises(ValueError, match=r"calibration is a tensor .* expected token numbers \[rows, length\]"):
+            take(wrong)
+    with pytest.raises(ValueError, match="leave rows and length out"):
+        take(CalibrationData(ids, rows=2))
+
+
+def test_what_is_wrong_is_told_with_numbers(tokenizer: Any, tmp_path: Path) -> None:
+    def refused(given: Any, says: str, kind: type[Exception] = qn.UserError, **options: Any) -> None:
+        with pytest.raises(kind, match=says):
+            take(given, tokenizer, **options)
+
+    refused(["too short"], r"calibration: \d+ tokens of text, expected at least 2,048 to calibrate wmse \(16 sequences")
+    refused(["too short"], "expected at least 8,192 to calibrate gptq", method="gptq")
+    refused([], "calibration: 0 tokens of text")
+    refused(["", "  \n"], "calibration: 0 tokens of text")
+    refused(CalibrationData(TEXTS, rows=1, length=300), "sequences of 300 tokens, but the model has 256 positions")
+    refused([torch.full((4000,), 300)], "token numbers from 300 to 300, but the model's lie from 0 to 299")
+    refused(CalibrationData(TEXTS, rows=0), "rows is 0", ValueError)
+    refused([torch.ones(3, 3)], r"entry 0 of the list is a tensor \[3, 3\] of torch.float32", ValueError)
+    refused([3], "entry 0 of the list is a int", ValueError)
+    refused(tmp_path / "none.jsonl", "no such data file")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 3, "score": 0.5}\n')
+    refused(path, r"rows\.jsonl:1.*(score|id)")
+    path.write_text("")
+    refused(path, "the file has no rows")
+    path.write_text('{"text": "a"}\n')
+    refused(path, r"rows\.jsonl: \d+ tokens of text, expected at least 2,048")

@@ -1,0 +1,407 @@
+"""Calibrated loading: its statistics against the whole model's, its bytes under every way to come to them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import distance, logits, save, tokens
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import qlora_native as qn
+from qlora_native.calibration.quantize import CalibratedWeight, quantize_calibrated
+from qlora_native.cli.main import main
+from qlora_native.load import calibrated, load_model
+from qlora_native.nn import QuantizedLinear
+
+IDS = tokens(6, 40)
+Seen = list[tuple[Tensor, str, Any, Any]]  # weight, method, moment, hessian
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """What each call of quantize_calibrated was given."""
+    calls: Seen = []
+
+    def noting(
+        weight: Tensor, method: str, moment: Any = None, hessian: Any = None, **options: Any
+    ) -> CalibratedWeight:
+        calls.append((weight.clone(), method, moment, None if hessian is None else hessian.clone()))
+        return quantize_calibrated(weight, method, moment=moment, hessian=hessian, **options)
+
+    monkeypatch.setattr(calibrated, "quantize_calibrated", noting)
+    return calls
+
+
+@torch.no_grad()
+def inputs_of_the_whole_model(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """(weight [N, K], its input [tokens, K] in fp64) of every linear and expert, by one forward of transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found: dict[Any, list[tuple[Tensor, ...]]] = {}
+
+    def note(module: Any, args: tuple[Tensor, ...]) -> None:
+        found.setdefault(module, []).append(args)
+
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) or path.endswith("experts"):
+            module.register_forward_pre_hook(note)
+    model(IDS, use_cache=False)
+    for part, calls in found.items():
+        if isinstance(part, (nn.Linear, Conv1D)):
+            weight = part.weight if isinstance(part, nn.Linear) else part.weight.t()
+            yield weight, torch.cat([x.flatten(0, -2) for (x,) in calls]).double()
+            continue
+        ((hidden, index, _),) = calls
+        for expert in range(len(part.down_proj)):
+            x = hidden[(index == expert).any(-1)].double()
+            gate, up = (x @ part.gate_up_proj[expert].double().t()).chunk(2, -1)
+            yield part.gate_up_proj[expert], x
+            yield part.down_proj[expert], nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
+        ("Gemma3Text", {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("Phi3", {}),
+        ("GPT2", {}),  # transposed
+        ("Olmo2", {}),  # the first linears see the hidden states themselves
+        ("Falcon", {"new_decoder_architecture": False}),  # attention and MLP side by side
+        ("Mixtral", {"num_local_experts": 4}),
+        ("Mamba", {}),
+    ],
+    ids=lambda value: str(value)[:10],
+)
+def test_statistics_are_those_of_the_whole_model(
+    tmp_path: Path, seen: Seen, kind: str, changes: dict[str, Any]
+) -> None:
+    save(tmp_path, kind, **changes)
+    model = load_model(tmp_path, dtype=torch.float32, method="gptq", calibration=IDS)
+    truths = list(inputs_of_the_whole_model(tmp_path))
+    assert len(seen) > 0
+    for weight, method, moment, hessian in seen:
+        (x,) = [x for truth, x in truths if truth.shape == weight.shape and torch.equal(truth, weight)]
+        assert method == "gptq"
+        expected = x.t() @ x / len(x)
+        assert distance(hessian.double(), expected) < 1e-5
+        assert distance(moment.double(), expected.diagonal()) < 1e-5
+    assert model.load_report.method == "gptq"
+    assert model.load_report.fell_back == {}
+    stacks = 2 * 2 * 4 if kind == "Mixtral" else 0
+    assert len(seen) == sum(isinstance(module, QuantizedLinear) for module in model.modules()) + stacks
+    plain = load_model(tmp_path, dtype=torch.float32)
+    assert [(name, p.shape) for name, p in model.named_parameters()] == [
+        (name, p.shape) for name, p in plain.named_parameters()
+    ]
+    for name, buffer in plain.named_buffers():
+        if "absmax" not in name and "offset" not in name:
+            assert torch.equal(buffer, model.get_buffer(name)), name
+
+
+def test_the_bytes_do_not_depend_on_threads_nor_on_where_hidden_states_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "Mixtral", torch.bfloat16, num_local_experts=4, hidden_size=320, intermediate_size=96)
+    before = torch.get_num_threads()
+
+    def state(threads: int, method: str) -> dict[str, Tensor]:
+        torch.set_num_threads(threads)
+        try:
+            model = load_model(tmp_path, method=method, calibration=IDS, fuse=False)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        return model.state_dict()
+
+    for method in ("wmse", "gptq"):
+        one = state(1, method)
+        assert_same(one, state(3, method))
+        with monkeypatch.context() as patch:
+            patch.setattr(calibrated, "MOST_IN_MEMORY", 0)
+            patch.setattr(calibrated._C, "lies_in_memory", lambda folder: False)
+            assert_same(one, state(2, method))
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_the_methods_lose_less_in_the_order_of_their_cost(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 300, (32, 64))
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    errors = {}
+    with torch.no_grad():
+        expected = dense(ids[:8]).logits
+        for method in ("rtn", "rtn_signed", "wmse", "gptq"):
+            data = None if method.startswith("rtn") else ids
+            model = load_model(folder, method=method, calibration=data, dtype=torch.float32)
+            errors[method] = float((model(ids[:8]).logits - expected).square().mean())
+    assert errors["rtn"] > errors["rtn_signed"] > errors["wmse"] > errors["gptq"], errors
+
+
+def test_experts_that_few_tokens_reach_are_rounded_and_named(tmp_path: Path, seen: Seen) -> None:
+    save(tmp_path, "Mixtral", num_local_experts=4)
+    report = load_model(tmp_path, method="gptq", calibration=tokens(2, 40)).load_report
+    assert report.fell_back
+    for name, why in report.fell_back.items():
+        if ".experts." in name:
+            assert name.endswith("]")
+            assert "tokens of the calibration data reached it, expected at least 64: 'rtn'" in why
+    assert sum(method == "rtn" for _, method, _, _ in seen) == len(report.fell_back)
+    assert f"{len(report.fell_back)} weights were not calibrated" in str(report)
+
+
+def test_what_stands_outside_the_layers_is_rounded_and_named(tmp_path: Path) -> None:
+    save(tmp_path)
+    report = load_model(tmp_path, calibration=IDS, skip_modules=[]).load_report
+    assert report.method == "wmse"  # the default with data
+    assert report.fell_back == {"lm_head.weight": "it stands outside the decoder layers: 'rtn'"}
+    assert report.calibration["tokens"] == 240
+    assert report.seconds > 0
+
+
+def test_models_whose_layers_cannot_be_run_one_by_one_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path)
+    kind = type(AutoModelForCausalLM.from_pretrained(folder).model)
+    forward = kind.forward
+
+    def refused(change: Any, says: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", change)
+            with pytest.raises(qn.UserError, match=rf"LlamaForCausalLM cannot be calibrated.*{says}.*'rtn'"):
+                load_model(folder, calibration=IDS)
+
+    def backwards(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layers, self.layers = self.layers, nn.ModuleList(reversed(self.layers))
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.layers = layers
+
+    def with_tokens(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        return forward(self, input_ids, extra=input_ids, **kwargs)
+
+    def with_a_store(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, store={}, **kwargs)
+
+    refused(backwards, "layer 1 is called after 0 others")
+    refused(with_tokens, "what its layers are given depends on the tokens")
+    refused(with_a_store, "layer 0 is given store, a dict")
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "decoder_layers", partial(_with_another_count, calibrated.decoder_layers))
+        with pytest.raises(qn.UserError, match="it has no list of 7 decoder layers"):
+            load_model(folder, calibration=IDS)
+
+
+def _with_another_count(find: Any, model: Any) -> Any:
+    model.config.num_hidden_layers = 7
+    return find(model)
+
+
+def test_hidden_states_that_overflow_are_told(tmp_path: Path) -> None:
+    save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e7
+    save_file(tensors, file)
+    with pytest.raises(
+        qn.UserError, match=r"layer 1 makes a NaN or an infinity of sequence 0.*torch\.float16.*float32"
+    ):
+        load_model(tmp_path, calibration=IDS, dtype=torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept beside the weights
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gptq model in a folder of its own."""
+    folder = tmp_path_factory.mktemp("saved")
+    base = save(folder / "base", dtype=torch.bfloat16, intermediate_size=128)  # bitsandbytes wants whole blocks a row
+    model = load_model(base, method="gptq", calibration=IDS)
+    model.save_pretrained(folder / "four")
+    return folder / "four"
+
+
+def test_method_and_data_are_kept_through_every_way_to_save(saved: Path, tmp_path: Path) -> None:
+    def told(folder: Path) -> Any:
+        return json.loads((folder / "config.json").read_text())["quantization_config"]["qlora_native"]
+
+    first = told(saved)
+    assert first["method"] == "gptq"
+    assert first["calibration"].keys() == {"sha256", "rows", "length", "tokens", "seed"}
+    again = load_model(saved)
+    assert again.load_report.method == "gptq"
+    assert again.load_report.calibration == first["calibration"]
+    again.save_pretrained(tmp_path / "again")
+    assert told(tmp_path / "again") == first
+    assert_same(load_file(saved / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors"))
+    for target in ("qlora", "bitsandbytes"):
+        assert main(["convert", str(saved), str(tmp_path / target), "--to", target]) == 0
+        assert told(tmp_path / target) == first
+        assert load_model(tmp_path / target).load_report.method == "gptq"
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "qlora")
+    assert ours.load_report.method == "gptq"
+    assert torch.equal(logits(ours), logits(load_model(saved, fuse=False)))
+    ours.save_pretrained(tmp_path / "ours")
+    assert told(tmp_path / "ours") == first
+    given = AutoModelForCausalLM.from_pretrained(saved, quantization_config=qn.QLoRANativeConfig())
+    assert given.load_report.calibration == first["calibration"]
+    with pytest.raises(qn.UserError, match=r"is 4-bit already: method 'wmse' needs the 16-bit model"):
+        load_model(saved, calibration=IDS)
+
+
+def test_bitsandbytes_reads_it(saved: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    theirs = AutoModelForCausalLM.from_pretrained(saved, device_map="cpu")
+    ours = load_model(saved, fuse=False)
+    negative = 0
+    for path, module in theirs.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = module.weight
+            decoded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+            quantized = ours.get_submodule(path).quantized
+            negative += int((quantized.scales() < 0).sum())
+            assert torch.equal(decoded, quantized.dequantize()), path
+    assert negative > 100  # signed scales are what could go wrong
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line, and a run that is killed
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    tiny.write_model(folder / "model", num_hidden_layers=3)
+    tiny.write_rows(folder / "rows.jsonl", 60)
+    return folder
+
+
+def quantize(files: Path, out: Path, *words: str) -> list[str]:
+    start = ["quantize", str(files / "model"), "--calibration", str(files / "rows.jsonl")]
+    return [*start, "--calibration-rows", "8", "--calibration-length", "24", "--out", str(out), *words]
+
+
+def test_quantize_with_calibration(files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(quantize(files, tmp_path / "wmse", "--json")) == 0
+    told = capfd.readouterr()
+    result = json.loads(told.out)
+    assert result["method"] == "wmse"
+    assert result["calibration"]["tokens"] == 192
+    assert result["fell_back"] == {}
+    assert "calibrating: layer 3 of 3" in told.err
+    assert not list(tmp_path.glob(".*"))
+    assert load_model(tmp_path / "wmse").load_report.calibration == result["calibration"]
+    assert main(quantize(files, tmp_path / "other", "--method", "rtn")) == 2
+    assert "takes no calibration data" in capfd.readouterr().err
+    for words in (["--method", "gptq"], ["--calibration-rows", "3"]):
+        assert main(["quantize", str(files / "model"), "--out", str(tmp_path / "other"), *words]) == 2
+        assert f"{words[0]} {words[1] if words[0] == '--method' else 'needs'}" in capfd.readouterr().err
+    assert main(quantize(files, tmp_path / "other", "--calibration-format", "poem")) == 2
+    assert "format is 'poem'" in capfd.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from qlora_native.calibration.hidden import HiddenStates
+from qlora_native.cli.main import main
+write, written = HiddenStates.write, []
+def killing(self, row, value, layer):
+    write(self, row, value, layer)
+    if layer == 2 and row == 3:  # in the middle of the second layer
+        os.kill(os.getpid(), signal.SIGKILL)
+HiddenStates.write = killing
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(
+    files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(quantize(files, tmp_path / "whole", "--method", "gptq")) == 0
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    out, work = tmp_path / "out", tmp_path / ".out.qlora-calibration"
+    words = quantize(files, out, "--method", "gptq")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    assert sorted(path.name for path in work.iterdir()) == [
+        "hidden-0001.bin",
+        "hidden-0002.bin",
+        "layer-0000.safetensors",
+        "run.json",
+    ]
+    ran: list[int] = []
+    calibrate = calibrated._Layers.calibrate
+
+    def noting(self: Any, index: int, *rest: Any) -> Any:
+        ran.append(index)
+        return calibrate(self, index, *rest)
+
+    monkeypatch.setattr(calibrated._Layers, "calibrate", noting)
+    capfd.readouterr()
+    assert main(words) == 0
+    assert "1 layers are finished already" in capfd.readouterr().err
+    assert ran == [1, 2]
+    assert not work.exists()
+    assert_same(load_file(out / "model.safetensors"), expected)
+
+    # Interrupted again, after the second layer, and started with another seed: from the beginning, and said so.
+    def interrupt(text: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    data = qn.CalibrationData(files / "rows.jsonl", rows=8, length=24)
+    with pytest.raises(KeyboardInterrupt):
+        load_model(files / "model", method="gptq", calibration=data, work_dir=work, progress=interrupt)
+    ran.clear()
+    said: list[str] = []
+    data = qn.CalibrationData(files / "rows.jsonl", rows=8, length=24, seed=1)
+    model = load_model(
+        files / "model", method="gptq", calibration=data, work_dir=work, progress=lambda text, *_: said.append(text)
+    )
+    assert said[0] == "calibration changed since the run that was interrupted: starting anew"
+    assert ran == [0, 1, 2]
+    fresh = load_model(files / "model", method="gptq", calibration=data)
+    assert_same(model.state_dict(), fresh.state_dict())
+
+
+def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, tmp_path: Path) -> None:
+    from qlora_native.train import TrainConfig
+    from qlora_native.train.setup import load_rows, load_tokenizer, prepare_model
+
+    def config(**quant: Any) -> TrainConfig:
+        data = {"train": str(files / "rows.jsonl"), "eval_fraction": 0.5}
+        return TrainConfig.model_validate({"model": str(files / "model"), "data": data, "quant": quant})
+
+    tokenizer = load_tokenizer(str(files / "model"))
+    rows, _ = load_rows(config(), tokenizer)
+    with pytest.raises(qn.UserError, match=r"calibration: \d+ tokens of text, expected at least 2,048"):
+        prepare_model(config(method="wmse"), None, rows, quiet=True)
+    with pytest.raises(qn.UserError, match=r"quant\.calibration is x, but quant\.method rtn takes no text"):
+        prepare_model(config(calibration="x"), None, rows, quiet=True)
+    long = rows.subset(list(range(len(rows))) * 8)
+    model = prepare_model(config(method="wmse"), None, long, quiet=True)
+    documents = [torch.from_numpy(row["input_ids"].copy()) for row in long]
+    expected = load_model(files / "model", method="wmse", calibration=documents).load_report.calibration
+    assert model.load_report.calibration == expected
+    assert model.load_report.method == "wmse"

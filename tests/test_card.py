@@ -1,0 +1,149 @@
+"""The card beside an adapter, and the loggers, after a run of two steps."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import yaml
+
+import qlora_native as qn
+from qlora_native.cli import main
+from qlora_native.cli.convert import as_trained
+from qlora_native.errors import UserError
+from qlora_native.train.progress import read_metrics
+
+
+class Trackio(ModuleType):
+    """Remembers what the package of that name is asked to do; it wants a service of its own to run."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.__spec__ = ModuleType("spec")  # type: ignore[assignment]
+        self.calls: list[tuple[str, Any]] = []
+
+    def init(self, **options: Any) -> None:
+        self.calls.append(("init", options))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.calls.append(("log", (step, values)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trackio]:
+    folder, trackio = tmp_path_factory.mktemp("card"), Trackio()
+    tiny.write_model(folder / "model")
+    tiny.write_rows(folder / "rows.jsonl", 8)
+    (folder / "config.yaml").write_text(
+        f"model: {folder / 'model'}\noutput_dir: {folder / 'out'}\nlogging: [trackio]\n"
+        f"data: {{train: {folder / 'rows.jsonl'}}}\nquant: {{block_size: 32}}\n"
+        "train: {steps: 2, batch_size: 2, grad_accum: 1, eval_every: 1}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "trackio", trackio)
+        assert main.main(["train", str(folder / "config.yaml")]) == 0
+    return folder, trackio
+
+
+def test_the_card_tells_data_config_losses_and_versions(run: tuple[Path, Trackio]) -> None:
+    folder, _ = run
+    text = (folder / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    head = yaml.safe_load(front)
+    assert head["base_model"] == str(folder / "model") and head["library_name"] == "peft" and "lora" in head["tags"]
+    assert hashlib.sha256((folder / "rows.jsonl").read_bytes()).hexdigest() in body
+    losses = [line["eval_loss"] for line in read_metrics(folder / "out" / "metrics.jsonl") if "eval_loss" in line]
+    assert f"Held-out loss: {losses[0]:.4f} before training, {losses[-1]:.4f} nats a token after it." in body
+    assert f"- torch {torch.__version__}" in body and f"- qlora_native {qn.__version__}" in body
+    (config,) = re.findall(r"```yaml\n(.*?)```", body, re.DOTALL)
+    assert yaml.safe_load(config) == yaml.safe_load((folder / "out" / "adapter" / "config.yaml").read_text())
+    assert (folder / "out" / "best" / "README.md").is_file() == (folder / "out" / "best").is_dir()
+
+
+@torch.no_grad()
+def test_its_code_loads_the_adapter(run: tuple[Path, Trackio]) -> None:
+    folder, _ = run
+    text = (folder / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
+    codes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    for code, names in zip(codes, (ours, theirs), strict=True):
+        exec(code.replace("path/to/this/folder", str(folder / "out" / "adapter")), names)
+    assert ours["model"].model.layers[0].mlp.up_proj.base_layer.quantized.block_size == 32
+    assert isinstance(theirs["model"], peft.PeftModel)
+
+
+def test_chat_and_merge_take_the_run_at_its_word(run: tuple[Path, Trackio], tmp_path: Path) -> None:
+    folder, _ = run
+    adapter, config = folder / "out" / "adapter", folder / "out" / "adapter" / "config.yaml"
+
+    def taken(rounds: bool = True, **given: Any) -> dict[str, Any]:
+        options = {"model": str(folder / "model"), "adapter": str(adapter), "skip_modules": None, "quant_type": None}
+        return as_trained(Namespace(**{**options, "block_size": None, "double_quant": None, **given}), rounds)
+
+    assert taken() == {"quant_type": "nf4", "block_size": 32, "double_quant": True}
+    assert taken(block_size=128)["block_size"] == 128
+    shutil.copytree(adapter, tmp_path / "adapter")
+    text = config.read_text().replace("method: rtn\n", "method: gptq\n")
+    (tmp_path / "adapter" / "config.yaml").write_text(text)
+    adapter = tmp_path / "adapter"
+    assert taken(rounds=False)["block_size"] == 32
+    with pytest.raises(UserError, match="was trained on weights made by gptq"):
+        taken()
+
+
+def test_the_folder_of_a_run_is_no_adapter(run: tuple[Path, Trackio], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = run
+    assert main.main(["merge", str(folder / "model"), str(folder / "out"), "--out", str(folder / "new")]) == 2
+    assert f"did you mean {folder / 'out' / 'adapter'}?" in capsys.readouterr().err
+
+
+def test_trackio_gets_every_line(run: tuple[Path, Trackio]) -> None:
+    folder, trackio = run
+    (first, options), *logs, (last, _) = trackio.calls
+    assert (first, last) == ("init", "finish") and options["config"]["train"]["steps"] == 2
+    lines = read_metrics(folder / "out" / "metrics.jsonl")
+    assert [step for _, (step, _) in logs] == [line["step"] for line in lines]
+    for (_, (_, values)), line in zip(logs, lines, strict=True):
+        key, name = ("eval_loss", "eval/loss") if "eval_loss" in line else ("loss", "train/loss")
+        assert values[name] == pytest.approx(line[key])
+
+
+def test_a_logger_that_is_not_there_is_told_before_anything_is_loaded(
+    run: tuple[Path, Trackio], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run
+    words = ["train", str(folder / "config.yaml"), "--output_dir", str(folder / "none"), "--model", "gone"]
+    assert main.main(words) == 2  # of the config, without the stand-in
+    assert "logging names trackio, which is not installed: pip install trackio" in capsys.readouterr().err
+    assert main.main([*words, "--logging", "[wandb]"]) == 2
+    assert "--logging is 'wandb': expected 'tensorboard' or 'trackio'" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from qlora_native.train.loggers import make_loggers
+
+    (logger,) = make_loggers(["tensorboard"], tmp_path, {})
+    logger.write({"step": 3, "loss": 0.5, "lr": float("nan"), "told": "x"})
+    logger.write({"step": 4, "eval_loss": 0.25})
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss", "eval/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("eval/loss")] == [(4, 0.25)]

@@ -1,0 +1,176 @@
+"""`qlora chat`, against transformers' own generate."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_merge_files import make_adapter
+from transformers import AutoTokenizer
+
+import qlora_native as qn
+from qlora_native.cli import chat, main
+from qlora_native.load import generate
+from qlora_native.lora.layer import adapters_off
+
+PROMPT = "what is green?"
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    tiny.write_model(folder / "model")
+    make_adapter(folder / "model", folder / "adapter")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(files: Path) -> dict[str, str]:
+    """transformers' greedy answers to PROMPT."""
+    model: Any = qn.load_adapter(qn.load_model(files / "model"), files / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+
+    def answer() -> str:
+        output = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
+        return str(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    with_adapter = answer()
+    with adapters_off(model):
+        return {"base": answer(), "adapter": with_adapter}
+
+
+def words(files: Path, *more: str) -> list[str]:
+    return ["chat", str(files / "model"), "--adapter", str(files / "adapter"), "--max-tokens", str(TOKENS), *more]
+
+
+def test_greedy_answers_are_those_of_generate(
+    files: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected["base"] != expected["adapter"]
+    assert main.main(words(files, "--system", "be brief", "--prompt", PROMPT, "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {answer["from"]: answer["text"] for answer in told["answers"]} == expected
+    assert [answer["tokens"] for answer in told["answers"]] == [TOKENS, TOKENS]
+    assert all(answer["ended"] == "length" and answer["tokens_per_second"] > 0 for answer in told["answers"])
+
+    assert main.main(words(files, "--system", "be brief", "--prompt", PROMPT)) == 0
+    printed = capsys.readouterr().out
+    base, adapter = map(chat.printable, expected.values())
+    assert printed == f"base: {base}\nadapter: {adapter}\n"
+
+
+def test_lines_are_turns_of_one_conversation_until_the_input_ends(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(lines: str, *more: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        assert main.main([*words(files, "--json", "--temperature", "1.5", "--top-p", "0.9"), *more]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    first = told(f"{PROMPT}\n\n{PROMPT}\n")
+    assert len(first) == 2
+    assert first[0]["answers"][0]["text"] != first[1]["answers"][0]["text"]  # the second has the first before it
+    again, other = told(f"{PROMPT}\n"), told(f"{PROMPT}\n", "--seed", "5")
+    texts = [[answer["text"] for answer in rows[0]["answers"]] for rows in (first, again, other)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The first answer meets Ctrl-C after so many tokens."""
+    plain, calls = generate.stream, iter(range(100))
+
+    def stream(*args: Any) -> Iterator[int]:
+        tokens = plain(*args)
+        if next(calls):
+            yield from tokens
+        yield from itertools.islice(tokens, count)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "stream", stream)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_program(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_after(monkeypatch, 1)
+    typed: Iterator[str | BaseException] = iter([PROMPT, KeyboardInterrupt(), "and red?", EOFError()])
+
+    def line(prompt: str) -> str:
+        item = next(typed)
+        if isinstance(item, str):
+            return item
+        raise item
+
+    monkeypatch.setattr("builtins.input", line)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main.main(["chat", str(files / "model"), "--max-tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Ctrl-C ends an answer") and "Ctrl-D ends the program." in lines
+
+    interrupted_after(monkeypatch, 1)
+    assert main.main(words(files, "--prompt", PROMPT, "--json")) == 130  # and the program, if it is but one answer
+    first, second = json.loads(capsys.readouterr().out)["answers"]
+    assert (first["ended"], first["tokens"], second["tokens"]) == ("interrupted", 1, 0)
+
+
+def test_side_by_side_on_a_terminal(
+    files: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main.main(words(files, "--system", "be brief", "--prompt", PROMPT)) == 0
+    printed = capsys.readouterr().out
+    heads = [line for line in printed.splitlines() if " base " in line and " adapter " in line]
+    assert heads, printed
+    for text in expected.values():
+        assert chat.printable(text).split()[0][:8] in printed
+
+
+def test_an_answer_cannot_command_the_terminal() -> None:
+    assert chat.printable("a\tb\n\x1b[2J\r\x9bc \u00e9") == "a\tb\n\ufffd[2J\ufffd\ufffdc \u00e9"
+
+
+def test_drawing_keeps_to_its_limits() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.0, 1.0])
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**options: Any) -> set[int]:
+        sampling = generate.Sampling(temperature=1.0, **options)
+        return {generate.choose(logits, sampling, generator) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3} and drawn(top_k=2) == {1, 2} and drawn(top_p=0.01) == {1}
+    assert drawn(top_p=0.7) == {1, 2}  # 0.644 alone is less
+    assert generate.choose(logits, generate.Sampling(), generator) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0: expected 0 or more"),
+        (["--top-p", "0"], "top_p is 0.0: expected more than 0"),
+        (["--adapter", "{files}/model"], "{files}/model has no adapter_config.json"),
+        (["--prompt", "a " * 300], "tokens, the model's context 256: begin a new one"),
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    ],
+)
+def test_mistakes(files: Path, more: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [word.format(files=files) for word in more]
+    assert main.main(["chat", str(files / "model"), "--prompt", "x", *options]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if not text.startswith("Loading")]
+    assert told.format(files=files) in line

@@ -1,0 +1,106 @@
+"""``qlora eval`` from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from laws import ROOT
+from tiny import write_model, write_rows
+
+import qlora_native as qn
+from qlora_native.cli import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its 4-bit form, rows and text."""
+    folder = tmp_path_factory.mktemp("files")
+    write_model(folder / "model", num_hidden_layers=1)
+    write_rows(folder / "held.jsonl", 6)
+    (folder / "notes.txt").write_text("what is red? blood. " * 300, encoding="utf-8")
+    (folder / "calibration.jsonl").write_text(
+        "".join(f'{{"text": "what is blue and good number {number}? sky"}}\n' for number in range(160)),
+        encoding="utf-8",
+    )
+    model = qn.load_model(folder / "model")
+    model.save_pretrained(folder / "four")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (folder / "model" / name).exists():
+            (folder / "four" / name).write_bytes((folder / "model" / name).read_bytes())
+    return folder
+
+
+def test_the_command_line_compares_and_reports_plainly(files: Path, tmp_path: Path) -> None:
+    command = "import sys; from qlora_native.cli.main import main; sys.exit(main())"
+    words: list[str | Path] = ["eval", files / "model", "--report", tmp_path / "r", "--compare", "rtn", "wmse"]
+    words += ["--calibration", files / "calibration.jsonl", "--data", files / "held.jsonl", files / "notes.txt"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT / "tests",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout and "\r" not in done.stdout
+    table = done.stdout.partition("**held.jsonl**")[2]
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][:4] == [
+        "",
+        "16-bit",
+        "rtn",
+        "wmse",
+    ]
+    assert "peak memory" in done.stdout and (tmp_path / "r" / "report.md").is_file()
+
+
+def test_json_is_one_object_and_nothing_else(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", str(files / "four"), "--reference", str(files / "model"), "--data", str(files / "held.jsonl")]
+    assert main.main([*words, "--rows", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [side["name"] for side in told["sides"]] == ["16-bit", "4-bit"]
+    row = told["sides"][1]["texts"]["held.jsonl"]
+    assert row["kl"] > 0 and row["closed"] is None and told["peak_rss_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{model}"], "nothing to evaluate on; give --data FILE, --choices FILE or --lm-eval TASK"),
+        (["{model}", "--data", "{files}/gone.jsonl"], "gone.jsonl: no such data file"),
+        (["{model}", "--data", "{held}", "--compare", "rtn", "gptq"], "method gptq needs calibration text"),
+        (
+            ["{model}", "--data", "{held}", "--compare", "rnt"],
+            "'rnt' is no method of quantising: expected rtn, rtn_signed",
+        ),
+        (
+            ["{model}", "--data", "{held}", "--compare", "wmse", "--calibration", "{held}"],
+            "calibrated on, which flatters",
+        ),
+        (["{files}/four", "--data", "{held}", "--compare", "wmse"], "four is 4-bit already: methods are compared from"),
+        (["{model}", "--data", "{held}", "--reference", "{model}"], "16-bit and its own reference"),
+        (
+            ["{files}/four", "--data", "{held}", "--reference", "{files}/four"],
+            "four holds 4-bit weights: expected the 16-bit",
+        ),
+        (
+            ["{model}", "--data", "{held}", "--adapter", "{files}"],
+            "has no adapter_config.json: expected an adapter folder",
+        ),
+        (["{files}/gone", "--data", "{held}"], "gone is not there: expected a model folder"),
+        (["{model}", "--data", "{held}", "--max-length", "1"], "--max-length is 1: expected 2 or more"),
+        (["{model}", "--data", "{held}", "--rows", "0"], "--rows is 0: expected 1 or more"),
+        (["{model}", "--data", "{held}", "{files}/model/../held.jsonl"], "two files are called held.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    files: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill = {"files": str(files), "model": str(files / "model"), "held": str(files / "held.jsonl")}
+    assert main.main(["eval", *(word.format(**fill) for word in words)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if line.startswith("qlora")]) == 1 and told in lines[-1], lines

@@ -1,0 +1,133 @@
+"""``qlora data show``: what it says of a file and its rows, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from qlora_native.cli import data
+from qlora_native.cli.main import main
+from qlora_native.data.preview import histogram
+
+QUESTION = {"role": "user", "content": "what is red?"}
+LONG = {"role": "assistant", "content": "apple " * 40}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and rows of which one is cut and two are dropped: the one has no answer, the other begins it late."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny.write_model(folder / "model", num_hidden_layers=1)
+    rows = [json.loads(line) for line in tiny.write_rows(folder / "train.jsonl", 6).read_text().splitlines()]
+    rows += [{"messages": [QUESTION, LONG]}, {"messages": [QUESTION]}, {"messages": [{**QUESTION, **LONG}, LONG]}]
+    rows[8]["messages"][0]["role"] = "user"
+    rows[7]["messages"][0]["content"] = "\x1b[31mred"
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(
+        f"model: {folder / 'model'}\ndata: {{train: {folder / 'train.jsonl'}, max_length: 64}}\n"
+    )
+    return folder
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    assert main(["data", "show", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_config_by_the_real_command_line(files: Path) -> None:
+    command = [sys.executable, "-m", "qlora_native", "data", "show", str(files / "config.yaml"), "--rows", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+    file = files / "train.jsonl"
+    assert done.stdout.splitlines()[:4] == [
+        f"{file}: format messages (inferred from the first rows); 7 rows, 168 tokens, 46% trained; "
+        "1 cut to 64 tokens, 2 dropped",
+        "  cut: longer than max_length=64: 1 row, on line 7",
+        "  dropped: no trained token within max_length=64: 1 row, on line 9",
+        "  dropped: nothing to train on: 1 row, on line 8",
+    ]
+    assert "tokens a row: 11 to 64, median 15" in done.stdout
+    assert done.stdout.endswith(
+        f"\n\n{file}:1: 26 tokens, 5 of them trained\n"
+        "<|user|>say, what is red and good?<|end|><|assistant|>[[apple<|end|>]]\n"
+    )
+    assert done.stdout.isascii() and "\x1b" not in done.stdout
+
+
+def test_a_data_file_with_keys_and_one_row(files: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = (files / "train.jsonl", "--model", files / "model", "--max_length", 64, "--packing", "true")
+    out = shown(capsys, *words, "--row", 8, "--png", tmp_path / "lengths.png")
+    assert "packed: about 3 sequences of 64 tokens an epoch, 87.5% full" in out
+    assert out.endswith(":8: 9 tokens, 0 of them trained; dropped: nothing to train on\n<|user|>\\x1b[31mred<|end|>\n")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert ":7: 64 tokens, 54 of them trained, 108 more cut off\n" in shown(capsys, *words, "--row", 7)
+    assert ":9: 64 tokens, 0 of them trained," in (out := shown(capsys, *words, "--row", 9))
+    assert "dropped: no trained token within max_length=64\n" in out
+
+
+def test_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(shown(capsys, files / "config.yaml", "--json", "--rows", "2", "--train_on", "all"))
+    (file,) = found["files"]
+    assert (file["rows"], file["dropped"], file["truncated"], file["format"]) == (9, 0, 2, "messages")
+    assert file["truncated_lines"] == [7, 9]
+    assert sum(count for *_, count in file["histogram"]) == 9
+    assert [row["line"] for row in found["rows"]] == [1, 2]
+    assert "".join(part["text"] for part in found["rows"][0]["parts"]).startswith("<|user|>say, what is red")
+    assert found["packing"] is None
+
+
+def test_on_a_terminal_trained_tokens_are_coloured(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(data.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = shown(capsys, files / "config.yaml", "--rows", "1")
+    assert "<|assistant|>\x1b[1;32mapple<|end|>\x1b[0m" in out and "[[" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trian.jsonl", "--model", "model"], r"trian.jsonl: no such data file; did you mean .*train.jsonl\?"),
+        (["broken.jsonl", "--model", "model"], r"broken.jsonl:2: the line is not valid JSON"),
+        (["rows.csv", "--model", "model"], r"rows.csv: got a '.csv' file, expected a config \(.yaml, .yml\) or data"),
+        (["odd.jsonl", "--model", "model"], r"odd.jsonl:1: the keys 'a', 'q' fit no known format \(messages:"),
+        (["train.jsonl"], r"train.jsonl: which tokens are trained depends on .*; name its folder with --model DIR"),
+        (["train.jsonl", "--model", "model", "--row", "99"], r"no row on line 99: its rows stand on lines 1 to 9"),
+        (["train.jsonl", "--model", "model", "--max_lenght", "9"], r"max_lenght is not a key; did you mean data.max_l"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    files: Path,
+    words: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(files)
+    (files / "broken.jsonl").write_text('{"text": "abc"}\n{broken\n')
+    (files / "odd.jsonl").write_text('{"q": "abc", "a": "b"}\n')
+    assert main(["data", "show", *words]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+
+    assert re.search(told, errors[0]), errors[0]
+
+
+def test_histogram_covers_all_lengths() -> None:
+    lengths = np.array([3, 3, 9, 26, 27])
+    found = histogram(lengths)
+    assert found[0][0] == 3 and found[-1][1] >= 27 and sum(count for *_, count in found) == 5
+    for low, high, count in found:
+        assert count == int(((lengths >= low) & (lengths <= high)).sum())
+    assert histogram(np.array([5, 5])) == [(5, 5, 2)]

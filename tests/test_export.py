@@ -1,0 +1,221 @@
+"""`qlora export`: GGUF files read by transformers and, with --llama-cpp, run by llama.cpp; adapters read by PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from test_merge_files import IDS, make_adapter
+from tiny_models import distance, make
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qlora_native as qn
+from qlora_native.cli import main
+
+gguf = pytest.importorskip("gguf")
+
+TEXT = "what is green? say, what is 12 and good?\n"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    tiny.write_model(folder / "model")
+    make_adapter(folder / "model", folder / "adapter")
+    return folder
+
+
+def model_of(folder: Path, kind: str, **changes: Any) -> Path:
+    """A random model of a kind, with the tiny tokenizer."""
+    model = make(kind, vocab_size=320, **changes)  # more rows than the tokenizer has tokens
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if "norm" in name else 0.1))
+    model.save_pretrained(folder)
+    tiny.write_tokenizer(folder)
+    return folder
+
+
+def export(*words: str | Path) -> None:
+    assert main.main(["export", *map(str, words)]) == 0
+
+
+def read_back(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+    ).eval()
+
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {}),
+    ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ("Mistral", {"head_dim": 32, "sliding_window": None}),
+    ("Qwen2", {}),
+    ("Qwen3", {"head_dim": 128}),  # transformers' reader takes this and the next model's sizes for granted
+    ("Gemma2", {"head_dim": 256, "query_pre_attn_scalar": 256}),
+]
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+# What transformers' reader leaves out and llama.cpp does not.
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {"attention_bias": True}),
+    ("Llama", {"rope_parameters": LLAMA_3, "max_position_embeddings": 512}),
+    ("Qwen3", {"head_dim": 16}),
+    ("Gemma", {"head_dim": 16}),
+    ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "changes"), KINDS, ids=[f"{kind}-{len(changes)}" for kind, changes in KINDS])
+def test_transformers_reads_the_same_model(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    folder = model_of(tmp_path / "model", kind, **changes)
+    export(folder, "--to", "gguf", "--type", "f32", "--out", tmp_path / "model.gguf")
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    got = read_back(tmp_path / "model.gguf")
+    assert distance(got(IDS).logits, expected(IDS).logits) < 1e-5
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    ours = AutoTokenizer.from_pretrained(folder)
+    assert theirs(TEXT).input_ids == ours(TEXT).input_ids
+    assert theirs.chat_template == tiny.CHAT_TEMPLATE and theirs.eos_token_id == ours.eos_token_id
+
+
+def sentencepiece_model(folder: Path, with_file: bool) -> Path:
+    """A random llama with a tokenizer of SentencePiece's kind, with its own file beside it or without."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    make("Llama", vocab_size=330, num_hidden_layers=1).save_pretrained(folder)
+    lines = iter([f"what is {colour}? {thing} {number}" for number in range(30) for colour, thing in tiny.FACTS])
+    options = {"model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    trainer.train(sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), vocab_size=325, **options)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    if not with_file:
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+        (folder / "tokenizer.model").unlink()
+    return folder
+
+
+SPOKEN = "what is green? walnut 12  \u00fc?\n"
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+def test_tokenizers_of_sentencepiece(request: pytest.FixtureRequest, tmp_path: Path, with_file: bool) -> None:
+    folder = sentencepiece_model(tmp_path / "model", with_file)
+    export(folder, "--to", "gguf", "--type", "f32", "--out", tmp_path / "model.gguf")
+    expected = AutoTokenizer.from_pretrained(folder)(SPOKEN).input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")(SPOKEN).input_ids == expected
+    if request.config.getoption("--llama-cpp"):
+        import llama_cpp
+
+        runner = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+        assert runner.tokenize(SPOKEN.encode(), add_bos=True) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("out_type", "most"), [("f16", 2e-3), ("q8_0", 5e-2)])
+def test_adapter_and_types(files: Path, out_type: str, most: float) -> None:
+    path = files / f"{out_type}.gguf"
+    export(files / "model", "--adapter", files / "adapter", "--to", "gguf", "--type", out_type, "--out", path)
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    expected = peft.PeftModel.from_pretrained(base, files / "adapter")(IDS).logits
+    got = read_back(path)(IDS).logits
+    assert float((got - expected).norm() / expected.norm()) < most
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds["blk.0.attn_q.weight"] == out_type.upper() and kinds["blk.0.attn_norm.weight"] == "F32"
+    assert not list(files.glob(".*"))
+
+
+@torch.no_grad()
+def test_a_gguf_file_keeps_its_tokenizer(files: Path) -> None:
+    first, second = files / "first.gguf", files / "second.gguf"
+    export(files / "model", "--to", "gguf", "--type", "f32", "--out", first)
+    export(first, "--adapter", files / "adapter", "--to", "gguf", "--type", "f32", "--out", second)
+    before, after = ({k: v for k, v in fields(path).items() if k.startswith("tokenizer.")} for path in (first, second))
+    assert before == after and before["tokenizer.ggml.pre"] == "gpt-2"
+    merged = qn.merge(qn.load_adapter(qn.load_model(files / "model"), files / "adapter"), dtype=torch.float32)
+    assert distance(read_back(second)(IDS).logits, merged(IDS).logits) < 1e-2  # the base came by way of bf16
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def test_peft_reads_an_adapter_of_another_place(files: Path) -> None:
+    out = files / "for-peft"
+    export(files / "model", "--adapter", files / "adapter", "--to", "peft", "--out", out)
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(files / "model")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    expected = peft.PeftModel.from_pretrained(base, files / "adapter")
+    assert torch.equal(theirs(IDS).logits, expected(IDS).logits)
+
+
+def test_safetensors_of_a_4_bit_model(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["quantize", str(files / "model"), "--out", str(files / "four-bit")]) == 0
+    capsys.readouterr()
+    export(files / "four-bit", "--to", "safetensors", "--type", "f32", "--out", files / "dense", "--json")
+    assert json.loads(capsys.readouterr().out)["files"] == 1
+    four_bit, dense = qn.load_model(files / "four-bit"), AutoModelForCausalLM.from_pretrained(files / "dense")
+    weight = four_bit.model.layers[1].mlp.down_proj.quantized.dequantize(torch.float32)
+    assert torch.equal(weight, dense.model.layers[1].mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{files}/model", "--out", "{files}/new"], "the following arguments are required: --to"),
+        (["{files}/model", "--to", "gguf", "--out", "{files}/new"], "expected a name that ends in .gguf"),
+        (["{files}/model", "--to", "gguf", "--out", "{files}/old.gguf"], "{files}/old.gguf exists already"),
+        (["{files}/model", "--to", "peft", "--out", "{files}/new"], "--to peft takes --adapter DIR"),
+        (["{files}/model", "--to", "safetensors", "--type", "q8_0", "--out", "{files}/new"], "--type q8_0 is of GGUF"),
+        (["{files}/gpt2", "--to", "gguf", "--out", "{files}/new.gguf"], "is a gpt2 model, which this library does not"),
+        (["{files}/yarn", "--to", "gguf", "--out", "{files}/new.gguf"], "scales its rotary embedding by 'yarn'"),
+        (["{files}/gemma", "--to", "gguf", "--out", "{files}/new.gguf"], "divides scores by the root of 99"),
+        (["{files}/split", "--to", "gguf", "--out", "{files}/new.gguf"], "splits text by Whitespace, for which"),
+        (["{files}/model", "--adapter", "{files}/gone", "--to", "peft", "--out", "{files}/new"], "adapter_config.json"),
+    ],
+)
+def test_mistakes(files: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if not (files / "old.gguf").exists():
+        (files / "old.gguf").touch()
+        model_of(files / "gpt2", "GPT2", n_layer=1)
+        rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+        model_of(files / "yarn", "Llama", num_hidden_layers=1, max_position_embeddings=128, rope_parameters=rope)
+        model_of(files / "gemma", "Gemma2", num_hidden_layers=1, query_pre_attn_scalar=99)
+        shutil.copytree(files / "model", files / "split")
+        text = json.loads((files / "split" / "tokenizer.json").read_text())
+        text["pre_tokenizer"] = {"type": "Whitespace"}
+        (files / "split" / "tokenizer.json").write_text(json.dumps(text))
+    capsys.readouterr()
+    assert main.main(["export", *(word.format(files=files) for word in words)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))]
+    assert len(errors) == 1 and told.format(files=files) in errors[0], errors
+    assert not (files / "new").exists() and not (files / "new.gguf").exists() and not list(files.glob(".*"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "changes"), [*KINDS, *MORE])
+def test_llama_cpp_runs_it(request: pytest.FixtureRequest, tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    if not request.config.getoption("--llama-cpp"):
+        pytest.skip("--llama-cpp was not given; .ci/full gives it")
+    import llama_cpp
+
+    folder = model_of(tmp_path / "model", kind, **changes)
+    export(folder, "--to", "gguf", "--type", "f32", "--out", tmp_path / "model.gguf")
+    runner = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
+    ours = AutoTokenizer.from_pretrained(folder)
+    ids = ours(TEXT * 3).input_ids
+    assert runner.tokenize(TEXT.encode() * 3, add_bos=False) == ids
+    runner.eval(ids)
+    got = torch.tensor(runner.scores[: len(ids)])
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+    assert float((got - expected).norm() / expected.norm()) < 1e-2  # its K and V are fp16

@@ -1,0 +1,248 @@
+"""`qlora merge`: a folder and an adapter into a folder, against PEFT and against sums of our own in fp64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from tiny_models import distance, save
+from transformers import AutoModelForCausalLM
+
+import qlora_native as qn
+from qlora_native.cli import main
+from qlora_native.load import convert
+from qlora_native.load.files import Checkpoint
+from qlora_native.load.streaming_merge import Merging, merge_files
+from qlora_native.lora import adapter as stored_adapter
+
+IDS = torch.arange(10, 58).view(2, 24)
+SCALE, RANK = 2.0, 4
+
+
+def make_adapter(model_folder: Path, folder: Path, targets: Any = "all-linear", **options: Any) -> Path:
+    """An adapter of PEFT's own making, whose change is about a fifth of each weight."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    config = peft.LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=targets, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merge")
+    tiny.write_model(folder / "model")
+    make_adapter(folder / "model", folder / "adapter")
+    tiny.write_rows(folder / "sample.jsonl", 4)
+    return folder
+
+
+def merge(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str, Any]:
+    assert main.main(["merge", *map(str, words), "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def exact(model: Path, adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """W and W + scale * B A of each adapted layer in fp64, from the files alone."""
+    weights, pairs = load_file(model / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    found = {}
+    for key in pairs:
+        if key.endswith("lora_A.weight"):
+            path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            a, b = pairs[key].double(), pairs[key.replace("lora_A", "lora_B")].double()
+            w = weights[f"{path}.weight"].double()
+            found[path] = (w, w + SCALE * (b @ a))
+    return found
+
+
+@torch.no_grad()
+def test_original_in_bf16_answers_like_base_and_adapter(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = files / "merged"
+    words = (files / "model", files / "adapter", "--out", out, "--check", "--sample", files / "sample.jsonl")
+    result = merge(capsys, *words, "--shard-size", "200KB")
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert merged.dtype == torch.bfloat16 and (out / "tokenizer.json").is_file()
+    merged = merged.float()
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, files / "adapter")
+    expected, got = theirs(IDS).logits.float(), merged(IDS).logits.float()
+    assert float((got - expected).norm() / expected.norm()) < 2e-2
+    assert not torch.equal(got, expected)  # it is not the same sum twice
+
+    truth = exact(files / "model", files / "adapter")
+    assert {row["layer"] for row in result["weights"]} == set(truth) and len(truth) == 14
+    for row in result["weights"]:
+        weight = merged.get_parameter(f"{row['layer']}.weight").double()
+        w, total = truth[row["layer"]]
+        assert torch.equal(weight, total.float().bfloat16().double())  # rounded once
+        off = (weight - total).norm()
+        assert row["error"] == pytest.approx(float(off / total.norm()), rel=1e-9)
+        assert row["change"] == pytest.approx(float((total - w).norm() / w.norm()), rel=1e-9)
+        assert row["lost"] == pytest.approx(float(off / (total - w).norm()), rel=1e-9)
+    assert result["largest_drift"] == max(result["weights"], key=lambda row: row["error"])
+    assert json.loads((out / "merge_report.json").read_text()) == result
+    markdown = (out / "merge_report.md").read_text()
+    assert f"`{result['largest_drift']['layer']}`" in markdown and markdown.count("| model.layers.") == 14
+
+    close, far = result["logits"]
+    assert "16-bit" in close["against"] and "4-bit" in far["against"]
+    assert close["relative"] < 2e-2 < far["relative"] and 0 < close["kl_mean"] < far["kl_mean"]
+
+
+@torch.no_grad()
+def test_the_drift_of_logits_is_that_of_peft(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The 4-bit base with the adapter beside it, built of PEFT and decoded weights, gives the figures of the report."""
+    out = files / "decoded"
+    words = (files / "model", files / "adapter", "--out", out, "--base", "dequantized", "--to", "fp32", "--check")
+    result = merge(capsys, *words, "--sample", files / "sample.jsonl")
+    (told,) = result["logits"]
+    tokenizer = tiny_tokenizer(files / "model")
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    for path, (weight, _) in exact(files / "model", files / "adapter").items():
+        base.get_parameter(f"{path}.weight").data = qn.quantize(weight.bfloat16()).dequantize(torch.float32)
+    for row in result["weights"]:
+        merged = load_file(out / "model.safetensors")[f"{row['layer']}.weight"].double()
+        pairs = load_file(files / "adapter" / "adapter_model.safetensors")
+        a, b = (pairs[f"base_model.model.{row['layer']}.lora_{side}.weight"].double() for side in "AB")
+        total = base.get_parameter(f"{row['layer']}.weight").double() + SCALE * (b @ a)
+        error = float((merged - total).norm() / total.norm())
+        assert error == pytest.approx(row["error"], rel=1e-6) and error < 1e-6
+    reference = peft.PeftModel.from_pretrained(base, files / "adapter")
+    ours = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).float()  # as the check loads it
+    kl, off, size = [], 0.0, 0.0
+    for line in (files / "sample.jsonl").read_text().splitlines():
+        text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        p, q = reference(ids).logits[0].double(), ours(ids).logits[0].double()
+        off, size = off + float((p - q).square().sum()), size + float(p.square().sum())
+        kl.append(torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True))
+    divergence = torch.cat(kl).sum(-1)
+    assert told["tokens"] == len(divergence)
+    assert told["relative"] == pytest.approx((off / size) ** 0.5, rel=1e-3)
+    assert told["kl_mean"] == pytest.approx(float(divergence.mean()), rel=1e-3)
+
+
+def tiny_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_nf4_is_the_merged_weight_quantised(files: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = files / f"nf4-{base}"
+    options = ("--base", base, "--to", "nf4", "--block-size", "32", *(("--check",) if base == "dequantized" else ()))
+    result = merge(capsys, files / "model", files / "adapter", "--out", out, *options)
+    got, errors = qn.load_model(out), {row["layer"]: row["error"] for row in result.get("weights", ())}
+    for path, (weight, total) in exact(files / "model", files / "adapter").items():
+        if base == "dequantized":
+            decoded = qn.quantize(weight.bfloat16(), block_size=32).dequantize(torch.float32).double()
+            total = total - weight + decoded
+        expected = qn.quantize(total.float(), block_size=32)
+        stored = got.get_submodule(path).quantized
+        assert torch.equal(stored.dequantize(torch.float32), expected.dequantize(torch.float32)), path
+        off = float((expected.dequantize(torch.float32).double() - total).norm() / total.norm())
+        assert off > 0.02 and (base == "original" or errors[path] == pytest.approx(off, rel=1e-6))
+
+    # A folder that is 4-bit already: the same layers, in the blocks that it has.
+    again = files / f"again-{base}"
+    merge(capsys, out, files / "adapter", "--out", again, "--base", "dequantized", "--to", "nf4")
+    stored = qn.load_model(again).model.layers[0].self_attn.q_proj.quantized
+    assert (stored.block_size, stored.double_quant) == (32, True)
+    assert main.main(["merge", str(out), str(files / "adapter"), "--out", str(files / "new")]) == 2
+    assert "holds 4-bit weights and no original ones" in capsys.readouterr().err
+
+
+def test_memory_is_a_few_parts(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With parts of 512 elements: no reading is longer, none is of a whole weight, and the bytes are the same."""
+    sizes: list[int] = []
+    read_part = Checkpoint.read_part
+
+    def told(self: Checkpoint, stored: Any, begin: int, end: int) -> torch.Tensor:
+        sizes.append(end - begin)
+        return read_part(self, stored, begin, end)
+
+    def refused(self: Checkpoint, stored: Any, *scratch: Any) -> torch.Tensor:
+        raise AssertionError(f"{stored.name} is read whole")
+
+    monkeypatch.setattr(Checkpoint, "read_part", told)
+    monkeypatch.setattr(Checkpoint, "read", refused)
+    monkeypatch.setattr(convert, "PART", 512)
+    work = Merging(files / "model", files / "adapter")
+    merge_files(work, tmp_path)
+    assert max(sizes) == 4096  # 64 rows of 64, which fill a block of any size, are the least
+    monkeypatch.undo()
+    for path, (_, total) in exact(files / "model", files / "adapter").items():
+        weight = load_file(tmp_path / "model.safetensors")[f"{path}.weight"]
+        assert torch.equal(weight, total.float().bfloat16())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "changes", "options"),
+    [
+        ("Llama", {"tie_word_embeddings": True}, {"targets": ["lm_head", "v_proj"]}),
+        ("Llama", {}, {"targets": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+        ("GPT2", {}, {"targets": ["c_attn", "c_proj"]}),
+        ("GPT2", {}, {"targets": ["c_fc"], "base": "dequantized"}),
+    ],
+    ids=["tied", "trained whole", "transposed", "transposed 4-bit"],
+)
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning", "ignore:fan_in_fan_out:UserWarning")
+def test_other_models(tmp_path: Path, kind: str, changes: dict[str, Any], options: dict[str, Any]) -> None:
+    """Against qn.merge, which has tests of its own, in fp32."""
+    base = options.pop("base", "original")
+    folder = save(tmp_path / "model", kind, **changes)
+    make_adapter(folder, tmp_path / "adapter", **options)
+    words = [str(folder), str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--to", "fp32", "--base", base]
+    assert main.main(["merge", *words]) == 0
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = qn.load_adapter(qn.load_model(folder, dtype=torch.float32), tmp_path / "adapter")
+    expected = qn.merge(model, base, torch.float32)
+    assert distance(got(IDS[:, :9]).logits, expected(IDS[:, :9]).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{files}/model"], "the following arguments are required: ADAPTER, --out"),
+        (["{files}/model", "{files}/adapter", "--out", "{files}"], "{files} exists already; choose another --out"),
+        (["{files}/gone", "{files}/adapter", "--out", "{files}/new"], "{files}/gone is not there"),
+        (["{files}/model", "{files}/model", "--out", "{files}/new"], "{files}/model has no adapter_config.json"),
+        (["{files}/other", "{files}/adapter", "--out", "{files}/new"], "the layer of LlamaForCausalLM has"),
+        (["{files}/model", "{files}/adapter", "--out", "{files}/new", "--sample", "x"], "--sample is for --check"),
+        (
+            ["{files}/model", "{files}/adapter", "--out", "{files}/new", "--check", "--sample", "{files}/gone.txt"],
+            "{files}/gone.txt cannot be read: No such file or directory",
+        ),
+    ],
+)
+def test_mistakes(files: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if not (files / "other").is_dir():
+        tiny.write_model(files / "other", hidden_size=32, intermediate_size=64)
+    capsys.readouterr()
+    assert main.main(["merge", *(word.format(files=files) for word in words)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))]
+    assert len(errors) == 1 and told.format(files=files) in errors[0], errors
+    assert not (files / "new").exists()
+
+
+def test_a_stored_adapter_needs_no_memory_of_a_model(files: Path) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(qn.load_model(files / "model").config)
+    found = stored_adapter.read_adapter(model, files / "adapter")
+    _, total = exact(files / "model", files / "adapter")["model.layers.1.mlp.up_proj"]
+    weight = load_file(files / "model" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"].double()
+    assert torch.allclose(found.delta("model.layers.1.mlp.up_proj", torch.float64), total - weight, atol=1e-12)
