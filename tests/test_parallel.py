@@ -24,6 +24,7 @@ from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.lora.layer import lora_layers
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW
+from qlora_native.optim.shards import local
 from qlora_native.parallel import shard
 from qlora_native.parallel.plan import plan_rank
 
@@ -117,11 +118,10 @@ def received_bytes(world: int) -> Iterator[list[int]]:
         found.append(given.nbytes // world * (world - 1))
         return reduce(*args, **kwargs)
 
-    dist.all_gather_single, dist.reduce_scatter_single = gathered, reduced
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather_single", gathered)
+        patch.setattr(dist, "reduce_scatter_single", reduced)
         yield found
-    finally:
-        dist.all_gather_single, dist.reduce_scatter_single = gather, reduce
 
 
 def optimizer_of(model: Any, folder: str | None = None) -> AdamW:
@@ -141,7 +141,7 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
     model: Any = shard(deepcopy(base), line)
     if rank == 0:  # the others' last parts are shorter where a number of rows does not divide
         assert held_bytes(model) == plan.frozen
-        assert sum(parameter.to_local().nbytes for parameter in trained(model)) == plan.trained
+        assert sum(local(parameter).nbytes for parameter in trained(model)) == plan.trained
     with received_bytes(world) as received:
         ids, labels = next(batches())
         loss_sum(model, ids, labels).backward()

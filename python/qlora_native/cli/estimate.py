@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
 
         plot(estimator, Path(args.plot), Path(config.model).name)
     if args.json:
-        print(json.dumps({**estimate.as_dict(), "setting": _told(config, device), "card": card, "fits": fitting, "ranks": told_ranks(ranks)}))
+        told = {"setting": _told(config, device), "card": card, "fits": fitting, "ranks": told_ranks(ranks)}
+        print(json.dumps({**estimate.as_dict(), **told}))
         return 0
     from qlora_native.cli.memory_view import show
 

@@ -1,4 +1,4 @@
-"""``qlora estimate --gpus N``: the memory of one of N processes, what it sends and receives, and how long that takes."""
+"""``qlora estimate --gpus N``: the memory of one of N processes, what it sends and receives, and what that takes."""
 
 from __future__ import annotations
 
