@@ -104,6 +104,7 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     import logging
 
     import matplotlib.figure  # noqa: F401  (the run's picture at its end counts as an import, too)
+    from transformers import PreTrainedTokenizerFast
 
     from qlora_native.train import loop, report
     from qlora_native.train.memory import keep_freed_memory
@@ -125,7 +126,9 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
 
     loop.make_optimizer = made  # type: ignore[assignment]
     seen: list[int] = []
-    trainer = loop.Trainer(config, quiet=True, on_step=lambda record: seen.append(told.measured()))
+    # Named outright: for some model types transformers would make another class of the same files.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    trainer = loop.Trainer(config, tokenizer=tokenizer, quiet=True, on_step=lambda record: seen.append(told.measured()))
     trainer.train()
     assert told.predicted is not None
     answer = {
