@@ -140,7 +140,7 @@ def learning_rows(work: Path) -> list[dict[str, Any]]:
     pairs = [key for key in itertools.product(RATES, SEEDS) if all((base, *key) in found for base in LEARNING)]
 
     def scores(base: str, key: tuple[float, int], text: str) -> Scores:
-        run = found[(base, *key)][text]
+        run = found[base, key[0], key[1]][text]
         return Scores(torch.tensor(run["tokens"]).double(), torch.tensor(run["nats"]).double())
 
     def gap(base: str, text: str) -> float:
@@ -153,8 +153,8 @@ def learning_rows(work: Path) -> list[dict[str, Any]]:
         for rate, seed in pairs:
             starts.setdefault(seed, set()).add(found[base, rate, seed]["train_loss"][0])
         row["match"] = all(len(losses) == 1 for losses in starts.values()) and all(
-            found[(base, *key)][text]["tokens"] == found[(REFERENCE, *key)][text]["tokens"]
-            for key in pairs
+            found[base, rate, seed][text]["tokens"] == found[REFERENCE, rate, seed][text]["tokens"]
+            for rate, seed in pairs
             for text in EVALUATED
         )
         for text in EVALUATED:

@@ -33,7 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=11, metavar="R", help="calls of each, in turn (default: 11)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row")
     parser.epilog = """Both are called in turns, so that the machine's moods fall on both; the ratio is the median over
-the rounds, above 1 where this library is faster. Without --model and --shape: a weight [4096, 4096]. Close other programs.
+the rounds, above 1 where this library is faster. Without --model and --shape: a weight [4096, 4096]. Close other
+programs.
 
 examples:
   qlora bench
