@@ -123,6 +123,7 @@ def test_between_the_two_forms_of_4_bits_bytes_stay(tmp_path: Path) -> None:
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": ["lm_head"],
+        "qlora_native": {"method": "rtn"},
     }
     expected = logits(load_model(theirs))
     assert torch.equal(logits(load_model(ours)), expected)

@@ -145,5 +145,5 @@ def test_a_config_asks_for_it(tmp_path: Path) -> None:
     rows, _ = load_rows(config, load_tokenizer(str(folder)))
     model = prepare_model(config, rows=rows, quiet=True)
     assert all(layer.lora_B.any() and layer.lora_B.requires_grad for _, layer in lora_layers(model))
-    with pytest.raises(ValueError, match="lora.init is h_svd: it needs the training rows or quant.calibration"):
+    with pytest.raises(UserError, match="lora.init is h_svd: it needs the training rows or quant.calibration"):
         prepare_model(config, quiet=True)
