@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_merge_files import make_adapter
+from adapters import write_model_and_adapter
 from transformers import AutoTokenizer
 
 import qlora_native as qn
@@ -27,10 +26,7 @@ TOKENS = 12
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chat")
-    tiny.write_model(folder / "model")
-    make_adapter(folder / "model", folder / "adapter")
-    return folder
+    return write_model_and_adapter(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")

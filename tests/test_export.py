@@ -11,7 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
-from test_merge_files import IDS, make_adapter
+from adapters import IDS, write_model_and_adapter
 from tiny_models import distance, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,10 +25,7 @@ TEXT = "what is green? say, what is 12 and good?\n"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
-    tiny.write_model(folder / "model")
-    make_adapter(folder / "model", folder / "adapter")
-    return folder
+    return write_model_and_adapter(tmp_path_factory.mktemp("export"))
 
 
 def model_of(folder: Path, kind: str, **changes: Any) -> Path:

@@ -10,6 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
+from adapters import IDS, SCALE, make_adapter, write_model_and_adapter
 from safetensors.torch import load_file
 from tiny_models import distance, save
 from transformers import AutoModelForCausalLM
@@ -21,28 +22,10 @@ from qlora_native.load.files import Checkpoint
 from qlora_native.load.streaming_merge import Merging, merge_files
 from qlora_native.lora import adapter as stored_adapter
 
-IDS = torch.arange(10, 58).view(2, 24)
-SCALE, RANK = 2.0, 4
-
-
-def make_adapter(model_folder: Path, folder: Path, targets: Any = "all-linear", **options: Any) -> Path:
-    """An adapter of PEFT's own making, whose change is about a fifth of each weight."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    config = peft.LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=targets, task_type="CAUSAL_LM", **options)
-    model = peft.get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    model.save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("merge")
-    tiny.write_model(folder / "model")
-    make_adapter(folder / "model", folder / "adapter")
+    folder = write_model_and_adapter(tmp_path_factory.mktemp("merge"))
     tiny.write_rows(folder / "sample.jsonl", 4)
     return folder
 

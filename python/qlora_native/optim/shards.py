@@ -53,18 +53,23 @@ def whole_states(param: Tensor, state: dict[str, Any], moments: Sequence[str]) -
     8-bit states are decoded, because the blocks that share a scale end where a rank's part ends: any other number of
     ranks has other blocks. Coded again in the same blocks they are the same bytes.
     """
-    from torch.distributed.tensor import DTensor
-
     told = {name: value for name, value in state.items() if not name.endswith("_absmax")}
     for name in moments:
         part, absmax = state[name], state.get(f"{name}_absmax")
         wide = part if absmax is None else reference.decode_state(part, absmax)
-        told[name] = DTensor.from_local(
-            wide,
-            param.device_mesh,  # type: ignore[attr-defined]
-            param.placements,  # type: ignore[attr-defined]
-            run_check=False,
-            shape=param.shape,
-            stride=param.stride(),
-        )
+        told[name] = cut_like(param, wide)
     return told
+
+
+def cut_like(param: Tensor, part: Tensor) -> Tensor:
+    """A DTensor of the shape of a cut parameter, and cut as it is, of which ``part`` is this rank's."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        param.device_mesh,  # type: ignore[attr-defined]
+        param.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )

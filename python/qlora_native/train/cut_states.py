@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora_native import reference
-from qlora_native.optim.shards import is_cut, local
+from qlora_native.optim.shards import cut_like, is_cut, local
 from qlora_native.train.random_state import random_state, set_random_state
 from qlora_native.train.ranks import Ranks
 
@@ -86,18 +86,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _like(param: Tensor) -> Tensor:
     """Zeros in fp32 in the shape of a parameter, cut as it is."""
     part = torch.zeros(local(param).shape, device=local(param).device)
-    if not is_cut(param):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part,
-        param.device_mesh,  # type: ignore[attr-defined]
-        param.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
+    return cut_like(param, part) if is_cut(param) else part
 
 
 # ---------------------------------------------------------------------------------------------------------------------
