@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,18 @@ PRELOADED = [
 SECONDS = 240  # a hang is a failure, not a long test
 
 
-def on_ranks(world: int, work: Callable[..., Any], *args: Any, dying: int | None = None) -> list[Any]:
+def on_ranks(
+    world: int, work: Callable[..., Any], *args: Any, dying: int | None = None, timeout: float = SECONDS
+) -> list[Any]:
     """``work(rank, world, *args)`` on each of ``world`` processes of one thread; what each returned, by rank.
 
-    The rank ``dying`` kills itself on the way; its place in the list is None.
+    The rank ``dying`` kills itself on the way; its place in the list is None. ``timeout`` is the seconds that a
+    collective waits for the others.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        given = (world, folder, work, args, dying is None)
+        given = (world, folder, work, args, dying is None, timeout)
         processes = [context.Process(target=_run, args=(rank, *given)) for rank in range(world)]
         for process in processes:
             process.start()
@@ -57,10 +61,19 @@ def on_ranks(world: int, work: Callable[..., Any], *args: Any, dying: int | None
         ]
 
 
-def _run(rank: int, world: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...], all_live: bool) -> None:
+def _run(
+    rank: int,
+    world: int,
+    folder: str,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
+    all_live: bool,
+    timeout: float,
+) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", store, timedelta(seconds=timeout), world_size=world, rank=rank)
         torch.save(work(rank, world, *args), Path(folder, f"{rank}.result"))
         if all_live:
             dist.barrier()

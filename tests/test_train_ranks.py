@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,23 @@ def dies(rank: int, world: int, folder: Path, name: str, dying: int, step: int, 
     return str(lost.value)
 
 
+def hangs(rank: int, world: int, folder: Path, name: str, hanging: int, step: int) -> str | None:
+    """A run in which rank ``hanging`` does nothing more after ``step``, but lives until another has said so."""
+    told = folder / f"{name}, told"
+
+    def hang(record: dict[str, Any]) -> None:
+        if rank == hanging and record["step"] == step:
+            while not told.exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    changed = config(folder, name, parallel="ddp")
+    with pytest.raises(RankLost) as lost:
+        Trainer(changed, quiet=True, on_step=hang).train()
+    told.touch()
+    return str(lost.value)
+
+
 def resumes(rank: int, world: int, folder: Path, name: str) -> None:
     run(rank, world, folder, name, parallel="fsdp", train={"save_every": 2}, resume="auto")
 
@@ -171,6 +189,11 @@ def test_a_killed_rank_is_named_and_the_rest_resumes(folder: Path, pytestconfig:
         assert re.match(rf"rank {dying} of 2 died or hangs after step {step - 1}; the last checkpoint is", survivor)
         on_ranks(2, resumes, folder, name)
         assert distance(adapter(folder, name), adapter(folder, "one")) <= TOLERANCE
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout(folder: Path) -> None:
+    said = on_ranks(2, hangs, folder, "hung", 1, 3, dying=1, timeout=8)
+    assert re.match(r"rank 1 of 2 died or hangs after step 2; the last checkpoint is", said[0])
 
 
 def test_torchrun_restarts_from_the_checkpoint(folder: Path, pytestconfig: pytest.Config, tmp_path: Path) -> None:
