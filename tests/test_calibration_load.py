@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -318,6 +321,24 @@ def test_quantize_with_calibration(files: Path, tmp_path: Path, capfd: pytest.Ca
         assert f"{words[0]} {words[1] if words[0] == '--method' else 'needs'}" in capfd.readouterr().err
     assert main(quantize(files, tmp_path / "other", "--calibration-format", "poem")) == 2
     assert "format is 'poem'" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_terminal_sees_a_bar(files: Path, tmp_path: Path) -> None:
+    leader, follower = os.openpty()
+    command = [sys.executable, "-m", "qlora_native", *quantize(files, tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower, env={**os.environ, "TERM": "xterm"}):
+        os.close(follower)
+        told = b""
+        with contextlib.suppress(OSError):  # EIO: the other side has gone
+            while part := os.read(leader, 4096):
+                told += part
+    os.close(leader)
+    assert (tmp_path / "out" / "config.json").exists()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode())
+    assert re.search(r"calibrating\s+3/3", plain), plain
+    assert "━" in plain
+    assert "layer 3 of 3" not in plain
 
 
 KILLED = """

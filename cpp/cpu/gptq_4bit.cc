@@ -12,17 +12,19 @@ namespace {
 
 constexpr int64_t kBytesPerTask = 1 << 16;
 
-// Columns of a tile stand together for each row of the factor.
+// Columns of a tile stand together for each row of the factor, of which what lies below its diagonal is left out.
 std::vector<float> tiled(const float* factor,  // [k, k]
                          int64_t k, int64_t columns) {
   const int64_t tiles = ceil_div(k, columns);
-  std::vector<float> packed(static_cast<size_t>(tiles * columns * k));  // [tiles, k, columns]
+  std::vector<float> packed(static_cast<size_t>(feedback_offset(tiles * columns, columns)));
   parallel_for(tiles, ceil_div(kProductsPerTask, k * columns), [&](int64_t first, int64_t last) {
     for (int64_t tile = first; tile < last; ++tile) {
-      const int64_t width = std::min(columns, k - tile * columns);
-      for (int64_t i = 0; i < tile * columns + width; ++i) {
-        const float* from = factor + i * k + tile * columns;
-        std::copy(from, from + width, packed.data() + (tile * k + i) * columns);
+      const int64_t begin = tile * columns;
+      const int64_t width = std::min(columns, k - begin);
+      float* to = packed.data() + feedback_offset(begin, columns);
+      for (int64_t i = 0; i < begin + width; ++i) {
+        const float* from = factor + i * k + begin;
+        std::copy(from, from + width, to + i * columns);
       }
     }
   });

@@ -33,11 +33,14 @@ struct FeedbackJob {
   int64_t k;
   int64_t block_size;
   QuantType type;
-  const float* factor;   // [tiles, k, columns of a tile], see CalibrationKernels
+  const float* factor;   // tile after tile, each [end of its columns, columns], see CalibrationKernels
   const int64_t* order;  // [k]
   const float* scales;   // [blocks]
   uint8_t* codes;        // [n, k], one a byte
 };
+
+// Where the tile that begins at column `begin` begins: those before it hold a triangle, not a square.
+constexpr int64_t feedback_offset(int64_t begin, int64_t columns) { return begin * (begin + columns) / 2; }
 
 struct CalibrationKernels {
   void (*search_blocks[3])(const SearchJob& job, int64_t first, int64_t last);  // indexed by Dtype

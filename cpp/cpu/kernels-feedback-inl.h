@@ -84,7 +84,7 @@ void feedback_panels_of(const FeedbackJob& job, int64_t first, int64_t last, flo
     const int64_t row = panel * kFeedbackRows;
     const int64_t rows = job.n - row < kFeedbackRows ? job.n - row : kFeedbackRows;
     for (int64_t begin = 0; begin < job.k; begin += kFeedbackColumns) {
-      const float* factor = job.factor + begin * job.k;
+      const float* factor = job.factor + feedback_offset(begin, kFeedbackColumns);
       const int64_t width = job.k - begin < kFeedbackColumns ? job.k - begin : kFeedbackColumns;
       Floats target[kFeedbackColumns][kFeedbackVectors];
       for (int64_t c = 0; c < kFeedbackColumns; ++c) {

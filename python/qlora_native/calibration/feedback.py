@@ -17,12 +17,12 @@ _last = local()  # what this thread factorised last, while that hessian lives: q
 # From the asked damping on by tens: a matrix that is no sum of squares stays indefinite beyond this.
 LAST_DAMPING = 100.0
 FIRST_RAISE = 1e-4
-ROWS = 256  # of the factor, rounded to fp32 at a time
+ROWS = 64  # of a matrix, copied at a time
 
 
 @contextmanager
-def _on_one_thread() -> Iterator[None]:
-    """LAPACK rounds differently on another number of threads."""
+def on_one_thread() -> Iterator[None]:
+    """LAPACK and sums round differently on another number of threads. One caller after another."""
     with _one_at_a_time:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -59,27 +59,42 @@ def _factorised(hessian: torch.Tensor, damping: float) -> Factor | None:
     diagonal = torch.diagonal(hessian).double()
     order = torch.argsort(diagonal, descending=True, stable=True)
     mean = math.fsum(diagonal.tolist()) / diagonal.numel()
-    backwards = order.flip(0)  # LAPACK's factor is lower triangular
-    while damping <= LAST_DAMPING:
-        # Over its mean: a product of tiny or huge moments neither underflows nor overflows. In place, as it is large.
-        lower = hessian[backwards][:, backwards].double().div_(mean)
-        torch.diagonal(lower).add_(damping)
-        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
-        with _on_one_thread():
-            columns = lower.t()  # the same matrix as LAPACK lays it out: nothing is copied
-            torch.linalg.cholesky_ex(columns, out=(columns, failed))
-        if int(failed) == 0 and bool(torch.isfinite(columns.sum())):
-            return _over_diagonal(columns), order, damping
-        damping = max(10 * damping, FIRST_RAISE)
+    with on_one_thread():  # and one matrix at a time, which is the largest thing that calibrating holds
+        columns = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
+        while damping <= LAST_DAMPING:
+            _fill(columns, hessian, order.flip(0), mean, damping)  # LAPACK's factor is lower triangular
+            turned = columns.t()  # the same matrix as LAPACK lays it out, so that nothing is copied
+            failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+            torch.linalg.cholesky_ex(turned, upper=True, out=(turned, failed))
+            if int(failed) == 0 and bool(torch.isfinite(columns.sum())):
+                return _over_diagonal(columns), order, damping
+            damping = max(10 * damping, FIRST_RAISE)
     return None
 
 
+def _fill(target: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, mean: float, damping: float) -> None:
+    """The damped hessian in that order, over its mean: a product of tiny or huge moments neither underflows nor
+    overflows."""
+    for begin in range(0, len(order), ROWS):
+        rows = order[begin : begin + ROWS]
+        target[begin : begin + ROWS] = hessian[rows].index_select(1, order)
+    target.div_(mean)
+    torch.diagonal(target).add_(damping)
+
+
 def _over_diagonal(lower: torch.Tensor) -> torch.Tensor:
-    """The factor, fp32 [K, K], of the one that LAPACK made for the columns in reverse, fp64, a few rows at a time."""
+    """The factor, fp32 [K, K], of the one that was made for the columns in reverse, fp64 [K, K]; it takes the first
+    half of that one's memory."""
     size = len(lower)
-    factor = torch.empty(size, size, device=lower.device)
-    diagonal = torch.diagonal(lower).flip(0)
-    for begin in range(0, size, ROWS):
-        end = min(begin + ROWS, size)
-        factor[begin:end] = lower[size - end : size - begin].flip(0, 1) / diagonal
+    factor = lower.view(-1).view(torch.float32)[: size * size].view(size, size)
+    for begin in range(0, size // 2, ROWS):  # both axes reversed: rows from the two ends change places
+        end = min(begin + ROWS, size // 2)
+        first = lower[begin:end].flip(0, 1)
+        lower[begin:end] = lower[size - end : size - begin].flip(0, 1)
+        lower[size - end : size - begin] = first
+    if size % 2:
+        lower[size // 2] = lower[size // 2].flip(0)
+    diagonal = torch.diagonal(lower).clone()
+    for begin in range(0, size, ROWS):  # a row of the factor never lies behind the row that it is made of
+        factor[begin : begin + ROWS] = lower[begin : begin + ROWS] / diagonal
     return factor

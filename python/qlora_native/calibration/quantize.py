@@ -10,7 +10,7 @@ import torch
 
 from .. import _native, reference
 from ..weight import QuantizedWeight, quant_type_number, quantize
-from .feedback import LAST_DAMPING, feedback_factor
+from .feedback import LAST_DAMPING, feedback_factor, on_one_thread
 
 METHODS = ("rtn", "rtn_signed", "wmse", "gptq")
 
@@ -34,8 +34,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What a calibrated quantisation did. The errors, unlike the weight, may differ in the last digits between
-    numbers of threads.
+    """What a calibrated quantisation did.
 
     Attributes:
         method: the method whose codes were kept; "rtn" after a fallback.
@@ -149,23 +148,24 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
     metric = None if measure is None else measure.float()
     aligned = block // math.gcd(block, width)  # rows that fill whole blocks
     rows = aligned * max(1, ERROR_PART // (width * aligned))
-    for begin in range(0, weight.shape[0], rows):
-        whole = weight[begin : begin + rows]
-        first, last = begin * width, begin * width + whole.numel()
-        part = QuantizedWeight(
-            result.packed[first // 2 : (last + 1) // 2],
-            scales[first // block : -(-last // block)],
-            shape=whole.shape,
-            dtype=torch.float32,
-            quant_type=result.quant_type,
-            block_size=block,
-        )
-        error = whole.float() - part.dequantize()
-        if metric is None:
-            other = error
-        else:
-            other = error * metric if metric.dim() == 1 else error @ metric
-        total += (error * other).sum(dtype=torch.float64)
+    with on_one_thread():  # what is kept depends on it
+        for begin in range(0, weight.shape[0], rows):
+            whole = weight[begin : begin + rows]
+            first, last = begin * width, begin * width + whole.numel()
+            part = QuantizedWeight(
+                result.packed[first // 2 : (last + 1) // 2],
+                scales[first // block : -(-last // block)],
+                shape=whole.shape,
+                dtype=torch.float32,
+                quant_type=result.quant_type,
+                block_size=block,
+            )
+            error = whole.float() - part.dequantize()
+            if metric is None:
+                other = error
+            else:
+                other = error * metric if metric.dim() == 1 else error @ metric
+            total += (error * other).sum(dtype=torch.float64)
     return float(total)
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from threading import Lock
 from typing import Any
 
 import torch
@@ -35,10 +33,11 @@ from .taker import Taker, give_memory_back
 from .tokenizer import load_tokenizer
 
 Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers in all)
+Stored = dict[str, tuple[Tensor, str]]  # weights to be, as they are stored, and their files
+Group = tuple[Statistic | None, list[Key]]  # weights that share an input, and what is known of it
 FellBack = dict[str, str]  # weight, or weight[expert] -> why it did not get the method
 
-MOST_THREADS = 8  # each holds the activations of one sequence and the factors of one weight
-WIDE = 4096  # input channels beyond which factors are too large to have several at once
+MOST_THREADS = 8  # each holds the activations of one sequence
 LEAST_TOKENS = 64  # that must have reached a weight for statistics to mean something
 LEAST_TOKENS_PER_CHANNEL = 0.25  # for "gptq": with fewer most of the Hessian is its damping
 
@@ -164,7 +163,6 @@ class _Layers:
         self.source, self.taker, self.method, self.ids = source, taker, method, tokens.ids
         self.path, self.layers, self.calls = path, layers, calls
         self.taps = InputTaps()
-        self._wide = Lock()
 
     def first_inputs(self, ids: Tensor, folder: Path | None, start: int) -> HiddenStates:
         """What enters the layer ``start``; where that is not the first it lies in the folder already."""
@@ -199,22 +197,41 @@ class _Layers:
             for first in range(0, len(self.ids), threads):
                 rows = range(first, min(first + threads, len(self.ids)))
                 statistics.add(list(pool.map(run, rows)), pool)
-        made: dict[Key, QuantizedWeight] = {}
-        fell_back: FellBack = {}
-        for weights, fallen in pool.map(self._quantise_group, _by_cost(statistics, stored), repeat(stored)):
-            made |= weights
-            fell_back |= fallen
-        done: dict[str, QuantizedWeight] = {}
-        for name, (tensor, file) in stored.items():
-            if (name, None) in made:
-                done[name] = made[name, None]
-            else:
-                parts = (made[name, expert] for expert in range(len(tensor)))
-                done[name] = self.taker.joined(name, parts, tensor.shape, file)
-            self.taker.put_four_bit(name, done[name], file)
-        return done, fell_back
+        give_memory_back()  # that of the activations, before weights are worked on
+        groups = _by_size(statistics, stored)
+        del statistics
+        torch.set_num_threads(threads)  # weight after weight: work on one takes as much memory as the statistics
+        try:
+            return self._quantise(groups, stored)
+        finally:
+            torch.set_num_threads(1)
 
-    def _read(self, prefix: str) -> dict[str, tuple[Tensor, str]]:
+    @torch.no_grad()
+    def _quantise(self, groups: list[Group], stored: Stored) -> tuple[dict[str, QuantizedWeight], FellBack]:
+        """Put the layer's weights into the tree in 4 bits; statistics and weights in 16 bits go as they are done."""
+        names, done = list(stored), dict[str, QuantizedWeight]()
+        parts: dict[str, dict[int, QuantizedWeight]] = {}
+        fell_back: FellBack = {}
+        while groups:
+            statistic, keys = groups.pop(0)
+            if self.method == "gptq":
+                give_memory_back()  # that of the matrices before, which leave holes
+            made, fallen = self._quantised_by(statistic, keys, stored)
+            fell_back |= fallen
+            for (name, expert), weight in made.items():
+                if expert is None:
+                    done[name] = weight
+                    self.taker.put_four_bit(name, weight, stored.pop(name)[1])
+                else:
+                    parts.setdefault(name, {})[expert] = weight
+        for name, experts in parts.items():
+            tensor, file = stored.pop(name)
+            in_order = (experts.pop(expert) for expert in range(len(tensor)))
+            done[name] = self.taker.joined(name, in_order, tensor.shape, file)
+            self.taker.put_four_bit(name, done[name], file)
+        return {name: done[name] for name in names}, fell_back
+
+    def _read(self, prefix: str) -> Stored:
         """Put a layer into the tree, dense; returns its weights to be, as they are stored, and their files."""
         taker, stored = self.taker, {}
 
@@ -243,19 +260,10 @@ class _Layers:
             hidden.write(row, out, index + 1)
         return inputs
 
-    @torch.no_grad()
-    def _quantise_group(
-        self, group: tuple[Statistic | None, list[Key]], stored: dict[str, tuple[Tensor, str]]
+    def _quantised_by(
+        self, statistic: Statistic | None, keys: list[Key], stored: Stored
     ) -> tuple[dict[Key, QuantizedWeight], FellBack]:
         """The weights that share an input, and which of them did not get the method."""
-        statistic, keys = group
-        is_wide = self.method == "gptq" and statistic is not None and len(statistic.squares) > WIDE
-        with self._wide if is_wide else nullcontext():
-            return self._quantised_by(statistic, keys, stored)
-
-    def _quantised_by(
-        self, statistic: Statistic | None, keys: list[Key], stored: dict[str, tuple[Tensor, str]]
-    ) -> tuple[dict[Key, QuantizedWeight], FellBack]:
         method, why = self._method_for(statistic)
         data: dict[str, Any] = {"method": method}
         if statistic is not None and method != "rtn":
@@ -289,13 +297,13 @@ def _starting(prefix: str) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefix)
 
 
-def _by_cost(statistics: Statistics, stored: dict[str, tuple[Tensor, str]]) -> list[tuple[Statistic | None, list[Key]]]:
-    """The groups of weights, those that take longest first, and the weights that no token reached."""
-    groups: list[tuple[Statistic | None, list[Key]]] = [*statistics.groups()]
-    groups.sort(key=lambda group: -len(group[0].squares) if group[0] is not None else 0)
+def _by_size(statistics: Statistics, stored: Stored) -> list[Group]:
+    """The groups of weights, those with the largest statistics last, after the weights that no token reached."""
+    groups: list[Group] = [*statistics.groups()]
+    groups.sort(key=lambda group: len(group[0].squares) if group[0] is not None else 0)
     keys: list[Key] = []
     for name, (tensor, _) in stored.items():
         is_stack = name.rpartition(".")[2] in STACKS
         keys += [(name, expert) for expert in range(len(tensor))] if is_stack else [(name, None)]
     unseen = [key for key in keys if key not in statistics.of]
-    return [*groups, (None, unseen)] if unseen else groups
+    return [(None, unseen), *groups] if unseen else groups
