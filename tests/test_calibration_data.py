@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import qlora_native as qn
@@ -82,6 +83,29 @@ def test_a_tensor_is_taken_as_it_is() -> None:
             take(wrong)
     with pytest.raises(ValueError, match="leave rows and length out"):
         take(CalibrationData(ids, rows=2))
+
+
+def test_what_was_drawn_is_kept_and_taken_again(tmp_path: Path) -> None:
+    file = tmp_path / "kept.safetensors"
+    documents = [torch.arange(200).repeat(30)]
+    drawn = take(CalibrationData(documents, rows=4, length=20, seed=7, keep=file), positions=None)
+    again = take(file, positions=None)
+    assert torch.equal(again.ids, drawn.ids)
+    assert again.describe() == drawn.describe()
+    assert again.describe()["seed"] == 7
+    with pytest.raises(ValueError, match="leave rows and length out"):
+        take(CalibrationData(file, rows=2))
+    with pytest.raises(qn.UserError, match="none.safetensors: no such file"):
+        take(tmp_path / "none.safetensors")
+    file.write_bytes(b"not one")
+    with pytest.raises(qn.UserError, match="kept.safetensors: no calibration data"):
+        take(file)
+    save_file({"weight": torch.ones(2, 3)}, file)
+    with pytest.raises(qn.UserError, match="kept.safetensors: no calibration data .*input_ids"):
+        take(file)
+    save_file({"input_ids": torch.ones(2, 3)}, file)
+    with pytest.raises(qn.UserError, match=r"input_ids is \[2, 3\] of torch.float32: expected token numbers"):
+        take(file)
 
 
 def test_what_is_wrong_is_told_with_numbers(tokenizer: Any, tmp_path: Path) -> None:

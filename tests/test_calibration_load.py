@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -408,11 +409,13 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
 
 def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, tmp_path: Path) -> None:
     from qlora_native.train import TrainConfig
+    from qlora_native.train.base_command import quantize_command
     from qlora_native.train.setup import load_rows, load_tokenizer, prepare_model
 
     def config(**quant: Any) -> TrainConfig:
         data = {"train": str(files / "rows.jsonl"), "eval_fraction": 0.5}
-        return TrainConfig.model_validate({"model": str(files / "model"), "data": data, "quant": quant})
+        given = {"model": str(files / "model"), "output_dir": str(tmp_path / "run"), "data": data, "quant": quant}
+        return TrainConfig.model_validate(given)
 
     tokenizer = load_tokenizer(str(files / "model"))
     rows, _ = load_rows(config(), tokenizer)
@@ -426,3 +429,13 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
     expected = load_model(files / "model", method="wmse", calibration=documents).load_report.calibration
     assert model.load_report.calibration == expected
     assert model.load_report.method == "wmse"
+    # What it was calibrated on is kept, and makes the same bytes by the command that the card names.
+    kept, made = tmp_path / "run" / "calibration.safetensors", tmp_path / "base"
+    command = quantize_command(str(files / "model"), {"method": "wmse"}, "bfloat16", kept, str(made))
+    program, *words = shlex.split(command)
+    assert program == "qlora"
+    assert main(words) == 0
+    again = load_model(made)
+    assert again.load_report.calibration == expected
+    ours = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
+    assert_same(ours, again.state_dict())

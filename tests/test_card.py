@@ -101,7 +101,12 @@ def test_chat_and_merge_take_the_run_at_its_word(run: tuple[Path, Trackio], tmp_
     (tmp_path / "adapter" / "config.yaml").write_text(text)
     adapter = tmp_path / "adapter"
     assert taken(rounds=False)["block_size"] == 32
-    with pytest.raises(UserError, match="was trained on weights made by gptq"):
+    with pytest.raises(UserError, match=r"made by gptq.*`qlora quantize \S+ --method gptq --calibration FILE --block-"):
+        taken()
+    (tmp_path / "calibration.safetensors").touch()
+    with pytest.raises(
+        UserError, match=rf"--calibration {tmp_path}/calibration.safetensors --block-size 32 --out DIR`"
+    ):
         taken()
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data import ChatEncoder, Row, infer_format, normalise, read_rows
@@ -21,6 +23,7 @@ from ..errors import UserError
 ROWS = {"wmse": 16, "gptq": 128}  # sequences that a method takes unless told otherwise
 LENGTH = 512  # tokens of a sequence, likewise
 LEAST_TOKENS = {"wmse": 2048, "gptq": 8192}  # fewer than the default is accepted down to here
+FILE, TENSOR = "calibration.safetensors", "input_ids"  # sequences that were kept, and their name in that file
 MOST_ROWS = 4096  # of a file: the first ones are drawn from, so that a large file is not read to its end
 
 Source = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | Tensor
@@ -32,12 +35,14 @@ class CalibrationData:
 
     Attributes:
         source: a file that ``qlora train`` reads (rows in any of its formats, through the model's chat template);
-            a list of texts; a list of int tensors [tokens], one a document; or an int tensor [rows, length], used as
-            it is.
+            a .safetensors file that ``keep`` wrote; a list of texts; a list of int tensors [tokens], one a document;
+            or an int tensor [rows, length], used as it is.
         rows: sequences; None is 16 for "wmse" and 128 for "gptq".
         length: tokens of a sequence; None is 512, or the model's number of positions if that is less.
         seed: of the order in which rows or texts are drawn.
         format: of the rows of a file; None finds out from the first ones.
+        keep: a .safetensors file that gets the sequences that were drawn (int32 ``input_ids`` [rows, length], and the
+            seed): given as ``source`` it makes the same 4-bit weights again.
     """
 
     source: Source
@@ -45,6 +50,7 @@ class CalibrationData:
     length: int | None = None
     seed: int = 0
     format: str | None = None
+    keep: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,10 @@ class CalibrationTokens:
         """What is kept beside the weights: JSON values."""
         rows, length = self.ids.shape
         return {"sha256": self.sha256, "rows": rows, "length": length, "tokens": rows * length, "seed": self.seed}
+
+    def save(self, path: Path) -> None:
+        """Write a file that is a source of calibration data."""
+        save_file({TENSOR: self.ids.to(torch.int32)}, path, metadata={"seed": str(self.seed)})
 
     @property
     def sha256(self) -> str:
@@ -96,8 +106,12 @@ def take_tokens(
         UserError: too little text, none, or a file that cannot be read.
         ValueError: a wrong argument.
     """
-    length = data.length or min(LENGTH, positions or LENGTH)
-    if isinstance(data.source, Tensor):
+    length, seed = data.length or min(LENGTH, positions or LENGTH), data.seed
+    kept = _read_kept(data.source)
+    if kept is not None:
+        (ids, seed), length = kept, kept[0].shape[1]
+        _check_whole(data)
+    elif isinstance(data.source, Tensor):
         ids = _as_given(data)
         length = ids.shape[1]
     else:
@@ -113,7 +127,30 @@ def take_tokens(
             f"calibration: token numbers from {low} to {high}, but the model's lie from 0 to {vocab_size - 1}: "
             "tokenise with the tokenizer of this model."
         )
-    return CalibrationTokens(ids, data.seed, data.rows * length if data.rows else ROWS[method] * length)
+    tokens = CalibrationTokens(ids, seed, data.rows * length if data.rows else ROWS[method] * length)
+    if data.keep is not None:
+        tokens.save(data.keep)
+    return tokens
+
+
+def _read_kept(source: Any) -> tuple[Tensor, int] | None:
+    """The sequences in a file that ``keep`` wrote, and their seed; None if the source is something else."""
+    if not isinstance(source, (str, os.PathLike)) or Path(source).suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(source, "pt") as file:
+            ids, seed = file.get_tensor(TENSOR), int((file.metadata() or {}).get("seed", 0))
+    except FileNotFoundError as error:
+        raise UserError(f"{source}: no such file; expected calibration data") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{source}: no calibration data ({error}): expected a file that a training run kept."
+        ) from error
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise UserError(
+            f"{source}: {TENSOR} is {list(ids.shape)} of {ids.dtype}: expected token numbers [rows, length]."
+        )
+    return ids.to(torch.int64), seed
 
 
 def _as_given(data: CalibrationData) -> Tensor:
@@ -123,9 +160,13 @@ def _as_given(data: CalibrationData) -> Tensor:
         raise ValueError(
             f"calibration is a tensor {list(ids.shape)} of {ids.dtype}: expected token numbers [rows, length]."
         )
-    if data.rows is not None or data.length is not None:
-        raise ValueError("calibration: a tensor [rows, length] is used as it is: leave rows and length out.")
+    _check_whole(data)
     return ids.to("cpu", torch.int64).contiguous()
+
+
+def _check_whole(data: CalibrationData) -> None:
+    if data.rows is not None or data.length is not None:
+        raise ValueError("calibration: sequences [rows, length] are used as they are: leave rows and length out.")
 
 
 def _documents(data: CalibrationData, load_tokenizer: Callable[[], Any]) -> Iterator[list[int]]:
@@ -174,7 +215,7 @@ def _cut(documents: Iterator[list[int]], rows: int, length: int, told: str, meth
     if len(taken) < least:
         raise UserError(
             f"{told}: {len(taken):,} tokens of text, expected at least {least:,} to calibrate {method} "
-            f"({rows} sequences of {length}); give more text, or ask for fewer or shorter sequences."
+            f"({rows} sequences of {length}); give more text, ask for fewer or shorter sequences, or take method rtn."
         )
     whole = min(rows, len(taken) // length)
     return torch.tensor(taken[: whole * length], dtype=torch.int64).view(whole, length)

@@ -85,14 +85,20 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
         return given
     import yaml
 
-    told = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("quant") or {}
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    told = settings.get("quant") or {}
     if open_source(Path(args.model).expanduser(), torch.bfloat16).four_bit_config:
         return given
     method = told.get("method", "rtn")
     if rounds and method != "rtn":
+        from qlora_native.train.base_command import kept_calibration, quantize_command
+
+        kept = kept_calibration(Path(args.adapter).expanduser()) or told.get("calibration")
+        text = kept or ("FILE" if method in ("wmse", "gptq") else None)
+        dtype = (settings.get("train") or {}).get("dtype", "bfloat16")
         raise UserError(
             f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "
-            f"`qlora quantize {args.model} --method {method} --out DIR`, and give DIR in its place"
+            f"`{quantize_command(args.model, told, dtype, text, 'DIR')}`, and give DIR in its place"
         )
     names = {"type": "quant_type", "block_size": "block_size", "double_quant": "double_quant"}
     return {name: told[key] for key, name in names.items() if key in told} | given

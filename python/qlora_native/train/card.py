@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_native._version import __version__
+from qlora_native.calibration.data import FILE
 from qlora_native.errors import UserError
+from qlora_native.load.model import CALIBRATED
+from qlora_native.train.base_command import quantize_command
 from qlora_native.train.config import TrainConfig
 
 NAME = "README.md"
@@ -35,8 +38,9 @@ def card(config: TrainConfig, facts: dict[str, Any]) -> str:
     given = repr(model) + "".join(f", {name}={value!r}" for name, value in options.items())
     made = ""
     if quant.method != "rtn":  # not made anew on every loading
-        text = quant.calibration or config.data.train
-        made = f" Make it with `qlora quantize {model} --method {quant.method} --calibration {text} --out base-4bit`:"
+        kept = Path(config.output_dir) / FILE if quant.method in CALIBRATED else None
+        command = quantize_command(model, quant.model_dump(), config.train.dtype, kept, "base-4bit")
+        made = f" Make it with `{command}`:"
         given = "'base-4bit'"
     data = {"training rows": config.data.train, "held-out rows": config.data.eval}
     hashes = [f"| {what} | `{path}` | `{sha256(path)}` |" for what, path in data.items() if path is not None]

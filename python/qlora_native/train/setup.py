@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from qlora_native import _C, parallel
-from qlora_native.calibration.data import CalibrationData
+from qlora_native.calibration.data import FILE, CalibrationData
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
 from qlora_native.integrations import fuse
@@ -22,6 +23,7 @@ from qlora_native.load.tokenizer import load_tokenizer as load_tokenizer
 from qlora_native.lora import LayerStatistics, LoraConfig, LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
+from qlora_native.train.base_command import quantize_command
 from qlora_native.train.config import LoopSection, TrainConfig
 from qlora_native.train.disk import told_if_unwritable
 from qlora_native.train.layer_progress import LayerProgress
@@ -104,10 +106,12 @@ def prepare_model(
             elif calibration is None:
                 model = parallel.load_model(path, cut=ranks.cut, lora=lora, **given)
             else:
+                quant = config.quant
+                text = quant.calibration or config.data.train
+                command = quantize_command(config.model, quant.model_dump(), options.dtype, text, "DIR")
                 raise UserError(
-                    f"quant.method is {config.quant.method}, which calibrates on one process, and {ranks.world} were "
-                    f"started: make the 4-bit model first (`qlora quantize {config.model} --method "
-                    f"{config.quant.method} --calibration {config.data.train} --out DIR`) and set model to DIR"
+                    f"quant.method is {quant.method}, which calibrates on one process, and {ranks.world} were "
+                    f"started: make the 4-bit model first (`{command}`) and set model to DIR"
                 )
         if not any(isinstance(module, LoRALinear) for module in model.modules()):
             if ranks.world > 1 and config.lora.init != ZERO:
@@ -133,7 +137,10 @@ def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> Calibrat
         if path is not None and config.lora.init != H_SVD:
             raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
         return None
-    return _text(config, rows, f"quant.method is {method}")
+    folder = Path(config.output_dir).expanduser()
+    with told_if_unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return replace(_text(config, rows, f"quant.method is {method}"), keep=folder / FILE)
 
 
 def _statistics(config: TrainConfig, model: Any, rows: TokenizedDataset | None) -> Iterator[LayerStatistics] | None:
