@@ -50,7 +50,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 @torch.no_grad()
-def inputs_of_the_whole_model(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+def inputs_of_the_whole_model(folder: Path, ids: Tensor = IDS) -> Iterator[tuple[Tensor, Tensor]]:
     """(weight [N, K], its input [tokens, K] in fp64) of every linear and expert, by one forward of transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found: dict[Any, list[tuple[Tensor, ...]]] = {}
@@ -61,7 +61,7 @@ def inputs_of_the_whole_model(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) or path.endswith("experts"):
             module.register_forward_pre_hook(note)
-    model(IDS, use_cache=False)
+    model(ids, use_cache=False)
     for part, calls in found.items():
         if isinstance(part, (nn.Linear, Conv1D)):
             weight = part.weight if isinstance(part, nn.Linear) else part.weight.t()
@@ -113,6 +113,22 @@ def test_statistics_are_those_of_the_whole_model(
     for name, buffer in plain.named_buffers():
         if "absmax" not in name and "offset" not in name:
             assert torch.equal(buffer, model.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral"])
+def test_the_first_token_of_a_sequence_counts_four_times_for_wmse(tmp_path: Path, seen: Seen, kind: str) -> None:
+    save(tmp_path, kind)
+    long = IDS.repeat(1, 6)[:, :200]  # so that every expert gets enough of them
+    load_model(tmp_path, dtype=torch.float32, method="wmse", calibration=long)
+    counts = torch.ones(long.shape, dtype=torch.float64)
+    counts[:, 0] = 4
+    truths = list(inputs_of_the_whole_model(tmp_path, long))
+    assert len(seen) > 0
+    for weight, method, moment, hessian in seen:
+        (x,) = [x for truth, x in truths if truth.shape == weight.shape and torch.equal(truth, weight)]
+        assert (method, hessian) == ("wmse", None)
+        by = counts.flatten() if len(x) == counts.numel() else torch.ones(len(x))  # an expert does not know its place
+        assert distance(moment.double(), (by[:, None] * x.square()).sum(0) / len(x)) < 1e-5
 
 
 def test_the_bytes_do_not_depend_on_threads_nor_on_where_hidden_states_lie(

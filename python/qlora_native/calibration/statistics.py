@@ -21,6 +21,10 @@ from ..integrations.experts import STACKS, by_expert
 Key = tuple[str, int | None]  # the parameter's name, and the expert for a stack
 Inputs = dict[Key, list[Tensor]]  # [..., K] each, in the order of the calls
 
+# What the first token of a sequence counts for the moments alone. Every later token attends to it, and a few channels
+# carry values there that no other token has: left out, SmolLM2-135M loses 0.23 nats more, counted once 0.003 more, 16
+# times 0.002 more (calibration text that was not calibrated on).
+FIRST_TOKEN = 4.0
 _TILE = 256  # columns of a block of x^T x that one thread computes
 
 
@@ -47,10 +51,13 @@ class Statistic:
             self.products[stop:, start:stop] = self.products[start:stop, stop:].t()
         return self.products.div_(max(self.tokens, 1))
 
-    def add_squares(self, x: Tensor) -> None:
-        """Add those of x [tokens, K]."""
+    def add_squares(self, x: Tensor, first: float = 1.0) -> None:
+        """Add those of x [tokens, K]; the first token's count ``first`` times."""
         self.tokens += len(x)
-        self.squares += x.float().square().sum(0, dtype=torch.float64)
+        squares = x.float().square()
+        if first != 1:
+            squares[0] *= first
+        self.squares += squares.sum(0, dtype=torch.float64)
 
     def add_tile(self, rows: tuple[int, int], columns: tuple[int, int], inputs: Sequence[Tensor]) -> None:
         """Add that block of x^T x, for one x [tokens, K] fp32 after another."""
@@ -70,10 +77,15 @@ class Statistics:
     """One :class:`Statistic` for each distinct input of a layer's weights: q, k and v share theirs.
 
     Which weights share is found from the tensors themselves, in the first sequence that reaches them.
+
+    Args:
+        full: sum x x^T too.
+        length: tokens of a sequence. In inputs that hold all of them the first counts :data:`FIRST_TOKEN` times; None
+            counts all alike.
     """
 
-    def __init__(self, full: bool) -> None:
-        self.full = full
+    def __init__(self, full: bool, length: int | None = None) -> None:
+        self.full, self.length = full, length
         self.of: dict[Key, Statistic] = {}
 
     def groups(self) -> list[tuple[Statistic, list[Key]]]:
@@ -93,7 +105,7 @@ class Statistics:
                 taken.setdefault(id(statistic), (statistic, []))[1].extend(tensors)
         tasks: list[Callable[[], None]] = []
         for statistic, tensors in taken.values():
-            tasks.append(partial(_add_squares, statistic, tensors))
+            tasks.append(partial(_add_squares, statistic, tensors, self.length))
             if self.full:
                 exact = list(pool.map(Tensor.float, tensors))
                 spans = _tiles(tensors[0].shape[1])
@@ -123,9 +135,9 @@ def _shared(inputs: Inputs) -> Iterable[list[Key]]:
     return found.values()
 
 
-def _add_squares(statistic: Statistic, tensors: Iterable[Tensor]) -> None:
+def _add_squares(statistic: Statistic, tensors: Iterable[Tensor], length: int | None) -> None:
     for x in tensors:
-        statistic.add_squares(x)
+        statistic.add_squares(x, FIRST_TOKEN if len(x) == length else 1.0)
 
 
 def _call(task: Callable[[], None]) -> None:

@@ -190,7 +190,8 @@ class _Layers:
         """Read a layer, run it, quantise it; ``hidden`` then also holds what it makes of its input."""
         prefix, layer, last = f"{self.path}.{index}.", self.layers[index], index + 1 == len(self.layers)
         stored = self._read(prefix)
-        statistics = Statistics(full=self.method == "gptq")
+        full = self.method == "gptq"
+        statistics = Statistics(full, None if full else self.ids.shape[1])
         hidden.begin(index + 1)
         run = partial(self._run, index, hidden, last)
         with self.taps.on(layer, prefix, stored):
