@@ -455,3 +455,8 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
     assert again.load_report.calibration == expected
     ours = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
     assert_same(ours, again.state_dict())
+    # Given those files, the same config has nothing to calibrate.
+    settings = config(method="wmse").model_copy(update={"model": str(made)})
+    assert prepare_model(settings, None, rows, quiet=True).load_report.calibration == expected
+    with pytest.raises(qn.UserError, match="base is 4-bit already: method 'gptq' needs the 16-bit model"):
+        prepare_model(settings.model_copy(update={"quant": config(method="gptq").quant}), None, long, quiet=True)

@@ -17,8 +17,10 @@ from qlora_native.calibration.data import FILE, CalibrationData
 from qlora_native.data import TokenizedDataset, load_dataset
 from qlora_native.errors import UserError
 from qlora_native.integrations import fuse
+from qlora_native.integrations.transformers import METADATA
 from qlora_native.load import load_model, lora_statistics
 from qlora_native.load.model import CALIBRATED
+from qlora_native.load.source import open_source
 from qlora_native.load.tokenizer import load_tokenizer as load_tokenizer
 from qlora_native.lora import LayerStatistics, LoraConfig, LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
@@ -92,15 +94,17 @@ def prepare_model(
     lora = LoraConfig(**config.lora.model_dump(), seed=options.seed)
     with told_to_the_user(), LayerProgress(quiet=quiet or not ranks.first) as progress:
         if model is None:
+            path = Path(config.model).expanduser()
+            is_made = _is_made(path, config.quant.method)
             given: dict[str, Any] = {
                 "quant_type": config.quant.type,
                 "block_size": config.quant.block_size,
                 "double_quant": config.quant.double_quant,
                 "dtype": DTYPES[options.dtype],
                 "device": "cuda" if torch.cuda.is_available() else None,
-                "method": config.quant.method,
+                "method": "rtn" if is_made else config.quant.method,
             }
-            path, calibration = Path(config.model).expanduser(), _calibration(config, rows)
+            calibration = None if is_made else _calibration(config, rows)
             if ranks.world == 1:
                 model = load_model(path, calibration=calibration, progress=progress, **given)
             elif calibration is None:
@@ -129,6 +133,12 @@ def prepare_model(
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
     return model.train()
+
+
+def _is_made(path: Path, method: str) -> bool:
+    """Whether the files are 4-bit already and say that ``method`` made them, so that nothing is left to it."""
+    told = getattr(open_source(path, torch.bfloat16), "four_bit_config", None) or {}
+    return method != "rtn" and (told.get(METADATA) or {}).get("method") == method
 
 
 def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
