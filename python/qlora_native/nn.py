@@ -10,6 +10,7 @@ from torch import nn
 
 from . import functional, weight
 from .ops._direct import Prepared, product, unobserved
+from .ops._optim_plan import part_of
 from .weight import QuantizedWeight
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset", "code", "nested_code")
@@ -19,7 +20,8 @@ class QuantizedLinear(nn.Linear):
     """y = x W^T + bias with W frozen in 4 bits.
 
     ``weight`` is a frozen uint8 parameter [ceil(n/2), 1]; scales are buffers beside it. The state_dict holds the keys
-    of bitsandbytes' Linear4bit (see :func:`qlora_native.to_bnb`); loading a float [N, K] weight quantises it. Casting
+    of bitsandbytes' Linear4bit (see :func:`qlora_native.to_bnb`), unless the weight is cut over processes
+    (:attr:`is_cut`); loading a float [N, K] weight quantises it. Casting
     the module (``.half()``, ``.to(dtype)``) changes the bias alone: codes and scales keep their bits.
 
     Args:
@@ -135,7 +137,7 @@ class QuantizedLinear(nn.Linear):
 
         Whatever cuts parameters along their first dimension then cuts both at the borders of blocks, and no cast to
         another floating-point dtype reaches them. A weight whose last block is not full keeps its shape
-        [ceil(n/2), 1]. The state_dict does not change; loading one is refused from now on.
+        [ceil(n/2), 1]. The state_dict does not change until the weight is cut; loading one before is refused.
         """
         if self.is_laid_out:
             return
@@ -205,7 +207,19 @@ class QuantizedLinear(nn.Linear):
                 self._buffers[name] = before.to(after.device)
         return self
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether this process holds a part of the weight (a DTensor, as FSDP2 makes it).
+
+        The state_dict then holds parameters and buffers under their own names, in place of bitsandbytes' keys, and
+        loading one fills them: torch.distributed.checkpoint looks each key up as an attribute.
+        """
+        return part_of(self.weight) is not self.weight
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.is_cut:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
         if self.weight.device.type == "meta":  # no values to describe yet
@@ -224,6 +238,10 @@ class QuantizedLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         name = prefix + "weight"
+        if self.is_cut:
+            others = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
         try:
             if weight.bnb_state_key(state_dict, name) is not None:
                 value = weight.from_bnb(state_dict, name)
