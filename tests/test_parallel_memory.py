@@ -24,7 +24,12 @@ from qlora_native.parallel.plan import plan_rank
 from qlora_native.train.memory import MMAP_THRESHOLD
 
 LAYERS = 4
-SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": LAYERS, "num_attention_heads": 8}
+SIZES: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+}
 LORA = qn.LoraConfig(r=2, seed=0)
 OBJECTS = LAYERS << 19  # what FSDP and DTensors take of a layer besides its bytes, whatever its size: 0.4 MB seen
 SLACK = 8 << 20  # gloo has a copy of the message at hand, a block of 6 MB

@@ -141,11 +141,11 @@ class QuantizedLinear(nn.Linear):
         """
         if self.is_laid_out:
             return
-        absmax, row = self.absmax, self._about.block_size // 2
-        if self.in_features * self.out_features % self._about.block_size == 0:
-            self.weight = nn.Parameter(self.weight.view(-1, row), requires_grad=False)
+        absmax = self.absmax
         del self.absmax
-        self.absmax_bytes = nn.Parameter(absmax.view(-1, 1).view(torch.uint8), requires_grad=False)
+        self.weight, self.absmax_bytes = in_rows(
+            self.weight, absmax, self.in_features * self.out_features, self._about.block_size
+        )
 
     @property
     def is_laid_out(self) -> bool:
@@ -155,8 +155,7 @@ class QuantizedLinear(nn.Linear):
     def _absmax(self) -> torch.Tensor:
         if not self.is_laid_out:
             return self.absmax
-        stored = self._parameters["absmax_bytes"]
-        return stored.view(-1) if self.nested_absmax is not None else stored.view(torch.float32).view(-1)  # type: ignore[union-attr]
+        return scales_in(self._parameters["absmax_bytes"], self.nested_absmax is not None)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features] in x's dtype."""
@@ -276,6 +275,21 @@ class QuantizedLinear(nn.Linear):
         for key in state_dict:
             if strict and key.startswith(prefix) and key not in known and not key.startswith(name + "."):
                 unexpected_keys.append(key)
+
+
+def in_rows(
+    packed: torch.Tensor, absmax: torch.Tensor, numel: int, block_size: int
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Codes [blocks, block_size / 2], or as they are if the last block is not full, and scales [blocks, bytes]: frozen
+    uint8 parameters over the same memory."""
+    rows = packed.view(-1, block_size // 2) if numel % block_size == 0 else packed
+    stored = absmax.view(-1, 1).view(torch.uint8)
+    return nn.Parameter(rows, requires_grad=False), nn.Parameter(stored, requires_grad=False)
+
+
+def scales_in(stored: torch.Tensor, double_quant: bool) -> torch.Tensor:
+    """The scales [blocks] in the second of :func:`in_rows`."""
+    return stored.view(-1) if double_quant else stored.view(torch.float32).view(-1)
 
 
 class _About:

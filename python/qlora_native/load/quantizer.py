@@ -163,7 +163,7 @@ class QLoRANativeQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Refuses a model of which each rank holds a part."""
-        if any(isinstance(layer, QuantizedLinear) and layer.is_cut for layer in model.modules()):
+        if any(isinstance(layer, (QuantizedLinear, QuantizedExperts)) and layer.is_cut for layer in model.modules()):
             raise ValueError(
                 "save_pretrained: the 4-bit model is cut over several processes: save the adapter alone, or the model "
                 "before it is cut."

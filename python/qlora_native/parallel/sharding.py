@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from ..integrations.experts import QuantizedExperts
 from ..nn import QuantizedLinear
 
 
@@ -60,7 +61,7 @@ def shard(
 def lay_out(module: nn.Module) -> None:
     """Make every 4-bit weight in the module parameters that are cut at blocks."""
     for part in module.modules():
-        if isinstance(part, QuantizedLinear):
+        if isinstance(part, (QuantizedLinear, QuantizedExperts)):
             part.lay_out_for_sharding()
 
 
