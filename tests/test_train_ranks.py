@@ -24,9 +24,12 @@ from safetensors.torch import load_file
 from tiny import write_model, write_rows
 
 from qlora_native.cli.main import main
+from qlora_native.errors import UserError
 from qlora_native.load import load_model
 from qlora_native.parallel.watch import RankLost
 from qlora_native.train import TrainConfig, Trainer
+from qlora_native.train.ranks import Ranks
+from qlora_native.train.setup import prepare_model
 
 TOLERANCE = 1e-5
 
@@ -100,6 +103,7 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found["read"] = trainer.model.reading.bytes_read
     found["received"] = trainer.model.reading.bytes_received
 
+    run(rank, world, folder, "calibrated on two", model=str(folder / "wmse"), parallel="fsdp")
     until(rank, world, folder, "cut for one", 6, parallel="fsdp")
     until(rank, world, folder, "copies for four", 6, parallel="ddp")
     coded: dict[str, Any] = {"parallel": "fsdp", "lora": {"r": 64}}  # matrices large enough for 8-bit states
@@ -160,7 +164,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_ranks(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def calibrated(folder: Path) -> Path:
+    """The folder, with the model in 4 bits by wmse, made as the refusal of several processes says, and its run."""
+    quant = {"method": "wmse", "calibration": str(write_rows(folder / "text.jsonl", 150))}
+    with pytest.raises(UserError, match="calibrates on one process, and 2 were started: make .* first") as refused:
+        prepare_model(config(folder, "refused", parallel="fsdp", quant=quant), ranks=Ranks("fsdp", 0, 2))
+    verb, *command = re.findall(r"`qlora (.*) DIR`", str(refused.value))[0].split()
+    assert main([verb, *command, str(folder / "wmse")]) == 0
+    run(0, 1, folder, "calibrated", model=str(folder / "wmse"))
+    return folder
+
+
+def test_two_ranks(calibrated: Path) -> None:
+    folder = calibrated
     found = on_ranks(2, on_two, folder)
     one = adapter(folder, "one")
     for name in ("ddp", "fsdp"):
@@ -168,6 +185,8 @@ def test_two_ranks(folder: Path) -> None:
         for got, expected in zip(metrics(folder / name), metrics(folder / "one"), strict=True):
             assert got == pytest.approx(expected, rel=1e-4), name
     assert distance(adapter(folder, "coded, resumed"), adapter(folder, "coded")) == 0
+    assert distance(adapter(folder, "calibrated on two"), adapter(folder, "calibrated")) <= TOLERANCE
+    assert distance(adapter(folder, "calibrated"), one) > 1e-3
     assert sum(of_rank["share"] for of_rank in found) == 1
     total = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
     reads = [of_rank["read"] for of_rank in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,10 +105,12 @@ def prepare_model(
             elif calibration is None:
                 model = parallel.load_model(path, cut=ranks.cut, lora=lora, **given)
             else:
+                text = config.quant.calibration or config.data.train
+                command = ["qlora", "quantize", config.model, "--method", config.quant.method, "--calibration", text]
                 raise UserError(
                     f"quant.method is {config.quant.method}, which calibrates on one process, and {ranks.world} were "
-                    f"started: make the 4-bit model first (`qlora quantize {config.model} --method "
-                    f"{config.quant.method} --calibration {config.data.train} --out DIR`) and set model to DIR"
+                    f"started: make the 4-bit model first (`{shlex.join([*command, '--out', 'DIR'])}`), then set "
+                    "model to DIR and quant.method to rtn"
                 )
         if not any(isinstance(module, LoRALinear) for module in model.modules()):
             if ranks.world > 1 and config.lora.init != ZERO:
