@@ -27,8 +27,9 @@ from qlora_native.lora.layer import lora_layers
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW
 from qlora_native.optim.shards import local
-from qlora_native.parallel import shard
+from qlora_native.parallel import blocks_of, shard
 from qlora_native.parallel.plan import plan_rank
+from qlora_native.train.ranks import Ranks
 
 STEPS, ROWS = 10, 8
 TOLERANCE = 1e-5
@@ -126,6 +127,16 @@ def received_bytes(world: int) -> Iterator[list[int]]:
         yield found
 
 
+def messages_before_blocks(model: Any, world: int) -> list[int]:
+    """How many messages were gathered by the time that each block starts its forward."""
+    found: list[int] = []
+    with received_bytes(world) as received, torch.no_grad():
+        for block in blocks_of(model):
+            block.register_forward_pre_hook(lambda *_: found.append(len(received)))
+        loss_sum(model, *next(batches()))
+    return found
+
+
 def optimizer_of(model: Any, folder: str | None = None) -> AdamW:
     return AdamW(trained(model), 1e-3, max_norm=0.5, paged=folder is not None, page_dir=folder)
 
@@ -153,6 +164,15 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
 
     if world == 2:
+        kept = shard(deepcopy(base), line, reshard_after_forward=False)
+        with received_bytes(world) as received:
+            loss_sum(kept, *next(batches())).backward()
+        assert sum(received) == plan_rank(base, world, reshard=False).received < plan.received
+        first, second = messages_before_blocks(shard(deepcopy(base), line), world)
+        assert first == second  # the second block was on its way when the first one began
+        first, second = messages_before_blocks(shard(deepcopy(base), line, prefetch=0), world)
+        assert first + 1 == second
+
         model = shard(deepcopy(base), line)
         model.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = optimizer_of(model, folder)
@@ -168,6 +188,13 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
         with torch.no_grad():
             for name, tensor in base.named_parameters():
                 tensor.zero_() if name in codes else None
+    counted: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda tensor: counted.append(tensor.nbytes))
+        Ranks("ddp", rank, world).add_gradients(trained(base))
+    copies = plan_rank(base, world, cut=False)
+    assert sum(counted) == copies.trained and held_bytes(base) == copies.frozen
+    base.zero_grad()
     model = DistributedDataParallel(base)  # sends rank 0's codes
     for name, tensor in base.named_parameters():
         assert name not in codes or torch.equal(tensor, codes[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -106,11 +107,12 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
     run(rank, world, folder, "calibrated on two", model=str(folder / "wmse"), parallel="fsdp")
     until(rank, world, folder, "cut for one", 6, parallel="fsdp")
     until(rank, world, folder, "copies for four", 6, parallel="ddp")
-    coded: dict[str, Any] = {"parallel": "fsdp", "lora": {"r": 64}}  # matrices large enough for 8-bit states
-    coded["train"] = {"optimizer": "adamw8bit", "steps": 4, "save_every": 2, "eval_every": 0}
-    run(rank, world, folder, "coded", **coded)
-    until(rank, world, folder, "coded, resumed", 3, **coded)
-    run(rank, world, folder, "coded, resumed", resume="auto", **coded)
+    for mode in ("fsdp", "ddp"):
+        coded: dict[str, Any] = {"parallel": mode, "lora": {"r": 64}}  # matrices large enough for 8-bit states
+        coded["train"] = {"optimizer": "adamw8bit", "steps": 4, "save_every": 2, "eval_every": 0, "paged": True}
+        run(rank, world, folder, f"{mode}, coded", **coded)
+        until(rank, world, folder, f"{mode}, resumed", 3, **coded)
+        run(rank, world, folder, f"{mode}, resumed", resume="auto", **coded)
     return found
 
 
@@ -184,7 +186,9 @@ def test_two_ranks(calibrated: Path) -> None:
         assert distance(adapter(folder, name), one) <= TOLERANCE, name
         for got, expected in zip(metrics(folder / name), metrics(folder / "one"), strict=True):
             assert got == pytest.approx(expected, rel=1e-4), name
-    assert distance(adapter(folder, "coded, resumed"), adapter(folder, "coded")) == 0
+    for mode in ("fsdp", "ddp"):
+        assert distance(adapter(folder, f"{mode}, resumed"), adapter(folder, f"{mode}, coded")) == 0
+    assert distance(adapter(folder, "fsdp, coded"), adapter(folder, "ddp, coded")) <= 1e-3
     assert distance(adapter(folder, "calibrated on two"), adapter(folder, "calibrated")) <= TOLERANCE
     assert distance(adapter(folder, "calibrated"), one) > 1e-3
     assert sum(of_rank["share"] for of_rank in found) == 1
@@ -256,6 +260,17 @@ def children(pid: int) -> list[int]:
     """The processes that ``pid`` has started and that live."""
     found = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in found.splitlines() if not line.split()[1].startswith("Z")]
+
+
+def test_the_nccl_script_says_that_there_are_no_two_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    monkeypatch.setattr(sys, "argv", ["nccl_check.py"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    nccl_check = importlib.import_module("nccl_check")
+    assert nccl_check.main() == nccl_check.SKIPPED == 77
+    assert capsys.readouterr().out == "skipped: torch finds 1 GPUs, expected 2 or more\n"
 
 
 def test_estimate_of_several_cards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
