@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import qlora_native as qn
+from qlora_native import parallel
 from qlora_native.lora.layer import lora_layers
 from qlora_native.nn import QuantizedLinear
 
@@ -111,25 +112,28 @@ def codes_under_bf16(folder: Path) -> None:
     patterns = torch.arange(1 << 16).to(torch.uint16).view(torch.uint8)
     kept, seen = {}, set()
     for number, (path, layer) in enumerate(lora_layers(model)):
-        packed: Any = layer.base_layer.weight
-        packed.view(-1).copy_(patterns.roll(-4096 * number)[: packed.numel()])
-        kept[path] = packed.clone()
+        base: Any = layer.base_layer
+        weight = base.quantized
+        weight.packed.copy_(patterns.roll(-4096 * number)[: weight.packed.numel()])
+        kept[path] = weight.packed.clone(), weight.absmax.clone()
+    parallel.lay_out(model)  # now the scales are cut too
     optimizer = qn.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    def look(path: str, packed: torch.Tensor) -> None:
-        assert not isinstance(packed, DTensor) and torch.equal(packed, kept[path])
+    def look(path: str, weight: qn.QuantizedWeight) -> None:
+        assert not isinstance(weight.packed, DTensor) and torch.equal(weight.packed, kept[path][0])
+        assert torch.equal(weight.absmax, kept[path][1])
         seen.add(path)
 
     for path, layer in lora_layers(model):
-        layer.register_forward_hook(lambda layer, *_, path=path: look(path, layer.base_layer.weight))
+        layer.register_forward_hook(lambda layer, *_, path=path: look(path, layer.base_layer.quantized))
     rows = tokens(2)
     accelerator.backward(model(input_ids=rows, labels=rows, use_cache=False).loss)
     optimizer.step()
     assert seen == kept.keys()
     for path, layer in lora_layers(model):
-        packed = layer.base_layer.weight
-        assert isinstance(packed, DTensor) and torch.equal(packed.full_tensor(), kept[path])
+        for part, expected in zip((layer.base_layer.weight, layer.base_layer.absmax_bytes), kept[path], strict=True):
+            assert isinstance(part, DTensor) and torch.equal(part.full_tensor().view(-1), expected)
 
 
 def on_two(rank: int, world: int, folder: Path, expected: dict[str, torch.Tensor]) -> dict[str, float]:
