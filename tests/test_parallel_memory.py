@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
 LARGEST = 2 * 1024 * 2816  # bytes of a tensor in the files, which hold 103 MB
 LORA = qn.LoraConfig(r=2, seed=0)
 OBJECTS = LAYERS << 19  # what FSDP and DTensors take of a layer besides its bytes, whatever its size: 0.4 MB seen
-SLACK = 8 << 20  # gloo has a copy of the message at hand, a block of 6 MB
+SLACK = 8 << 20  # 5 MB are seen: not quite a layer of 6 MB, as a message in gloo's hands would be
 
 
 def alone(folder: Path) -> nn.Module:
