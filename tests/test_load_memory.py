@@ -87,7 +87,7 @@ def write_model(
     return sum(sizes), max(sizes)
 
 
-def anonymous_bytes(pid: int) -> int:
+def anonymous_bytes(pid: int | str) -> int:
     """Memory in use that no file stands behind. Shared anonymous memory counts too: it is no way round the limit."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     values = {

@@ -12,9 +12,11 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -25,8 +27,9 @@ from qlora_native.lora.layer import lora_layers
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW
 from qlora_native.optim.shards import local
-from qlora_native.parallel import shard
+from qlora_native.parallel import blocks_of, shard
 from qlora_native.parallel.plan import plan_rank
+from qlora_native.train.ranks import Ranks
 
 STEPS, ROWS = 10, 8
 TOLERANCE = 1e-5
@@ -124,6 +127,16 @@ def received_bytes(world: int) -> Iterator[list[int]]:
         yield found
 
 
+def messages_before_blocks(model: Any, world: int) -> list[int]:
+    """How many messages were gathered by the time that each block starts its forward."""
+    found: list[int] = []
+    with received_bytes(world) as received, torch.no_grad():
+        for block in blocks_of(model):
+            block.register_forward_pre_hook(lambda *_: found.append(len(received)))
+        loss_sum(model, *next(batches()))
+    return found
+
+
 def optimizer_of(model: Any, folder: str | None = None) -> AdamW:
     return AdamW(trained(model), 1e-3, max_norm=0.5, paged=folder is not None, page_dir=folder)
 
@@ -151,6 +164,15 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
 
     if world == 2:
+        kept = shard(deepcopy(base), line, reshard_after_forward=False)
+        with received_bytes(world) as received:
+            loss_sum(kept, *next(batches())).backward()
+        assert sum(received) == plan_rank(base, world, reshard=False).received < plan.received
+        first, second = messages_before_blocks(shard(deepcopy(base), line), world)
+        assert first == second  # the second block was on its way when the first one began
+        first, second = messages_before_blocks(shard(deepcopy(base), line, prefetch=0), world)
+        assert first + 1 == second
+
         model = shard(deepcopy(base), line)
         model.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = optimizer_of(model, folder)
@@ -166,6 +188,13 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
         with torch.no_grad():
             for name, tensor in base.named_parameters():
                 tensor.zero_() if name in codes else None
+    counted: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda tensor: counted.append(tensor.nbytes))
+        Ranks("ddp", rank, world).add_gradients(trained(base))
+    copies = plan_rank(base, world, cut=False)
+    assert sum(counted) == copies.trained and held_bytes(base) == copies.frozen
+    base.zero_grad()
     model = DistributedDataParallel(base)  # sends rank 0's codes
     for name, tensor in base.named_parameters():
         assert name not in codes or torch.equal(tensor, codes[name])
@@ -214,7 +243,25 @@ def optimizer_on_parts(rank: int, world: int) -> None:
     assert many.skipped and all(torch.equal(whole(a), whole(b)) for a, b in zip(parts, skipped, strict=True))
 
 
-def bytes_survive(rank: int, world: int, double_quant: bool) -> float:
+def whole_checkpoint(model: Any, folder: str) -> None:
+    """A cut model through torch.distributed.checkpoint: out, zeroed, and back in."""
+    state = get_model_state_dict(model)
+    before = {name: local(tensor).clone() for name, tensor in model.state_dict().items()}
+    dcp.save(state, checkpoint_id=folder)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            local(tensor).zero_()
+    state = get_model_state_dict(model)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(local(after[name]), before[name]) for name in before)
+    trained_alone = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    assert {name for name in trained_alone if isinstance(trained_alone[name], DTensor)} == adapters(model).keys()
+
+
+def bytes_survive(rank: int, world: int, folder: str, double_quant: bool) -> float:
     """Bytes that look like NaN in bf16 come through gathers under mixed precision. Returns the share of the frozen
     bytes that this rank holds."""
     model = make(double_quant, hidden_size=256, intermediate_size=512, num_attention_heads=4)
@@ -250,7 +297,10 @@ def bytes_survive(rank: int, world: int, double_quant: bool) -> float:
     path = "model.layers.0.mlp.up_proj"
     state = model.state_dict()
     assert torch.equal(state[f"{path}.base_layer.weight"].full_tensor().view(-1), kept[path][0])
-    assert torch.equal(state[f"{path}.base_layer.weight.absmax"].full_tensor(), kept[path][1])
+    assert torch.equal(state[f"{path}.base_layer.absmax_bytes"].full_tensor().view(-1), kept[path][1].view(torch.uint8))
+    whole_checkpoint(model, folder)
+    for path, layer in layers.items():
+        assert torch.equal(layer.weight.full_tensor().view(-1), kept[path][0])
     with torch.no_grad():  # past the dispatcher
         assert torch.isfinite(model.eval()(input_ids=ids).logits).all()
     return after / before
@@ -258,7 +308,9 @@ def bytes_survive(rank: int, world: int, double_quant: bool) -> float:
 
 def on_four(rank: int, world: int, folder: str, expected: dict[str, Tensor]) -> tuple[Any, Any]:
     optimizer_on_parts(rank, world)
-    shares = [bytes_survive(rank, world, double_quant) for double_quant in (True, False)]
+    shares = [
+        bytes_survive(rank, world, f"{folder}/whole {double_quant}", double_quant) for double_quant in (True, False)
+    ]
     return equal_training(rank, world, folder, expected), shares
 
 

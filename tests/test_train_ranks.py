@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -24,9 +25,12 @@ from safetensors.torch import load_file
 from tiny import write_model, write_rows
 
 from qlora_native.cli.main import main
+from qlora_native.errors import UserError
 from qlora_native.load import load_model
 from qlora_native.parallel.watch import RankLost
 from qlora_native.train import TrainConfig, Trainer
+from qlora_native.train.ranks import Ranks
+from qlora_native.train.setup import prepare_model
 
 TOLERANCE = 1e-5
 
@@ -100,13 +104,15 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found["read"] = trainer.model.reading.bytes_read
     found["received"] = trainer.model.reading.bytes_received
 
+    run(rank, world, folder, "calibrated on two", model=str(folder / "wmse"), parallel="fsdp")
     until(rank, world, folder, "cut for one", 6, parallel="fsdp")
     until(rank, world, folder, "copies for four", 6, parallel="ddp")
-    coded: dict[str, Any] = {"parallel": "fsdp", "lora": {"r": 64}}  # matrices large enough for 8-bit states
-    coded["train"] = {"optimizer": "adamw8bit", "steps": 4, "save_every": 2, "eval_every": 0}
-    run(rank, world, folder, "coded", **coded)
-    until(rank, world, folder, "coded, resumed", 3, **coded)
-    run(rank, world, folder, "coded, resumed", resume="auto", **coded)
+    for mode in ("fsdp", "ddp"):
+        coded: dict[str, Any] = {"parallel": mode, "lora": {"r": 64}}  # matrices large enough for 8-bit states
+        coded["train"] = {"optimizer": "adamw8bit", "steps": 4, "save_every": 2, "eval_every": 0, "paged": True}
+        run(rank, world, folder, f"{mode}, coded", **coded)
+        until(rank, world, folder, f"{mode}, resumed", 3, **coded)
+        run(rank, world, folder, f"{mode}, resumed", resume="auto", **coded)
     return found
 
 
@@ -160,14 +166,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_ranks(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def calibrated(folder: Path) -> Path:
+    """The folder, with the model in 4 bits by wmse, made as the refusal of several processes says, and its run."""
+    quant = {"method": "wmse", "calibration": str(write_rows(folder / "text.jsonl", 150))}
+    with pytest.raises(UserError, match="calibrates on one process, and 2 were started: make .* first") as refused:
+        prepare_model(config(folder, "refused", parallel="fsdp", quant=quant), ranks=Ranks("fsdp", 0, 2))
+    verb, *command = re.findall(r"`qlora (.*) DIR`", str(refused.value))[0].split()
+    assert main([verb, *command, str(folder / "wmse")]) == 0
+    run(0, 1, folder, "calibrated", model=str(folder / "wmse"))
+    return folder
+
+
+def test_two_ranks(calibrated: Path) -> None:
+    folder = calibrated
     found = on_ranks(2, on_two, folder)
     one = adapter(folder, "one")
     for name in ("ddp", "fsdp"):
         assert distance(adapter(folder, name), one) <= TOLERANCE, name
         for got, expected in zip(metrics(folder / name), metrics(folder / "one"), strict=True):
             assert got == pytest.approx(expected, rel=1e-4), name
-    assert distance(adapter(folder, "coded, resumed"), adapter(folder, "coded")) == 0
+    for mode in ("fsdp", "ddp"):
+        assert distance(adapter(folder, f"{mode}, resumed"), adapter(folder, f"{mode}, coded")) == 0
+    assert distance(adapter(folder, "fsdp, coded"), adapter(folder, "ddp, coded")) <= 1e-3
+    assert distance(adapter(folder, "calibrated on two"), adapter(folder, "calibrated")) <= TOLERANCE
+    assert distance(adapter(folder, "calibrated"), one) > 1e-3
     assert sum(of_rank["share"] for of_rank in found) == 1
     total = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
     reads = [of_rank["read"] for of_rank in found]
@@ -237,6 +260,17 @@ def children(pid: int) -> list[int]:
     """The processes that ``pid`` has started and that live."""
     found = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in found.splitlines() if not line.split()[1].startswith("Z")]
+
+
+def test_the_nccl_script_says_that_there_are_no_two_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    monkeypatch.setattr(sys, "argv", ["nccl_check.py"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    nccl_check = importlib.import_module("nccl_check")
+    assert nccl_check.main() == nccl_check.SKIPPED == 77
+    assert capsys.readouterr().out == "skipped: torch finds 1 GPUs, expected 2 or more\n"
 
 
 def test_estimate_of_several_cards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

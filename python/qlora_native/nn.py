@@ -10,6 +10,7 @@ from torch import nn
 
 from . import functional, weight
 from .ops._direct import Prepared, product, unobserved
+from .ops._optim_plan import part_of
 from .weight import QuantizedWeight
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset", "code", "nested_code")
@@ -19,7 +20,8 @@ class QuantizedLinear(nn.Linear):
     """y = x W^T + bias with W frozen in 4 bits.
 
     ``weight`` is a frozen uint8 parameter [ceil(n/2), 1]; scales are buffers beside it. The state_dict holds the keys
-    of bitsandbytes' Linear4bit (see :func:`qlora_native.to_bnb`); loading a float [N, K] weight quantises it. Casting
+    of bitsandbytes' Linear4bit (see :func:`qlora_native.to_bnb`), unless the weight is cut over processes
+    (:attr:`is_cut`); loading a float [N, K] weight quantises it. Casting
     the module (``.half()``, ``.to(dtype)``) changes the bias alone: codes and scales keep their bits.
 
     Args:
@@ -135,15 +137,15 @@ class QuantizedLinear(nn.Linear):
 
         Whatever cuts parameters along their first dimension then cuts both at the borders of blocks, and no cast to
         another floating-point dtype reaches them. A weight whose last block is not full keeps its shape
-        [ceil(n/2), 1]. The state_dict does not change; loading one is refused from now on.
+        [ceil(n/2), 1]. The state_dict does not change until the weight is cut; loading one before is refused.
         """
         if self.is_laid_out:
             return
-        absmax, row = self.absmax, self._about.block_size // 2
-        if self.in_features * self.out_features % self._about.block_size == 0:
-            self.weight = nn.Parameter(self.weight.view(-1, row), requires_grad=False)
+        absmax = self.absmax
         del self.absmax
-        self.absmax_bytes = nn.Parameter(absmax.view(-1, 1).view(torch.uint8), requires_grad=False)
+        self.weight, self.absmax_bytes = in_rows(
+            self.weight, absmax, self.in_features * self.out_features, self._about.block_size
+        )
 
     @property
     def is_laid_out(self) -> bool:
@@ -153,8 +155,7 @@ class QuantizedLinear(nn.Linear):
     def _absmax(self) -> torch.Tensor:
         if not self.is_laid_out:
             return self.absmax
-        stored = self._parameters["absmax_bytes"]
-        return stored.view(-1) if self.nested_absmax is not None else stored.view(torch.float32).view(-1)  # type: ignore[union-attr]
+        return scales_in(self._parameters["absmax_bytes"], self.nested_absmax is not None)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features] in x's dtype."""
@@ -205,7 +206,19 @@ class QuantizedLinear(nn.Linear):
                 self._buffers[name] = before.to(after.device)
         return self
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether this process holds a part of the weight (a DTensor, as FSDP2 makes it).
+
+        The state_dict then holds parameters and buffers under their own names, in place of bitsandbytes' keys, and
+        loading one fills them: torch.distributed.checkpoint looks each key up as an attribute.
+        """
+        return part_of(self.weight) is not self.weight
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.is_cut:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
         if self.weight.device.type == "meta":  # no values to describe yet
@@ -224,6 +237,10 @@ class QuantizedLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         name = prefix + "weight"
+        if self.is_cut:
+            others = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
         try:
             if weight.bnb_state_key(state_dict, name) is not None:
                 value = weight.from_bnb(state_dict, name)
@@ -258,6 +275,21 @@ class QuantizedLinear(nn.Linear):
         for key in state_dict:
             if strict and key.startswith(prefix) and key not in known and not key.startswith(name + "."):
                 unexpected_keys.append(key)
+
+
+def in_rows(
+    packed: torch.Tensor, absmax: torch.Tensor, numel: int, block_size: int
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Codes [blocks, block_size / 2], or as they are if the last block is not full, and scales [blocks, bytes]: frozen
+    uint8 parameters over the same memory."""
+    rows = packed.view(-1, block_size // 2) if numel % block_size == 0 else packed
+    stored = absmax.view(-1, 1).view(torch.uint8)
+    return nn.Parameter(rows, requires_grad=False), nn.Parameter(stored, requires_grad=False)
+
+
+def scales_in(stored: torch.Tensor, double_quant: bool) -> torch.Tensor:
+    """The scales [blocks] in the second of :func:`in_rows`."""
+    return stored.view(-1) if double_quant else stored.view(torch.float32).view(-1)
 
 
 class _About:

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from qlora_native.functional import linear, lora_linear
 from qlora_native.integrations.substitute import Substitute, substitute_class
+from qlora_native.nn import in_rows, scales_in
+from qlora_native.ops._optim_plan import part_of
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, bnb_state_key, from_bnb, to_bnb
 
 Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
 Product = Callable[[str, int, Tensor], Tensor]
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _SCALES = TENSOR_FIELDS[1:]
+_LAID_OUT = "_absmax_bytes"  # ends the name of the parameter that holds a stack's scales
 
 
 class QuantizedExperts(Substitute):
@@ -51,7 +54,28 @@ class QuantizedExperts(Substitute):
         weight.packed = self._parameters[name].view(-1)  # type: ignore[union-attr]
         for field in _SCALES:
             setattr(weight, field, self._buffers.get(f"{name}_{field}"))
+        stored = self._parameters.get(name + _LAID_OUT)
+        if stored is not None:
+            weight.absmax = scales_in(stored, weight.nested_absmax is not None)
         return weight
+
+    def lay_out_for_sharding(self) -> None:
+        """As that of :class:`qlora_native.nn.QuantizedLinear`, for every stack."""
+        for name, about in self._stacks.items():
+            absmax = self._buffers.pop(f"{name}_absmax", None)
+            if absmax is not None:
+                packed: Any = self._parameters[name]
+                rows, stored = in_rows(packed, absmax, about.numel(), about.block_size)
+                setattr(self, name, rows)
+                setattr(self, name + _LAID_OUT, stored)
+        self._slices.clear()
+
+    @property
+    def is_cut(self) -> bool:
+        """As :attr:`qlora_native.nn.QuantizedLinear.is_cut`."""
+        return any(
+            part_of(parameter) is not parameter for parameter in self._parameters.values() if parameter is not None
+        )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, K] of tokens that go to experts top_k_index [T, k]; returns [T, K]."""
@@ -90,14 +114,20 @@ class QuantizedExperts(Substitute):
         return {**self.__dict__, "_slices": {}}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.is_cut:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         for name, parameter in self._parameters.items():
             stack = self.stack(name)
             if stack is not None:
                 destination.update(to_bnb(stack, prefix + name))
-            elif parameter is not None:
+            elif parameter is not None and not name.endswith(_LAID_OUT):
                 destination[prefix + name] = parameter if keep_vars else parameter.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        if self.is_cut:
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
         missing_keys: list[str] = others[2]
         for name, parameter in list(self._parameters.items()):
             if name not in self._stacks:
@@ -149,6 +179,8 @@ def put_stack(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
         module.__class__ = substitute_class(QuantizedExperts, type(module))
         module._stacks, module._slices, module.adapters = {}, {}, {}  # type: ignore[assignment]
     assert isinstance(module, QuantizedExperts)
+    if name + _LAID_OUT in module._parameters:
+        raise ValueError(f"{name}: a stack laid out for sharding cannot be exchanged: load it before.")
     setattr(module, name, nn.Parameter(weight.packed.view(-1, 1), requires_grad=False))
     for field in _SCALES:
         module.register_buffer(f"{name}_{field}", getattr(weight, field))
@@ -161,6 +193,7 @@ def take_stack(module: QuantizedExperts, name: str, dense: Tensor) -> None:
     del module._stacks[name]
     for field in _SCALES:
         module._buffers.pop(f"{name}_{field}", None)
+    module._parameters.pop(name + _LAID_OUT, None)
     setattr(module, name, nn.Parameter(dense, requires_grad=False))
     if not module._stacks:
         for attribute in ("_stacks", "_slices", "adapters", "compute_dtype"):

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations import is_fsdp_enabled
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import UserError
@@ -46,10 +47,15 @@ class QLoRANativeQuantizer(HfQuantizer):
     quantization_config: Any
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuses a device map that leaves weights on the disk."""
+        """Refuses a device map that leaves weights on the disk, and a load on one rank for all."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "device_map puts modules on the disk, where 4-bit weights cannot stay: expected devices or 'cpu'."
+            )
+        if is_fsdp_enabled():
+            raise ValueError(
+                "FSDP_CPU_RAM_EFFICIENT_LOADING is true, under which accelerate sends parameters alone from rank 0 to "
+                "the others, and a 4-bit weight has buffers too: set fsdp_cpu_ram_efficient_loading to false."
             )
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -154,6 +160,15 @@ class QLoRANativeQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """save_pretrained works."""
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Refuses a model of which each rank holds a part."""
+        if any(isinstance(layer, (QuantizedLinear, QuantizedExperts)) and layer.is_cut for layer in model.modules()):
+            raise ValueError(
+                "save_pretrained: the 4-bit model is cut over several processes: save the adapter alone, or the model "
+                "before it is cut."
+            )
+        return super().get_state_dict_and_metadata(model)
 
     @property
     def is_trainable(self) -> bool:

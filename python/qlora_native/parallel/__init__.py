@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .sharding import blocks_of, shard
+from .sharding import blocks_of, lay_out, shard
 
 if TYPE_CHECKING:
     from .loading import load_model as load_model
 
-__all__ = ["blocks_of", "load_model", "shard"]
+__all__ = ["blocks_of", "lay_out", "load_model", "shard"]
 
 
 def __getattr__(name: str) -> Any:

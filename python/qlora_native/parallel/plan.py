@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..integrations.experts import QuantizedExperts
 from ..nn import QuantizedLinear
+from ..weight import QuantizedWeight
 from .sharding import blocks_of, untied_embeddings
 
 
@@ -65,9 +67,8 @@ def plan_rank(
 
     ``micro_batches`` are those of one rank in a step; ``reshard`` and ``prefetch`` as :func:`shard`'s.
     """
-    buffers = sum(buffer.nbytes for buffer in model.buffers()) - sum(
-        layer.absmax.nbytes for layer in model.modules() if isinstance(layer, QuantizedLinear)
-    )
+    scales = sum(weight.absmax.nbytes for part in model.modules() for weight in _weights(part).values())
+    buffers = sum(buffer.nbytes for buffer in model.buffers()) - scales
     others = world - 1
     if not cut:
         whole = _group(model, 1)
@@ -115,14 +116,22 @@ def _rows(module: nn.Module) -> Iterator[tuple[Tensor, int, int]]:
     bytes of a row."""
     seen: set[int] = set()
     for part in module.modules():
+        weights = _weights(part)
         for name, parameter in part.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            rows = parameter.shape[0]
-            if isinstance(part, QuantizedLinear) and name == "weight":
-                scales = part.absmax
-                if part.in_features * part.out_features % part.quantized.block_size == 0:
-                    rows = scales.numel()
-                yield parameter, scales.numel(), scales.itemsize
+            rows, weight = parameter.shape[0], weights.get(name)
+            if weight is not None:
+                if weight.numel() % weight.block_size == 0:
+                    rows = weight.absmax.numel()
+                yield parameter, weight.absmax.numel(), weight.absmax.itemsize
             yield parameter, rows, parameter.nbytes // rows
+
+
+def _weights(module: nn.Module) -> dict[str, QuantizedWeight]:
+    """The 4-bit weights that are parameters of the module itself, by name."""
+    if isinstance(module, QuantizedLinear):
+        return {"weight": module.quantized}
+    names = module._stacks if isinstance(module, QuantizedExperts) else ()
+    return {name: stack for name in names if (stack := module.stack(name)) is not None}  # type: ignore[operator]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from ..integrations.experts import QuantizedExperts
 from ..nn import QuantizedLinear
 
 
@@ -58,9 +59,12 @@ def shard(
 
 
 def lay_out(module: nn.Module) -> None:
-    """Make every 4-bit weight in the module parameters that are cut at blocks."""
+    """Make every 4-bit weight in the module, codes and scales, parameters that are cut at blocks, in place.
+
+    :func:`shard` does it; before another program's ``fully_shard``, as accelerate's, it has the scales cut too.
+    """
     for part in module.modules():
-        if isinstance(part, QuantizedLinear):
+        if isinstance(part, (QuantizedLinear, QuantizedExperts)):
             part.lay_out_for_sharding()
 
 

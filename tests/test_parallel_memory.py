@@ -1,0 +1,106 @@
+"""What the weights take of a rank's memory: counted, and seen in anonymous memory at rest and in a step."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks import on_ranks
+from test_load_memory import anonymous_bytes
+from test_parallel import held_bytes
+from tiny_models import save, tokens
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import qlora_native as qn
+from qlora_native import parallel
+from qlora_native.load.taker import give_memory_back
+from qlora_native.optim import AdamW
+from qlora_native.parallel.plan import plan_rank
+from qlora_native.train.memory import MMAP_THRESHOLD
+
+LAYERS = 4
+SIZES: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+}
+LARGEST = 2 * 1024 * 2816  # bytes of a tensor in the files, which hold 103 MB
+LORA = qn.LoraConfig(r=2, seed=0)
+OBJECTS = LAYERS << 19  # what FSDP and DTensors take of a layer besides its bytes, whatever its size: 0.4 MB seen
+SLACK = 8 << 20  # 5 MB are seen: not quite a layer of 6 MB, as a message in gloo's hands would be
+
+
+def alone(folder: Path) -> nn.Module:
+    return qn.add_lora(qn.load_model(folder, dtype=torch.float32), LORA)
+
+
+def cut(folder: Path) -> nn.Module:
+    model: nn.Module = parallel.load_model(folder, dtype=torch.float32, lora=LORA)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # embeddings, norms, scales too
+    whole = sum(buffer.nbytes for buffer in model.buffers())  # second level of the scales, rotary frequencies
+    assert whole < held_bytes(model) / 100 or folder.name == "tiny"
+    return model
+
+
+def step(model: Any) -> None:
+    rows = tokens(1, 8)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, paged=False)
+    model.train()(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+    optimizer.step()
+
+
+@contextmanager
+def most(start: int) -> Iterator[list[int]]:
+    """The most anonymous memory above ``start`` inside, read all the time, as the one number of a list."""
+    found, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            found[0] = max(found[0], anonymous_bytes("self") - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+
+
+def memory_of(rank: int, world: int, load: Callable[[Path], nn.Module], folder: Path) -> dict[str, int]:
+    """Bytes of frozen tensors held, and anonymous memory above that of the imports: at most while loading, at rest,
+    and at most in a step."""
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # what is freed is gone at once
+    step(load(folder / "tiny"))  # what the libraries take at first use
+    give_memory_back()
+    start = anonymous_bytes("self")
+    with most(start) as loading:
+        model = load(folder / "model")
+    give_memory_back()
+    rest = anonymous_bytes("self") - start
+    with most(start) as peak:
+        step(model)
+    return {"held": held_bytes(model), "loading": loading[0], "rest": rest, "peak": peak[0]}
+
+
+def test_weights_of_one_rank_of_four(tmp_path: Path) -> None:
+    save(tmp_path / "tiny")
+    save(tmp_path / "model", dtype=torch.bfloat16, **SIZES)
+    whole = on_ranks(1, memory_of, alone, tmp_path)[0]
+    plan = plan_rank(alone(tmp_path / "model"), 4)
+    assert whole["rest"] > 0.9 * whole["held"]  # that memory is seen
+    for part in on_ranks(4, memory_of, cut, tmp_path):
+        assert part["held"] <= 0.30 * whole["held"], (part, whole)
+        assert part["rest"] <= 0.30 * whole["rest"] + OBJECTS, (part, whole)
+        # A layer that is not complete, the tensor at hand in 16 bits and what quantising it takes; never the model.
+        assert part["loading"] <= part["rest"] + plan.gathered_blocks // 3 + 2 * LARGEST, (part, whole)
+        # In a step what is gathered for a moment comes on top, and what a step takes on one process.
+        in_step = plan.gathered_blocks + whole["peak"] - whole["rest"]
+        assert part["peak"] <= part["rest"] + in_step + SLACK, (part, whole, plan)
