@@ -19,6 +19,7 @@ MAX_LENGTH = 256  # tokens a row
 MAX_CHARACTERS = 700  # of a function, so that its row fits
 HELD_OUT_ROWS = 96
 SAMPLES = 3
+METHOD = "wmse"
 ANSWER_TOKENS = 32
 
 
@@ -57,6 +58,7 @@ def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int) -> Tra
                 "eval": str(out / "data" / "heldout.jsonl"),
                 "max_length": MAX_LENGTH,
             },
+            "quant": {"method": METHOD},
             "lora": {"r": 16, "alpha": 32},
             "train": {
                 "steps": steps,
@@ -79,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UserError(f"qlora demo: --steps is {args.steps}: expected 1 or more")
     import qlora_native as qn
+    from qlora_native.calibration.data import FILE
     from qlora_native.data.standard_library import write_split
     from qlora_native.train import Trainer
+    from qlora_native.train.layer_progress import LayerProgress
     from qlora_native.train.setup import load_tokenizer
 
     for name in ("transformers", "qlora_native"):
@@ -90,8 +94,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
 
-    print(f"model: {model_path.stem}, quantised to NF4 with double quantisation", flush=True)
-    model: Any = qn.load_model(model_path)
+    print(f"model: {model_path.stem}, quantised to NF4 with double quantisation, calibrated on the rows", flush=True)
+    calibration = qn.CalibrationData(out / "data" / "train.jsonl", seed=args.seed, keep=out / FILE)
+    with LayerProgress() as progress:
+        model: Any = qn.load_model(model_path, method=METHOD, calibration=calibration, progress=progress)
     _print_memory(model.load_report, model)
     tokenizer: Any = load_tokenizer(str(model_path))
     questions = _questions(out / "data" / "heldout.jsonl")
