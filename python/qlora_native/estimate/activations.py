@@ -40,6 +40,7 @@ class LayerBytes:
         square: what it keeps for each pair of positions of a row.
         spare: gradients at the fullest moment of its backward pass, for each token.
         gradients: of its adapters.
+        wide: the widest block that its MLP keeps, for each token; ``in_wide`` of ``token`` is in blocks of that width.
         unknown: classes of parts that keep more than what is counted here.
     """
 
@@ -50,6 +51,8 @@ class LayerBytes:
     square: float
     spare: float
     gradients: int
+    wide: float = 0.0
+    in_wide: float = 0.0
     unknown: tuple[str, ...] = ()
 
 
@@ -116,8 +119,7 @@ class _Layer:
         first = next((norm_bytes(n, self.setting) for n, _ in norms if n.weight.shape == (self.hidden,)), 0.0)
         shares = self.hidden * self.size <= first < self.hidden * (self.size + 1)  # the input, and little beside it
         token = self._linears() + self._dropouts() + sum(rows * norm_bytes(n, self.setting) for n, rows in norms)
-        square = 0.0
-        spare = 0.0
+        square = spare = wide = in_wide = 0.0
         for parent, linears in self.blocks.items():
             module = self.layer.get_submodule(parent)
             if _is_attention(module):
@@ -126,6 +128,9 @@ class _Layer:
             elif len(linears) > 1:
                 kept, spare_here = self._mlp(module, parent, linears)
                 token, spare = token + kept, max(spare, spare_here)
+                wide = max(wide, spare_here / 2)
+                counted = any(self._is_adapted(parent, name) for name in linears if _is_output(name))
+                in_wide += kept + (spare_here / 2 if counted else 0)
         for module in self.layer.modules():
             if isinstance(module, QuantizedExperts) or hasattr(module, "_apply_gate"):
                 kept, spare_here = self._experts(module)
@@ -138,6 +143,8 @@ class _Layer:
             square=square,
             spare=self.hidden * self.size + spare,
             gradients=sum(p.nbytes for p in self.layer.parameters() if p.requires_grad),
+            wide=wide,
+            in_wide=in_wide,
             unknown=tuple(dict.fromkeys(type(m).__name__ for m in self.layer.modules() if _is_recurrent(m))),
         )
 

@@ -26,8 +26,8 @@ LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
 FIXED_SLACK, LAYER_SLACK = 8 << 20, 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
-# Without checkpointing, glibc's holes beside aligned blocks of the heap: the activations of so many layers, and a share
-# of all of them. What is small finds room in them.
+# Without checkpointing, glibc's holes beside aligned blocks of the heap: what so many layers keep there, and a share of
+# all of it. What is small finds room in them.
 HOLES_LAYERS, HOLES_SHARE, FIXED_SLACK_BESIDE_HOLES = 2, 0.07, 2 << 20
 THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
@@ -303,9 +303,17 @@ class _Sum:
         if self.setting.checkpointing or not terms.activations:
             slack += FIXED_SLACK
         else:
-            holes = HOLES_LAYERS * max((self._of(layer) for layer in self.layers), default=0.0)
-            slack += FIXED_SLACK_BESIDE_HOLES + holes + HOLES_SHARE * terms.activations
+            mapped = [self._mapped(layer) for layer in self.layers]
+            in_heap = (self._of(layer) - away for layer, away in zip(self.layers, mapped, strict=True))
+            slack += FIXED_SLACK_BESIDE_HOLES + HOLES_LAYERS * max(in_heap, default=0.0)
+            slack += HOLES_SHARE * max(0.0, terms.activations - sum(mapped))
         return replace(terms, slack=round(slack))
+
+    def _mapped(self, layer: LayerBytes) -> float:
+        """What a layer keeps in blocks that are mappings of their own and leave no holes."""
+        if self.tokens * layer.input >= LEAST_MAPPED:
+            return self._of(layer)
+        return self.tokens * layer.in_wide if self.tokens * layer.wide >= LEAST_MAPPED else 0.0
 
     def _rough(self) -> tuple[str, ...]:
         if not self.layers:
