@@ -1,4 +1,4 @@
-"""Writes the tables of docs/memory.md: measured ones from bench/results/estimate.json, what is saved from the estimator.
+"""Writes the tables of docs/memory.md: measured ones from results/estimate.json, what is saved from the estimator.
 
 python bench/memory_page.py --write
 python bench/memory_page.py --check      # exit status 1 if docs/memory.md says anything else
