@@ -2,7 +2,7 @@
 
     python bench/bench_estimate.py --json bench/results/estimate.json
 
-SmolLM2-135M and three random models, each with two lengths, checkpointing on and off: a run of three steps in
+SmolLM2-135M and four random models, each with three lengths, checkpointing on and off: a run of three steps in
 a fresh process, as `qlora train` does it. From outside, the anonymous and shared memory of the process is read all the
 time; the peak counts from the value after the imports. The prediction is made from config.json and headers.
 `weights` and `optimizer` compare bytes of tensors. Needs the extra `bench`, and Linux.
@@ -22,13 +22,21 @@ from typing import Any
 
 from common import machine, write_json
 
-MODELS = ("smollm2", "llama", "qwen2", "gemma")
-LENGTHS = (128, 256)
+MODELS = ("smollm2", "llama", "llama48", "qwen2", "gemma")
+LENGTHS = (128, 256, 1024)
 ROWS = 2  # a micro-batch
 BARS = {"weights": 0.05, "optimizer": 0.05, "total": 0.10}
 TOLD = 0.05
 SMALL: dict[str, dict[str, Any]] = {  # of the random models
     "llama": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "llama48": {  # heads of 48, which the native attention does not take
+        "model_type": "llama",
+        "hidden_size": 480,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 2,
+    },
     "qwen2": {
         "hidden_size": 640,
         "intermediate_size": 1728,
@@ -64,7 +72,8 @@ def write_model(name: str, folder: Path, vocabulary: int = 32000, **changes: Any
     else:
         sizes = {"vocab_size": vocabulary, **SMALL[name], **changes}
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes), dtype=torch.bfloat16)
+        config = AutoConfig.for_model(sizes.pop("model_type", name), **sizes)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     words = {f"w{number}": number for number in range(100)} | {"<pad>": 100, "<eos>": 101, "<unk>": 102}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -223,9 +223,10 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
 
 def test_shipped_configs_are_valid_and_explain_every_line() -> None:
     for name, path in shipped().items():
-        TrainConfig.from_file(path)
+        config = TrainConfig.from_file(path)
         lines = path.read_text(encoding="utf-8").splitlines()
-        assert lines[1] == f"#   qlora train {name}.yaml"
+        program = "qlora" if config.parallel == "none" else "torchrun --nproc-per-node 4 -m qlora_native"
+        assert lines[1] == f"#   {program} train {name}.yaml"
         for line in lines:
             key = re.match(r"\s*\w+: \S", line)
             assert key is None or re.search(r"  +# \S", line), f"{path.name}: {line} has no comment"
@@ -240,8 +241,11 @@ def test_config_init_list_and_check(
         "cpu",
         "llama-70b",
         "llama-8b",
+        "multi-gpu",
         "smollm2",
     ]
+    assert main(["config", "init", "multi-gpu", "--out", "four.yaml"]) == 0
+    assert "then: torchrun --nproc-per-node 4 -m qlora_native train four.yaml\n" in capsys.readouterr().out
     assert main(["config", "init", "--out", "mine.yaml"]) == 0
     assert "qlora train mine.yaml" in capsys.readouterr().out
     assert "#   qlora train mine.yaml" in Path("mine.yaml").read_text()

@@ -34,6 +34,26 @@ sys.stdin.readline()
 """
 
 
+# The same for a merge into nf4; the base is the target's place on the command line.
+MERGE = CHILD.replace(
+    'convert(Path(sys.argv[1]), folder, sys.argv[3], dtype=torch.float32 if sys.argv[3] == "16bit" else None)',
+    'merge_files(Merging(Path(sys.argv[1]), Path(sys.argv[1]) / "adapter", base=sys.argv[3], to="nf4"), folder)',
+).replace("load.convert import convert", "load.streaming_merge import Merging, merge_files")
+
+
+def write_adapter(folder: Path) -> None:
+    """Rank 8 on the MLP of the first layer."""
+    folder.mkdir()
+    tensors = {}
+    for name, width, height in (("up", HIDDEN, INNER), ("down", INNER, HIDDEN)):
+        key = f"base_model.model.model.layers.0.mlp.{name}_proj"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(8, width)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(height, 8) * 0.01
+    save_file(tensors, folder / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["up_proj", "down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+
+
 def write_model(folder: Path) -> int:
     """A random llama in fp32, one shard a layer. Returns the bytes of the largest tensor."""
     folder.mkdir()
@@ -66,10 +86,10 @@ def write_model(folder: Path) -> int:
     return 4 * HIDDEN * INNER
 
 
-def peak_of(source: Path, out: Path, target: str) -> int:
+def peak_of(source: Path, out: Path, target: str, script: str = CHILD) -> int:
     """Anonymous bytes at the highest, above those before the conversion."""
     process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(source), str(out), target],
+        [sys.executable, "-c", script, str(source), str(out), target],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -105,4 +125,17 @@ def test_peak_is_below_the_largest_tensor(tmp_path: Path) -> None:
     assert peak <= 1.1 * largest
     peak = peak_of(tmp_path / "four", tmp_path / "dense", "16bit")
     print(f"to fp32: {peak:,} bytes; the largest tensor has {largest:,}")
+    assert peak <= 1.1 * largest
+
+
+@pytest.mark.slow_memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_merge_into_4_bits_holds_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the original weights: parts of the weight at hand, as a conversion, and the scales of all of it."""
+    assert "merge_files(" in MERGE
+    monkeypatch.setattr("test_convert_memory.LAYERS", 1)
+    largest = write_model(tmp_path / "source")
+    write_adapter(tmp_path / "source" / "adapter")
+    peak = peak_of(tmp_path / "source", tmp_path / "four", "original", MERGE)
+    print(f"merged to 4 bits: {peak:,} bytes; the largest tensor has {largest:,}")
     assert peak <= 1.1 * largest

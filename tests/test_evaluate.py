@@ -19,7 +19,6 @@ import qlora_native as qn
 from qlora_native.errors import UserError
 from qlora_native.evaluate import Comparison, Scores, SideResult, Sides, compare, load_choices, load_text, measure
 from qlora_native.evaluate.choices import accuracy
-from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.report import tables, write_report
 
 measuring = sys.modules["qlora_native.evaluate.measure"]
@@ -238,9 +237,3 @@ def test_a_comparison_without_a_reference_has_no_column_for_it(comparison: Compa
     assert alone.text_row(one, "notes.txt")["excess"] is None
     assert "not a number" not in json.dumps(alone.as_dict(), allow_nan=False)
     write_report(alone, tmp_path, [])
-
-
-def test_lm_eval_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--lm-eval needs lm-eval, which is not installed: pip install lm-eval"):
-        run_tasks(None, None, ["arc_easy"])

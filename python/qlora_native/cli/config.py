@@ -72,12 +72,14 @@ def _init(name: str, out: str | None, gpu: str | None) -> int:
         return 0
     try:
         with Path(out).open("x", encoding="utf-8") as file:
-            file.write(text.replace(f"{name}.yaml", out))
+            text = text.replace(f"{name}.yaml", out)
+            file.write(text)
     except FileExistsError:
         raise UserError(f"{out} exists already; choose another --out or remove it") from None
     except OSError as error:
         raise UserError(f"could not write {out}: {error.strerror}") from error
-    print(f"{out} is written; set model and data.train in it, then: qlora train {out}")
+    start = text.splitlines()[1].removeprefix("#").strip()
+    print(f"{out} is written; set model and data.train in it, then: {start}")
     return 0
 
 

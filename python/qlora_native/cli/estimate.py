@@ -165,7 +165,7 @@ def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] |
     if estimate.paged:
         lines.append(f"{size(estimate.paged)} of optimizer states are in a page file.")
     for kind in estimate.is_rough:
-        lines.append(f"There is no formula for the layers of {kind}: activations are left out.")
+        lines.append(f"There is no formula for all that {kind} keeps: the activations are more than that.")
     if card is None:
         return lines
     needed = estimate.total + estimate.reserve

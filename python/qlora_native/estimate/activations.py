@@ -8,6 +8,7 @@ and row, or, where no kernel without it is used, tables of [T, T]. Everything el
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class LayerBytes:
         square: what it keeps for each pair of positions of a row.
         spare: gradients at the fullest moment of its backward pass, for each token.
         gradients: of its adapters.
+        wide: the widest block that its MLP keeps, for each token; ``in_wide`` of ``token`` is in blocks of that width.
+        unknown: classes of parts that keep more than what is counted here.
     """
 
     input: int
@@ -48,6 +51,9 @@ class LayerBytes:
     square: float
     spare: float
     gradients: int
+    wide: float = 0.0
+    in_wide: float = 0.0
+    unknown: tuple[str, ...] = ()
 
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -59,6 +65,20 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
             found.append((path, module))
             prefix = path + "."
     return found
+
+
+def most(config: Any, name: str) -> int | None:
+    """A field of a model's config; where layers differ in it, the largest value. None if it is not there."""
+    try:
+        value: int | None = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to name one value for all layers
+        value = max(getattr(layer, name, None) or 0 for layer in config.per_layer_config)
+    return value or None
+
+
+def head_width(config: Any) -> int:
+    """Elements of an attention head."""
+    return most(config, "head_dim") or int(config.hidden_size) // (most(config, "num_attention_heads") or 1)
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -99,8 +119,7 @@ class _Layer:
         first = next((norm_bytes(n, self.setting) for n, _ in norms if n.weight.shape == (self.hidden,)), 0.0)
         shares = self.hidden * self.size <= first < self.hidden * (self.size + 1)  # the input, and little beside it
         token = self._linears() + self._dropouts() + sum(rows * norm_bytes(n, self.setting) for n, rows in norms)
-        square = 0.0
-        spare = 0.0
+        square = spare = wide = in_wide = 0.0
         for parent, linears in self.blocks.items():
             module = self.layer.get_submodule(parent)
             if _is_attention(module):
@@ -109,6 +128,9 @@ class _Layer:
             elif len(linears) > 1:
                 kept, spare_here = self._mlp(module, parent, linears)
                 token, spare = token + kept, max(spare, spare_here)
+                wide = max(wide, spare_here / 2)
+                counted = any(self._is_adapted(parent, name) for name in linears if _is_output(name))
+                in_wide += kept + (spare_here / 2 if counted else 0)
         for module in self.layer.modules():
             if isinstance(module, QuantizedExperts) or hasattr(module, "_apply_gate"):
                 kept, spare_here = self._experts(module)
@@ -121,6 +143,9 @@ class _Layer:
             square=square,
             spare=self.hidden * self.size + spare,
             gradients=sum(p.nbytes for p in self.layer.parameters() if p.requires_grad),
+            wide=wide,
+            in_wide=in_wide,
+            unknown=tuple(dict.fromkeys(type(m).__name__ for m in self.layer.modules() if _is_recurrent(m))),
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -166,8 +191,8 @@ class _Layer:
 
     def _attention(self, module: nn.Module, parent: str, linears: dict[str, nn.Linear]) -> tuple[float, float]:
         """Bytes a token, bytes a pair of positions."""
-        heads = int(getattr(self.config, "num_attention_heads", 1))
-        groups = heads // int(getattr(self.config, "num_key_value_heads", None) or heads or 1)
+        heads = most(self.config, "num_attention_heads") or 1
+        groups = heads // int(most(self.config, "num_key_value_heads") or heads or 1)
         outputs = [linear for name, linear in linears.items() if _is_output(name)]
         inner = sum(linear.out_features for name, linear in linears.items() if not _is_output(name))
         context = outputs[0].in_features if outputs else heads * self.hidden
@@ -203,15 +228,15 @@ class _Layer:
         outputs = [linear for name, linear in linears.items() if _is_output(name)]
         made = sum(linear.out_features for name, linear in linears.items() if not _is_output(name))
         inner = outputs[0].in_features if outputs else made
-        product = 0 if any(self._is_adapted(parent, name) for name in linears if _is_output(name)) else inner
-        activation = next((part for part in module.children() if not isinstance(part, (nn.Linear, LoRALinear))), None)
+        counted = any(self._is_adapted(parent, name) for name in linears if _is_output(name))  # the product, there
+        activation = next(filter(_is_activation, module.children()), None)
         if made < 2 * inner:  # no gate
-            kept = inner * (_kept_by(activation, 64, self.setting) if activation is not None else self.size)
-            return kept, 2 * self.size * inner
+            each = self.size if activation is None else _kept_by(activation, 64, self.setting, with_output=not counted)
+            return inner * each, 2 * self.size * inner
         if self.setting.device == "cpu" and _is_native_mlp(module, self.setting.dtype):
             return made * self.size, 2 * self.size * inner
-        gate = _kept_by(activation, 64, self.setting) * inner if activation is not None else 0
-        return gate + self.size * (2 * inner + product), 2 * self.size * inner
+        gate = 0.0 if activation is None else _kept_by(activation, 64, self.setting, with_output=False) * inner
+        return gate + self.size * inner * (2 if counted else 3), 2 * self.size * inner
 
     def _experts(self, module: nn.Module) -> tuple[float, float]:
         """As transformers computes experts, one after another over the tokens that go to each."""
@@ -229,24 +254,37 @@ def _is_attention(module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower()
 
 
+def _is_recurrent(module: nn.Module) -> bool:
+    """Whether a state goes through it from position to position: such mixers begin with a short convolution."""
+    return any(isinstance(part, nn.Conv1d) for part in module.children())
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Whether it works on each element alone; where a layer has no module for its MLP, other parts stand beside it."""
+    has_table = any(parameter.dim() > 1 for parameter in module.parameters())
+    is_other = isinstance(module, nn.Dropout) or "norm" in type(module).__name__.lower()
+    return not (has_table or is_other or any(True for _ in module.children()))
+
+
 _seen: dict[tuple[Any, ...], Any] = {}
 
 
-def _kept_by(module: nn.Module, width: int, setting: Setting) -> float:
+def _kept_by(module: nn.Module, width: int, setting: Setting, with_output: bool = True) -> float:
     """Bytes for each element of x that a norm or an activation function keeps, seen on a few rows of ``width``."""
 
     def look() -> float:
         small = _on_the_cpu(module, setting.dtype)
         if setting.device == "cpu":
             fuse(small)
-        few, more = (kept_bytes(small, torch.ones(rows, width, dtype=setting.dtype)) for rows in (8, 16))
+        few, more = (kept_bytes(small, torch.ones(n, width, dtype=setting.dtype), with_output) for n in (8, 16))
         return (more - few) / (8 * width)  # what does not grow with the rows is small
 
-    return _once(("kept", type(module), width, setting.dtype, setting.device), look)
+    return _once(("kept", type(module), width, setting.dtype, setting.device, with_output), look)
 
 
-def kept_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes that a call keeps for its backward pass, beside its parameters; what is kept twice counts once."""
+def kept_bytes(module: nn.Module, x: Tensor, with_output: bool = True) -> int:
+    """Bytes that a call keeps for its backward pass, beside its parameters and, if so asked, its output; what is kept
+    twice counts once. Each argument that the call needs is like ``x``."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
     kept: dict[int, int] = {}
     alive = []  # an address is no name for a tensor that is gone
@@ -257,7 +295,11 @@ def kept_bytes(module: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(x.detach().requires_grad_())
+        needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+        count = max(1, sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in needed))
+        output = module(*(x.clone().requires_grad_() for _ in range(count)))
+    if not with_output:
+        own.add(output.untyped_storage().data_ptr())
     return sum(size for address, size in kept.items() if address not in own)
 
 

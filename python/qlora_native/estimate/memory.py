@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from .. import _C, _native
+from ..integrations.fused_attention import FAST_ATTENTION
 from ..load.layers import four_bit_parts
-from ..ops.causal_attention import ALIGNMENT
+from ..ops.causal_attention import ALIGNMENT, is_native
 from ..ops.linear_cross_entropy import LOGIT_BYTES
 from ..optim import base
 from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
-from .activations import LayerBytes, decoder_layers, layer_bytes, norm_bytes, norms_of
+from .activations import LayerBytes, decoder_layers, head_width, layer_bytes, most, norm_bytes, norms_of
 from .anatomy import Anatomy, Setting, read_anatomy
 
 # config fields by which known models change the logits after the output embedding
@@ -25,7 +26,9 @@ LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
 FIXED_SLACK, LAYER_SLACK = 8 << 20, 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
-HEAP_SLACK = 0.19  # of what is kept without checkpointing: glibc's holes beside aligned blocks of the heap
+# Without checkpointing, glibc's holes beside aligned blocks of the heap: what so many layers keep there, and a share of
+# all of it. What is small finds room in them.
+HOLES_LAYERS, HOLES_SHARE, FIXED_SLACK_BESIDE_HOLES = 2, 0.07, 2 << 20
 THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
 CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold beside torch's allocator
@@ -72,7 +75,7 @@ class Estimate:
     Attributes:
         moments: what is held in each part of a run by its name: "loading", "loss", "backward", "step".
         paged: bytes of optimizer states in a page file or in the host's memory.
-        is_rough: kinds of layers for which there is no formula of their own.
+        is_rough: classes of which there is no formula for all that they keep.
     """
 
     setting: Setting
@@ -221,8 +224,7 @@ class _Sum:
 
     def _shared(self) -> int:
         """Of all layers together: the angles of the rotation, token numbers, labels and masks."""
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        return 2 * self.setting.length * width * self.size + 5 * 8 * self.tokens
+        return 2 * self.setting.length * head_width(self.config) * self.size + 5 * 8 * self.tokens
 
     def _backward(self, held: Terms, before: int) -> Terms:
         """The fullest moment of the backward pass: in the layer where what is kept so far, its own tensors, its
@@ -286,22 +288,37 @@ class _Sum:
         if self.setting.device == "cuda":  # a weight decoded for torch's own product
             return self.estimator.largest_weight * self.size
         threads = torch.get_num_threads()
-        heads = self.config.num_attention_heads
-        groups = getattr(self.config, "num_key_value_heads", None) or heads
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        heads = most(self.config, "num_attention_heads") or 1
+        groups, width = most(self.config, "num_key_value_heads") or heads, head_width(self.config)
         shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
-        is_native = self.setting.dtype == torch.bfloat16 and width % 32 == 0  # ops.causal_attention.is_native of such q
-        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if is_native else 0
+        q = torch.empty(shape[0], heads, shape[3], width, dtype=self.setting.dtype, device="meta")
+        takes = is_native(q) and _C.cpu_isa() in FAST_ATTENTION  # else torch's, which needs next to nothing
+        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if takes else 0
         return int(threads * THREAD_SCRATCH + attention)
 
     def _with_slack(self, name: str, terms: Terms) -> Terms:
         if self.setting.device == "cuda":
             return terms
-        share = 0.0 if self.setting.checkpointing else HEAP_SLACK
-        return replace(terms, slack=round(FIXED_SLACK + len(self.layers) * LAYER_SLACK + share * terms.activations))
+        slack: float = len(self.layers) * LAYER_SLACK
+        if self.setting.checkpointing or not terms.activations:
+            slack += FIXED_SLACK
+        else:
+            mapped = [self._mapped(layer) for layer in self.layers]
+            in_heap = (self._of(layer) - away for layer, away in zip(self.layers, mapped, strict=True))
+            slack += FIXED_SLACK_BESIDE_HOLES + HOLES_LAYERS * max(in_heap, default=0.0)
+            slack += HOLES_SHARE * max(0.0, terms.activations - sum(mapped))
+        return replace(terms, slack=round(slack))
+
+    def _mapped(self, layer: LayerBytes) -> float:
+        """What a layer keeps in blocks that are mappings of their own and leave no holes."""
+        if self.tokens * layer.input >= LEAST_MAPPED:
+            return self._of(layer)
+        return self.tokens * layer.in_wide if self.tokens * layer.wide >= LEAST_MAPPED else 0.0
 
     def _rough(self) -> tuple[str, ...]:
-        return () if self.layers else (type(self.estimator.anatomy.model).__name__,)
+        if not self.layers:
+            return (type(self.estimator.anatomy.model).__name__,)
+        return tuple(dict.fromkeys(name for layer in self.layers for name in layer.unknown))
 
 
 def state_bytes(numel: int, optimizer: str) -> int:

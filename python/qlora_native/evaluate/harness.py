@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora_native.errors import UserError
@@ -25,7 +26,7 @@ def run_tasks(
         limit: documents of each task.
 
     Raises:
-        UserError: lm-eval is not installed, or does not know a task.
+        UserError: lm-eval is not installed, does not know a task, or its file is not there.
     """
     check_harness()
     from lm_eval import simple_evaluate
@@ -33,7 +34,11 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    unknown = [task for task in tasks if not task.endswith((".yaml", ".yml")) and not manager.match_tasks([task])]
+    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    absent = [name for name in files if not Path(name).is_file()]
+    if absent:
+        raise UserError(f"--lm-eval: {absent[0]} is not there: expected a task of lm-eval, or the YAML file of one")
+    unknown = [task for task in tasks if task not in files and not manager.match_tasks([task])]
     if unknown:
         raise UserError(f"--lm-eval: lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)

@@ -1,0 +1,114 @@
+"""Writes the tables of docs/memory.md: measured ones from results/estimate.json, what is saved from the estimator.
+
+python bench/memory_page.py --write
+python bench/memory_page.py --check      # exit status 1 if docs/memory.md says anything else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from readme import table
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULT = ROOT / "docs/memory.md", ROOT / "bench/results/estimate.json"
+GIB = 1 << 30
+
+
+def measured() -> list[str]:
+    """Predicted against measured, one row a run."""
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    body = []
+    for row in result["rows"]:
+        total = row["total"]
+        body.append(
+            [
+                row["model"],
+                f"{row['rows']} x {row['length']}",
+                "on" if row["checkpointing"] else "off",
+                f"{total['predicted'] / 2**20:.1f}",
+                f"{total['measured'] / 2**20:.1f}",
+                f"{100 * total['error']:+.1f} %",
+            ]
+        )
+    head = ["model", "tokens", "checkpointing", "predicted, MiB", "measured, MiB", "error"]
+    tensors = max(abs(row[name]["error"]) for row in result["rows"] for name in ("weights", "optimizer"))
+    worst = max(abs(row["total"]["error"]) for row in result["rows"])
+    machine = result["machine"]
+    about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}, {machine['threads']} thread"
+    lines = table(head, body)
+    return [
+        *lines,
+        f"The largest error is {100 * worst:.1f} % ({about}); of the bytes of weights and of optimizer states, "
+        f"{100 * tensors:.1f} %.",
+        "",
+    ]
+
+
+def saved() -> list[str]:
+    """What the ideas save on the sizes of Llama 3 8B."""
+    from transformers import AutoConfig
+
+    from qlora_native.estimate import Estimator, Setting, of_config
+    from qlora_native.estimate.memory import state_bytes
+
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = AutoConfig.for_model("llama", **sizes, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
+    setting = Setting(device="cuda", batch_size=1, length=2048)
+    nested, plain = (Estimator(of_config(config, s), s) for s in (setting, replace(setting, double_quant=False)))
+    peak = nested.at().peak
+    linear = 2 * peak.weights
+    every = linear + peak.dense // 2
+    paged = nested.at(paged=True, page_budget=0).peak.optimizer
+
+    def row(what: str, num_bytes: int, count: int) -> list[str]:
+        return [what, f"{num_bytes / count:.4f}".rstrip("0").rstrip("."), f"{num_bytes / GIB:.2f}"]
+
+    trained = sum(nested.trained)
+    body = [
+        row("16-bit linear weights", 2 * linear, linear),
+        row("in 4 bits", peak.weights, linear),
+        row("scales in fp32, one for 64", plain.at().peak.scales, linear),
+        row("scales double-quantised", peak.scales, linear),
+        row("AdamW's states of all weights in fp32, were they trained", state_bytes(every, "adamw"), every),
+        row("AdamW's states of the adapters", peak.optimizer, trained),
+        row("of them in memory, paged out", paged, trained),
+    ]
+    return table(["", "bytes a weight or trained weight", "GiB"], body)
+
+
+BLOCKS = {"measured": measured, "saved": saved}
+
+
+def page(text: str) -> str:
+    """The page with its tables written anew."""
+    for name, lines in BLOCKS.items():
+        begin, end = (f"<!-- bench/memory_page.py {name} {word} -->" for word in ("begins", "ends"))
+        before, _, rest = text.partition(begin)
+        _, mark, after = rest.partition(end)
+        if not mark:
+            raise SystemExit(f"{PAGE.name} has no {begin} ... {end}")
+        text = before + "\n".join([begin, "", *lines(), end]) + after
+    return text
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true")
+    what.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    wanted = page(text)
+    if arguments.check:
+        sys.exit(0 if wanted == text else f"docs/{PAGE.name} is not what the results say: --write it again")
+    PAGE.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Writes the table of docs/scaling.md: what `qlora estimate --gpus` says of models that nobody here has the cards for.
+
+python bench/scaling_page.py --write
+python bench/scaling_page.py --check      # exit status 1 if docs/scaling.md is not what the estimator says
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from readme import table
+
+PAGE = Path(__file__).parents[1] / "docs/scaling.md"
+BEGIN, END = "<!-- bench/scaling_page.py begins -->", "<!-- bench/scaling_page.py ends -->"
+SIZES: dict[str, dict[str, int]] = {  # of Llama 3
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+}
+GROUPS, WORDS = 8, 128256
+LINK = 25e9  # bytes a second
+GIB = 1 << 30
+
+
+class Case(NamedTuple):
+    """One column: a model over ``gpus`` cards of ``card`` GiB, a micro-batch of one row each."""
+
+    model: str
+    gpus: int
+    card: int
+    length: int
+    optimizer: str
+
+
+CASES = (
+    Case("70B", 2, 24, 512, "adamw8bit"),
+    Case("70B", 4, 24, 1024, "adamw"),
+    Case("405B", 8, 80, 1024, "adamw"),
+)
+
+
+def rank_of(case: Case) -> tuple[Any, int]:
+    """A rank under fsdp, and the bytes of the whole model's frozen weights."""
+    from transformers import AutoConfig
+
+    from qlora_native.cli.rank_view import each_rank
+    from qlora_native.estimate import Estimator, of_config
+    from qlora_native.train.config import TrainConfig
+    from qlora_native.train.report import setting_of
+
+    sizes = {**SIZES[case.model], "num_key_value_heads": GROUPS, "vocab_size": WORDS, "tie_word_embeddings": False}
+    options = {"batch_size": 1, "grad_accum": case.gpus, "optimizer": case.optimizer}
+    values = {"model": case.model, "data": {"train": "rows.jsonl", "max_length": case.length}, "train": options}
+    config = TrainConfig.model_validate(values)
+    setting = setting_of(config, "cuda")
+    estimator = Estimator(of_config(AutoConfig.for_model("llama", **sizes), setting), setting)
+    ranks = {rank.mode: rank for rank in each_rank(estimator, estimator.at(), config, case.gpus, int(LINK))}
+    return ranks["fsdp"], ranks["ddp"].plan.frozen
+
+
+def column(case: Case) -> list[str]:
+    """The cells of one case, from top to bottom."""
+    rank, whole = rank_of(case)
+    plan, card = rank.plan, case.card * GIB
+    moment = max(rank.moments, key=rank.moments.__getitem__)
+    fits = "yes" if rank.total <= card else f"no, by {(rank.total - card) / GIB:.1f} GiB"
+    return [
+        f"1 x {case.length}, {'8-bit' if case.optimizer == 'adamw8bit' else '32-bit'}",
+        f"{whole / 1e9:.1f} GB",
+        f"{plan.frozen / 1e9:.1f} GB",
+        f"{plan.gathered_blocks / 1e9:.1f} GB",
+        f"{plan.gathered_embedding / 1e9:.1f} GB",
+        f"{plan.received / 1e9:.1f} GB",
+        f"{rank.seconds:.1f} s",
+        moment,
+        f"{rank.total / GIB:.1f} GiB",
+        fits,
+    ]
+
+
+ROWS = (
+    "rows, tokens, optimizer",
+    "frozen weights, whole",
+    "held by a rank",
+    "gathered while layers run",
+    "gathered for an embedding",
+    "received a micro-batch",
+    "at 25 GB/s",
+    "the fullest moment",
+    "peak of a card, CUDA included",
+    "fits",
+)
+
+
+def page(text: str) -> str:
+    """The page with its table written anew."""
+    columns = [column(case) for case in CASES]
+    head = ["", *(f"{case.model} on {case.gpus} x {case.card} GB" for case in CASES)]
+    body = [[name, *(cells[number] for cells in columns)] for number, name in enumerate(ROWS)]
+    before, _, rest = text.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{PAGE.name} has no {BEGIN} ... {END}")
+    return before + "\n".join([BEGIN, "", *table(head, body), END]) + after
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true")
+    what.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    wanted = page(text)
+    if arguments.check:
+        sys.exit(0 if wanted == text else "docs/scaling.md is not what qlora estimate --gpus says: --write it again")
+    PAGE.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""lm-eval: what it is handed, recorded by a stand-in; its own figures against ours, where it is installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_native.cli import main
+from qlora_native.errors import UserError
+from qlora_native.evaluate.harness import run_tasks
+
+STAND_IN = {  # lm-eval's names, as far as they are used, with its signatures
+    "__init__.py": """
+handed = []
+
+def simple_evaluate(model, tasks=None, limit=None, task_manager=None):
+    handed.append({"model": model, "tasks": tasks, "limit": limit, "manager": task_manager})
+    return {"results": {task: {"alias": task, "acc,none": 0.25, "acc_stderr,none": "N/A"} for task in tasks}}
+""",
+    "models/__init__.py": "",
+    "models/huggingface.py": """
+class HFLM:
+    def __init__(self, pretrained, backend="default", tokenizer=None, batch_size=1):
+        self.pretrained, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
+""",
+    "tasks/__init__.py": """
+class TaskManager:
+    def match_tasks(self, tasks):
+        return [task for task in tasks if task == "colours"]
+""",
+}
+ROWS = (("what is red?", 0), ("what is blue?", 1), ("what is green?", 2), ("say, what is red and good?", 0))
+CHOICES = ("blood", "sky", "grass")
+
+
+def forget() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def handed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What the stand-in was called with."""
+    for name, text in STAND_IN.items():
+        path = tmp_path / "packages" / "lm_eval" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    forget()
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    import lm_eval
+
+    yield lm_eval.handed
+    forget()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("harness") / "model", num_hidden_layers=1)
+
+
+def test_each_side_is_handed_over_in_lm_evals_own_wrapper(
+    handed: list[dict[str, Any]], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text("task: mine\n")
+    words = ["eval", str(model), "--lm-eval", "colours", str(task), "--rows", "7", "--report", str(tmp_path / "r")]
+    assert main.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [side["name"] for side in told["sides"]] == ["16-bit", "rtn"]
+    assert all(
+        side["tasks"]["colours"] == {"acc,none": 0.25} for side in told["sides"]
+    )  # what is no number is left out
+    assert "colours" in (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for call, kind in zip(handed, ("Linear", "QuantizedLinear"), strict=True):
+        assert (call["tasks"], call["limit"]) == (["colours", str(task)], 7) and call["manager"] is not None
+        wrapped = call["model"]
+        assert type(wrapped.pretrained.model.layers[0].mlp.up_proj).__name__ == kind and wrapped.batch_size == 1
+        assert not wrapped.pretrained.training and wrapped.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ("colors", "--lm-eval: lm-eval knows no task 'colors'; `lm-eval ls tasks` lists them"),
+        ("gone.yaml", "--lm-eval: gone.yaml is not there: expected a task of lm-eval, or the YAML file of one"),
+    ],
+)
+def test_a_task_that_is_not_known(
+    handed: list[dict[str, Any]], model: Path, task: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["eval", str(model), "--lm-eval", task]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qlora")]
+    assert len(lines) == 1 and told in lines[0] and not handed
+
+
+def test_lm_eval_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--lm-eval needs lm-eval, which is not installed: pip install lm-eval"):
+        run_tasks(None, None, ["arc_easy"])
+
+
+@torch.no_grad()
+def test_lm_eval_itself_counts_as_we_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task of local rows, where lm-eval is installed: its accuracy is that of log-likelihoods taken here."""
+    pytest.importorskip("lm_eval")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    rows = [{"question": question, "choices": CHOICES, "answer": answer} for question, answer in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "colours.yaml").write_text(
+        f"""task: colours_of_ours
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {tmp_path}/rows.jsonl}}, cache_dir: {tmp_path}/cache}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""",
+        encoding="utf-8",
+    )
+    assert main.main(["eval", str(model), "--lm-eval", str(tmp_path / "colours.yaml"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = told["sides"][0]["tasks"]["colours_of_ours"]["acc,none"]
+
+    tokenizer, dense = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    right = 0
+    for question, answer in ROWS:
+        sums = []
+        before = len(tokenizer(question)["input_ids"])
+        for choice in CHOICES:
+            ids = torch.tensor([tokenizer(f"{question} {choice}")["input_ids"]])
+            logs = dense(ids).logits[0].float().log_softmax(-1)
+            sums.append(sum(float(logs[at - 1, ids[0, at]]) for at in range(before, ids.shape[1])))
+        right += sums.index(max(sums)) == answer
+    assert found == right / len(ROWS)
