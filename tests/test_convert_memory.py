@@ -131,11 +131,12 @@ def test_peak_is_below_the_largest_tensor(tmp_path: Path) -> None:
 @pytest.mark.slow_memory
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_merge_into_4_bits_holds_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the original weights: parts of the weight at hand, as a conversion, and the scales of all of it."""
+    """Of the weight at hand parts, as a conversion, and the scales of all of it; from its 4-bit form that one too."""
     assert "merge_files(" in MERGE
     monkeypatch.setattr("test_convert_memory.LAYERS", 1)
     largest = write_model(tmp_path / "source")
     write_adapter(tmp_path / "source" / "adapter")
-    peak = peak_of(tmp_path / "source", tmp_path / "four", "original", MERGE)
-    print(f"merged to 4 bits: {peak:,} bytes; the largest tensor has {largest:,}")
-    assert peak <= 1.1 * largest
+    for base, four_bit in (("original", 0), ("dequantized", largest // 7)):
+        peak = peak_of(tmp_path / "source", tmp_path / base, base, MERGE)
+        print(f"merged to 4 bits from the {base}: {peak:,} bytes; the largest tensor has {largest:,}")
+        assert peak <= 1.1 * (largest + four_bit)

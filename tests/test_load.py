@@ -282,6 +282,16 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_the_readers_bar_can_be_forbidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], forbidden: bool
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1" if forbidden else "")
+    write_gguf(tmp_path / "tiny.gguf")
+    load_model(tmp_path / "tiny.gguf")
+    assert ("de-quantizing" in capfd.readouterr().err) != forbidden
+
+
 def test_gguf_file_and_folder(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

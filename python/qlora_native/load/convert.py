@@ -272,11 +272,9 @@ class Conversion:
         return self._packed(step.name, tuple(self.tree.shapes[step.name].shape), str(step.parts[0][1].file), parts)
 
     def _packed(self, key: str, shape: tuple[int, ...], file: str, parts: Callable[[], Parts]) -> Job:
-        """Quantise part by part, the scales of all parts together, with the same bytes as the tensor in one."""
         quant_type, block, nested = (self.options[name] for name in ("quant_type", "block_size", "double_quant"))
-        number, numel = quant_type_number(quant_type), math.prod(shape)
+        numel = math.prod(shape)
         blocks = -(-numel // block)
-        about = {"shape": shape, "dtype": self.dtype, "quant_type": quant_type, "block_size": block}
         outputs = [
             Output(key, torch.uint8, ((numel + 1) // 2, 1)),
             Output(f"{key}.absmax", torch.uint8 if nested else torch.float32, (blocks,)),
@@ -288,26 +286,45 @@ class Conversion:
             outputs.append(Output(f"{key}.nested_quant_map", torch.float32, (256,)))
 
         def write(writer: ShardWriter) -> None:
-            scales, done = torch.empty(blocks), 0
-            for part in parts():
-                try:
-                    packed, absmax, _, _ = torch.ops.qlora_native.quantize_4bit(part, number, block, False)
-                except ValueError as error:
-                    raise UserError(f"{file}: weight {key} cannot be quantised: {_bad(part, done, error)}") from error
-                writer.write(key, packed)
-                scales[done // block : done // block + len(absmax)] = absmax
-                done += part.numel()
-            weight = QuantizedWeight(torch.empty(0, dtype=torch.uint8), scales, **about)
-            if nested:
-                weight.absmax, weight.nested_offset = torch.empty(blocks, dtype=torch.uint8), torch.empty(())
-                weight.nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK))
-                double_quantize(scales, weight.absmax, weight.nested_absmax, weight.nested_offset)
+            weight = self.quantised(key, shape, file, parts(), partial(writer.write, key))
             for name, tensor in to_bnb(weight, key).items():
                 if name != key:
                     writer.write(name, tensor)
             self.report.quantized += 1
 
         return Job(outputs, write)
+
+    def quantised(
+        self, key: str, shape: tuple[int, ...], file: str, parts: Parts, take: Callable[[Tensor], None]
+    ) -> QuantizedWeight:
+        """Quantise part by part, the scales of all parts together, with the same bytes as the tensor in one.
+
+        Args:
+            key: of the weight, and file: where it lies, for messages. shape: of the whole.
+            parts: flat, from the first element to the last, all but the last one whole blocks.
+            take: called with the codes of each part, in their order.
+
+        Returns:
+            The weight, without codes.
+        """
+        quant_type, block, nested = (self.options[name] for name in ("quant_type", "block_size", "double_quant"))
+        number, blocks = quant_type_number(quant_type), -(-math.prod(shape) // block)
+        scales, done = torch.empty(blocks), 0
+        for part in parts:
+            try:
+                packed, absmax, _, _ = torch.ops.qlora_native.quantize_4bit(part, number, block, False)
+            except ValueError as error:
+                raise UserError(f"{file}: weight {key} cannot be quantised: {_bad(part, done, error)}") from error
+            take(packed)
+            scales[done // block : done // block + len(absmax)] = absmax
+            done += part.numel()
+        about = {"shape": shape, "dtype": self.dtype, "quant_type": quant_type, "block_size": block}
+        weight = QuantizedWeight(torch.empty(0, dtype=torch.uint8), scales, **about)
+        if nested:
+            weight.absmax, weight.nested_offset = torch.empty(blocks, dtype=torch.uint8), torch.empty(())
+            weight.nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK))
+            double_quantize(scales, weight.absmax, weight.nested_absmax, weight.nested_offset)
+        return weight
 
     # -----------------------------------------------------------------------------------------------------------------
     # From 4 bits

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -221,13 +223,14 @@ class GgufSource:
 
     def _read(self) -> dict[str, Tensor]:
         try:
-            dense = AutoModelForCausalLM.from_pretrained(
-                self.path.parent,
-                config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
-                gguf_file=self.path.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=self._dtype,
-            )
+            with _without_bar():
+                dense = AutoModelForCausalLM.from_pretrained(
+                    self.path.parent,
+                    config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
+                    gguf_file=self.path.name,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=self._dtype,
+                )
         except Exception as error:
             raise self._unusable(error) from error
         return {name: tensor.detach() for name, tensor in dense.state_dict().items()}
@@ -313,3 +316,20 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
         f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, 8-bit floats, or 4-bit in bitsandbytes' "
         "format; load the original model."
     )
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """No progress bar of transformers' reader where TQDM_DISABLE forbids it: tqdm itself looks at that while it is
+    imported, which torch does before anybody can set it."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is None or not os.environ.get("TQDM_DISABLE"):
+        yield
+        return
+    reader.tqdm = partial(bar, disable=True)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        reader.tqdm = bar  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..integrations.transformers import METADATA
 from ..lora.adapter import StoredAdapter, read_adapter
-from ..weight import QuantizedWeight, quantize
+from ..weight import QuantizedWeight
 from .convert import (
     Conversion,
     Job,
@@ -238,5 +238,16 @@ class Merging(Conversion):
             yield part.view(-1, width)
 
     def _quantised_whole(self, step: Plain) -> QuantizedWeight:
-        whole = self.source.read(self.plan, step.stored)
-        return quantize(whole.t().contiguous() if step.name in self.turned else whole, **self.options)
+        """In 4 bits, from parts of what is stored."""
+        stored, shape = step.stored, self.shape(step)
+        packed, done = torch.empty((math.prod(shape) + 1) // 2, dtype=torch.uint8), 0
+
+        def take(codes: Tensor) -> None:
+            nonlocal done
+            packed[done : done + len(codes)] = codes
+            done += len(codes)
+
+        parts = self._flat(stored, step.name in self.turned)
+        weight = self.quantised(stored.name, shape, str(stored.file), parts, take)
+        weight.packed = packed
+        return weight
