@@ -328,8 +328,8 @@ def _without_bar() -> Iterator[None]:
     if bar is None or not os.environ.get("TQDM_DISABLE"):
         yield
         return
-    reader.tqdm = partial(bar, disable=True)  # type: ignore[attr-defined]
+    reader.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
-        reader.tqdm = bar  # type: ignore[attr-defined]
+        reader.tqdm = bar
