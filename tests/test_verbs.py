@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
-from qlora_native.cli import main
+import qlora_native as qn
+from qlora_native.cli import demo, main
 from qlora_native.cli.main import VERBS
 
 OPTION = "--no-such-option"
@@ -129,3 +131,23 @@ def test_output_is_plain_lines_where_there_is_no_terminal(
         printed = capsys.readouterr().out
         assert printed.strip() and not set(printed) & {"\x1b", "\r", "\b"}, command
     assert all(os.environ[name] == "1" for name in bars)
+
+
+def test_the_demo_from_end_to_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny model in place of the packaged one, which .ci/full takes: data, calibration, answers, adapter."""
+    monkeypatch.setattr(demo, "model_file", lambda: model)
+    out = tmp_path / "out"
+    assert main.main(["demo", "--steps", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert not set(printed) & {"\x1b", "\r", "\b"}
+    for told in ("memory of the weights: ", "step 2/2  held-out loss ", "  before: ", "  after:  ", "  theirs: "):
+        assert told in printed
+    made = yaml.safe_load((out / "adapter" / "config.yaml").read_text())
+    assert made["quant"]["method"] == "wmse"
+    kept = qn.CalibrationData(out / "calibration.safetensors")
+    again = qn.load_model(model, method="wmse", calibration=kept)
+    assert again.load_report.calibration["tokens"] >= 2048
+    assert f"--calibration {out}/calibration.safetensors" in (out / "adapter" / "README.md").read_text()
+    assert qn.load_adapter(again, out / "adapter") is not None

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_native.cli.chat import printable
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _answer(model: Any, tokenizer: Any, message: dict[str, str]) -> str:
         output = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     model.train(training)
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    return text.splitlines()[0] if text else ""
+    return printable(text.splitlines()[0]) if text else ""
 
 
 def peft_snippet(model: Path, adapter: Path) -> str:
