@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +33,12 @@ class Case(NamedTuple):
     card: int
     length: int
     optimizer: str
+    skip_modules: tuple[str, ...] = ("lm_head",)  # what stays in 16 bits
 
 
 CASES = (
     Case("70B", 2, 24, 512, "adamw8bit"),
+    Case("70B", 2, 24, 512, "adamw8bit", ()),
     Case("70B", 4, 24, 1024, "adamw"),
     Case("405B", 8, 80, 1024, "adamw"),
 )
@@ -54,7 +57,7 @@ def rank_of(case: Case) -> tuple[Any, int]:
     options = {"batch_size": 1, "grad_accum": case.gpus, "optimizer": case.optimizer}
     values = {"model": case.model, "data": {"train": "rows.jsonl", "max_length": case.length}, "train": options}
     config = TrainConfig.model_validate(values)
-    setting = setting_of(config, "cuda")
+    setting = replace(setting_of(config, "cuda"), skip_modules=case.skip_modules)
     estimator = Estimator(of_config(AutoConfig.for_model("llama", **sizes), setting), setting)
     ranks = {rank.mode: rank for rank in each_rank(estimator, estimator.at(), config, case.gpus, int(LINK))}
     return ranks["fsdp"], ranks["ddp"].plan.frozen
@@ -68,10 +71,11 @@ def column(case: Case) -> list[str]:
     fits = "yes" if rank.total <= card else f"no, by {(rank.total - card) / GIB:.1f} GiB"
     return [
         f"1 x {case.length}, {'8-bit' if case.optimizer == 'adamw8bit' else '32-bit'}",
+        "16 bits" if case.skip_modules else "4 bits",
         f"{whole / 1e9:.1f} GB",
         f"{plan.frozen / 1e9:.1f} GB",
         f"{plan.gathered_blocks / 1e9:.1f} GB",
-        f"{plan.gathered_embedding / 1e9:.1f} GB",
+        f"{max(plan.gathered_input, plan.gathered_output) / 1e9:.1f} GB",
         f"{plan.received / 1e9:.1f} GB",
         f"{rank.seconds:.1f} s",
         moment,
@@ -82,6 +86,7 @@ def column(case: Case) -> list[str]:
 
 ROWS = (
     "rows, tokens, optimizer",
+    "output embedding",
     "frozen weights, whole",
     "held by a rank",
     "gathered while layers run",

@@ -42,7 +42,9 @@ def each_rank(estimator: Estimator, estimate: Estimate, config: TrainConfig, wor
     for mode in ("ddp", "fsdp"):
         plan = plan_rank(estimator.anatomy.model, world, cut=mode == "fsdp", micro_batches=micro_batches)
         local = estimator.at(micro_batches=micro_batches, batch_size=min(options.batch_size, math.ceil(rows / world)))
-        moments = {name: _of_rank(name, terms, plan) for name, terms in local.moments.items()}
+        # The input embedding comes before all that grows with the tokens.
+        begin = replace(local.moments["loss"], activations=0, loss=0, scratch=0)
+        moments = {name: _of_rank(name, terms, plan) for name, terms in {"input": begin, **local.moments}.items()}
         found.append(Rank(mode, plan, moments, estimate.reserve, plan.seconds(link)))
     return found
 
@@ -59,7 +61,7 @@ def _of_rank(moment: str, terms: Terms, plan: RankPlan) -> int:
         gradients=math.ceil(terms.gradients * part),
         optimizer=math.ceil(terms.optimizer * part),
     )
-    gathered = {"loss": plan.gathered_embedding, "backward": plan.gathered_blocks}
+    gathered = {"input": plan.gathered_input, "loss": plan.gathered_output, "backward": plan.gathered_blocks}
     return own.total + gathered.get(moment, 0)
 
 
@@ -79,7 +81,7 @@ def rank_lines(ranks: list[Rank], card: int | None) -> list[str]:
         verdict = "" if card is None else f", which {'fits' if rank.total <= card else 'does not fit'} {size(card)}"
         held = f"{size(plan.frozen)} of frozen weights"
         if plan.cut:
-            most = max(plan.gathered_blocks, plan.gathered_embedding)
+            most = max(plan.gathered_blocks, plan.gathered_input, plan.gathered_output)
             held += f" and up to {size(most)} gathered for a moment"
         lines.append(
             f"{rank.mode} on {plan.world}: {size(rank.total)} a card{verdict}; {held}; "

@@ -42,7 +42,7 @@ class RankPlan:
         trained: bytes of trained parameters that it holds; gradients take as much, and optimizer states in proportion.
         gathered_blocks: the most bytes of gathered weights while blocks run: one block, those that are on their way,
             the message that brings one, and what belongs to no block.
-        gathered_embedding: the same while an embedding, the output's among them, and its message are there.
+        gathered_input: the same while the input embedding and its message are there; gathered_output, the output's.
         received: bytes that it receives in a step. sent: bytes that it sends.
     """
 
@@ -51,7 +51,8 @@ class RankPlan:
     frozen: int
     trained: int
     gathered_blocks: int
-    gathered_embedding: int
+    gathered_input: int
+    gathered_output: int
     received: int
     sent: int
 
@@ -74,14 +75,15 @@ def plan_rank(
         whole = _group(model, 1)
         # In a ring every byte passes twice: once to be summed, once with the sum.
         moved = math.ceil(2 * others / world * whole.trained)
-        return RankPlan(world, False, whole.frozen + buffers, whole.trained, 0, 0, moved, moved)
-    apart = [*blocks_of(model), *(module for module in untied_embeddings(model) if module is not None)]
+        return RankPlan(world, False, whole.frozen + buffers, whole.trained, 0, 0, 0, moved, moved)
+    embeddings = untied_embeddings(model)
+    apart = [*blocks_of(model), *(module for module in embeddings if module is not None)]
     groups = {module: _group(module, world) for module in apart}
     blocks = [groups[block] for block in blocks_of(model)]
-    embeddings = [groups[module].part for module in apart[len(blocks) :]]
+    first, last = (0 if module is None else groups[module].part for module in embeddings)
     root = _group(model, world, leave_out={id(p) for module in apart for p in module.parameters()})
     # A block is gathered for the forward pass, and again for the backward pass if it was let go in between.
-    gathers = sum(block.part for block in blocks) * (2 if reshard else 1) + sum(embeddings) + root.part
+    gathers = sum(block.part for block in blocks) * (2 if reshard else 1) + first + last + root.part
     every = [*groups.values(), root]
     sums = sum(group.trained for group in every)
     moved = micro_batches * others * (gathers + sums)
@@ -89,14 +91,15 @@ def plan_rank(
     running = sum(parts[: 1 + prefetch]) if reshard else sum(parts)
     # While a message is there, so is what is unpacked from it: what is gathered last counts twice.
     one = max(parts, default=0)
-    embedding = 2 * max(embeddings, default=0) + (0 if reshard else sum(parts))
+    kept = 0 if reshard else sum(parts)  # blocks that ran
     return RankPlan(
         world=world,
         cut=True,
         frozen=sum(group.frozen for group in every) + buffers,
         trained=sums,
         gathered_blocks=world * (root.part + running + one),
-        gathered_embedding=world * (root.part + embedding),
+        gathered_input=world * (root.part + 2 * first),
+        gathered_output=world * (root.part + 2 * last + kept),
         received=moved,
         sent=moved,
     )
