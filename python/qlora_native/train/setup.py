@@ -137,8 +137,10 @@ def prepare_model(
 
 def _is_made(path: Path, method: str) -> bool:
     """Whether the files are 4-bit already and say that ``method`` made them, so that nothing is left to it."""
-    told = getattr(open_source(path, torch.bfloat16), "four_bit_config", None) or {}
-    return method != "rtn" and (told.get(METADATA) or {}).get("method") == method
+    if method == "rtn" or path.suffix == ".gguf":  # whose configuration takes seconds to read, and holds no such thing
+        return False
+    told: dict[str, Any] = dict(open_source(path, torch.bfloat16).four_bit_config or {})
+    return (told.get(METADATA) or {}).get("method") == method
 
 
 def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
