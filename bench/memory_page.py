@@ -6,12 +6,11 @@ python bench/memory_page.py --check      # exit status 1 if docs/memory.md says 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+from pages import between, write_or_check
 from readme import table
 
 ROOT = Path(__file__).parents[1]
@@ -88,26 +87,13 @@ def page(text: str) -> str:
     """The page with its tables written anew."""
     for name, lines in BLOCKS.items():
         begin, end = (f"<!-- bench/memory_page.py {name} {word} -->" for word in ("begins", "ends"))
-        before, _, rest = text.partition(begin)
-        _, mark, after = rest.partition(end)
-        if not mark:
-            raise SystemExit(f"{PAGE.name} has no {begin} ... {end}")
-        text = before + "\n".join([begin, "", *lines(), end]) + after
+        text = between(text, begin, end, lines())
     return text
 
 
 def main() -> None:
     """Write or check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", action="store_true")
-    what.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    wanted = page(text)
-    if arguments.check:
-        sys.exit(0 if wanted == text else f"docs/{PAGE.name} is not what the results say: --write it again")
-    PAGE.write_text(wanted, encoding="utf-8")
+    write_or_check(__doc__, PAGE, page, "bench/results")
 
 
 if __name__ == "__main__":

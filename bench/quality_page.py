@@ -6,13 +6,12 @@ python bench/quality_page.py --check      # exit status 1 if docs/quality.md is 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import between, write_or_check
 from readme import table
 
 ROOT = Path(__file__).parents[1]
@@ -93,8 +92,8 @@ def block(result: dict[str, Any]) -> str:
     machine = result["machine"]
     about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
     script = "[bench/bench_quality.py](../bench/bench_quality.py)"
-    lines = [BEGIN, "", f"Made by {script} ({about}).", "", *methods(result), "![What is lost](quality.png)", ""]
-    return "\n".join([*lines, *learning(result), END])
+    lines = [f"Made by {script} ({about}).", "", *methods(result), "![What is lost](quality.png)", ""]
+    return "\n".join([*lines, *learning(result)])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -124,19 +123,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Write or check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", action="store_true")
-    what.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    wanted = before + block(result) + after
-    if arguments.check:
-        sys.exit(0 if wanted == page else "the page is not what bench/results/quality.json says: --write it again")
-    PAGE.write_text(wanted, encoding="utf-8")
+    write_or_check(
+        __doc__, PAGE, lambda text: between(text, BEGIN, END, [block(result)]), f"bench/results/{RESULT.name}"
+    )
     plot(result, PICTURE)
 
 

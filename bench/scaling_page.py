@@ -6,12 +6,11 @@ python bench/scaling_page.py --check      # exit status 1 if docs/scaling.md is 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pages import between, write_or_check
 from readme import table
 
 PAGE = Path(__file__).parents[1] / "docs/scaling.md"
@@ -104,25 +103,12 @@ def page(text: str) -> str:
     columns = [column(case) for case in CASES]
     head = ["", *(f"{case.model} on {case.gpus} x {case.card} GB" for case in CASES)]
     body = [[name, *(cells[number] for cells in columns)] for number, name in enumerate(ROWS)]
-    before, _, rest = text.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{PAGE.name} has no {BEGIN} ... {END}")
-    return before + "\n".join([BEGIN, "", *table(head, body), END]) + after
+    return between(text, BEGIN, END, table(head, body))
 
 
 def main() -> None:
     """Write or check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", action="store_true")
-    what.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    wanted = page(text)
-    if arguments.check:
-        sys.exit(0 if wanted == text else "docs/scaling.md is not what qlora estimate --gpus says: --write it again")
-    PAGE.write_text(wanted, encoding="utf-8")
+    write_or_check(__doc__, PAGE, page, "qlora estimate --gpus")
 
 
 if __name__ == "__main__":
