@@ -91,10 +91,11 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
         return given
     method = told.get("method", "rtn")
     if rounds and method != "rtn":
+        from qlora_native.load.model import CALIBRATED
         from qlora_native.train.base_command import kept_calibration, quantize_command
 
         kept = kept_calibration(Path(args.adapter).expanduser()) or told.get("calibration")
-        text = kept or ("FILE" if method in ("wmse", "gptq") else None)
+        text = kept or ("FILE" if method in CALIBRATED else None)
         dtype = (settings.get("train") or {}).get("dtype", "bfloat16")
         raise UserError(
             f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "

@@ -147,12 +147,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _calibration(args: argparse.Namespace) -> Any:
     from qlora_native.calibration.data import CalibrationData
+    from qlora_native.load.model import CALIBRATED
 
     given = {"rows": args.calibration_rows, "length": args.calibration_length, "format": args.calibration_format}
     if args.calibration is not None:
         return CalibrationData(args.calibration, seed=args.seed, **given)
     flags = [f"--calibration-{name}" for name, value in given.items() if value is not None]
-    if args.method in ("wmse", "gptq") or flags:
+    if args.method in CALIBRATED or flags:
         flag = f"--method {args.method}" if not flags else flags[0]
         raise UserError(f"qlora quantize: {flag} needs --calibration FILE, text such as the model will meet")
     return None
