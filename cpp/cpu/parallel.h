@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include <atomic>
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -70,6 +71,37 @@ void parallel_for(int64_t total, int64_t grain, const Body& body) {
     const int64_t length = total / team + (me < total % team ? 1 : 0);
     if (length > 0) {
       body(begin, begin + length);
+    }
+  }
+}
+
+// How many threads parallel_units uses for so many units.
+inline int64_t unit_threads(int64_t total) {
+  const int64_t available = available_threads();
+  return total < 1 ? 1 : total < available ? total : available;
+}
+
+// Calls body(unit, thread) for each unit in [0, total), 0 <= thread < unit_threads(total). Each thread takes the next
+// unit when it has finished one, so that slow cores and busy ones do fewer. The body must not throw, and its result must
+// not depend on which thread runs it.
+template <typename Body>
+void parallel_units(int64_t total, const Body& body) {
+  const int num_threads = static_cast<int>(unit_threads(total));
+  if (num_threads <= 1) {
+    const IeeeArithmetic ieee;
+    for (int64_t unit = 0; unit < total; ++unit) {
+      body(unit, int64_t{0});
+    }
+    return;
+  }
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(num_threads)
+  {
+    const IeeeArithmetic ieee;
+    const int64_t thread = omp_get_thread_num();
+    for (int64_t unit = next.fetch_add(1, std::memory_order_relaxed); unit < total;
+         unit = next.fetch_add(1, std::memory_order_relaxed)) {
+      body(unit, thread);
     }
   }
 }
