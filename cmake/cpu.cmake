@@ -7,6 +7,7 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/causal_attention.cc
   cpp/cpu/dequantize_4bit.cc
   cpp/cpu/file_store.cc
+  cpp/cpu/gemm.cc
   cpp/cpu/gptq_4bit.cc
   cpp/cpu/gradient_norm.cc
   cpp/cpu/isa.cc
@@ -14,7 +15,6 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/kernels.cc
   cpp/cpu/linear_4bit.cc
   cpp/cpu/lion_step.cc
-
   cpp/cpu/linear_cross_entropy.cc
   cpp/cpu/paging.cc
   cpp/cpu/quantize_4bit.cc

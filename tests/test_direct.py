@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error, same_bytes
+from helpers import same_bytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qlora_native as qn
 from qlora_native import lora
 from qlora_native.nn import QuantizedLinear
-from qlora_native.ops._direct import MOST_LOGITS, few_logits, unobserved
+from qlora_native.ops._direct import unobserved
 
 K, N = 128, 48
 
@@ -238,27 +238,3 @@ def test_lora(dtype: torch.dtype, adapter: torch.dtype) -> None:
     with torch.no_grad(), Recorder() as recorder:
         adapted(torch.randn(1, K).to(dtype))
     assert any("lora_linear_4bit" in name for name in recorder.seen)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_few_logits(dtype: torch.dtype) -> None:
-    weight = torch.randn(301, K).to(dtype)
-    for shape in ((K,), (1, K), (1, 1, K), (2, 2, K)):
-        h = torch.randn(shape).to(dtype)
-        got = few_logits(h, weight)
-        assert got is not None
-        assert got.dtype == dtype
-        expected = h.double() @ weight.double().t()
-        assert got.shape == expected.shape
-        assert relative_error(got, expected) < 4e-3
-    many = torch.randn(MOST_LOGITS + 1, K).to(dtype)
-    alone, together = few_logits(many[:1], weight), few_logits(many[:MOST_LOGITS], weight)
-    assert alone is not None
-    assert together is not None
-    assert same_bytes(alone, together[:1])
-    wide, empty = torch.randn(1, K + 1).to(dtype), torch.randn(0, K).to(dtype)
-    for h in (many, wide, empty, many[:1].float(), many[:, ::2], many[0, 0]):
-        assert few_logits(h, weight) is None
-    assert few_logits(many[:1].requires_grad_(), weight) is None
-    with Recorder():
-        assert few_logits(many[:1], weight) is None

@@ -1,22 +1,21 @@
-// Products of dense activations with a 4-bit weight, W x and W^T x alike, in tiles of fp32 sums.
+// Products of activations with a 4-bit or a dense weight, W x and W^T x alike, in tiles of fp32 sums.
 //
 // y [m, columns] = a [m, depth] b [depth, columns], where b is W^T (forward) or W (input gradient), followed by the
 // adapter's r rows (kernels-panels-inl.h). The depth is cut into spans. For each span the rows of a are copied to a
-// packed block, padded with zeros and widened to words; the columns of b are decoded a panel of kStrip at a time,
-// [depth][kStrip], just before their use (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication",
-// 2008). A tile of kMicroRows x kStrip sums stays in registers for a span and is then added to a buffer of fp32 sums.
+// packed block, padded with zeros and widened to words; the columns of b are decoded, or copied from a dense W, a panel
+// of kStrip at a time, [depth][kStrip], just before their use (Goto and van de Geijn, "Anatomy of high-performance
+// matrix multiplication", 2008). A tile of kMicroRows x kStrip sums stays in registers for a span and is then added to
+// a buffer of fp32 sums. Each unit packs the rows that it needs: one packed copy for all threads was slower by an
+// eighth, because half of it then comes out of another core's cache.
 //
 // Every output is the sum of its spans in rising order, and within a span of its products in rising order. Neither the
-// spans nor that order depend on the range of columns, on m, or on the tile: any number of threads gives the same bits.
+// spans nor that order depend on the unit, on m, or on the tile: any number of threads gives the same bits.
 #pragma once
 
 #include "cpu/kernels-panels-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
-
-constexpr int64_t kChunkRows = 512;      // rows of a that are packed at a time
-constexpr int64_t kChunkSums = 1 << 20;  // rows by columns of the buffer of sums
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles
@@ -78,21 +77,25 @@ Tile tile_of(int64_t rows) {
   return tiles[rows - 1];
 }
 
-// The sums of a tile, plus the bias, rounded to y; `columns` of them, at most kStrip.
-template <typename T>
-void write_tile(const float* sums, int64_t rows, int64_t columns, const T* bias, T* y, int64_t stride) {
+// The sums of a tile, scaled, plus the bias, rounded to y; `columns` of them, at most kStrip.
+template <typename T, typename Out>
+void write_tile(const float* sums, int64_t rows, int64_t columns, float scale, const T* bias, Out* y, int64_t stride) {
   alignas(64) float added[kStrip];
+  alignas(64) float factor[kStrip];
   for (int64_t j = 0; j < kStrip; ++j) {
     added[j] = bias != nullptr && j < columns ? to_float(bias[j]) : 0.0f;
+    factor[j] = scale;
   }
   for (int64_t row = 0; row < rows; ++row, sums += kStrip, y += stride) {
     if (columns == kStrip) {
       for (int v = 0; v < kStrip; v += kLanes) {
-        store_as(y + v, bias == nullptr ? load(sums + v) : add(load(sums + v), load(added + v)));
+        const Floats sum = multiply(load(sums + v), load(factor));
+        store_as(y + v, bias == nullptr ? sum : add(sum, load(added + v)));
       }
     } else {
       for (int64_t j = 0; j < columns; ++j) {
-        y[j] = from_float<T>(bias == nullptr ? sums[j] : sums[j] + added[j]);
+        const float sum = sums[j] * scale;
+        y[j] = from_float<Out>(bias == nullptr ? sum : sum + added[j]);
       }
     }
   }
@@ -101,102 +104,101 @@ void write_tile(const float* sums, int64_t rows, int64_t columns, const T* bias,
 // ---------------------------------------------------------------------------------------------------------------------
 // The product
 
-struct ProductScratch {
-  float* panels;  // [kStripsOfGroup][kSpanCapacity][kStrip]
-  float* rows;    // [rows][kRowStride]
-  float* sums;    // [strips][rows][kStrip]
-};
-
-inline int64_t chunk_rows(int64_t m) { return m == 0 ? 1 : ceil_div(m, ceil_div(m, kChunkRows)); }
-
-inline int64_t chunk_columns(int64_t m, int64_t columns) {
-  return limited(rounded_up(columns, kColumnGrain), kChunkSums / chunk_rows(m) / kColumnGrain * kColumnGrain);
-}
-
 constexpr int64_t kPanelFloats = kStripsOfGroup * kSpanCapacity * kStrip;
 
-int64_t columns_scratch_bytes(const ProductJob& job, int64_t columns) {
-  const int64_t rows = chunk_rows(job.m);
-  const int64_t floats = kPanelFloats + rows * kRowStride + rows * chunk_columns(job.m, columns);
+int64_t gemm_unit_bytes(const GemmJob&, int64_t rows, int64_t columns) {
+  const int64_t floats = kPanelFloats + rows * (kRowStride + rounded_up(columns, kColumnGrain));
   return rounded_up(floats * int64_t{sizeof(float)}, 64);
 }
 
-// Rows [top, bottom) by columns [first, last).
+// An empty sum: y is the bias, or zero.
+template <typename T>
+void fill_unit(const GemmJob& job, const GemmUnit& unit) {
+  const T* bias = static_cast<const T*>(job.bias);
+  for (int64_t row = unit.first_row; row < unit.last_row; ++row) {
+    for (int64_t column = unit.first_column; column < unit.last_column; ++column) {
+      const float value = bias == nullptr ? 0.0f : to_float(bias[column]);
+      if (job.fp32_y) {
+        static_cast<float*>(job.y)[row * job.width() + column] = value;
+      } else {
+        static_cast<T*>(job.y)[row * job.width() + column] = from_float<T>(value);
+      }
+    }
+  }
+}
+
 template <typename T, typename Side>
-void product_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64_t first, int64_t last,
-                   const ProductScratch& scratch) {
+void product_unit(const GemmJob& job, const GemmUnit& unit, float* scratch) {
   using Product = WordProduct<T>;
   const Depth<Product::kElements> depth{Side::length(job), job.low == nullptr ? 0 : job.r};
-  const int64_t rows = bottom - top;
+  const int64_t rows = unit.last_row - unit.first_row;
   const int64_t tiles = ceil_div(rows, kMicroRows);
   const int64_t stride = Side::columns(job);
+  const int64_t first = unit.first_column;
+  const int64_t last = unit.last_column;
+  const int64_t following = last < stride ? last : 0;  // columns that a thread takes next, as far as can be foreseen
   const T* bias = static_cast<const T*>(job.bias);
-  T* y = static_cast<T*>(job.y);
+  float* panels = scratch;
+  float* a = panels + kPanelFloats;
+  float* all_sums = a + rows * kRowStride;
   const int64_t spans = depth.spans();
   for (int64_t index = 0; index < spans; ++index) {
     const DepthSpan span = depth.span(index);
     const int64_t words = depth.depth(span);
-    pack_rows<T, Product::kElements>(job, depth.length, span, top, bottom, scratch.rows);
+    pack_rows<T>(job, span, unit.first_row, unit.last_row, a);
     for (int64_t column = first; column < last; column += kStrip) {
       const int64_t strip = (column - first) / kStrip;
       if ((column - first) % Side::kColumnsAtOnce == 0) {
-        decode_columns<T, Side>(job, span, column, limited(last, column + Side::kColumnsAtOnce), scratch.panels);
+        decode_columns<T, Side>(job, span, column, limited(last, column + Side::kColumnsAtOnce), panels);
       }
-      const float* panel = column_of(scratch.panels, (column - first) % Side::kColumnsAtOnce);
+      const float* panel = column_of(panels, (column - first) % Side::kColumnsAtOnce);
       // The next panels' bytes are fetched under the multiplication, a few lines a tile: all at once they would keep
       // the decoder's loads and stores waiting. After the last panels come the first ones of the next span.
       const int64_t here = column - (column - first) % Side::kColumnsAtOnce;
       const bool wraps = here + Side::kColumnsAtOnce >= last;
-      const int64_t next = wraps ? first : here + Side::kColumnsAtOnce;
-      const DepthSpan next_span = wraps && index + 1 < spans ? depth.span(index + 1) : span;
+      const bool ends = wraps && index + 1 == spans;
+      const int64_t next = ends ? following : wraps ? first : here + Side::kColumnsAtOnce;
+      const int64_t next_end = limited(ends ? stride : last, next + Side::kColumnsAtOnce);
+      const DepthSpan next_span = ends ? depth.span(0) : wraps ? depth.span(index + 1) : span;
       const int64_t columns = limited(last - column, kStrip);
-      float* sums = scratch.sums + strip * rows * kStrip;
+      float* sums = all_sums + strip * rows * kStrip;
       for (int64_t t = 0; t < tiles; ++t) {  // of heights that differ by one at most
         const int64_t row = rows * t / tiles;
         const int64_t count = rows * (t + 1) / tiles - row;
         float* target = sums + row * kStrip;
-        Side::fetch(job, next_span, next, limited(last, next + Side::kColumnsAtOnce),
-                    (column - here) / kStrip * tiles + t, Side::kColumnsAtOnce / kStrip * tiles);
-        tile_of<Product>(count)(scratch.rows + row * kRowStride, panel, words, index > 0, target);
+        Side::fetch(job, next_span, next, next_end, (column - here) / kStrip * tiles + t,
+                    Side::kColumnsAtOnce / kStrip * tiles);
+        tile_of<Product>(count)(a + row * kRowStride, panel, words, index > 0, target);
         if (index == spans - 1) {
-          write_tile<T>(target, count, columns, bias == nullptr ? nullptr : bias + column,
-                        y + (top + row) * stride + column, stride);
+          const T* added = bias == nullptr ? nullptr : bias + column;
+          const int64_t at = (unit.first_row + row) * stride + column;
+          if (job.fp32_y) {
+            write_tile(target, count, columns, job.scale, added, static_cast<float*>(job.y) + at, stride);
+          } else {
+            write_tile(target, count, columns, job.scale, added, static_cast<T*>(job.y) + at, stride);
+          }
         }
       }
     }
   }
 }
 
-// An empty sum: y is the bias, or zero.
-template <typename T, typename Side>
-void fill_columns(const ProductJob& job, int64_t first, int64_t last) {
-  for (int64_t row = 0; row < job.m; ++row) {
-    for (int64_t column = first; column < last; ++column) {
-      static_cast<T*>(job.y)[row * Side::columns(job) + column] =
-          job.bias == nullptr ? from_float<T>(0.0f) : static_cast<const T*>(job.bias)[column];
-    }
-  }
-}
-
-template <typename T, typename Side>
-void product_columns(const ProductJob& job, int64_t first, int64_t last, void* scratch) {
-  if (Side::length(job) == 0 && job.low == nullptr) {
-    fill_columns<T, Side>(job, first, last);
+template <typename T>
+void gemm_product(const GemmJob& job, const GemmUnit& unit, void* scratch) {
+  if (job.depth() == 0 && job.low == nullptr) {
+    fill_unit<T>(job, unit);
     return;
   }
-  ProductScratch parts{};
-  parts.panels = static_cast<float*>(scratch);
-  parts.rows = parts.panels + kPanelFloats;
-  parts.sums = parts.rows + chunk_rows(job.m) * kRowStride;
-  const int64_t width = chunk_columns(job.m, last - first);
-  const int64_t chunks = ceil_div(job.m, kChunkRows);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    for (int64_t column = first; column < last; column += width) {
-      product_chunk<T, Side>(job, job.m * chunk / chunks, job.m * (chunk + 1) / chunks, column,
-                             limited(last, column + width), parts);
-    }
-  }
+  const auto product = job.forward ? product_unit<T, Forward<T>> : product_unit<T, GradInput<T>>;
+  product(job, unit, static_cast<float*>(scratch));
 }
+
+template <typename T>
+constexpr GemmKernels kGemm = {gemm_product<T>, gemm_unit_bytes};
+
+#if !defined(__AVX512BF16__)
+constexpr GemmKernels kGemmBf16 = kGemm<Bf16>;
+#endif
 
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

@@ -20,20 +20,6 @@
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
-#if defined(__AVX512BF16__)
-void forward_bf16_columns(const ProductJob& job, int64_t first, int64_t last, void* scratch) {
-  (goes_by_quads(job) ? quad_columns : product_columns<Bf16, Forward<Bf16>>)(job, first, last, scratch);
-}
-int64_t scratch_bytes(const ProductJob& job, int64_t columns) {
-  const int64_t bytes = columns_scratch_bytes(job, columns);
-  const int64_t quads = quad_scratch_bytes(job, columns);
-  return quads < bytes ? bytes : quads;
-}
-#else
-constexpr auto forward_bf16_columns = product_columns<Bf16, Forward<Bf16>>;
-constexpr auto scratch_bytes = columns_scratch_bytes;
-#endif
-
 constexpr Kernels kTable = {
     {quantize_blocks<float>, quantize_blocks<Bf16>, quantize_blocks<Fp16>},
     {dequantize_span<float>, dequantize_span<Bf16>, dequantize_span<Fp16>},
@@ -43,10 +29,7 @@ constexpr Kernels kTable = {
     {linear_rows<float>, linear_rows<Bf16>, linear_rows<Fp16>},
     {nullptr, kReorderTokens, nullptr},
     {dense_rows<float>, dense_rows<Bf16>, dense_rows<Fp16>},
-    {product_columns<float, Forward<float>>, forward_bf16_columns, product_columns<Fp16, Forward<Fp16>>},
-    {product_columns<float, GradInput<float>>, product_columns<Bf16, GradInput<Bf16>>,
-     product_columns<Fp16, GradInput<Fp16>>},
-    scratch_bytes,
+    {kGemm<float>, kGemmBf16, kGemm<Fp16>},
     nullptr,
     kOptimTable,
     kActivations,

@@ -3,14 +3,14 @@
 #pragma once
 
 #include "core/layout.h"
-#include "core/product.h"
+#include "cpu/kernels.h"
 #include "cpu/vec_panel.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kSpan = 256;                 // words of the depth in a span; kSpan x kStrip words fit the first cache
-constexpr int64_t kSpanCapacity = kSpan + 64;  // with an adapter of up to 64 words at its end
+constexpr int64_t kSpanCapacity = kSpan + 32;  // with an adapter of up to 32 words at its end
 constexpr int64_t kRowStride = kSpanCapacity + 16;  // words; an odd number of cache lines, so rows spread over the sets
 constexpr int64_t kStripsOfGroup = kColumnGrain / kStrip;
 constexpr int64_t kElementsOfLine = 128;  // packed elements of a cache line
@@ -79,13 +79,15 @@ void pack_row(const T* x, int64_t count, float* words) {
   }
 }
 
-template <typename T, int kElements>
-void pack_rows(const ProductJob& job, int64_t length, const DepthSpan& span, int64_t first, int64_t last,
-               float* block) {
+// Rows [first, last) of x and of the adapter's projection, in a span: block [rows][kRowStride].
+template <typename T>
+void pack_rows(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* block) {
+  constexpr int kElements = WordProduct<T>::kElements;
+  constexpr int64_t kAhead = 8;  // rows; a piece of a row is too short for the hardware to foresee the next
+  const int64_t length = job.depth();
+  const int64_t words = Depth<kElements>::words(span.end - span.begin);
   const T* x = static_cast<const T*>(job.x);
   const T* low = static_cast<const T*>(job.low);
-  constexpr int64_t kAhead = 8;  // rows; a piece of a row is too short for the hardware to foresee the next
-  const int64_t words = Depth<kElements>::words(span.end - span.begin);
   for (int64_t row = first; row < last; ++row, block += kRowStride) {
     for (int64_t i = span.begin; i < span.end; i += 64 / int64_t{sizeof(T)}) {
       prefetch_far(x + limited(row + kAhead, last - 1) * length + i);
@@ -155,6 +157,48 @@ inline void scales_down(const WeightView& weight, int64_t first_element, int64_t
   }
 }
 
+// The packed or dense bytes of W from an element on.
+template <typename T>
+inline const uint8_t* bytes_at(const GemmJob& job, int64_t element) {
+  return job.dense == nullptr ? job.weight.packed + element / 2
+                              : static_cast<const uint8_t*>(job.dense) + element * int64_t{sizeof(T)};
+}
+
+// How many elements of W lie in a cache line.
+template <typename T>
+inline int64_t elements_of_line(const GemmJob& job) {
+  return job.dense == nullptr ? kElementsOfLine : 64 / int64_t{sizeof(T)};
+}
+
+// Asks for share `part` of `parts` of the cache lines that `count` pieces of W lie in, `length` elements each and
+// `stride` apart: of each line the one that the piece's last byte in it is in, since the first came with the piece
+// before.
+template <typename T>
+inline void fetch_pieces(const GemmJob& job, int64_t element, int64_t stride, int64_t count, int64_t length,
+                         int64_t part, int64_t parts) {
+  const int64_t line = elements_of_line<T>(job);
+  const int64_t lines = ceil_div(length, line);
+  const int64_t total = count * lines;
+  int64_t left = total * (part + 1) / parts - total * part / parts;
+  int64_t piece = total * part / parts / lines;
+  int64_t at = total * part / parts - piece * lines;
+  for (; left > 0; ++piece, at = 0) {
+    for (; at < lines && left > 0; ++at, --left) {
+      prefetch_far(bytes_at<T>(job, element + piece * stride + limited(length, (at + 1) * line) - 1));
+    }
+  }
+}
+
+// kLanes words of a dense row: fp32, or pairs of bf16.
+template <typename T, int kElements>
+inline Floats load_words(const T* p) {
+  if constexpr (kElements == 1) {
+    return load(p);
+  } else {
+    return load(reinterpret_cast<const float*>(p));
+  }
+}
+
 // The forward product in panels: W's rows are columns of b, and the depth runs along a row.
 template <typename T>
 struct Forward {
@@ -162,15 +206,15 @@ struct Forward {
 
   static constexpr int64_t kColumnsAtOnce = kStrip;
 
-  static int64_t length(const ProductJob& job) { return job.k; }
-  static int64_t columns(const ProductJob& job) { return job.n; }
+  static int64_t length(const GemmJob& job) { return job.k; }
+  static int64_t columns(const GemmJob& job) { return job.n; }
 
   // Whole bytes, and every 32 elements of a row in one block. A row that begins within a block would need more.
-  static bool is_regular(const ProductJob& job, int64_t) { return job.k % job.weight.block_size == 0; }
+  static bool is_regular(const GemmJob& job, int64_t) { return job.k % job.weight.block_size == 0; }
 
   // A panel of kStrip rows of W, the last row again where there are no more. Its elements, multiples of 32, come in
   // runs of one block: kLanes rows by 32 elements are transposed as packed bytes, which are an eighth of the words.
-  __attribute__((noinline)) static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first,
+  __attribute__((noinline)) static void decode_regular(const GemmJob& job, const DepthSpan& span, int64_t first,
                                                        int64_t last, float* panel) {
     const WeightView weight = job.weight;  // a copy, which stores to panels cannot change
     const LevelTable levels(weight.levels);
@@ -188,6 +232,40 @@ struct Forward {
       for (int64_t v = 0; v < kStrip; v += kLanes) {
         for (int64_t i = at; i < at + run; i += 32) {
           decode_square(levels, load(scales + v), rows + v, i, panel + v);
+        }
+      }
+    }
+  }
+
+  // The same from a dense W: squares of kLanes rows by kLanes words are transposed.
+  __attribute__((noinline)) static void copy_dense(const GemmJob& job, const DepthSpan& span, int64_t first,
+                                                   int64_t last, float* panel) {
+    const T* w = static_cast<const T*>(job.dense) + span.begin;
+    const int64_t count = span.end - span.begin;
+    const int64_t taken = limited(last - first, kStrip);
+    constexpr int64_t kSquare = kLanes * kElements;
+    const int64_t squares = count / kSquare;
+    for (int64_t v = 0; v < taken; v += kLanes) {
+      const T* rows[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        rows[lane] = w + (first + limited(v + lane, taken - 1)) * job.k;
+      }
+      float* target = panel + v;
+      for (int64_t square = 0; square < squares; ++square, target += kLanes * kStrip) {
+        Floats words[kLanes];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) {
+          words[lane] = load_words<T, kElements>(rows[lane] + square * kSquare);
+        }
+        transpose(words);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) {
+          store(target + lane * kStrip, words[lane]);
+        }
+      }
+      for (int64_t lane = 0; lane < limited(kLanes, taken - v); ++lane) {
+        for (int64_t i = squares * kSquare; i < count; ++i) {
+          put<T, kElements>(panel, i, v + lane, rows[lane][i]);
         }
       }
     }
@@ -211,19 +289,13 @@ struct Forward {
     }
   }
 
-  // Bytes that decoding columns [first, last) will read, one of `parts` shares of their cache lines: those that the
-  // last bytes of each piece lie in, since the first ones were fetched with the piece before.
-  static void fetch(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, int64_t part,
+  // Bytes that decoding columns [first, last) will read, one of `parts` shares of them.
+  static void fetch(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, int64_t part,
                     int64_t parts) {
-    const int64_t lines = ceil_div(span.end - span.begin, kElementsOfLine);
-    const int64_t total = (last - first) * lines;
-    for (int64_t i = total * part / parts; i < total * (part + 1) / parts; ++i) {
-      const int64_t end = limited(span.end, span.begin + (i % lines + 1) * kElementsOfLine);
-      prefetch_far(job.weight.packed + ((first + i / lines) * job.k + end - 1) / 2);
-    }
+    fetch_pieces<T>(job, first * job.k + span.begin, job.k, last - first, span.end - span.begin, part, parts);
   }
 
-  static void decode_any(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
+  static void decode_any(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
     T values[size_t{kSpan * kElements}];
     for (int64_t column = first; column < last; ++column) {
       const int64_t start = column * job.k;
@@ -234,7 +306,7 @@ struct Forward {
     }
   }
 
-  static T adapter(const ProductJob& job, int64_t depth, int64_t column) {
+  static T adapter(const GemmJob& job, int64_t depth, int64_t column) {
     return static_cast<const T*>(job.up)[column * job.r + depth];
   }
 };
@@ -246,14 +318,14 @@ struct GradInput {
 
   static constexpr int64_t kColumnsAtOnce = kColumnGrain;  // panels side by side, which share scaled tables
 
-  static int64_t length(const ProductJob& job) { return job.n; }
-  static int64_t columns(const ProductJob& job) { return job.k; }
+  static int64_t length(const GemmJob& job) { return job.n; }
+  static int64_t columns(const GemmJob& job) { return job.k; }
 
-  static bool is_regular(const ProductJob& job, int64_t first) {
+  static bool is_regular(const GemmJob& job, int64_t first) {
     return job.k % job.weight.block_size == 0 && first % kColumnGrain == 0;
   }
 
-  __attribute__((noinline)) static void decode_regular(const ProductJob& job, const DepthSpan& span, int64_t first,
+  __attribute__((noinline)) static void decode_regular(const GemmJob& job, const DepthSpan& span, int64_t first,
                                                        int64_t last, float* panels) {
     const WeightView weight = job.weight;  // a copy, which stores to panels cannot change
     const LevelTable levels(weight.levels);
@@ -292,6 +364,33 @@ struct GradInput {
     }
   }
 
+  // The same from a dense W, whose rows already lie along the panels'.
+  __attribute__((noinline)) static void copy_dense(const GemmJob& job, const DepthSpan& span, int64_t first,
+                                                   int64_t last, float* panels) {
+    const T* w = static_cast<const T*>(job.dense) + span.begin * job.k + first;
+    const int64_t count = span.end - span.begin;
+    const int64_t columns = last - first;
+    for (int64_t i = 0; i < count; i += kElements, w += kElements * job.k) {
+      const bool has_second = kElements == 2 && i + 1 < count;
+      float* word = panels + i / kElements * kStrip;
+      int64_t column = 0;
+      for (; column + kLanes <= columns; column += kLanes) {
+        const Floats value = load(w + column);
+        if constexpr (kElements == 1) {
+          store_word(column_of(word, column), value);
+        } else {
+          store_word(column_of(word, column), pair_up(value, has_second ? load(w + job.k + column) : zero()));
+        }
+      }
+      for (; column < columns; ++column) {
+        put<T, kElements>(panels, i, column, w[column]);
+        if (has_second) {
+          put<T, kElements>(panels, i + 1, column, w[job.k + column]);
+        }
+      }
+    }
+  }
+
   // kMinBlock elements of a row, or of two.
   static void decode_piece(const LevelTable& table, [[maybe_unused]] const LevelTable& below, const uint8_t* bytes,
                            [[maybe_unused]] const uint8_t* bytes_below, float* word) {
@@ -306,14 +405,12 @@ struct GradInput {
     }
   }
 
-  static void fetch(const ProductJob& job, const DepthSpan& span, int64_t, int64_t last, int64_t part, int64_t parts) {
-    const int64_t total = span.end - span.begin;
-    for (int64_t i = total * part / parts; i < total * (part + 1) / parts; ++i) {
-      prefetch_far(job.weight.packed + ((span.begin + i) * job.k + last - 1) / 2);
-    }
+  static void fetch(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, int64_t part,
+                    int64_t parts) {
+    fetch_pieces<T>(job, span.begin * job.k + first, job.k, span.end - span.begin, last - first, part, parts);
   }
 
-  static void decode_any(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
+  static void decode_any(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
     T values[size_t{kColumnGrain}];
     for (int64_t row = span.begin; row < span.end; ++row) {
       const int64_t start = row * job.k;
@@ -324,16 +421,18 @@ struct GradInput {
     }
   }
 
-  static T adapter(const ProductJob& job, int64_t depth, int64_t column) {
+  static T adapter(const GemmJob& job, int64_t depth, int64_t column) {
     return static_cast<const T*>(job.up)[depth * job.k + column];
   }
 };
 
 // Columns [first, last) of b, at most kColumnsAtOnce, to panels. What the panels hold beyond them never reaches y.
 template <typename T, typename Side>
-void decode_columns(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
+void decode_columns(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
   if (span.begin < span.end) {
-    if (Side::is_regular(job, first)) {
+    if (job.dense != nullptr) {
+      Side::copy_dense(job, span, first, last, panels);
+    } else if (Side::is_regular(job, first)) {
       Side::decode_regular(job, span, first, last, panels);
     } else {
       Side::decode_any(job, span, first, last, panels);

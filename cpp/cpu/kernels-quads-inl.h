@@ -24,6 +24,8 @@ constexpr int64_t kStepElements = 8;    // of the depth that a vector holds of e
 constexpr int64_t kGroupElements = 32;  // of the depth that 16 packed bytes hold
 constexpr int64_t kSpanBlocks = kSpan * 2 / kGroupElements;
 constexpr int64_t kPackedElements = 1 << 18;      // of x that stay in the second cache while W passes by
+constexpr int64_t kQuadTokens = 256;              // rows of x up to which a short depth goes by quads
+constexpr int64_t kQuadDepth = 2048;              // beyond both the pairs of kernels-gemm-inl.h are as fast
 constexpr int64_t kQuadSpan = kSpanCapacity * 2;  // elements of a span, its adapter included, at most
 
 inline int64_t steps_of(const DepthSpan& span) {
@@ -115,7 +117,7 @@ inline void pack_quads(const Bf16* x, const Bf16* low, const DepthSpan& span, in
 }
 
 // The adapter's part of 16 columns of y.
-inline void put_adapter_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last, Bf16* panel) {
+inline void put_adapter_quads(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, Bf16* panel) {
   const Bf16* up = static_cast<const Bf16*>(job.up);
   panel += ceil_div(span.end - span.begin, kStepElements) * kQuadStrip * kStepElements;
   for (int64_t i = span.low_begin; i < span.low_end; i += kStepElements, panel += kQuadStrip * kStepElements) {
@@ -162,7 +164,7 @@ inline void quad_scales(const WeightView& weight, int64_t first, int64_t blocks,
 // 16 rows of W from `first`, the last of them again beyond `last`, to a panel, a piece of kGroups groups at a time that
 // lies in one block.
 template <int kGroups>
-__attribute__((noinline)) void decode_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last,
+__attribute__((noinline)) void decode_quads(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last,
                                             Bf16* panel) {
   const WeightView weight = job.weight;  // a copy, which stores to the panel cannot change
   const int shift = std::countr_zero(static_cast<uint64_t>(weight.block_size));
@@ -220,25 +222,12 @@ __attribute__((noinline)) void decode_quads(const ProductJob& job, const DepthSp
   }
 }
 
-// Where each of `parts` shares of `total` things begins; they differ by one at most.
-class Shares {
- public:
-  Shares(int64_t total, int64_t parts) : each_(total / parts), longer_(total % parts) {}
-  int64_t begin(int64_t part) const { return each_ * part + limited(part, longer_); }
-  int64_t end(int64_t part) const { return begin(part + 1); }
-
- private:
-  int64_t each_;
-  int64_t longer_;
-};
-
 constexpr int64_t kFetchTiles = 4;  // the last tiles of a span, which fetch the next panel's bytes
 constexpr int64_t kFetchLines = kSpan * 2 / kElementsOfLine + 1;  // cache lines of a row in a span and of its scales
 
 // The lines that decoding 16 rows from `first` will read, kFetchLines a row: those that the last bytes of each stretch
 // lie in, since the first ones came with the stretch before, and the one where the scales begin.
-inline void fetch_quads(const ProductJob& job, const DepthSpan& span, int64_t first, int64_t last,
-                        const uint8_t** lines) {
+inline void fetch_quads(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, const uint8_t** lines) {
   const int shift = std::countr_zero(static_cast<uint64_t>(job.weight.block_size));
   for (int row = 0; row < kQuadStrip; ++row) {
     const int64_t element = limited(first + row, last - 1) * job.k;
@@ -255,27 +244,15 @@ inline void fetch_quads(const ProductJob& job, const DepthSpan& span, int64_t fi
 // ---------------------------------------------------------------------------------------------------------------------
 // The product
 
-struct QuadScratch {
-  Bf16* panel;   // [kQuadSpan][kQuadStrip]
-  Bf16* packed;  // [spans of a group][rows][kQuadSpan]
-  float* sums;   // [strips][rows][kQuadStrip]
-};
-
 inline int64_t spans_at_once(int64_t rows) {
   const int64_t spans = kPackedElements / (rows * kSpan * 2);
   return spans < 1 ? 1 : spans;
 }
 
-inline bool goes_by_quads(const ProductJob& job) {
-  return job.k > 0 && job.weight.block_size >= kGroupElements && job.k % job.weight.block_size == 0;
-}
-
-inline int64_t quad_scratch_bytes(const ProductJob& job, int64_t columns) {
-  const int64_t rows = chunk_rows(job.m);
-  const Depth<2> depth{job.k, job.low == nullptr ? 0 : job.r};
-  const int64_t spans = limited(depth.spans(), spans_at_once(rows));
-  const int64_t elements = kQuadStrip * kQuadSpan + spans * rows * kQuadSpan;
-  return rounded_up(2 * elements + 4 * rows * chunk_columns(job.m, columns), 64);
+inline bool goes_by_quads(const GemmJob& job) {
+  return job.forward && job.dense == nullptr && !job.fp32_y && job.scale == 1.0f && job.k > 0 &&
+         (job.m <= kQuadTokens || job.k >= kQuadDepth) && job.weight.block_size >= kGroupElements &&
+         job.k % job.weight.block_size == 0;
 }
 
 inline void write_quads(const float* sums, int64_t rows, int64_t columns, const Bf16* bias, Bf16* y, int64_t stride) {
@@ -291,72 +268,72 @@ inline void write_quads(const float* sums, int64_t rows, int64_t columns, const 
   }
 }
 
-// Packs rows [0, rows) of x for a span: out, tiles as tile_shares has them, each [steps][rows][8].
-inline void pack_quad_rows(const ProductJob& job, const DepthSpan& span, int64_t top, int64_t rows, Bf16* out) {
-  const Bf16* x = static_cast<const Bf16*>(job.x) + top * job.k;
-  const Bf16* low = static_cast<const Bf16*>(job.low) + (job.low == nullptr ? 0 : top * job.r);
-  const int64_t tiles = ceil_div(rows, kQuadRows);
-  const Shares shares(rows, tiles);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = shares.begin(t);
-    const int64_t count = shares.end(t) - begin;
-    for (int64_t row = 0; row < count; ++row) {
-      constexpr int64_t kAhead = 8;  // rows; a piece of a row is too short for the hardware to foresee the next
-      const Bf16* ahead = x + limited(begin + row + kAhead, rows - 1) * job.k;
-      for (int64_t i = span.begin; i < span.end; i += 32) {
-        prefetch(ahead + i);
-      }
-      pack_quads(x + (begin + row) * job.k, low + (begin + row) * job.r, span, count,
-                 out + (begin * steps_of(span) + row) * kStepElements);
+// Packs rows [first, last) of x for a span: out [tiles][steps][rows of a tile][8], kQuadSpan for each row.
+inline void pack_quad_rows(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, Bf16* out) {
+  const Bf16* x = static_cast<const Bf16*>(job.x);
+  const Bf16* low = static_cast<const Bf16*>(job.low);
+  for (int64_t row = first; row < last; ++row) {
+    constexpr int64_t kAhead = 8;  // rows; a piece of a row is too short for the hardware to foresee the next
+    const Bf16* ahead = x + limited(row + kAhead, last - 1) * job.k;
+    for (int64_t i = span.begin; i < span.end; i += 32) {
+      prefetch(ahead + i);
     }
+    const int64_t top = (row - first) / kQuadRows * kQuadRows;
+    const int64_t rows = limited(kQuadRows, last - first - top);
+    pack_quads(x + row * job.k, low + row * job.r, span, rows,
+               out + top * kQuadSpan + (row - first - top) * kStepElements);
   }
 }
 
-// Rows [top, bottom) by columns [first, last).
-inline void quad_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64_t first, int64_t last,
-                       const QuadScratch& scratch) {
+// Scratch: a panel [kQuadSpan][kQuadStrip], packed rows [spans of a group][rows][kQuadSpan], sums [strips][rows]
+// [kQuadStrip].
+inline void quad_unit(const GemmJob& job, const GemmUnit& unit, void* scratch) {
   const Depth<2> depth{job.k, job.low == nullptr ? 0 : job.r};
-  const int64_t rows = bottom - top;
+  const int64_t first = unit.first_column;
+  const int64_t last = unit.last_column;
+  const int64_t rows = unit.last_row - unit.first_row;
   const int64_t tiles = ceil_div(rows, kQuadRows);
-  const Shares row_shares(rows, tiles);
+  Bf16* panel = static_cast<Bf16*>(scratch);
   const uint8_t* lines[kQuadStrip * kFetchLines];
   const int64_t fetching = limited(tiles, kFetchTiles);
   const int64_t spans = depth.spans();
   const int64_t at_once = limited(spans, spans_at_once(rows));
+  Bf16* packed = panel + kQuadStrip * kQuadSpan;
+  float* all_sums = reinterpret_cast<float*>(packed + at_once * rows * kQuadSpan);
   const Bf16* bias = static_cast<const Bf16*>(job.bias);
-  Bf16* y = static_cast<Bf16*>(job.y) + top * job.n;
+  Bf16* y = static_cast<Bf16*>(job.y) + unit.first_row * job.n;
   for (int64_t group = 0; group < spans; group += at_once) {
     const int64_t end = limited(group + at_once, spans);
     for (int64_t index = group; index < end; ++index) {
-      pack_quad_rows(job, depth.span(index), top, rows, scratch.packed + (index - group) * rows * kQuadSpan);
+      pack_quad_rows(job, depth.span(index), unit.first_row, unit.last_row,
+                     packed + (index - group) * rows * kQuadSpan);
     }
     for (int64_t column = first; column < last; column += kQuadStrip) {
       const int64_t stop = limited(last, column + kQuadStrip);
-      float* sums = scratch.sums + (at_once == spans ? 0 : (column - first) / kQuadStrip * rows * kQuadStrip);
+      float* sums = all_sums + (at_once == spans ? 0 : (column - first) / kQuadStrip * rows * kQuadStrip);
       for (int64_t index = group; index < end; ++index) {
         const DepthSpan span = depth.span(index);
         if (span.begin < span.end) {
           const auto decode = job.weight.block_size == kGroupElements ? decode_quads<1> : decode_quads<2>;
-          decode(job, span, column, stop, scratch.panel);
+          decode(job, span, column, stop, panel);
         }
-        put_adapter_quads(job, span, column, stop, scratch.panel);
+        put_adapter_quads(job, span, column, stop, panel);
         // The bytes of the next panel are fetched under the multiplication.
         const bool wraps = index + 1 == end;
         const int64_t next = wraps ? column + kQuadStrip : column;
         const DepthSpan next_span = depth.span(wraps ? group : index + 1);
-        const Bf16* packed = scratch.packed + (index - group) * rows * kQuadSpan;
+        const Bf16* x = packed + (index - group) * rows * kQuadSpan;
         const int64_t steps = steps_of(span);
-        fetch_quads(job, next_span, limited(next, last - 1), last, lines);
+        fetch_quads(job, next_span, limited(next, job.n - 1), job.n, lines);
         const auto pace = static_cast<uint32_t>(kQuadStrip * kFetchLines * 65536 / (fetching * steps));
         for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t begin = row_shares.begin(t);
-          const int64_t count = row_shares.end(t) - begin;
+          const int64_t begin = t * kQuadRows;
+          const int64_t count = limited(kQuadRows, rows - begin);
           // Before the last tiles, what they would fetch would be pushed out of the first cache again.
           const int64_t turn = t - (tiles - fetching);
           const Fetches fetches{lines, turn < 0 ? 0 : static_cast<uint32_t>(turn * steps) * pace, turn < 0 ? 0 : pace};
           float* target = sums + begin * kQuadStrip;
-          kQuadTiles[count - 1](packed + begin * steps * kStepElements, scratch.panel, steps, index > 0, target,
-                                fetches);
+          kQuadTiles[count - 1](x + begin * kQuadSpan, panel, steps, index > 0, target, fetches);
           if (index == spans - 1) {
             write_quads(target, count, stop - column, bias == nullptr ? nullptr : bias + column,
                         y + begin * job.n + column, job.n);
@@ -367,23 +344,20 @@ inline void quad_chunk(const ProductJob& job, int64_t top, int64_t bottom, int64
   }
 }
 
-void quad_columns(const ProductJob& job, int64_t first, int64_t last, void* memory) {
-  const int64_t rows = chunk_rows(job.m);
-  const Depth<2> depth{job.k, job.low == nullptr ? 0 : job.r};
-  QuadScratch scratch{};
-  scratch.panel = static_cast<Bf16*>(memory);
-  scratch.packed = scratch.panel + kQuadStrip * kQuadSpan;
-  scratch.sums =
-      reinterpret_cast<float*>(scratch.packed + limited(depth.spans(), spans_at_once(rows)) * rows * kQuadSpan);
-  const int64_t width = chunk_columns(job.m, last - first);
-  const int64_t chunks = ceil_div(job.m, kChunkRows);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    for (int64_t column = first; column < last; column += width) {
-      quad_chunk(job, job.m * chunk / chunks, job.m * (chunk + 1) / chunks, column, limited(last, column + width),
-                 scratch);
-    }
-  }
+void product_bf16(const GemmJob& job, const GemmUnit& unit, void* scratch) {
+  (goes_by_quads(job) ? quad_unit : gemm_product<Bf16>)(job, unit, scratch);
 }
+int64_t unit_bytes_bf16(const GemmJob& job, int64_t rows, int64_t columns) {
+  if (!goes_by_quads(job)) {
+    return gemm_unit_bytes(job, rows, columns);
+  }
+  const Depth<2> depth{job.k, job.low == nullptr ? 0 : job.r};
+  // A group of fewer rows may have more spans.
+  const int64_t packed = limited(rows * depth.spans(), kPackedElements / (kSpan * 2) + rows);
+  const int64_t elements = (kQuadStrip + packed) * kQuadSpan;
+  return rounded_up(2 * elements + 4 * rows * rounded_up(columns, kColumnGrain), 64);
+}
+constexpr GemmKernels kGemmBf16 = {product_bf16, unit_bytes_bf16};
 
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

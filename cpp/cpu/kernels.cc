@@ -9,8 +9,7 @@ namespace {
 Kernels with_products_by_multiply_add() {
   constexpr int kIndex = static_cast<int>(Dtype::kBfloat16);
   Kernels table = avx512_bf16_kernels();
-  table.forward_columns[kIndex] = avx512_kernels().forward_columns[kIndex];
-  table.grad_input_columns[kIndex] = avx512_kernels().grad_input_columns[kIndex];
+  table.gemm[kIndex] = avx512_kernels().gemm[kIndex];
   return table;
 }
 

@@ -17,6 +17,30 @@ namespace qlora_native::cpu {
 // Threads take columns of y in multiples of this, so that no panel of weights is decoded twice.
 inline constexpr int64_t kColumnGrain = 64;
 
+// A product of the vector kernels (kernels-gemm-inl.h): with a 4-bit weight or with a dense one.
+struct GemmJob : ProductJob {
+  const void* dense = nullptr;  // [n, k] of `dtype`, in place of `weight`; or null
+  float scale = 1.0f;           // of the sums, before the bias is added
+  bool fp32_y = false;          // y is fp32, whatever `dtype` is
+};
+
+// What one thread computes at a time: rows [first_row, last_row) by columns [first_column, last_column) of y.
+// first_column is a multiple of kColumnGrain.
+struct GemmUnit {
+  int64_t first_row;
+  int64_t last_row;
+  int64_t first_column;
+  int64_t last_column;
+};
+
+struct GemmKernels {
+  // Writes a unit of y. `scratch` is aligned to 64 bytes and has unit_bytes. An output's bits do not depend on the
+  // unit.
+  void (*product)(const GemmJob& job, const GemmUnit& unit, void* scratch);
+  // For units of at most so many rows and columns, a multiple of 64.
+  int64_t (*unit_bytes)(const GemmJob& job, int64_t rows, int64_t columns);
+};
+
 struct BlockJob {
   const void* x;  // [numel], of the table entry's dtype
   int64_t numel;
@@ -78,12 +102,7 @@ struct Kernels {
   ReorderTokens reorder_tokens[3];
   DenseRows dense_rows[3];
 
-  // Writes columns [first, last) of y, on one thread; `first` is a multiple of kColumnGrain. `scratch` is aligned to 64
-  // bytes and has columns_scratch_bytes(job, last - first) of them. An output's bits do not depend on the range.
-  using Columns = void (*)(const ProductJob& job, int64_t first, int64_t last, void* scratch);
-  Columns forward_columns[3];
-  Columns grad_input_columns[3];
-  int64_t (*columns_scratch_bytes)(const ProductJob& job, int64_t columns);
+  GemmKernels gemm[3];       // indexed by Dtype
   const TileKernels* tiles;  // bf16 products by tiles, or null
 
   OptimKernels optim;

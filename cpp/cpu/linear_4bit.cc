@@ -10,29 +10,39 @@
 namespace qlora_native::cpu {
 namespace {
 
-constexpr int64_t kAlignment = 64;
-
-enum class Path { kRows, kTiles, kColumns };
+enum class Path { kRows, kDenseRows, kTiles, kGemm };
 
 int64_t index_of(Dtype dtype) { return static_cast<int64_t>(dtype); }
 
-Path path_of(const LinearCall& call) {
-  const bool tiles = low_rank_is_native(call.job.dtype);
-  const bool reorders = kernels().reorder_tokens[index_of(call.job.dtype)] != nullptr;
-  const int64_t few = tiles ? kFewRows : reorders ? kStreamTokens : kMaxTokens;
-  if (call.job.forward && call.job.m <= few && call.down == nullptr) {
-    return Path::kRows;
+bool takes_tiles(Dtype dtype) { return dtype == Dtype::kBfloat16 && have_tiles(); }
+
+Path path_of(const GemmJob& job) {
+  const bool tiles = takes_tiles(job.dtype);
+  if (job.forward && job.dense == nullptr) {
+    const bool reorders = kernels().reorder_tokens[index_of(job.dtype)] != nullptr;
+    if (job.m <= (tiles ? kFewRows : reorders ? kStreamTokens : kMaxTokens)) {
+      return Path::kRows;
+    }
+  } else if (job.forward && job.m <= kMaxTokens && job.bias == nullptr && job.scale == 1.0f) {
+    return Path::kDenseRows;
   }
-  return tiles ? Path::kTiles : Path::kColumns;
+  return tiles && job.scale == 1.0f ? Path::kTiles : Path::kGemm;
 }
 
-bool is_empty(const LinearCall& call) { return call.job.m == 0 || call.job.width() == 0; }
+// The low-rank product, which tiles and panels make with the product itself, where the latter goes by rows.
+GemmCall low_call_of(const GemmCall& call) {
+  GemmCall low{};
+  low.job = low_job_of(call);
+  return low;
+}
 
-TileProduct tile_product_of(const LinearCall& call) {
-  const ProductJob& job = call.job;
+bool is_empty(const GemmCall& call) { return call.job.m == 0 || call.job.width() == 0; }
+
+TileProduct tile_product_of(const GemmCall& call) {
+  const GemmJob& job = call.job;
   TileProduct product{};
   product.forward = job.forward;
-  product.matrix = {&job.weight, nullptr, job.n, job.k};
+  product.matrix = {job.dense == nullptr ? &job.weight : nullptr, static_cast<const Bf16*>(job.dense), job.n, job.k};
   product.x = static_cast<const Bf16*>(job.x);
   product.bias = static_cast<const Bf16*>(job.bias);
   product.low = static_cast<const Bf16*>(job.low);
@@ -46,43 +56,37 @@ TileProduct tile_product_of(const LinearCall& call) {
   return product;
 }
 
-// Units of columns that the vector kernels are dealt, and how many a thread gets at most.
-int64_t column_units(const LinearCall& call) { return ceil_div(call.job.width(), kColumnGrain); }
-int64_t column_share(const LinearCall& call) {
-  return ceil_div(column_units(call), std::max<int64_t>(1, std::min(available_threads(), column_units(call))));
-}
-int64_t share_bytes(const LinearCall& call) {
-  const int64_t bytes = kernels().columns_scratch_bytes(call.job, column_share(call) * kColumnGrain);
-  return ceil_div(bytes, kAlignment) * kAlignment;
-}
-
 }  // namespace
 
-bool low_rank_is_native(Dtype dtype) { return dtype == Dtype::kBfloat16 && have_tiles(); }
-
-int64_t linear_4bit_scratch_bytes(const LinearCall& call) {
+int64_t linear_4bit_scratch_bytes(const GemmCall& call) {
   if (is_empty(call)) {
     return 0;
   }
-  switch (path_of(call)) {
-    case Path::kRows:
-      return kernels().reorder_tokens[index_of(call.job.dtype)] == nullptr
-                 ? 0
-                 : call.job.m * rounded_up(call.job.k, kStreamChunk) * 2;
+  switch (path_of(call.job)) {
+    case Path::kRows: {
+      const int64_t low = call.down == nullptr ? 0 : linear_4bit_scratch_bytes(low_call_of(call));
+      const bool reorders = kernels().reorder_tokens[index_of(call.job.dtype)] != nullptr;
+      return std::max(low, reorders ? call.job.m * rounded_up(call.job.k, kStreamChunk) * 2 : 0);
+    }
     case Path::kTiles:
       return tile_product_scratch_bytes(tile_product_of(call));
+    case Path::kDenseRows:
+      return 0;
     default:
-      return share_bytes(call) * ceil_div(column_units(call), std::max<int64_t>(1, column_share(call)));
+      return gemm_scratch_bytes(call);
   }
 }
 
-void linear_4bit(const LinearCall& call, unsigned char* scratch) {
+void linear_4bit(const GemmCall& call, unsigned char* scratch) {
   if (is_empty(call)) {
     return;
   }
-  const ProductJob& job = call.job;
-  switch (path_of(call)) {
+  const GemmJob& job = call.job;
+  switch (path_of(call.job)) {
     case Path::kRows: {
+      if (call.down != nullptr) {
+        linear_4bit(low_call_of(call), scratch);
+      }
       const auto kernel = kernels().linear_rows[index_of(job.dtype)];
       const auto reorder = kernels().reorder_tokens[index_of(job.dtype)];
       if (reorder != nullptr) {
@@ -95,30 +99,33 @@ void linear_4bit(const LinearCall& call, unsigned char* scratch) {
       });
       return;
     }
+    case Path::kDenseRows: {
+      const auto kernel = kernels().dense_rows[index_of(job.dtype)];
+      const DenseJob rows{job.x, job.dense, job.y, job.m, job.n, job.k};
+      const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, 2 * job.k));
+      parallel_for(ceil_div(job.n, 2), grain,
+                   [&](int64_t begin, int64_t end) { kernel(rows, 2 * begin, std::min(2 * end, job.n)); });
+      return;
+    }
     case Path::kTiles:
       tile_product(tile_product_of(call), scratch);
       return;
-    default: {
-      const auto& columns = job.forward ? kernels().forward_columns : kernels().grad_input_columns;
-      const auto kernel = columns[index_of(job.dtype)];
-      const int64_t units = column_units(call);
-      const int64_t share = column_share(call);
-      const int64_t bytes = share_bytes(call);
-      parallel_for(ceil_div(units, share), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          kernel(job, i * share * kColumnGrain, std::min((i + 1) * share * kColumnGrain, job.width()),
-                 scratch + i * bytes);
-        }
-      });
-    }
+    default:
+      gemm(call, scratch);
   }
 }
 
-int64_t outer_scratch_bytes(int64_t m, int64_t r) { return tile_outer_scratch_bytes(m, r); }
+int64_t outer_scratch_bytes(Dtype dtype, int64_t m, int64_t r, int64_t width) {
+  return takes_tiles(dtype) ? tile_outer_scratch_bytes(m, r) : gemm_outer_scratch_bytes(dtype, m, r, width);
+}
 
-void outer(const void* left, const void* right, int64_t m, int64_t r, int64_t width, float scale, float* out,
-           unsigned char* scratch) {
-  tile_outer(static_cast<const Bf16*>(left), static_cast<const Bf16*>(right), m, r, width, scale, out, scratch);
+void outer(Dtype dtype, const void* left, const void* right, int64_t m, int64_t r, int64_t width, float scale,
+           float* out, unsigned char* scratch) {
+  if (takes_tiles(dtype)) {
+    tile_outer(static_cast<const Bf16*>(left), static_cast<const Bf16*>(right), m, r, width, scale, out, scratch);
+  } else if (r > 0 && width > 0) {
+    gemm_outer(dtype, left, right, m, r, width, scale, out, scratch);
+  }
 }
 
 }  // namespace qlora_native::cpu

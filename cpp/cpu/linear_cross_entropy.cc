@@ -21,13 +21,4 @@ void softmax_loss(Dtype dtype, void* logits, const int64_t* targets, int64_t row
   });
 }
 
-void few_logits(Dtype dtype, const void* h, const void* weight, int64_t tokens, int64_t vocabulary, int64_t width,
-                void* logits) {
-  const auto kernel = kernels().dense_rows[static_cast<int>(dtype)];
-  const DenseJob job{h, weight, logits, tokens, vocabulary, width};
-  const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, 2 * width));
-  parallel_for((vocabulary + 1) / 2, grain,
-               [&](int64_t first, int64_t last) { kernel(job, 2 * first, std::min(2 * last, vocabulary)); });
-}
-
 }  // namespace qlora_native::cpu

@@ -15,11 +15,4 @@ void softmax_loss(Dtype dtype,
                   int64_t rows, int64_t vocabulary, bool need_gradient,
                   float* losses);  // [rows]
 
-// logits = h weight^T for a few tokens, with fp32 sums; the same bits for any number of threads.
-void few_logits(Dtype dtype,
-                const void* h,       // [tokens, width]
-                const void* weight,  // [vocabulary, width]
-                int64_t tokens, int64_t vocabulary, int64_t width,
-                void* logits);  // [tokens, vocabulary]
-
 }  // namespace qlora_native::cpu

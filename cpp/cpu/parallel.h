@@ -82,8 +82,8 @@ inline int64_t unit_threads(int64_t total) {
 }
 
 // Calls body(unit, thread) for each unit in [0, total), 0 <= thread < unit_threads(total). Each thread takes the next
-// unit when it has finished one, so that slow cores and busy ones do fewer. The body must not throw, and its result must
-// not depend on which thread runs it.
+// unit when it has finished one, so that slow cores and busy ones do fewer. The body must not throw, and its result
+// must not depend on which thread runs it.
 template <typename Body>
 void parallel_units(int64_t total, const Body& body) {
   const int num_threads = static_cast<int>(unit_threads(total));

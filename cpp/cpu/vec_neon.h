@@ -172,6 +172,18 @@ inline void transpose_codes(const uint8_t* const* rows, int64_t offset, Words* o
   out[3] = high(ab_odd, cd_odd);
 }
 
+// v[i] lane j becomes v[j] lane i.
+inline void transpose(Floats (&v)[kLanes]) {
+  const float32x4_t a = vtrn1q_f32(v[0], v[1]);
+  const float32x4_t b = vtrn2q_f32(v[0], v[1]);
+  const float32x4_t c = vtrn1q_f32(v[2], v[3]);
+  const float32x4_t d = vtrn2q_f32(v[2], v[3]);
+  v[0] = vcombine_f32(vget_low_f32(a), vget_low_f32(c));
+  v[1] = vcombine_f32(vget_low_f32(b), vget_low_f32(d));
+  v[2] = vcombine_f32(vget_high_f32(a), vget_high_f32(c));
+  v[3] = vcombine_f32(vget_high_f32(b), vget_high_f32(d));
+}
+
 inline void store_as(float* p, Floats v) { store(p, v); }
 inline void store_as(Bf16* p, Floats v) {
   const uint32x4_t quieted = vorrq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x400000));

@@ -122,6 +122,33 @@ inline void store_as(Fp16* p, Floats v) {
 inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
+// v[i] lane j becomes v[j] lane i.
+inline void transpose(Floats (&v)[kLanes]) {
+  __m512i a[16];
+  __m512i b[16];
+  const auto bits = [&](int i) { return _mm512_castps_si512(v[i]); };
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(bits(i), bits(i + 1));
+    a[i + 1] = _mm512_unpackhi_epi32(bits(i), bits(i + 1));
+  }
+  for (int i = 0; i < 16; i += 4) {  // b[i + c]: column 4 q + c of rows i to i + 3, in quarter q
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee);
+    v[c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(low01, low23, 0x88));
+    v[4 + c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(low01, low23, 0xdd));
+    v[8 + c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(high01, high23, 0x88));
+    v[12 + c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
+}
+
 #elif defined(__AVX2__)
 
 using Words = __m256i;
@@ -212,9 +239,30 @@ inline void store_as(Fp16* p, Floats v) {
 inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
+// v[i] lane j becomes v[j] lane i.
+inline void transpose(Floats (&v)[kLanes]) {
+  __m256 a[8];
+  __m256 b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {  // b[i + c]: column 4 h + c of rows i to i + 3, in half h
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    v[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    v[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
+}
+
 #elif !defined(QLORA_NATIVE_NEON)  // one lane
 
 using Words = uint32_t;
+inline void transpose(Floats (&)[kLanes]) {}
 inline constexpr int kMicroRows = 4;
 inline constexpr int kTileVectors = 4;
 

@@ -10,7 +10,7 @@ namespace qlora_native::python {
 namespace {
 
 // Runs the product if `scratch` is given, and returns the bytes of scratch that it takes.
-int64_t run(const cpu::LinearCall& call, Address scratch, int64_t scratch_bytes) {
+int64_t run(const cpu::GemmCall& call, Address scratch, int64_t scratch_bytes) {
   const int64_t needed = cpu::linear_4bit_scratch_bytes(call);
   if (scratch_bytes >= needed && scratch % 64 == 0) {
     cpu::linear_4bit(call, reinterpret_cast<unsigned char*>(scratch));
@@ -54,9 +54,9 @@ int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address 
   require(std::strcmp(matrix.name() == nullptr ? "" : matrix.name(), kMatrix) == 0, "expected what matrix() returned.");
   const Matrix& self = *matrix.get_pointer<Matrix>();
   const py::gil_scoped_release release;
-  cpu::LinearCall call{};
+  cpu::GemmCall call{};
   require(m >= 0, "m is negative.");
-  ProductJob& job = call.job;
+  cpu::GemmJob& job = call.job;
   job.weight = self.view;
   job.dtype = checked_dtype(dtype);
   job.forward = true;
@@ -66,7 +66,6 @@ int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address 
   job.m = m;
   job.n = self.n;
   job.k = self.k;
-  call.low_scale = 1.0f;
   return run(call, scratch, scratch_bytes);
 }
 
@@ -74,13 +73,12 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
                int64_t r, Address y, int64_t m, int64_t n, int64_t k, Address scratch, int64_t scratch_bytes,
                Address packed, Address absmax, Address absmax_codes, Address nested_absmax, Address nested_offset,
                Address nested_code, Address levels, int quant_type, int64_t numel, int64_t block_size) {
-  cpu::LinearCall call{};
-  ProductJob& job = call.job;
+  cpu::GemmCall call{};
+  cpu::GemmJob& job = call.job;
   job.dtype = checked_dtype(dtype);
   job.forward = forward;
   require(m >= 0 && r >= 0, "m or r is negative.");
   check_shape(n, k, numel);
-  require(down == 0 || cpu::low_rank_is_native(job.dtype), "the low-rank product is not native for this dtype here.");
   require(r == 0 || m == 0 || n == 0 || k == 0 || (low != 0 && up != 0),
           "an adapter of rank r > 0 needs both factors.");
   job.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
@@ -100,15 +98,32 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
   return run(call, scratch, scratch_bytes);
 }
 
-int64_t outer(Address left, Address right, int64_t m, int64_t r, int64_t width, float scale, Address out,
+int64_t dense_linear(bool forward, int dtype, Address x, Address weight, Address bias, float scale, Address y,
+                     int64_t m, int64_t n, int64_t k, Address scratch, int64_t scratch_bytes) {
+  require(m >= 0 && n >= 0 && k >= 0, "m, n or k is negative.");
+  cpu::GemmCall call{};
+  cpu::GemmJob& job = call.job;
+  job.dtype = checked_dtype(dtype);
+  job.forward = forward;
+  job.m = m;
+  job.n = n;
+  job.k = k;
+  job.x = any_pointer(job.dtype, x, m * job.depth(), "x");
+  job.dense = any_pointer(job.dtype, weight, n * k, "weight");
+  job.bias = bias == 0 ? nullptr : any_pointer(job.dtype, bias, n, "bias");
+  job.scale = scale;
+  job.y = any_pointer(job.dtype, y, m * job.width(), "y");
+  return run(call, scratch, scratch_bytes);
+}
+
+int64_t outer(int dtype, Address left, Address right, int64_t m, int64_t r, int64_t width, float scale, Address out,
               Address scratch, int64_t scratch_bytes) {
-  require(cpu::low_rank_is_native(Dtype::kBfloat16), "outer products are not native here.");
   require(m >= 0 && r >= 0 && width >= 0, "m, r or width is negative.");
-  const int64_t needed = cpu::outer_scratch_bytes(m, r);
+  const Dtype type = checked_dtype(dtype);
+  const int64_t needed = cpu::outer_scratch_bytes(type, m, r, width);
   if (scratch_bytes >= needed && scratch % 64 == 0) {
-    cpu::outer(any_pointer(Dtype::kBfloat16, left, m * r, "left"),
-               any_pointer(Dtype::kBfloat16, right, m * width, "right"), m, r, width, scale,
-               pointer<float>(out, r * width, "out"), reinterpret_cast<unsigned char*>(scratch));
+    cpu::outer(type, any_pointer(type, left, m * r, "left"), any_pointer(type, right, m * width, "right"), m, r, width,
+               scale, pointer<float>(out, r * width, "out"), reinterpret_cast<unsigned char*>(scratch));
     return 0;
   }
   return needed;
@@ -117,10 +132,6 @@ int64_t outer(Address left, Address right, int64_t m, int64_t r, int64_t width, 
 }  // namespace
 
 void bind_linear_4bit(py::module_& module) {
-  module.attr("few_rows") = cpu::kFewRows;
-  module.def(
-      "low_rank_is_native", [](int dtype) { return cpu::low_rank_is_native(checked_dtype(dtype)); }, py::arg("dtype"),
-      "Whether linear_4bit takes `down`, and outer runs, for this dtype on this machine.");
   module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("down"), py::arg("low_scale"), py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"),
              py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("packed"),
@@ -136,11 +147,18 @@ void bind_linear_4bit(py::module_& module) {
   module.def("matrix_forward", &matrix_forward, py::arg("matrix"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("y"), py::arg("m"), py::arg("scratch"), py::arg("scratch_bytes"),
              "linear_4bit with what matrix() returned, forward and without an adapter.");
-  module.def("outer", &outer, py::arg("left"), py::arg("right"), py::arg("m"), py::arg("r"), py::arg("width"),
-             py::arg("scale"), py::arg("out"), py::arg("scratch"), py::arg("scratch_bytes"),
-             py::call_guard<py::gil_scoped_release>(),
-             "out [r, width] = scale * left^T right in fp32, for bf16 left [m, r] and right [m, width]. Returns as "
-             "linear_4bit does.");
+  module.def(
+      "dense_linear", &dense_linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("weight"),
+      py::arg("bias"), py::arg("scale"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scratch"),
+      py::arg("scratch_bytes"), py::call_guard<py::gil_scoped_release>(),
+      "y = scale * x W^T + bias for a dense weight [n, k] of x's dtype, or y = scale * x W. Returns as linear_4bit "
+      "does.");
+  module.def(
+      "outer", &outer, py::arg("dtype"), py::arg("left"), py::arg("right"), py::arg("m"), py::arg("r"),
+      py::arg("width"), py::arg("scale"), py::arg("out"), py::arg("scratch"), py::arg("scratch_bytes"),
+      py::call_guard<py::gil_scoped_release>(),
+      "out [r, width] = scale * left^T right in fp32, for left [m, r] and right [m, width] of one dtype. Returns "
+      "as linear_4bit does.");
 }
 
 }  // namespace qlora_native::python

@@ -21,15 +21,6 @@ void softmax_loss(int dtype, Address logits, Address targets, int64_t rows, int6
                     need_gradient, pointer<float>(losses, rows, "losses"));
 }
 
-void few_logits(int dtype, Address h, Address weight, int64_t tokens, int64_t vocabulary, int64_t width,
-                Address logits) {
-  require(tokens >= 0 && vocabulary >= 0 && width >= 0, "few_logits: tokens, vocabulary or width is negative.");
-  const Dtype type = checked_dtype(dtype);
-  cpu::few_logits(type, any_pointer(type, h, tokens * width, "h"),
-                  any_pointer(type, weight, vocabulary * width, "weight"), tokens, vocabulary, width,
-                  any_pointer(type, logits, tokens * vocabulary, "logits"));
-}
-
 }  // namespace
 
 void bind_linear_cross_entropy(py::module_& module) {
@@ -37,9 +28,6 @@ void bind_linear_cross_entropy(py::module_& module) {
              py::arg("vocabulary"), py::arg("need_gradient"), py::arg("losses"),
              py::call_guard<py::gil_scoped_release>(),
              "Cross entropy of each row; with need_gradient, logits become softmax - onehot in place.");
-  module.def("few_logits", &few_logits, py::arg("dtype"), py::arg("h"), py::arg("weight"), py::arg("tokens"),
-             py::arg("vocabulary"), py::arg("width"), py::arg("logits"), py::call_guard<py::gil_scoped_release>(),
-             "logits [tokens, vocabulary] = h [tokens, width] weight^T, for a few tokens.");
 }
 
 }  // namespace qlora_native::python

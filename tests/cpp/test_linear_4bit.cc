@@ -1,7 +1,6 @@
 #include "check.h"
 #include "core/layout.h"
 #include "cpu/linear_4bit.h"
-#include "cpu/linear_cross_entropy.h"
 #include "oracle.h"
 
 using namespace qlora_native;
@@ -38,7 +37,7 @@ void check_product(int64_t m, int64_t n, int64_t k, double tolerance, int64_t bl
   const std::vector<T> bias = oracle::uniform_values<T>(random, n);
   for (const bool with_bias : {false, true}) {
     std::vector<T> y(static_cast<size_t>(m * n));
-    cpu::LinearCall call{};
+    cpu::GemmCall call{};
     call.job.weight = weight.view;
     call.job.dtype = oracle::Storage<T>::kDtype;
     call.job.forward = true;
@@ -80,32 +79,42 @@ void check_products(double tolerance) {
 }
 
 template <typename T>
-void check_few_logits(int64_t m, int64_t n, int64_t k, double tolerance) {
+void check_dense_rows(int64_t m, int64_t n, int64_t k, double tolerance) {
   oracle::Random random(static_cast<uint64_t>(n * k));
   const std::vector<T> x = oracle::uniform_values<T>(random, m * k);
   const std::vector<T> w = oracle::uniform_values<T>(random, n * k);
   std::vector<T> y(static_cast<size_t>(m * n));
-  cpu::few_logits(oracle::Storage<T>::kDtype, x.data(), w.data(), m, n, k, y.data());
+  cpu::GemmCall call{};
+  call.job.dtype = oracle::Storage<T>::kDtype;
+  call.job.forward = true;
+  call.job.x = x.data();
+  call.job.dense = w.data();
+  call.job.y = y.data();
+  call.job.m = m;
+  call.job.n = n;
+  call.job.k = k;
+  const oracle::Scratch scratch(cpu::linear_4bit_scratch_bytes(call));
+  cpu::linear_4bit(call, scratch.aligned);
   check_sums(
       x, y, m, n, k, tolerance, [](int64_t) { return 0.0; },
       [&w](int64_t element) { return oracle::value_of(w[static_cast<size_t>(element)]); });
 }
 
 template <typename T>
-void check_all_few_logits(double tolerance) {
+void check_few_dense(double tolerance) {
   for (int64_t m = 0; m <= 3; ++m) {
-    check_few_logits<T>(m, 5, 67, tolerance);
+    check_dense_rows<T>(m, 5, 67, tolerance);
   }
   for (const int64_t k : {1, 8, 31, 64, 128, 129, 576, 2049}) {
-    check_few_logits<T>(2, 7, k, tolerance);
+    check_dense_rows<T>(2, 7, k, tolerance);
   }
-  check_few_logits<T>(1, 700, 256, tolerance);  // more than one thread
+  check_dense_rows<T>(1, 700, 256, tolerance);  // more than one thread
 }
 
-TEST(few_logits) {
-  check_all_few_logits<float>(1e-6);
-  check_all_few_logits<Bf16>(0x1p-8);
-  check_all_few_logits<Fp16>(0x1p-10);
+TEST(dense_rows) {
+  check_few_dense<float>(1e-6);
+  check_few_dense<Bf16>(0x1p-8);
+  check_few_dense<Fp16>(0x1p-10);
 }
 
 TEST(linear_fp32) { check_products<float>(1e-6); }

@@ -32,19 +32,22 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Calls the kernel on [0, columns) in the ranges that `cuts` names, each with scratch of exactly the size it asks for.
-void run(const cpu::Kernels& kernels, const ProductJob& job, const std::vector<int64_t>& cuts) {
-  const auto kernel = (job.forward ? kernels.forward_columns : kernels.grad_input_columns)[static_cast<int>(job.dtype)];
-  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
-    const int64_t bytes = kernels.columns_scratch_bytes(job, cuts[i + 1] - cuts[i]);
-    const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, static_cast<size_t>(bytes)));
-    std::memset(scratch.get(), 0xff, static_cast<size_t>(bytes));  // NaN: what is not written must not be read
-    kernel(job, cuts[i], cuts[i + 1], scratch.get());
+// Calls the kernel on the units between these cuts, each with scratch of exactly the size it asks for.
+void run(const cpu::Kernels& kernels, const cpu::GemmJob& job, const std::vector<int64_t>& row_cuts,
+         const std::vector<int64_t>& cuts) {
+  const cpu::GemmKernels& table = kernels.gemm[static_cast<int>(job.dtype)];
+  for (size_t row = 0; row + 1 < row_cuts.size(); ++row) {
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+      const int64_t bytes = table.unit_bytes(job, row_cuts[row + 1] - row_cuts[row], cuts[i + 1] - cuts[i]);
+      const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, static_cast<size_t>(bytes)));
+      std::memset(scratch.get(), 0xff, static_cast<size_t>(bytes));  // NaN: what is not written must not be read
+      table.product(job, {row_cuts[row], row_cuts[row + 1], cuts[i], cuts[i + 1]}, scratch.get());
+    }
   }
 }
 
 template <typename T>
-void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
+void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward, bool is_dense) {
   const oracle::RandomWeight weight(s.n * s.k, s.block, s.nested, s.block == 64 ? QuantType::kNf4 : QuantType::kFp4,
                                     static_cast<uint64_t>(s.n + s.k));
   oracle::Random random(static_cast<uint64_t>(s.m));
@@ -54,26 +57,22 @@ void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
   const std::vector<T> bias = oracle::uniform_values<T>(random, columns);
   const std::vector<T> low = oracle::uniform_values<T>(random, s.m * s.r);
   const std::vector<T> up = oracle::uniform_values<T>(random, columns * s.r);
+  const std::vector<T> w = oracle::uniform_values<T>(random, is_dense ? s.n * s.k : 0);
   std::vector<T> y(static_cast<size_t>(s.m * columns));
-  const ProductJob job{weight.view,
-                       oracle::Storage<T>::kDtype,
-                       forward,
-                       x.data(),
-                       s.bias ? bias.data() : nullptr,
-                       s.r > 0 ? low.data() : nullptr,
-                       s.r > 0 ? up.data() : nullptr,
-                       s.r,
-                       y.data(),
-                       s.m,
-                       s.n,
-                       s.k};
-  run(kernels, job, {0, columns});
+  const float scale = is_dense ? 0.75f : 1.0f;
+  cpu::GemmJob job{{weight.view, oracle::Storage<T>::kDtype, forward, x.data(), s.bias ? bias.data() : nullptr,
+                    s.r > 0 ? low.data() : nullptr, s.r > 0 ? up.data() : nullptr, s.r, y.data(), s.m, s.n, s.k},
+                   is_dense ? w.data() : nullptr,
+                   scale,
+                   false};
+  run(kernels, job, {0, s.m}, {0, columns});
 
   // Operands in the order of the sum, each a row: the products are then of two contiguous rows.
   std::vector<double> dense(static_cast<size_t>(s.n * s.k));
   for (int64_t i = 0; i < s.n * s.k; ++i) {
     const int64_t at = forward ? i : i % s.k * s.n + i / s.k;
-    dense[static_cast<size_t>(at)] = oracle::dequantised(weight.view, i, oracle::Storage<T>::kFormat);
+    dense[static_cast<size_t>(at)] = is_dense ? oracle::value_of(w[static_cast<size_t>(i)])
+                                              : oracle::dequantised(weight.view, i, oracle::Storage<T>::kFormat);
   }
   const std::vector<double> a = oracle::doubles_of(x);
   const std::vector<double> small = oracle::doubles_of(low);
@@ -86,7 +85,7 @@ void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
       double expected = s.bias ? oracle::value_of(bias[static_cast<size_t>(j)]) : 0.0;
       double magnitude = std::fabs(expected);
       const auto add = [&](double product) {
-        expected += product;
+        expected += scale * product;
         magnitude += std::fabs(product);
       };
       for (int64_t l = 0; l < depth; ++l) {
@@ -112,9 +111,20 @@ void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward) {
   }
   cuts.push_back(columns);
   std::memset(y.data(), 0xff, y.size() * sizeof(T));
-  run(kernels, job, cuts);
-  CHECK(std::memcmp(whole.data(), y.data(), y.size() * sizeof(T)) == 0, "%s: cut into ranges it gives other bits",
+  run(kernels, job, {0, (s.m + 2) / 3, s.m}, cuts);
+  CHECK(std::memcmp(whole.data(), y.data(), y.size() * sizeof(T)) == 0, "%s: cut into units it gives other bits",
         text(s, forward).c_str());
+
+  // The same sums, not rounded to T.
+  std::vector<float> wide(y.size());
+  job.y = wide.data();
+  job.fp32_y = true;
+  run(kernels, job, {0, s.m}, {0, columns});
+  for (size_t i = 0; i < wide.size(); ++i) {
+    CHECK(std::fabs(wide[i] - oracle::value_of(whole[i])) <= 1.01 * kStep * std::fabs(wide[i]) + smallest,
+          "%s: %zu is %a in fp32, %a rounded", text(s, forward).c_str(), i, static_cast<double>(wide[i]),
+          oracle::value_of(whole[i]));
+  }
 }
 
 template <typename T>
@@ -141,10 +151,12 @@ void check_shapes(const cpu::Kernels& kernels) {
   shapes.push_back({197, 33, 96, 32, 5, true, true});   // more rows than a block has
   shapes.push_back({1030, 5, 64, 64, 1, true, true});   // more rows than a chunk has
   for (const Shape& shape : shapes) {
-    check_product<T>(kernels, shape, true);
     Shape gradient = shape;
     gradient.bias = false;
-    check_product<T>(kernels, gradient, false);
+    for (const bool is_dense : {false, true}) {
+      check_product<T>(kernels, shape, true, is_dense);
+      check_product<T>(kernels, gradient, false, is_dense);
+    }
   }
 }
 
@@ -167,9 +179,9 @@ TEST(product_of_an_empty_depth) {
   for (const bool with_bias : {false, true}) {
     std::vector<float> y(6, -1.0f);
     run(cpu::kernels(),
-        {weight.view, Dtype::kFloat32, true, nullptr, with_bias ? bias.data() : nullptr, nullptr, nullptr, 0, y.data(),
-         2, 3, 0},
-        {0, 3});
+        {{weight.view, Dtype::kFloat32, true, nullptr, with_bias ? bias.data() : nullptr, nullptr, nullptr, 0, y.data(),
+          2, 3, 0}},
+        {0, 2}, {0, 3});
     for (size_t i = 0; i < y.size(); ++i) {
       CHECK(y[i] == (with_bias ? bias[i % 3] : 0.0f), "%zu is %g", i, y[i]);
     }
@@ -178,15 +190,15 @@ TEST(product_of_an_empty_depth) {
 
 TEST(product_of_no_rows) {
   const oracle::RandomWeight weight(3 * 64, 64, true, QuantType::kNf4, 1);
-  ProductJob job{};
+  cpu::GemmJob job{};
   job.weight = weight.view;
   job.n = 3;
   job.k = 64;
   job.forward = true;
-  run(cpu::kernels(), job, {0, 3});
+  run(cpu::kernels(), job, {0, 0}, {0, 3});
   job.dtype = Dtype::kBfloat16;
   job.forward = false;
-  run(cpu::kernels(), job, {0, 64});
+  run(cpu::kernels(), job, {0, 0}, {0, 64});
 }
 
 // A scale that is not a number shows in every output that it touches, and in no other.
@@ -199,8 +211,9 @@ void check_nan() {
     const int64_t columns = forward ? 40 : 64;
     std::vector<T> y(static_cast<size_t>(3 * columns));
     run(cpu::kernels(),
-        {weight.view, oracle::Storage<T>::kDtype, forward, x.data(), nullptr, nullptr, nullptr, 0, y.data(), 3, 40, 64},
-        {0, columns});
+        {{weight.view, oracle::Storage<T>::kDtype, forward, x.data(), nullptr, nullptr, nullptr, 0, y.data(), 3, 40,
+          64}},
+        {0, 3}, {0, columns});
     for (size_t i = 0; i < y.size(); ++i) {
       const bool touched = !forward || i % 40 == 17;
       CHECK(std::isnan(oracle::value_of(y[i])) == touched, "%d, %zu", forward ? 1 : 0, i);

@@ -166,7 +166,7 @@ def _kernel(m: int, n: int, k: int) -> str:
         return str(choice_of(_cuda_products.plan_of(module, sizes, device)))
     if m == 1:
         return f"rows of the weight, one stream a thread ({_C.cpu_isa()})"
-    if _C.low_rank_is_native(number):
+    if _C.cpu_isa() == "amx":
         return f"tiles of decoded panels ({_C.cpu_isa()}); rows of the weight for a few tokens"
     return f"decoded columns ({_C.cpu_isa()}); rows of the weight for a few tokens"
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from qlora_native.integrations.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
 from qlora_native.integrations.substitute import Substitute, substitute_class
-from qlora_native.ops import _pages, rms_norm, swiglu
-from qlora_native.ops._direct import at_once, few_logits
+from qlora_native.ops import _pages, dense_linear, rms_norm, swiglu
+from qlora_native.ops._direct import at_once
 
 LARGE = 1 << 22  # elements of a dense weight that no cache holds
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -33,19 +34,20 @@ def fuse(model: nn.Module) -> dict[str, int]:
     copy or pickle of the model stays fused.
 
     Returns:
-        How many modules were fused, by kind: ``norm``, ``mlp``, ``attention``, ``head``.
+        How many modules were fused, by kind: ``norm``, ``mlp``, ``attention``, ``linear``.
     """
     counts: Counter[str] = Counter()
-    for module in list(model.modules()):
-        if isinstance(module, Fused):
-            continue
-        for kind in (Norm, GatedMLP, Attention, Head):
-            settings = kind.recognise(module)
-            if settings is not None:
-                vars(module).update(settings)
-                module.__class__ = substitute_class(kind, type(module))
-                counts[kind.label] += 1
-                break
+    for kinds in ((Dense,), (Norm, GatedMLP, Attention)):  # the latter are tried out with their linear layers
+        for module in list(model.modules()):
+            if isinstance(module, Fused):
+                continue
+            for kind in kinds:
+                settings = kind.recognise(module)
+                if settings is not None:
+                    vars(module).update(settings)
+                    module.__class__ = substitute_class(kind, type(module))
+                    counts[kind.label] += 1
+                    break
     return dict(counts)
 
 
@@ -162,26 +164,26 @@ class Attention(Fused):
         return {"forward": with_native_parts(base.forward)}  # type: ignore[arg-type]
 
 
-class Head(Fused):
-    """A large dense linear layer in 16 bits, as an output embedding is; native for a few tokens without gradients."""
+class Dense(Fused):
+    """A dense linear layer in 16 bits: an output embedding, or what is left out of the quantization."""
 
-    label = "head"
+    label = "linear"
     weight: nn.Parameter
+    bias: nn.Parameter | None
 
     @classmethod
     def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
-        if type(module) is not nn.Linear or module.bias is not None or module.weight.numel() < LARGE:
+        if type(module) is not nn.Linear or module.weight.dtype not in SIXTEEN_BITS or not is_ours(module.weight):
             return None
-        if module.weight.dtype not in (torch.bfloat16, torch.float16) or not is_ours(module.weight):
-            return None
-        if module.weight.is_contiguous():
+        if module.weight.numel() >= LARGE and module.weight.is_contiguous():
             _pages.gather(module.weight)
         return {}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to [..., N]."""
-        y = None if args or kwargs else few_logits(x, self.weight)
-        return super().forward(x, *args, **kwargs) if y is None else y
+        if args or kwargs or x.dtype != self.weight.dtype or x.dtype not in SIXTEEN_BITS or not is_ours(x):
+            return super().forward(x, *args, **kwargs)
+        return at_once(dense_linear.cpu, torch.ops.qlora_native.dense_linear, (x, self.weight, self.bias))
 
 
 def _is_linear(module: nn.Module) -> bool:

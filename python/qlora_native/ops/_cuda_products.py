@@ -116,15 +116,22 @@ def _with_plain_scales(weight: Weight) -> Weight:
 
 
 class Products:
-    """The products of ``_products`` for CUDA tensors, by the kernels of a native module."""
+    """The products of ``_products`` for CUDA tensors, by the kernels of a native module; those of dense operands are
+    torch's."""
+
+    MAKES_LOW = False
 
     def __init__(self, module: ModuleType, low_memory: bool) -> None:
         self.module = module
         self.low_memory = low_memory
 
-    def makes_low(self, dtype: torch.dtype, rows: int | None = None) -> bool:
-        """An adapter's input is projected by torch's GEMM."""
-        return False
+    def dense_forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x W^T for x [M, K] and a dense W [N, K]. Returns [M, N]."""
+        return torch.mm(x, weight.t())
+
+    def dense_grad_input(self, grad_y: torch.Tensor, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """scale * grad_y W for grad_y [M, N] and a dense W [N, K]. Returns [M, K]."""
+        return torch.mm(grad_y, weight) * scale
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
         """scale * left^T right for left [M, r] and right [M, C], in fp32 or wider. Returns [r, C]."""

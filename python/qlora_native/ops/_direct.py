@@ -23,7 +23,6 @@ from ._library import Weight, buffer
 _CPU = torch.device("cpu")
 _is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 _matrix_forward = _C.matrix_forward
-MOST_LOGITS = 4  # tokens, beyond which torch's GEMM is the faster one
 _PLAIN = (Tensor, torch.nn.Parameter)
 Matrix = tuple[int, int, object]  # N, K, and the native form of a weight [N, K]
 
@@ -155,23 +154,3 @@ def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> Tensor | N
     if needed:
         _matrix_forward(native, number, x.data_ptr(), addend, y.data_ptr(), rows, *buffer(needed))
     return y
-
-
-def few_logits(h: Tensor, weight: Tensor) -> Tensor | None:
-    """h W^T for a few tokens [..., K] and a dense 16-bit W [V, K], or None where torch is to do it.
-
-    Sums are fp32; the bits depend neither on the number of threads nor of tokens.
-    """
-    shape = h.shape
-    if not shape or weight.dim() != 2 or shape[-1] != weight.shape[1] or not 0 < h.numel() <= MOST_LOGITS * shape[-1]:
-        return None
-    if h.dtype not in (torch.bfloat16, torch.float16) or h.dtype != weight.dtype or not unobserved(h, weight):
-        return None
-    if not (h.is_contiguous() and weight.is_contiguous()):
-        return None
-    vocabulary, width = weight.shape
-    logits = torch.empty((*shape[:-1], vocabulary), dtype=h.dtype, device=_CPU)
-    _C.few_logits(
-        DTYPE_NUMBER[h.dtype], h.data_ptr(), weight.data_ptr(), h.numel() // width, vocabulary, width, logits.data_ptr()
-    )
-    return logits

@@ -44,6 +44,9 @@ SCHEMAS = {
         "bool low_memory, "
         f"{WEIGHT}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    "dense_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "dense_linear_grad_input": "(Tensor grad_y, Tensor weight) -> Tensor",
+    "dense_linear_grad_weight": "(Tensor grad_y, Tensor x) -> Tensor",
     "linear_cross_entropy": (
         f"(Tensor h, Tensor labels, int ignore_index, bool need_grad_h, bool need_grad_weight, {WEIGHT_OR_DENSE})"
         " -> (Tensor, Tensor, Tensor)"

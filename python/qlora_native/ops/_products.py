@@ -5,6 +5,8 @@ Whatever the path, a weight is decoded a little at a time and multiplied at once
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from ._library import Weight, buffer, scratch
 from .dequantize_4bit import decode_panel
 
 PANEL_BYTES = 8 << 20  # of decoded weights at a time, in float64
+MAKES_LOW = True  # an adapter may carry ``down``
 
 
 class Adapter(NamedTuple):
@@ -29,16 +32,6 @@ class Adapter(NamedTuple):
     up: torch.Tensor
     down: torch.Tensor | None = None
     down_scale: float = 1.0
-
-
-def makes_low(dtype: torch.dtype, rows: int | None = None) -> bool:
-    """Whether :class:`Adapter` may carry ``down``, and :func:`outer` runs, for this dtype on this machine.
-
-    With ``rows``: whether ``down`` is of use in a forward product of so many tokens. With very few, the weight's bytes
-    are the work, and the kernel that reads them fastest has no part for it.
-    """
-    number = DTYPE_NUMBER.get(dtype)
-    return number is not None and (rows is None or rows > _C.few_rows) and _C.low_rank_is_native(number)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -62,10 +55,15 @@ def _native(
     arguments = (is_forward, number, x.data_ptr(), addend, down, down_scale, low, up, rank, y.data_ptr())
     pointers = weight.pointers()
     sizes = (x.shape[0], rows, columns)
-    needed = _C.linear_4bit(*arguments, *sizes, *buffer(0), *pointers)
-    if needed:
-        _C.linear_4bit(*arguments, *sizes, *buffer(needed), *pointers)
+    _with_scratch(lambda *scratch: _C.linear_4bit(*arguments, *sizes, *scratch, *pointers))
     return y
+
+
+def _with_scratch(call: Callable[..., int]) -> None:
+    """Calls a native function that answers how many bytes of scratch it needs, if it has too few, with enough."""
+    needed = call(*buffer(0))
+    if needed:
+        call(*buffer(needed))
 
 
 def _in_double(
@@ -103,13 +101,55 @@ def grad_input(grad_y: torch.Tensor, weight: Weight, adapter: Adapter | None = N
 
 def outer(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * left^T right in fp32 or wider, for left [M, r] and right [M, C]. Returns [r, C]."""
-    if not makes_low(left.dtype):
-        return torch.mm(left.t(), right).to(torch.promote_types(left.dtype, torch.float32)) * scale
+    if left.dtype not in DTYPE_NUMBER:
+        return torch.mm(left.t(), right) * scale
     left, right = left.contiguous(), right.contiguous()
     rank, width = left.shape[1], right.shape[1]
     out = torch.empty(rank, width, dtype=torch.float32)
-    arguments = (left.data_ptr(), right.data_ptr(), left.shape[0], rank, width, scale, out.data_ptr())
-    needed = _C.outer(*arguments, *buffer(0))
-    if needed:
-        _C.outer(*arguments, *buffer(needed))
+    sizes = (left.shape[0], rank, width, scale, out.data_ptr())
+    _with_scratch(partial(_C.outer, DTYPE_NUMBER[left.dtype], left.data_ptr(), right.data_ptr(), *sizes))
     return out
+
+
+def _dense(
+    is_forward: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    rows, columns = weight.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    y = torch.empty(x.shape[0], rows if is_forward else columns, dtype=x.dtype) if out is None else out
+    pointers = (x.data_ptr(), weight.data_ptr(), _address(bias), scale, y.data_ptr())
+    _with_scratch(partial(_C.dense_linear, is_forward, DTYPE_NUMBER[x.dtype], *pointers, x.shape[0], rows, columns))
+    return y
+
+
+def dense_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x W^T + bias for x [M, K] and a dense W [N, K] of its dtype, summed in fp32. Returns [M, N], in ``out`` if that
+    is given (contiguous, without a bias).
+
+    fp32 and wider is torch's: its product is a tuned one on every CPU.
+    """
+    if x.dtype.itemsize > 2:
+        if bias is not None:
+            return torch.addmm(bias.to(x.dtype), x, weight.t())
+        return torch.mm(x, weight.t(), out=out)
+    return _dense(True, x, weight, bias, 1.0, out)
+
+
+def dense_grad_input(
+    grad_y: torch.Tensor, weight: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """scale * grad_y W for grad_y [M, N] and a dense W [N, K] of its dtype, summed in fp32. Returns [M, K], in ``out``
+    if that is given (contiguous)."""
+    if grad_y.dtype.itemsize > 2:
+        product = torch.mm(grad_y, weight, out=out)
+        return product if scale == 1.0 else product.mul_(scale)
+    return _dense(False, grad_y, weight, None, scale, out)

@@ -13,7 +13,7 @@ import torch
 
 from .. import _C
 from .._native import DTYPE_NUMBER
-from . import _cuda_kernels
+from . import _cuda_kernels, _products
 from ._library import Weight, autograd, fake, implement, weight_of
 from .linear_4bit import NO_WEIGHT_GRADIENT, without_autocast
 
@@ -45,6 +45,8 @@ def check(h: torch.Tensor, labels: torch.Tensor, weight: Weight, need_grad_weigh
 def _logits(h: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
     """h W^T, [M, V]; in ``out`` where the product can be put there."""
     if is_dense(weight):
+        if h.device.type == "cpu":
+            return _products.dense_forward(h, weight.packed, out=out)
         return torch.mm(h, weight.packed.t(), out=out)
     logits: torch.Tensor = torch.ops.qlora_native.linear_4bit(h, None, False, *weight)
     return logits
@@ -53,6 +55,8 @@ def _logits(h: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) ->
 def _grad_h(grad_logits: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
     """grad_logits W, [M, K]; in ``out`` where the product can be put there."""
     if is_dense(weight):
+        if grad_logits.device.type == "cpu":
+            return _products.dense_grad_input(grad_logits, weight.packed, out=out)
         return torch.mm(grad_logits, weight.packed, out=out)
     grad_h: torch.Tensor = torch.ops.qlora_native.linear_4bit_grad_input(grad_logits, False, *weight)
     return grad_h
@@ -160,7 +164,7 @@ def _fused(
             else:
                 target[kept[first:last]] = _grad_h(logits, weight)
         if need_grad_weight:
-            grad_weight += torch.mm(logits.t(), part)
+            grad_weight.addmm_(logits.t().float(), part.float())
     loss = losses.sum(dtype=torch.float64) / kept.numel()
     return loss.to(torch.float32), grad_h, grad_weight
 

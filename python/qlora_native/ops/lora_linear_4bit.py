@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._native import DTYPE_NUMBER
 from . import _cuda_products, _products
 from ._library import Weight, autograd, check_matrix, fake, implement, weight_of
 from .linear_4bit import (
@@ -21,7 +22,6 @@ from .linear_4bit import (
     without_autocast,
 )
 
-FEW_TOKENS = 8
 Pair = tuple[torch.Tensor, torch.Tensor]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # of x, x_lora, A, B; empty if not needed
 
@@ -70,23 +70,15 @@ def forward_by(engine: Engine, call: Call) -> Pair:
     x, x_lora, a, b, scale, bias, _, weight = call
     rows = x.reshape(-1, x.shape[-1])
     with without_autocast(x):
-        down, up = a.to(x.dtype), scaled(b, scale, x.dtype)
-        if x_lora is None and engine.makes_low(x.dtype, rows.shape[0]):
+        down, up = a.to(x.dtype).contiguous(), scaled(b, scale, x.dtype)
+        if x_lora is None and engine.MAKES_LOW and x.dtype in DTYPE_NUMBER:
             xa = x.new_empty(rows.shape[0], a.shape[0])
-            adapter = _products.Adapter(xa, up, down.contiguous())
+            adapter = _products.Adapter(xa, up, down)
         else:
-            adapted = rows if x_lora is None else x_lora.reshape(-1, x.shape[-1])
-            xa = project(adapted, down)
+            xa = engine.dense_forward(rows if x_lora is None else x_lora.reshape(-1, x.shape[-1]), down)
             adapter = _products.Adapter(xa, up)
         y = engine.forward(rows, weight, bias, adapter)
     return y.view(*x.shape[:-1], weight.shape[0]), xa.view(*x.shape[:-1], a.shape[0])
-
-
-def project(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """x down^T for x [M, K] and down [r, K], summed in fp32 at least. Returns [M, r] in x's dtype."""
-    if x.shape[0] > FEW_TOKENS or x.dtype not in (torch.bfloat16, torch.float16):
-        return torch.mm(x, down.t())
-    return torch.mm(x.float(), down.float().t()).to(x.dtype)  # to start torch's 16-bit GEMM takes longer than all this
 
 
 def scaled(b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -161,16 +153,16 @@ def backward_by(engine: Engine, call: BackwardCall) -> Gradients:
     grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
     with without_autocast(x):
         down, up = a.to(grad_y.dtype).contiguous(), b.to(grad_y.dtype).contiguous()
-        if need_x and not separate and engine.makes_low(grad_y.dtype):
+        if need_x and not separate and engine.MAKES_LOW and grad_y.dtype in DTYPE_NUMBER:
             low = x.new_empty(rows.shape[0], a.shape[0])
             grad_x = engine.grad_input(rows, weight, _products.Adapter(low, down, up, scale)).view(x.shape)
         else:
-            low = torch.mm(rows, up) * scale
+            low = engine.dense_grad_input(rows, up, scale)
             if need_x:
                 adapter = None if separate else _products.Adapter(low, down)
                 grad_x = engine.grad_input(rows, weight, adapter).view(x.shape)
             if need_x_lora:
-                grad_x_lora = torch.mm(low, down).view(x.shape)
+                grad_x_lora = engine.dense_grad_input(low, down).view(x.shape)
         if need_a:
             grad_a = engine.outer(low, tokens, 1.0).to(a.dtype)
         if need_b:

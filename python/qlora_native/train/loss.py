@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 import qlora_native as qn
 from qlora_native.data import IGNORE_INDEX
 from qlora_native.estimate.memory import LOGIT_FIELDS  # only used to say why
-from qlora_native.integrations.fused import Head
+from qlora_native.integrations.fused import Dense
 from qlora_native.nn import QuantizedLinear
 
 _plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -144,7 +144,7 @@ def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     head = model.get_output_embeddings()
     name = type(model).__name__
     kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)  # FSDP puts two classes before it
-    if kind is not nn.Linear and not isinstance(head, (QuantizedLinear, Head)):
+    if kind is not nn.Linear and not isinstance(head, (QuantizedLinear, Dense)):
         reason = f"its output embedding is {kind.__name__}, not a linear layer"
     elif head.bias is not None:
         reason = "its output embedding has a bias"

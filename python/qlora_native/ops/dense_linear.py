@@ -1,0 +1,139 @@
+"""dense_linear: x W^T + bias with a dense weight in 16 bits, and the gradients.
+
+torch's own 16-bit matrix product is a plain loop on CPUs without bf16 instructions; this one is as fast as the 4-bit
+one on all of them. Other dtypes and devices go to torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _products
+from ._library import autograd, fake, implement
+from .linear_4bit import sum_to_bias, without_autocast
+
+
+def check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, features: int) -> None:
+    """Refuses operands that do not fit; ``features`` is the axis of the weight that x's last axis meets."""
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[features]:
+        raise ValueError(
+            f"{op}: weight is {list(weight.shape)}, x is {list(x.shape)}: expected a weight [N, K] and x's last "
+            f"dimension to be {'NK'[features]}."
+        )
+    if x.dtype != weight.dtype or x.device != weight.device or not x.dtype.is_floating_point:
+        raise ValueError(
+            f"{op}: x is {x.dtype} on {x.device}, weight is {weight.dtype} on {weight.device}: expected one "
+            "floating-point dtype on one device."
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"{op}: bias is {list(bias.shape)}: expected [{weight.shape[0]}].")
+
+
+@implement("dense_linear", "CPU")
+def cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    check("dense_linear", x, weight, bias, features=1)
+    with without_autocast(x):
+        y = _products.dense_forward(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@implement("dense_linear", "CompositeExplicitAutograd")
+def anywhere(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    check("dense_linear", x, weight, bias, features=1)
+    with without_autocast(x):
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@fake("dense_linear")
+def shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    check("dense_linear", x, weight, bias, features=1)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@implement("dense_linear_grad_input", "CPU")
+def cpu_grad_input(grad_y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    check("dense_linear_grad_input", grad_y, weight, None, features=0)
+    with without_autocast(grad_y):
+        grad_x = _products.dense_grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
+    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+
+
+@implement("dense_linear_grad_input", "CompositeExplicitAutograd")
+def anywhere_grad_input(grad_y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    check("dense_linear_grad_input", grad_y, weight, None, features=0)
+    with without_autocast(grad_y):
+        return grad_y @ weight
+
+
+@fake("dense_linear_grad_input")
+def grad_input_shapes(grad_y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    check("dense_linear_grad_input", grad_y, weight, None, features=0)
+    return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
+
+
+@implement("dense_linear_grad_weight", "CPU")
+def cpu_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    rows, columns = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+    with without_autocast(x):
+        return _products.outer(rows, columns, 1.0).to(x.dtype)
+
+
+@implement("dense_linear_grad_weight", "CompositeExplicitAutograd")
+def anywhere_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    with without_autocast(x):
+        return grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+@fake("dense_linear_grad_weight")
+def grad_weight_shapes(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(grad_y.shape[-1], x.shape[-1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, bias = inputs
+    needs_x = ctx.needs_input_grad[1]  # for the weight's gradient; a frozen weight does not keep it
+    ctx.save_for_backward(x if needs_x else None, weight if ctx.needs_input_grad[0] else None)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qlora_native.dense_linear_grad_input(grad_y, weight)
+    if ctx.needs_input_grad[1]:
+        grad_weight = torch.ops.qlora_native.dense_linear_grad_weight(grad_y, x)
+    if ctx.needs_input_grad[2]:
+        grad_bias = sum_to_bias(grad_y, ctx.bias_dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_grad_input(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    grad_y, weight = ctx.saved_tensors
+    by_grad_y = by_weight = None
+    if ctx.needs_input_grad[0]:
+        by_grad_y = torch.ops.qlora_native.dense_linear(grad, weight, None)
+    if ctx.needs_input_grad[1]:
+        by_weight = torch.ops.qlora_native.dense_linear_grad_weight(grad_y, grad)
+    return by_grad_y, by_weight
+
+
+def _backward_grad_weight(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    grad_y, x = ctx.saved_tensors
+    by_grad_y = by_x = None
+    if ctx.needs_input_grad[0]:
+        by_grad_y = torch.ops.qlora_native.dense_linear(x, grad, None)
+    if ctx.needs_input_grad[1]:
+        by_x = torch.ops.qlora_native.dense_linear_grad_input(grad_y, grad)
+    return by_grad_y, by_x
+
+
+autograd("dense_linear", _backward, _setup)
+autograd("dense_linear_grad_input", _backward_grad_input, _setup_grad_input)
+autograd("dense_linear_grad_weight", _backward_grad_weight, _setup_grad_input)

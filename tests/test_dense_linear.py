@@ -1,0 +1,90 @@
+"""dense_linear against fp64: every dtype, few and many rows, its derivatives, and what it keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import SavedTensors, relative_error, same_bytes
+
+pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
+dense_linear = torch.ops.qlora_native.dense_linear
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+SHAPES = ((1,), (2, 1), (8,), (9,), (3, 50), (0,), (600,))
+
+
+def operands(
+    shape: tuple[int, ...], n: int, k: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(*shape, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("n", "k"), [(70, 96), (1, 33), (257, 31), (64, 1025)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients(shape: tuple[int, ...], n: int, k: int, dtype: torch.dtype) -> None:
+    tensors = [t.requires_grad_() for t in operands(shape, n, k, dtype)]
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    y, truth = dense_linear(*tensors), torch.nn.functional.linear(*wide)
+    grad_y = torch.randn(*shape, n).to(dtype)
+    y.backward(grad_y)
+    truth.backward(grad_y.double())
+    assert y.dtype == dtype and y.shape == truth.shape
+    assert relative_error(y, truth) < TOLERANCE[dtype]
+    for got, expected in zip(tensors, wide, strict=True):
+        assert got.grad is not None and expected.grad is not None
+        assert relative_error(got.grad, expected.grad) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_bits_depend_neither_on_threads_nor_on_other_rows(dtype: torch.dtype) -> None:
+    x, weight, _ = operands((700,), 300, 640, dtype)
+    grad_y = torch.randn(700, 300).to(dtype)
+    grad_input = torch.ops.qlora_native.dense_linear_grad_input
+    grad_weight = torch.ops.qlora_native.dense_linear_grad_weight
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append((dense_linear(x, weight, None), grad_input(grad_y, weight), grad_weight(grad_y, x)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(same_bytes, results[0], other))
+    assert same_bytes(dense_linear(x[40:80], weight, None), results[0][0][40:80])
+
+
+def test_a_frozen_weight_keeps_no_input() -> None:
+    x, weight, _ = operands((9,), 40, 64, torch.bfloat16)
+    x.requires_grad_()
+    with SavedTensors() as saved:
+        dense_linear(x, weight, None)
+    assert {t.data_ptr() for t in saved.tensors} == {weight.data_ptr()}
+
+
+def test_strides_do_not_matter() -> None:
+    x, weight, bias = operands((20,), 40, 64, torch.bfloat16)
+    expected = dense_linear(x, weight, bias)
+    assert same_bytes(dense_linear(x.t().contiguous().t(), weight.t().contiguous().t(), bias), expected)
+
+
+def test_gradcheck_twice() -> None:
+    tensors = tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (4, 5), (4,)))
+    assert torch.autograd.gradcheck(dense_linear, tensors)
+    assert torch.autograd.gradgradcheck(dense_linear, tensors)
+
+
+def test_opcheck() -> None:
+    x, weight, bias = (t.requires_grad_() for t in operands((12,), 20, 32, torch.bfloat16))
+    torch.library.opcheck(dense_linear, (x, weight, bias))
+    torch.library.opcheck(torch.ops.qlora_native.dense_linear_grad_input, (torch.randn(12, 20).bfloat16(), weight))
+
+
+def test_refuses_in_words() -> None:
+    x, weight, bias = operands((2,), 4, 8, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"weight is \[4, 8\], x is \[2, 7\]"):
+        dense_linear(x[:, :7], weight, bias)
+    with pytest.raises(ValueError, match=r"x is torch.float32 on cpu, weight is torch.bfloat16"):
+        dense_linear(x.float(), weight, bias)
+    with pytest.raises(ValueError, match=r"bias is \[3\]: expected \[4\]"):
+        dense_linear(x, weight, bias[:3])
