@@ -29,7 +29,7 @@ BARS = {"weights": 0.05, "optimizer": 0.05, "total": 0.10}
 TOLD = 0.05
 SMALL: dict[str, dict[str, Any]] = {  # of the random models
     "llama": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "llama48": {  # heads of 48, which the native attention does not take
+    "llama48": {  # heads of 48
         "model_type": "llama",
         "hidden_size": 480,
         "intermediate_size": 1376,

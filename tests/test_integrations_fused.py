@@ -15,13 +15,10 @@ from tiny_models import logits, make, save, tokens
 from torch import nn
 
 import qlora_native as qn
-from qlora_native.integrations import fuse, unfuse
+from qlora_native.integrations import fuse, fused_attention, substitute, unfuse
 from qlora_native.integrations.fused import Fused
-from qlora_native.integrations.fused_attention import FAST_ATTENTION
 from qlora_native.train.loss import causal_lm_loss
 
-# Where native attention is not the faster one, an attention without a rotation to replace stays as it is.
-SDPA = {"attention": 2} if qn.build_info()["cpu_isa"] in FAST_ATTENTION else {}
 ALL = {"attention": 2, "mlp": 2, "norm": 5}
 EXPECTED = {
     "Llama": ALL,
@@ -31,9 +28,9 @@ EXPECTED = {
     "Gemma": {"attention": 2},  # norms of weight 1 + w, GELU
     "Gemma2": {"attention": 2},
     "Olmo2": {**ALL, "norm": 9},
-    "Phi3": {**SDPA, "norm": 5},  # one projection for gate and up, rotation of a part of the head
-    "GPT2": SDPA,
-    "Cohere": {**SDPA, "mlp": 2},  # layer norm, interleaved rotation
+    "Phi3": {"attention": 2, "norm": 5},  # one projection for gate and up, rotation of a part of the head
+    "GPT2": {"attention": 2},
+    "Cohere": {"attention": 2, "mlp": 2},  # layer norm, interleaved rotation
 }
 
 
@@ -147,6 +144,44 @@ def test_generates_the_same() -> None:
     want = model.generate(tokens(2, 7), **options)
     fuse(model)
     assert torch.equal(model.generate(tokens(2, 7), **options), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_torch_attends_in_fp32_where_it_has_no_products_of_bf16(
+    dtype: torch.dtype, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, padded batches and single tokens go to torch; whole causal sequences never do."""
+    monkeypatch.setattr(fused_attention, "NATIVE_BF16", (qn.build_info()["cpu_isa"],) if bf16 else ())
+    monkeypatch.setattr(substitute, "_made", {})
+    model = model_of("Mistral", dtype, sliding_window=8).eval()
+    plain = copy.deepcopy(model)
+    fuse(model)
+    seen: list[torch.Tensor | None] = []
+    sdpa = nn.functional.scaled_dot_product_attention
+
+    def recorded(*args: Any, attn_mask: Any = None, **kwargs: Any) -> torch.Tensor:
+        seen.extend((*args, attn_mask))
+        return sdpa(*args, attn_mask=attn_mask, **kwargs)
+
+    ids = tokens(2, 24)
+    want = plain(input_ids=ids).logits
+    padded = torch.ones_like(ids)
+    padded[0, :5] = 0
+    want_padded = plain(input_ids=ids[:, :7], attention_mask=padded[:, :7]).logits[1]
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", recorded)
+    got = model(input_ids=ids, labels=ids)
+    got.loss.backward()
+    assert len(seen) == 2 * 4  # of the two layers, whose windows are narrower than the row
+    assert relative_error(got.logits, want) < 2e-2
+    assert relative_error(model(ids[:, :7], attention_mask=padded[:, :7]).logits[1], want_padded) < 2e-2
+    assert len(seen) == 4 * 4
+    model(input_ids=ids[:, :7])
+    assert len(seen) == 4 * 4
+    model.generate(ids[:, :7], attention_mask=padded[:, :7], max_new_tokens=3, do_sample=False)
+    assert len(seen) > 6 * 4
+    dtypes = {x.dtype for x in seen if x is not None}
+    assert dtypes <= {dtype if bf16 else torch.float32, torch.bool}
 
 
 def quantised(**changes: Any) -> Any:

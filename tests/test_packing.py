@@ -150,7 +150,6 @@ def test_losses_and_gradients_are_those_of_the_rows_alone(kind: str) -> None:
 
 
 def test_in_bf16_native_attention_sees_no_other_row_either() -> None:
-    """Where this machine's native attention is the faster one; elsewhere the same through transformers' function."""
     model = tiny_models.make(hidden_size=128)
     model.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
     truth, model = model, copy.deepcopy(model).bfloat16()

@@ -1,20 +1,19 @@
-// Causal scaled dot-product attention in bf16 with grouped key heads, and its gradient (Dao et al., "FlashAttention",
-// 2022: nothing of size length x length is kept; scores are computed again in backward).
+// Causal scaled dot-product attention with grouped key heads, and its gradient (Dao et al., "FlashAttention", 2022:
+// nothing of size length x length is kept; scores are computed again in backward).
+//
+// Threads share a few heads at a time: these are packed, then multiplied in units that depend on the length alone, then
+// written, so that one sequence with few heads uses all of them and the bits do not depend on their number.
 #pragma once
 
 #include "cpu/kernels-attention.h"
 
 namespace qlora_native::cpu {
 
-// Scratch for each of the threads that the call will use; see attention_threads.
-int64_t attention_scratch_bytes(int64_t length, int64_t head_dim, bool backward);
-int64_t attention_threads(int64_t units);
+// Scratch of a call from this thread with its present number of threads.
+int64_t attention_scratch_bytes(Dtype dtype, const AttentionJob& job, bool backward);
 
-void causal_attention(const AttentionJob& job, int64_t batches,
-                      unsigned char* scratch);  // [attention_threads(batches * heads)][attention_scratch_bytes]
-
-void causal_attention_backward(
-    const AttentionGradJob& job, int64_t batches,
-    unsigned char* scratch);  // [attention_threads(batches * kv_heads)][attention_scratch_bytes]
+// scratch: aligned to 64 bytes, of attention_scratch_bytes.
+void causal_attention(Dtype dtype, const AttentionJob& job, unsigned char* scratch);
+void causal_attention_backward(Dtype dtype, const AttentionJob& job, unsigned char* scratch);
 
 }  // namespace qlora_native::cpu

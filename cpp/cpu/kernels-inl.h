@@ -33,7 +33,7 @@ constexpr Kernels kTable = {
     nullptr,
     kOptimTable,
     kActivations,
-    kAttention,
+    {attention_kernels<float>(), attention_kernels<Bf16>(), attention_kernels<Fp16>()},
     kCalibration,
 };
 

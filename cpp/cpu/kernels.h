@@ -107,7 +107,7 @@ struct Kernels {
 
   OptimKernels optim;
   ActivationKernels activations;
-  AttentionKernels attention;
+  AttentionKernels attention[3];
   CalibrationKernels calibration;
 };
 

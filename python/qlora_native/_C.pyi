@@ -176,11 +176,12 @@ def swiglu_backward(dtype: int, grad_y: int, gate: int, up: int, numel: int, gra
 
 Heads = tuple[int, int, int, int]
 
-def causal_attention_scratch_bytes(shape: tuple[int, ...], backward: bool) -> int: ...
+def causal_attention_scratch_bytes(dtype: int, shape: tuple[int, ...], backward: bool) -> int: ...
 def causal_attention(
-    shape: tuple[int, ...], scale: float, q: Heads, k: Heads, v: Heads, out: Heads, lse: int, scratch: int
+    dtype: int, shape: tuple[int, ...], scale: float, q: Heads, k: Heads, v: Heads, out: Heads, lse: int, scratch: int
 ) -> None: ...
 def causal_attention_backward(
+    dtype: int,
     shape: tuple[int, ...],
     scale: float,
     q: Heads,

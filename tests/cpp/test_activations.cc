@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/causal_attention.h"
 #include "cpu/linear_cross_entropy.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotary.h"
@@ -169,122 +168,6 @@ TEST(rotary_turns_and_returns) {
   for (int64_t i = 0; i < static_cast<int64_t>(x.size()); ++i) {
     check_close(value(returned, i), value(x, i), 1e-5, "returned", i);
   }
-}
-
-struct Heads {
-  std::vector<Bf16> values;
-  int64_t heads;
-  int64_t length;
-  int64_t width;
-
-  cpu::HeadsView<Bf16> view() { return {values.data(), length * heads * width, width, heads * width}; }
-  cpu::HeadsView<const Bf16> view() const { return {values.data(), length * heads * width, width, heads * width}; }
-  double at(int64_t batch, int64_t head, int64_t row, int64_t d) const {
-    return value(values, ((batch * length + row) * heads + head) * width + d);
-  }
-};
-
-Heads random_heads(oracle::Random& random, int64_t batches, int64_t heads, int64_t length, int64_t width) {
-  return {random_values<Bf16>(random, batches * heads * length * width, 1.0f), heads, length, width};
-}
-
-std::vector<unsigned char> scratch_for(int64_t units, int64_t length, int64_t width, bool backward) {
-  const int64_t bytes = cpu::attention_threads(units) * cpu::attention_scratch_bytes(length, width, backward);
-  return std::vector<unsigned char>(static_cast<size_t>(bytes + 64));
-}
-
-unsigned char* aligned(std::vector<unsigned char>& bytes) {
-  return bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
-}
-
-// Output and gradients against the plain formulas in double precision.
-void check_attention(int64_t heads, int64_t kv_heads, int64_t length, int64_t width) {
-  constexpr int64_t kBatches = 2;
-  oracle::Random random(static_cast<uint64_t>(length));
-  const float scale = 0.3f / std::sqrt(static_cast<float>(width));
-  const Heads q = random_heads(random, kBatches, heads, length, width);
-  const Heads k = random_heads(random, kBatches, kv_heads, length, width);
-  const Heads v = random_heads(random, kBatches, kv_heads, length, width);
-  const Heads grad_out = random_heads(random, kBatches, heads, length, width);
-  Heads out = grad_out;
-  Heads grad_q = q;
-  Heads grad_k = k;
-  Heads grad_v = v;
-  std::vector<float> lse(static_cast<size_t>(kBatches * heads * length));
-  const cpu::AttentionJob job{q.view(), k.view(), v.view(), out.view(), lse.data(),
-                              heads,    kv_heads, length,   width,      scale};
-  std::vector<unsigned char> scratch = scratch_for(kBatches * heads, length, width, false);
-  cpu::causal_attention(job, kBatches, aligned(scratch));
-  scratch = scratch_for(kBatches * kv_heads, length, width, true);
-  cpu::causal_attention_backward({job, grad_out.view(), grad_q.view(), grad_k.view(), grad_v.view()}, kBatches,
-                                 aligned(scratch));
-  const int64_t group = heads / kv_heads;
-  const auto tolerance = [](double magnitude) { return 0x1p-6 * magnitude + 0x1p-7; };
-  for (int64_t batch = 0; batch < kBatches; ++batch) {
-    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
-      std::vector<double> dk(static_cast<size_t>(length * width));
-      std::vector<double> dv(dk.size());
-      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        for (int64_t i = 0; i < length; ++i) {
-          std::vector<double> weight(static_cast<size_t>(i + 1));
-          double total = 0.0;
-          for (int64_t j = 0; j <= i; ++j) {
-            double score = 0.0;
-            for (int64_t d = 0; d < width; ++d) {
-              score += q.at(batch, head, i, d) * k.at(batch, kv_head, j, d);
-            }
-            weight[static_cast<size_t>(j)] = std::exp(score * static_cast<double>(scale));
-            total += weight[static_cast<size_t>(j)];
-          }
-          double delta = 0.0;
-          std::vector<double> grad_weight(weight.size());
-          for (int64_t j = 0; j <= i; ++j) {
-            weight[static_cast<size_t>(j)] /= total;
-            for (int64_t d = 0; d < width; ++d) {
-              grad_weight[static_cast<size_t>(j)] += grad_out.at(batch, head, i, d) * v.at(batch, kv_head, j, d);
-            }
-            delta += weight[static_cast<size_t>(j)] * grad_weight[static_cast<size_t>(j)];
-          }
-          for (int64_t d = 0; d < width; ++d) {
-            double expected = 0.0;
-            double gradient = 0.0;
-            for (int64_t j = 0; j <= i; ++j) {
-              const double p = weight[static_cast<size_t>(j)];
-              const double ds = p * (grad_weight[static_cast<size_t>(j)] - delta) * static_cast<double>(scale);
-              expected += p * v.at(batch, kv_head, j, d);
-              gradient += ds * k.at(batch, kv_head, j, d);
-              dk[static_cast<size_t>(j * width + d)] += ds * q.at(batch, head, i, d);
-              dv[static_cast<size_t>(j * width + d)] += p * grad_out.at(batch, head, i, d);
-            }
-            const double got = out.at(batch, head, i, d);
-            CHECK(std::fabs(got - expected) <= tolerance(1.0), "out [%ld, %ld, %ld] is %a, expected %a",
-                  static_cast<long>(head), static_cast<long>(i), static_cast<long>(d), got, expected);
-            CHECK(std::fabs(grad_q.at(batch, head, i, d) - gradient) <= tolerance(1.0),
-                  "grad_q [%ld, %ld, %ld] is %a, expected %a", static_cast<long>(head), static_cast<long>(i),
-                  static_cast<long>(d), grad_q.at(batch, head, i, d), gradient);
-          }
-        }
-      }
-      for (int64_t j = 0; j < length; ++j) {
-        for (int64_t d = 0; d < width; ++d) {
-          const double expected_k = dk[static_cast<size_t>(j * width + d)];
-          const double expected_v = dv[static_cast<size_t>(j * width + d)];
-          CHECK(std::fabs(grad_k.at(batch, kv_head, j, d) - expected_k) <= tolerance(2.0), "grad_k is %a, expected %a",
-                grad_k.at(batch, kv_head, j, d), expected_k);
-          CHECK(std::fabs(grad_v.at(batch, kv_head, j, d) - expected_v) <= tolerance(std::fabs(expected_v) + 1.0),
-                "grad_v is %a, expected %a", grad_v.at(batch, kv_head, j, d), expected_v);
-        }
-      }
-    }
-  }
-}
-
-TEST(causal_attention_and_gradient) {
-  check_attention(1, 1, 1, 32);
-  check_attention(3, 1, 17, 32);
-  check_attention(4, 2, 64, 64);
-  check_attention(2, 2, 97, 96);
-  check_attention(2, 1, 130, 32);
 }
 
 }  // namespace

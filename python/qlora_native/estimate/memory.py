@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from .. import _C, _native
-from ..integrations.fused_attention import FAST_ATTENTION
 from ..load.layers import four_bit_parts
 from ..ops.causal_attention import ALIGNMENT, is_native
 from ..ops.linear_cross_entropy import LOGIT_BYTES
@@ -292,8 +291,10 @@ class _Sum:
         groups, width = most(self.config, "num_key_value_heads") or heads, head_width(self.config)
         shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
         q = torch.empty(shape[0], heads, shape[3], width, dtype=self.setting.dtype, device="meta")
-        takes = is_native(q) and _C.cpu_isa() in FAST_ATTENTION  # else torch's, which needs next to nothing
-        attention = _C.causal_attention_scratch_bytes(shape, True) + ALIGNMENT if takes else 0
+        attention = 0  # of torch's, which takes other heads
+        if is_native(q):
+            dtype = _native.DTYPE_NUMBER[self.setting.dtype]
+            attention = _C.causal_attention_scratch_bytes(dtype, shape, True) + ALIGNMENT
         return int(threads * THREAD_SCRATCH + attention)
 
     def _with_slack(self, name: str, terms: Terms) -> Terms:

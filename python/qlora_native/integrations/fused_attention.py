@@ -24,8 +24,8 @@ from qlora_native.ops.causal_attention import is_native
 
 # How far two orders of rounding may lie apart, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-# Where the native attention was measured to be the faster one; elsewhere it would do its products without dot products.
-FAST_ATTENTION = ("avx512_bf16", "amx")
+# Instruction sets with products of bf16. Without them torch's attention multiplies 16-bit numbers one by one.
+NATIVE_BF16 = ("avx512_bf16", "amx", "neon_bf16")
 
 
 def is_ours(tensor: Tensor, dtype: bool = True) -> bool:
@@ -118,7 +118,7 @@ class NativeInterfaces:
 
     def __init__(self, table: Any) -> None:
         self._table = table
-        self._ours = partial(_attention, native=qn.build_info()["cpu_isa"] in FAST_ATTENTION)
+        self._ours = partial(_attention, widen=qn.build_info()["cpu_isa"] not in NATIVE_BF16)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._table, name)
@@ -146,11 +146,11 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     *,
-    native: bool,
+    widen: bool,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa; document by document where a mask cuts the sequences into some, and by the native kernel, if
-    ``native``, where every position sees all earlier ones and no other.
+    """transformers' sdpa; document by document where a mask cuts the sequences into some, and by the native kernel
+    where every position sees all earlier ones and no other. Torch computes the rest, in fp32 if ``widen``.
 
     query [B, H, T, D], key and value [B, H / g, T, D]; returns [B, T, H, D].
     """
@@ -159,13 +159,17 @@ def _attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     square = query.shape[2] == key.shape[2] > 1 and kwargs.get("position_bias") is None
     alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape and query.shape[3] == key.shape[3]
-    native = native and square and alike and not dropout and is_ours(query) and is_native(query)
+    native = square and alike and not dropout and is_ours(query) and is_native(query)
+    widen = widen and is_ours(query)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None) -> Tensor:
         if native and mask is None and causal is True:
             return torch.ops.qlora_native.causal_attention(q, k, v, scale)[0].transpose(1, 2)
         options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": causal, **kwargs}
+        if widen:
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+            return sdpa_attention_forward(module, q.float(), k.float(), v.float(), mask, **options)[0].to(q.dtype)
         return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
 
     documents = None

@@ -1,7 +1,7 @@
 """causal_attention: attention in which no position sees a later one, with key heads shared by groups of query heads.
 
-Nothing of size [T, T] is kept: backward computes the scores again. The native kernel takes bf16 and heads of a multiple
-of 32 dimensions; others are computed plainly.
+Nothing of size [T, T] is kept: backward computes the scores again. The native kernel takes fp32, bf16 and fp16 and heads
+of a multiple of 8 dimensions; others are computed plainly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .. import _C, reference
-from ._library import autograd, fake, implement
+from .._native import DTYPE_NUMBER
+from ._library import autograd, fake, implement, native_dtype
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -32,9 +33,28 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
+def check_backward(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Refuses what is not a gradient, an output and sums of such operands."""
+    check(q, k, v)
+    for name, x in (("grad_out", grad_out), ("out", out)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"causal_attention_backward: q is {q.dtype} {list(q.shape)} on {q.device}, {name} is {x.dtype} "
+                f"{list(x.shape)} on {x.device}: expected the same of both."
+            )
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if lse.shape != q.shape[:3] or lse.dtype != wide or lse.device != q.device:
+        raise ValueError(
+            f"causal_attention_backward: lse is {lse.dtype} {list(lse.shape)} on {lse.device}: "
+            f"expected {wide} {list(q.shape[:3])} on {q.device}."
+        )
+
+
 def is_native(q: torch.Tensor) -> bool:
     """Whether the CPU kernel takes such heads."""
-    return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and q.numel() > 0
+    return q.dtype in DTYPE_NUMBER and q.shape[-1] % 8 == 0 and q.numel() > 0
 
 
 def _heads(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -55,8 +75,8 @@ def _output(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-def _scratch(shape: tuple[int, ...], backward: bool) -> torch.Tensor:
-    scratch = torch.empty(_C.causal_attention_scratch_bytes(shape, backward) + ALIGNMENT, dtype=torch.uint8)
+def _scratch(dtype: int, shape: tuple[int, ...], backward: bool) -> torch.Tensor:
+    scratch = torch.empty(_C.causal_attention_scratch_bytes(dtype, shape, backward) + ALIGNMENT, dtype=torch.uint8)
     return scratch[-scratch.data_ptr() % ALIGNMENT :]
 
 
@@ -67,9 +87,11 @@ def cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Pair
         return anywhere(q, k, v, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
     out, lse = _output(q), torch.empty(q.shape[:3], dtype=torch.float32)
-    shape = _shape(q, k)
-    scratch = _scratch(shape, backward=False)
-    _C.causal_attention(shape, scale, _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), scratch.data_ptr())
+    dtype, shape = native_dtype(q.dtype), _shape(q, k)
+    scratch = _scratch(dtype, shape, backward=False)
+    _C.causal_attention(
+        dtype, shape, scale, _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), scratch.data_ptr()
+    )
     return out, lse
 
 
@@ -96,13 +118,15 @@ def cpu_backward(
     lse: torch.Tensor,
     scale: float,
 ) -> Triple:
+    check_backward(grad_out, q, k, v, out, lse)
     if not is_native(q):
         return anywhere_backward(grad_out, q, k, v, out, lse, scale)
-    grad_out, q, k, v, out = _rows(grad_out), _rows(q), _rows(k), _rows(v), _rows(out)
+    grad_out, q, k, v, out, lse = _rows(grad_out), _rows(q), _rows(k), _rows(v), _rows(out), lse.contiguous()
     grads = _output(q), _output(k), _output(v)
-    shape = _shape(q, k)
-    scratch = _scratch(shape, backward=True)
+    dtype, shape = native_dtype(q.dtype), _shape(q, k)
+    scratch = _scratch(dtype, shape, backward=True)
     _C.causal_attention_backward(
+        dtype,
         shape,
         scale,
         _heads(q),
@@ -129,6 +153,7 @@ def anywhere_backward(
     lse: torch.Tensor,
     scale: float,
 ) -> Triple:
+    check_backward(grad_out, q, k, v, out, lse)
     grads = reference.causal_attention_backward(grad_out, q, k, v, scale)
     copies = [_output(x).copy_(grad) for x, grad in zip((q, k, v), grads, strict=True)]
     return copies[0], copies[1], copies[2]
@@ -144,6 +169,7 @@ def backward_shapes(
     lse: torch.Tensor,
     scale: float,
 ) -> Triple:
+    check_backward(grad_out, q, k, v, out, lse)
     return _output(q), _output(k), _output(v)
 
 

@@ -1,0 +1,418 @@
+// The matrices of causal attention: how operands lie, how rows of a tensor are packed into them, and their product.
+//
+// Operands are bf16 where an instruction multiplies pairs of it, floats otherwise; sums are floats. A first operand and
+// a result lie in panels of 32 columns, element (row, column) at [column / 32][row][column % 32]. A second operand lies
+// in tiles of 32 (depth) x 16: floats row by row, bf16 in pairs, where row r holds elements 2 r and 2 r + 1 of each of
+// the 16 columns, as AMX tiles and vdpbf16ps take them.
+#pragma once
+
+#include "cpu/kernels-sixteen-inl.h"
+
+namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
+namespace {
+
+constexpr int64_t kPanelWidth = 32;                     // columns of a panel, depth of a tile
+constexpr int64_t kTile = 16 * kPanelWidth;             // elements
+constexpr int64_t kSquare = kPanelWidth * kPanelWidth;  // elements of 32 rows of a panel, or of two tiles
+
+// The type of the operands that tensors of T are packed into.
+template <typename T>
+struct PackedAs {
+  using Type = float;
+};
+#if defined(__AVX512BF16__) || (defined(QLORA_NATIVE_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
+#define QLORA_NATIVE_BF16_OPERANDS
+template <>
+struct PackedAs<Bf16> {
+  using Type = Bf16;
+};
+#endif
+
+template <typename T>
+using Packed = typename PackedAs<T>::Type;
+
+// A first operand or a result, from the row that data points at.
+template <typename E>
+struct Panels {
+  E* data;
+  int64_t stride;  // from a panel to the next, in elements
+};
+
+// A second operand: tile (step, column) at data + step * step_stride + column * column_stride.
+template <typename E>
+struct Tiles {
+  const E* data;
+  int64_t step_stride;
+  int64_t column_stride;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products
+
+// Sums of a tile of the result stay in registers: kRows x 16 kColumns of them. Further down than kDepth steps the tiles
+// of a column of the second operand would no longer lie in the first-level cache.
+template <typename E>
+struct Micro {
+#if defined(__AVX512BW__)
+  static constexpr int kRows = 8;
+  static constexpr int kColumns = 2;
+#elif defined(__AVX2__)
+  static constexpr int kRows = 6;  // 12 registers, 2 of the second operand, 1 of the first
+  static constexpr int kColumns = 1;
+#elif defined(QLORA_NATIVE_NEON)
+  static constexpr int kRows = 6;
+  static constexpr int kColumns = 1;
+#else
+  static constexpr int kRows = 2;
+  static constexpr int kColumns = 1;
+#endif
+  static constexpr int64_t kDepth = 8;
+};
+
+// sums += an element of a times 16 of b.
+inline Sixteen add_products(const float* a, const float* b, Sixteen sums) {
+#if defined(__AVX2__) || defined(QLORA_NATIVE_NEON)
+  return fused(splat(*a), load16(b), sums);
+#else  // fused() would be a function call
+  return sums + splat(*a) * load16(b);
+#endif
+}
+constexpr int64_t depth_of(const float*) { return 1; }
+
+#if defined(QLORA_NATIVE_BF16_OPERANDS)
+// sums += a pair of elements of a times 16 pairs of b.
+inline Sixteen add_products(const Bf16* a, const Bf16* b, Sixteen sums) {
+#if defined(__AVX512BF16__)
+  int32_t pair = 0;
+  std::memcpy(&pair, a, sizeof pair);
+  return {_mm512_dpbf16_ps(sums.v, std::bit_cast<__m512bh>(_mm512_set1_epi32(pair)),
+                           std::bit_cast<__m512bh>(_mm512_loadu_si512(b)))};
+#else
+  uint32_t pair = 0;
+  std::memcpy(&pair, a, sizeof pair);
+  for (int i = 0; i < 4; ++i) {
+    sums.v[i] = vbfdotq_f32(sums.v[i], vreinterpretq_bf16_u32(vdupq_n_u32(pair)), Dot<Bf16>::load_operand(b + 8 * i));
+  }
+  return sums;
+#endif
+}
+constexpr int64_t depth_of(const Bf16*) { return 2; }
+#endif
+
+// c [kRows, 16 kColumns] (+)= a [kRows, 32 steps] b.
+template <int kRows, typename E>
+inline void multiply_tile(const E* a, int64_t a_stride, const E* b, const Tiles<E>& tiles, int64_t steps, float* c,
+                          bool accumulate) {
+  constexpr int kColumns = Micro<E>::kColumns;
+  Sixteen sums[static_cast<size_t>(kRows)][static_cast<size_t>(kColumns)];
+  for (int r = 0; r < kRows; ++r) {
+    for (int column = 0; column < kColumns; ++column) {
+      sums[r][column] = accumulate ? load16(c + r * kPanelWidth + column * kSixteen) : splat(0.0f);
+    }
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t depth = 0; depth < kPanelWidth; depth += depth_of(a)) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int column = 0; column < kColumns; ++column) {
+          const E* operand = b + column * tiles.column_stride + depth * kSixteen;
+          sums[r][column] = add_products(a + r * kPanelWidth + depth, operand, sums[r][column]);
+        }
+      }
+    }
+    a += a_stride;
+    b += tiles.step_stride;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int column = 0; column < kColumns; ++column) {
+      store16(c + r * kPanelWidth + column * kSixteen, sums[r][column]);
+    }
+  }
+}
+
+#if defined(__AMX_BF16__)
+
+class AttentionTiles {
+ public:
+  AttentionTiles() {
+    alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64;  // bytes a row
+      config[48 + tile] = 16;      // rows
+    }
+    _tile_loadconfig(config);
+  }
+  ~AttentionTiles() { _tile_release(); }
+  AttentionTiles(const AttentionTiles&) = delete;
+  AttentionTiles& operator=(const AttentionTiles&) = delete;
+};
+
+// c [32, 32] (+)= a [32, 32 steps] b.
+inline void multiply_square(Panels<const Bf16> a, Tiles<Bf16> b, int64_t steps, float* c, bool accumulate) {
+  constexpr size_t kRowBytes = kPanelWidth * sizeof(Bf16);
+  constexpr size_t kSumBytes = kPanelWidth * sizeof(float);
+  float* c_low = c + 16 * kPanelWidth;
+  if (accumulate) {
+    _tile_loadd(0, c, kSumBytes);
+    _tile_loadd(1, c + 16, kSumBytes);
+    _tile_loadd(2, c_low, kSumBytes);
+    _tile_loadd(3, c_low + 16, kSumBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    const Bf16* rows = a.data + step * a.stride;
+    const Bf16* pairs = b.data + step * b.step_stride;
+    _tile_loadd(4, rows, kRowBytes);
+    _tile_loadd(5, rows + 16 * kPanelWidth, kRowBytes);
+    _tile_loadd(6, pairs, 64);
+    _tile_loadd(7, pairs + b.column_stride, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, kSumBytes);
+  _tile_stored(1, c + 16, kSumBytes);
+  _tile_stored(2, c_low, kSumBytes);
+  _tile_stored(3, c_low + 16, kSumBytes);
+}
+
+#else
+
+class AttentionTiles {};
+
+#endif
+
+// c [rows, columns] (+)= a [rows, 32 steps] b; rows and columns are multiples of 32.
+template <typename E>
+[[gnu::noinline]] void multiply_panels(Panels<const E> a, Tiles<E> b, int64_t rows, int64_t columns, int64_t steps,
+                                       Panels<float> c, bool accumulate) {
+#if defined(__AMX_BF16__)
+  if constexpr (sizeof(E) == sizeof(Bf16)) {
+    for (int64_t column = 0; column < columns; column += kPanelWidth) {
+      const Tiles<E> right{b.data + column / 16 * b.column_stride, b.step_stride, b.column_stride};
+      float* panel = c.data + column / kPanelWidth * c.stride;
+      for (int64_t row = 0; row < rows; row += kPanelWidth) {
+        multiply_square({a.data + row * kPanelWidth, a.stride}, right, steps, panel + row * kPanelWidth, accumulate);
+      }
+    }
+    return;
+  }
+#endif
+  constexpr int kRows = Micro<E>::kRows;
+  constexpr int kRest = kRows == 6 ? 4 : kRows;  // 32 = 6 + 6 + 6 + 6 + 4 + 4, and so on
+  for (int64_t column = 0; column < columns; column += kSixteen * Micro<E>::kColumns) {
+    const E* tiles = b.data + column / kSixteen * b.column_stride;
+    float* panel = c.data + column / kPanelWidth * c.stride + column % kPanelWidth;
+    for (int64_t step = 0; step < steps; step += Micro<E>::kDepth) {
+      const int64_t depth = steps - step < Micro<E>::kDepth ? steps - step : Micro<E>::kDepth;
+      const E* left = a.data + step * a.stride;
+      const E* right = tiles + step * b.step_stride;
+      const bool adds = accumulate || step > 0;
+      int64_t row = 0;
+      for (; rows - row > 8 || rows - row == kRows; row += kRows) {
+        multiply_tile<kRows>(left + row * kPanelWidth, a.stride, right, b, depth, panel + row * kPanelWidth, adds);
+      }
+      for (; row < rows; row += kRest) {
+        multiply_tile<kRest>(left + row * kPanelWidth, a.stride, right, b, depth, panel + row * kPanelWidth, adds);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packing
+
+#if defined(QLORA_NATIVE_BF16_OPERANDS)
+inline void store_narrow(Bf16* out, Sixteen a) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), std::bit_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+#else
+  store16(out, a);
+#endif
+}
+
+// Rows `row` (an even one) and row + 1 of a tile.
+inline void store_two_rows(Bf16* tile, int64_t row, Sixteen a, Sixteen b) {
+  Bf16* out = tile + row * kSixteen;
+#if defined(__AVX512BF16__)
+  const __m512i low = _mm512_cvtepu16_epi32(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+  const __m512i high = _mm512_cvtepu16_epi32(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(b.v)));
+  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  Bf16 first[kSixteen];
+  Bf16 second[kSixteen];
+  store16(first, a);
+  store16(second, b);
+  for (int64_t i = 0; i < kSixteen; ++i) {
+    out[2 * i] = first[i];
+    out[2 * i + 1] = second[i];
+  }
+#endif
+}
+#endif
+
+inline void store_narrow(float* out, Sixteen a) { store16(out, a); }
+
+inline void store_two_rows(float* tile, int64_t row, Sixteen a, Sixteen b) {
+  store16(tile + row * kSixteen, a);
+  store16(tile + (row + 1) * kSixteen, b);
+}
+
+// in [16, 16] at a stride, transposed.
+inline void transpose_16(const float* in, int64_t stride, Sixteen* out) {
+#if defined(__AVX512BW__)
+  __m512i a[16];
+  __m512i b[16];
+  const auto row = [&](int i) { return _mm512_loadu_si512(in + i * stride); };
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(row(i), row(i + 1));
+    a[i + 1] = _mm512_unpackhi_epi32(row(i), row(i + 1));
+  }
+  for (int i = 0; i < 16; i += 4) {  // b[i + c]: column 4 q + c of rows i..i+3, in quarter q
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee);
+    out[c] = {_mm512_castsi512_ps(_mm512_shuffle_i32x4(low01, low23, 0x88))};
+    out[4 + c] = {_mm512_castsi512_ps(_mm512_shuffle_i32x4(low01, low23, 0xdd))};
+    out[8 + c] = {_mm512_castsi512_ps(_mm512_shuffle_i32x4(high01, high23, 0x88))};
+    out[12 + c] = {_mm512_castsi512_ps(_mm512_shuffle_i32x4(high01, high23, 0xdd))};
+  }
+#elif defined(__AVX2__)
+  const auto eight = [&](int row, int column, __m256* turned) {  // [8, 8] of it
+    __m256 a[8];
+    __m256 b[8];
+    for (int i = 0; i < 4; ++i) {  // rows i and i + 4 in the halves
+      const float* from = in + (row + i) * stride + column;
+      const __m256 left =
+          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * stride), 1);
+      const __m256 right =
+          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + 4)), _mm_loadu_ps(from + 4 * stride + 4), 1);
+      a[i] = left;
+      a[4 + i] = right;
+    }
+    for (int i = 0; i < 8; i += 4) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      b[i + 2] = _mm256_unpacklo_ps(a[i + 2], a[i + 3]);
+      b[i + 3] = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+      turned[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+      turned[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+      turned[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      turned[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+  };
+  for (int column = 0; column < 16; column += 8) {
+    __m256 top[8];
+    __m256 bottom[8];
+    eight(0, column, top);
+    eight(8, column, bottom);
+    for (int i = 0; i < 8; ++i) {
+      out[column + i] = {top[i], bottom[i]};
+    }
+  }
+#else
+  for (int64_t i = 0; i < 16; ++i) {
+    float column[16];
+    for (int64_t j = 0; j < 16; ++j) {
+      column[j] = in[j * stride + i];
+    }
+    out[i] = load16(column);
+  }
+#endif
+}
+
+// The first `count` of sixteen elements, of any number of them, and zeros behind.
+template <typename T>
+inline Sixteen load_upto(const T* p, int64_t count) {
+  return count >= kSixteen ? load16(p) : count > 0 ? load_some(p, count, 0.0f) : splat(0.0f);
+}
+template <typename T>
+inline void store_upto(T* p, int64_t count, Sixteen a) {
+  if (count >= kSixteen) {
+    store16(p, a);
+  } else if (count > 0) {
+    store_some(p, count, a);
+  }
+}
+
+// The first `rows` x `columns` of a tensor, into 32 rows of a panel; zeros behind.
+template <typename T, typename E>
+inline void load_square(const T* x, int64_t row_stride, int64_t rows, int64_t columns, E* out) {
+  for (int64_t row = 0; row < kPanelWidth; ++row, out += kPanelWidth) {
+    for (int64_t half = 0; half < kPanelWidth; half += kSixteen) {
+      const int64_t count = row < rows ? columns - half : 0;
+      const T* from = x + row * row_stride + half;
+      if constexpr (sizeof(T) == sizeof(E)) {
+        if (count >= kSixteen) {
+          std::memcpy(out + half, from, kSixteen * sizeof(T));
+          continue;
+        }
+      }
+      store16(out + half, load_upto(from, count));
+    }
+  }
+}
+
+// 32 rows of a panel as the two tiles of their transpose.
+template <typename E>
+inline void tiles_of_transpose(const E* square, E* out, int64_t column_stride) {
+  constexpr int64_t kWords = kPanelWidth * sizeof(E) / sizeof(float);  // of a row: elements, or pairs of them
+  for (int64_t half = 0; half < 2; ++half, out += column_stride) {
+    for (int64_t word = 0; word < kWords; word += kSixteen) {
+      float words[16 * 16];
+      for (int64_t row = 0; row < 16; ++row) {
+        std::memcpy(words + 16 * row,
+                    reinterpret_cast<const char*>(square + (16 * half + row) * kPanelWidth) + 4 * word, 64);
+      }
+      Sixteen turned[16];
+      transpose_16(words, 16, turned);
+      for (int64_t row = 0; row < 16; ++row) {
+        store16(words, turned[row]);
+        std::memcpy(reinterpret_cast<char*>(out) + 64 * (word + row), words, 64);
+      }
+    }
+  }
+}
+
+// 32 rows of a panel as the two tiles of themselves.
+template <typename E>
+inline void tiles_of(const E* square, E* out) {
+  for (int64_t half = 0; half < kPanelWidth; half += kSixteen, out += kTile) {
+    for (int64_t row = 0; row < kPanelWidth; row += 2) {
+      const E* even = square + row * kPanelWidth + half;
+      store_two_rows(out, row, load16(even), load16(even + kPanelWidth));
+    }
+  }
+}
+
+// 32 rows of a panel, transposed.
+template <typename E>
+inline void transpose_square(const E* square, E* out) {
+  for (int64_t row = 0; row < kPanelWidth; row += kSixteen) {
+    for (int64_t column = 0; column < kPanelWidth; column += kSixteen) {
+      float words[16 * 16];
+      for (int64_t r = 0; r < 16; ++r) {
+        store16(words + 16 * r, load16(square + (row + r) * kPanelWidth + column));
+      }
+      Sixteen turned[16];
+      transpose_16(words, 16, turned);
+      for (int64_t c = 0; c < 16; ++c) {
+        store16(out + (column + c) * kPanelWidth + row, turned[c]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
