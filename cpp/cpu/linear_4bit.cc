@@ -17,13 +17,10 @@ enum class Path { kRows, kTiles, kColumns };
 int64_t index_of(Dtype dtype) { return static_cast<int64_t>(dtype); }
 
 Path path_of(const LinearCall& call) {
-  const bool tiles = low_rank_is_native(call.job.dtype);
-  const bool reorders = kernels().reorder_tokens[index_of(call.job.dtype)] != nullptr;
-  const int64_t few = tiles ? kFewRows : reorders ? kStreamTokens : kMaxTokens;
-  if (call.job.forward && call.job.m <= few && call.down == nullptr) {
+  if (call.job.forward && call.job.m <= few_rows(call.job.dtype) && (call.job.r == 0 || call.as_stored)) {
     return Path::kRows;
   }
-  return tiles ? Path::kTiles : Path::kColumns;
+  return low_rank_is_native(call.job.dtype) ? Path::kTiles : Path::kColumns;
 }
 
 bool is_empty(const LinearCall& call) { return call.job.m == 0 || call.job.width() == 0; }
@@ -56,9 +53,32 @@ int64_t share_bytes(const LinearCall& call) {
   return ceil_div(bytes, kAlignment) * kAlignment;
 }
 
+// Columns [first, last) of y for few tokens, and the adapter's projection of them before.
+void product_by_rows(const LinearCall& call, unsigned char* scratch) {
+  const ProductJob& job = call.job;
+  const RowKernels& rows = kernels().rows[index_of(job.dtype)];
+  rows.reorder(job, scratch);
+  if (job.r > 0) {
+    const DenseJob thin{job.x, call.down, call.low, job.m, job.r, job.k};
+    const auto kernel = kernels().fp32_rows[index_of(job.dtype)];
+    const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, 2 * job.m * job.k));
+    parallel_for(ceil_div(job.r, 2), grain,
+                 [&](int64_t begin, int64_t end) { kernel(thin, 2 * begin, std::min(2 * end, job.r)); });
+  }
+  const RowsJob rows_job{job, static_cast<const float*>(job.up), call.up_scale, scratch};
+  const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, kStreamRows * job.k));
+  parallel_for(ceil_div(job.n, kStreamRows), grain, [&](int64_t begin, int64_t end) {
+    rows.product(rows_job, kStreamRows * begin, std::min(kStreamRows * end, job.n));
+  });
+}
+
 }  // namespace
 
 bool low_rank_is_native(Dtype dtype) { return dtype == Dtype::kBfloat16 && have_tiles(); }
+
+int64_t few_rows(Dtype dtype) {
+  return low_rank_is_native(dtype) ? kFewTileRows : kernels().rows[index_of(dtype)].most_tokens;
+}
 
 int64_t linear_4bit_scratch_bytes(const LinearCall& call) {
   if (is_empty(call)) {
@@ -66,9 +86,7 @@ int64_t linear_4bit_scratch_bytes(const LinearCall& call) {
   }
   switch (path_of(call)) {
     case Path::kRows:
-      return kernels().reorder_tokens[index_of(call.job.dtype)] == nullptr
-                 ? 0
-                 : call.job.m * rounded_up(call.job.k, kStreamChunk) * 2;
+      return kernels().rows[index_of(call.job.dtype)].scratch_bytes(call.job);
     case Path::kTiles:
       return tile_product_scratch_bytes(tile_product_of(call));
     default:
@@ -82,19 +100,9 @@ void linear_4bit(const LinearCall& call, unsigned char* scratch) {
   }
   const ProductJob& job = call.job;
   switch (path_of(call)) {
-    case Path::kRows: {
-      const auto kernel = kernels().linear_rows[index_of(job.dtype)];
-      const auto reorder = kernels().reorder_tokens[index_of(job.dtype)];
-      if (reorder != nullptr) {
-        reorder(job, scratch);
-      }
-      const int64_t units = ceil_div(job.n, kStreamRows);
-      const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, kStreamRows * job.k));
-      parallel_for(units, grain, [&](int64_t begin, int64_t end) {
-        kernel(job, kStreamRows * begin, std::min(kStreamRows * end, job.n), scratch);
-      });
+    case Path::kRows:
+      product_by_rows(call, scratch);
       return;
-    }
     case Path::kTiles:
       tile_product(tile_product_of(call), scratch);
       return;

@@ -56,8 +56,21 @@ def matrix(
     k: int,
     *weight: int,
 ) -> object: ...
+def few_rows(dtype: int) -> int: ...
 def matrix_forward(
-    matrix: object, dtype: int, x: int, bias: int, y: int, m: int, scratch: int, scratch_bytes: int
+    matrix: object,
+    dtype: int,
+    x: int,
+    bias: int,
+    y: int,
+    m: int,
+    scratch: int,
+    scratch_bytes: int,
+    down: int = 0,
+    up: int = 0,
+    up_scale: float = 0.0,
+    low: int = 0,
+    r: int = 0,
 ) -> int: ...
 def linear_4bit(
     forward: bool,
@@ -142,7 +155,6 @@ class Pager:
 
 def lies_in_memory(folder: str) -> bool: ...
 
-few_rows: int
 optim_row_length: int
 page_bytes: int
 block_bytes: int

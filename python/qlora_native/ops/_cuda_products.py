@@ -122,7 +122,7 @@ class Products:
         self.module = module
         self.low_memory = low_memory
 
-    def makes_low(self, dtype: torch.dtype, rows: int | None = None) -> bool:
+    def makes_low(self, dtype: torch.dtype) -> bool:
         """An adapter's input is projected by torch's GEMM."""
         return False
 

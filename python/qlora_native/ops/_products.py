@@ -31,14 +31,10 @@ class Adapter(NamedTuple):
     down_scale: float = 1.0
 
 
-def makes_low(dtype: torch.dtype, rows: int | None = None) -> bool:
-    """Whether :class:`Adapter` may carry ``down``, and :func:`outer` runs, for this dtype on this machine.
-
-    With ``rows``: whether ``down`` is of use in a forward product of so many tokens. With very few, the weight's bytes
-    are the work, and the kernel that reads them fastest has no part for it.
-    """
+def makes_low(dtype: torch.dtype) -> bool:
+    """Whether :class:`Adapter` may carry ``down``, and :func:`outer` runs, for this dtype on this machine."""
     number = DTYPE_NUMBER.get(dtype)
-    return number is not None and (rows is None or rows > _C.few_rows) and _C.low_rank_is_native(number)
+    return number is not None and _C.low_rank_is_native(number)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
