@@ -89,17 +89,15 @@ def test_the_adapter_computes_what_it_does_on_dense_weights(
 
 
 def count_nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one a call of lora_linear."""
-    from qlora_native.integrations import peft as module
-
+    """Grows by one a call of QuantizedLinear.with_adapter."""
     calls: list[int] = []
-    real = module.lora_linear
+    real = QuantizedLinear.with_adapter
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "lora_linear", counted)
+    monkeypatch.setattr(QuantizedLinear, "with_adapter", counted)
     return calls
 
 

@@ -33,6 +33,8 @@ struct GemmCall {
   const void* down = nullptr;
   void* low = nullptr;  // [m, r], written if `down` is given
   float low_scale = 1.0f;
+  bool as_stored = false;  // see linear_4bit.h
+  float up_scale = 1.0f;
 };
 
 // That low-rank product.

@@ -5,17 +5,28 @@
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
+// The step of an inner product of x in T with W in another dtype.
+template <typename T, typename W>
+struct MixedDot : Dot<float> {
+  template <typename V>
+  static Floats load_operand(const V* p) {
+    return load(p);
+  }
+};
+template <typename T>
+struct MixedDot<T, T> : Dot<T> {};
+
 // Two rows of W against one of x, fp32 sums in an order that depends on k alone. `ahead` lies in W, where it is read
 // soon; its lines are called for at the pace of this.
-template <typename T>
-inline void dense_pair(const T* x, const T* w0, const T* w1, int64_t k, const char* ahead, float* sums) {
-  using D = Dot<T>;
+template <typename T, typename W>
+inline void dense_pair(const T* x, const W* w0, const W* w1, int64_t k, const char* ahead, float* sums) {
+  using D = MixedDot<T, W>;
   Floats first[2] = {zero(), zero()};
   Floats second[2] = {zero(), zero()};
   int64_t i = 0;
   for (; i + 2 * D::kStep <= k; i += 2 * D::kStep) {
-    for (int64_t line = 0; line < 4 * D::kStep * static_cast<int64_t>(sizeof(T)); line += 64) {
-      __builtin_prefetch(ahead + 2 * i * static_cast<int64_t>(sizeof(T)) + line);
+    for (int64_t line = 0; line < 4 * D::kStep * static_cast<int64_t>(sizeof(W)); line += 64) {
+      __builtin_prefetch(ahead + 2 * i * static_cast<int64_t>(sizeof(W)) + line);
     }
     for (int u = 0; u < 2; ++u) {
       const auto value = D::load_operand(x + i + u * D::kStep);
@@ -31,15 +42,15 @@ inline void dense_pair(const T* x, const T* w0, const T* w1, int64_t k, const ch
   }
 }
 
-template <typename T>
+template <typename T, typename W>
 void dense_rows(const DenseJob& job, int64_t first, int64_t last) {
   const T* x = static_cast<const T*>(job.x);
   T* y = static_cast<T*>(job.y);
-  const int64_t pair_bytes = 2 * job.k * static_cast<int64_t>(sizeof(T));
+  const int64_t pair_bytes = 2 * job.k * static_cast<int64_t>(sizeof(W));
   const int64_t distance = pair_bytes < 4096 ? 4096 : pair_bytes;
   for (int64_t row = first; row < last; row += 2) {
-    const T* w0 = static_cast<const T*>(job.w) + row * job.k;
-    const T* w1 = row + 1 < last ? w0 + job.k : w0;
+    const W* w0 = static_cast<const W*>(job.w) + row * job.k;
+    const W* w1 = row + 1 < last ? w0 + job.k : w0;
     for (int64_t token = 0; token < job.m; ++token) {
       float sums[2];
       dense_pair(x + token * job.k, w0, w1, job.k, reinterpret_cast<const char*>(w0) + distance, sums);

@@ -243,8 +243,8 @@ struct Forward {
     const T* w = static_cast<const T*>(job.dense) + span.begin;
     const int64_t count = span.end - span.begin;
     const int64_t taken = limited(last - first, kStrip);
-    constexpr int64_t kSquare = kLanes * kElements;
-    const int64_t squares = count / kSquare;
+    constexpr int64_t kPiece = kLanes * kElements;
+    const int64_t squares = count / kPiece;
     for (int64_t v = 0; v < taken; v += kLanes) {
       const T* rows[kLanes];
       for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -255,7 +255,7 @@ struct Forward {
         Floats words[kLanes];
 #pragma GCC unroll 16
         for (int lane = 0; lane < kLanes; ++lane) {
-          words[lane] = load_words<T, kElements>(rows[lane] + square * kSquare);
+          words[lane] = load_words<T, kElements>(rows[lane] + square * kPiece);
         }
         transpose(words);
 #pragma GCC unroll 16
@@ -264,7 +264,7 @@ struct Forward {
         }
       }
       for (int64_t lane = 0; lane < limited(kLanes, taken - v); ++lane) {
-        for (int64_t i = squares * kSquare; i < count; ++i) {
+        for (int64_t i = squares * kPiece; i < count; ++i) {
           put<T, kElements>(panel, i, v + lane, rows[lane][i]);
         }
       }

@@ -88,8 +88,9 @@ inline void nested_codes(const float* scales, float offset, const Normaliser& by
 }
 
 inline Floats nested_levels(const float* table, const uint8_t* codes) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
-  return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(bytes), 4);
+  // A gather takes longer than its eight loads.
+  return _mm256_setr_ps(table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]], table[codes[4]],
+                        table[codes[5]], table[codes[6]], table[codes[7]]);
 }
 
 inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
@@ -269,6 +270,17 @@ class ScaleDecoder {
   const WeightView& weight_;
   alignas(64) uint16_t low_[256];
   alignas(64) uint16_t high_[256];
+};
+
+#else
+
+class ScaleDecoder {
+ public:
+  explicit ScaleDecoder(const WeightView& weight) : weight_(weight) {}
+  void operator()(int64_t first, int64_t last, float* scales) const { load_scales(weight_, first, last, scales); }
+
+ private:
+  const WeightView& weight_;
 };
 
 #endif

@@ -59,7 +59,7 @@ struct ScaleJob {
 };
 
 struct DenseJob {
-  const void* x;  // [m, k], of the table entry's dtype, as are w and y
+  const void* x;  // [m, k], of the table entry's dtype, as is y
   const void* w;  // [n, k]
   void* y;        // [m, n]
   int64_t m;
@@ -67,11 +67,24 @@ struct DenseJob {
   int64_t k;
 };
 
-inline constexpr int64_t kMaxTokens = 8;      // rows of x that linear_rows takes
-inline constexpr int64_t kStreamTokens = 4;   // rows of x for which rows of W may go by streams
-inline constexpr int64_t kStreamChunk = 128;  // of a row, decoded together; reordered rows of x are whole chunks
-inline constexpr int64_t kStreamRows = 4;     // rows of W that go together: ranges are cut at multiples
-inline constexpr int64_t kMaxRowBlocks = 512;
+inline constexpr int64_t kStreamRows = 4;  // rows of W that go together: ranges are cut at multiples
+
+// A forward product of a few tokens, whose adapter is taken as it is stored.
+struct RowsJob {
+  ProductJob product;     // `low` is given, `up` is not
+  const float* up;        // [n, r]
+  float up_scale;         // y += up_scale * low up^T
+  const void* reordered;  // what the table's `reorder` made of x
+};
+
+// Products of a few tokens, for one dtype: rows of W are decoded once each for all of them.
+struct RowKernels {
+  int64_t most_tokens;  // beyond which the table's columns are the faster ones
+  int64_t (*scratch_bytes)(const ProductJob& job);
+  void (*reorder)(const ProductJob& job, void* scratch);  // aligned to 64 bytes
+  // Writes columns [first, last) of y.
+  void (*product)(const RowsJob& job, int64_t first, int64_t last);
+};
 
 struct Kernels {
   // Quantises blocks [first, last). Returns the index of the first non-finite element met, or -1.
@@ -85,12 +98,7 @@ struct Kernels {
   // Undoes it for blocks [first, last): scales[0, last - first).
   using DecodeScales = void (*)(const WeightView& weight, int64_t first, int64_t last, float* scales);
 
-  // Writes columns [first, last) of y for at most kMaxTokens rows of x: rows of W, decoded once each for all of them.
-  // `reordered` is what `reorder_tokens` made of x; both are null where that is not needed.
-  using LinearRows = void (*)(const ProductJob& job, int64_t first, int64_t last, const void* reordered);
-  using ReorderTokens = void (*)(const ProductJob& job, void* reordered);
-
-  // Writes columns [first, last) of y = x w^T.
+  // Writes columns [first, last) of y = x w^T, with w of the entry's dtype or in fp32.
   using DenseRows = void (*)(const DenseJob& job, int64_t first, int64_t last);
 
   QuantizeBlocks quantize_blocks[3];  // indexed by Dtype
@@ -98,9 +106,9 @@ struct Kernels {
   SumGroups sum_groups;
   QuantizeScaleGroups quantize_scale_groups;
   DecodeScales decode_scales;
-  LinearRows linear_rows[3];
-  ReorderTokens reorder_tokens[3];
+  RowKernels rows[3];
   DenseRows dense_rows[3];
+  DenseRows fp32_rows[3];
 
   GemmKernels gemm[3];       // indexed by Dtype
   const TileKernels* tiles;  // bf16 products by tiles, or null

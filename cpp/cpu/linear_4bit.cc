@@ -10,30 +10,24 @@
 namespace qlora_native::cpu {
 namespace {
 
+constexpr int64_t kFewDenseRows = 8;  // of x, whose products with a dense W are limited by its bytes
+
 enum class Path { kRows, kDenseRows, kTiles, kGemm };
 
 int64_t index_of(Dtype dtype) { return static_cast<int64_t>(dtype); }
 
 bool takes_tiles(Dtype dtype) { return dtype == Dtype::kBfloat16 && have_tiles(); }
 
-Path path_of(const GemmJob& job) {
-  const bool tiles = takes_tiles(job.dtype);
-  if (job.forward && job.dense == nullptr) {
-    const bool reorders = kernels().reorder_tokens[index_of(job.dtype)] != nullptr;
-    if (job.m <= (tiles ? kFewRows : reorders ? kStreamTokens : kMaxTokens)) {
-      return Path::kRows;
-    }
-  } else if (job.forward && job.m <= kMaxTokens && job.bias == nullptr && job.scale == 1.0f) {
+Path path_of(const GemmCall& call) {
+  const GemmJob& job = call.job;
+  const bool plain = job.bias == nullptr && job.scale == 1.0f && call.down == nullptr;
+  if (job.forward && job.dense == nullptr && job.m <= few_rows(job.dtype) && (job.r == 0 || call.as_stored)) {
+    return Path::kRows;
+  }
+  if (job.forward && job.dense != nullptr && job.m <= kFewDenseRows && plain) {
     return Path::kDenseRows;
   }
-  return tiles && job.scale == 1.0f ? Path::kTiles : Path::kGemm;
-}
-
-// The low-rank product, which tiles and panels make with the product itself, where the latter goes by rows.
-GemmCall low_call_of(const GemmCall& call) {
-  GemmCall low{};
-  low.job = low_job_of(call);
-  return low;
+  return takes_tiles(job.dtype) && job.scale == 1.0f ? Path::kTiles : Path::kGemm;
 }
 
 bool is_empty(const GemmCall& call) { return call.job.m == 0 || call.job.width() == 0; }
@@ -56,18 +50,41 @@ TileProduct tile_product_of(const GemmCall& call) {
   return product;
 }
 
+// y = x w^T for a few tokens, a pair of rows of w after another.
+void dense_rows(Kernels::DenseRows kernel, const DenseJob& job) {
+  const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, 2 * job.m * job.k));
+  parallel_for(ceil_div(job.n, 2), grain,
+               [&](int64_t begin, int64_t end) { kernel(job, 2 * begin, std::min(2 * end, job.n)); });
+}
+
+// y for few tokens, and the adapter's projection of them before.
+void product_by_rows(const GemmCall& call, unsigned char* scratch) {
+  const GemmJob& job = call.job;
+  const RowKernels& rows = kernels().rows[index_of(job.dtype)];
+  rows.reorder(job, scratch);
+  if (job.r > 0) {
+    dense_rows(kernels().fp32_rows[index_of(job.dtype)], {job.x, call.down, call.low, job.m, job.r, job.k});
+  }
+  const RowsJob rows_job{job, static_cast<const float*>(job.up), call.up_scale, scratch};
+  const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, kStreamRows * job.k));
+  parallel_for(ceil_div(job.n, kStreamRows), grain, [&](int64_t begin, int64_t end) {
+    rows.product(rows_job, kStreamRows * begin, std::min(kStreamRows * end, job.n));
+  });
+}
+
 }  // namespace
+
+int64_t few_rows(Dtype dtype) {
+  return takes_tiles(dtype) ? kFewTileRows : kernels().rows[index_of(dtype)].most_tokens;
+}
 
 int64_t linear_4bit_scratch_bytes(const GemmCall& call) {
   if (is_empty(call)) {
     return 0;
   }
-  switch (path_of(call.job)) {
-    case Path::kRows: {
-      const int64_t low = call.down == nullptr ? 0 : linear_4bit_scratch_bytes(low_call_of(call));
-      const bool reorders = kernels().reorder_tokens[index_of(call.job.dtype)] != nullptr;
-      return std::max(low, reorders ? call.job.m * rounded_up(call.job.k, kStreamChunk) * 2 : 0);
-    }
+  switch (path_of(call)) {
+    case Path::kRows:
+      return kernels().rows[index_of(call.job.dtype)].scratch_bytes(call.job);
     case Path::kTiles:
       return tile_product_scratch_bytes(tile_product_of(call));
     case Path::kDenseRows:
@@ -82,31 +99,13 @@ void linear_4bit(const GemmCall& call, unsigned char* scratch) {
     return;
   }
   const GemmJob& job = call.job;
-  switch (path_of(call.job)) {
-    case Path::kRows: {
-      if (call.down != nullptr) {
-        linear_4bit(low_call_of(call), scratch);
-      }
-      const auto kernel = kernels().linear_rows[index_of(job.dtype)];
-      const auto reorder = kernels().reorder_tokens[index_of(job.dtype)];
-      if (reorder != nullptr) {
-        reorder(job, scratch);
-      }
-      const int64_t units = ceil_div(job.n, kStreamRows);
-      const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, kStreamRows * job.k));
-      parallel_for(units, grain, [&](int64_t begin, int64_t end) {
-        kernel(job, kStreamRows * begin, std::min(kStreamRows * end, job.n), scratch);
-      });
+  switch (path_of(call)) {
+    case Path::kRows:
+      product_by_rows(call, scratch);
       return;
-    }
-    case Path::kDenseRows: {
-      const auto kernel = kernels().dense_rows[index_of(job.dtype)];
-      const DenseJob rows{job.x, job.dense, job.y, job.m, job.n, job.k};
-      const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, 2 * job.k));
-      parallel_for(ceil_div(job.n, 2), grain,
-                   [&](int64_t begin, int64_t end) { kernel(rows, 2 * begin, std::min(2 * end, job.n)); });
+    case Path::kDenseRows:
+      dense_rows(kernels().dense_rows[index_of(job.dtype)], {job.x, job.dense, job.y, job.m, job.n, job.k});
       return;
-    }
     case Path::kTiles:
       tile_product(tile_product_of(call), scratch);
       return;

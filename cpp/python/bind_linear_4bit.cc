@@ -50,12 +50,13 @@ py::capsule matrix(int64_t n, int64_t k, Address packed, Address absmax, Address
 }
 
 int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address bias, Address y, int64_t m,
-                       Address scratch, int64_t scratch_bytes) {
+                       Address scratch, int64_t scratch_bytes, Address down, Address up, float up_scale, Address low,
+                       int64_t r) {
   require(std::strcmp(matrix.name() == nullptr ? "" : matrix.name(), kMatrix) == 0, "expected what matrix() returned.");
   const Matrix& self = *matrix.get_pointer<Matrix>();
   const py::gil_scoped_release release;
   cpu::GemmCall call{};
-  require(m >= 0, "m is negative.");
+  require(m >= 0 && r >= 0, "m or r is negative.");
   cpu::GemmJob& job = call.job;
   job.weight = self.view;
   job.dtype = checked_dtype(dtype);
@@ -66,6 +67,16 @@ int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address 
   job.m = m;
   job.n = self.n;
   job.k = self.k;
+  job.r = r;
+  if (r > 0) {
+    require(m <= cpu::few_rows(job.dtype), "an adapter as it is stored is for few_rows(dtype) rows at most.");
+    call.as_stored = true;
+    call.up_scale = up_scale;
+    call.down = pointer<float>(down, r * self.k, "down");
+    call.low = any_pointer(job.dtype, low, m * r, "low");
+    job.low = call.low;
+    job.up = pointer<float>(up, self.n * r, "up");
+  }
   return run(call, scratch, scratch_bytes);
 }
 
@@ -132,6 +143,9 @@ int64_t outer(int dtype, Address left, Address right, int64_t m, int64_t r, int6
 }  // namespace
 
 void bind_linear_4bit(py::module_& module) {
+  module.def(
+      "few_rows", [](int dtype) { return cpu::few_rows(checked_dtype(dtype)); }, py::arg("dtype"),
+      "Rows of x up to which matrix_forward takes an adapter, for this dtype on this machine.");
   module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("down"), py::arg("low_scale"), py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"),
              py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("packed"),
@@ -145,8 +159,10 @@ void bind_linear_4bit(py::module_& module) {
              py::arg("levels"), py::arg("quant_type"), py::arg("numel"), py::arg("block_size"),
              "A weight [n, k], checked once, whose memory the caller keeps in place.");
   module.def("matrix_forward", &matrix_forward, py::arg("matrix"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
-             py::arg("y"), py::arg("m"), py::arg("scratch"), py::arg("scratch_bytes"),
-             "linear_4bit with what matrix() returned, forward and without an adapter.");
+             py::arg("y"), py::arg("m"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("down") = 0,
+             py::arg("up") = 0, py::arg("up_scale") = 0.0f, py::arg("low") = 0, py::arg("r") = 0,
+             "linear_4bit with what matrix() returned, forward. An adapter's down [r, k] and up [n, r] are fp32: "
+             "low = x down^T is written, and up_scale low up^T added.");
   module.def(
       "dense_linear", &dense_linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("weight"),
       py::arg("bias"), py::arg("scale"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scratch"),

@@ -50,14 +50,26 @@ def dequantize_4bit(
     column_end: int,
     *weight: int,  # Weight.pointers()
 ) -> None: ...
-def low_rank_is_native(dtype: int) -> bool: ...
 def matrix(
     n: int,
     k: int,
     *weight: int,
 ) -> object: ...
+def few_rows(dtype: int) -> int: ...
 def matrix_forward(
-    matrix: object, dtype: int, x: int, bias: int, y: int, m: int, scratch: int, scratch_bytes: int
+    matrix: object,
+    dtype: int,
+    x: int,
+    bias: int,
+    y: int,
+    m: int,
+    scratch: int,
+    scratch_bytes: int,
+    down: int = 0,
+    up: int = 0,
+    up_scale: float = 0.0,
+    low: int = 0,
+    r: int = 0,
 ) -> int: ...
 def linear_4bit(
     forward: bool,
@@ -77,8 +89,31 @@ def linear_4bit(
     scratch_bytes: int,
     *weight: int,
 ) -> int: ...
+def dense_linear(
+    forward: bool,
+    dtype: int,
+    x: int,
+    weight: int,
+    bias: int,
+    scale: float,
+    y: int,
+    m: int,
+    n: int,
+    k: int,
+    scratch: int,
+    scratch_bytes: int,
+) -> int: ...
 def outer(
-    left: int, right: int, m: int, r: int, width: int, scale: float, out: int, scratch: int, scratch_bytes: int
+    dtype: int,
+    left: int,
+    right: int,
+    m: int,
+    r: int,
+    width: int,
+    scale: float,
+    out: int,
+    scratch: int,
+    scratch_bytes: int,
 ) -> int: ...
 def adamw_step(
     rows: int,
@@ -142,7 +177,6 @@ class Pager:
 
 def lies_in_memory(folder: str) -> bool: ...
 
-few_rows: int
 optim_row_length: int
 page_bytes: int
 block_bytes: int
@@ -151,7 +185,6 @@ state_block: int
 def decode_scales(
     absmax_codes: int, nested_absmax: int, nested_offset: int, nested_code: int, blocks: int, scales: int
 ) -> None: ...
-def few_logits(dtype: int, h: int, weight: int, tokens: int, vocabulary: int, width: int, logits: int) -> None: ...
 def softmax_loss(
     dtype: int, logits: int, targets: int, rows: int, vocabulary: int, need_gradient: bool, losses: int
 ) -> None: ...

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .ops import lora_linear_4bit
-from .ops._direct import product, unobserved
+from .ops._direct import adapted_at_once, product, unobserved
 from .weight import QuantizedWeight
 
 
@@ -60,7 +59,7 @@ def lora_linear(
     """y = x W^T + bias + scale * (x_lora A^T) B^T as one autograd node.
 
     Saved for backward: x_lora, x_lora A^T, A and B; nothing dequantised. Adapters are cast to x's dtype for their
-    products and get gradients in their own dtype.
+    products (to float32 for a few tokens on a CPU) and get gradients in their own dtype.
 
     Args:
         x: [..., K].
@@ -80,8 +79,9 @@ def lora_linear(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
-    if unobserved(x, a, b, bias, x_lora) and w._matrix() is not None:
-        return lora_linear_4bit.cpu(x, x_lora, a, b, scale, bias, low_memory, *w.op_args())[0]
+    at_once = adapted_at_once(w._matrix, x, bias, a, b, scale) if x_lora is None else None
+    if at_once is not None:
+        return at_once
     x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
     y, _ = torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, low_memory, *w.op_args())
     return y

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import functional, weight
-from .ops._direct import Prepared, product, unobserved
+from .ops._direct import Matrix, Prepared, adapted_at_once, product, unobserved
 from .ops._optim_plan import part_of
 from .weight import QuantizedWeight
 
@@ -164,13 +164,22 @@ class QuantizedLinear(nn.Linear):
         y = self._at_once(x)
         return functional.linear(x, self.quantized, self.bias) if y is None else y
 
+    def with_adapter(
+        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, x_lora: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """:func:`qlora_native.lora_linear` over this layer's weight and bias: x [..., K], a [r, K], b [N, r]."""
+        y = adapted_at_once(self._matrix, x, self.bias, a, b, scale) if x_lora is None else None
+        return y if y is not None else functional.lora_linear(x, self.quantized, a, b, scale, self.bias, x_lora=x_lora)
+
     def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
         """The output past the dispatcher, or None where that is not possible."""
+        bias = self._parameters.get("bias")
+        return product(self._matrix(), x, bias) if unobserved(x, bias) else None
+
+    def _matrix(self) -> Matrix | None:
+        """The native form of the weight, made once; None where it has none."""
         parameters, buffers = self._parameters, self._buffers  # not by attribute: that takes as long as a small product
         if "weight" not in parameters or "bias" not in parameters:  # something else stands in their place
-            return None
-        bias = parameters["bias"]
-        if not unobserved(x, bias):
             return None
         if self._prepared is None:
             self._prepared = Prepared()
@@ -187,7 +196,7 @@ class QuantizedLinear(nn.Linear):
             about.quant_type_number,
             about.block_size,
         )
-        return product(self._prepared.matrix(arguments), x, bias)
+        return self._prepared.matrix(arguments)
 
     def reset_parameters(self) -> None:
         """Does nothing: a frozen weight has no initialisation of its own."""

@@ -19,7 +19,6 @@ from peft.tuners.lora.layer import Linear, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from qlora_native.functional import lora_linear
 from qlora_native.integrations.experts import Factors, QuantizedExperts, put_stack
 from qlora_native.lora import LoraConfig as LoraDefaults
 from qlora_native.nn import QuantizedLinear
@@ -76,7 +75,8 @@ class QuantizedLoraLinear(Linear):
         dropout = self.lora_dropout[name]
         dropped = None if isinstance(dropout, nn.Identity) or not dropout.training else dropout(seen)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return lora_linear(seen, base.quantized, a, b, self.scaling[name], base.bias, x_lora=dropped).to(x.dtype)
+        y: Tensor = base.with_adapter(seen, a, b, self.scaling[name], dropped)
+        return y.to(x.dtype)
 
     def _plain_adapter(self) -> str | None:
         """The one adapter that is active, if it is plain LoRA and nothing else is asked for."""

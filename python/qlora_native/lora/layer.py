@@ -10,7 +10,6 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from ..functional import lora_linear
 from ..nn import QuantizedLinear
 from .config import ALL_LINEAR, H_SVD, ZERO, LoraConfig
 from .start import LayerStatistics, residual_factors
@@ -82,7 +81,7 @@ class LoRALinear(nn.Module):
             return base(x)
         dropped = nn.functional.dropout(x, self.dropout) if self.training and self.dropout else None
         if isinstance(base, QuantizedLinear):
-            return lora_linear(x, base.quantized, self.lora_A, self.lora_B, self.scale, base.bias, x_lora=dropped)
+            return base.with_adapter(x, self.lora_A, self.lora_B, self.scale, dropped)
         seen = x if dropped is None else dropped
         low = nn.functional.linear(seen, self.lora_A.to(x.dtype))
         return base(x) + nn.functional.linear(low, self.lora_B.to(x.dtype)) * self.scale

@@ -134,23 +134,67 @@ def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> Tensor | N
     That is: no native matrix, another dtype than the kernels', a bias to be cast, x that is not contiguous or empty,
     anything that does not fit.
     """
+    rows = _rows_that_fit(matrix, x, bias)
+    return _run(matrix, x, bias, rows) if matrix is not None and rows else None
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether few_rows() of the kernels covers x [..., K], a few tokens in one of their dtypes."""
     number = DTYPE_NUMBER.get(x.dtype)
+    return number is not None and x.dim() > 0 and 0 < x.numel() <= _C.few_rows(number) * x.shape[-1]
+
+
+def adapted_product(
+    matrix: Matrix | None, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """x W^T + bias + scale * low B^T and low = x A^T for x that :func:`is_few`, or None where operands do not fit.
+
+    A [r, K] and B [N, r] are multiplied as they are stored, in fp32; low [..., r] is in x's dtype.
+    """
+    x = x.contiguous()
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    rows = _rows_that_fit(matrix, x, bias)
+    if matrix is None or not rows:
+        return None
+    rank = a.shape[0] if a.dim() == 2 else 0
+    if not rank or a.shape[1] != matrix[1] or b.shape != (matrix[0], rank):
+        return None
+    a, b = a.float().contiguous(), b.float().contiguous()
+    low = torch.empty((*x.shape[:-1], rank), dtype=x.dtype, device=_CPU)
+    return _run(matrix, x, bias, rows, a.data_ptr(), b.data_ptr(), scale, low.data_ptr(), rank), low
+
+
+def adapted_at_once(
+    matrix: Callable[[], Matrix | None], x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor | None:
+    """The first result of :func:`adapted_product` past the dispatcher, or None where that is not possible."""
+    if not unobserved(x, a, b, bias) or not is_few(x):
+        return None
+    made = adapted_product(matrix(), x, bias, a, b, scale)
+    return None if made is None else made[0]
+
+
+def _rows_that_fit(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> int:
+    """The rows of x, or 0 where the kernel cannot take the operands as they are."""
     shape = x.shape
-    if matrix is None or number is None or not shape or not x.is_contiguous():
-        return None
-    n, k, native = matrix
-    if shape[-1] != k or k == 0:
-        return None
-    rows = x.numel() // k
-    if rows == 0:
-        return None
-    addend = 0
-    if bias is not None:
-        if bias.dtype != x.dtype or bias.dim() != 1 or bias.shape[0] != n or not bias.is_contiguous():
-            return None
-        addend = bias.data_ptr()
-    y = torch.empty((*shape[:-1], n), dtype=x.dtype, device=_CPU)
-    needed = _matrix_forward(native, number, x.data_ptr(), addend, y.data_ptr(), rows, *buffer(0))
+    if matrix is None or x.dtype not in DTYPE_NUMBER or not shape or not x.is_contiguous():
+        return 0
+    n, k, _ = matrix
+    if shape[-1] != k or k == 0 or n == 0:
+        return 0
+    if bias is not None and (
+        bias.dtype != x.dtype or bias.dim() != 1 or bias.shape[0] != n or not bias.is_contiguous()
+    ):
+        return 0
+    return x.numel() // k
+
+
+def _run(matrix: Matrix, x: Tensor, bias: Tensor | None, rows: int, *adapter: Any) -> Tensor:
+    n, _, native = matrix
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=_CPU)
+    addend = 0 if bias is None else bias.data_ptr()
+    arguments = (native, DTYPE_NUMBER[x.dtype], x.data_ptr(), addend, y.data_ptr(), rows)
+    needed = _matrix_forward(*arguments, *buffer(0), *adapter)
     if needed:
-        _matrix_forward(native, number, x.data_ptr(), addend, y.data_ptr(), rows, *buffer(needed))
+        _matrix_forward(*arguments, *buffer(needed), *adapter)
     return y

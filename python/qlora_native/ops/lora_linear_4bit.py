@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import _C
 from .._native import DTYPE_NUMBER
 from . import _cuda_products, _products
+from ._direct import adapted_product, is_few
 from ._library import Weight, autograd, check_matrix, fake, implement, weight_of
 from .linear_4bit import (
     NO_WEIGHT_GRADIENT,
@@ -88,7 +90,12 @@ def scaled(b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
 
 @implement("lora_linear_4bit", "CPU")
 def cpu(*arguments: Any) -> Pair:
-    return forward_by(_products, read(*arguments))
+    call = read(*arguments)
+    few = None
+    if call.x_lora is None and is_few(call.x):
+        matrix = (*call.weight.shape, _C.matrix(*call.weight.shape, *call.weight.pointers()))
+        few = adapted_product(matrix, call.x, call.bias, call.a, call.b, call.scale)
+    return forward_by(_products, call) if few is None else few
 
 
 @implement("lora_linear_4bit", "CUDA")
