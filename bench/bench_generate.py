@@ -1,6 +1,6 @@
 """Greedy decoding with transformers' `generate`, one token at a time: tokens a second of SmolLM2-135M.
 
-    python bench/bench_generate.py --json bench/results/generate.json
+    python bench/bench_generate.py --json
 
 All sides start from the same 16-bit weights and take turns in one process. `ours` is a model as `qn.load_model` returns
 it and `unfused` the same with `fuse=False`, transformers' own code between the products; `dequantised` is the dense
@@ -24,9 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import Ceilings, ceilings, floor
-from common import Bar, interleaved, line, machine, quartiles, rounded, timings, write_json
+from common import Bar, add_json, interleaved, line, machine, quartiles, rounded, timings, write_json
 from torch import Tensor, nn
 
 import qlora_native as qn
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:

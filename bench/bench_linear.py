@@ -1,6 +1,6 @@
 """Products with a 4-bit weight, interleaved with 16-bit torch, oneDNN, bitsandbytes and torchao.
 
-    python bench/bench_linear.py --json bench/results/linear.json
+    python bench/bench_linear.py --json
     python bench/plot_linear.py bench/results/linear.json docs/linear.png
 
 Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forward and backward against the same of
@@ -31,10 +31,22 @@ from collections.abc import Callable
 from typing import Any
 
 import ggml_peer
+import isa_env  # noqa: F401  (before torch)
 import linear_isa
 import torch
 from ceilings import Ceilings, MemoryProbes, ceilings, floor
-from common import Bar, Functions, interleaved, interleaved_sparing, line, machine, relative_error, timings, write_json
+from common import (
+    Bar,
+    Functions,
+    add_json,
+    interleaved,
+    interleaved_sparing,
+    line,
+    machine,
+    relative_error,
+    timings,
+    write_json,
+)
 from linear_contenders import Lora, Weights, forward, grad_input
 
 from qlora_native.cases import BENCH_PRODUCTS, TOLERANCE, Product
@@ -115,7 +127,7 @@ def main() -> None:
     parser.add_argument("--only-n", type=int, help="one N of the table of cases")
     parser.add_argument("--only-m", type=int, nargs="+", help="some M of the table of cases")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """A QLoRA training step on SmolLM2-135M against transformers + peft: speed, memory and loss.
 
-    python bench/bench_train.py --json bench/results/train.json
-    python bench/bench_train.py --peers bitsandbytes --learn 100 --json bench/results/train_learn.json
+    python bench/bench_train.py --json
+    python bench/bench_train.py --peers bitsandbytes --learn 100 --json
 
 The peers (`--peers`) are `plain`, LoRA with fp32 adapters on the bf16 weights themselves; `bitsandbytes-tuned`, NF4
 with double quantisation, with bf16 adapters on both sides and, for the peer, a malloc that keeps its memory; and
@@ -25,10 +25,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import Ceilings, ceilings, floor
 from children import Child
-from common import Bar, line, machine, quartiles, rounded, timings, write_json
+from common import Bar, add_json, line, machine, quartiles, rounded, timings, write_json
 from train_sides import LENGTH, PEERS, RANK, ROWS, prepare, worker
 
 WARM_UP = 3  # steps that are not counted
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -125,7 +126,7 @@ def main() -> None:
             row = compare(peer, arguments, folder, prepared, result["ceilings"])
             result["rows"].append(row)
             print(line(row, "peer"), row["tokens_per_second"], row["first_loss"], row.get("held_out_loss", ""))
-    write_json(arguments.json, result)
+    write_json(arguments.json, result, "train_learn" if arguments.learn else None)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """QLORA_NATIVE_ISA for the libraries under torch too. Import this before torch.
 
 Our kernels alone on smaller instructions say nothing of a CPU that has no larger ones: there torch's own 16-bit
-products are plain loops. So where ``QLORA_NATIVE_ISA`` is set, oneDNN, ATen and MKL are limited to the same instructions
-by variables that each of them reads once, as torch is loaded; :func:`limits` asks torch what came of it.
+products are plain loops. So where ``QLORA_NATIVE_ISA`` is set, oneDNN, ATen and MKL are limited to the same
+instructions by variables that each of them reads once, as torch is loaded; :func:`limits` asks torch what came of it.
 """
 
 from __future__ import annotations

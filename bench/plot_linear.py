@@ -1,6 +1,6 @@
 """Time against M of the contenders of bench_linear, with the floor, as a picture. Needs matplotlib.
 
-python bench/plot_linear.py bench/results/linear.json docs/linear.png
+python bench/plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png
 """
 
 from __future__ import annotations
