@@ -38,6 +38,7 @@ __all__ = [
     "line",
     "machine",
     "multiplies_bf16",
+    "peer_dtype",
     "quartiles",
     "ratios",
     "relative_error",
@@ -125,6 +126,11 @@ def machine() -> dict[str, Any]:
 def multiplies_bf16() -> bool:
     """Whether the CPU class in use has a dot product for bf16: torch's own bf16 products are plain loops without."""
     return qn.build_info()["cpu_isa"] in ("avx512_bf16", "amx", "neon_bf16")
+
+
+def peer_dtype() -> torch.dtype:
+    """In which dtype the peers are at their best here."""
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

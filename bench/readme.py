@@ -19,6 +19,7 @@ BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
 NAMES = {
     "bf16": "torch bf16",
     "fp32": "torch fp32",
+    "ours_fp32": "our own for fp32 activations",
     "bf16_lora": "torch bf16 with LoRA",
     "onednn_prepacked": "oneDNN prepacked",
     "dequantise_into_buffer_linear": "decode into a buffer, torch",
@@ -71,6 +72,8 @@ def bars(row: Row) -> str:
         asked = f"at most {bar['bar']:g} {bar['measure']} of {rival}"
         if bar["measure"] == "times as fast":
             asked = f"at least {bar['bar']:g} x {rival}"
+        elif bar["measure"] == "of the floor":
+            asked = f"at least {100 * bar['bar']:g} % of {rival}"
         state = {True: "met", False: "missed", None: "not measured"}[bar["met"]]
         words.append(f"{asked}: " + ("" if bar["value"] is None else f"{bar['value']:g}, ") + state)
     return " or ".join(words) if row.get("either_bar") else "; ".join(words)

@@ -74,7 +74,7 @@ def test_a_bar_is_met_on_its_own_side(bar: Bar, value: float | None, met: bool |
 
 
 def test_floor_is_the_longer_of_bytes_and_operations() -> None:
-    measured = {"read_gb_per_s": 10.0, "write_gb_per_s": 5.0, "onednn_bf16_gflop_per_s": 100.0}
+    measured = {"read_gb_per_s": 10.0, "write_gb_per_s": 5.0, "bf16_gflop_per_s": 100.0}
     assert ceilings.floor(measured, read=1e9) == pytest.approx(0.1)
     assert ceilings.floor(measured, read=1e9, written=1e9) == pytest.approx(0.3)
     assert ceilings.floor(measured, read=1e9, flops=1e9) == pytest.approx(0.1)
