@@ -1,6 +1,6 @@
 """The memory that `qlora estimate` predicts against the peak of a real training run on the CPU.
 
-    python bench/bench_estimate.py --json bench/results/estimate.json
+    python bench/bench_estimate.py --json
 
 SmolLM2-135M and four random models, each with three lengths, checkpointing on and off: a run of three steps in
 a fresh process, as `qlora train` does it. From outside, the anonymous and shared memory of the process is read all the
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import machine, write_json
+from common import add_json, machine, write_json
 
 MODELS = ("smollm2", "llama", "llama48", "qwen2", "gemma")
 LENGTHS = (128, 256, 1024)
@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -1,14 +1,14 @@
 """Greedy decoding with transformers' `generate`, one token at a time: tokens a second of SmolLM2-135M.
 
-    python bench/bench_generate.py --json bench/results/generate.json
+    python bench/bench_generate.py --json
 
 All sides start from the same 16-bit weights and take turns in one process. `ours` is a model as `qn.load_model` returns
 it and `unfused` the same with `fuse=False`, transformers' own code between the products; `dequantised` is the dense
-bf16 model with the weights that ours stands for, the truth of the match column; `bitsandbytes` runs its inference path.
-`free` is `ours` with linear layers that return zeros at once, the output head included, and `layers free` the same with
-the head left as it is: what `generate` costs without the products. `match` says whether our tokens are the truth's, or
-part from them first where the truth itself nearly wavers. The floor is reading each weight once a token at the
-memory's best rate in this run. Needs the extra `bench`.
+bf16 model with the weights that ours stands for, the truth of the match column; `bitsandbytes` runs its inference path,
+in fp32 on a CPU without a dot product for bf16. `free` is `ours` with linear layers that return zeros at once, the
+output head included, and `layers free` the same with the head left as it is: what `generate` costs without the
+products. `match` says whether our tokens are the truth's, or part from them first where the truth itself nearly wavers.
+The floor is reading each weight once a token at the memory's best rate in this run. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import Ceilings, ceilings, floor
-from common import Bar, interleaved, line, machine, quartiles, rounded, timings, write_json
+from common import (
+    Bar,
+    add_json,
+    interleaved,
+    line,
+    machine,
+    multiplies_bf16,
+    peer_dtype,
+    quartiles,
+    rounded,
+    timings,
+    write_json,
+)
 from torch import Tensor, nn
 
 import qlora_native as qn
 from qlora_native.nn import QuantizedLinear
 
-# Either is enough.
-BARS = (Bar("bitsandbytes", 1.5, faster=True), Bar("layers free", 1.15))
+BARS = [Bar("bitsandbytes", 2.0, faster=True)]
+if multiplies_bf16():  # either is enough
+    BARS = [Bar("bitsandbytes", 1.5, faster=True), Bar("layers free", 1.15)]
 NEAR_TIE = 0.25  # logits: two steps of bf16 where the best ones lie
 PROMPT = "Explain in a few sentences why the sky is blue and a sunset is red."
 
@@ -95,10 +109,10 @@ def bitsandbytes_model(folder: Path) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=peer_dtype(),
     )
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map="cpu", quantization_config=quantization
+        folder, dtype=peer_dtype(), device_map="cpu", quantization_config=quantization
     )
 
 
@@ -192,7 +206,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,14 +1,16 @@
-"""Products with a 4-bit weight, interleaved with 16-bit torch, oneDNN, bitsandbytes and torchao.
+"""Products with a 4-bit weight and bf16 activations, interleaved with torch, oneDNN, bitsandbytes and torchao.
 
-    python bench/bench_linear.py --json bench/results/linear.json
-    python bench/plot_linear.py bench/results/linear.json docs/linear.png
+    python bench/bench_linear.py --json
+    QLORA_NATIVE_ISA=avx2 python bench/bench_linear.py --json
+    python bench/plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png
 
 Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forward and backward against the same of
-`linear`; and, in processes of their own, fp32 products under AVX2 and under AVX-512 without BF16. Contenders:
+`linear`. Contenders, which compute in fp32 on a CPU without a dot product for bf16:
 
     ours                            straight from the stored bytes
-    bf16                            torch's F.linear (its matmul, for the gradient)
-    onednn_prepacked                oneDNN's bf16 product with the weight in its own layout, a copy made beforehand
+    ours_fp32                       the same for fp32 activations, where the rivals compute in fp32
+    bf16, fp32                      torch's F.linear (its matmul, for the gradient)
+    onednn_prepacked                oneDNN's product with the weight in its own layout, a copy made beforehand
     dequantise_into_buffer_linear   our decoder into a kept dense buffer, then torch's product
     bitsandbytes                    Linear4bit in training mode: dequantise, then torch's product
     bitsandbytes_inference          the same in evaluation mode: repacked, forward only
@@ -17,8 +19,7 @@ Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forwar
 
 Every row has the relative error of each contender against fp64 on the decoded weight (torchao's and ggml's differ), and
 `match` says whether ours is within the tests' tolerance. The floor is the longer of moving all bytes once, at the
-memory's rate between the same rounds, and of doing all operations at the best rate that oneDNN reaches in this run (see
-ceilings.py).
+memory's rate between the same rounds, and of doing all operations at the best rate of this run (see ceilings.py).
 """
 
 from __future__ import annotations
@@ -31,16 +32,28 @@ from collections.abc import Callable
 from typing import Any
 
 import ggml_peer
-import linear_isa
+import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import Ceilings, MemoryProbes, ceilings, floor
-from common import Bar, Functions, interleaved, interleaved_sparing, line, machine, relative_error, timings, write_json
-from linear_contenders import Lora, Weights, forward, grad_input
+from common import (
+    Bar,
+    Functions,
+    add_json,
+    interleaved,
+    interleaved_sparing,
+    line,
+    machine,
+    multiplies_bf16,
+    relative_error,
+    timings,
+    write_json,
+)
+from linear_contenders import PLAIN, Lora, Weights, forward, grad_input
 
 from qlora_native.cases import BENCH_PRODUCTS, TOLERANCE, Product
 
-DIRECTIONS = ("forward", "grad_input", "lora_forward_backward", "isa")
-LORA_M, ISA_M = 1024, 256
+DIRECTIONS = ("forward", "grad_input", "lora_forward_backward")
+LORA_M = 1024
 
 FEW = (Bar("onednn_prepacked", 1.2, faster=True),)
 MANY = (Bar("onednn_prepacked", 1.0),)
@@ -52,9 +65,12 @@ BARS: dict[str, dict[int, tuple[Bar, ...]]] = {
         256: MANY,
         1024: MANY,
     },
-    "grad_input": {m: (Bar("bf16", 1.0),) for m in (16, 64, 256, 1024)},
+    "grad_input": {m: (Bar(PLAIN, 1.0),) for m in (16, 64, 256, 1024)},
     "lora_forward_backward": {LORA_M: (Bar("linear", 1.05),)},
 }
+if not multiplies_bf16():
+    AS_FAST = (Bar("onednn_prepacked", 1.05),)
+    BARS["forward"] = {1: (Bar(PLAIN, 3.0, faster=True),), 256: AS_FAST, 1024: AS_FAST}
 
 
 def rounds(m: int, repeats: int) -> int:
@@ -83,7 +99,7 @@ def product_row(weights: Weights, case: Product, direction: str, repeats: int, m
     errors = {name: significant(relative_error(result(function), truth)) for name, function in functions.items()}
     probes = MemoryProbes()
     bars = BARS[direction].get(case.m, ())
-    keep = ("ours", "bf16", "onednn_prepacked", *(bar.rival for bar in bars))
+    keep = ("ours", "ours_fp32", PLAIN, "onednn_prepacked", *(bar.rival for bar in bars))
     seconds = interleaved_sparing(functions | probes.jobs(), rounds(case.m, repeats), keep)
     rates = probes.rates(seconds)
     num_bytes = weights.ours.nbytes + 2 * case.m * (case.n + case.k)
@@ -115,7 +131,7 @@ def main() -> None:
     parser.add_argument("--only-n", type=int, help="one N of the table of cases")
     parser.add_argument("--only-m", type=int, nargs="+", help="some M of the table of cases")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -124,7 +140,7 @@ def main() -> None:
 
     def add(head: dict[str, Any], row: dict[str, Any]) -> None:
         found["rows"].append(head | row)
-        print(line(head | row, "direction", "isa", "n", "k", "m"), flush=True)
+        print(line(head | row, "direction", "n", "k", "m"), flush=True)
 
     measured = found["ceilings"]
     with torch.no_grad():
@@ -139,9 +155,6 @@ def main() -> None:
                     add(head, product_row(weights, case, direction, arguments.repeats, measured))
                 elif direction == "lora_forward_backward" and case.m == LORA_M:
                     add(head, lora_row(weights, case, arguments.repeats, measured))
-                elif direction == "isa" and case.m == ISA_M:
-                    for isa in linear_isa.ISAS:
-                        add({}, linear_isa.row(isa, case.m, n, case.k, arguments.repeats, measured))
     write_json(arguments.json, found)
 
 

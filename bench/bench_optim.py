@@ -1,6 +1,6 @@
 """An optimiser step, interleaved with torch's fused AdamW and, when importable, bitsandbytes and torchao.
 
-    python bench/bench_optim.py --json bench/results/optim.json
+    python bench/bench_optim.py --json
 
 Every row says whether ours gives the bytes of the plain-torch rule, and how much of the floor it reaches: the bytes
 that a step must move (gradients and parameters read, states read and written, parameters written) at the best rate that
@@ -19,8 +19,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import torch
-from common import Bar, Functions, Seconds, interleaved_sparing, line, machine, timings, write_json
+from common import Bar, Functions, Seconds, add_json, interleaved_sparing, line, machine, timings, write_json
 
 import qlora_native as qn
 from qlora_native import reference
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--case", choices=CASES, help="one of the cases")
     parser.add_argument("--no-peers", action="store_true", help="torch alone")
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

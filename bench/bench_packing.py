@@ -1,6 +1,6 @@
 """A training step on rows whose lengths vary tenfold: padded as they come, grouped by length, packed.
 
-    python bench/bench_packing.py --json bench/results/packing.json
+    python bench/bench_packing.py --json
 
 SmolLM2-135M in 4 bits with adapters of rank 16, through the trainer's own step (forward and backward over
 micro-batches, checkpointing off), on the same rows in each arm: random tokens, the longest row ten times as long as the
@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import numpy as np
 import torch
 from ceilings import ceilings, floor
-from common import Bar, interleaved, line, machine, ratios, relative_error, rounded, timings, write_json
+from common import Bar, add_json, interleaved, line, machine, ratios, relative_error, rounded, timings, write_json
 
 from qlora_native.cli.demo import model_file
 from qlora_native.data.batching import permutation
@@ -64,7 +65,7 @@ def one_by_one(model: Any, rows: list[dict[str, np.ndarray]]) -> float:
 def main() -> None:
     """Prepare, compare, time, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", help="write the results here")
+    add_json(parser)
     parser.add_argument("--model", help="a model folder in place of SmolLM2-135M-Instruct")
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--batch", type=int, default=4, help="rows of a padded micro-batch")

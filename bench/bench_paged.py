@@ -1,7 +1,7 @@
 """An optimiser step whose states are in a page file, against what keeps them in memory and against the disk.
 
-    python bench/bench_paged.py --page-dir DIR --json bench/results/paged.json
-    python bench/bench_paged.py --learn 30 --json bench/results/paged_learn.json
+    python bench/bench_paged.py --page-dir DIR --json
+    python bench/bench_paged.py --learn 30 --json
 
 Shares: a step over 50 M parameters with a residency budget that leaves 0, 25, 50 and 100 % of the states outside; torch
 and the peers keep theirs in memory. Large: 400 M parameters' 32-bit states under a budget of 1 GB, against a plain loop
@@ -23,8 +23,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import torch
-from common import Bar, Functions, Seconds, interleaved, interleaved_sparing, line, machine, timings, write_json
+from common import (
+    Bar,
+    Functions,
+    Seconds,
+    add_json,
+    interleaved,
+    interleaved_sparing,
+    line,
+    machine,
+    timings,
+    write_json,
+)
 from paged_loop import PlainLoop, disk_rates, largest_resident
 
 import qlora_native as qn
@@ -231,7 +243,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=21, help="of the steps in memory; fewer of the slow ones")
     parser.add_argument("--page-dir", default=tempfile.gettempdir(), help="a folder on a disk")
     parser.add_argument("--learn", type=int, metavar="STEPS", help="only the comparison of losses")
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder = arguments.page_dir
@@ -245,7 +257,7 @@ def main() -> None:
         result["rows"] += shares(folder, arguments.repeats, result["notes"])
         result["rows"] += large(folder, max(3, arguments.repeats // 4), result["ceilings"])
         print("\n".join(result["notes"]))
-    write_json(arguments.json, result)
+    write_json(arguments.json, result, "paged_learn" if arguments.learn else None)
 
 
 if __name__ == "__main__":

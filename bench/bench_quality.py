@@ -1,7 +1,7 @@
 """What 4 bits cost SmolLM2-135M in nats, by each method of quantising, before and after LoRA.
 
-    python bench/bench_quality.py --work FOLDER --json bench/results/quality.json
-    python bench/quality_page.py bench/results/quality.json      # writes docs/quality.md's tables and docs/quality.png
+    python bench/bench_quality.py --work FOLDER --json
+    python bench/quality_page.py --write      # writes docs/quality.md's tables and docs/quality.png
 
 FOLDER keeps what is done, so a run that was stopped goes on: the bases, what they score on the held-out texts
 (quality_texts.py says which), and the fine-tuning runs (quality_runs.py). In all about an hour and a half on two cores
@@ -24,8 +24,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import torch
-from common import machine, rounded, write_json
+from common import add_json, machine, rounded, write_json
 from quality_runs import ALPHA, EVALUATED, EVALUATED_ROWS, LENGTH, RANK, RATES, ROWS, SEEDS, STEPS, as_rows, load
 from quality_texts import CALIBRATION_ROWS, Windows, calibration, held_out
 
@@ -194,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="what is done is kept here")
     parser.add_argument("--no-learn", action="store_true", help="make no fine-tuning run; take those that are there")
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     arguments = parser.parse_args()
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """quantize and dequantize, interleaved with bitsandbytes, torchao and torch's own copy and fill of the same bytes.
 
-    python bench/bench_quantize.py --json bench/results/quantize.json
+    python bench/bench_quantize.py --json
 
 Every row says whether our bytes equal the plain-torch truth. The floor is the time to read what must be read and to
 write what must be written, at the rates of torch's sum and fill of large tensors between the same rounds; what the
@@ -19,9 +19,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import torch
 from ceilings import MemoryProbes, ceilings, floor
-from common import Bar, Functions, interleaved, interleaved_sparing, line, machine, timings, write_json
+from common import Bar, Functions, add_json, interleaved, interleaved_sparing, line, machine, timings, write_json
 from linear_contenders import torchao_weight
 
 import qlora_native as qn
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--only-n", type=int, help="one N of the shapes")
     parser.add_argument("--dtypes", nargs="+", default=[str(d).removeprefix("torch.") for d in FLOAT_DTYPES])
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

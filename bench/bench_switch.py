@@ -1,6 +1,6 @@
 """The usual script, transformers + PEFT + Trainer, with bitsandbytes' config class and with ours: the same losses?
 
-    python bench/bench_switch.py --json bench/results/switch.json
+    python bench/bench_switch.py --json
 
 Both sides load the same 4-bit checkpoint of SmolLM2-135M, which bitsandbytes made and saved, and the same initial
 adapter, and train on the same rows with the same torch.optim.AdamW; each run is a process of its own. In fp32 our loss
@@ -22,9 +22,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import torch
 from children import Child, serve
-from common import machine, write_json
+from common import add_json, machine, write_json
 
 ROWS, LENGTH = 2, 32  # tokens a step: their product
 TOLERANCE = 1e-3  # of the loss, in fp32
@@ -168,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--json", help="file for the result")
+    add_json(parser)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="an existing folder that keeps files and finished runs")
     arguments = parser.parse_args()

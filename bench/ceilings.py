@@ -1,20 +1,21 @@
 """What this machine can do now, and the least time that a job of so many bytes and operations can take.
 
-Rates of memory are those of torch's own multi-threaded loops over buffers far larger than the cache. The dot-product
-rates are the best that oneDNN's prepacked products reach: lower bounds of the true peaks, so that a fraction of the
-floor may come out above 1.
+Rates of memory are those of torch's own multi-threaded loops over buffers far larger than the cache. The rates of
+products are the best that oneDNN's prepacked ones reach, in fp32 those of torch.mm (MKL's) too: lower bounds of the
+true peaks, so that a fraction of the floor may come out above 1. On a CPU without a dot product for bf16 its rate is
+that of fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
-from common import Functions, Seconds, cache_bytes, interleaved
+from common import Functions, Seconds, cache_bytes, interleaved, multiplies_bf16
 
 Ceilings = dict[str, float]
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def prepacked(weight: torch.Tensor, m: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -29,8 +30,10 @@ def dot_rate(dtype: torch.dtype, repeats: int) -> float:
     weight = torch.randn(4096, 4096).to(dtype)
     for m, rounds in ((256, 4 * repeats), (1024, repeats)):
         x = torch.randn(m, 4096).to(dtype)
-        product = prepacked(weight, m)
-        seconds = min(interleaved({"mm": lambda x=x, f=product: f(x)}, rounds)["mm"])  # type: ignore[misc]
+        functions: Functions = {"onednn": partial(prepacked(weight, m), x)}
+        if dtype == torch.float32:
+            functions["mm"] = partial(torch.mm, x, weight.t())
+        seconds = min(map(min, interleaved(functions, rounds).values()))
         rates.append(2 * m * weight.numel() / seconds)
     return max(rates)
 
@@ -61,16 +64,19 @@ class MemoryProbes:
 
 
 def ceilings(repeats: int = 7, dots: bool = True) -> Ceilings:
-    """The machine's best rates: memory in GB/s, oneDNN's prepacked products in GFLOP/s."""
+    """The machine's best rates: memory in GB/s, products in GFLOP/s."""
     probes = MemoryProbes(max(512 << 20, 8 * cache_bytes()))
     found = probes.rates(interleaved(probes.jobs(), repeats, warmup=1), min)
     if dots:
-        for dtype, name in DTYPE_NAMES.items():
-            found[f"onednn_{name}_gflop_per_s"] = round(dot_rate(dtype, repeats) / 1e9, 1)
+        found["fp32_gflop_per_s"] = round(dot_rate(torch.float32, repeats) / 1e9, 1)
+        fast = multiplies_bf16()
+        found["bf16_gflop_per_s"] = (
+            round(dot_rate(torch.bfloat16, repeats) / 1e9, 1) if fast else found["fp32_gflop_per_s"]
+        )
     return found
 
 
 def floor(measured: Ceilings, read: float, written: float = 0.0, flops: float = 0.0, dtype: str = "bf16") -> float:
     """Seconds: the longer of moving the bytes and doing the operations, each at its measured rate."""
     moving = read / measured["read_gb_per_s"] + written / measured["write_gb_per_s"]
-    return max(moving, flops / measured[f"onednn_{dtype}_gflop_per_s"] if flops else 0.0) / 1e9
+    return max(moving, flops / measured[f"{dtype}_gflop_per_s"] if flops else 0.0) / 1e9

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import isa_env
 import torch
+from pages import RESULTS
 
 import qlora_native as qn
 from qlora_native.tuning.timing import (
@@ -27,12 +30,15 @@ __all__ = [
     "Bar",
     "Functions",
     "Seconds",
+    "add_json",
     "cache_bytes",
     "cpu_name",
     "interleaved",
     "interleaved_sparing",
     "line",
     "machine",
+    "multiplies_bf16",
+    "peer_dtype",
     "quartiles",
     "ratios",
     "relative_error",
@@ -112,15 +118,34 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "amx": bool(torch.cpu._is_amx_tile_supported()),
+        "torch_uses": isa_env.limits(),
         **{key: value for key, value in qn.build_info().items() if key in ("version", "cpu_isa", "compiler")},
     }
 
 
-def write_json(path: str | None, result: dict[str, Any]) -> None:
-    """Writes a result, if a path was given. The innermost lists stay on one line."""
-    if path:
-        text = json.dumps(result, indent=1)
-        Path(path).write_text(_short_lists(text) + "\n", encoding="utf-8")
+def multiplies_bf16() -> bool:
+    """Whether the CPU class in use has a dot product for bf16: torch's own bf16 products are plain loops without."""
+    return qn.build_info()["cpu_isa"] in ("avx512_bf16", "amx", "neon_bf16")
+
+
+def peer_dtype() -> torch.dtype:
+    """In which dtype the peers are at their best here."""
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--json``, whose value is for :func:`write_json`."""
+    parser.add_argument(
+        "--json", nargs="?", const="", help="file for the result; without a name bench/results/BENCH-CPU_CLASS.json"
+    )
+
+
+def write_json(path: str | None, result: dict[str, Any], name: str | None = None) -> None:
+    """Writes a result; "" is its file in bench/results by its ``name``, None writes nothing. The innermost lists stay
+    on one line."""
+    if path is not None:
+        file = Path(path or RESULTS / f"{name or result['bench']}-{result['machine']['cpu_isa']}.json")
+        file.write_text(_short_lists(json.dumps(result, indent=1)) + "\n", encoding="utf-8")
 
 
 def _short_lists(text: str) -> str:

@@ -11,6 +11,7 @@ from ctypes import c_bool, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
+import isa_env  # noqa: F401  (before torch)
 import torch
 
 F32, IQ4_NL = 0, 20  # enum ggml_type

@@ -1,7 +1,9 @@
 """The contenders of bench_linear: one weight in the form of each, and what each does with it.
 
 Every contender multiplies with the same values, those that the 4-bit weight stands for; but torchao's scales differ in
-the last bits, and ggml quantises those values to a format of its own and x to 8 bits. For few rows of x each rotates
+the last bits, what decodes for itself does not round its values to bf16 where it computes in fp32, and ggml quantises
+them to a format of its own and x to 8 bits. Rivals compute in the dtype that they are best in here: fp32 on a CPU
+without a dot product for bf16. For few rows of x each rotates
 over copies of its own form of the weight, four times the last-level cache in all, so that the products read memory, as
 a model's do; all but torchao, which writes and reads far more than that in each call, and takes seconds to copy.
 """
@@ -18,12 +20,14 @@ import ggml_peer
 import torch
 import torch.nn.functional as F
 from ceilings import prepacked
-from common import Functions, cache_bytes, relative_error
+from common import Functions, cache_bytes, peer_dtype, relative_error
 
 import qlora_native as qn
 from qlora_native.cases import Product
 
 ROTATE_UP_TO = 16  # rows of x
+DTYPE = peer_dtype()
+PLAIN = {torch.bfloat16: "bf16", torch.float32: "fp32"}[DTYPE]  # torch's own product
 
 
 def copies(num_bytes: int, m: int) -> int:
@@ -53,9 +57,10 @@ class Weights:
         dense = torch.randn(n, k, dtype=torch.bfloat16) / k**0.5
         self.ours = qn.quantize(dense)
         self.values = self.ours.dequantize()  # bf16: what everyone multiplies with
-        self.buffer = torch.empty_like(self.values)  # warm: that rival at its best, at the price of its memory
-        self.bitsandbytes = _bitsandbytes_layer(dense)
-        self.torchao = torchao_weight(dense)
+        self.theirs = self.values.to(DTYPE)
+        self.buffer = torch.empty_like(self.theirs)  # warm: that rival at its best, at the price of its memory
+        self.bitsandbytes = _bitsandbytes_layer(dense.to(DTYPE))
+        self.torchao = torchao_weight(dense.to(DTYPE))
         self.ggml = ggml_peer.quantize(self.values)
 
 
@@ -66,7 +71,7 @@ def _bitsandbytes_layer(dense: torch.Tensor) -> Any:
     except ImportError:
         return None
     n, k = dense.shape
-    layer = Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
+    layer = Linear4bit(k, n, bias=False, compute_dtype=DTYPE, compress_statistics=True, quant_type="nf4")
     layer.weight = Params4bit(dense.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
     return layer.to("cpu")
 
@@ -89,54 +94,60 @@ def _layer_copy(layer: Any, inference: bool, k: int) -> Any:
     fresh.train(not inference)
     if inference:
         with torch.no_grad():
-            fresh(torch.zeros(1, k, dtype=torch.bfloat16))
+            fresh(torch.zeros(1, k, dtype=DTYPE))
     return fresh
 
 
 def forward(weights: Weights, case: Product, x: torch.Tensor) -> Functions:
-    """Name -> x W^T, for x [M, K]."""
-    m, packed_bytes, dense_bytes = case.m, weights.ours.nbytes, 2 * case.n * case.k
+    """Name -> x W^T, for x [M, K] in bf16."""
+    m, packed_bytes, dense_bytes = case.m, weights.ours.nbytes, weights.theirs.nbytes
     ours = rotation(lambda: copied(weights.ours), packed_bytes, m)
-    dense = rotation(weights.values.clone, dense_bytes, m)
-    onednn = rotation(lambda: prepacked(weights.values, m), dense_bytes, m)
+    dense = rotation(weights.theirs.clone, dense_bytes, m)
+    onednn = rotation(lambda: prepacked(weights.theirs, m), dense_bytes, m)
+    y = x.to(DTYPE)
     functions: Functions = {
         "ours": lambda: qn.linear(x, ours()),
-        "bf16": lambda: F.linear(x, dense()),
-        "onednn_prepacked": lambda: onednn()(x),
-        "dequantise_into_buffer_linear": lambda: F.linear(x, ours().dequantize(out=weights.buffer)),
+        PLAIN: lambda: F.linear(y, dense()),
+        "onednn_prepacked": lambda: onednn()(y),
+        "dequantise_into_buffer_linear": lambda: F.linear(y, ours().dequantize(out=weights.buffer)),
     }
+    if y.dtype != x.dtype:
+        functions["ours_fp32"] = lambda: qn.linear(y, ours())
     if weights.bitsandbytes is not None:
         train = rotation(lambda: _layer_copy(weights.bitsandbytes, False, case.k), packed_bytes, m)
         inference = rotation(lambda: _layer_copy(weights.bitsandbytes, True, case.k), packed_bytes, m)
-        functions["bitsandbytes"] = lambda: train()(x)
-        functions["bitsandbytes_inference"] = lambda: inference()(x)
+        functions["bitsandbytes"] = lambda: train()(y)
+        functions["bitsandbytes_inference"] = lambda: inference()(y)
     if weights.torchao is not None:
-        functions["torchao"] = lambda: F.linear(x, weights.torchao)
+        functions["torchao"] = lambda: F.linear(y, weights.torchao)
     if weights.ggml is not None:
         functions["ggml_iq4_nl"] = ggml_peer.Product(weights.ggml, x, copies(packed_bytes, m))
     return functions
 
 
 def grad_input(weights: Weights, case: Product, grad: torch.Tensor) -> Functions:
-    """Name -> dy W, for dy [M, N]. oneDNN's prepacked form is that of W^T: a second copy of the weight."""
-    m, packed_bytes, dense_bytes = case.m, weights.ours.nbytes, 2 * case.n * case.k
+    """Name -> dy W, for dy [M, N] in bf16. oneDNN's prepacked form is that of W^T: a second copy of the weight."""
+    m, packed_bytes, dense_bytes = case.m, weights.ours.nbytes, weights.theirs.nbytes
     op = torch.ops.qlora_native.linear_4bit_grad_input
     ours = rotation(lambda: copied(weights.ours).op_args(), packed_bytes, m)
     decoded = rotation(lambda: copied(weights.ours), packed_bytes, m)
-    dense = rotation(weights.values.clone, dense_bytes, m)
-    transposed = weights.values.t().contiguous()
+    dense = rotation(weights.theirs.clone, dense_bytes, m)
+    transposed = weights.theirs.t().contiguous()
     onednn = rotation(lambda: prepacked(transposed, m), dense_bytes, m)
+    dy = grad.to(DTYPE)
     functions: Functions = {
         "ours": lambda: op(grad, False, *ours()),
-        "bf16": lambda: grad @ dense(),
-        "onednn_prepacked": lambda: onednn()(grad),
-        "dequantise_into_buffer_linear": lambda: grad @ decoded().dequantize(out=weights.buffer),
+        PLAIN: lambda: dy @ dense(),
+        "onednn_prepacked": lambda: onednn()(dy),
+        "dequantise_into_buffer_linear": lambda: dy @ decoded().dequantize(out=weights.buffer),
     }
+    if dy.dtype != grad.dtype:
+        functions["ours_fp32"] = lambda: op(dy, False, *ours())
     if weights.bitsandbytes is not None:
 
         def graph() -> tuple[torch.Tensor, torch.Tensor]:
             layer = _layer_copy(weights.bitsandbytes, False, case.k)
-            x = torch.zeros(m, case.k, dtype=torch.bfloat16, requires_grad=True)
+            x = torch.zeros(m, case.k, dtype=DTYPE, requires_grad=True)
             with torch.enable_grad():
                 return layer(x), x
 
@@ -144,7 +155,7 @@ def grad_input(weights: Weights, case: Product, grad: torch.Tensor) -> Functions
 
         def backward() -> torch.Tensor:
             y, x = graphs()
-            return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+            return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
 
         functions["bitsandbytes"] = backward
     return functions
@@ -165,21 +176,22 @@ class Lora:
     def _both(self, forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         with torch.enable_grad():
             y = forward()
-            return y, *torch.autograd.grad(y, inputs, self.grad)
+            return y, *torch.autograd.grad(y, inputs, self.grad.to(y.dtype))
 
     def functions(self) -> Functions:
         """Name -> (y, dx) or (y, dx, dA, dB)."""
-        x, a, b, w, values = self.x, self.a, self.b, self.weights.ours, self.weights.values
+        x, a, b, w, theirs = self.x, self.a, self.b, self.weights.ours, self.weights.theirs
+        z = x.detach().to(DTYPE).requires_grad_()
 
         def torch_lora() -> torch.Tensor:
-            low = F.linear(x, a.to(x.dtype))
-            return F.linear(x, values) + self.SCALE * F.linear(low, b.to(x.dtype))
+            low = F.linear(z, a.to(z.dtype))
+            return F.linear(z, theirs) + self.SCALE * F.linear(low, b.to(z.dtype))
 
         return {
             "ours": lambda: self._both(lambda: qn.lora_linear(x, w, a, b, self.SCALE), (x, a, b)),
             "linear": lambda: self._both(lambda: qn.linear(x, w), (x,)),
-            "bf16": lambda: self._both(lambda: F.linear(x, values), (x,)),
-            "bf16_lora": lambda: self._both(torch_lora, (x, a, b)),
+            PLAIN: lambda: self._both(lambda: F.linear(z, theirs), (z,)),
+            f"{PLAIN}_lora": lambda: self._both(torch_lora, (z, a, b)),
         }
 
     def error(self, got: tuple[torch.Tensor, ...]) -> float:

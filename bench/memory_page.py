@@ -1,4 +1,5 @@
-"""Writes the tables of docs/memory.md: measured ones from results/estimate.json, what is saved from the estimator.
+"""Writes the tables of docs/memory.md: measured ones from results/estimate-*.json, what is saved from the
+estimator.
 
 python bench/memory_page.py --write
 python bench/memory_page.py --check      # exit status 1 if docs/memory.md says anything else
@@ -6,46 +7,45 @@ python bench/memory_page.py --check      # exit status 1 if docs/memory.md says 
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
-from pages import between, write_or_check
-from readme import table
+from pages import between, results_of, side_by_side, table, write_or_check
 
-ROOT = Path(__file__).parents[1]
-PAGE, RESULT = ROOT / "docs/memory.md", ROOT / "bench/results/estimate.json"
+PAGE = Path(__file__).parents[1] / "docs/memory.md"
 GIB = 1 << 30
 
 
 def measured() -> list[str]:
     """Predicted against measured, one row a run."""
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    body = []
-    for row in result["rows"]:
-        total = row["total"]
-        body.append(
+    results = results_of("estimate")
+    bodies = {
+        cpu: [
             [
                 row["model"],
                 f"{row['rows']} x {row['length']}",
                 "on" if row["checkpointing"] else "off",
-                f"{total['predicted'] / 2**20:.1f}",
-                f"{total['measured'] / 2**20:.1f}",
-                f"{100 * total['error']:+.1f} %",
+                f"{row['total']['predicted'] / 2**20:.1f}",
+                f"{row['total']['measured'] / 2**20:.1f}",
+                f"{100 * row['total']['error']:+.1f} %",
             ]
-        )
+            for row in result["rows"]
+        ]
+        for cpu, result in results.items()
+    }
     head = ["model", "tokens", "checkpointing", "predicted, MiB", "measured, MiB", "error"]
-    tensors = max(abs(row[name]["error"]) for row in result["rows"] for name in ("weights", "optimizer"))
-    worst = max(abs(row["total"]["error"]) for row in result["rows"])
-    machine = result["machine"]
-    about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}, {machine['threads']} thread"
-    lines = table(head, body)
-    return [
-        *lines,
-        f"The largest error is {100 * worst:.1f} % ({about}); of the bytes of weights and of optimizer states, "
-        f"{100 * tensors:.1f} %.",
-        "",
-    ]
+    lines = side_by_side(head, bodies, keys=3)
+    for result in results.values():
+        tensors = max(abs(row[name]["error"]) for row in result["rows"] for name in ("weights", "optimizer"))
+        worst = max(abs(row["total"]["error"]) for row in result["rows"])
+        machine = result["machine"]
+        about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}, {machine['threads']} thread"
+        lines += [
+            f"The largest error is {100 * worst:.1f} % ({about}); of the bytes of weights and of optimizer states, "
+            f"{100 * tensors:.1f} %.",
+            "",
+        ]
+    return lines
 
 
 def saved() -> list[str]:

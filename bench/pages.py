@@ -1,11 +1,43 @@
-"""What the scripts share that write tables between two marks of a page in docs/, or check those that are there."""
+"""What the scripts share that write tables between two marks of a page, or check those that are there."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+CLASSES = ("amx", "avx512_bf16", "avx512", "avx2", "scalar", "neon_bf16", "neon")  # of CPUs, as the tables order them
+
+Result = dict[str, Any]
+
+
+def results_of(name: str, folder: Path = RESULTS) -> dict[str, Result]:
+    """CPU class -> what the bench of that name found there: ``train-avx2.json`` is "train" for "avx2"."""
+    files = {cpu: folder / f"{name}-{cpu}.json" for cpu in CLASSES}
+    return {cpu: json.loads(file.read_text(encoding="utf-8")) for cpu, file in files.items() if file.exists()}
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *body)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
+
+
+def side_by_side(head: Sequence[str], bodies: Mapping[str, Sequence[Sequence[str]]], keys: int = 1) -> list[str]:
+    """One table of the rows that each CPU class has.
+
+    Rows whose first ``keys`` cells are equal stand together. A column names the class if there is more than one.
+    """
+    if len(bodies) == 1:
+        return table(head, *bodies.values())
+    rows = [(tuple(row[:keys]), cpu, row[keys:]) for cpu, body in bodies.items() for row in body]
+    order = list(dict.fromkeys(key for key, _, _ in rows))
+    rows.sort(key=lambda row: order.index(row[0]))
+    return table([*head[:keys], "CPU", *head[keys:]], ([*key, cpu, *rest] for key, cpu, rest in rows))
 
 
 def between(text: str, begin: str, end: str, lines: Iterable[str]) -> str:

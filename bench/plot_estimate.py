@@ -1,6 +1,6 @@
 """Predicted parts against the measured peak, as a picture. Needs matplotlib.
 
-python bench/plot_estimate.py bench/results/estimate.json docs/memory.png
+python bench/plot_estimate.py bench/results/estimate-amx.json docs/memory.png
 """
 
 from __future__ import annotations

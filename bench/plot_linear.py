@@ -1,6 +1,6 @@
 """Time against M of the contenders of bench_linear, with the floor, as a picture. Needs matplotlib.
 
-python bench/plot_linear.py bench/results/linear.json docs/linear.png
+python bench/plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 LINES = (
     ("ours", "qlora_native, NF4", "#c2410c", "-"),
     ("bf16", "torch, bf16", "#1d4ed8", "-"),
-    ("onednn_prepacked", "oneDNN prepacked, bf16", "#0e7490", "-"),
+    ("fp32", "torch, fp32", "#1d4ed8", "-"),
+    ("ours_fp32", "qlora_native, NF4, fp32 activations", "#c2410c", ":"),
+    ("onednn_prepacked", "oneDNN prepacked", "#0e7490", "-"),
     ("bitsandbytes", "bitsandbytes NF4, training", "#6b7280", "-"),
     ("bitsandbytes_inference", "bitsandbytes NF4, inference only", "#6b7280", ":"),
     ("ggml_iq4_nl", "ggml IQ4_NL, x in 8 bits", "#4d7c0f", ":"),

@@ -1,6 +1,6 @@
 """Time of a step against the share of states that is out of memory, as a picture. Needs matplotlib.
 
-python bench/plot_paged.py bench/results/paged.json docs/paged.png
+python bench/plot_paged.py bench/results/paged-avx512_bf16.json docs/paged.png
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/quality.md and the picture docs/quality.png from bench/results/quality.json.
+"""Writes the tables of docs/quality.md and the picture docs/quality.png from bench/results/quality-*.json.
 
 python bench/quality_page.py --write
 python bench/quality_page.py --check      # exit status 1 if docs/quality.md is not what the result says
@@ -6,16 +6,14 @@ python bench/quality_page.py --check      # exit status 1 if docs/quality.md is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import between, write_or_check
-from readme import table
+from pages import between, results_of, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
-PAGE, PICTURE, RESULT = ROOT / "docs/quality.md", ROOT / "docs/quality.png", ROOT / "bench/results/quality.json"
+PAGE, PICTURE = ROOT / "docs/quality.md", ROOT / "docs/quality.png"
 BEGIN, END = "<!-- bench/quality_page.py begins -->", "<!-- bench/quality_page.py ends -->"
 NAMES = {"bf16": "16-bit (bf16)"}
 
@@ -123,11 +121,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Write or check."""
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    write_or_check(
-        __doc__, PAGE, lambda text: between(text, BEGIN, END, [block(result)]), f"bench/results/{RESULT.name}"
-    )
-    plot(result, PICTURE)
+    results = list(results_of("quality").values())
+    blocks = list(map(block, results))
+    write_or_check(__doc__, PAGE, lambda text: between(text, BEGIN, END, blocks), "bench/results/quality-*.json")
+    plot(results[0], PICTURE)
 
 
 if __name__ == "__main__":

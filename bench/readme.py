@@ -1,4 +1,4 @@
-"""The README's figures, written from bench/results/*.json so that they cannot say anything else.
+"""The README's figures, written from bench/results/*-CPU_CLASS.json so that they cannot say anything else.
 
 python bench/readme.py --write      # after the benches have run
 python bench/readme.py --check      # exit status 1 if README.md is not what the results say
@@ -7,16 +7,19 @@ python bench/readme.py --check      # exit status 1 if README.md is not what the
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pages import RESULTS, results_of, side_by_side
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
 NAMES = {
     "bf16": "torch bf16",
+    "fp32": "torch fp32",
+    "ours_fp32": "our own for fp32 activations",
     "bf16_lora": "torch bf16 with LoRA",
     "onednn_prepacked": "oneDNN prepacked",
     "dequantise_into_buffer_linear": "decode into a buffer, torch",
@@ -28,6 +31,7 @@ NAMES = {
     "copy": "`copy_`",
     "fill": "`fill_`",
     "theirs": "the peer",
+    "products": "the floor of its products",
     "layers free": "the same with 4-bit layers that return zeros",
     "plain loop": "the plain loop",
     "unpaged": "our step with `paged=False`",
@@ -35,6 +39,8 @@ NAMES = {
     "32-bit": "the run with 32-bit states",
 }
 PEERS = {
+    "fp32": "transformers + peft, all in fp32",
+    "ours-fp32": "our own step in fp32",
     "plain": "transformers + peft, bf16 weights, fp32 adapters",
     "bitsandbytes-tuned": "transformers + peft + bitsandbytes NF4, bf16 adapters on both sides, tuned malloc",
     "bitsandbytes": "transformers + peft + bitsandbytes NF4, fp32 adapters",
@@ -50,12 +56,7 @@ DECODERS = {
 }
 
 Row = dict[str, Any]
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """Markdown."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *body)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
+Results = Mapping[str, Row]  # CPU class -> what a bench found there
 
 
 def number(value: float) -> str:
@@ -71,6 +72,8 @@ def bars(row: Row) -> str:
         asked = f"at most {bar['bar']:g} {bar['measure']} of {rival}"
         if bar["measure"] == "times as fast":
             asked = f"at least {bar['bar']:g} x {rival}"
+        elif bar["measure"] == "of the floor":
+            asked = f"at least {100 * bar['bar']:g} % of {rival}"
         state = {True: "met", False: "missed", None: "not measured"}[bar["met"]]
         words.append(f"{asked}: " + ("" if bar["value"] is None else f"{bar['value']:g}, ") + state)
     return " or ".join(words) if row.get("either_bar") else "; ".join(words)
@@ -84,18 +87,27 @@ def faster(row: Row, rival: str) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
-def about(result: Row) -> str:
-    """The script and the machine in words."""
-    script, m = f"bench/bench_{result['bench']}.py", result["machine"]
-    return f"([{script}]({script}); {m['cpu']}, {m['threads']} threads, {m['cpu_isa']}, torch {m['torch']})"
+def about(results: Results) -> str:
+    """The script and the machines in words."""
+    script = next(f"bench/bench_{result['bench']}.py" for result in results.values())
+    machines = [
+        f"{m['cpu']}, {m['threads']} threads, {m['cpu_isa']}, torch {m['torch']}"
+        for m in (result["machine"] for result in results.values())
+    ]
+    return f"([{script}]({script}); {'; '.join(machines)})"
 
 
-def products(result: Row) -> list[str]:
-    """The tables of linear.json."""
-    names = {name for row in result["rows"] for name in row["ours_over"]}
-    rivals = [name for name in NAMES if name in names and name not in ("linear", "bf16_lora")]
+def every(results: Results) -> list[Row]:
+    """The rows of all classes."""
+    return [row for result in results.values() for row in result["rows"]]
+
+
+def products(results: Results) -> list[str]:
+    """The tables of linear-*.json."""
+    names = {name for row in every(results) for name in row["ours_over"]}
+    rivals = [name for name in NAMES if name in names and name not in ("linear", "bf16_lora", "fp32_lora")]
     lines = [
-        f"One product with a 4-bit weight {about(result)}: our time, the share of the floor (reading the bytes once,",
+        f"One product with a 4-bit weight {about(results)}: our time, the share of the floor (reading the bytes once,",
         "or the operations at oneDNN's best rate in the same run), and how many times as fast as each rival we are, by",
         "the median of paired rounds. For M <= 16 the weights rotate over copies four times the cache.",
         "",
@@ -103,51 +115,74 @@ def products(result: Row) -> list[str]:
     if (ROOT / "docs/linear.png").exists():
         lines += ["![Time of the forward product against M](docs/linear.png)", ""]
     head = ["", "M", "ms", "of the floor", *(f"x {NAMES[name]}" for name in rivals), "bar"]
-    body = []
-    for row in (r for r in result["rows"] if r["direction"] in ("forward", "grad_input") and "isa" not in r):
-        what = {"forward": "forward", "grad_input": "input gradient"}[row["direction"]]
-        cells = [f"{what} {row['n']} x {row['k']}", str(row["m"]), number(row["ms"]["ours"][1])]
-        body.append([*cells, f"{100 * row['of_floor']:.0f} %", *(faster(row, name) for name in rivals), bars(row)])
-    lines += table(head, body)
-    body = []
-    for row in (r for r in result["rows"] if "isa" in r or r["direction"] == "lora_forward_backward"):
-        what = f"fp32, {row['isa']}" if "isa" in row else f"`lora_linear` r={row['r']}, forward + backward"
-        cells = [f"{what}, {row['n']} x {row['k']}, M={row['m']}", number(row["ms"]["ours"][1])]
-        body.append([*cells, f"{100 * row['of_floor']:.0f} %", bars(row)])
-    return lines + table(["", "ms", "of the floor", "bar"], body)
+    plain: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
+    others: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
+    for cpu, result in results.items():
+        for row in result["rows"]:
+            ms, floor = number(row["ms"]["ours"][1]), f"{100 * row['of_floor']:.0f} %"
+            if row["direction"] in ("forward", "grad_input") and "isa" not in row:
+                what = {"forward": "forward", "grad_input": "input gradient"}[row["direction"]]
+                cells = [f"{what} {row['n']} x {row['k']}", str(row["m"]), ms, floor]
+                plain[cpu].append([*cells, *(faster(row, name) for name in rivals), bars(row)])
+            else:
+                what = f"fp32, {row['isa']}" if "isa" in row else f"`lora_linear` r={row['r']}, forward + backward"
+                others[cpu].append([f"{what}, {row['n']} x {row['k']}, M={row['m']}", ms, floor, bars(row)])
+    return [*lines, *side_by_side(head, plain, keys=2), *side_by_side(["", "ms", "of the floor", "bar"], others)]
 
 
-def quantising(result: Row) -> list[str]:
-    """The table of quantize.json: NF4 with double quantisation, bf16."""
-    rows = [r for r in result["rows"] if r["quant_type"] == "nf4" and r["double_quant"] and r["dtype"] == "bfloat16"]
-    rivals = [name for name in ("copy", "bitsandbytes", "torchao") if any(name in r["ours_over"] for r in rows)]
-    body = []
-    for row in rows:
-        cells = [f"{row['direction']} {row['n']} x {row['k']}", number(row["ms"]["ours"][1])]
-        body.append([*cells, f"{100 * row['of_floor']:.0f} %", *(faster(row, name) for name in rivals), bars(row)])
+def quantising(results: Results) -> list[str]:
+    """The table of quantize-*.json: NF4 with double quantisation, bf16."""
+    chosen = {
+        cpu: [r for r in result["rows"] if r["quant_type"] == "nf4" and r["double_quant"] and r["dtype"] == "bfloat16"]
+        for cpu, result in results.items()
+    }
+    there = {name for rows in chosen.values() for row in rows for name in row["ours_over"]}
+    rivals = [name for name in ("copy", "bitsandbytes", "torchao") if name in there]
+    bodies = {
+        cpu: [
+            [
+                f"{row['direction']} {row['n']} x {row['k']}",
+                number(row["ms"]["ours"][1]),
+                f"{100 * row['of_floor']:.0f} %",
+                *(faster(row, name) for name in rivals),
+                bars(row),
+            ]
+            for row in rows
+        ]
+        for cpu, rows in chosen.items()
+    }
     lines = [
-        f"Quantising bf16 to NF4 with double quantisation, and back into a warm `out` {about(result)}.",
+        f"Quantising bf16 to NF4 with double quantisation, and back into a warm `out` {about(results)}.",
         "The floor is reading the input and writing the output once:",
         "",
     ]
-    return lines + table(["", "ms", "of the floor", *(f"x {NAMES[name]}" for name in rivals), "bar"], body)
+    head = ["", "ms", "of the floor", *(f"x {NAMES[name]}" for name in rivals), "bar"]
+    return lines + side_by_side(head, bodies)
 
 
-def optimisers(result: Row) -> list[str]:
-    """The table of optim.json."""
-    rows = result["rows"]
-    rivals = list(dict.fromkeys(name for row in rows for name in row["ours_over"]))
-    body = []
-    for row in rows:
-        cells = [f"{row['optimizer']}, {row['case']}", number(row["ms"]["ours"][1]), f"{100 * row['of_floor']:.0f} %"]
-        body.append([*cells, *(faster(row, name) for name in rivals), bars(row)])
-    sizes = {row["case"]: f"{row['case']}: {row['parameters']:,} in {row['tensors']} tensors" for row in rows}
+def optimisers(results: Results) -> list[str]:
+    """The table of optim-*.json."""
+    rivals = list(dict.fromkeys(name for row in every(results) for name in row["ours_over"]))
+    bodies = {
+        cpu: [
+            [
+                f"{row['optimizer']}, {row['case']}",
+                number(row["ms"]["ours"][1]),
+                f"{100 * row['of_floor']:.0f} %",
+                *(faster(row, name) for name in rivals),
+                bars(row),
+            ]
+            for row in result["rows"]
+        ]
+        for cpu, result in results.items()
+    }
+    sizes = {r["case"]: f"{r['case']}: {r['parameters']:,} in {r['tensors']} tensors" for r in every(results)}
     lines = [
-        f"An optimiser step over fp32 parameters, {'; '.join(sizes.values())} {about(result)}.",
+        f"An optimiser step over fp32 parameters, {'; '.join(sizes.values())} {about(results)}.",
         "The floor is the step's bytes at the memory's best rate:",
         "",
     ]
-    return lines + table(["", "ms", "of the floor", *(f"x {name}" for name in rivals), "bar"], body)
+    return lines + side_by_side(["", "ms", "of the floor", *(f"x {name}" for name in rivals), "bar"], bodies)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -155,84 +190,102 @@ def spread(values: Sequence[float]) -> str:
     return f"{number(values[1])} ({number(values[0])}-{number(values[2])})"
 
 
-def training(result: Row) -> list[str]:
-    """The table of train.json or train_learn.json."""
-    learned = any("held_out_loss" in row for row in result["rows"])
-    body = []
-    for row in result["rows"]:
-        speeds, memory = row["tokens_per_second"], row["peak_rss_mib"]
-        speed = f"{spread(speeds['ours'])} against {spread(speeds['theirs'])}"
-        cells = [PEERS[row["peer"]], speed, faster(row, "theirs")]
-        cells.append(f"{memory['ours']:,} against {memory['theirs']:,}")
-        if learned:
-            sides = (" -> ".join(f"{v:.3f}" for v in row["held_out_loss"][name]) for name in ("ours", "theirs"))
-            cells.append(" against ".join(sides))
-        body.append([*cells, bars(row)] if not learned else cells)
+def training(results: Results) -> list[str]:
+    """The table of train-*.json or train_learn-*.json."""
+    learned = any("held_out_loss" in row for row in every(results))
+    floors = any("products" in row for row in every(results))
+    bodies: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
+    for cpu, result in results.items():
+        for row in result["rows"]:
+            speeds, memory = row["tokens_per_second"], row["peak_rss_mib"]
+            speed = f"{spread(speeds['ours'])} against {spread(speeds['theirs'])}"
+            cells = [PEERS[row["peer"]], speed, faster(row, "theirs")]
+            cells += [f"{100 * row['products']['of_floor']:.0f} %" if "products" in row else ""] * floors
+            cells.append(f"{memory['ours']:,} against {memory['theirs']:,}")
+            if learned:
+                sides = (" -> ".join(f"{v:.3f}" for v in row["held_out_loss"][name]) for name in ("ours", "theirs"))
+                cells.append(" against ".join(sides))
+            bodies[cpu].append([*cells, bars(row)] if not learned else cells)
     what = "Training steps of four rows of 256 tokens"
     if learned:
-        steps = result["rows"][0]["steps"]
+        steps = every(results)[0]["steps"]
         what = f"The same over {steps} steps on answers, at most 256 tokens a row, with the held-out loss"
     lines = [
         f"{what}: SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantisation, here and in the peer,",
         "from the same 16-bit weights and adapter tensors, on the same batches, the two processes taking turns",
-        f"{about(result)}. Medians and quartiles:",
+        f"{about(results)}. Medians and quartiles:",
         "",
     ]
-    head = ["peer", "tokens a second, ours against the peer's", "x", "peak memory of the process, MiB"]
-    return lines + table([*head, "held-out loss" if learned else "bar"], body)
+    head = ["peer", "tokens a second, ours against the peer's", "x", *["of the floor of its products"] * floors]
+    head += ["peak memory of the process, MiB", "held-out loss" if learned else "bar"]
+    return lines + side_by_side(head, bodies)
 
 
-def decoding(result: Row) -> list[str]:
-    """The table of generate.json."""
-    (row,) = result["rows"]
-    speeds = row["tokens_per_second"]
-    body = [[DECODERS[name], spread(values)] for name, values in speeds.items()]
+def decoding(results: Results) -> list[str]:
+    """The table of generate-*.json."""
+    bodies = {
+        cpu: [[DECODERS[name], spread(values)] for name, values in result["rows"][0]["tokens_per_second"].items()]
+        for cpu, result in results.items()
+    }
+    asked = [f"{cpu}: {bars(result['rows'][0])}" for cpu, result in results.items()]
+    if len(asked) == 1:
+        asked = [asked[0].partition(": ")[2]]
     lines = [
-        f"Greedy decoding of SmolLM2-135M by transformers' `generate` {about(result)}, medians and quartiles;",
-        f"asked: {bars(row)}.",
+        f"Greedy decoding of SmolLM2-135M by transformers' `generate` {about(results)}, medians and quartiles;",
+        f"asked: {'; '.join(asked)}.",
         "",
     ]
-    return lines + table(["", "tokens a second"], body)
+    return lines + side_by_side(["", "tokens a second"], bodies)
 
 
-def paging(result: Row) -> list[str]:
-    """The tables of paged.json."""
-    rows, disk = result["rows"], result["ceilings"]
-    shares = [row for row in rows if row["case"] == "shares"]
-    rivals = list(shares[0]["ours_over"])
+def paging(results: Results) -> list[str]:
+    """The tables of paged-*.json."""
+    shares = {cpu: [r for r in result["rows"] if r["case"] == "shares"] for cpu, result in results.items()}
+    first = next(iter(shares.values()))[0]
+    rivals = list(dict.fromkeys(name for rows in shares.values() for name in rows[0]["ours_over"]))
+    disks = [
+        f"the disk reads {result['ceilings']['disk_read_gb_per_s']:g} GB/s and writes\n"
+        f"{result['ceilings']['disk_write_gb_per_s']:g}"
+        for result in results.values()
+    ]
+    notes = dict.fromkeys(f"{note.rstrip('.')}." for result in results.values() for note in result["notes"])
     lines = [
-        f"An AdamW step over {shares[0]['parameters']:,} parameters with 32-bit states, a share of them out of memory",
-        f"{about(result)}; the disk reads {disk['disk_read_gb_per_s']:g} GB/s and writes",
-        f"{disk['disk_write_gb_per_s']:g}.",
-        *(f"{note.rstrip('.')}." for note in result["notes"]),
+        f"An AdamW step over {first['parameters']:,} parameters with 32-bit states, a share of them out of memory",
+        f"{about(results)}; {'; '.join(disks)}.",
+        *notes,
         "",
     ]
     if (ROOT / "docs/paged.png").exists():
         lines += ["![Time of a step against the share of states out of memory](docs/paged.png)", ""]
-    body = []
-    for row in shares:
-        moved = (row["bytes_in_a_step"] + row["bytes_out_a_step"]) / 1e6
-        cells = [f"{100 * row['paged_out']:g} %", spread(row["ms"]["ours"]), number(moved)]
-        body.append([*cells, *(faster(row, name) for name in rivals)])
-    lines += table(["out of memory", "ms", "MB moved a step", *(f"x {NAMES.get(n, n)}" for n in rivals)], body)
     names = {"large": "{parameters:,} parameters, states of {state_bytes:,} bytes under {budget_bytes:,}"}
-    body = []
-    for row in (r for r in rows if r["case"] in ("large", "idle")):
-        what = names.get(row["case"], "{optimizer}, without pressure, {parameters:,} parameters").format(**row)
-        reached = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
-        body.append([what, spread(row["ms"]["ours"]), reached, bars(row)])
-    return lines + table(["", "ms", "of the disk's rate, measured at the start", "bar"], body)
+    bodies: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
+    others: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
+    for cpu, result in results.items():
+        for row in shares[cpu]:
+            moved = (row["bytes_in_a_step"] + row["bytes_out_a_step"]) / 1e6
+            cells = [f"{100 * row['paged_out']:g} %", spread(row["ms"]["ours"]), number(moved)]
+            bodies[cpu].append([*cells, *(faster(row, name) for name in rivals)])
+        for row in (r for r in result["rows"] if r["case"] in ("large", "idle")):
+            what = names.get(row["case"], "{optimizer}, without pressure, {parameters:,} parameters").format(**row)
+            reached = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
+            others[cpu].append([what, spread(row["ms"]["ours"]), reached, bars(row)])
+    head = ["out of memory", "ms", "MB moved a step", *(f"x {NAMES.get(n, n)}" for n in rivals)]
+    lines += side_by_side(head, bodies)
+    return lines + side_by_side(["", "ms", "of the disk's rate, measured at the start", "bar"], others)
 
 
-def paged_learning(result: Row) -> list[str]:
-    """One sentence from paged_learn.json."""
-    plain, coded = result["rows"]
-    losses = [" -> ".join(f"{value:.4f}" for value in row["held_out_loss"]) for row in (plain, coded)]
-    return [
-        f"SmolLM2-135M after {plain['steps']} steps {about(result)}: held-out loss {losses[0]} with 32-bit states in",
-        f"memory, {losses[1]} with 8-bit states in a page file ({bars(coded)}).",
-        "",
-    ]
+def paged_learning(results: Results) -> list[str]:
+    """One sentence from each paged_learn-*.json."""
+    lines = []
+    for cpu, result in results.items():
+        plain, coded = result["rows"]
+        losses = [" -> ".join(f"{value:.4f}" for value in row["held_out_loss"]) for row in (plain, coded)]
+        lines += [
+            f"SmolLM2-135M after {plain['steps']} steps {about({cpu: result})}: held-out loss {losses[0]} with 32-bit "
+            f"states in\nmemory, {losses[1]} with 8-bit states in a page file ({bars(coded)}).",
+            "",
+        ]
+    return lines
 
 
 SECTIONS = (
@@ -255,9 +308,9 @@ def section(folder: Path) -> str:
         "",
     ]
     for name, write in SECTIONS:
-        file = folder / f"{name}.json"
-        if file.exists():
-            lines += write(json.loads(file.read_text(encoding="utf-8")))
+        results = results_of(name, folder)
+        if results:
+            lines += write(results)
     return "\n".join([BEGIN, *lines, END])
 
 
@@ -281,7 +334,7 @@ def main() -> None:
     action.add_argument("--write", action="store_true", help="put the figures into README.md")
     action.add_argument("--check", action="store_true", help="exit 1 if they differ from README.md")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     text = arguments.readme.read_text(encoding="utf-8")
     wanted = replaced(text, section(arguments.results))

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pages import between, write_or_check
-from readme import table
+from pages import between, table, write_or_check
 
 PAGE = Path(__file__).parents[1] / "docs/scaling.md"
 BEGIN, END = "<!-- bench/scaling_page.py begins -->", "<!-- bench/scaling_page.py ends -->"

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from children import serve
+from common import peer_dtype
 
 ROWS, LENGTH = 4, 256
 RANK, ALPHA = 16, 32
-PEERS = ("plain", "bitsandbytes-tuned", "bitsandbytes")
+PEERS = ("plain", "fp32", "ours-fp32", "bitsandbytes-tuned", "bitsandbytes")
 
 
 def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str, float]:
@@ -21,8 +22,8 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
     Full length: rows of LENGTH tokens, all trained. Otherwise conversations, their answers trained.
 
     Returns:
-        loss: that of the first batch in fp32 with the decoded weights, in transformers' own code. weights: those of the
-        frozen matrices that every token meets, forward and back.
+        loss: that of the first batch in fp32 with the decoded weights, in transformers' own code. frozen, head,
+        adapters: numbers of weights in the 4-bit layers, in the output embedding, in the adapters.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -42,14 +43,18 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
     dense.save_pretrained(folder / "model")
 
     model = qn.load_model(folder / "model")
-    num_weights = dense.get_output_embeddings().weight.numel()
+    frozen = 0
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             decoded = reference.dequantize(torch.bfloat16, *module.quantized.op_args())
             dense.get_submodule(name).weight.data.copy_(decoded)
-            num_weights += decoded.numel()
+            frozen += decoded.numel()
     qn.add_lora(model, qn.LoraConfig(r=RANK, alpha=ALPHA, seed=seed))
     qn.save_adapter(model, folder / "adapter")
+    head, adapters = (
+        dense.get_output_embeddings().weight.numel(),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
 
     train_file, held_out_file, _, _ = write_split(folder / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
     rows = load_dataset(train_file, tokenizer, max_length=LENGTH, train_on="all" if full_length else "answers")
@@ -72,13 +77,13 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
     torch.save({"train": batches, "held_out": evaluation}, folder / "batches.pt")
     with torch.no_grad():
         loss = float(dense.float()(**batches[0]).loss)
-    return {"loss": loss, "weights": num_weights}
+    return {"loss": loss, "frozen": frozen, "head": head, "adapters": adapters}
 
 
 Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
-def our_side(folder: Path) -> tuple[Any, Loss]:
+def our_side(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Loss]:
     """The model as `qlora train` has it, and its loss."""
     import qlora_native as qn
     from qlora_native.integrations import fuse
@@ -86,24 +91,24 @@ def our_side(folder: Path) -> tuple[Any, Loss]:
     from qlora_native.train.memory import keep_freed_memory
 
     keep_freed_memory()
-    model: Any = qn.load_model(folder / "model")
+    model: Any = qn.load_model(folder / "model", dtype=dtype)
     qn.load_adapter(model, folder / "adapter")
     fuse(model)
     return model, lambda batch: causal_lm_loss(model, batch)
 
 
-def their_side(folder: Path, quantised: bool) -> tuple[Any, Loss]:
-    """The usual stack: a bf16 model or a BitsAndBytesConfig, a PEFT adapter in fp32, and the model's own loss."""
+def their_side(folder: Path, quantised: bool, dtype: torch.dtype) -> tuple[Any, Loss]:
+    """The usual stack: a dense model or a BitsAndBytesConfig, a PEFT adapter in fp32, and the model's own loss."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": "cpu"}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": "cpu"}
     if quantised:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
     base = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
     base.config.use_cache = False
@@ -122,13 +127,20 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     imported = private_megabytes("VmRSS")
-    model, loss_of = our_side(folder) if side == "ours" else their_side(folder, quantised=peer != "plain")
+    is_ours = side == "ours" or peer == "ours-fp32"
+    if side == "ours":
+        model, loss_of = our_side(folder)
+    elif is_ours:
+        model, loss_of = our_side(folder, torch.float32)
+    else:
+        dtype = {"plain": torch.bfloat16, "fp32": torch.float32}.get(peer)
+        model, loss_of = their_side(folder, dtype is None, dtype or peer_dtype())
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     if peer == "bitsandbytes-tuned":
         for parameter in parameters:
             parameter.data = parameter.data.to(torch.bfloat16)
-    if side == "ours":  # as `qlora train` has it: the step clips
+    if is_ours:  # as `qlora train` has it: the step clips
         from qlora_native.optim import AdamW
 
         optimizer: torch.optim.Optimizer = AdamW(parameters, lr, max_norm=1.0)
@@ -151,7 +163,7 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
         started = time.perf_counter()
         loss = loss_of(batches["train"][index])
         loss.backward()
-        if side != "ours":
+        if not is_ours:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

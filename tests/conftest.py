@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import isa_env  # noqa: I001  (before torch)
 
 import emulated
 import pytest
@@ -18,6 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torchrun", action="store_true", help="run what starts torchrun, which takes a minute")
     parser.addoption("--backend", default="aot_eager", help="torch.compile's, for a whole training step")
     parser.addoption("--kills", type=int, default=3, help="how often a paged training run is killed")
+
+
+def pytest_configure() -> None:
+    if os.environ.get("QLORA_NATIVE_ISA"):
+        isa_env.limits()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ sys.path.insert(0, str(BENCH))
 
 import ceilings  # noqa: E402
 import common  # noqa: E402
+import isa_env  # noqa: E402
+import pages  # noqa: E402
 import readme  # noqa: E402
 from children import Child  # noqa: E402
 from common import Bar  # noqa: E402
@@ -71,7 +74,7 @@ def test_a_bar_is_met_on_its_own_side(bar: Bar, value: float | None, met: bool |
 
 
 def test_floor_is_the_longer_of_bytes_and_operations() -> None:
-    measured = {"read_gb_per_s": 10.0, "write_gb_per_s": 5.0, "onednn_bf16_gflop_per_s": 100.0}
+    measured = {"read_gb_per_s": 10.0, "write_gb_per_s": 5.0, "bf16_gflop_per_s": 100.0}
     assert ceilings.floor(measured, read=1e9) == pytest.approx(0.1)
     assert ceilings.floor(measured, read=1e9, written=1e9) == pytest.approx(0.3)
     assert ceilings.floor(measured, read=1e9, flops=1e9) == pytest.approx(0.1)
@@ -106,6 +109,43 @@ def test_a_written_result_reads_back_and_keeps_short_lists_on_a_line(tmp_path: P
     assert '"ours": [1.0, 2.0, 3.0]' in text
 
 
+def test_a_result_without_a_name_is_called_by_its_cpu_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    result = {"bench": "train", "machine": {"cpu_isa": "avx2"}}
+    common.write_json("", result)
+    common.write_json("", result, "train_learn")
+    common.write_json(None, result)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["train-avx2.json", "train_learn-avx2.json"]
+    assert pages.results_of("train", tmp_path) == {"avx2": result}
+
+
+def test_classes_stand_side_by_side() -> None:
+    bodies = {"avx512": [["a", "1"], ["b", "2"]], "avx2": [["b", "3"], ["c", "4"]]}
+    assert pages.side_by_side(["", "ms"], {"avx2": bodies["avx2"]})[2:] == ["| b | 3 |", "| c | 4 |", ""]
+    assert pages.side_by_side(["", "ms"], bodies) == [
+        "|  | CPU | ms |",
+        "|---|---|---|",
+        "| a | avx512 | 1 |",
+        "| b | avx512 | 2 |",
+        "| b | avx2 | 3 |",
+        "| c | avx2 | 4 |",
+        "",
+    ]
+
+
+@pytest.mark.skipif("avx2" not in isa_env.SETTINGS, reason="an x86-64 CPU's instructions")
+def test_an_instruction_set_holds_for_the_libraries_under_torch() -> None:
+    command = [sys.executable, "-c", "import isa_env, torch; print(isa_env.limits())"]
+    env = {**os.environ, "PYTHONPATH": str(BENCH), "QLORA_NATIVE_ISA": "avx2"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "{'aten': 'AVX2', 'onednn': 'Intel AVX2'}\n"
+    command[2] = "import torch, isa_env"
+    done = subprocess.run(
+        command, env=env | {isa_env.ONEDNN: "AVX512_CORE"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.startswith("QLORA_NATIVE_ISA is avx2, but torch was imported without")
+
+
 def test_a_child_that_dies_is_named_with_its_last_words() -> None:
     child = Child("left", ["-c", "import sys; sys.exit('no model here')"])
     with pytest.raises(SystemExit, match="'left' ended at 'step 0': no model here"):
@@ -113,13 +153,15 @@ def test_a_child_that_dies_is_named_with_its_last_words() -> None:
 
 
 def test_there_are_results() -> None:
-    assert {"linear", "quantize", "optim", "train"} <= {file.stem for file in RESULTS}
+    names, classes = zip(*(file.stem.rsplit("-", 1) for file in RESULTS), strict=True)
+    assert {"linear", "quantize", "optim", "train"} <= set(names) and set(classes) <= set(pages.CLASSES)
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_every_committed_row_matched_the_reference(file: Path) -> None:
     result = json.loads(file.read_text(encoding="utf-8"))
     assert result["rows"] and result["machine"]["cpu"]
+    assert file.stem.endswith(f"-{result['machine']['cpu_isa']}")
     assert result.get("ceilings") or not any("ms" in row for row in result["rows"])
     for row in result["rows"]:
         assert row["match"] is True, row

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import bench_quality  # noqa: E402
 import quality_page  # noqa: E402
+from pages import results_of  # noqa: E402
 from quality_texts import windows  # noqa: E402
 
 EXCESS = {"bf16": 0.0, "rtn": 0.2, "wmse": 0.08, "gptq": 0.02}
@@ -92,7 +93,7 @@ def test_windows_lie_end_to_end_and_none_is_drawn_twice() -> None:
         windows(Letters(), ["abcdefg", "xyzuvw"], 5, 3, 0)
 
 
-@pytest.mark.skipif(not quality_page.RESULT.exists(), reason="no result yet")
 def test_the_page_says_what_the_result_says() -> None:
+    assert results_of("quality")
     command = [sys.executable, str(ROOT / "bench/quality_page.py"), "--check"]
     assert subprocess.run(command, check=False).returncode == 0

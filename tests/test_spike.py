@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow_memory, needs_page_files]
 
 MIB = 1 << 20
 RANK = 1536  # adapters far larger than the layers they stand on, so that their states matter: 120 MiB
-WORDS = 300  # of the one long row, whose activations take more than the states; the other rows have five
+WORDS = 150  # of the one long row, whose activations take more than the states; the other rows have five
 ROWS = 4
 STEPS = 2 * ROWS  # the first epoch begins with the long row, when there are no states yet; in the second it is a spike
 
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 def run(files: Path, name: str, driver: str = "", **options: Any) -> Run:
     train = {"steps": STEPS, "batch_size": 1, "grad_accum": 1, "lr": 1e-4, "save_every": 0, "eval_every": 0}
-    train |= {"grad_checkpointing": False, **options}
+    train |= {"grad_checkpointing": False, "dtype": "float32", **options}  # twice the bytes for half the products
     folder = files / name
     folder.mkdir()
     config = {
