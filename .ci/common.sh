@@ -7,6 +7,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"
 export OMP_WAIT_POLICY=passive
 # Whole files to a worker, so that what a module's fixtures load is loaded once.
 tests_in_parallel=(-n "$(nproc)" --maxprocesses 4 --dist loadfile)
+export QLORA_NATIVE_CACHE=$scratch/cache
 unset QLORA_NATIVE_ISA PYTHONPATH
 summary=()
 failures=0

@@ -150,7 +150,7 @@ def launchers_never_synchronise(files: Tree) -> list[str]:
 
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "_version", "_C", "_cuda", "_late"},
+    {"errors", "_version", "_C", "_cuda", "_late", "_cache"},
     {"_native", "_cuda_native"},
     {"reference", "cases"},
     {"ops"},

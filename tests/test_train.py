@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,24 @@ def run(config: TrainConfig, **options: Any) -> tuple[loop_module.TrainSummary, 
     records: list[Record] = []
     summary = Trainer(config, quiet=True, on_step=records.append, **options).train()
     return summary, records, load_file(summary.adapter_dir / "adapter_model.safetensors")
+
+
+def test_the_time_left_counts_steps_and_evaluations_each_by_its_own(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+
+    def takes(seconds: float, result: Any) -> Any:
+        clock[0] += seconds
+        return result
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Trainer, "evaluate", lambda trainer, rows: takes(300, 1.0))
+    monkeypatch.setattr(Trainer, "_learn", lambda trainer, rows, items: takes(2, (1.0, 64, 64)))
+    for every, left in ((0, ["5:06", "5:04", "5:02", "5:00"]), (3, ["10:06", "10:04", "10:02", "5:00"])):
+        config = make_config(model_folder, tmp_path, eval_fraction=0.25, eval_every=every, log_every=1)
+        Trainer(config).train()
+        assert re.findall(r"([\d:]+) left$", capsys.readouterr().out, re.MULTILINE) == left
 
 
 def test_learns_a_small_set_by_heart(model_folder: Path, tmp_path: Path) -> None:

@@ -236,12 +236,15 @@ def test_the_file_is_replaced_whole_or_not_at_all(
 
 def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", "/a/home")
-    monkeypatch.delenv("QLORA_NATIVE_TUNING", raising=False)
+    for name in ("QLORA_NATIVE_TUNING", "QLORA_NATIVE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert _tuned_plans.folder() == Path("/a/home/.cache/qlora_native")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("QLORA_NATIVE_TUNING", "")
     assert _tuned_plans.folder() == tmp_path / "qlora_native"
+    monkeypatch.setenv("QLORA_NATIVE_CACHE", "/a/cache")
+    assert _tuned_plans.folder() == Path("/a/cache")
     monkeypatch.setenv("QLORA_NATIVE_TUNING", "/another")
     assert _tuned_plans.folder() == Path("/another")
     monkeypatch.setenv("QLORA_NATIVE_TUNING", "off")

@@ -43,6 +43,7 @@ class CalibrationData:
         format: of the rows of a file; None finds out from the first ones.
         keep: a .safetensors file that gets the sequences that were drawn (int32 ``input_ids`` [rows, length], and the
             seed): given as ``source`` it makes the same 4-bit weights again.
+        tokenizer: of the model, for rows and texts; None loads it.
     """
 
     source: Source
@@ -51,6 +52,7 @@ class CalibrationData:
     seed: int = 0
     format: str | None = None
     keep: Path | None = None
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def take_tokens(
     and what is behind them only if there is not enough otherwise.
 
     Args:
-        load_tokenizer: called if there is text.
+        load_tokenizer: called if there is text, and ``data`` brings no tokenizer.
         vocab_size: token numbers lie below it. positions: the longest sequence that the model takes, None if any.
 
     Raises:
@@ -176,7 +178,7 @@ def _documents(data: CalibrationData, load_tokenizer: Callable[[], Any]) -> Iter
         first = list(islice(rows, INFER_ROWS))
         name = data.format or infer_format(first)
         kept = [*first, *rows]
-        encoder = ChatEncoder(load_tokenizer(), train_on="all")
+        encoder = ChatEncoder(data.tokenizer or load_tokenizer(), train_on="all")
         for index in permutation(len(kept), data.seed):
             yield encoder.encode(normalise(kept[index], name)).input_ids
         return
@@ -185,7 +187,7 @@ def _documents(data: CalibrationData, load_tokenizer: Callable[[], Any]) -> Iter
     if all(isinstance(one, str) for one in documents):
         if not documents:
             return
-        encoder = ChatEncoder(load_tokenizer(), train_on="all")
+        encoder = ChatEncoder(data.tokenizer or load_tokenizer(), train_on="all")
         for index in order:
             if documents[index].strip():
                 yield encoder.encode(Row(f"calibration text {index}", 1, text=documents[index])).input_ids

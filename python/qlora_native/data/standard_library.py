@@ -12,6 +12,7 @@ import json
 import sysconfig
 import textwrap
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,21 +64,31 @@ def examples(max_characters: int, root: Path | None = None) -> Iterator[Example]
                 tree = ast.parse(text)
         except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                found = _example(".".join(parts), text, node)
-                if found is not None and len(found.source) <= max_characters:
-                    yield found
+        lines = text.splitlines()
+        for node in _functions(tree):
+            found = _example(".".join(parts), lines, node)
+            if found is not None and len(found.source) <= max_characters:
+                yield found
 
 
-def _example(module: str, text: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Example | None:
+def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function, in the order of ``ast.walk``, which takes several times as long because it visits expressions."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, field, ()))
+
+
+def _example(module: str, lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> Example | None:
     docstring = ast.get_docstring(node)
     if not docstring or len(node.body) < 2 or node.end_lineno is None:
         return None
     summary = docstring.splitlines()[0].strip()
     if not _MIN_SUMMARY <= len(summary) <= _MAX_SUMMARY:
         return None
-    lines = text.splitlines()
     documented = node.body[0]
     head = lines[node.lineno - 1 : documented.lineno - 1]
     body = lines[documented.end_lineno : node.end_lineno]

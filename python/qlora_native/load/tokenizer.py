@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .source import GgufSource, Source, open_source
+from .source import Source, open_source
 
 
 def load_tokenizer(model: str | Source) -> Any:
@@ -16,14 +16,18 @@ def load_tokenizer(model: str | Source) -> Any:
     tokenizer."""
     from transformers import AutoTokenizer
 
-    source = open_source(Path(model).expanduser(), torch.bfloat16) if isinstance(model, str) else model
+    path = Path(model).expanduser() if isinstance(model, str) else model.path
+    # A GGUF file is opened only to say what is wrong with it: transformers' reader takes seconds each time.
+    if isinstance(model, str) and not (path.suffix == ".gguf" and path.is_file()):
+        path = open_source(path, torch.bfloat16).path
     try:
-        if isinstance(source, GgufSource):
-            return AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name)
-        return AutoTokenizer.from_pretrained(source.path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the readers raise whatever they stumble on
+        open_source(path, torch.bfloat16)  # its UserError says so if the model itself is broken
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise UserError(
-            f"no usable tokenizer in {source.path} ({reason[:200]}); copy tokenizer.json and tokenizer_config.json "
+            f"no usable tokenizer in {path} ({reason[:200]}); copy tokenizer.json and tokenizer_config.json "
             "of the model into it"
         ) from error

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._cache import cache_folder
 from .._native import DTYPE_NUMBER, build_info
 from ._cuda_kernels import Facts
 from ._library import say_once
@@ -57,15 +58,11 @@ Choices = dict[Problem, Choice | None]  # None: the built-in plan was not beaten
 
 
 def folder() -> Path | None:
-    """Where the files are: ``QLORA_NATIVE_TUNING``, or the user's cache; None if that variable says ``off``."""
+    """Where the files are: ``QLORA_NATIVE_TUNING``, or the cache folder; None if that variable says ``off``."""
     named = os.environ.get("QLORA_NATIVE_TUNING", "")
     if named == "off":
         return None
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path there is to be ignored (XDG base directory specification).
-    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "qlora_native"
+    return Path(named) if named else cache_folder()
 
 
 @cache

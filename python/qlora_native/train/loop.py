@@ -158,7 +158,8 @@ class Trainer:
             plan.load_state_dict(state.data)
 
         metrics = ranks.metrics(self.output_dir / "metrics.jsonl", state.step, loggers or [])
-        progress = Progress(total, state.step, options.log_every, quiet=self.quiet or not ranks.first)
+        quiet = self.quiet or not ranks.first
+        progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
         for line in describe_rows(rows, held_out):
             progress.note(line)
         if checkpoint is not None:
@@ -171,8 +172,10 @@ class Trainer:
             while True:
                 ranks.finished(state.step)
                 if held_out and is_due(state.step, options.eval_every, total):
+                    started = time.monotonic()
                     loss = second_try.run(partial(self.evaluate, held_out), f"evaluation after step {state.step}")
-                    self._take_evaluation(state, loss, metrics, progress)
+                    progress.evaluation(state.step, loss, time.monotonic() - started)
+                    self._take_evaluation(state, loss, metrics)
                 if state.step >= total:
                     break
 
@@ -260,12 +263,9 @@ class Trainer:
         total, tokens_of_all = self.ranks.sum(total, count)
         return total / tokens_of_all
 
-    def _take_evaluation(
-        self, state: TrainState, loss: float, metrics: Metrics | NoMetrics, progress: Progress
-    ) -> None:
+    def _take_evaluation(self, state: TrainState, loss: float, metrics: Metrics | NoMetrics) -> None:
         """Write a held-out loss down, and keep the adapter in ``best/`` if no earlier one was as good."""
         metrics.write({"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))})
-        progress.evaluation(state.step, loss)
         state.loss_after = loss
         if state.step == 0:
             state.loss_before = state.best_loss = loss

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,11 +93,15 @@ def plot_losses(metrics: Path, picture: Path) -> bool:
 
 
 class Progress:
-    """The human side: notes, steps and evaluations. ``quiet`` prints nothing."""
+    """The human side: notes, steps and evaluations. ``quiet`` prints nothing.
 
-    def __init__(self, total: int, start: int, log_every: int, *, quiet: bool = False) -> None:
-        self.total, self.log_every, self.quiet = total, log_every, quiet
-        self._began, self._start = time.monotonic(), start
+    The time left is the mean time of a step times the steps left, and the time of the last evaluation times those that
+    are still due: at the end, and every ``eval_every`` steps unless that is 0.
+    """
+
+    def __init__(self, total: int, start: int, log_every: int, eval_every: int = 0, *, quiet: bool = False) -> None:
+        self.total, self.log_every, self.eval_every, self.quiet = total, log_every, eval_every, quiet
+        self._start, self._step_seconds, self._evaluation_seconds = start, 0.0, 0.0
         self._bar = self._rich_bar() if not quiet and sys.stdout.isatty() else None
         if self._bar is not None:
             self._bar.start()
@@ -114,18 +117,19 @@ class Progress:
     def step(self, record: Mapping[str, Any]) -> None:
         """One optimiser step, given as its line of ``metrics.jsonl``."""
         done = record["step"]
+        self._step_seconds += record["seconds"]
         status = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"peak {peak_rss_bytes() / 2**20:,.0f} MiB"
+            f"peak {peak_rss_bytes() / 2**20:,.0f} MiB  {_clock(self._seconds_left(done))} left"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
         elif not self.quiet and (done % self.log_every == 0 or done in (self._start + 1, self.total)):
-            left = (time.monotonic() - self._began) / (done - self._start) * (self.total - done)
-            print(f"step {done}/{self.total}  {status}  {_clock(left)} left", flush=True)
+            print(f"step {done}/{self.total}  {status}", flush=True)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """One evaluation on the held-out rows."""
+    def evaluation(self, step: int, loss: float, seconds: float) -> None:
+        """One evaluation on the held-out rows, which took ``seconds``."""
+        self._evaluation_seconds = seconds
         perplexity = math.exp(min(loss, 700.0))
         self.note(f"step {step}/{self.total}  held-out loss {loss:.4f}  perplexity {perplexity:,.2f}")
 
@@ -134,15 +138,20 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def _seconds_left(self, done: int) -> float:
+        """After step ``done``, whose own evaluation is still to come if one is due."""
+        due = 1
+        if self.eval_every:
+            due = -(-self.total // self.eval_every) - (done - 1) // self.eval_every
+        return self._step_seconds / (done - self._start) * (self.total - done) + self._evaluation_seconds * due
+
     def _rich_bar(self) -> Any:
         try:
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as RichProgress
         except ImportError:
             return None
-        return RichProgress(
-            MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.fields[status]}")
-        )
+        return RichProgress(MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"))
 
 
 def _clock(seconds: float) -> str:
