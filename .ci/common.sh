@@ -3,6 +3,7 @@
 scratch=$(mktemp -d) || exit 1
 trap 'rm -rf "$scratch"' EXIT
 export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"
+export QLORA_NATIVE_WERROR=ON
 # Everything that tests runs in pairs: a thread with nothing to do gives its core away instead of spinning.
 export OMP_WAIT_POLICY=passive
 # Whole files to a worker, so that what a module's fixtures load is loaded once.

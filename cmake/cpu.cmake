@@ -27,7 +27,7 @@ add_library(qlora_native_cpu STATIC
 target_include_directories(qlora_native_cpu PUBLIC cpp)
 # No contraction: a product and a sum that the arithmetic rule keeps apart must not be fused.
 target_compile_options(qlora_native_cpu PUBLIC
-  -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror -ffp-contract=off
+  ${QLORA_NATIVE_WARNINGS} -ffp-contract=off
   # Packing pairs of arrays is what the kernels do; GCC 12 warns on its own intrinsics headers there.
   $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
 target_link_libraries(qlora_native_cpu PUBLIC OpenMP::OpenMP_CXX)

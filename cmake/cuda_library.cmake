@@ -22,12 +22,12 @@ add_library(qlora_native_cuda STATIC
 target_include_directories(qlora_native_cuda PUBLIC cpp ${PROJECT_SOURCE_DIR})
 set_target_properties(qlora_native_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
 target_link_libraries(qlora_native_cuda PUBLIC CUDA::cudart_static)
-target_compile_options(qlora_native_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:
-  -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror>)
+target_compile_options(qlora_native_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${QLORA_NATIVE_WARNINGS}>")
 target_compile_options(qlora_native_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
   --fmad=false  # as -ffp-contract=off: the arithmetic rule says where to round
   --expt-relaxed-constexpr  # std::bit_cast in device code
-  "SHELL:-Werror all-warnings"
+  $<$<BOOL:${QLORA_NATIVE_WERROR}>:-Xcompiler=-Werror>
+  "$<$<BOOL:${QLORA_NATIVE_WERROR}>:SHELL:-Werror all-warnings>"
   "SHELL:-Xptxas -warn-spills,-warn-lmem-usage"
-  -Xcompiler=-Wall,-Wextra,-Wshadow,-Wconversion,-Wsign-conversion,-Werror,-ffp-contract=off
+  -Xcompiler=-Wall,-Wextra,-Wshadow,-Wconversion,-Wsign-conversion,-ffp-contract=off
   $<$<BOOL:${QLORA_NATIVE_FATBIN_COMPRESSES}>:-Xfatbin=--compress-mode=size>>)

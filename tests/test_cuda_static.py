@@ -233,7 +233,7 @@ def test_the_build_refuses_a_kernel_that_spills(tmp_path: Path) -> None:
     if nvcc is None or shutil.which("c++") is None:
         pytest.skip("there is no nvcc here, or no host compiler for it")
     library = (ROOT / "cmake" / "cuda_library.cmake").read_text(encoding="utf-8")
-    flags = [word for line in re.findall(r'"SHELL:([^"]+)"', library) for word in line.split()]
+    flags = [word for line in re.findall(r'SHELL:([^">]+)', library) for word in line.split()]
     assert "all-warnings" in flags and "-warn-spills,-warn-lmem-usage" in flags
     source = tmp_path / "spills.cu"
     source.write_text(SPILLS, encoding="utf-8")
