@@ -1,7 +1,7 @@
 """causal_attention: attention in which no position sees a later one, with key heads shared by groups of query heads.
 
-Nothing of size [T, T] is kept: backward computes the scores again. The native kernel takes fp32, bf16 and fp16 and heads
-of a multiple of 8 dimensions; others are computed plainly.
+Nothing of size [T, T] is kept: backward computes the scores again. The native kernel takes fp32, bf16 and fp16 and
+heads of a multiple of 8 dimensions; others are computed plainly.
 """
 
 from __future__ import annotations
