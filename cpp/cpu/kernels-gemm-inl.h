@@ -168,6 +168,14 @@ void product_unit(const GemmJob& job, const GemmUnit& unit, float* scratch) {
         float* target = sums + row * kStrip;
         Side::fetch(job, next_span, next, next_end, (column - here) / kStrip * tiles + t,
                     Side::kColumnsAtOnce / kStrip * tiles);
+        if (index == spans - 1) {  // where the sums go afterwards
+          const int64_t bytes = job.fp32_y ? 4 : int64_t{sizeof(T)};
+          char* y = static_cast<char*>(job.y) + ((unit.first_row + row) * stride + column) * bytes;
+          for (int64_t i = 0; i < count; ++i, y += stride * bytes) {
+            __builtin_prefetch(y, 1);
+            __builtin_prefetch(y + columns * bytes - 1, 1);
+          }
+        }
         tile_of<Product>(count)(a + row * kRowStride, panel, words, index > 0, target);
         if (index == spans - 1) {
           const T* added = bias == nullptr ? nullptr : bias + column;

@@ -237,18 +237,19 @@ struct Forward {
     }
   }
 
-  // The same from a dense W: squares of kLanes rows by kLanes words are transposed.
-  __attribute__((noinline)) static void copy_dense(const GemmJob& job, const DepthSpan& span, int64_t first,
-                                                   int64_t last, float* panel) {
-    const T* w = static_cast<const T*>(job.dense) + span.begin;
-    const int64_t count = span.end - span.begin;
+  // The same from elements [begin, end) of the rows of a dense matrix [.., length]: squares of kLanes rows by kLanes
+  // words are transposed.
+  __attribute__((noinline)) static void copy_dense(const void* dense, int64_t length, int64_t begin, int64_t end,
+                                                   int64_t first, int64_t last, float* panel) {
+    const T* w = static_cast<const T*>(dense) + begin;
+    const int64_t count = end - begin;
     const int64_t taken = limited(last - first, kStrip);
     constexpr int64_t kPiece = kLanes * kElements;
     const int64_t squares = count / kPiece;
     for (int64_t v = 0; v < taken; v += kLanes) {
       const T* rows[kLanes];
       for (int64_t lane = 0; lane < kLanes; ++lane) {
-        rows[lane] = w + (first + limited(v + lane, taken - 1)) * job.k;
+        rows[lane] = w + (first + limited(v + lane, taken - 1)) * length;
       }
       float* target = panel + v;
       for (int64_t square = 0; square < squares; ++square, target += kLanes * kStrip) {
@@ -263,9 +264,17 @@ struct Forward {
           store(target + lane * kStrip, words[lane]);
         }
       }
-      for (int64_t lane = 0; lane < limited(kLanes, taken - v); ++lane) {
-        for (int64_t i = squares * kPiece; i < count; ++i) {
-          put<T, kElements>(panel, i, v + lane, rows[lane][i]);
+      const int64_t left = count - squares * kPiece;
+      if (left > 0) {
+        T padded[size_t{kLanes} * kPiece] = {};
+        Floats words[kLanes];
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          std::memcpy(padded + lane * kPiece, rows[lane] + squares * kPiece, static_cast<size_t>(left) * sizeof(T));
+          words[lane] = load_words<T, kElements>(padded + lane * kPiece);
+        }
+        transpose(words);
+        for (int64_t word = 0; word < ceil_div(left, kElements); ++word) {
+          store(target + word * kStrip, words[word]);
         }
       }
     }
@@ -306,9 +315,7 @@ struct Forward {
     }
   }
 
-  static T adapter(const GemmJob& job, int64_t depth, int64_t column) {
-    return static_cast<const T*>(job.up)[column * job.r + depth];
-  }
+  static int64_t adapter_length(const GemmJob& job) { return job.r; }
 };
 
 // The product with W itself: the depth runs over W's rows.
@@ -364,13 +371,13 @@ struct GradInput {
     }
   }
 
-  // The same from a dense W, whose rows already lie along the panels'.
-  __attribute__((noinline)) static void copy_dense(const GemmJob& job, const DepthSpan& span, int64_t first,
-                                                   int64_t last, float* panels) {
-    const T* w = static_cast<const T*>(job.dense) + span.begin * job.k + first;
-    const int64_t count = span.end - span.begin;
+  // The same from rows [begin, end) of a dense matrix [.., length], which already lie along the panels'.
+  __attribute__((noinline)) static void copy_dense(const void* dense, int64_t length, int64_t begin, int64_t end,
+                                                   int64_t first, int64_t last, float* panels) {
+    const T* w = static_cast<const T*>(dense) + begin * length + first;
+    const int64_t count = end - begin;
     const int64_t columns = last - first;
-    for (int64_t i = 0; i < count; i += kElements, w += kElements * job.k) {
+    for (int64_t i = 0; i < count; i += kElements, w += kElements * length) {
       const bool has_second = kElements == 2 && i + 1 < count;
       float* word = panels + i / kElements * kStrip;
       int64_t column = 0;
@@ -379,13 +386,13 @@ struct GradInput {
         if constexpr (kElements == 1) {
           store_word(column_of(word, column), value);
         } else {
-          store_word(column_of(word, column), pair_up(value, has_second ? load(w + job.k + column) : zero()));
+          store_word(column_of(word, column), pair_up(value, has_second ? load(w + length + column) : zero()));
         }
       }
       for (; column < columns; ++column) {
         put<T, kElements>(panels, i, column, w[column]);
         if (has_second) {
-          put<T, kElements>(panels, i + 1, column, w[job.k + column]);
+          put<T, kElements>(panels, i + 1, column, w[length + column]);
         }
       }
     }
@@ -421,9 +428,7 @@ struct GradInput {
     }
   }
 
-  static T adapter(const GemmJob& job, int64_t depth, int64_t column) {
-    return static_cast<const T*>(job.up)[depth * job.k + column];
-  }
+  static int64_t adapter_length(const GemmJob& job) { return job.k; }
 };
 
 // Columns [first, last) of b, at most kColumnsAtOnce, to panels. What the panels hold beyond them never reaches y.
@@ -431,19 +436,16 @@ template <typename T, typename Side>
 void decode_columns(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
   if (span.begin < span.end) {
     if (job.dense != nullptr) {
-      Side::copy_dense(job, span, first, last, panels);
+      Side::copy_dense(job.dense, job.k, span.begin, span.end, first, last, panels);
     } else if (Side::is_regular(job, first)) {
       Side::decode_regular(job, span, first, last, panels);
     } else {
       Side::decode_any(job, span, first, last, panels);
     }
   }
-  const int64_t words = ceil_div(span.end - span.begin, Side::kElements);
-  for (int64_t column = first; column < last; ++column) {
-    for (int64_t depth = span.low_begin; depth < span.low_end; ++depth) {
-      put<T, Side::kElements>(panels + words * kStrip, depth - span.low_begin, column - first,
-                              Side::adapter(job, depth, column));
-    }
+  if (span.low_begin < span.low_end) {
+    float* below = panels + ceil_div(span.end - span.begin, Side::kElements) * kStrip;
+    Side::copy_dense(job.up, Side::adapter_length(job), span.low_begin, span.low_end, first, last, below);
   }
 }
 
