@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..functional import dense_linear
 from ..integrations.experts import STACKS, by_expert
 
 Key = tuple[str, int | None]  # the parameter's name, and the expert for a stack
@@ -189,7 +190,7 @@ class InputTaps:
     def _product(self, path: str, module: nn.Module, names: set[str], leaf: str, expert: int, x: Tensor) -> Tensor:
         if f"{path}.{leaf}" in names:
             self._note((f"{path}.{leaf}", expert), x)
-        return nn.functional.linear(x, getattr(module, leaf)[expert])
+        return dense_linear(x, getattr(module, leaf)[expert])
 
     def _note(self, key: Key, x: Tensor) -> None:
         inputs: Inputs | None = getattr(self._thread, "inputs", None)

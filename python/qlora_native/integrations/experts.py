@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native.functional import linear, lora_linear
+from qlora_native.functional import dense_linear, linear, lora_linear
 from qlora_native.integrations.substitute import Substitute, substitute_class
 from qlora_native.nn import in_rows, scales_in
 from qlora_native.ops._optim_plan import part_of
@@ -84,7 +84,7 @@ class QuantizedExperts(Substitute):
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
         stack = self.stack(name)
         if stack is None:
-            return nn.functional.linear(x, getattr(self, name)[expert])
+            return dense_linear(x, getattr(self, name)[expert])
         if self.compute_dtype is not None and self.compute_dtype != x.dtype:
             return self._product(name, expert, x.to(self.compute_dtype)).to(x.dtype)
         slices = self._slices.get(name)
@@ -96,8 +96,8 @@ class QuantizedExperts(Substitute):
         (a, b, scale), *others = adapters
         y = lora_linear(x, weight, a[expert], b[expert], scale)
         for a, b, scale in others:
-            low = nn.functional.linear(x, a[expert].to(x.dtype))
-            y = y + nn.functional.linear(low, b[expert].to(x.dtype)) * scale
+            low = dense_linear(x, a[expert].to(x.dtype))
+            y = y + dense_linear(low, b[expert].to(x.dtype)) * scale
         return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedExperts:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_native.functional import SIXTEEN_BITS, dense_linear
 from qlora_native.integrations.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
 from qlora_native.integrations.substitute import Substitute, substitute_class
-from qlora_native.ops import _pages, dense_linear, rms_norm, swiglu
+from qlora_native.ops import _pages, rms_norm, swiglu
 from qlora_native.ops._direct import at_once
 
 LARGE = 1 << 22  # elements of a dense weight that no cache holds
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -179,11 +179,9 @@ class Dense(Fused):
             _pages.gather(module.weight)
         return {}
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
-        if args or kwargs or x.dtype != self.weight.dtype or x.dtype not in SIXTEEN_BITS or not is_ours(x):
-            return super().forward(x, *args, **kwargs)
-        return at_once(dense_linear.cpu, torch.ops.qlora_native.dense_linear, (x, self.weight, self.bias))
+        return dense_linear(x, self.weight, self.bias)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from ..calibration.quantize import quantize_calibrated
 from ..calibration.statistics import Inputs, InputTaps, Key, Statistic, Statistics
 from ..errors import UserError
 from ..integrations.experts import STACKS
+from ..integrations.fused import fuse, unfuse
 from ..weight import QuantizedWeight
 from .finished import FinishedLayers
 from .source import Source
@@ -194,10 +195,12 @@ class _Layers:
         statistics = Statistics(full, None if full else self.ids.shape[1])
         hidden.begin(index + 1)
         run = partial(self._run, index, hidden, last)
+        fuse(layer)  # torch's own 16-bit products are slow on many CPUs
         with self.taps.on(layer, prefix, stored):
             for first in range(0, len(self.ids), threads):
                 rows = range(first, min(first + threads, len(self.ids)))
                 statistics.add(list(pool.map(run, rows)), pool)
+        unfuse(layer)
         give_memory_back()  # that of the activations, before weights are worked on
         groups = _by_size(statistics, stored)
         del statistics

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
+from ..functional import dense_linear
 from ..nn import QuantizedLinear
 from .config import ALL_LINEAR, H_SVD, ZERO, LoraConfig
 from .start import LayerStatistics, residual_factors
@@ -83,8 +84,8 @@ class LoRALinear(nn.Module):
         if isinstance(base, QuantizedLinear):
             return base.with_adapter(x, self.lora_A, self.lora_B, self.scale, dropped)
         seen = x if dropped is None else dropped
-        low = nn.functional.linear(seen, self.lora_A.to(x.dtype))
-        return base(x) + nn.functional.linear(low, self.lora_B.to(x.dtype)) * self.scale
+        low = dense_linear(seen, self.lora_A.to(x.dtype))
+        return base(x) + dense_linear(low, self.lora_B.to(x.dtype)) * self.scale
 
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout}" if self.dropout else ""
