@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_native as qn
-from qlora_native import lora
+from qlora_native import _C, lora
+from qlora_native.cases import TOLERANCE
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops._direct import unobserved
 
@@ -238,3 +239,21 @@ def test_lora(dtype: torch.dtype, adapter: torch.dtype) -> None:
     with torch.no_grad(), Recorder() as recorder:
         adapted(torch.randn(1, K).to(dtype))
     assert any("lora_linear_4bit" in name for name in recorder.seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapted_layer_makes_its_native_matrix_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, ...]] = []
+    native = _C.matrix
+    monkeypatch.setattr(_C, "matrix", lambda *arguments: made.append(arguments) or native(*arguments))
+    adapted = lora.LoRALinear(layer(bias=True, dtype=dtype), 4, 2.0)
+    torch.nn.init.normal_(adapted.lora_B)
+    dense = adapted.base_layer.quantized.dequantize(torch.float32).double() + adapted.delta().double()
+    inputs = [torch.randn(shape).to(dtype) for shape in ((1, 1, K), (1, 1, K), (3, K), (40, K))]
+    inputs.append(torch.randn(2, 3, K).to(dtype)[:, -1:])
+    with torch.no_grad():
+        for x in inputs:
+            assert adapted.bias is not None
+            expected = x.double() @ dense.t() + adapted.bias.double()
+            assert relative_error(adapted(x), expected) < 2 * TOLERANCE[dtype]
+    assert len(made) == 1
