@@ -23,9 +23,7 @@ void by_heads(int64_t units, int64_t bytes, unsigned char* scratch, const Run& r
 
 }  // namespace
 
-int64_t attention_threads(int64_t units) {
-  return std::max<int64_t>(1, std::min<int64_t>(units, omp_in_parallel() != 0 ? 1 : omp_get_max_threads()));
-}
+int64_t attention_threads(int64_t units) { return unit_threads(units); }
 
 int64_t attention_scratch_bytes(int64_t length, int64_t head_dim, bool backward) {
   const int64_t padded = (length + kAttentionKeys - 1) / kAttentionKeys * kAttentionKeys;
