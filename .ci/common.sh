@@ -50,6 +50,14 @@ find_python() {  # prints the first usable one
     return 1
 }
 
+python_of() {  # python_of 3.13: prints a usable interpreter of that version: on PATH, or of pyenv
+    local candidate
+    for candidate in $(type -ap "python$1") "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+        is_usable_python "$candidate" && echo "$candidate" && return 0
+    done
+    return 1
+}
+
 find_compiler() {
     command -v "${CXX:-c++}" || command -v g++ || command -v clang++
 }

@@ -1,12 +1,21 @@
 # The torch-free core: one object file per instruction set, each with its own flags; nothing else gets them.
 
-find_package(OpenMP REQUIRED COMPONENTS CXX)
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
+  find_package(OpenMP REQUIRED COMPONENTS CXX)
+  set(file_store cpp/cpu/file_store.cc)
+else()
+  find_package(OpenMP COMPONENTS CXX)
+  set(file_store cpp/cpu/file_store_memory.cc)
+  if(NOT OpenMP_CXX_FOUND)
+    message(STATUS "qlora_native: the CPU kernels run on one thread (no OpenMP was found)")
+  endif()
+endif()
 
 add_library(qlora_native_cpu STATIC
   cpp/cpu/adamw_step.cc
   cpp/cpu/causal_attention.cc
   cpp/cpu/dequantize_4bit.cc
-  cpp/cpu/file_store.cc
+  ${file_store}
   cpp/cpu/gemm.cc
   cpp/cpu/gptq_4bit.cc
   cpp/cpu/gradient_norm.cc
@@ -30,7 +39,11 @@ target_compile_options(qlora_native_cpu PUBLIC
   ${QLORA_NATIVE_WARNINGS} -ffp-contract=off
   # Packing pairs of arrays is what the kernels do; GCC 12 warns on its own intrinsics headers there.
   $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
-target_link_libraries(qlora_native_cpu PUBLIC OpenMP::OpenMP_CXX)
+if(OpenMP_CXX_FOUND)
+  target_link_libraries(qlora_native_cpu PUBLIC OpenMP::OpenMP_CXX)
+else()
+  target_compile_options(qlora_native_cpu PUBLIC -Wno-unknown-pragmas)
+endif()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(avx2 -mavx2 -mfma -mf16c)
@@ -40,12 +53,15 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(isas avx2 avx512 avx512_bf16 amx)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
   set(neon "")  # part of the architecture
-  set(neon_bf16 -march=armv8.2-a+bf16)
+  set(neon_bf16 -mcpu=generic+bf16)
   set(isas neon neon_bf16)
 endif()
 foreach(isa ${isas})
   target_sources(qlora_native_cpu PRIVATE cpp/cpu/isa_${isa}.cc)
-  set_source_files_properties(cpp/cpu/isa_${isa}.cc PROPERTIES COMPILE_OPTIONS "${${isa}}")
+  # Optimized in debug builds too. An inline function that is not inlined here is compiled for this instruction set, and
+  # the linker may keep that copy for everybody (tests/test_build_options.py reads the objects).
+  set_source_files_properties(cpp/cpu/isa_${isa}.cc PROPERTIES COMPILE_OPTIONS
+    "${${isa}};$<$<NOT:$<OR:$<CONFIG:Release>,$<BOOL:${QLORA_NATIVE_SANITIZE}>>>:-O3>")
 endforeach()
 
 if(QLORA_NATIVE_SANITIZE)

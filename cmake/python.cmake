@@ -3,6 +3,14 @@
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
 find_package(pybind11 CONFIG REQUIRED)
 
+# Bindings check and pass on; compiling them is mostly reading pybind11. So its headers are read once a module, and
+# neither the optimizer's higher levels nor its second run at link time (which pybind11 asks for by default) are spent.
+set(CMAKE_INTERPROCEDURAL_OPTIMIZATION OFF)
+function(compile_bindings_fast module)
+  target_precompile_headers(${module} PRIVATE <pybind11/pybind11.h> <pybind11/stl.h>)
+  target_compile_options(${module} PRIVATE $<$<CONFIG:Release>:-O1>)
+endfunction()
+
 pybind11_add_module(_C MODULE
   cpp/python/bind_adamw_step.cc
   cpp/python/bind_causal_attention.cc
@@ -22,6 +30,7 @@ pybind11_add_module(_C MODULE
   cpp/python/module.cc
   cpp/python/tensor_rows.cc)
 target_link_libraries(_C PRIVATE qlora_native_cpu)
+compile_bindings_fast(_C)
 target_compile_definitions(_C PRIVATE
   QLORA_NATIVE_VERSION="${QLORA_NATIVE_VERSION}"
   QLORA_NATIVE_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"

@@ -14,8 +14,7 @@ pybind11_add_module(_cuda MODULE
   cuda/python/bind_quantize_4bit.cc
   cuda/python/module.cc)
 target_link_libraries(_cuda PRIVATE qlora_native_cuda)
+compile_bindings_fast(_cuda)
 target_compile_options(_cuda PRIVATE ${QLORA_NATIVE_WARNINGS})
 target_compile_definitions(_cuda PRIVATE QLORA_NATIVE_CUDA_ARCHS_BUILT="${QLORA_NATIVE_CUDA_ARCHS_BUILT}")
-# GCC 12 misreads pybind11's registration of classes when it optimises at link time.
-target_link_options(_cuda PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-stringop-overread>)
 install(TARGETS _cuda DESTINATION qlora_native)

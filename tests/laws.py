@@ -112,6 +112,13 @@ def inline_assembly_only_in_wp(files: Tree) -> list[str]:
     )
 
 
+def openmp_only_in_parallel(files: Tree) -> list[str]:
+    pattern = r"\bomp_\w+\s*\(|#\s*pragma\s+omp\b|#\s*include\s*<omp\.h>"
+    return lines_with(
+        files, pattern, lambda p: is_native(p) and p != "cpp/cpu/parallel.h", "OpenMP outside cpp/cpu/parallel.h"
+    )
+
+
 def architecture_branches_only_in_wp(files: Tree) -> list[str]:
     # core/ may ask whether it is device code, never which device.
     branches = lines_with(
@@ -265,7 +272,7 @@ def core_needs_only_the_core_packages(files: Tree) -> list[str]:
 
 NOT_AN_OP = re.compile(
     r"isa(_\w+)?|kernels(-\w+)*|vec([-_]\w+)?|fpcr|tiles|gemm|parallel|file_store|side_thread|wp|matmul_plan"
-    r"|paging|managed_store|pinned_store|page_store|paged_table|tensor_list|step_frame|grid"
+    r"|paging|file_store_memory|managed_store|pinned_store|page_store|paged_table|tensor_list|step_frame|grid"
     r"|linear_4bit_(bf16|fp16|decode|small|split_k|tile)"  # parts of a CUDA op that fill files of their own
 )
 # The rooms of kernels, and what a file there needs beside it and in the room of its bindings.

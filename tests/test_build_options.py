@@ -1,8 +1,9 @@
-"""What the build chooses by itself: GPU architectures, from what nvcc knows and which cards are in sight."""
+"""What the build chooses by itself: GPU architectures, and which code the linker may take from which object."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -56,3 +57,32 @@ def chosen(folder: Path, known: str, cards: str | None, wanted: str = "") -> str
 )
 def test_architectures(known: str, cards: str | None, wanted: str, expected: str, tmp_path: Path) -> None:
     assert chosen(tmp_path, known, cards, wanted) == expected
+
+
+def weak_functions(listing: str) -> set[str]:
+    """Object and name of each weak function that an instruction set's flags made, in what `nm` prints of an archive."""
+    found, name = set(), ""
+    for line in listing.splitlines():
+        if line.endswith(":"):
+            name = line
+        elif re.match(r"isa_(?!scalar)", name) and re.match(r"[0-9a-f]+ W ", line):  # V and u are data
+            found.add(name + line.split(" W ")[1])
+    return found
+
+
+def test_no_kernel_object_offers_code_for_all() -> None:
+    """Of equal weak functions the linker keeps any one: one with AVX-512 in it would end other CPUs with SIGILL."""
+    nm = shutil.which("nm")
+    archives = sorted(ROOT.glob("build/cp3*/libqlora_native_cpu.a"))
+    if nm is None or not archives:
+        pytest.skip("there is no build folder here, or no nm")
+    for archive in archives:
+        listing = subprocess.run([nm, "-C", "--defined-only", str(archive)], capture_output=True, text=True, check=True)
+        assert "isa_scalar" in listing.stdout
+        assert not weak_functions(listing.stdout), archive
+
+
+def test_a_weak_function_is_seen() -> None:
+    line = "0000000000000000 W float std::max<float>(float const&, float const&)"
+    assert weak_functions(f"isa_avx512.cc.o:\n{line}\n") and not weak_functions(f"isa_scalar.cc.o:\n{line}\n")
+    assert not weak_functions("isa_avx512.cc.o:\n0000000000000000 V qlora_native::kNestedCode\n")

@@ -24,6 +24,8 @@ BREACHES: list[tuple[Law, Tree]] = [
     (laws.cuda_calls_only_in_cuda, {"cpp/python/a.cc": "#include <cuda_runtime.h>\n"}),
     (laws.inline_assembly_only_in_wp, {"cuda/linear_4bit.cuh": '  asm volatile("cp.async;");\n'}),
     (laws.inline_assembly_only_in_wp, {"cpp/cpu/a.cc": '  __asm__("nop");\n'}),
+    (laws.openmp_only_in_parallel, {"cpp/cpu/a.cc": "  return omp_get_max_threads();\n"}),
+    (laws.openmp_only_in_parallel, {"cpp/python/a.cc": "#pragma omp parallel for\n"}),
     (laws.architecture_branches_only_in_wp, {"cuda/linear_4bit.cu": "#if __CUDA_ARCH__ >= 800\n"}),
     (laws.architecture_branches_only_in_wp, {"cpp/core/a.h": "#if __CUDA_ARCH__ >= 800\n"}),
     (laws.architecture_branches_only_in_wp, {"cuda/linear_4bit.cuh": "#ifdef FAST\n"}),
@@ -90,7 +92,8 @@ BREACHES: list[tuple[Law, Tree]] = [
 ALLOWED: Tree = {
     "cpp/core/layout.h": "#include <cstdint>\n#if defined(__CUDA_ARCH__)\n#endif\nstatic_assert(sizeof(int) == 4);\n",
     "cpp/cpu/quantize_4bit.h": '#include "core/layout.h"\n',
-    "cpp/cpu/quantize_4bit.cc": '#include "cpu/quantize_4bit.h"\n#include <omp.h>\n',
+    "cpp/cpu/quantize_4bit.cc": '#include "cpu/quantize_4bit.h"\n#include <unistd.h>\n',
+    "cpp/cpu/parallel.h": "#include <omp.h>\n#pragma omp parallel\n  f(omp_get_thread_num());\n",
     "cpp/python/bind_quantize_4bit.cc": '#include <pybind11/pybind11.h>\n#include "cpu/quantize_4bit.h"\n',
     "cuda/python/bind_quantize_4bit.cc": '#include "cuda/quantize_4bit.h"\n',
     "cuda/wp.cuh": '#if __CUDA_ARCH__ >= 800\n  asm volatile("cp.async;");\n#endif\n',

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/layout.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
@@ -12,9 +13,6 @@ constexpr int64_t kSharedBytes = 2 << 20;  // of the heads that are worked on at
 constexpr int64_t kMaxSegments = 8;        // each brings a grad_q of its own
 constexpr int64_t kMinSegment = 128;
 constexpr int64_t kUnitsPerThread = 4;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t rounded_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 const AttentionKernels& kernels_of(Dtype dtype) { return kernels().attention[static_cast<int>(dtype)]; }
 

@@ -1,6 +1,8 @@
 #include "cpu/dequantize_4bit.h"
 
+#if !defined(_WIN32)
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 

@@ -1,5 +1,6 @@
 // Paged memory on a CPU: one arena that is private memory, as fast as any, until its bytes move into a file. Then the
-// same addresses show the file, and its pages can be sent away and fetched again. Linux only.
+// same addresses show the file, and its pages can be sent away and fetched again. Files are for Linux (file_store.cc);
+// elsewhere there is private memory only (file_store_memory.cc), and who asks for a file gets PageFileError.
 #pragma once
 
 #include <atomic>

@@ -10,8 +10,10 @@
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
-#if defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -96,6 +98,11 @@ Isa best_of_this_cpu() {
     return Isa::kScalar;
   }
   return (getauxval(AT_HWCAP2) & kBf16) != 0 ? Isa::kNeonBf16 : Isa::kNeon;
+#elif defined(__APPLE__)
+  int bf16 = 0;
+  size_t size = sizeof bf16;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &bf16, &size, nullptr, 0) == 0 && bf16 != 0 ? Isa::kNeonBf16
+                                                                                               : Isa::kNeon;
 #else
   return Isa::kNeon;  // part of the architecture
 #endif

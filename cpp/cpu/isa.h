@@ -25,9 +25,9 @@ const char* isa_name(Isa isa);
 std::vector<Isa> isas_built();
 
 // The instruction set in use: QLORA_NATIVE_ISA if it is set, else the best one that is both built and usable here.
-// Usable means that the CPU has it (cpuid, on arm64 the kernel's hwcaps) and the operating system saves its registers
-// (xgetbv).
-// Throws std::invalid_argument if the variable names an unknown or unusable set. Decided once, at the first call.
+// Usable means that the CPU has it (cpuid; on arm64 Linux's hwcaps, macOS's sysctl) and the operating system saves its
+// registers (xgetbv). Throws std::invalid_argument if the variable names an unknown or unusable set. Decided once, at
+// the first call.
 Isa current_isa();
 
 // Whether fp32 multiply-adds take bf16 operands through a product faster than vdpbf16ps does. A dot product makes two

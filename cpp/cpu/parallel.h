@@ -1,7 +1,11 @@
-// Loops over the threads of the OpenMP runtime that torch loaded: torch.set_num_threads holds here too.
+// Loops over the threads of the OpenMP runtime that torch loaded: torch.set_num_threads holds here too. The one file
+// that knows OpenMP. Built without it (as the cross builds for macOS and Windows are), every loop runs on the calling
+// thread.
 #pragma once
 
+#if defined(_OPENMP)
 #include <omp.h>
+#endif
 
 #include <atomic>
 #include <cstdint>
@@ -42,8 +46,16 @@ class IeeeArithmetic {
   IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
 };
 
-// How many threads a loop may use here and now.
+// How many threads a loop may use here and now; in a loop, how many run it and which of them this one is.
+#if defined(_OPENMP)
 inline int64_t available_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+inline int64_t team_size() { return omp_get_num_threads(); }
+inline int64_t thread_number() { return omp_get_thread_num(); }
+#else
+inline int64_t available_threads() { return 1; }
+inline int64_t team_size() { return 1; }
+inline int64_t thread_number() { return 0; }
+#endif
 
 inline constexpr int64_t kProductsPerTask = 1 << 15;  // multiplications that are worth a thread
 
@@ -65,8 +77,8 @@ void parallel_for(int64_t total, int64_t grain, const Body& body) {
 #pragma omp parallel num_threads(num_threads)
   {
     const IeeeArithmetic ieee;
-    const int64_t team = omp_get_num_threads();
-    const int64_t me = omp_get_thread_num();
+    const int64_t team = team_size();
+    const int64_t me = thread_number();
     const int64_t begin = total / team * me + (me < total % team ? me : total % team);
     const int64_t length = total / team + (me < total % team ? 1 : 0);
     if (length > 0) {
@@ -98,7 +110,7 @@ void parallel_units(int64_t total, const Body& body) {
 #pragma omp parallel num_threads(num_threads)
   {
     const IeeeArithmetic ieee;
-    const int64_t thread = omp_get_thread_num();
+    const int64_t thread = thread_number();
     for (int64_t unit = next.fetch_add(1, std::memory_order_relaxed); unit < total;
          unit = next.fetch_add(1, std::memory_order_relaxed)) {
       body(unit, thread);

@@ -1,10 +1,20 @@
 #include "cpu/side_thread.h"
 
+#if !defined(_WIN32)
 #include <signal.h>
+#endif
 
 #include <utility>
 
 namespace qlora_native::cpu {
+
+#if defined(_WIN32)
+
+// Without a page file there is no disk to wait for.
+SideThread::SideThread(std::function<void()> work) : work_(std::move(work)) {}
+void SideThread::join() {}
+
+#else
 
 SideThread::SideThread(std::function<void()> work) : work_(std::move(work)) {
   constexpr size_t kStack = 256 << 10;  // bytes
@@ -31,5 +41,7 @@ void SideThread::join() {
     pthread_join(thread_, nullptr);
   }
 }
+
+#endif
 
 }  // namespace qlora_native::cpu

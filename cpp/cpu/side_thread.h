@@ -1,7 +1,9 @@
 // A thread beside the OpenMP team, for work that waits for a disk.
 #pragma once
 
+#if !defined(_WIN32)
 #include <pthread.h>
+#endif
 
 #include <functional>
 
@@ -16,12 +18,14 @@ class SideThread {
   SideThread(const SideThread&) = delete;
   SideThread& operator=(const SideThread&) = delete;
 
-  bool runs() const { return runs_; }  // false if there was no room for a thread, or after join()
+  bool runs() const { return runs_; }  // false if there was no room for a thread, on Windows, or after join()
   void join();
 
  private:
   std::function<void()> work_;
+#if !defined(_WIN32)
   pthread_t thread_{};
+#endif
   bool runs_ = false;
 };
 

@@ -57,7 +57,7 @@ class Decoder {
   void step(const uint8_t* bytes, T* out) const {
     const uint8x16_t codes = spread_nibbles(bytes);
     vst2q_u8(reinterpret_cast<uint8_t*>(out),
-             uint8x16x2_t{{vqtbl1q_u8(planes_.val[0], codes), vqtbl1q_u8(planes_.val[1], codes)}});
+             (uint8x16x2_t{{vqtbl1q_u8(planes_.val[0], codes), vqtbl1q_u8(planes_.val[1], codes)}}));
   }
 
  private:
@@ -79,8 +79,8 @@ class Decoder<float> {
   void step(const uint8_t* bytes, float* out) const {
     const uint8x16_t codes = spread_nibbles(bytes);
     vst4q_u8(reinterpret_cast<uint8_t*>(out),
-             uint8x16x4_t{{vqtbl1q_u8(planes_.val[0], codes), vqtbl1q_u8(planes_.val[1], codes),
-                           vqtbl1q_u8(planes_.val[2], codes), vqtbl1q_u8(planes_.val[3], codes)}});
+             (uint8x16x4_t{{vqtbl1q_u8(planes_.val[0], codes), vqtbl1q_u8(planes_.val[1], codes),
+                            vqtbl1q_u8(planes_.val[2], codes), vqtbl1q_u8(planes_.val[3], codes)}}));
   }
 
  private:

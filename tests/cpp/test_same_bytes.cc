@@ -62,14 +62,22 @@ Trained<T> train(const cpu::OptimKernels& kernels, int64_t count, bool coded, fl
   for (int step = 1; step <= 3; ++step) {
     const std::vector<T> grad = spread_values<T>(random, count, largest);
     const float corrected = 1.0f / std::sqrt(1.0f - std::pow(0.99f, static_cast<float>(step)));
-    kernels.adamw_blocks[kIndex]({of.param.data(), grad.data(), of.first.data(), of.second.data(),
-                                  coded ? of.first_absmax.data() : nullptr, coded ? of.second_absmax.data() : nullptr,
-                                  count, 0.7f, 0.999f, coupled, 0.9f, 0.1f, 0.99f, 0.01f, corrected, 1e-8f, 1e-2f},
+    kernels.adamw_blocks[kIndex]({of.param.data(),
+                                  grad.data(),
+                                  of.first.data(),
+                                  of.second.data(),
+                                  coded ? of.first_absmax.data() : nullptr,
+                                  coded ? of.second_absmax.data() : nullptr,
+                                  count,
+                                  {0.7f, 0.999f, coupled, 0.9f, 0.1f, 0.99f, 0.01f, corrected, 1e-8f, 1e-2f}},
                                  0, blocks);
-    kernels.lion_blocks[kIndex](
-        {of.param.data(), grad.data(), of.first.data(), coded ? of.first_absmax.data() : nullptr, count, 0.7f, 0.999f,
-         1e-3f, 0.9f, 0.1f, 0.99f, 0.01f},
-        0, blocks);
+    kernels.lion_blocks[kIndex]({of.param.data(),
+                                 grad.data(),
+                                 of.first.data(),
+                                 coded ? of.first_absmax.data() : nullptr,
+                                 count,
+                                 {0.7f, 0.999f, 1e-3f, 0.9f, 0.1f, 0.99f, 0.01f}},
+                                0, blocks);
     of.squares += kernels.sum_of_squares[kIndex](grad.data(), count);
   }
   return of;
