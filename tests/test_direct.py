@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same_bytes
+from helpers import relative_error, same_bytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad

@@ -133,7 +133,7 @@ def test_skip_modules(tmp_path: Path) -> None:
 def test_lm_head_means_the_output_embedding_under_any_name(tmp_path: Path) -> None:
     save(tmp_path, "GPTNeoX")
     model = load_model(tmp_path)
-    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert isinstance(model.get_output_embeddings(), torch.nn.Linear)
     assert isinstance(load_model(tmp_path, skip_modules=[]).get_output_embeddings(), QuantizedLinear)
 
 
