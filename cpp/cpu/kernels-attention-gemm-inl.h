@@ -6,7 +6,7 @@
 // the 16 columns, as AMX tiles and vdpbf16ps take them.
 #pragma once
 
-#include "cpu/kernels-sixteen-inl.h"
+#include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {

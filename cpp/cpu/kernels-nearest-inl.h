@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cpu/kernels-quantize-inl.h"
-#include "cpu/vec_optim.h"
+#include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
@@ -14,13 +14,6 @@ constexpr int kSumLanes = 16;
 constexpr int kParts = kSumLanes / kLanes;  // vectors that hold 16 values
 
 #if defined(__AVX512BW__)
-
-inline float sum_by_halves(Floats v) {
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
-  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
-}
 
 template <QuantType kType>
 class Nearest {
@@ -62,8 +55,6 @@ class Nearest {
 
 #elif defined(__AVX2__)
 
-inline float sum_by_halves(Floats v) { return total(v); }  // of 8 lanes, it goes by halves
-
 template <QuantType kType>
 class Nearest {
  public:
@@ -91,11 +82,6 @@ class Nearest {
 
 #elif defined(QLORA_NATIVE_NEON)
 
-inline float sum_by_halves(Floats v) {
-  const float32x2_t half = vadd_f32(vget_low_f32(v), vget_high_f32(v));
-  return vget_lane_f32(vpadd_f32(half, half), 0);
-}
-
 template <QuantType kType>
 class Nearest {
  public:
@@ -118,8 +104,6 @@ class Nearest {
 };
 
 #else
-
-inline float sum_by_halves(Floats v) { return v.value; }
 
 template <QuantType kType>
 class Nearest {
@@ -150,7 +134,7 @@ inline float sum_by_halves(Floats* sums) {
       sums[i] = add(sums[i], sums[i + half]);
     }
   }
-  return sum_by_halves(sums[0]);
+  return total_by_halves(sums[0]);
 }
 
 // 1 / scale, and 0 where that is not finite: such a block takes the code of zero throughout.

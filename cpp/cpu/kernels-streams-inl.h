@@ -6,7 +6,7 @@
 #include "core/layout.h"
 #include "core/product.h"
 #include "cpu/kernels.h"
-#include "cpu/vec_panel.h"
+#include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
