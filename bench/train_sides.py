@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
     torch.manual_seed(0)
     imported = private_megabytes("VmRSS")
     is_ours = side == "ours" or peer == "ours-fp32"
+    stack = ExitStack()  # kept until the process ends
     if side == "ours":
         model, loss_of = our_side(folder)
     elif is_ours:
@@ -140,9 +142,11 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
     if peer == "bitsandbytes-tuned":
         for parameter in parameters:
             parameter.data = parameter.data.to(torch.bfloat16)
-    if is_ours:  # as `qlora train` has it: the step clips
+    if is_ours:  # as `qlora train` has it: the step clips, and old objects are no garbage
         from qlora_native.optim import AdamW
+        from qlora_native.train.memory import without_old_objects
 
+        stack.enter_context(without_old_objects())
         optimizer: torch.optim.Optimizer = AdamW(parameters, lr, max_norm=1.0)
     else:
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)

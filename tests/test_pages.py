@@ -74,3 +74,29 @@ def test_a_quantised_weight_is_expected_and_gathered(monkeypatch: pytest.MonkeyP
     for _ in range(2):  # at the first product only
         qn.linear(torch.randn(1, 64), w)
     assert advised[1:] == [(w.packed.data_ptr(), _pages.MADV_COLLAPSE)]
+
+
+def test_pages_are_interleaved_over_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not _pages.nodes():
+        pytest.skip("the system does not list its NUMA nodes")
+    t = torch.arange(1 << 20, dtype=torch.int32)
+    before = t.clone()
+    if not _pages.interleave(t, _pages.nodes()[:1]):
+        pytest.skip("the system does not let a process choose nodes")
+    assert torch.equal(t, before)
+    policies = [line.split()[:2] for line in Path("/proc/self/numa_maps").read_text(encoding="ascii").splitlines()]
+    inside = [policy for start, policy in policies if t.data_ptr() <= int(start, 16) < t.data_ptr() + t.nbytes]
+    assert inside and inside[0].startswith("interleave")
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"), [("0", (0,)), ("0-1", (0, 1)), ("0,2-3", (0, 2, 3)), ("", ())], ids=["1", "2", "gap", "none"]
+)
+def test_nodes(listed: str, found: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "online").write_text(listed + "\n")
+    monkeypatch.setattr(_pages, "NODES", tmp_path / "online")
+    _pages.nodes.cache_clear()
+    try:
+        assert _pages.nodes() == found
+    finally:
+        _pages.nodes.cache_clear()

@@ -133,6 +133,8 @@ void product_unit(const GemmJob& job, const GemmUnit& unit, float* scratch) {
   const Depth<Product::kElements> depth{Side::length(job), job.low == nullptr ? 0 : job.r};
   const int64_t rows = unit.last_row - unit.first_row;
   const int64_t tiles = ceil_div(rows, kMicroRows);
+  const int64_t height = rows / tiles;
+  const int64_t taller = rows - height * tiles;  // tiles that have a row more
   const int64_t stride = Side::columns(job);
   const int64_t first = unit.first_column;
   const int64_t last = unit.last_column;
@@ -146,45 +148,46 @@ void product_unit(const GemmJob& job, const GemmUnit& unit, float* scratch) {
     const DepthSpan span = depth.span(index);
     const int64_t words = depth.depth(span);
     pack_rows<T>(job, span, unit.first_row, unit.last_row, a);
-    for (int64_t column = first; column < last; column += kStrip) {
-      const int64_t strip = (column - first) / kStrip;
-      if ((column - first) % Side::kColumnsAtOnce == 0) {
-        decode_columns<T, Side>(job, span, column, limited(last, column + Side::kColumnsAtOnce), panels);
-      }
-      const float* panel = column_of(panels, (column - first) % Side::kColumnsAtOnce);
+    for (int64_t group = first; group < last; group += Side::kColumnsAtOnce) {
+      const int64_t group_end = limited(last, group + Side::kColumnsAtOnce);
+      decode_columns<T, Side>(job, span, group, group_end, panels);
       // The next panels' bytes are fetched under the multiplication, a few lines a tile: all at once they would keep
       // the decoder's loads and stores waiting. After the last panels come the first ones of the next span.
-      const int64_t here = column - (column - first) % Side::kColumnsAtOnce;
-      const bool wraps = here + Side::kColumnsAtOnce >= last;
+      const bool wraps = group_end == last;
       const bool ends = wraps && index + 1 == spans;
-      const int64_t next = ends ? following : wraps ? first : here + Side::kColumnsAtOnce;
+      const int64_t next = ends ? following : wraps ? first : group_end;
       const int64_t next_end = limited(ends ? stride : last, next + Side::kColumnsAtOnce);
       const DepthSpan next_span = ends ? depth.span(0) : wraps ? depth.span(index + 1) : span;
-      const int64_t columns = limited(last - column, kStrip);
-      float* sums = all_sums + strip * rows * kStrip;
-      for (int64_t t = 0; t < tiles; ++t) {  // of heights that differ by one at most
-        const int64_t row = rows * t / tiles;
-        const int64_t count = rows * (t + 1) / tiles - row;
-        float* target = sums + row * kStrip;
-        Side::fetch(job, next_span, next, next_end, (column - here) / kStrip * tiles + t,
-                    Side::kColumnsAtOnce / kStrip * tiles);
-        if (index == spans - 1) {  // where the sums go afterwards
-          const int64_t bytes = job.fp32_y ? 4 : int64_t{sizeof(T)};
-          char* y = static_cast<char*>(job.y) + ((unit.first_row + row) * stride + column) * bytes;
-          for (int64_t i = 0; i < count; ++i, y += stride * bytes) {
-            __builtin_prefetch(y, 1);
-            __builtin_prefetch(y + columns * bytes - 1, 1);
+      PieceFetcher<T> fetcher =
+          Side::fetcher(job, next_span, next, next_end, ceil_div(group_end - group, kStrip) * tiles);
+      for (int64_t column = group; column < group_end; column += kStrip) {
+        const float* panel = column_of(panels, column - group);
+        const int64_t columns = limited(last - column, kStrip);
+        float* sums = all_sums + (column - first) * rows;
+        int64_t row = 0;
+        for (int64_t t = 0; t < tiles; ++t) {  // of heights that differ by one at most
+          const int64_t count = height + (t < taller ? 1 : 0);
+          float* target = sums + row * kStrip;
+          fetcher.next();
+          if (index == spans - 1) {  // where the sums go afterwards
+            const int64_t bytes = job.fp32_y ? 4 : int64_t{sizeof(T)};
+            char* y = static_cast<char*>(job.y) + ((unit.first_row + row) * stride + column) * bytes;
+            for (int64_t i = 0; i < count; ++i, y += stride * bytes) {
+              __builtin_prefetch(y, 1);
+              __builtin_prefetch(y + columns * bytes - 1, 1);
+            }
           }
-        }
-        tile_of<Product>(count)(a + row * kRowStride, panel, words, index > 0, target);
-        if (index == spans - 1) {
-          const T* added = bias == nullptr ? nullptr : bias + column;
-          const int64_t at = (unit.first_row + row) * stride + column;
-          if (job.fp32_y) {
-            write_tile(target, count, columns, job.scale, added, static_cast<float*>(job.y) + at, stride);
-          } else {
-            write_tile(target, count, columns, job.scale, added, static_cast<T*>(job.y) + at, stride);
+          tile_of<Product>(count)(a + row * kRowStride, panel, words, index > 0, target);
+          if (index == spans - 1) {
+            const T* added = bias == nullptr ? nullptr : bias + column;
+            const int64_t at = (unit.first_row + row) * stride + column;
+            if (job.fp32_y) {
+              write_tile(target, count, columns, job.scale, added, static_cast<float*>(job.y) + at, stride);
+            } else {
+              write_tile(target, count, columns, job.scale, added, static_cast<T*>(job.y) + at, stride);
+            }
           }
+          row += count;
         }
       }
     }
@@ -193,6 +196,9 @@ void product_unit(const GemmJob& job, const GemmUnit& unit, float* scratch) {
 
 template <typename T>
 void gemm_product(const GemmJob& job, const GemmUnit& unit, void* scratch) {
+  if (unit.first_row == unit.last_row) {
+    return;
+  }
   if (job.depth() == 0 && job.low == nullptr) {
     fill_unit<T>(job, unit);
     return;

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..calibration.quantize import quantize_calibrated
 from ..errors import UserError
+from ..ops import _pages
 from ..ops.quantize_4bit import double_quantize
 from ..reference import NESTED_BLOCK
 from ..weight import QuantizedWeight, quantize
@@ -73,6 +74,7 @@ class Taker:
     def put_four_bit(self, name: str, weight: QuantizedWeight, file: str) -> None:
         """In the model's dtype, whatever that of the file: everything dense is cast likewise."""
         weight.dtype = self.dtype
+        _pages.interleave(weight.packed)
         self.tree.put_quantized(name, weight, self.weights[name], file)
 
     def nearest(self, name: str, tensor: Tensor, file: str, **changes: Any) -> QuantizedWeight:

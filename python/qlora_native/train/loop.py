@@ -43,6 +43,7 @@ from qlora_native.train.disk import atomic_folder, recover, told_if_unwritable
 from qlora_native.train.interrupt import Interrupted, StopRequest
 from qlora_native.train.loggers import make_loggers
 from qlora_native.train.loss import causal_lm_loss, settle, trained_tokens
+from qlora_native.train.memory import without_old_objects
 from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
 from qlora_native.train.ranks import NoMetrics, Ranks, joined, restarted
 from qlora_native.train.report import MemoryReport
@@ -168,7 +169,8 @@ class Trainer:
         speeds: list[float] = []
         began = time.monotonic()
 
-        with closing(metrics), closing(progress), StopRequest(ranks.world > 1, ranks.first) as stop:
+        watched = StopRequest(ranks.world > 1, ranks.first)
+        with closing(metrics), closing(progress), without_old_objects(), watched as stop:
             while True:
                 ranks.finished(state.step)
                 if held_out and is_due(state.step, options.eval_every, total):

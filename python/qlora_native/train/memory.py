@@ -1,9 +1,12 @@
-"""Keeping the memory of one training step for the next one."""
+"""Keeping the memory of one training step for the next one, and Python's garbage collector off what stays."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from qlora_native.optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
 
@@ -30,3 +33,15 @@ def keep_freed_memory(checkpointing: bool = False) -> bool:
         return False
     least = LEAST_MAPPED_WITH_CHECKPOINTING if checkpointing else LEAST_MAPPED
     return bool(mallopt(MMAP_THRESHOLD, least) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
+
+
+@contextmanager
+def without_old_objects() -> Iterator[None]:
+    """Leave out what is alive now whenever Python collects garbage: model, optimizer and libraries, hundreds of
+    thousands of objects, would be looked at several times a step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
