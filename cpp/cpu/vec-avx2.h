@@ -205,23 +205,26 @@ inline void store_as(Fp16* p, Floats v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// The 4 x 4 matrices in both halves, transposed.
+inline void turn(__m256 a, __m256 b, __m256 c, __m256 d, __m256* out) {
+  const __m256 ab_low = _mm256_unpacklo_ps(a, b);
+  const __m256 ab_high = _mm256_unpackhi_ps(a, b);
+  const __m256 cd_low = _mm256_unpacklo_ps(c, d);
+  const __m256 cd_high = _mm256_unpackhi_ps(c, d);
+  out[0] = _mm256_shuffle_ps(ab_low, cd_low, 0x44);
+  out[1] = _mm256_shuffle_ps(ab_low, cd_low, 0xee);
+  out[2] = _mm256_shuffle_ps(ab_high, cd_high, 0x44);
+  out[3] = _mm256_shuffle_ps(ab_high, cd_high, 0xee);
+}
+
 // v[i] lane j becomes v[j] lane i.
 inline void transpose(Floats (&v)[kLanes]) {
-  __m256 a[8];
-  __m256 b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-    a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {  // b[i + c]: column 4 h + c of rows i to i + 3, in half h
-    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
-    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
-  }
+  __m256 turned[8];
+  turn(v[0], v[1], v[2], v[3], turned);
+  turn(v[4], v[5], v[6], v[7], turned + 4);
   for (int c = 0; c < 4; ++c) {
-    v[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
-    v[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+    v[c] = _mm256_permute2f128_ps(turned[c], turned[4 + c], 0x20);
+    v[4 + c] = _mm256_permute2f128_ps(turned[c], turned[4 + c], 0x31);
   }
 }
 
@@ -279,6 +282,32 @@ inline float max16(Sixteen a) {  // in the order of total()
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline constexpr int kSixteenRows = 6;  // 12 registers, 2 of the second operand, 1 of the first
+inline constexpr int kSixteenColumns = 1;
+inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen sum) { return fused(a, b, sum); }
+
+// Through loads of half a register, which cost less than moving halves between registers.
+inline void transpose_16(const float* in, int64_t stride, Sixteen* out) {
+  const auto eight = [&](const float* from, __m256* turned) {  // [8, 8] of it
+    const auto halves = [&](int row, int column) {             // of rows `row` and row + 4
+      const float* p = from + row * stride + column;
+      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+    };
+    for (int i = 0; i < 8; i += 4) {
+      turn(halves(0, i), halves(1, i), halves(2, i), halves(3, i), turned + i);
+    }
+  };
+  for (int column = 0; column < 16; column += 8) {
+    __m256 top[8];
+    __m256 bottom[8];
+    eight(in + column, top);
+    eight(in + 8 * stride + column, bottom);
+    for (int i = 0; i < 8; ++i) {
+      out[column + i] = {top[i], bottom[i]};
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

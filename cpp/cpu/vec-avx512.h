@@ -311,6 +311,42 @@ inline float max16(Sixteen a) {  // in the order of total()
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+inline constexpr int kSixteenRows = 8;  // a tile of sums that stays in registers
+inline constexpr int kSixteenColumns = 2;
+inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen sum) { return fused(a, b, sum); }
+
+// in [16, 16] at a stride, transposed.
+inline void transpose_16(const float* in, int64_t stride, Sixteen* out) {
+  Floats v[16];
+  for (int i = 0; i < 16; ++i) {
+    v[i] = load(in + i * stride);
+  }
+  transpose(v);
+  for (int i = 0; i < 16; ++i) {
+    out[i] = {v[i]};
+  }
+}
+
+#if defined(__AVX512BF16__)
+#define QLORA_NATIVE_BF16_PAIRS
+// sums += a pair of elements of a times 16 pairs of b.
+inline Sixteen add_products(const Bf16* a, const Bf16* b, Sixteen sums) {
+  int32_t pair = 0;
+  std::memcpy(&pair, a, sizeof pair);
+  return {_mm512_dpbf16_ps(sums.v, std::bit_cast<__m512bh>(_mm512_set1_epi32(pair)),
+                           std::bit_cast<__m512bh>(_mm512_loadu_si512(b)))};
+}
+inline void store_narrow(Bf16* out, Sixteen a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), std::bit_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+}
+// Rows `row` (an even one) and row + 1 of a tile of pairs.
+inline void store_two_rows(Bf16* tile, int64_t row, Sixteen a, Sixteen b) {
+  const __m512i low = _mm512_cvtepu16_epi32(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+  const __m512i high = _mm512_cvtepu16_epi32(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(b.v)));
+  _mm512_storeu_si512(tile + row * 16, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Optimizers
 

@@ -282,6 +282,44 @@ inline float max16(const Sixteen& a) {
   return vgetq_lane_f32(larger_of(two, vextq_f32(two, two, 1)), 0);
 }
 
+inline constexpr int kSixteenRows = 6;
+inline constexpr int kSixteenColumns = 1;
+inline Sixteen multiply_add(const Sixteen& a, const Sixteen& b, const Sixteen& sum) { return fused(a, b, sum); }
+
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define QLORA_NATIVE_BF16_PAIRS
+inline Sixteen add_products(const Bf16* a, const Bf16* b, Sixteen sums) {
+  uint32_t pair = 0;
+  std::memcpy(&pair, a, sizeof pair);
+  for (int i = 0; i < 4; ++i) {
+    sums.v[i] = vbfdotq_f32(sums.v[i], vreinterpretq_bf16_u32(vdupq_n_u32(pair)), Dot<Bf16>::load_operand(b + 8 * i));
+  }
+  return sums;
+}
+inline void store_narrow(Bf16* out, const Sixteen& a) { store16(out, a); }
+inline void store_two_rows(Bf16* tile, int64_t row, const Sixteen& a, const Sixteen& b) {
+  Bf16* out = tile + row * 16;
+  Bf16 first[16];
+  Bf16 second[16];
+  store16(first, a);
+  store16(second, b);
+  for (int i = 0; i < 16; ++i) {
+    out[2 * i] = first[i];
+    out[2 * i + 1] = second[i];
+  }
+}
+#endif
+
+inline void transpose_16(const float* in, int64_t stride, Sixteen* out) {
+  for (int64_t i = 0; i < 16; ++i) {
+    float column[16];
+    for (int64_t j = 0; j < 16; ++j) {
+      column[j] = in[j * stride + i];
+    }
+    out[i] = load16(column);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Optimizers
 

@@ -179,6 +179,22 @@ inline float max16(const Sixteen& a) {
   return folded(a, [](float x, float y) { return x > y ? x : y; });
 }
 
+inline constexpr int kSixteenRows = 2;
+inline constexpr int kSixteenColumns = 1;
+inline Sixteen multiply_add(const Sixteen& a, const Sixteen& b, const Sixteen& sum) {
+  return sum + a * b;  // fused() would be a function call
+}
+
+inline void transpose_16(const float* in, int64_t stride, Sixteen* out) {
+  for (int64_t i = 0; i < 16; ++i) {
+    float column[16];
+    for (int64_t j = 0; j < 16; ++j) {
+      column[j] = in[j * stride + i];
+    }
+    out[i] = load16(column);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Optimizers
 
