@@ -1,8 +1,8 @@
 // The vector operations that the kernels are written in, for the instruction set this file is compiled with.
 //
-// A new instruction set is one file vec-<isa>.h, with all that the others define, and two lines here. Included by
-// kernels-inl.h inside a namespace of its own per instruction set, so that no two object files share a function
-// compiled with different flags. AVX-512 here means F + BW + DQ + VL.
+// A new instruction set is a file vec-<isa>.h and a kernels-quantize-<isa>-inl.h, with all that the others define, and
+// three lines here. Included by kernels-inl.h inside a namespace of its own per instruction set, so that no two object
+// files share a function compiled with different flags. AVX-512 here means F + BW + DQ + VL.
 //
 //   Floats         kLanes floats, as many as a register holds
 //   Words          what the lanes of a panel of weights hold: fp32, or a pair of bf16 where pairs have a dot product
@@ -39,12 +39,16 @@ struct WordProduct;
 
 #if defined(__AVX512BW__)
 #include "cpu/vec-avx512.h"
+#define QLORA_NATIVE_QUANTIZE_INL "cpu/kernels-quantize-avx512-inl.h"
 #elif defined(__AVX2__)
 #include "cpu/vec-avx2.h"
+#define QLORA_NATIVE_QUANTIZE_INL "cpu/kernels-quantize-avx2-inl.h"
 #elif defined(QLORA_NATIVE_NEON)
 #include "cpu/vec-neon.h"
+#define QLORA_NATIVE_QUANTIZE_INL "cpu/kernels-quantize-neon-inl.h"
 #else
 #include "cpu/vec-scalar.h"
+#define QLORA_NATIVE_QUANTIZE_INL "cpu/kernels-quantize-scalar-inl.h"
 #endif
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
