@@ -228,6 +228,28 @@ inline void transpose(Floats (&v)[kLanes]) {
   }
 }
 
+#define QLORA_NATIVE_BYTE_LOOK_UPS
+using Bytes = __m256i;  // 16 bytes in each of two lanes, which no operation below crosses
+inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Bytes load_table(const uint8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Bytes high_nibbles(Bytes v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
+inline Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline Bytes look_up(Bytes table, Bytes codes) { return _mm256_shuffle_epi8(table, codes); }
+inline Bytes zip_low(Bytes even, Bytes odd) { return _mm256_unpacklo_epi8(even, odd); }
+inline Bytes zip_high(Bytes even, Bytes odd) { return _mm256_unpackhi_epi8(even, odd); }
+// fp32 values whose upper halves are the even 16-bit words, or the odd ones.
+inline Floats even_floats(Bytes upper) { return _mm256_castsi256_ps(_mm256_slli_epi32(upper, 16)); }
+inline Floats odd_floats(Bytes upper) {
+  return _mm256_castsi256_ps(_mm256_and_si256(upper, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+// fp32 values of the first words of each lane and of the last, from their upper and lower halves.
+inline Floats first_floats(Bytes upper, Bytes lower) {
+  return _mm256_castsi256_ps(_mm256_unpacklo_epi16(lower, upper));
+}
+inline Floats last_floats(Bytes upper, Bytes lower) { return _mm256_castsi256_ps(_mm256_unpackhi_epi16(lower, upper)); }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Sixteen lanes
 

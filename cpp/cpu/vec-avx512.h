@@ -261,6 +261,27 @@ inline void transpose(Vector (&v)[16]) {
   }
 }
 
+// Lane l of the four vectors holds elements 4 l to 4 l + 3: its 16 bits, shifted to each nibble in turn.
+template <typename T>
+class StreamLevels {
+ public:
+  explicit StreamLevels(const float* levels) : table_(levels) {}
+
+  // use(v, levels of the elements that element_of() names for slots kLanes v to kLanes v + kLanes - 1)
+  template <typename Use>
+  void decode(const uint8_t* bytes, const Use& use) const {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    use(0, table_.at(shift_right<4>(words)));
+    use(1, table_.at(words));
+    use(2, table_.at(shift_right<12>(words)));
+    use(3, table_.at(shift_right<8>(words)));
+  }
+  static constexpr int element_of(int slot) { return slot % 16 * 4 + slot / 16; }
+
+ private:
+  LevelTable table_;
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Sixteen lanes
 

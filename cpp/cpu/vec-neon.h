@@ -204,6 +204,27 @@ inline void store_as(Fp16* p, Floats v) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v)));
 }
 
+#define QLORA_NATIVE_BYTE_LOOK_UPS
+using Bytes = uint8x16_t;
+inline Bytes load_bytes(const uint8_t* p) { return vld1q_u8(p); }
+inline Bytes load_table(const uint8_t* p) { return vld1q_u8(p); }
+inline Bytes high_nibbles(Bytes v) { return vshrq_n_u8(v, 4); }
+inline Bytes low_nibbles(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
+inline Bytes look_up(Bytes table, Bytes codes) { return vqtbl1q_u8(table, codes); }
+inline Bytes zip_low(Bytes even, Bytes odd) { return vzip1q_u8(even, odd); }
+inline Bytes zip_high(Bytes even, Bytes odd) { return vzip2q_u8(even, odd); }
+inline uint32x4_t words_of(Bytes v) { return vreinterpretq_u32_u8(v); }
+inline Floats even_floats(Bytes upper) { return vreinterpretq_f32_u32(vshlq_n_u32(words_of(upper), 16)); }
+inline Floats odd_floats(Bytes upper) {
+  return vreinterpretq_f32_u32(vandq_u32(words_of(upper), vdupq_n_u32(0xffff0000u)));
+}
+inline Floats first_floats(Bytes upper, Bytes lower) {
+  return vreinterpretq_f32_u16(vzip1q_u16(vreinterpretq_u16_u8(lower), vreinterpretq_u16_u8(upper)));
+}
+inline Floats last_floats(Bytes upper, Bytes lower) {
+  return vreinterpretq_f32_u16(vzip2q_u16(vreinterpretq_u16_u8(lower), vreinterpretq_u16_u8(upper)));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Sixteen lanes
 

@@ -87,6 +87,24 @@ inline void store_as(T* p, Floats v) {
   *p = from_float<T>(v.value);
 }
 
+template <typename T>
+class StreamLevels {
+ public:
+  explicit StreamLevels(const float* levels) : table_(levels) {}
+  template <typename Use>
+  void decode(const uint8_t* bytes, const Use& use) const {
+    for (int i = 0; i < 64; i += 2) {
+      const Words pair = bytes[i / 2];
+      use(i, table_.at(shift_right<4>(pair)));
+      use(i + 1, table_.at(pair));
+    }
+  }
+  static constexpr int element_of(int slot) { return slot; }
+
+ private:
+  LevelTable table_;
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Sixteen lanes
 
