@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/kernels-activations.h"
-#include "cpu/kernels-sixteen-inl.h"
+#include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {

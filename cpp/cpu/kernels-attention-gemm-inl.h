@@ -6,7 +6,7 @@
 // the 16 columns, as AMX tiles and vdpbf16ps take them.
 #pragma once
 
-#include "cpu/kernels-sixteen-inl.h"
+#include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
@@ -20,8 +20,7 @@ template <typename T>
 struct PackedAs {
   using Type = float;
 };
-#if defined(__AVX512BF16__) || (defined(QLORA_NATIVE_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
-#define QLORA_NATIVE_BF16_OPERANDS
+#if defined(QLORA_NATIVE_BF16_PAIRS)
 template <>
 struct PackedAs<Bf16> {
   using Type = Bf16;
@@ -53,51 +52,17 @@ struct Tiles {
 // of a column of the second operand would no longer lie in the first-level cache.
 template <typename E>
 struct Micro {
-#if defined(__AVX512BW__)
-  static constexpr int kRows = 8;
-  static constexpr int kColumns = 2;
-#elif defined(__AVX2__)
-  static constexpr int kRows = 6;  // 12 registers, 2 of the second operand, 1 of the first
-  static constexpr int kColumns = 1;
-#elif defined(QLORA_NATIVE_NEON)
-  static constexpr int kRows = 6;
-  static constexpr int kColumns = 1;
-#else
-  static constexpr int kRows = 2;
-  static constexpr int kColumns = 1;
-#endif
+  static constexpr int kRows = kSixteenRows;
+  static constexpr int kColumns = kSixteenColumns;
   static constexpr int64_t kDepth = 8;
 };
 
 // sums += an element of a times 16 of b.
 inline Sixteen add_products(const float* a, const float* b, Sixteen sums) {
-#if defined(__AVX2__) || defined(QLORA_NATIVE_NEON)
-  return fused(splat(*a), load16(b), sums);
-#else  // fused() would be a function call
-  return sums + splat(*a) * load16(b);
-#endif
+  return multiply_add(splat(*a), load16(b), sums);
 }
 constexpr int64_t depth_of(const float*) { return 1; }
-
-#if defined(QLORA_NATIVE_BF16_OPERANDS)
-// sums += a pair of elements of a times 16 pairs of b.
-inline Sixteen add_products(const Bf16* a, const Bf16* b, Sixteen sums) {
-#if defined(__AVX512BF16__)
-  int32_t pair = 0;
-  std::memcpy(&pair, a, sizeof pair);
-  return {_mm512_dpbf16_ps(sums.v, std::bit_cast<__m512bh>(_mm512_set1_epi32(pair)),
-                           std::bit_cast<__m512bh>(_mm512_loadu_si512(b)))};
-#else
-  uint32_t pair = 0;
-  std::memcpy(&pair, a, sizeof pair);
-  for (int i = 0; i < 4; ++i) {
-    sums.v[i] = vbfdotq_f32(sums.v[i], vreinterpretq_bf16_u32(vdupq_n_u32(pair)), Dot<Bf16>::load_operand(b + 8 * i));
-  }
-  return sums;
-#endif
-}
 constexpr int64_t depth_of(const Bf16*) { return 2; }
-#endif
 
 // c [kRows, 16 kColumns] (+)= a [kRows, 32 steps] b.
 template <int kRows, typename E>
@@ -226,110 +191,11 @@ template <typename E>
 // ---------------------------------------------------------------------------------------------------------------------
 // Packing
 
-#if defined(QLORA_NATIVE_BF16_OPERANDS)
-inline void store_narrow(Bf16* out, Sixteen a) {
-#if defined(__AVX512BF16__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), std::bit_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
-#else
-  store16(out, a);
-#endif
-}
-
-// Rows `row` (an even one) and row + 1 of a tile.
-inline void store_two_rows(Bf16* tile, int64_t row, Sixteen a, Sixteen b) {
-  Bf16* out = tile + row * kSixteen;
-#if defined(__AVX512BF16__)
-  const __m512i low = _mm512_cvtepu16_epi32(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
-  const __m512i high = _mm512_cvtepu16_epi32(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(b.v)));
-  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-#else
-  Bf16 first[kSixteen];
-  Bf16 second[kSixteen];
-  store16(first, a);
-  store16(second, b);
-  for (int64_t i = 0; i < kSixteen; ++i) {
-    out[2 * i] = first[i];
-    out[2 * i + 1] = second[i];
-  }
-#endif
-}
-#endif
-
 inline void store_narrow(float* out, Sixteen a) { store16(out, a); }
 
 inline void store_two_rows(float* tile, int64_t row, Sixteen a, Sixteen b) {
   store16(tile + row * kSixteen, a);
   store16(tile + (row + 1) * kSixteen, b);
-}
-
-// in [16, 16] at a stride, transposed.
-inline void transpose_16(const float* in, int64_t stride, Sixteen* out) {
-#if defined(__AVX512BW__)
-  __m512i a[16];
-  __m512i b[16];
-  const auto row = [&](int i) { return _mm512_loadu_si512(in + i * stride); };
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(row(i), row(i + 1));
-    a[i + 1] = _mm512_unpackhi_epi32(row(i), row(i + 1));
-  }
-  for (int i = 0; i < 16; i += 4) {  // b[i + c]: column 4 q + c of rows i..i+3, in quarter q
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  for (int c = 0; c < 4; ++c) {
-    const __m512i low01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44);
-    const __m512i high01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee);
-    const __m512i low23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44);
-    const __m512i high23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee);
-    out[c] = {_mm512_castsi512_ps(_mm512_shuffle_i32x4(low01, low23, 0x88))};
-    out[4 + c] = {_mm512_castsi512_ps(_mm512_shuffle_i32x4(low01, low23, 0xdd))};
-    out[8 + c] = {_mm512_castsi512_ps(_mm512_shuffle_i32x4(high01, high23, 0x88))};
-    out[12 + c] = {_mm512_castsi512_ps(_mm512_shuffle_i32x4(high01, high23, 0xdd))};
-  }
-#elif defined(__AVX2__)
-  const auto eight = [&](int row, int column, __m256* turned) {  // [8, 8] of it
-    __m256 a[8];
-    __m256 b[8];
-    for (int i = 0; i < 4; ++i) {  // rows i and i + 4 in the halves
-      const float* from = in + (row + i) * stride + column;
-      const __m256 left =
-          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * stride), 1);
-      const __m256 right =
-          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + 4)), _mm_loadu_ps(from + 4 * stride + 4), 1);
-      a[i] = left;
-      a[4 + i] = right;
-    }
-    for (int i = 0; i < 8; i += 4) {
-      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-      b[i + 2] = _mm256_unpacklo_ps(a[i + 2], a[i + 3]);
-      b[i + 3] = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
-      turned[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-      turned[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-      turned[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-      turned[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-    }
-  };
-  for (int column = 0; column < 16; column += 8) {
-    __m256 top[8];
-    __m256 bottom[8];
-    eight(0, column, top);
-    eight(8, column, bottom);
-    for (int i = 0; i < 8; ++i) {
-      out[column + i] = {top[i], bottom[i]};
-    }
-  }
-#else
-  for (int64_t i = 0; i < 16; ++i) {
-    float column[16];
-    for (int64_t j = 0; j < 16; ++j) {
-      column[j] = in[j * stride + i];
-    }
-    out[i] = load16(column);
-  }
-#endif
 }
 
 // The first `count` of sixteen elements, of any number of them, and zeros behind.

@@ -1,18 +1,18 @@
 // Products of activations with a 4-bit or a dense weight, W x and W^T x alike, in tiles of fp32 sums.
 //
 // y [m, columns] = a [m, depth] b [depth, columns], where b is W^T (forward) or W (input gradient), followed by the
-// adapter's r rows (kernels-panels-inl.h). The depth is cut into spans. For each span the rows of a are copied to a
-// packed block, padded with zeros and widened to words; the columns of b are decoded, or copied from a dense W, a panel
-// of kStrip at a time, [depth][kStrip], just before their use (Goto and van de Geijn, "Anatomy of high-performance
-// matrix multiplication", 2008). A tile of kMicroRows x kStrip sums stays in registers for a span and is then added to
-// a buffer of fp32 sums. Each unit packs the rows that it needs: one packed copy for all threads was slower by an
-// eighth, because half of it then comes out of another core's cache.
+// adapter's r rows (kernels-gemm-operands-inl.h). The depth is cut into spans. For each span the rows of a are copied
+// to a packed block, padded with zeros and widened to words; the columns of b are decoded, or copied from a dense W, a
+// panel of kStrip at a time, [depth][kStrip], just before their use (Goto and van de Geijn, "Anatomy of
+// high-performance matrix multiplication", 2008). A tile of kMicroRows x kStrip sums stays in registers for a span and
+// is then added to a buffer of fp32 sums. Each unit packs the rows that it needs: one packed copy for all threads was
+// slower by an eighth, because half of it then comes out of another core's cache.
 //
 // Every output is the sum of its spans in rising order, and within a span of its products in rising order. Neither the
 // spans nor that order depend on the unit, on m, or on the tile: any number of threads gives the same bits.
 #pragma once
 
-#include "cpu/kernels-panels-inl.h"
+#include "cpu/kernels-gemm-operands-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {

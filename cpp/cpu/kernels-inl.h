@@ -12,10 +12,10 @@
 #include "cpu/vec.h"
 // What builds on them.
 #include "cpu/kernels-dense-inl.h"
-#include "cpu/kernels-feedback-inl.h"
+#include "cpu/kernels-gemm-bf16dot-inl.h"
 #include "cpu/kernels-gemm-inl.h"
+#include "cpu/kernels-gptq-inl.h"
 #include "cpu/kernels-linear-inl.h"
-#include "cpu/kernels-quads-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {

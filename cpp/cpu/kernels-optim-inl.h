@@ -7,7 +7,7 @@
 //   Lion    param = param * keep - lr * sign(m * beta1 + g * rest1);  m = m * beta2 + g * rest2
 // 8-bit states: m is the value of its code, and beta1 (beta2) is first multiplied by the block's absmax.
 #include "cpu/kernels-optim.h"
-#include "cpu/vec_optim.h"
+#include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
@@ -64,7 +64,7 @@ inline void adamw_vector(const AdamwConstants& by, T* p, const T* g, float* m, f
   const Floats second = by.second(load(v), by.beta2, grad);
   store(m, first);
   store(v, second);
-  store_rounded(p, by.param(param, first, square_root(second)));
+  store_as(p, by.param(param, first, square_root(second)));
 }
 
 template <typename T, bool kCoupled>
@@ -144,7 +144,7 @@ void adamw_block(const AdamwJob& job, const AdamwConstants& by, T* p, const T* g
   const StateEncoder encode_v(kUnsignedState);
   for (int64_t i = 0; i < kStateBlock; i += kStateStep) {
     for (int64_t j = i; j < i + kStateStep; j += kLanes) {
-      store_rounded(p + j, by.param(load(p + j), load(m + j), load(root + j)));
+      store_as(p + j, by.param(load(p + j), load(m + j), load(root + j)));
     }
     encode_state(encode_m, m_scale, m + i, m_codes + i);
     encode_state(encode_v, v_scale, v + i, v_codes + i);
@@ -210,7 +210,7 @@ template <typename T>
 inline void lion_vector(const LionConstants& by, Floats beta1, Floats beta2, T* p, const T* g, float* m) {
   const Floats grad = multiply(load(g), by.factor);
   const Floats before = load(m);
-  store_rounded(p, by.param(load(p), before, beta1, grad));
+  store_as(p, by.param(load(p), before, beta1, grad));
   store(m, by.average(before, beta2, grad));
 }
 
@@ -253,7 +253,7 @@ void lion_block(const LionJob& job, const LionConstants& by, T* p, const T* g, i
   for (int64_t i = 0; i < kStateBlock; i += kLanes) {
     const Floats grad = multiply(load(g + i), by.factor);
     const Floats before = decode(codes + i);
-    store_rounded(p + i, by.param(load(p + i), before, decay1, grad));
+    store_as(p + i, by.param(load(p + i), before, decay1, grad));
     const Floats average = by.average(before, decay2, grad);
     highest.update(average);
     store(m + i, average);

@@ -141,5 +141,54 @@ void encode(const T* x, int64_t count, const float* factor, int log2_block, uint
   }
 }
 
+template <QuantType kType>
+class Nearest {
+ public:
+  void levels(const Floats* v, Floats* out) const {
+    for (int i = 0; i < kParts; ++i) {
+      const __m256i code = encoder_(v[i]);
+      const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+      const __m256 low = _mm256_permutevar8x32_ps(low_, code);
+      out[i] = _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(high_, code), upper);
+    }
+  }
+  void codes(const Floats* v, uint8_t* out) const {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(encoder_(v[0]), encoder_(v[1])), 0xd8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+  }
+
+ private:
+  static constexpr Levels kLevels = levels_of(kType);
+
+  Encoder<kType> encoder_;
+  Floats low_ = load(kLevels.value);
+  Floats high_ = load(kLevels.value + 8);
+};
+
+// Codes of kLanes scales: nearest_nested_code() of the normalised difference from the offset.
+inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
+  const __m256i v = _mm256_castps_si256(normalise(_mm256_sub_ps(load(scales), _mm256_set1_ps(offset)), by));
+  const __m256i magnitude = _mm256_and_si256(v, _mm256_set1_epi32(0x7fffffff));
+  const __m256i raised = _mm256_max_epu32(magnitude, _mm256_set1_epi32(static_cast<int>(NestedCells::kLowest)));
+  const __m256i cell =
+      _mm256_sub_epi32(_mm256_srli_epi32(raised, NestedCells::kShift), _mm256_set1_epi32(NestedCells::kFirst));
+  const __m256i entry = _mm256_i32gather_epi32(reinterpret_cast<const int*>(kNestedCells.entry), cell, 4);
+  const __m256i low = _mm256_set1_epi32(NestedCells::kLowMask);
+  const __m256i beyond = _mm256_cmpgt_epi32(_mm256_and_si256(raised, low), _mm256_and_si256(entry, low));
+  const __m256i positive = _mm256_sub_epi32(_mm256_srli_epi32(entry, 24), beyond);
+  const __m256i mirrored = _mm256_sub_epi32(_mm256_set1_epi32(2 * kNestedZero), positive);
+  const __m256i negative = _mm256_max_epi32(mirrored, _mm256_setzero_si256());
+  const __m256i code = _mm256_blendv_epi8(positive, negative, _mm256_srai_epi32(v, 31));
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm_packus_epi16(words, words));
+}
+
+inline Floats nested_levels(const float* table, const uint8_t* codes) {
+  // A gather takes longer than its eight loads.
+  return _mm256_setr_ps(table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]], table[codes[4]],
+                        table[codes[5]], table[codes[6]], table[codes[7]]);
+}
+
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

@@ -144,5 +144,66 @@ void encode(const T* x, int64_t count, const float* factor, int log2_block, uint
   }
 }
 
+template <QuantType kType>
+class Nearest {
+ public:
+  __m512i code(Floats v) const {
+    if constexpr (kType == QuantType::kNf4) {
+      const Floats clamped = _mm512_min_ps(_mm512_max_ps(v, all(-1.0f)), all(1.0f));
+      const __m512i cell = cells_of(clamped);
+      const __m512i lower = _mm512_permutex2var_epi32(lower_[0], cell, lower_[1]);
+      const Floats decision = _mm512_permutex2var_ps(decision_[0], cell, decision_[1]);
+      const __mmask16 above = _mm512_cmp_ps_mask(decision, clamped, _CMP_LT_OQ);
+      return _mm512_mask_add_epi32(lower, above, lower, _mm512_set1_epi32(1));
+    } else {
+      const Floats magnitude = _mm512_min_ps(_mm512_abs_ps(v), all(1.0f));
+      const __m512i cell = cells_of(magnitude);
+      const __mmask16 above = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(cell, decision_[0]), magnitude, _CMP_LT_OQ);
+      const __m512i below = _mm512_permutexvar_epi32(cell, lower_[0]);
+      const __m512i code = _mm512_mask_permutexvar_epi32(below, above, cell, lower_[1]);
+      const __mmask16 negative = _mm512_cmp_ps_mask(v, zero(), _CMP_LT_OQ);
+      return _mm512_mask_or_epi32(code, negative, code, _mm512_set1_epi32(8));
+    }
+  }
+  void levels(const Floats* v, Floats* out) const { out[0] = _mm512_permutexvar_ps(code(v[0]), levels_); }
+  void codes(const Floats* v, uint8_t* out) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(code(v[0])));
+  }
+
+ private:
+  static constexpr CodeCells<32> kCells = nf4_cells();
+  static constexpr Fp4CodeCells kFp4 = fp4_code_cells();
+  static constexpr Levels kLevels = levels_of(kType);
+  static constexpr bool kIsNf4 = kType == QuantType::kNf4;
+
+  Floats levels_ = load(kLevels.value);
+  Floats decision_[2] = {load(kIsNf4 ? kCells.decision : kFp4.pivot), load(kCells.decision + 16)};
+  __m512i lower_[2] = {_mm512_loadu_si512(kIsNf4 ? kCells.lower : kFp4.below),
+                       _mm512_loadu_si512(kIsNf4 ? kCells.lower + 16 : kFp4.above)};
+};
+
+// Codes of kLanes scales: nearest_nested_code() of the normalised difference from the offset.
+inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
+  const __m512i v = _mm512_castps_si512(normalise(_mm512_sub_ps(load(scales), _mm512_set1_ps(offset)), by));
+  const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi32(0x7fffffff));
+  const __m512i raised = _mm512_max_epu32(magnitude, _mm512_set1_epi32(static_cast<int>(NestedCells::kLowest)));
+  const __m512i cell =
+      _mm512_sub_epi32(_mm512_srli_epi32(raised, NestedCells::kShift), _mm512_set1_epi32(NestedCells::kFirst));
+  const __m512i entry = _mm512_i32gather_epi32(cell, kNestedCells.entry, 4);
+  const __m512i low = _mm512_set1_epi32(NestedCells::kLowMask);
+  const __mmask16 beyond = _mm512_cmpgt_epu32_mask(_mm512_and_si512(raised, low), _mm512_and_si512(entry, low));
+  const __m512i base = _mm512_srli_epi32(entry, 24);
+  const __m512i positive = _mm512_mask_add_epi32(base, beyond, base, _mm512_set1_epi32(1));
+  const __m512i mirrored = _mm512_sub_epi32(_mm512_set1_epi32(2 * kNestedZero), positive);
+  const __m512i negative = _mm512_max_epi32(mirrored, _mm512_setzero_si512());
+  const __m512i code = _mm512_mask_mov_epi32(positive, _mm512_movepi32_mask(v), negative);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
+}
+
+inline Floats nested_levels(const float* table, const uint8_t* codes) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), table, 4);
+}
+
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

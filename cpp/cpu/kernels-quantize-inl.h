@@ -14,6 +14,9 @@ namespace {
 // codes are found, the next chunk is on its way from memory.
 constexpr int64_t kElementsPerChunk = kMaxBlock;
 
+constexpr int kSumLanes = 16;
+constexpr int kParts = kSumLanes / kLanes;  // vectors that hold 16 values
+
 // Every stride-th entry of a sorted table of decision points: what one level of a bisection compares with.
 struct BisectionLevel {
   float value[8];
@@ -31,13 +34,7 @@ constexpr BisectionLevel bisection_level(const Table& table, int first, int stri
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
 
-#if defined(__AVX512BW__)
-#include "cpu/kernels-quantize-avx512-inl.h"
-#elif defined(__AVX2__)
-#include "cpu/kernels-quantize-avx2-inl.h"
-#elif defined(QLORA_NATIVE_NEON)
-#include "cpu/kernels-quantize-neon-inl.h"
-#endif
+#include QLORA_NATIVE_QUANTIZE_INL  // vec.h says which
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
@@ -90,8 +87,6 @@ int64_t quantize_block_plain(const BlockJob& job, int64_t block) {
   }
   return -1;
 }
-
-#if defined(__AVX2__) || defined(QLORA_NATIVE_NEON)
 
 constexpr int64_t kBlocksPerChunk = kElementsPerChunk / kMinBlock;
 
@@ -153,20 +148,6 @@ int64_t quantize_blocks(const BlockJob& job, int64_t first, int64_t last) {
                                                   : quantize_whole_blocks<T, QuantType::kFp4>(job, first, end);
   return bad >= 0 || end == last ? bad : quantize_block_plain<T>(job, end);
 }
-
-#else
-
-template <typename T>
-int64_t quantize_blocks(const BlockJob& job, int64_t first, int64_t last) {
-  for (int64_t block = first; block < last; ++block) {
-    if (const int64_t bad = quantize_block_plain<T>(job, block); bad >= 0) {
-      return bad;
-    }
-  }
-  return -1;
-}
-
-#endif
 
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

@@ -141,5 +141,56 @@ void encode(const T* x, int64_t count, const float* factor, int log2_block, uint
   }
 }
 
+template <QuantType kType>
+class Nearest {
+ public:
+  void levels(const Floats* v, Floats* out) const {
+    uint8_t codes_of_v[kSumLanes];
+    codes(v, codes_of_v);
+    for (int i = 0; i < kParts; ++i) {
+      const uint8_t* code = codes_of_v + i * kLanes;
+      const float four[kLanes] = {kLevels.value[code[0]], kLevels.value[code[1]], kLevels.value[code[2]],
+                                  kLevels.value[code[3]]};
+      out[i] = load(four);
+    }
+  }
+  void codes(const Floats* v, uint8_t* out) const { vst1q_u8(out, encoder_(v)); }
+
+ private:
+  static constexpr Levels kLevels = levels_of(kType);
+
+  Encoder<kType> encoder_;
+};
+
+// Codes of kLanes scales: nearest_nested_code() of the normalised difference from the offset.
+// There is no gather: the look-ups go lane by lane.
+inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
+  const float32x4_t v = normalise(vsubq_f32(load(scales), vdupq_n_f32(offset)), by);
+  const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7fffffffu));
+  const uint32x4_t raised = vmaxq_u32(magnitude, vdupq_n_u32(NestedCells::kLowest));
+  uint32_t cell[kLanes];
+  vst1q_u32(cell, vsubq_u32(vshrq_n_u32(raised, NestedCells::kShift), vdupq_n_u32(NestedCells::kFirst)));
+  for (uint32_t& lane : cell) {
+    lane = kNestedCells.entry[lane];
+  }
+  const uint32x4_t entry = vld1q_u32(cell);
+  const uint32x4_t low = vdupq_n_u32(NestedCells::kLowMask);
+  const uint32x4_t beyond = vcgtq_u32(vandq_u32(raised, low), vandq_u32(entry, low));
+  const int32x4_t positive = vreinterpretq_s32_u32(vsubq_u32(vshrq_n_u32(entry, 24), beyond));
+  const int32x4_t mirrored = vsubq_s32(vdupq_n_s32(2 * kNestedZero), positive);
+  const int32x4_t negative = vmaxq_s32(mirrored, vdupq_n_s32(0));
+  const uint32x4_t is_negative = vcltzq_s32(vreinterpretq_s32_f32(v));
+  uint32_t code[kLanes];
+  vst1q_u32(code, vreinterpretq_u32_s32(vbslq_s32(is_negative, negative, positive)));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    codes[lane] = static_cast<uint8_t>(code[lane]);
+  }
+}
+
+inline Floats nested_levels(const float* table, const uint8_t* codes) {
+  const float levels[kLanes] = {table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
+  return load(levels);
+}
+
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

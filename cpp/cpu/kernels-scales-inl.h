@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/layout.h"
+#include "cpu/kernels-quantize-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -39,112 +40,9 @@ void sum_groups(const float* values, int64_t count, int64_t first, int64_t last,
   }
 }
 
-// Codes of kLanes scales: nearest_nested_code() of the normalised difference from the offset.
-#if defined(__AVX512BW__)
-
-inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
-  const __m512i v = _mm512_castps_si512(normalise(_mm512_sub_ps(load(scales), _mm512_set1_ps(offset)), by));
-  const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi32(0x7fffffff));
-  const __m512i raised = _mm512_max_epu32(magnitude, _mm512_set1_epi32(static_cast<int>(NestedCells::kLowest)));
-  const __m512i cell =
-      _mm512_sub_epi32(_mm512_srli_epi32(raised, NestedCells::kShift), _mm512_set1_epi32(NestedCells::kFirst));
-  const __m512i entry = _mm512_i32gather_epi32(cell, kNestedCells.entry, 4);
-  const __m512i low = _mm512_set1_epi32(NestedCells::kLowMask);
-  const __mmask16 beyond = _mm512_cmpgt_epu32_mask(_mm512_and_si512(raised, low), _mm512_and_si512(entry, low));
-  const __m512i base = _mm512_srli_epi32(entry, 24);
-  const __m512i positive = _mm512_mask_add_epi32(base, beyond, base, _mm512_set1_epi32(1));
-  const __m512i mirrored = _mm512_sub_epi32(_mm512_set1_epi32(2 * kNestedZero), positive);
-  const __m512i negative = _mm512_max_epi32(mirrored, _mm512_setzero_si512());
-  const __m512i code = _mm512_mask_mov_epi32(positive, _mm512_movepi32_mask(v), negative);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
-}
-
-inline Floats nested_levels(const float* table, const uint8_t* codes) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), table, 4);
-}
-
 inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
-  return _mm512_add_ps(_mm512_mul_ps(levels, _mm512_set1_ps(nested_absmax)), _mm512_set1_ps(offset));
+  return add(multiply(levels, all(nested_absmax)), all(offset));
 }
-
-#elif defined(__AVX2__)
-
-inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
-  const __m256i v = _mm256_castps_si256(normalise(_mm256_sub_ps(load(scales), _mm256_set1_ps(offset)), by));
-  const __m256i magnitude = _mm256_and_si256(v, _mm256_set1_epi32(0x7fffffff));
-  const __m256i raised = _mm256_max_epu32(magnitude, _mm256_set1_epi32(static_cast<int>(NestedCells::kLowest)));
-  const __m256i cell =
-      _mm256_sub_epi32(_mm256_srli_epi32(raised, NestedCells::kShift), _mm256_set1_epi32(NestedCells::kFirst));
-  const __m256i entry = _mm256_i32gather_epi32(reinterpret_cast<const int*>(kNestedCells.entry), cell, 4);
-  const __m256i low = _mm256_set1_epi32(NestedCells::kLowMask);
-  const __m256i beyond = _mm256_cmpgt_epi32(_mm256_and_si256(raised, low), _mm256_and_si256(entry, low));
-  const __m256i positive = _mm256_sub_epi32(_mm256_srli_epi32(entry, 24), beyond);
-  const __m256i mirrored = _mm256_sub_epi32(_mm256_set1_epi32(2 * kNestedZero), positive);
-  const __m256i negative = _mm256_max_epi32(mirrored, _mm256_setzero_si256());
-  const __m256i code = _mm256_blendv_epi8(positive, negative, _mm256_srai_epi32(v, 31));
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm_packus_epi16(words, words));
-}
-
-inline Floats nested_levels(const float* table, const uint8_t* codes) {
-  // A gather takes longer than its eight loads.
-  return _mm256_setr_ps(table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]], table[codes[4]],
-                        table[codes[5]], table[codes[6]], table[codes[7]]);
-}
-
-inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
-  return _mm256_add_ps(_mm256_mul_ps(levels, _mm256_set1_ps(nested_absmax)), _mm256_set1_ps(offset));
-}
-
-#elif defined(QLORA_NATIVE_NEON)
-
-// There is no gather: the look-ups go lane by lane.
-inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
-  const float32x4_t v = normalise(vsubq_f32(load(scales), vdupq_n_f32(offset)), by);
-  const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7fffffffu));
-  const uint32x4_t raised = vmaxq_u32(magnitude, vdupq_n_u32(NestedCells::kLowest));
-  uint32_t cell[kLanes];
-  vst1q_u32(cell, vsubq_u32(vshrq_n_u32(raised, NestedCells::kShift), vdupq_n_u32(NestedCells::kFirst)));
-  for (uint32_t& lane : cell) {
-    lane = kNestedCells.entry[lane];
-  }
-  const uint32x4_t entry = vld1q_u32(cell);
-  const uint32x4_t low = vdupq_n_u32(NestedCells::kLowMask);
-  const uint32x4_t beyond = vcgtq_u32(vandq_u32(raised, low), vandq_u32(entry, low));
-  const int32x4_t positive = vreinterpretq_s32_u32(vsubq_u32(vshrq_n_u32(entry, 24), beyond));
-  const int32x4_t mirrored = vsubq_s32(vdupq_n_s32(2 * kNestedZero), positive);
-  const int32x4_t negative = vmaxq_s32(mirrored, vdupq_n_s32(0));
-  const uint32x4_t is_negative = vcltzq_s32(vreinterpretq_s32_f32(v));
-  uint32_t code[kLanes];
-  vst1q_u32(code, vreinterpretq_u32_s32(vbslq_s32(is_negative, negative, positive)));
-  for (int lane = 0; lane < kLanes; ++lane) {
-    codes[lane] = static_cast<uint8_t>(code[lane]);
-  }
-}
-
-inline Floats nested_levels(const float* table, const uint8_t* codes) {
-  const float levels[kLanes] = {table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
-  return load(levels);
-}
-
-inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
-  return vaddq_f32(vmulq_n_f32(levels, nested_absmax), vdupq_n_f32(offset));
-}
-
-#else
-
-inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
-  *codes = nearest_nested_code(by(*scales - offset));
-}
-
-inline Floats nested_levels(const float* table, const uint8_t* codes) { return {table[*codes]}; }
-
-inline Floats scales_of(Floats levels, float nested_absmax, float offset) {
-  return {decode_scale(levels.value, nested_absmax, offset)};
-}
-
-#endif
 
 void quantize_scale_groups(const ScaleJob& job, int64_t first, int64_t last) {
   for (int64_t g = first; g < last; ++g) {

@@ -6,7 +6,7 @@
 #include "core/layout.h"
 #include "core/product.h"
 #include "cpu/kernels.h"
-#include "cpu/vec_panel.h"
+#include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
@@ -52,73 +52,8 @@ inline void finish_output(const RowsJob& rows, int64_t token, int64_t row, float
 
 constexpr int64_t kStreamChunk = 64;
 
-#if defined(__AVX512BW__)
-
-// Lane l of the four vectors holds elements 4 l to 4 l + 3: its 16 bits, shifted to each nibble in turn.
-template <typename T>
-class StreamLevels {
- public:
-  explicit StreamLevels(const float* levels) : table_(levels) {}
-
-  // use(v, levels of the elements that element_of() names for slots kLanes v to kLanes v + kLanes - 1)
-  template <typename Use>
-  void decode(const uint8_t* bytes, const Use& use) const {
-    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-    use(0, table_.at(shift_right<4>(words)));
-    use(1, table_.at(words));
-    use(2, table_.at(shift_right<12>(words)));
-    use(3, table_.at(shift_right<8>(words)));
-  }
-  static constexpr int element_of(int slot) { return slot % 16 * 4 + slot / 16; }
-
- private:
-  LevelTable table_;
-};
-
-#elif defined(__AVX2__) || defined(QLORA_NATIVE_NEON)
-
-#if defined(__AVX2__)
-using Bytes = __m256i;  // 16 bytes in each of two lanes, which no operation below crosses
-inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Bytes load_table(const uint8_t* p) {
-  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline Bytes high_nibbles(Bytes v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
-inline Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-inline Bytes look_up(Bytes table, Bytes codes) { return _mm256_shuffle_epi8(table, codes); }
-inline Bytes zip_low(Bytes even, Bytes odd) { return _mm256_unpacklo_epi8(even, odd); }
-inline Bytes zip_high(Bytes even, Bytes odd) { return _mm256_unpackhi_epi8(even, odd); }
-// fp32 values whose upper halves are the even 16-bit words, or the odd ones.
-inline Floats even_floats(Bytes upper) { return _mm256_castsi256_ps(_mm256_slli_epi32(upper, 16)); }
-inline Floats odd_floats(Bytes upper) {
-  return _mm256_castsi256_ps(_mm256_and_si256(upper, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-// fp32 values of the first words of each lane and of the last, from their upper and lower halves.
-inline Floats first_floats(Bytes upper, Bytes lower) {
-  return _mm256_castsi256_ps(_mm256_unpacklo_epi16(lower, upper));
-}
-inline Floats last_floats(Bytes upper, Bytes lower) { return _mm256_castsi256_ps(_mm256_unpackhi_epi16(lower, upper)); }
-#else
-using Bytes = uint8x16_t;
-inline Bytes load_bytes(const uint8_t* p) { return vld1q_u8(p); }
-inline Bytes load_table(const uint8_t* p) { return vld1q_u8(p); }
-inline Bytes high_nibbles(Bytes v) { return vshrq_n_u8(v, 4); }
-inline Bytes low_nibbles(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
-inline Bytes look_up(Bytes table, Bytes codes) { return vqtbl1q_u8(table, codes); }
-inline Bytes zip_low(Bytes even, Bytes odd) { return vzip1q_u8(even, odd); }
-inline Bytes zip_high(Bytes even, Bytes odd) { return vzip2q_u8(even, odd); }
-inline uint32x4_t words_of(Bytes v) { return vreinterpretq_u32_u8(v); }
-inline Floats even_floats(Bytes upper) { return vreinterpretq_f32_u32(vshlq_n_u32(words_of(upper), 16)); }
-inline Floats odd_floats(Bytes upper) {
-  return vreinterpretq_f32_u32(vandq_u32(words_of(upper), vdupq_n_u32(0xffff0000u)));
-}
-inline Floats first_floats(Bytes upper, Bytes lower) {
-  return vreinterpretq_f32_u16(vzip1q_u16(vreinterpretq_u16_u8(lower), vreinterpretq_u16_u8(upper)));
-}
-inline Floats last_floats(Bytes upper, Bytes lower) {
-  return vreinterpretq_f32_u16(vzip2q_u16(vreinterpretq_u16_u8(lower), vreinterpretq_u16_u8(upper)));
-}
-#endif
+// Vectors of levels from the codes. An instruction set without look-ups of bytes brings a StreamLevels of its own.
+#if defined(QLORA_NATIVE_BYTE_LOOK_UPS)
 
 // Tables of bytes, one for each byte of a level: the upper two of levels rounded to bf16 for x in bf16, as a product of
 // bf16 operands rounds them, all four for wider x.
@@ -180,26 +115,6 @@ class StreamLevels {
   }
 
   Bytes plane_[4];
-};
-
-#else  // one lane
-
-template <typename T>
-class StreamLevels {
- public:
-  explicit StreamLevels(const float* levels) : table_(levels) {}
-  template <typename Use>
-  void decode(const uint8_t* bytes, const Use& use) const {
-    for (int i = 0; i < kStreamChunk; i += 2) {
-      const Words pair = bytes[i / 2];
-      use(i, table_.at(shift_right<4>(pair)));
-      use(i + 1, table_.at(pair));
-    }
-  }
-  static constexpr int element_of(int slot) { return slot; }
-
- private:
-  LevelTable table_;
 };
 
 #endif

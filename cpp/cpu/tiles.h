@@ -1,4 +1,4 @@
-// Products of bf16 matrices by AMX tiles: what the kernels (kernels-tiles-inl.h) are given, and their driver
+// Products of bf16 matrices by AMX tiles: what the kernels (kernels-gemm-amx-inl.h) are given, and their driver
 // (tiles.cc).
 //
 // A tile register holds 16 rows of 64 bytes. A step multiplies 32 elements of the reduction. Forward products are

@@ -1,295 +1,73 @@
-// The few vector operations that the kernels are written in, for the instruction set this file is compiled with.
+// The vector operations that the kernels are written in, for the instruction set this file is compiled with.
 //
-// Included by kernels-inl.h inside a namespace of its own per instruction set, so that no two object files share a
-// function compiled with different flags. AVX-512 here means F + BW + DQ + VL.
+// A new instruction set is a file vec-<isa>.h and a kernels-quantize-<isa>-inl.h, with all that the others define, and
+// three lines here. Included by kernels-inl.h inside a namespace of its own per instruction set, so that no two object
+// files share a function compiled with different flags. AVX-512 here means F + BW + DQ + VL.
+//
+//   Floats         kLanes floats, as many as a register holds
+//   Words          what the lanes of a panel of weights hold: fp32, or a pair of bf16 where pairs have a dot product
+//   Sixteen        16 floats on every instruction set, so that sums are taken in one order and the bytes agree. A
+//                  product and a sum are fused only by fused(), which rounds once everywhere (the plain one calls fmaf)
+//   of optimizers  every operation rounds once: nothing is fused unless the product is exact
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "core/arithmetic.h"
+#include "core/half.h"
+#include "core/optim.h"
+#include "core/state_code.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
+namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
+
+template <typename T>
+inline constexpr bool kIsBf16 = false;
+template <>
+inline constexpr bool kIsBf16<Bf16> = true;
+
+// What a file of an instruction set may specialize: the table of a block's 16 levels, scaled and rounded to T once, so
+// that decoding is a look-up, exact by construction; a step of a sum; how a word of x meets a word of the panel.
+template <typename T>
+class Decoder;
+template <typename T>
+struct Dot;
+template <typename T>
+struct WordProduct;
+
+}  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
+
+#if defined(__AVX512BW__)
+#include "cpu/vec-avx512.h"
+#define QLORA_NATIVE_QUANTIZE_INL "cpu/kernels-quantize-avx512-inl.h"
+#elif defined(__AVX2__)
+#include "cpu/vec-avx2.h"
+#define QLORA_NATIVE_QUANTIZE_INL "cpu/kernels-quantize-avx2-inl.h"
 #elif defined(QLORA_NATIVE_NEON)
-#include "cpu/vec_neon.h"
+#include "cpu/vec-neon.h"
+#define QLORA_NATIVE_QUANTIZE_INL "cpu/kernels-quantize-neon-inl.h"
+#else
+#include "cpu/vec-scalar.h"
+#define QLORA_NATIVE_QUANTIZE_INL "cpu/kernels-quantize-scalar-inl.h"
 #endif
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 
-#if defined(__AVX512BW__)
-
-using Floats = __m512;
-inline constexpr int kLanes = 16;
-
-inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-inline Floats load(const Bf16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-inline Floats load(const Fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-inline Floats zero() { return _mm512_setzero_ps(); }
-inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
-inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
-inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
-
+inline Floats broadcast(const float* p) { return all(*p); }
 inline Floats normalise(Floats v, const Normaliser& by) {
-  const Floats factor = _mm512_set1_ps(by.factor);
-  return by.divides ? _mm512_div_ps(v, factor) : _mm512_mul_ps(v, factor);
+  return by.divides ? divide(v, all(by.factor)) : multiply(v, all(by.factor));
 }
-
-// The streaming store goes past the caches and needs an aligned target.
-template <bool kStream>
-inline void store_vector(void* p, __m512i v) {
-  if constexpr (kStream) {
-    _mm512_stream_si512(static_cast<__m512i*>(p), v);
-  } else {
-    _mm512_storeu_si512(p, v);
+// To the first cache, and to the second. One lane is too slow to wait for memory.
+inline void prefetch(const void* p) {
+  if constexpr (kLanes > 1) {
+    __builtin_prefetch(p, 0, 3);
   }
 }
-
-// The 16 levels of one block, scaled and rounded to T once: decoding is then a table look-up, exact by construction.
-template <typename T>
-class Decoder;
-
-template <>
-class Decoder<float> {
- public:
-  static constexpr int kBytes = 8;  // packed bytes a step
-  Decoder(const float* levels, float scale) : table_(_mm512_mul_ps(load(levels), _mm512_set1_ps(scale))) {}
-  template <bool kStream = false>
-  void step(const uint8_t* bytes, float* out) const {
-    int64_t pairs = 0;
-    std::memcpy(&pairs, bytes, sizeof pairs);
-    // Each byte comes to stand in the two 32-bit lanes of its elements; permutexvar looks at four bits of each.
-    const __m512i spread = _mm512_set_epi32(0x07070707, 0x07070707, 0x06060606, 0x06060606, 0x05050505, 0x05050505,
-                                            0x04040404, 0x04040404, 0x03030303, 0x03030303, 0x02020202, 0x02020202,
-                                            0x01010101, 0x01010101, 0x00000000, 0x00000000);
-    const __m512i words = _mm512_shuffle_epi8(_mm512_set1_epi64(pairs), spread);
-    const __m512i index = _mm512_srlv_epi32(words, _mm512_set1_epi64(4));
-    store_vector<kStream>(out, _mm512_castps_si512(_mm512_permutexvar_ps(index, table_)));
-  }
-
- private:
-  __m512 table_;
-};
-
-// Each rounded value in both halves of its lane.
-inline __m512i bf16_twice(__m512 v) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i high = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(high, 16), high);
-}
-
-inline __m256i round_to_bf16(__m512 v) { return _mm512_cvtepi32_epi16(bf16_twice(v)); }
-
-inline __m512i fp16_twice(__m512 v) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  return _mm512_or_si512(_mm512_slli_epi32(low, 16), low);
-}
-
-class Decoder16 {
- public:
-  static constexpr int kBytes = 16;
-  explicit Decoder16(__m512i twice) : table_(twice) {}
-  template <bool kStream = false>
-  void step(const uint8_t* bytes, void* out) const {
-    // Each byte comes to stand in the high bytes of the two words of its elements. vpermw looks at five bits of a word:
-    // the nibble belongs in the upper four, the lowest is free because every entry stands in the table twice.
-    const __m512i spread =
-        _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
-                         0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000);
-    const __m512i line = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(line, spread), _mm512_set1_epi32(7 << 16 | 11));
-    store_vector<kStream>(out, _mm512_permutexvar_epi16(index, table_));
-  }
-
- private:
-  __m512i table_;
-};
-
-template <>
-class Decoder<Bf16> : public Decoder16 {
- public:
-  Decoder(const float* levels, float scale)
-      : Decoder16(bf16_twice(_mm512_mul_ps(load(levels), _mm512_set1_ps(scale)))) {}
-};
-
-template <>
-class Decoder<Fp16> : public Decoder16 {
- public:
-  Decoder(const float* levels, float scale)
-      : Decoder16(fp16_twice(_mm512_mul_ps(load(levels), _mm512_set1_ps(scale)))) {}
-};
-
-#elif defined(__AVX2__)
-
-using Floats = __m256;
-inline constexpr int kLanes = 8;
-
-inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-inline Floats load(const Bf16* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-inline Floats load(const Fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-inline Floats zero() { return _mm256_setzero_ps(); }
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
-inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
-inline float total(Floats v) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
-inline Floats normalise(Floats v, const Normaliser& by) {
-  const Floats factor = _mm256_set1_ps(by.factor);
-  return by.divides ? _mm256_div_ps(v, factor) : _mm256_mul_ps(v, factor);
-}
-
-template <bool kStream>
-inline void store_vector(void* p, __m256i v) {
-  if constexpr (kStream) {
-    _mm256_stream_si256(static_cast<__m256i*>(p), v);
-  } else {
-    _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+inline void prefetch_far(const void* p) {
+  if constexpr (kLanes > 1) {
+    __builtin_prefetch(p, 0, 2);
   }
 }
-
-template <typename T>
-class Decoder;
-
-template <>
-class Decoder<float> {
- public:
-  static constexpr int kBytes = 4;
-  Decoder(const float* levels, float scale)
-      : low_(_mm256_mul_ps(load(levels), _mm256_set1_ps(scale))),
-        high_(_mm256_mul_ps(load(levels + 8), _mm256_set1_ps(scale))) {}
-  template <bool kStream = false>
-  void step(const uint8_t* bytes, float* out) const {
-    int32_t word = 0;
-    std::memcpy(&word, bytes, sizeof word);
-    const __m256i shift = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-    const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(word), shift);
-    // Bits 0-2 choose within a half, bit 3, moved to the sign, between the halves.
-    const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    const __m256 low = _mm256_permutevar8x32_ps(low_, index);
-    const __m256 high = _mm256_permutevar8x32_ps(high_, index);
-    store_vector<kStream>(out, _mm256_castps_si256(_mm256_blendv_ps(low, high, half)));
-  }
-
- private:
-  __m256 low_;
-  __m256 high_;
-};
-
-// 16 values rounded to T, in order.
-template <typename T>
-__m256i rounded(__m256 low, __m256 high);
-
-inline __m256i bf16_words(__m256 v) {
-  const __m256i bits = _mm256_castps_si256(v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i quieted = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quieted, nan), 16);
-}
-
-template <>
-inline __m256i rounded<Bf16>(__m256 low, __m256 high) {
-  return _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_words(low), bf16_words(high)), 0xd8);
-}
-
-template <>
-inline __m256i rounded<Fp16>(__m256 low, __m256 high) {
-  return _mm256_set_m128i(_mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT),
-                          _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
-}
-
-// pshufb looks up bytes, so a table of 16-bit values is held as a plane of low bytes and one of high bytes, each in
-// both 128-bit lanes.
-template <typename T>
-class Decoder {
- public:
-  static constexpr int kBytes = 16;
-  Decoder(const float* levels, float scale) {
-    const __m256 by = _mm256_set1_ps(scale);
-    const __m256i table = rounded<T>(_mm256_mul_ps(load(levels), by), _mm256_mul_ps(load(levels + 8), by));
-    const __m256i low = _mm256_and_si256(table, _mm256_set1_epi16(0xff));
-    const __m256i planes = _mm256_packus_epi16(low, _mm256_srli_epi16(table, 8));
-    low_ = _mm256_permute4x64_epi64(planes, 0x88);
-    high_ = _mm256_permute4x64_epi64(planes, 0xdd);
-  }
-  template <bool kStream = false>
-  void step(const uint8_t* bytes, T* out) const {
-    const __m128i nibble = _mm_set1_epi8(15);
-    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-    const __m128i even = _mm_and_si128(_mm_srli_epi16(raw, 4), nibble);
-    const __m128i odd = _mm_and_si128(raw, nibble);
-    const __m256i index = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
-    const __m256i low = _mm256_shuffle_epi8(low_, index);
-    const __m256i high = _mm256_shuffle_epi8(high_, index);
-    const __m256i first = _mm256_unpacklo_epi8(low, high);
-    const __m256i second = _mm256_unpackhi_epi8(low, high);
-    store_vector<kStream>(out, _mm256_permute2x128_si256(first, second, 0x20));
-    store_vector<kStream>(out + 16, _mm256_permute2x128_si256(first, second, 0x31));
-  }
-
- private:
-  __m256i low_;
-  __m256i high_;
-};
-
-#elif !defined(QLORA_NATIVE_NEON)  // one lane: the rule itself
-
-struct Floats {
-  float value;
-};
-inline constexpr int kLanes = 1;
-
-template <typename T>
-inline Floats load(const T* p) {
-  return {to_float(*p)};
-}
-inline void store(float* p, Floats v) { *p = v.value; }
-inline Floats zero() { return {0.0f}; }
-inline Floats add(Floats a, Floats b) { return {a.value + b.value}; }
-inline Floats multiply(Floats a, Floats b) { return {a.value * b.value}; }
-inline Floats divide(Floats a, Floats b) { return {a.value / b.value}; }
-inline Floats multiply_add(Floats a, Floats b, Floats sum) { return {a.value * b.value + sum.value}; }
-inline float total(Floats v) { return v.value; }
-
-template <typename T>
-class Decoder {
- public:
-  static constexpr int kBytes = 1;
-  Decoder(const float* levels, float scale) {
-    for (int i = 0; i < 16; ++i) {
-      table_[i] = from_float<T>(levels[i] * scale);
-    }
-  }
-  template <bool kStream = false>
-  void step(const uint8_t* bytes, T* out) const {
-    out[0] = table_[*bytes >> 4];
-    out[1] = table_[*bytes & 15];
-  }
-
- private:
-  T table_[16];
-};
-
-#endif
 
 // One step of an inner product of kStep elements, summed in fp32.
 template <typename T>
@@ -299,22 +77,89 @@ struct Dot {
   static Floats step(Floats a, Floats b, Floats sum) { return multiply_add(a, b, sum); }
 };
 
-#if defined(__AVX512BF16__)
-template <>
-struct Dot<Bf16> {
-  static constexpr int kStep = 32;
-  static __m512bh load_operand(const Bf16* p) { return std::bit_cast<__m512bh>(_mm512_loadu_si512(p)); }
-  static Floats step(__m512bh a, __m512bh b, Floats sum) { return _mm512_dpbf16_ps(sum, a, b); }
+// ---------------------------------------------------------------------------------------------------------------------
+// Panels
+
+inline constexpr int kStrip = kTileVectors * kLanes;  // columns of a tile, and of a strip of a panel
+
+struct ProductOfFloats {
+  static constexpr int kElements = 1;  // elements of the reduction in a word
+  static Floats step(Floats x, Floats w, Floats sum) { return multiply_add(x, w, sum); }
 };
-#elif defined(QLORA_NATIVE_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+
+template <typename T>
+struct WordProduct : ProductOfFloats {};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sixteen lanes
+
+inline constexpr int64_t kSixteen = 16;
+
+// Rounded to T and widened again: where a chain of 16-bit ops would have rounded.
+template <typename T>
+inline Sixteen rounded(Sixteen a) {
+  T words[kSixteen];
+  store16(words, a);
+  return load16(words);
+}
 template <>
-struct Dot<Bf16> {
-  static constexpr int kStep = 8;
-  static bfloat16x8_t load_operand(const Bf16* p) {
-    return vreinterpretq_bf16_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+inline Sixteen rounded<float>(Sixteen a) {
+  return a;
+}
+
+// The first `count` < 16 elements, and `fill` for the rest.
+template <typename T>
+inline Sixteen load_some(const T* p, int64_t count, float fill) {
+  float padded[kSixteen];
+  for (int64_t i = 0; i < kSixteen; ++i) {
+    padded[i] = i < count ? to_float(p[i]) : fill;
   }
-  static Floats step(bfloat16x8_t a, bfloat16x8_t b, Floats sum) { return vbfdotq_f32(sum, a, b); }
-};
-#endif
+  return load16(padded);
+}
+
+template <typename T>
+inline void store_some(T* p, int64_t count, Sixteen a) {
+  T words[kSixteen];
+  store16(words, a);
+  for (int64_t i = 0; i < count; ++i) {
+    p[i] = words[i];
+  }
+}
+
+// each(i, load, store) for whole groups of sixteen in [0, count) and then for what is left. load(p, fill) reads p[i..],
+// store(p, value) writes there, both only as far as `count`.
+template <typename Each>
+inline void by_sixteen(int64_t count, const Each& each) {
+  int64_t i = 0;
+  for (; i + kSixteen <= count; i += kSixteen) {
+    each([i](const auto* p, float) { return load16(p + i); }, [i](auto* p, Sixteen a) { store16(p + i, a); });
+  }
+  if (i < count) {
+    const int64_t left = count - i;
+    each([i, left](const auto* p, float fill) { return load_some(p + i, left, fill); },
+         [i, left](auto* p, Sixteen a) { store_some(p + i, left, a); });
+  }
+}
+
+// e^x to 1.5 units in the last place over the whole range: e^x = 2^n e^r with n the integer nearest to x / ln 2, e^r
+// from the polynomial of S. Moshier's Cephes library (expf). Subnormal results are rounded once; NaN stays NaN.
+inline Sixteen exp16(Sixteen x) {
+  // Outside, e^x rounds to zero or overflows anyway. The operand order keeps NaN.
+  const Sixteen in = larger(splat(-104.0f), smaller(splat(89.0f), x));
+  const Sixteen magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Sixteen shifted = fused(in, splat(1.44269504088896341f), magic);
+  const Sixteen n = shifted - magic;
+  const Sixteen r = fused(n, splat(2.12194440e-4f), fused(n, splat(-0.693359375f), in));  // ln 2 in two parts
+  Sixteen p = splat(1.9875691500e-4f);
+  p = fused(p, r, splat(1.3981999507e-3f));
+  p = fused(p, r, splat(8.3334519073e-3f));
+  p = fused(p, r, splat(4.1665795894e-2f));
+  p = fused(p, r, splat(1.6666665459e-1f));
+  p = fused(p, r, splat(5.0000001201e-1f));
+  p = fused(p, r * r, r) + splat(1.0f);
+  const SixteenInts exponent = bits_of(shifted) - bits_of(magic);
+  const SixteenInts half = half_of(exponent);
+  return (p * power_of_two(half)) * power_of_two(exponent - half);
+}
 
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

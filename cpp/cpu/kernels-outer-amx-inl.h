@@ -1,4 +1,4 @@
-// Outer products of activations by AMX tiles: the gradients of a low-rank adapter. Included by kernels-tiles-inl.h.
+// Outer products of activations by AMX tiles: the gradients of a low-rank adapter. Included by kernels-gemm-amx-inl.h.
 #include "cpu/tiles.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {

@@ -220,33 +220,6 @@ void fill_panel(const TileSource& source, const PanelPart& part, Bf16* panel) {
   }
 }
 
-// Transposes 16 registers of 16 dwords.
-inline void transpose_16x16(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
-  }
-}
-
 void pack_forward(const Bf16* x, int64_t m, int64_t width, int64_t first, int64_t last, Bf16* packed) {
   static constexpr Words kOrder = decoded_order();
   const int64_t steps = (width + kTileStep - 1) / kTileStep;
@@ -258,7 +231,7 @@ void pack_forward(const Bf16* x, int64_t m, int64_t width, int64_t first, int64_
         const int64_t left = row < m ? width - step * kTileStep : 0;
         rows[i] = _mm512_permutexvar_epi16(words(kOrder), load_up_to_32(x + row * width + step * kTileStep, left));
       }
-      transpose_16x16(rows);
+      transpose(rows);
       Bf16* out = packed + (group * steps + step) * kTileSize;
       for (int64_t i = 0; i < kTileRows; ++i) {
         _mm512_storeu_si512(out + i * kTileStep, rows[i]);
@@ -347,7 +320,7 @@ void finish_forward(const TileJob& job, const float* sums, int64_t column, int64
     }
     rows[i] = _mm512_permutexvar_epi16(words(kPairs), std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
   }
-  transpose_16x16(rows);
+  transpose(rows);
   const __mmask32 mask = columns == kTileStrip ? ~__mmask32{0} : (1u << columns) - 1u;
   for (int64_t i = 0; i < tokens; ++i) {
     _mm512_mask_storeu_epi16(job.y + (token + i) * job.width + column, mask, rows[i]);
@@ -456,7 +429,7 @@ void tile_product(const TileJob& job, const TileRange& range, const TileScratch&
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
 
-#include "cpu/kernels-outer-inl.h"
+#include "cpu/kernels-outer-amx-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {

@@ -292,6 +292,9 @@ inline void quad_unit(const GemmJob& job, const GemmUnit& unit, void* scratch) {
   const int64_t first = unit.first_column;
   const int64_t last = unit.last_column;
   const int64_t rows = unit.last_row - unit.first_row;
+  if (rows == 0) {
+    return;
+  }
   const int64_t tiles = ceil_div(rows, kQuadRows);
   Bf16* panel = static_cast<Bf16*>(scratch);
   const uint8_t* lines[kQuadStrip * kFetchLines];

@@ -4,7 +4,7 @@
 
 #include "core/layout.h"
 #include "cpu/kernels.h"
-#include "cpu/vec_panel.h"
+#include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
