@@ -87,8 +87,9 @@ struct Operands {
   }
 
   void run() {
-    const oracle::Scratch scratch(cpu::linear_4bit_scratch_bytes(call));
-    std::memset(scratch.aligned, 0xff, scratch.bytes.size() - 64);  // NaN: what is not written must not be read
+    const int64_t needed = cpu::linear_4bit_scratch_bytes(call);
+    const oracle::Scratch scratch(needed);
+    std::fill_n(scratch.aligned, needed, uint8_t{0xff});  // NaN: what is not written must not be read
     cpu::linear_4bit(call, scratch.aligned);
   }
 
