@@ -48,13 +48,13 @@ struct Tiles {
 // ---------------------------------------------------------------------------------------------------------------------
 // Products
 
-// Sums of a tile of the result stay in registers: kRows x 16 kColumns of them. Further down than kDepth steps the tiles
-// of a column of the second operand would no longer lie in the first-level cache.
+// Sums of a tile of the result stay in registers: kRows x 16 kColumns of them. A column of kDepth tiles of the second
+// operand is 16 KiB, so that it stays in the first-level cache while the rows go by.
 template <typename E>
 struct Micro {
   static constexpr int kRows = kSixteenRows;
   static constexpr int kColumns = kSixteenColumns;
-  static constexpr int64_t kDepth = 8;
+  static constexpr int64_t kDepth = 32 / sizeof(E);
 };
 
 // sums += an element of a times 16 of b.
@@ -168,7 +168,7 @@ template <typename E>
   }
 #endif
   constexpr int kRows = Micro<E>::kRows;
-  constexpr int kRest = kRows == 6 ? 4 : kRows;  // 32 = 6 + 6 + 6 + 6 + 4 + 4, and so on
+  constexpr int kRest = kRows < 4 ? kRows : 4;  // 32 = 6 + 6 + 6 + 6 + 4 + 4, and so on
   for (int64_t column = 0; column < columns; column += kSixteen * Micro<E>::kColumns) {
     const E* tiles = b.data + column / kSixteen * b.column_stride;
     float* panel = c.data + column / kPanelWidth * c.stride + column % kPanelWidth;
@@ -216,16 +216,15 @@ inline void store_upto(T* p, int64_t count, Sixteen a) {
 template <typename T, typename E>
 inline void load_square(const T* x, int64_t row_stride, int64_t rows, int64_t columns, E* out) {
   for (int64_t row = 0; row < kPanelWidth; ++row, out += kPanelWidth) {
-    for (int64_t half = 0; half < kPanelWidth; half += kSixteen) {
-      const int64_t count = row < rows ? columns - half : 0;
-      const T* from = x + row * row_stride + half;
-      if constexpr (sizeof(T) == sizeof(E)) {
-        if (count >= kSixteen) {
-          std::memcpy(out + half, from, kSixteen * sizeof(T));
-          continue;
-        }
+    const T* from = x + row * row_stride;
+    if constexpr (sizeof(T) == sizeof(E)) {
+      if (row < rows && columns >= kPanelWidth) {
+        std::memcpy(out, from, kPanelWidth * sizeof(E));
+        continue;
       }
-      store16(out + half, load_upto(from, count));
+    }
+    for (int64_t half = 0; half < kPanelWidth; half += kSixteen) {
+      store16(out + half, load_upto(from + half, row < rows ? columns - half : 0));
     }
   }
 }
@@ -233,19 +232,18 @@ inline void load_square(const T* x, int64_t row_stride, int64_t rows, int64_t co
 // 32 rows of a panel as the two tiles of their transpose.
 template <typename E>
 inline void tiles_of_transpose(const E* square, E* out, int64_t column_stride) {
-  constexpr int64_t kWords = kPanelWidth * sizeof(E) / sizeof(float);  // of a row: elements, or pairs of them
+  constexpr int64_t kWord = sizeof(float) / sizeof(E);  // elements that stay together
   for (int64_t half = 0; half < 2; ++half, out += column_stride) {
-    for (int64_t word = 0; word < kWords; word += kSixteen) {
+    for (int64_t column = 0; column < kPanelWidth; column += 16 * kWord) {
       float words[16 * 16];
       for (int64_t row = 0; row < 16; ++row) {
-        std::memcpy(words + 16 * row,
-                    reinterpret_cast<const char*>(square + (16 * half + row) * kPanelWidth) + 4 * word, 64);
+        std::memcpy(words + 16 * row, square + (16 * half + row) * kPanelWidth + column, 64);
       }
       Sixteen turned[16];
       transpose_16(words, 16, turned);
       for (int64_t row = 0; row < 16; ++row) {
         store16(words, turned[row]);
-        std::memcpy(reinterpret_cast<char*>(out) + 64 * (word + row), words, 64);
+        std::memcpy(out + (column + row * kWord) * kSixteen, words, 64);
       }
     }
   }

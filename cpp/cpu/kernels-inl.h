@@ -3,7 +3,7 @@
 // No standard-library templates in here: an instantiation compiled for AVX-512 could be the one the linker keeps.
 #include "core/layout.h"
 #include "cpu/kernels-activations-inl.h"
-#include "cpu/kernels-attention-inl.h"
+#include "cpu/kernels-attention-grad-inl.h"
 #include "cpu/kernels-dequantize-inl.h"
 #include "cpu/kernels-optim-inl.h"
 #include "cpu/kernels-quantize-inl.h"

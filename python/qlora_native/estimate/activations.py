@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..integrations import fuse
 from ..integrations.experts import QuantizedExperts
+from ..integrations.fused_attention import attends_in_fp32
 from ..lora import LoRALinear
 from ..lora.layer import plain_modules
 from .anatomy import Setting
@@ -199,8 +200,9 @@ class _Layer:
         if len(linears) - len(outputs) == 1 and hasattr(self.config, "rope_parameters"):
             inner += inner - context // groups  # q and k are turned into new tensors, v looks into the product's output
         kept = float(self.size * inner)
-        if not any(self._is_adapted(parent, name) for name in linears if _is_output(name)):
-            kept += self.size * context  # else its input counts there
+        # Else the input of the output's layer counts there.
+        output = 0 if any(self._is_adapted(parent, name) for name in linears if _is_output(name)) else context
+        kept += self.size * output
         dropout = float(getattr(self.config, "attention_dropout", getattr(self.config, "attn_pdrop", 0.0)) or 0.0)
         is_masked = self._is_windowed(module) and self.setting.length > int(self.config.sliding_window)
         expanded = max(0, 2 * (context - context // groups)) * self.size  # k and v, once a query head
@@ -209,6 +211,8 @@ class _Layer:
             return kept + expanded, heads * (4.0 + self.size * (2 if softcap else 1))
         if dropout and self.setting.device == "cpu":  # torch's plain attention, in fp32
             return kept + 3 * 4 * context, heads * 12.0
+        if is_masked and self.setting.device == "cpu" and self.size == 2 and attends_in_fp32():
+            return self.size * output + 4.0 * (4 * context + heads), 4.0  # q, k, v and what comes out, in fp32
         if is_masked:  # a table [T, T] in the dtype of q, made anew in each layer; k and v once a query head
             return kept + 4 * heads + expanded, float(self.size)
         return kept + 4 * heads, 0.0

@@ -33,6 +33,11 @@ def is_ours(tensor: Tensor, dtype: bool = True) -> bool:
     return tensor.device.type == "cpu" and (not dtype or tensor.dtype in TOLERANCE)
 
 
+def attends_in_fp32() -> bool:
+    """Whether torch's attention is given fp32 in place of 16-bit numbers on this CPU."""
+    return qn.build_info()["cpu_isa"] not in NATIVE_BF16
+
+
 def agree(got: Any, expected: Tensor, each_row: bool = False) -> bool:
     """Equal but for rounding, relative to the largest value, of each row or of all."""
     if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
@@ -118,7 +123,7 @@ class NativeInterfaces:
 
     def __init__(self, table: Any) -> None:
         self._table = table
-        self._ours = partial(_attention, widen=qn.build_info()["cpu_isa"] not in NATIVE_BF16)
+        self._ours = partial(_attention, widen=attends_in_fp32())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._table, name)
