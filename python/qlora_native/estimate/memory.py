@@ -27,8 +27,8 @@ MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
 FIXED_SLACK, LAYER_SLACK = 8 << 20, 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
 # Without checkpointing, glibc's holes beside aligned blocks of the heap: what one layer keeps there, and a share of
 # all of it. What is small finds room in them.
-HOLES_LAYERS, HOLES_SHARE, FIXED_SLACK_BESIDE_HOLES = 1, 0.07, 2 << 20
-THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
+HOLES_LAYERS, HOLES_SHARE, FIXED_SLACK_BESIDE_HOLES = 1, 0.07, 1 << 20
+THREAD_SCRATCH = 1 << 20  # of a matrix product: at most about so much a thread
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
 CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold beside torch's allocator
 
