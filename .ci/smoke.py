@@ -1,4 +1,4 @@
-"""Run by .ci/full where only the core install is: does the installed package do its job there? `--ops`: its ops alone."""
+"""Run by .ci/full where only the core install is: does the package do its job there? `--ops`: its ops alone."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_scores_that_would_overflow() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 6, 2, 77, 64), (1, 8, 1, 300, 40)], ids=str)
 def test_layout_and_threads_do_not_matter(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    inputs = operands(*shape, dtype)
+    inputs = operands(*shape, dtype=dtype)  # type: ignore[misc, arg-type]
     threads = torch.get_num_threads()
     results = []
     try:

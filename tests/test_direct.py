@@ -245,10 +245,16 @@ def test_lora(dtype: torch.dtype, adapter: torch.dtype) -> None:
 def test_an_adapted_layer_makes_its_native_matrix_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
     native = _C.matrix
-    monkeypatch.setattr(_C, "matrix", lambda *arguments: made.append(arguments) or native(*arguments))
-    adapted = lora.LoRALinear(layer(bias=True, dtype=dtype), 4, 2.0)
+
+    def counted(*arguments: Any) -> object:
+        made.append(arguments)
+        return native(*arguments)
+
+    monkeypatch.setattr(_C, "matrix", counted)
+    base = layer(bias=True, dtype=dtype)
+    adapted = lora.LoRALinear(base, 4, 2.0)
     torch.nn.init.normal_(adapted.lora_B)
-    dense = adapted.base_layer.quantized.dequantize(torch.float32).double() + adapted.delta().double()
+    dense = base.quantized.dequantize(torch.float32).double() + adapted.delta().double()
     inputs = [torch.randn(shape).to(dtype) for shape in ((1, 1, K), (1, 1, K), (3, K), (40, K))]
     inputs.append(torch.randn(2, 3, K).to(dtype)[:, -1:])
     with torch.no_grad():

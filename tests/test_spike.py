@@ -53,7 +53,14 @@ class Run(NamedTuple):
 
 
 def run(files: Path, name: str, driver: str = "", **options: Any) -> Run:
-    train = {"steps": STEPS, "batch_size": 1, "grad_accum": 1, "lr": 1e-4, "save_every": 0, "eval_every": 0}
+    train: dict[str, Any] = {
+        "steps": STEPS,
+        "batch_size": 1,
+        "grad_accum": 1,
+        "lr": 1e-4,
+        "save_every": 0,
+        "eval_every": 0,
+    }
     train |= {"grad_checkpointing": False, "dtype": "float32", **options}  # twice the bytes for half the products
     folder = files / name
     folder.mkdir()

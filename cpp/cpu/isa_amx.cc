@@ -1,6 +1,6 @@
 #define QLORA_NATIVE_ISA_NAMESPACE amx_impl
-#include "cpu/kernels-inl.h"
 #include "cpu/kernels-gemm-amx-inl.h"
+#include "cpu/kernels-inl.h"
 
 namespace qlora_native::cpu {
 

@@ -77,7 +77,7 @@ def unobserved(x: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
-def at_once(kernel: Callable[..., Any], op: Callable[..., Any], tensors: tuple[Tensor, ...], *others: Any) -> Any:
+def at_once(kernel: Callable[..., Any], op: Callable[..., Any], tensors: tuple[Any, ...], *others: Any) -> Any:
     """``op`` of its leading operands and the other arguments: its CPU kernel itself where nothing would notice."""
     return (kernel if unobserved(*tensors) else op)(*tensors, *others)
 

@@ -93,8 +93,9 @@ def cpu(*arguments: Any) -> Pair:
     call = read(*arguments)
     few = None
     if call.x_lora is None and is_few(call.x):
-        matrix = (*call.weight.shape, _C.matrix(*call.weight.shape, *call.weight.pointers()))
-        few = adapted_product(matrix, call.x, call.bias, call.a, call.b, call.scale)
+        n, k = call.weight.shape
+        matrix = _C.matrix(n, k, *call.weight.pointers())
+        few = adapted_product((n, k, matrix), call.x, call.bias, call.a, call.b, call.scale)
     return forward_by(_products, call) if few is None else few
 
 
