@@ -1,6 +1,7 @@
 #define QLORA_NATIVE_ISA_NAMESPACE amx_impl
-#include "cpu/kernels-gemm-amx-inl.h"
 #include "cpu/kernels-inl.h"
+// What builds on them.
+#include "cpu/kernels-gemm-amx-inl.h"
 
 namespace qlora_native::cpu {
 
