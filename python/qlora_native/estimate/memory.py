@@ -24,11 +24,11 @@ from .anatomy import Anatomy, Setting, read_anatomy
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
-FIXED_SLACK, LAYER_SLACK = 8 << 20, 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
-# Without checkpointing, glibc's holes beside aligned blocks of the heap: what one layer keeps there, and a share of
-# all of it. What is small finds room in them.
-HOLES_LAYERS, HOLES_SHARE, FIXED_SLACK_BESIDE_HOLES = 1, 0.07, 1 << 20
-THREAD_SCRATCH = 1 << 20  # of a matrix product: at most about so much a thread
+LAYER_SLACK = 200 << 10  # on the CPU: Python's objects for modules and graph, small holes
+# Without checkpointing, glibc's holes beside aligned blocks of the heap, as a share of what is kept there: 17 % of some
+# hundred MiB, less of a few.
+HOLES_SHARE = 0.15
+THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
 CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold beside torch's allocator
 
@@ -301,13 +301,8 @@ class _Sum:
         if self.setting.device == "cuda":
             return terms
         slack: float = len(self.layers) * LAYER_SLACK
-        if self.setting.checkpointing or not terms.activations:
-            slack += FIXED_SLACK
-        else:
-            mapped = [self._mapped(layer) for layer in self.layers]
-            in_heap = (self._of(layer) - away for layer, away in zip(self.layers, mapped, strict=True))
-            slack += FIXED_SLACK_BESIDE_HOLES + HOLES_LAYERS * max(in_heap, default=0.0)
-            slack += HOLES_SHARE * max(0.0, terms.activations - sum(mapped))
+        if not self.setting.checkpointing:
+            slack += HOLES_SHARE * max(0.0, terms.activations - sum(map(self._mapped, self.layers)))
         return replace(terms, slack=round(slack))
 
     def _mapped(self, layer: LayerBytes) -> float:
