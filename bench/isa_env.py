@@ -54,6 +54,9 @@ def apply() -> None:
             f"QLORA_NATIVE_ISA is {isa}, but torch was imported without {' '.join(late)}: import isa_env first."
         )
     os.environ.update(_wanted())
+    if _wanted():  # torch.compile finds what it compiled before by the graph alone, whatever instructions that was for
+        folder = os.path.join(tempfile.gettempdir(), f"torchinductor-{os.environ['QLORA_NATIVE_ISA']}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 
 @cache
