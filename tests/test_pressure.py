@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
+from qlora_native.ops import _library
 from qlora_native.optim import free_memory, pressure
 from qlora_native.optim.free_memory import Free
 from qlora_native.optim.pressure import Judge
@@ -269,6 +270,17 @@ def test_the_watcher_moves_states_and_ends_with_their_owner() -> None:
     gc.collect()
     thread.join(30)
     assert not thread.is_alive()
+
+
+def test_without_room_for_the_watcher_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(_library, "_warned", set())
+    with pytest.warns(UserWarning, match="memory is too short for the thread"):
+        thread = pressure.watch(States(), lambda: None, 0.001)
+    assert not thread.is_alive() and thread not in pressure._watchers
 
 
 def test_the_watcher_ends_where_nothing_can_be_read() -> None:

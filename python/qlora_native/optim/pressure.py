@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import Literal, Protocol
 
+from ..ops._library import say_once
 from .free_memory import Free
 
 INTERVAL = 0.05  # seconds between two looks; one takes about 0.1 ms
@@ -78,8 +79,8 @@ def watch(
 ) -> threading.Thread:
     """Start the watcher of an optimizer; ``interval`` is in seconds, ``INTERVAL`` unless given.
 
-    It ends when the optimizer is collected, when ``free_bytes`` answers None (nothing can be read here) or raises, and
-    at the interpreter's end.
+    Without memory for its stack it is not started, and a warning says so. It ends when the optimizer is collected, when
+    ``free_bytes`` answers None (nothing can be read here) or raises, and at the interpreter's end.
     """
     thread = threading.Thread(
         target=_watch,
@@ -87,8 +88,14 @@ def watch(
         name="qlora_native page watcher",
         daemon=True,
     )
-    _watchers.add(thread)
-    thread.start()
+    try:
+        thread.start()
+        _watchers.add(thread)
+    except RuntimeError:  # not even its stack finds room
+        say_once(
+            "qlora_native: memory is too short for the thread that moves optimizer states out ahead of time; "
+            "a step that runs short is tried once more instead."
+        )
     return thread
 
 
