@@ -23,6 +23,24 @@ inline int64_t bytes_ahead(int64_t row_bytes) {
   return kBytesAhead < kStreamRows * row_bytes ? kStreamRows * row_bytes : kBytesAhead;
 }
 
+// The adapter's part of y[token, row]. Out of line: most products have none, and the registers are for their loop.
+template <typename T>
+__attribute__((noinline)) float adapter_part(const RowsJob& rows, int64_t token, int64_t row) {
+  const int64_t r = rows.product.r;
+  const T* low = static_cast<const T*>(rows.product.low) + token * r;
+  const float* up = rows.up + row * r;
+  Floats sums = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= r; i += kLanes) {
+    sums = multiply_add(load(low + i), load(up + i), sums);
+  }
+  float part = total(sums);
+  for (; i < r; ++i) {
+    part += to_float(low[i]) * up[i];
+  }
+  return rows.up_scale * part;
+}
+
 // y[token, row] = sum + bias + the adapter's part, rounded once.
 template <typename T>
 inline void finish_output(const RowsJob& rows, int64_t token, int64_t row, float sum) {
@@ -31,18 +49,7 @@ inline void finish_output(const RowsJob& rows, int64_t token, int64_t row, float
     sum += to_float(static_cast<const T*>(job.bias)[row]);
   }
   if (job.r > 0) {
-    const T* low = static_cast<const T*>(job.low) + token * job.r;
-    const float* up = rows.up + row * job.r;
-    Floats sums = zero();
-    int64_t i = 0;
-    for (; i + kLanes <= job.r; i += kLanes) {
-      sums = multiply_add(load(low + i), load(up + i), sums);
-    }
-    float part = total(sums);
-    for (; i < job.r; ++i) {
-      part += to_float(low[i]) * up[i];
-    }
-    sum += rows.up_scale * part;
+    sum += adapter_part<T>(rows, token, row);
   }
   static_cast<T*>(job.y)[token * job.n + row] = from_float<T>(sum);
 }
@@ -234,9 +241,10 @@ struct Stream<Bf16> {
     }
   }
 
+  // Out of line: inlined side by side, those of several tokens spill.
   template <int kTokens>
-  static void dot_rows(const RowsJob& rows, int64_t token, const X* x, const float* scales, const Table& table,
-                       int64_t row) {
+  __attribute__((noinline)) static void dot_rows(const RowsJob& rows, int64_t token, const X* x, const float* scales,
+                                                 const Table& table, int64_t row) {
     const ProductJob& job = rows.product;
     const int64_t x_stride = rounded_up(job.k, kChunk);
     const int64_t row_bytes = job.k / 2;

@@ -303,11 +303,12 @@ struct RandomWeight {
   WeightView view;
 };
 
-// An allocation of the exact size at an address that a tile may be loaded from.
+// An allocation of the exact size at an address that a tile may be loaded from, filled with NaN: what is not written
+// must not be read.
 struct Scratch {
   std::vector<unsigned char> bytes;
   unsigned char* aligned;
-  explicit Scratch(int64_t count) : bytes(static_cast<size_t>(count) + 64) {
+  explicit Scratch(int64_t count) : bytes(static_cast<size_t>(count) + 64, 0xff) {
     aligned = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
   }
 };
