@@ -243,7 +243,7 @@ def test_lora(dtype: torch.dtype, adapter: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_adapted_layer_makes_its_native_matrix_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[Any, ...]] = []
+    made: list[Any] = []
     native = _C.matrix
 
     def counted(*arguments: Any) -> object:
