@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .ops import dense_linear as _dense
-from .ops._direct import adapted_at_once, at_once, product, unobserved
+from .ops._direct import adapted_at_once, call, product, unobserved
 from .weight import QuantizedWeight
 
 
@@ -29,7 +28,7 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     plain = x.device.type == "cpu" and x.dtype in SIXTEEN_BITS and x.dtype == weight.dtype
     if not plain or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
-    result: torch.Tensor = at_once(_dense.cpu, torch.ops.qlora_native.dense_linear, (x, weight, bias))
+    result: torch.Tensor = call("dense_linear", x, weight, bias)
     return result
 
 
@@ -59,7 +58,8 @@ def linear(
         if y is not None:
             return y
     x, bias = autocast(x, bias)  # type: ignore[assignment]
-    return torch.ops.qlora_native.linear_4bit(x, bias, low_memory, *w.op_args())
+    result: torch.Tensor = call("linear_4bit", x, bias, low_memory, *w.op_args())
+    return result
 
 
 def lora_linear(
@@ -99,8 +99,8 @@ def lora_linear(
     if at_once is not None:
         return at_once
     x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
-    y, _ = torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, low_memory, *w.op_args())
-    return y
+    result: torch.Tensor = call("lora_linear_4bit", x, x_lora, a, b, scale, bias, low_memory, *w.op_args())[0]
+    return result
 
 
 def linear_cross_entropy(

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from qlora_native.functional import SIXTEEN_BITS, dense_linear
 from qlora_native.integrations.fused_attention import TOLERANCE, agree, is_ours, with_native_parts
 from qlora_native.integrations.substitute import Substitute, substitute_class
-from qlora_native.ops import _pages, rms_norm, swiglu
-from qlora_native.ops._direct import at_once
+from qlora_native.ops import _pages
+from qlora_native.ops._direct import call
 
 LARGE = 1 << 22  # elements of a dense weight that no cache holds
 
@@ -104,7 +104,7 @@ class Norm(Fused):
         """x [..., K] to the same shape."""
         if args or kwargs or x.dtype != self.weight.dtype or not is_ours(x):
             return super().forward(x, *args, **kwargs)
-        return at_once(rms_norm.cpu, torch.ops.qlora_native.rms_norm, (x, self.weight), self._fused_eps)[0]
+        return call("rms_norm", x, self.weight, self._fused_eps)[0]
 
 
 class GatedMLP(Fused):
@@ -143,7 +143,7 @@ class GatedMLP(Fused):
         if args or kwargs or x.dtype not in TOLERANCE or not is_ours(x):
             return super().forward(x, *args, **kwargs)
         gate, up, down = (getattr(self, name) for name in self._fused_parts)
-        return down(at_once(swiglu.cpu, torch.ops.qlora_native.swiglu, (gate(x), up(x))))
+        return down(call("swiglu", gate(x), up(x)))
 
 
 class Attention(Fused):

@@ -18,8 +18,7 @@ from torch import Tensor
 
 import qlora_native as qn
 from qlora_native.integrations.documents import by_document, documents_of
-from qlora_native.ops import rotary
-from qlora_native.ops._direct import at_once
+from qlora_native.ops._direct import call
 from qlora_native.ops.causal_attention import is_native
 
 # How far two orders of rounding may lie apart, relative to the largest value.
@@ -104,8 +103,7 @@ def _native_rotary(original: FunctionType) -> Callable[..., Any]:
         fits = plain and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and is_ours(q)
         if not fits or cos.requires_grad or sin.requires_grad:
             return original(q, k, cos, sin, *args, **kwargs)
-        op = torch.ops.qlora_native.rotary
-        return at_once(rotary.cpu, op, (q, cos, sin), False), at_once(rotary.cpu, op, (k, cos, sin), False)
+        return call("rotary", q, cos, sin, False), call("rotary", k, cos, sin, False)
 
     return apply
 
@@ -170,7 +168,8 @@ def _attention(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None) -> Tensor:
         if native and mask is None and causal is True:
-            return torch.ops.qlora_native.causal_attention(q, k, v, scale)[0].transpose(1, 2)
+            out: Tensor = call("causal_attention", q, k, v, scale)[0]
+            return out.transpose(1, 2)
         options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": causal, **kwargs}
         if widen:
             mask = mask.float() if mask is not None and mask.is_floating_point() else mask

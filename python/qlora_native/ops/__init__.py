@@ -8,6 +8,7 @@ from __future__ import annotations
 from . import (
     adamw_step,
     causal_attention,
+    dense_linear,
     dequantize_4bit,
     gptq_4bit,
     gradient_norm,
@@ -27,6 +28,7 @@ __all__ = [
     "SCHEMAS",
     "adamw_step",
     "causal_attention",
+    "dense_linear",
     "dequantize_4bit",
     "gptq_4bit",
     "gradient_norm",

@@ -1,8 +1,8 @@
 """Products of a frozen CPU weight without torch's dispatcher, where nothing would notice.
 
-For one token the way through the dispatcher costs more than a small layer's product. It serves what looks on: autograd,
-autocast, compilers, transforms, modes, profilers. Where there is none of these, the native function is called at once,
-with the same result, bit for bit.
+For one token the way through the dispatcher costs more than a small layer's product. It serves autocast, compilers,
+transforms, modes and profilers. Where there is none of these, the native function is called at once, with the same
+result, bit for bit; where autograd records, from a node of the same derivative.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from .. import _C
 from .._native import DTYPE_NUMBER
 from . import _pages
-from ._library import Weight, buffer
+from ._library import CPU_NODES, IMPLEMENTATIONS, Weight, buffer
 
 _CPU = torch.device("cpu")
 _is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
@@ -50,36 +50,47 @@ except AttributeError:  # a torch that tells these otherwise: every call goes th
     _TENSOR_KEYS = frozenset()
 
 
+def _thread_is_plain() -> bool:
+    """Whether nothing in this thread treats ops specially."""
+    return (
+        bool(_TENSOR_KEYS)
+        and not is_compiling()
+        and _included().raw_repr() in _THREAD_KEYS
+        and not _has_function_mode()
+        and not _is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+        and not _profiler_enabled()
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and _keys(tensor).raw_repr() in _TENSOR_KEYS
+
+
 def unobserved(x: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on these operands would go straight to its CPU kernel, with nothing to record or to transform."""
-    if is_compiling() or not _TENSOR_KEYS:
-        return False
-    if (
-        type(x) is not Tensor
-        or _keys(x).raw_repr() not in _TENSOR_KEYS
-        or _included().raw_repr() not in _THREAD_KEYS
-        or _has_function_mode()
-        or _is_autocast_enabled("cpu")
-        or forward_ad._current_level >= 0
-        or _profiler_enabled()
-    ):
+    if type(x) is not Tensor or not _thread_is_plain():
         return False
     records = _is_grad_enabled()
-    if records and x.requires_grad:
-        return False
-    for other in others:
-        if other is None:
-            continue
-        if type(other) not in _PLAIN or _keys(other).raw_repr() not in _TENSOR_KEYS:
-            return False
-        if records and other.requires_grad:
-            return False
-    return True
+    return all(t is None or (_is_plain(t) and not (records and t.requires_grad)) for t in (x, *others))
 
 
-def at_once(kernel: Callable[..., Any], op: Callable[..., Any], tensors: tuple[Any, ...], *others: Any) -> Any:
-    """``op`` of its leading operands and the other arguments: its CPU kernel itself where nothing would notice."""
-    return (kernel if unobserved(*tensors) else op)(*tensors, *others)
+def call(name: str, *arguments: Any) -> Any:
+    """The op of that name: without the dispatcher where only autograd would notice, which gets the node it would get.
+
+    For a layer in training, the way through ``torch.library``'s derivative takes longer than all of our own Python.
+    """
+    if not _thread_is_plain():
+        return getattr(torch.ops.qlora_native, name)(*arguments)
+    records = False
+    for value in arguments:
+        if isinstance(value, Tensor):
+            if not _is_plain(value):
+                return getattr(torch.ops.qlora_native, name)(*arguments)
+            records = records or value.requires_grad
+    if records and _is_grad_enabled():
+        return CPU_NODES[name](*arguments)
+    return IMPLEMENTATIONS[name, "CPU"](*arguments)
 
 
 class Prepared:
@@ -168,7 +179,7 @@ def adapted_at_once(
     matrix: Callable[[], Matrix | None], x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor | None:
     """The first result of :func:`adapted_product` past the dispatcher, or None where that is not possible."""
-    if not unobserved(x, a, b, bias) or not is_few(x):
+    if not is_few(x) or not unobserved(x, a, b, bias):
         return None
     made = adapted_product(matrix(), x, bias, a, b, scale)
     return None if made is None else made[0]

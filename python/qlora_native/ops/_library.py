@@ -80,6 +80,7 @@ for _name, _schema in SCHEMAS.items():
 
 
 IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and dispatch key
+CPU_NODES: dict[str, Callable[..., Any]] = {}  # the CPU kernel with its derivative, by op
 
 
 def implement(name: str, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -99,8 +100,19 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Registers the op's derivative."""
+    """Registers the op's derivative: with the dispatcher, and as a node over the CPU kernel alone."""
     torch.library.register_autograd(f"qlora_native::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    kernel = IMPLEMENTATIONS.get((name, "CPU"))
+    if kernel is None:  # the same for all devices, of other ops
+        return
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = kernel(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    CPU_NODES[name] = type(f"{name}_cpu", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
 class Weight(NamedTuple):

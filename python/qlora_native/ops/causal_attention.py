@@ -12,6 +12,7 @@ import torch
 
 from .. import _C, reference
 from .._native import DTYPE_NUMBER
+from ._direct import call
 from ._library import autograd, fake, implement, native_dtype
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -187,7 +188,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, _: Any) -> tuple[Any, ...
     q, k, v, out, lse = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody differentiates these gradients
         return *reference.causal_attention_backward(grad_out, q, k, v, ctx.scale), None
-    return *torch.ops.qlora_native.causal_attention_backward(grad_out, q, k, v, out, lse, ctx.scale), None
+    return *call("causal_attention_backward", grad_out, q, k, v, out, lse, ctx.scale), None
 
 
 autograd("causal_attention", _backward, _setup)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import _products
+from ._direct import call
 from ._library import autograd, fake, implement
 from .linear_4bit import sum_to_bias, without_autocast
 
@@ -102,9 +103,9 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qlora_native.dense_linear_grad_input(grad_y, weight)
+        grad_x = call("dense_linear_grad_input", grad_y, weight)
     if ctx.needs_input_grad[1]:
-        grad_weight = torch.ops.qlora_native.dense_linear_grad_weight(grad_y, x)
+        grad_weight = call("dense_linear_grad_weight", grad_y, x)
     if ctx.needs_input_grad[2]:
         grad_bias = sum_to_bias(grad_y, ctx.bias_dtype)
     return grad_x, grad_weight, grad_bias
@@ -120,7 +121,7 @@ def _backward_grad_input(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         by_grad_y = torch.ops.qlora_native.dense_linear(grad, weight, None)
     if ctx.needs_input_grad[1]:
-        by_weight = torch.ops.qlora_native.dense_linear_grad_weight(grad_y, grad)
+        by_weight = call("dense_linear_grad_weight", grad_y, grad)
     return by_grad_y, by_weight
 
 
@@ -130,7 +131,7 @@ def _backward_grad_weight(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         by_grad_y = torch.ops.qlora_native.dense_linear(x, grad, None)
     if ctx.needs_input_grad[1]:
-        by_x = torch.ops.qlora_native.dense_linear_grad_input(grad_y, grad)
+        by_x = call("dense_linear_grad_input", grad_y, grad)
     return by_grad_y, by_x
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import _cuda_products, _products
+from ._direct import call
 from ._library import Weight, autograd, check_matrix, fake, implement, say_once, weight_of
 
 
@@ -139,7 +140,7 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
     arguments, _ = saved_weight(ctx)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qlora_native.linear_4bit_grad_input(grad_y, ctx.low_memory, *arguments)
+        grad_x = call("linear_4bit_grad_input", grad_y, ctx.low_memory, *arguments)
     if ctx.needs_input_grad[1]:
         grad_bias = sum_to_bias(grad_y, ctx.bias_dtype)
     return grad_x, grad_bias, None, *NO_WEIGHT_GRADIENT

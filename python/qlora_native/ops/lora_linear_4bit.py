@@ -12,7 +12,7 @@ import torch
 from .. import _C
 from .._native import DTYPE_NUMBER
 from . import _cuda_products, _products
-from ._direct import adapted_product, is_few
+from ._direct import adapted_product, call, is_few
 from ._library import Weight, autograd, check_matrix, fake, implement, weight_of
 from .linear_4bit import (
     NO_WEIGHT_GRADIENT,
@@ -228,9 +228,8 @@ def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_xa: torch.Tensor | Non
     if grad_y is None or grad_xa is not None or torch.is_grad_enabled():
         return _differentiable_backward(ctx, grad_y, grad_xa)
     needed = [need_x, need_x_lora, need_a, need_b]
-    grads = torch.ops.qlora_native.lora_linear_4bit_backward(
-        grad_y, adapted, xa, a, b, ctx.scale, ctx.separate, needed, ctx.low_memory, *arguments
-    )
+    options = (ctx.scale, ctx.separate, needed, ctx.low_memory)
+    grads = call("lora_linear_4bit_backward", grad_y, adapted, xa, a, b, *options, *arguments)
     grad_x, grad_x_lora, grad_a, grad_b = (g if need else None for g, need in zip(grads, needed, strict=True))
     grad_bias = sum_to_bias(grad_y, ctx.bias_dtype) if need_bias else None
     return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, None, *NO_WEIGHT_GRADIENT
@@ -251,7 +250,7 @@ def _differentiable_backward(ctx: Any, grad_y: torch.Tensor | None, grad_xa: tor
         if need_bias:
             grad_bias = sum_to_bias(grad_y, ctx.bias_dtype)
         if need_x:
-            grad_x = torch.ops.qlora_native.linear_4bit_grad_input(grad_y, ctx.low_memory, *arguments)
+            grad_x = call("linear_4bit_grad_input", grad_y, ctx.low_memory, *arguments)
     if low is not None:
         if need_a:
             grad_a = torch.mm(low.t(), adapted.reshape(-1, a.shape[1])).to(a.dtype)

@@ -8,6 +8,7 @@ import torch
 
 from .. import _C, reference
 from .._native import DTYPE_NUMBER
+from ._direct import call
 from ._library import autograd, fake, implement
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -104,7 +105,7 @@ def _backward(ctx: Any, grad_y: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # somebody differentiates this gradient
             grad_x = reference.rms_norm_backward(grad_y, x, weight, ctx.eps)
         else:
-            grad_x = torch.ops.qlora_native.rms_norm_backward(grad_y, x, weight, rstd, ctx.eps)
+            grad_x = call("rms_norm_backward", grad_y, x, weight, rstd, ctx.eps)
     if ctx.needs_input_grad[1]:
         normal = reference.rms_norm(x, torch.ones_like(weight), ctx.eps)[0]
         products = grad_y.to(rstd.dtype) * normal

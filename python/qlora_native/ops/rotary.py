@@ -8,6 +8,7 @@ import torch
 
 from .. import _C, reference
 from .._native import DTYPE_NUMBER
+from ._direct import call
 from ._library import autograd, fake, implement
 
 
@@ -70,7 +71,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise NotImplementedError("rotary: cos and sin have no gradient here: detach them.")
-    return torch.ops.qlora_native.rotary(grad_y, *ctx.saved_tensors, not ctx.inverse), None, None, None
+    return call("rotary", grad_y, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
 autograd("rotary", _backward, _setup)

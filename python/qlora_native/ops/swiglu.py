@@ -8,6 +8,7 @@ import torch
 
 from .. import _C, reference
 from .._native import DTYPE_NUMBER
+from ._direct import call
 from ._library import autograd, fake, implement
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -81,7 +82,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _backward(ctx: Any, grad_y: torch.Tensor) -> Pair:
     if torch.is_grad_enabled():  # somebody differentiates these gradients
         return reference.swiglu_backward(grad_y, *ctx.saved_tensors)
-    grad_gate, grad_up = torch.ops.qlora_native.swiglu_backward(grad_y, *ctx.saved_tensors)
+    grad_gate, grad_up = call("swiglu_backward", grad_y, *ctx.saved_tensors)
     return grad_gate, grad_up
 
 
