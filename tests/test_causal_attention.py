@@ -108,8 +108,8 @@ def test_scores_that_would_overflow() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 6, 2, 77, 64), (1, 8, 1, 300, 40)], ids=str)
-def test_layout_and_threads_do_not_matter(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    inputs = operands(*shape, dtype=dtype)  # type: ignore[misc, arg-type]
+def test_layout_and_threads_do_not_matter(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    inputs = operands(*shape, dtype)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -124,22 +124,24 @@ def test_layout_and_threads_do_not_matter(shape: tuple[int, ...], dtype: torch.d
         assert all(same_values(a, b) for a, b in zip(results[0], result, strict=True))
 
 
-def test_heads_that_go_in_turns() -> None:
-    """Neither more heads than are worked on at once nor turns that end within a group change a bit."""
-    assert len({_C.causal_attention_scratch_bytes(0, (1, 8 * n, n, 600, 256), True) for n in (1, 2)}) == 1
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_turns_change_no_bit(threads: int) -> None:
+    """Scratch does not grow with the heads, so they go in turns: groups a thread, or shared by all threads, and parts
+    of groups where a head is large."""
     q, k, v, grad_out = operands(1, 16, 2, 600, 256, torch.float32)
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         together = outputs(q, k, v, grad_out)
-        torch.set_num_threads(3)
+        assert len({_C.causal_attention_scratch_bytes(0, (1, 8 * n, n, 600, 256), True) for n in (4, 8, 16)}) < 3
+        torch.set_num_threads(1)
         for head in range(2):
             heads, kept = slice(8 * head, 8 * head + 8), slice(head, head + 1)
             alone = outputs(q[:, heads], k[:, kept], v[:, kept], grad_out[:, heads])
             expected = (together[0][:, heads], together[1][:, heads], together[2][:, kept], together[3][:, kept])
             assert all(same_values(a, b) for a, b in zip(alone, expected, strict=True))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def test_keeps_nothing_of_size_length_squared() -> None:

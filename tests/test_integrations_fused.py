@@ -158,7 +158,7 @@ def test_torch_attends_in_fp32_where_it_has_no_products_of_bf16(
     plain = copy.deepcopy(model)
     fuse(model)
     seen: list[torch.Tensor | None] = []
-    sdpa = nn.functional.scaled_dot_product_attention
+    sdpa: Any = nn.functional.scaled_dot_product_attention
 
     def recorded(*args: Any, attn_mask: Any = None, **kwargs: Any) -> torch.Tensor:
         seen.extend((*args, attn_mask))

@@ -1,8 +1,9 @@
 // Causal scaled dot-product attention with grouped key heads, and its gradient (Dao et al., "FlashAttention", 2022:
 // nothing of size length x length is kept; scores are computed again in backward).
 //
-// Threads share a few heads at a time: these are packed, then multiplied in units that depend on the length alone, then
-// written, so that one sequence with few heads uses all of them and the bits do not depend on their number.
+// Heads are packed, multiplied in units that depend on the length alone, and written. A thread does so for one group of
+// them after the other; where these are too few for the threads, so that one sequence uses all cores, threads share the
+// units of a few heads at a time. The bits are the same.
 #pragma once
 
 #include "cpu/kernels-attention.h"

@@ -10,9 +10,9 @@ namespace {
 
 constexpr int64_t kUnitRows = 512;      // at most: their packed form in a span stays in the second cache
 constexpr int64_t kUnitColumns = 1024;  // at most, so that a thread takes several units of a large product
+constexpr int64_t kOuterGrain = 32;     // columns of an outer product
+constexpr int64_t kLowShare = 24;       // columns of y for each of the adapter's, where units compute those twice
 constexpr int64_t kLeastRows = 48;      // below which decoding takes a fifth of a unit's time
-
-int64_t item_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 const GemmKernels& kernels_of(const GemmJob& job) { return kernels().gemm[static_cast<int>(job.dtype)]; }
 
@@ -34,49 +34,41 @@ void multiply(const GemmJob& job, unsigned char* scratch) {
   });
 }
 
-template <typename Word>
-void transpose_words(const Word* left, int64_t m, int64_t r, Word* out) {
-  parallel_for(m, 256, [&](int64_t first, int64_t last) {
-    for (int64_t row = 0; row < r; ++row) {
-      for (int64_t i = first; i < last; ++i) {
-        out[row * m + i] = left[i * r + row];
-      }
-    }
-  });
+// The adapter's projection as a product of its own.
+GemmJob low_job_of(const GemmJob& job) {
+  GemmJob low{};
+  low.dtype = job.dtype;
+  low.forward = job.forward;
+  low.x = job.x;
+  low.m = job.m;
+  low.n = job.forward ? job.r : job.n;
+  low.k = job.forward ? job.k : job.r;
+  low.dense = job.down;
+  low.scale = job.low_scale;
+  low.y = job.made_low;
+  return low;
 }
 
-GemmCall outer_call(Dtype dtype, const void* left, const void* right, int64_t m, int64_t r, int64_t width, float scale,
-                    float* out) {
-  GemmCall call{};
-  call.job.dtype = dtype;
-  call.job.x = left;  // [r, m]
-  call.job.m = r;
-  call.job.n = m;
-  call.job.k = width;
-  call.job.dense = right;
-  call.job.scale = scale;
-  call.job.fp32_y = true;
-  call.job.y = out;
-  return call;
-}
-
-int64_t transposed_bytes(Dtype dtype, int64_t m, int64_t r) { return rounded_up(m * r * item_bytes(dtype), 64); }
-
-}  // namespace
-
-GemmJob low_job_of(const GemmCall& call) {
-  GemmJob job{};
-  job.dtype = call.job.dtype;
-  job.forward = call.job.forward;
-  job.x = call.job.x;
-  job.m = call.job.m;
-  job.n = call.job.forward ? call.job.r : call.job.n;
-  job.k = call.job.forward ? call.job.k : call.job.r;
-  job.dense = call.down;
-  job.scale = call.low_scale;
-  job.y = call.low;
+GemmJob without_down(GemmJob job) {
+  job.down = nullptr;
   return job;
 }
+
+// Whether the projection is computed in the units, from the rows that they pack anyway: each unit of the same rows does
+// it again.
+bool makes_low(const GemmJob& job) {
+  const GemmPlan plan = plan_gemm(job.m, job.width(), available_threads());
+  return kernels_of(job).makes_low(job) && (plan.column_cuts == 1 || kLowShare * job.r <= plan.columns);
+}
+
+// Columns that a thread takes: long pieces of a row, so that memory is read along it.
+int64_t outer_columns(int64_t m, int64_t r, int64_t width) {
+  const int64_t least = ceil_div(kProductsPerTask, std::max<int64_t>(1, m * r));
+  const int64_t fair = std::clamp(ceil_div(width, available_threads()), least, std::max(least, kUnitColumns));
+  return rounded_up(fair, kOuterGrain);
+}
+
+}  // namespace
 
 GemmUnit GemmPlan::unit(int64_t index, int64_t m, int64_t width) const {
   const int64_t cut = index / column_cuts;
@@ -107,30 +99,38 @@ GemmPlan plan_gemm(int64_t m, int64_t width, int64_t threads) {
   return best;
 }
 
-int64_t gemm_scratch_bytes(const GemmCall& call) {
-  return std::max(scratch_bytes(call.job), call.down == nullptr ? 0 : scratch_bytes(low_job_of(call)));
+int64_t gemm_scratch_bytes(const GemmJob& job) {
+  return job.down == nullptr || makes_low(job)
+             ? scratch_bytes(job)
+             : std::max(scratch_bytes(without_down(job)), scratch_bytes(low_job_of(job)));
 }
 
-void gemm(const GemmCall& call, unsigned char* scratch) {
-  if (call.down != nullptr) {
-    multiply(low_job_of(call), scratch);
+void gemm(const GemmJob& job, unsigned char* scratch) {
+  if (job.down == nullptr || makes_low(job)) {
+    multiply(job, scratch);
+    return;
   }
-  multiply(call.job, scratch);
+  multiply(low_job_of(job), scratch);
+  multiply(without_down(job), scratch);
 }
 
 int64_t gemm_outer_scratch_bytes(Dtype dtype, int64_t m, int64_t r, int64_t width) {
-  return transposed_bytes(dtype, m, r) +
-         gemm_scratch_bytes(outer_call(dtype, nullptr, nullptr, m, r, width, 1.0f, nullptr));
+  const int64_t columns = outer_columns(m, r, width);
+  return unit_threads(ceil_div(width, columns)) * kernels().gemm[static_cast<int>(dtype)].outer_bytes(columns);
 }
 
-void gemm_outer(Dtype dtype, const void* left, const void* right, int64_t m, int64_t r, int64_t width, float scale,
-                float* out, unsigned char* scratch) {
-  if (dtype == Dtype::kFloat32) {
-    transpose_words(static_cast<const float*>(left), m, r, reinterpret_cast<float*>(scratch));
-  } else {
-    transpose_words(static_cast<const uint16_t*>(left), m, r, reinterpret_cast<uint16_t*>(scratch));
+void gemm_outer(Dtype dtype, const OuterJob& job, unsigned char* scratch) {
+  if (job.m == 0) {
+    std::fill_n(job.out, job.r * job.width, 0.0f);
+    return;
   }
-  gemm(outer_call(dtype, scratch, right, m, r, width, scale, out), scratch + transposed_bytes(dtype, m, r));
+  const GemmKernels& table = kernels().gemm[static_cast<int>(dtype)];
+  const int64_t columns = outer_columns(job.m, job.r, job.width);
+  const int64_t bytes = table.outer_bytes(columns);
+  parallel_units(ceil_div(job.width, columns), [&](int64_t unit, int64_t thread) {
+    const int64_t first = unit * columns;
+    table.outer(job, first, std::min(first + columns, job.width), scratch + thread * bytes);
+  });
 }
 
 }  // namespace qlora_native::cpu

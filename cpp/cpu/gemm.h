@@ -25,27 +25,11 @@ inline constexpr int64_t kPackColumns = 6;
 // The plan for m rows and `width` columns of y.
 GemmPlan plan_gemm(int64_t m, int64_t width, int64_t threads);
 
-// A product and the low-rank one inside it. With `down`, job.low [m, r] is computed first, from the same x: low_scale *
-// x down^T, with down [r, k], or for the input gradient low_scale * x down, with down [n, r]. job.low then points to
-// `low`.
-struct GemmCall {
-  GemmJob job;
-  const void* down = nullptr;
-  void* low = nullptr;  // [m, r], written if `down` is given
-  float low_scale = 1.0f;
-  bool as_stored = false;  // see linear_4bit.h
-  float up_scale = 1.0f;
-};
+int64_t gemm_scratch_bytes(const GemmJob& job);
+void gemm(const GemmJob& job, unsigned char* scratch);  // scratch: aligned to 64 bytes
 
-// That low-rank product.
-GemmJob low_job_of(const GemmCall& call);
-
-int64_t gemm_scratch_bytes(const GemmCall& call);
-void gemm(const GemmCall& call, unsigned char* scratch);  // scratch: aligned to 64 bytes
-
-// out [r, width] = scale * left^T right in fp32; left [m, r] and right [m, width] of `dtype`.
+// An outer product of tensors of `dtype`.
 int64_t gemm_outer_scratch_bytes(Dtype dtype, int64_t m, int64_t r, int64_t width);
-void gemm_outer(Dtype dtype, const void* left, const void* right, int64_t m, int64_t r, int64_t width, float scale,
-                float* out, unsigned char* scratch);
+void gemm_outer(Dtype dtype, const OuterJob& job, unsigned char* scratch);
 
 }  // namespace qlora_native::cpu

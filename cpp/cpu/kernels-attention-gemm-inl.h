@@ -235,15 +235,10 @@ inline void tiles_of_transpose(const E* square, E* out, int64_t column_stride) {
   constexpr int64_t kWord = sizeof(float) / sizeof(E);  // elements that stay together
   for (int64_t half = 0; half < 2; ++half, out += column_stride) {
     for (int64_t column = 0; column < kPanelWidth; column += 16 * kWord) {
-      float words[16 * 16];
-      for (int64_t row = 0; row < 16; ++row) {
-        std::memcpy(words + 16 * row, square + (16 * half + row) * kPanelWidth + column, 64);
-      }
       Sixteen turned[16];
-      transpose_16(words, 16, turned);
+      transpose_16(square + 16 * half * kPanelWidth + column, kPanelWidth * sizeof(E), turned);
       for (int64_t row = 0; row < 16; ++row) {
-        store16(words, turned[row]);
-        std::memcpy(out + (column + row * kWord) * kSixteen, words, 64);
+        std::memcpy(out + (column + row * kWord) * kSixteen, turned + row, sizeof(Sixteen));
       }
     }
   }
@@ -270,7 +265,7 @@ inline void transpose_square(const E* square, E* out) {
         store16(words + 16 * r, load16(square + (row + r) * kPanelWidth + column));
       }
       Sixteen turned[16];
-      transpose_16(words, 16, turned);
+      transpose_16(words, 16 * sizeof(float), turned);
       for (int64_t c = 0; c < 16; ++c) {
         store16(out + (column + c) * kPanelWidth + row, turned[c]);
       }

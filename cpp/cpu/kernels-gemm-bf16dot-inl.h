@@ -10,7 +10,7 @@
 // number of threads gives the same bits.
 #pragma once
 
-#include "cpu/kernels-gemm-inl.h"
+#include "cpu/kernels-outer-inl.h"
 
 #if defined(__AVX512BF16__)
 
@@ -250,7 +250,7 @@ inline int64_t spans_at_once(int64_t rows) {
 }
 
 inline bool goes_by_quads(const GemmJob& job) {
-  return job.forward && job.dense == nullptr && !job.fp32_y && job.scale == 1.0f && job.k > 0 &&
+  return job.forward && job.dense == nullptr && job.scale == 1.0f && job.k > 0 &&
          (job.m <= kQuadTokens || job.k >= kQuadDepth) && job.weight.block_size >= kGroupElements &&
          job.k % job.weight.block_size == 0;
 }
@@ -360,7 +360,10 @@ int64_t unit_bytes_bf16(const GemmJob& job, int64_t rows, int64_t columns) {
   const int64_t elements = (kQuadStrip + packed) * kQuadSpan;
   return rounded_up(2 * elements + 4 * rows * rounded_up(columns, kColumnGrain), 64);
 }
-constexpr GemmKernels kGemmBf16 = {product_bf16, unit_bytes_bf16};
+bool makes_low_bf16(const GemmJob& job) { return !goes_by_quads(job) && gemm_makes_low(job); }
+
+constexpr GemmKernels kGemmBf16 = {product_bf16, unit_bytes_bf16, makes_low_bf16, outer_columns<Bf16>,
+                                   outer_unit_bytes};
 
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

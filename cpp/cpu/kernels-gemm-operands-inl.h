@@ -79,23 +79,28 @@ void pack_row(const T* x, int64_t count, float* words) {
   }
 }
 
-// Rows [first, last) of x and of the adapter's projection, in a span: block [rows][kRowStride].
+// Rows [first, last) of x in a span: block [rows][kRowStride].
 template <typename T>
 void pack_rows(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* block) {
   constexpr int kElements = WordProduct<T>::kElements;
   constexpr int64_t kAhead = 8;  // rows; a piece of a row is too short for the hardware to foresee the next
   const int64_t length = job.depth();
-  const int64_t words = Depth<kElements>::words(span.end - span.begin);
   const T* x = static_cast<const T*>(job.x);
-  const T* low = static_cast<const T*>(job.low);
   for (int64_t row = first; row < last; ++row, block += kRowStride) {
     for (int64_t i = span.begin; i < span.end; i += 64 / int64_t{sizeof(T)}) {
       prefetch_far(x + limited(row + kAhead, last - 1) * length + i);
     }
     pack_row<T, kElements>(x + row * length + span.begin, span.end - span.begin, block);
-    if (span.low_begin < span.low_end) {
-      pack_row<T, kElements>(low + row * job.r + span.low_begin, span.low_end - span.low_begin, block + words);
-    }
+  }
+}
+
+// The same rows of the adapter's projection, low [rows, r], behind them.
+template <typename T>
+void pack_low(const T* low, int64_t r, const DepthSpan& span, int64_t rows, float* block) {
+  constexpr int kElements = WordProduct<T>::kElements;
+  block += Depth<kElements>::words(span.end - span.begin);
+  for (int64_t row = 0; span.low_begin < span.low_end && row < rows; ++row, block += kRowStride) {
+    pack_row<T, kElements>(low + row * r + span.low_begin, span.low_end - span.low_begin, block);
   }
 }
 
@@ -330,7 +335,8 @@ struct Forward {
     }
   }
 
-  static int64_t adapter_length(const GemmJob& job) { return job.r; }
+  static int64_t adapter_length(const GemmJob& job) { return job.r; }  // of a row of up
+  static int64_t down_length(const GemmJob& job) { return job.k; }
 };
 
 // The product with W itself: the depth runs over W's rows.
@@ -444,6 +450,7 @@ struct GradInput {
   }
 
   static int64_t adapter_length(const GemmJob& job) { return job.k; }
+  static int64_t down_length(const GemmJob& job) { return job.r; }
 };
 
 // Columns [first, last) of b, at most kColumnsAtOnce, to panels. What the panels hold beyond them never reaches y.

@@ -13,7 +13,7 @@
 // What builds on them.
 #include "cpu/kernels-dense-inl.h"
 #include "cpu/kernels-gemm-bf16dot-inl.h"
-#include "cpu/kernels-gemm-inl.h"
+#include "cpu/kernels-outer-inl.h"
 #include "cpu/kernels-gptq-inl.h"
 #include "cpu/kernels-linear-inl.h"
 

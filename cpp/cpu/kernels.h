@@ -21,7 +21,11 @@ inline constexpr int64_t kColumnGrain = 64;
 struct GemmJob : ProductJob {
   const void* dense = nullptr;  // [n, k] of `dtype`, in place of `weight`; or null
   float scale = 1.0f;           // of the sums, before the bias is added
-  bool fp32_y = false;          // y is fp32, whatever `dtype` is
+  // With `down` the adapter's projection is computed first, from the same x, and `low` is where it goes: low_scale * x
+  // down^T for down [r, k], or for the input gradient low_scale * x down for down [n, r].
+  const void* down = nullptr;
+  void* made_low = nullptr;  // [m, r], what low points to
+  float low_scale = 1.0f;
 };
 
 // What one thread computes at a time: rows [first_row, last_row) by columns [first_column, last_column) of y.
@@ -33,12 +37,29 @@ struct GemmUnit {
   int64_t last_column;
 };
 
+// out [r, width] = scale * left^T right, in fp32.
+struct OuterJob {
+  const void* left;   // [m, r]
+  const void* right;  // [m, width], of the same dtype
+  int64_t m;
+  int64_t r;
+  int64_t width;
+  float scale;
+  float* out;
+};
+
 struct GemmKernels {
   // Writes a unit of y. `scratch` is aligned to 64 bytes and has unit_bytes. An output's bits do not depend on the
   // unit.
   void (*product)(const GemmJob& job, const GemmUnit& unit, void* scratch);
   // For units of at most so many rows and columns, a multiple of 64.
   int64_t (*unit_bytes)(const GemmJob& job, int64_t rows, int64_t columns);
+  // Whether product() takes a job with `down`. Every unit computes low for its rows then, those from column 0 write it.
+  bool (*makes_low)(const GemmJob& job);
+  // Writes columns [first, last) of out; m > 0. `scratch` is aligned to 64 bytes and has outer_bytes of so many
+  // columns.
+  void (*outer)(const OuterJob& job, int64_t first, int64_t last, void* scratch);
+  int64_t (*outer_bytes)(int64_t columns);
 };
 
 struct BlockJob {

@@ -20,7 +20,7 @@ bool takes_tiles(Dtype dtype) { return dtype == Dtype::kBfloat16 && have_tiles()
 
 Path path_of(const GemmCall& call) {
   const GemmJob& job = call.job;
-  const bool plain = job.bias == nullptr && job.scale == 1.0f && call.down == nullptr;
+  const bool plain = job.bias == nullptr && job.scale == 1.0f && job.down == nullptr;
   if (job.forward && job.dense == nullptr && job.m <= few_rows(job.dtype) && (job.r == 0 || call.as_stored)) {
     return Path::kRows;
   }
@@ -44,9 +44,9 @@ TileProduct tile_product_of(const GemmCall& call) {
   product.r = job.r;
   product.y = static_cast<Bf16*>(job.y);
   product.m = job.m;
-  product.down = static_cast<const Bf16*>(call.down);
-  product.made_low = static_cast<Bf16*>(call.low);
-  product.low_scale = call.low_scale;
+  product.down = static_cast<const Bf16*>(job.down);
+  product.made_low = static_cast<Bf16*>(job.made_low);
+  product.low_scale = job.low_scale;
   return product;
 }
 
@@ -63,7 +63,7 @@ void product_by_rows(const GemmCall& call, unsigned char* scratch) {
   const RowKernels& rows = kernels().rows[index_of(job.dtype)];
   rows.reorder(job, scratch);
   if (job.r > 0) {
-    dense_rows(kernels().fp32_rows[index_of(job.dtype)], {job.x, call.down, call.low, job.m, job.r, job.k});
+    dense_rows(kernels().fp32_rows[index_of(job.dtype)], {job.x, job.down, job.made_low, job.m, job.r, job.k});
   }
   const RowsJob rows_job{job, static_cast<const float*>(job.up), call.up_scale, scratch};
   const int64_t grain = std::max<int64_t>(1, kProductsPerTask / std::max<int64_t>(1, kStreamRows * job.k));
@@ -90,7 +90,7 @@ int64_t linear_4bit_scratch_bytes(const GemmCall& call) {
     case Path::kDenseRows:
       return 0;
     default:
-      return gemm_scratch_bytes(call);
+      return gemm_scratch_bytes(call.job);
   }
 }
 
@@ -110,7 +110,7 @@ void linear_4bit(const GemmCall& call, unsigned char* scratch) {
       tile_product(tile_product_of(call), scratch);
       return;
     default:
-      gemm(call, scratch);
+      gemm(job, scratch);
   }
 }
 
@@ -123,7 +123,7 @@ void outer(Dtype dtype, const void* left, const void* right, int64_t m, int64_t 
   if (takes_tiles(dtype)) {
     tile_outer(static_cast<const Bf16*>(left), static_cast<const Bf16*>(right), m, r, width, scale, out, scratch);
   } else if (r > 0 && width > 0) {
-    gemm_outer(dtype, left, right, m, r, width, scale, out, scratch);
+    gemm_outer(dtype, {left, right, m, r, width, scale, out}, scratch);
   }
 }
 

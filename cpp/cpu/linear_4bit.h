@@ -1,7 +1,7 @@
 // y = x W^T + bias + low up^T and its input gradient, with a 4-bit W or a dense one.
 //
 // Up to few_rows() rows of x, a forward product with a 4-bit W takes an adapter as it is stored: with `as_stored`,
-// `down` [r, k] and `job.up` [n, r] are fp32, low = x down^T, and y += up_scale * low up^T.
+// job.down [r, k] and job.up [n, r] are fp32, low = x down^T, and y += up_scale * low up^T.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,12 @@ inline constexpr int64_t kFewTileRows = 2;
 
 // Rows of x up to which a forward product decodes W row by row.
 int64_t few_rows(Dtype dtype);
+
+struct GemmCall {
+  GemmJob job;
+  bool as_stored = false;
+  float up_scale = 1.0f;
+};
 
 int64_t linear_4bit_scratch_bytes(const GemmCall& call);
 void linear_4bit(const GemmCall& call, unsigned char* scratch);  // scratch: aligned to 64 bytes

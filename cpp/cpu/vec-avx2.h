@@ -311,21 +311,24 @@ inline constexpr int kSixteenColumns = 1;
 inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen sum) { return fused(a, b, sum); }
 
 // Through loads of half a register, which cost less than moving halves between registers.
-inline void transpose_16(const float* in, int64_t stride, Sixteen* out) {
-  const auto eight = [&](const float* from, __m256* turned) {  // [8, 8] of it
-    const auto halves = [&](int row, int column) {             // of rows `row` and row + 4
-      const float* p = from + row * stride + column;
-      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+inline void transpose_16(const void* in, int64_t stride, Sixteen* out) {
+  const auto four = [&](int64_t row, int64_t column) {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(static_cast<const unsigned char*>(in) + row * stride) + column);
+  };
+  const auto eight = [&](int64_t first, int64_t column, __m256* turned) {  // [8, 8] of it
+    const auto halves = [&](int64_t row, int64_t i) {                      // of rows `row` and row + 4
+      return _mm256_insertf128_ps(_mm256_castps128_ps256(four(row, i)), four(row + 4, i), 1);
     };
-    for (int i = 0; i < 8; i += 4) {
-      turn(halves(0, i), halves(1, i), halves(2, i), halves(3, i), turned + i);
+    for (int64_t i = 0; i < 8; i += 4) {
+      const int64_t at = column + i;
+      turn(halves(first, at), halves(first + 1, at), halves(first + 2, at), halves(first + 3, at), turned + i);
     }
   };
   for (int column = 0; column < 16; column += 8) {
     __m256 top[8];
     __m256 bottom[8];
-    eight(in + column, top);
-    eight(in + 8 * stride + column, bottom);
+    eight(0, column, top);
+    eight(8, column, bottom);
     for (int i = 0; i < 8; ++i) {
       out[column + i] = {top[i], bottom[i]};
     }

@@ -336,11 +336,11 @@ inline constexpr int kSixteenRows = 8;  // a tile of sums that stays in register
 inline constexpr int kSixteenColumns = 2;
 inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen sum) { return fused(a, b, sum); }
 
-// in [16, 16] at a stride, transposed.
-inline void transpose_16(const float* in, int64_t stride, Sixteen* out) {
+// Words of 32 bits, [16, 16] from `in` on, rows `stride` bytes apart, transposed.
+inline void transpose_16(const void* in, int64_t stride, Sixteen* out) {
   Floats v[16];
   for (int i = 0; i < 16; ++i) {
-    v[i] = load(in + i * stride);
+    v[i] = _mm512_loadu_ps(static_cast<const unsigned char*>(in) + i * stride);
   }
   transpose(v);
   for (int i = 0; i < 16; ++i) {

@@ -72,9 +72,9 @@ int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address 
     require(m <= cpu::few_rows(job.dtype), "an adapter as it is stored is for few_rows(dtype) rows at most.");
     call.as_stored = true;
     call.up_scale = up_scale;
-    call.down = pointer<float>(down, r * self.k, "down");
-    call.low = any_pointer(job.dtype, low, m * r, "low");
-    job.low = call.low;
+    job.down = pointer<float>(down, r * self.k, "down");
+    job.made_low = any_pointer(job.dtype, low, m * r, "low");
+    job.low = job.made_low;
     job.up = pointer<float>(up, self.n * r, "up");
   }
   return run(call, scratch, scratch_bytes);
@@ -103,9 +103,9 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
   job.low = low == 0 ? nullptr : any_pointer(job.dtype, low, m * r, "low");
   job.up = up == 0 ? nullptr : any_pointer(job.dtype, up, job.width() * r, "up");
   job.y = any_pointer(job.dtype, y, m * job.width(), "y");
-  call.down = down == 0 ? nullptr : any_pointer(job.dtype, down, job.depth() * r, "down");
-  call.low_scale = low_scale;
-  call.low = down == 0 ? nullptr : const_cast<void*>(job.low);
+  job.down = down == 0 ? nullptr : any_pointer(job.dtype, down, job.depth() * r, "down");
+  job.low_scale = low_scale;
+  job.made_low = down == 0 ? nullptr : const_cast<void*>(job.low);
   return run(call, scratch, scratch_bytes);
 }
 

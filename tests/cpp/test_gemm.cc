@@ -86,12 +86,14 @@ TEST(gemm_plan_covers_every_output_once) {
   }
 }
 
+void run_gemm(const cpu::GemmJob& job) {
+  const oracle::Scratch scratch(cpu::gemm_scratch_bytes(job));
+  cpu::gemm(job, scratch.aligned);
+}
+
 // With `down` the product makes its own low-rank part: the same bits as two products one after the other.
 template <typename T>
-void check_low(int64_t m, bool forward) {
-  constexpr int64_t n = 130;
-  constexpr int64_t k = 192;
-  constexpr int64_t r = 7;
+void check_low(int64_t m, int64_t n, int64_t k, int64_t r, bool forward) {
   const oracle::RandomWeight weight(n * k, 64, true, QuantType::kNf4, 5);
   oracle::Random random(static_cast<uint64_t>(m));
   const int64_t depth = forward ? k : n;
@@ -113,9 +115,9 @@ void check_low(int64_t m, bool forward) {
   call.job.m = m;
   call.job.n = n;
   call.job.k = k;
-  call.down = down.data();
-  call.low = low.data();
-  call.low_scale = forward ? 1.0f : 0.5f;
+  call.job.down = down.data();
+  call.job.made_low = low.data();
+  call.job.low_scale = forward ? 1.0f : 0.5f;
   const oracle::Scratch scratch(cpu::linear_4bit_scratch_bytes(call));
   cpu::linear_4bit(call, scratch.aligned);
   constexpr double kStep = 1.0 / static_cast<double>(int64_t{2} << oracle::Storage<T>::kFormat.mantissa_bits);
@@ -126,7 +128,7 @@ void check_low(int64_t m, bool forward) {
       for (int64_t l = 0; l < depth; ++l) {
         const double product = oracle::value_of(x[static_cast<size_t>(i * depth + l)]) *
                                oracle::value_of(down[static_cast<size_t>(forward ? j * depth + l : l * r + j)]);
-        expected += call.low_scale * product;
+        expected += call.job.low_scale * product;
         magnitude += std::fabs(product);
       }
       const double got = oracle::value_of(low[static_cast<size_t>(i * r + j)]);
@@ -135,20 +137,44 @@ void check_low(int64_t m, bool forward) {
             static_cast<long>(j), got, expected);
     }
   }
+  run_gemm(call.job);
+  std::vector<T> apart(low.size());
+  cpu::GemmJob low_job{};
+  low_job.dtype = call.job.dtype;
+  low_job.forward = forward;
+  low_job.x = x.data();
+  low_job.dense = down.data();
+  low_job.scale = call.job.low_scale;
+  low_job.y = apart.data();
+  low_job.m = m;
+  low_job.n = forward ? r : n;
+  low_job.k = forward ? k : r;
+  run_gemm(low_job);
+  CHECK(std::memcmp(low.data(), apart.data(), low.size() * sizeof(T)) == 0, "m %ld: low has other bits alone",
+        static_cast<long>(m));
+  cpu::linear_4bit(call, scratch.aligned);
   const std::vector<T> made = y;
-  call.down = nullptr;
+  call.job.down = nullptr;
   const oracle::Scratch again(cpu::linear_4bit_scratch_bytes(call));
   cpu::linear_4bit(call, again.aligned);
   CHECK(std::memcmp(made.data(), y.data(), y.size() * sizeof(T)) == 0, "m %ld: other bits", static_cast<long>(m));
 }
 
+void check_lows(int64_t m, int64_t n, int64_t k, int64_t r, bool forward) {
+  check_low<float>(m, n, k, r, forward);
+  check_low<Bf16>(m, n, k, r, forward);
+  check_low<Fp16>(m, n, k, r, forward);
+}
+
 TEST(product_makes_its_low_rank_part) {
-  for (const int64_t m : {1, 3, 8, 9, 70}) {
-    for (const bool forward : {true, false}) {
-      check_low<float>(m, forward);
-      check_low<Bf16>(m, forward);
-      check_low<Fp16>(m, forward);
+  for (const bool forward : {true, false}) {
+    for (const int64_t m : {1, 3, 8, 9, 70}) {
+      check_lows(m, 130, 192, 7, forward);
     }
+    check_lows(19, 530, 576, 16, forward);  // several spans of the depth
+    check_lows(19, 640, 640, 33, forward);  // an adapter of several strips, and of several groups
+    check_lows(19, 1100, 1088, 70, forward);
+    check_lows(5, 64, 128, 300, forward);  // one whose rows take spans of their own
   }
 }
 

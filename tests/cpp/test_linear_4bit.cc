@@ -79,8 +79,8 @@ struct Operands {
       call.job.low = low.data();
       call.job.up = up.data();
       call.job.r = c.r;
-      call.down = down.data();
-      call.low = low.data();
+      call.job.down = down.data();
+      call.job.made_low = low.data();
       call.as_stored = true;
       call.up_scale = kUpScale;
     }
