@@ -179,7 +179,7 @@ def adapted_at_once(
     matrix: Callable[[], Matrix | None], x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor | None:
     """The first result of :func:`adapted_product` past the dispatcher, or None where that is not possible."""
-    if not is_few(x) or not unobserved(x, a, b, bias):
+    if is_compiling() or not is_few(x) or not unobserved(x, a, b, bias):
         return None
     made = adapted_product(matrix(), x, bias, a, b, scale)
     return None if made is None else made[0]
