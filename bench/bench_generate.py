@@ -31,6 +31,7 @@ from common import (
     Bar,
     add_json,
     interleaved,
+    limit_bitsandbytes,
     line,
     machine,
     multiplies_bf16,
@@ -105,6 +106,7 @@ def bitsandbytes_model(folder: Path) -> Any:
         return None
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    limit_bitsandbytes()
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -35,6 +35,7 @@ __all__ = [
     "cpu_name",
     "interleaved",
     "interleaved_sparing",
+    "limit_bitsandbytes",
     "line",
     "machine",
     "multiplies_bf16",
@@ -131,6 +132,14 @@ def multiplies_bf16() -> bool:
 def peer_dtype() -> torch.dtype:
     """In which dtype the peers are at their best here."""
     return torch.bfloat16 if multiplies_bf16() else torch.float32
+
+
+def limit_bitsandbytes() -> None:
+    """bitsandbytes asks the CPU itself, whatever torch and its libraries are limited to (isa_env.py)."""
+    import bitsandbytes
+
+    if not multiplies_bf16():
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

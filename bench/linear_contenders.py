@@ -20,7 +20,7 @@ import ggml_peer
 import torch
 import torch.nn.functional as F
 from ceilings import prepacked
-from common import Functions, cache_bytes, peer_dtype, relative_error
+from common import Functions, cache_bytes, limit_bitsandbytes, peer_dtype, relative_error
 
 import qlora_native as qn
 from qlora_native.cases import Product
@@ -70,6 +70,7 @@ def _bitsandbytes_layer(dense: torch.Tensor) -> Any:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
         return None
+    limit_bitsandbytes()
     n, k = dense.shape
     layer = Linear4bit(k, n, bias=False, compute_dtype=DTYPE, compress_statistics=True, quant_type="nf4")
     layer.weight = Params4bit(dense.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
