@@ -30,7 +30,7 @@ def draw(result: dict[str, Any], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [r for r in result["rows"] if r["direction"] == "forward" and "isa" not in r]
+    rows = [r for r in result["rows"] if r["direction"] == "forward"]
     shapes = sorted({(r["n"], r["k"]) for r in rows})
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(5.4 * len(shapes), 4.4), squeeze=False)
     for axis, (n, k) in zip(axes[0], shapes, strict=True):

@@ -120,12 +120,12 @@ def products(results: Results) -> list[str]:
     for cpu, result in results.items():
         for row in result["rows"]:
             ms, floor = number(row["ms"]["ours"][1]), f"{100 * row['of_floor']:.0f} %"
-            if row["direction"] in ("forward", "grad_input") and "isa" not in row:
+            if row["direction"] in ("forward", "grad_input"):
                 what = {"forward": "forward", "grad_input": "input gradient"}[row["direction"]]
                 cells = [f"{what} {row['n']} x {row['k']}", str(row["m"]), ms, floor]
                 plain[cpu].append([*cells, *(faster(row, name) for name in rivals), bars(row)])
             else:
-                what = f"fp32, {row['isa']}" if "isa" in row else f"`lora_linear` r={row['r']}, forward + backward"
+                what = f"`lora_linear` r={row['r']}, forward + backward"
                 others[cpu].append([f"{what}, {row['n']} x {row['k']}, M={row['m']}", ms, floor, bars(row)])
     return [*lines, *side_by_side(head, plain, keys=2), *side_by_side(["", "ms", "of the floor", "bar"], others)]
 

@@ -241,6 +241,33 @@ def test_lora(dtype: torch.dtype, adapter: torch.dtype) -> None:
     assert any("lora_linear_4bit" in name for name in recorder.seen)
 
 
+def graph_of(y: Tensor) -> str:
+    return type(y.grad_fn).__name__
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_training_takes_a_node_of_the_same_derivative(tokens: int) -> None:
+    made = layer(bias=True)
+    adapted = lora.LoRALinear(made, 4, 2.0)
+    torch.nn.init.normal_(adapted.lora_B)
+    x, grad_y = torch.randn(tokens, K).bfloat16().requires_grad_(), torch.randn(tokens, N).bfloat16()
+    leaves = [x, adapted.lora_A, adapted.lora_B]
+    arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, False, *made.quantized.op_args())
+    expected = torch.ops.qlora_native.lora_linear_4bit(*arguments)[0]
+    got = adapted(x)
+    assert graph_of(got) == "lora_linear_4bit_cpuBackward"
+    assert graph_of(expected) != graph_of(got)
+    assert same_bytes(got, expected)
+    grads = torch.autograd.grad(got, leaves, grad_y)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, leaves, grad_y), strict=True):
+        assert same_bytes(ours, theirs)
+    with Recorder() as recorder:
+        seen = adapted(x)
+        torch.autograd.grad(seen, leaves, grad_y)
+    assert graph_of(seen) == graph_of(expected)
+    assert any("lora_linear_4bit_backward" in name for name in recorder.seen)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_adapted_layer_makes_its_native_matrix_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []

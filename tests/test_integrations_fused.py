@@ -162,7 +162,7 @@ def test_torch_attends_in_fp32_where_it_has_no_products_of_bf16(
 
     def recorded(*args: Any, attn_mask: Any = None, **kwargs: Any) -> torch.Tensor:
         seen.extend((*args, attn_mask))
-        answer: torch.Tensor = sdpa(*args, attn_mask=attn_mask, **kwargs)  # type: ignore[misc]
+        answer: torch.Tensor = sdpa(*args, attn_mask=attn_mask, **kwargs)
         return answer
 
     ids = tokens(2, 24)

@@ -86,6 +86,23 @@ def test_forward_and_all_gradients(case: Product, dtype: torch.dtype) -> None:
                     assert error < max(limit, TOLERANCE[leaf.dtype]), name
 
 
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case", [Product(2, 96, 128, 64), Product(40, 96, 128, 64), Product(20, 64, 192, 1536)], ids=str
+)
+def test_high_ranks(case: Product, dtype: torch.dtype) -> None:
+    """An adapter of several panels, and one of more depth than a span holds."""
+    operands = Operands(case, dtype, torch.float32, False, True)
+    y = operands.ours()
+    y.backward(operands.grad_y)
+    want, gradients = operands.truth()
+    assert relative_error(y, want) < 2 * TOLERANCE[dtype]
+    for name, leaf in operands.leaves().items():
+        assert leaf.grad is not None, name
+        assert relative_error(leaf.grad, gradients[name]) < 2 * TOLERANCE[dtype], name
+
+
 def test_zero_b_is_the_plain_layer() -> None:
     operands = Operands(Product(5, 48, 96, 4), torch.bfloat16, torch.float32, False, True)
     with torch.no_grad():
