@@ -273,7 +273,9 @@ def test_quantize_writes_what_bitsandbytes_loads(
     ours = qn.load_model(out)
     assert (result["out"], result["tokenizer"]) == (str(out), True)
     assert (result["bytes_4bit"], result["bytes_dense"]) == (ours.load_report.bytes_4bit, ours.load_report.bytes_dense)
-    direct = qn.load_model(files / "model", block_size=32)
+    direct = qn.load_model(
+        files / "model", block_size=32, fuse=False
+    )  # as they attend: without bf16 products ours rounds less
     layers = [name for name, module in direct.named_modules() if isinstance(module, QuantizedLinear)]
     assert len(layers) == 14
     for name in layers:
