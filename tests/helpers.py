@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import tempfile
 
@@ -15,6 +17,11 @@ from qlora_native import _C, reference
 needs_page_files = pytest.mark.skipif(
     sys.platform != "linux" or _C.lies_in_memory(tempfile.gettempdir()),
     reason="page files are Linux's, and the folder for temporary files is to be on a disk",
+)
+
+# torch.compile's default compiles C++.
+INDUCTOR = pytest.param(
+    "inductor", marks=pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 )
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import SavedTensors, relative_error, same_bytes, signed
+from helpers import INDUCTOR, SavedTensors, relative_error, same_bytes, signed
 
 import qlora_native as qn
 from qlora_native import reference
@@ -184,7 +184,7 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.devices("cpu", "cuda")
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()
     layer = qn.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 32))

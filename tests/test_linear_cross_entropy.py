@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import INDUCTOR, relative_error
 
 import qlora_native as qn
 from qlora_native import _C, reference
@@ -119,7 +119,7 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.devices("cpu", "cuda")
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()
     h = torch.randn(6, 16, requires_grad=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SavedTensors, relative_error, signed
+from helpers import INDUCTOR, SavedTensors, relative_error, signed
 
 import qlora_native as qn
 from qlora_native import reference
@@ -182,7 +182,7 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.devices("cpu", "cuda")
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()
     operands = Operands(Product(5, 48, 96, 4), torch.float32, torch.float32, False, True)
