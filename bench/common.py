@@ -14,6 +14,7 @@ import torch
 from pages import RESULTS
 
 import qlora_native as qn
+from qlora_native.integrations.fused_attention import attends_in_fp32
 from qlora_native.tuning.timing import (
     Functions,
     Seconds,
@@ -126,7 +127,7 @@ def machine() -> dict[str, Any]:
 
 def multiplies_bf16() -> bool:
     """Whether the CPU class in use has a dot product for bf16: torch's own bf16 products are plain loops without."""
-    return qn.build_info()["cpu_isa"] in ("avx512_bf16", "amx", "neon_bf16")
+    return not attends_in_fp32()
 
 
 def peer_dtype() -> torch.dtype:

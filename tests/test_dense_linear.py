@@ -88,3 +88,11 @@ def test_refuses_in_words() -> None:
         dense_linear(x.float(), weight, bias)
     with pytest.raises(ValueError, match=r"bias is \[3\]: expected \[4\]"):
         dense_linear(x, weight, bias[:3])
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(3, 8), torch.zeros(5, 8).bfloat16(), torch.zeros(8)], ids=["tokens", "dtype", "rank"]
+)
+def test_a_weight_gradient_of_other_tokens_or_dtypes_is_refused(x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="dense_linear_grad_weight: grad_y is"):
+        torch.ops.qlora_native.dense_linear_grad_weight(torch.zeros(5, 4), x)

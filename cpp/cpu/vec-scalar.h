@@ -203,16 +203,6 @@ inline Sixteen multiply_add(const Sixteen& a, const Sixteen& b, const Sixteen& s
   return sum + a * b;  // fused() would be a function call
 }
 
-inline void transpose_16(const void* in, int64_t stride, Sixteen* out) {
-  for (int64_t i = 0; i < 16; ++i) {
-    float column[16];
-    for (int64_t j = 0; j < 16; ++j) {
-      std::memcpy(column + j, static_cast<const unsigned char*>(in) + j * stride + 4 * i, sizeof(float));
-    }
-    out[i] = load16(column);
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Optimizers
 

@@ -53,6 +53,19 @@ struct WordProduct;
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 
+#if !defined(__AVX2__)
+// Words of 32 bits, [16, 16] from `in` on, rows `stride` bytes apart, transposed.
+inline void transpose_16(const void* in, int64_t stride, Sixteen* out) {
+  for (int64_t i = 0; i < 16; ++i) {
+    float column[16];
+    for (int64_t j = 0; j < 16; ++j) {
+      std::memcpy(column + j, static_cast<const unsigned char*>(in) + j * stride + 4 * i, sizeof(float));
+    }
+    out[i] = load16(column);
+  }
+}
+#endif
+
 inline Floats broadcast(const float* p) { return all(*p); }
 inline Floats normalise(Floats v, const Normaliser& by) {
   return by.divides ? divide(v, all(by.factor)) : multiply(v, all(by.factor));

@@ -233,14 +233,19 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-// In [-1, 1], rounded to T.
+// In [-largest, largest], rounded to T.
 template <typename T>
-std::vector<T> uniform_values(Random& random, int64_t count) {
+std::vector<T> uniform_values(Random& random, int64_t count, float largest = 1.0f) {
   std::vector<T> made;
   for (int64_t i = 0; i < count; ++i) {
-    made.push_back(from_float<T>(random.uniform()));
+    made.push_back(from_float<T>(largest * random.uniform()));
   }
   return made;
+}
+
+template <typename T>
+double value_at(const std::vector<T>& values, int64_t i) {
+  return value_of(values[static_cast<size_t>(i)]);
 }
 
 // Where rounding to T turns: the middle of every finite T and the next one away from zero, and the floats beside it.

@@ -16,20 +16,6 @@ using namespace qlora_native;
 
 namespace {
 
-template <typename T>
-std::vector<T> random_values(oracle::Random& random, int64_t count, float largest = 3.0f) {
-  std::vector<T> made;
-  for (int64_t i = 0; i < count; ++i) {
-    made.push_back(from_float<T>(largest * random.uniform()));
-  }
-  return made;
-}
-
-template <typename T>
-double value(const std::vector<T>& values, int64_t i) {
-  return oracle::value_of(values[static_cast<size_t>(i)]);
-}
-
 void check_close(double got, double expected, double tolerance, const char* what, int64_t at) {
   CHECK(std::fabs(got - expected) <= tolerance * (std::fabs(expected) + 1e-3), "%s [%ld] is %a, expected %a", what,
         static_cast<long>(at), got, expected);
@@ -38,9 +24,9 @@ void check_close(double got, double expected, double tolerance, const char* what
 template <typename T>
 void check_rms_norm(int64_t rows, int64_t width, double tolerance) {
   oracle::Random random(static_cast<uint64_t>(width));
-  const std::vector<T> x = random_values<T>(random, rows * width);
-  const std::vector<T> weight = random_values<T>(random, width);
-  const std::vector<T> grad_y = random_values<T>(random, rows * width);
+  const std::vector<T> x = oracle::uniform_values<T>(random, rows * width, 3.0f);
+  const std::vector<T> weight = oracle::uniform_values<T>(random, width, 3.0f);
+  const std::vector<T> grad_y = oracle::uniform_values<T>(random, rows * width, 3.0f);
   std::vector<T> y(x.size());
   std::vector<T> grad_x(x.size());
   std::vector<float> rstd(static_cast<size_t>(rows));
@@ -50,21 +36,22 @@ void check_rms_norm(int64_t rows, int64_t width, double tolerance) {
   for (int64_t row = 0; row < rows; ++row) {
     double squares = 0.0;
     for (int64_t i = 0; i < width; ++i) {
-      squares += value(x, row * width + i) * value(x, row * width + i);
+      squares += oracle::value_at(x, row * width + i) * oracle::value_at(x, row * width + i);
     }
     const double scale = 1.0 / std::sqrt(squares / static_cast<double>(width) + 1e-5);
     double mean = 0.0;
     for (int64_t i = 0; i < width; ++i) {
       const int64_t at = row * width + i;
-      mean += value(grad_y, at) * value(weight, i) * value(x, at) * scale / static_cast<double>(width);
+      mean += oracle::value_at(grad_y, at) * oracle::value_at(weight, i) * oracle::value_at(x, at) * scale /
+              static_cast<double>(width);
     }
     for (int64_t i = 0; i < width; ++i) {
       const int64_t at = row * width + i;
-      const double normal = value(x, at) * scale;
-      check_close(value(y, at), value(weight, i) * normal, tolerance, "y", at);
-      const double gradient = scale * (value(grad_y, at) * value(weight, i) - normal * mean);
-      CHECK(std::fabs(value(grad_x, at) - gradient) <= tolerance * 8, "grad_x [%ld] is %a, expected %a",
-            static_cast<long>(at), value(grad_x, at), gradient);
+      const double normal = oracle::value_at(x, at) * scale;
+      check_close(oracle::value_at(y, at), oracle::value_at(weight, i) * normal, tolerance, "y", at);
+      const double gradient = scale * (oracle::value_at(grad_y, at) * oracle::value_at(weight, i) - normal * mean);
+      CHECK(std::fabs(oracle::value_at(grad_x, at) - gradient) <= tolerance * 8, "grad_x [%ld] is %a, expected %a",
+            static_cast<long>(at), oracle::value_at(grad_x, at), gradient);
     }
   }
 }
@@ -72,9 +59,9 @@ void check_rms_norm(int64_t rows, int64_t width, double tolerance) {
 template <typename T>
 void check_elementwise(int64_t count, double tolerance) {
   oracle::Random random(static_cast<uint64_t>(count));
-  const std::vector<T> gate = random_values<T>(random, count);
-  const std::vector<T> up = random_values<T>(random, count);
-  const std::vector<T> grad_y = random_values<T>(random, count);
+  const std::vector<T> gate = oracle::uniform_values<T>(random, count, 3.0f);
+  const std::vector<T> up = oracle::uniform_values<T>(random, count, 3.0f);
+  const std::vector<T> grad_y = oracle::uniform_values<T>(random, count, 3.0f);
   std::vector<T> y(gate.size());
   std::vector<T> grad_gate(gate.size());
   std::vector<T> grad_up(gate.size());
@@ -82,20 +69,21 @@ void check_elementwise(int64_t count, double tolerance) {
   cpu::swiglu({gate.data(), up.data(), y.data()}, count, kDtype);
   cpu::swiglu_backward({grad_y.data(), gate.data(), up.data(), grad_gate.data(), grad_up.data()}, count, kDtype);
   for (int64_t i = 0; i < count; ++i) {
-    const double g = value(gate, i);
+    const double g = oracle::value_at(gate, i);
     const double s = 1.0 / (1.0 + std::exp(-g));
-    check_close(value(y, i), g * s * value(up, i), tolerance, "y", i);
-    check_close(value(grad_up, i), value(grad_y, i) * g * s, tolerance, "grad_up", i);
-    const double gradient = value(grad_y, i) * value(up, i) * s * (1.0 + g * (1.0 - s));  // crosses zero
-    CHECK(std::fabs(value(grad_gate, i) - gradient) <= tolerance * (std::fabs(gradient) + 1.0),
-          "grad_gate [%ld] is %a, expected %a", static_cast<long>(i), value(grad_gate, i), gradient);
+    check_close(oracle::value_at(y, i), g * s * oracle::value_at(up, i), tolerance, "y", i);
+    check_close(oracle::value_at(grad_up, i), oracle::value_at(grad_y, i) * g * s, tolerance, "grad_up", i);
+    const double gradient =
+        oracle::value_at(grad_y, i) * oracle::value_at(up, i) * s * (1.0 + g * (1.0 - s));  // crosses zero
+    CHECK(std::fabs(oracle::value_at(grad_gate, i) - gradient) <= tolerance * (std::fabs(gradient) + 1.0),
+          "grad_gate [%ld] is %a, expected %a", static_cast<long>(i), oracle::value_at(grad_gate, i), gradient);
   }
 }
 
 template <typename T>
 void check_softmax(int64_t rows, int64_t vocabulary, double tolerance) {
   oracle::Random random(static_cast<uint64_t>(vocabulary));
-  std::vector<T> logits = random_values<T>(random, rows * vocabulary);
+  std::vector<T> logits = oracle::uniform_values<T>(random, rows * vocabulary, 3.0f);
   const std::vector<T> before = logits;
   std::vector<float> losses(static_cast<size_t>(rows));
   std::vector<int64_t> targets;
@@ -107,14 +95,14 @@ void check_softmax(int64_t rows, int64_t vocabulary, double tolerance) {
     const int64_t target = targets[static_cast<size_t>(row)];
     double sum = 0.0;
     for (int64_t i = 0; i < vocabulary; ++i) {
-      sum += std::exp(value(before, row * vocabulary + i));
+      sum += std::exp(oracle::value_at(before, row * vocabulary + i));
     }
-    check_close(losses[static_cast<size_t>(row)], std::log(sum) - value(before, row * vocabulary + target), 1e-6,
-                "loss", row);
+    check_close(losses[static_cast<size_t>(row)], std::log(sum) - oracle::value_at(before, row * vocabulary + target),
+                1e-6, "loss", row);
     for (int64_t i = 0; i < vocabulary; ++i) {
       const int64_t at = row * vocabulary + i;
-      check_close(value(logits, at), std::exp(value(before, at)) / sum - (i == target ? 1.0 : 0.0), tolerance,
-                  "gradient", at);
+      check_close(oracle::value_at(logits, at),
+                  std::exp(oracle::value_at(before, at)) / sum - (i == target ? 1.0 : 0.0), tolerance, "gradient", at);
     }
   }
 }
@@ -137,7 +125,7 @@ TEST(rotary_turns_and_returns) {
   constexpr int64_t kLength = 3;
   constexpr int64_t kWidth = 22;
   oracle::Random random(1);
-  const std::vector<float> x = random_values<float>(random, 2 * kLength * 2 * kWidth);
+  const std::vector<float> x = oracle::uniform_values<float>(random, 2 * kLength * 2 * kWidth, 3.0f);
   std::vector<float> cosine;
   std::vector<float> sine;
   for (int64_t position = 0; position < kLength; ++position) {
@@ -166,7 +154,7 @@ TEST(rotary_turns_and_returns) {
   job.inverse = true;
   cpu::rotary(job, 2, Dtype::kFloat32);
   for (int64_t i = 0; i < static_cast<int64_t>(x.size()); ++i) {
-    check_close(value(returned, i), value(x, i), 1e-5, "returned", i);
+    check_close(oracle::value_at(returned, i), oracle::value_at(x, i), 1e-5, "returned", i);
   }
 }
 

@@ -13,20 +13,6 @@ using namespace qlora_native;
 namespace {
 
 template <typename T>
-std::vector<T> random_values(oracle::Random& random, int64_t count, float largest = 3.0f) {
-  std::vector<T> made;
-  for (int64_t i = 0; i < count; ++i) {
-    made.push_back(from_float<T>(largest * random.uniform()));
-  }
-  return made;
-}
-
-template <typename T>
-double value(const std::vector<T>& values, int64_t i) {
-  return oracle::value_of(values[static_cast<size_t>(i)]);
-}
-
-template <typename T>
 struct Heads {
   std::vector<T> values;
   int64_t heads;
@@ -36,13 +22,13 @@ struct Heads {
   cpu::HeadsView<void> view() { return {values.data(), length * heads * width, width, heads * width}; }
   cpu::HeadsView<const void> view() const { return {values.data(), length * heads * width, width, heads * width}; }
   double at(int64_t batch, int64_t head, int64_t row, int64_t d) const {
-    return value(values, ((batch * length + row) * heads + head) * width + d);
+    return oracle::value_at(values, ((batch * length + row) * heads + head) * width + d);
   }
 };
 
 template <typename T>
 Heads<T> random_heads(oracle::Random& random, int64_t batches, int64_t heads, int64_t length, int64_t width) {
-  return {random_values<T>(random, batches * heads * length * width, 1.0f), heads, length, width};
+  return {oracle::uniform_values<T>(random, batches * heads * length * width, 1.0f), heads, length, width};
 }
 
 // Output and gradients against the plain formulas in double precision. `rounding` is that of T.

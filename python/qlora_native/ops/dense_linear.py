@@ -74,8 +74,23 @@ def grad_input_shapes(grad_y: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
 
 
+def check_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> None:
+    """Refuses tensors of other tokens or other kinds."""
+    if not grad_y.dim() == x.dim() > 0 or grad_y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"dense_linear_grad_weight: grad_y is {list(grad_y.shape)}, x is {list(x.shape)}: expected [..., N] and "
+            "[..., K] of the same tokens."
+        )
+    if grad_y.dtype != x.dtype or grad_y.device != x.device or not x.dtype.is_floating_point:
+        raise ValueError(
+            f"dense_linear_grad_weight: grad_y is {grad_y.dtype} on {grad_y.device}, x is {x.dtype} on {x.device}: "
+            "expected one floating-point dtype on one device."
+        )
+
+
 @implement("dense_linear_grad_weight", "CPU")
 def cpu_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    check_grad_weight(grad_y, x)
     rows, columns = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
     with without_autocast(x):
         return _products.outer(rows, columns, 1.0).to(x.dtype)
@@ -83,12 +98,14 @@ def cpu_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @implement("dense_linear_grad_weight", "CompositeExplicitAutograd")
 def anywhere_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    check_grad_weight(grad_y, x)
     with without_autocast(x):
         return grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
 @fake("dense_linear_grad_weight")
 def grad_weight_shapes(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    check_grad_weight(grad_y, x)
     return x.new_empty(grad_y.shape[-1], x.shape[-1])
 
 
