@@ -3,7 +3,7 @@
     python bench/bench_generate.py --json
 
 All sides start from the same 16-bit weights and take turns in one process. `ours` is a model as `qn.load_model` returns
-it and `unfused` the same with `fuse=False`, transformers' own code between the products; `dequantised` is the dense
+it and `unfused` the same with `fuse=False`, transformers' own code between the products; `dequantized` is the dense
 bf16 model with the weights that ours stands for, the truth of the match column; `bitsandbytes` runs its inference path,
 in fp32 on a CPU without a dot product for bf16. `free` is `ours` with linear layers that return zeros at once, the
 output head included, and `layers free` the same with the head left as it is: what `generate` costs without the
@@ -84,7 +84,7 @@ def with_layers(model: Any, replace: Callable[[nn.Linear], nn.Module | None]) ->
     return twin
 
 
-def dequantised(model: Any) -> Any:
+def dequantized(model: Any) -> Any:
     """The dense model that a 4-bit one stands for."""
     return with_layers(model, lambda layer: layer.dequantize() if isinstance(layer, QuantizedLinear) else None)
 
@@ -101,7 +101,7 @@ def free(model: Any, head: bool) -> Any:
 
 
 def bitsandbytes_model(folder: Path) -> Any:
-    """NF4 with double quantisation as transformers loads it, or None without bitsandbytes."""
+    """NF4 with double quantization as transformers loads it, or None without bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -125,7 +125,7 @@ def sides(folder: Path) -> dict[str, Any]:
     models = {
         "ours": ours,
         "unfused": unfused,
-        "dequantised": dequantised(unfused),
+        "dequantized": dequantized(unfused),
         "free": free(ours, head=True),
         "layers free": free(ours, head=False),
         "bitsandbytes": bitsandbytes_model(folder),
@@ -159,7 +159,7 @@ def lead(model: Any, prompt: Tensor, tokens: Tensor, at: int) -> float:
 
 def compare(models: dict[str, Any], prompt: Tensor, count: int, repeats: int, measured: Ceilings) -> dict[str, Any]:
     """Tokens of all sides against the truth, then tokens a second in turn; a row."""
-    truth = models["dequantised"]
+    truth = models["dequantized"]
     expected = decode(truth, prompt, count)
     tokens: dict[str, Any] = {}
     for name, model in models.items():

@@ -11,8 +11,8 @@ Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forwar
     ours_fp32                       the same for fp32 activations, where the rivals compute in fp32
     bf16, fp32                      torch's F.linear (its matmul, for the gradient)
     onednn_prepacked                oneDNN's product with the weight in its own layout, a copy made beforehand
-    dequantise_into_buffer_linear   our decoder into a kept dense buffer, then torch's product
-    bitsandbytes                    Linear4bit in training mode: dequantise, then torch's product
+    dequantize_into_buffer_linear   our decoder into a kept dense buffer, then torch's product
+    bitsandbytes                    Linear4bit in training mode: dequantize, then torch's product
     bitsandbytes_inference          the same in evaluation mode: repacked, forward only
     torchao                         F.linear with its NF4 tensor
     ggml_iq4_nl                     its product with an IQ4_NL weight and x in 8 bits, from llama-cpp-python

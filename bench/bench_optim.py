@@ -1,4 +1,4 @@
-"""An optimiser step, interleaved with torch's fused AdamW and, when importable, bitsandbytes and torchao.
+"""An optimizer step, interleaved with torch's fused AdamW and, when importable, bitsandbytes and torchao.
 
     python bench/bench_optim.py --json
 
@@ -141,7 +141,7 @@ def clipped_by_torch(optimizer: torch.optim.Optimizer, params: list[torch.nn.Par
 def measure(
     count: int, numel: int, grads: list[torch.Tensor], repeats: int, with_peers: bool
 ) -> tuple[Seconds, dict[str, float]]:
-    """Seconds of every optimiser, and the memory's rates in GB/s."""
+    """Seconds of every optimizer, and the memory's rates in GB/s."""
     functions: Functions = {name: make(parameters(count, numel, grads)).step for name, (make, _) in ours().items()}
     slow = []
     for name, make in peers().items():

@@ -1,4 +1,4 @@
-"""An optimiser step whose states are in a page file, against what keeps them in memory and against the disk.
+"""An optimizer step whose states are in a page file, against what keeps them in memory and against the disk.
 
     python bench/bench_paged.py --page-dir DIR --json
     python bench/bench_paged.py --learn 30 --json

@@ -1,4 +1,4 @@
-"""What 4 bits cost SmolLM2-135M in nats, by each method of quantising, before and after LoRA.
+"""What 4 bits cost SmolLM2-135M in nats, by each method of quantizing, before and after LoRA.
 
     python bench/bench_quality.py --work FOLDER --json
     python bench/quality_page.py --write      # writes docs/quality.md's tables and docs/quality.png
@@ -6,7 +6,7 @@
 FOLDER keeps what is done, so a run that was stopped goes on: the bases, what they score on the held-out texts
 (quality_texts.py says which), and the fine-tuning runs (quality_runs.py). In all about an hour and a half on two cores
 that do nothing else. The 16-bit model is the reference, in bf16; the gap is what plain rounding with double
-quantisation (`rtn`) loses against it, paired row by row. `wmse` is calibrated on the first 16 windows of 512 tokens,
+quantization (`rtn`) loses against it, paired row by row. `wmse` is calibrated on the first 16 windows of 512 tokens,
 `gptq` on all 128; no text that is measured on is calibrated on. `match` says that the 4-bit model's loss on the first
 rows is that of transformers' own code in fp32 with the decoded weights, to 0.5 %; for fine-tuning, that the runs of a
 seed began with the same loss at both rates and scored the same tokens.

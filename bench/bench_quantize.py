@@ -4,9 +4,9 @@
 
 Every row says whether our bytes equal the plain-torch truth. The floor is the time to read what must be read and to
 write what must be written, at the rates of torch's sum and fill of large tensors between the same rounds; what the
-cache still holds, and stores that bypass it, may beat that. Quantising returns new tensors: `ours` mostly gets pages
+cache still holds, and stores that bypass it, may beat that. Quantizing returns new tensors: `ours` mostly gets pages
 that the allocator has had before, `ours_fresh_pages` keeps every result, so that the system must hand out new ones,
-`ours_in_place` allocates nothing. Dequantising writes into a warm `out`, which bitsandbytes does not take on a CPU. It
+`ours_in_place` allocates nothing. Dequantizing writes into a warm `out`, which bitsandbytes does not take on a CPU. It
 and torchao are timed when they are importable, at what they offer.
 """
 
@@ -30,10 +30,10 @@ from qlora_native import _C, _native, reference
 from qlora_native.cases import FLOAT_DTYPES, QUANT_TYPES
 
 BLOCK_SIZE = 64
-# Shape, type, double quantisation: every combination on one shape, the usual one on an 8B model's MLP.
+# Shape, type, double quantization: every combination on one shape, the usual one on an 8B model's MLP.
 CASES = [((4096, 4096), kind, nested) for kind in QUANT_TYPES for nested in (True, False)]
 CASES.append(((14336, 4096), "nf4", True))
-QUANTIZE_BARS = (Bar("bitsandbytes", 50, faster=True),)  # bf16, NF4, double quantisation
+QUANTIZE_BARS = (Bar("bitsandbytes", 50, faster=True),)  # bf16, NF4, double quantization
 DEQUANTIZE_BARS = (Bar("copy", 1.1),)  # bf16
 
 
@@ -52,7 +52,7 @@ def matches(t: torch.Tensor, w: qn.QuantizedWeight) -> bool:
     return all(same(a, b) for a, b in pairs)
 
 
-def quantise_in_place(t: torch.Tensor, w: qn.QuantizedWeight) -> Callable[[], None]:
+def quantize_in_place(t: torch.Tensor, w: qn.QuantizedWeight) -> Callable[[], None]:
     """The native calls on memory that exists."""
     block_max = torch.empty(w.absmax.numel())
     number = QUANT_TYPES.index(w.quant_type)
@@ -80,8 +80,8 @@ def quantise_in_place(t: torch.Tensor, w: qn.QuantizedWeight) -> Callable[[], No
     return run
 
 
-def bitsandbytes_quantise(t: torch.Tensor, quant_type: str, nested: bool) -> tuple[Callable[[], Any], Any] | None:
-    """Their quantise, and its result, or None."""
+def bitsandbytes_quantize(t: torch.Tensor, quant_type: str, nested: bool) -> tuple[Callable[[], Any], Any] | None:
+    """Their quantize, and its result, or None."""
     try:
         from bitsandbytes.functional import quantize_4bit
     except ImportError:
@@ -100,32 +100,32 @@ def keeping(function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def jobs(t: torch.Tensor, w: qn.QuantizedWeight) -> tuple[Functions, Functions]:
-    """What to time of t: quantising to the kind of w, and dequantising w."""
+    """What to time of t: quantizing to the kind of w, and dequantizing w."""
     out, other = torch.empty_like(t), t.clone()
-    quantise: Functions = {
+    quantize: Functions = {
         "ours": lambda: qn.quantize(t, quant_type=w.quant_type, double_quant=w.double_quant),
-        "ours_in_place": quantise_in_place(t, w),
+        "ours_in_place": quantize_in_place(t, w),
         "copy": lambda: out.copy_(t),
     }
-    dequantise: Functions = {
+    dequantize: Functions = {
         "ours": lambda: w.dequantize(out=out),
         "copy": lambda: out.copy_(other),
         "fill": lambda: out.fill_(1.0),
     }
     if t.dtype != torch.bfloat16:
-        return quantise, dequantise
-    peer = bitsandbytes_quantise(t, w.quant_type, w.double_quant)
+        return quantize, dequantize
+    peer = bitsandbytes_quantize(t, w.quant_type, w.double_quant)
     if peer is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         packed, state = peer[1]
-        quantise["bitsandbytes"] = peer[0]
-        dequantise["bitsandbytes"] = lambda: dequantize_4bit(packed, state)
+        quantize["bitsandbytes"] = peer[0]
+        dequantize["bitsandbytes"] = lambda: dequantize_4bit(packed, state)
     nf4 = torchao_weight(t) if w.quant_type == "nf4" and w.double_quant else None
     if nf4 is not None:
-        quantise["torchao"] = lambda: torchao_weight(t)
-        dequantise["torchao"] = nf4.get_original_weight
-    return quantise, dequantise
+        quantize["torchao"] = lambda: torchao_weight(t)
+        dequantize["torchao"] = nf4.get_original_weight
+    return quantize, dequantize
 
 
 def rows(
@@ -134,16 +134,16 @@ def rows(
     """The row of each direction."""
     t = (torch.randn(shape) / shape[1] ** 0.5).to(dtype)
     w = qn.quantize(t, quant_type=quant_type, double_quant=nested)
-    quantise, dequantise = jobs(t, w)
+    quantize, dequantize = jobs(t, w)
     matched = matches(t, w)
-    quantise["ours_in_place"]()
+    quantize["ours_in_place"]()
     matched = matched and matches(t, w)
-    decoded = same(dequantise["ours"](), reference.dequantize(dtype, *w.op_args()))
+    decoded = same(dequantize["ours"](), reference.dequantize(dtype, *w.op_args()))
     usual = dtype == torch.bfloat16 and quant_type == "nf4" and nested
 
     found, probes = [], MemoryProbes()
     dense_bytes = t.numel() * t.itemsize
-    for direction, functions, match in (("quantize", quantise, matched), ("dequantize", dequantise, decoded)):
+    for direction, functions, match in (("quantize", quantize, matched), ("dequantize", dequantize, decoded)):
         seconds = interleaved_sparing(functions | probes.jobs(), repeats)
         rates = probes.rates(seconds)
         row: dict[str, Any] = {"direction": direction, "n": shape[0], "k": shape[1], "quant_type": quant_type}

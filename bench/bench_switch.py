@@ -72,7 +72,7 @@ def prepare(folder: Path, steps: int) -> None:
 
 
 def their_config(kind: Any, dtype: torch.dtype) -> Any:
-    """The quantisation config as scripts have it; ``kind`` is all that changes."""
+    """The quantization config as scripts have it; ``kind`` is all that changes."""
     return kind(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

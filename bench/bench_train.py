@@ -5,7 +5,7 @@
 
 The peers (`--peers`) are `plain`, LoRA with fp32 adapters on the bf16 weights themselves; `fp32`, the same with the
 weights and all that is computed in fp32; `ours-fp32`, our own step with fp32 activations; `bitsandbytes-tuned`, NF4
-with double quantisation, with bf16 adapters on both sides and, for the peer, a malloc that keeps its memory; and
+with double quantization, with bf16 adapters on both sides and, for the peer, a malloc that keeps its memory; and
 `bitsandbytes`, the same with fp32 adapters and malloc as it is. A CPU without a dot product for bf16 is compared with
 `fp32` and `ours-fp32` unless `--peers` is given: `plain` takes minutes a step there, and bitsandbytes computes in fp32.
 Rows are 4 x 256 tokens, all trained; with `--learn`, answers of at most 256 tokens, so many steps, and the held-out

@@ -39,7 +39,7 @@ def dot_rate(dtype: torch.dtype, repeats: int) -> float:
 
 
 class MemoryProbes:
-    """Jobs to interleave with others, which show what the memory gives in the same minute: neighbours share it."""
+    """Jobs to interleave with others, which show what the memory gives in the same minute: neighbors share it."""
 
     def __init__(self, num_bytes: int | None = None) -> None:
         count = (num_bytes or 4 * cache_bytes()) // 8

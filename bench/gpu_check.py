@@ -86,14 +86,14 @@ def name_missing_kernels(run: Run) -> None:
 
 
 def measure_passes(run: Run, measured: Ceilings, rounds: int) -> None:
-    """Dequantise, quantise, AdamW, AdamW with paged states."""
-    shapes = gpu_passes.TINY_SHAPES if run.dry else gpu_passes.DEQUANTISE_SHAPES
+    """Dequantize, quantize, AdamW, AdamW with paged states."""
+    shapes = gpu_passes.TINY_SHAPES if run.dry else gpu_passes.DEQUANTIZE_SHAPES
     for (n, k), dtype in itertools.product(shapes, (torch.bfloat16, torch.float32)):
         head = {"op": "dequantize_4bit", "dtype": str(dtype).removeprefix("torch."), "n": n, "k": k}
-        run.row(head, lambda n=n, k=k, d=dtype: gpu_passes.dequantise_row(n, k, d, measured, rounds))  # type: ignore[misc]
+        run.row(head, lambda n=n, k=k, d=dtype: gpu_passes.dequantize_row(n, k, d, measured, rounds))  # type: ignore[misc]
     for n, k in shapes:
         head = {"op": "quantize_4bit", "dtype": "bfloat16", "n": n, "k": k}
-        run.row(head, lambda n=n, k=k: gpu_passes.quantise_row(n, k, measured, rounds))  # type: ignore[misc]
+        run.row(head, lambda n=n, k=k: gpu_passes.quantize_row(n, k, measured, rounds))  # type: ignore[misc]
     widths: tuple[Literal[8, 32], ...] = (32, 8)
     for bits in widths:
         head = {"op": "adamw_step", "bits": bits}

@@ -170,7 +170,7 @@ def train_steps(shape: Shape, limit: int, steps: int) -> dict[str, Any]:
 
 
 def load(shape: Shape, limit: int) -> dict[str, Any]:
-    """Quantises every matrix from 16 bits, one at a time, as loading does; seconds and memory."""
+    """Quantizes every matrix from 16 bits, one at a time, as loading does; seconds and memory."""
     with memory_limit(limit) as found:
         started = time.perf_counter()
         dense = {

@@ -1,4 +1,4 @@
-"""Paged optimiser states on a GPU, within 256 MiB: a step against an unpaged one, and what it moved."""
+"""Paged optimizer states on a GPU, within 256 MiB: a step against an unpaged one, and what it moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops bound by memory on a GPU: dequantise, quantise, AdamW, each against the time that its bytes take."""
+"""Ops bound by memory on a GPU: dequantize, quantize, AdamW, each against the time that its bytes take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_timing import Ceilings, device, floor, interleaved_replays, on_gpu
 import qlora_native as qn
 from qlora_native.tuning.replay import Call, copies
 
-DEQUANTISE_SHAPES = ((4096, 4096), (14336, 4096), (1024, 4096))
+DEQUANTIZE_SHAPES = ((4096, 4096), (14336, 4096), (1024, 4096))
 TINY_SHAPES = ((64, 128),)
 LORA_PARAMETERS = tuple(  # of rank-16 adapters on every layer of an 8B model: A [16, K] and B [N, 16]
     (r, c)
@@ -22,7 +22,7 @@ LORA_PARAMETERS = tuple(  # of rank-16 adapters on every layer of an 8B model: A
 TINY_PARAMETERS = ((16, 40), (24, 16), (1, 7))
 
 
-def dequantise_row(n: int, k: int, dtype: torch.dtype, measured: Ceilings, rounds: int) -> dict[str, Any]:
+def dequantize_row(n: int, k: int, dtype: torch.dtype, measured: Ceilings, rounds: int) -> dict[str, Any]:
     """A whole weight to a dense buffer; the bar is 85 % of the bandwidth of a copy."""
     first = qn.quantize(torch.randn(n, k, device=device()))
     num_bytes = first.nbytes + n * k * dtype.itemsize
@@ -40,8 +40,8 @@ def dequantise_row(n: int, k: int, dtype: torch.dtype, measured: Ceilings, round
     return {"match": bool(torch.equal(outs[0].cpu(), exact))} | timings(seconds, bars, least)
 
 
-def quantise_row(n: int, k: int, measured: Ceilings, rounds: int) -> dict[str, Any]:
-    """bf16 to 4 bits with double quantisation. It waits for the device once, so it is timed with its launches."""
+def quantize_row(n: int, k: int, measured: Ceilings, rounds: int) -> dict[str, Any]:
+    """bf16 to 4 bits with double quantization. It waits for the device once, so it is timed with its launches."""
     dense = torch.randn(n, k, device=device(), dtype=torch.bfloat16)
     w = qn.quantize(dense)
     seconds = interleaved_replays({"ours": [lambda: qn.quantize(dense)]}, rounds)

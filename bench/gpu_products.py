@@ -1,4 +1,4 @@
-"""Products with 4-bit weights on a GPU, against dequantise + torch's GEMM, bf16 and bitsandbytes.
+"""Products with 4-bit weights on a GPU, against dequantize + torch's GEMM, bf16 and bitsandbytes.
 
 The rows are the layers of an 8B model (design of the kernels: N x K) at M = 1 to 4096 tokens, forward and input
 gradient, plain and with a LoRA adapter of rank 16 in the same op. With an adapter the rival is the bare bf16 product.
@@ -54,7 +54,7 @@ def bars(case: Case, direction: str) -> tuple[Bar, ...]:
     if direction == "forward" and case.m <= 16 and (case.n, case.k) == (4096, 4096):
         return (of_floor(0.45),)
     if direction in ("forward", "grad_input") and 64 <= case.m <= 256:
-        return (Bar("dequantise_then_mm", 1.0), Bar("bitsandbytes", 1.0))
+        return (Bar("dequantize_then_mm", 1.0), Bar("bitsandbytes", 1.0))
     if direction.startswith("lora") and case.m >= 4096:
         return (Bar("bf16", 1.15 if hopper else 1.10),)
     if direction.startswith("lora") and case.m == 1024 and hopper:
@@ -86,8 +86,8 @@ class Weights:
         module = bitsandbytes()
         self.bnb: list[tuple[Any, Any]] = []
         if module is not None:
-            quantised = module.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
-            self.bnb = [(quantised[0].clone(), quantised[1]) for _ in self.ours]
+            quantized = module.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+            self.bnb = [(quantized[0].clone(), quantized[1]) for _ in self.ours]
             self.bnb_module = module
 
 
@@ -115,7 +115,7 @@ def _forward(weights: Weights, case: Case, x: torch.Tensor) -> dict[str, list[Ca
 
     return {
         "ours": [lambda w=w: OPS.linear_4bit(x, None, False, *w.op_args()) for w in weights.ours],  # type: ignore[misc]
-        "dequantise_then_mm": [lambda w=w: two_step(w) for w in weights.ours],  # type: ignore[misc]
+        "dequantize_then_mm": [lambda w=w: two_step(w) for w in weights.ours],  # type: ignore[misc]
         "bf16": [lambda w=w: torch.mm(x, w.t()) for w in weights.bf16],  # type: ignore[misc]
         "bitsandbytes": [
             lambda p=p, s=s: weights.bnb_module.matmul_4bit(x, p.t(), quant_state=s)  # type: ignore[misc]
@@ -134,7 +134,7 @@ def _grad_input(weights: Weights, case: Case, grad_y: torch.Tensor) -> dict[str,
 
     return {
         "ours": [lambda w=w: OPS.linear_4bit_grad_input(grad_y, False, *w.op_args()) for w in weights.ours],  # type: ignore[misc]
-        "dequantise_then_mm": [lambda w=w: two_step(w) for w in weights.ours],  # type: ignore[misc]
+        "dequantize_then_mm": [lambda w=w: two_step(w) for w in weights.ours],  # type: ignore[misc]
         "bf16": [lambda w=w: torch.mm(grad_y, w) for w in weights.bf16],  # type: ignore[misc]
         "bitsandbytes": [lambda p=p, s=s: theirs(p, s) for p, s in weights.bnb],  # type: ignore[misc]
     }

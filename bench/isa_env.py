@@ -24,7 +24,7 @@ X86 = {
 }
 SETTINGS = X86 if platform.machine() in ("x86_64", "AMD64") else {}
 # How oneDNN's verbose mode spells them.
-SPELT = {
+SPELLED = {
     "SSE41": "Intel SSE4.1",
     "AVX2": "Intel AVX2",
     "AVX512_CORE": "Intel AVX-512 with AVX512BW, AVX512VL, and AVX512DQ extensions",
@@ -70,7 +70,7 @@ def limits() -> dict[str, str]:
 
     found = {"aten": torch.backends.cpu.get_cpu_capability(), "onednn": _onednn_isa()}
     wanted = _wanted()
-    if wanted and (found["aten"].lower(), found["onednn"]) != (wanted[ATEN], SPELT[wanted[ONEDNN]]):
+    if wanted and (found["aten"].lower(), found["onednn"]) != (wanted[ATEN], SPELLED[wanted[ONEDNN]]):
         raise RuntimeError(f"QLORA_NATIVE_ISA is {os.environ['QLORA_NATIVE_ISA']}, but torch uses {found}.")
     return found
 

@@ -1,7 +1,7 @@
 """The contenders of bench_linear: one weight in the form of each, and what each does with it.
 
 Every contender multiplies with the same values, those that the 4-bit weight stands for; but torchao's scales differ in
-the last bits, what decodes for itself does not round its values to bf16 where it computes in fp32, and ggml quantises
+the last bits, what decodes for itself does not round its values to bf16 where it computes in fp32, and ggml quantizes
 them to a format of its own and x to 8 bits. Rivals compute in the dtype that they are best in here: fp32 on a CPU
 without a dot product for bf16. For few rows of x each rotates
 over copies of its own form of the weight, four times the last-level cache in all, so that the products read memory, as
@@ -110,7 +110,7 @@ def forward(weights: Weights, case: Product, x: torch.Tensor) -> Functions:
         "ours": lambda: qn.linear(x, ours()),
         PLAIN: lambda: F.linear(y, dense()),
         "onednn_prepacked": lambda: onednn()(y),
-        "dequantise_into_buffer_linear": lambda: F.linear(y, ours().dequantize(out=weights.buffer)),
+        "dequantize_into_buffer_linear": lambda: F.linear(y, ours().dequantize(out=weights.buffer)),
     }
     if y.dtype != x.dtype:
         functions["ours_fp32"] = lambda: qn.linear(y, ours())
@@ -140,7 +140,7 @@ def grad_input(weights: Weights, case: Product, grad: torch.Tensor) -> Functions
         "ours": lambda: op(grad, False, *ours()),
         PLAIN: lambda: dy @ dense(),
         "onednn_prepacked": lambda: onednn()(dy),
-        "dequantise_into_buffer_linear": lambda: dy @ decoded().dequantize(out=weights.buffer),
+        "dequantize_into_buffer_linear": lambda: dy @ decoded().dequantize(out=weights.buffer),
     }
     if dy.dtype != grad.dtype:
         functions["ours_fp32"] = lambda: op(dy, False, *ours())

@@ -72,7 +72,7 @@ def saved() -> list[str]:
         row("16-bit linear weights", 2 * linear, linear),
         row("in 4 bits", peak.weights, linear),
         row("scales in fp32, one for 64", plain.at().peak.scales, linear),
-        row("scales double-quantised", peak.scales, linear),
+        row("scales double-quantized", peak.scales, linear),
         row("AdamW's states of all weights in fp32, were they trained", state_bytes(every, "adamw"), every),
         row("AdamW's states of the adapters", peak.optimizer, trained),
         row("of them in memory, paged out", paged, trained),

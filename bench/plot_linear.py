@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Name in the JSON, label, colour, line.
+# Name in the JSON, label, color, line.
 LINES = (
     ("ours", "qlora_native, NF4", "#c2410c", "-"),
     ("bf16", "torch, bf16", "#1d4ed8", "-"),
@@ -38,13 +38,13 @@ def draw(result: dict[str, Any], path: str) -> None:
         axis.plot(
             [r["m"] for r in chosen], [r["floor_ms"] for r in chosen], "--", color="black", linewidth=1, label="floor"
         )
-        for name, label, colour, style in LINES:
+        for name, label, color, style in LINES:
             points = [(r["m"], *r["ms"][name]) for r in chosen if name in r["ms"]]
             if not points:
                 continue
             m, low, middle, high = zip(*points, strict=True)
-            axis.plot(m, middle, style, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
-            axis.fill_between(m, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(m, middle, style, color=color, marker="o", markersize=3.5, linewidth=1.6, label=label)
+            axis.fill_between(m, low, high, color=color, alpha=0.15, linewidth=0)
         axis.set(xscale="log", yscale="log", title=f"y = x Wᵀ, W {n} x {k}", xlabel="M, rows of x", ylabel="ms, median")
         ticks = [r["m"] for r in chosen]
         axis.set_xticks(ticks, [str(m) for m in ticks])

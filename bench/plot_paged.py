@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Name in the JSON, label, colour; they keep their states in memory whatever the share.
+# Name in the JSON, label, color; they keep their states in memory whatever the share.
 LEVELS = (
     ("unpaged", "qlora_native, paged=False", "#c2410c"),
     ("torch fused", "torch fused", "#1d4ed8"),
@@ -32,9 +32,9 @@ def draw(result: dict[str, Any], path: str) -> None:
     low, middle, high = zip(*(row["ms"]["ours"] for row in rows), strict=True)
     axis.plot(x, middle, color="#c2410c", marker="o", markersize=4, linewidth=1.8, label="qlora_native, paged=True")
     axis.fill_between(x, low, high, color="#c2410c", alpha=0.15, linewidth=0)
-    for name, label, colour in LEVELS:
+    for name, label, color in LEVELS:
         if name in rows[0]["ms"]:
-            axis.axhline(rows[0]["ms"][name][1], color=colour, linewidth=1.2, linestyle=":", label=label)
+            axis.axhline(rows[0]["ms"][name][1], color=color, linewidth=1.2, linestyle=":", label=label)
     axis.set(yscale="log", xlabel="% of the states out of memory", ylabel="ms a step, median")
     axis.set_title(f"AdamW, {rows[0]['parameters']:,} parameters, 32-bit states", fontsize=10)
     axis.set_xticks(x)

@@ -95,12 +95,12 @@ def block(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Nats above 16 bits: as quantised, and after fine-tuning."""
+    """Nats above 16 bits: as quantized, and after fine-tuning."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     parts = [
-        ("as quantised", "method", lambda found: found["excess"]),
+        ("as quantized", "method", lambda found: found["excess"]),
         ("after LoRA", "lora", lambda found: (found["gap"], 0.0)),
     ]
     for axes, (title, kind, values) in zip(figure.subplots(1, 2), parts, strict=True):

@@ -22,7 +22,7 @@ NAMES = {
     "ours_fp32": "our own for fp32 activations",
     "bf16_lora": "torch bf16 with LoRA",
     "onednn_prepacked": "oneDNN prepacked",
-    "dequantise_into_buffer_linear": "decode into a buffer, torch",
+    "dequantize_into_buffer_linear": "decode into a buffer, torch",
     "bitsandbytes": "bitsandbytes",
     "bitsandbytes_inference": "bitsandbytes, inference only",
     "torchao": "torchao",
@@ -49,7 +49,7 @@ PEERS = {
 DECODERS = {
     "ours": "`qn.load_model`",
     "unfused": "the same with `fuse=False`: transformers' own code between the products",
-    "dequantised": "torch, bf16 weights",
+    "dequantized": "torch, bf16 weights",
     "bitsandbytes": "bitsandbytes NF4, its inference path",
     "layers free": "`qn.load_model`, 4-bit layers that return zeros",
     "free": "`qn.load_model`, all linear layers return zeros, the output head too",
@@ -130,8 +130,8 @@ def products(results: Results) -> list[str]:
     return [*lines, *side_by_side(head, plain, keys=2), *side_by_side(["", "ms", "of the floor", "bar"], others)]
 
 
-def quantising(results: Results) -> list[str]:
-    """The table of quantize-*.json: NF4 with double quantisation, bf16."""
+def quantizing(results: Results) -> list[str]:
+    """The table of quantize-*.json: NF4 with double quantization, bf16."""
     chosen = {
         cpu: [r for r in result["rows"] if r["quant_type"] == "nf4" and r["double_quant"] and r["dtype"] == "bfloat16"]
         for cpu, result in results.items()
@@ -152,7 +152,7 @@ def quantising(results: Results) -> list[str]:
         for cpu, rows in chosen.items()
     }
     lines = [
-        f"Quantising bf16 to NF4 with double quantisation, and back into a warm `out` {about(results)}.",
+        f"Quantizing bf16 to NF4 with double quantization, and back into a warm `out` {about(results)}.",
         "The floor is reading the input and writing the output once:",
         "",
     ]
@@ -160,7 +160,7 @@ def quantising(results: Results) -> list[str]:
     return lines + side_by_side(head, bodies)
 
 
-def optimisers(results: Results) -> list[str]:
+def optimizers(results: Results) -> list[str]:
     """The table of optim-*.json."""
     rivals = list(dict.fromkeys(name for row in every(results) for name in row["ours_over"]))
     bodies = {
@@ -178,7 +178,7 @@ def optimisers(results: Results) -> list[str]:
     }
     sizes = {r["case"]: f"{r['case']}: {r['parameters']:,} in {r['tensors']} tensors" for r in every(results)}
     lines = [
-        f"An optimiser step over fp32 parameters, {'; '.join(sizes.values())} {about(results)}.",
+        f"An optimizer step over fp32 parameters, {'; '.join(sizes.values())} {about(results)}.",
         "The floor is the step's bytes at the memory's best rate:",
         "",
     ]
@@ -211,7 +211,7 @@ def training(results: Results) -> list[str]:
         steps = every(results)[0]["steps"]
         what = f"The same over {steps} steps on answers, at most 256 tokens a row, with the held-out loss"
     lines = [
-        f"{what}: SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantisation, here and in the peer,",
+        f"{what}: SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantization, here and in the peer,",
         "from the same 16-bit weights and adapter tensors, on the same batches, the two processes taking turns",
         f"{about(results)}. Medians and quartiles:",
         "",
@@ -293,8 +293,8 @@ SECTIONS = (
     ("train_learn", training),
     ("generate", decoding),
     ("linear", products),
-    ("quantize", quantising),
-    ("optim", optimisers),
+    ("quantize", quantizing),
+    ("optim", optimizers),
     ("paged", paging),
     ("paged_learn", paged_learning),
 )

@@ -98,13 +98,13 @@ def our_side(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Lo
     return model, lambda batch: causal_lm_loss(model, batch)
 
 
-def their_side(folder: Path, quantised: bool, dtype: torch.dtype) -> tuple[Any, Loss]:
+def their_side(folder: Path, quantized: bool, dtype: torch.dtype) -> tuple[Any, Loss]:
     """The usual stack: a dense model or a BitsAndBytesConfig, a PEFT adapter in fp32, and the model's own loss."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": dtype, "device_map": "cpu"}
-    if quantised:
+    if quantized:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -65,7 +65,7 @@ foreach(isa ${isas})
 endforeach()
 
 if(QLORA_NATIVE_SANITIZE)
-  # -O1: the checks double what the kernels' templates cost to optimise, and -O3 finds no more.
+  # -O1: the checks double what the kernels' templates cost to optimize, and -O3 finds no more.
   target_compile_options(qlora_native_cpu PUBLIC
     -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(qlora_native_cpu PUBLIC -fsanitize=address,undefined)

@@ -1,6 +1,6 @@
 // One pass from packed codes to values, nested scales included, bound by memory: 0.52 bytes in, 2 or 4 out per element.
 //
-// A lane decodes a vector of output at a time, and its neighbours the vectors beside it: loads of a warp are
+// A lane decodes a vector of output at a time, and its neighbors the vectors beside it: loads of a warp are
 // contiguous, and so are, above all, its 16-byte stores. Gaps between lanes would cost two passes over every sector of
 // the output. The codes of a vector never leave a block. The 16 levels stand in shared memory, one bank each, so lanes
 // that read different levels meet different banks and lanes that read the same one share it. level * scale is rounded

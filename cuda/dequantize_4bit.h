@@ -1,4 +1,4 @@
-// Decode a quantised weight to fp32, bf16 or fp16 on a CUDA device. Pointers are trusted: the bindings check.
+// Decode a quantized weight to fp32, bf16 or fp16 on a CUDA device. Pointers are trusted: the bindings check.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -19,7 +19,7 @@ struct Planes {
   uint32_t high[4];  // the high byte
 };
 
-// level * scale is rounded to fp32 and then to T: the exact rule of dequantisation.
+// level * scale is rounded to fp32 and then to T: the exact rule of dequantization.
 template <typename T>
 __device__ __forceinline__ Planes scaled_planes(const float4* levels,  // [4], 16 levels
                                                 float scale) {

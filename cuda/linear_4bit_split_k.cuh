@@ -10,7 +10,7 @@ namespace qlora_native::cuda {
 
 inline constexpr int kReduceThreads = 256;
 
-// A thread makes eight neighbours of y.
+// A thread makes eight neighbors of y.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads)
     linear_4bit_reduce_kernel(const float* __restrict__ partial,  // [splits, m, pitch], pitch a multiple of 8

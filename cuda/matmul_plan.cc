@@ -20,9 +20,9 @@ constexpr int64_t kStartingSteps = 4;  // to fill the pipeline of copies and to 
 constexpr int64_t kPartialSteps = 2;   // to store and read again a tile's sums in fp32, for each CTA
 constexpr int64_t kLaunchSteps = 4;    // the second launch
 
-// Tokens up to which a fused kernel beats dequantising a panel for the library's GEMM. The table is an estimate from
+// Tokens up to which a fused kernel beats dequantizing a panel for the library's GEMM. The table is an estimate from
 // memory and tensor-core rates, not yet a measurement. Cards with GDDR gain most from reading 4 bits; Hopper and
-// datacentre Blackwell reach their peak only with instructions that the fused kernels do not use.
+// datacenter Blackwell reach their peak only with instructions that the fused kernels do not use.
 int64_t most_fused_tokens(int compute_capability) {
   if (compute_capability < 80) {
     return 256;

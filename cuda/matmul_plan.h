@@ -14,7 +14,7 @@ enum class MatmulKind : int {
   kGemv = 0,     // M <= 16, forward: weights on the 16-row side of the MMA, one launch, no workspace
   kSplitK = 1,   // the reduction is cut into `splits` parts, summed in a fixed order by a second launch
   kTile = 2,     // one CTA a tile of y, over the whole reduction
-  kTwoStep = 3,  // no fused kernel: dequantise `panel_rows` rows of W, call a library's GEMM, and so on
+  kTwoStep = 3,  // no fused kernel: dequantize `panel_rows` rows of W, call a library's GEMM, and so on
 };
 
 struct MatmulQuestion {
@@ -38,7 +38,7 @@ struct MatmulPlan {
   int stages;               // of the asynchronous copies; kGemv: 0
   int64_t shared_bytes;     // dynamic, a CTA
   int64_t workspace_bytes;  // kSplitK: the partial sums; kTwoStep: the panel
-  int64_t panel_rows;       // kTwoStep: rows of W dequantised at once, else 0
+  int64_t panel_rows;       // kTwoStep: rows of W dequantized at once, else 0
 };
 
 // Steps of the reduction, and what one step of a tile holds in shared memory: x [rows, 64] and W [columns, 64] (or [64,

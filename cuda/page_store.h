@@ -1,4 +1,4 @@
-// An arena of optimiser states of which only some chunks of pages are on the device, and the step that goes over it:
+// An arena of optimizer states of which only some chunks of pages are on the device, and the step that goes over it:
 // chunk after chunk is fetched, updated and released, so that the next one comes and the last one goes while one is
 // updated. The host waits for nothing in a step.
 //

@@ -11,7 +11,7 @@
 
 namespace qlora_native::cuda {
 
-// A tensor within a page chunk: row `row` of the optimiser's own table, with these addresses for its states. They are
+// A tensor within a page chunk: row `row` of the optimizer's own table, with these addresses for its states. They are
 // those that element 0 would have; the launch touches the elements of the chunk alone.
 struct PagedRow {
   int64_t row;

@@ -61,17 +61,17 @@ __device__ constexpr CellTable kCellTable = cell_table(kType);
 __device__ constexpr NestedCells kNestedCellTable = kNestedCells;
 
 template <QuantType kType>
-__device__ __forceinline__ uint32_t code_of(float normalised,
+__device__ __forceinline__ uint32_t code_of(float normalized,
                                             const float* decision,    // [32], shared
                                             const uint32_t* codes) {  // [32], shared
-  const float v = kType == QuantType::kNf4 ? normalised : fabsf(normalised);
+  const float v = kType == QuantType::kNf4 ? normalized : fabsf(normalized);
   const uint32_t cell = __float_as_uint(__fmaf_rn(v, kCellsPerUnit, kCellMagic)) & 31u;
   const bool above = v > decision[cell];
   if (kType == QuantType::kNf4) {
     return codes[cell] + (above ? 1u : 0u);
   }
   const uint32_t pair = codes[cell];
-  return (above ? pair >> 8 : pair & 255u) | (normalised < 0.0f ? 8u : 0u);
+  return (above ? pair >> 8 : pair & 255u) | (normalized < 0.0f ? 8u : 0u);
 }
 
 // Eight codes as a little-endian word, the even element in the high nibble of each byte. An absmax of 0 gives the code
@@ -80,7 +80,7 @@ template <QuantType kType>
 __device__ __forceinline__ uint32_t encode_word(const float (&x)[kPerLane], float absmax,
                                                 const float* decision,    // [32], shared
                                                 const uint32_t* codes) {  // [32], shared
-  const Normaliser by = absmax > 0.0f ? normaliser_of(absmax) : Normaliser{0.0f, false};
+  const Normalizer by = absmax > 0.0f ? normalizer_of(absmax) : Normalizer{0.0f, false};
   float v[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Double quantisation: a warp adds up 256 scales, one thread the groups' sums, a thread block encodes 256 scales.
+// Double quantization: a warp adds up 256 scales, one thread the groups' sums, a thread block encodes 256 scales.
 
 inline constexpr int kNestedThreads = static_cast<int>(kNestedBlock);
 inline constexpr int kWarpsOfSums = 4;
@@ -276,8 +276,8 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(const double* __restrict
 }
 
 // nearest_nested_code() by one look-up; see NestedCells.
-__device__ __forceinline__ uint8_t nested_code_of(float normalised) {
-  const uint32_t bits = __float_as_uint(normalised);
+__device__ __forceinline__ uint8_t nested_code_of(float normalized) {
+  const uint32_t bits = __float_as_uint(normalized);
   uint32_t magnitude = bits & kMagnitude;
   magnitude = magnitude > NestedCells::kLowest ? magnitude : NestedCells::kLowest;
   uint32_t cell = (magnitude >> NestedCells::kShift) - NestedCells::kFirst;
@@ -300,8 +300,8 @@ __global__ void __launch_bounds__(kThreads) quantize_scales_kernel(const float* 
   const float offset = *nested_offset;
   for (int64_t g = blockIdx.x; g < groups; g += gridDim.x) {
     const int64_t at = g * kNestedBlock + threadIdx.x;
-    const float centred = at < blocks ? absmax[at] - offset : 0.0f;
-    uint32_t highest = highest_among(__float_as_uint(centred) & kMagnitude, 32);
+    const float centered = at < blocks ? absmax[at] - offset : 0.0f;
+    uint32_t highest = highest_among(__float_as_uint(centered) & kMagnitude, 32);
     __syncthreads();  // the last round's have been read
     if (threadIdx.x % 32 == 0) {
       warp_highest[threadIdx.x / 32] = highest;
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kThreads) quantize_scales_kernel(const float* 
     }
     const float largest = __uint_as_float(highest);
     if (at < blocks) {
-      codes[at] = highest == 0 ? static_cast<uint8_t>(kNestedZero) : nested_code_of(normaliser_of(largest)(centred));
+      codes[at] = highest == 0 ? static_cast<uint8_t>(kNestedZero) : nested_code_of(normalizer_of(largest)(centered));
     }
     if (threadIdx.x == 0) {
       nested_absmax[g] = largest;

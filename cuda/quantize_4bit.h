@@ -1,4 +1,4 @@
-// Quantise to 4 bits on a CUDA device, with or without double quantisation: the bytes of cpu/quantize_4bit.h. Pointers
+// Quantize to 4 bits on a CUDA device, with or without double quantization: the bytes of cpu/quantize_4bit.h. Pointers
 // are device memory and trusted: the bindings check. Nothing here waits or allocates.
 #pragma once
 
@@ -24,7 +24,7 @@ cudaError_t launch_quantize_4bit(const void* x,  // [numel]
 // Bytes of the workspace of launch_quantize_scales, at a multiple of 8; what it holds does not matter.
 int64_t quantize_scales_workspace(int64_t blocks);
 
-// Double quantisation; the mean is summed in the fixed order of the CPU. Scales that are not finite give codes without
+// Double quantization; the mean is summed in the fixed order of the CPU. Scales that are not finite give codes without
 // meaning.
 cudaError_t launch_quantize_scales(const float* absmax,  // [blocks]
                                    int64_t blocks,

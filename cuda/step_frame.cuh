@@ -1,10 +1,10 @@
-// The kernel of an optimiser, but for the arithmetic of an element: a thread block updates a chunk of one tensor after
+// The kernel of an optimizer, but for the arithmetic of an element: a thread block updates a chunk of one tensor after
 // another, and is bound by memory.
 //
-// A lane takes four consecutive elements at a time, its neighbours those beside them: 16 bytes of fp32, 8 of 16 bits, 4
+// A lane takes four consecutive elements at a time, its neighbors those beside them: 16 bytes of fp32, 8 of 16 bits, 4
 // of codes, so that every sector that a warp touches is touched whole.
 //
-// What an optimiser adds is a Rule:
+// What an optimizer adds is a Rule:
 //   Factors        of core/optim.h, beta1 and beta2 among them
 //   kRow           numbers of its options
 //   kSecondMoment  whether a tensor has exp_avg_sq
@@ -158,7 +158,7 @@ __device__ __forceinline__ void store_state(const StateCode& code, const BlockSc
   if (scale.encodes) {
 #pragma unroll
     for (int i = 0; i < kPerGroup; ++i) {
-      const auto byte = static_cast<uint8_t>(encode_state(code, scale.normaliser(values[i]), Code{}));
+      const auto byte = static_cast<uint8_t>(encode_state(code, scale.normalizer(values[i]), Code{}));
       word |= static_cast<uint32_t>(byte) << (8 * i);
     }
   }

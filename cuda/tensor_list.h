@@ -1,4 +1,4 @@
-// What the optimisers' launches are given: a table of tensors in device memory, cut into chunks for thread blocks.
+// What the optimizers' launches are given: a table of tensors in device memory, cut into chunks for thread blocks.
 #pragma once
 
 #include <cstdint>

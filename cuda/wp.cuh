@@ -68,7 +68,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* address) {
 }
 
 // 16 bytes from global to shared memory, past the L1 cache and past the registers, the rest of their 128 into the L2
-// cache, for neighbours and later steps: the first src_bytes (0 to 16) are read, the rest are zeros. They are there
+// cache, for neighbors and later steps: the first src_bytes (0 to 16) are read, the rest are zeros. They are there
 // once the thread has waited for the group; other threads need a barrier after that (section 9.7.9.25). On sm_75, which
 // has no such copy, the thread carries it out at once.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int src_bytes = 16) {

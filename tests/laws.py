@@ -143,7 +143,7 @@ def no_abort_on_user_input(files: Tree) -> list[str]:
     return lines_with(files, r"(?<![\w:])(std::)?(abort|assert|exit)\s*\(", is_native, "throw a sentence instead")
 
 
-def launchers_never_synchronise(files: Tree) -> list[str]:
+def launchers_never_synchronize(files: Tree) -> list[str]:
     stores = ("_store.h", "_store.cc")
 
     def where(path: str) -> bool:

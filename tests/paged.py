@@ -1,4 +1,4 @@
-"""What the tests of paged optimisers share."""
+"""What the tests of paged optimizers share."""
 
 from __future__ import annotations
 

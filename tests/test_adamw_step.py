@@ -259,7 +259,7 @@ print(qn.build_info()["cpu_isa"], h.hexdigest())
 
 @pytest.mark.devices("cpu")
 def test_same_bytes_on_every_isa() -> None:
-    """All optimisers, the clipping included."""
+    """All optimizers, the clipping included."""
     digests = {}
     for isa in qn.build_info()["isas_built"]:
         environment = {**os.environ, "QLORA_NATIVE_ISA": isa}

@@ -33,14 +33,14 @@ def test_compare(bench: Any, models: dict[str, Any]) -> None:
     row = bench.compare(models, tiny_models.tokens(rows=1), count=4, repeats=2, measured=ceilings)
     assert set(row["tokens_per_second"]) == set(models)
     assert row["match"]
-    assert set(row["tokens"]) == {"ours", "unfused", "dequantised"}
-    assert row["tokens"]["dequantised"] == {"equal": True}
+    assert set(row["tokens"]) == {"ours", "unfused", "dequantized"}
+    assert row["tokens"]["dequantized"] == {"equal": True}
     layers = [m for m in models["ours"].modules() if isinstance(m, QuantizedLinear)]
     assert row["megabytes_read_a_token"]["layers"] == sum(m.quantized.nbytes for m in layers) / 1e6
 
 
 def test_the_truth_is_the_model_that_ours_stands_for(bench: Any, models: dict[str, Any]) -> None:
-    ours, dense = models["unfused"], models["dequantised"]
+    ours, dense = models["unfused"], models["dequantized"]
     for path, layer in ours.named_modules():
         if isinstance(layer, QuantizedLinear):
             assert torch.equal(dense.get_submodule(path).weight, layer.quantized.dequantize(torch.bfloat16))

@@ -128,7 +128,7 @@ def test_the_arithmetic_is_that_of_quantize() -> None:
     assert torch.equal(values.bfloat16(), F.dequantize_4bit(packed, state))
 
 
-def test_levels_of_a_checkpoint_are_honoured() -> None:
+def test_levels_of_a_checkpoint_are_honored() -> None:
     weight = torch.randn(32, 64)
     packed, state = F.quantize_nf4(weight, compress_statistics=True)
     before = F.dequantize_4bit(packed, state)

@@ -1,4 +1,4 @@
-"""The optimisers of qlora_native.bitsandbytes: bitsandbytes' arguments, updates and states, either way."""
+"""The optimizers of qlora_native.bitsandbytes: bitsandbytes' arguments, updates and states, either way."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert [line.split(maxsplit=1) for line in table] == [
         ["1", "failed: no warning of float32 products where there are none"],
         ["1", "left out: a timing without an assertion"],
-        ["1", "left out: an optimiser that is not AdamW, Adam or Lion"],
+        ["1", "left out: an optimizer that is not AdamW, Adam or Lion"],
         ["1", "left out: minutes of compiling: --compile runs it"],
     ]
 

@@ -1,4 +1,4 @@
-"""Calibrated quantisation of one weight: what each method promises, bad statistics, and bitsandbytes as the reader."""
+"""Calibrated quantization of one weight: what each method promises, bad statistics, and bitsandbytes as the reader."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import qlora_native as qn
 from qlora_native.calibration.data import CalibrationData, as_calibration, take_tokens
 
-TEXTS = [f"what is {colour}? {thing} and nothing else, number {n}" for n in range(8) for colour, thing in tiny.FACTS]
+TEXTS = [f"what is {color}? {thing} and nothing else, number {n}" for n in range(8) for color, thing in tiny.FACTS]
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def test_with_the_core_packages_only_help_and_doctor_work() -> None:
         (["train", "{config}", "--data.train", "{files}/gone.jsonl"], "{files}/gone.jsonl: no such data file"),
         (["train", "{config}", "--data.train", "{files}/broken.jsonl"], "{files}/broken.jsonl:2"),
         (["train", "{config}", "--target_modules", "[q_prj]"], "no linear layer named 'q_prj': did you mean q_proj"),
-        (["train", "{config}", "--model", "{files}/nan"], "model.layers.0.mlp.up_proj.weight cannot be quantised"),
+        (["train", "{config}", "--model", "{files}/nan"], "model.layers.0.mlp.up_proj.weight cannot be quantized"),
         (
             ["train", "{config}", "--output_dir", "{files}/train.jsonl"],
             "could not write {files}/train.jsonl: File exists",

@@ -75,7 +75,7 @@ def test_json_is_one_object_and_nothing_else(files: Path, capsys: pytest.Capture
         (["{model}", "--data", "{held}", "--compare", "rtn", "gptq"], "method gptq needs calibration text"),
         (
             ["{model}", "--data", "{held}", "--compare", "rnt"],
-            "'rnt' is no method of quantising: expected rtn, rtn_signed",
+            "'rnt' is no method of quantizing: expected rtn, rtn_signed",
         ),
         (
             ["{model}", "--data", "{held}", "--compare", "wmse", "--calibration", "{held}"],

@@ -1,4 +1,4 @@
-"""qlora convert: between 16 bits, our 4 bits and bitsandbytes', against tensors quantised and decoded whole."""
+"""qlora convert: between 16 bits, our 4 bits and bitsandbytes', against tensors quantized and decoded whole."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_weights_become_those_of_quantize(tmp_path: Path, kind: str, options: di
     out = made(tmp_path / "out", source, "bitsandbytes", **options)
     tensors = read(out)
     dtype = options.get("dtype", torch.float16)
-    quantising = {k: v for k, v in options.items() if k != "dtype"}
-    model = load_model(source, dtype=dtype, **quantising)
+    quantizing = {k: v for k, v in options.items() if k != "dtype"}
+    model = load_model(source, dtype=dtype, **quantizing)
     layers = {name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     packed = {name for name in stored if any(key.startswith(f"{name}.quant_state") for key in tensors)}
     assert len(packed) == len(layers) > 0
@@ -70,7 +70,7 @@ def test_weights_become_those_of_quantize(tmp_path: Path, kind: str, options: di
             assert same_bytes(tensors.pop(name), tensor.to(dtype)), name
             continue
         whole = tensor.t().contiguous() if kind == "GPT2" else tensor
-        weight = qn.quantize(whole, **quantising)
+        weight = qn.quantize(whole, **quantizing)
         weight.dtype = dtype
         for key, value in qn.to_bnb(weight, name).items():
             assert same_bytes(tensors.pop(key), value), key
@@ -259,7 +259,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, four, dense = save(tmp_path / "source"), tmp_path / "four", tmp_path / "dense"
     assert main(["convert", str(source), str(four), "--to", "bitsandbytes", "--block-size", "128"]) == 0
     told = capsys.readouterr().out
-    assert told.startswith(f"{four}: 14 weights quantised; ")
+    assert told.startswith(f"{four}: 14 weights quantized; ")
     assert "MiB in 1 file; took" in told
     assert main(["convert", str(four), str(dense), "--to", "16bit", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -291,15 +291,15 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         ([str(eight), out, *to], "holds 8-bit bitsandbytes weights"),
         (
             [str(four), out, "--to", "qlora", "--block-size", "128"],
-            "--block-size says how to quantise, but the weights",
+            "--block-size says how to quantize, but the weights",
         ),
-        ([str(source), out, "--to", "16bit", "--no-double-quant"], "--double-quant says how to quantise, but 16bit"),
+        ([str(source), out, "--to", "16bit", "--no-double-quant"], "--double-quant says how to quantize, but 16bit"),
         ([str(source), out, "--to", "int8"], "invalid choice: 'int8'"),
         ([str(source), out, *to, "--shard-size", "many"], "--shard-size is 'MANY'|--shard-size is 'many'"),
         ([str(source), out, *to, "--skip-modules", "upproj"], "did you mean up_proj"),
         (
             [str(broken), out, *to],
-            r"model.layers.1.mlp.up_proj.weight cannot be quantised: its element 4481 is inf: only finite",
+            r"model.layers.1.mlp.up_proj.weight cannot be quantized: its element 4481 is inf: only finite",
         ),
     ]
     capsys.readouterr()

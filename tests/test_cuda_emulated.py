@@ -240,7 +240,7 @@ def test_workspaces_are_checked_at_the_boundary(emulator: Emulator) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimisers
+# Optimizers
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -253,7 +253,7 @@ def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
 
 
 def twins(rule: str, **options: object) -> tuple[qn.optim.AdamW, qn.optim.AdamW]:
-    """Two optimisers, groups of their own learning rates, over equal parameters of all dtypes."""
+    """Two optimizers, groups of their own learning rates, over equal parameters of all dtypes."""
     sizes = (5, 4097, 20_000)
     start = [torch.randn(n).to(dtype) for dtype in (torch.float32, torch.bfloat16) for n in sizes]
     made = []

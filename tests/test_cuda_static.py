@@ -59,7 +59,7 @@ RULES = (
     Rule(SMALL + "<.*>", r"LDG\.E\.128", least=4, since=80),
     Rule("linear_4bit_reduce_kernel<.*>", r"LDG\.E\.128.*"),
     Rule("linear_4bit_reduce_kernel<.*>", r"STG\.E\.128.*"),
-    # Passes over memory: 16 bytes at a time, 8 of 16-bit gradients and parameters. The optimisers' pointers come from a
+    # Passes over memory: 16 bytes at a time, 8 of 16-bit gradients and parameters. The optimizers' pointers come from a
     # table, so their loads are generic.
     Rule(r"dequantize_4bit_kernel<(Bf16|Fp16)>", r"STG\.E\.128.*", least=3),
     Rule(r"dequantize_4bit_kernel<float>", r"STG\.E\.128.*", least=8),

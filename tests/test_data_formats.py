@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from laws import ROOT
 
-from qlora_native.data import FORMATS, Row, SourceRow, infer_format, normalise
+from qlora_native.data import FORMATS, Row, SourceRow, infer_format, normalize
 from qlora_native.errors import UserError
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -20,7 +20,7 @@ def source(data: dict[str, Any], line: int = 7) -> SourceRow:
 
 
 def normal(data: dict[str, Any], format: str) -> Row:
-    return normalise(source(data), format)
+    return normalize(source(data), format)
 
 
 def turns(row: Row) -> list[tuple[str, str]]:
@@ -315,6 +315,6 @@ def test_every_example_of_the_page_is_of_the_format_it_stands_under() -> None:
         for number, text in enumerate(examples, 1):
             row = SourceRow(f"docs/data.md, {name} {number}", number, json.loads(text))
             assert infer_format([row]) == name
-            found = normalise(row, name)
+            found = normalize(row, name)
             assert bool(found.tools) == ('"tools"' in text)
             assert found.messages or found.text or found.completion

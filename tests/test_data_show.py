@@ -84,7 +84,7 @@ def test_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packing"] is None
 
 
-def test_on_a_terminal_trained_tokens_are_coloured(
+def test_on_a_terminal_trained_tokens_are_colored(
     files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("rich")

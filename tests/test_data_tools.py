@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_data_template import byte_tokenizer, marked
 
-from qlora_native.data import ChatEncoder, SourceRow, normalise
+from qlora_native.data import ChatEncoder, SourceRow, normalize
 from qlora_native.errors import UserError
 
 # As Qwen2.5's: tools in a system message, calls between tags, results as the user's.
@@ -37,7 +37,7 @@ def conversation(call: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def row(data: dict[str, Any]) -> Any:
-    return normalise(SourceRow("d.jsonl:7", 7, data), "sharegpt" if "conversations" in data else "messages")
+    return normalize(SourceRow("d.jsonl:7", 7, data), "sharegpt" if "conversations" in data else "messages")
 
 
 OPENAI = {"tool_calls": [{"id": "1", "type": "function", "function": {**CALL, "arguments": '{"city": "Bern"}'}}]}
@@ -88,7 +88,7 @@ def test_a_template_that_leaves_tools_out_is_refused() -> None:
         with pytest.raises(UserError, match=r"d.jsonl:7: the chat template does not show tools \('weather' is not in"):
             encoder.encode(row(data))
     with pytest.raises(UserError, match="the row has 'tools' but plain text"):
-        normalise(SourceRow("d.jsonl:7", 7, {"text": "abc", "tools": [FUNCTION]}), "text")
+        normalize(SourceRow("d.jsonl:7", 7, {"text": "abc", "tools": [FUNCTION]}), "text")
 
 
 @pytest.mark.parametrize(

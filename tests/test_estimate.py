@@ -242,7 +242,7 @@ def test_estimate_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "4-bit weights           3,328 MiB" in done.stdout and "which fits 24.00 GiB" in done.stdout
-    assert done.stdout.isascii()  # no box, no bar, no colour where there is no terminal
+    assert done.stdout.isascii()  # no box, no bar, no color where there is no terminal
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -149,7 +149,7 @@ def test_questions_are_answered_by_likelihood(folder: Path, tokenizer: Any) -> N
     assert tokenizer.decode(predicted) == " the wide sky"
     nats = torch.tensor([1.0, 2.0, 5.0, 6.0, 7.0, 1.0, 2.0])
     found = accuracy(choices, nats)  # the second is right only by the byte
-    assert found.plain[0] == pytest.approx(1 / 3) and found.normalised[0] == pytest.approx(2 / 3)
+    assert found.plain[0] == pytest.approx(1 / 3) and found.normalized[0] == pytest.approx(2 / 3)
     assert found.plain[1] == pytest.approx(math.sqrt(2 / 9 / 2))
     short = load_choices(folder / "q.jsonl", tokenizer, max_length=6)
     assert all(len(row["input_ids"]) <= 6 and row["labels"][0] == -100 for row in short.rows)

@@ -91,7 +91,7 @@ def sentencepiece_model(folder: Path, with_file: bool) -> Path:
     """A random llama with a tokenizer of SentencePiece's kind, with its own file beside it or without."""
     trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
     make("Llama", vocab_size=330, num_hidden_layers=1).save_pretrained(folder)
-    lines = iter([f"what is {colour}? {thing} {number}" for number in range(30) for colour, thing in tiny.FACTS])
+    lines = iter([f"what is {color}? {thing} {number}" for number in range(30) for color, thing in tiny.FACTS])
     options = {"model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
     trainer.train(sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), vocab_size=325, **options)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')

@@ -57,7 +57,7 @@ def test_tables(golden: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("base", "case", "quant_type", "block", "nested"), CASES)
-def test_dequantised(
+def test_dequantized(
     golden: dict[str, torch.Tensor], base: str, case: str, quant_type: str, block: str, nested: str
 ) -> None:
     weight = stored_weight(golden, base, case, quant_type, block)
@@ -78,7 +78,7 @@ def test_dequantised(
     ("base", "case", "quant_type", "block", "nested"),
     [row for row in CASES if row[1] not in OWN_RULE],
 )
-def test_quantised(
+def test_quantized(
     golden: dict[str, torch.Tensor], base: str, case: str, quant_type: str, block: str, nested: str
 ) -> None:
     theirs = stored_weight(golden, base, case, quant_type, block)
@@ -94,14 +94,14 @@ def test_quantised(
         assert (our_error <= their_error + 1e-6 * x.abs().max()).all()
     if nested == "0":
         assert same_bytes(ours.absmax, theirs.absmax)
-    else:  # theirs went through a 16-bit look-up: neighbours at most
+    else:  # theirs went through a 16-bit look-up: neighbors at most
         spread = theirs.scales().max() - theirs.scales().min()
         assert (ours.scales() - theirs.scales()).abs().max() <= 0.02 * spread + 1e-12
 
 
 @pytest.mark.parametrize("name", ["normal", "logspread", "withzeros"])
 def test_nested_codes_are_exact(golden: dict[str, torch.Tensor], name: str) -> None:
-    """Scales whose mean is zero go through the same 8-bit rounding as bitsandbytes' blockwise quantisation."""
+    """Scales whose mean is zero go through the same 8-bit rounding as bitsandbytes' blockwise quantization."""
     x = golden[f"b8/{name}/in"].reshape(-1).float()
     mirrored = torch.cat([x, -x])
     if x.numel() % 256:

@@ -34,7 +34,7 @@ class HFLM:
     "tasks/__init__.py": """
 class TaskManager:
     def match_tasks(self, tasks):
-        return [task for task in tasks if task == "colours"]
+        return [task for task in tasks if task == "colors"]
 """,
 }
 ROWS = (("what is red?", 0), ("what is blue?", 1), ("what is green?", 2), ("say, what is red and good?", 0))
@@ -71,17 +71,17 @@ def test_each_side_is_handed_over_in_lm_evals_own_wrapper(
 ) -> None:
     task = tmp_path / "mine.yaml"
     task.write_text("task: mine\n")
-    words = ["eval", str(model), "--lm-eval", "colours", str(task), "--rows", "7", "--report", str(tmp_path / "r")]
+    words = ["eval", str(model), "--lm-eval", "colors", str(task), "--rows", "7", "--report", str(tmp_path / "r")]
     assert main.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [side["name"] for side in told["sides"]] == ["16-bit", "rtn"]
     assert all(
-        side["tasks"]["colours"] == {"acc,none": 0.25} for side in told["sides"]
+        side["tasks"]["colors"] == {"acc,none": 0.25} for side in told["sides"]
     )  # what is no number is left out
-    assert "colours" in (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
+    assert "colors" in (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(model)
     for call, kind in zip(handed, ("Linear", "QuantizedLinear"), strict=True):
-        assert (call["tasks"], call["limit"]) == (["colours", str(task)], 7) and call["manager"] is not None
+        assert (call["tasks"], call["limit"]) == (["colors", str(task)], 7) and call["manager"] is not None
         wrapped = call["model"]
         assert type(wrapped.pretrained.model.layers[0].mlp.up_proj).__name__ == kind and wrapped.batch_size == 1
         assert not wrapped.pretrained.training and wrapped.tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -118,8 +118,8 @@ def test_lm_eval_itself_counts_as_we_do(
         monkeypatch.setenv(name, "1")
     rows = [{"question": question, "choices": CHOICES, "answer": answer} for question, answer in ROWS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (tmp_path / "colours.yaml").write_text(
-        f"""task: colours_of_ours
+    (tmp_path / "colors.yaml").write_text(
+        f"""task: colors_of_ours
 dataset_path: json
 dataset_kwargs: {{data_files: {{validation: {tmp_path}/rows.jsonl}}, cache_dir: {tmp_path}/cache}}
 validation_split: validation
@@ -131,9 +131,9 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """,
         encoding="utf-8",
     )
-    assert main.main(["eval", str(model), "--lm-eval", str(tmp_path / "colours.yaml"), "--json"]) == 0
+    assert main.main(["eval", str(model), "--lm-eval", str(tmp_path / "colors.yaml"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    found = told["sides"][0]["tasks"]["colours_of_ours"]["acc,none"]
+    found = told["sides"][0]["tasks"]["colors_of_ours"]["acc,none"]
 
     tokenizer, dense = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     right = 0

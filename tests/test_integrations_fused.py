@@ -185,7 +185,7 @@ def test_torch_attends_in_fp32_where_it_has_no_products_of_bf16(
     assert dtypes <= {dtype if bf16 else torch.float32, torch.bool}
 
 
-def quantised(**changes: Any) -> Any:
+def quantized(**changes: Any) -> Any:
     model = model_of("Llama", torch.bfloat16, head_dim=32, **changes)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in path:
@@ -195,7 +195,7 @@ def quantised(**changes: Any) -> Any:
 
 
 def test_before_and_after_adapters() -> None:
-    before, after = quantised(), model_of("Llama", torch.bfloat16, head_dim=32)
+    before, after = quantized(), model_of("Llama", torch.bfloat16, head_dim=32)
     assert fuse(before) == ALL | {"linear": 1}
     for path, module in list(after.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in path:
@@ -206,7 +206,7 @@ def test_before_and_after_adapters() -> None:
 
 
 def test_keeps_less() -> None:
-    model = quantised()
+    model = quantized()
     ids = tokens(2, 64)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -222,7 +222,7 @@ def test_keeps_less() -> None:
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
-    model = quantised().train()
+    model = quantized().train()
     fuse(model)
     ids = tokens(2, 24)
 

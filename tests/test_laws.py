@@ -31,7 +31,7 @@ BREACHES: list[tuple[Law, Tree]] = [
     (laws.architecture_branches_only_in_wp, {"cuda/linear_4bit.cuh": "#ifdef FAST\n"}),
     (laws.no_abort_on_user_input, {"cpp/cpu/a.cc": "  assert(n > 0);\n"}),
     (laws.no_abort_on_user_input, {"cpp/cpu/a.cc": "  std::abort();\n"}),
-    (laws.launchers_never_synchronise, {"cuda/a.cu": "  cudaStreamSynchronize(stream);\n"}),
+    (laws.launchers_never_synchronize, {"cuda/a.cu": "  cudaStreamSynchronize(stream);\n"}),
     (laws.imports_point_one_way, {"python/qlora_native/ops.py": "from . import nn\n", "python/qlora_native/nn.py": ""}),
     (
         laws.imports_point_one_way,

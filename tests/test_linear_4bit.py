@@ -1,4 +1,4 @@
-"""linear_4bit and its input gradient against fp64 on the same dequantised weight."""
+"""linear_4bit and its input gradient against fp64 on the same dequantized weight."""
 
 from __future__ import annotations
 

@@ -20,14 +20,14 @@ def labels_for(shape: tuple[int, ...], vocabulary: int, ignored: float) -> torch
 
 
 @pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("ignored", [0.0, 0.6])
 def test_loss_and_gradients(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, quantised: bool, ignored: float
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, quantized: bool, ignored: float
 ) -> None:
     monkeypatch.setattr(op, "LOGIT_BYTES", 4 * 101 * 7)  # seven tokens a chunk: the last one is partial
     dense = (torch.randn(101, 64) / 8).to(dtype)
-    weight = qn.quantize(dense) if quantised else dense.requires_grad_()
+    weight = qn.quantize(dense) if quantized else dense.requires_grad_()
     truth_weight = (weight.dequantize(dtype) if isinstance(weight, qn.QuantizedWeight) else weight).detach().double()
     truth_weight.requires_grad_()
     h = torch.randn(4, 10, 64).to(dtype).requires_grad_()
@@ -42,7 +42,7 @@ def test_loss_and_gradients(
     assert loss.dtype == torch.float32
     assert abs(float(loss) - float(truth)) < (1e-5 if dtype == torch.float32 else 1e-2)
     assert relative_error(h.grad, wide.grad) < GRADIENT_TOLERANCE[dtype]  # type: ignore[arg-type]
-    if not quantised:
+    if not quantized:
         assert relative_error(dense.grad, truth_weight.grad) < GRADIENT_TOLERANCE[dtype]  # type: ignore[arg-type]
 
 

@@ -53,7 +53,7 @@ def test_the_same_model_but_for_its_4bit_layers(
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_are_quantised_as_stored_and_the_rest_is_cast(tmp_path: Path, stored: torch.dtype) -> None:
+def test_weights_are_quantized_as_stored_and_the_rest_is_cast(tmp_path: Path, stored: torch.dtype) -> None:
     save(tmp_path, dtype=stored)
     model = load_model(tmp_path, quant_type="fp4", block_size=128, double_quant=False)
     file = load_file(tmp_path / "model.safetensors")

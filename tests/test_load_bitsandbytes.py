@@ -92,7 +92,7 @@ def test_weights_and_logits_are_theirs_and_the_file_is_saved_again(
     assert torch.equal(logits(plain.train()), expected)
 
 
-def test_maps_that_differ_are_honoured_and_saved(tmp_path: Path) -> None:
+def test_maps_that_differ_are_honored_and_saved(tmp_path: Path) -> None:
     """Both libraries' files hold their maps; bitsandbytes does not look at the 16 levels, and this library does."""
     from safetensors.torch import save_file
 

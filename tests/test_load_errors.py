@@ -94,7 +94,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ),
     ("a size that does not fit", lambda f: edit_config(f, num_attention_heads=5), "not a multiple of the number of"),
     (
-        "other quantisation",
+        "other quantization",
         lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}),
         "holds gptq weights",
     ),
@@ -123,8 +123,8 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("bad shape", lambda f: edit_header(f, lambda h: h[TENSOR].update(shape=[-1, 4])), f"{TENSOR} is malformed"),
     ("other size", lambda f: edit_header(f, lambda h: h[TENSOR].update(shape=[96, 63])), r"24,192 bytes.*24,576"),
     ("other dtype", lambda f: edit_header(f, lambda h: h[TENSOR].update(dtype="F4")), f"{TENSOR} has dtype F4"),
-    ("NaN", lambda f: edit_tensors(f, put(float("nan"))), f"{TENSOR} cannot be quantised.*5"),
-    ("infinity", lambda f: edit_tensors(f, put(float("inf"))), f"{TENSOR} cannot be quantised.*5"),
+    ("NaN", lambda f: edit_tensors(f, put(float("nan"))), f"{TENSOR} cannot be quantized.*5"),
+    ("infinity", lambda f: edit_tensors(f, put(float("inf"))), f"{TENSOR} cannot be quantized.*5"),
     (
         "NaN in the embedding",
         lambda f: edit_tensors(f, put(float("nan"), "model.embed_tokens.weight")),

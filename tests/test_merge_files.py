@@ -124,7 +124,7 @@ def tiny_tokenizer(folder: Path) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("base", ["original", "dequantized"])
-def test_nf4_is_the_merged_weight_quantised(files: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nf4_is_the_merged_weight_quantized(files: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = files / f"nf4-{base}"
     options = ("--base", base, "--to", "nf4", "--block-size", "32", *(("--check",) if base == "dequantized" else ()))
     result = merge(capsys, files / "model", files / "adapter", "--out", out, *options)

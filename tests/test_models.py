@@ -101,7 +101,7 @@ def test_experts_merge_to_the_original_weights(tmp_path: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_experts_quantised_one_by_one_have_the_bytes_of_the_stack(tmp_path: Path, double_quant: bool) -> None:
+def test_experts_quantized_one_by_one_have_the_bytes_of_the_stack(tmp_path: Path, double_quant: bool) -> None:
     dense = make("Mixtral", torch.bfloat16, num_hidden_layers=1, num_local_experts=4)
     dense.save_pretrained(tmp_path)  # experts one by one
     model = qn.load_model(tmp_path, double_quant=double_quant)

@@ -18,23 +18,23 @@ def layer(bias: bool = True, **options: object) -> QuantizedLinear:
 
 def test_from_linear_and_back() -> None:
     dense = torch.nn.Linear(64, 32)
-    quantised = QuantizedLinear.from_linear(dense, quant_type="fp4", block_size=32)
-    back = quantised.dequantize()
+    quantized = QuantizedLinear.from_linear(dense, quant_type="fp4", block_size=32)
+    back = quantized.dequantize()
     assert type(back) is torch.nn.Linear
     x = torch.randn(3, 64)
-    assert relative_error(back(x), quantised(x)) < 1e-6
+    assert relative_error(back(x), quantized(x)) < 1e-6
     assert relative_error(back.weight, dense.weight) < 0.2
     assert back.bias is dense.bias
-    assert isinstance(quantised, torch.nn.Linear)
-    assert "fp4, block_size=32, double_quant=True" in repr(quantised)
+    assert isinstance(quantized, torch.nn.Linear)
+    assert "fp4, block_size=32, double_quant=True" in repr(quantized)
 
 
 def test_shape_of_the_parameter() -> None:
-    quantised = layer()
-    assert quantised.weight.dtype == torch.uint8
-    assert quantised.weight.shape == (1024, 1)
-    assert not quantised.weight.requires_grad
-    assert [name for name, _ in quantised.named_parameters()] == ["weight", "bias"]
+    quantized = layer()
+    assert quantized.weight.dtype == torch.uint8
+    assert quantized.weight.shape == (1024, 1)
+    assert not quantized.weight.requires_grad
+    assert [name for name, _ in quantized.named_parameters()] == ["weight", "bias"]
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -60,7 +60,7 @@ def test_loading_copies() -> None:
     assert (target.weight != 0).any()
 
 
-def test_loading_a_dense_weight_quantises_it() -> None:
+def test_loading_a_dense_weight_quantizes_it() -> None:
     dense = torch.nn.Linear(64, 32)
     target = layer(block_size=32)
     target.load_state_dict(dense.state_dict())
@@ -92,45 +92,45 @@ def test_inside_a_model() -> None:
 
 def test_casts_change_no_scale() -> None:
     for double_quant in (False, True):
-        quantised = layer(double_quant=double_quant)
-        before = quantised.quantized
+        quantized = layer(double_quant=double_quant)
+        before = quantized.quantized
         for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.float()):
-            cast(quantised)
-            after = quantised.quantized
+            cast(quantized)
+            after = quantized.quantized
             for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
                 left, right = getattr(before, name), getattr(after, name)
                 assert (left is None and right is None) or same_bytes(left, right)
-        assert quantised.bias.dtype == torch.float32
+        assert quantized.bias.dtype == torch.float32
 
 
 def test_made_under_a_16_bit_default_dtype() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
-        quantised = QuantizedLinear(64, 32, double_quant=False)
+        quantized = QuantizedLinear(64, 32, double_quant=False)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert quantised.absmax.dtype == torch.float32
+    assert quantized.absmax.dtype == torch.float32
 
 
 def test_evaluation_changes_nothing() -> None:
-    quantised = layer()
-    before = copy.deepcopy(quantised.state_dict())
-    quantised.eval()
+    quantized = layer()
+    before = copy.deepcopy(quantized.state_dict())
+    quantized.eval()
     with torch.inference_mode():
-        quantised(torch.randn(1, 64))
-    quantised.train()
+        quantized(torch.randn(1, 64))
+    quantized.train()
     x = torch.randn(3, 64, requires_grad=True)
-    quantised(x).sum().backward()
+    quantized(x).sum().backward()
     assert x.grad is not None
-    after = quantised.state_dict()
+    after = quantized.state_dict()
     assert all(same_bytes(after[key], before[key]) for key in before)
 
 
 def test_gradient_checkpointing() -> None:
-    quantised = layer()
+    quantized = layer()
     x = torch.randn(3, 64, requires_grad=True)
-    torch.utils.checkpoint.checkpoint(quantised, x, use_reentrant=False).sum().backward()
+    torch.utils.checkpoint.checkpoint(quantized, x, use_reentrant=False).sum().backward()
     got = x.grad
     x.grad = None
-    quantised(x).sum().backward()
+    quantized(x).sum().backward()
     assert torch.equal(got, x.grad)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""qn.optim as a torch optimiser: schedulers, groups, checkpoints, clipping, GradScaler, and what 8-bit states cost."""
+"""qn.optim as a torch optimizer: schedulers, groups, checkpoints, clipping, GradScaler, and what 8-bit states cost."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_states_that_do_not_fit_are_told() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A torch optimiser's habits
+# A torch optimizer's habits
 
 
 def test_closure_hooks_and_missing_gradients() -> None:

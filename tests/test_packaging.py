@@ -51,11 +51,11 @@ def test_the_extras_are_there() -> None:
     assert {"train", "demo", "bench", "test", "dev"} <= set(extras)
 
 
-def test_the_licence_is_said_and_shipped() -> None:
+def test_the_license_is_said_and_shipped() -> None:
     assert importlib.metadata.metadata(DISTRIBUTION)["License-Expression"] == "Apache-2.0"
     files = importlib.metadata.files(DISTRIBUTION) or []
-    licences = [path for path in files if path.name == "LICENSE"]
-    assert licences and "Apache License" in licences[0].read_text(encoding="utf-8")
+    licenses = [path for path in files if path.name == "LICENSE"]
+    assert licenses and "Apache License" in licenses[0].read_text(encoding="utf-8")
 
 
 def test_build_info_has_the_promised_keys() -> None:

@@ -1,4 +1,4 @@
-"""Packing: full sequences, the same every time, and rows that see nothing of their neighbours."""
+"""Packing: full sequences, the same every time, and rows that see nothing of their neighbors."""
 
 from __future__ import annotations
 

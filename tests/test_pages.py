@@ -66,7 +66,7 @@ def test_gathered_memory_lies_in_huge_pages() -> None:
     assert bool((t == 7).all())
 
 
-def test_a_quantised_weight_is_expected_and_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_weight_is_expected_and_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[tuple[int, int]] = []
     monkeypatch.setattr(_pages, "_advise", lambda tensor, advice: advised.append((tensor.data_ptr(), advice)))
     w = qn.quantize(torch.randn(64, 64))

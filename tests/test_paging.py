@@ -210,7 +210,7 @@ def test_without_pressure_nothing_moves(tmp_path: Path) -> None:
 
 
 def test_the_watcher_moves_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The thread that the optimiser starts, with a reading of its own."""
+    """The thread that the optimizer starts, with a reading of its own."""
     from qlora_native.optim import pressure
 
     free = Free(0, 1 << 30, "a test")

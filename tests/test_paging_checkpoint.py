@@ -134,7 +134,7 @@ def test_states_take_the_form_that_bits_asks_for(before: Any, after: Any, kind: 
 
 
 def test_states_may_change_places(tmp_path: Path) -> None:
-    """An optimiser's own live states, loaded in another order."""
+    """An optimizer's own live states, loaded in another order."""
     params = parameters(sizes=(5000, 5000))
     optimizer = qn.optim.AdamW(params, page_dir=tmp_path)
     train(optimizer, params, range(2))

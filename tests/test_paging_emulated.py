@@ -1,4 +1,4 @@
-"""Paged optimisers of a CUDA device, over the emulator: bytes, moves, launches, what is said and what is kept.
+"""Paged optimizers of a CUDA device, over the emulator: bytes, moves, launches, what is said and what is kept.
 
 What the stores themselves do is held by tests/cuda_on_cpu/test_managed_store.cc.
 """

@@ -99,7 +99,7 @@ def test_weights_of_one_rank_of_four(tmp_path: Path) -> None:
     for part in on_ranks(4, memory_of, cut, tmp_path):
         assert part["held"] <= 0.30 * whole["held"], (part, whole)
         assert part["rest"] <= 0.30 * whole["rest"] + OBJECTS, (part, whole)
-        # A layer that is not complete, the tensor at hand in 16 bits and what quantising it takes; never the model.
+        # A layer that is not complete, the tensor at hand in 16 bits and what quantizing it takes; never the model.
         assert part["loading"] <= part["rest"] + plan.gathered_blocks // 3 + 2 * LARGEST, (part, whole)
         # In a step what is gathered for a moment comes on top, and what a step takes on one process.
         in_step = plan.gathered_blocks + whole["peak"] - whole["rest"]

@@ -101,7 +101,7 @@ def count_nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_nothing_dequantised_is_kept_for_backward(folder: Path) -> None:
+def test_nothing_dequantized_is_kept_for_backward(folder: Path) -> None:
     ours = peft.get_peft_model(base(folder), qn.peft_config(r=4)).train()
     layer = ours.base_model.model.model.layers[0].mlp.up_proj
     with SavedTensors() as saved:
@@ -133,7 +133,7 @@ def test_the_layers_survive_saving(tmp_path: Path, folder: Path, config: str) ->
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 8}, {"use_dora": True}], ids=str)
-def test_merging_quantises_the_sum(folder: Path, options: dict[str, Any]) -> None:
+def test_merging_quantizes_the_sum(folder: Path, options: dict[str, Any]) -> None:
     ours, theirs = both(folder, **options)
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     with_adapter = logits(ours)
@@ -182,7 +182,7 @@ def test_several_adapters(folder: Path) -> None:
     ours.delete_adapter("second")
 
 
-def test_initialisations_that_read_the_weights_are_refused(folder: Path) -> None:
+def test_initializations_that_read_the_weights_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="init_lora_weights is 'pissa'.*these are 4-bit: expected one of True"):
         peft.get_peft_model(base(folder), qn.peft_config(init_lora_weights="pissa"))
 

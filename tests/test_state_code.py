@@ -1,4 +1,4 @@
-"""The 8-bit codes of optimiser states: their values from the description, and that encoding is nearest and monotone."""
+"""The 8-bit codes of optimizer states: their values from the description, and that encoding is nearest and monotone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def all_codes(dtype: torch.dtype) -> torch.Tensor:
 
 
 def described(bits: int) -> torch.Tensor:
-    """The magnitudes in double precision, from the words: 2^i even steps between neighbouring edges, the last segment
+    """The magnitudes in double precision, from the words: 2^i even steps between neighboring edges, the last segment
     up to 1, the first four down to 0."""
     edges = EDGES[8 - bits :]
     values = [2.0 ** edges[0] * i / 4 for i in range(4)]

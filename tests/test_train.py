@@ -244,7 +244,7 @@ def test_clip_bounds_the_update(model_folder: Path, tmp_path: Path, monkeypatch:
         seen.clear()
 
 
-def test_the_rate_reaches_the_optimiser(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_reaches_the_optimizer(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     plain = AdamW.step
 
@@ -261,7 +261,7 @@ def test_the_rate_reaches_the_optimiser(model_folder: Path, tmp_path: Path, monk
     ("name", "kind", "state_dtype"),
     [("adamw", AdamW, torch.float32), ("adamw8bit", AdamW, torch.int8), ("lion", Lion, torch.float32)],
 )
-def test_the_optimiser_is_the_one_named(name: Any, kind: type, state_dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_optimizer_is_the_one_named(name: Any, kind: type, state_dtype: torch.dtype, tmp_path: Path) -> None:
     options = LoopSection(optimizer=name, clip=0.0, lr=0.5, betas=(0.1, 0.2), weight_decay=0.3)
     parameter = torch.nn.Parameter(torch.zeros(4096))
     parameter.grad = torch.ones(4096)

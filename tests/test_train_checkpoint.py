@@ -120,7 +120,7 @@ def test_a_packed_run_stopped_inside_its_second_epoch_ends_as_if_it_had_not(file
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "lion"])
-def test_other_optimisers_resume_too(files: Path, tmp_path: Path, optimizer: str) -> None:
+def test_other_optimizers_resume_too(files: Path, tmp_path: Path, optimizer: str) -> None:
     train(files, tmp_path / "whole", optimizer=optimizer)
     with pytest.raises(Crash):
         train(files, tmp_path / "out", optimizer=optimizer, on_step=crash_at(5))
@@ -128,7 +128,7 @@ def test_other_optimisers_resume_too(files: Path, tmp_path: Path, optimizer: str
     assert_as_undisturbed(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_checkpoint_older_than_the_choice_of_optimiser_is_one_of_adamw(
+def test_a_checkpoint_older_than_the_choice_of_optimizer_is_one_of_adamw(
     files: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -349,7 +349,7 @@ def test_the_old_one_goes_only_once_the_new_one_is_safe(tmp_path: Path, monkeypa
     assert events[written + 1 :] == [f"fsync {tmp_path.name}", "rename step-000001"]
 
 
-def test_optimiser_and_random_state_come_back(tmp_path: Path) -> None:
+def test_optimizer_and_random_state_come_back(tmp_path: Path) -> None:
     optimizer = trained_optimizer(7)
     folder = write(tmp_path, 3, optimizer)
     drawn = (torch.rand(3), random.random(), np.random.rand())

@@ -128,7 +128,7 @@ def test_a_change_that_no_config_field_tells_of_is_seen() -> None:
     assert loss.item() == pytest.approx(truth(model, batch).item(), rel=1e-5)
 
 
-def test_quantised_output_embedding() -> None:
+def test_quantized_output_embedding() -> None:
     model, batch = make(PLAIN["llama"]), make_batch()
     layer = QuantizedLinear.from_linear(model.lm_head)
     model.lm_head = layer

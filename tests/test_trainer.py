@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFTTrainer on 4-bit models with our optimiser; a whole step under torch.compile."""
+"""transformers' Trainer and TRL's SFTTrainer on 4-bit models with our optimizer; a whole step under torch.compile."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_sft_trainer(tmp_path: Path) -> None:
     from qlora_native.integrations.peft import QuantizedLoraLinear
 
     folder = write_model(tmp_path / "base", num_hidden_layers=1)
-    rows = [{"text": f"what is {colour}? {thing}"} for colour, thing in FACTS]
+    rows = [{"text": f"what is {color}? {thing}"} for color, thing in FACTS]
     trainer = trl.SFTTrainer(
         model=base(folder),
         args=trl.SFTConfig(

@@ -40,7 +40,7 @@ def test_the_model_is_that_of_load_model(tmp_path: Path, stored: torch.dtype, dt
     ours = qn.load_model(tmp_path, dtype=dtype, fuse=False)
     state, expected = model.state_dict(), ours.state_dict()
     assert state.keys() == expected.keys()
-    if stored != torch.bfloat16 or dtype != torch.float16:  # transformers casts before, load_model after quantising
+    if stored != torch.bfloat16 or dtype != torch.float16:  # transformers casts before, load_model after quantizing
         assert all(torch.equal(state[name], expected[name]) for name in state)
         assert torch.equal(logits(model), logits(ours))
     assert model.load_report.dense == ours.load_report.dense
@@ -182,7 +182,7 @@ def test_a_nan_is_named(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(qn.UserError, match=r"up_proj\.weight cannot be quantised: element \[3, 4\].*is nan") as told:
+    with pytest.raises(qn.UserError, match=r"up_proj\.weight cannot be quantized: element \[3, 4\].*is nan") as told:
         load(tmp_path)
     assert "\n" not in str(told.value)
 

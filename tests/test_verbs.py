@@ -114,7 +114,7 @@ def test_three_likely_mistakes_are_one_sentence_each(
 def test_output_is_plain_lines_where_there_is_no_terminal(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A screen reader gets text from top to bottom: no colours, no line that is written over. The tutorial's test looks
+    """A screen reader gets text from top to bottom: no colors, no line that is written over. The tutorial's test looks
     at the other verbs."""
     monkeypatch.chdir(tmp_path)
     bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")  # read by transformers and tqdm when they are imported

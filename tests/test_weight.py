@@ -103,7 +103,7 @@ def test_bnb_round_trip(storage: torch.dtype, double_quant: bool) -> None:
     assert all(same_bytes(again[key], tensors[key]) for key in tensors)
 
 
-def test_foreign_maps_are_honoured_and_saved_again() -> None:
+def test_foreign_maps_are_honored_and_saved_again() -> None:
     w = qn.quantize(torch.randn(32, 64))
     tensors = qn.to_bnb(w)
     tensors["weight.quant_map"] = torch.nextafter(tensors["weight.quant_map"], torch.tensor(2.0))

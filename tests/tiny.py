@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 FACTS = [
     ("red", "apple"), ("yellow", "banana"), ("green", "pear"), ("blue", "plum"), ("orange", "carrot"),
     ("white", "leek"), ("brown", "walnut"), ("black", "olive"), ("pink", "radish"), ("violet", "aubergine"),
-    ("grey", "mussel"), ("gold", "maize"),
+    ("gray", "mussel"), ("gold", "maize"),
 ]  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def write_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([f"what is {colour}? {thing}" for colour, thing in FACTS], trainer)
+    tokenizer.train_from_iterator([f"what is {color}? {thing}" for color, thing in FACTS], trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
     ).save_pretrained(folder)
@@ -67,8 +67,8 @@ def write_rows(path: Path, count: int = len(FACTS)) -> Path:
     """``count`` rows in the messages format; rows differ in length."""
     rows = []
     for number in range(count):
-        colour, thing = FACTS[number % len(FACTS)]
-        question = f"what is {colour}?" if number % 3 else f"say, what is {colour} and good?"
+        color, thing = FACTS[number % len(FACTS)]
+        question = f"what is {color}?" if number % 3 else f"say, what is {color} and good?"
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": thing}]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-// Sizes of a quantised weight. Blocks run over the flattened tensor, so only the element count matters.
+// Sizes of a quantized weight. Blocks run over the flattened tensor, so only the element count matters.
 #pragma once
 
 #include <cstdint>

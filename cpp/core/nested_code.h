@@ -1,6 +1,6 @@
-// The 256-entry signed dynamic code that double quantisation stores scales in.
+// The 256-entry signed dynamic code that double quantization stores scales in.
 //
-// Seven decades; decade i holds 2^i values a sign, each the middle of two neighbours of linspace(0.1, 1, 2^i + 1),
+// Seven decades; decade i holds 2^i values a sign, each the middle of two neighbors of linspace(0.1, 1, 2^i + 1),
 // times 10^(i - 6); then 0 and 1. (Dettmers, "8-bit approximations for parallelism in deep learning", 2016, in the
 // form bitsandbytes computes it: fp32, with one rounding per linspace point.)
 #pragma once

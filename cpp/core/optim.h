@@ -1,4 +1,4 @@
-// What an optimiser's step is given, and the numbers that are the same for all elements of a tensor. The arithmetic of
+// What an optimizer's step is given, and the numbers that are the same for all elements of a tensor. The arithmetic of
 // an element stands with the kernels, which give the same bits: cpu/kernels-optim-inl.h, cuda/adamw_step.cuh and
 // cuda/lion_step.cuh.
 //
@@ -13,7 +13,7 @@
 
 namespace qlora_native {
 
-// One tensor that an optimiser updates: a row of ten 64-bit numbers, so that a table of addresses and sizes made
+// One tensor that an optimizer updates: a row of ten 64-bit numbers, so that a table of addresses and sizes made
 // elsewhere can be read as it is.
 struct OptimTensor {
   void* param;               // [numel] of dtype

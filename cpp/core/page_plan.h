@@ -1,4 +1,4 @@
-// Where the states of an optimiser lie in one arena, how the arena is cut into chunks that move as a whole, and in what
+// Where the states of an optimizer lie in one arena, how the arena is cut into chunks that move as a whole, and in what
 // order a step brings them in, updates them and sends them away. Sizes alone decide; both page stores, of the CPU and
 // of CUDA, follow it.
 //

@@ -1,4 +1,4 @@
-// A matrix product with a quantised weight, or its input gradient, as every device's kernels are given it.
+// A matrix product with a quantized weight, or its input gradient, as every device's kernels are given it.
 #pragma once
 
 #include <cstdint>

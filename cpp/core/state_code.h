@@ -1,4 +1,4 @@
-// The two 8-bit codes of optimiser states: magnitudes relative to the largest of a block of 256, finer near the top.
+// The two 8-bit codes of optimizer states: magnitudes relative to the largest of a block of 256, finer near the top.
 //
 // They are dynamic codes in the manner of Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022): the
 // segment of magnitudes [2^i, 2^(i+1)) holds 2^i evenly spaced values that span about a decade. Two things differ from
@@ -130,11 +130,11 @@ class BlockScale {
   QLORA_NATIVE_HD explicit BlockScale(uint32_t highest)
       : absmax(std::bit_cast<float>(highest < 0x7f800000u ? highest : 0x7fc00000u)),
         encodes(highest > 0 && highest < 0x7f800000u),
-        normaliser(encodes ? normaliser_of(absmax) : Normaliser{0.0f, false}) {}
+        normalizer(encodes ? normalizer_of(absmax) : Normalizer{0.0f, false}) {}
 
   float absmax;
   bool encodes;
-  Normaliser normaliser;
+  Normalizer normalizer;
 };
 
 }  // namespace qlora_native

@@ -1,4 +1,4 @@
-// A quantised weight as raw pointers: what every kernel that reads one is given.
+// A quantized weight as raw pointers: what every kernel that reads one is given.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@ namespace qlora_native {
 
 struct WeightView {
   const uint8_t* packed;        // [ceil(numel / 2)]
-  const float* absmax;          // [blocks], null when double-quantised
-  const uint8_t* absmax_codes;  // [blocks], null unless double-quantised
+  const float* absmax;          // [blocks], null when double-quantized
+  const uint8_t* absmax_codes;  // [blocks], null unless double-quantized
   const float* nested_absmax;   // [ceil(blocks / 256)]
   const float* nested_offset;   // [1]
   const float* nested_code;     // [256]

@@ -43,13 +43,13 @@ void round_column(const FeedbackJob& job, const Nearest<kType>& nearest, const P
                   int64_t row, int64_t rows, int64_t column, float* errors) {
   alignas(64) uint8_t codes[kFeedbackRows];
   for (int begin = 0; begin < kFeedbackRows; begin += kSumLanes) {
-    Floats normalised[kParts];
+    Floats normalized[kParts];
     Floats levels[kParts];
     for (int part = 0; part < kParts; ++part) {
-      normalised[part] = multiply(target[begin / kLanes + part], load(of.reciprocal + begin + part * kLanes));
+      normalized[part] = multiply(target[begin / kLanes + part], load(of.reciprocal + begin + part * kLanes));
     }
-    nearest.levels(normalised, levels);
-    nearest.codes(normalised, codes + begin);
+    nearest.levels(normalized, levels);
+    nearest.codes(normalized, codes + begin);
     for (int part = 0; part < kParts; ++part) {
       const int at = begin + part * kLanes;
       store(errors + at, subtract(load(of.weight + at), multiply(levels[part], load(of.scale + at))));

@@ -1,4 +1,4 @@
-// The optimisers' kernels, once. Included by kernels-inl.h; see there and core/state_code.h.
+// The optimizers' kernels, once. Included by kernels-inl.h; see there and core/state_code.h.
 //
 // An element's arithmetic, in fp32 with every operation rounded, whatever the instruction set:
 //   g = grad * grad_factor (+ coupled_decay * param)
@@ -106,7 +106,7 @@ inline void encode_state(const StateEncoder& encoder, const BlockScale& scale, c
     return;
   }
   const auto code = [&](int u) {
-    const Floats x = normalise(load(values + u * kLanes), scale.normaliser);
+    const Floats x = normalize(load(values + u * kLanes), scale.normalizer);
     return Code(-1) < Code(0) ? encoder.of_signed(x) : encoder.of_unsigned(x);
   };
   store_bytes(codes, code(0), code(1), code(2), code(3));

@@ -1,4 +1,4 @@
-// What an optimiser's kernel is given for one tensor, and the table entries of the optimisers.
+// What an optimizer's kernel is given for one tensor, and the table entries of the optimizers.
 #pragma once
 
 #include <cstdint>

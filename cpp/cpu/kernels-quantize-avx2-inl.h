@@ -1,4 +1,4 @@
-// Quantising whole blocks with AVX2. Even and odd elements are kept apart as in kernels-quantize-avx512-inl.h; the code
+// Quantizing whole blocks with AVX2. Even and odd elements are kept apart as in kernels-quantize-avx512-inl.h; the code
 // is found by bisection, whose tables of up to eight entries are one permutation each.
 #pragma once
 
@@ -166,9 +166,9 @@ class Nearest {
   Floats high_ = load(kLevels.value + 8);
 };
 
-// Codes of kLanes scales: nearest_nested_code() of the normalised difference from the offset.
-inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
-  const __m256i v = _mm256_castps_si256(normalise(_mm256_sub_ps(load(scales), _mm256_set1_ps(offset)), by));
+// Codes of kLanes scales: nearest_nested_code() of the normalized difference from the offset.
+inline void nested_codes(const float* scales, float offset, const Normalizer& by, uint8_t* codes) {
+  const __m256i v = _mm256_castps_si256(normalize(_mm256_sub_ps(load(scales), _mm256_set1_ps(offset)), by));
   const __m256i magnitude = _mm256_and_si256(v, _mm256_set1_epi32(0x7fffffff));
   const __m256i raised = _mm256_max_epu32(magnitude, _mm256_set1_epi32(static_cast<int>(NestedCells::kLowest)));
   const __m256i cell =

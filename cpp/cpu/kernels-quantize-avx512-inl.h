@@ -1,4 +1,4 @@
-// Quantising whole blocks with AVX-512 F, BW, DQ and VL.
+// Quantizing whole blocks with AVX-512 F, BW, DQ and VL.
 //
 // The even elements of 32 stand in one vector and the odd ones in another, so that a pair's codes meet in one 32-bit
 // lane and become their byte there; four such vectors are narrowed together to one line of 64 packed bytes.
@@ -120,7 +120,7 @@ class Encoder<QuantType::kFp4> {
   __m512i shifted_[2] = {_mm512_slli_epi32(code_[0], 4), _mm512_slli_epi32(code_[1], 4)};
 };
 
-// Codes of `count` elements, a multiple of 32; factor[b] normalises the b-th 2^log2_block of them. Ordinary stores:
+// Codes of `count` elements, a multiple of 32; factor[b] normalizes the b-th 2^log2_block of them. Ordinary stores:
 // past the caches, a quarter as many bytes as are read took longer (1.3x, on a Xeon with AMX).
 template <typename T, QuantType kType>
 void encode(const T* x, int64_t count, const float* factor, int log2_block, uint8_t* packed) {
@@ -182,9 +182,9 @@ class Nearest {
                        _mm512_loadu_si512(kIsNf4 ? kCells.lower + 16 : kFp4.above)};
 };
 
-// Codes of kLanes scales: nearest_nested_code() of the normalised difference from the offset.
-inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
-  const __m512i v = _mm512_castps_si512(normalise(_mm512_sub_ps(load(scales), _mm512_set1_ps(offset)), by));
+// Codes of kLanes scales: nearest_nested_code() of the normalized difference from the offset.
+inline void nested_codes(const float* scales, float offset, const Normalizer& by, uint8_t* codes) {
+  const __m512i v = _mm512_castps_si512(normalize(_mm512_sub_ps(load(scales), _mm512_set1_ps(offset)), by));
   const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi32(0x7fffffff));
   const __m512i raised = _mm512_max_epu32(magnitude, _mm512_set1_epi32(static_cast<int>(NestedCells::kLowest)));
   const __m512i cell =

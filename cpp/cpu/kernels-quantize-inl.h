@@ -1,4 +1,4 @@
-// Quantising blocks: the plain rule, and around the vector code of the instruction set what is the same for all.
+// Quantizing blocks: the plain rule, and around the vector code of the instruction set what is the same for all.
 //
 // Included by kernels-inl.h; the same rules hold.
 #pragma once
@@ -44,13 +44,13 @@ constexpr uint32_t kMagnitudeMask = 0x7fffffffu;
 
 // `count` elements of one block by the rule itself.
 template <typename T>
-void encode_plain(const T* x, int64_t count, const Normaliser& by, QuantType type, uint8_t* packed) {
+void encode_plain(const T* x, int64_t count, const Normalizer& by, QuantType type, uint8_t* packed) {
   const auto code = [&](int64_t i) {
     if (i >= count) {
       return zero_code(type);
     }
-    const float normalised = by(to_float(x[i]));
-    return type == QuantType::kNf4 ? nf4_code(normalised) : fp4_code(normalised);
+    const float normalized = by(to_float(x[i]));
+    return type == QuantType::kNf4 ? nf4_code(normalized) : fp4_code(normalized);
   };
   for (int64_t i = 0; i < count; i += 2) {
     packed[i / 2] = pack_nibbles(code(i), code(i + 1));
@@ -83,7 +83,7 @@ int64_t quantize_block_plain(const BlockJob& job, int64_t block) {
   if (highest == 0) {
     fill_with_zero_code(count, job.type, packed);
   } else {
-    encode_plain(x, count, normaliser_of(absmax), job.type, packed);
+    encode_plain(x, count, normalizer_of(absmax), job.type, packed);
   }
   return -1;
 }

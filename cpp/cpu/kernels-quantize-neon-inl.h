@@ -1,4 +1,4 @@
-// Quantising whole blocks with arm64's Advanced SIMD. Even and odd elements are kept apart until their codes meet in a
+// Quantizing whole blocks with arm64's Advanced SIMD. Even and odd elements are kept apart until their codes meet in a
 // byte; the code is found by bisection, as with AVX2.
 #pragma once
 
@@ -120,7 +120,7 @@ class Encoder<QuantType::kFp4> {
   uint8x16_t code_of_rank_ = code_table();
 };
 
-// Codes of `count` elements, a multiple of 32; factor[b] normalises the b-th 2^log2_block of them.
+// Codes of `count` elements, a multiple of 32; factor[b] normalizes the b-th 2^log2_block of them.
 template <typename T, QuantType kType>
 void encode(const T* x, int64_t count, const float* factor, int log2_block, uint8_t* packed) {
   constexpr int64_t kPerLine = 64 / sizeof(T);
@@ -162,10 +162,10 @@ class Nearest {
   Encoder<kType> encoder_;
 };
 
-// Codes of kLanes scales: nearest_nested_code() of the normalised difference from the offset.
+// Codes of kLanes scales: nearest_nested_code() of the normalized difference from the offset.
 // There is no gather: the look-ups go lane by lane.
-inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
-  const float32x4_t v = normalise(vsubq_f32(load(scales), vdupq_n_f32(offset)), by);
+inline void nested_codes(const float* scales, float offset, const Normalizer& by, uint8_t* codes) {
+  const float32x4_t v = normalize(vsubq_f32(load(scales), vdupq_n_f32(offset)), by);
   const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7fffffffu));
   const uint32x4_t raised = vmaxq_u32(magnitude, vdupq_n_u32(NestedCells::kLowest));
   uint32_t cell[kLanes];

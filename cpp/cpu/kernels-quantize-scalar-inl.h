@@ -1,4 +1,4 @@
-// Quantising without vector instructions: the rule itself.
+// Quantizing without vector instructions: the rule itself.
 #pragma once
 
 #include "cpu/vec.h"
@@ -46,8 +46,8 @@ class Nearest {
   static constexpr Levels kLevels = levels_of(kType);
 };
 
-// Codes of kLanes scales: nearest_nested_code() of the normalised difference from the offset.
-inline void nested_codes(const float* scales, float offset, const Normaliser& by, uint8_t* codes) {
+// Codes of kLanes scales: nearest_nested_code() of the normalized difference from the offset.
+inline void nested_codes(const float* scales, float offset, const Normalizer& by, uint8_t* codes) {
   *codes = nearest_nested_code(by(*scales - offset));
 }
 

@@ -1,4 +1,4 @@
-// Scales: double quantisation of groups of 256, and its inverse.
+// Scales: double quantization of groups of 256, and its inverse.
 //
 // Included by kernels-inl.h; the same rules hold.
 #pragma once
@@ -61,7 +61,7 @@ void quantize_scale_groups(const ScaleJob& job, int64_t first, int64_t last) {
       std::memset(codes, kNestedZero, static_cast<size_t>(count));
       continue;
     }
-    const Normaliser by = normaliser_of(highest);
+    const Normalizer by = normalizer_of(highest);
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       nested_codes(scales + i, job.offset, by, codes + i);
@@ -72,7 +72,7 @@ void quantize_scale_groups(const ScaleJob& job, int64_t first, int64_t last) {
   }
 }
 
-// Scales of blocks [first, last) of a weight whose scales are double-quantised.
+// Scales of blocks [first, last) of a weight whose scales are double-quantized.
 void decode_scales(const WeightView& weight, int64_t first, int64_t last, float* scales) {
   const float offset = *weight.nested_offset;
   while (first < last) {

@@ -18,13 +18,13 @@ float weighted_error(const Nearest<kType>& nearest, const float* x, const float*
   Floats sums[kParts];
   for (int64_t i = 0; i < count; i += kSumLanes) {
     Floats values[kParts];
-    Floats normalised[kParts];
+    Floats normalized[kParts];
     Floats levels[kParts];
     for (int part = 0; part < kParts; ++part) {
       values[part] = load(x + i + part * kLanes);
-      normalised[part] = multiply(values[part], reciprocal);
+      normalized[part] = multiply(values[part], reciprocal);
     }
-    nearest.levels(normalised, levels);
+    nearest.levels(normalized, levels);
     for (int part = 0; part < kParts; ++part) {
       const Floats error = subtract(values[part], multiply(levels[part], by));
       const Floats term = multiply(load(moment + i + part * kLanes), multiply(error, error));
@@ -39,12 +39,12 @@ template <QuantType kType>
 void encode_under(const Nearest<kType>& nearest, const float* x, int64_t count, float scale, uint8_t* packed) {
   const Floats reciprocal = all(reciprocal_or_zero(scale));
   for (int64_t i = 0; i < count; i += kSumLanes) {
-    Floats normalised[kParts];
+    Floats normalized[kParts];
     for (int part = 0; part < kParts; ++part) {
-      normalised[part] = multiply(load(x + i + part * kLanes), reciprocal);
+      normalized[part] = multiply(load(x + i + part * kLanes), reciprocal);
     }
     uint8_t codes[kSumLanes];
-    nearest.codes(normalised, codes);
+    nearest.codes(normalized, codes);
     const int64_t left = count - i < kSumLanes ? count - i : kSumLanes;
     for (int64_t j = 0; j < left; j += 2) {
       packed[(i + j) / 2] = pack_nibbles(codes[j], j + 1 < left ? codes[j + 1] : zero_code(kType));

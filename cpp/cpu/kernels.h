@@ -108,13 +108,13 @@ struct RowKernels {
 };
 
 struct Kernels {
-  // Quantises blocks [first, last). Returns the index of the first non-finite element met, or -1.
+  // Quantizes blocks [first, last). Returns the index of the first non-finite element met, or -1.
   using QuantizeBlocks = int64_t (*)(const BlockJob& job, int64_t first, int64_t last);
   // Writes elements [begin, end) of the flattened weight to out[0, end - begin), past the caches if `stream`.
   using DequantizeSpan = void (*)(const WeightView& weight, int64_t begin, int64_t end, void* out, bool stream);
   // sums[g] of each group g in [first, last) of 256 of the values, added in the order of a halving tree.
   using SumGroups = void (*)(const float* values, int64_t count, int64_t first, int64_t last, double* sums);
-  // Double quantisation of groups [first, last) of 256 scales.
+  // Double quantization of groups [first, last) of 256 scales.
   using QuantizeScaleGroups = void (*)(const ScaleJob& job, int64_t first, int64_t last);
   // Undoes it for blocks [first, last): scales[0, last - first).
   using DecodeScales = void (*)(const WeightView& weight, int64_t first, int64_t last, float* scales);

@@ -13,7 +13,7 @@
 
 namespace qlora_native::cpu {
 
-// The stores of one optimiser. Not for two threads at a time.
+// The stores of one optimizer. Not for two threads at a time.
 class Pager {
  public:
   // Takes a store in, whose arena `plan` lays out. The plan's tensors are numbered on from those taken in before.

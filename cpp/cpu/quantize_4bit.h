@@ -1,4 +1,4 @@
-// Quantise to 4 bits, with or without double quantisation. Pointers are trusted: the bindings check.
+// Quantize to 4 bits, with or without double quantization. Pointers are trusted: the bindings check.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ int64_t quantize_4bit(const void* x,  // [numel]
                       uint8_t* packed,  // [ceil(numel / 2)]
                       float* absmax);   // [blocks]
 
-// Double quantisation: scales to 8 bits around their mean, in blocks of 256. The mean is a sum in a fixed order in
+// Double quantization: scales to 8 bits around their mean, in blocks of 256. The mean is a sum in a fixed order in
 // double precision, so that neither threads nor devices can change it.
 void quantize_scales(const float* absmax,  // [blocks]
                      int64_t blocks,

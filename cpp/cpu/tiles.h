@@ -22,7 +22,7 @@ inline constexpr int64_t kTileStrip = 2 * kTileRows;  // output columns that two
 // sets.
 inline constexpr int64_t kPanelStep = 2 * kTileSize + 32;
 
-// A matrix [rows, columns] whose rows are decoded as they are needed: quantised, or dense bf16.
+// A matrix [rows, columns] whose rows are decoded as they are needed: quantized, or dense bf16.
 struct TileSource {
   const WeightView* weight;
   const float* scales;  // [blocks] of the weight, decoded
@@ -76,7 +76,7 @@ struct TileKernels {
   Outer outer;
 };
 
-// A matrix as the driver takes it: quantised, or dense bf16 where weight is null.
+// A matrix as the driver takes it: quantized, or dense bf16 where weight is null.
 struct TileMatrix {
   const WeightView* weight;
   const Bf16* dense;

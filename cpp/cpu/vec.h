@@ -67,7 +67,7 @@ inline void transpose_16(const void* in, int64_t stride, Sixteen* out) {
 #endif
 
 inline Floats broadcast(const float* p) { return all(*p); }
-inline Floats normalise(Floats v, const Normaliser& by) {
+inline Floats normalize(Floats v, const Normalizer& by) {
   return by.divides ? divide(v, all(by.factor)) : multiply(v, all(by.factor));
 }
 // To the first cache, and to the second. One lane is too slow to wait for memory.

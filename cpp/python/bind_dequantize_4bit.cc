@@ -45,7 +45,7 @@ void bind_dequantize_4bit(py::module_& module) {
              "Decode a rectangle of a weight of rows of row_length to a dense row-major buffer.");
   module.def("decode_scales", &decode_scales, py::arg("absmax_codes"), py::arg("nested_absmax"),
              py::arg("nested_offset"), py::arg("nested_code"), py::arg("blocks"), py::arg("scales"),
-             py::call_guard<py::gil_scoped_release>(), "Undo double quantisation: 8-bit codes to fp32 scales.");
+             py::call_guard<py::gil_scoped_release>(), "Undo double quantization: 8-bit codes to fp32 scales.");
 }
 
 }  // namespace qlora_native::python

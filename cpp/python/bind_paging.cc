@@ -81,7 +81,7 @@ void bind_paging(py::module_& module) {
       .def_property_readonly("bytes_out", &cpu::FileStore::bytes_out)
       .def("resident_bytes", py::overload_cast<>(&cpu::FileStore::resident_bytes, py::const_), unlocked);
 
-  py::class_<cpu::Pager>(module, "Pager", "Moves the chunks of stores in and out around an optimiser's step.")
+  py::class_<cpu::Pager>(module, "Pager", "Moves the chunks of stores in and out around an optimizer's step.")
       .def(py::init<>())
       .def("add", &add, py::arg("store"), py::arg("plan"))
       .def("to_file", &cpu::Pager::to_file, unlocked)

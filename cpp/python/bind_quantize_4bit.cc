@@ -30,10 +30,10 @@ void quantize_scales(Address absmax, int64_t blocks, Address codes, Address nest
 void bind_quantize_4bit(py::module_& module) {
   module.def("quantize_4bit", &quantize, py::arg("x"), py::arg("dtype"), py::arg("numel"), py::arg("block_size"),
              py::arg("quant_type"), py::arg("packed"), py::arg("absmax"), py::call_guard<py::gil_scoped_release>(),
-             "Quantise numel elements at address x; returns the index of a non-finite one, or -1.");
+             "Quantize numel elements at address x; returns the index of a non-finite one, or -1.");
   module.def("quantize_scales", &quantize_scales, py::arg("absmax"), py::arg("blocks"), py::arg("codes"),
              py::arg("nested_absmax"), py::arg("nested_offset"), py::call_guard<py::gil_scoped_release>(),
-             "Double quantisation of fp32 scales to 8-bit codes in blocks of 256.");
+             "Double quantization of fp32 scales to 8-bit codes in blocks of 256.");
 }
 
 }  // namespace qlora_native::python

@@ -1,4 +1,4 @@
-// The order in which a bound optimiser's step updates its tensors.
+// The order in which a bound optimizer's step updates its tensors.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// The table of tensors that the optimisers' functions are given: int64 [num_tensors, kRowLength], addresses and sizes.
+// The table of tensors that the optimizers' functions are given: int64 [num_tensors, kRowLength], addresses and sizes.
 #pragma once
 
 #include <vector>

@@ -45,7 +45,7 @@ void bind_quantize_4bit(py::module_& module) {
   module.def("quantize_scales", &quantize_scales, py::arg("absmax"), py::arg("blocks"), py::arg("codes"),
              py::arg("nested_absmax"), py::arg("nested_offset"), py::arg("workspace"), py::arg("workspace_bytes"),
              py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
-             "Double quantisation of the scales of quantize_4bit.");
+             "Double quantization of the scales of quantize_4bit.");
 }
 
 }  // namespace qlora_native::python

@@ -1,4 +1,4 @@
-// What the optimisers' bindings are given: addresses in device memory of a table of tensors and of its chunks.
+// What the optimizers' bindings are given: addresses in device memory of a table of tensors and of its chunks.
 #pragma once
 
 #include "cuda/tensor_list.h"

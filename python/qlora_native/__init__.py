@@ -1,6 +1,6 @@
 """QLoRA as a native library: frozen weights in 4 bits, adapters trained beside them, on CPU and CUDA.
 
-``import qlora_native as qn`` brings the kernels (``torch.ops.qlora_native``), the quantised weight, the differentiable
+``import qlora_native as qn`` brings the kernels (``torch.ops.qlora_native``), the quantized weight, the differentiable
 functions and the linear layer. Whatever needs transformers is imported when it is first used.
 """
 

@@ -11,12 +11,12 @@ from . import _C
 
 QUANT_TYPES = ("nf4", "fp4")  # index = the number that crosses into C++
 DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-STATE_BLOCK: int = _C.state_block  # elements of an 8-bit optimiser state that share an absmax
+STATE_BLOCK: int = _C.state_block  # elements of an 8-bit optimizer state that share an absmax
 
 
 @cache
 def levels(quant_type: int) -> torch.Tensor:
-    """The 16 levels of a quantisation type, fp32 [16] on CPU."""
+    """The 16 levels of a quantization type, fp32 [16] on CPU."""
     return torch.tensor(_C.levels(quant_type), dtype=torch.float32, device="cpu")
 
 
@@ -28,7 +28,7 @@ def boundaries(quant_type: int) -> torch.Tensor:
 
 @cache
 def nested_code() -> torch.Tensor:
-    """The 256 values that double-quantised scales are stored in, fp32 [256] on CPU."""
+    """The 256 values that double-quantized scales are stored in, fp32 [256] on CPU."""
     return torch.tensor(_C.nested_code(), dtype=torch.float32, device="cpu")
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-# Relative error (Frobenius) of a product against the fp64 truth on the same dequantised weight: half an ulp of the
+# Relative error (Frobenius) of a product against the fp64 truth on the same dequantized weight: half an ulp of the
 # output's rounding, plus the operands' (adapters and their intermediate are rounded to x's dtype).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
@@ -14,7 +14,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANT_TYPES = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-# Shapes of weights to quantise: odd counts, rows that are no multiple of the block, 1-D, 3-D, empty, many scales.
+# Shapes of weights to quantize: odd counts, rows that are no multiple of the block, 1-D, 3-D, empty, many scales.
 WEIGHT_SHAPES = (
     (0,),
     (1,),

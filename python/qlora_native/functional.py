@@ -1,4 +1,4 @@
-"""The differentiable functions: products with a quantised weight, and the loss over a large vocabulary."""
+"""The differentiable functions: products with a quantized weight, and the loss over a large vocabulary."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def lora_linear(
 ) -> torch.Tensor:
     """y = x W^T + bias + scale * (x_lora A^T) B^T as one autograd node.
 
-    Saved for backward: x_lora, x_lora A^T, A and B; nothing dequantised. Adapters are cast to x's dtype for their
+    Saved for backward: x_lora, x_lora A^T, A and B; nothing dequantized. Adapters are cast to x's dtype for their
     products (to float32 for a few tokens on a CPU) and get gradients in their own dtype.
 
     Args:

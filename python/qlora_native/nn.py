@@ -21,14 +21,14 @@ class QuantizedLinear(nn.Linear):
 
     ``weight`` is a frozen uint8 parameter [ceil(n/2), 1]; scales are buffers beside it. The state_dict holds the keys
     of bitsandbytes' Linear4bit (see :func:`qlora_native.to_bnb`), unless the weight is cut over processes
-    (:attr:`is_cut`); loading a float [N, K] weight quantises it. Casting
+    (:attr:`is_cut`); loading a float [N, K] weight quantizes it. Casting
     the module (``.half()``, ``.to(dtype)``) changes the bias alone: codes and scales keep their bits.
 
     Args:
         in_features, out_features, bias: as nn.Linear.
         quant_type, block_size, double_quant: as :func:`qlora_native.quantize`.
         dtype: dtype of the dense weight that this stands for, and of the bias.
-        device: where the (uninitialised) tensors are made; "meta" is allowed.
+        device: where the (uninitialized) tensors are made; "meta" is allowed.
 
     Attributes:
         compute_dtype: the dtype that x is cast to for the product; None, the default, takes x's own. The output has
@@ -120,7 +120,7 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> QuantizedLinear:
-        """Quantise a dense layer; ``options`` as :func:`qlora_native.quantize`. The bias is shared, not copied."""
+        """Quantize a dense layer; ``options`` as :func:`qlora_native.quantize`. The bias is shared, not copied."""
         layer = cls.from_quantized(weight.quantize(linear.weight, **options), linear.bias)
         return layer.train(linear.training)
 
@@ -199,7 +199,7 @@ class QuantizedLinear(nn.Linear):
         return self._prepared.matrix(arguments)
 
     def reset_parameters(self) -> None:
-        """Does nothing: a frozen weight has no initialisation of its own."""
+        """Does nothing: a frozen weight has no initialization of its own."""
 
     def extra_repr(self) -> str:
         about = self._about

@@ -19,19 +19,19 @@ def _padded_blocks(flat: torch.Tensor, block: int) -> torch.Tensor:
     return F.pad(flat, (0, -flat.numel() % block)).reshape(-1, block)
 
 
-def _normalised(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def _normalized(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     reciprocal = 1.0 / absmax
     overflow = torch.isinf(reciprocal)
     return torch.where(overflow[:, None], blocks / absmax[:, None], blocks * reciprocal[:, None])
 
 
-def _codes(normalised: torch.Tensor, quant_type: int) -> torch.Tensor:
-    bounds = _native.boundaries(quant_type).to(normalised.device)
+def _codes(normalized: torch.Tensor, quant_type: int) -> torch.Tensor:
+    bounds = _native.boundaries(quant_type).to(normalized.device)
     if quant_type == 0:
-        return torch.bucketize(normalised, bounds).to(torch.uint8)  # how many boundaries lie strictly below
-    rank = torch.bucketize(normalised.abs(), bounds)
-    code_of_rank = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], device=normalised.device)
-    return (code_of_rank[rank] | (normalised < 0) * 8).to(torch.uint8)
+        return torch.bucketize(normalized, bounds).to(torch.uint8)  # how many boundaries lie strictly below
+    rank = torch.bucketize(normalized.abs(), bounds)
+    code_of_rank = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], device=normalized.device)
+    return (code_of_rank[rank] | (normalized < 0) * 8).to(torch.uint8)
 
 
 def quantize_blocks(t: torch.Tensor, quant_type: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +44,7 @@ def quantize_blocks(t: torch.Tensor, quant_type: int, block_size: int) -> tuple[
     blocks = _padded_blocks(flat, block_size)
     absmax = blocks.abs().amax(1) if flat.numel() else flat.new_zeros(0)
     zero_code = 7 if quant_type == 0 else 0
-    codes = torch.where((absmax == 0)[:, None], zero_code, _codes(_normalised(blocks, absmax), quant_type))
+    codes = torch.where((absmax == 0)[:, None], zero_code, _codes(_normalized(blocks, absmax), quant_type))
     return pack(codes.reshape(-1)[: flat.numel()].to(torch.uint8), quant_type), absmax
 
 
@@ -57,7 +57,7 @@ def non_finite_message(index: int, t: torch.Tensor) -> str:
         rest //= size
     where = f"[{', '.join(str(i) for i in reversed(position))}]"
     value = float(t.detach().reshape(-1)[index])
-    return f"quantize: element {where} of the {list(t.shape)} tensor is {value}: only finite weights can be quantised."
+    return f"quantize: element {where} of the {list(t.shape)} tensor is {value}: only finite weights can be quantized."
 
 
 def _fixed_order_mean(values: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def quantize_blockwise(t: torch.Tensor, table: torch.Tensor, block_size: int) ->
     """
     blocks = _padded_blocks(t.detach().reshape(-1).float(), block_size)
     absmax = blocks.abs().amax(1) if t.numel() else blocks.new_zeros(0)
-    values = torch.where((absmax == 0)[:, None], 0.0, _normalised(blocks, absmax))
+    values = torch.where((absmax == 0)[:, None], 0.0, _normalized(blocks, absmax))
     return nearest_index(values, table).reshape(-1)[: t.numel()].reshape(t.shape), absmax
 
 
@@ -100,7 +100,7 @@ def dequantize_blockwise(
 
 
 def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Double quantisation: codes uint8 [blocks], nested_absmax fp32 [ceil(blocks/256)], offset fp32 []."""
+    """Double quantization: codes uint8 [blocks], nested_absmax fp32 [ceil(blocks/256)], offset fp32 []."""
     if absmax.numel() == 0:
         return absmax.to(torch.uint8), absmax.clone(), absmax.new_zeros(())
     offset = _fixed_order_mean(absmax)
@@ -114,7 +114,7 @@ def scales(
     nested_offset: torch.Tensor | None,
     nested_code: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scales of all blocks, fp32 [blocks], double quantisation undone: product rounded, then sum rounded."""
+    """Scales of all blocks, fp32 [blocks], double quantization undone: product rounded, then sum rounded."""
     if nested_absmax is None or nested_offset is None:
         return absmax
     code = (_native.nested_code() if nested_code is None else nested_code).to(absmax.device)
@@ -235,7 +235,7 @@ def gptq(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + bias in double precision, rounded once to x's dtype. ``weight`` is the dequantised weight [N, K]."""
+    """x W^T + bias in double precision, rounded once to x's dtype. ``weight`` is the dequantized weight [N, K]."""
     y = x.double() @ weight.double().t()
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
@@ -296,7 +296,7 @@ def encode_state(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torc
     blocks = _padded_blocks(values.reshape(-1), STATE_BLOCK)
     absmax = blocks.abs().amax(1) if values.numel() else blocks.new_zeros(0)
     absmax = torch.where(absmax.isfinite(), absmax, math.nan)
-    x = _normalised(blocks, absmax).abs().clamp(min=lowest)
+    x = _normalized(blocks, absmax).abs().clamp(min=lowest)
     exponent = _exponent_bits(x, 5)
     magnitude = (x * beta[exponent] + alpha[exponent]).round().clamp(max=top)
     magnitude = torch.where((absmax > 0)[:, None], magnitude, 0.0)

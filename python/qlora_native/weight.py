@@ -1,4 +1,4 @@
-"""A weight in 4 bits as one value, and the two directions of bitsandbytes' serialised form."""
+"""A weight in 4 bits as one value, and the two directions of bitsandbytes' serialized form."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class QuantizedWeight:
 
     Attributes:
         packed: uint8 [ceil(n/2)], two codes a byte.
-        absmax: fp32 [blocks], or uint8 [blocks] codes when double-quantised.
-        nested_absmax: fp32 [ceil(blocks/256)], None unless double-quantised.
-        nested_offset: fp32 [], None unless double-quantised.
+        absmax: fp32 [blocks], or uint8 [blocks] codes when double-quantized.
+        nested_absmax: fp32 [ceil(blocks/256)], None unless double-quantized.
+        nested_offset: fp32 [], None unless double-quantized.
         code: fp32 [16] levels of a checkpoint that differ from the built-in ones, else None.
         nested_code: fp32 [256], likewise.
         shape: torch.Size of the dense tensor.
@@ -126,7 +126,7 @@ class QuantizedWeight:
         return out
 
     def scales(self) -> torch.Tensor:
-        """The scale of every block, fp32 [blocks], double quantisation undone."""
+        """The scale of every block, fp32 [blocks], double quantization undone."""
         return reference.scales(self.absmax, self.nested_absmax, self.nested_offset, self.nested_code)
 
     def __getitem__(self, index: int) -> QuantizedWeight:
@@ -145,7 +145,7 @@ class QuantizedWeight:
         if each % self.block_size:
             raise ValueError(
                 f"a slice of {list(self.shape)} has {each} elements, no multiple of block_size {self.block_size}: "
-                "it does not begin at a block; dequantise the whole weight instead."
+                "it does not begin at a block; dequantize the whole weight instead."
             )
         blocks = each // self.block_size
         first = (index % count) * blocks
@@ -178,7 +178,7 @@ class QuantizedWeight:
         return moved
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> QuantizedWeight:
-        """The same weight on another device. Bytes are moved, never requantised."""
+        """The same weight on another device. Bytes are moved, never requantized."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> QuantizedWeight:
@@ -186,7 +186,7 @@ class QuantizedWeight:
         return self._map(lambda t: t.pin_memory())
 
     def __repr__(self) -> str:
-        nested = ", double-quantised" if self.double_quant else ""
+        nested = ", double-quantized" if self.double_quant else ""
         return (
             f"QuantizedWeight({self.quant_type}, shape={list(self.shape)}, dtype={self.dtype}, "
             f"block_size={self.block_size}{nested}, device={self.device}, nbytes={self.nbytes})"
@@ -207,7 +207,7 @@ def quant_type_number(quant_type: str) -> int:
 def quantize(
     t: torch.Tensor, *, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
 ) -> QuantizedWeight:
-    """Quantise a tensor to 4 bits.
+    """Quantize a tensor to 4 bits.
 
     Each element becomes the nearest level of x * (1 / absmax), ties to the lower code; an all-zero block gets the code
     of zero and absmax 0. NF4 codes are bitsandbytes' bit for bit; FP4 follows its CUDA rule.
@@ -247,7 +247,7 @@ def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, torch.Tensor
     """The tensors under which bitsandbytes stores a 4-bit weight, by key.
 
     Keys: ``prefix`` (packed bytes, uint8 [ceil(n/2), 1] or another storage dtype), ``prefix.absmax``,
-    ``prefix.quant_map`` fp32 [16], with double quantisation ``prefix.nested_absmax`` and ``prefix.nested_quant_map``
+    ``prefix.quant_map`` fp32 [16], with double quantization ``prefix.nested_absmax`` and ``prefix.nested_quant_map``
     fp32 [256], and ``prefix.quant_state.bitsandbytes__nf4`` (or ``fp4``), UTF-8 JSON as uint8. Loading and saving is
     byte-identical.
 
@@ -308,7 +308,7 @@ def bnb_state_key(keys: Iterable[str], prefix: str = "weight") -> str | None:
 def from_bnb(tensors: Mapping[str, torch.Tensor], prefix: str = "weight") -> QuantizedWeight:
     """A weight from bitsandbytes' tensors (see :func:`to_bnb` for the keys; other keys are ignored).
 
-    Maps that equal the built-in tables are dropped, others are kept and honoured.
+    Maps that equal the built-in tables are dropped, others are kept and honored.
 
     Raises ValueError, naming the key, if one is missing or does not fit the others.
     """

@@ -128,7 +128,7 @@ inline int nearest(const float* levels, int count, double x) {
   return best;
 }
 
-// Midpoint of two neighbouring entries as fp32 holds it: the point that counts as a tie.
+// Midpoint of two neighboring entries as fp32 holds it: the point that counts as a tie.
 inline double midpoint(const float* table, int i) {
   return rounded(kFloat, (value_of(table[i]) + value_of(table[i + 1])) / 2.0);
 }
@@ -193,7 +193,7 @@ inline int nested_code(double x) {
 // The arithmetic rule
 
 // x brought into [-1, 1]; absmax is a positive float.
-inline double normalised(double x, double absmax) {
+inline double normalized(double x, double absmax) {
   const double reciprocal = rounded(kFloat, 1.0 / absmax);
   return rounded(kFloat, std::isinf(reciprocal) ? x / absmax : x * reciprocal);
 }
@@ -207,7 +207,7 @@ inline double scale_of(const WeightView& weight, int64_t block) {
   return rounded(kFloat, product + value_of(*weight.nested_offset));
 }
 
-inline double dequantised(const WeightView& weight, int64_t element, Format format) {
+inline double dequantized(const WeightView& weight, int64_t element, Format format) {
   const int byte = weight.packed[element >> 1];
   const int code = (element & 1) == 0 ? byte / 16 : byte % 16;
   const double scale = scale_of(weight, element / weight.block_size);
@@ -268,7 +268,7 @@ std::vector<float> turning_points() {
   return points;
 }
 
-// A quantised weight of random bytes and scales of both signs, whose buffers end where the format says they end: a
+// A quantized weight of random bytes and scales of both signs, whose buffers end where the format says they end: a
 // sanitizer sees an overrun.
 struct RandomWeight {
   RandomWeight(int64_t numel, int64_t block_size, bool nested, QuantType type, uint64_t seed)

@@ -110,14 +110,14 @@ TEST(adamw_8_bit_encodes_by_the_rule) {
     }
     CHECK(tensors.list[0].exp_avg_sq_absmax[block] == highest, "absmax of block %ld", static_cast<long>(block));
     for (int64_t i = block * kStateBlock; i < end; ++i) {
-      const uint8_t expected = encode_unsigned(kUnsignedState, normaliser_of(highest)(second(i)));
+      const uint8_t expected = encode_unsigned(kUnsignedState, normalizer_of(highest)(second(i)));
       const uint8_t got = tensors.buffers[0].exp_avg_sq[static_cast<size_t>(i)];
       CHECK(got == expected, "element %ld: %d, expected %d", static_cast<long>(i), got, expected);
     }
   }
 }
 
-TEST(optimisers_do_not_depend_on_threads_or_flush_flags) {
+TEST(optimizers_do_not_depend_on_threads_or_flush_flags) {
   for (const bool coded : {false, true}) {
     const auto run = [&](int threads) {
       const Threads set(threads);

@@ -32,8 +32,8 @@ float reciprocal_of(float scale) {
   return std::isfinite(reciprocal) ? reciprocal : 0.0f;
 }
 
-uint8_t code_of(QuantType type, float normalised) {
-  return static_cast<uint8_t>(oracle::code_of(type, oracle::value_of(normalised)));
+uint8_t code_of(QuantType type, float normalized) {
+  return static_cast<uint8_t>(oracle::code_of(type, oracle::value_of(normalized)));
 }
 
 std::vector<uint8_t> packed_of(const std::vector<uint8_t>& codes, QuantType type) {

@@ -1,4 +1,4 @@
-// The code of a normalised value against a search through all levels in double precision.
+// The code of a normalized value against a search through all levels in double precision.
 #include <algorithm>
 
 #include "check.h"

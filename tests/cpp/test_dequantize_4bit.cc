@@ -19,7 +19,7 @@ std::vector<T> decoded(const WeightView& weight, const cpu::Panel& panel, size_t
 std::vector<double> expected_of(const WeightView& weight, oracle::Format format) {
   std::vector<double> expected;
   for (int64_t i = 0; i < weight.numel; ++i) {
-    expected.push_back(oracle::dequantised(weight, i, format));
+    expected.push_back(oracle::dequantized(weight, i, format));
   }
   return expected;
 }
@@ -232,7 +232,7 @@ TEST(decode_scales_does_not_depend_on_threads) {
 }
 
 // Levels and nested code that a checkpoint brings along are used as they are.
-TEST(tables_of_the_checkpoint_are_honoured) {
+TEST(tables_of_the_checkpoint_are_honored) {
   oracle::RandomWeight weight(1000, 64, true, QuantType::kNf4, 6);
   std::vector<float> nested(kNestedCode.value, kNestedCode.value + 256);
   for (float& value : nested) {

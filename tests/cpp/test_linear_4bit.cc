@@ -108,7 +108,7 @@ void check_product(const Case& c) {
   Operands<T> given(c);
   std::vector<double> w;
   for (int64_t i = 0; i < c.n * c.k; ++i) {
-    w.push_back(oracle::dequantised(given.weight.view, i, oracle::kFloat));
+    w.push_back(oracle::dequantized(given.weight.view, i, oracle::kFloat));
   }
   const std::vector<double> x = oracle::doubles_of(given.x);
   for (const bool with_bias : {false, true}) {

@@ -1,4 +1,4 @@
-// Both products with a quantised weight, of any shape, against sums in double precision.
+// Both products with a quantized weight, of any shape, against sums in double precision.
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -71,7 +71,7 @@ void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward, bo
   for (int64_t i = 0; i < s.n * s.k; ++i) {
     const int64_t at = forward ? i : i % s.k * s.n + i / s.k;
     dense[static_cast<size_t>(at)] = is_dense ? oracle::value_of(w[static_cast<size_t>(i)])
-                                              : oracle::dequantised(weight.view, i, oracle::Storage<T>::kFormat);
+                                              : oracle::dequantized(weight.view, i, oracle::Storage<T>::kFormat);
   }
   const std::vector<double> a = oracle::doubles_of(x);
   const std::vector<double> small = oracle::doubles_of(low);

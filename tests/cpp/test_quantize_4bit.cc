@@ -9,10 +9,10 @@ namespace {
 
 constexpr QuantType kTypes[2] = {QuantType::kNf4, QuantType::kFp4};
 
-struct Quantised {
-  Quantised(int64_t numel, int64_t block_size)
+struct Quantized {
+  Quantized(int64_t numel, int64_t block_size)
       : packed(static_cast<size_t>(packed_bytes(numel))), absmax(static_cast<size_t>(num_blocks(numel, block_size))) {}
-  bool operator==(const Quantised&) const = default;
+  bool operator==(const Quantized&) const = default;
 
   std::vector<uint8_t> packed;
   std::vector<float> absmax;
@@ -20,18 +20,18 @@ struct Quantised {
 };
 
 template <typename T>
-Quantised quantised(const std::vector<T>& x, int64_t block_size, QuantType type) {
+Quantized quantized(const std::vector<T>& x, int64_t block_size, QuantType type) {
   const auto numel = static_cast<int64_t>(x.size());
-  Quantised result(numel, block_size);
+  Quantized result(numel, block_size);
   result.bad = cpu::quantize_4bit(x.data(), oracle::Storage<T>::kDtype, numel, block_size, type, result.packed.data(),
                                   result.absmax.data());
   return result;
 }
 
 template <typename T>
-Quantised expected_of(const std::vector<T>& x, int64_t block_size, QuantType type) {
+Quantized expected_of(const std::vector<T>& x, int64_t block_size, QuantType type) {
   const auto numel = static_cast<int64_t>(x.size());
-  Quantised result(numel, block_size);
+  Quantized result(numel, block_size);
   result.bad = -1;
   const int zero = type == QuantType::kNf4 ? 7 : 0;
   std::vector<int> codes(x.size() + x.size() % 2, zero);
@@ -44,7 +44,7 @@ Quantised expected_of(const std::vector<T>& x, int64_t block_size, QuantType typ
     }
     result.absmax[block] = static_cast<float>(absmax);
     for (size_t i = begin; i < end && absmax > 0.0; ++i) {
-      codes[i] = oracle::code_of(type, oracle::normalised(oracle::value_of(x[i]), absmax));
+      codes[i] = oracle::code_of(type, oracle::normalized(oracle::value_of(x[i]), absmax));
     }
   }
   for (size_t i = 0; i < result.packed.size(); ++i) {
@@ -53,7 +53,7 @@ Quantised expected_of(const std::vector<T>& x, int64_t block_size, QuantType typ
   return result;
 }
 
-void check_same(const Quantised& result, const Quantised& expected, const char* what) {
+void check_same(const Quantized& result, const Quantized& expected, const char* what) {
   CHECK(result.bad == expected.bad, "%s: %lld", what, static_cast<long long>(result.bad));
   for (size_t i = 0; i < expected.absmax.size(); ++i) {
     CHECK(oracle::same(oracle::value_of(result.absmax[i]), oracle::value_of(expected.absmax[i])),
@@ -88,7 +88,7 @@ void check_sizes() {
     const std::vector<T> x = random_input<T>(numel, -4, numel);
     for (int64_t block = kMinBlock; block <= kMaxBlock; block *= 2) {
       for (const QuantType type : kTypes) {
-        check_same(quantised(x, block, type), expected_of(x, block, type),
+        check_same(quantized(x, block, type), expected_of(x, block, type),
                    ("numel " + std::to_string(numel) + ", block " + std::to_string(block)).c_str());
       }
     }
@@ -105,13 +105,13 @@ void check_magnitudes(int from, int to) {
   for (int exponent = from; exponent <= to; ++exponent) {
     const std::vector<T> x = random_input<T>(200, exponent, static_cast<uint64_t>(exponent + 1000));
     for (const QuantType type : kTypes) {
-      const Quantised expected = expected_of(x, 64, type);
+      const Quantized expected = expected_of(x, 64, type);
       const std::string what = "exponent " + std::to_string(exponent);
-      check_same(quantised(x, 64, type), expected, what.c_str());
-      Quantised flushed(0, 64);
+      check_same(quantized(x, 64, type), expected, what.c_str());
+      Quantized flushed(0, 64);
       {
         const FlushesSubnormals flushes;
-        flushed = quantised(x, 64, type);
+        flushed = quantized(x, 64, type);
         CHECK(flushes.still(), "the caller's flags were changed");
       }
       check_same(flushed, expected, (what + ", caller flushes subnormals").c_str());
@@ -129,7 +129,7 @@ TEST(quantize_bf16_of_every_magnitude) {
 }
 TEST(quantize_fp16_of_every_magnitude) { check_magnitudes<Fp16>(-24, 15); }
 
-// A block whose largest element is one has its elements for their own normalised values: ties arrive exactly.
+// A block whose largest element is one has its elements for their own normalized values: ties arrive exactly.
 TEST(quantize_ties_to_the_lower_code) {
   constexpr Levels levels = nf4_levels();
   constexpr Fp4Pivots pivots = fp4_pivots();
@@ -146,7 +146,7 @@ TEST(quantize_ties_to_the_lower_code) {
       x.insert(x.end(), {std::nextafter(x[i], -2.0f), std::nextafter(x[i], 2.0f)});
     }
     x.push_back(1.0f);
-    check_same(quantised(x, 128, type), expected_of(x, 128, type), type == QuantType::kNf4 ? "nf4" : "fp4");
+    check_same(quantized(x, 128, type), expected_of(x, 128, type), type == QuantType::kNf4 ? "nf4" : "fp4");
   }
 }
 
@@ -162,7 +162,7 @@ void check_non_finite() {
           std::vector<T> x = clean;
           x[first] = from_float<T>(value);
           x.back() = from_float<T>(-value);
-          const int64_t bad = quantised(x, 64, QuantType::kNf4).bad;
+          const int64_t bad = quantized(x, 64, QuantType::kNf4).bad;
           CHECK(bad == static_cast<int64_t>(first), "%zu of %zu, but %lld was named", first, numel,
                 static_cast<long long>(bad));
         }
@@ -180,19 +180,19 @@ void check_threads() {
   const std::vector<T> x = random_input<T>(300001, 0, 9);
   for (const int64_t block : {kMinBlock, int64_t{64}, kMaxBlock}) {
     const Threads one(1);
-    const Quantised alone = quantised(x, block, QuantType::kNf4);
+    const Quantized alone = quantized(x, block, QuantType::kNf4);
     const Threads four(4);
-    CHECK(quantised(x, block, QuantType::kNf4) == alone, "block %lld", static_cast<long long>(block));
+    CHECK(quantized(x, block, QuantType::kNf4) == alone, "block %lld", static_cast<long long>(block));
   }
 }
 
 // Every thread of the team must be freed from the flags, not the caller's alone.
 TEST(quantize_subnormals_on_many_threads_of_a_caller_that_flushes) {
   const std::vector<float> x = random_input<float>(300001, -135, 9);
-  const Quantised expected = quantised(x, 64, QuantType::kNf4);
+  const Quantized expected = quantized(x, 64, QuantType::kNf4);
   const Threads four(4);
   const FlushesSubnormals flushes;
-  CHECK(quantised(x, 64, QuantType::kNf4) == expected, "subnormals were flushed");
+  CHECK(quantized(x, 64, QuantType::kNf4) == expected, "subnormals were flushed");
 }
 
 TEST(quantize_does_not_depend_on_threads) {
@@ -202,7 +202,7 @@ TEST(quantize_does_not_depend_on_threads) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Double quantisation
+// Double quantization
 
 struct Nested {
   explicit Nested(int64_t blocks)
@@ -240,8 +240,8 @@ void check_nested(const std::vector<float>& scales, const Nested& result, const 
     CHECK(oracle::same(oracle::value_of(result.absmax[group]), highest), "%s: group %zu is %a, expected %a", what,
           group, oracle::value_of(result.absmax[group]), highest);
     for (size_t i = group * 256; i < end; ++i) {
-      const double centred = oracle::rounded(oracle::kFloat, oracle::value_of(scales[i]) - offset);
-      const int code = highest == 0.0 ? kNestedZero : oracle::nested_code(oracle::normalised(centred, highest));
+      const double centered = oracle::rounded(oracle::kFloat, oracle::value_of(scales[i]) - offset);
+      const int code = highest == 0.0 ? kNestedZero : oracle::nested_code(oracle::normalized(centered, highest));
       CHECK(result.codes[i] == code, "%s: scale %zu is %d, expected %d", what, i, result.codes[i], code);
     }
   }

@@ -1,4 +1,4 @@
-// The branches inside the quantising and decoding kernels: chunks of many blocks, cells of the codes, streaming stores.
+// The branches inside the quantizing and decoding kernels: chunks of many blocks, cells of the codes, streaming stores.
 #include <cstdlib>
 #include <type_traits>
 
@@ -13,8 +13,8 @@ namespace {
 
 constexpr QuantType kTypes[2] = {QuantType::kNf4, QuantType::kFp4};
 
-uint8_t rule_code(QuantType type, float normalised) {
-  return type == QuantType::kNf4 ? nf4_code(normalised) : fp4_code(normalised);
+uint8_t rule_code(QuantType type, float normalized) {
+  return type == QuantType::kNf4 ? nf4_code(normalized) : fp4_code(normalized);
 }
 
 // Set it to try every float; that takes a minute.
@@ -23,7 +23,7 @@ bool exhaustive() { return std::getenv("QLORA_NATIVE_TEST_EXHAUSTIVE") != nullpt
 // ---------------------------------------------------------------------------------------------------------------------
 // Codes
 
-// The kernel's code of each value of [-1, 1]: the 64th element of each block is one, so the others normalise to
+// The kernel's code of each value of [-1, 1]: the 64th element of each block is one, so the others normalize to
 // themselves.
 class CodesOfKernel {
  public:
@@ -108,7 +108,7 @@ TEST(codes_around_every_decision_and_cell_edge) {
   }
 }
 
-// The largest element of a block may normalise to just above one.
+// The largest element of a block may normalize to just above one.
 TEST(largest_element_takes_the_last_code) {
   oracle::Random random(5);
   std::vector<float> x;
@@ -126,7 +126,7 @@ TEST(largest_element_takes_the_last_code) {
     CHECK(cpu::kernels().quantize_blocks[0](job, 0, 20000) == -1, "finite");
     for (size_t i = 0; i < x.size(); i += 2) {
       const bool zero = absmax[i / 32] == 0.0f;
-      above_one += !zero && normaliser_of(absmax[i / 32])(x[i]) > 1.0f ? 1 : 0;
+      above_one += !zero && normalizer_of(absmax[i / 32])(x[i]) > 1.0f ? 1 : 0;
       const int both = type == QuantType::kNf4 ? 0xf0 : 0x3b;
       const int expected = zero ? zero_code(type) * 17 : both;
       CHECK(packed[i / 2] == expected, "largest %a gave %02x", static_cast<double>(x[i]), packed[i / 2]);
@@ -242,9 +242,9 @@ void check_chunks() {
           CHECK(i % block_size != 0 || scale == highest, "scale %a, expected %a", scale, highest);
           const int byte = job.packed[i / 2];
           const int code = i % 2 == 0 ? byte >> 4 : byte & 15;
-          const double normalised =
-              scale == 0.0 ? 0.0 : oracle::normalised(oracle::value_of(job_value<T>(job, i)), scale);
-          const int expected = scale == 0.0 ? zero_code(type) : oracle::code_of(type, normalised);
+          const double normalized =
+              scale == 0.0 ? 0.0 : oracle::normalized(oracle::value_of(job_value<T>(job, i)), scale);
+          const int expected = scale == 0.0 ? zero_code(type) : oracle::code_of(type, normalized);
           CHECK(code == expected, "block %d, element %d of %d: %d, expected %d", static_cast<int>(block_size),
                 static_cast<int>(i), static_cast<int>(numel), code, expected);
         }
@@ -302,7 +302,7 @@ void check_spans(int64_t block_size, bool nested) {
               static_cast<int>(length));
         continue;
       }
-      const double expected = oracle::dequantised(weight.view, begin + element, oracle::Storage<T>::kFormat);
+      const double expected = oracle::dequantized(weight.view, begin + element, oracle::Storage<T>::kFormat);
       CHECK(oracle::same(oracle::value_of(buffer[i]), expected), "element %d from %d is %a, expected %a",
             static_cast<int>(element), static_cast<int>(begin), oracle::value_of(buffer[i]), expected);
     }

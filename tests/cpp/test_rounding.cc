@@ -1,4 +1,4 @@
-// The conversions inside the vector kernels, exhaustively: rounding through dequantise, widening through quantise.
+// The conversions inside the vector kernels, exhaustively: rounding through dequantize, widening through quantize.
 #include "check.h"
 #include "cpu/dequantize_4bit.h"
 #include "cpu/quantize_4bit.h"

@@ -1,4 +1,4 @@
-// Kernels whose bytes must not depend on the instruction set, against the plain ones: optimisers and activations.
+// Kernels whose bytes must not depend on the instruction set, against the plain ones: optimizers and activations.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -36,7 +36,7 @@ void check_same(const std::vector<T>& got, const std::vector<T>& expected, const
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Optimisers
+// Optimizers
 
 template <typename T>
 struct Trained {
@@ -84,7 +84,7 @@ Trained<T> train(const cpu::OptimKernels& kernels, int64_t count, bool coded, fl
 }
 
 template <typename T>
-void check_optimisers() {
+void check_optimizers() {
   for (const int64_t count : kCounts) {
     for (const bool coded : {false, true}) {
       for (const float coupled : {0.0f, 0.1f}) {
@@ -104,9 +104,9 @@ void check_optimisers() {
   }
 }
 
-TEST(optimisers_of_fp32_give_the_plain_bytes) { check_optimisers<float>(); }
-TEST(optimisers_of_bf16_give_the_plain_bytes) { check_optimisers<Bf16>(); }
-TEST(optimisers_of_fp16_give_the_plain_bytes) { check_optimisers<Fp16>(); }
+TEST(optimizers_of_fp32_give_the_plain_bytes) { check_optimizers<float>(); }
+TEST(optimizers_of_bf16_give_the_plain_bytes) { check_optimizers<Bf16>(); }
+TEST(optimizers_of_fp16_give_the_plain_bytes) { check_optimizers<Fp16>(); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Activations

@@ -81,7 +81,7 @@ void check_product(const Case& c, bool forward, bool project) {
       for (int64_t l = 0; l < depth; ++l) {
         const int64_t element = forward ? j * c.k + l : l * c.k + j;
         const double w = c.dense ? oracle::value_of(dense[static_cast<size_t>(element)])
-                                 : oracle::dequantised(weight.view, element, oracle::Storage<Bf16>::kFormat);
+                                 : oracle::dequantized(weight.view, element, oracle::Storage<Bf16>::kFormat);
         add(at(x, depth, i, l) * w);
       }
       for (int64_t l = 0; l < c.r; ++l) {

@@ -1,4 +1,4 @@
-// A quantised weight in device memory, every array of it with exact bounds.
+// A quantized weight in device memory, every array of it with exact bounds.
 #pragma once
 
 #include <cstdint>

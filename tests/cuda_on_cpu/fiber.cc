@@ -69,7 +69,7 @@ Fiber::Fiber() {
   if (memory == MAP_FAILED) {
     throw std::bad_alloc();
   }
-  mprotect(memory, kGuardBytes, PROT_NONE);  // an overflow faults instead of reaching a neighbour
+  mprotect(memory, kGuardBytes, PROT_NONE);  // an overflow faults instead of reaching a neighbor
   memory_ = static_cast<std::byte*>(memory);
   static size_t count = 0;  // tops at one offset of a page would all meet in the same cache lines
   top_ = memory_ + kGuardBytes + kStackBytes - 64 - 192 * (count++ % 16);

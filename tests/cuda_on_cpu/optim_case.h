@@ -1,4 +1,4 @@
-// Tensors of an optimiser twice: in host memory for the CPU op, in device memory with exact bounds for the kernels.
+// Tensors of an optimizer twice: in host memory for the CPU op, in device memory with exact bounds for the kernels.
 #pragma once
 
 #include <cmath>

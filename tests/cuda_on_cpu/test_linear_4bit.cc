@@ -105,7 +105,7 @@ class Product {
     const auto size = static_cast<size_t>(c.n * c.k);
     std::vector<double> w(size);
     for (size_t i = 0; i < size; ++i) {
-      w[i] = oracle::dequantised(weight_.view, static_cast<int64_t>(i), oracle::Storage<T>::kFormat);
+      w[i] = oracle::dequantized(weight_.view, static_cast<int64_t>(i), oracle::Storage<T>::kFormat);
     }
     const std::vector<double> x = oracle::doubles_of(x_), bias = oracle::doubles_of(bias_),
                               low = oracle::doubles_of(low_), up = oracle::doubles_of(up_);

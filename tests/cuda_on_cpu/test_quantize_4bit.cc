@@ -20,8 +20,8 @@ namespace {
 constexpr QuantType kTypes[2] = {QuantType::kNf4, QuantType::kFp4};
 constexpr int64_t kBlockSizes[] = {32, 64, 128, 256, 512, 1024, 2048, 4096};
 
-struct Quantised {
-  Quantised(int64_t numel, int64_t block_size)
+struct Quantized {
+  Quantized(int64_t numel, int64_t block_size)
       : packed(static_cast<size_t>(packed_bytes(numel))), absmax(static_cast<size_t>(num_blocks(numel, block_size))) {}
 
   std::vector<uint8_t> packed;
@@ -65,9 +65,9 @@ std::vector<T> values(int64_t numel, uint64_t seed) {
 }
 
 template <typename T>
-Quantised on_cpu(const std::vector<T>& x, int64_t block_size, QuantType type) {
+Quantized on_cpu(const std::vector<T>& x, int64_t block_size, QuantType type) {
   const auto numel = static_cast<int64_t>(x.size());
-  Quantised result(numel, block_size);
+  Quantized result(numel, block_size);
   result.bad = cpu::quantize_4bit(x.data(), oracle::Storage<T>::kDtype, numel, block_size, type, result.packed.data(),
                                   result.absmax.data());
   return result;
@@ -75,10 +75,10 @@ Quantised on_cpu(const std::vector<T>& x, int64_t block_size, QuantType type) {
 
 // grid: thread blocks, of which the kernel is then launched directly; 0: by the launcher.
 template <typename T>
-Quantised on_device(const std::vector<T>& x, int64_t block_size, QuantType type, size_t x_offset = 0,
+Quantized on_device(const std::vector<T>& x, int64_t block_size, QuantType type, size_t x_offset = 0,
                     size_t packed_offset = 0, unsigned grid = 0) {
   const auto numel = static_cast<int64_t>(x.size());
-  Quantised result(numel, block_size);
+  Quantized result(numel, block_size);
   const cuemu::DeviceBuffer<T> in(x, x_offset);
   const cuemu::DeviceBuffer<uint8_t> packed(result.packed.size(), packed_offset);
   const cuemu::DeviceBuffer<float> absmax(result.absmax.size());
@@ -99,7 +99,7 @@ Quantised on_device(const std::vector<T>& x, int64_t block_size, QuantType type,
   return result;
 }
 
-void check_same(const Quantised& got, const Quantised& expected, const char* what) {
+void check_same(const Quantized& got, const Quantized& expected, const char* what) {
   CHECK(got.bad == expected.bad, "%s: %lld, expected %lld", what, static_cast<long long>(got.bad),
         static_cast<long long>(expected.bad));
   for (size_t i = 0; i < expected.absmax.size(); ++i) {
@@ -118,7 +118,7 @@ void check_sizes() {
     const std::vector<T> x = values<T>(numel, static_cast<uint64_t>(numel));
     for (const int64_t block_size : kBlockSizes) {
       for (const QuantType type : kTypes) {
-        const Quantised expected = on_cpu(x, block_size, type);
+        const Quantized expected = on_cpu(x, block_size, type);
         CHECK(expected.bad == -1, "an input that is not finite");
         const std::string what = "numel " + std::to_string(numel) + ", block " + std::to_string(block_size) +
                                  ", type " + std::to_string(static_cast<int>(type));
@@ -136,9 +136,9 @@ TEST(quantize_fp16_of_every_size) { check_sizes<Fp16>(); }
 TEST(quantize_a_grid_that_strides) {
   const std::vector<Bf16> x = values<Bf16>(5 * 4096 + 100, 1);
   for (const int64_t block_size : {64, 512, 4096}) {
-    const Quantised expected = on_cpu(x, block_size, QuantType::kNf4);
+    const Quantized expected = on_cpu(x, block_size, QuantType::kNf4);
     cuemu::over_all_schedules([&](const char*) {
-      Quantised got = on_device(x, block_size, QuantType::kNf4, 0, 0, 2);
+      Quantized got = on_device(x, block_size, QuantType::kNf4, 0, 0, 2);
       check_same(got, expected, "two thread blocks");
     });
   }
@@ -147,7 +147,7 @@ TEST(quantize_a_grid_that_strides) {
 template <typename T>
 void check_unaligned() {
   const std::vector<T> x = values<T>(5000, 2);
-  const Quantised expected = on_cpu(x, 512, QuantType::kFp4);
+  const Quantized expected = on_cpu(x, 512, QuantType::kFp4);
   cuemu::over_all_schedules([&](const char*) {
     check_same(on_device(x, 512, QuantType::kFp4, sizeof(T), 0), expected, "x one element past a vector");
     check_same(on_device(x, 512, QuantType::kFp4, 0, 1), expected, "packed one byte past a vector");
@@ -228,7 +228,7 @@ TEST(quantize_nothing) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Double quantisation
+// Double quantization
 
 struct Scales {
   explicit Scales(size_t blocks) : codes(blocks), nested_absmax((blocks + 255) / 256) {}
@@ -366,7 +366,7 @@ TEST(quantize_in_a_graph) {
     const std::vector<Bf16> now = values<Bf16>(numel, seed);
     std::memcpy(x.data(), now.data(), size * sizeof(Bf16));
     CHECK_LAUNCH(cudaGraphLaunch(executable, stream));
-    Quantised got(numel, 64);
+    Quantized got(numel, 64);
     got.packed = packed.host();
     got.absmax = absmax.host();
     got.bad = bad.host()[0];

@@ -91,7 +91,7 @@ __global__ void share_a_slot(int overlap) {
   }
 }
 
-TEST(neighbours_in_a_slot_do_not_race) {
+TEST(neighbors_in_a_slot_do_not_race) {
   cuemu::over_all_schedules(
       [](const char*) { CHECK_LAUNCH(wp::launch(share_a_slot, dim3(1), dim3(8), 1024, nullptr, 0)); });
   CHECK_SAYS(report_of(share_a_slot, 8u, 1), "race");

@@ -28,7 +28,7 @@ FILES = (
 )
 
 INT8 = "the 8-bit inference half of bitsandbytes"
-OPTIMISERS = "an optimiser that is not AdamW, Adam or Lion"
+OPTIMIZERS = "an optimizer that is not AdamW, Adam or Lion"
 EMBEDDINGS = "embeddings"
 TIMED = "a timing without an assertion"
 COMPILED = "minutes of compiling: --compile runs it"
@@ -37,7 +37,7 @@ COMPILED = "minutes of compiling: --compile runs it"
 LEFT_OUT = [
     (r"LLMInt8|test_matmullt|linear8bitlt|-Int8Lt|\[Int8Lt|Linear8bit|MLP8bit", INT8),
     (r"mbedding", EMBEDDINGS),
-    (r"ademamix|AdEMAMix|lamb|lars|adagrad|rmsprop|momentum", OPTIMISERS),
+    (r"ademamix|AdEMAMix|lamb|lars|adagrad|rmsprop|momentum", OPTIMIZERS),
     (r"bench", TIMED),
 ]
 # What fails for a reason that docs/bitsandbytes.md tells: a pattern, and the reason in short.

@@ -1,4 +1,4 @@
-"""The functions of ``bitsandbytes.functional`` around 4-bit and 8-bit blockwise quantisation."""
+"""The functions of ``bitsandbytes.functional`` around 4-bit and 8-bit blockwise quantization."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def quantize_4bit(
     quant_type: str = "fp4",
     quant_storage: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, QuantState]:
-    """Quantise to 4 bits; the arithmetic is that of :func:`qlora_native.quantize`.
+    """Quantize to 4 bits; the arithmetic is that of :func:`qlora_native.quantize`.
 
     Args:
         A: any shape, float32, bfloat16 or float16.
@@ -179,14 +179,14 @@ def quantize_blockwise(
     blocksize: int = 4096,
     nested: bool = False,
 ) -> tuple[Tensor, QuantState]:
-    """Quantise to 8 bits: the index of the nearest value of ``code`` for each element over its block's absmax.
+    """Quantize to 8 bits: the index of the nearest value of ``code`` for each element over its block's absmax.
 
     Args:
         A: any shape, float32, bfloat16 or float16.
         code: fp32 [256], sorted; the signed dynamic map unless given.
         absmax, out: filled with the scales and the codes, and returned in their place.
         blocksize: elements a scale, any number above 0.
-        nested: quantise the scales less their mean likewise.
+        nested: quantize the scales less their mean likewise.
 
     Returns:
         uint8 of A's shape and the state. Exact: a tie takes the even index, a block of zeros the code of 0.

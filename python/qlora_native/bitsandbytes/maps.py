@@ -1,4 +1,4 @@
-"""Tables of levels: the two 4-bit types, and the 8-bit maps that blockwise quantisation takes, all fp32."""
+"""Tables of levels: the two 4-bit types, and the 8-bit maps that blockwise quantization takes, all fp32."""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ _PACKED_KEY = "quant_state.bitsandbytes__"
 
 
 class QuantState:
-    """Scales, levels and form of a quantised tensor, as ``quantize_4bit`` and ``quantize_blockwise`` return them.
+    """Scales, levels and form of a quantized tensor, as ``quantize_4bit`` and ``quantize_blockwise`` return them.
 
     Attributes:
         absmax: fp32 [blocks]; uint8 [blocks], codes, where ``nested``.
-        shape: torch.Size of the dense tensor; None for 8-bit blockwise quantisation.
-        code: fp32 [16] levels (4-bit) or fp32 [256] map (8-bit); what differs from the built-in table is honoured.
+        shape: torch.Size of the dense tensor; None for 8-bit blockwise quantization.
+        code: fp32 [16] levels (4-bit) or fp32 [256] map (8-bit); what differs from the built-in table is honored.
         blocksize: elements a scale.
         quant_type: "nf4", "fp4", or None for 8-bit.
         dtype: of the dense tensor.
@@ -182,7 +182,7 @@ class QuantState:
     __hash__ = None  # type: ignore[assignment]
 
     def scales(self) -> Tensor:
-        """The scale of every block, fp32 [blocks], double quantisation undone."""
+        """The scale of every block, fp32 [blocks], double quantization undone."""
         if self.state2 is None:
             return self.absmax.float()
         second = self.state2

@@ -1,4 +1,4 @@
-"""Quantisation that looks at the inputs of a weight: the same format and bytes, a smaller loss."""
+"""Quantization that looks at the inputs of a weight: the same format and bytes, a smaller loss."""
 
 from __future__ import annotations
 

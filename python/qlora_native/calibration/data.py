@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data import ChatEncoder, Row, infer_format, normalise, read_rows
+from ..data import ChatEncoder, Row, infer_format, normalize, read_rows
 from ..data.batching import permutation
 from ..data.formats import INFER_ROWS
 from ..errors import UserError
@@ -127,7 +127,7 @@ def take_tokens(
     if low < 0 or high >= vocab_size:
         raise UserError(
             f"calibration: token numbers from {low} to {high}, but the model's lie from 0 to {vocab_size - 1}: "
-            "tokenise with the tokenizer of this model."
+            "tokenize with the tokenizer of this model."
         )
     tokens = CalibrationTokens(ids, seed, data.rows * length if data.rows else ROWS[method] * length)
     if data.keep is not None:
@@ -180,7 +180,7 @@ def _documents(data: CalibrationData, load_tokenizer: Callable[[], Any]) -> Iter
         kept = [*first, *rows]
         encoder = ChatEncoder(data.tokenizer or load_tokenizer(), train_on="all")
         for index in permutation(len(kept), data.seed):
-            yield encoder.encode(normalise(kept[index], name)).input_ids
+            yield encoder.encode(normalize(kept[index], name)).input_ids
         return
     documents: list[Any] = list(source)
     order = permutation(len(documents), data.seed)

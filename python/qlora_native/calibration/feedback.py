@@ -13,7 +13,7 @@ import torch
 Factor = tuple[torch.Tensor, torch.Tensor, float]
 
 _one_at_a_time = Lock()
-_last = local()  # what this thread factorised last, while that hessian lives: q, k and v share their inputs
+_last = local()  # what this thread factorized last, while that hessian lives: q, k and v share their inputs
 # From the asked damping on by tens: a matrix that is no sum of squares stays indefinite beyond this.
 LAST_DAMPING = 100.0
 FIRST_RAISE = 1e-4
@@ -37,25 +37,25 @@ def feedback_factor(hessian: torch.Tensor, damping: float) -> Factor | None:
 
     Columns go by falling second moment, equal ones by index. In that order, damped by ``damping`` times the mean of
     its diagonal, H = R R^T with R upper triangular, and factor[i, j] = R[i, j] / R[j, j]. If there is no such R, the
-    damping is raised tenfold until there is; None if that does not help. Factorised in fp64.
+    damping is raised tenfold until there is; None if that does not help. Factorized in fp64.
 
     Args:
         hessian: fp32 or fp64 [K, K], symmetric, its diagonal not negative and not all zero.
         damping: 0 or more.
     """
     if hessian.is_inference():  # whose changes torch does not count
-        return _factorised(hessian, damping)
+        return _factorized(hessian, damping)
     memo = _last.__dict__
     about = memo.get("about")
     if about is None or about[0]() is not hessian or about[1:] != (hessian._version, damping):
         memo.clear()
-        memo["found"] = _factorised(hessian, damping)
+        memo["found"] = _factorized(hessian, damping)
         memo["about"] = weakref.ref(hessian, lambda _: memo.clear()), hessian._version, damping
     found: Factor | None = memo["found"]
     return found
 
 
-def _factorised(hessian: torch.Tensor, damping: float) -> Factor | None:
+def _factorized(hessian: torch.Tensor, damping: float) -> Factor | None:
     diagonal = torch.diagonal(hessian).double()
     order = torch.argsort(diagonal, descending=True, stable=True)
     mean = math.fsum(diagonal.tolist()) / diagonal.numel()

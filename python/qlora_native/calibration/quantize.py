@@ -18,7 +18,7 @@ METHODS = ("rtn", "rtn_signed", "wmse", "gptq")
 # 1 the largest comes to lie at an inner level. Looking at all 256 stored scales gained 0.1 % at most (SmolLM2-135M).
 SEARCH_LOW, SEARCH_HIGH = 0.375, 2.0
 # The shares that are tried where any fp32 scale can be stored, exact in fp32, and coarser those that lay out the range
-# of the double quantisation, within which the stored scales are then tried.
+# of the double quantization, within which the stored scales are then tried.
 SHARES = tuple(i / 64 for i in range(24, 129))
 COARSE_SHARES = SHARES[::8]
 ERROR_PART = 1 << 18  # elements whose errors are in memory at once
@@ -34,7 +34,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What a calibrated quantisation did.
+    """What a calibrated quantization did.
 
     Attributes:
         method: the method whose codes were kept; "rtn" after a fallback.
@@ -54,7 +54,7 @@ class CalibrationReport:
 
 @dataclass(frozen=True)
 class CalibratedWeight:
-    """A quantised weight, and the report on it."""
+    """A quantized weight, and the report on it."""
 
     weight: QuantizedWeight
     report: CalibrationReport
@@ -72,7 +72,7 @@ def quantize_calibrated(
     double_quant: bool = True,
     damping: float = 0.01,
 ) -> CalibratedWeight:
-    """Quantise a matrix to 4 bits so that its products with the inputs it will meet lose little.
+    """Quantize a matrix to 4 bits so that its products with the inputs it will meet lose little.
 
     Methods: ``rtn`` rounds to the nearest level (:func:`qlora_native.quantize`: bitsandbytes' codes); ``rtn_signed``
     also chooses the sign of each block's scale by the squared error; ``wmse`` chooses each block's scale, sign
@@ -82,7 +82,7 @@ def quantize_calibrated(
     The format is the same for all: a reader of bitsandbytes' checkpoints decodes the result. On CPU the bytes do not
     depend on the number of threads or the instruction set. CUDA tensors stay on their device (plain torch, slower).
 
-    A result that is no better than plain rounding in the error it minimises, or statistics of no input at all, fall
+    A result that is no better than plain rounding in the error it minimizes, or statistics of no input at all, fall
     back to ``rtn``, and the report says so.
 
     Args:
@@ -139,7 +139,7 @@ def quantize_calibrated(
 
 
 def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch.Tensor | None) -> float:
-    """Squared error of a quantised matrix [N, K], summed in fp64.
+    """Squared error of a quantized matrix [N, K], summed in fp64.
 
     ``measure`` is None (plain), [K] (second moments of the inputs) or [K, K] (their hessian).
     """

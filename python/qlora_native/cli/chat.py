@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantising, as_trained
+from qlora_native.cli.convert import add_quantizing, as_trained
 from qlora_native.cli.main import missing_modules
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments; those of quantising as in ``qlora quantize``."""
+    """Arguments; those of quantizing as in ``qlora quantize``."""
     parser.add_argument("model", metavar="MODEL", help="a model folder or a .gguf file")
     parser.add_argument("--adapter", metavar="DIR", help="a folder in PEFT's format; base and adapter then both answer")
     parser.add_argument("--system", metavar="TEXT", help="what to tell the model beforehand")
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="tokens to draw from; 0 is all (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of drawing; both answers draw alike (default: 0)")
-    add_quantising(parser)
+    add_quantizing(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object an answer, when it is complete")
     parser.epilog = """Lines are read until the end of input (Ctrl-D); each goes to the model with the turns before it.
 Ctrl-C ends an answer and not the program. On a terminal the two answers stand side by side, elsewhere one after the

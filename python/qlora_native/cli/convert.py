@@ -14,16 +14,16 @@ from qlora_native.cli.quantize import BLOCK_SIZES
 from qlora_native.errors import UserError
 
 TARGETS = ("16bit", "qlora", "bitsandbytes")
-_QUANTISING = ("quant_type", "block_size", "double_quant", "skip_modules")
+_QUANTIZING = ("quant_type", "block_size", "double_quant", "skip_modules")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments; those of quantising as in ``qlora quantize``."""
+    """Arguments; those of quantizing as in ``qlora quantize``."""
     parser.add_argument("source", metavar="SRC", help="a model folder with safetensors: 32-bit, 16-bit, fp8 or 4-bit")
     parser.add_argument("out", metavar="DST", help="the folder to make; it must not exist yet")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to make of it")
-    add_quantising(parser)
+    add_quantizing(parser)
     add_shard_size(parser)
     parser.add_argument(
         "--dtype",
@@ -41,8 +41,8 @@ examples:
   qlora convert Llama-3.1-8B Llama-3.1-8B-nf4 --to bitsandbytes --block-size 64"""
 
 
-def add_quantising(parser: argparse.ArgumentParser) -> None:
-    """How to quantise what is not 4-bit yet; None is not given."""
+def add_quantizing(parser: argparse.ArgumentParser) -> None:
+    """How to quantize what is not 4-bit yet; None is not given."""
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="the 16 levels (default: nf4)")
     parser.add_argument(
         "--block-size", type=int, choices=BLOCK_SIZES, metavar="N", help="weights per scale (default: 64)"
@@ -60,9 +60,9 @@ def add_shard_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
 
 
-def quantising(args: argparse.Namespace) -> dict[str, Any]:
+def quantizing(args: argparse.Namespace) -> dict[str, Any]:
     """Those of the options that were given, as load_model takes them."""
-    given: dict[str, Any] = {name: getattr(args, name) for name in _QUANTISING if getattr(args, name) is not None}
+    given: dict[str, Any] = {name: getattr(args, name) for name in _QUANTIZING if getattr(args, name) is not None}
     if "skip_modules" in given:
         given["skip_modules"] = tuple(given["skip_modules"])
     return given
@@ -79,7 +79,7 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
 
     from qlora_native.load.source import open_source
 
-    given = quantising(args)
+    given = quantizing(args)
     config = Path(args.adapter).expanduser() / "config.yaml" if args.adapter else None
     if config is None or not config.is_file():
         return given
@@ -123,12 +123,12 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
     refuse_existing(out, "DST")
-    given = quantising(args)
+    given = quantizing(args)
     four_bit = getattr(open_source(source, torch.bfloat16), "four_bit_config", None)
     if given and (args.to == "16bit" or four_bit):
         flag = f"--{next(iter(given)).replace('_', '-')}"
         why = "16bit has no 4-bit weights" if args.to == "16bit" else f"the weights of {source} are 4-bit already"
-        raise UserError(f"qlora convert: {flag} says how to quantise, but {why}; leave it out")
+        raise UserError(f"qlora convert: {flag} says how to quantize, but {why}; leave it out")
     shard_bytes = shard_size(args)
     began = time.monotonic()
     with told_to_the_user(), told_if_unwritable(out), atomic_folder(out) as partial:
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    done = {"quantised": report.quantized, "decoded": report.dequantized, "kept in 4 bits": report.copied}
+    done = {"quantized": report.quantized, "decoded": report.dequantized, "kept in 4 bits": report.copied}
     counts = ", ".join(f"{count} weights {verb}" for verb, count in done.items() if count) or "no 4-bit weights"
     print(
         f"{out}: {counts}; {report.num_bytes / 2**20:,.1f} MiB in {report.files} file{'s' * (report.files > 1)}; "

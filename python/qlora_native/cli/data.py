@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", metavar="FILE", help="draw the histogram of lengths too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.epilog = """Says which format the file has, how long its rows are, which of them are cut or dropped and why,
-and shows rows with their trained tokens in colour; between [[ and ]] when the output is not a terminal.
+and shows rows with their trained tokens in color; between [[ and ]] when the output is not a terminal.
 Keys of a config (--max_length, --format, --train_on, --packing) can be set for a data file too.
 
 examples:
@@ -166,9 +166,9 @@ def _show(row: dict[str, Any], path: str) -> None:
         words += f", {row['cut']:,} more cut off"
     if row["dropped"]:
         words += f"; dropped: {row['dropped']}"
-    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not missing_modules(["rich"])
+    colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not missing_modules(["rich"])
     print(f"\n{words}")
-    if not colours:
+    if not colors:
         print("".join(f"[[{_printable(p['text'])}]]" if p["trained"] else _printable(p["text"]) for p in row["parts"]))
         return
     from rich.console import Console

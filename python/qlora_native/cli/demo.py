@@ -27,7 +27,7 @@ ANSWER_TOKENS = 32
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments; the defaults are the run that the README shows."""
     parser.add_argument("--out", default="demo-run", help="folder for data, adapter and metrics (default: demo-run)")
-    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of 4 rows (default: 100)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 4 rows (default: 100)")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
     parser.add_argument("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
     parser.epilog = """example:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
 
-    print(f"model: {model_path.stem}, quantised to NF4 with double quantisation, calibrated on the rows", flush=True)
+    print(f"model: {model_path.stem}, quantized to NF4 with double quantization, calibrated on the rows", flush=True)
     tokenizer: Any = load_tokenizer(str(model_path))
     rows = out / "data" / "train.jsonl"
     calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)

@@ -185,7 +185,7 @@ def _memory() -> int | None:
 
 
 def _paging(folder: Path) -> dict[str, Any]:
-    """Whether optimiser states could be paged into a file in this folder, found by making one, and what limits memory
+    """Whether optimizer states could be paged into a file in this folder, found by making one, and what limits memory
     here."""
     from qlora_native import _C
     from qlora_native.optim.free_memory import file_system_of, free_memory

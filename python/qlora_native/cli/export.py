@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantising, add_shard_size, as_trained, refuse_existing, shard_size
+from qlora_native.cli.convert import add_quantizing, add_shard_size, as_trained, refuse_existing, shard_size
 from qlora_native.cli.main import missing_modules
 from qlora_native.errors import UserError
 
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="original",
         help="add the adapter to the weights in MODEL, or to their 4-bit form (default: original)",
     )
-    add_quantising(parser)
+    add_quantizing(parser)
     add_shard_size(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = """safetensors: a 16-bit folder that transformers loads. gguf: one file with the tokenizer and chat

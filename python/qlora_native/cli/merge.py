@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantising, add_shard_size, as_trained, shard_size
+from qlora_native.cli.convert import add_quantizing, add_shard_size, as_trained, shard_size
 from qlora_native.errors import UserError
 
 REPORT = "merge_report"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments; those of quantising as in ``qlora quantize``."""
+    """Arguments; those of quantizing as in ``qlora quantize``."""
     parser.add_argument("model", metavar="MODEL", help="the base: a model folder or a .gguf file")
     parser.add_argument("adapter", metavar="ADAPTER", help="a folder in PEFT's format, such as run/adapter")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make; it must not exist yet")
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", choices=("bf16", "fp16", "fp32", "nf4"), default="bf16", help="what to write (default: bf16)"
     )
-    add_quantising(parser)
+    add_quantizing(parser)
     add_shard_size(parser)
     parser.add_argument("--check", action="store_true", help="report the error of each weight and the logits' drift")
     parser.add_argument(
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = f"""Tensors are read, merged and written a few megabytes at a time, so the model may be larger than
 memory; --check loads it. Its report goes to DIR/{REPORT}.json and DIR/{REPORT}.md.
-The options of quantising say how MODEL was loaded for training; without them, the config.yaml beside the adapter does.
+The options of quantizing say how MODEL was loaded for training; without them, the config.yaml beside the adapter does.
 
 examples:
   qlora merge Llama-3.1-8B-Instruct run/adapter --out merged

@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         default="bfloat16",
-        help="of what stays unquantised, and of the decoded weights (default: bfloat16)",
+        help="of what stays unquantized, and of the decoded weights (default: bfloat16)",
     )
     parser.add_argument(
         "--skip-modules",
@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """It writes config.json with a quantization_config, model.safetensors (in shards if it is large)
     in the format of
 bitsandbytes' Linear4bit, the generation defaults and the tokenizer. transformers loads the folder where bitsandbytes is
-installed; this library loads it without. Tensors are read and quantised one at a time, with --calibration one decoder
+installed; this library loads it without. Tensors are read and quantized one at a time, with --calibration one decoder
 layer at a time; a run with --calibration that was interrupted goes on after its last finished layer when it is started
 again with the same options.
 
@@ -74,7 +74,7 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, which quantises, and write."""
+    """Load, which quantizes, and write."""
     import torch
 
     from qlora_native.load import load_model

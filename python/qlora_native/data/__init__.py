@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from qlora_native.data.batching import BatchPlan, collate
 from qlora_native.data.dataset import DatasetStats, TokenizedDataset, load_dataset
-from qlora_native.data.formats import FORMATS, Message, Row, infer_format, normalise
+from qlora_native.data.formats import FORMATS, Message, Row, infer_format, normalize
 from qlora_native.data.packing import PackedPlan, collate_packed
 from qlora_native.data.readers import DATA_SUFFIXES, SourceRow, read_rows
 from qlora_native.data.template import DEFAULT_CHAT_TEMPLATE, IGNORE_INDEX, ChatEncoder, Encoded, padding_id
@@ -36,7 +36,7 @@ __all__ = [
     "collate_packed",
     "infer_format",
     "load_dataset",
-    "normalise",
+    "normalize",
     "padding_id",
     "read_rows",
 ]

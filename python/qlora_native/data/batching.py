@@ -15,7 +15,7 @@ from qlora_native.data.template import IGNORE_INDEX
 from qlora_native.errors import UserError
 
 # Rows are sorted by length within windows of this many batches, or of a quarter of the epoch if that is less: wide
-# enough that neighbours are nearly equally long, narrow enough that which rows meet changes from epoch to epoch.
+# enough that neighbors are nearly equally long, narrow enough that which rows meet changes from epoch to epoch.
 WINDOW_BATCHES = 32
 
 Item = TypeVar("Item")  # of a batch: a row, or a sequence of rows packed together

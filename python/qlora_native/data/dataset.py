@@ -1,4 +1,4 @@
-"""A data file, tokenised: flat arrays of ids and labels, and the numbers a user asks about them."""
+"""A data file, tokenized: flat arrays of ids and labels, and the numbers a user asks about them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from qlora_native.data.batching import permutation
-from qlora_native.data.formats import FORMATS, INFER_ROWS, infer_format, normalise
+from qlora_native.data.formats import FORMATS, INFER_ROWS, infer_format, normalize
 from qlora_native.data.growing import GrowingArray
 from qlora_native.data.readers import read_rows
 from qlora_native.data.template import ChatEncoder, TrainOn
@@ -183,7 +183,7 @@ def load_dataset(
     limit: int | None = None,
     folder: str | Path | None = None,
 ) -> TokenizedDataset:
-    """Read, normalise and tokenise a data file, row by row: neither the file nor its tokens need fit into memory.
+    """Read, normalize and tokenize a data file, row by row: neither the file nor its tokens need fit into memory.
 
     Args:
         path: a ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet`` file.
@@ -212,7 +212,7 @@ def load_dataset(
     trained, cut, too_long = array("i"), bytearray(), bytearray()
     with_messages = False
     for source in chain(first, rows):
-        row = normalise(source, name)
+        row = normalize(source, name)
         with_messages |= row.messages is not None
         encoded = encoder.encode(row)
         if encoded.trained == 0:

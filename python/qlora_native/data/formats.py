@@ -102,7 +102,7 @@ def infer_format(rows: Iterable[SourceRow]) -> str:
     return found
 
 
-def normalise(row: SourceRow, format: str) -> Row:
+def normalize(row: SourceRow, format: str) -> Row:
     """Turn a row of the given format into the common form.
 
     Raises:

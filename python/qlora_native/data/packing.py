@@ -16,7 +16,7 @@ from qlora_native.data.batching import Plan, permutation
 from qlora_native.data.template import IGNORE_INDEX
 
 # Rows that are packed together: enough that what stays empty is a sequence in a hundred, few enough that a row's
-# neighbours change from epoch to epoch, and that packing takes no longer for a row of a large file than of a small one.
+# neighbors change from epoch to epoch, and that packing takes no longer for a row of a large file than of a small one.
 WINDOW_ROWS = 1024
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qlora_native.data.dataset import TokenizedDataset
-from qlora_native.data.formats import normalise
+from qlora_native.data.formats import normalize
 from qlora_native.data.readers import SourceRow
 from qlora_native.data.template import IGNORE_INDEX, ChatEncoder
 
@@ -54,7 +54,7 @@ def plot_lengths(lengths: np.ndarray, max_length: int, picture: Path) -> None:
 def render(encoder: ChatEncoder, source: SourceRow, format: str) -> dict[str, Any]:
     """One row: its line, its tokens, those trained, those cut off, why it is dropped if it is, and its text in parts
     that are trained or not."""
-    encoded = encoder.encode(normalise(source, format))
+    encoded = encoder.encode(normalize(source, format))
     dropped = None
     if not encoded.trained:
         dropped = f"no trained token within max_length={encoder.max_length}" if encoded.cut else "nothing to train on"

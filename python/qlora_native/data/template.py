@@ -13,7 +13,7 @@ Where an answer stands in the tokens is found in this order:
    rewrite earlier turns break that prefix; then the answer is replaced by a probe word and the rendered text before and
    after the probe, which is also how the end is found, gives the place.
 3. A place in the text becomes a place in the tokens by the tokenizer's offsets where a token begins or ends exactly
-   there; else by tokenising the prefix alone, if that is a prefix of the tokens; else every token that overlaps the
+   there; else by tokenizing the prefix alone, if that is a prefix of the tokens; else every token that overlaps the
    answer is in.
 """
 
@@ -130,7 +130,7 @@ class ChatEncoder:
         """
         self._tools = None
         _, text, _ = self._rendered(list(messages), "the conversation", add_generation_prompt=True)
-        return self._tokenise(text)[0]
+        return self._tokenize(text)[0]
 
     # ---- plain text and prompt + completion
 
@@ -155,7 +155,7 @@ class ChatEncoder:
         self._check_tools(messages, text, row.where)
         untrained = {index - shift for index in row.untrained}
         if self.train_on == "all":
-            ids, _ = self._tokenise(text)
+            ids, _ = self._tokenize(text)
             trained = [True] * len(ids)
         elif self._marked and not untrained and (marked := self._assistant_mask(messages)):
             ids, trained = marked
@@ -165,7 +165,7 @@ class ChatEncoder:
         return self._close_turns(ids, trained, ends_in_answer)
 
     def _check_tools(self, messages: list[Message], text: str, where: str) -> None:
-        """UserError if the template leaves out a tool or a call: answers would be learnt to what is not there."""
+        """UserError if the template leaves out a tool or a call: answers would be learned to what is not there."""
         calls = [call for message in messages for call in message.get("tool_calls", ())]
         for tool in [*(self._tools or ()), *calls]:
             name = tool["function"]["name"]
@@ -307,13 +307,13 @@ class ChatEncoder:
 
     # ---- tokens
 
-    def _tokenise(self, text: str) -> tuple[list[int], _Offsets | None]:
+    def _tokenize(self, text: str) -> tuple[list[int], _Offsets | None]:
         # verbose=False: a row longer than the model's context is cut here, and transformers need not warn of it.
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self._fast, verbose=False)
         return list(out["input_ids"]), (list(out["offset_mapping"]) if self._fast else None)
 
     def _mask(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        ids, offsets = self._tokenise(text)
+        ids, offsets = self._tokenize(text)
         trained = [False] * len(ids)
         if offsets is None:
             return self._mask_slow(text, spans, ids)
@@ -332,7 +332,7 @@ class ChatEncoder:
         return ids, trained
 
     def _by_prefix(self, prefix: str, ids: list[int], otherwise: int) -> int:
-        prefix_ids, _ = self._tokenise(prefix)
+        prefix_ids, _ = self._tokenize(prefix)
         return len(prefix_ids) if ids[: len(prefix_ids)] == prefix_ids else otherwise
 
     def _mask_slow(self, text: str, spans: list[tuple[int, int]], ids: list[int]) -> tuple[list[int], list[bool]]:
@@ -348,7 +348,7 @@ class ChatEncoder:
         ids, trained, done = [], [], 0
         for start, end in [*spans, (len(text), len(text))]:
             for piece, keep in ((text[done:start], False), (text[start:end], True)):
-                piece_ids = self._tokenise(piece)[0] if piece else []
+                piece_ids = self._tokenize(piece)[0] if piece else []
                 ids += piece_ids
                 trained += [keep] * len(piece_ids)
             done = end

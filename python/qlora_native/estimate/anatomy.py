@@ -149,7 +149,7 @@ def _adapted(
 
 
 def _meta_weight(shape: tuple[int, ...], setting: Setting) -> QuantizedWeight:
-    """A quantised weight of the meta device."""
+    """A quantized weight of the meta device."""
     numel, double_quant = math.prod(shape), setting.double_quant
     blocks = -(-numel // setting.block_size)
 

@@ -1,4 +1,4 @@
-"""What quantising and training did to a model: loss, perplexity, divergence from 16 bits, multiple choice.
+"""What quantizing and training did to a model: loss, perplexity, divergence from 16 bits, multiple choice.
 
 ``measure.py`` is one pass of one model over one text, ``texts.py`` and ``choices.py`` read what is measured on,
 ``sides.py`` says which forms of a model are compared, ``comparison.py`` compares them, ``report.py`` writes it down,

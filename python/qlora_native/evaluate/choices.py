@@ -20,7 +20,7 @@ PROMPT = "Question: {question}\nAnswer:"  # and then a space and a choice
 
 @dataclass(frozen=True)
 class Choices:
-    """A file of questions, tokenised: one row for each choice, of which only the choice's tokens are predicted.
+    """A file of questions, tokenized: one row for each choice, of which only the choice's tokens are predicted.
 
     Attributes:
         name: the file's name.
@@ -44,13 +44,13 @@ class Choices:
 class Accuracy:
     """Shares of the questions answered right, each with its standard error.
 
-    ``plain`` takes the choice of the largest log-likelihood; ``normalised`` the one of the largest log-likelihood for
-    each byte of it, which does not favour short choices.
+    ``plain`` takes the choice of the largest log-likelihood; ``normalized`` the one of the largest log-likelihood for
+    each byte of it, which does not favor short choices.
     """
 
     questions: int
     plain: tuple[float, float]
-    normalised: tuple[float, float]
+    normalized: tuple[float, float]
 
 
 def load_choices(path: str | Path, tokenizer: Any, *, max_length: int = 1024, limit: int | None = None) -> Choices:

@@ -148,7 +148,7 @@ def _num_bytes(model: Any) -> int:
 
 def _choices_row(found: Accuracy) -> dict[str, Any]:
     row = {"questions": found.questions, "accuracy": found.plain[0], "accuracy_error": found.plain[1]}
-    return _finite(row | {"accuracy_by_byte": found.normalised[0], "accuracy_by_byte_error": found.normalised[1]})
+    return _finite(row | {"accuracy_by_byte": found.normalized[0], "accuracy_by_byte_error": found.normalized[1]})
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

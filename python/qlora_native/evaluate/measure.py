@@ -77,7 +77,7 @@ class Scores:
 def ratio(values: Tensor, weights: Tensor) -> tuple[float, float]:
     """sum(values) / sum(weights) over rows, fp64 [rows], and its standard error with rows as the sample.
 
-    The error is the linearised one of a ratio estimator (Cochran, "Sampling Techniques", section 2.11); nan for fewer
+    The error is the linearized one of a ratio estimator (Cochran, "Sampling Techniques", section 2.11); nan for fewer
     than two rows.
     """
     total, rows = float(weights.sum()), len(values)

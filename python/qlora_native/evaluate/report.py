@@ -28,7 +28,7 @@ def tables(comparison: Comparison) -> list[str]:
         body = []
         for side in comparison.sides:
             found = side.choices[name]
-            body.append([side.name, _percent(found.plain), _percent(found.normalised)])
+            body.append([side.name, _percent(found.plain), _percent(found.normalized)])
         head = ("", "right", "right, by likelihood a byte")
         lines += [f"**{name}**, {first.questions:,} questions", "", *_table(head, body), ""]
     for task, metrics in comparison.sides[0].tasks.items():

@@ -22,7 +22,7 @@ REFERENCE, FOUR_BIT, ADAPTED = "16-bit", "4-bit", " + adapter"
 
 
 def load_dense(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: Any = None) -> Any:
-    """The model with nothing quantised, through the same reader and the same native modules as the 4-bit one."""
+    """The model with nothing quantized, through the same reader and the same native modules as the 4-bit one."""
     source = open_source(Path(path), dtype)
     tree = Tree(source.config, dtype, torch.device("cpu"))
     if source.is_four_bit(tree):
@@ -55,7 +55,7 @@ class Sides:
         self.is_four_bit = source.is_four_bit(Tree(source.config, torch.bfloat16, torch.device("cpu")))
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown:
-            raise UserError(f"{unknown[0]!r} is no method of quantising: expected {', '.join(METHODS)}")
+            raise UserError(f"{unknown[0]!r} is no method of quantizing: expected {', '.join(METHODS)}")
         if self.is_four_bit and self.methods:
             raise UserError(f"{self.model} is 4-bit already: methods are compared from the 16-bit model")
         if not self.is_four_bit and self.reference is not None:

@@ -19,7 +19,7 @@ PLAIN_SUFFIXES = (".txt", ".md", ".rst")
 
 @dataclass(frozen=True)
 class Text:
-    """One text, tokenised.
+    """One text, tokenized.
 
     Attributes:
         name: the file's name.
@@ -42,7 +42,7 @@ def load_text(
     train_on: TrainOn = "answers",
     limit: int | None = None,
 ) -> Text:
-    """Tokenise a file.
+    """Tokenize a file.
 
     Plain text (``.txt``, ``.md``, ``.rst``) is cut into windows of ``max_length`` tokens, in which every token but the
     first is predicted; a rest of less than two tokens is left out. Every other file is read as for training: of a

@@ -35,7 +35,7 @@ class Architecture:
     Attributes:
         name: in GGUF.
         interleaved: q and k rows of a head stand in pairs (0, half), (1, half + 1), ... there, because its rotary
-            embedding turns neighbours where transformers' turns halves.
+            embedding turns neighbors where transformers' turns halves.
         norm_offset: what the norms' weights have added to them there.
     """
 

@@ -42,7 +42,7 @@ def fuse(model: nn.Module) -> dict[str, int]:
             if isinstance(module, Fused):
                 continue
             for kind in kinds:
-                settings = kind.recognise(module)
+                settings = kind.recognize(module)
                 if settings is not None:
                     vars(module).update(settings)
                     module.__class__ = substitute_class(kind, type(module))
@@ -66,7 +66,7 @@ class Fused(Substitute):
     label = ""
 
     @classmethod
-    def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
+    def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
         """Attributes to set, named ``_fused_...``, if ``module`` computes what this class would, or None."""
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class Norm(Fused):
     weight: nn.Parameter
 
     @classmethod
-    def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
+    def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
         own = dict(module.named_parameters(recurse=False))
         weight = own.get("weight")
         if (
@@ -114,7 +114,7 @@ class GatedMLP(Fused):
     _fused_parts: tuple[str, str, str]  # names of gate, up, down
 
     @classmethod
-    def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
+    def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
         parts = dict(module.named_children())
         linears = [name for name, part in parts.items() if _is_linear(part)]
         others = [part for name, part in parts.items() if name not in linears]
@@ -152,7 +152,7 @@ class Attention(Fused):
     label = "attention"
 
     @classmethod
-    def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
+    def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
         parameter = next(module.parameters(), None)
         if parameter is None or not is_ours(parameter, dtype=False):
             return None
@@ -172,7 +172,7 @@ class Dense(Fused):
     bias: nn.Parameter | None
 
     @classmethod
-    def recognise(cls, module: nn.Module) -> dict[str, Any] | None:
+    def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
         if type(module) is not nn.Linear or module.weight.dtype not in SIXTEEN_BITS or not is_ours(module.weight):
             return None
         if module.weight.numel() >= LARGE and module.weight.is_contiguous():

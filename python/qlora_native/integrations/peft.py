@@ -35,7 +35,7 @@ class QuantizedLoraLinear(Linear):
     One active plain adapter (LoRA or rsLoRA, with or without dropout) is computed together with the base in one
     autograd node, its products in the dtype of the base's; DoRA and other variants, several active adapters, trained
     biases and batches that mix adapters go through PEFT's own forward, which sees the base's decoded weight where it
-    looks at it. Merging adds the adapters to the decoded weight and quantises the sum anew, once a call; unmerging
+    looks at it. Merging adds the adapters to the decoded weight and quantizes the sum anew, once a call; unmerging
     puts the bytes from before back.
     """
 
@@ -48,7 +48,7 @@ class QuantizedLoraLinear(Linear):
         return self.__dict__.get("_stand_in") or super().get_base_layer()
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
-        """Add an adapter. ValueError for initialisations that need or change the base's weight."""
+        """Add an adapter. ValueError for initializations that need or change the base's weight."""
         init = config.init_lora_weights
         if init not in _PLAIN_INITS:
             raise ValueError(
@@ -89,7 +89,7 @@ class QuantizedLoraLinear(Linear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the weight, which is quantised anew; its bytes are kept for :meth:`unmerge`."""
+        """Add the adapters to the weight, which is quantized anew; its bytes are kept for :meth:`unmerge`."""
         if "_stand_in" in self.__dict__:  # PEFT merges again what it took out for a moment
             super().merge(safe_merge, adapter_names)
             return
@@ -100,7 +100,7 @@ class QuantizedLoraLinear(Linear):
         if len(self.merged_adapters) == merged:
             return
         self._caches.setdefault(_UNMERGED, before)
-        cast(QuantizedLinear, self.get_base_layer()).quantized = _quantised_like(before, dense.weight)
+        cast(QuantizedLinear, self.get_base_layer()).quantized = _quantized_like(before, dense.weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -163,7 +163,7 @@ class QuantizedParamWrapper(ParamWrapper):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the decoded stack, which is quantised anew; its bytes are kept for :meth:`unmerge`."""
+        """Add the adapters to the decoded stack, which is quantized anew; its bytes are kept for :meth:`unmerge`."""
         before, names = self._stack(), check_adapters_to_merge(self, adapter_names)
         names = [name for name in names or () if name in self.lora_A]
         if before is None or not names:
@@ -175,7 +175,7 @@ class QuantizedParamWrapper(ParamWrapper):
         if safe_merge and not dense.isfinite().all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         self._caches.setdefault(_UNMERGED, before)
-        put_stack(self.get_base_layer(), self.parameter_name, _quantised_like(before, dense))
+        put_stack(self.get_base_layer(), self.parameter_name, _quantized_like(before, dense))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -191,7 +191,7 @@ class QuantizedParamWrapper(ParamWrapper):
 QuantizedParamWrapper.__name__ = "ParamWrapper"  # by which PEFT knows a layer that may be wrapped for another stack
 
 
-def _quantised_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
+def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
     after = quantize(
         dense, quant_type=before.quant_type, block_size=before.block_size, double_quant=before.double_quant
     )

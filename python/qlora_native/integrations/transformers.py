@@ -1,6 +1,6 @@
-"""The quantisation config of transformers' ``from_pretrained``, and its entry in transformers' registries.
+"""The quantization config of transformers' ``from_pretrained``, and its entry in transformers' registries.
 
-This file is imported while transformers itself still is, so it takes from it only what is there by then; the quantiser
+This file is imported while transformers itself still is, so it takes from it only what is there by then; the quantizer
 (``load/quantizer.py``) follows when a model is loaded.
 """
 
@@ -51,7 +51,7 @@ class QLoRANativeConfig(QuantizationConfigMixin):
             embedding. Tied weights always stay dense.
         others: bitsandbytes' names of these (``bnb_4bit_quant_type``, ``bnb_4bit_use_double_quant``,
             ``bnb_4bit_compute_dtype``, ``llm_int8_skip_modules``), and ``load_in_4bit=True``. Defaults are ours:
-            NF4 with double quantisation.
+            NF4 with double quantization.
 
     Raises:
         ValueError: an unknown name, or a value that this library does not have.

@@ -1,6 +1,6 @@
 """Loading with calibrated methods: one decoder layer at a time in 16 bits, run on the calibration set, then 4-bit.
 
-Every layer sees what the unquantised model would have given it. Sequences run side by side, each on one thread, and
+Every layer sees what the unquantized model would have given it. Sequences run side by side, each on one thread, and
 what they add to the statistics is added in their order: the bytes do not depend on the number of threads.
 """
 
@@ -188,7 +188,7 @@ class _Layers:
     def calibrate(
         self, index: int, hidden: HiddenStates, pool: ThreadPoolExecutor, threads: int
     ) -> tuple[dict[str, QuantizedWeight], FellBack]:
-        """Read a layer, run it, quantise it; ``hidden`` then also holds what it makes of its input."""
+        """Read a layer, run it, quantize it; ``hidden`` then also holds what it makes of its input."""
         prefix, layer, last = f"{self.path}.{index}.", self.layers[index], index + 1 == len(self.layers)
         stored = self._read(prefix)
         full = self.method == "gptq"
@@ -206,12 +206,12 @@ class _Layers:
         del statistics
         torch.set_num_threads(threads)  # weight after weight: work on one takes as much memory as the statistics
         try:
-            return self._quantise(groups, stored)
+            return self._quantize(groups, stored)
         finally:
             torch.set_num_threads(1)
 
     @torch.no_grad()
-    def _quantise(self, groups: list[Group], stored: Stored) -> tuple[dict[str, QuantizedWeight], FellBack]:
+    def _quantize(self, groups: list[Group], stored: Stored) -> tuple[dict[str, QuantizedWeight], FellBack]:
         """Put the layer's weights into the tree in 4 bits; statistics and weights in 16 bits go as they are done."""
         names, done = list(stored), dict[str, QuantizedWeight]()
         parts: dict[str, dict[int, QuantizedWeight]] = {}
@@ -220,7 +220,7 @@ class _Layers:
             statistic, keys = groups.pop(0)
             if self.method == "gptq":
                 give_memory_back()  # that of the matrices before, which leave holes
-            made, fallen = self._quantised_by(statistic, keys, stored)
+            made, fallen = self._quantized_by(statistic, keys, stored)
             fell_back |= fallen
             for (name, expert), weight in made.items():
                 if expert is None:
@@ -264,7 +264,7 @@ class _Layers:
             hidden.write(row, out, index + 1)
         return inputs
 
-    def _quantised_by(
+    def _quantized_by(
         self, statistic: Statistic | None, keys: list[Key], stored: Stored
     ) -> tuple[dict[Key, QuantizedWeight], FellBack]:
         """The weights that share an input, and which of them did not get the method."""
@@ -280,7 +280,7 @@ class _Layers:
             if expert is not None:
                 # The scales of a stack are nested together, once all of them are there.
                 called, one, nested = f"{name}[{expert}]", tensor[expert], {"double_quant": False}
-            result = self.taker.quantised(name, one, file, partial(quantize_calibrated, **data), **nested)
+            result = self.taker.quantized(name, one, file, partial(quantize_calibrated, **data), **nested)
             made[name, expert] = result.weight
             if reason := why or result.report.fallback:
                 fell_back[called] = reason

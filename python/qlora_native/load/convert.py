@@ -140,7 +140,7 @@ def write_all(work: Conversion, folder: Path, shard_bytes: int) -> None:
 
 
 def copy_other_files(source: Path, folder: Path) -> None:
-    """What lies beside the weights: tokenizer, generation defaults, licence."""
+    """What lies beside the weights: tokenizer, generation defaults, license."""
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
@@ -219,7 +219,7 @@ class Conversion:
             if turned is None:
                 yield self._dense(step.stored, self.tree.dtype_of(step.name))
             else:
-                yield self._quantised(step.stored.name, step.stored, turned)
+                yield self._quantized(step.stored.name, step.stored, turned)
         elif step.name in self.weights and len(step.converter.target_patterns) == 1:
             yield self._stacked(step)
         else:
@@ -258,7 +258,7 @@ class Conversion:
     # -----------------------------------------------------------------------------------------------------------------
     # To 4 bits
 
-    def _quantised(self, key: str, stored: StoredTensor, turned: bool) -> Job:
+    def _quantized(self, key: str, stored: StoredTensor, turned: bool) -> Job:
         shape = stored.shape[::-1] if turned else stored.shape
         return self._packed(key, shape, str(stored.file), lambda: self._flat(stored, turned))
 
@@ -286,7 +286,7 @@ class Conversion:
             outputs.append(Output(f"{key}.nested_quant_map", torch.float32, (256,)))
 
         def write(writer: ShardWriter) -> None:
-            weight = self.quantised(key, shape, file, parts(), partial(writer.write, key))
+            weight = self.quantized(key, shape, file, parts(), partial(writer.write, key))
             for name, tensor in to_bnb(weight, key).items():
                 if name != key:
                     writer.write(name, tensor)
@@ -294,10 +294,10 @@ class Conversion:
 
         return Job(outputs, write)
 
-    def quantised(
+    def quantized(
         self, key: str, shape: tuple[int, ...], file: str, parts: Parts, take: Callable[[Tensor], None]
     ) -> QuantizedWeight:
-        """Quantise part by part, the scales of all parts together, with the same bytes as the tensor in one.
+        """Quantize part by part, the scales of all parts together, with the same bytes as the tensor in one.
 
         Args:
             key: of the weight, and file: where it lies, for messages. shape: of the whole.
@@ -314,7 +314,7 @@ class Conversion:
             try:
                 packed, absmax, _, _ = torch.ops.qlora_native.quantize_4bit(part, number, block, False)
             except ValueError as error:
-                raise UserError(f"{file}: weight {key} cannot be quantised: {_bad(part, done, error)}") from error
+                raise UserError(f"{file}: weight {key} cannot be quantized: {_bad(part, done, error)}") from error
             take(packed)
             scales[done // block : done // block + len(absmax)] = absmax
             done += part.numel()
@@ -411,7 +411,7 @@ def _bad(part: Tensor, done: int, error: ValueError) -> str:
     if bool(finite.all()):
         return first_sentence(error)
     index = int((~finite).nonzero()[0])
-    return f"its element {done + index} is {float(part[index])}: only finite weights can be quantised."
+    return f"its element {done + index} is {float(part[index])}: only finite weights can be quantized."
 
 
 def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None, dtype: torch.dtype) -> None:

@@ -79,7 +79,7 @@ def put_four_bit(model: nn.Module, name: str, weight: QuantizedWeight, transpose
         layer.fan_in_fan_out = transposed  # type: ignore[assignment]  # merging gives the layer back as it was
         layer.train(old.training)
         model.set_submodule(path, layer)
-    layer._is_hf_initialized = True  # type: ignore[assignment]  # keeps transformers' initialisation off it
+    layer._is_hf_initialized = True  # type: ignore[assignment]  # keeps transformers' initialization off it
     parameter: Tensor = getattr(layer, leaf)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     return parameter

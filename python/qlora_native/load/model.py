@@ -97,7 +97,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load any transformers causal LM with its linear layers in 4 bits.
 
-    Tensors are read one at a time, quantised (or cast to ``dtype``) and dropped, so memory peaks at the 4-bit model
+    Tensors are read one at a time, quantized (or cast to ``dtype``) and dropped, so memory peaks at the 4-bit model
     plus the largest tensor; with "wmse" and "gptq", plus one decoder layer in 16 bits, what it computes of the
     sequences at hand, and its statistics. The model comes back in evaluation mode, every parameter frozen;
     ``model.load_report`` says what is 4-bit and what is not.

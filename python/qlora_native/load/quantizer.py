@@ -97,23 +97,23 @@ class QLoRANativeQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """What a 16-bit weight goes through."""
-        return Quantise(self)
+        return Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """How the parts of a stored weight come together: a 4-bit one's, or an 8-bit one's and its scales."""
         if self.pre_quantized:
             names = [rf"experts\.{name}" for name in STACKS] + ["weight"]
-            return [_converter(name, _PARTS, Deserialise(self)) for name in names]
+            return [_converter(name, _PARTS, Deserialize(self)) for name in names]
         return [_converter("weight", ("", SCALE_SUFFIX), Unscale(self))] if self._scaled else []
 
-    def quantise(self, model: Any, name: str, tensor: Tensor) -> Tensor:
+    def quantize(self, model: Any, name: str, tensor: Tensor) -> Tensor:
         """Exchange the layer of parameter ``name`` for its 4-bit form; returns the parameter."""
         transposed = self._weights[name]
         try:
             weight = quantize(tensor.t().contiguous() if transposed else tensor, **self.quantization_config.options())
         except ValueError as error:  # told after loading, in a sentence: transformers would print a stack trace
             reason = first_sentence(error).removeprefix("quantize: ")
-            self._refused = self._refused or f"{self._folder}: weight {name} cannot be quantised: {reason}"
+            self._refused = self._refused or f"{self._folder}: weight {name} cannot be quantized: {reason}"
             weight = quantize(
                 torch.zeros_like(tensor.t() if transposed else tensor), **self.quantization_config.options()
             )
@@ -181,7 +181,7 @@ class QLoRANativeQuantizer(HfQuantizer):
         return True
 
 
-class Quantise(ConversionOps):
+class Quantize(ConversionOps):
     """16-bit tensors to 4-bit ones."""
 
     def __init__(self, hf_quantizer: QLoRANativeQuantizer) -> None:
@@ -193,7 +193,7 @@ class Quantise(ConversionOps):
         for name in list(input_dict):
             tensor = _first(input_dict.pop(name))
             if self.hf_quantizer.param_needs_quantization(model, name):
-                tensor = self.hf_quantizer.quantise(model, name, tensor)
+                tensor = self.hf_quantizer.quantize(model, name, tensor)
             result[name] = tensor
         return result
 
@@ -211,7 +211,7 @@ class Unscale(ConversionOps):
         return {full_layer_name: tensor}
 
 
-class Deserialise(ConversionOps):
+class Deserialize(ConversionOps):
     """The stored parts of a 4-bit weight to its layer."""
 
     def __init__(self, hf_quantizer: QLoRANativeQuantizer) -> None:
@@ -235,7 +235,7 @@ def _converter(name: str, endings: tuple[str, ...], op: ConversionOps) -> Weight
 
 
 def _is_ours(entry: Any) -> bool:
-    return any(isinstance(op, (Deserialise, Unscale)) for op in getattr(entry, "operations", ()))
+    return any(isinstance(op, (Deserialize, Unscale)) for op in getattr(entry, "operations", ()))
 
 
 def _first(value: Any) -> Tensor:

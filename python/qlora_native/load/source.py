@@ -203,7 +203,7 @@ class GgufSource:
         raise AssertionError(step)
 
     def is_four_bit(self, tree: Tree) -> bool:
-        """Never: the blocks of GGUF are of another kind, and are dequantised on reading."""
+        """Never: the blocks of GGUF are of another kind, and are dequantized on reading."""
         return False
 
     def arrivals(
@@ -300,7 +300,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
-    """config.json's own description of 4-bit weights; None for 8-bit floats; refuses every other kind of quantised
+    """config.json's own description of 4-bit weights; None for 8-bit floats; refuses every other kind of quantized
     weights."""
     given = getattr(config, "quantization_config", None)
     if not given:

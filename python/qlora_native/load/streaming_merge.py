@@ -99,7 +99,7 @@ class Merging(Conversion):
             )
         self.skip_modules = skip_modules
         first = next((step for step in self.plan.steps if isinstance(step, FourBit)), None)
-        if first is not None:  # what is quantised again is quantised alike
+        if first is not None:  # what is quantized again is quantized alike
             state = self._state(first)
             self.options = {"quant_type": state["quant_type"], "block_size": state["blocksize"]}
             self.options["double_quant"] = "nested_blocksize" in state
@@ -166,7 +166,7 @@ class Merging(Conversion):
             yield self._merged(step, step.prefix if isinstance(step, FourBit) else step.stored.name)
 
     def changes(self, step: Step) -> bool:
-        """Whether the weight is not simply copied, cast, quantised or decoded."""
+        """Whether the weight is not simply copied, cast, quantized or decoded."""
         adapted = step.name.removesuffix(".weight") in self.adapter.pairs or step.name in self.whole
         return adapted or (step.name in self.rounded and self.target == "16bit")
 
@@ -223,7 +223,7 @@ class Merging(Conversion):
         if isinstance(step, FourBit):
             weight = self.source.four_bit(step)
         elif step.name in self.rounded:
-            weight = self._quantised_whole(step)
+            weight = self._quantized_whole(step)
         else:
             stored = step.stored
             if self.is_read_whole(stored) or step.name in self.turned:
@@ -237,7 +237,7 @@ class Merging(Conversion):
         for part in decoded_parts(weight, torch.float32, size * width):
             yield part.view(-1, width)
 
-    def _quantised_whole(self, step: Plain) -> QuantizedWeight:
+    def _quantized_whole(self, step: Plain) -> QuantizedWeight:
         """In 4 bits, from parts of what is stored."""
         stored, shape = step.stored, self.shape(step)
         packed, done = torch.empty((math.prod(shape) + 1) // 2, dtype=torch.uint8), 0
@@ -248,6 +248,6 @@ class Merging(Conversion):
             done += len(codes)
 
         parts = self._flat(stored, step.name in self.turned)
-        weight = self.quantised(stored.name, shape, str(stored.file), parts, take)
+        weight = self.quantized(stored.name, shape, str(stored.file), parts, take)
         weight.packed = packed
         return weight

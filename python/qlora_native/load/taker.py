@@ -53,7 +53,7 @@ class Taker:
         for name, value, file in arrivals:
             if isinstance(value, Iterator):
                 shape = tree.shapes[name].shape
-                parts = self._quantised_slices(name, value, shape, file)
+                parts = self._quantized_slices(name, value, shape, file)
                 self.put_four_bit(name, self.joined(name, parts, shape, file), file)
                 self.trim(2 * shape.numel())
             elif isinstance(value, QuantizedWeight):
@@ -81,10 +81,10 @@ class Taker:
         """The tensor of the parameter ``name``, or one slice of it, each element rounded to the nearest level;
         ``changes`` are to the options."""
         if self.signed:
-            return self.quantised(name, tensor, file, _signed, **changes)
-        return self.quantised(name, tensor, file, quantize, **changes)
+            return self.quantized(name, tensor, file, _signed, **changes)
+        return self.quantized(name, tensor, file, quantize, **changes)
 
-    def quantised(
+    def quantized(
         self, name: str, tensor: Tensor, file: str, function: Callable[..., Result], **changes: Any
     ) -> Result:
         """The tensor [out, in] by ``function`` with the options; what is wrong with it is told as of ``name``."""
@@ -95,9 +95,9 @@ class Taker:
             return function(turned, **{**self.options, **changes})
         except ValueError as error:
             reason = re.sub(r"^quantize\w*: ", "", first_sentence(error))
-            raise UserError(f"{file}: weight {name} cannot be quantised: {reason}") from error
+            raise UserError(f"{file}: weight {name} cannot be quantized: {reason}") from error
 
-    def _quantised_slices(
+    def _quantized_slices(
         self, name: str, slices: Iterator[Tensor], shape: torch.Size, file: str
     ) -> Iterator[QuantizedWeight]:
         for one in slices:
@@ -108,7 +108,7 @@ class Taker:
             yield self.nearest(name, one.to(self.tree.device), file, double_quant=False)
 
     def joined(self, name: str, parts: Iterator[QuantizedWeight], shape: torch.Size, file: str) -> QuantizedWeight:
-        """A stack [E, N, K] of its slices, whose scales are in fp32: the bytes of the stack quantised whole, without
+        """A stack [E, N, K] of its slices, whose scales are in fp32: the bytes of the stack quantized whole, without
         the stack in 16 bits."""
         block, done, device = self.options["block_size"], 0, self.tree.device
         packed = torch.empty(shape.numel() // 2, dtype=torch.uint8, device=device)

@@ -100,7 +100,7 @@ class Tree:
                 f"({some_of(extra)}).",
                 stacklevel=4,
             )
-        for name in self.missing:  # left to transformers' initialisation by its own list
+        for name in self.missing:  # left to transformers' initialization by its own list
             parent, leaf = self._parent(name)
             empty = torch.empty_like(self.shapes[name], device=self.device)
             setattr(parent, leaf, nn.Parameter(empty, requires_grad=False) if leaf in parent._parameters else empty)
@@ -111,10 +111,10 @@ class Tree:
     def prepare(self) -> PreTrainedModel:
         """The model in a state in which those of its layers that have arrived can run; others are still to come."""
         self.model.tie_weights(missing_keys=set(self.missing), recompute_mapping=False)
-        initialised = {module for module in self.model.modules() if "_is_hf_initialized" in vars(module)}
+        initialized = {module for module in self.model.modules() if "_is_hf_initialized" in vars(module)}
         self._compute_buffers()
         for module in self.model.modules():
-            if module not in initialised:  # finish() looks at it again
+            if module not in initialized:  # finish() looks at it again
                 vars(module).pop("_is_hf_initialized", None)
         return self.model.eval()
 

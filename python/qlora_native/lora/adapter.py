@@ -46,7 +46,7 @@ _OTHER_MATHS = (
     "kasa_config",
     "monteclora_config",
 )
-# Initialisations that change the base model's weights, which an adapter's file does not hold.
+# Initializations that change the base model's weights, which an adapter's file does not hold.
 _CHANGES_THE_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 
 
@@ -95,7 +95,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Read an adapter in PEFT's format into the model.
 
     A model without an adapter gets one, trainable as after :func:`add_lora`; into a model that has one of the same
-    layers, rank and scale, the values are copied. rsLoRA, rank and alpha patterns and ``modules_to_save`` are honoured.
+    layers, rank and scale, the values are copied. rsLoRA, rank and alpha patterns and ``modules_to_save`` are honored.
 
     Args:
         model: the base that the adapter was trained on; changed in place.

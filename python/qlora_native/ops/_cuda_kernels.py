@@ -23,7 +23,7 @@ from ._library import Weight, say_once
 @cache
 def native() -> ModuleType | None:
     """The module ``_cuda``, or None, and a warning why, where torch has a device but these kernels cannot run on it."""
-    slower = "dequantising with torch's own operations, which is slower."
+    slower = "dequantizing with torch's own operations, which is slower."
     if not _C.build_info()["cuda_archs"]:
         say_once(
             f"qlora_native: this build has no CUDA kernels; {slower} Reinstall it from source with nvcc on PATH and "
@@ -78,13 +78,13 @@ def memory(device: torch.device) -> tuple[int, int]:
 # Copying from pageable memory waits for the device, so a table is complete before any other stream can read it.
 @cache
 def levels_on(device: torch.device, quant_type: int) -> torch.Tensor:
-    """The built-in levels of a quantisation type in the device's memory, fp32 [16]."""
+    """The built-in levels of a quantization type in the device's memory, fp32 [16]."""
     return _native.levels(quant_type).to(device, copy=True)
 
 
 @cache
 def nested_code_on(device: torch.device) -> torch.Tensor:
-    """The built-in code of double quantisation in the device's memory, fp32 [256]."""
+    """The built-in code of double quantization in the device's memory, fp32 [256]."""
     return _native.nested_code().to(device, copy=True)
 
 

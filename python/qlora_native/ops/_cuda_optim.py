@@ -1,4 +1,4 @@
-"""The optimisers' tables in device memory, and steps over them that neither wait for the device nor read it.
+"""The optimizers' tables in device memory, and steps over them that neither wait for the device nor read it.
 
 A table is the rows of ``_tensor_rows`` as they are, with chunks that depend on sizes alone. What changes from step to
 step, addresses of gradients and learning rates, is copied there when it has changed.
@@ -125,7 +125,7 @@ class DeviceTable:
 class StoreTable:
     """Rows and chunks of a page store's tensors on the device, a run of them for each chunk of its pages.
 
-    ``row_of``: the row of the optimiser's table that updates each tensor of the store, or -1.
+    ``row_of``: the row of the optimizer's table that updates each tensor of the store, or -1.
     """
 
     def __init__(self, module: ModuleType, store: Any, row_of: list[int], device: torch.device) -> None:
@@ -142,7 +142,7 @@ class StoreTable:
             _upload(chunks, self.chunks)
 
     def point_at(self, rows: array[int]) -> None:
-        """Takes the addresses of parameters and gradients from the optimiser's table."""
+        """Takes the addresses of parameters and gradients from the optimizer's table."""
         if not len(self.sources):
             return
         table = torch.frombuffer(rows, dtype=torch.int64).view(-1, _C.optim_row_length)[self.sources]

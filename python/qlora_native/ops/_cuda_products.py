@@ -1,4 +1,4 @@
-"""Products with a quantised CUDA weight: the fused kernels, or panels of it and torch's own GEMM, as the plan says.
+"""Products with a quantized CUDA weight: the fused kernels, or panels of it and torch's own GEMM, as the plan says.
 
 The plan is native and a pure function of sizes (cuda/matmul_plan.h), or what ``qn.tune`` measured to be faster on this
 card. Whatever the path, a weight is never dense as a whole, unless it fits a panel.

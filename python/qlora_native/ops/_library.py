@@ -12,7 +12,7 @@ import torch
 
 from .. import _native
 
-# A quantised weight as op arguments, always last. absmax is fp32 [blocks], or uint8 [blocks] with the two nested
+# A quantized weight as op arguments, always last. absmax is fp32 [blocks], or uint8 [blocks] with the two nested
 # tensors beside it; code and nested_code are None for the built-in tables.
 WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor? code, Tensor? nested_code, "
@@ -51,7 +51,7 @@ SCHEMAS = {
         f"(Tensor h, Tensor labels, int ignore_index, bool need_grad_h, bool need_grad_weight, {WEIGHT_OR_DENSE})"
         " -> (Tensor, Tensor, Tensor)"
     ),
-    # The optimisers take lists of one tensor a parameter; the lists of absmax are empty for 32-bit states.
+    # The optimizers take lists of one tensor a parameter; the lists of absmax are empty for 32-bit states.
     "adamw_step": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] exp_avg_absmaxes, Tensor(e!)[] exp_avg_sq_absmaxes, Tensor(f!)[] steps, float lr, float beta1, "
@@ -148,12 +148,12 @@ class Weight(NamedTuple):
                 continue
             if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous():
                 raise ValueError(
-                    f"quantised weight {list(self.shape)} in blocks of {self.block_size}: {name} is {tensor.dtype} "
+                    f"quantized weight {list(self.shape)} in blocks of {self.block_size}: {name} is {tensor.dtype} "
                     f"{list(tensor.shape)} with strides {tensor.stride()}: expected {count} contiguous {dtype} values."
                 )
             if tensor.device != self.packed.device:
                 raise ValueError(
-                    f"quantised weight: {name} is on {tensor.device}, packed on {self.packed.device}: "
+                    f"quantized weight: {name} is on {tensor.device}, packed on {self.packed.device}: "
                     "move the weight as a whole with .to(device)."
                 )
             addresses[name] = tensor.data_ptr()
@@ -206,7 +206,7 @@ def _grown(num_bytes: int) -> torch.Tensor:
 
 
 def scratch(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor [count] in this thread's reusable buffer: no page faults after the first call.
+    """An uninitialized tensor [count] in this thread's reusable buffer: no page faults after the first call.
 
     Valid until the thread's next call. The buffer only grows, up to the largest size asked for.
     """

@@ -1,4 +1,4 @@
-"""What an optimiser keeps from step to step for the native code, on whatever device."""
+"""What an optimizer keeps from step to step for the native code, on whatever device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels of an optimiser's op, adamw_step or lion_step, from what tells them apart."""
+"""The kernels of an optimizer's op, adamw_step or lion_step, from what tells them apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with a quantised CPU weight: the native kernels, and float64 through torch.
+"""Products with a quantized CPU weight: the native kernels, and float64 through torch.
 
 Whatever the path, a weight is decoded a little at a time and multiplied at once; it is never dense as a whole.
 """

@@ -1,4 +1,4 @@
-"""The table of tensors that the optimisers' native functions read: one row a tensor, addresses and sizes."""
+"""The table of tensors that the optimizers' native functions read: one row a tensor, addresses and sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""linear_4bit: x W^T + bias with a quantised weight, and the gradient of its input."""
+"""linear_4bit: x W^T + bias with a quantized weight, and the gradient of its input."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def dense_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """The dequantised weight, for devices without kernels."""
+    """The dequantized weight, for devices without kernels."""
     say_once(
         f"qlora_native: no 4-bit matrix kernel on {weight.packed.device.type} in this build; "
-        "dequantising the whole weight for every product, which is slower and needs its memory."
+        "dequantizing the whole weight for every product, which is slower and needs its memory."
     )
     stored = torch.float32 if dtype == torch.float64 else dtype
     return torch.ops.qlora_native.dequantize_4bit(stored, *weight).to(dtype)
@@ -108,7 +108,7 @@ def grad_input_shapes(grad_y: torch.Tensor, low_memory: bool, *arguments: Any) -
 
 
 def save_weight(ctx: Any, arguments: tuple[Any, ...], *tensors: torch.Tensor | None) -> None:
-    """Keeps the packed weight and ``tensors`` for backward: never anything dequantised."""
+    """Keeps the packed weight and ``tensors`` for backward: never anything dequantized."""
     weight = weight_of(arguments)
     ctx.save_for_backward(*weight[:6], *tensors)
     ctx.weight_rest = weight[6:]

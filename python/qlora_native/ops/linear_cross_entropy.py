@@ -39,7 +39,7 @@ def check(h: torch.Tensor, labels: torch.Tensor, weight: Weight, need_grad_weigh
     if is_dense(weight) and weight.packed.dtype != h.dtype:
         raise ValueError(f"linear_cross_entropy: h is {h.dtype}, weight is {weight.packed.dtype}: cast one of them.")
     if need_grad_weight and not is_dense(weight):
-        raise ValueError("linear_cross_entropy: a quantised weight is frozen and has no gradient.")
+        raise ValueError("linear_cross_entropy: a quantized weight is frozen and has no gradient.")
 
 
 def _logits(h: torch.Tensor, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def check(t: torch.Tensor, quant_type: int, block_size: int) -> None:
-    """Refuses what cannot be quantised, whatever the device."""
+    """Refuses what cannot be quantized, whatever the device."""
     if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"quantize: tensor is {t.dtype}: expected float32, bfloat16 or float16.")
     if quant_type not in (0, 1):
@@ -22,7 +22,7 @@ def check(t: torch.Tensor, quant_type: int, block_size: int) -> None:
 
 
 def empty_outputs(t: torch.Tensor, block_size: int, double_quant: bool) -> Outputs:
-    """packed, absmax (codes when double-quantised), nested_absmax, nested_offset; the nested ones empty without it."""
+    """packed, absmax (codes when double-quantized), nested_absmax, nested_offset; the nested ones empty without it."""
     blocks = (t.numel() + block_size - 1) // block_size
     packed = t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)
     if not double_quant:

@@ -1,4 +1,4 @@
-"""Optimisers with one native call a step: ``AdamW``, ``Adam`` and ``Lion``, with 32-bit or 8-bit states.
+"""Optimizers with one native call a step: ``AdamW``, ``Adam`` and ``Lion``, with 32-bit or 8-bit states.
 
 They are ``torch.optim.Optimizer``: learning-rate schedulers, parameter groups, hooks, closures, ``state_dict``,
 deepcopy and ``GradScaler`` work as with torch's own. The differences:

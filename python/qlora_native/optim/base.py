@@ -1,4 +1,4 @@
-"""What the optimisers share: one step over all parameters, their states, checkpoints."""
+"""What the optimizers share: one step over all parameters, their states, checkpoints."""
 
 from __future__ import annotations
 
@@ -346,7 +346,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 shape = list(value.shape) if isinstance(value, Tensor) else None
                 raise ValueError(
                     f"{type(self).__name__}: the state of a parameter {list(param.shape)} holds "
-                    f"{', '.join(sorted(given)) or 'nothing'}, {name} {shape}: expected the states of this optimiser, "
+                    f"{', '.join(sorted(given)) or 'nothing'}, {name} {shape}: expected the states of this optimizer, "
                     "of the parameter's shape."
                 )
         return given

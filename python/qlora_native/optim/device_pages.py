@@ -1,4 +1,4 @@
-"""Where the states of an optimiser on a CUDA device lie when they may leave its memory.
+"""Where the states of an optimizer on a CUDA device lie when they may leave its memory.
 
 On a device with concurrent managed access (Linux) in managed memory, whose pages move between device and host under one
 address. Elsewhere (Windows, WSL2, Tegra) in pinned host memory, from which each chunk is copied to the device for its
@@ -47,7 +47,7 @@ class _Place:
 
 
 class DevicePages:
-    """The arenas of one optimiser on one device. Arguments as of ``HostPages``; ``budget`` is bytes of the device."""
+    """The arenas of one optimizer on one device. Arguments as of ``HostPages``; ``budget`` is bytes of the device."""
 
     def __init__(
         self,

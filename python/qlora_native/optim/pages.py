@@ -1,4 +1,4 @@
-"""Where the states of an optimiser on the CPU lie when they may leave memory: in arenas, in memory or in a page file.
+"""Where the states of an optimizer on the CPU lie when they may leave memory: in arenas, in memory or in a page file.
 
 A state is a tensor that looks into an arena and keeps it alive. It stays valid, at its address, wherever the bytes are:
 what is touched while it is paged out comes back, at the speed of the disk.
@@ -48,7 +48,7 @@ def default_folder() -> Path:
 
 
 class HostPages:
-    """The arenas of one optimiser.
+    """The arenas of one optimizer.
 
     Args:
         owner: named in messages.
@@ -145,7 +145,7 @@ class HostPages:
         if in_file and os.getpid() != self._process:
             raise RuntimeError(
                 f"{self.owner}: its states lie in a page file of process {self._process}, from which this one was "
-                "forked: make the optimiser in the process that steps it."
+                "forked: make the optimizer in the process that steps it."
             )
         if self.budget is not None or not in_file:
             return self.budget or 0

@@ -1,4 +1,4 @@
-"""What an optimiser has of paging: its options, its arenas, and the moves that others may ask for."""
+"""What an optimizer has of paging: its options, its arenas, and the moves that others may ask for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST_WATCHED = 1 << 20  # bytes of states; fewer are not worth a thread
 
 
 class PagedStates:
-    """The part of an optimiser that knows where its states lie. One lock keeps steps and moves apart."""
+    """The part of an optimizer that knows where its states lie. One lock keeps steps and moves apart."""
 
     _moments: ClassVar[dict[str, torch.dtype]]  # name of a state -> dtype of its codes
 
@@ -171,7 +171,7 @@ class PagedStates:
         return sum(pages.states_paged_out() for pages in list(self._pages.values()))
 
     def paging_statistics(self) -> PagingStatistics:
-        """What is where, what was moved and what it cost, since the optimiser was made. From any thread, also while a
+        """What is where, what was moved and what it cost, since the optimizer was made. From any thread, also while a
         step runs."""
         total = PagingStatistics(
             state_bytes=0,

@@ -17,7 +17,7 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay; the update of ``torch.optim.AdamW`` (Loshchilov and Hutter 2019).
 
     Args:
-        params: parameters, (name, parameter) pairs or groups, as for any torch optimiser.
+        params: parameters, (name, parameter) pairs or groups, as for any torch optimizer.
         lr: learning rate. betas: decay of the two averages. eps: added to the denominator.
         weight_decay: each step first multiplies the parameter by ``1 - lr * weight_decay``.
         bits: 32, or 8 for coded states; a group may have its own.

@@ -1,5 +1,5 @@
 """Parameters cut over ranks (DTensors, as FSDP2 makes them): each rank steps its own part, and only the norm of the
-gradients and the states that leave the optimiser know of the whole."""
+gradients and the states that leave the optimizer know of the whole."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _square_of(grads: Sequence[Tensor]) -> float:
 
 
 def whole_states(param: Tensor, state: dict[str, Any], moments: Sequence[str]) -> dict[str, Any]:
-    """The states of a cut parameter as they leave the optimiser: DTensors cut like it, fp32.
+    """The states of a cut parameter as they leave the optimizer: DTensors cut like it, fp32.
 
     8-bit states are decoded, because the blocks that share a scale end where a rank's part ends: any other number of
     ranks has other blocks. Coded again in the same blocks they are the same bytes.

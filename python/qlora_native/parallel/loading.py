@@ -1,6 +1,6 @@
 """A checkpoint that several processes load together.
 
-Each tensor is read by one rank, quantised there, and sent to the others in its 4 bits: together the ranks read the
+Each tensor is read by one rank, quantized there, and sent to the others in its 4 bits: together the ranks read the
 files once, and none holds more of the 16-bit model than the tensor at hand. A block that is complete is cut at once,
 so a rank holds its part of the model, the blocks that are not complete, and no more. The bytes are those of a load on
 one process.
@@ -80,7 +80,7 @@ def load_model(
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
         arrived: list[Any] = [*block.modules(), *block.parameters()]
         for part in arrived:
-            part._is_hf_initialized = True  # keeps transformers' initialisation off what replaced the tensors
+            part._is_hf_initialized = True  # keeps transformers' initialization off what replaced the tensors
         give_memory_back()
 
     model: Any = load_alone(

@@ -3,7 +3,7 @@
 FSDP2 takes frozen parameters of any dtype; its mixed precision casts floating-point ones alone, and parameters of
 several dtypes are gathered together, as bytes. So a weight needs no disguise: it is laid out in rows of one block, its
 scales beside it in rows of one scale, and both are cut where blocks end. What is 1/256 of the scales (the second level
-of double quantisation) stays whole on every rank.
+of double quantization) stays whole on every rank.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ tags:
 # LoRA adapter for {Path(model).name}
 
 Trained with qlora_native on a base in 4 bits ({quant.type}, blocks of {quant.block_size}\
-{", double quantisation" if quant.double_quant else ""}): rank {lora.r}, alpha {lora.alpha:g}, {facts["step"]} steps,
+{", double quantization" if quant.double_quant else ""}): rank {lora.r}, alpha {lora.alpha:g}, {facts["step"]} steps,
 {facts["tokens"]:,} tokens.
 {losses}
 ## Load it

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent: written under a temporary name, every file and folder fsynced, then renamed.
 
-``step-000200/`` holds the adapter in PEFT's format, ``trainer.safetensors`` (optimiser states and torch's random
+``step-000200/`` holds the adapter in PEFT's format, ``trainer.safetensors`` (optimizer states and torch's random
 state), ``trainer.json`` (step, data position, Python's and numpy's random state, losses so far) and the resolved
 ``config.yaml``. Where the model is cut over processes, the states lie in ``states/`` instead, written by all of them
 through torch.distributed.checkpoint; any number of processes, cut or not, continues from either. The learning rate is
@@ -95,7 +95,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> dict[str, Any]:
-    """Put back optimiser and random state; returns ``state`` as it was given to save_checkpoint. The adapter is the
+    """Put back optimizer and random state; returns ``state`` as it was given to save_checkpoint. The adapter is the
     caller's to load.
 
     Hyper-parameters stay those of ``optimizer``: only what it learned is taken from the checkpoint. The number of

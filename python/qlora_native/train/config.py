@@ -105,9 +105,9 @@ class LoraSection(_Section):
 
 
 class LoopSection(_Section):
-    """The optimiser, its schedule, and when to evaluate, save and print."""
+    """The optimizer, its schedule, and when to evaluate, save and print."""
 
-    steps: Positive | None = Field(default=None, description="optimiser steps; give this or epochs")
+    steps: Positive | None = Field(default=None, description="optimizer steps; give this or epochs")
     epochs: float | None = Field(
         default=None, gt=0, description="passes over the rows; give this or steps (neither: 1 epoch)"
     )
@@ -126,7 +126,7 @@ class LoopSection(_Section):
     )
     paged: Literal["auto", True, False] = Field(
         default="auto",
-        description="where the optimiser's averages lie: auto = in memory until it runs short, then in a page file; "
+        description="where the optimizer's averages lie: auto = in memory until it runs short, then in a page file; "
         "true = in the file from the start; false = in memory, whatever happens",
     )
     page_dir: str | None = Field(
@@ -147,7 +147,7 @@ class LoopSection(_Section):
         default=0.0, ge=0, description="pull of the adapter towards 0, apart from the gradient's"
     )
     betas: tuple[float, float] = Field(
-        default=(0.9, 0.999), description="memory of the optimiser's averages; lion is usually given [0.9, 0.99]"
+        default=(0.9, 0.999), description="memory of the optimizer's averages; lion is usually given [0.9, 0.99]"
     )
     eps: float = Field(default=1e-8, gt=0, description="added to AdamW's denominator")
     clip: float = Field(default=1.0, ge=0, description="largest norm of a step's gradient; 0 = no clipping")
@@ -162,7 +162,7 @@ class LoopSection(_Section):
     keep: Positive = Field(default=2, description="how many of the newest checkpoints stay on disk")
     log_every: Positive = Field(default=10, description="steps between printed lines when the output is not a terminal")
     dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="type of activations and of the unquantised weights"
+        default="bfloat16", description="type of activations and of the unquantized weights"
     )
 
     @model_validator(mode="after")

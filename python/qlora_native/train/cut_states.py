@@ -1,4 +1,4 @@
-"""Optimiser and random states of several ranks in a checkpoint, and from one into any other number of ranks."""
+"""Optimizer and random states of several ranks in a checkpoint, and from one into any other number of ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save_cut_states(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_cut_states(folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks) -> States:
-    """The states that :func:`save_cut_states` wrote, cut like the optimiser's parameters: each rank reads its parts."""
+    """The states that :func:`save_cut_states` wrote, cut like the optimizer's parameters: each rank reads its parts."""
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.FileSystemReader(folder)
@@ -57,7 +57,7 @@ def load_cut_states(folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks
 
 
 def cut_states(states: States, optimizer: torch.optim.Optimizer) -> States:
-    """Whole states cut like the optimiser's parameters; as they are where those are whole."""
+    """Whole states cut like the optimizer's parameters; as they are where those are whole."""
     from torch.distributed.tensor import distribute_tensor
 
     cut: States = {}

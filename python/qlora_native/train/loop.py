@@ -80,7 +80,7 @@ class TrainSummary:
     steps: int
     skipped_steps: int
     tokens: int  # that passed through the model, padding not counted
-    loss_before: float | None  # held-out loss in nats per token of the quantised model; None without held-out rows
+    loss_before: float | None  # held-out loss in nats per token of the quantized model; None without held-out rows
     loss_after: float | None
     best_loss: float | None
     best_step: int | None
@@ -102,7 +102,7 @@ class Trainer:
         ``config.model``; adapters are added unless it
             has some.
         tokenizer: likewise, instead of the one beside ``config.model``.
-        on_step: called after each optimiser step with its line of ``metrics.jsonl``.
+        on_step: called after each optimizer step with its line of ``metrics.jsonl``.
         quiet: print nothing.
 
     After ``train()``, ``model`` is the trained model and ``tokenizer`` its tokenizer.
@@ -135,7 +135,7 @@ class Trainer:
 
         loggers = ranks.on_first(lambda: make_loggers(config.logging, self.output_dir, config.model_dump(mode="json")))
 
-        # Data, model, optimiser. The data come first: a broken line is found in seconds, a model takes longer.
+        # Data, model, optimizer. The data come first: a broken line is found in seconds, a model takes longer.
         self.tokenizer = self.tokenizer or ranks.together(lambda: load_tokenizer(config.model))
         rows, held_out = ranks.together(lambda: load_rows(config, self.tokenizer))
         longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
@@ -181,7 +181,7 @@ class Trainer:
                 if state.step >= total:
                     break
 
-                # One optimiser step.
+                # One optimizer step.
                 started = time.monotonic()
                 what = f"step {state.step + 1}"
                 items = next(plan.forever())

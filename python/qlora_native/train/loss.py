@@ -34,7 +34,7 @@ def trained_tokens(batch: Mapping[str, Tensor]) -> int:
 
 
 def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean cross-entropy in nats over the labelled positions of one micro-batch, an fp32 scalar with gradients.
+    """Mean cross-entropy in nats over the labeled positions of one micro-batch, an fp32 scalar with gradients.
 
     ``batch`` holds ``input_ids`` and ``labels``, both int64 [B, T] (the label of a token is the token itself, -100
     where it is not trained; the shift by one happens here), and whatever else the model's forward takes, such as

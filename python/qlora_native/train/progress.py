@@ -115,7 +115,7 @@ class Progress:
             print(text, flush=True)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One optimiser step, given as its line of ``metrics.jsonl``."""
+        """One optimizer step, given as its line of ``metrics.jsonl``."""
         done = record["step"]
         self._step_seconds += record["seconds"]
         status = (

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: the base model, its tokenizer, the rows, the optimiser."""
+"""What a run needs before its first step: the base model, its tokenizer, the rows, the optimizer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def told_to_the_user() -> Iterator[None]:
 def load_data(
     config: TrainConfig, path: str, tokenizer: Any, *, folder: Path | None = None, limit: int | None = None
 ) -> TokenizedDataset:
-    """A data file, tokenised and masked as the config says; ``folder`` and ``limit`` as in ``load_dataset``."""
+    """A data file, tokenized and masked as the config says; ``folder`` and ``limit`` as in ``load_dataset``."""
     data = config.data
     with told_to_the_user():
         return load_dataset(
@@ -62,7 +62,7 @@ def load_data(
 
 
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Training rows and held-out rows (None if the config asks for none), tokenised and masked."""
+    """Training rows and held-out rows (None if the config asks for none), tokenized and masked."""
     data, folder = config.data, Path(config.output_dir).expanduser()
     rows = load_data(config, data.train, tokenizer, folder=folder)
     if data.eval is not None:
@@ -174,7 +174,7 @@ def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> Calib
 
 
 def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], output_dir: Path) -> AdamW | Lion:
-    """The optimiser that the config names, with its clipping; it measures the gradient's norm without clipping too.
+    """The optimizer that the config names, with its clipping; it measures the gradient's norm without clipping too.
 
     Its page file, if there comes to be one, lies in ``train.page_dir`` or else in ``output_dir``, where there must be
     room anyway.

@@ -97,7 +97,7 @@ def lora_linear_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
 
 @torch.no_grad()
 def quantize_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
-    """16 bits to 4, double quantisation and all."""
+    """16 bits to 4, double quantization and all."""
     dense = torch.randn(shape.n, shape.k, dtype=dtype, device=device)
     error = relative_error(quantize(dense).dequantize(torch.float32), dense.float())
     functions: Functions = {"ours": lambda: quantize(dense), "torch": dense.clone}
@@ -135,7 +135,7 @@ def cross_entropy(shape: Shape, dtype: torch.dtype, device: torch.device) -> Con
 
 
 def adamw_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
-    """One optimiser step of an adapter's n x k fp32 parameters."""
+    """One optimizer step of an adapter's n x k fp32 parameters."""
     start = torch.randn(shape.n, shape.k, device=device)
     grad = torch.randn_like(start)
 

@@ -1,4 +1,4 @@
-"""Linear layers over 4-bit weights, and the parameter that is quantised when it is moved to a device."""
+"""Linear layers over 4-bit weights, and the parameter that is quantized when it is moved to a device."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Params4bit(nn.Parameter):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
-        """Quantise on the device, if this is dense still, in place; else move bytes and scales.
+        """Quantize on the device, if this is dense still, in place; else move bytes and scales.
 
         A dtype is not taken by what is packed: bytes are no numbers to cast.
         """
@@ -188,7 +188,7 @@ class Params4bit(nn.Parameter):
 class Linear4bit(nn.Linear):
     """y = x W^T + bias with W frozen in 4 bits, once the layer has been moved to a device.
 
-    Load dense weights first and move then, ``layer.to(device)``, which quantises; or load a state_dict that is 4-bit.
+    Load dense weights first and move then, ``layer.to(device)``, which quantizes; or load a state_dict that is 4-bit.
     Evaluation and training compute the same; the weight's bytes never change.
 
     Args:
@@ -239,7 +239,7 @@ class Linear4bit(nn.Linear):
         if self.quant_state is None:
             raise RuntimeError(
                 f"{type(self).__name__}({self.in_features}, {self.out_features}): the weight is not 4-bit yet: move "
-                "the layer to a device with .to(device) first, which quantises it."
+                "the layer to a device with .to(device) first, which quantizes it."
             )
         if not isinstance(weight, Params4bit):
             assert weight is not None

@@ -1,4 +1,4 @@
-"""The optimisers of ``bitsandbytes.optim`` that QLoRA is trained with."""
+"""The optimizers of ``bitsandbytes.optim`` that QLoRA is trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GlobalOptimManager: which parameters keep 32-bit states in an 8-bit optimiser, or 8-bit ones in a 32-bit one."""
+"""GlobalOptimManager: which parameters keep 32-bit states in an 8-bit optimizer, or 8-bit ones in a 32-bit one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEYS = ("optim_bits", "min_8bit_size")
 
 
 class GlobalOptimManager:
-    """Settings of single parameters, for every optimiser of this package; there is one, :meth:`get_instance`.
+    """Settings of single parameters, for every optimizer of this package; there is one, :meth:`get_instance`.
 
     Only the form of the states can be set (``optim_bits``, ``min_8bit_size``), and before the first step. A learning
     rate or a decay of its own is a parameter group's.

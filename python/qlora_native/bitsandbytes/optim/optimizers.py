@@ -1,4 +1,4 @@
-"""AdamW, Adam and Lion with bitsandbytes' arguments, over the optimisers of ``qlora_native.optim``."""
+"""AdamW, Adam and Lion with bitsandbytes' arguments, over the optimizers of ``qlora_native.optim``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimiser states in bitsandbytes' layout, and in that of ``qlora_native.optim``.
+"""Optimizer states in bitsandbytes' layout, and in that of ``qlora_native.optim``.
 
 bitsandbytes keeps ``state1`` and ``state2`` of each parameter, fp32 or uint8 codes, and beside codes the map that
 decodes them (``qmap1``, fp32 [256]) and a scale for each 256 elements (``absmax1``). ``qlora_native.optim`` keeps
@@ -111,10 +111,10 @@ def _block_of(codes: Tensor, absmax: Tensor) -> int:
 
 
 def native_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``state_dict`` of a bitsandbytes optimiser as one that ``qlora_native.optim`` loads.
+    """A ``state_dict`` of a bitsandbytes optimizer as one that ``qlora_native.optim`` loads.
 
     For ``AdamW``, ``Adam`` and ``Lion`` and their 8-bit, 32-bit and paged forms. 8-bit states under bitsandbytes' own
-    map are decoded to fp32; an optimiser with ``bits=8`` encodes them anew when it loads them. What is in our layout
+    map are decoded to fp32; an optimizer with ``bits=8`` encodes them anew when it loads them. What is in our layout
     already is passed on.
 
     Raises ValueError for states that are neither.
