@@ -85,7 +85,7 @@ def write_model(name: str, folder: Path, vocabulary: int = 32000, **changes: Any
 
 def config_of(folder: Path, length: int, checkpointing: bool, steps: int) -> Any:
     """The run of one cell, with its rows written."""
-    from qlora_native.train.config import TrainConfig
+    from qlora_native.config import TrainConfig
 
     rows = folder / f"rows{length}.jsonl"
     text = json.dumps({"text": " ".join(f"w{number * 7 % 100}" for number in range(length + 9))})
@@ -115,8 +115,8 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     import matplotlib.figure  # noqa: F401  (the run's picture at its end counts as an import, too)
     from transformers import PreTrainedTokenizerFast
 
+    from qlora_native._memory import keep_freed_memory
     from qlora_native.train import loop, report
-    from qlora_native.train.memory import keep_freed_memory
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = config_of(folder, length, checkpointing, steps)

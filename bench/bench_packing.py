@@ -26,12 +26,12 @@ from ceilings import ceilings, floor
 from common import Bar, add_json, interleaved, line, machine, ratios, relative_error, rounded, timings, write_json
 
 from qlora_native.cli.demo import model_file
+from qlora_native.config import TrainConfig
 from qlora_native.data.batching import permutation
 from qlora_native.data.packing import pack
+from qlora_native.hf.loss import causal_lm_loss, trained_tokens
 from qlora_native.nn import QuantizedLinear
-from qlora_native.train import TrainConfig
 from qlora_native.train.batches import check_packing, micro_batches
-from qlora_native.train.loss import causal_lm_loss, trained_tokens
 from qlora_native.train.setup import prepare_model
 
 SHORTEST, SPREAD = 24, 10  # tokens; longest over shortest

@@ -14,7 +14,7 @@ import torch
 from pages import RESULTS
 
 import qlora_native as qn
-from qlora_native.integrations.fused_attention import attends_in_fp32
+from qlora_native.hf.attention import attends_in_fp32
 from qlora_native.tuning.timing import (
     Functions,
     Seconds,

@@ -9,7 +9,7 @@ import json
 import typing
 from typing import Any
 
-from qlora_native.train.config import keys
+from qlora_native.config import keys
 
 BLOCKS = {"": "The run", "data": "Rows", "quant": "Frozen weights", "lora": "Adapter", "train": "Training"}
 

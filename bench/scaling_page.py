@@ -46,16 +46,15 @@ def rank_of(case: Case) -> tuple[Any, int]:
     """A rank under fsdp, and the bytes of the whole model's frozen weights."""
     from transformers import AutoConfig
 
-    from qlora_native.cli.rank_view import each_rank
-    from qlora_native.estimate import Estimator, of_config
-    from qlora_native.train.config import TrainConfig
-    from qlora_native.train.report import setting_of
+    from qlora_native.cli.estimate import each_rank
+    from qlora_native.config import TrainConfig
+    from qlora_native.estimate import Estimator, Setting, of_config
 
     sizes = {**SIZES[case.model], "num_key_value_heads": GROUPS, "vocab_size": WORDS, "tie_word_embeddings": False}
     options = {"batch_size": 1, "grad_accum": case.gpus, "optimizer": case.optimizer}
     values = {"model": case.model, "data": {"train": "rows.jsonl", "max_length": case.length}, "train": options}
     config = TrainConfig.model_validate(values)
-    setting = replace(setting_of(config, "cuda"), skip_modules=case.skip_modules)
+    setting = replace(Setting.from_config(config, "cuda"), skip_modules=case.skip_modules)
     estimator = Estimator(of_config(AutoConfig.for_model("llama", **sizes), setting), setting)
     ranks = {rank.mode: rank for rank in each_rank(estimator, estimator.at(), config, case.gpus, int(LINK))}
     return ranks["fsdp"], ranks["ddp"].plan.frozen

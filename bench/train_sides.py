@@ -33,8 +33,8 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
     from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, model_file
     from qlora_native.data import BatchPlan, collate, load_dataset, padding_id
     from qlora_native.data.standard_library import write_split
+    from qlora_native.hf.source import load_tokenizer
     from qlora_native.nn import QuantizedLinear
-    from qlora_native.train.setup import load_tokenizer
 
     source = model_file()
     tokenizer: Any = load_tokenizer(str(source))
@@ -87,9 +87,9 @@ Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 def our_side(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Loss]:
     """The model as `qlora train` has it, and its loss."""
     import qlora_native as qn
-    from qlora_native.integrations import fuse
-    from qlora_native.train.loss import causal_lm_loss
-    from qlora_native.train.memory import keep_freed_memory
+    from qlora_native._memory import keep_freed_memory
+    from qlora_native.hf.fuse import fuse
+    from qlora_native.hf.loss import causal_lm_loss
 
     keep_freed_memory()
     model: Any = qn.load_model(folder / "model", dtype=dtype)
@@ -143,8 +143,8 @@ def worker(side: str, peer: str, folder: Path, lr: float, threads: int) -> None:
         for parameter in parameters:
             parameter.data = parameter.data.to(torch.bfloat16)
     if is_ours:  # as `qlora train` has it: the step clips, and old objects are no garbage
+        from qlora_native._memory import without_old_objects
         from qlora_native.optim import AdamW
-        from qlora_native.train.memory import without_old_objects
 
         stack.enter_context(without_old_objects())
         optimizer: torch.optim.Optimizer = AdamW(parameters, lr, max_norm=1.0)

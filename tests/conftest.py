@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytest_plugins = ["sentences"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuda-binary", help="compiled GPU code to look at in place of the installed module's")

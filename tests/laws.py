@@ -157,30 +157,25 @@ def launchers_never_synchronize(files: Tree) -> list[str]:
 
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "_version", "_C", "_cuda", "_late", "_cache"},
-    {"_native", "_cuda_native"},
+    {"errors", "_version", "_C", "_cuda", "_import_hooks", "_cache"},
+    {"_native", "_cuda_native", "_io"},
     {"reference", "cases"},
     {"ops"},
-    {"weight"},
+    {"weight", "_memory"},
     {"functional"},
     {"nn", "optim"},
     {"lora", "tuning"},
     {"__init__"},
-    {"load", "data", "train", "export", "integrations", "bitsandbytes", "estimate", "calibration", "parallel"},
-    {"evaluate"},
+    {"data", "bitsandbytes"},
+    {"calibration", "config"},
+    {"hf"},
+    {"distributed", "estimate", "export", "evaluate"},
+    {"train"},
     {"cli"},
     {"__main__"},
 )
 USES_THE_ECOSYSTEM = {
-    "load",
-    "data",
-    "train",
-    "export",
-    "integrations",
-    "calibration",
-    "estimate",
-    "evaluate",
-    "cli",
+    *("data", "config", "calibration", "hf", "distributed", "estimate", "export", "evaluate", "train", "cli")
 }
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
@@ -190,12 +185,24 @@ def unit_of(path: str) -> str:
     return path.removeprefix(PACKAGE).split("/")[0].removesuffix(".py")
 
 
-def imported_modules(path: str, text: str) -> Iterator[str]:
-    """Absolute dotted names of everything that a file of the package imports at run time, lazily or not.
+def lazy_attributes(files: Tree) -> dict[str, str]:
+    """The attributes that the package imports when they are first used, with the module of each."""
+    for node in ast.parse(files.get(PACKAGE + "__init__.py", "")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY":
+            return dict(ast.literal_eval(node.value))
+    return {}
 
-    Only the face of the package, its `__init__.py`, may offer rooms above it, lazily: there the top level counts alone.
+
+def imported_modules(path: str, text: str, lazy: dict[str, str] | None = None) -> Iterator[str]:
+    """Absolute dotted names of everything that a file of the package imports at run time, lazily or not; with `lazy`
+    of :func:`lazy_attributes`, `qn.load_model` counts as an import of its module.
+
+    Only the package's own `__init__.py` may offer rooms above it, lazily: there the top level counts alone.
     """
-    parsed = ast.parse(text)
+    parsed, lazy = ast.parse(text), lazy or {}
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("qn", "qlora_native") and node.attr in lazy:
+            yield f"qlora_native.{lazy[node.attr]}"
     skipped = {
         node
         for branch in ast.walk(parsed)
@@ -212,17 +219,19 @@ def imported_modules(path: str, text: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*start, *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                yield f"{module}.{lazy.get(alias.name, alias.name) if module == 'qlora_native' else alias.name}"
 
 
 def package_imports(files: Tree) -> Iterator[tuple[str, str, str]]:
     """(path, importing unit, imported unit) for each import of one room of the package by another."""
     units = {unit_of(path) for path in files if path.startswith(PACKAGE) and path.endswith((".py", ".pyi"))}
     units |= {"_C", "_cuda"}
+    lazy = lazy_attributes(files)
     for path, text in files.items():
         if not (path.startswith(PACKAGE) and path.endswith(".py")):
             continue
-        for name in imported_modules(path, text):
+        for name in imported_modules(path, text, lazy):
             parts = name.split(".")
             if parts[0] == "qlora_native":
                 target = parts[1] if len(parts) > 1 and parts[1] in units else "__init__"
@@ -251,6 +260,16 @@ def rooms_do_not_import_each_other(files: Tree) -> list[str]:
     except graphlib.CycleError as error:
         return ["imported in a circle: " + " -> ".join(error.args[1])]
     return []
+
+
+def train_is_imported_by_its_commands(files: Tree) -> list[str]:
+    """The training loop is no library for the other rooms; what they share with it lies below it."""
+    commands = tuple(f"{PACKAGE}cli/{name}.py" for name in ("train", "demo"))
+    return [
+        f"{path}: only `qlora train` and `qlora demo` may import train; move what is shared below it"
+        for path, _, target in package_imports(files)
+        if target == "train" and path not in commands
+    ]
 
 
 def core_needs_only_the_core_packages(files: Tree) -> list[str]:

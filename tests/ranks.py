@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 PRELOADED = [
     "tiny_models",
-    "qlora_native.parallel",
+    "qlora_native.distributed",
     "qlora_native.lora",
     "qlora_native.optim",
     "qlora_native.train.loop",

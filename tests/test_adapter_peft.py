@@ -19,7 +19,7 @@ from tiny_models import dense_twin, distance, logits, make, save
 from torch import nn
 
 import qlora_native as qn
-from qlora_native.load import load_model
+from qlora_native.hf.load import load_model
 from qlora_native.lora import LoraConfig, add_lora, load_adapter, lora_layers, save_adapter
 
 peft = pytest.importorskip("peft")
@@ -281,7 +281,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from qlora_native import UserError
-from qlora_native.load import load_model
+from qlora_native.hf.load import load_model
 from qlora_native.lora import load_adapter, lora_layers, save_adapter
 
 base, adapter = sys.argv[1:]

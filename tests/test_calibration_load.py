@@ -27,7 +27,8 @@ from transformers.pytorch_utils import Conv1D
 import qlora_native as qn
 from qlora_native.calibration.quantize import CalibratedWeight, quantize_calibrated
 from qlora_native.cli.main import main
-from qlora_native.load import calibrated, load_model
+from qlora_native.hf import calibrated
+from qlora_native.hf.load import load_model
 from qlora_native.nn import QuantizedLinear
 
 IDS = tokens(6, 40)
@@ -424,9 +425,10 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
 
 
 def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, tmp_path: Path) -> None:
-    from qlora_native.train import TrainConfig
-    from qlora_native.train.base_command import quantize_command
-    from qlora_native.train.setup import load_rows, load_tokenizer, prepare_model
+    from qlora_native.calibration.data import quantize_command
+    from qlora_native.config import TrainConfig
+    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.train.setup import load_rows, prepare_model
 
     def config(**quant: Any) -> TrainConfig:
         data = {"train": str(files / "rows.jsonl"), "eval_fraction": 0.5}

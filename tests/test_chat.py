@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.cli import chat, main
-from qlora_native.load import generate
+from qlora_native.hf import generate
 from qlora_native.lora.layer import adapters_off
 
 PROMPT = "what is green?"

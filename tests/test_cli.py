@@ -1,4 +1,4 @@
-"""The command line from outside: exit codes, one sentence for a mistake, what each verb prints and writes."""
+"""The command line from outside: exit codes, one sentence for a mistake, what each command prints and writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.cli import doctor, main
-from qlora_native.cli.main import VERBS
+from qlora_native.cli.main import COMMANDS
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops import _cuda_kernels
 
@@ -53,12 +53,12 @@ def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_of_every_verb_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in VERBS:
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as stop:
-            main.main([verb, "--help"])
+            main.main([command, "--help"])
         assert stop.value.code == 0
         printed = capsys.readouterr().out
-        assert re.search(rf"examples?:\n(  .*\n)*  qlora {verb}", printed), verb
+        assert re.search(rf"examples?:\n(  .*\n)*  qlora {command}", printed), command
 
 
 def test_the_top_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,9 +66,9 @@ def test_the_top_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> Non
         main.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert re.findall(r"^  (\w+) {2,}\w", printed.partition("verbs:")[2], re.MULTILINE) == list(VERBS)
+    assert re.findall(r"^  (\w+) {2,}\w", printed.partition("commands:")[2], re.MULTILINE) == list(COMMANDS)
     assert main.main([]) == 2
-    assert "verbs:" in capsys.readouterr().err
+    assert "commands:" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +101,7 @@ def test_runs_as_a_module(module: str) -> None:
         [sys.executable, "-m", module, "trian", "x"], capture_output=True, text=True, cwd=ROOT / "tests"
     )
     assert done.returncode == 2
-    assert done.stderr == "qlora trian is not a verb: did you mean `qlora train`?\n"
+    assert done.stderr == "qlora trian is not a command: did you mean `qlora train`?\n"
 
 
 def test_a_bug_shows_its_trace_and_exits_with_1() -> None:
@@ -181,14 +181,14 @@ def test_with_the_core_packages_only_help_and_doctor_work() -> None:
         "import importlib.util\n"
         "plain = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, package=None: None if name in blocked else plain(name, package)\n"
-        "from qlora_native.cli.main import VERBS, main\n"
+        "from qlora_native.cli.main import COMMANDS, main\n"
         "def code(*words):\n"
         "    try: return main(list(words))\n"
         "    except SystemExit as stop: return stop.code\n"
-        "print(code('doctor'), *(code(verb, '--help') for verb in VERBS), code('train', 'x.yaml'))"
+        "print(code('doctor'), *(code(command, '--help') for command in COMMANDS), code('train', 'x.yaml'))"
     )
     done = python(block)
-    assert done.stdout.splitlines()[-1] == "0 " + "0 " * len(VERBS) + "2", done.stderr
+    assert done.stdout.splitlines()[-1] == "0 " + "0 " * len(COMMANDS) + "2", done.stderr
     assert done.stderr.count("\n") == 1 and "pip install 'qlora_native[train]'" in done.stderr
     assert "missing: transformers, pydantic, pyyaml" in done.stdout
 

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 import torch
 import transformers.models.llama.modeling_llama
-from qlora_native.load.convert import convert
+from qlora_native.hf.convert import convert
 
 torch.set_num_threads(2)
 print("ready", flush=True)
@@ -38,7 +38,7 @@ sys.stdin.readline()
 MERGE = CHILD.replace(
     'convert(Path(sys.argv[1]), folder, sys.argv[3], dtype=torch.float32 if sys.argv[3] == "16bit" else None)',
     'merge_files(Merging(Path(sys.argv[1]), Path(sys.argv[1]) / "adapter", base=sys.argv[3], to="nf4"), folder)',
-).replace("load.convert import convert", "load.streaming_merge import Merging, merge_files")
+).replace("hf.convert import convert", "hf.merge import Merging, merge_files")
 
 
 def write_adapter(folder: Path) -> None:

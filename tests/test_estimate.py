@@ -1,4 +1,4 @@
-"""qlora estimate: bytes against a loaded model, kept activations against what autograd keeps, the verb from outside."""
+"""qlora estimate: bytes against a loaded model, kept activations against what autograd keeps, the command line."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ from transformers import AutoConfig
 import qlora_native as qn
 from qlora_native import _C
 from qlora_native.cli.config import shipped
-from qlora_native.cli.estimate import card_bytes
+from qlora_native.cli.estimate import card_bytes, each_rank
 from qlora_native.cli.main import main
-from qlora_native.cli.rank_view import each_rank
+from qlora_native.config import TrainConfig, keys
 from qlora_native.errors import UserError
 from qlora_native.estimate import Estimator, Setting, of_config, read_anatomy
 from qlora_native.estimate.activations import decoder_layers, layer_bytes, norm_bytes, norms_of
 from qlora_native.estimate.memory import THREAD_SCRATCH, state_bytes
+from qlora_native.hf.loss import causal_lm_loss
 from qlora_native.lora import LoraConfig
 from qlora_native.ops.causal_attention import ALIGNMENT
-from qlora_native.train.config import TrainConfig, keys
-from qlora_native.train.loss import causal_lm_loss
-from qlora_native.train.report import setting_of
 from qlora_native.train.setup import make_optimizer
 
 GIB = 1 << 30
@@ -207,7 +205,7 @@ def test_every_shipped_config_fits_its_card() -> None:
     assert set(shipped()) == set(RECIPES)
     for name, (model, device, limit, gpus, claimed) in RECIPES.items():
         config = TrainConfig.from_file(shipped()[name])
-        setting = setting_of(config, device)
+        setting = Setting.from_config(config, device)
         estimator = Estimator(of_config(model, setting), setting)
         estimate = estimator.at()
         total = estimate.total + estimate.reserve
@@ -221,7 +219,7 @@ def test_every_shipped_config_fits_its_card() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The verbs
+# The commands
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +288,7 @@ def test_config_init_for_a_model_and_a_card(
     model = str(folder / "llama-8b")
     assert main(["config", "init", model, "--gpu", "16GB", "--out", "mine.yaml"]) == 0
     config = TrainConfig.from_file("mine.yaml")
-    setting = setting_of(config, "cuda")
+    setting = Setting.from_config(config, "cuda")
     assert Estimator(of_config(LLAMA_8B, setting), setting).at().fits(16 * GIB)
     assert config.train.batch_size * config.train.grad_accum == 16 and config.data.max_length == 2048
     lines = Path("mine.yaml").read_text().splitlines()

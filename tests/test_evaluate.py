@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.errors import UserError
-from qlora_native.evaluate import Comparison, Scores, SideResult, Sides, compare, load_choices, load_text, measure
+from qlora_native.evaluate import Comparison, Scores, SideResult, Variants, compare, load_choices, load_text, measure
 from qlora_native.evaluate.choices import accuracy
 from qlora_native.evaluate.report import tables, write_report
 
@@ -196,7 +196,7 @@ def test_plain_text_is_cut_into_windows(folder: Path, tmp_path: Path, tokenizer:
 @pytest.fixture(scope="module")
 def comparison(folder: Path, tokenizer: Any) -> Comparison:
     """Every kind of side."""
-    sides = Sides(folder / "model", methods=["rtn", "rtn_signed"], adapter=folder / "adapter")
+    sides = Variants(folder / "model", methods=["rtn", "rtn_signed"], adapter=folder / "adapter")
     texts = [load_text(folder / name, tokenizer, max_length=32) for name in ("held.jsonl", "notes.txt")]
     return compare(sides, texts, [load_choices(folder / "q.jsonl", tokenizer)], tokenizer, pad_id=1)
 

@@ -75,9 +75,7 @@ def test_each_side_is_handed_over_in_lm_evals_own_wrapper(
     assert main.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [side["name"] for side in told["sides"]] == ["16-bit", "rtn"]
-    assert all(
-        side["tasks"]["colors"] == {"acc,none": 0.25} for side in told["sides"]
-    )  # what is no number is left out
+    assert all(side["tasks"]["colors"] == {"acc,none": 0.25} for side in told["sides"])  # what is no number is left out
     assert "colors" in (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(model)
     for call, kind in zip(handed, ("Linear", "QuantizedLinear"), strict=True):
@@ -90,7 +88,7 @@ def test_each_side_is_handed_over_in_lm_evals_own_wrapper(
 @pytest.mark.parametrize(
     ("task", "told"),
     [
-        ("colors", "--lm-eval: lm-eval knows no task 'colors'; `lm-eval ls tasks` lists them"),
+        ("colorz", "--lm-eval: lm-eval knows no task 'colorz'; `lm-eval ls tasks` lists them"),
         ("gone.yaml", "--lm-eval: gone.yaml is not there: expected a task of lm-eval, or the YAML file of one"),
     ],
 )

@@ -15,9 +15,10 @@ from tiny_models import logits, make, save, tokens
 from torch import nn
 
 import qlora_native as qn
-from qlora_native.integrations import fuse, fused_attention, substitute, unfuse
-from qlora_native.integrations.fused import Fused
-from qlora_native.train.loss import causal_lm_loss
+from qlora_native.hf import attention as fused_attention
+from qlora_native.hf.fuse import Fused, fuse, unfuse
+from qlora_native.hf.loss import causal_lm_loss
+from qlora_native.nn import substitute
 
 ALL = {"attention": 2, "mlp": 2, "norm": 5}
 EXPECTED = {

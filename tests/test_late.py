@@ -9,7 +9,7 @@ from pathlib import Path
 HOOK = """
 import sys
 sys.path.insert(0, {folder!r})
-import qlora_native._late as late
+import qlora_native._import_hooks as late
 late.REGISTRIES = {{"outer.registry": "follower", "outer.other": "broken"}}
 late.watch()
 import warnings

@@ -58,6 +58,18 @@ BREACHES: list[tuple[Law, Tree]] = [
         },
     ),
     (
+        laws.rooms_do_not_import_each_other,
+        {
+            "python/qlora_native/__init__.py": "_LAZY = {'Quantizer': 'hf.quantizer'}\n",
+            "python/qlora_native/export.py": "import qlora_native as qn\nqn.Quantizer\n",
+            "python/qlora_native/hf/quantizer.py": "from .. import export\n",
+        },
+    ),
+    (
+        laws.train_is_imported_by_its_commands,
+        {"python/qlora_native/cli/chat.py": "from ..train import loop\n", "python/qlora_native/train/loop.py": ""},
+    ),
+    (
         laws.core_needs_only_the_core_packages,
         {"python/qlora_native/lora.py": "def f():\n    from transformers import X\n"},
     ),
@@ -105,11 +117,11 @@ ALLOWED: Tree = {
     "python/qlora_native/ops/quantize_4bit.py": "import torch\nfrom .. import reference\n",
     "python/qlora_native/reference.py": "from __future__ import annotations\nimport math\n",
     "python/qlora_native/lora.py": "if TYPE_CHECKING:\n    from transformers import X\n    from . import cli\n",
-    "python/qlora_native/load/files.py": "import transformers\nfrom ..lora import x\n",
+    "python/qlora_native/hf/checkpoint.py": "import transformers\nfrom ..lora import x\n",
     "python/qlora_native/nn.py": "from . import ops",
     "python/qlora_native/bitsandbytes/nn.py": "from ..nn import QuantizedLinear\n",
-    "python/qlora_native/__init__.py": "def __getattr__(name):\n    from . import load\n",
-    "python/qlora_native/cli/main.py": "import qlora_native as qn\nfrom ..load import files\n",
+    "python/qlora_native/__init__.py": "_LAZY = {'load_model': 'hf.checkpoint'}\ndef f():\n    from . import hf\n",
+    "python/qlora_native/cli/main.py": "import qlora_native as qn\nfrom ..hf import checkpoint\nqn.load_model\n",
     "tests/test_quantize_4bit.py": "",
     "docs/a.md": "at https://example.com/work with a loss of 0.6962\n",
 }

@@ -14,7 +14,7 @@ from tiny_models import dense_twin, distance, logits, make, save
 from transformers import GenerationConfig
 
 import qlora_native as qn
-from qlora_native.load import load_model
+from qlora_native.hf.load import load_model
 from qlora_native.nn import QuantizedLinear
 
 # Kind, changes to its config, layers that become 4-bit. What each one probes stands behind it.

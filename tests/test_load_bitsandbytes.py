@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora_native import reference
-from qlora_native.load import load_model
+from qlora_native.hf.load import load_model
 from qlora_native.nn import QuantizedLinear
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save
 
 import qlora_native as qn
-from qlora_native.load import load_model
-from qlora_native.load.tokenizer import load_tokenizer
+from qlora_native.hf.load import load_model
+from qlora_native.hf.source import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -186,7 +186,7 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_native.load import taker as module
+    from qlora_native.hf import build as module
 
     save(tmp_path)
 

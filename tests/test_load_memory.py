@@ -30,7 +30,8 @@ import torch
 import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
 from transformers import AutoModelForCausalLM
 from qlora_native import QLoRANativeConfig
-from qlora_native.load import load_model, quantizer
+from qlora_native.hf import quantizer
+from qlora_native.hf.load import load_model
 config = QLoRANativeConfig()
 
 torch.set_num_threads(2)

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import qlora_native as qn
-from qlora_native.load import load_model, merge
+from qlora_native.hf.load import load_model
+from qlora_native.hf.merge import merge
 from qlora_native.lora import LoraConfig, LoRALinear, adapters_off, add_lora, lora_layers
 from qlora_native.nn import QuantizedLinear
 

@@ -10,12 +10,14 @@ from tiny import write_model, write_rows
 from tiny_models import dense_twin, distance, logits, make, save, tokens
 
 from qlora_native import lora_statistics
+from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
-from qlora_native.load import load_model, merge
+from qlora_native.hf.load import load_model
+from qlora_native.hf.merge import merge
+from qlora_native.hf.source import load_tokenizer
 from qlora_native.lora import LayerStatistics, LoraConfig, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_native.lora.start import residual_factors
-from qlora_native.train.config import TrainConfig
-from qlora_native.train.setup import load_rows, load_tokenizer, prepare_model
+from qlora_native.train.setup import load_rows, prepare_model
 
 peft = pytest.importorskip("peft")
 CALIBRATION = tokens(24, 64, seed=5)

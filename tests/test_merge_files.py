@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
 from qlora_native.cli import main
-from qlora_native.load import convert
-from qlora_native.load.files import Checkpoint
-from qlora_native.load.streaming_merge import Merging, merge_files
+from qlora_native.hf import convert
+from qlora_native.hf.checkpoint import Checkpoint
+from qlora_native.hf.merge import Merging, merge_files
 from qlora_native.lora import adapter as stored_adapter
 
 

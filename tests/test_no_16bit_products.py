@@ -28,9 +28,10 @@ from laws import ROOT
 from transformers import AutoTokenizer
 
 import qlora_native as qn
-from qlora_native.evaluate import Sides, compare, load_text
-from qlora_native.load.generate import Sampling, stream
-from qlora_native.train import TrainConfig, Trainer
+from qlora_native.config import TrainConfig
+from qlora_native.evaluate import Variants, compare, load_text
+from qlora_native.hf.generate import Sampling, stream
+from qlora_native.train.loop import Trainer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BUILT = qn.build_info()
@@ -71,7 +72,7 @@ def evaluation(folder: Path, dtype: torch.dtype) -> Callable[[], Any]:
     """`qlora eval`: the 16-bit model, its 4-bit form and that one with an adapter, on rows of different lengths."""
     model_folder = tiny.write_model(folder / "model")
     qn.save_adapter(adapted(model_folder, dtype), folder / "adapter")
-    sides = Sides(model_folder, ("rtn",), folder / "adapter", options={"dtype": dtype})
+    sides = Variants(model_folder, ("rtn",), folder / "adapter", options={"dtype": dtype})
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     text = load_text(tiny.write_rows(folder / "held.jsonl", 12), tokenizer, max_length=64)
     return lambda: compare(sides, [text], [], tokenizer, pad_id=1)

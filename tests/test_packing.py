@@ -19,10 +19,10 @@ from torch import nn
 from qlora_native.data import BatchPlan, PackedPlan, collate_packed
 from qlora_native.data.packing import pack
 from qlora_native.errors import UserError
-from qlora_native.integrations import fuse
-from qlora_native.integrations.documents import documents_of
+from qlora_native.hf.attention import documents_of
+from qlora_native.hf.fuse import fuse
+from qlora_native.hf.loss import causal_lm_loss, trained_tokens
 from qlora_native.train.batches import check_packing
-from qlora_native.train.loss import causal_lm_loss, trained_tokens
 
 
 def lengths(rows: int, low: int = 10, high: int = 100) -> np.ndarray:

@@ -17,8 +17,8 @@ from paged import MIB, OPTIMIZERS, parameters, same_training, sampled, train
 
 import qlora_native as qn
 from qlora_native import _C
+from qlora_native._memory import Free
 from qlora_native.optim import paging
-from qlora_native.optim.free_memory import Free
 
 LEAST = 256 * _C.page_bytes
 

@@ -22,14 +22,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from qlora_native.distributed import blocks_of, shard
+from qlora_native.distributed.plan import plan_rank
+from qlora_native.distributed.ranks import Ranks
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.lora.layer import lora_layers
 from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW
 from qlora_native.optim.shards import local
-from qlora_native.parallel import blocks_of, shard
-from qlora_native.parallel.plan import plan_rank
-from qlora_native.train.ranks import Ranks
 
 STEPS, ROWS = 10, 8
 TOLERANCE = 1e-5

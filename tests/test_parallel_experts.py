@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import qlora_native as qn
-from qlora_native import parallel
-from qlora_native.integrations.experts import quantized_stacks
+from qlora_native import distributed
+from qlora_native.distributed.plan import plan_rank
+from qlora_native.nn.experts import quantized_stacks
 from qlora_native.optim import AdamW
-from qlora_native.parallel.plan import plan_rank
 
 peft = pytest.importorskip("peft")
 
@@ -84,7 +84,7 @@ def on_two(rank: int, world: int, folder: Path, expected: dict[str, dict[str, Te
     for kind in KINDS:
         alone = qn.load_model(folder / kind, dtype=torch.float32)
         plan = plan_rank(qn.add_lora(alone, LORA), world)
-        model = parallel.load_model(folder / kind, dtype=torch.float32, lora=LORA)
+        model = distributed.load_model(folder / kind, dtype=torch.float32, lora=LORA)
         assert rank > 0 or held_bytes(model) == plan.frozen
         seen: set[str] = set()
         look(model, stacks(alone), seen)
@@ -95,7 +95,7 @@ def on_two(rank: int, world: int, folder: Path, expected: dict[str, dict[str, Te
         model = with_patterns(folder / "Qwen3Moe", double_quant)
         before = held_bytes(model)
         kept = {name: (codes.clone(), absmax.clone()) for name, (codes, absmax) in stacks(model).items()}
-        parallel.shard(model)
+        distributed.shard(model)
         assert held_bytes(model) < 0.52 * before
         found[f"PEFT {double_quant}"] = distance(train(model, rank, world), expected[f"PEFT {double_quant}"])
         same_stacks(model, kept)

@@ -18,11 +18,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import qlora_native as qn
-from qlora_native import parallel
-from qlora_native.load.taker import give_memory_back
+from qlora_native import distributed
+from qlora_native._memory import MMAP_THRESHOLD, trim_heap
+from qlora_native.distributed.plan import plan_rank
 from qlora_native.optim import AdamW
-from qlora_native.parallel.plan import plan_rank
-from qlora_native.train.memory import MMAP_THRESHOLD
 
 LAYERS = 4
 SIZES: dict[str, Any] = {
@@ -42,7 +41,7 @@ def alone(folder: Path) -> nn.Module:
 
 
 def cut(folder: Path) -> nn.Module:
-    model: nn.Module = parallel.load_model(folder, dtype=torch.float32, lora=LORA)
+    model: nn.Module = distributed.load_model(folder, dtype=torch.float32, lora=LORA)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # embeddings, norms, scales too
     whole = sum(buffer.nbytes for buffer in model.buffers())  # second level of the scales, rotary frequencies
     assert whole < held_bytes(model) / 100 or folder.name == "tiny"
@@ -79,11 +78,11 @@ def memory_of(rank: int, world: int, load: Callable[[Path], nn.Module], folder: 
     and at most in a step."""
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # what is freed is gone at once
     step(load(folder / "tiny"))  # what the libraries take at first use
-    give_memory_back()
+    trim_heap()
     start = anonymous_bytes("self")
     with most(start) as loading:
         model = load(folder / "model")
-    give_memory_back()
+    trim_heap()
     rest = anonymous_bytes("self") - start
     with most(start) as peak:
         step(model)

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
-from qlora_native.integrations.experts import quantized_stacks
 from qlora_native.nn import QuantizedLinear
+from qlora_native.nn.experts import quantized_stacks
 
 peft = pytest.importorskip("peft")
-FusedLayer: Any = pytest.importorskip("qlora_native.integrations.peft").QuantizedLoraLinear
+FusedLayer: Any = pytest.importorskip("qlora_native.hf.peft").QuantizedLoraLinear
 
 
 @pytest.fixture(scope="module")

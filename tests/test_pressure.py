@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import pytest
 
+from qlora_native import _memory as free_memory
+from qlora_native._memory import Free
 from qlora_native.ops import _library
-from qlora_native.optim import free_memory, pressure
-from qlora_native.optim.free_memory import Free
-from qlora_native.optim.pressure import Judge
+from qlora_native.optim import pressure
+from qlora_native.optim.pressure import PagingPolicy
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -144,7 +145,7 @@ def test_the_margin_grows_with_the_limit() -> None:
 
 GRANTED = """
 import mmap, resource
-from qlora_native.optim.free_memory import free_memory
+from qlora_native._memory import free_memory
 
 MIB = 1 << 20
 before = free_memory()
@@ -198,7 +199,7 @@ class States:
         self.here, self.there = self.here + self.there, 0
 
 
-def play(free: Callable[[int], int], seconds: int, judge: Judge, states: States) -> list[tuple[int, str]]:
+def play(free: Callable[[int], int], seconds: int, judge: PagingPolicy, states: States) -> list[tuple[int, str]]:
     """One look a second; the seconds at which states move."""
     moves: list[tuple[int, str]] = []
     for now in range(seconds):
@@ -210,31 +211,31 @@ def play(free: Callable[[int], int], seconds: int, judge: Judge, states: States)
 
 
 def test_out_under_the_margin_and_back_after_a_calm() -> None:
-    assert play(lambda now: 50 if now == 7 else 500, 40, Judge(calm=10), States()) == [(7, "out"), (18, "in")]
+    assert play(lambda now: 50 if now == 7 else 500, 40, PagingPolicy(calm=10), States()) == [(7, "out"), (18, "in")]
 
 
 def test_no_room_for_margin_and_states_means_no_way_back() -> None:
-    assert play(lambda now: 50 if now == 7 else 163, 100, Judge(calm=10), States()) == [(7, "out")]
-    assert play(lambda now: 50 if now == 7 else 164, 100, Judge(calm=10), States()) == [(7, "out"), (18, "in")]
+    assert play(lambda now: 50 if now == 7 else 163, 100, PagingPolicy(calm=10), States()) == [(7, "out")]
+    assert play(lambda now: 50 if now == 7 else 164, 100, PagingPolicy(calm=10), States()) == [(7, "out"), (18, "in")]
 
 
 def test_room_between_the_spikes_of_every_step_is_no_room() -> None:
     """Steps of eight seconds, each with a moment of little memory: out once, and never back."""
-    assert play(lambda now: 120 if now % 8 == 5 else 500, 400, Judge(calm=10), States()) == []
-    assert play(lambda now: 40 if now % 8 == 5 else 500, 400, Judge(calm=10), States()) == [(5, "out")]
+    assert play(lambda now: 120 if now % 8 == 5 else 500, 400, PagingPolicy(calm=10), States()) == []
+    assert play(lambda now: 40 if now % 8 == 5 else 500, 400, PagingPolicy(calm=10), States()) == [(5, "out")]
 
 
 def test_coming_back_too_early_doubles_the_wait_and_never_without_end() -> None:
     """A spike every 15 seconds: out and in at first, at least half as often each time."""
-    moves = play(lambda now: 40 if now % 15 == 5 else 500, 3000, Judge(calm=10, longest=40), States())
+    moves = play(lambda now: 40 if now % 15 == 5 else 500, 3000, PagingPolicy(calm=10, longest=40), States())
     assert moves[:3] == [(5, "out"), (16, "in"), (20, "out")]
     assert [move for _, move in moves].count("out") == 2  # after which the calm of 20 seconds never comes
-    rare = play(lambda now: 40 if now % 100 == 5 else 500, 1000, Judge(calm=10, longest=40), States())
+    rare = play(lambda now: 40 if now % 100 == 5 else 500, 1000, PagingPolicy(calm=10, longest=40), States())
     assert rare == [(at + delay, move) for at in range(5, 1000, 100) for delay, move in ((0, "out"), (11, "in"))]
 
 
 def test_states_that_the_loop_moved_out_wait_for_a_calm_too() -> None:
-    judge, states = Judge(calm=10), States()
+    judge, states = PagingPolicy(calm=10), States()
     assert play(lambda now: 500, 5, judge, states) == []
     states.page_out()
     later = play(lambda now: 500, 30, judge, states)
@@ -243,7 +244,7 @@ def test_states_that_the_loop_moved_out_wait_for_a_calm_too() -> None:
 
 
 def test_nothing_to_move() -> None:
-    assert play(lambda now: 0, 30, Judge(), States(in_memory=0)) == []
+    assert play(lambda now: 0, 30, PagingPolicy(), States(in_memory=0)) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def test_the_watcher_moves_states_and_ends_with_their_owner() -> None:
     now_free = [500]
     states = States()
     moves = states.moves
-    thread = pressure.watch(states, lambda: left(now_free[0]), 0.001, Judge(calm=0.01))
+    thread = pressure.watch(states, lambda: left(now_free[0]), 0.001, PagingPolicy(calm=0.01))
     now_free[0] = 10
     wait_for(lambda: moves == ["out"])
     now_free[0] = 500
@@ -293,7 +294,7 @@ def test_the_watcher_ends_where_nothing_can_be_read() -> None:
 AT_THE_END = """
 import threading, time
 from qlora_native.optim import pressure
-from qlora_native.optim.free_memory import free_memory
+from qlora_native._memory import free_memory
 
 class Slow:
     def states_in_memory(self): return 0
@@ -303,7 +304,7 @@ class Slow:
         print("moved", flush=True)
 
 states = Slow()
-thread = pressure.watch(states, free_memory, 0.001, pressure.Judge(calm=0.0))
+thread = pressure.watch(states, free_memory, 0.001, pressure.PagingPolicy(calm=0.0))
 assert thread.daemon
 time.sleep(0.1)
 """

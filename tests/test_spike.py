@@ -18,7 +18,7 @@ import tiny
 from helpers import needs_page_files
 from runs import metrics, start
 
-from qlora_native.optim.free_memory import kib_fields
+from qlora_native._memory import kib_fields
 
 pytestmark = [pytest.mark.slow_memory, needs_page_files]
 

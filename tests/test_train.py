@@ -16,15 +16,16 @@ import torch
 from helpers import relative_error
 from safetensors.torch import load_file
 
+from qlora_native.config import LoopSection, TrainConfig
 from qlora_native.data import load_dataset
 from qlora_native.errors import UserError
+from qlora_native.hf.source import load_tokenizer
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.optim import AdamW, Lion
-from qlora_native.train import TrainConfig, Trainer
 from qlora_native.train import loop as loop_module
-from qlora_native.train.config import LoopSection
+from qlora_native.train.loop import Trainer
 from qlora_native.train.schedule import learning_rate
-from qlora_native.train.setup import load_tokenizer, make_optimizer
+from qlora_native.train.setup import make_optimizer
 
 Record = dict[str, Any]
 

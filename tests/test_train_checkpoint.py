@@ -20,11 +20,14 @@ import torch
 import yaml
 from runs import metrics, start, steps_told, wait_until
 
+from qlora_native import _io as disk
 from qlora_native.cli.main import main
+from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
-from qlora_native.train import TrainConfig, Trainer, checkpoint, disk
+from qlora_native.train import checkpoint
 from qlora_native.train.interrupt import Interrupted, StopRequest
+from qlora_native.train.loop import Trainer
 
 STEPS = 7
 ADAPTER = "adapter_model.safetensors"
@@ -191,7 +194,7 @@ loop.learning_rate = lambda *args, **options: time.sleep(0.15) or plain(*args, *
 """
 SLOW_WRITING = """
 import time
-from qlora_native.train import disk
+from qlora_native import _io as disk
 plain = disk.fsync
 disk.fsync = lambda path: time.sleep(0.2) or plain(path)
 """

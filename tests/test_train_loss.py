@@ -20,8 +20,8 @@ from transformers import (
     PhiConfig,
 )
 
+from qlora_native.hf.loss import causal_lm_loss, trained_tokens
 from qlora_native.nn import QuantizedLinear
-from qlora_native.train.loss import causal_lm_loss, trained_tokens
 
 SIZES: dict[str, Any] = {
     "vocab_size": 90,

@@ -11,7 +11,7 @@ import pytest
 
 FAULTS = """
 import ctypes, resource, sys, torch
-from qlora_native.train.memory import USER_SETTINGS, keep_freed_memory
+from qlora_native._memory import USER_SETTINGS, keep_freed_memory
 
 libc = ctypes.CDLL(None)
 PR_SET_THP_DISABLE, M_MMAP_THRESHOLD = 41, -3
@@ -48,7 +48,7 @@ def test_the_same_sizes_are_had_without_new_pages() -> None:
 
 
 def test_the_users_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_native.train.memory import USER_SETTINGS, keep_freed_memory
+    from qlora_native._memory import USER_SETTINGS, keep_freed_memory
 
     for name in USER_SETTINGS:
         with monkeypatch.context() as patch:

@@ -17,11 +17,13 @@ import yaml
 from helpers import needs_page_files
 from runs import metrics, start, steps_told, wait_until
 
+from qlora_native._memory import Free
 from qlora_native.cli.main import main
+from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import paging, pressure
-from qlora_native.optim.free_memory import Free
-from qlora_native.train import TrainConfig, Trainer, checkpoint
+from qlora_native.train import checkpoint
+from qlora_native.train.loop import Trainer
 
 pytestmark = [
     needs_page_files,

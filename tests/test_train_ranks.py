@@ -25,11 +25,12 @@ from safetensors.torch import load_file
 from tiny import write_model, write_rows
 
 from qlora_native.cli.main import main
+from qlora_native.config import TrainConfig
+from qlora_native.distributed.ranks import Ranks
+from qlora_native.distributed.watch import RankLost
 from qlora_native.errors import UserError
-from qlora_native.load import load_model
-from qlora_native.parallel.watch import RankLost
-from qlora_native.train import TrainConfig, Trainer
-from qlora_native.train.ranks import Ranks
+from qlora_native.hf.load import load_model
+from qlora_native.train.loop import Trainer
 from qlora_native.train.setup import prepare_model
 
 TOLERANCE = 1e-5
@@ -172,8 +173,8 @@ def calibrated(folder: Path) -> Path:
     quant = {"method": "wmse", "calibration": str(write_rows(folder / "text.jsonl", 150))}
     with pytest.raises(UserError, match="calibrates on one process, and 2 were started: make .* first") as refused:
         prepare_model(config(folder, "refused", parallel="fsdp", quant=quant), ranks=Ranks("fsdp", 0, 2))
-    verb, *command = re.findall(r"`qlora (.*) DIR`", str(refused.value))[0].split()
-    assert main([verb, *command, str(folder / "wmse")]) == 0
+    name, *words = re.findall(r"`qlora (.*) DIR`", str(refused.value))[0].split()
+    assert main([name, *words, str(folder / "wmse")]) == 0
     run(0, 1, folder, "calibrated", model=str(folder / "wmse"))
     return folder
 

@@ -12,9 +12,11 @@ import tiny
 import torch
 from runs import metrics
 
+from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
-from qlora_native.train import TrainConfig, Trainer, loop, shortage
+from qlora_native.train import loop, shortage
+from qlora_native.train.loop import Trainer
 
 STEPS = 5
 TOO_MUCH = 1 << 60  # bytes

@@ -84,7 +84,7 @@ def test_sft_trainer(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    from qlora_native.integrations.peft import QuantizedLoraLinear
+    from qlora_native.hf.peft import QuantizedLoraLinear
 
     folder = write_model(tmp_path / "base", num_hidden_layers=1)
     rows = [{"text": f"what is {color}? {thing}"} for color, thing in FACTS]

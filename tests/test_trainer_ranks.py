@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import qlora_native as qn
-from qlora_native import parallel
+from qlora_native import distributed
 from qlora_native.lora.layer import lora_layers
 from qlora_native.nn import QuantizedLinear
 
@@ -116,7 +116,7 @@ def codes_under_bf16(folder: Path) -> None:
         weight = base.quantized
         weight.packed.copy_(patterns.roll(-4096 * number)[: weight.packed.numel()])
         kept[path] = weight.packed.clone(), weight.absmax.clone()
-    parallel.lay_out(model)  # now the scales are cut too
+    distributed.lay_out(model)  # now the scales are cut too
     optimizer = qn.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -156,7 +156,7 @@ def on_two(rank: int, world: int, folder: Path, expected: dict[str, torch.Tensor
             trainer = trained(base, folder / kind, world, folder / kind / "checkpoint-2", **settings)
             same_codes(trainer.model, base)
             found[f"{kind}, resumed"] = distance(adapter(trainer), expected)
-    with pytest.raises(ValueError, match="save the adapter alone, or the model before it is cut"):
+    with pytest.raises(ValueError, match="save the adapter alone, or the model before it is sharded"):
         trainer.model.get_base_model().save_pretrained(folder / "whole")
     with fsdp_on_cpu():
         codes_under_bf16(base)

@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 FACTS = [
     ("red", "apple"), ("yellow", "banana"), ("green", "pear"), ("blue", "plum"), ("orange", "carrot"),
     ("white", "leek"), ("brown", "walnut"), ("black", "olive"), ("pink", "radish"), ("violet", "aubergine"),
-    ("gray", "mussel"), ("gold", "maize"),
+    ("grey", "mussel"), ("gold", "maize"),
 ]  # fmt: skip
 
 

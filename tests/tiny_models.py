@@ -9,8 +9,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_native.integrations.experts import quantized_stacks
 from qlora_native.nn import QuantizedLinear
+from qlora_native.nn.experts import quantized_stacks
 
 VOCAB = 128
 SIZES = {

@@ -7,53 +7,54 @@ functions and the linear layer. Whatever needs transformers is imported when it 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from . import _late, ops  # ops registers torch.ops.qlora_native
-from ._native import build_info
-from ._version import __version__
-from .errors import UserError
-from .functional import linear, linear_cross_entropy, lora_linear
-from .weight import QuantizedWeight, from_bnb, quantize, to_bnb
+from qlora_native import _import_hooks, ops  # ops registers torch.ops.qlora_native
+from qlora_native._native import build_info
+from qlora_native._version import __version__
+from qlora_native.errors import UserError
+from qlora_native.functional import linear, linear_cross_entropy, lora_linear
+from qlora_native.weight import QuantizedWeight, from_bnb, quantize, to_bnb
 
 if TYPE_CHECKING:
-    from . import nn as nn
-    from . import optim as optim
-    from . import parallel as parallel
-    from .calibration.data import CalibrationData as CalibrationData
-    from .integrations import fuse as fuse
-    from .integrations.peft import peft_config as peft_config
-    from .integrations.transformers import QLoRANativeConfig as QLoRANativeConfig
-    from .load import load_model as load_model
-    from .load import lora_statistics as lora_statistics
-    from .load import merge as merge
-    from .load.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
-    from .lora import LoraConfig as LoraConfig
-    from .lora import add_lora as add_lora
-    from .lora import load_adapter as load_adapter
-    from .lora import save_adapter as save_adapter
-    from .train import TrainConfig as TrainConfig
-    from .train import Trainer as Trainer
-    from .tuning import tune as tune
+    from qlora_native import distributed as distributed
+    from qlora_native import nn as nn
+    from qlora_native import optim as optim
+    from qlora_native.calibration.data import CalibrationData as CalibrationData
+    from qlora_native.config import TrainConfig as TrainConfig
+    from qlora_native.hf.config import QLoRANativeConfig as QLoRANativeConfig
+    from qlora_native.hf.fuse import fuse as fuse
+    from qlora_native.hf.load import load_model as load_model
+    from qlora_native.hf.merge import merge as merge
+    from qlora_native.hf.peft import peft_config as peft_config
+    from qlora_native.hf.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
+    from qlora_native.hf.residuals import lora_statistics as lora_statistics
+    from qlora_native.lora import LoraConfig as LoraConfig
+    from qlora_native.lora import add_lora as add_lora
+    from qlora_native.lora import load_adapter as load_adapter
+    from qlora_native.lora import save_adapter as save_adapter
+    from qlora_native.train.loop import Trainer as Trainer
+    from qlora_native.tuning import tune as tune
 
 _LAZY = {
     "CalibrationData": "calibration.data",
     "nn": "nn",
     "optim": "optim",
-    "parallel": "parallel",
-    "fuse": "integrations",
-    "peft_config": "integrations.peft",
-    "QLoRANativeConfig": "integrations.transformers",
-    "QLoRANativeQuantizer": "load.quantizer",
-    "load_model": "load",
+    "distributed": "distributed",
+    "fuse": "hf.fuse",
+    "peft_config": "hf.peft",
+    "QLoRANativeConfig": "hf.config",
+    "QLoRANativeQuantizer": "hf.quantizer",
+    "load_model": "hf.load",
     "LoraConfig": "lora",
     "add_lora": "lora",
     "save_adapter": "lora",
     "load_adapter": "lora",
-    "lora_statistics": "load",
-    "merge": "load",
-    "TrainConfig": "train",
-    "Trainer": "train",
+    "lora_statistics": "hf.residuals",
+    "merge": "hf.merge",
+    "TrainConfig": "config",
+    "Trainer": "train.loop",
     "tune": "tuning",
 }
 
@@ -68,6 +69,7 @@ __all__ = [
     "__version__",
     "add_lora",
     "build_info",
+    "distributed",
     "from_bnb",
     "fuse",
     "linear",
@@ -80,7 +82,6 @@ __all__ = [
     "nn",
     "ops",
     "optim",
-    "parallel",
     "peft_config",
     "quantize",
     "save_adapter",
@@ -90,12 +91,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "parallel":  # its name in 0.1
+        warnings.warn("qlora_native.parallel is now qlora_native.distributed", DeprecationWarning, stacklevel=2)
+        name = "distributed"
     if name not in _LAZY:
         raise AttributeError(f"module 'qlora_native' has no attribute {name!r}")
     module = importlib.import_module(f".{_LAZY[name]}", __name__)
-    value = module if name in ("nn", "optim", "parallel") else getattr(module, name)
+    value = module if name in ("nn", "optim", "distributed") else getattr(module, name)
     globals()[name] = value
     return value
 
 
-_late.watch()  # so that transformers and PEFT know our classes, whichever is imported first
+_import_hooks.watch()  # so that transformers and PEFT know our classes, whichever is imported first

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch  # before _C: an OpenMP extension loaded after torch shares torch's runtime and its thread count
 
-from . import _C
+from qlora_native import _C
 
 QUANT_TYPES = ("nf4", "fp4")  # index = the number that crosses into C++
 DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

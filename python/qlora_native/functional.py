@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .ops._direct import adapted_at_once, call, product, unobserved
-from .weight import QuantizedWeight
+from qlora_native.ops._direct import adapted_at_once, call, product, unobserved
+from qlora_native.weight import QuantizedWeight
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

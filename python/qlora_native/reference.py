@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import _native
+from qlora_native import _native
 
 NESTED_BLOCK = 256
 

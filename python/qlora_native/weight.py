@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import _native, reference
-from .ops._direct import Prepared
+from qlora_native import _native, reference
+from qlora_native.ops._direct import Prepared
 
 # Fields that hold tensors, in the order in which ops take them.
 TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_offset", "code", "nested_code")

@@ -153,9 +153,13 @@ def main() -> int:
         end="",
     )
     print(f"{len(selection.failed)} failed, {sum(selection.expected.values())} failed as docs/bitsandbytes.md says")
-    for table, verb in ((selection.outcomes, ""), (selection.expected, "failed: "), (selection.reasons, "left out: ")):
+    for table, label in (
+        (selection.outcomes, ""),
+        (selection.expected, "failed: "),
+        (selection.reasons, "left out: "),
+    ):
         for reason, count in sorted(table.items()):
-            print(f"{count:6d}  {verb}{reason}")
+            print(f"{count:6d}  {label}{reason}")
     for name in selection.failed:
         print(f"FAILED  {name}")
     broken = status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)

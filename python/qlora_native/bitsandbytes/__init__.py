@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import functional, nn, optim
-from .nn import modules
-from .ops import register_ops
-from .products import matmul_4bit
+from qlora_native.bitsandbytes import functional, nn, optim
+from qlora_native.bitsandbytes.nn import modules
+from qlora_native.bitsandbytes.ops import register_ops
+from qlora_native.bitsandbytes.products import matmul_4bit
 
 __all__ = ["functional", "matmul_4bit", "modules", "nn", "optim", "register_ops"]
 

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..weight import STORAGE_DTYPES, quant_type_number
-from .maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
-from .state import QuantState
+from qlora_native import _native, reference
+from qlora_native.bitsandbytes.maps import (
+    create_dynamic_map,
+    create_fp8_map,
+    create_linear_map,
+    create_normal_map,
+    get_4bit_type,
+)
+from qlora_native.bitsandbytes.state import QuantState
+from qlora_native.weight import STORAGE_DTYPES, quant_type_number
 
 __all__ = [
     "QuantState",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..weight import quant_type_number
+from qlora_native import _native
+from qlora_native.weight import quant_type_number
 
 TABLE_SIZE = 256  # maps of fewer levels are filled up with zeros
 

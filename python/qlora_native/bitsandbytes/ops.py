@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional
-from .products import linear
-from .state import QuantState
+from qlora_native.bitsandbytes import functional
+from qlora_native.bitsandbytes.products import linear
+from qlora_native.bitsandbytes.state import QuantState
 
 _SCHEMAS = {
     "quantize_4bit": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",

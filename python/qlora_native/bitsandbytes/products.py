@@ -7,10 +7,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..functional import autocast
-from ..ops._direct import product, unobserved
-from .functional import dequantize_4bit
-from .state import QuantState
+from qlora_native.bitsandbytes.functional import dequantize_4bit
+from qlora_native.bitsandbytes.state import QuantState
+from qlora_native.functional import autocast
+from qlora_native.ops._direct import product, unobserved
 
 
 def matmul_4bit(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..ops._direct import Prepared
-from ..weight import pack_json, quant_type_number, unpack_json
+from qlora_native import _native, reference
+from qlora_native.ops._direct import Prepared
+from qlora_native.weight import pack_json, quant_type_number, unpack_json
 
 _PACKED_KEY = "quant_state.bitsandbytes__"
 

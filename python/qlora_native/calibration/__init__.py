@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .quantize import METHODS, CalibratedWeight, CalibrationReport, quantize_calibrated
+from qlora_native.calibration.quantize import METHODS, CalibratedWeight, CalibrationReport, quantize_calibrated
 
 __all__ = ["METHODS", "CalibratedWeight", "CalibrationReport", "quantize_calibrated"]

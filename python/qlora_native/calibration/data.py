@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data import ChatEncoder, Row, infer_format, normalize, read_rows
-from ..data.batching import permutation
-from ..data.formats import INFER_ROWS
-from ..errors import UserError
+from qlora_native.data import ChatEncoder, Row, infer_format, normalize, read_rows
+from qlora_native.data.batching import permutation
+from qlora_native.data.formats import INFER_ROWS
+from qlora_native.errors import UserError
 
 ROWS = {"wmse": 16, "gptq": 128}  # sequences that a method takes unless told otherwise
 LENGTH = 512  # tokens of a sequence, likewise
@@ -231,3 +232,31 @@ def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"
     return f"a {type(value).__name__}"
+
+
+def quantize_command(model: str, quant: Mapping[str, Any], dtype: str, calibration: Path | str | None, out: str) -> str:
+    """The line for a shell.
+
+    Args:
+        model: the 16-bit model of the run.
+        quant: the section ``quant`` of its config; what is left out has its default.
+        dtype: ``train.dtype``.
+        calibration: the text, or the sequences that the run kept. out: the new folder.
+    """
+    words = ["qlora", "quantize", model, "--method", quant.get("method", "rtn")]
+    if calibration is not None:
+        words += ["--calibration", str(calibration)]
+    if (kind := quant.get("type", "nf4")) != "nf4":
+        words += ["--quant-type", kind]
+    if (size := quant.get("block_size", 64)) != 64:
+        words += ["--block-size", str(size)]
+    if not quant.get("double_quant", True):
+        words.append("--no-double-quant")
+    if dtype != "bfloat16":
+        words += ["--dtype", dtype]
+    return shlex.join([*words, "--out", out])
+
+
+def kept_calibration(adapter: Path) -> Path | None:
+    """What the run of an adapter was calibrated on, if its folder still lies in that of the run."""
+    return next((path for parent in adapter.resolve().parents[:2] if (path := parent / FILE).is_file()), None)

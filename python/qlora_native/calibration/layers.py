@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from qlora_native.errors import UserError
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _native, reference
-from ..weight import QuantizedWeight, quant_type_number, quantize
-from .feedback import LAST_DAMPING, feedback_factor, on_one_thread
+from qlora_native import _native, reference
+from qlora_native.calibration.feedback import LAST_DAMPING, feedback_factor, on_one_thread
+from qlora_native.weight import QuantizedWeight, quant_type_number, quantize
 
 METHODS = ("rtn", "rtn_signed", "wmse", "gptq")
 

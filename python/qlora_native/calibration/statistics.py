@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..functional import dense_linear
-from ..integrations.experts import STACKS, by_expert
+from qlora_native.errors import UserError
+from qlora_native.functional import dense_linear
+from qlora_native.nn.experts import STACKS, by_expert
 
 Key = tuple[str, int | None]  # the parameter's name, and the expert for a stack
 Inputs = dict[Key, list[Tensor]]  # [..., K] each, in the order of the calls

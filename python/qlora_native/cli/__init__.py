@@ -1,1 +1,1 @@
-"""The command line, one file per verb. ``cli.main`` lists the verbs and turns exceptions into exit codes."""
+"""The command line, one file per command. ``cli.main`` lists the commands and turns exceptions into exit codes."""

@@ -80,7 +80,7 @@ class Chat:
 
     def __init__(self, model: Any, tokenizer: Any, sampling: Any, system: str | None, with_adapter: bool) -> None:
         from qlora_native.data import ChatEncoder
-        from qlora_native.load.generate import stop_tokens
+        from qlora_native.hf.generate import stop_tokens
 
         self.encoder = ChatEncoder(tokenizer)  # as training does it
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
@@ -91,7 +91,7 @@ class Chat:
 
     def pieces(self, answer: Answer) -> Iterator[str]:
         """The answer's text in parts as they come. What may yet change (half a character) is held back."""
-        from qlora_native.load.generate import stream
+        from qlora_native.hf.generate import stream
         from qlora_native.lora.layer import adapters_off
 
         tokens = stream(self.model, self.encoder.prompt_ids(answer.side.messages), self.sampling, self.stop)
@@ -180,12 +180,12 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import qlora_native as qn
-    from qlora_native.load.generate import Sampling
-    from qlora_native.load.tokenizer import load_tokenizer
-    from qlora_native.train.setup import told_to_the_user
+    from qlora_native._io import as_user_error
+    from qlora_native.hf.generate import Sampling
+    from qlora_native.hf.source import load_tokenizer
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    with told_to_the_user():
+    with as_user_error():
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_tokens)
         tokenizer = load_tokenizer(args.model)
         device = "cuda" if torch.cuda.is_available() else None

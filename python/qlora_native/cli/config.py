@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import sys
 from pathlib import Path
 
+from qlora_native.cli.estimate import card_bytes, size
 from qlora_native.errors import UserError
 
 DEFAULT = "smollm2"
@@ -54,8 +56,6 @@ def run(args: argparse.Namespace) -> int:
 def _init(name: str, out: str | None, gpu: str | None) -> int:
     configs = shipped()
     if Path(name).expanduser().exists():
-        from qlora_native.cli.config_for import config_for
-
         text = config_for(Path(name).expanduser(), gpu, out or "config.yaml")
     elif gpu is not None:
         raise UserError(
@@ -86,8 +86,93 @@ def _init(name: str, out: str | None, gpu: str | None) -> int:
 def _check(args: argparse.Namespace) -> int:
     if args.name is None:
         raise UserError("qlora config check needs a file: qlora config check config.yaml")
-    from qlora_native.train.config import TrainConfig
+    from qlora_native.config import TrainConfig
 
     config = TrainConfig.from_file(args.name, args.overrides)
     sys.stdout.write(config.to_yaml())
     return 0
+
+
+MARGIN = 0.9  # of the memory, so that a longer row or another process is no disaster
+LENGTHS = (2048, 1024, 512, 256)
+MOST_ROWS = 8  # of a micro-batch: more make a GPU no faster with rows of such lengths
+STEP_ROWS = 16
+
+
+def config_for(model: Path, gpu: str | None, name: str) -> str:
+    """The text of a YAML file. UserError if no row of 256 tokens fits."""
+    from qlora_native._io import as_user_error
+    from qlora_native._memory import free_memory
+    from qlora_native.estimate import Estimate, Estimator, Setting
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if gpu is not None:
+        device, limit, where = "cuda", card_bytes(gpu), f"a card of {gpu}"
+    else:
+        free = free_memory()
+        device, limit, where = "cpu", free.bytes if free else 8 << 30, "the free memory of this machine"
+    with as_user_error():
+        estimator = Estimator(model, Setting(device=device))
+
+    def first() -> tuple[Estimate, str] | None:
+        for optimizer in ("adamw", "adamw8bit"):
+            for length in LENGTHS:
+                rows = MOST_ROWS if device == "cuda" else 1
+                while rows:
+                    estimate = estimator.at(length=length, batch_size=rows, optimizer=optimizer)
+                    if estimate.fits(int(MARGIN * limit)):
+                        return estimate, optimizer
+                    rows //= 2
+        return None
+
+    found = first()
+    if found is None:
+        least = estimator.at(length=LENGTHS[-1], batch_size=1, optimizer="adamw8bit")
+        raise UserError(
+            f"{model} does not fit {where}: a row of {LENGTHS[-1]} tokens takes {size(least.total + least.reserve)} of "
+            f"{size(limit)}; take a larger card or a smaller model"
+        )
+    estimate, optimizer = found
+    setting, peak = estimate.setting, estimate.peak
+    weights = peak.weights + peak.scales + peak.dense
+    trained = peak.adapters // 4
+    needed = size(estimate.total + estimate.reserve)
+    longest = estimator.longest(int(MARGIN * limit), 1)
+    widest = estimator.widest(int(MARGIN * limit), setting.length)
+    here = {"batch_size": setting.batch_size, "length": setting.length, "optimizer": optimizer}
+    all_kept = size(estimator.at(checkpointing=False, **here).total)
+    return f"""# {model.name} on {where}: {needed} of {size(limit)} by `qlora estimate`. Start it with:
+#   qlora train {name}
+# `qlora train --help` lists every key; those left out here keep their defaults.
+
+model: {model}
+output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and loss.png
+
+data:
+  train: train.jsonl          # one JSON object per line; `qlora train --help` names the formats
+  eval_fraction: 0.05         # rows held out to measure what was learned; or name a file with `eval:`
+  max_length: {setting.length:<16}# up to {longest:,} tokens fit with batch_size 1; longer rows are cut
+  train_on: answers           # all = learn the questions too: only for plain text
+
+quant:
+  type: nf4                   # {size(weights)} of weights in all, embeddings in 16 bits
+  block_size: 64              # weights that share a scale
+  double_quant: true          # false keeps the scales in fp32, for {size(3 * peak.scales)} more
+  method: wmse                # the training rows choose the scales, in one pass over 8,192 tokens; rtn starts at once
+
+lora:
+  r: {setting.lora.r:<25}# {trained / 1e6:,.1f} million trained weights, {size(2 * peak.adapters)} with gradients
+  alpha: 32                   # 2 * r is the usual start
+  dropout: 0.0                # 0.05 to 0.1 helps on small data
+  target_modules: all-linear  # attention alone, [q_proj, v_proj], trains less and learns less
+
+train:
+  epochs: 1                   # more as long as the held-out loss falls; the best adapter is kept in best/
+  batch_size: {setting.batch_size:<16}# rows in memory at once; up to {widest} fit
+  grad_accum: {STEP_ROWS // setting.batch_size:<16}# a step learns from {STEP_ROWS} rows, however they are cut
+  optimizer: {optimizer:<17}# its states take {size(peak.optimizer)}; adamw8bit keeps them in a quarter of adamw's
+  paged: auto                 # if memory runs short they wait elsewhere: slower, no crash
+  lr: 2e-4                    # halve it if the loss jumps about
+  grad_checkpointing: true    # false is about a third faster and takes {all_kept} here
+  dtype: bfloat16             # of activations and of what is not 4-bit
+"""

@@ -77,7 +77,7 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
     """
     import torch
 
-    from qlora_native.load.source import open_source
+    from qlora_native.hf.source import open_source
 
     given = quantizing(args)
     config = Path(args.adapter).expanduser() / "config.yaml" if args.adapter else None
@@ -91,8 +91,8 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
         return given
     method = told.get("method", "rtn")
     if rounds and method != "rtn":
-        from qlora_native.load.model import CALIBRATED
-        from qlora_native.train.base_command import kept_calibration, quantize_command
+        from qlora_native.calibration.data import kept_calibration, quantize_command
+        from qlora_native.hf.load import CALIBRATED
 
         kept = kept_calibration(Path(args.adapter).expanduser()) or told.get("calibration")
         text = kept or ("FILE" if method in CALIBRATED else None)
@@ -115,10 +115,9 @@ def run(args: argparse.Namespace) -> int:
     """Convert, whole or not at all."""
     import torch
 
-    from qlora_native.load.convert import convert
-    from qlora_native.load.source import open_source
-    from qlora_native.train.disk import atomic_folder, told_if_unwritable
-    from qlora_native.train.setup import told_to_the_user
+    from qlora_native._io import as_user_error, as_write_error, atomic_folder
+    from qlora_native.hf.convert import convert
+    from qlora_native.hf.source import open_source
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
@@ -131,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"qlora convert: {flag} says how to quantize, but {why}; leave it out")
     shard_bytes = shard_size(args)
     began = time.monotonic()
-    with told_to_the_user(), told_if_unwritable(out), atomic_folder(out) as partial:
+    with as_user_error(), as_write_error(out), atomic_folder(out) as partial:
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
         report = convert(source, partial, args.to, dtype=dtype, shard_bytes=shard_bytes, **given)
     result = {"out": str(out), **vars(report), "seconds": round(time.monotonic() - began, 2)}
@@ -139,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result))
         return 0
     done = {"quantized": report.quantized, "decoded": report.dequantized, "kept in 4 bits": report.copied}
-    counts = ", ".join(f"{count} weights {verb}" for verb, count in done.items() if count) or "no 4-bit weights"
+    counts = ", ".join(f"{count} weights {command}" for command, count in done.items() if count) or "no 4-bit weights"
     print(
         f"{out}: {counts}; {report.num_bytes / 2**20:,.1f} MiB in {report.files} file{'s' * (report.files > 1)}; "
         f"took {result['seconds']:.1f} s"

@@ -14,8 +14,8 @@ from qlora_native.cli.main import missing_modules
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
+    from qlora_native.config import TrainConfig
     from qlora_native.data import TokenizedDataset
-    from qlora_native.train.config import TrainConfig
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 BAR = 40  # characters of the longest bar of a histogram
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.data import ChatEncoder
     from qlora_native.data.preview import plot_lengths, render, summary
     from qlora_native.data.readers import read_rows
-    from qlora_native.train.setup import load_data, load_tokenizer
+    from qlora_native.hf.source import load_tokenizer
 
     if args.rows < 0 or (args.limit is not None and args.limit < 1):
         raise UserError("qlora data show: --rows wants a number from 0, --limit one from 1")
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         read_rows(path)  # a missing file is told before the tokenizer is loaded
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(config.model)
-    files = [load_data(config, path, tokenizer, limit=args.limit) for path in paths]
+    files = [config.data.load(path, tokenizer, limit=args.limit) for path in paths]
     train = files[0]
     encoder = ChatEncoder(tokenizer, max_length=config.data.max_length, train_on=config.data.train_on)
     sources = read_rows(config.data.train, limit=args.limit)
@@ -90,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
+    from qlora_native.config import TrainConfig
     from qlora_native.data import DATA_SUFFIXES
     from qlora_native.data.readers import read_rows
-    from qlora_native.train.config import TrainConfig
 
     overrides = [*(["--model", args.model] if args.model else []), *args.overrides]
     suffix = Path(args.source).suffix.lower()
@@ -113,11 +113,12 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 
 def _packed(config: TrainConfig, rows: TokenizedDataset) -> dict[str, Any] | None:
-    from qlora_native.train.batches import evaluation_items
+    from qlora_native.data.packing import evaluation_order
 
     if not config.data.packing:
         return None
-    sequences, length = len(evaluation_items(config, rows)), config.data.max_length
+    length = config.data.max_length
+    sequences = len(evaluation_order(rows.lengths, length))
     return {"sequences": sequences, "length": length, "filled": rows.stats.tokens / (sequences * length)}
 
 

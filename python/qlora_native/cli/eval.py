@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_native.evaluate import Sides
+    from qlora_native.evaluate import Variants
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,19 +60,19 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     import torch
 
+    from qlora_native._io import as_user_error, as_write_error
+    from qlora_native._memory import peak_rss_bytes
     from qlora_native.data import padding_id
-    from qlora_native.evaluate import Sides, compare, load_choices, load_text
+    from qlora_native.evaluate import Variants, compare, load_choices, load_text
     from qlora_native.evaluate.harness import check_harness
     from qlora_native.evaluate.report import tables, write_report
-    from qlora_native.train.disk import told_if_unwritable
-    from qlora_native.train.progress import peak_rss_bytes
-    from qlora_native.train.setup import load_tokenizer, told_to_the_user
+    from qlora_native.hf.source import load_tokenizer
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if args.lm_eval:
         check_harness()
-    with told_to_the_user():
-        sides = Sides(
+    with as_user_error():
+        sides = Variants(
             Path(args.model).expanduser(),
             methods=list(dict.fromkeys(args.compare)),
             adapter=_path(args.adapter),
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.report:
         folder = Path(args.report).expanduser()
-        with told_if_unwritable(folder):
+        with as_write_error(folder):
             drawn = write_report(result, folder, [text.about for text in texts] + _told(sides))
         note(f"report: {folder}" + ("" if drawn else " (without report.png: pip install matplotlib draws it)"))
     if args.json:
@@ -144,7 +144,7 @@ def _path(given: str | None) -> Path | None:
     return None if given is None else Path(given).expanduser()
 
 
-def _told(sides: Sides) -> list[str]:
+def _told(sides: Variants) -> list[str]:
     told: dict[str, Any] = {
         "calibration": sides.calibration,
         "adapter": sides.adapter,

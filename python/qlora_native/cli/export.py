@@ -47,13 +47,13 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Export, whole or not at all."""
-    from qlora_native.train.setup import told_to_the_user
+    from qlora_native._io import as_user_error
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     out = Path(args.out).expanduser()
     refuse_existing(out, "--out")
     began = time.monotonic()
-    with told_to_the_user():
+    with as_user_error():
         result = {"gguf": _gguf, "safetensors": _safetensors, "peft": _peft}[args.to](args, out)
     result = {"out": str(out), "to": args.to, **result, "seconds": round(time.monotonic() - began, 2)}
     if args.json:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _merging(args: argparse.Namespace, to: str) -> Any:
-    from qlora_native.load.streaming_merge import Merging
+    from qlora_native.hf.merge import Merging
 
     adapter = Path(args.adapter).expanduser() if args.adapter else None
     if args.base == "original" and adapter is None and _is_four_bit(args.model):
@@ -79,23 +79,22 @@ def _merging(args: argparse.Namespace, to: str) -> Any:
 def _is_four_bit(model: str) -> bool:
     import torch
 
-    from qlora_native.load.source import open_source
+    from qlora_native.hf.source import open_source
 
     return bool(open_source(Path(model).expanduser(), torch.bfloat16).four_bit_config)
 
 
 def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    from qlora_native.load.source import GgufSource
-    from qlora_native.load.streaming_merge import merge_files
-    from qlora_native.load.tokenizer import load_tokenizer
-    from qlora_native.train.disk import atomic_folder, told_if_unwritable
+    from qlora_native._io import as_write_error, atomic_folder
+    from qlora_native.hf.merge import merge_files
+    from qlora_native.hf.source import GgufSource, load_tokenizer
 
     types = {"f16": "fp16", "bf16": "bf16", "f32": "fp32", None: "bf16"}
     if args.type not in types:
         raise UserError(f"qlora export: --type {args.type} is of GGUF: expected f16, bf16 or f32 with --to safetensors")
     shard_bytes, work = shard_size(args), _merging(args, types[args.type])
     tokenizer = load_tokenizer(args.model) if isinstance(work.source, GgufSource) else None
-    with told_if_unwritable(out), atomic_folder(out) as partial:
+    with as_write_error(out), atomic_folder(out) as partial:
         merge_files(work, partial, shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -105,11 +104,9 @@ def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if missing_modules(("gguf",)):
         raise UserError("qlora export --to gguf needs gguf, which is not installed: pip install 'qlora_native[train]'")
+    from qlora_native._io import PARTIAL, as_write_error, fsync
     from qlora_native.export.gguf import export_gguf
-    from qlora_native.load.source import GgufSource
-    from qlora_native.load.tokenizer import load_tokenizer
-    from qlora_native.lora.adapter import fsync
-    from qlora_native.train.disk import PARTIAL, told_if_unwritable
+    from qlora_native.hf.source import GgufSource, load_tokenizer
 
     if out.suffix != ".gguf":
         raise UserError(f"qlora export: --out is {out}: expected a name that ends in .gguf")
@@ -117,7 +114,7 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     tokenizer = None if isinstance(work.source, GgufSource) else load_tokenizer(args.model)
     partial = out.with_name(f".{out.name}{PARTIAL}")
     try:
-        with told_if_unwritable(out):
+        with as_write_error(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             result = export_gguf(work, partial, args.type or "f16", tokenizer)
             fsync(partial)
@@ -129,8 +126,8 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    from qlora_native._io import as_write_error, atomic_folder
     from qlora_native.lora.adapter import CONFIG_NAME, TENSORS_NAME
-    from qlora_native.train.disk import atomic_folder, told_if_unwritable
 
     if args.adapter is None or args.type is not None:
         raise UserError("qlora export: --to peft takes --adapter DIR, and no --type: the adapter is written as it is")
@@ -139,7 +136,7 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     _merging(args, "fp32")  # refuses what does not belong together
     config = json.loads((adapter / CONFIG_NAME).read_bytes())
     config["base_model_name_or_path"] = str(Path(args.model).expanduser())
-    with told_if_unwritable(out), atomic_folder(out) as partial:
+    with as_write_error(out), atomic_folder(out) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in (adapter / TENSORS_NAME, adapter / "README.md"):
             if path.is_file():

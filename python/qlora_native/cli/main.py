@@ -1,8 +1,8 @@
-"""The ``qlora`` dispatcher: finds the verb, checks its extras, and turns exceptions into exit codes.
+"""The ``qlora`` dispatcher: finds the command, checks its extras, and turns exceptions into exit codes.
 
-A verb is one module in this folder, named like the verb, with ``configure(parser)`` and ``run(args) -> int``. It is
-imported only when it is named, so that ``qlora --help`` needs neither torch nor transformers; inside a verb the heavy
-imports stand in ``run``.
+A command is one module in this folder, named like the command, with ``configure(parser)`` and ``run(args) -> int``. It
+is imported when it is named, so that ``qlora --help`` imports this package, and with it torch, but not transformers;
+inside a command the heavy imports stand in ``run``.
 
 Exit codes: 0 success, 2 a user's mistake (one sentence on stderr), 1 a bug (with its trace), 130 stopped by Ctrl-C.
 """
@@ -25,52 +25,54 @@ EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True)
-class Verb:
-    """One line of ``qlora --help``, and what must be installed before the verb can run."""
+class Command:
+    """One line of ``qlora --help``, and what must be installed before the command can run."""
 
     summary: str
     extra: str = ""  # the extra of pyproject.toml that brings `needs`
     needs: tuple[str, ...] = ()  # import names beyond torch, numpy and safetensors
-    takes_overrides: bool = False  # unknown `--key value` pairs reach the verb as args.overrides
+    takes_overrides: bool = False  # unknown `--key value` pairs reach the command as args.overrides
 
 
-VERBS: dict[str, Verb] = {
-    "demo": Verb(
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
         "fine-tune a small real model on this machine and show what it learned",
         "demo",
         ("transformers", "pydantic", "yaml", "gguf", "accelerate"),
     ),
-    "train": Verb(
+    "train": Command(
         "fine-tune a model as a config file says", "train", ("transformers", "pydantic", "yaml"), takes_overrides=True
     ),
-    "estimate": Verb(
+    "estimate": Command(
         "say how much memory a run takes, and what fits a card, before anything is loaded",
         "train",
         ("transformers", "pydantic", "yaml"),
         takes_overrides=True,
     ),
-    "quantize": Verb("turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", "train", ("transformers",)),
-    "convert": Verb(
+    "quantize": Command(
+        "turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", "train", ("transformers",)
+    ),
+    "convert": Command(
         "turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", "train", ("transformers",)
     ),
-    "chat": Verb("answer, base model and adapter side by side", "train", ("transformers", "jinja2")),
-    "merge": Verb("add an adapter to its base model and say what that cost", "train", ("transformers",)),
-    "export": Verb(
+    "chat": Command("answer, base model and adapter side by side", "train", ("transformers", "jinja2")),
+    "merge": Command("add an adapter to its base model and say what that cost", "train", ("transformers",)),
+    "export": Command(
         "write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", "train", ("transformers",)
     ),
-    "eval": Verb(
+    "eval": Command(
         "measure what 4 bits, a method and an adapter did to a model", "train", ("transformers", "pydantic", "yaml")
     ),
-    "config": Verb("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
-    "data": Verb(
+    "config": Command("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
+    "data": Command(
         "show the rows of a data file as the model will see them",
         "train",
         ("transformers", "pydantic", "yaml"),
         takes_overrides=True,
     ),
-    "tune": Verb("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
-    "bench": Verb("measure this library's ops against torch's on this machine"),
-    "doctor": Verb("say what this machine and this installation offer, and what is missing"),
+    "tune": Command("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
+    "bench": Command("measure this library's ops against torch's on this machine"),
+    "doctor": Command("say what this machine and this installation offer, and what is missing"),
 }
 
 # What stands before the first --key, as argparse cannot tell the value of a key that it does not know from a file.
@@ -89,12 +91,12 @@ def missing_modules(names: Sequence[str]) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
-def require(verb: str, spec: Verb) -> None:
-    """Raise UserError naming the first module that the verb needs and the extra that brings it."""
+def require(command: str, spec: Command) -> None:
+    """Raise UserError naming the first module that the command needs and the extra that brings it."""
     for name in missing_modules(spec.needs):
         package = DISTRIBUTIONS.get(name, name)
         raise UserError(
-            f"qlora {verb} needs {package}, which is not installed: pip install 'qlora_native[{spec.extra}]'"
+            f"qlora {command} needs {package}, which is not installed: pip install 'qlora_native[{spec.extra}]'"
         )
 
 
@@ -106,23 +108,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {spec.summary}" for name, spec in VERBS.items())
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {spec.summary}" for name, spec in COMMANDS.items())
     parser = _Parser(
         prog="qlora",
-        usage="qlora VERB [options]",
+        usage="qlora COMMAND [options]",
         description="QLoRA fine-tuning with 4-bit weights on CPU and CUDA.",
-        epilog=f"verbs:\n{verbs}\n\n`qlora VERB --help` explains one of them. Example:\n"
+        epilog=f"commands:\n{commands}\n\n`qlora COMMAND --help` explains one of them. Example:\n"
         "  qlora train config.yaml --lr 1e-4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qlora_native {__version__}")
-    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     return parser
 
 
-def _run_verb(name: str, argv: Sequence[str]) -> int:
-    spec = VERBS[name]
+def _run_command(name: str, argv: Sequence[str]) -> int:
+    spec = COMMANDS[name]
     module = importlib.import_module(f"qlora_native.cli.{name}")
     parser = _Parser(
         prog=f"qlora {name}",
@@ -148,13 +150,13 @@ def _dispatch(argv: Sequence[str]) -> int:
         _top_parser().print_help(sys.stdout if argv else sys.stderr)
         return EXIT_OK if argv else EXIT_USER
     name, rest = argv[0], argv[1:]
-    if name not in VERBS:
+    if name not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(name, VERBS, n=1)
-        hint = f"did you mean `qlora {near[0]}`?" if near else f"the verbs are {', '.join(VERBS)}."
-        raise UserError(f"qlora {name} is not a verb: {hint}")
-    return _run_verb(name, rest)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean `qlora {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
+        raise UserError(f"qlora {name} is not a command: {hint}")
+    return _run_command(name, rest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,13 +48,11 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Merge, whole or not at all; then check."""
+    from qlora_native._io import as_user_error, as_write_error, atomic_folder
     from qlora_native.cli.convert import refuse_existing
     from qlora_native.export.check import check_logits, check_weights, report_markdown, sample_rows
-    from qlora_native.load.source import SafetensorsSource
-    from qlora_native.load.streaming_merge import Merging, merge_files
-    from qlora_native.load.tokenizer import load_tokenizer
-    from qlora_native.train.disk import atomic_folder, told_if_unwritable
-    from qlora_native.train.setup import told_to_the_user
+    from qlora_native.hf.merge import Merging, merge_files
+    from qlora_native.hf.source import SafetensorsSource, load_tokenizer
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     source, adapter, out = (Path(name).expanduser() for name in (args.model, args.adapter, args.out))
@@ -65,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     rows: list[list[int]] = []
     if args.check or source.is_file():
         tokenizer = load_tokenizer(args.model)
-    with told_to_the_user():
+    with as_user_error():
         if args.check:
             rows = sample_rows(Path(args.sample).expanduser() if args.sample else None, tokenizer)
         began = time.monotonic()
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         work = Merging(
             source, adapter, base=args.base, to=args.to, **as_trained(args, args.base == "dequantized" or args.check)
         )
-        with told_if_unwritable(out), atomic_folder(out) as partial:
+        with as_write_error(out), atomic_folder(out) as partial:
             merge_files(work, partial, shard_bytes)
             if not isinstance(work.source, SafetensorsSource):
                 tokenizer.save_pretrained(partial)
@@ -98,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             result["weights"] = check_weights(work, out)
             result["largest_drift"] = max(result["weights"], key=lambda row: row["error"], default=None)
             result["logits"] = check_logits(work, out, rows)
-            with told_if_unwritable(out):
+            with as_write_error(out):
                 (out / f"{REPORT}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
                 (out / f"{REPORT}.md").write_text(report_markdown(result), encoding="utf-8")
     if args.json:

@@ -77,11 +77,10 @@ def run(args: argparse.Namespace) -> int:
     """Load, which quantizes, and write."""
     import torch
 
-    from qlora_native.load import load_model
-    from qlora_native.load.source import open_source
-    from qlora_native.train.disk import atomic_folder, told_if_unwritable
-    from qlora_native.train.layer_progress import LayerProgress
-    from qlora_native.train.setup import load_tokenizer, told_to_the_user
+    from qlora_native._io import as_user_error, as_write_error, atomic_folder
+    from qlora_native.hf.load import load_model
+    from qlora_native.hf.progress import LayerProgress
+    from qlora_native.hf.source import load_tokenizer, open_source
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     source, out = Path(args.model).expanduser(), Path(args.out).expanduser()
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     calibration = _calibration(args)
     work = out.with_name(f".{out.name}{WORK}") if calibration is not None else None
     began = time.monotonic()
-    with told_to_the_user(), LayerProgress() as progress:
+    with as_user_error(), LayerProgress() as progress:
         model = load_model(
             source,
             quant_type=args.quant_type,
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(str(source))
     except UserError as error:
         note = f"no tokenizer is written: {error}"
-    with told_if_unwritable(out), atomic_folder(out) as partial:
+    with as_write_error(out), atomic_folder(out) as partial:
         model.save_pretrained(partial, max_shard_size=args.shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -147,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _calibration(args: argparse.Namespace) -> Any:
     from qlora_native.calibration.data import CalibrationData
-    from qlora_native.load.model import CALIBRATED
+    from qlora_native.hf.load import CALIBRATED
 
     given = {"rows": args.calibration_rows, "length": args.calibration_length, "format": args.calibration_format}
     if args.calibration is not None:

@@ -31,7 +31,7 @@ Any key of the config can be given as --key value:
 def _key_page() -> str:
     if missing_modules(("pydantic", "yaml")):
         return "  (pip install 'qlora_native[train]' shows them here)"
-    from qlora_native.train.config import keys
+    from qlora_native.config import keys
 
     lines = []
     for name, field in keys().items():
@@ -46,12 +46,12 @@ def _as_typed(value: Any) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Check the config, then train."""
-    from qlora_native.parallel.watch import RankLost
-    from qlora_native.train.config import TrainConfig
+    from qlora_native.config import TrainConfig
+    from qlora_native.distributed.watch import RankLost
 
     config = TrainConfig.from_file(args.config, args.overrides)
+    from qlora_native._memory import keep_freed_memory
     from qlora_native.train.loop import Trainer
-    from qlora_native.train.memory import keep_freed_memory
 
     keep_freed_memory(config.train.grad_checkpointing)
     logging.getLogger("transformers").setLevel(logging.ERROR)

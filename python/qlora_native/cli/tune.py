@@ -38,14 +38,13 @@ def layer_shapes(
     """[N, K] of each weight that load_model would make 4-bit, from the model's configuration alone."""
     import torch
 
-    from qlora_native.load.layers import four_bit_weights
-    from qlora_native.load.source import open_source
-    from qlora_native.load.tree import Tree
-    from qlora_native.train.setup import told_to_the_user
+    from qlora_native._io import as_user_error
+    from qlora_native.hf.build import MetaModel, four_bit_weights
+    from qlora_native.hf.source import open_source
 
     of = getattr(torch, dtype)
-    with told_to_the_user():
-        tree = Tree(open_source(Path(model).expanduser(), of).config, of, torch.device("meta"))
+    with as_user_error():
+        tree = MetaModel(open_source(Path(model).expanduser(), of).config, of, torch.device("meta"))
         weights = four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
     shapes = []
     for name, transposed in weights.items():
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from qlora_native import tuning
-    from qlora_native.train.setup import told_to_the_user
+    from qlora_native._io import as_user_error
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     dtype = getattr(torch, args.dtype)
@@ -81,6 +80,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"  left out: {sentence}", flush=True)
 
     tokens = args.tokens or tuning.TOKENS
-    with told_to_the_user():
+    with as_user_error():
         tuning.tune(shapes, tokens=tokens, dtype=dtype, block_size=args.block_size, report=report)
     return 0

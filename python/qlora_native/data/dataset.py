@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
+from qlora_native._io import sha256
 from qlora_native.data.batching import permutation
 from qlora_native.data.formats import FORMATS, INFER_ROWS, infer_format, normalize
 from qlora_native.data.growing import GrowingArray
@@ -231,7 +231,7 @@ def load_dataset(
     counts = np.array(lengths, dtype=np.int64)
     stats = DatasetStats(
         path=str(path),
-        sha256=_sha256(Path(path).expanduser()),
+        sha256=sha256(Path(path).expanduser()),
         format=name,
         inferred=format is None,
         template=("default" if encoder.uses_default_template else "tokenizer") if with_messages else "none",
@@ -268,11 +268,3 @@ def _nothing_left(path: str | Path, dropped: int, too_long: int, max_length: int
         f"{path}: none of the {dropped} rows has an answer to train on; "
         "add assistant messages, or set train_on to 'all'."
     )
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 16):
-            digest.update(block)
-    return digest.hexdigest()

@@ -50,6 +50,12 @@ def pack(lengths: np.ndarray, order: np.ndarray, capacity: int, window_rows: int
     return sequences
 
 
+def evaluation_order(lengths: np.ndarray, capacity: int | None) -> list[int] | list[list[int]]:
+    """All rows once, longest first, which leaves little padding; packed if there is a ``capacity``."""
+    longest_first = np.argsort(-lengths, kind="stable")
+    return longest_first.tolist() if capacity is None else pack(lengths, longest_first, capacity)
+
+
 class PackedPlan(Plan[list[int]]):
     """A :class:`Plan` whose batches are packed sequences, each a list of row indices.
 

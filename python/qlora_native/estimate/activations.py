@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..integrations import fuse
-from ..integrations.experts import QuantizedExperts
-from ..integrations.fused_attention import attends_in_fp32
-from ..lora import LoRALinear
-from ..lora.layer import plain_modules
-from .anatomy import Setting
+from qlora_native.estimate.anatomy import Setting
+from qlora_native.hf.attention import attends_in_fp32
+from qlora_native.hf.fuse import fuse
+from qlora_native.lora import LoRALinear
+from qlora_native.lora.layer import plain_modules
+from qlora_native.nn.experts import QuantizedExperts
 
 # The last linear layer of an attention or an MLP; the others there read the block's input.
 _OUTPUT = re.compile(r"(^|_)(o|out|down|c|fc2|fc_out|w2|wo|4h_to_h)(_proj|_lin)?$|^dense$|^dense_4h_to_h$")

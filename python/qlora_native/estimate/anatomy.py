@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import UserError
-from ..load.files import INDEX_NAME, WEIGHTS_NAME
-from ..load.layers import OUTPUT_EMBEDDING, four_bit_weights, is_plain_linear, put_four_bit
-from ..load.model import LoadReport, make_report
-from ..load.plan import FourBit, Plain
-from ..load.source import GgufSource, SafetensorsSource, four_bit_config, open_source, read_config
-from ..load.tree import Tree
-from ..lora import LoraConfig, add_lora
-from ..reference import NESTED_BLOCK
-from ..weight import QuantizedWeight
+from qlora_native.errors import UserError
+from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel, four_bit_weights, is_plain_linear, put_four_bit
+from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from qlora_native.hf.load import LoadReport, make_report
+from qlora_native.hf.plan import FourBit, Plain
+from qlora_native.hf.source import GgufSource, SafetensorsSource, four_bit_config, open_source, read_config
+from qlora_native.lora import LoraConfig, add_lora
+from qlora_native.reference import NESTED_BLOCK
+from qlora_native.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from qlora_native.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,26 @@ class Setting:
     checkpointing: bool = True
     device: str = "cpu"
 
+    @classmethod
+    def from_config(cls, config: TrainConfig, device: str) -> Setting:
+        """That of a training run with rows of ``data.max_length`` tokens."""
+        options = config.train
+        return cls(
+            quant_type=config.quant.type,
+            block_size=config.quant.block_size,
+            double_quant=config.quant.double_quant,
+            dtype=getattr(torch, options.dtype),
+            lora=LoraConfig(**config.lora.model_dump(), seed=options.seed),
+            batch_size=options.batch_size,
+            length=config.data.max_length,
+            micro_batches=options.grad_accum,
+            optimizer=options.optimizer,
+            paged=options.paged,
+            page_budget=options.page_budget,
+            checkpointing=options.grad_checkpointing,
+            device=device,
+        )
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -81,7 +103,7 @@ def read_anatomy(path: Path, setting: Setting) -> Anatomy:
         config = read_config(path)
         return of_config(config, setting, path, four_bit_config(config, path))
     source = open_source(path, setting.dtype)
-    tree = Tree(source.config, setting.dtype, torch.device("meta"))
+    tree = MetaModel(source.config, setting.dtype, torch.device("meta"))
     if isinstance(source, GgufSource):
         shapes = tree.shapes.values()
         whole = sum(shape.numel() for shape in shapes) * setting.dtype.itemsize
@@ -105,7 +127,7 @@ def of_config(
         block = four_bit.get("block_size", 64)
         skip = four_bit.get("skip_modules", four_bit.get("llm_int8_skip_modules"))
         setting = replace(setting, double_quant=bool(double), block_size=block, skip_modules=tuple(skip or ()))
-    tree = Tree(config, setting.dtype, torch.device("meta"))
+    tree = MetaModel(config, setting.dtype, torch.device("meta"))
     weights = _chosen(tree, setting)
     sizes = [tensor.numel() * (2 if name in weights else 0) for name, tensor in tree.shapes.items()]
     return _adapted(_frozen(tree, weights, setting, {}), path, setting, max(sizes, default=0), 0, False)
@@ -118,12 +140,12 @@ def _has_weights(folder: Path) -> bool:
     )
 
 
-def _chosen(tree: Tree, setting: Setting) -> dict[str, bool]:
+def _chosen(tree: MetaModel, setting: Setting) -> dict[str, bool]:
     return four_bit_weights(tree.model, setting.skip_modules, setting.block_size, tree.in_fp32)
 
 
 def _frozen(
-    tree: Tree, weights: dict[str, bool], setting: Setting, stored: dict[str, QuantizedWeight]
+    tree: MetaModel, weights: dict[str, bool], setting: Setting, stored: dict[str, QuantizedWeight]
 ) -> PreTrainedModel:
     """The model as loading leaves it."""
     model = tree.model
@@ -168,7 +190,7 @@ def _meta_weight(shape: tuple[int, ...], setting: Setting) -> QuantizedWeight:
     )
 
 
-def _stored_four_bit(step: FourBit, tree: Tree, setting: Setting) -> tuple[bool, QuantizedWeight]:
+def _stored_four_bit(step: FourBit, tree: MetaModel, setting: Setting) -> tuple[bool, QuantizedWeight]:
     """Whether the model stores a weight transposed that is 4-bit in the files, and its meta twin."""
     module = tree.model.get_submodule(step.name.rpartition(".")[0])
     transposed = is_plain_linear(module) and not isinstance(module, nn.Linear)
@@ -183,7 +205,7 @@ def _stored_four_bit(step: FourBit, tree: Tree, setting: Setting) -> tuple[bool,
     return transposed, _meta_weight(shape[::-1] if transposed else shape, as_stored)
 
 
-def _largest_read(source: SafetensorsSource, tree: Tree, weights: dict[str, bool]) -> int:
+def _largest_read(source: SafetensorsSource, tree: MetaModel, weights: dict[str, bool]) -> int:
     """Bytes of the largest stored tensor that goes through memory of its own on its way into the model."""
     largest = 0
     for step in source.plan(tree).steps:

@@ -11,17 +11,23 @@ from typing import Any
 
 import torch
 
-from .. import _C, _native
-from ..load.layers import four_bit_parts
-from ..ops.causal_attention import ALIGNMENT, is_native
-from ..ops.linear_cross_entropy import LOGIT_BYTES
-from ..optim import base
-from ..optim.free_memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
-from .activations import LayerBytes, decoder_layers, head_width, layer_bytes, most, norm_bytes, norms_of
-from .anatomy import Anatomy, Setting, read_anatomy
-
-# config fields by which known models change the logits after the output embedding
-LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+from qlora_native import _C, _native
+from qlora_native._memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
+from qlora_native.estimate.activations import (
+    LayerBytes,
+    decoder_layers,
+    head_width,
+    layer_bytes,
+    most,
+    norm_bytes,
+    norms_of,
+)
+from qlora_native.estimate.anatomy import Anatomy, Setting, read_anatomy
+from qlora_native.hf.build import four_bit_parts
+from qlora_native.hf.loss import LOGIT_FIELDS
+from qlora_native.ops.causal_attention import ALIGNMENT, is_native
+from qlora_native.ops.linear_cross_entropy import LOGIT_BYTES
+from qlora_native.optim import base
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
 LAYER_SLACK = 200 << 10  # on the CPU: Python's objects for modules and graph, small holes

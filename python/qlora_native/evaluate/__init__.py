@@ -7,11 +7,11 @@
 
 from __future__ import annotations
 
-from .choices import Accuracy, Choices, load_choices
-from .comparison import Comparison, SideResult, compare
-from .measure import Kept, Scores, measure
-from .sides import Sides, load_dense
-from .texts import Text, load_text
+from qlora_native.evaluate.choices import Accuracy, Choices, load_choices
+from qlora_native.evaluate.comparison import Comparison, SideResult, compare
+from qlora_native.evaluate.measure import Kept, Scores, measure
+from qlora_native.evaluate.texts import Text, load_text
+from qlora_native.evaluate.variants import Variants, load_dense
 
 __all__ = [
     "Accuracy",
@@ -20,8 +20,8 @@ __all__ = [
     "Kept",
     "Scores",
     "SideResult",
-    "Sides",
     "Text",
+    "Variants",
     "compare",
     "load_choices",
     "load_dense",

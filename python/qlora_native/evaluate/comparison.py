@@ -14,8 +14,8 @@ from typing import Any
 from qlora_native.evaluate.choices import Accuracy, Choices, accuracy
 from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.measure import Kept, Scores, measure
-from qlora_native.evaluate.sides import ADAPTED, REFERENCE, Sides
 from qlora_native.evaluate.texts import Text
+from qlora_native.evaluate.variants import ADAPTED, REFERENCE, Variants
 
 Note = Callable[[str], None]
 
@@ -88,7 +88,7 @@ class Comparison:
 
 
 def compare(
-    sides: Sides,
+    sides: Variants,
     texts: Sequence[Text],
     choices: Sequence[Choices],
     tokenizer: Any,
@@ -130,7 +130,7 @@ def compare(
     return Comparison(sides.told, done)
 
 
-def _loaded(sides: Sides) -> Iterator[tuple[str, Any, float]]:
+def _loaded(sides: Variants) -> Iterator[tuple[str, Any, float]]:
     """Each side's name, model and seconds of loading; the model before is let go first."""
     for name, load in sides.steps():
         began = time.monotonic()

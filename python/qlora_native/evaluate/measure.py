@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_native.data import IGNORE_INDEX, collate
-from qlora_native.nn import QuantizedLinear
-from qlora_native.train.loss import head_is_plain, hidden_states, without_needless_mask
+from qlora_native.hf.loss import head_is_plain, hidden_states, without_needless_mask
+from qlora_native.nn.linear import QuantizedLinear
 
 BATCH_TOKENS = 2048  # in one forward pass, padding included
 LOGITS_BYTES = 1 << 26  # of one block of fp32 logits; four such blocks are alive at once

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import load_dataset
-from ..errors import UserError
-from ..load.files import Checkpoint
-from ..load.model import load_model
-from ..load.plan import FourBit, Plain
-from ..load.source import open_source
-from ..load.streaming_merge import Merging
-from ..load.tree import Tree
-from ..lora.adapter import StoredAdapter
-from ..weight import from_bnb
+from qlora_native.data import load_dataset
+from qlora_native.errors import UserError
+from qlora_native.hf.build import MetaModel
+from qlora_native.hf.checkpoint import Checkpoint
+from qlora_native.hf.load import load_model
+from qlora_native.hf.merge import Merging
+from qlora_native.hf.plan import FourBit, Plain
+from qlora_native.hf.source import open_source
+from qlora_native.lora.adapter import StoredAdapter
+from qlora_native.weight import from_bnb
 
 SAMPLE_ROWS, SAMPLE_TOKENS = 4, 128
 SAMPLE = (
@@ -118,7 +118,7 @@ def _load(path: Path, options: dict[str, Any]) -> Any:
     if options:
         return load_model(path, **options, dtype=torch.bfloat16, fuse=False)
     source = open_source(path, torch.bfloat16)
-    names = [name for name, _ in Tree(source.config, torch.bfloat16, torch.device("meta")).model.named_children()]
+    names = [name for name, _ in MetaModel(source.config, torch.bfloat16, torch.device("meta")).model.named_children()]
     return load_model(path, dtype=torch.bfloat16, skip_modules=names, fuse=False)
 
 

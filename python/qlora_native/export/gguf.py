@@ -13,11 +13,11 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from ..errors import UserError
-from ..load.plan import Converted, FourBit, Plain
-from ..load.source import GgufSource
-from ..load.streaming_merge import Merging
-from .tokenizer import add_tokenizer, copy_tokenizer
+from qlora_native.errors import UserError
+from qlora_native.export.tokenizer import add_tokenizer, copy_tokenizer
+from qlora_native.hf.merge import Merging
+from qlora_native.hf.plan import Converted, FourBit, Plain
+from qlora_native.hf.source import GgufSource
 
 OUT_TYPES = {"f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "f32": Kind.F32}
 _FILE_TYPES = {
@@ -70,7 +70,7 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
     """Write ``path``, a GGUF file with weights, hyperparameters, tokenizer and chat template.
 
     Matrices take ``out_type`` (those whose rows are no multiple of 32 take F16 instead of Q8_0); vectors are F32.
-    Memory is that of :func:`qlora_native.load.streaming_merge.merge_files`; for llama and mistral, q
+    Memory is that of :func:`qlora_native.hf.merge.merge_files`; for llama and mistral, q
     and k are in memory whole, one at a time.
 
     Args:

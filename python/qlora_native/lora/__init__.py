@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-from .adapter import load_adapter, save_adapter
-from .config import LoraConfig
-from .layer import LoRALinear, adapters_off, add_lora, lora_layers
-from .start import LayerStatistics
+from qlora_native.lora.adapter import load_adapter, save_adapter
+from qlora_native.lora.config import LoraConfig
+from qlora_native.lora.layer import LoRALinear, adapters_off, add_lora, lora_layers
+from qlora_native.lora.start import LayerStatistics
 
 __all__ = [
     "LayerStatistics",

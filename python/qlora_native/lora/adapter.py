@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .config import INITS, ZERO, LoraConfig
-from .layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
+from qlora_native._io import fsync
+from qlora_native.errors import UserError
+from qlora_native.lora.config import INITS, ZERO, LoraConfig
+from qlora_native.lora.layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -383,12 +384,3 @@ def _replacing(path: Path, content: bytes) -> Iterator[None]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,10 +10,10 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from ..functional import dense_linear
-from ..nn import QuantizedLinear
-from .config import ALL_LINEAR, H_SVD, ZERO, LoraConfig
-from .start import LayerStatistics, residual_factors
+from qlora_native.functional import dense_linear
+from qlora_native.lora.config import ALL_LINEAR, H_SVD, ZERO, LoraConfig
+from qlora_native.lora.start import LayerStatistics, residual_factors
+from qlora_native.nn.linear import QuantizedLinear
 
 
 class LoRALinear(nn.Module):

@@ -5,7 +5,7 @@ To add one, see CONTRIBUTING.md. The schemas stand together in ``_library.py``.
 
 from __future__ import annotations
 
-from . import (
+from qlora_native.ops import (
     adamw_step,
     causal_attention,
     dense_linear,
@@ -22,7 +22,7 @@ from . import (
     search_scales_4bit,
     swiglu,
 )
-from ._library import SCHEMAS
+from qlora_native.ops._library import SCHEMAS
 
 __all__ = [
     "SCHEMAS",

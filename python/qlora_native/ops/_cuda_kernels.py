@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _C, _native
-from ._library import Weight, say_once
+from qlora_native import _C, _native
+from qlora_native.ops._library import Weight, say_once
 
 
 @cache
@@ -30,7 +30,7 @@ def native() -> ModuleType | None:
             "QLORA_NATIVE_CUDA=ON."
         )
         return None
-    from .. import _cuda
+    from qlora_native import _cuda
 
     if _cuda.device_count() == 0:
         built, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in (_cuda.runtime_version(), _cuda.driver_version()))

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _C
-from . import _cuda_kernels
-from ._tensor_rows import EXP_AVG, EXP_AVG_SQ_ABSMAX, address_of
+from qlora_native import _C
+from qlora_native.ops import _cuda_kernels
+from qlora_native.ops._tensor_rows import EXP_AVG, EXP_AVG_SQ_ABSMAX, address_of
 
 ADAMW, LION, NORM = "adamw_step", "lion_step", "gradient_norm"
 

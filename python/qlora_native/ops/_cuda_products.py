@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from .. import reference
-from .._native import DTYPE_NUMBER
-from . import _cuda_kernels, _tuned_plans, dequantize_4bit
-from ._library import Weight
-from ._products import Adapter
+from qlora_native import reference
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _cuda_kernels, _tuned_plans, dequantize_4bit
+from qlora_native.ops._library import Weight
+from qlora_native.ops._products import Adapter
 
 TWO_STEP = 3  # MatmulKind::kTwoStep
 ALIGNMENT = 16  # bytes, of what the fused kernels read and write

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_compiling
 
-from .. import _C
-from .._native import DTYPE_NUMBER
-from . import _pages
-from ._library import CPU_NODES, IMPLEMENTATIONS, Weight, buffer
+from qlora_native import _C
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _pages
+from qlora_native.ops._library import CPU_NODES, IMPLEMENTATIONS, Weight, buffer
 
 _CPU = torch.device("cpu")
 _is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _native
+from qlora_native import _native
 
 # A quantized weight as op arguments, always last. absmax is fp32 [blocks], or uint8 [blocks] with the two nested
 # tensors beside it; code and nested_code are None for the built-in tables.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from ._cuda_optim import DeviceTable
-from ._tensor_rows import GRAD, PARAM, row_of, table_of
+from qlora_native import _C
+from qlora_native.ops._cuda_optim import DeviceTable
+from qlora_native.ops._tensor_rows import GRAD, PARAM, row_of, table_of
 
 
 def part_of(tensor: Tensor) -> Tensor:

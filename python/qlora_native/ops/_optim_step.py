@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _C
-from . import _cuda_kernels
-from ._cuda_optim import DeviceTable, Scaling
-from ._library import fake, implement
-from ._tensor_rows import Plain, State, address_of, on_one_device, row_of, table_of
+from qlora_native import _C
+from qlora_native.ops import _cuda_kernels
+from qlora_native.ops._cuda_optim import DeviceTable, Scaling
+from qlora_native.ops._library import fake, implement
+from qlora_native.ops._tensor_rows import Plain, State, address_of, on_one_device, row_of, table_of
 
 Tensors = list[torch.Tensor]
 

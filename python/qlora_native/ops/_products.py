@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _C
-from .._native import DTYPE_NUMBER
-from ._library import Weight, buffer, scratch
-from .dequantize_4bit import decode_panel
+from qlora_native import _C
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops._library import Weight, buffer, scratch
+from qlora_native.ops.dequantize_4bit import decode_panel
 
 PANEL_BYTES = 8 << 20  # of decoded weights at a time, in float64
 MAKES_LOW = True  # an adapter may carry ``down``

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import _C, _native
+from qlora_native import _C, _native
 
 # Columns of a row, as in cpp/python/tensor_rows.h.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EXP_AVG_ABSMAX, EXP_AVG_SQ_ABSMAX, STEP, NUMEL, DTYPE, GROUP = range(

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._cache import cache_folder
-from .._native import DTYPE_NUMBER, build_info
-from ._cuda_kernels import Facts
-from ._library import say_once
+from qlora_native._cache import cache_folder
+from qlora_native._native import DTYPE_NUMBER, build_info
+from qlora_native.ops._cuda_kernels import Facts
+from qlora_native.ops._library import say_once
 
 FORMAT = 1  # of the file
 KINDS = ("gemv", "split_k", "tile", "two_step")  # index = MatmulKind

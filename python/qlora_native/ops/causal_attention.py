@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .. import _C, reference
-from .._native import DTYPE_NUMBER
-from ._direct import call
-from ._library import autograd, fake, implement, native_dtype
+from qlora_native import _C, reference
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops._direct import call
+from qlora_native.ops._library import autograd, fake, implement, native_dtype
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

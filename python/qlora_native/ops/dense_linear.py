@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from . import _products
-from ._direct import call
-from ._library import autograd, fake, implement
-from .linear_4bit import sum_to_bias, without_autocast
+from qlora_native.ops import _products
+from qlora_native.ops._direct import call
+from qlora_native.ops._library import autograd, fake, implement
+from qlora_native.ops.linear_4bit import sum_to_bias, without_autocast
 
 
 def check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, features: int) -> None:

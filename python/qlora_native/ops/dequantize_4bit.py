@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .. import _C, _native, reference
-from . import _cuda_kernels
-from ._library import Weight, fake, implement, native_dtype, weight_of
+from qlora_native import _C, _native, reference
+from qlora_native.ops import _cuda_kernels
+from qlora_native.ops._library import Weight, fake, implement, native_dtype, weight_of
 
 
 def check(dtype: torch.dtype) -> None:

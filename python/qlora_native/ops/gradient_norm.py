@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .. import _C, _native, reference
-from . import _cuda_kernels
-from ._cuda_optim import NORM, DeviceTable
-from ._library import fake, implement
-from ._tensor_rows import DTYPE, GRAD, NUMEL, address_of, table_of
+from qlora_native import _C, _native, reference
+from qlora_native.ops import _cuda_kernels
+from qlora_native.ops._cuda_optim import NORM, DeviceTable
+from qlora_native.ops._library import fake, implement
+from qlora_native.ops._tensor_rows import DTYPE, GRAD, NUMEL, address_of, table_of
 
 
 def check(grads: list[torch.Tensor]) -> None:

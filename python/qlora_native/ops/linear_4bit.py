@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from . import _cuda_products, _products
-from ._direct import call
-from ._library import Weight, autograd, check_matrix, fake, implement, say_once, weight_of
+from qlora_native.ops import _cuda_products, _products
+from qlora_native.ops._direct import call
+from qlora_native.ops._library import Weight, autograd, check_matrix, fake, implement, say_once, weight_of
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from .. import _C
-from .._native import DTYPE_NUMBER
-from . import _cuda_kernels, _products
-from ._library import Weight, autograd, fake, implement, weight_of
-from .linear_4bit import NO_WEIGHT_GRADIENT, without_autocast
+from qlora_native import _C
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _cuda_kernels, _products
+from qlora_native.ops._library import Weight, autograd, fake, implement, weight_of
+from qlora_native.ops.linear_4bit import NO_WEIGHT_GRADIENT, without_autocast
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk: 256 tokens over 49,152 words in bf16, where both products are fast
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .. import reference
-from ._optim_step import Step, Tensors, define
-from ._tensor_rows import check_lists, check_states
+from qlora_native import reference
+from qlora_native.ops._optim_step import Step, Tensors, define
+from qlora_native.ops._tensor_rows import check_lists, check_states
 
 OP = "lion_step"
 

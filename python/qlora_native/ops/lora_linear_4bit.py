@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _C
-from .._native import DTYPE_NUMBER
-from . import _cuda_products, _products
-from ._direct import adapted_product, call, is_few
-from ._library import Weight, autograd, check_matrix, fake, implement, weight_of
-from .linear_4bit import (
+from qlora_native import _C
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _cuda_products, _products
+from qlora_native.ops._direct import adapted_product, call, is_few
+from qlora_native.ops._library import Weight, autograd, check_matrix, fake, implement, weight_of
+from qlora_native.ops.linear_4bit import (
     NO_WEIGHT_GRADIENT,
     Engine,
     dense_weight,

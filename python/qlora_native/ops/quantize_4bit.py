@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import _C, reference
-from . import _cuda_kernels, _pages
-from ._library import fake, implement, native_dtype, scratch
+from qlora_native import _C, reference
+from qlora_native.ops import _cuda_kernels, _pages
+from qlora_native.ops._library import fake, implement, native_dtype, scratch
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from .. import _C, reference
-from .._native import DTYPE_NUMBER
-from ._direct import call
-from ._library import autograd, fake, implement
+from qlora_native import _C, reference
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops._direct import call
+from qlora_native.ops._library import autograd, fake, implement
 
 
 def check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

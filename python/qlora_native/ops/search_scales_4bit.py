@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import _C, reference
-from ._library import fake, implement, native_dtype
-from .quantize_4bit import check as check_tensor
+from qlora_native import _C, reference
+from qlora_native.ops._library import fake, implement, native_dtype
+from qlora_native.ops.quantize_4bit import check as check_tensor
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

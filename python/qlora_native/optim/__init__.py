@@ -28,7 +28,7 @@ deepcopy and ``GradScaler`` work as with torch's own. The differences:
 
 from __future__ import annotations
 
-from .pages import PagingStatistics
-from .rules import Adam, AdamW, Lion
+from qlora_native.optim.pages import PagingStatistics
+from qlora_native.optim.rules import Adam, AdamW, Lion
 
 __all__ = ["Adam", "AdamW", "Lion", "PagingStatistics"]

@@ -11,15 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _C, _native, reference
-from ..ops import _cuda_kernels
-from ..ops import _tensor_rows as rows
-from ..ops._cuda_optim import DeviceTable, Scaling
-from ..ops._optim_plan import Plan
-from .device_pages import DevicePages
-from .pages import HostPages, Paged
-from .paging import PAGING_DEFAULTS, PagedStates
-from .shards import is_cut, local, whole_norm, whole_states
+from qlora_native import _C, _native, reference
+from qlora_native.ops import _cuda_kernels
+from qlora_native.ops import _tensor_rows as rows
+from qlora_native.ops._cuda_optim import DeviceTable, Scaling
+from qlora_native.ops._optim_plan import Plan
+from qlora_native.optim.device_pages import DevicePages
+from qlora_native.optim.pages import HostPages, Paged
+from qlora_native.optim.paging import PAGING_DEFAULTS, PagedStates
+from qlora_native.optim.shards import is_sharded, local, whole_norm, whole_states
 
 Paging = tuple[_C.Pager | None, int, int]  # the native functions' last arguments: pager, numbers, budget_bytes
 MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
@@ -151,7 +151,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
 
     def _norm_over_ranks(self, params: list[Tensor], grads: list[Tensor]) -> float | None:
         """The norm to clip by where parameters are cut over ranks, and every rank must ask for it; else None."""
-        if self.max_norm is None or not any(map(is_cut, params)):
+        if self.max_norm is None or not any(map(is_sharded, params)):
             return None
         return whole_norm(params, grads)
 
@@ -292,7 +292,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             cut = [
                 (number, param)
                 for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))
-                if is_cut(param) and self.state.get(param)
+                if is_sharded(param) and self.state.get(param)
             ]
             for number, param in cut:
                 told["state"][number] = whole_states(param, self.state[param], list(self._moments))

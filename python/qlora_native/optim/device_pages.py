@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..ops import _cuda_kernels
-from ..ops._cuda_optim import Scaling, StoreTable
-from ..ops._library import say_once
-from ..ops._optim_plan import Plan
-from .free_memory import Free, free_device_memory
-from .pages import Paged, PagingStatistics, State
-from .pressure import Judge
-from .shards import local
+from qlora_native import _native
+from qlora_native._memory import Free, free_device_memory
+from qlora_native.ops import _cuda_kernels
+from qlora_native.ops._cuda_optim import Scaling, StoreTable
+from qlora_native.ops._library import say_once
+from qlora_native.ops._optim_plan import Plan
+from qlora_native.optim.pages import Paged, PagingStatistics, State
+from qlora_native.optim.pressure import PagingPolicy
+from qlora_native.optim.shards import local
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
 CHUNKS = 16  # at least, of an arena or of a budget, as far as tensors can be cut so fine
@@ -65,7 +65,7 @@ class DevicePages:
         if not self.managed and paged is True:
             self.use_pinned_memory()
         self.stores: list[Any] = []
-        self._judge = Judge()
+        self._judge = PagingPolicy()
         self._sent_out = False  # "auto" is under pressure, or page_out was asked for
         self._moved = False  # states were written by somebody else, which may have moved their pages
         self._places: dict[Tensor, tuple[int, State]] = {}  # of a parameter: its number, its states

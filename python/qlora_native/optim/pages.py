@@ -17,9 +17,9 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from .. import _C, _native
-from .free_memory import free_memory
-from .shards import local
+from qlora_native import _C, _native
+from qlora_native._memory import free_memory
+from qlora_native.optim.shards import local
 
 Paged = Literal["auto"] | bool
 State = dict[str, Tensor]

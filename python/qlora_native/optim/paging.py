@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops import _cuda_kernels
-from .device_pages import DevicePages
-from .free_memory import free_memory
-from .pages import LEAST_BUDGET, HostPages, Paged, PagingStatistics
-from .pressure import watch
+from qlora_native._memory import free_memory
+from qlora_native.ops import _cuda_kernels
+from qlora_native.optim.device_pages import DevicePages
+from qlora_native.optim.pages import LEAST_BUDGET, HostPages, Paged, PagingStatistics
+from qlora_native.optim.pressure import watch
 
 PAGING_DEFAULTS: dict[str, Any] = {"paged": "auto", "page_dir": None, "page_budget": None}
 LEAST_WATCHED = 1 << 20  # bytes of states; fewer are not worth a thread

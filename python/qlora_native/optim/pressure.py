@@ -14,8 +14,8 @@ import weakref
 from collections.abc import Callable
 from typing import Literal, Protocol
 
-from ..ops._library import say_once
-from .free_memory import Free
+from qlora_native._memory import Free
+from qlora_native.ops._library import say_once
 
 INTERVAL = 0.05  # seconds between two looks; one takes about 0.1 ms
 CALM, LONGEST_CALM = 10.0, 640.0  # seconds
@@ -37,7 +37,7 @@ class Pageable(Protocol):
         """Move all states back."""
 
 
-class Judge:
+class PagingPolicy:
     """When to move: out as soon as less than the margin is free; in when, for ``calm`` seconds on end, the margin and
     the states had room.
 
@@ -75,7 +75,7 @@ def watch(
     optimizer: Pageable,
     free_bytes: Callable[[], Free | None],
     interval: float | None = None,
-    judge: Judge | None = None,
+    judge: PagingPolicy | None = None,
 ) -> threading.Thread:
     """Start the watcher of an optimizer; ``interval`` is in seconds, ``INTERVAL`` unless given.
 
@@ -84,7 +84,7 @@ def watch(
     """
     thread = threading.Thread(
         target=_watch,
-        args=(weakref.ref(optimizer), free_bytes, INTERVAL if interval is None else interval, judge or Judge()),
+        args=(weakref.ref(optimizer), free_bytes, INTERVAL if interval is None else interval, judge or PagingPolicy()),
         name="qlora_native page watcher",
         daemon=True,
     )
@@ -100,7 +100,7 @@ def watch(
 
 
 def _watch(
-    reference: weakref.ref[Pageable], free_bytes: Callable[[], Free | None], interval: float, judge: Judge
+    reference: weakref.ref[Pageable], free_bytes: Callable[[], Free | None], interval: float, judge: PagingPolicy
 ) -> None:
     while not _ending.wait(interval):
         free = free_bytes()

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import _C
-from .base import Optimizer, Paging
-from .pages import Paged
+from qlora_native import _C
+from qlora_native.optim.base import Optimizer, Paging
+from qlora_native.optim.pages import Paged
 
 
 class AdamW(Optimizer):

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..ops._optim_plan import part_of as local
+from qlora_native import reference
+from qlora_native.ops._optim_plan import part_of as local
 
-__all__ = ["is_cut", "local", "whole_norm", "whole_states"]
+__all__ = ["is_sharded", "local", "whole_norm", "whole_states"]
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor."""
     return local(tensor) is not tensor
 
@@ -57,11 +57,11 @@ def whole_states(param: Tensor, state: dict[str, Any], moments: Sequence[str]) -
     for name in moments:
         part, absmax = state[name], state.get(f"{name}_absmax")
         wide = part if absmax is None else reference.decode_state(part, absmax)
-        told[name] = cut_like(param, wide)
+        told[name] = shard_like(param, wide)
     return told
 
 
-def cut_like(param: Tensor, part: Tensor) -> Tensor:
+def shard_like(param: Tensor, part: Tensor) -> Tensor:
     """A DTensor of the shape of a cut parameter, and cut as it is, of which ``part`` is this rank's."""
     from torch.distributed.tensor import DTensor
 

@@ -5,22 +5,20 @@ An item of a batch is the number of a row, or the list of those that are packed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_native.config import TrainConfig
 from qlora_native.data import BatchPlan, PackedPlan, TokenizedDataset, collate, collate_packed
 from qlora_native.data.batching import Plan
-from qlora_native.data.packing import pack
+from qlora_native.distributed.ranks import Items
 from qlora_native.errors import UserError
-from qlora_native.train.config import TrainConfig
-from qlora_native.train.loss import hidden_states
+from qlora_native.hf.loss import hidden_states
 
 Batch = dict[str, Tensor]
-Items = Sequence[int | list[int]]
 
 # How far the hidden states of one token may lie apart in two orders of rounding, relative to their norm.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -33,15 +31,6 @@ def make_plan(config: TrainConfig, rows: TokenizedDataset) -> Plan[Any]:
     if config.data.packing:
         return PackedPlan(rows.lengths, size, config.data.max_length, seed=options.seed)
     return BatchPlan(rows.lengths, size, seed=options.seed)
-
-
-def evaluation_items(config: TrainConfig, rows: TokenizedDataset) -> Items:
-    """All rows once, in an order that leaves little padding."""
-    longest_first = np.argsort(-rows.lengths, kind="stable")
-    items: list[Any] = longest_first.tolist()
-    if config.data.packing:
-        items = pack(rows.lengths, longest_first, config.data.max_length)
-    return items
 
 
 def token_count(rows: TokenizedDataset, items: Items) -> int:

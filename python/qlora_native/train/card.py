@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from qlora_native import _io
 from qlora_native._version import __version__
-from qlora_native.calibration.data import FILE
+from qlora_native.calibration.data import FILE, quantize_command
+from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
-from qlora_native.load.model import CALIBRATED
-from qlora_native.train.base_command import quantize_command
-from qlora_native.train.config import TrainConfig
+from qlora_native.hf.load import CALIBRATED
 
 NAME = "README.md"
 _PACKAGES = ("torch", "transformers", "safetensors")
@@ -117,11 +116,7 @@ def sha256(path: str) -> str:
 
 @lru_cache(maxsize=8)
 def _sha256(path: str, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with Path(path).expanduser().open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return _io.sha256(Path(path).expanduser())
 
 
 def _version(name: str) -> str:

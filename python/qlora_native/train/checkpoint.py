@@ -22,16 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_native.errors import UserError
-from qlora_native.train.cut_states import (
-    cut_states,
-    load_cut_states,
+from qlora_native._io import as_write_error, atomic_folder, partial_folder, reason, remove_folder
+from qlora_native.distributed.ranks import Ranks
+from qlora_native.distributed.states import (
+    load_sharded_states,
     random_states,
-    save_cut_states,
+    save_sharded_states,
     set_random_states,
+    shard_states,
 )
-from qlora_native.train.disk import atomic_folder, partial_folder, reason, remove_folder, told_if_unwritable
-from qlora_native.train.ranks import Ranks
+from qlora_native.errors import UserError
 
 TENSORS, STATE, CONFIG, STATES = "trainer.safetensors", "trainer.json", "config.yaml", "states"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -68,14 +68,14 @@ def save_checkpoint(
     before = checkpoints(output_dir)
     advice = f"; {before[-1]} is intact, and --resume continues from it" if before else ""
     random_tensors, random_plain = random_states(ranks)
-    with told_if_unwritable(folder, advice), ExitStack() as stack:
+    with as_write_error(folder, advice), ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(atomic_folder(folder)))
         partial = partial_folder(folder)
         ranks.together(lambda: save_adapter(partial))
         tensors: dict[str, Tensor] = {}
         plain: dict[str, dict[str, Any]] = {}
-        if ranks.cut:
-            save_cut_states(partial / STATES, optimizer)
+        if ranks.is_sharded:
+            save_sharded_states(partial / STATES, optimizer)
         else:
             tensors, plain = _split(optimizer.state_dict()["state"])
 
@@ -107,9 +107,9 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
         plain = state.pop("optimizer")
         if (folder / STATES).is_dir():
-            optimizer_state = load_cut_states(folder / STATES, optimizer, ranks)
+            optimizer_state = load_sharded_states(folder / STATES, optimizer, ranks)
         else:
-            optimizer_state = cut_states(_join(tensors, plain), optimizer)
+            optimizer_state = shard_states(_join(tensors, plain), optimizer)
         restored = {**optimizer.state_dict(), "state": optimizer_state}
         optimizer.load_state_dict(restored)
         set_random_states(tensors, state.pop("random"), ranks)

@@ -24,33 +24,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlora_native._io import as_write_error, atomic_folder, recover
+from qlora_native._memory import without_old_objects
+from qlora_native.config import TrainConfig
 from qlora_native.data import TokenizedDataset, padding_id
+from qlora_native.data.packing import evaluation_order
+from qlora_native.distributed.ranks import Ranks, joined, restarts
 from qlora_native.errors import UserError
+from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
+from qlora_native.hf.source import load_tokenizer
 from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.train.batches import (
     Batch,
     Items,
     check_packing,
-    evaluation_items,
     make_plan,
     micro_batches,
     token_count,
 )
 from qlora_native.train.card import write_card
 from qlora_native.train.checkpoint import CONFIG, load_checkpoint, save_checkpoint
-from qlora_native.train.config import TrainConfig
-from qlora_native.train.disk import atomic_folder, recover, told_if_unwritable
 from qlora_native.train.interrupt import Interrupted, StopRequest
 from qlora_native.train.loggers import make_loggers
-from qlora_native.train.loss import causal_lm_loss, settle, trained_tokens
-from qlora_native.train.memory import without_old_objects
-from qlora_native.train.progress import Metrics, Progress, peak_rss_bytes, plot_losses
-from qlora_native.train.ranks import NoMetrics, Ranks, joined, restarted
+from qlora_native.train.progress import Metrics, NoMetrics, Progress, peak_rss_bytes, plot_losses
 from qlora_native.train.report import MemoryReport
 from qlora_native.train.resume import find_checkpoint
 from qlora_native.train.schedule import learning_rate
-from qlora_native.train.setup import describe_rows, load_rows, load_tokenizer, make_optimizer, prepare_model
-from qlora_native.train.shortage import SecondTry
+from qlora_native.train.setup import describe_rows, load_rows, make_optimizer, prepare_model
+from qlora_native.train.shortage import OOMRetry
 
 MAX_SKIPPED = 5
 
@@ -125,13 +126,14 @@ class Trainer:
     def train(self) -> TrainSummary:
         """Train, evaluate, save. UserError for whatever the user can mend; Interrupted (a KeyboardInterrupt) once
         saved after Ctrl-C; RankLost if there are several processes, and another one dies or hangs."""
-        with joined(self.config) as self.ranks:
+        with joined(self.config.parallel, self.config.rank_timeout) as self.ranks:
             return self._train()
 
     def _train(self) -> TrainSummary:
         config, options, ranks = self.config, self.config.train, self.ranks
         ranks.on_first(lambda: recover(self.output_dir))
-        checkpoint = ranks.together(lambda: find_checkpoint(restarted(config), self.output_dir))
+        resume = config.resume or ("auto" if restarts() else None)
+        checkpoint = ranks.together(lambda: find_checkpoint(config, self.output_dir, resume))
 
         loggers = ranks.on_first(lambda: make_loggers(config.logging, self.output_dir, config.model_dump(mode="json")))
 
@@ -143,7 +145,7 @@ class Trainer:
         self.model = model = prepare_model(config, self.model, rows, ranks, quiet=self.quiet)
         adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(options, adapters, self.output_dir)
-        if ranks.cut:
+        if ranks.is_sharded:
             settle(model)
         if config.data.packing:
             check_packing(model)
@@ -158,14 +160,14 @@ class Trainer:
             state = TrainState(**load_checkpoint(checkpoint, optimizer, ranks))
             plan.load_state_dict(state.data)
 
-        metrics = ranks.metrics(self.output_dir / "metrics.jsonl", state.step, loggers or [])
+        metrics = Metrics(self.output_dir / "metrics.jsonl", state.step, loggers or []) if ranks.first else NoMetrics()
         quiet = self.quiet or not ranks.first
         progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
         for line in describe_rows(rows, held_out):
             progress.note(line)
         if checkpoint is not None:
             progress.note(f"continuing from {checkpoint} after step {state.step}")
-        second_try = SecondTry(config, optimizer, progress.note, alone=ranks.world == 1)
+        oom_retry = OOMRetry(config, optimizer, progress.note, alone=ranks.world == 1)
         speeds: list[float] = []
         began = time.monotonic()
 
@@ -175,7 +177,7 @@ class Trainer:
                 ranks.finished(state.step)
                 if held_out and is_due(state.step, options.eval_every, total):
                     started = time.monotonic()
-                    loss = second_try.run(partial(self.evaluate, held_out), f"evaluation after step {state.step}")
+                    loss = oom_retry.run(partial(self.evaluate, held_out), f"evaluation after step {state.step}")
                     progress.evaluation(state.step, loss, time.monotonic() - started)
                     self._take_evaluation(state, loss, metrics)
                 if state.step >= total:
@@ -185,7 +187,7 @@ class Trainer:
                 started = time.monotonic()
                 what = f"step {state.step + 1}"
                 items = next(plan.forever())
-                loss, tokens, trained = second_try.run(partial(self._learn, rows, items), what)
+                loss, tokens, trained = oom_retry.run(partial(self._learn, rows, items), what)
                 rate = learning_rate(
                     state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
                 )
@@ -193,13 +195,13 @@ class Trainer:
                     group["lr"] = rate
                 norm = math.nan
                 if math.isfinite(loss):
-                    second_try.told(optimizer.step, what)  # clips; does nothing if the gradient is not finite
+                    oom_retry.told(optimizer.step, what)  # clips; does nothing if the gradient is not finite
                     norm = optimizer.grad_norm or 0.0
                 self._count_skipped(state, loss, norm, progress)
                 optimizer.zero_grad()
 
                 # Tell.
-                second_try.tell_if_paged_out(what)
+                oom_retry.report_paging(what)
                 seconds = time.monotonic() - started
                 speeds.append(tokens / seconds)
                 state.step, state.tokens, state.data = state.step + 1, state.tokens + tokens, plan.state_dict()
@@ -220,7 +222,7 @@ class Trainer:
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
             told = "" if memory is None else memory.line()  # before the picture of the losses has taken its own
-            summary = self._finish(state, second_try, progress, speeds, time.monotonic() - began)
+            summary = self._finish(state, oom_retry, progress, speeds, time.monotonic() - began)
             if told:
                 progress.note(told)
             return summary
@@ -250,7 +252,8 @@ class Trainer:
     def evaluate(self, rows: TokenizedDataset) -> float:
         """Mean loss in nats over every trained token of ``rows``, with dropout off; draws no random number."""
         total, count = 0.0, 0
-        items = evaluation_items(self.config, rows)
+        data = self.config.data
+        items: Items = evaluation_order(rows.lengths, data.max_length if data.packing else None)
         self.model.eval()
         try:
             for batch in self._micro_batches(rows, self.ranks.mine(items)):
@@ -306,7 +309,7 @@ class Trainer:
         def write() -> None:
             if not self.ranks.first:
                 return save_adapter(self.model, folder, write=False)
-            with told_if_unwritable(folder), atomic_folder(folder) as partial:
+            with as_write_error(folder), atomic_folder(folder) as partial:
                 save_adapter(self.model, partial)
                 (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
                 write_card(partial, self.config, asdict(state))
@@ -315,10 +318,10 @@ class Trainer:
         return folder
 
     def _finish(
-        self, state: TrainState, second_try: SecondTry, progress: Progress, speeds: list[float], seconds: float
+        self, state: TrainState, oom_retry: OOMRetry, progress: Progress, speeds: list[float], seconds: float
     ) -> TrainSummary:
         progress.close()  # the summary stands below the bar
-        paging = second_try.optimizer.paging_statistics()
+        paging = oom_retry.optimizer.paging_statistics()
         adapter_dir = self._save_adapter(self.output_dir / "adapter", state)
         if self.ranks.first:
             plot_losses(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
@@ -333,8 +336,8 @@ class Trainer:
             tokens_per_second=median(speeds) if speeds else 0.0,
             seconds=seconds,
             paged_bytes=paging["bytes_in"] + paging["bytes_out"],
-            paging_seconds=paging["stall_seconds"] + second_try.lost_seconds,
-            retried=second_try.retries,
+            paging_seconds=paging["stall_seconds"] + oom_retry.lost_seconds,
+            retried=oom_retry.retries,
             peak_rss_bytes=peak_rss_bytes(),
             adapter_dir=adapter_dir,
             best_dir=self.output_dir / "best" if state.best_step else None,

@@ -10,18 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_native.train.disk import PARTIAL, told_if_unwritable
+from qlora_native._io import PARTIAL, as_write_error
+from qlora_native._memory import peak_rss_bytes
 from qlora_native.train.loggers import Logger
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 class Metrics:
@@ -34,7 +25,7 @@ class Metrics:
     def __init__(self, path: Path, resume_step: int, loggers: Sequence[Logger] = ()) -> None:
         self.path, self._loggers = path, loggers
         kept = [line for line in read_metrics(path) if line["step"] + ("eval_loss" in line) <= resume_step]
-        with told_if_unwritable(path):
+        with as_write_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}{PARTIAL}")
             partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
@@ -47,7 +38,7 @@ class Metrics:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        with told_if_unwritable(self.path):
+        with as_write_error(self.path):
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
         for logger in self._loggers:
@@ -58,6 +49,16 @@ class Metrics:
         self._file.close()
         for logger in self._loggers:
             logger.close()
+
+
+class NoMetrics:
+    """In place of :class:`Metrics` where another rank writes the file."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -87,7 +88,7 @@ def plot_losses(metrics: Path, picture: Path) -> bool:
     axes.plot(*zip(*held_out, strict=True), marker="o", label="held out") if held_out else None
     axes.legend()
     axes.grid(alpha=0.3)
-    with told_if_unwritable(picture):
+    with as_write_error(picture):
         figure.savefig(picture, dpi=120)
     return True
 

@@ -6,31 +6,9 @@ from pathlib import Path
 
 import torch
 
+from qlora_native._memory import kib_fields
+from qlora_native.config import TrainConfig
 from qlora_native.estimate import Estimate, Estimator, Setting
-from qlora_native.lora import LoraConfig
-from qlora_native.optim.free_memory import kib_fields
-from qlora_native.train.config import TrainConfig
-from qlora_native.train.setup import DTYPES
-
-
-def setting_of(config: TrainConfig, device: str) -> Setting:
-    """What the memory of a run depends on, with rows of ``data.max_length`` tokens."""
-    options = config.train
-    return Setting(
-        quant_type=config.quant.type,
-        block_size=config.quant.block_size,
-        double_quant=config.quant.double_quant,
-        dtype=DTYPES[options.dtype],
-        lora=LoraConfig(**config.lora.model_dump(), seed=options.seed),
-        batch_size=options.batch_size,
-        length=config.data.max_length,
-        micro_batches=options.grad_accum,
-        optimizer=options.optimizer,
-        paged=options.paged,
-        page_budget=options.page_budget,
-        checkpointing=options.grad_checkpointing,
-        device=device,
-    )
 
 
 def anonymous_bytes(status: str) -> tuple[int, int]:
@@ -53,7 +31,7 @@ class MemoryReport:
         self.predicted: Estimate | None = None
         self.reason = ""
         try:
-            estimator = Estimator(Path(config.model).expanduser(), setting_of(config, self.device))
+            estimator = Estimator(Path(config.model).expanduser(), Setting.from_config(config, self.device))
             self.predicted = estimator.at(length=-(-longest // 8) * 8)  # as collate pads
         except Exception as error:  # what cannot be loaded is told by loading; the rest must not stop a run
             self.reason = f"{type(error).__name__}: {error}".partition("\n")[0]

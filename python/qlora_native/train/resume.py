@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.train.checkpoint import CONFIG, STATE, checkpoints
-from qlora_native.train.config import TrainConfig
 
 # Changing one of these between two halves of a run would make neither the one run nor the other. The data have a
 # check of their own: BatchPlan compares the rows.
@@ -18,24 +18,24 @@ _FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
 _BEFORE_THE_KEY = {"train.optimizer": "adamw"}  # what runs did whose config does not have the key yet
 
 
-def find_checkpoint(config: TrainConfig, output_dir: Path) -> Path | None:
+def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -> Path | None:
     """The checkpoint to continue from, or None to start anew.
 
     UserError if ``resume`` names something else, if the checkpoint was made with other settings, or if ``resume`` is
     not set although ``output_dir`` holds checkpoints of an earlier run.
     """
     found = checkpoints(output_dir)
-    if config.resume is None:
+    if resume is None:
         if found:
             raise UserError(
                 f"{output_dir} holds an earlier run ({found[-1].name}); "
                 "continue it with --resume, or start anew with another --output_dir"
             )
         return None
-    if config.resume == "auto":
+    if resume == "auto":
         checkpoint = found[-1] if found else None
     else:
-        checkpoint = Path(config.resume).expanduser()
+        checkpoint = Path(resume).expanduser()
         if not (checkpoint / STATE).is_file():
             near = f"; {found[-1]} is one" if found else ""
             raise UserError(f"resume is {checkpoint}, which is no checkpoint (it has no {STATE}){near}")

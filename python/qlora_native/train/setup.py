@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,61 +11,30 @@ from typing import Any, Literal
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from qlora_native import _C, parallel
-from qlora_native.calibration.data import FILE, CalibrationData
-from qlora_native.data import TokenizedDataset, load_dataset
+from qlora_native import distributed
+from qlora_native._io import as_user_error, as_write_error
+from qlora_native.calibration.data import FILE, CalibrationData, quantize_command
+from qlora_native.config import LoopSection, TrainConfig
+from qlora_native.data import TokenizedDataset
+from qlora_native.distributed.ranks import Ranks
 from qlora_native.errors import UserError
-from qlora_native.integrations import fuse
-from qlora_native.integrations.transformers import METADATA
-from qlora_native.load import load_model, lora_statistics
-from qlora_native.load.model import CALIBRATED
-from qlora_native.load.source import open_source
-from qlora_native.load.tokenizer import load_tokenizer as load_tokenizer
+from qlora_native.hf.config import METADATA
+from qlora_native.hf.fuse import fuse
+from qlora_native.hf.load import CALIBRATED, load_model
+from qlora_native.hf.progress import LayerProgress
+from qlora_native.hf.residuals import lora_statistics
+from qlora_native.hf.source import open_source
 from qlora_native.lora import LayerStatistics, LoraConfig, LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
-from qlora_native.train.base_command import quantize_command
-from qlora_native.train.config import LoopSection, TrainConfig
-from qlora_native.train.disk import told_if_unwritable
-from qlora_native.train.layer_progress import LayerProgress
-from qlora_native.train.ranks import Ranks
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@contextmanager
-def told_to_the_user() -> Iterator[None]:
-    """Turn the ValueError of a call whose arguments all come from the config into a UserError; and PageFileError,
-    which says in a sentence why there can be no page file."""
-    try:
-        yield
-    except (ValueError, _C.PageFileError) as error:
-        raise UserError(str(error)) from error
-
-
-def load_data(
-    config: TrainConfig, path: str, tokenizer: Any, *, folder: Path | None = None, limit: int | None = None
-) -> TokenizedDataset:
-    """A data file, tokenized and masked as the config says; ``folder`` and ``limit`` as in ``load_dataset``."""
-    data = config.data
-    with told_to_the_user():
-        return load_dataset(
-            path,
-            tokenizer,
-            max_length=data.max_length,
-            format=None if data.format == "auto" else data.format,
-            train_on=data.train_on,
-            limit=limit,
-            folder=folder,
-        )
 
 
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training rows and held-out rows (None if the config asks for none), tokenized and masked."""
     data, folder = config.data, Path(config.output_dir).expanduser()
-    rows = load_data(config, data.train, tokenizer, folder=folder)
+    rows = data.load(data.train, tokenizer, folder=folder)
     if data.eval is not None:
-        return rows, load_data(config, data.eval, tokenizer, folder=folder)
+        return rows, data.load(data.eval, tokenizer, folder=folder)
     if data.eval_fraction == 0:
         return rows, None
     # A few rows still give a held-out loss: at least one is held out.
@@ -92,7 +60,7 @@ def prepare_model(
     ranks if the config says so."""
     options, ranks = config.train, ranks or Ranks()
     lora = LoraConfig(**config.lora.model_dump(), seed=options.seed)
-    with told_to_the_user(), LayerProgress(quiet=quiet or not ranks.first) as progress:
+    with as_user_error(), LayerProgress(quiet=quiet or not ranks.first) as progress:
         if model is None:
             path = Path(config.model).expanduser()
             is_made = _is_made(path, config.quant.method)
@@ -100,7 +68,7 @@ def prepare_model(
                 "quant_type": config.quant.type,
                 "block_size": config.quant.block_size,
                 "double_quant": config.quant.double_quant,
-                "dtype": DTYPES[options.dtype],
+                "dtype": getattr(torch, options.dtype),
                 "device": "cuda" if torch.cuda.is_available() else None,
                 "method": "rtn" if is_made else config.quant.method,
             }
@@ -108,7 +76,7 @@ def prepare_model(
             if ranks.world == 1:
                 model = load_model(path, calibration=calibration, progress=progress, **given)
             elif calibration is None:
-                model = parallel.load_model(path, cut=ranks.cut, lora=lora, **given)
+                model = distributed.load_model(path, cut=ranks.is_sharded, lora=lora, **given)
             else:
                 quant = config.quant
                 text = quant.calibration or config.data.train
@@ -125,8 +93,8 @@ def prepare_model(
                 )
             add_lora(model, lora, _statistics(config, model, rows))
         fuse(model)
-        if ranks.cut and not isinstance(model, FSDPModule):
-            parallel.shard(model)
+        if ranks.is_sharded and not isinstance(model, FSDPModule):
+            distributed.shard(model)
         if options.grad_checkpointing:
             # transformers 5.0 knows the older name only. Not the re-entrant kind: it cuts the graph where a block's
             # input needs no gradient, as the first one's here.
@@ -150,7 +118,7 @@ def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> Calibrat
             raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
         return None
     folder = Path(config.output_dir).expanduser()
-    with told_if_unwritable(folder):
+    with as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return replace(_text(config, rows, f"quant.method is {method}"), keep=folder / FILE)
 
@@ -180,7 +148,7 @@ def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], o
     room anyway.
     """
     page_dir = Path(options.page_dir).expanduser() if options.page_dir else output_dir
-    with told_if_unwritable(page_dir):
+    with as_write_error(page_dir):
         page_dir.mkdir(parents=True, exist_ok=True)
     common: dict[str, Any] = {
         "paged": options.paged,
@@ -188,7 +156,7 @@ def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], o
         "page_budget": options.page_budget,
         "max_norm": options.clip or math.inf,
     }
-    with told_to_the_user():
+    with as_user_error():
         if options.optimizer == "lion":
             return Lion(parameters, options.lr, options.betas, options.weight_decay, **common)
         bits: Literal[8, 32] = 8 if options.optimizer == "adamw8bit" else 32

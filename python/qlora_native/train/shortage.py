@@ -11,11 +11,11 @@ from typing import TypeVar
 import torch
 
 from qlora_native import _C
+from qlora_native._memory import free_device_memory, free_memory, release_free_memory
+from qlora_native.config import TrainConfig
+from qlora_native.distributed.states import random_state, set_random_state
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW, Lion
-from qlora_native.optim.free_memory import free_device_memory, free_memory, release_free_memory
-from qlora_native.train.config import TrainConfig
-from qlora_native.train.random_state import random_state, set_random_state
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None
 
 
-class SecondTry:
+class OOMRetry:
     """Runs the passes of a training step or an evaluation, and runs them again, once, if memory runs out on the way.
 
     Args:
@@ -69,7 +69,7 @@ class SecondTry:
             raise self._error(what, asked)
         self.optimizer.page_out()
         release_free_memory()
-        self.tell_if_paged_out(what)
+        self.report_paging(what)
         set_random_state(*before)
         self.retries += 1
         self.lost_seconds += time.monotonic() - began
@@ -87,7 +87,7 @@ class SecondTry:
             asked = _asked(error)
         raise self._error(what, asked)
 
-    def tell_if_paged_out(self, when: str) -> None:
+    def report_paging(self, when: str) -> None:
         """Says once that states are paged out, whoever moved them."""
         num_bytes = 0 if self._told else self.optimizer.states_paged_out()
         if num_bytes:

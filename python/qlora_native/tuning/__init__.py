@@ -13,16 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..cases import TOLERANCE
-from ..errors import UserError
-from ..nn import QuantizedLinear
-from ..ops import _cuda_kernels, _tuned_plans
-from ..ops._cuda_products import Plan, Products, Sizes, plan_of, question_of, sizes_of
-from ..ops._library import Weight
-from ..ops._products import Adapter
-from ..ops._tuned_plans import Choice, Problem
-from ..weight import quantize
-from .replay import Call, Replay, copies, in_turns
+from qlora_native.cases import TOLERANCE
+from qlora_native.errors import UserError
+from qlora_native.nn.linear import QuantizedLinear
+from qlora_native.ops import _cuda_kernels, _tuned_plans
+from qlora_native.ops._cuda_products import Plan, Products, Sizes, plan_of, question_of, sizes_of
+from qlora_native.ops._library import Weight
+from qlora_native.ops._products import Adapter
+from qlora_native.ops._tuned_plans import Choice, Problem
+from qlora_native.tuning.replay import Call, Replay, copies, in_turns
+from qlora_native.weight import quantize
 
 TOKENS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MARGIN = 0.05  # of the time: a plan that gains less does not replace the built-in one

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cases import TOLERANCE
-from ..functional import linear, linear_cross_entropy, lora_linear
-from ..optim import AdamW
-from ..weight import QuantizedWeight, quantize
-from .timing import Functions, cache_bytes, relative_error
+from qlora_native.cases import TOLERANCE
+from qlora_native.functional import linear, linear_cross_entropy, lora_linear
+from qlora_native.optim import AdamW
+from qlora_native.tuning.timing import Functions, cache_bytes, relative_error
+from qlora_native.weight import QuantizedWeight, quantize
 
 RANK = 16
 

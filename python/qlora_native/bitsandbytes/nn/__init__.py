@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .modules import Linear4bit, LinearFP4, LinearNF4, Params4bit
+from qlora_native.bitsandbytes.nn.modules import Linear4bit, LinearFP4, LinearNF4, Params4bit
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
 

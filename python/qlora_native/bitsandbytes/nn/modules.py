@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..products import matmul_4bit
-from ..state import QuantState
+from qlora_native.bitsandbytes import functional
+from qlora_native.bitsandbytes.products import matmul_4bit
+from qlora_native.bitsandbytes.state import QuantState
 
 logger = logging.getLogger(__name__)
 _CASTS = (Tensor.half, Tensor.bfloat16, Tensor.float, Tensor.double)  # of module.half() and its like

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .manager import GlobalOptimManager
-from .optimizers import (
+from qlora_native.bitsandbytes.optim.manager import GlobalOptimManager
+from qlora_native.bitsandbytes.optim.optimizers import (
     Adam,
     Adam8bit,
     Adam32bit,
@@ -25,7 +25,7 @@ from .optimizers import (
     PagedLion8bit,
     PagedLion32bit,
 )
-from .states import native_state_dict
+from qlora_native.bitsandbytes.optim.states import native_state_dict
 
 __all__ = [
     "Adam",

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ... import optim as native
-from ...optim.base import MIN_CODED_NUMEL, Optimizer
-from .manager import GlobalOptimManager
-from .states import State, native_state_dict, to_bitsandbytes
+from qlora_native import optim as native
+from qlora_native.bitsandbytes.optim.manager import GlobalOptimManager
+from qlora_native.bitsandbytes.optim.states import State, native_state_dict, to_bitsandbytes
+from qlora_native.optim.base import MIN_CODED_NUMEL, Optimizer
 
 LION_EPS = 1e-8  # of no effect; bitsandbytes looks for it in every group
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _native, reference
+from qlora_native import _native, reference
 
 WRAPPER = "__bnb_optimizer_quant_state__"  # keeps FSDP from gathering what is not of the parameter's shape
 MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}  # our name of a state -> the number in bitsandbytes' names

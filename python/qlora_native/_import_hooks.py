@@ -1,0 +1,75 @@
+"""Things to do once another package is imported, without importing it.
+
+``import qlora_native`` must bring neither transformers nor PEFT, yet both ask registries of theirs about our classes as
+soon as they meet our files or layers. So the registration waits for the module that holds the registry.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Module that holds the registry -> module of ours that enters our classes there when it is imported.
+REGISTRIES = {
+    "transformers.quantizers.auto": "qlora_native.hf.config",
+    "peft.tuners.lora.model": "qlora_native.hf.peft",
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of REGISTRIES as the other finders do, and has ours imported when they are ready."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in REGISTRIES:
+            return None
+        for finder in sys.meta_path:
+            find = None if isinstance(finder, _Finder) else getattr(finder, "find_spec", None)
+            spec = None if find is None else find(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    """A module's own loader, and then the import of ours."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _register(module.__name__)
+
+
+def _register(name: str) -> None:
+    try:
+        importlib.import_module(REGISTRIES[name])
+    except (ImportError, AttributeError) as error:  # their import must not fail for us
+        warnings.warn(
+            f"qlora_native does not fit this version of {name.partition('.')[0]} ({error}): its integration is off.",
+            stacklevel=2,
+        )
+
+
+def watch() -> None:
+    """Register with what is imported already, and with the others when they are."""
+    for name in REGISTRIES:
+        if name in sys.modules:
+            _register(name)
+    sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,135 @@
+"""Files written whole or not at all, their checksums, and the errors that a user can mend."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from qlora_native import _C
+from qlora_native.errors import UserError
+
+PARTIAL, OLD = ".qlora-partial", ".qlora-old"  # suffixes that no one else's hidden file is likely to have
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Raise as UserError a ValueError of a call whose arguments are all the user's, and a PageFileError."""
+    try:
+        yield
+    except (ValueError, _C.PageFileError) as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def as_write_error(target: Path, advice: str = "") -> Iterator[None]:
+    """Raise as UserError a failure to write (a full disk, no permission), with ``target``, the reason and the free
+    space."""
+    try:
+        yield
+    except (OSError, SafetensorError, UserError) as error:
+        cause = error.__cause__ if isinstance(error, UserError) else error  # save_adapter has its own sentence
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        raise UserError(f"could not write {target}: {reason(cause)}{_space(target.parent)}{advice}") from error
+
+
+def partial_folder(final: Path) -> Path:
+    """The temporary folder of :func:`atomic_folder`."""
+    return final.with_name(f".{final.name}{PARTIAL}")
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``final``, replacing it, when the block ends without an exception, and vanishes
+    otherwise.
+
+    A kill at any moment leaves ``final`` as it was before or as it is after, but for the instant between two renames
+    when an old ``final`` is replaced: then ``recover`` puts the old one back.
+    """
+    partial, old = partial_folder(final), final.with_name(f".{final.name}{OLD}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            fsync(path)
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
+        os.rename(partial, final)
+        fsync(final.parent)
+    except BaseException:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(output_dir: Path) -> None:
+    """Clean up what a killed run left: half-written folders go, a folder that was being replaced comes back."""
+    if not output_dir.is_dir():
+        return
+    for path in list(output_dir.iterdir()):
+        if path.name.startswith(".") and path.name.endswith(OLD):
+            final = path.with_name(path.name[1 : -len(OLD)])
+            if final.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.rename(path, final)
+        elif path.name.startswith(".") and path.name.endswith(PARTIAL):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; a kill on the way leaves nothing under its name."""
+    # Renamed first, so that a kill while files are deleted leaves no folder that looks like a checkpoint.
+    doomed = folder.with_name(f".{folder.name}{PARTIAL}")
+    try:
+        os.rename(folder, doomed)
+    except OSError:
+        return  # an old checkpoint too many is no reason to stop training
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def reason(error: Exception) -> str:
+    """The system's words for an error, on one line."""
+    code = re.search(r"\(os error (\d+)\)", str(error))  # so ends what safetensors says of a file that it writes
+    if code is not None:
+        return os.strerror(int(code[1]))
+    return (
+        (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
+    )
+
+
+def _space(folder: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free)"
+    except OSError:
+        return ""
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    """Of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 16):
+            digest.update(part)
+    return digest.hexdigest()

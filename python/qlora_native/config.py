@@ -1,0 +1,441 @@
+"""The config of a training run: one YAML file, checked whole before anything heavy starts.
+
+The classes below are the documentation of the keys: type, default and what a key trades for what. Unknown keys are
+refused, every mistake is reported at once with the line it stands on, and any key can be set from the command line as
+``--key value``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qlora_native._io import as_user_error
+from qlora_native._version import __version__
+from qlora_native.data import FORMATS, TokenizedDataset, load_dataset
+from qlora_native.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+class DataConfig(_Section):
+    """Which rows to learn from, and which of their tokens."""
+
+    train: str = Field(description="file of training rows (.jsonl, .json, .parquet)")
+    eval: str | None = Field(
+        default=None, description="file of held-out rows; without it eval_fraction of the training rows is held out"
+    )
+    eval_fraction: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="share of the training rows to hold out when data.eval is not set; 0 = none",
+    )
+    format: str = Field(
+        default="auto", description=f"layout of a row: {', '.join(FORMATS)}, or auto to find out from the first rows"
+    )
+    max_length: Positive = Field(
+        default=1024, description="tokens per row at most, longer rows are cut; memory grows with it"
+    )
+    train_on: Literal["answers", "all"] = Field(
+        default="answers", description="learn the answers only, or every token of the row"
+    )
+    packing: bool = Field(
+        default=False,
+        description="lay whole rows end to end up to max_length, blind to each other; batch_size then counts such "
+        "sequences, so a step learns from more rows",
+    )
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value not in ("auto", *FORMATS):
+            raise ValueError(f"expected auto, {', '.join(FORMATS)}")
+        return value
+
+    def load(
+        self, path: str, tokenizer: Any, *, folder: Path | None = None, limit: int | None = None
+    ) -> TokenizedDataset:
+        """The rows of a file, tokenized and masked; ``folder`` and ``limit`` as in ``load_dataset``."""
+        with as_user_error():
+            return load_dataset(
+                path,
+                tokenizer,
+                max_length=self.max_length,
+                format=None if self.format == "auto" else self.format,
+                train_on=self.train_on,
+                limit=limit,
+                folder=folder,
+            )
+
+
+class QuantConfig(_Section):
+    """How the frozen weights are stored."""
+
+    type: Literal["nf4", "fp4"] = Field(
+        default="nf4", description="the 16 levels; nf4 fits normally distributed weights better"
+    )
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        default=64, description="weights that share one scale; smaller is more exact and larger on disk"
+    )
+    double_quant: bool = Field(default=True, description="store the scales in 8 bits: saves about 0.37 bits per weight")
+    method: Literal["rtn", "rtn_signed", "wmse", "gptq"] = Field(
+        default="rtn",
+        description="how codes and scales are chosen: rtn = nearest; rtn_signed = scales may be negative; wmse and "
+        "gptq look at what text does in the model, lose less, and take seconds or minutes longer to load",
+    )
+    calibration: str | None = Field(
+        default=None, description="file of that text for wmse and gptq; without it the training rows are used"
+    )
+
+
+class LoraSection(_Section):
+    """The small matrices that are trained."""
+
+    r: Positive = Field(default=16, description="rank; parameters and memory of the adapter grow with it")
+    alpha: float = Field(
+        default=32.0, gt=0, description="the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)"
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the adapter's inputs dropped in training; helps on small data"
+    )
+    target_modules: str | list[str] = Field(
+        default="all-linear", description="names of the layers that get an adapter, or all-linear"
+    )
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(r): steadier for large r")
+    init: Literal["zero", "h_svd", "loftq"] = Field(
+        default="zero",
+        description="what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs it by "
+        "text in the model; lower the learning rate; merge with base dequantized)",
+    )
+
+
+class LoopSection(_Section):
+    """The optimizer, its schedule, and when to evaluate, save and print."""
+
+    steps: Positive | None = Field(default=None, description="optimizer steps; give this or epochs")
+    epochs: float | None = Field(
+        default=None, gt=0, description="passes over the rows; give this or steps (neither: 1 epoch)"
+    )
+    batch_size: Positive = Field(
+        default=4,
+        description="rows held in memory at once; a step learns from batch_size * grad_accum rows however they are cut",
+    )
+    grad_accum: Positive = Field(
+        default=4,
+        description="micro-batches per step; raise it and lower batch_size to save memory without changing the result",
+    )
+    optimizer: Literal["adamw", "adamw8bit", "lion"] = Field(
+        default="adamw",
+        description="adamw8bit keeps AdamW's averages in 2 bytes a trained weight instead of 8; lion keeps one average "
+        "in 4 and wants an lr 3 to 10 times smaller",
+    )
+    paged: Literal["auto", True, False] = Field(
+        default="auto",
+        description="where the optimizer's averages lie: auto = in memory until it runs short, then in a page file; "
+        "true = in the file from the start; false = in memory, whatever happens",
+    )
+    page_dir: str | None = Field(
+        default=None, description="folder of that file, on a disk; without it output_dir. No file is left behind"
+    )
+    page_budget: Positive | None = Field(
+        default=None,
+        description="bytes of paged averages that may be in memory at once; without it decided from what is free",
+    )
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="how the learning rate falls to 0 after the warm-up"
+    )
+    warmup: float = Field(
+        default=0.03, ge=0, description="steps over which the learning rate rises; below 1 it is a share of all steps"
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="pull of the adapter towards 0, apart from the gradient's"
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="memory of the optimizer's averages; lion is usually given [0.9, 0.99]"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="added to AdamW's denominator")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of a step's gradient; 0 = no clipping")
+    seed: NonNegative = Field(default=0, description="fixes the adapter's start, the order of the rows and dropout")
+    grad_checkpointing: bool = Field(
+        default=True, description="recompute activations in the backward pass: about a third slower, far less memory"
+    )
+    eval_every: NonNegative = Field(
+        default=100, description="steps between evaluations; 0 = at the start and the end only"
+    )
+    save_every: NonNegative = Field(default=100, description="steps between checkpoints; 0 = at Ctrl-C only")
+    keep: Positive = Field(default=2, description="how many of the newest checkpoints stay on disk")
+    log_every: Positive = Field(default=10, description="steps between printed lines when the output is not a terminal")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="type of activations and of the unquantized weights"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> LoopSection:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}: expected one of them")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {list(self.betas)}: expected two numbers from 0 up to, not including, 1")
+        return self
+
+
+class TrainConfig(_Section):
+    """Everything that determines a run. ``from_file`` reads and checks a YAML file; the constructor takes the same
+    keys."""
+
+    model: str = Field(description="model folder or .gguf file")
+    output_dir: str = Field(default="qlora-out", description="folder for the adapter, checkpoints and metrics.jsonl")
+    resume: str | None = Field(
+        default=None,
+        description="auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint",
+    )
+    logging: list[Literal["tensorboard", "trackio"]] = Field(
+        default=[], description="other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
+    )
+    parallel: Literal["none", "ddp", "fsdp"] = Field(
+        default="none",
+        description="of several processes, as torchrun starts them: ddp = each has the whole model, fsdp = each has a "
+        "part; the rows of a step are divided, so the result is that of one process",
+    )
+    rank_timeout: Positive = Field(
+        default=600, description="seconds that one process may keep the others waiting before the run ends"
+    )
+    data: DataConfig
+    quant: QuantConfig = QuantConfig()
+    lora: LoraSection = LoraSection()
+    train: LoopSection = LoopSection()
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Read a YAML file and apply command-line overrides (``["--lr", "1e-4", "--lora.r=8"]``).
+
+        UserError with one line per mistake: the place, what was got, what was expected.
+        """
+        values, lines = _read_yaml(Path(path))
+        return cls.from_values(values, overrides, str(path), lines)
+
+    @classmethod
+    def from_values(
+        cls,
+        values: dict[str, Any],
+        overrides: Sequence[str] = (),
+        source: str = "the command line",
+        lines: Mapping[str, int] | None = None,
+    ) -> TrainConfig:
+        """The same from the nested values of a file that is read already; ``lines`` are those of its dotted keys."""
+        flags = _apply_overrides(values, overrides)
+        # A block whose keys are all commented out is an empty block, not a mistake.
+        values = {key: {} if value is None and key in _sections() else value for key, value in values.items()}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            mistakes: dict[str, str] = {}
+            for item in error.errors():
+                key = _key_of(item)
+                mistakes.setdefault(key, _explain(key, item, source, lines or {}, flags))
+            raise UserError("\n".join(mistakes.values())) from None
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML with every default written out; ``resume`` is left out, being a matter of one
+        invocation."""
+        values = self.model_dump(mode="json", exclude={"resume"})
+        return (
+            f"# Resolved by qlora_native {__version__}: every key with the value it had in this run.\n"
+            + yaml.safe_dump(values, sort_keys=False)
+        )
+
+
+def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, Any]:
+    """Every key by its dotted name, with pydantic's field (description, default, annotation)."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found.update(keys(field.annotation, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = field
+    return found
+
+
+# The names that other trainers give to our keys; difflib alone would not find `lr` from `learning_rate`.
+_ALIASES = {
+    "base_model": "model", "model_name_or_path": "model", "datasets": "data.train", "dataset": "data.train",
+    "sequence_len": "data.max_length", "max_seq_length": "data.max_length", "val_set_size": "data.eval_fraction",
+    "sample_packing": "data.packing", "train_on_inputs": "data.train_on", "quant_type": "quant.type",
+    "bnb_4bit_quant_type": "quant.type",
+    "bnb_4bit_use_double_quant": "quant.double_quant", "quant_method": "quant.method",
+    "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "lora_target_modules": "lora.target_modules",
+    "max_steps": "train.steps", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
+    "micro_batch_size": "train.batch_size", "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.grad_accum", "learning_rate": "train.lr", "lr_scheduler": "train.scheduler",
+    "lr_scheduler_type": "train.scheduler", "warmup_steps": "train.warmup", "warmup_ratio": "train.warmup",
+    "adam_epsilon": "train.eps", "max_grad_norm": "train.clip", "gradient_checkpointing": "train.grad_checkpointing",
+    "eval_steps": "train.eval_every", "save_steps": "train.save_every", "save_total_limit": "train.keep",
+    "logging_steps": "train.log_every", "bf16": "train.dtype",
+}  # fmt: skip
+
+
+def _suggest(path: str) -> str:
+    """The known key or section that a mistyped one most likely means, as `` did you mean ...?``, or the keys that
+    exist there."""
+    section, _, leaf = path.rpartition(".")
+    known = list(keys())
+    by_leaf = {key.rpartition(".")[2]: key for key in known}
+    sections = _sections()
+    here = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+
+    candidate = _ALIASES.get(leaf) or by_leaf.get(leaf)
+    if candidate is None and (near := difflib.get_close_matches(leaf, here + ([] if section else sections), n=1)):
+        candidate = f"{section}.{near[0]}" if section else near[0]
+    if candidate is None and (near := difflib.get_close_matches(leaf, [*by_leaf, *_ALIASES], n=1)):
+        candidate = by_leaf.get(near[0]) or _ALIASES[near[0]]
+    if candidate is not None:
+        return f"did you mean {candidate}?"
+    place = f"the keys of {section} are" if section else "the top-level keys are"
+    return f"{place} {', '.join(here + ([] if section else sections))}"
+
+
+def _sections() -> list[str]:
+    return [name for name in TrainConfig.model_fields if name not in keys()]
+
+
+def _key_of(item: Mapping[str, Any]) -> str:
+    """The dotted key of a pydantic error. A union or a list adds the branch or the index behind the key, which the
+    reader never wrote."""
+    known, parts = keys(), [str(part) for part in item["loc"]]
+    whole = ".".join(parts)
+    return next((key for n in range(len(parts), 0, -1) if (key := ".".join(parts[:n])) in known), whole)
+
+
+def _explain(
+    path: str, item: Mapping[str, Any], source: str, lines: Mapping[str, int], flags: Mapping[str, str]
+) -> str:
+    """One pydantic error as one sentence."""
+    kind, got, known = item["type"], item["input"], keys()
+    where = flags.get(path) or (f"{source}:{lines[path]}: {path}" if path in lines else f"{source}: {path}")
+
+    if kind == "extra_forbidden":
+        return f"{where} is not a key; {_suggest(path)}"
+    if kind == "missing" and len(item["loc"]) > path.count(".") + 1:  # a list that is too short
+        return f"{where} is {got!r}: expected another number behind it"
+    if kind == "missing":
+        block, _, leaf = path.rpartition(".")
+        if path in _sections():
+            what = f"a block `{path}:`"
+        else:
+            under = f" under {block}" if block else ""
+            what = f"`{leaf}: ...`{under} ({known[path].description}), or --{path} on the command line"
+        return f"{source}: {path} is not set; add {what}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{where} is {got!r}: expected a block of keys, one per line"
+    if kind == "value_error" and path not in known:  # a rule over several keys of a block, which names them itself
+        return f"{source}: {path}.{item['msg'].removeprefix('Value error, ')}"
+    expected = (
+        item["msg"]
+        .removeprefix("Value error, ")
+        .split(", unable")[0]
+        .split(", got")[0]
+        .replace("Input should be", "expected")
+        .replace("Tuple should have", "expected")
+    )
+    return f"{where} is {got!r}: {expected}"
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's values and the line of each dotted key (counted from 1)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; `qlora config init --out {path}` writes a commented config to start from"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path} cannot be read: {reason}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__} {str(values)[:40]!r}: expected `key: value` lines")
+    return values, dict(_lines(root, "", str(path))) if root else {}
+
+
+def _lines(node: Any, prefix: str, source: str) -> Iterable[tuple[str, int]]:
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = prefix + str(key.value), key.start_mark.line + 1
+        if name in seen:
+            raise UserError(f"{source}:{line}: {name} was already set on line {seen[name]}; remove one of them")
+        seen[name] = line
+        yield name, line
+        if isinstance(value, yaml.MappingNode):
+            yield from _lines(value, f"{name}.", source)
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    """Write ``--key value`` pairs into the nested values; returns the flag as typed for each dotted key it set.
+
+    A key may be given without its section (``--lr``). A flag without a value means true, ``--resume`` alone means
+    auto. Values are read as YAML, so that lists, numbers and null work as in the file.
+    """
+    known = keys()
+    by_leaf = {key.rpartition(".")[2]: key for key in known}
+    flags: dict[str, str] = {}
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"{word!r} stands alone: expected --key value, for example --lr 1e-4")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            text = words.pop(0) if words and not words[0].startswith("--") else "auto" if name == "resume" else "true"
+        name = name.replace("-", "_")
+        path = name if name in known else by_leaf.get(name, name)
+        *sections, leaf = path.split(".")
+        target = values
+        for section in sections:
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
+            if not isinstance(target, dict):  # left as it is, for the check to report
+                break
+        else:
+            target[leaf] = _read_value(text, known.get(path))
+        flags[path] = f"--{name}"
+    for given, other in (
+        ("steps", "epochs"),
+        ("epochs", "steps"),
+    ):  # a length from the command line replaces the file's
+        if f"train.{given}" in flags and f"train.{other}" not in flags and isinstance(values.get("train"), dict):
+            values["train"].pop(other, None)
+    return flags
+
+
+def _read_value(text: str, field: Any) -> Any:
+    if text in ("null", "none"):
+        return None
+    if field is not None and field.annotation in (str, str | None):
+        return text  # a path such as 2024-01-01 is not a date
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

@@ -1,0 +1,337 @@
+"""Safetensors files read one tensor at a time, with every way they can be broken told in a sentence.
+
+The format (https://github.com/huggingface/safetensors#format): 8 bytes of little-endian header length, that many
+bytes of JSON, then the tensors' bytes. Reading goes through plain ``read`` calls and not through a memory map: a
+file that shrinks while it is read is then an error with a name, not a SIGBUS, and what a reading costs in memory is
+exactly the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+import sys
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from qlora_native.errors import UserError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: ``num_bytes`` bytes from byte ``start`` of ``file``."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+class Scratch:
+    """Private memory that one reading after another goes through.
+
+    It is its own mapping, so it goes back to the system with the object; the same tensors taken from malloc would
+    leave holes in the heap that stay counted as used. Pages are only counted once touched.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._start = 0
+        if sys.platform == "win32":
+            self._memory = mmap.mmap(-1, max(num_bytes, 1))
+        else:  # the default, MAP_SHARED, would be memory that limits count but RssAnon does not show
+            self._memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A tensor over the start of the memory, valid until the next one is asked for."""
+        num_elements = math.prod(shape)
+        if num_elements == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._memory, dtype=dtype, count=num_elements, offset=self._start).view(shape)
+
+    def behind(self, num_bytes: int) -> Scratch:
+        """The same memory without its first ``num_bytes``."""
+        rest = copy(self)
+        rest._start += num_bytes
+        return rest
+
+
+class Checkpoint:
+    """The safetensors files of a model folder; headers are read on opening, tensors when asked for."""
+
+    def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
+        self.folder = folder
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the header of ``model.safetensors``, or of every file that ``model.safetensors.index.json`` names.
+
+        Raises :class:`UserError` when a file is missing, cut short, not safetensors, or lacks a tensor that the
+        index promises.
+        """
+        weights = folder / WEIGHTS_NAME
+        if weights.is_file():
+            return cls(folder, read_header(weights))
+        index = folder / INDEX_NAME
+        if index.is_file():
+            return cls(folder, _read_index(index))
+        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth"))
+        if pickles:
+            raise UserError(
+                f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when opened; "
+                f"expected {WEIGHTS_NAME}; load it once in transformers and call save_pretrained on another folder."
+            )
+        raise UserError(
+            f"{folder} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}; download or copy the whole model "
+            "again."
+        )
+
+    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, in memory of its own, or in ``scratch`` (then valid until the next reading through it)."""
+        if scratch is not None:
+            tensor = scratch.tensor(stored.dtype, stored.shape)
+        else:
+            tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self._fill(tensor, stored, stored.start)
+        return tensor
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        """Elements ``begin`` to ``end`` of the flattened tensor, in memory of their own."""
+        part = torch.empty(end - begin, dtype=stored.dtype)
+        self._fill(part, stored, stored.start + begin * stored.dtype.itemsize)
+        return part
+
+    def _fill(self, tensor: Tensor, stored: StoredTensor, start: int) -> None:
+        if tensor.numel() == 0:
+            return
+        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        done = 0
+        try:
+            with stored.file.open("rb", buffering=0) as file:
+                file.seek(start)
+                while done < target.nbytes:  # one call moves at most 2 GiB on Linux
+                    got = file.readinto(target[done:])
+                    if not got:
+                        raise _cut_short(stored.file, stored.start + stored.num_bytes)
+                    done += got
+        except OSError as error:
+            raise UserError(
+                f"{stored.file} cannot be read at tensor {stored.name}: {error.strerror or error}."
+            ) from error
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one safetensors file, by name, checked against the length of the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise _cut_short(path, 8)
+            length = struct.unpack("<Q", prefix)[0]
+            if prefix == b"version ":
+                raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}.")
+            if length > MAX_HEADER_BYTES:
+                raise _corrupted(path, f"its first 8 bytes, {prefix!r}, are no header length")
+            if 8 + length > size:
+                raise _cut_short(path, 8 + length)
+            raw = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    try:
+        header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+    except ValueError as error:  # both JSON and UTF-8 errors are ValueErrors
+        raise _corrupted(path, "its header is not JSON") from error
+    header.pop("__metadata__", None)
+    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
+    if end > size:
+        raise _cut_short(path, end)
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+    try:
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
+        plain = isinstance(kind, str) and all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError) as error:
+        raise _corrupted(path, f"the header entry of {name} is incomplete") from error
+    if not plain:
+        raise _corrupted(path, f"the header entry of {name} is malformed")
+    dtype = DTYPES.get(kind)
+    if dtype is None:
+        raise UserError(
+            f"{path}: tensor {name} has dtype {kind}, which is not read here; expected one of {', '.join(DTYPES)}."
+        )
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if end - begin != num_bytes:
+        raise _corrupted(
+            path, f"{name} is {kind} {list(shape)}, {num_bytes:,} bytes, but the header gives it {end - begin:,}"
+        )
+    return StoredTensor(name, path, dtype, shape, data_start + begin, num_bytes)
+
+
+def _read_index(index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'{index} is not an index of shards: expected JSON with a "weight_map"; copy the file again.'
+        ) from error
+    files = sorted(set(names.values()))
+    absent = [file for file in files if not (index.parent / file).is_file()]
+    if absent:
+        raise UserError(
+            f"{index.parent} lacks {len(absent)} of the {len(files)} weight files that {INDEX_NAME} names "
+            f"({some_of(absent)}); "
+            f"download or copy them again."
+        )
+    tensors: dict[str, StoredTensor] = {}
+    headers = {file: read_header(index.parent / file) for file in files}
+    for name, file in names.items():
+        if name not in headers[file]:
+            raise UserError(
+                f"{index.parent / file} lacks tensor {name}, which {INDEX_NAME} places there; the two are of "
+                "different models."
+            )
+        tensors[name] = headers[file][name]
+    return tensors
+
+
+def some_of(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _corrupted(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is not a sound safetensors file: {what}; download or copy it again.")
+
+
+def _cut_short(path: Path, expected: int) -> UserError:
+    return UserError(
+        f"{path} is cut short: it should hold at least {expected:,} bytes and holds {path.stat().st_size:,}; download "
+        "or copy it again."
+    )
+
+
+MOST_SHORT_BYTES = 512  # of a tensor without a shape: room is kept in the header for its offsets
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written; without a shape, uint8 [length] with the length told when it is written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes, or the most there may be."""
+        return MOST_SHORT_BYTES if self.shape is None else math.prod(self.shape) * self.dtype.itemsize
+
+
+class ShardWriter:
+    """One file. ``write`` appends to a tensor, whatever the order of the tensors; ``close`` when all are complete."""
+
+    def __init__(self, path: Path, outputs: Iterable[Output]) -> None:
+        self.outputs = sorted(outputs, key=lambda output: (output.shape is None, -output.dtype.itemsize, output.name))
+        self._begin: dict[str, int] = {}
+        position = 0
+        for output in self.outputs:
+            if output.shape is None:
+                break
+            self._begin[output.name] = position
+            position += output.num_bytes
+        self._end = position  # where the next tensor without a shape goes
+        self._written = {output.name: 0 for output in self.outputs}
+        most = sum(output.num_bytes for output in self.outputs)  # no offset has more digits
+        longest = self._header({output.name: (most, most + MOST_SHORT_BYTES) for output in self.outputs})
+        self._header_bytes = len(longest) + -len(longest) % 8
+        self._file: BinaryIO = path.open("wb")
+
+    def write(self, name: str, part: Tensor) -> None:
+        """The next elements of the tensor, contiguous, in its dtype; all of it for one without a shape."""
+        raw = part.contiguous().view(-1).view(torch.uint8).numpy()
+        if name not in self._begin:
+            self._begin[name] = self._end
+            self._end += raw.nbytes
+        self._file.seek(8 + self._header_bytes + self._begin[name] + self._written[name])
+        self._file.write(memoryview(raw))  # type: ignore[arg-type]
+        self._written[name] += raw.nbytes
+
+    def close(self) -> None:
+        """Write the header. Raises RuntimeError if a tensor lacks a part."""
+        for output in self.outputs:
+            if output.shape is not None and self._written[output.name] != output.num_bytes:
+                raise RuntimeError(
+                    f"{output.name}: {self._written[output.name]} of {output.num_bytes} bytes were written."
+                )
+        spans = {name: (begin, begin + self._written[name]) for name, begin in self._begin.items()}
+        header = self._header(spans)
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._header_bytes) + header.ljust(self._header_bytes))
+        self._file.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors written so far."""
+        return sum(self._written.values())
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+    def _header(self, spans: Mapping[str, tuple[int, int]]) -> bytes:
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        for output in sorted(self.outputs, key=lambda output: spans[output.name]):
+            begin, end = spans[output.name]
+            shape = [end - begin] if output.shape is None else list(output.shape)
+            entries[output.name] = {"dtype": _NAMES[output.dtype], "shape": shape, "data_offsets": [begin, end]}
+        return json.dumps(entries, separators=(",", ":")).encode()
+
+
+def shard_names(count: int) -> list[str]:
+    """File names as transformers gives them."""
+    if count == 1:
+        return [WEIGHTS_NAME]
+    stem = WEIGHTS_NAME.removesuffix(".safetensors")
+    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """The index that says which file holds which tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

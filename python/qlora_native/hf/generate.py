@@ -1,0 +1,85 @@
+"""Tokens one after another, for whoever wants each as it comes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_native.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the likeliest token every time.
+        top_k: only so many of the likeliest tokens; 0 is all.
+        top_p: only the likeliest tokens that together have this probability, at least one.
+        seed: the same seed gives the same answer on the same machine.
+        max_tokens: the longest answer.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in {"temperature": 0, "top_k": 0, "max_tokens": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected {least} or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: expected more than 0 and at most 1")
+
+
+@torch.inference_mode()
+def stream(model: Any, prompt: Sequence[int], sampling: Sampling, stop: set[int]) -> Iterator[int]:
+    """The answer's tokens, without the one of ``stop`` that ends it; at most as many as the model has positions for.
+
+    Raises:
+        UserError: the prompt alone is longer than the model's context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or len(prompt) + sampling.max_tokens
+    if len(prompt) >= context:
+        raise UserError(f"the conversation has {len(prompt)} tokens, the model's context {context}: begin a new one")
+    generator = torch.Generator().manual_seed(sampling.seed)
+    # Of a long prompt, the logits of the last token are all that is wanted.
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if takes else {}
+    ids, cache = torch.tensor([list(prompt)], device=model.device), None
+    for _ in range(min(sampling.max_tokens, context - len(prompt))):
+        output = model(ids, past_key_values=cache, use_cache=True, **last)
+        token = choose(output.logits[0, -1].float().cpu(), sampling, generator)
+        if token in stop:
+            return
+        yield token
+        ids, cache = torch.tensor([[token]], device=model.device), output.past_key_values
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """A token, given logits fp32 [vocabulary]."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    values, tokens = (logits / sampling.temperature).sort(descending=True)
+    if sampling.top_k:
+        values, tokens = values[: sampling.top_k], tokens[: sampling.top_k]
+    chances = values.softmax(-1)
+    before = chances.cumsum(-1) - chances
+    chances = chances.where(before < sampling.top_p, 0.0)
+    return int(tokens[torch.multinomial(chances, 1, generator=generator)])
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Every token that ends an answer by the model's or the tokenizer's own word."""
+    found: set[int] = set()
+    for owner in (model.generation_config, model.config, tokenizer):
+        told = getattr(owner, "eos_token_id", None)
+        found |= set(told if isinstance(told, list) else [] if told is None else [told])
+    return found

@@ -1,0 +1,235 @@
+"""load_model: a causal LM from a folder, 4-bit, with one tensor at a time in 16 bits."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_native._memory import trim_heap
+from qlora_native.calibration.quantize import METHODS
+from qlora_native.errors import UserError
+from qlora_native.hf import fuse as fusion
+from qlora_native.hf.build import (
+    DTYPES,
+    OUTPUT_EMBEDDING,
+    Loader,
+    MetaModel,
+    four_bit_parts,
+    four_bit_weights,
+    is_four_bit,
+)
+from qlora_native.hf.calibrated import Progress, calibrated
+from qlora_native.hf.checkpoint import some_of
+from qlora_native.hf.config import METADATA
+from qlora_native.hf.source import Source, open_source
+from qlora_native.nn.experts import without_stacks
+from qlora_native.weight import TENSOR_FIELDS, quantize
+
+CALIBRATED = ("wmse", "gptq")  # methods that need data
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a loaded model is made of, kept as ``model.load_report``.
+
+    Attributes:
+        path: the folder or GGUF file it came from.
+        bytes_4bit: bytes of the 4-bit weights, their scales included.
+        bytes_dense: bytes of every other parameter and buffer.
+        dense: bytes of each parameter that is not 4-bit, by name, largest first; tied ones once.
+        method: how its 4-bit weights were made: "rtn", "rtn_signed", "wmse" or "gptq"; None if nothing is 4-bit or
+            the folder, which holds 4-bit weights, does not say.
+        calibration: what the statistics were gathered from: sha256 of the tokens, rows, length, tokens, seed; None for
+            methods without data.
+        fell_back: 4-bit weights that did not get the method, and why; "name[3]" is expert 3 of a stack. Empty for a
+            folder that holds 4-bit weights.
+        seconds: that loading took.
+    """
+
+    path: Path
+    bytes_4bit: int
+    bytes_dense: int
+    dense: dict[str, int]
+    method: str | None = None
+    calibration: dict[str, Any] | None = None
+    fell_back: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole model."""
+        return self.bytes_4bit + self.bytes_dense
+
+    @property
+    def share_4bit(self) -> float:
+        """The part of all bytes that is 4-bit weights, 0 to 1."""
+        return self.bytes_4bit / self.num_bytes if self.num_bytes else 0.0
+
+    def __str__(self) -> str:
+        named = [f"{name} ({num_bytes / 2**20:.1f} MiB)" for name, num_bytes in self.dense.items()]
+        text = (
+            f"{self.num_bytes / 2**20:.1f} MiB, {100 * self.share_4bit:.1f} % of them 4-bit; not 4-bit: "
+            f"{some_of(named, 8) or 'nothing'}"
+        )
+        if self.calibration is not None:
+            text += f"; {self.method} by {self.calibration['tokens']:,} tokens"
+        if self.fell_back:
+            text += f"; {len(self.fell_back)} weights were not calibrated ({some_of(list(self.fell_back), 3)})"
+        return text
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | int | None = None,
+    skip_modules: Iterable[str] = (OUTPUT_EMBEDDING,),
+    method: str | None = None,
+    calibration: Any = None,
+    fuse: bool = True,
+    work_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    reader: Callable[[Source, Loader], None] | None = None,
+) -> PreTrainedModel:
+    """Load any transformers causal LM with its linear layers in 4 bits.
+
+    Tensors are read one at a time, quantized (or cast to ``dtype``) and dropped, so memory peaks at the 4-bit model
+    plus the largest tensor; with "wmse" and "gptq", plus one decoder layer in 16 bits, what it computes of the
+    sequences at hand, and its statistics. The model comes back in evaluation mode, every parameter frozen;
+    ``model.load_report`` says what is 4-bit and what is not.
+
+    Args:
+        path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in
+            bitsandbytes' format), a ``.gguf`` file, or a folder that holds one. GGUF goes through transformers'
+            reader, which makes the 16-bit model first.
+        quant_type, block_size, double_quant: as :func:`qlora_native.quantize`. Weights that are 4-bit already keep
+            what they have.
+        dtype: of everything that stays dense, and the dtype that the 4-bit weights stand for: bfloat16, float16 or
+            float32.
+        device: where the model goes; None is torch's default device.
+        skip_modules: linear layers to leave dense: module paths or path endings, with all under them. "lm_head"
+            means the output embedding, whatever the model calls it. Tied weights always stay dense.
+        method: how codes and scales are chosen; the format is the same. "rtn" rounds to nearest under each block's
+            largest magnitude, as bitsandbytes does; "rtn_signed" lets a scale be negative; "wmse" searches each
+            block's scale for the least error weighted by the mean square of the input channels; "gptq" also passes
+            the error of each column on to the next ones (Frantar et al., "GPTQ", 2022). None is "wmse" with
+            calibration data and "rtn" without. docs/calibration.md tells which to use.
+        calibration: for "wmse" and "gptq": a file that ``qlora train`` reads, a list of texts, token tensors, or a
+            :class:`qlora_native.CalibrationData`, which also says how much of it to take.
+        fuse: give the modules between the products native kernels where they compute the same, as
+            :func:`qlora_native.fuse` says. Outputs then agree with transformers' own code to rounding; on a device
+            other than a CPU nothing changes.
+        work_dir: with calibration, a folder of this load's own on a disk: finished layers and hidden states are kept
+            there, a load that was killed goes on from it, and a load that ends removes it.
+        progress: with calibration, called with a line of text, the layers done, and the layers in all.
+        reader: brings the tensors in, in place of reading all of them here; without calibration. For several
+            processes there is :func:`qlora_native.distributed.load_model`, which uses it.
+
+    Raises:
+        UserError: the files are missing, broken, of another model or hold a NaN; the sentence names the file and the
+            tensor. The calibration data are too short or cannot be read; the model has no layers to run one by one.
+        ValueError: an argument is wrong.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"load_model: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
+    method = method or ("rtn" if calibration is None else CALIBRATED[0])
+    if method not in METHODS:
+        raise ValueError(f"load_model: method is {method!r}: expected {', '.join(map(repr, METHODS))}.")
+    if calibration is not None and method not in CALIBRATED:
+        raise ValueError(f"load_model: method {method!r} takes no calibration data: leave calibration out.")
+    if calibration is None and method in CALIBRATED:
+        raise ValueError(f"load_model: method {method!r} needs calibration data: give calibration a file or texts.")
+    if isinstance(skip_modules, str):
+        raise ValueError(f"load_model: skip_modules is the string {skip_modules!r}: expected a list of module names.")
+    options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    quantize(torch.zeros(1), **options)  # refuses wrong options before minutes of reading
+
+    began = time.monotonic()
+    target = torch.get_default_device() if device is None else torch.device(device)
+    source = open_source(Path(path), dtype)
+    tree = MetaModel(source.config, dtype, target)
+    told: dict[str, Any] = {"method": method}
+    fell_back: dict[str, str] = {}
+    if source.is_four_bit(tree):  # it says itself which layers are not
+        if method != "rtn":
+            raise UserError(
+                f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from."
+            )
+        loader = Loader(tree, {}, options, False, dtype)
+    else:
+        weights = four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
+        loader = Loader(tree, weights, options, method == "rtn_signed", dtype)
+    if method in CALIBRATED:
+        folder = None if work_dir is None else Path(work_dir)
+        told["calibration"], fell_back = calibrated(source, loader, method, calibration, folder, progress)
+    elif reader is not None:
+        reader(source, loader)
+    else:
+        loader.take_all(source.iter_tensors(tree, lambda name: True, loader.is_copied, loader.weights.__contains__))
+    model = tree.finish(source.unexpected(tree), str(source.path))
+    if (generation := source.generation_config()) is not None:
+        model.generation_config = generation
+    model._weight_conversions = without_stacks(getattr(model, "_weight_conversions", None) or (), model)
+    _set_quantization_config(model, source, dtype, options, told)
+    if fuse:
+        fusion.fuse(model)
+    trim_heap()
+    model.load_report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
+    return model
+
+
+def make_report(model: nn.Module, path: Path) -> LoadReport:
+    """Count what ``model``, loaded from ``path``, holds."""
+    four_bit = four_bit_parts(model)
+    scales = {id(getattr(weight, name)) for weight in four_bit.values() for name in TENSOR_FIELDS[1:]}
+    dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in four_bit}
+    config = getattr(model.config, "quantization_config", None) or {}
+    config = config if isinstance(config, dict) else config.to_dict()
+    told = config.get(METADATA) or {}
+    return LoadReport(
+        path=path,
+        bytes_4bit=sum(weight.nbytes for weight in four_bit.values()),
+        bytes_dense=sum(dense.values()) + sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in scales),
+        dense=dict(sorted(dense.items(), key=lambda item: -item[1])),
+        method=told.get("method") if four_bit else None,
+        calibration=told.get("calibration"),
+    )
+
+
+def _set_quantization_config(
+    model: PreTrainedModel, source: Source, dtype: torch.dtype, options: dict[str, Any], told: dict[str, Any]
+) -> None:
+    if not is_four_bit(model):
+        model.config.__dict__.pop("quantization_config", None)
+        return
+    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    made = {**bitsandbytes_config(dtype, options, dense), METADATA: told}
+    model.config.quantization_config = source.four_bit_config or made
+
+
+def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list[str]) -> dict[str, Any]:
+    """What transformers writes beside 4-bit weights in bitsandbytes' format, so that it reads the folder again.
+
+    ``options`` are those of :func:`qlora_native.quantize`, ``dense`` the linear layers that are not 4-bit.
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": options["quant_type"],
+        "bnb_4bit_use_double_quant": options["double_quant"],
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": dense,
+    }

@@ -1,0 +1,178 @@
+"""The loss of a causal language model without its logits.
+
+The logits of one micro-batch, [tokens, vocabulary], are the largest tensor of a training step: 4 x 1024 tokens over
+128,256 words take 2.1 GB in fp32. They are needed only to be reduced to one number, so the output embedding is taken
+out of the model's forward and multiplied chunk by chunk inside ``qn.linear_cross_entropy``.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+import qlora_native as qn
+from qlora_native.data import IGNORE_INDEX
+from qlora_native.hf.fuse import Dense
+from qlora_native.nn.linear import QuantizedLinear
+
+# config fields by which known models change the logits after the output embedding
+LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+_plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_causal: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def trained_tokens(batch: Mapping[str, Tensor]) -> int:
+    """How many positions of the batch have a label once it is shifted by one, that is, how many terms the loss
+    averages over."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy in nats over the labeled positions of one micro-batch, an fp32 scalar with gradients.
+
+    ``batch`` holds ``input_ids`` and ``labels``, both int64 [B, T] (the label of a token is the token itself, -100
+    where it is not trained; the shift by one happens here), and whatever else the model's forward takes, such as
+    ``attention_mask``.
+
+    A model that does more than one product between its last hidden state and its logits (a bias, soft-capping, a
+    scale) goes through its own forward with full logits; a warning says so once per model.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    if model not in _plain:
+        _plain[model] = head_is_plain(model, inputs)
+    if not _plain[model]:
+        trained = targets != IGNORE_INDEX
+        return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
+    hidden, head = hidden_states(model, without_needless_mask(model, inputs, targets))
+    weight = head.quantized if isinstance(head, QuantizedLinear) else head.weight
+    loss = qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
+    if isinstance(head, FSDPModule) and not any(p.requires_grad for p in head.parameters()):
+        head.reshard()  # the gradient of the hidden states is there already
+    return loss
+
+
+def settle(model: Any) -> None:
+    """Find out now what :func:`causal_lm_loss` otherwise finds out when a batch first makes it ask: the forward passes
+    that this takes must be the same on all ranks of a cut model."""
+    ids = torch.arange(16, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    inputs = {"input_ids": ids}
+    _plain[model] = head_is_plain(model, inputs)
+    if _plain[model]:
+        _causal[model] = _is_causal(model, inputs)
+
+
+def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+    """The inputs with an attention mask of ones where it hides only padding that no trained token could see.
+
+    A mask that hides something costs: attention computes with a table of [B, 1, T, T] and cannot leave out the upper
+    triangle. Behind a row, in a model in which no token sees later ones, padding changes nothing that is trained.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or mask.shape != targets.shape or bool((mask != 0).all()):
+        return dict(inputs)
+    seen = mask != 0
+    on_the_left = bool((seen[:, 1:] & ~seen[:, :-1]).any())
+    if on_the_left or bool(((targets != IGNORE_INDEX) & ~seen).any()):
+        return dict(inputs)
+    if model not in _causal:
+        _causal[model] = _is_causal(model, inputs)
+    return {**inputs, "attention_mask": torch.ones_like(mask)} if _causal[model] else dict(inputs)
+
+
+@torch.no_grad()
+def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+    """True if the first half of a row comes out the same, bit for bit, whatever stands in the second, and about the
+    same whether the second is masked or not."""
+    row = inputs["input_ids"][:1, :16]
+    half = row.shape[1] // 2
+    mask = torch.ones_like(row)
+    other = torch.cat((row[:, :half], (row[:, half:] + 1) % model.get_input_embeddings().num_embeddings), 1)
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.random.fork_rng():
+            hidden, changed, masked = (
+                hidden_states(model, {"input_ids": ids, "attention_mask": seen})[0][:, :half].float()
+                for ids, seen in (
+                    (row, mask),
+                    (other, mask),
+                    (row, torch.cat((mask[:, :half], torch.zeros_like(mask[:, half:])), 1)),
+                )
+            )
+    finally:
+        for module, training in before.items():
+            module.training = training
+    return torch.equal(hidden, changed) and bool((hidden - masked).norm() <= 3e-2 * hidden.norm())
+
+
+def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear]:
+    """What enters the output embedding, [B, T, hidden], taken from the model's own forward.
+
+    The head itself is called with no token at all, so that its product costs nothing. Reading the head's input,
+    instead of calling the decoder, keeps whatever a model does to the hidden states before the head.
+    """
+    head = model.get_output_embeddings()
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(args[0])
+        return (args[0][:, :0].detach(), *args[1:])
+
+    hook = head.register_forward_pre_hook(take)
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    return taken[0], head
+
+
+@torch.no_grad()
+def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+    """True if the logits are exactly the head's output: the head's output is swapped for known numbers, which must
+    come out unchanged.
+
+    The numbers are large, so that soft-capping shows whatever the weights are. Two tokens are enough, and the random
+    state is put back.
+    """
+    head = model.get_output_embeddings()
+    name = type(model).__name__
+    kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)  # FSDP puts two classes before it
+    if kind is not nn.Linear and not isinstance(head, (QuantizedLinear, Dense)):
+        reason = f"its output embedding is {kind.__name__}, not a linear layer"
+    elif head.bias is not None:
+        reason = "its output embedding has a bias"
+    else:
+        probe = torch.linspace(-96.0, 96.0, head.out_features, device=model.device)
+        seen: list[Tensor] = []
+
+        def swap(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen.append(args[0])
+            return probe.to(output.dtype).expand_as(output)
+
+        hook = head.register_forward_hook(swap)
+        try:
+            with torch.random.fork_rng():
+                logits = model(input_ids=inputs["input_ids"][:1, :2], use_cache=False).logits
+        finally:
+            hook.remove()
+        expected = probe.to(seen[0].dtype) if seen else probe
+        if len(seen) == 1 and seen[0].shape[1] == 2 and torch.equal(logits.float(), expected.float().expand_as(logits)):
+            return True
+        text_config = model.config.get_text_config()
+        fields = [f"{key}={value}" for key in LOGIT_FIELDS if (value := getattr(text_config, key, None)) is not None]
+        reason = f"it changes its logits after the output embedding{f' ({fields[0]})' if fields else ''}"
+    warnings.warn(
+        f"{name}: {reason}, so the loss is taken from the model's own logits, "
+        f"{model.config.get_text_config().vocab_size * 4 / 1024:.0f} KiB of memory for each token of a micro-batch",
+        stacklevel=3,
+    )
+    return False

@@ -1,0 +1,237 @@
+"""PEFT's LoRA on our 4-bit layers: one autograd node where the adapter is plain LoRA, PEFT's own code elsewhere.
+
+PEFT chooses the class of an adapted layer by a list of functions. Its one public way into the list, custom modules of a
+config, is lost when the config is saved; so this file puts ours before PEFT's default one, and an adapter
+made by ``get_peft_model`` or read by ``PeftModel.from_pretrained`` with any config gets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import model as lora_model
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import Linear, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from qlora_native.lora import LoraConfig as LoraDefaults
+from qlora_native.nn.experts import Factors, QuantizedExperts, put_stack
+from qlora_native.nn.linear import QuantizedLinear
+from qlora_native.weight import QuantizedWeight, quantize
+
+_UNMERGED = "qlora_native.unmerged"  # where PEFT's cache of a layer holds the weight from before a merge
+# What lora_A and lora_B may begin with where the base weight is neither read as floats nor changed.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+class QuantizedLoraLinear(Linear):
+    """PEFT's LoRA layer over a :class:`qlora_native.nn.QuantizedLinear`.
+
+    One active plain adapter (LoRA or rsLoRA, with or without dropout) is computed together with the base in one
+    autograd node, its products in the dtype of the base's; DoRA and other variants, several active adapters, trained
+    biases and batches that mix adapters go through PEFT's own forward, which sees the base's decoded weight where it
+    looks at it. Merging adds the adapters to the decoded weight and quantizes the sum anew, once a call; unmerging
+    puts the bytes from before back.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
+        config.fan_in_fan_out = False  # a 4-bit weight is [N, K] whatever the dense layer was
+        super().__init__(base_layer, adapter_name, config, **options)
+
+    def get_base_layer(self) -> nn.Module:
+        """The 4-bit layer, or the dense one that stands in for it."""
+        return self.__dict__.get("_stand_in") or super().get_base_layer()
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
+        """Add an adapter. ValueError for initializations that need or change the base's weight."""
+        init = config.init_lora_weights
+        if init not in _PLAIN_INITS:
+            raise ValueError(
+                f"init_lora_weights is {init!r}, which takes the adapter out of the base's weights, and these are "
+                f"4-bit: expected one of {', '.join(map(repr, _PLAIN_INITS))}."
+            )
+        looks = init == "orthogonal" or self.resolve_lora_variant(config=config) is not None
+        with self._standing_in() if looks else nullcontext():
+            super().update_layer(adapter_name, r, lora_alpha, config=config, **options)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] to [..., N] in x's dtype."""
+        name = self._plain_adapter() if not args and not kwargs else None
+        if name is None:
+            looks = (
+                not self.disable_adapters
+                and not self.merged
+                and any(a in self.lora_variant for a in self.active_adapters)
+            )
+            with self._standing_in() if looks else nullcontext():
+                return super().forward(x, *args, **kwargs)
+        base: Any = self.base_layer
+        seen = x if base.compute_dtype is None else x.to(base.compute_dtype)
+        dropout = self.lora_dropout[name]
+        dropped = None if isinstance(dropout, nn.Identity) or not dropout.training else dropout(seen)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        y: Tensor = base.with_adapter(seen, a, b, self.scaling[name], dropped)
+        return y.to(x.dtype)
+
+    def _plain_adapter(self) -> str | None:
+        """The one adapter that is active, if it is plain LoRA and nothing else is asked for."""
+        if self.disable_adapters or self.merged or not isinstance(self.base_layer, QuantizedLinear):
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or active[0] in self.lora_variant or self.lora_bias[active[0]]:
+            return None
+        return active[0]
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the weight, which is quantized anew; its bytes are kept for :meth:`unmerge`."""
+        if "_stand_in" in self.__dict__:  # PEFT merges again what it took out for a moment
+            super().merge(safe_merge, adapter_names)
+            return
+        before = cast(QuantizedLinear, self.get_base_layer()).quantized
+        merged = len(self.merged_adapters)
+        with self._standing_in() as dense:
+            super().merge(safe_merge, adapter_names)
+        if len(self.merged_adapters) == merged:
+            return
+        self._caches.setdefault(_UNMERGED, before)
+        cast(QuantizedLinear, self.get_base_layer()).quantized = _quantized_like(before, dense.weight)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the weight from before the merges back, bit for bit."""
+        if "_stand_in" in self.__dict__ or not self.merged:
+            super().unmerge()
+            return
+        base = cast(QuantizedLinear, self.get_base_layer())
+        for name in self.merged_adapters:
+            self._caches.pop(f"{name}-weight_norm", None)  # DoRA's, of no use any more
+            if self.lora_bias.get(name):
+                base.bias.data -= self.lora_B[name].bias * self.scaling[name]
+        self.merged_adapters.clear()
+        base.quantized = self._caches.pop(_UNMERGED)
+
+    @contextmanager
+    def _standing_in(self) -> Iterator[nn.Linear]:
+        """Inside, PEFT's code finds a dense fp32 layer of the decoded weight, and the same bias, as the base."""
+        base = cast(QuantizedLinear, self.get_base_layer())
+        dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(base.quantized.dequantize(torch.float32), requires_grad=False)
+        dense.register_parameter("bias", base.bias)
+        self.__dict__["_stand_in"] = dense  # not an attribute: it must not become a part of the module
+        try:
+            yield dense
+        finally:
+            del self.__dict__["_stand_in"]
+
+
+class QuantizedParamWrapper(ParamWrapper):
+    """PEFT's LoRA on one stack of 4-bit experts: each expert's product is one autograd node with its adapter."""
+
+    def get_param(self) -> Tensor:
+        """A tensor of the stack's shape [E, N, K], dtype and device, all that PEFT asks it for, over one number."""
+        stack = self._stack()
+        if stack is None:
+            return super().get_param()
+        return torch.empty(1, dtype=stack.dtype, device=stack.device).expand(stack.shape)
+
+    def _stack(self) -> QuantizedWeight | None:
+        return cast(QuantizedExperts, self.get_base_layer()).stack(self.parameter_name)
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        if self._stack() is None:
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        adapters = cast(QuantizedExperts, self.get_base_layer()).adapters
+        adapters[self.parameter_name] = [self._factors(name) for name in active_adapters if name in self.lora_A]
+        try:
+            yield
+        finally:
+            del adapters[self.parameter_name]
+
+    def _factors(self, name: str) -> Factors:
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        stacked = b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
+        return a.view(self.num_experts, -1, a.shape[1]), stacked, self.scaling[name]
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the decoded stack, which is quantized anew; its bytes are kept for :meth:`unmerge`."""
+        before, names = self._stack(), check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names or () if name in self.lora_A]
+        if before is None or not names:
+            super().merge(safe_merge, adapter_names)
+            return
+        dense = before.dequantize(torch.float32)
+        for name in names:
+            dense += self.get_delta_weight(name)
+        if safe_merge and not dense.isfinite().all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        self._caches.setdefault(_UNMERGED, before)
+        put_stack(self.get_base_layer(), self.parameter_name, _quantized_like(before, dense))
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the stack from before the merges back, bit for bit."""
+        before = self._caches.pop(_UNMERGED, None)
+        if before is None:
+            super().unmerge()
+            return
+        put_stack(self.get_base_layer(), self.parameter_name, before)
+        self.merged_adapters.clear()
+
+
+QuantizedParamWrapper.__name__ = "ParamWrapper"  # by which PEFT knows a layer that may be wrapped for another stack
+
+
+def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
+    after = quantize(
+        dense, quant_type=before.quant_type, block_size=before.block_size, double_quant=before.double_quant
+    )
+    after.dtype, after.storage_dtype = before.dtype, before.storage_dtype
+    return after
+
+
+def peft_config(**options: Any) -> LoraConfig:
+    """A PEFT ``LoraConfig`` for ``peft.get_peft_model`` on a 4-bit model, with this library's defaults.
+
+    Args:
+        options: PEFT's own; left out, ``r`` is 16, ``lora_alpha`` 32, ``target_modules`` "all-linear" and
+            ``task_type`` "CAUSAL_LM".
+
+    Returns:
+        The config, with :class:`QuantizedLoraLinear` registered for 4-bit layers. What ``PeftModel.from_pretrained``
+        reads from a folder gets the same layers without it.
+    """
+    ours = LoraDefaults()
+    defaults = {"r": ours.r, "lora_alpha": ours.alpha, "target_modules": ours.target_modules, "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**{**defaults, **options})
+    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
+    return config
+
+
+def _register() -> None:
+    """Put our layer before PEFT's default one."""
+    default = lora_model.dispatch_default
+
+    @wraps(default)
+    def dispatch(target: nn.Module, adapter_name: str, *args: Any, **options: Any) -> nn.Module | None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, QuantizedLinear):
+            options.pop("parameter_name", None)
+            return QuantizedLoraLinear(target, adapter_name, *args, **options)
+        if isinstance(base, QuantizedExperts) and options.get("parameter_name") is not None:
+            return QuantizedParamWrapper(target, adapter_name, *args, **options)
+        return default(target, adapter_name, *args, **options)
+
+    lora_model.dispatch_default = dispatch
+
+
+_register()

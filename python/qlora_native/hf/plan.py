@@ -1,0 +1,256 @@
+"""Which stored tensors become which tensors of the model: transformers' renamings and conversions, without its loader.
+
+transformers describes per architecture how the names in published checkpoints map to today's modules, and which
+stored tensors are split, stacked or transposed on the way. Its own loader reads everything through these; here each
+result is read, handed over and dropped before the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from qlora_native.errors import UserError
+from qlora_native.hf.build import MetaModel, first_sentence
+from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor
+
+STATE_MARK = (
+    ".quant_state.bitsandbytes__"  # every 4-bit weight in bitsandbytes' format has one tensor with this in its name
+)
+
+
+@dataclass
+class Plain:
+    """One stored tensor that becomes one tensor of the model."""
+
+    name: str
+    stored: StoredTensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the files."""
+        return self.stored.num_bytes
+
+
+@dataclass
+class FourBit:
+    """The stored tensors of one weight that is 4-bit already; ``prefix`` is what their names begin with."""
+
+    name: str
+    prefix: str
+    parts: list[StoredTensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the files."""
+        return sum(stored.num_bytes for stored in self.parts)
+
+
+@dataclass
+class Converted:
+    """Stored tensors that a conversion of transformers turns into one or more tensors of the model."""
+
+    name: str
+    converter: WeightConverter
+    parts: list[tuple[str, StoredTensor]] = field(default_factory=list)  # (pattern that matched, tensor)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the files."""
+        return sum(stored.num_bytes for _, stored in self.parts)
+
+    def run(self, model: PreTrainedModel, read: Callable[[StoredTensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The results by name. The parts are read here, all of them, and dropped as the conversion consumes them."""
+        for pattern, stored in self.parts:
+            self.converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))
+        try:
+            results = self.converter.convert(self.name, model=model, config=model.config)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the {len(self.parts)} stored tensors around {self.parts[0][1].name} cannot be turned into "
+                f"{self.name}: "
+                f"{first_sentence(error)}"
+            ) from error
+        for name in list(results):
+            result = results.pop(name)
+            yield name, result[0] if isinstance(result, list) else result
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the result is a stack of matrices, each of them parts of its own that stand below one another."""
+        first, *others = self.converter.operations
+        counts = Counter(pattern for pattern, _ in self.parts)
+        kinds = {(stored.dtype, len(stored.shape), stored.shape[1:]) for _, stored in self.parts}
+        return (
+            isinstance(first, MergeModulelist)
+            and first.dim == 0
+            and len(others) <= 1
+            and all(isinstance(op, Concatenate) and op.dim == 1 for op in others)
+            and len(self.converter.target_patterns) == 1
+            and len(set(counts.values())) == 1
+            and len(kinds) == 1
+            and all(dims == 2 for _, dims, _ in kinds)
+        )
+
+    def slices(self, read: Callable[[StoredTensor, Scratch], Tensor]) -> Iterator[Tensor]:
+        """The slices [1, N, K] of a stack, one after another, each valid until the next is asked for.
+
+        The parts are read to where they belong: transformers' operations would make three copies of each, in a heap
+        that keeps the holes.
+        """
+        of_one: dict[str, list[StoredTensor]] = {}
+        for pattern, stored in self.parts:
+            of_one.setdefault(pattern, []).append(stored)
+        ordered = [of_one[pattern] for pattern in self.converter.source_patterns if pattern in of_one]
+        slices = list(zip(*ordered, strict=True))
+        widest = max(2, self.parts[0][1].dtype.itemsize)  # 8-bit floats become 16-bit
+        scratch = Scratch(widest * max(sum(math.prod(stored.shape) for stored in parts) for parts in slices))
+        for parts in slices:
+            end = 0
+            for stored in parts:
+                behind = scratch.behind(end)
+                tensor = read(stored, behind)
+                place = behind.tensor(tensor.dtype, stored.shape)
+                if tensor.data_ptr() != place.data_ptr():  # made of 8-bit floats
+                    place.copy_(tensor)
+                end += place.nbytes
+            yield scratch.tensor(tensor.dtype, (1, sum(stored.shape[0] for stored in parts), tensor.shape[1]))
+
+
+Step = Plain | FourBit | Converted
+
+
+@dataclass
+class Plan:
+    """The steps in the order of the files, and the names in the files that the model has no place for."""
+
+    steps: list[Step]
+    unexpected: list[str]
+    conversions: list[WeightRenaming | WeightConverter]
+    scales: dict[str, StoredTensor]  # of weights stored as 8-bit floats, by the weight's name in the files
+
+    @property
+    def is_four_bit(self) -> bool:
+        return any(isinstance(step, FourBit) for step in self.steps)
+
+
+def make_plan(checkpoint: Checkpoint, tree: MetaModel) -> Plan:
+    """Match every stored tensor with the model."""
+    model, shapes = tree.model, tree.shapes
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+
+    four_bit = {key.partition(STATE_MARK)[0] for key in checkpoint.tensors if STATE_MARK in key}
+    parts: dict[str, list[StoredTensor]] = {key: [] for key in four_bit}
+    scales = {
+        key.removesuffix(SCALE_SUFFIX): stored
+        for key, stored in checkpoint.tensors.items()
+        if key.endswith(SCALE_SUFFIX) and key not in shapes and key.removesuffix(SCALE_SUFFIX) in checkpoint.tensors
+    }
+    steps: dict[str, Step] = {}
+    unexpected: list[str] = []
+    # Some renamings remember what they have seen, and conversions stack in this order: layer 2 before layer 10.
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+        stored = checkpoint.tensors[key]
+        if scales.get(key.removesuffix(SCALE_SUFFIX)) is stored:
+            continue
+        owner = _owner(key, four_bit)
+        if owner is not None:
+            parts[owner].append(stored)
+            if key != owner:
+                continue
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+        if name not in shapes and key in shapes:
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, shapes)
+        if name not in shapes:
+            unexpected.append(key)
+        elif pattern is None:
+            earlier = steps.setdefault(name, FourBit(name, key, parts[key]) if owner else Plain(name, stored))
+            if isinstance(earlier, Plain) and earlier.stored is not stored:
+                raise UserError(f"{stored.file}: tensors {earlier.stored.name} and {key} are both stored for {name}.")
+        elif owner is not None:
+            raise UserError(
+                f"{stored.file}: {key} is 4-bit already, but transformers rearranges this weight of "
+                f"{type(model).__name__} on loading; "
+                f"load the 16-bit model instead."
+            )
+        else:
+            step = steps.setdefault(name, Converted(name, deepcopy(converter_of[pattern])))
+            assert isinstance(step, Converted)
+            step.parts.append((pattern, stored))
+    ordered = sorted(steps.values(), key=_position)
+    return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()], scales)
+
+
+def _owner(key: str, four_bit: set[str]) -> str | None:
+    """The 4-bit weight that the stored tensor ``key`` is a part of."""
+    candidate = key
+    while candidate not in four_bit:
+        candidate, dot, _ = candidate.rpartition(".")
+        if not dot:
+            return None
+    return candidate
+
+
+def _position(step: Step) -> tuple[str, int]:
+    stored = (
+        step.stored if isinstance(step, Plain) else step.parts[0] if isinstance(step, FourBit) else step.parts[0][1]
+    )
+    return str(stored.file), stored.start
+
+
+SCALE_SUFFIX = "_scale_inv"
+FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ROWS = 128  # read at a time; the fp32 products of so many rows exist at once
+
+
+def unscaled(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight [N, K] times its scales [ceil(N / n), ceil(K / k)], each block of n x k by its own, in fp32.
+
+    Block sizes are told by the shapes: the power of two that gives so many blocks, or equal parts.
+
+    Returns:
+        [N, K] in ``dtype``. Raises ValueError if the shapes do not fit.
+    """
+    if weight.dim() != 2 or scales.numel() == 1:
+        return (weight.float() * scales.float().reshape(())).to(dtype)
+    rows, columns = (_block(weight.shape, scales.shape, dim) for dim in (0, 1))
+    per_column = scales.float().repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for start in range(0, weight.shape[0], _ROWS):
+        part = slice(start, start + _ROWS)
+        block = torch.arange(start, min(start + _ROWS, weight.shape[0]), device=weight.device) // rows
+        result[part] = weight[part].float().mul_(per_column[block])
+    return result
+
+
+def _block(shape: torch.Size, grid: torch.Size, dim: int) -> int:
+    if len(grid) == 2:
+        size, count = shape[dim], grid[dim]
+        powers = [1 << bit for bit in range(size.bit_length() + 1) if -(-size // (1 << bit)) == count]
+        if powers:
+            return powers[-1]
+        if size % count == 0:
+            return size // count
+    raise ValueError(f"an 8-bit weight {list(shape)} has scales {list(grid)}: expected one a block of equal size.")

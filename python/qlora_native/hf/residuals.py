@@ -1,0 +1,96 @@
+"""What an adapter can begin with: the 16-bit weights behind a 4-bit model, and the inputs that its layers meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora_native.calibration.data import as_calibration, take_tokens
+from qlora_native.calibration.statistics import InputTaps, Statistics
+from qlora_native.errors import UserError
+from qlora_native.hf.build import MetaModel, is_plain_linear
+from qlora_native.hf.load import LoadReport
+from qlora_native.hf.source import load_tokenizer, open_source
+from qlora_native.lora import LayerStatistics
+from qlora_native.nn.linear import QuantizedLinear
+
+
+def lora_statistics(model: PreTrainedModel, calibration: Any = None, *, full: bool = True) -> Iterator[LayerStatistics]:
+    """What :func:`qlora_native.add_lora` needs for ``init`` "h_svd" (with calibration) and "loftq" (without).
+
+    The 16-bit weights are read again from where the model was loaded, one at a time, while the result is iterated
+    over. The inputs are those of the 4-bit model as it stands, gathered in one pass before the first result.
+
+    Args:
+        model: from :func:`qlora_native.load_model`, 16-bit in its files, without an adapter.
+        calibration: text as :func:`qlora_native.load_model` takes it; by default 128 sequences of 512 tokens, or 16
+            with ``full=False``.
+        full: gather E[x x^T], fp32 [K, K] for each distinct input: 4 K^2 bytes, all layers at once. False gathers its
+            diagonal alone, in next to no memory.
+
+    Raises:
+        UserError: the model's files are gone, 4-bit, or another model's; too little calibration text.
+        ValueError: the model was not loaded by load_model, or has an adapter.
+    """
+    report: LoadReport | None = getattr(model, "load_report", None)
+    layers = {f"{path}.weight": layer for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    if report is None or not layers:
+        raise ValueError("lora_statistics: expected a model from load_model with 4-bit linear layers.")
+    if any(".base_layer." in name for name in layers):
+        raise ValueError("lora_statistics: the model has an adapter already: gather statistics before add_lora.")
+    source = open_source(report.path, torch.bfloat16)
+    tree = MetaModel(source.config, torch.bfloat16, torch.device("cpu"))
+    if source.is_four_bit(tree):
+        raise UserError(
+            f"{report.path} holds 4-bit weights and no 16-bit ones, so what was lost is not known: "
+            "load the 16-bit model."
+        )
+    metrics = {} if calibration is None else _metrics(model, calibration, full, list(layers))
+    return _read(source, tree, layers, metrics)
+
+
+def _read(
+    source: Any, tree: MetaModel, layers: dict[str, QuantizedLinear], metrics: dict[str, Tensor]
+) -> Iterator[LayerStatistics]:
+    for name, value, _ in source.iter_tensors(tree, layers.__contains__, lambda name, stored: False):
+        if name not in layers:  # what transformers converts comes along
+            continue
+        path = name.removesuffix(".weight")
+        there = tree.model.get_submodule(path)
+        transposed = is_plain_linear(there) and not isinstance(there, nn.Linear)
+        yield LayerStatistics(path, value.t() if transposed else value, metrics.get(name))
+
+
+@torch.no_grad()
+def _metrics(model: PreTrainedModel, calibration: Any, full: bool, names: list[str]) -> dict[str, Tensor]:
+    """E[x x^T] or E[x^2] of the inputs of each weight that saw any."""
+    text = model.config.get_text_config()
+    tokens = take_tokens(
+        as_calibration(calibration),
+        "gptq" if full else "wmse",
+        partial(load_tokenizer, str(model.load_report.path)),
+        text.vocab_size,
+        getattr(text, "max_position_embeddings", None),
+    )
+    statistics, taps, training = Statistics(full), InputTaps(), model.training
+    model.eval()
+    try:
+        with taps.on(model, "", names), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for row in tokens.ids:
+                with taps.noting() as inputs:
+                    model.base_model(input_ids=row[None].to(model.device), use_cache=False)
+                statistics.add([inputs], pool)
+    finally:
+        model.train(training)
+    found: dict[str, Tensor] = {}
+    for statistic, keys in statistics.groups():
+        hessian = statistic.hessian()
+        metric = statistic.moment if hessian is None else hessian
+        found |= {name: metric for name, expert in keys if expert is None}
+    return found

@@ -1,0 +1,225 @@
+"""Stacks of experts in 4 bits: transformers' fused experts, whose weights are three-dimensional parameters.
+
+transformers computes every such module by one rule (``transformers.integrations.moe``), told by a few attributes: up
+projection, gate, down projection, each with a slice [N, K] an expert. A module that this rule covers becomes 4-bit one
+parameter at a time and keeps its class, its names and its gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_native.functional import dense_linear, linear, lora_linear
+from qlora_native.nn.linear import in_rows, scales_in
+from qlora_native.nn.substitute import Substitute, substitute_class
+from qlora_native.ops._optim_plan import part_of
+from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, bnb_state_key, from_bnb, to_bnb
+
+Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
+Product = Callable[[str, int, Tensor], Tensor]
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+_SCALES = TENSOR_FIELDS[1:]
+_LAID_OUT = "_absmax_bytes"  # ends the name of the parameter that holds a stack's scales
+
+
+class QuantizedExperts(Substitute):
+    """A module of experts with stacks [E, N, K] in 4 bits; ``forward`` as transformers' own, expert by expert.
+
+    A stack lies under its own name as frozen uint8 [ceil(n/2), 1], its scales beside it as buffers; the state_dict
+    holds the keys of :func:`qlora_native.to_bnb`. ``compute_dtype`` is as in :class:`qlora_native.nn.QuantizedLinear`.
+    """
+
+    compute_dtype: torch.dtype | None = None
+
+    # The class replaced has these.
+    num_experts: int
+    has_gate: bool
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+
+    _stacks: dict[str, QuantizedWeight]
+    _slices: dict[str, list[QuantizedWeight]]
+    adapters: dict[str, list[Factors]]  # of stacks by name, for as long as a forward with them lasts
+
+    def stack(self, name: str) -> QuantizedWeight | None:
+        """The stack of that name as a value, or None if it is dense."""
+        about = self._stacks.get(name)
+        if about is None:
+            return None
+        weight = about._map(lambda tensor: tensor)
+        weight.packed = self._parameters[name].view(-1)  # type: ignore[union-attr]
+        for field in _SCALES:
+            setattr(weight, field, self._buffers.get(f"{name}_{field}"))
+        stored = self._parameters.get(name + _LAID_OUT)
+        if stored is not None:
+            weight.absmax = scales_in(stored, weight.nested_absmax is not None)
+        return weight
+
+    def lay_out_for_sharding(self) -> None:
+        """As that of :class:`qlora_native.nn.QuantizedLinear`, for every stack."""
+        for name, about in self._stacks.items():
+            absmax = self._buffers.pop(f"{name}_absmax", None)
+            if absmax is not None:
+                packed: Any = self._parameters[name]
+                rows, stored = in_rows(packed, absmax, about.numel(), about.block_size)
+                setattr(self, name, rows)
+                setattr(self, name + _LAID_OUT, stored)
+        self._slices.clear()
+
+    @property
+    def is_sharded(self) -> bool:
+        """As :attr:`qlora_native.nn.QuantizedLinear.is_sharded`."""
+        return any(
+            part_of(parameter) is not parameter for parameter in self._parameters.values() if parameter is not None
+        )
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, K] of tokens that go to experts top_k_index [T, k]; returns [T, K]."""
+        return by_expert(self, hidden_states, top_k_index, top_k_weights, product=self._product)
+
+    def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
+        stack = self.stack(name)
+        if stack is None:
+            return dense_linear(x, getattr(self, name)[expert])
+        if self.compute_dtype is not None and self.compute_dtype != x.dtype:
+            return self._product(name, expert, x.to(self.compute_dtype)).to(x.dtype)
+        slices = self._slices.get(name)
+        if slices is None or slices[0].packed.data_ptr() != stack.packed.data_ptr():
+            slices = self._slices[name] = [stack[index] for index in range(self.num_experts)]
+        weight, adapters = slices[expert], self.adapters.get(name)
+        if not adapters:
+            return linear(x, weight)
+        (a, b, scale), *others = adapters
+        y = lora_linear(x, weight, a[expert], b[expert], scale)
+        for a, b, scale in others:
+            low = dense_linear(x, a[expert].to(x.dtype))
+            y = y + dense_linear(low, b[expert].to(x.dtype)) * scale
+        return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedExperts:
+        exact = {name: buffer for name, buffer in self._buffers.items() if name.endswith(_SCALES)}
+        super()._apply(fn, recurse)
+        self._slices.clear()
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slices": {}}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.is_sharded:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        for name, parameter in self._parameters.items():
+            stack = self.stack(name)
+            if stack is not None:
+                destination.update(to_bnb(stack, prefix + name))
+            elif parameter is not None and not name.endswith(_LAID_OUT):
+                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        if self.is_sharded:
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
+        missing_keys: list[str] = others[2]
+        for name, parameter in list(self._parameters.items()):
+            if name not in self._stacks:
+                if prefix + name in state_dict and parameter is not None:
+                    with torch.no_grad():
+                        parameter.copy_(state_dict[prefix + name])
+            elif bnb_state_key(state_dict, prefix + name) is None:
+                missing_keys.append(prefix + name)
+            else:
+                put_stack(self, name, from_bnb(state_dict, prefix + name).to(self._parameters[name].device))  # type: ignore[union-attr]
+
+
+def by_expert(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, product: Product
+) -> Tensor:
+    """The rule of a module that :func:`stacks_of` names, expert by expert: ``product(name, e, x [t, K])`` is x times
+    the transpose of that stack's slice e."""
+    up, activate = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
+    result = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if expert >= experts.num_experts:  # another process has it
+            continue
+        token, position = torch.where(top_k_index == expert)
+        inner = activate(product(up, expert, hidden_states[token]))
+        outer = product("down_proj", expert, inner) * top_k_weights[token, position, None]
+        result = result.index_add(0, token, outer.to(result.dtype))
+    return result
+
+
+def stacks_of(model: nn.Module, block_size: int) -> Iterator[tuple[str, str, Tensor]]:
+    """(module path, parameter name, parameter [E, N, K]) of the dense stacks that can become 4-bit."""
+    for path, module in model.named_modules():
+        if not _is_covered(module):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in STACKS and parameter.dim() == 3 and parameter[0].numel() % block_size == 0:
+                yield path, name, parameter
+
+
+def _is_covered(module: nn.Module) -> bool:
+    """Whether transformers' rule for experts, without biases, transposition and later norms, is all the module does."""
+    settings = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
+    return hasattr(module, "_apply_gate") and all(getattr(module, name, True) is False for name in settings)
+
+
+def put_stack(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
+    """Make ``weight`` [E, N, K] the parameter ``name`` of a module that :func:`stacks_of` names."""
+    if not isinstance(module, QuantizedExperts):
+        module.__class__ = substitute_class(QuantizedExperts, type(module))
+        module._stacks, module._slices, module.adapters = {}, {}, {}  # type: ignore[assignment]
+    assert isinstance(module, QuantizedExperts)
+    if name + _LAID_OUT in module._parameters:
+        raise ValueError(f"{name}: a stack laid out for sharding cannot be exchanged: load it before.")
+    setattr(module, name, nn.Parameter(weight.packed.view(-1, 1), requires_grad=False))
+    for field in _SCALES:
+        module.register_buffer(f"{name}_{field}", getattr(weight, field))
+    module._stacks[name] = weight._map(lambda tensor: None)
+    module._slices.clear()
+
+
+def take_stack(module: QuantizedExperts, name: str, dense: Tensor) -> None:
+    """Put ``dense`` [E, N, K] back in place of the 4-bit stack; the module gets its own class back with the last."""
+    del module._stacks[name]
+    for field in _SCALES:
+        module._buffers.pop(f"{name}_{field}", None)
+    module._parameters.pop(name + _LAID_OUT, None)
+    setattr(module, name, nn.Parameter(dense, requires_grad=False))
+    if not module._stacks:
+        for attribute in ("_stacks", "_slices", "adapters", "compute_dtype"):
+            vars(module).pop(attribute, None)
+        module.__class__ = type(module).__bases__[1]
+
+
+def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, str, QuantizedWeight]]:
+    """(module path, module, parameter name, weight) of every 4-bit stack."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedExperts):
+            for name in list(module._stacks):
+                weight = module.stack(name)
+                assert weight is not None
+                yield path, module, name, weight
+
+
+def without_stacks(conversions: Iterable[Any], model: nn.Module) -> list[Any]:
+    """transformers' conversions but for those that made a 4-bit stack: packed bytes cannot be turned back by them."""
+    names = [f"{path}.{name}" for path, _, name, _ in quantized_stacks(model)]
+    return [
+        entry
+        for entry in conversions
+        if not hasattr(entry, "operations") or not any(_makes(entry, name) for name in names)
+    ]
+
+
+def _makes(entry: Any, name: str) -> bool:
+    return any(name.endswith(str(target).lstrip(".^")) for target in entry.target_patterns)
