@@ -1,7 +1,7 @@
-"""The README's figures, written from bench/results/*-CPU_CLASS.json so that they cannot say anything else.
+"""Write the figures of README.md and docs/performance.md from bench/results/*-CPU_CLASS.json.
 
 python bench/readme.py --write      # after the benches have run
-python bench/readme.py --check      # exit status 1 if README.md is not what the results say
+python bench/readme.py --check      # exit status 1 if a page differs from the results
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import RESULTS, results_of, side_by_side
+from pages import RESULTS, results_of, side_by_side, table
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
@@ -39,11 +39,11 @@ NAMES = {
     "32-bit": "the run with 32-bit states",
 }
 PEERS = {
-    "fp32": "transformers + peft, all in fp32",
+    "fp32": "transformers + PEFT, all in fp32",
     "ours-fp32": "our own step in fp32",
-    "plain": "transformers + peft, bf16 weights, fp32 adapters",
-    "bitsandbytes-tuned": "transformers + peft + bitsandbytes NF4, bf16 adapters on both sides, tuned malloc",
-    "bitsandbytes": "transformers + peft + bitsandbytes NF4, fp32 adapters",
+    "plain": "transformers + PEFT, bf16 weights, fp32 adapters",
+    "bitsandbytes-tuned": "transformers + PEFT + bitsandbytes NF4, bf16 adapters on both sides, tuned malloc",
+    "bitsandbytes": "transformers + PEFT + bitsandbytes NF4, fp32 adapters",
 }
 
 DECODERS = {
@@ -65,7 +65,7 @@ def number(value: float) -> str:
 
 
 def bars(row: Row) -> str:
-    """The bars of a row: what was asked, what was measured."""
+    """The bars of a row: each with its limit, the measured value and whether it was met."""
     words = []
     for bar in row["bars"]:
         rival = NAMES.get(bar["rival"], bar["rival"])
@@ -87,14 +87,19 @@ def faster(row: Row, rival: str) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
+def machines(results: Results) -> str:
+    """The machines, each with the CPU classes that were measured on it."""
+    classes: dict[str, list[str]] = {}
+    for machine in (result["machine"] for result in results.values()):
+        name = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+        classes.setdefault(name, []).append(machine["cpu_isa"])
+    return "; ".join(f"{name} ({', '.join(found)})" for name, found in classes.items())
+
+
 def about(results: Results) -> str:
-    """The script and the machines in words."""
+    """The sentence that names the script and the machines."""
     script = next(f"bench/bench_{result['bench']}.py" for result in results.values())
-    machines = [
-        f"{m['cpu']}, {m['threads']} threads, {m['cpu_isa']}, torch {m['torch']}"
-        for m in (result["machine"] for result in results.values())
-    ]
-    return f"([{script}]({script}); {'; '.join(machines)})"
+    return f"Script: [{script}](../{script}); machine: {machines(results)}."
 
 
 def every(results: Results) -> list[Row]:
@@ -107,13 +112,16 @@ def products(results: Results) -> list[str]:
     names = {name for row in every(results) for name in row["ours_over"]}
     rivals = [name for name in NAMES if name in names and name not in ("linear", "bf16_lora", "fp32_lora")]
     lines = [
-        f"One product with a 4-bit weight {about(results)}: our time, the share of the floor (reading the bytes once,",
-        "or the operations at oneDNN's best rate in the same run), and how many times as fast as each rival we are, by",
-        "the median of paired rounds. For M <= 16 the weights rotate over copies four times the cache.",
+        "## Products with a 4-bit weight",
+        "",
+        "A row has the time of one product, the share of its floor that it reaches, and the speed relative to each rival.",
+        "The floor is reading the bytes once, or the operations at oneDNN's best rate in the same run, whichever is longer.",
+        "Ratios are medians of paired rounds; for M <= 16 the weights rotate over copies that take four times the cache.",
+        about(results),
+        "",
+        "![Time of the forward product against M](linear.png)",
         "",
     ]
-    if (ROOT / "docs/linear.png").exists():
-        lines += ["![Time of the forward product against M](docs/linear.png)", ""]
     head = ["", "M", "ms", "of the floor", *(f"x {NAMES[name]}" for name in rivals), "bar"]
     plain: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
     others: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
@@ -152,8 +160,11 @@ def quantizing(results: Results) -> list[str]:
         for cpu, rows in chosen.items()
     }
     lines = [
-        f"Quantizing bf16 to NF4 with double quantization, and back into a warm `out` {about(results)}.",
-        "The floor is reading the input and writing the output once:",
+        "## Quantizing",
+        "",
+        "bf16 to NF4 with double quantization, and back into an `out` that was written before.",
+        "The floor is reading the input and writing the output once.",
+        about(results),
         "",
     ]
     head = ["", "ms", "of the floor", *(f"x {NAMES[name]}" for name in rivals), "bar"]
@@ -178,8 +189,11 @@ def optimizers(results: Results) -> list[str]:
     }
     sizes = {r["case"]: f"{r['case']}: {r['parameters']:,} in {r['tensors']} tensors" for r in every(results)}
     lines = [
-        f"An optimizer step over fp32 parameters, {'; '.join(sizes.values())} {about(results)}.",
-        "The floor is the step's bytes at the memory's best rate:",
+        "## Optimizer steps",
+        "",
+        f"One step over fp32 parameters: {'; '.join(sizes.values())}.",
+        "The floor is the step's bytes at the memory's best rate.",
+        about(results),
         "",
     ]
     return lines + side_by_side(["", "ms", "of the floor", *(f"x {name}" for name in rivals), "bar"], bodies)
@@ -206,14 +220,16 @@ def training(results: Results) -> list[str]:
                 sides = (" -> ".join(f"{v:.3f}" for v in row["held_out_loss"][name]) for name in ("ours", "theirs"))
                 cells.append(" against ".join(sides))
             bodies[cpu].append([*cells, bars(row)] if not learned else cells)
-    what = "Training steps of four rows of 256 tokens"
+    what = ["## Training", "", "Training steps of four rows of 256 tokens."]
     if learned:
         steps = every(results)[0]["steps"]
-        what = f"The same over {steps} steps on answers, at most 256 tokens a row, with the held-out loss"
+        what = [f"The same over {steps} steps on answers, at most 256 tokens a row, with the held-out loss."]
     lines = [
-        f"{what}: SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantization, here and in the peer,",
-        "from the same 16-bit weights and adapter tensors, on the same batches, the two processes taking turns",
-        f"{about(results)}. Medians and quartiles:",
+        *what,
+        "SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantization, here and in the peer.",
+        "Both sides start from the same 16-bit weights and adapter tensors and take turns on the same batches.",
+        "Speeds are medians with quartiles.",
+        about(results),
         "",
     ]
     head = ["peer", "tokens a second, ours against the peer's", "x", *["of the floor of its products"] * floors]
@@ -227,15 +243,15 @@ def decoding(results: Results) -> list[str]:
         cpu: [[DECODERS[name], spread(values)] for name, values in result["rows"][0]["tokens_per_second"].items()]
         for cpu, result in results.items()
     }
-    asked = [f"{cpu}: {bars(result['rows'][0])}" for cpu, result in results.items()]
-    if len(asked) == 1:
-        asked = [asked[0].partition(": ")[2]]
+    asked = [[cpu, bars(result["rows"][0])] for cpu, result in results.items()]
     lines = [
-        f"Greedy decoding of SmolLM2-135M by transformers' `generate` {about(results)}, medians and quartiles;",
-        f"asked: {'; '.join(asked)}.",
+        "## Generation",
+        "",
+        "Greedy decoding of SmolLM2-135M by transformers' `generate`: medians with quartiles.",
+        about(results),
         "",
     ]
-    return lines + side_by_side(["", "tokens a second"], bodies)
+    return [*lines, *side_by_side(["", "tokens a second"], bodies), *table(["CPU", "bar"], asked)]
 
 
 def paging(results: Results) -> list[str]:
@@ -244,19 +260,26 @@ def paging(results: Results) -> list[str]:
     first = next(iter(shares.values()))[0]
     rivals = list(dict.fromkeys(name for rows in shares.values() for name in rows[0]["ours_over"]))
     disks = [
-        f"the disk reads {result['ceilings']['disk_read_gb_per_s']:g} GB/s and writes\n"
-        f"{result['ceilings']['disk_write_gb_per_s']:g}"
+        f"{result['ceilings']['disk_read_gb_per_s']:g} GB/s and writes {result['ceilings']['disk_write_gb_per_s']:g} GB/s"
         for result in results.values()
     ]
-    notes = dict.fromkeys(f"{note.rstrip('.')}." for result in results.values() for note in result["notes"])
+    notes = dict.fromkeys(
+        f"{sentence.rstrip('.')}."
+        for result in results.values()
+        for note in result["notes"]
+        for sentence in note.split(". ")
+    )
     lines = [
-        f"An AdamW step over {first['parameters']:,} parameters with 32-bit states, a share of them out of memory",
-        f"{about(results)}; {'; '.join(disks)}.",
+        "## Paged optimizer states",
+        "",
+        f"An AdamW step over {first['parameters']:,} parameters with 32-bit states, a share of them in the page file.",
+        f"The disk reads {'; '.join(disks)}.",
+        about(results),
         *notes,
         "",
+        "![Time of a step against the share of states out of memory](paged.png)",
+        "",
     ]
-    if (ROOT / "docs/paged.png").exists():
-        lines += ["![Time of a step against the share of states out of memory](docs/paged.png)", ""]
     names = {"large": "{parameters:,} parameters, states of {state_bytes:,} bytes under {budget_bytes:,}"}
     bodies: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
     others: dict[str, list[list[str]]] = {cpu: [] for cpu in results}
@@ -281,8 +304,10 @@ def paged_learning(results: Results) -> list[str]:
         plain, coded = result["rows"]
         losses = [" -> ".join(f"{value:.4f}" for value in row["held_out_loss"]) for row in (plain, coded)]
         lines += [
-            f"SmolLM2-135M after {plain['steps']} steps {about({cpu: result})}: held-out loss {losses[0]} with 32-bit "
-            f"states in\nmemory, {losses[1]} with 8-bit states in a page file ({bars(coded)}).",
+            f"Held-out loss of SmolLM2-135M over {plain['steps']} steps:",
+            f"{losses[0]} with 32-bit states in memory, {losses[1]} with 8-bit states in a page file",
+            f"({bars(coded)}).",
+            about({cpu: result}),
             "",
         ]
     return lines
@@ -300,22 +325,58 @@ SECTIONS = (
 )
 
 
-def section(folder: Path) -> str:
-    """Everything between the markers."""
+def performance(folder: Path) -> list[str]:
+    """The tables of docs/performance.md."""
     lines = [
-        "Ratios come from runs of both sides in turns; they, not the times, carry over to another machine.",
-        "A bar is what this project set out to reach.",
+        "Ratios come from runs in which both sides take turns; they, not the times, carry over to another machine.",
+        "A bar is a goal that this project set itself.",
         "",
     ]
     for name, write in SECTIONS:
         results = results_of(name, folder)
         if results:
             lines += write(results)
-    return "\n".join([BEGIN, *lines, END])
+    return lines
 
 
-def replaced(text: str, new: str) -> str:
-    """The README with another section.
+def summary(folder: Path) -> list[str]:
+    """The picture and the training table of README.md, and how many bars were met."""
+    results = results_of("train", folder)
+    body = [
+        [
+            cpu,
+            PEERS[row["peer"]],
+            f"{faster(row, 'theirs')} x",
+            " / ".join(number(row["tokens_per_second"][side][1]) for side in ("ours", "theirs")),
+            " / ".join(f"{row['peak_rss_mib'][side]:,}" for side in ("ours", "theirs")),
+        ]
+        for cpu, result in results.items()
+        for row in result["rows"]
+        if not row["peer"].startswith("ours")
+    ]
+    rows = [row for name, _ in SECTIONS for row in every(results_of(name, folder))]
+    met = [met_bars(row) for row in rows]
+    asked, reached = sum(map(len, met)), sum(map(sum, met))
+    return [
+        "![Tokens a second and peak memory of training, against the peers](docs/train.png)",
+        "",
+        "Training steps of SmolLM2-135M, rank 16 on every linear layer, four rows of 256 tokens.",
+        f"Machine: {machines(results)}.",
+        "",
+        *table(["CPU class", "peer", "speed", "tokens a second, ours / peer", "peak memory, MiB, ours / peer"], body),
+        f"Of the {asked} goals that this project set itself, {reached} are met and {asked - reached} are missed.",
+        "[docs/performance.md](docs/performance.md) has all figures, each with its goal and its script.",
+    ]
+
+
+def met_bars(row: Row) -> list[bool]:
+    """Whether each measured bar of a row was met; bars of which one is enough count as one."""
+    met = [bar["met"] for bar in row["bars"] if bar["met"] is not None]
+    return [any(met)] if met and row.get("either_bar") else met
+
+
+def replaced(text: str, lines: Sequence[str]) -> str:
+    """The page with other lines between its markers.
 
     Raises:
         ValueError: the markers are not there, once each and in this order.
@@ -323,25 +384,27 @@ def replaced(text: str, new: str) -> str:
     before, begun, rest = text.partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not begun or not ended or BEGIN in rest or END in after:
-        raise ValueError(f"README.md must hold {BEGIN} and {END} once each, in this order.")
-    return before + new + after
+        raise ValueError(f"The page must hold {BEGIN} and {END} once each, in this order.")
+    return before + "\n".join([BEGIN, "", *lines, "", END]).replace("\n\n\n", "\n\n") + after
 
 
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--write", action="store_true", help="put the figures into README.md")
-    action.add_argument("--check", action="store_true", help="exit 1 if they differ from README.md")
+    action.add_argument("--write", action="store_true", help="put the figures into the pages")
+    action.add_argument("--check", action="store_true", help="exit 1 if a page has other figures")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--performance", type=Path, default=ROOT / "docs/performance.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    text = arguments.readme.read_text(encoding="utf-8")
-    wanted = replaced(text, section(arguments.results))
-    if arguments.write:
-        arguments.readme.write_text(wanted, encoding="utf-8")
-    elif text != wanted:
-        sys.exit(f"{arguments.readme} is not what {arguments.results} says: python bench/readme.py --write")
+    for page, make in ((arguments.readme, summary), (arguments.performance, performance)):
+        text = page.read_text(encoding="utf-8")
+        wanted = replaced(text, make(arguments.results))
+        if arguments.write:
+            page.write_text(wanted, encoding="utf-8")
+        elif text != wanted:
+            sys.exit(f"{page} differs from {arguments.results}: run python bench/readme.py --write")
 
 
 if __name__ == "__main__":
