@@ -97,9 +97,9 @@ def machines(results: Results) -> str:
 
 
 def about(results: Results) -> str:
-    """The sentence that names the script and the machines."""
+    """The two lines that name the script and the machines."""
     script = next(f"bench/bench_{result['bench']}.py" for result in results.values())
-    return f"Script: [{script}](../{script}); machine: {machines(results)}."
+    return f"Script: [{script}](../{script}).\nMachine: {machines(results)}."
 
 
 def every(results: Results) -> list[Row]:
