@@ -1,4 +1,4 @@
-"""Writes the page of the config's keys from the schema.
+"""Write the page of the config's keys from the schema.
 
 python bench/config_page.py > docs/config.md
 """
@@ -19,10 +19,14 @@ def page() -> str:
     lines = [
         "# Keys of the config",
         "",
-        "Made from the schema by `bench/config_page.py`; a test compares. Every key can be given on the command line "
-        "as `--key value`, by its whole name or its last part.",
-        "A file with an unknown key is refused: `qlora config check` tells every mistake at once, `qlora config init` "
-        "writes a commented file, `qlora config list` names the shipped ones.",
+        "On this page you find every key of a training config, with its values and its default.",
+        "Every key can be given on the command line as `--key value`, by its whole name or its last part.",
+        "A file with an unknown key is refused.",
+        "",
+        "- `qlora config init` writes a commented file, `qlora config list` names the shipped ones.",
+        "- `qlora config check` reports every mistake at once.",
+        "",
+        "`bench/config_page.py` writes this page from the schema; a test compares.",
     ]
     block = None
     for key, field in keys().items():
@@ -41,7 +45,7 @@ def _text(value: Any) -> str:
 
 
 def _values(annotation: Any) -> str:
-    """The type of a key in words."""
+    """The type of a key, as the table has it."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{_text(value)}`" for value in arguments)

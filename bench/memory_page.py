@@ -1,8 +1,7 @@
-"""Writes the tables of docs/memory.md: measured ones from results/estimate-*.json, what is saved from the
-estimator.
+"""Write the tables of docs/memory.md, from results/estimate-*.json and from the estimator.
 
 python bench/memory_page.py --write
-python bench/memory_page.py --check      # exit status 1 if docs/memory.md says anything else
+python bench/memory_page.py --check      # exit status 1 if docs/memory.md has other figures
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ def measured() -> list[str]:
         machine = result["machine"]
         about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}, {machine['threads']} thread"
         lines += [
-            f"The largest error is {100 * worst:.1f} % ({about}); of the bytes of weights and of optimizer states, "
-            f"{100 * tensors:.1f} %.",
+            f"The largest error is {100 * worst:.1f} % ({about}).",
+            f"Of the bytes of weights and of optimizer states it is {100 * tensors:.1f} %.",
             "",
         ]
     return lines
 
 
 def saved() -> list[str]:
-    """What the ideas save on the sizes of Llama 3 8B."""
+    """What each idea saves for the sizes of Llama 3 8B."""
     from transformers import AutoConfig
 
     from qlora_native.estimate import Estimator, Setting, of_config
@@ -84,7 +83,7 @@ BLOCKS = {"measured": measured, "saved": saved}
 
 
 def page(text: str) -> str:
-    """The page with its tables written anew."""
+    """The page with its tables rewritten."""
     for name, lines in BLOCKS.items():
         begin, end = (f"<!-- bench/memory_page.py {name} {word} -->" for word in ("begins", "ends"))
         text = between(text, begin, end, lines())

@@ -1,4 +1,4 @@
-"""What the scripts share that write tables between two marks of a page, or check those that are there."""
+"""Shared by the scripts that write tables between two marks of a page, or check them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Result = dict[str, Any]
 
 
 def results_of(name: str, folder: Path = RESULTS) -> dict[str, Result]:
-    """CPU class -> what the bench of that name found there: ``train-avx2.json`` is "train" for "avx2"."""
+    """CPU class -> the results of that bench: ``train-avx2.json`` is "train" for "avx2"."""
     files = {cpu: folder / f"{name}-{cpu}.json" for cpu in CLASSES}
     return {cpu: json.loads(file.read_text(encoding="utf-8")) for cpu, file in files.items() if file.exists()}
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """Markdown."""
+    """A Markdown table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, *body)]
     return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
 
 
 def side_by_side(head: Sequence[str], bodies: Mapping[str, Sequence[Sequence[str]]], keys: int = 1) -> list[str]:
-    """One table of the rows that each CPU class has.
+    """One table of the rows of all CPU classes.
 
-    Rows whose first ``keys`` cells are equal stand together. A column names the class if there is more than one.
+    Rows with equal first ``keys`` cells are adjacent. If there is more than one class, a column names it.
     """
     if len(bodies) == 1:
         return table(head, *bodies.values())
@@ -53,7 +53,7 @@ def write_or_check(about: str | None, page: Path, make: Callable[[str], str], so
     """The command line: ``--write``, or ``--check``, which ends the script, with exit status 1 if the page is stale.
 
     Args:
-        about: the script's docstring. make: the new text of the old one. source: what the tables are made from.
+        about: the script's docstring. make: new text from old text. source: where the figures come from.
     """
     parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
@@ -63,5 +63,5 @@ def write_or_check(about: str | None, page: Path, make: Callable[[str], str], so
     text = page.read_text(encoding="utf-8")
     wanted = make(text)
     if arguments.check:
-        sys.exit(0 if wanted == text else f"docs/{page.name} is not what {source} says: --write it again")
+        sys.exit(0 if wanted == text else f"docs/{page.name} differs from {source}: run the script with --write")
     page.write_text(wanted, encoding="utf-8")

@@ -1,11 +1,12 @@
-"""Writes the tables of docs/quality.md and the picture docs/quality.png from bench/results/quality-*.json.
+"""Write the tables of docs/quality.md and the picture docs/quality.png from bench/results/quality-*.json.
 
 python bench/quality_page.py --write
-python bench/quality_page.py --check      # exit status 1 if docs/quality.md is not what the result says
+python bench/quality_page.py --check      # exit status 1 if docs/quality.md differs from the result
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ def with_error(pair: Sequence[float], factor: float = 1.0, digits: int = 3) -> s
 
 
 def methods(result: dict[str, Any]) -> list[str]:
-    """What each method loses, one table a text."""
+    """The loss of each method, one table a text."""
     lines: list[str] = []
     rows = [row for row in result["rows"] if row["kind"] == "method"]
     texts = {name: text for name, text in result["texts"].items() if name in rows[0]["texts"]}
     for name, text in texts.items():
-        lines += [f"**{name}**: {text['about']}; {text['rows']} windows of {text['length']} tokens.", ""]
+        about = textwrap.fill(f"**{name}**: {text['about']}; {text['rows']} windows of {text['length']} tokens.", 120)
+        lines += [about, ""]
         body = []
         for row in rows:
             found = row["texts"][name]
@@ -48,17 +50,21 @@ def methods(result: dict[str, Any]) -> list[str]:
 
 
 def learning(result: dict[str, Any]) -> list[str]:
-    """What is left of it after fine-tuning."""
+    """The loss after fine-tuning."""
     rows, setting = [row for row in result["rows"] if row["kind"] == "lora"], result["lora"]
     if not rows:
         return []
     rates = " and ".join(f"{rate:g}" for rate in setting["rates"])
     lines = [
-        f"After {setting['steps']} steps of {setting['rows']} x {setting['length']} tokens from the training modules, "
-        f"rank {setting['r']}, alpha {setting['alpha']} on every linear layer, AdamW with warm-up and cosine: the end "
-        f"loss above that of the adapter on the 16-bit base which saw the same batches, in nats a token, on the first "
-        f"{setting['evaluated_rows']} windows of each text. Mean of {rows[0]['runs']} runs: seeds "
-        f"{', '.join(map(str, setting['seeds']))} at peak rates {rates}.",
+        "The next table is after fine-tuning.",
+        f"Each run takes {setting['steps']} steps of {setting['rows']} x {setting['length']} tokens from the training "
+        "modules.",
+        f"The adapter has rank {setting['r']} and alpha {setting['alpha']} on every linear layer; AdamW has warm-up and "
+        "cosine.",
+        "The gap is the end loss above that of the adapter on the 16-bit base with the same batches, in nats a token.",
+        f"It is measured on the first {setting['evaluated_rows']} windows of each text.",
+        f"Figures are the mean of {rows[0]['runs']} runs: seeds {', '.join(map(str, setting['seeds']))} at peak rates "
+        f"{rates}.",
         "",
     ]
     head = [
@@ -86,7 +92,7 @@ def state(bar: dict[str, Any]) -> str:
 
 
 def block(result: dict[str, Any]) -> str:
-    """What stands between the marks of the page."""
+    """The lines between the marks of the page."""
     machine = result["machine"]
     about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
     script = "[bench/bench_quality.py](../bench/bench_quality.py)"

@@ -1,7 +1,7 @@
-"""Writes the table of docs/scaling.md: what `qlora estimate --gpus` says of models that nobody here has the cards for.
+"""Write the table of docs/scaling.md: `qlora estimate --gpus` for models that were not run on such cards.
 
 python bench/scaling_page.py --write
-python bench/scaling_page.py --check      # exit status 1 if docs/scaling.md is not what the estimator says
+python bench/scaling_page.py --check      # exit status 1 if docs/scaling.md differs from the estimator
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ ROWS = (
 
 
 def page(text: str) -> str:
-    """The page with its table written anew."""
+    """The page with its table rewritten."""
     columns = [column(case) for case in CASES]
     head = ["", *(f"{case.model} on {case.gpus} x {case.card} GB" for case in CASES)]
     body = [[name, *(cells[number] for cells in columns)] for number, name in enumerate(ROWS)]
