@@ -21,7 +21,10 @@ PEERS = {
     "fp32": "transformers + PEFT\nfp32",
 }
 TEXT = "#7d8590"  # readable on white and on black
-PANELS = (("tokens a second (more is better)", "tokens_per_second"), ("peak memory, MiB (less is better)", "peak_rss_mib"))
+PANELS = (
+    ("tokens a second (more is better)", "tokens_per_second"),
+    ("peak memory, MiB (less is better)", "peak_rss_mib"),
+)
 
 
 def bars_of(results: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -59,8 +59,8 @@ def learning(result: dict[str, Any]) -> list[str]:
         "The next table is after fine-tuning.",
         f"Each run takes {setting['steps']} steps of {setting['rows']} x {setting['length']} tokens from the training "
         "modules.",
-        f"The adapter has rank {setting['r']} and alpha {setting['alpha']} on every linear layer; AdamW has warm-up and "
-        "cosine.",
+        f"The adapter has rank {setting['r']} and alpha {setting['alpha']} on every linear layer.",
+        "The optimizer is AdamW with warm-up and cosine.",
         "The gap is the end loss above that of the adapter on the 16-bit base with the same batches, in nats a token.",
         f"It is measured on the first {setting['evaluated_rows']} windows of each text.",
         f"Figures are the mean of {rows[0]['runs']} runs: seeds {', '.join(map(str, setting['seeds']))} at peak rates "

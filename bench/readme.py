@@ -114,9 +114,10 @@ def products(results: Results) -> list[str]:
     lines = [
         "## Products with a 4-bit weight",
         "",
-        "A row has the time of one product, the share of its floor that it reaches, and the speed relative to each rival.",
-        "The floor is reading the bytes once, or the operations at oneDNN's best rate in the same run, whichever is longer.",
-        "Ratios are medians of paired rounds; for M <= 16 the weights rotate over copies that take four times the cache.",
+        "A row has the time of one product, the share of its floor, and the speed relative to each rival.",
+        "The floor is the longer of reading the bytes once and the operations at oneDNN's best rate in the same run.",
+        "Ratios are medians of paired rounds.",
+        "For M <= 16 the weights rotate over copies that take four times the cache.",
         about(results),
         "",
         "![Time of the forward product against M](linear.png)",
@@ -260,8 +261,8 @@ def paging(results: Results) -> list[str]:
     first = next(iter(shares.values()))[0]
     rivals = list(dict.fromkeys(name for rows in shares.values() for name in rows[0]["ours_over"]))
     disks = [
-        f"{result['ceilings']['disk_read_gb_per_s']:g} GB/s and writes {result['ceilings']['disk_write_gb_per_s']:g} GB/s"
-        for result in results.values()
+        f"{ceilings['disk_read_gb_per_s']:g} GB/s and writes {ceilings['disk_write_gb_per_s']:g} GB/s"
+        for ceilings in (result["ceilings"] for result in results.values())
     ]
     notes = dict.fromkeys(
         f"{sentence.rstrip('.')}."

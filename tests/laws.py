@@ -367,11 +367,27 @@ def no_unfinished_marks(files: Tree) -> list[str]:
     return lines_with(files, marks, lambda p: p.endswith((*CODE, ".md", ".pyi")), "unfinished")
 
 
+def pages_have_short_lines(files: Tree) -> list[str]:
+    """At most 120 columns outside tables, code blocks and lines that are one URL."""
+    breaches = []
+    for path, text in files.items():
+        if not re.fullmatch(r"(README|CHANGELOG|CONTRIBUTING)\.md|docs/([\w-]+/)*[\w-]+\.md", path):
+            continue
+        fence = ""
+        for number, line in enumerate(text.splitlines(), 1):
+            mark = re.match(r"\s*(```|~~~)", line)
+            if mark and fence in ("", mark[1]):
+                fence = "" if fence else mark[1]
+            elif not fence and len(line) > 120 and not re.match(r"\||    |\s*<?https?://\S+$", line):
+                breaches.append(f"{path}:{number}: {len(line)} columns, at most 120: one sentence a line, or break it")
+    return breaches
+
+
 def environment_is_on_one_page(files: Tree) -> list[str]:
     reads = re.compile(r"(?:getenv\(|environ(?:\.get)?[\[(]|ENV\{|option\(|\benv\s*=)\s*[\"']?(QLORA_\w+)")
     page = files.get("docs/environment.md", "")
     return [
-        f"{path}: {name} is read here but not told in docs/environment.md"
+        f"{path}: {name} is read here and is not in docs/environment.md"
         for path, text in files.items()
         if not path.startswith("tests/")
         for name in sorted(set(reads.findall(text)))

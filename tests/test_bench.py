@@ -1,4 +1,4 @@
-"""The benches' own arithmetic, and that README.md says what the committed results say, no more and no less."""
+"""The benches' own arithmetic, and that README.md and docs/performance.md have the committed results' figures."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import ceilings  # noqa: E402
 import common  # noqa: E402
 import isa_env  # noqa: E402
 import pages  # noqa: E402
+import plot_train  # noqa: E402
 import readme  # noqa: E402
 from children import Child  # noqa: E402
 from common import Bar  # noqa: E402
@@ -168,15 +169,16 @@ def test_every_committed_row_matched_the_reference(file: Path) -> None:
         assert row["bars"] == [] or all(bar["met"] in (True, False, None) for bar in row["bars"])
 
 
-def test_the_readme_says_what_the_results_say() -> None:
+def test_the_pages_have_the_figures_of_the_results() -> None:
     run = subprocess.run([sys.executable, BENCH / "readme.py", "--check"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
-def test_the_readme_check_sees_another_figure(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
+@pytest.mark.parametrize("option", ["--readme", "--performance"])
+def test_the_check_sees_another_figure(option: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
     page.write_text(f"before\n{readme.BEGIN}\n1,000 times as fast\n{readme.END}\nafter\n", encoding="utf-8")
-    command = [sys.executable, str(BENCH / "readme.py"), "--readme", str(page)]
+    command = [sys.executable, str(BENCH / "readme.py"), option, str(page)]
     assert subprocess.run([*command, "--check"], capture_output=True, check=False).returncode == 1
     subprocess.run([*command, "--write"], check=True)
     assert subprocess.run([*command, "--check"], capture_output=True, check=False).returncode == 0
@@ -184,12 +186,25 @@ def test_the_readme_check_sees_another_figure(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "1,000 times" not in text
 
 
+def test_the_picture_of_the_readme_is_of_the_committed_results() -> None:
+    picture = (ROOT / "docs" / "train.png").read_bytes()
+    digest = plot_train.digest(pages.results_of("train"))
+    assert digest.encode() in picture, "run: python bench/plot_train.py docs/train.png"
+
+
 def test_a_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="once each"):
-        readme.replaced("no markers", "new")
+        readme.replaced("no markers", ["new"])
 
 
-def test_a_missed_bar_is_told_as_missed() -> None:
+def test_a_missed_bar_is_listed_as_missed() -> None:
     seconds = {"ours": [1.0] * 3, "onednn_prepacked": [2.0] * 3}
     row = common.timings(seconds, [Bar("onednn_prepacked", 3.5, faster=True), Bar("gone", 1.0)])
     assert readme.bars(row) == "at least 3.5 x oneDNN prepacked: 2, missed; at most 1 of the time of gone: not measured"
+    assert readme.met_bars(row) == [False]
+
+
+def test_bars_of_which_one_is_enough_count_once() -> None:
+    bars = [{"met": True}, {"met": False}, {"met": None}]
+    assert readme.met_bars({"bars": bars}) == [True, False]
+    assert readme.met_bars({"bars": bars, "either_bar": True}) == [True]

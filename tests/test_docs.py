@@ -1,8 +1,9 @@
-"""The pages on other libraries: each one's script, run as it stands in a folder with a small model; and the pages with
-figures: they stand there as the estimator and the results of the benches have them."""
+"""Scripts of the pages on other libraries, run in a folder with a small model; figures of the pages, compared with the
+estimator and the benches' results; names of the reference, compared with the code."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 from laws import ROOT
 from tiny import write_model
+
+import qlora_native as qn
+from qlora_native.cli.main import COMMANDS, main
+from qlora_native.ops._library import SCHEMAS
 
 sys.path.insert(0, str(ROOT / "bench"))
 import memory_page
@@ -44,3 +49,46 @@ def test_the_figures_of_the_page_are_those_that_its_script_writes(module: Any) -
     text = module.PAGE.read_text(encoding="utf-8")
     assert module.page(text) == text, f"run: python bench/{module.__name__}.py --write"
     assert module.page(text.replace("| yes |", "| no |").replace("+0.5 %", "+0.4 %")) == text  # it would be seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference
+
+
+def reference(name: str) -> str:
+    return (DOCS / "reference" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_reference_has_every_public_name_and_no_other() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    entries = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert len(entries) == len(set(entries))
+    for entry in entries:
+        pkgutil.resolve_name(entry)
+    namespaces = {"__version__", "distributed", "nn", "ops", "optim"}
+    assert {f"qlora_native.{name}" for name in set(qn.__all__) - namespaces} <= set(entries)
+
+
+def test_the_page_of_operators_has_every_schema() -> None:
+    assert set(re.findall(r"`(\w+(?:\.out)?)`", reference("ops"))) >= set(SCHEMAS)
+
+
+def test_the_page_of_commands_has_every_command_with_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = re.findall(r"^\| `qlora (\w+)[^|]*\|[^|]*\|([^|]*)\|$", reference("command-line"), re.MULTILINE)
+    assert {name for name, _ in rows} == set(COMMANDS)
+    for name, options in rows:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert set(re.findall(r"`(--[\w-]+)`", options)) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out)), name
+
+
+def test_contributing_names_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "python" / "qlora_native"
+    rooms = {path.stem for path in package.iterdir() if path.suffix in ("", ".py")} - {
+        "__init__",
+        "__main__",
+        "__pycache__",
+    }
+    listed = set(re.findall(r"[\w/]+", text.partition("from the bottom up")[2].partition("`tests/laws.py`")[0]))
+    assert {room for room in rooms if room not in listed and f"{room}/" not in listed} == set()

@@ -20,7 +20,7 @@ ELSEWHERE = ("pip install", "hf download")  # what a test cannot run: it would n
 def blocks(page: str) -> list[tuple[str, str, str]]:
     """(language, title, text) of each block of code."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return re.findall(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def test_every_step_of_the_tutorial_runs(
