@@ -365,8 +365,8 @@ def summary(folder: Path) -> list[str]:
         f"Machine: {machines(results)}.",
         "",
         *table(["CPU class", "peer", "speed", "tokens a second, ours / peer", "peak memory, MiB, ours / peer"], body),
-        f"Of the {asked} goals that this project set itself, {reached} are met and {asked - reached} are missed.",
         "[docs/performance.md](docs/performance.md) has all figures, each with its goal and its script.",
+        f"Of the {asked} goals on that page {reached} are met and {asked - reached} are missed.",
     ]
 
 
