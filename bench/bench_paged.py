@@ -40,7 +40,7 @@ from common import (
 from paged_loop import PlainLoop, disk_rates, largest_resident
 
 import qlora_native as qn
-from qlora_native.optim.pages import CHUNK_BYTES
+from qlora_native.optim.paging import CHUNK_BYTES
 
 Row = dict[str, Any]
 LR, DECAY = 1e-4, 0.01

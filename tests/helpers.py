@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
 import tempfile
+from typing import Any
 
 import pytest
 import torch
@@ -74,3 +76,11 @@ def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of the truth, in double precision."""
     difference = (got.detach().double() - truth.detach().double()).norm()
     return float(difference / truth.detach().double().norm().clamp_min(1e-30)) if truth.numel() else 0.0
+
+
+def through_a_file(saved: Any, **options: Any) -> Any:
+    """What torch.load gives of what torch.save wrote."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, **options)

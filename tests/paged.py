@@ -1,34 +1,49 @@
-"""What the tests of paged optimizers share."""
+"""What the tests of optimizers share: parameters, gradients, training, and page files in pytest's folder."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import same_bytes
 
 import qlora_native as qn
+from qlora_native import _C
+from qlora_native.optim import paging
 
 Params = list[torch.nn.Parameter]
+Made = tuple[Params, Any]  # parameters and their optimizer
 MIB = 1 << 20
-SIZES = (5, 4097, 600_000, 0, 70_000, 800_000)  # small ones that share a chunk, and some that are cut
+LEAST = 256 * _C.page_bytes
+SIZES = (5, 4097, 600_000, 0, 70_000, 800_000)  # small ones that share a chunk, and some that are split
 OPTIMIZERS = (qn.optim.AdamW, qn.optim.Adam, qn.optim.Lion)
 
 
-def parameters(dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = SIZES) -> Params:
+def parameters(dtype: torch.dtype = torch.float32, sizes: Sequence[int | tuple[int, ...]] = SIZES) -> Params:
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
 
 
-def give_grads(params: Params, seed: int) -> None:
-    """Now and then a parameter has none."""
+@pytest.fixture
+def page_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for page files, and no watcher: the tests call for the moves."""
+    if _C.lies_in_memory(str(tmp_path)):
+        pytest.skip("temporary files lie in memory here: pytest --basetemp names a folder on a disk")
+    monkeypatch.setattr(paging, "watch", lambda *_: None)
+    return tmp_path
+
+
+def give_grads(params: Params, seed: int, scale: float = 1.0, skip: bool = True) -> None:
+    """With ``skip``, now and then a parameter has none."""
     generator = torch.Generator().manual_seed(seed)
     for i, param in enumerate(params):
-        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-        param.grad = None if (seed + i) % 7 == 6 else grad
+        grad = (torch.randn(param.shape, generator=generator) * scale).to(param.dtype)
+        param.grad = None if skip and (seed + i) % 7 == 6 else grad
 
 
 def train(
@@ -36,35 +51,43 @@ def train(
     params: Params,
     seeds: range,
     after: Callable[[int], None] = lambda seed: None,
+    skip: bool = True,
 ) -> None:
     for seed in seeds:
-        give_grads(params, seed)
+        give_grads(params, seed, skip=skip)
         optimizer.step()
         after(seed)
 
 
-def same_training(a: tuple[Params, Any], b: tuple[Params, Any]) -> bool:
+def train_all(made: list[Made] | tuple[Made, ...], seeds: range) -> None:
+    for params, optimizer in made:
+        train(optimizer, params, seeds)
+
+
+def same_params(a: Params, b: Params) -> bool:
+    return all(same_bytes(x.detach(), y.detach()) for x, y in zip(a, b, strict=True))
+
+
+def same_training(a: Made, b: Made) -> bool:
     """Parameters and states, byte for byte."""
-    for p, q in zip(a[0], b[0], strict=True):
-        mine, theirs = a[1].state[p], b[1].state[q]
-        if mine.keys() != theirs.keys() or not same_bytes(p.detach(), q.detach()):
-            return False
-        if not all(same_bytes(mine[key], theirs[key]) for key in mine):
-            return False
-    return True
+    states = [[made[1].state[param] for param in made[0]] for made in (a, b)]
+    return same_params(a[0], b[0]) and all(
+        mine.keys() == theirs.keys() and all(same_bytes(mine[key], theirs[key]) for key in mine)
+        for mine, theirs in zip(*states, strict=True)
+    )
 
 
 @contextmanager
 def sampled(optimizer: Any) -> Iterator[list[int]]:
-    """The resident bytes of its states, seen again and again by another thread."""
+    """The resident bytes of its states, read again and again by another thread."""
     seen: list[int] = []
     ends = threading.Event()
 
-    def look() -> None:
+    def read() -> None:
         while not ends.wait(0.0005):
             seen.append(optimizer.paging_statistics()["resident_bytes"])
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=read)
     thread.start()
     try:
         yield seen

@@ -1,8 +1,8 @@
-"""adamw_step against torch.optim in double precision, and its bytes against the plain-torch rule on every instruction
-set."""
+"""adamw_step against torch.optim in double precision; the bytes of both rules against plain torch on every ISA."""
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -18,94 +18,102 @@ from qlora_native.cases import FLOAT_DTYPES
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 
-OP = torch.ops.qlora_native.adamw_step
 SIZES = (0, 1, 7, 15, 16, 17, 255, 256, 257, 1000, 4096, 5001, 40_000)
-OPTIONS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw_step": {"lr": 3e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True},
+    "lion_step": {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1},
+}
+MOMENTS = {"adamw_step": {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}, "lion_step": {"exp_avg": torch.int8}}
+
+both_rules = pytest.mark.parametrize("op", list(OPTIONS))
+both_forms = pytest.mark.parametrize("coded", [False, True], ids=["32-bit", "8-bit"])
 
 
 class Lists:
-    """The lists of an op call, freshly made or copied."""
+    """The lists of an op call by name, in the op's order."""
 
-    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, coded: bool) -> None:
-        self.params = [torch.randn(n).to(dtype) for n in sizes]
-        self.grads = [torch.randn(n).to(dtype) for n in sizes]
-        kind: tuple[torch.dtype, torch.dtype] = (torch.int8, torch.uint8) if coded else (torch.float32, torch.float32)
-        self.exp_avgs = [torch.zeros(n, dtype=kind[0]) for n in sizes]
-        self.exp_avg_sqs = [torch.zeros(n, dtype=kind[1]) for n in sizes]
-        self.absmaxes = [[torch.zeros(-(-n // 256)) for n in sizes] if coded else [] for _ in "mv"]
-        self.steps = [torch.zeros(()) for _ in sizes]
+    def __init__(
+        self, op: str, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, coded: bool = False
+    ) -> None:
+        self.op = op
+        self.lists = {name: [torch.randn(n).to(dtype) for n in sizes] for name in ("param", "grad")}
+        for name, codes in MOMENTS[op].items():
+            self.lists[name] = [torch.zeros(n, dtype=codes if coded else torch.float32) for n in sizes]
+        for name in MOMENTS[op]:
+            self.lists[f"{name}_absmax"] = [torch.zeros(-(-n // 256)) for n in sizes] if coded else []
+        if op == "adamw_step":
+            self.lists["step"] = [torch.zeros(()) for _ in sizes]
 
-    def all(self) -> tuple[Any, ...]:
-        return self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, *self.absmaxes, self.steps
+    def __getitem__(self, name: str) -> list[torch.Tensor]:
+        return self.lists[name]
 
     def copy(self) -> Lists:
-        other = object.__new__(Lists)
-        lists = [[t.clone() for t in part] for part in self.all()]
-        other.params, other.grads, other.exp_avgs, other.exp_avg_sqs, *other.absmaxes, other.steps = lists
-        return other
+        return copy.deepcopy(self)
 
     def new_grads(self) -> None:
-        for grad in self.grads:
+        for grad in self["grad"]:
             grad.copy_(torch.randn(grad.shape) * torch.rand(grad.shape).pow(4))
 
+    def arguments(self, grad_factor: float = 1.0, **options: Any) -> tuple[Any, ...]:
+        return *self.lists.values(), *{**OPTIONS[self.op], **options}.values(), grad_factor
+
     def call(self, grad_factor: float = 1.0, **options: Any) -> None:
-        OP(*self.all(), *{**OPTIONS, **options}.values(), grad_factor)
+        getattr(torch.ops.qlora_native, self.op)(*self.arguments(grad_factor, **options))
 
     def reference(self, grad_factor: float = 1.0, **options: Any) -> None:
-        for i in range(len(self.params)):
-            first, second = (part[i] if part else None for part in self.absmaxes)
-            reference.adamw_step(
-                self.params[i], self.grads[i], self.exp_avgs[i], self.exp_avg_sqs[i], first, second,
-                self.steps[i],
-                grad_factor=grad_factor, **{**OPTIONS, **options},
-            )  # fmt: skip
+        for i in range(len(self["param"])):
+            tensors = (part[i] if part else None for part in self.lists.values())
+            getattr(reference, self.op)(*tensors, grad_factor=grad_factor, **{**OPTIONS[self.op], **options})
 
     def same(self, other: Lists) -> bool:
-        pairs = zip(self.all(), other.all(), strict=True)
+        pairs = zip(self.lists.values(), other.lists.values(), strict=True)
         return all(same_bytes(a, b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_follows_torch_in_double_precision(decoupled: bool, weight_decay: float) -> None:
-    lists = Lists(SIZES[1:], torch.float32, coded=False)
-    params = [torch.nn.Parameter(p.double()) for p in lists.params]
+    lists = Lists("adamw_step", SIZES[1:])
+    params = [torch.nn.Parameter(p.double()) for p in lists["param"]]
     rule = torch.optim.AdamW if decoupled else torch.optim.Adam
     theirs = rule(params, lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=weight_decay)
     for _ in range(30):
         lists.new_grads()
-        for param, grad in zip(params, lists.grads, strict=True):
+        for param, grad in zip(params, lists["grad"], strict=True):
             param.grad = grad.double()
         theirs.step()
         lists.call(decoupled=decoupled, weight_decay=weight_decay)
-    for ours, param in zip(lists.params, params, strict=True):
+    for ours, param in zip(lists["param"], params, strict=True):
         assert (ours - param).abs().max() < 4e-6  # half an ulp a step
         assert relative_error(ours, param) < 1e-6
-    for name, states in (("exp_avg", lists.exp_avgs), ("exp_avg_sq", lists.exp_avg_sqs)):
-        for state, param in zip(states, params, strict=True):
+    for name in MOMENTS["adamw_step"]:
+        for state, param in zip(lists[name], params, strict=True):
             assert relative_error(state, theirs.state[param][name]) < 1e-6
 
 
-@pytest.mark.parametrize("coded", [False, True], ids=["32-bit", "8-bit"])
+@both_forms
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("decoupled", [True, False])
-def test_bytes_are_those_of_the_rule(dtype: torch.dtype, coded: bool, decoupled: bool) -> None:
-    lists = Lists(SIZES, dtype, coded)
+@pytest.mark.parametrize(
+    ("op", "options"), [("adamw_step", {"decoupled": True}), ("adamw_step", {"decoupled": False}), ("lion_step", {})]
+)
+def test_bytes_are_those_of_the_rule(op: str, options: dict[str, bool], dtype: torch.dtype, coded: bool) -> None:
+    lists = Lists(op, SIZES, dtype, coded)
     expected = lists.copy()
-    for factor in (1.0, 0.37, 1e-3, 1.0):
+    for factor in (1.0, 0.37, 1e-3, 1e-4, 1.0):
         lists.new_grads()
-        expected.grads = [grad.clone() for grad in lists.grads]
-        lists.call(factor, decoupled=decoupled)
-        expected.reference(factor, decoupled=decoupled)
+        lists["grad"][-1][::3] = 0  # for Lion, a sign of 0 moves nothing but the decay
+        expected.lists["grad"] = [grad.clone() for grad in lists["grad"]]
+        lists.call(factor, **options)
+        expected.reference(factor, **options)
         assert lists.same(expected)
 
 
 @pytest.mark.devices("cpu")
-@pytest.mark.parametrize("coded", [False, True], ids=["32-bit", "8-bit"])
+@both_forms
 def test_subnormals_and_flush_flags(coded: bool) -> None:
-    lists = Lists((600,), torch.float32, coded)
-    lists.params[0] *= 1e-38
-    lists.grads[0] *= 1e-20
+    lists = Lists("adamw_step", (600,), coded=coded)
+    lists["param"][0] *= 1e-38
+    lists["grad"][0] *= 1e-20
     expected = lists.copy()
     expected.reference(lr=1e-40, eps=1e-30)
     if not torch.set_flush_denormal(True):
@@ -118,9 +126,10 @@ def test_subnormals_and_flush_flags(coded: bool) -> None:
 
 
 @pytest.mark.devices("cpu")
-@pytest.mark.parametrize("coded", [False, True], ids=["32-bit", "8-bit"])
-def test_thread_count_does_not_change_bytes(coded: bool) -> None:
-    start = Lists((100, 70_000, 3, 40_001, 256), torch.float32, coded)
+@both_rules
+@both_forms
+def test_thread_count_does_not_change_bytes(op: str, coded: bool) -> None:
+    start = Lists(op, (100, 70_000, 3, 40_001, 256), coded=coded)
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2, 5):
@@ -133,108 +142,106 @@ def test_thread_count_does_not_change_bytes(coded: bool) -> None:
     assert results[0].same(results[1]) and results[0].same(results[2])
 
 
-def test_non_finite_gradients_spread_as_far_as_said() -> None:
+def test_non_finite_gradients_spread_no_further_than_documented() -> None:
     """32-bit: the element alone, as in torch. 8-bit: its block of 256."""
     for coded, reach in ((False, 1), (True, 256)):
-        lists = Lists((1024,), torch.float32, coded)
-        lists.grads[0][300] = float("nan")
+        lists = Lists("adamw_step", (1024,), coded=coded)
+        lists["grad"][0][300] = float("nan")
         lists.call()
-        assert int(lists.params[0].isnan().sum()) == 1
+        assert int(lists["param"][0].isnan().sum()) == 1
         lists.new_grads()
         lists.call()
-        assert int(lists.params[0].isnan().sum()) == reach
+        assert int(lists["param"][0].isnan().sum()) == reach
 
 
 def test_a_second_moment_does_not_vanish() -> None:
     """A gradient 10^6 times smaller than its block's largest: were it coded to 0, the next step would divide by eps."""
-    lists = Lists((4096,), torch.float32, True)
-    lists.grads[0].fill_(1e-6)
-    lists.grads[0][::256] = 1.0
+    lists = Lists("adamw_step", (4096,), coded=True)
+    lists["grad"][0].fill_(1e-6)
+    lists["grad"][0][::256] = 1.0
     lists.call(weight_decay=0.0)
-    assert (lists.exp_avg_sqs[0] > 0).all()
-    before = lists.params[0].clone()
-    lists.grads[0].zero_()
+    assert (lists["exp_avg_sq"][0] > 0).all()
+    before = lists["param"][0].clone()
+    lists["grad"][0].zero_()
     lists.call(weight_decay=0.0)
-    assert (lists.params[0] - before).abs().max() < 2 * OPTIONS["lr"]
+    assert (lists["param"][0] - before).abs().max() < 2 * OPTIONS["adamw_step"]["lr"]
 
 
+@both_rules
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_gradients_of_another_dtype(dtype: torch.dtype) -> None:
-    lists = Lists((300,), dtype, False)
-    lists.grads = [torch.randn(300)]
+def test_gradients_of_another_dtype(op: str, dtype: torch.dtype) -> None:
+    lists = Lists(op, (300,), dtype)
+    lists.lists["grad"] = [torch.randn(300)]
     expected = lists.copy()
     lists.call()
     expected.reference()
     assert lists.same(expected)
 
 
-def test_non_contiguous() -> None:
-    lists = Lists((40 * 60,), torch.float32, False)
-    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
-        setattr(lists, name, [t.reshape(40, 60) for t in getattr(lists, name)])
+@both_rules
+def test_non_contiguous(op: str) -> None:
+    lists = Lists(op, (40 * 60,))
+    for name in ("param", "grad", *MOMENTS[op]):
+        lists.lists[name] = [t.reshape(40, 60) for t in lists[name]]
     expected = lists.copy()
-    lists.params = [torch.empty(60, 40).t().copy_(lists.params[0])]
-    lists.grads = [torch.empty(40, 120)[:, ::2].copy_(lists.grads[0])]
+    lists.lists["param"] = [torch.empty(60, 40).t().copy_(lists["param"][0])]
+    lists.lists["grad"] = [torch.empty(40, 120)[:, ::2].copy_(lists["grad"][0])]
     lists.call()
     expected.call()
-    assert not lists.params[0].is_contiguous()
+    assert not lists["param"][0].is_contiguous()
     assert lists.same(expected)
 
 
 def test_misaligned() -> None:
-    lists = Lists((1001,), torch.bfloat16, True)
+    lists = Lists("adamw_step", (1001,), torch.bfloat16, coded=True)
     expected = lists.copy()
     expected.call()
-    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
-        (t,) = getattr(lists, name)
+    for name in ("param", "grad", "exp_avg", "exp_avg_sq"):
+        (t,) = lists[name]
         whole = torch.empty(1002, dtype=t.dtype)
         whole[1:] = t
-        setattr(lists, name, [whole[1:]])
+        lists.lists[name] = [whole[1:]]
     lists.call()
     assert lists.same(expected)
 
 
-@pytest.mark.parametrize("coded", [False, True], ids=["32-bit", "8-bit"])
-def test_opcheck(coded: bool) -> None:
-    lists = Lists((300, 5), torch.float32, coded)
-    torch.library.opcheck(OP.default, (*lists.all(), *OPTIONS.values(), 1.0))
+@both_rules
+@both_forms
+def test_opcheck(op: str, coded: bool) -> None:
+    lists = Lists(op, (300, 5), coded=coded)
+    torch.library.opcheck(getattr(torch.ops.qlora_native, op).default, lists.arguments())
 
 
-def test_the_path_of_other_devices() -> None:
+@both_rules
+def test_the_path_of_other_devices(op: str) -> None:
     """The kernel registered for devices without one of their own, called by hand: there is no such device here."""
-    lists = Lists((300, 5), torch.float32, True)
+    lists = Lists(op, (300, 5), coded=True)
     expected = lists.copy()
-    qn.ops.adamw_step.anywhere(*lists.all(), *OPTIONS.values(), 0.5)
+    getattr(qn.ops, op).anywhere(*lists.arguments(0.5))
     expected.call(0.5)
     assert lists.same(expected)
 
 
 def test_refuses_in_words() -> None:
-    lists = Lists((300, 5), torch.float32, True)
-    lists.absmaxes[0][1] = torch.zeros(2)
-    with pytest.raises(
-        ValueError, match=r"exp_avg 1 is torch.int8 \[5\] on \w+(:0)? with an absmax of torch.float32 \[2\]"
-    ):
-        lists.call()
-    lists = Lists((300,), torch.float64, False)
-    with pytest.raises(ValueError, match=r"parameter 0 is torch.float64: expected float32, bfloat16 or float16"):
-        lists.call()
-    lists = Lists((300,), torch.float32, False)
-    lists.steps = []
-    with pytest.raises(ValueError, match="expected 1 step counters"):
-        lists.call()
-    lists.grads = [torch.zeros(299)]
-    with pytest.raises(ValueError, match=r"parameter 0 is \[300\] on \w+(:0)?, its gradient \[299\]"):
-        lists.call()
-    with pytest.raises(ValueError, match="grad is a null pointer, but 4 elements are expected"):
-        qn._C.adamw_step(qn.ops._tensor_rows.address_of(rows := null_row()), 1, [(0.1,) * 5 + (True,)], 1.0)
-    assert len(rows) == qn._C.optim_row_length
+    def refuses(message: str, dtype: torch.dtype = torch.float32, coded: bool = False, **changed: Any) -> None:
+        lists = Lists("adamw_step", (300, 5), dtype, coded)
+        lists.lists |= changed
+        with pytest.raises(ValueError, match=message):
+            lists.call()
 
-
-def null_row() -> Any:
+    refuses(
+        r"exp_avg 1 is torch.int8 \[5\] on \w+(:0)? with an absmax of torch.float32 \[2\]",
+        coded=True,
+        exp_avg_absmax=[torch.zeros(2), torch.zeros(2)],
+    )
+    refuses(r"parameter 0 is torch.float64: expected float32, bfloat16 or float16", torch.float64)
+    refuses("expected 2 step counters", step=[])
+    refuses(r"parameter 0 is \[300\] on \w+(:0)?, its gradient \[299\]", grad=[torch.zeros(299), torch.zeros(5)])
     row = [0] * qn._C.optim_row_length
     row[qn.ops._tensor_rows.NUMEL] = 4
-    return qn.ops._tensor_rows.table_of([row])
+    table = qn.ops._tensor_rows.table_of([row])
+    with pytest.raises(ValueError, match="grad is a null pointer, but 4 elements are expected"):
+        qn._C.adamw_step(qn.ops._tensor_rows.address_of(table), 1, [(0.1,) * 5 + (True,)], 1.0)
 
 
 DIGEST = """
@@ -263,14 +270,11 @@ def test_same_bytes_on_every_isa() -> None:
     digests = {}
     for isa in qn.build_info()["isas_built"]:
         environment = {**os.environ, "QLORA_NATIVE_ISA": isa}
-        run = subprocess.run(
-            [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=False
-        )
+        run = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True)
         if run.returncode:
             assert "this machine and build offer" in run.stderr, run.stderr
             continue
         used, digest = run.stdout.split()
         assert used == isa
         digests[isa] = digest
-    assert len(digests) >= 1
     assert len(set(digests.values())) == 1, digests

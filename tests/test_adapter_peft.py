@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_lora_model import fill
 from tiny_models import dense_twin, distance, logits, make, save
 from torch import nn
 
@@ -26,13 +27,6 @@ peft = pytest.importorskip("peft")
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 RANKS = {"q_proj": 4, r"layers\.1\..*up_proj": 2}
-
-
-def fill(model: nn.Module) -> None:
-    """Give B values, and A other ones than it begins with."""
-    generator = torch.Generator().manual_seed(7)
-    for _, layer in lora_layers(model):
-        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=generator) * 0.05
 
 
 def peft_model(base: nn.Module, **options: Any) -> Any:
@@ -48,7 +42,7 @@ def peft_model(base: nn.Module, **options: Any) -> Any:
 OURS: list[dict[str, Any]] = [
     {},
     {"rslora": True, "alpha": 5},
-    {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"]},  # short names would say too much
+    {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"]},  # short names would select too much
     {"rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}},
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     {"dropout": 0.25},
@@ -129,9 +123,8 @@ def test_the_files_are_as_peft_writes_them(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "ours")
     peft_model(make(), r=4, target_modules="all-linear").save_pretrained(tmp_path / "theirs")
     ours, theirs = (load_file(tmp_path / name / TENSORS) for name in ("ours", "theirs"))
-    assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {
-        name: (t.shape, t.dtype) for name, t in theirs.items()
-    }
+    forms = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (ours, theirs)]
+    assert forms[0] == forms[1]
     with safe_open(tmp_path / "ours" / TENSORS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
     config = json.loads((tmp_path / "ours" / CONFIG).read_text())
@@ -203,7 +196,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
     ("DoRA", lambda f: edit_config(f, use_dora=True), "sets use_dora to True, which this library does not compute"),
     ("biases", lambda f: edit_config(f, bias="all"), "sets bias to 'all'"),
     ("PiSSA", lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), "pissa_niter_4.*changes the base"),
-    ("config of another rank", lambda f: edit_config(f, r=8), r"is \[4, 96\], but adapter_config\.json says rank 8"),
+    ("config of another rank", lambda f: edit_config(f, r=8), r"is \[4, 96\], but adapter_config\.json has rank 8"),
     ("no rank", lambda f: edit_config(f, r=None), "cannot be used"),
     ("half a pair", lambda f: edit_tensors(f, lambda t: t.pop(KEY)), "holds lora_B of .*q_proj but not its partner"),
     ("nothing", lambda f: edit_tensors(f, lambda t: t.clear()), "holds no lora_A and lora_B"),
@@ -227,49 +220,44 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "says"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+@pytest.mark.parametrize(("damage", "message"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
 def test_wrong_adapters_are_one_sentence(
-    tmp_path: Path, sound: Path, damage: Callable[[Path], object], says: str
+    tmp_path: Path, sound: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(sound / "adapter", adapter)
     damage(adapter)
     model = load_model(sound / "base")
     before = logits(model)
-    with pytest.raises(qn.UserError) as told:
+    with pytest.raises(qn.UserError, match=message) as error:
         load_adapter(model, adapter)
-    sentence = str(told.value)
-    assert re.search(says, sentence), sentence
-    assert str(adapter) in sentence
-    assert "\n" not in sentence
-    assert sentence.endswith(".")
+    assert str(adapter) in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
     assert torch.equal(logits(model), before), "the model must be as it was"
 
 
 def test_an_adapter_of_another_base(tmp_path: Path, sound: Path) -> None:
-    wider = load_model(save(tmp_path / "wider", intermediate_size=128))
-    with pytest.raises(
-        qn.UserError, match=r"down_proj is for 96 inputs and 64 outputs.*has 128 and 64.*trained on .*base"
+    for name, changes, message in (
+        (
+            "wider",
+            {"intermediate_size": 128},
+            "down_proj is for 96 inputs and 64 outputs.*128 and 64.*trained on .*base",
+        ),
+        ("shallow", {"num_hidden_layers": 1}, r"for model\.layers\.1\..*but LlamaForCausalLM has no such module"),
+        ("other", {"kind": "GPT2"}, "GPT2LMHeadModel has no such module"),
     ):
-        load_adapter(wider, sound / "adapter")
-    shallow = load_model(save(tmp_path / "shallow", num_hidden_layers=1))
-    with pytest.raises(qn.UserError, match=r"for model\.layers\.1\..*but LlamaForCausalLM has no such module"):
-        load_adapter(shallow, sound / "adapter")
-    other = load_model(save(tmp_path / "other", "GPT2"))
-    with pytest.raises(qn.UserError, match="GPT2LMHeadModel has no such module"):
-        load_adapter(other, sound / "adapter")
+        with pytest.raises(qn.UserError, match=message):
+            load_adapter(load_model(save(tmp_path / name, **changes)), sound / "adapter")
 
 
 def test_an_adapter_other_than_the_models(sound: Path) -> None:
-    def model_with(**options: Any) -> nn.Module:
-        return add_lora(load_model(sound / "base"), LoraConfig(**options))
-
-    with pytest.raises(qn.UserError, match=r"has rank 4 and scale 8, the model's has rank 8 and scale 4"):
-        load_adapter(model_with(r=8), sound / "adapter")
-    with pytest.raises(qn.UserError, match=r"scale 8, the model's has rank 4 and scale 16"):
-        load_adapter(model_with(r=4, rslora=True), sound / "adapter")
-    with pytest.raises(qn.UserError, match=r"changes 14 layers and the model's adapter 2"):
-        load_adapter(model_with(r=4, target_modules=["q_proj"]), sound / "adapter")
+    for options, message in (
+        ({"r": 8}, "has rank 4 and scale 8, the model's has rank 8 and scale 4"),
+        ({"r": 4, "rslora": True}, "scale 8, the model's has rank 4 and scale 16"),
+        ({"r": 4, "target_modules": ["q_proj"]}, "changes 14 layers and the model's adapter 2"),
+    ):
+        with pytest.raises(qn.UserError, match=message):
+            load_adapter(add_lora(load_model(sound / "base"), LoraConfig(**options)), sound / "adapter")
 
 
 def test_saving_without_an_adapter() -> None:
@@ -302,15 +290,10 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path, sound: Path) -> None
     adapter = tmp_path / "adapter"
     shutil.copytree(sound / "adapter", adapter)
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(sound / "base"), str(adapter)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert re.search("cannot write the adapter to .*; the adapter that was there is unchanged", done.stdout), (
-        done.stderr
-    )
+    command = [sys.executable, "-c", FULL_DISK, str(sound / "base"), str(adapter)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    unchanged = "cannot write the adapter to .*; the adapter that was there is unchanged"
+    assert re.search(unchanged, done.stdout), done.stderr
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error, same_bytes, same_values
+from helpers import relative_error, same_bytes, same_values, through_a_file
 from torch import Tensor, nn
 
 import qlora_native as qn
@@ -85,12 +84,7 @@ def test_each_reads_what_the_other_made(
     theirs: Any, quant_type: str, nested: bool, storage: torch.dtype, dtype: torch.dtype
 ) -> None:
     weight = torch.randn(64, 128, dtype=dtype)
-    options: dict[str, Any] = {
-        "quant_type": quant_type,
-        "compress_statistics": nested,
-        "quant_storage": storage,
-        "blocksize": 64,
-    }
+    options: Any = {"quant_type": quant_type, "compress_statistics": nested, "quant_storage": storage, "blocksize": 64}
     packed, state = theirs.functional.quantize_4bit(weight, **options)
     stored = state.as_dict(packed=True)
     read = F.QuantState.from_dict(stored, device="cpu")
@@ -157,12 +151,8 @@ def test_nested_scales_in_blocks_of_another_size() -> None:
 def test_state_compares_copies_and_travels() -> None:
     weight = torch.randn(32, 64)
     _, state = F.quantize_nf4(weight, compress_statistics=True)
-    for twin in (
-        copy.deepcopy(state),
-        pickle.loads(pickle.dumps(state)),
-        F.QuantState.from_dict(state.as_dict(), "cpu"),
-    ):
-        assert twin == state
+    twins = copy.deepcopy(state), pickle.loads(pickle.dumps(state)), F.QuantState.from_dict(state.as_dict(), "cpu")
+    assert all(twin == state for twin in twins)
     assert state != F.quantize_nf4(weight)[1]
     assert state != F.quantize_nf4(weight * 2, compress_statistics=True)[1]
     assert state != "state"
@@ -273,11 +263,8 @@ def test_layer_computes_and_saves_what_theirs_does(theirs: Any, kind: str, neste
     assert relative_error(inputs[0].grad, inputs[1].grad) < tolerance
     assert relative_error(our.bias.grad, their.bias.grad) < tolerance
     # A second layer of theirs reads what ours saved.
-    weight = theirs.nn.Params4bit.from_prequantized(
-        saved["weight"],
-        {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")},
-        device="cpu",
-    )
+    parts = {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")}
+    weight = theirs.nn.Params4bit.from_prequantized(saved["weight"], parts, device="cpu")
     assert torch.equal(
         theirs.functional.dequantize_4bit(weight.data, weight.quant_state),
         F.dequantize_4bit(our.weight, our.weight.quant_state),
@@ -340,10 +327,7 @@ def test_parameter_copies_and_pieces() -> None:
         assert torch.equal(twin, parameter)
         assert twin.quant_state == parameter.quant_state
         assert twin.blocksize == 128
-    file = io.BytesIO()
-    torch.save(parameter, file)
-    file.seek(0)
-    assert torch.load(file, weights_only=False).quant_state == parameter.quant_state
+    assert through_a_file(parameter, weights_only=False).quant_state == parameter.quant_state
     for piece in torch.chunk(parameter, 4):
         assert type(piece) is bnb.nn.Params4bit
         assert piece.quant_state is parameter.quant_state
@@ -354,11 +338,8 @@ def test_parameter_copies_and_pieces() -> None:
 
 def test_a_layer_is_copied_with_its_own_state() -> None:
     layer = bnb.nn.LinearNF4(64, 32).to("cpu")
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
     x = torch.randn(2, 64)
-    for twin in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+    for twin in (copy.deepcopy(layer), through_a_file(layer, weights_only=False)):
         assert twin.weight.module is twin
         assert twin.weight.quant_state is twin.quant_state is not layer.quant_state
         assert torch.equal(twin(x), layer(x))
@@ -388,9 +369,9 @@ def test_blockwise_codes_are_the_nearest(golden: dict[str, Tensor], name: str) -
     codes, state = F.quantize_blockwise(values, blocksize=256)
     decoded = F.dequantize_blockwise(codes, state)
     assert same_bytes(state.absmax, golden[f"b8/{name}/absmax"].reshape(-1))
-    want = golden[f"b8/{name}/codes_exact"].reshape(codes.shape)
+    expected = golden[f"b8/{name}/codes_exact"].reshape(codes.shape)
     zero = (state.absmax == 0).repeat_interleave(256)[: values.numel()].reshape(codes.shape)
-    assert torch.equal(codes[~zero], want[~zero])
+    assert torch.equal(codes[~zero], expected[~zero])
     assert not decoded[zero].any()
 
 
@@ -415,7 +396,7 @@ def test_blockwise_states_are_theirs(theirs: Any) -> None:
 # The package
 
 
-def test_names_that_are_not_here_are_told() -> None:
+def test_names_that_are_not_offered() -> None:
     for module, name, offered in (
         (bnb, "matmul", "matmul_4bit"),
         (bnb.nn, "Linear8bitLt", "LinearNF4"),
@@ -439,7 +420,7 @@ def test_import_brings_no_bitsandbytes() -> None:
 
 
 def test_ops_on_request() -> None:
-    code = """
+    run("""
 import torch, qlora_native.bitsandbytes as bnb
 assert not hasattr(torch.ops.bitsandbytes, "quantize_4bit")
 bnb.register_ops(); bnb.register_ops()
@@ -450,8 +431,14 @@ x = torch.randn(3, 64)
 y = torch.ops.bitsandbytes.gemm_4bit(x, packed, [32, 64], absmax, 64, "nf4")
 assert torch.allclose(y, x @ dense.t(), atol=1e-4)
 torch.library.opcheck(torch.ops.bitsandbytes.gemm_4bit.default, (x, packed, [32, 64], absmax, 64, "nf4"))
-"""
-    run(code)
+out = torch.empty(32, 64)
+assert torch.ops.bitsandbytes.dequantize_4bit.out(packed, absmax, 64, "nf4", [32, 64], torch.float32, out=out) is None
+assert torch.equal(out, dense)
+codes, scales = torch.ops.bitsandbytes.quantize_blockwise(w, bnb.functional.create_dynamic_map(), 256)
+arguments = codes, scales, bnb.functional.create_dynamic_map(), 256, torch.float32
+torch.ops.bitsandbytes.dequantize_blockwise.out(*arguments, out=out)
+assert torch.equal(out, torch.ops.bitsandbytes.dequantize_blockwise(*arguments))
+""")
 
 
 def test_ops_do_not_meet_theirs(theirs: Any) -> None:

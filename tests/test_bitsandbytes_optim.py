@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error, same_bytes
+from helpers import relative_error, same_bytes, through_a_file
 from torch import Tensor, nn
 
 import qlora_native as qn
 import qlora_native.bitsandbytes as bnb
 from qlora_native import optim as native
 from qlora_native import reference
-from qlora_native.bitsandbytes.optim import states
+from qlora_native.bitsandbytes import optim as states
 
 FAMILIES = ("Adam", "AdamW", "Lion")
 FORMS = [f"{paged}{family}{bits}" for family in FAMILIES for paged in ("", "Paged") for bits in ("", "8bit", "32bit")]
@@ -28,7 +27,7 @@ def theirs() -> Any:
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
-    """One that is coded under 8 bits, with a last block that is cut, and one that is too small."""
+    """One that is coded under 8 bits, with a last block that is not full, and one that is too small."""
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator) * 0.1) for shape in ((71, 65), (40,))]
 
@@ -39,13 +38,6 @@ def steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], count: i
         for param in params:
             param.grad = torch.randn(param.shape, generator=generator) * 0.01
         optimizer.step()
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file)
 
 
 def values(state: dict[str, Any], number: int) -> Tensor:
@@ -115,16 +107,16 @@ def test_their_state_dict_loads(theirs: Any, family: str, bits: str) -> None:
     ours.load_state_dict(stored)
     for param in params:
         for number in moments:
-            want, got = values(other.state[param], number), values(ours.state[param], number)
+            expected, got = values(other.state[param], number), values(ours.state[param], number)
             codes = ours.state[param][f"state{number}"]
             assert codes.dtype == other.state[param][f"state{number}"].dtype
             if codes.dtype == torch.float32:
-                assert torch.equal(got, want)
+                assert torch.equal(got, expected)
                 continue
-            nearest, absmax = reference.encode_state(want, signed=number == 1)
+            nearest, absmax = reference.encode_state(expected, signed=number == 1)
             assert same_bytes(codes, nearest.view(torch.uint8))
             assert same_bytes(ours.state[param][f"absmax{number}"], absmax)
-            assert relative_error(got, want) < 0.03
+            assert relative_error(got, expected) < 0.03
     assert ours.param_groups[0]["lr"] == other.param_groups[0]["lr"]
     steps(ours, params, 1)
 

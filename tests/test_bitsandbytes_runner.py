@@ -36,7 +36,7 @@ def test_timing_bench():
 """
 MODULES = """
 def test_4bit_linear_warnings():
-    raise AssertionError("told in the docs")
+    raise AssertionError("explained in the docs")
 """
 
 
@@ -46,13 +46,9 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_is_counted(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
-    for name in FILES:
-        (tmp_path / "tests" / f"test_{name}.py").write_text("")
-    (tmp_path / "tests" / "__init__.py").write_text("")
-    (tmp_path / "tests" / "helpers.py").write_text("answer = 42\n")
-    (tmp_path / "tests" / "test_linear4bit.py").write_text(LINEAR)
-    (tmp_path / "tests" / "test_optim.py").write_text(OPTIM)
-    (tmp_path / "tests" / "test_modules.py").write_text(MODULES)
+    texts = {"test_linear4bit": LINEAR, "test_optim": OPTIM, "test_modules": MODULES, "helpers": "answer = 42\n"}
+    for name in ("__init__", "helpers", *(f"test_{name}" for name in FILES)):
+        (tmp_path / "tests" / f"{name}.py").write_text(texts.get(name, ""))
     result = run(tmp_path, "--", "-q")
     assert result.returncode == 0, result.stdout
     summary, *table = result.stdout.splitlines()[-5:]
@@ -69,7 +65,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1] == "FAILED  tests/test_linear4bit.py::test_torch_compile"
 
 
-def test_another_folder_is_told(tmp_path: Path) -> None:
+def test_another_folder_is_an_error(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.returncode == 2
     assert result.stdout == f"{tmp_path} is no checkout of bitsandbytes: tests/test_linear4bit.py is missing.\n"

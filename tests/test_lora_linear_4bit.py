@@ -72,10 +72,10 @@ def test_forward_and_all_gradients(case: Product, dtype: torch.dtype) -> None:
                 operands = Operands(case, dtype, adapter, separate, bias)
                 y = operands.ours()
                 y.backward(operands.grad_y)
-                want, gradients = operands.truth()
+                expected, gradients = operands.truth()
                 assert y.dtype == dtype
                 limit = 2 * TOLERANCE[dtype]  # x A^T is rounded on the way
-                assert relative_error(y, want) < limit
+                assert relative_error(y, expected) < limit
                 for name, leaf in operands.leaves().items():
                     assert leaf.grad is not None, name
                     assert leaf.grad.dtype == leaf.dtype
@@ -96,8 +96,8 @@ def test_high_ranks(case: Product, dtype: torch.dtype) -> None:
     operands = Operands(case, dtype, torch.float32, False, True)
     y = operands.ours()
     y.backward(operands.grad_y)
-    want, gradients = operands.truth()
-    assert relative_error(y, want) < 2 * TOLERANCE[dtype]
+    expected, gradients = operands.truth()
+    assert relative_error(y, expected) < 2 * TOLERANCE[dtype]
     for name, leaf in operands.leaves().items():
         assert leaf.grad is not None, name
         assert relative_error(leaf.grad, gradients[name]) < 2 * TOLERANCE[dtype], name
@@ -153,13 +153,13 @@ def test_leading_dimensions() -> None:
 
 def test_refuses_in_words() -> None:
     w = qn.quantize(torch.randn(40, 64))
-    x = torch.randn(2, 64)
-    with pytest.raises(ValueError, match=r"expected a \[r, 64\] and b \[40, r\]"):
-        qn.lora_linear(x, w, torch.randn(4, 65), torch.randn(40, 4), 1.0)
-    with pytest.raises(ValueError, match=r"b is \[40, 5\]"):
-        qn.lora_linear(x, w, torch.randn(4, 64), torch.randn(40, 5), 1.0)
-    with pytest.raises(ValueError, match=r"x_lora is torch\.float32 \[3, 64\]"):
-        qn.lora_linear(x, w, torch.randn(4, 64), torch.randn(40, 4), 1.0, x_lora=torch.randn(3, 64))
+    for a, b, x_lora, message in (
+        ((4, 65), (40, 4), (2, 64), r"expected a \[r, 64\] and b \[40, r\]"),
+        ((4, 64), (40, 5), (2, 64), r"b is \[40, 5\]"),
+        ((4, 64), (40, 4), (3, 64), r"x_lora is torch\.float32 \[3, 64\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qn.lora_linear(torch.randn(2, 64), w, torch.randn(a), torch.randn(b), 1.0, x_lora=torch.randn(x_lora))
 
 
 def test_autocast(device: str) -> None:
@@ -187,8 +187,8 @@ def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()
     operands = Operands(Product(5, 48, 96, 4), torch.float32, torch.float32, False, True)
     leaves = list(operands.leaves().values())
-    want = torch.autograd.grad(torch.relu(operands.ours()), leaves, operands.grad_y)
+    expected = torch.autograd.grad(torch.relu(operands.ours()), leaves, operands.grad_y)
     compiled = torch.compile(lambda: torch.relu(operands.ours()), fullgraph=True, backend=backend)
     got = torch.autograd.grad(compiled(), leaves, operands.grad_y)
-    for ours, theirs in zip(got, want, strict=True):
+    for ours, theirs in zip(got, expected, strict=True):
         assert relative_error(ours, theirs) < 1e-6

@@ -85,8 +85,7 @@ def test_masters_stay_fp32_in_a_16_bit_model(dtype: torch.dtype) -> None:
     y.float().sum().backward()
     assert y.dtype == dtype
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
-    assert layer.lora_A.grad is not None
-    assert layer.lora_A.grad.dtype == torch.float32
+    assert layer.lora_A.grad is not None and layer.lora_A.grad.dtype == torch.float32
 
 
 def test_what_is_wrapped_and_what_trains(folder: Path) -> None:
@@ -119,7 +118,7 @@ def test_targets_by_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "says"),
+    ("names", "message"),
     [
         (["q_prj"], "no linear layer named 'q_prj': did you mean q_proj"),
         (["qproj", "q_proj"], "'qproj': did you mean q_proj"),
@@ -128,9 +127,9 @@ def test_targets_by_name(folder: Path) -> None:
         (["input_layernorm"], "no linear layer named 'input_layernorm'"),
     ],
 )
-def test_unknown_names_are_told_with_their_near_matches(folder: Path, names: list[str], says: str) -> None:
+def test_unknown_names_are_listed_with_near_matches(folder: Path, names: list[str], message: str) -> None:
     model = load_model(folder)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         add_lora(model, LoraConfig(target_modules=names))
     assert not dict(lora_layers(model))
 
@@ -169,7 +168,7 @@ def test_scales_ranks_and_patterns(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"r": 0}, "rank 'r' is 0"),
         ({"rank_pattern": {"q_proj": 1.5}}, "rank 'q_proj' is 1.5"),
@@ -177,8 +176,8 @@ def test_scales_ranks_and_patterns(folder: Path) -> None:
         ({"target_modules": []}, "target_modules is empty"),
     ],
 )
-def test_wrong_configs(arguments: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_wrong_configs(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LoraConfig(**arguments)
 
 

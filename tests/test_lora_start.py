@@ -16,7 +16,7 @@ from qlora_native.hf.load import load_model
 from qlora_native.hf.merge import merge
 from qlora_native.hf.source import load_tokenizer
 from qlora_native.lora import LayerStatistics, LoraConfig, add_lora, load_adapter, lora_layers, save_adapter
-from qlora_native.lora.start import residual_factors
+from qlora_native.lora.layer import residual_factors
 from qlora_native.train.setup import load_rows, prepare_model
 
 peft = pytest.importorskip("peft")
@@ -120,13 +120,13 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     add_lora(model, LoraConfig())
     with pytest.raises(ValueError, match="has an adapter already"):
         lora_statistics(model)
-    for statistics, told in (
+    for statistics, message in (
         ([LayerStatistics("model.layers.0.mlp.up_proj", torch.zeros(3, 4))], r"hold a weight \[3, 4\]"),
         ([LayerStatistics("model.layers.0.mlp.up_proj", torch.zeros(96, 64))], "needs the inputs' second moments"),
         ([LayerStatistics("model.layers.9.mlp.up_proj", torch.zeros(96, 64))], "of none of the adapted 4-bit layers"),
     ):
         fresh = load_model(tmp_path / "base", dtype=torch.float32)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             add_lora(fresh, LoraConfig(init="h_svd"), statistics)
     load_model(tmp_path / "base", dtype=torch.float32).save_pretrained(tmp_path / "four")
     with pytest.raises(UserError, match="holds 4-bit weights and no 16-bit ones"):

@@ -29,7 +29,7 @@ def test_it_compiles_with_both_signatures(file: str, version: int) -> None:
 
 
 @pytest.mark.parametrize("version", [12080, 13000])
-def test_the_declarations_tell_the_versions_apart(version: int) -> None:
+def test_the_declarations_differ_by_version(version: int) -> None:
     call = "return cudaMemPrefetchAsync(nullptr, 1, 0, nullptr);" if version == 13000 else "return cudaMemLocation{};"
     done = compile_against(version, f"#include <cuda_runtime_api.h>\nauto f() {{ {call} }}\n")
     assert done.returncode != 0

@@ -6,34 +6,43 @@ import gc
 import os
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import paged
 import pytest
 import torch
-from paged import MIB, OPTIMIZERS, parameters, same_training, sampled, train
+from paged import (
+    LEAST,
+    MIB,
+    OPTIMIZERS,
+    Made,
+    give_grads,
+    page_dir,
+    parameters,
+    same_training,
+    sampled,
+    train,
+    train_all,
+)
 
 import qlora_native as qn
 from qlora_native import _C
 from qlora_native._memory import Free
-from qlora_native.optim import paging
+from qlora_native.optim import paging, pressure
 
-LEAST = 256 * _C.page_bytes
+__all__ = ["page_dir"]
 
-
-@pytest.fixture(autouse=True)
-def _calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No watcher: these tests say when states move."""
-    if _C.lies_in_memory(str(tmp_path)):
-        pytest.skip("temporary files lie in memory here: pytest --basetemp names a folder on a disk")
-    monkeypatch.setattr(paging, "watch", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("page_dir")
+AdamW = qn.optim.AdamW
 
 
-def made(rule: Any, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
+def made(rule: Any = AdamW, **options: Any) -> Made:
     params = parameters(options.pop("dtype", torch.float32))
     return params, rule(params, lr=1e-2, weight_decay=0.1, **options)
+
+
+def in_file(folder: Path, rule: Any = AdamW, page_budget: int | None = LEAST, **options: Any) -> Made:
+    return made(rule, paged=True, page_dir=folder, page_budget=page_budget, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,24 +51,20 @@ def made(rule: Any, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize(
-    "options",
-    [{"page_budget": LEAST}, {"page_budget": 4 * MIB}, {"page_budget": 1 << 30}, {}],
-    ids=["1 MiB", "4 MiB", "all", "by free memory"],
-)
-def test_a_page_file_changes_no_byte(rule: Any, bits: int, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [LEAST, 4 * MIB, 1 << 30, None], ids=["1 MiB", "4 MiB", "all", "by free memory"])
+def test_a_page_file_changes_no_byte(rule: Any, bits: int, budget: int | None, tmp_path: Path) -> None:
     plain = made(rule, bits=bits, paged=False, max_norm=1.0)
-    in_file = made(rule, bits=bits, paged=True, page_dir=tmp_path, max_norm=1.0, **options)
+    other = in_file(tmp_path, rule, budget, bits=bits, max_norm=1.0)
     before = torch.get_num_threads()
-    for params, optimizer in (plain, in_file):
+    for params, optimizer in (plain, other):
         train(optimizer, params, range(8), after=lambda seed: torch.set_num_threads(1 + seed % 2))
     torch.set_num_threads(before)
-    assert same_training(plain, in_file)
-    assert plain[1].grad_norm == in_file[1].grad_norm
+    assert same_training(plain, other)
+    assert plain[1].grad_norm == other[1].grad_norm
     assert not list(tmp_path.iterdir())  # the file has no name
 
 
-@pytest.mark.parametrize("rule", [qn.optim.AdamW, qn.optim.Lion])
+@pytest.mark.parametrize("rule", [AdamW, qn.optim.Lion])
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("budget", [None, 2 * MIB])
 def test_states_come_and_go(rule: Any, bits: int, budget: int | None, tmp_path: Path) -> None:
@@ -76,8 +81,9 @@ def test_states_come_and_go(rule: Any, bits: int, budget: int | None, tmp_path: 
             assert state_bytes > 0 and optimizer.states_paged_out() == 0
         if seed in (1, 3, 7):
             optimizer.page_out()
-            told = optimizer.paging_statistics()
-            assert told["resident_bytes"] == 0 and told["paged_out_bytes"] == told["state_bytes"] == state_bytes
+            statistics = optimizer.paging_statistics()
+            assert statistics["resident_bytes"] == 0
+            assert statistics["paged_out_bytes"] == statistics["state_bytes"] == state_bytes
             assert optimizer.states_in_memory() == 0 and optimizer.states_paged_out() == state_bytes
         if seed in (5, 8):
             optimizer.page_in()
@@ -90,18 +96,16 @@ def test_states_come_and_go(rule: Any, bits: int, budget: int | None, tmp_path: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    plain = made(qn.optim.AdamW, paged=False, dtype=dtype)
-    in_file = made(qn.optim.AdamW, paged=True, page_dir=tmp_path, page_budget=LEAST, dtype=dtype)
-    for params, optimizer in (plain, in_file):
-        train(optimizer, params, range(3))
-    assert same_training(plain, in_file)
+    pair = made(paged=False, dtype=dtype), in_file(tmp_path, dtype=dtype)
+    train_all(pair, range(3))
+    assert same_training(*pair)
 
 
 def test_what_is_not_finite_moves_nothing(tmp_path: Path) -> None:
-    params, optimizer = made(qn.optim.AdamW, paged=True, page_dir=tmp_path, page_budget=LEAST, max_norm=1.0)
+    params, optimizer = in_file(tmp_path, max_norm=1.0)
     train(optimizer, params, range(2))
     before = optimizer.paging_statistics()
-    paged.give_grads(params, 2)
+    give_grads(params, 2)
     assert params[2].grad is not None
     params[2].grad[7] = float("nan")
     optimizer.step()
@@ -110,8 +114,7 @@ def test_what_is_not_finite_moves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"paged": True, "page_budget": LEAST}, {"paged": "auto"}], ids=str)
 def test_grad_scaler(options: dict[str, Any], tmp_path: Path) -> None:
-    plain = made(qn.optim.AdamW, paged=False, max_norm=0.5)
-    other = made(qn.optim.AdamW, page_dir=tmp_path, max_norm=0.5, **options)
+    plain, other = made(paged=False, max_norm=0.5), made(page_dir=tmp_path, max_norm=0.5, **options)
     for params, optimizer in (plain, other):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
         for step in range(4):
@@ -127,14 +130,13 @@ def test_grad_scaler(options: dict[str, Any], tmp_path: Path) -> None:
 
 def test_gradients_for_the_ops_are_paged_too(tmp_path: Path) -> None:
     """What the kernels do not take goes by way of the reference, which reads states as any tensor."""
-    plain = made(qn.optim.AdamW, paged=False)
-    in_file = made(qn.optim.AdamW, paged=True, page_dir=tmp_path, page_budget=4 * MIB)
-    for params, optimizer in (plain, in_file):
+    plain, other = made(paged=False), in_file(tmp_path, page_budget=4 * MIB)
+    for params, optimizer in (plain, other):
         for param in params:
             param.grad = torch.ones(2 * param.numel())[::2]
         optimizer.step()
-    assert in_file[1].paging_statistics()["resident_bytes"] <= 4 * MIB
-    assert same_training(plain, in_file)
+    assert other[1].paging_statistics()["resident_bytes"] <= 4 * MIB
+    assert same_training(plain, other)
 
 
 @pytest.mark.parametrize("paged_as", [True, "auto"])
@@ -151,7 +153,7 @@ def test_thousand_steps_of_torch(paged_as: Any, tmp_path: Path) -> None:
         target = [torch.randn(size, generator=generator) for size in sizes]
         mine = [torch.nn.Parameter(t.clone()) for t in start]
         theirs = [torch.nn.Parameter(t.clone()) for t in start]
-        ours = qn.optim.AdamW(mine, lr=1e-3, weight_decay=0.01, paged=paged_as, page_dir=tmp_path, page_budget=LEAST)
+        ours = AdamW(mine, lr=1e-3, weight_decay=0.01, paged=paged_as, page_dir=tmp_path, page_budget=LEAST)
         reference = torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.01, foreach=False, fused=False)
         for step in range(1000):
             for p, q, c, t in zip(mine, theirs, curvature, target, strict=True):
@@ -177,7 +179,7 @@ def test_thousand_steps_of_torch(paged_as: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [LEAST, 3 * MIB, 12 * MIB])
 @pytest.mark.parametrize("bits", [32, 8])
 def test_resident_bytes_stay_within_the_budget(bits: int, budget: int, tmp_path: Path) -> None:
-    params, optimizer = made(qn.optim.AdamW, bits=bits, paged=True, page_dir=tmp_path, page_budget=budget)
+    params, optimizer = in_file(tmp_path, page_budget=budget, bits=bits)
     with sampled(optimizer) as seen:
         train(optimizer, params, range(6))
     assert len(seen) > 10
@@ -186,23 +188,23 @@ def test_resident_bytes_stay_within_the_budget(bits: int, budget: int, tmp_path:
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_a_step_moves_each_byte_at_most_once_each_way(bits: int, tmp_path: Path) -> None:
-    params, optimizer = made(qn.optim.AdamW, bits=bits, paged=True, page_dir=tmp_path, page_budget=LEAST)
-    told = optimizer.paging_statistics()
+    params, optimizer = in_file(tmp_path, bits=bits)
+    after = optimizer.paging_statistics()
     for param in params:
         param.grad = torch.ones_like(param)
     for _ in range(5):
         optimizer.step()
-        before, told = told, optimizer.paging_statistics()
+        before, after = after, optimizer.paging_statistics()
         for way in ("bytes_in", "bytes_out"):
-            assert told["state_bytes"] - LEAST <= told[way] - before[way] <= told["state_bytes"]
+            assert after["state_bytes"] - LEAST <= after[way] - before[way] <= after["state_bytes"]
 
 
 def test_without_pressure_nothing_moves(tmp_path: Path) -> None:
-    params, optimizer = made(qn.optim.AdamW, page_dir=tmp_path)
+    params, optimizer = made(page_dir=tmp_path)
     train(optimizer, params, range(3))
-    told = optimizer.paging_statistics()
-    assert told["bytes_in"] == told["bytes_out"] == told["stalls"] == told["paged_out_bytes"] == 0
-    params, optimizer = made(qn.optim.AdamW, paged=True, page_dir=tmp_path, page_budget=1 << 30)
+    statistics = optimizer.paging_statistics()
+    assert {statistics[name] for name in ("bytes_in", "bytes_out", "stalls", "paged_out_bytes")} == {0}
+    params, optimizer = in_file(tmp_path, page_budget=1 << 30)
     train(optimizer, params, range(6))
     before = optimizer.paging_statistics()
     train(optimizer, params, range(6, 9))
@@ -211,13 +213,11 @@ def test_without_pressure_nothing_moves(tmp_path: Path) -> None:
 
 def test_the_watcher_moves_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The thread that the optimizer starts, with a reading of its own."""
-    from qlora_native.optim import pressure
-
     free = Free(0, 1 << 30, "a test")
     monkeypatch.setattr(paging, "watch", pressure.watch)
     monkeypatch.setattr(paging, "free_memory", lambda: free)
     monkeypatch.setattr(pressure, "INTERVAL", 0.01)
-    params, optimizer = made(qn.optim.AdamW, page_dir=tmp_path)
+    params, optimizer = made(page_dir=tmp_path)
     train(optimizer, params, range(1))
     deadline = time.monotonic() + 20
     while not optimizer.states_paged_out() and time.monotonic() < deadline:
@@ -240,7 +240,7 @@ def held() -> tuple[int, int]:
 def test_the_file_goes_with_the_optimizer(finish: str, tmp_path: Path) -> None:
     gc.collect()
     before = held()
-    params, optimizer = made(qn.optim.AdamW, paged=True, page_dir=tmp_path, page_budget=LEAST)
+    params, optimizer = in_file(tmp_path)
     others = made(qn.optim.Lion, page_dir=tmp_path)
     for own_params, own in ((params, optimizer), others):
         train(own, own_params, range(2))
@@ -260,11 +260,10 @@ def test_the_file_goes_with_the_optimizer(finish: str, tmp_path: Path) -> None:
 
 def test_several_optimizers_do_not_meet(tmp_path: Path) -> None:
     plain = [made(rule, paged=False) for rule in OPTIMIZERS]
-    in_file = [made(rule, paged=True, page_dir=tmp_path, page_budget=LEAST) for rule in OPTIMIZERS]
+    others = [in_file(tmp_path, rule) for rule in OPTIMIZERS]
     for seed in range(4):
-        for params, optimizer in plain + in_file:
-            train(optimizer, params, range(seed, seed + 1))
-    assert all(same_training(a, b) for a, b in zip(plain, in_file, strict=True))
+        train_all(plain + others, range(seed, seed + 1))
+    assert all(same_training(a, b) for a, b in zip(plain, others, strict=True))
 
 
 FORKED = "its states lie in a page file of process"
@@ -274,31 +273,37 @@ FORKED = "its states lie in a page file of process"
 def test_fork_after_a_step(paged_out: bool, tmp_path: Path) -> None:
     """A child may read the states; what it would write, the parent would see, so it is refused while they are in a
     file."""
-    params, optimizer = made(qn.optim.AdamW, page_dir=tmp_path)
+    params, optimizer = made(page_dir=tmp_path)
     torch.set_num_threads(1)  # an OpenMP team does not survive a fork
     train(optimizer, params, range(2))
     if paged_out:
         optimizer.page_out()
-    expected = {key: value.clone() for key, value in optimizer.state[params[2]].items()}
-    optimizer.page_out() if paged_out else None
+    states = optimizer.state[params[2]]
+    expected = {key: value.clone() for key, value in states.items()}
+
+    def is_unchanged() -> bool:
+        return all(torch.equal(value, expected[key]) for key, value in states.items())
+
+    if paged_out:
+        optimizer.page_out()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
         child = os.fork()
     if child == 0:
-        told = 1
+        code = 1
         try:
-            if all(torch.equal(value, expected[key]) for key, value in optimizer.state[params[2]].items()):
-                told = 2
-                paged.give_grads(params, 3)
+            if is_unchanged():
+                code = 2
+                give_grads(params, 3)
                 optimizer.step()
-                told = 0
+                code = 0
         except RuntimeError as error:
-            told = 3 if FORKED in str(error) else 4
+            code = 3 if FORKED in str(error) else 4
         finally:
-            os._exit(told)
+            os._exit(code)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == (3 if paged_out else 0)
-    assert all(torch.equal(value, expected[key]) for key, value in optimizer.state[params[2]].items())
+    assert is_unchanged()
     train(optimizer, params, range(2, 4))
 
 
@@ -311,22 +316,22 @@ def small(size: int = 100_000) -> list[torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "told"),
+    ("folder", "message"),
     [
         ("gone", r"The page file in .*gone cannot be made: No such file or directory"),
         ("/dev/shm", r"The page file would lie in memory, since /dev/shm is a tmpfs: name a folder on a disk"),
         ("file", r"The page file in .*file cannot be made: Not a directory"),
     ],
 )
-def test_no_page_file_is_one_sentence(folder: str, told: str, tmp_path: Path) -> None:
+def test_no_page_file_is_one_sentence(folder: str, message: str, tmp_path: Path) -> None:
     if folder == "/dev/shm" and not _C.lies_in_memory(folder):
         pytest.skip("no tmpfs here")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=told):
-        qn.optim.AdamW(small(), paged=True, page_dir=tmp_path / folder)
-    optimizer = qn.optim.AdamW(params := small(), page_dir=tmp_path / folder)
+    with pytest.raises(OSError, match=message):
+        AdamW(small(), paged=True, page_dir=tmp_path / folder)
+    optimizer = AdamW(params := small(), page_dir=tmp_path / folder)
     train(optimizer, params, range(1))
-    with pytest.warns(UserWarning, match=rf"AdamW: the states stay in memory. {told}"):
+    with pytest.warns(UserWarning, match=rf"AdamW: the states stay in memory. {message}"):
         optimizer.page_out()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -340,13 +345,13 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="cannot be made: Permission denied"):
-        qn.optim.AdamW(small(), paged=True, page_dir=tmp_path)
+        AdamW(small(), paged=True, page_dir=tmp_path)
 
 
-def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     meta = torch.nn.Parameter(torch.empty(1 << 40, device="meta"))
     with pytest.raises(OSError, match=r"takes 8796093022208 bytes, and \d+ are free there"):
-        qn.optim.pages.HostPages("AdamW", qn.optim.AdamW._moments, True, tmp_path, None).reserve([meta], [False])
+        paging.HostPages("AdamW", AdamW._moments, True, tmp_path, None).reserve([meta], [False])
 
 
 def test_a_limit_of_file_sizes(tmp_path: Path) -> None:
@@ -356,36 +361,28 @@ def test_a_limit_of_file_sizes(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(OSError, match=r"takes 802816 bytes, and \d+ are free there \(File too large\)"):
-            qn.optim.AdamW(small(), paged=True, page_dir=tmp_path)
+            AdamW(small(), paged=True, page_dir=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_group_that_finds_no_room_is_not_added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    optimizer = qn.optim.AdamW(small(), paged=True, page_dir=tmp_path)
+def test_a_group_that_finds_no_room_is_not_added(tmp_path: Path) -> None:
+    optimizer = AdamW(small(), paged=True, page_dir=tmp_path)
     tmp_path.rmdir()
     with pytest.raises(OSError, match="cannot be made"):
         optimizer.add_param_group({"params": small()})
     assert len(optimizer.param_groups) == 1
 
 
-def test_budgets_and_settings_in_words() -> None:
-    with pytest.raises(ValueError, match=f"AdamW: page_budget is 5: expected at least {LEAST} bytes, or None"):
-        qn.optim.AdamW(small(), page_budget=5)
-    with pytest.raises(ValueError, match="Lion: paged is 'always': expected 'auto', True or False"):
-        qn.optim.Lion(small(), paged="always")  # type: ignore[arg-type]
-
-
 def test_page_out_of_nothing() -> None:
     kinds: tuple[dict[str, Any], ...] = ({"paged": False}, {})
     for options in kinds:
-        optimizer = qn.optim.AdamW(params := small(), **options)
+        optimizer = AdamW(params := small(), **options)
         optimizer.page_out()
         optimizer.page_in()
         assert set(optimizer.paging_statistics().values()) == {0}
         train(optimizer, params, range(1))
-    calls: list[Callable[[], Any]] = [optimizer.page_out, optimizer.page_in, optimizer.page_out]
-    for call in calls:
+    for call in (optimizer.page_out, optimizer.page_in, optimizer.page_out):
         call()
     train(optimizer, params, range(1, 2))
 
@@ -400,6 +397,6 @@ def test_memory_that_is_not_there_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp
         return plain(num_bytes, folder, in_file)
 
     monkeypatch.setattr(_C, "FileStore", store)
-    optimizer = qn.optim.AdamW(params := small(), page_dir=tmp_path)
+    optimizer = AdamW(params := small(), page_dir=tmp_path)
     train(optimizer, params, range(1))
     assert optimizer.states_paged_out() > 0

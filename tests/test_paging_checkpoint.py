@@ -10,35 +10,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import paged
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import relative_error, same_bytes
-from paged import MIB, Params, parameters, same_training, train
+from paged import LEAST, MIB, Made, give_grads, page_dir, parameters, same_training, train, train_all
 
 import qlora_native as qn
-from qlora_native import _C
-from qlora_native.optim import paging
 
-LEAST = 256 * _C.page_bytes
+__all__ = ["page_dir"]
 
-
-@pytest.fixture(autouse=True)
-def _calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if _C.lies_in_memory(str(tmp_path)):
-        pytest.skip("temporary files lie in memory here: pytest --basetemp names a folder on a disk")
-    monkeypatch.setattr(paging, "watch", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("page_dir")
 
 
-def made(folder: Path, rule: Any = qn.optim.AdamW, **options: Any) -> tuple[Params, Any]:
+def made(folder: Path, rule: Any = qn.optim.AdamW, **options: Any) -> Made:
     params = parameters()
     return params, rule(params, lr=1e-2, page_dir=folder, **options)
 
 
+def plain_and_in_file(folder: Path) -> tuple[Made, Made]:
+    return made(folder, paged=False), made(folder, paged=True, page_budget=LEAST)
+
+
 def in_file(optimizer: Any) -> bool:
-    told: bool = optimizer.states_paged_out() == optimizer.paging_statistics()["state_bytes"] > 0
-    return told
+    return bool(optimizer.states_paged_out() == optimizer.paging_statistics()["state_bytes"] > 0)
+
+
+def same_states(a: Made, b: Made) -> bool:
+    states = zip((a[1].state[p] for p in a[0]), (b[1].state[p] for p in b[0]), strict=True)
+    return all(same_bytes(mine[key], theirs[key]) for mine, theirs in states for key in mine)
+
+
+def copy_params(source: Made, target: Made) -> None:
+    for p, q in zip(source[0], target[0], strict=True):
+        q.data.copy_(p.data)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -52,20 +57,16 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("source", ["file", "auto"])
 @pytest.mark.parametrize("target", list(KINDS))
 def test_a_checkpoint_continues_bit_equal(source: str, target: str, bits: int, tmp_path: Path) -> None:
-    first = made(tmp_path, bits=bits, **KINDS[source])
+    first, second = made(tmp_path, bits=bits, **KINDS[source]), made(tmp_path, bits=bits, **KINDS[target])
     train(first[1], first[0], range(3))
     first[1].page_out()
-    torch.save([p.detach() for p in first[0]], tmp_path / "params.pt")
     torch.save(first[1].state_dict(), tmp_path / "states.pt")
-    second = made(tmp_path, bits=bits, **KINDS[target])
     train(second[1], second[0], range(7, 9))  # states that are there are replaced
-    for param, loaded in zip(second[0], torch.load(tmp_path / "params.pt"), strict=True):
-        param.data.copy_(loaded)
+    copy_params(first, second)
     second[1].load_state_dict(torch.load(tmp_path / "states.pt"))
     assert in_file(second[1]) == (target == "file")
     assert (second[1].states_in_memory() > 0) == (target == "auto")
-    train(first[1], first[0], range(3, 6))
-    train(second[1], second[0], range(3, 6))
+    train_all((first, second), range(3, 6))
     assert in_file(second[1]) == (target == "file")
     assert same_training(first, second)
 
@@ -81,30 +82,26 @@ def test_paged_out_states_are_loaded_into_the_file(tmp_path: Path) -> None:
         train(a[1], a[0], range(2, 3))
         b[1].load_state_dict(a[1].state_dict())
         assert in_file(b[1]) and len(os.listdir("/proc/self/fd")) == files
-    for p, q in zip(a[0], b[0], strict=True):
-        assert all(same_bytes(a[1].state[p][key], b[1].state[q][key]) for key in a[1].state[p])
+    assert same_states(a, b)
 
 
 @pytest.mark.parametrize("kind", ["file", "auto"])
 def test_a_checkpoint_of_torch_continues(kind: str, tmp_path: Path) -> None:
-    theirs_params = parameters()
-    theirs = torch.optim.AdamW(theirs_params, lr=1e-2, weight_decay=0.0)
-    train(theirs, theirs_params, range(3))
-    params, ours = made(tmp_path, **KINDS[kind])
-    with torch.no_grad():
-        for p, q in zip(theirs_params, params, strict=True):
-            q.copy_(p)
-    ours.load_state_dict(theirs.state_dict())
-    ours.page_out()
-    train(theirs, theirs_params, range(3, 6))
-    train(ours, params, range(3, 6))
-    assert in_file(ours)
-    for p, q in zip(theirs_params, params, strict=True):
+    params = parameters()
+    theirs = params, torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
+    train(theirs[1], params, range(3))
+    ours = made(tmp_path, **KINDS[kind])
+    copy_params(theirs, ours)
+    ours[1].load_state_dict(theirs[1].state_dict())
+    ours[1].page_out()
+    train_all((theirs, ours), range(3, 6))
+    assert in_file(ours[1])
+    for p, q in zip(params, ours[0], strict=True):
         torch.testing.assert_close(q, p, rtol=0, atol=1e-6)
     # And back.
-    again = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
-    again.load_state_dict({**again.state_dict(), "state": ours.state_dict()["state"]})
-    assert all(same_bytes(again.state[p]["exp_avg"], ours.state[p]["exp_avg"]) for p in params)
+    again = torch.optim.AdamW(ours[0], lr=1e-2, weight_decay=0.0)
+    again.load_state_dict({**again.state_dict(), "state": ours[1].state_dict()["state"]})
+    assert all(same_bytes(again.state[p]["exp_avg"], ours[1].state[p]["exp_avg"]) for p in ours[0])
 
 
 @pytest.mark.parametrize(("before", "after"), [(32, 8), (8, 32)])
@@ -123,13 +120,10 @@ def test_states_take_the_form_that_bits_asks_for(before: Any, after: Any, kind: 
     # The group's own bits change with it.
     second[1].load_state_dict(first[1].state_dict())
     assert second[1].param_groups[0]["bits"] == before
-    for p, q in zip(first[0], second[0], strict=True):
-        assert all(same_bytes(first[1].state[p][key], second[1].state[q][key]) for key in first[1].state[p])
-        with torch.no_grad():
-            q.copy_(p)
+    assert same_states(first, second)
+    copy_params(first, second)
     second[1].page_out()
-    for params, optimizer in (first, second):
-        train(optimizer, params, range(3, 5))
+    train_all((first, second), range(3, 5))
     assert same_training(first, second)
 
 
@@ -158,19 +152,15 @@ def test_copies_page_on_their_own(how: str, kind: str, bits: int, tmp_path: Path
     train(original[1], original[0], range(2))
     original[1].page_out()
     twin = copy.deepcopy(original) if how == "deepcopy" else pickle.loads(pickle.dumps(original))
-    assert (twin[1].paged, twin[1].page_dir, twin[1].page_budget) == (
-        original[1].paged,
-        original[1].page_dir,
-        original[1].page_budget,
-    )
+    for name in ("paged", "page_dir", "page_budget", "max_norm"):
+        assert getattr(twin[1], name) == getattr(original[1], name)
     assert in_file(twin[1]) == (kind == "file") and twin[1].paging_statistics()["state_bytes"] > 0
     assert same_training(original, twin)
     own = original[1].state[original[0][2]]["exp_avg"], twin[1].state[twin[0][2]]["exp_avg"]
     assert own[0].data_ptr() != own[1].data_ptr()
     twin[1].page_out()
-    for params, optimizer in (original, twin):
-        train(optimizer, params, range(2, 5))
-    assert in_file(twin[1]) and same_training(original, twin)
+    train_all((original, twin), range(2, 5))
+    assert in_file(twin[1]) and same_training(original, twin) and twin[1].grad_norm == original[1].grad_norm
 
 
 WITHOUT_THE_PACKAGE = """
@@ -192,7 +182,7 @@ def test_a_process_without_this_package_loads_them(bits: int, tmp_path: Path) ->
     torch.save(optimizer.state_dict(), file)
     bytes_of_states = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
     assert file.stat().st_size < bytes_of_states + 100_000  # each tensor alone, not the arena around it
-    run = subprocess.run([sys.executable, "-c", WITHOUT_THE_PACKAGE, file], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-c", WITHOUT_THE_PACKAGE, file], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     expected = [sum(t.double().sum().item() for t in state.values()) for state in optimizer.state.values()]
     assert [float(word) for word in run.stdout.split()] == expected
@@ -205,15 +195,12 @@ def test_a_distributed_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     dcp.save({"optimizer": first[1].state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     second = made(tmp_path, paged=True, page_budget=LEAST)
-    train(second[1], second[0], range(9, 10))
-    train(second[1], second[0], range(10, 11))  # each parameter has had a gradient
+    train(second[1], second[0], range(9, 11))  # each parameter has had a gradient
     target = {"optimizer": second[1].state_dict()}
     dcp.load(target, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     second[1].load_state_dict(target["optimizer"])
-    for p, q in zip(first[0], second[0], strict=True):
-        q.data.copy_(p.data)
-    for params, optimizer in (first, second):
-        train(optimizer, params, range(3, 5))
+    copy_params(first, second)
+    train_all((first, second), range(3, 5))
     assert in_file(second[1]) and same_training(first, second)
 
 
@@ -223,13 +210,13 @@ def test_a_distributed_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_groups_added_later_and_parameters_without_gradients(kind: str, tmp_path: Path) -> None:
-    def run(options: dict[str, Any]) -> tuple[Params, Any]:
+    def run(options: dict[str, Any]) -> Made:
         params = parameters(sizes=(70_000, 5, 300_000, 4096, 200_000))
         optimizer = qn.optim.AdamW(params[:3], lr=1e-2, page_dir=tmp_path, **options)
         for seed in range(6):
             if seed == 2:
                 optimizer.add_param_group({"params": params[3:], "lr": 1e-3})
-            paged.give_grads(params, seed)
+            give_grads(params, seed)
             params[1].grad = None
             optimizer.step()
             if seed % 2:
@@ -244,7 +231,7 @@ def test_groups_added_later_and_parameters_without_gradients(kind: str, tmp_path
 
 
 def test_states_of_the_users_own_are_updated_where_they_are(tmp_path: Path) -> None:
-    expected, got = made(tmp_path, paged=False), made(tmp_path, paged=True, page_budget=LEAST)
+    expected, got = plain_and_in_file(tmp_path)
     for params, optimizer in (expected, got):
         train(optimizer, params, range(2))
         state = optimizer.state[params[2]]
@@ -256,7 +243,7 @@ def test_states_of_the_users_own_are_updated_where_they_are(tmp_path: Path) -> N
 
 
 def test_cleared_states_begin_at_zero(tmp_path: Path) -> None:
-    expected, got = made(tmp_path, paged=False), made(tmp_path, paged=True, page_budget=LEAST)
+    expected, got = plain_and_in_file(tmp_path)
     for params, optimizer in (expected, got):
         train(optimizer, params, range(2))
         optimizer.state.clear()

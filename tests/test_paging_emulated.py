@@ -1,13 +1,12 @@
-"""Paged optimizers of a CUDA device, over the emulator: bytes, moves, launches, what is said and what is kept.
+"""Paged optimizers of a CUDA device, over the emulator: bytes, moves, launches, messages and lifetimes.
 
-What the stores themselves do is held by tests/cuda_on_cpu/test_managed_store.cc.
+tests/cuda_on_cpu/test_managed_store.cc tests the stores themselves.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import io
 import warnings
 from collections.abc import Iterator
 
@@ -15,7 +14,7 @@ import emulated
 import pytest
 import torch
 from emulated import Emulator
-from helpers import same_bytes
+from helpers import same_bytes, through_a_file
 
 import qlora_native as qn
 from qlora_native.ops import _library
@@ -41,7 +40,9 @@ def make(rule: str, bits: int, **options: object) -> Optimizer:
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(n).to(t)) for t in (torch.float32, torch.bfloat16) for n in SIZES]
     groups = [{"params": params[:7], "lr": 1e-2}, {"params": params[7:], "lr": 3e-3, "weight_decay": 0.1}]
-    made: Optimizer = getattr(qn.optim, rule)(groups, bits=bits, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pinned memory; test_the_fallback_is_named_once reads it
+        made: Optimizer = getattr(qn.optim, rule)(groups, bits=bits, **options)
     return made
 
 
@@ -54,6 +55,12 @@ def give_grads(optimizer: torch.optim.Optimizer, seed: int, scale: float = 1.0, 
     for number, param in enumerate(params_of(optimizer)):
         grad = (torch.randn(param.shape, generator=generator) * scale).to(param.dtype)
         param.grad = None if number == skip else grad
+
+
+def step(number: int, *optimizers: torch.optim.Optimizer) -> None:
+    for optimizer in optimizers:
+        give_grads(optimizer, number)
+        optimizer.step()
 
 
 def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
@@ -77,14 +84,12 @@ def quiet(counters: dict[str, int]) -> bool:
 def test_paged_steps_give_the_bytes_of_unpaged_ones(emulator: Emulator, rule: str, bits: int, concurrent: bool) -> None:
     """Clipped, with a step that is skipped, a parameter that goes without a gradient and learning rates that change."""
     emulator.module.set_memory(1 << 30, concurrent)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the fallback says what it is; another test reads that
-        paged = make(rule, bits, paged=True, page_budget=MIB, max_norm=1.0)
+    paged = make(rule, bits, paged=True, page_budget=MIB, max_norm=1.0)
     plain = make(rule, bits, paged=False, max_norm=1.0)
-    for step, scale in enumerate((1.0, float("nan"), 1e-3, 1.0)):
+    for number, scale in enumerate((1.0, float("nan"), 1e-3, 1.0)):
         for optimizer in (paged, plain):
-            give_grads(optimizer, step, scale, skip=2 if step == 2 else -1)
-            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+            give_grads(optimizer, number, scale, skip=2 if number == 2 else -1)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
             optimizer.step()
         assert paged.skipped == plain.skipped == (scale != scale)
         assert paged.grad_norm == plain.grad_norm or scale != scale
@@ -98,14 +103,10 @@ def test_paged_steps_give_the_bytes_of_unpaged_ones(emulator: Emulator, rule: st
 def test_the_order_of_streams_does_not_matter(emulator: Emulator, seed: int, concurrent: bool) -> None:
     emulator.module.set_memory(1 << 30, concurrent)
     emulator.stream = emulator.module.new_stream()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        paged = make("AdamW", 32, paged=True, page_budget=MIB)
-    plain = make("AdamW", 32, paged=False)
-    for step in range(2):
-        give_grads(plain, step)
-        plain.step()
-        give_grads(paged, step)
+    paged, plain = make("AdamW", 32, paged=True, page_budget=MIB), make("AdamW", 32, paged=False)
+    for number in range(2):
+        step(number, plain)
+        give_grads(paged, number)
         emulator.module.run_streams(True, seed)
         paged.step()
         assert emulator.module.num_queued() > 0, "the host waited in a step"
@@ -116,12 +117,8 @@ def test_the_order_of_streams_does_not_matter(emulator: Emulator, seed: int, con
 def test_a_checkpoint_waits_for_copies_that_are_under_way(emulator: Emulator) -> None:
     emulator.module.set_memory(1 << 30, False)
     emulator.stream = emulator.module.new_stream()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        paged = make("Lion", 32, paged=True, page_budget=MIB)
-    plain = make("Lion", 32, paged=False)
-    give_grads(plain, 0)
-    plain.step()
+    paged, plain = make("Lion", 32, paged=True, page_budget=MIB), make("Lion", 32, paged=False)
+    step(0, plain)
     give_grads(paged, 0)
     emulator.module.run_streams(True, 1)
     paged.step()
@@ -135,33 +132,34 @@ def test_a_checkpoint_waits_for_copies_that_are_under_way(emulator: Emulator) ->
 
 def test_in_steady_state_nothing_faults_and_a_page_moves_once_each_way(emulator: Emulator) -> None:
     paged = make("AdamW", 32, paged=True, page_budget=MIB)
-    for step in range(4):
-        give_grads(paged, step)
+    for number in range(4):
+        give_grads(paged, number)
         emulator.module.take_managed_counters()
         paged.step()
         counters = emulator.module.take_managed_counters()
-        if step > 0:
+        if number > 0:
             assert quiet(counters), counters
             assert counters["most_to_device"] == counters["most_to_host"] == 1, counters
             assert counters["to_device"] == counters["to_host"] > 0 == counters["idle_prefetches"], counters
-    told = paged.paging_statistics()
-    assert told["resident_bytes"] <= MIB < told["state_bytes"]
-    assert told["paged_out_bytes"] == told["state_bytes"] - told["resident_bytes"]
-    assert told["bytes_in"] - told["bytes_out"] == told["resident_bytes"] and told["stalls"] == 0
+    statistics = paged.paging_statistics()
+    assert statistics["resident_bytes"] <= MIB < statistics["state_bytes"]
+    assert statistics["paged_out_bytes"] == statistics["state_bytes"] - statistics["resident_bytes"]
+    assert statistics["bytes_in"] - statistics["bytes_out"] == statistics["resident_bytes"]
+    assert statistics["stalls"] == 0
 
 
 def test_without_pressure_a_step_is_the_two_launches_of_an_unpaged_one(emulator: Emulator) -> None:
     auto = make("AdamW", 32, max_norm=1.0)
-    for step in range(3):
-        give_grads(auto, step)
+    for number in range(3):
+        give_grads(auto, number)
         emulator.launches()
         emulator.module.take_managed_counters()
         auto.step()
         assert len(emulator.launches()) == 2
         counters = emulator.module.take_managed_counters()
-        assert step == 0 or not any(counters.values()), counters
-    told = auto.paging_statistics()
-    assert told["resident_bytes"] == told["state_bytes"] > 0 == told["bytes_out"]
+        assert number == 0 or not any(counters.values()), counters
+    statistics = auto.paging_statistics()
+    assert statistics["resident_bytes"] == statistics["state_bytes"] > 0 == statistics["bytes_out"]
 
 
 def test_auto_pages_under_pressure_and_comes_back(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,41 +168,35 @@ def test_auto_pages_under_pressure_and_comes_back(emulator: Emulator, monkeypatc
     module = emulator.module
     auto, plain = make("AdamW", 32), make("AdamW", 32, paged=False)
 
-    def step(number: int) -> dict[str, int]:
-        for optimizer in (auto, plain):
-            give_grads(optimizer, number)
-            optimizer.step()
+    def counters_of(number: int) -> dict[str, int]:
+        step(number, auto, plain)
         found: dict[str, int] = module.take_managed_counters()
         return found
 
-    step(0)
+    counters_of(0)
     free, _ = module.memory()
     spike = module.allocate(free - MIB)
-    assert step(1)["to_host"] > 0 and auto.states_paged_out() > 0
-    assert quiet(step(2))
+    assert counters_of(1)["to_host"] > 0 and auto.states_paged_out() > 0
+    assert quiet(counters_of(2))
     module.release(spike)
-    assert step(3)["to_host"] > 0, "there is room again, but not for long"
+    assert counters_of(3)["to_host"] > 0, "there is room again, but not for long"
     clock[0] = 60.0
-    step(4)
+    counters_of(4)
     assert auto.states_paged_out() == 0
-    assert not any(step(5).values())
+    assert not any(counters_of(5).values())
     assert same(auto, plain)
 
 
 def test_an_allocation_evicts_states_and_they_return(emulator: Emulator) -> None:
-    """What the driver does of itself: an allocation finds room, and the next step is right."""
+    """As the driver does it: an allocation finds room, and the next step is right."""
     module = emulator.module
     auto, plain = make("Lion", 32), make("Lion", 32, paged=False)
-    for optimizer in (auto, plain):
-        give_grads(optimizer, 0)
-        optimizer.step()
+    step(0, auto, plain)
     free, _ = module.memory()
     spike = module.allocate(free + MIB)
     assert module.take_managed_counters()["evicted"] >= MIB // module.managed_page_bytes
     for number in (1, 2):
-        for optimizer in (auto, plain):
-            give_grads(optimizer, number)
-            optimizer.step()
+        step(number, auto, plain)
         assert module.take_managed_counters()["device_faults"] == 0
     module.release(spike)
     assert same(auto, plain)
@@ -213,9 +205,7 @@ def test_an_allocation_evicts_states_and_they_return(emulator: Emulator) -> None
 def test_page_out_and_page_in(emulator: Emulator) -> None:
     auto, plain = make("AdamW", 8), make("AdamW", 8, paged=False)
     for number in range(4):
-        for optimizer in (auto, plain):
-            give_grads(optimizer, number)
-            optimizer.step()
+        step(number, auto, plain)
         if number == 1:
             auto.page_out()
             assert auto.states_in_memory() == 0 < auto.states_paged_out()
@@ -260,18 +250,10 @@ def test_auto_pins_states_where_pages_cannot_move(emulator: Emulator, bits: int,
 @pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
 def test_states_survive_a_round_trip(emulator: Emulator, concurrent: bool) -> None:
     emulator.module.set_memory(1 << 30, concurrent)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        paged = make("AdamW", 8, paged=True, page_budget=MIB)
-        other = make("AdamW", 8, paged=True, page_budget=MIB)
+    paged, other = (make("AdamW", 8, paged=True, page_budget=MIB) for _ in range(2))
     plain = make("AdamW", 8, paged=False)
-    for optimizer in (paged, plain):
-        give_grads(optimizer, 0)
-        optimizer.step()
-    file = io.BytesIO()
-    torch.save(copy.deepcopy(paged.state_dict()), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file))
+    step(0, paged, plain)
+    other.load_state_dict(through_a_file(copy.deepcopy(paged.state_dict())))
     for optimizer, source in ((other, paged), (plain, plain)):
         for param, values in zip(params_of(optimizer), params_of(source), strict=True):
             param.data.copy_(values.detach())
@@ -280,9 +262,7 @@ def test_states_survive_a_round_trip(emulator: Emulator, concurrent: bool) -> No
     assert other.paging_statistics()["bytes_in"] > 0
     for number in (2, 3):
         emulator.module.take_managed_counters()
-        for optimizer in (other, plain):
-            give_grads(optimizer, number)
-            optimizer.step()
+        step(number, other, plain)
     assert quiet(emulator.module.take_managed_counters()), "loading has unsettled the pages for good"
     assert same(other, plain)
 
@@ -291,8 +271,7 @@ def test_a_state_keeps_its_arena_alive(emulator: Emulator) -> None:
     gc.collect()
     free, _ = emulator.module.memory()
     paged = make("AdamW", 32, paged=True, page_budget=MIB)
-    give_grads(paged, 0)
-    paged.step()
+    step(0, paged)
     state = paged.state[params_of(paged)[2]]["exp_avg"]
     expected = state.clone()
     del paged
@@ -306,33 +285,31 @@ def test_a_state_keeps_its_arena_alive(emulator: Emulator) -> None:
 def test_parameters_that_come_later_get_a_store_of_their_own(emulator: Emulator) -> None:
     paged, plain = make("AdamW", 32, paged=True, page_budget=MIB), make("AdamW", 32, paged=False)
     for number in range(3):
-        for optimizer in (paged, plain):
-            if number == 1:
+        if number == 1:
+            for optimizer in (paged, plain):
                 optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(50_000))], "lr": 1e-3})
-            give_grads(optimizer, number)
-            optimizer.step()
+        step(number, paged, plain)
     assert same(paged, plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Words
+# Messages
 
 
 def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "_warned", set())
     emulator.module.set_memory(1 << 30, False)
+    params = [torch.nn.Parameter(torch.zeros(5000))]
     with pytest.warns(UserWarning, match=r"as on Windows, WSL2 and Tegra\): AdamW's paged states are in pinned host"):
-        make("AdamW", 32, paged=True)
+        Optimizer(params, paged=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make("AdamW", 32, paged=True)
+        Optimizer(params, paged=True)
 
 
-def test_no_store_is_said_in_numbers(emulator: Emulator) -> None:
+def test_a_store_that_cannot_be_had_is_an_error(emulator: Emulator) -> None:
     emulator.module.set_memory(1 << 30, False)
-    with pytest.raises(
-        RuntimeError, match="65536 bytes of managed memory could not be had: CUDA gave cudaErrorInvalid"
-    ):
+    with pytest.raises(RuntimeError, match="65536 bytes of managed memory .* CUDA gave cudaErrorInvalid"):
         emulator.module.ManagedStore([(1000, 2, False)], 65536, 65536)
 
 
@@ -343,7 +320,7 @@ def test_a_budget_below_a_chunk_is_refused_in_numbers(emulator: Emulator) -> Non
 
 
 @pytest.mark.parametrize(
-    ("call", "sentence"),
+    ("call", "message"),
     [
         (lambda m, s: m.StoreTable(s, [0, 1], 0), "2 rows, but the store has 1 tensors"),
         (lambda m, s: m.ManagedStore([(-1, 2, False)], 65536, 65536), "a form is"),
@@ -352,7 +329,7 @@ def test_a_budget_below_a_chunk_is_refused_in_numbers(emulator: Emulator) -> Non
         (lambda m, s: m.StoreTable(s, [0], 0).lion_step(0, 0, MIB, 0, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 64, 0), "tensors"),
     ],
 )
-def test_stores_are_checked_at_the_boundary(emulator: Emulator, call: object, sentence: str) -> None:
+def test_stores_are_checked_at_the_boundary(emulator: Emulator, call: object, message: str) -> None:
     store = emulator.module.ManagedStore([(1000, 1, False)], 65536, 65536)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         call(emulator.module, store)  # type: ignore[operator]

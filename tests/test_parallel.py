@@ -28,8 +28,8 @@ from qlora_native.distributed.ranks import Ranks
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.lora.layer import lora_layers
 from qlora_native.nn import QuantizedLinear
+from qlora_native.ops._optim_plan import part_of as local
 from qlora_native.optim import AdamW
-from qlora_native.optim.shards import local
 
 STEPS, ROWS = 10, 8
 TOLERANCE = 1e-5

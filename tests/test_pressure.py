@@ -1,5 +1,4 @@
-"""What is free, read from texts as Linux writes them and held against what mmap grants; when states move, and by
-whom."""
+"""What is free, from texts as Linux writes them and against what mmap grants; when states move, and who moves them."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qlora_native import _memory as free_memory
+from qlora_native import _memory
 from qlora_native._memory import Free
 from qlora_native.ops import _library
 from qlora_native.optim import pressure
@@ -42,31 +41,34 @@ Hugepagesize:       2048 kB
 
 
 def test_the_data_limit() -> None:
-    free = free_memory.free_of_data_limit(STATUS, 2_000_000 * 1024)
+    free = _memory.free_of_data_limit(STATUS, 2_000_000 * 1024)
     assert free == Free(1_000_000 * 1024, 2_000_000 * 1024, "RLIMIT_DATA")
-    assert free_memory.free_of_data_limit(STATUS, -1) is None
-    over = free_memory.free_of_data_limit(STATUS, 1024)  # a limit set below what is held already
+    assert _memory.free_of_data_limit(STATUS, -1) is None
+    over = _memory.free_of_data_limit(STATUS, 1024)  # a limit set below what is held already
     assert over is not None and over.bytes == 0
-    assert free_memory.free_of_data_limit("Name:\tkthreadd\n", 1024) is None
+    assert _memory.free_of_data_limit("Name:\tkthreadd\n", 1024) is None
 
 
 def test_the_machine() -> None:
-    assert free_memory.free_of_machine(MEMINFO) == Free(20_000_000 * 1024, 24_590_000 * 1024, "the machine's memory")
-    assert free_memory.free_of_machine("MemTotal: 5 kB\n") is None  # before Linux 3.14
+    assert _memory.free_of_machine(MEMINFO) == Free(20_000_000 * 1024, 24_590_000 * 1024, "the machine's memory")
+    assert _memory.free_of_machine("MemTotal: 5 kB\n") is None  # before Linux 3.14
 
 
-def test_a_cgroup_of_version_2() -> None:
-    stat = f"anon {500 * MIB}\nfile {300 * MIB}\ninactive_file {200 * MIB}\nactive_file {50 * MIB}\nshmem {50 * MIB}\n"
-    free = free_memory.free_of_cgroup(GIB, f"{800 * MIB}\n", stat)
-    assert free == Free(GIB - 800 * MIB + 250 * MIB, GIB, "the memory cgroup")
-    assert free_memory.free_of_cgroup(GIB, f"{100 * MIB}\n", stat).bytes == GIB  # cache alone, read a moment later
-    assert free_memory.free_of_cgroup(GIB, f"{2 * GIB}\n", stat).bytes == 0
+V2_STAT = f"anon {500 * MIB}\nfile {300 * MIB}\ninactive_file {200 * MIB}\nactive_file {50 * MIB}\nshmem {50 * MIB}\n"
+V1_STAT = f"inactive_file 0\nactive_file 0\ntotal_inactive_file {70 * MIB}\ntotal_active_file {30 * MIB}\n"
 
 
-def test_a_cgroup_of_version_1() -> None:
-    stat = f"inactive_file 0\nactive_file 0\ntotal_inactive_file {70 * MIB}\ntotal_active_file {30 * MIB}\n"
-    free = free_memory.free_of_cgroup(GIB, f"{600 * MIB}\n", stat)
-    assert free == Free(GIB - 500 * MIB, GIB, "the memory cgroup")
+@pytest.mark.parametrize(
+    ("held", "stat", "free"),
+    [
+        (800 * MIB, V2_STAT, GIB - 800 * MIB + 250 * MIB),
+        (100 * MIB, V2_STAT, GIB),  # cache alone, read a moment later
+        (2 * GIB, V2_STAT, 0),
+        (600 * MIB, V1_STAT, GIB - 500 * MIB),
+    ],
+)
+def test_a_cgroup(held: int, stat: str, free: int) -> None:
+    assert _memory.free_of_cgroup(GIB, f"{held}\n", stat) == Free(free, GIB, "the memory cgroup")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_a_cgroup_of_version_1() -> None:
     ],
 )
 def test_the_limit_of_a_cgroup(texts: list[str], limit: int | None) -> None:
-    assert free_memory.cgroup_limit(texts) == limit
+    assert _memory.cgroup_limit(texts) == limit
 
 
 MOUNTS_V2 = (
@@ -116,7 +118,7 @@ MOUNTS_DOCKER = "42 40 0:32 /docker/abc /sys/fs/cgroup/memory ro master:9 - cgro
     ],
 )
 def test_where_the_cgroups_are(cgroup: str, mountinfo: str, folders: list[tuple[int, str]]) -> None:
-    assert free_memory.cgroup_folders(cgroup, mountinfo) == folders
+    assert _memory.cgroup_folders(cgroup, mountinfo) == folders
 
 
 def test_the_file_system_of_a_path() -> None:
@@ -126,15 +128,15 @@ def test_the_file_system_of_a_path() -> None:
         "25 21 8:2 / /mnt/my\\040disk rw shared:1 - xfs /dev/sdb rw\n"
         "26 21 0:6 / /dev/shm rw - ramfs shm rw\n"
     )
-    found = [free_memory.file_system(path, mounts) for path in ("/dev/shm/a", "/dev/shmem", "/", "/mnt/my disk/b")]
+    found = [_memory.file_system(path, mounts) for path in ("/dev/shm/a", "/dev/shmem", "/", "/mnt/my disk/b")]
     assert found == ["ramfs", "ext4", "ext4", "xfs"]
-    assert free_memory.file_system("/a", "") == ""
+    assert _memory.file_system("/a", "") == ""
 
 
 def test_a_device() -> None:
     """8 GiB, of which another process holds 2, torch 3 with 1 of them in tensors."""
-    assert free_memory.free_of_device(3 * GIB, 8 * GIB, 1.0, 3 * GIB, GIB).bytes == 5 * GIB
-    half = free_memory.free_of_device(3 * GIB, 8 * GIB, 0.5, 3 * GIB, GIB)
+    assert _memory.free_of_device(3 * GIB, 8 * GIB, 1.0, 3 * GIB, GIB).bytes == 5 * GIB
+    half = _memory.free_of_device(3 * GIB, 8 * GIB, 0.5, 3 * GIB, GIB)
     assert half == Free(3 * GIB, 4 * GIB, "the device's memory")
 
 
@@ -199,30 +201,31 @@ class States:
         self.here, self.there = self.here + self.there, 0
 
 
-def play(free: Callable[[int], int], seconds: int, judge: PagingPolicy, states: States) -> list[tuple[int, str]]:
-    """One look a second; the seconds at which states move."""
+def play(free: Callable[[int], int], seconds: int, policy: PagingPolicy, states: States) -> list[tuple[int, str]]:
+    """One decision a second; the seconds at which states move."""
     moves: list[tuple[int, str]] = []
     for now in range(seconds):
-        move = judge.judge(float(now), left(free(now)), states.here, states.there)
+        move = policy.decide(float(now), left(free(now)), states.here, states.there)
         if move is not None:
             getattr(states, f"page_{move}")()
             moves.append((now, move))
     return moves
 
 
-def test_out_under_the_margin_and_back_after_a_calm() -> None:
-    assert play(lambda now: 50 if now == 7 else 500, 40, PagingPolicy(calm=10), States()) == [(7, "out"), (18, "in")]
-
-
-def test_no_room_for_margin_and_states_means_no_way_back() -> None:
-    assert play(lambda now: 50 if now == 7 else 163, 100, PagingPolicy(calm=10), States()) == [(7, "out")]
-    assert play(lambda now: 50 if now == 7 else 164, 100, PagingPolicy(calm=10), States()) == [(7, "out"), (18, "in")]
-
-
-def test_room_between_the_spikes_of_every_step_is_no_room() -> None:
-    """Steps of eight seconds, each with a moment of little memory: out once, and never back."""
-    assert play(lambda now: 120 if now % 8 == 5 else 500, 400, PagingPolicy(calm=10), States()) == []
-    assert play(lambda now: 40 if now % 8 == 5 else 500, 400, PagingPolicy(calm=10), States()) == [(5, "out")]
+@pytest.mark.parametrize(
+    ("free", "seconds", "moves"),
+    [
+        pytest.param(
+            lambda now: 50 if now == 7 else 500, 40, [(7, "out"), (18, "in")], id="out, and back after a calm"
+        ),
+        pytest.param(lambda now: 50 if now == 7 else 163, 100, [(7, "out")], id="no room for margin and states"),
+        pytest.param(lambda now: 50 if now == 7 else 164, 100, [(7, "out"), (18, "in")], id="just enough room"),
+        pytest.param(lambda now: 120 if now % 8 == 5 else 500, 400, [], id="steps with spikes that fit"),
+        pytest.param(lambda now: 40 if now % 8 == 5 else 500, 400, [(5, "out")], id="steps with spikes that do not"),
+    ],
+)
+def test_when_states_move(free: Callable[[int], int], seconds: int, moves: list[tuple[int, str]]) -> None:
+    assert play(free, seconds, PagingPolicy(calm=10), States()) == moves
 
 
 def test_coming_back_too_early_doubles_the_wait_and_never_without_end() -> None:
@@ -235,10 +238,10 @@ def test_coming_back_too_early_doubles_the_wait_and_never_without_end() -> None:
 
 
 def test_states_that_the_loop_moved_out_wait_for_a_calm_too() -> None:
-    judge, states = PagingPolicy(calm=10), States()
-    assert play(lambda now: 500, 5, judge, states) == []
+    policy, states = PagingPolicy(calm=10), States()
+    assert play(lambda now: 500, 5, policy, states) == []
     states.page_out()
-    later = play(lambda now: 500, 30, judge, states)
+    later = play(lambda now: 500, 30, policy, states)
     assert [move for _, move in later] == ["in"]
     assert later[0][0] >= 10
 

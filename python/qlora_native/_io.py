@@ -74,6 +74,21 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(final: Path) -> Iterator[Path]:
+    """A temporary path whose file becomes ``final``, replacing it, when the block ends without an exception, and
+    vanishes otherwise."""
+    partial = final.with_name(f".{final.name}{PARTIAL}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        fsync(partial)
+        os.replace(partial, final)
+        fsync(final.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def recover(output_dir: Path) -> None:
     """Clean up what a killed run left: half-written folders go, a folder that was being replaced comes back."""
     if not output_dir.is_dir():

@@ -1,6 +1,6 @@
 """Memory of the process: what is left of each limit, what malloc keeps, what was held at most.
 
-:func:`free_memory` says how many bytes can still be had before an allocation fails or the kernel kills the process: on
+:func:`free_memory` is how many bytes can still be had before an allocation fails or the kernel kills the process: on
 Linux the least of: RLIMIT_DATA less the process's private writable memory, the limit of each memory cgroup above the
 process (version 2 and 1) less what it holds beyond page cache, and MemAvailable. RLIMIT_AS is left out on purpose: it
 counts addresses, of which states in a page file take as many as states in memory. The parsers are functions of the
@@ -13,11 +13,11 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,8 +67,8 @@ def free_of_machine(meminfo: str) -> Free | None:
 
 
 def cgroup_limit(texts: Iterable[str]) -> int | None:
-    """Bytes, from the texts of memory.max and memory.high, or of memory.limit_in_bytes; "max" and what no machine has
-    are no limit."""
+    """Bytes, from the texts of memory.max and memory.high, or of memory.limit_in_bytes; None for "max" and for more
+    than any machine has."""
     limit = min((int(text) for text in texts if text.strip() != "max"), default=NO_LIMIT)
     return None if limit >= NO_LIMIT else limit
 
@@ -148,27 +148,21 @@ def _cgroups() -> list[tuple[list[str], str, str]]:
     found = []
     for version, folder in cgroup_folders(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo")):
         limits, held = CGROUP_FILES[version]
-        files = [f"{folder}/{name}" for name in limits], f"{folder}/{held}", f"{folder}/memory.stat"
-        if Path(files[1]).exists():
-            found.append(files)
+        if Path(folder, held).exists():
+            found.append(([f"{folder}/{name}" for name in limits], f"{folder}/{held}", f"{folder}/memory.stat"))
     return found
 
 
 def _read(file: str) -> str:
-    with open(file, encoding="ascii", errors="replace") as opened:
-        return opened.read()
+    return Path(file).read_text(encoding="ascii", errors="replace")
 
 
-def _of_data_limit() -> Iterator[Free | None]:
+def _of_process() -> Iterator[Free | None]:
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if limit != resource.RLIM_INFINITY:
         yield free_of_data_limit(_read("/proc/self/status"), limit)
-
-
-def _of_machine() -> Iterator[Free | None]:
-    yield free_of_machine(_read("/proc/meminfo"))
 
 
 def _of_cgroups() -> Iterator[Free | None]:
@@ -178,17 +172,18 @@ def _of_cgroups() -> Iterator[Free | None]:
             yield free_of_cgroup(limit, _read(held), _read(stat))
 
 
-SOURCES: tuple[Callable[[], Iterator[Free | None]], ...] = (_of_data_limit, _of_cgroups, _of_machine)
+def _of_machine() -> Iterator[Free | None]:
+    yield free_of_machine(_read("/proc/meminfo"))
 
 
 def free_memory() -> Free | None:
     """The limit of this process that leaves least; None where no limit can be read (no procfs)."""
     found: list[Free] = []
-    for source in SOURCES:
+    for source in (_of_process, _of_cgroups, _of_machine):
         try:
-            found += [free for free in source() if free is not None]
+            found += filter(None, source())
         except (ImportError, OSError, ValueError, KeyError):
-            continue  # a file that this kernel does not have tells nothing
+            continue  # this kernel does not have the file
     return min(found, default=None)
 
 
@@ -196,7 +191,7 @@ def free_of_device(free: int, total: int, fraction: float = 1.0, reserved: int =
     """What torch can still hand out on a CUDA device.
 
     Args:
-        free, total: of the device, in bytes, as cudaMemGetInfo tells.
+        free, total: of the device, in bytes, from cudaMemGetInfo.
         fraction: share of ``total`` that this process may take.
         reserved, allocated: bytes that torch took from the device, and those of them that tensors hold.
     """
@@ -205,20 +200,28 @@ def free_of_device(free: int, total: int, fraction: float = 1.0, reserved: int =
 
 
 def free_device_memory(device: torch.device) -> Free:
-    """The same for a device that runs the CUDA kernels; over the emulator torch's allocator knows nothing of it."""
-    told = _cuda_kernels.memory(device)
+    """The same for a device that runs the CUDA kernels; the emulator has no allocator of torch's."""
+    free, total = _cuda_kernels.memory(device)
     if device.type != "cuda":
-        return free_of_device(*told)
+        return free_of_device(free, total)
     fraction = torch.cuda.get_per_process_memory_fraction(device)
-    return free_of_device(*told, fraction, torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device))
+    return free_of_device(
+        free, total, fraction, torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    )
 
 
 def trim_heap() -> None:
     """Return freed heap to the system: glibc keeps it, and tensors of many sizes leave holes between them."""
+    if (malloc_trim := _libc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _libc(name: str) -> Any:
+    """A function of the C library; None where there is none, as without glibc."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):
-        return  # not glibc
+        return None
 
 
 def release_free_memory() -> None:
@@ -229,7 +232,7 @@ def release_free_memory() -> None:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held so far, in bytes; 0 where the system does not tell."""
+    """The most memory this process has held so far, in bytes; 0 where the system has no record of it."""
     try:
         import resource
     except ImportError:
@@ -244,20 +247,17 @@ USER_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMA
 
 
 def keep_freed_memory(checkpointing: bool = False) -> bool:
-    """Tell glibc to hold on to freed memory instead of giving it back to the system.
+    """Have glibc hold on to freed memory instead of giving it back to the system.
 
     Each step frees what it kept for backward and asks for the same sizes again; given back, these pages are fetched and
     cleared anew, tens of thousands a step. Large blocks still come and go: with ``checkpointing``, which is there to
     save memory, from 256 KiB on, otherwise from 8 MiB.
 
     Returns:
-        Whether it was done: not without glibc, nor where the user set malloc's variables himself.
+        Whether it was done: not without glibc, nor where the user has set malloc's variables.
     """
-    if any(name in os.environ for name in USER_SETTINGS):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
+    mallopt = _libc("mallopt")
+    if mallopt is None or any(name in os.environ for name in USER_SETTINGS):
         return False
     least = LEAST_MAPPED_WITH_CHECKPOINTING if checkpointing else LEAST_MAPPED
     return bool(mallopt(MMAP_THRESHOLD, least) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
@@ -266,7 +266,7 @@ def keep_freed_memory(checkpointing: bool = False) -> bool:
 @contextmanager
 def without_old_objects() -> Iterator[None]:
     """Leave out what is alive now whenever Python collects garbage: model, optimizer and libraries, hundreds of
-    thousands of objects, would be looked at several times a step."""
+    thousands of objects, would be traversed several times a step."""
     gc.collect()
     gc.freeze()
     try:

@@ -4,7 +4,7 @@
 
 FOLDER is a checkout of bitsandbytes 0.50, which holds ``tests/test_linear4bit.py``; none of its files is copied here.
 The tests need pytest, numpy, scipy and lion-pytorch. Prints what passed, failed and was left out, with the reasons, and
-exits with 1 if a test failed for which docs/bitsandbytes.md tells no reason.
+exits with 1 if a test failed for which docs/bitsandbytes.md gives no reason.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LEFT_OUT = [
     (r"ademamix|AdEMAMix|lamb|lars|adagrad|rmsprop|momentum", OPTIMIZERS),
     (r"bench", TIMED),
 ]
-# What fails for a reason that docs/bitsandbytes.md tells: a pattern, and the reason in short.
+# What fails for a reason that docs/bitsandbytes.md gives: a pattern, and the reason in short.
 EXPECTED = [
     (
         r"test_gemv_4bit\[dim=1024-fp32-fc2-",

@@ -1,7 +1,7 @@
 """The 4-bit half of bitsandbytes' interface over this library's kernels.
 
-``import qlora_native.bitsandbytes as bnb`` in place of ``import bitsandbytes as bnb``. What it offers, and where it
-differs from bitsandbytes and why, is told in docs/bitsandbytes.md.
+``import qlora_native.bitsandbytes as bnb`` in place of ``import bitsandbytes as bnb``. docs/bitsandbytes.md lists what
+it offers, and where it differs from bitsandbytes and why.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_native.bitsandbytes import functional, nn, optim
+from qlora_native.bitsandbytes.functional import matmul_4bit
 from qlora_native.bitsandbytes.nn import modules
 from qlora_native.bitsandbytes.ops import register_ops
-from qlora_native.bitsandbytes.products import matmul_4bit
 
 __all__ = ["functional", "matmul_4bit", "modules", "nn", "optim", "register_ops"]
 

@@ -1,21 +1,17 @@
-"""The functions of ``bitsandbytes.functional`` around 4-bit and 8-bit blockwise quantization."""
+"""The functions of ``bitsandbytes.functional`` around 4-bit and 8-bit blockwise quantization, and ``matmul_4bit``."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_native import _native, reference
-from qlora_native.bitsandbytes.maps import (
-    create_dynamic_map,
-    create_fp8_map,
-    create_linear_map,
-    create_normal_map,
-    get_4bit_type,
-)
-from qlora_native.bitsandbytes.state import QuantState
+from qlora_native.bitsandbytes.state import QuantState, table_of
+from qlora_native.functional import autocast
+from qlora_native.ops._direct import product, unobserved
 from qlora_native.weight import STORAGE_DTYPES, quant_type_number
 
 __all__ = [
@@ -36,7 +32,18 @@ __all__ = [
     "quantize_nf4",
 ]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TABLE_SIZE = 256  # maps of fewer levels are filled up with zeros
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(
+        f"qlora_native.bitsandbytes.functional has no {name!r}: it offers what 4-bit weights and 8-bit states need "
+        f"({', '.join(__all__)})."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 bits
 
 
 def quantize_4bit(
@@ -53,10 +60,10 @@ def quantize_4bit(
     Args:
         A: any shape, float32, bfloat16 or float16.
         absmax, out: filled with the scales and the packed bytes, and returned in their place.
-        blocksize: elements a scale, a power of two from 32 to 4096; 64 unless given.
+        blocksize: elements a scale, a power of two from 32 to 4096; default 64.
         compress_statistics: store the scales in 8 bits.
         quant_type: "fp4" or "nf4".
-        quant_storage: dtype that the packed bytes are seen as: uint8, bfloat16, float16 or float32.
+        quant_storage: dtype that the packed bytes are viewed as: uint8, bfloat16, float16 or float32.
 
     Returns:
         ``quant_storage`` [ceil(n/2) / itemsize, 1] and the state.
@@ -76,23 +83,11 @@ def quantize_4bit(
         )
     offset = state2 = None
     if compress_statistics:
+        nested_code = _native.nested_code().clone().to(A.device)
         offset = nested_offset
-        state2 = QuantState(
-            nested_absmax,
-            code=_native.nested_code().clone().to(A.device),
-            blocksize=reference.NESTED_BLOCK,
-            dtype=torch.float32,
-        )
-    state = QuantState(
-        scales,
-        shape=A.shape,
-        code=get_4bit_type(quant_type, device=A.device),
-        blocksize=blocksize,
-        quant_type=quant_type,
-        dtype=A.dtype,
-        offset=offset,
-        state2=state2,
-    )
+        state2 = QuantState(nested_absmax, code=nested_code, blocksize=reference.NESTED_BLOCK, dtype=torch.float32)
+    code = get_4bit_type(quant_type, device=A.device)
+    state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
     packed = packed.view(quant_storage).reshape(-1, 1)
     if absmax is not None:
         state.absmax = absmax.copy_(state.absmax)
@@ -136,7 +131,7 @@ def dequantize_4bit(
     Args:
         A: packed bytes in any storage dtype, any shape.
         quant_state: as :func:`quantize_4bit` returned it.
-        absmax, blocksize, quant_type: in place of a state; ``out`` then tells shape and dtype.
+        absmax, blocksize, quant_type: in place of a state; shape and dtype are then those of ``out``.
         out: written, and returned.
 
     Raises:
@@ -162,7 +157,7 @@ def dequantize_fp4(
     out: Tensor | None = None,
     blocksize: int | None = None,
 ) -> Tensor:
-    """:func:`dequantize_4bit` with quant_type "fp4" where no state tells it."""
+    """:func:`dequantize_4bit` with quant_type "fp4" by default."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
 
 
@@ -173,8 +168,12 @@ def dequantize_nf4(
     out: Tensor | None = None,
     blocksize: int | None = None,
 ) -> Tensor:
-    """:func:`dequantize_4bit` with quant_type "nf4" where no state tells it."""
+    """:func:`dequantize_4bit` with quant_type "nf4" by default."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 bits
 
 
 def quantize_blockwise(
@@ -189,7 +188,7 @@ def quantize_blockwise(
 
     Args:
         A: any shape, float32, bfloat16 or float16.
-        code: fp32 [256], sorted; the signed dynamic map unless given.
+        code: fp32 [256], sorted; default the signed dynamic map.
         absmax, out: filled with the scales and the codes, and returned in their place.
         blocksize: elements a scale, any number above 0.
         nested: quantize the scales less their mean likewise.
@@ -200,7 +199,7 @@ def quantize_blockwise(
     Raises ValueError for another dtype or block size.
     """
     _check_blocksize("quantize_blockwise", blocksize)
-    if A.dtype not in DTYPES:
+    if A.dtype not in _native.DTYPE_NUMBER:
         raise ValueError(f"quantize_blockwise: A is {A.dtype}: expected float32, bfloat16 or float16.")
     table = (_native.nested_code() if code is None else code).to(A.device, copy=True)
     codes, scales = reference.quantize_blockwise(A, table, blocksize)
@@ -230,7 +229,7 @@ def dequantize_blockwise(
         quant_state: as :func:`quantize_blockwise` returned it.
         absmax, code, blocksize: in place of a state; the result is then float32.
         out: written, and returned.
-        nested: not looked at; the state knows.
+        nested: ignored; the state has it.
 
     Raises ValueError for neither state nor absmax, for codes that are not uint8, for a block size of 0 or less.
     """
@@ -241,17 +240,18 @@ def dequantize_blockwise(
     if A.dtype != torch.uint8:
         raise ValueError(f"dequantize_blockwise: A is {A.dtype}: expected uint8.")
     block = _check_blocksize("dequantize_blockwise", quant_state.blocksize)
-    table = (_native.nested_code() if quant_state.code is None else quant_state.code).to(A.device)
-    values = reference.dequantize_blockwise(A, quant_state.scales(), table, block)
-    if out is not None:
-        return out.copy_(values)
-    return values.to(quant_state.dtype)
+    values = reference.dequantize_blockwise(A, quant_state.scales(), table_of(quant_state, A.device), block)
+    return values.to(quant_state.dtype) if out is None else out.copy_(values)
 
 
 def _check_blocksize(name: str, blocksize: int | None) -> int:
     if blocksize is None or blocksize <= 0:
         raise ValueError(f"{name}: blocksize is {blocksize}: expected a number above 0.")
     return blocksize
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
 
 
 def gemv_4bit(
@@ -266,7 +266,7 @@ def gemv_4bit(
 
     Args:
         out: written, and returned.
-        transposed_A, transposed_B: not looked at; ``B`` may be transposed, the state tells the shape.
+        transposed_A, transposed_B: ignored; ``B`` may be transposed, the shape is the state's.
 
     Raises ValueError without a state.
     """
@@ -276,8 +276,156 @@ def gemv_4bit(
     return y if out is None else out.copy_(y)
 
 
-def __getattr__(name: str) -> Any:
-    raise AttributeError(
-        f"qlora_native.bitsandbytes.functional has no {name!r}: it offers what 4-bit weights and 8-bit states need "
-        f"({', '.join(__all__)})."
-    )
+def matmul_4bit(
+    A: Tensor, B: Tensor, quant_state: QuantState | None, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """A W^T + bias for the weight [N, K] that ``quant_state`` describes; differentiable in A and bias.
+
+    Args:
+        A: [..., K], float32, bfloat16 or float16.
+        B: the packed bytes, transposed or not.
+        quant_state: of the weight. One made from a [K, N] tensor still works, by a dense copy, with a warning.
+        out: written, and returned.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in A's dtype.
+
+    Raises:
+        ValueError: no state, a weight that is no matrix, shapes that do not fit.
+    """
+    if quant_state is None:
+        raise ValueError("matmul_4bit: quant_state is None: give the state that quantize_4bit returned.")
+    if len(quant_state.shape) != 2:
+        raise ValueError(f"matmul_4bit: the weight is {list(quant_state.shape)}: expected two dimensions, [N, K].")
+    n, k = quant_state.shape
+    if A.shape[-1] == n != k:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"matmul_4bit: the weight is {list(quant_state.shape)}, which fits A {list(A.shape)} only as [K, N]. "
+                "Re-quantize from the weight in [N, K] orientation: as it is, every product makes a dense copy of it.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        y = torch.nn.functional.linear(A, dequantize_4bit(B, quant_state).to(A.dtype).t(), bias)
+    else:
+        y = linear(A, B, quant_state, bias)
+    return y if out is None else out.copy_(y)
+
+
+def linear(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+    """x W^T + bias: straight to the native kernel where nothing observes the call, else by ``torch.ops``."""
+    arguments = state.op_args(packed)
+    if unobserved(x, bias):
+        y = product(state._prepared.matrix(arguments), x, bias)
+        if y is not None:
+            return y
+    x, bias = autocast(x, bias)  # type: ignore[assignment]
+    result: Tensor = torch.ops.qlora_native.linear_4bit(x, bias, False, *arguments)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables of levels, all fp32
+
+
+def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
+    """The 16 levels of "nf4" or "fp4", fp32 [16], indexed by code.
+
+    Args:
+        typename: "nf4" or "fp4".
+        device: where the tensor goes; None is a CUDA device if there is one, else the CPU.
+        blocksize: ignored.
+
+    Raises NotImplementedError for any other type.
+    """
+    if typename not in _native.QUANT_TYPES:
+        raise NotImplementedError(f"get_4bit_type: typename is {typename!r}: expected 'nf4' or 'fp4'.")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _native.levels(quant_type_number(typename)).clone().to(device)
+
+
+def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
+    """Evenly spaced levels from -1 (or 0, unsigned) to 1, fp32 [256].
+
+    A signed map, or one of fewer than 8 bits, gives up one level so that 0 is among them.
+    """
+    count = 2**total_bits - (1 if signed and (add_zero or total_bits < 8) else 0)
+    levels = torch.linspace(-1.0 if signed else 0.0, 1.0, count)
+    half = count // 2
+    return torch.cat([levels[:half], torch.zeros(TABLE_SIZE - count), levels[half:]])
+
+
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
+    """Quantiles of the normal distribution over the largest, fp32 [256], sorted, filled up with zeros.
+
+    Args:
+        offset: probability below the outermost level.
+        use_extra_value: 8 levels above zero and 7 below, as NF4 has; else 7 on both sides.
+
+    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3.
+    """
+
+    def quantiles(count: int) -> Tensor:
+        return torch.special.ndtri(torch.linspace(offset, 0.5, count + 1)[:-1].double())
+
+    sides = quantiles(8 if use_extra_value else 7), -quantiles(7)
+    zeros = torch.zeros(TABLE_SIZE - sum(map(len, sides)))
+    levels = torch.cat([*sides, zeros]).float().sort().values
+    return levels / levels.max()
+
+
+def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
+    """Every value of a small floating-point type over the largest, fp32 [256], sorted, filled up with zeros.
+
+    With e the exponent field, m the fraction and b = 2^(exponent_bits - 1): a value is m * 2^-b where e is 0, else
+    (1 + m) * 2^-(e - b - 1). (So a larger field is a smaller value; the set of values is what counts.)
+
+    Raises ValueError if the fields, and the sign, do not make up ``total_bits``.
+    """
+    if exponent_bits + precision_bits + signed != total_bits:
+        raise ValueError(
+            f"create_fp8_map: {exponent_bits} exponent bits, {precision_bits} precision bits and "
+            f"{int(signed)} sign bits are not total_bits = {total_bits}: make them add up."
+        )
+    bias = 2 ** (exponent_bits - 1)
+    fractions = torch.arange(2**precision_bits, dtype=torch.float64) / 2**precision_bits
+    normal = [(1 + fractions) * 2.0 ** (bias + 1 - field) for field in range(1, 2**exponent_bits)]
+    values = torch.cat([fractions * 2.0**-bias, *normal])
+    if signed:
+        values = torch.cat([values, -values])
+    values = torch.cat([values, values.new_zeros(TABLE_SIZE - len(values))]).float().sort().values
+    return values / values.max()
+
+
+def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
+    """The dynamic type: each power of ten has twice as many levels as the one below it; fp32 [256], sorted.
+
+    The levels of a power of ten are the midpoints of even intervals between a tenth of it and itself. 0 and 1 are
+    added, and zeros where ``total_bits`` is below 8.
+
+    Raises ValueError for numbers of bits that do not give 2^total_bits levels.
+
+    Source: Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015.
+    """
+    value_bits = total_bits - 1
+    spare = value_bits - max_exponent_bits
+
+    def decade(exponent: int, intervals: int) -> Tensor:
+        edges = torch.linspace(0.1, 1, intervals + 1, dtype=torch.float32)
+        return 10**exponent * ((edges[:-1] + edges[1:]) / 2.0)
+
+    exponents = range(1 - max_exponent_bits, 1)
+    parts = [decade(exponent, int(2 ** (number + spare + (not signed)))) for number, exponent in enumerate(exponents)]
+    if spare > 0:
+        parts.append(decade(exponents[-1], 2**spare - 1))
+    if signed:
+        parts += [-part for part in parts]
+    levels = torch.cat([*parts, torch.tensor([0.0, 1.0])])
+    if len(levels) != 2**total_bits:
+        raise ValueError(
+            f"create_dynamic_map: signed={signed}, max_exponent_bits={max_exponent_bits} give {len(levels)} levels: "
+            f"expected {2**total_bits} for total_bits={total_bits}; unsigned maps take total_bits - 1 exponent bits."
+        )
+    return torch.cat([levels, levels.new_zeros(TABLE_SIZE - len(levels))]).sort().values

@@ -1,4 +1,4 @@
-"""QuantState: what a packed tensor needs beside its bytes to be decoded."""
+"""QuantState: what decodes the bytes of a packed tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class QuantState:
     Attributes:
         absmax: fp32 [blocks]; uint8 [blocks], codes, where ``nested``.
         shape: torch.Size of the dense tensor; None for 8-bit blockwise quantization.
-        code: fp32 [16] levels (4-bit) or fp32 [256] map (8-bit); what differs from the built-in table is honored.
+        code: fp32 [16] levels (4-bit) or fp32 [256] map (8-bit); may differ from the built-in table.
         blocksize: elements a scale.
         quant_type: "nf4", "fp4", or None for 8-bit.
         dtype: of the dense tensor.
@@ -103,29 +103,23 @@ class QuantState:
         unknown = sorted(set(values) - _FIELDS)
         missing = sorted(_ALWAYS - set(values)) + sorted(_NESTED - set(values) if _NESTED & set(values) else [])
         if unknown or missing:
-            told = [
-                f"{', '.join(names)} {what}" for names, what in ((missing, "missing"), (unknown, "unknown")) if names
+            faults = [
+                f"{', '.join(keys)} {fault}" for keys, fault in ((missing, "missing"), (unknown, "unknown")) if keys
             ]
-            raise ValueError(f"QuantState.from_dict: {' and '.join(told)} among the keys of the quant state.")
+            raise ValueError(f"QuantState.from_dict: {' and '.join(faults)} among the keys of the quant state.")
         offset = state2 = None
         if "nested_absmax" in values:
             offset = torch.tensor(float(values["nested_offset"]), dtype=torch.float32, device=device)
             state2 = cls(
-                absmax=values["nested_absmax"].to(device),
+                values["nested_absmax"].to(device),
                 blocksize=values["nested_blocksize"],
                 code=values["nested_quant_map"].to(device),
                 dtype=getattr(torch, values["nested_dtype"]),
             )
-        return cls(
-            absmax=values["absmax"].to(device),
-            shape=None if values["shape"] is None else torch.Size(values["shape"]),
-            code=values["quant_map"].to(device),
-            blocksize=values["blocksize"],
-            quant_type=values["quant_type"],
-            dtype=getattr(torch, values["dtype"]),
-            offset=offset,
-            state2=state2,
-        )
+        shape = None if values["shape"] is None else torch.Size(values["shape"])
+        absmax, code = values["absmax"].to(device), values["quant_map"].to(device)
+        dtype = getattr(torch, values["dtype"])
+        return cls(absmax, shape, code, values["blocksize"], values["quant_type"], dtype, offset, state2)
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """The fields by name.
@@ -158,11 +152,9 @@ class QuantState:
 
     def to(self, device: torch.device | str | int) -> None:
         """Moves the tensors, in place."""
-        self.absmax = self.absmax.to(device)
-        if self.code is not None:
-            self.code = self.code.to(device)
-        if self.offset is not None:
-            self.offset = self.offset.to(device)
+        for name in ("absmax", "code", "offset"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.to(device))
         if self.state2 is not None:
             self.state2.to(device)
 
@@ -186,7 +178,8 @@ class QuantState:
         if self.state2 is None:
             return self.absmax.float()
         second = self.state2
-        absmax = reference.dequantize_blockwise(self.absmax, second.scales(), _table(second), second.blocksize or 0)
+        table = table_of(second, second.absmax.device)
+        absmax = reference.dequantize_blockwise(self.absmax, second.scales(), table, second.blocksize or 0)
         return absmax if self.offset is None else absmax + self.offset
 
     def op_args(self, packed: Tensor) -> tuple[Any, ...]:
@@ -224,10 +217,9 @@ def _dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _table(state: QuantState) -> Tensor:
-    """The 8-bit map of a blockwise state, where its codes are."""
-    table = _native.nested_code() if state.code is None else state.code
-    return table.to(state.absmax.device)
+def table_of(state: QuantState, device: torch.device) -> Tensor:
+    """The 8-bit map of a blockwise state."""
+    return (_native.nested_code() if state.code is None else state.code).to(device)
 
 
 def _is_close(a: Tensor | None, b: Tensor | None) -> bool:

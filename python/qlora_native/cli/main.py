@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,9 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from qlora_native._version import __version__
+from qlora_native.cli._run import DISTRIBUTIONS as DISTRIBUTIONS
+from qlora_native.cli._run import missing_modules as missing_modules
+from qlora_native.cli._run import require
 from qlora_native.errors import UserError
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -82,22 +84,6 @@ _FIRST = {
     "config": "what to do (list, init or check)",
     "data": "what to do (show)",
 }
-# Where the import name is not the name that pip knows.
-DISTRIBUTIONS = {"yaml": "pyyaml"}
-
-
-def missing_modules(names: Sequence[str]) -> list[str]:
-    """Those of the import names that are not installed, found without importing them."""
-    return [name for name in names if importlib.util.find_spec(name) is None]
-
-
-def require(command: str, spec: Command) -> None:
-    """Raise UserError naming the first module that the command needs and the extra that brings it."""
-    for name in missing_modules(spec.needs):
-        package = DISTRIBUTIONS.get(name, name)
-        raise UserError(
-            f"qlora {command} needs {package}, which is not installed: pip install 'qlora_native[{spec.extra}]'"
-        )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -140,7 +126,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         args.overrides = overrides
     else:
         args = parser.parse_args(argv)
-    require(name, spec)
+    require(f"qlora {name}", *spec.needs, extra=spec.extra)
     return int(module.run(args) or EXIT_OK)
 
 
@@ -162,6 +148,7 @@ def _dispatch(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv[1:]`` unless given) and return its exit code; a bug propagates, and exits with
     1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
             os.environ.setdefault(name, "1")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qlora_native import reference
 from qlora_native.distributed.ranks import Ranks
-from qlora_native.optim.shards import is_sharded, local, shard_like
+from qlora_native.ops._optim_plan import part_of
+from qlora_native.optim.base import is_sharded, shard_like
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -114,7 +115,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _like(param: Tensor) -> Tensor:
     """Zeros in fp32 in the shape of a parameter, cut as it is."""
-    part = torch.zeros(local(param).shape, device=local(param).device)
+    part = torch.zeros(part_of(param).shape, device=part_of(param).device)
     return shard_like(param, part) if is_sharded(param) else part
 
 

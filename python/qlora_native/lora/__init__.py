@@ -1,6 +1,6 @@
 """Low-rank adapters beside frozen linear layers (Hu et al., "LoRA", 2021), 4-bit or dense.
 
-``config.py`` says what an adapter is, ``layer.py`` puts it into a model, ``start.py`` computes what it may begin with,
+``config.py`` has an adapter's settings, ``layer.py`` puts it into a model and computes the values it begins with,
 ``adapter.py`` is PEFT's file format.
 """
 
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from qlora_native.lora.adapter import load_adapter, save_adapter
 from qlora_native.lora.config import LoraConfig
-from qlora_native.lora.layer import LoRALinear, adapters_off, add_lora, lora_layers
-from qlora_native.lora.start import LayerStatistics
+from qlora_native.lora.layer import LayerStatistics, LoRALinear, adapters_off, add_lora, lora_layers
 
 __all__ = [
     "LayerStatistics",

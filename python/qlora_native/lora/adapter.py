@@ -1,6 +1,6 @@
 """Adapter folders in PEFT's format, written and read without PEFT.
 
-``adapter_config.json`` says what the adapter is, ``adapter_model.safetensors`` holds its tensors under
+``adapter_config.json`` has the adapter's settings, ``adapter_model.safetensors`` its tensors under
 ``base_model.model.<path>.lora_A.weight`` [r, K] and ``.lora_B.weight`` [N, r].
 """
 
@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from qlora_native._io import fsync
+from qlora_native._io import atomic_file, fsync
 from qlora_native.errors import UserError
 from qlora_native.lora.config import INITS, ZERO, LoraConfig
 from qlora_native.lora.layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
@@ -29,23 +28,14 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# In the header of the tensors' file, where PEFT does not look: its own config refuses keys that it does not know.
+# In the header of the tensors' file, which PEFT ignores: its config refuses unknown keys.
 INIT_KEY = "qlora_native.init"
 
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 # PEFT's settings under which a layer computes something else than x W^T + s (x A^T) B^T.
-_OTHER_MATHS = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
+_UNSUPPORTED = (
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices"),
+    *("layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
 )
 # Initializations that change the base model's weights, which an adapter's file does not hold.
 _CHANGES_THE_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
@@ -54,8 +44,7 @@ _CHANGES_THE_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, write: bool = True) -> None:
     """Write the model's adapter in PEFT's format: ``PeftModel.from_pretrained(base, folder)`` loads it.
 
-    Of a model that is cut over ranks, every rank calls this, since the parts are gathered, and all but one with
-    ``write=False``.
+    Of a sharded model, every rank calls this, since the parts are gathered, and all but one with ``write=False``.
 
     Both files are written under temporary names and brought to the disk before either is renamed, so that a full disk
     or a crash leaves an adapter that was already in ``folder`` as it was. Tensors are fp32.
@@ -77,16 +66,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, write: boo
             tensors[f"{PREFIX}{path}.{name}"] = _whole(tensor).cpu().clone()
     if not write:
         return
-    # safetensors writes two keys in either order, and the bytes of a resumed run are to be those of an undisturbed one.
+    # One key: safetensors writes two in either order, and a resumed run must give the bytes of an undisturbed one.
     metadata = {"format": "pt"} if config.init == ZERO else {INIT_KEY: config.init}
     text = json.dumps(_peft_config(model, config, layers), indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as both:  # renames only after both are safe on disk
-            both.enter_context(_replacing(folder / CONFIG_NAME, text.encode()))
-            both.enter_context(_replacing(folder / TENSORS_NAME, save(tensors, metadata=metadata)))
-        fsync(folder)
+        with ExitStack() as both:  # neither is renamed before both are on disk
+            config_file = both.enter_context(atomic_file(folder / CONFIG_NAME))
+            tensors_file = both.enter_context(atomic_file(folder / TENSORS_NAME))
+            config_file.write_bytes(text.encode())
+            fsync(config_file)
+            tensors_file.write_bytes(save(tensors, metadata=metadata))
     except OSError as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}{kept}.") from error
@@ -109,24 +99,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         UserError: a file is missing or broken; the adapter is for another model or another rank; it uses something
             (DoRA, trained biases, ...) that this library does not compute. The model is then unchanged.
     """
-    folder = Path(folder)
-    stored = _read_config(folder)
-    pairs, whole = _read_tensors(folder, model, stored)
-    config = _our_config(folder, stored, pairs, whole)
-    config.init = _init_of(folder)
-    targets = _check(folder, model, config, pairs, stored)
-    copies = _whole_copies(folder, model, whole)
+    read = _read(model, Path(folder))
     if not any(True for _ in lora_layers(model)):
         try:
-            insert(model, targets, config, torch.Generator())  # the values come next; torch's own stays put
+            insert(model, read.targets, read.config, torch.Generator())  # the values come next; torch's own stays put
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
-    with torch.no_grad():
-        for path, layer in lora_layers(model):
-            copy_whole(layer.lora_A, pairs[path]["A"])
-            copy_whole(layer.lora_B, pairs[path]["B"])
-        for parameter, tensor in copies:
-            copy_whole(parameter, tensor)
+    for path, layer in lora_layers(model):
+        copy_whole(layer.lora_A, read.pairs[path]["A"])
+        copy_whole(layer.lora_B, read.pairs[path]["B"])
+    for name, target in read.whole_targets.items():
+        copy_whole(target, read.whole[name])
     return model
 
 
@@ -154,19 +137,34 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdap
     Raises:
         UserError: as :func:`load_adapter`.
     """
-    folder = Path(folder)
+    read = _read(model, Path(folder))
+    pairs = {path: (pair["A"], pair["B"], read.targets[path][1]) for path, pair in read.pairs.items()}
+    return StoredAdapter(pairs, read.whole)
+
+
+class _Read(NamedTuple):
+    """A folder's content, checked against the model."""
+
+    config: LoraConfig
+    targets: dict[str, tuple[int, float]]  # path -> rank, scale
+    pairs: dict[str, dict[str, Tensor]]  # path -> {"A": [r, K], "B": [N, r]}
+    whole: dict[str, Tensor]  # what was trained whole, by its name in the model
+    whole_targets: dict[str, Tensor]  # the model's tensors of those names
+
+
+def _read(model: nn.Module, folder: Path) -> _Read:
     stored = _read_config(folder)
-    pairs, whole = _read_tensors(folder, model, stored)
-    targets = _check(folder, model, _our_config(folder, stored, pairs, whole), pairs, stored)
-    _whole_copies(folder, model, whole)
-    return StoredAdapter({path: (pair["A"], pair["B"], targets[path][1]) for path, pair in pairs.items()}, whole)
+    pairs, whole, init = _read_tensors(folder)
+    config = _our_config(folder, stored, pairs, whole)
+    config.init = init
+    targets = _check(folder, model, config, pairs, stored)
+    return _Read(config, targets, pairs, whole, _whole_targets(folder, model, whole))
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, detached; the parts of a DTensor are gathered, in which every rank takes part."""
+    """A tensor, detached; a DTensor is gathered, in which every rank takes part."""
     tensor = tensor.detach()
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
@@ -178,7 +176,7 @@ def copy_whole(target: Tensor, values: Tensor) -> None:
         return
     from torch.distributed.tensor import distribute_tensor
 
-    # None: each rank cuts its own copy, nothing is sent.
+    # None: each rank shards its own copy, nothing is sent.
     target.copy_(distribute_tensor(values.to(target), mesh, target.placements, src_data_rank=None))  # type: ignore[attr-defined]
 
 
@@ -231,7 +229,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: expected a JSON object; copy the file again.") from error
     if stored.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {stored.get('peft_type')!r}: expected 'LORA', the one kind read here.")
-    used = [name for name in _OTHER_MATHS if stored.get(name)]
+    used = [name for name in _UNSUPPORTED if stored.get(name)]
     if stored.get("bias", "none") != "none":
         used.append("bias")
     if used:
@@ -242,19 +240,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     init = stored.get("init_lora_weights")
     if isinstance(init, str) and _CHANGES_THE_BASE.fullmatch(init):
         raise UserError(
-            f"{path} says init_lora_weights={init!r}, which changes the base model's weights as well: "
+            f"{path} sets init_lora_weights={init!r}, which changes the base model's weights as well: "
             f"convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)."
         )
     return stored
 
 
-def _read_tensors(
-    folder: Path, model: nn.Module, stored: dict[str, Any]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(path -> {"A": [r, K], "B": [N, r]}, whole tensors by their name in the model)."""
+def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], str]:
+    """The pairs and the whole tensors of :class:`_Read`, and how the adapter began, if this library wrote it."""
     path = folder / TENSORS_NAME
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            init = (file.metadata() or {}).get(INIT_KEY)
     except FileNotFoundError as error:
         pickle = " (a pickle, adapter_model.bin, is not read)" if (folder / "adapter_model.bin").is_file() else ""
         raise UserError(f"{folder} has no {TENSORS_NAME}{pickle}: save the adapter again.") from error
@@ -276,14 +274,7 @@ def _read_tensors(
             raise UserError(f"{path} holds lora_{side} of {layer} but not its partner: save the adapter again.")
     if not pairs:
         raise UserError(f"{path} holds no lora_A and lora_B: expected those of at least one layer.")
-    return pairs, whole
-
-
-def _init_of(folder: Path) -> str:
-    """How the adapter began, if this library wrote it."""
-    with safe_open(folder / TENSORS_NAME, "pt") as file:
-        init = (file.metadata() or {}).get(INIT_KEY, ZERO)
-    return init if init in INITS else ZERO
+    return pairs, whole, init if init in INITS else ZERO
 
 
 def _our_config(
@@ -306,13 +297,9 @@ def _our_config(
 
 
 def _check(
-    folder: Path,
-    model: nn.Module,
-    config: LoraConfig,
-    pairs: dict[str, dict[str, Tensor]],
-    stored: dict[str, Any],
+    folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, dict[str, Tensor]], stored: dict[str, Any]
 ) -> dict[str, tuple[int, float]]:
-    """Path -> (rank, scale), once everything fits the model."""
+    """Path -> (rank, scale). UserError if the adapter does not fit the model or the adapter that it has."""
     modules = dict(plain_modules(model))
     name = type(model).__name__
     base = stored.get("base_model_name_or_path") or "another model"
@@ -326,7 +313,7 @@ def _check(
         got = (tuple(pair["A"].shape), tuple(pair["B"].shape))
         if len(got[0]) != 2 or len(got[1]) != 2 or got[0][0] != rank:
             raise UserError(
-                f"{folder}: lora_A of {path} is {list(got[0])}, but {CONFIG_NAME} says rank {rank}; "
+                f"{folder}: lora_A of {path} is {list(got[0])}, but {CONFIG_NAME} has rank {rank}; "
                 f"the two files are of different adapters."
             )
         if got != ((rank, layer.in_features), (layer.out_features, rank)):
@@ -355,10 +342,9 @@ def _check(
     return targets
 
 
-def _whole_copies(folder: Path, model: nn.Module, whole: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """What to copy where for the modules that were trained whole."""
+def _whole_targets(folder: Path, model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's parameters and buffers of the names of ``whole``. UserError if one is missing or of another shape."""
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    copies = []
     for name, tensor in whole.items():
         target = state.get(name)
         if target is None or target.shape != tensor.shape:
@@ -367,20 +353,4 @@ def _whole_copies(folder: Path, model: nn.Module, whole: dict[str, Tensor]) -> l
                 f"{folder}: the adapter holds {name} {list(tensor.shape)}, but {type(model).__name__} has {has}; "
                 f"load a model whose {name.rpartition('.')[0]} is dense and of that shape."
             )
-        copies.append((target, tensor))
-    return copies
-
-
-@contextmanager
-def _replacing(path: Path, content: bytes) -> Iterator[None]:
-    """``content`` safe on disk under a temporary name on entering; at ``path`` on leaving without an exception."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return {name: state[name] for name in whole}

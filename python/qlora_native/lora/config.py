@@ -31,7 +31,7 @@ class LoraConfig:
         init: "zero" begins with an adapter that changes nothing. "h_svd" begins with the best rank-r correction of what
             4 bits lost, weighted by the inputs' second moments, "loftq" with the unweighted one (Li et al., "LoftQ",
             2023, with one iteration); both need statistics, see :func:`qlora_native.add_lora`. An adapter that begins
-            so belongs to that one 4-bit base, and wants a lower learning rate (docs/quality.md).
+            so belongs to that one 4-bit base, and needs a lower learning rate (docs/quality.md).
     """
 
     r: int = 16

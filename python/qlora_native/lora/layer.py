@@ -1,19 +1,23 @@
-"""A linear layer with an adapter beside it, and putting adapters into a model."""
+"""A linear layer with an adapter beside it, putting adapters into a model, and the values that they begin with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear
-from qlora_native.lora.config import ALL_LINEAR, H_SVD, ZERO, LoraConfig
-from qlora_native.lora.start import LayerStatistics, residual_factors
+from qlora_native.lora.config import ALL_LINEAR, H_SVD, LOFTQ, ZERO, LoraConfig
 from qlora_native.nn.linear import QuantizedLinear
+
+# Directions beyond the rank, and rounds, of the subspace iteration (Halko, Martinsson and Tropp, "Finding structure
+# with randomness", 2011). What 4 bits lose has a flat spectrum, on which it converges slowly but to as good a subspace.
+EXTRA, ROUNDS = 16, 8
 
 
 class LoRALinear(nn.Module):
@@ -92,8 +96,24 @@ class LoRALinear(nn.Module):
         return f"r={self.r}, scale={self.scale:g}{dropout}"
 
 
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What the initial values of one layer's adapter are computed from.
+
+    Attributes:
+        path: of the layer in the model.
+        weight: the 16-bit weight that the layer's 4-bit one stands for, [N, K].
+        metric: of the layer's inputs x: E[x_k^2], fp32 [K], or E[x x^T], fp32 [K, K], each to a common factor; None
+            counts all inputs alike.
+    """
+
+    path: str
+    weight: Tensor
+    metric: Tensor | None = None
+
+
 def fill_a(a: Tensor, generator: torch.Generator | None) -> None:
-    """The start of ``lora_A``, which is the next of the generator's numbers."""
+    """Fill ``lora_A`` with the generator's next numbers."""
     nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
 
 
@@ -111,12 +131,12 @@ def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerSta
         The model. Its trainable parameters are the fp32 ``lora_A`` and ``lora_B``, and those of ``modules_to_save``.
 
     Raises:
-        ValueError: the model has an adapter already; a name that stands for no linear layer (near matches are told);
+        ValueError: the model has an adapter already; a name that no linear layer has (the message lists near matches);
             statistics that are missing, or of another model.
     """
     if (config.init == ZERO) != (statistics is None):
-        told = "takes no statistics" if config.init == ZERO else "needs statistics: qn.lora_statistics(model, ...)"
-        raise ValueError(f"add_lora: init {config.init!r} {told}.")
+        wrong = "takes no statistics" if config.init == ZERO else "needs statistics: qn.lora_statistics(model, ...)"
+        raise ValueError(f"add_lora: init {config.init!r} {wrong}.")
     targets = select_targets(model, config.target_modules)
     generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
     insert(model, {path: (config.rank_of(path), config.scale_of(path)) for path in targets}, config, generator)
@@ -134,25 +154,79 @@ def _start(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStati
         layer = layers.get(known.path)
         if layer is None or not isinstance(layer.base_layer, QuantizedLinear):
             continue
-        shape = (layer.out_features, layer.in_features)
-        if tuple(known.weight.shape) != shape:
+        shape = [layer.out_features, layer.in_features]
+        if list(known.weight.shape) != shape:
             raise ValueError(
                 f"add_lora: the statistics of {known.path} hold a weight {list(known.weight.shape)}, the layer's is "
-                f"{list(shape)}: they are of another model."
+                f"{shape}: they are of another model."
             )
         if config.init == H_SVD and known.metric is None:
             raise ValueError(f"add_lora: init 'h_svd' needs the inputs' second moments, which {known.path} lacks.")
-        metric = known.metric if config.init == H_SVD else None
         decoded = layer.base_layer.quantized.dequantize(torch.float32)
         residual = known.weight.to(decoded.device, torch.float32) - decoded
-        a, b = residual_factors(
-            residual, layer.r, layer.scale, None if metric is None else metric.to(residual), config.seed or 0
-        )
+        metric = None if config.init == LOFTQ or known.metric is None else known.metric.to(residual)
+        a, b = residual_factors(residual, layer.r, layer.scale, metric, config.seed or 0)
         layer.lora_A.copy_(a)
         layer.lora_B.copy_(b)
         started += 1
     if not started:
         raise ValueError("add_lora: the statistics are of none of the adapted 4-bit layers.")
+
+
+@torch.no_grad()
+def residual_factors(
+    residual: Tensor, rank: int, scale: float, metric: Tensor | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The A and B for which scale * B A is nearest to a residual in the norm trace(E H E^T).
+
+    If U are the first ``rank`` left singular vectors of residual H^(1/2), which are eigenvectors of residual H
+    residual^T, the best approximation is U U^T residual (Eckart and Young, 1936): neither a root of H nor its inverse
+    is needed, and a singular H is as good as any. U is found by subspace iteration. The rows of A and the columns of B
+    get equal norms.
+
+    Args:
+        residual: fp32 [N, K], the 16-bit weight less the decoded one.
+        rank: columns of B; beyond min(N, K) they are zero, and A's rows with them.
+        scale: what the adapter multiplies B A by.
+        metric: H: fp32 [K, K], or its diagonal, fp32 [K]; None is the identity.
+        seed: of the subspace that the iteration begins with.
+
+    Returns:
+        A, fp32 [rank, K], and B, fp32 [N, rank].
+
+    Raises:
+        ValueError: shapes that do not fit, or a metric that is not finite.
+    """
+    n, k = residual.shape
+    if metric is not None and (list(metric.shape) not in ([k], [k, k]) or not bool(torch.isfinite(metric).all())):
+        raise ValueError(
+            f"residual_factors: metric is {list(metric.shape)}: expected [{k}] or [{k}, {k}] of finite numbers for a "
+            f"residual {list(residual.shape)}."
+        )
+    width = min(rank + EXTRA, n, k)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(n, width, generator=generator).to(residual.device)
+    basis = torch.linalg.qr(start)[0]
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(_weighted(residual.t() @ basis, metric, residual))[0]
+    seen = _weighted(residual.t() @ basis, metric, residual)
+    _, vectors = torch.linalg.eigh(basis.t() @ seen)
+    kept = min(rank, width)
+    u = basis @ vectors[:, -kept:].flip(1)
+    down = (u.t() @ residual) / scale
+    norms = torch.linalg.vector_norm(down, dim=1)
+    share = norms.sqrt()
+    a, b = residual.new_zeros(rank, k), residual.new_zeros(n, rank)
+    a[:kept] = down * torch.where(share > 0, 1 / share, 0.0)[:, None]
+    b[:, :kept] = u * share
+    return a, b
+
+
+def _weighted(x: Tensor, metric: Tensor | None, residual: Tensor) -> Tensor:
+    """residual H x for x [K, columns]."""
+    if metric is not None:
+        x = metric[:, None] * x if metric.dim() == 1 else metric @ x
+    return residual @ x
 
 
 def insert(
@@ -162,8 +236,8 @@ def insert(
     generator: torch.Generator | None,
     beside: bool = False,
 ) -> None:
-    """Wrap the layers of ``targets`` (path -> rank, scale) and set what is trainable; ``beside`` an adapter of other
-    layers only if it says so."""
+    """Wrap the layers of ``targets`` (path -> rank, scale) and set what is trainable. ``beside`` allows a model with
+    adapters of other layers."""
     if not beside and any(True for _ in lora_layers(model)):
         raise ValueError("the model has an adapter already: merge it, or load the model again.")
     saved = trained_whole(model, config.modules_to_save)
@@ -185,15 +259,14 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model answers as if it had no adapter (``modules_to_save`` excepted)."""
-    layers = [layer for _, layer in lora_layers(model)]
-    before = [layer.enabled for layer in layers]
+    """Inside, the model computes as if it had no adapter (``modules_to_save`` excepted)."""
+    before = {layer: layer.enabled for _, layer in lora_layers(model)}
     try:
-        for layer in layers:
+        for layer in before:
             layer.enabled = False
         yield model
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
+        for layer, enabled in before.items():
             layer.enabled = enabled
 
 
@@ -212,28 +285,21 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def select_targets(model: nn.Module, names: str | Sequence[str]) -> list[str]:
-    """Paths of the linear layers that ``names`` means, in the model's order. Raises ValueError for unknown ones."""
+    """Paths of the linear layers that ``names`` selects, in the model's order. ValueError for unknown ones."""
     linears = linear_layers(model)
     if names == ALL_LINEAR:
-        find_output = getattr(model, "get_output_embeddings", lambda: None)
-        output = find_output()
+        output = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = [path for path, module in linears.items() if module is not output]
         if not chosen:
             raise ValueError(f"{type(model).__name__} has no linear layers to adapt.")
         return chosen
-    for name in names:
-        if not any(matches(path, name) for path in linears):
-            raise ValueError(_unknown(model, name, "target_modules", "linear layer", linears))
-    return [path for path in linears if any(matches(path, name) for name in names)]
+    return _selected(model, names, "target_modules", "linear layer", linears)
 
 
 def trained_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that ``modules_to_save`` means, by path. Raises ValueError for unknown ones and for 4-bit ones."""
+    """The modules that ``modules_to_save`` selects, by path. ValueError for unknown ones and for 4-bit ones."""
     modules = {path: module for path, module in plain_modules(model) if path}
-    for name in names:
-        if not any(matches(path, name) for path in modules):
-            raise ValueError(_unknown(model, name, "modules_to_save", "module", modules))
-    chosen = {path: module for path, module in modules.items() if any(matches(path, name) for name in names)}
+    chosen = {path: modules[path] for path in _selected(model, names, "modules_to_save", "module", modules)}
     for path, module in chosen.items():
         if any(isinstance(part, QuantizedLinear) for part in module.modules()):
             raise ValueError(
@@ -244,12 +310,16 @@ def trained_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
 
 
 def matches(path: str, name: str) -> bool:
-    """Whether ``name`` means the module at ``path``, by PEFT's rule for lists."""
+    """Whether ``name`` selects the module at ``path``, by PEFT's rule for lists."""
     return path == name or path.endswith(f".{name}")
 
 
-def _unknown(model: nn.Module, name: str, option: str, kind: str, paths: Iterable[str]) -> str:
-    known = sorted({path.rpartition(".")[2] for path in paths})
-    near = get_close_matches(name, known, n=3) or get_close_matches(name, list(paths), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known[:12])}."
-    return f"{option}: {type(model).__name__} has no {kind} named {name!r}: {hint}"
+def _selected(model: nn.Module, names: Sequence[str], option: str, kind: str, paths: Iterable[str]) -> list[str]:
+    """The paths that ``names`` selects; ValueError for a name that selects none."""
+    for name in names:
+        if not any(matches(path, name) for path in paths):
+            known = sorted({path.rpartition(".")[2] for path in paths})
+            near = get_close_matches(name, known, n=3) or get_close_matches(name, list(paths), n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known[:12])}."
+            raise ValueError(f"{option}: {type(model).__name__} has no {kind} named {name!r}: {hint}")
+    return [path for path in paths if any(matches(path, name) for name in names)]

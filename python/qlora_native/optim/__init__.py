@@ -21,14 +21,14 @@ deepcopy and ``GradScaler`` work as with torch's own. The differences:
 * ``paged`` states may leave memory: a file takes them, and a step brings them in chunk by chunk, ahead of use, and
   sends them out again. The bytes are the same wherever they are, and so is what ``state_dict`` gives. With "auto" that
   begins when memory runs short and ends when there is room again; ``page_out`` does it at once. ``paging_statistics``
-  tells what was moved and what it cost. On a CUDA device managed memory takes them when the device's memory runs short;
-  where pages cannot move while kernels run (Windows, WSL2, Tegra), pinned host memory does, from which each step copies
-  them, and "auto" stays there.
+  returns what was moved and what it cost. On a CUDA device managed memory takes them when the device's memory runs
+  short; where pages cannot move while kernels run (Windows, WSL2, Tegra), pinned host memory does, from which each step
+  copies them, and "auto" stays there.
 """
 
 from __future__ import annotations
 
-from qlora_native.optim.pages import PagingStatistics
+from qlora_native.optim.paging import PagingStatistics
 from qlora_native.optim.rules import Adam, AdamW, Lion
 
 __all__ = ["Adam", "AdamW", "Lion", "PagingStatistics"]

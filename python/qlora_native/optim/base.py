@@ -1,9 +1,13 @@
-"""What the optimizers share: one step over all parameters, their states, checkpoints."""
+"""The base class of the optimizers: one step over all parameters, their states, checkpoints.
+
+Parameters may be sharded over ranks (DTensors, as FSDP2 makes them): each rank updates its own part; the norm of the
+gradients and ``state_dict`` are those of the whole parameter.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,31 +19,19 @@ from qlora_native import _C, _native, reference
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops import _tensor_rows as rows
 from qlora_native.ops._cuda_optim import DeviceTable, Scaling
-from qlora_native.ops._optim_plan import Plan
-from qlora_native.optim.device_pages import DevicePages
-from qlora_native.optim.pages import HostPages, Paged
-from qlora_native.optim.paging import PAGING_DEFAULTS, PagedStates
-from qlora_native.optim.shards import is_sharded, local, whole_norm, whole_states
+from qlora_native.ops._optim_plan import Plan, part_of
+from qlora_native.optim.paging import PAGING_DEFAULTS, HostPages, Paged, PagedStates, new_states
 
 Paging = tuple[_C.Pager | None, int, int]  # the native functions' last arguments: pager, numbers, budget_bytes
 MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
 
 
-class _Held:
-    """A tensor that torch's load_state_dict passes on as it is, instead of casting it to the parameter's dtype."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 class Optimizer(PagedStates, torch.optim.Optimizer):
-    """What AdamW, Adam and Lion share."""
+    """Base class of AdamW, Adam and Lion, which name their op and the arguments that it takes from a group."""
 
     # GradScaler leaves unscaling and skipping to step(), by way of the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
     _counts_steps: ClassVar[bool]
-
-    max_norm: float | None
     _op: ClassVar[str]
 
     def __init__(
@@ -57,7 +49,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         self._reset()
         self.max_norm = max_norm
         super().__init__(params, defaults)
-        if paged is True:  # no room for the page file is to be known at the start
+        if paged is True:  # fail here, not in the first step, if there is no room for the page file
             self._reserve_all()
 
     def _reset(self) -> None:
@@ -121,8 +113,9 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         self._grad_norm, self._skipped = None, False
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         params, groups, grads = self._with_gradient()
-        cut_norm = self._norm_over_ranks(params, grads)
-        if params and cut_norm is None and self._step_on_device(params, groups, grads, grad_scale, found_inf):
+        sharded = self.max_norm is not None and any(map(is_sharded, params))
+        norm = whole_norm(params, grads) if sharded else None  # every rank takes part, whatever its gradients
+        if params and norm is None and self._step_on_device(params, groups, grads, grad_scale, found_inf):
             return
         if found_inf is not None and float(found_inf) != 0:
             self._skipped = True
@@ -133,12 +126,9 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         native = plan.point_at(grads, torch.device("cpu"))
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         if self.max_norm is not None:
-            if cut_norm is not None:
-                norm = cut_norm
-            elif native:
-                norm = _C.gradient_norm(rows.address_of(plan.table), len(params))
-            else:
-                norm = whole_norm(params, grads)
+            if norm is None:
+                table = rows.address_of(plan.table)
+                norm = _C.gradient_norm(table, len(params)) if native else whole_norm(params, grads)
             self._grad_norm = norm = factor * norm
             if not math.isfinite(norm):
                 self._skipped = True
@@ -146,14 +136,8 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             factor *= min(1.0, self.max_norm / (norm + 1e-6))
         if native:
             self._step_natively(rows.address_of(plan.table), len(params), factor, self._paging_of(plan))
-        elif cut_norm is None or not self._step_on_device(params, groups, grads, None, None, factor):
+        elif not sharded or not self._step_on_device(params, groups, grads, None, None, factor):
             self._step_by_ops(plan, grads, factor)
-
-    def _norm_over_ranks(self, params: list[Tensor], grads: list[Tensor]) -> float | None:
-        """The norm to clip by where parameters are cut over ranks, and every rank must ask for it; else None."""
-        if self.max_norm is None or not any(map(is_sharded, params)):
-            return None
-        return whole_norm(params, grads)
 
     def _with_gradient(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
         """The parameters that have a gradient, the number of the group of each, and the gradients."""
@@ -171,11 +155,10 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 f"{type(self).__name__}: a gradient is {odd}: expected dense ones; build the embedding with "
                 "sparse=False, or give its parameter to torch.optim.SparseAdam."
             )
-        return params, groups, list(map(local, present))
+        return params, groups, list(map(part_of, present))
 
     def _plan_for(self, params: list[Tensor], groups: list[int]) -> Plan:
-        """The plan of the last step, or a new one, which makes the states of parameters that are met for the first
-        time."""
+        """The plan of the last step, or a new one, with states for parameters that had none."""
         if self._plan is None or not self._plan.still_holds(params, groups):
             if not all(self.state[param] for param in params):
                 self._reserve_all()
@@ -189,9 +172,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         pages = self._pages.get(torch.device("cpu"))
         if not isinstance(pages, HostPages):
             return None, 0, 0
-        if plan.numbers is None:
-            plan.numbers = pages.numbers(plan.params, plan.states)
-        return pages.pager, rows.address_of(plan.numbers), pages.budget_now()
+        return pages.pager, rows.address_of(pages.numbers(plan)), pages.budget_now()
 
     def _step_on_device(
         self,
@@ -200,29 +181,31 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         grads: list[Tensor],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        clipped_by: float | None = None,  # what gradients are multiplied by where the norm is known already
+        grad_factor: float | None = None,  # where the norm is known already
     ) -> bool:
-        """Launches the step, if all is on one CUDA device and as its kernels take it; waits for nothing."""
+        """Launch the step, if all tensors are on one CUDA device in the form its kernels take; waits for nothing."""
         device = params[0].device
         module = _cuda_kernels.module_for(device)
-        pages = self._pages.get(device)
-        if isinstance(pages, DevicePages) and pages.could_pin and pages.is_short():
+        pages = self._device_pages(device)
+        if pages is not None and pages.could_pin and pages.is_short():
             self._pin(pages)
-        plan = None if module is None else self._plan_for(params, groups)
-        pages = self._pages.get(device)
-        if plan is not None and not (isinstance(pages, DevicePages) and pages.holds(plan)):
+        if module is None:
+            return False
+        plan = self._plan_for(params, groups)
+        pages = self._device_pages(device)  # the plan may have made them
+        if pages is not None and not pages.holds(plan):
             pages = None
-        if module is None or plan is None or not plan.point_at(grads, device):
+        if not plan.point_at(grads, device):
             return False
         if plan.on_device is None:
             plan.on_device = DeviceTable(module, self._op, plan.table, len(params), device)
         options = [self._options(group) for group in self.param_groups]
         scale, skip = (None if t is None else t.to(device, torch.float32) for t in (grad_scale, found_inf))
-        by = Scaling(1.0, self.max_norm, scale, skip) if clipped_by is None else Scaling(clipped_by)
-        if isinstance(pages, DevicePages):
-            pages.step(plan, options, by)
-        else:
+        by = Scaling(1.0, self.max_norm, scale, skip) if grad_factor is None else Scaling(grad_factor)
+        if pages is None:
             plan.on_device.step(plan.table, options, by)
+        else:
+            pages.step(plan, options, by)
         if by.max_norm is not None:
             self._grad_norm = plan.on_device.grad_norm
         if by.max_norm is not None or found_inf is not None:
@@ -230,29 +213,26 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         return True
 
     def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The options of a group in the order of the op's arguments."""
         raise NotImplementedError
 
     def _step_natively(self, table: int, num_tensors: int, grad_factor: float, paging: Paging) -> None:
-        raise NotImplementedError
-
-    def _step_by_op(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any], grad_factor: float
-    ) -> None:
-        raise NotImplementedError
+        options = [self._options(group) for group in self.param_groups]
+        getattr(_C, self._op)(table, num_tensors, options, grad_factor, *paging)
 
     def _step_by_ops(self, plan: Plan, grads: list[Tensor], grad_factor: float) -> None:
         """The same step, one op for each group, device and form of the states."""
-        parts: dict[tuple[int, torch.device, bool], list[int]] = {}
+        calls: dict[tuple[int, torch.device, bool], list[int]] = {}
         for i, (param, number, state) in enumerate(zip(plan.params, plan.groups, plan.states, strict=True)):
-            parts.setdefault((number, param.device, "exp_avg_absmax" in state), []).append(i)
-        for (number, _, _), chosen in parts.items():
-            self._step_by_op(
-                self.param_groups[number],
-                [plan.parts[i] for i in chosen],
-                [grads[i] for i in chosen],
-                [plan.states[i] for i in chosen],
-                grad_factor,
-            )
+            calls.setdefault((number, param.device, "exp_avg_absmax" in state), []).append(i)
+        names = [*self._moments, *(f"{name}_absmax" for name in self._moments)]
+        names += ["step"] if self._counts_steps else []
+        for (number, _, _), chosen in calls.items():
+            states = [plan.states[i] for i in chosen]
+            lists = ([state[name] for state in states if name in state] for name in names)
+            params, chosen_grads = [plan.parts[i] for i in chosen], [grads[i] for i in chosen]
+            options = self._options(self.param_groups[number])
+            getattr(torch.ops.qlora_native, self._op)(params, chosen_grads, *lists, *options, grad_factor)
             self._keep_within_budget()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -272,58 +252,50 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         if self._counts_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         place = self._take(param, coded, blank)
-        if place is not None:
-            return state | place
-        part = local(param)
-        blocks = -(-part.numel() // _native.STATE_BLOCK)
-        for name, codes in self._moments.items():
-            dtype = codes if coded else torch.float32
-            state[name] = torch.zeros(part.shape, dtype=dtype, device=param.device)
-            if coded:
-                state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
-        return state
+        if place is None:
+            device = param.device
+            place = new_states(
+                self._moments, param, coded, lambda _, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+            )
+        return state | place
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Its tensors are the states themselves: copy them to keep them from the next step. Those of
-        parameters cut over ranks are DTensors of fp32, which any number of ranks can load."""
+        sharded parameters are fp32 DTensors, which any number of ranks can load."""
         with self._alone():
             self._ready_to_read()
-            told = super().state_dict()
-            cut = [
-                (number, param)
-                for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))
-                if is_sharded(param) and self.state.get(param)
-            ]
-            for number, param in cut:
-                told["state"][number] = whole_states(param, self.state[param], list(self._moments))
-            return told
+            result = super().state_dict()
+            for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
+                if is_sharded(param) and self.state.get(param):
+                    result["state"][number] = whole_states(param, self.state[param], list(self._moments))
+            return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep their dtype, are copied, and take the form that the group's ``bits`` asks for:
         a checkpoint of ``torch.optim.AdamW`` or of the other number of bits can be continued. ValueError for states
         that do not fit."""
+        given: dict[str, Any] = {}
 
-        def hold(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            held = {
-                number: {key: _Held(value) if isinstance(value, Tensor) else value for key, value in state.items()}
-                for number, state in given["state"].items()
-            }
-            return {**given, "state": held}
+        def hold(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            given.update(state_dict)
+            return {**state_dict, "state": {}}  # torch would cast what it is given
 
-        def release(_: Any) -> None:
+        def fit(_: Any) -> None:
+            numbers = chain.from_iterable(group["params"] for group in given["param_groups"])
+            places = [(param, group) for group in self.param_groups for param in group["params"]]
             loaded = [
-                (param, group, self._held_by(param))
-                for group in self.param_groups
-                for param in group["params"]
-                if param in self.state
+                (param, group, self._checked_state(param, given["state"][number]))
+                for number, (param, group) in zip(numbers, places, strict=True)
+                if number in given["state"]
             ]
             self._reserve_all()
-            for param, group, given in self._apart(loaded):
-                self.state[param] = self._fitted(param, given, group)
+            self._copy_displaced(loaded)
+            for param, group, state in loaded:
+                self.state[param] = self._fitted(param, state, group)
 
         hooks = (
             self.register_load_state_dict_pre_hook(hold),
-            self.register_load_state_dict_post_hook(release, prepend=True),
+            self.register_load_state_dict_post_hook(fit, prepend=True),
         )
         try:
             with self._alone():
@@ -332,27 +304,22 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _held_by(self, param: Tensor) -> dict[str, Any]:
-        """What was loaded as the state of a parameter; ValueError if it is no such state."""
-        held = {key: value.tensor if isinstance(value, _Held) else value for key, value in self.state[param].items()}
-        given = {key: local(value) if isinstance(value, Tensor) else value for key, value in held.items()}
+    def _checked_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """A loaded state, this rank's parts of it; ValueError if it is not one of this optimizer."""
+        given = {key: part_of(value) if isinstance(value, Tensor) else value for key, value in state.items()}
         for name in self._moments:
             value = given.get(name)
-            if (
-                not isinstance(value, Tensor)
-                or value.shape != local(param).shape
-                or (self._counts_steps and "step" not in given)
-            ):
-                shape = list(value.shape) if isinstance(value, Tensor) else None
+            shape = value.shape if isinstance(value, Tensor) else None
+            if shape != part_of(param).shape or (self._counts_steps and "step" not in given):
                 raise ValueError(
                     f"{type(self).__name__}: the state of a parameter {list(param.shape)} holds "
-                    f"{', '.join(sorted(given)) or 'nothing'}, {name} {shape}: expected the states of this optimizer, "
-                    "of the parameter's shape."
+                    f"{', '.join(sorted(given)) or 'nothing'}, {name} {None if shape is None else list(shape)}: "
+                    "expected the states of this optimizer, of the parameter's shape."
                 )
         return given
 
     def _fitted(self, param: Tensor, given: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-        """A state of our own from a loaded one."""
+        """A loaded state in the form that the group asks for."""
         coded = self._is_coded(param, group)
         state = self._new_state(param, coded, blank=False)
         for name in self._moments:
@@ -375,7 +342,8 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._ready_to_read()
-        return {**super().__getstate__(), "max_norm": self.max_norm, **self._paging_options()}
+        options = {name: getattr(self, name) for name in ("max_norm", *PAGING_DEFAULTS)}
+        return {**super().__getstate__(), **options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -395,3 +363,60 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 for param in group["params"]:
                     if self.state.get(param):
                         self.state[param] = self._fitted(param, self.state[param], group)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharded parameters
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor."""
+    return part_of(tensor) is not tensor
+
+
+def whole_norm(params: Sequence[Tensor], grads: Sequence[Tensor]) -> float:
+    """Euclidean norm of all gradients, of which ``grads`` are this rank's parts: every rank gets the same number."""
+    parts: dict[Any, dict[torch.device, list[Tensor]]] = {}  # by mesh and placements, None for what is not sharded
+    for param, grad in zip(params, grads, strict=True):
+        where = (param.device_mesh, param.placements) if is_sharded(param) else None  # type: ignore[attr-defined]
+        parts.setdefault(where, {}).setdefault(grad.device, []).append(grad)
+    total = 0.0
+    for where, by_device in parts.items():
+        square = sum(float(torch.ops.qlora_native.gradient_norm(part)) ** 2 for part in by_device.values())
+        if where is not None:
+            mesh, placements = where
+            for dimension, placement in enumerate(placements):
+                if placement.is_shard():
+                    shared = torch.tensor(square, dtype=torch.float64, device=next(iter(by_device)))
+                    torch.distributed.all_reduce(shared, group=mesh.get_group(dimension))
+                    square = float(shared)
+        total += square
+    return math.sqrt(total)
+
+
+def whole_states(param: Tensor, state: dict[str, Any], moments: Sequence[str]) -> dict[str, Any]:
+    """The states of a sharded parameter as DTensors sharded like it, fp32.
+
+    8-bit states are decoded, because the blocks that share a scale end where a rank's part ends: another number of
+    ranks has other blocks. Encoded again in the same blocks they are the same bytes.
+    """
+    result = {name: value for name, value in state.items() if not name.endswith("_absmax")}
+    for name in moments:
+        absmax = state.get(f"{name}_absmax")
+        decoded = state[name] if absmax is None else reference.decode_state(state[name], absmax)
+        result[name] = shard_like(param, decoded)
+    return result
+
+
+def shard_like(param: Tensor, part: Tensor) -> Tensor:
+    """A DTensor with the shape and the placements of a sharded parameter, of which ``part`` is this rank's."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        param.device_mesh,  # type: ignore[attr-defined]
+        param.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )

@@ -1,43 +1,39 @@
-"""Where the states of an optimizer on a CUDA device lie when they may leave its memory.
+"""Arenas for the states of an optimizer on a CUDA device, when they may leave its memory.
 
 On a device with concurrent managed access (Linux) in managed memory, whose pages move between device and host under one
 address. Elsewhere (Windows, WSL2, Tegra) in pinned host memory, from which each chunk is copied to the device for its
-update: with ``paged=True`` from the start, with "auto" from the first time on that memory runs short. A state is a
-tensor that looks into the arena and keeps it alive.
+update: with ``paged=True`` from the start, with "auto" from the first time on that memory runs short.
 """
 
 from __future__ import annotations
 
 import time
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_native import _native
 from qlora_native._memory import Free, free_device_memory
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
 from qlora_native.ops._library import say_once
 from qlora_native.ops._optim_plan import Plan
-from qlora_native.optim.pages import Paged, PagingStatistics, State
+from qlora_native.optim.paging import Paged, Pages, PagingStatistics, State
 from qlora_native.optim.pressure import PagingPolicy
-from qlora_native.optim.shards import local
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
-CHUNKS = 16  # at least, of an arena or of a budget, as far as tensors can be cut so fine
+CHUNKS = 16  # at least, of an arena or of a budget, as far as tensors can be split so fine
 CHUNKS_AT_ONCE = 3  # one that comes, one that is updated, one that goes
 TYPE_CODES = {torch.float32: "<f4", torch.int8: "|i1", torch.uint8: "|u1"}
 
 
 class _Place:
-    """A part of a store as other libraries take it in, by the CUDA array interface."""
+    """A part of a store, offered to other libraries by the CUDA array interface."""
 
     def __init__(self, store: Any, offset: int, count: int, dtype: torch.dtype) -> None:
-        self.store = store  # kept alive by whoever keeps this
+        self.store = store  # lives as long as this
         self.__cuda_array_interface__ = {
             "shape": (count,),
             "typestr": TYPE_CODES[dtype],
@@ -46,8 +42,8 @@ class _Place:
         }
 
 
-class DevicePages:
-    """The arenas of one optimizer on one device. Arguments as of ``HostPages``; ``budget`` is bytes of the device."""
+class DevicePages(Pages):
+    """The arenas of one optimizer on one device; ``budget`` is bytes of the device."""
 
     def __init__(
         self,
@@ -58,23 +54,19 @@ class DevicePages:
         device: torch.device,
         module: ModuleType,
     ) -> None:
-        self.owner, self.moments, self.paged, self.budget = owner, moments, paged, budget
+        super().__init__(owner, moments, paged, budget)
         self.device, self.module = device, module
         self.managed: bool = module.has_concurrent_managed_access(device.index or 0)
         self._pinned = False
         if not self.managed and paged is True:
             self.use_pinned_memory()
-        self.stores: list[Any] = []
-        self._judge = PagingPolicy()
+        self._policy = PagingPolicy()
         self._sent_out = False  # "auto" is under pressure, or page_out was asked for
-        self._moved = False  # states were written by somebody else, which may have moved their pages
-        self._places: dict[Tensor, tuple[int, State]] = {}  # of a parameter: its number, its states
-        self._sizes: list[int] = []  # tensors of each store
-        self._taken: set[Tensor] = set()
+        self._moved = False  # the host wrote states, which may have moved their pages
         self._tables: tuple[Plan, list[StoreTable]] | None = None  # of the plan that stepped last
 
     def use_pinned_memory(self) -> None:
-        """From now on states are reserved in pinned host memory; a sentence says so once."""
+        """From now on reserve states in pinned host memory; warns once."""
         self._pinned = True
         say_once(
             f"qlora_native: managed memory of {self.device} does not move while kernels run (as on Windows, WSL2 and "
@@ -87,7 +79,7 @@ class DevicePages:
         return not self.managed and not self._pinned
 
     def is_short(self) -> bool:
-        """Whether less of the device than the margin is free; no answer while a graph is captured."""
+        """Whether less of the device than the margin is free; False while a graph is captured."""
         free = self.free()
         return free.bytes < free.margin and not self._is_capturing()
 
@@ -101,13 +93,8 @@ class DevicePages:
         """Makes room for the states of these parameters, all 0, in one arena more; not where they :attr:`could_pin`."""
         if self.could_pin:
             return
-        forms = [
-            (local(param).numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)
-        ]
-        codes_or_floats = (1 if is_coded else 4 for is_coded in coded)
-        arena_bytes = len(self.moments) * sum(
-            local(p).numel() * n for p, n in zip(params, codes_or_floats, strict=True)
-        )
+        forms = self._forms(params, coded)
+        arena_bytes = sum(numel * count * (1 if is_coded else 4) for numel, count, is_coded in forms)
         chunk_bytes = min(CHUNK_BYTES, min(arena_bytes, self.budget or arena_bytes) // CHUNKS)
         with _cuda_kernels.launching(self.device) as stream:
             if self.managed:
@@ -115,68 +102,37 @@ class DevicePages:
                 store.zero(self._budget_of(store), stream)
             else:
                 store = self.module.PinnedStore(forms, self.module.pinned_page_bytes, chunk_bytes)
-        first = sum(self._sizes)
-        for i, (param, is_coded, place) in enumerate(zip(params, coded, store.places, strict=True)):
-            self._places[param] = first + i, self._tensors(store, param, is_coded, place)
-        self.stores.append(store)
-        self._sizes.append(len(forms))
+        self._add(store, params, coded, store.places)
         self._tables = None
 
-    def _tensors(self, store: Any, param: Tensor, coded: bool, place: tuple[int, int, int, int]) -> State:
-        part = local(param)
-        blocks = -(-part.numel() // _native.STATE_BLOCK)
-        state: State = {}
-        for i, (name, codes) in enumerate(self.moments.items()):
-            state[name] = self._tensor_at(store, place[i], part.shape, codes if coded else torch.float32)
-            if coded:
-                state[f"{name}_absmax"] = self._tensor_at(store, place[2 + i], torch.Size([blocks]), torch.float32)
-        return state
-
-    def _tensor_at(self, store: Any, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _view(self, store: Any, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if not (self.managed and self.device.type == "cuda"):
+            return super()._view(store, offset, shape, dtype)
         count = shape.numel()
-        on_device = self.managed and self.device.type == "cuda"
         if count == 0:
-            return torch.zeros(shape, dtype=dtype, device=self.device if on_device else "cpu")
-        if on_device:
-            return torch.as_tensor(_Place(store, offset, count, dtype), device=self.device).view(shape)
-        return torch.frombuffer(store, dtype=dtype, count=count, offset=offset).view(shape)
-
-    def place_of(self, param: Tensor) -> State | None:
-        """The states that were reserved for a parameter, or None."""
-        found = self._places.get(param)
-        return None if found is None else found[1]
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+        return torch.as_tensor(_Place(store, offset, count, dtype), device=self.device).view(shape)
 
     def take(self, param: Tensor, blank: bool) -> State:
         """Those states for use, zeros if ``blank``."""
-        state = self._places[param][1]
-        if blank and param in self._taken:
+        was_taken = param in self._taken
+        if blank and was_taken:
             self.ready_to_read()
-            for tensor in state.values():
-                tensor.zero_()
-        self._moved = self._moved or not blank or param in self._taken
-        self._taken.add(param)
-        return state
-
-    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(parameter, one of its states) for all that was reserved."""
-        return ((param, tensor) for param, (_, state) in self._places.items() for tensor in state.values())
+        self._moved = self._moved or not blank or was_taken
+        return super().take(param, blank)
 
     def ready_to_read(self) -> None:
-        """Waits until copies of the last step have ended, where the host reads states in its own memory."""
+        """Wait until copies of the last step have ended, where the host reads states in its own memory."""
         if not self.managed:
             for store in self.stores:
                 store.finish()
 
     def holds(self, plan: Plan) -> bool:
         """Whether all states of a plan are those reserved here."""
-        if plan.numbers is None:
-            plan.numbers = array("q")
-            for param, state in zip(plan.params, plan.states, strict=True):
-                number, place = self._places.get(param, (-1, {}))
-                plan.numbers.append(number if all(state.get(name) is t for name, t in place.items()) else -1)
-            if -1 not in plan.numbers:
-                plan.devices = {self.device}  # for the kernels, wherever their bytes lie
-        return -1 not in plan.numbers
+        if -1 in self.numbers(plan):
+            return False
+        plan.devices = {self.device}  # for the kernels, wherever their bytes lie
+        return True
 
     # -----------------------------------------------------------------------------------------------------------------
     # A step
@@ -184,7 +140,7 @@ class DevicePages:
     def step(self, plan: Plan, options: Sequence[tuple[float, ...]], by: Scaling) -> None:
         """One step over the states of a plan that :meth:`holds`; waits for nothing."""
         assert plan.on_device is not None
-        self._judge_now()
+        self._apply_policy()
         self._settle()
         if self.managed and self.paged is not True and not self._sent_out:
             with _cuda_kernels.launching(self.device) as stream:
@@ -199,21 +155,21 @@ class DevicePages:
         plan.on_device.paged_step(plan.table, options, by, stores)
 
     def _tables_of(self, plan: Plan) -> list[StoreTable]:
-        assert plan.numbers is not None
-        rows = [-1] * sum(self._sizes)
-        for row, number in enumerate(plan.numbers):
+        rows = [-1] * self._num_places
+        for row, number in enumerate(self.numbers(plan)):
             rows[number] = row
         tables, first = [], 0
-        for store, size in zip(self.stores, self._sizes, strict=True):
-            tables.append(StoreTable(self.module, store, rows[first : first + size], self.device))
-            first += size
+        for store in self.stores:
+            last = first + len(store.places)
+            tables.append(StoreTable(self.module, store, rows[first:last], self.device))
+            first = last
         return tables
 
-    def _judge_now(self) -> None:
+    def _apply_policy(self) -> None:
         if self.managed and self.paged == "auto" and not self._is_capturing():
             free = self.free()
             out = self.states_paged_out()
-            move = self._judge.judge(time.monotonic(), free, self.states_in_memory(), out)
+            move = self._policy.decide(time.monotonic(), free, self.states_in_memory(), out)
             if move == "in" and _cuda_kernels.memory(self.device)[0] < free.margin + out:
                 return  # there is room, but torch's allocator keeps it
             if move is not None:
@@ -237,7 +193,7 @@ class DevicePages:
         if self.budget is not None:
             return max(int(store.largest_chunk), self.budget // share) if share > 1 else self.budget
         least = CHUNKS_AT_ONCE * int(store.largest_chunk)
-        # Under "auto" somebody else needs what is free.
+        # Under "auto" another program needs what is free.
         return max(least, self.free().bytes // 2 // share) if self.paged is True else least
 
     def free(self) -> Free:
@@ -246,50 +202,33 @@ class DevicePages:
     # -----------------------------------------------------------------------------------------------------------------
     # Moves; the caller sees to it that there is one at a time
 
-    def keep_within_budget(self) -> None:
-        """Steps that go over the states with torch's operations move nothing here."""
-
     def page_out(self) -> None:
-        """Sends all states to the host, and returns when they are there; "auto" then pages until there is room. Those
-        in pinned memory are always there."""
+        """Send all states to the host, and return when they are there; "auto" then pages until there is room. Those in
+        pinned memory are always there."""
         if not self.managed:
             return
         self._sent_out = True
         with _cuda_kernels.launching(self.device) as stream:
             for store in self.stores:
                 store.page_out(stream)
-        self._judge_now()
+        self._apply_policy()
 
     def page_in(self) -> None:
-        """Has the next step bring back what "auto" sent out."""
+        """Let the next step bring back what "auto" sent out."""
         self._sent_out = False
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is where
 
-    def state_bytes(self) -> int:
-        return sum(store.num_bytes for store in self.stores)
-
     def states_paged_out(self) -> int:
-        """Bytes of states on the host, by what was asked for."""
-        return self.state_bytes() - self._resident()
+        """Bytes of states on the host, going by the moves that were issued."""
+        return self.state_bytes() - self.states_in_memory()
 
     def states_in_memory(self) -> int:
         """Bytes of states on the device."""
-        return self._resident()
-
-    def _resident(self) -> int:
         return sum(store.statistics[0] for store in self.stores)
 
     def statistics(self) -> PagingStatistics:
         """No stalls: the host waits for nothing, and what the device waits for is not measured."""
-        told = [store.statistics for store in self.stores]
-        return {
-            "state_bytes": self.state_bytes(),
-            "resident_bytes": self._resident(),
-            "paged_out_bytes": self.states_paged_out(),
-            "bytes_in": sum(bytes_in for _, bytes_in, _ in told),
-            "bytes_out": sum(bytes_out for _, _, bytes_out in told),
-            "stalls": 0,
-            "stall_seconds": 0.0,
-        }
+        moved = [store.statistics[1:] for store in self.stores]
+        return self._statistics(self.states_in_memory(), self.states_paged_out(), moved)

@@ -1,35 +1,256 @@
-"""What an optimizer has of paging: its options, its arenas, and the moves that others may ask for."""
+"""Optimizer states that may leave memory: the arenas that hold them, and the moves between memory and the page file.
+
+On the CPU an arena lies in memory or in a page file (:class:`HostPages`); ``device_pages`` has those of CUDA devices.
+A state is a view of an arena, which it keeps alive. It stays valid, at its address, wherever the bytes are: what is
+touched while it is paged out comes back, at the speed of the disk.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
-from collections.abc import Iterable
+import warnings
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor
 
+from qlora_native import _C, _native
 from qlora_native._memory import free_memory
 from qlora_native.ops import _cuda_kernels
-from qlora_native.optim.device_pages import DevicePages
-from qlora_native.optim.pages import LEAST_BUDGET, HostPages, Paged, PagingStatistics
+from qlora_native.ops._optim_plan import Plan, part_of
 from qlora_native.optim.pressure import watch
 
-PAGING_DEFAULTS: dict[str, Any] = {"paged": "auto", "page_dir": None, "page_budget": None}
+if TYPE_CHECKING:
+    from qlora_native.optim.device_pages import DevicePages
+
+Paged = Literal["auto"] | bool
+State = dict[str, Tensor]
+Form = tuple[int, int, bool]  # elements, number of moments, whether they are 8-bit codes
+
+CHUNK_BYTES = 16 << 20  # at most: the disk streams, and many fit a budget
+CHUNKS_IN_BUDGET = 16
+LEAST_BUDGET: int = 256 * _C.page_bytes  # an 8-bit state cannot be split finer than 130 pages
 LEAST_WATCHED = 1 << 20  # bytes of states; fewer are not worth a thread
+PAGING_DEFAULTS: dict[str, Any] = {"paged": "auto", "page_dir": None, "page_budget": None}
+
+
+class PagingStatistics(TypedDict):
+    """Of the states that may leave memory, in bytes and seconds; all are 0 where there are none."""
+
+    state_bytes: int
+    resident_bytes: int  # of them in memory now, as the system counts
+    paged_out_bytes: int  # of them in the page file alone
+    bytes_in: int  # brought into memory from the page file so far
+    bytes_out: int  # sent there from memory so far
+    stalls: int  # times that a step waited for states
+    stall_seconds: float
+
+
+def default_folder() -> Path:
+    """Default folder of page files: that for temporary files, or /var/tmp if that one lies in memory."""
+    folder = tempfile.gettempdir()
+    return Path("/var/tmp" if _C.lies_in_memory(folder) else folder)
+
+
+def new_states(
+    moments: dict[str, torch.dtype], param: Tensor, coded: bool, make: Callable[[int, torch.Size, torch.dtype], Tensor]
+) -> State:
+    """The moments of a parameter and, beside codes, their scales, from ``make(place, shape, dtype)``.
+
+    ``place`` is the tensor's index in an arena's tuple of offsets: the moments, then their scales from 2 on.
+    """
+    part = part_of(param)
+    blocks = torch.Size([-(-part.numel() // _native.STATE_BLOCK)])
+    state: State = {}
+    for i, (name, codes) in enumerate(moments.items()):
+        state[name] = make(i, part.shape, codes if coded else torch.float32)
+        if coded:
+            state[f"{name}_absmax"] = make(2 + i, blocks, torch.float32)
+    return state
+
+
+class Pages:
+    """The arenas of one optimizer on one device, and the states reserved in them.
+
+    Args:
+        owner: named in messages.
+        moments: names of the states, with the dtype of their codes.
+        paged: True has the states paged out from the start, "auto" when memory runs short.
+        budget: bytes that may be in memory while states are paged out; None decides by what is free at each step.
+    """
+
+    def __init__(self, owner: str, moments: dict[str, torch.dtype], paged: Paged, budget: int | None) -> None:
+        self.owner, self.moments, self.paged, self.budget = owner, moments, paged, budget
+        self.stores: list[Any] = []
+        self._places: dict[Tensor, tuple[int, State]] = {}  # of a parameter: its number, its states
+        self._num_places = 0
+        self._taken: set[Tensor] = set()
+
+    def _forms(self, params: Sequence[Tensor], coded: Sequence[bool]) -> list[Form]:
+        return [
+            (part_of(param).numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)
+        ]
+
+    def _add(self, store: Any, params: Sequence[Tensor], coded: Sequence[bool], places: Sequence[Any]) -> None:
+        """Give each parameter its place in a new arena, as offsets of its moments and their scales."""
+        for param, is_coded, offsets in zip(params, coded, places, strict=True):
+            state = new_states(
+                self.moments,
+                param,
+                is_coded,
+                lambda i, shape, dtype, offsets=offsets: self._view(store, offsets[i], shape, dtype),  # type: ignore[misc]
+            )
+            self._places[param] = self._num_places, state
+            self._num_places += 1
+        self.stores.append(store)
+
+    def _view(self, store: Any, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor in a store's bytes, with a storage of its own: saving it saves nothing beside it."""
+        count = shape.numel()
+        if count == 0:
+            return torch.zeros(shape, dtype=dtype)
+        return torch.frombuffer(store, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def place_of(self, param: Tensor) -> State | None:
+        """The states that were reserved for a parameter, or None."""
+        found = self._places.get(param)
+        return None if found is None else found[1]
+
+    def take(self, param: Tensor, blank: bool) -> State:
+        """Those states for use, zeros if ``blank``."""
+        state = self._places[param][1]
+        if blank and param in self._taken:
+            for tensor in state.values():
+                tensor.zero_()
+        self._taken.add(param)
+        return state
+
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, one of its states) for all that was reserved."""
+        return ((param, tensor) for param, (_, state) in self._places.items() for tensor in state.values())
+
+    def numbers(self, plan: Plan) -> array[int]:
+        """The numbers of the places of a plan's parameters; -1 for one whose states are not those reserved."""
+        if plan.numbers is None:
+            plan.numbers = array("q")
+            for param, state in zip(plan.params, plan.states, strict=True):
+                number, place = self._places.get(param, (-1, {}))
+                plan.numbers.append(number if all(state.get(name) is t for name, t in place.items()) else -1)
+        return plan.numbers
+
+    def state_bytes(self) -> int:
+        return sum(store.num_bytes for store in self.stores)
+
+    def _statistics(self, resident: int, paged_out: int, moved: Sequence[tuple[int, int]]) -> PagingStatistics:
+        """``moved``: bytes in and bytes out of each store."""
+        return {
+            "state_bytes": self.state_bytes(),
+            "resident_bytes": resident,
+            "paged_out_bytes": paged_out,
+            "bytes_in": sum(bytes_in for bytes_in, _ in moved),
+            "bytes_out": sum(bytes_out for _, bytes_out in moved),
+            "stalls": 0,
+            "stall_seconds": 0.0,
+        }
+
+
+class HostPages(Pages):
+    """Arenas in memory or in a page file in ``folder``. The caller sees to it that there is one move at a time."""
+
+    def __init__(
+        self, owner: str, moments: dict[str, torch.dtype], paged: Paged, folder: Path | None, budget: int | None
+    ) -> None:
+        super().__init__(owner, moments, paged, budget)
+        self.folder = folder or default_folder()
+        self.pager = _C.Pager()
+        self.largest_chunk = 0
+        self.has_file = True  # or may have one
+        self._process = os.getpid()
+
+    def reserve(self, params: Sequence[Tensor], coded: Sequence[bool]) -> None:
+        """Make room for the states of these parameters, all 0, in one arena more.
+
+        PageFileError, which is an OSError, if a page file is required and cannot be had.
+        """
+        chunk_bytes = CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
+        block_bytes = _C.block_bytes if chunk_bytes >= 4 * _C.block_bytes else _C.page_bytes
+        plan = _C.PagePlan(self._forms(params, coded), _C.page_bytes, chunk_bytes, block_bytes)
+        try:
+            store = _C.FileStore(plan.num_bytes, str(self.folder), self.paged is True)
+        except MemoryError:
+            if self.paged is True:
+                raise
+            store = _C.FileStore(plan.num_bytes, str(self.folder), True)
+        self._add(store, params, coded, plan.places)
+        self.pager.add(store, plan)
+        self.largest_chunk = max(self.largest_chunk, plan.largest_chunk)
+
+    def budget_now(self) -> int:
+        """Bytes that the next step may have resident. RuntimeError in a process forked from the one that pages."""
+        in_file = self.states_paged_out()
+        if in_file and os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self.owner}: its states lie in a page file of process {self._process}, from which this one was "
+                "forked: make the optimizer in the process that steps it."
+            )
+        if self.budget is not None or not in_file:
+            return self.budget or 0
+        free = free_memory()
+        half = self.state_bytes() if free is None else free.bytes // 2
+        return max(LEAST_BUDGET, 4 * self.largest_chunk, half)
+
+    def keep_within_budget(self) -> None:
+        """Send everything out if more is resident than may be; after steps that the pager took no part in."""
+        if self.states_paged_out() and self._resident() > self.budget_now():
+            self.pager.evict()
+
+    def page_out(self) -> None:
+        """Move what is in memory into the page file and send it all out. If there is no such file to be had, warn
+        once, and leave the states in memory."""
+        if not self.has_file:
+            return
+        try:
+            self.pager.to_file()
+        except _C.PageFileError as error:
+            self.has_file = False
+            warnings.warn(f"{self.owner}: the states stay in memory. {error}", stacklevel=4)
+            return
+        self.pager.evict()
+
+    def page_in(self) -> None:
+        """Move the states back into ordinary memory, as far as there is room, unless ``paged`` is True."""
+        if self.paged is not True:
+            self.pager.to_memory()
+
+    def states_paged_out(self) -> int:
+        """Bytes of states in the page file, resident or not."""
+        return sum(store.bytes_in_file for store in self.stores)
+
+    def states_in_memory(self) -> int:
+        """Bytes of states in ordinary memory that a page file can take."""
+        return self.state_bytes() - self.states_paged_out() if self.has_file else 0
+
+    def _resident(self) -> int:
+        return sum(store.resident_bytes() for store in self.stores)
+
+    def statistics(self) -> PagingStatistics:
+        resident = self._resident()
+        moved = [(store.bytes_in, store.bytes_out) for store in self.stores]
+        statistics = self._statistics(resident, max(0, self.states_paged_out() - resident), moved)
+        return {**statistics, "stalls": self.pager.stalls, "stall_seconds": self.pager.stall_seconds}
 
 
 class PagedStates:
-    """The part of an optimizer that knows where its states lie. One lock keeps steps and moves apart."""
+    """The paging of an optimizer: its options, its arenas, and the moves. One lock keeps steps and moves apart."""
 
     _moments: ClassVar[dict[str, torch.dtype]]  # name of a state -> dtype of its codes
 
     state: Any  # torch's
-    paged: Paged
-    page_dir: Path | None
-    page_budget: int | None
 
     def _set_paging(self, paged: Paged, page_dir: str | Path | None, page_budget: int | None) -> None:
         name = type(self).__name__
@@ -41,9 +262,6 @@ class PagedStates:
                 "free memory allows."
             )
         self.paged, self.page_dir, self.page_budget = paged, None if page_dir is None else Path(page_dir), page_budget
-        self._reset_paging()
-
-    def _reset_paging(self) -> None:
         self._pages: dict[torch.device, HostPages | DevicePages] = {}
         self._lock, self._process = threading.RLock(), os.getpid()
 
@@ -53,11 +271,15 @@ class PagedStates:
             self._lock, self._process = threading.RLock(), os.getpid()
         return self._lock
 
+    def _device_pages(self, device: torch.device) -> DevicePages | None:
+        pages = self._pages.get(device)
+        return None if isinstance(pages, HostPages) else pages
+
     # -----------------------------------------------------------------------------------------------------------------
     # Places
 
     def _reserve(self, wanted: Iterable[tuple[Tensor, bool]]) -> None:
-        """Makes places for the states of these parameters, coded or not, in one arena a device; where they have one of
+        """Make places for the states of these parameters, coded or not, in one arena a device; where they have one of
         that form already, nothing happens."""
         if self.paged is False:
             return
@@ -72,7 +294,7 @@ class PagedStates:
             before = pages.state_bytes()
             pages.reserve(*zip(*chosen, strict=True))
             self._pages[device] = pages
-            watched = self.paged == "auto" and isinstance(pages, HostPages)  # on a device, every step looks
+            watched = self.paged == "auto" and isinstance(pages, HostPages)  # on a device, every step checks
             if watched and before < LEAST_WATCHED <= pages.state_bytes():
                 watch(self, free_memory)
 
@@ -80,6 +302,8 @@ class PagedStates:
         """None for devices that have no page store: their states are ordinary tensors."""
         name, module = type(self).__name__, _cuda_kernels.module_for(device)
         if module is not None:
+            from qlora_native.optim.device_pages import DevicePages
+
             return DevicePages(name, self._moments, self.paged, self.page_budget, device, module)
         if device.type == "cpu":
             return HostPages(name, self._moments, self.paged, self.page_dir, self.page_budget)
@@ -94,38 +318,29 @@ class PagedStates:
         place = self._pages[param.device].place_of(param) if param.device in self._pages else None
         return place is not None and ("exp_avg_absmax" in place) == coded
 
-    def _take(self, param: Tensor, coded: bool, blank: bool) -> dict[str, Tensor] | None:
+    def _take(self, param: Tensor, coded: bool, blank: bool) -> State | None:
         """The states that were reserved in this form, zeros if ``blank``, else whatever they hold; None if there are
         none."""
         return self._pages[param.device].take(param, blank) if self._has_place(param, coded) else None
 
-    def _apart(self, loaded: list[tuple[Tensor, Any, dict[str, Any]]]) -> list[tuple[Tensor, Any, dict[str, Any]]]:
-        """Loaded states of (parameter, group, state); copies of those that stand in another parameter's place, where
-        they would be overwritten before they are read."""
+    def _copy_displaced(self, loaded: list[tuple[Tensor, Any, dict[str, Any]]]) -> None:
+        """Of (parameter, group, state), copy states that lie in another parameter's place, where they would be
+        overwritten before they are read."""
         owner = {t.data_ptr(): param for pages in self._pages.values() for param, t in pages.tensors()}
-        return [
-            (
-                param,
-                group,
-                {
-                    key: value.clone()
-                    if isinstance(value, Tensor) and owner.get(value.data_ptr(), param) is not param
-                    else value
-                    for key, value in given.items()
-                },
-            )
-            for param, group, given in loaded
-        ]
+        for param, _, state in loaded:
+            for key, value in state.items():
+                if isinstance(value, Tensor) and owner.get(value.data_ptr(), param) is not param:
+                    state[key] = value.clone()
 
     def _ready_to_read(self) -> None:
-        """Waits for states that are still on their way into the host's memory."""
-        for pages in self._pages.values():
-            if isinstance(pages, DevicePages):
-                pages.ready_to_read()
+        """Wait for states that are still on their way into the host's memory."""
+        for pages in filter(None, map(self._device_pages, self._pages)):
+            pages.ready_to_read()
 
     def _keep_within_budget(self) -> None:
         for pages in self._pages.values():
-            pages.keep_within_budget()
+            if isinstance(pages, HostPages):
+                pages.keep_within_budget()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Moves
@@ -135,21 +350,24 @@ class PagedStates:
         file cannot be had, a warning says so, once, and the states stay. The values are the same wherever they are."""
         with self._alone():
             for pages in self._pages.values():
-                if isinstance(pages, DevicePages) and pages.could_pin:
+                if not isinstance(pages, HostPages) and pages.could_pin:
                     self._pin(pages)
                 pages.page_out()
 
     def _pin(self, pages: DevicePages) -> None:
-        """Moves states that are ordinary tensors of a device into pinned host memory, for good."""
+        """Move states that are ordinary tensors of a device into pinned host memory, for good."""
         pages.use_pinned_memory()
-        found = [(param, state) for param, state in self.state.items() if state and param.device == pages.device]
+        found = self._states_on(pages.device)
         if found:
-            pages.reserve([param for param, _ in found], ["exp_avg_absmax" in state for _, state in found])
-        for param, state in found:
+            pages.reserve(list(found), ["exp_avg_absmax" in state for state in found.values()])
+        for param, state in found.items():
             place = pages.take(param, blank=False)
             for name, tensor in place.items():
                 tensor.copy_(state[name])
             state.update(place)
+
+    def _states_on(self, device: torch.device) -> dict[Tensor, dict[str, Any]]:
+        return {param: state for param, state in list(self.state.items()) if state and param.device == device}
 
     def page_in(self) -> None:
         """Brings states that "auto" sent out back into ordinary memory, as far as there is room."""
@@ -159,10 +377,11 @@ class PagedStates:
 
     def states_in_memory(self) -> int:
         """Bytes of states in ordinary memory that ``page_out`` would free; 0 if there is no page file to be had."""
-        total = sum(pages.states_in_memory() for pages in list(self._pages.values()))
+        total = 0
         for device, pages in list(self._pages.items()):
-            if isinstance(pages, DevicePages) and pages.could_pin:
-                states = [state for param, state in list(self.state.items()) if param.device == device]
+            total += pages.states_in_memory()
+            if not isinstance(pages, HostPages) and pages.could_pin:
+                states = self._states_on(device).values()
                 total += sum(t.nbytes for state in states for name, t in state.items() if name != "step")
         return total
 
@@ -173,19 +392,6 @@ class PagedStates:
     def paging_statistics(self) -> PagingStatistics:
         """What is where, what was moved and what it cost, since the optimizer was made. From any thread, also while a
         step runs."""
-        total = PagingStatistics(
-            state_bytes=0,
-            resident_bytes=0,
-            paged_out_bytes=0,
-            bytes_in=0,
-            bytes_out=0,
-            stalls=0,
-            stall_seconds=0.0,
-        )
-        for pages in list(self._pages.values()):
-            for key, value in pages.statistics().items():
-                total[key] += value  # type: ignore[literal-required]
-        return total
-
-    def _paging_options(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in PAGING_DEFAULTS}
+        found: list[Any] = [pages.statistics() for pages in list(self._pages.values())]
+        kinds = get_type_hints(PagingStatistics)
+        return PagingStatistics(**{key: kind(sum(each[key] for each in found)) for key, kind in kinds.items()})  # type: ignore[typeddict-item]

@@ -1,7 +1,7 @@
-"""The watcher: moves optimizer states out of memory when it runs short, and back when there is room again.
+"""When optimizer states leave memory and come back: the policy, and the thread that applies it on the CPU.
 
 One daemon thread an optimizer, which holds it by a weak reference and ends with it. A single large allocation can come
-between two looks of the thread; the training loop answers that one by ``page_out()`` and a second try.
+between two checks of the thread; the training loop answers that one by ``page_out()`` and a retry.
 """
 
 from __future__ import annotations
@@ -12,29 +12,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from qlora_native._memory import Free
 from qlora_native.ops._library import say_once
 
-INTERVAL = 0.05  # seconds between two looks; one takes about 0.1 ms
+INTERVAL = 0.05  # seconds between two checks; one takes about 0.1 ms
 CALM, LONGEST_CALM = 10.0, 640.0  # seconds
-
-
-class Pageable(Protocol):
-    """What the watcher needs of an optimizer. The methods take the optimizer's own lock against ``step()``."""
-
-    def states_in_memory(self) -> int:
-        """Bytes of states in ordinary memory, which ``page_out`` would free; 0 also where it cannot."""
-
-    def states_paged_out(self) -> int:
-        """Bytes of states in the page store, which ``page_in`` would bring back into ordinary memory."""
-
-    def page_out(self) -> None:
-        """Move all states out."""
-
-    def page_in(self) -> None:
-        """Move all states back."""
 
 
 class PagingPolicy:
@@ -47,12 +31,13 @@ class PagingPolicy:
 
     def __init__(self, calm: float = CALM, longest: float = LONGEST_CALM) -> None:
         self.calm, self.base, self.longest = calm, calm, longest
-        self._out = False  # as last seen; the training loop moves states, too
+        self._out = False  # at the last decision; the training loop moves states, too
         self._short = -math.inf  # when there was last too little room to come back
         self._came_back = -math.inf
 
-    def judge(self, now: float, free: Free, in_memory: int, paged_out: int) -> Literal["out", "in"] | None:
-        """One look: seconds of any clock, what is free, and the bytes of states here and there."""
+    def decide(self, now: float, free: Free, in_memory: int, paged_out: int) -> Literal["out", "in"] | None:
+        """The move to make: at ``now``, seconds of any clock, given what is free and the bytes of states in memory and
+        paged out."""
         if in_memory > 0 and free.bytes < free.margin:
             return "out"
         out = paged_out > 0
@@ -72,19 +57,20 @@ _watchers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def watch(
-    optimizer: Pageable,
+    optimizer: Any,
     free_bytes: Callable[[], Free | None],
     interval: float | None = None,
-    judge: PagingPolicy | None = None,
+    policy: PagingPolicy | None = None,
 ) -> threading.Thread:
-    """Start the watcher of an optimizer; ``interval`` is in seconds, ``INTERVAL`` unless given.
+    """Start the watcher of an optimizer, which has the methods ``states_in_memory``, ``states_paged_out``,
+    ``page_out`` and ``page_in`` of ``PagedStates``; ``interval`` is in seconds, ``INTERVAL`` by default.
 
-    Without memory for its stack it is not started, and a warning says so. It ends when the optimizer is collected, when
-    ``free_bytes`` answers None (nothing can be read here) or raises, and at the interpreter's end.
+    Without memory for its stack it is not started, and a warning is given. It ends when the optimizer is collected,
+    when ``free_bytes`` returns None (nothing can be read here) or raises, and at the interpreter's end.
     """
     thread = threading.Thread(
         target=_watch,
-        args=(weakref.ref(optimizer), free_bytes, INTERVAL if interval is None else interval, judge or PagingPolicy()),
+        args=(weakref.ref(optimizer), free_bytes, INTERVAL if interval is None else interval, policy or PagingPolicy()),
         name="qlora_native page watcher",
         daemon=True,
     )
@@ -100,14 +86,14 @@ def watch(
 
 
 def _watch(
-    reference: weakref.ref[Pageable], free_bytes: Callable[[], Free | None], interval: float, judge: PagingPolicy
+    reference: weakref.ref[Any], free_bytes: Callable[[], Free | None], interval: float, policy: PagingPolicy
 ) -> None:
     while not _ending.wait(interval):
         free = free_bytes()
         optimizer = reference()
         if free is None or optimizer is None:
             return
-        move = judge.judge(time.monotonic(), free, optimizer.states_in_memory(), optimizer.states_paged_out())
+        move = policy.decide(time.monotonic(), free, optimizer.states_in_memory(), optimizer.states_paged_out())
         if move == "out":
             optimizer.page_out()
         elif move == "in":

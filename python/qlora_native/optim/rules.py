@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qlora_native import _C
-from qlora_native.optim.base import Optimizer, Paging
-from qlora_native.optim.pages import Paged
+from qlora_native.optim.base import Optimizer
+from qlora_native.optim.paging import Paged
 
 
 class AdamW(Optimizer):
@@ -22,7 +21,7 @@ class AdamW(Optimizer):
         weight_decay: each step first multiplies the parameter by ``1 - lr * weight_decay``.
         bits: 32, or 8 for coded states; a group may have its own.
         paged: "auto" keeps the states in memory until it runs short; then they go into a page file, and come back when
-            there is room again. True has them in the file from the start, False in memory whatever happens.
+            there is room again. True keeps them in the file from the start, False in memory always.
         page_dir: folder of the page file, on a disk; by default that for temporary files, or /var/tmp if that lies in
             memory. The file has no name, and its space is free again when the process ends, however it ends.
         page_budget: bytes of the states that may be in memory while they are in the file, at least 1 MiB (256 pages);
@@ -55,25 +54,9 @@ class AdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": bits}
         super().__init__(params, defaults, paged, page_dir, page_budget, max_norm)
 
-    def _options(self, group: dict[str, Any]) -> tuple[float, float, float, float, float, bool]:
-        beta1, beta2 = group["betas"]
-        numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        return (*map(float, numbers), self._decoupled)  # type: ignore[return-value]
-
-    def _step_natively(self, table: int, num_tensors: int, grad_factor: float, paging: Paging) -> None:
-        _C.adamw_step(table, num_tensors, [self._options(group) for group in self.param_groups], grad_factor, *paging)
-
-    def _step_by_op(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        grad_factor: float,
-    ) -> None:
-        names = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "step")
-        lists = ([state[name] for state in states if name in state] for name in names)
-        torch.ops.qlora_native.adamw_step(params, grads, *lists, *self._options(group), grad_factor)
+    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        return *map(float, numbers), self._decoupled
 
 
 class Adam(AdamW):
@@ -113,20 +96,5 @@ class Lion(Optimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "bits": bits}
         super().__init__(params, defaults, paged, page_dir, page_budget, max_norm)
 
-    def _options(self, group: dict[str, Any]) -> tuple[float, float, float, float]:
-        beta1, beta2 = group["betas"]
-        return float(group["lr"]), float(beta1), float(beta2), float(group["weight_decay"])
-
-    def _step_natively(self, table: int, num_tensors: int, grad_factor: float, paging: Paging) -> None:
-        _C.lion_step(table, num_tensors, [self._options(group) for group in self.param_groups], grad_factor, *paging)
-
-    def _step_by_op(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        grad_factor: float,
-    ) -> None:
-        lists = ([state[name] for state in states if name in state] for name in ("exp_avg", "exp_avg_absmax"))
-        torch.ops.qlora_native.lion_step(params, grads, *lists, *self._options(group), grad_factor)
+    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(map(float, (group["lr"], *group["betas"], group["weight_decay"])))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qlora_native.bitsandbytes import functional
-from qlora_native.bitsandbytes.products import matmul_4bit
 from qlora_native.bitsandbytes.state import QuantState
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class Params4bit(nn.Parameter):
         requires_grad: False; packed bytes have no gradient.
         quant_state: of bytes that are packed already.
         blocksize, compress_statistics, quant_type, quant_storage: as ``functional.quantize_4bit``; blocksize is 64
-            unless given.
+            by default.
         module: the layer whose attribute ``quant_state`` follows this one's.
         bnb_quantized: ``data`` is packed.
     """
@@ -98,39 +97,25 @@ class Params4bit(nn.Parameter):
     ) -> Params4bit:
         """The parameter from packed bytes and the other tensors of a state_dict (see docs/format.md)."""
         state = QuantState.from_dict(quantized_stats, device=device)
-        self = cls(
-            data.to(device),
-            requires_grad,
-            state,
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type or "",
-            quant_storage=data.dtype,
-            module=module,
-            bnb_quantized=True,
-        )
-        self._tell_module()
+        options = (state.blocksize, state.nested, state.quant_type or "", data.dtype, module, True)
+        self = cls(data.to(device), requires_grad, state, *options)
+        self._update_module()
         return self
 
     def _attributes(self) -> dict[str, Any]:
         names = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
         return {name: getattr(self, name) for name in (*names, "bnb_quantized")}
 
-    def _tell_module(self) -> None:
+    def _update_module(self) -> None:
         if self.module is not None:
             self.module.quant_state = self.quant_state  # type: ignore[assignment]
 
     def _quantize(self, device: torch.device | str) -> Params4bit:
-        packed, self.quant_state = functional.quantize_4bit(
-            self.data.to(device),
-            blocksize=self.blocksize,
-            compress_statistics=self.compress_statistics,
-            quant_type=self.quant_type,
-            quant_storage=self.quant_storage,
-        )
-        self.data = packed
+        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        options = {name: getattr(self, name) for name in names}
+        self.data, self.quant_state = functional.quantize_4bit(self.data.to(device), **options)
         self.bnb_quantized = True
-        self._tell_module()
+        self._update_module()
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
@@ -162,8 +147,7 @@ class Params4bit(nn.Parameter):
         return type(self), (self.data, self.requires_grad), self._attributes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.__dict__.update(state)
 
     def __copy__(self) -> Params4bit:
         return type(self)(self.data, self.requires_grad, **self._attributes())
@@ -193,7 +177,7 @@ class Linear4bit(nn.Linear):
 
     Args:
         input_features, output_features, bias, device: as nn.Linear.
-        compute_dtype: x is cast to it, and y back to x's dtype; the dtype of the first input unless given.
+        compute_dtype: x is cast to it, and y back to x's dtype; by default the dtype of the first input.
         compress_statistics, quant_type, quant_storage: as ``functional.quantize_4bit``.
     """
 
@@ -211,13 +195,8 @@ class Linear4bit(nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
-        self.weight = Params4bit(
-            self.weight.data,
-            compress_statistics=compress_statistics,
-            quant_type=quant_type,
-            quant_storage=quant_storage,
-            module=self,
-        )
+        options = (compress_statistics, quant_type, quant_storage)
+        self.weight = Params4bit(self.weight.data, False, None, None, *options, module=self)
         self.compute_dtype = compute_dtype
         self.compute_type_is_set = compute_dtype is not None
         self.quant_state: QuantState | None = None
@@ -253,13 +232,13 @@ class Linear4bit(nn.Linear):
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
-        given, compute = x.dtype, self.compute_dtype or x.dtype
+        compute = self.compute_dtype or x.dtype
         bias = self.bias
         if bias is not None:
             if bias.dtype != compute:
                 bias.data = bias.data.to(compute)
             bias = bias.to(compute)  # type: ignore[assignment]
-        return matmul_4bit(x.to(compute), self.weight.data, state, bias=bias).to(given)
+        return functional.matmul_4bit(x.to(compute), self.weight.data, state, bias=bias).to(x.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -268,68 +247,50 @@ class Linear4bit(nn.Linear):
             for name, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{name}"] = value if keep_vars else value.detach()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         name = f"{prefix}weight"
         parts = {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
         if not parts:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            super()._load_from_state_dict(state_dict, prefix, *others)
             return
         rest = {key: value for key, value in state_dict.items() if key not in parts and key != name}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(rest, prefix, *others)
         if name not in state_dict:
             return
+        _, _, missing_keys, _, error_msgs = others
         missing_keys.remove(name)
-        device = self.weight.device
         stored = state_dict[name]
-        device = stored.device if device.type == "meta" else device
+        device = stored.device if self.weight.device.type == "meta" else self.weight.device
         try:
             self.weight = Params4bit.from_prequantized(stored, parts, device=device, module=self)
         except ValueError as error:
             error_msgs.append(f"{name}: {error}")
 
 
-class LinearNF4(Linear4bit):
+class _OfOneType(Linear4bit):
+    quant_type: ClassVar[str]
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        options = (bias, compute_dtype, compress_statistics, self.quant_type, quant_storage, device)
+        super().__init__(input_features, output_features, *options)
+
+
+class LinearNF4(_OfOneType):
     """:class:`Linear4bit` of type NF4."""
 
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(
-            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
-        )
+    quant_type = "nf4"
 
 
-class LinearFP4(Linear4bit):
+class LinearFP4(_OfOneType):
     """:class:`Linear4bit` of type FP4."""
 
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(
-            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
-        )
+    quant_type = "fp4"

@@ -1,0 +1,389 @@
+"""The optimizers of ``bitsandbytes.optim`` that QLoRA is trained with, over those of ``qlora_native.optim``.
+
+bitsandbytes keeps ``state1`` and ``state2`` of each parameter, fp32 or uint8 codes, and beside codes the map that
+decodes them (``qmap1``, fp32 [256]) and a scale for each 256 elements (``absmax1``). ``qlora_native.optim`` keeps
+``exp_avg`` and ``exp_avg_sq``, whose codes are those of docs/format.md. A map travels with every 8-bit state, so our
+codes are a valid state for bitsandbytes, under our map. The other way codes are taken as they are where the map is
+ours, and decoded to fp32 where it is another, such as bitsandbytes' dynamic one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qlora_native import _native, reference
+from qlora_native import optim as native
+from qlora_native.optim.base import MIN_CODED_NUMEL, Optimizer
+
+__all__ = [
+    *(
+        f"{paged}{rule}{bits}"
+        for rule in ("Adam", "AdamW", "Lion")
+        for paged in ("", "Paged")
+        for bits in ("", "8bit", "32bit")
+    ),
+    "GlobalOptimManager",
+    "native_state_dict",
+]
+WRAPPER = "__bnb_optimizer_quant_state__"  # keeps FSDP from gathering what is not of the parameter's shape
+MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}  # our name of a state -> the number in bitsandbytes' names
+OLD_BLOCK = 2048  # of bitsandbytes before 0.44
+LION_EPS = 1e-8  # of no effect; bitsandbytes reads it from every group
+MANAGED = ("optim_bits", "min_8bit_size")
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"qlora_native.bitsandbytes.optim has no {name!r}: it offers {', '.join(__all__)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings of single parameters
+
+
+class GlobalOptimManager:
+    """Settings of single parameters, for every optimizer of this package; there is one, :meth:`get_instance`.
+
+    Only the form of the states can be set (``optim_bits``, ``min_8bit_size``), and before the first step. A learning
+    rate or a decay of its own is a parameter group's.
+    """
+
+    _instance: GlobalOptimManager | None = None
+
+    def __init__(self) -> None:
+        raise RuntimeError("GlobalOptimManager: there is one: call GlobalOptimManager.get_instance().")
+
+    @classmethod
+    def get_instance(cls) -> GlobalOptimManager:
+        """The manager."""
+        if cls._instance is None:
+            cls._instance = object.__new__(cls)
+            cls._instance.initialize()
+        return cls._instance
+
+    def initialize(self) -> None:
+        """Forget all settings."""
+        self._of_parameters = WeakTensorKeyDictionary()
+        self._of_modules: list[tuple[weakref.ref[nn.Module], str, dict[str, Any]]] = []
+
+    def register_parameters(self, params: Iterable[Any]) -> None:
+        """Nothing needs to be registered: settings go by the parameter itself, which stays the same when moved."""
+
+    def override_config(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        key: str | None = None,
+        value: Any = None,
+        key_value_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set ``key`` to ``value``, or all of ``key_value_dict``, for one parameter or several.
+
+        Raises ValueError for keys other than "optim_bits" and "min_8bit_size".
+        """
+        config = self._checked({**({} if key is None else {key: value}), **(key_value_dict or {})})
+        for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
+            self._of_parameters.setdefault(parameter, {}).update(config)
+
+    def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
+        """Set ``config`` for the parameter that is ``param_name`` of the module at the first step."""
+        self._of_modules.append((weakref.ref(module), param_name, self._checked(config)))
+
+    def config_of(self, parameter: Tensor) -> dict[str, Any]:
+        """What is set for this parameter."""
+        config = dict(self._of_parameters.get(parameter, {}))
+        for module, name, more in self._of_modules:
+            if getattr(module(), name, None) is parameter:
+                config |= more
+        return config
+
+    def _checked(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        for key in config:
+            if key not in MANAGED:
+                raise ValueError(
+                    f"GlobalOptimManager: {key!r} cannot be set for single parameters: expected "
+                    f"{' or '.join(MANAGED)}; give the parameters a group of their own for everything else."
+                )
+        return dict(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States in bitsandbytes' layout
+
+
+@cache
+def table(signed: bool) -> Tensor:
+    """The values of all codes in ascending order, fp32 [256]; the signed code in offset binary (code + 128)."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if not signed:
+        return reference.decode_state(codes)
+    values = reference.decode_state((codes ^ 128).view(torch.int8))
+    values[0] = -1.0  # no code is -128
+    return values
+
+
+class State(dict[str, Any]):
+    """The states of one parameter, under our names; bitsandbytes' names give the same memory.
+
+    ``state1`` is uint8 where the states are coded, and ``qmap1`` is the map of those bytes.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        for name, number in MOMENTS.items():
+            if name not in self or not key.endswith(number):
+                continue
+            value: Tensor = self[name]
+            signed = value.dtype == torch.int8
+            if key == f"state{number}":
+                return value.view(torch.uint8) if signed else value
+            if key == f"absmax{number}" and f"{name}_absmax" in self:
+                return self[f"{name}_absmax"]
+            if key == f"qmap{number}" and f"{name}_absmax" in self:
+                return (table(True).roll(128) if signed else table(False)).to(value.device)
+        raise KeyError(key)
+
+
+def to_bitsandbytes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of one parameter as bitsandbytes' ``state_dict`` holds them."""
+    wrapped: dict[str, Any] = {}
+    for name, number in MOMENTS.items():
+        if name not in state:
+            continue
+        value: Tensor = state[name]
+        if f"{name}_absmax" in state:
+            signed = value.dtype == torch.int8
+            wrapped[f"qmap{number}"] = table(signed).to(value.device)
+            wrapped[f"absmax{number}"] = state[f"{name}_absmax"]
+            value = value.view(torch.uint8) ^ 128 if signed else value
+        wrapped[f"state{number}"] = value
+    return {"step": int(state.get("step", 0)), WRAPPER: wrapped}
+
+
+def from_bitsandbytes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of one parameter as ``qlora_native.optim`` takes them, from bitsandbytes' layout or our own.
+
+    Raises ValueError for codes without a map or with scales for blocks of another size than 256 or 2048.
+    """
+    state = {**given, **given.get(WRAPPER, {})}
+    if "state1" not in state:
+        return dict(given)
+    result: dict[str, Any] = {"step": state.get("step", 0)}
+    for name, number in MOMENTS.items():
+        value = state.get(f"state{number}")
+        if value is None:
+            continue
+        if value.dtype != torch.uint8:
+            result[name] = value
+            continue
+        absmax, qmap = state.get(f"absmax{number}"), state.get(f"qmap{number}")
+        if absmax is None or qmap is None:
+            raise ValueError(f"state{number} is uint8, but absmax{number} or qmap{number} is missing beside it.")
+        signed = name == "exp_avg"
+        if torch.equal(qmap.cpu(), table(signed)):
+            result[name] = (value ^ 128).view(torch.int8) if signed else value
+            result[f"{name}_absmax"] = absmax
+        else:
+            block = _block_of(value, absmax)
+            result[name] = reference.dequantize_blockwise(value, absmax.to(value.device), qmap.to(value.device), block)
+    return result
+
+
+def _block_of(codes: Tensor, absmax: Tensor) -> int:
+    for block in (_native.STATE_BLOCK, OLD_BLOCK):
+        if absmax.numel() == -(-codes.numel() // block):
+            return block
+    raise ValueError(
+        f"an 8-bit state of {codes.numel()} elements has {absmax.numel()} scales: expected one for each "
+        f"{_native.STATE_BLOCK} or {OLD_BLOCK}."
+    )
+
+
+def native_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``state_dict`` of a bitsandbytes optimizer as one that ``qlora_native.optim`` loads.
+
+    For ``AdamW``, ``Adam`` and ``Lion`` and their 8-bit, 32-bit and paged forms. 8-bit states under bitsandbytes' own
+    map are decoded to fp32; an optimizer with ``bits=8`` encodes them anew when it loads them. What is in our layout
+    already is passed on.
+
+    Raises ValueError for states that are neither.
+    """
+    states = {number: from_bitsandbytes(state) for number, state in state_dict["state"].items()}
+    return {**state_dict, "state": states}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+class _Bitsandbytes(Optimizer):
+    """bitsandbytes' arguments, names of states, and layout of ``state_dict``."""
+
+    _bits: ClassVar[int | None] = None  # None: by the argument optim_bits
+    _paged: ClassVar[bool] = False
+    args: SimpleNamespace
+
+    def _arguments(
+        self, optim_bits: int, args: Any, min_8bit_size: int, is_paged: bool, amsgrad: bool = False
+    ) -> dict[str, Any]:
+        """Those of ``qlora_native.optim``; keeps the others in ``self.args``."""
+        name = type(self).__name__
+        if amsgrad:
+            raise ValueError(
+                f"{name}: amsgrad is True: there is no such form here; bitsandbytes ignores it: leave it out."
+            )
+        if self._bits == 8 and optim_bits not in (8, 32):
+            raise ValueError(f"{name}: optim_bits is {optim_bits}: this class is 8-bit; leave optim_bits out.")
+        bits = self._bits or getattr(args, "optim_bits", optim_bits)
+        min_8bit_size = getattr(args, "min_8bit_size", min_8bit_size)
+        self.args = SimpleNamespace(optim_bits=bits, min_8bit_size=min_8bit_size, max_unorm=0.0, skip_zeros=False)
+        return {"bits": bits, "paged": "auto" if self._paged or is_paged else False}
+
+    # Frozen parameters may be of any dtype, and get no states: model.parameters() holds the packed weights as well.
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        params = [param for param in group["params"] if param.requires_grad or param.is_floating_point()]
+        super()._check_group({**group, "params": params})
+
+    def _reserve(self, wanted: Iterable[tuple[Tensor, bool]]) -> None:
+        super()._reserve([(param, coded) for param, coded in wanted if param.is_floating_point()])
+
+    def _is_coded(self, param: Tensor, group: dict[str, Any]) -> bool:
+        config = GlobalOptimManager.get_instance().config_of(param)
+        least = config.get("min_8bit_size", self.args.min_8bit_size)
+        return bool(config.get("optim_bits", group["bits"]) == 8 and param.numel() >= least)
+
+    def _new_state(self, param: Tensor, coded: bool, blank: bool = True) -> dict[str, Any]:
+        return State(super()._new_state(param, coded, blank))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "args": self.args}
+
+    def state_dict(self) -> dict[str, Any]:
+        """In bitsandbytes' layout: it loads there, in this class and, by :func:`native_state_dict`, in
+        ``qlora_native.optim``."""
+        given = super().state_dict()
+        groups = [{"eps": LION_EPS, **group} for group in given["param_groups"]]
+        return {**given, "state": {k: to_bitsandbytes(v) for k, v in given["state"].items()}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """A ``state_dict`` of this class, of bitsandbytes or of ``qlora_native.optim``; see :func:`native_state_dict`.
+
+        Args:
+            move_to_device: ignored: states are always where their parameter is.
+        """
+        super().load_state_dict(native_state_dict(state_dict))
+
+
+class Adam(_Bitsandbytes, native.AdamW):
+    """Adam; ``weight_decay`` is decoupled, as in bitsandbytes.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as for :class:`qlora_native.optim.AdamW`.
+        amsgrad: False; True raises ValueError.
+        optim_bits: 32 or 8.
+        args: an object whose ``optim_bits`` and ``min_8bit_size`` win over the arguments.
+        min_8bit_size: parameters of fewer elements keep 32-bit states.
+        is_paged: let the states leave memory when it runs short (``paged="auto"``).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = MIN_CODED_NUMEL,
+        is_paged: bool = False,
+    ) -> None:
+        arguments = self._arguments(optim_bits, args, min_8bit_size, is_paged, amsgrad)
+        super().__init__(params, lr, betas, eps, weight_decay, **arguments)
+
+
+class AdamW(_Bitsandbytes, native.AdamW):
+    """AdamW; arguments as for :class:`Adam`."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = MIN_CODED_NUMEL,
+        is_paged: bool = False,
+    ) -> None:
+        arguments = self._arguments(optim_bits, args, min_8bit_size, is_paged, amsgrad)
+        super().__init__(params, lr, betas, eps, weight_decay, **arguments)
+
+
+class Lion(_Bitsandbytes, native.Lion):
+    """Lion; arguments as for :class:`Adam`."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = MIN_CODED_NUMEL,
+        is_paged: bool = False,
+    ) -> None:
+        super().__init__(params, lr, betas, weight_decay, **self._arguments(optim_bits, args, min_8bit_size, is_paged))
+
+
+class _FixedLion(Lion):
+    """The forms of Lion that take no ``optim_bits``."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        args: Any = None,
+        min_8bit_size: int = MIN_CODED_NUMEL,
+        is_paged: bool = False,
+    ) -> None:
+        super().__init__(params, lr, betas, weight_decay, args=args, min_8bit_size=min_8bit_size, is_paged=is_paged)
+
+
+_Class = TypeVar("_Class", bound=_Bitsandbytes)
+
+
+def _form(name: str, base: type[_Class], bits: int | None = None, paged: bool = False) -> type[_Class]:
+    """A subclass of ``base`` with states of ``bits``, that leave memory when it runs short if ``paged``."""
+    states = f"{bits or base._bits or 'optim_bits'}-bit states" + ", which leave memory when it runs short" * paged
+    members = {"_bits": bits or base._bits, "_paged": paged, "__doc__": f"{base.__name__} with {states}."}
+    return cast("type[_Class]", type(name, (base,), {**members, "__module__": __name__}))
+
+
+Adam8bit = _form("Adam8bit", Adam, bits=8)
+Adam32bit = _form("Adam32bit", Adam, bits=32)
+PagedAdam = _form("PagedAdam", Adam, paged=True)
+PagedAdam8bit = _form("PagedAdam8bit", Adam8bit, paged=True)
+PagedAdam32bit = _form("PagedAdam32bit", Adam32bit, paged=True)
+AdamW8bit = _form("AdamW8bit", AdamW, bits=8)
+AdamW32bit = _form("AdamW32bit", AdamW, bits=32)
+PagedAdamW = _form("PagedAdamW", AdamW, paged=True)
+PagedAdamW8bit = _form("PagedAdamW8bit", AdamW8bit, paged=True)
+PagedAdamW32bit = _form("PagedAdamW32bit", AdamW32bit, paged=True)
+Lion8bit = _form("Lion8bit", _FixedLion, bits=8)
+Lion32bit = _form("Lion32bit", _FixedLion, bits=32)
+PagedLion = _form("PagedLion", Lion, paged=True)
+PagedLion8bit = _form("PagedLion8bit", Lion8bit, paged=True)
+PagedLion32bit = _form("PagedLion32bit", Lion32bit, paged=True)

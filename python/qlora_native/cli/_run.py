@@ -1,0 +1,85 @@
+"""What the commands share: missing packages, terminal output, sizes, existing outputs and working time."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_native.errors import UserError
+
+# Where the import name is not the name that pip knows.
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+# Control characters, those that change the direction of text or end a line, and halves of a character.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def missing_modules(names: Sequence[str]) -> list[str]:
+    """Those of the import names that are not installed, found without importing them."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def require(what: str, *names: str, extra: str = "train") -> None:
+    """Raise UserError naming the first module that is not installed and the extra that brings it.
+
+    Args:
+        what: the command or option that needs the modules, for the message.
+        names: import names.
+    """
+    for name in missing_modules(names):
+        package = DISTRIBUTIONS.get(name, name)
+        raise UserError(f"{what} needs {package}, which is not installed: pip install 'qlora_native[{extra}]'")
+
+
+def user_path(text: str) -> Path:
+    """The type of arguments that are paths: ``~`` is the home folder."""
+    return Path(text).expanduser()
+
+
+def refuse_existing(out: Path, option: str) -> None:
+    """Raise UserError if the output is there already: nothing is written over."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another {option} or remove it")
+
+
+def parse_size(text: str, base: int) -> int | None:
+    """Bytes of a size such as 500MB or 24G; None if it is not one.
+
+    Args:
+        base: of the units, 1000 for files or 1024 for memory; KiB, MiB, GiB and TiB are always of 1024.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        return None
+    return int(float(match[1]) * (1024 if match[3] else base) ** (1 + "KMGT".index(match[2].upper())))
+
+
+def stopwatch() -> Callable[[], float]:
+    """A function that returns the seconds since this call, to a hundredth."""
+    began = time.monotonic()
+    return lambda: round(time.monotonic() - began, 2)
+
+
+def print_result(args: argparse.Namespace, result: Any, lines: Iterable[str]) -> None:
+    """Print the result as one JSON object with --json, and the lines without."""
+    if args.json:
+        print(json.dumps(result), flush=True)
+    else:
+        for line in lines:
+            print(line, flush=True)
+
+
+def has_rich_terminal() -> bool:
+    """Whether the output is a terminal and rich is installed: elsewhere plain lines are printed."""
+    return sys.stdout.isatty() and not missing_modules(("rich",))
+
+
+def printable(text: str) -> str:
+    """The text with each character that would command the terminal as an escape; lines and tabs stay."""
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
