@@ -128,7 +128,7 @@ system_packages() {  # the two things that pip cannot bring: a Python with its h
     "$(find_python)" --version && "$(find_compiler)" --version | head -n 1
 }
 
-# Prints the option that tells CMake where CUDA's headers are; nothing if a toolkit of CUDA 13 has them. The wheels of
+# Prints the option that shows CMake where CUDA's headers are; nothing if a toolkit of CUDA 13 has them. The wheels of
 # the headers go into the active environment.
 cuda_headers_option() {
     nvcc --version 2>/dev/null | grep -q 'release 13' && return 0

@@ -26,7 +26,7 @@ MODELS = ("smollm2", "llama", "llama48", "qwen2", "gemma")
 LENGTHS = (128, 256, 1024)
 ROWS = 2  # a micro-batch
 BARS = {"weights": 0.05, "optimizer": 0.05, "total": 0.10}
-TOLD = 0.05
+REPORTED = 0.05
 SMALL: dict[str, dict[str, Any]] = {  # of the random models
     "llama": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
     "llama48": {  # heads of 48
@@ -109,7 +109,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
-    """Predicts, says so, trains once told to, and tells the program's own figures."""
+    """Predict, print it, train once asked to, and print the program's own figures."""
     import logging
 
     import matplotlib.figure  # noqa: F401  (the run's picture at its end counts as an import, too)
@@ -121,7 +121,7 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = config_of(folder, length, checkpointing, steps)
     keep_freed_memory(checkpointing)
-    told = report.MemoryReport(config, length)  # brings what is imported late
+    own = report.MemoryReport(config, length)  # brings what is imported late
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=channel, flush=True)
@@ -137,14 +137,14 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     seen: list[int] = []
     # Named outright: for some model types transformers would make another class of the same files.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    trainer = loop.Trainer(config, tokenizer=tokenizer, quiet=True, on_step=lambda record: seen.append(told.measured()))
+    trainer = loop.Trainer(config, tokenizer=tokenizer, quiet=True, on_step=lambda record: seen.append(own.measured()))
     trainer.train()
-    assert told.predicted is not None
+    assert own.predicted is not None
     answer = {
-        "predicted": told.predicted.as_dict(),
+        "predicted": own.predicted.as_dict(),
         "weights": trainer.model.load_report.num_bytes,
         "optimizer": states[0].paging_statistics()["state_bytes"],
-        "told": seen[-1],
+        "reported": seen[-1],
     }
     print(json.dumps(answer), file=channel, flush=True)
     sys.stdin.readline()
@@ -192,9 +192,9 @@ def cell(folder: Path, length: int, checkpointing: bool, steps: int = 3) -> dict
          "met": abs(row[name]["error"]) <= bar}
         for name, bar in BARS.items()
     ]  # fmt: skip
-    # What the run tells of itself must be what is seen from outside.
-    row["match"] = abs(answer["told"] / (peak - before) - 1) <= TOLD
-    return row | {"told_by_the_run": answer["told"], "moment": predicted["moment"], "terms": terms}
+    # What the run reports of itself must be what is measured from outside.
+    row["match"] = abs(answer["reported"] / (peak - before) - 1) <= REPORTED
+    return row | {"reported_by_the_run": answer["reported"], "moment": predicted["moment"], "terms": terms}
 
 
 def main() -> None:
@@ -221,7 +221,7 @@ def main() -> None:
                     print(
                         f"{model:<8} {length:>5} {'checkpointing' if checkpointing else 'all kept':<13} predicted "
                         f"{total['predicted'] / 2**20:6.1f} MiB, measured {total['measured'] / 2**20:6.1f} "
-                        f"({100 * total['error']:+.1f} %), told {row['told_by_the_run'] / 2**20:6.1f}",
+                        f"({100 * total['error']:+.1f} %), reported {row['reported_by_the_run'] / 2**20:6.1f}",
                         flush=True,
                     )
     write_json(arguments.json, result)

@@ -7,7 +7,7 @@ it and `unfused` the same with `fuse=False`, transformers' own code between the 
 bf16 model with the weights that ours stands for, the truth of the match column; `bitsandbytes` runs its inference path,
 in fp32 on a CPU without a dot product for bf16. `free` is `ours` with linear layers that return zeros at once, the
 output head included, and `layers free` the same with the head left as it is: what `generate` costs without the
-products. `match` says whether our tokens are the truth's, or part from them first where the truth itself nearly wavers.
+products. `match`: whether our tokens are the truth's, or part from them first where the truth itself nearly wavers.
 The floor is reading each weight once a token at the memory's best rate in this run. Needs the extra `bench`.
 """
 

@@ -18,7 +18,7 @@ Rows: the forward and the input gradient for M = 1 to 1024; `lora_linear` forwar
     ggml_iq4_nl                     its product with an IQ4_NL weight and x in 8 bits, from llama-cpp-python
 
 Every row has the relative error of each contender against fp64 on the decoded weight (torchao's and ggml's differ), and
-`match` says whether ours is within the tests' tolerance. The floor is the longer of moving all bytes once, at the
+`match`: whether ours is within the tests' tolerance. The floor is the longer of moving all bytes once, at the
 memory's rate between the same rounds, and of doing all operations at the best rate of this run (see ceilings.py).
 """
 

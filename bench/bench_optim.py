@@ -2,7 +2,7 @@
 
     python bench/bench_optim.py --json
 
-Every row says whether ours gives the bytes of the plain-torch rule, and how much of the floor it reaches: the bytes
+Every row shows whether ours gives the bytes of the plain-torch rule, and how much of the floor it reaches: the bytes
 that a step must move (gradients and parameters read, states read and written, parameters written) at the best rate that
 the memory shows in the same run, over tensors of the parameters' size. Above 1 the last-level cache helped. Rows with
 clipping, too, are compared with torch's step without it.

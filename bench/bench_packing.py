@@ -5,7 +5,7 @@
 SmolLM2-135M in 4 bits with adapters of rank 16, through the trainer's own step (forward and backward over
 micro-batches, checkpointing off), on the same rows in each arm: random tokens, the longest row ten times as long as the
 shortest, the lengths even on a logarithmic scale. `padded` cuts the rows into micro-batches in a random order,
-`grouped` in the order of their lengths, `ours` packs them. Tokens a second count no padding. `match` says whether each
+`grouped` in the order of their lengths, `ours` packs them. Tokens a second count no padding. `match`: whether each
 arm has the loss of the rows one by one, from full logits, and the gradients of the padded arm. The floor is the time of
 the products with frozen weights alone, on the rows' own tokens, at oneDNN's best rate in this run.
 """
@@ -27,8 +27,7 @@ from common import Bar, add_json, interleaved, line, machine, ratios, relative_e
 
 from qlora_native.cli.demo import model_file
 from qlora_native.config import TrainConfig
-from qlora_native.data.batching import permutation
-from qlora_native.data.packing import pack
+from qlora_native.data.batching import pack, permutation
 from qlora_native.hf.loss import causal_lm_loss, trained_tokens
 from qlora_native.nn import QuantizedLinear
 from qlora_native.train.batches import check_packing, micro_batches

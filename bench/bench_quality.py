@@ -4,10 +4,10 @@
     python bench/quality_page.py --write      # writes docs/quality.md's tables and docs/quality.png
 
 FOLDER keeps what is done, so a run that was stopped goes on: the bases, what they score on the held-out texts
-(quality_texts.py says which), and the fine-tuning runs (quality_runs.py). In all about an hour and a half on two cores
+(quality_texts.py names them), and the fine-tuning runs (quality_runs.py). In all about an hour and a half on two cores
 that do nothing else. The 16-bit model is the reference, in bf16; the gap is what plain rounding with double
 quantization (`rtn`) loses against it, paired row by row. `wmse` is calibrated on the first 16 windows of 512 tokens,
-`gptq` on all 128; no text that is measured on is calibrated on. `match` says that the 4-bit model's loss on the first
+`gptq` on all 128; no text that is measured on is calibrated on. `match`: the 4-bit model's loss on the first
 rows is that of transformers' own code in fp32 with the decoded weights, to 0.5 %; for fine-tuning, that the runs of a
 seed began with the same loss at both rates and scored the same tokens.
 """
@@ -42,7 +42,7 @@ def make_base(folder: Path, ids: torch.Tensor) -> None:
     """Write one base."""
     import qlora_native as qn
     from qlora_native.cli.demo import model_file
-    from qlora_native.evaluate import load_dense
+    from qlora_native.evaluate.variants import load_dense
 
     if folder.name == REFERENCE:
         model = load_dense(model_file())
@@ -59,7 +59,7 @@ def matches(model: Any, base: Path, ids: torch.Tensor) -> bool:
     from transformers import AutoModelForCausalLM
 
     from qlora_native import reference
-    from qlora_native.evaluate import measure
+    from qlora_native.evaluate.measure import measure
     from qlora_native.nn import QuantizedLinear
 
     twin: Any = AutoModelForCausalLM.from_pretrained(base.with_name(REFERENCE), dtype=torch.float32)
@@ -77,7 +77,7 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
     """What each base makes of each text, from FOLDER/scores or measured now; row by row."""
     from tempfile import TemporaryDirectory
 
-    from qlora_native.evaluate import Kept, measure
+    from qlora_native.evaluate.measure import Kept, measure
 
     folder = work / "scores"
     folder.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def score(work: Path, names: list[str], texts: dict[str, Windows]) -> dict[str, 
 
 def method_rows(scored: dict[str, dict[str, Any]], texts: dict[str, Windows]) -> list[dict[str, Any]]:
     """A row of the result for each base: figures with standard errors, and the bars on the share of the gap closed."""
-    from qlora_native.evaluate import Scores
+    from qlora_native.evaluate.measure import Scores
 
     def scores(name: str, text: str) -> Scores:
         return Scores(**{key: torch.tensor(value, dtype=torch.float64) for key, value in scored[name][text].items()})
@@ -132,7 +132,7 @@ def method_rows(scored: dict[str, dict[str, Any]], texts: dict[str, Windows]) ->
 
 def learning_rows(work: Path) -> list[dict[str, Any]]:
     """A row for each base that learned: end losses and gaps to the 16-bit base's run of the same seed and rate."""
-    from qlora_native.evaluate import Scores
+    from qlora_native.evaluate.measure import Scores
 
     found: dict[tuple[str, float, int], dict[str, Any]] = {}
     for path in sorted((work / "runs").glob("*.json")):
@@ -214,10 +214,10 @@ def main() -> None:
         if any(worker.wait() for worker in workers):
             raise SystemExit("a fine-tuning run failed; what is done is kept")
     result: dict[str, Any] = {"bench": "quality", "machine": machine()}
-    told = {**texts, "calibration": learned}
+    named = {**texts, "calibration": learned}
     result["texts"] = {
         name: {"about": text.about, "rows": len(text.ids), "length": text.ids.shape[1], "sha256": text.sha256}
-        for name, text in told.items()
+        for name, text in named.items()
     }
     result["lora"] = {"steps": STEPS, "rows": ROWS, "length": LENGTH, "r": RANK, "alpha": ALPHA}
     result["lora"] |= {"rates": RATES, "seeds": SEEDS, "evaluated_rows": EVALUATED_ROWS}

@@ -2,7 +2,7 @@
 
     python bench/bench_quantize.py --json
 
-Every row says whether our bytes equal the plain-torch truth. The floor is the time to read what must be read and to
+Every row shows whether our bytes equal the plain-torch truth. The floor is the time to read what must be read and to
 write what must be written, at the rates of torch's sum and fill of large tensors between the same rounds; what the
 cache still holds, and stores that bypass it, may beat that. Quantizing returns new tensors: `ours` mostly gets pages
 that the allocator has had before, `ours_fresh_pages` keeps every result, so that the system must hand out new ones,

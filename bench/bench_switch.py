@@ -4,10 +4,10 @@
 
 Both sides load the same 4-bit checkpoint of SmolLM2-135M, which bitsandbytes made and saved, and the same initial
 adapter, and train on the same rows with the same torch.optim.AdamW; each run is a process of its own. In fp32 our loss
-must be theirs to 1e-3 at every step. In bf16 two bars are told as they fall: our distance from bitsandbytes against
+must be theirs to 1e-3 at every step. In bf16 two figures have no limit: our distance from bitsandbytes against
 twice its own spread, one thread against two, and against its rounding, the distance of its bf16 losses from its fp32
 ones. The first is not to be met where bitsandbytes gives the same bits at both, since then only equal bits would do.
-`match` in bf16 says that our losses lie no farther from the fp32 ones than bitsandbytes' do, at the worst step and in
+`match` in bf16: our losses lie no farther from the fp32 ones than bitsandbytes' do, at the worst step and in
 the mean square; this rule was made after the first full run had missed both bars. So was a third bar, which does not
 take the first one's place: twice the distance of bitsandbytes from itself on other ways through the same training.
 Needs the extra `bench`.
@@ -190,8 +190,8 @@ def main() -> None:
             found = {f"{side}, {count} threads": run(folder, dtype, side, count) for side, count in runs}
             exact = found["theirs, 2 threads"] if dtype == "fp32" else run(folder, "fp32", "theirs", 2)
             result["rows"].append(row := compare(found, dtype, exact))
-            told = {key: value for key, value in row.items() if key not in ("losses", "bars")}
-            print(json.dumps(told), flush=True)
+            printed = {key: value for key, value in row.items() if key not in ("losses", "bars")}
+            print(json.dumps(printed), flush=True)
     write_json(arguments.json, result)
 
 

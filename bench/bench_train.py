@@ -13,7 +13,7 @@ loss before and after. Checkpointing is off.
 
 Each side is a process of its own that loads the same 16-bit weights, starts from the same adapter tensors and sees the
 same batches in the same order at the same learning rate. The parent lets them take turns, one step each, so that both
-meet the same machine; each side's memory is its own process's peak, loading included. `match` says whether our first
+meet the same machine; each side's memory is its own process's peak, loading included. `match`: whether our first
 loss is that of transformers' code in fp32 on the decoded weights, to 0.5 %.
 
 `products` is the floor: the time of all products but attention's at this run's best rate in bf16 (in fp32 without a dot

@@ -1,4 +1,4 @@
-"""What the benches share beside the timing itself (qlora_native.tuning.timing): bars, the machine, JSON."""
+"""What the benches share beside the timing itself (qlora_native.cli.contests): bars, the machine, JSON."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch
 from pages import RESULTS
 
 import qlora_native as qn
-from qlora_native.hf.attention import attends_in_fp32
-from qlora_native.tuning.timing import (
+from qlora_native.cli.contests import (
     Functions,
     Seconds,
     cache_bytes,
@@ -26,6 +25,7 @@ from qlora_native.tuning.timing import (
     relative_error,
     rounded,
 )
+from qlora_native.hf.fuse import attends_in_fp32
 
 __all__ = [
     "Bar",

@@ -1,21 +1,17 @@
-"""What bench/gpu_check.sh measures once the library is built: ceilings, products, passes over memory, whole models, and
-what the autotuner finds.
+"""What bench/gpu_check.sh measures once the library is built: ceilings, products, passes over memory, whole models.
 
     python bench/gpu_check.py --json FILE [--seconds 300]    on a machine with a GPU
     python bench/gpu_check.py --json FILE --dry-run          tiny shapes on the CPU: shows that this script works
     python bench/gpu_check.py --once                         each op once on tiny shapes, for compute-sanitizer
 
 The file is written anew after every row, so that a run that is cut off leaves what it had. Sections that time does not
-allow, and kernels that this build lacks, are named in ``left_out``. All sections but the last run by built-in plans:
-the user's tuning files are neither read nor written.
+allow, and kernels that this build lacks, are named in ``left_out``.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -25,13 +21,12 @@ import gpu_models
 import gpu_paging
 import gpu_passes
 import gpu_products
-import gpu_tuning
 import torch
 from common import line, write_json
 from gpu_timing import Ceilings, card, ceilings, device, on_gpu
 
 import qlora_native as qn
-from qlora_native.ops import _cuda_kernels, _library
+from qlora_native.ops import _library
 
 OPS = ("dequantize_4bit", "quantize_4bit", "linear_4bit", "lora_linear_4bit", "adamw_step", "gradient_norm")
 
@@ -57,12 +52,12 @@ class Run:
         write_json(self.path, self.found)
 
     def leave_out(self, sentence: str) -> None:
-        """Says what is missing."""
+        """Print what is missing."""
         print(f"left out: {sentence}", flush=True)
         self.found["left_out"].append(sentence)
 
     def row(self, head: dict[str, Any], measure: Callable[[], dict[str, Any]], keep_s: float = 0.0) -> None:
-        """Measures one row, unless fewer than ``keep_s`` seconds are left; a failure is told and the run goes on."""
+        """Measures one row, unless fewer than ``keep_s`` seconds are left; a failure is printed and the run goes on."""
         name = " ".join(str(value) for value in head.values())
         if time.monotonic() > self.deadline - keep_s:
             self.leave_out(f"{name}: no time left")
@@ -130,16 +125,6 @@ def measure_models(run: Run) -> None:
         run.row(load, lambda: gpu_models.load(large, 48 * gib), keep_s=10)
 
 
-def measure_tuning(run: Run) -> None:
-    """The autotuner on every layer shape and number of tokens."""
-    if _cuda_kernels.module_for(device()) is None:
-        run.leave_out("tuning: there are no CUDA kernels to choose from")
-        return
-    for case in gpu_products.cases(run.dry):
-        head = {"op": "tune", "n": case.n, "k": case.k, "m": case.m}
-        run.row(head, lambda c=case: gpu_tuning.row(c.n, c.k, c.m, device()))  # type: ignore[misc]
-
-
 def once() -> None:
     """Each op on tiny shapes, forward and backward, without timing."""
     for case in gpu_products.TINY:
@@ -175,7 +160,6 @@ def main() -> None:
             else "gpu_check: torch finds no GPU; --dry-run tries the script out on the CPU."
         )
     torch.manual_seed(0)
-    os.environ["QLORA_NATIVE_TUNING"] = "off"
     if arguments.once:
         once()
         return
@@ -187,12 +171,9 @@ def main() -> None:
         print(run.found["card"], measured, sep="\n", flush=True)
         run.write()
         measure_passes(run, measured, rounds)
-        later_s = 0 if run.dry else 130  # 90 for the models, 40 for the autotuner
+        later_s = 0 if run.dry else 90  # for the models
         measure_products(run, measured, rounds, keep_s=later_s)
     measure_models(run)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["QLORA_NATIVE_TUNING"] = folder
-        measure_tuning(run)
     run.write()
     missed = [row for row in run.found["rows"] if not row["match"]]
     print(f"{len(run.found['rows'])} rows, {len(missed)} without a match, {len(run.found['failed'])} failed")

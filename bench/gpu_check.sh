@@ -10,7 +10,7 @@
 #
 # Its time limit, 525 s in all, is made of those of the sections, each cut to what is left: 170 s for the build, 100 for
 # the tests, 60 for the primitives, 40 for each of the three sanitizer tools, the rest (480 at most) for measuring. A
-# section that does not end when told to is killed 10 s later.
+# section that does not end on SIGTERM is killed 10 s later.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-build/gpu_check}
@@ -60,7 +60,6 @@ nvidia-smi || { echo 'There is no NVIDIA GPU here: --dry-run tries the script ou
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d '. ')
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 command -v nvcc || { echo 'There is no nvcc on PATH: the CUDA part cannot be built.'; exit 1; }
-export QLORA_NATIVE_TUNING=off  # the built-in plans, whatever was tuned here before
 export CUDA_MODULE_LOADING=LAZY CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
 section "build for sm_$arch" 170 env QLORA_NATIVE_CUDA=ON QLORA_NATIVE_CUDA_ARCHS="$arch" \

@@ -47,14 +47,14 @@ def paging_row(dry: bool, rounds: int) -> dict[str, Any]:
         if number > 0:  # the first step makes the tables
             seconds["ours"].append(paged_s)
             seconds["unpaged"].append(plain_s)
-    told = paged.paging_statistics()
-    moved = told["bytes_in"] - before
+    statistics = paged.paging_statistics()
+    moved = statistics["bytes_in"] - before
     match = all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
     pages = next(iter(paged._pages.values()))
     return {
-        "match": match and moved > 0 and told["resident_bytes"] <= budget,
+        "match": match and moved > 0 and statistics["resident_bytes"] <= budget,
         "store": type(pages).__name__ + (" managed" if getattr(pages, "managed", False) else ""),
-        "state_mib": told["state_bytes"] >> 20,
-        "resident_mib": told["resident_bytes"] >> 20,
+        "state_mib": statistics["state_bytes"] >> 20,
+        "resident_mib": statistics["resident_bytes"] >> 20,
         "moved_in_mib_a_step": moved >> 20,
     } | timings(seconds)

@@ -8,9 +8,9 @@ import torch
 from common import timings
 from gpu_products import of_floor
 from gpu_timing import Ceilings, device, floor, interleaved_replays, on_gpu
+from replay import Call, copies
 
 import qlora_native as qn
-from qlora_native.tuning.replay import Call, copies
 
 DEQUANTIZE_SHAPES = ((4096, 4096), (14336, 4096), (1024, 4096))
 TINY_SHAPES = ((64, 128),)

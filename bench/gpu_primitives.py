@@ -20,7 +20,7 @@ def read(path: str) -> dict[str, list[str]]:
 
 
 def differences(golden: dict[str, list[str]], found: dict[str, list[str]]) -> list[str]:
-    """One sentence for each primitive that is not as the emulator says."""
+    """One sentence for each primitive that differs from the emulator."""
     said = []
     for name, words in golden.items():
         if name not in found:

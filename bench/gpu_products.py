@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from common import Bar, relative_error, timings
 from gpu_timing import Ceilings, card, device, floor, interleaved_replays, on_gpu, peak_bytes
+from replay import Call, copies
 
 import qlora_native as qn
-from qlora_native.tuning.replay import Call, copies
 
 OPS = torch.ops.qlora_native
 RANK, SCALE = 16, 2.0

@@ -1,6 +1,6 @@
 """What the card can do, and the time of contenders on it: the basis of gpu_check.py.
 
-A contender is a list of calls, one a copy of its weight, replayed as a CUDA graph (qlora_native/tuning/replay.py).
+A contender is a list of calls, one a copy of its weight, replayed as a CUDA graph (replay.py).
 Without a GPU (a dry run) the calls are timed by the clock.
 """
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from common import Seconds, rounded
-
-from qlora_native.tuning.replay import Call, Replay, in_turns, l2_bytes
+from replay import Call, Replay, in_turns, l2_bytes
 
 Ceilings = dict[str, float]
 COPY_BYTES, PRODUCT_SIZE = 1 << 30, 8192

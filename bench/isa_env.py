@@ -14,7 +14,7 @@ import tempfile
 from functools import cache
 
 ONEDNN, ATEN, MKL = "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS"
-# What stands for the instructions of ours, as each library calls them; SSE4.1 is the least that oneDNN knows. For the
+# What stands for the instructions of ours, as each library calls them; SSE4.1 is the least that oneDNN has. For the
 # kernels of arm64 none of the three has such a setting.
 X86 = {
     "scalar": {ONEDNN: "SSE41", ATEN: "default", MKL: "SSE4_2"},
@@ -76,7 +76,7 @@ def limits() -> dict[str, str]:
 
 
 def _onednn_isa() -> str:
-    """What the head of oneDNN's verbose mode says, which it prints once a process."""
+    """The head of oneDNN's verbose mode, which it prints once a process."""
     import torch
 
     if not torch.backends.mkldnn.is_available():

@@ -1,7 +1,7 @@
 """The NCCL path of several processes, on a machine with two GPUs or more: python bench/nccl_check.py [--ranks N].
 
 Trains a small random llama by ddp and by fsdp on N cards and by one process on one, from one config, and compares the
-adapters. Without two GPUs it says so and ends with 77.
+adapters. Without two GPUs it prints that and exits with 77.
 """
 
 from __future__ import annotations

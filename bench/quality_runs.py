@@ -37,9 +37,9 @@ def as_rows(ids: torch.Tensor) -> list[dict[str, np.ndarray]]:
 def load(folder: Path) -> Any:
     """A base of the comparison, 16-bit or 4-bit."""
     import qlora_native as qn
-    from qlora_native.evaluate.variants import load_dense
+    from qlora_native.hf.load import load_dense
 
-    return load_dense(folder, torch.bfloat16) if folder.name == "bf16" else qn.load_model(folder)
+    return load_dense(folder) if folder.name == "bf16" else qn.load_model(folder)
 
 
 def run(base: Path, rate: float, seed: int, tokenizer: Any) -> dict[str, Any]:

@@ -31,8 +31,10 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
     import qlora_native as qn
     from qlora_native import reference
     from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, model_file
-    from qlora_native.data import BatchPlan, collate, load_dataset, padding_id
+    from qlora_native.data.batching import BatchSampler, collate
+    from qlora_native.data.dataset import load_dataset
     from qlora_native.data.standard_library import write_split
+    from qlora_native.data.template import padding_id
     from qlora_native.hf.source import load_tokenizer
     from qlora_native.nn import QuantizedLinear
 
@@ -61,7 +63,7 @@ def prepare(folder: Path, steps: int, seed: int, full_length: bool) -> dict[str,
     rows = load_dataset(train_file, tokenizer, max_length=LENGTH, train_on="all" if full_length else "answers")
     held_out = load_dataset(held_out_file, tokenizer, max_length=LENGTH)
     pad = padding_id(tokenizer)
-    order = BatchPlan(rows.lengths, ROWS, seed=seed).forever()
+    order = BatchSampler(rows.lengths, ROWS, seed=seed).forever()
     if full_length:
         text = torch.cat([torch.tensor(rows[i]["input_ids"].tolist()) for i in range(len(rows))])
         text = text.repeat(-(-steps * ROWS * LENGTH // text.numel()))[: steps * ROWS * LENGTH]

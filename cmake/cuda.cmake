@@ -1,4 +1,4 @@
-# Decides whether the CUDA part is built, says so, and sets QLORA_NATIVE_CUDA_FOUND and QLORA_NATIVE_CUDA_ARCHS_BUILT.
+# Decides whether the CUDA part is built, prints that, and sets QLORA_NATIVE_CUDA_FOUND and QLORA_NATIVE_CUDA_ARCHS_BUILT.
 
 set(QLORA_NATIVE_CUDA_FOUND FALSE)
 set(QLORA_NATIVE_CUDA_ARCHS_BUILT "")

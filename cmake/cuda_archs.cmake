@@ -12,7 +12,7 @@ function(numbers_printed_by result)
 endfunction()
 
 # `wanted` is a list of architectures, `all`, or nothing: then those of the GPUs in sight, or all if there are none.
-# All are those that the project supports and this nvcc knows. In rising order; empty if nvcc knows none.
+# All are those that the project supports and this nvcc supports. In rising order; empty if nvcc supports none.
 function(choose_cuda_archs result nvcc wanted)
   set(chosen ${wanted})
   if(NOT wanted OR wanted STREQUAL "all")
@@ -30,7 +30,7 @@ function(choose_cuda_archs result nvcc wanted)
     set(of_gpus ${in_sight})
     list(FILTER of_gpus EXCLUDE REGEX "^([0-6].|7[0-4])$")  # too old for the kernels
     foreach(arch ${of_gpus})
-      if(NOT arch IN_LIST known)  # newer than this nvcc: such a card runs the PTX of the newest that nvcc knows
+      if(NOT arch IN_LIST known)  # newer than this nvcc: such a card runs the PTX of the newest that nvcc supports
         set(of_gpus "")
       endif()
     endforeach()

@@ -24,7 +24,7 @@ set_target_properties(qlora_native_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static C
 target_link_libraries(qlora_native_cuda PUBLIC CUDA::cudart_static)
 target_compile_options(qlora_native_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${QLORA_NATIVE_WARNINGS}>")
 target_compile_options(qlora_native_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
-  --fmad=false  # as -ffp-contract=off: the arithmetic rule says where to round
+  --fmad=false  # as -ffp-contract=off: the arithmetic rule fixes where to round
   --expt-relaxed-constexpr  # std::bit_cast in device code
   $<$<BOOL:${QLORA_NATIVE_WERROR}>:-Xcompiler=-Werror>
   "$<$<BOOL:${QLORA_NATIVE_WERROR}>:SHELL:-Werror all-warnings>"

@@ -1,11 +1,11 @@
-// Warp primitives: the verbs that kernels are written in. Inline PTX and architecture branches live here alone.
+// Warp primitives, in which kernels are written. Inline PTX and architecture branches live here alone.
 //
-// The wider verbs move 16 bytes, the most that one thread loads or stores at once; their addresses are multiples of 16.
-// A verb of the warp (ldmatrix, mma) is called by all 32 lanes. PTX sections: those of the PTX ISA manual 9.0.
+// The wider ones move 16 bytes, the most that one thread loads or stores at once; their addresses are multiples of 16.
+// Those of the whole warp (ldmatrix, mma) are called by all 32 lanes. PTX sections: those of the PTX ISA manual 9.0.
 #pragma once
 
 #if defined(QLORA_NATIVE_EMULATED)
-#include <cuda_on_cpu/wp_emulated.h>  // the same verbs for the CPU, from the include path of the emulator's build
+#include <cuda_on_cpu/wp_emulated.h>  // the same primitives for the CPU, from the include path of the emulator's build
 #else
 
 #include <cuda_bf16.h>

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -18,7 +18,7 @@ pytest_plugins = ["sentences"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cuda-binary", help="compiled GPU code to look at in place of the installed module's")
+    parser.addoption("--cuda-binary", help="compiled GPU code to inspect in place of the installed module's")
     parser.addoption("--emulated", help="folder of the CUDA module that is built over the emulator (build/emulated)")
     parser.addoption("--llama-cpp", action="store_true", help="run exported GGUF files in llama.cpp")
     parser.addoption("--rank-kills", type=int, default=1, help="how often one process of a run on several is killed")
@@ -62,6 +62,23 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             yield "cpu"
     else:
         yield name
+
+
+@pytest.fixture
+def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command line that must end with exit code 2 and one sentence, which is returned."""
+
+    def run(*words: object) -> str:
+        from qlora_native.cli.main import main
+
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2, words
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = [text for text in lines if not text.startswith(("Loading", "Writing"))]  # bars
+        assert line.startswith("qlora")
+        return line
+
+    return run
 
 
 @pytest.fixture(scope="session")

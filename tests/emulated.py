@@ -6,24 +6,33 @@ The module is ``_cuda_emulated`` of tests/cuda_on_cpu/python, looked for in the 
 from __future__ import annotations
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from qlora_native.ops import _cuda_kernels, _cuda_products, _direct, _library, _tuned_plans
+from qlora_native import _C
+from qlora_native.ops import _cuda_kernels, _cuda_products, _direct, _library
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "emulated"
-# The kernels of a device with these numbers are chosen; few multiprocessors, so that small sizes are cut in parts too.
-FACTS = _cuda_kernels.Facts(compute_capability=80, sm_count=4, name="the emulator")
+# The kernels of a device with these numbers are chosen; few multiprocessors, so that small sizes are split too.
+FACTS = _cuda_kernels.Facts(compute_capability=80, sm_count=4)
 BUILD = (
-    "cmake -S . -B build/emulated -DQLORA_NATIVE_EMULATED=ON && cmake --build build/emulated --target _cuda_emulated"
+    "cmake -S . -B build/emulated -DQLORA_NATIVE_CUDA_ON_CPU=ON && cmake --build build/emulated --target _cuda_emulated"
 )
+
+
+def names_in_stub() -> set[str]:
+    """What the module ``_cuda`` has, by its stub."""
+    stub = (Path(_C.__file__).parent / "_cuda.pyi").read_text(encoding="utf-8")
+    return set(re.findall(r"^(?:def |class )?(\w+)(?=\(|:)", stub, re.MULTILINE))
 
 
 @cache
@@ -61,6 +70,14 @@ def registered_on_cpu() -> Iterator[None]:
         library._destroy()
 
 
+def arguments(call: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The keywords of a native function, with some of them or of the weight's fields changed."""
+    fields = {"packed": 4096, "absmax": 4096, "absmax_codes": 0, "nested_absmax": 0, "nested_offset": 0}
+    fields |= {"nested_code": 0, "levels": 4096, "quant_type": 0, "numel": 64, "block_size": 64, **call["weight"]}
+    fields |= {name: changes.pop(name) for name in fields if name in changes}
+    return {**call, **changes, "weight": tuple(fields.values())}
+
+
 class Emulator:
     """The module, and the stream that the ops launch on, which a test may change."""
 
@@ -91,16 +108,14 @@ def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     emulator = Emulator(module)
     replacements: dict[str, Callable[..., object]] = {
         "native": lambda: module,
-        "module_for": lambda device: module,
         "launching": emulator.launching,
         "facts": lambda device: emulator.facts,
         "memory": lambda device: module.memory(),
     }
     for name, replacement in replacements.items():
         monkeypatch.setattr(_cuda_kernels, name, replacement)
+    monkeypatch.setattr(_library, "module_for", lambda device: module)
     monkeypatch.setattr(_direct, "_TENSOR_KEYS", frozenset())  # through the dispatcher, always
-    monkeypatch.setenv("QLORA_NATIVE_TUNING", "off")  # the built-in plans
-    _tuned_plans.choices_of.cache_clear()
     _cuda_products.plan_of.cache_clear()
     module.take_reports()
     with registered_on_cpu():

@@ -14,6 +14,7 @@ import torch
 
 import qlora_native as qn
 from qlora_native import _C, reference
+from qlora_native.weight import TENSOR_FIELDS
 
 # For tests whose page files lie in pytest's temporary folder.
 needs_page_files = pytest.mark.skipif(
@@ -70,6 +71,16 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def same_weight(a: qn.QuantizedWeight, b: qn.QuantizedWeight) -> bool:
+    """Equal fields, tensors by bytes."""
+    for name in TENSOR_FIELDS:
+        left, right = getattr(a, name), getattr(b, name)
+        if (left is None) != (right is None) or (left is not None and not same_bytes(left, right)):
+            return False
+    fields = ("shape", "dtype", "quant_type", "block_size", "storage_dtype")
+    return all(getattr(a, name) == getattr(b, name) for name in fields)
 
 
 def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import json
 import os
 import posixpath
 import re
@@ -158,13 +159,13 @@ def launchers_never_synchronize(files: Tree) -> list[str]:
 
 LAYERS: tuple[set[str], ...] = (
     {"errors", "_version", "_C", "_cuda", "_import_hooks", "_cache"},
-    {"_native", "_cuda_native", "_io"},
+    {"_native", "_io"},
     {"reference", "cases"},
     {"ops"},
     {"weight", "_memory"},
     {"functional"},
     {"nn", "optim"},
-    {"lora", "tuning"},
+    {"lora"},
     {"__init__"},
     {"data", "bitsandbytes"},
     {"calibration", "config"},
@@ -244,7 +245,7 @@ def imports_point_one_way(files: Tree) -> list[str]:
     breaches = []
     for path in files:
         if path.startswith(PACKAGE) and path.endswith(".py") and unit_of(path) not in rank:
-            breaches.append(f"{path}: give {unit_of(path)} a layer in LAYERS of tests/test_laws.py")
+            breaches.append(f"{path}: give {unit_of(path)} a layer in LAYERS of tests/laws.py")
     for path, unit, target in package_imports(files):
         if target in rank and rank.get(unit, len(LAYERS)) < rank[target]:
             breaches.append(f"{path}: {unit} must not import {target}, which stands above it")
@@ -365,6 +366,22 @@ def no_machine_paths(files: Tree) -> list[str]:
 def no_unfinished_marks(files: Tree) -> list[str]:
     marks = r"\bTO[D]O\b|FIX[M]E|XX[X]|not implemented ye[t]|placehol[d]er"
     return lines_with(files, marks, lambda p: p.endswith((*CODE, ".md", ".pyi")), "unfinished")
+
+
+def plain_words(files: Tree) -> list[str]:
+    """Things do not speak: name what returns, prints, stores or shows it."""
+    return lines_with(files, r"(?i)(?<![a-z])((un)?tol[d]|behel[d])(?![a-z])", lambda p: True, "say it plainly")
+
+
+def sentences_belong_to_tests(files: Tree) -> list[str]:
+    """Each key of sentences.json is a test: file::function, with the id of its parameters in brackets."""
+    name = "tests/sentences.json"
+    breaches = []
+    for key in json.loads(files.get(name, "{}")):
+        path, _, function = key.partition("[")[0].partition("::")
+        if f"def {function}(" not in files.get(f"tests/{path}", ""):
+            breaches.append(f"{name}: {key} is not a test: remove it")
+    return breaches
 
 
 def pages_have_short_lines(files: Tree) -> list[str]:

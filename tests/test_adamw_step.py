@@ -238,10 +238,10 @@ def test_refuses_in_words() -> None:
     refuses("expected 2 step counters", step=[])
     refuses(r"parameter 0 is \[300\] on \w+(:0)?, its gradient \[299\]", grad=[torch.zeros(299), torch.zeros(5)])
     row = [0] * qn._C.optim_row_length
-    row[qn.ops._tensor_rows.NUMEL] = 4
-    table = qn.ops._tensor_rows.table_of([row])
+    row[qn.ops._optim.NUMEL] = 4
+    table = qn.ops._optim.table_of([row])
     with pytest.raises(ValueError, match="grad is a null pointer, but 4 elements are expected"):
-        qn._C.adamw_step(qn.ops._tensor_rows.address_of(table), 1, [(0.1,) * 5 + (True,)], 1.0)
+        qn._C.adamw_step(qn.ops._optim.address_of(table), 1, [(0.1,) * 5 + (True,)], 1.0)
 
 
 DIGEST = """

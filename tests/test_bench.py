@@ -10,35 +10,28 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ceilings
+import common
+import isa_env
+import pages
+import plot_train
 import pytest
+import readme
 import torch
+from children import Child
+from common import Bar
+from laws import ROOT
 
-ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
 RESULTS = sorted((BENCH / "results").glob("*.json"))
-sys.path.insert(0, str(BENCH))
-
-import ceilings  # noqa: E402
-import common  # noqa: E402
-import isa_env  # noqa: E402
-import pages  # noqa: E402
-import plot_train  # noqa: E402
-import readme  # noqa: E402
-from children import Child  # noqa: E402
-from common import Bar  # noqa: E402
 
 
-def test_quartiles_are_those_of_the_sorted_values() -> None:
+def test_quartiles_and_ratios() -> None:
     assert common.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
     assert common.quartiles([7.0]) == (7.0, 7.0, 7.0)
-
-
-def test_ratios_are_taken_within_each_round() -> None:
     # A machine that doubles its time half-way: the ratio of the medians would be off, the paired one is not.
     assert common.ratios([1.0, 1.0, 2.0, 2.0], [2.0, 2.0, 4.0, 4.0]) == (0.5, 0.5, 0.5)
-
-
-def test_ratios_of_unequal_counts_pair_the_rounds_that_both_ran_in() -> None:
+    # Of unequal counts the rounds that both ran in are paired.
     assert common.ratios([2.0, 2.0, 200.0], [1.0, 4.0]) == (0.875, 1.25, 1.625)
     assert common.ratios([1.0], [4.0, 400.0]) == (0.25, 0.25, 0.25)
 
@@ -141,9 +134,8 @@ def test_an_instruction_set_holds_for_the_libraries_under_torch() -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "{'aten': 'AVX2', 'onednn': 'Intel AVX2'}\n"
     command[2] = "import torch, isa_env"
-    done = subprocess.run(
-        command, env=env | {isa_env.ONEDNN: "AVX512_CORE"}, capture_output=True, text=True, check=False
-    )
+    env[isa_env.ONEDNN] = "AVX512_CORE"
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("QLORA_NATIVE_ISA is avx2, but torch was imported without")
 
 

@@ -9,11 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import tiny
 import torch
-from laws import ROOT
 
-from qlora_native.cli import bench, main
-from qlora_native.ops import _cuda_kernels, _cuda_products, _tuned_plans
-from qlora_native.tuning import contests
+from qlora_native.cli import bench, contests, main
+from qlora_native.ops import _cuda_kernels, _cuda_products, _library
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def test_every_op_is_measured_and_matches(capsys: pytest.CaptureFixture[str]) ->
         assert 0 < low <= row["times_as_fast"] <= high and row["ours_ms"] > 0 and row["torch_ms"] > 0
 
 
-def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(contests, "linear", lambda x, w: torch.zeros(x.shape[0], w.shape[0], dtype=x.dtype))
     assert main.main(["bench", "linear_4bit", "--shape", "2", "64", "64", "--rounds", "1"]) == 0
     assert "NO MATCH: relative error 1" in capsys.readouterr().out
@@ -48,7 +46,7 @@ def test_shapes_of_a_model(model: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["bench", "linear"], "argument OP: invalid choice: 'linear'"),
         (["bench", "--shape", "1", "2"], "argument --shape: expected 3 arguments"),
@@ -60,10 +58,10 @@ def test_shapes_of_a_model(model: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["doctor", "--tokens", "x"], "argument --tokens: invalid int value: 'x'"),
     ],
 )
-def test_mistakes(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert expected in line
 
 
 def test_doctor_names_the_kernel_of_each_shape(
@@ -93,8 +91,7 @@ def test_doctor_names_the_kernel_of_each_shape(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
     module = ModuleType("_cuda")
     module.has_concurrent_managed_access, module.plan_matmul = lambda number: True, plan  # type: ignore[attr-defined]
-    monkeypatch.setattr(_cuda_kernels, "module_for", lambda device: module)
-    monkeypatch.setattr(_tuned_plans, "choice_of", lambda module, problem, facts: None)
+    monkeypatch.setattr(_library, "module_for", lambda device: module)
     _cuda_kernels.facts.cache_clear()
     _cuda_products.plan_of.cache_clear()
     try:
@@ -103,14 +100,6 @@ def test_doctor_names_the_kernel_of_each_shape(
         _cuda_kernels.facts.cache_clear()
         _cuda_products.plan_of.cache_clear()
     printed = capsys.readouterr().out
-    told = [line.split(None, 2)[2] for line in printed.splitlines() if line.startswith("[64, 128]")]
-    assert told == ["2 layers, 1 tokens: gemv 4x16", "2 layers, 32 tokens: tile 64x128"]
+    expected = [line.split(None, 2)[2] for line in printed.splitlines() if line.startswith("[64, 128]")]
+    assert expected == ["2 layers, 1 tokens: gemv 4x16", "2 layers, 32 tokens: tile 64x128"]
     assert asked[0][:3] == (1, 32, 64) and asked[0][-2:] == (90, 132)
-
-
-def test_the_timing_has_one_home() -> None:
-    import re
-
-    text = (ROOT / "bench" / "common.py").read_text(encoding="utf-8")
-    assert "from qlora_native.tuning.timing import" in text
-    assert not re.search(r"^def (quartiles|ratios|interleaved|relative_error)\(", text, re.MULTILINE)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
+import bench_generate as bench
 import pytest
 import tiny_models
 import torch
@@ -15,20 +14,12 @@ from qlora_native.nn import QuantizedLinear
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
-    yield importlib.import_module("bench_generate")
-    for name in ("bench_generate", "common"):
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def models(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(bench, "bitsandbytes_model", lambda folder: None)  # a peer, where there is one
     return bench.sides(tiny_models.save(tmp_path, dtype=torch.bfloat16))
 
 
-def test_compare(bench: Any, models: dict[str, Any]) -> None:
+def test_compare(models: dict[str, Any]) -> None:
     ceilings = {"read_gb_per_s": 20.0, "copy_gb_per_s": 20.0, "write_gb_per_s": 20.0}
     row = bench.compare(models, tiny_models.tokens(rows=1), count=4, repeats=2, measured=ceilings)
     assert set(row["tokens_per_second"]) == set(models)
@@ -39,7 +30,7 @@ def test_compare(bench: Any, models: dict[str, Any]) -> None:
     assert row["megabytes_read_a_token"]["layers"] == sum(m.quantized.nbytes for m in layers) / 1e6
 
 
-def test_the_truth_is_the_model_that_ours_stands_for(bench: Any, models: dict[str, Any]) -> None:
+def test_the_truth_is_the_model_that_ours_stands_for(models: dict[str, Any]) -> None:
     ours, dense = models["unfused"], models["dequantized"]
     for path, layer in ours.named_modules():
         if isinstance(layer, QuantizedLinear):
@@ -49,7 +40,7 @@ def test_the_truth_is_the_model_that_ours_stands_for(bench: Any, models: dict[st
     assert tiny_models.distance(tiny_models.logits(ours).float(), tiny_models.logits(dense).float()) < 2e-2
 
 
-def test_free_layers_keep_the_shapes(bench: Any, models: dict[str, Any]) -> None:
+def test_free_layers_keep_the_shapes(models: dict[str, Any]) -> None:
     shape = tiny_models.logits(models["ours"]).shape
     assert tiny_models.logits(models["free"]).shape == shape
     assert not tiny_models.logits(models["free"]).any()
@@ -58,13 +49,13 @@ def test_free_layers_keep_the_shapes(bench: Any, models: dict[str, Any]) -> None
     assert any(isinstance(m, QuantizedLinear) for m in models["ours"].modules())
 
 
-def test_decode_does_not_stop_at_an_end_of_text(bench: Any, models: dict[str, Any]) -> None:
+def test_decode_does_not_stop_at_an_end_of_text(models: dict[str, Any]) -> None:
     model = models["free"]  # its tokens are all 0
     model.generation_config.eos_token_id = 0
     assert bench.decode(model, tiny_models.tokens(rows=1), 5).tolist() == [0] * 5
 
 
-def test_first_difference(bench: Any) -> None:
+def test_first_difference() -> None:
     tokens = torch.tensor([3, 4, 5])
     assert bench.first_difference(tokens, tokens.clone()) is None
     assert bench.first_difference(tokens, torch.tensor([3, 1, 2])) == 1

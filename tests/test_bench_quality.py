@@ -1,4 +1,4 @@
-"""The quality bench's own arithmetic on made-up scores, and that its page says what the committed result says."""
+"""The quality bench's own arithmetic on made-up scores, and its page against the committed result."""
 
 from __future__ import annotations
 
@@ -47,18 +47,12 @@ def test_gaps_after_learning_are_means_over_the_runs_that_all_bases_made(tmp_pat
 
 
 def test_shares_closed_are_those_of_the_losses(tmp_path: Path) -> None:
-    scored = {
-        base: {
-            "match": True,
-            **{
-                text: {"nats": [10 * (2 + e), 20 * (2 + e)], "tokens": [10.0, 20.0], "kl": [1, 2], "agreed": [9, 9]}
-                for text in "AB"
-            },
-        }
-        for base, e in EXCESS.items()
-    }
-    for text in "AB":
-        scored["bf16"][text] = {key: scored["bf16"][text][key] for key in ("nats", "tokens")}  # type: ignore[index]
+    scored: dict[str, Any] = {}
+    for base, excess in EXCESS.items():
+        sums = {"nats": [10 * (2 + excess), 20 * (2 + excess)], "tokens": [10.0, 20.0]}
+        if base != "bf16":
+            sums |= {"kl": [1, 2], "agreed": [9, 9]}
+        scored[base] = {"match": True, "A": sums, "B": sums}
     rows = {row["base"]: row for row in bench_quality.method_rows(scored, dict.fromkeys("AB"))}  # type: ignore[arg-type]
     assert rows["rtn"]["texts"]["A"]["excess"][0] == pytest.approx(0.2) and "closed" not in rows["rtn"]["texts"]["A"]
     assert [bar["value"] for bar in rows["wmse"]["bars"]] == pytest.approx([0.6, 0.6])
@@ -66,16 +60,8 @@ def test_shares_closed_are_those_of_the_losses(tmp_path: Path) -> None:
     assert rows["gptq"]["texts"]["B"]["kl"][0] == pytest.approx(0.1)
 
     write_runs(tmp_path, 3)
-    setting = {
-        "steps": 1,
-        "rows": 1,
-        "length": 1,
-        "r": 1,
-        "alpha": 1,
-        "evaluated_rows": 2,
-        "rates": [1e-3],
-        "seeds": [0],
-    }
+    setting: dict[str, Any] = dict.fromkeys(("steps", "rows", "length", "r", "alpha"), 1)
+    setting |= {"evaluated_rows": 2, "rates": [1e-3], "seeds": [0]}
     texts = {name: {"about": f"text {name}", "rows": 2, "length": 20} for name in "AB"}
     result = {"texts": texts, "lora": setting, "machine": {"cpu": "c", "torch": "t", "cpu_isa": "i"}}
     page = quality_page.block({**result, "rows": [*rows.values(), *bench_quality.learning_rows(tmp_path)]})
@@ -93,7 +79,7 @@ def test_windows_lie_end_to_end_and_none_is_drawn_twice() -> None:
         windows(Letters(), ["abcdefg", "xyzuvw"], 5, 3, 0)
 
 
-def test_the_page_says_what_the_result_says() -> None:
+def test_the_page_is_that_of_the_committed_result() -> None:
     assert results_of("quality")
     command = [sys.executable, str(ROOT / "bench/quality_page.py"), "--check"]
     assert subprocess.run(command, check=False).returncode == 0

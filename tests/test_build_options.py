@@ -9,14 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from laws import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CUDA_12_0 = "50 60 70 75 80 86 87 89 90"
 CUDA_13_0 = "75 80 86 87 88 89 90 100 110 103 120 121"
 
 
 def chosen(folder: Path, known: str, cards: str | None, wanted: str = "") -> str:
-    """The architectures for an nvcc that knows `known`, beside cards of these compute capabilities; None: no driver."""
+    """The architectures for an nvcc that supports `known`, beside cards of these capabilities; None: no driver."""
     cmake = shutil.which("cmake")
     if cmake is None:
         pytest.skip("there is no cmake here: pip install cmake")

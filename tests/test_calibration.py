@@ -1,4 +1,4 @@
-"""Calibrated quantization of one weight: what each method promises, bad statistics, and bitsandbytes as the reader."""
+"""Calibrated quantization of one weight: the error of each method, bad statistics, bitsandbytes as the reader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from helpers import same_bytes
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.calibration import METHODS, CalibratedWeight, quantize_calibrated
+from qlora_native.calibration.quantize import METHODS, CalibratedWeight, quantize_calibrated
 from qlora_native.weight import TENSOR_FIELDS
 
 N, K = 48, 192
@@ -43,14 +43,13 @@ def same_weight(a: qn.QuantizedWeight, b: qn.QuantizedWeight) -> bool:
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_each_method_is_better_than_the_last(inputs: torch.Tensor, quant_type: str, double_quant: bool) -> None:
-    """In the error of the products with the very inputs, and the report tells that error."""
+    """In the error of the products with the very inputs, which is that of the report."""
     t = weight()
     errors = {}
     for method in METHODS:
         result = calibrated(inputs, t, method, quant_type=quant_type, double_quant=double_quant)
         errors[method] = output_error(inputs, t, result.weight)
-        assert result.report.method == method
-        assert result.report.fallback is None
+        assert (result.report.method, result.report.fallback) == (method, None)
         assert result.report.error == pytest.approx(errors[method], rel=1e-4)
         assert result.report.rtn_error == pytest.approx(errors["rtn"], rel=1e-4)
         assert result.weight.double_quant == double_quant
@@ -103,8 +102,7 @@ def test_threads_do_not_change_the_bytes(inputs: torch.Tensor) -> None:
         results.append(quantize_calibrated(t, "gptq", hessian=hessian).weight)
         assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
-    assert same_weight(results[0], results[1])
-    assert same_weight(results[0], results[2])
+    assert same_weight(results[0], results[1]) and same_weight(results[0], results[2])
 
 
 def test_dead_channels_and_a_hessian_of_low_rank(inputs: torch.Tensor) -> None:
@@ -115,8 +113,7 @@ def test_dead_channels_and_a_hessian_of_low_rank(inputs: torch.Tensor) -> None:
     assert (result.report.method, result.report.damping, result.report.fallback) == ("gptq", 0.01, None)
     assert output_error(few, t, result.weight) < 0.1 * output_error(few, t, qn.quantize(t))
     undamped = calibrated(few, t, "gptq", damping=0.0)
-    assert undamped.report.damping is not None
-    assert undamped.report.damping > 0
+    assert undamped.report.damping is not None and undamped.report.damping > 0
     assert bool(torch.isfinite(undamped.weight.dequantize()).all())
 
 
@@ -130,8 +127,7 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_more_or_given_up() ->
     hopeless.fill_diagonal_(1.0)
     t = weight()
     given_up = quantize_calibrated(t, "gptq", hessian=hopeless)
-    assert given_up.report.method == "rtn"
-    assert "not positive definite" in str(given_up.report.fallback)
+    assert given_up.report.method == "rtn" and "not positive definite" in str(given_up.report.fallback)
     assert same_weight(given_up.weight, qn.quantize(t))
 
 
@@ -154,7 +150,7 @@ def test_extreme_weights_give_finite_ones(inputs: torch.Tensor, size: float) -> 
         assert bool(torch.isfinite(calibrated(inputs, t, method).weight.dequantize()).all())
 
 
-def test_bad_arguments_are_told_in_words(inputs: torch.Tensor) -> None:
+def test_bad_arguments(inputs: torch.Tensor) -> None:
     t, moment, hessian = weight(), inputs.square().mean(0), inputs.t() @ inputs
     nan = hessian.clone()
     nan[3, 4] = float("nan")

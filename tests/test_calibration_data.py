@@ -1,4 +1,4 @@
-"""Which tokens calibration takes: the same ones every time, and a sentence where there are none."""
+"""The tokens of calibration data: the same ones every time, and an error where there are none."""
 
 from __future__ import annotations
 
@@ -29,29 +29,26 @@ def take(given: Any, tokenizer: Any = None, method: str = "wmse", positions: int
     return take_tokens(as_calibration(given), method, lambda: tokenizer, 300, positions)
 
 
-def test_texts_are_cut_into_sequences_in_an_order_of_the_seed(tokenizer: Any) -> None:
+def test_texts_become_sequences_in_an_order_of_the_seed(tokenizer: Any) -> None:
     def taken(seed: int) -> Any:
         return take(CalibrationData(TEXTS, rows=4, length=32, seed=seed), tokenizer)
 
     one = taken(0)
-    assert one.ids.shape == (4, 32)
-    assert one.ids.dtype == torch.int64
+    assert (one.ids.shape, one.ids.dtype) == ((4, 32), torch.int64)
     assert torch.equal(one.ids, taken(0).ids)
     brought = CalibrationData(TEXTS, rows=4, length=32, tokenizer=tokenizer)
     assert torch.equal(one.ids, take(brought, None).ids)
     assert one.sha256 == taken(0).sha256 != taken(1).sha256
     assert one.describe() == {"sha256": one.sha256, "rows": 4, "length": 32, "tokens": 128, "seed": 0}
     # Whole documents, each ended by the end token, one after another.
-    told = tokenizer.decode(take(CalibrationData(TEXTS, rows=1, length=128), tokenizer).ids[0]).split("<|end|>")
-    assert len(told) > 2
-    assert set(told[:-1]) < set(TEXTS)
+    texts = tokenizer.decode(take(CalibrationData(TEXTS, rows=1, length=128), tokenizer).ids[0]).split("<|end|>")
+    assert len(texts) > 2 and set(texts[:-1]) < set(TEXTS)
 
 
 def test_a_file_gives_the_rows_that_training_sees(tokenizer: Any, tmp_path: Path) -> None:
     path = tiny.write_rows(tmp_path / "rows.jsonl")
-    told = tokenizer.decode(take(CalibrationData(path, rows=2, length=40), tokenizer).ids.flatten())
-    assert told.count("<|user|>") >= 3
-    assert told.count("<|assistant|>") >= 3
+    text = tokenizer.decode(take(CalibrationData(path, rows=2, length=40), tokenizer).ids.flatten())
+    assert text.count("<|user|>") >= 3 and text.count("<|assistant|>") >= 3
     plain = tmp_path / "plain.jsonl"
     plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     from_file = take(CalibrationData(plain, rows=4, length=32, seed=3), tokenizer)
@@ -87,7 +84,7 @@ def test_a_tensor_is_taken_as_it_is() -> None:
         take(CalibrationData(ids, rows=2))
 
 
-def test_what_was_drawn_is_kept_and_taken_again(tmp_path: Path) -> None:
+def test_drawn_sequences_are_kept_and_read_again(tmp_path: Path) -> None:
     file = tmp_path / "kept.safetensors"
     documents = [torch.arange(200).repeat(30)]
     drawn = take(CalibrationData(documents, rows=4, length=20, seed=7, keep=file), positions=None)
@@ -110,10 +107,10 @@ def test_what_was_drawn_is_kept_and_taken_again(tmp_path: Path) -> None:
         take(file)
 
 
-def test_what_is_wrong_is_told_with_numbers(tokenizer: Any, tmp_path: Path) -> None:
-    def refused(given: Any, says: str, kind: type[Exception] = qn.UserError, **options: Any) -> None:
-        with pytest.raises(kind, match=says):
-            take(given, tokenizer, **options)
+def test_errors_have_numbers(tokenizer: Any, tmp_path: Path) -> None:
+    def refused(source: Any, match: str, kind: type[Exception] = qn.UserError, **options: Any) -> None:
+        with pytest.raises(kind, match=match):
+            take(source, tokenizer, **options)
 
     refused(["too short"], r"calibration: \d+ tokens of text, expected at least 2,048 to calibrate wmse \(16 sequences")
     refused(["too short"], "expected at least 8,192 to calibrate gptq", method="gptq")

@@ -1,4 +1,4 @@
-"""The memory that calibrated loading takes beyond the plain one: a layer in 16 bits, its statistics, work on it."""
+"""The memory of calibrated loading beyond plain loading: a layer in 16 bits, its statistics, work on it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def test_peak_is_the_plain_one_and_a_layer(tmp_path: Path, method: str) -> None:
         factors = 10 * INNER**2  # one at a time: in fp64, and as the loop over columns reads it
     # A sequence in flight, parts of a weight in fp32, and what the heap of each thread keeps.
     work = THREADS * (24 if method == "gptq" else 12) * 2**20
-    told = f"{method}: peak {peak:,} bytes; plain {plain:,.0f}, layer {layer:,}, statistics {statistics:,}"
-    print(told)
-    assert peak <= plain + layer + hidden + statistics + factors + work, told
+    figures = f"{method}: peak {peak:,} bytes; plain {plain:,.0f}, layer {layer:,}, statistics {statistics:,}"
+    print(figures)
+    assert peak <= plain + layer + hidden + statistics + factors + work, figures

@@ -19,7 +19,7 @@ import yaml
 
 import qlora_native as qn
 from qlora_native.cli import main
-from qlora_native.cli.convert import as_trained
+from qlora_native.cli._weights import as_trained
 from qlora_native.errors import UserError
 from qlora_native.train.progress import read_metrics
 
@@ -91,7 +91,7 @@ def test_chat_and_merge_take_the_run_at_its_word(run: tuple[Path, Trackio], tmp_
     adapter, config = folder / "out" / "adapter", folder / "out" / "adapter" / "config.yaml"
 
     def taken(rounds: bool = True, **given: Any) -> dict[str, Any]:
-        options = {"model": str(folder / "model"), "adapter": str(adapter), "skip_modules": None, "quant_type": None}
+        options = {"model": folder / "model", "adapter": adapter, "skip_modules": None, "quant_type": None}
         return as_trained(Namespace(**{**options, "block_size": None, "double_quant": None, **given}), rounds)
 
     assert taken() == {"quant_type": "nf4", "block_size": 32, "double_quant": True}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SavedTensors, relative_error, same_values
+from torch import Tensor
 
 from qlora_native import _C, reference
 
@@ -32,14 +33,14 @@ SHAPES = (
 
 def operands(
     batch: int, heads: int, key_heads: int, length: int, width: int, dtype: torch.dtype = torch.bfloat16
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """q, k, v and a gradient, as projections make them: heads side by side."""
     return tuple(
         torch.randn(batch, length, h, width).to(dtype).transpose(1, 2) for h in (heads, key_heads, key_heads, heads)
     )
 
 
-def outputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad_out: torch.Tensor) -> list[torch.Tensor]:
+def outputs(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
     """The output and the gradients to q, k and v."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out, _ = attention(*leaves, q.shape[-1] ** -0.5)
@@ -74,7 +75,7 @@ def test_as_near_the_truth_as_torch() -> None:
     truth = reference.causal_attention(wide[0], wide[1], wide[2], 0.125)[0]
     truth.backward(grad_out.double())
 
-    def errors(out: torch.Tensor, leaves: list[torch.Tensor]) -> list[float]:
+    def errors(out: Tensor, leaves: list[Tensor]) -> list[float]:
         out.backward(grad_out)
         pairs = zip([out, *(x.grad for x in leaves)], [truth, *(x.grad for x in wide)], strict=True)
         return [relative_error(got, want) for got, want in pairs]  # type: ignore[arg-type]

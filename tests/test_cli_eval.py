@@ -49,58 +49,43 @@ def test_the_command_line_compares_and_reports_plainly(files: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
     table = done.stdout.partition("**held.jsonl**")[2]
-    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][:4] == [
-        "",
-        "16-bit",
-        "rtn",
-        "wmse",
-    ]
+    names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert names[:4] == ["", "16-bit", "rtn", "wmse"]
     assert "peak memory" in done.stdout and (tmp_path / "r" / "report.md").is_file()
 
 
 def test_json_is_one_object_and_nothing_else(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["eval", str(files / "four"), "--reference", str(files / "model"), "--data", str(files / "held.jsonl")]
     assert main.main([*words, "--rows", "4", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [side["name"] for side in told["sides"]] == ["16-bit", "4-bit"]
-    row = told["sides"][1]["texts"]["held.jsonl"]
-    assert row["kl"] > 0 and row["closed"] is None and told["peak_rss_bytes"] > 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [side["name"] for side in printed["sides"]] == ["16-bit", "4-bit"]
+    row = printed["sides"][1]["texts"]["held.jsonl"]
+    assert row["kl"] > 0 and row["closed"] is None and printed["peak_rss_bytes"] > 0
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "match"),
     [
-        (["{model}"], "nothing to evaluate on; give --data FILE, --choices FILE or --lm-eval TASK"),
+        (["{model}"], "--data FILE or --lm-eval TASK"),
+        (["{model}", "--choices", "{held}"], "--lm-eval TASK"),
         (["{model}", "--data", "{files}/gone.jsonl"], "gone.jsonl: no such data file"),
         (["{model}", "--data", "{held}", "--compare", "rtn", "gptq"], "method gptq needs calibration text"),
-        (
-            ["{model}", "--data", "{held}", "--compare", "rnt"],
-            "'rnt' is no method of quantizing: expected rtn, rtn_signed",
-        ),
-        (
-            ["{model}", "--data", "{held}", "--compare", "wmse", "--calibration", "{held}"],
-            "calibrated on, which flatters",
-        ),
-        (["{files}/four", "--data", "{held}", "--compare", "wmse"], "four is 4-bit already: methods are compared from"),
+        (["{model}", "--data", "{held}", "--compare", "rnt"], "'rnt' is no method of quantizing: expected rtn, rtn_s"),
+        (["{model}", "--data", "{held}", "--compare", "wmse", "--calibration", "{held}"], "held.jsonl is evaluated"),
+        (["{four}", "--data", "{held}", "--compare", "wmse"], "four is 4-bit already"),
         (["{model}", "--data", "{held}", "--reference", "{model}"], "16-bit and its own reference"),
-        (
-            ["{files}/four", "--data", "{held}", "--reference", "{files}/four"],
-            "four holds 4-bit weights: expected the 16-bit",
-        ),
-        (
-            ["{model}", "--data", "{held}", "--adapter", "{files}"],
-            "has no adapter_config.json: expected an adapter folder",
-        ),
+        (["{four}", "--data", "{held}", "--reference", "{four}"], "four holds 4-bit weights: expected the 16-bit"),
+        (["{model}", "--data", "{held}", "--adapter", "{files}"], "adapter_config.json"),
         (["{files}/gone", "--data", "{held}"], "gone is not there: expected a model folder"),
-        (["{model}", "--data", "{held}", "--max-length", "1"], "--max-length is 1: expected 2 or more"),
-        (["{model}", "--data", "{held}", "--rows", "0"], "--rows is 0: expected 1 or more"),
+        (["{model}", "--data", "{held}", "--max-length", "1"], "--max-length is 1: expected 2"),
+        (["{model}", "--data", "{held}", "--rows", "0"], "--rows is 0: expected 1"),
         (["{model}", "--data", "{held}", "{files}/model/../held.jsonl"], "two files are called held.jsonl"),
     ],
 )
 def test_a_mistake_is_one_sentence(
-    files: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    files: Path, words: list[str], match: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill = {"files": str(files), "model": str(files / "model"), "held": str(files / "held.jsonl")}
+    fill = {"files": files, "model": files / "model", "four": files / "four", "held": files / "held.jsonl"}
     assert main.main(["eval", *(word.format(**fill) for word in words)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len([line for line in lines if line.startswith("qlora")]) == 1 and told in lines[-1], lines
+    assert len([line for line in lines if line.startswith("qlora")]) == 1 and match in lines[-1], lines

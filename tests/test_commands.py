@@ -1,20 +1,26 @@
-"""What holds for every command: three likely mistakes end in one sentence, and no output needs a terminal."""
+"""What holds for every command: likely mistakes end in one sentence, and no output needs a terminal."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
+from adapters import make_adapter
 
 import qlora_native as qn
-from qlora_native.cli import demo, main
+from qlora_native.cli import demo, doctor, main
+from qlora_native.cli._run import DISTRIBUTIONS
 from qlora_native.cli.main import COMMANDS
 
 OPTION = "--no-such-option"
-# Per command: what was typed, and what the sentence has in it.
+# Per command, at least three: what was typed, and what the sentence has in it.
 MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "demo": [
         (["--steps", "0"], "--steps is 0: expected 1 or more"),
@@ -30,6 +36,10 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         (["gone", "--out", "new"], "gone is not there"),
         (["{model}"], "the following arguments are required: --out"),
         (["{model}", "--out", "{model}"], "{model} exists already"),
+        (["{model}", "--out", "new", "--block-size", "48"], "argument --block-size: invalid choice: 48"),
+        (["{model}", "--out", "new", "--skip-modules", "lm_haed"], "lm_haed"),
+        (["{model}", "--out", "new", "--shard-size", "4"], "--shard-size is '4': expected a size such as 500MB or 4GB"),
+        (["{model}", "--out", "{rows}/new"], "could not write {rows}/new: "),
     ],
     "convert": [
         (["gone", "new", "--to", "16bit"], "gone is not there"),
@@ -40,11 +50,6 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         (["make"], "invalid choice: 'make'"),
         (["check", "gone.yaml"], "gone.yaml does not exist"),
         (["list", OPTION], f"takes no {OPTION}"),
-    ],
-    "tune": [
-        (["gone"], "gone is not there"),
-        (["{model}", "--tokens", "x"], "argument --tokens: invalid int value: 'x'"),
-        (["{model}", OPTION], f"unrecognized arguments: {OPTION}"),
     ],
     "doctor": [
         (["gone"], "gone is not there"),
@@ -84,7 +89,10 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "chat": [
         (["gone"], "gone is not there"),
         (["{model}", "--temperature", "-1"], "temperature is -1.0"),
-        (["{model}", "--adapter", "{model}", "--prompt", "x"], "has no adapter_config.json"),
+        (["{model}", "--adapter", "{model}", "--prompt", "x"], "{model} has no adapter_config.json"),
+        (["{model}", "--prompt", "x", "--top-p", "0"], "top_p is 0.0: expected more than 0"),
+        (["{model}", "--prompt", "a " * 300], "tokens, the model's context 256: begin a new one"),
+        (["{model}", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
     ],
 }
 
@@ -92,23 +100,107 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
-    tiny.write_rows(folder / "rows.jsonl", 4)
-    return tiny.write_model(folder / "model", num_hidden_layers=1)
+    tiny.write_rows(folder / "rows.jsonl", 64)
+    make_adapter(tiny.write_model(folder / "model", num_hidden_layers=1), folder / "adapter")
+    return folder / "model"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_three_likely_mistakes_are_one_sentence_each(
-    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_likely_mistakes_are_one_sentence_each(
+    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(MISTAKES[command]) == 3
-    for words, told in MISTAKES[command]:
-        capsys.readouterr()
-        assert main.main([command, *(word.format(model=model) for word in words)]) == 2, words
-        lines = [text for text in capsys.readouterr().err.splitlines() if not text.startswith(("Loading", "Writing"))]
-        assert len(lines) == 1 and told.format(model=model) in lines[0], lines
-        assert lines[0].startswith("qlora")
+    assert len(MISTAKES[command]) >= 3
+    names = {"model": model, "rows": model.parent / "rows.jsonl"}
+    for words, expected in MISTAKES[command]:
+        assert expected.format(**names) in mistake(command, *(word.format(**names) for word in words))
     assert list(tmp_path.iterdir()) == []
+
+
+# What a valid call of each command needs, by the package that brings it, where something may be missing.
+_HF, _ALL = "transformers yaml", "transformers yaml pydantic"
+CALLS = {
+    "train config.yaml": f"{_ALL} jinja2",
+    "estimate {model} --gpu 24GB": _ALL,
+    "quantize {model} --out quantized": _HF,
+    "quantize {model} --calibration {rows} --calibration-rows 2 --out calibrated": f"{_HF} jinja2",
+    "convert {model} converted --to bitsandbytes": _HF,
+    "chat {model} --adapter {adapter} --prompt x --max-tokens 1": f"{_HF} jinja2",
+    "merge {model} {adapter} --out merged": _HF,
+    "export {model} --adapter {adapter} --to safetensors --out exported": _HF,
+    "export {model} --to gguf --out exported.gguf": f"{_HF} gguf",
+    "eval {model} --data {rows}": f"{_HF} jinja2",
+    "config list": "",
+    "config init": "",
+    "config init {model} --gpu 24GB": _HF,
+    "config check config.yaml": "yaml pydantic",
+    "data show {rows} --model {model}": f"{_ALL} jinja2",
+    "bench linear_4bit --shape 1 64 64 --rounds 1": "",
+    "bench linear_4bit --model {model} --tokens 1 --rounds 1": _HF,
+    "doctor": "",
+    "doctor {model}": _HF,
+    "demo": f"{_ALL} gguf accelerate jinja2",
+}
+# Runs the lines of stdin where some packages can neither be found nor imported; prints exit codes and stderr.
+WITHOUT = """
+import contextlib, importlib.util, io, json, sys
+blocked = sys.argv[1].split()
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in blocked: raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Block())
+plain = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in blocked else plain(name, package)
+from qlora_native.cli.main import main
+for line in sys.stdin:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: code = main(line.split())
+        except SystemExit as stop: code = stop.code
+        except BaseException as bug: code = repr(bug)
+    print(json.dumps([code, err.getvalue(), out.getvalue()]))
+"""
+
+
+def run_without(packages: str, lines: list[str], folder: Path) -> list[tuple[int, str, str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, packages],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=folder,
+    )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("packages", ["transformers", "yaml", "pydantic", "jinja2 rich gguf"])
+def test_a_missing_package_is_named_by_those_that_need_it(packages: str, model: Path, tmp_path: Path) -> None:
+    rows = model.parent / "rows.jsonl"
+    (tmp_path / "config.yaml").write_text(
+        f"model: {model}\noutput_dir: trained\ndata: {{train: {rows}}}\n"
+        "train: {steps: 1, batch_size: 2, grad_accum: 1}\n"
+    )
+    lines = [line.format(model=model, rows=rows, adapter=model.parent / "adapter") for line in CALLS]
+    found = run_without(packages, lines, tmp_path)
+    for line, needs, (code, errors, _) in zip(lines, CALLS.values(), found, strict=True):
+        missing = [name for name in needs.split() if name in packages.split()]
+        if not missing:
+            assert code == 0, (line, code, errors)
+        else:
+            last = errors.splitlines()[-1]
+            assert code == 2, (line, code, errors)
+            assert any(DISTRIBUTIONS.get(name, name) in last for name in missing), (line, errors)
+            assert last.startswith("qlora") and "pip install" in last and "Traceback" not in errors
+
+
+def test_with_the_core_packages_only_help_and_doctor_work(tmp_path: Path) -> None:
+    """Nothing that an extra brings can be imported or found."""
+    blocked = " ".join({*(name for names in doctor.EXTRAS.values() for name in names), "tokenizers"})
+    lines = ["doctor", "--help", "--version", *(f"{command} --help" for command in COMMANDS)]
+    (_, _, printed), *_ = found = run_without(blocked, lines, tmp_path)
+    assert [(code, errors) for code, errors, _ in found] == [(0, "")] * len(lines)
+    assert "missing: transformers, pydantic, pyyaml" in printed
 
 
 def test_output_is_plain_lines_where_there_is_no_terminal(
@@ -142,8 +234,8 @@ def test_the_demo_from_end_to_end(
     assert main.main(["demo", "--steps", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert not set(printed) & {"\x1b", "\r", "\b"}
-    for told in ("memory of the weights: ", "step 2/2  held-out loss ", "  before: ", "  after:  ", "  theirs: "):
-        assert told in printed
+    for part in ("memory of the weights: ", "step 2/2  held-out loss ", "  before: ", "  after:  ", "  theirs: "):
+        assert part in printed
     made = yaml.safe_load((out / "adapter" / "config.yaml").read_text())
     assert made["quant"]["method"] == "wmse"
     kept = qn.CalibrationData(out / "calibration.safetensors")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from qlora_native.cli.config import shipped
 from qlora_native.cli.main import main
 from qlora_native.config import _ALIASES, TrainConfig, keys
-from qlora_native.data import FORMATS
+from qlora_native.data.formats import FORMATS
 from qlora_native.errors import UserError
 
 MINIMAL = "model: base\ndata:\n  train: rows.jsonl\n"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import same_bytes
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tiny_models import distance, logits, make, save
+from safetensors.torch import load_file
+from tiny_models import bitsandbytes_model, distance, edit_config, edit_tensors, logits, make, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -192,11 +192,11 @@ def test_stacks_of_experts(tmp_path: Path) -> None:
 
 def test_eight_bit_floats_are_read(tmp_path: Path) -> None:
     source = save(tmp_path / "source", dtype=torch.bfloat16)
-    tensors = {
-        name: tensor.to(torch.float8_e4m3fn) if name.endswith("proj.weight") else tensor
-        for name, tensor in read(source).items()
-    }
-    save_file(tensors, source / "model.safetensors")
+    edit_tensors(
+        source,
+        lambda t: t.update({name: t[name].to(torch.float8_e4m3fn) for name in t if name.endswith("proj.weight")}),
+    )
+    tensors = read(source)
     four = read(made(tmp_path / "four", source, "bitsandbytes"))
     dense = read(made(tmp_path / "dense", source, "16bit"))
     for name, tensor in tensors.items():
@@ -219,19 +219,9 @@ def test_other_files_come_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
 def test_what_bitsandbytes_saved(tmp_path: Path, storage: str, nested: bool) -> None:
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     source = save(tmp_path / "source", intermediate_size=128)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=nested,
-        bnb_4bit_quant_storage=storage,
-    )
-    theirs = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
-    )
+    theirs = bitsandbytes_model(source, bnb_4bit_use_double_quant=nested, bnb_4bit_quant_storage=storage)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = made(tmp_path / "ours", tmp_path / "theirs", "qlora")
     back = made(tmp_path / "back", ours, "bitsandbytes")
@@ -244,8 +234,6 @@ def test_what_bitsandbytes_saved(tmp_path: Path, storage: str, nested: bool) -> 
     assert type(again.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert torch.equal(logits(again.train()), logits(theirs.train()))
     dense = made(tmp_path / "dense", tmp_path / "theirs", "16bit")
-    import bitsandbytes
-
     layer = theirs.model.layers[1].self_attn.o_proj
     decoded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     assert same_bytes(read(dense)["model.layers.1.self_attn.o_proj.weight"], decoded)
@@ -258,9 +246,9 @@ def test_what_bitsandbytes_saved(tmp_path: Path, storage: str, nested: bool) -> 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, four, dense = save(tmp_path / "source"), tmp_path / "four", tmp_path / "dense"
     assert main(["convert", str(source), str(four), "--to", "bitsandbytes", "--block-size", "128"]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith(f"{four}: 14 weights quantized; ")
-    assert "MiB in 1 file; took" in told
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{four}: 14 weights quantized; ")
+    assert "MiB in 1 file; took" in printed
     assert main(["convert", str(four), str(dense), "--to", "16bit", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["dequantized"], result["quantized"], result["files"]) == (14, 0, 1)
@@ -276,13 +264,9 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     four = made(tmp_path / "four", source, "bitsandbytes")
     (tmp_path / "file.gguf").write_bytes(b"GGUF")
     eight = save(tmp_path / "eight")
-    config = config_of(eight)
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (eight / "config.json").write_text(json.dumps(config))
+    edit_config(eight, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     broken = save(tmp_path / "broken")
-    tensors = read(broken)
-    tensors["model.layers.1.mlp.up_proj.weight"][70, 1] = torch.inf
-    save_file(tensors, broken / "model.safetensors")
+    edit_tensors(broken, lambda t: t["model.layers.1.mlp.up_proj.weight"][70, 1:2].fill_(torch.inf))
     out = str(tmp_path / "out")
     to = ["--to", "bitsandbytes"]
     cases = [
@@ -305,7 +289,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     for arguments, words in cases:
         assert main(["convert", *arguments]) == 2, arguments
-        told = capsys.readouterr().err
-        assert re.search(words, told), told
-        assert told.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert re.search(words, printed), printed
+        assert printed.count("\n") == 1
     assert not Path(out).exists()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulated import arguments, names_in_stub
 from helpers import same_bytes
 
 import qlora_native as qn
@@ -19,21 +18,7 @@ built = pytest.mark.skipif(not qn.build_info()["cuda"], reason="this build has n
 on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 # A call whose addresses are never read: the checks come first.
-CALL = {
-    "dtype": 1,
-    "out": 4096,
-    "stream": 0,
-    "packed": 4096,
-    "absmax": 4096,
-    "absmax_codes": 0,
-    "nested_absmax": 0,
-    "nested_offset": 0,
-    "nested_code": 0,
-    "levels": 4096,
-    "quant_type": 0,
-    "numel": 64,
-    "block_size": 64,
-}
+CALL: dict[str, Any] = {"dtype": 1, "out": 4096, "stream": 0, "weight": {}}
 
 
 @built
@@ -51,9 +36,7 @@ def test_the_module_loads_without_a_device() -> None:
 def test_the_stub_names_what_the_module_has() -> None:
     from qlora_native import _cuda
 
-    stub = (Path(qn.__file__).parent / "_cuda.pyi").read_text(encoding="utf-8")
-    declared = set(re.findall(r"^(?:(?:def|class) )?([a-zA-Z]\w*)[(:]", stub, re.MULTILINE))
-    assert declared == {name for name in vars(_cuda) if not name.startswith("_")}
+    assert names_in_stub() == {name for name in vars(_cuda) if not name.startswith("_")}
 
 
 @built
@@ -75,23 +58,23 @@ def test_wrong_arguments_are_refused_in_words(wrong: dict[str, int], sentence: s
     from qlora_native import _cuda
 
     with pytest.raises(ValueError, match=sentence):
-        _cuda.dequantize_4bit(**{**CALL, **wrong})
+        _cuda.dequantize_4bit(**arguments(CALL, **wrong))
 
 
 @built
 def test_nothing_to_decode_needs_no_device() -> None:
     from qlora_native import _cuda
 
-    _cuda.dequantize_4bit(**{**CALL, "numel": 0, "out": 0, "packed": 0, "absmax": 0})
+    _cuda.dequantize_4bit(**arguments(CALL, numel=0, out=0, packed=0, absmax=0))
 
 
 @built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which could read the made-up addresses")
-def test_a_failed_launch_is_told_in_words() -> None:
+def test_a_failed_launch_is_reported() -> None:
     from qlora_native import _cuda
 
     with pytest.raises(RuntimeError, match=r"^dequantize_4bit: CUDA failed with cudaError\w+ \(.+\)\. .+\.$"):
-        _cuda.dequantize_4bit(**CALL)
+        _cuda.dequantize_4bit(**arguments(CALL))
 
 
 def test_importing_the_package_registers_the_kernels_and_wakes_nothing() -> None:
@@ -118,7 +101,7 @@ def test_a_build_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -
 
 @built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_driver_that_is_too_old_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_too_old_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "_warned", set())
     with pytest.warns(UserWarning, match=r"built with CUDA 1\d\.\d, the driver serves up to CUDA \d+\.\d"):
         assert _cuda_kernels.native.__wrapped__() is None
@@ -128,7 +111,7 @@ def test_a_driver_that_is_too_old_is_told_once(monkeypatch: pytest.MonkeyPatch) 
 def test_built_in_tables_are_passed_explicitly(quant_type: str) -> None:
     """Kernels on a device cannot read the tables of the host library; both must arrive as tensors of the device."""
     number = qn.weight.quant_type_number(quant_type)
-    weight = _library.weight_of(qn.quantize(torch.randn(300, 7), quant_type=quant_type).op_args())
+    weight = qn.quantize(torch.randn(300, 7), quant_type=quant_type).op_args()
     completed = _cuda_kernels.with_tables(weight)
     assert completed.code is not None and completed.code.tolist() == _cuda_kernels._C.levels(number)
     assert completed.nested_code is not None and completed.nested_code.tolist() == _cuda_kernels._C.nested_code()
@@ -139,7 +122,7 @@ def test_built_in_tables_are_passed_explicitly(quant_type: str) -> None:
 
 
 def test_tables_of_a_checkpoint_are_kept() -> None:
-    weight = _library.weight_of(qn.quantize(torch.randn(64, 8)).op_args())
+    weight = qn.quantize(torch.randn(64, 8)).op_args()
     own = weight._replace(code=torch.arange(16.0), nested_code=torch.arange(256.0))
     assert _cuda_kernels.with_tables(own).pointers() == own.pointers()
 

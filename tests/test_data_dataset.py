@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_data_template import byte_tokenizer, marked
+from sentences import Check
+from test_data_template import NO_SYSTEM, byte_tokenizer, marked
 
-from qlora_native.data import BatchPlan, Encoded, TokenizedDataset, collate, growing, load_dataset, padding_id
+from qlora_native.data.batching import BatchSampler, collate
+from qlora_native.data.dataset import TokenizedDataset, load_dataset
+from qlora_native.data.template import Encoded, padding_id
 from qlora_native.errors import UserError
 
 
@@ -60,26 +63,23 @@ def test_rows_and_arrays(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     dataset = load_dataset(jsonl(tmp_path, alpaca("q", "a"), "\n", alpaca("q", "bcd")), tokenizer)
     assert len(dataset) == 2
-    assert dataset.lines.tolist() == [1, 3]
-    assert dataset.lengths.tolist() == [HEADER + 3, HEADER + 5]
-    assert dataset.starts.tolist() == [0, HEADER + 3]
-    assert dataset.trained.tolist() == [2, 4]
-    assert [str(held.dtype) for held in (dataset.input_ids, dataset.labels)] == ["int32", "int32"]
+    assert (dataset.lines.tolist(), dataset.trained.tolist()) == ([1, 3], [2, 4])
+    assert (dataset.lengths.tolist(), dataset.starts.tolist()) == ([HEADER + 3, HEADER + 5], [0, HEADER + 3])
+    assert dataset.input_ids.dtype == dataset.labels.dtype == np.int32
     second = dataset[1]
     assert np.array_equal(second["input_ids"], dataset.input_ids[HEADER + 3 :])
     assert np.shares_memory(second["labels"], dataset.labels)
     assert np.array_equal(dataset[-1]["labels"], second["labels"])
     assert len(list(dataset)) == len(dataset[0:2]) == 2
-    with pytest.raises(IndexError, match="row 2 of a dataset of 2 rows"):
-        dataset[2]
-    with pytest.raises(IndexError):
-        dataset[-3]
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"row {index} of a dataset of 2 rows"):
+            dataset[index]
     with pytest.raises(ValueError, match="read-only"):
         second["input_ids"][0] = 1
     assert dataset.labels[dataset.starts].tolist() == [-100, -100]
 
 
-def test_counts_of_kept_cut_and_dropped_rows(tmp_path: Path) -> None:
+def test_counts_of_kept_truncated_and_dropped_rows(tmp_path: Path, sentence: Check) -> None:
     rows = [alpaca("q", "a"), alpaca("q", "abcdefgh"), alpaca("q" * 30, "a"), alpaca("q", "abc")]
     file = jsonl(tmp_path, *rows)
     dataset = load_dataset(file, byte_tokenizer(), max_length=HEADER + 5)
@@ -94,25 +94,18 @@ def test_counts_of_kept_cut_and_dropped_rows(tmp_path: Path) -> None:
     assert stats.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     assert (stats.path, stats.max_length, stats.train_on, stats.template) == (str(file), 25, "answers", "tokenizer")
     as_json = json.loads(json.dumps(stats.as_dict()))
-    assert as_json["dropped"] == 1
-    assert as_json["share_trained"] == stats.share_trained
-    assert stats.describe() == (
-        f"{file}: format alpaca (inferred from the first rows); 3 rows, 73 tokens, 15% trained; "
-        "1 cut to 25 tokens, 1 dropped"
-    )
+    assert (as_json["dropped"], as_json["share_trained"]) == (1, stats.share_trained)
+    sentence(stats.describe())
 
 
-def test_describe_tells_of_the_default_template_and_of_moved_system_messages(tmp_path: Path) -> None:
+def test_the_default_template_and_moved_system_messages_are_described(tmp_path: Path, sentence: Check) -> None:
     file = jsonl(tmp_path, {**alpaca("q", "a"), "system": "s"})
     plain = load_dataset(file, byte_tokenizer(None, eos="</s>"), format="alpaca")
     assert plain.stats.template == "default"
-    assert ": format alpaca, default chat template (the tokenizer has none); 1 rows" in plain.stats.describe()
-    refusing = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[1]['content'] }}"
-    )
-    folded = load_dataset(file, byte_tokenizer(refusing))
+    sentence(plain.stats.describe())
+    folded = load_dataset(file, byte_tokenizer(NO_SYSTEM))
     assert folded.stats.folded_system == 1
-    assert folded.stats.describe().endswith("; 1 system messages put before the first user message")
+    sentence(folded.stats.describe())
     assert load_dataset(jsonl(tmp_path, {"text": "abc"}), byte_tokenizer(None)).stats.template == "none"
 
 
@@ -126,29 +119,19 @@ def test_train_on_all_and_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", [2, 21, 40])
 def test_a_bad_row_anywhere_is_named(tmp_path: Path, line: int) -> None:
     rows: list[Any] = [alpaca("q", "a")] * 40
-    for bad, start in (
-        ("{broken\n", "the line is not valid JSON"),
-        ({"instruction": "q"}, "format 'alpaca' needs 'output', got 'instruction'"),
-        (alpaca("q", ""), "'output' is empty"),
-    ):
+    for bad, match in (("{broken\n", "JSON"), ({"instruction": "q"}, "needs 'output'"), (alpaca("q", ""), "is empty")):
         file = jsonl(tmp_path, *rows[: line - 1], bad, *rows[line:])
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=f"^{file}:{line}: .*{match}"):
             load_dataset(file, byte_tokenizer())
-        assert str(caught.value).startswith(f"{file}:{line}: {start}")
 
 
-def test_a_file_without_anything_to_train_says_why(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
+def test_a_file_without_anything_to_train(tmp_path: Path, sentence: Check) -> None:
+    with pytest.raises(UserError, match=f"2 of 2 rows .*max_length={HEADER} ") as caught:
         load_dataset(jsonl(tmp_path, alpaca("q", "a"), alpaca("r", "b")), byte_tokenizer(), max_length=HEADER)
-    assert str(caught.value).endswith(
-        f": no row has a trained token left, as 2 of 2 rows begin their answer after max_length={HEADER} tokens; "
-        "raise max_length."
-    )
-    with pytest.raises(UserError) as caught:
+    sentence(caught.value)
+    with pytest.raises(UserError, match="none of the 1 rows") as caught:
         load_dataset(jsonl(tmp_path, {"messages": [{"role": "user", "content": "q"}]}), byte_tokenizer())
-    assert str(caught.value).endswith(
-        ": none of the 1 rows has an answer to train on; add assistant messages, or set train_on to 'all'."
-    )
+    sentence(caught.value)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
@@ -194,9 +177,9 @@ def test_split_holds_out_the_same_rows_for_the_same_seed(tmp_path: Path) -> None
 def test_batches_of_tensors_from_a_file(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     dataset = load_dataset(jsonl(tmp_path, *(alpaca("q", "a" * size) for size in range(1, 11))), tokenizer)
-    plan = BatchPlan(dataset.lengths, 4, seed=0)
+    sampler = BatchSampler(dataset.lengths, 4, seed=0)
     seen = 0
-    for rows in plan:
+    for rows in sampler:
         batch = collate([dataset[index] for index in rows], padding_id(tokenizer))
         assert batch["input_ids"].shape[1] % 8 == 0
         seen += int((batch["labels"] != -100).sum())
@@ -212,7 +195,7 @@ def test_memory_is_bounded_however_long_the_file(tmp_path: Path, monkeypatch: py
     rows = [{"text": f"{number:04} " + "abcdefgh" * 62} for number in range(400)]
     file = jsonl(tmp_path, *rows)
     held = load_dataset(file, tokenizer, max_length=4096, limit=100)
-    monkeypatch.setattr(growing, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("qlora_native.data.dataset.CHUNK_BYTES", 1 << 14)
     load_dataset(file, tokenizer, max_length=4096, limit=1)
     tracemalloc.start()
     try:
@@ -227,15 +210,15 @@ def test_memory_is_bounded_however_long_the_file(tmp_path: Path, monkeypatch: py
     assert all(np.array_equal(dataset[at]["input_ids"], held[at]["input_ids"]) for at in (0, 7, 99))
     assert all(np.array_equal(dataset[at]["labels"], held[at]["labels"]) for at in (0, 7, 99))
     assert int((train[100]["labels"] != -100).sum()) == train.trained[100]
-    plan = BatchPlan(train.lengths, 2)
-    batch = collate([train[at] for at in plan.batches(0)[0]], 0)
+    sampler = BatchSampler(train.lengths, 2)
+    batch = collate([train[at] for at in sampler.batches(0)[0]], 0)
     assert batch["input_ids"].shape == (2, 504)
     with pytest.raises(ValueError, match="read-only"):
         dataset[0]["input_ids"][0] = 1
 
 
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing, "CHUNK_BYTES", 8)
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_native.data.dataset.CHUNK_BYTES", 8)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"could not be written to .*file: .*; make room there"):
         load_dataset(jsonl(tmp_path, alpaca("q", "a")), byte_tokenizer(), folder=tmp_path / "file")

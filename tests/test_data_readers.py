@@ -1,8 +1,9 @@
-"""Rows out of JSONL, JSON and Parquet files, and the sentence for each thing that can be wrong with a file."""
+"""Rows of JSONL, JSON and Parquet files, and the sentence for each fault of a file."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qlora_native.data import SourceRow, read_rows
+from qlora_native.data.readers import SourceRow, read_rows
 from qlora_native.errors import UserError
 
 
@@ -22,7 +23,7 @@ def write(folder: Path, content: str | bytes, name: str = "train.jsonl") -> Path
 
 
 def failure(file: Path, **options: Any) -> str:
-    """The sentence that reading the file ends with, the folder taken out."""
+    """The error of reading the file, without its folder."""
     with pytest.raises(UserError) as caught:
         list(read_rows(file, **options))
     message = str(caught.value).replace(str(file.parent) + "/", "")
@@ -78,62 +79,46 @@ def test_a_json_file_may_hold_one_object_per_line(tmp_path: Path) -> None:
 GOOD = '{"text": "a"}\n'
 
 
+LINES: list[tuple[str | bytes, str]] = [
+    (GOOD * 2 + '{"text": "b"\n', "train.jsonl:3: .*column 13"),
+    (GOOD + '\n{"text": "b"} {"text": "c"}\n', "train.jsonl:3: .*Extra data.*column 15"),
+    ('{\n  "text": "a"\n}\n', "train.jsonl:1: .*may not span lines"),
+    (GOOD + "[" * 100_000, "train.jsonl:2: .*recursion"),
+    (GOOD + '["b"]\n', "train.jsonl:2: the row is an array, expected a JSON object"),
+    (GOOD + '"b"\n', "train.jsonl:2: the row is a string, expected a JSON object"),
+    (GOOD + "3\n", "train.jsonl:2: the row is a number, expected a JSON object"),
+    (GOOD + "true\n", "train.jsonl:2: the row is true or false, expected a JSON object"),
+    (GOOD + "null\n", "train.jsonl:2: the row is null, expected a JSON object"),
+    (GOOD + "{}\n", "train.jsonl:2: the row is an empty object"),
+    (GOOD.encode() * 2 + b'{"text": "\xe9"}\n', "train.jsonl:3: byte 0xe9 is not UTF-8"),
+    ('{"text": "a"}\n'.encode("utf-16"), "train.jsonl: the file is UTF-16"),
+    ("", "train.jsonl: the file has no rows"),
+    ("\n \r\n", "train.jsonl: the file has no rows"),
+]
+ARRAYS: list[tuple[str | bytes, str]] = [
+    ('[\n{"text": "a"},\n{"text" "b"}\n]', "rows.json:3: the array is not valid JSON .*':' delimiter"),
+    ('[\n{"text": "a"}\n{"text": "b"}\n]', "rows.json:3: the array is not valid JSON .*got '{', expected ',' or ']'"),
+    ('[\n{"text": "a"}\n', "rows.json:3: the array is not valid JSON .*closing ']' is missing"),
+    ('[\n{"text": "a"},\n]', "rows.json:3: the array is not valid JSON .*Expecting value"),
+    ('[{"text": "a"}]\n\n{"text": "b"}', "rows.json:3: the array is not valid JSON .*got '{' after the closing ']'"),
+    ('[\n{"text": "a"},\n\n7]', "rows.json:4: the row is a number"),
+    ('[\n{\n"text" "b"\n}]', "rows.json:3: the array is not valid JSON .*':' delimiter"),
+    ("[]", "rows.json: the file has no rows"),
+    (b'[\n{"text": "a"},\n{"text": "\xff"}]', "rows.json:3: byte 0xff is not UTF-8"),
+]
+
+
 @pytest.mark.parametrize(
-    ("content", "start", "also"),
-    [
-        (GOOD * 2 + '{"text": "b"\n', "train.jsonl:3: the line is not valid JSON (", "column 13"),
-        (
-            GOOD + '\n{"text": "b"} {"text": "c"}\n',
-            "train.jsonl:3: the line is not valid JSON (Extra data",
-            "column 15",
-        ),
-        ('{\n  "text": "a"\n}\n', "train.jsonl:1: the line is not valid JSON (", "may not span lines"),
-        (GOOD + "[" * 100_000, "train.jsonl:2: the line is not valid JSON (", "recursion"),
-        (GOOD + '["b"]\n', "train.jsonl:2: the row is an array", "expected a JSON object"),
-        (GOOD + '"b"\n', "train.jsonl:2: the row is a string", "expected a JSON object"),
-        (GOOD + "3\n", "train.jsonl:2: the row is a number", "expected a JSON object"),
-        (GOOD + "true\n", "train.jsonl:2: the row is true or false", "expected a JSON object"),
-        (GOOD + "null\n", "train.jsonl:2: the row is null", "expected a JSON object"),
-        (GOOD + "{}\n", "train.jsonl:2: the row is an empty object", "delete it"),
-        (GOOD.encode() * 2 + b'{"text": "\xe9"}\n', "train.jsonl:3: byte 0xe9 is not UTF-8", "save the file again"),
-        ('{"text": "a"}\n'.encode("utf-16"), "train.jsonl: the file is UTF-16", "save it again as UTF-8"),
-        ("", "train.jsonl: the file has no rows", "one object per line"),
-        ("\n \r\n", "train.jsonl: the file has no rows", "one object per line"),
-    ],
+    ("name", "content", "match"),
+    [*(("train.jsonl", *case) for case in LINES), *(("rows.json", *case) for case in ARRAYS)],
 )
 def test_a_bad_line_is_one_sentence_with_file_and_line(
-    tmp_path: Path, content: str | bytes, start: str, also: str
+    tmp_path: Path, name: str, content: str | bytes, match: str
 ) -> None:
-    message = failure(write(tmp_path, content))
-    assert message.startswith(start)
-    assert also in message
+    assert re.match(match, failure(write(tmp_path, content, name)))
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ('[\n{"text": "a"},\n{"text" "b"}\n]', "rows.json:3: the array is not valid JSON (Expecting ':' delimiter"),
-        (
-            '[\n{"text": "a"}\n{"text": "b"}\n]',
-            "rows.json:3: the array is not valid JSON (got '{', expected ',' or ']')",
-        ),
-        ('[\n{"text": "a"}\n', "rows.json:3: the array is not valid JSON (the closing ']' is missing)"),
-        ('[\n{"text": "a"},\n]', "rows.json:3: the array is not valid JSON (Expecting value"),
-        (
-            '[{"text": "a"}]\n\n{"text": "b"}',
-            "rows.json:3: the array is not valid JSON (got '{' after the closing ']')",
-        ),
-        ('[\n{"text": "a"},\n\n7]', "rows.json:4: the row is a number"),
-        ('[\n{\n"text" "b"\n}]', "rows.json:3: the array is not valid JSON (Expecting ':' delimiter"),
-        ("[]", "rows.json: the file has no rows"),
-        (b'[\n{"text": "a"},\n{"text": "\xff"}]', "rows.json:3: byte 0xff is not UTF-8"),
-    ],
-)
-def test_a_bad_array_is_one_sentence_with_file_and_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
-    assert failure(write(tmp_path, content, "rows.json")).startswith(expected)
-
-
-def test_a_path_that_is_no_data_file_says_what_to_type_instead(tmp_path: Path) -> None:
+def test_a_path_that_is_no_data_file(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     assert failure(tmp_path / "trian.jsonl") == "trian.jsonl: no such data file; did you mean train.jsonl?"
     assert "check the path" in failure(tmp_path / "nowhere" / "x.jsonl")

@@ -1,8 +1,9 @@
-"""``qlora data show``: what it says of a file and its rows, and what it says of mistakes."""
+"""``qlora data show``: a file, its rows, and the sentences on mistakes."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,9 +14,8 @@ import numpy as np
 import pytest
 import tiny
 
-from qlora_native.cli import data
+from qlora_native.cli.data import histogram
 from qlora_native.cli.main import main
-from qlora_native.data.preview import histogram
 
 QUESTION = {"role": "user", "content": "what is red?"}
 LONG = {"role": "assistant", "content": "apple " * 40}
@@ -23,7 +23,7 @@ LONG = {"role": "assistant", "content": "apple " * 40}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and rows of which one is cut and two are dropped: the one has no answer, the other begins it late."""
+    """A model, and rows of which one is truncated and two are dropped: without an answer, and with a late one."""
     folder = tmp_path_factory.mktemp("files")
     tiny.write_model(folder / "model", num_hidden_layers=1)
     rows = [json.loads(line) for line in tiny.write_rows(folder / "train.jsonl", 6).read_text().splitlines()]
@@ -44,13 +44,14 @@ def shown(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
 
 def test_a_config_by_the_real_command_line(files: Path) -> None:
     command = [sys.executable, "-m", "qlora_native", "data", "show", str(files / "config.yaml"), "--rows", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
     file = files / "train.jsonl"
     assert done.stdout.splitlines()[:4] == [
         f"{file}: format messages (inferred from the first rows); 7 rows, 168 tokens, 46% trained; "
-        "1 cut to 64 tokens, 2 dropped",
-        "  cut: longer than max_length=64: 1 row, on line 7",
+        "1 truncated to 64 tokens, 2 dropped",
+        "  truncated: longer than max_length=64: 1 row, on line 7",
         "  dropped: no trained token within max_length=64: 1 row, on line 9",
         "  dropped: nothing to train on: 1 row, on line 8",
     ]
@@ -68,7 +69,7 @@ def test_a_data_file_with_keys_and_one_row(files: Path, capsys: pytest.CaptureFi
     assert "packed: about 3 sequences of 64 tokens an epoch, 87.5% full" in out
     assert out.endswith(":8: 9 tokens, 0 of them trained; dropped: nothing to train on\n<|user|>\\x1b[31mred<|end|>\n")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert ":7: 64 tokens, 54 of them trained, 108 more cut off\n" in shown(capsys, *words, "--row", 7)
+    assert ":7: 64 tokens, 54 of them trained, 108 more truncated\n" in shown(capsys, *words, "--row", 7)
     assert ":9: 64 tokens, 0 of them trained," in (out := shown(capsys, *words, "--row", 9))
     assert "dropped: no trained token within max_length=64\n" in out
 
@@ -89,14 +90,14 @@ def test_on_a_terminal_trained_tokens_are_colored(
 ) -> None:
     pytest.importorskip("rich")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(data.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = shown(capsys, files / "config.yaml", "--rows", "1")
     assert "<|assistant|>\x1b[1;32mapple<|end|>\x1b[0m" in out and "[[" not in out
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "match"),
     [
         (["trian.jsonl", "--model", "model"], r"trian.jsonl: no such data file; did you mean .*train.jsonl\?"),
         (["broken.jsonl", "--model", "model"], r"broken.jsonl:2: the line is not valid JSON"),
@@ -108,20 +109,14 @@ def test_on_a_terminal_trained_tokens_are_colored(
     ],
 )
 def test_mistakes_are_one_sentence(
-    files: Path,
-    words: list[str],
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    files: Path, words: list[str], match: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(files)
     (files / "broken.jsonl").write_text('{"text": "abc"}\n{broken\n')
     (files / "odd.jsonl").write_text('{"q": "abc", "a": "b"}\n')
     assert main(["data", "show", *words]) == 2
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert len(errors) == 1
-
-    assert re.search(told, errors[0]), errors[0]
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(match, error), error
 
 
 def test_histogram_covers_all_lengths() -> None:

@@ -13,7 +13,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_native.data import DEFAULT_CHAT_TEMPLATE, IGNORE_INDEX, ChatEncoder, Encoded, Message, Row
+from qlora_native.data.formats import Message, Row
+from qlora_native.data.template import DEFAULT_CHAT_TEMPLATE, IGNORE_INDEX, ChatEncoder, Encoded
 from qlora_native.errors import UserError
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
@@ -117,242 +118,175 @@ def test_ids_and_labels_of_one_exchange() -> None:
     before = [start, *user, newline, h, i, end, newline, start, *assistant, newline]
     assert encoded.input_ids == [*before, *answer, newline]
     assert encoded.labels == [-100] * len(before) + answer + [-100]
-    assert (encoded.trained, encoded.cut) == (3, 0)
+    assert (encoded.trained, encoded.truncated) == (3, 0)
 
 
-# ---- templates without a generation block
+# ---- answers in every kind of template
 
-
-@BOTH
-def test_every_answer_and_its_end_of_turn_of_a_long_conversation(slow: bool) -> None:
-    tokenizer = maybe_slow(byte_tokenizer(), slow)
-    assert encode(tokenizer, row("s:Be kind.", "u:one", "a:1", "u:two", "a:2\n\n2é", "u:three")) == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n"
-        "<|im_start|>user\none<|im_end|>\n"
-        "<|im_start|>assistant\n[[1<|im_end|>]]\n"
-        "<|im_start|>user\ntwo<|im_end|>\n"
-        "<|im_start|>assistant\n[[2\n\n2é<|im_end|>]]\n"
-        "<|im_start|>user\nthree<|im_end|>\n"
-    )
-
-
-def test_answers_that_quote_each_other_or_the_prompt_are_not_confused() -> None:
-    assert encode(byte_tokenizer(), row("u:assistant", "a:assistant", "u:assistant", "a:assistant")) == (
-        "<|im_start|>user\nassistant<|im_end|>\n<|im_start|>assistant\n[[assistant<|im_end|>]]\n"
-        "<|im_start|>user\nassistant<|im_end|>\n<|im_start|>assistant\n[[assistant<|im_end|>]]\n"
-    )
-    probe = "ProbeWordForTheAnswer"
-    assert encode(byte_tokenizer(), row(f"u:{probe}", f"a:{probe}X")) == (
-        f"<|im_start|>user\n{probe}<|im_end|>\n<|im_start|>assistant\n[[{probe}X<|im_end|>]]\n"
-    )
-
-
-def test_a_conversation_that_opens_with_an_answer() -> None:
-    assert encode(byte_tokenizer(), row("a:Hello", "u:Hi", "a:Yo")) == (
-        "<|im_start|>assistant\n[[Hello<|im_end|>]]\n"
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Yo<|im_end|>]]\n"
-    )
-
-
-@BOTH
-def test_untrained_answers_stay_context(slow: bool) -> None:
-    tokenizer = maybe_slow(byte_tokenizer(), slow)
-    assert encode(tokenizer, row("u:a", "a:bad", "u:b", "a:good", untrained=[1])) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nbad<|im_end|>\n"
-        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n[[good<|im_end|>]]\n"
-    )
-    only = ChatEncoder(tokenizer).encode(row("u:a", "a:bad", untrained=[1]))
-    assert only.trained == 0
-
-
-def test_a_conversation_without_an_answer_trains_nothing() -> None:
-    assert ChatEncoder(byte_tokenizer()).encode(row("s:x", "u:y")).trained == 0
-
-
-@BOTH
-def test_a_template_that_ignores_the_generation_prompt_does_not_train_the_header(slow: bool) -> None:
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    )
-    tokenizer = maybe_slow(byte_tokenizer(template), slow)
-    assert encode(tokenizer, row("u:a", "a:b", "u:c", "a:d")) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]\n"
-    )
-
-
-def test_a_template_that_adds_thoughts_to_the_last_turn_only() -> None:
-    # Qwen3's way: the same answer is rendered differently when it is the last, so earlier prefixes are no prefixes.
-    template = (
-        "{% set last = namespace(user=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
-        "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-        "{% if m['role'] == 'assistant' and loop.index0 > last.user %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-        "{{ m['content'].split('</think>')[-1].strip() + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    assert encode(byte_tokenizer(template), row("u:a", "a:<think>hm</think> b", "u:c", "a:d")) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\nd<|im_end|>]]\n"
-    ), "what follows the generation prompt is the model's to write"
-
-
-def test_a_generation_prompt_that_is_not_in_the_history() -> None:
-    # DeepSeek's way: generation starts inside a thought, history shows none.
-    template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
-    assert encode(byte_tokenizer(template), row("u:a", "a:<b", "u:c", "a:d")) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[<b<|im_end|>]]\n"
-        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]\n"
-    )
-
-
-@BOTH
-def test_a_template_that_moves_the_system_message_to_the_last_question(slow: bool) -> None:
-    # Mistral's way: what stands before the first answer depends on how the conversation goes on.
-    template = (
-        "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
-        "{{ '<s>' }}{% for m in messages %}"
-        "{% if m['role'] == 'user' %}"
-        "{% set later = messages[loop.index0 + 1:] | selectattr('role', 'eq', 'user') | list %}"
-        "{{ '[INST] ' + (system + '\n\n' if system and not later else '') + m['content'] + '[/INST]' }}"
-        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
-    )
-    tokenizer = maybe_slow(byte_tokenizer(template, eos="</s>"), slow)
-    assert encode(tokenizer, row("s:S", "u:a", "a:b", "u:c", "a:d")) == (
-        "<s>[INST] a[/INST] [[b</s>]][INST] S\n\nc[/INST] [[d</s>]]"
-    )
-
-
-def test_a_template_that_writes_an_answer_unlike_any_probe() -> None:
-    # The end is then where the conversation up to this answer ends.
-    template = CHATML.replace(
-        "m['content'] + '<|im_end|>", "m['content'] + (m['content'] | length) | string + '<|im_end|>"
-    )
-    assert encode(byte_tokenizer(template), row("u:a", "a:four")) == (
-        "<|im_start|>user\na1<|im_end|>\n<|im_start|>assistant\n[[four4<|im_end|>]]\n"
-    )
-
-
-def test_a_template_that_trims_content() -> None:
-    template = CHATML.replace("m['content']", "m['content'] | trim")
-    assert encode(byte_tokenizer(template), row("u: a ", "a:\n b \n")) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-    )
-
-
-def test_an_answer_that_begins_and_ends_in_white_space() -> None:
-    assert encode(byte_tokenizer(), row("u:a", "a:\n b \n")) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[\n b \n<|im_end|>]]\n"
-    )
-
-
-def test_reasoning_that_a_template_writes_is_trained() -> None:
-    template = CHATML.replace(
-        "+ m['content']", "+ (m['reasoning_content'] + '|' if m['reasoning_content'] else '') + m['content']"
-    )
-    messages = (*chat("u:a"), {"role": "assistant", "content": "b", "reasoning_content": "r"})
-    assert encode(byte_tokenizer(template), Row("d", 1, messages=messages)) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[r|b<|im_end|>]]\n"
-    )
-
-
-# ---- how an answer ends
-
-
-def test_white_space_before_the_end_of_turn_is_trained_with_it() -> None:
-    template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m['content'] + ' </s>' }}{% endif %}{% endfor %}"
-    )
-    assert encode(byte_tokenizer(template, eos="</s>"), row("u:a", "a:b", "u:c", "a:d")) == (
-        "[INST] a [/INST] [[b </s>]][INST] c [/INST] [[d </s>]]"
-    )
-
-
-def test_an_added_token_of_the_template_ends_a_turn_even_if_it_is_not_special() -> None:
-    template = CHATML.replace("<|im_end|>", "<turn/>")
-    tokenizer = byte_tokenizer(template, eos="</s>", added=["<turn/>", "<b>"])
-    assert encode(tokenizer, row("u:a", "a:x<b>")) == (
-        "<|im_start|>user\na<turn/>\n<|im_start|>assistant\n[[x<b><turn/>]]\n"
-    ), "an added token of the answer does not"
-    assert encode(tokenizer, row("u:a", "a:b", "u:c", "a:d")) == (
-        "<|im_start|>user\na<turn/>\n<|im_start|>assistant\n[[b<turn/>]]\n"
-        "<|im_start|>user\nc<turn/>\n<|im_start|>assistant\n[[d<turn/>]]\n"
-    )
-
-
-@BOTH
-def test_without_an_end_of_turn_the_next_header_and_at_last_the_end_of_sequence_stop_the_model(slow: bool) -> None:
-    # GLM's way, which lists <|user|> among the tokens that stop generation.
-    template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-    )
-    tokenizer = maybe_slow(byte_tokenizer(template, eos="</s>"), slow)
-    assert encode(tokenizer, row("u:a", "a:b", "u:c", "a:d")) == (
-        "<|user|>\na\n<|assistant|>\n[[b\n<|user|>]]\nc\n<|assistant|>\n[[d</s>]]"
-    )
-
-
-def test_a_template_of_words_alone_ends_in_the_end_of_sequence() -> None:
-    template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    tokenizer = byte_tokenizer(template, eos="</s>")
-    assert encode(tokenizer, row("u:a", "a:b", "u:c", "a:d")) == (
-        "user: a\nassistant: [[b]]\nuser: c\nassistant: [[d</s>]]"
-    )
-    assert encode(tokenizer, row("u:a", "a:b", "u:c")) == "user: a\nassistant: [[b]]\nuser: c\n"
-    bare = byte_tokenizer("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", eos="</s>")
-    assert encode(bare, row("u:a", "a:b", "u: ")) == "a\n[[b]]\n \n"
-    begins = byte_tokenizer("{% for m in messages %}{{ '<s>' + m['content'] }}{% endfor %}", eos="</s>")
-    assert encode(begins, row("u:a", "a:b", "u:c", "a:d")) == "<s>a<s>[[b]]<s>c<s>[[d</s>]]", "a beginning ends nothing"
-    assert encode(byte_tokenizer(template, eos=None), row("u:a", "a:b")) == "user: a\nassistant: [[b]]\n"
-
-
-# ---- generation blocks
-
+HEADERS = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+# Qwen3's way: the same answer is rendered differently when it is the last, so earlier prefixes are no prefixes.
+THOUGHTS = (
+    "{% set last = namespace(user=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.index0 > last.user %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'].split('</think>')[-1].strip() + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Mistral's way: what stands before the first answer depends on how the conversation goes on.
+MISTRAL = (
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{{ '<s>' }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}"
+    "{% set later = messages[loop.index0 + 1:] | selectattr('role', 'eq', 'user') | list %}"
+    "{{ '[INST] ' + (system + '\n\n' if system and not later else '') + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+)
+SPACED = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' </s>' }}{% endif %}{% endfor %}"
+)
+# GLM's way, which lists <|user|> among the tokens that stop generation.
+GLM = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+WORDS = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 BLOCK = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{%- generation -%}{{ m['content'] + ENDS }}{%- endgeneration -%}{% else %}{{ m['content'] + '<|im_end|>\n' }}"
     "{% endif %}AFTER{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SHORT_BLOCK = BLOCK.replace(" + ENDS", "").replace("AFTER", "{{ '<|im_end|>\n' if m['role'] == 'assistant' else '' }}")
-WIDE_BLOCK = BLOCK.replace("ENDS", "'<|im_end|>\n'").replace("AFTER", "")
+TURN = CHATML.replace("<|im_end|>", "<turn/>")
+PROBE = "ProbeWordForTheAnswer"
+REASONED = (*chat("u:a"), {"role": "assistant", "content": "b", "reasoning_content": "r"})
+TWO = row("u:a", "a:b", "u:c", "a:d")
+EOS = {"eos": "</s>"}
 
 
-def test_a_generation_block_decides_and_its_end_of_turn_is_added_when_it_stops_short() -> None:
-    tokenizer = byte_tokenizer(SHORT_BLOCK)
-    turns = row("s:S", "u:a", "a:b", "u:c", "a:d")
-    assert encode(tokenizer, turns) == (
-        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]\n"
-    )
-    assert encode(SlowTokenizer(tokenizer), turns) == encode(tokenizer, turns), (
-        "found by text where there are no offsets"
-    )
+def im(*turns: str) -> str:
+    """``im("u:a", "a!b")``: CHATML's text of the messages, that after "!" trained."""
+    text = ""
+    for turn, message in zip(turns, chat(*turns), strict=True):
+        end = f"{message['content']}<|im_end|>"
+        text += f"<|im_start|>{message['role']}\n{f'[[{end}]]' if turn[1] == '!' else end}\n"
+    return text
+
+
+# Name: template, options of the tokenizer, row, expectation.
+CASES: dict[str, tuple[str, dict[str, Any], Row, str]] = {
+    "every answer of a long conversation": (
+        *(CHATML, {}, row("s:Be kind.", "u:one", "a:1", "u:two", "a:2\n\n2é", "u:three")),
+        im("s:Be kind.", "u:one", "a!1", "u:two", "a!2\n\n2é", "u:three"),
+    ),
+    "answers that quote each other": (
+        *(CHATML, {}, row("u:assistant", "a:assistant", "u:assistant", "a:assistant")),
+        im("u:assistant", "a!assistant", "u:assistant", "a!assistant"),
+    ),
+    "the probe word": (CHATML, {}, row(f"u:{PROBE}", f"a:{PROBE}X"), im(f"u:{PROBE}", f"a!{PROBE}X")),
+    "opens with an answer": (CHATML, {}, row("a:Hello", "u:Hi", "a:Yo"), im("a!Hello", "u:Hi", "a!Yo")),
+    "an untrained answer": (
+        *(CHATML, {}, row("u:a", "a:bad", "u:b", "a:good", untrained=[1])),
+        im("u:a", "a:bad", "u:b", "a!good"),
+    ),
+    "no generation prompt": (HEADERS, {}, TWO, im("u:a", "a!b", "u:c", "a!d")),
+    # What follows the generation prompt is the model's to write.
+    "thoughts in the last turn only": (
+        *(THOUGHTS, {}, row("u:a", "a:<think>hm</think> b", "u:c", "a:d")),
+        im("u:a", "a!b", "u:c", "a!<think>\n\n</think>\n\nd"),
+    ),
+    # DeepSeek's way: generation starts inside a thought, history shows none.
+    "a generation prompt that is not in the history": (
+        CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"),
+        *({}, row("u:a", "a:<b", "u:c", "a:d"), im("u:a", "a!<b", "u:c", "a!d")),
+    ),
+    "the system message in the last question": (
+        *(MISTRAL, EOS, row("s:S", "u:a", "a:b", "u:c", "a:d")),
+        "<s>[INST] a[/INST] [[b</s>]][INST] S\n\nc[/INST] [[d</s>]]",
+    ),
+    # The end is then where the conversation up to this answer ends.
+    "an answer unlike any probe": (
+        CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + (m['content'] | length) | string + '<|im_end|>"),
+        *({}, row("u:a", "a:four"), im("u:a1", "a!four4")),
+    ),
+    "trimmed content": (
+        CHATML.replace("m['content']", "m['content'] | trim"),
+        *({}, row("u: a ", "a:\n b \n"), im("u:a", "a!b")),
+    ),
+    "white space around an answer": (CHATML, {}, row("u:a", "a:\n b \n"), im("u:a", "a!\n b \n")),
+    "reasoning": (
+        CHATML.replace(
+            "+ m['content']", "+ (m['reasoning_content'] + '|' if m['reasoning_content'] else '') + m['content']"
+        ),
+        *({}, Row("d", 1, messages=REASONED), im("u:a", "a!r|b")),
+    ),
+    # How an answer ends.
+    "white space before the end of turn": (
+        *(SPACED, EOS, TWO),
+        "[INST] a [/INST] [[b </s>]][INST] c [/INST] [[d </s>]]",
+    ),
+    "an added token of the answer": (
+        *(TURN, {**EOS, "added": ["<turn/>", "<b>"]}, row("u:a", "a:x<b>")),
+        im("u:a", "a!x<b>").replace("<|im_end|>", "<turn/>"),
+    ),
+    "an added token that ends turns": (
+        *(TURN, {**EOS, "added": ["<turn/>"]}, TWO),
+        im("u:a", "a!b", "u:c", "a!d").replace("<|im_end|>", "<turn/>"),
+    ),
+    "the next header ends a turn": (
+        *(GLM, EOS, TWO),
+        "<|user|>\na\n<|assistant|>\n[[b\n<|user|>]]\nc\n<|assistant|>\n[[d</s>]]",
+    ),
+    "words": (WORDS, EOS, TWO, "user: a\nassistant: [[b]]\nuser: c\nassistant: [[d</s>]]"),
+    "words, a question last": (WORDS, EOS, row("u:a", "a:b", "u:c"), "user: a\nassistant: [[b]]\nuser: c\n"),
+    "words, no end of sequence": (WORDS, {"eos": None}, row("u:a", "a:b"), "user: a\nassistant: [[b]]\n"),
+    "content alone": (
+        "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}",
+        *(EOS, row("u:a", "a:b", "u: "), "a\n[[b]]\n \n"),
+    ),
+    "a beginning ends nothing": (
+        "{% for m in messages %}{{ '<s>' + m['content'] }}{% endfor %}",
+        *(EOS, TWO, "<s>a<s>[[b]]<s>c<s>[[d</s>]]"),
+    ),
+    # Generation blocks; without offsets the answers are found by text.
+    "a block without the end of turn": (
+        *(SHORT_BLOCK, {}, row("s:S", "u:a", "a:b", "u:c", "a:d")),
+        im("s:S", "u:a", "a!b", "u:c", "a!d"),
+    ),
+    "a block with an untrained answer": (
+        *(SHORT_BLOCK, {}, row("u:a", "a:b", "u:c", "a:d", untrained=[1])),
+        im("u:a", "a:b", "u:c", "a!d"),
+    ),
+    "a block that is never reached": (
+        "{% if tools %}{% generation %}{{ 'x' }}{% endgeneration %}{% endif %}" + CHATML,
+        *({}, row("u:a", "a:b"), im("u:a", "a!b")),
+    ),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", CASES)
+def test_trained_tokens(name: str, slow: bool) -> None:
+    template, options, which, expected = CASES[name]
+    assert encode(maybe_slow(byte_tokenizer(template, **options), slow), which) == expected
 
 
 def test_a_generation_block_is_taken_as_wide_as_it_is() -> None:
-    assert encode(byte_tokenizer(WIDE_BLOCK), row("u:a", "a:b", "u:c", "a:d")) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>\n]]"
-        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>\n]]"
+    wide = BLOCK.replace("ENDS", "'<|im_end|>\n'").replace("AFTER", "")
+    assert encode(byte_tokenizer(wide), TWO) == im("u:a", "a!b", "u:c", "a!d").replace(
+        "<|im_end|>]]\n", "<|im_end|>\n]]"
     )
 
 
-def test_a_generation_block_with_an_untrained_answer() -> None:
-    assert encode(byte_tokenizer(SHORT_BLOCK), row("u:a", "a:b", "u:c", "a:d", untrained=[1])) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]\n"
-    )
-
-
-def test_a_generation_block_that_is_never_reached_falls_back_to_the_text() -> None:
-    template = "{% if tools %}{% generation %}{{ 'x' }}{% endgeneration %}{% endif %}" + CHATML
-    assert encode(byte_tokenizer(template), row("u:a", "a:b")) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-    )
+@BOTH
+def test_rows_without_a_trained_token(slow: bool) -> None:
+    encoder = ChatEncoder(maybe_slow(byte_tokenizer(), slow))
+    assert encoder.encode(row("u:a", "a:bad", untrained=[1])).trained == 0
+    assert encoder.encode(row("s:x", "u:y")).trained == 0
 
 
 # ---- the default template

@@ -1,4 +1,4 @@
-"""From places in a text to tokens: borders inside a token, tokenizers without offsets, plain text, cutting to length.
+"""From positions in a text to tokens: borders inside a token, tokenizers without offsets, plain text, truncation.
 
 The notation is that of test_data_template.py: trained tokens stand in double brackets.
 """
@@ -13,7 +13,8 @@ from test_data_template import BOTH, CHATML, SlowTokenizer, byte_tokenizer, chat
 from transformers import AutoTokenizer
 
 from qlora_native.cli.demo_model import available_model_file
-from qlora_native.data import IGNORE_INDEX, ChatEncoder, Row, padding_id
+from qlora_native.data.formats import Row
+from qlora_native.data.template import IGNORE_INDEX, ChatEncoder, padding_id
 
 # ---- tokens that straddle a border
 
@@ -138,13 +139,13 @@ def test_all_tokens_but_the_first_are_trained_on_request() -> None:
 @pytest.mark.parametrize(
     ("extra", "ending"), [(0, "[[Yo<|im_end|>]]\n"), (-1, "[[Yo<|im_end|>]]"), (-2, "[[Yo]]"), (-4, "")]
 )
-def test_rows_are_cut_at_their_right_end(extra: int, ending: str) -> None:
+def test_rows_are_truncated_at_their_right_end(extra: int, ending: str) -> None:
     tokenizer = byte_tokenizer()
     before = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     full = 1 + 5 + 2 + 2 + 1 + 10 + 4
     encoded = ChatEncoder(tokenizer, max_length=full + extra).encode(row("u:Hi", "a:Yo"))
     assert marked(tokenizer, encoded) == before + ending
-    assert (len(encoded.input_ids), encoded.cut) == (full + extra, max(0, -extra))
+    assert (len(encoded.input_ids), encoded.truncated) == (full + extra, max(0, -extra))
 
 
 def test_wrong_arguments() -> None:

@@ -1,4 +1,4 @@
-"""Tools: calls in every spelling become the one that chat templates know, and are trained with the answer they end."""
+"""Tools: calls in every spelling take the form of chat templates, and are trained with the answer that they end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from test_data_template import byte_tokenizer, marked
 
-from qlora_native.data import ChatEncoder, SourceRow, normalize
+from qlora_native.data.formats import normalize
+from qlora_native.data.readers import SourceRow
+from qlora_native.data.template import ChatEncoder
 from qlora_native.errors import UserError
 
 # As Qwen2.5's: tools in a system message, calls between tags, results as the user's.
@@ -92,15 +94,15 @@ def test_a_template_that_leaves_tools_out_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "match"),
     [
         ({"tool_calls": [{**CALL, "arguments": "{city"}]}, r"tool_calls\[0\].arguments' is not valid JSON"),
         ({"tool_calls": [{**CALL, "arguments": [1]}]}, r"tool_calls\[0\].arguments is an array, expected an object"),
         ({"tool_calls": [CALL], "role": "user"}, r"messages\[1\] has tool calls and the role user, expected assistant"),
     ],
 )
-def test_broken_calls_are_named(data: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=rf"d.jsonl:7: .*{told}"):
+def test_broken_calls_are_named(data: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=rf"d.jsonl:7: .*{match}"):
         row({"messages": conversation({"content": "", **data})})
     with pytest.raises(UserError, match="'tools' is an object, expected an array of functions"):
         row({"messages": conversation({"content": "a"}), "tools": FUNCTION})

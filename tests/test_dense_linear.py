@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import SavedTensors, relative_error, same_bytes
+from torch import Tensor
 
 pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
 dense_linear = torch.ops.qlora_native.dense_linear
@@ -12,9 +13,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = ((1,), (2, 1), (8,), (9,), (3, 50), (0,), (600,))
 
 
-def operands(
-    shape: tuple[int, ...], n: int, k: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def operands(shape: tuple[int, ...], n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(*shape, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
 
 
@@ -93,6 +92,6 @@ def test_refuses_in_words() -> None:
 @pytest.mark.parametrize(
     "x", [torch.zeros(3, 8), torch.zeros(5, 8).bfloat16(), torch.zeros(8)], ids=["tokens", "dtype", "rank"]
 )
-def test_a_weight_gradient_of_other_tokens_or_dtypes_is_refused(x: torch.Tensor) -> None:
+def test_a_weight_gradient_of_other_tokens_or_dtypes_is_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match="dense_linear_grad_weight: grad_y is"):
         torch.ops.qlora_native.dense_linear_grad_weight(torch.zeros(5, 4), x)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bytes, signed
+from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
@@ -17,7 +18,7 @@ from qlora_native.ops.dequantize_4bit import decode_panel
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 
 
-def truth(w: qn.QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+def truth(w: qn.QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return reference.dequantize(dtype, *w.op_args())
 
 
@@ -51,11 +52,11 @@ def test_infinite_and_nan_scales_of_foreign_checkpoints() -> None:
 
 
 def test_negative_scales_decode() -> None:
-    """As a code under a positive scale, with the sign turned; nested ones to the rounding of an 8-bit scale."""
+    """As a code under a positive scale, with the sign flipped; nested ones to the rounding of an 8-bit scale."""
     t = torch.randn(300, 64)
     plain = qn.quantize(t, double_quant=False)
-    turned = (torch.arange(300) % 2 == 0)[:, None]
-    want = torch.where(turned, -plain.dequantize(), plain.dequantize())
+    negative = (torch.arange(300) % 2 == 0)[:, None]
+    want = torch.where(negative, -plain.dequantize(), plain.dequantize())
     assert torch.equal(signed(plain).dequantize(), want)
     nested = signed(qn.quantize(t))
     assert nested.nested_offset is not None
@@ -103,16 +104,16 @@ def test_native_boundary_checks_again() -> None:
     """The extension refuses what ops.py would never pass: it takes raw addresses."""
     native: Any = qn._native._C
     w = qn.quantize(torch.randn(2, 64), double_quant=False)
-    pointers = _library.Weight(*w.op_args()).pointers()
+    pointers = w.op_args().pointers()
     out = torch.empty(128)
     with pytest.raises(ValueError, match="does not lie inside a weight of 128 elements"):
-        native.dequantize_4bit(0, out.data_ptr(), 64, 0, 3, 0, 64, *pointers)
+        native.dequantize_4bit(0, out.data_ptr(), 64, 0, 3, 0, 64, pointers)
     with pytest.raises(ValueError, match="out is not aligned to 4 bytes"):
-        native.dequantize_4bit(0, out.data_ptr() + 1, 64, 0, 2, 0, 64, *pointers)
+        native.dequantize_4bit(0, out.data_ptr() + 1, 64, 0, 2, 0, 64, pointers)
     with pytest.raises(ValueError, match="out is a null pointer"):
-        native.dequantize_4bit(0, 0, 64, 0, 2, 0, 64, *pointers)
+        native.dequantize_4bit(0, 0, 64, 0, 2, 0, 64, pointers)
     with pytest.raises(ValueError, match="dtype is 9"):
-        native.dequantize_4bit(9, out.data_ptr(), 64, 0, 2, 0, 64, *pointers)
+        native.dequantize_4bit(9, out.data_ptr(), 64, 0, 2, 0, 64, pointers)
 
 
 @pytest.mark.devices("cpu")
@@ -123,7 +124,7 @@ def test_indices_beyond_32_bits() -> None:
     packed[-32:] = 0xF0
     absmax = torch.ones(n // 4096 + 1)
     weight = qn.QuantizedWeight(packed, absmax, shape=(n // 64, 64), dtype=torch.bfloat16, block_size=4096)
-    pointers = _library.Weight(*weight.op_args()).pointers()
+    pointers = weight.op_args().pointers()
     rows = n // 64
     panel = torch.empty(2, 64)
     decode_panel(pointers, 64, (rows - 2, rows), (0, 64), panel)

@@ -140,9 +140,9 @@ def test_errors_are_those_of_the_op() -> None:
     for x in (torch.randn(1, K + 1), torch.randn(()), torch.randn(K, 1), torch.ones(1, K, dtype=torch.int64)):
         with pytest.raises(ValueError) as by_op:
             by_dispatcher(made, x)
-        for call in (lambda x=x: made(x), lambda x=x: qn.linear(x, made.quantized)):
+        for call in (made, lambda x: qn.linear(x, made.quantized)):
             with pytest.raises(ValueError) as direct:
-                call()
+                call(x)
             assert str(direct.value) == str(by_op.value)
     with pytest.raises(ValueError, match=r"bias is \[3\]: expected \[48\]"):
         qn.linear(torch.randn(1, K), made.quantized, torch.zeros(3))
@@ -268,16 +268,22 @@ def test_training_takes_a_node_of_the_same_derivative(tokens: int) -> None:
     assert any("lora_linear_4bit_backward" in name for name in recorder.seen)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_adapted_layer_makes_its_native_matrix_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
+@pytest.fixture
+def matrices(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The native matrices that are made from here on."""
+    made: list[object] = []
     native = _C.matrix
 
     def counted(*arguments: Any) -> object:
-        made.append(arguments)
-        return native(*arguments)
+        made.append(native(*arguments))
+        return made[-1]
 
     monkeypatch.setattr(_C, "matrix", counted)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapted_layer_makes_its_native_matrix_once(dtype: torch.dtype, matrices: list[object]) -> None:
     base = layer(bias=True, dtype=dtype)
     adapted = lora.LoRALinear(base, 4, 2.0)
     torch.nn.init.normal_(adapted.lora_B)
@@ -289,4 +295,16 @@ def test_an_adapted_layer_makes_its_native_matrix_once(dtype: torch.dtype, monke
             assert adapted.bias is not None
             expected = x.double() @ dense.t() + adapted.bias.double()
             assert relative_error(adapted(x), expected) < 2 * TOLERANCE[dtype]
-    assert len(made) == 1
+    assert len(matrices) == 1
+
+
+@torch.no_grad()
+def test_what_the_kernel_cannot_take_costs_no_native_matrix_a_call(matrices: list[object]) -> None:
+    """Neither a layer nor an adapter on it makes one again to find out that the operands do not fit."""
+    made = layer(bias=True)
+    adapted = lora.LoRALinear(made, 4, 2.0)
+    rows = torch.randn(2, 3, 2 * K)[:, :, ::2]
+    for x in (rows, rows.bfloat16(), rows.double(), torch.randn(3, K), torch.empty(0, K)):
+        for module in (made, adapted):
+            module(x), module(x)
+    assert len(matrices) <= 1

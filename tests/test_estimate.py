@@ -319,7 +319,7 @@ def test_the_peak_of_a_run_is_as_predicted(
     row = bench_estimate.cell(folder, length, checkpointing=False, steps=2)
     for measure, bar in bench_estimate.BARS.items():
         assert abs(row[measure]["error"]) <= bar, (measure, row)
-    assert row["told_by_the_run"] == pytest.approx(row["total"]["measured"], rel=0.05)
+    assert row["reported_by_the_run"] == pytest.approx(row["total"]["measured"], rel=0.05)
 
 
 def test_the_page_of_keys_is_that_of_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,9 @@
-"""Evaluation against plain torch on each row alone, in fp64: losses, divergences, their errors; questions; texts."""
+"""Evaluation against plain torch on each row alone, in fp64: losses, divergences, their errors; texts; reports."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.errors import UserError
-from qlora_native.evaluate import Comparison, Scores, SideResult, Variants, compare, load_choices, load_text, measure
-from qlora_native.evaluate.choices import accuracy
+from qlora_native.evaluate import measure as measuring
+from qlora_native.evaluate.comparison import Comparison, VariantResult, compare
+from qlora_native.evaluate.measure import Scores, measure
 from qlora_native.evaluate.report import tables, write_report
-
-measuring = sys.modules["qlora_native.evaluate.measure"]
+from qlora_native.evaluate.texts import load_text
+from qlora_native.evaluate.variants import Variants
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, an adapter for it, rows, plain text and questions."""
+    """A model, an adapter for it, rows and plain text."""
     folder = tmp_path_factory.mktemp("evaluate")
     write_model(folder / "model")
     write_rows(folder / "held.jsonl", 9)
     (folder / "notes.txt").write_text("what is red? blood\nsay, what is blue and good? sky\n" * 9, encoding="utf-8")
-    questions = [
-        {"question": "what is red?", "choices": ["blood", "sky"], "answer": 0},
-        {"question": "what is blue?", "choices": ["blood", "the wide sky", "grass"], "answer": "B"},
-        {"question": "what is green?", "choices": ["blood", "grass"], "answer": "grass"},
-    ]
-    (folder / "q.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in questions), encoding="utf-8")
     model = qn.add_lora(qn.load_model(folder / "model"), qn.LoraConfig(r=4, seed=0))
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
@@ -104,10 +98,10 @@ def test_logits_that_are_more_than_a_product(tmp_path: Path) -> None:
     dense, other = (make("Gemma2", seed=seed, final_logit_softcapping=3.0, head_dim=16) for seed in (0, 1))
     for model in (dense, other):
         torch.nn.init.normal_(model.lm_head.weight, std=0.5)
-    told = "changes its logits after the output embedding"
-    with pytest.warns(UserWarning, match=told):
+    warning = "changes its logits after the output embedding"
+    with pytest.warns(UserWarning, match=warning):
         _, kept = measure(dense, rows, 0, keep_in=tmp_path)
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=warning):
         scores, _ = measure(other, rows, 0, against=kept)
     expected = by_hand(other, rows, dense)
     assert kept is not None and kept.head is None and scores.kl is not None
@@ -127,54 +121,20 @@ def test_errors_are_those_of_rows_drawn_again() -> None:
     def drawn(scores: Scores, rows: torch.Tensor) -> Scores:
         return Scores(scores.tokens[rows], scores.nats[rows])
 
-    for told, function in (
+    for (estimate, error), function in (
         (mine.loss, lambda rows: drawn(mine, rows).loss[0]),
         (mine.excess(best), lambda rows: drawn(mine, rows).excess(drawn(best, rows))[0]),
         (mine.closed(worst, best), lambda rows: drawn(mine, rows).closed(drawn(worst, rows), drawn(best, rows))[0]),
     ):
         values = torch.tensor([function(rows) for rows in again], dtype=torch.float64)
-        assert told[0] == pytest.approx(float(values.mean()), abs=4 * told[1])
-        assert told[1] == pytest.approx(float(values.std()), rel=0.12)
+        assert estimate == pytest.approx(float(values.mean()), abs=4 * error)
+        assert error == pytest.approx(float(values.std()), rel=0.12)
     assert mine.closed(worst, best)[0] == pytest.approx(2 / 3, abs=0.05)
     assert mine.excess(best)[1] < 0.1 * mine.loss[1]
     assert math.isnan(Scores(tokens[:1], tokens[:1]).loss[1])
 
 
-def test_questions_are_answered_by_likelihood(folder: Path, tokenizer: Any) -> None:
-    choices = load_choices(folder / "q.jsonl", tokenizer)
-    assert (choices.starts, choices.answers, choices.num_bytes) == ([0, 2, 5, 7], [0, 1, 1], [5, 3, 5, 12, 5, 5, 5])
-    row = choices.rows[3]
-    predicted = row["input_ids"][row["labels"] != -100]
-    assert tokenizer.decode(row["input_ids"]) == "Question: what is blue?\nAnswer: the wide sky"
-    assert tokenizer.decode(predicted) == " the wide sky"
-    nats = torch.tensor([1.0, 2.0, 5.0, 6.0, 7.0, 1.0, 2.0])
-    found = accuracy(choices, nats)  # the second is right only by the byte
-    assert found.plain[0] == pytest.approx(1 / 3) and found.normalized[0] == pytest.approx(2 / 3)
-    assert found.plain[1] == pytest.approx(math.sqrt(2 / 9 / 2))
-    short = load_choices(folder / "q.jsonl", tokenizer, max_length=6)
-    assert all(len(row["input_ids"]) <= 6 and row["labels"][0] == -100 for row in short.rows)
-
-
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        ({"question": "x", "choices": ["a", "b"]}, "q.jsonl:1: the row has no 'answer', only"),
-        ({"question": " ", "choices": ["a", "b"], "answer": 0}, "'question' is ' ', expected text"),
-        ({"question": "x", "choices": ["a"], "answer": 0}, "expected a list of at least two texts"),
-        (
-            {"question": "x", "choices": ["a", "b"], "answer": 2},
-            "'answer' is 2, expected a number from 0 to 1, a letter",
-        ),
-        ({"question": "x", "choices": ["a", "b"], "answer": "z"}, "'answer' is 'z', expected a number from 0 to 1"),
-    ],
-)
-def test_a_bad_question_is_named(row: dict[str, Any], told: str, tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=told):
-        load_choices(tmp_path / "q.jsonl", tokenizer)
-
-
-def test_plain_text_is_cut_into_windows(folder: Path, tmp_path: Path, tokenizer: Any) -> None:
+def test_plain_text_is_split_into_windows(folder: Path, tmp_path: Path, tokenizer: Any) -> None:
     ids = tokenizer((folder / "notes.txt").read_text(encoding="utf-8"))["input_ids"]
     text = load_text(folder / "notes.txt", tokenizer, max_length=32)
     assert np.concatenate([row["input_ids"] for row in text.rows]).tolist() == ids
@@ -184,55 +144,51 @@ def test_plain_text_is_cut_into_windows(folder: Path, tmp_path: Path, tokenizer:
     assert len(rows.rows) == 9 and "format messages" in rows.about and len(rows.sha256) == 64
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name, told in (
-        ("empty", "makes 0 tokens, expected at least 2"),
-        ("latin", "byte 0xe9 at 3"),
-        ("gone", "no such"),
-    ):
-        with pytest.raises(UserError, match=told):
+    for name, match in (("empty", "0 tokens, expected at least 2"), ("latin", "0xe9 at 3"), ("gone", "no such")):
+        with pytest.raises(UserError, match=match):
             load_text(tmp_path / f"{name}.txt", tokenizer)
 
 
 @pytest.fixture(scope="module")
 def comparison(folder: Path, tokenizer: Any) -> Comparison:
-    """Every kind of side."""
-    sides = Variants(folder / "model", methods=["rtn", "rtn_signed"], adapter=folder / "adapter")
+    """Every kind of variant."""
+    variants = Variants(folder / "model", methods=["rtn", "rtn_signed"], adapter=folder / "adapter")
     texts = [load_text(folder / name, tokenizer, max_length=32) for name in ("held.jsonl", "notes.txt")]
-    return compare(sides, texts, [load_choices(folder / "q.jsonl", tokenizer)], tokenizer, pad_id=1)
+    return compare(variants, texts, tokenizer, pad_id=1)
 
 
-def test_sides_are_what_they_say(comparison: Comparison, folder: Path, tokenizer: Any) -> None:
-    assert [side.name for side in comparison.sides] == ["16-bit", "rtn", "rtn + adapter", "rtn_signed"]
+def test_variants_are_the_models_they_name(comparison: Comparison, folder: Path, tokenizer: Any) -> None:
+    assert [variant.name for variant in comparison.variants] == ["16-bit", "rtn", "rtn + adapter", "rtn_signed"]
     text = load_text(folder / "notes.txt", tokenizer, max_length=32)
-    for side, model in (
+    for name, model in (
         ("16-bit", AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)),
         ("rtn", qn.load_model(folder / "model")),
         ("rtn + adapter", qn.load_adapter(qn.load_model(folder / "model"), folder / "adapter")),
         ("rtn_signed", qn.load_model(folder / "model", method="rtn_signed")),
     ):
-        found = next(one for one in comparison.sides if one.name == side).texts["notes.txt"]
-        assert found.loss[0] == pytest.approx(measure(model, text.rows, 1)[0].loss[0], rel=5e-3), side
+        found = next(one for one in comparison.variants if one.name == name).texts["notes.txt"]
+        assert found.loss[0] == pytest.approx(measure(model, text.rows, 1)[0].loss[0], rel=5e-3), name
 
 
-def test_the_report_says_what_was_measured(comparison: Comparison, tmp_path: Path) -> None:
+def test_the_report_holds_the_measurements(comparison: Comparison, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert write_report(comparison, tmp_path, ["notes.txt: plain text"])
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "\n".join(tables(comparison)) in page and "- notes.txt: plain text" in page
-    told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    row = {side["name"]: side["texts"]["notes.txt"] for side in told["sides"]}
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    row = {side["name"]: side["texts"]["notes.txt"] for side in report["sides"]}
     assert row["rtn"]["excess"] == pytest.approx(row["rtn"]["loss"] - row["16-bit"]["loss"])
     closed = 1 - row["rtn_signed"]["excess"] / row["rtn"]["excess"]
     assert row["rtn_signed"]["closed"] == pytest.approx(closed) and row["rtn + adapter"]["closed"] is None
     cells = next(line for line in page.splitlines() if line.startswith("| rtn_signed ")).split("|")
-    first = told["sides"][3]["texts"]["held.jsonl"]
+    first = report["sides"][3]["texts"]["held.jsonl"]
     assert cells[2].split() == [f"{first['loss']:.4f}", "±", f"{first['loss_error']:.4f}"]
     assert f"{100 * first['same_first']:.1f} ±" in cells[6] and f"{100 * first['closed']:.1f} ±" in cells[7]
 
 
 def test_a_comparison_without_a_reference_has_no_column_for_it(comparison: Comparison, tmp_path: Path) -> None:
-    one = SideResult("4-bit", 10, 0.1, texts=comparison.sides[1].texts)
+    one = VariantResult("4-bit", 10, 0.1, texts=comparison.variants[1].texts)
     alone = Comparison("model", [one])
     assert alone.text_row(one, "notes.txt")["excess"] is None
     assert "not a number" not in json.dumps(alone.as_dict(), allow_nan=False)

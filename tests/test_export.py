@@ -44,11 +44,12 @@ def export(*words: str | Path) -> None:
 
 
 def read_back(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-    ).eval()
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def with_adapter(files: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(base, files / "adapter")
 
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -56,7 +57,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     ("Mistral", {"head_dim": 32, "sliding_window": None}),
     ("Qwen2", {}),
-    ("Qwen3", {"head_dim": 128}),  # transformers' reader takes this and the next model's sizes for granted
+    ("Qwen3", {"head_dim": 128}),  # transformers' reader assumes this and the next model's sizes
     ("Gemma2", {"head_dim": 256, "query_pre_attn_scalar": 256}),
 ]
 LLAMA_3 = {
@@ -122,8 +123,7 @@ def test_tokenizers_of_sentencepiece(request: pytest.FixtureRequest, tmp_path: P
 def test_adapter_and_types(files: Path, out_type: str, most: float) -> None:
     path = files / f"{out_type}.gguf"
     export(files / "model", "--adapter", files / "adapter", "--to", "gguf", "--type", out_type, "--out", path)
-    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
-    expected = peft.PeftModel.from_pretrained(base, files / "adapter")(IDS).logits
+    expected = with_adapter(files)(IDS).logits
     got = read_back(path)(IDS).logits
     assert float((got - expected).norm() / expected.norm()) < most
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
@@ -151,9 +151,7 @@ def test_peft_reads_an_adapter_of_another_place(files: Path) -> None:
     export(files / "model", "--adapter", files / "adapter", "--to", "peft", "--out", out)
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(files / "model")
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
-    expected = peft.PeftModel.from_pretrained(base, files / "adapter")
-    assert torch.equal(theirs(IDS).logits, expected(IDS).logits)
+    assert torch.equal(theirs(IDS).logits, with_adapter(files)(IDS).logits)
 
 
 def test_safetensors_of_a_4_bit_model(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,21 +165,21 @@ def test_safetensors_of_a_4_bit_model(files: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "match"),
     [
-        (["{files}/model", "--out", "{files}/new"], "the following arguments are required: --to"),
-        (["{files}/model", "--to", "gguf", "--out", "{files}/new"], "expected a name that ends in .gguf"),
-        (["{files}/model", "--to", "gguf", "--out", "{files}/old.gguf"], "{files}/old.gguf exists already"),
-        (["{files}/model", "--to", "peft", "--out", "{files}/new"], "--to peft takes --adapter DIR"),
-        (["{files}/model", "--to", "safetensors", "--type", "q8_0", "--out", "{files}/new"], "--type q8_0 is of GGUF"),
-        (["{files}/gpt2", "--to", "gguf", "--out", "{files}/new.gguf"], "is a gpt2 model, which this library does not"),
-        (["{files}/yarn", "--to", "gguf", "--out", "{files}/new.gguf"], "scales its rotary embedding by 'yarn'"),
-        (["{files}/gemma", "--to", "gguf", "--out", "{files}/new.gguf"], "divides scores by the root of 99"),
-        (["{files}/split", "--to", "gguf", "--out", "{files}/new.gguf"], "splits text by Whitespace, for which"),
-        (["{files}/model", "--adapter", "{files}/gone", "--to", "peft", "--out", "{files}/new"], "adapter_config.json"),
+        ("{files}/model --out {files}/new", "required: --to"),
+        ("{files}/model --to gguf --out {files}/new", "ends in .gguf"),
+        ("{files}/model --to gguf --out {files}/old.gguf", "{files}/old.gguf exists already"),
+        ("{files}/model --to peft --out {files}/new", "--to peft takes --adapter DIR"),
+        ("{files}/model --to safetensors --type q8_0 --out {files}/new", "--type q8_0 is of GGUF"),
+        ("{files}/gpt2 --to gguf --out {files}/new.gguf", "is a gpt2 model"),
+        ("{files}/yarn --to gguf --out {files}/new.gguf", "rotary embedding by 'yarn'"),
+        ("{files}/gemma --to gguf --out {files}/new.gguf", "root of 99"),
+        ("{files}/split --to gguf --out {files}/new.gguf", "splits text by Whitespace"),
+        ("{files}/model --adapter {files}/gone --to peft --out {files}/new", "adapter_config.json"),
     ],
 )
-def test_mistakes(files: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(files: Path, words: str, match: str, capsys: pytest.CaptureFixture[str]) -> None:
     if not (files / "old.gguf").exists():
         (files / "old.gguf").touch()
         model_of(files / "gpt2", "GPT2", n_layer=1)
@@ -193,9 +191,9 @@ def test_mistakes(files: Path, words: list[str], told: str, capsys: pytest.Captu
         text["pre_tokenizer"] = {"type": "Whitespace"}
         (files / "split" / "tokenizer.json").write_text(json.dumps(text))
     capsys.readouterr()
-    assert main.main(["export", *(word.format(files=files) for word in words)]) == 2
+    assert main.main(["export", *(word.format(files=files) for word in words.split())]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))]
-    assert len(errors) == 1 and told.format(files=files) in errors[0], errors
+    assert len(errors) == 1 and match.format(files=files) in errors[0], errors
     assert not (files / "new").exists() and not (files / "new.gguf").exists() and not list(files.glob(".*"))
 
 

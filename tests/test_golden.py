@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import relative_error, same_bytes, same_values
 from safetensors import safe_open
+from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import _native
@@ -27,9 +28,7 @@ CASES = [match.groups() for match in map(PATTERN.match, KEYS) if match]
 OWN_RULE = ("nonfinite_f32", "tiny_f32", "zeroblock_f32", "allzero_f32", "allzero_partial_bf16")
 
 
-def stored_weight(
-    golden: dict[str, torch.Tensor], base: str, case: str, quant_type: str, block: str
-) -> QuantizedWeight:
+def stored_weight(golden: dict[str, Tensor], base: str, case: str, quant_type: str, block: str) -> QuantizedWeight:
     x, packed = golden[f"in/{case}"], golden[f"{base}/packed"]
     return QuantizedWeight(
         packed.contiguous().view(torch.uint8).reshape(-1),
@@ -47,7 +46,7 @@ def test_there_are_cases() -> None:
     assert len(CASES) > 100
 
 
-def test_tables(golden: dict[str, torch.Tensor]) -> None:
+def test_tables(golden: dict[str, Tensor]) -> None:
     assert same_bytes(_native.levels(0), golden["codebook/nf4"])
     assert same_values(_native.levels(1), golden["codebook/fp4"])
     assert not torch.signbit(_native.levels(1)[8])
@@ -57,9 +56,7 @@ def test_tables(golden: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("base", "case", "quant_type", "block", "nested"), CASES)
-def test_dequantized(
-    golden: dict[str, torch.Tensor], base: str, case: str, quant_type: str, block: str, nested: str
-) -> None:
+def test_dequantized(golden: dict[str, Tensor], base: str, case: str, quant_type: str, block: str, nested: str) -> None:
     weight = stored_weight(golden, base, case, quant_type, block)
     if f"{base}/absmax_fp32" in golden:
         assert same_bytes(weight.scales(), golden[f"{base}/absmax_fp32"])
@@ -75,12 +72,9 @@ def test_dequantized(
 
 
 @pytest.mark.parametrize(
-    ("base", "case", "quant_type", "block", "nested"),
-    [row for row in CASES if row[1] not in OWN_RULE],
+    ("base", "case", "quant_type", "block", "nested"), [row for row in CASES if row[1] not in OWN_RULE]
 )
-def test_quantized(
-    golden: dict[str, torch.Tensor], base: str, case: str, quant_type: str, block: str, nested: str
-) -> None:
+def test_quantized(golden: dict[str, Tensor], base: str, case: str, quant_type: str, block: str, nested: str) -> None:
     theirs = stored_weight(golden, base, case, quant_type, block)
     ours = qn.quantize(golden[f"in/{case}"], quant_type=quant_type, block_size=int(block), double_quant=nested == "1")
     if quant_type == "nf4":
@@ -100,7 +94,7 @@ def test_quantized(
 
 
 @pytest.mark.parametrize("name", ["normal", "logspread", "withzeros"])
-def test_nested_codes_are_exact(golden: dict[str, torch.Tensor], name: str) -> None:
+def test_nested_codes_are_exact(golden: dict[str, Tensor], name: str) -> None:
     """Scales whose mean is zero go through the same 8-bit rounding as bitsandbytes' blockwise quantization."""
     x = golden[f"b8/{name}/in"].reshape(-1).float()
     mirrored = torch.cat([x, -x])
@@ -114,7 +108,7 @@ def test_nested_codes_are_exact(golden: dict[str, torch.Tensor], name: str) -> N
     assert same_bytes(absmax[: x.numel() // 256], golden[f"b8/{name}/absmax"].reshape(-1))
 
 
-def _quantize_scales(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _quantize_scales(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(values.numel(), dtype=torch.uint8)
     nested, offset = torch.empty(values.numel() // 256), torch.empty(())
     qn._native._C.quantize_scales(
@@ -124,7 +118,7 @@ def _quantize_scales(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 @pytest.mark.parametrize("name", sorted({key.split("/")[1] for key in KEYS if key.startswith("lin/")}))
-def test_linear_layer(golden: dict[str, torch.Tensor], name: str) -> None:
+def test_linear_layer(golden: dict[str, Tensor], name: str) -> None:
     """A layer saved by bitsandbytes loads, computes the same and saves the same bytes."""
     prefix = f"lin/{name}/"
     state = {key.removeprefix(prefix + "sd/"): value for key, value in golden.items() if key.startswith(prefix + "sd/")}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import same_bytes
+from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.calibration.feedback import feedback_factor
+from qlora_native.calibration.quantize import feedback_factor
 from qlora_native.cases import FLOAT_DTYPES, QUANT_TYPES
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda"), pytest.mark.usefixtures("device")]
 
-Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]
+Case = tuple[Tensor, Tensor, Tensor, Tensor, int, int]
 
 
 def arguments(shape: tuple[int, int], dtype: torch.dtype = torch.float32, quant_type: int = 0) -> Case:
@@ -34,7 +35,7 @@ def test_matches_the_reference(quant_type: str, dtype: torch.dtype) -> None:
         assert same_bytes(torch.ops.qlora_native.gptq_4bit(*case), reference.gptq(*case))
 
 
-def published(weight: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def published(weight: Tensor, hessian: Tensor, scales: Tensor) -> Tensor:
     """Algorithm 1 of the GPTQ paper in double precision: the Cholesky factor of the damped inverse. Decoded [N, K]."""
     levels = qn._native.levels(0).double().to(weight.device)
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
@@ -84,8 +85,8 @@ def test_threads_do_not_matter() -> None:
 
 def test_non_contiguous_and_empty() -> None:
     t, factor, *rest = arguments((64, 96))
-    turned = torch.ops.qlora_native.gptq_4bit(t.t().contiguous().t(), factor.t().contiguous().t(), *rest)
-    assert same_bytes(turned, torch.ops.qlora_native.gptq_4bit(t, factor, *rest))
+    strided = torch.ops.qlora_native.gptq_4bit(t.t().contiguous().t(), factor.t().contiguous().t(), *rest)
+    assert same_bytes(strided, torch.ops.qlora_native.gptq_4bit(t, factor, *rest))
     none = torch.zeros(0)
     assert torch.ops.qlora_native.gptq_4bit(t[:0], factor, rest[0], none, 0, 64).numel() == 0
 

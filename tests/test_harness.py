@@ -1,4 +1,4 @@
-"""lm-eval: what it is handed, recorded by a stand-in; its own figures against ours, where it is installed."""
+"""lm-eval: its arguments, recorded by a stub; its own figures against ours, where it is installed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from qlora_native.cli import main
 from qlora_native.errors import UserError
 from qlora_native.evaluate.harness import run_tasks
 
-STAND_IN = {  # lm-eval's names, as far as they are used, with its signatures
+STUB = {  # lm-eval's names, as far as they are used, with its signatures
     "__init__.py": """
-handed = []
+calls = []
 
 def simple_evaluate(model, tasks=None, limit=None, task_manager=None):
-    handed.append({"model": model, "tasks": tasks, "limit": limit, "manager": task_manager})
+    calls.append({"model": model, "tasks": tasks, "limit": limit, "manager": task_manager})
     return {"results": {task: {"alias": task, "acc,none": 0.25, "acc_stderr,none": "N/A"} for task in tasks}}
 """,
     "models/__init__.py": "",
@@ -47,9 +47,9 @@ def forget() -> None:
 
 
 @pytest.fixture
-def handed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What the stand-in was called with."""
-    for name, text in STAND_IN.items():
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """The arguments of each call of the stub."""
+    for name, text in STUB.items():
         path = tmp_path / "packages" / "lm_eval" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -57,7 +57,7 @@ def handed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dic
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     import lm_eval
 
-    yield lm_eval.handed
+    yield lm_eval.calls
     forget()
 
 
@@ -66,43 +66,37 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("harness") / "model", num_hidden_layers=1)
 
 
-def test_each_side_is_handed_over_in_lm_evals_own_wrapper(
-    handed: list[dict[str, Any]], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_each_variant_is_wrapped_in_lm_evals_own_class(
+    calls: list[dict[str, Any]], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = tmp_path / "mine.yaml"
     task.write_text("task: mine\n")
     words = ["eval", str(model), "--lm-eval", "colors", str(task), "--rows", "7", "--report", str(tmp_path / "r")]
     assert main.main([*words, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [side["name"] for side in told["sides"]] == ["16-bit", "rtn"]
-    assert all(side["tasks"]["colors"] == {"acc,none": 0.25} for side in told["sides"])  # what is no number is left out
+    printed = json.loads(capsys.readouterr().out)
+    assert [side["name"] for side in printed["sides"]] == ["16-bit", "rtn"]
+    assert all(side["tasks"]["colors"] == {"acc,none": 0.25} for side in printed["sides"])  # only numbers are kept
     assert "colors" in (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    for call, kind in zip(handed, ("Linear", "QuantizedLinear"), strict=True):
+    for call, kind in zip(calls, ("Linear", "QuantizedLinear"), strict=True):
         assert (call["tasks"], call["limit"]) == (["colors", str(task)], 7) and call["manager"] is not None
         wrapped = call["model"]
         assert type(wrapped.pretrained.model.layers[0].mlp.up_proj).__name__ == kind and wrapped.batch_size == 1
         assert not wrapped.pretrained.training and wrapped.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize(
-    ("task", "told"),
-    [
-        ("colorz", "--lm-eval: lm-eval knows no task 'colorz'; `lm-eval ls tasks` lists them"),
-        ("gone.yaml", "--lm-eval: gone.yaml is not there: expected a task of lm-eval, or the YAML file of one"),
-    ],
-)
-def test_a_task_that_is_not_known(
-    handed: list[dict[str, Any]], model: Path, task: str, told: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("task", "match"), [("colorz", "no task 'colorz'"), ("gone.yaml", "gone.yaml is not there")])
+def test_an_unknown_task(
+    calls: list[dict[str, Any]], model: Path, task: str, match: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["eval", str(model), "--lm-eval", task]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qlora")]
-    assert len(lines) == 1 and told in lines[0] and not handed
+    assert len(lines) == 1 and match in lines[0] and not calls
 
 
-def test_lm_eval_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--lm-eval needs lm-eval, which is not installed: pip install lm-eval"):
+    with pytest.raises(UserError, match="pip install lm-eval"):
         run_tasks(None, None, ["arc_easy"])
 
 
@@ -130,8 +124,8 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
         encoding="utf-8",
     )
     assert main.main(["eval", str(model), "--lm-eval", str(tmp_path / "colors.yaml"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    found = told["sides"][0]["tasks"]["colors_of_ours"]["acc,none"]
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = printed["sides"][0]["tasks"]["colors_of_ours"]["acc,none"]
 
     tokenizer, dense = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     right = 0

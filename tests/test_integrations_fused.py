@@ -15,10 +15,10 @@ from tiny_models import logits, make, save, tokens
 from torch import nn
 
 import qlora_native as qn
-from qlora_native.hf import attention as fused_attention
+from qlora_native.hf import fuse as fusing
 from qlora_native.hf.fuse import Fused, fuse, unfuse
 from qlora_native.hf.loss import causal_lm_loss
-from qlora_native.nn import substitute
+from qlora_native.nn import experts
 
 ALL = {"attention": 2, "mlp": 2, "norm": 5}
 EXPECTED = {
@@ -36,7 +36,7 @@ EXPECTED = {
 
 
 def model_of(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    if kind == "Gemma2" or kind == "Gemma" or kind == "Qwen3":
+    if kind in ("Gemma", "Gemma2", "Qwen3"):
         changes["head_dim"] = 16
     model = make(kind, dtype, **changes)
     with torch.no_grad():
@@ -54,24 +54,16 @@ def loss_and_gradient(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
 
 
-@pytest.mark.parametrize("kind", EXPECTED)
-def test_same_loss_and_gradients(kind: str) -> None:
-    model = model_of(kind)
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, torch.float32) for kind in EXPECTED), ("Llama", torch.bfloat16)])
+def test_same_loss_and_gradients(kind: str, dtype: torch.dtype) -> None:
+    exact = dtype == torch.float32
+    model = model_of(kind, dtype, **({} if exact else {"head_dim": 32}))
     plain = copy.deepcopy(model)
-    assert fuse(model) == EXPECTED[kind]
+    assert fuse(model) == EXPECTED[kind] | ({} if exact else {"linear": 15})
     (loss, gradient), (want, want_gradient) = loss_and_gradient(model), loss_and_gradient(plain)
-    assert float(loss) == pytest.approx(float(want), rel=1e-5)
-    assert relative_error(gradient, want_gradient) < 1e-5
+    assert float(loss) == pytest.approx(float(want), rel=1e-5 if exact else 1e-3)
+    assert relative_error(gradient, want_gradient) < (1e-5 if exact else 3e-2)
     assert list(model.state_dict()) == list(plain.state_dict())
-
-
-def test_same_in_bf16_to_rounding() -> None:
-    model = model_of("Llama", torch.bfloat16, head_dim=32)
-    plain = copy.deepcopy(model)
-    fuse(model)
-    (loss, gradient), (want, want_gradient) = loss_and_gradient(model), loss_and_gradient(plain)
-    assert float(loss) == pytest.approx(float(want), rel=1e-3)
-    assert relative_error(gradient, want_gradient) < 3e-2
 
 
 @pytest.mark.parametrize("change", ["clamp", "gelu", "dropout", "offset"])
@@ -153,8 +145,8 @@ def test_torch_attends_in_fp32_where_it_has_no_products_of_bf16(
     dtype: torch.dtype, bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows, padded batches and single tokens go to torch; whole causal sequences never do."""
-    monkeypatch.setattr(fused_attention, "NATIVE_BF16", (qn.build_info()["cpu_isa"],) if bf16 else ())
-    monkeypatch.setattr(substitute, "_made", {})
+    monkeypatch.setattr(fusing, "NATIVE_BF16", (qn.build_info()["cpu_isa"],) if bf16 else ())
+    monkeypatch.setattr(experts, "_made", {})
     model = model_of("Mistral", dtype, sliding_window=8).eval()
     plain = copy.deepcopy(model)
     fuse(model)
@@ -186,22 +178,17 @@ def test_torch_attends_in_fp32_where_it_has_no_products_of_bf16(
     assert dtypes <= {dtype if bf16 else torch.float32, torch.bool}
 
 
-def quantized(**changes: Any) -> Any:
-    model = model_of("Llama", torch.bfloat16, head_dim=32, **changes)
+def quantized(adapter: bool = True) -> Any:
+    model = model_of("Llama", torch.bfloat16, head_dim=32)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in path:
             model.set_submodule(path, qn.nn.QuantizedLinear.from_linear(module))
-    qn.add_lora(model, qn.LoraConfig(r=4, seed=0))
-    return model
+    return qn.add_lora(model, qn.LoraConfig(r=4, seed=0)) if adapter else model
 
 
 def test_before_and_after_adapters() -> None:
-    before, after = quantized(), model_of("Llama", torch.bfloat16, head_dim=32)
-    assert fuse(before) == ALL | {"linear": 1}
-    for path, module in list(after.named_modules()):
-        if isinstance(module, nn.Linear) and "lm_head" not in path:
-            after.set_submodule(path, qn.nn.QuantizedLinear.from_linear(module))
-    assert fuse(after) == ALL | {"linear": 1}
+    before, after = quantized(), quantized(adapter=False)
+    assert fuse(before) == fuse(after) == ALL | {"linear": 1}
     qn.add_lora(after, qn.LoraConfig(r=4, seed=0))
     assert torch.equal(before(tokens()).logits, after(tokens()).logits)
 
@@ -271,7 +258,7 @@ def test_dense_layers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(twin.lm_head, Fused)
 
 
-def test_load_model_fuses_unless_told_not_to(tmp_path: Path) -> None:
+def test_load_model_fuses_by_default(tmp_path: Path) -> None:
     folder = save(tmp_path, dtype=torch.bfloat16)
     fused, plain = qn.load_model(folder), qn.load_model(folder, fuse=False)
     assert sum(isinstance(module, Fused) for module in fused.modules()) > 0

@@ -7,25 +7,24 @@ import itertools
 import pytest
 import torch
 from helpers import INDUCTOR, SavedTensors, relative_error, same_bytes, signed
+from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cases import PRODUCTS, QUANT_TYPES, TOLERANCE, Product
-from qlora_native.ops import _products
+from qlora_native.ops import linear_4bit
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 DTYPES = tuple(TOLERANCE)
 
 
-def operands(
-    case: Product, dtype: torch.dtype, **options: object
-) -> tuple[torch.Tensor, qn.QuantizedWeight, torch.Tensor]:
+def operands(case: Product, dtype: torch.dtype, **options: object) -> tuple[Tensor, qn.QuantizedWeight, Tensor]:
     w = qn.quantize(torch.randn(case.n, case.k) / case.k**0.5, **options)  # type: ignore[arg-type]
     x = torch.randn(case.m, case.k, dtype=torch.float64).to(dtype)
     return x, w, torch.randn(case.n).to(dtype)
 
 
-def decoded(w: qn.QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+def decoded(w: qn.QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The weight as the op must see it: rounded once, straight to x's dtype."""
     stored = torch.float32 if dtype == torch.float64 else dtype
     return reference.dequantize(stored, *w.op_args()).to(dtype)
@@ -92,10 +91,10 @@ def test_non_contiguous_and_expanded_operands() -> None:
 
 @pytest.mark.devices("cpu")
 def test_float64_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small panels cut both products many times, at places that are no multiple of a block."""
+    """Small panels split both products many times, at places that are no multiple of a block."""
     x, w, bias = operands(Product(20, 300, 195, 4), torch.float64)
     grad = torch.randn(20, 300, dtype=torch.float64)
-    monkeypatch.setattr(_products, "PANEL_BYTES", 8 * 195 * 7)
+    monkeypatch.setattr(linear_4bit, "PANEL_BYTES", 8 * 195 * 7)
     leaf = x.requires_grad_()
     y = qn.linear(leaf, w, bias)
     y.backward(grad)
@@ -119,14 +118,6 @@ def test_backward_twice_and_nothing_dense_saved() -> None:
     assert sum(t.numel() * t.element_size() for t in saved.tensors) <= w.nbytes
     y.sum().backward(retain_graph=True)
     y.sum().backward()
-
-
-def test_weight_gets_no_gradient() -> None:
-    layer = qn.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 32))
-    layer(torch.randn(2, 64)).sum().backward()
-    assert layer.weight.grad is None
-    assert not layer.weight.requires_grad
-    assert layer.bias.grad is not None
 
 
 def test_refuses_in_words() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import INDUCTOR, relative_error
+from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import _C, reference
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefix
 GRADIENT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def labels_for(shape: tuple[int, ...], vocabulary: int, ignored: float) -> torch.Tensor:
+def labels_for(shape: tuple[int, ...], vocabulary: int, ignored: float) -> Tensor:
     labels = torch.randint(vocabulary, shape)
     return torch.where(torch.rand(shape) < ignored, -100, labels)
 

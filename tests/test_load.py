@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import dense_twin, distance, logits, make, save
+from tiny_models import dense_twin, distance, edit_config, edit_tensors, logits, make, save
 from transformers import GenerationConfig
 
 import qlora_native as qn
 from qlora_native.hf.load import load_model
+from qlora_native.hf.source import open_source
 from qlora_native.nn import QuantizedLinear
 
 # Kind, changes to its config, layers that become 4-bit. What each one probes stands behind it.
@@ -81,17 +81,13 @@ def test_shards_give_the_same_model(tmp_path: Path) -> None:
 def test_the_prefix_of_the_base_model_may_be_absent(tmp_path: Path) -> None:
     save(tmp_path, tie_word_embeddings=True)
     expected = logits(load_model(tmp_path))
-    file = tmp_path / "model.safetensors"
-    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    edit_tensors(tmp_path, lambda t: [t.update({name.removeprefix("model."): t.pop(name)}) for name in list(t)])
     assert torch.equal(logits(load_model(tmp_path)), expected)
 
 
 def test_tied_weights_stored_twice(tmp_path: Path) -> None:
     save(tmp_path, tie_word_embeddings=True)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, file)
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     model = load_model(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert "lm_head.weight" not in model.load_report.dense
@@ -185,9 +181,7 @@ def write_four_bit(folder: Path, storage: torch.dtype = torch.uint8, ulp: bool =
         else:
             tensors[name] = tensor.bfloat16()
     save_file(tensors, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     return tensors
 
 
@@ -195,7 +189,7 @@ def write_four_bit(folder: Path, storage: torch.dtype = torch.uint8, ulp: bool =
 @pytest.mark.parametrize("ulp", [False, True])
 def test_four_bit_checkpoints_load_and_save_byte_for_byte(tmp_path: Path, storage: torch.dtype, ulp: bool) -> None:
     stored = write_four_bit(tmp_path, storage, ulp)
-    model = load_model(tmp_path, quant_type="fp4", block_size=256)  # what the files say wins
+    model = load_model(tmp_path, quant_type="fp4", block_size=256)  # the files win
     state = model.state_dict()
     assert state.keys() == stored.keys()
     for name, tensor in stored.items():
@@ -205,27 +199,6 @@ def test_four_bit_checkpoints_load_and_save_byte_for_byte(tmp_path: Path, storag
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == stored.keys()
     assert torch.equal(logits(load_model(tmp_path / "again")), logits(model))
-
-
-def test_what_bitsandbytes_saved_answers_as_in_bitsandbytes(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    save(tmp_path / "dense", intermediate_size=128)  # its CPU kernels need rows of whole blocks
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    )
-    theirs.save_pretrained(tmp_path / "theirs")
-    theirs.train()  # in evaluation mode its CPU path rounds to bf16
-    model = load_model(tmp_path / "theirs", dtype=torch.float32)
-    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 14
-    assert distance(logits(model), logits(theirs).detach()) < 1e-5
 
 
 def test_what_we_save_bitsandbytes_reads(tmp_path: Path) -> None:
@@ -248,26 +221,23 @@ def write_gguf(path: Path) -> None:
     """A tiny llama with fp32 tensors, written with the gguf package."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(128)
+    sizes: dict[str, float] = {
+        "block_count": 1,
+        "context_length": 64,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+    }
+    sizes |= {"head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": 1e-6, "vocab_size": 128}
+    for name, value in sizes.items():
+        getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{number}>" for number in range(128)])
-    shapes = {
+    attention = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "output": (64, 64)}
+    shapes: dict[str, tuple[int, ...]] = {
         "token_embd": (128, 64),
         "output": (128, 64),
-        "output_norm": (64,),
-        "blk.0.attn_norm": (64,),
-        "blk.0.ffn_norm": (64,),
-        "blk.0.attn_q": (64, 64),
-        "blk.0.attn_k": (32, 64),
-        "blk.0.attn_v": (32, 64),
-        "blk.0.attn_output": (64, 64),
+        **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (64,)),
+        **{f"blk.0.attn_{name}": shape for name, shape in attention.items()},
         "blk.0.ffn_gate": (96, 64),
         "blk.0.ffn_up": (96, 64),
         "blk.0.ffn_down": (64, 96),
@@ -290,6 +260,24 @@ def test_the_readers_bar_can_be_forbidden(
     write_gguf(tmp_path / "tiny.gguf")
     load_model(tmp_path / "tiny.gguf")
     assert ("de-quantizing" in capfd.readouterr().err) != forbidden
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "experts", "gguf"])
+def test_an_open_source_loads_again_and_again(tmp_path: Path, kind: str) -> None:
+    if kind == "gguf":
+        write_gguf(tmp_path / "tiny.gguf")
+    else:
+        changes: dict[str, Any] = {"kind": "Mixtral", "num_local_experts": 4} if kind == "experts" else {}
+        save(tmp_path, **changes)
+    source = open_source(tmp_path)
+    assert open_source(source) is source
+    for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
+        model, expected = load_model(source, dtype=dtype), load_model(tmp_path, dtype=dtype)
+        assert torch.equal(logits(model), logits(expected))
+    given, found = (list(qn.lora_statistics(model, source=one)) for one in (source, None))
+    assert len(given) == {"safetensors": 14, "experts": 8, "gguf": 7}[kind]
+    for one, other in zip(given, found, strict=True):
+        assert one.path == other.path and torch.equal(one.weight, other.weight)
 
 
 def test_gguf_file_and_folder(tmp_path: Path) -> None:

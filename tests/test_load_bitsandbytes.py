@@ -13,9 +13,8 @@ import pytest
 import torch
 from helpers import same_values
 from safetensors.torch import load_file
-from tiny_models import distance, logits, save
+from tiny_models import bitsandbytes_model, distance, edit_tensors, logits, save
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from qlora_native import reference
 from qlora_native.hf.load import load_model
@@ -28,19 +27,14 @@ STORAGE = ["uint8", "bfloat16", "float16", "float32"]
 
 def write(folder: Path, dtype: torch.dtype, quant_type: str, nested: bool, storage: str) -> Any:
     """A folder that transformers saved with bitsandbytes' layers, and the model in training mode."""
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
+    # its CPU kernels need rows of whole blocks
+    model = bitsandbytes_model(
+        save(folder / "dense", intermediate_size=128, attention_bias=True),
+        dtype,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=nested,
         bnb_4bit_quant_storage=storage,
         bnb_4bit_compute_dtype=dtype,
-    )
-    # its CPU kernels need rows of whole blocks
-    save(folder / "dense", intermediate_size=128, attention_bias=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "dense", quantization_config=config, dtype=dtype, device_map={"": "cpu"}
     )
     model.save_pretrained(folder / "theirs")
     return model.train()
@@ -93,16 +87,18 @@ def test_weights_and_logits_are_theirs_and_the_file_is_saved_again(
 
 
 def test_maps_that_differ_are_honored_and_saved(tmp_path: Path) -> None:
-    """Both libraries' files hold their maps; bitsandbytes does not look at the 16 levels, and this library does."""
-    from safetensors.torch import save_file
-
+    """Both libraries' files hold their maps; bitsandbytes does not read the 16 levels, and this library does."""
     write(tmp_path, torch.float32, "nf4", True, "uint8")
     file = tmp_path / "theirs" / "model.safetensors"
-    tensors = load_file(file)
     name = "model.layers.0.mlp.down_proj.weight"
-    tensors[f"{name}.quant_map"] = tensors[f"{name}.quant_map"] * 0.75
-    tensors[f"{name}.nested_quant_map"] = tensors[f"{name}.nested_quant_map"].flip(0).contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
+    edit_tensors(
+        file.parent,
+        lambda t: (
+            t[f"{name}.quant_map"].mul_(0.75),
+            t[f"{name}.nested_quant_map"].copy_(t[f"{name}.nested_quant_map"].flip(0)),
+        ),
+    )
+    tensors = load_file(file)
     model = load_model(tmp_path / "theirs", dtype=torch.float32)
     got = model.get_submodule(name.removesuffix(".weight")).quantized.dequantize()
     state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
@@ -116,7 +112,7 @@ def test_maps_that_differ_are_honored_and_saved(tmp_path: Path) -> None:
     assert (tmp_path / "again/model.safetensors").read_bytes() == file.read_bytes()
 
 
-def test_a_config_that_tells_4_bits_in_the_other_field(tmp_path: Path) -> None:
+def test_a_config_with_4_bits_in_the_other_field(tmp_path: Path) -> None:
     """Some published folders have only `_load_in_4bit`."""
     theirs = write(tmp_path, torch.float32, "nf4", False, "uint8")
     path = tmp_path / "theirs" / "config.json"

@@ -1,4 +1,4 @@
-"""Every broken model folder is one sentence that names the file or the tensor, and says what to do."""
+"""Every broken model folder is one sentence that names the file or the tensor, and what to do."""
 
 from __future__ import annotations
 
@@ -7,29 +7,20 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save
+from tiny_models import edit_config, edit_tensors, save
 
 import qlora_native as qn
+from qlora_native.hf.build import MetaModel
 from qlora_native.hf.load import load_model
 from qlora_native.hf.source import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 TENSOR = "model.layers.1.mlp.up_proj.weight"
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS)
 
 
 def put(value: float, name: str = TENSOR) -> Callable[[dict[str, torch.Tensor]], object]:
@@ -46,7 +37,7 @@ def edit_header(folder: Path, edit: Callable[[dict], object]) -> None:
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
 
-def cut(folder: Path, num_bytes: int) -> None:
+def truncate(folder: Path, num_bytes: int) -> None:
     raw = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(raw[:num_bytes])
 
@@ -77,7 +68,7 @@ def gguf_only(folder: Path) -> None:
     (folder / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
 
 
-# What is done to a sound folder, and what the sentence must say.
+# What is done to a sound folder, and what the sentence must contain.
 BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("no config", lambda f: (f / "config.json").unlink(), r"has no config\.json"),
     ("config is not JSON", lambda f: (f / "config.json").write_text("{"), r"config\.json cannot be read"),
@@ -108,11 +99,11 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("missing shard", lambda f: shard(f).unlink(), r"lacks 1 of the 2 weight files.*part-1\.safetensors"),
     ("broken index", lambda f: (shard(f), (f / f"{WEIGHTS}.index.json").write_text("[]")), "not an index of shards"),
     ("index of another model", index_names_too_much, r"part-0\.safetensors lacks tensor model\.extra\.weight"),
-    ("empty file", lambda f: cut(f, 0), r"cut short: it should hold at least 8 bytes and holds 0"),
-    ("cut in the header", lambda f: cut(f, 100), r"model\.safetensors is cut short.*holds 100;"),
+    ("empty file", lambda f: truncate(f, 0), r"cut short: it should hold at least 8 bytes and holds 0"),
+    ("truncated header", lambda f: truncate(f, 100), r"model\.safetensors is cut short.*holds 100;"),
     (
-        "cut in the data",
-        lambda f: cut(f, -10),
+        "truncated data",
+        lambda f: truncate(f, -10),
         r"model\.safetensors is cut short: it should hold at least [\d,]+ bytes",
     ),
     ("not JSON", lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 4) + b"abcd"), "header is not JSON"),
@@ -164,14 +155,14 @@ def test_the_tokenizer_of_a_broken_gguf_file(tmp_path: Path) -> None:
             load_tokenizer(str(path))
 
 
-@pytest.mark.parametrize(("damage", "says"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
-def test_broken_folders(tmp_path: Path, damage: Callable[[Path], object], says: str) -> None:
+@pytest.mark.parametrize(("damage", "words"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_broken_folders(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
     folder = save(tmp_path / "model")
     damage(folder)
-    with pytest.raises(qn.UserError) as told:
+    with pytest.raises(qn.UserError) as error:
         load_model(folder)
-    sentence = str(told.value)
-    assert re.search(says, sentence), sentence
+    sentence = str(error.value)
+    assert re.search(words, sentence), sentence
     assert str(folder) in sentence, sentence
     assert "\n" not in sentence
     assert sentence.endswith(".")
@@ -186,14 +177,14 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_native.hf import build as module
-
     save(tmp_path)
+    store = MetaModel.store
 
-    def shrink(*_: object) -> None:
-        cut(tmp_path, 3000)
+    def stored(*arguments: Any) -> None:
+        truncate(tmp_path, 3000)
+        store(*arguments)
 
-    monkeypatch.setattr(module, "_check_finite", shrink)
+    monkeypatch.setattr(MetaModel, "store", stored)
     with pytest.raises(qn.UserError, match=r"model\.safetensors is cut short"):
         load_model(tmp_path)
 
@@ -212,7 +203,7 @@ def test_four_bit_weights_without_a_part(tmp_path: Path, missing: str) -> None:
         load_model(tmp_path)
 
 
-def test_unknown_tensors_are_told_and_left_out(tmp_path: Path) -> None:
+def test_unknown_tensors_are_left_out_with_a_warning(tmp_path: Path) -> None:
     save(tmp_path)
     edit_tensors(tmp_path, lambda t: t.update({"model.vision.weight": torch.zeros(3)}))
     with pytest.warns(UserWarning, match=r"left out 1 of the stored.*LlamaForCausalLM.*model\.vision\.weight"):
@@ -227,7 +218,7 @@ def test_old_rotary_tables_are_left_out_silently(tmp_path: Path, recwarn: pytest
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "words"),
     [
         ({"method": "awq"}, "method is 'awq': expected 'rtn', 'rtn_signed', 'wmse', 'gptq'"),
         ({"method": "rtn", "calibration": ["text"]}, "takes no calibration data"),
@@ -237,6 +228,6 @@ def test_old_rotary_tables_are_left_out_silently(tmp_path: Path, recwarn: pytest
         ({"block_size": 48}, "block_size is 48"),
     ],
 )
-def test_wrong_arguments(tmp_path: Path, arguments: dict[str, object], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_wrong_arguments(tmp_path: Path, arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         load_model(tmp_path, **arguments)  # type: ignore[arg-type]

@@ -23,10 +23,7 @@ LOADERS = {
         "AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.bfloat16)"
     ),
 }
-# Imports, says so, loads once told to, reports, and stays alive until it is no longer measured.
-CHILD = """
-import json, sys
-import torch
+LOAD = """
 import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
 from transformers import AutoModelForCausalLM
 from qlora_native import QLoRANativeConfig
@@ -34,18 +31,33 @@ from qlora_native.hf import quantizer
 from qlora_native.hf.load import load_model
 config = QLoRANativeConfig()
 
+def work():
+    global model
+    model = {loader}
+    return [model.load_report.num_bytes, model.load_report.bytes_4bit]
+"""
+# Imports and prints "ready", works when a line comes in, prints the result, and stays alive until the next line.
+CHILD = """
+import json, sys
+from pathlib import Path
+import torch
+{work}
 torch.set_num_threads(2)
 print("ready", flush=True)
 sys.stdin.readline()
-model = {loader}
-report = model.load_report
-print(json.dumps([report.num_bytes, report.bytes_4bit]), flush=True)
+print(json.dumps(work()), flush=True)
 sys.stdin.readline()
 """
 
 
 def write_model(
-    folder: Path, hidden: int = HIDDEN, inner: int = INNER, layers: int = LAYERS, vocab: int = VOCAB
+    folder: Path,
+    hidden: int = HIDDEN,
+    inner: int = INNER,
+    layers: int = LAYERS,
+    vocab: int = VOCAB,
+    heads: int = 12,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[int, int]:
     """A random llama, one shard a layer, never whole in memory. Returns bytes of all tensors, and of the largest."""
     config = LlamaConfig(
@@ -53,14 +65,13 @@ def write_model(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
-        num_attention_heads=12,
+        num_attention_heads=heads,
         architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
+        dtype=str(dtype).removeprefix("torch."),
     )
     config.save_pretrained(folder)
-    attention = torch.randn(hidden, hidden).mul_(0.02).bfloat16()
-    mlp = torch.randn(inner, hidden).mul_(0.02).bfloat16()
-    norm = torch.ones(hidden, dtype=torch.bfloat16)
+    attention, mlp, table = (torch.randn(rows, hidden).mul_(0.02).to(dtype) for rows in (hidden, inner, vocab))
+    norm = torch.ones(hidden, dtype=dtype)
     shards: dict[str, dict[str, torch.Tensor]] = {}
     for number in range(layers):
         prefix = f"model.layers.{number}."
@@ -72,7 +83,6 @@ def write_model(
             f"{prefix}input_layernorm.weight": norm,
             f"{prefix}post_attention_layernorm.weight": norm,
         }
-    table = torch.randn(vocab, hidden).mul_(0.02).bfloat16()
     shards["model-99.safetensors"] = {
         "model.embed_tokens.weight": table,
         "lm_head.weight": table,
@@ -86,17 +96,6 @@ def write_model(
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return sum(sizes), max(sizes)
-
-
-def anonymous_bytes(pid: int | str) -> int:
-    """Memory in use that no file stands behind. Shared anonymous memory counts too: it is no way round the limit."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    values = {
-        name: int(value.split()[0]) * 1024
-        for name, _, value in (line.partition(":") for line in lines)
-        if "kB" in value
-    }
-    return values["RssAnon"] + values["RssShmem"]
 
 
 def write_experts(folder: Path) -> int:
@@ -130,11 +129,23 @@ def write_experts(folder: Path) -> int:
     return weight.nbytes
 
 
-def measure(folder: Path, loader: str) -> tuple[int, int, int, int]:
-    """Anonymous bytes at the peak and after loading, beyond those of the imports; the model's bytes, the 4-bit ones."""
-    script = CHILD.replace("{loader}", loader)
+def anonymous_bytes(pid: int | str) -> int:
+    """Memory in use that no file stands behind. Shared anonymous memory counts too: it is no way round the limit."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in lines)
+    return sum(int(values[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
+def peak_of(work: str, *arguments: str | Path) -> tuple[int, int, list[int]]:
+    """Run ``work``, code that defines work(), in a process of its own with those arguments.
+
+    Returns anonymous bytes at the peak and after it, beyond those of the imports, and what work() returned.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHILD.replace("{work}", work), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -147,16 +158,22 @@ def measure(folder: Path, loader: str) -> tuple[int, int, int, int]:
         while not select.select([process.stdout], [], [], 0.0005)[0]:
             peak = max(peak, anonymous_bytes(process.pid))
             assert time.monotonic() < deadline
-        num_bytes, bytes_4bit = json.loads(process.stdout.readline())
+        result = json.loads(process.stdout.readline())
         after = anonymous_bytes(process.pid)
-        process.stdin.write("done\n")
+        process.stdin.write("end\n")
         process.stdin.flush()
         assert process.wait(20) == 0
     finally:
         process.kill()
         process.stdout.close()
         process.stdin.close()
-    return peak - before, after - before, num_bytes, bytes_4bit
+    return peak - before, after - before, result
+
+
+def measure(folder: Path, loader: str) -> tuple[int, int, int, int]:
+    """Anonymous bytes at the peak and after loading, beyond those of the imports; the model's bytes, the 4-bit ones."""
+    peak, after, (num_bytes, bytes_4bit) = peak_of(LOAD.replace("{loader}", loader), folder)
+    return peak, after, num_bytes, bytes_4bit
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +201,7 @@ def test_experts_are_not_stacked_in_16_bits(tmp_path: Path) -> None:
 def check_peak(folder: Path, largest: int, loader: str, at_least: float) -> None:
     """Load ``folder`` in a process of its own: its peak, and that ``at_least`` so many bytes have become 4-bit."""
     peak, rest, num_bytes, bytes_4bit = measure(folder, loader)
-    limit = (num_bytes + largest) * 1.1
-    told = f"peak {peak:,}, at rest {rest:,} bytes; model {num_bytes:,}, largest tensor {largest:,}"
-    print(told)
+    figures = f"peak {peak:,}, at rest {rest:,} bytes; model {num_bytes:,}, largest tensor {largest:,}"
+    print(figures)
     assert bytes_4bit > at_least, "the layers must have become 4-bit"
-    assert peak <= limit, told
+    assert peak <= (num_bytes + largest) * 1.1, figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import INDUCTOR, SavedTensors, relative_error, signed
+from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
@@ -21,7 +22,7 @@ class Operands:
         self.w = signed(w) if bias else w
         self.dense = reference.dequantize(stored, *self.w.op_args()).double()
 
-        def leaf(*shape: int, to: torch.dtype = dtype) -> torch.Tensor:
+        def leaf(*shape: int, to: torch.dtype = dtype) -> Tensor:
             return torch.randn(*shape, dtype=torch.float64).to(to).requires_grad_()
 
         self.x = leaf(case.m, case.k)
@@ -31,11 +32,11 @@ class Operands:
         self.bias = leaf(case.n) if bias else None
         self.grad_y = torch.randn(case.m, case.n, dtype=torch.float64).to(dtype)
 
-    def leaves(self) -> dict[str, torch.Tensor]:
+    def leaves(self) -> dict[str, Tensor]:
         named = {"x": self.x, "x_lora": self.x_lora, "a": self.a, "b": self.b, "bias": self.bias}
         return {name: t for name, t in named.items() if t is not None}
 
-    def ours(self) -> torch.Tensor:
+    def ours(self) -> Tensor:
         return qn.lora_linear(self.x, self.w, self.a, self.b, SCALE, self.bias, self.x_lora)
 
     def usual_norm(self, name: str) -> float:
@@ -52,7 +53,7 @@ class Operands:
             return float(SCALE * (grad_y.t() @ (x @ magnitude["a"].t())).norm()) / max(1, x.numel()) ** 0.5
         return 0.0
 
-    def truth(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def truth(self) -> tuple[Tensor, dict[str, Tensor]]:
         # The rule: adapters are rounded to x's dtype for their products.
         wide = {name: t.detach().to(self.x.dtype).double().requires_grad_() for name, t in self.leaves().items()}
         adapted = wide.get("x_lora", wide["x"])
@@ -122,9 +123,7 @@ def test_gradcheck_twice() -> None:
     w = qn.quantize(torch.randn(6, 8), block_size=32)
     leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 8), (2, 8), (6, 2), (6,), (3, 8))]
 
-    def function(
-        x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, xl: torch.Tensor
-    ) -> torch.Tensor:
+    def function(x: Tensor, a: Tensor, b: Tensor, bias: Tensor, xl: Tensor) -> Tensor:
         return qn.lora_linear(x, w, a, b, 0.5, bias, xl) + qn.lora_linear(x, w, a, b, 0.5)
 
     assert torch.autograd.gradcheck(function, leaves)

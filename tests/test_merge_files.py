@@ -89,7 +89,7 @@ def test_the_drift_of_logits_is_that_of_peft(files: Path, capsys: pytest.Capture
     out = files / "decoded"
     words = (files / "model", files / "adapter", "--out", out, "--base", "dequantized", "--to", "fp32", "--check")
     result = merge(capsys, *words, "--sample", files / "sample.jsonl")
-    (told,) = result["logits"]
+    (found,) = result["logits"]
     tokenizer = tiny_tokenizer(files / "model")
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
     for path, (weight, _) in exact(files / "model", files / "adapter").items():
@@ -111,9 +111,9 @@ def test_the_drift_of_logits_is_that_of_peft(files: Path, capsys: pytest.Capture
         off, size = off + float((p - q).square().sum()), size + float(p.square().sum())
         kl.append(torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True))
     divergence = torch.cat(kl).sum(-1)
-    assert told["tokens"] == len(divergence)
-    assert told["relative"] == pytest.approx((off / size) ** 0.5, rel=1e-3)
-    assert told["kl_mean"] == pytest.approx(float(divergence.mean()), rel=1e-3)
+    assert found["tokens"] == len(divergence)
+    assert found["relative"] == pytest.approx((off / size) ** 0.5, rel=1e-3)
+    assert found["kl_mean"] == pytest.approx(float(divergence.mean()), rel=1e-3)
 
 
 def tiny_tokenizer(folder: Path) -> Any:
@@ -153,14 +153,14 @@ def test_memory_is_a_few_parts(files: Path, tmp_path: Path, monkeypatch: pytest.
     sizes: list[int] = []
     read_part = Checkpoint.read_part
 
-    def told(self: Checkpoint, stored: Any, begin: int, end: int) -> torch.Tensor:
+    def recorded(self: Checkpoint, stored: Any, begin: int, end: int) -> torch.Tensor:
         sizes.append(end - begin)
         return read_part(self, stored, begin, end)
 
     def refused(self: Checkpoint, stored: Any, *scratch: Any) -> torch.Tensor:
         raise AssertionError(f"{stored.name} is read whole")
 
-    monkeypatch.setattr(Checkpoint, "read_part", told)
+    monkeypatch.setattr(Checkpoint, "read_part", recorded)
     monkeypatch.setattr(Checkpoint, "read", refused)
     monkeypatch.setattr(convert, "PART", 512)
     work = Merging(files / "model", files / "adapter")
@@ -198,7 +198,7 @@ def test_other_models(tmp_path: Path, kind: str, changes: dict[str, Any], option
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "printed"),
     [
         (["{files}/model"], "the following arguments are required: ADAPTER, --out"),
         (["{files}/model", "{files}/adapter", "--out", "{files}"], "{files} exists already; choose another --out"),
@@ -212,13 +212,13 @@ def test_other_models(tmp_path: Path, kind: str, changes: dict[str, Any], option
         ),
     ],
 )
-def test_mistakes(files: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(files: Path, words: list[str], printed: str, capsys: pytest.CaptureFixture[str]) -> None:
     if not (files / "other").is_dir():
         tiny.write_model(files / "other", hidden_size=32, intermediate_size=64)
     capsys.readouterr()
     assert main.main(["merge", *(word.format(files=files) for word in words)]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))]
-    assert len(errors) == 1 and told.format(files=files) in errors[0], errors
+    assert len(errors) == 1 and printed.format(files=files) in errors[0], errors
     assert not (files / "new").exists()
 
 

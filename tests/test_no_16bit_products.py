@@ -29,7 +29,9 @@ from transformers import AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.config import TrainConfig
-from qlora_native.evaluate import Variants, compare, load_text
+from qlora_native.evaluate.comparison import compare
+from qlora_native.evaluate.texts import load_text
+from qlora_native.evaluate.variants import Variants
 from qlora_native.hf.generate import Sampling, stream
 from qlora_native.train.loop import Trainer
 
@@ -72,10 +74,10 @@ def evaluation(folder: Path, dtype: torch.dtype) -> Callable[[], Any]:
     """`qlora eval`: the 16-bit model, its 4-bit form and that one with an adapter, on rows of different lengths."""
     model_folder = tiny.write_model(folder / "model")
     qn.save_adapter(adapted(model_folder, dtype), folder / "adapter")
-    sides = Variants(model_folder, ("rtn",), folder / "adapter", options={"dtype": dtype})
+    variants = Variants(model_folder, ("rtn",), folder / "adapter", options={"dtype": dtype})
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     text = load_text(tiny.write_rows(folder / "held.jsonl", 12), tokenizer, max_length=64)
-    return lambda: compare(sides, [text], [], tokenizer, pad_id=1)
+    return lambda: compare(variants, [text], tokenizer, pad_id=1)
 
 
 def calibration(folder: Path, dtype: torch.dtype, method: str) -> Callable[[], Any]:

@@ -13,7 +13,7 @@ from helpers import same_bytes, through_a_file
 from paged import OPTIMIZERS, Params, same_params
 
 import qlora_native as qn
-from qlora_native.ops._optim_plan import Plan
+from qlora_native.ops._optim import Plan
 
 SIZES = ((70, 70), (5,), (4096,), (33, 200))
 

@@ -1,4 +1,4 @@
-"""Packing: full sequences, the same every time, and rows that see nothing of their neighbors."""
+"""Packing: full sequences, the same every time, and rows without attention to their neighbors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from helpers import relative_error
 from torch import nn
 
-from qlora_native.data import BatchPlan, PackedPlan, collate_packed
-from qlora_native.data.packing import pack
+from qlora_native.data.batching import BatchSampler, PackedBatchSampler, collate_packed, pack
 from qlora_native.errors import UserError
-from qlora_native.hf.attention import documents_of
-from qlora_native.hf.fuse import fuse
+from qlora_native.hf.fuse import documents_of, fuse
 from qlora_native.hf.loss import causal_lm_loss, trained_tokens
 from qlora_native.train.batches import check_packing
 
@@ -44,36 +42,36 @@ def test_a_known_packing() -> None:
 
 def test_every_row_once_per_epoch_and_hardly_any_room_is_left() -> None:
     sizes = lengths(5000)
-    plan = PackedPlan(sizes, 8, 256, seed=3)
-    epochs = [[rows for batch in plan.batches(epoch) for rows in batch] for epoch in range(2)]
+    sampler = PackedBatchSampler(sizes, 8, 256, seed=3)
+    epochs = [[rows for batch in sampler.batches(epoch) for rows in batch] for epoch in range(2)]
     for sequences in epochs:
         assert sorted(row for rows in sequences for row in rows) == list(range(5000))
         filled = [int(sizes[rows].sum()) for rows in sequences]
         assert max(filled) <= 256
         assert sum(filled) > 0.98 * 256 * len(sequences)
     assert {frozenset(rows) for rows in epochs[0]} != {frozenset(rows) for rows in epochs[1]}, "rows mix anew"
-    assert PackedPlan(sizes, 8, 256, seed=3).batches(1) == plan.batches(1)
-    assert PackedPlan(sizes, 8, 256, seed=4).batches(1) != plan.batches(1)
-    assert plan.steps(1.5) == plan.count(0) + -(-plan.count(1) // 2)
+    assert PackedBatchSampler(sizes, 8, 256, seed=3).batches(1) == sampler.batches(1)
+    assert PackedBatchSampler(sizes, 8, 256, seed=4).batches(1) != sampler.batches(1)
+    assert sampler.steps(1.5) == sampler.count(0) + -(-sampler.count(1) // 2)
 
 
-def test_a_position_in_the_middle_of_an_epoch_is_taken_up() -> None:
-    def plan() -> PackedPlan:
-        return PackedPlan(lengths(90), 3, 150, seed=7)
+def test_a_run_resumes_in_the_middle_of_an_epoch() -> None:
+    def sampler() -> PackedBatchSampler:
+        return PackedBatchSampler(lengths(90), 3, 150, seed=7)
 
-    whole = list(islice(plan().forever(), 30))
-    first = plan()
+    whole = list(islice(sampler().forever(), 30))
+    first = sampler()
     seen = list(islice(first.forever(), 17))
-    resumed = plan()
+    resumed = sampler()
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert resumed.epoch >= 1 and resumed.batch > 0
     assert seen + list(islice(resumed.forever(), 13)) == whole
     with pytest.raises(UserError, match="packing was on when the checkpoint was made and is off now"):
-        BatchPlan(lengths(90), 3, seed=7).load_state_dict(first.state_dict())
+        BatchSampler(lengths(90), 3, seed=7).load_state_dict(first.state_dict())
     with pytest.raises(UserError, match="packed_length was 150 when the checkpoint was made and is 200 now"):
-        PackedPlan(lengths(90), 3, 200, seed=7).load_state_dict(first.state_dict())
+        PackedBatchSampler(lengths(90), 3, 200, seed=7).load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="packed_length is 20, expected at least the longest row's"):
-        PackedPlan(lengths(90), 3, 20)
+        PackedBatchSampler(lengths(90), 3, 20)
 
 
 # ---- tensors
@@ -149,7 +147,7 @@ def test_losses_and_gradients_are_those_of_the_rows_alone(kind: str) -> None:
             assert float((got.grad - wanted.grad).norm()) <= 1e-5 * float(wanted.grad.norm()) + 1e-7, name
 
 
-def test_in_bf16_native_attention_sees_no_other_row_either() -> None:
+def test_in_bf16_native_attention_is_that_of_the_rows_alone() -> None:
     model = tiny_models.make(hidden_size=128)
     model.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
     truth, model = model, copy.deepcopy(model).bfloat16()
@@ -192,7 +190,7 @@ def test_a_model_that_carries_something_from_row_to_row_is_refused() -> None:
         check_packing(model)
 
 
-def test_documents_are_read_off_the_mask() -> None:
+def test_documents_are_read_from_the_mask() -> None:
     tril = torch.ones(9, 9, dtype=torch.bool).tril()
     group = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
     mask = (tril & (group[:, None] == group))[None, None]
@@ -206,7 +204,7 @@ def test_documents_are_read_off_the_mask() -> None:
     assert first is not None and torch.equal(first[0, 0], windowed[0, 0, :4, :4])
     leaking = mask.clone()
     leaking[..., 8, 0] = True
-    blind = mask.clone()
-    blind[..., 5, 5] = False
-    for other in (tril[None, None], leaking, blind, mask.float(), mask[0, 0]):
+    unseeing = mask.clone()
+    unseeing[..., 5, 5] = False
+    for other in (tril[None, None], leaking, unseeing, mask.float(), mask[0, 0]):
         assert documents_of(other, 1) is None

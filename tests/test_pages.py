@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qlora_native as qn
-from qlora_native.ops import _pages
+from qlora_native.ops import _library
 
 
 def huge_bytes(address: int) -> int:
@@ -28,14 +28,14 @@ def huge_bytes(address: int) -> int:
 def test_values_stay() -> None:
     t = torch.arange(3 << 20, dtype=torch.int32)[5:]  # neither end at a page
     before = t.clone()
-    _pages.gather(t)
-    _pages.expect(t)
+    _library.gather_pages(t)
+    _library.expect_pages(t)
     assert torch.equal(t, before)
 
 
 def test_small_memory_is_left_alone() -> None:
-    assert not _pages.gather(torch.zeros(1 << 18))
-    assert not _pages.expect(torch.zeros(0))
+    assert not _library.gather_pages(torch.zeros(1 << 18))
+    assert not _library.expect_pages(torch.zeros(0))
 
 
 @pytest.mark.parametrize("setting", [None, "always madvise [never]"])
@@ -43,12 +43,12 @@ def test_not_against_the_systems_setting(setting: str | None, tmp_path: Path, mo
     path = tmp_path / "enabled"
     if setting is not None:
         path.write_text(setting)
-    monkeypatch.setattr(_pages, "SETTING", path)
-    _pages._madvise.cache_clear()
+    monkeypatch.setattr(_library, "SETTING", path)
+    _library._madvise.cache_clear()
     try:
-        assert not _pages.gather(torch.zeros(4 << 20))
+        assert not _library.gather_pages(torch.zeros(4 << 20))
     finally:
-        _pages._madvise.cache_clear()
+        _library._madvise.cache_clear()
 
 
 def test_gathered_memory_lies_in_huge_pages() -> None:
@@ -60,28 +60,28 @@ def test_gathered_memory_lies_in_huge_pages() -> None:
     assert huge_bytes(t.data_ptr()) == 0
     memory.madvise(mmap.MADV_HUGEPAGE)  # takes the refusal back; only what is touched later would follow
     assert huge_bytes(t.data_ptr()) == 0
-    if not _pages.gather(t):
+    if not _library.gather_pages(t):
         pytest.skip("this kernel gives none")
-    assert huge_bytes(t.data_ptr()) >= size - 2 * _pages.HUGE_PAGE
+    assert huge_bytes(t.data_ptr()) >= size - 2 * _library.HUGE_PAGE
     assert bool((t == 7).all())
 
 
 def test_a_quantized_weight_is_expected_and_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[tuple[int, int]] = []
-    monkeypatch.setattr(_pages, "_advise", lambda tensor, advice: advised.append((tensor.data_ptr(), advice)))
+    monkeypatch.setattr(_library, "_advise", lambda tensor, advice: advised.append((tensor.data_ptr(), advice)))
     w = qn.quantize(torch.randn(64, 64))
-    assert advised == [(w.packed.data_ptr(), _pages.MADV_HUGEPAGE)]
+    assert advised == [(w.packed.data_ptr(), _library.MADV_HUGEPAGE)]
     for _ in range(2):  # at the first product only
         qn.linear(torch.randn(1, 64), w)
-    assert advised[1:] == [(w.packed.data_ptr(), _pages.MADV_COLLAPSE)]
+    assert advised[1:] == [(w.packed.data_ptr(), _library.MADV_COLLAPSE)]
 
 
 def test_pages_are_interleaved_over_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not _pages.nodes():
+    if not _library.nodes():
         pytest.skip("the system does not list its NUMA nodes")
     t = torch.arange(1 << 20, dtype=torch.int32)
     before = t.clone()
-    if not _pages.interleave(t, _pages.nodes()[:1]):
+    if not _library.interleave(t, _library.nodes()[:1]):
         pytest.skip("the system does not let a process choose nodes")
     assert torch.equal(t, before)
     policies = [line.split()[:2] for line in Path("/proc/self/numa_maps").read_text(encoding="ascii").splitlines()]
@@ -94,9 +94,9 @@ def test_pages_are_interleaved_over_nodes(monkeypatch: pytest.MonkeyPatch, tmp_p
 )
 def test_nodes(listed: str, found: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "online").write_text(listed + "\n")
-    monkeypatch.setattr(_pages, "NODES", tmp_path / "online")
-    _pages.nodes.cache_clear()
+    monkeypatch.setattr(_library, "NODES", tmp_path / "online")
+    _library.nodes.cache_clear()
     try:
-        assert _pages.nodes() == found
+        assert _library.nodes() == found
     finally:
-        _pages.nodes.cache_clear()
+        _library.nodes.cache_clear()

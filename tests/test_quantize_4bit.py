@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from helpers import same_bytes
+from helpers import same_bytes, same_weight
+from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
@@ -17,7 +18,7 @@ from qlora_native.cases import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, WEIGHT_SH
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 
 
-def truth(t: torch.Tensor, quant_type: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def truth(t: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
     return reference.quantize_blocks(t, QUANT_TYPES.index(quant_type), block_size)
 
 
@@ -33,13 +34,8 @@ def test_matches_the_reference(shape: tuple[int, ...], quant_type: str, dtype: t
         assert same_bytes(plain.absmax, absmax)
         assert plain.shape == t.shape
         nested = qn.quantize(t, quant_type=quant_type, block_size=block_size)
-        codes, nested_absmax, offset = reference.quantize_scales(absmax)
-        assert same_bytes(nested.packed, packed)
-        assert same_bytes(nested.absmax, codes)
-        assert nested.nested_absmax is not None
-        assert same_bytes(nested.nested_absmax, nested_absmax)
-        assert nested.nested_offset is not None
-        assert same_bytes(nested.nested_offset, offset)
+        for got, want in zip(nested.op_args(), (packed, *reference.quantize_scales(absmax)), strict=False):
+            assert same_bytes(got, want)  # type: ignore[arg-type]
 
 
 def test_error_is_that_of_the_paper() -> None:
@@ -134,9 +130,7 @@ def test_thread_count_does_not_change_bytes() -> None:
         torch.set_num_threads(count)
         results.append(qn.quantize(t))
     torch.set_num_threads(threads)
-    for w in results[1:]:
-        for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
-            assert same_bytes(getattr(w, name), getattr(results[0], name))
+    assert same_weight(results[0], results[1]) and same_weight(results[0], results[2])
 
 
 def test_opcheck() -> None:

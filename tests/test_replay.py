@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from laws import ROOT
 
-from qlora_native.tuning import replay
+sys.path.insert(0, str(ROOT / "bench"))
+
+import replay
 
 
 def test_copies_are_more_than_twice_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import SavedTensors, relative_error, same_values
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_native import reference
@@ -16,7 +17,7 @@ TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = ((1, 1), (3, 16), (2, 5, 17), (4, 576), (1, 3, 100), (0, 8), (7, 2049))
 
 
-def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
 
 
@@ -82,8 +83,8 @@ def test_keeps_its_input_and_one_number_a_row() -> None:
 
 def test_strides_do_not_matter() -> None:
     x, weight = operands((40, 12), torch.float32)
-    turned, spread = x.t().contiguous().t(), torch.empty(24)[::2].copy_(weight)
-    assert same_values(rms_norm(turned, spread, EPS)[0], rms_norm(x, weight, EPS)[0])
+    strided, spread = x.t().contiguous().t(), torch.empty(24)[::2].copy_(weight)
+    assert same_values(rms_norm(strided, spread, EPS)[0], rms_norm(x, weight, EPS)[0])
 
 
 @pytest.mark.devices("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import SavedTensors, relative_error, same_values
+from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from qlora_native import reference
@@ -16,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def operands(
     batch: int, heads: int, length: int, width: int, dtype: torch.dtype, angle_rows: int = 1
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """x as a projection makes it (heads side by side), and angles whose two halves differ."""
     x = torch.randn(batch, length, heads, width).to(dtype).transpose(1, 2)
     cos, sin = (torch.randn(angle_rows, length, width).to(dtype) for _ in range(2))

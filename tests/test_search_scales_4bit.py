@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import same_bytes
+from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
@@ -40,11 +41,11 @@ def test_no_scale_of_the_table_is_better() -> None:
     """In double precision, with the nearest of all levels: an independent look at every candidate."""
     t, moment, table, multiplier, offset, *_ = case = arguments((4, 128), torch.float32, 0)
     _, chosen = torch.ops.qlora_native.search_scales_4bit(*case[:7], 0.0, 1e30, *case[9:])
-    assert isinstance(t, torch.Tensor)
-    assert isinstance(moment, torch.Tensor)
-    assert isinstance(table, torch.Tensor)
-    assert isinstance(multiplier, torch.Tensor)
-    assert isinstance(offset, torch.Tensor)
+    assert isinstance(t, Tensor)
+    assert isinstance(moment, Tensor)
+    assert isinstance(table, Tensor)
+    assert isinstance(multiplier, Tensor)
+    assert isinstance(offset, Tensor)
     blocks = t.double().reshape(-1, 1, 64, 1)
     scales = (table * multiplier[0] + offset).double()
     levels = qn._native.levels(0).to(t.device).double()
@@ -67,12 +68,12 @@ def test_threads_do_not_matter() -> None:
 
 def test_non_contiguous_and_empty() -> None:
     t, *rest = arguments((64, 96), torch.float32, 0)
-    assert isinstance(t, torch.Tensor)
-    turned = t.t().contiguous().t()
+    assert isinstance(t, Tensor)
+    strided = t.t().contiguous().t()
     straight = torch.ops.qlora_native.search_scales_4bit(t, *rest)
     assert all(
         same_bytes(a, b)
-        for a, b in zip(torch.ops.qlora_native.search_scales_4bit(turned, *rest), straight, strict=True)
+        for a, b in zip(torch.ops.qlora_native.search_scales_4bit(strided, *rest), straight, strict=True)
     )
     case = arguments((0, 96), torch.float32, 0)
     packed, chosen = torch.ops.qlora_native.search_scales_4bit(*case)
@@ -85,7 +86,7 @@ def test_opcheck() -> None:
 
 def test_errors() -> None:
     t, moment, *rest = arguments((8, 96), torch.float32, 0)
-    assert isinstance(moment, torch.Tensor)
+    assert isinstance(moment, Tensor)
     with pytest.raises(ValueError, match=r"moment is torch.float32 \[95\].*expected 96"):
         torch.ops.qlora_native.search_scales_4bit(t, moment[:95], *rest)
     rest[4] = 0

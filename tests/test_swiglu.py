@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import SavedTensors, relative_error, same_values
+from torch import Tensor
 
 from qlora_native import reference
 
@@ -14,7 +15,7 @@ TOLERANCE = {torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = ((1,), (16,), (3, 17), (2, 5, 100), (0, 4), (64, 1536))
 
 
-def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (4 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
 
 

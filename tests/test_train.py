@@ -17,7 +17,7 @@ from helpers import relative_error
 from safetensors.torch import load_file
 
 from qlora_native.config import LoopSection, TrainConfig
-from qlora_native.data import load_dataset
+from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
 from qlora_native.hf.source import load_tokenizer
 from qlora_native.lora import LoraConfig, add_lora

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import distance, logits, make, save
+from tiny_models import distance, edit_config, edit_tensors, logits, make, save
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -60,8 +60,8 @@ def test_saved_and_loaded_again(tmp_path: Path, kind: str) -> None:
     model.save_pretrained(tmp_path / "saved")
     written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert (written["quant_method"], written["block_size"]) == ("qlora_native", 32)
-    again, told = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not any(told.values()), told
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
     assert again.dtype == torch.bfloat16
     assert torch.equal(logits(again), logits(model))
     again.save_pretrained(tmp_path / "again")
@@ -141,9 +141,7 @@ def as_8bit(folder: Path, dtype: torch.dtype, scaled: bool, block: int = 64) -> 
         meant[name] = tensors[name].float() * spread
     save_file(tensors, folder / "model.safetensors")
     if scaled:
-        config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block]}
-        (folder / "config.json").write_text(json.dumps(config))
+        edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [block, block]})
     return meant
 
 
@@ -151,7 +149,7 @@ def as_8bit(folder: Path, dtype: torch.dtype, scaled: bool, block: int = 64) -> 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_8bit_floats(tmp_path: Path, kind: torch.dtype, scaled: bool) -> None:
     save(tmp_path)
-    meant = as_8bit(tmp_path, kind, scaled)  # 96 rows in blocks of 64: the last block is cut
+    meant = as_8bit(tmp_path, kind, scaled)  # 96 rows in blocks of 64: the last block is smaller
     theirs, ours = load(tmp_path), qn.load_model(tmp_path, fuse=False)
     for name, truth in meant.items():
         if name.endswith("proj.weight"):
@@ -170,21 +168,17 @@ def test_8bit_floats(tmp_path: Path, kind: torch.dtype, scaled: bool) -> None:
 
 def test_scaled_experts_are_refused(tmp_path: Path) -> None:
     save(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.0.mlp.experts.0.w1.weight_scale_inv"] = torch.ones(1, 1)
-    save_file(tensors, tmp_path / "model.safetensors")
+    edit_tensors(tmp_path, lambda t: t.update({"model.layers.0.mlp.experts.0.w1.weight_scale_inv": torch.ones(1, 1)}))
     with pytest.raises(qn.UserError, match="holds experts as 8-bit floats.*load it with qlora_native.load_model"):
         load(tmp_path)
 
 
 def test_a_nan_is_named(tmp_path: Path) -> None:
     save(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(qn.UserError, match=r"up_proj\.weight cannot be quantized: element \[3, 4\].*is nan") as told:
+    edit_tensors(tmp_path, lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 4:5].fill_(torch.nan))
+    with pytest.raises(qn.UserError, match=r"up_proj\.weight cannot be quantized: element \[3, 4\].*is nan") as error:
         load(tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
@@ -229,11 +223,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "says"), WRONG, ids=lambda value: str(value)[:30])
-def test_wrong_settings_are_one_sentence(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says) as told:
+@pytest.mark.parametrize(("options", "words"), WRONG, ids=lambda value: str(value)[:30])
+def test_wrong_settings_are_one_sentence(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
         qn.QLoRANativeConfig(**options)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_compute_dtype_is_that_of_the_product(tmp_path: Path) -> None:

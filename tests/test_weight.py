@@ -10,19 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import same_bytes, signed
+from helpers import same_bytes, same_weight, signed
 
 import qlora_native as qn
-from qlora_native.weight import TENSOR_FIELDS
-
-
-def same_weight(a: qn.QuantizedWeight, b: qn.QuantizedWeight) -> bool:
-    for name in TENSOR_FIELDS:
-        left, right = getattr(a, name), getattr(b, name)
-        if (left is None) != (right is None) or (left is not None and not same_bytes(left, right)):
-            return False
-    fields = ("shape", "dtype", "quant_type", "block_size", "storage_dtype")
-    return all(getattr(a, name) == getattr(b, name) for name in fields)
 
 
 def through_torch(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
@@ -45,20 +35,20 @@ def test_duplicates(duplicate: Callable[[qn.QuantizedWeight], qn.QuantizedWeight
 
 def test_attributes() -> None:
     w = qn.quantize(torch.randn(300, 64, dtype=torch.bfloat16))
-    assert w.packed.shape == (9600,)
-    assert w.absmax.dtype == torch.uint8
-    assert w.absmax.shape == (300,)
-    assert w.nested_absmax is not None
-    assert w.nested_absmax.shape == (2,)
-    assert w.nested_offset is not None
-    assert w.nested_offset.shape == ()
+    packed, absmax, nested_absmax, nested_offset, code, nested_code, *_ = w.op_args()
+    assert nested_absmax is not None and nested_offset is not None and code is nested_code is None
+    assert (packed.shape, absmax.shape, nested_absmax.shape, nested_offset.shape) == ((9600,), (300,), (2,), ())
+    assert absmax.dtype == torch.uint8
     assert (w.shape, w.dtype, w.block_size, w.double_quant) == ((300, 64), torch.bfloat16, 64, True)
     assert w.numel() == 19200
     assert w.nbytes == 9600 + 300 + 8 + 4
     plain = qn.quantize(torch.randn(300, 64), double_quant=False)
-    assert plain.nested_absmax is None
-    assert plain.nested_offset is None
-    assert not plain.double_quant
+    assert plain.nested_absmax is plain.nested_offset is None and not plain.double_quant
+    for made in (w, plain):
+        empty = qn.QuantizedWeight.empty(w.shape, dtype=w.dtype, double_quant=made.double_quant, device="meta")
+        assert [t.shape for t in empty.op_args()[:4] if t is not None] == [
+            t.shape for t in made.op_args()[:4] if t is not None
+        ]
 
 
 def test_bits_a_weight() -> None:
@@ -81,9 +71,30 @@ def test_slices_of_stacked_experts(rows: int, double_quant: bool) -> None:
         w[5]
 
 
+@pytest.mark.parametrize("width", [33, 96])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_slices_of_rows(double_quant: bool, width: int) -> None:
+    """A slice that begins at a block has the values of those rows; scales stay nested where a block of them begins."""
+    w = signed(qn.quantize(torch.randn(1030, width), block_size=32, double_quant=double_quant))
+    whole = w.dequantize()
+    for start, stop in ((0, 1030), (0, 1), (32, 33), (256, 1000), (992, 1030), (512, 512)):
+        part = w.slice(start, stop)
+        assert part.shape == (stop - start, width)
+        assert same_bytes(part.dequantize(), whole[start:stop])
+        assert same_bytes(part.scales(), w.scales()[start * width // 32 : -(-stop * width // 32)])
+        assert part.double_quant == (double_quant and start * width % 8192 == 0)
+        assert part.packed.untyped_storage().data_ptr() == w.packed.untyped_storage().data_ptr()
+    assert same_bytes(w.flatten().slice(32, 70).dequantize(), whole.flatten()[32:70])
+    for start, stop in ((-1, 3), (3, 2), (0, 1031)):
+        with pytest.raises(IndexError, match="1030"):
+            w.slice(start, stop)
+
+
 def test_slice_that_begins_inside_a_block() -> None:
-    with pytest.raises(ValueError, match="a slice of .* has 96 elements, no multiple of block_size 64"):
-        qn.quantize(torch.randn(4, 96))[1]
+    w = qn.quantize(torch.randn(4, 96))
+    for part in (lambda: w[1], lambda: w.slice(1, 3)):
+        with pytest.raises(ValueError, match="96.* block_size 64"):
+            part()
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32], ids=str)

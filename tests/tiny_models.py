@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_native.nn import QuantizedLinear
@@ -44,6 +47,25 @@ def save(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.float32, 
     """Save such a model into ``folder`` and return the folder."""
     make(kind, dtype, **changes).save_pretrained(folder)
     return folder
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Set keys of the folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Let ``edit`` change the tensors by name of the folder's one file."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def bitsandbytes_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    """The model of a dense folder with bitsandbytes' 4-bit layers, NF4 unless ``options`` (bnb_4bit_...) differ."""
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, **{"bnb_4bit_quant_type": "nf4", **options})
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"})
 
 
 @torch.no_grad()

@@ -245,7 +245,7 @@ struct PageWalk {
   std::vector<PageMove> moves;  // of a chunk: at most one fetch, one update and one release, in this order
 };
 
-// Plans a step over chunks of these sizes in bytes. `wanted` tells which of them have something to update, `resident`
+// Plans a step over chunks of these sizes in bytes. `wanted` marks those that have something to update, `resident`
 // which are there already; what is there beyond the budget goes first. `look_ahead` chunks, at least 1, are fetched
 // before their turn, as far as the budget allows. Where it allows it too, a chunk is released one turn later than it
 // could be, so that it can be written while another is read. std::invalid_argument if the budget is less than the

@@ -3,7 +3,7 @@
 // They are dynamic codes in the manner of Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022): the
 // segment of magnitudes [2^i, 2^(i+1)) holds 2^i evenly spaced values that span about a decade. Two things differ from
 // the table there, so that neither direction needs a search or a gather. The edges of the decades are the powers of two
-// nearest to the powers of ten, so the exponent of a value alone tells its segment; and the last four magnitudes
+// nearest to the powers of ten, so the exponent of a value alone determines its segment; and the last four magnitudes
 // are evenly spaced down to zero, as subnormal numbers are.
 //
 //   decode   value = a[s] + b[s] * code      s from the exponent of float(code); b has 16 significant bits, so the

@@ -21,8 +21,8 @@ constexpr int64_t kElementsPerTask = 1 << 14;
 int64_t largest_cached_output() {
   constexpr int64_t kMost = 64 << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t told = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return told > 0 ? std::min(told, kMost) : kMost;
+  static const int64_t reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return reported > 0 ? std::min(reported, kMost) : kMost;
 #else
   return kMost;
 #endif

@@ -235,10 +235,10 @@ inline void tiles_of_transpose(const E* square, E* out, int64_t column_stride) {
   constexpr int64_t kWord = sizeof(float) / sizeof(E);  // elements that stay together
   for (int64_t half = 0; half < 2; ++half, out += column_stride) {
     for (int64_t column = 0; column < kPanelWidth; column += 16 * kWord) {
-      Sixteen turned[16];
-      transpose_16(square + 16 * half * kPanelWidth + column, kPanelWidth * sizeof(E), turned);
+      Sixteen transposed[16];
+      transpose_16(square + 16 * half * kPanelWidth + column, kPanelWidth * sizeof(E), transposed);
       for (int64_t row = 0; row < 16; ++row) {
-        std::memcpy(out + (column + row * kWord) * kSixteen, turned + row, sizeof(Sixteen));
+        std::memcpy(out + (column + row * kWord) * kSixteen, transposed + row, sizeof(Sixteen));
       }
     }
   }
@@ -264,10 +264,10 @@ inline void transpose_square(const E* square, E* out) {
       for (int64_t r = 0; r < 16; ++r) {
         store16(words + 16 * r, load16(square + (row + r) * kPanelWidth + column));
       }
-      Sixteen turned[16];
-      transpose_16(words, 16 * sizeof(float), turned);
+      Sixteen transposed[16];
+      transpose_16(words, 16 * sizeof(float), transposed);
       for (int64_t c = 0; c < 16; ++c) {
-        store16(out + (column + c) * kPanelWidth + row, turned[c]);
+        store16(out + (column + c) * kPanelWidth + row, transposed[c]);
       }
     }
   }

@@ -233,10 +233,10 @@ void write_grad_q(const AttentionTurn& turn, int64_t head, int64_t row) {
         }
         store16(sums + 16 * r, sum * factor);
       }
-      Sixteen turned[kSixteen];
-      transpose_16(sums, 16 * sizeof(float), turned);
+      Sixteen transposed[kSixteen];
+      transpose_16(sums, 16 * sizeof(float), transposed);
       for (int64_t r = half; r < half + kSixteen && row + r < job.length; ++r) {
-        store_upto(out + r * job.grad_q.row_stride + d, job.head_dim - d, turned[r - half]);
+        store_upto(out + r * job.grad_q.row_stride + d, job.head_dim - d, transposed[r - half]);
       }
     }
   }

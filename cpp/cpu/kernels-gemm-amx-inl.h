@@ -78,7 +78,7 @@ inline __m512i load_up_to_32(const Bf16* p, int64_t count) {
   return _mm512_maskz_loadu_epi16(mask, p);
 }
 
-// The levels of one block as bf16, twice over, so that the fifth bit that vpermw looks at is free.
+// The levels of one block as bf16, twice over, so that the fifth bit that vpermw reads is free.
 inline __m512i block_table(__m512 levels, float scale) {
   const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
   return _mm512_broadcast_i64x4(std::bit_cast<__m256i>(rounded));

@@ -34,7 +34,7 @@ constexpr BisectionLevel bisection_level(const Table& table, int first, int stri
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE
 
-#include QLORA_NATIVE_QUANTIZE_INL  // vec.h says which
+#include QLORA_NATIVE_QUANTIZE_INL  // vec.h names it
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {

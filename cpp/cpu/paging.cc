@@ -48,7 +48,7 @@ class Progress {
     return std::exchange(news_, {});
   }
 
-  // They return the seconds waited; rethrow() then tells whether the wait was in vain.
+  // They return the seconds waited; rethrow() then shows whether the wait was in vain.
   double wait_fetched(int64_t chunk) { return wait(fetched_, chunk); }
   double wait_updated(int64_t chunk) { return wait(updated_, chunk); }
 

@@ -1,5 +1,5 @@
 // Loops over the threads of the OpenMP runtime that torch loaded: torch.set_num_threads holds here too. The one file
-// that knows OpenMP. Built without it (as the cross builds for macOS and Windows are), every loop runs on the calling
+// that uses OpenMP. Built without it (as the cross builds for macOS and Windows are), every loop runs on the calling
 // thread.
 #pragma once
 

@@ -219,12 +219,12 @@ inline void turn(__m256 a, __m256 b, __m256 c, __m256 d, __m256* out) {
 
 // v[i] lane j becomes v[j] lane i.
 inline void transpose(Floats (&v)[kLanes]) {
-  __m256 turned[8];
-  turn(v[0], v[1], v[2], v[3], turned);
-  turn(v[4], v[5], v[6], v[7], turned + 4);
+  __m256 transposed[8];
+  turn(v[0], v[1], v[2], v[3], transposed);
+  turn(v[4], v[5], v[6], v[7], transposed + 4);
   for (int c = 0; c < 4; ++c) {
-    v[c] = _mm256_permute2f128_ps(turned[c], turned[4 + c], 0x20);
-    v[4 + c] = _mm256_permute2f128_ps(turned[c], turned[4 + c], 0x31);
+    v[c] = _mm256_permute2f128_ps(transposed[c], transposed[4 + c], 0x20);
+    v[4 + c] = _mm256_permute2f128_ps(transposed[c], transposed[4 + c], 0x31);
   }
 }
 
@@ -315,13 +315,13 @@ inline void transpose_16(const void* in, int64_t stride, Sixteen* out) {
   const auto four = [&](int64_t row, int64_t column) {
     return _mm_loadu_ps(reinterpret_cast<const float*>(static_cast<const unsigned char*>(in) + row * stride) + column);
   };
-  const auto eight = [&](int64_t first, int64_t column, __m256* turned) {  // [8, 8] of it
-    const auto halves = [&](int64_t row, int64_t i) {                      // of rows `row` and row + 4
+  const auto eight = [&](int64_t first, int64_t column, __m256* transposed) {  // [8, 8] of it
+    const auto halves = [&](int64_t row, int64_t i) {                          // of rows `row` and row + 4
       return _mm256_insertf128_ps(_mm256_castps128_ps256(four(row, i)), four(row + 4, i), 1);
     };
     for (int64_t i = 0; i < 8; i += 4) {
       const int64_t at = column + i;
-      turn(halves(first, at), halves(first + 1, at), halves(first + 2, at), halves(first + 3, at), turned + i);
+      turn(halves(first, at), halves(first + 1, at), halves(first + 2, at), halves(first + 3, at), transposed + i);
     }
   };
   for (int column = 0; column < 16; column += 8) {

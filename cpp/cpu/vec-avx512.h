@@ -49,7 +49,7 @@ class Decoder<float> {
   void step(const uint8_t* bytes, float* out) const {
     int64_t pairs = 0;
     std::memcpy(&pairs, bytes, sizeof pairs);
-    // Each byte comes to stand in the two 32-bit lanes of its elements; permutexvar looks at four bits of each.
+    // Each byte comes to stand in the two 32-bit lanes of its elements; permutexvar reads four bits of each.
     const __m512i spread = _mm512_set_epi32(0x07070707, 0x07070707, 0x06060606, 0x06060606, 0x05050505, 0x05050505,
                                             0x04040404, 0x04040404, 0x03030303, 0x03030303, 0x02020202, 0x02020202,
                                             0x01010101, 0x01010101, 0x00000000, 0x00000000);
@@ -89,7 +89,7 @@ class Decoder16 {
   explicit Decoder16(__m512i twice) : table_(twice) {}
   template <bool kStream = false>
   void step(const uint8_t* bytes, void* out) const {
-    // Each byte comes to stand in the high bytes of the two words of its elements. vpermw looks at five bits of a word:
+    // Each byte comes to stand in the high bytes of the two words of its elements. vpermw reads five bits of a word:
     // the nibble belongs in the upper four, the lowest is free because every entry stands in the table twice.
     const __m512i spread =
         _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
@@ -146,7 +146,7 @@ inline Floats pair_up(Floats even, Floats odd) {
       _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd)));
 }
 
-// The 16 levels; `at` looks at the lowest four bits of each lane.
+// The 16 levels; `at` reads the lowest four bits of each lane.
 struct LevelTable {
   __m512 level;
   explicit LevelTable(const float* levels) : level(load(levels)) {}

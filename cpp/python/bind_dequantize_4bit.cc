@@ -7,11 +7,9 @@ namespace qlora_native::python {
 namespace {
 
 void dequantize(int dtype, Address out, int64_t row_length, int64_t row_begin, int64_t row_end, int64_t column_begin,
-                int64_t column_end, Address packed, Address absmax, Address absmax_codes, Address nested_absmax,
-                Address nested_offset, Address nested_code, Address levels, int quant_type, int64_t numel,
-                int64_t block_size) {
-  const WeightView weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code,
-                                           levels, quant_type, numel, block_size);
+                int64_t column_end, const WeightFields& fields) {
+  const WeightView weight = checked_weight(fields);
+  const int64_t numel = weight.numel;
   require(0 <= row_begin && row_begin <= row_end && 0 <= column_begin && column_begin <= column_end &&
               column_end <= row_length && (row_end == 0 || row_length <= numel / row_end),
           "panel [" + std::to_string(row_begin) + ":" + std::to_string(row_end) + ", " + std::to_string(column_begin) +
@@ -29,8 +27,8 @@ void dequantize(int dtype, Address out, int64_t row_length, int64_t row_begin, i
 void decode_scales(Address absmax_codes, Address nested_absmax, Address nested_offset, Address nested_code,
                    int64_t blocks, Address scales) {
   constexpr int64_t kAnyBlock = 64;
-  const WeightView weight = checked_weight(absmax_codes, 0, absmax_codes, nested_absmax, nested_offset, nested_code, 0,
-                                           0, blocks * kAnyBlock, kAnyBlock);
+  const WeightView weight = checked_weight(
+      {absmax_codes, 0, absmax_codes, nested_absmax, nested_offset, nested_code, 0, 0, blocks * kAnyBlock, kAnyBlock});
   cpu::decode_scales(weight, blocks, pointer<float>(scales, blocks, "scales"));
 }
 
@@ -39,9 +37,7 @@ void decode_scales(Address absmax_codes, Address nested_absmax, Address nested_o
 void bind_dequantize_4bit(py::module_& module) {
   module.def("dequantize_4bit", &dequantize, py::arg("dtype"), py::arg("out"), py::arg("row_length"),
              py::arg("row_begin"), py::arg("row_end"), py::arg("column_begin"), py::arg("column_end"),
-             py::arg("packed"), py::arg("absmax"), py::arg("absmax_codes"), py::arg("nested_absmax"),
-             py::arg("nested_offset"), py::arg("nested_code"), py::arg("levels"), py::arg("quant_type"),
-             py::arg("numel"), py::arg("block_size"), py::call_guard<py::gil_scoped_release>(),
+             py::arg("weight"), py::call_guard<py::gil_scoped_release>(),
              "Decode a rectangle of a weight of rows of row_length to a dense row-major buffer.");
   module.def("decode_scales", &decode_scales, py::arg("absmax_codes"), py::arg("nested_absmax"),
              py::arg("nested_offset"), py::arg("nested_code"), py::arg("blocks"), py::arg("scales"),

@@ -36,15 +36,10 @@ struct Matrix {
 
 constexpr const char* kMatrix = "qlora_native.matrix";
 
-py::capsule matrix(int64_t n, int64_t k, Address packed, Address absmax, Address absmax_codes, Address nested_absmax,
-                   Address nested_offset, Address nested_code, Address levels, int quant_type, int64_t numel,
-                   int64_t block_size) {
-  check_shape(n, k, numel);
-  auto made = std::make_unique<Matrix>();
-  made->view = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
-                              quant_type, numel, block_size);
-  made->n = n;
-  made->k = k;
+py::capsule matrix(int64_t n, int64_t k, const WeightFields& weight) {
+  const WeightView view = checked_weight(weight);
+  check_shape(n, k, view.numel);
+  auto made = std::make_unique<Matrix>(Matrix{view, n, k});
   return py::capsule(made.release(), kMatrix,
                      [](PyObject* object) { delete static_cast<Matrix*>(PyCapsule_GetPointer(object, kMatrix)); });
 }
@@ -82,18 +77,16 @@ int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address 
 
 int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, float low_scale, Address low, Address up,
                int64_t r, Address y, int64_t m, int64_t n, int64_t k, Address scratch, int64_t scratch_bytes,
-               Address packed, Address absmax, Address absmax_codes, Address nested_absmax, Address nested_offset,
-               Address nested_code, Address levels, int quant_type, int64_t numel, int64_t block_size) {
+               const WeightFields& weight) {
   cpu::GemmCall call{};
   cpu::GemmJob& job = call.job;
   job.dtype = checked_dtype(dtype);
   job.forward = forward;
   require(m >= 0 && r >= 0, "m or r is negative.");
-  check_shape(n, k, numel);
+  job.weight = checked_weight(weight);
+  check_shape(n, k, job.weight.numel);
   require(r == 0 || m == 0 || n == 0 || k == 0 || (low != 0 && up != 0),
           "an adapter of rank r > 0 needs both factors.");
-  job.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
-                              quant_type, numel, block_size);
   job.m = m;
   job.n = n;
   job.k = k;
@@ -148,15 +141,11 @@ void bind_linear_4bit(py::module_& module) {
       "Rows of x up to which matrix_forward takes an adapter, for this dtype on this machine.");
   module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("down"), py::arg("low_scale"), py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"),
-             py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("packed"),
-             py::arg("absmax"), py::arg("absmax_codes"), py::arg("nested_absmax"), py::arg("nested_offset"),
-             py::arg("nested_code"), py::arg("levels"), py::arg("quant_type"), py::arg("numel"), py::arg("block_size"),
+             py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("weight"),
              py::call_guard<py::gil_scoped_release>(),
              "y = x W^T + bias + low up^T for a weight [n, k], or y = x W + low up. With `down`, low is computed too. "
              "Returns 0, or the bytes of 64-byte aligned scratch that it needs before it runs.");
-  module.def("matrix", &matrix, py::arg("n"), py::arg("k"), py::arg("packed"), py::arg("absmax"),
-             py::arg("absmax_codes"), py::arg("nested_absmax"), py::arg("nested_offset"), py::arg("nested_code"),
-             py::arg("levels"), py::arg("quant_type"), py::arg("numel"), py::arg("block_size"),
+  module.def("matrix", &matrix, py::arg("n"), py::arg("k"), py::arg("weight"),
              "A weight [n, k], checked once, whose memory the caller keeps in place.");
   module.def("matrix_forward", &matrix_forward, py::arg("matrix"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("y"), py::arg("m"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("down") = 0,

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "core/codebook.h"
 #include "core/half.h"
@@ -75,10 +76,12 @@ inline void check_block_size(int64_t block_size) {
                                          std::to_string(kMinBlock) + " to " + std::to_string(kMaxBlock) + ".");
 }
 
-// Assembles and checks a weight; 0 for `levels` or `nested_code` means the built-in table of `quant_type`.
+// A weight as Weight.pointers() in Python gives it: the addresses of packed, absmax, absmax_codes, nested_absmax,
+// nested_offset, nested_code and levels; quant_type, numel, block_size.
+using WeightFields = std::tuple<Address, Address, Address, Address, Address, Address, Address, int, int64_t, int64_t>;
+
+// Checks a weight; 0 for `levels` or `nested_code` means the built-in table of `quant_type`.
 // Exactly one of `absmax` and `absmax_codes` is given, unless the weight is empty.
-WeightView checked_weight(Address packed, Address absmax, Address absmax_codes, Address nested_absmax,
-                          Address nested_offset, Address nested_code, Address levels, int quant_type, int64_t numel,
-                          int64_t block_size);
+WeightView checked_weight(const WeightFields& fields);
 
 }  // namespace qlora_native::python

@@ -3,9 +3,9 @@
 
 namespace qlora_native::python {
 
-WeightView checked_weight(Address packed, Address absmax, Address absmax_codes, Address nested_absmax,
-                          Address nested_offset, Address nested_code, Address levels, int quant_type, int64_t numel,
-                          int64_t block_size) {
+WeightView checked_weight(const WeightFields& fields) {
+  const auto [packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels, quant_type, numel,
+              block_size] = fields;
   static constexpr Levels built_in[2] = {nf4_levels(), fp4_levels()};
   check_block_size(block_size);
   require(numel >= 0, "numel is " + std::to_string(numel) + ": expected 0 or more.");

@@ -7,6 +7,7 @@
 
 #include "cuda/linear_4bit.h"
 #include "cuda/matmul_plan.h"
+#include "cuda/python/device_weight.h"
 #include "cuda/python/errors.h"
 #include "python/bindings.h"
 
@@ -95,20 +96,17 @@ cuda::MatmulPlan checked_plan(const PlanFields& fields, int64_t workspace_bytes)
 
 void linear(bool forward, int dtype, Address x, Address bias, Address low, Address up, int64_t r, Address y, int64_t m,
             int64_t n, int64_t k, const PlanFields& plan_fields, Address workspace, int64_t workspace_bytes,
-            Address stream, Address packed, Address absmax, Address absmax_codes, Address nested_absmax,
-            Address nested_offset, Address nested_code, Address levels, int quant_type, int64_t numel,
-            int64_t block_size) {
+            Address stream, const WeightFields& weight) {
   const py::gil_scoped_release release;
-  require(levels != 0 && (absmax_codes == 0 || nested_code != 0), "levels or nested_code is a null pointer.");
+  ProductJob product{};
+  product.weight = checked_device_weight(weight);
+  const int64_t numel = product.weight.numel;
   require(m > 0 && n > 0 && k > 0 && r >= 0, "m, n, k or r is out of range.");
   require(numel / n == k && numel % n == 0, "the weight's number of elements is not n * k.");
   require((low != 0) == (r != 0) && (up != 0) == (r != 0), "an adapter of rank r > 0, and no other, has both factors.");
-  require(x % 16 == 0 && bias % 2 == 0 && low % 16 == 0 && up % 16 == 0 && y % 16 == 0 && packed % 16 == 0 &&
-              workspace % 16 == 0,
+  require(x % 16 == 0 && bias % 2 == 0 && low % 16 == 0 && up % 16 == 0 && y % 16 == 0 &&
+              std::get<0>(weight) % 16 == 0 && workspace % 16 == 0,
           "an operand is not aligned to 16 bytes.");
-  ProductJob product{};
-  product.weight = checked_weight(packed, absmax, absmax_codes, nested_absmax, nested_offset, nested_code, levels,
-                                  quant_type, numel, block_size);
   product.dtype = checked_dtype(dtype);
   product.forward = forward;
   require(forward || bias == 0, "an input gradient has no bias.");
@@ -141,9 +139,7 @@ void bind_linear_4bit(py::module_& module) {
   module.def("tokens_bucket", &tokens_bucket, py::arg("m"), "The token count at which m tokens' choice is measured.");
   module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"),
-             py::arg("plan"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"), py::arg("packed"),
-             py::arg("absmax"), py::arg("absmax_codes"), py::arg("nested_absmax"), py::arg("nested_offset"),
-             py::arg("nested_code"), py::arg("levels"), py::arg("quant_type"), py::arg("numel"), py::arg("block_size"),
+             py::arg("plan"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"), py::arg("weight"),
              "y = x W^T + bias + low up^T, or the input gradient y = x W + low up, by the fused kernel of the plan.");
 }
 

@@ -189,8 +189,8 @@ void bind_paging(py::module_& module) {
       .def_property_readonly(
           "statistics",
           [](const PageStore& store) {
-            const cuda::PageStatistics told = store.statistics();
-            return std::make_tuple(told.resident_bytes, told.bytes_in, told.bytes_out);
+            const cuda::PageStatistics held = store.statistics();
+            return std::make_tuple(held.resident_bytes, held.bytes_in, held.bytes_out);
           },
           "Bytes on the device, moved there, and moved back, by what was asked for.");
   py::class_<ManagedStore, PageStore, std::shared_ptr<ManagedStore>>(module, "ManagedStore", py::module_local(),

@@ -48,12 +48,12 @@ def dequantize_4bit(
     row_end: int,
     column_begin: int,
     column_end: int,
-    *weight: int,  # Weight.pointers()
+    weight: tuple[int, ...],  # Weight.pointers()
 ) -> None: ...
 def matrix(
     n: int,
     k: int,
-    *weight: int,
+    weight: tuple[int, ...],
 ) -> object: ...
 def few_rows(dtype: int) -> int: ...
 def matrix_forward(
@@ -87,7 +87,7 @@ def linear_4bit(
     k: int,
     scratch: int,
     scratch_bytes: int,
-    *weight: int,
+    weight: tuple[int, ...],
 ) -> int: ...
 def dense_linear(
     forward: bool,

@@ -18,24 +18,18 @@ from qlora_native.functional import linear, linear_cross_entropy, lora_linear
 from qlora_native.weight import QuantizedWeight, from_bnb, quantize, to_bnb
 
 if TYPE_CHECKING:
-    from qlora_native import distributed as distributed
-    from qlora_native import nn as nn
-    from qlora_native import optim as optim
-    from qlora_native.calibration.data import CalibrationData as CalibrationData
-    from qlora_native.config import TrainConfig as TrainConfig
-    from qlora_native.hf.config import QLoRANativeConfig as QLoRANativeConfig
-    from qlora_native.hf.fuse import fuse as fuse
-    from qlora_native.hf.load import load_model as load_model
-    from qlora_native.hf.merge import merge as merge
-    from qlora_native.hf.peft import peft_config as peft_config
+    from qlora_native import distributed, nn, optim
+    from qlora_native.calibration.data import CalibrationData
+    from qlora_native.config import TrainConfig
+    from qlora_native.hf.config import QLoRANativeConfig
+    from qlora_native.hf.fuse import fuse
+    from qlora_native.hf.load import load_model
+    from qlora_native.hf.merge import merge
+    from qlora_native.hf.peft import peft_config
     from qlora_native.hf.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
-    from qlora_native.hf.residuals import lora_statistics as lora_statistics
-    from qlora_native.lora import LoraConfig as LoraConfig
-    from qlora_native.lora import add_lora as add_lora
-    from qlora_native.lora import load_adapter as load_adapter
-    from qlora_native.lora import save_adapter as save_adapter
-    from qlora_native.train.loop import Trainer as Trainer
-    from qlora_native.tuning import tune as tune
+    from qlora_native.hf.residuals import lora_statistics
+    from qlora_native.lora import LoraConfig, add_lora, load_adapter, save_adapter
+    from qlora_native.train.loop import Trainer
 
 _LAZY = {
     "CalibrationData": "calibration.data",
@@ -55,7 +49,6 @@ _LAZY = {
     "merge": "hf.merge",
     "TrainConfig": "config",
     "Trainer": "train.loop",
-    "tune": "tuning",
 }
 
 __all__ = [
@@ -86,7 +79,6 @@ __all__ = [
     "quantize",
     "save_adapter",
     "to_bnb",
-    "tune",
 ]
 
 

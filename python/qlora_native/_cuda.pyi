@@ -26,7 +26,7 @@ def dequantize_4bit(
     dtype: int,
     out: int,
     stream: int,
-    *weight: int,  # Weight.pointers()
+    weight: tuple[int, ...],  # Weight.pointers()
 ) -> None: ...
 def gradient_norm(
     tensors: int,
@@ -55,7 +55,7 @@ def linear_4bit(
     workspace: int,
     workspace_bytes: int,
     stream: int,
-    *weight: int,
+    weight: tuple[int, ...],
 ) -> None: ...
 def lion_step(
     tensors: int,

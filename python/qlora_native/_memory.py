@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qlora_native.ops import _cuda_kernels
-
 NO_LIMIT = 1 << 60  # bytes
 # Blocks from these sizes on are mappings of their own, which go back to the system when they are freed. glibc seldom
 # finds an aligned block a place in a hole of its size, so that the heap grows beyond what is used: by a fifth without
@@ -201,6 +199,8 @@ def free_of_device(free: int, total: int, fraction: float = 1.0, reserved: int =
 
 def free_device_memory(device: torch.device) -> Free:
     """The same for a device that runs the CUDA kernels; the emulator has no allocator of torch's."""
+    from qlora_native.ops import _cuda_kernels
+
     free, total = _cuda_kernels.memory(device)
     if device.type != "cuda":
         return free_of_device(free, total)

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qlora_native._io import as_user_error
 from qlora_native._version import __version__
-from qlora_native.data import FORMATS, TokenizedDataset, load_dataset
+from qlora_native.data.dataset import TokenizedDataset, load_dataset
+from qlora_native.data.formats import FORMATS
 from qlora_native.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from qlora_native.ops._direct import adapted_at_once, call, product, unobserved
+from qlora_native.ops._library import Weight
 from qlora_native.weight import QuantizedWeight
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast would do to the operands of torch's own linear layer."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):
@@ -20,7 +22,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
-def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias for a dense weight [N, K], differentiable in all three, as torch's ``linear``.
 
     In 16 bits on a CPU it is the native product, whose speed does not depend on bf16 instructions; elsewhere torch's.
@@ -28,13 +30,11 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     plain = x.device.type == "cpu" and x.dtype in SIXTEEN_BITS and x.dtype == weight.dtype
     if not plain or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
-    result: torch.Tensor = call("dense_linear", x, weight, bias)
+    result: Tensor = call("dense_linear", x, weight, bias)
     return result
 
 
-def linear(
-    x: torch.Tensor, w: QuantizedWeight, bias: torch.Tensor | None = None, low_memory: bool = False
-) -> torch.Tensor:
+def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None, low_memory: bool = False) -> Tensor:
     """x W^T + bias with a 4-bit weight.
 
     The weight is decoded panel by panel straight to x's dtype and multiplied with fp32 sums; a dense copy of the whole
@@ -53,25 +53,27 @@ def linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with the numbers.
     """
-    if unobserved(x, bias):
-        y = product(w._matrix(), x, bias)
-        if y is not None:
-            return y
+    y = product(w._matrix(), x, bias) if unobserved(x, bias) else None
+    return linear_op(x, w.op_args(), bias, low_memory) if y is None else y
+
+
+def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None, low_memory: bool = False) -> Tensor:
+    """:func:`linear` by its op, without trying the call past the dispatcher."""
     x, bias = autocast(x, bias)  # type: ignore[assignment]
-    result: torch.Tensor = call("linear_4bit", x, bias, low_memory, *w.op_args())
+    result: Tensor = call("linear_4bit", x, bias, low_memory, *weight)
     return result
 
 
 def lora_linear(
-    x: torch.Tensor,
+    x: Tensor,
     w: QuantizedWeight,
-    a: torch.Tensor,
-    b: torch.Tensor,
+    a: Tensor,
+    b: Tensor,
     scale: float,
-    bias: torch.Tensor | None = None,
-    x_lora: torch.Tensor | None = None,
+    bias: Tensor | None = None,
+    x_lora: Tensor | None = None,
     low_memory: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """y = x W^T + bias + scale * (x_lora A^T) B^T as one autograd node.
 
     Saved for backward: x_lora, x_lora A^T, A and B; nothing dequantized. Adapters are cast to x's dtype for their
@@ -95,17 +97,29 @@ def lora_linear(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
-    at_once = adapted_at_once(w._matrix, x, bias, a, b, scale) if x_lora is None else None
-    if at_once is not None:
-        return at_once
+    y = adapted_at_once(w._matrix, x, bias, a, b, scale) if x_lora is None else None
+    return lora_linear_op(x, w.op_args(), a, b, scale, bias, x_lora, low_memory) if y is None else y
+
+
+def lora_linear_op(
+    x: Tensor,
+    weight: Weight,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    x_lora: Tensor | None = None,
+    low_memory: bool = False,
+) -> Tensor:
+    """:func:`lora_linear` by its op, without trying the call past the dispatcher."""
     x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
-    result: torch.Tensor = call("lora_linear_4bit", x, x_lora, a, b, scale, bias, low_memory, *w.op_args())[0]
+    result: Tensor = call("lora_linear_4bit", x, x_lora, a, b, scale, bias, low_memory, *weight)[0]
     return result
 
 
 def linear_cross_entropy(
-    h: torch.Tensor, weight: torch.Tensor | QuantizedWeight, labels: torch.Tensor, ignore_index: int = -100
-) -> torch.Tensor:
+    h: Tensor, weight: Tensor | QuantizedWeight, labels: Tensor, ignore_index: int = -100
+) -> Tensor:
     """Mean cross entropy of the logits ``h @ weight.T``, which never exist as a whole.
 
     Rows whose label is ``ignore_index`` are not computed at all. The gradient is formed together with the loss, chunk
@@ -130,7 +144,7 @@ def linear_cross_entropy(
         need_grad_weight = False
     else:
         h, weight = autocast(h, weight)  # type: ignore[assignment]
-        arguments = (weight, None, None, None, None, None, list(weight.shape), 0, 64)
+        arguments = Weight(weight, None, None, None, None, None, list(weight.shape), 0, 64)  # type: ignore[arg-type]
         need_grad_weight = tracking and weight.requires_grad
     loss, _, _ = torch.ops.qlora_native.linear_cross_entropy(
         h, labels, ignore_index, tracking and h.requires_grad, need_grad_weight, *arguments

@@ -6,26 +6,28 @@ Nothing here is fast. It follows the exact arithmetic rule literally and works o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from qlora_native import _native
 
 NESTED_BLOCK = 256
 
 
-def _padded_blocks(flat: torch.Tensor, block: int) -> torch.Tensor:
+def _padded_blocks(flat: Tensor, block: int) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % block)).reshape(-1, block)
 
 
-def _normalized(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def _normalized(blocks: Tensor, absmax: Tensor) -> Tensor:
     reciprocal = 1.0 / absmax
     overflow = torch.isinf(reciprocal)
     return torch.where(overflow[:, None], blocks / absmax[:, None], blocks * reciprocal[:, None])
 
 
-def _codes(normalized: torch.Tensor, quant_type: int) -> torch.Tensor:
+def _codes(normalized: Tensor, quant_type: int) -> Tensor:
     bounds = _native.boundaries(quant_type).to(normalized.device)
     if quant_type == 0:
         return torch.bucketize(normalized, bounds).to(torch.uint8)  # how many boundaries lie strictly below
@@ -34,7 +36,7 @@ def _codes(normalized: torch.Tensor, quant_type: int) -> torch.Tensor:
     return (code_of_rank[rank] | (normalized < 0) * 8).to(torch.uint8)
 
 
-def quantize_blocks(t: torch.Tensor, quant_type: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blocks(t: Tensor, quant_type: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes packed two to a byte, uint8 [ceil(n/2)], and the largest magnitude of each block, fp32 [blocks]."""
     flat = t.detach().reshape(-1).float()
     finite = torch.isfinite(flat)
@@ -48,7 +50,7 @@ def quantize_blocks(t: torch.Tensor, quant_type: int, block_size: int) -> tuple[
     return pack(codes.reshape(-1)[: flat.numel()].to(torch.uint8), quant_type), absmax
 
 
-def non_finite_message(index: int, t: torch.Tensor) -> str:
+def non_finite_message(index: int, t: Tensor) -> str:
     """The one wording of the error about NaN and infinity in a weight."""
     position = []
     rest = index
@@ -60,7 +62,7 @@ def non_finite_message(index: int, t: torch.Tensor) -> str:
     return f"quantize: element {where} of the {list(t.shape)} tensor is {value}: only finite weights can be quantized."
 
 
-def _fixed_order_mean(values: torch.Tensor) -> torch.Tensor:
+def _fixed_order_mean(values: Tensor) -> Tensor:
     slots = _padded_blocks(values.double(), NESTED_BLOCK)
     while slots.shape[1] > 1:
         half = slots.shape[1] // 2
@@ -71,7 +73,7 @@ def _fixed_order_mean(values: torch.Tensor) -> torch.Tensor:
     return torch.tensor(total / values.numel(), dtype=torch.float64).to(torch.float32).to(values.device)
 
 
-def nearest_index(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def nearest_index(values: Tensor, table: Tensor) -> Tensor:
     """The index of the nearest value of the sorted ``table``, fp32 [at most 256]; uint8. A tie takes the even one."""
     threshold = (table[:-1] + table[1:]) * 0.5
     low = torch.bucketize(values, threshold)
@@ -80,7 +82,7 @@ def nearest_index(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.where(tie & (low % 2 == 1), low + 1, low).to(torch.uint8)
 
 
-def quantize_blockwise(t: torch.Tensor, table: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blockwise(t: Tensor, table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Indices into ``table`` (uint8, of t's shape) of each element over its block's largest magnitude (fp32 [blocks]).
 
     In a block of zeros every element takes the index of zero.
@@ -91,15 +93,13 @@ def quantize_blockwise(t: torch.Tensor, table: torch.Tensor, block_size: int) ->
     return nearest_index(values, table).reshape(-1)[: t.numel()].reshape(t.shape), absmax
 
 
-def dequantize_blockwise(
-    codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int
-) -> torch.Tensor:
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, table: Tensor, block_size: int) -> Tensor:
     """table[code] * absmax of the block, fp32, of the shape of ``codes``."""
     spread = absmax.repeat_interleave(block_size)[: codes.numel()]
     return table[codes.long()] * spread.reshape(codes.shape)
 
 
-def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization: codes uint8 [blocks], nested_absmax fp32 [ceil(blocks/256)], offset fp32 []."""
     if absmax.numel() == 0:
         return absmax.to(torch.uint8), absmax.clone(), absmax.new_zeros(())
@@ -109,11 +109,8 @@ def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def scales(
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    nested_offset: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-) -> torch.Tensor:
+    absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, nested_code: Tensor | None
+) -> Tensor:
     """Scales of all blocks, fp32 [blocks], double quantization undone: product rounded, then sum rounded."""
     if nested_absmax is None or nested_offset is None:
         return absmax
@@ -123,16 +120,16 @@ def scales(
 
 def dequantize(
     dtype: torch.dtype,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    nested_offset: torch.Tensor | None,
-    code: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    shape: list[int],
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    code: Tensor | None,
+    nested_code: Tensor | None,
+    shape: Sequence[int],
     quant_type: int,
     block_size: int,
-) -> torch.Tensor:
+) -> Tensor:
     """round_to_dtype(fp32 level * fp32 scale), of the given shape."""
     numel = math.prod(shape)
     table = (_native.levels(quant_type) if code is None else code).to(packed.device)
@@ -141,13 +138,13 @@ def dequantize(
     return (table[index] * spread).to(dtype).reshape(shape)
 
 
-def pack(codes: torch.Tensor, quant_type: int) -> torch.Tensor:
+def pack(codes: Tensor, quant_type: int) -> Tensor:
     """Two codes a byte, the earlier one in the high nibble; an odd last byte is filled with the code of zero."""
     codes = F.pad(codes.reshape(-1), (0, codes.numel() % 2), value=7 if quant_type == 0 else 0)
     return codes[0::2] << 4 | codes[1::2]
 
 
-def reciprocals(scales: torch.Tensor) -> torch.Tensor:
+def reciprocals(scales: Tensor) -> Tensor:
     """1 / scale, and 0 where that is not finite: such a block takes the code of zero throughout."""
     inverse = 1.0 / scales
     return torch.where(torch.isfinite(inverse), inverse, 0.0)
@@ -156,7 +153,7 @@ def reciprocals(scales: torch.Tensor) -> torch.Tensor:
 SUM_LANES = 16  # partial sums of a block's error: element i belongs to sum i % 16, and a halving tree adds them up
 
 
-def _weighted_error(x: torch.Tensor, moment: torch.Tensor, scales: torch.Tensor, quant_type: int) -> torch.Tensor:
+def _weighted_error(x: Tensor, moment: Tensor, scales: Tensor, quant_type: int) -> Tensor:
     """Sum over each block of moment * (x - level * scale)^2 in fp32, in the fixed order; [blocks]."""
     codes = _codes(x * reciprocals(scales)[:, None], quant_type)
     error = x - _native.levels(quant_type).to(x.device)[codes.long()] * scales[:, None]
@@ -171,21 +168,21 @@ def _weighted_error(x: torch.Tensor, moment: torch.Tensor, scales: torch.Tensor,
 
 
 def search_scales(
-    t: torch.Tensor,
-    moment: torch.Tensor,
-    table: torch.Tensor,
-    multiplier: torch.Tensor,
-    offset: torch.Tensor,
-    initial: torch.Tensor,
+    t: Tensor,
+    moment: Tensor,
+    table: Tensor,
+    multiplier: Tensor,
+    offset: Tensor,
+    initial: Tensor,
     group: int,
     low: float,
     high: float,
     quant_type: int,
     block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Packed codes and, for each block, the index of the scale with the least weighted squared error.
 
-    The scales are table[i] * multiplier + offset. A block looks at those whose magnitude lies between ``low`` and
+    The scales are table[i] * multiplier + offset. A block tries those whose magnitude lies between ``low`` and
     ``high`` times its largest element, and at ``initial``; equal errors take the lower index. Each row of ``t`` is
     weighted by ``moment``, fp32 [K].
     """
@@ -209,9 +206,7 @@ def search_scales(
     return pack(codes.reshape(-1)[: flat.numel()], quant_type), chosen
 
 
-def gptq(
-    t: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, scales: torch.Tensor, quant_type: int, block_size: int
-) -> torch.Tensor:
+def gptq(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
     """Packed codes of ``t`` [N, K] under given scales, each column's rounding error handed on to the later ones.
 
     Columns go in ``order``, int64 [K]. The i-th of them adds (weight - decoded) * factor[i, j] to every later column
@@ -234,30 +229,28 @@ def gptq(
     return pack(codes, quant_type)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias in double precision, rounded once to x's dtype. ``weight`` is the dequantized weight [N, K]."""
     y = x.double() @ weight.double().t()
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
 def lora_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
     scale: float,
-    bias: torch.Tensor | None = None,
-    x_lora: torch.Tensor | None = None,
-) -> torch.Tensor:
+    bias: Tensor | None = None,
+    x_lora: Tensor | None = None,
+) -> Tensor:
     """x W^T + bias + scale * (x_lora A^T) B^T in double precision, rounded once to x's dtype."""
     low_rank = (x if x_lora is None else x_lora).double() @ a.double().t()
     y = x.double() @ weight.double().t() + scale * (low_rank @ b.double().t())
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
-def linear_cross_entropy(
-    h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100
-) -> torch.Tensor:
+def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean cross entropy of the logits h W^T in double precision, fp32 []; NaN when every label is ignored."""
     logits = h.double().reshape(-1, h.shape[-1]) @ weight.double().t()
     return F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index).float()
@@ -266,12 +259,12 @@ def linear_cross_entropy(
 STATE_BLOCK = _native.STATE_BLOCK
 
 
-def _exponent_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
+def _exponent_bits(x: Tensor, bits: int) -> Tensor:
     """The low bits of the exponent field of fp32 ``x``, as an index."""
     return (x.view(torch.int32) >> 23 & ((1 << bits) - 1)).long()
 
 
-def decode_state(codes: torch.Tensor, absmax: torch.Tensor | None = None) -> torch.Tensor:
+def decode_state(codes: Tensor, absmax: Tensor | None = None) -> Tensor:
     """The values of an 8-bit state: int8 is the signed code, uint8 the unsigned one. fp32, of the shape of ``codes``.
 
     Without ``absmax`` (fp32, one a block of 256 of the flattened state) they are relative to it, in [-1, 1].
@@ -286,7 +279,7 @@ def decode_state(codes: torch.Tensor, absmax: torch.Tensor | None = None) -> tor
     return (flat * absmax.repeat_interleave(STATE_BLOCK)[: flat.numel()]).reshape(codes.shape)
 
 
-def encode_state(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """An fp32 state as codes (int8 signed, uint8 unsigned; of its shape) and absmax, fp32 [blocks of 256].
 
     A block that holds something not finite gets codes 0 and absmax NaN.
@@ -305,7 +298,7 @@ def encode_state(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torc
     return codes.reshape(-1)[: values.numel()].reshape(values.shape), absmax
 
 
-def gradient_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+def gradient_norm(grads: list[Tensor]) -> Tensor:
     """Euclidean norm of all gradients taken as one vector, summed in double precision; fp64 []."""
     device = grads[0].device if grads else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -325,9 +318,7 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
-def _decay(
-    state: torch.Tensor, absmax: torch.Tensor | None, factors: list[float]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _decay(state: Tensor, absmax: Tensor | None, factors: list[float]) -> tuple[Tensor, list[Tensor]]:
     """A state as fp32 values, and the factors to multiply them by: with the absmax inside, where there is one."""
     one = torch.ones((), dtype=torch.float32, device=state.device)
     if absmax is None:
@@ -337,7 +328,7 @@ def _decay(
     return values, [factor.reshape(state.shape) for factor in spread]
 
 
-def _store_state(values: torch.Tensor, state: torch.Tensor, absmax: torch.Tensor | None) -> None:
+def _store_state(values: Tensor, state: Tensor, absmax: Tensor | None) -> None:
     if absmax is None:
         state.copy_(values)
         return
@@ -347,13 +338,13 @@ def _store_state(values: torch.Tensor, state: torch.Tensor, absmax: torch.Tensor
 
 
 def adamw_step(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_absmax: torch.Tensor | None,
-    exp_avg_sq_absmax: torch.Tensor | None,
-    step: torch.Tensor,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_absmax: Tensor | None,
+    exp_avg_sq_absmax: Tensor | None,
+    step: Tensor,
     *,
     lr: float,
     beta1: float,
@@ -387,10 +378,10 @@ def adamw_step(
 
 
 def lion_step(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_absmax: torch.Tensor | None,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_absmax: Tensor | None,
     *,
     lr: float,
     beta1: float,
@@ -407,18 +398,18 @@ def lion_step(
     _store_state(m * decay2 + g * (1 - beta2), exp_avg, exp_avg_absmax)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """weight * round(x / rms(x)) over the last axis, as LlamaRMSNorm rounds; and 1 / rms(x) [...], at least fp32."""
     wide = _wide(x)
     rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
     return weight * (wide * rstd[..., None]).to(x.dtype), rstd
 
 
-def rms_norm_backward(grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gradient of rms_norm to x; itself differentiable."""
     wide, gradient = _wide(x), _wide(grad_y) * _wide(weight)
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -426,12 +417,12 @@ def rms_norm_backward(grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tenso
     return (rstd * (gradient - normal * (gradient * normal).mean(-1, keepdim=True))).to(x.dtype)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """round(silu(gate)) * up."""
     return F.silu(gate) * up
 
 
-def swiglu_backward(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of swiglu to gate and up; themselves differentiable."""
     wide, gradient = _wide(gate), _wide(grad_y)
     sigmoid = torch.sigmoid(wide)
@@ -439,19 +430,17 @@ def swiglu_backward(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) 
     return grad_gate.to(gate.dtype), (gradient * (wide * sigmoid).to(gate.dtype)).to(up.dtype)
 
 
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-    """Dimensions i and i + D/2 of each head of x [B, H, T, D] turned by the angles in cos and sin [1 or B, T, D]."""
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """Dimensions i and i + D/2 of each head of x [B, H, T, D] rotated by the angles in cos and sin [1 or B, T, D]."""
     half = x.shape[-1] // 2
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if inverse:  # the transpose
-        turned = x * sin
-        return x * cos + torch.cat((turned[..., half:], -turned[..., :half]), -1)
+        rotated = x * sin
+        return x * cos + torch.cat((rotated[..., half:], -rotated[..., :half]), -1)
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
-def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v where no position sees a later one; and the log of the softmax's sum, [B, H, T].
 
     q is [B, H, T, D]; k and v are [B, H / g, T, D], each head of theirs shared by g of q's.
@@ -462,8 +451,8 @@ def causal_attention(
 
 
 def causal_attention_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of causal_attention to q, k and v; themselves differentiable."""
     keys, values, gradient = _each_query_head(k, q), _each_query_head(v, q), _wide(grad_out)
     weights, _ = _causal_weights(q, keys, scale)
@@ -475,11 +464,11 @@ def causal_attention_backward(
     return (grad_scores @ keys).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _each_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _each_query_head(x: Tensor, q: Tensor) -> Tensor:
     return _wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
-def _causal_weights(q: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _causal_weights(q: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scores = (scale * (_wide(q) @ keys.transpose(2, 3))).masked_fill(hidden, -math.inf)
     lse = scores.logsumexp(-1)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_native import _native, reference
 from qlora_native.ops._direct import Prepared
+from qlora_native.ops._library import Weight
+from qlora_native.ops.quantize_4bit import empty_outputs
 
 # Fields that hold tensors, in the order in which ops take them.
 TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_offset", "code", "nested_code")
@@ -34,22 +37,22 @@ class QuantizedWeight:
         dtype: dtype of the dense tensor, and the default of :meth:`dequantize`.
         quant_type: "nf4" or "fp4".
         block_size: elements a scale, a power of two from 32 to 4096.
-        storage_dtype: dtype under which :func:`to_bnb` stores the packed bytes (uint8 unless a checkpoint says else).
+        storage_dtype: dtype under which :func:`to_bnb` stores the packed bytes, uint8 by default.
     """
 
     def __init__(
         self,
-        packed: torch.Tensor,
-        absmax: torch.Tensor,
+        packed: Tensor,
+        absmax: Tensor,
         *,
         shape: Iterable[int],
         dtype: torch.dtype,
         quant_type: str = "nf4",
         block_size: int = 64,
-        nested_absmax: torch.Tensor | None = None,
-        nested_offset: torch.Tensor | None = None,
-        code: torch.Tensor | None = None,
-        nested_code: torch.Tensor | None = None,
+        nested_absmax: Tensor | None = None,
+        nested_offset: Tensor | None = None,
+        code: Tensor | None = None,
+        nested_code: Tensor | None = None,
         storage_dtype: torch.dtype = torch.uint8,
     ) -> None:
         self.packed = packed
@@ -63,6 +66,25 @@ class QuantizedWeight:
         self.quant_type = quant_type
         self.block_size = block_size
         self.storage_dtype = storage_dtype
+
+    @classmethod
+    def empty(
+        cls,
+        shape: Iterable[int],
+        *,
+        dtype: torch.dtype,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+    ) -> QuantizedWeight:
+        """A weight whose tensors are not initialized; "meta" is allowed as its device."""
+        shape = torch.Size(shape)
+        where = torch.get_default_device() if device is None else torch.device(device)
+        packed, absmax, *nested = empty_outputs(shape.numel(), where, block_size, double_quant)
+        made = cls(packed, absmax, shape=shape, dtype=dtype, quant_type=quant_type, block_size=block_size)
+        made.nested_absmax, made.nested_offset = nested if double_quant else (None, None)
+        return made
 
     @property
     def double_quant(self) -> bool:
@@ -84,19 +106,20 @@ class QuantizedWeight:
         """Elements of the dense tensor."""
         return math.prod(self.shape)
 
-    def op_args(self) -> tuple[Any, ...]:
+    def op_args(self) -> Weight:
         """The weight arguments of ``torch.ops.qlora_native.*``."""
-        return (
+        fields = (
             self.packed,
             self.absmax,
             self.nested_absmax,
             self.nested_offset,
             self.code,
             self.nested_code,
-            list(self.shape),
+            list(self.shape),  # which an op reads faster than a torch.Size
             quant_type_number(self.quant_type),
             self.block_size,
         )
+        return tuple.__new__(Weight, fields)  # in half the time of Weight(...), for products of one token
 
     def _matrix(self) -> Any:
         """The native form of a matrix in CPU memory, or None for another weight."""
@@ -108,7 +131,7 @@ class QuantizedWeight:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
 
-    def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The dense tensor: round_to_dtype(fp32 level * fp32 scale), the same bits on every device.
 
         Args:
@@ -125,57 +148,52 @@ class QuantizedWeight:
         torch.ops.qlora_native.dequantize_4bit.out(out, *self.op_args())
         return out
 
-    def scales(self) -> torch.Tensor:
+    def scales(self) -> Tensor:
         """The scale of every block, fp32 [blocks], double quantization undone."""
         return reference.scales(self.absmax, self.nested_absmax, self.nested_offset, self.nested_code)
 
-    def __getitem__(self, index: int) -> QuantizedWeight:
-        """One slice along the first dimension, as a view where the format allows it (stacked experts).
+    def slice(self, start: int, stop: int) -> QuantizedWeight:
+        """Elements [start:stop] of the first dimension as a weight of their own, as views where the format allows it.
 
-        A slice begins at a block, so the elements of one slice must be a multiple of ``block_size``. If it does not
-        begin at a block of 256 scales as well, its scales are decoded to fp32: other bytes, the same values.
+        A slice begins at a block: ``start`` times the elements of a row is a multiple of ``block_size``. If it does not
+        begin at a block of 256 double-quantized scales as well, its scales are decoded to fp32: other bytes, the same
+        values.
 
         Raises:
             IndexError: out of range. ValueError: a slice that does not begin at a block.
         """
         count = self.shape[0] if self.shape else 0
+        if not 0 <= start <= stop <= count:
+            raise IndexError(f"slice [{start}:{stop}] is out of range for the first dimension of {list(self.shape)}.")
+        return self._with(self.op_args().slice(start, stop))
+
+    def __getitem__(self, index: int) -> QuantizedWeight:
+        """One slice along the first dimension, without that dimension (stacked experts); see :meth:`slice`."""
+        count = self.shape[0] if self.shape else 0
         if not -count <= index < count:
             raise IndexError(f"index {index} is out of range for the first dimension of {list(self.shape)}.")
-        each = self.numel() // count
-        if each % self.block_size:
-            raise ValueError(
-                f"a slice of {list(self.shape)} has {each} elements, no multiple of block_size {self.block_size}: "
-                "it does not begin at a block; dequantize the whole weight instead."
-            )
-        blocks = each // self.block_size
-        first = (index % count) * blocks
-        fields: dict[str, Any] = {"absmax": self.absmax[first : first + blocks]}
-        if self.nested_absmax is not None:
-            if first % 256 == 0:
-                fields["nested_absmax"] = self.nested_absmax[first // 256 : -(-(first + blocks) // 256)]
-                fields["nested_offset"] = self.nested_offset
-                fields["nested_code"] = self.nested_code
-            else:
-                fields["absmax"] = self.scales()[first : first + blocks].clone()
-        start = (index % count) * each // 2
-        return QuantizedWeight(
-            self.packed[start : start + each // 2],
-            shape=self.shape[1:],
-            dtype=self.dtype,
-            quant_type=self.quant_type,
-            block_size=self.block_size,
-            code=self.code,
-            storage_dtype=self.storage_dtype,
-            **fields,
-        )
+        part = self.op_args().slice(index % count, index % count + 1)
+        return self._with(part._replace(shape=part.shape[1:]))
 
-    def _map(self, function: Any) -> QuantizedWeight:
-        moved = object.__new__(QuantizedWeight)
-        moved.__dict__.update(self.__getstate__())
+    def flatten(self) -> QuantizedWeight:
+        """The same weight in one dimension, over the same tensors."""
+        return self._with(self.op_args()._replace(shape=[self.numel()]))
+
+    def _with(self, arguments: Weight) -> QuantizedWeight:
+        """A weight of other tensors and another shape, alike in all else."""
+        other = object.__new__(QuantizedWeight)
+        other.__dict__.update(self.__getstate__())
         for name in TENSOR_FIELDS:
-            tensor = getattr(self, name)
-            setattr(moved, name, None if tensor is None else function(tensor))
-        return moved
+            setattr(other, name, getattr(arguments, name))
+        other.shape = torch.Size(arguments.shape)
+        return other
+
+    def _map(self, function: Callable[[Tensor], Any]) -> QuantizedWeight:
+        tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
+        mapped: dict[str, Any] = {
+            name: None if tensor is None else function(tensor) for name, tensor in tensors.items()
+        }
+        return self._with(self.op_args()._replace(**mapped))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> QuantizedWeight:
         """The same weight on another device. Bytes are moved, never requantized."""
@@ -197,16 +215,18 @@ class QuantizedWeight:
 torch.serialization.add_safe_globals([QuantizedWeight])
 
 
+_NUMBERS = {name: number for number, name in enumerate(_native.QUANT_TYPES)}
+
+
 def quant_type_number(quant_type: str) -> int:
     """0 for "nf4", 1 for "fp4"; ValueError for anything else."""
-    if quant_type not in _native.QUANT_TYPES:
+    number = _NUMBERS.get(quant_type)
+    if number is None:
         raise ValueError(f"quant_type is {quant_type!r}: expected 'nf4' or 'fp4'.")
-    return _native.QUANT_TYPES.index(quant_type)
+    return number
 
 
-def quantize(
-    t: torch.Tensor, *, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
-) -> QuantizedWeight:
+def quantize(t: Tensor, *, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True) -> QuantizedWeight:
     """Quantize a tensor to 4 bits.
 
     Each element becomes the nearest level of x * (1 / absmax), ties to the lower code; an all-zero block gets the code
@@ -243,7 +263,7 @@ def _state_key(prefix: str, quant_type: str) -> str:
     return f"{prefix}.quant_state.bitsandbytes__{quant_type}"
 
 
-def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, torch.Tensor]:
+def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, Tensor]:
     """The tensors under which bitsandbytes stores a 4-bit weight, by key.
 
     Keys: ``prefix`` (packed bytes, uint8 [ceil(n/2), 1] or another storage dtype), ``prefix.absmax``,
@@ -276,12 +296,12 @@ def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, torch.Tensor
     return tensors
 
 
-def pack_json(state: Mapping[str, Any]) -> torch.Tensor:
+def pack_json(state: Mapping[str, Any]) -> Tensor:
     """A quant state's plain values as the UTF-8 bytes of a JSON object, uint8 [length]."""
     return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-def unpack_json(stored: torch.Tensor) -> dict[str, Any]:
+def unpack_json(stored: Tensor) -> dict[str, Any]:
     """The values that :func:`pack_json` packed. Raises ValueError if the bytes are no JSON object."""
     state = json.loads(bytes(stored.cpu().numpy()).decode())
     if not isinstance(state, dict):
@@ -289,7 +309,7 @@ def unpack_json(stored: torch.Tensor) -> dict[str, Any]:
     return state
 
 
-def _as_storage(w: QuantizedWeight) -> torch.Tensor:
+def _as_storage(w: QuantizedWeight) -> Tensor:
     if w.packed.numel() % w.storage_dtype.itemsize:
         raise ValueError(
             f"to_bnb: {w.packed.numel()} packed bytes are no whole number of {w.storage_dtype} elements: "
@@ -305,7 +325,7 @@ def bnb_state_key(keys: Iterable[str], prefix: str = "weight") -> str | None:
     return next(found, None)
 
 
-def from_bnb(tensors: Mapping[str, torch.Tensor], prefix: str = "weight") -> QuantizedWeight:
+def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedWeight:
     """A weight from bitsandbytes' tensors (see :func:`to_bnb` for the keys; other keys are ignored).
 
     Maps that equal the built-in tables are dropped, others are kept and honored.
@@ -325,7 +345,7 @@ def from_bnb(tensors: Mapping[str, torch.Tensor], prefix: str = "weight") -> Qua
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
 
-    def get(name: str, count: int, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+    def get(name: str, count: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
         full = prefix + name
         if full not in tensors:
             raise ValueError(f"from_bnb: key '{full}' is missing.")
@@ -368,7 +388,7 @@ def from_bnb(tensors: Mapping[str, torch.Tensor], prefix: str = "weight") -> Qua
     )
 
 
-def _unless_built_in(stored: torch.Tensor, built_in: torch.Tensor) -> torch.Tensor | None:
+def _unless_built_in(stored: Tensor, built_in: Tensor) -> Tensor | None:
     if stored.device.type == "meta":
         return None
     same = torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32))

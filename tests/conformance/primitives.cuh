@@ -1,4 +1,5 @@
-// Each verb of cuda/wp.cuh, and each intrinsic that the kernels rest on, alone: what every lane gets, as 32-bit words.
+// Each primitive of cuda/wp.cuh, and each intrinsic that the kernels rest on, alone: what every lane gets, as 32-bit
+// words.
 //
 // All results are exact, so that a GPU and the emulator must agree to the bit. Products are of small whole numbers,
 // whose sums in fp32 do not depend on the order.
@@ -129,7 +130,7 @@ __global__ void rounding(const uint32_t* in, uint32_t* out) {  // [32, 12]
   }
 }
 
-// fp32 arithmetic that must round as IEEE 754 says, subnormals included. `in` as above.
+// fp32 arithmetic that must round as in IEEE 754, subnormals included. `in` as above.
 __global__ void arithmetic(const uint32_t* in, uint32_t* out) {  // [32, 6]
   const int lane = static_cast<int>(threadIdx.x);
   const float x = __uint_as_float(in[4 * lane]);

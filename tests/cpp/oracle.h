@@ -61,7 +61,7 @@ inline double rounded(Format format, double x) {
   return std::fabs(result) > largest ? std::copysign(std::numeric_limits<double>::infinity(), x) : result;
 }
 
-// The same number, zeros told apart by their sign.
+// The same number, zeros distinguished by their sign.
 inline bool same(double a, double b) {
   return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b);
 }
@@ -268,7 +268,7 @@ std::vector<float> turning_points() {
   return points;
 }
 
-// A quantized weight of random bytes and scales of both signs, whose buffers end where the format says they end: a
+// A quantized weight of random bytes and scales of both signs, whose buffers end where the format ends them: a
 // sanitizer sees an overrun.
 struct RandomWeight {
   RandomWeight(int64_t numel, int64_t block_size, bool nested, QuantType type, uint64_t seed)

@@ -93,7 +93,7 @@ TEST(file_store_keeps_its_bytes) {
   CHECK(open_files() == files, "the file stays open");
 }
 
-TEST(file_store_moves_what_it_is_told) {
+TEST(file_store_moves_what_is_asked) {
   const Folder folder;
   FileStore store(kBytes, folder.path(), true);
   CHECK(store.bytes_in_file() == kBytes && store.resident_bytes() == 0, "a new store in a file");
@@ -244,7 +244,7 @@ void check_steps(const std::vector<StateForm>& forms, int64_t chunk_bytes, int64
                    update(parts, num_parts, grain);
                  });
     };
-    if (step == 3) {  // somebody reads all states, and what the system reads ahead of it arrives
+    if (step == 3) {  // somebody reads all states, and what the system reads ahead of it is in memory
       CHECK(std::count(store->data(), store->data() + plan.num_bytes, '\1') >= 0, "reading");
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
     }

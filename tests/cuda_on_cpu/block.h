@@ -46,7 +46,7 @@ struct Thread {
   uint32_t group;                 // groups committed so far
 };
 
-// A verb of the warp that lanes have come to and that has not been carried out.
+// An operation of the warp that lanes have come to and that has not been carried out.
 struct Meeting {
   const char* verb;
   Site site;
@@ -58,7 +58,7 @@ struct Warp {
   uint32_t existing;
   uint32_t ended;
   uint32_t ready;
-  uint32_t waiting;  // in a verb of the warp
+  uint32_t waiting;  // in an operation of the warp
   uint32_t epoch;    // how often __syncwarp has ordered this warp's accesses; never repeats within a launch
   Meeting last;      // the one that a lane came to last: most meetings are alone
   int first_lane;    // for schedules that do not begin with lane 0

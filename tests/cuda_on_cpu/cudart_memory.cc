@@ -37,8 +37,8 @@ cudaError_t allocate(void** address, size_t num_bytes) {
   return cudaSuccess;
 }
 
-// The runtime waits here for everything, or for what it knows to use the memory; code that counts on it is wrong on
-// some of its versions.
+// The runtime waits here for everything, or for what it has recorded to use the memory; code that counts on it is wrong
+// on some of its versions.
 void report_use(const char* verb) {
   if (const size_t queued = cuemu::num_queued(); queued > 0) {
     cuemu::add_report(std::string(verb) + " while " + std::to_string(queued) +

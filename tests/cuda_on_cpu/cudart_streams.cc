@@ -87,7 +87,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
                                : remember(cudaErrorInvalidResourceHandle);
 }
 
-// Whoever asks is one day told that it is done: the question makes it so.
+// A query completes the stream: whoever polls sees it done at some time.
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   const bool queued = capturing == 0 && cuemu::exists(stream) && cuemu::num_queued(stream) > 0;
   const cudaError_t error = cudaStreamSynchronize(stream);

@@ -10,7 +10,7 @@
 namespace cuemu {
 
 enum class Seen {
-  kNever,      // by this build; the table says which one sees it
+  kNever,      // by this build; the table names the one that finds it
   kAsWrong,    // in some schedule the result is wrong, or there is a report
   kSometimes,  // in some schedule there is a report, and not all give the right result in silence
   kAlways,     // every schedule gives a report
@@ -23,7 +23,7 @@ struct Tried {
   std::string first_report;
 };
 
-// `run` launches the kernel and says whether its result was right.
+// `run` launches the kernel and returns whether its result was right.
 Tried try_kernel(const std::function<bool()>& run);
 
 // One row of a table of defects: what each build must see, and words that its report must hold (empty: any).

@@ -159,7 +159,7 @@ std::string overwritten_red_zone() {
   for (const auto& [begin, allocation] : allocations()) {
     const bool begin_intact = is_intact(allocation.begin() - allocation.head_bytes, allocation.head_bytes);
     if (!begin_intact || !is_intact(allocation.end(), allocation.tail_bytes())) {
-      fill_red_zones(allocation);  // told once
+      fill_red_zones(allocation);  // reported once
       return "a kernel wrote " + std::string(begin_intact ? "past the end" : "before the begin") +
              " of a device allocation of " + std::to_string(allocation.num_bytes) + " bytes";
     }

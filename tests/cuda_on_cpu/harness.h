@@ -74,7 +74,7 @@ void over_all_schedules(Test test) {
   set_schedule({});
 }
 
-// Calls test(name of the order) at once and with streams that run late; the test waits for its streams before it looks.
+// Calls test(name of the order) at once and with streams that run late; the test waits for its streams before it reads.
 template <typename Test>
 void over_all_stream_orders(Test test) {
   for (const StreamOrder& order : all_stream_orders()) {

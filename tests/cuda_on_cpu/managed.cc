@@ -176,7 +176,7 @@ bool feel(void* address) {
   const auto& [base, num_bytes] = *std::prev(after);
   touched_after_free = "use after free: byte " + std::to_string(wanted - base) + " of " + std::to_string(num_bytes) +
                        " bytes of managed memory that cudaFree has taken back";
-  open_pages(reinterpret_cast<void*>(base), num_bytes);  // what runs goes on, and is told about at its end
+  open_pages(reinterpret_cast<void*>(base), num_bytes);  // what runs goes on, and is reported at its end
   return true;
 }
 

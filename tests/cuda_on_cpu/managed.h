@@ -51,7 +51,7 @@ enum class Toucher : uint8_t {
   kDevice,        // a kernel or a memset
   kCopyToDevice,  // a copy reads and writes pages where they lie; those never touched arise where it leads
   kCopyToHost,
-  kInspector,  // looks at bytes on behalf of the emulator: nothing moves
+  kInspector,  // reads bytes on behalf of the emulator: nothing moves
 };
 
 cudaError_t allocate_managed(void** address, size_t num_bytes);

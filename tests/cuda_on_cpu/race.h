@@ -1,6 +1,6 @@
 // The race check on shared memory. Two accesses of a byte by different threads, one of them a write, must be ordered by
-// a __syncthreads between them, or within a warp by a __syncwarp. Shuffles, votes and matrix verbs order nothing, as
-// the CUDA programming guide has it; atomics do not race with atomics.
+// a __syncthreads between them, or within a warp by a __syncwarp. Shuffles, votes and matrix operations order nothing,
+// as the CUDA programming guide has it; atomics do not race with atomics.
 //
 // A __syncwarp of some lanes counts as one of all lanes, so races that need the difference are missed.
 #pragma once

@@ -21,8 +21,8 @@ void wait_in(Thread::State state, const char* verb, Site site, uint32_t mask, vo
   self->payload = payload;
 }
 
-// The lanes that wait for this one in the same verb at the same site with the same mask. Who waits for it elsewhere is
-// an error; who waits for others first is not.
+// The lanes that wait for this one in the same operation at the same site with the same mask. Who waits for it
+// elsewhere is an error; who waits for others first is not.
 uint32_t lanes_met(const Warp& warp, const char* verb, Site site, uint32_t mask) {
   uint32_t met = 0;
   for (uint32_t rest = mask & warp.waiting; rest != 0; rest &= rest - 1) {

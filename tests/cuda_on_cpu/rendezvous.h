@@ -1,4 +1,4 @@
-// Where threads wait for each other: barriers of the block, and verbs that a warp carries out together.
+// Where threads wait for each other: barriers of the block, and operations that a warp carries out together.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,9 @@ int meet_block(const char* verb, Site site, Vote vote = Vote::kNone, int value =
 // What the last lane to come does for all lanes of `mask`; each Thread's payload is what that lane brought.
 using Perform = void (*)(Warp& warp, uint32_t mask);
 
-// Waits until every lane that `mask` names is here with the same verb, site and mask. Lanes that never existed (the
-// end of a block) do not count, unless `whole`: then all 32 must be there, as for verbs that PTX calls .aligned.
+// Waits until every lane that `mask` names is here with the same operation, site and mask. Lanes that never existed
+// (the end of a block) do not count, unless `whole`: then all 32 must be there, as for operations that PTX calls
+// .aligned.
 void meet_warp(const char* verb, Site site, uint32_t mask, bool whole, void* payload, Perform perform);
 
 }  // namespace cuemu

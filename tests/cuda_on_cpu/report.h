@@ -20,7 +20,7 @@ std::string take_reports();
 // Whether reports go to stderr too as they are written (as at the start) or are only kept.
 void print_reports(bool print);
 
-// "file.cuh:12", or for an instruction what addr2line says about it.
+// "file.cuh:12", or for an instruction what addr2line prints of it.
 std::string words(Where where);
 inline std::string words(Site site) { return words(Where::site(site)); }
 

@@ -35,7 +35,7 @@ TEST(memory_is_allocated_copied_and_freed) {
   CHECK(attributes.type == cudaMemoryTypeUnregistered, "type %d", attributes.type);
   CHECK(cudaFree(memory) == cudaSuccess && cudaFree(nullptr) == cudaSuccess, "freed");
   CHECK(cudaFree(memory) == cudaErrorInvalidValue, "freed twice");
-  CHECK(cudaGetLastError() == cudaErrorInvalidValue && cudaGetLastError() == cudaSuccess, "told once");
+  CHECK(cudaGetLastError() == cudaErrorInvalidValue && cudaGetLastError() == cudaSuccess, "reported once");
 }
 
 TEST(device_memory_runs_out) {

@@ -162,8 +162,8 @@ TEST(a_launch_that_touches_freed_memory_fails) {
   float* page = memory.page(0);
   CHECK(cudaFree(memory.forget()) == cudaSuccess, "freed");
   cuemu::print_reports(false);
-  CHECK(launch_add(page, 2, nullptr) == cudaErrorLaunchFailure, "told");
-  CHECK(cudaMemset(page, 0, 8) == cudaErrorLaunchFailure, "told again");
+  CHECK(launch_add(page, 2, nullptr) == cudaErrorLaunchFailure, "reported");
+  CHECK(cudaMemset(page, 0, 8) == cudaErrorLaunchFailure, "reported again");
   cuemu::print_reports(true);
   const std::string said = cuemu::take_reports();
   CHECK(said.find("use after free: byte 0 of 131072 bytes of managed memory") != std::string::npos, "%s", said.c_str());
@@ -176,7 +176,7 @@ TEST(managed_memory_has_red_zones) {
 #if defined(CUEMU_ASAN)
   CHECK_LAUNCH(launch_add(memory.page(0), 1, nullptr));  // AddressSanitizer would end the process
 #else
-  CHECK(launch_add(memory.page(0) + kPageFloats, 1, nullptr) == cudaErrorLaunchFailure, "told");
+  CHECK(launch_add(memory.page(0) + kPageFloats, 1, nullptr) == cudaErrorLaunchFailure, "reported");
   CHECK(cuemu::take_reports().find("past the end") != std::string::npos, "in words");
 #endif
   cuemu::print_reports(true);

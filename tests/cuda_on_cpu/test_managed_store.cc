@@ -247,7 +247,7 @@ TEST(paged_steps_need_no_order_but_their_own) {
 // ---------------------------------------------------------------------------------------------------------------------
 // What is moved
 
-// Three steps without looks at the states between them; what each of the last two moved.
+// Three steps without reading the states between them; what each of the last two moved.
 template <typename Look>
 void steady_steps(int64_t budget_chunks, Look look) {
   cuemu::over_all_stream_orders([&](const char* order) {
@@ -387,14 +387,14 @@ TEST(memory_is_given_back_after_what_uses_it) {
       CHECK_LAUNCH(paged.step(groups.device->data(), {1.0, 0.0, nullptr, nullptr, nullptr}, scalars,
                               3 * paged.store().largest_chunk(), nullptr));
       CHECK(cuemu::num_queued() > 0, "the step has not ended");
-    }  // a report says if the store frees under a launch
+    }  // a report shows if the store frees under a launch
     cuemu::set_stream_order({});
     CHECK(cuemu::plain_bytes() == before, "%zu bytes are left", cuemu::plain_bytes() - before);
   }
   (void)cuemu::take_managed_counters();
 }
 
-TEST(a_device_without_concurrent_access_is_told_apart) {
+TEST(a_device_without_concurrent_access_is_recognized) {
   const cuemu::WithDevice windows(86);
   CHECK(cuda::has_concurrent_managed_access(0), "it has");
   cuemu::device().concurrent_managed_access = false;

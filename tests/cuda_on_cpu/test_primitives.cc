@@ -280,7 +280,7 @@ TEST(shared_memory_is_limited_by_the_architecture) {
     const cuemu::WithDevice device(sm);
     const size_t most = cuemu::device().shared_bytes_per_block;
     CHECK_LAUNCH(wp::launch(use_shared<1024>, dim3(1), dim3(1), most - 4096, nullptr, out.data()));
-    CHECK(out.host()[0] == 1025.0f, "an array knows its size");
+    CHECK(out.host()[0] == 1025.0f, "an array has its size");
     CHECK(
         wp::launch(use_shared<1024>, dim3(1), dim3(1), most + 1, nullptr, out.data()) == cudaErrorInvalidConfiguration,
         "sm_%d", sm);

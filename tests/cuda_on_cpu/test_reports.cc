@@ -1,4 +1,4 @@
-// What a report says: file, line, who waits where, and what came before.
+// What a report holds: file, line, who waits where, and what came before.
 #include <string>
 
 #include "cuda/wp.cuh"

@@ -1,4 +1,4 @@
-// The verbs of cuda/wp.cuh, carried out by the emulator. Kernels see this in place of the PTX.
+// The primitives of cuda/wp.cuh, carried out by the emulator. Kernels see this in place of the PTX.
 #pragma once
 
 #include "cuda_on_cpu/builtins.h"

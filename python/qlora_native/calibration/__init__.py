@@ -1,7 +1,5 @@
-"""Quantization that looks at the inputs of a weight: the same format and bytes, a smaller loss."""
+"""Quantization by statistics of a weight's inputs: the same format and bytes, a smaller loss."""
 
 from __future__ import annotations
 
-from qlora_native.calibration.quantize import METHODS, CalibratedWeight, CalibrationReport, quantize_calibrated
-
-__all__ = ["METHODS", "CalibratedWeight", "CalibrationReport", "quantize_calibrated"]
+from qlora_native.calibration.quantize import quantize_calibrated as quantize_calibrated

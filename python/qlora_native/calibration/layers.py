@@ -1,20 +1,30 @@
-"""The decoder layers of a causal LM, one by one: where they stand, and what transformers calls each of them with.
+"""Run the decoder layers of a causal LM one by one: their arguments, the hidden states between two of them, and the
+folder of those that an interrupted run has finished.
 
-What a layer is called with (rotary tables, masks) is not rebuilt here: the model's own forward runs once for each
-sequence, with stand-ins in place of the layers that hand the hidden states on and note the rest.
+The arguments of a layer (rotary tables, masks) are not rebuilt here: the model's own forward runs once for each
+sequence, with its layers replaced by stubs that return their hidden states and record the rest.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qlora_native._io import atomic_file, fsync
 from qlora_native.errors import UserError
+from qlora_native.weight import QuantizedWeight, from_bnb, to_bnb
+
+MOST_IN_MEMORY = 1 << 28  # bytes of hidden states
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -25,12 +35,12 @@ class LayerCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    by_name: str  # of the argument that the hidden states are, or "" if they come first
+    keyword: str  # of the hidden states, or "" if they are the first argument
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden states [1, length, H] that the layer makes of those."""
-        if self.by_name:
-            out = layer(*self.args, **{self.by_name: hidden}, **self.kwargs)
+        """The layer's output [1, length, H] for those hidden states."""
+        if self.keyword:
+            out = layer(*self.args, **{self.keyword: hidden}, **self.kwargs)
         else:
             out = layer(hidden, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
@@ -46,11 +56,11 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 class _Stop(Exception):
-    """The last stand-in has been called."""
+    """The last stub has been called."""
 
 
-class _HandedOn(Tensor):
-    """Hidden states that also pass for the tuple that some layers return."""
+class _StubOutput(Tensor):
+    """Hidden states that can also be indexed and unpacked as the tuple that some layers return."""
 
     def __getitem__(self, index: Any) -> Any:
         return self if index == 0 else super().__getitem__(index)
@@ -60,10 +70,7 @@ class _HandedOn(Tensor):
 
 
 class LayerCalls:
-    """What the layers of one model are called with.
-
-    The calls must be those of every sequence: layers that are given something made of the tokens are refused.
-    """
+    """The arguments of each layer of a model, which must be the same for every sequence."""
 
     def __init__(self, model: Any, layers: nn.ModuleList) -> None:
         self._model, self._layers = model, layers
@@ -74,13 +81,13 @@ class LayerCalls:
 
     @torch.no_grad()
     def first_input(self, ids: Tensor) -> Tensor:
-        """The hidden states [1, length, H] that the first layer gets for ids [1, length].
+        """The first layer's hidden states [1, length, H] for ids [1, length].
 
-        Raises UserError if the model's layers do not simply follow one another.
+        Raises UserError if the layers do not simply follow one another, or their arguments depend on the tokens.
         """
         calls: list[LayerCall] = []
         entered: list[Tensor] = []
-        with _stand_ins(self._model, self._layers, calls, entered), suppress(_Stop):
+        with _stubs(self._model, self._layers, calls, entered), suppress(_Stop):
             self._model(input_ids=ids, use_cache=False)
         if len(calls) != len(self._layers):
             raise _unlike(self._model, f"{len(calls)} of its {len(self._layers)} layers are called")
@@ -92,8 +99,8 @@ class LayerCalls:
 
 
 @contextmanager
-def _stand_ins(model: Any, layers: nn.ModuleList, calls: list[LayerCall], entered: list[Tensor]) -> Iterator[None]:
-    def stand_in(index: int) -> Any:
+def _stubs(model: Any, layers: nn.ModuleList, calls: list[LayerCall], entered: list[Tensor]) -> Iterator[None]:
+    def stub(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             name = "" if args else next(iter(kwargs))
             hidden = args[0] if args else kwargs.pop(name)
@@ -108,12 +115,12 @@ def _stand_ins(model: Any, layers: nn.ModuleList, calls: list[LayerCall], entere
             entered.append(hidden.as_subclass(Tensor))
             if len(calls) == len(layers):
                 raise _Stop
-            return hidden.as_subclass(_HandedOn)
+            return hidden.as_subclass(_StubOutput)
 
         return forward
 
     for index, layer in enumerate(layers):
-        layer.forward = stand_in(index)
+        layer.forward = stub(index)
     try:
         yield
     finally:
@@ -122,7 +129,7 @@ def _stand_ins(model: Any, layers: nn.ModuleList, calls: list[LayerCall], entere
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether the value can be given again: tensors and constants, but no cache that layers write to."""
+    """Whether the value can be passed again: tensors and constants, but no cache that layers write to."""
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return isinstance(value, (Tensor, *_PLAIN))
@@ -143,3 +150,129 @@ def _unlike(model: Any, what: str) -> UserError:
         f"{type(model).__name__} cannot be calibrated layer by layer: {what}; load it with method 'rtn' or "
         "'rtn_signed', which need no data."
     )
+
+
+# ---- between two layers
+
+
+class HiddenStates:
+    """Tensors [1, length, H], one a sequence: the inputs of the current layer, and those of the next.
+
+    Args:
+        shape: (rows, length, H). dtype: of all of them.
+        folder: for the files of two layers, one read while the other is written; None keeps everything in memory, where
+            a layer's output replaces its input.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None) -> None:
+        self.shape, self.dtype, self.folder = shape, dtype, folder
+        self.layer = 0  # the current one
+        self._memory = torch.empty(shape, dtype=dtype) if folder is None else None
+
+    def read(self, row: int) -> Tensor:
+        """The input of the current layer, in memory of its own."""
+        if self._memory is not None:
+            return self._memory[row : row + 1].clone()
+        raw = torch.empty(1, *self.shape[1:], dtype=self.dtype)
+        with self.file(self.layer).open("rb", buffering=0) as file:
+            file.seek(row * raw.nbytes)
+            if file.readinto(_bytes(raw)) != raw.nbytes:
+                raise OSError(f"{self.file(self.layer)} ends before row {row}")
+        return raw
+
+    def begin(self, layer: int) -> None:
+        """Make room for the input of ``layer``: the current one, or the next."""
+        if self.folder is not None:
+            with self.file(layer).open("wb") as file:
+                file.truncate(torch.Size(self.shape).numel() * self.dtype.itemsize)
+
+    def write(self, row: int, value: Tensor, layer: int) -> None:
+        """Store the input of ``layer`` for one sequence."""
+        value = value.detach().to("cpu", self.dtype).contiguous()
+        if self._memory is not None:
+            self._memory[row : row + 1] = value
+            return
+        with self.file(layer).open("r+b", buffering=0) as file:
+            file.seek(row * value.nbytes)
+            file.write(_bytes(value))
+
+    def sync(self, layer: int) -> None:
+        """Wait until the input of ``layer`` is on the disk."""
+        if self.folder is not None:
+            fsync(self.file(layer))
+
+    def advance(self) -> None:
+        """Go on to the next layer and delete the input of this one."""
+        if self.folder is not None:
+            self.file(self.layer).unlink()
+        self.layer += 1
+
+    def file(self, layer: int) -> Path:
+        """The file of the input of ``layer``."""
+        assert self.folder is not None
+        return hidden_file(self.folder, layer)
+
+
+def hidden_file(folder: Path, layer: int) -> Path:
+    """The file in ``folder`` of the input of ``layer``."""
+    return folder / f"hidden-{layer:04}.bin"
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+# ---- an interrupted run
+
+
+class FinishedLayers:
+    """A folder from which an interrupted run goes on: a file a layer, in bitsandbytes' format, and ``run.json``.
+
+    Args:
+        folder: made if it is not there. run: everything that determines the bytes, as JSON values. The files of another
+            run are deleted; ``changed`` then names the settings that differ.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
+        self.folder, self.changed = folder, []
+        run, earlier = json.loads(json.dumps(run)), None
+        with suppress(OSError, ValueError):
+            earlier = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if earlier != run:
+            if earlier is not None:
+                self.changed = sorted(name for name in {*run, *earlier} if run.get(name) != earlier.get(name))
+            shutil.rmtree(folder, ignore_errors=True)
+            with atomic_file(folder / "run.json") as path:
+                path.write_text(json.dumps(run, indent=2), encoding="utf-8")
+        self.count = 0
+        while self._file(self.count).is_file():
+            self.count += 1
+        if not hidden_file(folder, self.count).is_file():
+            self.count = 0
+        for path in folder.glob("hidden-*"):
+            if path != hidden_file(folder, self.count):  # a killed run leaves the next layer's, half written
+                path.unlink()
+
+    def load(self, index: int) -> tuple[dict[str, QuantizedWeight], dict[str, str]]:
+        """The 4-bit weights of a layer by name, and those that fell back."""
+        with safe_open(self._file(index), framework="pt") as file:
+            layer = json.loads(file.metadata()["layer"])
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: from_bnb(tensors, name) for name in layer["names"]}, layer["fell_back"]
+
+    def save(self, index: int, weights: dict[str, QuantizedWeight], fell_back: dict[str, str]) -> None:
+        """Write a layer to the disk, whole or not at all."""
+        tensors = {
+            key: tensor.cpu().contiguous()
+            for name, weight in weights.items()
+            for key, tensor in to_bnb(weight, name).items()
+        }
+        with atomic_file(self._file(index)) as path:
+            save_file(tensors, path, {"layer": json.dumps({"names": list(weights), "fell_back": fell_back})})
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"layer-{index:04}.safetensors"

@@ -1,31 +1,45 @@
-"""One weight by one of the calibrated methods: the arithmetic, without the model around it."""
+"""Quantize one weight by a calibrated method, from statistics of its inputs."""
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock, local
 from typing import NamedTuple
 
 import torch
 
 from qlora_native import _native, reference
-from qlora_native.calibration.feedback import LAST_DAMPING, feedback_factor, on_one_thread
 from qlora_native.weight import QuantizedWeight, quant_type_number, quantize
 
 METHODS = ("rtn", "rtn_signed", "wmse", "gptq")
 
-# Scales are looked for between these shares of a block's largest magnitude: below 1 large elements are clipped, above
-# 1 the largest comes to lie at an inner level. Looking at all 256 stored scales gained 0.1 % at most (SmolLM2-135M).
+# Scales are searched between these shares of a block's largest magnitude: below 1 large elements are clipped, above 1
+# the largest comes to lie at an inner level. Trying all 256 stored scales gained 0.1 % at most (SmolLM2-135M).
 SEARCH_LOW, SEARCH_HIGH = 0.375, 2.0
-# The shares that are tried where any fp32 scale can be stored, exact in fp32, and coarser those that lay out the range
-# of the double quantization, within which the stored scales are then tried.
+# The shares that are tried where any fp32 scale can be stored, exact in fp32, and coarser ones that span the range of
+# the double quantization, within which the stored scales are then tried.
 SHARES = tuple(i / 64 for i in range(24, 129))
 COARSE_SHARES = SHARES[::8]
 ERROR_PART = 1 << 18  # elements whose errors are in memory at once
+# GPTQ's damping is raised tenfold up to here: a matrix that is no sum of squares stays indefinite beyond it.
+LAST_DAMPING = 100.0
+FIRST_RAISE = 1e-4
+ROWS = 64  # of a hessian, copied at a time
+
+_one_at_a_time = Lock()
+_last = local()  # what this thread factorized last, while that hessian lives: q, k and v share their inputs
+
+
+Factor = tuple[torch.Tensor, torch.Tensor, float]
 
 
 class Form(NamedTuple):
-    """How a weight is stored."""
+    """The format of a quantized weight."""
 
     quant_type: str
     block_size: int
@@ -34,7 +48,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What a calibrated quantization did.
+    """The method and the errors of a calibrated quantization.
 
     Attributes:
         method: the method whose codes were kept; "rtn" after a fallback.
@@ -42,7 +56,7 @@ class CalibrationReport:
         error: the result's. With a hessian H: trace((W - W') H (W - W')^T); with channel moments m alone:
             sum m_k (w - w')^2; without statistics: sum (w - w')^2.
         damping: share of the mean of H's diagonal that was added to it ("gptq"), else None.
-        fallback: why the weight was rounded plainly although another method was asked for, else None.
+        fallback: why the weight was rounded plainly instead, else None.
     """
 
     method: str
@@ -54,7 +68,7 @@ class CalibrationReport:
 
 @dataclass(frozen=True)
 class CalibratedWeight:
-    """A quantized weight, and the report on it."""
+    """A quantized weight and its report."""
 
     weight: QuantizedWeight
     report: CalibrationReport
@@ -72,18 +86,18 @@ def quantize_calibrated(
     double_quant: bool = True,
     damping: float = 0.01,
 ) -> CalibratedWeight:
-    """Quantize a matrix to 4 bits so that its products with the inputs it will meet lose little.
+    """Quantize a matrix to 4 bits with a small error of its products with its inputs.
 
     Methods: ``rtn`` rounds to the nearest level (:func:`qlora_native.quantize`: bitsandbytes' codes); ``rtn_signed``
     also chooses the sign of each block's scale by the squared error; ``wmse`` chooses each block's scale, sign
     included, among those that the format can store by the squared error weighted with the inputs' second moments;
-    ``gptq`` keeps the scales of ``wmse`` and hands each column's error on to the later ones, largest moment first.
+    ``gptq`` keeps the scales of ``wmse`` and compensates each column's error in the later ones, largest moment first.
 
-    The format is the same for all: a reader of bitsandbytes' checkpoints decodes the result. On CPU the bytes do not
-    depend on the number of threads or the instruction set. CUDA tensors stay on their device (plain torch, slower).
+    The format is the same for all, that of bitsandbytes' checkpoints. On CPU the bytes do not depend on the number of
+    threads or the instruction set. CUDA tensors stay on their device (plain torch, slower).
 
     A result that is no better than plain rounding in the error it minimizes, or statistics of no input at all, fall
-    back to ``rtn``, and the report says so.
+    back to ``rtn``; the report has the reason.
 
     Args:
         weight: [N, K], float32, bfloat16 or float16.
@@ -144,23 +158,14 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
     ``measure`` is None (plain), [K] (second moments of the inputs) or [K, K] (their hessian).
     """
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    scales, block, width = result.scales(), result.block_size, max(weight.shape[1], 1)
+    block, width, count = result.block_size, max(weight.shape[1], 1), len(weight)
     metric = None if measure is None else measure.float()
     aligned = block // math.gcd(block, width)  # rows that fill whole blocks
     rows = aligned * max(1, ERROR_PART // (width * aligned))
-    with on_one_thread():  # what is kept depends on it
-        for begin in range(0, weight.shape[0], rows):
-            whole = weight[begin : begin + rows]
-            first, last = begin * width, begin * width + whole.numel()
-            part = QuantizedWeight(
-                result.packed[first // 2 : (last + 1) // 2],
-                scales[first // block : -(-last // block)],
-                shape=whole.shape,
-                dtype=torch.float32,
-                quant_type=result.quant_type,
-                block_size=block,
-            )
-            error = whole.float() - part.dequantize()
+    with on_one_thread():  # which method is kept depends on the sum
+        for begin in range(0, count, rows):
+            part = result.slice(begin, min(begin + rows, count))
+            error = weight[begin : begin + rows].float() - part.dequantize(torch.float32)
             if metric is None:
                 other = error
             else:
@@ -172,49 +177,45 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
 def _check(
     weight: torch.Tensor, method: str, moment: torch.Tensor | None, hessian: torch.Tensor | None, damping: float
 ) -> None:
+    def error(problem: str) -> ValueError:
+        return ValueError(f"quantize_calibrated: {problem}.")
+
     if method not in METHODS:
-        raise ValueError(f"quantize_calibrated: method is {method!r}: expected one of {', '.join(METHODS)}.")
+        raise error(f"method is {method!r}: expected one of {', '.join(METHODS)}")
     if weight.dim() != 2:
-        raise ValueError(f"quantize_calibrated: weight is {list(weight.shape)}: expected two dimensions, [N, K].")
+        raise error(f"weight is {list(weight.shape)}: expected two dimensions, [N, K]")
     if not (math.isfinite(damping) and damping >= 0):
-        raise ValueError(f"quantize_calibrated: damping is {damping}: expected a finite number, 0 or more.")
+        raise error(f"damping is {damping}: expected a finite number, 0 or more")
     if method == "gptq" and hessian is None:
-        raise ValueError("quantize_calibrated: method 'gptq' needs the hessian of the weight's inputs, [K, K].")
+        raise error("method 'gptq' needs the hessian of the weight's inputs, [K, K]")
     if method == "wmse" and moment is None and hessian is None:
-        raise ValueError("quantize_calibrated: method 'wmse' needs the second moments of the weight's inputs, [K].")
+        raise error("method 'wmse' needs the second moments of the weight's inputs, [K]")
     k = weight.shape[1]
     for name, tensor, shape in (("moment", moment, [k]), ("hessian", hessian, [k, k])):
         if tensor is None:
             continue
         if list(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"quantize_calibrated: {name} is {tensor.dtype} {list(tensor.shape)}: expected float32 {shape} for a "
-                f"weight {list(weight.shape)}."
-            )
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise error(f"{name} is {found}: expected float32 {shape} for a weight {list(weight.shape)}")
         if tensor.device != weight.device:
-            raise ValueError(
-                f"quantize_calibrated: {name} is on {tensor.device}, the weight on {weight.device}: move one of them."
-            )
+            raise error(f"{name} is on {tensor.device}, the weight on {weight.device}: move one of them")
         finite = torch.isfinite(tensor)
         if not bool(finite.all()):
-            at = (~finite).nonzero()[0].tolist()
-            raise ValueError(
-                f"quantize_calibrated: element {at} of the {name} is {float(tensor[tuple(at)])}: the statistics of the "
-                "inputs must be finite. Was the model run in float16? Use bfloat16 or float32."
+            place = (~finite).nonzero()[0].tolist()
+            raise error(
+                f"element {place} of the {name} is {float(tensor[tuple(place)])}: the statistics of the inputs must be "
+                "finite. Was the model run in float16? Use bfloat16 or float32"
             )
         diagonal = tensor if tensor.dim() == 1 else torch.diagonal(tensor)
         if bool((diagonal < 0).any()):
-            at = (diagonal < 0).nonzero()[0].tolist()
-            raise ValueError(
-                f"quantize_calibrated: the second moment of channel {at[0]} is {float(diagonal[at[0]])}: expected 0 or "
-                "more."
-            )
+            at = int((diagonal < 0).nonzero()[0])
+            raise error(f"the second moment of channel {at} is {float(diagonal[at])}: expected 0 or more")
         if tensor.dim() == 2 and k:
             apart, largest = float((tensor - tensor.t()).abs().max()), float(diagonal.max())
             if apart > 1e-3 * largest:
-                raise ValueError(
-                    f"quantize_calibrated: the hessian differs from its transpose by {apart:.3g}, its largest diagonal "
-                    f"element is {largest:.3g}: expected a symmetric matrix, the sum or mean of x x^T."
+                raise error(
+                    f"the hessian differs from its transpose by {apart:.3g}, its largest diagonal element is "
+                    f"{largest:.3g}: expected a symmetric matrix, the sum or mean of x x^T"
                 )
 
 
@@ -225,24 +226,17 @@ def _near_one(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _search(
-    weight: torch.Tensor,
-    moment: torch.Tensor,
-    form: Form,
-    table: torch.Tensor,
-    multiplier: torch.Tensor,
-    offset: torch.Tensor,
-    initial: torch.Tensor,
-    group: int,
+    weight: torch.Tensor, moment: torch.Tensor, form: Form, table: torch.Tensor, *scales: torch.Tensor | int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     settings = SEARCH_LOW, SEARCH_HIGH, quant_type_number(form.quant_type), form.block_size
     found: tuple[torch.Tensor, torch.Tensor] = torch.ops.qlora_native.search_scales_4bit(
-        weight, moment, table.to(weight.device), multiplier, offset, initial, group, *settings
+        weight, moment, table.to(weight.device), *scales, *settings
     )
     return found
 
 
 def _signed(weight: torch.Tensor, moment: torch.Tensor, form: Form, shares: tuple[float, ...]) -> QuantizedWeight:
-    """The scale of each block the best of those shares of its largest magnitude, of either sign."""
+    """The scale of each block is the best of these shares of its largest magnitude, of either sign."""
     plain = quantize(weight, quant_type=form.quant_type, block_size=form.block_size, double_quant=False)
     table = torch.tensor([*shares, *(-share for share in shares)] if form.quant_type == "nf4" else shares)
     whole = torch.full_like(plain.absmax, shares.index(1.0), dtype=torch.uint8)
@@ -255,7 +249,7 @@ def _signed(weight: torch.Tensor, moment: torch.Tensor, form: Form, shares: tupl
 
 
 def _searched(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> QuantizedWeight:
-    """The scales of the least weighted error among those that can be stored."""
+    """The scales of the least weighted error among those that the format can store."""
     signed = _signed(weight, moment, form, COARSE_SHARES if form.double_quant else SHARES)
     if signed.nested_absmax is None or signed.nested_offset is None:
         return signed
@@ -264,13 +258,89 @@ def _searched(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> Quantiz
 
 
 def _replaced(w: QuantizedWeight, packed: torch.Tensor, absmax: torch.Tensor | None = None) -> QuantizedWeight:
-    return QuantizedWeight(
-        packed,
-        w.absmax if absmax is None else absmax,
-        shape=w.shape,
-        dtype=w.dtype,
-        quant_type=w.quant_type,
-        block_size=w.block_size,
-        nested_absmax=w.nested_absmax,
-        nested_offset=w.nested_offset,
-    )
+    result = copy.copy(w)
+    result.packed = packed
+    if absmax is not None:
+        result.absmax = absmax
+    return result
+
+
+# ---- GPTQ's feedback
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """One thread for LAPACK and sums, whose rounding depends on their number; one caller at a time."""
+    with _one_at_a_time:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def feedback_factor(hessian: torch.Tensor, damping: float) -> Factor | None:
+    """Arguments of the op ``gptq_4bit``: factor fp32 [K, K], order int64 [K], and the damping that was needed.
+
+    Columns go by falling second moment, equal ones by index. In that order, damped by ``damping`` times the mean of
+    its diagonal, H = R R^T with R upper triangular, and factor[i, j] = R[i, j] / R[j, j]. If there is no such R, the
+    damping is raised tenfold until there is; None if that does not help. Factorized in fp64.
+
+    Args:
+        hessian: fp32 or fp64 [K, K], symmetric, its diagonal not negative and not all zero.
+        damping: 0 or more.
+    """
+    if hessian.is_inference():  # has no version counter
+        return _factorized(hessian, damping)
+    memo = _last.__dict__
+    source, *key = memo.get("key", (None,))
+    if source is None or source() is not hessian or key != [hessian._version, damping]:
+        memo.clear()
+        memo["factor"] = _factorized(hessian, damping)
+        memo["key"] = weakref.ref(hessian, lambda _: memo.clear()), hessian._version, damping
+    factor: Factor | None = memo["factor"]
+    return factor
+
+
+def _factorized(hessian: torch.Tensor, damping: float) -> Factor | None:
+    diagonal = torch.diagonal(hessian).double()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    mean = math.fsum(diagonal.tolist()) / diagonal.numel()
+    with on_one_thread():  # and one matrix at a time: it is the largest tensor of a calibration
+        columns = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
+        while damping <= LAST_DAMPING:
+            _fill(columns, hessian, order.flip(0), mean, damping)  # LAPACK's factor is lower triangular
+            transposed = columns.t()  # LAPACK's own layout, so that nothing is copied
+            failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+            torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, failed))
+            if int(failed) == 0 and bool(torch.isfinite(columns.sum())):
+                return _over_diagonal(columns), order, damping
+            damping = max(10 * damping, FIRST_RAISE)
+    return None
+
+
+def _fill(target: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, mean: float, damping: float) -> None:
+    """The damped hessian in that order over its mean, so that products of moments neither underflow nor overflow."""
+    for begin in range(0, len(order), ROWS):
+        rows = order[begin : begin + ROWS]
+        target[begin : begin + ROWS] = hessian[rows].index_select(1, order)
+    target.div_(mean)
+    torch.diagonal(target).add_(damping)
+
+
+def _over_diagonal(lower: torch.Tensor) -> torch.Tensor:
+    """The factor, fp32 [K, K], of the reversed columns' one, fp64 [K, K], in the first half of whose memory it lies."""
+    size = len(lower)
+    factor = lower.view(-1).view(torch.float32)[: size * size].view(size, size)
+    for begin in range(0, size // 2, ROWS):  # both axes reversed: rows from the two ends change places
+        end = min(begin + ROWS, size // 2)
+        first = lower[begin:end].flip(0, 1)
+        lower[begin:end] = lower[size - end : size - begin].flip(0, 1)
+        lower[size - end : size - begin] = first
+    if size % 2:
+        lower[size // 2] = lower[size // 2].flip(0)
+    diagonal = torch.diagonal(lower).clone()
+    for begin in range(0, size, ROWS):  # a row of the factor never lies behind the row that it is made of
+        factor[begin : begin + ROWS] = lower[begin : begin + ROWS] / diagonal
+    return factor

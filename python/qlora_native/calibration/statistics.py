@@ -1,4 +1,4 @@
-"""What the calibrated methods know of a weight's input: sums over tokens, gathered while a decoder layer runs.
+"""Statistics of the inputs of weights: sums over tokens, gathered while a decoder layer runs.
 
 Sums are taken sequence by sequence in a fixed order, and each partial product by one thread, so that the same bytes
 come out whatever the number of threads.
@@ -22,9 +22,9 @@ from qlora_native.nn.experts import STACKS, by_expert
 Key = tuple[str, int | None]  # the parameter's name, and the expert for a stack
 Inputs = dict[Key, list[Tensor]]  # [..., K] each, in the order of the calls
 
-# What the first token of a sequence counts for the moments alone. Every later token attends to it, and a few channels
-# carry values there that no other token has: left out, SmolLM2-135M loses 0.23 nats more, counted once 0.003 more, 16
-# times 0.002 more (calibration text that was not calibrated on).
+# Weight of the first token of a sequence in the moments alone. Every later token attends to it, and a few channels have
+# values there that no other token has: left out, SmolLM2-135M loses 0.23 nats more, counted once 0.003 more, 16 times
+# 0.002 more (on text that was not calibrated on).
 FIRST_TOKEN = 4.0
 _TILE = 256  # columns of a block of x^T x that one thread computes
 
@@ -52,16 +52,17 @@ class Statistic:
             self.products[stop:, start:stop] = self.products[start:stop, stop:].t()
         return self.products.div_(max(self.tokens, 1))
 
-    def add_squares(self, x: Tensor, first: float = 1.0) -> None:
-        """Add those of x [tokens, K]; the first token's count ``first`` times."""
-        self.tokens += len(x)
-        squares = x.float().square()
-        if first != 1:
-            squares[0] *= first
-        self.squares += squares.sum(0, dtype=torch.float64)
+    def add_squares(self, inputs: Sequence[Tensor], length: int | None) -> None:
+        """Add the squares of each x [tokens, K]; the first token of ``length`` counts :data:`FIRST_TOKEN` times."""
+        for x in inputs:
+            self.tokens += len(x)
+            squares = x.float().square()
+            if len(x) == length:
+                squares[0] *= FIRST_TOKEN
+            self.squares += squares.sum(0, dtype=torch.float64)
 
     def add_tile(self, rows: tuple[int, int], columns: tuple[int, int], inputs: Sequence[Tensor]) -> None:
-        """Add that block of x^T x, for one x [tokens, K] fp32 after another."""
+        """Add one tile of x^T x, for one x [tokens, K] fp32 after another."""
         assert self.products is not None
         target = self.products[slice(*rows), slice(*columns)]
         for x in inputs:
@@ -77,12 +78,12 @@ def _tiles(size: int) -> list[tuple[int, int]]:
 class Statistics:
     """One :class:`Statistic` for each distinct input of a layer's weights: q, k and v share theirs.
 
-    Which weights share is found from the tensors themselves, in the first sequence that reaches them.
+    Weights share an input if it is the same tensor in the first sequence that reaches them.
 
     Args:
         full: sum x x^T too.
-        length: tokens of a sequence. In inputs that hold all of them the first counts :data:`FIRST_TOKEN` times; None
-            counts all alike.
+        length: tokens of a sequence. In inputs of all of them the first counts :data:`FIRST_TOKEN` times; None counts
+            all alike.
     """
 
     def __init__(self, full: bool, length: int | None = None) -> None:
@@ -90,7 +91,7 @@ class Statistics:
         self.of: dict[Key, Statistic] = {}
 
     def groups(self) -> list[tuple[Statistic, list[Key]]]:
-        """Each statistic with the weights that share it, in the order in which the layer meets them."""
+        """Each statistic with the weights that share it, in the order in which the layer uses them."""
         members: dict[int, tuple[Statistic, list[Key]]] = {}
         for key, statistic in self.of.items():
             members.setdefault(id(statistic), (statistic, []))[1].append(key)
@@ -106,14 +107,14 @@ class Statistics:
                 taken.setdefault(id(statistic), (statistic, []))[1].extend(tensors)
         tasks: list[Callable[[], None]] = []
         for statistic, tensors in taken.values():
-            tasks.append(partial(_add_squares, statistic, tensors, self.length))
+            tasks.append(partial(statistic.add_squares, tensors, self.length))
             if self.full:
                 exact = list(pool.map(Tensor.float, tensors))
                 spans = _tiles(tensors[0].shape[1])
                 for index, rows in enumerate(spans):
                     tasks += [partial(statistic.add_tile, rows, columns, exact) for columns in spans[index:]]
-        for _ in pool.map(_call, tasks):
-            pass
+        for future in [pool.submit(task) for task in tasks]:
+            future.result()
 
     def _statistic(self, keys: list[Key], x: Tensor) -> Statistic:
         known = {id(self.of[key]) if key in self.of else None for key in keys}
@@ -129,32 +130,22 @@ class Statistics:
 
 
 def _shared(inputs: Inputs) -> Iterable[list[Key]]:
-    """The weights of one sequence, those that see the same tensors together."""
+    """The weights of one sequence, grouped by their input tensors."""
     found: dict[tuple[int, ...], list[Key]] = {}
     for key, tensors in inputs.items():
         found.setdefault(tuple(map(id, tensors)), []).append(key)
     return found.values()
 
 
-def _add_squares(statistic: Statistic, tensors: Iterable[Tensor], length: int | None) -> None:
-    for x in tensors:
-        statistic.add_squares(x, FIRST_TOKEN if len(x) == length else 1.0)
-
-
-def _call(task: Callable[[], None]) -> None:
-    task()
-
-
 class InputTaps:
-    """Notes what goes into the linears and the stacks of experts of a layer, for each thread apart."""
+    """Records the inputs of the linears and the stacks of experts of a layer, for each thread apart."""
 
     def __init__(self) -> None:
         self._thread = threading.local()
 
     @contextmanager
     def on(self, layer: nn.Module, prefix: str, names: Iterable[str]) -> Iterator[None]:
-        """While entered, forwards of ``layer`` note the inputs of the parameters ``names``, which start with
-        ``prefix``."""
+        """While entered, record the inputs of the parameters ``names`` of ``layer``, which start with ``prefix``."""
         handles, experts = [], set()
         for name in names:
             path, _, leaf = name.removeprefix(prefix).rpartition(".")
@@ -176,7 +167,7 @@ class InputTaps:
 
     @contextmanager
     def noting(self) -> Iterator[Inputs]:
-        """The inputs that this thread's forwards meet while entered."""
+        """The inputs of this thread's forwards while entered."""
         inputs: Inputs = {}
         self._thread.inputs = inputs
         try:

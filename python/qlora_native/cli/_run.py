@@ -66,10 +66,10 @@ def stopwatch() -> Callable[[], float]:
     return lambda: round(time.monotonic() - began, 2)
 
 
-def print_result(args: argparse.Namespace, result: Any, lines: Iterable[str]) -> None:
+def print_result(args: argparse.Namespace, result: Any, lines: Iterable[str], indent: int | None = None) -> None:
     """Print the result as one JSON object with --json, and the lines without."""
     if args.json:
-        print(json.dumps(result), flush=True)
+        print(json.dumps(result, indent=indent), flush=True)
     else:
         for line in lines:
             print(line, flush=True)

@@ -6,19 +6,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from qlora_native.cli._run import require
 from qlora_native.errors import UserError
 
 TOKENS = (1, 16, 256)
-OPS = (
-    "linear_4bit",
-    "lora_linear_4bit",
-    "quantize_4bit",
-    "dequantize_4bit",
-    "linear_cross_entropy",
-    "adamw_step",
-)
+OPS = ("linear_4bit", "lora_linear_4bit", "quantize_4bit", "dequantize_4bit", "linear_cross_entropy", "adamw_step")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of x")
     parser.add_argument("--rounds", type=int, default=11, metavar="R", help="calls of each, in turn (default: 11)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row")
-    parser.epilog = """Both are called in turns, so that the machine's moods fall on both; the ratio is the median over
+    parser.epilog = """Both are called in turns, so that noise falls on both; the ratio is the median over
 the rounds, above 1 where this library is faster. Without --model and --shape: a weight [4096, 4096]. Close other
 programs.
 
@@ -47,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from qlora_native import build_info
-    from qlora_native.tuning.contests import CONTESTS, WITHOUT_TOKENS, Shape
-    from qlora_native.tuning.timing import cpu_name
+    from qlora_native.cli.contests import CONTESTS, WITHOUT_TOKENS, Shape, cpu_name
 
     shapes = _shapes(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,26 +80,34 @@ def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
         return [tuple(args.shape)]
     weights = [(4096, 4096)]
     if args.model:
-        if _missing := _no_transformers():
-            raise UserError(_missing)
-        from qlora_native.cli.tune import layer_shapes
-
+        require("qlora bench --model", "transformers", "yaml")
         weights = sorted(set(layer_shapes(args.model, args.dtype)))
     return [(m, n, k) for n, k in weights for m in args.tokens or TOKENS]
 
 
-def _no_transformers() -> str:
-    from qlora_native.cli.main import missing_modules
+def layer_shapes(model: str, dtype: str = "bfloat16") -> list[tuple[int, int]]:
+    """[N, K] of each weight that load_model would make 4-bit, from the model's configuration alone."""
+    import torch
 
-    if missing_modules(("transformers",)):
-        return "qlora bench --model needs transformers, which is not installed: pip install 'qlora_native[train]'"
-    return ""
+    from qlora_native._io import as_user_error
+    from qlora_native.hf.build import MetaModel
+    from qlora_native.hf.source import open_source
+
+    of = getattr(torch, dtype)
+    with as_user_error():
+        meta = MetaModel(open_source(Path(model).expanduser()).config, of, torch.device("meta"))
+        weights = meta.four_bit_weights(("lm_head",), 64)
+    shapes = []
+    for name, transposed in weights.items():
+        *_, rows, columns = meta.shapes[name].shape  # of one expert, where it is a stack of them
+        shapes.append((columns, rows) if transposed else (rows, columns))
+    return shapes
 
 
 def _print(about: dict[str, Any], contest: Any, args: argparse.Namespace, name: str, device: Any) -> None:
     import torch
 
-    from qlora_native.tuning.timing import interleaved, quartiles, ratios, rounded
+    from qlora_native.cli.contests import interleaved, quartiles, ratios, rounded
 
     def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
         def call() -> None:

@@ -5,36 +5,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
-import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantizing, as_trained
-from qlora_native.cli.main import missing_modules
+from qlora_native.cli._run import has_rich_terminal, missing_modules, printable, user_path
+from qlora_native.cli._weights import add_quantizing, as_trained
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments; those of quantizing as in ``qlora quantize``."""
-    parser.add_argument("model", metavar="MODEL", help="a model folder or a .gguf file")
-    parser.add_argument("--adapter", metavar="DIR", help="a folder in PEFT's format; base and adapter then both answer")
-    parser.add_argument("--system", metavar="TEXT", help="what to tell the model beforehand")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="the longest answer (default: 256)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="likeliest share to draw from (default: 1)"
-    )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="tokens to draw from; 0 is all (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of drawing; both answers draw alike (default: 0)")
+    """Arguments."""
+    add = parser.add_argument
+    add("model", type=user_path, metavar="MODEL", help="a model folder or a .gguf file")
+    add("--adapter", type=user_path, metavar="DIR", help="a folder in PEFT's format; base and adapter then both answer")
+    add("--system", metavar="TEXT", help="the system message")
+    add("--prompt", metavar="TEXT", help="answer this and end")
+    add("--max-tokens", type=int, default=256, metavar="N", help="the longest answer (default: 256)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="likeliest share to draw from (default: 1)")
+    add("--top-k", type=int, default=0, metavar="K", help="tokens to draw from; 0 is all (default: 0)")
+    add("--seed", type=int, default=0, help="of drawing; both answers draw alike (default: 0)")
     add_quantizing(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object an answer, when it is complete")
+    add("--json", action="store_true", help="print one JSON object an answer, when it is complete")
     parser.epilog = """Lines are read until the end of input (Ctrl-D); each goes to the model with the turns before it.
 Ctrl-C ends an answer and not the program. On a terminal the two answers stand side by side, elsewhere one after the
 other.
@@ -45,29 +39,21 @@ examples:
 
 
 @dataclass
-class Side:
-    """One that answers: the base or the adapter."""
-
-    name: str
-    with_adapter: bool
-    messages: list[dict[str, str]]
-
-
-@dataclass
 class Answer:
-    """One side's answer so far."""
+    """The answer of base or adapter so far."""
 
-    side: Side
+    name: str  # "base" or "adapter"; "model" where there is no adapter
+    messages: list[dict[str, str]]  # of its conversation
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     seconds: float = 0.0
     ended: str = "length"  # or "stop", or "interrupted"
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """For --json."""
         speed = len(self.tokens) / self.seconds if self.seconds else 0.0
         return {
-            "from": self.side.name,
+            "from": self.name,
             "text": self.text,
             "tokens": len(self.tokens),
             "tokens_per_second": round(speed, 1),
@@ -79,26 +65,26 @@ class Chat:
     """A model, its tokenizer, and the conversations of base and adapter."""
 
     def __init__(self, model: Any, tokenizer: Any, sampling: Any, system: str | None, with_adapter: bool) -> None:
-        from qlora_native.data import ChatEncoder
+        from qlora_native.data.template import ChatEncoder
         from qlora_native.hf.generate import stop_tokens
 
-        self.encoder = ChatEncoder(tokenizer)  # as training does it
+        self.encoder = ChatEncoder(tokenizer)  # as in training
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.stop = stop_tokens(model, tokenizer)
-        begin: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-        names = {"base": False, "adapter": True} if with_adapter else {"model": False}
-        self.sides = [Side(name, on, list(begin)) for name, on in names.items()]
+        self.conversations: dict[str, list[dict[str, str]]] = {
+            name: [{"role": "system", "content": system}] if system else []
+            for name in (("base", "adapter") if with_adapter else ("model",))
+        }
 
-    def pieces(self, answer: Answer) -> Iterator[str]:
+    def iter_text(self, answer: Answer) -> Iterator[str]:
         """The answer's text in parts as they come. What may yet change (half a character) is held back."""
         from qlora_native.hf.generate import stream
         from qlora_native.lora.layer import adapters_off
 
-        tokens = stream(self.model, self.encoder.prompt_ids(answer.side.messages), self.sampling, self.stop)
+        tokens = stream(self.model, self.encoder.prompt_ids(answer.messages), self.sampling, self.stop)
         while True:
             began = time.monotonic()
-            off = contextlib.nullcontext() if answer.side.with_adapter else adapters_off(self.model)
-            with off:
+            with adapters_off(self.model) if answer.name == "base" else contextlib.nullcontext():
                 token = next(tokens, None)
             answer.seconds += time.monotonic() - began
             if token is not None:
@@ -113,11 +99,10 @@ class Chat:
                 return
 
     def ask(self, text: str, show: Any) -> tuple[list[Answer], bool]:
-        """Every side's answer to ``text``, and whether Ctrl-C cut them short; ``show(chat, answers)`` runs them."""
-        answers = []
-        for side in self.sides:
-            side.messages.append({"role": "user", "content": text})
-            answers.append(Answer(side))
+        """The answers to ``text``, and whether Ctrl-C ended them early; ``show(chat, answers)`` runs them."""
+        answers = [Answer(name, messages) for name, messages in self.conversations.items()]
+        for answer in answers:
+            answer.messages.append({"role": "user", "content": text})
         interrupted = False
         try:
             show(self, answers)
@@ -126,19 +111,14 @@ class Chat:
         for answer in answers:
             if interrupted and answer.ended != "stop":
                 answer.ended = "interrupted"
-            answer.side.messages.append({"role": "assistant", "content": answer.text})
+            answer.messages.append({"role": "assistant", "content": answer.text})
         return answers, interrupted
-
-
-def printable(text: str) -> str:
-    """Without characters that would command the terminal; lines and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def show_nothing(chat: Chat, answers: list[Answer]) -> None:
     """Only run."""
     for answer in answers:
-        for _ in chat.pieces(answer):
+        for _ in chat.iter_text(answer):
             pass
 
 
@@ -146,9 +126,9 @@ def show_in_turn(chat: Chat, answers: list[Answer]) -> None:
     """One after the other, in plain text."""
     for answer in answers:
         if len(answers) > 1:
-            print(f"{answer.side.name}: ", end="")
+            print(f"{answer.name}: ", end="")
         try:
-            for piece in chat.pieces(answer):
+            for piece in chat.iter_text(answer):
                 print(printable(piece), end="", flush=True)
         finally:
             print(flush=True)
@@ -165,11 +145,11 @@ def show_side_by_side(chat: Chat, answers: list[Answer]) -> None:
         table = Table.grid(expand=True)
         for _ in answers:
             table.add_column(ratio=1)
-        table.add_row(*(Panel(Text(printable(answer.text)), title=answer.side.name) for answer in answers))
+        table.add_row(*(Panel(Text(printable(answer.text)), title=answer.name) for answer in answers))
         return table
 
     with Live(columns(), refresh_per_second=12, vertical_overflow="visible") as live:
-        running = [chat.pieces(answer) for answer in answers]
+        running = [chat.iter_text(answer) for answer in answers]
         while running:
             running = [pieces for pieces in running if next(pieces, None) is not None]
             live.update(columns())
@@ -184,29 +164,27 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.hf.generate import Sampling
     from qlora_native.hf.source import load_tokenizer
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     with as_user_error():
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_tokens)
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(str(args.model))
         device = "cuda" if torch.cuda.is_available() else None
-        model: Any = qn.load_model(Path(args.model).expanduser(), device=device, **as_trained(args, rounds=True))
+        model: Any = qn.load_model(args.model, device=device, **as_trained(args, rounds=True))
         if args.adapter:
-            qn.load_adapter(model, Path(args.adapter).expanduser())
+            qn.load_adapter(model, args.adapter)
     model.eval()
     chat = Chat(model, tokenizer, sampling, args.system, bool(args.adapter))
-    wide = sys.stdout.isatty() and len(chat.sides) > 1 and not missing_modules(("rich",))
-    show = show_nothing if args.json else show_side_by_side if wide else show_in_turn
-    for text in [args.prompt] if args.prompt is not None else _lines():
-        answers, interrupted = chat.ask(text, show)
+    show = show_side_by_side if has_rich_terminal() and args.adapter else show_in_turn
+    for text in [args.prompt] if args.prompt is not None else _iter_lines():
+        answers, interrupted = chat.ask(text, show_nothing if args.json else show)
         if args.json:
-            told = [answer.told() for answer in answers]
-            print(json.dumps({"prompt": text, "system": args.system, "seed": args.seed, "answers": told}), flush=True)
+            values = [answer.as_dict() for answer in answers]
+            print(json.dumps({"prompt": text, "system": args.system, "seed": args.seed, "answers": values}), flush=True)
         if interrupted and args.prompt is not None:
             raise KeyboardInterrupt("the answer was interrupted")
     return 0
 
 
-def _lines() -> Iterator[str]:
+def _iter_lines() -> Iterator[str]:
     """What the user types, or what is piped in, line by line."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin if line.strip())

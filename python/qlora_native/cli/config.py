@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import logging
+import itertools
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qlora_native._io import as_user_error, as_write_error
+from qlora_native.cli._run import refuse_existing, require, user_path
 from qlora_native.cli.estimate import card_bytes, size
 from qlora_native.errors import UserError
 
+if TYPE_CHECKING:
+    from qlora_native.estimate import Estimate, Estimator
+
 DEFAULT = "smollm2"
+MARGIN = 0.9  # of the memory, so that a longer row or another process is no disaster
+OPTIMIZERS = ("adamw", "adamw8bit")
+LENGTHS = (2048, 1024, 512, 256)  # tokens a row
+MICRO_BATCHES = (8, 4, 2, 1)  # rows; more make a GPU no faster with rows of such lengths
+STEP_ROWS = 16
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the three actions."""
+    add = parser.add_argument
     parser.usage = "qlora config list | init [NAME|MODEL] [--gpu SIZE] [--out FILE] | check CONFIG [--key value ...]"
-    parser.add_argument("action", choices=("list", "init", "check"))
-    parser.add_argument("name", nargs="?", help="init: a shipped config or a model; check: a config file")
-    parser.add_argument("--gpu", metavar="SIZE", help="init MODEL: memory of the card, such as 24GB")
-    parser.add_argument("--out", metavar="FILE", help="init: where to write it (default: to the screen)")
+    add("action", choices=("list", "init", "check"))
+    add("name", nargs="?", help="init: a shipped config or a model; check: a config file")
+    add("--gpu", metavar="SIZE", help="init MODEL: memory of the card, such as 24GB")
+    add("--out", metavar="FILE", help="init: where to write it (default: to the screen)")
     parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the
 folder of a model, one whose batch size and length fit the card, or this machine.
 check reports every mistake in a file at once, or prints it with all defaults filled in.
@@ -54,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _init(name: str, out: str | None, gpu: str | None) -> int:
-    configs = shipped()
-    if Path(name).expanduser().exists():
-        text = config_for(Path(name).expanduser(), gpu, out or "config.yaml")
+    configs, model = shipped(), user_path(name)
+    if model.exists():
+        text = config_for(model, gpu, out or "config.yaml")
     elif gpu is not None:
         raise UserError(
             f"{name} is no model folder: --gpu fits a config to a model, as in `qlora config init FOLDER --gpu 24GB`"
@@ -70,42 +82,41 @@ def _init(name: str, out: str | None, gpu: str | None) -> int:
     if out is None:
         sys.stdout.write(text)
         return 0
-    try:
-        with Path(out).open("x", encoding="utf-8") as file:
-            text = text.replace(f"{name}.yaml", out)
-            file.write(text)
-    except FileExistsError:
-        raise UserError(f"{out} exists already; choose another --out or remove it") from None
-    except OSError as error:
-        raise UserError(f"could not write {out}: {error.strerror}") from error
+    text = text.replace(f"{name}.yaml", out)
+    refuse_existing(Path(out), "--out")
+    with as_write_error(Path(out)), Path(out).open("x", encoding="utf-8") as file:
+        file.write(text)
     start = text.splitlines()[1].removeprefix("#").strip()
     print(f"{out} is written; set model and data.train in it, then: {start}")
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
+    require("qlora config check", "pydantic", "yaml")
     if args.name is None:
         raise UserError("qlora config check needs a file: qlora config check config.yaml")
     from qlora_native.config import TrainConfig
 
-    config = TrainConfig.from_file(args.name, args.overrides)
-    sys.stdout.write(config.to_yaml())
+    sys.stdout.write(TrainConfig.from_file(args.name, args.overrides).to_yaml())
     return 0
 
 
-MARGIN = 0.9  # of the memory, so that a longer row or another process is no disaster
-LENGTHS = (2048, 1024, 512, 256)
-MOST_ROWS = 8  # of a micro-batch: more make a GPU no faster with rows of such lengths
-STEP_ROWS = 16
+def _largest_fit(estimator: Estimator, device: str, limit: int) -> Estimate | None:
+    """The estimate of the longest rows that fit, of as many as fit; optimizer states in 8 bits if they must be."""
+    for optimizer, length in itertools.product(OPTIMIZERS, LENGTHS):
+        for rows in MICRO_BATCHES if device == "cuda" else (1,):
+            estimate = estimator.at(length=length, batch_size=rows, optimizer=optimizer)
+            if estimate.fits(limit):
+                return estimate
+    return None
 
 
 def config_for(model: Path, gpu: str | None, name: str) -> str:
-    """The text of a YAML file. UserError if no row of 256 tokens fits."""
-    from qlora_native._io import as_user_error
+    """The text of a config for a model on a card, or on the CPU of this machine. UserError if no row fits."""
+    require("qlora config init MODEL", "transformers", "yaml")
     from qlora_native._memory import free_memory
-    from qlora_native.estimate import Estimate, Estimator, Setting
+    from qlora_native.estimate import Estimator, Setting
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     if gpu is not None:
         device, limit, where = "cuda", card_bytes(gpu), f"a card of {gpu}"
     else:
@@ -113,27 +124,14 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
         device, limit, where = "cpu", free.bytes if free else 8 << 30, "the free memory of this machine"
     with as_user_error():
         estimator = Estimator(model, Setting(device=device))
-
-    def first() -> tuple[Estimate, str] | None:
-        for optimizer in ("adamw", "adamw8bit"):
-            for length in LENGTHS:
-                rows = MOST_ROWS if device == "cuda" else 1
-                while rows:
-                    estimate = estimator.at(length=length, batch_size=rows, optimizer=optimizer)
-                    if estimate.fits(int(MARGIN * limit)):
-                        return estimate, optimizer
-                    rows //= 2
-        return None
-
-    found = first()
-    if found is None:
-        least = estimator.at(length=LENGTHS[-1], batch_size=1, optimizer="adamw8bit")
+    estimate = _largest_fit(estimator, device, int(MARGIN * limit))
+    if estimate is None:
+        least = estimator.at(length=LENGTHS[-1], batch_size=1, optimizer=OPTIMIZERS[-1])
         raise UserError(
             f"{model} does not fit {where}: a row of {LENGTHS[-1]} tokens takes {size(least.total + least.reserve)} of "
             f"{size(limit)}; take a larger card or a smaller model"
         )
-    estimate, optimizer = found
-    setting, peak = estimate.setting, estimate.peak
+    setting, peak, optimizer = estimate.setting, estimate.peak, estimate.setting.optimizer
     weights = peak.weights + peak.scales + peak.dense
     trained = peak.adapters // 4
     needed = size(estimate.total + estimate.reserve)
@@ -151,7 +149,7 @@ output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metric
 data:
   train: train.jsonl          # one JSON object per line; `qlora train --help` names the formats
   eval_fraction: 0.05         # rows held out to measure what was learned; or name a file with `eval:`
-  max_length: {setting.length:<16}# up to {longest:,} tokens fit with batch_size 1; longer rows are cut
+  max_length: {setting.length:<16}# up to {longest:,} tokens fit with batch_size 1; longer rows are truncated
   train_on: answers           # all = learn the questions too: only for plain text
 
 quant:
@@ -169,7 +167,7 @@ lora:
 train:
   epochs: 1                   # more as long as the held-out loss falls; the best adapter is kept in best/
   batch_size: {setting.batch_size:<16}# rows in memory at once; up to {widest} fit
-  grad_accum: {STEP_ROWS // setting.batch_size:<16}# a step learns from {STEP_ROWS} rows, however they are cut
+  grad_accum: {STEP_ROWS // setting.batch_size:<16}# a step learns from {STEP_ROWS} rows, in as many parts
   optimizer: {optimizer:<17}# its states take {size(peak.optimizer)}; adamw8bit keeps them in a quarter of adamw's
   paged: auto                 # if memory runs short they wait elsewhere: slower, no crash
   lr: 2e-4                    # halve it if the loss jumps about

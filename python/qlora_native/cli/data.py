@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
-import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_native.cli.main import missing_modules
+import numpy as np
+
+from qlora_native.cli._run import has_rich_terminal, printable
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_native.config import TrainConfig
-    from qlora_native.data import TokenizedDataset
+    from qlora_native.data.dataset import TokenizedDataset
+    from qlora_native.data.readers import SourceRow
+    from qlora_native.data.template import ChatEncoder, Encoded
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
-BAR = 40  # characters of the longest bar of a histogram
+BINS = 12  # of the histogram of lengths
+BAR = 40  # characters of its longest bar
+MOST_LINES = 10  # named of the rows that were truncated or dropped
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="the model whose tokenizer reads a data file")
     parser.add_argument("--rows", metavar="N", type=int, default=3, help="how many rows to show (default: 3)")
     parser.add_argument("--row", metavar="LINE", type=int, help="show the row on this line of the file (Parquet: row)")
-    parser.add_argument("--limit", metavar="N", type=int, help="look at the first N rows of a file only")
+    parser.add_argument("--limit", metavar="N", type=int, help="read the first N rows of a file only")
     parser.add_argument("--png", metavar="FILE", help="draw the histogram of lengths too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.epilog = """Says which format the file has, how long its rows are, which of them are cut or dropped and why,
-and shows rows with their trained tokens in color; between [[ and ]] when the output is not a terminal.
+    parser.epilog = """Prints the format of the file, how long its rows are, which are truncated or dropped and why, and
+rows with their trained tokens in color; between [[ and ]] when the output is not a terminal.
 Keys of a config (--max_length, --format, --train_on, --packing) can be set for a data file too.
 
 examples:
@@ -44,55 +49,52 @@ examples:
 def run(args: argparse.Namespace) -> int:
     """Read, count, show."""
     config = _config(args)
-    from qlora_native.data import ChatEncoder
-    from qlora_native.data.preview import plot_lengths, render, summary
     from qlora_native.data.readers import read_rows
+    from qlora_native.data.template import ChatEncoder
     from qlora_native.hf.source import load_tokenizer
 
     if args.rows < 0 or (args.limit is not None and args.limit < 1):
-        raise UserError("qlora data show: --rows wants a number from 0, --limit one from 1")
+        raise UserError("qlora data show: --rows takes a number from 0, --limit one from 1")
     paths = [path for path in (config.data.train, config.data.eval) if path is not None]
     for path in paths:
-        read_rows(path)  # a missing file is told before the tokenizer is loaded
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+        read_rows(path)  # a missing file is reported before the tokenizer is loaded
     tokenizer = load_tokenizer(config.model)
     files = [config.data.load(path, tokenizer, limit=args.limit) for path in paths]
     train = files[0]
     encoder = ChatEncoder(tokenizer, max_length=config.data.max_length, train_on=config.data.train_on)
     sources = read_rows(config.data.train, limit=args.limit)
-    if args.row is not None:
+    if args.row is None:
+        chosen = list(islice(sources, args.rows))
+    else:
         chosen = [row for row in sources if row.line == args.row]
         if not chosen:
             raise UserError(
                 f"{config.data.train} has no row on line {args.row}: its rows stand on lines {train.lines[0]:,} to "
                 f"{max(train.lines[-1], *train.dropped.lines[-1:], 1):,}"
             )
-    else:
-        chosen = [row for row, _ in zip(sources, range(args.rows), strict=False)]
-    rows = [render(encoder, row, train.stats.format) for row in chosen]
+    rows = [_row(encoder, row, train.stats.format) for row in chosen]
     if args.png:
-        _draw(plot_lengths, train, config.data.max_length, Path(args.png))
-    summaries = [summary(file) for file in files]
+        _plot_lengths(train.lengths, config.data.max_length, Path(args.png))
+    summaries = [_summary(file) for file in files]
     packed = _packed(config, train)
     if args.json:
         print(json.dumps({"files": summaries, "packing": packed, "rows": rows}, indent=2))
         return 0
     for file, numbers in zip(files, summaries, strict=True):
-        _tell(file, numbers)
+        _print_file(file, numbers)
     if packed is not None:
         print(
             f"packed: about {packed['sequences']:,} sequences of {packed['length']:,} tokens an epoch, "
             f"{packed['filled']:.1%} full"
         )
     for row in rows:
-        _show(row, train.stats.path)
+        _print_row(row, train.stats.path)
     return 0
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
     from qlora_native.config import TrainConfig
-    from qlora_native.data import DATA_SUFFIXES
-    from qlora_native.data.readers import read_rows
+    from qlora_native.data.readers import DATA_SUFFIXES, read_rows
 
     overrides = [*(["--model", args.model] if args.model else []), *args.overrides]
     suffix = Path(args.source).suffix.lower()
@@ -112,8 +114,50 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_values({"data": {"train": args.source, "eval_fraction": 0}}, overrides)
 
 
+# ---- a file
+
+
+def _summary(rows: TokenizedDataset) -> dict[str, Any]:
+    """Stats, lengths, and the lines of the first rows that were truncated or dropped."""
+    lengths, (dropped, too_long) = rows.lengths, rows.dropped
+    return {
+        **rows.stats.as_dict(),
+        "shortest": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "longest": int(lengths.max()),
+        "histogram": histogram(lengths),
+        "truncated_lines": rows.lines[rows.truncated][:MOST_LINES].tolist(),
+        "dropped_too_long_lines": dropped[too_long][:MOST_LINES].tolist(),
+        "dropped_untrained_lines": dropped[~too_long][:MOST_LINES].tolist(),
+    }
+
+
+def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """(shortest, longest, rows) of up to twelve ranges of equal width that cover ``lengths``, int64 [rows]."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // BINS)
+    counts = np.bincount((lengths - low) // width)
+    return [(low + at * width, low + (at + 1) * width - 1, int(count)) for at, count in enumerate(counts)]
+
+
+def _plot_lengths(lengths: np.ndarray, max_length: int, picture: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="tokens", ylabel="rows")
+        axes.hist(lengths, bins=50)
+        axes.axvline(max_length, color="black", linestyle="--", label=f"max_length {max_length:,}")
+        axes.legend()
+        figure.savefig(picture, dpi=120)
+    except ImportError as error:
+        raise UserError(f"--png needs matplotlib, which is not installed: pip install matplotlib ({error})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not write {picture}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def _packed(config: TrainConfig, rows: TokenizedDataset) -> dict[str, Any] | None:
-    from qlora_native.data.packing import evaluation_order
+    from qlora_native.data.batching import evaluation_order
 
     if not config.data.packing:
         return None
@@ -122,34 +166,20 @@ def _packed(config: TrainConfig, rows: TokenizedDataset) -> dict[str, Any] | Non
     return {"sequences": sequences, "length": length, "filled": rows.stats.tokens / (sequences * length)}
 
 
-def _draw(plot_lengths: Any, rows: TokenizedDataset, max_length: int, picture: Path) -> None:
-    try:
-        plot_lengths(rows.lengths, max_length, picture)
-    except ImportError as error:
-        raise UserError(f"--png needs matplotlib, which is not installed: pip install matplotlib ({error})") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"could not write {picture}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _tell(rows: TokenizedDataset, numbers: dict[str, Any]) -> None:
+def _print_file(rows: TokenizedDataset, numbers: dict[str, Any]) -> None:
     stats = rows.stats
+    too_long, untrained = stats.dropped_too_long, stats.dropped - stats.dropped_too_long
     print(stats.describe())
-    for count, why, lines in (
-        (stats.truncated, f"cut: longer than max_length={stats.max_length}", numbers["truncated_lines"]),
-        (
-            stats.dropped_too_long,
-            f"dropped: no trained token within max_length={stats.max_length}",
-            numbers["dropped_too_long_lines"],
-        ),
-        (
-            stats.dropped - stats.dropped_too_long,
-            "dropped: nothing to train on",
-            numbers["dropped_untrained_lines"],
-        ),
+    for count, why, key in (
+        (stats.truncated, f"truncated: longer than max_length={stats.max_length}", "truncated_lines"),
+        (too_long, f"dropped: no trained token within max_length={stats.max_length}", "dropped_too_long_lines"),
+        (untrained, "dropped: nothing to train on", "dropped_untrained_lines"),
     ):
         if count:
+            lines = numbers[key]
             named = ", ".join(map(str, lines)) + (", ..." if count > len(lines) else "")
-            print(f"  {why}: {count:,} {'row' if count == 1 else 'rows'}, on {_lines(lines)} {named}")
+            row, line = ("row", "line") if count == 1 else ("rows", "lines")
+            print(f"  {why}: {count:,} {row}, on {line} {named}")
     print(f"tokens a row: {numbers['shortest']:,} to {numbers['longest']:,}, median {numbers['median']:,.0f}")
     most = max(count for *_, count in numbers["histogram"])
     width = len(f"{numbers['histogram'][-1][1]:,}")
@@ -157,30 +187,56 @@ def _tell(rows: TokenizedDataset, numbers: dict[str, Any]) -> None:
         print(f"  {low:>{width},} to {high:>{width},}  {'#' * -(-BAR * count // most):<{BAR}} {count:,}".rstrip())
 
 
-def _lines(lines: list[int]) -> str:
-    return "line" if len(lines) == 1 else "lines"
+# ---- a row
 
 
-def _show(row: dict[str, Any], path: str) -> None:
-    words = f"{path}:{row['line']}: {row['tokens']:,} tokens, {row['trained']:,} of them trained"
+def _row(encoder: ChatEncoder, source: SourceRow, format: str) -> dict[str, Any]:
+    """One row for JSON: its counts, why it is dropped if it is, and its text in parts that are trained or not."""
+    from qlora_native.data.formats import normalize
+
+    encoded = encoder.encode(normalize(source, format))
+    dropped = f"no trained token within max_length={encoder.max_length}" if encoded.truncated else "nothing to train on"
+    return {
+        "line": source.line,
+        "tokens": len(encoded.input_ids),
+        "trained": encoded.trained,
+        "cut": encoded.truncated,
+        "dropped": None if encoded.trained else dropped,
+        "parts": _parts(encoder.tokenizer, encoded),
+    }
+
+
+def _parts(tokenizer: Any, encoded: Encoded) -> list[dict[str, Any]]:
+    """The text of each run of tokens that are trained or are not."""
+    from qlora_native.data.template import IGNORE_INDEX
+
+    parts: list[dict[str, Any]] = []
+    done = ""
+    trained = [label != IGNORE_INDEX for label in encoded.labels]
+    for end in range(1, len(trained) + 1):
+        if end < len(trained) and trained[end] == trained[end - 1]:
+            continue
+        # Decoded from the start: a tokenizer may drop the space before the first token that it is given.
+        ids = encoded.input_ids[:end]
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        parts.append({"text": text[len(done) :], "trained": trained[end - 1]})
+        done = text
+    return parts
+
+
+def _print_row(row: dict[str, Any], path: str) -> None:
+    header = f"{path}:{row['line']}: {row['tokens']:,} tokens, {row['trained']:,} of them trained"
     if row["cut"]:
-        words += f", {row['cut']:,} more cut off"
+        header += f", {row['cut']:,} more truncated"
     if row["dropped"]:
-        words += f"; dropped: {row['dropped']}"
-    colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not missing_modules(["rich"])
-    print(f"\n{words}")
-    if not colors:
-        print("".join(f"[[{_printable(p['text'])}]]" if p["trained"] else _printable(p["text"]) for p in row["parts"]))
+        header += f"; dropped: {row['dropped']}"
+    print(f"\n{header}")
+    parts = [(printable(part["text"]), part["trained"]) for part in row["parts"]]
+    if not has_rich_terminal() or "NO_COLOR" in os.environ:
+        print("".join(f"[[{text}]]" if trained else text for text, trained in parts))
         return
     from rich.console import Console
     from rich.text import Text
 
-    text = Text()
-    for part in row["parts"]:
-        text.append(_printable(part["text"]), style="bold green" if part["trained"] else "")
-    Console(highlight=False).print(text, soft_wrap=True)
-
-
-def _printable(text: str) -> str:
-    """Without the control characters by which a row could command a terminal."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
+    colored = Text.assemble(*((text, "bold green" if trained else "") for text, trained in parts))
+    Console(highlight=False).print(colored, soft_wrap=True)

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_native.cli.chat import printable
+from qlora_native.cli._run import printable, user_path
 from qlora_native.cli.demo_model import model_file as model_file
 from qlora_native.errors import UserError
 
@@ -26,10 +26,11 @@ ANSWER_TOKENS = 32
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments; the defaults are the run that the README shows."""
-    parser.add_argument("--out", default="demo-run", help="folder for data, adapter and metrics (default: demo-run)")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 4 rows (default: 100)")
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
+    add = parser.add_argument
+    add("--out", type=user_path, default="demo-run", help="folder for data, adapter and metrics (default: demo-run)")
+    add("--steps", type=int, default=100, help="optimizer steps of 4 rows (default: 100)")
+    add("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
+    add("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
     parser.epilog = """example:
   qlora demo --out demo-run
 
@@ -46,11 +47,7 @@ def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int) -> Tra
         {
             "model": str(model),
             "output_dir": str(out),
-            "data": {
-                "train": str(out / "data" / "train.jsonl"),
-                "eval": str(out / "data" / "heldout.jsonl"),
-                "max_length": MAX_LENGTH,
-            },
+            "data": {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH},
             "quant": {"method": METHOD},
             "lora": {"r": 16, "alpha": 32},
             "train": {
@@ -70,7 +67,7 @@ def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int) -> Tra
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the data, load, ask, train, ask again, and say how to use the adapter elsewhere."""
+    """Make the data, load, ask, train, ask again, and print how to use the adapter elsewhere."""
     if args.steps < 1:
         raise UserError(f"qlora demo: --steps is {args.steps}: expected 1 or more")
     import qlora_native as qn
@@ -80,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.hf.source import load_tokenizer
     from qlora_native.train.loop import Trainer
 
-    for name in ("transformers", "qlora_native"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    out, model_path = Path(args.out).expanduser(), model_file()
+    logging.getLogger("qlora_native").setLevel(logging.ERROR)
+    out, model_path = args.out, model_file()
     train_rows, held_out_rows = write_split(out / "data", MAX_CHARACTERS, HELD_OUT_ROWS)[2:]
     print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
@@ -95,13 +91,15 @@ def run(args: argparse.Namespace) -> int:
         model: Any = qn.load_model(model_path, method=METHOD, calibration=calibration, progress=progress)
     _print_memory(model.load_report, model)
     questions = _questions(out / "data" / "heldout.jsonl")
-    before = [_answer(model, tokenizer, question["messages"][0]) for question in questions]
 
+    def answers() -> list[str]:
+        return [_answer(model, tokenizer, question["messages"][0]) for question in questions]
+
+    before = answers()
     config = demo_config(model_path, out, args.steps, args.lr, args.seed)
     summary = Trainer(config, model=model, tokenizer=tokenizer).train()
-    after = [_answer(model, tokenizer, question["messages"][0]) for question in questions]
 
-    for question, old, new in zip(questions, before, after, strict=True):
+    for question, old, new in zip(questions, before, answers(), strict=True):
         code = question["messages"][0]["content"].split("```python\n")[1].split("\n```")[0]
         print(f"\n{code}\n  before: {old}\n  after:  {new}\n  theirs: {question['messages'][1]['content']}")
     if summary.loss_before is not None and summary.loss_after is not None:

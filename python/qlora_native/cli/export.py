@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli.convert import add_quantizing, add_shard_size, as_trained, refuse_existing, shard_size
-from qlora_native.cli.main import missing_modules
+from qlora_native.cli._run import print_result, refuse_existing, require, stopwatch, user_path
+from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained, is_four_bit, shard_size
+from qlora_native.cli.merge import write_merged
 from qlora_native.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a model folder or a .gguf file")
-    parser.add_argument("--adapter", metavar="DIR", help="a folder in PEFT's format, or a checkpoint of a run")
-    parser.add_argument("--to", required=True, choices=("safetensors", "gguf", "peft"), help="what to make")
-    parser.add_argument("--out", required=True, metavar="PATH", help="the folder or .gguf file; it must not exist yet")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", type=user_path, metavar="MODEL", help="a model folder or a .gguf file")
+    add("--adapter", type=user_path, metavar="DIR", help="a folder in PEFT's format, or a checkpoint of a run")
+    add("--to", required=True, choices=("safetensors", "gguf", "peft"), help="what to make")
+    add("--out", type=user_path, required=True, metavar="PATH", help="the folder or .gguf file; it must not exist yet")
+    add(
         "--type",
         choices=("f16", "bf16", "q8_0", "f32"),
         help="of the matrices; safetensors takes all but q8_0 (default: bf16, for gguf f16)",
     )
-    parser.add_argument(
+    add(
         "--base",
         choices=("original", "dequantized"),
         default="original",
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_quantizing(parser)
     add_shard_size(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = """safetensors: a 16-bit folder that transformers loads. gguf: one file with the tokenizer and chat
 template in it, which llama.cpp runs: llama, mistral, qwen2, qwen3, gemma and gemma2. peft: the adapter alone, checked
 against MODEL, which it then names as its base. Tensors are read and written a few megabytes at a time.
@@ -49,80 +49,48 @@ def run(args: argparse.Namespace) -> int:
     """Export, whole or not at all."""
     from qlora_native._io import as_user_error
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    out = Path(args.out).expanduser()
-    refuse_existing(out, "--out")
-    began = time.monotonic()
+    refuse_existing(args.out, "--out")
+    seconds = stopwatch()
     with as_user_error():
-        result = {"gguf": _gguf, "safetensors": _safetensors, "peft": _peft}[args.to](args, out)
-    result = {"out": str(out), "to": args.to, **result, "seconds": round(time.monotonic() - began, 2)}
-    if args.json:
-        print(json.dumps(result))
-        return 0
-    print(f"{out}: {result['num_bytes'] / 2**20:,.1f} MiB; took {result['seconds']:.1f} s")
+        result = {"gguf": _gguf, "safetensors": _safetensors, "peft": _peft}[args.to](args, args.out)
+    result = {"out": str(args.out), "to": args.to, **result, "seconds": seconds()}
+    lines = [f"{args.out}: {result['num_bytes'] / 2**20:,.1f} MiB; took {result['seconds']:.1f} s"]
     if result.get("not_q8_0"):
-        print(f"{len(result['not_q8_0'])} matrices are F16, as their rows are no multiple of 32 long")
+        lines.append(f"{len(result['not_q8_0'])} matrices are F16, as their row length is not a multiple of 32")
+    print_result(args, result, lines)
     return 0
 
 
-def _merging(args: argparse.Namespace, to: str) -> Any:
+def _merging(args: argparse.Namespace, to: str, base: str | None = None) -> Any:
     from qlora_native.hf.merge import Merging
 
-    adapter = Path(args.adapter).expanduser() if args.adapter else None
-    if args.base == "original" and adapter is None and _is_four_bit(args.model):
-        args.base = "dequantized"  # nothing is added to it, so there is nothing to choose
-    return Merging(
-        Path(args.model).expanduser(), adapter, base=args.base, to=to, **as_trained(args, args.base == "dequantized")
-    )
-
-
-def _is_four_bit(model: str) -> bool:
-    import torch
-
-    from qlora_native.hf.source import open_source
-
-    return bool(open_source(Path(model).expanduser(), torch.bfloat16).four_bit_config)
+    base = base or args.base
+    if args.adapter is None and is_four_bit(args.model):
+        base = "dequantized"  # nothing is added, so there is nothing to choose
+    return Merging(args.model, args.adapter, base=base, to=to, **as_trained(args, base == "dequantized"))
 
 
 def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    from qlora_native._io import as_write_error, atomic_folder
-    from qlora_native.hf.merge import merge_files
-    from qlora_native.hf.source import GgufSource, load_tokenizer
-
     types = {"f16": "fp16", "bf16": "bf16", "f32": "fp32", None: "bf16"}
     if args.type not in types:
         raise UserError(f"qlora export: --type {args.type} is of GGUF: expected f16, bf16 or f32 with --to safetensors")
     shard_bytes, work = shard_size(args), _merging(args, types[args.type])
-    tokenizer = load_tokenizer(args.model) if isinstance(work.source, GgufSource) else None
-    with as_write_error(out), atomic_folder(out) as partial:
-        merge_files(work, partial, shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+    write_merged(work, out, shard_bytes)
     return {"files": work.report.files, "num_bytes": work.report.num_bytes}
 
 
 def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    if missing_modules(("gguf",)):
-        raise UserError("qlora export --to gguf needs gguf, which is not installed: pip install 'qlora_native[train]'")
-    from qlora_native._io import PARTIAL, as_write_error, fsync
+    require("qlora export --to gguf", "gguf")
+    from qlora_native._io import as_write_error, atomic_file
     from qlora_native.export.gguf import export_gguf
     from qlora_native.hf.source import GgufSource, load_tokenizer
 
     if out.suffix != ".gguf":
         raise UserError(f"qlora export: --out is {out}: expected a name that ends in .gguf")
     work = _merging(args, "fp32")
-    tokenizer = None if isinstance(work.source, GgufSource) else load_tokenizer(args.model)
-    partial = out.with_name(f".{out.name}{PARTIAL}")
-    try:
-        with as_write_error(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            result = export_gguf(work, partial, args.type or "f16", tokenizer)
-            fsync(partial)
-            os.rename(partial, out)
-            fsync(out.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-    return result
+    tokenizer = None if isinstance(work.source, GgufSource) else load_tokenizer(str(args.model))
+    with as_write_error(out), atomic_file(out) as partial:
+        return export_gguf(work, partial, args.type or "f16", tokenizer)
 
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -131,14 +99,13 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
     if args.adapter is None or args.type is not None:
         raise UserError("qlora export: --to peft takes --adapter DIR, and no --type: the adapter is written as it is")
-    adapter = Path(args.adapter).expanduser()
-    args.base = "dequantized" if _is_four_bit(args.model) else "original"
-    _merging(args, "fp32")  # refuses what does not belong together
-    config = json.loads((adapter / CONFIG_NAME).read_bytes())
-    config["base_model_name_or_path"] = str(Path(args.model).expanduser())
+    # Raises UserError if model and adapter do not belong together.
+    _merging(args, "fp32", base="dequantized" if is_four_bit(args.model) else "original")
+    config = json.loads((args.adapter / CONFIG_NAME).read_bytes())
+    config["base_model_name_or_path"] = str(args.model)
     with as_write_error(out), atomic_folder(out) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in (adapter / TENSORS_NAME, adapter / "README.md"):
-            if path.is_file():
-                (partial / path.name).write_bytes(path.read_bytes())
+        for name in (TENSORS_NAME, "README.md"):
+            if (args.adapter / name).is_file():
+                shutil.copyfile(args.adapter / name, partial / name)
     return {"num_bytes": (out / TENSORS_NAME).stat().st_size}

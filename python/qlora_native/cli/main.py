@@ -1,8 +1,8 @@
 """The ``qlora`` dispatcher: finds the command, checks its extras, and turns exceptions into exit codes.
 
-A command is one module in this folder, named like the command, with ``configure(parser)`` and ``run(args) -> int``. It
-is imported when it is named, so that ``qlora --help`` imports this package, and with it torch, but not transformers;
-inside a command the heavy imports stand in ``run``.
+A command is one module in this folder, named like the command, with ``configure(parser)`` and ``run(args) -> int``,
+imported only when it is named. Its heavy imports stand in ``run``: ``--help`` costs the import of torch, which the
+package itself makes, and no more.
 
 Exit codes: 0 success, 2 a user's mistake (one sentence on stderr), 1 a bug (with its trace), 130 stopped by Ctrl-C.
 """
@@ -14,75 +14,48 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from qlora_native._version import __version__
-from qlora_native.cli._run import DISTRIBUTIONS as DISTRIBUTIONS
-from qlora_native.cli._run import missing_modules as missing_modules
 from qlora_native.cli._run import require
 from qlora_native.errors import UserError
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """One line of ``qlora --help``, and what must be installed before the command can run."""
 
     summary: str
-    extra: str = ""  # the extra of pyproject.toml that brings `needs`
     needs: tuple[str, ...] = ()  # import names beyond torch, numpy and safetensors
-    takes_overrides: bool = False  # unknown `--key value` pairs reach the command as args.overrides
+    extra: str = "train"  # of pyproject.toml, which brings them
+    first: str = ""  # what stands before --key value pairs, where the command takes them: they become args.overrides
 
 
+_MODEL = ("transformers", "yaml")
+_CONFIG = (*_MODEL, "pydantic")
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "fine-tune a small real model on this machine and show what it learned",
-        "demo",
-        ("transformers", "pydantic", "yaml", "gguf", "accelerate"),
+        (*_CONFIG, "gguf", "accelerate", "jinja2"),
+        extra="demo",
     ),
-    "train": Command(
-        "fine-tune a model as a config file says", "train", ("transformers", "pydantic", "yaml"), takes_overrides=True
-    ),
+    "train": Command("fine-tune a model as a config file describes", _CONFIG, first="the config file"),
     "estimate": Command(
-        "say how much memory a run takes, and what fits a card, before anything is loaded",
-        "train",
-        ("transformers", "pydantic", "yaml"),
-        takes_overrides=True,
+        "predict how much memory a run takes, and what fits a card, before anything is loaded",
+        _CONFIG,
+        first="the config file or the model",
     ),
-    "quantize": Command(
-        "turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", "train", ("transformers",)
-    ),
-    "convert": Command(
-        "turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", "train", ("transformers",)
-    ),
-    "chat": Command("answer, base model and adapter side by side", "train", ("transformers", "jinja2")),
-    "merge": Command("add an adapter to its base model and say what that cost", "train", ("transformers",)),
-    "export": Command(
-        "write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", "train", ("transformers",)
-    ),
-    "eval": Command(
-        "measure what 4 bits, a method and an adapter did to a model", "train", ("transformers", "pydantic", "yaml")
-    ),
-    "config": Command("list, write or check config files", "train", ("pydantic", "yaml"), takes_overrides=True),
-    "data": Command(
-        "show the rows of a data file as the model will see them",
-        "train",
-        ("transformers", "pydantic", "yaml"),
-        takes_overrides=True,
-    ),
-    "tune": Command("measure which GPU kernels are fastest for a model's layers", "train", ("transformers",)),
+    "quantize": Command("turn a 16-bit model folder into a 4-bit one in bitsandbytes' format", _MODEL),
+    "convert": Command("turn a model folder into 16-bit, 4-bit or bitsandbytes' 4-bit weights", _MODEL),
+    "chat": Command("answer, base model and adapter side by side", (*_MODEL, "jinja2")),
+    "merge": Command("add an adapter to its base model and report what that cost", _MODEL),
+    "export": Command("write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", _MODEL),
+    "eval": Command("measure what 4 bits, a method and an adapter did to a model", _MODEL),
+    "config": Command("list, write or check config files", first="what to do (list, init or check)"),
+    "data": Command("show the rows of a data file as the model will see them", _CONFIG, first="what to do (show)"),
     "bench": Command("measure this library's ops against torch's on this machine"),
-    "doctor": Command("say what this machine and this installation offer, and what is missing"),
-}
-
-# What stands before the first --key, as argparse cannot tell the value of a key that it does not know from a file.
-_FIRST = {
-    "train": "the config file",
-    "estimate": "the config file or the model",
-    "config": "what to do (list, init or check)",
-    "data": "what to do (show)",
+    "doctor": Command("report what this machine and this installation offer, and what is missing"),
 }
 
 
@@ -119,9 +92,10 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     module.configure(parser)
-    if spec.takes_overrides:
+    if spec.first:
+        # argparse cannot distinguish the value of a key that it does not know from a positional argument.
         if argv and argv[0].startswith("--") and argv[0] != "--help":
-            raise UserError(f"qlora {name}: {_FIRST[name]} comes first, then --key value")
+            raise UserError(f"qlora {name}: {spec.first} comes first, then --key value")
         args, overrides = parser.parse_known_args(argv)
         args.overrides = overrides
     else:
@@ -146,8 +120,7 @@ def _dispatch(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (``sys.argv[1:]`` unless given) and return its exit code; a bug propagates, and exits with
-    1."""
+    """Run one command line (default: ``sys.argv[1:]``) and return its exit code; a bug propagates, and exits with 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
@@ -162,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qlora: {str(stop) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (a pager, `head`) has gone; the interpreter would complain once more when it
-        # flushes stdout.
+        # The reader of the output (a pager, `head`) has gone, and flushing stdout at exit would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
 

@@ -4,42 +4,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_native.cli.convert import add_quantizing, add_shard_size, as_trained, shard_size
+from qlora_native.cli._run import refuse_existing, stopwatch, user_path
+from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained, shard_size
 from qlora_native.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_native.hf.merge import Merging
 
 REPORT = "merge_report"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments; those of quantizing as in ``qlora quantize``."""
-    parser.add_argument("model", metavar="MODEL", help="the base: a model folder or a .gguf file")
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder in PEFT's format, such as run/adapter")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make; it must not exist yet")
-    parser.add_argument(
+    """Arguments."""
+    add = parser.add_argument
+    add("model", type=user_path, metavar="MODEL", help="the base: a model folder or a .gguf file")
+    add("adapter", type=user_path, metavar="ADAPTER", help="a folder in PEFT's format, such as run/adapter")
+    add("--out", type=user_path, required=True, metavar="DIR", help="the folder to make; it must not exist yet")
+    add(
         "--base",
         choices=("original", "dequantized"),
         default="original",
         help="add the adapter to the weights in MODEL, or to their 4-bit form, on which it was trained "
         "(default: original)",
     )
-    parser.add_argument(
-        "--to", choices=("bf16", "fp16", "fp32", "nf4"), default="bf16", help="what to write (default: bf16)"
-    )
+    add("--to", choices=("bf16", "fp16", "fp32", "nf4"), default="bf16", help="what to write (default: bf16)")
     add_quantizing(parser)
     add_shard_size(parser)
-    parser.add_argument("--check", action="store_true", help="report the error of each weight and the logits' drift")
-    parser.add_argument(
-        "--sample", metavar="FILE", help="--check: a text or data file to compare logits on (default: a few sentences)"
+    add("--check", action="store_true", help="report the error of each weight and the logits' drift")
+    add(
+        "--sample",
+        type=user_path,
+        metavar="FILE",
+        help="--check: a text or data file to compare logits on (default: a few sentences)",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = f"""Tensors are read, merged and written a few megabytes at a time, so the model may be larger than
 memory; --check loads it. Its report goes to DIR/{REPORT}.json and DIR/{REPORT}.md.
-The options of quantizing say how MODEL was loaded for training; without them, the config.yaml beside the adapter does.
+The options of quantizing describe how MODEL was loaded for training; the default is the config.yaml beside the adapter.
 
 examples:
   qlora merge Llama-3.1-8B-Instruct run/adapter --out merged
@@ -48,33 +53,21 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Merge, whole or not at all; then check."""
-    from qlora_native._io import as_user_error, as_write_error, atomic_folder
-    from qlora_native.cli.convert import refuse_existing
+    from qlora_native._io import as_user_error, as_write_error
     from qlora_native.export.check import check_logits, check_weights, report_markdown, sample_rows
-    from qlora_native.hf.merge import Merging, merge_files
-    from qlora_native.hf.source import SafetensorsSource, load_tokenizer
+    from qlora_native.hf.merge import Merging
+    from qlora_native.hf.source import load_tokenizer
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    source, adapter, out = (Path(name).expanduser() for name in (args.model, args.adapter, args.out))
+    source, adapter, out = args.model, args.adapter, args.out
     refuse_existing(out, "--out")
     if args.sample and not args.check:
         raise UserError("qlora merge: --sample is for --check, which is not given; add --check or leave it out")
-    tokenizer: Any = None
-    rows: list[list[int]] = []
-    if args.check or source.is_file():
-        tokenizer = load_tokenizer(args.model)
     with as_user_error():
-        if args.check:
-            rows = sample_rows(Path(args.sample).expanduser() if args.sample else None, tokenizer)
-        began = time.monotonic()
-        shard_bytes = shard_size(args)
-        work = Merging(
-            source, adapter, base=args.base, to=args.to, **as_trained(args, args.base == "dequantized" or args.check)
-        )
-        with as_write_error(out), atomic_folder(out) as partial:
-            merge_files(work, partial, shard_bytes)
-            if not isinstance(work.source, SafetensorsSource):
-                tokenizer.save_pretrained(partial)
+        rows = sample_rows(args.sample, load_tokenizer(str(source))) if args.check else []
+        shard_bytes, seconds = shard_size(args), stopwatch()
+        given = as_trained(args, args.base == "dequantized" or args.check)
+        work = Merging(source, adapter, base=args.base, to=args.to, **given)
+        write_merged(work, out, shard_bytes)
         result: dict[str, Any] = {
             "out": str(out),
             "model": str(source),
@@ -84,14 +77,11 @@ def run(args: argparse.Namespace) -> int:
             "layers": len(work.adapter.pairs),
             "files": work.report.files,
             "num_bytes": work.report.num_bytes,
-            "seconds": round(time.monotonic() - began, 2),
+            "seconds": seconds(),
         }
         if not args.json:
-            print(
-                f"{out}: {result['layers']} layers merged, {work.report.num_bytes / 2**20:,.1f} MiB in {args.to}; "
-                f"took {result['seconds']:.1f} s",
-                flush=True,
-            )
+            size = f"{result['num_bytes'] / 2**20:,.1f} MiB in {args.to}"
+            print(f"{out}: {result['layers']} layers merged, {size}; took {result['seconds']:.1f} s", flush=True)
         if args.check:
             result["weights"] = check_weights(work, out)
             result["largest_drift"] = max(result["weights"], key=lambda row: row["error"], default=None)
@@ -102,18 +92,32 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
     elif args.check:
-        _tell(result, out)
+        print(*_check_lines(result, out), sep="\n")
     return 0
 
 
-def _tell(result: dict[str, Any], out: Path) -> None:
+def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
+    """Write the folder of a merged model, with its tokenizer."""
+    from qlora_native._io import as_write_error, atomic_folder
+    from qlora_native.hf.merge import merge_files
+    from qlora_native.hf.source import GgufSource, load_tokenizer
+
+    # Beside safetensors the tokenizer is a file, which is copied with the others.
+    tokenizer = load_tokenizer(str(work.source.path)) if isinstance(work.source, GgufSource) else None
+    with as_write_error(out), atomic_folder(out) as partial:
+        merge_files(work, partial, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def _check_lines(result: dict[str, Any], out: Path) -> Iterator[str]:
     worst = result["largest_drift"]
     if worst is not None:
         lost = "" if worst["lost"] is None else f", {worst['lost']:.2g} of what the adapter changes there"
-        print(f"largest drift: {worst['layer']}, relative error {worst['error']:.2g}{lost}")
+        yield f"largest drift: {worst['layer']}, relative error {worst['error']:.2g}{lost}"
     for row in result["logits"]:
-        print(
+        yield (
             f"logits against {row['against']}: KL {row['kl_mean']:.2g} nats a token (largest {row['kl_max']:.2g}), "
             f"relative difference {row['relative']:.2g}, {100 * row['same_top']:.1f} % the same likeliest token"
         )
-    print(f"report: {out / REPORT}.md and .json")
+    yield f"report: {out / REPORT}.md and .json"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from typing import Any
 
-from qlora_native.cli.main import missing_modules
+from qlora_native.cli._run import missing_modules
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.train.loop import Trainer
 
     keep_freed_memory(config.train.grad_checkpointing)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         Trainer(config).train()
     except RankLost as lost:

@@ -1,10 +1,16 @@
-"""Which rows form which batch, in an order that a checkpoint can name by two integers, and padding rows to tensors."""
+"""The order of batches, resumable from a few integers in a checkpoint; padding and packing rows into tensors.
+
+Packing lays whole rows end to end into sequences of one length, so that next to nothing is padding. There is no
+attention across rows: positions count from 0 in each row, which is how the model finds where one ends, and the first
+token of each has no label. Losses and gradients are those of the rows on their own.
+"""
 
 from __future__ import annotations
 
 import math
 import zlib
 from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -17,8 +23,12 @@ from qlora_native.errors import UserError
 # Rows are sorted by length within windows of this many batches, or of a quarter of the epoch if that is less: wide
 # enough that neighbors are nearly equally long, narrow enough that which rows meet changes from epoch to epoch.
 WINDOW_BATCHES = 32
+# Rows that are packed together: enough that what stays empty is a sequence in a hundred, few enough that a row's
+# neighbors change from epoch to epoch, and that packing takes no longer for a row of a large file than of a small one.
+WINDOW_ROWS = 1024
 
 Item = TypeVar("Item")  # of a batch: a row, or a sequence of rows packed together
+TokenizedRow = Mapping[str, Sequence[int] | np.ndarray]  # "input_ids" and "labels", each [length]
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
@@ -41,11 +51,11 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-class Plan(ABC, Generic[Item]):
+class Sampler(ABC, Generic[Item]):
     """The order of batches over epochs; its position is saved and restored.
 
-    ``for batch in plan`` runs from the position to the end of the epoch and leaves the position at the start of the
-    next; ``plan.forever()`` never ends. The position moves before a batch is handed out, so a state saved while working
+    ``for batch in sampler`` runs from the position to the end of the epoch and leaves the position at the start of the
+    next; ``sampler.forever()`` never ends. The position moves before a batch is yielded, so a state saved while working
     on a batch resumes with the one after it.
 
     The order is a pure function of the arguments and the epoch; no global random state is read. In epoch 0 the batch
@@ -56,48 +66,29 @@ class Plan(ABC, Generic[Item]):
         batch_size: items per batch; the last ones of an epoch may form one smaller batch.
         seed: any integer; its last 64 bits count.
         epoch: the epoch to start in, from 0.
+        settings: whatever else the order depends on.
 
     Attributes:
         epoch, batch: the position: the epoch, and the index in it of the next batch.
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        batch_size: int,
-        seed: int = 0,
-        epoch: int = 0,
+        self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, epoch: int, **settings: int
     ) -> None:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         if self._lengths.ndim != 1 or self._lengths.size == 0:
             raise ValueError(f"lengths has shape {list(self._lengths.shape)}, expected [rows] with at least one row")
         for name, value, least in (("batch_size", batch_size, 1), ("epoch", epoch, 0)):
-            _check_least(name, value, least)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
-        self.batch = 0
+            if value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
+        self.batch_size, self.seed = batch_size, seed
+        self.epoch, self.batch = epoch, 0
+        self._settings = settings
         self._order: tuple[int, list[list[Item]]] | None = None
 
     @abstractmethod
     def _make(self, epoch: int) -> tuple[list[list[Item]], list[int]]:
-        """The batches of one epoch before they are shuffled, and the tokens that each holds once it is padded."""
-
-    @abstractmethod
-    def _identity(self) -> dict[str, int]:
-        """What the order depends on."""
-
-    def count(self, epoch: int) -> int:
-        """Batches in one epoch."""
-        return len(self.batches(epoch))
-
-    def steps(self, epochs: float) -> int:
-        """Batches in so many epochs; a part of one is rounded up."""
-        whole = int(epochs)
-        rest = epochs - whole
-        # 2.1 - 2 is a little more than 0.1, which must not make a step.
-        last = math.ceil(rest * self.count(whole) - 1e-9) if rest else 0
-        return sum(self.count(epoch) for epoch in range(whole)) + last
+        """The batches of one epoch before they are shuffled, and the tokens of each with padding."""
 
     def batches(self, epoch: int) -> list[list[Item]]:
         """All batches of one epoch; the position stays."""
@@ -110,6 +101,18 @@ class Plan(ABC, Generic[Item]):
                 order.insert(0, largest)
             self._order = (epoch, [batches[index] for index in order])
         return self._order[1]
+
+    def count(self, epoch: int) -> int:
+        """Batches in one epoch."""
+        return len(self.batches(epoch))
+
+    def steps(self, epochs: float) -> int:
+        """Batches in so many epochs; a part of one is rounded up."""
+        whole = int(epochs)
+        rest = epochs - whole
+        # 2.1 - 2 is a little more than 0.1, which must not make a step.
+        last = math.ceil(rest * self.count(whole) - 1e-9) if rest else 0
+        return sum(self.count(epoch) for epoch in range(whole)) + last
 
     def __iter__(self) -> Iterator[list[Item]]:
         epoch = self.epoch
@@ -130,31 +133,25 @@ class Plan(ABC, Generic[Item]):
 
     def state_dict(self) -> dict[str, int]:
         """The position and what the order depends on; plain integers, fit for JSON."""
-        return {"epoch": self.epoch, "batch": self.batch, **self._all_identity()}
+        return {"epoch": self.epoch, "batch": self.batch, **self._identity()}
 
-    def _all_identity(self) -> dict[str, int]:
-        return {
-            "rows": int(self._lengths.size),
-            "lengths_crc32": zlib.crc32(self._lengths.astype("<i8").tobytes()),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            **self._identity(),
-        }
+    def _identity(self) -> dict[str, int]:
+        crc32 = zlib.crc32(self._lengths.astype("<i8").tobytes())
+        rows = {"rows": int(self._lengths.size), "lengths_crc32": crc32}
+        return {**rows, "batch_size": self.batch_size, "seed": self.seed, **self._settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the position in ``state``.
+        """Continue from the position in ``state``.
 
         Raises:
-            UserError: the state belongs to other data, another batch size, seed or kind of plan, so its position means
-                nothing here.
+            UserError: the state belongs to other data, another batch size, seed or kind of sampler, so its position
+                means nothing here.
             ValueError: ``state`` is not what :meth:`state_dict` gives.
         """
-        here = self._all_identity()
-        packed = ["on" if "packed_length" in identity else "off" for identity in (state, here)]
-        if packed[0] != packed[1]:
-            raise UserError(
-                _not_resumed(f"packing was {packed[0]} when the checkpoint was made and is {packed[1]} now")
-            )
+        here = self._identity()
+        then, now = ("on" if "packed_length" in identity else "off" for identity in (state, here))
+        if then != now:
+            raise _not_resumed(f"packing was {then} when the checkpoint was made and is {now} now")
         absent = [key for key in ("epoch", "batch", *here) if not isinstance(state.get(key), int)]
         if absent:
             raise ValueError(
@@ -163,8 +160,8 @@ class Plan(ABC, Generic[Item]):
         for key, value in here.items():
             if state[key] != value:
                 if key == "lengths_crc32":
-                    raise UserError(_not_resumed("the rows have other lengths than those the checkpoint was made with"))
-                raise UserError(_not_resumed(f"{key} was {state[key]} when the checkpoint was made and is {value} now"))
+                    raise _not_resumed("the rows have other lengths than those the checkpoint was made with")
+                raise _not_resumed(f"{key} was {state[key]} when the checkpoint was made and is {value} now")
         if state["epoch"] < 0 or not 0 <= state["batch"] < self.count(state["epoch"]):
             raise ValueError(
                 f"load_state_dict: position is epoch {state['epoch']}, batch {state['batch']}, "
@@ -173,25 +170,19 @@ class Plan(ABC, Generic[Item]):
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 
-def _not_resumed(why: str) -> str:
-    return (
+def _not_resumed(why: str) -> UserError:
+    return UserError(
         f"the order of the data cannot be resumed: {why}; "
         "restore the data and the settings of that run, or start a new one without --resume."
     )
 
 
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}, expected at least {least}")
-
-
-class BatchPlan(Plan[int]):
-    """A :class:`Plan` whose batches are rows of like length; a batch is a list of row indices.
+class BatchSampler(Sampler[int]):
+    """A :class:`Sampler` whose batches are rows of like length; a batch is a list of row indices.
 
     Args:
-        lengths, batch_size, seed, epoch: see :class:`Plan`.
+        lengths, batch_size, seed, epoch: see :class:`Sampler`.
         window_batches: most batches that are sorted by length together; 1 turns grouping off.
-        drop_last: leave out the smaller batch.
     """
 
     def __init__(
@@ -202,19 +193,16 @@ class BatchPlan(Plan[int]):
         epoch: int = 0,
         *,
         window_batches: int = WINDOW_BATCHES,
-        drop_last: bool = False,
     ) -> None:
-        super().__init__(lengths, batch_size, seed, epoch)
-        _check_least("window_batches", window_batches, 1)
-        if drop_last and self._lengths.size < batch_size:
-            raise ValueError(f"{self._lengths.size} rows make no batch of {batch_size} with drop_last=True")
+        # Checkpoints of earlier versions hold drop_last too.
+        super().__init__(lengths, batch_size, seed, epoch, window_batches=window_batches, drop_last=0)
+        if window_batches < 1:
+            raise ValueError(f"window_batches is {window_batches}, expected at least 1")
         self.window_batches = window_batches
-        self.drop_last = drop_last
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        rows = int(self._lengths.size)
-        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+        return -(-int(self._lengths.size) // self.batch_size)
 
     def count(self, epoch: int) -> int:
         """Batches in one epoch: the same in all."""
@@ -225,20 +213,79 @@ class BatchPlan(Plan[int]):
         window = self.batch_size * min(self.window_batches, max(1, len(self) // 4))
         batches: list[list[int]] = []
         for start in range(0, len(rows), window):
-            part = rows[start : start + window]
-            part = part[np.argsort(-self._lengths[part], kind="stable")]
+            part = _longest_first(self._lengths, rows[start : start + window])
             batches += [part[at : at + self.batch_size].tolist() for at in range(0, len(part), self.batch_size)]
-        if self.drop_last and len(batches[-1]) < self.batch_size:
-            batches.pop()
         return batches, [len(rows) * int(self._lengths[rows].max()) for rows in batches]
 
-    def _identity(self) -> dict[str, int]:
-        return {"window_batches": self.window_batches, "drop_last": int(self.drop_last)}
+
+class PackedBatchSampler(Sampler[list[int]]):
+    """A :class:`Sampler` whose batches are packed sequences, each a list of row indices.
+
+    How many batches an epoch has may differ by a few from epoch to epoch.
+
+    Args:
+        lengths, seed, epoch: see :class:`Sampler`.
+        batch_size: sequences per batch.
+        packed_length: most tokens of a sequence.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int] | np.ndarray, batch_size: int, packed_length: int, seed: int = 0, epoch: int = 0
+    ) -> None:
+        super().__init__(lengths, batch_size, seed, epoch, packed_length=packed_length)
+        if (longest := int(self._lengths.max())) > packed_length:
+            raise ValueError(f"packed_length is {packed_length}, expected at least the longest row's {longest} tokens")
+        self.packed_length = packed_length
+
+    def _make(self, epoch: int) -> tuple[list[list[list[int]]], list[int]]:
+        order = permutation(self._lengths.size, self.seed, epoch, 0)
+        sequences = pack(self._lengths, order, self.packed_length)
+        # Windows end in emptier sequences; shuffled, they spread over the batches.
+        mixed = [sequences[at] for at in permutation(len(sequences), self.seed, epoch, 2)]
+        batches = [mixed[at : at + self.batch_size] for at in range(0, len(mixed), self.batch_size)]
+        return batches, [len(batch) * max(int(self._lengths[rows].sum()) for rows in batch) for batch in batches]
 
 
-def collate(
-    rows: Sequence[Mapping[str, Sequence[int] | np.ndarray]], pad_id: int, pad_to_multiple: int = 8
-) -> dict[str, torch.Tensor]:
+def _longest_first(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
+
+
+def pack(lengths: np.ndarray, order: np.ndarray, capacity: int, window_rows: int = WINDOW_ROWS) -> list[list[int]]:
+    """Whole rows into sequences of at most ``capacity`` tokens, each a list of row indices.
+
+    Best fit decreasing (Johnson, "Near-optimal bin packing algorithms", 1973) over windows of ``order``: the longest
+    row first, each into the fullest sequence that has room for it.
+
+    Args:
+        lengths: int64 [rows], from 1 to ``capacity``.
+        order: int64 [rows], the rows in the order in which windows are taken.
+    """
+    sequences: list[list[int]] = []
+    for start in range(0, len(order), window_rows):
+        part = _longest_first(lengths, order[start : start + window_rows])
+        rooms: list[tuple[int, int]] = []  # (tokens free, sequence), sorted
+        for row, length in zip(part.tolist(), lengths[part].tolist(), strict=True):
+            if length > capacity:
+                raise ValueError(f"row {row} has {length} tokens, more than the {capacity} of a sequence")
+            at = bisect_left(rooms, (length, -1))
+            if at == len(rooms):
+                room, sequence = capacity, len(sequences)
+                sequences.append([])
+            else:
+                room, sequence = rooms.pop(at)
+            sequences[sequence].append(row)
+            if room > length:
+                insort(rooms, (room - length, sequence))
+    return sequences
+
+
+def evaluation_order(lengths: np.ndarray, capacity: int | None) -> list[int] | list[list[int]]:
+    """All rows once, longest first, which leaves little padding; packed if there is a ``capacity``."""
+    longest_first = _longest_first(lengths, np.arange(len(lengths)))
+    return longest_first.tolist() if capacity is None else pack(lengths, longest_first, capacity)
+
+
+def collate(rows: Sequence[TokenizedRow], pad_id: int, pad_to_multiple: int = 8) -> dict[str, torch.Tensor]:
     """Pad rows on the right to the longest, rounded up to ``pad_to_multiple`` tokens.
 
     Args:
@@ -250,22 +297,54 @@ def collate(
     """
     if not rows:
         raise ValueError("collate: got no rows, expected at least one")
+    input_ids, labels, _ = _lay_out([[row] for row in rows], pad_id, pad_to_multiple)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def collate_packed(
+    sequences: Sequence[Sequence[TokenizedRow]], pad_id: int, pad_to_multiple: int = 8
+) -> dict[str, torch.Tensor]:
+    """Lay the rows of each sequence end to end, and pad to the longest, rounded up to ``pad_to_multiple`` tokens.
+
+    There is no attention mask: models of transformers read where rows begin off the positions, if they get no mask.
+    Padding counts as a row of its own.
+
+    Args:
+        sequences: B lists of mappings with ``input_ids`` and ``labels``, each [length].
+        pad_id: the id written behind the last row; its label is -100.
+
+    Returns:
+        ``input_ids``, ``labels``, ``position_ids``: int64 [B, T].
+    """
+    if not sequences or not all(sequences):
+        raise ValueError("collate_packed: got no rows, expected at least one in each sequence")
+    input_ids, labels, position_ids = _lay_out(sequences, pad_id, pad_to_multiple)
+    labels[position_ids == 0] = IGNORE_INDEX  # or the row before would predict it
+    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+
+
+def _lay_out(
+    sequences: Sequence[Sequence[TokenizedRow]], pad_id: int, pad_to_multiple: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, labels and positions within rows, each int64 [B, T], of rows end to end and padding behind them."""
     if pad_to_multiple < 1:
         raise ValueError(f"collate: pad_to_multiple is {pad_to_multiple}, expected at least 1")
-    longest = max(len(row["input_ids"]) for row in rows)
+    longest = max(sum(len(row["input_ids"]) for row in rows) for rows in sequences)
     width = -(-longest // pad_to_multiple) * pad_to_multiple
-    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
-    attention_mask = np.zeros((len(rows), width), dtype=np.int64)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        if len(row["labels"]) != length:
-            raise ValueError(f"collate: row {index} has {length} input_ids but {len(row['labels'])} labels")
-        input_ids[index, :length] = row["input_ids"]
-        labels[index, :length] = row["labels"]
-        attention_mask[index, :length] = 1
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-        "attention_mask": torch.from_numpy(attention_mask),
-    }
+    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    labels = np.full((len(sequences), width), IGNORE_INDEX, dtype=np.int64)
+    positions = np.zeros((len(sequences), width), dtype=np.int64)
+    for index, rows in enumerate(sequences):
+        start = 0
+        for row in rows:
+            length, end = len(row["input_ids"]), start + len(row["input_ids"])
+            if len(row["labels"]) != length:
+                raise ValueError(f"collate: row {index} has {length} input_ids but {len(row['labels'])} labels")
+            input_ids[index, start:end] = row["input_ids"]
+            labels[index, start:end] = row["labels"]
+            positions[index, start:end] = np.arange(length)
+            start = end
+        positions[index, start:] = np.arange(width - start)
+    return torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(positions)

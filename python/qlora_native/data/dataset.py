@@ -1,4 +1,4 @@
-"""A data file, tokenized: flat arrays of ids and labels, and the numbers a user asks about them."""
+"""A data file, tokenized: flat arrays of ids and labels, which may be larger than memory, and their statistics."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
 from qlora_native._io import sha256
 from qlora_native.data.batching import permutation
 from qlora_native.data.formats import FORMATS, INFER_ROWS, infer_format, normalize
-from qlora_native.data.growing import GrowingArray
 from qlora_native.data.readers import read_rows
 from qlora_native.data.template import ChatEncoder, TrainOn
 from qlora_native.errors import UserError
@@ -23,38 +22,27 @@ from qlora_native.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHUNK_BYTES = 64 << 20  # tokens below this stay in memory; more go to a file in pieces of this size
+
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """What became of a file.
+    """The counts of a data file; those of a subset, but for the rows that were dropped from the file."""
 
-    Attributes:
-        path: the file as the caller named it.
-        sha256: of the whole file, in hexadecimal.
-        format: one of ``FORMATS``; ``inferred`` tells whether it was guessed from the first rows or asked for.
-        template: "tokenizer", "default" or "none" (rows without messages).
-        rows: rows kept.
-        dropped: rows of the file left out because no trained token remained within ``max_length``; a subset keeps it.
-        dropped_too_long: those of them that are longer than ``max_length``, which may have cut their answer off.
-        truncated: rows kept that lost tokens at their right end.
-        tokens, trained_tokens: over the rows kept.
-        folded_system: rows whose system message went into the first user message, as the template takes none.
-    """
-
-    path: str
-    sha256: str
-    format: str
-    inferred: bool
-    template: str
+    path: str  # as the caller named it
+    sha256: str  # of the whole file, in hexadecimal
+    format: str  # one of FORMATS
+    inferred: bool  # from the first rows
+    template: str  # "tokenizer", "default" or "none" (rows without messages)
     max_length: int
     train_on: str
-    rows: int
-    dropped: int
-    dropped_too_long: int
-    truncated: int
-    tokens: int
+    rows: int  # kept
+    dropped: int  # without a trained token within max_length
+    dropped_too_long: int  # those of them that are longer than max_length
+    truncated: int  # rows kept that lost tokens at their right end
+    tokens: int  # of the rows kept
     trained_tokens: int
-    folded_system: int
+    folded_system: int  # rows whose system message went into the first user message, as the template takes none
 
     @property
     def share_trained(self) -> float:
@@ -72,7 +60,7 @@ class DatasetStats:
             how += ", default chat template (the tokenizer has none)"
         line = (
             f"{self.path}: {how}; {self.rows:,} rows, {self.tokens:,} tokens, {self.share_trained:.0%} trained; "
-            f"{self.truncated:,} cut to {self.max_length:,} tokens, {self.dropped:,} dropped"
+            f"{self.truncated:,} truncated to {self.max_length:,} tokens, {self.dropped:,} dropped"
         )
         if self.folded_system:
             line += f"; {self.folded_system:,} system messages put before the first user message"
@@ -86,40 +74,29 @@ class Dropped(NamedTuple):
     too_long: np.ndarray
 
 
+@dataclass(eq=False)
 class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
     """Rows of token ids and labels in flat arrays; ``dataset[i]`` is ``{"input_ids", "labels"}``, int32 [length] each.
 
-    Rows are read-only views, no copies, and subsets share the flat arrays, which may be mapped from a file: row i is
+    Rows are read-only views, and subsets share the flat arrays, which may be mapped from a file: row i is
     ``input_ids[starts[i]:starts[i] + lengths[i]]``. The first label of a row is always -100, so rows may be laid end to
-    end. What grows with the rows and stays in memory takes 29 bytes a row.
-
-    Attributes:
-        input_ids, labels: int32 [tokens of the file].
-        starts, lengths: int64 [rows].
-        trained: int32 [rows], trained tokens per row.
-        lines: int64 [rows], the line of the file each row came from (Parquet: the row), from 1.
-        truncated: bool [rows].
-        dropped: the lines of the file that were left out; a subset keeps them.
-        stats: :class:`DatasetStats`.
+    end. The other arrays stay in memory, 29 bytes a row.
     """
 
-    def __init__(
-        self,
-        input_ids: np.ndarray,
-        labels: np.ndarray,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        trained: np.ndarray,
-        lines: np.ndarray,
-        truncated: np.ndarray,
-        dropped: Dropped,
-        stats: DatasetStats,
-    ) -> None:
-        self.input_ids, self.labels, self.starts, self.lengths = input_ids, labels, starts, lengths
-        self.trained, self.lines, self.truncated = trained, lines, truncated
-        self.dropped, self.stats = dropped, stats
-        for held in (input_ids, labels, starts, lengths, trained, lines, truncated):
-            held.flags.writeable = False
+    input_ids: np.ndarray  # int32 [tokens of the file]
+    labels: np.ndarray  # int32 [tokens of the file]
+    starts: np.ndarray  # int64 [rows]
+    lengths: np.ndarray  # int64 [rows]
+    trained: np.ndarray  # int32 [rows], trained tokens
+    lines: np.ndarray  # int64 [rows], in the file, from 1 (Parquet: rows)
+    truncated: np.ndarray  # bool [rows]
+    dropped: Dropped  # of the file; a subset keeps them
+    stats: DatasetStats
+
+    def __post_init__(self) -> None:
+        for values in vars(self).values():
+            if isinstance(values, np.ndarray):
+                values.flags.writeable = False
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -142,17 +119,16 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
         chosen = np.asarray(indices, dtype=np.int64)
         if chosen.ndim != 1 or np.any((chosen < 0) | (chosen >= len(self))):
             raise ValueError(f"subset: indices must be a list of row numbers from 0 to {len(self) - 1}")
-        lengths, trained, truncated = self.lengths[chosen], self.trained[chosen], self.truncated[chosen]
-        stats = replace(
+        names = ("starts", "lengths", "trained", "lines", "truncated")
+        part = replace(self, **{name: getattr(self, name)[chosen] for name in names})
+        part.stats = replace(
             self.stats,
             rows=len(chosen),
-            truncated=int(truncated.sum()),
-            tokens=int(lengths.sum()),
-            trained_tokens=int(trained.sum()),
+            truncated=int(part.truncated.sum()),
+            tokens=int(part.lengths.sum()),
+            trained_tokens=int(part.trained.sum()),
         )
-        flat = self.input_ids, self.labels
-        rows = self.starts[chosen], lengths, trained, self.lines[chosen], truncated
-        return TokenizedDataset(*flat, *rows, self.dropped, stats)
+        return part
 
     def split(self, held_out: float | int, seed: int = 0) -> tuple[TokenizedDataset, TokenizedDataset]:
         """Training and held-out rows, chosen by ``seed``, each in the order of the file.
@@ -192,8 +168,8 @@ def load_dataset(
         format: one of ``FORMATS``, or None to infer it from the first rows.
         train_on: "answers" or "all"; see :mod:`qlora_native.data.template`.
         limit: read only this many rows of the file.
-        folder: where tokens beyond some 16 million go, into files without a name; the system's folder for temporary
-            files unless given.
+        folder: where tokens beyond some 16 million go, into files without a name; by default the system's folder for
+            temporary files.
 
     Raises:
         UserError: the file or a row is wrong (named by file and line), or no row has a token to train on.
@@ -206,10 +182,9 @@ def load_dataset(
     first = list(islice(rows, INFER_ROWS))
     name = format or infer_format(first)
 
-    place = Path(folder or tempfile.gettempdir())
-    ids, labels = GrowingArray(place), GrowingArray(place)
+    ids, labels = (_TokenArray(Path(folder or tempfile.gettempdir())) for _ in range(2))
     lengths, lines, dropped = array("q"), array("q"), array("q")
-    trained, cut, too_long = array("i"), bytearray(), bytearray()
+    trained, truncated, too_long = array("i"), bytearray(), bytearray()
     with_messages = False
     for source in chain(first, rows):
         row = normalize(source, name)
@@ -217,16 +192,24 @@ def load_dataset(
         encoded = encoder.encode(row)
         if encoded.trained == 0:
             dropped.append(row.line)
-            too_long.append(encoded.cut > 0)
+            too_long.append(encoded.truncated > 0)
             continue
         ids.extend(encoded.input_ids)
         labels.extend(encoded.labels)
         lengths.append(len(encoded.input_ids))
         trained.append(encoded.trained)
         lines.append(row.line)
-        cut.append(encoded.cut > 0)
+        truncated.append(encoded.truncated > 0)
+    if not lengths and any(too_long):
+        raise UserError(
+            f"{path}: no row has a trained token left, as {sum(too_long)} of {len(dropped)} rows begin their answer "
+            f"after max_length={max_length} tokens; raise max_length."
+        )
     if not lengths:
-        raise UserError(_nothing_left(path, len(dropped), sum(too_long), max_length))
+        raise UserError(
+            f"{path}: none of the {len(dropped)} rows has an answer to train on; "
+            "add assistant messages, or set train_on to 'all'."
+        )
 
     counts = np.array(lengths, dtype=np.int64)
     stats = DatasetStats(
@@ -240,7 +223,7 @@ def load_dataset(
         rows=len(lengths),
         dropped=len(dropped),
         dropped_too_long=sum(too_long),
-        truncated=sum(cut),
+        truncated=sum(truncated),
         tokens=int(counts.sum()),
         trained_tokens=sum(trained),
         folded_system=encoder.folded_system,
@@ -252,19 +235,45 @@ def load_dataset(
         counts,
         np.array(trained, dtype=np.int32),
         np.array(lines, dtype=np.int64),
-        np.array(cut, dtype=bool),
+        np.array(truncated, dtype=bool),
         Dropped(np.array(dropped, dtype=np.int64), np.array(too_long, dtype=bool)),
         stats,
     )
 
 
-def _nothing_left(path: str | Path, dropped: int, too_long: int, max_length: int) -> str:
-    if too_long:
-        return (
-            f"{path}: no row has a trained token left, as {too_long} of {dropped} rows begin their answer after "
-            f"max_length={max_length} tokens; raise max_length."
-        )
-    return (
-        f"{path}: none of the {dropped} rows has an answer to train on; "
-        "add assistant messages, or set train_on to 'all'."
-    )
+class _TokenArray:
+    """int32 numbers, appended row by row: in memory at first, beyond CHUNK_BYTES in a file without a name.
+
+    The file vanishes with its last user, also after a crash, and is read through a memory map.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._last = array("i")
+        self._file: IO[bytes] | None = None
+
+    def extend(self, numbers: list[int]) -> None:
+        self._last.extend(numbers)
+        if len(self._last) * self._last.itemsize >= CHUNK_BYTES:
+            self._write()
+
+    def finish(self) -> np.ndarray:
+        if self._file is None:
+            return np.array(self._last, dtype=np.int32)
+        self._write()
+        with self._file:
+            return np.memmap(self._file, dtype=np.int32, mode="r")
+
+    def _write(self) -> None:
+        try:
+            if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed in finish()
+            self._last.tofile(self._file)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"the tokens of the data do not fit into memory and could not be written to {self._folder}: "
+                f"{error.strerror or error}; make room there"
+            ) from error
+        del self._last[:]

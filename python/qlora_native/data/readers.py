@@ -1,4 +1,4 @@
-"""Read rows from JSONL, JSON and Parquet files, each row with the place it came from.
+"""Read rows from JSONL, JSON and Parquet files, each row with its place in the file.
 
 JSONL is read one line at a time, so a file larger than memory can be read; a ``.json`` array is held in memory whole.
 Whatever is wrong with a file or a row is a :class:`~qlora_native.errors.UserError` that names the file and the line.
@@ -31,11 +31,15 @@ class SourceRow(NamedTuple):
     line: int
     data: dict[str, Any]
 
+    def error(self, problem: str) -> UserError:
+        """An error that begins with the place of the row."""
+        return UserError(f"{self.where}: {problem}")
+
 
 def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceRow]:
     """Iterate over the rows of ``path``, at most ``limit`` of them.
 
-    ``.jsonl``, ``.ndjson`` and ``.json`` hold either one object per line or one array of objects (told apart by the
+    ``.jsonl``, ``.ndjson`` and ``.json`` hold either one object per line or one array of objects (distinguished by the
     first character); ``.parquet`` needs pyarrow. Blank lines, CRLF line ends and a UTF-8 byte order mark are accepted.
 
     Raises:
@@ -45,12 +49,6 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceR
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected None or at least 1")
     file = Path(path).expanduser()
-    _check_file(file)
-    rows = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text(file)
-    return _not_empty(islice(rows, limit), file)
-
-
-def _check_file(file: Path) -> None:
     if file.is_dir():
         raise UserError(
             f"{file} is a folder, expected a data file ({', '.join(DATA_SUFFIXES)}); name one file inside it."
@@ -65,6 +63,8 @@ def _check_file(file: Path) -> None:
             f"{file}: got a '{file.suffix}' file, expected {', '.join(DATA_SUFFIXES)}; "
             "convert it to JSONL, one JSON object per line."
         )
+    rows = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text(file)
+    return _not_empty(islice(rows, limit), file)
 
 
 def _not_empty(rows: Iterator[SourceRow], file: Path) -> Iterator[SourceRow]:
@@ -76,26 +76,21 @@ def _not_empty(rows: Iterator[SourceRow], file: Path) -> Iterator[SourceRow]:
 
 
 def _checked(file: Path, line: int, value: Any) -> SourceRow:
-    where = f"{file}:{line}"
+    row = SourceRow(f"{file}:{line}", line, value)
     if not isinstance(value, dict):
-        raise UserError(f'{where}: the row is {_kind(value)}, expected a JSON object like {{"text": "..."}}.')
+        raise row.error(f'the row is {kind_of(value)}, expected a JSON object like {{"text": "..."}}.')
     if not value:
-        raise UserError(f'{where}: the row is an empty object, expected keys like "text" or "messages"; delete it.')
-    return SourceRow(where, line, value)
+        raise row.error('the row is an empty object, expected keys like "text" or "messages"; delete it.')
+    return row
 
 
-def _kind(value: Any) -> str:
-    """The JSON name of a value's type, with its article."""
-    for types, name in (
-        (bool, "true or false"),
-        ((int, float), "a number"),
-        (str, "a string"),
-        (list, "an array"),
-        (dict, "an object"),
-    ):
-        if isinstance(value, types):
-            return name
-    return "null" if value is None else f"a {type(value).__name__}"
+def kind_of(value: Any) -> str:
+    """JSON's name of a value's type, with its article."""
+    if isinstance(value, bool):
+        return "true or false"
+    name = type(value).__name__
+    names = {"int": "a number", "float": "a number", "str": "a string", "list": "an array", "dict": "an object"}
+    return "null" if value is None else names.get(name, f"a {name}")
 
 
 def _read_text(file: Path) -> Iterator[SourceRow]:
@@ -132,22 +127,17 @@ def _line_rows(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
             continue
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(_broken(file, line, error.msg, error.colno, text)) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(_broken(file, line, str(error), 1, text)) from None
+            why, column = getattr(error, "msg", str(error)), getattr(error, "colno", 1)
+            hint = "write one whole JSON object per line"
+            if text in ("{", "["):
+                hint = f"an object may not span lines: {hint}, or one array of objects"
+            raise UserError(f"{file}:{line}: the line is not valid JSON ({why}, column {column}); {hint}.") from None
         yield _checked(file, line, value)
 
 
-def _broken(file: Path, line: int, why: str, column: int, text: str) -> str:
-    hint = "write one whole JSON object per line"
-    if text in ("{", "["):
-        hint = "an object may not span lines: " + hint + ", or one array of objects"
-    return f"{file}:{line}: the line is not valid JSON ({why}, column {column}); {hint}."
-
-
 def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
-    """Yield the elements of the array one by one: the line of an element is that of its first character."""
+    """The elements of the array one by one; the line of an element is that of its first character."""
     decoder = json.JSONDecoder()
     line, counted = 1, 0
 
@@ -160,7 +150,7 @@ def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
         return at
 
     def broken(why: str) -> UserError:
-        return UserError(f"{file}:{line}: the array is not valid JSON ({why}); mend it, or write one object per line.")
+        return UserError(f"{file}:{line}: the array is not valid JSON ({why}); fix it, or write one object per line.")
 
     at = skip_space(skip_space(0) + 1)
     if text[at : at + 1] != "]":
@@ -176,10 +166,10 @@ def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
             at = skip_space(end)
             if text[at : at + 1] == "]":
                 break
-            if text[at : at + 1] != ",":
-                raise broken(
-                    f"got {text[at]!r}, expected ',' or ']'" if at < len(text) else "the closing ']' is missing"
-                )
+            if at == len(text):
+                raise broken("the closing ']' is missing")
+            if text[at] != ",":
+                raise broken(f"got {text[at]!r}, expected ',' or ']'")
             at = skip_space(at + 1)
     at = skip_space(at + 1)
     if at < len(text):

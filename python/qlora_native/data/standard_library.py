@@ -1,7 +1,6 @@
-"""A task made from the Python that is running: the first line of the docstring for a function.
+"""Training data from the running Python: predict the first line of a function's docstring.
 
-Real text, no download, and a split that means something: whole modules are held out, so no function of a held-out file
-was seen in training.
+It is real text without a download, and whole modules are held out: training has seen no function of a held-out file.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ class Example:
 
 
 def is_held_out(module: str) -> bool:
-    """Whether a module belongs to the held-out split: decided by its name alone, so it is the same everywhere."""
+    """Whether a module belongs to the held-out split: by its name alone, so that it is the same everywhere."""
     return hashlib.sha256(module.encode()).digest()[0] % _HELD_OUT_SHARE == 0
 
 
 def examples(max_characters: int, root: Path | None = None) -> Iterator[Example]:
     """Every documented function of the standard library whose source has at most ``max_characters``, in a fixed order.
 
-    ``root`` is the folder of modules; the running Python's own by default.
+    ``root`` is the folder of modules; by default that of the running Python.
     """
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     for path in sorted(folder.rglob("*.py")):
@@ -60,7 +59,7 @@ def examples(max_characters: int, root: Path | None = None) -> Iterator[Example]
         try:
             text = path.read_text(encoding="utf-8")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old modules hold escapes that the parser grumbles about
+                warnings.simplefilter("ignore")  # of invalid escapes in old modules
                 tree = ast.parse(text)
         except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
             continue
@@ -72,7 +71,7 @@ def examples(max_characters: int, root: Path | None = None) -> Iterator[Example]
 
 
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function, in the order of ``ast.walk``, which takes several times as long because it visits expressions."""
+    """Every function, in the order of ``ast.walk``, which is several times slower because it visits expressions."""
     waiting: deque[ast.AST] = deque([tree])
     while waiting:
         node = waiting.popleft()
@@ -98,25 +97,21 @@ def _example(module: str, lines: list[str], node: ast.FunctionDef | ast.AsyncFun
 
 
 def write_split(folder: Path, max_characters: int, held_out_rows: int) -> tuple[Path, Path, int, int]:
-    """Writes ``train.jsonl`` and ``heldout.jsonl`` (OpenAI messages) into ``folder``.
+    """Write ``train.jsonl`` and ``heldout.jsonl`` (OpenAI messages) into ``folder``.
 
     Returns the two paths and their numbers of rows. Held-out rows beyond ``held_out_rows`` are thinned out evenly, so
     that every held-out module stays represented.
     """
-    train: list[Example] = []
-    held_out: list[Example] = []
-    seen: set[tuple[str, str]] = set()
+    first: dict[tuple[str, str], Example] = {}
     for example in examples(max_characters):
-        if (example.source, example.summary) in seen:
-            continue
-        seen.add((example.source, example.summary))
-        (held_out if is_held_out(example.module) else train).append(example)
+        first.setdefault((example.source, example.summary), example)
+    train = [example for example in first.values() if not is_held_out(example.module)]
+    held_out = [example for example in first.values() if is_held_out(example.module)]
     if len(held_out) > held_out_rows:
         held_out = [held_out[i * len(held_out) // held_out_rows] for i in range(held_out_rows)]
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "heldout.jsonl"
     for path, rows in zip(paths, (train, held_out), strict=True):
-        with path.open("w", encoding="utf-8") as file:
-            for example in rows:
-                file.write(json.dumps({"messages": example.messages()}, ensure_ascii=False) + "\n")
+        lines = (json.dumps({"messages": example.messages()}, ensure_ascii=False) + "\n" for example in rows)
+        path.write_text("".join(lines), encoding="utf-8")
     return *paths, len(train), len(held_out)

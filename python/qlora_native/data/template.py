@@ -1,20 +1,20 @@
-"""Turn one row into token ids and labels: the chat template, and which tokens are trained.
+"""Encode one row as token ids and labels with the chat template.
 
-A label is the token's own id where it is trained and -100 where it is not (the causal shift is the loss's business).
-With ``train_on="answers"`` these are trained: what the assistant wrote and the token that ends its turn; the completion
-after a prompt; every token of a plain text. The first token is never trained: nothing stands before it to predict it
-from, and when rows are packed one after another it must not be predicted from a stranger.
+A label is the token's own id where it is trained and -100 where it is not; the loss shifts them. With
+``train_on="answers"`` these are trained: what the assistant wrote and the token that ends its turn; the completion
+after a prompt; every token of a plain text. The first token is never trained: it has no context, and in packed rows it
+would be predicted from another row.
 
-Where an answer stands in the tokens is found in this order:
+The tokens of an answer are found in this order:
 
 1. The template marks it with a ``{% generation %}`` block: transformers' assistant mask, plus the end-of-turn token if
    the block stops short of it (a model never trained on that token never stops).
 2. Otherwise by text. It starts where the conversation so far, rendered with the generation prompt, ends. Templates that
-   rewrite earlier turns break that prefix; then the answer is replaced by a probe word and the rendered text before and
-   after the probe, which is also how the end is found, gives the place.
-3. A place in the text becomes a place in the tokens by the tokenizer's offsets where a token begins or ends exactly
+   rewrite earlier turns break that prefix; then the answer is replaced by a probe word, and its start is where the
+   probe is. The end is always found by the probe.
+3. A position in the text becomes one in the tokens by the tokenizer's offsets where a token begins or ends exactly
    there; else by tokenizing the prefix alone, if that is a prefix of the tokens; else every token that overlaps the
-   answer is in.
+   answer is trained.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IGNORE_INDEX = -100
 TrainOn = Literal["answers", "all"]
 
 # For a tokenizer without a template of its own. A role's name on a line, its text, a blank line; an answer ends with
-# the tokenizer's end-of-sequence token, so that generation stops. Answers are marked: other trainers mask them alike.
+# the tokenizer's end-of-sequence token, so that generation stops. Answers are marked, so that other trainers find them.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'] | capitalize + ':\\n' }}"
@@ -47,18 +47,17 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_PROBE = "ProbeWordForTheAnswer"
 
 _Offsets = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids and labels of one row, equally long; ``cut`` tokens were left out at its right end."""
+    """Token ids and labels of one row, equally long; ``truncated`` tokens were left out at its right end."""
 
     input_ids: list[int]
     labels: list[int]
-    cut: int = 0
+    truncated: int = 0
 
     @property
     def trained(self) -> int:
@@ -70,7 +69,7 @@ class ChatEncoder:
     """Encodes rows with a tokenizer's chat template, or with :data:`DEFAULT_CHAT_TEMPLATE` if it has none.
 
     Args:
-        tokenizer: a transformers tokenizer; a fast one is best (a slow one has no offsets).
+        tokenizer: a transformers tokenizer, preferably a fast one (a slow one has no offsets).
         max_length: longest row in tokens; longer rows lose their right end. None: no limit.
         train_on: "answers", or "all" to train every token of every row.
 
@@ -101,7 +100,7 @@ class ChatEncoder:
         self._control_ids = self._control_tokens()
         self._blank: dict[int, bool] = {}
         self._prompts: bool | None = None
-        self._tools: list[dict[str, Any]] | None = None  # of the row in hand
+        self._tools: list[dict[str, Any]] | None = None  # of the current row
 
     def encode(self, row: Row) -> Encoded:
         """Token ids and labels of one row.
@@ -110,20 +109,17 @@ class ChatEncoder:
             UserError: the template refuses the conversation, or an answer cannot be found in what it renders.
         """
         self._tools = list(row.tools) or None
-        if row.messages is not None:
-            ids, trained = self._messages(row, row.messages)
-        else:
-            ids, trained = self._plain(row)
+        ids, trained = self._plain(row) if row.messages is None else self._messages(row, row.messages)
         if self.train_on == "all":
             trained = [True] * len(ids)
         labels = [token if keep else IGNORE_INDEX for token, keep in zip(ids, trained, strict=True)]
         if labels:
             labels[0] = IGNORE_INDEX
-        cut = self.max_length if self.max_length is not None else len(ids)
-        return Encoded(ids[:cut], labels[:cut], cut=max(0, len(ids) - cut))
+        limit = self.max_length if self.max_length is not None else len(ids)
+        return Encoded(ids[:limit], labels[:limit], truncated=max(0, len(ids) - limit))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant is to answer: what generation starts from.
+        """Token ids of a conversation with the header of the answer that is to be generated.
 
         Raises:
             UserError: the template refuses the conversation.
@@ -165,7 +161,7 @@ class ChatEncoder:
         return self._close_turns(ids, trained, ends_in_answer)
 
     def _check_tools(self, messages: list[Message], text: str, where: str) -> None:
-        """UserError if the template leaves out a tool or a call: answers would be learned to what is not there."""
+        """UserError if the template leaves out a tool or a call: the model would learn from text without it."""
         calls = [call for message in messages for call in message.get("tool_calls", ())]
         for tool in [*(self._tools or ()), *calls]:
             name = tool["function"]["name"]
@@ -176,19 +172,15 @@ class ChatEncoder:
                 )
 
     def _assistant_mask(self, messages: list[Message]) -> tuple[list[int], list[bool]] | None:
-        out = self.tokenizer.apply_chat_template(
-            messages,
-            tools=self._tools,
-            chat_template=self.chat_template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        template = {"tools": self._tools, "chat_template": self.chat_template}
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        out = self.tokenizer.apply_chat_template(messages, **template, **options)
         trained = [bool(flag) for flag in out["assistant_masks"]]
-        # A template may hold a block it does not reach; then the answers are found by text.
+        # A template may have a block that it does not reach; then the answers are found by text.
         return (list(out["input_ids"]), trained) if any(trained) else None
 
     def _answers(self, messages: list[Message], text: str, untrained: set[int], where: str) -> list[tuple[int, int]]:
-        """Start and end, in characters of ``text``, of every answer to train."""
+        """Start and end of every trained answer in characters of ``text``."""
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index in untrained:
@@ -213,8 +205,8 @@ class ChatEncoder:
         return spans
 
     def _around(self, messages: list[Message], index: int) -> tuple[str | None, str | None]:
-        """The rendered text before and after what one message says and calls."""
-        probe = _PROBE
+        """The rendered text before and after the content and tool calls of one message."""
+        probe = "ProbeWordForTheAnswer"
         while any(probe in message["content"] for message in messages):
             probe += "X"
         plain = {key: value for key, value in messages[index].items() if key != "tool_calls"}
@@ -223,7 +215,7 @@ class ChatEncoder:
         return (pieces[0], pieces[1]) if len(pieces) == 2 else (None, None)
 
     def _generation_prompt(self, before: list[Message]) -> str | None:
-        """The conversation so far and the header of an answer, or None if the template writes no header on request."""
+        """The conversation so far and the header of an answer; None if the template has no generation prompt."""
         if not before or self._prompts is False:
             return None
         prompt = self._try_render(before, add_generation_prompt=True)
@@ -270,12 +262,12 @@ class ChatEncoder:
     def _rendered(
         self, messages: list[Message], where: str, *, add_generation_prompt: bool = False
     ) -> tuple[list[Message], str, int]:
-        """The messages the template accepts, what it renders, and how many messages were folded away in front."""
+        """The messages that the template accepts, their text, and how many leading messages were merged into others."""
         try:
             return messages, self._render(messages, add_generation_prompt=add_generation_prompt), 0
         except ImportError as error:
             raise UserError(f"chat templates need jinja2: {error}; type pip install jinja2.") from error
-        except Exception as error:  # a template is a program of the model's author and may raise anything
+        except Exception as error:  # a template is a program and may raise anything
             folded = _fold_system(messages)
             text = self._try_render(folded, add_generation_prompt=add_generation_prompt) if folded else None
             if folded and text is not None:
@@ -288,27 +280,20 @@ class ChatEncoder:
                 "change the row to what the template expects."
             ) from error
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=self._tools,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        )
+    def _render(self, messages: Sequence[Message], **options: bool) -> str:
+        template = {"tools": self._tools, "chat_template": self.chat_template}
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **template, **options))
 
-    def _try_render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str | None:
+    def _try_render(self, messages: Sequence[Message], **options: bool) -> str | None:
         try:
-            return self._render(messages, add_generation_prompt=add_generation_prompt)
-        except Exception:  # as above; that a template refuses a probe is an answer, not a fault
+            return self._render(messages, **options)
+        except Exception:  # as above; a template may refuse a probe
             return None
 
     # ---- tokens
 
     def _tokenize(self, text: str) -> tuple[list[int], _Offsets | None]:
-        # verbose=False: a row longer than the model's context is cut here, and transformers need not warn of it.
+        # verbose=False: transformers would warn of rows longer than the model's context, which are truncated here.
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self._fast, verbose=False)
         return list(out["input_ids"]), (list(out["offset_mapping"]) if self._fast else None)
 
@@ -336,7 +321,7 @@ class ChatEncoder:
         return len(prefix_ids) if ids[: len(prefix_ids)] == prefix_ids else otherwise
 
     def _mask_slow(self, text: str, spans: list[tuple[int, int]], ids: list[int]) -> tuple[list[int], list[bool]]:
-        """Without offsets: token prefixes if they all are prefixes, else the pieces between the places, one by one."""
+        """Without offsets: by token prefixes if they all are prefixes, else by tokenizing each piece on its own."""
         trained = [False] * len(ids)
         for start, end in spans:
             first, stop = (self._by_prefix(text[:at], ids, -1) for at in (start, end))
@@ -354,7 +339,7 @@ class ChatEncoder:
             done = end
         return ids, trained
 
-    # ---- what the tokenizer is
+    # ---- properties of the tokenizer
 
     def _leading_ids(self) -> list[int]:
         """The ids (a beginning-of-sequence token, or none) that this tokenizer puts before a plain text."""
@@ -378,7 +363,7 @@ class ChatEncoder:
         return ("{{ bos_token }}" if bos is not None and self._lead == [bos] else "") + DEFAULT_CHAT_TEMPLATE
 
     def _control_tokens(self) -> frozenset[int]:
-        """Ids that may end a turn: special tokens and added ones the template writes; not begin, pad or unknown."""
+        """Ids that may end a turn: special tokens and added ones of the template; not begin, pad or unknown."""
         found = set(self.tokenizer.all_special_ids)
         for token, added in getattr(self.tokenizer, "added_tokens_decoder", {}).items():
             content = str(added)
@@ -397,7 +382,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _fold_system(messages: list[Message]) -> list[Message] | None:
-    """The system message's text put before the first user message, for templates that know no system role."""
+    """The system message's text put before the first user message, for templates without a system role."""
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None
     first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}

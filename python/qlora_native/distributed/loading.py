@@ -22,10 +22,11 @@ from torch.distributed.fsdp import fully_shard
 from qlora_native._memory import trim_heap
 from qlora_native.distributed.sharding import blocks_of, lay_out, shard
 from qlora_native.errors import UserError
-from qlora_native.hf.build import Loader, MetaModel
+from qlora_native.hf.build import MetaModel
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import load_model as load_alone
-from qlora_native.hf.source import SafetensorsSource, Source, always
+from qlora_native.hf.plan import Step
+from qlora_native.hf.source import SafetensorsSource, Source
 from qlora_native.lora import LoraConfig
 from qlora_native.lora.adapter import copy_whole
 from qlora_native.lora.config import ALL_LINEAR
@@ -84,7 +85,7 @@ def load_model(
         trim_heap()
 
     model: Any = load_alone(
-        path, fuse=fused, reader=lambda source, loader: _read_together(source, loader, reading, finished), **options
+        path, fuse=fused, reader=lambda source, meta: _read_together(source, meta, reading, finished), **options
     )
     if lora is not None:
         _complete_adapters(model, lora)
@@ -129,82 +130,65 @@ def _complete_adapters(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _read_together(
-    source: Source, loader: Loader, reading: Reading, finished: Callable[[nn.Module, str], None]
+    source: Source, meta: MetaModel, reading: Reading, finished: Callable[[nn.Module, str], None]
 ) -> None:
-    """Bring every tensor into the tree of every rank."""
-    tree, rank = loader.tree, dist.get_rank()
-    places = {module: path for path, module in tree.model.named_modules()}
-    paths = [places[block] for block in blocks_of(tree.model)]
-    missing = {path: {name for name in tree.shapes if name.startswith(f"{path}.")} for path in paths}
+    """Bring every tensor into the model of every rank."""
+    rank = dist.get_rank()
+    places = {module: path for path, module in meta.model.named_modules()}
+    paths = [places[block] for block in blocks_of(meta.model)]
+    missing = {path: {name for name in meta.shapes if name.startswith(f"{path}.")} for path in paths}
     block_of = {name: path for path, names in missing.items() for name in names}
 
-    def arrived(name: str) -> None:
+    def stored(name: str) -> None:
         path = block_of.get(name)
         if path is None:
             return
         missing[path].discard(name)
         if not missing[path]:
-            finished(tree.model, path)
+            finished(meta.model, path)
 
     loads = [0] * dist.get_world_size()
-    for step, num_bytes in _steps(source, tree):
+    for steps, num_bytes in _groups(source, meta):
         owner = loads.index(min(loads))
         loads[owner] += num_bytes
         if owner == rank:
             reading.bytes_read += num_bytes
-            _send_step(source, loader, step, arrived)
+            _send_tensors(source, meta, steps, stored)
         else:
-            for name in _receive_step(tree, owner, reading):
-                arrived(name)
-            loader.trim(num_bytes)
+            for name in _receive_tensors(meta, owner, reading):
+                stored(name)
+        meta.trim(num_bytes)
 
 
-def _steps(source: Source, tree: MetaModel) -> Iterator[tuple[str | None, int]]:
-    """The names that ``iter_tensors`` can be asked for one at a time, with the bytes in the files; a GGUF file comes
-    as a whole."""
+def _groups(source: Source, meta: MetaModel) -> Iterator[tuple[list[Step] | None, int]]:
+    """The steps that one rank reads, with their bytes in the files: one at a time; None for a GGUF file, of which only
+    the rank that reads it makes a plan."""
     if not isinstance(source, SafetensorsSource):
         yield None, source.path.stat().st_size
         return
-    for step in source.plan(tree).steps:
-        yield step.name, step.num_bytes
+    for step in source.plan(meta).steps:
+        yield [step], step.num_bytes
 
 
-class _SendingTree:
-    """The tree as the loader of the rank that reads sees it: what is put there goes to the others first."""
-
-    def __init__(self, tree: MetaModel, arrived: Callable[[str], None]) -> None:
-        self._tree, self._arrived = tree, arrived
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tree, name)
-
-    def put(self, name: str, tensor: Tensor, file: str) -> None:
-        """As ``MetaModel.put``."""
-        tensor = tensor.to(self._tree.device, self._tree.dtype_of(name)).contiguous()
-        _send({"name": name, "file": file, "tensors": {"": tensor}})
-        self._tree.put(name, tensor, file)
-        self._arrived(name)
-
-    def put_quantized(self, name: str, weight: QuantizedWeight, transposed: bool, file: str) -> None:
-        """As ``MetaModel.put_quantized``."""
-        about = {key: value for key, value in weight.__getstate__().items() if key not in TENSOR_FIELDS}
-        tensors = {key: getattr(weight, key).contiguous() for key in TENSOR_FIELDS if getattr(weight, key) is not None}
-        _send({"name": name, "file": file, "transposed": transposed, "about": about, "tensors": tensors})
-        self._tree.put_quantized(name, weight, transposed, file)
-        self._arrived(name)
-
-
-def _send_step(source: Source, loader: Loader, step: str | None, arrived: Callable[[str], None]) -> None:
-    tree = loader.tree
-    among = always if step is None else step.__eq__
+def _send_tensors(source: Source, meta: MetaModel, steps: list[Step] | None, stored: Callable[[str], None]) -> None:
+    """Read the steps' tensors, and store each once the other ranks have it."""
     try:
-        loader.tree = _SendingTree(tree, arrived)  # type: ignore[assignment]
-        loader.take_all(source.iter_tensors(tree, always, loader.is_copied, loader.weights.__contains__, among))
+        steps = source.plan(meta).steps if steps is None else steps
+        scratch = meta.scratch(steps)
+        for step in steps:
+            for name, value in meta.iter_tensors(source, step, scratch):
+                if isinstance(value, QuantizedWeight):
+                    about = {key: value for key, value in value.__getstate__().items() if key not in TENSOR_FIELDS}
+                    tensors = {key: getattr(value, key) for key in TENSOR_FIELDS if getattr(value, key) is not None}
+                else:
+                    about, tensors = None, {"": value}
+                tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                _send({"name": name, "file": step.file, "about": about, "tensors": tensors})
+                meta.store(name, value, step.file)
+                stored(name)
     except UserError as error:
         _send({"error": str(error), "tensors": {}})
         raise
-    finally:
-        loader.tree = tree
     _send({"tensors": {}})
 
 
@@ -218,8 +202,8 @@ def _send(message: dict[str, Any]) -> None:
             dist.broadcast(tensor, src=rank)
 
 
-def _receive_step(tree: MetaModel, owner: int, reading: Reading) -> Iterator[str]:
-    """Put what ``owner`` sends where it belongs; the name of each tensor that arrived."""
+def _receive_tensors(meta: MetaModel, owner: int, reading: Reading) -> Iterator[str]:
+    """Store what ``owner`` sends; yields the name of each tensor."""
     while True:
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=owner)
@@ -230,15 +214,14 @@ def _receive_step(tree: MetaModel, owner: int, reading: Reading) -> Iterator[str
             return
         tensors: dict[str, Tensor] = {}
         for key, (shape, dtype) in message["tensors"].items():
-            tensors[key] = torch.empty(shape, dtype=dtype, device=tree.device)
+            tensors[key] = torch.empty(shape, dtype=dtype, device=meta.device)
             if tensors[key].numel():
                 dist.broadcast(tensors[key], src=owner)
             reading.bytes_received += tensors[key].nbytes
-        name, file = message["name"], message["file"]
-        if "about" in message:
-            weight = object.__new__(QuantizedWeight)
-            weight.__dict__.update(dict.fromkeys(TENSOR_FIELDS), **message["about"], **tensors)
-            tree.put_quantized(name, weight, message["transposed"], file)
+        if message["about"] is None:
+            value: Tensor | QuantizedWeight = tensors[""]
         else:
-            tree.put(name, tensors[""], file)
-        yield name
+            value = object.__new__(QuantizedWeight)
+            value.__dict__.update(dict.fromkeys(TENSOR_FIELDS), **message["about"], **tensors)
+        meta.store(message["name"], value, message["file"])
+        yield message["name"]

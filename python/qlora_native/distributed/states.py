@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_native import reference
 from qlora_native.distributed.ranks import Ranks
-from qlora_native.ops._optim_plan import part_of
+from qlora_native.ops._library import part_of
 from qlora_native.optim.base import is_sharded, shard_like
 
 

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_native.estimate.anatomy import Setting
-from qlora_native.hf.attention import attends_in_fp32
-from qlora_native.hf.fuse import fuse
+from qlora_native.hf.fuse import attends_in_fp32, fuse
 from qlora_native.lora import LoRALinear
 from qlora_native.lora.layer import plain_modules
 from qlora_native.nn.experts import QuantizedExperts

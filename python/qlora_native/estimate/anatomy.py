@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_native.errors import UserError
-from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel, four_bit_weights, is_plain_linear, put_four_bit
+from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel, is_transposed, put_four_bit
 from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from qlora_native.hf.load import LoadReport, make_report
 from qlora_native.hf.plan import FourBit, Plain
@@ -102,7 +102,7 @@ def read_anatomy(path: Path, setting: Setting) -> Anatomy:
     if (path / "config.json").is_file() and not _has_weights(path):
         config = read_config(path)
         return of_config(config, setting, path, four_bit_config(config, path))
-    source = open_source(path, setting.dtype)
+    source = open_source(path)
     tree = MetaModel(source.config, setting.dtype, torch.device("meta"))
     if isinstance(source, GgufSource):
         shapes = tree.shapes.values()
@@ -141,7 +141,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _chosen(tree: MetaModel, setting: Setting) -> dict[str, bool]:
-    return four_bit_weights(tree.model, setting.skip_modules, setting.block_size, tree.in_fp32)
+    return tree.four_bit_weights(setting.skip_modules, setting.block_size)
 
 
 def _frozen(
@@ -152,7 +152,7 @@ def _frozen(
     for name, transposed in weights.items():
         shape = tuple(tree.shapes[name].shape)
         weight = stored.get(name) or _meta_weight(shape[::-1] if transposed else shape, setting)
-        put_four_bit(model, name, weight, transposed)
+        put_four_bit(model, name, weight)
     for name, tensor in tree.shapes.items():
         if name not in weights and tree.dtype_of(name) != tensor.dtype:
             path, _, leaf = name.rpartition(".")
@@ -192,13 +192,12 @@ def _meta_weight(shape: tuple[int, ...], setting: Setting) -> QuantizedWeight:
 
 def _stored_four_bit(step: FourBit, tree: MetaModel, setting: Setting) -> tuple[bool, QuantizedWeight]:
     """Whether the model stores a weight transposed that is 4-bit in the files, and its meta twin."""
-    module = tree.model.get_submodule(step.name.rpartition(".")[0])
-    transposed = is_plain_linear(module) and not isinstance(module, nn.Linear)
+    transposed = is_transposed(tree.model.get_submodule(step.name.rpartition(".")[0]))
     shape = tuple(tree.shapes[step.name].shape)
-    parts = {part.name.removeprefix(step.prefix): part for part in step.parts}
+    parts = {part.name.removeprefix(step.key): part for part in step.parts}
     numel, scales = math.prod(shape), parts.get(".absmax")
     if scales is None or not scales.shape:
-        raise UserError(f"{step.parts[0].file}: {step.prefix} has no scales: expected {step.prefix}.absmax.")
+        raise UserError(f"{step.file}: {step.key} has no scales: expected {step.key}.absmax.")
     blocks = math.prod(scales.shape)
     block_size = 1 << max(0, math.ceil(math.log2(numel / blocks))) if blocks else setting.block_size
     as_stored = replace(setting, block_size=block_size, double_quant=".nested_absmax" in parts)
@@ -212,5 +211,5 @@ def _largest_read(source: SafetensorsSource, tree: MetaModel, weights: dict[str,
         if isinstance(step, Plain) and (step.name in weights or step.stored.dtype != tree.dtype_of(step.name)):
             largest = max(largest, step.stored.num_bytes)
         elif not isinstance(step, (Plain, FourBit)):
-            largest = max(largest, *(stored.num_bytes for _, stored in step.parts))
+            largest = max(largest, *(stored.num_bytes for stored in step.parts))
     return largest

@@ -19,14 +19,14 @@ def check_harness() -> None:
 def run_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """The metrics of each task by its name, as lm-eval names them ("acc,none", "acc_stderr,none", ...).
+    """The metrics of each task by its name, named as lm-eval does ("acc,none", "acc_stderr,none", ...).
 
     Args:
-        tasks: names that lm-eval knows, or paths of its YAML files.
+        tasks: names of lm-eval's tasks, or paths of YAML files of such tasks.
         limit: documents of each task.
 
     Raises:
-        UserError: lm-eval is not installed, does not know a task, or its file is not there.
+        UserError: lm-eval is not installed or has no such task, or its file is not there.
     """
     check_harness()
     from lm_eval import simple_evaluate
@@ -34,13 +34,12 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
-    absent = [name for name in files if not Path(name).is_file()]
-    if absent:
-        raise UserError(f"--lm-eval: {absent[0]} is not there: expected a task of lm-eval, or the YAML file of one")
-    unknown = [task for task in tasks if task not in files and not manager.match_tasks([task])]
-    if unknown:
-        raise UserError(f"--lm-eval: lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
+    for task in tasks:
+        if task.endswith((".yaml", ".yml")):
+            if not Path(task).is_file():
+                raise UserError(f"--lm-eval: {task} is not there: expected a task of lm-eval, or the YAML file of one")
+        elif not manager.match_tasks([task]):
+            raise UserError(f"--lm-eval: lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     found = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager)
     return {

@@ -1,7 +1,7 @@
-"""Loss and divergence of a model on rows of tokens, row by row, without more than a block of logits in memory.
+"""Loss and divergence of a model on rows of tokens, with no more than a block of logits in memory.
 
-Two models are compared one after the other: of the first, what enters its output embedding is kept, [tokens, hidden]
-in the model's own dtype, which is some eighty times smaller than its logits and gives them again exactly.
+Two models are compared one after the other: of the first, the input of its output embedding is kept, [tokens, hidden]
+in the model's own dtype, some eighty times smaller than its logits, which it reproduces exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_native.data import IGNORE_INDEX, collate
+from qlora_native.data.batching import collate
+from qlora_native.data.template import IGNORE_INDEX
 from qlora_native.hf.loss import head_is_plain, hidden_states, without_needless_mask
 from qlora_native.nn.linear import QuantizedLinear
 
@@ -29,19 +30,12 @@ Rows = Sequence[Mapping[str, np.ndarray]]  # "input_ids" and "labels", each int3
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model made of one text, summed within each row.
+    """Sums over the tokens of each row, fp64 [rows], for one model and one text."""
 
-    Attributes:
-        tokens: predicted tokens, fp64 [rows].
-        nats: their cross-entropy, fp64 [rows].
-        kl: KL(reference || model) in nats, fp64 [rows]; None without a reference.
-        agreed: tokens for which both name the same most likely one, fp64 [rows]; likewise.
-    """
-
-    tokens: Tensor
-    nats: Tensor
-    kl: Tensor | None = None
-    agreed: Tensor | None = None
+    tokens: Tensor  # predicted
+    nats: Tensor  # their cross-entropy
+    kl: Tensor | None = None  # KL(reference || model) in nats; None without a reference
+    agreed: Tensor | None = None  # tokens whose most likely successor is the reference's; None without a reference
 
     @property
     def loss(self) -> tuple[float, float]:
@@ -64,12 +58,12 @@ class Scores:
         return None if self.agreed is None else ratio(self.agreed, self.tokens)
 
     def excess(self, other: Scores) -> tuple[float, float]:
-        """By how many nats a token this loss is above ``other``'s on the same rows, and the standard error of the
-        paired difference."""
+        """This loss less ``other``'s on the same rows, in nats a token, and the standard error of the paired
+        difference."""
         return ratio(self.nats - other.nats, self.tokens)
 
     def closed(self, worst: Scores, best: Scores) -> tuple[float, float]:
-        """The share of the gap between ``worst`` and ``best`` that is closed here, and its standard error."""
+        """The share of the gap between ``worst`` and ``best`` that this closes, and its standard error."""
         share, error = ratio(self.nats - best.nats, worst.nats - best.nats)
         return 1 - share, error
 
@@ -90,10 +84,10 @@ def ratio(values: Tensor, weights: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Kept:
-    """Of a reference's pass over a text: what gives its logits again.
+    """A reference's scores on a text, and the inputs of its output embedding.
 
-    ``states`` is [tokens, hidden] with ``head`` [vocabulary, hidden], or, for a model that does more to its logits
-    than one product, the logits themselves, [tokens, vocabulary], with ``head`` None.
+    ``states`` is [tokens, hidden] with ``head`` [vocabulary, hidden]; for a model that changes its logits after that
+    product, the logits themselves, [tokens, vocabulary], with ``head`` None.
     """
 
     scores: Scores
@@ -110,12 +104,9 @@ def measure(
     Args:
         model: a causal LM; evaluated with dropout off and left in the mode it was in.
         rows: token ids and labels, as :func:`qlora_native.data.load_dataset` gives them; -100 is not predicted.
-        pad_id: what fills shorter rows.
+        pad_id: fills shorter rows.
         against: the reference, from a pass over the same rows.
-        keep_in: a folder for the file of what must be kept to compare others with this model.
-
-    Returns:
-        The scores, and what was kept (None without ``keep_in``).
+        keep_in: a folder for the states that make this model a reference; without it none are kept.
     """
     training = model.training
     model.eval()
@@ -171,9 +162,9 @@ def log_probabilities(states: Tensor, head: Tensor | None) -> Tensor:
     if head is None:
         return states.float().log_softmax(1)
     logits = torch.empty(len(states), len(head), dtype=torch.float32, device=states.device)
-    wide, step = states.float(), max(1, LOGITS_BYTES // (4 * head.shape[1]))
-    for at in range(0, len(head), step):  # the head in fp32 at once may be as large as the model
-        torch.mm(wide, head[at : at + step].float().t(), out=logits[:, at : at + step])
+    states, step = states.float(), max(1, LOGITS_BYTES // (4 * head.shape[1]))
+    for at in range(0, len(head), step):  # the whole head in fp32 may be as large as the model
+        torch.mm(states, head[at : at + step].float().t(), out=logits[:, at : at + step])
     return logits.log_softmax(1)
 
 

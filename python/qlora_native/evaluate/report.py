@@ -7,50 +7,42 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_native.evaluate.comparison import Comparison, SideResult
+from qlora_native.evaluate.comparison import Comparison, VariantResult
 
 COLUMNS = ("", "loss", "perplexity", "above 16-bit", "KL to 16-bit", "same first token", "gap closed")
 MEANING = """Loss is the mean cross-entropy in nats a token, perplexity its exponential. "Above 16-bit" is the loss less
 that of the 16-bit model on the same rows; KL is the divergence of the distribution of the next token from the 16-bit
 model's, in nats; "same first token" is how often both name the same most likely token; "gap closed" is the share of
 plain rounding's (`rtn`) distance from 16 bits that is gone. Behind ± stands the standard error over rows, of the paired
-difference where two models are compared; it says nothing of other texts, other seeds or other models."""
+difference where two models are compared; it does not cover other texts, seeds or models."""
 
 
 def tables(comparison: Comparison) -> list[str]:
-    """Markdown, one table a text, one for the questions, one for the tasks."""
+    """Markdown: one table a text and one a task."""
     lines: list[str] = []
-    for text in comparison.sides[0].texts:
-        rows = [_cells(comparison, side, text) for side in comparison.sides]
-        tokens = comparison.text_row(comparison.sides[0], text)["tokens"]
-        lines += [f"**{text}**, {tokens:,.0f} tokens predicted", "", *_table(COLUMNS, rows), ""]
-    for name, first in comparison.sides[0].choices.items():
-        body = []
-        for side in comparison.sides:
-            found = side.choices[name]
-            body.append([side.name, _percent(found.plain), _percent(found.normalized)])
-        head = ("", "right", "right, by likelihood a byte")
-        lines += [f"**{name}**, {first.questions:,} questions", "", *_table(head, body), ""]
-    for task, metrics in comparison.sides[0].tasks.items():
+    for text in comparison.variants[0].texts:
+        body = [_cells(comparison, variant, text) for variant in comparison.variants]
+        tokens = comparison.text_row(comparison.variants[0], text)["tokens"]
+        lines += [f"**{text}**, {tokens:,.0f} tokens predicted", "", *_table(COLUMNS, body), ""]
+    for task, metrics in comparison.variants[0].tasks.items():
         body = [
-            [side.name, *(f"{side.tasks[task].get(key, float('nan')):.4g}" for key in metrics)]
-            for side in comparison.sides
+            [variant.name, *(f"{variant.tasks[task].get(key, float('nan')):.4g}" for key in metrics)]
+            for variant in comparison.variants
         ]
         lines += [f"**{task}** (lm-eval)", "", *_table(("", *metrics), body), ""]
     return lines[:-1]
 
 
 def write_report(comparison: Comparison, folder: Path, about: Sequence[str]) -> bool:
-    """Write ``report.md``, ``report.json`` and ``report.png`` into ``folder``; False if there is no matplotlib to
-    draw the last."""
+    """Write ``report.md``, ``report.json`` and ``report.png`` into ``folder``; False if the last needs matplotlib."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n", encoding="utf-8")
-    drawn = bool(comparison.sides[0].texts) and plot(comparison, folder / "report.png")
+    drawn = bool(comparison.variants[0].texts) and plot(comparison, folder / "report.png")
     page = [f"# {Path(comparison.model).name}", "", *(f"- {line}" for line in about), "", *tables(comparison)]
     if drawn:
-        page += ["", "![Loss of each side](report.png)"]
+        page += ["", "![Loss of each variant](report.png)"]
     (folder / "report.md").write_text("\n".join([*page, "", MEANING, ""]), encoding="utf-8")
-    return drawn or not comparison.sides[0].texts
+    return drawn or not comparison.variants[0].texts
 
 
 def plot(comparison: Comparison, path: Path) -> bool:
@@ -60,17 +52,17 @@ def plot(comparison: Comparison, path: Path) -> bool:
     except ImportError:
         return False
     key, label = ("excess", "nats a token above 16-bit") if comparison.reference else ("loss", "nats a token")
-    sides = comparison.sides[1:] if comparison.reference else comparison.sides
-    texts = list(comparison.sides[0].texts)
-    figure = Figure(figsize=(1.5 + 1.4 * max(2, len(sides)), 3.2), layout="constrained")
+    variants = comparison.variants[1:] if comparison.reference else comparison.variants
+    texts = list(comparison.variants[0].texts)
+    figure = Figure(figsize=(1.5 + 1.4 * max(2, len(variants)), 3.2), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(texts)
     for number, text in enumerate(texts):
-        rows = [comparison.text_row(side, text) for side in sides]
-        places = [at + (number - (len(texts) - 1) / 2) * width for at in range(len(sides))]
+        rows = [comparison.text_row(variant, text) for variant in variants]
+        places = [at + (number - (len(texts) - 1) / 2) * width for at in range(len(variants))]
         errors: Any = [row[f"{key}_error"] for row in rows]
         axes.bar(places, [row[key] or 0.0 for row in rows], width, yerr=errors, label=text, capsize=2)
-    axes.set_xticks(range(len(sides)), [side.name for side in sides])
+    axes.set_xticks(range(len(variants)), [variant.name for variant in variants])
     axes.set_ylabel(label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.legend(frameon=False, fontsize="small")
@@ -78,11 +70,11 @@ def plot(comparison: Comparison, path: Path) -> bool:
     return True
 
 
-def _cells(comparison: Comparison, side: SideResult, text: str) -> list[str]:
-    row = comparison.text_row(side, text)
-    against = side is not comparison.reference and comparison.reference is not None
-    closes = against and side is not comparison.baseline and row["closed"] is not None
-    cells = [side.name, _number(row, "loss"), f"{row['perplexity']:,.2f}"]
+def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[str]:
+    row = comparison.text_row(variant, text)
+    against = variant is not comparison.reference and comparison.reference is not None
+    closes = against and variant is not comparison.baseline and row["closed"] is not None
+    cells = [variant.name, _number(row, "loss"), f"{row['perplexity']:,.2f}"]
     cells += [_number(row, "excess"), _number(row, "kl")] if against else ["", ""]
     cells.append(_percent((row["same_first"], row["same_first_error"])) if against else "")
     return [*cells, _percent((row["closed"], row["closed_error"])) if closes else ""]
@@ -101,7 +93,7 @@ def _percent(pair: tuple[float | None, float | None]) -> str:
 
 
 def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """Markdown whose columns stand under each other in plain text too."""
+    """Markdown whose columns are aligned in plain text too."""
     rows = [list(head), *map(list, body)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = [

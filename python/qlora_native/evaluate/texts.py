@@ -1,4 +1,4 @@
-"""What a model is evaluated on: any file that training reads, or plain text."""
+"""The texts of an evaluation: any file that training reads, or plain text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_native.data import load_dataset
+from qlora_native.data.dataset import load_dataset
 from qlora_native.data.template import TrainOn
 from qlora_native.errors import UserError
 from qlora_native.evaluate.measure import Rows
@@ -19,19 +19,12 @@ PLAIN_SUFFIXES = (".txt", ".md", ".rst")
 
 @dataclass(frozen=True)
 class Text:
-    """One text, tokenized.
+    """One text, tokenized."""
 
-    Attributes:
-        name: the file's name.
-        rows: token ids and labels.
-        about: a line to print: what the file is and what became of it.
-        sha256: of the file, in hexadecimal.
-    """
-
-    name: str
+    name: str  # of the file
     rows: Rows
-    about: str
-    sha256: str
+    about: str  # a line to print: the file, its format and its counts
+    sha256: str  # of the file, in hexadecimal
 
 
 def load_text(
@@ -44,8 +37,8 @@ def load_text(
 ) -> Text:
     """Tokenize a file.
 
-    Plain text (``.txt``, ``.md``, ``.rst``) is cut into windows of ``max_length`` tokens, in which every token but the
-    first is predicted; a rest of less than two tokens is left out. Every other file is read as for training: of a
+    Plain text (``.txt``, ``.md``, ``.rst``) is split into windows of ``max_length`` tokens, in which every token but
+    the first is predicted; a rest of less than two tokens is left out. Every other file is read as for training: of a
     conversation the answers are predicted, or all of it with ``train_on="all"``.
 
     Args:
@@ -61,8 +54,8 @@ def load_text(
         raise ValueError(f"limit is {limit}, expected None or at least 1")
     file = Path(path).expanduser()
     if file.suffix.lower() not in PLAIN_SUFFIXES:
-        rows = load_dataset(file, tokenizer, max_length=max_length, train_on=train_on, limit=limit)
-        return Text(file.name, rows, rows.stats.describe(), rows.stats.sha256)
+        data = load_dataset(file, tokenizer, max_length=max_length, train_on=train_on, limit=limit)
+        return Text(file.name, data, data.stats.describe(), data.stats.sha256)
     try:
         raw = file.read_bytes()
         text = raw.decode("utf-8")
@@ -81,5 +74,5 @@ def load_text(
         raise UserError(f"{file}: the file makes {len(ids)} tokens, expected at least 2; give a longer text.")
     tokens = sum(map(len, windows))
     about = f"{file}: plain text; {len(windows):,} windows of at most {max_length:,} tokens, {tokens:,} tokens"
-    rows_of = [{"input_ids": window, "labels": window} for window in windows]
-    return Text(file.name, rows_of, about, hashlib.sha256(raw).hexdigest())
+    rows = [{"input_ids": window, "labels": window} for window in windows]
+    return Text(file.name, rows, about, hashlib.sha256(raw).hexdigest())

@@ -8,25 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlora_native.errors import UserError
-from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel
-from qlora_native.hf.load import CALIBRATED, METHODS, load_model
+from qlora_native.hf.load import CALIBRATED, METHODS, load_dense, load_model
 from qlora_native.hf.source import open_source
 from qlora_native.lora import load_adapter
 
 REFERENCE, FOUR_BIT, ADAPTED = "16-bit", "4-bit", " + adapter"
-
-
-def load_dense(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: Any = None) -> Any:
-    """The model with nothing quantized, through the same reader and the same native modules as the 4-bit one."""
-    source = open_source(Path(path), dtype)
-    tree = MetaModel(source.config, dtype, torch.device("cpu"))
-    if source.is_four_bit(tree):
-        raise UserError(f"{path} holds 4-bit weights: expected the 16-bit model they were made from.")
-    children = [name for name, _ in tree.model.named_children()]
-    return load_model(path, dtype=dtype, device=device, skip_modules=(*children, OUTPUT_EMBEDDING))
 
 
 @dataclass
@@ -49,8 +36,7 @@ class Variants:
     options: dict[str, Any] = field(default_factory=dict)  # of load_model besides
 
     def __post_init__(self) -> None:
-        source = open_source(self.model, torch.bfloat16)
-        self.is_four_bit = source.is_four_bit(MetaModel(source.config, torch.bfloat16, torch.device("cpu")))
+        self.is_four_bit = open_source(self.model).is_four_bit
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown:
             raise UserError(f"{unknown[0]!r} is no method of quantizing: expected {', '.join(METHODS)}")
@@ -64,27 +50,22 @@ class Variants:
         if self.adapter is not None and not (self.adapter / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} has no adapter_config.json: expected an adapter folder")
 
-    @property
-    def told(self) -> str:
-        """The model as the user named it."""
-        return str(self.model)
-
-    def steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Each side's name and what loads it, in the order in which they are to be measured."""
+    def loaders(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Each variant's name and a function that loads it, in the order in which they are to be measured."""
         dense = self.reference if self.is_four_bit else self.model
         if dense is not None:
             yield REFERENCE, partial(load_dense, dense, **self.options)
-        forms: list[tuple[str, Callable[[], Any]]] = []
-        if self.is_four_bit:
-            forms.append((FOUR_BIT, partial(load_model, self.model, **self.options)))
+        load = partial(load_model, self.model, **self.options)
+        forms = [(FOUR_BIT, load)] if self.is_four_bit else []
         for method in self.methods or (() if self.is_four_bit else ("rtn",)):
-            given = {"calibration": self.calibration} if method in CALIBRATED else {}
-            forms.append((method, partial(load_model, self.model, method=method, **given, **self.options)))
-        for number, (name, load) in enumerate(forms):
-            yield name, load
-            if number == 0 and self.adapter is not None:
-                yield f"{name}{ADAPTED}", partial(_adapted, load, self.adapter)
+            calibration = {"calibration": self.calibration} if method in CALIBRATED else {}
+            forms.append((method, partial(load, method=method, **calibration)))
+        yield from forms[:1]
+        if self.adapter is not None:
+            name, load = forms[0]
+            yield f"{name}{ADAPTED}", partial(_load_adapted, load, self.adapter)
+        yield from forms[1:]
 
 
-def _adapted(load: Callable[[], Any], adapter: Path) -> Any:
+def _load_adapted(load: Callable[[], Any], adapter: Path) -> Any:
     return load_adapter(load(), adapter)

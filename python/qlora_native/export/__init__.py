@@ -1,1 +1,1 @@
-"""What leaves this library: merged models with the error of the merge, GGUF files, adapters for PEFT."""
+"""Exports: the error of a merged model, and GGUF files."""

@@ -1,4 +1,4 @@
-"""What a merge cost: the error of every weight that changed, and how far the logits moved on a sample."""
+"""The cost of a merge: the error of every weight that changed, and the drift of the logits on a sample."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native.data import load_dataset
+from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
-from qlora_native.hf.build import MetaModel
 from qlora_native.hf.checkpoint import Checkpoint
-from qlora_native.hf.load import load_model
+from qlora_native.hf.load import load_dense, load_model
 from qlora_native.hf.merge import Merging
 from qlora_native.hf.plan import FourBit, Plain
-from qlora_native.hf.source import open_source
 from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.weight import from_bnb
 
@@ -31,7 +29,7 @@ SAMPLE = (
 
 
 def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
-    """Each weight that ``work`` changed, as it stands in ``folder``, against W + scale * B A in fp64.
+    """Compare each weight that ``work`` changed, as written in ``folder``, with W + scale * B A in fp64.
 
     Returns, per weight: ``layer``; ``error``, the Frobenius norm of the difference over that of the exact sum;
     ``change``, the norm of the adapter's part over that of W, None without an adapter; ``lost``, the norm of the
@@ -45,7 +43,7 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
         delta = work.adapter.delta(path, torch.float64) if path in work.adapter.pairs else torch.zeros(())
         exact = base + delta
         got = _stored(written, key).double()
-        off = float(((got.t() if step.name in work.turned and got.shape != exact.shape else got) - exact).norm())
+        off = float(((got.t() if step.name in work.transposed and got.shape != exact.shape else got) - exact).norm())
         row: dict[str, Any] = {"layer": path, "error": off / (float(exact.norm()) or 1.0), "change": None, "lost": None}
         if size := float(delta.norm()):
             row |= {"change": size / (float(base.norm()) or 1.0), "lost": off / size}
@@ -54,17 +52,17 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
 
 
 def _changed(work: Merging) -> Iterator[tuple[Plain | FourBit, str]]:
-    """The weights and their names in the files; what was trained whole is copied and has no error."""
+    """The changed weights and their names in the files, without those trained whole, which are copied exactly."""
     stored = {step.name for step in work.plan.steps}
     for step in work.merged_steps():
         if isinstance(step, (Plain, FourBit)) and (work.changes(step) or work.becomes_four_bit(step)):
-            key = step.prefix if isinstance(step, FourBit) else step.stored.name
+            key = step.key
             if step.name not in work.whole:
                 yield step, key if step.name in stored else step.name
 
 
 def _stored(written: Checkpoint, key: str) -> Tensor:
-    """A weight as the merged model has it, decoded if it is 4-bit."""
+    """A weight of the merged model, decoded if it is 4-bit."""
     parts = {name: stored for name, stored in written.tensors.items() if name == key or name.startswith(f"{key}.")}
     if len(parts) == 1:
         return written.read(parts[key])
@@ -72,26 +70,26 @@ def _stored(written: Checkpoint, key: str) -> Tensor:
 
 
 def check_logits(work: Merging, folder: Path, rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """The merged model's logits on rows of token numbers, against those of the base with the adapter beside it.
+    """Compare the merged model's logits on rows of token numbers with those of the base with the adapter beside it.
 
-    One entry, or two where the merge took the original weights: the 4-bit base, which the adapter was trained on, is
-    then another. Each has ``against``; ``tokens``; ``kl_mean`` and ``kl_max``, of KL(reference || merged) in nats a
-    token; ``relative``, the norm of the logits' difference over that of the reference's; ``same_top``, the share of
-    tokens with the same likeliest continuation. The models are in memory one after the other, in 16 or 4 bits, and
-    compute in fp32, so that what is told is the merge and not the rounding of a pass through bf16.
+    One entry, or two where the merge took the original weights, since the adapter was trained on the 4-bit base. Each
+    has ``against``; ``tokens``; ``kl_mean`` and ``kl_max``, of KL(reference || merged) in nats a token; ``relative``,
+    the norm of the logits' difference over that of the reference's; ``same_top``, the share of tokens with the same
+    likeliest continuation. The models are in memory one after the other, in 16 or 4 bits, and compute in fp32, so that
+    the result is the error of the merge without that of bf16 activations.
     """
     four_bit = {**work.options, "skip_modules": work.skip_modules}
     references = {"base + adapter, 4-bit": four_bit}
     if not work.four_bit and not work.rounded:
         references = {"base + adapter, 16-bit": {}} | references
-    told = []
+    expected = {}
     for name, options in references.items():
         model = _load(work.source.path, options)
         _put_beside(model, work.adapter)
-        told.append((name, _logits(model, rows)))
+        expected[name] = _logits(model, rows)
         del model
     merged = _logits(_load(folder, four_bit if work.target != "16bit" else {}), rows)
-    return [{"against": name, **drift(expected, merged)} for name, expected in told]
+    return [{"against": name, **drift(logits, merged)} for name, logits in expected.items()]
 
 
 def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> dict[str, Any]:
@@ -114,17 +112,15 @@ def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def _load(path: Path, options: dict[str, Any]) -> Any:
-    """In 4 bits as ``options`` say, or 16-bit without any."""
+    """In 4 bits with ``options``, or 16-bit without any."""
     if options:
         return load_model(path, **options, dtype=torch.bfloat16, fuse=False)
-    source = open_source(path, torch.bfloat16)
-    names = [name for name, _ in MetaModel(source.config, torch.bfloat16, torch.device("meta")).model.named_children()]
-    return load_model(path, dtype=torch.bfloat16, skip_modules=names, fuse=False)
+    return load_dense(path, dtype=torch.bfloat16, fuse=False)
 
 
 @torch.no_grad()
 def _put_beside(model: nn.Module, adapter: StoredAdapter) -> None:
-    """y + scale * (x A^T) B^T at every adapted layer, whatever its kind, in plain torch: nothing that merging uses."""
+    """Compute y + scale * (x A^T) B^T at every adapted layer in plain torch, with no code that merging uses."""
     for path, (a, b, scale) in adapter.pairs.items():
 
         def add(module: Any, inputs: Any, y: Tensor, a: Tensor = a, b: Tensor = b, scale: float = scale) -> Tensor:
@@ -137,7 +133,7 @@ def _put_beside(model: nn.Module, adapter: StoredAdapter) -> None:
 
 
 def _compute_in_fp32(model: nn.Module) -> None:
-    """Each module's own 16-bit parameters are fp32 while it runs, and no longer."""
+    """Hold each module's own 16-bit parameters in fp32 while it runs."""
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if p.dtype in (torch.bfloat16, torch.float16)]
         if own:
@@ -157,24 +153,21 @@ def _compute_in_fp32(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """fp32 [tokens, vocabulary] a row."""
+    """fp32 [tokens, vocabulary] of each row."""
     _compute_in_fp32(model)
     return [model(torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in rows]
 
 
 def sample_rows(path: Path | None, tokenizer: Any) -> list[list[int]]:
-    """Up to SAMPLE_ROWS rows of SAMPLE_TOKENS tokens: of a data file, of a text, or of sentences that come along."""
+    """Up to SAMPLE_ROWS rows of SAMPLE_TOKENS tokens: of a data file, of a text, or by default of SAMPLE."""
     if path is not None and path.suffix in (".jsonl", ".json", ".parquet"):
         data = load_dataset(str(path), tokenizer, max_length=SAMPLE_TOKENS, train_on="all")
-        return [data[number]["input_ids"].tolist() for number in range(min(SAMPLE_ROWS, len(data)))]
-    if path is None:
-        texts: Sequence[str] = SAMPLE
-    else:
-        try:
-            texts = (path.read_text(encoding="utf-8"),)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UserError(f"{path} cannot be read: {reason}; give a text or a data file as --sample.") from error
+        return [row["input_ids"].tolist() for row in data[:SAMPLE_ROWS]]
+    try:
+        texts = SAMPLE if path is None else (path.read_text(encoding="utf-8"),)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path} cannot be read: {reason}; give a text or a data file as --sample.") from error
     ids = [tokenizer(text)["input_ids"] for text in texts]
     rows = [row[at : at + SAMPLE_TOKENS] for row in ids for at in range(0, len(row), SAMPLE_TOKENS)]
     if not rows:
@@ -183,7 +176,7 @@ def sample_rows(path: Path | None, tokenizer: Any) -> list[list[int]]:
 
 
 def report_markdown(report: dict[str, Any]) -> str:
-    """The report of a check for people; the same figures as in JSON."""
+    """The figures of a check as a Markdown page."""
     worst = report["largest_drift"]
     lines = [
         "# What this merge cost",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,37 +14,30 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import TokenType
 from torch import Tensor
 
 from qlora_native.errors import UserError
-from qlora_native.export.tokenizer import add_tokenizer, copy_tokenizer
 from qlora_native.hf.merge import Merging
 from qlora_native.hf.plan import Converted, FourBit, Plain
 from qlora_native.hf.source import GgufSource
 
-OUT_TYPES = {"f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "f32": Kind.F32}
-_FILE_TYPES = {
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "f32": gguf.LlamaFileType.ALL_F32,
+OUT_TYPES = {  # of the matrices, and the name of such a file
+    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
 }
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp knows a model type of transformers.
-
-    Attributes:
-        name: in GGUF.
-        interleaved: q and k rows of a head stand in pairs (0, half), (1, half + 1), ... there, because its rotary
-            embedding turns neighbors where transformers' turns halves.
-        norm_offset: what the norms' weights have added to them there.
-    """
+    """GGUF's architecture for a model type of transformers."""
 
     name: str
+    # q and k rows of a head are ordered (0, half), (1, half + 1), ...: its rotary embedding rotates neighbors.
     interleaved: bool = False
-    norm_offset: float = 0.0
+    norm_offset: float = 0.0  # added to the weights of the norms
 
 
 ARCHITECTURES = {
@@ -53,25 +49,45 @@ ARCHITECTURES = {
     "gemma2": Architecture("gemma2", norm_offset=1.0),
 }
 
+# llama.cpp's names of pre-tokenizers, by the equivalent steps of the tokenizers library.
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_QWEN_2 = _LLAMA_3.replace("{1,3}", "")
+SPLITS = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (f"Split {_LLAMA_3}", "ByteLevel without regex"): "llama-bpe",
+    (f"Split {_QWEN_2}", "ByteLevel without regex"): "qwen2",
+}
 
+
+@dataclass(frozen=True)
 class _Tensor:
-    """What GGUFWriter writes: its bytes come row by row and are never all in memory."""
+    """A tensor for GGUFWriter, whose bytes are made row by row and are never all in memory."""
 
-    def __init__(self, rows: Iterator[Tensor], kind: Kind, num_bytes: int) -> None:
-        self._rows, self._kind, self.nbytes = rows, kind, num_bytes
+    name: str
+    shape: torch.Size
+    kind: Kind
+    rows: Iterator[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return self.shape.numel() // block * size
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write the rows, encoded."""
-        for part in self._rows:
-            gguf.quants.quantize(part.float().numpy(), self._kind).tofile(file)
+        for part in self.rows:
+            gguf.quants.quantize(part.float().numpy(), self.kind).tofile(file)
 
 
 def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dict[str, Any]:
     """Write ``path``, a GGUF file with weights, hyperparameters, tokenizer and chat template.
 
-    Matrices take ``out_type`` (those whose rows are no multiple of 32 take F16 instead of Q8_0); vectors are F32.
-    Memory is that of :func:`qlora_native.hf.merge.merge_files`; for llama and mistral, q
-    and k are in memory whole, one at a time.
+    Matrices are stored as ``out_type`` (as F16 instead of Q8_0 if their rows are no multiple of 32), vectors as F32.
+    Memory is that of :func:`qlora_native.hf.merge.merge_files`; for llama and mistral, q and k are in memory whole, one
+    at a time.
 
     Args:
         work: the model and its adapter.
@@ -79,10 +95,10 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
         tokenizer: from AutoTokenizer; not used where the model is a GGUF file, whose own is copied.
 
     Returns:
-        ``tensors``, ``num_bytes`` of them, and ``not_q8_0``, names of matrices that took F16 instead.
+        ``tensors``, ``num_bytes`` of them, and ``not_q8_0``, names of the matrices stored as F16 instead.
 
     Raises:
-        UserError: the architecture, its rotary scaling or its tokenizer is one that is not mapped to GGUF here.
+        UserError: the architecture, its rotary scaling or its tokenizer is not mapped to GGUF here.
     """
     config = work.source.config
     architecture = ARCHITECTURES.get(config.model_type)
@@ -95,38 +111,38 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
     try:
         _add_metadata(writer, config, out_type, work.source.path)
         if isinstance(work.source, GgufSource):
-            copy_tokenizer(writer, work.source.path)
+            _copy_tokenizer(writer, work.source.path)
         else:
-            add_tokenizer(writer, tokenizer, work.source.path, config.vocab_size)
-        tensors = list(_tensors(work, architecture, OUT_TYPES[out_type]))
-        for name, shape, tensor in tensors:
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor._kind)
+            _add_tokenizer(writer, tokenizer, work.source.path, config.vocab_size)
+        tensors = list(_tensors(work, architecture, OUT_TYPES[out_type][0]))
+        for one in tensors:
+            writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), one.nbytes, raw_dtype=one.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, _, tensor in tensors:
-            writer.write_tensor_data(tensor)  # type: ignore[arg-type]
+        for one in tensors:
+            writer.write_tensor_data(one)  # type: ignore[arg-type]
     finally:
         writer.close()
     return {
         "tensors": len(tensors),
-        "num_bytes": sum(tensor.nbytes for _, _, tensor in tensors),
-        "not_q8_0": [
-            name
-            for name, shape, tensor in tensors
-            if out_type == "q8_0" and tensor._kind is Kind.F16 and len(shape) > 1
-        ],
+        "num_bytes": sum(one.nbytes for one in tensors),
+        "not_q8_0": [one.name for one in tensors if out_type == "q8_0" and one.kind is Kind.F16],
     }
 
 
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(config)
     context = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     if window is not None and config.model_type != "gemma2":
         context = min(context, window)  # beyond it these architectures of llama.cpp attend to everything
     writer.add_name(path.stem if path.is_file() else path.name)
-    writer.add_file_type(_FILE_TYPES[out_type])
+    writer.add_file_type(OUT_TYPES[out_type][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(context)
@@ -150,7 +166,7 @@ def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
             "export --to safetensors and convert that with llama.cpp."
         )
     if config.model_type == "gemma2":
-        # llama.cpp knows no such number: it takes the width of a head, but for the 27B model, which has 46 layers.
+        # llama.cpp reads no such number: it takes the width of a head, but for the 27B model, which has 46 layers.
         if config.query_pre_attn_scalar != head_dim and config.num_hidden_layers != 46:
             raise UserError(
                 f"{path} divides scores by the root of {config.query_pre_attn_scalar}, llama.cpp by that of a head's "
@@ -161,8 +177,7 @@ def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
-def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[tuple[str, tuple[int, ...], _Tensor]]:
-    """(name in GGUF, shape, contents) of each tensor."""
+def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[_Tensor]:
     config = work.source.config
     names = gguf.get_tensor_name_map(
         next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name),
@@ -170,11 +185,11 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
     )
     if config.rope_parameters["rope_type"] == "llama3":
         factors = _rope_factors(config)
-        yield "rope_freqs.weight", tuple(factors.shape), _Tensor(iter([factors]), Kind.F32, factors.nbytes)
+        yield _Tensor("rope_freqs.weight", factors.shape, Kind.F32, iter([factors]))
     for step in work.merged_steps():
         if isinstance(step, Converted):
             raise UserError(f"{work.source.path} stores {step.name} in several tensors: merge it to bf16 first.")
-        if step.name in work.tree.tied and not work.untied:
+        if step.name in work.meta.tied and not work.untied:
             continue  # llama.cpp takes the embedding where there is no output tensor
         name = names.get_name(step.name, try_suffixes=(".weight", ".bias"))
         if name is None:
@@ -182,20 +197,18 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
                 f"{work.source.path}: GGUF's {architecture.name} has no place for {step.name}; export --to safetensors "
                 "and convert that with llama.cpp."
             )
-        shape = tuple(work.tree.shapes[step.name].shape)
+        shape = work.meta.shapes[step.name].shape
         stored = Kind.F32 if len(shape) == 1 else kind
         if stored is Kind.Q8_0 and shape[-1] % 32:
             stored = Kind.F16
-        block, size = gguf.GGML_QUANT_SIZES[stored]
-        num_bytes = work.tree.shapes[step.name].numel() // block * size
-        yield name, shape, _Tensor(_rows(work, step, architecture), stored, num_bytes)
+        yield _Tensor(name, shape, stored, _rows(work, step, architecture))
 
 
 def _rows(work: Merging, step: Plain | FourBit, architecture: Architecture) -> Iterator[Tensor]:
     config, (path, _, leaf) = work.source.config, step.name.rpartition(".")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads or config.num_attention_heads}
     count = heads.get(path.rpartition(".")[2])
-    vector = len(work.tree.shapes[step.name].shape) == 1
+    vector = len(work.meta.shapes[step.name].shape) == 1
     if architecture.interleaved and count:
         whole = torch.cat(list(work.rows(step)))
         whole = whole.flatten() if vector else whole
@@ -208,10 +221,119 @@ def _rows(work: Merging, step: Plain | FourBit, architecture: Architecture) -> I
 
 
 def _rope_factors(config: Any) -> Tensor:
-    """What llama.cpp divides each frequency by, fp32 [head_dim / 2]."""
+    """The divisor of each frequency in llama.cpp, fp32 [head_dim / 2]."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(config)
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     return plain / scaled
+
+
+# ---- the tokenizer: tokens, their types, merges or scores, and the name of the pre-tokenizer
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -> None:
+    """Put a Hugging Face tokenizer into a gguf.GGUFWriter.
+
+    Args:
+        tokenizer: from AutoTokenizer. folder: of its files, for SentencePiece's tokenizer.model.
+        vocabulary: rows of the embedding; missing tokens are filled up with unused ones.
+
+    Raises:
+        UserError: no pre-tokenizer of llama.cpp is known here that splits text as this tokenizer does.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    stored: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
+    model = stored.get("model") or {}
+    if model.get("type") != "BPE":
+        raise UserError(
+            f"the tokenizer of {folder} is {model.get('type', 'of an unknown kind')}: expected BPE, of bytes or as "
+            "SentencePiece has it; export --to safetensors and convert that with llama.cpp."
+        )
+    entries = {number: (token, TokenType.NORMAL) for token, number in model["vocab"].items()}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    scores: dict[str, float] | None = None
+    if model.get("byte_fallback"):
+        scores = _scores(folder / "tokenizer.model", merges)
+        for number, (token, _) in entries.items():
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                entries[number] = token, TokenType.BYTE
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(_adds_space(stored))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_split(stored.get("pre_tokenizer"), folder))
+    for added in stored.get("added_tokens") or ():
+        number = added["id"]
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        entries[number] = added["content"], TokenType.UNKNOWN if number == tokenizer.unk_token_id else kind
+    size = max(vocabulary, max(entries) + 1)
+    tokens = [entries.get(number, (f"[UNUSED{number}]", TokenType.UNUSED)) for number in range(size)]
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
+    if scores is not None:
+        by_id = {number: scores.get(token, 0.0) for token, number in model["vocab"].items()}
+        writer.add_token_scores([by_id.get(number, 0.0) for number in range(size)])
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+    _add_special(writer, tokenizer)
+
+
+def _copy_tokenizer(writer: Any, path: Path) -> None:
+    """Put the tokenizer of another GGUF file into a gguf.GGUFWriter, as it is."""
+    for name, field in gguf.GGUFReader(path).fields.items():
+        if name.startswith("tokenizer."):
+            kind, *rest = field.types
+            writer.add_key_value(name, field.contents(), kind, sub_type=rest[-1] if rest else None)
+
+
+def _add_special(writer: Any, tokenizer: Any) -> None:
+    for name in ("bos", "eos", "pad", "unk"):
+        number = getattr(tokenizer, f"{name}_token_id")
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    ids = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _split(stored: dict[str, Any] | None, folder: Path) -> str:
+    names = []
+    for step in (stored or {}).get("pretokenizers") or ([stored] if stored else []):
+        name = step["type"]
+        if name == "Split":
+            name = f"Split {next(iter(step['pattern'].values()))}"
+        elif name == "ByteLevel" and not step.get("use_regex", True):
+            name = "ByteLevel without regex"
+        names.append(name)
+    if tuple(names) not in SPLITS:
+        raise UserError(
+            f"the tokenizer of {folder} splits text by {' then '.join(names) or 'nothing'}, for which no name of "
+            f"llama.cpp is known here ({', '.join(SPLITS.values())} are); export --to safetensors and convert that "
+            "with llama.cpp."
+        )
+    return SPLITS[tuple(names)]
+
+
+def _scores(path: Path, merges: list[list[str]]) -> dict[str, float]:
+    """SentencePiece's own scores if its file is there; else, to the same effect, the order of the merges."""
+    if path.is_file() and importlib.util.find_spec("sentencepiece") is not None:
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(model_file=str(path))
+        return {pieces.id_to_piece(number): pieces.get_score(number) for number in range(pieces.vocab_size())}
+    scores: dict[str, float] = {}
+    for rank, (left, right) in enumerate(merges):
+        scores.setdefault(left + right, -float(rank))
+    return scores
+
+
+def _adds_space(stored: dict[str, Any]) -> bool:
+    """Whether the tokenizer puts a space before a text."""
+    before, first = stored.get("normalizer") or {}, stored.get("pre_tokenizer") or {}
+    steps = before.get("normalizers") or [before]
+    return any(step.get("type") == "Prepend" for step in steps) or first.get("prepend_scheme") in ("first", "always")

@@ -6,7 +6,7 @@ what they add to the statistics is added in their order: the bytes do not depend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -20,20 +20,19 @@ from torch import Tensor, nn
 from qlora_native import _C
 from qlora_native._memory import trim_heap
 from qlora_native._version import __version__
-from qlora_native.calibration.data import CalibrationTokens, as_calibration, take_tokens
-from qlora_native.calibration.finished import FinishedLayers
-from qlora_native.calibration.hidden import MOST_IN_MEMORY, HiddenStates
-from qlora_native.calibration.layers import LayerCalls, decoder_layers
+from qlora_native.calibration.data import as_calibration, take_tokens
+from qlora_native.calibration.layers import MOST_IN_MEMORY, FinishedLayers, HiddenStates, LayerCalls, decoder_layers
 from qlora_native.calibration.quantize import quantize_calibrated
 from qlora_native.calibration.statistics import Inputs, InputTaps, Key, Statistic, Statistics
 from qlora_native.errors import UserError
-from qlora_native.hf.build import Loader
+from qlora_native.hf.build import MetaModel, join
 from qlora_native.hf.fuse import fuse, unfuse
+from qlora_native.hf.load import Progress
+from qlora_native.hf.plan import Plain
 from qlora_native.hf.source import Source, load_tokenizer
 from qlora_native.nn.experts import STACKS
 from qlora_native.weight import QuantizedWeight
 
-Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers in all)
 Stored = dict[str, tuple[Tensor, str]]  # weights to be, as they are stored, and their files
 Group = tuple[Statistic | None, list[Key]]  # weights that share an input, and what is known of it
 FellBack = dict[str, str]  # weight, or weight[expert] -> why it did not get the method
@@ -44,15 +43,15 @@ LEAST_TOKENS_PER_CHANNEL = 0.25  # for "gptq": with fewer most of the Hessian is
 
 
 def calibrated(
-    source: Source, loader: Loader, method: str, given: Any, work_dir: Path | None, progress: Progress | None
+    source: Source, meta: MetaModel, method: str, given: Any, work_dir: Path | None, progress: Progress | None
 ) -> tuple[dict[str, Any], FellBack]:
-    """Fill the loader's tree from ``source`` by ``method``, "wmse" or "gptq", with the calibration data ``given``.
+    """Fill ``meta`` from ``source`` by ``method``, "wmse" or "gptq", with the calibration data ``given``.
 
     Returns:
         What is kept of the data beside the weights, and the 4-bit weights that were rounded to nearest, or got "wmse"
         in place of "gptq", and why.
     """
-    tell = progress or (lambda text, done, total: None)
+    progress = progress or (lambda text, done, total: None)
     text = source.config.get_text_config()
     tokens = take_tokens(
         as_calibration(given),
@@ -63,58 +62,58 @@ def calibrated(
     )
     rows, length = tokens.ids.shape
     if rows * length < tokens.wanted:
-        tell(f"the calibration data have {rows * length:,} of {tokens.wanted:,} tokens", 0, text.num_hidden_layers)
-    told = tokens.describe()
-    num_bytes = rows * length * text.hidden_size * loader.dtype.itemsize
+        progress(f"the calibration data have {rows * length:,} of {tokens.wanted:,} tokens", 0, text.num_hidden_layers)
+    described = tokens.describe()
+    num_bytes = rows * length * text.hidden_size * meta.dtype.itemsize
     try:
         if work_dir is not None:
-            run = {"version": __version__, "model": source.identity(), "method": method, "calibration": told}
-            run |= {**loader.options, "dtype": str(loader.dtype), "skip_modules": sorted(loader.weights)}
+            files = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
+            run = {"version": __version__, "model": files, "method": method, "calibration": described}
+            run |= {**meta.options, "dtype": str(meta.dtype), "skip_modules": sorted(meta.weights)}
             finished = FinishedLayers(work_dir, run)
-            _tell_of(finished, tell, text.num_hidden_layers)
-            fell_back = _calibrate_layers(source, loader, method, tokens, finished, None, tell)
+            _report_finished(finished, progress, text.num_hidden_layers)
+            fell_back = _calibrate_layers(source, meta, method, tokens.ids, finished, None, progress)
             finished.remove()
         elif num_bytes > MOST_IN_MEMORY and not _C.lies_in_memory(gettempdir()):
             with TemporaryDirectory(prefix="qlora-calibration-") as scratch:
-                fell_back = _calibrate_layers(source, loader, method, tokens, None, Path(scratch), tell)
+                fell_back = _calibrate_layers(source, meta, method, tokens.ids, None, Path(scratch), progress)
         else:
-            fell_back = _calibrate_layers(source, loader, method, tokens, None, None, tell)
+            fell_back = _calibrate_layers(source, meta, method, tokens.ids, None, None, progress)
     except OSError as error:
         folder = work_dir or gettempdir()
         raise UserError(
             f"{folder}: the calibration's files cannot be written or read ({error.strerror or error}); they take "
             f"{2 * num_bytes / 2**20:,.0f} MiB and the 4-bit layers."
         ) from error
-    return told, fell_back
+    return described, fell_back
 
 
-def _tell_of(finished: FinishedLayers, tell: Progress, total: int) -> None:
+def _report_finished(finished: FinishedLayers, progress: Progress, total: int) -> None:
     if finished.changed:
-        tell(f"{', '.join(finished.changed)} changed since the run that was interrupted: starting anew", 0, total)
+        progress(f"{', '.join(finished.changed)} changed since the run that was interrupted: starting anew", 0, total)
     elif finished.count:
-        tell(f"{finished.count} layers are finished already: going on after them", finished.count, total)
+        progress(f"{finished.count} layers are finished already: going on after them", finished.count, total)
 
 
 def _calibrate_layers(
     source: Source,
-    loader: Loader,
+    meta: MetaModel,
     method: str,
-    tokens: CalibrationTokens,
+    ids: Tensor,
     finished: FinishedLayers | None,
     scratch: Path | None,
     progress: Progress,
 ) -> FellBack:
     """As :func:`calibrated`; ``finished`` are layers of an earlier run, with room for those of this one, ``scratch`` is
     a folder for hidden states."""
-    path, layers = decoder_layers(loader.tree.model)
-    outside = partial(_is_outside, f"{path}.")
-    loader.take_all(source.iter_tensors(loader.tree, outside, loader.is_copied, loader.weights.__contains__, outside))
-    fell_back = {name: "it stands outside the decoder layers: 'rtn'" for name in loader.weights if outside(name)}
-    model = loader.tree.prepare()
-    work = _Layers(source, loader, method, tokens, path, layers, LayerCalls(model, layers))
-    with _side_by_side(loader.tree.device) as (pool, threads):
+    path, layers = decoder_layers(meta.model)
+    meta.load(source, [step for step in source.plan(meta).steps if not step.name.startswith(f"{path}.")])
+    outside = [name for name in meta.weights if not name.startswith(f"{path}.")]
+    fell_back = dict.fromkeys(outside, "it stands outside the decoder layers: 'rtn'")
+    work = _Layers(source, meta, method, ids, path, layers, LayerCalls(meta.prepare(), layers))
+    with _side_by_side(meta.device) as (pool, threads):
         start = finished.count if finished else 0
-        hidden = work.first_inputs(tokens.ids, finished.folder if finished else scratch, start)
+        hidden = work.first_inputs(finished.folder if finished else scratch, start)
         for index in range(len(layers)):
             if finished is not None and index < start:
                 weights, fallen = finished.load(index)
@@ -129,10 +128,6 @@ def _calibrate_layers(
             trim_heap()
             progress(f"layer {index + 1} of {len(layers)}", index + 1, len(layers))
     return fell_back
-
-
-def _is_outside(prefix: str, name: str) -> bool:
-    return not name.startswith(prefix)
 
 
 @contextmanager
@@ -154,38 +149,34 @@ class _Layers:
     def __init__(
         self,
         source: Source,
-        loader: Loader,
+        meta: MetaModel,
         method: str,
-        tokens: CalibrationTokens,
+        ids: Tensor,
         path: str,
         layers: nn.ModuleList,
         calls: LayerCalls,
     ) -> None:
-        self.source, self.loader, self.method, self.ids = source, loader, method, tokens.ids
+        self.source, self.meta, self.method, self.ids = source, meta, method, ids
         self.path, self.layers, self.calls = path, layers, calls
         self.taps = InputTaps()
 
-    def first_inputs(self, ids: Tensor, folder: Path | None, start: int) -> HiddenStates:
+    def first_inputs(self, folder: Path | None, start: int) -> HiddenStates:
         """What enters the layer ``start``; where that is not the first it lies in the folder already."""
-        device = self.loader.tree.device
-        first = self.calls.first_input(ids[:1].to(device))
+        ids = self.ids.to(self.meta.device)
+        first = self.calls.first_input(ids[:1])
         hidden = HiddenStates((len(ids), *first.shape[1:]), first.dtype, folder)
         hidden.layer = start
         if start == 0:
             hidden.begin(0)
             for row in range(len(ids)):
-                hidden.write(row, self.calls.first_input(ids[row : row + 1].to(device)) if row else first, 0)
+                hidden.write(row, self.calls.first_input(ids[row : row + 1]) if row else first, 0)
         return hidden
 
     def put_finished(self, index: int, weights: dict[str, QuantizedWeight]) -> None:
-        """Read what is dense in a layer, and put its 4-bit weights, which are there already."""
-        prefix, loader = f"{self.path}.{index}.", self.loader
-        dense = [name for name in loader.tree.shapes if name.startswith(prefix) and name not in weights]
-        loader.take_all(
-            self.source.iter_tensors(loader.tree, dense.__contains__, loader.is_copied, among=_starting(prefix))
-        )
+        """Read what is dense in a layer, and store its 4-bit weights, which are there already."""
+        self._read(f"{self.path}.{index}.", weights)
         for name, weight in weights.items():
-            loader.put_four_bit(name, weight.to(loader.tree.device), str(self.source.path))
+            self._store(name, weight.to(self.meta.device), str(self.source.path))
 
     def calibrate(
         self, index: int, hidden: HiddenStates, pool: ThreadPoolExecutor, threads: int
@@ -214,7 +205,7 @@ class _Layers:
 
     @torch.no_grad()
     def _quantize(self, groups: list[Group], stored: Stored) -> tuple[dict[str, QuantizedWeight], FellBack]:
-        """Put the layer's weights into the tree in 4 bits; statistics and weights in 16 bits go as they are done."""
+        """Store the layer's weights in 4 bits; statistics and weights in 16 bits go as they are done."""
         names, done = list(stored), dict[str, QuantizedWeight]()
         parts: dict[str, dict[int, QuantizedWeight]] = {}
         fell_back: FellBack = {}
@@ -227,34 +218,40 @@ class _Layers:
             for (name, expert), weight in made.items():
                 if expert is None:
                     done[name] = weight
-                    self.loader.put_four_bit(name, weight, stored.pop(name)[1])
+                    self._store(name, weight, stored.pop(name)[1])
                 else:
                     parts.setdefault(name, {})[expert] = weight
         for name, experts in parts.items():
             tensor, file = stored.pop(name)
             in_order = (experts.pop(expert) for expert in range(len(tensor)))
-            done[name] = self.loader.joined(name, in_order, tensor.shape, file)
-            self.loader.put_four_bit(name, done[name], file)
+            done[name] = join(in_order, tensor.shape, self.meta.dtype, self.meta.options, self.meta.device)
+            self._store(name, done[name], file)
         return {name: done[name] for name in names}, fell_back
 
-    def _read(self, prefix: str) -> Stored:
-        """Put a layer into the tree, dense; returns its weights to be, as they are stored, and their files."""
-        loader, stored = self.loader, {}
+    def _store(self, name: str, weight: QuantizedWeight, file: str) -> None:
+        self.meta.store(name, self.meta.finished(weight), file)
 
-        def is_copied(name: str, dtype: torch.dtype) -> bool:
-            return name not in loader.weights and loader.is_copied(name, dtype)
-
-        iter_tensors = self.source.iter_tensors(loader.tree, lambda name: True, is_copied, among=_starting(prefix))
-        for name, value, file in iter_tensors:
-            assert isinstance(value, Tensor)
-            loader.put_dense(name, value, file)
-            if name in loader.weights:
-                stored[name] = (value.to(loader.tree.device), file)
+    def _read(self, prefix: str, done: Container[str] = ()) -> Stored:
+        """Store a layer dense, without what is ``done``; returns its weights to be, as they are in the files."""
+        meta, stored = self.meta, Stored()
+        steps = [step for step in self.source.plan(meta).steps if step.name.startswith(prefix)]
+        steps = [step for step in steps if step.name not in done or not isinstance(step, Plain)]
+        scratch = meta.scratch([step for step in steps if step.name not in meta.weights])
+        for step in steps:
+            copied = step.name not in meta.weights and meta.is_copied(step)
+            for name, value in step.iter_tensors(meta.model, self.source.read, scratch if copied else None):
+                assert isinstance(value, Tensor)
+                if name in done:
+                    continue
+                meta.store(name, meta.dense(name, value, step.file), step.file)
+                if name in meta.weights:
+                    stored[name] = (value.to(meta.device), step.file)
+            meta.trim(step.num_bytes)
         return stored
 
     @torch.no_grad()
     def _run(self, index: int, hidden: HiddenStates, last: bool, row: int) -> Inputs:
-        device = self.loader.tree.device
+        device = self.meta.device
         with self.taps.noting() as inputs:
             out = self.calls[index].run(self.layers[index], hidden.read(row).to(device))
         if not bool(out.isfinite().all()):
@@ -282,7 +279,7 @@ class _Layers:
             if expert is not None:
                 # The scales of a stack are nested together, once all of them are there.
                 called, one, nested = f"{name}[{expert}]", tensor[expert], {"double_quant": False}
-            result = self.loader.quantized(name, one, file, partial(quantize_calibrated, **data), **nested)
+            result = self.meta.quantized(name, one, file, partial(quantize_calibrated, **data), **nested)
             made[name, expert] = result.weight
             if reason := why or result.report.fallback:
                 fell_back[called] = reason
@@ -297,10 +294,6 @@ class _Layers:
         if self.method == "gptq" and tokens < LEAST_TOKENS_PER_CHANNEL * channels:
             return "wmse", f"{tokens} tokens reached it, which has {channels} input channels: 'wmse'"
         return self.method, ""
-
-
-def _starting(prefix: str) -> Callable[[str], bool]:
-    return lambda name: name.startswith(prefix)
 
 
 def _by_size(statistics: Statistics, stored: Stored) -> list[Group]:

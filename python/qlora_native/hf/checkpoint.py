@@ -1,9 +1,9 @@
-"""Safetensors files read one tensor at a time, with every way they can be broken told in a sentence.
+"""Safetensors files read and written one tensor at a time; each way they can be broken is a UserError.
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes of little-endian header length, that many
 bytes of JSON, then the tensors' bytes. Reading goes through plain ``read`` calls and not through a memory map: a
-file that shrinks while it is read is then an error with a name, not a SIGBUS, and what a reading costs in memory is
-exactly the tensor.
+file that shrinks while it is read is then an error with a name, not a SIGBUS, and a reading costs exactly the memory of
+the tensor.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 import struct
 import sys
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -42,11 +42,12 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: ``num_bytes`` bytes from byte ``start`` of ``file``."""
+    """Where one tensor lies: ``num_bytes`` bytes from byte ``start`` of ``file``; and its scales, if it has any."""
 
     name: str
     file: Path
@@ -54,6 +55,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     num_bytes: int
+    scales: StoredTensor | None = None  # of a weight in 8-bit floats
 
 
 class Scratch:
@@ -87,23 +89,21 @@ class Scratch:
 class Checkpoint:
     """The safetensors files of a model folder; headers are read on opening, tensors when asked for."""
 
-    def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
-        self.folder = folder
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
         self.tensors = tensors
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Read the header of ``model.safetensors``, or of every file that ``model.safetensors.index.json`` names.
 
-        Raises :class:`UserError` when a file is missing, cut short, not safetensors, or lacks a tensor that the
-        index promises.
+        Raises :class:`UserError` when a file is missing, truncated, not safetensors, or lacks a tensor that the index
+        promises.
         """
-        weights = folder / WEIGHTS_NAME
+        weights, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
         if weights.is_file():
-            return cls(folder, read_header(weights))
-        index = folder / INDEX_NAME
+            return cls(read_header(weights))
         if index.is_file():
-            return cls(folder, _read_index(index))
+            return cls(_read_index(index))
         pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth"))
         if pickles:
             raise UserError(
@@ -121,18 +121,16 @@ class Checkpoint:
             tensor = scratch.tensor(stored.dtype, stored.shape)
         else:
             tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        self._fill(tensor, stored, stored.start)
-        return tensor
+        return self._fill(tensor, stored, stored.start)
 
     def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
         """Elements ``begin`` to ``end`` of the flattened tensor, in memory of their own."""
         part = torch.empty(end - begin, dtype=stored.dtype)
-        self._fill(part, stored, stored.start + begin * stored.dtype.itemsize)
-        return part
+        return self._fill(part, stored, stored.start + begin * stored.dtype.itemsize)
 
-    def _fill(self, tensor: Tensor, stored: StoredTensor, start: int) -> None:
+    def _fill(self, tensor: Tensor, stored: StoredTensor, start: int) -> Tensor:
         if tensor.numel() == 0:
-            return
+            return tensor
         target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
         try:
@@ -141,12 +139,13 @@ class Checkpoint:
                 while done < target.nbytes:  # one call moves at most 2 GiB on Linux
                     got = file.readinto(target[done:])
                     if not got:
-                        raise _cut_short(stored.file, stored.start + stored.num_bytes)
+                        raise _truncated(stored.file, stored.start + stored.num_bytes)
                     done += got
         except OSError as error:
             raise UserError(
                 f"{stored.file} cannot be read at tensor {stored.name}: {error.strerror or error}."
             ) from error
+        return tensor
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -156,14 +155,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise _cut_short(path, 8)
+                raise _truncated(path, 8)
             length = struct.unpack("<Q", prefix)[0]
             if prefix == b"version ":
                 raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}.")
             if length > MAX_HEADER_BYTES:
                 raise _corrupted(path, f"its first 8 bytes, {prefix!r}, are no header length")
             if 8 + length > size:
-                raise _cut_short(path, 8 + length)
+                raise _truncated(path, 8 + length)
             raw = file.read(length)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -177,7 +176,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
     end = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
     if end > size:
-        raise _cut_short(path, end)
+        raise _truncated(path, end)
     return tensors
 
 
@@ -215,10 +214,8 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
     if absent:
         raise UserError(
             f"{index.parent} lacks {len(absent)} of the {len(files)} weight files that {INDEX_NAME} names "
-            f"({some_of(absent)}); "
-            f"download or copy them again."
+            f"({some_of(absent)}); download or copy them again."
         )
-    tensors: dict[str, StoredTensor] = {}
     headers = {file: read_header(index.parent / file) for file in files}
     for name, file in names.items():
         if name not in headers[file]:
@@ -226,11 +223,17 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
                 f"{index.parent / file} lacks tensor {name}, which {INDEX_NAME} places there; the two are of "
                 "different models."
             )
-        tensors[name] = headers[file][name]
-    return tensors
+    return {name: headers[file][name] for name, file in names.items()}
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of another library's message, ending in one full stop."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    return re.split(r"\.\s|\n", text or type(error).__name__)[0].rstrip(".") + "."
 
 
 def some_of(names: list[str], most: int = 3) -> str:
+    """The first names in words, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -238,7 +241,7 @@ def _corrupted(path: Path, what: str) -> UserError:
     return UserError(f"{path} is not a sound safetensors file: {what}; download or copy it again.")
 
 
-def _cut_short(path: Path, expected: int) -> UserError:
+def _truncated(path: Path, expected: int) -> UserError:
     return UserError(
         f"{path} is cut short: it should hold at least {expected:,} bytes and holds {path.stat().st_size:,}; download "
         "or copy it again."
@@ -246,12 +249,11 @@ def _cut_short(path: Path, expected: int) -> UserError:
 
 
 MOST_SHORT_BYTES = 512  # of a tensor without a shape: room is kept in the header for its offsets
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to be written; without a shape, uint8 [length] with the length told when it is written."""
+    """A tensor to be written; without a shape it is uint8 [length], and the length is known when it is written."""
 
     name: str
     dtype: torch.dtype
@@ -264,23 +266,29 @@ class Output:
 
 
 class ShardWriter:
-    """One file. ``write`` appends to a tensor, whatever the order of the tensors; ``close`` when all are complete."""
+    """One file, written in a ``with`` block. ``write`` appends to a tensor, whatever the order of the tensors."""
 
     def __init__(self, path: Path, outputs: Iterable[Output]) -> None:
         self.outputs = sorted(outputs, key=lambda output: (output.shape is None, -output.dtype.itemsize, output.name))
         self._begin: dict[str, int] = {}
-        position = 0
+        self._end = 0  # where the next tensor without a shape goes
         for output in self.outputs:
-            if output.shape is None:
-                break
-            self._begin[output.name] = position
-            position += output.num_bytes
-        self._end = position  # where the next tensor without a shape goes
+            if output.shape is not None:
+                self._begin[output.name] = self._end
+                self._end += output.num_bytes
         self._written = {output.name: 0 for output in self.outputs}
         most = sum(output.num_bytes for output in self.outputs)  # no offset has more digits
         longest = self._header({output.name: (most, most + MOST_SHORT_BYTES) for output in self.outputs})
         self._header_bytes = len(longest) + -len(longest) % 8
-        self._file: BinaryIO = path.open("wb")
+        self._file = path.open("wb")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._write_header()
 
     def write(self, name: str, part: Tensor) -> None:
         """The next elements of the tensor, contiguous, in its dtype; all of it for one without a shape."""
@@ -292,27 +300,20 @@ class ShardWriter:
         self._file.write(memoryview(raw))  # type: ignore[arg-type]
         self._written[name] += raw.nbytes
 
-    def close(self) -> None:
-        """Write the header. Raises RuntimeError if a tensor lacks a part."""
-        for output in self.outputs:
-            if output.shape is not None and self._written[output.name] != output.num_bytes:
-                raise RuntimeError(
-                    f"{output.name}: {self._written[output.name]} of {output.num_bytes} bytes were written."
-                )
-        spans = {name: (begin, begin + self._written[name]) for name, begin in self._begin.items()}
-        header = self._header(spans)
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._header_bytes) + header.ljust(self._header_bytes))
-        self._file.close()
-
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors written so far."""
         return sum(self._written.values())
 
-    def abandon(self) -> None:
-        """Close the file as it is."""
-        self._file.close()
+    def _write_header(self) -> None:
+        for output in self.outputs:
+            if output.shape is not None and self._written[output.name] != output.num_bytes:
+                raise RuntimeError(
+                    f"{output.name}: {self._written[output.name]} of {output.num_bytes} bytes were written."
+                )
+        header = self._header({name: (begin, begin + self._written[name]) for name, begin in self._begin.items()})
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._header_bytes) + header.ljust(self._header_bytes))
 
     def _header(self, spans: Mapping[str, tuple[int, int]]) -> bytes:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -332,6 +333,6 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    """The index that says which file holds which tensor."""
+    """The index that maps each tensor to its file."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import qlora_native as qn
 
 METHOD = "qlora_native"  # quant_method in config.json
-METADATA = "qlora_native"  # key of quantization_config that tells how the 4-bit weights were made, bitsandbytes' too
+METADATA = "qlora_native"  # key of quantization_config, bitsandbytes' too: how the 4-bit weights were made
 # bitsandbytes' names for the same settings, so that a script changes nothing but the class.
 _THEIR_NAMES = {
     "bnb_4bit_quant_type": "quant_type",
@@ -29,7 +29,7 @@ _THEIR_NAMES = {
     "bnb_4bit_compute_dtype": "compute_dtype",
     "llm_int8_skip_modules": "skip_modules",
 }
-# Theirs that say nothing new here, with the values under which that is so.
+# Theirs that have no effect here, with the values that are accepted.
 _THEIR_OTHERS: dict[str, tuple[Any, ...]] = {
     "load_in_4bit": (True,),
     "load_in_8bit": (False,),
@@ -66,23 +66,16 @@ class QLoRANativeConfig(QuantizationConfigMixin):
         skip_modules: Iterable[str] | None = None,
         **others: Any,
     ) -> None:
-        values: dict[str, Any] = {
-            "quant_type": quant_type,
-            "block_size": block_size,
-            "double_quant": double_quant,
-            "compute_dtype": compute_dtype,
-            "skip_modules": skip_modules,
-        }
-        values |= _translated(others, values)
-        if isinstance(values["skip_modules"], str):
-            raise ValueError(
-                f"QLoRANativeConfig: skip_modules is the string {values['skip_modules']!r}: expected a list of names."
-            )
         self.quant_method = METHOD
-        self.quant_type, self.block_size = values["quant_type"], values["block_size"]
-        self.double_quant = values["double_quant"]
-        self.compute_dtype = _dtype_name(values["compute_dtype"])
-        self.skip_modules = None if values["skip_modules"] is None else list(values["skip_modules"])
+        self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
+        self.compute_dtype, self.skip_modules = compute_dtype, skip_modules
+        self.__dict__ |= _translated(others, [*self.options(), "compute_dtype", "skip_modules"])
+        self.compute_dtype = _dtype_name(self.compute_dtype)
+        if isinstance(self.skip_modules, str):
+            raise ValueError(
+                f"QLoRANativeConfig: skip_modules is the string {self.skip_modules!r}: expected a list of names."
+            )
+        self.skip_modules = None if self.skip_modules is None else list(self.skip_modules)
         if METADATA in others:
             self.qlora_native = others[METADATA]
         qn.quantize(torch.zeros(1, device="cpu"), **self.options())  # refuses wrong options now
@@ -92,7 +85,7 @@ class QLoRANativeConfig(QuantizationConfigMixin):
         return {"quant_type": self.quant_type, "block_size": self.block_size, "double_quant": self.double_quant}
 
 
-def _translated(others: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _translated(others: dict[str, Any], names: list[str]) -> dict[str, Any]:
     translated: dict[str, Any] = {}
     for name, value in others.items():
         if name in _THEIR_NAMES:
@@ -101,8 +94,8 @@ def _translated(others: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
             if value not in _THEIR_OTHERS[name]:
                 raise ValueError(f"QLoRANativeConfig: {name} is {value!r}: expected {_THEIR_OTHERS[name][0]!r}.")
         elif name not in ("quant_method", "_load_in_4bit", "_load_in_8bit", METADATA):
-            near = get_close_matches(name, [*values, *_THEIR_NAMES], n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(values)}."
+            near = get_close_matches(name, [*names, *_THEIR_NAMES], n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(names)}."
             raise ValueError(f"QLoRANativeConfig has no setting {name!r}: {hint}")
     return translated
 
@@ -115,9 +108,9 @@ def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
 
 
 def _register() -> None:
-    """Tell transformers of the method."""
+    """Enter the method into transformers' registries."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QLoRANativeConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = _make_quantizer
+    AUTO_QUANTIZER_MAPPING[METHOD] = lambda config, **options: qn.QLoRANativeQuantizer(config, **options)
     merge = AutoHfQuantizer.merge_quantization_configs
 
     def merge_quantization_configs(stored: Any, given: Any) -> Any:
@@ -131,10 +124,6 @@ def _register() -> None:
         return given
 
     AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
-
-
-def _make_quantizer(config: QLoRANativeConfig, **options: Any) -> Any:
-    return qn.QLoRANativeQuantizer(config, **options)
 
 
 _register()

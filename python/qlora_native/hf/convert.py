@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.errors import UserError
-from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, first_sentence, four_bit_weights, is_plain_linear
-from qlora_native.hf.checkpoint import Output, ShardWriter, StoredTensor, shard_names, write_index
+from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, join
+from qlora_native.hf.checkpoint import Output, ShardWriter, StoredTensor, first_sentence, shard_names, write_index
 from qlora_native.hf.config import METADATA, METHOD, QLoRANativeConfig
 from qlora_native.hf.load import bitsandbytes_config
-from qlora_native.hf.plan import Converted, FourBit, Plain, Plan, Step
+from qlora_native.hf.plan import STATE_MARK, Converted, FourBit, Plain, Plan, Step
 from qlora_native.hf.source import SafetensorsSource, Source, open_source
-from qlora_native.ops.quantize_4bit import double_quantize
 from qlora_native.reference import NESTED_BLOCK
-from qlora_native.weight import QuantizedWeight, bnb_state_key, quant_type_number, quantize, to_bnb, unpack_json
+from qlora_native.weight import QuantizedWeight, bnb_state_key, quantize, to_bnb, unpack_json
 
 TARGETS = ("16bit", "qlora", "bitsandbytes")
 PART = 1 << 22  # elements at a time: a multiple of every block size
@@ -78,8 +77,8 @@ def convert(
 
     Tensors keep their stored names. What is 4-bit already keeps its bytes when the target is 4-bit. Files that hold no
     weights are copied. Memory beyond the libraries: a few parts of 2^22 elements, the scales of the tensor at hand, and
-    whole tensors only where one has to be turned (GPT-2), decoded from 4 bits (its packed bytes) or made of several by
-    transformers (one expert of a stack).
+    whole tensors only where one has to be transposed (GPT-2), decoded from 4 bits (its packed bytes) or made of several
+    by transformers (one expert of a stack).
 
     Args:
         source: a folder with config.json and safetensors, in one file or sharded: 32-bit, 16-bit, 8-bit floats, or
@@ -97,7 +96,7 @@ def convert(
     """
     if target not in TARGETS:
         raise ValueError(f"convert: target is {target!r}: expected {', '.join(TARGETS)}.")
-    opened = open_source(source, torch.bfloat16)
+    opened = open_source(source)
     if not isinstance(opened, SafetensorsSource):
         raise UserError(f"{source} is GGUF: expected a folder of safetensors; `qlora quantize` reads GGUF.")
     stored_dtype = opened.config.dtype
@@ -105,46 +104,12 @@ def convert(
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before anything is written
     work = Conversion(opened, target, dtype, options, skip_modules)
-    write_all(work, folder, shard_bytes)
-    config = json.loads((source / "config.json").read_bytes())
-    write_config(folder, config, work.config(), dtype)
-    copy_other_files(source, folder)
+    work.write(folder, shard_bytes)
     return work.report
 
 
-def write_all(work: Conversion, folder: Path, shard_bytes: int) -> None:
-    """Write every job's tensors into safetensors files of at most ``shard_bytes``, unless one tensor is larger."""
-    files: list[list[Job]] = [[]]
-    for job in work.jobs():
-        if files[-1] and sum(one.num_bytes for one in files[-1]) + job.num_bytes > shard_bytes:
-            files.append([])
-        files[-1].append(job)
-    weight_map: dict[str, str] = {}
-    for name, jobs in zip(shard_names(len(files)), files, strict=True):
-        outputs = [output for job in jobs for output in job.outputs]
-        writer = ShardWriter(folder / name, outputs)
-        try:
-            for job in jobs:
-                job.write(writer)
-            writer.close()
-        finally:
-            writer.abandon()
-        work.report.num_bytes += writer.num_bytes
-        weight_map |= {output.name: name for output in outputs}
-    work.report.files = len(files)
-    if len(files) > 1:
-        write_index(folder, weight_map, work.report.num_bytes)
-
-
-def copy_other_files(source: Path, folder: Path) -> None:
-    """What lies beside the weights: tokenizer, generation defaults, license."""
-    for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name != "config.json":
-            shutil.copyfile(path, folder / path.name)
-
-
 class Conversion:
-    """One run: what is read, what is wanted, and the jobs that lead there."""
+    """One run: what is read, what it becomes, and the jobs that lead there."""
 
     def __init__(
         self,
@@ -155,12 +120,11 @@ class Conversion:
         skip_modules: tuple[str, ...],
     ) -> None:
         self.source, self.target, self.dtype, self.options = source, target, dtype, options
-        self.tree = MetaModel(source.config, dtype, torch.device("cpu"))
+        self.meta = MetaModel(source.config, dtype, torch.device("cpu"))
         self.report = ConvertReport()
-        modules = self.tree.model.named_modules()
-        # Weights [in, out] of layers that multiply from the right.
-        self.turned = {f"{n}.weight" for n, m in modules if is_plain_linear(m) and not isinstance(m, nn.Linear)}
-        self.plan: Plan = source.plan(self.tree)
+        modules = self.meta.model.named_modules()
+        self.transposed = {f"{path}.weight" for path, module in modules if is_transposed(module)}
+        self.plan: Plan = source.plan(self.meta)
         self.four_bit = {step.name for step in self.plan.steps if isinstance(step, FourBit)}
         stacks = sorted(name for name in self.four_bit if not name.endswith(".weight"))
         if target == "bitsandbytes" and stacks:
@@ -168,43 +132,80 @@ class Conversion:
                 f"{source.path} holds stacks of experts in 4 bits ({stacks[0]}), which bitsandbytes does not have: "
                 "convert it to 16bit first, and that to bitsandbytes."
             )
-        self.weights: dict[str, bool] = {}  # what becomes 4-bit -> whether the model stores it transposed
+        self.weights: set[str] = set()  # what becomes 4-bit
         if target != "16bit" and not self.four_bit:
-            chosen = four_bit_weights(self.tree.model, skip_modules, options["block_size"], self.tree.in_fp32)
-            keeps = target == "qlora"
-            self.weights = {name: turned for name, turned in chosen.items() if keeps or name.endswith(".weight")}
+            chosen = self.meta.four_bit_weights(skip_modules, options["block_size"])
+            self.weights = {name for name in chosen if target == "qlora" or name.endswith(".weight")}
+        self._storage = "uint8"
+        first = next((step for step in self.plan.steps if isinstance(step, FourBit)), None)
+        if first is not None:  # what is quantized again is quantized alike
+            state = self._state(first)
+            self.options = {"quant_type": state["quant_type"], "block_size": state["blocksize"]}
+            self.options["double_quant"] = "nested_blocksize" in state
+            packed = next(part for part in first.parts if part.name == first.key)
+            self._storage = str(packed.dtype).removeprefix("torch.")
 
-    def config(self) -> dict[str, Any] | None:
-        """quantization_config of what was written; None where nothing is 4-bit."""
-        names = self.four_bit | self.weights.keys()
+    def write(self, folder: Path, shard_bytes: int) -> None:
+        """Write every job's tensors into safetensors files of at most ``shard_bytes``, unless one tensor is larger;
+        beside them config.json, and whatever lies beside the source's weights (tokenizer, license)."""
+        files: list[list[Job]] = [[]]
+        for job in self.jobs():
+            if files[-1] and sum(one.num_bytes for one in files[-1]) + job.num_bytes > shard_bytes:
+                files.append([])
+            files[-1].append(job)
+        weight_map: dict[str, str] = {}
+        for name, jobs in zip(shard_names(len(files)), files, strict=True):
+            outputs = [output for job in jobs for output in job.outputs]
+            with ShardWriter(folder / name, outputs) as writer:
+                for job in jobs:
+                    job.write(writer)
+            self.report.num_bytes += writer.num_bytes
+            weight_map |= {output.name: name for output in outputs}
+        self.report.files = len(files)
+        if len(files) > 1:
+            write_index(folder, weight_map, self.report.num_bytes)
+        (folder / "config.json").write_text(
+            json.dumps(self.config(), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        for path in self.source.path.iterdir() if self.source.path.is_dir() else ():
+            if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name != "config.json":
+                shutil.copyfile(path, folder / path.name)
+
+    def config(self) -> dict[str, Any]:
+        """config.json: the source's, with another ``quantization_config`` and dtype."""
+        if isinstance(self.source, SafetensorsSource):
+            config = json.loads((self.source.path / "config.json").read_bytes())
+        else:
+            config = {key: value for key, value in self.source.config.to_dict().items() if key != "_name_or_path"}
+        config.pop("quantization_config", None)
+        if (quantization := self.quantization_config()) is not None:
+            config["quantization_config"] = quantization
+        names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+        return dict(config) | dict.fromkeys(names, str(self.dtype).removeprefix("torch."))
+
+    def quantization_config(self) -> dict[str, Any] | None:
+        """Of what was written; None where nothing is 4-bit."""
+        names = self.four_bit | self.weights
         if self.target == "16bit" or not names:
             return None
         old: dict[str, Any] = self.source.four_bit_config or {}
         if (old.get("quant_method") == METHOD) == (self.target == "qlora") and old:
             return dict(old)
-        options, storage = self.options, "uint8"
         compute = old.get("compute_dtype", old.get("bnb_4bit_compute_dtype"))
-        first = next((step for step in self.plan.steps if isinstance(step, FourBit)), None)
-        if first is not None:
-            state = self._state(first)
-            options = {"quant_type": state["quant_type"], "block_size": state["blocksize"]}
-            options["double_quant"] = "nested_blocksize" in state
-            packed = next(part for part in first.parts if part.name == first.prefix)
-            storage = str(packed.dtype).removeprefix("torch.")
-        modules = self.tree.model.named_modules()
+        modules = self.meta.model.named_modules()
         dense = [path for path, module in modules if type(module) is nn.Linear and f"{path}.weight" not in names]
         made = {METADATA: old.get(METADATA, {})} if old else {METADATA: {"method": "rtn"}}
         if self.target == "qlora":
-            return QLoRANativeConfig(**options, skip_modules=dense, compute_dtype=compute, **made).to_dict()
-        told = {**bitsandbytes_config(self.dtype, options, dense), **made}
-        return {**told, "bnb_4bit_quant_storage": storage, **({"bnb_4bit_compute_dtype": compute} if compute else {})}
+            return QLoRANativeConfig(**self.options, skip_modules=dense, compute_dtype=compute, **made).to_dict()
+        config = {**bitsandbytes_config(self.dtype, self.options, dense), **made}
+        config["bnb_4bit_quant_storage"] = self._storage
+        return config | ({"bnb_4bit_compute_dtype": compute} if compute else {})
 
     def jobs(self) -> Iterator[Job]:
         """In the order of the files."""
         for step in self.plan.steps:
             yield from self.jobs_of(step)
-        for name in self.plan.unexpected:
-            stored = self.source.checkpoint.tensors[name]
+        for stored in self.plan.unexpected:
             yield self._dense(stored, stored.dtype)
 
     def jobs_of(self, step: Step) -> Iterator[Job]:
@@ -212,32 +213,36 @@ class Conversion:
         if isinstance(step, FourBit):
             yield self._decoded(step) if self.target == "16bit" else self._copied(step)
         elif isinstance(step, Plain):
-            turned = self.weights.get(step.name)
-            if turned is None:
-                yield self._dense(step.stored, self.tree.dtype_of(step.name))
+            if step.name in self.weights:
+                yield self._packed(step.key, step, self.parts(step.stored, step.name in self.transposed))
             else:
-                yield self._quantized(step.stored.name, step.stored, turned)
+                yield self._dense(step.stored, self.meta.dtype_of(step.name))
         elif step.name in self.weights and len(step.converter.target_patterns) == 1:
-            yield self._stacked(step)
+            yield self._packed(step.name, step, self._parts_of_stack(step))
         else:
-            yield from (self._dense(stored, self.tree.dtype_of(step.name)) for _, stored in step.parts)
+            yield from (self._dense(stored, self.meta.dtype_of(step.name)) for stored in step.parts)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Parts of a stored tensor
+    def parts(self, stored: StoredTensor, transposed: bool = False) -> Parts:
+        """The elements of a stored tensor, or of its transpose, whole rows at a time."""
+        is_8bit = stored.scales is not None or stored.dtype.itemsize == 1  # which becomes 16-bit on reading
+        if is_8bit or transposed:
+            whole = (self.source if is_8bit else self.source.checkpoint).read(stored)
+            yield from slices(whole.t() if transposed else whole)
+        else:
+            yield from self._stored_parts(stored)
 
-    def _flat(self, stored: StoredTensor, turned: bool) -> Parts:
-        """The elements of a stored tensor, transposed if ``turned``."""
-        numel = math.prod(stored.shape)
-        if self.is_read_whole(stored) or turned:
-            whole = self.source.read(self.plan, stored)
-            yield from slices(whole.t() if turned else whole)
-            return
-        for begin in range(0, numel, PART):
-            yield self.source.checkpoint.read_part(stored, begin, min(begin + PART, numel))
+    def _stored_parts(self, stored: StoredTensor) -> Parts:
+        numel, size = math.prod(stored.shape), part_size(stored.shape)
+        for begin in range(0, numel, size):
+            yield self.source.checkpoint.read_part(stored, begin, min(begin + size, numel))
 
-    def is_read_whole(self, stored: StoredTensor) -> bool:
-        """Whether its elements are more than its bytes: 8-bit floats have scales beside them."""
-        return stored.name in self.plan.scales or stored.dtype.itemsize == 1
+    def _parts_of_stack(self, step: Converted) -> Parts:
+        if step.is_stack:
+            stacks = step.slices(self.source.read)
+        else:
+            stacks = (tensor for _, tensor in step.iter_tensors(self.meta.model, self.source.read))
+        for stack in stacks:
+            yield from slices(stack)
 
     def _dense(self, stored: StoredTensor, dtype: torch.dtype) -> Job:
         kept = not stored.dtype.is_floating_point
@@ -247,43 +252,27 @@ class Conversion:
             if kept:
                 writer.write(stored.name, self.source.checkpoint.read(stored))
                 return
-            for part in self._flat(stored, turned=False):
+            for part in self.parts(stored):
                 writer.write(stored.name, part.to(dtype))
 
         return Job([output], write)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # To 4 bits
-
-    def _quantized(self, key: str, stored: StoredTensor, turned: bool) -> Job:
-        shape = stored.shape[::-1] if turned else stored.shape
-        return self._packed(key, shape, str(stored.file), lambda: self._flat(stored, turned))
-
-    def _stacked(self, step: Converted) -> Job:
-        def parts() -> Parts:
-            read = partial(self.source.read, self.plan)
-            stacks = step.slices(read) if step.is_stack else (t for _, t in step.run(self.tree.model, read))
-            for stack in stacks:
-                yield from slices(stack)
-
-        return self._packed(step.name, tuple(self.tree.shapes[step.name].shape), str(step.parts[0][1].file), parts)
-
-    def _packed(self, key: str, shape: tuple[int, ...], file: str, parts: Callable[[], Parts]) -> Job:
-        quant_type, block, nested = (self.options[name] for name in ("quant_type", "block_size", "double_quant"))
-        numel = math.prod(shape)
-        blocks = -(-numel // block)
+    def _packed(self, key: str, step: Step, parts: Parts) -> Job:
+        """The weight of a step in 4 bits, made of its parts [out, in] when the job runs, under the name ``key``."""
+        shape = self.shape(step)
+        nested, blocks = self.options["double_quant"], -(-math.prod(shape) // self.options["block_size"])
         outputs = [
-            Output(key, torch.uint8, ((numel + 1) // 2, 1)),
+            Output(key, torch.uint8, ((math.prod(shape) + 1) // 2, 1)),
             Output(f"{key}.absmax", torch.uint8 if nested else torch.float32, (blocks,)),
             Output(f"{key}.quant_map", torch.float32, (16,)),
-            Output(f"{key}.quant_state.bitsandbytes__{quant_type}", torch.uint8, None),
+            Output(f"{key}{STATE_MARK}{self.options['quant_type']}", torch.uint8, None),
         ]
         if nested:
             outputs.append(Output(f"{key}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK),)))
             outputs.append(Output(f"{key}.nested_quant_map", torch.float32, (256,)))
 
         def write(writer: ShardWriter) -> None:
-            weight = self.quantized(key, shape, file, parts(), partial(writer.write, key))
+            weight = self.quantized(key, shape, step.file, parts, partial(writer.write, key))
             for name, tensor in to_bnb(weight, key).items():
                 if name != key:
                     writer.write(name, tensor)
@@ -291,48 +280,41 @@ class Conversion:
 
         return Job(outputs, write)
 
+    def shape(self, step: Step) -> tuple[int, ...]:
+        """Of the weight as a product sees it."""
+        shape = tuple(self.meta.shapes[step.name].shape)
+        return shape[::-1] if step.name in self.transposed else shape
+
     def quantized(
-        self, key: str, shape: tuple[int, ...], file: str, parts: Parts, take: Callable[[Tensor], None]
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        file: str,
+        parts: Parts,
+        write: Callable[[Tensor], None] | None = None,
     ) -> QuantizedWeight:
-        """Quantize part by part, the scales of all parts together, with the same bytes as the tensor in one.
+        """The weight ``key`` of ``file``, quantized part by part; with ``write``, which takes the codes, without
+        these."""
+        options = {**self.options, "double_quant": False}
 
-        Args:
-            key: of the weight, and file: where it lies, for messages. shape: of the whole.
-            parts: flat, from the first element to the last, all but the last one whole blocks.
-            take: called with the codes of each part, in their order.
+        def quantized_parts() -> Iterator[QuantizedWeight]:
+            done = 0
+            for part in parts:
+                try:
+                    yield quantize(part, **options)
+                except ValueError as error:
+                    raise UserError(f"{file}: weight {key} cannot be quantized: {_bad(part, done, error)}") from error
+                done += part.numel()
 
-        Returns:
-            The weight, without codes.
-        """
-        quant_type, block, nested = (self.options[name] for name in ("quant_type", "block_size", "double_quant"))
-        number, blocks = quant_type_number(quant_type), -(-math.prod(shape) // block)
-        scales, done = torch.empty(blocks), 0
-        for part in parts:
-            try:
-                packed, absmax, _, _ = torch.ops.qlora_native.quantize_4bit(part, number, block, False)
-            except ValueError as error:
-                raise UserError(f"{file}: weight {key} cannot be quantized: {_bad(part, done, error)}") from error
-            take(packed)
-            scales[done // block : done // block + len(absmax)] = absmax
-            done += part.numel()
-        about = {"shape": shape, "dtype": self.dtype, "quant_type": quant_type, "block_size": block}
-        weight = QuantizedWeight(torch.empty(0, dtype=torch.uint8), scales, **about)
-        if nested:
-            weight.absmax, weight.nested_offset = torch.empty(blocks, dtype=torch.uint8), torch.empty(())
-            weight.nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK))
-            double_quantize(scales, weight.absmax, weight.nested_absmax, weight.nested_offset)
-        return weight
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # From 4 bits
+        return join(quantized_parts(), shape, self.dtype, self.options, write=write)
 
     def _state(self, step: FourBit) -> dict[str, Any]:
         stored = {part.name: part for part in step.parts}
-        key = bnb_state_key(stored, step.prefix)
+        key = bnb_state_key(stored, step.key)
         try:
             return unpack_json(self.source.checkpoint.read(stored[key or ""]))
         except (KeyError, ValueError) as error:
-            raise UserError(f"{step.parts[0].file}: {step.prefix} has no valid quant state ({error}).") from error
+            raise UserError(f"{step.file}: {step.key} has no valid quant state ({error}).") from error
 
     def _copied(self, step: FourBit) -> Job:
         outputs = [Output(part.name, part.dtype, part.shape) for part in step.parts]
@@ -340,67 +322,52 @@ class Conversion:
         def write(writer: ShardWriter) -> None:
             for part in step.parts:
                 if part.num_bytes:
-                    for piece in self._pieces(part):
+                    for piece in self._stored_parts(part):
                         writer.write(part.name, piece)
             self.report.copied += 1
 
         return Job(outputs, write)
 
-    def _pieces(self, stored: StoredTensor) -> Parts:
-        numel = math.prod(stored.shape)
-        for begin in range(0, numel, PART):
-            yield self.source.checkpoint.read_part(stored, begin, min(begin + PART, numel))
-
     def _decoded(self, step: FourBit) -> Job:
-        shape = tuple(self._state(step)["shape"])
-        expected = tuple(self.tree.shapes[step.name].shape)
-        turned = step.name in self.turned
-        if (shape[::-1] if turned else shape) != expected:
+        shape, expected = tuple(self._state(step)["shape"]), tuple(self.meta.shapes[step.name].shape)
+        if shape != self.shape(step):
             raise UserError(
-                f"{step.parts[0].file}: weight {step.prefix} is {list(shape)}, but {list(expected)} by config.json; "
+                f"{step.file}: weight {step.key} is {list(shape)}, but {list(expected)} by config.json; "
                 "the two are of different models."
             )
 
         def write(writer: ShardWriter) -> None:
-            weight = self.source.four_bit(step)
-            parts = slices(weight.dequantize(self.dtype).t()) if turned else decoded_parts(weight, self.dtype)
+            weight = step.weight(self.source.read)
+            is_transposed = step.name in self.transposed
+            parts = slices(weight.dequantize(self.dtype).t()) if is_transposed else decoded_parts(weight, self.dtype)
             for part in parts:
-                writer.write(step.prefix, part)
+                writer.write(step.key, part)
             self.report.dequantized += 1
 
-        return Job([Output(step.prefix, self.dtype, expected)], write)
+        return Job([Output(step.key, self.dtype, expected)], write)
 
 
 def slices(whole: Tensor) -> Parts:
-    """The elements of a tensor in row-major order, contiguous, in parts of whole blocks of any size."""
+    """The elements of a tensor in row-major order, contiguous, in parts of :func:`part_size`."""
     if whole.is_contiguous():
-        yield from whole.view(-1).split(PART)
+        yield from whole.view(-1).split(part_size(whole.shape))
         return
-    for part in whole.split(rows_of_a_part(whole[0].numel())):
+    for part in whole.split(max(1, part_size(whole.shape) // whole[0].numel())):
         yield part.contiguous().view(-1)
 
 
-def rows_of_a_part(width: int) -> int:
-    """How many rows of ``width`` elements make a part of whole blocks of any size."""
-    step = 4096 // math.gcd(width, 4096)
-    return step * max(1, PART // (width * step))
+def part_size(shape: tuple[int, ...]) -> int:
+    """About PART elements: rows of a tensor that are whole blocks of any size."""
+    width = max(1, shape[-1]) if shape else 1
+    step = width * (4096 // math.gcd(width, 4096))
+    return step * max(1, PART // step)
 
 
-def decoded_parts(weight: QuantizedWeight, dtype: torch.dtype, size: int = PART) -> Parts:
-    """The decoded elements in order, ``size`` (whole blocks) at a time."""
-    scales, numel, block = weight.scales(), weight.numel(), weight.block_size
-    for begin in range(0, numel, size):
-        end = min(begin + size, numel)
-        part = QuantizedWeight(
-            weight.packed[begin // 2 : (end + 1) // 2],
-            scales[begin // block : -(-end // block)],
-            shape=(end - begin,),
-            dtype=dtype,
-            quant_type=weight.quant_type,
-            block_size=block,
-            code=weight.code,
-        )
-        yield part.dequantize()
+def decoded_parts(weight: QuantizedWeight, dtype: torch.dtype) -> Parts:
+    """The decoded elements in order, in parts of :func:`part_size`."""
+    flat, size = weight.flatten(), part_size(weight.shape)
+    for begin in range(0, flat.numel(), size):
+        yield flat.slice(begin, min(begin + size, flat.numel())).dequantize(dtype)
 
 
 def _bad(part: Tensor, done: int, error: ValueError) -> str:
@@ -409,13 +376,3 @@ def _bad(part: Tensor, done: int, error: ValueError) -> str:
         return first_sentence(error)
     index = int((~finite).nonzero()[0])
     return f"its element {done + index} is {float(part[index])}: only finite weights can be quantized."
-
-
-def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None, dtype: torch.dtype) -> None:
-    """config.json: the source's, with another ``quantization_config`` and dtype."""
-    config.pop("quantization_config", None)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
-    config |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

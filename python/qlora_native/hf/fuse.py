@@ -1,28 +1,38 @@
 """Native kernels in place of what stands between a model's matrix products: norms, gated MLPs, attention.
 
-Nothing is known here by its class's name. A module is looked at for its parts, computed once both ways on numbers that
-tell the two apart, and replaced only where the results agree; whatever differs (Gemma's norm of weight 1 + w, a GELU, a
+No class is recognized by its name. A module is inspected for its parts, computed once both ways on numbers that tell
+the two apart, and replaced only where the results agree; whatever differs (Gemma's norm of weight 1 + w, a GELU, a
 clamp, interleaved rotation) stays as it is. Parameters, names and state_dict keys do not change.
+
+transformers' attention modules call a rotation and an attention function by the names of globals: a copy of the forward
+is made that finds the native ones there. The modules of transformers are not touched, so other models do not change.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import permutations
-from types import FunctionType
-from typing import Any
+from functools import cache, partial, update_wrapper, wraps
+from itertools import pairwise, permutations
+from types import CellType, FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import qlora_native as qn
 from qlora_native.functional import SIXTEEN_BITS, dense_linear
-from qlora_native.hf.attention import TOLERANCE, agree, is_ours, with_native_parts
-from qlora_native.nn.substitute import Substitute, substitute_class
-from qlora_native.ops import _pages
+from qlora_native.nn.experts import Substitute, substitute_class
 from qlora_native.ops._direct import call
+from qlora_native.ops._library import gather_pages
+from qlora_native.ops.causal_attention import is_native
 
+# How far two orders of rounding may lie apart, relative to the largest value.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+# Instruction sets with products of bf16. Without them torch's attention multiplies 16-bit numbers one by one.
+NATIVE_BF16 = ("avx512_bf16", "amx", "neon_bf16")
 LARGE = 1 << 22  # elements of a dense weight that no cache holds
 
 
@@ -81,14 +91,9 @@ class Norm(Fused):
     @classmethod
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
         own = dict(module.named_parameters(recurse=False))
-        weight = own.get("weight")
-        if (
-            list(own) != ["weight"]
-            or weight is None
-            or len(list(module.children())) > 0
-            or len(list(module.buffers())) > 0
-        ):
+        if list(own) != ["weight"] or any(True for _ in module.children()) or any(True for _ in module.buffers()):
             return None
+        weight = own["weight"]
         if weight.dim() != 1 or not is_ours(weight) or type(module).__module__.startswith("torch."):
             return None
         candidates = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}
@@ -157,11 +162,11 @@ class Attention(Fused):
         if parameter is None or not is_ours(parameter, dtype=False):
             return None
         forward = type(module).forward
-        return {} if isinstance(forward, FunctionType) and with_native_parts(forward) is not forward else None
+        return {} if isinstance(forward, FunctionType) and _with_native_parts(forward) is not forward else None
 
     @classmethod
     def members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        return {"forward": with_native_parts(base.forward)}  # type: ignore[arg-type]
+        return {"forward": _with_native_parts(base.forward)}  # type: ignore[arg-type]
 
 
 class Dense(Fused):
@@ -176,12 +181,29 @@ class Dense(Fused):
         if type(module) is not nn.Linear or module.weight.dtype not in SIXTEEN_BITS or not is_ours(module.weight):
             return None
         if module.weight.numel() >= LARGE and module.weight.is_contiguous():
-            _pages.gather(module.weight)
+            gather_pages(module.weight)
         return {}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
         return dense_linear(x, self.weight, self.bias)
+
+
+def is_ours(tensor: Tensor, dtype: bool = True) -> bool:
+    """Whether the native kernels take a tensor of this device, and of this dtype if that matters."""
+    return tensor.device.type == "cpu" and (not dtype or tensor.dtype in TOLERANCE)
+
+
+def agree(got: Any, expected: Tensor, each_row: bool = False) -> bool:
+    """Equal but for rounding, relative to the largest value, of each row or of all."""
+    if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    difference, size = (got.float() - expected.float()).abs(), expected.float().abs()
+    if each_row:
+        difference, size = difference.amax(-1), size.amax(-1)
+    else:
+        size = size.clamp_min(1e-3)
+    return bool((difference <= TOLERANCE[expected.dtype] * size).all() and size.isfinite().all())
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -205,7 +227,7 @@ def _noise(*shape: int) -> Tensor:
 
 @contextmanager
 def _quiet(module: nn.Module) -> Iterator[None]:
-    """The module itself training, as dropout in its own forward must show; its parts not: theirs stays theirs."""
+    """The module itself in training mode, so that dropout in its own forward shows; its parts in evaluation mode."""
     before = {part: part.training for part in module.modules()}
     try:
         for part in before:
@@ -219,8 +241,216 @@ def _quiet(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _attempt(module: nn.Module, x: Tensor) -> Any:
-    """The module's answer to ``x``, or None if it wants something else."""
+    """The module's answer to ``x``, or None if it takes something else."""
     try:
         return module(x)
     except Exception:  # whatever an unknown module raises, it is not what is looked for
         return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attends_in_fp32() -> bool:
+    """Whether torch's attention is given fp32 in place of 16-bit numbers on this CPU."""
+    return qn.build_info()["cpu_isa"] not in NATIVE_BF16
+
+
+def _with_native_parts(function: FunctionType) -> FunctionType:
+    """A copy of ``function`` that sees native kernels in place of the globals that compute the same; the function
+    itself if it uses none of them. A function that it wraps is copied alike."""
+    swapped: dict[str, Any] = {}
+    for name in function.__code__.co_names:
+        found = function.__globals__.get(name)
+        if isinstance(found, FunctionType) and _rotates(found):
+            swapped[name] = _native_rotary(found)
+        elif found is not None and found is _attention_functions():
+            swapped[name] = _NativeInterfaces(found)
+    cells = []
+    for cell in function.__closure__ or ():
+        inner = cell.cell_contents
+        wrapped = inner is getattr(function, "__wrapped__", None) and isinstance(inner, FunctionType)
+        copied = _with_native_parts(inner) if wrapped else inner
+        cells.append(cell if copied is inner else CellType(copied))
+    if not swapped and all(a is b for a, b in zip(cells, function.__closure__ or (), strict=True)):
+        return function
+    names = function.__globals__
+    if swapped:
+        names = {**names, **swapped}
+        names.pop("__name__", None)  # by which torch.compile would look the swapped ones up in the module itself
+    copy = FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, tuple(cells) if cells else None
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    update_wrapper(copy, function)
+    return copy
+
+
+@cache
+def _rotates(function: FunctionType) -> bool:
+    """Whether ``function(q, k, cos, sin)`` is the rotation that the native kernel does."""
+    try:
+        if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+            return False
+        noise = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(2, heads, 5, 16, generator=noise) for heads in (3, 1))
+        cos, sin = (torch.randn(2, 5, 16, generator=noise) for _ in range(2))
+        got = function(q, k, cos, sin)
+    except Exception:  # it takes something else
+        return False
+    op = torch.ops.qlora_native.rotary
+    return len(got) == 2 and all(agree(a, op(x, cos, sin, False)) for a, x in zip(got, (q, k), strict=True))
+
+
+@cache
+def _native_rotary(original: FunctionType) -> Callable[..., Any]:
+    @wraps(original)
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain = not args and not kwargs and q.dtype == k.dtype == cos.dtype == sin.dtype and q.dim() == k.dim() == 4
+        fits = plain and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and is_ours(q)
+        if not fits or cos.requires_grad or sin.requires_grad:
+            return original(q, k, cos, sin, *args, **kwargs)
+        return call("rotary", q, cos, sin, False), call("rotary", k, cos, sin, False)
+
+    return apply
+
+
+@cache
+def _attention_functions() -> Any:
+    """transformers' table of attention functions by name, or None."""
+    from transformers import modeling_utils
+
+    return getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
+
+
+class _NativeInterfaces:
+    """transformers' table of attention functions, with ours where it names its own sdpa."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self._ours = partial(_attention, widen=attends_in_fp32())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        return self._or_ours(self._table[name])
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of that name, ``default`` for the eager one."""
+        return self._or_ours(self._table.get_interface(name, default))
+
+    def _or_ours(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return self._ours if function is sdpa_attention_forward else function
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    widen: bool,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa; document by document where a mask separates some, and by the native kernel where every
+    position sees all earlier ones and no other. Torch computes the rest, in fp32 if ``widen``.
+
+    query [B, H, T, D], key and value [B, H / g, T, D]; returns [B, T, H, D].
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    square = query.shape[2] == key.shape[2] > 1 and kwargs.get("position_bias") is None
+    alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape and query.shape[3] == key.shape[3]
+    native = square and alike and not dropout and is_ours(query) and is_native(query)
+    widen = widen and is_ours(query)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None) -> Tensor:
+        if native and mask is None and causal is True:
+            out: Tensor = call("causal_attention", q, k, v, scale)[0]
+            return out.transpose(1, 2)
+        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": causal, **kwargs}
+        if widen:
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+            return sdpa_attention_forward(module, q.float(), k.float(), v.float(), mask, **options)[0].to(q.dtype)
+        return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+
+    documents = None
+    if attention_mask is not None and square and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        documents = documents_of(attention_mask, query.shape[0])
+    if documents is not None:
+        return by_document(attend, query, key, value, documents), None
+    return attend(query, key, value, attention_mask, causal), None
+
+
+_FOUND = "_qlora_native_documents"  # kept on the mask, which all layers of a forward pass share
+
+
+class Document(NamedTuple):
+    """One square of a mask: its tokens, and its [1, 1, length, length] of the mask, None if that is plainly causal."""
+
+    length: int
+    mask: Tensor | None
+
+
+Documents = tuple[tuple[Document, ...], ...]  # of each sequence of the batch, in order
+
+# (query [1, H, T, D], key, value [1, H / g, T, D], mask or None, whether causal if there is no mask) to [1, T, H, D]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
+
+
+def documents_of(mask: Tensor, batch: int) -> Documents | None:
+    """The documents of a boolean mask [B or 1, 1, T, T], True where a position is seen.
+
+    None if there is one document only, or if anything is seen outside the squares.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
+        return None
+    if mask.shape[0] not in (1, batch):
+        return None
+    if not hasattr(mask, _FOUND):
+        setattr(mask, _FOUND, _find(mask))
+    found: Documents | None = getattr(mask, _FOUND)
+    return found * batch if found is not None and len(found) < batch else found
+
+
+def _find(mask: Tensor) -> Documents | None:
+    length = mask.shape[-1]
+    sequences = []
+    for square in mask[:, 0]:
+        # Every position sees itself and, unless it is a document's first, the one before it.
+        if length < 2 or not bool(square.diagonal().all()):
+            return None
+        starts = [0, *((~square.diagonal(-1)).nonzero().flatten() + 1).tolist(), length]
+        documents, inside = [], 0
+        for start, end in pairwise(starts):
+            part = square[start:end, start:end]
+            seen, size = int(part.sum()), end - start
+            inside += seen
+            plain = 2 * seen == size * (size + 1) and not bool(part.triu(1).any())
+            documents.append(Document(size, None if plain else part[None, None]))
+        if inside != int(square.sum()):
+            return None
+        sequences.append(tuple(documents))
+    return tuple(sequences) if any(len(documents) > 1 for documents in sequences) else None
+
+
+def by_document(attend: Attend, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+    """``attend`` on each document of each sequence; query [B, H, T, D], key and value [B, H / g, T, D]; to
+    [B, T, H, D]."""
+    rows = []
+    # split, not slices: its derivative is one concatenation.
+    for sequence, *operands in zip(documents, *(x.split(1) for x in (query, key, value)), strict=True):
+        lengths = [document.length for document in sequence]
+        parts = zip(sequence, *(x.split(lengths, 2) for x in operands), strict=True)
+        rows.append(torch.cat([attend(q, k, v, document.mask, True) for document, q, k, v in parts], 1))
+    return torch.cat(rows)

@@ -1,4 +1,4 @@
-"""Tokens one after another, for whoever wants each as it comes."""
+"""An answer token by token, as each is computed."""
 
 from __future__ import annotations
 
@@ -50,9 +50,8 @@ def stream(model: Any, prompt: Sequence[int], sampling: Sampling, stop: set[int]
     if len(prompt) >= context:
         raise UserError(f"the conversation has {len(prompt)} tokens, the model's context {context}: begin a new one")
     generator = torch.Generator().manual_seed(sampling.seed)
-    # Of a long prompt, the logits of the last token are all that is wanted.
-    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if takes else {}
+    # Of a long prompt, only the logits of the last token are needed.
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     ids, cache = torch.tensor([list(prompt)], device=model.device), None
     for _ in range(min(sampling.max_tokens, context - len(prompt))):
         output = model(ids, past_key_values=cache, use_cache=True, **last)
@@ -77,9 +76,9 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Every token that ends an answer by the model's or the tokenizer's own word."""
+    """Every token that ends an answer by the configs of the model and the tokenizer."""
     found: set[int] = set()
     for owner in (model.generation_config, model.config, tokenizer):
-        told = getattr(owner, "eos_token_id", None)
-        found |= set(told if isinstance(told, list) else [] if told is None else [told])
+        ids = getattr(owner, "eos_token_id", None)
+        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
     return found

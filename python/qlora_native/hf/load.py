@@ -14,26 +14,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_native._memory import trim_heap
-from qlora_native.calibration.quantize import METHODS
 from qlora_native.errors import UserError
 from qlora_native.hf import fuse as fusion
-from qlora_native.hf.build import (
-    DTYPES,
-    OUTPUT_EMBEDDING,
-    Loader,
-    MetaModel,
-    four_bit_parts,
-    four_bit_weights,
-    is_four_bit,
-)
-from qlora_native.hf.calibrated import Progress, calibrated
+from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, four_bit_parts
 from qlora_native.hf.checkpoint import some_of
 from qlora_native.hf.config import METADATA
-from qlora_native.hf.source import Source, open_source
+from qlora_native.hf.source import SafetensorsSource, Source, open_source
 from qlora_native.nn.experts import without_stacks
 from qlora_native.weight import TENSOR_FIELDS, quantize
 
 CALIBRATED = ("wmse", "gptq")  # methods that need data
+METHODS = ("rtn", "rtn_signed", *CALIBRATED)
+
+Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers in all)
 
 
 @dataclass(frozen=True)
@@ -45,12 +38,11 @@ class LoadReport:
         bytes_4bit: bytes of the 4-bit weights, their scales included.
         bytes_dense: bytes of every other parameter and buffer.
         dense: bytes of each parameter that is not 4-bit, by name, largest first; tied ones once.
-        method: how its 4-bit weights were made: "rtn", "rtn_signed", "wmse" or "gptq"; None if nothing is 4-bit or
-            the folder, which holds 4-bit weights, does not say.
+        method: of its 4-bit weights: "rtn", "rtn_signed", "wmse" or "gptq"; None if nothing is 4-bit, or if a folder
+            of 4-bit weights does not name it.
         calibration: what the statistics were gathered from: sha256 of the tokens, rows, length, tokens, seed; None for
             methods without data.
-        fell_back: 4-bit weights that did not get the method, and why; "name[3]" is expert 3 of a stack. Empty for a
-            folder that holds 4-bit weights.
+        fell_back: weights that did not get the method on loading, and why; "name[3]" is expert 3 of a stack.
         seconds: that loading took.
     """
 
@@ -87,7 +79,7 @@ class LoadReport:
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Source,
     *,
     quant_type: str = "nf4",
     block_size: int = 64,
@@ -100,19 +92,20 @@ def load_model(
     fuse: bool = True,
     work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    reader: Callable[[Source, Loader], None] | None = None,
+    reader: Callable[[Source, MetaModel], None] | None = None,
 ) -> PreTrainedModel:
     """Load any transformers causal LM with its linear layers in 4 bits.
 
     Tensors are read one at a time, quantized (or cast to ``dtype``) and dropped, so memory peaks at the 4-bit model
     plus the largest tensor; with "wmse" and "gptq", plus one decoder layer in 16 bits, what it computes of the
     sequences at hand, and its statistics. The model comes back in evaluation mode, every parameter frozen;
-    ``model.load_report`` says what is 4-bit and what is not.
+    ``model.load_report`` names what is 4-bit and what is not.
 
     Args:
         path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in
-            bitsandbytes' format), a ``.gguf`` file, or a folder that holds one. GGUF goes through transformers'
-            reader, which makes the 16-bit model first.
+            bitsandbytes' format), a ``.gguf`` file, or a folder that holds one; or what
+            :func:`qlora_native.hf.source.open_source` made of it. GGUF goes through transformers' reader, which makes
+            the 16-bit model first.
         quant_type, block_size, double_quant: as :func:`qlora_native.quantize`. Weights that are 4-bit already keep
             what they have.
         dtype: of everything that stays dense, and the dtype that the 4-bit weights stand for: bfloat16, float16 or
@@ -124,17 +117,17 @@ def load_model(
             largest magnitude, as bitsandbytes does; "rtn_signed" lets a scale be negative; "wmse" searches each
             block's scale for the least error weighted by the mean square of the input channels; "gptq" also passes
             the error of each column on to the next ones (Frantar et al., "GPTQ", 2022). None is "wmse" with
-            calibration data and "rtn" without. docs/calibration.md tells which to use.
+            calibration data and "rtn" without. docs/calibration.md compares them.
         calibration: for "wmse" and "gptq": a file that ``qlora train`` reads, a list of texts, token tensors, or a
-            :class:`qlora_native.CalibrationData`, which also says how much of it to take.
+            :class:`qlora_native.CalibrationData`, which also limits how much of it is taken.
         fuse: give the modules between the products native kernels where they compute the same, as
-            :func:`qlora_native.fuse` says. Outputs then agree with transformers' own code to rounding; on a device
+            :func:`qlora_native.fuse` does. Outputs then agree with transformers' own code to rounding; on a device
             other than a CPU nothing changes.
         work_dir: with calibration, a folder of this load's own on a disk: finished layers and hidden states are kept
             there, a load that was killed goes on from it, and a load that ends removes it.
         progress: with calibration, called with a line of text, the layers done, and the layers in all.
-        reader: brings the tensors in, in place of reading all of them here; without calibration. For several
-            processes there is :func:`qlora_native.distributed.load_model`, which uses it.
+        reader: stores the tensors, in place of reading all of them here; without calibration. For several processes
+            there is :func:`qlora_native.distributed.load_model`, which uses it.
 
     Raises:
         UserError: the files are missing, broken, of another model or hold a NaN; the sentence names the file and the
@@ -157,36 +150,49 @@ def load_model(
 
     began = time.monotonic()
     target = torch.get_default_device() if device is None else torch.device(device)
-    source = open_source(Path(path), dtype)
-    tree = MetaModel(source.config, dtype, target)
-    told: dict[str, Any] = {"method": method}
+    source = open_source(path)
+    meta = MetaModel(source.config, dtype, target)
+    made: dict[str, Any] = {"method": method}
     fell_back: dict[str, str] = {}
-    if source.is_four_bit(tree):  # it says itself which layers are not
-        if method != "rtn":
-            raise UserError(
-                f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from."
-            )
-        loader = Loader(tree, {}, options, False, dtype)
-    else:
-        weights = four_bit_weights(tree.model, skip_modules, block_size, tree.in_fp32)
-        loader = Loader(tree, weights, options, method == "rtn_signed", dtype)
+    if not source.is_four_bit:
+        meta.weights = meta.four_bit_weights(skip_modules, block_size)
+        meta.options, meta.signed = options, method == "rtn_signed"
+    elif method != "rtn":
+        raise UserError(f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from.")
     if method in CALIBRATED:
+        from qlora_native.hf.calibrated import calibrated
+
         folder = None if work_dir is None else Path(work_dir)
-        told["calibration"], fell_back = calibrated(source, loader, method, calibration, folder, progress)
+        made["calibration"], fell_back = calibrated(source, meta, method, calibration, folder, progress)
     elif reader is not None:
-        reader(source, loader)
+        reader(source, meta)
     else:
-        loader.take_all(source.iter_tensors(tree, lambda name: True, loader.is_copied, loader.weights.__contains__))
-    model = tree.finish(source.unexpected(tree), str(source.path))
-    if (generation := source.generation_config()) is not None:
+        meta.load(source, source.plan(meta).steps)
+    unexpected = source.plan(meta).unexpected if isinstance(source, SafetensorsSource) else []
+    model = meta.finish([stored.name for stored in unexpected], str(source.path))
+    if isinstance(source, SafetensorsSource) and (generation := source.generation_config()) is not None:
         model.generation_config = generation
     model._weight_conversions = without_stacks(getattr(model, "_weight_conversions", None) or (), model)
-    _set_quantization_config(model, source, dtype, options, told)
+    if four_bit_parts(model):
+        dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        ours = {**bitsandbytes_config(dtype, options, dense), METADATA: made}
+        model.config.quantization_config = source.four_bit_config or ours
+    else:
+        model.config.__dict__.pop("quantization_config", None)
     if fuse:
         fusion.fuse(model)
     trim_heap()
     model.load_report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
     return model
+
+
+def load_dense(path: str | os.PathLike[str] | Source, **options: Any) -> PreTrainedModel:
+    """As :func:`load_model`, with nothing quantized. UserError if the files hold 4-bit weights."""
+    source = open_source(path)
+    if source.is_four_bit:
+        raise UserError(f"{source.path} holds 4-bit weights: expected the 16-bit model they were made from.")
+    meta = MetaModel(source.config, torch.bfloat16, torch.device("meta"))
+    return load_model(source, skip_modules=[name for name, _ in meta.model.named_children()], **options)
 
 
 def make_report(model: nn.Module, path: Path) -> LoadReport:
@@ -195,31 +201,19 @@ def make_report(model: nn.Module, path: Path) -> LoadReport:
     scales = {id(getattr(weight, name)) for weight in four_bit.values() for name in TENSOR_FIELDS[1:]}
     dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in four_bit}
     config = getattr(model.config, "quantization_config", None) or {}
-    config = config if isinstance(config, dict) else config.to_dict()
-    told = config.get(METADATA) or {}
+    metadata = (config if isinstance(config, dict) else config.to_dict()).get(METADATA) or {}
     return LoadReport(
         path=path,
         bytes_4bit=sum(weight.nbytes for weight in four_bit.values()),
         bytes_dense=sum(dense.values()) + sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in scales),
         dense=dict(sorted(dense.items(), key=lambda item: -item[1])),
-        method=told.get("method") if four_bit else None,
-        calibration=told.get("calibration"),
+        method=metadata.get("method") if four_bit else None,
+        calibration=metadata.get("calibration"),
     )
 
 
-def _set_quantization_config(
-    model: PreTrainedModel, source: Source, dtype: torch.dtype, options: dict[str, Any], told: dict[str, Any]
-) -> None:
-    if not is_four_bit(model):
-        model.config.__dict__.pop("quantization_config", None)
-        return
-    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    made = {**bitsandbytes_config(dtype, options, dense), METADATA: told}
-    model.config.quantization_config = source.four_bit_config or made
-
-
 def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list[str]) -> dict[str, Any]:
-    """What transformers writes beside 4-bit weights in bitsandbytes' format, so that it reads the folder again.
+    """The quantization_config of 4-bit weights in bitsandbytes' format, as transformers writes and reads it.
 
     ``options`` are those of :func:`qlora_native.quantize`, ``dense`` the linear layers that are not 4-bit.
     """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import qlora_native as qn
-from qlora_native.data import IGNORE_INDEX
+from qlora_native.data.template import IGNORE_INDEX
 from qlora_native.hf.fuse import Dense
 from qlora_native.nn.linear import QuantizedLinear
 
@@ -30,8 +30,7 @@ _causal: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary(
 
 
 def trained_tokens(batch: Mapping[str, Tensor]) -> int:
-    """How many positions of the batch have a label once it is shifted by one, that is, how many terms the loss
-    averages over."""
+    """How many positions of the batch have a label once it is shifted by one: the terms of the loss's mean."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
@@ -39,11 +38,11 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy in nats over the labeled positions of one micro-batch, an fp32 scalar with gradients.
 
     ``batch`` holds ``input_ids`` and ``labels``, both int64 [B, T] (the label of a token is the token itself, -100
-    where it is not trained; the shift by one happens here), and whatever else the model's forward takes, such as
+    where it is not trained; the shift by one happens here), and other arguments of the model's forward, such as
     ``attention_mask``.
 
     A model that does more than one product between its last hidden state and its logits (a bias, soft-capping, a
-    scale) goes through its own forward with full logits; a warning says so once per model.
+    scale) goes through its own forward with full logits; with a warning, once per model.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -61,8 +60,8 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def settle(model: Any) -> None:
-    """Find out now what :func:`causal_lm_loss` otherwise finds out when a batch first makes it ask: the forward passes
-    that this takes must be the same on all ranks of a cut model."""
+    """Run the checks of :func:`causal_lm_loss` now, not with the first batch that needs them: their forward passes must
+    be the same on all ranks of a sharded model."""
     ids = torch.arange(16, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     inputs = {"input_ids": ids}
     _plain[model] = head_is_plain(model, inputs)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,31 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from qlora_native.errors import UserError
-from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, four_bit_weights, put_dense
-from qlora_native.hf.checkpoint import Output, ShardWriter
+from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, put_dense
+from qlora_native.hf.checkpoint import Output, Scratch, ShardWriter
 from qlora_native.hf.config import METADATA
-from qlora_native.hf.convert import (
-    Conversion,
-    Job,
-    copy_other_files,
-    decoded_parts,
-    rows_of_a_part,
-    slices,
-    write_all,
-    write_config,
-)
+from qlora_native.hf.convert import Conversion, Job, decoded_parts, part_size, slices
 from qlora_native.hf.fuse import unfuse
 from qlora_native.hf.load import LoadReport, make_report
 from qlora_native.hf.plan import Converted, FourBit, Plain, Step
-from qlora_native.hf.source import SafetensorsSource, open_source
+from qlora_native.hf.source import Source, open_source
 from qlora_native.lora import LoRALinear
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.config import ZERO
 from qlora_native.lora.layer import trained_whole
-from qlora_native.nn.experts import quantized_stacks, take_stack
+from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import QuantizedWeight
 
@@ -67,27 +55,30 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     if dtype not in DTYPES:
         raise ValueError(f"merge: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
     report: LoadReport | None = getattr(model, "load_report", None)
-    has_stacks = any(True for _ in quantized_stacks(model))
-    if base == "original":
-        config = model.__dict__.get("lora_config")
-        if config is not None and config.init != ZERO:
-            raise ValueError(
-                f"merge: the adapter began with init {config.init!r}, which corrects the 4-bit weights: expected "
-                "base='dequantized'."
-            )
-        if report is None:
-            raise ValueError("merge: the model was not loaded by load_model: expected base='dequantized'.")
-        _from_original(model, report, dtype)
+    config = model.__dict__.get("lora_config")
+    layers = {f"{path}.weight": (path, layer) for path, layer in _layers(model)}
+    stacks = {f"{path}.{name}": (experts, name, weight) for path, experts, name, weight in quantized_stacks(model)}
+    if base == "dequantized":
+        weights = _decoded(layers, stacks, dtype)
+    elif config is not None and config.init != ZERO:
+        raise ValueError(
+            f"merge: the adapter began with init {config.init!r}, which corrects the 4-bit weights: expected "
+            "base='dequantized'."
+        )
+    elif report is None:
+        raise ValueError("merge: the model was not loaded by load_model: expected base='dequantized'.")
     else:
-        for path, layer in list(_layers(model)):
-            inner = _inner(layer)
-            if isinstance(inner, QuantizedLinear):
-                _make_dense(model, path, layer, inner.quantized.dequantize(torch.float32), dtype)
-            else:
-                _make_dense(model, path, layer, inner.weight, dtype)
-        for _, experts, name, weight in list(quantized_stacks(model)):
-            take_stack(experts, name, weight.dequantize(dtype))
-    if has_stacks:
+        trained = tuple(f"{path}." for path in trained_whole(model, config.modules_to_save)) if config else ()
+        parameters = {name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
+        parameters = {name: tensor for name, tensor in parameters.items() if not name.startswith(trained)}
+        weights = _original(open_source(report.path), dtype, layers, stacks, parameters)
+    for name, weight in weights:
+        if name in layers:
+            _make_dense(model, *layers[name], weight, dtype)
+        else:
+            experts, leaf, stack = stacks[name]
+            take_stack(experts, leaf, weight.to(stack.device, dtype, copy=base == "original"))
+    if stacks:
         model.__dict__.pop("_weight_conversions", None)  # transformers' own for this class: experts one by one again
     unfuse(model)
     loaded_as = model.config.dtype
@@ -102,57 +93,57 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     return model.requires_grad_(False)
 
 
-def _from_original(model: PreTrainedModel, report: LoadReport, dtype: torch.dtype) -> None:
-    source = open_source(report.path, dtype)
-    tree = MetaModel(source.config, dtype, torch.device("cpu"))
-    if source.is_four_bit(tree):
-        raise UserError(f"{report.path} holds 4-bit weights and no original ones: merge with base 'dequantized'.")
-    layers = {f"{path}.weight": (path, layer) for path, layer in _layers(model)}
-    stacks = {f"{path}.{name}": (experts, name, weight) for path, experts, name, weight in quantized_stacks(model)}
-    parameters = {name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
-    config = model.__dict__.get("lora_config")
-    trained = tuple(f"{path}." for path in trained_whole(model, config.modules_to_save)) if config else ()
+Layers = dict[str, tuple[str, "LoRALinear | QuantizedLinear"]]
+Stacks = dict[str, tuple[QuantizedExperts, str, QuantizedWeight]]
 
-    def is_wanted(name: str) -> bool:
-        """Layers to replace, and whatever the model holds in a dtype that loses something against the files."""
-        parameter = parameters.get(name)
-        return (
-            name in layers
-            or name in stacks
-            or (parameter is not None and parameter.dtype != tree.dtype_of(name) and not name.startswith(trained))
-        )
 
+def _decoded(layers: Layers, stacks: Stacks, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The weights by name as the model holds them; those of layers in fp32, to which adapters are added."""
+    for name, (_, layer) in layers.items():
+        inner = _inner(layer)
+        yield name, inner.quantized.dequantize(torch.float32) if isinstance(inner, QuantizedLinear) else inner.weight
+    for name, (*_, weight) in stacks.items():
+        yield name, weight.dequantize(dtype)
+
+
+def _original(
+    source: Source, dtype: torch.dtype, layers: Layers, stacks: Stacks, parameters: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights by name as the files hold them. What else the model holds in a dtype that loses something against the
+    files is read into ``parameters``."""
+    if source.is_four_bit:
+        raise UserError(f"{source.path} holds 4-bit weights and no original ones: merge with base 'dequantized'.")
+    meta = MetaModel(source.config, dtype, torch.device("cpu"))
     absent = {*layers, *stacks}
-    tied_to = {tree.tied[name]: name for name in layers if name in tree.tied}  # of which a file may hold one
-    for name, value, _ in source.iter_tensors(tree, lambda n: is_wanted(n) or n in tied_to, lambda name, stored: True):
+    widened = {name for name in parameters.keys() & meta.shapes if parameters[name].dtype != meta.dtype_of(name)}
+    widened -= absent
+    tied_to = {meta.tied[name]: name for name in layers if name in meta.tied}  # of which a file may hold one
+
+    def changed(what: str) -> UserError:
+        return UserError(f"{source.path} has changed since the model was loaded: {what}; load the model again.")
+
+    needed = absent | widened | tied_to.keys()
+    steps = [step for step in source.plan(meta).steps if isinstance(step, Converted) or step.name in needed]
+    scratch = Scratch(max((step.num_bytes for step in steps if isinstance(step, Plain)), default=0))
+    for name, value in (pair for step in steps for pair in step.iter_tensors(meta.model, source.read, scratch)):
         assert isinstance(value, Tensor)
-        absent.discard(name)
         if name in tied_to:
             absent.discard(tied_to[name])
-            _make_dense(model, *layers[tied_to[name]], value, dtype)
-            if not is_wanted(name):
-                continue
-        if name in stacks:
-            experts, leaf, weight = stacks[name]
-            if value.shape != weight.shape:
-                raise _changed(report, f"{name} is {list(value.shape)} there now")
-            take_stack(experts, leaf, value.to(weight.device, dtype, copy=True))
+            yield tied_to[name], value
+        if name in widened:
+            parameters[name].data = value.to(parameters[name].device, meta.dtype_of(name), copy=True)
+        if name not in layers and name not in stacks:
             continue
-        if name not in layers:
-            parameters[name].data = value.to(parameters[name].device, tree.dtype_of(name), copy=True)
-            continue
-        path, layer = layers[name]
-        if isinstance(tree.model.get_submodule(path), Conv1D):
+        absent.discard(name)
+        if is_transposed(meta.model.get_submodule(name.rpartition(".")[0])):
             value = value.t()
-        if tuple(value.shape) != (_inner(layer).out_features, _inner(layer).in_features):
-            raise _changed(report, f"{name} is {list(value.shape)} there now")
-        _make_dense(model, path, layer, value, dtype)
+        inner = _inner(layers[name][1]) if name in layers else None
+        expected = (inner.out_features, inner.in_features) if inner is not None else tuple(stacks[name][2].shape)
+        if tuple(value.shape) != expected:
+            raise changed(f"{name} is {list(value.shape)} there now")
+        yield name, value
     if absent:
-        raise _changed(report, f"{sorted(absent)[0]} is no longer there")
-
-
-def _changed(report: LoadReport, what: str) -> UserError:
-    return UserError(f"{report.path} has changed since the model was loaded: {what}; load the model again.")
+        raise changed(f"{min(absent)} is no longer there")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | QuantizedLinear]]:
@@ -200,15 +191,7 @@ def merge_files(work: Merging, folder: Path, shard_bytes: int = 4 * 10**9) -> No
     Raises:
         UserError: a file is broken; an adapted weight is stored in several tensors.
     """
-    write_all(work, folder, shard_bytes)
-    if isinstance(work.source, SafetensorsSource):
-        config = json.loads((work.source.path / "config.json").read_bytes())
-        copy_other_files(work.source.path, folder)
-    else:
-        config = {key: value for key, value in work.source.config.to_dict().items() if key != "_name_or_path"}
-    if work.untied:
-        config["tie_word_embeddings"] = False
-    write_config(folder, config, work.config(), work.dtype)
+    work.write(folder, shard_bytes)
 
 
 class Merging(Conversion):
@@ -224,7 +207,7 @@ class Merging(Conversion):
 
     Attributes:
         adapter: what is merged; empty without an adapter.
-        untied: whether tied embeddings part, as only the output one has an adapter.
+        untied: whether tied embeddings are separated, as only the output one has an adapter.
 
     Raises:
         UserError: a file is missing or broken, or model and adapter do not belong together.
@@ -246,7 +229,7 @@ class Merging(Conversion):
         if base not in BASES:
             raise ValueError(f"merge: base is {base!r}: expected 'original' or 'dequantized'.")
         options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
-        source = open_source(path, TARGETS[to])
+        source = open_source(path)
         super().__init__(source, "bitsandbytes" if to == "nf4" else "16bit", TARGETS[to], options, skip_modules)
         if self.four_bit and base == "original":
             raise UserError(
@@ -254,47 +237,46 @@ class Merging(Conversion):
                 "16-bit model that it was made from."
             )
         self.skip_modules = skip_modules
-        first = next((step for step in self.plan.steps if isinstance(step, FourBit)), None)
-        if first is not None:  # what is quantized again is quantized alike
-            state = self._state(first)
-            self.options = {"quant_type": state["quant_type"], "block_size": state["blocksize"]}
-            self.options["double_quant"] = "nested_blocksize" in state
         # What load_model would make 4-bit: decoded, it is the base that the adapter was trained on.
         self.rounded: set[str] = set()
         if base == "dequantized" and not self.four_bit:
-            self.rounded = {*four_bit_weights(self.tree.model, skip_modules, block_size, self.tree.in_fp32)}
+            self.rounded = {*self.meta.four_bit_weights(skip_modules, block_size)}
             stacks = sorted(name for name in self.rounded if not name.endswith(".weight"))
             if stacks:
                 raise UserError(
                     f"{source.path} has stacks of experts ({stacks[0]}), which are merged from 4 bits only where they "
                     f"are stored so: `qlora convert {source.path} DIR --to qlora` first, then merge that folder."
                 )
-        for name in self.turned:  # GPT-2's layers become what an adapter knows; on this device they have no memory
-            width, height = self.tree.shapes[name].shape
-            self.tree.model.set_submodule(name.removesuffix(".weight"), nn.Linear(width, height, device="meta"))
-        self.adapter = StoredAdapter({}, {}) if adapter is None else read_adapter(self.tree.model, adapter)
-        tied = self.tree.tied
+        for name in self.transposed:  # an adapter is read for linear layers
+            width, height = self.meta.shapes[name].shape
+            self.meta.model.set_submodule(name.removesuffix(".weight"), nn.Linear(width, height, device="meta"))
+        self.adapter = StoredAdapter({}, {}) if adapter is None else read_adapter(self.meta.model, adapter)
+        tied = self.meta.tied
         origins = {tied.get(name, name): tensor for name, tensor in self.adapter.whole.items()}
         self.whole = origins | {name: origins[to] for name, to in tied.items() if to in origins}
-        # Tied embeddings part where only the output one has an adapter.
+        # Tied embeddings are separated where only the output one has an adapter.
         self.untied = any(f"{path}.weight" in tied for path in self.adapter.pairs)
 
-    def config(self) -> dict[str, Any] | None:
-        """quantization_config of what was written: what an adapter changed is rounded to nearest."""
-        told = super().config()
-        return told and {**told, METADATA: {"method": "rtn"}}
+    def config(self) -> dict[str, Any]:
+        """As that of a conversion; tied embeddings may be separate now."""
+        return super().config() | ({"tie_word_embeddings": False} if self.untied else {})
+
+    def quantization_config(self) -> dict[str, Any] | None:
+        """As that of a conversion: what an adapter changed is rounded to nearest."""
+        config = super().quantization_config()
+        return config and {**config, METADATA: {"method": "rtn"}}
 
     def jobs(self) -> Iterator[Job]:
         """In the order of the files; an output embedding that is no longer tied comes last."""
         yield from super().jobs()
-        for step in self._parted():
+        for step in self._untied_steps():
             yield self._merged(step, step.name)
 
     def merged_steps(self) -> list[Step]:
-        """What :meth:`rows` may be asked for: the steps of the plan, and an output embedding that is no longer tied."""
-        return [*self.plan.steps, *self._parted()]
+        """What :meth:`rows` takes: the steps of the plan, and an output embedding that is no longer tied."""
+        return [*self.plan.steps, *self._untied_steps()]
 
-    def _parted(self) -> list[Plain]:
+    def _untied_steps(self) -> list[Plain]:
         """Output embeddings that are not in the files because they were tied, and have an adapter; UserError for other
         adapted weights that are not there."""
         steps = {step.name: step for step in self.plan.steps}
@@ -302,11 +284,11 @@ class Merging(Conversion):
         found = []
         for name in sorted(adapted):
             step = steps.get(name)
-            origin = steps.get(self.tree.tied.get(name, ""))
+            origin = steps.get(self.meta.tied.get(name, ""))
             if isinstance(step, (Plain, FourBit)) or (name in self.whole and isinstance(origin, Plain)):
                 continue
             if isinstance(origin, Plain):
-                found.append(Plain(name, origin.stored))
+                found.append(Plain(name, origin.parts))
                 continue
             raise UserError(
                 f"{self.source.path} stores {name} in several tensors, where no adapter can be merged file by file: "
@@ -319,7 +301,7 @@ class Merging(Conversion):
         if isinstance(step, Converted) or not self.changes(step):
             yield from super().jobs_of(step)
         else:
-            yield self._merged(step, step.prefix if isinstance(step, FourBit) else step.stored.name)
+            yield self._merged(step, step.key)
 
     def changes(self, step: Step) -> bool:
         """Whether the weight is not simply copied, cast, quantized or decoded."""
@@ -334,13 +316,11 @@ class Merging(Conversion):
 
     def _merged(self, step: Plain | FourBit, key: str) -> Job:
         if self.becomes_four_bit(step):
-            file = str(step.parts[0].file if isinstance(step, FourBit) else step.stored.file)
-            rows, width = self.shape(step)
-            return self._packed(key, (rows, width), file, lambda: (part.view(-1) for part in self.rows(step)))
-        dtype = self.tree.dtype_of(step.name)
+            return self._packed(key, step, (part.view(-1) for part in self.rows(step)))
+        dtype = self.meta.dtype_of(step.name)
 
         def write(writer: ShardWriter) -> None:
-            if step.name in self.turned:
+            if step.name in self.transposed:
                 whole = torch.cat([part.to(dtype) for part in self.rows(step)])
                 for part in slices(whole.t()):
                     writer.write(key, part)
@@ -348,19 +328,13 @@ class Merging(Conversion):
             for part in self.rows(step):
                 writer.write(key, part.to(dtype))
 
-        return Job([Output(key, dtype, tuple(self.tree.shapes[step.name].shape))], write)
-
-    def shape(self, step: Plain | FourBit) -> tuple[int, int]:
-        """[N, K] of the weight as a product sees it; [1, length] of a vector."""
-        shape = tuple(self.tree.shapes[step.name].shape)
-        shape = shape[::-1] if step.name in self.turned else shape
-        return math.prod(shape[:-1]), shape[-1]
+        return Job([Output(key, dtype, tuple(self.meta.shapes[step.name].shape))], write)
 
     def rows(self, step: Plain | FourBit) -> Iterator[Tensor]:
         """The merged weight from top to bottom, fp32 [n, K] at a time."""
         whole = self.whole.get(step.name)
         if whole is not None:
-            yield from whole.float().reshape(self.shape(step)).split(rows_of_a_part(whole.shape[-1]))
+            yield from whole.float().reshape(-1, whole.shape[-1]).split(part_size(whole.shape) // whole.shape[-1])
             return
         pair = self.adapter.pairs.get(step.name.removesuffix(".weight"))
         done = 0
@@ -373,37 +347,13 @@ class Merging(Conversion):
             yield part
 
     def base_rows(self, step: Plain | FourBit) -> Iterator[Tensor]:
-        """The weight that the adapter comes upon, [n, K] at a time: fp32 if decoded from 4 bits, else as stored."""
-        height, width = self.shape(step)
-        size = rows_of_a_part(width)
+        """The weight that the adapter is added to, [n, K] at a time: fp32 if decoded from 4 bits, else as stored."""
         if isinstance(step, FourBit):
-            weight = self.source.four_bit(step)
-        elif step.name in self.rounded:
-            weight = self._quantized_whole(step)
+            parts = decoded_parts(step.weight(self.source.read), torch.float32)
         else:
-            stored = step.stored
-            if self.is_read_whole(stored) or step.name in self.turned:
-                whole = self.source.read(self.plan, stored)
-                yield from (whole.t() if step.name in self.turned else whole.view(height, width)).split(size)
-                return
-            for begin in range(0, height, size):
-                end = min(begin + size, height)
-                yield self.source.checkpoint.read_part(stored, begin * width, end * width).view(-1, width)
-            return
-        for part in decoded_parts(weight, torch.float32, size * width):
-            yield part.view(-1, width)
-
-    def _quantized_whole(self, step: Plain) -> QuantizedWeight:
-        """In 4 bits, from parts of what is stored."""
-        stored, shape = step.stored, self.shape(step)
-        packed, done = torch.empty((math.prod(shape) + 1) // 2, dtype=torch.uint8), 0
-
-        def take(codes: Tensor) -> None:
-            nonlocal done
-            packed[done : done + len(codes)] = codes
-            done += len(codes)
-
-        parts = self._flat(stored, step.name in self.turned)
-        weight = self.quantized(stored.name, shape, str(stored.file), parts, take)
-        weight.packed = packed
-        return weight
+            parts = self.parts(step.stored, step.name in self.transposed)
+            if step.name in self.rounded:
+                weight = self.quantized(step.key, self.shape(step), step.file, parts)
+                parts = decoded_parts(weight, torch.float32)
+        for part in parts:
+            yield part.view(-1, self.shape(step)[-1])

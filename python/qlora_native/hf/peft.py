@@ -34,8 +34,8 @@ class QuantizedLoraLinear(Linear):
 
     One active plain adapter (LoRA or rsLoRA, with or without dropout) is computed together with the base in one
     autograd node, its products in the dtype of the base's; DoRA and other variants, several active adapters, trained
-    biases and batches that mix adapters go through PEFT's own forward, which sees the base's decoded weight where it
-    looks at it. Merging adds the adapters to the decoded weight and quantizes the sum anew, once a call; unmerging
+    biases and batches that mix adapters go through PEFT's own forward, with the base's decoded weight where it uses
+    one. Merging adds the adapters to the decoded weight and quantizes the sum anew, once a call; unmerging
     puts the bytes from before back.
     """
 
@@ -55,20 +55,17 @@ class QuantizedLoraLinear(Linear):
                 f"init_lora_weights is {init!r}, which takes the adapter out of the base's weights, and these are "
                 f"4-bit: expected one of {', '.join(map(repr, _PLAIN_INITS))}."
             )
-        looks = init == "orthogonal" or self.resolve_lora_variant(config=config) is not None
-        with self._standing_in() if looks else nullcontext():
+        reads_weight = init == "orthogonal" or self.resolve_lora_variant(config=config) is not None
+        with self._standing_in() if reads_weight else nullcontext():
             super().update_layer(adapter_name, r, lora_alpha, config=config, **options)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to [..., N] in x's dtype."""
         name = self._plain_adapter() if not args and not kwargs else None
         if name is None:
-            looks = (
-                not self.disable_adapters
-                and not self.merged
-                and any(a in self.lora_variant for a in self.active_adapters)
-            )
-            with self._standing_in() if looks else nullcontext():
+            is_on = not self.disable_adapters and not self.merged
+            reads_weight = is_on and any(adapter in self.lora_variant for adapter in self.active_adapters)
+            with self._standing_in() if reads_weight else nullcontext():
                 return super().forward(x, *args, **kwargs)
         base: Any = self.base_layer
         seen = x if base.compute_dtype is None else x.to(base.compute_dtype)
@@ -79,7 +76,7 @@ class QuantizedLoraLinear(Linear):
         return y.to(x.dtype)
 
     def _plain_adapter(self) -> str | None:
-        """The one adapter that is active, if it is plain LoRA and nothing else is asked for."""
+        """The one active adapter, if it is plain LoRA."""
         if self.disable_adapters or self.merged or not isinstance(self.base_layer, QuantizedLinear):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -188,7 +185,9 @@ class QuantizedParamWrapper(ParamWrapper):
         self.merged_adapters.clear()
 
 
-QuantizedParamWrapper.__name__ = "ParamWrapper"  # by which PEFT knows a layer that may be wrapped for another stack
+QuantizedParamWrapper.__name__ = (
+    "ParamWrapper"  # by which PEFT recognizes a layer that may be wrapped for another stack
+)
 
 
 def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:

@@ -2,7 +2,7 @@
 
 transformers describes per architecture how the names in published checkpoints map to today's modules, and which
 stored tensors are split, stacked or transposed on the way. Its own loader reads everything through these; here each
-result is read, handed over and dropped before the next.
+result is read, stored in the model and dropped before the next.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,33 +29,26 @@ from transformers.core_model_loading import (
 )
 
 from qlora_native.errors import UserError
-from qlora_native.hf.build import MetaModel, first_sentence
-from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor
+from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor, first_sentence
+from qlora_native.weight import QuantizedWeight, from_bnb
 
-STATE_MARK = (
-    ".quant_state.bitsandbytes__"  # every 4-bit weight in bitsandbytes' format has one tensor with this in its name
-)
+if TYPE_CHECKING:
+    from qlora_native.hf.build import MetaModel
 
+STATE_MARK = ".quant_state.bitsandbytes__"  # in the name of one tensor of every 4-bit weight in bitsandbytes' format
+SCALE_SUFFIX = "_scale_inv"  # ends the name of the scales of a weight in 8-bit floats
 
-@dataclass
-class Plain:
-    """One stored tensor that becomes one tensor of the model."""
-
-    name: str
-    stored: StoredTensor
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the files."""
-        return self.stored.num_bytes
+Read = Callable[..., Tensor]  # of a StoredTensor and, if given, a Scratch
 
 
 @dataclass
-class FourBit:
-    """The stored tensors of one weight that is 4-bit already; ``prefix`` is what their names begin with."""
+class _Step:
+    """Stored tensors that become one or more tensors of the model; ``name`` is that of the first of these.
+
+    ``iter_tensors`` of a step reads its parts by ``read``, and yields (name in the model, value).
+    """
 
     name: str
-    prefix: str
     parts: list[StoredTensor]
 
     @property
@@ -62,23 +56,66 @@ class FourBit:
         """Bytes in the files."""
         return sum(stored.num_bytes for stored in self.parts)
 
+    @property
+    def file(self) -> str:
+        """Where the first part lies."""
+        return str(self.parts[0].file)
+
 
 @dataclass
-class Converted:
-    """Stored tensors that a conversion of transformers turns into one or more tensors of the model."""
-
-    name: str
-    converter: WeightConverter
-    parts: list[tuple[str, StoredTensor]] = field(default_factory=list)  # (pattern that matched, tensor)
+class Plain(_Step):
+    """One stored tensor that becomes one tensor of the model."""
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes in the files."""
-        return sum(stored.num_bytes for _, stored in self.parts)
+    def stored(self) -> StoredTensor:
+        """The one part."""
+        return self.parts[0]
 
-    def run(self, model: PreTrainedModel, read: Callable[[StoredTensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The results by name. The parts are read here, all of them, and dropped as the conversion consumes them."""
-        for pattern, stored in self.parts:
+    @property
+    def key(self) -> str:
+        """Its name in the files."""
+        return self.stored.name
+
+    def iter_tensors(
+        self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensor, which lies in ``scratch``, if given."""
+        yield self.name, read(self.stored, scratch)
+
+
+@dataclass
+class FourBit(_Step):
+    """The stored tensors of one weight that is 4-bit already; ``key`` is what their names begin with."""
+
+    key: str
+
+    def iter_tensors(
+        self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None
+    ) -> Iterator[tuple[str, QuantizedWeight]]:
+        """The weight."""
+        yield self.name, self.weight(read)
+
+    def weight(self, read: Read) -> QuantizedWeight:
+        """The weight of its parts; UserError if they do not fit together."""
+        tensors = {stored.name: read(stored) for stored in self.parts}
+        try:
+            return from_bnb(tensors, self.key)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{self.file}: 4-bit weight {self.key} cannot be used: {first_sentence(error)}") from error
+
+
+@dataclass
+class Converted(_Step):
+    """Stored tensors that a conversion of transformers makes one or more tensors of the model from."""
+
+    converter: WeightConverter
+    patterns: list[str] = field(default_factory=list)  # that matched, one a part
+
+    def iter_tensors(
+        self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The results. All parts are read at once, and dropped as the conversion consumes them."""
+        for pattern, stored in zip(self.patterns, self.parts, strict=True):
             self.converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))
         try:
             results = self.converter.convert(self.name, model=model, config=model.config)
@@ -86,9 +123,8 @@ class Converted:
             raise
         except Exception as error:
             raise UserError(
-                f"the {len(self.parts)} stored tensors around {self.parts[0][1].name} cannot be turned into "
-                f"{self.name}: "
-                f"{first_sentence(error)}"
+                f"the {len(self.parts)} stored tensors around {self.parts[0].name} cannot be converted to "
+                f"{self.name}: {first_sentence(error)}"
             ) from error
         for name in list(results):
             result = results.pop(name)
@@ -96,20 +132,24 @@ class Converted:
 
     @property
     def is_stack(self) -> bool:
-        """Whether the result is a stack of matrices, each of them parts of its own that stand below one another."""
+        """Whether the result is a stack of matrices, each made of parts of its own, one below the other."""
         first, *others = self.converter.operations
-        counts = Counter(pattern for pattern, _ in self.parts)
-        kinds = {(stored.dtype, len(stored.shape), stored.shape[1:]) for _, stored in self.parts}
+        kinds = {(stored.dtype, len(stored.shape), stored.shape[1:]) for stored in self.parts}
         return (
             isinstance(first, MergeModulelist)
             and first.dim == 0
             and len(others) <= 1
             and all(isinstance(op, Concatenate) and op.dim == 1 for op in others)
             and len(self.converter.target_patterns) == 1
-            and len(set(counts.values())) == 1
+            and len({*Counter(self.patterns).values()}) == 1
             and len(kinds) == 1
             and all(dims == 2 for _, dims, _ in kinds)
         )
+
+    @property
+    def num_slices(self) -> int:
+        """Of a stack."""
+        return len(self.parts) // len({*self.patterns})
 
     def slices(self, read: Callable[[StoredTensor, Scratch], Tensor]) -> Iterator[Tensor]:
         """The slices [1, N, K] of a stack, one after another, each valid until the next is asked for.
@@ -118,11 +158,11 @@ class Converted:
         that keeps the holes.
         """
         of_one: dict[str, list[StoredTensor]] = {}
-        for pattern, stored in self.parts:
+        for pattern, stored in zip(self.patterns, self.parts, strict=True):
             of_one.setdefault(pattern, []).append(stored)
         ordered = [of_one[pattern] for pattern in self.converter.source_patterns if pattern in of_one]
         slices = list(zip(*ordered, strict=True))
-        widest = max(2, self.parts[0][1].dtype.itemsize)  # 8-bit floats become 16-bit
+        widest = max(2, self.parts[0].dtype.itemsize)  # 8-bit floats become 16-bit
         scratch = Scratch(widest * max(sum(math.prod(stored.shape) for stored in parts) for parts in slices))
         for parts in slices:
             end = 0
@@ -141,21 +181,16 @@ Step = Plain | FourBit | Converted
 
 @dataclass
 class Plan:
-    """The steps in the order of the files, and the names in the files that the model has no place for."""
+    """The steps in the order of the files, and the stored tensors that the model has no place for."""
 
     steps: list[Step]
-    unexpected: list[str]
+    unexpected: list[StoredTensor]
     conversions: list[WeightRenaming | WeightConverter]
-    scales: dict[str, StoredTensor]  # of weights stored as 8-bit floats, by the weight's name in the files
-
-    @property
-    def is_four_bit(self) -> bool:
-        return any(isinstance(step, FourBit) for step in self.steps)
 
 
-def make_plan(checkpoint: Checkpoint, tree: MetaModel) -> Plan:
+def make_plan(checkpoint: Checkpoint, meta: MetaModel) -> Plan:
     """Match every stored tensor with the model."""
-    model, shapes = tree.model, tree.shapes
+    model, shapes = meta.model, meta.shapes
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -169,12 +204,14 @@ def make_plan(checkpoint: Checkpoint, tree: MetaModel) -> Plan:
         if key.endswith(SCALE_SUFFIX) and key not in shapes and key.removesuffix(SCALE_SUFFIX) in checkpoint.tensors
     }
     steps: dict[str, Step] = {}
-    unexpected: list[str] = []
+    unexpected: list[StoredTensor] = []
     # Some renamings remember what they have seen, and conversions stack in this order: layer 2 before layer 10.
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
         stored = checkpoint.tensors[key]
         if scales.get(key.removesuffix(SCALE_SUFFIX)) is stored:
             continue
+        if key in scales:
+            stored = replace(stored, scales=scales[key])
         owner = _owner(key, four_bit)
         if owner is not None:
             parts[owner].append(stored)
@@ -184,43 +221,34 @@ def make_plan(checkpoint: Checkpoint, tree: MetaModel) -> Plan:
         if name not in shapes and key in shapes:
             name, pattern = rename_source_key(key, [], [], model.base_model_prefix, shapes)
         if name not in shapes:
-            unexpected.append(key)
+            unexpected.append(stored)
         elif pattern is None:
-            earlier = steps.setdefault(name, FourBit(name, key, parts[key]) if owner else Plain(name, stored))
+            earlier = steps.setdefault(name, FourBit(name, parts[key], key) if owner else Plain(name, [stored]))
             if isinstance(earlier, Plain) and earlier.stored is not stored:
-                raise UserError(f"{stored.file}: tensors {earlier.stored.name} and {key} are both stored for {name}.")
+                raise UserError(f"{stored.file}: tensors {earlier.key} and {key} are both stored for {name}.")
         elif owner is not None:
             raise UserError(
                 f"{stored.file}: {key} is 4-bit already, but transformers rearranges this weight of "
-                f"{type(model).__name__} on loading; "
-                f"load the 16-bit model instead."
+                f"{type(model).__name__} on loading; load the 16-bit model instead."
             )
         else:
-            step = steps.setdefault(name, Converted(name, deepcopy(converter_of[pattern])))
+            step = steps.setdefault(name, Converted(name, [], deepcopy(converter_of[pattern])))
             assert isinstance(step, Converted)
-            step.parts.append((pattern, stored))
-    ordered = sorted(steps.values(), key=_position)
-    return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()], scales)
+            step.parts.append(stored)
+            step.patterns.append(pattern)
+    ordered = sorted(steps.values(), key=lambda step: (step.file, step.parts[0].start))
+    return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()])
 
 
 def _owner(key: str, four_bit: set[str]) -> str | None:
     """The 4-bit weight that the stored tensor ``key`` is a part of."""
-    candidate = key
-    while candidate not in four_bit:
-        candidate, dot, _ = candidate.rpartition(".")
+    while key not in four_bit:
+        key, dot, _ = key.rpartition(".")
         if not dot:
             return None
-    return candidate
+    return key
 
 
-def _position(step: Step) -> tuple[str, int]:
-    stored = (
-        step.stored if isinstance(step, Plain) else step.parts[0] if isinstance(step, FourBit) else step.parts[0][1]
-    )
-    return str(stored.file), stored.start
-
-
-SCALE_SUFFIX = "_scale_inv"
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _ROWS = 128  # read at a time; the fp32 products of so many rows exist at once
 
@@ -228,7 +256,7 @@ _ROWS = 128  # read at a time; the fp32 products of so many rows exist at once
 def unscaled(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """weight [N, K] times its scales [ceil(N / n), ceil(K / k)], each block of n x k by its own, in fp32.
 
-    Block sizes are told by the shapes: the power of two that gives so many blocks, or equal parts.
+    The shapes give the block sizes: the power of two that makes so many blocks, or equal parts.
 
     Returns:
         [N, K] in ``dtype``. Raises ValueError if the shapes do not fit.

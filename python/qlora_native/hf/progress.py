@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import Any
 
 _LINES = 8  # printed over a whole load where there is no bar
@@ -24,26 +23,24 @@ class LayerProgress:
                 self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def __call__(self, text: str, done: int, total: int) -> None:
-        """``text`` says what has happened; ``done`` of ``total`` layers are finished."""
+        """``text`` names what has happened; ``done`` of ``total`` layers are finished."""
         if self.quiet:
             return
         is_note = not text.startswith("layer ")
-        if self._bar is not None:
-            if is_note:
-                self._bar.console.print(text, markup=False, highlight=False)
-                return
+        if self._bar is None:
+            if is_note or done == total or done % max(1, total // _LINES) == 0:
+                print(f"calibrating: {text}" if not is_note else text, file=sys.stderr, flush=True)
+        elif is_note:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
             if self._task is None:
                 self._task = self._bar.add_task("calibrating", total=total)
             self._bar.update(self._task, completed=done)
-        elif is_note or done == total or done % max(1, total // _LINES) == 0:
-            print(f"calibrating: {text}" if not is_note else text, file=sys.stderr, flush=True)
 
 
 def _rich_bar() -> Any:

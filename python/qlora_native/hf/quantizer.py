@@ -1,18 +1,17 @@
 """transformers' own loading with 4-bit weights: ``from_pretrained(..., quantization_config=QLoRANativeConfig())``.
 
-transformers reads the tensors, one after another, and asks this file what becomes of each. What is 4-bit, and how it
-is exchanged, is as in :func:`qlora_native.load_model`.
+transformers reads the tensors one after another and calls this file for each. What is 4-bit, and how it replaces a
+layer, is as in :func:`qlora_native.load_model`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations import is_fsdp_enabled
 from transformers.quantizers.base import HfQuantizer
@@ -22,32 +21,39 @@ from qlora_native.errors import UserError
 from qlora_native.hf.build import (
     OUTPUT_EMBEDDING,
     TRIM_EVERY_BYTES,
-    dequantize_model,
-    first_sentence,
     four_bit_weights,
-    is_plain_linear,
     patterns_kept_in_fp32,
+    put_dense,
     put_four_bit,
 )
+from qlora_native.hf.checkpoint import first_sentence, read_header
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.load import make_report
 from qlora_native.hf.plan import SCALE_SUFFIX, STATE_MARK, unscaled
-from qlora_native.nn.experts import STACKS, QuantizedExperts, without_stacks
+from qlora_native.nn.experts import STACKS, QuantizedExperts, quantized_stacks, take_stack, without_stacks
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import QuantizedWeight, bnb_state_key, from_bnb, quantize
 
 # The parts of a 4-bit weight in a checkpoint, as their names end.
 _PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE_MARK}nf4", f"{STATE_MARK}fp4")
 
+_Function = Callable[[dict[str, Any], Any, str], dict[str, Tensor]]
+
 
 class QLoRANativeQuantizer(HfQuantizer):
-    """What transformers asks while it loads, saves and trains a model with this library's 4-bit weights."""
+    """What transformers calls while it loads, saves and trains a model with this library's 4-bit weights."""
 
     requires_calibration = False
+    is_trainable = True
+    is_compileable = True
     quantization_config: Any
 
+    def is_serializable(self) -> bool:
+        """save_pretrained works."""
+        return True
+
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuses a device map that leaves weights on the disk, and a load on one rank for all."""
+        """Refuse a device map that leaves weights on the disk, and a load on one rank for all."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "device_map puts modules on the disk, where 4-bit weights cannot stay: expected devices or 'cpu'."
@@ -59,7 +65,7 @@ class QLoRANativeQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """The current GPU if there is one, else the CPU, where the caller names none."""
+        """By default the current GPU if there is one, else the CPU."""
         if device_map is not None:
             return device_map
         return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
@@ -76,12 +82,13 @@ class QLoRANativeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
-        stored = _stored_names(checkpoint_files or ())
+        files = [Path(file) for file in checkpoint_files or ()]
+        stored = [name for file in files if file.suffix == ".safetensors" for name in read_header(file)]
         self.pre_quantized = any(STATE_MARK in name for name in stored)
         if not self.pre_quantized:
             setattr(self.quantization_config, METADATA, {"method": "rtn"})
         self._scaled = any(name.endswith(SCALE_SUFFIX) for name in stored)
-        self._folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path(str(model.config.name_or_path))
+        self._folder = files[0].parent if files else Path(str(model.config.name_or_path))
         self._dtype = dtype or model.dtype
         self._in_fp32 = patterns_kept_in_fp32(model, self._dtype)
         self._passed, self._refused = 0, ""
@@ -96,42 +103,54 @@ class QLoRANativeQuantizer(HfQuantizer):
         )
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What a 16-bit weight goes through."""
-        return Quantize(self)
+        """The conversion of 16-bit weights to 4-bit ones."""
+        return _Conversion(self, self._quantized)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """How the parts of a stored weight come together: a 4-bit one's, or an 8-bit one's and its scales."""
         if self.pre_quantized:
             names = [rf"experts\.{name}" for name in STACKS] + ["weight"]
-            return [_converter(name, _PARTS, Deserialize(self)) for name in names]
-        return [_converter("weight", ("", SCALE_SUFFIX), Unscale(self))] if self._scaled else []
+            return [self._converter(name, _PARTS, self._of_its_parts) for name in names]
+        return [self._converter("weight", ("", SCALE_SUFFIX), _unscaled)] if self._scaled else []
 
-    def quantize(self, model: Any, name: str, tensor: Tensor) -> Tensor:
-        """Exchange the layer of parameter ``name`` for its 4-bit form; returns the parameter."""
-        transposed = self._weights[name]
+    def _converter(self, name: str, endings: tuple[str, ...], function: _Function) -> WeightConverter:
+        return WeightConverter([name + ending for ending in endings], name, [_Conversion(self, function)])
+
+    def _quantized(self, tensors: dict[str, Any], model: Any, name: str) -> dict[str, Tensor]:
+        """Tensors of the model by name, the 4-bit ones in place of their layers."""
+        result = {}
+        for key in list(tensors):
+            tensor = _first(tensors.pop(key))
+            result[key] = self._put(model, key, self._nearest(key, tensor)) if key in self._weights else tensor
+        return result
+
+    def _nearest(self, name: str, tensor: Tensor) -> QuantizedWeight:
+        dense = tensor.t().contiguous() if self._weights[name] else tensor
+        options = self.quantization_config.options()
         try:
-            weight = quantize(tensor.t().contiguous() if transposed else tensor, **self.quantization_config.options())
-        except ValueError as error:  # told after loading, in a sentence: transformers would print a stack trace
+            weight = quantize(dense, **options)
+        except ValueError as error:  # raised after loading, in a sentence: transformers would print a stack trace
             reason = first_sentence(error).removeprefix("quantize: ")
             self._refused = self._refused or f"{self._folder}: weight {name} cannot be quantized: {reason}"
-            weight = quantize(
-                torch.zeros_like(tensor.t() if transposed else tensor), **self.quantization_config.options()
-            )
+            weight = quantize(torch.zeros_like(dense), **options)
         weight.dtype = self._dtype
         self._passed += tensor.nbytes
         if self._passed > TRIM_EVERY_BYTES:  # what was freed so far; the tensor itself goes next time
             self._passed = 0
             trim_heap()
-        return self.put(model, name, weight, transposed)
+        return weight
 
-    def put(self, model: Any, name: str, weight: QuantizedWeight, transposed: bool) -> Tensor:
-        """Exchange the layer of parameter ``name`` for ``weight``; returns the parameter."""
-        self._weights[name] = transposed
-        return put_four_bit(model, name, weight, transposed)
+    def _of_its_parts(self, tensors: dict[str, Any], model: Any, name: str) -> dict[str, Tensor]:
+        """A 4-bit weight of its stored parts, in place of its layer."""
+        leaf = name.rpartition(".")[2]
+        parts = {key.removeprefix(r"experts\."): _first(value) for key, value in tensors.items()}
+        if bnb_state_key(parts, leaf) is None:
+            return {name: parts[leaf].to(torch.float32 if self._in_fp32(name) else self._dtype)}
+        return {name: self._put(model, name, from_bnb(parts, leaf))}
 
-    def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype of a dense parameter."""
-        return torch.float32 if self._in_fp32(name) else self._dtype
+    def _put(self, model: Any, name: str, weight: QuantizedWeight) -> Tensor:
+        self._weights.setdefault(name, False)
+        return put_four_bit(model, name, weight)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._refused:
@@ -141,113 +160,64 @@ class QLoRANativeQuantizer(HfQuantizer):
             if isinstance(module, (QuantizedLinear, QuantizedExperts)):
                 module.compute_dtype = None if compute is None else getattr(torch, compute)
         model.requires_grad_(False)
-        # The parts of a 4-bit weight are saved as state_dict names them: nothing is to be turned back.
-        conversions = [entry for entry in model._weight_conversions if not _is_ours(entry)]
-        model._weight_conversions = without_stacks(conversions, model)
+        # The parts of a 4-bit weight are saved as state_dict names them: nothing is to be reversed.
+        theirs = [
+            entry
+            for entry in model._weight_conversions
+            if not any(isinstance(op, _Conversion) for op in getattr(entry, "operations", ()))
+        ]
+        model._weight_conversions = without_stacks(theirs, model)
         model.load_report = make_report(model, self._folder)
         trim_heap()
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self._dtype
-        dequantize_model(model, dtype)
+        with torch.no_grad():
+            for path, module in list(model.named_modules()):
+                if isinstance(module, QuantizedLinear):
+                    put_dense(model, path, module, module.quantized.dequantize(dtype))
+            for _, experts, name, weight in list(quantized_stacks(model)):
+                take_stack(experts, name, weight.dequantize(dtype))
         for parameter in model.parameters():
             if parameter.dtype == self._dtype:  # what is kept in fp32 stays so
                 parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
         return model
 
-    def is_serializable(self) -> bool:
-        """save_pretrained works."""
-        return True
-
     def get_state_dict_and_metadata(self, model: Any) -> Any:
-        """Refuses a model of which each rank holds a part."""
-        if any(
-            isinstance(layer, (QuantizedLinear, QuantizedExperts)) and layer.is_sharded for layer in model.modules()
-        ):
+        """Refuse a model of which each rank holds a part."""
+        layers = (module for module in model.modules() if isinstance(module, (QuantizedLinear, QuantizedExperts)))
+        if any(layer.is_sharded for layer in layers):
             raise ValueError(
                 "save_pretrained: the 4-bit model is sharded over several processes: save the adapter alone, or the "
                 "model before it is sharded."
             )
         return super().get_state_dict_and_metadata(model)
 
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters can be trained on it."""
-        return True
 
-    @property
-    def is_compileable(self) -> bool:
-        """torch.compile takes it."""
-        return True
+class _Conversion(ConversionOps):
+    """``function(tensors by name, model, name of the parameter)`` as a step of transformers' loading, which leaves the
+    dtypes of the stored tensors to it."""
 
+    def __init__(self, hf_quantizer: QLoRANativeQuantizer, function: _Function) -> None:
+        self.hf_quantizer, self._function = hf_quantizer, function
 
-class Quantize(ConversionOps):
-    """16-bit tensors to 4-bit ones."""
-
-    def __init__(self, hf_quantizer: QLoRANativeQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Name in the model -> parameter."""
-        result = {}
-        for name in list(input_dict):
-            tensor = _first(input_dict.pop(name))
-            if self.hf_quantizer.param_needs_quantization(model, name):
-                tensor = self.hf_quantizer.quantize(model, name, tensor)
-            result[name] = tensor
-        return result
-
-
-class Unscale(ConversionOps):
-    """8-bit floats times the scales of their blocks, as checkpoints of the method "fp8" store them."""
-
-    def __init__(self, hf_quantizer: QLoRANativeQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Tensor]:
-        """Name in the model -> dense tensor."""
-        parts = [_first(value) for value in input_dict.values()]
-        tensor = parts[0] if len(parts) == 1 else unscaled(parts[0], parts[1], parts[0].dtype)
-        return {full_layer_name: tensor}
-
-
-class Deserialize(ConversionOps):
-    """The stored parts of a 4-bit weight to its layer."""
-
-    def __init__(self, hf_quantizer: QLoRANativeQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
+    def __deepcopy__(self, memo: object) -> _Conversion:
+        return self  # transformers copies converters, a parameter each; the quantizer stays one
 
     def convert(
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Name in the model -> parameter."""
-        leaf = full_layer_name.rpartition(".")[2]
-        parts = {key.removeprefix(r"experts\."): _first(value) for key, value in input_dict.items()}
-        if bnb_state_key(parts, leaf) is None:
-            return {full_layer_name: parts[leaf].to(self.hf_quantizer.dtype_of(full_layer_name))}
-        module = model.get_submodule(full_layer_name.rpartition(".")[0])
-        transposed = is_plain_linear(module) and not isinstance(module, nn.Linear)
-        return {full_layer_name: self.hf_quantizer.put(model, full_layer_name, from_bnb(parts, leaf), transposed)}
+        """Name in the model -> tensor or parameter."""
+        return self._function(input_dict, model, full_layer_name)
 
 
-def _converter(name: str, endings: tuple[str, ...], op: ConversionOps) -> WeightConverter:
-    return WeightConverter([name + ending for ending in endings], name, [op])
-
-
-def _is_ours(entry: Any) -> bool:
-    return any(isinstance(op, (Deserialize, Unscale)) for op in getattr(entry, "operations", ()))
+def _unscaled(tensors: dict[str, Any], model: Any, name: str) -> dict[str, Tensor]:
+    """8-bit floats times the scales of their blocks, as checkpoints of the method "fp8" store them."""
+    parts = [_first(value) for value in tensors.values()]
+    return {name: parts[0] if len(parts) == 1 else unscaled(parts[0], parts[1], parts[0].dtype)}
 
 
 def _first(value: Any) -> Tensor:
     return value[0] if isinstance(value, list) else value
-
-
-def _stored_names(files: Iterable[str]) -> list[str]:
-    names: list[str] = []
-    for file in files:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                names += opened.keys()
-    return names

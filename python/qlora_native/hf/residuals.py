@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_native.calibration.data import as_calibration, take_tokens
-from qlora_native.calibration.statistics import InputTaps, Statistics
 from qlora_native.errors import UserError
-from qlora_native.hf.build import MetaModel, is_plain_linear
+from qlora_native.hf.build import MetaModel, is_transposed
 from qlora_native.hf.load import LoadReport
-from qlora_native.hf.source import load_tokenizer, open_source
+from qlora_native.hf.plan import Converted
+from qlora_native.hf.source import Source, load_tokenizer, open_source
 from qlora_native.lora import LayerStatistics
 from qlora_native.nn.linear import QuantizedLinear
 
 
-def lora_statistics(model: PreTrainedModel, calibration: Any = None, *, full: bool = True) -> Iterator[LayerStatistics]:
+def lora_statistics(
+    model: PreTrainedModel, calibration: Any = None, *, full: bool = True, source: Source | None = None
+) -> Iterator[LayerStatistics]:
     """What :func:`qlora_native.add_lora` needs for ``init`` "h_svd" (with calibration) and "loftq" (without).
 
     The 16-bit weights are read again from where the model was loaded, one at a time, while the result is iterated
@@ -33,6 +34,7 @@ def lora_statistics(model: PreTrainedModel, calibration: Any = None, *, full: bo
             with ``full=False``.
         full: gather E[x x^T], fp32 [K, K] for each distinct input: 4 K^2 bytes, all layers at once. False gathers its
             diagonal alone, in next to no memory.
+        source: where the model was loaded from, if that is open already.
 
     Raises:
         UserError: the model's files are gone, 4-bit, or another model's; too little calibration text.
@@ -44,37 +46,42 @@ def lora_statistics(model: PreTrainedModel, calibration: Any = None, *, full: bo
         raise ValueError("lora_statistics: expected a model from load_model with 4-bit linear layers.")
     if any(".base_layer." in name for name in layers):
         raise ValueError("lora_statistics: the model has an adapter already: gather statistics before add_lora.")
-    source = open_source(report.path, torch.bfloat16)
-    tree = MetaModel(source.config, torch.bfloat16, torch.device("cpu"))
-    if source.is_four_bit(tree):
+    source = open_source(source or report.path)
+    if source.is_four_bit:
         raise UserError(
             f"{report.path} holds 4-bit weights and no 16-bit ones, so what was lost is not known: "
             "load the 16-bit model."
         )
-    metrics = {} if calibration is None else _metrics(model, calibration, full, list(layers))
-    return _read(source, tree, layers, metrics)
+    metrics = {} if calibration is None else _metrics(model, calibration, full, list(layers), source)
+    return _read(source, layers, metrics)
 
 
-def _read(
-    source: Any, tree: MetaModel, layers: dict[str, QuantizedLinear], metrics: dict[str, Tensor]
-) -> Iterator[LayerStatistics]:
-    for name, value, _ in source.iter_tensors(tree, layers.__contains__, lambda name, stored: False):
-        if name not in layers:  # what transformers converts comes along
+def _read(source: Source, names: Container[str], metrics: dict[str, Tensor]) -> Iterator[LayerStatistics]:
+    meta = MetaModel(source.config, torch.bfloat16, torch.device("cpu"))
+    for step in source.plan(meta).steps:
+        if step.name not in names and not isinstance(step, Converted):
             continue
-        path = name.removesuffix(".weight")
-        there = tree.model.get_submodule(path)
-        transposed = is_plain_linear(there) and not isinstance(there, nn.Linear)
-        yield LayerStatistics(path, value.t() if transposed else value, metrics.get(name))
+        for name, value in step.iter_tensors(meta.model, source.read):
+            if name in names:
+                path = name.removesuffix(".weight")
+                transposed = is_transposed(meta.model.get_submodule(path))
+                assert isinstance(value, Tensor)
+                yield LayerStatistics(path, value.t() if transposed else value, metrics.get(name))
 
 
 @torch.no_grad()
-def _metrics(model: PreTrainedModel, calibration: Any, full: bool, names: list[str]) -> dict[str, Tensor]:
-    """E[x x^T] or E[x^2] of the inputs of each weight that saw any."""
+def _metrics(
+    model: PreTrainedModel, calibration: Any, full: bool, names: list[str], source: Source
+) -> dict[str, Tensor]:
+    """E[x x^T] or E[x^2] of the inputs of each weight that has had any."""
+    from qlora_native.calibration.data import as_calibration, take_tokens
+    from qlora_native.calibration.statistics import InputTaps, Statistics
+
     text = model.config.get_text_config()
     tokens = take_tokens(
         as_calibration(calibration),
         "gptq" if full else "wmse",
-        partial(load_tokenizer, str(model.load_report.path)),
+        partial(load_tokenizer, source),
         text.vocab_size,
         getattr(text, "max_position_embeddings", None),
     )

@@ -1,8 +1,8 @@
 """Stacks of experts in 4 bits: transformers' fused experts, whose weights are three-dimensional parameters.
 
-transformers computes every such module by one rule (``transformers.integrations.moe``), told by a few attributes: up
-projection, gate, down projection, each with a slice [N, K] an expert. A module that this rule covers becomes 4-bit one
-parameter at a time and keeps its class, its names and its gate.
+transformers computes every such module by one rule (``transformers.integrations.moe``) that a few attributes select:
+up projection, gate, down projection, each with a slice [N, K] an expert. A module that this rule covers becomes 4-bit
+one parameter at a time and keeps its class, its names and its gate.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear, linear, lora_linear
-from qlora_native.nn.linear import in_rows, scales_in
-from qlora_native.nn.substitute import Substitute, substitute_class
-from qlora_native.ops._optim_plan import part_of
+from qlora_native.nn.linear import in_rows, keep_bits, scales_in
+from qlora_native.ops._library import part_of
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, bnb_state_key, from_bnb, to_bnb
 
 Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
@@ -24,6 +23,38 @@ Product = Callable[[str, int, Tensor], Tensor]
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _SCALES = TENSOR_FIELDS[1:]
 _LAID_OUT = "_absmax_bytes"  # ends the name of the parameter that holds a stack's scales
+
+
+class Substitute(nn.Module):
+    """First base of a class that takes another's place in a model, under its name; the second base is that class.
+
+    Copies and pickles keep the substitution.
+    """
+
+    @classmethod
+    def members(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """Class attributes that depend on the class replaced."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind, base = type(self).__bases__
+        return _blank, (kind, base), self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+
+
+_made: dict[tuple[type[Substitute], type[nn.Module]], type[nn.Module]] = {}
+
+
+def substitute_class(kind: type[Substitute], base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base`` with ``kind``'s forward; the same one every time."""
+    if (kind, base) not in _made:
+        members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        _made[kind, base] = type(base.__name__, (kind, base), {**members, **kind.members(base)})
+    return _made[kind, base]
+
+
+def _blank(kind: type[Substitute], base: type[nn.Module]) -> nn.Module:
+    made = substitute_class(kind, base)
+    return made.__new__(made)
 
 
 class QuantizedExperts(Substitute):
@@ -50,14 +81,12 @@ class QuantizedExperts(Substitute):
         about = self._stacks.get(name)
         if about is None:
             return None
-        weight = about._map(lambda tensor: tensor)
-        weight.packed = self._parameters[name].view(-1)  # type: ignore[union-attr]
-        for field in _SCALES:
-            setattr(weight, field, self._buffers.get(f"{name}_{field}"))
+        scales: dict[str, Any] = {field: self._buffers.get(f"{name}_{field}") for field in _SCALES}
         stored = self._parameters.get(name + _LAID_OUT)
         if stored is not None:
-            weight.absmax = scales_in(stored, weight.nested_absmax is not None)
-        return weight
+            scales["absmax"] = scales_in(stored, scales["nested_absmax"] is not None)
+        packed: Any = self._parameters[name]
+        return about._with(about.op_args()._replace(packed=packed.view(-1), **scales))
 
     def lay_out_for_sharding(self) -> None:
         """As that of :class:`qlora_native.nn.QuantizedLinear`, for every stack."""
@@ -101,13 +130,10 @@ class QuantizedExperts(Substitute):
         return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedExperts:
-        exact = {name: buffer for name, buffer in self._buffers.items() if name.endswith(_SCALES)}
+        before = {name: buffer for name, buffer in self._buffers.items() if name.endswith(_SCALES)}
         super()._apply(fn, recurse)
         self._slices.clear()
-        for name, before in exact.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
+        keep_bits(self, before)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,7 +238,7 @@ def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, 
 
 
 def without_stacks(conversions: Iterable[Any], model: nn.Module) -> list[Any]:
-    """transformers' conversions but for those that made a 4-bit stack: packed bytes cannot be turned back by them."""
+    """transformers' conversions but for those that made a 4-bit stack: they cannot be undone on packed bytes."""
     names = [f"{path}.{name}" for path, _, name, _ in quantized_stacks(model)]
     return [
         entry

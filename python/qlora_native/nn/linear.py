@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_native import functional, weight
 from qlora_native.ops._direct import Matrix, Prepared, adapted_at_once, product, unobserved
-from qlora_native.ops._optim_plan import part_of
+from qlora_native.ops._library import Weight, part_of
 from qlora_native.weight import QuantizedWeight
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset", "code", "nested_code")
@@ -20,9 +20,9 @@ class QuantizedLinear(nn.Linear):
     """y = x W^T + bias with W frozen in 4 bits.
 
     ``weight`` is a frozen uint8 parameter [ceil(n/2), 1]; scales are buffers beside it. The state_dict holds the keys
-    of bitsandbytes' Linear4bit (see :func:`qlora_native.to_bnb`), unless the weight is cut over processes
-    (:attr:`is_sharded`); loading a float [N, K] weight quantizes it. Casting
-    the module (``.half()``, ``.to(dtype)``) changes the bias alone: codes and scales keep their bits.
+    of bitsandbytes' Linear4bit (see :func:`qlora_native.to_bnb`), unless the weight is sharded
+    (:attr:`is_sharded`); loading a float [N, K] weight quantizes it. Casting the module (``.half()``, ``.to(dtype)``)
+    changes the bias alone: codes and scales keep their bits.
 
     Args:
         in_features, out_features, bias: as nn.Linear.
@@ -35,11 +35,11 @@ class QuantizedLinear(nn.Linear):
             x's dtype either way.
     """
 
-    absmax: torch.Tensor
-    nested_absmax: torch.Tensor | None
-    nested_offset: torch.Tensor | None
-    code: torch.Tensor | None
-    nested_code: torch.Tensor | None
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    code: Tensor | None
+    nested_code: Tensor | None
     compute_dtype: torch.dtype | None = None
     _prepared: Prepared | None = None
 
@@ -57,20 +57,8 @@ class QuantizedLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate and fill a dense weight
         self.in_features, self.out_features = in_features, out_features
-        numel = in_features * out_features
-        blocks = -(-numel // block_size)
-        fp32 = {"dtype": torch.float32, "device": device}  # explicit: a default dtype must never round scales
-        absmax = torch.empty(blocks, dtype=torch.uint8, device=device) if double_quant else torch.empty(blocks, **fp32)  # type: ignore[arg-type]
-        self.quantized = QuantizedWeight(
-            torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device),
-            absmax,
-            shape=(out_features, in_features),
-            dtype=dtype,
-            quant_type=quant_type,
-            block_size=block_size,
-            nested_absmax=torch.empty(-(-blocks // 256), **fp32) if double_quant else None,  # type: ignore[arg-type]
-            nested_offset=torch.empty((), **fp32) if double_quant else None,  # type: ignore[arg-type]
-        )
+        options = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+        self.quantized = QuantizedWeight.empty((out_features, in_features), dtype=dtype, device=device, **options)  # type: ignore[arg-type]
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
@@ -78,20 +66,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight as a value; its tensors are this module's own."""
-        about = self._about
-        return QuantizedWeight(
-            self.weight.view(-1),
-            self._absmax(),
-            shape=about.shape,
-            dtype=about.dtype,
-            quant_type=about.quant_type,
-            block_size=about.block_size,
-            nested_absmax=self.nested_absmax,
-            nested_offset=self.nested_offset,
-            code=self.code,
-            nested_code=self.nested_code,
-            storage_dtype=about.storage_dtype,
-        )
+        return self._about._with(self._arguments())
 
     @quantized.setter
     def quantized(self, value: QuantizedWeight) -> None:
@@ -106,10 +81,11 @@ class QuantizedLinear(nn.Linear):
         for name in _SCALES:
             # As persistent ones, though state_dict is written below: transformers makes the others anew after loading.
             self.register_buffer(name, getattr(value, name))
-        self._about = _About(value)
+        self._about = value._map(lambda tensor: None)
+        self._sizes = tuple(value.shape), value.op_args().quant_type, value.block_size
 
     @classmethod
-    def from_quantized(cls, value: QuantizedWeight, bias: torch.Tensor | None = None) -> QuantizedLinear:
+    def from_quantized(cls, value: QuantizedWeight, bias: Tensor | None = None) -> QuantizedLinear:
         """A layer over an existing weight [N, K], without copying it."""
         n, k = value.shape
         layer = cls(k, n, bias is not None, dtype=value.dtype, device="meta")
@@ -135,9 +111,9 @@ class QuantizedLinear(nn.Linear):
         """Make the weight [blocks, block_size / 2] and its scales [blocks, bytes] frozen uint8 parameters, of the same
         bytes; the scales' is called ``absmax_bytes`` and takes the place of ``absmax``.
 
-        Whatever cuts parameters along their first dimension then cuts both at the borders of blocks, and no cast to
-        another floating-point dtype reaches them. A weight whose last block is not full keeps its shape
-        [ceil(n/2), 1]. The state_dict does not change until the weight is cut; loading one before is refused.
+        Sharding along the first dimension then shards both at the borders of blocks, and no cast to another
+        floating-point dtype reaches them. A weight whose last block is not full keeps its shape [ceil(n/2), 1]. The
+        state_dict does not change until the weight is sharded; loading one before is refused.
         """
         if self.is_laid_out:
             return
@@ -152,29 +128,34 @@ class QuantizedLinear(nn.Linear):
         """Whether :meth:`lay_out_for_sharding` was called."""
         return "absmax_bytes" in self._parameters
 
-    def _absmax(self) -> torch.Tensor:
+    def _arguments(self) -> Weight:
+        return Weight(
+            self.weight.view(-1),
+            self._absmax(),
+            self.nested_absmax,
+            self.nested_offset,
+            self.code,
+            self.nested_code,
+            *self._sizes,
+        )
+
+    def _absmax(self) -> Tensor:
         if not self.is_laid_out:
             return self.absmax
         return scales_in(self._parameters["absmax_bytes"], self.nested_absmax is not None)  # type: ignore[arg-type]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features] in x's dtype."""
         if self.compute_dtype is not None and self.compute_dtype != x.dtype:
             return self.forward(x.to(self.compute_dtype)).to(x.dtype)
-        y = self._at_once(x)
-        return functional.linear(x, self.quantized, self.bias) if y is None else y
+        bias = self._parameters.get("bias")
+        y = product(self._matrix(), x, bias) if unobserved(x, bias) else None
+        return functional.linear_op(x, self._arguments(), self.bias) if y is None else y
 
-    def with_adapter(
-        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, x_lora: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def with_adapter(self, x: Tensor, a: Tensor, b: Tensor, scale: float, x_lora: Tensor | None = None) -> Tensor:
         """:func:`qlora_native.lora_linear` over this layer's weight and bias: x [..., K], a [r, K], b [N, r]."""
         y = adapted_at_once(self._matrix, x, self.bias, a, b, scale) if x_lora is None else None
-        return y if y is not None else functional.lora_linear(x, self.quantized, a, b, scale, self.bias, x_lora=x_lora)
-
-    def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The output past the dispatcher, or None where that is not possible."""
-        bias = self._parameters.get("bias")
-        return product(self._matrix(), x, bias) if unobserved(x, bias) else None
+        return functional.lora_linear_op(x, self._arguments(), a, b, scale, self.bias, x_lora) if y is None else y
 
     def _matrix(self) -> Matrix | None:
         """The native form of the weight, made once; None where it has none."""
@@ -183,7 +164,6 @@ class QuantizedLinear(nn.Linear):
             return None
         if self._prepared is None:
             self._prepared = Prepared()
-        about = self._about
         absmax = buffers.get("absmax")
         arguments = (
             parameters["weight"],
@@ -192,9 +172,7 @@ class QuantizedLinear(nn.Linear):
             buffers["nested_offset"],
             buffers["code"],
             buffers["nested_code"],
-            about.shape,
-            about.quant_type_number,
-            about.block_size,
+            *self._sizes,
         )
         return self._prepared.matrix(arguments)
 
@@ -206,13 +184,10 @@ class QuantizedLinear(nn.Linear):
         nested = self.nested_absmax is not None
         return f"{super().extra_repr()}, {about.quant_type}, block_size={about.block_size}, double_quant={nested}"
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        exact = {name: self._buffers[name] for name in _SCALES if name in self._buffers}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        before = {name: self._buffers[name] for name in _SCALES if name in self._buffers}
         super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
+        keep_bits(self, before)
         return self
 
     @property
@@ -220,7 +195,7 @@ class QuantizedLinear(nn.Linear):
         """Whether this process holds a part of the weight (a DTensor, as FSDP2 makes it).
 
         The state_dict then holds parameters and buffers under their own names, in place of bitsandbytes' keys, and
-        loading one fills them: torch.distributed.checkpoint looks each key up as an attribute.
+        loading one fills them: torch.distributed.checkpoint reads each key as an attribute.
         """
         return part_of(self.weight) is not self.weight
 
@@ -235,30 +210,20 @@ class QuantizedLinear(nn.Linear):
             return
         destination.update(weight.to_bnb(self.quantized, prefix + "weight"))
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        name = prefix + "weight"
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if self.is_sharded:
-            others = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
             super()._load_from_state_dict(state_dict, prefix, *others)
             return
+        local_metadata, strict, missing_keys, unexpected_keys, error_msgs = others
+        name = prefix + "weight"
         try:
             if weight.bnb_state_key(state_dict, name) is not None:
                 value = weight.from_bnb(state_dict, name)
             elif name in state_dict and state_dict[name].is_floating_point():
-                now = self._about
                 value = weight.quantize(
                     state_dict[name],
-                    quant_type=now.quant_type,
-                    block_size=now.block_size,
+                    quant_type=self._about.quant_type,
+                    block_size=self._about.block_size,
                     double_quant=self.nested_absmax is not None,
                 )
             else:
@@ -280,15 +245,20 @@ class QuantizedLinear(nn.Linear):
             else:
                 with torch.no_grad():
                     self.bias.copy_(bias)
-        known = {name, prefix + "bias"}
-        for key in state_dict:
-            if strict and key.startswith(prefix) and key not in known and not key.startswith(name + "."):
-                unexpected_keys.append(key)
+        if strict:
+            ours = (key for key in state_dict if key.startswith(prefix) and not key.startswith(name + "."))
+            unexpected_keys += [key for key in ours if key not in (name, prefix + "bias")]
 
 
-def in_rows(
-    packed: torch.Tensor, absmax: torch.Tensor, numel: int, block_size: int
-) -> tuple[nn.Parameter, nn.Parameter]:
+def keep_bits(module: nn.Module, before: dict[str, Tensor | None]) -> None:
+    """Give buffers that a cast of the module changed their values from before, on their device of now."""
+    for name, exact in before.items():
+        cast = module._buffers[name]
+        if exact is not None and cast is not None and cast.dtype != exact.dtype:
+            module._buffers[name] = exact.to(cast.device)
+
+
+def in_rows(packed: Tensor, absmax: Tensor, numel: int, block_size: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Codes [blocks, block_size / 2], or as they are if the last block is not full, and scales [blocks, bytes]: frozen
     uint8 parameters over the same memory."""
     rows = packed.view(-1, block_size // 2) if numel % block_size == 0 else packed
@@ -296,16 +266,6 @@ def in_rows(
     return nn.Parameter(rows, requires_grad=False), nn.Parameter(stored, requires_grad=False)
 
 
-def scales_in(stored: torch.Tensor, double_quant: bool) -> torch.Tensor:
+def scales_in(stored: Tensor, double_quant: bool) -> Tensor:
     """The scales [blocks] in the second of :func:`in_rows`."""
     return stored.view(-1) if double_quant else stored.view(torch.float32).view(-1)
-
-
-class _About:
-    """What a weight is besides its tensors."""
-
-    def __init__(self, value: QuantizedWeight) -> None:
-        self.shape, self.dtype = value.shape, value.dtype
-        self.quant_type, self.block_size = value.quant_type, value.block_size
-        self.quant_type_number = weight.quant_type_number(value.quant_type)
-        self.storage_dtype = value.storage_dtype

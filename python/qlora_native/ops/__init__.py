@@ -5,7 +5,7 @@ To add one, see CONTRIBUTING.md. The schemas stand together in ``_library.py``.
 
 from __future__ import annotations
 
-from qlora_native.ops import (
+from qlora_native.ops import (  # noqa: F401  (importing them registers the ops)
     adamw_step,
     causal_attention,
     dense_linear,
@@ -22,23 +22,4 @@ from qlora_native.ops import (
     search_scales_4bit,
     swiglu,
 )
-from qlora_native.ops._library import SCHEMAS
-
-__all__ = [
-    "SCHEMAS",
-    "adamw_step",
-    "causal_attention",
-    "dense_linear",
-    "dequantize_4bit",
-    "gptq_4bit",
-    "gradient_norm",
-    "linear_4bit",
-    "linear_cross_entropy",
-    "lion_step",
-    "lora_linear_4bit",
-    "quantize_4bit",
-    "rms_norm",
-    "rotary",
-    "search_scales_4bit",
-    "swiglu",
-]
+from qlora_native.ops._library import SCHEMAS as SCHEMAS

@@ -1,9 +1,9 @@
 """The way to the CUDA kernels: the native module, the stream to launch on, the device and the tables it can read.
 
 The native module ``_cuda`` is loaded by the first call, that is, once there is a CUDA tensor. So importing the package
-neither maps the GPU code nor wakes the driver, which would forbid CUDA to forked processes. Whoever replaces
-:func:`native`, :func:`module_for`, :func:`launching`, :func:`facts` and :func:`memory` has the ops launch elsewhere;
-the tests do.
+neither maps the GPU code nor initializes the driver, which would forbid CUDA in forked processes. Replacing
+:func:`native`, :func:`launching`, :func:`facts` and :func:`memory`, and ``module_for`` of ``_library``, has the ops
+launch elsewhere, as in the tests.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from qlora_native import _C, _native
 from qlora_native.ops._library import Weight, say_once
@@ -42,11 +43,6 @@ def native() -> ModuleType | None:
     return _cuda
 
 
-def module_for(device: torch.device) -> ModuleType | None:
-    """:func:`native` for a CUDA device, None for any other."""
-    return native() if device.type == "cuda" else None
-
-
 @contextmanager
 def launching(device: torch.device) -> Iterator[int]:
     """Makes a device the current one and gives the handle of torch's current stream there, to launch on."""
@@ -59,14 +55,13 @@ class Facts(NamedTuple):
 
     compute_capability: int  # 10 * major + minor, e.g. 86
     sm_count: int
-    name: str  # measured choices belong to it
 
 
 @cache
 def facts(device: torch.device) -> Facts:
     """Of a CUDA device, with its index."""
     properties = torch.cuda.get_device_properties(device)
-    return Facts(10 * properties.major + properties.minor, properties.multi_processor_count, properties.name)
+    return Facts(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 def memory(device: torch.device) -> tuple[int, int]:
@@ -77,13 +72,13 @@ def memory(device: torch.device) -> tuple[int, int]:
 
 # Copying from pageable memory waits for the device, so a table is complete before any other stream can read it.
 @cache
-def levels_on(device: torch.device, quant_type: int) -> torch.Tensor:
+def levels_on(device: torch.device, quant_type: int) -> Tensor:
     """The built-in levels of a quantization type in the device's memory, fp32 [16]."""
     return _native.levels(quant_type).to(device, copy=True)
 
 
 @cache
-def nested_code_on(device: torch.device) -> torch.Tensor:
+def nested_code_on(device: torch.device) -> Tensor:
     """The built-in code of double quantization in the device's memory, fp32 [256]."""
     return _native.nested_code().to(device, copy=True)
 

@@ -1,6 +1,6 @@
 """The optimizers' tables in device memory, and steps over them that neither wait for the device nor read it.
 
-A table is the rows of ``_tensor_rows`` as they are, with chunks that depend on sizes alone. What changes from step to
+A table is the rows of ``_optim`` as they are, with chunks that depend on sizes alone. What changes from step to
 step, addresses of gradients and learning rates, is copied there when it has changed.
 """
 
@@ -12,17 +12,18 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qlora_native import _C
 from qlora_native.ops import _cuda_kernels
-from qlora_native.ops._tensor_rows import EXP_AVG, EXP_AVG_SQ_ABSMAX, address_of
+from qlora_native.ops._optim import EXP_AVG, EXP_AVG_SQ_ABSMAX, address_of
 
 ADAMW, LION, NORM = "adamw_step", "lion_step", "gradient_norm"
 
 
-def _upload(values: array[int] | array[float] | torch.Tensor, target: torch.Tensor) -> None:
+def _upload(values: array[int] | array[float] | Tensor, target: Tensor) -> None:
     """Host numbers into ``target``, in the order of the current stream. From pageable memory the copy would wait."""
-    source = values if isinstance(values, torch.Tensor) else torch.frombuffer(values, dtype=target.dtype)
+    source = values if isinstance(values, Tensor) else torch.frombuffer(values, dtype=target.dtype)
     source = source.view(target.shape)
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
@@ -32,8 +33,8 @@ class Scaling(NamedTuple):
 
     grad_factor: float = 1.0
     max_norm: float | None = None  # clips the norm of all gradients; skips the step if it is not finite
-    grad_scale: torch.Tensor | None = None
-    found_inf: torch.Tensor | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
 
 class DeviceTable:
@@ -81,7 +82,7 @@ class DeviceTable:
             _upload(flat, self.options)
         return self.options.data_ptr(), len(options)
 
-    def measure(self, rows: array[int]) -> torch.Tensor:
+    def measure(self, rows: array[int]) -> Tensor:
         """The norm of the gradients, float64 [] on the device."""
         with _cuda_kernels.launching(self.device) as stream:
             workspace = self.workspace.data_ptr(), self.workspace.numel()
@@ -137,7 +138,7 @@ class StoreTable:
         chunks = torch.tensor(self.native.chunks, dtype=torch.int32).view(-1, 2)
         self.chunks = torch.empty(chunks.shape, dtype=torch.int32, device=device)
         self.tensors = torch.empty(len(rows), _C.optim_row_length, dtype=torch.int64, device=device)
-        self.held: torch.Tensor | None = None  # what `tensors` holds
+        self.held: Tensor | None = None  # what `tensors` holds
         if len(chunks):
             _upload(chunks, self.chunks)
 

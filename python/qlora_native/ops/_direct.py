@@ -1,4 +1,4 @@
-"""Products of a frozen CPU weight without torch's dispatcher, where nothing would notice.
+"""Products of a frozen CPU weight without torch's dispatcher, where that makes no difference.
 
 For one token the way through the dispatcher costs more than a small layer's product. It serves autocast, compilers,
 transforms, modes and profilers. Where there is none of these, the native function is called at once, with the same
@@ -17,8 +17,7 @@ from torch.compiler import is_compiling
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _pages
-from qlora_native.ops._library import CPU_NODES, IMPLEMENTATIONS, Weight, buffer
+from qlora_native.ops._library import CPU_NODES, IMPLEMENTATIONS, Weight, buffer, gather_pages
 
 _CPU = torch.device("cpu")
 _is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
@@ -28,7 +27,7 @@ Matrix = tuple[int, int, object]  # N, K, and the native form of a weight [N, K]
 
 
 def _key_sets() -> tuple[Any, Any, Any, frozenset[int], frozenset[int]]:
-    """Torch's look at dispatch keys, and the sets that a plain CPU tensor and a thread without modes may have."""
+    """Torch's functions that read dispatch keys, and the sets that a plain CPU tensor and a plain thread may have."""
     key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
     tensor = keys(key.CPU)
     for more in (key.ADInplaceOrView, key.AutogradCPU, key.AutocastCPU):
@@ -46,7 +45,7 @@ def _key_sets() -> tuple[Any, Any, Any, frozenset[int], frozenset[int]]:
 
 try:
     _keys, _included, _has_function_mode, _TENSOR_KEYS, _THREAD_KEYS = _key_sets()
-except AttributeError:  # a torch that tells these otherwise: every call goes through the dispatcher
+except AttributeError:  # a torch without these functions: every call goes through the dispatcher
     _TENSOR_KEYS = frozenset()
 
 
@@ -133,9 +132,9 @@ class Prepared:
         if made != key:
             matrix = None
             if len(shape) == 2 and all(t is None or (type(t) in _PLAIN and t.device == _CPU) for t in weight[:6]):
-                matrix = (*shape, _C.matrix(*shape, *Weight(*weight).pointers()))
+                matrix = (*shape, _C.matrix(shape[0], shape[1], Weight(*weight).pointers()))
                 self._made = key, matrix
-                _pages.gather(packed)
+                gather_pages(packed)
         return matrix
 
 

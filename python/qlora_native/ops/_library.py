@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import platform
+import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from qlora_native import _native
+from qlora_native import reference
+
+NESTED_BLOCK = reference.NESTED_BLOCK
 
 # A quantized weight as op arguments, always last. absmax is fp32 [blocks], or uint8 [blocks] with the two nested
 # tensors beside it; code and nested_code are None for the built-in tables.
@@ -118,15 +128,47 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
 class Weight(NamedTuple):
     """The weight arguments of an op, by name."""
 
-    packed: torch.Tensor
-    absmax: torch.Tensor
-    nested_absmax: torch.Tensor | None
-    nested_offset: torch.Tensor | None
-    code: torch.Tensor | None
-    nested_code: torch.Tensor | None
-    shape: list[int]
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    code: Tensor | None
+    nested_code: Tensor | None
+    shape: Sequence[int]
     quant_type: int
     block_size: int
+
+    def slice(self, start: int, stop: int) -> Weight:
+        """Elements [start:stop] of the first dimension: views, but for double-quantized scales that do not begin at a
+        block of scales, which are decoded to fp32. Raises ValueError if the slice does not begin at a block."""
+        width = math.prod(self.shape[1:])
+        begin, end = start * width, stop * width
+        if begin % self.block_size:
+            raise ValueError(
+                f"a slice of {list(self.shape)} begins at element {begin}, no multiple of block_size "
+                f"{self.block_size}: it does not begin at a block; dequantize the whole weight instead."
+            )
+        first, last = begin // self.block_size, -(-end // self.block_size)
+        group = first // NESTED_BLOCK  # the first block of scales that the slice touches
+        part = self._replace(
+            packed=self.packed[begin // 2 : (end + 1) // 2],
+            absmax=self.absmax[first:last],
+            shape=[stop - start, *self.shape[1:]],
+        )
+        if self.nested_absmax is None:
+            return part
+        nested = self.nested_absmax[group : -(-last // NESTED_BLOCK)]
+        if first % NESTED_BLOCK == 0:
+            return part._replace(nested_absmax=nested)
+        scales = reference.scales(
+            self.absmax[group * NESTED_BLOCK : last], nested, self.nested_offset, self.nested_code
+        )
+        return part._replace(
+            absmax=scales[first - group * NESTED_BLOCK :].clone(),
+            nested_absmax=None,
+            nested_offset=None,
+            nested_code=None,
+        )
 
     def pointers(self) -> tuple[int, ...]:
         """Arguments of the native functions that take a weight, checked for size, dtype and contiguity."""
@@ -136,7 +178,7 @@ class Weight(NamedTuple):
         sizes = (
             ("packed", self.packed, torch.uint8, (numel + 1) // 2),
             ("absmax", self.absmax, torch.uint8 if nested else torch.float32, blocks),
-            ("nested_absmax", self.nested_absmax, torch.float32, -(-blocks // 256)),
+            ("nested_absmax", self.nested_absmax, torch.float32, -(-blocks // NESTED_BLOCK)),
             ("nested_offset", self.nested_offset, torch.float32, 1),
             ("nested_code", self.nested_code, torch.float32, 256),
             ("code", self.code, torch.float32, 16),
@@ -171,12 +213,7 @@ class Weight(NamedTuple):
         )
 
 
-def weight_of(arguments: tuple[Any, ...]) -> Weight:
-    """The trailing weight arguments of an op call."""
-    return Weight(*arguments)
-
-
-def check_matrix(op: str, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, features: int) -> None:
+def check_matrix(op: str, x: Tensor, weight: Weight, bias: Tensor | None, features: int) -> None:
     """Refuses shapes and dtypes that do not fit; ``features`` is the axis of the weight that x's last axis meets."""
     if len(weight.shape) != 2:
         raise ValueError(f"{op}: weight is {list(weight.shape)}: expected two dimensions, [N, K].")
@@ -196,8 +233,8 @@ def check_matrix(op: str, x: torch.Tensor, weight: Weight, bias: torch.Tensor | 
 _scratch = threading.local()
 
 
-def _grown(num_bytes: int) -> torch.Tensor:
-    held: torch.Tensor | None = getattr(_scratch, "buffer", None)
+def _grown(num_bytes: int) -> Tensor:
+    held: Tensor | None = getattr(_scratch, "buffer", None)
     if held is None or held.numel() < num_bytes:
         with torch.inference_mode(False):
             held = torch.empty(num_bytes, dtype=torch.uint8)
@@ -205,7 +242,7 @@ def _grown(num_bytes: int) -> torch.Tensor:
     return held
 
 
-def scratch(count: int, dtype: torch.dtype) -> torch.Tensor:
+def scratch(count: int, dtype: torch.dtype) -> Tensor:
     """An uninitialized tensor [count] in this thread's reusable buffer: no page faults after the first call.
 
     Valid until the thread's next call. The buffer only grows, up to the largest size asked for.
@@ -224,12 +261,102 @@ _warned: set[str] = set()
 
 
 def say_once(sentence: str) -> None:
-    """A slower path announces itself, once a process."""
+    """Warn about a slower path, once a process."""
     if sentence not in _warned:
         _warned.add(sentence)
         warnings.warn(sentence, stacklevel=3)
 
 
-def native_dtype(dtype: torch.dtype) -> int:
-    """The number under which a dtype crosses into C++."""
-    return _native.DTYPE_NUMBER[dtype]
+def module_for(device: torch.device) -> ModuleType | None:
+    """The native module with the kernels of a CUDA device, None for any other device and where it cannot run."""
+    if device.type != "cuda":
+        return None
+    from qlora_native.ops import _cuda_kernels
+
+    return _cuda_kernels.native()
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, the very tensor; any other tensor itself."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
+# Where large weights lie: in huge pages, and spread over NUMA nodes.
+#
+# A product of one token reads a weight once, from end to end. With pages of 4 KiB the processor translates an address
+# for every row or two, in a virtual machine through two tables. On a machine of several NUMA nodes, a weight that one
+# thread wrote lies on one of them, whose memory all threads then share.
+
+# linux/mman.h and include/uapi/asm-generic/mman-common.h
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
+HUGE_PAGE = 2 << 20  # bytes; where they are larger, the advice is refused or does less
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# include/uapi/linux/mempolicy.h, and the numbers of mbind among the system calls
+MPOL_INTERLEAVE, MPOL_MF_MOVE = 3, 2
+MBIND = {"x86_64": 237, "aarch64": 235}
+NODES = Path("/sys/devices/system/node/online")
+
+
+@cache
+def _madvise() -> Callable[..., Any] | None:
+    """The C library's madvise, or None where there is none or huge pages are disabled."""
+    if sys.platform != "linux":
+        return None
+    try:
+        if "[never]" in SETTING.read_text(encoding="ascii"):
+            return None
+        return ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+
+
+@cache
+def nodes() -> tuple[int, ...]:
+    """The machine's NUMA nodes; empty where the system does not list them."""
+    try:
+        parts = [part.split("-") for part in NODES.read_text(encoding="ascii").strip().split(",")]
+        return tuple(node for part in parts for node in range(int(part[0]), int(part[-1]) + 1))
+    except (OSError, ValueError):
+        return ()
+
+
+def interleave(tensor: Tensor, over: tuple[int, ...] | None = None) -> bool:
+    """Spread the pages of a contiguous CPU tensor over NUMA nodes in turns, those that are there already too.
+
+    Nothing is done for memory within one page, nor, unless ``over`` names nodes, on a machine with one node. Returns
+    whether the kernel took it.
+    """
+    over = nodes() if over is None and len(nodes()) > 1 else over
+    number = MBIND.get(platform.machine())
+    page = mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // page) * page
+    last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    if not over or number is None or sys.platform != "linux" or first >= last:
+        return False
+    mask = ctypes.c_ulong(sum(1 << node for node in over))
+    arguments = (number, first, last - first, MPOL_INTERLEAVE, ctypes.addressof(mask), 8 * ctypes.sizeof(mask))
+    return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments), ctypes.c_long(MPOL_MF_MOVE)) == 0)
+
+
+def _advise(tensor: Tensor, advice: int) -> bool:
+    """Whether the kernel took the advice for the whole huge pages within a contiguous CPU tensor's memory."""
+    start = tensor.data_ptr()
+    first = -(-start // HUGE_PAGE) * HUGE_PAGE
+    last = (start + tensor.numel() * tensor.element_size()) // HUGE_PAGE * HUGE_PAGE
+    madvise = _madvise() if first < last else None
+    if madvise is None:
+        return False
+    return bool(madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice) == 0)
+
+
+def expect_pages(tensor: Tensor) -> bool:
+    """Have memory that was not yet written come in huge pages, which also saves most of the page faults, and from all
+    NUMA nodes."""
+    interleave(tensor)
+    return _advise(tensor, MADV_HUGEPAGE)
+
+
+def gather_pages(tensor: Tensor) -> bool:
+    """Move memory that is already there into huge pages (Linux 6.1); at no cost where it lies in such."""
+    return _advise(tensor, MADV_COLLAPSE)

@@ -9,18 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import autograd, fake, implement, native_dtype
+from qlora_native.ops._library import autograd, fake, implement
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
 ALIGNMENT = 64
 
 
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuses operands that do not fit each other."""
     fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
     if not fits or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -34,9 +35,7 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
-def check_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-) -> None:
+def check_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Refuses what is not a gradient, an output and sums of such operands."""
     check(q, k, v)
     for name, x in (("grad_out", grad_out), ("out", out)):
@@ -53,42 +52,42 @@ def check_backward(
         )
 
 
-def is_native(q: torch.Tensor) -> bool:
+def is_native(q: Tensor) -> bool:
     """Whether the CPU kernel takes such heads."""
     return q.dtype in DTYPE_NUMBER and q.shape[-1] % 8 == 0 and q.numel() > 0
 
 
-def _heads(x: torch.Tensor) -> tuple[int, int, int, int]:
+def _heads(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
 
 
-def _shape(q: torch.Tensor, k: torch.Tensor) -> tuple[int, ...]:
+def _shape(q: Tensor, k: Tensor) -> tuple[int, ...]:
     return q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _output(q: torch.Tensor) -> torch.Tensor:
+def _output(q: Tensor) -> Tensor:
     """[B, H, T, D] with the heads of a position side by side, as the product behind reads them."""
     batch, heads, length, width = q.shape
     return q.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-def _scratch(dtype: int, shape: tuple[int, ...], backward: bool) -> torch.Tensor:
+def _scratch(dtype: int, shape: tuple[int, ...], backward: bool) -> Tensor:
     scratch = torch.empty(_C.causal_attention_scratch_bytes(dtype, shape, backward) + ALIGNMENT, dtype=torch.uint8)
     return scratch[-scratch.data_ptr() % ALIGNMENT :]
 
 
 @implement("causal_attention", "CPU")
-def cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Pair:
+def cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
     check(q, k, v)
     if not is_native(q):
         return anywhere(q, k, v, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
     out, lse = _output(q), torch.empty(q.shape[:3], dtype=torch.float32)
-    dtype, shape = native_dtype(q.dtype), _shape(q, k)
+    dtype, shape = DTYPE_NUMBER[q.dtype], _shape(q, k)
     scratch = _scratch(dtype, shape, backward=False)
     _C.causal_attention(
         dtype, shape, scale, _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), scratch.data_ptr()
@@ -97,79 +96,49 @@ def cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Pair
 
 
 @implement("causal_attention", "CompositeExplicitAutograd")
-def anywhere(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Pair:
+def anywhere(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
     check(q, k, v)
     out, lse = reference.causal_attention(q, k, v, scale)
     return _output(q).copy_(out), lse.contiguous()
 
 
 @fake("causal_attention")
-def shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Pair:
+def shapes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
     check(q, k, v)
     return _output(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @implement("causal_attention_backward", "CPU")
-def cpu_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> Triple:
+def cpu_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Triple:
     check_backward(grad_out, q, k, v, out, lse)
     if not is_native(q):
         return anywhere_backward(grad_out, q, k, v, out, lse, scale)
-    grad_out, q, k, v, out, lse = _rows(grad_out), _rows(q), _rows(k), _rows(v), _rows(out), lse.contiguous()
+    q, k, v, out, grad_out, lse = _rows(q), _rows(k), _rows(v), _rows(out), _rows(grad_out), lse.contiguous()
     grads = _output(q), _output(k), _output(v)
-    dtype, shape = native_dtype(q.dtype), _shape(q, k)
+    dtype, shape = DTYPE_NUMBER[q.dtype], _shape(q, k)
     scratch = _scratch(dtype, shape, backward=True)
-    _C.causal_attention_backward(
-        dtype,
-        shape,
-        scale,
-        _heads(q),
-        _heads(k),
-        _heads(v),
-        _heads(out),
+    inputs: list[Any] = [
+        *map(_heads, (q, k, v, out)),
         lse.data_ptr(),
         _heads(grad_out),
-        _heads(grads[0]),
-        _heads(grads[1]),
-        _heads(grads[2]),
+        *map(_heads, grads),
         scratch.data_ptr(),
-    )
+    ]
+    _C.causal_attention_backward(dtype, shape, scale, *inputs)
     return grads
 
 
 @implement("causal_attention_backward", "CompositeExplicitAutograd")
-def anywhere_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> Triple:
-    check_backward(grad_out, q, k, v, out, lse)
+def anywhere_backward(grad_out: Tensor, *others: Any) -> Triple:
+    q, k, v, _, _, scale = others
+    check_backward(grad_out, *others[:-1])
     grads = reference.causal_attention_backward(grad_out, q, k, v, scale)
     copies = [_output(x).copy_(grad) for x, grad in zip((q, k, v), grads, strict=True)]
     return copies[0], copies[1], copies[2]
 
 
 @fake("causal_attention_backward")
-def backward_shapes(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> Triple:
+def backward_shapes(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, _: float) -> Triple:
     check_backward(grad_out, q, k, v, out, lse)
     return _output(q), _output(k), _output(v)
 
@@ -182,11 +151,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.scale = scale
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad_out is None:
         return None, None, None, None
     q, k, v, out, lse = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody differentiates these gradients
+    if torch.is_grad_enabled():  # these gradients are differentiated in turn
         return *reference.causal_attention_backward(grad_out, q, k, v, ctx.scale), None
     return *call("causal_attention_backward", grad_out, q, k, v, out, lse, ctx.scale), None
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qlora_native.ops import _products
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import autograd, fake, implement
-from qlora_native.ops.linear_4bit import sum_to_bias, without_autocast
+from qlora_native.ops.linear_4bit import CPU, sum_to_bias, without_autocast
 
 
-def check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, features: int) -> None:
+def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> None:
     """Refuses operands that do not fit; ``features`` is the axis of the weight that x's last axis meets."""
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[features]:
         raise ValueError(
@@ -33,48 +33,48 @@ def check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 @implement("dense_linear", "CPU")
-def cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check("dense_linear", x, weight, bias, features=1)
     with without_autocast(x):
-        y = _products.dense_forward(x.reshape(-1, x.shape[-1]), weight, bias)
+        y = CPU.dense_forward(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 @implement("dense_linear", "CompositeExplicitAutograd")
-def anywhere(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def anywhere(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check("dense_linear", x, weight, bias, features=1)
     with without_autocast(x):
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @fake("dense_linear")
-def shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check("dense_linear", x, weight, bias, features=1)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @implement("dense_linear_grad_input", "CPU")
-def cpu_grad_input(grad_y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def cpu_grad_input(grad_y: Tensor, weight: Tensor) -> Tensor:
     check("dense_linear_grad_input", grad_y, weight, None, features=0)
     with without_autocast(grad_y):
-        grad_x = _products.dense_grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
+        grad_x = CPU.dense_grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
     return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
 
 
 @implement("dense_linear_grad_input", "CompositeExplicitAutograd")
-def anywhere_grad_input(grad_y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def anywhere_grad_input(grad_y: Tensor, weight: Tensor) -> Tensor:
     check("dense_linear_grad_input", grad_y, weight, None, features=0)
     with without_autocast(grad_y):
         return grad_y @ weight
 
 
 @fake("dense_linear_grad_input")
-def grad_input_shapes(grad_y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def grad_input_shapes(grad_y: Tensor, weight: Tensor) -> Tensor:
     check("dense_linear_grad_input", grad_y, weight, None, features=0)
     return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
 
 
-def check_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> None:
+def check_grad_weight(grad_y: Tensor, x: Tensor) -> None:
     """Refuses tensors of other tokens or other kinds."""
     if not grad_y.dim() == x.dim() > 0 or grad_y.shape[:-1] != x.shape[:-1]:
         raise ValueError(
@@ -89,34 +89,34 @@ def check_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> None:
 
 
 @implement("dense_linear_grad_weight", "CPU")
-def cpu_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def cpu_grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
     check_grad_weight(grad_y, x)
     rows, columns = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
     with without_autocast(x):
-        return _products.outer(rows, columns, 1.0).to(x.dtype)
+        return CPU.outer(rows, columns, 1.0).to(x.dtype)
 
 
 @implement("dense_linear_grad_weight", "CompositeExplicitAutograd")
-def anywhere_grad_weight(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def anywhere_grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
     check_grad_weight(grad_y, x)
     with without_autocast(x):
         return grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
 @fake("dense_linear_grad_weight")
-def grad_weight_shapes(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def grad_weight_shapes(grad_y: Tensor, x: Tensor) -> Tensor:
     check_grad_weight(grad_y, x)
     return x.new_empty(grad_y.shape[-1], x.shape[-1])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs
     needs_x = ctx.needs_input_grad[1]  # for the weight's gradient; a frozen weight does not keep it
     ctx.save_for_backward(x if needs_x else None, weight if ctx.needs_input_grad[0] else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -128,11 +128,11 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
     return grad_x, grad_weight, grad_bias
 
 
-def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward_grad_input(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_y, weight = ctx.saved_tensors
     by_grad_y = by_weight = None
     if ctx.needs_input_grad[0]:
@@ -142,7 +142,7 @@ def _backward_grad_input(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return by_grad_y, by_weight
 
 
-def _backward_grad_weight(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_y, x = ctx.saved_tensors
     by_grad_y = by_x = None
     if ctx.needs_input_grad[0]:

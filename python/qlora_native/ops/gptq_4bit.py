@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from qlora_native import _C, reference
-from qlora_native.ops._library import fake, implement, native_dtype
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops._library import fake, implement
 from qlora_native.ops.quantize_4bit import check as check_tensor
 
 
-def check(
-    t: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, scales: torch.Tensor, quant_type: int, block_size: int
-) -> None:
-    """Refuses sizes and dtypes that do not fit, whatever the device."""
+def check(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> None:
+    """Refuse sizes and dtypes that do not fit."""
     check_tensor(t, quant_type, block_size)
     if t.dim() != 2:
         raise ValueError(f"gptq_4bit: weight is {list(t.shape)}: expected two dimensions, [N, K].")
@@ -31,39 +33,21 @@ def check(
 
 
 @implement("gptq_4bit", "CPU")
-def cpu(
-    t: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, scales: torch.Tensor, quant_type: int, block_size: int
-) -> torch.Tensor:
-    check(t, factor, order, scales, quant_type, block_size)
-    n, k = t.shape
-    packed = t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)
+def cpu(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
+    packed = shapes(t, factor, order, scales, quant_type, block_size)
     dense, factor, order, scales = (x.contiguous() for x in (t, factor, order, scales))
-    _C.gptq_4bit(
-        dense.data_ptr(),
-        native_dtype(t.dtype),
-        n,
-        k,
-        block_size,
-        quant_type,
-        factor.data_ptr(),
-        order.data_ptr(),
-        scales.data_ptr(),
-        packed.data_ptr(),
-    )
+    source = dense.data_ptr(), DTYPE_NUMBER[t.dtype], t.shape[0], t.shape[1], block_size, quant_type
+    _C.gptq_4bit(*source, factor.data_ptr(), order.data_ptr(), scales.data_ptr(), packed.data_ptr())
     return packed
 
 
 @implement("gptq_4bit", "CompositeExplicitAutograd")
-def anywhere(
-    t: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, scales: torch.Tensor, quant_type: int, block_size: int
-) -> torch.Tensor:
-    check(t, factor, order, scales, quant_type, block_size)
-    return reference.gptq(t, factor, order, scales, quant_type, block_size)
+def anywhere(*arguments: Any) -> Tensor:
+    check(*arguments)
+    return reference.gptq(*arguments)
 
 
 @fake("gptq_4bit")
-def shapes(
-    t: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, scales: torch.Tensor, quant_type: int, block_size: int
-) -> torch.Tensor:
-    check(t, factor, order, scales, quant_type, block_size)
+def shapes(t: Tensor, *arguments: Any) -> Tensor:
+    check(t, *arguments)
     return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)

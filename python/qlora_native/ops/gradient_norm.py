@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from qlora_native import _C, _native, reference
-from qlora_native.ops import _cuda_kernels
-from qlora_native.ops._cuda_optim import NORM, DeviceTable
 from qlora_native.ops._library import fake, implement
-from qlora_native.ops._tensor_rows import DTYPE, GRAD, NUMEL, address_of, table_of
+from qlora_native.ops._optim import DTYPE, GRAD, NUMEL, address_of, table_of
 
 
-def check(grads: list[torch.Tensor]) -> None:
+def check(grads: list[Tensor]) -> None:
     """Refuses dtypes that have no norm here."""
     for number, grad in enumerate(grads):
         if grad.dtype not in _native.DTYPE_NUMBER:
@@ -20,7 +19,7 @@ def check(grads: list[torch.Tensor]) -> None:
             )
 
 
-def norm_row(grad: torch.Tensor) -> list[int]:
+def norm_row(grad: Tensor) -> list[int]:
     """A row that has a gradient alone, contiguous."""
     row = [0] * _C.optim_row_length
     row[GRAD], row[NUMEL], row[DTYPE] = grad.data_ptr(), grad.numel(), _native.DTYPE_NUMBER[grad.dtype]
@@ -28,7 +27,7 @@ def norm_row(grad: torch.Tensor) -> list[int]:
 
 
 @implement("gradient_norm", "CPU")
-def cpu(grads: list[torch.Tensor]) -> torch.Tensor:
+def cpu(grads: list[Tensor]) -> Tensor:
     check(grads)
     dense = [grad.contiguous() for grad in grads]
     table = table_of([norm_row(grad) for grad in dense])
@@ -36,7 +35,10 @@ def cpu(grads: list[torch.Tensor]) -> torch.Tensor:
 
 
 @implement("gradient_norm", "CUDA")
-def cuda(grads: list[torch.Tensor]) -> torch.Tensor:
+def cuda(grads: list[Tensor]) -> Tensor:
+    from qlora_native.ops import _cuda_kernels
+    from qlora_native.ops._cuda_optim import NORM, DeviceTable
+
     check(grads)
     module, device = _cuda_kernels.native(), grads[0].device
     if module is None or any(grad.device != device for grad in grads):
@@ -47,12 +49,12 @@ def cuda(grads: list[torch.Tensor]) -> torch.Tensor:
 
 
 @implement("gradient_norm", "CompositeExplicitAutograd")
-def anywhere(grads: list[torch.Tensor]) -> torch.Tensor:
+def anywhere(grads: list[Tensor]) -> Tensor:
     check(grads)
     return reference.gradient_norm(grads)
 
 
 @fake("gradient_norm")
-def shapes(grads: list[torch.Tensor]) -> torch.Tensor:
+def shapes(grads: list[Tensor]) -> Tensor:
     check(grads)
     return grads[0].new_empty((), dtype=torch.float64)

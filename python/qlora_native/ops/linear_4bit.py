@@ -1,25 +1,213 @@
-"""linear_4bit: x W^T + bias with a quantized weight, and the gradient of its input."""
+"""linear_4bit: x W^T + bias with a quantized weight, and the gradient of its input.
+
+The products of a device are an engine: :class:`Cpu`, ``_cuda_products.Cuda``, and :class:`Engine` for any device.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from qlora_native.ops import _cuda_products, _products
+from qlora_native import _C
+from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import Weight, autograd, check_matrix, fake, implement, say_once, weight_of
+from qlora_native.ops._library import Weight, autograd, buffer, check_matrix, fake, implement, say_once, scratch
+from qlora_native.ops.dequantize_4bit import decode_panel
+
+PANEL_BYTES = 8 << 20  # of decoded weights at a time, in float64
 
 
-def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+class Adapter(NamedTuple):
+    """What a low-rank adapter adds to a product, ``low @ up`` in the product's own sums.
+
+    ``low`` is [M, r]; ``up`` is [N, r] (used transposed) for a forward product and [r, K] for an input gradient. With
+    ``down`` ([r, K], or [N, r] for the gradient) the product fills ``low`` itself: ``down_scale`` times x down^T or x
+    down.
+    """
+
+    low: Tensor
+    up: Tensor
+    down: Tensor | None = None
+    down_scale: float = 1.0
+
+
+class Engine:
+    """Products composed of ops that have a kernel for each device and derivatives of their own."""
+
+    makes_low = False  # whether an adapter may carry ``down``
+
+    def __init__(self, low_memory: bool = False) -> None:
+        self.low_memory = low_memory
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
+        """x W^T + bias + low up^T for x [M, K]. Returns [M, N] in x's dtype."""
+        y: Tensor = call("linear_4bit", x, bias, self.low_memory, *weight)
+        return y if adapter is None else torch.addmm(y, adapter.low, adapter.up.t())
+
+    def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
+        """grad_y W + low up for grad_y [M, N]. Returns [M, K] in grad_y's dtype."""
+        grad_x: Tensor = call("linear_4bit_grad_input", grad_y, self.low_memory, *weight)
+        return grad_x if adapter is None else torch.addmm(grad_x, adapter.low, adapter.up)
+
+    def dense_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W^T for x [M, K] and a dense W [N, K] of its dtype. Returns [M, N]."""
+        return torch.mm(x, weight.t())
+
+    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """scale * grad_y W for grad_y [M, N] and a dense W [N, K] of its dtype. Returns [M, K]."""
+        return torch.mm(grad_y, weight) * scale
+
+    def outer(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
+        """scale * left^T right in fp32 or wider, for left [M, r] and right [M, C]. Returns [r, C]."""
+        return torch.mm(left.t(), right).to(torch.promote_types(left.dtype, torch.float32)) * scale
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _with_scratch(run: Callable[..., int]) -> None:
+    """Call a native function that returns how many bytes of scratch it needs, if it has too few, with enough."""
+    needed = run(*buffer(0))
+    if needed:
+        run(*buffer(needed))
+
+
+class Cpu(Engine):
+    """The native kernels, and float64 through torch.
+
+    A weight is decoded a little at a time and multiplied at once; it is never dense as a whole. Dense operands in fp32
+    and wider are torch's, whose product is a tuned one on every CPU.
+    """
+
+    makes_low = True
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
+        return (_native if x.dtype in DTYPE_NUMBER else _in_double)(True, x, weight, bias, adapter)
+
+    def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
+        return (_native if grad_y.dtype in DTYPE_NUMBER else _in_double)(False, grad_y, weight, None, adapter)
+
+    def outer(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
+        if left.dtype not in DTYPE_NUMBER:
+            return torch.mm(left.t(), right) * scale
+        left, right = left.contiguous(), right.contiguous()
+        rank, width = left.shape[1], right.shape[1]
+        out = torch.empty(rank, width, dtype=torch.float32)
+        sizes = (left.shape[0], rank, width, scale, out.data_ptr())
+        _with_scratch(partial(_C.outer, DTYPE_NUMBER[left.dtype], left.data_ptr(), right.data_ptr(), *sizes))
+        return out
+
+    def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The same, plus a bias or in ``out`` (contiguous) where one of them is given."""
+        if x.dtype.itemsize > 2:
+            if bias is not None:
+                return torch.addmm(bias.to(x.dtype), x, weight.t())
+            return torch.mm(x, weight.t(), out=out)
+        return _dense(True, x, weight, bias, 1.0, out)
+
+    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """The same, in ``out`` (contiguous) where that is given."""
+        if grad_y.dtype.itemsize > 2:
+            product = torch.mm(grad_y, weight, out=out)
+            return product if scale == 1.0 else product.mul_(scale)
+        return _dense(False, grad_y, weight, None, scale, out)
+
+
+CPU = Cpu()
+
+
+def _native(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
+    rows, columns = weight.shape
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    y = torch.empty(x.shape[0], rows if is_forward else columns, dtype=x.dtype)
+    low = up = down = rank = 0
+    down_scale = 1.0
+    if adapter is not None:  # contiguous by construction
+        low, up, down = adapter.low.data_ptr(), adapter.up.data_ptr(), _address(adapter.down)
+        rank, down_scale = adapter.low.shape[1], adapter.down_scale
+    number, addend = DTYPE_NUMBER[x.dtype], _address(bias)
+    arguments = (is_forward, number, x.data_ptr(), addend, down, down_scale, low, up, rank, y.data_ptr())
+    pointers = weight.pointers()
+    sizes = (x.shape[0], rows, columns)
+    _with_scratch(lambda address, size: _C.linear_4bit(*arguments, *sizes, address, size, pointers))
+    return y
+
+
+def _in_double(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
+    """The same by torch's GEMM, from panels of rows of the weight."""
+    rows, columns = weight.shape
+    y = torch.zeros(x.shape[0], rows if is_forward else columns, dtype=x.dtype)
+    pointers = weight.pointers()
+    height = max(1, PANEL_BYTES // (8 * max(1, columns)))
+    for first in range(0, rows, height):
+        last = min(first + height, rows)
+        panel = scratch((last - first) * columns, torch.float32).view(last - first, columns)
+        decode_panel(pointers, columns, (first, last), (0, columns), panel)
+        if is_forward:
+            torch.mm(x, panel.double().t(), out=y[:, first:last])
+        else:
+            y.addmm_(x[:, first:last], panel.double())
+    if bias is not None:
+        y += bias.to(y.dtype)
+    if adapter is not None:
+        y.addmm_(adapter.low, adapter.up.t() if is_forward else adapter.up)
+    return y
+
+
+def _dense(
+    is_forward: bool, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor | None
+) -> Tensor:
+    rows, columns = weight.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    y = torch.empty(x.shape[0], rows if is_forward else columns, dtype=x.dtype) if out is None else out
+    pointers = (x.data_ptr(), weight.data_ptr(), _address(bias), scale, y.data_ptr())
+    _with_scratch(partial(_C.dense_linear, is_forward, DTYPE_NUMBER[x.dtype], *pointers, x.shape[0], rows, columns))
+    return y
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Inside a kernel the operands already have their final dtype; autocast must not touch them again."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def dense_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+def cuda_engine(low_memory: bool) -> Engine | None:
+    """The CUDA kernels; None, after a warning, where torch has a device on which they cannot run."""
+    from qlora_native.ops import _cuda_products
+
+    return _cuda_products.engine(low_memory)
+
+
+def _forward(engine: Engine | None, x: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+    check_matrix("linear_4bit", x, weight, bias, features=1)
+    with without_autocast(x):
+        if engine is None:
+            cast_bias = None if bias is None else bias.to(x.dtype)
+            return torch.nn.functional.linear(x, _dense_weight(weight, x.dtype), cast_bias)
+        y = engine.forward(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _grad_input(engine: Engine | None, grad_y: Tensor, weight: Weight) -> Tensor:
+    check_matrix("linear_4bit_grad_input", grad_y, weight, None, features=0)
+    with without_autocast(grad_y):
+        if engine is None:
+            return grad_y @ _dense_weight(weight, grad_y.dtype)
+        grad_x = engine.grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
+    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+
+
+def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The dequantized weight, for devices without kernels."""
     say_once(
         f"qlora_native: no 4-bit matrix kernel on {weight.packed.device.type} in this build; "
@@ -29,92 +217,57 @@ def dense_weight(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     return torch.ops.qlora_native.dequantize_4bit(stored, *weight).to(dtype)
 
 
-Engine = ModuleType | _cuda_products.Products  # the module _products for CPU tensors, or what has the same functions
-
-
-def forward_by(engine: Engine, x: torch.Tensor, bias: torch.Tensor | None, arguments: tuple[Any, ...]) -> torch.Tensor:
-    """linear_4bit by the products of a device."""
-    weight = weight_of(arguments)
-    check_matrix("linear_4bit", x, weight, bias, features=1)
-    with without_autocast(x):
-        y: torch.Tensor = engine.forward(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def grad_input_by(engine: Engine, grad_y: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Tensor:
-    """linear_4bit_grad_input by the products of a device."""
-    weight = weight_of(arguments)
-    check_matrix("linear_4bit_grad_input", grad_y, weight, None, features=0)
-    with without_autocast(grad_y):
-        grad_x: torch.Tensor = engine.grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
-    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
-
-
 @implement("linear_4bit", "CPU")
-def cpu(x: torch.Tensor, bias: torch.Tensor | None, low_memory: bool, *arguments: Any) -> torch.Tensor:
-    return forward_by(_products, x, bias, arguments)
-
-
-@implement("linear_4bit_grad_input", "CPU")
-def cpu_grad_input(grad_y: torch.Tensor, low_memory: bool, *arguments: Any) -> torch.Tensor:
-    return grad_input_by(_products, grad_y, arguments)
+def cpu(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
+    return _forward(CPU, x, bias, Weight(*arguments))
 
 
 @implement("linear_4bit", "CUDA")
-def cuda(x: torch.Tensor, bias: torch.Tensor | None, low_memory: bool, *arguments: Any) -> torch.Tensor:
-    products = _cuda_products.products(low_memory)
-    if products is None:
-        return anywhere(x, bias, low_memory, *arguments)
-    return forward_by(products, x, bias, arguments)
-
-
-@implement("linear_4bit_grad_input", "CUDA")
-def cuda_grad_input(grad_y: torch.Tensor, low_memory: bool, *arguments: Any) -> torch.Tensor:
-    products = _cuda_products.products(low_memory)
-    if products is None:
-        return anywhere_grad_input(grad_y, low_memory, *arguments)
-    return grad_input_by(products, grad_y, arguments)
+def cuda(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
+    return _forward(cuda_engine(low_memory), x, bias, Weight(*arguments))
 
 
 @implement("linear_4bit", "CompositeExplicitAutograd")
-def anywhere(x: torch.Tensor, bias: torch.Tensor | None, low_memory: bool, *arguments: Any) -> torch.Tensor:
-    weight = weight_of(arguments)
-    check_matrix("linear_4bit", x, weight, bias, features=1)
-    with without_autocast(x):
-        cast_bias = None if bias is None else bias.to(x.dtype)
-        return torch.nn.functional.linear(x, dense_weight(weight, x.dtype), cast_bias)
-
-
-@implement("linear_4bit_grad_input", "CompositeExplicitAutograd")
-def anywhere_grad_input(grad_y: torch.Tensor, low_memory: bool, *arguments: Any) -> torch.Tensor:
-    weight = weight_of(arguments)
-    check_matrix("linear_4bit_grad_input", grad_y, weight, None, features=0)
-    with without_autocast(grad_y):
-        return grad_y @ dense_weight(weight, grad_y.dtype)
+def anywhere(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
+    return _forward(None, x, bias, Weight(*arguments))
 
 
 @fake("linear_4bit")
-def shapes(x: torch.Tensor, bias: torch.Tensor | None, low_memory: bool, *arguments: Any) -> torch.Tensor:
-    weight = weight_of(arguments)
+def shapes(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
+    weight = Weight(*arguments)
     check_matrix("linear_4bit", x, weight, bias, features=1)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@implement("linear_4bit_grad_input", "CPU")
+def cpu_grad_input(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
+    return _grad_input(CPU, grad_y, Weight(*arguments))
+
+
+@implement("linear_4bit_grad_input", "CUDA")
+def cuda_grad_input(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
+    return _grad_input(cuda_engine(low_memory), grad_y, Weight(*arguments))
+
+
+@implement("linear_4bit_grad_input", "CompositeExplicitAutograd")
+def anywhere_grad_input(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
+    return _grad_input(None, grad_y, Weight(*arguments))
+
+
 @fake("linear_4bit_grad_input")
-def grad_input_shapes(grad_y: torch.Tensor, low_memory: bool, *arguments: Any) -> torch.Tensor:
-    weight = weight_of(arguments)
+def grad_input_shapes(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
+    weight = Weight(*arguments)
     check_matrix("linear_4bit_grad_input", grad_y, weight, None, features=0)
     return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
 
 
-def save_weight(ctx: Any, arguments: tuple[Any, ...], *tensors: torch.Tensor | None) -> None:
-    """Keeps the packed weight and ``tensors`` for backward: never anything dequantized."""
-    weight = weight_of(arguments)
-    ctx.save_for_backward(*weight[:6], *tensors)
-    ctx.weight_rest = weight[6:]
+def save_weight(ctx: Any, arguments: tuple[Any, ...], *tensors: Tensor | None) -> None:
+    """Keep the packed weight and ``tensors`` for backward: never anything dequantized."""
+    ctx.save_for_backward(*arguments[:6], *tensors)
+    ctx.weight_rest = arguments[6:]
 
 
-def saved_weight(ctx: Any) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
+def saved_weight(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     """The weight arguments and the other saved tensors."""
     saved = ctx.saved_tensors
     return (*saved[:6], *ctx.weight_rest), saved[6:]
@@ -123,20 +276,20 @@ def saved_weight(ctx: Any) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
 NO_WEIGHT_GRADIENT = (None,) * len(Weight._fields)
 
 
-def sum_to_bias(grad_y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def sum_to_bias(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of a bias [N] from grad_y [..., N], summed in fp32 or wider."""
     wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
     return grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=wide).to(dtype)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, bias, low_memory, *arguments = inputs
     save_weight(ctx, tuple(arguments))
     ctx.low_memory = low_memory
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     arguments, _ = saved_weight(ctx)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -146,13 +299,13 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
     return grad_x, grad_bias, None, *NO_WEIGHT_GRADIENT
 
 
-def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, low_memory, *arguments = inputs
     save_weight(ctx, tuple(arguments))
     ctx.low_memory = low_memory
 
 
-def _backward_grad_input(ctx: Any, grad_grad_x: torch.Tensor) -> tuple[Any, ...]:
+def _backward_grad_input(ctx: Any, grad_grad_x: Tensor) -> tuple[Any, ...]:
     arguments, _ = saved_weight(ctx)
     return torch.ops.qlora_native.linear_4bit(grad_grad_x, None, ctx.low_memory, *arguments), None, *NO_WEIGHT_GRADIENT
 

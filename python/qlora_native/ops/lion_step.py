@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from qlora_native import reference
-from qlora_native.ops._optim_step import Step, Tensors, define
-from qlora_native.ops._tensor_rows import check_lists, check_states
+from qlora_native.ops._optim import Step, Tensors, check_lists, check_states, define
 
 OP = "lion_step"
 

@@ -8,51 +8,45 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _cuda_products, _products
 from qlora_native.ops._direct import adapted_product, call, is_few
-from qlora_native.ops._library import Weight, autograd, check_matrix, fake, implement, weight_of
+from qlora_native.ops._library import Weight, autograd, check_matrix, fake, implement
 from qlora_native.ops.linear_4bit import (
+    CPU,
     NO_WEIGHT_GRADIENT,
+    Adapter,
     Engine,
-    dense_weight,
+    cuda_engine,
     save_weight,
     saved_weight,
     sum_to_bias,
     without_autocast,
 )
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # of x, x_lora, A, B; empty if not needed
+Pair = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, x_lora, A, B; empty if not needed
 
 
 class Call(NamedTuple):
     """The arguments of the op, checked."""
 
-    x: torch.Tensor
-    x_lora: torch.Tensor | None
-    a: torch.Tensor
-    b: torch.Tensor
+    x: Tensor
+    x_lora: Tensor | None
+    a: Tensor
+    b: Tensor
     scale: float
-    bias: torch.Tensor | None
+    bias: Tensor | None
     low_memory: bool
     weight: Weight
 
 
-def read(
-    x: torch.Tensor,
-    x_lora: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None,
-    low_memory: bool,
-    *arguments: Any,
-) -> Call:
+def read(*arguments: Any) -> Call:
     """The op's call; refuses operands that do not fit each other."""
-    weight = weight_of(arguments)
+    call = Call._make((*arguments[:7], Weight(*arguments[7:])))
+    x, x_lora, a, b, _, bias, _, weight = call
     check_matrix("lora_linear_4bit", x, weight, bias, features=1)
     n, k = weight.shape
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1]:
@@ -64,28 +58,24 @@ def read(
         raise ValueError(
             f"lora_linear_4bit: x_lora is {x_lora.dtype} {list(x_lora.shape)}: expected {x.dtype} {list(x.shape)}."
         )
-    return Call(x, x_lora, a, b, scale, bias, low_memory, weight)
+    return call
 
 
 def forward_by(engine: Engine, call: Call) -> Pair:
-    """The op by the products of a device."""
+    """The op by the products of an engine."""
     x, x_lora, a, b, scale, bias, _, weight = call
     rows = x.reshape(-1, x.shape[-1])
     with without_autocast(x):
-        down, up = a.to(x.dtype).contiguous(), scaled(b, scale, x.dtype)
-        if x_lora is None and engine.MAKES_LOW and x.dtype in DTYPE_NUMBER:
+        down = a.to(x.dtype).contiguous()
+        up = (b.float() * scale if b.dtype != torch.float64 else b * scale).to(x.dtype).contiguous()  # rounded once
+        if x_lora is None and engine.makes_low and x.dtype in DTYPE_NUMBER:
             xa = x.new_empty(rows.shape[0], a.shape[0])
-            adapter = _products.Adapter(xa, up, down)
+            adapter = Adapter(xa, up, down)
         else:
             xa = engine.dense_forward(rows if x_lora is None else x_lora.reshape(-1, x.shape[-1]), down)
-            adapter = _products.Adapter(xa, up)
+            adapter = Adapter(xa, up)
         y = engine.forward(rows, weight, bias, adapter)
     return y.view(*x.shape[:-1], weight.shape[0]), xa.view(*x.shape[:-1], a.shape[0])
-
-
-def scaled(b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """scale * B, rounded once to the dtype of a product."""
-    return (b.float() * scale if b.dtype != torch.float64 else b * scale).to(dtype).contiguous()
 
 
 @implement("lora_linear_4bit", "CPU")
@@ -94,28 +84,21 @@ def cpu(*arguments: Any) -> Pair:
     few = None
     if call.x_lora is None and is_few(call.x):
         n, k = call.weight.shape
-        matrix = _C.matrix(n, k, *call.weight.pointers())
+        matrix = _C.matrix(n, k, call.weight.pointers())
         few = adapted_product((n, k, matrix), call.x, call.bias, call.a, call.b, call.scale)
-    return forward_by(_products, call) if few is None else few
+    return forward_by(CPU, call) if few is None else few
 
 
 @implement("lora_linear_4bit", "CUDA")
 def cuda(*arguments: Any) -> Pair:
     call = read(*arguments)
-    products = _cuda_products.products(call.low_memory)
-    return anywhere(*arguments) if products is None else forward_by(products, call)
+    return forward_by(cuda_engine(call.low_memory) or Engine(call.low_memory), call)
 
 
 @implement("lora_linear_4bit", "CompositeExplicitAutograd")
 def anywhere(*arguments: Any) -> Pair:
-    x, x_lora, a, b, scale, bias, _, weight = read(*arguments)
-    with without_autocast(x):
-        adapted = x if x_lora is None else x_lora
-        xa = adapted @ a.to(x.dtype).t()
-        cast_bias = None if bias is None else bias.to(x.dtype)
-        y = torch.nn.functional.linear(x, dense_weight(weight, x.dtype), cast_bias).reshape(-1, weight.shape[0])
-        y.addmm_(xa.reshape(-1, a.shape[0]), b.to(x.dtype).t(), alpha=scale)
-    return y.view(*x.shape[:-1], weight.shape[0]), xa
+    call = read(*arguments)
+    return forward_by(Engine(call.low_memory), call)
 
 
 @fake("lora_linear_4bit")
@@ -137,11 +120,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
 class BackwardCall(NamedTuple):
     """The arguments of lora_linear_4bit_backward."""
 
-    grad_y: torch.Tensor
-    x: torch.Tensor
-    xa: torch.Tensor
-    a: torch.Tensor
-    b: torch.Tensor
+    grad_y: Tensor
+    x: Tensor
+    xa: Tensor
+    a: Tensor
+    b: Tensor
     scale: float
     separate: bool
     needed: list[bool]
@@ -150,24 +133,26 @@ class BackwardCall(NamedTuple):
 
 
 def read_backward(*arguments: Any) -> BackwardCall:
-    return BackwardCall._make((*arguments[:9], weight_of(arguments[9:])))
+    return BackwardCall._make((*arguments[:9], Weight(*arguments[9:])))
 
 
-def backward_by(engine: Engine, call: BackwardCall) -> Gradients:
-    """The gradients by the products of a device."""
+def backward_by(engine: Engine, call: BackwardCall, grad_xa: Tensor | None = None) -> Gradients:
+    """The gradients by the products of an engine."""
     grad_y, x, xa, a, b, scale, separate, needed, _, weight = call
     rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
     need_x, need_x_lora, need_a, need_b = needed
     grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
     with without_autocast(x):
         down, up = a.to(grad_y.dtype).contiguous(), b.to(grad_y.dtype).contiguous()
-        if need_x and not separate and engine.MAKES_LOW and grad_y.dtype in DTYPE_NUMBER:
+        if need_x and not separate and engine.makes_low and grad_y.dtype in DTYPE_NUMBER:
             low = x.new_empty(rows.shape[0], a.shape[0])
-            grad_x = engine.grad_input(rows, weight, _products.Adapter(low, down, up, scale)).view(x.shape)
+            grad_x = engine.grad_input(rows, weight, Adapter(low, down, up, scale)).view(x.shape)
         else:
             low = engine.dense_grad_input(rows, up, scale)
+            if grad_xa is not None:
+                low = low + grad_xa.reshape(low.shape)
             if need_x:
-                adapter = None if separate else _products.Adapter(low, down)
+                adapter = None if separate else Adapter(low, down)
                 grad_x = engine.grad_input(rows, weight, adapter).view(x.shape)
             if need_x_lora:
                 grad_x_lora = engine.dense_grad_input(low, down).view(x.shape)
@@ -180,34 +165,19 @@ def backward_by(engine: Engine, call: BackwardCall) -> Gradients:
 
 @implement("lora_linear_4bit_backward", "CPU")
 def cpu_backward(*arguments: Any) -> Gradients:
-    return backward_by(_products, read_backward(*arguments))
+    return backward_by(CPU, read_backward(*arguments))
 
 
 @implement("lora_linear_4bit_backward", "CUDA")
 def cuda_backward(*arguments: Any) -> Gradients:
     call = read_backward(*arguments)
-    products = _cuda_products.products(call.low_memory)
-    return anywhere_backward(*arguments) if products is None else backward_by(products, call)
+    return backward_by(cuda_engine(call.low_memory) or Engine(call.low_memory), call)
 
 
 @implement("lora_linear_4bit_backward", "CompositeExplicitAutograd")
 def anywhere_backward(*arguments: Any) -> Gradients:
-    grad_y, x, xa, a, b, scale, separate, needed, low_memory, weight = read_backward(*arguments)
-    rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-    need_x, need_x_lora, need_a, need_b = needed
-    grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
-    low = torch.mm(rows, b.to(rows.dtype)) * scale
-    if need_x:
-        grad_x = torch.ops.qlora_native.linear_4bit_grad_input(grad_y, low_memory, *weight)
-        if not separate:
-            grad_x.view(-1, a.shape[1]).addmm_(low, a.to(low.dtype))
-    if need_x_lora:
-        grad_x_lora = torch.mm(low, a.to(low.dtype)).view(x.shape)
-    if need_a:
-        grad_a = torch.mm(low.t(), tokens).to(a.dtype)
-    if need_b:
-        grad_b = (torch.mm(rows.t(), xa.reshape(-1, xa.shape[-1])) * scale).to(b.dtype)
-    return grad_x, grad_x_lora, grad_a, grad_b
+    call = read_backward(*arguments)
+    return backward_by(Engine(call.low_memory), call)
 
 
 @fake("lora_linear_4bit_backward")
@@ -222,46 +192,18 @@ def backward_shapes(*arguments: Any) -> Gradients:
     )
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor | None, grad_xa: torch.Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> tuple[Any, ...]:
     arguments, (adapted, a, b, xa) = saved_weight(ctx)
-    need_x, need_x_lora, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
-    if grad_y is None or grad_xa is not None or torch.is_grad_enabled():
-        return _differentiable_backward(ctx, grad_y, grad_xa)
-    needed = [need_x, need_x_lora, need_a, need_b]
-    options = (ctx.scale, ctx.separate, needed, ctx.low_memory)
-    grads = call("lora_linear_4bit_backward", grad_y, adapted, xa, a, b, *options, *arguments)
+    *needed, _, need_bias = ctx.needs_input_grad[:6]
+    if grad_y is None:
+        grad_y = xa.new_zeros(*xa.shape[:-1], b.shape[0])
+    options = (grad_y, adapted, xa, a, b, ctx.scale, ctx.separate, needed, ctx.low_memory)
+    if grad_xa is not None or torch.is_grad_enabled():  # by ops that have derivatives of their own
+        grads = backward_by(Engine(ctx.low_memory), read_backward(*options, *arguments), grad_xa)
+    else:
+        grads = call("lora_linear_4bit_backward", *options, *arguments)
     grad_x, grad_x_lora, grad_a, grad_b = (g if need else None for g, need in zip(grads, needed, strict=True))
     grad_bias = sum_to_bias(grad_y, ctx.bias_dtype) if need_bias else None
-    return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, None, *NO_WEIGHT_GRADIENT
-
-
-def _differentiable_backward(ctx: Any, grad_y: torch.Tensor | None, grad_xa: torch.Tensor | None) -> tuple[Any, ...]:
-    """The same from ops that have derivatives of their own."""
-    arguments, (adapted, a, b, xa) = saved_weight(ctx)
-    need_x, need_x_lora, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
-    grad_x = grad_x_lora = grad_a = grad_b = grad_bias = None
-    low = grad_xa.reshape(-1, a.shape[0]) if grad_xa is not None else None  # gradient of xa
-    if grad_y is not None:
-        rows = grad_y.reshape(-1, grad_y.shape[-1])
-        through_b = torch.mm(rows, b.to(rows.dtype)) * ctx.scale
-        low = through_b if low is None else low + through_b
-        if need_b:
-            grad_b = (torch.mm(rows.t(), xa.reshape(-1, a.shape[0])) * ctx.scale).to(b.dtype)
-        if need_bias:
-            grad_bias = sum_to_bias(grad_y, ctx.bias_dtype)
-        if need_x:
-            grad_x = call("linear_4bit_grad_input", grad_y, ctx.low_memory, *arguments)
-    if low is not None:
-        if need_a:
-            grad_a = torch.mm(low.t(), adapted.reshape(-1, a.shape[1])).to(a.dtype)
-        if need_x_lora if ctx.separate else need_x:
-            if grad_x is None or ctx.separate:
-                through_a = torch.mm(low, a.to(low.dtype)).view(adapted.shape)
-                grad_x, grad_x_lora = (grad_x, through_a) if ctx.separate else (through_a, None)
-            elif torch.is_grad_enabled():
-                grad_x = grad_x + torch.mm(low, a.to(low.dtype)).view(adapted.shape)
-            else:  # nobody differentiates this gradient: add in place, in the GEMM
-                grad_x.view(-1, a.shape[1]).addmm_(low, a.to(low.dtype))
     return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, None, *NO_WEIGHT_GRADIENT
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from qlora_native import _C, reference
-from qlora_native.ops import _cuda_kernels, _pages
-from qlora_native.ops._library import fake, implement, native_dtype, scratch
+from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops._library import expect_pages, fake, implement, scratch
 
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def check(t: torch.Tensor, quant_type: int, block_size: int) -> None:
-    """Refuses what cannot be quantized, whatever the device."""
-    if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+def check(t: Tensor, quant_type: int, block_size: int) -> None:
+    """Refuse what cannot be quantized on any device."""
+    if t.dtype not in DTYPE_NUMBER:
         raise ValueError(f"quantize: tensor is {t.dtype}: expected float32, bfloat16 or float16.")
     if quant_type not in (0, 1):
         raise ValueError(f"quantize: quant_type number is {quant_type}: expected 0 (nf4) or 1 (fp4).")
@@ -21,33 +22,26 @@ def check(t: torch.Tensor, quant_type: int, block_size: int) -> None:
         raise ValueError(f"quantize: block_size is {block_size}: expected a power of two from 32 to 4096.")
 
 
-def empty_outputs(t: torch.Tensor, block_size: int, double_quant: bool) -> Outputs:
+def empty_outputs(numel: int, device: torch.device, block_size: int, double_quant: bool) -> Outputs:
     """packed, absmax (codes when double-quantized), nested_absmax, nested_offset; the nested ones empty without it."""
-    blocks = (t.numel() + block_size - 1) // block_size
-    packed = t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)
-    if not double_quant:
-        return packed, t.new_empty(blocks, dtype=torch.float32), *(t.new_empty(0, dtype=torch.float32) for _ in "12")  # type: ignore[return-value]
-    absmax = t.new_empty(blocks, dtype=torch.uint8)
-    nested = t.new_empty((blocks + 255) // 256, dtype=torch.float32)
-    return packed, absmax, nested, t.new_empty((), dtype=torch.float32)
+    blocks = (numel + block_size - 1) // block_size
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device)
+    sizes = ((blocks + 255) // 256, ()) if double_quant else (0, 0)
+    nested_absmax, nested_offset = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
+    return packed, absmax, nested_absmax, nested_offset
 
 
 @implement("quantize_4bit", "CPU")
-def cpu(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+def cpu(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
     check(t, quant_type, block_size)
     dense = t.contiguous()
-    outputs = packed, absmax, nested_absmax, nested_offset = empty_outputs(t, block_size, double_quant)
-    _pages.expect(packed)
+    outputs = empty_outputs(t.numel(), t.device, block_size, double_quant)
+    packed, absmax, nested_absmax, nested_offset = outputs
+    expect_pages(packed)
     block_max = scratch(absmax.numel(), torch.float32) if double_quant else absmax
-    bad = _C.quantize_4bit(
-        dense.data_ptr(),
-        native_dtype(t.dtype),
-        t.numel(),
-        block_size,
-        quant_type,
-        packed.data_ptr(),
-        block_max.data_ptr(),
-    )
+    source = dense.data_ptr(), DTYPE_NUMBER[t.dtype], t.numel(), block_size, quant_type
+    bad = _C.quantize_4bit(*source, packed.data_ptr(), block_max.data_ptr())
     if bad >= 0:
         raise ValueError(reference.non_finite_message(bad, dense))
     if double_quant:
@@ -55,27 +49,28 @@ def cpu(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -
     return outputs
 
 
-def double_quantize(
-    scales: torch.Tensor, absmax: torch.Tensor, nested_absmax: torch.Tensor, nested_offset: torch.Tensor
-) -> None:
+def double_quantize(scales: Tensor, absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> None:
     """Stores CPU ``scales``, fp32 [blocks], in 8 bits: codes, uint8 [blocks], and the two tensors that decode them."""
     targets = absmax.data_ptr(), nested_absmax.data_ptr(), nested_offset.data_ptr()
     _C.quantize_scales(scales.data_ptr(), scales.numel(), *targets)
 
 
 @implement("quantize_4bit", "CUDA")
-def cuda(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+def cuda(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+    from qlora_native.ops import _cuda_kernels
+
     check(t, quant_type, block_size)
     module = _cuda_kernels.native()
     if module is None:
         return anywhere(t, quant_type, block_size, double_quant)
     dense = t.contiguous()
-    outputs = packed, absmax, nested_absmax, nested_offset = empty_outputs(t, block_size, double_quant)
+    outputs = empty_outputs(t.numel(), t.device, block_size, double_quant)
+    packed, absmax, nested_absmax, nested_offset = outputs
     blocks = absmax.numel()
     block_max = t.new_empty(blocks, dtype=torch.float32) if double_quant else absmax
     first_bad = t.new_empty((), dtype=torch.int64)
     with _cuda_kernels.launching(t.device) as stream:
-        source = native_dtype(t.dtype), dense.data_ptr(), t.numel(), block_size, quant_type
+        source = DTYPE_NUMBER[t.dtype], dense.data_ptr(), t.numel(), block_size, quant_type
         module.quantize_4bit(*source, packed.data_ptr(), block_max.data_ptr(), first_bad.data_ptr(), stream)
         if double_quant:
             workspace = t.new_empty(module.quantize_scales_workspace(blocks), dtype=torch.uint8)
@@ -89,7 +84,7 @@ def cuda(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) 
 
 
 @implement("quantize_4bit", "CompositeExplicitAutograd")
-def anywhere(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+def anywhere(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
     check(t, quant_type, block_size)
     packed, absmax = reference.quantize_blocks(t, quant_type, block_size)
     if double_quant:
@@ -98,6 +93,6 @@ def anywhere(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bo
 
 
 @fake("quantize_4bit")
-def shapes(t: torch.Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
+def shapes(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
     check(t, quant_type, block_size)
-    return empty_outputs(t, block_size, double_quant)
+    return empty_outputs(t.numel(), t.device, block_size, double_quant)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import autograd, fake, implement
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
-def check(x: torch.Tensor, weight: torch.Tensor) -> None:
+def check(x: Tensor, weight: Tensor) -> None:
     """Refuses operands that do not fit each other."""
     if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != weight.shape[0] or weight.shape[0] == 0:
         raise ValueError(
@@ -25,66 +26,47 @@ def check(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 @implement("rms_norm", "CPU")
-def cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
-    check(x, weight)
+def cpu(x: Tensor, weight: Tensor, eps: float) -> Pair:
     if x.dtype not in DTYPE_NUMBER:
         return anywhere(x, weight, eps)
+    y, rstd = shapes(x, weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
-    y = torch.empty_like(x)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
-    width = weight.shape[0]
-    _C.rms_norm(
-        DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), eps, rstd.numel(), width, y.data_ptr(), rstd.data_ptr()
-    )
+    source = DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), eps, rstd.numel(), weight.shape[0]
+    _C.rms_norm(*source, y.data_ptr(), rstd.data_ptr())
     return y, rstd
 
 
 @implement("rms_norm", "CompositeExplicitAutograd")
-def anywhere(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+def anywhere(x: Tensor, weight: Tensor, eps: float) -> Pair:
     check(x, weight)
     y, rstd = reference.rms_norm(x, weight, eps)
     return y.contiguous(), rstd.contiguous()
 
 
 @fake("rms_norm")
-def shapes(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+def shapes(x: Tensor, weight: Tensor, eps: float) -> Pair:
     check(x, weight)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(x.shape), rstd
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @implement("rms_norm_backward", "CPU")
-def cpu_backward(
-    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, eps: float
-) -> torch.Tensor:
+def cpu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
     if x.dtype not in DTYPE_NUMBER:
         return anywhere_backward(grad_y, x, weight, rstd, eps)
     grad_y, x, weight = grad_y.contiguous(), x.contiguous(), weight.contiguous()
     grad_x = torch.empty_like(x)
-    _C.rms_norm_backward(
-        DTYPE_NUMBER[x.dtype],
-        grad_y.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        rstd.data_ptr(),
-        rstd.numel(),
-        weight.shape[0],
-        grad_x.data_ptr(),
-    )
+    source = grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(), rstd.numel(), weight.shape[0]
+    _C.rms_norm_backward(DTYPE_NUMBER[x.dtype], *source, grad_x.data_ptr())
     return grad_x
 
 
 @implement("rms_norm_backward", "CompositeExplicitAutograd")
-def anywhere_backward(
-    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, eps: float
-) -> torch.Tensor:
+def anywhere_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
     return reference.rms_norm_backward(grad_y, x, weight, eps).contiguous()
 
 
 @fake("rms_norm_backward")
-def backward_shapes(
-    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, eps: float
-) -> torch.Tensor:
+def backward_shapes(grad_y: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -96,13 +78,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.eps = eps
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return None, None, None
     x, weight, rstd = ctx.saved_tensors
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        if torch.is_grad_enabled():  # somebody differentiates this gradient
+        if torch.is_grad_enabled():  # this gradient is differentiated in turn
             grad_x = reference.rms_norm_backward(grad_y, x, weight, ctx.eps)
         else:
             grad_x = call("rms_norm_backward", grad_y, x, weight, rstd, ctx.eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
@@ -12,7 +13,7 @@ from qlora_native.ops._direct import call
 from qlora_native.ops._library import autograd, fake, implement
 
 
-def check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Refuses operands that do not fit each other."""
     fits = x.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and x.shape[-1] % 2 == 0 and x.shape[-1] > 0
     if not fits or cos.shape[0] not in (1, x.shape[0]) or cos.shape[1:] != (x.shape[2], x.shape[3]):
@@ -27,7 +28,7 @@ def check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 
 @implement("rotary", "CPU")
-def cpu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+def cpu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     check(x, cos, sin)
     if x.dtype not in DTYPE_NUMBER:
         return anywhere(x, cos, sin, inverse)
@@ -35,40 +36,31 @@ def cpu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) ->
     source = x if x.stride(-1) == 1 else x.contiguous()
     target = y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
     cos, sin = cos.contiguous(), sin.contiguous()
-    _C.rotary(
-        DTYPE_NUMBER[x.dtype],
-        source.data_ptr(),
-        source.stride()[:3],
-        cos.data_ptr(),
-        sin.data_ptr(),
-        cos.shape[0],
-        tuple(x.shape),
-        inverse,
-        target.data_ptr(),
-        target.stride()[:3],
-    )
+    angles = cos.data_ptr(), sin.data_ptr(), cos.shape[0]
+    heads = DTYPE_NUMBER[x.dtype], source.data_ptr(), source.stride()[:3]
+    _C.rotary(*heads, *angles, tuple(x.shape), inverse, target.data_ptr(), target.stride()[:3])
     return y if target is y else y.copy_(target)
 
 
 @implement("rotary", "CompositeExplicitAutograd")
-def anywhere(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+def anywhere(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     check(x, cos, sin)
     return torch.empty_like(x).copy_(reference.rotary(x, cos, sin, inverse))
 
 
 @fake("rotary")
-def shapes(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     check(x, cos, sin)
     return torch.empty_like(x)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, cos, sin, inverse = inputs
     ctx.save_for_backward(cos, sin)
     ctx.inverse = inverse
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise NotImplementedError("rotary: cos and sin have no gradient here: detach them.")
     return call("rotary", grad_y, *ctx.saved_tensors, not ctx.inverse), None, None, None

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import autograd, fake, implement
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
-def check(gate: torch.Tensor, up: torch.Tensor) -> None:
+def check(gate: Tensor, up: Tensor) -> None:
     """Refuses operands that do not fit each other."""
     if gate.shape != up.shape or gate.dtype != up.dtype or not gate.dtype.is_floating_point:
         raise ValueError(
@@ -24,7 +25,7 @@ def check(gate: torch.Tensor, up: torch.Tensor) -> None:
 
 
 @implement("swiglu", "CPU")
-def cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def cpu(gate: Tensor, up: Tensor) -> Tensor:
     check(gate, up)
     if gate.dtype not in DTYPE_NUMBER:
         return anywhere(gate, up)
@@ -35,52 +36,45 @@ def cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 @implement("swiglu", "CompositeExplicitAutograd")
-def anywhere(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def anywhere(gate: Tensor, up: Tensor) -> Tensor:
     check(gate, up)
     return reference.swiglu(gate, up).contiguous()
 
 
 @fake("swiglu")
-def shapes(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def shapes(gate: Tensor, up: Tensor) -> Tensor:
     check(gate, up)
     return gate.new_empty(gate.shape)
 
 
 @implement("swiglu_backward", "CPU")
-def cpu_backward(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
+def cpu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
     if gate.dtype not in DTYPE_NUMBER:
         return anywhere_backward(grad_y, gate, up)
     grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    _C.swiglu_backward(
-        DTYPE_NUMBER[gate.dtype],
-        grad_y.data_ptr(),
-        gate.data_ptr(),
-        up.data_ptr(),
-        gate.numel(),
-        grad_gate.data_ptr(),
-        grad_up.data_ptr(),
-    )
+    source = DTYPE_NUMBER[gate.dtype], grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel()
+    _C.swiglu_backward(*source, grad_gate.data_ptr(), grad_up.data_ptr())
     return grad_gate, grad_up
 
 
 @implement("swiglu_backward", "CompositeExplicitAutograd")
-def anywhere_backward(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
+def anywhere_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
     grad_gate, grad_up = reference.swiglu_backward(grad_y, gate, up)
     return grad_gate.contiguous(), grad_up.contiguous()
 
 
 @fake("swiglu_backward")
-def backward_shapes(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
+def backward_shapes(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor) -> Pair:
-    if torch.is_grad_enabled():  # somebody differentiates these gradients
+def _backward(ctx: Any, grad_y: Tensor) -> Pair:
+    if torch.is_grad_enabled():  # these gradients are differentiated in turn
         return reference.swiglu_backward(grad_y, *ctx.saved_tensors)
     grad_gate, grad_up = call("swiglu_backward", grad_y, *ctx.saved_tensors)
     return grad_gate, grad_up

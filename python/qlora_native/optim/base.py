@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C, _native, reference
-from qlora_native.ops import _cuda_kernels
-from qlora_native.ops import _tensor_rows as rows
-from qlora_native.ops._cuda_optim import DeviceTable, Scaling
-from qlora_native.ops._optim_plan import Plan, part_of
+from qlora_native.ops import _library
+from qlora_native.ops._library import part_of
+from qlora_native.ops._optim import Plan, address_of
 from qlora_native.optim.paging import PAGING_DEFAULTS, HostPages, Paged, PagedStates, new_states
 
 Paging = tuple[_C.Pager | None, int, int]  # the native functions' last arguments: pager, numbers, budget_bytes
@@ -127,7 +126,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         if self.max_norm is not None:
             if norm is None:
-                table = rows.address_of(plan.table)
+                table = address_of(plan.table)
                 norm = _C.gradient_norm(table, len(params)) if native else whole_norm(params, grads)
             self._grad_norm = norm = factor * norm
             if not math.isfinite(norm):
@@ -135,7 +134,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 return
             factor *= min(1.0, self.max_norm / (norm + 1e-6))
         if native:
-            self._step_natively(rows.address_of(plan.table), len(params), factor, self._paging_of(plan))
+            self._step_natively(address_of(plan.table), len(params), factor, self._paging_of(plan))
         elif not sharded or not self._step_on_device(params, groups, grads, None, None, factor):
             self._step_by_ops(plan, grads, factor)
 
@@ -172,7 +171,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         pages = self._pages.get(torch.device("cpu"))
         if not isinstance(pages, HostPages):
             return None, 0, 0
-        return pages.pager, rows.address_of(pages.numbers(plan)), pages.budget_now()
+        return pages.pager, address_of(pages.numbers(plan)), pages.budget_now()
 
     def _step_on_device(
         self,
@@ -185,7 +184,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
     ) -> bool:
         """Launch the step, if all tensors are on one CUDA device in the form its kernels take; waits for nothing."""
         device = params[0].device
-        module = _cuda_kernels.module_for(device)
+        module = _library.module_for(device)
         pages = self._device_pages(device)
         if pages is not None and pages.could_pin and pages.is_short():
             self._pin(pages)
@@ -197,6 +196,8 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             pages = None
         if not plan.point_at(grads, device):
             return False
+        from qlora_native.ops._cuda_optim import DeviceTable, Scaling
+
         if plan.on_device is None:
             plan.on_device = DeviceTable(module, self._op, plan.table, len(params), device)
         options = [self._options(group) for group in self.param_groups]

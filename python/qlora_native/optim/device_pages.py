@@ -19,7 +19,7 @@ from qlora_native._memory import Free, free_device_memory
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
 from qlora_native.ops._library import say_once
-from qlora_native.ops._optim_plan import Plan
+from qlora_native.ops._optim import Plan
 from qlora_native.optim.paging import Paged, Pages, PagingStatistics, State
 from qlora_native.optim.pressure import PagingPolicy
 

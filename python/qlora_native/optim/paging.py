@@ -21,8 +21,9 @@ from torch import Tensor
 
 from qlora_native import _C, _native
 from qlora_native._memory import free_memory
-from qlora_native.ops import _cuda_kernels
-from qlora_native.ops._optim_plan import Plan, part_of
+from qlora_native.ops import _library
+from qlora_native.ops._library import part_of
+from qlora_native.ops._optim import Plan
 from qlora_native.optim.pressure import watch
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ class PagedStates:
 
     def _new_pages(self, device: torch.device) -> HostPages | DevicePages | None:
         """None for devices that have no page store: their states are ordinary tensors."""
-        name, module = type(self).__name__, _cuda_kernels.module_for(device)
+        name, module = type(self).__name__, _library.module_for(device)
         if module is not None:
             from qlora_native.optim.device_pages import DevicePages
 

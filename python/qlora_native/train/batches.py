@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qlora_native.config import TrainConfig
-from qlora_native.data import BatchPlan, PackedPlan, TokenizedDataset, collate, collate_packed
-from qlora_native.data.batching import Plan
+from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler, collate, collate_packed
+from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed.ranks import Items
 from qlora_native.errors import UserError
 from qlora_native.hf.loss import hidden_states
@@ -24,13 +24,13 @@ Batch = dict[str, Tensor]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-def make_plan(config: TrainConfig, rows: TokenizedDataset) -> Plan[Any]:
+def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler[Any]:
     """The order of the steps: each has ``batch_size * grad_accum`` rows of like length, or as many packed sequences."""
     options = config.train
     size = options.batch_size * options.grad_accum
     if config.data.packing:
-        return PackedPlan(rows.lengths, size, config.data.max_length, seed=options.seed)
-    return BatchPlan(rows.lengths, size, seed=options.seed)
+        return PackedBatchSampler(rows.lengths, size, config.data.max_length, seed=options.seed)
+    return BatchSampler(rows.lengths, size, seed=options.seed)
 
 
 def token_count(rows: TokenizedDataset, items: Items) -> int:

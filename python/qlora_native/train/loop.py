@@ -27,8 +27,9 @@ import torch
 from qlora_native._io import as_write_error, atomic_folder, recover
 from qlora_native._memory import without_old_objects
 from qlora_native.config import TrainConfig
-from qlora_native.data import TokenizedDataset, padding_id
-from qlora_native.data.packing import evaluation_order
+from qlora_native.data.batching import evaluation_order
+from qlora_native.data.dataset import TokenizedDataset
+from qlora_native.data.template import padding_id
 from qlora_native.distributed.ranks import Ranks, joined, restarts
 from qlora_native.errors import UserError
 from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
@@ -38,7 +39,7 @@ from qlora_native.train.batches import (
     Batch,
     Items,
     check_packing,
-    make_plan,
+    make_sampler,
     micro_batches,
     token_count,
 )
@@ -149,8 +150,8 @@ class Trainer:
             settle(model)
         if config.data.packing:
             check_packing(model)
-        plan = make_plan(config, rows)
-        total = options.steps or plan.steps(options.epochs or 1)
+        sampler = make_sampler(config, rows)
+        total = options.steps or sampler.steps(options.epochs or 1)
 
         # Where to start: at 0 from the seed, or where the checkpoint stopped, random state included.
         state = TrainState()
@@ -158,7 +159,7 @@ class Trainer:
         if checkpoint is not None:
             load_adapter(model, checkpoint)
             state = TrainState(**load_checkpoint(checkpoint, optimizer, ranks))
-            plan.load_state_dict(state.data)
+            sampler.load_state_dict(state.data)
 
         metrics = Metrics(self.output_dir / "metrics.jsonl", state.step, loggers or []) if ranks.first else NoMetrics()
         quiet = self.quiet or not ranks.first
@@ -186,7 +187,7 @@ class Trainer:
                 # One optimizer step.
                 started = time.monotonic()
                 what = f"step {state.step + 1}"
-                items = next(plan.forever())
+                items = next(sampler.forever())
                 loss, tokens, trained = oom_retry.run(partial(self._learn, rows, items), what)
                 rate = learning_rate(
                     state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
@@ -204,7 +205,7 @@ class Trainer:
                 oom_retry.report_paging(what)
                 seconds = time.monotonic() - started
                 speeds.append(tokens / seconds)
-                state.step, state.tokens, state.data = state.step + 1, state.tokens + tokens, plan.state_dict()
+                state.step, state.tokens, state.data = state.step + 1, state.tokens + tokens, sampler.state_dict()
                 record: Record = {"step": state.step, "loss": loss, "lr": rate, "grad_norm": norm}
                 record |= {"tokens": tokens, "trained_tokens": trained}
                 record |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_native._io import PARTIAL, as_write_error
+from qlora_native._io import as_write_error, atomic_file
 from qlora_native._memory import peak_rss_bytes
 from qlora_native.train.loggers import Logger
 
@@ -26,10 +25,8 @@ class Metrics:
         self.path, self._loggers = path, loggers
         kept = [line for line in read_metrics(path) if line["step"] + ("eval_loss" in line) <= resume_step]
         with as_write_error(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}{PARTIAL}")
-            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-            os.replace(partial, path)
+            with atomic_file(path) as partial:
+                partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:

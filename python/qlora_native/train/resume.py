@@ -12,7 +12,7 @@ from qlora_native.errors import UserError
 from qlora_native.train.checkpoint import CONFIG, STATE, checkpoints
 
 # Changing one of these between two halves of a run would make neither the one run nor the other. The data have a
-# check of their own: BatchPlan compares the rows.
+# check of their own: the sampler compares the rows.
 _FIXED_BLOCKS = ("quant", "lora")
 _FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
 _BEFORE_THE_KEY = {"train.optimizer": "adamw"}  # what runs did whose config does not have the key yet

@@ -15,7 +15,7 @@ from qlora_native import distributed
 from qlora_native._io import as_user_error, as_write_error
 from qlora_native.calibration.data import FILE, CalibrationData, quantize_command
 from qlora_native.config import LoopSection, TrainConfig
-from qlora_native.data import TokenizedDataset
+from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed.ranks import Ranks
 from qlora_native.errors import UserError
 from qlora_native.hf.config import METADATA
@@ -107,7 +107,7 @@ def _is_made(path: Path, method: str) -> bool:
     """Whether the files are 4-bit already and say that ``method`` made them, so that nothing is left to it."""
     if method == "rtn" or path.suffix == ".gguf":  # whose configuration takes seconds to read, and holds no such thing
         return False
-    told: dict[str, Any] = dict(open_source(path, torch.bfloat16).four_bit_config or {})
+    told: dict[str, Any] = dict(open_source(path).four_bit_config or {})
     return (told.get(METADATA) or {}).get("method") == method
 
 

@@ -13,12 +13,12 @@ import qlora_native._import_hooks as late
 late.REGISTRIES = {{"outer.registry": "follower", "outer.other": "broken"}}
 late.watch()
 import warnings
-with warnings.catch_warnings(record=True) as told:
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import outer.registry, outer.other
 print(outer.registry.followed, outer.other.value, type(outer.registry.__loader__).__name__)
 print(outer.registry.__spec__.loader is outer.registry.__loader__)
-print(*[str(one.message) for one in told if "qlora" in str(one.message)])
+print(*[str(one.message) for one in caught if "qlora" in str(one.message)])
 """
 
 

@@ -1,0 +1,83 @@
+"""Options of the commands that read or write 4-bit weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qlora_native.cli._run import parse_size
+from qlora_native.errors import UserError
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_quantizing(parser: argparse.ArgumentParser) -> None:
+    """How to quantize what is not 4-bit yet. What is not given is None: the default of load_model, or of the run."""
+    add = parser.add_argument
+    add("--quant-type", choices=("nf4", "fp4"), help="the 16 levels (default: nf4)")
+    add("--block-size", type=int, choices=BLOCK_SIZES, metavar="N", help="weights per scale (default: 64)")
+    add("--double-quant", action=argparse.BooleanOptionalAction, help="store the scales in 8 bits (default: yes)")
+    add("--skip-modules", nargs="+", metavar="NAME", help="linear layers to leave dense (default: lm_head)")
+
+
+def quantizing(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`add_quantizing` that were given, as load_model takes them."""
+    names = ("quant_type", "block_size", "double_quant", "skip_modules")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "skip_modules" in given:
+        given["skip_modules"] = tuple(given["skip_modules"])
+    return given
+
+
+def add_shard_size(parser: argparse.ArgumentParser) -> None:
+    """How large a file of safetensors may be."""
+    parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+
+
+def shard_size(args: argparse.Namespace) -> int:
+    """Bytes of --shard-size; a GB is 10^9 bytes, as of files."""
+    num_bytes = parse_size(args.shard_size, 1000)
+    if not num_bytes:
+        raise UserError(f"--shard-size is {args.shard_size!r}: expected a size such as 500MB or 4GB")
+    return num_bytes
+
+
+def is_four_bit(model: Path) -> bool:
+    """Whether the files hold 4-bit weights."""
+    from qlora_native.hf.source import open_source
+
+    return bool(open_source(model).four_bit_config)
+
+
+def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
+    """The options of quantizing that were given; for the others, those of the config beside the adapter.
+
+    Args:
+        rounds: whether 16-bit weights are to become the 4-bit ones of that run, which rounding to nearest cannot do
+            where they were calibrated: then UserError.
+    """
+    given = quantizing(args)
+    config = args.adapter / "config.yaml" if args.adapter else None
+    if config is None or not config.is_file() or is_four_bit(args.model):
+        return given
+    import yaml
+
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    quant = settings.get("quant") or {}
+    method = quant.get("method", "rtn")
+    if rounds and method != "rtn":
+        from qlora_native.calibration.data import kept_calibration, quantize_command
+        from qlora_native.hf.load import CALIBRATED
+
+        kept = kept_calibration(args.adapter) or quant.get("calibration")
+        text = kept or ("FILE" if method in CALIBRATED else None)
+        dtype = (settings.get("train") or {}).get("dtype", "bfloat16")
+        command = quantize_command(str(args.model), quant, dtype, text, "DIR")
+        raise UserError(
+            f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "
+            f"`{command}`, and give DIR in its place"
+        )
+    names = {"type": "quant_type", "block_size": "block_size", "double_quant": "double_quant"}
+    return {name: quant[key] for key, name in names.items() if key in quant} | given
