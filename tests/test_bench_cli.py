@@ -69,12 +69,8 @@ def test_doctor_names_the_kernel_of_each_shape(
 ) -> None:
     assert main.main(["doctor", str(model), "--tokens", "1", "32", "--json"]) == 0
     kernels = json.loads(capsys.readouterr().out)["kernels"]
-    assert [(row["n"], row["k"], row["layers"], row["tokens"]) for row in kernels[:4]] == [
-        (32, 64, 4, 1),
-        (32, 64, 4, 32),
-        (64, 64, 4, 1),
-        (64, 64, 4, 32),
-    ]
+    rows = [(row["n"], row["k"], row["layers"], row["tokens"]) for row in kernels[:4]]
+    assert rows == [(32, 64, 4, 1), (32, 64, 4, 32), (64, 64, 4, 1), (64, 64, 4, 32)]
     assert all("rows of the weight" in row["kernel"] for row in kernels)
 
     # On a CUDA device: what the plan says, asked with the card's facts.

@@ -44,11 +44,8 @@ def test_not_against_the_systems_setting(setting: str | None, tmp_path: Path, mo
     if setting is not None:
         path.write_text(setting)
     monkeypatch.setattr(_library, "SETTING", path)
-    _library._madvise.cache_clear()
-    try:
-        assert not _library.gather_pages(torch.zeros(4 << 20))
-    finally:
-        _library._madvise.cache_clear()
+    monkeypatch.setattr(_library, "_madvise", _library._madvise.__wrapped__)  # without its cache
+    assert not _library.gather_pages(torch.zeros(4 << 20))
 
 
 def test_gathered_memory_lies_in_huge_pages() -> None:
@@ -95,8 +92,4 @@ def test_pages_are_interleaved_over_nodes(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_nodes(listed: str, found: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "online").write_text(listed + "\n")
     monkeypatch.setattr(_library, "NODES", tmp_path / "online")
-    _library.nodes.cache_clear()
-    try:
-        assert _library.nodes() == found
-    finally:
-        _library.nodes.cache_clear()
+    assert _library.nodes.__wrapped__() == found
