@@ -116,12 +116,13 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from qlora_native._memory import keep_freed_memory
-    from qlora_native.train import loop, report
+    from qlora_native.hf.source import open_source
+    from qlora_native.train import loop, memory
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = config_of(folder, length, checkpointing, steps)
     keep_freed_memory(checkpointing)
-    own = report.MemoryReport(config, length)  # brings what is imported late
+    own = memory.MemoryReport(config, open_source(folder), length)  # brings what is imported late
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=channel, flush=True)

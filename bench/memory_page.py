@@ -51,13 +51,13 @@ def saved() -> list[str]:
     """What each idea saves for the sizes of Llama 3 8B."""
     from transformers import AutoConfig
 
-    from qlora_native.estimate import Estimator, Setting, of_config
+    from qlora_native.estimate import Estimator, Setting
     from qlora_native.estimate.memory import state_bytes
 
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = AutoConfig.for_model("llama", **sizes, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
     setting = Setting(device="cuda", batch_size=1, length=2048)
-    nested, plain = (Estimator(of_config(config, s), s) for s in (setting, replace(setting, double_quant=False)))
+    nested, plain = (Estimator(config, s) for s in (setting, replace(setting, double_quant=False)))
     peak = nested.at().peak
     linear = 2 * peak.weights
     every = linear + peak.dense // 2

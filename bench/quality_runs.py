@@ -47,7 +47,7 @@ def run(base: Path, rate: float, seed: int, tokenizer: Any) -> dict[str, Any]:
     import qlora_native as qn
     from qlora_native.evaluate.measure import measure
     from qlora_native.hf.loss import causal_lm_loss
-    from qlora_native.train.schedule import learning_rate
+    from qlora_native.train.setup import learning_rate
 
     began = time.monotonic()
     model = qn.add_lora(load(base), qn.LoraConfig(r=RANK, alpha=ALPHA, seed=seed)).train()

@@ -48,32 +48,32 @@ def rank_of(case: Case) -> tuple[Any, int]:
 
     from qlora_native.cli.estimate import each_rank
     from qlora_native.config import TrainConfig
-    from qlora_native.estimate import Estimator, Setting, of_config
+    from qlora_native.estimate import Estimator, Setting
 
     sizes = {**SIZES[case.model], "num_key_value_heads": GROUPS, "vocab_size": WORDS, "tie_word_embeddings": False}
     options = {"batch_size": 1, "grad_accum": case.gpus, "optimizer": case.optimizer}
     values = {"model": case.model, "data": {"train": "rows.jsonl", "max_length": case.length}, "train": options}
     config = TrainConfig.model_validate(values)
     setting = replace(Setting.from_config(config, "cuda"), skip_modules=case.skip_modules)
-    estimator = Estimator(of_config(AutoConfig.for_model("llama", **sizes), setting), setting)
+    estimator = Estimator(AutoConfig.for_model("llama", **sizes), setting)
     ranks = {rank.mode: rank for rank in each_rank(estimator, estimator.at(), config, case.gpus, int(LINK))}
-    return ranks["fsdp"], ranks["ddp"].plan.frozen
+    return ranks["fsdp"], ranks["ddp"].memory.frozen
 
 
 def column(case: Case) -> list[str]:
     """The cells of one case, from top to bottom."""
     rank, whole = rank_of(case)
-    plan, card = rank.plan, case.card * GIB
+    memory, card = rank.memory, case.card * GIB
     moment = max(rank.moments, key=rank.moments.__getitem__)
     fits = "yes" if rank.total <= card else f"no, by {(rank.total - card) / GIB:.1f} GiB"
     return [
         f"1 x {case.length}, {'8-bit' if case.optimizer == 'adamw8bit' else '32-bit'}",
         "16 bits" if case.skip_modules else "4 bits",
         f"{whole / 1e9:.1f} GB",
-        f"{plan.frozen / 1e9:.1f} GB",
-        f"{plan.gathered_blocks / 1e9:.1f} GB",
-        f"{max(plan.gathered_input, plan.gathered_output) / 1e9:.1f} GB",
-        f"{plan.received / 1e9:.1f} GB",
+        f"{memory.frozen / 1e9:.1f} GB",
+        f"{memory.gathered_blocks / 1e9:.1f} GB",
+        f"{max(memory.gathered_input, memory.gathered_output) / 1e9:.1f} GB",
+        f"{memory.received / 1e9:.1f} GB",
         f"{rank.seconds:.1f} s",
         moment,
         f"{rank.total / GIB:.1f} GiB",

@@ -70,6 +70,6 @@ def _products(events: Iterable[Any]) -> Iterable[Product]:
 def _name(event: Any) -> str:
     try:
         name: str = event.name()
-    except UnicodeDecodeError:  # of a Python function, whose name the profiler has cut
+    except UnicodeDecodeError:  # of a Python function, whose name the profiler has truncated
         name = ""
     return name

@@ -1,4 +1,4 @@
-"""``qlora train`` in a process of its own, and what a run leaves behind."""
+"""The files and the config of a small run, ``qlora train`` in a process of its own, and the metrics it leaves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny
 import yaml
+
+
+def write_files(folder: Path, rows: int = 20, **sizes: Any) -> Path:
+    """A folder with ``model`` and ``train.jsonl``."""
+    tiny.write_model(folder / "model", **sizes)
+    tiny.write_rows(folder / "train.jsonl", rows)
+    return folder
+
+
+def settings(files: Path, out: Path, data: Any = None, lora: Any = None, **train: Any) -> dict[str, Any]:
+    """The config of a run on such files; neither checkpoints nor evaluations unless ``train`` asks for them."""
+    return {
+        "model": str(files / "model"),
+        "output_dir": str(out),
+        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0, **(data or {})},
+        "lora": lora or {},
+        "train": {"save_every": 0, "eval_every": 0, **train},
+    }
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -42,6 +61,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
         time.sleep(0.002)
 
 
-def steps_told(out: Path) -> int:
+def steps_made(out: Path) -> int:
     path = out / "metrics.jsonl"
     return path.read_text().count('"loss"') if path.is_file() else 0

@@ -415,7 +415,8 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
     from qlora_native.calibration.data import quantize_command
     from qlora_native.config import TrainConfig
     from qlora_native.hf.source import load_tokenizer
-    from qlora_native.train.setup import load_rows, prepare_model
+    from qlora_native.train.batches import load_rows
+    from qlora_native.train.setup import prepare_model
 
     def config(**quant: Any) -> TrainConfig:
         data = {"train": str(files / "rows.jsonl"), "eval_fraction": 0.5}

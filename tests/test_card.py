@@ -25,7 +25,7 @@ from qlora_native.train.progress import read_metrics
 
 
 class Trackio(ModuleType):
-    """Remembers what the package of that name is asked to do; it wants a service of its own to run."""
+    """Records the calls of the package of that name, which needs a service of its own."""
 
     def __init__(self) -> None:
         super().__init__("trackio")
@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trackio]:
     return folder, trackio
 
 
-def test_the_card_tells_data_config_losses_and_versions(run: tuple[Path, Trackio]) -> None:
+def test_the_card_has_data_config_losses_and_versions(run: tuple[Path, Trackio]) -> None:
     folder, _ = run
     text = (folder / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
@@ -127,7 +127,7 @@ def test_trackio_gets_every_line(run: tuple[Path, Trackio]) -> None:
         assert values[name] == pytest.approx(line[key])
 
 
-def test_a_logger_that_is_not_there_is_told_before_anything_is_loaded(
+def test_a_logger_that_is_not_there_is_reported_before_anything_is_loaded(
     run: tuple[Path, Trackio], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = run
@@ -142,10 +142,10 @@ def test_tensorboard_gets_the_same(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from qlora_native.train.loggers import make_loggers
+    from qlora_native.train.progress import make_loggers
 
     (logger,) = make_loggers(["tensorboard"], tmp_path, {})
-    logger.write({"step": 3, "loss": 0.5, "lr": float("nan"), "told": "x"})
+    logger.write({"step": 3, "loss": 0.5, "lr": float("nan"), "text": "x"})
     logger.write({"step": 4, "eval_loss": 0.25})
     logger.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -23,7 +23,7 @@ from qlora_native.cli.estimate import card_bytes, each_rank
 from qlora_native.cli.main import main
 from qlora_native.config import TrainConfig, keys
 from qlora_native.errors import UserError
-from qlora_native.estimate import Estimator, Setting, of_config, read_anatomy
+from qlora_native.estimate import Estimator, Setting
 from qlora_native.estimate.activations import decoder_layers, layer_bytes, norm_bytes, norms_of
 from qlora_native.estimate.memory import THREAD_SCRATCH, state_bytes
 from qlora_native.hf.loss import causal_lm_loss
@@ -56,14 +56,14 @@ def test_bytes_are_those_of_a_loaded_model_and_of_its_graph(
 ) -> None:
     folder = tiny_models.save(tmp_path, kind, torch.bfloat16, **options)
     setting = Setting(lora=LoraConfig(r=RANK), batch_size=ROWS, length=LENGTH)
-    anatomy = read_anatomy(folder, setting)
+    estimator = Estimator(folder, setting)
+    report = estimator.model.load_report
     model = qn.load_model(folder)
     expected = model.load_report
-    assert (anatomy.report.bytes_4bit, anatomy.report.bytes_dense) == (expected.bytes_4bit, expected.bytes_dense)
+    assert (report.bytes_4bit, report.bytes_dense) == (expected.bytes_4bit, expected.bytes_dense)
 
     qn.add_lora(model, LoraConfig(r=RANK)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    estimator = Estimator(anatomy, setting)
     assert estimator.adapters == sum(p.nbytes for p in trained)
 
     ids = tiny_models.tokens(ROWS, LENGTH)
@@ -81,9 +81,9 @@ def test_bytes_are_those_of_a_loaded_model_and_of_its_graph(
     assert loss.requires_grad
 
     tokens, config = ROWS * LENGTH, model.config
-    layers = [layer_bytes(layer, anatomy.model, setting) for _, layer in decoder_layers(anatomy.model)]
+    layers = [layer_bytes(layer, estimator.model, setting) for _, layer in decoder_layers(estimator.model)]
     predicted = sum(tokens * (layer.token + LENGTH * layer.square) for layer in layers) - tokens * layers[0].first
-    final = [norm for path, norm in norms_of(anatomy.model) if ".layers." not in path]
+    final = [norm for path, norm in norms_of(estimator.model) if ".layers." not in path]
     predicted += tokens * (sum(norm_bytes(norm, setting) for norm in final) + 2 * config.hidden_size + 8)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     predicted += 2 * 2 * LENGTH * head * hasattr(config, "rope_parameters")  # the rotation's angles
@@ -93,7 +93,7 @@ def test_bytes_are_those_of_a_loaded_model_and_of_its_graph(
 def test_weights_that_are_4_bit_already(tmp_path: Path) -> None:
     model = qn.load_model(tiny_models.save(tmp_path / "a", "Llama", torch.bfloat16), block_size=128)
     model.save_pretrained(tmp_path / "b")
-    report = read_anatomy(tmp_path / "b", Setting()).report
+    report = Estimator(tmp_path / "b", Setting()).model.load_report
     assert (report.bytes_4bit, report.bytes_dense) == (model.load_report.bytes_4bit, model.load_report.bytes_dense)
 
 
@@ -143,7 +143,7 @@ SMOL.tie_word_embeddings = QWEN_06B.tie_word_embeddings = True
     ids=["llama-8b", "llama-70b", "mistral-7b", "gemma-7b"],
 )
 def test_known_models(config: Any, four_bit: int, dense: int) -> None:
-    estimator = Estimator(of_config(config, Setting()), Setting(device="cuda"))
+    estimator = Estimator(config, Setting(device="cuda"))
     peak = estimator.at().peak
     assert peak.weights == four_bit // 2
     assert peak.scales == pytest.approx(four_bit / 64 * (1 + 4 / 256), rel=1e-3)
@@ -176,7 +176,7 @@ def test_heads_of_any_width_and_layers_of_any_kind(
     setting = Setting(dtype=dtype)
     sizes = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model(kind, **({} if kind == "mamba" else sizes), vocab_size=4000, **options)
-    estimator = Estimator(of_config(config, setting), setting)
+    estimator = Estimator(config, setting)
     few, many, all_kept = estimator.at(length=128), estimator.at(), estimator.at(checkpointing=False)
     assert few.total < many.total < all_kept.total and many.is_rough == unknown
     assert many.total == sum(vars(many.peak).values()) == max(terms.total for terms in many.moments.values())
@@ -185,7 +185,7 @@ def test_heads_of_any_width_and_layers_of_any_kind(
 @pytest.mark.parametrize("width", [32, 48, 36])
 def test_only_the_native_attention_has_scratch(width: int) -> None:
     config = config_of("llama", 4 * width, 256, 1, 4, 2, 4000)
-    scratch = Estimator(of_config(config, Setting()), Setting(length=256)).at().moments["step"].scratch
+    scratch = Estimator(config, Setting(length=256)).at().moments["step"].scratch
     shape = (4, 4, 2, 256, width)
     expected = _C.causal_attention_scratch_bytes(1, shape, True) + ALIGNMENT if width != 36 else 0
     assert scratch == THREAD_SCRATCH * torch.get_num_threads() + expected
@@ -206,7 +206,7 @@ def test_every_shipped_config_fits_its_card() -> None:
     for name, (model, device, limit, gpus, claimed) in RECIPES.items():
         config = TrainConfig.from_file(shipped()[name])
         setting = Setting.from_config(config, device)
-        estimator = Estimator(of_config(model, setting), setting)
+        estimator = Estimator(model, setting)
         estimate = estimator.at()
         total = estimate.total + estimate.reserve
         if gpus > 1:
@@ -247,16 +247,20 @@ def test_estimate_from_the_command_line(folder: Path, tmp_path: Path) -> None:
 def test_estimate_json_and_overrides(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(folder / "model")
     assert main(["estimate", model, "--json", "--cpu", "--lora.r", "4", "--grad_checkpointing", "false"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["setting"]["r"] == 4 and told["setting"]["grad_checkpointing"] is False
-    assert told["total"] == sum(told["peak"].values()) == max(moment["total"] for moment in told["moments"].values())
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["setting"]["r"] == 4 and printed["setting"]["grad_checkpointing"] is False
+    assert (
+        printed["total"]
+        == sum(printed["peak"].values())
+        == max(moment["total"] for moment in printed["moments"].values())
+    )
     (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {{train: rows.jsonl, max_length: 32}}\n")
     assert main(["estimate", str(tmp_path / "run.yaml"), "--json", "--cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["setting"]["length"] == 32
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["{0}/gone"], "{0}/gone is not there: expected a model folder"),
         (["{0}/empty"], "{0}/empty has no config.json"),
@@ -268,10 +272,10 @@ def test_estimate_json_and_overrides(folder: Path, tmp_path: Path, capsys: pytes
         (["--gpu", "24GB"], "qlora estimate: the config file or the model comes first"),
     ],
 )
-def test_estimate_mistakes(folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_estimate_mistakes(folder: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", *(word.format(folder) for word in words)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told.format(folder) in line
+    assert expected.format(folder) in line
 
 
 def test_card_sizes() -> None:
@@ -289,7 +293,7 @@ def test_config_init_for_a_model_and_a_card(
     assert main(["config", "init", model, "--gpu", "16GB", "--out", "mine.yaml"]) == 0
     config = TrainConfig.from_file("mine.yaml")
     setting = Setting.from_config(config, "cuda")
-    assert Estimator(of_config(LLAMA_8B, setting), setting).at().fits(16 * GIB)
+    assert Estimator(LLAMA_8B, setting).at().fits(16 * GIB)
     assert config.train.batch_size * config.train.grad_accum == 16 and config.data.max_length == 2048
     lines = Path("mine.yaml").read_text().splitlines()
     assert lines[1] == "#   qlora train mine.yaml"

@@ -17,7 +17,8 @@ from qlora_native.hf.merge import merge
 from qlora_native.hf.source import load_tokenizer
 from qlora_native.lora import LayerStatistics, LoraConfig, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_native.lora.layer import residual_factors
-from qlora_native.train.setup import load_rows, prepare_model
+from qlora_native.train.batches import load_rows
+from qlora_native.train.setup import prepare_model
 
 peft = pytest.importorskip("peft")
 CALIBRATION = tokens(24, 64, seed=5)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 from helpers import needs_page_files
-from runs import metrics, start
+from runs import metrics, settings, start
 
 from qlora_native._memory import kib_fields
 
@@ -53,24 +53,12 @@ class Run(NamedTuple):
 
 
 def run(files: Path, name: str, driver: str = "", **options: Any) -> Run:
-    train: dict[str, Any] = {
-        "steps": STEPS,
-        "batch_size": 1,
-        "grad_accum": 1,
-        "lr": 1e-4,
-        "save_every": 0,
-        "eval_every": 0,
-    }
-    train |= {"grad_checkpointing": False, "dtype": "float32", **options}  # twice the bytes for half the products
     folder = files / name
     folder.mkdir()
-    config = {
-        "model": str(files / "model"),
-        "output_dir": str(folder / "out"),
-        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0, "max_length": 8192},
-        "lora": {"r": RANK, "alpha": RANK, "dropout": 0.1, "target_modules": ["down_proj"]},
-        "train": train,
-    }
+    lora = {"r": RANK, "alpha": RANK, "dropout": 0.1, "target_modules": ["down_proj"]}
+    options = {"steps": STEPS, "batch_size": 1, "grad_accum": 1, "lr": 1e-4, **options}
+    options = {"grad_checkpointing": False, "dtype": "float32", **options}  # twice the bytes for half the products
+    config = settings(files, folder / "out", {"max_length": 8192}, lora, **options)
     # malloc gives every tensor back at once, so that peaks are those of what is needed.
     process = start(config, folder, driver, MALLOC_MMAP_THRESHOLD_="65536")
     status, peak = Path(f"/proc/{process.pid}/status"), 0
@@ -104,22 +92,22 @@ def limit(files: Path, unlimited: Run) -> int:
     paged = run(files, "paged", paged=True, page_budget=16 * MIB)
     assert paged.status == 0, paged.errors
     assert paged.metrics == unlimited.metrics
-    told = f"peaks {unlimited.peak / MIB:,.0f} MiB unpaged, {paged.peak / MIB:,.0f} MiB paged"
-    assert unlimited.peak - paged.peak > 90 * MIB, told
+    message = f"peaks {unlimited.peak / MIB:,.0f} MiB unpaged, {paged.peak / MIB:,.0f} MiB paged"
+    assert unlimited.peak - paged.peak > 90 * MIB, message
     limit = (paged.peak + unlimited.peak) // 2  # a short row must have room beside the states
-    print(f"{told}, limit {limit / MIB:,.0f}")
+    print(f"{message}, limit {limit / MIB:,.0f}")
     return limit
 
 
 def test_unpaged_it_dies(files: Path, unlimited: Run, limit: int) -> None:
     done = run(files, "dies", limited(limit), paged=False)
     assert done.status == 2, done.errors
-    told = done.errors.splitlines()[-1]
+    message = done.errors.splitlines()[-1]
     assert re.fullmatch(
         r"qlora: step \d needs more memory than there is \(.*MiB left of RLIMIT_DATA.*\); lower data.max_length .*, "
         r"or set train.grad_checkpointing to true, or set train.paged to auto",
-        told,
-    ), told
+        message,
+    ), message
     assert "Traceback" not in done.errors
     assert ROWS <= len(done.metrics) < STEPS
     assert done.metrics == unlimited.metrics[: len(done.metrics)]

@@ -15,18 +15,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import tiny
 import torch
 import yaml
-from runs import metrics, start, steps_told, wait_until
+from runs import metrics, start, steps_made, wait_until, write_files
 
 from qlora_native import _io as disk
 from qlora_native.cli.main import main
 from qlora_native.config import TrainConfig
+from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
 from qlora_native.train import checkpoint
-from qlora_native.train.interrupt import Interrupted, StopRequest
+from qlora_native.train.checkpoint import Interrupted, stop_request
 from qlora_native.train.loop import Trainer
 
 STEPS = 7
@@ -38,24 +40,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as in the subprocesses: th
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model and the rows that every run here shares."""
-    folder = tmp_path_factory.mktemp("files")
-    tiny.write_model(folder / "model")
-    tiny.write_rows(folder / "train.jsonl", 20)
-    return folder
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 def settings(files: Path, out: Path, **train: Any) -> dict[str, Any]:
     """Dropout, odd batch sizes and epochs that end inside the run: all that a resumed run could get wrong."""
     options = {"steps": STEPS, "batch_size": 3, "grad_accum": 2, "lr": 5e-3, "save_every": 2, "eval_every": 3, **train}
-    data = options.pop("data", {})
-    return {
-        "model": str(files / "model"),
-        "output_dir": str(out),
-        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0.2, **data},
-        "lora": {"r": 4, "alpha": 8, "dropout": 0.3},
-        "train": options,
-    }
+    data = {"eval_fraction": 0.2, **options.pop("data", {})}
+    return runs.settings(files, out, data, {"r": 4, "alpha": 8, "dropout": 0.3}, **options)
 
 
 def train(files: Path, out: Path, resume: str | None = None, **options: Any) -> Any:
@@ -152,7 +144,7 @@ def test_without_the_random_state_the_end_would_differ(
     out = tmp_path / "out"
     with pytest.raises(Crash):
         train(files, out, on_step=crash_at(5))
-    monkeypatch.setattr(checkpoint, "set_random_states", lambda tensors, plain, ranks: None)
+    monkeypatch.setattr(checkpoint, "set_random_state", lambda tensors, plain: None)
     train(files, out, resume="auto")
     assert (out / "adapter" / ADAPTER).read_bytes() != (undisturbed / "adapter" / ADAPTER).read_bytes()
 
@@ -203,7 +195,7 @@ disk.fsync = lambda path: time.sleep(0.2) or plain(path)
 def test_killed_between_checkpoints(files: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(settings(files, out), tmp_path, SLOW_STEPS)
-    wait_until(lambda: steps_told(out) >= 5, process)
+    wait_until(lambda: steps_made(out) >= 5, process)
     process.kill()
     process.communicate()
     assert [path.name for path in checkpoint.checkpoints(out)] == ["step-000002", "step-000004"]
@@ -230,14 +222,14 @@ def test_ctrl_c_finishes_the_step_and_saves(
 ) -> None:
     out = tmp_path / "out"
     process = start(settings(files, out, save_every=0), tmp_path, SLOW_STEPS)
-    wait_until(lambda: steps_told(out) >= 3, process)
+    wait_until(lambda: steps_made(out) >= 3, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     (saved,) = checkpoint.checkpoints(out)
     assert f"stopped after step {int(saved.name[5:])}; {saved} is saved" in errors
-    assert steps_told(out) == int(saved.name[5:]) < STEPS
+    assert steps_made(out) == int(saved.name[5:]) < STEPS
     assert main(["train", str(tmp_path / "config.yaml"), "--resume"]) == 0
     assert (out / "adapter" / ADAPTER).read_bytes() == (undisturbed / "adapter" / ADAPTER).read_bytes()
 
@@ -246,7 +238,7 @@ def test_the_second_signal_stops_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
 
     def two_signals() -> None:
-        with StopRequest() as stop:
+        with stop_request(OneProcess()) as stop:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
             assert stop.requested
@@ -381,7 +373,7 @@ def test_coded_states_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [checkpoint.TENSORS, checkpoint.STATE])
-def test_a_damaged_checkpoint_is_told(tmp_path: Path, name: str) -> None:
+def test_a_damaged_checkpoint_is_reported(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path, 3, trained_optimizer(7))
     (folder / name).write_bytes((folder / name).read_bytes()[:20])
     with pytest.raises(UserError, match=r"step-000003 cannot be read .*delete that folder"):
@@ -433,7 +425,7 @@ def test_an_earlier_run_is_not_overwritten(files: Path, undisturbed: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"lora": {"r": 8, "alpha": 8, "dropout": 0.3}}, r"lora.r 4 -> 8;"),
         ({"train": {"seed": 1, "lr": 1e-5}}, r"train.seed 0 -> 1;"),
@@ -441,12 +433,12 @@ def test_an_earlier_run_is_not_overwritten(files: Path, undisturbed: Path) -> No
         ({"model": "elsewhere/other-model"}, r"model .*model -> elsewhere/other-model;"),
     ],
 )
-def test_other_settings_are_refused(files: Path, undisturbed: Path, change: dict[str, Any], told: str) -> None:
+def test_other_settings_are_refused(files: Path, undisturbed: Path, change: dict[str, Any], expected: str) -> None:
     values = settings(files, undisturbed)
     for key, value in change.items():
         values[key] = {**values[key], **value} if key == "train" else value
     config = TrainConfig.model_validate({**values, "resume": "auto"})
-    with pytest.raises(UserError, match=rf"step-000007 was made with other settings: {told} set them back"):
+    with pytest.raises(UserError, match=rf"step-000007 was made with other settings: {expected} set them back"):
         Trainer(config, quiet=True).train()
 
 

@@ -94,26 +94,26 @@ def test_full_logits_are_never_made() -> None:
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
     causal_lm_loss(model, batch)
-    rows.clear()  # the first call looks at the head with two tokens
+    rows.clear()  # the first call tries the head with two tokens
     causal_lm_loss(model, batch)
     assert rows == [0]
 
 
 @pytest.mark.parametrize("name", OWN_LOGITS)
-def test_models_that_change_their_logits_use_them_and_say_so_once(name: str) -> None:
+def test_models_that_change_their_logits_use_them_with_one_warning(name: str) -> None:
     config, reason = OWN_LOGITS[name]
     model, batch = make(config), make_batch()
     expected = truth(model, batch)
-    with pytest.warns(UserWarning, match="the model's own logits") as said:
+    with pytest.warns(UserWarning, match="the model's own logits") as caught:
         losses = [causal_lm_loss(model, batch) for _ in range(3)]
-    ours = [str(warning.message) for warning in said if "the model's own logits" in str(warning.message)]
+    ours = [str(warning.message) for warning in caught if "the model's own logits" in str(warning.message)]
     assert len(ours) == 1
     assert reason in ours[0] and type(model).__name__ in ours[0]
     assert losses[-1].item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative_error(gradients(model, losses[-1]), gradients(model, expected)) < 1e-5
 
 
-def test_a_change_that_no_config_field_tells_of_is_seen() -> None:
+def test_a_change_that_no_config_field_names_is_found() -> None:
     model, batch = make(PLAIN["llama"]), make_batch()
     plain_forward = model.forward
 
@@ -137,7 +137,7 @@ def test_quantized_output_embedding() -> None:
     assert loss.item() == pytest.approx(truth(model, batch).item(), rel=1e-5)
 
 
-def test_looking_at_the_head_leaves_the_random_state_alone() -> None:
+def test_inspecting_the_head_leaves_the_random_state_alone() -> None:
     config = GPT2Config(vocab_size=90, n_embd=32, n_layer=1, n_head=2)  # dropout 0.1
     model, batch = make(config).train(), make_batch()
     torch.manual_seed(5)
@@ -160,15 +160,13 @@ def test_trained_tokens_counts_shifted_labels() -> None:
 
 def masks_seen(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss, and the attention masks with which the model's forward was called for it."""
-    causal_lm_loss(model, batch)  # the first call looks at the model
+    causal_lm_loss(model, batch)  # the first call inspects the model
     seen: list[torch.Tensor] = []
-    handle = model.register_forward_pre_hook(
+    hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    try:
+    with hook:
         return causal_lm_loss(model, batch), seen
-    finally:
-        handle.remove()
 
 
 def test_padding_behind_a_row_needs_no_mask() -> None:
@@ -196,7 +194,7 @@ def test_masks_that_matter_stay(why: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert loss.item() == pytest.approx(truth(model, batch).item(), rel=1e-5)
 
 
-def test_looking_at_the_mask_leaves_training_flags_and_randomness_alone() -> None:
+def test_inspecting_the_mask_leaves_training_flags_and_randomness_alone() -> None:
     model, batch = make(PLAIN["llama"]).train(), make_batch()
     model.model.norm.eval()
     flags = [module.training for module in model.modules()]

@@ -1,5 +1,5 @@
 """Training with paged states: killed at random moments it leaves nothing behind and resumes, and where there can be no
-page file it says so."""
+page file it reports so."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import runs
 import yaml
 from helpers import needs_page_files
-from runs import metrics, start, steps_told, wait_until
+from runs import metrics, start, steps_made, wait_until, write_files
 
 from qlora_native._memory import Free
 from qlora_native.cli.main import main
@@ -25,10 +25,8 @@ from qlora_native.optim import paging, pressure
 from qlora_native.train import checkpoint
 from qlora_native.train.loop import Trainer
 
-pytestmark = [
-    needs_page_files,
-    pytest.mark.usefixtures("one_thread"),
-]  # as in the subprocesses: their number changes the order of sums
+# One thread as in the subprocesses: their number changes the order of sums.
+pytestmark = [needs_page_files, pytest.mark.usefixtures("one_thread")]
 
 STEPS = 12
 MIB = 1 << 20
@@ -37,30 +35,14 @@ ADAPTER = Path("adapter", "adapter_model.safetensors")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    tiny.write_model(folder / "model", hidden_size=128, intermediate_size=256)
-    tiny.write_rows(folder / "train.jsonl", 20)
-    return folder
+    return write_files(tmp_path_factory.mktemp("files"), hidden_size=128, intermediate_size=256)
 
 
 def settings(files: Path, folder: Path, **train: Any) -> dict[str, Any]:
     """Rank 256: 9 MiB of states, through a budget of one MiB."""
-    options: dict[str, Any] = {
-        "steps": STEPS,
-        "batch_size": 2,
-        "grad_accum": 1,
-        "lr": 5e-4,
-        "save_every": 1,
-        "eval_every": 0,
-    }
+    options: dict[str, Any] = {"steps": STEPS, "batch_size": 2, "grad_accum": 1, "lr": 5e-4, "save_every": 1}
     options |= {"paged": True, "page_dir": str(folder / "pages"), "page_budget": MIB, **train}
-    return {
-        "model": str(files / "model"),
-        "output_dir": str(folder / "out"),
-        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0},
-        "lora": {"r": 256, "alpha": 256, "dropout": 0.1},
-        "train": options,
-    }
+    return runs.settings(files, folder / "out", lora={"r": 256, "alpha": 256, "dropout": 0.1}, **options)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +76,7 @@ def test_killed_at_a_random_moment(files: Path, unpaged: Path, tmp_path: Path, r
         out, pages = folder / "out", folder / "pages"
         process = start(settings(files, folder), folder)
         steps = chance.randrange(STEPS - 2)
-        wait_until(lambda out=out, steps=steps: steps_told(out) >= steps and out.is_dir(), process)  # type: ignore[misc]
+        wait_until(lambda out=out, steps=steps: steps_made(out) >= steps and out.is_dir(), process)  # type: ignore[misc]
         time.sleep(chance.random() * 0.3)
         process.kill()
         process.communicate()
@@ -120,7 +102,7 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_no_room_for_the_page_file_is_told_before_the_first_step(
+def test_no_room_for_the_page_file_is_reported_before_the_first_step(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "config.yaml"
@@ -129,12 +111,12 @@ def test_no_room_for_the_page_file_is_told_before_the_first_step(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qlora")]
     assert len(errors) == 1 and str(tmp_path / "pages") in errors[0], errors
     assert "File too large" in errors[0]
-    assert steps_told(tmp_path / "out") == 0
+    assert steps_made(tmp_path / "out") == 0
 
 
 @pytest.fixture
 def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first look on, the watcher sees less than the margin."""
+    """From its first check on, the watcher finds less than the margin."""
     monkeypatch.setattr(paging, "free_memory", lambda: Free(10 * MIB, 1024 * MIB, "a test"))
     monkeypatch.setattr(pressure, "INTERVAL", 0.001)
 
@@ -147,8 +129,8 @@ def test_auto_without_room_for_the_page_file_stays_in_memory_and_says_so(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         summary = Trainer(config).train()
-    told = [str(warning.message) for warning in caught if "page" in str(warning.message)]
-    assert len(told) == 1 and "the states stay in memory" in told[0], told
+    printed = [str(warning.message) for warning in caught if "page" in str(warning.message)]
+    assert len(printed) == 1 and "the states stay in memory" in printed[0], printed
     assert_same(tmp_path / "out", unpaged)
     assert summary.paged_bytes == 0
     assert "paged out" not in capsys.readouterr().out

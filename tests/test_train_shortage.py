@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from runs import metrics
+from runs import metrics, settings, write_files
 
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
-from qlora_native.train import loop, shortage
+from qlora_native.train import loop, memory
 from qlora_native.train.loop import Trainer
 
 STEPS = 5
@@ -27,23 +26,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # their number changes the o
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    tiny.write_model(folder / "model")
-    tiny.write_rows(folder / "train.jsonl", 20)
-    return folder
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 def train(files: Path, out: Path, **options: Any) -> Any:
     """Dropout makes each micro-batch draw random numbers."""
-    train = {"steps": STEPS, "batch_size": 3, "grad_accum": 2, "lr": 5e-3, "save_every": 0, "eval_every": 3, **options}
-    config = {
-        "model": str(files / "model"),
-        "output_dir": str(out),
-        "data": {"train": str(files / "train.jsonl"), "eval_fraction": 0.2},
-        "lora": {"r": 4, "alpha": 8, "dropout": 0.3},
-        "train": train,
-    }
-    return Trainer(TrainConfig.model_validate(config)).train()
+    options = {"steps": STEPS, "batch_size": 3, "grad_accum": 2, "lr": 5e-3, "eval_every": 3, **options}
+    values = settings(files, out, {"eval_fraction": 0.2}, {"r": 4, "alpha": 8, "dropout": 0.3}, **options)
+    return Trainer(TrainConfig.model_validate(values)).train()
 
 
 def result(out: Path) -> tuple[bytes, list[dict[str, Any]]]:
@@ -103,10 +93,10 @@ def test_the_step_begins_again_and_computes_the_same(
     summary = train(files, tmp_path)
     assert result(tmp_path) == undisturbed
     assert summary.retried == 1 and summary.paging_seconds > 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "page" in line or "paging" in line]
-    assert len(told) == 2, told
-    assert told[0].startswith("step 2: memory is short, so ")
-    assert "1 step began again" in told[1]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "page" in line or "paging" in line]
+    assert len(printed) == 2, printed
+    assert printed[0].startswith("step 2: memory is short, so ")
+    assert "1 step began again" in printed[1]
 
 
 def test_without_the_random_state_the_end_would_differ(
@@ -114,7 +104,7 @@ def test_without_the_random_state_the_end_would_differ(
 ) -> None:
     """That the comparison above can fail."""
     failing(monkeypatch, SECOND_HALF_OF_STEP_2, allocate=by_torch)
-    monkeypatch.setattr(shortage, "set_random_state", lambda *state: None)
+    monkeypatch.setattr(memory, "set_random_state", lambda *state: None)
     train(files, tmp_path)
     assert result(tmp_path)[0] != undisturbed[0]
 
@@ -179,4 +169,4 @@ def test_other_errors_pass(files: Path, tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_what_counts_as_a_shortage(error: Exception, expected: bool) -> None:
-    assert shortage.is_shortage(error) == expected
+    assert memory.is_out_of_memory(error) == expected

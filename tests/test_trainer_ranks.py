@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from ranks import on_ranks
+from ranks import adapters, distance, on_ranks
 from safetensors.torch import load_file
 from tiny_models import save, tokens
 from torch.distributed.tensor import DTensor
@@ -78,18 +78,8 @@ def trained(folder: Path, out: Path, world: int, resume: Path | None = None, **c
     return trainer
 
 
-def adapter(trainer: Trainer) -> dict[str, torch.Tensor]:
-    parameters = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
-
-
-def distance(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    assert got.keys() == expected.keys() and len(got) == 28
-    return max(float((got[name] - expected[name]).abs().max()) for name in expected)
-
-
 def same_codes(model: Any, folder: Path) -> None:
-    """Every 4-bit weight of a cut model, put together, against that of a load on one process."""
+    """Every 4-bit weight of a sharded model, gathered, against that of a load on one process."""
     alone = {
         name.removeprefix("base_model.model."): layer
         for name, layer in adapted(folder).named_modules()
@@ -116,17 +106,17 @@ def codes_under_bf16(folder: Path) -> None:
         weight = base.quantized
         weight.packed.copy_(patterns.roll(-4096 * number)[: weight.packed.numel()])
         kept[path] = weight.packed.clone(), weight.absmax.clone()
-    distributed.lay_out(model)  # now the scales are cut too
+    distributed.lay_out(model)  # now the scales are sharded too
     optimizer = qn.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    def look(path: str, weight: qn.QuantizedWeight) -> None:
+    def check(path: str, weight: qn.QuantizedWeight) -> None:
         assert not isinstance(weight.packed, DTensor) and torch.equal(weight.packed, kept[path][0])
         assert torch.equal(weight.absmax, kept[path][1])
         seen.add(path)
 
     for path, layer in lora_layers(model):
-        layer.register_forward_hook(lambda layer, *_, path=path: look(path, layer.base_layer.quantized))
+        layer.register_forward_hook(lambda layer, *_, path=path: check(path, layer.base_layer.quantized))
     rows = tokens(2)
     accelerator.backward(model(input_ids=rows, labels=rows, use_cache=False).loss)
     optimizer.step()
@@ -143,7 +133,7 @@ def on_two(rank: int, world: int, folder: Path, expected: dict[str, torch.Tensor
     base, found = folder / "model", {}
     trainer = trained(base, folder / "ddp", world)
     assert trainer.accelerator.distributed_type == DistributedType.MULTI_CPU
-    found["ddp"] = distance(adapter(trainer), expected)
+    found["ddp"] = distance(adapters(trainer.model), expected)
     AcceleratorState._reset_state(True)
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         settings: dict[str, Any] = {"fsdp": True, "fsdp_config": {**FSDP, "state_dict_type": kind}}
@@ -151,11 +141,11 @@ def on_two(rank: int, world: int, folder: Path, expected: dict[str, torch.Tensor
             trainer = trained(base, folder / kind, world, **settings)
             assert trainer.accelerator.is_fsdp2
             same_codes(trainer.model, base)
-            found[kind] = distance(adapter(trainer), expected)
+            found[kind] = distance(adapters(trainer.model), expected)
         with fsdp_on_cpu():
             trainer = trained(base, folder / kind, world, folder / kind / "checkpoint-2", **settings)
             same_codes(trainer.model, base)
-            found[f"{kind}, resumed"] = distance(adapter(trainer), expected)
+            found[f"{kind}, resumed"] = distance(adapters(trainer.model), expected)
     with pytest.raises(ValueError, match="save the adapter alone, or the model before it is sharded"):
         trainer.model.get_base_model().save_pretrained(folder / "whole")
     with fsdp_on_cpu():
@@ -168,7 +158,8 @@ def on_two(rank: int, world: int, folder: Path, expected: dict[str, torch.Tensor
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    expected = adapter(trained(save(tmp_path / "model"), tmp_path / "one", 1))
+    expected = adapters(trained(save(tmp_path / "model"), tmp_path / "one", 1).model)
+    assert len(expected) == 28
     for found in on_ranks(2, on_two, tmp_path, expected):
         assert max(found.values()) <= TOLERANCE, found
     saved = load_file(tmp_path / "FULL_STATE_DICT" / "checkpoint-4" / "adapter_model.safetensors")

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import distance, edit_config, edit_tensors, logits, make, save
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 import qlora_native as qn
 from qlora_native.nn import QuantizedLinear
@@ -259,16 +258,6 @@ def test_a_pickle_and_a_copy_hold_the_weights(tmp_path: Path) -> None:
     other = load(tmp_path, quant_type="fp4")
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), expected)
-
-
-def test_conv1d_is_stored_transposed(tmp_path: Path) -> None:
-    dense = make("GPT2")
-    dense.save_pretrained(tmp_path)
-    model = load(tmp_path, torch.float32)
-    theirs = dense.transformer.h[0].attn.c_attn
-    assert isinstance(theirs, Conv1D)
-    layer = model.transformer.h[0].attn.c_attn
-    assert torch.equal(layer.quantized.packed, qn.quantize(theirs.weight.t().contiguous()).packed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The config of a training run: one YAML file, checked whole before anything heavy starts.
 
 The classes below are the documentation of the keys: type, default and what a key trades for what. Unknown keys are
-refused, every mistake is reported at once with the line it stands on, and any key can be set from the command line as
+refused, every mistake is reported at once with its line, and any key can be set from the command line as
 ``--key value``.
 """
 
@@ -20,6 +20,7 @@ from qlora_native._version import __version__
 from qlora_native.data.dataset import TokenizedDataset, load_dataset
 from qlora_native.data.formats import FORMATS
 from qlora_native.errors import UserError
+from qlora_native.lora import LoraConfig
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -29,32 +30,26 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
+def _key(default: Any, description: str, **limits: Any) -> Any:
+    """A key with its default; the limits are those of pydantic's ``Field``."""
+    return Field(default, description=description, **limits)
+
+
 class DataConfig(_Section):
     """Which rows to learn from, and which of their tokens."""
 
     train: str = Field(description="file of training rows (.jsonl, .json, .parquet)")
-    eval: str | None = Field(
-        default=None, description="file of held-out rows; without it eval_fraction of the training rows is held out"
+    eval: str | None = _key(None, "file of held-out rows; without it eval_fraction of the training rows is held out")
+    eval_fraction: float = _key(
+        0.05, "share of the training rows to hold out when data.eval is not set; 0 = none", ge=0, lt=1
     )
-    eval_fraction: float = Field(
-        default=0.05,
-        ge=0,
-        lt=1,
-        description="share of the training rows to hold out when data.eval is not set; 0 = none",
-    )
-    format: str = Field(
-        default="auto", description=f"layout of a row: {', '.join(FORMATS)}, or auto to find out from the first rows"
-    )
-    max_length: Positive = Field(
-        default=1024, description="tokens per row at most, longer rows are cut; memory grows with it"
-    )
-    train_on: Literal["answers", "all"] = Field(
-        default="answers", description="learn the answers only, or every token of the row"
-    )
-    packing: bool = Field(
-        default=False,
-        description="lay whole rows end to end up to max_length, blind to each other; batch_size then counts such "
-        "sequences, so a step learns from more rows",
+    format: str = _key("auto", f"layout of a row: {', '.join(FORMATS)}, or auto to find out from the first rows")
+    max_length: Positive = _key(1024, "tokens per row at most, longer rows are truncated; memory grows with it")
+    train_on: Literal["answers", "all"] = _key("answers", "learn the answers only, or every token of the row")
+    packing: bool = _key(
+        False,
+        "concatenate whole rows up to max_length, without attention across rows; batch_size then counts "
+        "such sequences, so a step learns from more rows",
     )
 
     @field_validator("format")
@@ -83,104 +78,88 @@ class DataConfig(_Section):
 class QuantConfig(_Section):
     """How the frozen weights are stored."""
 
-    type: Literal["nf4", "fp4"] = Field(
-        default="nf4", description="the 16 levels; nf4 fits normally distributed weights better"
+    type: Literal["nf4", "fp4"] = _key("nf4", "the 16 levels; nf4 fits normally distributed weights better")
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = _key(
+        64, "weights that share one scale; smaller is more exact and larger on disk"
     )
-    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
-        default=64, description="weights that share one scale; smaller is more exact and larger on disk"
+    double_quant: bool = _key(True, "store the scales in 8 bits: saves about 0.37 bits per weight")
+    method: Literal["rtn", "rtn_signed", "wmse", "gptq"] = _key(
+        "rtn",
+        "how codes and scales are chosen: rtn = nearest; rtn_signed = scales may be negative; wmse and "
+        "gptq calibrate with text, lose less, and take seconds or minutes longer to load",
     )
-    double_quant: bool = Field(default=True, description="store the scales in 8 bits: saves about 0.37 bits per weight")
-    method: Literal["rtn", "rtn_signed", "wmse", "gptq"] = Field(
-        default="rtn",
-        description="how codes and scales are chosen: rtn = nearest; rtn_signed = scales may be negative; wmse and "
-        "gptq look at what text does in the model, lose less, and take seconds or minutes longer to load",
-    )
-    calibration: str | None = Field(
-        default=None, description="file of that text for wmse and gptq; without it the training rows are used"
-    )
+    calibration: str | None = _key(None, "file of that text for wmse and gptq; without it the training rows are used")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of :func:`qlora_native.quantize`."""
+        return {"quant_type": self.type, "block_size": self.block_size, "double_quant": self.double_quant}
 
 
 class LoraSection(_Section):
     """The small matrices that are trained."""
 
-    r: Positive = Field(default=16, description="rank; parameters and memory of the adapter grow with it")
-    alpha: float = Field(
-        default=32.0, gt=0, description="the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)"
-    )
-    dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the adapter's inputs dropped in training; helps on small data"
-    )
-    target_modules: str | list[str] = Field(
-        default="all-linear", description="names of the layers that get an adapter, or all-linear"
-    )
-    rslora: bool = Field(default=False, description="scale by alpha / sqrt(r): steadier for large r")
-    init: Literal["zero", "h_svd", "loftq"] = Field(
-        default="zero",
-        description="what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs it by "
+    r: Positive = _key(16, "rank; parameters and memory of the adapter grow with it")
+    alpha: float = _key(32.0, "the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0)
+    dropout: float = _key(0.0, "share of the adapter's inputs dropped in training; helps on small data", ge=0, lt=1)
+    target_modules: str | list[str] = _key("all-linear", "names of the layers that get an adapter, or all-linear")
+    rslora: bool = _key(False, "scale by alpha / sqrt(r): steadier for large r")
+    init: Literal["zero", "h_svd", "loftq"] = _key(
+        "zero",
+        "what the adapter begins with: nothing, or a correction of what 4 bits lost (h_svd weighs it by "
         "text in the model; lower the learning rate; merge with base dequantized)",
     )
+
+    def as_config(self, seed: int) -> LoraConfig:
+        """The adapter as :func:`qlora_native.add_lora` takes it."""
+        return LoraConfig(**self.model_dump(), seed=seed)
 
 
 class LoopSection(_Section):
     """The optimizer, its schedule, and when to evaluate, save and print."""
 
-    steps: Positive | None = Field(default=None, description="optimizer steps; give this or epochs")
-    epochs: float | None = Field(
-        default=None, gt=0, description="passes over the rows; give this or steps (neither: 1 epoch)"
+    steps: Positive | None = _key(None, "optimizer steps; give this or epochs")
+    epochs: float | None = _key(None, "passes over the rows; give this or steps (neither: 1 epoch)", gt=0)
+    batch_size: Positive = _key(
+        4, "rows held in memory at once; a step learns from batch_size * grad_accum rows however they are divided"
     )
-    batch_size: Positive = Field(
-        default=4,
-        description="rows held in memory at once; a step learns from batch_size * grad_accum rows however they are cut",
+    grad_accum: Positive = _key(
+        4, "micro-batches per step; raise it and lower batch_size to save memory without changing the result"
     )
-    grad_accum: Positive = Field(
-        default=4,
-        description="micro-batches per step; raise it and lower batch_size to save memory without changing the result",
+    optimizer: Literal["adamw", "adamw8bit", "lion"] = _key(
+        "adamw",
+        "adamw8bit keeps AdamW's averages in 2 bytes a trained weight instead of 8; lion keeps one average "
+        "in 4 and needs an lr 3 to 10 times smaller",
     )
-    optimizer: Literal["adamw", "adamw8bit", "lion"] = Field(
-        default="adamw",
-        description="adamw8bit keeps AdamW's averages in 2 bytes a trained weight instead of 8; lion keeps one average "
-        "in 4 and wants an lr 3 to 10 times smaller",
-    )
-    paged: Literal["auto", True, False] = Field(
-        default="auto",
-        description="where the optimizer's averages lie: auto = in memory until it runs short, then in a page file; "
+    paged: Literal["auto", True, False] = _key(
+        "auto",
+        "where the optimizer's averages lie: auto = in memory until it runs short, then in a page file; "
         "true = in the file from the start; false = in memory, whatever happens",
     )
-    page_dir: str | None = Field(
-        default=None, description="folder of that file, on a disk; without it output_dir. No file is left behind"
+    page_dir: str | None = _key(None, "folder of that file, on a disk; without it output_dir. No file is left behind")
+    page_budget: Positive | None = _key(
+        None, "bytes of paged averages that may be in memory at once; without it decided from what is free"
     )
-    page_budget: Positive | None = Field(
-        default=None,
-        description="bytes of paged averages that may be in memory at once; without it decided from what is free",
+    lr: float = _key(2e-4, "peak learning rate", gt=0)
+    scheduler: Literal["cosine", "linear", "constant"] = _key(
+        "cosine", "how the learning rate falls to 0 after the warm-up"
     )
-    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
-    scheduler: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="how the learning rate falls to 0 after the warm-up"
+    warmup: float = _key(0.03, "steps over which the learning rate rises; below 1 it is a share of all steps", ge=0)
+    weight_decay: float = _key(0.0, "pull of the adapter towards 0, apart from the gradient's", ge=0)
+    betas: tuple[float, float] = _key(
+        (0.9, 0.999), "memory of the optimizer's averages; lion is usually given [0.9, 0.99]"
     )
-    warmup: float = Field(
-        default=0.03, ge=0, description="steps over which the learning rate rises; below 1 it is a share of all steps"
+    eps: float = _key(1e-8, "added to AdamW's denominator", gt=0)
+    clip: float = _key(1.0, "largest norm of a step's gradient; 0 = no clipping", ge=0)
+    seed: NonNegative = _key(0, "fixes the adapter's start, the order of the rows and dropout")
+    grad_checkpointing: bool = _key(
+        True, "recompute activations in the backward pass: about a third slower, far less memory"
     )
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="pull of the adapter towards 0, apart from the gradient's"
-    )
-    betas: tuple[float, float] = Field(
-        default=(0.9, 0.999), description="memory of the optimizer's averages; lion is usually given [0.9, 0.99]"
-    )
-    eps: float = Field(default=1e-8, gt=0, description="added to AdamW's denominator")
-    clip: float = Field(default=1.0, ge=0, description="largest norm of a step's gradient; 0 = no clipping")
-    seed: NonNegative = Field(default=0, description="fixes the adapter's start, the order of the rows and dropout")
-    grad_checkpointing: bool = Field(
-        default=True, description="recompute activations in the backward pass: about a third slower, far less memory"
-    )
-    eval_every: NonNegative = Field(
-        default=100, description="steps between evaluations; 0 = at the start and the end only"
-    )
-    save_every: NonNegative = Field(default=100, description="steps between checkpoints; 0 = at Ctrl-C only")
-    keep: Positive = Field(default=2, description="how many of the newest checkpoints stay on disk")
-    log_every: Positive = Field(default=10, description="steps between printed lines when the output is not a terminal")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="type of activations and of the unquantized weights"
-    )
+    eval_every: NonNegative = _key(100, "steps between evaluations; 0 = at the start and the end only")
+    save_every: NonNegative = _key(100, "steps between checkpoints; 0 = at Ctrl-C only")
+    keep: Positive = _key(2, "how many of the newest checkpoints stay on disk")
+    log_every: Positive = _key(10, "steps between printed lines when the output is not a terminal")
+    dtype: Literal["bfloat16", "float32"] = _key("bfloat16", "type of activations and of the unquantized weights")
 
     @model_validator(mode="after")
     def _one_length(self) -> LoopSection:
@@ -196,22 +175,19 @@ class TrainConfig(_Section):
     keys."""
 
     model: str = Field(description="model folder or .gguf file")
-    output_dir: str = Field(default="qlora-out", description="folder for the adapter, checkpoints and metrics.jsonl")
-    resume: str | None = Field(
-        default=None,
-        description="auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint",
+    output_dir: str = _key("qlora-out", "folder for the adapter, checkpoints and metrics.jsonl")
+    resume: str | None = _key(
+        None, "auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint"
     )
-    logging: list[Literal["tensorboard", "trackio"]] = Field(
-        default=[], description="other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
+    logging: list[Literal["tensorboard", "trackio"]] = _key(
+        [], "other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
     )
-    parallel: Literal["none", "ddp", "fsdp"] = Field(
-        default="none",
-        description="of several processes, as torchrun starts them: ddp = each has the whole model, fsdp = each has a "
+    parallel: Literal["none", "ddp", "fsdp"] = _key(
+        "none",
+        "of several processes, as torchrun starts them: ddp = each has the whole model, fsdp = each has a "
         "part; the rows of a step are divided, so the result is that of one process",
     )
-    rank_timeout: Positive = Field(
-        default=600, description="seconds that one process may keep the others waiting before the run ends"
-    )
+    rank_timeout: Positive = _key(600, "seconds that one process may keep the others waiting before the run ends")
     data: DataConfig
     quant: QuantConfig = QuantConfig()
     lora: LoraSection = LoraSection()

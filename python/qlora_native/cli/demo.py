@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     import qlora_native as qn
     from qlora_native.calibration.data import FILE
     from qlora_native.data.standard_library import write_split
-    from qlora_native.hf.progress import LayerProgress
+    from qlora_native.hf.load import LayerProgress
     from qlora_native.hf.source import load_tokenizer
     from qlora_native.train.loop import Trainer
 

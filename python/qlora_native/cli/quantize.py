@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from qlora_native._io import as_user_error, as_write_error, atomic_folder
-    from qlora_native.hf.load import load_model
-    from qlora_native.hf.progress import LayerProgress
+    from qlora_native.hf.load import LayerProgress, load_model
     from qlora_native.hf.source import load_tokenizer
 
     source, out = args.model, args.out

@@ -46,7 +46,7 @@ def _as_typed(value: Any) -> str:
 def run(args: argparse.Namespace) -> int:
     """Check the config, then train."""
     from qlora_native.config import TrainConfig
-    from qlora_native.distributed.watch import RankLost
+    from qlora_native.distributed import RankLost
 
     config = TrainConfig.from_file(args.config, args.overrides)
     from qlora_native._memory import keep_freed_memory

@@ -1,23 +1,105 @@
-"""Several processes: models cut or copied over them through torch.distributed, on the ranks that torchrun starts.
+"""One process or several: the ranks of a run, and models sharded or copied over them through torch.distributed.
 
-``load_model``, which needs transformers, is imported when it is first used.
+A run on one process needs this file alone. ``shard``, ``load_model`` and the rest of ``_LAZY`` are imported when they
+are first used, and :mod:`.ranks` when there are several processes.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from qlora_native.distributed.sharding import blocks_of, lay_out, shard
-
 if TYPE_CHECKING:
-    from qlora_native.distributed.loading import load_model as load_model
+    import torch
 
-__all__ = ["blocks_of", "lay_out", "load_model", "shard"]
+    from qlora_native.distributed.loading import load_model as load_model
+    from qlora_native.distributed.sharding import blocks_of as blocks_of
+    from qlora_native.distributed.sharding import lay_out as lay_out
+    from qlora_native.distributed.sharding import shard as shard
+
+_LAZY = {"load_model": "loading", "blocks_of": "sharding", "lay_out": "sharding", "shard": "sharding"}
+
+Items = Sequence[int | list[int]]  # of a batch: row numbers, or those of the rows packed into one sequence
+
+
+class RankLost(RuntimeError):
+    """Another process ended or hangs. The message is one sentence, or empty if another process prints why."""
+
+
+class OneProcess:
+    """The ranks of a run on one process: all rows are its own, and every sum has one term.
+
+    :class:`qlora_native.distributed.ranks.Ranks` has the same methods for several processes.
+
+    Attributes:
+        rank, world: number of this process, and how many there are.
+        is_first: whether this process prints and writes.
+        is_sharded: whether the model is sharded over the processes.
+        averaged_over: what the gradients of a sharded model are divided by; losses are multiplied by it.
+    """
+
+    rank, world, is_first, is_sharded, averaged_over = 0, 1, True, False, 1
+
+    def together(self) -> AbstractContextManager[None]:
+        """A block that all processes finish, or none: a UserError on one of them ends the others."""
+        return nullcontext()
+
+    def mine(self, items: Items) -> Items:
+        """The items of a batch that this process computes."""
+        return items
+
+    def filler(self, items: Items, batch_size: int) -> list[Items]:
+        """Micro-batches that this process computes without learning from them, as a sharded model needs them."""
+        return []
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum of each value over the processes, in double precision."""
+        return list(values)
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any process."""
+        return self.sum(float(flag))[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """``value`` of each process, by rank."""
+        return [value]
+
+    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum the gradients of a copied model over the processes."""
+
+
+def restarts() -> int:
+    """How often torchrun has restarted these processes because one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+@contextmanager
+def joined(mode: str, rank_timeout: float) -> Iterator[OneProcess]:
+    """The ranks of the run: several if torchrun started them, or if a process group of several exists already.
+
+    Args:
+        mode: "none", "ddp" (each process has the whole model) or "fsdp" (each has a part of it).
+        rank_timeout: seconds after which a process that the others wait for counts as lost.
+
+    Raises:
+        UserError: several processes, but ``mode`` is none. RankLost: another process ended or hangs.
+    """
+    import torch.distributed as dist
+
+    in_group = dist.is_available() and dist.is_initialized()
+    if (dist.get_world_size() if in_group else int(os.environ.get("WORLD_SIZE", "1"))) == 1:
+        yield OneProcess()
+        return
+    from qlora_native.distributed.ranks import join
+
+    with join(mode, rank_timeout) as ranks:
+        yield ranks
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_model":
-        from qlora_native.distributed.loading import load_model
-
-        return load_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,9 +1,8 @@
 """A checkpoint that several processes load together.
 
-Each tensor is read by one rank, quantized there, and sent to the others in its 4 bits: together the ranks read the
-files once, and none holds more of the 16-bit model than the tensor at hand. A block that is complete is cut at once,
-so a rank holds its part of the model, the blocks that are not complete, and no more. The bytes are those of a load on
-one process.
+One rank reads each tensor, quantizes it and sends it to the others in its 4 bits: together the ranks read the files
+once, and none holds more of the 16-bit model than one tensor. A complete block is sharded at once, so a rank holds its
+part of the model and the incomplete blocks. The bytes are those of a load on one process.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
 
 @dataclass
 class Reading:
-    """What this rank read, kept as ``model.reading``."""
+    """Bytes that this rank read and received, kept as ``model.reading``."""
 
     bytes_read: int = 0  # from the files
     bytes_received: int = 0  # 4-bit weights and dense tensors, sent by other ranks
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Source,
     *,
     mesh: DeviceMesh | None = None,
-    cut: bool = True,
+    sharded: bool = True,
     lora: LoraConfig | None = None,
     reshard_after_forward: bool = True,
     **options: Any,
@@ -57,12 +56,12 @@ def load_model(
         path, options: as :func:`qlora_native.load_model`, without calibration. Ranks on several hosts need the same
             files under the same path.
         mesh: as :func:`shard`.
-        cut: give every rank its part (FSDP2), as :func:`shard` does; False gives every rank the whole model.
+        sharded: give every rank its part (FSDP2), as :func:`shard` does; False gives every rank the whole model.
         lora: adapters to add, as :func:`qlora_native.add_lora`; those of a seed are the same for any number of ranks.
         reshard_after_forward: as :func:`shard`.
 
     Raises:
-        UserError, ValueError: as ``qn.load_model``; what one rank finds wrong, all raise.
+        UserError, ValueError: as ``qn.load_model``; an error of one rank is raised by all.
     """
     if lora is not None and lora.seed is None:
         raise ValueError("load_model: lora has no seed: give it one, so that every rank starts the same adapter.")
@@ -71,16 +70,16 @@ def load_model(
 
     def finished(model: nn.Module, path: str) -> None:
         block = model.get_submodule(path)
-        if not cut or any(buffer.is_meta for buffer in block.buffers()):
-            return  # what is not complete now is cut at the end
+        if not sharded or any(buffer.is_meta for buffer in block.buffers()):
+            return  # an incomplete block is sharded at the end
         if fused:
             fuse(block)
         if lora is not None:
             _adapt(model, path, lora)
         lay_out(block)
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        arrived: list[Any] = [*block.modules(), *block.parameters()]
-        for part in arrived:
+        parts: list[Any] = [*block.modules(), *block.parameters()]
+        for part in parts:
             part._is_hf_initialized = True  # keeps transformers' initialization off what replaced the tensors
         trim_heap()
 
@@ -90,7 +89,7 @@ def load_model(
     if lora is not None:
         _complete_adapters(model, lora)
     model.reading = reading
-    return shard(model, mesh, reshard_after_forward=reshard_after_forward) if cut else model
+    return shard(model, mesh, reshard_after_forward=reshard_after_forward) if sharded else model
 
 
 def _adapt(model: nn.Module, prefix: str, config: LoraConfig) -> None:

@@ -1,19 +1,27 @@
-"""FSDP2 (``torch.distributed.fsdp.fully_shard``) over 4-bit weights: bytes are cut, gathered and let go as bytes.
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``) over 4-bit weights: bytes are sharded, gathered and freed as bytes.
 
 FSDP2 takes frozen parameters of any dtype; its mixed precision casts floating-point ones alone, and parameters of
-several dtypes are gathered together, as bytes. So a weight needs no disguise: it is laid out in rows of one block, its
-scales beside it in rows of one scale, and both are cut where blocks end. What is 1/256 of the scales (the second level
-of double quantization) stays whole on every rank.
+several dtypes are gathered together, as bytes. So a weight is laid out in rows of one block, its scales beside it in
+rows of one scale, and both are sharded at the ends of blocks. The second level of double quantization, 1/256 of the
+scales, stays whole on every rank.
 """
 
 from __future__ import annotations
 
+import warnings
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
+from qlora_native import reference
 from qlora_native.nn.experts import QuantizedExperts
 from qlora_native.nn.linear import QuantizedLinear
 
@@ -24,26 +32,22 @@ def shard(
     *,
     reshard_after_forward: bool | int = True,
     policy: MixedPrecisionPolicy | None = None,
-    offload: OffloadPolicy | None = None,
     prefetch: int = 1,
 ) -> nn.Module:
-    """Cut a model over the ranks of a mesh, in place; each block is gathered when it runs and let go afterwards.
+    """Shard a model over the ranks of a mesh, in place; each block is gathered when it runs and freed afterwards.
 
     Args:
-        model: on the mesh's device or on meta, with its adapters: parameters added later are not cut.
+        model: on the mesh's device or on meta, with its adapters: parameters added later are not sharded.
         mesh: of one dimension, or of two: copies x shards. None is all ranks in one dimension.
         reshard_after_forward: as ``fully_shard``'s, for the blocks. False keeps a block from forward to backward: one
             gather a step less, at the price of the whole 4-bit model.
         policy: mixed precision; reaches what is floating-point, so adapters and dense weights, never codes and scales.
-        offload: as ``fully_shard``'s.
         prefetch: how many blocks ahead are gathered while one runs.
 
     Returns:
         The model, now an ``FSDPModule`` as well. Gradients are averaged over the ranks.
     """
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
-    if offload is not None:
-        options["offload_policy"] = offload
     lay_out(model)
     for block in blocks_of(model):
         if not isinstance(block, FSDPModule):
@@ -59,9 +63,9 @@ def shard(
 
 
 def lay_out(module: nn.Module) -> None:
-    """Make every 4-bit weight in the module, codes and scales, parameters that are cut at blocks, in place.
+    """Lay out every 4-bit weight in the module, codes and scales, as parameters whose rows are blocks, in place.
 
-    :func:`shard` does it; before another program's ``fully_shard``, as accelerate's, it has the scales cut too.
+    :func:`shard` does it. Call it before the ``fully_shard`` of another library, so that the scales are sharded too.
     """
     for part in module.modules():
         if isinstance(part, (QuantizedLinear, QuantizedExperts)):
@@ -69,8 +73,8 @@ def lay_out(module: nn.Module) -> None:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What is gathered and let go as one: the members of the outermost lists of modules with parameters, which in a
-    transformer are its layers."""
+    """The modules that FSDP gathers and frees as one: the members with parameters of the outermost module lists, which
+    in a transformer are its layers."""
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
@@ -85,8 +89,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def untied_embeddings(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """Input and output embedding, each if it shares no weight with another module: they are large, and are needed at
-    different times."""
+    """Input and output embedding, each if it shares no weight with another module."""
     return _alone(model, "get_input_embeddings"), _alone(model, "get_output_embeddings")
 
 
@@ -109,3 +112,57 @@ def set_prefetch(model: nn.Module, ahead: int) -> None:
         # With an empty list FSDP takes whatever ran before, for the first block the embedding, in vain.
         before = blocks[max(0, at - ahead) : at][::-1] or [block]
         block.set_modules_to_backward_prefetch(before)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer states in a checkpoint
+
+
+States = dict[int, dict[str, Any]]  # by the number of the parameter, as in an optimizer's state_dict
+
+
+def save_sharded_states(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Each rank writes its parts of the states; every rank calls it. OSError if one of them cannot write."""
+    states: States = optimizer.state_dict()["state"]
+    named = {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
+    try:
+        dcp.save(named, storage_writer=dcp.FileSystemWriter(folder))
+    except dcp.api.CheckpointException as error:  # a BaseException, with the cause on each rank
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
+
+
+def load_sharded_states(folder: Path, optimizer: torch.optim.Optimizer) -> States:
+    """The states that :func:`save_sharded_states` wrote, sharded like the parameters: each rank reads its own."""
+    reader = dcp.FileSystemReader(folder)
+    params = _parameters(optimizer)
+    named: dict[str, Any] = {}
+    for key in reader.read_metadata().state_dict_metadata:
+        number, _, name = key.partition(".")
+        named[key] = torch.zeros(()) if name == "step" else torch.zeros_like(params[int(number)], dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # on one process, as intended
+        dcp.load(named, storage_reader=reader, no_dist=not dist.is_initialized())
+    states: States = {}
+    for key, value in named.items():
+        number, _, name = key.partition(".")
+        states.setdefault(int(number), {})[name] = value
+    return states
+
+
+def shard_states(states: States, optimizer: torch.optim.Optimizer) -> States:
+    """Whole states, sharded like the optimizer's parameters; 8-bit ones in fp32."""
+    sharded: States = {}
+    for number, (param, state) in enumerate(zip(_parameters(optimizer), states.values(), strict=True)):
+        sharded[number] = {name: value for name, value in state.items() if not name.endswith("_absmax")}
+        for name, value in sharded[number].items():
+            if isinstance(value, Tensor) and value.shape == param.shape:
+                absmax = state.get(f"{name}_absmax")
+                wide = value if absmax is None else reference.decode_state(value, absmax)
+                mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+                sharded[number][name] = distribute_tensor(wide.to(param.device), mesh, placements, src_data_rank=None)
+    return sharded
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))

@@ -1,6 +1,6 @@
-"""The memory of a training run, before it: from a model's config and the headers of its files."""
+"""The memory of a training run before it starts, from a model's config and the headers of its files."""
 
-from qlora_native.estimate.anatomy import Anatomy, Setting, of_config, read_anatomy
 from qlora_native.estimate.memory import Estimate, Estimator, Terms
+from qlora_native.estimate.model import Setting
 
-__all__ = ["Anatomy", "Estimate", "Estimator", "Setting", "Terms", "of_config", "read_anatomy"]
+__all__ = ["Estimate", "Estimator", "Setting", "Terms"]

@@ -1,8 +1,8 @@
-"""What a decoder layer keeps for its backward pass, by the kind of its parts. docs/memory.md explains each term.
+"""What a decoder layer saves for its backward pass, by the kind of its parts. docs/memory.md explains each term.
 
-A linear layer with an adapter keeps its input, once for all layers that share it, and the input times A. A norm and an
-activation function keep what a small one is seen to keep. Attention keeps q, k, v, its output and one number a head
-and row, or, where no kernel without it is used, tables of [T, T]. Everything else keeps nothing.
+A linear layer with an adapter saves its input, once for all layers that share it, and the input times A. What a norm
+and an activation function save is measured on small ones. Attention saves q, k, v, its output and one number a head
+and row, or, without a fused kernel, tables of [T, T]. Everything else saves nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_native.estimate.anatomy import Setting
+from qlora_native.estimate.model import Setting
 from qlora_native.hf.fuse import attends_in_fp32, fuse
 from qlora_native.lora import LoRALinear
 from qlora_native.lora.layer import plain_modules
@@ -31,33 +31,22 @@ _OUTPUT = re.compile(r"(^|_)(o|out|down|c|fc2|fc_out|w2|wo|4h_to_h)(_proj|_lin)?
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes of one decoder layer.
+    """Bytes of one decoder layer."""
 
-    Attributes:
-        input: its input, for each token.
-        token: what it keeps, for each token; ``shared`` of it is the input itself.
-        first: part of ``token`` that is not kept where the input needs no gradient.
-        square: what it keeps for each pair of positions of a row.
-        spare: gradients at the fullest moment of its backward pass, for each token.
-        gradients: of its adapters.
-        wide: the widest block that its MLP keeps, for each token; ``in_wide`` of ``token`` is in blocks of that width.
-        unknown: classes of parts that keep more than what is counted here.
-    """
-
-    input: int
-    token: float
-    shared: int
-    first: float
-    square: float
-    spare: float
-    gradients: int
-    wide: float = 0.0
-    in_wide: float = 0.0
-    unknown: tuple[str, ...] = ()
+    input: int  # its input, for each token
+    token: float  # saved for each token
+    shared: int  # part of `token` that is the input itself
+    first: float  # part of `token` that is not saved where the input needs no gradient
+    square: float  # saved for each pair of positions of a row
+    spare: float  # gradients at the peak of its backward pass, for each token
+    gradients: int  # of its adapters
+    wide: float = 0.0  # of the widest block that its MLP saves, for each token
+    in_wide: float = 0.0  # part of `token` in blocks of that width
+    unknown: tuple[str, ...] = ()  # classes of parts that save more than what is counted here
 
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Path and module of the layers that checkpointing works by, outermost ones."""
+    """Path and module of the outermost layers that checkpointing recomputes."""
     found: list[tuple[str, nn.Module]] = []
     prefix = "\0"
     for path, module in model.named_modules():
@@ -148,9 +137,6 @@ class _Layer:
             unknown=tuple(dict.fromkeys(type(m).__name__ for m in self.layer.modules() if _is_recurrent(m))),
         )
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Linear layers and dropout
-
     def _linears(self) -> float:
         """Inputs of adapted layers, each once; x A^T; with dropout the dropped-out copy and what was dropped."""
         inputs: set[tuple[str, int, bool]] = set()
@@ -174,20 +160,14 @@ class _Layer:
     def _is_adapted(self, parent: str, name: str) -> bool:
         return (f"{parent}.{name}" if parent else name) in self.adapted
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Norms
-
     def _norms(self) -> Iterator[tuple[Any, int]]:
         """Each norm, and how many rows a token has there: one, or one a head."""
         for path, module in norms_of(self.layer):
             parent, _, name = path.rpartition(".")
             beside = self.blocks.get(parent, {})
-            source = beside.get(f"{name.partition('_')[0]}_proj")  # q_norm stands behind q_proj
+            source = beside.get(f"{name.partition('_')[0]}_proj")  # q_norm follows q_proj
             width = module.weight.shape[0]
             yield module, source.out_features // width if source is not None and source.out_features >= width else 1
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Attention
 
     def _attention(self, module: nn.Module, parent: str, linears: dict[str, nn.Linear]) -> tuple[float, float]:
         """Bytes a token, bytes a pair of positions."""
@@ -197,7 +177,8 @@ class _Layer:
         inner = sum(linear.out_features for name, linear in linears.items() if not _is_output(name))
         context = outputs[0].in_features if outputs else heads * self.hidden
         if len(linears) - len(outputs) == 1 and hasattr(self.config, "rope_parameters"):
-            inner += inner - context // groups  # q and k are turned into new tensors, v looks into the product's output
+            # The rotation copies q and k; v is a view of the product's output.
+            inner += inner - context // groups
         kept = float(self.size * inner)
         # Else the input of the output's layer counts there.
         output = 0 if any(self._is_adapted(parent, name) for name in linears if _is_output(name)) else context
@@ -222,9 +203,6 @@ class _Layer:
             return False
         kinds, number = getattr(self.config, "layer_types", None), getattr(module, "layer_idx", None)
         return not kinds or number is None or kinds[number] == "sliding_attention"
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # MLPs
 
     def _mlp(self, module: nn.Module, parent: str, linears: dict[str, nn.Linear]) -> tuple[float, float]:
         """Bytes kept a token, bytes of gradients a token."""
@@ -263,31 +241,33 @@ def _is_recurrent(module: nn.Module) -> bool:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Whether it works on each element alone; where a layer has no module for its MLP, other parts stand beside it."""
+    """Whether it is elementwise; in a layer without a module for its MLP, other parts are its siblings."""
     has_table = any(parameter.dim() > 1 for parameter in module.parameters())
     is_other = isinstance(module, nn.Dropout) or "norm" in type(module).__name__.lower()
     return not (has_table or is_other or any(True for _ in module.children()))
 
 
-_seen: dict[tuple[Any, ...], Any] = {}
+_cache: dict[tuple[Any, ...], Any] = {}  # results of the two functions below
 
 
 def _kept_by(module: nn.Module, width: int, setting: Setting, with_output: bool = True) -> float:
-    """Bytes for each element of x that a norm or an activation function keeps, seen on a few rows of ``width``."""
-
-    def look() -> float:
+    """Bytes for each element of x that a norm or an activation function saves, measured on rows of ``width``."""
+    key = (type(module), width, setting.dtype, setting.device, with_output)
+    if key not in _cache:
         small = _on_the_cpu(module, setting.dtype)
         if setting.device == "cpu":
             fuse(small)
         few, more = (kept_bytes(small, torch.ones(n, width, dtype=setting.dtype), with_output) for n in (8, 16))
-        return (more - few) / (8 * width)  # what does not grow with the rows is small
-
-    return _once(("kept", type(module), width, setting.dtype, setting.device, with_output), look)
+        _cache[key] = (more - few) / (8 * width)  # what does not grow with the rows is small
+    saved: float = _cache[key]
+    return saved
 
 
 def kept_bytes(module: nn.Module, x: Tensor, with_output: bool = True) -> int:
-    """Bytes that a call keeps for its backward pass, beside its parameters and, if so asked, its output; what is kept
-    twice counts once. Each argument that the call needs is like ``x``."""
+    """Bytes that a call saves for its backward pass, without its parameters; each storage counts once.
+
+    ``with_output`` counts the output too. Each required argument of the call is like ``x``.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
     kept: dict[int, int] = {}
     alive = []  # an address is no name for a tensor that is gone
@@ -308,19 +288,18 @@ def kept_bytes(module: nn.Module, x: Tensor, with_output: bool = True) -> int:
 
 def _is_native_mlp(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether :func:`qlora_native.fuse` takes an MLP like this one, tried with small layers in place of its own."""
-
-    def look() -> bool:
+    if any(part.out_features == part.in_features for part in module.children() if isinstance(part, nn.Linear)):
+        return False
+    key = (type(module), dtype)
+    if key not in _cache:
         small = copy.copy(module)
         small._modules = dict(module._modules)
         for name, part in module.named_children():
             if isinstance(part, (nn.Linear, LoRALinear)):
                 wide = part.out_features > part.in_features
                 small._modules[name] = nn.Linear(8, 16, False) if wide else nn.Linear(16, 8, False)
-        small = _on_the_cpu(small, dtype, keep=True)
-        return "mlp" in fuse(small)
-
-    narrow = {part.out_features == part.in_features for part in module.children() if isinstance(part, nn.Linear)}
-    return False if True in narrow else bool(_once(("mlp", type(module), dtype), look))
+        _cache[key] = "mlp" in fuse(_on_the_cpu(small, dtype, keep=True))
+    return bool(_cache[key])
 
 
 def _on_the_cpu(module: nn.Module, dtype: torch.dtype, keep: bool = False) -> nn.Module:
@@ -332,9 +311,3 @@ def _on_the_cpu(module: nn.Module, dtype: torch.dtype, keep: bool = False) -> nn
             for parameter in small.parameters():
                 parameter.data.fill_(1.0)
         return small.to(dtype).requires_grad_(False)
-
-
-def _once(key: tuple[Any, ...], look: Callable[[], Any]) -> Any:
-    if key not in _seen:
-        _seen[key] = look()
-    return _seen[key]

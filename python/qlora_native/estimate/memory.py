@@ -1,15 +1,17 @@
-"""The memory of a training run before it starts: what each part takes, at which moment the sum is largest, what fits.
+"""The memory of a training run before it starts: bytes of each part at each moment, the peak, and what fits.
 
 Bytes throughout. docs/memory.md derives the formulas; bench/bench_estimate.py holds them against measured peaks.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from qlora_native import _C, _native
 from qlora_native._memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
@@ -22,9 +24,11 @@ from qlora_native.estimate.activations import (
     norm_bytes,
     norms_of,
 )
-from qlora_native.estimate.anatomy import Anatomy, Setting, read_anatomy
+from qlora_native.estimate.model import Setting, meta_model
 from qlora_native.hf.build import four_bit_parts
+from qlora_native.hf.load import LoadReport
 from qlora_native.hf.loss import LOGIT_FIELDS
+from qlora_native.hf.source import Source
 from qlora_native.ops.causal_attention import ALIGNMENT, is_native
 from qlora_native.ops.linear_cross_entropy import LOGIT_BYTES
 from qlora_native.optim import base
@@ -41,31 +45,18 @@ CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold be
 
 @dataclass(frozen=True)
 class Terms:
-    """Bytes by what they are for; the fields are the rows of the table.
+    """Bytes by purpose; the fields are the rows of the table."""
 
-    Attributes:
-        weights: 4-bit codes.
-        scales: of the 4-bit weights.
-        dense: embeddings, norms and whatever else is not 4-bit.
-        adapters: fp32 masters.
-        gradients: of the adapters.
-        optimizer: states that are in memory.
-        activations: what is kept for the backward pass, and gradients on their way through a layer.
-        loss: logits of a chunk, hidden states at the output embedding and their gradient.
-        scratch: of kernels, and of loading.
-        slack: what the allocator holds beside all this.
-    """
-
-    weights: int = 0
-    scales: int = 0
-    dense: int = 0
-    adapters: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    loss: int = 0
-    scratch: int = 0
-    slack: int = 0
+    weights: int = 0  # 4-bit codes
+    scales: int = 0  # of the 4-bit weights
+    dense: int = 0  # embeddings, norms and whatever else is not 4-bit
+    adapters: int = 0  # fp32 masters
+    gradients: int = 0  # of the adapters
+    optimizer: int = 0  # states that are in memory
+    activations: int = 0  # saved for the backward pass, and gradients on their way through a layer
+    loss: int = 0  # logits of a chunk, hidden states at the output embedding and their gradient
+    scratch: int = 0  # of kernels, and of loading
+    slack: int = 0  # held by the allocator beside all this
 
     @property
     def total(self) -> int:
@@ -78,9 +69,9 @@ class Estimate:
     """The memory of one setting.
 
     Attributes:
-        moments: what is held in each part of a run by its name: "loading", "loss", "backward", "step".
+        moments: the terms in each part of a run: "loading", "loss", "backward", "step".
         paged: bytes of optimizer states in a page file or in the host's memory.
-        is_rough: classes of which there is no formula for all that they keep.
+        is_rough: classes of layers that keep more than the formulas count.
     """
 
     setting: Setting
@@ -90,12 +81,12 @@ class Estimate:
 
     @property
     def moment(self) -> str:
-        """When the most is held."""
+        """The moment of the peak."""
         return max(self.moments, key=lambda name: self.moments[name].total)
 
     @property
     def peak(self) -> Terms:
-        """What is held then."""
+        """The terms of the peak."""
         return self.moments[self.moment]
 
     @property
@@ -105,7 +96,7 @@ class Estimate:
 
     @property
     def reserve(self) -> int:
-        """Bytes of a card that no tensor can have."""
+        """Bytes of a card that CUDA itself takes."""
         return CUDA_CONTEXT if self.setting.device == "cuda" else 0
 
     def fits(self, num_bytes: int) -> bool:
@@ -128,24 +119,29 @@ class Estimator:
     """Estimates for one model; the shapes are read once, batch size and length vary.
 
     Args:
-        model: a folder or a GGUF file, or an :class:`Anatomy`.
+        model: a folder (``config.json``, with or without weights), a GGUF file, an open source, or a config alone.
         setting: what :meth:`at` starts from.
+
+    Attributes:
+        model: on the meta device, with adapters and its ``load_report``.
+        loading_bytes: held beside the model while it is loaded.
     """
 
-    def __init__(self, model: Path | Anatomy, setting: Setting) -> None:
+    def __init__(self, model: Path | Source | PreTrainedConfig, setting: Setting) -> None:
         self.setting = setting
-        self.anatomy = anatomy = read_anatomy(model, setting) if isinstance(model, Path) else model
-        self.config: Any = anatomy.model.config.get_text_config()
-        self.trained = [parameter.numel() for parameter in anatomy.model.parameters() if parameter.requires_grad]
-        self.adapters = sum(p.nbytes for p in anatomy.model.parameters() if p.requires_grad)
-        four_bit = four_bit_parts(anatomy.model).values()
+        self.model, self.loading_bytes = meta_model(model, setting)
+        self.config: Any = self.model.config.get_text_config()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.trained = [parameter.numel() for parameter in trained]
+        self.adapters = sum(parameter.nbytes for parameter in trained)
+        four_bit = four_bit_parts(self.model).values()
         self.packed = sum(weight.packed.nbytes for weight in four_bit)
         self.largest_weight = max((weight.shape[-1] * weight.shape[-2] for weight in four_bit), default=0)
-        layers = decoder_layers(anatomy.model)
+        layers = decoder_layers(self.model)
         inside = tuple(path + "." for path, _ in layers)
         self.modules = [layer for _, layer in layers]
-        self.norms = [norm for path, norm in norms_of(anatomy.model) if not path.startswith(inside)]
-        head = anatomy.model.get_output_embeddings()
+        self.norms = [norm for path, norm in norms_of(self.model) if not path.startswith(inside)]
+        head = self.model.get_output_embeddings()
         self.changes_logits = changes_logits(self.config) or getattr(head, "bias", None) is not None
         self._layers: dict[bool, list[LayerBytes]] = {}
 
@@ -156,31 +152,24 @@ class Estimator:
 
     def longest(self, num_bytes: int, batch_size: int, most: int = 1 << 20) -> int:
         """The most tokens a row, a multiple of 64, with which ``batch_size`` rows fit; 0 if none do."""
-        return 64 * _largest(lambda n: self.at(batch_size=batch_size, length=64 * n).fits(num_bytes), most // 64)
+        lengths = range(64, most + 1, 64)
+        return 64 * bisect_left(
+            lengths, True, key=lambda n: not self.at(batch_size=batch_size, length=n).fits(num_bytes)
+        )
 
     def widest(self, num_bytes: int, length: int, most: int = 1 << 16) -> int:
         """The most rows of ``length`` tokens that fit; 0 if none do."""
-        return _largest(lambda n: self.at(batch_size=n, length=length).fits(num_bytes), most)
+        return bisect_left(
+            range(1, most + 1), True, key=lambda n: not self.at(batch_size=n, length=length).fits(num_bytes)
+        )
 
     def layers(self, setting: Setting) -> list[LayerBytes]:
         """Bytes of each decoder layer."""
         window = getattr(self.config, "sliding_window", None)
         beyond = window is not None and setting.length > window
         if beyond not in self._layers:
-            self._layers[beyond] = [layer_bytes(layer, self.anatomy.model, setting) for layer in self.modules]
+            self._layers[beyond] = [layer_bytes(layer, self.model, setting) for layer in self.modules]
         return self._layers[beyond]
-
-
-def _largest(fits: Any, most: int) -> int:
-    """The largest n from 0 to ``most`` that fits, where n + 1 never fits if n does not."""
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 class _Sum:
@@ -188,7 +177,7 @@ class _Sum:
 
     def __init__(self, estimator: Estimator, setting: Setting) -> None:
         self.estimator, self.setting, self.config = estimator, setting, estimator.config
-        self.report = estimator.anatomy.report
+        self.report: LoadReport = estimator.model.load_report
         self.tokens, self.size = setting.batch_size * setting.length, setting.dtype.itemsize
         self.pairs = self.tokens * setting.length
         self.layers = estimator.layers(setting)
@@ -203,16 +192,13 @@ class _Sum:
         kept, final = self._kept()
         head = self._head()
         moments = {
-            "loading": replace(frozen, scratch=self._loading()),
+            "loading": replace(frozen, scratch=self.estimator.loading_bytes),
             "loss": replace(held, gradients=before, activations=kept, loss=final + head, scratch=self._scratch()),
             "backward": self._backward(held, before),
             "step": replace(held, gradients=adapters, scratch=self._scratch()),
         }
         with_slack = {name: self._with_slack(name, terms) for name, terms in moments.items()}
         return Estimate(self.setting, with_slack, paged, self._rough())
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Activations
 
     def _kept(self) -> tuple[int, int]:
         """What all layers keep at the end of the forward pass; what the final norm keeps."""
@@ -251,9 +237,6 @@ class _Sum:
             behind -= layer.gradients
         return best
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # The loss
-
     def _head(self) -> int:
         """Hidden states, their gradient, and the logits: of a chunk, or all where the model changes them afterwards."""
         hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
@@ -262,9 +245,6 @@ class _Sum:
             return states + self.tokens * vocabulary * FULL_LOGITS
         chunk = min(max(1, LOGIT_BYTES // (self.size * vocabulary)), self.tokens)
         return states + chunk * (vocabulary + 2 * hidden) * self.size + 12 * self.tokens
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # The rest
 
     def _gradients_held(self) -> int:
         """Bytes that gradients of the adapters have at the loss: all but the first micro-batch of a step begin with
@@ -283,10 +263,6 @@ class _Sum:
             return states, 0
         budget = self.setting.page_budget or 0
         return (min(states, budget), states) if self.setting.device == "cuda" else (0, states)
-
-    def _loading(self) -> int:
-        anatomy = self.estimator.anatomy
-        return anatomy.largest_read + anatomy.whole_read
 
     def _scratch(self) -> int:
         """Of kernels."""
@@ -319,7 +295,7 @@ class _Sum:
 
     def _rough(self) -> tuple[str, ...]:
         if not self.layers:
-            return (type(self.estimator.anatomy.model).__name__,)
+            return (type(self.estimator.model).__name__,)
         return tuple(dict.fromkeys(name for layer in self.layers for name in layer.unknown))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -143,22 +144,18 @@ def _side_by_side(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, in
         torch.set_num_threads(threads)
 
 
+@dataclass
 class _Layers:
     """One load: the layers, what they are called with, and what is made of each."""
 
-    def __init__(
-        self,
-        source: Source,
-        meta: MetaModel,
-        method: str,
-        ids: Tensor,
-        path: str,
-        layers: nn.ModuleList,
-        calls: LayerCalls,
-    ) -> None:
-        self.source, self.meta, self.method, self.ids = source, meta, method, ids
-        self.path, self.layers, self.calls = path, layers, calls
-        self.taps = InputTaps()
+    source: Source
+    meta: MetaModel
+    method: str
+    ids: Tensor
+    path: str
+    layers: nn.ModuleList
+    calls: LayerCalls
+    taps: InputTaps = field(default_factory=InputTaps)
 
     def first_inputs(self, folder: Path | None, start: int) -> HiddenStates:
         """What enters the layer ``start``; where that is not the first it lies in the folder already."""

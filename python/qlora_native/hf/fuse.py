@@ -137,7 +137,9 @@ class GatedMLP(Fused):
                 continue
             # Large numbers would show a clamp.
             probe = (_noise(2, wide[1]) * torch.tensor([[1.0], [40.0]])).to(dtype)
-            with _quiet(module), torch.no_grad():
+            with modes_kept(module), torch.no_grad():
+                for part in module.modules():  # so that dropout in the module's own forward shows, and not in its parts
+                    part.training = part is module
                 got = parts[down](torch.ops.qlora_native.swiglu(parts[gate](probe), parts[up](probe)))
                 if agree(_attempt(module, probe), got, each_row=True):
                     return {"_fused_parts": (gate, up, down)}
@@ -226,17 +228,15 @@ def _noise(*shape: int) -> Tensor:
 
 
 @contextmanager
-def _quiet(module: nn.Module) -> Iterator[None]:
-    """The module itself in training mode, so that dropout in its own forward shows; its parts in evaluation mode."""
-    before = {part: part.training for part in module.modules()}
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, the CPU's random state and the training flags of all modules may change: they are put back."""
+    before = {module: module.training for module in model.modules()}
     try:
-        for part in before:
-            part.training = part is module
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        for part, training in before.items():
-            part.training = training
+        for module, training in before.items():
+            module.training = training
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import qlora_native as qn
 from qlora_native.data.template import IGNORE_INDEX
-from qlora_native.hf.fuse import Dense
+from qlora_native.hf.fuse import Dense, modes_kept
 from qlora_native.nn.linear import QuantizedLinear
 
 # config fields by which known models change the logits after the output embedding
@@ -95,21 +95,13 @@ def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     half = row.shape[1] // 2
     mask = torch.ones_like(row)
     other = torch.cat((row[:, :half], (row[:, half:] + 1) % model.get_input_embeddings().num_embeddings), 1)
-    before = {module: module.training for module in model.modules()}
-    try:
+    half_mask = torch.cat((mask[:, :half], torch.zeros_like(mask[:, half:])), 1)
+    with modes_kept(model), torch.random.fork_rng():
         model.eval()
-        with torch.random.fork_rng():
-            hidden, changed, masked = (
-                hidden_states(model, {"input_ids": ids, "attention_mask": seen})[0][:, :half].float()
-                for ids, seen in (
-                    (row, mask),
-                    (other, mask),
-                    (row, torch.cat((mask[:, :half], torch.zeros_like(mask[:, half:])), 1)),
-                )
-            )
-    finally:
-        for module, training in before.items():
-            module.training = training
+        hidden, changed, masked = (
+            hidden_states(model, {"input_ids": ids, "attention_mask": seen})[0][:, :half].float()
+            for ids, seen in ((row, mask), (other, mask), (row, half_mask))
+        )
     return torch.equal(hidden, changed) and bool((hidden - masked).norm() <= 3e-2 * hidden.norm())
 
 
@@ -117,7 +109,7 @@ def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.
     """What enters the output embedding, [B, T, hidden], taken from the model's own forward.
 
     The head itself is called with no token at all, so that its product costs nothing. Reading the head's input,
-    instead of calling the decoder, keeps whatever a model does to the hidden states before the head.
+    instead of calling the decoder, keeps what a model does to the hidden states before the head.
     """
     head = model.get_output_embeddings()
     taken: list[Tensor] = []
@@ -126,11 +118,8 @@ def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.
         taken.append(args[0])
         return (args[0][:, :0].detach(), *args[1:])
 
-    hook = head.register_forward_pre_hook(take)
-    try:
+    with head.register_forward_pre_hook(take):
         model(**inputs, use_cache=False)
-    finally:
-        hook.remove()
     return taken[0], head
 
 
@@ -157,12 +146,8 @@ def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
             seen.append(args[0])
             return probe.to(output.dtype).expand_as(output)
 
-        hook = head.register_forward_hook(swap)
-        try:
-            with torch.random.fork_rng():
-                logits = model(input_ids=inputs["input_ids"][:1, :2], use_cache=False).logits
-        finally:
-            hook.remove()
+        with head.register_forward_hook(swap), torch.random.fork_rng():
+            logits = model(input_ids=inputs["input_ids"][:1, :2], use_cache=False).logits
         expected = probe.to(seen[0].dtype) if seen else probe
         if len(seen) == 1 and seen[0].shape[1] == 2 and torch.equal(logits.float(), expected.float().expand_as(logits)):
             return True

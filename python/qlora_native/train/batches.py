@@ -1,4 +1,4 @@
-"""From rows to micro-batches: the order in which a run meets its rows, padded or packed as the config says.
+"""Rows of a run and their order: which are trained and which held out, the sampler, and micro-batches of tensors.
 
 An item of a batch is the number of a row, or the list of those that are packed into one sequence.
 """
@@ -6,6 +6,7 @@ An item of a batch is the number of a row, or the list of those that are packed 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from qlora_native.config import TrainConfig
 from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler, collate, collate_packed
 from qlora_native.data.dataset import TokenizedDataset
-from qlora_native.distributed.ranks import Items
+from qlora_native.distributed import Items
 from qlora_native.errors import UserError
 from qlora_native.hf.loss import hidden_states
 
@@ -22,6 +23,34 @@ Batch = dict[str, Tensor]
 
 # How far the hidden states of one token may lie apart in two orders of rounding, relative to their norm.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Training rows and held-out rows (None if the config asks for none), tokenized and masked."""
+    data, folder = config.data, Path(config.output_dir).expanduser()
+    rows = data.load(data.train, tokenizer, folder=folder)
+    if data.eval is not None:
+        return rows, data.load(data.eval, tokenizer, folder=folder)
+    if data.eval_fraction == 0:
+        return rows, None
+    # A few rows still give a held-out loss: at least one is held out.
+    held_out = max(1, round(data.eval_fraction * len(rows)))
+    if held_out >= len(rows):
+        raise UserError(
+            f"{data.train} has {len(rows)} usable row: holding one out leaves none to learn from; "
+            "add rows or set data.eval_fraction to 0"
+        )
+    return rows.split(held_out, seed=config.train.seed)
+
+
+def describe_rows(train: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:
+    """Lines to print about the data."""
+    lines = [train.stats.describe()]
+    if held_out is not None and held_out.stats.path == train.stats.path:
+        lines.append(f"held out: {len(held_out):,} of its rows")
+    elif held_out is not None:
+        lines.append(held_out.stats.describe())
+    return lines
 
 
 def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler[Any]:
@@ -54,10 +83,10 @@ def micro_batches(
 
 @torch.no_grad()
 def check_packing(model: Any) -> None:
-    """UserError if a row comes out otherwise when another one stands before it in its sequence.
+    """UserError if a row's hidden states change when another row stands before it in its sequence.
 
-    Two short rows are enough: what a model carries across rows, and positions that it does not count anew, show at
-    once. Draws no random number.
+    Two short rows are enough to show a state carried across rows, or positions that do not restart. Draws no random
+    number.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     numbers = torch.arange(28, device=model.device)[None]

@@ -1,4 +1,4 @@
-"""The README.md beside an adapter: what it is, what it learned from, how to load it."""
+"""The README.md beside an adapter: what it is, what it was trained on, how to load it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qlora_native import _io
+from qlora_native._io import sha256
 from qlora_native._version import __version__
-from qlora_native.calibration.data import FILE, quantize_command
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.hf.load import CALIBRATED
@@ -20,34 +19,29 @@ _PACKAGES = ("torch", "transformers", "safetensors")
 
 
 def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Write ``folder``/README.md.
-
-    Args:
-        config: of the run.
-        facts: ``step``, ``tokens`` that were seen, ``loss_before`` and ``loss_after``, held-out ones in nats a token,
-            None without held-out rows.
-    """
+    """Write ``folder``/README.md; ``facts`` are the fields of the loop's ``TrainState``."""
     (folder / NAME).write_text(card(config, facts), encoding="utf-8")
 
 
 def card(config: TrainConfig, facts: dict[str, Any]) -> str:
-    """The text. Its front matter is what PEFT writes, so that the Hugging Face hub knows the adapter's base."""
+    """The text. Its front matter is PEFT's, from which the Hugging Face hub reads the adapter's base."""
     model, quant, lora = config.model, config.quant, config.lora
-    options = {"quant_type": quant.type, "block_size": quant.block_size, "double_quant": quant.double_quant}
-    given = repr(model) + "".join(f", {name}={value!r}" for name, value in options.items())
+    arguments = repr(model) + "".join(f", {name}={value!r}" for name, value in quant.options.items())
     made = ""
-    if quant.method != "rtn":  # not made anew on every loading
+    if quant.method != "rtn":  # too slow to do on each load
+        from qlora_native.calibration.data import FILE, quantize_command
+
         kept = Path(config.output_dir) / FILE if quant.method in CALIBRATED else None
         command = quantize_command(model, quant.model_dump(), config.train.dtype, kept, "base-4bit")
         made = f" Make it with `{command}`:"
-        given = "'base-4bit'"
+        arguments = "'base-4bit'"
     data = {"training rows": config.data.train, "held-out rows": config.data.eval}
-    hashes = [f"| {what} | `{path}` | `{sha256(path)}` |" for what, path in data.items() if path is not None]
+    hashes = [f"| {what} | `{path}` | `{_sha256(path)}` |" for what, path in data.items() if path is not None]
     losses = ""
     if facts["loss_after"] is not None:
         before = "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before training, "
         losses = f"\nHeld-out loss: {before}{facts['loss_after']:.4f} nats a token after it.\n"
-    versions = "\n".join(f"- {name} {_version(name)}" for name in ("qlora_native", *_PACKAGES))
+    versions = {"qlora_native": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
     base = json.dumps(model)  # a JSON string is a YAML string
     return f"""---
 base_model: {base}
@@ -73,7 +67,7 @@ On the 4-bit base, as it was trained.{made}
 ```python
 import qlora_native as qn
 
-model = qn.load_model({given})
+model = qn.load_model({arguments})
 qn.load_adapter(model, "path/to/this/folder")
 ```
 
@@ -95,7 +89,7 @@ As a model of its own: `qlora merge {model} path/to/this/folder --out merged --c
 
 ## Versions
 
-{versions}
+{chr(10).join(f"- {name} {version}" for name, version in versions.items())}
 
 ## Config
 
@@ -105,19 +99,15 @@ As a model of its own: `qlora merge {model} path/to/this/folder --out merged --c
 """
 
 
-def sha256(path: str) -> str:
-    """Of a data file, read once a state of it."""
+def _sha256(path: str) -> str:
     try:
         state = Path(path).expanduser().stat()
-        return _sha256(path, state.st_size, state.st_mtime_ns)
+        return _sha256_once(path, state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise UserError(f"{path} cannot be read any more: {error.strerror}") from error
 
 
 @lru_cache(maxsize=8)
-def _sha256(path: str, size: int, changed: int) -> str:
-    return _io.sha256(Path(path).expanduser())
-
-
-def _version(name: str) -> str:
-    return __version__ if name == "qlora_native" else importlib.metadata.version(name)
+def _sha256_once(path: str, size: int, changed: int) -> str:
+    """Computed once while the file's size and time stay the same."""
+    return sha256(Path(path).expanduser())

@@ -1,40 +1,47 @@
-"""Checkpoints that are whole or absent: written under a temporary name, every file and folder fsynced, then renamed.
+"""How a run stops and continues: checkpoints that are whole or absent, which of them to resume from, and Ctrl-C.
 
 ``step-000200/`` holds the adapter in PEFT's format, ``trainer.safetensors`` (optimizer states and torch's random
 state), ``trainer.json`` (step, data position, Python's and numpy's random state, losses so far) and the resolved
-``config.yaml``. Where the model is cut over processes, the states lie in ``states/`` instead, written by all of them
-through torch.distributed.checkpoint; any number of processes, cut or not, continues from either. The learning rate is
-a function of the step, so a scheduler has no state of its own. The newest checkpoint is found by looking at the
-folder's names; no pointer file exists that could point at something gone.
+``config.yaml``. It is written under a temporary name, fsynced, then renamed. The states of a sharded model lie in
+``states/`` instead, written by all processes through torch.distributed.checkpoint; any number of processes, sharded or
+not, continues from either. The learning rate is a function of the step, so a scheduler has no state of its own.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_native._io import as_write_error, atomic_folder, partial_folder, reason, remove_folder
-from qlora_native.distributed.ranks import Ranks
-from qlora_native.distributed.states import (
-    load_sharded_states,
-    random_states,
-    save_sharded_states,
-    set_random_states,
-    shard_states,
-)
+from qlora_native.config import TrainConfig
+from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 
 TENSORS, STATE, CONFIG, STATES = "trainer.safetensors", "trainer.json", "config.yaml", "states"
 _NAME = re.compile(r"step-(\d{6,})")
+
+# Changing one of these between two halves of a run would make neither the one run nor the other. The data have a
+# check of their own: the sampler compares the rows.
+_FIXED_BLOCKS = ("quant", "lora")
+_FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
+_BEFORE_THE_KEY = {"train.optimizer": "adamw"}  # what runs did whose config does not have the key yet
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -51,10 +58,10 @@ def save_checkpoint(
     *,
     save_adapter: Callable[[Path], None],  # writes the adapter's files into the folder it is given
     optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],  # JSON values: the step, the data position, whatever the loop wants back
+    state: Mapping[str, Any],  # JSON values: the step, the data position, whatever the loop needs again
     config: str,
     keep: int,
-    ranks: Ranks | None = None,
+    ranks: OneProcess | None = None,
 ) -> Path:
     """Write ``step-NNNNNN`` and, once it is safe on disk, delete all but the newest ``keep``. Returns its path.
 
@@ -63,56 +70,62 @@ def save_checkpoint(
     UserError if it cannot be written (a full disk, no permission): the half-written folder is removed, older
     checkpoints stay.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or OneProcess()
     folder = output_dir / f"step-{step:06d}"
+    partial = partial_folder(folder)
     before = checkpoints(output_dir)
     advice = f"; {before[-1]} is intact, and --resume continues from it" if before else ""
-    random_tensors, random_plain = random_states(ranks)
-    with as_write_error(folder, advice), ExitStack() as stack:
-        ranks.on_first(lambda: stack.enter_context(atomic_folder(folder)))
-        partial = partial_folder(folder)
-        ranks.together(lambda: save_adapter(partial))
+    random_tensors, random_plain = _random_states(ranks)
+    with ExitStack() as stack:
+        with ranks.together(), as_write_error(folder, advice):
+            if ranks.is_first:
+                stack.enter_context(atomic_folder(folder))
+        with ranks.together(), as_write_error(folder, advice):
+            save_adapter(partial)
         tensors: dict[str, Tensor] = {}
         plain: dict[str, dict[str, Any]] = {}
         if ranks.is_sharded:
-            save_sharded_states(partial / STATES, optimizer)
+            from qlora_native.distributed.sharding import save_sharded_states
+
+            with as_write_error(folder, advice):
+                save_sharded_states(partial / STATES, optimizer)
         else:
             tensors, plain = _split(optimizer.state_dict()["state"])
-
-        def write() -> None:
-            save_file({**tensors, **random_tensors}, partial / TENSORS)  # from where the states lie, without a copy
-            (partial / STATE).write_text(
-                json.dumps({**state, "optimizer": plain, "random": random_plain}), encoding="utf-8"
-            )
-            (partial / CONFIG).write_text(config, encoding="utf-8")
-            stack.close()  # now it has its name
-
-        ranks.on_first(write)
-    if ranks.first:
+        with ranks.together(), as_write_error(folder, advice):
+            if ranks.is_first:
+                save_file({**tensors, **random_tensors}, partial / TENSORS)  # from where the states lie, without a copy
+                content = {**state, "optimizer": plain, "random": random_plain}
+                (partial / STATE).write_text(json.dumps(content), encoding="utf-8")
+                (partial / CONFIG).write_text(config, encoding="utf-8")
+                stack.close()  # gives the folder its name
+    if ranks.is_first:
         for old in checkpoints(output_dir)[:-keep]:
             remove_folder(old)
     return folder
 
 
-def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> dict[str, Any]:
-    """Put back optimizer and random state; returns ``state`` as it was given to save_checkpoint. The adapter is the
+def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OneProcess | None = None) -> dict[str, Any]:
+    """Restore optimizer and random state; returns ``state`` as it was given to save_checkpoint. The adapter is the
     caller's to load.
 
-    Hyper-parameters stay those of ``optimizer``: only what it learned is taken from the checkpoint. The number of
-    ranks, and whether the model is cut over them, may differ from those that saved it.
+    Hyper-parameters stay those of ``optimizer``: only its states are taken from the checkpoint. The number of ranks,
+    and whether the model is sharded over them, may differ from those that saved it.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or OneProcess()
     try:
         tensors = load_file(folder / TENSORS)
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        plain = state.pop("optimizer")
+        states = _join(tensors, state.pop("optimizer"))
         if (folder / STATES).is_dir():
-            optimizer_state = load_sharded_states(folder / STATES, optimizer, ranks)
-        else:
-            optimizer_state = shard_states(_join(tensors, plain), optimizer)
-        restored = {**optimizer.state_dict(), "state": optimizer_state}
-        optimizer.load_state_dict(restored)
-        set_random_states(tensors, state.pop("random"), ranks)
+            from qlora_native.distributed.sharding import load_sharded_states
+
+            states = load_sharded_states(folder / STATES, optimizer)
+        elif ranks.is_sharded:
+            from qlora_native.distributed.sharding import shard_states
+
+            states = shard_states(states, optimizer)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        _restore_random_state(tensors, state.pop("random"), ranks.rank)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({reason(error)}); "
@@ -122,7 +135,7 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks
 
 
 def _split(states: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors under ``optimizer.<parameter>.<name>`` and the rest, which must be JSON, under the same numbers and
+    """Tensors under ``optimizer.<parameter>.<name>``, and the other values, for JSON, under the same numbers and
     names."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -141,3 +154,153 @@ def _join(tensors: Mapping[str, Tensor], plain: Mapping[str, Mapping[str, Any]])
             _, number, name = key.split(".", 2)
             states[int(number)][name] = tensor
     return states
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random states
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of every generator: torch's as uint8 tensors ``random.cpu`` and ``random.cuda.N``, Python's and numpy's
+    as JSON values."""
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"random.cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return tensors, {
+        "numpy": [name, np.asarray(words).tolist(), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Restore the state that :func:`random_state` returned; other entries of ``tensors`` are ignored."""
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            if f"random.cuda.{number}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
+    name, words, position, has_gauss, gauss = plain["numpy"]
+    np.random.set_state((name, np.array(words, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = plain["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _random_states(ranks: OneProcess) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As :func:`random_state`, with torch's state of each further rank under ``rank.N.random...``."""
+    own, plain = random_state()
+    tensors: dict[str, Tensor] = {}
+    for rank, of_rank in enumerate(ranks.gather(own)):
+        tensors |= {f"rank.{rank}.{name}" if rank else name: tensor for name, tensor in of_rank.items()}
+    return tensors, plain
+
+
+def _restore_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], rank: int) -> None:
+    """That of one rank; a rank that did not exist when the checkpoint was made keeps its own."""
+    prefix = f"rank.{rank}." if rank else ""
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}random")}
+    if own:
+        set_random_state(own, plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where to resume
+
+
+def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint to continue from, or None to start anew.
+
+    UserError if ``resume`` names something else, if the checkpoint was made with other settings, or if ``resume`` is
+    not set although ``output_dir`` holds checkpoints of an earlier run.
+    """
+    found = checkpoints(output_dir)
+    if resume is None:
+        if found:
+            raise UserError(
+                f"{output_dir} holds an earlier run ({found[-1].name}); "
+                "continue it with --resume, or start anew with another --output_dir"
+            )
+        return None
+    if resume == "auto":
+        checkpoint = found[-1] if found else None
+    else:
+        checkpoint = Path(resume).expanduser()
+        if not (checkpoint / STATE).is_file():
+            near = f"; {found[-1]} is one" if found else ""
+            raise UserError(f"resume is {checkpoint}, which is no checkpoint (it has no {STATE}){near}")
+    if checkpoint is not None:
+        _check_settings(config, checkpoint)
+    return checkpoint
+
+
+def _check_settings(config: TrainConfig, checkpoint: Path) -> None:
+    try:
+        before: dict[str, Any] = yaml.safe_load((checkpoint / CONFIG).read_text(encoding="utf-8"))
+        now = config.model_dump(mode="json")
+        changed = [
+            f"{block}.{key} {was} -> {value}"
+            for block in (*_FIXED_BLOCKS, "train")
+            for key, value in now[block].items()
+            if block != "train" or key in _FIXED_KEYS
+            if (was := before[block].get(key, _BEFORE_THE_KEY.get(f"{block}.{key}"))) != value
+        ]
+        if Path(before["model"]).name != Path(config.model).name:  # the folder may have moved
+            changed.insert(0, f"model {before['model']} -> {config.model}")
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{checkpoint / CONFIG} cannot be read ({type(error).__name__}); "
+            "delete that checkpoint, and --resume continues from the one before it"
+        ) from error
+    if changed:
+        raise UserError(
+            f"{checkpoint} was made with other settings: {', '.join(changed)}; "
+            "set them back, or start anew with another --output_dir"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ctrl-C
+
+
+SAME_SIGNAL_SECONDS = 5.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal after everything was saved; the message names the checkpoint."""
+
+
+class StopRequest:
+    """The first SIGINT or SIGTERM sets ``requested``, so that the loop finishes its step and saves; a second one
+    raises KeyboardInterrupt.
+
+    On several processes a second signal within a few seconds counts as the first: a terminal and torchrun both send
+    one Ctrl-C.
+    """
+
+    def __init__(self, ranks: OneProcess) -> None:
+        self.requested, self._ranks, self._since = False, ranks, 0.0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.requested and self._ranks.world > 1 and time.monotonic() - self._since < SAME_SIGNAL_SECONDS:
+            return
+        if self.requested:
+            raise KeyboardInterrupt("stopped at once by the second signal; the last checkpoint is intact")
+        self.requested, self._since = True, time.monotonic()
+        if self._ranks.is_first:
+            print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stop_request(ranks: OneProcess) -> Iterator[StopRequest]:
+    """A :class:`StopRequest` that handles signals inside the block; outside the main thread, where Python allows no
+    handlers, it does nothing."""
+    stop, before = StopRequest(ranks), {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

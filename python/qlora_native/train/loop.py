@@ -1,11 +1,11 @@
-"""The whole training run, in plain torch, from top to bottom in ``Trainer.train``.
+"""The whole training run, in plain torch, from top to bottom in ``Trainer._train``.
 
 A step learns from ``batch_size * grad_accum`` rows of about equal length, or packed sequences. They pass through the
 model in micro-batches, each weighted by its share of the step's trained tokens, so that the gradient is that of one
-big batch however the rows are divided.
+big batch however the rows are divided. On one process ``ranks`` does nothing.
 
 A step whose loss or gradient is not finite changes nothing and is counted; after ``MAX_SKIPPED`` of them in a row the
-run stops. A step that runs out of memory begins again, once, without the optimizer's states in memory.
+run stops. A step that runs out of memory is repeated, once, with the optimizer's states paged out.
 """
 
 from __future__ import annotations
@@ -25,34 +25,37 @@ import numpy as np
 import torch
 
 from qlora_native._io import as_write_error, atomic_folder, recover
-from qlora_native._memory import without_old_objects
+from qlora_native._memory import peak_rss_bytes, without_old_objects
 from qlora_native.config import TrainConfig
 from qlora_native.data.batching import evaluation_order
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import padding_id
-from qlora_native.distributed.ranks import Ranks, joined, restarts
+from qlora_native.distributed import Items, OneProcess, joined, restarts
 from qlora_native.errors import UserError
 from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
-from qlora_native.hf.source import load_tokenizer
+from qlora_native.hf.source import load_tokenizer, open_source
 from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.train.batches import (
     Batch,
-    Items,
     check_packing,
+    describe_rows,
+    load_rows,
     make_sampler,
     micro_batches,
     token_count,
 )
 from qlora_native.train.card import write_card
-from qlora_native.train.checkpoint import CONFIG, load_checkpoint, save_checkpoint
-from qlora_native.train.interrupt import Interrupted, StopRequest
-from qlora_native.train.loggers import make_loggers
-from qlora_native.train.progress import Metrics, NoMetrics, Progress, peak_rss_bytes, plot_losses
-from qlora_native.train.report import MemoryReport
-from qlora_native.train.resume import find_checkpoint
-from qlora_native.train.schedule import learning_rate
-from qlora_native.train.setup import describe_rows, load_rows, make_optimizer, prepare_model
-from qlora_native.train.shortage import OOMRetry
+from qlora_native.train.checkpoint import (
+    CONFIG,
+    Interrupted,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    stop_request,
+)
+from qlora_native.train.memory import MemoryReport, OOMRetry
+from qlora_native.train.progress import Metrics, Progress, make_loggers, plot_losses
+from qlora_native.train.setup import learning_rate, make_optimizer, prepare_model
 
 MAX_SKIPPED = 5
 
@@ -61,8 +64,7 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 
 @dataclass
 class TrainState:
-    """What a checkpoint remembers of the loop itself; losses are held-out losses in nats per token, None without
-    held-out rows."""
+    """The loop's own part of a checkpoint; losses are held-out ones in nats per token, None without held-out rows."""
 
     step: int = 0
     tokens: int = 0
@@ -89,8 +91,8 @@ class TrainSummary:
     tokens_per_second: float  # median over the steps of this process; 0 if it took none
     seconds: float  # of this process, from the first step to the last
     paged_bytes: int  # of optimizer states that this process moved, both ways together
-    paging_seconds: float  # in which it waited for them, and which first tries took
-    retried: int  # steps and evaluations that ran out of memory and began again
+    paging_seconds: float  # waiting for them, and in first attempts that failed
+    retried: int  # steps and evaluations that ran out of memory and were repeated
     peak_rss_bytes: int
     adapter_dir: Path  # the adapter after the last step
     best_dir: Path | None  # the adapter with the lowest held-out loss
@@ -100,9 +102,9 @@ class Trainer:
     """Runs one config.
 
     Args:
-        config: the checked config. model: a model made by :func:`qlora_native.load_model`, to use instead of loading
-        ``config.model``; adapters are added unless it
-            has some.
+        config: the checked config.
+        model: from :func:`qlora_native.load_model`, used instead of loading ``config.model``; adapters are added
+            unless it has some.
         tokenizer: likewise, instead of the one beside ``config.model``.
         on_step: called after each optimizer step with its line of ``metrics.jsonl``.
         quiet: print nothing.
@@ -121,31 +123,40 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.on_step, self.quiet = on_step, quiet
-        self.ranks = Ranks()
+        self.ranks = OneProcess()
         self.output_dir = Path(config.output_dir).expanduser()
 
     def train(self) -> TrainSummary:
-        """Train, evaluate, save. UserError for whatever the user can mend; Interrupted (a KeyboardInterrupt) once
-        saved after Ctrl-C; RankLost if there are several processes, and another one dies or hangs."""
+        """Train, evaluate, save.
+
+        Raises:
+            UserError: whatever the user can fix. Interrupted (a KeyboardInterrupt): saved after Ctrl-C.
+            RankLost: another one of several processes ended or hangs.
+        """
         with joined(self.config.parallel, self.config.rank_timeout) as self.ranks:
             return self._train()
 
     def _train(self) -> TrainSummary:
         config, options, ranks = self.config, self.config.train, self.ranks
-        ranks.on_first(lambda: recover(self.output_dir))
-        resume = config.resume or ("auto" if restarts() else None)
-        checkpoint = ranks.together(lambda: find_checkpoint(config, self.output_dir, resume))
 
-        loggers = ranks.on_first(lambda: make_loggers(config.logging, self.output_dir, config.model_dump(mode="json")))
+        # Checkpoint, tokenizer and data come first: a broken line is found in seconds, a model takes longer.
+        with ranks.together():
+            if ranks.is_first:
+                recover(self.output_dir)
+        with ranks.together():
+            resume = config.resume or ("auto" if restarts() else None)
+            checkpoint = find_checkpoint(config, self.output_dir, resume)
+            names = config.logging if ranks.is_first else []
+            loggers = make_loggers(names, self.output_dir, config.model_dump(mode="json"))
+            source = open_source(Path(config.model).expanduser()) if self.model is None else None
+            self.tokenizer = self.tokenizer or load_tokenizer(source or config.model)
+            rows, held_out = load_rows(config, self.tokenizer)
 
-        # Data, model, optimizer. The data come first: a broken line is found in seconds, a model takes longer.
-        self.tokenizer = self.tokenizer or ranks.together(lambda: load_tokenizer(config.model))
-        rows, held_out = ranks.together(lambda: load_rows(config, self.tokenizer))
+        # Model and optimizer.
         longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
-        memory = MemoryReport(config, longest) if self.model is None and ranks.world == 1 else None
-        self.model = model = prepare_model(config, self.model, rows, ranks, quiet=self.quiet)
-        adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(options, adapters, self.output_dir)
+        memory = MemoryReport(config, source, longest) if source is not None and ranks.world == 1 else None
+        self.model = model = prepare_model(config, self.model, rows, ranks, source=source, quiet=self.quiet)
+        optimizer = make_optimizer(options, [p for p in model.parameters() if p.requires_grad], self.output_dir)
         if ranks.is_sharded:
             settle(model)
         if config.data.packing:
@@ -161,26 +172,24 @@ class Trainer:
             state = TrainState(**load_checkpoint(checkpoint, optimizer, ranks))
             sampler.load_state_dict(state.data)
 
-        metrics = Metrics(self.output_dir / "metrics.jsonl", state.step, loggers or []) if ranks.first else NoMetrics()
-        quiet = self.quiet or not ranks.first
+        metrics = Metrics(self.output_dir / "metrics.jsonl" if ranks.is_first else None, state.step, loggers)
+        quiet = self.quiet or not ranks.is_first
         progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
         for line in describe_rows(rows, held_out):
             progress.note(line)
         if checkpoint is not None:
             progress.note(f"continuing from {checkpoint} after step {state.step}")
-        oom_retry = OOMRetry(config, optimizer, progress.note, alone=ranks.world == 1)
+        oom_retry = OOMRetry(config, optimizer, progress.note, can_retry=ranks.world == 1)
         speeds: list[float] = []
         began = time.monotonic()
 
-        watched = StopRequest(ranks.world > 1, ranks.first)
-        with closing(metrics), closing(progress), without_old_objects(), watched as stop:
+        with closing(metrics), closing(progress), without_old_objects(), stop_request(ranks) as stop:
             while True:
-                ranks.finished(state.step)
                 if held_out and is_due(state.step, options.eval_every, total):
                     started = time.monotonic()
                     loss = oom_retry.run(partial(self.evaluate, held_out), f"evaluation after step {state.step}")
                     progress.evaluation(state.step, loss, time.monotonic() - started)
-                    self._take_evaluation(state, loss, metrics)
+                    self._record_evaluation(state, loss, metrics)
                 if state.step >= total:
                     break
 
@@ -196,12 +205,12 @@ class Trainer:
                     group["lr"] = rate
                 norm = math.nan
                 if math.isfinite(loss):
-                    oom_retry.told(optimizer.step, what)  # clips; does nothing if the gradient is not finite
+                    oom_retry.run_once(optimizer.step, what)  # clips; does nothing if the gradient is not finite
                     norm = optimizer.grad_norm or 0.0
                 self._count_skipped(state, loss, norm, progress)
                 optimizer.zero_grad()
 
-                # Tell.
+                # Report.
                 oom_retry.report_paging(what)
                 seconds = time.monotonic() - started
                 speeds.append(tokens / seconds)
@@ -214,7 +223,7 @@ class Trainer:
                 if self.on_step is not None:
                     self.on_step(record)
 
-                # Save; after Ctrl-C, save and go.
+                # Save; after Ctrl-C, save and stop.
                 stopping = ranks.any(stop.requested)
                 if stopping or (options.save_every and is_due(state.step, options.save_every, total)):
                     saved = self._save_checkpoint(state, optimizer)
@@ -222,55 +231,53 @@ class Trainer:
                         raise Interrupted(
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
-            told = "" if memory is None else memory.line()  # before the picture of the losses has taken its own
+            memory_line = "" if memory is None else memory.line()  # before the plot of the losses takes memory
             summary = self._finish(state, oom_retry, progress, speeds, time.monotonic() - began)
-            if told:
-                progress.note(told)
+            if memory_line:
+                progress.note(memory_line)
             return summary
 
     def _learn(self, rows: TokenizedDataset, items: Items) -> tuple[float, int, int]:
-        """Forward and backward passes of one step: its loss, the tokens in it, and those of them that are trained."""
-        ranks, size = self.ranks, self.config.train.batch_size
-        batches = list(self._micro_batches(rows, ranks.mine(items)))
-        counts = [trained_tokens(batch) for batch in batches]
-        total = int(ranks.sum(sum(counts))[0])
-        for filler in ranks.filler(items, size):
-            batches += self._micro_batches(rows, filler)
-            counts.append(0)
+        """Forward and backward passes of one step: its loss, its tokens, and how many of them are trained."""
+        ranks = self.ranks
+        batches = list(self._micro_batches(rows, items))
+        trained = int(ranks.sum(sum(count for _, count in batches))[0])
         loss = torch.zeros((), device=self.model.device)
-        for batch, count in zip(batches, counts, strict=True):
-            share = causal_lm_loss(self.model, batch) * (count / total)
+        for batch, count in batches:
+            share = causal_lm_loss(self.model, batch) * (count / trained)
             (share * ranks.averaged_over).backward()
             loss += share.detach()
         ranks.add_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
-        return ranks.sum(loss.item())[0], token_count(rows, items), total
-
-    def _micro_batches(self, rows: TokenizedDataset, items: Items) -> Iterator[Batch]:
-        size, pad_id = self.config.train.batch_size, padding_id(self.tokenizer)
-        return micro_batches(rows, items, size, pad_id, self.model.device)
+        return ranks.sum(loss.item())[0], token_count(rows, items), trained
 
     @torch.no_grad()
     def evaluate(self, rows: TokenizedDataset) -> float:
         """Mean loss in nats over every trained token of ``rows``, with dropout off; draws no random number."""
-        total, count = 0.0, 0
+        total, trained = 0.0, 0
         data = self.config.data
         items: Items = evaluation_order(rows.lengths, data.max_length if data.packing else None)
         self.model.eval()
         try:
-            for batch in self._micro_batches(rows, self.ranks.mine(items)):
-                tokens = trained_tokens(batch)
-                total += causal_lm_loss(self.model, batch).item() * tokens
-                count += tokens
-            for filler in self.ranks.filler(items, self.config.train.batch_size):
-                for batch in self._micro_batches(rows, filler):
-                    causal_lm_loss(self.model, batch)
+            for batch, count in self._micro_batches(rows, items):
+                total += causal_lm_loss(self.model, batch).item() * count
+                trained += count
         finally:
             self.model.train()
-        total, tokens_of_all = self.ranks.sum(total, count)
-        return total / tokens_of_all
+        total, trained_of_all = self.ranks.sum(total, trained)
+        return total / trained_of_all
 
-    def _take_evaluation(self, state: TrainState, loss: float, metrics: Metrics | NoMetrics) -> None:
-        """Write a held-out loss down, and keep the adapter in ``best/`` if no earlier one was as good."""
+    def _micro_batches(self, rows: TokenizedDataset, items: Items) -> Iterator[tuple[Batch, int]]:
+        """This rank's micro-batches, each with its number of trained tokens: 0 for those of
+        :meth:`OneProcess.filler`."""
+        size, pad_id = self.config.train.batch_size, padding_id(self.tokenizer)
+        for batch in micro_batches(rows, self.ranks.mine(items), size, pad_id, self.model.device):
+            yield batch, trained_tokens(batch)
+        for filler in self.ranks.filler(items, size):
+            for batch in micro_batches(rows, filler, size, pad_id, self.model.device):
+                yield batch, 0
+
+    def _record_evaluation(self, state: TrainState, loss: float, metrics: Metrics) -> None:
+        """Record a held-out loss, and save the adapter to ``best/`` if no earlier one was as good."""
         metrics.write({"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))})
         state.loss_after = loss
         if state.step == 0:
@@ -280,7 +287,7 @@ class Trainer:
             state.best_loss, state.best_step = loss, state.step
 
     def _count_skipped(self, state: TrainState, loss: float, norm: float, progress: Progress) -> None:
-        """Counts a step that was skipped because its loss or gradient norm is not finite; UserError after many."""
+        """Count a step that was skipped because its loss or gradient norm is not finite; UserError after many."""
         if math.isfinite(loss) and math.isfinite(norm):
             state.skipped_in_a_row = 0
             return
@@ -298,7 +305,7 @@ class Trainer:
         return save_checkpoint(
             self.output_dir,
             state.step,
-            save_adapter=lambda folder: save_adapter(self.model, folder, write=self.ranks.first),
+            save_adapter=lambda folder: save_adapter(self.model, folder, write=self.ranks.is_first),
             optimizer=optimizer,
             state=asdict(state),
             config=self.config.to_yaml(),
@@ -307,24 +314,23 @@ class Trainer:
         )
 
     def _save_adapter(self, folder: Path, state: TrainState) -> Path:
-        def write() -> None:
-            if not self.ranks.first:
-                return save_adapter(self.model, folder, write=False)
-            with as_write_error(folder), atomic_folder(folder) as partial:
-                save_adapter(self.model, partial)
-                (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
-                write_card(partial, self.config, asdict(state))
-
-        self.ranks.together(write)
+        with self.ranks.together():
+            if not self.ranks.is_first:
+                save_adapter(self.model, folder, write=False)  # takes part in gathering it
+            else:
+                with as_write_error(folder), atomic_folder(folder) as partial:
+                    save_adapter(self.model, partial)
+                    (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
+                    write_card(partial, self.config, asdict(state))
         return folder
 
     def _finish(
         self, state: TrainState, oom_retry: OOMRetry, progress: Progress, speeds: list[float], seconds: float
     ) -> TrainSummary:
-        progress.close()  # the summary stands below the bar
+        progress.close()  # the summary is printed below the bar
         paging = oom_retry.optimizer.paging_statistics()
         adapter_dir = self._save_adapter(self.output_dir / "adapter", state)
-        if self.ranks.first:
+        if self.ranks.is_first:
             plot_losses(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
         summary = TrainSummary(
             steps=state.step,

@@ -1,7 +1,9 @@
-"""What a run says while it runs: one bar on a terminal, plain lines elsewhere, and every step in ``metrics.jsonl``."""
+"""What a run reports while it runs: one bar on a terminal, plain lines elsewhere, every step in ``metrics.jsonl``, and
+the same figures in other programs (TensorBoard, trackio)."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -11,18 +13,21 @@ from typing import Any
 
 from qlora_native._io import as_write_error, atomic_file
 from qlora_native._memory import peak_rss_bytes
-from qlora_native.train.loggers import Logger
+from qlora_native.errors import UserError
 
 
 class Metrics:
     """``metrics.jsonl``: one JSON object per step and per evaluation, appended and flushed at once.
 
     A run that resumes at step N drops what a killed run wrote after the checkpoint: steps above N, and evaluations
-    from N on, which are made again. Each line goes to the ``loggers`` too.
+    from N on, which are made again. Each line goes to the ``loggers`` too. Without a ``path``, on all ranks but the
+    first, nothing is written.
     """
 
-    def __init__(self, path: Path, resume_step: int, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(self, path: Path | None, resume_step: int, loggers: Sequence[Logger] = ()) -> None:
         self.path, self._loggers = path, loggers
+        if path is None:
+            return
         kept = [line for line in read_metrics(path) if line["step"] + ("eval_loss" in line) <= resume_step]
         with as_write_error(path):
             with atomic_file(path) as partial:
@@ -31,6 +36,8 @@ class Metrics:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line. JSON has no NaN: what is not finite is written as null."""
+        if self.path is None:
+            return
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
@@ -42,24 +49,15 @@ class Metrics:
             logger.write(record)
 
     def close(self) -> None:
-        """Close the file; what could be written is written already."""
-        self._file.close()
+        """Close the file and the loggers."""
+        if self.path is not None:
+            self._file.close()
         for logger in self._loggers:
             logger.close()
 
 
-class NoMetrics:
-    """In place of :class:`Metrics` where another rank writes the file."""
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``, without a last one that a kill cut short; empty if there is no file."""
+    """The lines of a ``metrics.jsonl``, without an incomplete last one of a killed run; empty if there is no file."""
     lines: list[dict[str, Any]] = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -90,8 +88,59 @@ def plot_losses(metrics: Path, picture: Path) -> bool:
     return True
 
 
+class TensorBoard:
+    """Event files in ``output_dir/tensorboard``; `tensorboard --logdir` shows them."""
+
+    def __init__(self, output_dir: Path, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(output_dir / "tensorboard"))
+        self.close = self._writer.close  # writes what is buffered
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One line of ``metrics.jsonl``."""
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+
+class Trackio:
+    """A run of the project ``qlora_native``, named like the output folder; `trackio show` shows it."""
+
+    def __init__(self, output_dir: Path, config: Mapping[str, Any]) -> None:
+        import trackio
+
+        self._trackio: Any = trackio
+        trackio.init(project="qlora_native", name=output_dir.name, config=dict(config), resume="allow")
+        self.close = trackio.finish
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One line of ``metrics.jsonl``."""
+        self._trackio.log(scalars(record), step=record["step"])
+
+
+Logger = TensorBoard | Trackio
+_LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "trackio": Trackio}
+
+
+def make_loggers(names: Sequence[str], output_dir: Path, config: Mapping[str, Any]) -> list[Logger]:
+    """The loggers that ``logging`` names. UserError naming the package of one that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"logging names {name}, which is not installed: pip install {name}, or leave it out")
+    return [_LOGGERS[name](output_dir, config) for name in names]
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a line but its step, held-out ones under ``eval/`` and the others under ``train/``."""
+    found = {}
+    for key, value in record.items():
+        if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+            found[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"] = float(value)
+    return found
+
+
 class Progress:
-    """The human side: notes, steps and evaluations. ``quiet`` prints nothing.
+    """Prints notes, steps and evaluations; nothing if ``quiet``.
 
     The time left is the mean time of a step times the steps left, and the time of the last evaluation times those that
     are still due: at the end, and every ``eval_every`` steps unless that is 0.
@@ -137,7 +186,7 @@ class Progress:
             self._bar.stop()
 
     def _seconds_left(self, done: int) -> float:
-        """After step ``done``, whose own evaluation is still to come if one is due."""
+        """After step ``done``, before its own evaluation."""
         due = 1
         if self.eval_every:
             due = -(-self.total // self.eval_every) - (done - 1) // self.eval_every

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: the base model, its tokenizer, the rows, the optimizer."""
+"""What a run needs before its first step: the 4-bit model with its adapters, the optimizer, the learning rate."""
 
 from __future__ import annotations
 
@@ -6,109 +6,107 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
-from qlora_native import distributed
 from qlora_native._io import as_user_error, as_write_error
-from qlora_native.calibration.data import FILE, CalibrationData, quantize_command
 from qlora_native.config import LoopSection, TrainConfig
 from qlora_native.data.dataset import TokenizedDataset
-from qlora_native.distributed.ranks import Ranks
+from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
-from qlora_native.hf.load import CALIBRATED, load_model
-from qlora_native.hf.progress import LayerProgress
-from qlora_native.hf.residuals import lora_statistics
-from qlora_native.hf.source import open_source
-from qlora_native.lora import LayerStatistics, LoraConfig, LoRALinear, add_lora
+from qlora_native.hf.load import CALIBRATED, LayerProgress, load_model
+from qlora_native.hf.source import Source, open_source
+from qlora_native.lora import LayerStatistics, LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
 
-
-def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Training rows and held-out rows (None if the config asks for none), tokenized and masked."""
-    data, folder = config.data, Path(config.output_dir).expanduser()
-    rows = data.load(data.train, tokenizer, folder=folder)
-    if data.eval is not None:
-        return rows, data.load(data.eval, tokenizer, folder=folder)
-    if data.eval_fraction == 0:
-        return rows, None
-    # A few rows still give a held-out loss: at least one is held out.
-    held_out = max(1, round(data.eval_fraction * len(rows)))
-    if held_out >= len(rows):
-        raise UserError(
-            f"{data.train} has {len(rows)} usable row: holding one out leaves none to learn from; "
-            "add rows or set data.eval_fraction to 0"
-        )
-    return rows.split(held_out, seed=config.train.seed)
+if TYPE_CHECKING:
+    from qlora_native.calibration.data import CalibrationData
 
 
 def prepare_model(
     config: TrainConfig,
     model: Any = None,
     rows: TokenizedDataset | None = None,
-    ranks: Ranks | None = None,
+    ranks: OneProcess | None = None,
     *,
+    source: Source | None = None,
     quiet: bool = False,
 ) -> Any:
-    """The 4-bit model with adapters, in training mode; loads it unless it is given, adds adapters unless it has
-    them. ``rows`` are the training rows, which calibrate it if ``quant.calibration`` names nothing else. Cut over the
-    ranks if the config says so."""
-    options, ranks = config.train, ranks or Ranks()
-    lora = LoraConfig(**config.lora.model_dump(), seed=options.seed)
-    with as_user_error(), LayerProgress(quiet=quiet or not ranks.first) as progress:
+    """The 4-bit model with adapters, in training mode, sharded over the ranks if the config says so.
+
+    Args:
+        model: used instead of loading ``config.model``; adapters are added unless it has some.
+        rows: training rows, which calibrate it if ``quant.calibration`` names nothing else.
+        source: of ``config.model``, if it is open already.
+    """
+    options, ranks = config.train, ranks or OneProcess()
+    has_adapters = model is not None and any(isinstance(module, LoRALinear) for module in model.modules())
+    if ranks.world > 1 and config.lora.init != ZERO and not has_adapters:
+        raise UserError(
+            f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: set "
+            f"lora.init to {ZERO}"
+        )
+    with as_user_error(), LayerProgress(quiet=quiet or not ranks.is_first) as progress:
         if model is None:
-            path = Path(config.model).expanduser()
-            is_made = _is_made(path, config.quant.method)
-            given: dict[str, Any] = {
-                "quant_type": config.quant.type,
-                "block_size": config.quant.block_size,
-                "double_quant": config.quant.double_quant,
-                "dtype": getattr(torch, options.dtype),
-                "device": "cuda" if torch.cuda.is_available() else None,
-                "method": "rtn" if is_made else config.quant.method,
-            }
-            calibration = None if is_made else _calibration(config, rows)
-            if ranks.world == 1:
-                model = load_model(path, calibration=calibration, progress=progress, **given)
-            elif calibration is None:
-                model = distributed.load_model(path, cut=ranks.is_sharded, lora=lora, **given)
-            else:
-                quant = config.quant
-                text = quant.calibration or config.data.train
-                command = quantize_command(config.model, quant.model_dump(), options.dtype, text, "DIR")
-                raise UserError(
-                    f"quant.method is {quant.method}, which calibrates on one process, and {ranks.world} were "
-                    f"started: make the 4-bit model first (`{command}`) and set model to DIR"
-                )
+            source = open_source(source or Path(config.model).expanduser())
+            model = _load(config, source, rows, ranks, progress)
+        else:
+            fuse(model)
         if not any(isinstance(module, LoRALinear) for module in model.modules()):
-            if ranks.world > 1 and config.lora.init != ZERO:
-                raise UserError(
-                    f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: "
-                    f"set lora.init to {ZERO}"
-                )
-            add_lora(model, lora, _statistics(config, model, rows))
-        fuse(model)
-        if ranks.is_sharded and not isinstance(model, FSDPModule):
-            distributed.shard(model)
+            add_lora(model, config.lora.as_config(options.seed), _statistics(config, model, rows, source))
+        if ranks.is_sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            from qlora_native.distributed.sharding import shard
+
+            model = model if isinstance(model, FSDPModule) else shard(model)
         if options.grad_checkpointing:
-            # transformers 5.0 knows the older name only. Not the re-entrant kind: it cuts the graph where a block's
-            # input needs no gradient, as the first one's here.
+            # transformers 5.0 has the older name only. Not the re-entrant kind: it drops the gradients of a block
+            # whose input needs none, as the first one's here.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
     return model.train()
 
 
-def _is_made(path: Path, method: str) -> bool:
-    """Whether the files are 4-bit already and say that ``method`` made them, so that nothing is left to it."""
-    if method == "rtn" or path.suffix == ".gguf":  # whose configuration takes seconds to read, and holds no such thing
-        return False
-    told: dict[str, Any] = dict(open_source(path).four_bit_config or {})
-    return (told.get(METADATA) or {}).get("method") == method
+def _is_made(source: Source, method: str) -> bool:
+    """Whether the files are 4-bit already, made by ``method`` according to their config, so that nothing is left to
+    it."""
+    metadata: Any = (source.four_bit_config or {}).get(METADATA) or {}
+    return method != "rtn" and metadata.get("method") == method
+
+
+def _load(
+    config: TrainConfig, source: Source, rows: TokenizedDataset | None, ranks: OneProcess, progress: LayerProgress
+) -> Any:
+    """The 4-bit model; on several processes with adapters, since they cannot be added to what is sharded."""
+    quant = config.quant
+    is_made = _is_made(source, quant.method)
+    calibration = None if is_made else _calibration(config, rows)
+    options: dict[str, Any] = {
+        **quant.options,
+        "dtype": getattr(torch, config.train.dtype),
+        "device": "cuda" if torch.cuda.is_available() else None,
+        "method": "rtn" if is_made else quant.method,
+    }
+    if ranks.world == 1:
+        return load_model(source, calibration=calibration, progress=progress, **options)
+    if calibration is not None:
+        from qlora_native.calibration.data import quantize_command
+
+        text = quant.calibration or config.data.train
+        command = quantize_command(config.model, quant.model_dump(), config.train.dtype, text, "DIR")
+        raise UserError(
+            f"quant.method is {quant.method}, which calibrates on one process, and {ranks.world} were started: make "
+            f"the 4-bit model first (`{command}`) and set model to DIR"
+        )
+    from qlora_native.distributed.loading import load_model as load_together
+
+    lora = config.lora.as_config(config.train.seed)
+    return load_together(source, sharded=ranks.is_sharded, lora=lora, **options)
 
 
 def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> CalibrationData | None:
@@ -117,21 +115,30 @@ def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> Calibrat
         if path is not None and config.lora.init != H_SVD:
             raise UserError(f"quant.calibration is {path}, but quant.method {method} takes no text: remove it")
         return None
+    from qlora_native.calibration.data import FILE
+
     folder = Path(config.output_dir).expanduser()
     with as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return replace(_text(config, rows, f"quant.method is {method}"), keep=folder / FILE)
 
 
-def _statistics(config: TrainConfig, model: Any, rows: TokenizedDataset | None) -> Iterator[LayerStatistics] | None:
-    """What an adapter begins with, if it does not begin with nothing; the inputs' moments alone, which take no room."""
+def _statistics(
+    config: TrainConfig, model: Any, rows: TokenizedDataset | None, source: Source | None
+) -> Iterator[LayerStatistics] | None:
+    """What ``lora.init`` needs: nothing, or the 16-bit weights, with the second moments of the inputs for h_svd."""
     init = config.lora.init
     if init == ZERO:
         return None
-    return lora_statistics(model, _text(config, rows, f"lora.init is {init}") if init == H_SVD else None, full=False)
+    from qlora_native.hf.residuals import lora_statistics
+
+    text = _text(config, rows, f"lora.init is {init}") if init == H_SVD else None
+    return lora_statistics(model, text, full=False, source=source)
 
 
 def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> CalibrationData:
+    from qlora_native.calibration.data import CalibrationData
+
     path, seed = config.quant.calibration, config.train.seed
     if path is not None:
         return CalibrationData(Path(path).expanduser(), seed=seed)
@@ -144,8 +151,7 @@ def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> Calib
 def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], output_dir: Path) -> AdamW | Lion:
     """The optimizer that the config names, with its clipping; it measures the gradient's norm without clipping too.
 
-    Its page file, if there comes to be one, lies in ``train.page_dir`` or else in ``output_dir``, where there must be
-    room anyway.
+    Its page file, if there is one, lies in ``train.page_dir`` or else in ``output_dir``.
     """
     page_dir = Path(options.page_dir).expanduser() if options.page_dir else output_dir
     with as_write_error(page_dir):
@@ -163,11 +169,25 @@ def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], o
         return AdamW(parameters, options.lr, options.betas, options.eps, options.weight_decay, bits=bits, **common)
 
 
-def describe_rows(train: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:
-    """Lines to print about the data."""
-    lines = [train.stats.describe()]
-    if held_out is not None and held_out.stats.path == train.stats.path:
-        lines.append(f"held out: {len(held_out):,} of its rows")
-    elif held_out is not None:
-        lines.append(held_out.stats.describe())
-    return lines
+def learning_rate(
+    step: int,  # number of the step about to be taken, counted from 0
+    total_steps: int,
+    *,
+    peak: float,
+    warmup: float,  # steps; below 1 a share of total_steps
+    scheduler: Literal["cosine", "linear", "constant"],
+) -> float:
+    """Rises linearly to ``peak`` over the warm-up, then falls to 0 at ``total_steps`` (or stays, for "constant").
+
+    A function of the step alone, so that a resumed run needs no state of a scheduler. The first step of a warm-up of n
+    steps already has peak / n: a step with a rate of 0 would be wasted.
+    """
+    warmup_steps = round(warmup * total_steps) if warmup < 1 else round(warmup)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if scheduler == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if scheduler == "linear":
+        return peak * max(0.0, 1 - done)
+    return peak

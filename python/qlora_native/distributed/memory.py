@@ -1,10 +1,12 @@
-"""What a model costs each of several processes, from its shapes: bytes held, gathered and sent, before any of it is
-there. docs/scaling.md derives the formulas; the tests hold them against bytes that were counted."""
+"""The memory and messages of each of several processes, predicted from a model's shapes.
+
+docs/scaling.md derives the formulas; the tests compare them with counted bytes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,37 +19,36 @@ from qlora_native.weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class Group:
-    """What is gathered and let go as one, in bytes of one rank; FSDP fills every part up to the largest one's size.
+    """One rank's part of the parameters that FSDP gathers and frees as one, in bytes.
 
-    Attributes:
-        frozen: its part of codes, scales and dense weights. trained: its part of the parameters that are trained.
+    FSDP pads every part to the size of the largest.
     """
 
-    frozen: int
+    frozen: int  # codes, scales and dense weights
     trained: int
 
     @property
     def part(self) -> int:
-        """Bytes that one rank holds and sends to each other one."""
+        """Bytes that one rank holds and sends to each other rank."""
         return self.frozen + self.trained
 
 
 @dataclass(frozen=True)
-class RankPlan:
-    """One rank of ``world``.
+class RankMemory:
+    """Bytes of one rank of ``world``.
 
     Attributes:
-        world: ranks. cut: the model is cut over them (fsdp); else each has all of it (ddp).
-        frozen: bytes of frozen weights that the rank holds, whole buffers included.
-        trained: bytes of trained parameters that it holds; gradients take as much, and optimizer states in proportion.
-        gathered_blocks: the most bytes of gathered weights while blocks run: one block, those that are on their way,
-            the message that brings one, and what belongs to no block.
-        gathered_input: the same while the input embedding and its message are there; gathered_output, the output's.
-        received: bytes that it receives in a step. sent: bytes that it sends.
+        sharded: whether the model is sharded over the ranks (fsdp); else each has all of it (ddp).
+        frozen: held, of frozen weights, unsharded buffers included.
+        trained: held, of trained parameters; gradients take as much, and optimizer states in proportion.
+        gathered_blocks: gathered at most while blocks run: one block, the prefetched ones, the message that brings
+            one, and what belongs to no block.
+        gathered_input: gathered while the input embedding and its message are held. gathered_output: the output's.
+        received, sent: in a step.
     """
 
     world: int
-    cut: bool
+    sharded: bool
     frozen: int
     trained: int
     gathered_blocks: int
@@ -57,47 +58,50 @@ class RankPlan:
     sent: int
 
     def seconds(self, bytes_per_second: float) -> float:
-        """What a step's messages take on a link of so many bytes a second each way, if nothing else hides them."""
+        """A step's communication time on a link of so many bytes a second each way, if nothing overlaps it."""
         return max(self.received, self.sent) / bytes_per_second
 
 
-def plan_rank(
-    model: nn.Module, world: int, *, cut: bool = True, micro_batches: int = 1, reshard: bool = True, prefetch: int = 1
-) -> RankPlan:
-    """The plan for a model with adapters, on the meta device or any other, as it is before :func:`shard`.
+def rank_memory(
+    model: nn.Module,
+    world: int,
+    *,
+    sharded: bool = True,
+    micro_batches: int = 1,
+    reshard: bool = True,
+    prefetch: int = 1,
+) -> RankMemory:
+    """The bytes for a model with adapters, on the meta device or any other, as it is before :func:`shard`.
 
     ``micro_batches`` are those of one rank in a step; ``reshard`` and ``prefetch`` as :func:`shard`'s.
     """
     scales = sum(weight.absmax.nbytes for part in model.modules() for weight in _weights(part).values())
     buffers = sum(buffer.nbytes for buffer in model.buffers()) - scales
     others = world - 1
-    if not cut:
+    if not sharded:
         whole = _group(model, 1)
         # In a ring every byte passes twice: once to be summed, once with the sum.
         moved = math.ceil(2 * others / world * whole.trained)
-        return RankPlan(world, False, whole.frozen + buffers, whole.trained, 0, 0, 0, moved, moved)
-    embeddings = untied_embeddings(model)
-    apart = [*blocks_of(model), *(module for module in embeddings if module is not None)]
+        return RankMemory(world, False, whole.frozen + buffers, whole.trained, 0, 0, 0, moved, moved)
+    blocks, embeddings = blocks_of(model), untied_embeddings(model)
+    apart = [*blocks, *(module for module in embeddings if module is not None)]
     groups = {module: _group(module, world) for module in apart}
-    blocks = [groups[block] for block in blocks_of(model)]
     first, last = (0 if module is None else groups[module].part for module in embeddings)
     root = _group(model, world, leave_out={id(p) for module in apart for p in module.parameters()})
-    # A block is gathered for the forward pass, and again for the backward pass if it was let go in between.
-    gathers = sum(block.part for block in blocks) * (2 if reshard else 1) + first + last + root.part
-    every = [*groups.values(), root]
-    sums = sum(group.trained for group in every)
-    moved = micro_batches * others * (gathers + sums)
-    parts = sorted((block.part for block in blocks), reverse=True)
+    parts = sorted((groups[block].part for block in blocks), reverse=True)
+    # A block is gathered for the forward pass, and again for the backward pass if it was freed in between.
+    gathers = sum(parts) * (2 if reshard else 1) + first + last + root.part
+    trained = sum(group.trained for group in [*groups.values(), root])
+    moved = micro_batches * others * (gathers + trained)
     running = sum(parts[: 1 + prefetch]) if reshard else sum(parts)
-    # While a message is there, so is what is unpacked from it: what is gathered last counts twice.
-    one = max(parts, default=0)
     kept = 0 if reshard else sum(parts)  # blocks that ran
-    return RankPlan(
+    # A message and what is unpacked from it are held at once: what is gathered last counts twice.
+    return RankMemory(
         world=world,
-        cut=True,
-        frozen=sum(group.frozen for group in every) + buffers,
-        trained=sums,
-        gathered_blocks=world * (root.part + running + one),
+        sharded=True,
+        frozen=sum(group.frozen for group in [*groups.values(), root]) + buffers,
+        trained=trained,
+        gathered_blocks=world * (root.part + running + max(parts, default=0)),
         gathered_input=world * (root.part + 2 * first),
         gathered_output=world * (root.part + 2 * last + kept),
         received=moved,
@@ -105,18 +109,17 @@ def plan_rank(
     )
 
 
-def _group(module: nn.Module, world: int, leave_out: set[int] | None = None) -> Group:
+def _group(module: nn.Module, world: int, leave_out: Container[int] = ()) -> Group:
     frozen = trained = 0
     for parameter, rows, row_bytes in _rows(module):
-        if leave_out is None or id(parameter) not in leave_out:
+        if id(parameter) not in leave_out:
             part = math.ceil(rows / world) * row_bytes
             frozen, trained = (frozen, trained + part) if parameter.requires_grad else (frozen + part, trained)
     return Group(frozen, trained)
 
 
 def _rows(module: nn.Module) -> Iterator[tuple[Tensor, int, int]]:
-    """Each parameter with the rows that it is cut into, as ``QuantizedLinear.lay_out_for_sharding`` has them, and
-    bytes of a row."""
+    """Each parameter, the number of its rows after ``QuantizedLinear.lay_out_for_sharding``, and bytes of a row."""
     seen: set[int] = set()
     for part in module.modules():
         weights = _weights(part)

@@ -1,4 +1,4 @@
-"""Stacks of 4-bit experts cut over two processes."""
+"""Stacks of 4-bit experts sharded over two processes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
-from test_parallel import distance, held_bytes, trained, whole, whole_checkpoint
+from ranks import adapters, distance, held_bytes, on_ranks, trained, whole_checkpoint
 from tiny_models import save, tokens
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import qlora_native as qn
 from qlora_native import distributed
-from qlora_native.distributed.plan import plan_rank
+from qlora_native.distributed.memory import rank_memory
 from qlora_native.nn.experts import quantized_stacks
 from qlora_native.optim import AdamW
 
@@ -37,7 +36,7 @@ def train(model: Any, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: whole(parameter).clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return adapters(model)
 
 
 def stacks(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -56,7 +55,7 @@ def with_patterns(folder: Path, double_quant: bool) -> Any:
 
 
 def same_stacks(model: Any, expected: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """The bytes of stacks that are cut, and of their scales."""
+    """The bytes of sharded stacks, and of their scales."""
     found = stacks(model)
     assert found.keys() == expected.keys() and len(found) == 4
     for name, (codes, absmax) in found.items():
@@ -65,7 +64,7 @@ def same_stacks(model: Any, expected: dict[str, tuple[Tensor, Tensor]]) -> None:
         assert torch.equal(absmax.full_tensor(), expected[name][1])
 
 
-def look(model: Any, expected: dict[str, tuple[Tensor, Tensor]], seen: set[str]) -> None:
+def check(model: Any, expected: dict[str, tuple[Tensor, Tensor]], seen: set[str]) -> None:
     """Compare what is gathered whenever experts are at work."""
 
     def compare(path: str, experts: Any) -> None:
@@ -83,11 +82,11 @@ def on_two(rank: int, world: int, folder: Path, expected: dict[str, dict[str, Te
     found = {}
     for kind in KINDS:
         alone = qn.load_model(folder / kind, dtype=torch.float32)
-        plan = plan_rank(qn.add_lora(alone, LORA), world)
+        plan = rank_memory(qn.add_lora(alone, LORA), world)
         model = distributed.load_model(folder / kind, dtype=torch.float32, lora=LORA)
         assert rank > 0 or held_bytes(model) == plan.frozen
         seen: set[str] = set()
-        look(model, stacks(alone), seen)
+        check(model, stacks(alone), seen)
         found[kind] = distance(train(model, rank, world), expected[kind])
         assert len(seen) == 2
         same_stacks(model, stacks(alone))

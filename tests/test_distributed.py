@@ -12,18 +12,16 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ranks import on_ranks
+from ranks import adapters, distance, held_bytes, local, on_ranks, trained, whole, whole_checkpoint
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_native.distributed import blocks_of, shard
-from qlora_native.distributed.plan import plan_rank
+from qlora_native.distributed.memory import rank_memory
 from qlora_native.distributed.ranks import Ranks
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.lora.layer import lora_layers
@@ -78,34 +76,6 @@ def train(model: Any, optimizer: torch.optim.Optimizer, rank: int = 0, world: in
     return adapters(model)
 
 
-def adapters(model: Any) -> dict[str, Tensor]:
-    return {
-        name.removeprefix("module."): whole(parameter).clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def whole(tensor: Any) -> Tensor:
-    part = tensor.detach()
-    return part.full_tensor() if isinstance(part, DTensor) else part
-
-
-def trained(model: Any) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    assert got.keys() == expected.keys()
-    return max(float((got[name] - expected[name]).abs().max()) for name in expected)
-
-
-def held_bytes(model: Any) -> int:
-    """Bytes of all frozen tensors that this rank holds."""
-    tensors = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
-
-
 @contextmanager
 def received_bytes(world: int) -> Iterator[list[int]]:
     """What this rank receives inside, by message."""
@@ -150,15 +120,15 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
     base, found = make(), {}
     line = init_device_mesh("cpu", (world,))
 
-    plan = plan_rank(base, world)
+    memory = rank_memory(base, world)
     model: Any = shard(deepcopy(base), line)
     if rank == 0:  # the others' last parts are shorter where a number of rows does not divide
-        assert held_bytes(model) == plan.frozen
-        assert sum(local(parameter).nbytes for parameter in trained(model)) == plan.trained
+        assert held_bytes(model) == memory.frozen
+        assert sum(local(parameter).nbytes for parameter in trained(model)) == memory.trained
     with received_bytes(world) as received:
         ids, labels = next(batches())
         loss_sum(model, ids, labels).backward()
-    assert sum(received) == plan.received, (received, plan)
+    assert sum(received) == memory.received, (received, memory)
     model.zero_grad()
     found["fsdp"] = distance(train(model, optimizer_of(model), rank, world), expected)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
@@ -167,7 +137,7 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
         kept = shard(deepcopy(base), line, reshard_after_forward=False)
         with received_bytes(world) as received:
             loss_sum(kept, *next(batches())).backward()
-        assert sum(received) == plan_rank(base, world, reshard=False).received < plan.received
+        assert sum(received) == rank_memory(base, world, reshard=False).received < memory.received
         first, second = messages_before_blocks(shard(deepcopy(base), line), world)
         assert first == second  # the second block was on its way when the first one began
         first, second = messages_before_blocks(shard(deepcopy(base), line, prefetch=0), world)
@@ -192,7 +162,7 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", lambda tensor: counted.append(tensor.nbytes))
         Ranks("ddp", rank, world).add_gradients(trained(base))
-    copies = plan_rank(base, world, cut=False)
+    copies = rank_memory(base, world, sharded=False)
     assert sum(counted) == copies.trained and held_bytes(base) == copies.frozen
     base.zero_grad()
     model = DistributedDataParallel(base)  # sends rank 0's codes
@@ -203,7 +173,7 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
 
 
 def optimizer_on_parts(rank: int, world: int) -> None:
-    """8-bit states of cut parameters: as one process where blocks end with the parts, else close to it."""
+    """8-bit states of sharded parameters: as one process where blocks end with the parts, else close to it."""
     line = init_device_mesh("cpu", (world,))
     generator = torch.Generator().manual_seed(5)
     shapes = ((96, 64), (2, 4096), (4101, 1), (3, 5))  # aligned; empty on some ranks; not aligned; not coded
@@ -243,24 +213,6 @@ def optimizer_on_parts(rank: int, world: int) -> None:
     assert many.skipped and all(torch.equal(whole(a), whole(b)) for a, b in zip(parts, skipped, strict=True))
 
 
-def whole_checkpoint(model: Any, folder: str) -> None:
-    """A cut model through torch.distributed.checkpoint: out, zeroed, and back in."""
-    state = get_model_state_dict(model)
-    before = {name: local(tensor).clone() for name, tensor in model.state_dict().items()}
-    dcp.save(state, checkpoint_id=folder)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            local(tensor).zero_()
-    state = get_model_state_dict(model)
-    dcp.load(state, checkpoint_id=folder)
-    set_model_state_dict(model, state)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(local(after[name]), before[name]) for name in before)
-    trained_alone = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
-    assert {name for name in trained_alone if isinstance(trained_alone[name], DTensor)} == adapters(model).keys()
-
-
 def bytes_survive(rank: int, world: int, folder: str, double_quant: bool) -> float:
     """Bytes that look like NaN in bf16 come through gathers under mixed precision. Returns the share of the frozen
     bytes that this rank holds."""
@@ -276,7 +228,7 @@ def bytes_survive(rank: int, world: int, folder: str, double_quant: bool) -> flo
     after = held_bytes(model)
     seen: set[str] = set()
 
-    def look(path: str) -> None:
+    def check(path: str) -> None:
         codes, absmax = kept[path]
         value = layers[path].quantized
         assert type(layers[path].weight) is nn.Parameter and torch.equal(value.packed, codes)
@@ -287,11 +239,11 @@ def bytes_survive(rank: int, world: int, folder: str, double_quant: bool) -> flo
         rows = layer.weight.to_local().shape[0]  # whole blocks, and as many scales
         assert rows == layer.absmax_bytes.to_local().shape[0] == kept[path][1].numel() // world
         assert layer.weight.dtype == layer.absmax_bytes.dtype == torch.uint8 and layer.weight.shape[1] == 32
-        model.get_submodule(path).register_forward_hook(lambda *_, path=path: look(path))
+        model.get_submodule(path).register_forward_hook(lambda *_, path=path: check(path))
     ids, labels = next(batches())
     loss_sum(model, ids, labels).backward()
     assert seen == kept.keys()
-    for path, layer in layers.items():  # cut again after backward
+    for path, layer in layers.items():  # sharded again after backward
         assert isinstance(layer.weight, DTensor)
         assert torch.equal(layer.weight.full_tensor().view(-1), kept[path][0])
     path = "model.layers.0.mlp.up_proj"

@@ -1,4 +1,4 @@
-"""What the weights take of a rank's memory: counted, and seen in anonymous memory at rest and in a step."""
+"""What the weights take of a rank's memory: counted, and measured in anonymous memory at rest and in a step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import on_ranks
+from ranks import held_bytes, on_ranks, trained
 from test_load_memory import anonymous_bytes
-from test_parallel import held_bytes
 from tiny_models import save, tokens
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 import qlora_native as qn
 from qlora_native import distributed
 from qlora_native._memory import MMAP_THRESHOLD, trim_heap
-from qlora_native.distributed.plan import plan_rank
+from qlora_native.distributed.memory import rank_memory
 from qlora_native.optim import AdamW
 
 LAYERS = 4
@@ -32,15 +31,15 @@ SIZES: dict[str, Any] = {
 }
 LARGEST = 2 * 1024 * 2816  # bytes of a tensor in the files, which hold 103 MB
 LORA = qn.LoraConfig(r=2, seed=0)
-OBJECTS = LAYERS << 19  # what FSDP and DTensors take of a layer besides its bytes, whatever its size: 0.4 MB seen
-SLACK = 8 << 20  # 5 MB are seen: not quite a layer of 6 MB, as a message in gloo's hands would be
+OBJECTS = LAYERS << 19  # what FSDP and DTensors take of a layer besides its bytes, whatever its size: 0.4 MB measured
+SLACK = 8 << 20  # 5 MB were measured: not quite a layer of 6 MB, as a message in gloo's hands would be
 
 
 def alone(folder: Path) -> nn.Module:
     return qn.add_lora(qn.load_model(folder, dtype=torch.float32), LORA)
 
 
-def cut(folder: Path) -> nn.Module:
+def sharded(folder: Path) -> nn.Module:
     model: nn.Module = distributed.load_model(folder, dtype=torch.float32, lora=LORA)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # embeddings, norms, scales too
     whole = sum(buffer.nbytes for buffer in model.buffers())  # second level of the scales, rotary frequencies
@@ -50,7 +49,7 @@ def cut(folder: Path) -> nn.Module:
 
 def step(model: Any) -> None:
     rows = tokens(1, 8)
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, paged=False)
+    optimizer = AdamW(trained(model), 1e-3, paged=False)
     model.train()(input_ids=rows, labels=rows, use_cache=False).loss.backward()
     optimizer.step()
 
@@ -93,9 +92,9 @@ def test_weights_of_one_rank_of_four(tmp_path: Path) -> None:
     save(tmp_path / "tiny")
     save(tmp_path / "model", dtype=torch.bfloat16, **SIZES)
     whole = on_ranks(1, memory_of, alone, tmp_path)[0]
-    plan = plan_rank(alone(tmp_path / "model"), 4)
+    plan = rank_memory(alone(tmp_path / "model"), 4)
     assert whole["rest"] > 0.9 * whole["held"]  # that memory is seen
-    for part in on_ranks(4, memory_of, cut, tmp_path):
+    for part in on_ranks(4, memory_of, sharded, tmp_path):
         assert part["held"] <= 0.30 * whole["held"], (part, whole)
         assert part["rest"] <= 0.30 * whole["rest"] + OBJECTS, (part, whole)
         # A layer that is not complete, the tensor at hand in 16 bits and what quantizing it takes; never the model.

@@ -1,0 +1,180 @@
+"""The memory of a run: what was predicted against what was measured, and what happens when it runs out."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from qlora_native import _C
+from qlora_native._memory import free_device_memory, free_memory, kib_fields, release_free_memory
+from qlora_native.config import TrainConfig
+from qlora_native.errors import UserError
+from qlora_native.hf.source import Source
+from qlora_native.optim import AdamW, Lion
+from qlora_native.train.checkpoint import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from qlora_native.estimate import Estimate
+
+Result = TypeVar("Result")
+
+
+def anonymous_bytes(status: str) -> tuple[int, int]:
+    """Memory in use that is not backed by a file, now and at most so far, from the text of /proc/self/status. The
+    second is an upper bound: the peak of all memory less the file pages of now, which only grow."""
+    sizes = kib_fields(status)
+    return sizes["RssAnon"] + sizes["RssShmem"], sizes["VmHWM"] - sizes["RssFile"]
+
+
+class MemoryReport:
+    """Made before the model is loaded; :meth:`line` is for the end of the run.
+
+    Args:
+        config: of the run. source: of its model. longest: tokens of the longest row.
+    """
+
+    def __init__(self, config: TrainConfig, source: Source, longest: int) -> None:
+        from qlora_native.estimate import Estimator, Setting
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.predicted: Estimate | None = None
+        self.reason = ""
+        try:
+            estimator = Estimator(source, Setting.from_config(config, self.device))
+            self.predicted = estimator.at(length=-(-longest // 8) * 8)  # as collate pads
+        except Exception as error:  # loading raises what is wrong with the model; nothing else must stop a run
+            self.reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        self._start = self._now()[0]
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _now(self) -> tuple[int, int]:
+        if self.device == "cuda":
+            return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        try:
+            return anonymous_bytes(Path("/proc/self/status").read_text(encoding="ascii"))
+        except (OSError, KeyError):  # not Linux
+            return 0, 0
+
+    def measured(self) -> int:
+        """The most bytes held so far above the start: anonymous memory, or what torch has allocated on a device."""
+        return max(0, self._now()[1] - self._start)
+
+    def line(self) -> str:
+        """Predicted against measured."""
+        measured = self.measured()
+        result = f"measured {measured / 2**20:,.0f} MiB" if measured else "which this system does not measure"
+        if self.predicted is None:
+            return f"memory of model and training: not predicted ({self.reason}), {result}"
+        error = f" ({100 * (self.predicted.total / measured - 1):+.1f} %)" if measured else ""
+        return f"memory of model and training: predicted {self.predicted.total / 2**20:,.0f} MiB, {result}{error}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of memory
+
+
+# In a plain RuntimeError of torch's CPU allocator, C++, oneDNN, cuBLAS and cuDNN.
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|bad_alloc|could not create a memory|_ALLOC_FAILED"
+)
+_ASKED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory could not be allocated, on the host or on a device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+class OOMRetry:
+    """Runs the passes of a training step or an evaluation, and once more, with paged optimizer states, if they run out
+    of memory.
+
+    Args:
+        config: for ``train.paged``, which False allows no retry, and for the advice.
+        optimizer: whose states are paged out in between.
+        note: prints the line about the start of paging.
+        can_retry: False for one of several processes, which cannot repeat a step by itself.
+
+    ``retries`` and ``lost_seconds`` count the failed first attempts, with the paging out after them.
+    """
+
+    def __init__(
+        self, config: TrainConfig, optimizer: AdamW | Lion, note: Callable[[str], None], *, can_retry: bool = True
+    ) -> None:
+        self.config, self.optimizer, self._note, self._can_retry = config, optimizer, note, can_retry
+        self.retries, self.lost_seconds = 0, 0.0
+        self._is_reported = False
+
+    def run(self, passes: Callable[[], Result], what: str) -> Result:
+        """``passes()``. A retry starts from the random state of the first attempt, without gradients: it computes the
+        same. UserError, which begins with ``what``, if memory runs out again."""
+        if not self._can_retry:
+            return self.run_once(passes, what)
+        before, began = random_state(), time.monotonic()
+        try:
+            return passes()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            asked = _asked(error)
+        # Behind the except clause, since the exception's traceback keeps the tensors of the pass alive.
+        self.optimizer.zero_grad()
+        gc.collect()
+        if self.config.train.paged is False:
+            raise self._error(what, asked)
+        self.optimizer.page_out()
+        release_free_memory()
+        self.report_paging(what)
+        set_random_state(*before)
+        self.retries += 1
+        self.lost_seconds += time.monotonic() - began
+        return self.run_once(passes, what)
+
+    def run_once(self, work: Callable[[], Result], what: str) -> Result:
+        """``work()``, which cannot be repeated: UserError if memory runs out or the page file fails."""
+        try:
+            return work()
+        except _C.PageFileError as error:
+            raise UserError(f"{what}: {error}") from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            asked = _asked(error)
+        raise self._error(what, asked)
+
+    def report_paging(self, when: str) -> None:
+        """Note once that states are paged out, whatever the reason."""
+        num_bytes = 0 if self._is_reported else self.optimizer.states_paged_out()
+        if num_bytes:
+            self._is_reported = True
+            cause = "as train.paged says" if self.config.train.paged is True else "memory is short"
+            self._note(f"{when}: {cause}, so {num_bytes / 2**20:,.0f} MiB of optimizer states are paged out")
+
+    def _error(self, what: str, asked: str) -> UserError:
+        options, data = self.config.train, self.config.data
+        device: torch.device = self.optimizer.param_groups[0]["params"][0].device
+        free = free_device_memory(device) if device.type == "cuda" else free_memory()
+        advice = [f"lower data.max_length (now {data.max_length})"]
+        if options.batch_size > 1:
+            advice.insert(0, f"halve train.batch_size (now {options.batch_size}) and double train.grad_accum")
+        if not options.grad_checkpointing:
+            advice.append("set train.grad_checkpointing to true")
+        if options.paged is False:
+            advice.append("set train.paged to auto")
+        return UserError(
+            f"{what} needs more memory than there is ({asked}{f'; {free}' if free else ''}); {', or '.join(advice)}"
+        )
+
+
+def _asked(error: BaseException) -> str:
+    found = _ASKED.search(str(error))
+    return f"it asked for {found[1]}" if found else "an allocation failed"
