@@ -146,6 +146,17 @@ def hangs(rank: int, world: int, folder: Path, port: int) -> tuple[str, float]:
     return str(lost.value), time.monotonic() - since[0]
 
 
+def makes_a_mistake(rank: int, world: int) -> str:
+    def together() -> None:
+        with Ranks("ddp", rank, world).together():
+            if rank == 1:
+                raise UserError("a mistake")
+
+    with pytest.raises(UserError if rank == 1 else RankLost) as error:
+        together()
+    return str(error.value)
+
+
 def resumes(rank: int, world: int, folder: Path, name: str) -> None:
     run(rank, world, folder, name, parallel="fsdp", train={"save_every": 2}, resume="auto")
 
@@ -201,6 +212,10 @@ def test_two_ranks(calibrated: Path) -> None:
     on_ranks(4, on_four, folder)
     for name in ("sharded for one", "sharded for four", "copies for four"):
         assert distance(adapter(folder, name), one) <= TOLERANCE, name
+
+
+def test_a_mistake_on_one_rank_ends_all_with_its_sentence() -> None:
+    assert on_ranks(2, makes_a_mistake) == ["", "a mistake"]
 
 
 def test_a_killed_rank_ends_the_rest_and_the_run_resumes(folder: Path, pytestconfig: pytest.Config) -> None:
@@ -281,6 +296,7 @@ def test_estimate_of_several_cards(folder: Path, capsys: pytest.CaptureFixture[s
     command = ["estimate", str(folder / "model"), "--gpus", "4", "--gpu", "1GB", "--link", "10GB"]
     assert main([*command, "--json"]) == 0
     copies, sharded = json.loads(capsys.readouterr().out)["ranks"]
+    assert (copies["mode"], copies["cut"], sharded["mode"], sharded["cut"]) == ("ddp", False, "fsdp", True)
     assert sharded["frozen"] < 0.3 * copies["frozen"] and copies["trained"] == pytest.approx(
         4 * sharded["trained"], rel=0.05
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
 
 from qlora_native.cli._run import missing_modules
 
@@ -34,13 +33,10 @@ def _key_page() -> str:
 
     lines = []
     for name, field in keys().items():
-        default = "required" if field.is_required() else f"default {_as_typed(field.default)}"
+        value = field.default if isinstance(field.default, str) else json.dumps(field.default, default=str)
+        default = "required" if field.is_required() else f"default {value}"
         lines.append(f"  --{name:<26} {field.description} ({default})")
     return "\n".join(lines)
-
-
-def _as_typed(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def run(args: argparse.Namespace) -> int:
