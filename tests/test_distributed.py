@@ -26,7 +26,6 @@ from qlora_native.distributed.ranks import Ranks
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.lora.layer import lora_layers
 from qlora_native.nn import QuantizedLinear
-from qlora_native.ops._library import part_of as local
 from qlora_native.optim import AdamW
 
 STEPS, ROWS = 10, 8
