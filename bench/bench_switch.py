@@ -74,10 +74,7 @@ def prepare(folder: Path, steps: int) -> None:
 def their_config(kind: Any, dtype: torch.dtype) -> Any:
     """The quantization config as scripts have it; ``kind`` is all that changes."""
     return kind(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
 
 

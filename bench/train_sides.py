@@ -108,10 +108,7 @@ def their_side(folder: Path, quantized: bool, dtype: torch.dtype) -> tuple[Any, 
     options: dict[str, Any] = {"dtype": dtype, "device_map": "cpu"}
     if quantized:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     base = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
     base.config.use_cache = False

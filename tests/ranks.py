@@ -68,13 +68,7 @@ def on_ranks(
 
 
 def _run(
-    rank: int,
-    world: int,
-    folder: str,
-    work: Callable[..., Any],
-    args: tuple[Any, ...],
-    all_live: bool,
-    timeout: float,
+    rank: int, world: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...], all_live: bool, timeout: float
 ) -> None:
     torch.set_num_threads(1)
     try:

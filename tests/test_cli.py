@@ -141,10 +141,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         (["--data.train", "{files}/broken.jsonl"], "{files}/broken.jsonl:2"),
         (["--target_modules", "[q_prj]"], "no linear layer named 'q_prj': did you mean q_proj"),
         (["--model", "{files}/nan"], "model.layers.0.mlp.up_proj.weight cannot be quantized"),
-        (
-            ["--output_dir", "{files}/train.jsonl"],
-            "could not write {files}/train.jsonl: File exists",
-        ),
+        (["--output_dir", "{files}/train.jsonl"], "could not write {files}/train.jsonl: File exists"),
         (["--resume", "{files}/gone"], "resume is {files}/gone, which is no checkpoint"),
     ],
 )

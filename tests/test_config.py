@@ -259,11 +259,7 @@ def test_config_init_list_and_check(
     ],
 )
 def test_config_mistakes(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-    expected: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("there.yaml").write_text("modle: base\n" + MINIMAL)

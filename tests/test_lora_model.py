@@ -153,11 +153,7 @@ def test_seeds(folder: Path) -> None:
 
 def test_scales_ranks_and_patterns(folder: Path) -> None:
     config = LoraConfig(
-        r=8,
-        alpha=16,
-        rslora=True,
-        rank_pattern={"q_proj": 4, r"layers\.1\..*up_proj": 2},
-        alpha_pattern={"o_proj": 6},
+        r=8, alpha=16, rslora=True, rank_pattern={"q_proj": 4, r"layers\.1\..*up_proj": 2}, alpha_pattern={"o_proj": 6}
     )
     layers = dict(lora_layers(add_lora(load_model(folder), config)))
     got = {path: (layer.r, layer.scale) for path, layer in layers.items()}

@@ -75,13 +75,7 @@ def lion_step(
     stream: int,
 ) -> None: ...
 def optim_chunks(
-    rows: int,
-    num_tensors: int,
-    updates: bool,
-    second_moment: bool,
-    num_groups: int,
-    chunks: int,
-    room: int,
+    rows: int, num_tensors: int, updates: bool, second_moment: bool, num_groups: int, chunks: int, room: int
 ) -> int: ...
 def plan_matmul(question: Sequence[int]) -> list[int]: ...
 def plan_of_choice(question: Sequence[int], choice: Sequence[int]) -> list[int] | None: ...
@@ -108,14 +102,7 @@ def quantize_scales(
 ) -> None: ...
 def quantize_scales_workspace(blocks: int) -> int: ...
 def softmax_loss(
-    dtype: int,
-    logits: int,
-    targets: int,
-    rows: int,
-    vocabulary: int,
-    need_gradient: bool,
-    losses: int,
-    stream: int,
+    dtype: int, logits: int, targets: int, rows: int, vocabulary: int, need_gradient: bool, losses: int, stream: int
 ) -> None: ...
 def tokens_bucket(m: int) -> int: ...
 

@@ -32,7 +32,7 @@ STATEMENT = re.compile(rf"^\s*{ORDERS}[^;]*\);")
 
 # (file, statement and the comment behind it) -> why the emulator cannot see that it is gone.
 EXPLAINED: dict[tuple[str, str], str] = {
-    ("cuda/tensor_list.cuh", "__syncwarp();"): "it orders device memory after lane 0's fence, which is not modeled",
+    ("cuda/tensor_list.cuh", "__syncwarp();"): "it orders device memory after lane 0's fence, which is not modeled"
 }
 
 

@@ -66,10 +66,7 @@ def install() -> None:
     modules: dict[str, Any] = {
         "": ours, "functional": functional, "nn": nn, "nn.modules": nn.modules, "optim": optim,
     }  # fmt: skip
-    stand_ins = {
-        "cextension": {"HIP_ENVIRONMENT": False},
-        "utils": {"sync_gpu": lambda tensor: None},
-    }
+    stand_ins = {"cextension": {"HIP_ENVIRONMENT": False}, "utils": {"sync_gpu": lambda tensor: None}}
     for name, values in stand_ins.items():
         modules[name] = ModuleType(f"bitsandbytes.{name}")
         modules[name].__dict__.update(values)
@@ -153,11 +150,7 @@ def main() -> int:
         end="",
     )
     print(f"{len(selection.failed)} failed, {sum(selection.expected.values())} failed as docs/bitsandbytes.md says")
-    for table, label in (
-        (selection.outcomes, ""),
-        (selection.expected, "failed: "),
-        (selection.reasons, "left out: "),
-    ):
+    for table, label in ((selection.outcomes, ""), (selection.expected, "failed: "), (selection.reasons, "left out: ")):
         for reason, count in sorted(table.items()):
             print(f"{count:6d}  {label}{reason}")
     for name in selection.failed:

@@ -90,11 +90,7 @@ def as_calibration(source: Any) -> CalibrationData:
 
 
 def take_tokens(
-    data: CalibrationData,
-    method: str,
-    load_tokenizer: Callable[[], Any],
-    vocab_size: int,
-    positions: int | None,
+    data: CalibrationData, method: str, load_tokenizer: Callable[[], Any], vocab_size: int, positions: int | None
 ) -> CalibrationTokens:
     """Draw the sequences for ``method``.
 

@@ -227,12 +227,7 @@ class _Sum:
             here = so_far + self.tokens * layer.spare + self._shared()
             if self.setting.checkpointing:
                 here += own - self.tokens * layer.shared
-            terms = replace(
-                held,
-                gradients=max(before, behind),
-                activations=round(here),
-                scratch=self._scratch(),
-            )
+            terms = replace(held, gradients=max(before, behind), activations=round(here), scratch=self._scratch())
             best = max(best, terms, key=lambda t: t.total)
             behind -= layer.gradients
         return best

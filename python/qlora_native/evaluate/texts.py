@@ -28,12 +28,7 @@ class Text:
 
 
 def load_text(
-    path: str | Path,
-    tokenizer: Any,
-    *,
-    max_length: int = 1024,
-    train_on: TrainOn = "answers",
-    limit: int | None = None,
+    path: str | Path, tokenizer: Any, *, max_length: int = 1024, train_on: TrainOn = "answers", limit: int | None = None
 ) -> Text:
     """Tokenize a file.
 

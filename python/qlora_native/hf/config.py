@@ -11,11 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    AutoHfQuantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import qlora_native as qn

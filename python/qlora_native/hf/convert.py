@@ -112,12 +112,7 @@ class Conversion:
     """One run: what is read, what it becomes, and the jobs that lead there."""
 
     def __init__(
-        self,
-        source: Source,
-        target: str,
-        dtype: torch.dtype,
-        options: dict[str, Any],
-        skip_modules: tuple[str, ...],
+        self, source: Source, target: str, dtype: torch.dtype, options: dict[str, Any], skip_modules: tuple[str, ...]
     ) -> None:
         self.source, self.target, self.dtype, self.options = source, target, dtype, options
         self.meta = MetaModel(source.config, dtype, torch.device("cpu"))
@@ -286,12 +281,7 @@ class Conversion:
         return shape[::-1] if step.name in self.transposed else shape
 
     def quantized(
-        self,
-        key: str,
-        shape: tuple[int, ...],
-        file: str,
-        parts: Parts,
-        write: Callable[[Tensor], None] | None = None,
+        self, key: str, shape: tuple[int, ...], file: str, parts: Parts, write: Callable[[Tensor], None] | None = None
     ) -> QuantizedWeight:
         """The weight ``key`` of ``file``, quantized part by part; with ``write``, which takes the codes, without
         these."""
