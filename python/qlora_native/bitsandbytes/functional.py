@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,36 +15,14 @@ from qlora_native.functional import autocast
 from qlora_native.ops._direct import product, unobserved
 from qlora_native.weight import STORAGE_DTYPES, quant_type_number
 
-__all__ = [
-    "QuantState",
-    "create_dynamic_map",
-    "create_fp8_map",
-    "create_linear_map",
-    "create_normal_map",
-    "dequantize_4bit",
-    "dequantize_blockwise",
-    "dequantize_fp4",
-    "dequantize_nf4",
-    "gemv_4bit",
-    "get_4bit_type",
-    "quantize_4bit",
-    "quantize_blockwise",
-    "quantize_fp4",
-    "quantize_nf4",
-]
-
+__all__ = ["QuantState", "gemv_4bit", "get_4bit_type"]
+__all__ += [f"create_{kind}_map" for kind in ("dynamic", "fp8", "linear", "normal")]
+__all__ += [f"{step}_{form}" for step in ("quantize", "dequantize") for form in ("4bit", "blockwise", "fp4", "nf4")]
 TABLE_SIZE = 256  # maps of fewer levels are filled up with zeros
 
 
 def __getattr__(name: str) -> Any:
-    raise AttributeError(
-        f"qlora_native.bitsandbytes.functional has no {name!r}: it offers what 4-bit weights and 8-bit states need "
-        f"({', '.join(__all__)})."
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4 bits
+    raise AttributeError(f"qlora_native.bitsandbytes.functional has no {name!r}: it offers {', '.join(__all__)}.")
 
 
 def quantize_4bit(
@@ -65,12 +44,8 @@ def quantize_4bit(
         quant_type: "fp4" or "nf4".
         quant_storage: dtype that the packed bytes are viewed as: uint8, bfloat16, float16 or float32.
 
-    Returns:
-        ``quant_storage`` [ceil(n/2) / itemsize, 1] and the state.
-
-    Raises:
-        ValueError: another dtype, type or block size, a non-finite element, or bytes that do not fill whole elements
-            of ``quant_storage``.
+    Returns ``quant_storage`` [ceil(n/2) / itemsize, 1] and the state. Raises ValueError for another dtype, type or
+    block size, a non-finite element, or bytes that do not fill whole elements of ``quant_storage``.
     """
     blocksize = 64 if blocksize is None else blocksize
     packed, scales, nested_absmax, nested_offset = torch.ops.qlora_native.quantize_4bit(
@@ -94,30 +69,6 @@ def quantize_4bit(
     return packed if out is None else out.copy_(packed), state
 
 
-def quantize_fp4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
-    """:func:`quantize_4bit` with quant_type "fp4"."""
-    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
-
-
-def quantize_nf4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
-    """:func:`quantize_4bit` with quant_type "nf4"."""
-    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
-
-
 def dequantize_4bit(
     A: Tensor,
     quant_state: QuantState | None = None,
@@ -134,8 +85,7 @@ def dequantize_4bit(
         absmax, blocksize, quant_type: in place of a state; shape and dtype are then those of ``out``.
         out: written, and returned.
 
-    Raises:
-        ValueError: neither a state nor absmax and out; tensors that do not fit each other.
+    Raises ValueError for neither a state nor absmax and out, and for tensors that do not fit each other.
     """
     if quant_state is None:
         if absmax is None or out is None:
@@ -150,30 +100,36 @@ def dequantize_4bit(
     return out
 
 
-def dequantize_fp4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-) -> Tensor:
-    """:func:`dequantize_4bit` with quant_type "fp4" by default."""
-    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
+def _of_type(quant_type: str) -> Iterator[Callable[..., Any]]:
+    """:func:`quantize_4bit` and :func:`dequantize_4bit` of this type."""
+
+    def quantize(
+        A: Tensor,
+        absmax: Tensor | None = None,
+        out: Tensor | None = None,
+        blocksize: int | None = None,
+        compress_statistics: bool = False,
+        quant_storage: torch.dtype = torch.uint8,
+    ) -> tuple[Tensor, QuantState]:
+        return quantize_4bit(A, absmax, out, blocksize, compress_statistics, quant_type, quant_storage)
+
+    def dequantize(
+        A: Tensor,
+        quant_state: QuantState | None = None,
+        absmax: Tensor | None = None,
+        out: Tensor | None = None,
+        blocksize: int | None = None,
+    ) -> Tensor:
+        return dequantize_4bit(A, quant_state, absmax, out, blocksize, quant_type)
+
+    for function in (quantize, dequantize):
+        function.__doc__ = f":func:`{function.__name__}_4bit` with quant_type {quant_type!r}."
+        function.__name__ = function.__qualname__ = f"{function.__name__}_{quant_type}"
+        yield function
 
 
-def dequantize_nf4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-) -> Tensor:
-    """:func:`dequantize_4bit` with quant_type "nf4" by default."""
-    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8 bits
+quantize_fp4, dequantize_fp4 = _of_type("fp4")
+quantize_nf4, dequantize_nf4 = _of_type("nf4")
 
 
 def quantize_blockwise(
@@ -193,10 +149,8 @@ def quantize_blockwise(
         blocksize: elements a scale, any number above 0.
         nested: quantize the scales less their mean likewise.
 
-    Returns:
-        uint8 of A's shape and the state. Exact: a tie takes the even index, a block of zeros the code of 0.
-
-    Raises ValueError for another dtype or block size.
+    Returns uint8 of A's shape and the state. Exact: a tie takes the even index, a block of zeros the code of 0. Raises
+    ValueError for another dtype or block size.
     """
     _check_blocksize("quantize_blockwise", blocksize)
     if A.dtype not in _native.DTYPE_NUMBER:
@@ -250,10 +204,6 @@ def _check_blocksize(name: str, blocksize: int | None) -> int:
     return blocksize
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Products
-
-
 def gemv_4bit(
     A: Tensor,
     B: Tensor,
@@ -264,11 +214,8 @@ def gemv_4bit(
 ) -> Tensor:
     """A W^T for the weight [N, K] packed in ``B``; A is [..., K] with any number of rows, the result [..., N].
 
-    Args:
-        out: written, and returned.
-        transposed_A, transposed_B: ignored; ``B`` may be transposed, the shape is the state's.
-
-    Raises ValueError without a state.
+    ``out`` is written, and returned. ``transposed_A`` and ``transposed_B`` are ignored: ``B`` may be transposed, the
+    shape is the state's. Raises ValueError without a state.
     """
     if state is None:
         raise ValueError("gemv_4bit: state is None: give the state that quantize_4bit returned.")
@@ -279,7 +226,7 @@ def gemv_4bit(
 def matmul_4bit(
     A: Tensor, B: Tensor, quant_state: QuantState | None, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """A W^T + bias for the weight [N, K] that ``quant_state`` describes; differentiable in A and bias.
+    """A W^T + bias, [..., N] in A's dtype, for the weight [N, K] of ``quant_state``; differentiable in A and bias.
 
     Args:
         A: [..., K], float32, bfloat16 or float16.
@@ -288,11 +235,7 @@ def matmul_4bit(
         out: written, and returned.
         bias: [N] or None.
 
-    Returns:
-        [..., N] in A's dtype.
-
-    Raises:
-        ValueError: no state, a weight that is no matrix, shapes that do not fit.
+    Raises ValueError for no state, a weight that is no matrix, and shapes that do not fit.
     """
     if quant_state is None:
         raise ValueError("matmul_4bit: quant_state is None: give the state that quantize_4bit returned.")
@@ -325,19 +268,11 @@ def linear(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) ->
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables of levels, all fp32
-
-
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
-    """The 16 levels of "nf4" or "fp4", fp32 [16], indexed by code.
+    """The 16 levels of the type "nf4" or "fp4", fp32 [16], indexed by code.
 
-    Args:
-        typename: "nf4" or "fp4".
-        device: where the tensor goes; None is a CUDA device if there is one, else the CPU.
-        blocksize: ignored.
-
-    Raises NotImplementedError for any other type.
+    ``device`` None is a CUDA device if there is one, else the CPU; ``blocksize`` is ignored. Raises
+    NotImplementedError for any other type.
     """
     if typename not in _native.QUANT_TYPES:
         raise NotImplementedError(f"get_4bit_type: typename is {typename!r}: expected 'nf4' or 'fp4'.")
@@ -360,19 +295,15 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
     """Quantiles of the normal distribution over the largest, fp32 [256], sorted, filled up with zeros.
 
-    Args:
-        offset: probability below the outermost level.
-        use_extra_value: 8 levels above zero and 7 below, as NF4 has; else 7 on both sides.
-
-    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3.
+    ``offset`` is the probability below the outermost level. With ``use_extra_value`` there are 8 levels above zero and
+    7 below, as in NF4, else 7 on both sides. Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs",
+    2023, section 3.
     """
 
     def quantiles(count: int) -> Tensor:
         return torch.special.ndtri(torch.linspace(offset, 0.5, count + 1)[:-1].double())
 
-    sides = quantiles(8 if use_extra_value else 7), -quantiles(7)
-    zeros = torch.zeros(TABLE_SIZE - sum(map(len, sides)))
-    levels = torch.cat([*sides, zeros]).float().sort().values
+    levels = _filled(quantiles(8 if use_extra_value else 7), -quantiles(7))
     return levels / levels.max()
 
 
@@ -393,10 +324,8 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     fractions = torch.arange(2**precision_bits, dtype=torch.float64) / 2**precision_bits
     normal = [(1 + fractions) * 2.0 ** (bias + 1 - field) for field in range(1, 2**exponent_bits)]
     values = torch.cat([fractions * 2.0**-bias, *normal])
-    if signed:
-        values = torch.cat([values, -values])
-    values = torch.cat([values, values.new_zeros(TABLE_SIZE - len(values))]).float().sort().values
-    return values / values.max()
+    levels = _filled(values, -values) if signed else _filled(values)
+    return levels / levels.max()
 
 
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
@@ -405,9 +334,8 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     The levels of a power of ten are the midpoints of even intervals between a tenth of it and itself. 0 and 1 are
     added, and zeros where ``total_bits`` is below 8.
 
-    Raises ValueError for numbers of bits that do not give 2^total_bits levels.
-
-    Source: Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015.
+    Raises ValueError for numbers of bits that do not give 2^total_bits levels. Source: Dettmers,
+    "8-Bit Approximations for Parallelism in Deep Learning", 2015.
     """
     value_bits = total_bits - 1
     spare = value_bits - max_exponent_bits
@@ -422,10 +350,16 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
         parts.append(decade(exponents[-1], 2**spare - 1))
     if signed:
         parts += [-part for part in parts]
-    levels = torch.cat([*parts, torch.tensor([0.0, 1.0])])
-    if len(levels) != 2**total_bits:
+    count = sum(map(len, parts)) + 2
+    if count != 2**total_bits:
         raise ValueError(
-            f"create_dynamic_map: signed={signed}, max_exponent_bits={max_exponent_bits} give {len(levels)} levels: "
+            f"create_dynamic_map: signed={signed}, max_exponent_bits={max_exponent_bits} give {count} levels: "
             f"expected {2**total_bits} for total_bits={total_bits}; unsigned maps take total_bits - 1 exponent bits."
         )
+    return _filled(*parts, torch.tensor([0.0, 1.0]))
+
+
+def _filled(*parts: Tensor) -> Tensor:
+    """These levels and zeros, fp32 [256], sorted."""
+    levels = torch.cat(parts).float()
     return torch.cat([levels, levels.new_zeros(TABLE_SIZE - len(levels))]).sort().values

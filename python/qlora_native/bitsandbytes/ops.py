@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,33 +12,55 @@ from torch import Tensor
 from qlora_native.bitsandbytes import functional
 from qlora_native.bitsandbytes.state import QuantState
 
+_REGISTERED: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = []  # schema, kernel, kernel of the shapes
 
+
+def _op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Keep the decorated kernel for :func:`register_ops`; ``shapes`` gives empty results for fake tensors."""
+
+    def keep(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        _REGISTERED.append((schema, kernel, shapes))
+        return kernel
+
+    return keep
+
+
+def _new_absmax(A: Tensor, blocksize: int) -> Tensor:
+    return A.new_empty(-(-A.numel() // blocksize), dtype=torch.float32)
+
+
+def _new_product(A: Tensor, B: Tensor, shapeB: list[int], *others: object, **more: object) -> Tensor:
+    return A.new_empty(*A.shape[:-1], shapeB[0])
+
+
+@_op(
+    "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
+    lambda A, blocksize, quant_type, dtype: (
+        A.new_empty(((A.numel() + 1) // (2 * dtype.itemsize), 1), dtype=dtype),
+        _new_absmax(A, blocksize),
+    ),
+)
 def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
     packed, state = functional.quantize_4bit(A, blocksize=blocksize, quant_type=quant_type, quant_storage=quant_storage)
     return packed, state.absmax
 
 
-def _quantize_4bit_shapes(A: Tensor, blocksize: int, quant_type: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return A.new_empty(((A.numel() + 1) // (2 * dtype.itemsize), 1), dtype=dtype), _absmax(A, blocksize)
-
-
-def _absmax(A: Tensor, blocksize: int) -> Tensor:
-    return A.new_empty(-(-A.numel() // blocksize), dtype=torch.float32)
-
-
+@_op(
+    "dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) -> Tensor",
+    lambda A, absmax, blocksize, quant_type, shape, dtype: A.new_empty(shape, dtype=dtype),
+)
 def _dequantize_4bit(
-    A: Tensor,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    shape: list[int],
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype, *out: Tensor
 ) -> Tensor:
     state = QuantState(absmax, shape=shape, blocksize=blocksize, quant_type=quant_type, dtype=dtype)
-    return functional.dequantize_4bit(A, state, out=out)
+    return functional.dequantize_4bit(A, state, out=out[0] if out else None)
 
 
+@_op(
+    "gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
+    "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
+    _new_product,
+)
 def _gemm_4bit(
     A: Tensor,
     B: Tensor,
@@ -59,74 +81,31 @@ def _gemm_4bit(
     return functional.linear(A, B, state, bias)
 
 
-def _product_shape(A: Tensor, B: Tensor, shapeB: list[int], *others: object, **more: object) -> Tensor:
-    return A.new_empty(*A.shape[:-1], shapeB[0])
-
-
+@_op("gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor", _new_product)
 def _gemv_4bit(A: Tensor, B: Tensor, shapeB: list[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     quant_type = "fp4" if code[1] > 0 else "nf4"  # the levels that are given win; this separates the built-in ones
     state = QuantState(absmax, shape=shapeB, code=code, blocksize=blocksize, quant_type=quant_type)
     return functional.gemv_4bit(A, B, state=state)
 
 
+@_op(
+    "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    lambda A, code, blocksize: (A.new_empty(A.shape, dtype=torch.uint8), _new_absmax(A, blocksize)),
+)
 def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     codes, state = functional.quantize_blockwise(A, code, blocksize=blocksize)
     return codes, state.absmax
 
 
+@_op(
+    "dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
+    lambda A, absmax, code, blocksize, dtype: A.new_empty(A.shape, dtype=dtype),
+)
 def _dequantize_blockwise(
     A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     state = QuantState(absmax, code=code, blocksize=blocksize, dtype=dtype)
     return functional.dequantize_blockwise(A, state, out=out)
-
-
-# Name, arguments, results, kernel, shapes. Those that end in a dtype have an overload that fills ``out``.
-_OPS: tuple[tuple[str, str, str, Callable[..., Any], Callable[..., Any]], ...] = (
-    (
-        "quantize_4bit",
-        "Tensor A, int blocksize, str quant_type, ScalarType quant_storage",
-        "(Tensor, Tensor)",
-        _quantize_4bit,
-        _quantize_4bit_shapes,
-    ),
-    (
-        "dequantize_4bit",
-        "Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype",
-        "Tensor",
-        _dequantize_4bit,
-        lambda A, absmax, blocksize, quant_type, shape, dtype: A.new_empty(shape, dtype=dtype),
-    ),
-    (
-        "gemm_4bit",
-        "Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
-        "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None",
-        "Tensor",
-        _gemm_4bit,
-        _product_shape,
-    ),
-    (
-        "gemv_4bit",
-        "Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize",
-        "Tensor",
-        _gemv_4bit,
-        _product_shape,
-    ),
-    (
-        "quantize_blockwise",
-        "Tensor A, Tensor code, int blocksize",
-        "(Tensor, Tensor)",
-        _quantize_blockwise,
-        lambda A, code, blocksize: (A.new_empty(A.shape, dtype=torch.uint8), _absmax(A, blocksize)),
-    ),
-    (
-        "dequantize_blockwise",
-        "Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype",
-        "Tensor",
-        _dequantize_blockwise,
-        lambda A, absmax, code, blocksize, dtype: A.new_empty(A.shape, dtype=dtype),
-    ),
-)
 
 
 @cache
@@ -142,20 +121,19 @@ def register_ops() -> torch.library.Library:
         )
     library = torch.library.Library("bitsandbytes", "FRAGMENT")
 
-    def define(name: str, schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-        library.define(name + schema)
+    def define(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+        name = schema.partition("(")[0]
+        library.define(schema)
         library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"bitsandbytes::{name}", shapes, lib=library)
 
-    for name, arguments, results, kernel, shapes in _OPS:
-        define(name, f"({arguments}) -> {results}", kernel, shapes)
-        if arguments.endswith("ScalarType dtype"):
-            define(f"{name}.out", f"({arguments}, Tensor(a!) out) -> ()", _without_result(kernel), lambda *_: None)
+    for schema, kernel, shapes in _REGISTERED:
+        define(schema, kernel, shapes)
+        if "dtype) -> " in schema:  # another overload fills ``out``
+            overload = schema.replace("(", ".out(", 1).replace("dtype) -> Tensor", "dtype, Tensor(a!) out) -> ()")
+            define(overload, partial(_fill, kernel), lambda *_: None)
     return library
 
 
-def _without_result(kernel: Callable[..., Any]) -> Callable[..., None]:
-    def fill(*arguments: Any) -> None:
-        kernel(*arguments)
-
-    return fill
+def _fill(kernel: Callable[..., Any], *arguments: Any) -> None:
+    kernel(*arguments)

@@ -1,16 +1,14 @@
 """The optimizers of ``bitsandbytes.optim`` that QLoRA is trained with, over those of ``qlora_native.optim``.
 
-bitsandbytes keeps ``state1`` and ``state2`` of each parameter, fp32 or uint8 codes, and beside codes the map that
-decodes them (``qmap1``, fp32 [256]) and a scale for each 256 elements (``absmax1``). ``qlora_native.optim`` keeps
-``exp_avg`` and ``exp_avg_sq``, whose codes are those of docs/format.md. A map travels with every 8-bit state, so our
-codes are a valid state for bitsandbytes, under our map. The other way codes are taken as they are where the map is
-ours, and decoded to fp32 where it is another, such as bitsandbytes' dynamic one.
+bitsandbytes keeps ``state1`` and ``state2``, fp32 or uint8 codes; with codes their map (``qmap1``, fp32 [256]) and a
+scale for each 256 elements (``absmax1``). ``qlora_native.optim`` keeps ``exp_avg`` and ``exp_avg_sq``, coded as in
+docs/format.md. bitsandbytes reads our codes by our map; codes under any other map are decoded to fp32 here.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar, cast
@@ -23,29 +21,16 @@ from qlora_native import _native, reference
 from qlora_native import optim as native
 from qlora_native.optim.base import MIN_CODED_NUMEL, Optimizer
 
-__all__ = [
-    *(
-        f"{paged}{rule}{bits}"
-        for rule in ("Adam", "AdamW", "Lion")
-        for paged in ("", "Paged")
-        for bits in ("", "8bit", "32bit")
-    ),
-    "GlobalOptimManager",
-    "native_state_dict",
-]
+_FORMS = [(paged, bits) for paged in ("", "Paged") for bits in ("", "8bit", "32bit")]
+__all__ = [f"{paged}{rule}{bits}" for rule in ("Adam", "AdamW", "Lion") for paged, bits in _FORMS]
+__all__ += ["GlobalOptimManager", "native_state_dict"]
 WRAPPER = "__bnb_optimizer_quant_state__"  # keeps FSDP from gathering what is not of the parameter's shape
-MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}  # our name of a state -> the number in bitsandbytes' names
-OLD_BLOCK = 2048  # of bitsandbytes before 0.44
-LION_EPS = 1e-8  # of no effect; bitsandbytes reads it from every group
-MANAGED = ("optim_bits", "min_8bit_size")
+MOMENTS = {"1": "exp_avg", "2": "exp_avg_sq"}  # the number in bitsandbytes' names of a state -> our name
+BLOCKS = (_native.STATE_BLOCK, 2048)  # elements that share a scale; 2048 before bitsandbytes 0.44
 
 
 def __getattr__(name: str) -> Any:
     raise AttributeError(f"qlora_native.bitsandbytes.optim has no {name!r}: it offers {', '.join(__all__)}.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings of single parameters
 
 
 class GlobalOptimManager:
@@ -55,18 +40,16 @@ class GlobalOptimManager:
     rate or a decay of its own is a parameter group's.
     """
 
-    _instance: GlobalOptimManager | None = None
-
     def __init__(self) -> None:
         raise RuntimeError("GlobalOptimManager: there is one: call GlobalOptimManager.get_instance().")
 
     @classmethod
+    @cache
     def get_instance(cls) -> GlobalOptimManager:
         """The manager."""
-        if cls._instance is None:
-            cls._instance = object.__new__(cls)
-            cls._instance.initialize()
-        return cls._instance
+        manager = object.__new__(cls)
+        manager.initialize()
+        return manager
 
     def initialize(self) -> None:
         """Forget all settings."""
@@ -105,16 +88,12 @@ class GlobalOptimManager:
 
     def _checked(self, config: Mapping[str, Any]) -> dict[str, Any]:
         for key in config:
-            if key not in MANAGED:
+            if key not in ("optim_bits", "min_8bit_size"):
                 raise ValueError(
-                    f"GlobalOptimManager: {key!r} cannot be set for single parameters: expected "
-                    f"{' or '.join(MANAGED)}; give the parameters a group of their own for everything else."
+                    f"GlobalOptimManager: {key!r} cannot be set for single parameters: expected optim_bits or "
+                    "min_8bit_size; give the parameters a group of their own for everything else."
                 )
         return dict(config)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# States in bitsandbytes' layout
 
 
 @cache
@@ -135,16 +114,15 @@ class State(dict[str, Any]):
     """
 
     def __missing__(self, key: str) -> Any:
-        for name, number in MOMENTS.items():
-            if name not in self or not key.endswith(number):
-                continue
+        kind, name = key[:-1], MOMENTS.get(key[-1:], "")
+        if name in self:
             value: Tensor = self[name]
-            signed = value.dtype == torch.int8
-            if key == f"state{number}":
+            is_coded, signed = f"{name}_absmax" in self, value.dtype == torch.int8
+            if kind == "state":
                 return value.view(torch.uint8) if signed else value
-            if key == f"absmax{number}" and f"{name}_absmax" in self:
+            if kind == "absmax" and is_coded:
                 return self[f"{name}_absmax"]
-            if key == f"qmap{number}" and f"{name}_absmax" in self:
+            if kind == "qmap" and is_coded:
                 return (table(True).roll(128) if signed else table(False)).to(value.device)
         raise KeyError(key)
 
@@ -152,7 +130,7 @@ class State(dict[str, Any]):
 def to_bitsandbytes(state: Mapping[str, Any]) -> dict[str, Any]:
     """The states of one parameter as bitsandbytes' ``state_dict`` holds them."""
     wrapped: dict[str, Any] = {}
-    for name, number in MOMENTS.items():
+    for number, name in MOMENTS.items():
         if name not in state:
             continue
         value: Tensor = state[name]
@@ -174,7 +152,7 @@ def from_bitsandbytes(given: Mapping[str, Any]) -> dict[str, Any]:
     if "state1" not in state:
         return dict(given)
     result: dict[str, Any] = {"step": state.get("step", 0)}
-    for name, number in MOMENTS.items():
+    for number, name in MOMENTS.items():
         value = state.get(f"state{number}")
         if value is None:
             continue
@@ -189,19 +167,14 @@ def from_bitsandbytes(given: Mapping[str, Any]) -> dict[str, Any]:
             result[name] = (value ^ 128).view(torch.int8) if signed else value
             result[f"{name}_absmax"] = absmax
         else:
-            block = _block_of(value, absmax)
+            block = next((size for size in BLOCKS if absmax.numel() == -(-value.numel() // size)), None)
+            if block is None:
+                raise ValueError(
+                    f"an 8-bit state of {value.numel()} elements has {absmax.numel()} scales: expected one for each "
+                    f"{' or '.join(map(str, BLOCKS))}."
+                )
             result[name] = reference.dequantize_blockwise(value, absmax.to(value.device), qmap.to(value.device), block)
     return result
-
-
-def _block_of(codes: Tensor, absmax: Tensor) -> int:
-    for block in (_native.STATE_BLOCK, OLD_BLOCK):
-        if absmax.numel() == -(-codes.numel() // block):
-            return block
-    raise ValueError(
-        f"an 8-bit state of {codes.numel()} elements has {absmax.numel()} scales: expected one for each "
-        f"{_native.STATE_BLOCK} or {OLD_BLOCK}."
-    )
 
 
 def native_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,12 +186,7 @@ def native_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for states that are neither.
     """
-    states = {number: from_bitsandbytes(state) for number, state in state_dict["state"].items()}
-    return {**state_dict, "state": states}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers
+    return {**state_dict, "state": {number: from_bitsandbytes(state) for number, state in state_dict["state"].items()}}
 
 
 class _Bitsandbytes(Optimizer):
@@ -234,9 +202,7 @@ class _Bitsandbytes(Optimizer):
         """Those of ``qlora_native.optim``; keeps the others in ``self.args``."""
         name = type(self).__name__
         if amsgrad:
-            raise ValueError(
-                f"{name}: amsgrad is True: there is no such form here; bitsandbytes ignores it: leave it out."
-            )
+            raise ValueError(f"{name}: amsgrad is True, which is not offered; bitsandbytes ignores it: leave it out.")
         if self._bits == 8 and optim_bits not in (8, 32):
             raise ValueError(f"{name}: optim_bits is {optim_bits}: this class is 8-bit; leave optim_bits out.")
         bits = self._bits or getattr(args, "optim_bits", optim_bits)
@@ -244,9 +210,8 @@ class _Bitsandbytes(Optimizer):
         self.args = SimpleNamespace(optim_bits=bits, min_8bit_size=min_8bit_size, max_unorm=0.0, skip_zeros=False)
         return {"bits": bits, "paged": "auto" if self._paged or is_paged else False}
 
-    # Frozen parameters may be of any dtype, and get no states: model.parameters() holds the packed weights as well.
-
     def _check_group(self, group: dict[str, Any]) -> None:
+        # Frozen parameters may be of any dtype, and get no states: model.parameters() has the packed weights, too.
         params = [param for param in group["params"] if param.requires_grad or param.is_floating_point()]
         super()._check_group({**group, "params": params})
 
@@ -268,7 +233,7 @@ class _Bitsandbytes(Optimizer):
         """In bitsandbytes' layout: it loads there, in this class and, by :func:`native_state_dict`, in
         ``qlora_native.optim``."""
         given = super().state_dict()
-        groups = [{"eps": LION_EPS, **group} for group in given["param_groups"]]
+        groups = [{"eps": 1e-8, **group} for group in given["param_groups"]]  # bitsandbytes reads it for Lion, too
         return {**given, "state": {k: to_bitsandbytes(v) for k, v in given["state"].items()}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -365,25 +330,20 @@ class _FixedLion(Lion):
 _Class = TypeVar("_Class", bound=_Bitsandbytes)
 
 
-def _form(name: str, base: type[_Class], bits: int | None = None, paged: bool = False) -> type[_Class]:
-    """A subclass of ``base`` with states of ``bits``, that leave memory when it runs short if ``paged``."""
-    states = f"{bits or base._bits or 'optim_bits'}-bit states" + ", which leave memory when it runs short" * paged
-    members = {"_bits": bits or base._bits, "_paged": paged, "__doc__": f"{base.__name__} with {states}."}
-    return cast("type[_Class]", type(name, (base,), {**members, "__module__": __name__}))
+def _forms(base: type[_Class], fixed: type[_Class]) -> Iterator[type[_Class]]:
+    """The 8-bit, the 32-bit and the three paged forms of ``base``; ``fixed`` is the parent of those with fixed bits."""
+    rule = base.__name__
+
+    def form(name: str, parent: type[_Class], bits: int | None, paged: bool = False) -> type[_Class]:
+        states = f"{bits or 'optim_bits'}-bit states" + ", which leave memory when it runs short" * paged
+        members = {"_bits": bits, "_paged": paged, "__doc__": f"{rule} with {states}.", "__module__": __name__}
+        return cast("type[_Class]", type(name, (parent,), members))
+
+    unpaged = (base, form(f"{rule}8bit", fixed, 8), form(f"{rule}32bit", fixed, 32))
+    yield from unpaged[1:]
+    yield from (form(f"Paged{parent.__name__}", parent, parent._bits, paged=True) for parent in unpaged)
 
 
-Adam8bit = _form("Adam8bit", Adam, bits=8)
-Adam32bit = _form("Adam32bit", Adam, bits=32)
-PagedAdam = _form("PagedAdam", Adam, paged=True)
-PagedAdam8bit = _form("PagedAdam8bit", Adam8bit, paged=True)
-PagedAdam32bit = _form("PagedAdam32bit", Adam32bit, paged=True)
-AdamW8bit = _form("AdamW8bit", AdamW, bits=8)
-AdamW32bit = _form("AdamW32bit", AdamW, bits=32)
-PagedAdamW = _form("PagedAdamW", AdamW, paged=True)
-PagedAdamW8bit = _form("PagedAdamW8bit", AdamW8bit, paged=True)
-PagedAdamW32bit = _form("PagedAdamW32bit", AdamW32bit, paged=True)
-Lion8bit = _form("Lion8bit", _FixedLion, bits=8)
-Lion32bit = _form("Lion32bit", _FixedLion, bits=32)
-PagedLion = _form("PagedLion", Lion, paged=True)
-PagedLion8bit = _form("PagedLion8bit", Lion8bit, paged=True)
-PagedLion32bit = _form("PagedLion32bit", Lion32bit, paged=True)
+Adam8bit, Adam32bit, PagedAdam, PagedAdam8bit, PagedAdam32bit = _forms(Adam, Adam)
+AdamW8bit, AdamW32bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit = _forms(AdamW, AdamW)
+Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit = _forms(Lion, _FixedLion)

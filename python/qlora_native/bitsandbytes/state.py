@@ -13,6 +13,8 @@ from qlora_native.ops._direct import Prepared
 from qlora_native.weight import pack_json, quant_type_number, unpack_json
 
 _PACKED_KEY = "quant_state.bitsandbytes__"
+_ALWAYS = {"quant_type", "absmax", "blocksize", "quant_map", "dtype", "shape"}
+_NESTED = {"nested_absmax", "nested_blocksize", "nested_quant_map", "nested_dtype", "nested_offset"}
 
 
 class QuantState:
@@ -61,19 +63,16 @@ class QuantState:
 
     @code.setter
     def code(self, table: Tensor | None) -> None:
-        self._code = table
-        self._other_code = None if table is None or self._is_built_in(table) else table
-
-    def _is_built_in(self, table: Tensor) -> bool:
-        built_in = _native.nested_code() if self.quant_type is None else _native.levels(_number(self))
-        return table.device.type == "meta" or torch.equal(table.cpu(), built_in)
+        self._code, self._other_code = table, None  # _other_code: a table that is not the built-in one
+        if table is not None and table.device.type != "meta":
+            name = self.quant_type
+            built_in = _native.nested_code() if name is None else _native.levels(quant_type_number(name))
+            self._other_code = None if torch.equal(table.cpu(), built_in) else table
 
     def __getattr__(self, name: str) -> Any:
         # FSDP walks the keys of a state_dict attribute by attribute, the packed one among them.
-        if name.startswith("bitsandbytes__"):
-            packed = self.as_dict(packed=True)
-            if f"quant_state.{name}" in packed:
-                return packed[f"quant_state.{name}"]
+        if name.startswith("bitsandbytes__") and name.removeprefix("bitsandbytes__") == self.quant_type:
+            return self.as_dict(packed=True)[f"quant_state.{name}"]
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def __getitem__(self, index: Any) -> Any:
@@ -100,13 +99,11 @@ class QuantState:
             except ValueError as error:
                 raise ValueError(f"QuantState.from_dict: '{key}' holds no quant state ({error}).") from None
         values = {key.split(".")[-1]: value for key, value in values.items()}
-        unknown = sorted(set(values) - _FIELDS)
-        missing = sorted(_ALWAYS - set(values)) + sorted(_NESTED - set(values) if _NESTED & set(values) else [])
-        if unknown or missing:
-            faults = [
-                f"{', '.join(keys)} {fault}" for keys, fault in ((missing, "missing"), (unknown, "unknown")) if keys
-            ]
-            raise ValueError(f"QuantState.from_dict: {' and '.join(faults)} among the keys of the quant state.")
+        expected = _ALWAYS | _NESTED if _NESTED & values.keys() else _ALWAYS
+        if values.keys() != expected:
+            different = (expected - values.keys(), values.keys() - expected)
+            missing, unknown = (", ".join(sorted(keys)) or "none" for keys in different)
+            raise ValueError(f"QuantState.from_dict: missing keys: {missing}; unknown keys: {unknown}.")
         offset = state2 = None
         if "nested_absmax" in values:
             offset = torch.tensor(float(values["nested_offset"]), dtype=torch.float32, device=device)
@@ -133,7 +130,7 @@ class QuantState:
             "absmax": self.absmax,
             "blocksize": self.blocksize,
             "quant_map": self.code,
-            "dtype": _dtype_name(self.dtype),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "shape": None if self.shape is None else tuple(self.shape),
         }
         if self.state2 is not None and self.offset is not None and self.state2.code is not None:
@@ -141,7 +138,7 @@ class QuantState:
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
                 "nested_quant_map": self.state2.code.clone(),  # tensors that share memory are not saved by safetensors
-                "nested_dtype": _dtype_name(self.state2.dtype),
+                "nested_dtype": str(self.state2.dtype).removeprefix("torch."),
                 "nested_offset": self.offset.item(),
             }
         if not packed or self.quant_type is None:
@@ -163,12 +160,8 @@ class QuantState:
         if not isinstance(other, QuantState):
             return False
         names = ("shape", "dtype", "blocksize", "quant_type", "state2")
-        return (
-            all(getattr(self, name) == getattr(other, name) for name in names)
-            and (self.offset is None) == (other.offset is None)
-            and (self.offset is None or bool(self.offset == other.offset))
-            and _is_close(self.absmax, other.absmax)
-            and _is_close(self.code, other.code)
+        return all(getattr(self, name) == getattr(other, name) for name in names) and all(
+            _is_close(getattr(self, name), getattr(other, name)) for name in ("offset", "absmax", "code")
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -184,37 +177,15 @@ class QuantState:
 
     def op_args(self, packed: Tensor) -> tuple[Any, ...]:
         """The weight arguments of ``torch.ops.qlora_native.*`` for these packed bytes (of any storage dtype)."""
-        absmax, nested_absmax, nested_offset, nested_code = self.absmax, None, None, None
-        if self.state2 is not None:
-            if self.state2.blocksize == reference.NESTED_BLOCK and self.state2.absmax.dtype == torch.float32:
-                nested_absmax, nested_code = self.state2.absmax, self.state2._other_code
-                nested_offset = None if self.offset is None else self.offset.float()
+        absmax, second = self.absmax, self.state2
+        nested: tuple[Tensor | None, ...] = (None, None, None)
+        if second is not None:
+            if second.blocksize == reference.NESTED_BLOCK and second.absmax.dtype == torch.float32:
+                nested = (second.absmax, None if self.offset is None else self.offset.float(), second._other_code)
             else:
                 absmax = self.scales()
-        return (
-            packed.reshape(-1).view(torch.uint8),
-            absmax,
-            nested_absmax,
-            nested_offset,
-            self._other_code,
-            nested_code,
-            list(self.shape),
-            _number(self),
-            self.blocksize,
-        )
-
-
-_ALWAYS = {"quant_type", "absmax", "blocksize", "quant_map", "dtype", "shape"}
-_NESTED = {"nested_absmax", "nested_blocksize", "nested_quant_map", "nested_dtype", "nested_offset"}
-_FIELDS = _ALWAYS | _NESTED
-
-
-def _number(state: QuantState) -> int:
-    return quant_type_number(state.quant_type or "")
-
-
-def _dtype_name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
+        data, number = packed.reshape(-1).view(torch.uint8), quant_type_number(self.quant_type or "")
+        return (data, absmax, *nested[:2], self._other_code, nested[2], list(self.shape), number, self.blocksize)
 
 
 def table_of(state: QuantState, device: torch.device) -> Tensor:

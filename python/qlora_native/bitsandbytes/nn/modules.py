@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -13,21 +14,13 @@ from qlora_native.bitsandbytes import functional
 from qlora_native.bitsandbytes.state import QuantState
 
 logger = logging.getLogger(__name__)
+_OPTIONS = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
 _CASTS = (Tensor.half, Tensor.bfloat16, Tensor.float, Tensor.double)  # of module.half() and its like
 
 
-def _proxy(name: str, *path: str) -> property:
+def _of_state(path: str) -> property:
     """A read-only attribute of the quant state, for FSDP, which walks the keys of a state_dict by attribute."""
-
-    def read(self: Params4bit) -> Any:
-        value = self.__dict__.get("quant_state")
-        for step in path:
-            if value is None:
-                raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-            value = getattr(value, step)
-        return value
-
-    return property(read)
+    return property(attrgetter(f"quant_state.{path}"))
 
 
 class Params4bit(nn.Parameter):
@@ -51,16 +44,16 @@ class Params4bit(nn.Parameter):
     bnb_quantized: bool
     module: nn.Module | None
 
-    absmax = _proxy("absmax", "absmax")
-    code = _proxy("code", "code")
-    quant_map = _proxy("quant_map", "code")
-    offset = _proxy("offset", "offset")
-    state2 = _proxy("state2", "state2")
-    nested_absmax = _proxy("nested_absmax", "state2", "absmax")
-    nested_blocksize = _proxy("nested_blocksize", "state2", "blocksize")
-    nested_quant_map = _proxy("nested_quant_map", "state2", "code")
-    nested_dtype = _proxy("nested_dtype", "state2", "dtype")
-    nested_offset = _proxy("nested_offset", "offset")
+    absmax = _of_state("absmax")
+    code = _of_state("code")
+    quant_map = code
+    offset = _of_state("offset")
+    state2 = _of_state("state2")
+    nested_absmax = _of_state("state2.absmax")
+    nested_blocksize = _of_state("state2.blocksize")
+    nested_quant_map = _of_state("state2.code")
+    nested_dtype = _of_state("state2.dtype")
+    nested_offset = offset
 
     def __new__(
         cls,
@@ -103,20 +96,11 @@ class Params4bit(nn.Parameter):
         return self
 
     def _attributes(self) -> dict[str, Any]:
-        names = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
-        return {name: getattr(self, name) for name in (*names, "bnb_quantized")}
+        return {name: getattr(self, name) for name in (*_OPTIONS, "quant_state", "module", "bnb_quantized")}
 
     def _update_module(self) -> None:
         if self.module is not None:
             self.module.quant_state = self.quant_state  # type: ignore[assignment]
-
-    def _quantize(self, device: torch.device | str) -> Params4bit:
-        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-        options = {name: getattr(self, name) for name in names}
-        self.data, self.quant_state = functional.quantize_4bit(self.data.to(device), **options)
-        self.bnb_quantized = True
-        self._update_module()
-        return self
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         """Quantize on the device, if this is dense still, in place; else move bytes and scales.
@@ -125,7 +109,11 @@ class Params4bit(nn.Parameter):
         """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != "meta" and not self.bnb_quantized:
-            return self._quantize(device)
+            options = {name: getattr(self, name) for name in _OPTIONS}
+            self.data, self.quant_state = functional.quantize_4bit(self.data.to(device), **options)
+            self.bnb_quantized = True
+            self._update_module()
+            return self
         if self.quant_state is not None and device is not None:
             self.quant_state.to(device)
         moved = super().to(device=device, dtype=None if self.bnb_quantized else dtype, non_blocking=non_blocking)
@@ -148,9 +136,6 @@ class Params4bit(nn.Parameter):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-
-    def __copy__(self) -> Params4bit:
-        return type(self)(self.data, self.requires_grad, **self._attributes())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         attributes = self._attributes()
@@ -211,20 +196,16 @@ class Linear4bit(nn.Linear):
 
     def _state(self) -> QuantState:
         """The weight's quant state; taken from the layer where a wrapper such as FSDP has made a plain parameter."""
-        weight = self._parameters["weight"]
-        state: QuantState | None = getattr(weight, "quant_state", None)
-        if state is not None:
-            return state
-        if self.quant_state is None:
-            raise RuntimeError(
-                f"{type(self).__name__}({self.in_features}, {self.out_features}): the weight is not 4-bit yet: move "
-                "the layer to a device with .to(device) first, which quantizes it."
-            )
-        if not isinstance(weight, Params4bit):
-            assert weight is not None
-            self.weight = Params4bit(weight, quant_storage=self.quant_storage, bnb_quantized=True, module=self)
-        self.weight.quant_state = self.quant_state
-        return self.quant_state
+        state: QuantState | None = getattr(self.weight, "quant_state", None)
+        if state is None:
+            state, storage = self.quant_state, self.quant_storage
+            if state is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}({self.in_features}, {self.out_features}): the weight is not 4-bit yet: "
+                    "move the layer to a device with .to(device) first, which quantizes it."
+                )
+            self.weight = Params4bit(self.weight, False, state, quant_storage=storage, module=self, bnb_quantized=True)
+        return state
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features] in x's dtype."""
@@ -233,12 +214,9 @@ class Linear4bit(nn.Linear):
             self.set_compute_type(x)
             self.compute_type_is_set = True
         compute = self.compute_dtype or x.dtype
-        bias = self.bias
-        if bias is not None:
-            if bias.dtype != compute:
-                bias.data = bias.data.to(compute)
-            bias = bias.to(compute)  # type: ignore[assignment]
-        return functional.matmul_4bit(x.to(compute), self.weight.data, state, bias=bias).to(x.dtype)
+        if self.bias is not None and self.bias.dtype != compute:
+            self.bias.data = self.bias.data.to(compute)
+        return functional.matmul_4bit(x.to(compute), self.weight.data, state, bias=self.bias).to(x.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
