@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 import qlora_native as qn
 import qlora_native.bitsandbytes as bnb
 from qlora_native import reference
-from qlora_native.bitsandbytes import functional as F
 
+F: Any = bnb.functional  # Any: no assertion for the type checker beside those of the tests
 STORAGE = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -26,34 +27,18 @@ def theirs() -> Any:
     return pytest.importorskip("bitsandbytes")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
 def test_tables_are_theirs(theirs: Any) -> None:
-    other = theirs.functional
-    for signed in (True, False):
-        for bits in range(2, 9):
-            for zero in (True, False):
-                args = (signed, bits, zero)
-                assert torch.equal(F.create_linear_map(*args), other.create_linear_map(*args)), args
-        for bits in range(2, 9):
-            exponents = range(1, bits + 1) if signed else [bits - 1]
-            for exponent in filter(None, exponents):
-                dynamic = (signed, exponent, bits)
-                assert torch.equal(F.create_dynamic_map(*dynamic), other.create_dynamic_map(*dynamic)), dynamic
-                fraction = bits - exponent - signed
-                if fraction >= 0:
-                    floats = (signed, exponent, fraction, bits)
-                    assert torch.equal(F.create_fp8_map(*floats), other.create_fp8_map(*floats)), floats
-    for name in ("nf4", "fp4"):
-        assert torch.equal(F.get_4bit_type(name, "cpu"), other.get_4bit_type(name, "cpu"))
-
-
-def test_normal_map_is_theirs(theirs: Any) -> None:
     pytest.importorskip("scipy")
-    for args in ((), (0.95, True), (0.9677083, False)):
-        assert torch.equal(F.create_normal_map(*args), theirs.functional.create_normal_map(*args))
+    calls: list[tuple[Any, ...]] = [("get_4bit_type", name, "cpu") for name in ("nf4", "fp4")]
+    calls += [("create_normal_map", *args) for args in ((), (0.95, True), (0.9677083, False))]
+    for signed, bits in itertools.product((True, False), range(2, 9)):
+        calls += [("create_linear_map", signed, bits, zero) for zero in (True, False)]
+        exponents = range(1, bits + 1) if signed else range(bits - 1, bits)
+        calls += [("create_dynamic_map", signed, exponent, bits) for exponent in exponents]
+        fields = [(exponent, bits - exponent - signed) for exponent in exponents]
+        calls += [("create_fp8_map", signed, *pair, bits) for pair in fields if pair[1] >= 0]
+    for name, *args in calls:
+        assert torch.equal(getattr(F, name)(*args), getattr(theirs.functional, name)(*args)), (name, args)
 
 
 def test_maps_of_our_tables(golden: dict[str, Tensor]) -> None:
@@ -70,10 +55,6 @@ def test_tables_that_cannot_be() -> None:
         F.create_fp8_map(True, 3, 3, 8)
     with pytest.raises(ValueError, match="expected 16 for total_bits=4"):
         F.create_dynamic_map(False, 2, 4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4 bits
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -114,9 +95,7 @@ def test_the_arithmetic_is_that_of_quantize() -> None:
     assert (state.blocksize, state.quant_type, len(state.absmax)) == (32, "fp4", 18)
     room = torch.empty_like(packed), torch.empty_like(state.absmax)
     filled, other = F.quantize_fp4(weight, out=room[0], absmax=room[1], blocksize=32)
-    assert filled is room[0]
-    assert other.absmax is room[1]
-    assert other == state
+    assert filled is room[0] and other.absmax is room[1] and other == state
     values = torch.empty(6, 96)
     F.dequantize_fp4(packed, absmax=state.absmax, out=values, blocksize=32)
     assert torch.equal(values.bfloat16(), F.dequantize_4bit(packed, state))
@@ -126,21 +105,16 @@ def test_levels_of_a_checkpoint_are_honored() -> None:
     weight = torch.randn(32, 64)
     packed, state = F.quantize_nf4(weight, compress_statistics=True)
     before = F.dequantize_4bit(packed, state)
-    assert state.code is not None
     state.code = state.code * 0.5
     assert torch.equal(F.dequantize_4bit(packed, state), before * 0.5)
-    assert state.state2 is not None
-    assert state.state2.code is not None
     state.state2.code = torch.zeros(256)  # all scales become their mean
     codes = torch.stack([packed >> 4, packed & 15], -1).reshape(32, 64).long()
-    assert state.offset is not None
     assert torch.equal(F.dequantize_4bit(packed, state), state.code[codes] * state.offset)
 
 
 def test_nested_scales_in_blocks_of_another_size() -> None:
     packed, state = F.quantize_nf4(torch.randn(64, 128), compress_statistics=True)
     dense = F.dequantize_4bit(packed, state)
-    assert state.offset is not None
     codes, second = F.quantize_blockwise(state.scales() - state.offset, blocksize=64)
     state.absmax, state.state2 = codes, second
     assert relative_error(F.dequantize_4bit(packed, state), dense) < 0.02
@@ -153,24 +127,23 @@ def test_state_compares_copies_and_travels() -> None:
     _, state = F.quantize_nf4(weight, compress_statistics=True)
     twins = copy.deepcopy(state), pickle.loads(pickle.dumps(state)), F.QuantState.from_dict(state.as_dict(), "cpu")
     assert all(twin == state for twin in twins)
-    assert state != F.quantize_nf4(weight)[1]
-    assert state != F.quantize_nf4(weight * 2, compress_statistics=True)[1]
-    assert state != "state"
-    assert state[0] is state.absmax
-    assert state[4] == [state.offset, state.state2]
+    others = F.quantize_nf4(weight)[1], F.quantize_nf4(weight * 2, compress_statistics=True)[1], "state"
+    assert all(state != other for other in others)
+    assert state[0] is state.absmax and state[4] == [state.offset, state.state2]
     assert same_bytes(state.bitsandbytes__nf4, state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"])
     with pytest.raises(AttributeError, match="bitsandbytes__fp4"):
         _ = state.bitsandbytes__fp4
     stored = {f"layer.weight.{name}": value for name, value in state.as_dict(packed=True).items()}
-    kept = dict(stored)
+    count = len(stored)
     assert F.QuantState.from_dict(stored, "cpu") == state
-    assert stored.keys() == kept.keys()  # theirs takes one out
+    assert len(stored) == count  # theirs takes one out
 
 
 def test_mistakes_are_sentences() -> None:
     weight = torch.randn(32, 64)
     packed, state = F.quantize_nf4(weight)
     fields = state.as_dict(packed=True)
+    rest = {name: value for name, value in fields.items() if name != "absmax"}
     cases: list[tuple[str, Any]] = [
         ("quant_type is 'int4': expected 'nf4' or 'fp4'", lambda: F.quantize_4bit(weight, quant_type="int4")),
         ("block_size is 48: expected a power of two", lambda: F.quantize_4bit(weight, blocksize=48)),
@@ -183,6 +156,7 @@ def test_mistakes_are_sentences() -> None:
         ("expected two dimensions", lambda: bnb.matmul_4bit(weight, *F.quantize_nf4(torch.randn(64)))),
         (r"expected last dimension 64", lambda: bnb.matmul_4bit(torch.randn(2, 60), packed, state)),
         ("expected quant_type, or one that ends in", lambda: F.QuantState.from_dict({"absmax": state.absmax}, "cpu")),
+        ("missing keys: absmax;", lambda: F.QuantState.from_dict(rest, "cpu")),
         ("unknown keys: extra", lambda: F.QuantState.from_dict({**fields, "extra": 1}, "cpu")),
         ("holds no quant state", lambda: F.QuantState.from_dict({"quant_state.x": torch.tensor([1, 2]).byte()}, "cpu")),
         ("blocksize is 0", lambda: F.quantize_blockwise(weight, blocksize=0)),
@@ -193,26 +167,17 @@ def test_mistakes_are_sentences() -> None:
     for words, call in cases:
         with pytest.raises(ValueError, match=words):
             call()
-    del fields["absmax"]
-    with pytest.raises(ValueError, match="missing keys: absmax;"):
-        F.QuantState.from_dict(fields, "cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Products
 
 
 def test_product_and_gradients() -> None:
     packed, state = F.quantize_nf4(torch.randn(33, 96), compress_statistics=True)
     dense = reference.dequantize(torch.float32, *state.op_args(packed))
-    x = torch.randn(2, 5, 96, requires_grad=True)
-    bias = torch.randn(33, requires_grad=True)
+    x: Any = torch.randn(2, 5, 96, requires_grad=True)
+    bias: Any = torch.randn(33, requires_grad=True)
     y = bnb.matmul_4bit(x, packed.t(), state, bias=bias)
     grad = torch.randn_like(y)
     y.backward(grad)
     assert relative_error(y, reference.linear(x, dense, bias)) < 2e-6
-    assert x.grad is not None
-    assert bias.grad is not None
     assert relative_error(x.grad, grad.double() @ dense.double()) < 2e-6
     assert relative_error(bias.grad, grad.double().sum((0, 1))) < 2e-6
     with torch.no_grad():
@@ -320,17 +285,13 @@ def test_packed_bytes_are_never_cast() -> None:
 
 def test_parameter_copies_and_pieces() -> None:
     parameter: Any = bnb.nn.Params4bit(torch.randn(32, 64), quant_type="nf4", blocksize=128).to("cpu")
-    assert parameter.bnb_quantized
-    assert parameter.absmax is parameter.quant_state.absmax
-    for twin in (copy.copy(parameter), copy.deepcopy(parameter), pickle.loads(pickle.dumps(parameter))):
-        assert type(twin) is bnb.nn.Params4bit
-        assert torch.equal(twin, parameter)
-        assert twin.quant_state == parameter.quant_state
-        assert twin.blocksize == 128
-    assert through_a_file(parameter, weights_only=False).quant_state == parameter.quant_state
+    assert parameter.bnb_quantized and parameter.absmax is parameter.quant_state.absmax
+    twins = copy.copy(parameter), copy.deepcopy(parameter), pickle.loads(pickle.dumps(parameter))
+    for twin in (*twins, through_a_file(parameter, weights_only=False)):
+        assert type(twin) is bnb.nn.Params4bit and torch.equal(twin, parameter)
+        assert twin.quant_state == parameter.quant_state and twin.blocksize == 128
     for piece in torch.chunk(parameter, 4):
-        assert type(piece) is bnb.nn.Params4bit
-        assert piece.quant_state is parameter.quant_state
+        assert type(piece) is bnb.nn.Params4bit and piece.quant_state is parameter.quant_state
     plain = bnb.nn.Params4bit(torch.randn(4, 4))
     with pytest.raises(AttributeError, match="no attribute 'absmax'"):
         _ = plain.absmax
@@ -345,22 +306,15 @@ def test_a_layer_is_copied_with_its_own_state() -> None:
         assert torch.equal(twin(x), layer(x))
 
 
-def test_a_layer_that_is_not_4bit_yet_says_so() -> None:
-    with pytest.raises(RuntimeError, match=r"Linear4bit\(64, 32\): the weight is not 4-bit yet"):
+def test_a_layer_without_a_state() -> None:
+    """One that was never quantized, and one whose weight a wrapper such as FSDP replaced by a plain parameter."""
+    with pytest.raises(RuntimeError, match=r"Linear4bit\(64, 32\)"):
         bnb.nn.Linear4bit(64, 32)(torch.randn(1, 64))
-
-
-def test_a_wrapper_that_lost_the_state_gets_it_from_the_layer() -> None:
-    layer = bnb.nn.LinearNF4(64, 32).to("cpu")
+    layer: Any = bnb.nn.LinearNF4(64, 32).to("cpu")
     x = torch.randn(3, 64)
     y = layer(x)
-    layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)  # type: ignore[assignment]
-    assert torch.equal(layer(x), y)
-    assert isinstance(layer.weight, bnb.nn.Params4bit)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8 bits
+    layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)
+    assert torch.equal(layer(x), y) and isinstance(layer.weight, bnb.nn.Params4bit)
 
 
 @pytest.mark.parametrize("name", ["normal", "logspread", "withzeros"])
@@ -377,23 +331,16 @@ def test_blockwise_codes_are_the_nearest(golden: dict[str, Tensor], name: str) -
 
 def test_blockwise_states_are_theirs(theirs: Any) -> None:
     values = torch.randn(300, 70, dtype=torch.bfloat16)
-    for nested in (False, True):
-        codes, state = theirs.functional.quantize_blockwise(values, blocksize=512, nested=nested)
-        read = F.QuantState.from_dict(state.as_dict(), device="cpu")
-        assert same_values(F.dequantize_blockwise(codes, read), theirs.functional.dequantize_blockwise(codes, state))
-        codes, ours = F.quantize_blockwise(values, blocksize=512, nested=nested)
-        there = theirs.functional.QuantState.from_dict(ours.as_dict(), device=torch.device("cpu"))
-        assert same_values(F.dequantize_blockwise(codes, ours), theirs.functional.dequantize_blockwise(codes, there))
+    for nested, (one, other) in itertools.product((False, True), ((F, theirs.functional), (theirs.functional, F))):
+        codes, state = one.quantize_blockwise(values, blocksize=512, nested=nested)
+        read = other.QuantState.from_dict(state.as_dict(), device=torch.device("cpu"))
+        assert same_values(one.dequantize_blockwise(codes, state), other.dequantize_blockwise(codes, read))
     linear = F.create_linear_map()
     codes, state = F.quantize_blockwise(values, linear, blocksize=100)
     scaled = (values.double().reshape(-1, 100) / state.absmax[:, None]).reshape(-1, 1)
     distance = (linear[None] - scaled).abs()
     chosen = distance.gather(1, codes.long().reshape(-1, 1))[:, 0]
     assert (chosen - distance.min(1).values).max() < 1e-7
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The package
 
 
 def test_names_that_are_not_offered() -> None:
@@ -403,25 +350,15 @@ def test_names_that_are_not_offered() -> None:
         (bnb.functional, "igemm", "quantize_4bit"),
         (bnb.optim, "LAMB", "AdamW8bit"),
     ):
-        assert not hasattr(module, name)
         with pytest.raises(AttributeError, match=f"{name}.*{offered}"):
             getattr(module, name)
 
 
-def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_import_brings_no_bitsandbytes() -> None:
-    code = "import sys, qlora_native.bitsandbytes; print({'bitsandbytes', 'transformers'} & sys.modules.keys())"
-    assert run(code) == "set()\n"
-
-
 def test_ops_on_request() -> None:
-    run("""
-import torch, qlora_native.bitsandbytes as bnb
+    """In a process that has imported nothing else, and neither bitsandbytes nor transformers with this package."""
+    code = """
+import sys, torch, qlora_native.bitsandbytes as bnb
+assert not {"bitsandbytes", "transformers"} & sys.modules.keys()
 assert not hasattr(torch.ops.bitsandbytes, "quantize_4bit")
 bnb.register_ops(); bnb.register_ops()
 w = torch.randn(32, 64)
@@ -438,7 +375,9 @@ codes, scales = torch.ops.bitsandbytes.quantize_blockwise(w, bnb.functional.crea
 arguments = codes, scales, bnb.functional.create_dynamic_map(), 256, torch.float32
 torch.ops.bitsandbytes.dequantize_blockwise.out(*arguments, out=out)
 assert torch.equal(out, torch.ops.bitsandbytes.dequantize_blockwise(*arguments))
-""")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_ops_do_not_meet_theirs(theirs: Any) -> None:

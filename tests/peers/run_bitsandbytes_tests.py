@@ -18,27 +18,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-FILES = (
-    "test_linear4bit.py",
-    "test_functional.py",
-    "test_ops.py",
-    "test_autograd.py",
-    "test_modules.py",
-    "test_optim.py",
-)
-
-INT8 = "the 8-bit inference half of bitsandbytes"
-OPTIMIZERS = "an optimizer that is not AdamW, Adam or Lion"
-EMBEDDINGS = "embeddings"
-TIMED = "a timing without an assertion"
-COMPILED = "minutes of compiling: --compile runs it"
+FILES = [f"test_{name}.py" for name in ("linear4bit", "functional", "ops", "autograd", "modules", "optim")]
+COMPILED = ("torch_compile", "minutes of compiling: --compile runs it")
 
 # What is left out: a pattern of node ids, and why.
 LEFT_OUT = [
-    (r"LLMInt8|test_matmullt|linear8bitlt|-Int8Lt|\[Int8Lt|Linear8bit|MLP8bit", INT8),
-    (r"mbedding", EMBEDDINGS),
-    (r"ademamix|AdEMAMix|lamb|lars|adagrad|rmsprop|momentum", OPTIMIZERS),
-    (r"bench", TIMED),
+    (
+        r"LLMInt8|test_matmullt|linear8bitlt|-Int8Lt|\[Int8Lt|Linear8bit|MLP8bit",
+        "the 8-bit inference half of bitsandbytes",
+    ),
+    (r"mbedding", "embeddings"),
+    (r"ademamix|AdEMAMix|lamb|lars|adagrad|rmsprop|momentum", "an optimizer that is not AdamW, Adam or Lion"),
+    (r"bench", "a timing without an assertion"),
 ]
 # What fails for a reason that docs/bitsandbytes.md gives: a pattern, and the reason in short.
 EXPECTED = [
@@ -73,11 +64,8 @@ def install() -> None:
     for name, module in modules.items():
         sys.modules[f"bitsandbytes.{name}".rstrip(".")] = module
     functional.has_avx512bf16 = lambda: False  # there is no second layout for such CPUs
-    for name in (
-        "Linear8bitLt",
-        "StableEmbedding",
-        *(f"Embedding{kind}" for kind in ("", "4bit", "8bit", "FP4", "NF4")),
-    ):
+    embeddings = [f"Embedding{kind}" for kind in ("", "4bit", "8bit", "FP4", "NF4")]
+    for name in ("Linear8bitLt", "StableEmbedding", *embeddings):
         setattr(nn, name, Absent)
     for family in ["AdEMAMix", "SGD", "LARS", "LAMB", "RMSprop", "Adagrad"]:
         for name in (family, f"{family}8bit", f"{family}32bit", f"Paged{family}", f"Paged{family}8bit"):
@@ -88,39 +76,36 @@ def install() -> None:
     ours.matmul = Absent
 
 
+def reason_of(node: str, table: list[tuple[str, str]]) -> str:
+    return next((reason for pattern, reason in table if re.search(pattern, node)), "")
+
+
 class Selection:
     """A pytest plugin that leaves tests out and counts the outcomes."""
 
     def __init__(self, left_out: list[tuple[str, str]]) -> None:
         self.left_out = left_out
-        self.reasons: Counter[str] = Counter()
-        self.outcomes: Counter[str] = Counter()
+        self.passed = 0
+        self.others: Counter[str] = Counter()
         self.failed: list[str] = []
-        self.expected: Counter[str] = Counter()
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        kept, dropped = [], []
-        for item in items:
-            reason = next((why for pattern, why in self.left_out if re.search(pattern, item.nodeid)), None)
-            if reason is None:
-                kept.append(item)
-            else:
-                self.reasons[reason] += 1
-                dropped.append(item)
-        items[:] = kept
-        config.hook.pytest_deselected(items=dropped)
+        reasons = {item: reason_of(item.nodeid, self.left_out) for item in items}
+        self.others.update(f"left out: {reason}" for reason in reasons.values() if reason)
+        config.hook.pytest_deselected(items=[item for item in items if reasons[item]])
+        items[:] = [item for item in items if not reasons[item]]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
-            why = next((why for pattern, why in EXPECTED if re.search(pattern, report.nodeid)), None)
-            if why is None:
-                self.failed.append(report.nodeid)
+            reason = reason_of(report.nodeid, EXPECTED)
+            if reason:
+                self.others[f"failed: {reason}"] += 1
             else:
-                self.expected[why] += 1
+                self.failed.append(report.nodeid)
         elif report.skipped:
-            self.outcomes["xfailed" if hasattr(report, "wasxfail") else "skipped by themselves"] += 1
+            self.others["xfailed" if hasattr(report, "wasxfail") else "skipped by themselves"] += 1
         elif report.when == "call":
-            self.outcomes["passed"] += 1
+            self.passed += 1
 
 
 def main() -> int:
@@ -142,17 +127,14 @@ def main() -> int:
     os.chdir(folder)
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent)]
     install()
-    selection = Selection(LEFT_OUT + ([] if args.compile else [("torch_compile", COMPILED)]))
+    selection = Selection(LEFT_OUT if args.compile else [*LEFT_OUT, COMPILED])
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestUnknownMarkWarning", *rest]
     status = pytest.main([*options, *(f"tests/{name}" for name in FILES)], plugins=[selection])
-    print(
-        f"\nbitsandbytes' tests against qlora_native.bitsandbytes: {selection.outcomes.pop('passed', 0)} passed, ",
-        end="",
-    )
-    print(f"{len(selection.failed)} failed, {sum(selection.expected.values())} failed as docs/bitsandbytes.md says")
-    for table, label in ((selection.outcomes, ""), (selection.expected, "failed: "), (selection.reasons, "left out: ")):
-        for reason, count in sorted(table.items()):
-            print(f"{count:6d}  {label}{reason}")
+    expected = sum(count for name, count in selection.others.items() if name.startswith("failed: "))
+    print(f"\nbitsandbytes' tests against qlora_native.bitsandbytes: {selection.passed} passed, ", end="")
+    print(f"{len(selection.failed)} failed, {expected} failed as docs/bitsandbytes.md says")
+    for name, count in sorted(selection.others.items()):
+        print(f"{count:6d}  {name}")
     for name in selection.failed:
         print(f"FAILED  {name}")
     broken = status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
