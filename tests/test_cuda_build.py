@@ -1,7 +1,8 @@
-"""The CUDA part as far as a machine without a GPU can see it, and its bits where there is one."""
+"""The CUDA part as far as a machine without a GPU or a toolkit can see it, and its bits where there is a GPU."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -10,36 +11,39 @@ import pytest
 import torch
 from emulated import arguments, names_in_stub
 from helpers import same_bytes
+from laws import ROOT
 
 import qlora_native as qn
 from qlora_native.ops import _cuda_kernels, _library
 
-built = pytest.mark.skipif(not qn.build_info()["cuda"], reason="this build has no CUDA part (no nvcc was found)")
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+compiles = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on PATH")
+WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wsign-conversion", "-Werror")
 on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 # A call whose addresses are never read: the checks come first.
 CALL: dict[str, Any] = {"dtype": 1, "out": 4096, "stream": 0, "weight": {}}
 
 
-@built
-def test_the_module_loads_without_a_device() -> None:
+@pytest.fixture
+def cuda() -> Any:
+    if not qn.build_info()["cuda"]:
+        pytest.skip("this build has no CUDA part (no nvcc was found)")
     from qlora_native import _cuda
 
-    assert _cuda.device_count() >= 0
-    assert _cuda.runtime_version() >= 12000
-    assert _cuda.driver_version() >= 0
-    if torch.cuda.is_available() and _cuda.driver_version() >= _cuda.runtime_version():
-        assert _cuda.device_count() == torch.cuda.device_count()
+    return _cuda
 
 
-@built
-def test_the_stub_names_what_the_module_has() -> None:
-    from qlora_native import _cuda
+def test_the_module_loads_without_a_device(cuda: Any) -> None:
+    assert cuda.device_count() >= 0 and cuda.runtime_version() >= 12000 and cuda.driver_version() >= 0
+    if torch.cuda.is_available() and cuda.driver_version() >= cuda.runtime_version():
+        assert cuda.device_count() == torch.cuda.device_count()
 
-    assert names_in_stub() == {name for name in vars(_cuda) if not name.startswith("_")}
+
+def test_the_stub_names_what_the_module_has(cuda: Any) -> None:
+    assert names_in_stub() == {name for name in vars(cuda) if not name.startswith("_")}
 
 
-@built
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -54,27 +58,19 @@ def test_the_stub_names_what_the_module_has() -> None:
         ({"numel": -1}, "numel is -1: expected 0 or more"),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(wrong: dict[str, int], sentence: str) -> None:
-    from qlora_native import _cuda
-
+def test_wrong_arguments_are_refused_in_words(cuda: Any, wrong: dict[str, int], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        _cuda.dequantize_4bit(**arguments(CALL, **wrong))
+        cuda.dequantize_4bit(**arguments(CALL, **wrong))
 
 
-@built
-def test_nothing_to_decode_needs_no_device() -> None:
-    from qlora_native import _cuda
-
-    _cuda.dequantize_4bit(**arguments(CALL, numel=0, out=0, packed=0, absmax=0))
+def test_nothing_to_decode_needs_no_device(cuda: Any) -> None:
+    cuda.dequantize_4bit(**arguments(CALL, numel=0, out=0, packed=0, absmax=0))
 
 
-@built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which could read the made-up addresses")
-def test_a_failed_launch_is_reported() -> None:
-    from qlora_native import _cuda
-
+def test_a_failed_launch_is_reported(cuda: Any) -> None:
     with pytest.raises(RuntimeError, match=r"^dequantize_4bit: CUDA failed with cudaError\w+ \(.+\)\. .+\.$"):
-        _cuda.dequantize_4bit(**arguments(CALL))
+        cuda.dequantize_4bit(**arguments(CALL))
 
 
 def test_importing_the_package_registers_the_kernels_and_wakes_nothing() -> None:
@@ -88,20 +84,15 @@ def test_importing_the_package_registers_the_kernels_and_wakes_nothing() -> None
     assert (done.returncode, done.stdout.split()) == (0, ["True", "True", "False", "False"]), done.stderr
 
 
-def unknown_archs() -> dict[str, Any]:
-    return {"cuda_archs": ""}
-
-
 def test_a_build_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda_kernels._C, "build_info", unknown_archs)
+    monkeypatch.setattr(_cuda_kernels._C, "build_info", lambda: {"cuda_archs": ""})
     monkeypatch.setattr(_library, "_warned", set())
     with pytest.warns(UserWarning, match="this build has no CUDA kernels.*QLORA_NATIVE_CUDA=ON"):
         assert _cuda_kernels.native.__wrapped__() is None
 
 
-@built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_driver_that_is_too_old_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_too_old_is_named_once(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "_warned", set())
     with pytest.warns(UserWarning, match=r"built with CUDA 1\d\.\d, the driver serves up to CUDA \d+\.\d"):
         assert _cuda_kernels.native.__wrapped__() is None
@@ -127,11 +118,10 @@ def test_tables_of_a_checkpoint_are_kept() -> None:
     assert _cuda_kernels.with_tables(own).pointers() == own.pointers()
 
 
-@built
 @on_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_the_device_gives_the_bits_of_the_cpu(double_quant: bool, dtype: torch.dtype) -> None:
+def test_the_device_gives_the_bits_of_the_cpu(cuda: Any, double_quant: bool, dtype: torch.dtype) -> None:
     assert _cuda_kernels.native() is not None
     for block_size in (32, 64, 4096):
         for numel in (0, 1, 31, 32, 33, 65, 4097, 1 << 20):
@@ -148,3 +138,26 @@ def test_the_device_gives_the_bits_of_the_cpu(double_quant: bool, dtype: torch.d
                 there.dequantize(out=out)
             side.synchronize()
             assert same_bytes(out.cpu(), truth), (block_size, numel)
+
+
+def compile_against(version: int, source: str) -> subprocess.CompletedProcess[str]:
+    folders = (f"-I{ROOT / folder}" for folder in ("cpp", ".", "tests/cuda_12"))
+    command = [str(COMPILER), "-std=c++20", "-fsyntax-only", *WARNINGS, *folders, f"-DCUDART_VERSION={version}"]
+    return subprocess.run([*command, "-x", "c++", "-"], input=source, capture_output=True, text=True)
+
+
+@compiles
+@pytest.mark.parametrize("version", [12080, 13000])
+@pytest.mark.parametrize("file", ["managed_store.cc", "pinned_store.cc", "page_store.cc"])
+def test_the_page_stores_compile_with_both_signatures(file: str, version: int) -> None:
+    """Those of CUDA 12 and of CUDA 13, without a toolkit."""
+    done = compile_against(version, f'#include "cuda/{file}"\n')
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@compiles
+@pytest.mark.parametrize("version", [12080, 13000])
+def test_the_declarations_differ_by_version(version: int) -> None:
+    call = "return cudaMemPrefetchAsync(nullptr, 1, 0, nullptr);" if version == 13000 else "return cudaMemLocation{};"
+    done = compile_against(version, f"#include <cuda_runtime_api.h>\nauto f() {{ {call} }}\n")
+    assert done.returncode != 0

@@ -1,5 +1,5 @@
 // As much of the CUDA 12 runtime's declarations as the page stores use, to compile their CUDA 12 branch where the
-// headers of CUDA 13 are installed, or none: tests/test_managed_store.py. With CUDART_VERSION given, those of CUDA 13.
+// headers of CUDA 13 are installed, or none: tests/test_cuda_build.py. With CUDART_VERSION given, those of CUDA 13.
 #pragma once
 
 #include <cstddef>

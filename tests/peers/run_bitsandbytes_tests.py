@@ -23,10 +23,7 @@ COMPILED = ("torch_compile", "minutes of compiling: --compile runs it")
 
 # What is left out: a pattern of node ids, and why.
 LEFT_OUT = [
-    (
-        r"LLMInt8|test_matmullt|linear8bitlt|-Int8Lt|\[Int8Lt|Linear8bit|MLP8bit",
-        "the 8-bit inference half of bitsandbytes",
-    ),
+    (r"LLMInt8|test_matmullt|linear8bitlt|-Int8Lt|\[Int8Lt|Linear8bit|MLP8bit", "the half for 8-bit inference"),
     (r"mbedding", "embeddings"),
     (r"ademamix|AdEMAMix|lamb|lars|adagrad|rmsprop|momentum", "an optimizer that is not AdamW, Adam or Lion"),
     (r"bench", "a timing without an assertion"),
