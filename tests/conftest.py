@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
@@ -85,6 +86,12 @@ def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 def golden() -> dict[str, torch.Tensor]:
     """bitsandbytes' own results; see tests/golden/README.md."""
     return load_file(Path(__file__).parent / "golden" / "bnb_golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def theirs() -> Any:
+    """The package bitsandbytes."""
+    return pytest.importorskip("bitsandbytes")
 
 
 @pytest.fixture(scope="module")

@@ -36,23 +36,16 @@ class Usage(NamedTuple):
 
 def find_tool(name: str) -> str | None:
     """A tool of the CUDA toolkit: on PATH, or from NVIDIA's wheels in this environment."""
-    found = shutil.which(name)
-    if found:
-        return found
     wheels = importlib.util.find_spec("nvidia")
-    for folder in [] if wheels is None else wheels.submodule_search_locations or []:
-        for candidate in sorted(Path(folder).glob(f"*/bin/{name}")):
-            return str(candidate)
-    return None
+    folders = wheels.submodule_search_locations or [] if wheels else []
+    candidates = (str(file) for folder in folders for file in sorted(Path(folder).glob(f"*/bin/{name}")))
+    return shutil.which(name) or next(candidates, None)
 
 
 def missing_tools() -> str:
     """Why nothing can be read here, in words; empty if all is there."""
-    wanted = {
-        "cuobjdump": "pip install -r .ci/requirements-cubin.txt",
-        "nvdisasm": "pip install -r .ci/requirements-cubin.txt",
-        "c++filt": "it comes with binutils",
-    }
+    pip = "pip install -r .ci/requirements-cubin.txt"
+    wanted = {"cuobjdump": pip, "nvdisasm": pip, "c++filt": "it comes with binutils"}
     absent = [f"{name} ({advice})" for name, advice in wanted.items() if find_tool(name) is None]
     return "missing: " + ", ".join(absent) if absent else ""
 
@@ -70,12 +63,11 @@ def short_name(demangled: str) -> str:
 
 
 def _printed(option: str, file: Path) -> list[str]:
-    tool = find_tool("cuobjdump")
-    assert tool is not None
     # cuobjdump looks for nvdisasm on PATH.
     folders = {str(Path(found).parent) for found in map(find_tool, ("cuobjdump", "nvdisasm")) if found}
     path = ":".join([*sorted(folders), "/usr/bin", "/bin"])
-    done = subprocess.run([tool, option, str(file)], capture_output=True, text=True, env={"PATH": path})
+    command = [str(find_tool("cuobjdump")), option, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": path})
     if done.returncode:
         raise RuntimeError(f"cuobjdump {option} {file} failed: {done.stderr.strip()}")
     return done.stdout.splitlines()

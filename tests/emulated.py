@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,8 @@ import torch
 from qlora_native import _C
 from qlora_native.ops import _cuda_kernels, _cuda_products, _direct, _library
 
-FOLDER = Path(__file__).resolve().parents[1] / "build" / "emulated"
 # The kernels of a device with these numbers are chosen; few multiprocessors, so that small sizes are split too.
 FACTS = _cuda_kernels.Facts(compute_capability=80, sm_count=4)
-BUILD = (
-    "cmake -S . -B build/emulated -DQLORA_NATIVE_CUDA_ON_CPU=ON && cmake --build build/emulated --target _cuda_emulated"
-)
 
 
 def names_in_stub() -> set[str]:
@@ -49,25 +45,14 @@ def load(folder: str) -> ModuleType | None:
 
 def module_or_skip(config: pytest.Config) -> ModuleType:
     """The module; without it the test is skipped, in words."""
-    module = load(config.getoption("--emulated") or str(FOLDER))
+    module = load(config.getoption("--emulated") or str(Path(__file__).resolve().parents[1] / "build" / "emulated"))
     if module is None:
-        pytest.skip(f"the kernels are not built over the emulator: {BUILD}")
+        pytest.skip(
+            "the kernels are not built over the emulator: "
+            "cmake -S . -B build/emulated -DQLORA_NATIVE_CUDA_ON_CPU=ON && "
+            "cmake --build build/emulated --target _cuda_emulated"
+        )
     return module
-
-
-@contextmanager
-def registered_on_cpu() -> Iterator[None]:
-    """While it is entered, CPU tensors go to the ops' CUDA implementations, past no other."""
-    library = torch.library.Library("qlora_native", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a kernel is overridden is what is meant
-        for (name, key), function in _library.IMPLEMENTATIONS.items():
-            if key == "CUDA":
-                library.impl(name, function, "CPU", allow_override=True)
-    try:
-        yield
-    finally:
-        library._destroy()
 
 
 def arguments(call: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -106,19 +91,23 @@ class Emulator:
 def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     """The ops take the emulated kernels for CPU tensors while this is entered; what the emulator finds is an error."""
     emulator = Emulator(module)
-    replacements: dict[str, Callable[..., object]] = {
-        "native": lambda: module,
-        "launching": emulator.launching,
-        "facts": lambda device: emulator.facts,
-        "memory": lambda device: module.memory(),
-    }
-    for name, replacement in replacements.items():
-        monkeypatch.setattr(_cuda_kernels, name, replacement)
+    monkeypatch.setattr(_cuda_kernels, "native", lambda: module)
+    monkeypatch.setattr(_cuda_kernels, "launching", emulator.launching)
+    monkeypatch.setattr(_cuda_kernels, "facts", lambda device: emulator.facts)
+    monkeypatch.setattr(_cuda_kernels, "memory", lambda device: module.memory())
     monkeypatch.setattr(_library, "module_for", lambda device: module)
     monkeypatch.setattr(_direct, "_TENSOR_KEYS", frozenset())  # through the dispatcher, always
     _cuda_products.plan_of.cache_clear()
     module.take_reports()
-    with registered_on_cpu():
+    library = torch.library.Library("qlora_native", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is overridden is what is meant
+        for (name, key), function in _library.IMPLEMENTATIONS.items():
+            if key == "CUDA":
+                library.impl(name, function, "CPU", allow_override=True)
+    try:
         yield emulator
+    finally:
+        library._destroy()
     reports = module.take_reports()
     assert not reports, f"the emulator reports:\n{reports}"

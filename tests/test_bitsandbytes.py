@@ -22,11 +22,6 @@ F: Any = bnb.functional  # Any: no assertion for the type checker beside those o
 STORAGE = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(scope="module")
-def theirs() -> Any:
-    return pytest.importorskip("bitsandbytes")
-
-
 def test_tables_are_theirs(theirs: Any) -> None:
     pytest.importorskip("scipy")
     calls: list[tuple[Any, ...]] = [("get_4bit_type", name, "cpu") for name in ("nf4", "fp4")]

@@ -15,28 +15,6 @@ CUDA_12_0 = "50 60 70 75 80 86 87 89 90"
 CUDA_13_0 = "75 80 86 87 88 89 90 100 110 103 120 121"
 
 
-def chosen(folder: Path, known: str, cards: str | None, wanted: str = "") -> str:
-    """The architectures for an nvcc that supports `known`, beside cards of these capabilities; None: no driver."""
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("there is no cmake here: pip install cmake")
-    programs = {"nvcc": " ".join(f"sm_{arch}" for arch in known.split())}
-    if cards is not None:
-        programs["nvidia-smi"] = cards
-    for name, words in programs.items():
-        program = folder / name
-        program.write_text(f"#!/bin/sh\nprintf '%s\\n' {words}\n[ -n '{words}' ]\n")
-        program.chmod(0o755)
-    script = folder / "choose.cmake"
-    script.write_text(
-        f'include("{ROOT}/cmake/cuda_archs.cmake")\n'
-        f'choose_cuda_archs(chosen "{folder}/nvcc" "{wanted}")\nmessage("${{chosen}}")\n'
-    )
-    environment = {**os.environ, "PATH": f"{folder}:{os.defpath}"}
-    done = subprocess.run([cmake, "-P", str(script)], env=environment, capture_output=True, text=True, check=True)
-    return done.stderr.strip()
-
-
 @pytest.mark.parametrize(
     ("known", "cards", "wanted", "expected"),
     [
@@ -56,7 +34,25 @@ def chosen(folder: Path, known: str, cards: str | None, wanted: str = "") -> str
     ],
 )
 def test_architectures(known: str, cards: str | None, wanted: str, expected: str, tmp_path: Path) -> None:
-    assert chosen(tmp_path, known, cards, wanted) == expected
+    """For an nvcc that supports ``known``, beside cards of these capabilities; None: no driver."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("there is no cmake here: pip install cmake")
+    programs = {"nvcc": " ".join(f"sm_{arch}" for arch in known.split())}
+    if cards is not None:
+        programs["nvidia-smi"] = cards
+    for name, words in programs.items():
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\nprintf '%s\\n' {words}\n[ -n '{words}' ]\n")
+        program.chmod(0o755)
+    script = tmp_path / "choose.cmake"
+    script.write_text(
+        f'include("{ROOT}/cmake/cuda_archs.cmake")\n'
+        f'choose_cuda_archs(chosen "{tmp_path}/nvcc" "{wanted}")\nmessage("${{chosen}}")\n'
+    )
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.defpath}"}
+    done = subprocess.run([cmake, "-P", str(script)], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == expected
 
 
 def weak_functions(listing: str) -> set[str]:
@@ -78,8 +74,7 @@ def test_no_kernel_object_offers_code_for_all() -> None:
         pytest.skip("there is no build folder here, or no nm")
     for archive in archives:
         listing = subprocess.run([nm, "-C", "--defined-only", str(archive)], capture_output=True, text=True, check=True)
-        assert "isa_scalar" in listing.stdout
-        assert not weak_functions(listing.stdout), archive
+        assert "isa_scalar" in listing.stdout and not weak_functions(listing.stdout), archive
 
 
 def test_a_weak_function_is_seen() -> None:

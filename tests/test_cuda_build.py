@@ -19,7 +19,6 @@ from qlora_native.ops import _cuda_kernels, _library
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 compiles = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on PATH")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wsign-conversion", "-Werror")
-on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 # A call whose addresses are never read: the checks come first.
 CALL: dict[str, Any] = {"dtype": 1, "out": 4096, "stream": 0, "weight": {}}
@@ -118,7 +117,7 @@ def test_tables_of_a_checkpoint_are_kept() -> None:
     assert _cuda_kernels.with_tables(own).pointers() == own.pointers()
 
 
-@on_device
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_device_gives_the_bits_of_the_cpu(cuda: Any, double_quant: bool, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ The op tests themselves run over the emulator too, as `[emulated-...]`; here is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,20 +38,6 @@ def test_it_has_the_functions_of_the_real_module(emulator: Emulator) -> None:
     assert emulator.module.device_count() == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams and grids
-
-
-def optimizers(bits: int) -> list[torch.optim.Optimizer]:
-    made: list[torch.optim.Optimizer] = []
-    for rule in (qn.optim.AdamW, qn.optim.Adam, qn.optim.Lion):
-        params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 4097, 20_000)]
-        for param in params:
-            param.grad = torch.randn_like(param)
-        made.append(rule(params, lr=1e-2, bits=bits, max_norm=1.0))  # type: ignore[arg-type]
-    return made
-
-
 def run_decode() -> None:
     qn.quantize(torch.randn(300, 100)).dequantize()
 
@@ -69,8 +56,11 @@ def run_loss() -> None:
 
 
 def run_optimizers() -> None:
-    for optimizer in (*optimizers(32), *optimizers(8)):
-        optimizer.step()
+    for rule, bits in itertools.product(("AdamW", "Adam", "Lion"), (32, 8)):
+        params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 4097, 20_000)]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        getattr(qn.optim, rule)(params, lr=1e-2, bits=bits, max_norm=1.0).step()
 
 
 def run_ops_of_optimizers() -> None:
@@ -96,10 +86,6 @@ def test_a_refused_launch_is_named(emulator: Emulator) -> None:
     emulator.stream = 12345  # no stream
     with pytest.raises(RuntimeError, match=r"^dequantize_4bit: CUDA failed with cudaErrorInvalidResourceHandle"):
         w.dequantize()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Products
 
 
 def plan_of(m: int, n: int, k: int, r: int, dtype: int, forward: bool, low_memory: bool) -> _cuda_products.Plan:
@@ -161,17 +147,14 @@ def test_an_older_card_multiplies_bf16_in_two_steps(emulator: Emulator) -> None:
         assert relative_error(qn.linear(x, w), truth) < TOLERANCE[dtype]
 
 
-def test_low_memory_takes_no_panel(emulator: Emulator) -> None:
-    assert plan_of(4096, 64, 128, 0, 1, True, False).kind == TWO_STEP
-    assert plan_of(4096, 64, 128, 0, 1, True, True).kind in (SPLIT_K, TILE)
-
-
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(("n", "k", "panel_rows"), [(300, 192, 7), (1100, 96, 512), (40, 65, 1), (70, 4096, 5)])
 def test_panels_of_any_height(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch, n: int, k: int, panel_rows: int, double_quant: bool
 ) -> None:
-    """Panels begin inside a group of nested scales, or at one; the last is shorter."""
+    """Panels begin inside a group of nested scales, or at one; the last is shorter. Low memory takes no panel."""
+    assert plan_of(4096, 64, 128, 0, 1, True, False).kind == TWO_STEP
+    assert plan_of(4096, 64, 128, 0, 1, True, True).kind in (SPLIT_K, TILE)
     plan = _cuda_products.Plan(TWO_STEP, 0, 0, 1, 0, 0, 0, panel_rows)
     monkeypatch.setattr(_cuda_products, "plan_of", lambda *_: plan)
     w = qn.quantize(torch.randn(n, k), double_quant=double_quant)
@@ -230,17 +213,9 @@ def test_workspaces_are_checked_at_the_boundary(emulator: Emulator) -> None:
         module.quantize_4bit(0, 4096, 64, 64, 2, 4096, 4096, 4096, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers
-
-
-def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    params = [param.detach() for param in params_of(optimizer)]
-    return [*params, *(t for state in optimizer.state.values() for t in state.values())]
-
-
-def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
-    return all(same_bytes(x, y) for x, y in zip(state_of(a), state_of(b), strict=True))
+def same(*twins: torch.optim.Optimizer) -> bool:
+    states = [[*map(Tensor.detach, params_of(o)), *(t for s in o.state.values() for t in s.values())] for o in twins]
+    return all(same_bytes(x, y) for x, y in zip(*states, strict=True))
 
 
 def twins(rule: str, **options: object) -> tuple[qn.optim.AdamW, qn.optim.AdamW]:
@@ -265,40 +240,43 @@ def give_grads(there: torch.optim.Optimizer, here: torch.optim.Optimizer, scale:
         one.grad, other.grad = grad, grad.clone()
 
 
+@pytest.fixture
+def num_launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Call a function on the emulated device, and count the launches."""
+    module = emulated.module_or_skip(request.config)
+
+    def call(function: Callable[[], object]) -> int:
+        with monkeypatch.context() as patch, emulated.kernels(module, patch) as emulator:
+            function()
+            return len(emulator.launches())
+
+    return call
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("rule", ["AdamW", "Adam", "Lion"])
-def test_a_step_on_a_device_gives_the_bytes_of_the_cpu(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rule: str, bits: int
-) -> None:
+def test_a_step_on_a_device_gives_the_bytes_of_the_cpu(num_launches: Callable[..., int], rule: str, bits: int) -> None:
     """Clipped steps of several groups, learning rates that change, and a step that is skipped; two launches each."""
-    module = emulated.module_or_skip(request.config)
     there, here = twins(rule, bits=bits, max_norm=1.0)
     for step, scale in enumerate((1.0, 1e-3, float("nan"), 1.0)):
         give_grads(there, here, scale)
         for optimizer in (there, here):
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
         here.step()
-        with monkeypatch.context() as patch, emulated.kernels(module, patch) as emulator:
-            there.step()
-            assert len(emulator.launches()) == 2
+        assert num_launches(there.step) == 2
         assert there.skipped == here.skipped == (scale != scale)
         assert there.grad_norm == here.grad_norm or scale != scale
         assert same(there, here), step
 
 
-def test_gradient_scaler_is_heeded_on_the_device(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = emulated.module_or_skip(request.config)
+def test_gradient_scaler_is_heeded_on_the_device(num_launches: Callable[..., int]) -> None:
     there, here = twins("AdamW", bits=32)
     for found_inf in (0.0, 1.0):
         give_grads(there, here, 1024.0)
         for optimizer in (there, here):
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(found_inf)  # type: ignore[attr-defined]
         here.step()
-        with monkeypatch.context() as patch, emulated.kernels(module, patch) as emulator:
-            there.step()
-            assert len(emulator.launches()) == 1
+        assert num_launches(there.step) == 1
         assert there.skipped == here.skipped == bool(found_inf)
         assert same(there, here)
 

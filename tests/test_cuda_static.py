@@ -5,7 +5,6 @@ The build itself refuses warnings, spills and local memory (cmake/cuda_library.c
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -16,10 +15,10 @@ from typing import NamedTuple
 import cuda_static
 import pytest
 from cuda_static import Key, Usage
+from laws import ROOT
 
 import qlora_native as qn
 
-ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 40_000_000  # of the module with all architectures
 STATIC_SHARED = 48 << 10  # bytes a block may declare; more is asked for at the launch
 
@@ -73,24 +72,20 @@ RULES = (
 )
 
 
-def module_file(config: pytest.Config) -> Path:
-    """What is looked at: the file of --cuda-binary, or the installed module."""
+@pytest.fixture(scope="module")
+def module(request: pytest.FixtureRequest) -> Path:
+    """The file that is read: that of --cuda-binary, or the installed module."""
     reason = cuda_static.missing_tools()
     if reason:
         pytest.skip(f"the GPU code cannot be read here, {reason}")
-    given = config.getoption("--cuda-binary")
+    given = request.config.getoption("--cuda-binary")
     if given:
         return Path(given)
     if not qn.build_info()["cuda"]:
         pytest.skip("this build has no CUDA part (no nvcc was found)")
-    spec = importlib.util.find_spec("qlora_native._cuda")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin)
+    from qlora_native import _cuda
 
-
-@pytest.fixture(scope="module")
-def module(request: pytest.FixtureRequest) -> Path:
-    return module_file(request.config)
+    return Path(_cuda.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +102,10 @@ def test_every_architecture_has_every_kernel(module: Path, usages: dict[Key, Usa
     kernels: dict[int, set[str]] = {}
     for kernel, arch in usages:
         kernels.setdefault(arch, set()).add(kernel)
-    assert kernels and all(names == set(cuda_kernels()) for names in kernels.values())
+    budgeted = {kernel for kernel, _ in cuda_static.read_budgets()}
+    assert kernels and all(names == budgeted for names in kernels.values())
     if module.name.startswith("_cuda"):
         assert sorted(kernels) == qn.build_info()["cuda_archs"]
-
-
-def cuda_kernels() -> list[str]:
-    return sorted({kernel for kernel, _ in cuda_static.read_budgets()})
 
 
 def breaches(usages: dict[Key, Usage], budgets: dict[Key, tuple[int, int]], exact: bool) -> list[str]:
@@ -128,44 +120,35 @@ def breaches(usages: dict[Key, Usage], budgets: dict[Key, tuple[int, int]], exac
         if (kernel, arch) not in budgets:
             found.append(f"{where} has no budget: run tests/cuda_static.py --write on a build and look at the row")
         elif exact:
-            for what, used, budget in zip(
-                ("registers", "bytes of shared memory"), usage[:2], budgets[kernel, arch], strict=True
-            ):
-                if used > budget:
-                    found.append(f"{where} takes {used} {what}, its budget is {budget}")
+            rows = zip(("registers", "bytes of shared memory"), usage[:2], budgets[kernel, arch], strict=True)
+            found += [f"{where} takes {used} {what}, its budget is {most}" for what, used, most in rows if used > most]
     return found
 
 
 def test_kernels_keep_to_their_budgets(usages: dict[Key, Usage]) -> None:
     """The figures are those of the compiler that the table was written with; another one may need a few more."""
-    found = breaches(usages, cuda_static.read_budgets(), exact=compiler_release() in ("", cuda_static.COMPILER))
+    exact = True
+    if qn.build_info()["cuda"]:  # else a file was given
+        from qlora_native import _cuda
+
+        version = _cuda.runtime_version()  # of the nvcc behind the module, e.g. 13000
+        exact = f"{version // 1000}.{version % 1000 // 10}" == cuda_static.COMPILER
+    found = breaches(usages, cuda_static.read_budgets(), exact)
     assert not found, "\n" + "\n".join(found)
-
-
-def compiler_release() -> str:
-    """The nvcc behind the installed module, e.g. 13.0; empty where a file was given."""
-    if not qn.build_info()["cuda"]:
-        return ""
-    from qlora_native import _cuda
-
-    return f"{_cuda.runtime_version() // 1000}.{_cuda.runtime_version() % 1000 // 10}"
 
 
 def unmet(counts: dict[Key, Counter[str]], rules: tuple[Rule, ...]) -> list[str]:
     """The rules that do not hold, in words."""
     found = []
     for rule in rules:
-        seen = False
-        for (kernel, arch), counter in sorted(counts.items()):
-            if not (re.fullmatch(rule.kernels, kernel) and rule.since <= arch <= rule.until):
-                continue
-            seen = True
+        here = {key: counter for key, counter in sorted(counts.items()) if rule.since <= key[1] <= rule.until}
+        meant = {key: counter for key, counter in here.items() if re.fullmatch(rule.kernels, key[0])}
+        for (kernel, arch), counter in meant.items():
             count = sum(n for opcode, n in counter.items() if re.fullmatch(rule.opcode, opcode))
             if count < rule.least or (rule.most is not None and count > rule.most):
                 bounds = f"at least {rule.least}" if rule.most is None else f"{rule.least} to {rule.most}"
                 found.append(f"{kernel} for sm_{arch} has {count} of {rule.opcode}: expected {bounds}")
-        here = {arch for _, arch in counts if rule.since <= arch <= rule.until}
-        if rule.required and here and not seen:
+        if rule.required and here and not meant:
             found.append(f"no kernel is called {rule.kernels}: correct the rule")
     return found
 
@@ -177,10 +160,6 @@ def test_kernels_have_the_instructions_that_are_meant(opcodes: dict[Key, Counter
 
 def test_the_module_is_small(module: Path) -> None:
     assert module.stat().st_size < MOST_BYTES
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The proofs can fail
 
 
 def test_a_breach_of_a_budget_is_seen() -> None:

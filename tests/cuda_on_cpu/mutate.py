@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import re
 import shutil
 import subprocess
@@ -21,8 +22,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDS = ("race", "plain", "asan")
@@ -36,14 +37,17 @@ EXPLAINED: dict[tuple[str, str], str] = {
 }
 
 
-@dataclass(frozen=True)
-class Mutant:
+class Mutant(NamedTuple):
     path: str  # from the root
     line: int  # from 1
     text: str
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.text}"
+
+    @property
+    def excuse(self) -> str | None:
+        return EXPLAINED.get((self.path, self.text))
 
 
 def mutants(root: Path) -> list[Mutant]:
@@ -66,16 +70,15 @@ def mutants(root: Path) -> list[Mutant]:
 
 def included(path: Path, root: Path) -> set[str]:
     """The files of cuda/ that `path` includes, itself among them."""
-    found: set[str] = set()
+    found: set[Path] = set()
     waiting = [path]
     while waiting:
         current = waiting.pop()
-        name = current.relative_to(root).as_posix()
-        if name not in found:
-            found.add(name)
+        if current not in found and current.exists():
+            found.add(current)
             inner = re.findall(r'^#include "(cuda/[^"]+)"', current.read_text(), re.MULTILINE)
-            waiting += [root / other for other in inner if (root / other).exists()]
-    return found
+            waiting += [root / other for other in inner]
+    return {file.relative_to(root).as_posix() for file in found}
 
 
 def all_tests(root: Path) -> list[str]:
@@ -85,19 +88,13 @@ def all_tests(root: Path) -> list[str]:
 def tests_of(mutant: Mutant, root: Path) -> list[str]:
     """Tests named after an op one of whose sources includes the file."""
     sources = [path.stem for path in (root / "cuda").glob("*.cu") if mutant.path in included(path, root)]
-    return [
-        test for test in all_tests(root) if any(source.startswith(test.removeprefix("test_")) for source in sources)
-    ]
+    return [test for test in all_tests(root) if any(f"test_{source}".startswith(test) for source in sources)]
 
 
 def copy_of_tree(into: Path) -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
         source, copy = ROOT / name, into / name
         if source.is_file() and not (copy.is_file() and copy.read_bytes() == source.read_bytes()):
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +114,7 @@ class Tests:
     def build(self, names: list[str]) -> bool:
         command = ["cmake", "--build", str(self.folder), "--target", *names]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            print(done.stdout[-3000:])
+        print(done.stdout[-3000:] if done.returncode else "", end="")
         return done.returncode == 0
 
     def passes(self, name: str) -> bool:
@@ -148,17 +144,16 @@ class Tests:
         """The test and build that notice; None if all pass."""
         own = tests_of(mutant, self.root)
         others = [test for test in all_tests(self.root) if test not in own]
-        rounds = [own] if is_excused(mutant) else [own, others]
-        for tests in filter(None, rounds):
-            for kind in BUILDS:
-                names = [f"{test}_{kind}" for test in tests]
-                self.check_sound(names)
-                with without_line(self.root / mutant.path, mutant.line):
-                    if not self.build(names):
-                        return f"the compiler of {kind}"
-                    for name in names:
-                        if not self.passes(name):
-                            return name
+        rounds = [own] if mutant.excuse else [own, others]
+        for tests, kind in itertools.product(filter(None, rounds), BUILDS):
+            names = [f"{test}_{kind}" for test in tests]
+            self.check_sound(names)
+            with without_line(self.root / mutant.path, mutant.line):
+                if not self.build(names):
+                    return f"the compiler of {kind}"
+                for name in names:
+                    if not self.passes(name):
+                        return name
         return None
 
 
@@ -173,10 +168,6 @@ def without_line(path: Path, number: int) -> Iterator[None]:
         yield
     finally:
         path.write_text(sound)
-
-
-def is_excused(mutant: Mutant) -> bool:
-    return (mutant.path, mutant.text) in EXPLAINED
 
 
 def main() -> int:
@@ -200,10 +191,9 @@ def main() -> int:
         for number, mutant in enumerate(chosen[options.first - 1 :], options.first):
             start = time.monotonic()
             found = tests.killer(mutant)
-            excuse = EXPLAINED.get((mutant.path, mutant.text))
-            wrong += (found is None) != (excuse is not None)
-            verdict = f"seen by {found}" if found else f"SURVIVES ({excuse or 'unexplained'})"
-            if found and excuse:
+            wrong += (found is None) != (mutant.excuse is not None)
+            verdict = f"seen by {found}" if found else f"SURVIVES ({mutant.excuse or 'unexplained'})"
+            if found and mutant.excuse:
                 verdict += ", though EXPLAINED excuses it"
             print(f"{number}/{len(chosen)} {mutant}  {verdict}, {time.monotonic() - start:.0f} s", flush=True)
     tried = len(chosen) - options.first + 1
