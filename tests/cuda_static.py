@@ -124,23 +124,18 @@ def read_budgets() -> dict[Key, tuple[int, int]]:
     return {(kernel, int(arch)): tuple(budget) for kernel, row in table.items() for arch, budget in row.items()}
 
 
-def merged(old: dict[Key, tuple[int, int]], new: dict[Key, Usage]) -> dict[str, dict[str, list[int]]]:
-    """The table with these figures in place of the old ones; kernels that are gone are dropped."""
-    kernels = {kernel for kernel, _ in new}
-    every = {key: budget for key, budget in old.items() if key[0] in kernels}
-    every |= {key: (usage.registers, usage.shared) for key, usage in new.items()}
-    table: dict[str, dict[str, list[int]]] = {}
-    for (kernel, arch), budget in sorted(every.items()):
-        table.setdefault(kernel, {})[str(arch)] = list(budget)
-    return table
-
-
 def main(arguments: Sequence[str]) -> None:
     files = [Path(argument) for argument in arguments if argument != "--write"]
     if missing_tools() or not files:
         raise SystemExit(missing_tools() or __doc__)
-    old = read_budgets() if BUDGETS.exists() else {}
-    table = merged(old if "--write" in arguments else {}, usages(files))
+    found = usages(files)
+    kernels = {kernel for kernel, _ in found}
+    old = read_budgets() if "--write" in arguments and BUDGETS.exists() else {}
+    every = {key: budget for key, budget in old.items() if key[0] in kernels}  # without kernels that are gone
+    every |= {key: (usage.registers, usage.shared) for key, usage in found.items()}
+    table: dict[str, dict[str, list[int]]] = {}
+    for (kernel, arch), budget in sorted(every.items()):
+        table.setdefault(kernel, {})[str(arch)] = list(budget)
     rows = [f"{json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in table.items()]
     text = "{\n" + ",\n".join(rows) + "\n}\n"
     if "--write" in arguments:
