@@ -159,9 +159,9 @@ class QuantState:
         """Same form, and tables and scales equal within 1e-6 (and 1e-5 of the value)."""
         if not isinstance(other, QuantState):
             return False
-        names = ("shape", "dtype", "blocksize", "quant_type", "state2")
-        return all(getattr(self, name) == getattr(other, name) for name in names) and all(
-            _is_close(getattr(self, name), getattr(other, name)) for name in ("offset", "absmax", "code")
+        names = ("shape", "dtype", "blocksize", "quant_type", "state2", "offset")  # None or a tensor of one element
+        return all(bool(getattr(self, name) == getattr(other, name)) for name in names) and all(
+            _is_close(getattr(self, name), getattr(other, name)) for name in ("absmax", "code")
         )
 
     __hash__ = None  # type: ignore[assignment]
