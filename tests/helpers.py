@@ -28,23 +28,20 @@ INDUCTOR = pytest.param(
 )
 
 
-class SavedTensors:
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """Collects what autograd keeps for backward while it is entered."""
 
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t)
+        super().__init__(self._keep, lambda t: t)
 
     def _keep(self, t: torch.Tensor) -> torch.Tensor:
         self.tensors.append(t)
         return t
 
-    def __enter__(self) -> SavedTensors:
-        self._hooks.__enter__()
+    def __enter__(self) -> SavedTensors:  # type: ignore[override]
+        super().__enter__()
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
 
 
 def signed(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
@@ -68,19 +65,17 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal dtype, shape and bytes."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(left, right)
 
 
 def same_weight(a: qn.QuantizedWeight, b: qn.QuantizedWeight) -> bool:
     """Equal fields, tensors by bytes."""
-    for name in TENSOR_FIELDS:
-        left, right = getattr(a, name), getattr(b, name)
-        if (left is None) != (right is None) or (left is not None and not same_bytes(left, right)):
-            return False
+    pairs = [(getattr(a, name), getattr(b, name)) for name in TENSOR_FIELDS]
     fields = ("shape", "dtype", "quant_type", "block_size", "storage_dtype")
-    return all(getattr(a, name) == getattr(b, name) for name in fields)
+    return all(getattr(a, name) == getattr(b, name) for name in fields) and all(
+        left is right if left is None or right is None else same_bytes(left, right) for left, right in pairs
+    )
 
 
 def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
@@ -91,7 +86,6 @@ def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
 
 def through_a_file(saved: Any, **options: Any) -> Any:
     """What torch.load gives of what torch.save wrote."""
-    file = io.BytesIO()
-    torch.save(saved, file)
+    torch.save(saved, file := io.BytesIO())
     file.seek(0)
     return torch.load(file, **options)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import same_bytes
 from safetensors.torch import load_file, save_file
-from tiny_models import dense_twin, distance, edit_config, edit_tensors, logits, make, save
-from transformers import GenerationConfig
+from tiny_models import dense_twin, distance, edit_config, edit_tensors, four_bit_layers, logits, make, save
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import qlora_native as qn
 from qlora_native.hf.load import load_model
@@ -38,10 +39,9 @@ ARCHITECTURES: list[tuple[str, dict[str, Any], int]] = [
 def test_the_same_model_but_for_its_4bit_layers(
     tmp_path: Path, kind: str, changes: dict[str, Any], layers: int
 ) -> None:
-    save(tmp_path, kind, torch.bfloat16, **changes)
-    model = load_model(tmp_path, dtype=torch.float32)
+    model = load_model(save(tmp_path, kind, torch.bfloat16, **changes), dtype=torch.float32)
     twin, worst = dense_twin(tmp_path, model)
-    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == layers
+    assert len(four_bit_layers(model)) == layers
     assert worst < 0.12
     assert distance(logits(model), logits(twin)) < 1e-5
     assert not model.training
@@ -54,13 +54,11 @@ def test_the_same_model_but_for_its_4bit_layers(
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_are_quantized_as_stored_and_the_rest_is_cast(tmp_path: Path, stored: torch.dtype) -> None:
-    save(tmp_path, dtype=stored)
-    model = load_model(tmp_path, quant_type="fp4", block_size=128, double_quant=False)
+    options: dict[str, Any] = {"quant_type": "fp4", "block_size": 128, "double_quant": False}
+    model = load_model(save(tmp_path, dtype=stored), **options)
     file = load_file(tmp_path / "model.safetensors")
     layer = model.model.layers[1].mlp.down_proj
-    expected = qn.quantize(
-        file["model.layers.1.mlp.down_proj.weight"], quant_type="fp4", block_size=128, double_quant=False
-    )
+    expected = qn.quantize(file["model.layers.1.mlp.down_proj.weight"], **options)
     assert torch.equal(layer.quantized.packed, expected.packed)
     assert torch.equal(layer.quantized.absmax, expected.absmax)
     assert layer.quantized.dtype == torch.bfloat16
@@ -79,8 +77,7 @@ def test_shards_give_the_same_model(tmp_path: Path) -> None:
 
 
 def test_the_prefix_of_the_base_model_may_be_absent(tmp_path: Path) -> None:
-    save(tmp_path, tie_word_embeddings=True)
-    expected = logits(load_model(tmp_path))
+    expected = logits(load_model(save(tmp_path, tie_word_embeddings=True)))
     edit_tensors(tmp_path, lambda t: [t.update({name.removeprefix("model."): t.pop(name)}) for name in list(t)])
     assert torch.equal(logits(load_model(tmp_path)), expected)
 
@@ -93,60 +90,39 @@ def test_tied_weights_stored_twice(tmp_path: Path) -> None:
     assert "lm_head.weight" not in model.load_report.dense
 
 
-def test_norms_kept_in_fp32_stay_so(tmp_path: Path) -> None:
-    save(tmp_path, "Llama")
-    model = load_model(tmp_path, dtype=torch.float16)
+def test_norms_kept_in_fp32_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(save(tmp_path), dtype=torch.float16)
     assert model.model.norm.weight.dtype == torch.float16  # llama asks for nothing
-    save(tmp_path / "t", "Mixtral", num_local_experts=4)
-    kind = type(make("Mixtral", num_local_experts=4))
-    kind._keep_in_fp32_modules_strict = {"norm"}
-    try:
-        model = load_model(tmp_path / "t", dtype=torch.float16)
-    finally:
-        del kind._keep_in_fp32_modules_strict
+    monkeypatch.setattr(type(make()), "_keep_in_fp32_modules_strict", {"norm"})
+    model = load_model(tmp_path, dtype=torch.float16)
     assert model.model.norm.weight.dtype == torch.float32
     assert model.model.embed_tokens.weight.dtype == torch.float16
 
 
 def test_skip_modules(tmp_path: Path) -> None:
-    save(tmp_path)
-
-    def four_bit(skip: list[str]) -> set[str]:
-        model = load_model(tmp_path, skip_modules=skip)
-        return {path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-
-    everything = four_bit([])
+    everything = {*four_bit_layers(load_model(save(tmp_path), skip_modules=[]))}
     assert "lm_head" in everything
-    assert four_bit(["lm_head"]) == everything - {"lm_head"}
-    assert four_bit(["q_proj"]) == {path for path in everything if not path.endswith("q_proj")}
-    assert four_bit(["layers.1"]) == {path for path in everything if ".1." not in path}
+    for entry, part in (("lm_head", "lm_head"), ("q_proj", "q_proj"), ("layers.1", ".1.")):
+        left = {*four_bit_layers(load_model(tmp_path, skip_modules=[entry]))}
+        assert left == {path for path in everything if part not in path}
     with pytest.raises(ValueError, match=r"skip_modules.*'q_prj'.*did you mean q_proj"):
         load_model(tmp_path, skip_modules=["q_prj"])
     with pytest.raises(ValueError, match="expected a list"):
         load_model(tmp_path, skip_modules="lm_head")
-
-
-def test_lm_head_means_the_output_embedding_under_any_name(tmp_path: Path) -> None:
-    save(tmp_path, "GPTNeoX")
-    model = load_model(tmp_path)
-    assert isinstance(model.get_output_embeddings(), torch.nn.Linear)
+    save(tmp_path, "GPTNeoX")  # calls its output embedding otherwise
+    assert isinstance(load_model(tmp_path).get_output_embeddings(), torch.nn.Linear)
     assert isinstance(load_model(tmp_path, skip_modules=[]).get_output_embeddings(), QuantizedLinear)
 
 
 def test_the_report_counts_every_byte(tmp_path: Path) -> None:
-    save(tmp_path, num_hidden_layers=1)
-    report = load_model(tmp_path).load_report
+    report = load_model(save(tmp_path, num_hidden_layers=1)).load_report
     elements = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3
     blocks = elements // 64
     nested = 2 * 1 + 2 * 1 + 3 * 1  # each layer has fewer than 256 blocks: one fp32 scale of scales
     assert report.bytes_4bit == elements // 2 + blocks + 4 * nested + 4 * 7  # and an fp32 offset each
     norms = {f"model.layers.0.{name}_layernorm.weight": 128 for name in ("input", "post_attention")}
-    assert report.dense == {
-        "model.embed_tokens.weight": 128 * 64 * 2,
-        "lm_head.weight": 128 * 64 * 2,
-        **norms,
-        "model.norm.weight": 128,
-    }
+    embeddings = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), 128 * 64 * 2)
+    assert report.dense == {**embeddings, **norms, "model.norm.weight": 128}
     inv_freq = 2 * 4 * 8  # kept twice by transformers, fp32 [head_dim / 2]
     assert report.bytes_dense == sum(report.dense.values()) + inv_freq
     assert report.num_bytes == report.bytes_4bit + report.bytes_dense
@@ -161,25 +137,17 @@ def test_generation_config_and_generate(tmp_path: Path) -> None:
     assert model.generate(torch.tensor([[5, 6]])).shape[1] <= 5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights that are 4-bit already
-
-
 def write_four_bit(folder: Path, storage: torch.dtype = torch.uint8, ulp: bool = False) -> dict[str, torch.Tensor]:
     """A folder as bitsandbytes writes it, made of qn.to_bnb; with ``ulp``, maps that differ from the tables by one."""
     save(folder)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if name.endswith("proj.weight"):
-            weight = qn.quantize(tensor.bfloat16())
-            weight.storage_dtype = storage
-            parts = qn.to_bnb(weight, name)
-            if ulp:
-                code = parts[f"{name}.quant_map"]
-                parts[f"{name}.quant_map"] = torch.nextafter(code, torch.full_like(code, 2.0))
-            tensors |= parts
-        else:
-            tensors[name] = tensor.bfloat16()
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        weight = qn.quantize(tensors[name])
+        weight.storage_dtype = storage
+        tensors |= qn.to_bnb(weight, name)
+        if ulp:
+            code = tensors[f"{name}.quant_map"]
+            tensors[f"{name}.quant_map"] = torch.nextafter(code, torch.full_like(code, 2.0))
     save_file(tensors, folder / "model.safetensors")
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     return tensors
@@ -192,9 +160,7 @@ def test_four_bit_checkpoints_load_and_save_byte_for_byte(tmp_path: Path, storag
     model = load_model(tmp_path, quant_type="fp4", block_size=256)  # the files win
     state = model.state_dict()
     assert state.keys() == stored.keys()
-    for name, tensor in stored.items():
-        assert state[name].dtype == tensor.dtype, name
-        assert torch.equal(state[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+    assert all(same_bytes(state[name], tensor) for name, tensor in stored.items())
     model.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == stored.keys()
@@ -203,21 +169,14 @@ def test_four_bit_checkpoints_load_and_save_byte_for_byte(tmp_path: Path, storag
 
 def test_what_we_save_bitsandbytes_reads(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM
-
-    save(tmp_path / "dense", intermediate_size=128)
-    model = load_model(tmp_path / "dense", dtype=torch.float32)
+    model = load_model(save(tmp_path / "dense", intermediate_size=128), dtype=torch.float32)
     model.save_pretrained(tmp_path / "ours")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, device_map={"": "cpu"})
     assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert distance(logits(theirs.train()).detach(), logits(model)) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GGUF
-
-
-def write_gguf(path: Path) -> None:
+def write_gguf(path: Path) -> Path:
     """A tiny llama with fp32 tensors, written with the gguf package."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -232,16 +191,10 @@ def write_gguf(path: Path) -> None:
         getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{number}>" for number in range(128)])
-    attention = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "output": (64, 64)}
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd": (128, 64),
-        "output": (128, 64),
-        **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (64,)),
-        **{f"blk.0.attn_{name}": shape for name, shape in attention.items()},
-        "blk.0.ffn_gate": (96, 64),
-        "blk.0.ffn_up": (96, 64),
-        "blk.0.ffn_down": (64, 96),
-    }
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_embd", "output"), (128, 64))
+    shapes |= dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (64,))
+    shapes |= {f"blk.0.attn_{name}": (rows, 64) for name, rows in (("q", 64), ("k", 32), ("v", 32), ("output", 64))}
+    shapes |= {"blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64), "blk.0.ffn_down": (64, 96)}
     generator = torch.Generator().manual_seed(0)
     for name, shape in shapes.items():
         tensor = torch.randn(shape, generator=generator) * 0.05 if len(shape) == 2 else torch.ones(shape)
@@ -250,6 +203,7 @@ def write_gguf(path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
 
 
 @pytest.mark.parametrize("forbidden", [True, False])
@@ -257,8 +211,7 @@ def test_the_readers_bar_can_be_forbidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], forbidden: bool
 ) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1" if forbidden else "")
-    write_gguf(tmp_path / "tiny.gguf")
-    load_model(tmp_path / "tiny.gguf")
+    load_model(write_gguf(tmp_path / "tiny.gguf"))
     assert ("de-quantizing" in capfd.readouterr().err) != forbidden
 
 
@@ -281,17 +234,14 @@ def test_an_open_source_loads_again_and_again(tmp_path: Path, kind: str) -> None
 
 
 def test_gguf_file_and_folder(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    write_gguf(tmp_path / "tiny.gguf")
-    model = load_model(tmp_path / "tiny.gguf", dtype=torch.float32)
+    model = load_model(write_gguf(tmp_path / "tiny.gguf"), dtype=torch.float32)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
-    for path, layer in model.named_modules():
-        if isinstance(layer, QuantizedLinear):
-            weight = twin.get_submodule(path).weight
-            assert torch.equal(layer.quantized.packed, qn.quantize(weight).packed), path
-            weight.data.copy_(layer.quantized.dequantize(torch.float32))
-    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 7
+    layers = four_bit_layers(model)
+    assert len(layers) == 7
+    for path, layer in layers.items():
+        weight = twin.get_submodule(path).weight
+        assert torch.equal(layer.quantized.packed, qn.quantize(weight).packed), path
+        weight.data.copy_(layer.quantized.dequantize(torch.float32))
     assert distance(logits(model), logits(twin)) < 1e-5
     assert torch.equal(logits(load_model(tmp_path, dtype=torch.float32)), logits(model))
     shutil.copy(tmp_path / "tiny.gguf", tmp_path / "other.gguf")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import same_values
 from safetensors.torch import load_file
-from tiny_models import bitsandbytes_model, distance, edit_tensors, logits, save
+from tiny_models import bitsandbytes_model, distance, edit_config, edit_tensors, four_bit_layers, logits, save
 from torch import Tensor, nn
 
 from qlora_native import reference
@@ -22,20 +22,12 @@ from qlora_native.nn import QuantizedLinear
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-STORAGE = ["uint8", "bfloat16", "float16", "float32"]
-
 
 def write(folder: Path, dtype: torch.dtype, quant_type: str, nested: bool, storage: str) -> Any:
     """A folder that transformers saved with bitsandbytes' layers, and the model in training mode."""
-    # its CPU kernels need rows of whole blocks
-    model = bitsandbytes_model(
-        save(folder / "dense", intermediate_size=128, attention_bias=True),
-        dtype,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=nested,
-        bnb_4bit_quant_storage=storage,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    options = {"quant_type": quant_type, "use_double_quant": nested, "quant_storage": storage, "compute_dtype": dtype}
+    save(folder / "dense", intermediate_size=128, attention_bias=True)  # its CPU kernels need rows of whole blocks
+    model = bitsandbytes_model(folder / "dense", dtype, **{f"bnb_4bit_{name}": one for name, one in options.items()})
     model.save_pretrained(folder / "theirs")
     return model.train()
 
@@ -52,7 +44,7 @@ class ByReference(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -62,7 +54,7 @@ def test_weights_and_logits_are_theirs_and_the_file_is_saved_again(
     theirs = write(tmp_path, dtype, quant_type, nested, storage)
     expected = logits(theirs)
     ours = load_model(tmp_path / "theirs", dtype=dtype)
-    layers = {path: layer for path, layer in ours.named_modules() if isinstance(layer, QuantizedLinear)}
+    layers = four_bit_layers(ours)
     assert len(layers) == 14
     for path, layer in layers.items():
         weight = theirs.get_submodule(path).weight
@@ -74,10 +66,8 @@ def test_weights_and_logits_are_theirs_and_the_file_is_saved_again(
 
     ours.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "theirs/model.safetensors").read_bytes()
-    before, after = (
-        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("theirs", "again")
-    )
-    assert after == before
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "again"))
+    assert after["quantization_config"] == before["quantization_config"]
 
     plain = load_model(tmp_path / "theirs", dtype=dtype, fuse=False)
     assert distance(logits(plain), expected) < (1e-5 if dtype == torch.float32 else 1e-2)
@@ -91,18 +81,14 @@ def test_maps_that_differ_are_honored_and_saved(tmp_path: Path) -> None:
     write(tmp_path, torch.float32, "nf4", True, "uint8")
     file = tmp_path / "theirs" / "model.safetensors"
     name = "model.layers.0.mlp.down_proj.weight"
-    edit_tensors(
-        file.parent,
-        lambda t: (
-            t[f"{name}.quant_map"].mul_(0.75),
-            t[f"{name}.nested_quant_map"].copy_(t[f"{name}.nested_quant_map"].flip(0)),
-        ),
-    )
+    nested_map = f"{name}.nested_quant_map"
+    edit_tensors(file.parent, lambda t: t[f"{name}.quant_map"].mul_(0.75))
+    edit_tensors(file.parent, lambda t: t.update({nested_map: t[nested_map].flip(0)}))
     tensors = load_file(file)
     model = load_model(tmp_path / "theirs", dtype=torch.float32)
     got = model.get_submodule(name.removesuffix(".weight")).quantized.dequantize()
     state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
-    nested = tensors[f"{name}.nested_quant_map"][tensors[f"{name}.absmax"].long()]
+    nested = tensors[nested_map][tensors[f"{name}.absmax"].long()]
     spread = tensors[f"{name}.nested_absmax"].repeat_interleave(256)[: nested.numel()]
     scales = (nested * spread + torch.tensor(state["nested_offset"])).repeat_interleave(64)
     packed = tensors[name].view(-1)
@@ -115,9 +101,8 @@ def test_maps_that_differ_are_honored_and_saved(tmp_path: Path) -> None:
 def test_a_config_with_4_bits_in_the_other_field(tmp_path: Path) -> None:
     """Some published folders have only `_load_in_4bit`."""
     theirs = write(tmp_path, torch.float32, "nf4", False, "uint8")
-    path = tmp_path / "theirs" / "config.json"
-    config = json.loads(path.read_text())
-    del config["quantization_config"]["load_in_4bit"]
-    assert config["quantization_config"]["_load_in_4bit"]
-    path.write_text(json.dumps(config))
+    quantization = json.loads((tmp_path / "theirs" / "config.json").read_text())["quantization_config"]
+    del quantization["load_in_4bit"]
+    assert quantization["_load_in_4bit"]
+    edit_config(tmp_path / "theirs", quantization_config=quantization)
     assert distance(logits(load_model(tmp_path / "theirs", dtype=torch.float32)), logits(theirs)) < 1e-5

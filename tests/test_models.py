@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import dense_twin, distance, logits, make, tokens
+from tiny_models import assert_same, dense_twin, distance, logits, make, tokens
 from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
@@ -31,9 +31,7 @@ MODELS: list[tuple[str, dict[str, Any], int, float]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes", "count", "bound"), MODELS, ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("kind", "changes", "count", "bound"), MODELS, ids=[kind for kind, *_ in MODELS])
 def test_from_one_end_to_the_other(
     tmp_path: Path, kind: str, changes: dict[str, Any], count: int, bound: float
 ) -> None:
@@ -41,14 +39,11 @@ def test_from_one_end_to_the_other(
     dense = make(kind, torch.bfloat16, **layers, **changes)
     dense.save_pretrained(tmp_path / "dense")
     model = qn.load_model(tmp_path / "dense", dtype=torch.float32, fuse=False)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", quantization_config=qn.QLoRANativeConfig(), dtype=torch.float32
-    )
+    options: Any = {"quantization_config": qn.QLoRANativeConfig(), "dtype": torch.float32}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options)
     ours = four_bit_parts(model)
     assert len(ours) == count
-    assert {name: weight.packed.tolist() for name, weight in four_bit_parts(theirs).items()} == {
-        name: weight.packed.tolist() for name, weight in ours.items()
-    }
+    assert_same(*({name: part.packed for name, part in four_bit_parts(one).items()} for one in (theirs, model)))
     assert torch.equal(logits(theirs), logits(model))
 
     twin, worst = dense_twin(tmp_path / "dense", model)
@@ -94,10 +89,7 @@ def test_experts_merge_to_the_original_weights(tmp_path: Path, kind: str) -> Non
     changes = {name: options for name, options, _, _ in MODELS}[kind]
     dense = make(kind, torch.bfloat16, num_hidden_layers=1, **changes)
     dense.save_pretrained(tmp_path)
-    merged = qn.merge(qn.load_model(tmp_path), base="original")
-    expected = dense.state_dict()
-    assert merged.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+    assert_same(qn.merge(qn.load_model(tmp_path), base="original").state_dict(), dense.state_dict())
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -108,6 +100,4 @@ def test_experts_quantized_one_by_one_have_the_bytes_of_the_stack(tmp_path: Path
     stacks = {name: weight for name, weight in four_bit_parts(model).items() if ".experts." in name}
     assert len(stacks) == 2
     for name, weight in stacks.items():
-        expected = qn.to_bnb(qn.quantize(dense.get_parameter(name), double_quant=double_quant))
-        got = qn.to_bnb(weight)
-        assert all(torch.equal(got[key], tensor) for key, tensor in expected.items()), name
+        assert_same(qn.to_bnb(weight), qn.to_bnb(qn.quantize(dense.get_parameter(name), double_quant=double_quant)))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import SavedTensors
-from tiny_models import dense_twin, distance, logits, save, tokens
+from tiny_models import assert_same, dense_twin, distance, four_bit_layers, logits, save, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -26,9 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("base"))
 
 
-def base(folder: Path, **options: Any) -> Any:
+def base(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = qn.QLoRANativeConfig(**options)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
 
 
 def filled(model: Any, seed: int = 5) -> Any:
@@ -47,10 +48,21 @@ def both(folder: Path, **options: Any) -> tuple[Any, Any]:
     torch.manual_seed(1)
     ours = adapted(model, **options)
     theirs = peft.get_peft_model(twin, peft.LoraConfig(**{**DEFAULTS, **options}))
-    theirs.load_state_dict(
-        {name: tensor for name, tensor in ours.state_dict().items() if "lora_" in name}, strict=False
-    )
+    theirs.load_state_dict(state_of(ours, "lora_"), strict=False)
     return ours, theirs
+
+
+def state_of(model: Any, part: str = "") -> dict[str, torch.Tensor]:
+    """A copy of the tensors with ``part`` in their names."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if part in name}
+
+
+def assert_same_gradients(ours: Any, theirs: Any) -> dict[str, torch.Tensor]:
+    found, gradients = gradients_of(ours), gradients_of(theirs)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert distance(found[name], gradient) < 1e-4, name
+    return found
 
 
 def adapted(model: Any, **options: Any) -> Any:
@@ -81,35 +93,16 @@ ADAPTERS: list[tuple[dict[str, Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("options", "fused"), ADAPTERS, ids=lambda value: "+".join(value) if isinstance(value, dict) else ""
-)
-def test_the_adapter_computes_what_it_does_on_dense_weights(
-    folder: Path, options: dict[str, Any], fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("options", "fused"), ADAPTERS, ids=["+".join(options) or "plain" for options, _ in ADAPTERS])
+def test_the_adapter_computes_what_it_does_on_dense_weights(folder: Path, options: dict[str, Any], fused: bool) -> None:
     ours, theirs = both(folder, **options)
     layers = [module for module in ours.modules() if isinstance(module, FusedLayer)]
     assert len(layers) == (4 if "target_modules" in options else 14)
-    calls = count_nodes(monkeypatch)
-    found, gradients = gradients_of(ours), gradients_of(theirs)
-    assert len(calls) == (len(layers) if fused else 0)
-    assert set(gradients) == set(found)
-    for name, gradient in gradients.items():
-        assert distance(found[name], gradient) < 1e-4, name
-    assert distance(logits(ours), logits(theirs)) < 1e-5
-
-
-def count_nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one a call of QuantizedLinear.with_adapter."""
-    calls: list[int] = []
     real = QuantizedLinear.with_adapter
-
-    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(QuantizedLinear, "with_adapter", counted)
-    return calls
+    with patch.object(QuantizedLinear, "with_adapter", autospec=True, side_effect=real) as calls:
+        assert_same_gradients(ours, theirs)
+    assert calls.call_count == (len(layers) if fused else 0)
+    assert distance(logits(ours), logits(theirs)) < 1e-5
 
 
 def test_nothing_dequantized_is_kept_for_backward(folder: Path) -> None:
@@ -146,20 +139,17 @@ def test_the_layers_survive_saving(tmp_path: Path, folder: Path, config: str) ->
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 8}, {"use_dora": True}], ids=str)
 def test_merging_quantizes_the_sum(folder: Path, options: dict[str, Any]) -> None:
     ours, theirs = both(folder, **options)
-    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    with_adapter = logits(ours)
+    before, with_adapter = state_of(ours), logits(ours)
     merged = theirs.merge_and_unload()
     ours.merge_adapter(safe_merge=True)
-    for path, layer in ours.named_modules():
-        if isinstance(layer, QuantizedLinear):
-            dense = merged.get_submodule(path.removeprefix("base_model.model.").removesuffix(".base_layer"))
-            expected = qn.quantize(dense.weight).dequantize()
-            assert distance(layer.quantized.dequantize(torch.float32), expected) < 0.2, path
-            assert differing(layer.quantized, dense.weight) < 1e-2, path
+    for path, layer in four_bit_layers(ours).items():
+        dense = merged.get_submodule(path.removeprefix("base_model.model.").removesuffix(".base_layer"))
+        expected = qn.quantize(dense.weight).dequantize()
+        assert distance(layer.quantized.dequantize(torch.float32), expected) < 0.2, path
+        assert differing(layer.quantized, dense.weight) < 1e-2, path
     assert 0 < distance(logits(ours), with_adapter) < 0.3
     ours.unmerge_adapter()
-    after = ours.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert_same(ours.state_dict(), before)
     plain = ours.merge_and_unload()
     assert type(plain.model.layers[0].mlp.up_proj) is QuantizedLinear
     assert distance(logits(plain), with_adapter) < 0.3
@@ -174,13 +164,10 @@ def test_several_adapters(folder: Path) -> None:
             if ".second." in name:
                 parameter.data.normal_(0, 0.05)
         model.eval()
-    for active in ("default", "second"):
+    for active in ("default", "second", ["default", "second"]):
         for model in (ours, theirs):
-            model.set_adapter(active)
+            model.base_model.set_adapter(active)
         assert distance(logits(ours), logits(theirs)) < 1e-5
-    for model in (ours, theirs):
-        model.base_model.set_adapter(["default", "second"])
-    assert distance(logits(ours), logits(theirs)) < 1e-5
     batch = {"input_ids": tokens(), "adapter_names": ["default", "__base__"]}
     with torch.no_grad():
         assert distance(ours(**batch).logits, theirs(**batch).logits) < 1e-5
@@ -194,17 +181,15 @@ def test_several_adapters(folder: Path) -> None:
 
 
 def test_initializations_that_read_the_weights_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="init_lora_weights is 'pissa'.*these are 4-bit: expected one of True"):
+    with pytest.raises(ValueError, match="init_lora_weights is 'pissa'.*4-bit.*True"):
         peft.get_peft_model(base(folder), qn.peft_config(init_lora_weights="pissa"))
 
 
 def test_preparing_for_training_does_no_harm(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=qn.QLoRANativeConfig(compute_dtype="bfloat16"), dtype=torch.bfloat16
-    )
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "proj" in name}
+    model = base(folder, torch.bfloat16, compute_dtype="bfloat16")
+    before = state_of(model, "proj")
     prepared = peft.prepare_model_for_kbit_training(model)
-    assert all(torch.equal(prepared.state_dict()[name], tensor) for name, tensor in before.items())
+    assert_same(state_of(prepared, "proj"), before)
     assert prepared.model.norm.weight.dtype == torch.float32
     trained = peft.get_peft_model(prepared, qn.peft_config(r=4))
     gradients = gradients_of(trained)
@@ -212,8 +197,7 @@ def test_preparing_for_training_does_no_harm(folder: Path) -> None:
 
 
 def test_conv1d_layers(tmp_path: Path) -> None:
-    save(tmp_path, "GPT2")
-    ours, theirs = both(tmp_path, r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    ours, theirs = both(save(tmp_path, "GPT2"), r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     assert distance(logits(ours), logits(theirs)) < 1e-5
     assert distance(logits(ours.merge_and_unload()), logits(theirs)) < 0.3
 
@@ -223,16 +207,13 @@ def test_experts(tmp_path: Path) -> None:
     """PEFT's "all-linear" means the stacks of experts as well, and the router."""
     save(tmp_path / "base", "Mixtral", num_local_experts=4, num_hidden_layers=1)
     ours, theirs = both(tmp_path / "base", r=4)
-    found, gradients = gradients_of(ours), gradients_of(theirs)
-    assert sum("experts" in name for name in gradients) == 4
-    for name, gradient in gradients.items():
-        assert distance(found[name], gradient) < 1e-4, name
+    assert sum("experts" in name for name in assert_same_gradients(ours, theirs)) == 4
     expected = logits(ours)
     assert distance(expected, logits(theirs)) < 1e-5
     ours.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(base(tmp_path / "base"), tmp_path / "adapter")
     assert distance(logits(again), expected) < 1e-6
-    before = {name: tensor.clone() for name, tensor in ours.state_dict().items() if ".experts." in name}
+    before = state_of(ours, ".experts.")
     ours.merge_adapter(safe_merge=True)
     merged = theirs.merge_and_unload()
     stacks = list(quantized_stacks(ours.base_model.model))
@@ -241,8 +222,7 @@ def test_experts(tmp_path: Path) -> None:
         there = merged.get_submodule(path.removesuffix(".base_layer.base_layer")).get_parameter(name)
         assert differing(stack, there) < 1e-2, name
     ours.unmerge_adapter()
-    after = ours.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert_same(state_of(ours, ".experts."), before)
     unloaded = ours.merge_and_unload()
     assert [stack.shape for *_, stack in quantized_stacks(unloaded)] == [stack.shape for *_, stack in stacks]
 

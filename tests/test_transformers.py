@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import distance, edit_config, edit_tensors, logits, make, save
+from tiny_models import assert_same, distance, edit_config, edit_tensors, four_bit_layers, logits, make, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qlora_native as qn
@@ -22,11 +22,10 @@ from qlora_native.nn import QuantizedLinear
 FEW: dict[str, dict[str, Any]] = {"Mixtral": {"num_local_experts": 4}}  # changes to a kind's config, for speed
 
 
-def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+def load(folder: Path, dtype: torch.dtype = torch.bfloat16, device_map: Any = None, **options: Any) -> Any:
     """The model by from_pretrained; ``options`` are QLoRANativeConfig's."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=qn.QLoRANativeConfig(**options), dtype=dtype
-    )
+    config = qn.QLoRANativeConfig(**options)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map=device_map)
 
 
 @pytest.mark.parametrize(
@@ -34,23 +33,19 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> A
     [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.bfloat16, torch.float16)],
 )
 def test_the_model_is_that_of_load_model(tmp_path: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
-    save(tmp_path, dtype=stored, attention_bias=True)
-    model = load(tmp_path, dtype)
+    model = load(save(tmp_path, dtype=stored, attention_bias=True), dtype)
     ours = qn.load_model(tmp_path, dtype=dtype, fuse=False)
-    state, expected = model.state_dict(), ours.state_dict()
-    assert state.keys() == expected.keys()
+    assert model.state_dict().keys() == ours.state_dict().keys()
     if stored != torch.bfloat16 or dtype != torch.float16:  # transformers casts before, load_model after quantizing
-        assert all(torch.equal(state[name], expected[name]) for name in state)
+        assert_same(model.state_dict(), ours.state_dict())
         assert torch.equal(logits(model), logits(ours))
     assert model.load_report.dense == ours.load_report.dense
     assert model.load_report.num_bytes == ours.load_report.num_bytes
     assert f"{100 * ours.load_report.share_4bit:.1f} % of them 4-bit; not 4-bit: model.embed" in str(model.load_report)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert {buffer.dtype for name, buffer in model.named_buffers() if name.endswith("absmax")} == {
-        torch.uint8,
-        torch.float32,
-    }
+    scales = {buffer.dtype for name, buffer in model.named_buffers() if name.endswith("absmax")}
+    assert scales == {torch.uint8, torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "Mixtral", "GPTNeoX"])
@@ -64,9 +59,7 @@ def test_saved_and_loaded_again(tmp_path: Path, kind: str) -> None:
     assert again.dtype == torch.bfloat16
     assert torch.equal(logits(again), logits(model))
     again.save_pretrained(tmp_path / "again")
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "again"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same(*(load_file(tmp_path / name / "model.safetensors") for name in ("saved", "again")))
     ours = qn.load_model(tmp_path / "saved", fuse=False)
     assert torch.equal(logits(ours), logits(model))
     assert ours.config.quantization_config["quant_method"] == "qlora_native"
@@ -89,52 +82,35 @@ def test_dequantize_gives_the_dense_model(tmp_path: Path, kind: str, dtype: torc
 
 
 def test_output_embedding_and_tied_weights_stay_dense(tmp_path: Path) -> None:
-    save(tmp_path / "tied", tie_word_embeddings=True)
-    tied = load(tmp_path / "tied", skip_modules=[])
+    tied = load(save(tmp_path / "tied", tie_word_embeddings=True), skip_modules=[])
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
-    save(tmp_path / "untied")
-    assert type(load(tmp_path / "untied").lm_head) is torch.nn.Linear
+    assert type(load(save(tmp_path / "untied")).lm_head) is torch.nn.Linear
     assert isinstance(load(tmp_path / "untied", skip_modules=[]).lm_head, QuantizedLinear)
-    some = load(tmp_path / "untied", llm_int8_skip_modules=["layers.1", "lm_head"])
-    assert {"0" in path for path, module in some.named_modules() if isinstance(module, QuantizedLinear)} == {True}
+    some = four_bit_layers(load(tmp_path / "untied", llm_int8_skip_modules=["layers.1", "lm_head"]))
+    assert some and all("layers.0" in path for path in some)
     with pytest.raises(ValueError, match=r"no module 'q_prj'; did you mean q_proj"):
         load(tmp_path / "untied", skip_modules=["q_prj"])
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu", "auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
 def test_device_map(tmp_path: Path, device_map: Any) -> None:
-    save(tmp_path, dtype=torch.bfloat16)
-    config = qn.QLoRANativeConfig()
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map=device_map
-    )
+    model = load(save(tmp_path, dtype=torch.bfloat16), device_map=device_map)
     assert torch.equal(logits(model), logits(qn.load_model(tmp_path, fuse=False)))
 
 
 def test_the_disk_is_refused(tmp_path: Path) -> None:
-    save(tmp_path)
-    with pytest.raises(ValueError, match="on the disk, where 4-bit weights cannot stay: expected devices or 'cpu'"):
-        AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=qn.QLoRANativeConfig(), device_map={"model": "disk", "lm_head": "cpu"}
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights stored as 8-bit floats
+    with pytest.raises(ValueError, match="on the disk.*'cpu'"):
+        load(save(tmp_path), device_map={"model": "disk", "lm_head": "cpu"})
 
 
 def as_8bit(folder: Path, dtype: torch.dtype, scaled: bool, block: int = 64) -> dict[str, torch.Tensor]:
-    """Make the linear weights of a folder 8-bit floats; returns what they stand for, in fp32."""
-    tensors, meant = {}, {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        meant[name] = tensor.float()
-        if not name.endswith("proj.weight"):
-            tensors[name] = tensor
-            continue
+    """Make the linear weights of a folder 8-bit floats; returns their values in fp32."""
+    tensors, meant = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        tensor = tensors[name]
         scales = torch.ones(-(-tensor.shape[0] // block), -(-tensor.shape[1] // block))
         if scaled:
-            scales = torch.rand_like(scales) + 0.5
-            tensors[f"{name}_scale_inv"] = scales
+            tensors[f"{name}_scale_inv"] = scales = torch.rand_like(scales) + 0.5
         spread = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[: tensor.shape[0], : tensor.shape[1]]
         tensors[name] = (tensor / spread).to(dtype)
         meant[name] = tensors[name].float() * spread
@@ -151,24 +127,19 @@ def test_8bit_floats(tmp_path: Path, kind: torch.dtype, scaled: bool) -> None:
     meant = as_8bit(tmp_path, kind, scaled)  # 96 rows in blocks of 64: the last block is smaller
     theirs, ours = load(tmp_path), qn.load_model(tmp_path, fuse=False)
     for name, truth in meant.items():
-        if name.endswith("proj.weight"):
-            by_us, by_them = (
-                model.get_submodule(name.removesuffix(".weight")).quantized.dequantize(torch.float32)
-                for model in (ours, theirs)
-            )
-            expected = qn.quantize(truth.bfloat16()).dequantize(torch.float32)
-            assert torch.equal(by_us, expected), name
-            # transformers rounds the scales to 16 bits, so a code may move by one: no worse for it.
-            assert (by_them - truth).norm() <= (1.02 if scaled else 1) * (expected - truth).norm(), name
-    if scaled:
-        config = AutoConfig.from_pretrained(tmp_path)
-        assert config.quantization_config["quant_method"] == "fp8"
+        layers = [model.get_submodule(name.removesuffix(".weight")) for model in (ours, theirs)]
+        by_us, by_them = (layer.quantized.dequantize(torch.float32) for layer in layers)
+        expected = qn.quantize(truth.bfloat16()).dequantize(torch.float32)
+        assert torch.equal(by_us, expected), name
+        # transformers rounds the scales to 16 bits, so a code may move by one: no worse for it.
+        assert (by_them - truth).norm() <= (1.02 if scaled else 1) * (expected - truth).norm(), name
+    assert not scaled or AutoConfig.from_pretrained(tmp_path).quantization_config["quant_method"] == "fp8"
 
 
 def test_scaled_experts_are_refused(tmp_path: Path) -> None:
     save(tmp_path)
     edit_tensors(tmp_path, lambda t: t.update({"model.layers.0.mlp.experts.0.w1.weight_scale_inv": torch.ones(1, 1)}))
-    with pytest.raises(qn.UserError, match="holds experts as 8-bit floats.*load it with qlora_native.load_model"):
+    with pytest.raises(qn.UserError, match="8-bit floats.*qlora_native.load_model"):
         load(tmp_path)
 
 
@@ -182,31 +153,21 @@ def test_a_nan_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_our_config_reads_weights_that_are_4bit_already(tmp_path: Path, storage: torch.dtype) -> None:
-    save(tmp_path / "dense", dtype=torch.bfloat16)
-    stored = qn.load_model(tmp_path / "dense", quant_type="fp4", fuse=False)
-    for layer in stored.modules():
-        if isinstance(layer, QuantizedLinear):
-            weight = layer.quantized
-            weight.storage_dtype = storage
-            layer.quantized = weight
+    stored = qn.load_model(save(tmp_path / "dense", dtype=torch.bfloat16), quant_type="fp4", fuse=False)
+    for layer in four_bit_layers(stored).values():
+        weight = layer.quantized
+        weight.storage_dtype = storage
+        layer.quantized = weight
     stored.save_pretrained(tmp_path / "theirs")  # as bitsandbytes writes it
     model = load(tmp_path / "theirs")
     assert model.model.layers[0].mlp.up_proj.quantized.quant_type == "fp4"
     assert torch.equal(logits(model), logits(stored))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The config
-
-
 def test_their_names_are_understood() -> None:
-    config = qn.QLoRANativeConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="fp4",
-        bnb_4bit_use_double_quant=False,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.uint8,
-    )
+    theirs: dict[str, Any] = {"quant_type": "fp4", "use_double_quant": False, "compute_dtype": torch.bfloat16}
+    theirs = {f"bnb_4bit_{name}": value for name, value in {**theirs, "quant_storage": torch.uint8}.items()}
+    config = qn.QLoRANativeConfig(load_in_4bit=True, **theirs)
     assert (config.quant_type, config.double_quant, config.compute_dtype) == ("fp4", False, "bfloat16")
     assert qn.QLoRANativeConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
@@ -230,8 +191,7 @@ def test_wrong_settings_are_one_sentence(options: dict[str, Any], words: str) ->
 
 
 def test_compute_dtype_is_that_of_the_product(tmp_path: Path) -> None:
-    save(tmp_path)
-    model = load(tmp_path, torch.float32, compute_dtype="bfloat16")
+    model = load(save(tmp_path), torch.float32, compute_dtype="bfloat16")
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(3, 64)
     expected = torch.nn.functional.linear(x.bfloat16(), layer.quantized.dequantize(torch.bfloat16)).float()
@@ -259,9 +219,6 @@ def test_a_pickle_and_a_copy_hold_the_weights(tmp_path: Path) -> None:
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), expected)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Who imports what first
 
 RELOAD = """
 import sys

@@ -1,5 +1,4 @@
-"""A random llama of a few hundred thousand weights with a tokenizer, and a set of rows small enough to learn by
-heart."""
+"""A random llama of a few hundred thousand weights with a tokenizer, and rows few enough to learn by heart."""
 
 from __future__ import annotations
 
@@ -28,11 +27,9 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([f"what is {color}? {thing}" for color, thing in FACTS], trainer)
     PreTrainedTokenizerFast(
@@ -43,22 +40,11 @@ def write_tokenizer(folder: Path) -> None:
 def write_model(folder: Path, **options: Any) -> Path:
     """A llama with random weights, bf16, and its tokenizer; the same weights every time."""
     torch.manual_seed(1)
-    config = LlamaConfig(
-        **{
-            "vocab_size": 300,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
-            "initializer_range": 0.2,  # with 0.02 the frozen output embedding bounds the logits to about 1
-            **options,
-        }
-    )
-    model = LlamaForCausalLM(config)
-    model.bfloat16().save_pretrained(folder)
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    # With a range of 0.02 the frozen output embedding bounds the logits to about 1.
+    config = LlamaConfig(**{**sizes, "tie_word_embeddings": False, "initializer_range": 0.2, **options})
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 

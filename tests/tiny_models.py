@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,22 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from qlora_native.hf.build import four_bit_parts
 from qlora_native.nn import QuantizedLinear
-from qlora_native.nn.experts import quantized_stacks
 
 VOCAB = 128
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def make(kind: str = "Llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A causal LM of transformers' class ``kind`` + "Config" with random weights."""
     sizes = GPT2_SIZES if kind == "GPT2" else SIZES
-    config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**{**sizes, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # zero as made: a lost one would go unseen
@@ -73,22 +64,29 @@ def dense_twin(folder: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, f
     """What transformers loads from ``folder`` in fp32, with the weights that ``model`` holds in 4 bits.
 
     Also returns the largest relative distance between such a weight and the one in the folder: about 0.1 for the right
-    tensor in the right place, about 1.4 for any other.
+    tensor, about 1.4 for any other.
     """
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     worst = 0.0
-    for path, layer in model.named_modules():
-        if isinstance(layer, QuantizedLinear):
-            there = twin.get_submodule(path.replace(".base_layer", ""))
-            weight = layer.quantized.dequantize(torch.float32)
-            weight = weight if isinstance(there, torch.nn.Linear) else weight.t()
-            worst = max(worst, float((weight - there.weight).norm() / there.weight.norm()))
-            there.weight.data.copy_(weight)
-    for path, _, name, stack in quantized_stacks(model):
-        there, weight = twin.get_submodule(path).get_parameter(name), stack.dequantize(torch.float32)
+    for name, quantized in four_bit_parts(model).items():
+        name = name.replace(".base_layer", "")
+        there, weight = twin.get_parameter(name), quantized.dequantize(torch.float32)
+        weight = weight.t() if isinstance(twin.get_submodule(name.rpartition(".")[0]), Conv1D) else weight
         worst = max(worst, float((weight - there).norm() / there.norm()))
         there.data.copy_(weight)
     return twin, worst
+
+
+def four_bit_layers(model: Any) -> dict[str, QuantizedLinear]:
+    """The model's 4-bit linear layers by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def assert_same(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Both hold the same tensors under the same names."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
 
 
 def tokens(rows: int = 2, columns: int = 9, seed: int = 1) -> torch.Tensor:

@@ -1,13 +1,8 @@
-"""Things to do once another package is imported, without importing it.
-
-``import qlora_native`` must bring neither transformers nor PEFT, yet both ask registries of theirs about our classes as
-soon as they meet our files or layers. So the registration waits for the module that holds the registry.
-"""
+"""Register our classes with transformers and PEFT as soon as they are imported, without importing them."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,7 +17,7 @@ REGISTRIES = {
 }
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Finds the modules of REGISTRIES as the other finders do, and has ours imported when they are ready."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -37,7 +32,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return None
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader:
     """A module's own loader, and then the import of ours."""
 
     def __init__(self, loader: Any) -> None:
@@ -46,13 +41,8 @@ class _Loader(importlib.abc.Loader):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _register(module.__name__)
 

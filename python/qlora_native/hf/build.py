@@ -1,7 +1,4 @@
-"""The model on the meta device, filled tensor by tensor, and finished as transformers would have finished it.
-
-Everything that depends on how transformers builds a model stands in this file and in ``plan.py``.
-"""
+"""The model on the meta device, filled tensor by tensor, and finished as transformers would have finished it."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from difflib import get_close_matches
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +34,9 @@ if TYPE_CHECKING:
 
 OUTPUT_EMBEDDING = "lm_head"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TRIM_EVERY_BYTES = 1 << 27
 
-Result = TypeVar("Result")
+
+Value = Tensor | QuantizedWeight
 
 
 def four_bit_weights(
@@ -48,9 +45,8 @@ def four_bit_weights(
     """The parameters that may become 4-bit, by name, and whether the model stores them transposed, as [in, out].
 
     These are the weights of every plain linear and the stacks of fused experts, but for tied ones, those that
-    ``in_fp32`` keeps, and those under the modules that ``skip_modules`` names. A name there stands for the module of
-    that path or path ending, and all under it; ``"lm_head"`` also for the output embedding of models that call it
-    otherwise. Raises ValueError for a name that stands for nothing.
+    ``in_fp32`` keeps, and those under the modules that ``skip_modules`` names. Raises ValueError for a name there that
+    stands for nothing.
     """
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     skip = list(skip_modules)
@@ -64,15 +60,16 @@ def four_bit_weights(
     chosen = {
         f"{path}.weight": is_transposed(module)
         for path, module in model.named_modules()
-        if is_plain_linear(module)
-        and module is not output
-        and not any(_stands_for(entry, path) for entry in skip)
-        and not _is_read_raw(model, path)
+        if is_plain_linear(module) and module is not output and not _is_read_raw(model, path)
     }
-    for path, name, _ in stacks_of(model, block_size):
-        if not any(_stands_for(entry, path) for entry in skip):
-            chosen[f"{path}.{name}"] = False
-    return {name: transposed for name, transposed in chosen.items() if name not in tied and not in_fp32(name)}
+    chosen |= {f"{path}.{name}": False for path, name, _ in stacks_of(model, block_size)}
+    return {
+        name: transposed
+        for name, transposed in chosen.items()
+        if name not in tied
+        and not in_fp32(name)
+        and not any(_stands_for(entry, name.rpartition(".")[0]) for entry in skip)
+    }
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -86,18 +83,13 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def put_four_bit(model: nn.Module, name: str, weight: QuantizedWeight) -> Tensor:
-    """Replace the linear, or the stack of experts, whose parameter is ``name`` by its 4-bit form.
-
-    ``weight`` is [out, in], or [experts, out, in]. Returns the parameter that now has that name.
-    """
+    """Make ``weight``, [out, in] or [experts, out, in], the parameter ``name``, which is returned."""
     path, _, leaf = name.rpartition(".")
-    old = model.get_submodule(path)
+    layer = old = model.get_submodule(path)
     if leaf != "weight":
         put_stack(old, leaf, weight)
-        layer = old
     elif isinstance(old, QuantizedLinear):
         old.quantized = weight
-        layer = old
     else:
         layer = QuantizedLinear.from_quantized(weight)
         if old.bias is not None:
@@ -134,7 +126,7 @@ def four_bit_parts(model: nn.Module) -> dict[str, QuantizedWeight]:
     return parts | {f"{path}.{name}": weight for path, _, name, weight in quantized_stacks(model)}
 
 
-def patterns_kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], object]:
+def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], object]:
     """Whether a name is of those that transformers keeps in fp32 when the model is loaded in ``dtype``."""
     strict = model._keep_in_fp32_modules_strict if dtype in (torch.float16, torch.bfloat16) else ()
     loose = model._keep_in_fp32_modules if dtype is torch.float16 else ()
@@ -143,11 +135,9 @@ def patterns_kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callabl
 
 
 def _is_read_raw(model: nn.Module, path: str) -> bool:
-    """Whether the code of the parent uses the weight of this layer itself, where packed bytes would break it.
+    """Whether the parent's code uses this layer's weight itself, as Mamba does ``self.dt_proj.weight``.
 
-    Mamba multiplies with ``self.dt_proj.weight``, some routers with ``self.classifier.weight``. Reading the dtype or
-    the device does no harm, and slices are taken only where tensor parallelism is imitated, which is off by default.
-    A mistake here costs a layer its 4 bits, no more.
+    Slices are taken only where tensor parallelism is imitated, which is off by default.
     """
     parent, _, name = path.rpartition(".")
     used = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\[|\.(dtype|device|shape)\b)"
@@ -166,19 +156,23 @@ def _stands_for(entry: str, path: str) -> bool:
     return f".{entry}." in f".{path}."
 
 
+class HeapTrimmer:
+    """Counts bytes that were read, and gives memory back now and then."""
+
+    num_bytes = 0
+
+    def __call__(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        if self.num_bytes > 1 << 27:
+            self.num_bytes = 0
+            trim_heap()
+
+
 class MetaModel:
     """A causal LM on the meta device, into which tensors are read one after another.
 
     The layers that become 4-bit are replaced one at a time, when their weight is stored, because transformers' own
     conversions read the shapes of those that are still to come.
-
-    Attributes:
-        shapes: every parameter and persistent buffer by name, on the meta device, as the model was built.
-        missing: names of those that are still to come.
-        tied: tied tensors, by the name of what each is tied to.
-        weights: what is quantized on reading, and whether the model stores it transposed.
-        options: of :func:`qlora_native.quantize`, for these.
-        signed: whether their scales may be negative.
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -190,19 +184,18 @@ class MetaModel:
                 )
         except (ValueError, KeyError, ImportError) as error:
             where, kind = config.name_or_path, config.model_type
+            reason = f"{where}: transformers cannot build this {kind} model: {first_sentence(error)}"
             if "Unrecognized configuration class" in str(error):
-                raise UserError(
-                    f"{where} holds a {kind} model: expected a causal language model, such as llama or qwen3."
-                ) from error
-            raise UserError(f"{where}: transformers cannot build this {kind} model: {first_sentence(error)}") from error
-        self.shapes: dict[str, Tensor] = dict(self.model.state_dict())
+                reason = f"{where} holds a {kind} model: expected a causal language model, such as llama or qwen3."
+            raise UserError(reason) from error
+        self.shapes: dict[str, Tensor] = dict(self.model.state_dict())  # as the model was built
         self.missing = set(self.shapes)
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)  # what is tied -> what it is tied to
-        self.in_fp32 = patterns_kept_in_fp32(self.model, dtype)
-        self.weights: dict[str, bool] = {}
-        self.options: dict[str, Any] = {}
-        self.signed = False
-        self._bytes_since_trim = 0
+        self.in_fp32 = kept_in_fp32(self.model, dtype)
+        self.weights: dict[str, bool] = {}  # to be quantized on reading -> whether the model stores it transposed
+        self.options: dict[str, Any] = {}  # of qlora_native.quantize, for these
+        self.rounding: Callable[..., QuantizedWeight] = quantize
+        self.trim = HeapTrimmer()
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a tensor takes when it stays dense."""
@@ -210,12 +203,10 @@ class MetaModel:
         return torch.float32 if expected.is_floating_point and self.in_fp32(name) else expected
 
     def four_bit_weights(self, skip_modules: Iterable[str], block_size: int) -> dict[str, bool]:
-        """As :func:`four_bit_weights`, of this model."""
         return four_bit_weights(self.model, skip_modules, block_size, self.in_fp32)
 
-    def load(self, source: Source, steps: Iterable[Step]) -> None:
+    def load(self, source: Source, steps: list[Step]) -> None:
         """Read the steps' tensors and store them, quantized or dense, one at a time."""
-        steps = list(steps)
         scratch = self.scratch(steps)
         for step in steps:
             for name, value in self.iter_tensors(source, step, scratch):
@@ -228,13 +219,11 @@ class MetaModel:
 
     def is_copied(self, step: Step) -> bool:
         """Whether the model keeps something made of the stored tensor, not the tensor itself."""
-        if not isinstance(step, Plain):
-            return False
-        return step.name in self.weights or step.stored.dtype != self.dtype_of(step.name) or self.device.type != "cpu"
+        return isinstance(step, Plain) and (
+            step.name in self.weights or step.stored.dtype != self.dtype_of(step.name) or self.device.type != "cpu"
+        )
 
-    def iter_tensors(
-        self, source: Source, step: Step, scratch: Scratch
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    def iter_tensors(self, source: Source, step: Step, scratch: Scratch) -> Iterator[tuple[str, Value]]:
         """What the model stores of a step, by name: 4-bit, or dense in its dtype; on the model's device."""
         if isinstance(step, Converted) and step.is_stack and step.name in self.weights:
             yield step.name, self._quantized_stack(source, step)
@@ -243,7 +232,8 @@ class MetaModel:
             if isinstance(value, QuantizedWeight):
                 yield name, value.to(self.device)
             elif name in self.weights:
-                yield name, self.finished(self.nearest(name, value.to(self.device), step.file))
+                weight = self.quantized(name, value.to(self.device), step.file, self.rounding)
+                yield name, self.finished(weight)
             else:
                 yield name, self.dense(name, value, step.file)
 
@@ -252,7 +242,7 @@ class MetaModel:
         if tensor.is_floating_point() and tensor.numel():
             if tensor.dtype not in (*DTYPES, torch.float64):
                 raise UserError(f"{file}: tensor {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
-            # one pass without a mask as large as the tensor; both pass a NaN on
+            # One pass without a mask as large as the tensor; both bounds pass a NaN on.
             if not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
                 raise UserError(
                     f"{file}: tensor {name} holds a NaN or an infinity: expected finite numbers; copy or train the "
@@ -261,25 +251,13 @@ class MetaModel:
         return tensor.to(self.device, self.dtype_of(name))
 
     def finished(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """A weight that was quantized here, for the model's dtype, in memory that its products read fast."""
+        """The weight with the model's dtype, in memory that its products read fast."""
         weight.dtype = self.dtype
         interleave(weight.packed)
         return weight
 
-    def nearest(self, name: str, tensor: Tensor, file: str, **changes: Any) -> QuantizedWeight:
-        """The parameter ``name``, or one slice of it, each element rounded to the nearest level; ``changes`` are to the
-        options."""
-        if not self.signed:
-            return self.quantized(name, tensor, file, quantize, **changes)
-        from qlora_native.calibration.quantize import quantize_calibrated
-
-        function = partial(quantize_calibrated, method="rtn_signed")
-        return self.quantized(name, tensor, file, function, **changes).weight
-
-    def quantized(
-        self, name: str, tensor: Tensor, file: str, function: Callable[..., Result], **changes: Any
-    ) -> Result:
-        """The tensor [out, in] by ``function`` with the options; a UserError names ``name`` and what is wrong."""
+    def quantized(self, name: str, tensor: Tensor, file: str, function: Callable[..., Any], **changes: Any) -> Any:
+        """The parameter ``name``, or a slice of it, by ``function`` with the options, but for ``changes`` to them."""
         if tensor.dtype not in DTYPES:
             raise UserError(f"{file}: weight {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
         tensor = tensor.t().contiguous() if self.weights[name] else tensor
@@ -301,15 +279,12 @@ class MetaModel:
                         f"{step.file}: a part of {step.name} is {list(one.shape[1:])}, but {list(shape[1:])} by "
                         "config.json."
                     )
-                yield self.nearest(step.name, one.to(self.device), step.file, double_quant=False)
+                yield self.quantized(step.name, one.to(self.device), step.file, self.rounding, double_quant=False)
 
         return self.finished(join(parts(), shape, self.dtype, self.options, self.device))
 
-    def store(self, name: str, value: Tensor | QuantizedWeight, file: str) -> None:
-        """Make ``value`` the parameter or buffer ``name``; a 4-bit one replaces the layer that holds it.
-
-        Of two equal tensors that the model ties, the second is dropped: :meth:`finish` makes it again from the first.
-        """
+    def store(self, name: str, value: Value, file: str) -> None:
+        """Make ``value`` the parameter or buffer ``name``; of two equal tied tensors the second is dropped."""
         expected = self.shapes[name].shape
         parent = self.model.get_submodule(name.rpartition(".")[0])
         transposed = isinstance(value, QuantizedWeight) and is_transposed(parent)
@@ -326,23 +301,13 @@ class MetaModel:
             self._set(name, value)._is_hf_initialized = True  # type: ignore[attr-defined]
         self.missing.discard(name)
 
-    def trim(self, num_bytes: int) -> None:
-        """Count bytes that were read, and give memory back now and then."""
-        self._bytes_since_trim += num_bytes
-        if self._bytes_since_trim > TRIM_EVERY_BYTES:
-            self._bytes_since_trim = 0
-            trim_heap()
-
     def finish(self, unexpected: Iterable[str], where: str) -> PreTrainedModel:
-        """Tie what is tied, compute the buffers that no file holds, and refuse a model that lacks a weight.
-
-        Warns about tensors in the files that the model has no place for.
-        """
+        """Tie weights, compute the buffers that no file holds; UserError for missing tensors, a warning for others."""
         model = self.model
         model.tie_weights(missing_keys=self.missing, recompute_mapping=False)
-        ignored = "|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_missing or ())
-        absent = sorted(name for name in self.missing if not (ignored and re.search(ignored, name)))
-        extra = self._without_ignored(unexpected)
+        absent = _without_ignored(self.missing, *(model._keys_to_ignore_on_load_missing or ()))
+        computed_today = (r"rotary_emb\.inv_freq", r"position_ids$")  # buffers that older checkpoints hold
+        extra = _without_ignored(unexpected, *computed_today, *(model._keys_to_ignore_on_load_unexpected or ()))
         if absent:
             also = f", and has {len(extra)} that the model has no place for ({some_of(extra)})" if extra else ""
             raise UserError(
@@ -387,17 +352,15 @@ class MetaModel:
         setattr(parent, leaf, tensor)
         return tensor
 
-    def _without_ignored(self, unexpected: Iterable[str]) -> list[str]:
-        # Older checkpoints hold buffers that are computed today.
-        patterns = [*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"position_ids$"]
-        ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
-        return sorted(name for name in unexpected if not ignored.search(name))
-
     def _has_twin(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor that is tied to ``name`` is stored already, with the same values."""
         origin = self.tied.get(name, name)
         group = {origin, *(other for other, to in self.tied.items() if to == origin)} - {name} - self.missing
         return any(torch.equal(tensor, self.model.get_parameter(other)) for other in group)
+
+
+def _without_ignored(names: Iterable[str], *patterns: str) -> list[str]:
+    return sorted(name for name in names if not any(re.search(pattern, name) for pattern in patterns))
 
 
 def join(
@@ -410,12 +373,8 @@ def join(
 ) -> QuantizedWeight:
     """The bytes of a tensor quantized whole, of its parts quantized one after another.
 
-    Args:
-        parts: from the first element to the last, with fp32 scales; all but the last of an even number of whole blocks.
-        shape, dtype: of the whole.
-        options: of :func:`qlora_native.quantize`; scales are nested once all are there.
-        device: of the result.
-        write: takes the codes of each part; None keeps them. With it the result has no codes.
+    ``parts`` go from the first element to the last, with fp32 scales; all but the last have an even number of whole
+    blocks. ``shape`` and ``dtype`` are of the whole. With ``write``, which takes the codes of each part, it has none.
     """
     block, done = options["block_size"], 0
     packed = torch.empty(0 if write else (math.prod(shape) + 1) // 2, dtype=torch.uint8, device=device)
@@ -436,5 +395,4 @@ def join(
     codes = torch.empty(scales.numel(), dtype=torch.uint8)
     nested, offset = torch.empty(-(-scales.numel() // NESTED_BLOCK)), torch.empty(())
     double_quantize(scales.cpu(), codes, nested, offset)
-    nested, offset = nested.to(device), offset.to(device)
-    return QuantizedWeight(packed, codes.to(device), nested_absmax=nested, nested_offset=offset, **about)
+    return QuantizedWeight(packed, codes, nested_absmax=nested, nested_offset=offset, **about).to(device)

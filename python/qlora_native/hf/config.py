@@ -1,7 +1,6 @@
 """The quantization config of transformers' ``from_pretrained``, and its entry in transformers' registries.
 
-This file is imported while transformers itself still is, so it takes from it only what is there by then; the quantizer
-(``hf/quantizer.py``) follows when a model is loaded.
+This file is imported while transformers itself still is, so it takes from it only what is there by then.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ class QLoRANativeConfig(QuantizationConfigMixin):
         skip_modules: linear layers to leave dense, as :func:`qlora_native.load_model` has it; None is the output
             embedding. Tied weights always stay dense.
         others: bitsandbytes' names of these (``bnb_4bit_quant_type``, ``bnb_4bit_use_double_quant``,
-            ``bnb_4bit_compute_dtype``, ``llm_int8_skip_modules``), and ``load_in_4bit=True``. Defaults are ours:
-            NF4 with double quantization.
+            ``bnb_4bit_compute_dtype``, ``llm_int8_skip_modules``), and ``load_in_4bit=True``.
 
     Raises:
         ValueError: an unknown name, or a value that this library does not have.
@@ -66,14 +64,17 @@ class QLoRANativeConfig(QuantizationConfigMixin):
         self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
         self.compute_dtype, self.skip_modules = compute_dtype, skip_modules
         self.__dict__ |= _translated(others, [*self.options(), "compute_dtype", "skip_modules"])
-        self.compute_dtype = _dtype_name(self.compute_dtype)
+        if self.compute_dtype is not None:
+            self.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
+        if self.compute_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(
+                f"QLoRANativeConfig: compute_dtype is {self.compute_dtype}: expected float32, bfloat16 or float16."
+            )
         if isinstance(self.skip_modules, str):
             raise ValueError(
                 f"QLoRANativeConfig: skip_modules is the string {self.skip_modules!r}: expected a list of names."
             )
         self.skip_modules = None if self.skip_modules is None else list(self.skip_modules)
-        if METADATA in others:
-            self.qlora_native = others[METADATA]
         qn.quantize(torch.zeros(1, device="cpu"), **self.options())  # refuses wrong options now
 
     def options(self) -> dict[str, Any]:
@@ -84,42 +85,32 @@ class QLoRANativeConfig(QuantizationConfigMixin):
 def _translated(others: dict[str, Any], names: list[str]) -> dict[str, Any]:
     translated: dict[str, Any] = {}
     for name, value in others.items():
-        if name in _THEIR_NAMES:
-            translated[_THEIR_NAMES[name]] = value
+        if name in _THEIR_NAMES or name == METADATA:
+            translated[_THEIR_NAMES.get(name, name)] = value
         elif name in _THEIR_OTHERS:
             if value not in _THEIR_OTHERS[name]:
                 raise ValueError(f"QLoRANativeConfig: {name} is {value!r}: expected {_THEIR_OTHERS[name][0]!r}.")
-        elif name not in ("quant_method", "_load_in_4bit", "_load_in_8bit", METADATA):
+        elif name not in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
             near = get_close_matches(name, [*names, *_THEIR_NAMES], n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(names)}."
             raise ValueError(f"QLoRANativeConfig has no setting {name!r}: {hint}")
     return translated
 
 
-def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"QLoRANativeConfig: compute_dtype is {dtype}: expected float32, bfloat16 or float16.")
-    return name
+_merge = AutoHfQuantizer.merge_quantization_configs
 
 
-def _register() -> None:
-    """Enter the method into transformers' registries."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QLoRANativeConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = lambda config, **options: qn.QLoRANativeQuantizer(config, **options)
-    merge = AutoHfQuantizer.merge_quantization_configs
-
-    def merge_quantization_configs(stored: Any, given: Any) -> Any:
-        """Our config, given by the caller, wins over the 8-bit floats and 4-bit weights that it can read."""
-        values = stored if isinstance(stored, dict) else stored.to_dict()
-        readable = values.get("quant_method") == "fp8" or values.get("load_in_4bit")
-        if not (isinstance(given, QLoRANativeConfig) and readable):
-            return merge(stored, given)
-        if METADATA in values:
-            given.qlora_native = values[METADATA]
-        return given
-
-    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
+def _merge_quantization_configs(stored: Any, given: Any) -> Any:
+    """Our config, given by the caller, wins over the 8-bit floats and 4-bit weights that it can read."""
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    readable = values.get("quant_method") == "fp8" or values.get("load_in_4bit")
+    if not (isinstance(given, QLoRANativeConfig) and readable):
+        return _merge(stored, given)
+    if METADATA in values:
+        given.qlora_native = values[METADATA]
+    return given
 
 
-_register()
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QLoRANativeConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = lambda config, **options: qn.QLoRANativeQuantizer(config, **options)
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_quantization_configs)

@@ -1,11 +1,8 @@
 """Native kernels in place of what stands between a model's matrix products: norms, gated MLPs, attention.
 
-No class is recognized by its name. A module is inspected for its parts, computed once both ways on numbers that tell
-the two apart, and replaced only where the results agree; whatever differs (Gemma's norm of weight 1 + w, a GELU, a
-clamp, interleaved rotation) stays as it is. Parameters, names and state_dict keys do not change.
-
-transformers' attention modules call a rotation and an attention function by the names of globals: a copy of the forward
-is made that finds the native ones there. The modules of transformers are not touched, so other models do not change.
+No class is recognized by its name: a module is computed both ways on numbers that show a difference, and replaced only
+where the results agree. transformers' attention modules call a rotation and an attention function by the names of
+globals: a copy of the forward is made that finds the native ones there, so other models do not change.
 """
 
 from __future__ import annotations
@@ -15,12 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, update_wrapper, wraps
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qlora_native as qn
 from qlora_native.functional import SIXTEEN_BITS, dense_linear
@@ -33,7 +32,6 @@ from qlora_native.ops.causal_attention import is_native
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 # Instruction sets with products of bf16. Without them torch's attention multiplies 16-bit numbers one by one.
 NATIVE_BF16 = ("avx512_bf16", "amx", "neon_bf16")
-LARGE = 1 << 22  # elements of a dense weight that no cache holds
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -48,16 +46,12 @@ def fuse(model: nn.Module) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     for kinds in ((Dense,), (Norm, GatedMLP, Attention)):  # the latter are tried out with their linear layers
-        for module in list(model.modules()):
-            if isinstance(module, Fused):
-                continue
-            for kind in kinds:
-                settings = kind.recognize(module)
-                if settings is not None:
-                    vars(module).update(settings)
-                    module.__class__ = substitute_class(kind, type(module))
-                    counts[kind.label] += 1
-                    break
+        for module, kind in product(list(model.modules()), kinds):
+            settings = None if isinstance(module, Fused) else kind.recognize(module)
+            if settings is not None:
+                vars(module).update(settings)
+                module.__class__ = substitute_class(kind, type(module))
+                counts[kind.label] += 1
     return dict(counts)
 
 
@@ -65,19 +59,19 @@ def unfuse(model: nn.Module) -> None:
     """Give the modules that :func:`fuse` changed their own code back."""
     for module in model.modules():
         if isinstance(module, Fused):
-            for setting in [name for name in vars(module) if name.startswith("_fused_")]:
-                delattr(module, setting)
+            for setting in ("_fused_eps", "_fused_parts"):
+                vars(module).pop(setting, None)
             module.__class__ = type(module).__bases__[1]
 
 
 class Fused(Substitute):
-    """What fused classes have in common: they are subclasses of the class they replace, under its name."""
+    """A module with a forward of native kernels: a subclass of the class it replaces, under its name."""
 
-    label = ""
+    label: str
 
     @classmethod
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
-        """Attributes to set, named ``_fused_...``, if ``module`` computes what this class would, or None."""
+        """Attributes to set if ``module`` computes what this class would, or None."""
         raise NotImplementedError
 
 
@@ -98,7 +92,7 @@ class Norm(Fused):
             return None
         candidates = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}
         for eps in sorted(candidates):
-            # Rows about as small as eps show where it is added and which it is.
+            # Rows about as small as eps show where it is added, and its value.
             probe = _noise(4, weight.shape[0]) * torch.tensor([[1.0], [30.0], [eps**0.5], [eps**0.5 / 8]])
             probe = probe.to(weight.dtype)
             if agree(_attempt(module, probe), torch.ops.qlora_native.rms_norm(probe, weight.detach(), eps)[0]):
@@ -106,7 +100,6 @@ class Norm(Fused):
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., K] to the same shape."""
         if args or kwargs or x.dtype != self.weight.dtype or not is_ours(x):
             return super().forward(x, *args, **kwargs)
         return call("rms_norm", x, self.weight, self._fused_eps)[0]
@@ -146,8 +139,7 @@ class GatedMLP(Fused):
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., K] to the same shape."""
-        if args or kwargs or x.dtype not in TOLERANCE or not is_ours(x):
+        if args or kwargs or not is_ours(x):
             return super().forward(x, *args, **kwargs)
         gate, up, down = (getattr(self, name) for name in self._fused_parts)
         return down(call("swiglu", gate(x), up(x)))
@@ -172,7 +164,7 @@ class Attention(Fused):
 
 
 class Dense(Fused):
-    """A dense linear layer in 16 bits: an output embedding, or what is left out of the quantization."""
+    """A dense linear layer in 16 bits."""
 
     label = "linear"
     weight: nn.Parameter
@@ -182,12 +174,11 @@ class Dense(Fused):
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
         if type(module) is not nn.Linear or module.weight.dtype not in SIXTEEN_BITS or not is_ours(module.weight):
             return None
-        if module.weight.numel() >= LARGE and module.weight.is_contiguous():
+        if module.weight.numel() >= 1 << 22 and module.weight.is_contiguous():  # no cache holds it
             gather_pages(module.weight)
         return {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N]."""
         return dense_linear(x, self.weight, self.bias)
 
 
@@ -201,10 +192,7 @@ def agree(got: Any, expected: Tensor, each_row: bool = False) -> bool:
     if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     difference, size = (got.float() - expected.float()).abs(), expected.float().abs()
-    if each_row:
-        difference, size = difference.amax(-1), size.amax(-1)
-    else:
-        size = size.clamp_min(1e-3)
+    difference, size = (difference.amax(-1), size.amax(-1)) if each_row else (difference, size.clamp_min(1e-3))
     return bool((difference <= TOLERANCE[expected.dtype] * size).all() and size.isfinite().all())
 
 
@@ -217,7 +205,7 @@ def _shape(linear: Any) -> tuple[int, int]:
 
 
 def _dtype_of(linear: Any) -> torch.dtype | None:
-    """In what dtype a linear layer, dense, 4-bit or adapted, is meant to compute."""
+    """The dtype in which a linear layer, dense, 4-bit or adapted, computes."""
     layer = getattr(linear, "base_layer", linear)
     quantized = getattr(layer, "quantized", None)
     return quantized.dtype if quantized is not None else getattr(getattr(layer, "weight", None), "dtype", None)
@@ -229,7 +217,7 @@ def _noise(*shape: int) -> Tensor:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Inside, the CPU's random state and the training flags of all modules may change: they are put back."""
+    """Put the CPU's random state and the training flags of all modules back at the end."""
     before = {module: module.training for module in model.modules()}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -248,40 +236,33 @@ def _attempt(module: nn.Module, x: Tensor) -> Any:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
-
-
 def attends_in_fp32() -> bool:
     """Whether torch's attention is given fp32 in place of 16-bit numbers on this CPU."""
     return qn.build_info()["cpu_isa"] not in NATIVE_BF16
 
 
 def _with_native_parts(function: FunctionType) -> FunctionType:
-    """A copy of ``function`` that sees native kernels in place of the globals that compute the same; the function
-    itself if it uses none of them. A function that it wraps is copied alike."""
+    """A copy of ``function`` with native kernels in place of the globals that compute the same, and of the function
+    that it wraps; the function itself if neither uses one."""
     swapped: dict[str, Any] = {}
     for name in function.__code__.co_names:
         found = function.__globals__.get(name)
         if isinstance(found, FunctionType) and _rotates(found):
             swapped[name] = _native_rotary(found)
-        elif found is not None and found is _attention_functions():
-            swapped[name] = _NativeInterfaces(found)
-    cells = []
-    for cell in function.__closure__ or ():
-        inner = cell.cell_contents
-        wrapped = inner is getattr(function, "__wrapped__", None) and isinstance(inner, FunctionType)
-        copied = _with_native_parts(inner) if wrapped else inner
-        cells.append(cell if copied is inner else CellType(copied))
-    if not swapped and all(a is b for a, b in zip(cells, function.__closure__ or (), strict=True)):
+        elif found is ALL_ATTENTION_FUNCTIONS:
+            swapped[name] = _NativeInterfaces()
+    inner = getattr(function, "__wrapped__", None)
+    copied = _with_native_parts(inner) if isinstance(inner, FunctionType) else inner
+    if not swapped and copied is inner:
         return function
+    cells = function.__closure__ and tuple(
+        CellType(copied) if inner is not None and cell.cell_contents is inner else cell for cell in function.__closure__
+    )
     names = function.__globals__
     if swapped:
         names = {**names, **swapped}
         names.pop("__name__", None)  # by which torch.compile would look the swapped ones up in the module itself
-    copy = FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, tuple(cells) if cells else None
-    )
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
     copy.__kwdefaults__ = function.__kwdefaults__
     update_wrapper(copy, function)
     return copy
@@ -293,9 +274,8 @@ def _rotates(function: FunctionType) -> bool:
     try:
         if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
             return False
-        noise = torch.Generator().manual_seed(0)
-        q, k = (torch.randn(2, heads, 5, 16, generator=noise) for heads in (3, 1))
-        cos, sin = (torch.randn(2, 5, 16, generator=noise) for _ in range(2))
+        q, k = (_noise(2, heads, 5, 16) for heads in (3, 1))
+        cos, sin = _noise(2, 2, 5, 16)
         got = function(q, k, cos, sin)
     except Exception:  # it takes something else
         return False
@@ -316,34 +296,22 @@ def _native_rotary(original: FunctionType) -> Callable[..., Any]:
     return apply
 
 
-@cache
-def _attention_functions() -> Any:
-    """transformers' table of attention functions by name, or None."""
-    from transformers import modeling_utils
-
-    return getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
-
-
 class _NativeInterfaces:
     """transformers' table of attention functions, with ours where it names its own sdpa."""
 
-    def __init__(self, table: Any) -> None:
-        self._table = table
+    def __init__(self) -> None:
         self._ours = partial(_attention, widen=attends_in_fp32())
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._table, name)
+        return getattr(ALL_ATTENTION_FUNCTIONS, name)
 
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        return self._or_ours(self._table[name])
+    def __getitem__(self, name: str) -> Any:
+        return self._or_ours(ALL_ATTENTION_FUNCTIONS[name])
 
-    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of that name, ``default`` for the eager one."""
-        return self._or_ours(self._table.get_interface(name, default))
+    def get_interface(self, name: str, default: Any) -> Any:
+        return self._or_ours(ALL_ATTENTION_FUNCTIONS.get_interface(name, default))
 
-    def _or_ours(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
+    def _or_ours(self, function: Any) -> Any:
         return self._ours if function is sdpa_attention_forward else function
 
 
@@ -360,13 +328,11 @@ def _attention(
     widen: bool,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa; document by document where a mask separates some, and by the native kernel where every
-    position sees all earlier ones and no other. Torch computes the rest, in fp32 if ``widen``.
+    """transformers' sdpa by documents, where a mask separates some, and by the native kernel, where every position sees
+    all earlier ones and no other. Torch computes the rest, in fp32 if ``widen``.
 
     query [B, H, T, D], key and value [B, H / g, T, D]; returns [B, T, H, D].
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     square = query.shape[2] == key.shape[2] > 1 and kwargs.get("position_bias") is None
     alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape and query.shape[3] == key.shape[3]
@@ -396,7 +362,7 @@ _FOUND = "_qlora_native_documents"  # kept on the mask, which all layers of a fo
 
 
 class Document(NamedTuple):
-    """One square of a mask: its tokens, and its [1, 1, length, length] of the mask, None if that is plainly causal."""
+    """One square of a mask, [1, 1, length, length]; ``mask`` is None if it is plainly causal."""
 
     length: int
     mask: Tensor | None
@@ -404,18 +370,11 @@ class Document(NamedTuple):
 
 Documents = tuple[tuple[Document, ...], ...]  # of each sequence of the batch, in order
 
-# (query [1, H, T, D], key, value [1, H / g, T, D], mask or None, whether causal if there is no mask) to [1, T, H, D]
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
-
 
 def documents_of(mask: Tensor, batch: int) -> Documents | None:
-    """The documents of a boolean mask [B or 1, 1, T, T], True where a position is seen.
-
-    None if there is one document only, or if anything is seen outside the squares.
-    """
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
-        return None
-    if mask.shape[0] not in (1, batch):
+    """The documents of a boolean mask [B or 1, 1, T, T]; None for one document, or if anything outside them is seen."""
+    is_square = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]
+    if mask.dtype != torch.bool or not is_square or mask.shape[0] not in (1, batch):
         return None
     if not hasattr(mask, _FOUND):
         setattr(mask, _FOUND, _find(mask))
@@ -444,9 +403,8 @@ def _find(mask: Tensor) -> Documents | None:
     return tuple(sequences) if any(len(documents) > 1 for documents in sequences) else None
 
 
-def by_document(attend: Attend, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-    """``attend`` on each document of each sequence; query [B, H, T, D], key and value [B, H / g, T, D]; to
-    [B, T, H, D]."""
+def by_document(attend: Any, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+    """``attend`` on each document of each sequence, with the shapes of :func:`_attention`."""
     rows = []
     # split, not slices: its derivative is one concatenation.
     for sequence, *operands in zip(documents, *(x.split(1) for x in (query, key, value)), strict=True):

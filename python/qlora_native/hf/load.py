@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_native._memory import trim_heap
@@ -22,13 +23,12 @@ from qlora_native.hf.checkpoint import some_of
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.source import SafetensorsSource, Source, open_source
 from qlora_native.nn.experts import without_stacks
-from qlora_native.weight import TENSOR_FIELDS, quantize
+from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, quantize
 
 CALIBRATED = ("wmse", "gptq")  # methods that need data
 METHODS = ("rtn", "rtn_signed", *CALIBRATED)
 
 Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers in all)
-_LINES = 8  # printed over a whole load where there is no bar
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,12 @@ class LoadReport:
     @property
     def share_4bit(self) -> float:
         """The part of all bytes that is 4-bit weights, 0 to 1."""
-        return self.bytes_4bit / self.num_bytes if self.num_bytes else 0.0
+        return self.bytes_4bit / (self.num_bytes or 1)
 
     def __str__(self) -> str:
         named = [f"{name} ({num_bytes / 2**20:.1f} MiB)" for name, num_bytes in self.dense.items()]
-        text = (
-            f"{self.num_bytes / 2**20:.1f} MiB, {100 * self.share_4bit:.1f} % of them 4-bit; not 4-bit: "
-            f"{some_of(named, 8) or 'nothing'}"
-        )
+        text = f"{self.num_bytes / 2**20:.1f} MiB, {100 * self.share_4bit:.1f} % of them 4-bit; not 4-bit: "
+        text += some_of(named, 8) or "nothing"
         if self.calibration is not None:
             text += f"; {self.method} by {self.calibration['tokens']:,} tokens"
         if self.fell_back:
@@ -98,16 +96,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Load any transformers causal LM with its linear layers in 4 bits.
 
-    Tensors are read one at a time, quantized (or cast to ``dtype``) and dropped, so memory peaks at the 4-bit model
-    plus the largest tensor; with "wmse" and "gptq", plus one decoder layer in 16 bits, what it computes of the
-    sequences at hand, and its statistics. The model comes back in evaluation mode, every parameter frozen;
-    ``model.load_report`` names what is 4-bit and what is not.
+    Memory peaks at the 4-bit model plus the largest tensor; with "wmse" and "gptq", plus one decoder layer in 16 bits,
+    what it computes of the sequences at hand, and its statistics. The model comes back in evaluation mode, every
+    parameter frozen; ``model.load_report`` names what is 4-bit and what is not.
 
     Args:
         path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in
             bitsandbytes' format), a ``.gguf`` file, or a folder that holds one; or what
-            :func:`qlora_native.hf.source.open_source` made of it. GGUF goes through transformers' reader, which makes
-            the 16-bit model first.
+            :func:`qlora_native.hf.source.open_source` made of it. Of GGUF the 16-bit model is made first.
         quant_type, block_size, double_quant: as :func:`qlora_native.quantize`. Weights that are 4-bit already keep
             what they have.
         dtype: of everything that stays dense, and the dtype that the 4-bit weights stand for: bfloat16, float16 or
@@ -115,21 +111,19 @@ def load_model(
         device: where the model goes; None is torch's default device.
         skip_modules: linear layers to leave dense: module paths or path endings, with all under them. "lm_head"
             means the output embedding, whatever the model calls it. Tied weights always stay dense.
-        method: how codes and scales are chosen; the format is the same. "rtn" rounds to nearest under each block's
-            largest magnitude, as bitsandbytes does; "rtn_signed" lets a scale be negative; "wmse" searches each
-            block's scale for the least error weighted by the mean square of the input channels; "gptq" also passes
-            the error of each column on to the next ones (Frantar et al., "GPTQ", 2022). None is "wmse" with
-            calibration data and "rtn" without. docs/calibration.md compares them.
+        method: how codes and scales are chosen. "rtn" rounds to nearest under each block's largest magnitude, as
+            bitsandbytes does; "rtn_signed" lets a scale be negative; "wmse" searches each block's scale for the least
+            error weighted by the mean square of the input channels; "gptq" also passes the error of each column on to
+            the next ones (Frantar et al., 2022). None is "wmse" with calibration data and "rtn" without.
         calibration: for "wmse" and "gptq": a file that ``qlora train`` reads, a list of texts, token tensors, or a
             :class:`qlora_native.CalibrationData`, which also limits how much of it is taken.
-        fuse: give the modules between the products native kernels where they compute the same, as
-            :func:`qlora_native.fuse` does. Outputs then agree with transformers' own code to rounding; on a device
-            other than a CPU nothing changes.
+        fuse: give the modules between the products native kernels where they compute the same to rounding, as
+            :func:`qlora_native.fuse` does. On a device other than a CPU nothing changes.
         work_dir: with calibration, a folder of this load's own on a disk: finished layers and hidden states are kept
             there, a load that was killed goes on from it, and a load that ends removes it.
         progress: with calibration, called with a line of text, the layers done, and the layers in all.
-        reader: stores the tensors, in place of reading all of them here; without calibration. For several processes
-            there is :func:`qlora_native.distributed.load_model`, which uses it.
+        reader: stores the tensors, in place of reading all of them here; without calibration
+            (:func:`qlora_native.distributed.load_model`).
 
     Raises:
         UserError: the files are missing, broken, of another model or hold a NaN; the sentence names the file and the
@@ -158,7 +152,7 @@ def load_model(
     fell_back: dict[str, str] = {}
     if not source.is_four_bit:
         meta.weights = meta.four_bit_weights(skip_modules, block_size)
-        meta.options, meta.signed = options, method == "rtn_signed"
+        meta.options, meta.rounding = options, _rtn_signed if method == "rtn_signed" else quantize
     elif method != "rtn":
         raise UserError(f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from.")
     if method in CALIBRATED:
@@ -172,8 +166,8 @@ def load_model(
         meta.load(source, source.plan(meta).steps)
     unexpected = source.plan(meta).unexpected if isinstance(source, SafetensorsSource) else []
     model = meta.finish([stored.name for stored in unexpected], str(source.path))
-    if isinstance(source, SafetensorsSource) and (generation := source.generation_config()) is not None:
-        model.generation_config = generation
+    if isinstance(source, SafetensorsSource):
+        model.generation_config = source.generation_config() or model.generation_config
     model._weight_conversions = without_stacks(getattr(model, "_weight_conversions", None) or (), model)
     if four_bit_parts(model):
         dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
@@ -188,8 +182,14 @@ def load_model(
     return model
 
 
+def _rtn_signed(weight: Tensor, **options: Any) -> QuantizedWeight:
+    from qlora_native.calibration.quantize import quantize_calibrated
+
+    return quantize_calibrated(weight, "rtn_signed", **options).weight
+
+
 def load_dense(path: str | os.PathLike[str] | Source, **options: Any) -> PreTrainedModel:
-    """As :func:`load_model`, with nothing quantized. UserError if the files hold 4-bit weights."""
+    """As :func:`load_model`, with nothing quantized."""
     source = open_source(path)
     if source.is_four_bit:
         raise UserError(f"{source.path} holds 4-bit weights: expected the 16-bit model they were made from.")
@@ -198,7 +198,6 @@ def load_dense(path: str | os.PathLike[str] | Source, **options: Any) -> PreTrai
 
 
 def make_report(model: nn.Module, path: Path) -> LoadReport:
-    """Count what ``model``, loaded from ``path``, holds."""
     four_bit = four_bit_parts(model)
     scales = {id(getattr(weight, name)) for weight in four_bit.values() for name in TENSOR_FIELDS[1:]}
     dense = {name: tensor.nbytes for name, tensor in model.named_parameters() if name not in four_bit}
@@ -215,10 +214,7 @@ def make_report(model: nn.Module, path: Path) -> LoadReport:
 
 
 def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list[str]) -> dict[str, Any]:
-    """The quantization_config of 4-bit weights in bitsandbytes' format, as transformers writes and reads it.
-
-    ``options`` are those of :func:`qlora_native.quantize`, ``dense`` the linear layers that are not 4-bit.
-    """
+    """The quantization_config of 4-bit weights in bitsandbytes' format; ``dense`` are the other linear layers."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -232,18 +228,21 @@ def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list
 
 
 class LayerProgress:
-    """The ``progress`` of :func:`load_model` on stderr: a bar on a terminal, a line now and then elsewhere; ``quiet``
-    prints nothing."""
+    """The ``progress`` of :func:`load_model` on stderr: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self._bar: Any = None
-        self._task: Any = None
 
     def __enter__(self) -> LayerProgress:
         if not self.quiet and sys.stderr.isatty():
-            self._bar = _rich_bar()
-            if self._bar is not None:
+            with suppress(ImportError):
+                from rich import progress as rich
+                from rich.console import Console
+
+                columns = rich.TextColumn("{task.description}"), rich.MofNCompleteColumn(), rich.BarColumn(bar_width=24)
+                self._bar = rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True))
+                self._bar.add_task("calibrating", visible=False)
                 self._bar.start()
         return self
 
@@ -255,23 +254,11 @@ class LayerProgress:
         """``text`` names what has happened; ``done`` of ``total`` layers are finished."""
         if self.quiet:
             return
-        is_note = not text.startswith("layer ")
+        is_layer = text.startswith("layer ")
         if self._bar is None:
-            if is_note or done == total or done % max(1, total // _LINES) == 0:
-                print(f"calibrating: {text}" if not is_note else text, file=sys.stderr, flush=True)
-        elif is_note:
-            self._bar.console.print(text, markup=False, highlight=False)
+            if not is_layer or done == total or done % max(1, total // 8) == 0:
+                print(f"calibrating: {text}" if is_layer else text, file=sys.stderr, flush=True)
+        elif is_layer:
+            self._bar.update(self._bar.task_ids[0], total=total, completed=done, visible=True)
         else:
-            if self._task is None:
-                self._task = self._bar.add_task("calibrating", total=total)
-            self._bar.update(self._task, completed=done)
-
-
-def _rich_bar() -> Any:
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None
-    columns = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True))
+            self._bar.console.print(text, markup=False, highlight=False)

@@ -1,8 +1,7 @@
 """PEFT's LoRA on our 4-bit layers: one autograd node where the adapter is plain LoRA, PEFT's own code elsewhere.
 
-PEFT chooses the class of an adapted layer by a list of functions. Its one public way into the list, custom modules of a
-config, is lost when the config is saved; so this file puts ours before PEFT's default one, and an adapter
-made by ``get_peft_model`` or read by ``PeftModel.from_pretrained`` with any config gets it.
+PEFT chooses the class of an adapted layer by a list of functions. Its public way into the list, custom modules of a
+config, is lost when the config is saved; so this file puts ours before PEFT's default one.
 """
 
 from __future__ import annotations
@@ -32,11 +31,9 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 class QuantizedLoraLinear(Linear):
     """PEFT's LoRA layer over a :class:`qlora_native.nn.QuantizedLinear`.
 
-    One active plain adapter (LoRA or rsLoRA, with or without dropout) is computed together with the base in one
-    autograd node, its products in the dtype of the base's; DoRA and other variants, several active adapters, trained
-    biases and batches that mix adapters go through PEFT's own forward, with the base's decoded weight where it uses
-    one. Merging adds the adapters to the decoded weight and quantizes the sum anew, once a call; unmerging
-    puts the bytes from before back.
+    One active plain adapter (LoRA or rsLoRA, with or without dropout) is one autograd node with the base; all else goes
+    through PEFT's own forward, with the base's decoded weight where it uses one. Merging quantizes the sum of the
+    decoded weight and the adapters anew; unmerging puts the earlier bytes back.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
@@ -44,11 +41,9 @@ class QuantizedLoraLinear(Linear):
         super().__init__(base_layer, adapter_name, config, **options)
 
     def get_base_layer(self) -> nn.Module:
-        """The 4-bit layer, or the dense one that stands in for it."""
         return self.__dict__.get("_stand_in") or super().get_base_layer()
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
-        """Add an adapter. ValueError for initializations that need or change the base's weight."""
         init = config.init_lora_weights
         if init not in _PLAIN_INITS:
             raise ValueError(
@@ -60,7 +55,6 @@ class QuantizedLoraLinear(Linear):
             super().update_layer(adapter_name, r, lora_alpha, config=config, **options)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., K] to [..., N] in x's dtype."""
         name = self._plain_adapter() if not args and not kwargs else None
         if name is None:
             is_on = not self.disable_adapters and not self.merged
@@ -80,9 +74,8 @@ class QuantizedLoraLinear(Linear):
         if self.disable_adapters or self.merged or not isinstance(self.base_layer, QuantizedLinear):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or active[0] in self.lora_variant or self.lora_bias[active[0]]:
-            return None
-        return active[0]
+        is_plain = len(active) == 1 and active[0] not in self.lora_variant and not self.lora_bias[active[0]]
+        return active[0] if is_plain else None
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -90,18 +83,17 @@ class QuantizedLoraLinear(Linear):
         if "_stand_in" in self.__dict__:  # PEFT merges again what it took out for a moment
             super().merge(safe_merge, adapter_names)
             return
-        before = cast(QuantizedLinear, self.get_base_layer()).quantized
-        merged = len(self.merged_adapters)
+        base = cast(QuantizedLinear, self.get_base_layer())
+        before, merged = base.quantized, len(self.merged_adapters)
         with self._standing_in() as dense:
             super().merge(safe_merge, adapter_names)
         if len(self.merged_adapters) == merged:
             return
         self._caches.setdefault(_UNMERGED, before)
-        cast(QuantizedLinear, self.get_base_layer()).quantized = _quantized_like(before, dense.weight)
+        base.quantized = _quantized_like(before, dense.weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the weight from before the merges back, bit for bit."""
         if "_stand_in" in self.__dict__ or not self.merged:
             super().unmerge()
             return
@@ -132,21 +124,22 @@ class QuantizedParamWrapper(ParamWrapper):
 
     def get_param(self) -> Tensor:
         """A tensor of the stack's shape [E, N, K], dtype and device, all that PEFT asks it for, over one number."""
-        stack = self._stack()
+        stack = self._experts.stack(self.parameter_name)
         if stack is None:
             return super().get_param()
         return torch.empty(1, dtype=stack.dtype, device=stack.device).expand(stack.shape)
 
-    def _stack(self) -> QuantizedWeight | None:
-        return cast(QuantizedExperts, self.get_base_layer()).stack(self.parameter_name)
+    @property
+    def _experts(self) -> QuantizedExperts:
+        return cast(QuantizedExperts, self.get_base_layer())
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        if self._stack() is None:
+        if self._experts.stack(self.parameter_name) is None:
             with super()._activate_lora(active_adapters):
                 yield
             return
-        adapters = cast(QuantizedExperts, self.get_base_layer()).adapters
+        adapters = self._experts.adapters
         adapters[self.parameter_name] = [self._factors(name) for name in active_adapters if name in self.lora_A]
         try:
             yield
@@ -161,8 +154,8 @@ class QuantizedParamWrapper(ParamWrapper):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the decoded stack, which is quantized anew; its bytes are kept for :meth:`unmerge`."""
-        before, names = self._stack(), check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names or () if name in self.lora_A]
+        before = self._experts.stack(self.parameter_name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
         if before is None or not names:
             super().merge(safe_merge, adapter_names)
             return
@@ -172,28 +165,24 @@ class QuantizedParamWrapper(ParamWrapper):
         if safe_merge and not dense.isfinite().all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         self._caches.setdefault(_UNMERGED, before)
-        put_stack(self.get_base_layer(), self.parameter_name, _quantized_like(before, dense))
+        put_stack(self._experts, self.parameter_name, _quantized_like(before, dense))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the stack from before the merges back, bit for bit."""
         before = self._caches.pop(_UNMERGED, None)
         if before is None:
             super().unmerge()
             return
-        put_stack(self.get_base_layer(), self.parameter_name, before)
+        put_stack(self._experts, self.parameter_name, before)
         self.merged_adapters.clear()
 
 
-QuantizedParamWrapper.__name__ = (
-    "ParamWrapper"  # by which PEFT recognizes a layer that may be wrapped for another stack
-)
+QuantizedParamWrapper.__name__ = "ParamWrapper"  # by which PEFT recognizes what may be wrapped for another stack
 
 
 def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
-    after = quantize(
-        dense, quant_type=before.quant_type, block_size=before.block_size, double_quant=before.double_quant
-    )
+    options = {name: getattr(before, name) for name in ("quant_type", "block_size", "double_quant")}
+    after = quantize(dense, **options)
     after.dtype, after.storage_dtype = before.dtype, before.storage_dtype
     return after
 
@@ -206,8 +195,7 @@ def peft_config(**options: Any) -> LoraConfig:
             ``task_type`` "CAUSAL_LM".
 
     Returns:
-        The config, with :class:`QuantizedLoraLinear` registered for 4-bit layers. What ``PeftModel.from_pretrained``
-        reads from a folder gets the same layers without it.
+        The config, with :class:`QuantizedLoraLinear` registered for 4-bit layers.
     """
     ours = LoraDefaults()
     defaults = {"r": ours.r, "lora_alpha": ours.alpha, "target_modules": ours.target_modules, "task_type": "CAUSAL_LM"}
@@ -216,21 +204,18 @@ def peft_config(**options: Any) -> LoraConfig:
     return config
 
 
-def _register() -> None:
-    """Put our layer before PEFT's default one."""
-    default = lora_model.dispatch_default
-
-    @wraps(default)
-    def dispatch(target: nn.Module, adapter_name: str, *args: Any, **options: Any) -> nn.Module | None:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, QuantizedLinear):
-            options.pop("parameter_name", None)
-            return QuantizedLoraLinear(target, adapter_name, *args, **options)
-        if isinstance(base, QuantizedExperts) and options.get("parameter_name") is not None:
-            return QuantizedParamWrapper(target, adapter_name, *args, **options)
-        return default(target, adapter_name, *args, **options)
-
-    lora_model.dispatch_default = dispatch
+_default = lora_model.dispatch_default
 
 
-_register()
+@wraps(_default)
+def _dispatch(target: nn.Module, adapter_name: str, *args: Any, **options: Any) -> nn.Module | None:
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, QuantizedLinear):
+        options.pop("parameter_name", None)
+        return QuantizedLoraLinear(target, adapter_name, *args, **options)
+    if isinstance(base, QuantizedExperts) and options.get("parameter_name") is not None:
+        return QuantizedParamWrapper(target, adapter_name, *args, **options)
+    return _default(target, adapter_name, *args, **options)
+
+
+lora_model.dispatch_default = _dispatch

@@ -1,12 +1,10 @@
 """transformers' own loading with 4-bit weights: ``from_pretrained(..., quantization_config=QLoRANativeConfig())``.
 
-transformers reads the tensors one after another and calls this file for each. What is 4-bit, and how it replaces a
-layer, is as in :func:`qlora_native.load_model`.
+transformers reads the tensors one after another and calls this file for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qlora_native._memory import trim_heap
 from qlora_native.errors import UserError
-from qlora_native.hf.build import (
-    OUTPUT_EMBEDDING,
-    TRIM_EVERY_BYTES,
-    four_bit_weights,
-    patterns_kept_in_fp32,
-    put_dense,
-    put_four_bit,
-)
+from qlora_native.hf.build import OUTPUT_EMBEDDING, HeapTrimmer, four_bit_weights, kept_in_fp32, put_dense, put_four_bit
 from qlora_native.hf.checkpoint import first_sentence, read_header
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.load import make_report
@@ -34,10 +25,8 @@ from qlora_native.nn.experts import STACKS, QuantizedExperts, quantized_stacks, 
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import QuantizedWeight, bnb_state_key, from_bnb, quantize
 
-# The parts of a 4-bit weight in a checkpoint, as their names end.
-_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE_MARK}nf4", f"{STATE_MARK}fp4")
-
-_Function = Callable[[dict[str, Any], Any, str], dict[str, Tensor]]
+# How the names of the parts of a 4-bit weight end.
+_PARTS = ["", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE_MARK}nf4", f"{STATE_MARK}fp4"]
 
 
 class QLoRANativeQuantizer(HfQuantizer):
@@ -49,7 +38,6 @@ class QLoRANativeQuantizer(HfQuantizer):
     quantization_config: Any
 
     def is_serializable(self) -> bool:
-        """save_pretrained works."""
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -65,10 +53,8 @@ class QLoRANativeQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """By default the current GPU if there is one, else the CPU."""
-        if device_map is not None:
-            return device_map
-        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        default = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        return {"": default} if device_map is None else device_map
 
     @property
     def quantized_element_size(self) -> float:
@@ -76,7 +62,6 @@ class QLoRANativeQuantizer(HfQuantizer):
         return 0.5 + (1 if self.quantization_config.double_quant else 4) / self.quantization_config.block_size
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether the parameter is, or becomes, packed bytes."""
         return param_name in self._weights
 
     def _process_model_before_weight_loading(
@@ -84,44 +69,41 @@ class QLoRANativeQuantizer(HfQuantizer):
     ) -> None:
         files = [Path(file) for file in checkpoint_files or ()]
         stored = [name for file in files if file.suffix == ".safetensors" for name in read_header(file)]
-        self.pre_quantized = any(STATE_MARK in name for name in stored)
+        config, scales = self.quantization_config, [name for name in stored if name.endswith(SCALE_SUFFIX)]
+        self.pre_quantized, self._scaled = any(STATE_MARK in name for name in stored), bool(scales)
         if not self.pre_quantized:
-            setattr(self.quantization_config, METADATA, {"method": "rtn"})
-        self._scaled = any(name.endswith(SCALE_SUFFIX) for name in stored)
+            setattr(config, METADATA, {"method": "rtn"})
         self._folder = files[0].parent if files else Path(str(model.config.name_or_path))
         self._dtype = dtype or model.dtype
-        self._in_fp32 = patterns_kept_in_fp32(model, self._dtype)
-        self._passed, self._refused = 0, ""
-        if any(name.endswith(SCALE_SUFFIX) and ".experts." in name for name in stored):
+        self._in_fp32 = kept_in_fp32(model, self._dtype)
+        self._trim, self._refused = HeapTrimmer(), ""
+        if any(".experts." in name for name in scales):
             raise UserError(
                 f"{self._folder} holds experts as 8-bit floats with scales, which from_pretrained cannot bring "
                 "together: load it with qlora_native.load_model."
             )
-        skip = self.quantization_config.skip_modules
-        self._weights = four_bit_weights(
-            model, (OUTPUT_EMBEDDING,) if skip is None else skip, self.quantization_config.block_size, self._in_fp32
-        )
+        skip = (OUTPUT_EMBEDDING,) if config.skip_modules is None else config.skip_modules
+        self._weights = four_bit_weights(model, skip, config.block_size, self._in_fp32)
 
     def get_quantize_ops(self) -> ConversionOps:
-        """The conversion of 16-bit weights to 4-bit ones."""
         return _Conversion(self, self._quantized)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """How the parts of a stored weight come together: a 4-bit one's, or an 8-bit one's and its scales."""
+        names, endings, conversion = ["weight"], ["", SCALE_SUFFIX], _Conversion(self, _unscaled)
         if self.pre_quantized:
-            names = [rf"experts\.{name}" for name in STACKS] + ["weight"]
-            return [self._converter(name, _PARTS, self._of_its_parts) for name in names]
-        return [self._converter("weight", ("", SCALE_SUFFIX), _unscaled)] if self._scaled else []
-
-    def _converter(self, name: str, endings: tuple[str, ...], function: _Function) -> WeightConverter:
-        return WeightConverter([name + ending for ending in endings], name, [_Conversion(self, function)])
+            names = [*(rf"experts\.{name}" for name in STACKS), "weight"]
+            endings, conversion = _PARTS, _Conversion(self, self._of_its_parts)
+        elif not self._scaled:
+            return []
+        return [WeightConverter([name + ending for ending in endings], name, [conversion]) for name in names]
 
     def _quantized(self, tensors: dict[str, Any], model: Any, name: str) -> dict[str, Tensor]:
-        """Tensors of the model by name, the 4-bit ones in place of their layers."""
         result = {}
         for key in list(tensors):
-            tensor = _first(tensors.pop(key))
-            result[key] = self._put(model, key, self._nearest(key, tensor)) if key in self._weights else tensor
+            tensor = tensors.pop(key)
+            is_4bit = key in self._weights
+            result[key] = put_four_bit(model, key, self._nearest(key, tensor)) if is_4bit else tensor
         return result
 
     def _nearest(self, name: str, tensor: Tensor) -> QuantizedWeight:
@@ -134,23 +116,17 @@ class QLoRANativeQuantizer(HfQuantizer):
             self._refused = self._refused or f"{self._folder}: weight {name} cannot be quantized: {reason}"
             weight = quantize(torch.zeros_like(dense), **options)
         weight.dtype = self._dtype
-        self._passed += tensor.nbytes
-        if self._passed > TRIM_EVERY_BYTES:  # what was freed so far; the tensor itself goes next time
-            self._passed = 0
-            trim_heap()
+        self._trim(tensor.nbytes)  # what was freed so far; the tensor itself goes next time
         return weight
 
     def _of_its_parts(self, tensors: dict[str, Any], model: Any, name: str) -> dict[str, Tensor]:
         """A 4-bit weight of its stored parts, in place of its layer."""
         leaf = name.rpartition(".")[2]
-        parts = {key.removeprefix(r"experts\."): _first(value) for key, value in tensors.items()}
+        parts = {key.removeprefix(r"experts\."): value for key, value in tensors.items()}
         if bnb_state_key(parts, leaf) is None:
             return {name: parts[leaf].to(torch.float32 if self._in_fp32(name) else self._dtype)}
-        return {name: self._put(model, name, from_bnb(parts, leaf))}
-
-    def _put(self, model: Any, name: str, weight: QuantizedWeight) -> Tensor:
         self._weights.setdefault(name, False)
-        return put_four_bit(model, name, weight)
+        return {name: put_four_bit(model, name, from_bnb(parts, leaf))}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._refused:
@@ -161,11 +137,11 @@ class QLoRANativeQuantizer(HfQuantizer):
                 module.compute_dtype = None if compute is None else getattr(torch, compute)
         model.requires_grad_(False)
         # The parts of a 4-bit weight are saved as state_dict names them: nothing is to be reversed.
-        theirs = [
+        theirs = (
             entry
             for entry in model._weight_conversions
             if not any(isinstance(op, _Conversion) for op in getattr(entry, "operations", ()))
-        ]
+        )
         model._weight_conversions = without_stacks(theirs, model)
         model.load_report = make_report(model, self._folder)
         trim_heap()
@@ -186,9 +162,7 @@ class QLoRANativeQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
-        """Refuse a model of which each rank holds a part."""
-        layers = (module for module in model.modules() if isinstance(module, (QuantizedLinear, QuantizedExperts)))
-        if any(layer.is_sharded for layer in layers):
+        if any(getattr(module, "is_sharded", False) for module in model.modules()):
             raise ValueError(
                 "save_pretrained: the 4-bit model is sharded over several processes: save the adapter alone, or the "
                 "model before it is sharded."
@@ -197,27 +171,21 @@ class QLoRANativeQuantizer(HfQuantizer):
 
 
 class _Conversion(ConversionOps):
-    """``function(tensors by name, model, name of the parameter)`` as a step of transformers' loading, which leaves the
-    dtypes of the stored tensors to it."""
+    """A function as a step of transformers' loading, which leaves the dtypes of the stored tensors to it."""
 
-    def __init__(self, hf_quantizer: QLoRANativeQuantizer, function: _Function) -> None:
-        self.hf_quantizer, self._function = hf_quantizer, function
+    def __init__(self, hf_quantizer: QLoRANativeQuantizer, function: Any) -> None:
+        self.hf_quantizer, self._function = hf_quantizer, function  # of (tensors by name, model, parameter's name)
 
     def __deepcopy__(self, memo: object) -> _Conversion:
         return self  # transformers copies converters, a parameter each; the quantizer stays one
 
-    def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Name in the model -> tensor or parameter."""
+    def convert(self, input_dict: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any) -> Any:
+        for key, value in input_dict.items():
+            input_dict[key] = value[0] if isinstance(value, list) else value
         return self._function(input_dict, model, full_layer_name)
 
 
 def _unscaled(tensors: dict[str, Any], model: Any, name: str) -> dict[str, Tensor]:
     """8-bit floats times the scales of their blocks, as checkpoints of the method "fp8" store them."""
-    parts = [_first(value) for value in tensors.values()]
-    return {name: parts[0] if len(parts) == 1 else unscaled(parts[0], parts[1], parts[0].dtype)}
-
-
-def _first(value: Any) -> Tensor:
-    return value[0] if isinstance(value, list) else value
+    weight, *scales = tensors.values()
+    return {name: unscaled(weight, scales[0], weight.dtype) if scales else weight}

@@ -13,6 +13,7 @@ import transformers
 from helpers import SavedTensors, relative_error
 from tiny_models import logits, make, save, tokens
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 import qlora_native as qn
 from qlora_native.hf import fuse as fusing
@@ -46,6 +47,10 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
     return model
 
 
+def count_fused(model: Any) -> int:
+    return sum(isinstance(module, Fused) for module in model.modules())
+
+
 def loss_and_gradient(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the first projections, so that everything between them and the loss takes part."""
     ids = tokens(2, 24)
@@ -69,33 +74,22 @@ def test_same_loss_and_gradients(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("change", ["clamp", "gelu", "dropout", "offset"])
 def test_what_differs_is_left_alone(change: str) -> None:
     model = model_of("Llama")
-    layer = model.model.layers[0]
-    if change == "offset":
-        kind = type(layer.input_layernorm)
-
-        class Shifted(kind):  # type: ignore[misc,valid-type]
-            def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-                return super().forward(hidden_states) + 0.01
-
-        for module in model.modules():
-            if type(module) is kind:
-                module.__class__ = Shifted
-        assert fuse(model) == {"attention": 2, "mlp": 2}
-        return
-    kind = type(layer.mlp)
+    part = "norm" if change == "offset" else "mlp"
+    kind = type(getattr(model.model.layers[0], "input_layernorm" if part == "norm" else part))
 
     class Other(kind):  # type: ignore[misc,valid-type]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if change == "offset":
+                return super().forward(x) + 0.01
             gate = self.gate_proj(x)
             gate = gate.clamp(max=2.0) if change == "clamp" else gate
             hidden = nn.functional.gelu(gate) if change == "gelu" else self.act_fn(gate)
             return self.down_proj(nn.functional.dropout(hidden * self.up_proj(x), 0.1, self.training))
 
-    if change != "dropout":
-        model.eval()
-    for one in model.model.layers:
-        one.mlp.__class__ = Other
-    assert fuse(model) == {"attention": 2, "norm": 5}
+    for module in list(model.modules()):
+        if type(module) is kind:
+            module.__class__ = Other
+    assert fuse(model) == {name: count for name, count in ALL.items() if name != part}
 
 
 def test_twice_is_once_and_training_flags_and_randomness_stay() -> None:
@@ -112,9 +106,7 @@ def test_twice_is_once_and_training_flags_and_randomness_stay() -> None:
 def test_other_models_of_the_class_stay_as_they_are() -> None:
     model, other = model_of("Llama"), model_of("Llama")
     fuse(model)
-    assert not any(isinstance(module, Fused) for module in other.modules())
-    from transformers.models.llama import modeling_llama
-
+    assert count_fused(other) == 0
     assert modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
     assert isinstance(modeling_llama.ALL_ATTENTION_FUNCTIONS, transformers.AttentionInterface)
 
@@ -124,7 +116,7 @@ def test_copies_are_fused_and_independent(how: str) -> None:
     model = model_of("Llama")
     fuse(model)
     copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    assert sum(isinstance(module, Fused) for module in copied.modules()) == 9
+    assert count_fused(copied) == 9
     want = model(tokens()).logits
     assert torch.equal(copied(tokens()).logits, want)
     copied.model.norm.weight.data.zero_()
@@ -132,7 +124,7 @@ def test_copies_are_fused_and_independent(how: str) -> None:
 
 
 def test_generates_the_same() -> None:
-    model = model_of("Llama").eval()
+    model = model_of("Llama")
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
     want = model.generate(tokens(2, 7), **options)
     fuse(model)
@@ -153,10 +145,9 @@ def test_torch_attends_in_fp32_where_it_has_no_products_of_bf16(
     seen: list[torch.Tensor | None] = []
     sdpa: Any = nn.functional.scaled_dot_product_attention
 
-    def recorded(*args: Any, attn_mask: Any = None, **kwargs: Any) -> torch.Tensor:
+    def recorded(*args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
         seen.extend((*args, attn_mask))
-        answer: torch.Tensor = sdpa(*args, attn_mask=attn_mask, **kwargs)
-        return answer
+        return sdpa(*args, attn_mask=attn_mask, **kwargs)
 
     ids = tokens(2, 24)
     want = plain(input_ids=ids).logits
@@ -174,8 +165,7 @@ def test_torch_attends_in_fp32_where_it_has_no_products_of_bf16(
     assert len(seen) == 4 * 4
     model.generate(ids[:, :7], attention_mask=padded[:, :7], max_new_tokens=3, do_sample=False)
     assert len(seen) > 6 * 4
-    dtypes = {x.dtype for x in seen if x is not None}
-    assert dtypes <= {dtype if bf16 else torch.float32, torch.bool}
+    assert {x.dtype for x in seen if x is not None} <= {dtype if bf16 else torch.float32, torch.bool}
 
 
 def quantized(adapter: bool = True) -> Any:
@@ -201,8 +191,7 @@ def test_keeps_less() -> None:
     def kept() -> int:
         with SavedTensors() as saved:
             causal_lm_loss(model, batch)
-        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved.tensors}
-        return sum(sizes.values())
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved.tensors}.values())
 
     plain = kept()
     fuse(model)
@@ -212,11 +201,10 @@ def test_keeps_less() -> None:
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     model = quantized().train()
     fuse(model)
-    ids = tokens(2, 24)
 
     def gradients() -> torch.Tensor:
         model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     want = gradients()
@@ -241,36 +229,30 @@ def test_dense_layers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert fuse(model)["linear"] == len(layers)
     assert all(isinstance(layer, Fused) for layer in layers)
-    wanted = [plain(ids).logits for ids in (tokens(1, 3), tokens(2, 24))]
-
-    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("torch's own product")
-
-    monkeypatch.setattr(nn.Linear, "forward", forward)
-    with torch.inference_mode():
-        for ids, want in zip((tokens(1, 3), tokens(2, 24)), wanted, strict=True):
+    wanted = [(ids, plain(ids).logits) for ids in (tokens(1, 3), tokens(2, 24))]
+    with torch.inference_mode(), monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", None)  # torch's own product
+        for ids, want in wanted:
             assert relative_error(model(ids).logits, want) < 3e-2
-    monkeypatch.undo()
     batch = {"input_ids": tokens(2, 24), "labels": tokens(2, 24)}
     loss, want = causal_lm_loss(model, batch), causal_lm_loss(plain, batch)
     assert float(loss) == pytest.approx(float(want), rel=1e-3)
-    twin = pickle.loads(pickle.dumps(model))
-    assert isinstance(twin.lm_head, Fused)
+    assert isinstance(pickle.loads(pickle.dumps(model)).lm_head, Fused)
 
 
 def test_load_model_fuses_by_default(tmp_path: Path) -> None:
     folder = save(tmp_path, dtype=torch.bfloat16)
     fused, plain = qn.load_model(folder), qn.load_model(folder, fuse=False)
-    assert sum(isinstance(module, Fused) for module in fused.modules()) > 0
-    assert not any(isinstance(module, Fused) for module in plain.modules())
+    assert count_fused(fused) > 0
+    assert count_fused(plain) == 0
     assert list(fused.state_dict()) == list(plain.state_dict())
     assert [type(a).__name__ for a in fused.modules()] == [type(b).__name__ for b in plain.modules()]
     assert relative_error(logits(fused).float(), logits(plain).float()) < 2e-2
 
 
 def test_unfuse_leaves_what_there_was() -> None:
-    model, plain = model_of("Llama"), model_of("Llama")
-    plain.load_state_dict(model.state_dict())
+    model = model_of("Llama")
+    plain = copy.deepcopy(model)
     fuse(model)
     unfuse(model)
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
