@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,12 +35,9 @@ def expected(files: Path) -> dict[str, str]:
     """transformers' greedy answers to PROMPT."""
     model: Any = qn.load_adapter(qn.load_model(files / "model"), files / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(files / "model")
-    ids = tokenizer.apply_chat_template(
-        [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    ids = tokenizer.apply_chat_template(messages, **options)
 
     def answer() -> str:
         output = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
@@ -50,24 +48,24 @@ def expected(files: Path) -> dict[str, str]:
         return {"base": answer(), "adapter": with_adapter}
 
 
-def words(files: Path, *more: str) -> list[str]:
-    return ["chat", str(files / "model"), "--adapter", str(files / "adapter"), "--max-tokens", str(TOKENS), *more]
+def run(files: Path, *more: str) -> int:
+    arguments = ("--adapter", str(files / "adapter"), "--max-tokens", str(TOKENS), *more)
+    return main.main(["chat", str(files / "model"), *arguments])
 
 
 def test_greedy_answers_are_those_of_generate(
     files: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected["base"] != expected["adapter"]
-    assert main.main(words(files, "--system", "be brief", "--prompt", PROMPT, "--json")) == 0
+    assert run(files, "--system", "be brief", "--prompt", PROMPT, "--json") == 0
     answers = json.loads(capsys.readouterr().out)["answers"]
     assert {answer["from"]: answer["text"] for answer in answers} == expected
     assert [answer["tokens"] for answer in answers] == [TOKENS, TOKENS]
     assert all(answer["ended"] == "length" and answer["tokens_per_second"] > 0 for answer in answers)
 
-    assert main.main(words(files, "--system", "be brief", "--prompt", PROMPT)) == 0
-    printed = capsys.readouterr().out
+    assert run(files, "--system", "be brief", "--prompt", PROMPT) == 0
     base, adapter = map(chat.printable, expected.values())
-    assert printed == f"base: {base}\nadapter: {adapter}\n"
+    assert capsys.readouterr().out == f"base: {base}\nadapter: {adapter}\n"
 
 
 def test_lines_are_turns_of_one_conversation_until_the_input_ends(
@@ -75,7 +73,7 @@ def test_lines_are_turns_of_one_conversation_until_the_input_ends(
 ) -> None:
     def talk(lines: str, *more: str) -> list[dict[str, Any]]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        assert main.main([*words(files, "--json", "--temperature", "1.5", "--top-p", "0.9"), *more]) == 0
+        assert run(files, "--json", "--temperature", "1.5", "--top-p", "0.9", *more) == 0
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     first = talk(f"{PROMPT}\n\n{PROMPT}\n")
@@ -104,14 +102,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupted_after(monkeypatch, 1)
-    typed: Iterator[str | BaseException] = iter([PROMPT, KeyboardInterrupt(), "and red?", EOFError()])
-
-    def line(prompt: str) -> str:
-        item = next(typed)
-        if isinstance(item, str):
-            return item
-        raise item
-
+    line = mock.Mock(side_effect=[PROMPT, KeyboardInterrupt(), "and red?", EOFError()])
     monkeypatch.setattr("builtins.input", line)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
@@ -120,7 +111,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(
     assert lines[0].startswith("Ctrl-C ends an answer") and "Ctrl-D ends the program." in lines
 
     interrupted_after(monkeypatch, 1)
-    assert main.main(words(files, "--prompt", PROMPT, "--json")) == 130  # and the program, if it is but one answer
+    assert run(files, "--prompt", PROMPT, "--json") == 130  # and the program, if it is but one answer
     first, second = json.loads(capsys.readouterr().out)["answers"]
     assert (first["ended"], first["tokens"], second["tokens"]) == ("interrupted", 1, 0)
 
@@ -130,7 +121,7 @@ def test_side_by_side_on_a_terminal(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
-    assert main.main(words(files, "--system", "be brief", "--prompt", PROMPT)) == 0
+    assert run(files, "--system", "be brief", "--prompt", PROMPT) == 0
     printed = capsys.readouterr().out
     heads = [line for line in printed.splitlines() if " base " in line and " adapter " in line]
     assert heads, printed

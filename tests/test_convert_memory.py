@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from test_load_memory import peak_of, write_model
 
+pytestmark = [pytest.mark.slow_memory, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 HIDDEN, INNER = 2048, 16384
 LARGEST = 4 * HIDDEN * INNER  # bytes of the largest tensor
 
@@ -18,7 +19,7 @@ LARGEST = 4 * HIDDEN * INNER  # bytes of the largest tensor
 WORK = """
 import transformers.models.llama.modeling_llama
 from qlora_native.hf.convert import convert
-from qlora_native.hf.merge import Merging, merge_files
+from qlora_native.hf.merge import Merging
 
 def work():
     source, folder = map(Path, sys.argv[1:3])
@@ -26,11 +27,25 @@ def work():
     {work}
 """
 CONVERT = 'convert(source, folder, sys.argv[3], dtype=torch.float32 if sys.argv[3] == "16bit" else None)'
-MERGE = 'merge_files(Merging(source, source / "adapter", base=sys.argv[3], to="nf4"), folder)'
+MERGE = 'Merging(source, source / "adapter", base=sys.argv[3], to="nf4").write(folder, 4 * 10**9)'
 
 
-def write_adapter(folder: Path) -> None:
-    """Rank 8 on the MLP of the first layer."""
+def check_peak(work: str, source: Path, out: Path, word: str, limit: float) -> None:
+    peak, *_ = peak_of(WORK.replace("{work}", work), source, out, word)
+    print(f"{out.name}: {peak:,} bytes; the largest tensor has {LARGEST:,}")
+    assert peak <= limit
+
+
+def test_peak_is_below_the_largest_tensor(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", HIDDEN, INNER, 3, 4096, 16, torch.float32)
+    check_peak(CONVERT, tmp_path / "source", tmp_path / "four", "bitsandbytes", 1.1 * LARGEST)
+    check_peak(CONVERT, tmp_path / "four", tmp_path / "dense", "16bit", 1.1 * LARGEST)
+
+
+def test_a_merge_into_4_bits_holds_parts(tmp_path: Path) -> None:
+    """Of the weight at hand parts, as a conversion, and the scales of all of it; from its 4-bit form that one too."""
+    write_model(tmp_path / "source", HIDDEN, INNER, 1, 4096, 16, torch.float32)
+    folder = tmp_path / "source" / "adapter"  # rank 8 on the MLP
     folder.mkdir()
     tensors = {}
     for name, width, height in (("up", HIDDEN, INNER), ("down", INNER, HIDDEN)):
@@ -40,27 +55,5 @@ def write_adapter(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     about = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["up_proj", "down_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(about))
-
-
-def check_peak(work: str, source: Path, out: Path, word: str, limit: float) -> None:
-    peak, *_ = peak_of(WORK.replace("{work}", work), source, out, word)
-    print(f"{out.name}: {peak:,} bytes; the largest tensor has {LARGEST:,}")
-    assert peak <= limit
-
-
-@pytest.mark.slow_memory
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_is_below_the_largest_tensor(tmp_path: Path) -> None:
-    write_model(tmp_path / "source", HIDDEN, INNER, 3, 4096, 16, torch.float32)
-    check_peak(CONVERT, tmp_path / "source", tmp_path / "four", "bitsandbytes", 1.1 * LARGEST)
-    check_peak(CONVERT, tmp_path / "four", tmp_path / "dense", "16bit", 1.1 * LARGEST)
-
-
-@pytest.mark.slow_memory
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_merge_into_4_bits_holds_parts(tmp_path: Path) -> None:
-    """Of the weight at hand parts, as a conversion, and the scales of all of it; from its 4-bit form that one too."""
-    write_model(tmp_path / "source", HIDDEN, INNER, 1, 4096, 16, torch.float32)
-    write_adapter(tmp_path / "source" / "adapter")
     for base, four_bit in (("original", 0), ("dequantized", LARGEST // 7)):
         check_peak(MERGE, tmp_path / "source", tmp_path / base, base, 1.1 * (LARGEST + four_bit))

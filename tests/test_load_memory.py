@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import select
 import subprocess
 import sys
@@ -11,17 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, MixtralConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-HIDDEN, INNER, LAYERS, VOCAB = 1536, 4096, 10, 8192
-
+pytestmark = [pytest.mark.slow_memory, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 # Ways to load the model in the folder sys.argv[1].
 LOADERS = {
     "load_model": "load_model(sys.argv[1])",
-    "from_pretrained": (
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.bfloat16)"
-    ),
+    "from_pretrained": "AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)",
 }
 LOAD = """
 import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
@@ -29,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from qlora_native import QLoRANativeConfig
 from qlora_native.hf import quantizer
 from qlora_native.hf.load import load_model
-config = QLoRANativeConfig()
+options = {"quantization_config": QLoRANativeConfig(), "dtype": torch.bfloat16}
 
 def work():
     global model
@@ -51,89 +49,31 @@ sys.stdin.readline()
 
 
 def write_model(
-    folder: Path,
-    hidden: int = HIDDEN,
-    inner: int = INNER,
-    layers: int = LAYERS,
-    vocab: int = VOCAB,
-    heads: int = 12,
-    dtype: torch.dtype = torch.bfloat16,
+    folder: Path, hidden: int, inner: int, layers: int, vocab: int, heads: int = 12, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[int, int]:
     """A random llama, one shard a layer, never whole in memory. Returns bytes of all tensors, and of the largest."""
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        architectures=["LlamaForCausalLM"],
-        dtype=str(dtype).removeprefix("torch."),
-    )
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocab}
+    config = LlamaConfig(**sizes, num_attention_heads=heads, architectures=["LlamaForCausalLM"], dtype=dtype)
     config.save_pretrained(folder)
-    attention, mlp, table = (torch.randn(rows, hidden).mul_(0.02).to(dtype) for rows in (hidden, inner, vocab))
-    norm = torch.ones(hidden, dtype=dtype)
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for number in range(layers):
-        prefix = f"model.layers.{number}."
-        shards[f"model-{number:02}.safetensors"] = {
-            **{f"{prefix}self_attn.{name}_proj.weight": attention for name in "qkvo"},
-            f"{prefix}mlp.gate_proj.weight": mlp,
-            f"{prefix}mlp.up_proj.weight": mlp,
-            f"{prefix}mlp.down_proj.weight": mlp.view(hidden, inner),
-            f"{prefix}input_layernorm.weight": norm,
-            f"{prefix}post_attention_layernorm.weight": norm,
-        }
-    shards["model-99.safetensors"] = {
-        "model.embed_tokens.weight": table,
-        "lm_head.weight": table,
-        "model.norm.weight": norm,
-    }
-    sizes = []
-    for file, tensors in shards.items():
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file)
-        sizes += [tensor.nbytes for tensor in tensors.values()]
-    names = {name: file for file, tensors in shards.items() for name in tensors}
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": names}
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
+    shards: dict[str, list[str]] = {}
+    for name in meta:
+        shards.setdefault("-".join(["shard", *re.findall(r"\d+", name)]) + ".safetensors", []).append(name)
+    shapes = {tensor.shape for tensor in meta.values()}
+    values = {shape: torch.randn(shape).mul_(0.02).to(dtype) + (len(shape) == 1) for shape in shapes}  # norms near 1
+    for file, names in shards.items():
+        save_file({name: values[meta[name].shape].clone() for name in names}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return sum(sizes), max(sizes)
-
-
-def write_experts(folder: Path) -> int:
-    """A random mixtral whose largest tensors are its experts, stored one by one. Returns the bytes of the largest."""
-    hidden, inner = 1024, 2048
-    config = MixtralConfig(
-        vocab_size=1024,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_local_experts=8,
-        architectures=["MixtralForCausalLM"],
-        dtype="bfloat16",
-    )
-    config.save_pretrained(folder)
-    weight = torch.randn(inner, hidden).mul_(0.02).bfloat16()
-    square, norm = weight[:hidden], torch.ones(hidden, dtype=torch.bfloat16)
-    tensors = {"model.embed_tokens.weight": square, "lm_head.weight": square, "model.norm.weight": norm}
-    for number in range(config.num_hidden_layers):
-        prefix = f"model.layers.{number}."
-        tensors |= {f"{prefix}self_attn.{name}_proj.weight": square for name in "qkvo"}
-        tensors |= {f"{prefix}{name}_layernorm.weight": norm for name in ("input", "post_attention")}
-        tensors[f"{prefix}block_sparse_moe.gate.weight"] = weight[:8]
-        for expert in range(8):
-            for name in ("w1", "w2", "w3"):
-                part = weight.view(hidden, inner) if name == "w2" else weight
-                tensors[f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"] = part
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return weight.nbytes
+    lengths = [tensor.nbytes for tensor in meta.values()]
+    return sum(lengths), max(lengths)
 
 
 def anonymous_bytes(pid: int | str) -> int:
     """Memory in use that no file stands behind. Shared anonymous memory counts too: it is no way round the limit."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    values = dict(line.split(":", 1) for line in lines)
-    return sum(int(values[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(size) * 1024 for size in re.findall(r"^(?:RssAnon|RssShmem):\s+(\d+) kB", status, re.MULTILINE))
 
 
 def peak_of(work: str, *arguments: str | Path) -> tuple[int, int, list[int]]:
@@ -141,32 +81,23 @@ def peak_of(work: str, *arguments: str | Path) -> tuple[int, int, list[int]]:
 
     Returns anonymous bytes at the peak and after it, beyond those of the imports, and what work() returned.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD.replace("{work}", work), *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == "ready\n"
-        before = peak = anonymous_bytes(process.pid)
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        deadline = time.monotonic() + 120
-        while not select.select([process.stdout], [], [], 0.0005)[0]:
-            peak = max(peak, anonymous_bytes(process.pid))
-            assert time.monotonic() < deadline
-        result = json.loads(process.stdout.readline())
-        after = anonymous_bytes(process.pid)
-        process.stdin.write("end\n")
-        process.stdin.flush()
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.stdout.close()
-        process.stdin.close()
+    command = [sys.executable, "-c", CHILD.replace("{work}", work), *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            before = peak = anonymous_bytes(process.pid)
+            print("go", file=process.stdin, flush=True)
+            deadline = time.monotonic() + 120
+            while not select.select([process.stdout], [], [], 0.0005)[0]:
+                peak = max(peak, anonymous_bytes(process.pid))
+                assert time.monotonic() < deadline
+            result = json.loads(process.stdout.readline())
+            after = anonymous_bytes(process.pid)
+            print("end", file=process.stdin, flush=True)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
     return peak - before, after - before, result
 
 
@@ -180,22 +111,9 @@ def measure(folder: Path, loader: str) -> tuple[int, int, int, int]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A folder and the bytes of its largest tensor."""
     folder = tmp_path_factory.mktemp("model")
-    stored, largest = write_model(folder)
+    stored, largest = write_model(folder, 1536, 4096, 10, 8192)
     assert stored > 500e6
     return folder, largest
-
-
-@pytest.mark.slow_memory
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("loader", LOADERS)
-def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int], loader: str) -> None:
-    check_peak(*model_folder, LOADERS[loader], 100e6)
-
-
-@pytest.mark.slow_memory
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_experts_are_not_stacked_in_16_bits(tmp_path: Path) -> None:
-    check_peak(tmp_path, write_experts(tmp_path), LOADERS["load_model"], 50e6)
 
 
 def check_peak(folder: Path, largest: int, loader: str, at_least: float) -> None:
@@ -205,3 +123,18 @@ def check_peak(folder: Path, largest: int, loader: str, at_least: float) -> None
     print(figures)
     assert bytes_4bit > at_least, "the layers must have become 4-bit"
     assert peak <= (num_bytes + largest) * 1.1, figures
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int], loader: str) -> None:
+    check_peak(*model_folder, LOADERS[loader], 100e6)
+
+
+def test_experts_are_not_stacked_in_16_bits(tmp_path: Path) -> None:
+    """A mixtral whose largest tensors are its experts, which save_pretrained stores one by one."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = MixtralConfig(**sizes, vocab_size=1024, num_local_experts=8)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    largest = max(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert largest == 2 * 1024 * 2048
+    check_peak(tmp_path, largest, LOADERS["load_model"], 50e6)

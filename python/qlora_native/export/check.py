@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from qlora_native.errors import UserError
 from qlora_native.hf.checkpoint import Checkpoint
 from qlora_native.hf.load import load_dense, load_model
 from qlora_native.hf.merge import Merging
-from qlora_native.hf.plan import FourBit, Plain
+from qlora_native.hf.plan import Converted
 from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.weight import from_bnb
 
@@ -31,18 +30,26 @@ SAMPLE = (
 def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
     """Compare each weight that ``work`` changed, as written in ``folder``, with W + scale * B A in fp64.
 
-    Returns, per weight: ``layer``; ``error``, the Frobenius norm of the difference over that of the exact sum;
-    ``change``, the norm of the adapter's part over that of W, None without an adapter; ``lost``, the norm of the
-    difference over that of the adapter's part: above 1, rounding has moved the weight more than the adapter has.
+    Per weight: ``layer``; ``error``, the Frobenius norm of the difference over that of the exact sum; ``change``, the
+    norm of the adapter's part over that of W, None without an adapter; ``lost``, the norm of the difference over that
+    of the adapter's part: above 1, rounding has moved the weight more than the adapter has.
     """
-    written = Checkpoint.open(folder)
+    written = Checkpoint(folder)
     rows = []
-    for step, key in _changed(work):
+    in_files = {step.name for step in work.plan.steps}
+    for step in work.merged_steps():
+        if isinstance(step, Converted) or step.name in work.whole:  # copied exactly
+            continue
+        if not work.changes(step) and not work.becomes_four_bit(step):
+            continue
         path = step.name.removesuffix(".weight")
         base = torch.cat([part.double() for part in work.base_rows(step)])
         delta = work.adapter.delta(path, torch.float64) if path in work.adapter.pairs else torch.zeros(())
         exact = base + delta
-        got = _stored(written, key).double()
+        key = step.key if step.name in in_files else step.name
+        names = [name for name in written.tensors if f"{name}.".startswith(f"{key}.")]
+        parts = {name: written.read(written.tensors[name]) for name in names}
+        got = (parts[key] if len(parts) == 1 else from_bnb(parts, key).dequantize(torch.float32)).double()
         off = float(((got.t() if step.name in work.transposed and got.shape != exact.shape else got) - exact).norm())
         row: dict[str, Any] = {"layer": path, "error": off / (float(exact.norm()) or 1.0), "change": None, "lost": None}
         if size := float(delta.norm()):
@@ -51,74 +58,59 @@ def check_weights(work: Merging, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _changed(work: Merging) -> Iterator[tuple[Plain | FourBit, str]]:
-    """The changed weights and their names in the files, without those trained whole, which are copied exactly."""
-    stored = {step.name for step in work.plan.steps}
-    for step in work.merged_steps():
-        if isinstance(step, (Plain, FourBit)) and (work.changes(step) or work.becomes_four_bit(step)):
-            key = step.key
-            if step.name not in work.whole:
-                yield step, key if step.name in stored else step.name
-
-
-def _stored(written: Checkpoint, key: str) -> Tensor:
-    """A weight of the merged model, decoded if it is 4-bit."""
-    parts = {name: stored for name, stored in written.tensors.items() if name == key or name.startswith(f"{key}.")}
-    if len(parts) == 1:
-        return written.read(parts[key])
-    return from_bnb({name: written.read(stored) for name, stored in parts.items()}, key).dequantize(torch.float32)
-
-
 def check_logits(work: Merging, folder: Path, rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Compare the merged model's logits on rows of token numbers with those of the base with the adapter beside it.
 
-    One entry, or two where the merge took the original weights, since the adapter was trained on the 4-bit base. Each
-    has ``against``; ``tokens``; ``kl_mean`` and ``kl_max``, of KL(reference || merged) in nats a token; ``relative``,
-    the norm of the logits' difference over that of the reference's; ``same_top``, the share of tokens with the same
-    likeliest continuation. The models are in memory one after the other, in 16 or 4 bits, and compute in fp32, so that
-    the result is the error of the merge without that of bf16 activations.
+    One entry, or two where the merge took the original weights, since the adapter was trained on the 4-bit base: each
+    has ``against``, and the measures of :func:`drift`. The models are in memory one after the other, in 16 or 4 bits,
+    and compute in fp32, so that the result is the error of the merge without that of bf16 activations.
     """
     four_bit = {**work.options, "skip_modules": work.skip_modules}
     references = {"base + adapter, 4-bit": four_bit}
     if not work.four_bit and not work.rounded:
         references = {"base + adapter, 16-bit": {}} | references
-    expected = {}
-    for name, options in references.items():
-        model = _load(work.source.path, options)
-        _put_beside(model, work.adapter)
-        expected[name] = _logits(model, rows)
-        del model
-    merged = _logits(_load(folder, four_bit if work.target != "16bit" else {}), rows)
+    expected = {name: _logits(work.source.path, options, rows, work.adapter) for name, options in references.items()}
+    merged = _logits(folder, four_bit if work.target != "16bit" else {}, rows)
     return [{"against": name, **drift(logits, merged)} for name, logits in expected.items()]
 
 
 def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> dict[str, Any]:
-    """The measures of :func:`check_logits` over rows of logits [tokens, vocabulary]."""
-    divergences, same, off, size = [], 0, 0.0, 0.0
-    for reference, merged in zip(expected, got, strict=True):
-        p, q = (t.double().log_softmax(-1) for t in (reference, merged))
-        divergences.append((p.exp() * (p - q)).sum(-1))
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        off += float((merged.double() - reference.double()).square().sum())
-        size += float(reference.double().square().sum())
-    kl = torch.cat(divergences)
+    """Compare rows of logits [tokens, vocabulary].
+
+    Returns ``tokens``; ``kl_mean`` and ``kl_max``, of KL(expected || got) in nats a token; ``relative``, the norm of
+    the difference over that of ``expected``; ``same_top``, the share of tokens with the same likeliest continuation.
+    """
+    rows = []
+    for x, y in zip(expected, got, strict=True):
+        x, y = x.double(), y.double()
+        p, q = x.log_softmax(-1), y.log_softmax(-1)
+        same = (p.argmax(-1) == q.argmax(-1)).double()
+        rows.append(torch.stack([(p.exp() * (p - q)).sum(-1), same, (y - x).square().sum(-1), x.square().sum(-1)]))
+    kl, same, off, size = torch.cat(rows, 1)
     return {
         "tokens": kl.numel(),
         "kl_mean": float(kl.mean()),
         "kl_max": float(kl.max()),
-        "relative": math.sqrt(off / size),
-        "same_top": same / kl.numel(),
+        "relative": float((off.sum() / size.sum()).sqrt()),
+        "same_top": float(same.mean()),
     }
 
 
-def _load(path: Path, options: dict[str, Any]) -> Any:
-    """In 4 bits with ``options``, or 16-bit without any."""
-    if options:
-        return load_model(path, **options, dtype=torch.bfloat16, fuse=False)
-    return load_dense(path, dtype=torch.bfloat16, fuse=False)
-
-
 @torch.no_grad()
+def _logits(
+    path: Path, options: dict[str, Any], rows: Sequence[Sequence[int]], adapter: StoredAdapter | None = None
+) -> list[Tensor]:
+    """fp32 [tokens, vocabulary] of each row, by the model loaded in 4 bits with ``options``, or 16-bit without any."""
+    if options:
+        model: Any = load_model(path, **options, dtype=torch.bfloat16, fuse=False)
+    else:
+        model = load_dense(path, dtype=torch.bfloat16, fuse=False)
+    if adapter is not None:
+        _put_beside(model, adapter)
+    _compute_in_fp32(model)
+    return [model(torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in rows]
+
+
 def _put_beside(model: nn.Module, adapter: StoredAdapter) -> None:
     """Compute y + scale * (x A^T) B^T at every adapted layer in plain torch, with no code that merging uses."""
     for path, (a, b, scale) in adapter.pairs.items():
@@ -151,13 +143,6 @@ def _compute_in_fp32(model: nn.Module) -> None:
             module.register_forward_hook(narrow)
 
 
-@torch.no_grad()
-def _logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """fp32 [tokens, vocabulary] of each row."""
-    _compute_in_fp32(model)
-    return [model(torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in rows]
-
-
 def sample_rows(path: Path | None, tokenizer: Any) -> list[list[int]]:
     """Up to SAMPLE_ROWS rows of SAMPLE_TOKENS tokens: of a data file, of a text, or by default of SAMPLE."""
     if path is not None and path.suffix in (".jsonl", ".json", ".parquet"):
@@ -177,7 +162,6 @@ def sample_rows(path: Path | None, tokenizer: Any) -> list[list[int]]:
 
 def report_markdown(report: dict[str, Any]) -> str:
     """The figures of a check as a Markdown page."""
-    worst = report["largest_drift"]
     lines = [
         "# What this merge cost",
         "",
@@ -201,10 +185,10 @@ def report_markdown(report: dict[str, Any]) -> str:
         "|scale B A|; above 1, rounding moved the weight more than the adapter did.",
         "",
     ]
-    if worst is not None:
+    if worst := report["largest_drift"]:
         lines += [f"Largest drift: `{worst['layer']}`, error {worst['error']:.3g}.", ""]
     lines += ["| layer | error | change | lost |", "|---|---|---|---|"]
     for row in report["weights"]:
-        change, lost = ("" if row[key] is None else f"{row[key]:.3g}" for key in ("change", "lost"))
-        lines.append(f"| {row['layer']} | {row['error']:.3g} | {change} | {lost} |")
+        error, change, lost = ("" if row[key] is None else f"{row[key]:.3g}" for key in ("error", "change", "lost"))
+        lines.append(f"| {row['layer']} | {error} | {change} | {lost} |")
     return "\n".join(lines) + "\n"

@@ -6,9 +6,9 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import gguf
 import numpy as np
@@ -16,12 +16,14 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_native.errors import UserError
 from qlora_native.hf.merge import Merging
 from qlora_native.hf.plan import Converted, FourBit, Plain
 from qlora_native.hf.source import GgufSource
 
+_INSTEAD = "export --to safetensors and convert that with llama.cpp."
 OUT_TYPES = {  # of the matrices, and the name of such a file
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
@@ -30,8 +32,7 @@ OUT_TYPES = {  # of the matrices, and the name of such a file
 }
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """GGUF's architecture for a model type of transformers."""
 
     name: str
@@ -63,8 +64,7 @@ SPLITS = {
 }
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """A tensor for GGUFWriter, whose bytes are made row by row and are never all in memory."""
 
     name: str
@@ -85,20 +85,10 @@ class _Tensor:
 def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dict[str, Any]:
     """Write ``path``, a GGUF file with weights, hyperparameters, tokenizer and chat template.
 
-    Matrices are stored as ``out_type`` (as F16 instead of Q8_0 if their rows are no multiple of 32), vectors as F32.
-    Memory is that of :func:`qlora_native.hf.merge.merge_files`; for llama and mistral, q and k are in memory whole, one
-    at a time.
-
-    Args:
-        work: the model and its adapter.
-        out_type: "f16", "bf16", "q8_0" or "f32".
-        tokenizer: from AutoTokenizer; not used where the model is a GGUF file, whose own is copied.
-
-    Returns:
-        ``tensors``, ``num_bytes`` of them, and ``not_q8_0``, names of the matrices stored as F16 instead.
-
-    Raises:
-        UserError: the architecture, its rotary scaling or its tokenizer is not mapped to GGUF here.
+    Matrices are stored as ``out_type`` (as F16 instead of Q8_0 if their rows are no multiple of 32, named in
+    ``not_q8_0`` of the result), vectors as F32. Memory is that of :class:`Merging`; for llama and mistral, q and k are
+    in memory whole, one at a time. A GGUF file keeps its own tokenizer. UserError if the architecture, its rotary
+    scaling or its tokenizer is not mapped to GGUF here.
     """
     config = work.source.config
     architecture = ARCHITECTURES.get(config.model_type)
@@ -107,11 +97,13 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
             f"{work.source.path} is a {config.model_type} model, which this library does not export to GGUF; it does "
             f"{', '.join(ARCHITECTURES)}. Export --to safetensors and convert that with llama.cpp."
         )
-    writer = gguf.GGUFWriter(path, architecture.name)
-    try:
+    with closing(gguf.GGUFWriter(path, architecture.name)) as writer:
         _add_metadata(writer, config, out_type, work.source.path)
         if isinstance(work.source, GgufSource):
-            _copy_tokenizer(writer, work.source.path)
+            for name, field in gguf.GGUFReader(work.source.path).fields.items():
+                if name.startswith("tokenizer."):
+                    kind, *rest = field.types
+                    writer.add_key_value(name, field.contents(), kind, sub_type=rest[-1] if rest else None)
         else:
             _add_tokenizer(writer, tokenizer, work.source.path, config.vocab_size)
         tensors = list(_tensors(work, architecture, OUT_TYPES[out_type][0]))
@@ -122,8 +114,6 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
         writer.write_ti_data_to_file()
         for one in tensors:
             writer.write_tensor_data(one)  # type: ignore[arg-type]
-    finally:
-        writer.close()
     return {
         "tensors": len(tensors),
         "num_bytes": sum(one.nbytes for one in tensors),
@@ -163,7 +153,7 @@ def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
     elif rope["rope_type"] not in ("default", "llama3"):
         raise UserError(
             f"{path} scales its rotary embedding by {rope['rope_type']!r}: expected 'default', 'linear' or 'llama3'; "
-            "export --to safetensors and convert that with llama.cpp."
+            f"{_INSTEAD}"
         )
     if config.model_type == "gemma2":
         # llama.cpp reads no such number: it takes the width of a head, but for the 27B model, which has 46 layers.
@@ -179,12 +169,11 @@ def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
 
 def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[_Tensor]:
     config = work.source.config
-    names = gguf.get_tensor_name_map(
-        next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name),
-        config.num_hidden_layers,
-    )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name.upper()], config.num_hidden_layers)
     if config.rope_parameters["rope_type"] == "llama3":
-        factors = _rope_factors(config)
+        exponents = torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        factors = config.rope_parameters["rope_theta"] ** -exponents / scaled  # by which llama.cpp divides
         yield _Tensor("rope_freqs.weight", factors.shape, Kind.F32, iter([factors]))
     for step in work.merged_steps():
         if isinstance(step, Converted):
@@ -193,63 +182,37 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
             continue  # llama.cpp takes the embedding where there is no output tensor
         name = names.get_name(step.name, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UserError(
-                f"{work.source.path}: GGUF's {architecture.name} has no place for {step.name}; export --to safetensors "
-                "and convert that with llama.cpp."
-            )
+            raise UserError(f"{work.source.path}: GGUF's {architecture.name} has no place for {step.name}; {_INSTEAD}")
         shape = work.meta.shapes[step.name].shape
-        stored = Kind.F32 if len(shape) == 1 else kind
-        if stored is Kind.Q8_0 and shape[-1] % 32:
-            stored = Kind.F16
-        yield _Tensor(name, shape, stored, _rows(work, step, architecture))
+        narrow = Kind.F16 if kind is Kind.Q8_0 and shape[-1] % 32 else kind
+        yield _Tensor(name, shape, Kind.F32 if len(shape) == 1 else narrow, _rows(work, step, architecture))
 
 
 def _rows(work: Merging, step: Plain | FourBit, architecture: Architecture) -> Iterator[Tensor]:
     config, (path, _, leaf) = work.source.config, step.name.rpartition(".")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads or config.num_attention_heads}
     count = heads.get(path.rpartition(".")[2])
-    vector = len(work.meta.shapes[step.name].shape) == 1
+    is_vector = len(work.meta.shapes[step.name].shape) == 1
+    parts = (part.flatten() if is_vector else part for part in work.rows(step))
     if architecture.interleaved and count:
-        whole = torch.cat(list(work.rows(step)))
-        whole = whole.flatten() if vector else whole
+        whole = torch.cat([*parts])
         halves = whole.view(count, 2, len(whole) // count // 2, *whole.shape[1:])
         yield halves.transpose(1, 2).reshape(whole.shape)
         return
     offset = architecture.norm_offset if path.endswith("norm") and leaf == "weight" else 0.0
-    for part in work.rows(step):
-        yield (part.flatten() if vector else part) + offset if offset or vector else part
-
-
-def _rope_factors(config: Any) -> Tensor:
-    """The divisor of each frequency in llama.cpp, fp32 [head_dim / 2]."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    head_dim = _head_dim(config)
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    return plain / scaled
-
-
-# ---- the tokenizer: tokens, their types, merges or scores, and the name of the pre-tokenizer
+    for part in parts:
+        yield part + offset if offset else part
 
 
 def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -> None:
-    """Put a Hugging Face tokenizer into a gguf.GGUFWriter.
-
-    Args:
-        tokenizer: from AutoTokenizer. folder: of its files, for SentencePiece's tokenizer.model.
-        vocabulary: rows of the embedding; missing tokens are filled up with unused ones.
-
-    Raises:
-        UserError: no pre-tokenizer of llama.cpp is known here that splits text as this tokenizer does.
-    """
+    """Put a Hugging Face tokenizer into a gguf.GGUFWriter, with unused tokens up to the size of the ``vocabulary``."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     stored: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
     model = stored.get("model") or {}
     if model.get("type") != "BPE":
         raise UserError(
             f"the tokenizer of {folder} is {model.get('type', 'of an unknown kind')}: expected BPE, of bytes or as "
-            "SentencePiece has it; export --to safetensors and convert that with llama.cpp."
+            f"SentencePiece has it; {_INSTEAD}"
         )
     entries = {number: (token, TokenType.NORMAL) for token, number in model["vocab"].items()}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -261,14 +224,16 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
                 entries[number] = token, TokenType.BYTE
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_adds_space(stored))
+        before, first = stored.get("normalizer") or {}, stored.get("pre_tokenizer") or {}
+        prepends = any(step.get("type") == "Prepend" for step in before.get("normalizers") or [before])
+        writer.add_add_space_prefix(prepends or first.get("prepend_scheme") in ("first", "always"))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_split(stored.get("pre_tokenizer"), folder))
     for added in stored.get("added_tokens") or ():
-        number = added["id"]
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        entries[number] = added["content"], TokenType.UNKNOWN if number == tokenizer.unk_token_id else kind
+        kind = TokenType.UNKNOWN if added["id"] == tokenizer.unk_token_id else kind
+        entries[added["id"]] = added["content"], kind
     size = max(vocabulary, max(entries) + 1)
     tokens = [entries.get(number, (f"[UNUSED{number}]", TokenType.UNUSED)) for number in range(size)]
     writer.add_token_list([text for text, _ in tokens])
@@ -278,21 +243,8 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
         writer.add_token_scores([by_id.get(number, 0.0) for number in range(size)])
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
-    _add_special(writer, tokenizer)
-
-
-def _copy_tokenizer(writer: Any, path: Path) -> None:
-    """Put the tokenizer of another GGUF file into a gguf.GGUFWriter, as it is."""
-    for name, field in gguf.GGUFReader(path).fields.items():
-        if name.startswith("tokenizer."):
-            kind, *rest = field.types
-            writer.add_key_value(name, field.contents(), kind, sub_type=rest[-1] if rest else None)
-
-
-def _add_special(writer: Any, tokenizer: Any) -> None:
     for name in ("bos", "eos", "pad", "unk"):
-        number = getattr(tokenizer, f"{name}_token_id")
-        if number is not None:
+        if (number := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(number)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
@@ -313,8 +265,7 @@ def _split(stored: dict[str, Any] | None, folder: Path) -> str:
     if tuple(names) not in SPLITS:
         raise UserError(
             f"the tokenizer of {folder} splits text by {' then '.join(names) or 'nothing'}, for which no name of "
-            f"llama.cpp is known here ({', '.join(SPLITS.values())} are); export --to safetensors and convert that "
-            "with llama.cpp."
+            f"llama.cpp is known here ({', '.join(SPLITS.values())} are); {_INSTEAD}"
         )
     return SPLITS[tuple(names)]
 
@@ -330,10 +281,3 @@ def _scores(path: Path, merges: list[list[str]]) -> dict[str, float]:
     for rank, (left, right) in enumerate(merges):
         scores.setdefault(left + right, -float(rank))
     return scores
-
-
-def _adds_space(stored: dict[str, Any]) -> bool:
-    """Whether the tokenizer puts a space before a text."""
-    before, first = stored.get("normalizer") or {}, stored.get("pre_tokenizer") or {}
-    steps = before.get("normalizers") or [before]
-    return any(step.get("type") == "Prepend" for step in steps) or first.get("prepend_scheme") in ("first", "always")

@@ -1,9 +1,7 @@
 """Safetensors files read and written one tensor at a time; each way they can be broken is a UserError.
 
-The format (https://github.com/huggingface/safetensors#format): 8 bytes of little-endian header length, that many
-bytes of JSON, then the tensors' bytes. Reading goes through plain ``read`` calls and not through a memory map: a
-file that shrinks while it is read is then an error with a name, not a SIGBUS, and a reading costs exactly the memory of
-the tensor.
+Reading goes through plain ``read`` calls, not a memory map: a file that shrinks while it is read is then an error with
+a name, not a SIGBUS, and a reading costs exactly the memory of the tensor.
 """
 
 from __future__ import annotations
@@ -13,11 +11,12 @@ import math
 import mmap
 import re
 import struct
-import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,20 +27,11 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -61,23 +51,21 @@ class StoredTensor:
 class Scratch:
     """Private memory that one reading after another goes through.
 
-    It is its own mapping, so it goes back to the system with the object; the same tensors taken from malloc would
-    leave holes in the heap that stay counted as used. Pages are only counted once touched.
+    Its own mapping goes back to the system with the object; tensors from malloc would leave holes in the heap that stay
+    counted as used.
     """
 
     def __init__(self, num_bytes: int) -> None:
+        # The default, MAP_SHARED, would be memory that limits count but RssAnon does not show.
+        self._memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._start = 0
-        if sys.platform == "win32":
-            self._memory = mmap.mmap(-1, max(num_bytes, 1))
-        else:  # the default, MAP_SHARED, would be memory that limits count but RssAnon does not show
-            self._memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """A tensor over the start of the memory, valid until the next one is asked for."""
-        num_elements = math.prod(shape)
-        if num_elements == 0:
+        count = math.prod(shape)
+        if not count:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._memory, dtype=dtype, count=num_elements, offset=self._start).view(shape)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=self._start).view(shape)
 
     def behind(self, num_bytes: int) -> Scratch:
         """The same memory without its first ``num_bytes``."""
@@ -87,40 +75,33 @@ class Scratch:
 
 
 class Checkpoint:
-    """The safetensors files of a model folder; headers are read on opening, tensors when asked for."""
+    """The safetensors files of a model folder; headers are read on opening, tensors when asked for.
 
-    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
-        self.tensors = tensors
+    Raises :class:`UserError` when a file is missing, truncated, not safetensors, or lacks a tensor that the index
+    promises.
+    """
 
-    @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read the header of ``model.safetensors``, or of every file that ``model.safetensors.index.json`` names.
-
-        Raises :class:`UserError` when a file is missing, truncated, not safetensors, or lacks a tensor that the index
-        promises.
-        """
+    def __init__(self, folder: Path) -> None:
         weights, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
         if weights.is_file():
-            return cls(read_header(weights))
-        if index.is_file():
-            return cls(_read_index(index))
-        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth"))
-        if pickles:
+            self.tensors = read_header(weights)
+        elif index.is_file():
+            self.tensors = _read_index(index)
+        elif pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth")):
             raise UserError(
                 f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when opened; "
                 f"expected {WEIGHTS_NAME}; load it once in transformers and call save_pretrained on another folder."
             )
-        raise UserError(
-            f"{folder} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}; download or copy the whole model "
-            "again."
-        )
+        else:
+            raise UserError(
+                f"{folder} holds no weights: expected {WEIGHTS_NAME} or {INDEX_NAME}; download or copy the whole model "
+                "again."
+            )
 
     def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         """The tensor, in memory of its own, or in ``scratch`` (then valid until the next reading through it)."""
-        if scratch is not None:
-            tensor = scratch.tensor(stored.dtype, stored.shape)
-        else:
-            tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        dtype, shape = stored.dtype, stored.shape
+        tensor = scratch.tensor(dtype, shape) if scratch is not None else torch.empty(shape, dtype=dtype)
         return self._fill(tensor, stored, stored.start)
 
     def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
@@ -167,13 +148,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     try:
-        header = json.loads(raw)
-        if not isinstance(header, dict):
-            raise ValueError("not an object")
-    except ValueError as error:  # both JSON and UTF-8 errors are ValueErrors
+        entries = json.loads(raw).items()
+    except (ValueError, AttributeError) as error:  # both JSON and UTF-8 errors are ValueErrors
         raise _corrupted(path, "its header is not JSON") from error
-    header.pop("__metadata__", None)
-    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries if name != "__metadata__"}
     end = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
     if end > size:
         raise _truncated(path, end)
@@ -183,10 +161,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
-        plain = isinstance(kind, str) and all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
         raise _corrupted(path, f"the header entry of {name} is incomplete") from error
-    if not plain:
+    if not isinstance(kind, str) or not all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end)):
         raise _corrupted(path, f"the header entry of {name} is malformed")
     dtype = DTYPES.get(kind)
     if dtype is None:
@@ -203,15 +180,13 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTenso
 
 def _read_index(index: Path) -> dict[str, StoredTensor]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = {str(name): str(file) for name, file in weight_map.items()}
+        names = {str(key): str(file) for key, file in json.loads(index.read_bytes())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'{index} is not an index of shards: expected JSON with a "weight_map"; copy the file again.'
         ) from error
     files = sorted(set(names.values()))
-    absent = [file for file in files if not (index.parent / file).is_file()]
-    if absent:
+    if absent := [file for file in files if not (index.parent / file).is_file()]:
         raise UserError(
             f"{index.parent} lacks {len(absent)} of the {len(files)} weight files that {INDEX_NAME} names "
             f"({some_of(absent)}); download or copy them again."
@@ -251,8 +226,7 @@ def _truncated(path: Path, expected: int) -> UserError:
 MOST_SHORT_BYTES = 512  # of a tensor without a shape: room is kept in the header for its offsets
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """A tensor to be written; without a shape it is uint8 [length], and the length is known when it is written."""
 
     name: str
@@ -276,7 +250,7 @@ class ShardWriter:
             if output.shape is not None:
                 self._begin[output.name] = self._end
                 self._end += output.num_bytes
-        self._written = {output.name: 0 for output in self.outputs}
+        self._written: Counter[str] = Counter()
         most = sum(output.num_bytes for output in self.outputs)  # no offset has more digits
         longest = self._header({output.name: (most, most + MOST_SHORT_BYTES) for output in self.outputs})
         self._header_bytes = len(longest) + -len(longest) % 8
@@ -287,8 +261,14 @@ class ShardWriter:
 
     def __exit__(self, kind: object, *_: object) -> None:
         with self._file:
-            if kind is None:
-                self._write_header()
+            if kind is not None:
+                return
+            for output in self.outputs:
+                if output.shape is not None and (done := self._written[output.name]) != output.num_bytes:
+                    raise RuntimeError(f"{output.name}: {done} of {output.num_bytes} bytes were written.")
+            header = self._header({name: (begin, begin + self._written[name]) for name, begin in self._begin.items()})
+            self._file.seek(0)
+            self._file.write(struct.pack("<Q", self._header_bytes) + header.ljust(self._header_bytes))
 
     def write(self, name: str, part: Tensor) -> None:
         """The next elements of the tensor, contiguous, in its dtype; all of it for one without a shape."""
@@ -303,17 +283,7 @@ class ShardWriter:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors written so far."""
-        return sum(self._written.values())
-
-    def _write_header(self) -> None:
-        for output in self.outputs:
-            if output.shape is not None and self._written[output.name] != output.num_bytes:
-                raise RuntimeError(
-                    f"{output.name}: {self._written[output.name]} of {output.num_bytes} bytes were written."
-                )
-        header = self._header({name: (begin, begin + self._written[name]) for name, begin in self._begin.items()})
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._header_bytes) + header.ljust(self._header_bytes))
+        return self._written.total()
 
     def _header(self, spans: Mapping[str, tuple[int, int]]) -> bytes:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -322,17 +292,3 @@ class ShardWriter:
             shape = [end - begin] if output.shape is None else list(output.shape)
             entries[output.name] = {"dtype": _NAMES[output.dtype], "shape": shape, "data_offsets": [begin, end]}
         return json.dumps(entries, separators=(",", ":")).encode()
-
-
-def shard_names(count: int) -> list[str]:
-    """File names as transformers gives them."""
-    if count == 1:
-        return [WEIGHTS_NAME]
-    stem = WEIGHTS_NAME.removesuffix(".safetensors")
-    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-
-
-def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    """The index that maps each tensor to its file."""
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,50 +9,37 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qlora_native.errors import UserError
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, join
-from qlora_native.hf.checkpoint import Output, ShardWriter, StoredTensor, first_sentence, shard_names, write_index
+from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor, first_sentence
 from qlora_native.hf.config import METADATA, METHOD, QLoRANativeConfig
 from qlora_native.hf.load import bitsandbytes_config
-from qlora_native.hf.plan import STATE_MARK, Converted, FourBit, Plain, Plan, Step
+from qlora_native.hf.plan import FLOATS, STATE_MARK, Converted, FourBit, Plain, Plan, Step
 from qlora_native.hf.source import SafetensorsSource, Source, open_source
 from qlora_native.reference import NESTED_BLOCK
 from qlora_native.weight import QuantizedWeight, bnb_state_key, quantize, to_bnb, unpack_json
 
-TARGETS = ("16bit", "qlora", "bitsandbytes")
 PART = 1 << 22  # elements at a time: a multiple of every block size
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt", ".gguf", ".h5")
 
 Parts = Iterator[Tensor]  # the elements of a flattened tensor, in order
 
 
-@dataclass
-class Job:
+class Job(NamedTuple):
     """Tensors that are written together, and how."""
 
     outputs: list[Output]
     write: Callable[[ShardWriter], None]
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(output.num_bytes for output in self.outputs)
-
 
 @dataclass
 class ConvertReport:
-    """What was written.
-
-    Attributes:
-        files: number of safetensors files.
-        num_bytes: bytes of all tensors in them.
-        quantized, dequantized: weights that became 4-bit, or ceased to be.
-        copied: weights that were 4-bit and stay so, byte for byte.
-    """
+    """Numbers of files, of bytes in their tensors, and of weights that became 4-bit, became dense, or stayed 4-bit."""
 
     files: int = 0
     num_bytes: int = 0
@@ -75,32 +62,21 @@ def convert(
 ) -> ConvertReport:
     """Write the model of ``source`` into ``folder``, which is there and empty.
 
-    Tensors keep their stored names. What is 4-bit already keeps its bytes when the target is 4-bit. Files that hold no
-    weights are copied. Memory beyond the libraries: a few parts of 2^22 elements, the scales of the tensor at hand, and
-    whole tensors only where one has to be transposed (GPT-2), decoded from 4 bits (its packed bytes) or made of several
-    by transformers (one expert of a stack).
+    Tensors keep their stored names, and 4-bit weights their bytes when the target is 4-bit. Files that hold no weights
+    are copied. Memory beyond the libraries: a few parts of 2^22 elements, the scales of the tensor at hand, and whole
+    tensors only where one has to be transposed (GPT-2), decoded from 4 bits (its packed bytes) or made of several by
+    transformers (one expert of a stack).
 
     Args:
-        source: a folder with config.json and safetensors, in one file or sharded: 32-bit, 16-bit, 8-bit floats, or
-            4-bit in bitsandbytes' format.
-        target: "16bit"; "bitsandbytes", which transformers loads by bitsandbytes; "qlora", the same tensors under a
-            config that transformers loads by this library, where stacks of experts are 4-bit too.
-        quant_type, block_size, double_quant, skip_modules: as :func:`qlora_native.load_model`, for weights that are not
-            4-bit yet.
+        target: "16bit"; "bitsandbytes"; or "qlora", where stacks of experts are 4-bit too.
+        quant_type, block_size, double_quant, skip_modules: for weights that are not 4-bit yet.
         dtype: of what is not 4-bit, and of decoded weights; None is config.json's if that is 16-bit, else bfloat16.
         shard_bytes: the largest file, unless one tensor alone is larger.
-
-    Raises:
-        UserError: the source is missing, broken or of a kind that is not read here.
-        ValueError: an argument is wrong.
     """
-    if target not in TARGETS:
-        raise ValueError(f"convert: target is {target!r}: expected {', '.join(TARGETS)}.")
     opened = open_source(source)
     if not isinstance(opened, SafetensorsSource):
         raise UserError(f"{source} is GGUF: expected a folder of safetensors; `qlora quantize` reads GGUF.")
-    stored_dtype = opened.config.dtype
-    dtype = dtype or (stored_dtype if stored_dtype in DTYPES[:2] else torch.bfloat16)
+    dtype = dtype or (opened.config.dtype if opened.config.dtype in DTYPES[:2] else torch.bfloat16)
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before anything is written
     work = Conversion(opened, target, dtype, options, skip_modules)
@@ -131,25 +107,30 @@ class Conversion:
         if target != "16bit" and not self.four_bit:
             chosen = self.meta.four_bit_weights(skip_modules, options["block_size"])
             self.weights = {name for name in chosen if target == "qlora" or name.endswith(".weight")}
-        self._storage = "uint8"
+        self._storage = torch.uint8
         first = next((step for step in self.plan.steps if isinstance(step, FourBit)), None)
         if first is not None:  # what is quantized again is quantized alike
             state = self._state(first)
             self.options = {"quant_type": state["quant_type"], "block_size": state["blocksize"]}
             self.options["double_quant"] = "nested_blocksize" in state
-            packed = next(part for part in first.parts if part.name == first.key)
-            self._storage = str(packed.dtype).removeprefix("torch.")
+            self._storage = source.checkpoint.tensors[first.key].dtype
 
     def write(self, folder: Path, shard_bytes: int) -> None:
-        """Write every job's tensors into safetensors files of at most ``shard_bytes``, unless one tensor is larger;
-        beside them config.json, and whatever lies beside the source's weights (tokenizer, license)."""
+        """Write safetensors files of at most ``shard_bytes``, unless one tensor is larger; beside them config.json, and
+        whatever lies beside the source's weights (tokenizer, license)."""
         files: list[list[Job]] = [[]]
+        size = 0
         for job in self.jobs():
-            if files[-1] and sum(one.num_bytes for one in files[-1]) + job.num_bytes > shard_bytes:
+            num_bytes = sum(output.num_bytes for output in job.outputs)
+            if files[-1] and size + num_bytes > shard_bytes:
                 files.append([])
+                size = 0
             files[-1].append(job)
+            size += num_bytes
         weight_map: dict[str, str] = {}
-        for name, jobs in zip(shard_names(len(files)), files, strict=True):
+        for number, jobs in enumerate(files, 1):
+            suffix = f"-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else ".safetensors"
+            name = WEIGHTS_NAME.replace(".safetensors", suffix)
             outputs = [output for job in jobs for output in job.outputs]
             with ShardWriter(folder / name, outputs) as writer:
                 for job in jobs:
@@ -157,11 +138,11 @@ class Conversion:
             self.report.num_bytes += writer.num_bytes
             weight_map |= {output.name: name for output in outputs}
         self.report.files = len(files)
+        written = {"config.json": self.config()}
         if len(files) > 1:
-            write_index(folder, weight_map, self.report.num_bytes)
-        (folder / "config.json").write_text(
-            json.dumps(self.config(), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+            written[INDEX_NAME] = {"metadata": {"total_size": self.report.num_bytes}, "weight_map": weight_map}
+        for name, value in written.items():
+            (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in self.source.path.iterdir() if self.source.path.is_dir() else ():
             if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name != "config.json":
                 shutil.copyfile(path, folder / path.name)
@@ -176,7 +157,7 @@ class Conversion:
         if (quantization := self.quantization_config()) is not None:
             config["quantization_config"] = quantization
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
-        return dict(config) | dict.fromkeys(names, str(self.dtype).removeprefix("torch."))
+        return config | dict.fromkeys(names, str(self.dtype).removeprefix("torch."))
 
     def quantization_config(self) -> dict[str, Any] | None:
         """Of what was written; None where nothing is 4-bit."""
@@ -184,16 +165,16 @@ class Conversion:
         if self.target == "16bit" or not names:
             return None
         old: dict[str, Any] = self.source.four_bit_config or {}
-        if (old.get("quant_method") == METHOD) == (self.target == "qlora") and old:
+        if old and (old.get("quant_method") == METHOD) == (self.target == "qlora"):
             return dict(old)
         compute = old.get("compute_dtype", old.get("bnb_4bit_compute_dtype"))
         modules = self.meta.model.named_modules()
         dense = [path for path, module in modules if type(module) is nn.Linear and f"{path}.weight" not in names]
-        made = {METADATA: old.get(METADATA, {})} if old else {METADATA: {"method": "rtn"}}
+        made: dict[str, Any] = {METADATA: old.get(METADATA, {}) if old else {"method": "rtn"}}
         if self.target == "qlora":
             return QLoRANativeConfig(**self.options, skip_modules=dense, compute_dtype=compute, **made).to_dict()
         config = {**bitsandbytes_config(self.dtype, self.options, dense), **made}
-        config["bnb_4bit_quant_storage"] = self._storage
+        config["bnb_4bit_quant_storage"] = str(self._storage).removeprefix("torch.")
         return config | ({"bnb_4bit_compute_dtype": compute} if compute else {})
 
     def jobs(self) -> Iterator[Job]:
@@ -207,57 +188,45 @@ class Conversion:
         """What one step of the plan becomes."""
         if isinstance(step, FourBit):
             yield self._decoded(step) if self.target == "16bit" else self._copied(step)
-        elif isinstance(step, Plain):
-            if step.name in self.weights:
-                yield self._packed(step.key, step, self.parts(step.stored, step.name in self.transposed))
-            else:
-                yield self._dense(step.stored, self.meta.dtype_of(step.name))
-        elif step.name in self.weights and len(step.converter.target_patterns) == 1:
-            yield self._packed(step.name, step, self._parts_of_stack(step))
-        else:
+        elif step.name not in self.weights or (isinstance(step, Converted) and len(step.converter.target_patterns) > 1):
             yield from (self._dense(stored, self.meta.dtype_of(step.name)) for stored in step.parts)
+        elif isinstance(step, Plain):
+            yield self._packed(step.key, step, self.parts(step.stored, step.name in self.transposed))
+        else:
+            yield self._packed(step.name, step, self._parts_of_stack(step))
 
     def parts(self, stored: StoredTensor, transposed: bool = False) -> Parts:
-        """The elements of a stored tensor, or of its transpose, whole rows at a time."""
-        is_8bit = stored.scales is not None or stored.dtype.itemsize == 1  # which becomes 16-bit on reading
+        """The elements of a stored tensor, or of its transpose, whole rows at a time; 8-bit floats as 16-bit."""
+        is_8bit = stored.scales is not None or stored.dtype in FLOATS
         if is_8bit or transposed:
             whole = (self.source if is_8bit else self.source.checkpoint).read(stored)
             yield from slices(whole.t() if transposed else whole)
-        else:
-            yield from self._stored_parts(stored)
-
-    def _stored_parts(self, stored: StoredTensor) -> Parts:
+            return
         numel, size = math.prod(stored.shape), part_size(stored.shape)
         for begin in range(0, numel, size):
             yield self.source.checkpoint.read_part(stored, begin, min(begin + size, numel))
 
     def _parts_of_stack(self, step: Converted) -> Parts:
-        if step.is_stack:
-            stacks = step.slices(self.source.read)
-        else:
-            stacks = (tensor for _, tensor in step.iter_tensors(self.meta.model, self.source.read))
-        for stack in stacks:
+        read = self.source.read
+        whole = (tensor for _, tensor in step.iter_tensors(self.meta.model, read))
+        for stack in step.slices(read) if step.is_stack else whole:
             yield from slices(stack)
 
     def _dense(self, stored: StoredTensor, dtype: torch.dtype) -> Job:
-        kept = not stored.dtype.is_floating_point
-        output = Output(stored.name, stored.dtype if kept else dtype, stored.shape)
+        dtype = dtype if stored.dtype.is_floating_point else stored.dtype
 
         def write(writer: ShardWriter) -> None:
-            if kept:
-                writer.write(stored.name, self.source.checkpoint.read(stored))
-                return
             for part in self.parts(stored):
                 writer.write(stored.name, part.to(dtype))
 
-        return Job([output], write)
+        return Job([Output(stored.name, dtype, stored.shape)], write)
 
     def _packed(self, key: str, step: Step, parts: Parts) -> Job:
-        """The weight of a step in 4 bits, made of its parts [out, in] when the job runs, under the name ``key``."""
-        shape = self.shape(step)
-        nested, blocks = self.options["double_quant"], -(-math.prod(shape) // self.options["block_size"])
+        """The weight of a step in 4 bits, made of its ``parts`` when the job runs, under the name ``key``."""
+        numel, nested = math.prod(self.shape(step)), self.options["double_quant"]
+        blocks = -(-numel // self.options["block_size"])
         outputs = [
-            Output(key, torch.uint8, ((math.prod(shape) + 1) // 2, 1)),
+            Output(key, torch.uint8, ((numel + 1) // 2, 1)),
             Output(f"{key}.absmax", torch.uint8 if nested else torch.float32, (blocks,)),
             Output(f"{key}.quant_map", torch.float32, (16,)),
             Output(f"{key}{STATE_MARK}{self.options['quant_type']}", torch.uint8, None),
@@ -267,7 +236,7 @@ class Conversion:
             outputs.append(Output(f"{key}.nested_quant_map", torch.float32, (256,)))
 
         def write(writer: ShardWriter) -> None:
-            weight = self.quantized(key, shape, step.file, parts, partial(writer.write, key))
+            weight = self.quantized(key, step, parts, partial(writer.write, key))
             for name, tensor in to_bnb(weight, key).items():
                 if name != key:
                     writer.write(name, tensor)
@@ -281,10 +250,9 @@ class Conversion:
         return shape[::-1] if step.name in self.transposed else shape
 
     def quantized(
-        self, key: str, shape: tuple[int, ...], file: str, parts: Parts, write: Callable[[Tensor], None] | None = None
+        self, key: str, step: Step, parts: Parts, write: Callable[[Tensor], None] | None = None
     ) -> QuantizedWeight:
-        """The weight ``key`` of ``file``, quantized part by part; with ``write``, which takes the codes, without
-        these."""
+        """The weight of a step, quantized part by part; with ``write``, which takes the codes, without these."""
         options = {**self.options, "double_quant": False}
 
         def quantized_parts() -> Iterator[QuantizedWeight]:
@@ -293,10 +261,14 @@ class Conversion:
                 try:
                     yield quantize(part, **options)
                 except ValueError as error:
-                    raise UserError(f"{file}: weight {key} cannot be quantized: {_bad(part, done, error)}") from error
+                    reason = first_sentence(error)
+                    if len(bad := (~part.isfinite()).nonzero()):
+                        found = f"its element {done + int(bad[0])} is {float(part[bad[0]])}"
+                        reason = f"{found}: only finite weights can be quantized."
+                    raise UserError(f"{step.file}: weight {key} cannot be quantized: {reason}") from error
                 done += part.numel()
 
-        return join(quantized_parts(), shape, self.dtype, self.options, write=write)
+        return join(quantized_parts(), self.shape(step), self.dtype, self.options, write=write)
 
     def _state(self, step: FourBit) -> dict[str, Any]:
         stored = {part.name: part for part in step.parts}
@@ -311,9 +283,8 @@ class Conversion:
 
         def write(writer: ShardWriter) -> None:
             for part in step.parts:
-                if part.num_bytes:
-                    for piece in self._stored_parts(part):
-                        writer.write(part.name, piece)
+                for piece in self.parts(part):
+                    writer.write(part.name, piece)
             self.report.copied += 1
 
         return Job(outputs, write)
@@ -358,11 +329,3 @@ def decoded_parts(weight: QuantizedWeight, dtype: torch.dtype) -> Parts:
     flat, size = weight.flatten(), part_size(weight.shape)
     for begin in range(0, flat.numel(), size):
         yield flat.slice(begin, min(begin + size, flat.numel())).dequantize(dtype)
-
-
-def _bad(part: Tensor, done: int, error: ValueError) -> str:
-    finite = part.isfinite()
-    if bool(finite.all()):
-        return first_sentence(error)
-    index = int((~finite).nonzero()[0])
-    return f"its element {done + index} is {float(part[index])}: only finite weights can be quantized."

@@ -15,14 +15,9 @@ from qlora_native.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest token every time.
-        top_k: only so many of the likeliest tokens; 0 is all.
-        top_p: only the likeliest tokens that together have this probability, at least one.
-        seed: the same seed gives the same answer on the same machine.
-        max_tokens: the longest answer.
+    """How the next token is chosen: among the ``top_k`` likeliest (0: all), and of these among the likeliest that
+    together have the probability ``top_p``, with the logits divided by ``temperature`` (0: the likeliest every time).
+    The same seed gives the same answer on the same machine.
     """
 
     temperature: float = 0.0
@@ -41,10 +36,9 @@ class Sampling:
 
 @torch.inference_mode()
 def stream(model: Any, prompt: Sequence[int], sampling: Sampling, stop: set[int]) -> Iterator[int]:
-    """The answer's tokens, without the one of ``stop`` that ends it; at most as many as the model has positions for.
+    """The answer's tokens, without the one of ``stop`` that ends it, as far as the model's context reaches.
 
-    Raises:
-        UserError: the prompt alone is longer than the model's context.
+    UserError if the prompt alone is longer.
     """
     context = getattr(model.config, "max_position_embeddings", None) or len(prompt) + sampling.max_tokens
     if len(prompt) >= context:

@@ -1,8 +1,8 @@
 """The loss of a causal language model without its logits.
 
-The logits of one micro-batch, [tokens, vocabulary], are the largest tensor of a training step: 4 x 1024 tokens over
-128,256 words take 2.1 GB in fp32. They are needed only to be reduced to one number, so the output embedding is taken
-out of the model's forward and multiplied chunk by chunk inside ``qn.linear_cross_entropy``.
+The logits of one micro-batch are the largest tensor of a training step: 4 x 1024 tokens over 128,256 words take 2.1 GB
+in fp32. So the output embedding is taken out of the model's forward and multiplied chunk by chunk inside
+``qn.linear_cross_entropy``.
 """
 
 from __future__ import annotations
@@ -38,11 +38,8 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy in nats over the labeled positions of one micro-batch, an fp32 scalar with gradients.
 
     ``batch`` holds ``input_ids`` and ``labels``, both int64 [B, T] (the label of a token is the token itself, -100
-    where it is not trained; the shift by one happens here), and other arguments of the model's forward, such as
-    ``attention_mask``.
-
-    A model that does more than one product between its last hidden state and its logits (a bias, soft-capping, a
-    scale) goes through its own forward with full logits; with a warning, once per model.
+    where it is not trained; the shift by one happens here), and other arguments of the model's forward. A model that
+    changes its logits after the product with the output embedding goes through its own forward, with one warning.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -60,8 +57,8 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def settle(model: Any) -> None:
-    """Run the checks of :func:`causal_lm_loss` now, not with the first batch that needs them: their forward passes must
-    be the same on all ranks of a sharded model."""
+    """Run the checks of :func:`causal_lm_loss` now: their forward passes must be the same on all ranks of a sharded
+    model, which a batch's are not."""
     ids = torch.arange(16, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     inputs = {"input_ids": ids}
     _plain[model] = head_is_plain(model, inputs)
@@ -70,10 +67,10 @@ def settle(model: Any) -> None:
 
 
 def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-    """The inputs with an attention mask of ones where it hides only padding that no trained token could see.
+    """The inputs with an attention mask of ones where it hides only padding behind a row, which no trained token sees.
 
     A mask that hides something costs: attention computes with a table of [B, 1, T, T] and cannot leave out the upper
-    triangle. Behind a row, in a model in which no token sees later ones, padding changes nothing that is trained.
+    triangle.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2 or mask.shape != targets.shape or bool((mask != 0).all()):
@@ -89,13 +86,13 @@ def without_needless_mask(model: Any, inputs: Mapping[str, Tensor], targets: Ten
 
 @torch.no_grad()
 def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
-    """True if the first half of a row comes out the same, bit for bit, whatever stands in the second, and about the
+    """Whether the first half of a row comes out the same, bit for bit, whatever stands in the second, and about the
     same whether the second is masked or not."""
     row = inputs["input_ids"][:1, :16]
     half = row.shape[1] // 2
-    mask = torch.ones_like(row)
-    other = torch.cat((row[:, :half], (row[:, half:] + 1) % model.get_input_embeddings().num_embeddings), 1)
-    half_mask = torch.cat((mask[:, :half], torch.zeros_like(mask[:, half:])), 1)
+    other, half_mask, mask = row.clone(), torch.ones_like(row), torch.ones_like(row)
+    other[:, half:] = (row[:, half:] + 1) % model.get_input_embeddings().num_embeddings
+    half_mask[:, half:] = 0
     with modes_kept(model), torch.random.fork_rng():
         model.eval()
         hidden, changed, masked = (
@@ -106,10 +103,10 @@ def _is_causal(model: Any, inputs: Mapping[str, Tensor]) -> bool:
 
 
 def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear]:
-    """What enters the output embedding, [B, T, hidden], taken from the model's own forward.
+    """What enters the output embedding, [B, T, hidden], taken from the model's own forward, and that embedding.
 
-    The head itself is called with no token at all, so that its product costs nothing. Reading the head's input,
-    instead of calling the decoder, keeps what a model does to the hidden states before the head.
+    It is called with no token at all, so that its product costs nothing. A call of the decoder alone would miss what
+    some models do to the hidden states before the head.
     """
     head = model.get_output_embeddings()
     taken: list[Tensor] = []
@@ -125,14 +122,13 @@ def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.
 
 @torch.no_grad()
 def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
-    """True if the logits are exactly the head's output: the head's output is swapped for known numbers, which must
-    come out unchanged.
+    """Whether the logits are exactly the head's output; a warning if not.
 
-    The numbers are large, so that soft-capping shows whatever the weights are. Two tokens are enough, and the random
-    state is put back.
+    The head's output is swapped for known numbers, which must come out unchanged. They are large, so that soft-capping
+    shows whatever the weights are. Two tokens are enough.
     """
     head = model.get_output_embeddings()
-    name = type(model).__name__
+    config = model.config.get_text_config()
     kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)  # FSDP puts two classes before it
     if kind is not nn.Linear and not isinstance(head, (QuantizedLinear, Dense)):
         reason = f"its output embedding is {kind.__name__}, not a linear layer"
@@ -151,12 +147,11 @@ def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
         expected = probe.to(seen[0].dtype) if seen else probe
         if len(seen) == 1 and seen[0].shape[1] == 2 and torch.equal(logits.float(), expected.float().expand_as(logits)):
             return True
-        text_config = model.config.get_text_config()
-        fields = [f"{key}={value}" for key in LOGIT_FIELDS if (value := getattr(text_config, key, None)) is not None]
+        fields = [f"{key}={value}" for key in LOGIT_FIELDS if (value := getattr(config, key, None)) is not None]
         reason = f"it changes its logits after the output embedding{f' ({fields[0]})' if fields else ''}"
     warnings.warn(
-        f"{name}: {reason}, so the loss is taken from the model's own logits, "
-        f"{model.config.get_text_config().vocab_size * 4 / 1024:.0f} KiB of memory for each token of a micro-batch",
+        f"{type(model).__name__}: {reason}, so the loss is taken from the model's own logits, "
+        f"{config.vocab_size * 4 / 1024:.0f} KiB of memory for each token of a micro-batch",
         stacklevel=3,
     )
     return False

@@ -27,8 +27,6 @@ from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_sta
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import QuantizedWeight
 
-BASES = ("original", "dequantized")
-
 
 def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """Turn the model into dense layers with W + scale * B A, the sum taken in fp32 and rounded once to ``dtype``.
@@ -50,13 +48,18 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
             began with what 4 bits lost, which the original weights have not lost.
         UserError: the original weights are gone, or are 4-bit themselves.
     """
-    if base not in BASES:
+    if base not in ("original", "dequantized"):
         raise ValueError(f"merge: base is {base!r}: expected 'original' or 'dequantized'.")
     if dtype not in DTYPES:
         raise ValueError(f"merge: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
     report: LoadReport | None = getattr(model, "load_report", None)
     config = model.__dict__.get("lora_config")
-    layers = {f"{path}.weight": (path, layer) for path, layer in _layers(model)}
+    adapted = {id(module.base_layer) for module in model.modules() if isinstance(module, LoRALinear)}
+    layers: Layers = {
+        f"{path}.weight": (path, layer, layer.base_layer if isinstance(layer, LoRALinear) else layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoRALinear) or (isinstance(layer, QuantizedLinear) and id(layer) not in adapted)
+    }
     stacks = {f"{path}.{name}": (experts, name, weight) for path, experts, name, weight in quantized_stacks(model)}
     if base == "dequantized":
         weights = _decoded(layers, stacks, dtype)
@@ -81,9 +84,8 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     if stacks:
         model.__dict__.pop("_weight_conversions", None)  # transformers' own for this class: experts one by one again
     unfuse(model)
-    loaded_as = model.config.dtype
     for parameter in model.parameters():
-        if parameter.dtype == loaded_as:  # what is kept in fp32 stays so
+        if parameter.dtype == model.config.dtype:  # what is kept in fp32 stays so
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     model.config.__dict__.pop("quantization_config", None)
@@ -93,14 +95,13 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     return model.requires_grad_(False)
 
 
-Layers = dict[str, tuple[str, "LoRALinear | QuantizedLinear"]]
+Layers = dict[str, tuple[str, "LoRALinear | QuantizedLinear", nn.Linear]]  # path, layer, and the layer without adapter
 Stacks = dict[str, tuple[QuantizedExperts, str, QuantizedWeight]]
 
 
 def _decoded(layers: Layers, stacks: Stacks, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights by name as the model holds them; those of layers in fp32, to which adapters are added."""
-    for name, (_, layer) in layers.items():
-        inner = _inner(layer)
+    """The weights by name as the model holds them; those of 4-bit layers in fp32, to which adapters are added."""
+    for name, (_, _, inner) in layers.items():
         yield name, inner.quantized.dequantize(torch.float32) if isinstance(inner, QuantizedLinear) else inner.weight
     for name, (*_, weight) in stacks.items():
         yield name, weight.dequantize(dtype)
@@ -137,36 +138,19 @@ def _original(
         absent.discard(name)
         if is_transposed(meta.model.get_submodule(name.rpartition(".")[0])):
             value = value.t()
-        inner = _inner(layers[name][1]) if name in layers else None
-        expected = (inner.out_features, inner.in_features) if inner is not None else tuple(stacks[name][2].shape)
-        if tuple(value.shape) != expected:
+        inner = layers[name][2] if name in layers else None
+        if value.shape != ((inner.out_features, inner.in_features) if inner is not None else stacks[name][2].shape):
             raise changed(f"{name} is {list(value.shape)} there now")
         yield name, value
     if absent:
         raise changed(f"{min(absent)} is no longer there")
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | QuantizedLinear]]:
-    """The layers that become dense: adapted ones, and 4-bit ones without an adapter."""
-    adapted = ""
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            adapted = f"{path}.base_layer"
-            yield path, module
-        elif isinstance(module, QuantizedLinear) and path != adapted:
-            yield path, module
-
-
-def _inner(layer: LoRALinear | QuantizedLinear) -> nn.Linear:
-    return layer.base_layer if isinstance(layer, LoRALinear) else layer
-
-
 @torch.no_grad()
 def _make_dense(
-    model: PreTrainedModel, path: str, layer: LoRALinear | QuantizedLinear, weight: Tensor, dtype: torch.dtype
+    model: PreTrainedModel, path: str, layer: nn.Module, inner: nn.Linear, weight: Tensor, dtype: torch.dtype
 ) -> None:
     """Put a dense layer of ``weight`` [N, K], plus the adapter's delta, at ``path``."""
-    inner = _inner(layer)
     device = inner.weight.device
     if isinstance(layer, LoRALinear):
         total = layer.delta().add_(weight.to(device)).to(dtype)
@@ -181,37 +165,16 @@ def _make_dense(
 TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 
 
-def merge_files(work: Merging, folder: Path, shard_bytes: int = 4 * 10**9) -> None:
-    """Write W + scale * B A of every adapted weight, and all other tensors, into ``folder``, which is there and empty.
-
-    The sum is taken in fp32 and rounded once. Tensors keep their stored names, and files that hold no weights are
-    copied. Memory beyond the libraries: a few parts of 2^22 elements; the packed bytes of a 4-bit weight; whole tensors
-    where :func:`qlora_native.hf.convert.convert` holds them too; the whole 16-bit model if it comes from GGUF.
-
-    Raises:
-        UserError: a file is broken; an adapted weight is stored in several tensors.
-    """
-    work.write(folder, shard_bytes)
-
-
 class Merging(Conversion):
-    """A conversion in which adapted weights take up their adapter.
+    """A conversion that writes W + scale * B A, the sum taken in fp32 and rounded once, of every adapted weight.
+
+    Memory beyond that of a conversion: the packed bytes of a 4-bit weight; the whole 16-bit model if it is GGUF.
 
     Args:
-        path: a model folder or a .gguf file.
         adapter: a folder in PEFT's format; None merges nothing.
         base: the W: "original" is what the files hold, "dequantized" what ``load_model`` makes of it in 4 bits.
-        to: "bf16", "fp16", "fp32" or "nf4", the last in bitsandbytes' format.
-        quant_type, block_size, double_quant, skip_modules: as :func:`qlora_native.load_model`, for weights that are not
-            4-bit yet.
-
-    Attributes:
-        adapter: what is merged; empty without an adapter.
-        untied: whether tied embeddings are separated, as only the output one has an adapter.
-
-    Raises:
-        UserError: a file is missing or broken, or model and adapter do not belong together.
-        ValueError: an argument is wrong.
+        to: one of ``TARGETS``; "nf4" is bitsandbytes' format.
+        quant_type, block_size, double_quant, skip_modules: for weights that are not 4-bit yet.
     """
 
     def __init__(
@@ -226,8 +189,6 @@ class Merging(Conversion):
         double_quant: bool = True,
         skip_modules: tuple[str, ...] = (OUTPUT_EMBEDDING,),
     ) -> None:
-        if base not in BASES:
-            raise ValueError(f"merge: base is {base!r}: expected 'original' or 'dequantized'.")
         options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
         source = open_source(path)
         super().__init__(source, "bitsandbytes" if to == "nf4" else "16bit", TARGETS[to], options, skip_modules)
@@ -241,8 +202,7 @@ class Merging(Conversion):
         self.rounded: set[str] = set()
         if base == "dequantized" and not self.four_bit:
             self.rounded = {*self.meta.four_bit_weights(skip_modules, block_size)}
-            stacks = sorted(name for name in self.rounded if not name.endswith(".weight"))
-            if stacks:
+            if stacks := sorted(name for name in self.rounded if not name.endswith(".weight")):
                 raise UserError(
                     f"{source.path} has stacks of experts ({stacks[0]}), which are merged from 4 bits only where they "
                     f"are stored so: `qlora convert {source.path} DIR --to qlora` first, then merge that folder."
@@ -258,16 +218,13 @@ class Merging(Conversion):
         self.untied = any(f"{path}.weight" in tied for path in self.adapter.pairs)
 
     def config(self) -> dict[str, Any]:
-        """As that of a conversion; tied embeddings may be separate now."""
         return super().config() | ({"tie_word_embeddings": False} if self.untied else {})
 
     def quantization_config(self) -> dict[str, Any] | None:
-        """As that of a conversion: what an adapter changed is rounded to nearest."""
         config = super().quantization_config()
-        return config and {**config, METADATA: {"method": "rtn"}}
+        return config and {**config, METADATA: {"method": "rtn"}}  # what an adapter changed is rounded to nearest
 
     def jobs(self) -> Iterator[Job]:
-        """In the order of the files; an output embedding that is no longer tied comes last."""
         yield from super().jobs()
         for step in self._untied_steps():
             yield self._merged(step, step.name)
@@ -283,21 +240,19 @@ class Merging(Conversion):
         adapted = {f"{path}.weight" for path in self.adapter.pairs} | self.adapter.whole.keys()
         found = []
         for name in sorted(adapted):
-            step = steps.get(name)
-            origin = steps.get(self.meta.tied.get(name, ""))
-            if isinstance(step, (Plain, FourBit)) or (name in self.whole and isinstance(origin, Plain)):
+            step, origin = steps.get(name), steps.get(self.meta.tied.get(name, ""))
+            if isinstance(step, (Plain, FourBit)):
                 continue
-            if isinstance(origin, Plain):
+            if not isinstance(origin, Plain):
+                raise UserError(
+                    f"{self.source.path} stores {name} in several tensors, where no adapter can be merged file by "
+                    "file: merge in memory, with qlora_native.merge(model) and model.save_pretrained(folder)."
+                )
+            if name not in self.whole:
                 found.append(Plain(name, origin.parts))
-                continue
-            raise UserError(
-                f"{self.source.path} stores {name} in several tensors, where no adapter can be merged file by file: "
-                "merge in memory, with qlora_native.merge(model) and model.save_pretrained(folder)."
-            )
         return found
 
     def jobs_of(self, step: Step) -> Iterator[Job]:
-        """As without an adapter, but for the weights that it changes, and those that are decoded from 4 bits."""
         if isinstance(step, Converted) or not self.changes(step):
             yield from super().jobs_of(step)
         else:
@@ -310,9 +265,7 @@ class Merging(Conversion):
 
     def becomes_four_bit(self, step: Step) -> bool:
         """Whether the result holds the weight in 4 bits."""
-        if self.target == "16bit" or step.name in self.whole:
-            return False
-        return step.name in self.four_bit or step.name in self.weights
+        return self.target != "16bit" and step.name in (self.four_bit | self.weights) - self.whole.keys()
 
     def _merged(self, step: Plain | FourBit, key: str) -> Job:
         if self.becomes_four_bit(step):
@@ -320,13 +273,9 @@ class Merging(Conversion):
         dtype = self.meta.dtype_of(step.name)
 
         def write(writer: ShardWriter) -> None:
-            if step.name in self.transposed:
-                whole = torch.cat([part.to(dtype) for part in self.rows(step)])
-                for part in slices(whole.t()):
-                    writer.write(key, part)
-                return
-            for part in self.rows(step):
-                writer.write(key, part.to(dtype))
+            parts = (part.to(dtype) for part in self.rows(step))
+            for part in slices(torch.cat([*parts]).t()) if step.name in self.transposed else parts:
+                writer.write(key, part)
 
         return Job([Output(key, dtype, tuple(self.meta.shapes[step.name].shape))], write)
 
@@ -353,7 +302,6 @@ class Merging(Conversion):
         else:
             parts = self.parts(step.stored, step.name in self.transposed)
             if step.name in self.rounded:
-                weight = self.quantized(step.key, self.shape(step), step.file, parts)
-                parts = decoded_parts(weight, torch.float32)
+                parts = decoded_parts(self.quantized(step.key, step, parts), torch.float32)
         for part in parts:
             yield part.view(-1, self.shape(step)[-1])

@@ -1,8 +1,5 @@
-"""Which stored tensors become which tensors of the model: transformers' renamings and conversions, without its loader.
-
-transformers describes per architecture how the names in published checkpoints map to today's modules, and which
-stored tensors are split, stacked or transposed on the way. Its own loader reads everything through these; here each
-result is read, stored in the model and dropped before the next.
+"""Which stored tensors become which tensors of the model: transformers' renamings and conversions, without its loader,
+so that each result is read, stored in the model and dropped before the next.
 """
 
 from __future__ import annotations
@@ -39,6 +36,7 @@ STATE_MARK = ".quant_state.bitsandbytes__"  # in the name of one tensor of every
 SCALE_SUFFIX = "_scale_inv"  # ends the name of the scales of a weight in 8-bit floats
 
 Read = Callable[..., Tensor]  # of a StoredTensor and, if given, a Scratch
+NamedTensors = Iterator[tuple[str, Tensor]]
 
 
 @dataclass
@@ -53,7 +51,6 @@ class _Step:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the files."""
         return sum(stored.num_bytes for stored in self.parts)
 
     @property
@@ -68,7 +65,6 @@ class Plain(_Step):
 
     @property
     def stored(self) -> StoredTensor:
-        """The one part."""
         return self.parts[0]
 
     @property
@@ -76,10 +72,7 @@ class Plain(_Step):
         """Its name in the files."""
         return self.stored.name
 
-    def iter_tensors(
-        self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The tensor, which lies in ``scratch``, if given."""
+    def iter_tensors(self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None) -> NamedTensors:
         yield self.name, read(self.stored, scratch)
 
 
@@ -92,7 +85,6 @@ class FourBit(_Step):
     def iter_tensors(
         self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None
     ) -> Iterator[tuple[str, QuantizedWeight]]:
-        """The weight."""
         yield self.name, self.weight(read)
 
     def weight(self, read: Read) -> QuantizedWeight:
@@ -111,10 +103,8 @@ class Converted(_Step):
     converter: WeightConverter
     patterns: list[str] = field(default_factory=list)  # that matched, one a part
 
-    def iter_tensors(
-        self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The results. All parts are read at once, and dropped as the conversion consumes them."""
+    def iter_tensors(self, model: PreTrainedModel, read: Read, scratch: Scratch | None = None) -> NamedTensors:
+        """All parts are read at once, and dropped as the conversion consumes them."""
         for pattern, stored in zip(self.patterns, self.parts, strict=True):
             self.converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))
         try:
@@ -148,19 +138,17 @@ class Converted(_Step):
 
     @property
     def num_slices(self) -> int:
-        """Of a stack."""
         return len(self.parts) // len({*self.patterns})
 
     def slices(self, read: Callable[[StoredTensor, Scratch], Tensor]) -> Iterator[Tensor]:
         """The slices [1, N, K] of a stack, one after another, each valid until the next is asked for.
 
-        The parts are read to where they belong: transformers' operations would make three copies of each, in a heap
-        that keeps the holes.
+        The parts are read to where they belong: transformers' operations would make three copies of each.
         """
-        of_one: dict[str, list[StoredTensor]] = {}
+        parts_of: dict[str, list[StoredTensor]] = {}
         for pattern, stored in zip(self.patterns, self.parts, strict=True):
-            of_one.setdefault(pattern, []).append(stored)
-        ordered = [of_one[pattern] for pattern in self.converter.source_patterns if pattern in of_one]
+            parts_of.setdefault(pattern, []).append(stored)
+        ordered = (parts_of[pattern] for pattern in self.converter.source_patterns if pattern in parts_of)
         slices = list(zip(*ordered, strict=True))
         widest = max(2, self.parts[0].dtype.itemsize)  # 8-bit floats become 16-bit
         scratch = Scratch(widest * max(sum(math.prod(stored.shape) for stored in parts) for parts in slices))
@@ -190,31 +178,30 @@ class Plan:
 
 def make_plan(checkpoint: Checkpoint, meta: MetaModel) -> Plan:
     """Match every stored tensor with the model."""
-    model, shapes = meta.model, meta.shapes
+    model, shapes, tensors = meta.model, meta.shapes, checkpoint.tensors
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
 
-    four_bit = {key.partition(STATE_MARK)[0] for key in checkpoint.tensors if STATE_MARK in key}
-    parts: dict[str, list[StoredTensor]] = {key: [] for key in four_bit}
+    four_bit: dict[str, list[StoredTensor]] = {key.partition(STATE_MARK)[0]: [] for key in tensors if STATE_MARK in key}
     scales = {
-        key.removesuffix(SCALE_SUFFIX): stored
-        for key, stored in checkpoint.tensors.items()
-        if key.endswith(SCALE_SUFFIX) and key not in shapes and key.removesuffix(SCALE_SUFFIX) in checkpoint.tensors
+        weight: tensors[key]
+        for key in tensors
+        if key.endswith(SCALE_SUFFIX) and key not in shapes and (weight := key.removesuffix(SCALE_SUFFIX)) in tensors
     }
     steps: dict[str, Step] = {}
     unexpected: list[StoredTensor] = []
     # Some renamings remember what they have seen, and conversions stack in this order: layer 2 before layer 10.
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        stored = checkpoint.tensors[key]
-        if scales.get(key.removesuffix(SCALE_SUFFIX)) is stored:
+    for key in sorted(tensors, key=dot_natural_key):
+        if key.endswith(SCALE_SUFFIX) and key.removesuffix(SCALE_SUFFIX) in scales:
             continue
-        if key in scales:
-            stored = replace(stored, scales=scales[key])
-        owner = _owner(key, four_bit)
-        if owner is not None:
-            parts[owner].append(stored)
+        stored = replace(tensors[key], scales=scales.get(key))
+        owner = key
+        while owner and owner not in four_bit:
+            owner = owner.rpartition(".")[0]
+        if owner:
+            four_bit[owner].append(stored)
             if key != owner:
                 continue
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
@@ -223,10 +210,10 @@ def make_plan(checkpoint: Checkpoint, meta: MetaModel) -> Plan:
         if name not in shapes:
             unexpected.append(stored)
         elif pattern is None:
-            earlier = steps.setdefault(name, FourBit(name, parts[key], key) if owner else Plain(name, [stored]))
+            earlier = steps.setdefault(name, FourBit(name, four_bit[key], key) if owner else Plain(name, [stored]))
             if isinstance(earlier, Plain) and earlier.stored is not stored:
                 raise UserError(f"{stored.file}: tensors {earlier.key} and {key} are both stored for {name}.")
-        elif owner is not None:
+        elif owner:
             raise UserError(
                 f"{stored.file}: {key} is 4-bit already, but transformers rearranges this weight of "
                 f"{type(model).__name__} on loading; load the 16-bit model instead."
@@ -240,26 +227,14 @@ def make_plan(checkpoint: Checkpoint, meta: MetaModel) -> Plan:
     return Plan(ordered, unexpected, [entry for entry in conversions if entry.was_used()])
 
 
-def _owner(key: str, four_bit: set[str]) -> str | None:
-    """The 4-bit weight that the stored tensor ``key`` is a part of."""
-    while key not in four_bit:
-        key, dot, _ = key.rpartition(".")
-        if not dot:
-            return None
-    return key
-
-
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _ROWS = 128  # read at a time; the fp32 products of so many rows exist at once
 
 
 def unscaled(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight [N, K] times its scales [ceil(N / n), ceil(K / k)], each block of n x k by its own, in fp32.
+    """weight [N, K] times its scales [ceil(N / n), ceil(K / k)], each block of n x k by its own, in fp32; as ``dtype``.
 
-    The shapes give the block sizes: the power of two that makes so many blocks, or equal parts.
-
-    Returns:
-        [N, K] in ``dtype``. Raises ValueError if the shapes do not fit.
+    The shapes give the block sizes: the power of two that makes so many blocks, or equal parts; ValueError if none do.
     """
     if weight.dim() != 2 or scales.numel() == 1:
         return (weight.float() * scales.float().reshape(())).to(dtype)

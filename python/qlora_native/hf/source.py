@@ -27,14 +27,14 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self.checkpoint = Checkpoint.open(folder)
+        self.checkpoint = Checkpoint(folder)
         self.config = read_config(folder)
-        self.four_bit_config: dict[str, object] | None = four_bit_config(self.config, folder)
+        self.four_bit_config = four_bit_config(self.config, folder)
         self.is_four_bit = any(STATE_MARK in key for key in self.checkpoint.tensors)
         self._plan: Plan | None = None
 
     def plan(self, meta: MetaModel) -> Plan:
-        """The plan for a model of this source's config; made once."""
+        """Made once for this source's config."""
         if self._plan is None:
             self._plan = make_plan(self.checkpoint, meta)
         meta.model._weight_conversions = self._plan.conversions  # save_pretrained reverses these
@@ -57,14 +57,11 @@ class SafetensorsSource:
 
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
-        if not (self.path / "generation_config.json").is_file():
-            return None
+        path = self.path / "generation_config.json"
         try:
-            return GenerationConfig.from_pretrained(self.path)
+            return GenerationConfig.from_pretrained(self.path) if path.is_file() else None
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.path / 'generation_config.json'} cannot be used: {first_sentence(error)}"
-            ) from error
+            raise UserError(f"{path} cannot be used: {first_sentence(error)}") from error
 
 
 class _InMemory:
@@ -77,12 +74,10 @@ class _InMemory:
             for name, value in values.items()
         }
 
-    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
-        """The tensor itself."""
+    def read(self, stored: StoredTensor) -> Tensor:
         return self.values[stored.name]
 
     def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
-        """Elements ``begin`` to ``end`` of the flattened tensor."""
         return self.values[stored.name].view(-1)[begin:end]
 
 
@@ -105,9 +100,20 @@ class GgufSource:
     def checkpoint(self) -> _InMemory:
         """The 16-bit model, made when first asked for; of tensors that are tied, the first."""
         if self._checkpoint is None:
+            try:
+                with _without_bar():
+                    model = AutoModelForCausalLM.from_pretrained(
+                        self.path.parent,
+                        config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
+                        gguf_file=self.path.name,
+                        quantization_config=GgufConfig(dequantize=True),
+                        dtype=self._dtype,
+                    )
+            except Exception as error:
+                raise self._unusable(error) from error
             once: dict[int, tuple[str, Tensor]] = {}
-            for name, tensor in self._read().items():
-                once.setdefault(tensor.data_ptr(), (name, tensor))
+            for name, tensor in model.state_dict().items():
+                once.setdefault(tensor.data_ptr(), (name, tensor.detach()))
             self._checkpoint = _InMemory(self.path, dict(once.values()))
         return self._checkpoint
 
@@ -123,20 +129,6 @@ class GgufSource:
             self._checkpoint = None
         return self.checkpoint.values.pop(stored.name)
 
-    def _read(self) -> dict[str, Tensor]:
-        try:
-            with _without_bar():
-                dense = AutoModelForCausalLM.from_pretrained(
-                    self.path.parent,
-                    config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
-                    gguf_file=self.path.name,
-                    quantization_config=GgufConfig(dequantize=True),
-                    dtype=self._dtype,
-                )
-        except Exception as error:
-            raise self._unusable(error) from error
-        return {name: tensor.detach() for name, tensor in dense.state_dict().items()}
-
     def _unusable(self, error: Exception) -> UserError:
         return UserError(f"{self.path} cannot be read as GGUF: {first_sentence(error)}")
 
@@ -145,8 +137,7 @@ Source = SafetensorsSource | GgufSource
 
 
 def open_source(path: str | os.PathLike[str] | Source) -> Source:
-    """What ``path`` holds; a source that is open already comes back as it is. :class:`UserError` names what is
-    missing."""
+    """What ``path`` holds, if it is not open already. :class:`UserError` names what is missing."""
     if isinstance(path, Source):
         return path
     path = Path(path)
@@ -163,11 +154,10 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
         )
     if (path / "config.json").is_file():
         return SafetensorsSource(path)
-    found = sorted(path.glob("*.gguf"))
-    if len(found) == 1:
+    if found := sorted(path.glob("*.gguf")):
+        if len(found) > 1:
+            raise UserError(f"{path} holds {len(found)} GGUF files: name the one to load, such as {found[0]}.")
         return GgufSource(found[0])
-    if found:
-        raise UserError(f"{path} holds {len(found)} GGUF files: name the one to load, such as {found[0]}.")
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds an adapter and no model: load its base model, then load_adapter(model, {str(path)!r})."
@@ -193,8 +183,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object] | None:
-    """config.json's own description of 4-bit weights; None for 8-bit floats; refuses every other kind of quantized
-    weights."""
+    """config.json's own description of 4-bit weights; UserError for other quantized weights but 8-bit floats."""
     given = getattr(config, "quantization_config", None)
     if not given:
         return None
@@ -204,7 +193,7 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
         return values
     if method == "fp8":
         return None
-    kind = "8-bit bitsandbytes" if values.get("load_in_8bit") else values.get("quant_method", "unknown")
+    kind = "8-bit bitsandbytes" if values.get("load_in_8bit") else method or "unknown"
     raise UserError(
         f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, 8-bit floats, or 4-bit in bitsandbytes' "
         "format; load the original model."
@@ -213,8 +202,7 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
 
 @contextmanager
 def _without_bar() -> Iterator[None]:
-    """No progress bar of transformers' reader where TQDM_DISABLE forbids it: tqdm itself reads the variable when it is
-    imported, which torch does before anybody can set it."""
+    """No progress bar of transformers' reader where TQDM_DISABLE forbids it, which tqdm itself reads only on import."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     bar = getattr(reader, "tqdm", None)
@@ -229,8 +217,7 @@ def _without_bar() -> Iterator[None]:
 
 
 def load_tokenizer(model: str | os.PathLike[str] | Source) -> Any:
-    """The tokenizer beside the model: in its folder, or in its GGUF file. UserError if there is no model or no
-    tokenizer."""
+    """The tokenizer in the model's folder or GGUF file; UserError if there is no model or no tokenizer."""
     from transformers import AutoTokenizer
 
     path = model.path if isinstance(model, Source) else Path(model).expanduser()
