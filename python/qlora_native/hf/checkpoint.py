@@ -11,6 +11,7 @@ import math
 import mmap
 import re
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -56,8 +57,9 @@ class Scratch:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        # The default, MAP_SHARED, would be memory that limits count but RssAnon does not show.
-        self._memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # The default, MAP_SHARED, would be memory that limits count but RssAnon does not show. Windows has no flags.
+        private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+        self._memory = mmap.mmap(-1, max(num_bytes, 1), **private)
         self._start = 0
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
