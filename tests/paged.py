@@ -29,6 +29,11 @@ def parameters(dtype: torch.dtype = torch.float32, sizes: Sequence[int | tuple[i
     return [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
 
 
+def made(rule: Any = qn.optim.AdamW, dtype: torch.dtype = torch.float32, **options: Any) -> Made:
+    params = parameters(dtype)
+    return params, rule(params, **{"lr": 1e-2, **options})
+
+
 @pytest.fixture
 def page_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for page files, and no watcher: the tests call for the moves."""
@@ -47,11 +52,7 @@ def give_grads(params: Params, seed: int, scale: float = 1.0, skip: bool = True)
 
 
 def train(
-    optimizer: torch.optim.Optimizer,
-    params: Params,
-    seeds: range,
-    after: Callable[[int], None] = lambda seed: None,
-    skip: bool = True,
+    optimizer: Any, params: Params, seeds: range, after: Callable[[int], None] = lambda seed: None, skip: bool = True
 ) -> None:
     for seed in seeds:
         give_grads(params, seed, skip=skip)
@@ -59,22 +60,26 @@ def train(
         after(seed)
 
 
-def train_all(made: list[Made] | tuple[Made, ...], seeds: range) -> None:
-    for params, optimizer in made:
-        train(optimizer, params, seeds)
+def train_all(all_made: Sequence[Made], seeds: range, skip: bool = True) -> None:
+    for params, optimizer in all_made:
+        train(optimizer, params, seeds, skip=skip)
 
 
-def same_params(a: Params, b: Params) -> bool:
-    return all(same_bytes(x.detach(), y.detach()) for x, y in zip(a, b, strict=True))
+def same_params(a: Made, b: Made) -> bool:
+    return all(same_bytes(x.detach(), y.detach()) for x, y in zip(a[0], b[0], strict=True))
+
+
+def same_states(a: Made, b: Made) -> bool:
+    """Byte for byte."""
+    states = zip(*([optimizer.state[param] for param in params] for params, optimizer in (a, b)), strict=True)
+    return all(
+        mine.keys() == theirs.keys() and all(same_bytes(mine[key], theirs[key]) for key in mine)
+        for mine, theirs in states
+    )
 
 
 def same_training(a: Made, b: Made) -> bool:
-    """Parameters and states, byte for byte."""
-    states = [[made[1].state[param] for param in made[0]] for made in (a, b)]
-    return same_params(a[0], b[0]) and all(
-        mine.keys() == theirs.keys() and all(same_bytes(mine[key], theirs[key]) for key in mine)
-        for mine, theirs in zip(*states, strict=True)
-    )
+    return same_params(a, b) and same_states(a, b)
 
 
 @contextmanager

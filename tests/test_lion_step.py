@@ -16,7 +16,7 @@ def test_is_the_paper() -> None:
     w, m = lists["param"][0].double(), torch.zeros(5000, dtype=torch.float64)
     lr, beta1, beta2, decay = OPTIONS["lion_step"].values()
     for _ in range(20):
-        lists.lists["grad"] = [torch.randn(5000)]
+        lists["grad"] = [torch.randn(5000)]
         g = lists["grad"][0].double()
         update = torch.sign(beta1 * m + (1 - beta1) * g)
         w = w - lr * (update + decay * w)
@@ -28,9 +28,9 @@ def test_is_the_paper() -> None:
 
 def test_refuses_in_words() -> None:
     lists = Lists("lion_step", (300,))
-    lists.lists["exp_avg"] = [torch.zeros(300, dtype=torch.int8)]
+    lists["exp_avg"] = [torch.zeros(300, dtype=torch.int8)]
     with pytest.raises(ValueError, match=r"lion_step: exp_avg 0 is torch.int8 \[300\] on \w+(:0)?: expected .*float32"):
         lists.call()
-    lists.lists["grad"] = []
+    lists["grad"] = []
     with pytest.raises(ValueError, match="1 parameters, but 0 gradients"):
         lists.call()

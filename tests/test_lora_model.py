@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -71,9 +70,8 @@ def test_dropout_reaches_the_adapter_only_and_only_in_training(base: str) -> Non
     torch.manual_seed(11)
     dropped = F.dropout(x, 0.5)
     assert 0.2 < float((dropped == 0).float().mean()) < 0.8
-    torch.testing.assert_close(
-        got, F.linear(x, weight, layer.bias) + 1.5 * dropped @ layer.lora_A.t() @ layer.lora_B.t()
-    )
+    added = 1.5 * dropped @ layer.lora_A.t() @ layer.lora_B.t()
+    torch.testing.assert_close(got, F.linear(x, weight, layer.bias) + added)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -83,8 +81,7 @@ def test_masters_stay_fp32_in_a_16_bit_model(dtype: torch.dtype) -> None:
     x = torch.randn(6, 24).to(dtype).requires_grad_()
     y = layer(x)
     y.float().sum().backward()
-    assert y.dtype == dtype
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    assert y.dtype == dtype and layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
     assert layer.lora_A.grad is not None and layer.lora_A.grad.dtype == torch.float32
 
 
@@ -93,17 +90,14 @@ def test_what_is_wrapped_and_what_trains(folder: Path) -> None:
     before = logits(model)
     assert add_lora(model, LoraConfig(r=4)) is model
     layers = dict(lora_layers(model))
-    assert len(layers) == 14
-    assert not any("lm_head" in path for path in layers)
+    assert len(layers) == 14 and not any("lm_head" in path for path in layers)
     assert torch.equal(logits(model), before), "a new adapter changes nothing"
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{path}.lora_{side}" for path in layers for side in "AB"}
     layer = layers["model.layers.0.self_attn.k_proj"]
-    assert (layer.lora_A.shape, layer.lora_B.shape) == ((4, 64), (32, 4))
+    assert (layer.lora_A.shape, layer.lora_B.shape, layer.scale) == ((4, 64), (32, 4), 32 / 4)
     assert (layer.in_features, layer.out_features) == (64, 32)
-    assert layer.weight is layer.base_layer.weight
-    assert layer.bias is layer.base_layer.bias
-    assert layer.scale == 32 / 4
+    assert layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
     with pytest.raises(ValueError, match="has an adapter already"):
         add_lora(model, LoraConfig())
 
@@ -152,11 +146,10 @@ def test_seeds(folder: Path) -> None:
 
 
 def test_scales_ranks_and_patterns(folder: Path) -> None:
-    config = LoraConfig(
-        r=8, alpha=16, rslora=True, rank_pattern={"q_proj": 4, r"layers\.1\..*up_proj": 2}, alpha_pattern={"o_proj": 6}
-    )
-    layers = dict(lora_layers(add_lora(load_model(folder), config)))
-    got = {path: (layer.r, layer.scale) for path, layer in layers.items()}
+    ranks, alphas = {"q_proj": 4, r"layers\.1\..*up_proj": 2}, {"o_proj": 6.0}
+    config = LoraConfig(r=8, alpha=16, rslora=True, rank_pattern=ranks, alpha_pattern=alphas)
+    layers = lora_layers(add_lora(load_model(folder), config))
+    got = {path: (layer.r, layer.scale) for path, layer in layers}
     assert got["model.layers.0.mlp.up_proj"] == (8, 16 / math.sqrt(8))
     assert got["model.layers.1.mlp.up_proj"] == (2, 16 / math.sqrt(2))
     assert got["model.layers.1.self_attn.q_proj"] == (4, 16 / math.sqrt(4))
@@ -169,6 +162,7 @@ def test_scales_ranks_and_patterns(folder: Path) -> None:
         ({"r": 0}, "rank 'r' is 0"),
         ({"rank_pattern": {"q_proj": 1.5}}, "rank 'q_proj' is 1.5"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"init": "hsvd"}, "init is 'hsvd': expected 'zero', 'h_svd', 'loftq'"),
         ({"target_modules": []}, "target_modules is empty"),
     ],
 )
@@ -185,7 +179,7 @@ def test_adapters_off(folder: Path) -> None:
     assert distance(adapted, plain) > 0.01
     with adapters_off(model):
         assert torch.equal(logits(model), plain)
-    with contextlib.suppress(KeyError), adapters_off(model):
+    with pytest.raises(KeyError), adapters_off(model):
         raise KeyError
     assert torch.equal(logits(model), adapted)
 
@@ -193,20 +187,23 @@ def test_adapters_off(folder: Path) -> None:
 def test_modules_trained_whole(folder: Path) -> None:
     model = load_model(folder)
     add_lora(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    assert model.lm_head.weight.requires_grad
-    assert not model.model.embed_tokens.weight.requires_grad
-    with pytest.raises(ValueError, match=r"up_proj is 4-bit.*skip_modules=\('up_proj',\)"):
-        add_lora(load_model(folder), LoraConfig(modules_to_save=["up_proj"]))
-    with pytest.raises(ValueError, match="no module named 'lm_hed': did you mean lm_head"):
-        add_lora(load_model(folder), LoraConfig(modules_to_save=["lm_hed"]))
+    assert model.lm_head.weight.requires_grad and not model.model.embed_tokens.weight.requires_grad
+    model.lm_head.weight.data.fill_(0.25)
+    got = merge(model, "original", torch.float32)
+    assert (got.lm_head.weight == 0.25).all() and got.lm_head.weight.dtype == torch.float32
+    for name, message in (
+        ("up_proj", r"up_proj is 4-bit.*skip_modules=\('up_proj',\)"),
+        ("lm_hed", "no module named 'lm_hed': did you mean lm_head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_lora(load_model(folder), LoraConfig(modules_to_save=[name]))
 
 
 def test_training_moves_the_adapter_and_nothing_else(folder: Path) -> None:
     model = add_lora(load_model(folder, dtype=torch.float32), LoraConfig(r=4, dropout=0.1, seed=0)).train()
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    batch = tokens(4, 12)
-    losses = []
+    batch, losses = tokens(4, 12), []
     for _ in range(15):
         loss = model(batch, labels=batch).loss
         loss.backward()
@@ -218,8 +215,9 @@ def test_training_moves_the_adapter_and_nothing_else(folder: Path) -> None:
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Merging
+def saved_and_loaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def merged_truth(folder: Path, model: PreTrainedModel, base: str) -> PreTrainedModel:
@@ -247,11 +245,8 @@ def test_merge_gives_a_plain_model(tmp_path: Path, base: str, kind: str, names: 
     assert distance(logits(got), logits(truth)) < 1e-5
     assert got.load_report.bytes_4bit == 0
     assert not any(parameter.requires_grad for parameter in got.parameters())
-    if kind == "GPT2":
-        assert isinstance(got.transformer.h[0].attn.c_attn, Conv1D)
-    got.save_pretrained(tmp_path / "merged")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    assert torch.equal(logits(again), logits(got))
+    assert kind != "GPT2" or isinstance(got.transformer.h[0].attn.c_attn, Conv1D)
+    assert torch.equal(logits(saved_and_loaded(got, tmp_path / "merged")), logits(got))
 
 
 def test_merge_rounds_once_to_the_dtype_asked_for(tmp_path: Path) -> None:
@@ -272,18 +267,7 @@ def test_merge_of_a_tied_output_embedding_unties_it(tmp_path: Path) -> None:
     expected = logits(model)
     got = merge(model, "dequantized", torch.float32)
     assert distance(logits(got), expected) < 1e-5
-    got.save_pretrained(tmp_path / "merged")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    assert distance(logits(again), expected) < 1e-5
-
-
-def test_merge_keeps_what_was_trained_whole(folder: Path) -> None:
-    model = load_model(folder)
-    add_lora(model, LoraConfig(r=4, modules_to_save=["lm_head"]))
-    model.lm_head.weight.data.fill_(0.25)
-    got = merge(model, "original", torch.float32)
-    assert (got.lm_head.weight == 0.25).all()
-    assert got.lm_head.weight.dtype == torch.float32
+    assert distance(logits(saved_and_loaded(got, tmp_path / "merged")), expected) < 1e-5
 
 
 def test_merge_refuses(folder: Path, tmp_path: Path) -> None:
@@ -298,7 +282,5 @@ def test_merge_refuses(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not loaded by load_model"):
         merge(make())
     save(folder, intermediate_size=128)
-    with pytest.raises(
-        qn.UserError, match=r"has changed since the model was loaded: .*down_proj.weight is \[64, 128\] there now"
-    ):
+    with pytest.raises(qn.UserError, match=r"has changed .*down_proj.weight is \[64, 128\] there now"):
         merge(model)

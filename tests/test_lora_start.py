@@ -60,12 +60,10 @@ def test_it_is_the_best_of_its_rank(shape: tuple[int, int], kind: str) -> None:
 
 
 def test_nothing_lost_is_nothing_to_begin_with_and_a_nan_is_refused() -> None:
-    a, b = residual_factors(torch.zeros(32, 48), 4, 1.0)
-    assert not a.any() and not b.any()
-    with pytest.raises(ValueError, match=r"metric is \[48\]: expected \[48\] or \[48, 48\] of finite numbers"):
-        residual_factors(torch.ones(32, 48), 4, 1.0, torch.full((48,), float("nan")))
-    with pytest.raises(ValueError, match=r"metric is \[47\]"):
-        residual_factors(torch.ones(32, 48), 4, 1.0, torch.ones(47))
+    assert not any(factor.any() for factor in residual_factors(torch.zeros(32, 48), 4, 1.0))
+    for metric in (torch.full((48,), float("nan")), torch.ones(47)):
+        with pytest.raises(ValueError, match=rf"metric is \[{len(metric)}\]: expected \[48\] or \[48, 48\] of finite"):
+            residual_factors(torch.ones(32, 48), 4, 1.0, metric)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
@@ -103,15 +101,12 @@ def test_the_inputs_are_those_of_the_model(tmp_path: Path) -> None:
     for full, expected in ((True, x.t() @ x / len(x)), (False, x.square().mean(0))):
         found = {known.path: known for known in lora_statistics(model, CALIBRATION, full=full)}
         metric = found["model.layers.1.mlp.down_proj"].metric
-        assert (
-            len(found) == 14 and metric is not None and torch.allclose(metric.double(), expected, rtol=1e-4, atol=1e-6)
-        )
+        assert len(found) == 14 and metric is not None
+        assert torch.allclose(metric.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:
     model = load_model(save(tmp_path / "base"), dtype=torch.float32)
-    with pytest.raises(ValueError, match="init is 'hsvd': expected 'zero', 'h_svd', 'loftq'"):
-        LoraConfig(init="hsvd")
     with pytest.raises(ValueError, match=r"init 'h_svd' needs statistics: qn.lora_statistics\(model"):
         add_lora(model, LoraConfig(init="h_svd"))
     with pytest.raises(ValueError, match="init 'zero' takes no statistics"):
@@ -121,14 +116,14 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     add_lora(model, LoraConfig())
     with pytest.raises(ValueError, match="has an adapter already"):
         lora_statistics(model)
-    for statistics, message in (
-        ([LayerStatistics("model.layers.0.mlp.up_proj", torch.zeros(3, 4))], r"hold a weight \[3, 4\]"),
-        ([LayerStatistics("model.layers.0.mlp.up_proj", torch.zeros(96, 64))], "needs the inputs' second moments"),
-        ([LayerStatistics("model.layers.9.mlp.up_proj", torch.zeros(96, 64))], "of none of the adapted 4-bit layers"),
+    for layer, shape, message in (
+        (0, (3, 4), r"hold a weight \[3, 4\]"),
+        (0, (96, 64), "needs the inputs' second moments"),
+        (9, (96, 64), "of none of the adapted 4-bit layers"),
     ):
-        fresh = load_model(tmp_path / "base", dtype=torch.float32)
+        statistics = LayerStatistics(f"model.layers.{layer}.mlp.up_proj", torch.zeros(shape))
         with pytest.raises(ValueError, match=message):
-            add_lora(fresh, LoraConfig(init="h_svd"), statistics)
+            add_lora(load_model(tmp_path / "base", dtype=torch.float32), LoraConfig(init="h_svd"), [statistics])
     load_model(tmp_path / "base", dtype=torch.float32).save_pretrained(tmp_path / "four")
     with pytest.raises(UserError, match="holds 4-bit weights and no 16-bit ones"):
         lora_statistics(load_model(tmp_path / "four", dtype=torch.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from pathlib import Path
 
 import pytest
@@ -14,28 +15,20 @@ from qlora_native.ops import _library
 
 def huge_bytes(address: int) -> int:
     """In huge pages, of the mapping that holds an address, by the kernel's count."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        key, _, rest = line.partition(" ")
-        if "-" in key and not key.endswith(":"):
-            first, last = (int(end, 16) for end in key.split("-"))
-            inside = first <= address < last
-        elif inside and key == "AnonHugePages:":
-            return int(rest.split()[0]) << 10
+    smaps = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    for first, last, kib in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (?s:.*?)^AnonHugePages: +(\d+)", smaps, re.MULTILINE):
+        if int(first, 16) <= address < int(last, 16):
+            return int(kib) << 10
     raise AssertionError(f"no mapping holds {address:#x}")
 
 
-def test_values_stay() -> None:
+def test_values_stay_and_small_memory_is_left_alone() -> None:
     t = torch.arange(3 << 20, dtype=torch.int32)[5:]  # neither end at a page
     before = t.clone()
     _library.gather_pages(t)
     _library.expect_pages(t)
     assert torch.equal(t, before)
-
-
-def test_small_memory_is_left_alone() -> None:
-    assert not _library.gather_pages(torch.zeros(1 << 18))
-    assert not _library.expect_pages(torch.zeros(0))
+    assert not _library.gather_pages(torch.zeros(1 << 18)) and not _library.expect_pages(torch.zeros(0))
 
 
 @pytest.mark.parametrize("setting", [None, "always madvise [never]"])

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
-import time
+import resource
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import paged
 import pytest
 import torch
-from paged import (
-    LEAST,
-    MIB,
-    OPTIMIZERS,
-    Made,
-    give_grads,
-    page_dir,
-    parameters,
-    same_training,
-    sampled,
-    train,
-    train_all,
-)
+from paged import LEAST, MIB, OPTIMIZERS, Made, give_grads, page_dir, same_training, sampled, train, train_all
+from test_pressure import wait_for
 
 import qlora_native as qn
 from qlora_native import _C
@@ -36,17 +27,11 @@ pytestmark = pytest.mark.usefixtures("page_dir")
 AdamW = qn.optim.AdamW
 
 
-def made(rule: Any = AdamW, **options: Any) -> Made:
-    params = parameters(options.pop("dtype", torch.float32))
-    return params, rule(params, lr=1e-2, weight_decay=0.1, **options)
+made = partial(paged.made, weight_decay=0.1)
 
 
 def in_file(folder: Path, rule: Any = AdamW, page_budget: int | None = LEAST, **options: Any) -> Made:
     return made(rule, paged=True, page_dir=folder, page_budget=page_budget, **options)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The same bytes
 
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
@@ -72,33 +57,21 @@ def test_states_come_and_go(rule: Any, bits: int, budget: int | None, tmp_path: 
     plain = made(rule, bits=bits, paged=False)
     auto = made(rule, bits=bits, page_dir=tmp_path, page_budget=budget)
     optimizer = auto[1]
-    state_bytes = 0
 
     def move(seed: int) -> None:
-        nonlocal state_bytes
-        if seed == 0:
-            state_bytes = optimizer.states_in_memory()
-            assert state_bytes > 0 and optimizer.states_paged_out() == 0
         if seed in (1, 3, 7):
             optimizer.page_out()
-            statistics = optimizer.paging_statistics()
-            assert statistics["resident_bytes"] == 0
-            assert statistics["paged_out_bytes"] == statistics["state_bytes"] == state_bytes
-            assert optimizer.states_in_memory() == 0 and optimizer.states_paged_out() == state_bytes
         if seed in (5, 8):
             optimizer.page_in()
-            assert optimizer.states_in_memory() == state_bytes and optimizer.states_paged_out() == 0
+        statistics = optimizer.paging_statistics()
+        total, out = statistics["state_bytes"], statistics["state_bytes"] if seed in (1, 2, 3, 4, 7) else 0
+        assert optimizer.states_paged_out() == out and optimizer.states_in_memory() == total - out
+        if seed in (1, 3, 7):
+            assert statistics["resident_bytes"] == 0 and statistics["paged_out_bytes"] == total > 0
 
     train(plain[1], plain[0], range(10))
     train(optimizer, auto[0], range(10), after=move)
     assert same_training(plain, auto)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    pair = made(paged=False, dtype=dtype), in_file(tmp_path, dtype=dtype)
-    train_all(pair, range(3))
-    assert same_training(*pair)
 
 
 def test_what_is_not_finite_moves_nothing(tmp_path: Path) -> None:
@@ -140,40 +113,33 @@ def test_gradients_for_the_ops_are_paged_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("paged_as", [True, "auto"])
-def test_thousand_steps_of_torch(paged_as: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("problem", range(2))
+def test_thousand_steps_of_torch(problem: int, paged_as: Any, tmp_path: Path) -> None:
     """Against torch.optim.AdamW, on quadratics of random curvature; the states go out and in all the while."""
-    worst = 0.0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for problem in range(2):
-        generator = torch.Generator().manual_seed(problem)
-        sizes = (3, 5000, 30_000)
-        start = [torch.randn(size, generator=generator) for size in sizes]
-        curvature = [torch.rand(size, generator=generator) + 0.1 for size in sizes]
-        target = [torch.randn(size, generator=generator) for size in sizes]
-        mine = [torch.nn.Parameter(t.clone()) for t in start]
-        theirs = [torch.nn.Parameter(t.clone()) for t in start]
-        ours = AdamW(mine, lr=1e-3, weight_decay=0.01, paged=paged_as, page_dir=tmp_path, page_budget=LEAST)
-        reference = torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.01, foreach=False, fused=False)
-        for step in range(1000):
-            for p, q, c, t in zip(mine, theirs, curvature, target, strict=True):
-                # One gradient for both, so that rounding does not feed back: the updates alone are compared.
-                p.grad = c * (q.detach() - t) + 0.1 * torch.randn(q.shape, generator=generator)
-                q.grad = p.grad.clone()
-            ours.step()
-            reference.step()
-            if step % 200 == 100:
-                ours.page_out()
-            if step % 200 == 199:
-                ours.page_in()
-        for p, q in zip(mine, theirs, strict=True):
-            worst = max(worst, float((p - q).detach().abs().max() / q.detach().abs().max()))
+    generator = torch.Generator().manual_seed(problem)
+    sizes = (3, 5000, 30_000)
+    start, curvature, target = (
+        [draw(size, generator=generator) for size in sizes] for draw in (torch.randn, torch.rand, torch.randn)
+    )
+    mine, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    ours = AdamW(mine, lr=1e-3, weight_decay=0.01, paged=paged_as, page_dir=tmp_path, page_budget=LEAST)
+    reference = torch.optim.AdamW(theirs, lr=1e-3, weight_decay=0.01, foreach=False, fused=False)
+    for step in range(1000):
+        for p, q, c, t in zip(mine, theirs, curvature, target, strict=True):
+            # One gradient for both, so that rounding does not feed back: the updates alone are compared.
+            p.grad = (c + 0.1) * (q.detach() - t) + 0.1 * torch.randn(q.shape, generator=generator)
+            q.grad = p.grad.clone()
+        ours.step()
+        reference.step()
+        if step % 200 == 100:
+            ours.page_out()
+        if step % 200 == 199:
+            ours.page_in()
     torch.set_num_threads(threads)
-    assert worst < 1e-6
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where they are
+    for p, q in zip(mine, theirs, strict=True):
+        assert float((p - q).detach().abs().max() / q.detach().abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("budget", [LEAST, 3 * MIB, 12 * MIB])
@@ -219,15 +185,8 @@ def test_the_watcher_moves_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(pressure, "INTERVAL", 0.01)
     params, optimizer = made(page_dir=tmp_path)
     train(optimizer, params, range(1))
-    deadline = time.monotonic() + 20
-    while not optimizer.states_paged_out() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert optimizer.states_paged_out() > 0
+    wait_for(lambda: optimizer.states_paged_out() > 0)
     train(optimizer, params, range(1, 3))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is left behind
 
 
 def held() -> tuple[int, int]:
@@ -240,17 +199,16 @@ def held() -> tuple[int, int]:
 def test_the_file_goes_with_the_optimizer(finish: str, tmp_path: Path) -> None:
     gc.collect()
     before = held()
-    params, optimizer = in_file(tmp_path)
-    others = made(qn.optim.Lion, page_dir=tmp_path)
-    for own_params, own in ((params, optimizer), others):
-        train(own, own_params, range(2))
-        own.page_out()
+    (params, optimizer), others = in_file(tmp_path), made(qn.optim.Lion, page_dir=tmp_path)
+    train_all(((params, optimizer), others), range(2))
+    optimizer.page_out()
+    others[1].page_out()
     getattr(others[1], finish)()
     files, maps = held()
     assert files == before[0] + (2 if finish == "page_out" else 1) and maps > before[1]
     state = optimizer.state[params[2]]["exp_avg"]
     expected = state.clone()
-    del params, optimizer, others, own, own_params
+    del params, optimizer, others
     gc.collect()
     assert torch.equal(state, expected)  # a state keeps its arena
     del state
@@ -258,15 +216,13 @@ def test_the_file_goes_with_the_optimizer(finish: str, tmp_path: Path) -> None:
     assert held() == before
 
 
-def test_several_optimizers_do_not_meet(tmp_path: Path) -> None:
-    plain = [made(rule, paged=False) for rule in OPTIMIZERS]
-    others = [in_file(tmp_path, rule) for rule in OPTIMIZERS]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_several_optimizers_do_not_meet(dtype: torch.dtype, tmp_path: Path) -> None:
+    plain = [made(rule, paged=False, dtype=dtype) for rule in OPTIMIZERS]
+    others = [in_file(tmp_path, rule, dtype=dtype) for rule in OPTIMIZERS]
     for seed in range(4):
         train_all(plain + others, range(seed, seed + 1))
     assert all(same_training(a, b) for a, b in zip(plain, others, strict=True))
-
-
-FORKED = "its states lie in a page file of process"
 
 
 @pytest.mark.parametrize("paged_out", [False, True])
@@ -276,10 +232,8 @@ def test_fork_after_a_step(paged_out: bool, tmp_path: Path) -> None:
     params, optimizer = made(page_dir=tmp_path)
     torch.set_num_threads(1)  # an OpenMP team does not survive a fork
     train(optimizer, params, range(2))
-    if paged_out:
-        optimizer.page_out()
     states = optimizer.state[params[2]]
-    expected = {key: value.clone() for key, value in states.items()}
+    expected, parent = {key: value.clone() for key, value in states.items()}, os.getpid()
 
     def is_unchanged() -> bool:
         return all(torch.equal(value, expected[key]) for key, value in states.items())
@@ -293,22 +247,16 @@ def test_fork_after_a_step(paged_out: bool, tmp_path: Path) -> None:
         code = 1
         try:
             if is_unchanged():
-                code = 2
                 give_grads(params, 3)
                 optimizer.step()
                 code = 0
         except RuntimeError as error:
-            code = 3 if FORKED in str(error) else 4
+            code = 3 if f"in a page file of process {parent}" in str(error) else 4
         finally:
             os._exit(code)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == (3 if paged_out else 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (3 if paged_out else 0)
     assert is_unchanged()
     train(optimizer, params, range(2, 4))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals
 
 
 def small(size: int = 100_000) -> list[torch.nn.Parameter]:
@@ -340,9 +288,8 @@ def test_no_page_file_is_one_sentence(folder: str, message: str, tmp_path: Path)
     assert optimizer.states_in_memory() == optimizer.states_paged_out() == 0
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="cannot be made: Permission denied"):
         AdamW(small(), paged=True, page_dir=tmp_path)
@@ -351,12 +298,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path) -> None:
     meta = torch.nn.Parameter(torch.empty(1 << 40, device="meta"))
     with pytest.raises(OSError, match=r"takes 8796093022208 bytes, and \d+ are free there"):
-        paging.HostPages("AdamW", AdamW._moments, True, tmp_path, None).reserve([meta], [False])
+        paging.HostPages("AdamW", AdamW._moments, True, tmp_path, None).reserve([(meta, False)])
 
 
 def test_a_limit_of_file_sizes(tmp_path: Path) -> None:
-    import resource
-
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
@@ -375,16 +320,15 @@ def test_a_group_that_finds_no_room_is_not_added(tmp_path: Path) -> None:
 
 
 def test_page_out_of_nothing() -> None:
-    kinds: tuple[dict[str, Any], ...] = ({"paged": False}, {})
-    for options in kinds:
-        optimizer = AdamW(params := small(), **options)
+    for paged_as in (False, "auto"):
+        optimizer = AdamW(params := small(), paged=paged_as)
         optimizer.page_out()
         optimizer.page_in()
         assert set(optimizer.paging_statistics().values()) == {0}
         train(optimizer, params, range(1))
-    for call in (optimizer.page_out, optimizer.page_in, optimizer.page_out):
-        call()
-    train(optimizer, params, range(1, 2))
+        for call in (optimizer.page_out, optimizer.page_in, optimizer.page_out):
+            call()
+        train(optimizer, params, range(1, 2))
 
 
 def test_memory_that_is_not_there_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import relative_error, same_bytes
-from paged import LEAST, MIB, Made, give_grads, page_dir, parameters, same_training, train, train_all
+from paged import LEAST, Made, give_grads, made, page_dir, parameters, same_states, same_training, train, train_all
 
 import qlora_native as qn
 
@@ -23,22 +23,8 @@ __all__ = ["page_dir"]
 pytestmark = pytest.mark.usefixtures("page_dir")
 
 
-def made(folder: Path, rule: Any = qn.optim.AdamW, **options: Any) -> Made:
-    params = parameters()
-    return params, rule(params, lr=1e-2, page_dir=folder, **options)
-
-
-def plain_and_in_file(folder: Path) -> tuple[Made, Made]:
-    return made(folder, paged=False), made(folder, paged=True, page_budget=LEAST)
-
-
 def in_file(optimizer: Any) -> bool:
     return bool(optimizer.states_paged_out() == optimizer.paging_statistics()["state_bytes"] > 0)
-
-
-def same_states(a: Made, b: Made) -> bool:
-    states = zip((a[1].state[p] for p in a[0]), (b[1].state[p] for p in b[0]), strict=True)
-    return all(same_bytes(mine[key], theirs[key]) for mine, theirs in states for key in mine)
 
 
 def copy_params(source: Made, target: Made) -> None:
@@ -47,7 +33,7 @@ def copy_params(source: Made, target: Made) -> None:
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "file": {"paged": True, "page_budget": 2 * MIB},
+    "file": {"paged": True, "page_budget": LEAST},
     "auto": {"paged": "auto"},
     "plain": {"paged": False},
 }
@@ -57,7 +43,10 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("source", ["file", "auto"])
 @pytest.mark.parametrize("target", list(KINDS))
 def test_a_checkpoint_continues_bit_equal(source: str, target: str, bits: int, tmp_path: Path) -> None:
-    first, second = made(tmp_path, bits=bits, **KINDS[source]), made(tmp_path, bits=bits, **KINDS[target])
+    first, second = (
+        made(page_dir=tmp_path, bits=bits, **KINDS[source]),
+        made(page_dir=tmp_path, bits=bits, **KINDS[target]),
+    )
     train(first[1], first[0], range(3))
     first[1].page_out()
     torch.save(first[1].state_dict(), tmp_path / "states.pt")
@@ -73,7 +62,7 @@ def test_a_checkpoint_continues_bit_equal(source: str, target: str, bits: int, t
 
 def test_paged_out_states_are_loaded_into_the_file(tmp_path: Path) -> None:
     """And a second time into the same places: no second file comes to be."""
-    a, b = made(tmp_path), made(tmp_path)
+    a, b = made(page_dir=tmp_path), made(page_dir=tmp_path)
     for params, optimizer in (a, b):
         train(optimizer, params, range(2))
         optimizer.page_out()
@@ -90,7 +79,7 @@ def test_a_checkpoint_of_torch_continues(kind: str, tmp_path: Path) -> None:
     params = parameters()
     theirs = params, torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
     train(theirs[1], params, range(3))
-    ours = made(tmp_path, **KINDS[kind])
+    ours = made(page_dir=tmp_path, **KINDS[kind])
     copy_params(theirs, ours)
     ours[1].load_state_dict(theirs[1].state_dict())
     ours[1].page_out()
@@ -107,14 +96,16 @@ def test_a_checkpoint_of_torch_continues(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("before", "after"), [(32, 8), (8, 32)])
 @pytest.mark.parametrize("kind", ["file", "auto"])
 def test_states_take_the_form_that_bits_asks_for(before: Any, after: Any, kind: str, tmp_path: Path) -> None:
-    first, second = made(tmp_path, bits=before, **KINDS[kind]), made(tmp_path, bits=after, **KINDS[kind])
+    first, second = (
+        made(page_dir=tmp_path, bits=before, **KINDS[kind]),
+        made(page_dir=tmp_path, bits=after, **KINDS[kind]),
+    )
     for params, optimizer in (first, second):
         train(optimizer, params, range(3))
         optimizer.page_out()
     second[1].load_state_dict({**second[1].state_dict(), "state": first[1].state_dict()["state"]})
     assert in_file(second[1])
-    coded, wide = (first, second) if before == 8 else (second, first)
-    codes, values = coded[1].state[coded[0][2]], wide[1].state[wide[0][2]]
+    values, codes = (o.state[p[2]] for p, o in ((second, first) if before == 8 else (first, second)))
     for name in ("exp_avg", "exp_avg_sq"):
         assert relative_error(qn.reference.decode_state(codes[name], codes[f"{name}_absmax"]), values[name]) < 0.02
     # The group's own bits change with it.
@@ -134,26 +125,20 @@ def test_states_may_change_places(tmp_path: Path) -> None:
     train(optimizer, params, range(2))
     before = [optimizer.state[param]["exp_avg"].clone() for param in params]
     given = optimizer.state_dict()
-    given["state"] = {0: given["state"][1], 1: given["state"][0]}
-    optimizer.load_state_dict(given)
-    assert torch.equal(optimizer.state[params[0]]["exp_avg"], before[1])
-    assert torch.equal(optimizer.state[params[1]]["exp_avg"], before[0])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Copies and files
+    optimizer.load_state_dict({**given, "state": {0: given["state"][1], 1: given["state"][0]}})
+    assert all(torch.equal(optimizer.state[params[i]]["exp_avg"], before[1 - i]) for i in range(2))
 
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("kind", ["file", "auto"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_page_on_their_own(how: str, kind: str, bits: int, tmp_path: Path) -> None:
-    original = made(tmp_path, bits=bits, max_norm=1.0, **KINDS[kind])
+    original = made(page_dir=tmp_path, bits=bits, max_norm=1.0, **KINDS[kind])
     train(original[1], original[0], range(2))
     original[1].page_out()
     twin = copy.deepcopy(original) if how == "deepcopy" else pickle.loads(pickle.dumps(original))
-    for name in ("paged", "page_dir", "page_budget", "max_norm"):
-        assert getattr(twin[1], name) == getattr(original[1], name)
+    options = [(o.paged, o.page_dir, o.page_budget, o.max_norm) for _, o in (original, twin)]
+    assert options[0] == options[1]
     assert in_file(twin[1]) == (kind == "file") and twin[1].paging_statistics()["state_bytes"] > 0
     assert same_training(original, twin)
     own = original[1].state[original[0][2]]["exp_avg"], twin[1].state[twin[0][2]]["exp_avg"]
@@ -176,7 +161,7 @@ print(" ".join(f"{sum(t.double().sum().item() for t in state.values()):.17g}" fo
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_a_process_without_this_package_loads_them(bits: int, tmp_path: Path) -> None:
-    params, optimizer = made(tmp_path, bits=bits, paged=True, page_budget=LEAST)
+    params, optimizer = made(page_dir=tmp_path, bits=bits, **KINDS["file"])
     train(optimizer, params, range(2))
     file = tmp_path / "states.pt"
     torch.save(optimizer.state_dict(), file)
@@ -189,12 +174,11 @@ def test_a_process_without_this_package_loads_them(bits: int, tmp_path: Path) ->
 
 
 def test_a_distributed_checkpoint(tmp_path: Path) -> None:
-    first = made(tmp_path, paged=True, page_budget=LEAST)
+    first, second = (made(page_dir=tmp_path, **KINDS["file"]) for _ in range(2))
     train(first[1], first[0], range(3))
     first[1].page_out()
     (tmp_path / "checkpoint").mkdir()
     dcp.save({"optimizer": first[1].state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
-    second = made(tmp_path, paged=True, page_budget=LEAST)
     train(second[1], second[0], range(9, 11))  # each parameter has had a gradient
     target = {"optimizer": second[1].state_dict()}
     dcp.load(target, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
@@ -202,10 +186,6 @@ def test_a_distributed_checkpoint(tmp_path: Path) -> None:
     copy_params(first, second)
     train_all((first, second), range(3, 5))
     assert in_file(second[1]) and same_training(first, second)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters that come later, or never
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -230,22 +210,16 @@ def test_groups_added_later_and_parameters_without_gradients(kind: str, tmp_path
         assert in_file(got[1]) and len(got[1]._pages[torch.device("cpu")].stores) == 2
 
 
-def test_states_of_the_users_own_are_updated_where_they_are(tmp_path: Path) -> None:
-    expected, got = plain_and_in_file(tmp_path)
+def test_states_of_the_users_own_are_updated_where_they_are_and_cleared_ones_begin_at_zero(tmp_path: Path) -> None:
+    expected, got = made(**KINDS["plain"]), made(page_dir=tmp_path, **KINDS["file"])
     for params, optimizer in (expected, got):
         train(optimizer, params, range(2))
         state = optimizer.state[params[2]]
-        state["exp_avg"] = state["exp_avg"].clone()
-        own = state["exp_avg"].data_ptr()
+        state["exp_avg"] = own = state["exp_avg"].clone()
         train(optimizer, params, range(2, 4))
-        assert optimizer.state[params[2]]["exp_avg"].data_ptr() == own
+        assert optimizer.state[params[2]]["exp_avg"].data_ptr() == own.data_ptr()
     assert same_training(expected, got)
-
-
-def test_cleared_states_begin_at_zero(tmp_path: Path) -> None:
-    expected, got = plain_and_in_file(tmp_path)
     for params, optimizer in (expected, got):
-        train(optimizer, params, range(2))
         optimizer.state.clear()
-        train(optimizer, params, range(2, 4))
+        train(optimizer, params, range(4, 6))
     assert in_file(got[1]) and same_training(expected, got)

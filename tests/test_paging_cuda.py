@@ -49,6 +49,5 @@ def test_a_spike_that_kills_unpaged_training_passes_with_auto(tmp_path: object) 
     assert dead.returncode != 0 and "out of memory" in dead.stderr
     paged = run(tmp_path, "limited", "auto")
     assert paged.returncode == 0, paged.stderr[-2000:]
-    names = (f"{tmp_path}/{name}.pt" for name in ("unlimited-False", "limited-auto"))
-    expected, got = map(torch.load, names)
+    expected, got = (torch.load(f"{tmp_path}/{name}.pt") for name in ("unlimited-False", "limited-auto"))
     assert torch.equal(expected, got)

@@ -9,18 +9,20 @@ import copy
 import gc
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import emulated
+import paged as paged_helpers
 import pytest
 import torch
 from emulated import Emulator
 from helpers import same_bytes, through_a_file
+from paged import MIB
 
 import qlora_native as qn
 from qlora_native.ops import _library
 from qlora_native.optim import device_pages
 
-MIB = 1 << 20
 SIZES = (5, 4097, 200_000, 20_000, 0, 90_000)
 Optimizer = qn.optim.AdamW
 
@@ -50,11 +52,8 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def give_grads(optimizer: torch.optim.Optimizer, seed: int, scale: float = 1.0, skip: int = -1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for number, param in enumerate(params_of(optimizer)):
-        grad = (torch.randn(param.shape, generator=generator) * scale).to(param.dtype)
-        param.grad = None if number == skip else grad
+def give_grads(optimizer: torch.optim.Optimizer, seed: int, scale: float = 1.0) -> None:
+    paged_helpers.give_grads(params_of(optimizer), seed, scale, skip=False)
 
 
 def step(number: int, *optimizers: torch.optim.Optimizer) -> None:
@@ -64,18 +63,11 @@ def step(number: int, *optimizers: torch.optim.Optimizer) -> None:
 
 
 def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
-    values = [
-        [*(p.detach() for p in params_of(o)), *(t for p in params_of(o) for t in o.state[p].values())] for o in (a, b)
-    ]
-    return len(values[0]) == len(values[1]) and all(same_bytes(x, y) for x, y in zip(*values, strict=True))
+    return paged_helpers.same_training((params_of(a), a), (params_of(b), b))
 
 
 def quiet(counters: dict[str, int]) -> bool:
     return not any(counters[name] for name in ("device_faults", "host_faults", "remote_accesses", "evicted"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bytes
 
 
 @pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
@@ -88,7 +80,9 @@ def test_paged_steps_give_the_bytes_of_unpaged_ones(emulator: Emulator, rule: st
     plain = make(rule, bits, paged=False, max_norm=1.0)
     for number, scale in enumerate((1.0, float("nan"), 1e-3, 1.0)):
         for optimizer in (paged, plain):
-            give_grads(optimizer, number, scale, skip=2 if number == 2 else -1)
+            give_grads(optimizer, number, scale)
+            if number == 2:
+                params_of(optimizer)[2].grad = None
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
             optimizer.step()
         assert paged.skipped == plain.skipped == (scale != scale)
@@ -124,10 +118,6 @@ def test_a_checkpoint_waits_for_copies_that_are_under_way(emulator: Emulator) ->
     paged.step()
     saved = [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in (paged, plain)]
     assert all(same_bytes(saved[0][i]["exp_avg"], saved[1][i]["exp_avg"]) for i in saved[1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Moves
 
 
 def test_in_steady_state_nothing_faults_and_a_page_moves_once_each_way(emulator: Emulator) -> None:
@@ -168,14 +158,12 @@ def test_auto_pages_under_pressure_and_comes_back(emulator: Emulator, monkeypatc
     module = emulator.module
     auto, plain = make("AdamW", 32), make("AdamW", 32, paged=False)
 
-    def counters_of(number: int) -> dict[str, int]:
+    def counters_of(number: int) -> Any:
         step(number, auto, plain)
-        found: dict[str, int] = module.take_managed_counters()
-        return found
+        return module.take_managed_counters()
 
     counters_of(0)
-    free, _ = module.memory()
-    spike = module.allocate(free - MIB)
+    spike = module.allocate(module.memory()[0] - MIB)
     assert counters_of(1)["to_host"] > 0 and auto.states_paged_out() > 0
     assert quiet(counters_of(2))
     module.release(spike)
@@ -192,8 +180,7 @@ def test_an_allocation_evicts_states_and_they_return(emulator: Emulator) -> None
     module = emulator.module
     auto, plain = make("Lion", 32), make("Lion", 32, paged=False)
     step(0, auto, plain)
-    free, _ = module.memory()
-    spike = module.allocate(free + MIB)
+    spike = module.allocate(module.memory()[0] + MIB)
     assert module.take_managed_counters()["evicted"] >= MIB // module.managed_page_bytes
     for number in (1, 2):
         step(number, auto, plain)
@@ -243,10 +230,6 @@ def test_auto_pins_states_where_pages_cannot_move(emulator: Emulator, bits: int,
         module.release(spike)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# States are tensors
-
-
 @pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "pinned"])
 def test_states_survive_a_round_trip(emulator: Emulator, concurrent: bool) -> None:
     emulator.module.set_memory(1 << 30, concurrent)
@@ -254,11 +237,9 @@ def test_states_survive_a_round_trip(emulator: Emulator, concurrent: bool) -> No
     plain = make("AdamW", 8, paged=False)
     step(0, paged, plain)
     other.load_state_dict(through_a_file(copy.deepcopy(paged.state_dict())))
-    for optimizer, source in ((other, paged), (plain, plain)):
-        for param, values in zip(params_of(optimizer), params_of(source), strict=True):
-            param.data.copy_(values.detach())
-        give_grads(optimizer, 1)
-        optimizer.step()
+    for param, values in zip(params_of(other), params_of(paged), strict=True):
+        param.data.copy_(values.detach())
+    step(1, other, plain)
     assert other.paging_statistics()["bytes_in"] > 0
     for number in (2, 3):
         emulator.module.take_managed_counters()
@@ -269,7 +250,7 @@ def test_states_survive_a_round_trip(emulator: Emulator, concurrent: bool) -> No
 
 def test_a_state_keeps_its_arena_alive(emulator: Emulator) -> None:
     gc.collect()
-    free, _ = emulator.module.memory()
+    free = emulator.module.memory()[0]
     paged = make("AdamW", 32, paged=True, page_budget=MIB)
     step(0, paged)
     state = paged.state[params_of(paged)[2]]["exp_avg"]
@@ -284,16 +265,12 @@ def test_a_state_keeps_its_arena_alive(emulator: Emulator) -> None:
 
 def test_parameters_that_come_later_get_a_store_of_their_own(emulator: Emulator) -> None:
     paged, plain = make("AdamW", 32, paged=True, page_budget=MIB), make("AdamW", 32, paged=False)
-    for number in range(3):
-        if number == 1:
-            for optimizer in (paged, plain):
-                optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(50_000))], "lr": 1e-3})
-        step(number, paged, plain)
+    step(0, paged, plain)
+    for optimizer in (paged, plain):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(50_000))], "lr": 1e-3})
+    step(1, paged, plain)
+    step(2, paged, plain)
     assert same(paged, plain)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Messages
 
 
 def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,40 +19,18 @@ from qlora_native.optim import pressure
 from qlora_native.optim.pressure import PagingPolicy
 
 MIB, GIB = 1 << 20, 1 << 30
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is free
-
-STATUS = """\
-Name:\tpython
-State:\tR (running)
-VmPeak:\t 5195304 kB
-VmSize:\t 5195304 kB
-VmData:\t 1000000 kB
-VmStk:\t     132 kB
-Threads:\t3
-"""
-MEMINFO = """\
-MemTotal:       24590000 kB
-MemFree:         1000000 kB
-MemAvailable:   20000000 kB
-HugePages_Total:       0
-Hugepagesize:       2048 kB
-"""
+STATUS = "Name:\tpython\nState:\tR (running)\nVmSize:\t 5195304 kB\nVmData:\t 1000000 kB\nThreads:\t3\n"
+MEMINFO = "MemTotal:  24590000 kB\nMemFree:  1000000 kB\nMemAvailable:  20000000 kB\nHugePages_Total:  0\n"
 
 
-def test_the_data_limit() -> None:
+def test_the_limits_of_the_process_and_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     free = _memory.free_of_data_limit(STATUS, 2_000_000 * 1024)
     assert free == Free(1_000_000 * 1024, 2_000_000 * 1024, "RLIMIT_DATA")
-    assert _memory.free_of_data_limit(STATUS, -1) is None
-    over = _memory.free_of_data_limit(STATUS, 1024)  # a limit set below what is held already
-    assert over is not None and over.bytes == 0
-    assert _memory.free_of_data_limit("Name:\tkthreadd\n", 1024) is None
-
-
-def test_the_machine() -> None:
+    assert _memory.free_of_data_limit(STATUS, 1024).bytes == 0  # a limit set below what is held already
     assert _memory.free_of_machine(MEMINFO) == Free(20_000_000 * 1024, 24_590_000 * 1024, "the machine's memory")
-    assert _memory.free_of_machine("MemTotal: 5 kB\n") is None  # before Linux 3.14
+    monkeypatch.setattr(_memory, "_cgroups", list)
+    monkeypatch.setattr(_memory, "_read", lambda file: "MemTotal: 5 kB\n")  # before Linux 3.14
+    assert _memory.free_memory() is None
 
 
 V2_STAT = f"anon {500 * MIB}\nfile {300 * MIB}\ninactive_file {200 * MIB}\nactive_file {50 * MIB}\nshmem {50 * MIB}\n"
@@ -84,9 +63,7 @@ def test_the_limit_of_a_cgroup(texts: list[str], limit: int | None) -> None:
     assert _memory.cgroup_limit(texts) == limit
 
 
-MOUNTS_V2 = (
-    "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
-)
+MOUNTS_V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
 MOUNTS_BOTH = """\
 35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
 36 31 0:33 / /sys/fs/cgroup/devices rw,relatime - cgroup cgroup rw,devices
@@ -98,18 +75,13 @@ MOUNTS_DOCKER = "42 40 0:32 /docker/abc /sys/fs/cgroup/memory ro master:9 - cgro
 @pytest.mark.parametrize(
     ("cgroup", "mountinfo", "folders"),
     [
-        (
-            "0::/user.slice/run-1.scope\n",
-            MOUNTS_V2,
-            [(2, f"/sys/fs/cgroup{path}") for path in ("/user.slice/run-1.scope", "/user.slice", "")],
-        ),
+        ("0::/user/1.scope\n", MOUNTS_V2, [(2, f"/sys/fs/cgroup{p}") for p in ("/user/1.scope", "/user", "")]),
         ("0::/\n", MOUNTS_V2, [(2, "/sys/fs/cgroup")]),  # a container with a cgroup namespace
         ("0::/../other\n", MOUNTS_V2, [(2, "/sys/fs/cgroup")]),  # a process moved out of its namespace's root
         (
             "5:devices:/\n4:memory:/jobs/7\n0::/\n",
             MOUNTS_BOTH,
-            [(1, f"/sys/fs/cgroup/memory{path}") for path in ("/jobs/7", "/jobs", "")]
-            + [(2, "/sys/fs/cgroup/unified")],
+            [*((1, f"/sys/fs/cgroup/memory{p}") for p in ("/jobs/7", "/jobs", "")), (2, "/sys/fs/cgroup/unified")],
         ),
         ("4:cpuset,memory:/docker/abc\n", MOUNTS_DOCKER, [(1, "/sys/fs/cgroup/memory")]),
         ("4:memory:/docker/abc/inner\n", MOUNTS_DOCKER, [(1, f"/sys/fs/cgroup/memory{p}") for p in ("/inner", "")]),
@@ -171,10 +143,6 @@ def test_what_is_free_is_what_the_system_grants() -> None:
     assert (done.stdout, done.stderr) == ("refused\n", "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# When to move
-
-
 def left(mib: int) -> Free:
     return Free(mib * MIB, GIB, "a test")  # of 1 GiB: the margin is 64 MiB
 
@@ -183,8 +151,7 @@ class States:
     """100 MiB of states without any memory: what moves them and when."""
 
     def __init__(self, in_memory: int = 100 * MIB) -> None:
-        self.here, self.there = in_memory, 0
-        self.moves: list[str] = []
+        self.here, self.there, self.moves = in_memory, 0, list[str]()
 
     def states_in_memory(self) -> int:
         return self.here
@@ -205,8 +172,7 @@ def play(free: Callable[[int], int], seconds: int, policy: PagingPolicy, states:
     """One decision a second; the seconds at which states move."""
     moves: list[tuple[int, str]] = []
     for now in range(seconds):
-        move = policy.decide(float(now), left(free(now)), states.here, states.there)
-        if move is not None:
+        if move := policy.decide(float(now), left(free(now)), states.here, states.there):
             getattr(states, f"page_{move}")()
             moves.append((now, move))
     return moves
@@ -215,9 +181,7 @@ def play(free: Callable[[int], int], seconds: int, policy: PagingPolicy, states:
 @pytest.mark.parametrize(
     ("free", "seconds", "moves"),
     [
-        pytest.param(
-            lambda now: 50 if now == 7 else 500, 40, [(7, "out"), (18, "in")], id="out, and back after a calm"
-        ),
+        pytest.param(lambda now: 50 if now == 7 else 500, 40, [(7, "out"), (18, "in")], id="back after a calm"),
         pytest.param(lambda now: 50 if now == 7 else 163, 100, [(7, "out")], id="no room for margin and states"),
         pytest.param(lambda now: 50 if now == 7 else 164, 100, [(7, "out"), (18, "in")], id="just enough room"),
         pytest.param(lambda now: 120 if now % 8 == 5 else 500, 400, [], id="steps with spikes that fit"),
@@ -241,17 +205,12 @@ def test_states_that_the_loop_moved_out_wait_for_a_calm_too() -> None:
     policy, states = PagingPolicy(calm=10), States()
     assert play(lambda now: 500, 5, policy, states) == []
     states.page_out()
-    later = play(lambda now: 500, 30, policy, states)
-    assert [move for _, move in later] == ["in"]
-    assert later[0][0] >= 10
+    ((now, move),) = play(lambda now: 500, 30, policy, states)
+    assert move == "in" and now >= 10
 
 
 def test_nothing_to_move() -> None:
     assert play(lambda now: 0, 30, PagingPolicy(), States(in_memory=0)) == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The thread
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -262,8 +221,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_the_watcher_moves_states_and_ends_with_their_owner() -> None:
-    now_free = [500]
-    states = States()
+    now_free, states = [500], States()
     moves = states.moves
     thread = pressure.watch(states, lambda: left(now_free[0]), 0.001, PagingPolicy(calm=0.01))
     now_free[0] = 10
@@ -277,10 +235,7 @@ def test_the_watcher_moves_states_and_ends_with_their_owner() -> None:
 
 
 def test_without_room_for_the_watcher_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
     monkeypatch.setattr(_library, "_warned", set())
     with pytest.warns(UserWarning, match="memory is too short for the thread"):
         thread = pressure.watch(States(), lambda: None, 0.001)
@@ -288,8 +243,7 @@ def test_without_room_for_the_watcher_there_is_none(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_watcher_ends_where_nothing_can_be_read() -> None:
-    states = States()
-    thread = pressure.watch(states, lambda: None, 0.001)
+    thread = pressure.watch(states := States(), lambda: None, 0.001)
     thread.join(30)
     assert not thread.is_alive() and states.moves == []
 

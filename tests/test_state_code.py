@@ -8,6 +8,7 @@ import torch
 from qlora_native import reference
 
 SIGNED, UNSIGNED = torch.int8, torch.uint8
+both = pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
 EDGES = (-20, -17, -13, -10, -7, -3)  # log2 of the values at which the spacing changes, see cpp/core/state_code.h
 
 
@@ -34,14 +35,11 @@ def test_values_are_those_described(dtype: torch.dtype, bits: int) -> None:
     assert values[0] == 0 and values[-1] == 1
     torch.testing.assert_close(values, described(bits), rtol=1e-4, atol=0)  # the slopes have 16 bits
     assert (values.diff() > 0).all()
+    if dtype == SIGNED:
+        assert torch.equal(reference.decode_state(-all_codes(SIGNED)).double(), -values)
 
 
-def test_signed_is_odd() -> None:
-    positive = reference.decode_state(all_codes(SIGNED))
-    assert torch.equal(reference.decode_state(-all_codes(SIGNED)), -positive)
-
-
-@pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
+@both
 def test_every_code_comes_back(dtype: torch.dtype) -> None:
     codes = all_codes(dtype)
     start = 1 if dtype == UNSIGNED else 0  # an unsigned 0 in a block that is not all 0 becomes 1
@@ -49,12 +47,6 @@ def test_every_code_comes_back(dtype: torch.dtype) -> None:
         block = torch.cat([reference.decode_state(chunk), torch.ones(256 - len(chunk))])
         got, absmax = reference.encode_state(block, signed=dtype == SIGNED)
         assert torch.equal(got[: len(chunk)], chunk) and absmax.tolist() == [1.0]
-
-
-def dense_grid() -> torch.Tensor:
-    """Magnitudes of every binade from 2^-34 to 1, in increasing order, a multiple of 255 of them."""
-    grid = torch.cat([torch.linspace(1, 2, 4097)[:-1] * 2.0**e for e in range(-34, 0)])
-    return grid[: grid.numel() // 255 * 255]
 
 
 def encode_grid(grid: torch.Tensor, signed: bool) -> torch.Tensor:
@@ -65,9 +57,11 @@ def encode_grid(grid: torch.Tensor, signed: bool) -> torch.Tensor:
     return codes[:, :255].reshape(-1)
 
 
-@pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
+@both
 def test_encoding_is_nearest_and_monotone(dtype: torch.dtype) -> None:
-    grid = dense_grid()
+    # Magnitudes of every binade from 2^-34 to 1, in increasing order, a multiple of 255 of them.
+    grid = torch.cat([torch.linspace(1, 2, 4097)[:-1] * 2.0**e for e in range(-34, 0)])
+    grid = grid[: grid.numel() // 255 * 255]
     codes = encode_grid(grid, dtype == SIGNED)
     assert (codes.int().diff() >= 0).all()
     table = reference.decode_state(all_codes(dtype)).double()

@@ -2,9 +2,8 @@
 
 :func:`free_memory` is how many bytes can still be had before an allocation fails or the kernel kills the process: on
 Linux the least of: RLIMIT_DATA less the process's private writable memory, the limit of each memory cgroup above the
-process (version 2 and 1) less what it holds beyond page cache, and MemAvailable. RLIMIT_AS is left out on purpose: it
-counts addresses, of which states in a page file take as many as states in memory. The parsers are functions of the
-files' text.
+process (version 2 and 1) less what it holds beyond page cache, and MemAvailable. RLIMIT_AS counts addresses, of which
+states in a page file take as many as states in memory: it is left out. The parsers take the files' text.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from typing import Any, NamedTuple
 import torch
 
 NO_LIMIT = 1 << 60  # bytes
-# Blocks from these sizes on are mappings of their own, which go back to the system when they are freed. glibc seldom
-# finds an aligned block a place in a hole of its size, so that the heap grows beyond what is used: by a fifth without
-# checkpointing, where most is kept anyway; to several times as much with it, where layer after layer comes and goes.
+# Blocks from these sizes on are mappings of their own, which go back to the system when they are freed. In glibc's heap
+# aligned blocks seldom fit holes of their size: it grows beyond what is used, by a fifth without checkpointing, where
+# most is kept anyway, to several times as much with it.
 LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING = 8 << 20, 256 << 10
 
 
 class Free(NamedTuple):
-    """What is left of one limit."""
+    """What is left of one limit, which ``name`` sets; both in bytes."""
 
     bytes: int
-    limit: int  # bytes
-    name: str  # what sets the limit, for messages
+    limit: int
+    name: str
 
     @property
     def margin(self) -> int:
@@ -50,35 +49,26 @@ def kib_fields(text: str) -> dict[str, int]:
     return {word[0].rstrip(":"): int(word[1]) * 1024 for word in words if len(word) == 3 and word[2] == "kB"}
 
 
-def free_of_data_limit(status: str, limit: int) -> Free | None:
-    """What RLIMIT_DATA leaves; ``limit`` is negative where there is none (resource.RLIM_INFINITY)."""
-    held = kib_fields(status).get("VmData")
-    return None if limit < 0 or held is None else Free(max(0, limit - held), limit, "RLIMIT_DATA")
+def free_of_data_limit(status: str, limit: int) -> Free:
+    """What RLIMIT_DATA leaves."""
+    return Free(max(0, limit - kib_fields(status)["VmData"]), limit, "RLIMIT_DATA")
 
 
-def free_of_machine(meminfo: str) -> Free | None:
+def free_of_machine(meminfo: str) -> Free:
     """What the machine has, page cache that can be dropped counted as free."""
     fields = kib_fields(meminfo)
-    if "MemAvailable" not in fields:
-        return None
     return Free(fields["MemAvailable"], fields["MemTotal"], "the machine's memory")
 
 
 def cgroup_limit(texts: Iterable[str]) -> int | None:
-    """Bytes, from the texts of memory.max and memory.high, or of memory.limit_in_bytes; None for "max" and for more
-    than any machine has."""
+    """Bytes, from memory.max and memory.high, or memory.limit_in_bytes; None for more than any machine has."""
     limit = min((int(text) for text in texts if text.strip() != "max"), default=NO_LIMIT)
     return None if limit >= NO_LIMIT else limit
 
 
 def free_of_cgroup(limit: int, held: str, stat: str) -> Free:
-    """What one cgroup leaves.
-
-    Args:
-        limit: in bytes.
-        held: text of memory.current or memory.usage_in_bytes.
-        stat: text of memory.stat. Its file pages, written back or not, are given up before anything is killed.
-    """
+    """What a cgroup leaves, by memory.current or memory.usage_in_bytes (``held``) and memory.stat. File pages, written
+    back or not, are given up before anything is killed."""
     counts = {name: int(value) for name, _, value in (line.partition(" ") for line in stat.splitlines())}
     prefix = "total_" if "total_inactive_file" in counts else ""  # version 1 has a line with the cgroups below, too
     cache = sum(counts.get(f"{prefix}{name}_file", 0) for name in ("inactive", "active"))
@@ -86,12 +76,8 @@ def free_of_cgroup(limit: int, held: str, stat: str) -> Free:
 
 
 def cgroup_folders(cgroup: str, mountinfo: str) -> list[tuple[int, str]]:
-    """The process's memory cgroups as (version, folder), its own first, then those above it as far as they are seen.
-
-    Args:
-        cgroup: text of /proc/self/cgroup.
-        mountinfo: text of /proc/self/mountinfo.
-    """
+    """The process's memory cgroups as (version, folder), its own first, then those above it as far as they are seen;
+    from the texts of /proc/self/cgroup and /proc/self/mountinfo."""
     own: dict[int, str] = {}
     for line in cgroup.splitlines():
         number, controllers, path = line.split(":", 2)
@@ -134,10 +120,7 @@ def file_system_of(folder: Path) -> str:
         return ""
 
 
-CGROUP_FILES = {
-    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
-    2: (("memory.max", "memory.high"), "memory.current"),
-}
+CGROUP_FILES = {1: ("usage_in_bytes", "limit_in_bytes"), 2: ("current", "max", "high")}
 
 
 @lru_cache(maxsize=1)
@@ -145,9 +128,9 @@ def _cgroups() -> list[tuple[list[str], str, str]]:
     """Of each cgroup the files of its limits, of what it holds, and memory.stat; a version 2 root has none of them."""
     found = []
     for version, folder in cgroup_folders(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo")):
-        limits, held = CGROUP_FILES[version]
-        if Path(folder, held).exists():
-            found.append(([f"{folder}/{name}" for name in limits], f"{folder}/{held}", f"{folder}/memory.stat"))
+        held, *limits = (f"{folder}/memory.{name}" for name in CGROUP_FILES[version])
+        if Path(held).exists():
+            found.append((limits, held, f"{folder}/memory.stat"))
     return found
 
 
@@ -155,7 +138,7 @@ def _read(file: str) -> str:
     return Path(file).read_text(encoding="ascii", errors="replace")
 
 
-def _of_process() -> Iterator[Free | None]:
+def _free_of_process() -> Iterator[Free]:
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
@@ -163,36 +146,26 @@ def _of_process() -> Iterator[Free | None]:
         yield free_of_data_limit(_read("/proc/self/status"), limit)
 
 
-def _of_cgroups() -> Iterator[Free | None]:
+def _free_of_cgroups() -> Iterator[Free]:
     for limits, held, stat in _cgroups():
-        limit = cgroup_limit(map(_read, limits))
-        if limit is not None:
+        if (limit := cgroup_limit(map(_read, limits))) is not None:
             yield free_of_cgroup(limit, _read(held), _read(stat))
-
-
-def _of_machine() -> Iterator[Free | None]:
-    yield free_of_machine(_read("/proc/meminfo"))
 
 
 def free_memory() -> Free | None:
     """The limit of this process that leaves least; None where no limit can be read (no procfs)."""
     found: list[Free] = []
-    for source in (_of_process, _of_cgroups, _of_machine):
+    for source in (_free_of_process, _free_of_cgroups, lambda: [free_of_machine(_read("/proc/meminfo"))]):
         try:
-            found += filter(None, source())
+            found += source()
         except (ImportError, OSError, ValueError, KeyError):
             continue  # this kernel does not have the file
     return min(found, default=None)
 
 
 def free_of_device(free: int, total: int, fraction: float = 1.0, reserved: int = 0, allocated: int = 0) -> Free:
-    """What torch can still hand out on a CUDA device.
-
-    Args:
-        free, total: of the device, in bytes, from cudaMemGetInfo.
-        fraction: share of ``total`` that this process may take.
-        reserved, allocated: bytes that torch took from the device, and those of them that tensors hold.
-    """
+    """What torch can still hand out on a CUDA device, of whose ``total`` this process may take ``fraction``: torch has
+    ``reserved`` bytes of it, of which tensors hold ``allocated``."""
     limit = min(total, int(fraction * total))
     return Free(max(0, min(free, limit - reserved)) + reserved - allocated, limit, "the device's memory")
 
@@ -205,9 +178,8 @@ def free_device_memory(device: torch.device) -> Free:
     if device.type != "cuda":
         return free_of_device(free, total)
     fraction = torch.cuda.get_per_process_memory_fraction(device)
-    return free_of_device(
-        free, total, fraction, torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    )
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    return free_of_device(free, total, fraction, reserved, allocated)
 
 
 def trim_heap() -> None:
@@ -241,20 +213,16 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-# mallopt's parameters (glibc, malloc.h)
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's parameters (glibc, malloc.h)
 USER_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory(checkpointing: bool = False) -> bool:
-    """Have glibc hold on to freed memory instead of giving it back to the system.
+    """Have glibc hold on to freed memory; False without glibc, or where the user has set malloc's variables.
 
     Each step frees what it kept for backward and asks for the same sizes again; given back, these pages are fetched and
     cleared anew, tens of thousands a step. Large blocks still come and go: with ``checkpointing``, which is there to
     save memory, from 256 KiB on, otherwise from 8 MiB.
-
-    Returns:
-        Whether it was done: not without glibc, nor where the user has set malloc's variables.
     """
     mallopt = _libc("mallopt")
     if mallopt is None or any(name in os.environ for name in USER_SETTINGS):
@@ -265,8 +233,7 @@ def keep_freed_memory(checkpointing: bool = False) -> bool:
 
 @contextmanager
 def without_old_objects() -> Iterator[None]:
-    """Leave out what is alive now whenever Python collects garbage: model, optimizer and libraries, hundreds of
-    thousands of objects, would be traversed several times a step."""
+    """Leave out of garbage collection what is alive now: hundreds of thousands of objects, several times a step."""
     gc.collect()
     gc.freeze()
     try:

@@ -10,9 +10,9 @@ import json
 import os
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,14 +28,12 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# In the header of the tensors' file, which PEFT ignores: its config refuses unknown keys.
-INIT_KEY = "qlora_native.init"
-
+INIT_KEY = "qlora_native.init"  # in the header of the tensors' file: PEFT's config refuses unknown keys
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 # PEFT's settings under which a layer computes something else than x W^T + s (x A^T) B^T.
 _UNSUPPORTED = (
     *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices"),
-    *("layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+    *("layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "bias"),
 )
 # Initializations that change the base model's weights, which an adapter's file does not hold.
 _CHANGES_THE_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
@@ -99,31 +97,29 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         UserError: a file is missing or broken; the adapter is for another model or another rank; it uses something
             (DoRA, trained biases, ...) that this library does not compute. The model is then unchanged.
     """
-    read = _read(model, Path(folder))
+    stored = read_adapter(model, folder)
     if not any(True for _ in lora_layers(model)):
+        layers = {path: (len(a), scale) for path, (a, _, scale) in stored.pairs.items()}
         try:
-            insert(model, read.targets, read.config, torch.Generator())  # the values come next; torch's own stays put
+            insert(model, layers, stored.config, torch.Generator())  # the values come next; torch's own stays put
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
     for path, layer in lora_layers(model):
-        copy_whole(layer.lora_A, read.pairs[path]["A"])
-        copy_whole(layer.lora_B, read.pairs[path]["B"])
-    for name, target in read.whole_targets.items():
-        copy_whole(target, read.whole[name])
+        copy_whole(layer.lora_A, stored.pairs[path][0])
+        copy_whole(layer.lora_B, stored.pairs[path][1])
+    for name, target in stored.whole_targets.items():
+        copy_whole(target, stored.whole[name])
     return model
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter as its file holds it.
+    """An adapter as its file holds it, checked against a model."""
 
-    Attributes:
-        pairs: lora_A [r, K], lora_B [N, r] and the scale of each adapted layer, by path.
-        whole: what was trained whole, by the parameter's name.
-    """
-
-    pairs: dict[str, tuple[Tensor, Tensor, float]]
-    whole: dict[str, Tensor]
+    pairs: dict[str, tuple[Tensor, Tensor, float]]  # path -> lora_A [r, K], lora_B [N, r], scale
+    whole: dict[str, Tensor]  # what was trained whole, by the parameter's name
+    whole_targets: dict[str, Tensor] = field(default_factory=dict)  # the model's tensors of those names
+    config: LoraConfig = field(default_factory=LoraConfig)
 
     def delta(self, path: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the adapter adds to the weight at ``path``: scale * B A [N, K], computed in ``dtype``."""
@@ -132,33 +128,16 @@ class StoredAdapter:
 
 
 def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdapter:
-    """Read an adapter in PEFT's format without putting it into the model, which may be on the meta device.
-
-    Raises:
-        UserError: as :func:`load_adapter`.
-    """
-    read = _read(model, Path(folder))
-    pairs = {path: (pair["A"], pair["B"], read.targets[path][1]) for path, pair in read.pairs.items()}
-    return StoredAdapter(pairs, read.whole)
-
-
-class _Read(NamedTuple):
-    """A folder's content, checked against the model."""
-
-    config: LoraConfig
-    targets: dict[str, tuple[int, float]]  # path -> rank, scale
-    pairs: dict[str, dict[str, Tensor]]  # path -> {"A": [r, K], "B": [N, r]}
-    whole: dict[str, Tensor]  # what was trained whole, by its name in the model
-    whole_targets: dict[str, Tensor]  # the model's tensors of those names
-
-
-def _read(model: nn.Module, folder: Path) -> _Read:
-    stored = _read_config(folder)
-    pairs, whole, init = _read_tensors(folder)
-    config = _our_config(folder, stored, pairs, whole)
+    """Read an adapter without putting it into the model, which may be on the meta device; UserError as
+    :func:`load_adapter`."""
+    folder = Path(folder)
+    settings = _read_config(folder)
+    tensors, whole, init = _read_tensors(folder)
+    config = _our_config(folder, settings, sorted(tensors), whole)
     config.init = init
-    targets = _check(folder, model, config, pairs, stored)
-    return _Read(config, targets, pairs, whole, _whole_targets(folder, model, whole))
+    pairs = {path: (pair["A"], pair["B"], config.scale_of(path)) for path, pair in tensors.items()}
+    _check(folder, model, config, pairs, settings.get("base_model_name_or_path") or "another model")
+    return StoredAdapter(pairs, whole, _whole_targets(folder, model, whole), config)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -229,14 +208,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: expected a JSON object; copy the file again.") from error
     if stored.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {stored.get('peft_type')!r}: expected 'LORA', the one kind read here.")
-    used = [name for name in _UNSUPPORTED if stored.get(name)]
-    if stored.get("bias", "none") != "none":
-        used.append("bias")
-    if used:
-        raise UserError(
-            f"{path} sets {used[0]} to {stored[used[0]]!r}, which this library does not compute: "
-            f"merge that adapter with PEFT and load the merged model."
-        )
+    for name in _UNSUPPORTED:
+        if (stored.get(name) or "none") != "none":
+            raise UserError(
+                f"{path} sets {name} to {stored[name]!r}, which this library does not compute: "
+                f"merge that adapter with PEFT and load the merged model."
+            )
     init = stored.get("init_lora_weights")
     if isinstance(init, str) and _CHANGES_THE_BASE.fullmatch(init):
         raise UserError(
@@ -247,7 +224,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], str]:
-    """The pairs and the whole tensors of :class:`_Read`, and how the adapter began, if this library wrote it."""
+    """By path {"A": lora_A, "B": lora_B}; by name what was trained whole; and the adapter's ``init``."""
     path = folder / TENSORS_NAME
     try:
         with safe_open(path, "pt") as file:
@@ -277,16 +254,14 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     return pairs, whole, init if init in INITS else ZERO
 
 
-def _our_config(
-    folder: Path, stored: dict[str, Any], pairs: dict[str, dict[str, Tensor]], whole: dict[str, Tensor]
-) -> LoraConfig:
+def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], whole: dict[str, Tensor]) -> LoraConfig:
     named = stored.get("modules_to_save") or sorted({name.rpartition(".")[0] for name in whole})
     try:
         return LoraConfig(
             r=stored["r"],
             alpha=stored.get("lora_alpha", 8),
             dropout=stored.get("lora_dropout", 0.0),
-            target_modules=sorted(pairs),
+            target_modules=paths,
             rslora=bool(stored.get("use_rslora", False)),
             rank_pattern=stored.get("rank_pattern") or {},
             alpha_pattern=stored.get("alpha_pattern") or {},
@@ -297,20 +272,18 @@ def _our_config(
 
 
 def _check(
-    folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, dict[str, Tensor]], stored: dict[str, Any]
-) -> dict[str, tuple[int, float]]:
-    """Path -> (rank, scale). UserError if the adapter does not fit the model or the adapter that it has."""
+    folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, tuple[Tensor, Tensor, float]], base: str
+) -> None:
+    """UserError if the adapter does not fit the model or the adapter that it has."""
     modules = dict(plain_modules(model))
     name = type(model).__name__
-    base = stored.get("base_model_name_or_path") or "another model"
-    targets: dict[str, tuple[int, float]] = {}
-    for path, pair in pairs.items():
+    for path, (a, b, _) in pairs.items():
         layer = modules.get(path)
         if not isinstance(layer, nn.Linear):
             what = "no such module" if layer is None else f"a {type(layer).__name__} there"
             raise UserError(f"{folder}: the adapter is for {path}, but {name} has {what}; it was trained on {base}.")
         rank = config.rank_of(path)
-        got = (tuple(pair["A"].shape), tuple(pair["B"].shape))
+        got = (tuple(a.shape), tuple(b.shape))
         if len(got[0]) != 2 or len(got[1]) != 2 or got[0][0] != rank:
             raise UserError(
                 f"{folder}: lora_A of {path} is {list(got[0])}, but {CONFIG_NAME} has rank {rank}; "
@@ -321,25 +294,21 @@ def _check(
                 f"{folder}: the adapter of {path} is for {got[0][1]} inputs and {got[1][0]} outputs, but the layer of "
                 f"{name} has {layer.in_features} and {layer.out_features}; it was trained on {base}."
             )
-        targets[path] = (rank, config.scale_of(path))
     present = dict(lora_layers(model))
-    if not present:
-        return targets
-    if differing := sorted(targets.keys() ^ present.keys()):
-        where = "the adapter" if differing[0] in targets else "the model"
+    if present and (differing := sorted(pairs.keys() ^ present.keys())):
+        where = "the adapter" if differing[0] in pairs else "the model"
         raise UserError(
-            f"{folder}: the adapter changes {len(targets)} layers and the model's adapter {len(present)}: only {where} "
+            f"{folder}: the adapter changes {len(pairs)} layers and the model's adapter {len(present)}: only {where} "
             f"has {differing[0]}; load the model again without an adapter."
         )
-    for path, (rank, scale) in targets.items():
-        layer = present[path]
-        if rank != layer.r or abs(scale - layer.scale) > 1e-9 * abs(scale):
+    for path, layer in present.items():
+        a, _, scale = pairs[path]
+        if len(a) != layer.r or abs(scale - layer.scale) > 1e-9 * abs(scale):
             raise UserError(
-                f"{folder}: the adapter of {path} has rank {rank} and scale {scale:g}, the model's has rank {layer.r} "
-                f"and scale {layer.scale:g}; set the same r, alpha and rslora, or load the model again without an "
-                "adapter."
+                f"{folder}: the adapter of {path} has rank {len(a)} and scale {scale:g}, the model's has rank "
+                f"{layer.r} and scale {layer.scale:g}; set the same r, alpha and rslora, or load the model again "
+                "without an adapter."
             )
-    return targets
 
 
 def _whole_targets(folder: Path, model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -64,9 +64,9 @@ class LoraConfig:
         """The rank of the layer at ``path``."""
         return _pattern_value(self.rank_pattern, path, self.r)
 
-    def scale_of(self, path: str, rank: int | None = None) -> float:
+    def scale_of(self, path: str) -> float:
         """What the adapter's output at ``path`` is multiplied by."""
-        rank = self.rank_of(path) if rank is None else rank
+        rank = self.rank_of(path)
         alpha = _pattern_value(self.alpha_pattern, path, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 

@@ -21,18 +21,11 @@ EXTRA, ROUNDS = 16, 8
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + scale * B A dropout(x), one autograd node over a 4-bit base.
+    """y = base(x) + scale * B A dropout(x), one autograd node over a 4-bit base; base(x) if ``enabled`` is False.
 
     ``lora_A`` [r, K] and ``lora_B`` [N, r] are fp32 masters, cast to x's dtype for the products. A begins uniform
-    (Kaiming with a = sqrt 5), B at zero, so a new adapter changes nothing.
-
-    Args:
-        base_layer: a QuantizedLinear, or a dense nn.Linear; K inputs, N outputs.
-        r, scale, dropout: see :class:`LoraConfig`.
-        generator: a CPU generator for A; None is torch's global one.
-
-    Attributes:
-        enabled: False makes the layer its base alone.
+    (Kaiming with a = sqrt 5), B at zero, so a new adapter changes nothing. ``generator``, for A, is a CPU's; None is
+    torch's global one.
     """
 
     def __init__(
@@ -57,22 +50,19 @@ class LoRALinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """K."""
         return self.base_layer.in_features
 
     @property
     def out_features(self) -> int:
-        """N."""
         return self.base_layer.out_features
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight: packed bytes for a 4-bit one."""
+        """The base layer's: packed bytes for a 4-bit one."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
         return self.base_layer.bias
 
     def delta(self) -> Tensor:
@@ -98,22 +88,16 @@ class LoRALinear(nn.Module):
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What the initial values of one layer's adapter are computed from.
-
-    Attributes:
-        path: of the layer in the model.
-        weight: the 16-bit weight that the layer's 4-bit one stands for, [N, K].
-        metric: of the layer's inputs x: E[x_k^2], fp32 [K], or E[x x^T], fp32 [K, K], each to a common factor; None
-            counts all inputs alike.
-    """
+    """What the initial values of one layer's adapter are computed from."""
 
     path: str
-    weight: Tensor
+    weight: Tensor  # the 16-bit weight that the layer's 4-bit one stands for, [N, K]
+    # Of the layer's inputs x: E[x_k^2], fp32 [K], or E[x x^T], fp32 [K, K], each to a common factor; None counts all
+    # inputs alike.
     metric: Tensor | None = None
 
 
 def fill_a(a: Tensor, generator: torch.Generator | None) -> None:
-    """Fill ``lora_A`` with the generator's next numbers."""
     nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
 
 
@@ -147,7 +131,7 @@ def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerSta
 
 @torch.no_grad()
 def _start(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerStatistics]) -> None:
-    """Give the adapters of 4-bit layers the values that correct these layers best."""
+    """Set the adapters of 4-bit layers to the values that correct these layers best."""
     layers = dict(lora_layers(model))
     started = 0
     for known in statistics:
@@ -188,14 +172,11 @@ def residual_factors(
         residual: fp32 [N, K], the 16-bit weight less the decoded one.
         rank: columns of B; beyond min(N, K) they are zero, and A's rows with them.
         scale: what the adapter multiplies B A by.
-        metric: H: fp32 [K, K], or its diagonal, fp32 [K]; None is the identity.
+        metric: H: fp32 [K, K], or its diagonal, fp32 [K], finite; None is the identity.
         seed: of the subspace that the iteration begins with.
 
     Returns:
         A, fp32 [rank, K], and B, fp32 [N, rank].
-
-    Raises:
-        ValueError: shapes that do not fit, or a metric that is not finite.
     """
     n, k = residual.shape
     if metric is not None and (list(metric.shape) not in ([k], [k, k]) or not bool(torch.isfinite(metric).all())):
@@ -205,12 +186,14 @@ def residual_factors(
         )
     width = min(rank + EXTRA, n, k)
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, width, generator=generator).to(residual.device)
-    basis = torch.linalg.qr(start)[0]
-    for _ in range(ROUNDS):
-        basis = torch.linalg.qr(_weighted(residual.t() @ basis, metric, residual))[0]
-    seen = _weighted(residual.t() @ basis, metric, residual)
-    _, vectors = torch.linalg.eigh(basis.t() @ seen)
+    image = torch.randn(n, width, generator=generator).to(residual.device)
+    for _ in range(ROUNDS + 1):
+        basis = torch.linalg.qr(image)[0]
+        x = residual.t() @ basis
+        if metric is not None:
+            x = metric[:, None] * x if metric.dim() == 1 else metric @ x
+        image = residual @ x
+    _, vectors = torch.linalg.eigh(basis.t() @ image)
     kept = min(rank, width)
     u = basis @ vectors[:, -kept:].flip(1)
     down = (u.t() @ residual) / scale
@@ -220,13 +203,6 @@ def residual_factors(
     a[:kept] = down * torch.where(share > 0, 1 / share, 0.0)[:, None]
     b[:, :kept] = u * share
     return a, b
-
-
-def _weighted(x: Tensor, metric: Tensor | None, residual: Tensor) -> Tensor:
-    """residual H x for x [K, columns]."""
-    if metric is not None:
-        x = metric[:, None] * x if metric.dim() == 1 else metric @ x
-    return residual @ x
 
 
 def insert(

@@ -21,7 +21,6 @@ from qlora_native.ops._library import part_of
 from qlora_native.ops._optim import Plan, address_of
 from qlora_native.optim.paging import PAGING_DEFAULTS, HostPages, Paged, PagedStates, new_states
 
-Paging = tuple[_C.Pager | None, int, int]  # the native functions' last arguments: pager, numbers, budget_bytes
 MIN_CODED_NUMEL = 4096  # smaller tensors keep 32-bit states under bits=8
 
 
@@ -67,7 +66,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         return bool(self._skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; ValueError for options and dtypes that cannot be."""
+        """As torch's; ValueError for options and dtypes that are not supported."""
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -81,11 +80,9 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         name = type(self).__name__
         if group["bits"] not in (8, 32):
             raise ValueError(f"{name}: bits is {group['bits']}: expected 32 or 8.")
-        if not float(group["lr"]) >= 0:
-            raise ValueError(f"{name}: lr is {group['lr']}: expected 0 or more.")
         if len(group["betas"]) != 2 or not all(0 <= float(beta) < 1 for beta in group["betas"]):
             raise ValueError(f"{name}: betas is {group['betas']}: expected two numbers from 0 up to, not including, 1.")
-        for key in ("eps", "weight_decay"):
+        for key in ("lr", "eps", "weight_decay"):
             if not float(group.get(key, 0)) >= 0:
                 raise ValueError(f"{name}: {key} is {group[key]}: expected 0 or more.")
         for param in group["params"]:
@@ -93,9 +90,6 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 raise ValueError(
                     f"{name}: a parameter {list(param.shape)} is {param.dtype}: expected float32, bfloat16 or float16."
                 )
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # One step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -126,15 +120,14 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         if self.max_norm is not None:
             if norm is None:
-                table = address_of(plan.table)
-                norm = _C.gradient_norm(table, len(params)) if native else whole_norm(params, grads)
+                norm = _C.gradient_norm(address_of(plan.table), len(params)) if native else whole_norm(params, grads)
             self._grad_norm = norm = factor * norm
             if not math.isfinite(norm):
                 self._skipped = True
                 return
             factor *= min(1.0, self.max_norm / (norm + 1e-6))
         if native:
-            self._step_natively(address_of(plan.table), len(params), factor, self._paging_of(plan))
+            self._step_natively(plan, factor)
         elif not sharded or not self._step_on_device(params, groups, grads, None, None, factor):
             self._step_by_ops(plan, grads, factor)
 
@@ -147,11 +140,9 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         if len(present) < len(grads):
             kept = [i for i, grad in enumerate(grads) if grad is not None]
             params, groups = [params[i] for i in kept], [groups[i] for i in kept]
-        layouts = [grad.layout for grad in present]
-        if layouts.count(torch.strided) < len(layouts):
-            odd = next(layout for layout in layouts if layout is not torch.strided)
+        if odd := {grad.layout for grad in present} - {torch.strided}:
             raise ValueError(
-                f"{type(self).__name__}: a gradient is {odd}: expected dense ones; build the embedding with "
+                f"{type(self).__name__}: a gradient is {odd.pop()}: expected dense ones; build the embedding with "
                 "sparse=False, or give its parameter to torch.optim.SparseAdam."
             )
         return params, groups, list(map(part_of, present))
@@ -166,12 +157,6 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                     self.state[param] = self._new_state(param, self._is_coded(param, self.param_groups[number]))
             self._plan = Plan(params, groups, [self.state[param] for param in params])
         return self._plan
-
-    def _paging_of(self, plan: Plan) -> Paging:
-        pages = self._pages.get(torch.device("cpu"))
-        if not isinstance(pages, HostPages):
-            return None, 0, 0
-        return pages.pager, address_of(pages.numbers(plan)), pages.budget_now()
 
     def _step_on_device(
         self,
@@ -217,9 +202,12 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         """The options of a group in the order of the op's arguments."""
         raise NotImplementedError
 
-    def _step_natively(self, table: int, num_tensors: int, grad_factor: float, paging: Paging) -> None:
+    def _step_natively(self, plan: Plan, grad_factor: float) -> None:
+        paging: tuple[_C.Pager | None, int, int] = (None, 0, 0)
+        if isinstance(pages := self._pages.get(torch.device("cpu")), HostPages):
+            paging = pages.pager, address_of(pages.numbers(plan)), pages.budget_now()
         options = [self._options(group) for group in self.param_groups]
-        getattr(_C, self._op)(table, num_tensors, options, grad_factor, *paging)
+        getattr(_C, self._op)(address_of(plan.table), len(plan.params), options, grad_factor, *paging)
 
     def _step_by_ops(self, plan: Plan, grads: list[Tensor], grad_factor: float) -> None:
         """The same step, one op for each group, device and form of the states."""
@@ -234,10 +222,8 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             params, chosen_grads = [plan.parts[i] for i in chosen], [grads[i] for i in chosen]
             options = self._options(self.param_groups[number])
             getattr(torch.ops.qlora_native, self._op)(params, chosen_grads, *lists, *options, grad_factor)
-            self._keep_within_budget()
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # States
+            for pages in self._pages.values():
+                pages.keep_within_budget()
 
     def _is_coded(self, param: Tensor, group: dict[str, Any]) -> bool:
         return bool(group["bits"] == 8) and param.numel() >= MIN_CODED_NUMEL
@@ -252,19 +238,18 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         state: dict[str, Any] = {}
         if self._counts_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        place = self._take(param, coded, blank)
-        if place is None:
-            device = param.device
-            place = new_states(
-                self._moments, param, coded, lambda _, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
-            )
-        return state | place
+        if self._has_place(param, coded):
+            return state | self._pages[param.device].take(param, blank)
+        device = param.device
+        return state | new_states(
+            self._moments, param, coded, lambda _, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Its tensors are the states themselves: copy them to keep them from the next step. Those of
         sharded parameters are fp32 DTensors, which any number of ranks can load."""
         with self._alone():
-            self._ready_to_read()
+            self._wait_until_readable()
             result = super().state_dict()
             for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
                 if is_sharded(param) and self.state.get(param):
@@ -294,16 +279,12 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             for param, group, state in loaded:
                 self.state[param] = self._fitted(param, state, group)
 
-        hooks = (
+        with (
             self.register_load_state_dict_pre_hook(hold),
             self.register_load_state_dict_post_hook(fit, prepend=True),
-        )
-        try:
-            with self._alone():
-                super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            self._alone(),
+        ):
+            super().load_state_dict(state_dict)
 
     def _checked_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """A loaded state, this rank's parts of it; ValueError if it is not one of this optimizer."""
@@ -326,23 +307,19 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         for name in self._moments:
             absmax = given.get(f"{name}_absmax")
             value = given[name].detach().to(param.device)
-            if (absmax is not None) == coded and value.dtype == state[name].dtype:
-                state[name].copy_(value)
+            if (absmax is None) == coded or value.dtype != state[name].dtype:
+                value = value.float() if absmax is None else reference.decode_state(value, absmax.to(param.device))
                 if coded:
-                    state[f"{name}_absmax"].copy_(absmax)
-                continue
-            wide = value.float() if absmax is None else reference.decode_state(value, absmax.to(param.device))
+                    value, absmax = reference.encode_state(value, signed=self._moments[name] == torch.int8)
+            state[name].copy_(value)
             if coded:
-                codes, absmax = reference.encode_state(wide, signed=self._moments[name] == torch.int8)
                 state[f"{name}_absmax"].copy_(absmax)
-                wide = codes
-            state[name].copy_(wide)
         if self._counts_steps:
             state["step"].fill_(float(given["step"]))
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        self._ready_to_read()
+        self._wait_until_readable()
         options = {name: getattr(self, name) for name in ("max_norm", *PAGING_DEFAULTS)}
         return {**super().__getstate__(), **options}
 
@@ -352,8 +329,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         if "defaults" in state:  # a copy or from a pickle; load_state_dict comes by here, too
             self._set_paging(*(state.get(key, default) for key, default in PAGING_DEFAULTS.items()))
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            group.update({**self.defaults, **group})
             if group.get("amsgrad") or group.get("maximize"):
                 raise ValueError(
                     f"{type(self).__name__}: the state was made with amsgrad or maximize: neither is here."
@@ -366,12 +342,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                         self.state[param] = self._fitted(param, self.state[param], group)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharded parameters
-
-
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor."""
     return part_of(tensor) is not tensor
 
 
@@ -395,29 +366,18 @@ def whole_norm(params: Sequence[Tensor], grads: Sequence[Tensor]) -> float:
     return math.sqrt(total)
 
 
-def whole_states(param: Tensor, state: dict[str, Any], moments: Sequence[str]) -> dict[str, Any]:
-    """The states of a sharded parameter as DTensors sharded like it, fp32.
+def whole_states(param: Any, state: dict[str, Any], moments: Sequence[str]) -> dict[str, Any]:
+    """The states of a sharded parameter as fp32 DTensors sharded like it.
 
     8-bit states are decoded, because the blocks that share a scale end where a rank's part ends: another number of
     ranks has other blocks. Encoded again in the same blocks they are the same bytes.
     """
-    result = {name: value for name, value in state.items() if not name.endswith("_absmax")}
-    for name in moments:
-        absmax = state.get(f"{name}_absmax")
-        decoded = state[name] if absmax is None else reference.decode_state(state[name], absmax)
-        result[name] = shard_like(param, decoded)
-    return result
-
-
-def shard_like(param: Tensor, part: Tensor) -> Tensor:
-    """A DTensor with the shape and the placements of a sharded parameter, of which ``part`` is this rank's."""
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        part,
-        param.device_mesh,  # type: ignore[attr-defined]
-        param.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
+    result = {name: value for name, value in state.items() if not name.endswith("_absmax")}
+    layout = {"run_check": False, "shape": param.shape, "stride": param.stride()}
+    for name in moments:
+        absmax = state.get(f"{name}_absmax")
+        part = state[name] if absmax is None else reference.decode_state(state[name], absmax)
+        result[name] = DTensor.from_local(part, param.device_mesh, param.placements, **layout)
+    return result

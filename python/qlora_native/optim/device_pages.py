@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
 from qlora_native.ops._library import say_once
 from qlora_native.ops._optim import Plan
-from qlora_native.optim.paging import Paged, Pages, PagingStatistics, State
+from qlora_native.optim.paging import Paged, Pages, PagingStatistics, State, Wanted
 from qlora_native.optim.pressure import PagingPolicy
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
@@ -29,21 +29,8 @@ CHUNKS_AT_ONCE = 3  # one that comes, one that is updated, one that goes
 TYPE_CODES = {torch.float32: "<f4", torch.int8: "|i1", torch.uint8: "|u1"}
 
 
-class _Place:
-    """A part of a store, offered to other libraries by the CUDA array interface."""
-
-    def __init__(self, store: Any, offset: int, count: int, dtype: torch.dtype) -> None:
-        self.store = store  # lives as long as this
-        self.__cuda_array_interface__ = {
-            "shape": (count,),
-            "typestr": TYPE_CODES[dtype],
-            "data": (store.address + offset, False),
-            "version": 3,
-        }
-
-
 class DevicePages(Pages):
-    """The arenas of one optimizer on one device; ``budget`` is bytes of the device."""
+    """The arenas of one optimizer on one device; ``budget`` is bytes of the device. The caller moves one at a time."""
 
     def __init__(
         self,
@@ -57,8 +44,8 @@ class DevicePages(Pages):
         super().__init__(owner, moments, paged, budget)
         self.device, self.module = device, module
         self.managed: bool = module.has_concurrent_managed_access(device.index or 0)
-        self._pinned = False
-        if not self.managed and paged is True:
+        self.could_pin = not self.managed
+        if self.could_pin and paged is True:
             self.use_pinned_memory()
         self._policy = PagingPolicy()
         self._sent_out = False  # "auto" is under pressure, or page_out was asked for
@@ -67,16 +54,11 @@ class DevicePages(Pages):
 
     def use_pinned_memory(self) -> None:
         """From now on reserve states in pinned host memory; warns once."""
-        self._pinned = True
+        self.could_pin = False
         say_once(
             f"qlora_native: managed memory of {self.device} does not move while kernels run (as on Windows, WSL2 and "
             f"Tegra): {self.owner}'s paged states are in pinned host memory, and every step copies all of them."
         )
-
-    @property
-    def could_pin(self) -> bool:
-        """Whether the states are ordinary tensors of the device that pinned host memory could take."""
-        return not self.managed and not self._pinned
 
     def is_short(self) -> bool:
         """Whether less of the device than the margin is free; False while a graph is captured."""
@@ -86,15 +68,12 @@ class DevicePages(Pages):
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Places
-
-    def reserve(self, params: Sequence[Tensor], coded: Sequence[bool]) -> None:
-        """Makes room for the states of these parameters, all 0, in one arena more; not where they :attr:`could_pin`."""
+    def reserve(self, wanted: Wanted) -> None:
+        """Make room for the states of these parameters, all 0, in one arena more; not where they ``could_pin``."""
         if self.could_pin:
             return
-        forms = self._forms(params, coded)
-        arena_bytes = sum(numel * count * (1 if is_coded else 4) for numel, count, is_coded in forms)
+        forms = self._forms(wanted)
+        arena_bytes = sum(numel * count * (1 if coded else 4) for numel, count, coded in forms)
         chunk_bytes = min(CHUNK_BYTES, min(arena_bytes, self.budget or arena_bytes) // CHUNKS)
         with _cuda_kernels.launching(self.device) as stream:
             if self.managed:
@@ -102,27 +81,27 @@ class DevicePages(Pages):
                 store.zero(self._budget_of(store), stream)
             else:
                 store = self.module.PinnedStore(forms, self.module.pinned_page_bytes, chunk_bytes)
-        self._add(store, params, coded, store.places)
+        self._add(store, wanted, store.places)
         self._tables = None
 
-    def _view(self, store: Any, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _view(self, store: Any, offsets: Sequence[int], i: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if not (self.managed and self.device.type == "cuda"):
-            return super()._view(store, offset, shape, dtype)
-        count = shape.numel()
-        if count == 0:
+            return super()._view(store, offsets, i, shape, dtype)
+        if shape.numel() == 0:
             return torch.zeros(shape, dtype=dtype, device=self.device)
-        return torch.as_tensor(_Place(store, offset, count, dtype), device=self.device).view(shape)
+        data = store.address + offsets[i], False
+        interface = {"shape": (shape.numel(),), "typestr": TYPE_CODES[dtype], "data": data, "version": 3}
+        place = SimpleNamespace(store=store, __cuda_array_interface__=interface)  # keeps the store alive
+        return torch.as_tensor(place, device=self.device).view(shape)
 
     def take(self, param: Tensor, blank: bool) -> State:
-        """Those states for use, zeros if ``blank``."""
         was_taken = param in self._taken
         if blank and was_taken:
-            self.ready_to_read()
+            self.wait_until_readable()
         self._moved = self._moved or not blank or was_taken
         return super().take(param, blank)
 
-    def ready_to_read(self) -> None:
-        """Wait until copies of the last step have ended, where the host reads states in its own memory."""
+    def wait_until_readable(self) -> None:
         if not self.managed:
             for store in self.stores:
                 store.finish()
@@ -134,14 +113,16 @@ class DevicePages(Pages):
         plan.devices = {self.device}  # for the kernels, wherever their bytes lie
         return True
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # A step
-
     def step(self, plan: Plan, options: Sequence[tuple[float, ...]], by: Scaling) -> None:
         """One step over the states of a plan that :meth:`holds`; waits for nothing."""
         assert plan.on_device is not None
         self._apply_policy()
-        self._settle()
+        if self._moved:
+            with _cuda_kernels.launching(self.device) as stream:
+                for store in self.stores:
+                    store.page_out(stream)
+                    store.forget_residency()
+            self._moved = False
         if self.managed and self.paged is not True and not self._sent_out:
             with _cuda_kernels.launching(self.device) as stream:
                 for store in self.stores:
@@ -177,14 +158,6 @@ class DevicePages(Pages):
             elif out == 0 and free.bytes >= free.margin:
                 self._sent_out = False  # so little that it was never out
 
-    def _settle(self) -> None:
-        if self._moved:
-            with _cuda_kernels.launching(self.device) as stream:
-                for store in self.stores:
-                    store.page_out(stream)
-                    store.forget_residency()
-            self._moved = False
-
     def _budget_of(self, store: Any) -> int:
         """Bytes of the device that a store may take in a step."""
         if self.paged is not True and not self._sent_out:
@@ -198,9 +171,6 @@ class DevicePages(Pages):
 
     def free(self) -> Free:
         return free_device_memory(self.device)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Moves; the caller sees to it that there is one at a time
 
     def page_out(self) -> None:
         """Send all states to the host, and return when they are there; "auto" then pages until there is room. Those in
@@ -216,9 +186,6 @@ class DevicePages(Pages):
     def page_in(self) -> None:
         """Let the next step bring back what "auto" sent out."""
         self._sent_out = False
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # What is where
 
     def states_paged_out(self) -> int:
         """Bytes of states on the host, going by the moves that were issued."""

@@ -12,7 +12,8 @@ import tempfile
 import threading
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, get_type_hints
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Paged = Literal["auto"] | bool
 State = dict[str, Tensor]
+Wanted = Sequence[tuple[Tensor, bool]]  # parameters, and whether their states are 8-bit codes
 Form = tuple[int, int, bool]  # elements, number of moments, whether they are 8-bit codes
 
 CHUNK_BYTES = 16 << 20  # at most: the disk streams, and many fit a budget
@@ -52,19 +54,11 @@ class PagingStatistics(TypedDict):
     stall_seconds: float
 
 
-def default_folder() -> Path:
-    """Default folder of page files: that for temporary files, or /var/tmp if that one lies in memory."""
-    folder = tempfile.gettempdir()
-    return Path("/var/tmp" if _C.lies_in_memory(folder) else folder)
-
-
 def new_states(
     moments: dict[str, torch.dtype], param: Tensor, coded: bool, make: Callable[[int, torch.Size, torch.dtype], Tensor]
 ) -> State:
-    """The moments of a parameter and, beside codes, their scales, from ``make(place, shape, dtype)``.
-
-    ``place`` is the tensor's index in an arena's tuple of offsets: the moments, then their scales from 2 on.
-    """
+    """The moments of a parameter and, beside codes, their scales, from ``make(place, shape, dtype)``: ``place`` is the
+    index in an arena's tuple of offsets, which has the moments first and their scales from 2 on."""
     part = part_of(param)
     blocks = torch.Size([-(-part.numel() // _native.STATE_BLOCK)])
     state: State = {}
@@ -76,73 +70,60 @@ def new_states(
 
 
 class Pages:
-    """The arenas of one optimizer on one device, and the states reserved in them.
+    """The arenas of one optimizer, named ``owner`` in messages, on one device, and the states reserved in them.
 
-    Args:
-        owner: named in messages.
-        moments: names of the states, with the dtype of their codes.
-        paged: True has the states paged out from the start, "auto" when memory runs short.
-        budget: bytes that may be in memory while states are paged out; None decides by what is free at each step.
+    ``moments`` are names of the states, with the dtype of their codes; ``budget`` is bytes that may be in memory while
+    states are paged out, None for a share of what is free at each step.
     """
 
     def __init__(self, owner: str, moments: dict[str, torch.dtype], paged: Paged, budget: int | None) -> None:
         self.owner, self.moments, self.paged, self.budget = owner, moments, paged, budget
         self.stores: list[Any] = []
-        self._places: dict[Tensor, tuple[int, State]] = {}  # of a parameter: its number, its states
+        self.could_pin = False  # the states are ordinary tensors of a device that pinned host memory could take
+        self.places: dict[Tensor, tuple[int, State]] = {}  # of a parameter: its number, its states
         self._num_places = 0
         self._taken: set[Tensor] = set()
 
-    def _forms(self, params: Sequence[Tensor], coded: Sequence[bool]) -> list[Form]:
-        return [
-            (part_of(param).numel(), len(self.moments), is_coded) for param, is_coded in zip(params, coded, strict=True)
-        ]
+    def _forms(self, wanted: Wanted) -> list[Form]:
+        return [(part_of(param).numel(), len(self.moments), coded) for param, coded in wanted]
 
-    def _add(self, store: Any, params: Sequence[Tensor], coded: Sequence[bool], places: Sequence[Any]) -> None:
+    def _add(self, store: Any, wanted: Wanted, places: Sequence[Any]) -> None:
         """Give each parameter its place in a new arena, as offsets of its moments and their scales."""
-        for param, is_coded, offsets in zip(params, coded, places, strict=True):
-            state = new_states(
-                self.moments,
-                param,
-                is_coded,
-                lambda i, shape, dtype, offsets=offsets: self._view(store, offsets[i], shape, dtype),  # type: ignore[misc]
-            )
-            self._places[param] = self._num_places, state
+        for (param, coded), offsets in zip(wanted, places, strict=True):
+            state = new_states(self.moments, param, coded, partial(self._view, store, offsets))
+            self.places[param] = self._num_places, state
             self._num_places += 1
         self.stores.append(store)
 
-    def _view(self, store: Any, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _view(self, store: Any, offsets: Sequence[int], i: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A tensor in a store's bytes, with a storage of its own: saving it saves nothing beside it."""
-        count = shape.numel()
-        if count == 0:
+        if shape.numel() == 0:
             return torch.zeros(shape, dtype=dtype)
-        return torch.frombuffer(store, dtype=dtype, count=count, offset=offset).view(shape)
-
-    def place_of(self, param: Tensor) -> State | None:
-        """The states that were reserved for a parameter, or None."""
-        found = self._places.get(param)
-        return None if found is None else found[1]
+        return torch.frombuffer(store, dtype=dtype, count=shape.numel(), offset=offsets[i]).view(shape)
 
     def take(self, param: Tensor, blank: bool) -> State:
-        """Those states for use, zeros if ``blank``."""
-        state = self._places[param][1]
+        """The states that were reserved for a parameter, zeros if ``blank``, else whatever they hold."""
+        state = self.places[param][1]
         if blank and param in self._taken:
             for tensor in state.values():
                 tensor.zero_()
         self._taken.add(param)
         return state
 
-    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(parameter, one of its states) for all that was reserved."""
-        return ((param, tensor) for param, (_, state) in self._places.items() for tensor in state.values())
-
     def numbers(self, plan: Plan) -> array[int]:
         """The numbers of the places of a plan's parameters; -1 for one whose states are not those reserved."""
         if plan.numbers is None:
             plan.numbers = array("q")
             for param, state in zip(plan.params, plan.states, strict=True):
-                number, place = self._places.get(param, (-1, {}))
+                number, place = self.places.get(param, (-1, {}))
                 plan.numbers.append(number if all(state.get(name) is t for name, t in place.items()) else -1)
         return plan.numbers
+
+    def wait_until_readable(self) -> None:
+        """Wait for states that are still on their way into the host's memory."""
+
+    def keep_within_budget(self) -> None:
+        """Send everything out if more is resident than may be, after a step that moved nothing itself."""
 
     def state_bytes(self) -> int:
         return sum(store.num_bytes for store in self.stores)
@@ -167,27 +148,24 @@ class HostPages(Pages):
         self, owner: str, moments: dict[str, torch.dtype], paged: Paged, folder: Path | None, budget: int | None
     ) -> None:
         super().__init__(owner, moments, paged, budget)
-        self.folder = folder or default_folder()
+        temporary = tempfile.gettempdir()
+        self.folder = folder or Path("/var/tmp" if _C.lies_in_memory(temporary) else temporary)
         self.pager = _C.Pager()
         self.largest_chunk = 0
         self.has_file = True  # or may have one
         self._process = os.getpid()
 
-    def reserve(self, params: Sequence[Tensor], coded: Sequence[bool]) -> None:
-        """Make room for the states of these parameters, all 0, in one arena more.
-
-        PageFileError, which is an OSError, if a page file is required and cannot be had.
-        """
+    def reserve(self, wanted: Wanted) -> None:
+        """Make room for the states of these parameters, all 0, in one arena more. PageFileError (an OSError) if a page
+        file is required and cannot be had."""
         chunk_bytes = CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // CHUNKS_IN_BUDGET)
         block_bytes = _C.block_bytes if chunk_bytes >= 4 * _C.block_bytes else _C.page_bytes
-        plan = _C.PagePlan(self._forms(params, coded), _C.page_bytes, chunk_bytes, block_bytes)
+        plan = _C.PagePlan(self._forms(wanted), _C.page_bytes, chunk_bytes, block_bytes)
         try:
             store = _C.FileStore(plan.num_bytes, str(self.folder), self.paged is True)
         except MemoryError:
-            if self.paged is True:
-                raise
             store = _C.FileStore(plan.num_bytes, str(self.folder), True)
-        self._add(store, params, coded, plan.places)
+        self._add(store, wanted, plan.places)
         self.pager.add(store, plan)
         self.largest_chunk = max(self.largest_chunk, plan.largest_chunk)
 
@@ -206,13 +184,11 @@ class HostPages(Pages):
         return max(LEAST_BUDGET, 4 * self.largest_chunk, half)
 
     def keep_within_budget(self) -> None:
-        """Send everything out if more is resident than may be; after steps that the pager took no part in."""
         if self.states_paged_out() and self._resident() > self.budget_now():
             self.pager.evict()
 
     def page_out(self) -> None:
-        """Move what is in memory into the page file and send it all out. If there is no such file to be had, warn
-        once, and leave the states in memory."""
+        """Move what is in memory into the page file and send it all out; where there can be none, warn once."""
         if not self.has_file:
             return
         try:
@@ -250,7 +226,6 @@ class PagedStates:
     """The paging of an optimizer: its options, its arenas, and the moves. One lock keeps steps and moves apart."""
 
     _moments: ClassVar[dict[str, torch.dtype]]  # name of a state -> dtype of its codes
-
     state: Any  # torch's
 
     def _set_paging(self, paged: Paged, page_dir: str | Path | None, page_budget: int | None) -> None:
@@ -276,12 +251,8 @@ class PagedStates:
         pages = self._pages.get(device)
         return None if isinstance(pages, HostPages) else pages
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Places
-
-    def _reserve(self, wanted: Iterable[tuple[Tensor, bool]]) -> None:
-        """Make places for the states of these parameters, coded or not, in one arena a device; where they have one of
-        that form already, nothing happens."""
+    def _reserve(self, wanted: Wanted) -> None:
+        """Make places for the states of these parameters, coded or not, that have none, in one arena a device."""
         if self.paged is False:
             return
         missing: dict[torch.device, list[tuple[Tensor, bool]]] = {}
@@ -293,7 +264,7 @@ class PagedStates:
             if pages is None:
                 continue
             before = pages.state_bytes()
-            pages.reserve(*zip(*chosen, strict=True))
+            pages.reserve(chosen)
             self._pages[device] = pages
             watched = self.paged == "auto" and isinstance(pages, HostPages)  # on a device, every step checks
             if watched and before < LEAST_WATCHED <= pages.state_bytes():
@@ -316,51 +287,38 @@ class PagedStates:
         return None
 
     def _has_place(self, param: Tensor, coded: bool) -> bool:
-        place = self._pages[param.device].place_of(param) if param.device in self._pages else None
-        return place is not None and ("exp_avg_absmax" in place) == coded
-
-    def _take(self, param: Tensor, coded: bool, blank: bool) -> State | None:
-        """The states that were reserved in this form, zeros if ``blank``, else whatever they hold; None if there are
-        none."""
-        return self._pages[param.device].take(param, blank) if self._has_place(param, coded) else None
+        """Whether states of this form were reserved for the parameter."""
+        pages = self._pages.get(param.device)
+        return pages is not None and param in pages.places and ("exp_avg_absmax" in pages.places[param][1]) == coded
 
     def _copy_displaced(self, loaded: list[tuple[Tensor, Any, dict[str, Any]]]) -> None:
-        """Of (parameter, group, state), copy states that lie in another parameter's place, where they would be
-        overwritten before they are read."""
-        owner = {t.data_ptr(): param for pages in self._pages.values() for param, t in pages.tensors()}
+        """Copy loaded states that lie in another parameter's place and would be overwritten before they are read."""
+        places = [item for pages in self._pages.values() for item in pages.places.items()]
+        owner = {tensor.data_ptr(): param for param, (_, place) in places for tensor in place.values()}
         for param, _, state in loaded:
             for key, value in state.items():
                 if isinstance(value, Tensor) and owner.get(value.data_ptr(), param) is not param:
                     state[key] = value.clone()
 
-    def _ready_to_read(self) -> None:
-        """Wait for states that are still on their way into the host's memory."""
-        for pages in filter(None, map(self._device_pages, self._pages)):
-            pages.ready_to_read()
-
-    def _keep_within_budget(self) -> None:
+    def _wait_until_readable(self) -> None:
         for pages in self._pages.values():
-            if isinstance(pages, HostPages):
-                pages.keep_within_budget()
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Moves
+            pages.wait_until_readable()
 
     def page_out(self) -> None:
         """Sends all states out of memory, into the page file. Nothing happens with ``paged=False``; with "auto", if the
         file cannot be had, a warning says so, once, and the states stay. The values are the same wherever they are."""
         with self._alone():
             for pages in self._pages.values():
-                if not isinstance(pages, HostPages) and pages.could_pin:
+                if pages.could_pin:
                     self._pin(pages)
                 pages.page_out()
 
-    def _pin(self, pages: DevicePages) -> None:
+    def _pin(self, pages: Any) -> None:
         """Move states that are ordinary tensors of a device into pinned host memory, for good."""
         pages.use_pinned_memory()
         found = self._states_on(pages.device)
         if found:
-            pages.reserve(list(found), ["exp_avg_absmax" in state for state in found.values()])
+            pages.reserve([(param, "exp_avg_absmax" in state) for param, state in found.items()])
         for param, state in found.items():
             place = pages.take(param, blank=False)
             for name, tensor in place.items():
@@ -381,7 +339,7 @@ class PagedStates:
         total = 0
         for device, pages in list(self._pages.items()):
             total += pages.states_in_memory()
-            if not isinstance(pages, HostPages) and pages.could_pin:
+            if pages.could_pin:
                 states = self._states_on(device).values()
                 total += sum(t.nbytes for state in states for name, t in state.items() if name != "step")
         return total
@@ -394,5 +352,5 @@ class PagedStates:
         """What is where, what was moved and what it cost, since the optimizer was made. From any thread, also while a
         step runs."""
         found: list[Any] = [pages.statistics() for pages in list(self._pages.values())]
-        kinds = get_type_hints(PagingStatistics)
-        return PagingStatistics(**{key: kind(sum(each[key] for each in found)) for key, kind in kinds.items()})  # type: ignore[typeddict-item]
+        kinds = get_type_hints(PagingStatistics).items()
+        return PagingStatistics(**{key: kind(sum(each[key] for each in found)) for key, kind in kinds})  # type: ignore[typeddict-item]

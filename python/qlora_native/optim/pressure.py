@@ -23,11 +23,8 @@ CALM, LONGEST_CALM = 10.0, 640.0  # seconds
 
 class PagingPolicy:
     """When to move: out as soon as less than the margin is free; in when, for ``calm`` seconds on end, the margin and
-    the states had room.
-
-    A training step needs much memory in its middle and little at its end: what is free at one moment is no reason to
-    come back. And if coming back was too early, the next time takes twice as long, up to ``longest``.
-    """
+    the states had room, since a training step needs much memory in its middle and little at its end. If coming back was
+    too early, the next time takes twice as long, up to ``longest``."""
 
     def __init__(self, calm: float = CALM, longest: float = LONGEST_CALM) -> None:
         self.calm, self.base, self.longest = calm, calm, longest
@@ -36,8 +33,7 @@ class PagingPolicy:
         self._came_back = -math.inf
 
     def decide(self, now: float, free: Free, in_memory: int, paged_out: int) -> Literal["out", "in"] | None:
-        """The move to make: at ``now``, seconds of any clock, given what is free and the bytes of states in memory and
-        paged out."""
+        """The move to make at ``now``, seconds of any clock; the states are in bytes."""
         if in_memory > 0 and free.bytes < free.margin:
             return "out"
         out = paged_out > 0
@@ -57,20 +53,16 @@ _watchers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def watch(
-    optimizer: Any,
-    free_bytes: Callable[[], Free | None],
-    interval: float | None = None,
-    policy: PagingPolicy | None = None,
+    optimizer: Any, free_bytes: Callable[[], Free | None], interval: float = 0, policy: PagingPolicy | None = None
 ) -> threading.Thread:
-    """Start the watcher of an optimizer, which has the methods ``states_in_memory``, ``states_paged_out``,
-    ``page_out`` and ``page_in`` of ``PagedStates``; ``interval`` is in seconds, ``INTERVAL`` by default.
+    """Start the watcher of an optimizer's ``PagedStates``; ``interval`` is in seconds, ``INTERVAL`` by default.
 
     Without memory for its stack it is not started, and a warning is given. It ends when the optimizer is collected,
     when ``free_bytes`` returns None (nothing can be read here) or raises, and at the interpreter's end.
     """
     thread = threading.Thread(
         target=_watch,
-        args=(weakref.ref(optimizer), free_bytes, INTERVAL if interval is None else interval, policy or PagingPolicy()),
+        args=(weakref.ref(optimizer), free_bytes, interval or INTERVAL, policy or PagingPolicy()),
         name="qlora_native page watcher",
         daemon=True,
     )
@@ -85,19 +77,15 @@ def watch(
     return thread
 
 
-def _watch(
-    reference: weakref.ref[Any], free_bytes: Callable[[], Free | None], interval: float, policy: PagingPolicy
-) -> None:
+def _watch(reference: Any, free_bytes: Callable[[], Free | None], interval: float, policy: PagingPolicy) -> None:
     while not _ending.wait(interval):
         free = free_bytes()
         optimizer = reference()
         if free is None or optimizer is None:
             return
         move = policy.decide(time.monotonic(), free, optimizer.states_in_memory(), optimizer.states_paged_out())
-        if move == "out":
-            optimizer.page_out()
-        elif move == "in":
-            optimizer.page_in()
+        if move is not None:
+            getattr(optimizer, f"page_{move}")()
         del optimizer
 
 
