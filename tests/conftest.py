@@ -35,13 +35,12 @@ def pytest_configure() -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that uses the fixture ``device`` runs on each device that its marker ``devices`` names."""
-    if "device" not in metafunc.fixturenames:
-        return
-    marker = metafunc.definition.get_closest_marker("devices")
-    names = list(marker.args) if marker else ["cpu", "cuda"]
-    if os.environ.get("QLORA_NATIVE_ISA"):  # repeated for the CPU's kernels alone
-        names = [name for name in names if name == "cpu"]
-    metafunc.parametrize("device", names, indirect=True)
+    if "device" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("devices")
+        names = list(marker.args) if marker else ["cpu", "cuda"]
+        if os.environ.get("QLORA_NATIVE_ISA"):  # repeated for the CPU's kernels alone
+            names = [name for name in names if name == "cpu"]
+        metafunc.parametrize("device", names, indirect=True)
 
 
 @pytest.fixture(autouse=True)

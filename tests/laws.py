@@ -56,8 +56,9 @@ def lines_with(files: Tree, pattern: str, where: Callable[[str], bool], advice: 
     ]
 
 
-def is_native(path: str) -> bool:
-    return path.startswith(("cpp/", "cuda/")) and path.endswith(CODE)
+def is_native(path: str, *others: str) -> bool:
+    """Whether it is C++ or CUDA, and none of the others."""
+    return path.startswith(("cpp/", "cuda/")) and path.endswith(CODE) and not path.startswith(others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,43 +102,28 @@ def no_torch_header(files: Tree) -> list[str]:
 
 def cuda_calls_only_in_cuda(files: Tree) -> list[str]:
     pattern = r"\bcuda[A-Z]\w*\s*\(|<<<|#\s*include\s*[<\"]cuda"
-    return lines_with(files, pattern, lambda p: is_native(p) and p.startswith("cpp/"), "CUDA belongs in cuda/")
+    return lines_with(files, pattern, lambda p: is_native(p, "cuda/"), "CUDA belongs in cuda/")
 
 
 def inline_assembly_only_in_wp(files: Tree) -> list[str]:
-    def where(path: str) -> bool:
-        return is_native(path) and path != "cuda/wp.cuh" and not path.startswith("cpp/cpu/isa.")
-
-    return lines_with(
-        files, r"\b(__)?asm(__)?\b\s*(volatile|__volatile__)?\s*\(", where, "assembly outside cuda/wp.cuh"
-    )
+    pattern = r"\b(__)?asm(__)?\b\s*(volatile|__volatile__)?\s*\("
+    return lines_with(files, pattern, lambda p: is_native(p, "cuda/wp.cuh", "cpp/cpu/isa."), "assembly outside wp.cuh")
 
 
 def openmp_only_in_parallel(files: Tree) -> list[str]:
     pattern = r"\bomp_\w+\s*\(|#\s*pragma\s+omp\b|#\s*include\s*<omp\.h>"
-    return lines_with(
-        files, pattern, lambda p: is_native(p) and p != "cpp/cpu/parallel.h", "OpenMP outside cpp/cpu/parallel.h"
-    )
+    return lines_with(files, pattern, lambda p: is_native(p, "cpp/cpu/parallel.h"), "OpenMP outside cpu/parallel.h")
 
 
 def architecture_branches_only_in_wp(files: Tree) -> list[str]:
     # core/ may ask whether it is device code, never which device.
-    branches = lines_with(
-        files,
-        r"__CUDA_ARCH__",
-        lambda p: is_native(p) and p != "cuda/wp.cuh" and not p.startswith("cpp/core/"),
-        "__CUDA_ARCH__ outside cuda/wp.cuh",
-    )
-    versions = lines_with(
-        files, r"__CUDA_ARCH__\s*[<>=]", lambda p: p.startswith("cpp/core/"), "architecture version in core"
-    )
-    templates = lines_with(
-        files,
-        r"^\s*#\s*(if|ifdef|ifndef)\b",
-        lambda p: p.startswith("cuda/") and p.endswith(".cuh") and p != "cuda/wp.cuh",
-        "conditional in a kernel template",
-    )
-    return branches + versions + templates
+    others = {path: text for path, text in files.items() if is_native(path, "cuda/wp.cuh")}
+    pattern, conditional = r"__CUDA_ARCH__", r"^\s*#\s*(if|ifdef|ifndef)\b"
+    return [
+        *lines_with(others, pattern, lambda p: not p.startswith("cpp/core/"), f"{pattern} outside cuda/wp.cuh"),
+        *lines_with(others, rf"{pattern}\s*[<>=]", lambda p: p.startswith("cpp/core/"), "architecture version in core"),
+        *lines_with(others, conditional, lambda p: p.endswith(".cuh"), "conditional in a kernel template"),
+    ]
 
 
 def no_abort_on_user_input(files: Tree) -> list[str]:
@@ -145,10 +131,8 @@ def no_abort_on_user_input(files: Tree) -> list[str]:
 
 
 def launchers_never_synchronize(files: Tree) -> list[str]:
-    stores = ("_store.h", "_store.cc")
-
     def where(path: str) -> bool:
-        return path.startswith("cuda/") and not path.startswith("cuda/python/") and not path.endswith(stores)
+        return is_native(path, "cpp/", "cuda/python/") and not path.endswith(("_store.h", "_store.cc"))
 
     return lines_with(files, r"cuda(Device|Stream|Event)Synchronize|cudaMalloc\b", where, "no wait, no allocation here")
 
@@ -181,6 +165,10 @@ USES_THE_ECOSYSTEM = {
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "qlora_native"}
 
 
+def package_files(files: Tree) -> Iterator[tuple[str, str]]:
+    return ((path, text) for path, text in files.items() if path.startswith(PACKAGE) and path.endswith(".py"))
+
+
 def unit_of(path: str) -> str:
     """The room of a file of the package: `ops` for ops.py and for ops/linear_4bit.py."""
     return path.removeprefix(PACKAGE).split("/")[0].removesuffix(".py")
@@ -188,10 +176,8 @@ def unit_of(path: str) -> str:
 
 def lazy_attributes(files: Tree) -> dict[str, str]:
     """The attributes that the package imports when they are first used, with the module of each."""
-    for node in ast.parse(files.get(PACKAGE + "__init__.py", "")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY":
-            return dict(ast.literal_eval(node.value))
-    return {}
+    match = re.search(r"^_LAZY = (\{.*?\})", files.get(PACKAGE + "__init__.py", ""), re.MULTILINE | re.DOTALL)
+    return dict(ast.literal_eval(match[1])) if match else {}
 
 
 def imported_modules(path: str, text: str, lazy: dict[str, str] | None = None) -> Iterator[str]:
@@ -226,12 +212,8 @@ def imported_modules(path: str, text: str, lazy: dict[str, str] | None = None) -
 
 def package_imports(files: Tree) -> Iterator[tuple[str, str, str]]:
     """(path, importing unit, imported unit) for each import of one room of the package by another."""
-    units = {unit_of(path) for path in files if path.startswith(PACKAGE) and path.endswith((".py", ".pyi"))}
-    units |= {"_C", "_cuda"}
-    lazy = lazy_attributes(files)
-    for path, text in files.items():
-        if not (path.startswith(PACKAGE) and path.endswith(".py")):
-            continue
+    units, lazy = {*(unit_of(path) for path, _ in package_files(files)), "_C", "_cuda"}, lazy_attributes(files)
+    for path, text in package_files(files):
         for name in imported_modules(path, text, lazy):
             parts = name.split(".")
             if parts[0] == "qlora_native":
@@ -242,14 +224,18 @@ def package_imports(files: Tree) -> Iterator[tuple[str, str, str]]:
 
 def imports_point_one_way(files: Tree) -> list[str]:
     rank = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
-    breaches = []
-    for path in files:
-        if path.startswith(PACKAGE) and path.endswith(".py") and unit_of(path) not in rank:
-            breaches.append(f"{path}: give {unit_of(path)} a layer in LAYERS of tests/laws.py")
-    for path, unit, target in package_imports(files):
-        if target in rank and rank.get(unit, len(LAYERS)) < rank[target]:
-            breaches.append(f"{path}: {unit} must not import {target}, which stands above it")
-    return breaches
+    return [
+        *(
+            f"{path}: give {unit_of(path)} a layer in LAYERS of tests/laws.py"
+            for path, _ in package_files(files)
+            if unit_of(path) not in rank
+        ),
+        *(
+            f"{path}: {unit} must not import {target}, which stands above it"
+            for path, unit, target in package_imports(files)
+            if target in rank and rank.get(unit, len(LAYERS)) < rank[target]
+        ),
+    ]
 
 
 def rooms_do_not_import_each_other(files: Tree) -> list[str]:
@@ -275,9 +261,7 @@ def train_is_imported_by_its_commands(files: Tree) -> list[str]:
 
 def core_needs_only_the_core_packages(files: Tree) -> list[str]:
     breaches = []
-    for path, text in files.items():
-        if not (path.startswith(PACKAGE) and path.endswith(".py")):
-            continue
+    for path, text in package_files(files):
         for name in imported_modules(path, text):
             top = name.split(".")[0]
             third_party = top not in CORE_PACKAGES and top not in sys.stdlib_module_names
@@ -302,14 +286,10 @@ KERNEL_ROOMS = {"cpp/cpu": (".h", ".cc"), "cuda": (".h", ".cuh", ".cu")}
 def op_stems(files: Tree) -> set[str]:
     """The ops of the schema table; `linear_4bit_grad_input` and `dequantize_4bit.out` belong to their op's stem."""
     stems: set[str] = set()
-    for path, text in files.items():
-        if not re.fullmatch(PACKAGE + r"ops(/\w+)?\.py", path):
-            continue
-        for node in ast.parse(text).body:
-            if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not isinstance(node.value, ast.Dict):
-                continue
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if "SCHEMAS" in map(ast.unparse, targets):
+    for node in ast.parse(files.get(PACKAGE + "ops/_library.py", "")).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == "SCHEMAS":
                 keys = [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
                 stems |= {re.sub(r"(\.\w+|_grad_\w+|_backward)$", "", key) for key in keys}
     return stems

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,7 @@ def test_quartiles_and_ratios() -> None:
 
 def test_interleaved_runs_each_function_in_every_round() -> None:
     calls: list[str] = []
-    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b"), "c": lambda: calls.append("c")}
-    seconds = common.interleaved(functions, repeats=20, warmup=1)
+    seconds = common.interleaved({name: partial(calls.append, name) for name in "abc"}, repeats=20, warmup=1)
     rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
     assert len(rounds) == 21 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len({tuple(r) for r in rounds}) > 3  # in changing order
@@ -52,19 +52,13 @@ def test_slow_rivals_are_spared_but_not_those_to_keep() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"ours": 5, "slow": 2, "slow_but_kept": 5}
 
 
-@pytest.mark.parametrize(
-    ("bar", "value", "met"),
-    [
-        (Bar("rival", 2.0, faster=True), 2.0, True),
-        (Bar("rival", 2.1, faster=True), 2.0, False),
-        (Bar("rival", 0.5), 0.5, True),
-        (Bar("rival", 0.49), 0.5, False),
-        (Bar("absent", 1.0), None, None),
-    ],
-)
-def test_a_bar_is_met_on_its_own_side(bar: Bar, value: float | None, met: bool | None) -> None:
-    (verdict,) = common.verdicts({"ours": [1.0, 1.0, 1.0], "rival": [2.0, 2.0, 2.0]}, [bar])
-    assert (verdict["value"], verdict["met"], verdict["bar"]) == (value, met, bar.limit)
+def test_a_bar_is_met_on_its_own_side() -> None:
+    faster, slower = [Bar("rival", limit, faster=True) for limit in (2.0, 2.1)], [Bar("rival", 0.5), Bar("rival", 0.49)]
+    bars = [*faster, *slower, Bar("absent", 1.0)]
+    found = common.verdicts({"ours": [1.0, 1.0, 1.0], "rival": [2.0, 2.0, 2.0]}, bars)
+    assert [row["value"] for row in found] == [2.0, 2.0, 0.5, 0.5, None]
+    assert [row["met"] for row in found] == [True, False, True, False, None]
+    assert [row["bar"] for row in found] == [bar.limit for bar in bars]
 
 
 def test_floor_is_the_longer_of_bytes_and_operations() -> None:
@@ -145,11 +139,6 @@ def test_a_child_that_dies_is_named_with_its_last_words() -> None:
         child.ask("step 0")
 
 
-def test_there_are_results() -> None:
-    names, classes = zip(*(file.stem.rsplit("-", 1) for file in RESULTS), strict=True)
-    assert {"linear", "quantize", "optim", "train"} <= set(names) and set(classes) <= set(pages.CLASSES)
-
-
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_every_committed_row_matched_the_reference(file: Path) -> None:
     result = json.loads(file.read_text(encoding="utf-8"))
@@ -162,6 +151,8 @@ def test_every_committed_row_matched_the_reference(file: Path) -> None:
 
 
 def test_the_pages_have_the_figures_of_the_results() -> None:
+    names, classes = zip(*(file.stem.rsplit("-", 1) for file in RESULTS), strict=True)
+    assert {"linear", "quantize", "optim", "train"} <= set(names) and set(classes) <= set(pages.CLASSES)
     run = subprocess.run([sys.executable, BENCH / "readme.py", "--check"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
@@ -176,6 +167,8 @@ def test_the_check_sees_another_figure(option: str, tmp_path: Path) -> None:
     assert subprocess.run([*command, "--check"], capture_output=True, check=False).returncode == 0
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "1,000 times" not in text
+    with pytest.raises(ValueError, match="once each"):
+        readme.replaced("no markers", ["new"])
 
 
 def test_the_picture_of_the_readme_is_of_the_committed_results() -> None:
@@ -184,19 +177,12 @@ def test_the_picture_of_the_readme_is_of_the_committed_results() -> None:
     assert digest.encode() in picture, "run: python bench/plot_train.py docs/train.png"
 
 
-def test_a_readme_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="once each"):
-        readme.replaced("no markers", ["new"])
-
-
 def test_a_missed_bar_is_listed_as_missed() -> None:
     seconds = {"ours": [1.0] * 3, "onednn_prepacked": [2.0] * 3}
     row = common.timings(seconds, [Bar("onednn_prepacked", 3.5, faster=True), Bar("gone", 1.0)])
     assert readme.bars(row) == "at least 3.5 x oneDNN prepacked: 2, missed; at most 1 of the time of gone: not measured"
     assert readme.met_bars(row) == [False]
-
-
-def test_bars_of_which_one_is_enough_count_once() -> None:
+    # Bars of which one is enough count once.
     bars = [{"met": True}, {"met": False}, {"met": None}]
     assert readme.met_bars({"bars": bars}) == [True, False]
     assert readme.met_bars({"bars": bars, "either_bar": True}) == [True]

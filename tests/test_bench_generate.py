@@ -46,11 +46,7 @@ def test_free_layers_keep_the_shapes(models: dict[str, Any]) -> None:
     assert not tiny_models.logits(models["free"]).any()
     assert tiny_models.logits(models["layers free"]).any()
     assert not any(isinstance(m, QuantizedLinear) for m in models["layers free"].modules())
-    assert any(isinstance(m, QuantizedLinear) for m in models["ours"].modules())
-
-
-def test_decode_does_not_stop_at_an_end_of_text(models: dict[str, Any]) -> None:
-    model = models["free"]  # its tokens are all 0
+    model = models["free"]  # its tokens are all 0, and an end of text does not stop it
     model.generation_config.eos_token_id = 0
     assert bench.decode(model, tiny_models.tokens(rows=1), 5).tolist() == [0] * 5
 

@@ -1,19 +1,24 @@
-"""Scripts of the pages on other libraries, run in a folder with a small model; figures of the pages, compared with the
-estimator and the benches' results; names of the reference, compared with the code."""
+"""The pages: their scripts run in a folder with a small model; figures are the estimator's and the benches'; messages
+and names are in the source."""
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from laws import ROOT
+from safetensors import safe_open
 from tiny import write_model
 
 import qlora_native as qn
+import qlora_native.bitsandbytes as bnb
 from qlora_native.cli.main import COMMANDS, main
 from qlora_native.ops._library import SCHEMAS
 
@@ -21,27 +26,75 @@ sys.path.insert(0, str(ROOT / "bench"))
 import memory_page
 import scaling_page
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-# Page, packages that its script needs, what it leaves behind.
+Capture = pytest.CaptureFixture[str]
+STEPS = "4"  # of a run of the tutorial, for which a reader has more time
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts
+
+
+# Page, packages that its scripts need, some of what they leave behind.
 PAGES = [
-    ("transformers", (), ("four-bit/model.safetensors", "dense/model.safetensors")),
-    ("peft", ("peft",), ("adapter/adapter_model.safetensors", "merged-four-bit/model.safetensors")),
-    ("trl", ("peft", "trl", "datasets"), ("adapter/adapter_model.safetensors",)),
+    ("transformers", "", "four-bit/model.safetensors dense/model.safetensors"),
+    ("peft", "peft", "adapter/adapter_model.safetensors merged-four-bit/model.safetensors"),
+    ("trl", "peft trl datasets", "adapter/adapter_model.safetensors"),
+    ("bitsandbytes", "", "base-model-nf4/model.safetensors base-model-16bit/model.safetensors"),
+    ("tutorial", "", "run/adapter/README.md run/loss.png run-2/adapter merged/merge_report.md tuned.gguf for-peft"),
 ]
+ELSEWHERE = ("pip install", "hf download")  # what a test cannot run: it would need a network
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(("page", "needs", "leaves"), PAGES, ids=[page[0] for page in PAGES])
-def test_the_script_of_the_page_runs(
-    page: str, needs: tuple[str, ...], leaves: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "needs", "leaves"), PAGES, ids=[page[0] for page in PAGES])
+def test_every_script_of_the_page_runs(
+    name: str, needs: str, leaves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    for package in needs:
+    for package in needs.split():
         pytest.importorskip(package)
-    (script,) = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.M | re.S)
-    write_model(tmp_path / "base-model", num_hidden_layers=1)
     monkeypatch.chdir(tmp_path)
-    exec(compile(script, f"docs/{page}.md", "exec"), {"__name__": "__main__"})
-    assert all((tmp_path / name).is_file() for name in leaves)
+    monkeypatch.setenv("COLUMNS", "80")
+    write_model(Path("base-model"), num_attention_heads=2, num_key_value_heads=1)
+    blocks = re.findall(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", page(name), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for language, title, text in blocks:
+        if title:
+            Path(title).write_text(text, encoding="utf-8")
+        elif language == "python" and name == "bitsandbytes":  # its register_ops holds for a whole process
+            subprocess.run([sys.executable, "-c", text], check=True)
+        elif language == "python":
+            exec(compile(text, f"docs/{name}.md", "exec"), {"__name__": "__main__"})
+        elif language == "sh":
+            for command in text.splitlines():
+                run_command(command, capsys)
+    assert all(Path(file).exists() for file in leaves.split())
+    if name == "bitsandbytes":
+        ours, again = (safe_open(f"base-model-{end}/model.safetensors", "pt") for end in ("nf4", "nf4-again"))
+        assert set(ours.keys()) == set(again.keys())
+
+
+def run_command(command: str, capsys: Capture) -> None:
+    if command.startswith(ELSEWHERE):
+        return
+    program, *words = shlex.split(command.replace("step-000060", f"step-{int(STEPS):06}"))
+    steps = ["--steps", STEPS] if words[0] == "train" else []
+    capsys.readouterr()
+    assert program == "qlora" and main([*words, *steps]) == 0, command
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\r" not in printed, command  # no terminal: plain lines
+
+
+def test_the_tutorial_has_every_step() -> None:
+    found = set(re.findall(r"^qlora (\w+)", page("tutorial"), re.MULTILINE))
+    assert {"doctor", "chat", "config", "train", "merge", "export"} <= found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures, names and messages
 
 
 @pytest.mark.parametrize("module", [scaling_page, memory_page], ids=lambda module: module.__name__)
@@ -51,16 +104,14 @@ def test_the_figures_of_the_page_are_those_that_its_script_writes(module: Any) -
     assert module.page(text.replace("| yes |", "| no |").replace("+0.5 %", "+0.4 %")) == text  # it would be seen
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The reference
-
-
-def reference(name: str) -> str:
-    return (DOCS / "reference" / f"{name}.md").read_text(encoding="utf-8")
+def test_the_page_on_bitsandbytes_names_what_is_offered() -> None:
+    for name in (*bnb.nn.__all__, *bnb.functional.__all__):
+        stem = re.sub(r"_(nf4|fp4)$", "", name)
+        assert f"`{name}`" in page("bitsandbytes") or f"`{stem}_4bit`" in page("bitsandbytes"), name
 
 
 def test_the_reference_has_every_public_name_and_no_other() -> None:
-    text = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
     entries = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     assert len(entries) == len(set(entries))
     for entry in entries:
@@ -70,11 +121,11 @@ def test_the_reference_has_every_public_name_and_no_other() -> None:
 
 
 def test_the_page_of_operators_has_every_schema() -> None:
-    assert set(re.findall(r"`(\w+(?:\.out)?)`", reference("ops"))) >= set(SCHEMAS)
+    assert set(re.findall(r"`(\w+(?:\.out)?)`", page("reference/ops"))) >= set(SCHEMAS)
 
 
-def test_the_page_of_commands_has_every_command_with_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = re.findall(r"^\| `qlora (\w+)[^|]*\|[^|]*\|([^|]*)\|$", reference("command-line"), re.MULTILINE)
+def test_the_page_of_commands_has_every_command_with_options_that_exist(capsys: Capture) -> None:
+    rows = re.findall(r"^\| `qlora (\w+)[^|]*\|[^|]*\|([^|]*)\|$", page("reference/command-line"), re.MULTILINE)
     assert {name for name, _ in rows} == set(COMMANDS)
     for name, options in rows:
         with pytest.raises(SystemExit):
@@ -85,10 +136,28 @@ def test_the_page_of_commands_has_every_command_with_options_that_exist(capsys: 
 def test_contributing_names_every_room() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     package = ROOT / "python" / "qlora_native"
-    rooms = {path.stem for path in package.iterdir() if path.suffix in ("", ".py")} - {
-        "__init__",
-        "__main__",
-        "__pycache__",
-    }
-    listed = set(re.findall(r"[\w/]+", text.partition("from the bottom up")[2].partition("`tests/laws.py`")[0]))
-    assert {room for room in rooms if room not in listed and f"{room}/" not in listed} == set()
+    rooms = {path.stem for path in package.iterdir() if path.suffix in ("", ".py") and not path.name.startswith("__")}
+    listed = set(re.findall(r"\w+", text.partition("from the bottom up")[2].partition("`tests/laws.py`")[0]))
+    assert rooms <= listed
+
+
+def literals() -> list[str]:
+    """Every text in the package's source; what an f-string fills in stands as a NUL."""
+    found = []
+    for path in (ROOT / "python" / "qlora_native").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(p.value) if isinstance(p, ast.Constant) else "\0" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_message_of_the_troubleshooting_page_is_in_the_source() -> None:
+    text, source = page("troubleshooting"), literals()
+    messages = re.findall(r"^### `(.+)`$", text, re.MULTILINE)
+    assert len(messages) >= 20 and len(set(messages)) == len(messages)
+    for message in messages:
+        pattern = re.compile(".*".join(re.escape(part) for part in message.split("...") if part), re.DOTALL)
+        assert any(pattern.search(literal) for literal in source), message
+    assert all(len(body.strip()) > 40 for body in re.split(r"^### .*$", text, flags=re.MULTILINE)[1:])

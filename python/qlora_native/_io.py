@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,15 +29,17 @@ def as_user_error() -> Iterator[None]:
 
 @contextmanager
 def as_write_error(target: Path, advice: str = "") -> Iterator[None]:
-    """Raise as UserError a failure to write (a full disk, no permission), with ``target``, the reason and the free
-    space."""
+    """Raise as UserError a failure to write (a full disk, no permission)."""
     try:
         yield
     except (OSError, SafetensorError, UserError) as error:
         cause = error.__cause__ if isinstance(error, UserError) else error  # save_adapter has its own sentence
         if not isinstance(cause, (OSError, SafetensorError)):
             raise
-        raise UserError(f"could not write {target}: {reason(cause)}{_space(target.parent)}{advice}") from error
+        space = ""
+        with suppress(OSError):
+            space = f" ({shutil.disk_usage(target.parent).free / 2**20:,.0f} MiB free)"
+        raise UserError(f"could not write {target}: {reason(cause)}{space}{advice}") from error
 
 
 def partial_folder(final: Path) -> Path:
@@ -47,8 +49,7 @@ def partial_folder(final: Path) -> Path:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``final``, replacing it, when the block ends without an exception, and vanishes
-    otherwise.
+    """A temporary folder that replaces ``final`` when the block ends without an exception, and vanishes otherwise.
 
     A kill at any moment leaves ``final`` as it was before or as it is after, but for the instant between two renames
     when an old ``final`` is replaced: then ``recover`` puts the old one back.
@@ -76,9 +77,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(final: Path) -> Iterator[Path]:
-    """A temporary path whose file becomes ``final``, replacing it, when the block ends without an exception, and
-    vanishes otherwise."""
-    partial = final.with_name(f".{final.name}{PARTIAL}")
+    """A temporary path whose file replaces ``final`` as :func:`atomic_folder` does with a folder."""
+    partial = partial_folder(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -91,45 +91,27 @@ def atomic_file(final: Path) -> Iterator[Path]:
 
 def recover(output_dir: Path) -> None:
     """Clean up what a killed run left: half-written folders go, a folder that was being replaced comes back."""
-    if not output_dir.is_dir():
-        return
-    for path in list(output_dir.iterdir()):
-        if path.name.startswith(".") and path.name.endswith(OLD):
-            final = path.with_name(path.name[1 : -len(OLD)])
-            if final.exists():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                os.rename(path, final)
-        elif path.name.startswith(".") and path.name.endswith(PARTIAL):
+    for path in [*output_dir.glob(f".*{OLD}"), *output_dir.glob(f".*{PARTIAL}")]:
+        final = path.with_name(path.name[1 : -len(OLD)])
+        if path.name.endswith(OLD) and not final.exists():
+            os.rename(path, final)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder; a kill on the way leaves nothing under its name."""
-    # Renamed first, so that a kill while files are deleted leaves no folder that looks like a checkpoint.
-    doomed = folder.with_name(f".{folder.name}{PARTIAL}")
-    try:
+    """Delete a folder. It is renamed first: after a kill on the way nothing looks like a checkpoint."""
+    doomed = partial_folder(folder)
+    with suppress(OSError):  # an old checkpoint too many is no reason to stop training
         os.rename(folder, doomed)
-    except OSError:
-        return  # an old checkpoint too many is no reason to stop training
-    shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def reason(error: Exception) -> str:
     """The system's words for an error, on one line."""
     code = re.search(r"\(os error (\d+)\)", str(error))  # so ends what safetensors says of a file that it writes
-    if code is not None:
-        return os.strerror(int(code[1]))
-    return (
-        (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
-    )
-
-
-def _space(folder: Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free)"
-    except OSError:
-        return ""
+    known = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
+    return known or " ".join(str(error).split()) or type(error).__name__
 
 
 def fsync(path: Path) -> None:

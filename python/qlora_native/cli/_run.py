@@ -26,12 +26,7 @@ def missing_modules(names: Sequence[str]) -> list[str]:
 
 
 def require(what: str, *names: str, extra: str = "train") -> None:
-    """Raise UserError naming the first module that is not installed and the extra that brings it.
-
-    Args:
-        what: the command or option that needs the modules, for the message.
-        names: import names.
-    """
+    """Raise UserError if ``what``, a command or option, needs a module that is not installed; ``extra`` brings it."""
     for name in missing_modules(names):
         package = DISTRIBUTIONS.get(name, name)
         raise UserError(f"{what} needs {package}, which is not installed: pip install 'qlora_native[{extra}]'")
@@ -51,8 +46,7 @@ def refuse_existing(out: Path, option: str) -> None:
 def parse_size(text: str, base: int) -> int | None:
     """Bytes of a size such as 500MB or 24G; None if it is not one.
 
-    Args:
-        base: of the units, 1000 for files or 1024 for memory; KiB, MiB, GiB and TiB are always of 1024.
+    ``base`` of the units is 1000 for files and 1024 for memory; KiB, MiB, GiB and TiB are always of 1024.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
     if match is None:
@@ -68,11 +62,8 @@ def stopwatch() -> Callable[[], float]:
 
 def print_result(args: argparse.Namespace, result: Any, lines: Iterable[str], indent: int | None = None) -> None:
     """Print the result as one JSON object with --json, and the lines without."""
-    if args.json:
-        print(json.dumps(result, indent=indent), flush=True)
-    else:
-        for line in lines:
-            print(line, flush=True)
+    for line in [json.dumps(result, indent=indent)] if args.json else lines:
+        print(line, flush=True)
 
 
 def has_rich_terminal() -> bool:

@@ -25,22 +25,20 @@ def add_quantizing(parser: argparse.ArgumentParser) -> None:
 def quantizing(args: argparse.Namespace) -> dict[str, Any]:
     """The options of :func:`add_quantizing` that were given, as load_model takes them."""
     names = ("quant_type", "block_size", "double_quant", "skip_modules")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "skip_modules" in given:
-        given["skip_modules"] = tuple(given["skip_modules"])
-    return given
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
-    """How large a file of safetensors may be."""
-    parser.add_argument("--shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+    """How large a file of safetensors may be, in bytes."""
+    parser.add_argument(
+        "--shard-size", type=_file_size, default="4GB", metavar="SIZE", help="largest file (default: 4GB)"
+    )
 
 
-def shard_size(args: argparse.Namespace) -> int:
-    """Bytes of --shard-size; a GB is 10^9 bytes, as of files."""
-    num_bytes = parse_size(args.shard_size, 1000)
+def _file_size(text: str) -> int:
+    num_bytes = parse_size(text, 1000)
     if not num_bytes:
-        raise UserError(f"--shard-size is {args.shard_size!r}: expected a size such as 500MB or 4GB")
+        raise UserError(f"--shard-size is {text!r}: expected a size such as 500MB or 4GB")
     return num_bytes
 
 
@@ -54,9 +52,8 @@ def is_four_bit(model: Path) -> bool:
 def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
     """The options of quantizing that were given; for the others, those of the config beside the adapter.
 
-    Args:
-        rounds: whether 16-bit weights are to become the 4-bit ones of that run, which rounding to nearest cannot do
-            where they were calibrated: then UserError.
+    Raises UserError if 16-bit weights are to become those of the run (``rounds``) and the run calibrated them, which
+    rounding to nearest cannot repeat.
     """
     given = quantizing(args)
     config = args.adapter / "config.yaml" if args.adapter else None

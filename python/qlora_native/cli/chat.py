@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_native.cli._run import has_rich_terminal, missing_modules, printable, user_path
+from qlora_native.cli._run import has_rich_terminal, printable, user_path
 from qlora_native.cli._weights import add_quantizing, as_trained
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments."""
     add = parser.add_argument
     add("model", type=user_path, metavar="MODEL", help="a model folder or a .gguf file")
     add("--adapter", type=user_path, metavar="DIR", help="a folder in PEFT's format; base and adapter then both answer")
@@ -40,9 +39,7 @@ examples:
 
 @dataclass
 class Answer:
-    """The answer of base or adapter so far."""
-
-    name: str  # "base" or "adapter"; "model" where there is no adapter
+    name: str  # "base" or "adapter"; "model" without an adapter
     messages: list[dict[str, str]]  # of its conversation
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -50,7 +47,6 @@ class Answer:
     ended: str = "length"  # or "stop", or "interrupted"
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json."""
         speed = len(self.tokens) / self.seconds if self.seconds else 0.0
         return {
             "from": self.name,
@@ -100,9 +96,9 @@ class Chat:
 
     def ask(self, text: str, show: Any) -> tuple[list[Answer], bool]:
         """The answers to ``text``, and whether Ctrl-C ended them early; ``show(chat, answers)`` runs them."""
+        for messages in self.conversations.values():
+            messages.append({"role": "user", "content": text})
         answers = [Answer(name, messages) for name, messages in self.conversations.items()]
-        for answer in answers:
-            answer.messages.append({"role": "user", "content": text})
         interrupted = False
         try:
             show(self, answers)
@@ -116,10 +112,8 @@ class Chat:
 
 
 def show_nothing(chat: Chat, answers: list[Answer]) -> None:
-    """Only run."""
     for answer in answers:
-        for _ in chat.iter_text(answer):
-            pass
+        list(chat.iter_text(answer))
 
 
 def show_in_turn(chat: Chat, answers: list[Answer]) -> None:
@@ -156,7 +150,6 @@ def show_side_by_side(chat: Chat, answers: list[Answer]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, then answer the prompt or every line."""
     import torch
 
     import qlora_native as qn
@@ -189,7 +182,7 @@ def _iter_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
         return
-    if not missing_modules(("readline",)):
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
     print("Ctrl-C ends an answer, Ctrl-D the program.")
     while True:

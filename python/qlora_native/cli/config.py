@@ -7,15 +7,11 @@ import difflib
 import itertools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qlora_native._io import as_user_error, as_write_error
 from qlora_native.cli._run import refuse_existing, require, user_path
 from qlora_native.cli.estimate import card_bytes, size
 from qlora_native.errors import UserError
-
-if TYPE_CHECKING:
-    from qlora_native.estimate import Estimate, Estimator
 
 DEFAULT = "smollm2"
 MARGIN = 0.9  # of the memory, so that a longer row or another process is no disaster
@@ -26,7 +22,6 @@ STEP_ROWS = 16
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the three actions."""
     add = parser.add_argument
     parser.usage = "qlora config list | init [NAME|MODEL] [--gpu SIZE] [--out FILE] | check CONFIG [--key value ...]"
     add("action", choices=("list", "init", "check"))
@@ -50,9 +45,14 @@ def shipped() -> dict[str, Path]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One of the three actions."""
     if args.action == "check":
-        return _check(args)
+        require("qlora config check", "pydantic", "yaml")
+        if args.name is None:
+            raise UserError("qlora config check needs a file: qlora config check config.yaml")
+        from qlora_native.config import TrainConfig
+
+        sys.stdout.write(TrainConfig.from_file(args.name, args.overrides).to_yaml())
+        return 0
     if args.overrides:
         raise UserError(
             f"qlora config {args.action} takes no {args.overrides[0]}; `qlora config --help` shows its options"
@@ -61,11 +61,12 @@ def run(args: argparse.Namespace) -> int:
         for name, entry in shipped().items():
             first = entry.read_text(encoding="utf-8").partition("\n")[0]
             print(f"{name:<12} {first.removeprefix('# ').removesuffix(' Start it with:')}")
-        return 0
-    return _init(args.name or DEFAULT, args.out, args.gpu)
+    else:
+        _init(args.name or DEFAULT, args.out, args.gpu)
+    return 0
 
 
-def _init(name: str, out: str | None, gpu: str | None) -> int:
+def _init(name: str, out: str | None, gpu: str | None) -> None:
     configs, model = shipped(), user_path(name)
     if model.exists():
         text = config_for(model, gpu, out or "config.yaml")
@@ -81,38 +82,18 @@ def _init(name: str, out: str | None, gpu: str | None) -> int:
         raise UserError(f"there is no shipped config {name!r}; {hint}, or give the folder of a model")
     if out is None:
         sys.stdout.write(text)
-        return 0
+        return
     text = text.replace(f"{name}.yaml", out)
     refuse_existing(Path(out), "--out")
     with as_write_error(Path(out)), Path(out).open("x", encoding="utf-8") as file:
         file.write(text)
     start = text.splitlines()[1].removeprefix("#").strip()
     print(f"{out} is written; set model and data.train in it, then: {start}")
-    return 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    require("qlora config check", "pydantic", "yaml")
-    if args.name is None:
-        raise UserError("qlora config check needs a file: qlora config check config.yaml")
-    from qlora_native.config import TrainConfig
-
-    sys.stdout.write(TrainConfig.from_file(args.name, args.overrides).to_yaml())
-    return 0
-
-
-def _largest_fit(estimator: Estimator, device: str, limit: int) -> Estimate | None:
-    """The estimate of the longest rows that fit, of as many as fit; optimizer states in 8 bits if they must be."""
-    for optimizer, length in itertools.product(OPTIMIZERS, LENGTHS):
-        for rows in MICRO_BATCHES if device == "cuda" else (1,):
-            estimate = estimator.at(length=length, batch_size=rows, optimizer=optimizer)
-            if estimate.fits(limit):
-                return estimate
-    return None
 
 
 def config_for(model: Path, gpu: str | None, name: str) -> str:
-    """The text of a config for a model on a card, or on the CPU of this machine. UserError if no row fits."""
+    """The text of a config for a model on a card, or on the CPU of this machine: the longest rows that fit, as many as
+    fit, with optimizer states in 8 bits only if they must be. UserError if no row fits."""
     require("qlora config init MODEL", "transformers", "yaml")
     from qlora_native._memory import free_memory
     from qlora_native.estimate import Estimator, Setting
@@ -124,19 +105,20 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
         device, limit, where = "cpu", free.bytes if free else 8 << 30, "the free memory of this machine"
     with as_user_error():
         estimator = Estimator(model, Setting(device=device))
-    estimate = _largest_fit(estimator, device, int(MARGIN * limit))
+    usable = int(MARGIN * limit)
+    candidates = itertools.product(OPTIMIZERS, LENGTHS, MICRO_BATCHES if device == "cuda" else (1,))
+    estimates = (estimator.at(optimizer=o, length=length, batch_size=rows) for o, length, rows in candidates)
+    estimate = next((each for each in estimates if each.fits(usable)), None)
     if estimate is None:
         least = estimator.at(length=LENGTHS[-1], batch_size=1, optimizer=OPTIMIZERS[-1])
         raise UserError(
             f"{model} does not fit {where}: a row of {LENGTHS[-1]} tokens takes {size(least.total + least.reserve)} of "
             f"{size(limit)}; take a larger card or a smaller model"
         )
+    needed = size(estimate.total + estimate.reserve)
     setting, peak, optimizer = estimate.setting, estimate.peak, estimate.setting.optimizer
     weights = peak.weights + peak.scales + peak.dense
-    trained = peak.adapters // 4
-    needed = size(estimate.total + estimate.reserve)
-    longest = estimator.longest(int(MARGIN * limit), 1)
-    widest = estimator.widest(int(MARGIN * limit), setting.length)
+    longest, widest = estimator.longest(usable, 1), estimator.widest(usable, setting.length)
     here = {"batch_size": setting.batch_size, "length": setting.length, "optimizer": optimizer}
     all_kept = size(estimator.at(checkpointing=False, **here).total)
     return f"""# {model.name} on {where}: {needed} of {size(limit)} by `qlora estimate`. Start it with:
@@ -159,7 +141,7 @@ quant:
   method: wmse                # the training rows choose the scales, in one pass over 8,192 tokens; rtn starts at once
 
 lora:
-  r: {setting.lora.r:<25}# {trained / 1e6:,.1f} million trained weights, {size(2 * peak.adapters)} with gradients
+  r: {setting.lora.r:<25}# {peak.adapters / 4e6:,.1f} million trained weights, {size(2 * peak.adapters)} with gradients
   alpha: 32                   # 2 * r is the usual start
   dropout: 0.0                # 0.05 to 0.1 helps on small data
   target_modules: all-linear  # attention alone, [q_proj, v_proj], trains less and learns less

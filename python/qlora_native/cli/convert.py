@@ -5,25 +5,21 @@ from __future__ import annotations
 import argparse
 
 from qlora_native.cli._run import print_result, refuse_existing, stopwatch, user_path
-from qlora_native.cli._weights import DTYPES, add_quantizing, add_shard_size, is_four_bit, quantizing, shard_size
+from qlora_native.cli._weights import DTYPES, add_quantizing, add_shard_size, is_four_bit, quantizing
 from qlora_native.errors import UserError
 
 TARGETS = ("16bit", "qlora", "bitsandbytes")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments."""
     add = parser.add_argument
     add("source", type=user_path, metavar="SRC", help="a model folder with safetensors: 32-bit, 16-bit, fp8 or 4-bit")
     add("out", type=user_path, metavar="DST", help="the folder to make; it must not exist yet")
     add("--to", required=True, choices=TARGETS, help="what to make of it")
     add_quantizing(parser)
     add_shard_size(parser)
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of what is not 4-bit, and of decoded weights (default: config.json's if that is 16-bit, else bfloat16)",
-    )
+    dtype = "of what is not 4-bit, and of decoded weights (default: config.json's if that is 16-bit, else bfloat16)"
+    add("--dtype", choices=DTYPES, help=dtype)
     add("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = """16bit: plain weights; those that are 4-bit are decoded. bitsandbytes: 4-bit as bitsandbytes'
 Linear4bit stores it, which transformers loads with bitsandbytes. qlora: the same tensors, which transformers loads with
@@ -36,7 +32,6 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, whole or not at all."""
     import torch
 
     from qlora_native._io import as_user_error, as_write_error, atomic_folder
@@ -49,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
         flag = f"--{next(iter(given)).replace('_', '-')}"
         why = "16bit has no 4-bit weights" if args.to == "16bit" else f"the weights of {source} are 4-bit already"
         raise UserError(f"qlora convert: {flag} says how to quantize, but {why}; leave it out")
-    shard_bytes, seconds = shard_size(args), stopwatch()
+    seconds = stopwatch()
     with as_user_error(), as_write_error(out), atomic_folder(out) as partial:
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
-        report = convert(source, partial, args.to, dtype=dtype, shard_bytes=shard_bytes, **given)
+        report = convert(source, partial, args.to, dtype=dtype, shard_bytes=args.shard_size, **given)
     result = {"out": str(out), **vars(report), "seconds": seconds()}
     done = {"quantized": report.quantized, "decoded": report.dequantized, "kept in 4 bits": report.copied}
     counts = ", ".join(f"{count} weights {what}" for what, count in done.items() if count) or "no 4-bit weights"

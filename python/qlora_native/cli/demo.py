@@ -25,7 +25,7 @@ ANSWER_TOKENS = 32
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments; the defaults are the run that the README shows."""
+    # The defaults are the run that the README shows.
     add = parser.add_argument
     add("--out", type=user_path, default="demo-run", help="folder for data, adapter and metrics (default: demo-run)")
     add("--steps", type=int, default=100, help="optimizer steps of 4 rows (default: 100)")
@@ -43,31 +43,15 @@ def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int) -> Tra
     """The run as a config: rank 16 on every linear layer, four rows a step."""
     from qlora_native.config import TrainConfig
 
-    return TrainConfig.model_validate(
-        {
-            "model": str(model),
-            "output_dir": str(out),
-            "data": {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH},
-            "quant": {"method": METHOD},
-            "lora": {"r": 16, "alpha": 32},
-            "train": {
-                "steps": steps,
-                "batch_size": 4,
-                "grad_accum": 1,
-                "lr": lr,
-                "scheduler": "cosine",
-                "seed": seed,
-                "grad_checkpointing": False,
-                "eval_every": 0,
-                "save_every": 0,
-                "log_every": 10,
-            },
-        }
-    )
+    data = {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH}
+    train = {"steps": steps, "lr": lr, "seed": seed, "batch_size": 4, "grad_accum": 1, "grad_checkpointing": False}
+    train |= {"eval_every": 0, "save_every": 0}
+    quant, lora = {"method": METHOD}, {"r": 16, "alpha": 32}
+    values = {"model": str(model), "output_dir": str(out), "data": data, "quant": quant, "lora": lora, "train": train}
+    return TrainConfig.model_validate(values)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the data, load, ask, train, ask again, and print how to use the adapter elsewhere."""
     if args.steps < 1:
         raise UserError(f"qlora demo: --steps is {args.steps}: expected 1 or more")
     import qlora_native as qn
@@ -95,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
     def answers() -> list[str]:
         return [_answer(model, tokenizer, question["messages"][0]) for question in questions]
 
-    before = answers()
-    config = demo_config(model_path, out, args.steps, args.lr, args.seed)
+    before, config = answers(), demo_config(model_path, out, args.steps, args.lr, args.seed)
     summary = Trainer(config, model=model, tokenizer=tokenizer).train()
 
     for question, old, new in zip(questions, before, answers(), strict=True):

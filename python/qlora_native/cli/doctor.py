@@ -9,32 +9,19 @@ import platform
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_native.cli._run import DISTRIBUTIONS, missing_modules, print_result, require
 from qlora_native.errors import UserError
 
-# What the extras of pyproject.toml bring, by import name; a test compares the two.
+# What the extras of pyproject.toml bring, as import names; a test compares the two.
 EXTRAS = {
-    "train": [
-        "transformers",
-        "pydantic",
-        "yaml",
-        "rich",
-        "jinja2",
-        "gguf",
-        "accelerate",
-        "sentencepiece",
-        "matplotlib",
-    ],
-    "bench": ["peft", "bitsandbytes"],
+    "train": "transformers pydantic yaml rich jinja2 gguf accelerate sentencepiece matplotlib",
+    "bench": "peft bitsandbytes",
 }
-VERSIONS = (
-    *("torch", "numpy", "safetensors", "transformers", "tokenizers", "pydantic", "rich", "gguf", "peft"),
-    *("bitsandbytes", "tensorboard", "trackio"),
-)
+VERSIONS = "torch numpy safetensors transformers tokenizers pydantic rich gguf peft bitsandbytes tensorboard trackio"
 BUILD_WITH_CUDA = (
     "install the CUDA toolkit (nvcc), then: QLORA_NATIVE_CUDA=ON pip install --force-reinstall --no-deps --no-binary "
     "qlora_native qlora_native"
@@ -42,7 +29,6 @@ BUILD_WITH_CUDA = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments."""
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="also list which kernel multiplies by its weights")
     add("--tokens", nargs="+", type=int, default=[1, 16, 512], metavar="M", help="token counts (default: 1 16 512)")
@@ -65,7 +51,7 @@ def examine() -> dict[str, Any]:
     missing: list[dict[str, Any]] = [
         {"extra": extra, "packages": packages, "mend": f"pip install 'qlora_native[{extra}]'"}
         for extra, names in EXTRAS.items()
-        if (packages := [DISTRIBUTIONS.get(name, name) for name in missing_modules(names)])
+        if (packages := [DISTRIBUTIONS.get(name, name) for name in missing_modules(names.split())])
     ]
     if devices and not build["cuda"]:
         missing.append({"extra": None, "packages": ["the CUDA kernels"], "mend": BUILD_WITH_CUDA})
@@ -76,7 +62,7 @@ def examine() -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
-        "versions": {name: version for name in VERSIONS if (version := _version(name)) is not None},
+        "versions": {name: version for name in VERSIONS.split() if (version := _version(name)) is not None},
         "cuda_devices": devices,
         "paging": _paging(Path.cwd()),
         "missing": missing,
@@ -84,13 +70,18 @@ def examine() -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine and print."""
     if any(tokens < 1 for tokens in args.tokens):
         raise UserError(f"qlora doctor: --tokens is {' '.join(map(str, args.tokens))}: expected numbers of 1 and more")
     report = examine()
     if args.model:
         require("qlora doctor MODEL", "transformers", "yaml")
-        report["kernels"] = _kernels(args.model, args.tokens)
+        from qlora_native.cli.bench import layer_shapes
+
+        report["kernels"] = [
+            {"n": n, "k": k, "layers": count, "tokens": m, "kernel": _kernel(m, n, k)}
+            for (n, k), count in sorted(Counter(layer_shapes(args.model)).items())
+            for m in args.tokens
+        ]
     print_result(args, report, _lines(report), indent=2)
     return 0
 
@@ -120,38 +111,26 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         yield "nothing is missing"
 
 
-def _kernels(model: str, tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """Per shape of a 4-bit weight of the model and token count, what multiplies in bf16 in the forward pass."""
-    from qlora_native.cli.bench import layer_shapes
-
-    counts = Counter(layer_shapes(model))
-    return [
-        {"n": n, "k": k, "layers": count, "tokens": m, "kernel": _kernel(m, n, k)}
-        for (n, k), count in sorted(counts.items())
-        for m in tokens
-    ]
-
-
 def _kernel(m: int, n: int, k: int) -> str:
+    """What multiplies m tokens by a 4-bit weight [n, k] in bf16 in the forward pass."""
     import torch
 
     from qlora_native import _C
     from qlora_native._native import DTYPE_NUMBER
     from qlora_native.ops import _cuda_products, _library
 
-    number = DTYPE_NUMBER[torch.bfloat16]
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         module = _library.module_for(device)
         if module is None:
             return "torch's operations on decoded weights: there are no CUDA kernels"
-        sizes = _cuda_products.Sizes(m, n, k, 0, 64, number, True, False)
+        sizes = _cuda_products.Sizes(m, n, k, 0, 64, DTYPE_NUMBER[torch.bfloat16], True, False)
         return str(_cuda_products.plan_of(module, sizes, device))
+    isa = _C.cpu_isa()
     if m == 1:
-        return f"rows of the weight, one stream a thread ({_C.cpu_isa()})"
-    if _C.cpu_isa() == "amx":
-        return f"tiles of decoded panels ({_C.cpu_isa()}); rows of the weight for a few tokens"
-    return f"decoded columns ({_C.cpu_isa()}); rows of the weight for a few tokens"
+        return f"rows of the weight, one stream a thread ({isa})"
+    weights = "tiles of decoded panels" if isa == "amx" else "decoded columns"
+    return f"{weights} ({isa}); rows of the weight for a few tokens"
 
 
 def _version(name: str) -> str | None:

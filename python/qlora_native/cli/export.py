@@ -9,29 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from qlora_native.cli._run import print_result, refuse_existing, require, stopwatch, user_path
-from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained, is_four_bit, shard_size
+from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained, is_four_bit
 from qlora_native.cli.merge import write_merged
 from qlora_native.errors import UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments."""
     add = parser.add_argument
     add("model", type=user_path, metavar="MODEL", help="a model folder or a .gguf file")
     add("--adapter", type=user_path, metavar="DIR", help="a folder in PEFT's format, or a checkpoint of a run")
     add("--to", required=True, choices=("safetensors", "gguf", "peft"), help="what to make")
     add("--out", type=user_path, required=True, metavar="PATH", help="the folder or .gguf file; it must not exist yet")
-    add(
-        "--type",
-        choices=("f16", "bf16", "q8_0", "f32"),
-        help="of the matrices; safetensors takes all but q8_0 (default: bf16, for gguf f16)",
-    )
-    add(
-        "--base",
-        choices=("original", "dequantized"),
-        default="original",
-        help="add the adapter to the weights in MODEL, or to their 4-bit form (default: original)",
-    )
+    kind = "of the matrices; safetensors takes all but q8_0 (default: bf16, for gguf f16)"
+    add("--type", choices=("f16", "bf16", "q8_0", "f32"), help=kind)
+    base = "add the adapter to the weights in MODEL, or to their 4-bit form (default: original)"
+    add("--base", choices=("original", "dequantized"), default="original", help=base)
     add_quantizing(parser)
     add_shard_size(parser)
     add("--json", action="store_true", help="print the result as one JSON object")
@@ -46,14 +38,13 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, whole or not at all."""
     from qlora_native._io import as_user_error
 
     refuse_existing(args.out, "--out")
     seconds = stopwatch()
     with as_user_error():
-        result = {"gguf": _gguf, "safetensors": _safetensors, "peft": _peft}[args.to](args, args.out)
-    result = {"out": str(args.out), "to": args.to, **result, "seconds": seconds()}
+        made = {"gguf": _gguf, "safetensors": _safetensors, "peft": _peft}[args.to](args, args.out)
+    result = {"out": str(args.out), "to": args.to, **made, "seconds": seconds()}
     lines = [f"{args.out}: {result['num_bytes'] / 2**20:,.1f} MiB; took {result['seconds']:.1f} s"]
     if result.get("not_q8_0"):
         lines.append(f"{len(result['not_q8_0'])} matrices are F16, as their row length is not a multiple of 32")
@@ -61,12 +52,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _merging(args: argparse.Namespace, to: str, base: str | None = None) -> Any:
+def _merging(args: argparse.Namespace, to: str) -> Any:
     from qlora_native.hf.merge import Merging
 
-    base = base or args.base
-    if args.adapter is None and is_four_bit(args.model):
-        base = "dequantized"  # nothing is added, so there is nothing to choose
+    # Where nothing is added there is nothing to choose.
+    base = "dequantized" if not args.adapter and is_four_bit(args.model) else args.base
     return Merging(args.model, args.adapter, base=base, to=to, **as_trained(args, base == "dequantized"))
 
 
@@ -74,8 +64,8 @@ def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     types = {"f16": "fp16", "bf16": "bf16", "f32": "fp32", None: "bf16"}
     if args.type not in types:
         raise UserError(f"qlora export: --type {args.type} is of GGUF: expected f16, bf16 or f32 with --to safetensors")
-    shard_bytes, work = shard_size(args), _merging(args, types[args.type])
-    write_merged(work, out, shard_bytes)
+    work = _merging(args, types[args.type])
+    write_merged(work, out, args.shard_size)
     return {"files": work.report.files, "num_bytes": work.report.num_bytes}
 
 
@@ -99,8 +89,8 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
     if args.adapter is None or args.type is not None:
         raise UserError("qlora export: --to peft takes --adapter DIR, and no --type: the adapter is written as it is")
-    # Raises UserError if model and adapter do not belong together.
-    _merging(args, "fp32", base="dequantized" if is_four_bit(args.model) else "original")
+    args.base = "dequantized" if is_four_bit(args.model) else "original"
+    _merging(args, "fp32")  # raises UserError if model and adapter do not belong together
     config = json.loads((args.adapter / CONFIG_NAME).read_bytes())
     config["base_model_name_or_path"] = str(args.model)
     with as_write_error(out), atomic_folder(out) as partial:

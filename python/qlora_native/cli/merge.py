@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_native.cli._run import refuse_existing, stopwatch, user_path
-from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained, shard_size
+from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,28 +19,20 @@ REPORT = "merge_report"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments."""
     add = parser.add_argument
     add("model", type=user_path, metavar="MODEL", help="the base: a model folder or a .gguf file")
     add("adapter", type=user_path, metavar="ADAPTER", help="a folder in PEFT's format, such as run/adapter")
     add("--out", type=user_path, required=True, metavar="DIR", help="the folder to make; it must not exist yet")
-    add(
-        "--base",
-        choices=("original", "dequantized"),
-        default="original",
-        help="add the adapter to the weights in MODEL, or to their 4-bit form, on which it was trained "
-        "(default: original)",
+    base = (
+        "add the adapter to the weights in MODEL, or to their 4-bit form, on which it was trained (default: original)"
     )
+    add("--base", choices=("original", "dequantized"), default="original", help=base)
     add("--to", choices=("bf16", "fp16", "fp32", "nf4"), default="bf16", help="what to write (default: bf16)")
     add_quantizing(parser)
     add_shard_size(parser)
     add("--check", action="store_true", help="report the error of each weight and the logits' drift")
-    add(
-        "--sample",
-        type=user_path,
-        metavar="FILE",
-        help="--check: a text or data file to compare logits on (default: a few sentences)",
-    )
+    sample = "--check: a text or data file to compare logits on (default: a few sentences)"
+    add("--sample", type=user_path, metavar="FILE", help=sample)
     add("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = f"""Tensors are read, merged and written a few megabytes at a time, so the model may be larger than
 memory; --check loads it. Its report goes to DIR/{REPORT}.json and DIR/{REPORT}.md.
@@ -52,7 +44,6 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge, whole or not at all; then check."""
     from qlora_native._io import as_user_error, as_write_error
     from qlora_native.export.check import check_logits, check_weights, report_markdown, sample_rows
     from qlora_native.hf.merge import Merging
@@ -64,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("qlora merge: --sample is for --check, which is not given; add --check or leave it out")
     with as_user_error():
         rows = sample_rows(args.sample, load_tokenizer(str(source))) if args.check else []
-        shard_bytes, seconds = shard_size(args), stopwatch()
+        seconds = stopwatch()
         given = as_trained(args, args.base == "dequantized" or args.check)
         work = Merging(source, adapter, base=args.base, to=args.to, **given)
-        write_merged(work, out, shard_bytes)
+        write_merged(work, out, args.shard_size)
         result: dict[str, Any] = {
             "out": str(out),
             "model": str(source),

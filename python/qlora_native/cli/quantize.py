@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qlora_native.cli._run import print_result, refuse_existing, stopwatch, user_path
-from qlora_native.cli._weights import DTYPES, add_quantizing, add_shard_size, is_four_bit, quantizing, shard_size
+from qlora_native.cli._weights import DTYPES, add_quantizing, add_shard_size, is_four_bit, quantizing
 from qlora_native.errors import UserError
 
 FELL_BACK_LINES = 8
@@ -15,22 +15,14 @@ WORK = ".qlora-calibration"  # suffix of the hidden folder beside DIR from which
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments, as load_model takes them."""
     add = parser.add_argument
     add("model", type=user_path, metavar="MODEL", help="a 16-bit model folder or a .gguf file")
     add("--out", type=user_path, required=True, metavar="DIR", help="the folder to make; it must not exist yet")
     add_quantizing(parser)
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default="bfloat16",
-        help="of what stays unquantized, and of the decoded weights (default: bfloat16)",
-    )
-    add(
-        "--method",
-        choices=("rtn", "rtn_signed", "wmse", "gptq"),
-        help="how codes and scales are chosen (default: wmse with --calibration, else rtn, which rounds to nearest)",
-    )
+    dtype = "of what stays unquantized, and of the decoded weights (default: bfloat16)"
+    add("--dtype", choices=DTYPES, default="bfloat16", help=dtype)
+    method = "how codes and scales are chosen (default: wmse with --calibration, else rtn, which rounds to nearest)"
+    add("--method", choices=("rtn", "rtn_signed", "wmse", "gptq"), help=method)
     add("--calibration", metavar="FILE", help="text for wmse and gptq: a file that qlora train reads (.jsonl, ...)")
     add("--calibration-format", metavar="NAME", help="of its rows, such as text or messages (default: found out)")
     add("--calibration-rows", type=int, metavar="N", help="sequences taken of it (default: 16 for wmse, 128 for gptq)")
@@ -50,7 +42,6 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, which quantizes, and write."""
     import torch
 
     from qlora_native._io import as_user_error, as_write_error, atomic_folder
@@ -61,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(out, "--out")
     if is_four_bit(source):
         raise UserError(f"{source} is 4-bit already; give the 16-bit model it was made from")
-    calibration, shard_bytes, seconds = _calibration(args), shard_size(args), stopwatch()
+    calibration, seconds = _calibration(args), stopwatch()
     with as_user_error(), LayerProgress() as progress:
         model: Any = load_model(
             source,
@@ -72,14 +63,13 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
             **quantizing(args),
         )
-    tokenizer: Any = None
-    note = ""
+    tokenizer, note = None, ""
     try:
         tokenizer = load_tokenizer(str(source))
     except UserError as error:
         note = f"no tokenizer is written: {error}"
     with as_write_error(out), atomic_folder(out) as partial:
-        model.save_pretrained(partial, max_shard_size=shard_bytes)
+        model.save_pretrained(partial, max_shard_size=args.shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     report = model.load_report
