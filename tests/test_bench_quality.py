@@ -50,8 +50,7 @@ def test_shares_closed_are_those_of_the_losses(tmp_path: Path) -> None:
     scored: dict[str, Any] = {}
     for base, excess in EXCESS.items():
         sums = {"nats": [10 * (2 + excess), 20 * (2 + excess)], "tokens": [10.0, 20.0]}
-        if base != "bf16":
-            sums |= {"kl": [1, 2], "agreed": [9, 9]}
+        sums |= {"kl": [1, 2], "agreed": [9, 9]} if base != "bf16" else {}
         scored[base] = {"match": True, "A": sums, "B": sums}
     rows = {row["base"]: row for row in bench_quality.method_rows(scored, dict.fromkeys("AB"))}  # type: ignore[arg-type]
     assert rows["rtn"]["texts"]["A"]["excess"][0] == pytest.approx(0.2) and "closed" not in rows["rtn"]["texts"]["A"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from helpers import same_bytes
+from helpers import same_bytes, same_weight
 
 import qlora_native as qn
 from qlora_native import reference
 from qlora_native.calibration.quantize import METHODS, CalibratedWeight, quantize_calibrated
-from qlora_native.weight import TENSOR_FIELDS
 
 N, K = 48, 192
 
@@ -33,11 +34,6 @@ def calibrated(inputs: torch.Tensor, t: torch.Tensor, method: str, **options: ob
 def output_error(inputs: torch.Tensor, t: torch.Tensor, w: qn.QuantizedWeight) -> float:
     """|X (W - W')^T|^2 in double precision."""
     return float((inputs.double() @ (t.double() - w.dequantize(torch.float32).double()).t()).square().sum())
-
-
-def same_weight(a: qn.QuantizedWeight, b: qn.QuantizedWeight) -> bool:
-    pairs = [(getattr(a, name), getattr(b, name)) for name in TENSOR_FIELDS]
-    return all((x is None) == (y is None) and (x is None or same_bytes(x, y)) for x, y in pairs)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -133,14 +129,11 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_more_or_given_up() ->
 
 def test_no_tokens_at_all_fall_back_to_rounding() -> None:
     t = weight()
-    for result in (
-        quantize_calibrated(t, "wmse", moment=torch.zeros(K)),
-        quantize_calibrated(t, "gptq", hessian=torch.zeros(K, K)),
-    ):
+    for options in ({"method": "wmse", "moment": torch.zeros(K)}, {"method": "gptq", "hessian": torch.zeros(K, K)}):
+        result = quantize_calibrated(t, **options)  # type: ignore[arg-type]
         assert same_weight(result.weight, qn.quantize(t))
         assert "no token reached" in str(result.report.fallback)
-    empty = quantize_calibrated(t[:0], "wmse", moment=torch.zeros(K))
-    assert empty.weight.numel() == 0
+    assert quantize_calibrated(t[:0], "wmse", moment=torch.zeros(K)).weight.numel() == 0
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-38, 1e30, 3e38])
@@ -152,13 +145,10 @@ def test_extreme_weights_give_finite_ones(inputs: torch.Tensor, size: float) -> 
 
 def test_bad_arguments(inputs: torch.Tensor) -> None:
     t, moment, hessian = weight(), inputs.square().mean(0), inputs.t() @ inputs
-    nan = hessian.clone()
-    nan[3, 4] = float("nan")
-    lopsided = hessian.clone()
+    nan, lopsided, negative, infinite = hessian.clone(), hessian.clone(), moment.clone(), t.clone()
+    nan[3, 4], negative[7], infinite[2, 5] = float("nan"), -1.0, float("inf")
     lopsided[0, 1] += hessian.max()
-    negative = moment.clone()
-    negative[7] = -1.0
-    cases = (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"method": "mse"}, "method is 'mse': expected one of rtn, rtn_signed, wmse, gptq"),
         ({"method": "wmse"}, "needs the second moments"),
         ({"method": "gptq", "moment": moment}, "needs the hessian"),
@@ -169,15 +159,12 @@ def test_bad_arguments(inputs: torch.Tensor) -> None:
         ({"method": "gptq", "hessian": nan}, r"element \[3, 4\] of the hessian is nan"),
         ({"method": "gptq", "hessian": lopsided}, "differs from its transpose"),
         ({"method": "gptq", "hessian": hessian, "damping": -1.0}, "damping is -1.0"),
+        ({"weight": t[0], "method": "rtn"}, r"weight is \[192\]: expected two dimensions"),
+        ({"weight": infinite, "method": "rtn"}, r"element \[2, 5\] of the \[48, 192\] tensor is inf"),
     )
     for options, words in cases:
         with pytest.raises(ValueError, match=words):
-            quantize_calibrated(t, **options)
-    with pytest.raises(ValueError, match=r"weight is \[192\]: expected two dimensions"):
-        quantize_calibrated(t[0], "rtn")
-    t[2, 5] = float("inf")
-    with pytest.raises(ValueError, match=r"element \[2, 5\] of the \[48, 192\] tensor is inf"):
-        quantize_calibrated(t, "wmse", moment=moment)
+            quantize_calibrated(**{"weight": t, **options})
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

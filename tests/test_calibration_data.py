@@ -94,17 +94,17 @@ def test_drawn_sequences_are_kept_and_read_again(tmp_path: Path) -> None:
     assert again.describe()["seed"] == 7
     with pytest.raises(ValueError, match="leave rows and length out"):
         take(CalibrationData(file, rows=2))
-    with pytest.raises(qn.UserError, match="none.safetensors: no such file"):
-        take(tmp_path / "none.safetensors")
-    file.write_bytes(b"not one")
-    with pytest.raises(qn.UserError, match="kept.safetensors: no calibration data"):
-        take(file)
-    save_file({"weight": torch.ones(2, 3)}, file)
-    with pytest.raises(qn.UserError, match="kept.safetensors: no calibration data .*input_ids"):
-        take(file)
-    save_file({"input_ids": torch.ones(2, 3)}, file)
-    with pytest.raises(qn.UserError, match=r"input_ids is \[2, 3\] of torch.float32: expected token numbers"):
-        take(file)
+    (tmp_path / "not.safetensors").write_bytes(b"not one")
+    save_file({"weight": torch.ones(2, 3)}, tmp_path / "other.safetensors")
+    save_file({"input_ids": torch.ones(2, 3)}, tmp_path / "floats.safetensors")
+    for name, match in (
+        ("none", "no such file"),
+        ("not", "no calibration data"),
+        ("other", "no calibration data .*input_ids"),
+        ("floats", r"input_ids is \[2, 3\] of torch.float32: expected token numbers"),
+    ):
+        with pytest.raises(qn.UserError, match=f"{name}.safetensors: {match}"):
+            take(tmp_path / f"{name}.safetensors")
 
 
 def test_errors_have_numbers(tokenizer: Any, tmp_path: Path) -> None:
@@ -123,9 +123,10 @@ def test_errors_have_numbers(tokenizer: Any, tmp_path: Path) -> None:
     refused([3], "entry 0 of the list is a int", ValueError)
     refused(tmp_path / "none.jsonl", "no such data file")
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"id": 3, "score": 0.5}\n')
-    refused(path, r"rows\.jsonl:1.*(score|id)")
-    path.write_text("")
-    refused(path, "the file has no rows")
-    path.write_text('{"text": "a"}\n')
-    refused(path, r"rows\.jsonl: \d+ tokens of text, expected at least 2,048")
+    for text, match in (
+        ('{"id": 3, "score": 0.5}', ":1.*(score|id)"),
+        ("", ".*the file has no rows"),
+        ('{"text": "a"}', r": \d+ tokens of text, expected at least 2,048"),
+    ):
+        path.write_text(text)
+        refused(path, rf"rows\.jsonl{match}")

@@ -18,12 +18,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import distance, logits, save, tokens
+from tiny_models import distance, edit_tensors, logits, save, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qlora_native as qn
+from qlora_native.calibration.layers import FinishedLayers, decoder_layers
 from qlora_native.calibration.quantize import CalibratedWeight, quantize_calibrated
 from qlora_native.cli.main import main
 from qlora_native.hf import calibrated
@@ -75,6 +76,11 @@ def inputs_of_the_whole_model(folder: Path, ids: Tensor = IDS) -> Iterator[tuple
             yield part.down_proj[expert], nn.functional.silu(gate) * up
 
 
+def input_of(weight: Tensor, truths: list[tuple[Tensor, Tensor]]) -> Tensor:
+    (x,) = [x for truth, x in truths if truth.shape == weight.shape and torch.equal(truth, weight)]
+    return x
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
@@ -97,7 +103,7 @@ def test_statistics_are_those_of_the_whole_model(
     truths = list(inputs_of_the_whole_model(tmp_path))
     assert len(seen) > 0
     for weight, method, moment, hessian in seen:
-        (x,) = [x for truth, x in truths if truth.shape == weight.shape and torch.equal(truth, weight)]
+        x = input_of(weight, truths)
         assert method == "gptq"
         expected = x.t() @ x / len(x)
         assert distance(hessian.double(), expected) < 1e-5
@@ -123,11 +129,10 @@ def test_the_first_token_of_a_sequence_counts_four_times_for_wmse(tmp_path: Path
     truths = list(inputs_of_the_whole_model(tmp_path, long))
     assert len(seen) > 0
     for weight, method, moment, hessian in seen:
-        (x,) = [x for truth, x in truths if truth.shape == weight.shape and torch.equal(truth, weight)]
+        x = input_of(weight, truths)
         assert (method, hessian) == ("wmse", None)
-        by = (
-            counts.flatten() if len(x) == counts.numel() else torch.ones(len(x))
-        )  # an expert gets tokens without their positions
+        # An expert gets tokens without their positions.
+        by = counts.flatten() if len(x) == counts.numel() else torch.ones(len(x))
         assert distance(moment.double(), (by[:, None] * x.square()).sum(0) / len(x)) < 1e-5
 
 
@@ -213,33 +218,18 @@ def test_models_whose_layers_cannot_be_run_one_by_one(tmp_path: Path, monkeypatc
         finally:
             self.layers = layers
 
-    def with_tokens(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        return forward(self, input_ids, extra=input_ids, **kwargs)
-
-    def with_a_store(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, store={}, **kwargs)
-
     refused(backwards, "layer 1 is called after 0 others")
-    refused(with_tokens, "what its layers are given depends on the tokens")
-    refused(with_a_store, "layer 0 is given store, a dict")
+    refused(lambda self, input_ids, **kw: forward(self, input_ids, extra=input_ids, **kw), "depends on the tokens")
+    refused(lambda *args, **kw: forward(*args, store={}, **kw), "layer 0 is given store, a dict")
 
-    find = calibrated.decoder_layers
-
-    def with_another_count(model: Any) -> Any:
-        model.config.num_hidden_layers = 7
-        return find(model)
-
-    monkeypatch.setattr(calibrated, "decoder_layers", with_another_count)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.num_hidden_layers = 7
     with pytest.raises(qn.UserError, match="it has no list of 7 decoder layers"):
-        load_model(folder, calibration=IDS)
+        decoder_layers(model)
 
 
 def test_hidden_states_that_overflow_are_settings(tmp_path: Path) -> None:
-    save(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e7
-    save_file(tensors, file)
+    edit_tensors(save(tmp_path), lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].mul_(1e7))
     with pytest.raises(qn.UserError, match=r"layer 1 .* sequence 0.*torch\.float16.*float32"):
         load_model(tmp_path, calibration=IDS, dtype=torch.float16)
 
@@ -292,8 +282,7 @@ def test_bitsandbytes_reads_it(saved: Path) -> None:
     negative = 0
     for path, module in theirs.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            weight = module.weight
-            decoded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+            decoded = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             quantized = ours.get_submodule(path).quantized
             negative += int((quantized.scales() < 0).sum())
             assert torch.equal(decoded, quantized.dequantize()), path
@@ -325,13 +314,15 @@ def test_quantize_with_calibration(files: Path, tmp_path: Path, capfd: pytest.Ca
     assert "calibrating: layer 3 of 3" in printed.err
     assert not list(tmp_path.glob(".*"))
     assert load_model(tmp_path / "wmse").load_report.calibration == result["calibration"]
-    assert main(quantize(files, tmp_path / "other", "--method", "rtn")) == 2
-    assert "takes no calibration data" in capfd.readouterr().err
-    for words in (["--method", "gptq"], ["--calibration-rows", "3"]):
-        assert main(["quantize", str(files / "model"), "--out", str(tmp_path / "other"), *words]) == 2
-        assert f"{words[0]} {words[1] if words[0] == '--method' else 'needs'}" in capfd.readouterr().err
-    assert main(quantize(files, tmp_path / "other", "--calibration-format", "poem")) == 2
-    assert "format is 'poem'" in capfd.readouterr().err
+    start = ["quantize", str(files / "model"), "--out", str(tmp_path / "other")]
+    for words, match in (
+        (quantize(files, tmp_path / "other", "--method", "rtn"), "takes no calibration data"),
+        (quantize(files, tmp_path / "other", "--calibration-format", "poem"), "format is 'poem'"),
+        ([*start, "--method", "gptq"], "--method gptq"),
+        ([*start, "--calibration-rows", "3"], "--calibration-rows needs"),
+    ):
+        assert main(words) == 2
+        assert match in capfd.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -397,18 +388,30 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
         if done == 2:
             raise KeyboardInterrupt
 
-    data = qn.CalibrationData(files / "rows.jsonl", rows=8, length=24)
+    def load(seed: int, **options: Any) -> Any:
+        data = qn.CalibrationData(files / "rows.jsonl", rows=8, length=24, seed=seed)
+        return load_model(files / "model", method="gptq", calibration=data, **options)
+
     with pytest.raises(KeyboardInterrupt):
-        load_model(files / "model", method="gptq", calibration=data, work_dir=work, progress=interrupt)
+        load(0, work_dir=work, progress=interrupt)
     ran.clear()
     lines: list[str] = []
-    data = qn.CalibrationData(files / "rows.jsonl", rows=8, length=24, seed=1)
-    options: Any = {"work_dir": work, "progress": lambda text, *_: lines.append(text)}
-    model = load_model(files / "model", method="gptq", calibration=data, **options)
+    model = load(1, work_dir=work, progress=lambda text, *_: lines.append(text))
     assert lines[0] == "calibration changed since the run that was interrupted: starting anew"
     assert ran == [0, 1, 2]
-    fresh = load_model(files / "model", method="gptq", calibration=data)
-    assert_same(model.state_dict(), fresh.state_dict())
+    assert_same(model.state_dict(), load(1).state_dict())
+
+
+def test_layers_of_an_older_format_are_discarded(tmp_path: Path) -> None:
+    run = {"method": "gptq"}
+    FinishedLayers(tmp_path, run)
+    assert FinishedLayers(tmp_path, run).changed == []
+    (tmp_path / "run.json").write_text(json.dumps(run))  # as before formats had numbers
+    save_file({"weight": torch.ones(2)}, tmp_path / "layer-0000.safetensors", {"names": "[]"})
+    (tmp_path / "hidden-0001.bin").touch()
+    finished = FinishedLayers(tmp_path, run)
+    assert (finished.count, finished.changed) == (0, ["format"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, tmp_path: Path) -> None:
@@ -418,9 +421,9 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
     from qlora_native.train.batches import load_rows
     from qlora_native.train.setup import prepare_model
 
-    def config(**quant: Any) -> TrainConfig:
+    def config(model: Path = files / "model", **quant: Any) -> TrainConfig:
         data = {"train": str(files / "rows.jsonl"), "eval_fraction": 0.5}
-        given = {"model": str(files / "model"), "output_dir": str(tmp_path / "run"), "data": data, "quant": quant}
+        given = {"model": str(model), "output_dir": str(tmp_path / "run"), "data": data, "quant": quant}
         return TrainConfig.model_validate(given)
 
     tokenizer = load_tokenizer(str(files / "model"))
@@ -444,7 +447,7 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
     ours = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
     assert_same(ours, again.state_dict())
     # Given those files, the same config has nothing to calibrate.
-    settings = config(method="wmse").model_copy(update={"model": str(made)})
-    assert prepare_model(settings, None, rows, quiet=True).load_report.calibration == expected
+    again = prepare_model(config(made, method="wmse"), None, rows, quiet=True)
+    assert again.load_report.calibration == expected
     with pytest.raises(qn.UserError, match="base is 4-bit already: method 'gptq' needs the 16-bit model"):
-        prepare_model(settings.model_copy(update={"quant": config(method="gptq").quant}), None, long, quiet=True)
+        prepare_model(config(made, method="gptq"), None, long, quiet=True)

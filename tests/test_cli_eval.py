@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from laws import ROOT
-from tiny import write_model, write_rows
+from tiny import write_model, write_rows, write_tokenizer
 
 import qlora_native as qn
 from qlora_native.cli import main
@@ -23,29 +22,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "model", num_hidden_layers=1)
     write_rows(folder / "held.jsonl", 6)
     (folder / "notes.txt").write_text("what is red? blood. " * 300, encoding="utf-8")
-    (folder / "calibration.jsonl").write_text(
-        "".join(f'{{"text": "what is blue and good number {number}? sky"}}\n' for number in range(160)),
-        encoding="utf-8",
-    )
-    model = qn.load_model(folder / "model")
-    model.save_pretrained(folder / "four")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (folder / "model" / name).exists():
-            (folder / "four" / name).write_bytes((folder / "model" / name).read_bytes())
+    rows = (f'{{"text": "what is blue and good number {number}? sky"}}\n' for number in range(160))
+    (folder / "calibration.jsonl").write_text("".join(rows), encoding="utf-8")
+    qn.load_model(folder / "model").save_pretrained(folder / "four")
+    write_tokenizer(folder / "four")
     return folder
 
 
 def test_the_command_line_compares_and_reports_plainly(files: Path, tmp_path: Path) -> None:
-    command = "import sys; from qlora_native.cli.main import main; sys.exit(main())"
-    words: list[str | Path] = ["eval", files / "model", "--report", tmp_path / "r", "--compare", "rtn", "wmse"]
-    words += ["--calibration", files / "calibration.jsonl", "--data", files / "held.jsonl", files / "notes.txt"]
-    done = subprocess.run(
-        [sys.executable, "-c", command, *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT / "tests",
-    )
+    words: list[str | Path] = [sys.executable, "-m", "qlora_native", "eval", files / "model"]
+    words += ["--report", tmp_path / "r", "--compare", "rtn", "wmse", "--calibration", files / "calibration.jsonl"]
+    words += ["--data", files / "held.jsonl", files / "notes.txt"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
     table = done.stdout.partition("**held.jsonl**")[2]

@@ -25,12 +25,6 @@ def normal(data: dict[str, Any], format: str) -> Row:
     return normalize(source(data), format)
 
 
-def turns(row: Row) -> list[tuple[str, str]]:
-    assert row.messages is not None
-    assert (row.prompt, row.completion, row.text) == (None, None, None)
-    return [(message["role"], message["content"]) for message in row.messages]
-
-
 # ---- inference
 
 
@@ -83,84 +77,61 @@ def test_rows_of_two_formats_are_named_by_line(sentence: Check) -> None:
 # ---- each format
 
 
-def test_messages() -> None:
-    row = normal({"messages": [{"role": "system", "content": "s"}, *CHAT], "id": 1}, "messages")
-    assert turns(row) == [("system", "s"), ("user", "q"), ("assistant", "a")]
-    assert (row.where, row.line, row.untrained) == ("d.jsonl:7", 7, frozenset())
-
-
-def test_messages_in_other_spellings() -> None:
-    row = normal(
-        {
-            "messages": [
-                {"role": "developer", "content": ""},
-                {"role": "Human", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " two"}]},
-                {"role": "tool", "content": "42"},
-                {"from": "gpt", "value": "a", "role": None, "tool_calls": None},
-            ]
-        },
-        "messages",
-    )
-    assert turns(row) == [("system", ""), ("user", "one two"), ("tool", "42"), ("assistant", "a")]
-
-
-def test_weight_zero_leaves_an_answer_untrained_and_reasoning_is_kept() -> None:
-    answer = {"role": "assistant", "content": "a", "weight": 0}
-    row = normal({"messages": [*CHAT, CHAT[0], answer, {**CHAT[1], "weight": 1, "reasoning_content": "r"}]}, "messages")
-    assert row.untrained == {3}
-    assert row.messages is not None
-    assert row.messages[3] == {"role": "assistant", "content": "a"}
-    assert row.messages[4] == {"role": "assistant", "content": "a", "reasoning_content": "r"}
-
-
-def test_sharegpt() -> None:
-    conversation = [
-        {"from": "system", "value": "s"},
-        {"from": "human", "value": "q"},
-        {"from": "gpt", "value": "a", "weight": 0},
-        {"from": "observation", "value": "o"},
-        {"role": "user", "content": "q2"},
-        {"from": "assistant", "value": "a2"},
-    ]
-    row = normal({"conversations": conversation}, "sharegpt")
-    expected = [("system", "s"), ("user", "q"), ("assistant", "a"), ("tool", "o"), ("user", "q2"), ("assistant", "a2")]
-    assert turns(row) == expected
-    assert row.untrained == {2}
-    above = normal({"conversations": conversation[1:], "system": "S"}, "sharegpt")
-    assert turns(above) == [("system", "S"), *expected[1:]]
-    assert above.untrained == {2}
+HISTORY: list[Any] = [["q1", "a1"]]
+SHAREGPT = [
+    {"from": "human", "value": "q"},
+    {"from": "gpt", "value": "a", "weight": 0},
+    {"from": "observation", "value": "o"},
+    {"role": "user", "content": "q2"},
+    {"from": "assistant", "value": "a2"},
+]
+SPELLINGS = [
+    {"role": "developer", "content": ""},
+    {"role": "Human", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " two"}]},
+    {"role": "tool", "content": "42"},
+    {"from": "gpt", "value": "a", "role": None, "tool_calls": None},
+]
 
 
 @pytest.mark.parametrize(
-    ("extra", "expected"),
+    ("format", "data", "expected", "untrained"),
     [
-        ({}, [("user", "i"), ("assistant", "o")]),
-        ({"input": ""}, [("user", "i"), ("assistant", "o")]),
-        ({"input": None}, [("user", "i"), ("assistant", "o")]),
-        ({"input": "x"}, [("user", "i\n\nx"), ("assistant", "o")]),
-        ({"instruction": "", "input": "x"}, [("user", "x"), ("assistant", "o")]),
-        ({"system": "s"}, [("system", "s"), ("user", "i"), ("assistant", "o")]),
-        (
-            {"history": [["q1", "a1"]], "system": ""},
-            [("user", "q1"), ("assistant", "a1"), ("user", "i"), ("assistant", "o")],
-        ),
+        ("messages", {"messages": [{"role": "system", "content": "s"}, *CHAT], "id": 1}, "s:s u:q a:a", set()),
+        ("messages", {"messages": SPELLINGS}, "s: u:one_two t:42 a:a", set()),
+        ("messages", {"messages": [*CHAT, {**CHAT[1], "weight": 0}, {**CHAT[1], "weight": 1}]}, "u:q a:a a:a a:a", {2}),
+        ("sharegpt", {"conversations": SHAREGPT}, "u:q a:a t:o u:q2 a:a2", {1}),
+        ("sharegpt", {"conversations": SHAREGPT, "system": "S"}, "s:S u:q a:a t:o u:q2 a:a2", {2}),
+        ("sharegpt", {"conversations": [{"from": "system", "value": "s"}, *SHAREGPT[:2]]}, "s:s u:q a:a", {2}),
+        ("alpaca", {}, "u:i a:o", set()),
+        ("alpaca", {"input": ""}, "u:i a:o", set()),
+        ("alpaca", {"input": None}, "u:i a:o", set()),
+        ("alpaca", {"input": "x"}, "u:i\n\nx a:o", set()),
+        ("alpaca", {"instruction": "", "input": "x"}, "u:x a:o", set()),
+        ("alpaca", {"system": "s"}, "s:s u:i a:o", set()),
+        ("alpaca", {"history": HISTORY, "system": ""}, "u:q1 a:a1 u:i a:o", set()),
+        # Answers within the prompt are context.
+        ("prompt-completion", {"prompt": [*CHAT, CHAT[0]], "completion": [CHAT[1]]}, "u:q a:a u:q a:a", {0, 1, 2}),
     ],
 )
-def test_alpaca(extra: dict[str, Any], expected: list[tuple[str, str]]) -> None:
-    assert turns(normal({"instruction": "i", "output": "o", **extra}, "alpaca")) == expected
+def test_conversations(format: str, data: dict[str, Any], expected: str, untrained: set[int]) -> None:
+    found = normal({**({"instruction": "i", "output": "o"} if format == "alpaca" else {}), **data}, format)
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    turns = [(roles[turn[0]], turn[2:].replace("_", " ")) for turn in expected.split(" ")]
+    assert [(message["role"], message["content"]) for message in found.messages or ()] == turns
+    assert found == Row("d.jsonl:7", 7, messages=found.messages, untrained=frozenset(untrained))
 
 
-def test_prompt_and_completion() -> None:
+def test_reasoning_is_kept_and_weights_are_not() -> None:
+    row = normal({"messages": [CHAT[0], {**CHAT[1], "weight": 0, "reasoning_content": "r"}]}, "messages")
+    assert row.messages == (CHAT[0], {**CHAT[1], "reasoning_content": "r"})
+
+
+def test_plain_text() -> None:
     row = normal({"prompt": "p: ", "completion": "c"}, "prompt-completion")
-    assert (row.prompt, row.completion, row.messages, row.text) == ("p: ", "c", None, None)
-    chat = normal({"prompt": [*CHAT, CHAT[0]], "completion": [CHAT[1]]}, "prompt-completion")
-    assert turns(chat) == [("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "a")]
-    assert chat.untrained == {0, 1, 2}, "answers within the prompt are context"
-
-
-def test_text() -> None:
-    row = normal({"text": "t\n"}, "text")
-    assert (row.text, row.messages, row.prompt, row.completion) == ("t\n", None, None, None)
+    assert row == Row("d.jsonl:7", 7, prompt="p: ", completion="c")
+    assert normal({"text": "t\n"}, "text") == Row("d.jsonl:7", 7, text="t\n")
+    with pytest.raises(ValueError, match="format is 'chatml', expected one of messages, sharegpt, alpaca"):
+        normal({"text": "t"}, "chatml")
 
 
 # ---- what is refused
@@ -217,11 +188,6 @@ def test_a_bad_row_is_one_sentence_with_file_and_line(format: str, sentence: Che
         with pytest.raises(UserError, match=f"^d.jsonl:7: .*{match}") as caught:
             normal(data, format)
         sentence(caught.value)
-
-
-def test_an_unknown_format_is_a_wrong_argument() -> None:
-    with pytest.raises(ValueError, match="format is 'chatml', expected one of messages, sharegpt, alpaca"):
-        normal({"text": "t"}, "chatml")
 
 
 def test_every_example_of_the_page_is_of_the_format_it_stands_under() -> None:

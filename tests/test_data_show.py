@@ -17,7 +17,7 @@ import tiny
 from qlora_native.cli.data import histogram
 from qlora_native.cli.main import main
 
-QUESTION = {"role": "user", "content": "what is red?"}
+QUESTION = {"role": "user", "content": "\x1b[31mred"}
 LONG = {"role": "assistant", "content": "apple " * 40}
 
 
@@ -27,13 +27,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     tiny.write_model(folder / "model", num_hidden_layers=1)
     rows = [json.loads(line) for line in tiny.write_rows(folder / "train.jsonl", 6).read_text().splitlines()]
-    rows += [{"messages": [QUESTION, LONG]}, {"messages": [QUESTION]}, {"messages": [{**QUESTION, **LONG}, LONG]}]
-    rows[8]["messages"][0]["role"] = "user"
-    rows[7]["messages"][0]["content"] = "\x1b[31mred"
+    for chat in ([QUESTION, LONG], [QUESTION], [{**LONG, "role": "user"}, LONG]):
+        rows.append({"messages": chat})
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.yaml").write_text(
-        f"model: {folder / 'model'}\ndata: {{train: {folder / 'train.jsonl'}, max_length: 64}}\n"
-    )
+    config = f"model: {folder / 'model'}\ndata: {{train: {folder / 'train.jsonl'}, max_length: 64}}\n"
+    (folder / "config.yaml").write_text(config)
     return folder
 
 

@@ -164,8 +164,9 @@ SHORT_BLOCK = BLOCK.replace(" + ENDS", "").replace("AFTER", "{{ '<|im_end|>\n' i
 TURN = CHATML.replace("<|im_end|>", "<turn/>")
 PROBE = "ProbeWordForTheAnswer"
 REASONED = (*chat("u:a"), {"role": "assistant", "content": "b", "reasoning_content": "r"})
-TWO = row("u:a", "a:b", "u:c", "a:d")
+TWO = ("u:a", "a!b", "u:c", "a!d")
 EOS = {"eos": "</s>"}
+Case = tuple[str, dict[str, Any], Row, str]  # template, options of the tokenizer, row, expectation
 
 
 def im(*turns: str) -> str:
@@ -177,47 +178,40 @@ def im(*turns: str) -> str:
     return text
 
 
-# Name: template, options of the tokenizer, row, expectation.
-CASES: dict[str, tuple[str, dict[str, Any], Row, str]] = {
-    "every answer of a long conversation": (
-        *(CHATML, {}, row("s:Be kind.", "u:one", "a:1", "u:two", "a:2\n\n2é", "u:three")),
-        im("s:Be kind.", "u:one", "a!1", "u:two", "a!2\n\n2é", "u:three"),
-    ),
-    "answers that quote each other": (
-        *(CHATML, {}, row("u:assistant", "a:assistant", "u:assistant", "a:assistant")),
-        im("u:assistant", "a!assistant", "u:assistant", "a!assistant"),
-    ),
-    "the probe word": (CHATML, {}, row(f"u:{PROBE}", f"a:{PROBE}X"), im(f"u:{PROBE}", f"a!{PROBE}X")),
-    "opens with an answer": (CHATML, {}, row("a:Hello", "u:Hi", "a:Yo"), im("a!Hello", "u:Hi", "a!Yo")),
-    "an untrained answer": (
-        *(CHATML, {}, row("u:a", "a:bad", "u:b", "a:good", untrained=[1])),
-        im("u:a", "a:bad", "u:b", "a!good"),
-    ),
-    "no generation prompt": (HEADERS, {}, TWO, im("u:a", "a!b", "u:c", "a!d")),
+def case(template: str, *turns: str, expected: str | None = None, **options: Any) -> Case:
+    """A row of these turns, answers after ":" untrained; by default CHATML's text is expected."""
+    untrained = [index for index, turn in enumerate(turns) if turn.startswith("a:")]
+    return template, options, row(*turns, untrained=untrained), im(*turns) if expected is None else expected
+
+
+CASES: dict[str, Case] = {
+    "every answer of a long conversation": case(CHATML, "s:Be kind.", "u:one", "a!1", "u:two", "a!2\n\n2é", "u:three"),
+    "answers that quote each other": case(CHATML, *("u:assistant", "a!assistant") * 2),
+    "the probe word": case(CHATML, f"u:{PROBE}", f"a!{PROBE}X"),
+    "opens with an answer": case(CHATML, "a!Hello", "u:Hi", "a!Yo"),
+    "an untrained answer": case(CHATML, "u:a", "a:bad", "u:b", "a!good"),
+    "no generation prompt": case(HEADERS, *TWO),
     # What follows the generation prompt is the model's to write.
-    "thoughts in the last turn only": (
-        *(THOUGHTS, {}, row("u:a", "a:<think>hm</think> b", "u:c", "a:d")),
-        im("u:a", "a!b", "u:c", "a!<think>\n\n</think>\n\nd"),
+    "thoughts in the last turn only": case(
+        THOUGHTS, "u:a", "a!<think>hm</think> b", *TWO[2:], expected=im(*TWO[:3], "a!<think>\n\n</think>\n\nd")
     ),
     # DeepSeek's way: generation starts inside a thought, history shows none.
-    "a generation prompt that is not in the history": (
-        CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"),
-        *({}, row("u:a", "a:<b", "u:c", "a:d"), im("u:a", "a!<b", "u:c", "a!d")),
+    "a generation prompt that is not in the history": case(
+        CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"), "u:a", "a!<b", *TWO[2:]
     ),
-    "the system message in the last question": (
-        *(MISTRAL, EOS, row("s:S", "u:a", "a:b", "u:c", "a:d")),
-        "<s>[INST] a[/INST] [[b</s>]][INST] S\n\nc[/INST] [[d</s>]]",
+    "the system message in the last question": case(
+        MISTRAL, "s:S", *TWO, **EOS, expected="<s>[INST] a[/INST] [[b</s>]][INST] S\n\nc[/INST] [[d</s>]]"
     ),
     # The end is then where the conversation up to this answer ends.
-    "an answer unlike any probe": (
+    "an answer unlike any probe": case(
         CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + (m['content'] | length) | string + '<|im_end|>"),
-        *({}, row("u:a", "a:four"), im("u:a1", "a!four4")),
+        *("u:a", "a!four"),
+        expected=im("u:a1", "a!four4"),
     ),
-    "trimmed content": (
-        CHATML.replace("m['content']", "m['content'] | trim"),
-        *({}, row("u: a ", "a:\n b \n"), im("u:a", "a!b")),
+    "trimmed content": case(
+        CHATML.replace("m['content']", "m['content'] | trim"), "u: a ", "a!\n b \n", expected=im("u:a", "a!b")
     ),
-    "white space around an answer": (CHATML, {}, row("u:a", "a:\n b \n"), im("u:a", "a!\n b \n")),
+    "white space around an answer": case(CHATML, "u:a", "a!\n b \n"),
     "reasoning": (
         CHATML.replace(
             "+ m['content']", "+ (m['reasoning_content'] + '|' if m['reasoning_content'] else '') + m['content']"
@@ -225,45 +219,43 @@ CASES: dict[str, tuple[str, dict[str, Any], Row, str]] = {
         *({}, Row("d", 1, messages=REASONED), im("u:a", "a!r|b")),
     ),
     # How an answer ends.
-    "white space before the end of turn": (
-        *(SPACED, EOS, TWO),
-        "[INST] a [/INST] [[b </s>]][INST] c [/INST] [[d </s>]]",
+    "white space before the end of turn": case(
+        SPACED, *TWO, **EOS, expected="[INST] a [/INST] [[b </s>]][INST] c [/INST] [[d </s>]]"
     ),
-    "an added token of the answer": (
-        *(TURN, {**EOS, "added": ["<turn/>", "<b>"]}, row("u:a", "a:x<b>")),
-        im("u:a", "a!x<b>").replace("<|im_end|>", "<turn/>"),
+    "an added token of the answer": case(
+        TURN,
+        "u:a",
+        "a!x<b>",
+        **EOS,
+        added=["<turn/>", "<b>"],
+        expected=im("u:a", "a!x<b>").replace("<|im_end|>", "<turn/>"),
     ),
-    "an added token that ends turns": (
-        *(TURN, {**EOS, "added": ["<turn/>"]}, TWO),
-        im("u:a", "a!b", "u:c", "a!d").replace("<|im_end|>", "<turn/>"),
+    "an added token that ends turns": case(
+        TURN, *TWO, **EOS, added=["<turn/>"], expected=im(*TWO).replace("<|im_end|>", "<turn/>")
     ),
-    "the next header ends a turn": (
-        *(GLM, EOS, TWO),
-        "<|user|>\na\n<|assistant|>\n[[b\n<|user|>]]\nc\n<|assistant|>\n[[d</s>]]",
+    "the next header ends a turn": case(
+        GLM, *TWO, **EOS, expected="<|user|>\na\n<|assistant|>\n[[b\n<|user|>]]\nc\n<|assistant|>\n[[d</s>]]"
     ),
-    "words": (WORDS, EOS, TWO, "user: a\nassistant: [[b]]\nuser: c\nassistant: [[d</s>]]"),
-    "words, a question last": (WORDS, EOS, row("u:a", "a:b", "u:c"), "user: a\nassistant: [[b]]\nuser: c\n"),
-    "words, no end of sequence": (WORDS, {"eos": None}, row("u:a", "a:b"), "user: a\nassistant: [[b]]\n"),
-    "content alone": (
+    "words": case(WORDS, *TWO, **EOS, expected="user: a\nassistant: [[b]]\nuser: c\nassistant: [[d</s>]]"),
+    "words, a question last": case(WORDS, *TWO[:3], **EOS, expected="user: a\nassistant: [[b]]\nuser: c\n"),
+    "words, no end of sequence": case(WORDS, *TWO[:2], eos=None, expected="user: a\nassistant: [[b]]\n"),
+    "content alone": case(
         "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}",
-        *(EOS, row("u:a", "a:b", "u: "), "a\n[[b]]\n \n"),
+        *("u:a", "a!b", "u: "),
+        **EOS,
+        expected="a\n[[b]]\n \n",
     ),
-    "a beginning ends nothing": (
+    "a beginning ends nothing": case(
         "{% for m in messages %}{{ '<s>' + m['content'] }}{% endfor %}",
-        *(EOS, TWO, "<s>a<s>[[b]]<s>c<s>[[d</s>]]"),
+        *TWO,
+        **EOS,
+        expected="<s>a<s>[[b]]<s>c<s>[[d</s>]]",
     ),
     # Generation blocks; without offsets the answers are found by text.
-    "a block without the end of turn": (
-        *(SHORT_BLOCK, {}, row("s:S", "u:a", "a:b", "u:c", "a:d")),
-        im("s:S", "u:a", "a!b", "u:c", "a!d"),
-    ),
-    "a block with an untrained answer": (
-        *(SHORT_BLOCK, {}, row("u:a", "a:b", "u:c", "a:d", untrained=[1])),
-        im("u:a", "a:b", "u:c", "a!d"),
-    ),
-    "a block that is never reached": (
-        "{% if tools %}{% generation %}{{ 'x' }}{% endgeneration %}{% endif %}" + CHATML,
-        *({}, row("u:a", "a:b"), im("u:a", "a!b")),
+    "a block without the end of turn": case(SHORT_BLOCK, "s:S", *TWO),
+    "a block with an untrained answer": case(SHORT_BLOCK, "u:a", "a:b", "u:c", "a!d"),
+    "a block that is never reached": case(
+        "{% if tools %}{% generation %}{{ 'x' }}{% endgeneration %}{% endif %}" + CHATML, "u:a", "a!b"
     ),
 }
 
@@ -277,9 +269,7 @@ def test_trained_tokens(name: str, slow: bool) -> None:
 
 def test_a_generation_block_is_taken_as_wide_as_it_is() -> None:
     wide = BLOCK.replace("ENDS", "'<|im_end|>\n'").replace("AFTER", "")
-    assert encode(byte_tokenizer(wide), TWO) == im("u:a", "a!b", "u:c", "a!d").replace(
-        "<|im_end|>]]\n", "<|im_end|>\n]]"
-    )
+    assert encode(byte_tokenizer(wide), row(*TWO)) == im(*TWO).replace("<|im_end|>]]\n", "<|im_end|>\n]]")
 
 
 @BOTH
@@ -335,22 +325,16 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_question() -> Non
 
 
 def test_a_refused_conversation_is_one_sentence_with_the_reason_of_the_template() -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(
+        UserError, match=r"^d.jsonl:3: .*\(no system role here\), got roles system, assistant; [^\n]*\.$"
+    ):
         ChatEncoder(byte_tokenizer(NO_SYSTEM)).encode(row("s:S", "a:b"))
-    assert str(caught.value) == (
-        "d.jsonl:3: the chat template refuses the conversation (no system role here), got roles system, assistant; "
-        "change the row to what the template expects."
-    )
     with pytest.raises(UserError, match=r"^the conversation: the chat template refuses .* got roles system;"):
         ChatEncoder(byte_tokenizer(NO_SYSTEM)).prompt_ids(chat("s:S"))
 
 
 def test_an_answer_that_cannot_be_found_is_an_error_and_not_a_wrong_mask() -> None:
     template = "{{ messages | map(attribute='content') | map('upper') | join('|') }}{{ messages | length }}"
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"^d.jsonl:3: .* message 2 of 3 .*{% generation %}, .* 'all'\.$"):
         ChatEncoder(byte_tokenizer(template)).encode(row("u:a", "a:b", "u:c"))
-    assert str(caught.value) == (
-        "d.jsonl:3: the answer in message 2 of 3 cannot be found in what the chat template renders; "
-        "mark answers in the template with {% generation %}, or set train_on to 'all'."
-    )
     assert encode(byte_tokenizer(template), row("u:a", "a:b", "u:c"), train_on="all") == "A[[|B|C3]]"

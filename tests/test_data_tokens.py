@@ -52,10 +52,9 @@ def test_a_slow_tokenizer_splits_where_the_prompt_ends() -> None:
 def test_offsets_that_leave_out_white_space() -> None:
     # RoBERTa's and GPT-2's post-processor: the offsets of " b" are those of "b", those of " " are empty.
     tokenizer = byte_tokenizer(merges=[("Ġ", "y")], trims_offsets=True, eos="</s>")
-    assert encode(tokenizer, Row("d", 1, prompt="q:", completion=" yes")) == "q:[[ yes</s>]]"
-    assert encode(tokenizer, Row("d", 1, prompt="q:", completion=" b")) == "q:[[ b</s>]]"
-    assert encode(tokenizer, Row("d", 1, prompt="q:\n", completion="b")) == "q:\n[[b</s>]]"
-    assert encode(tokenizer, Row("d", 1, prompt="q:", completion="b ")) == "q:[[b </s>]]"
+    for prompt, completion in (("q:", " yes"), ("q:", " b"), ("q:\n", "b"), ("q:", "b ")):
+        encoded = encode(tokenizer, Row("d", 1, prompt=prompt, completion=completion))
+        assert encoded == f"{prompt}[[{completion}</s>]]"
     assert encode(tokenizer, Row("d", 1, text=" b ")) == " [[b </s>]]"
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     assert encode(tokenizer, row("u:a", "a:b ", "u:c")) == "user: a\nassistant: [[b ]]\nuser: c\n"
@@ -89,9 +88,7 @@ def test_offsets_that_are_wrong_are_noticed_and_prefixes_of_tokens_used() -> Non
 
 def byte_truth(tokenizer: Any, ids: list[int], pieces: list[tuple[str, bool]]) -> list[bool]:
     """Which tokens overlap a trained piece, from the bytes that each token spells: no offsets, no template."""
-    flags: list[bool] = []
-    for text, trained in pieces:
-        flags += [trained] * len(text.encode())
+    flags = [trained for text, trained in pieces for _ in text.encode()]
     at, expected = 0, []
     for token in tokenizer.convert_ids_to_tokens(ids):
         size = len(token)  # one letter of the byte alphabet is one byte, and special tokens are ASCII
@@ -112,12 +109,8 @@ def test_random_conversations_against_a_mask_counted_in_bytes() -> None:
             turns += [role + "".join(draw.choices("ab y\né>.", k=draw.randint(1, 9))) for role in ("u:", "a:")]
         pieces: list[tuple[str, bool]] = []
         for message in chat(*turns):
-            answer = message["role"] == "assistant"
-            pieces += [
-                (f"<|im_start|>{message['role']}\n", False),
-                (message["content"] + "<|im_end|>", answer),
-                ("\n", False),
-            ]
+            pieces.append((f"<|im_start|>{message['role']}\n", False))
+            pieces += [(message["content"] + "<|im_end|>", message["role"] == "assistant"), ("\n", False)]
         encoded = encoder.encode(row(*turns))
         expected = byte_truth(tokenizer, encoded.input_ids, pieces)
         assert [label != IGNORE_INDEX for label in encoded.labels] == expected, turns

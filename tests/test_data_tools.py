@@ -45,6 +45,7 @@ def row(data: dict[str, Any]) -> Any:
 OPENAI = {"tool_calls": [{"id": "1", "type": "function", "function": {**CALL, "arguments": '{"city": "Bern"}'}}]}
 SPELLINGS: list[dict[str, Any]] = [
     {"messages": conversation({"content": None, **OPENAI}), "tools": [{"type": "function", "function": FUNCTION}]},
+    {"messages": conversation({"content": "ok", **OPENAI}), "tools": [FUNCTION]},
     {"messages": conversation({"function_call": CALL}), "tools": [FUNCTION]},
     {
         "conversations": [
@@ -58,7 +59,7 @@ SPELLINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("data", SPELLINGS, ids=["tool_calls", "function_call", "sharegpt"])
+@pytest.mark.parametrize("data", SPELLINGS, ids=["tool_calls", "text and calls", "function_call", "sharegpt"])
 def test_calls_are_trained_and_results_are_not(data: dict[str, Any]) -> None:
     tokenizer = byte_tokenizer(TEMPLATE)
     found = row(data)
@@ -66,19 +67,12 @@ def test_calls_are_trained_and_results_are_not(data: dict[str, Any]) -> None:
     text = marked(tokenizer, ChatEncoder(tokenizer).encode(found))
     head, _, rest = text.partition("<|im_end|>\n")
     assert head.startswith('<|im_start|>system\n{"') and '"name": "weather"' in head
+    said = "ok" if data is SPELLINGS[1] else ""
     assert rest == (
-        f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[{RENDERED}<|im_end|>]]\n"
+        f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[{said}{RENDERED}<|im_end|>]]\n"
         "<|im_start|>user\n<tool_response>sun</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n[[sunny<|im_end|>]]\n"
     )
-
-
-def test_an_answer_may_say_something_and_call() -> None:
-    tokenizer = byte_tokenizer(TEMPLATE)
-    text = marked(
-        tokenizer, ChatEncoder(tokenizer).encode(row({"messages": conversation({"content": "ok", **OPENAI})}))
-    )
-    assert f"[[ok{RENDERED}<|im_end|>]]" in text
 
 
 def test_a_template_that_leaves_tools_out_is_refused() -> None:
@@ -93,16 +87,16 @@ def test_a_template_that_leaves_tools_out_is_refused() -> None:
         normalize(SourceRow("d.jsonl:7", 7, {"text": "abc", "tools": [FUNCTION]}), "text")
 
 
-@pytest.mark.parametrize(
-    ("data", "match"),
-    [
-        ({"tool_calls": [{**CALL, "arguments": "{city"}]}, r"tool_calls\[0\].arguments' is not valid JSON"),
-        ({"tool_calls": [{**CALL, "arguments": [1]}]}, r"tool_calls\[0\].arguments is an array, expected an object"),
-        ({"tool_calls": [CALL], "role": "user"}, r"messages\[1\] has tool calls and the role user, expected assistant"),
-    ],
-)
-def test_broken_calls_are_named(data: dict[str, Any], match: str) -> None:
-    with pytest.raises(UserError, match=rf"d.jsonl:7: .*{match}"):
-        row({"messages": conversation({"content": "", **data})})
-    with pytest.raises(UserError, match="'tools' is an object, expected an array of functions"):
-        row({"messages": conversation({"content": "a"}), "tools": FUNCTION})
+def test_broken_calls_are_named() -> None:
+    for call, tools, match in (
+        ({"tool_calls": [{**CALL, "arguments": "{city"}]}, [], r"tool_calls\[0\].arguments' is not valid JSON"),
+        (
+            {"tool_calls": [{**CALL, "arguments": [1]}]},
+            [],
+            r"tool_calls\[0\].arguments is an array, expected an object",
+        ),
+        ({"tool_calls": [CALL], "role": "user"}, [], r"messages\[1\] has tool calls and the role user"),
+        ({"content": "a"}, FUNCTION, "'tools' is an object, expected an array of functions"),
+    ):
+        with pytest.raises(UserError, match=rf"d.jsonl:7: .*{match}"):
+            row({"messages": conversation({"content": "", **call}), "tools": tools})

@@ -57,19 +57,24 @@ def rows_of(lengths: list[int], vocabulary: int = 300) -> list[dict[str, np.ndar
 
 
 @torch.no_grad()
-def by_hand(model: Any, rows: list[dict[str, np.ndarray]], reference: Any) -> dict[str, torch.Tensor]:
+def by_hand(model: Any, rows: list[dict[str, np.ndarray]], reference: Any) -> Scores:
     """Each row alone through the models' own logits, reduced in fp64."""
-    found: dict[str, list[float]] = {"tokens": [], "nats": [], "kl": [], "agreed": []}
+    sums: list[list[float]] = []
     for row in rows:
         ids = torch.from_numpy(row["input_ids"]).long()[None]
         targets = torch.from_numpy(row["labels"]).long()[1:]
         chosen = targets != -100
         ours, theirs = (one(input_ids=ids).logits[0, :-1].double().log_softmax(1)[chosen] for one in (model, reference))
-        found["tokens"].append(int(chosen.sum()))
-        found["nats"].append(float(-ours.gather(1, targets[chosen][:, None]).sum()))
-        found["kl"].append(float((theirs.exp() * (theirs - ours)).sum()))
-        found["agreed"].append(int((ours.argmax(1) == theirs.argmax(1)).sum()))
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+        nats, kl = -ours.gather(1, targets[chosen][:, None]).sum(), (theirs.exp() * (theirs - ours)).sum()
+        sums.append([int(chosen.sum()), float(nats), float(kl), int((ours.argmax(1) == theirs.argmax(1)).sum())])
+    return Scores(*torch.tensor(sums, dtype=torch.float64).t())
+
+
+def assert_close(scores: Scores, expected: Scores, atol: float) -> None:
+    assert scores.kl is not None and scores.agreed is not None and expected.kl is not None
+    assert torch.equal(scores.tokens, expected.tokens) and torch.equal(scores.agreed, expected.agreed)  # type: ignore[arg-type]
+    assert torch.allclose(scores.nats, expected.nats, rtol=1e-4)
+    assert torch.allclose(scores.kl, expected.kl, rtol=1e-3, atol=atol)
 
 
 def test_sums_are_those_of_each_row_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,10 +89,7 @@ def test_sums_are_those_of_each_row_alone(folder: Path, tmp_path: Path, monkeypa
     other = measure(dense, rows[:2], 1, keep_in=tmp_path)[1]  # a second text's file leaves the first one's alone
     scores, nothing = measure(model, rows, 1, against=kept)
     assert nothing is None and other is not None and model.training
-    assert scores.kl is not None and scores.agreed is not None
-    assert torch.equal(scores.tokens, expected["tokens"]) and torch.equal(scores.agreed, expected["agreed"])
-    assert torch.allclose(scores.nats, expected["nats"], rtol=1e-4)
-    assert torch.allclose(scores.kl, expected["kl"], rtol=1e-3, atol=1e-5)
+    assert_close(scores, expected, atol=1e-5)
     assert scores.excess(reference)[0] == pytest.approx(scores.loss[0] - reference.loss[0])
     itself = measure(dense, rows, 1, against=kept)[0]
     assert itself.divergence == (0.0, 0.0) and itself.agreement == (1.0, 0.0)
@@ -103,10 +105,8 @@ def test_logits_that_are_more_than_a_product(tmp_path: Path) -> None:
         _, kept = measure(dense, rows, 0, keep_in=tmp_path)
     with pytest.warns(UserWarning, match=warning):
         scores, _ = measure(other, rows, 0, against=kept)
-    expected = by_hand(other, rows, dense)
-    assert kept is not None and kept.head is None and scores.kl is not None
-    assert torch.allclose(scores.nats, expected["nats"], rtol=1e-4)
-    assert torch.allclose(scores.kl, expected["kl"], rtol=1e-3)
+    assert kept is not None and kept.head is None
+    assert_close(scores, by_hand(other, rows, dense), atol=1e-8)
 
 
 def test_errors_are_those_of_rows_drawn_again() -> None:

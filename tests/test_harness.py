@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import types
+from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +19,40 @@ from qlora_native.cli import main
 from qlora_native.errors import UserError
 from qlora_native.evaluate.harness import run_tasks
 
-STUB = {  # lm-eval's names, as far as they are used, with its signatures
-    "__init__.py": """
-calls = []
-
-def simple_evaluate(model, tasks=None, limit=None, task_manager=None):
-    calls.append({"model": model, "tasks": tasks, "limit": limit, "manager": task_manager})
-    return {"results": {task: {"alias": task, "acc,none": 0.25, "acc_stderr,none": "N/A"} for task in tasks}}
-""",
-    "models/__init__.py": "",
-    "models/huggingface.py": """
-class HFLM:
-    def __init__(self, pretrained, backend="default", tokenizer=None, batch_size=1):
-        self.pretrained, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
-""",
-    "tasks/__init__.py": """
-class TaskManager:
-    def match_tasks(self, tasks):
-        return [task for task in tasks if task == "colors"]
-""",
-}
 ROWS = (("what is red?", 0), ("what is blue?", 1), ("what is green?", 2), ("say, what is red and good?", 0))
 CHOICES = ("blood", "sky", "grass")
 
 
-def forget() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
-        del sys.modules[name]
-
-
 @pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of each call of the stub."""
-    for name, text in STUB.items():
-        path = tmp_path / "packages" / "lm_eval" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    forget()
-    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
-    import lm_eval
+    calls: list[dict[str, Any]] = []
 
-    yield lm_eval.calls
-    forget()
+    def simple_evaluate(model: Any, tasks: Any = None, limit: Any = None, task_manager: Any = None) -> dict[str, Any]:
+        calls.append({"model": model, "tasks": tasks, "limit": limit, "manager": task_manager})
+        return {"results": {task: {"alias": task, "acc,none": 0.25, "acc_stderr,none": "N/A"} for task in tasks}}
+
+    class HFLM:
+        def __init__(self, pretrained: Any, backend: str = "default", tokenizer: Any = None, batch_size: int = 1):
+            self.pretrained, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
+
+    class TaskManager:
+        def match_tasks(self, tasks: list[str]) -> list[str]:
+            return [task for task in tasks if task == "colors"]
+
+    # lm-eval's names, as far as they are used, with its signatures
+    for name, attribute in (
+        ("lm_eval", simple_evaluate),
+        ("lm_eval.models", None),
+        ("lm_eval.models.huggingface", HFLM),
+        ("lm_eval.tasks", TaskManager),
+    ):
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        if attribute is not None:
+            setattr(module, attribute.__name__, attribute)
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +98,7 @@ def test_lm_eval_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -
 def test_lm_eval_itself_counts_as_we_do(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A task of local rows, where lm-eval is installed: its accuracy is that of log-likelihoods taken here."""
+    """A task of local rows: its accuracy is that of log-likelihoods taken here."""
     pytest.importorskip("lm_eval")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
@@ -128,13 +122,14 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     found = printed["sides"][0]["tasks"]["colors_of_ours"]["acc,none"]
 
     tokenizer, dense = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
-    right = 0
-    for question, answer in ROWS:
-        sums = []
-        before = len(tokenizer(question)["input_ids"])
-        for choice in CHOICES:
-            ids = torch.tensor([tokenizer(f"{question} {choice}")["input_ids"]])
-            logs = dense(ids).logits[0].float().log_softmax(-1)
-            sums.append(sum(float(logs[at - 1, ids[0, at]]) for at in range(before, ids.shape[1])))
-        right += sums.index(max(sums)) == answer
-    assert found == right / len(ROWS)
+
+    def likelihood(question: str, choice: str) -> float:
+        ids, before = (
+            torch.tensor(tokenizer(f"{question} {choice}")["input_ids"]),
+            len(tokenizer(question)["input_ids"]),
+        )
+        logs = dense(ids[None]).logits[0].float().log_softmax(-1)
+        return float(logs[before - 1 : -1].gather(1, ids[before:, None]).sum())
+
+    best = [max(CHOICES, key=partial(likelihood, question)) for question, _ in ROWS]
+    assert found == sum(CHOICES.index(one) == answer for one, (_, answer) in zip(best, ROWS, strict=True)) / len(ROWS)

@@ -56,8 +56,8 @@ def test_every_row_once_per_epoch_and_hardly_any_room_is_left() -> None:
 
 
 def test_a_run_resumes_in_the_middle_of_an_epoch() -> None:
-    def sampler() -> PackedBatchSampler:
-        return PackedBatchSampler(lengths(90), 3, 150, seed=7)
+    def sampler(packed_length: int = 150) -> PackedBatchSampler:
+        return PackedBatchSampler(lengths(90), 3, packed_length, seed=7)
 
     whole = list(islice(sampler().forever(), 30))
     first = sampler()
@@ -69,9 +69,9 @@ def test_a_run_resumes_in_the_middle_of_an_epoch() -> None:
     with pytest.raises(UserError, match="packing was on when the checkpoint was made and is off now"):
         BatchSampler(lengths(90), 3, seed=7).load_state_dict(first.state_dict())
     with pytest.raises(UserError, match="packed_length was 150 when the checkpoint was made and is 200 now"):
-        PackedBatchSampler(lengths(90), 3, 200, seed=7).load_state_dict(first.state_dict())
+        sampler(200).load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="packed_length is 20, expected at least the longest row's"):
-        PackedBatchSampler(lengths(90), 3, 20)
+        sampler(20)
 
 
 # ---- tensors
@@ -115,52 +115,53 @@ def alone(model: nn.Module, rows: list[dict[str, Any]]) -> torch.Tensor:
     return total / count
 
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Qwen2": {},
-    "Mistral": {"sliding_window": 7},  # shorter than the rows
-    "Gemma2": {"sliding_window": 7, "head_dim": 16, "query_pre_attn_scalar": 16},
-    "Gemma3": {"sliding_window": 7, "head_dim": 16},
-    "Phi3": {},
-    "GPT2": {},  # learned positions
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*the loss is taken from the model's own logits")
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_losses_and_gradients_are_those_of_the_rows_alone(kind: str) -> None:
-    kind_of_config = "Gemma3Text" if kind == "Gemma3" else kind
-    model = tiny_models.make(kind_of_config, **ARCHITECTURES[kind])
-    truth = copy.deepcopy(model)
+def packed_and_alone(
+    model: nn.Module, truth: nn.Module, rows: list[dict[str, Any]], at: int
+) -> tuple[float, float, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """The losses of rows packed into two sequences and of each row alone, and both gradients of each parameter."""
     fuse(model)
     check_packing(model)
-    rows = rows_of(13, 9, 20, 1, 5, 16)
-    batch = collate_packed([rows[:4], rows[4:]], pad_id=0)
+    batch = collate_packed([rows[:at], rows[at:]], pad_id=0)
     assert trained_tokens(batch) == sum(int((row["labels"][1:] != -100).sum()) for row in rows)
     loss, expected = causal_lm_loss(model, batch), alone(truth, rows)
-    assert abs(float((loss - expected).detach())) <= 1e-5 * abs(float(expected.detach()))
     loss.backward()
     expected.backward()
+    gradients = {}
     for (name, got), wanted in zip(model.named_parameters(), truth.parameters(), strict=True):
         if wanted.grad is not None:
             assert got.grad is not None, name
-            assert float((got.grad - wanted.grad).norm()) <= 1e-5 * float(wanted.grad.norm()) + 1e-7, name
+            gradients[name] = got.grad, wanted.grad
+    return loss.item(), expected.item(), gradients
+
+
+@pytest.mark.filterwarnings("ignore:.*the loss is taken from the model's own logits")
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("Mistral", {"sliding_window": 7}),  # shorter than the rows
+        ("Gemma2", {"sliding_window": 7, "head_dim": 16, "query_pre_attn_scalar": 16}),
+        ("Gemma3Text", {"sliding_window": 7, "head_dim": 16}),
+        ("Phi3", {}),
+        ("GPT2", {}),  # learned positions
+    ],
+)
+def test_losses_and_gradients_are_those_of_the_rows_alone(kind: str, changes: dict[str, Any]) -> None:
+    model = tiny_models.make(kind, **changes)
+    loss, expected, gradients = packed_and_alone(model, copy.deepcopy(model), rows_of(13, 9, 20, 1, 5, 16), 4)
+    assert abs(loss - expected) <= 1e-5 * abs(expected)
+    for name, (got, wanted) in gradients.items():
+        assert float((got - wanted).norm()) <= 1e-5 * float(wanted.norm()) + 1e-7, name
 
 
 def test_in_bf16_native_attention_is_that_of_the_rows_alone() -> None:
-    model = tiny_models.make(hidden_size=128)
-    model.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
-    truth, model = model, copy.deepcopy(model).bfloat16()
-    fuse(model)
-    check_packing(model)
-    rows = rows_of(130, 40, 70, 33)
-    loss, expected = causal_lm_loss(model, collate_packed([rows[:2], rows[2:]], pad_id=0)), alone(truth, rows)
-    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
-    loss.backward()
-    expected.backward()
-    for (name, got), wanted in zip(model.named_parameters(), truth.parameters(), strict=True):
-        if wanted.grad is not None:
-            assert got.grad is not None and relative_error(got.grad, wanted.grad) < 5e-2, name
+    truth = tiny_models.make(hidden_size=128)
+    truth.load_state_dict({name: value.bfloat16().float() for name, value in truth.state_dict().items()})
+    model = copy.deepcopy(truth).bfloat16()
+    loss, expected, gradients = packed_and_alone(model, truth, rows_of(130, 40, 70, 33), 2)
+    assert loss == pytest.approx(expected, rel=5e-3)
+    assert all(relative_error(got, wanted) < 5e-2 for got, wanted in gradients.values())
 
 
 def test_without_positions_that_start_again_the_comparison_fails() -> None:

@@ -69,10 +69,6 @@ class CalibrationTokens:
         rows, length = self.ids.shape
         return {"sha256": self.sha256, "rows": rows, "length": length, "tokens": rows * length, "seed": self.seed}
 
-    def save(self, path: Path) -> None:
-        """Write a file that is a source of calibration data."""
-        save_file({TENSOR: self.ids.to(torch.int32)}, path, metadata={"seed": str(self.seed)})
-
     @property
     def sha256(self) -> str:
         """Hexadecimal, of the token numbers as little-endian 64-bit integers."""
@@ -92,20 +88,14 @@ def as_calibration(source: Any) -> CalibrationData:
 def take_tokens(
     data: CalibrationData, method: str, load_tokenizer: Callable[[], Any], vocab_size: int, positions: int | None
 ) -> CalibrationTokens:
-    """Draw the sequences for ``method``.
+    """Draw the sequences for ``method``; UserError for too little text, ValueError for a wrong argument.
 
     Documents are drawn in an order that ``seed`` fixes and laid end to end; each gives its first ``length`` tokens,
-    and those after them only if there are not enough otherwise.
-
-    Args:
-        load_tokenizer: called if there is text, and ``data`` has no tokenizer.
-        vocab_size: token numbers lie below it. positions: the longest sequence of the model, None if any.
-
-    Raises:
-        UserError: too little text, none, or a file that cannot be read.
-        ValueError: a wrong argument.
+    and those after them only if there are not enough otherwise. ``load_tokenizer`` is called if there is text, and
+    ``data`` has no tokenizer; ``positions`` is the longest sequence of the model, None if any.
     """
     length, seed, source = data.length or min(LENGTH, positions or LENGTH), data.seed, data.source
+    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
     is_drawn = False
     if isinstance(source, Tensor):
         ids = source
@@ -113,11 +103,11 @@ def take_tokens(
             raise ValueError(
                 f"calibration is a tensor {list(ids.shape)} of {ids.dtype}: expected token numbers [rows, length]."
             )
-    elif isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".safetensors":
-        ids, seed = _read_kept(source)
+    elif path is not None and path.suffix == ".safetensors":
+        ids, seed = _read_kept(path)
     else:
-        name = str(source) if isinstance(source, (str, os.PathLike)) else "calibration"
-        ids = _end_to_end(_documents(data, load_tokenizer), data.rows or ROWS[method], length, name, method)
+        documents = _documents(data, path, load_tokenizer)
+        ids = _end_to_end(documents, data.rows or ROWS[method], length, str(path or "calibration"), method)
         is_drawn = True
     if not is_drawn:
         if data.rows is not None or data.length is not None:
@@ -135,7 +125,7 @@ def take_tokens(
         )
     tokens = CalibrationTokens(ids, seed, (data.rows or ROWS[method]) * length)
     if data.keep is not None:
-        tokens.save(data.keep)
+        save_file({TENSOR: ids.to(torch.int32)}, data.keep, metadata={"seed": str(seed)})
     return tokens
 
 
@@ -143,7 +133,7 @@ def _is_sequences(ids: Tensor) -> bool:
     return ids.dim() == 2 and ids.numel() > 0 and not ids.is_floating_point()
 
 
-def _read_kept(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
+def _read_kept(path: Path) -> tuple[Tensor, int]:
     """The sequences in a file that ``keep`` wrote, and their seed."""
     try:
         with safe_open(path, "pt") as file:
@@ -157,15 +147,11 @@ def _read_kept(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
     return ids, seed
 
 
-def _documents(data: CalibrationData, load_tokenizer: Callable[[], Any]) -> Iterator[list[int]]:
-    """The token numbers of each document, in an order that the seed fixes."""
-    source = data.source
-    is_file = isinstance(source, (str, os.PathLike))
-    documents: list[Any] = list(read_rows(Path(source), limit=MOST_ROWS) if is_file else source)  # type: ignore[arg-type]
+def _documents(data: CalibrationData, path: Path | None, load_tokenizer: Callable[[], Any]) -> Iterator[list[int]]:
+    """The token numbers of each document of the file or list, in an order that the seed fixes."""
+    documents: list[Any] = list(data.source if path is None else read_rows(path, limit=MOST_ROWS))  # type: ignore[arg-type]
     order = permutation(len(documents), data.seed)
-    if is_file:
-        format = data.format or infer_format(documents[:INFER_ROWS])
-    elif not all(isinstance(document, str) for document in documents):
+    if path is None and not all(isinstance(document, str) for document in documents):
         for index in order:
             ids = documents[index]
             if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.is_floating_point():
@@ -176,19 +162,20 @@ def _documents(data: CalibrationData, load_tokenizer: Callable[[], Any]) -> Iter
                 )
             yield ids.tolist()
         return
+    format = "" if path is None else data.format or infer_format(documents[:INFER_ROWS])
     encoder = ChatEncoder(data.tokenizer or load_tokenizer(), train_on="all")
     for index in order:
-        if is_file:
-            yield encoder.encode(normalize(documents[index], format)).input_ids
-        elif documents[index].strip():
-            yield encoder.encode(Row(f"calibration text {index}", 1, text=documents[index])).input_ids
+        document = documents[index]
+        if path is not None:
+            yield encoder.encode(normalize(document, format)).input_ids
+        elif document.strip():
+            yield encoder.encode(Row(f"calibration text {index}", 1, text=document)).input_ids
 
 
 def _end_to_end(documents: Iterator[list[int]], rows: int, length: int, name: str, method: str) -> Tensor:
     """Sequences of the documents' tokens, int64 [at most rows, length]."""
     wanted = rows * length
-    taken: list[int] = []
-    rest: list[list[int]] = []
+    taken, rest = list[int](), list[list[int]]()
     for document in documents:
         taken += document[:length]
         rest.append(document[length:])
@@ -207,25 +194,17 @@ def _end_to_end(documents: Iterator[list[int]], rows: int, length: int, name: st
 
 
 def quantize_command(model: str, quant: Mapping[str, Any], dtype: str, calibration: Path | str | None, out: str) -> str:
-    """The shell command ``qlora quantize`` that makes the 4-bit weights of a training run.
-
-    Args:
-        model: the 16-bit model of the run.
-        quant: the section ``quant`` of its config; keys that are left out have their default.
-        dtype: ``train.dtype``.
-        calibration: the text, or the sequences that the run kept. out: the new folder.
-    """
+    """The shell command ``qlora quantize`` that makes the 4-bit weights of a training run from its 16-bit ``model``,
+    section ``quant`` of the config and ``train.dtype``, and the text or the sequences that it kept."""
     words = ["qlora", "quantize", model, "--method", quant.get("method", "rtn")]
-    if calibration is not None:
-        words += ["--calibration", str(calibration)]
-    if (kind := quant.get("type", "nf4")) != "nf4":
-        words += ["--quant-type", kind]
-    if (size := quant.get("block_size", 64)) != 64:
-        words += ["--block-size", str(size)]
-    if not quant.get("double_quant", True):
-        words.append("--no-double-quant")
-    if dtype != "bfloat16":
-        words += ["--dtype", dtype]
+    for option, value, default in (
+        ("--calibration", calibration, None),
+        ("--quant-type", quant.get("type", "nf4"), "nf4"),
+        ("--block-size", quant.get("block_size", 64), 64),
+        ("--dtype", dtype, "bfloat16"),
+    ):
+        words += [option, str(value)] if value != default else []
+    words += [] if quant.get("double_quant", True) else ["--no-double-quant"]
     return shlex.join([*words, "--out", out])
 
 

@@ -25,8 +25,9 @@ from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight, from_bnb, to_bnb
 
 MOST_IN_MEMORY = 1 << 28  # bytes of hidden states
+LAYER_FORMAT = 2  # of the files of finished layers; earlier ones have no number
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_PLAIN = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,8 @@ class LayerCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's output [1, length, H] for those hidden states."""
-        if self.keyword:
-            out = layer(*self.args, **{self.keyword: hidden}, **self.kwargs)
-        else:
-            out = layer(hidden, *self.args, **self.kwargs)
+        first, named = ((), {self.keyword: hidden}) if self.keyword else ((hidden,), {})
+        out = layer(*first, *self.args, **named, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
 
@@ -130,9 +129,7 @@ def _stubs(model: Any, layers: nn.ModuleList, calls: list[LayerCall], entered: l
 
 def _is_plain(value: Any) -> bool:
     """Whether the value can be passed again: tensors and constants, but no cache that layers write to."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (Tensor, *_PLAIN))
+    return all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, _PLAIN)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -158,14 +155,11 @@ def _unlike(model: Any, what: str) -> UserError:
 class HiddenStates:
     """Tensors [1, length, H], one a sequence: the inputs of the current layer, and those of the next.
 
-    Args:
-        shape: (rows, length, H). dtype: of all of them.
-        folder: for the files of two layers, one read while the other is written; None keeps everything in memory, where
-            a layer's output replaces its input.
+    They lie in files of ``folder``, or in memory if it is None, where a layer's output replaces its input.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None) -> None:
-        self.shape, self.dtype, self.folder = shape, dtype, folder
+        self.shape, self.dtype, self.folder = shape, dtype, folder  # [rows, length, H]
         self.layer = 0  # the current one
         self._memory = torch.empty(shape, dtype=dtype) if folder is None else None
 
@@ -174,16 +168,16 @@ class HiddenStates:
         if self._memory is not None:
             return self._memory[row : row + 1].clone()
         raw = torch.empty(1, *self.shape[1:], dtype=self.dtype)
-        with self.file(self.layer).open("rb", buffering=0) as file:
+        with hidden_file(self.folder, self.layer).open("rb", buffering=0) as file:
             file.seek(row * raw.nbytes)
             if file.readinto(_bytes(raw)) != raw.nbytes:
-                raise OSError(f"{self.file(self.layer)} ends before row {row}")
+                raise OSError(f"{file.name} ends before row {row}")
         return raw
 
     def begin(self, layer: int) -> None:
         """Make room for the input of ``layer``: the current one, or the next."""
         if self.folder is not None:
-            with self.file(layer).open("wb") as file:
+            with hidden_file(self.folder, layer).open("wb") as file:
                 file.truncate(torch.Size(self.shape).numel() * self.dtype.itemsize)
 
     def write(self, row: int, value: Tensor, layer: int) -> None:
@@ -192,29 +186,25 @@ class HiddenStates:
         if self._memory is not None:
             self._memory[row : row + 1] = value
             return
-        with self.file(layer).open("r+b", buffering=0) as file:
+        with hidden_file(self.folder, layer).open("r+b", buffering=0) as file:
             file.seek(row * value.nbytes)
             file.write(_bytes(value))
 
     def sync(self, layer: int) -> None:
         """Wait until the input of ``layer`` is on the disk."""
         if self.folder is not None:
-            fsync(self.file(layer))
+            fsync(hidden_file(self.folder, layer))
 
     def advance(self) -> None:
         """Go on to the next layer and delete the input of this one."""
         if self.folder is not None:
-            self.file(self.layer).unlink()
+            hidden_file(self.folder, self.layer).unlink()
         self.layer += 1
 
-    def file(self, layer: int) -> Path:
-        """The file of the input of ``layer``."""
-        assert self.folder is not None
-        return hidden_file(self.folder, layer)
 
-
-def hidden_file(folder: Path, layer: int) -> Path:
-    """The file in ``folder`` of the input of ``layer``."""
+def hidden_file(folder: Path | None, layer: int) -> Path:
+    """The file of the input of ``layer``."""
+    assert folder is not None
     return folder / f"hidden-{layer:04}.bin"
 
 
@@ -228,18 +218,17 @@ def _bytes(tensor: Tensor) -> Any:
 class FinishedLayers:
     """A folder from which an interrupted run goes on: a file a layer, in bitsandbytes' format, and ``run.json``.
 
-    Args:
-        folder: made if it is not there. run: everything that determines the bytes, as JSON values. The files of another
-            run are deleted; ``changed`` then names the settings that differ.
+    ``run`` is everything that determines the bytes, as JSON values. The files of another run, or of another format, are
+    deleted; ``changed`` then names the settings that differ.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
         self.folder, self.changed = folder, []
-        run, earlier = json.loads(json.dumps(run)), None
+        run, earlier = json.loads(json.dumps({**run, "format": LAYER_FORMAT})), {}
         with suppress(OSError, ValueError):
             earlier = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if earlier != run:
-            if earlier is not None:
+            if earlier:
                 self.changed = sorted(name for name in {*run, *earlier} if run.get(name) != earlier.get(name))
             shutil.rmtree(folder, ignore_errors=True)
             with atomic_file(folder / "run.json") as path:
@@ -262,11 +251,9 @@ class FinishedLayers:
 
     def save(self, index: int, weights: dict[str, QuantizedWeight], fell_back: dict[str, str]) -> None:
         """Write a layer to the disk, whole or not at all."""
-        tensors = {
-            key: tensor.cpu().contiguous()
-            for name, weight in weights.items()
-            for key, tensor in to_bnb(weight, name).items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            tensors |= {key: tensor.cpu().contiguous() for key, tensor in to_bnb(weight, name).items()}
         with atomic_file(self._file(index)) as path:
             save_file(tensors, path, {"layer": json.dumps({"names": list(weights), "fell_back": fell_back})})
 

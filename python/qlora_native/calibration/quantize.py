@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock, local
-from typing import NamedTuple
 
 import torch
 
@@ -34,16 +33,8 @@ ROWS = 64  # of a hessian, copied at a time
 _one_at_a_time = Lock()
 _last = local()  # what this thread factorized last, while that hessian lives: q, k and v share their inputs
 
-
 Factor = tuple[torch.Tensor, torch.Tensor, float]
-
-
-class Form(NamedTuple):
-    """The format of a quantized weight."""
-
-    quant_type: str
-    block_size: int
-    double_quant: bool
+Form = tuple[str, int, bool]  # quant_type, block_size, double_quant
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ def quantize_calibrated(
     Source: Dettmers et al., "QLoRA", 2023 (format); Frantar et al., "GPTQ", 2022.
     """
     _check(weight, method, moment, hessian, damping)
-    form = Form(quant_type, block_size, double_quant)
+    form = quant_type, block_size, double_quant
     plain = quantize(weight, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     measure = moment if hessian is None else hessian
     rtn_error = weighted_error(weight, plain, measure)
@@ -143,7 +134,7 @@ def quantize_calibrated(
         factor, order, used = found
         number = quant_type_number(quant_type)
         packed = torch.ops.qlora_native.gptq_4bit(weight, factor, order, result.scales(), number, block_size)
-        result, metric = _replaced(result, packed), hessian
+        result, metric = _replaced(result, packed, result.absmax), hessian
     error = weighted_error(weight, result, metric)
     of_rtn = rtn_error if metric is measure else weighted_error(weight, plain, metric)
     if not error <= of_rtn:  # NaN too, where the errors overflow
@@ -153,10 +144,8 @@ def quantize_calibrated(
 
 
 def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch.Tensor | None) -> float:
-    """Squared error of a quantized matrix [N, K], summed in fp64.
-
-    ``measure`` is None (plain), [K] (second moments of the inputs) or [K, K] (their hessian).
-    """
+    """Squared error of a quantized matrix [N, K], summed in fp64: plain (``measure`` is None), or weighted with the
+    second moments [K] or the hessian [K, K] of the inputs."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     block, width, count = result.block_size, max(weight.shape[1], 1), len(weight)
     metric = None if measure is None else measure.float()
@@ -166,11 +155,8 @@ def weighted_error(weight: torch.Tensor, result: QuantizedWeight, measure: torch
         for begin in range(0, count, rows):
             part = result.slice(begin, min(begin + rows, count))
             error = weight[begin : begin + rows].float() - part.dequantize(torch.float32)
-            if metric is None:
-                other = error
-            else:
-                other = error * metric if metric.dim() == 1 else error @ metric
-            total += (error * other).sum(dtype=torch.float64)
+            weighted = error if metric is None else error * metric if metric.dim() == 1 else error @ metric
+            total += (error * weighted).sum(dtype=torch.float64)
     return float(total)
 
 
@@ -184,7 +170,7 @@ def _check(
         raise error(f"method is {method!r}: expected one of {', '.join(METHODS)}")
     if weight.dim() != 2:
         raise error(f"weight is {list(weight.shape)}: expected two dimensions, [N, K]")
-    if not (math.isfinite(damping) and damping >= 0):
+    if not 0 <= damping < math.inf:
         raise error(f"damping is {damping}: expected a finite number, 0 or more")
     if method == "gptq" and hessian is None:
         raise error("method 'gptq' needs the hessian of the weight's inputs, [K, K]")
@@ -228,7 +214,7 @@ def _near_one(moment: torch.Tensor) -> torch.Tensor:
 def _search(
     weight: torch.Tensor, moment: torch.Tensor, form: Form, table: torch.Tensor, *scales: torch.Tensor | int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    settings = SEARCH_LOW, SEARCH_HIGH, quant_type_number(form.quant_type), form.block_size
+    settings = SEARCH_LOW, SEARCH_HIGH, quant_type_number(form[0]), form[1]
     found: tuple[torch.Tensor, torch.Tensor] = torch.ops.qlora_native.search_scales_4bit(
         weight, moment, table.to(weight.device), *scales, *settings
     )
@@ -237,31 +223,30 @@ def _search(
 
 def _signed(weight: torch.Tensor, moment: torch.Tensor, form: Form, shares: tuple[float, ...]) -> QuantizedWeight:
     """The scale of each block is the best of these shares of its largest magnitude, of either sign."""
-    plain = quantize(weight, quant_type=form.quant_type, block_size=form.block_size, double_quant=False)
-    table = torch.tensor([*shares, *(-share for share in shares)] if form.quant_type == "nf4" else shares)
+    quant_type, block_size, double_quant = form
+    plain = quantize(weight, quant_type=quant_type, block_size=block_size, double_quant=False)
+    table = torch.tensor([*shares, *(-share for share in shares)] if quant_type == "nf4" else shares)
     whole = torch.full_like(plain.absmax, shares.index(1.0), dtype=torch.uint8)
     nothing = plain.absmax.new_zeros(())
     packed, chosen = _search(weight, moment, form, table, plain.absmax, nothing, whole, 1)
     signed = _replaced(plain, packed, table.to(weight.device)[chosen.long()] * plain.absmax)
-    if form.double_quant:
+    if double_quant:
         signed.absmax, signed.nested_absmax, signed.nested_offset = reference.quantize_scales(signed.absmax)
     return signed
 
 
 def _searched(weight: torch.Tensor, moment: torch.Tensor, form: Form) -> QuantizedWeight:
     """The scales of the least weighted error among those that the format can store."""
-    signed = _signed(weight, moment, form, COARSE_SHARES if form.double_quant else SHARES)
+    signed = _signed(weight, moment, form, COARSE_SHARES if form[2] else SHARES)
     if signed.nested_absmax is None or signed.nested_offset is None:
         return signed
     place = signed.nested_absmax, signed.nested_offset, signed.absmax, reference.NESTED_BLOCK
     return _replaced(signed, *_search(weight, moment, form, _native.nested_code(), *place))
 
 
-def _replaced(w: QuantizedWeight, packed: torch.Tensor, absmax: torch.Tensor | None = None) -> QuantizedWeight:
+def _replaced(w: QuantizedWeight, packed: torch.Tensor, absmax: torch.Tensor) -> QuantizedWeight:
     result = copy.copy(w)
-    result.packed = packed
-    if absmax is not None:
-        result.absmax = absmax
+    result.packed, result.absmax = packed, absmax
     return result
 
 
@@ -285,11 +270,8 @@ def feedback_factor(hessian: torch.Tensor, damping: float) -> Factor | None:
 
     Columns go by falling second moment, equal ones by index. In that order, damped by ``damping`` times the mean of
     its diagonal, H = R R^T with R upper triangular, and factor[i, j] = R[i, j] / R[j, j]. If there is no such R, the
-    damping is raised tenfold until there is; None if that does not help. Factorized in fp64.
-
-    Args:
-        hessian: fp32 or fp64 [K, K], symmetric, its diagonal not negative and not all zero.
-        damping: 0 or more.
+    damping is raised tenfold until there is; None if that does not help. Factorized in fp64. The diagonal of the
+    hessian, fp32 or fp64 [K, K], is not negative and not all zero.
     """
     if hessian.is_inference():  # has no version counter
         return _factorized(hessian, damping)

@@ -78,12 +78,8 @@ def _tiles(size: int) -> list[tuple[int, int]]:
 class Statistics:
     """One :class:`Statistic` for each distinct input of a layer's weights: q, k and v share theirs.
 
-    Weights share an input if it is the same tensor in the first sequence that reaches them.
-
-    Args:
-        full: sum x x^T too.
-        length: tokens of a sequence. In inputs of all of them the first counts :data:`FIRST_TOKEN` times; None counts
-            all alike.
+    Weights share an input if it is the same tensor in the first sequence that reaches them. With ``full``, x x^T is
+    summed too. In inputs of ``length`` tokens the first counts :data:`FIRST_TOKEN` times; None counts all alike.
     """
 
     def __init__(self, full: bool, length: int | None = None) -> None:
@@ -101,7 +97,10 @@ class Statistics:
         """Add the inputs of whole sequences, in that order."""
         taken: dict[int, tuple[Statistic, list[Tensor]]] = {}
         for inputs in sequences:
-            for keys in _shared(inputs):
+            shared: dict[tuple[int, ...], list[Key]] = {}  # weights by their input tensors
+            for key, tensors in inputs.items():
+                shared.setdefault(tuple(map(id, tensors)), []).append(key)
+            for keys in shared.values():
                 tensors = [x.reshape(-1, x.shape[-1]) for x in inputs[keys[0]]]
                 statistic = self._statistic(keys, tensors[0])
                 taken.setdefault(id(statistic), (statistic, []))[1].extend(tensors)
@@ -113,8 +112,7 @@ class Statistics:
                 spans = _tiles(tensors[0].shape[1])
                 for index, rows in enumerate(spans):
                     tasks += [partial(statistic.add_tile, rows, columns, exact) for columns in spans[index:]]
-        for future in [pool.submit(task) for task in tasks]:
-            future.result()
+        list(pool.map(lambda task: task(), tasks))
 
     def _statistic(self, keys: list[Key], x: Tensor) -> Statistic:
         known = {id(self.of[key]) if key in self.of else None for key in keys}
@@ -127,14 +125,6 @@ class Statistics:
                 "cannot be calibrated; load it with method 'rtn' or 'rtn_signed'."
             )
         return self.of[keys[0]]
-
-
-def _shared(inputs: Inputs) -> Iterable[list[Key]]:
-    """The weights of one sequence, grouped by their input tensors."""
-    found: dict[tuple[int, ...], list[Key]] = {}
-    for key, tensors in inputs.items():
-        found.setdefault(tuple(map(id, tensors)), []).append(key)
-    return found.values()
 
 
 class InputTaps:

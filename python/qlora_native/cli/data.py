@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,44 +49,45 @@ examples:
 def run(args: argparse.Namespace) -> int:
     """Read, count, show."""
     config = _config(args)
+    from qlora_native.data.batching import evaluation_order
     from qlora_native.data.readers import read_rows
     from qlora_native.data.template import ChatEncoder
     from qlora_native.hf.source import load_tokenizer
 
     if args.rows < 0 or (args.limit is not None and args.limit < 1):
         raise UserError("qlora data show: --rows takes a number from 0, --limit one from 1")
-    paths = [path for path in (config.data.train, config.data.eval) if path is not None]
+    data = config.data
+    paths = [path for path in (data.train, data.eval) if path is not None]
     for path in paths:
         read_rows(path)  # a missing file is reported before the tokenizer is loaded
     tokenizer = load_tokenizer(config.model)
-    files = [config.data.load(path, tokenizer, limit=args.limit) for path in paths]
+    files = [data.load(path, tokenizer, limit=args.limit) for path in paths]
     train = files[0]
-    encoder = ChatEncoder(tokenizer, max_length=config.data.max_length, train_on=config.data.train_on)
-    sources = read_rows(config.data.train, limit=args.limit)
+    encoder = ChatEncoder(tokenizer, max_length=data.max_length, train_on=data.train_on)
+    sources = read_rows(data.train, limit=args.limit)
     if args.row is None:
         chosen = list(islice(sources, args.rows))
-    else:
-        chosen = [row for row in sources if row.line == args.row]
-        if not chosen:
-            raise UserError(
-                f"{config.data.train} has no row on line {args.row}: its rows stand on lines {train.lines[0]:,} to "
-                f"{max(train.lines[-1], *train.dropped.lines[-1:], 1):,}"
-            )
+    elif not (chosen := [row for row in sources if row.line == args.row]):
+        raise UserError(
+            f"{data.train} has no row on line {args.row}: its rows stand on lines {train.lines[0]:,} to "
+            f"{max(train.lines[-1], *train.dropped.lines[-1:], 1):,}"
+        )
     rows = [_row(encoder, row, train.stats.format) for row in chosen]
     if args.png:
-        _plot_lengths(train.lengths, config.data.max_length, Path(args.png))
+        _plot_lengths(train.lengths, data.max_length, Path(args.png))
     summaries = [_summary(file) for file in files]
-    packed = _packed(config, train)
+    packed = None
+    if data.packing:
+        count, length = len(evaluation_order(train.lengths, data.max_length)), data.max_length
+        packed = {"sequences": count, "length": length, "filled": train.stats.tokens / (count * length)}
     if args.json:
         print(json.dumps({"files": summaries, "packing": packed, "rows": rows}, indent=2))
         return 0
     for file, numbers in zip(files, summaries, strict=True):
         _print_file(file, numbers)
     if packed is not None:
-        print(
-            f"packed: about {packed['sequences']:,} sequences of {packed['length']:,} tokens an epoch, "
-            f"{packed['filled']:.1%} full"
-        )
+        sequences = f"{packed['sequences']:,} sequences of {packed['length']:,} tokens"
+        print(f"packed: about {sequences} an epoch, {packed['filled']:.1%} full")
     for row in rows:
         _print_row(row, train.stats.path)
     return 0
@@ -156,16 +157,6 @@ def _plot_lengths(lengths: np.ndarray, max_length: int, picture: Path) -> None:
         raise UserError(f"could not write {picture}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _packed(config: TrainConfig, rows: TokenizedDataset) -> dict[str, Any] | None:
-    from qlora_native.data.batching import evaluation_order
-
-    if not config.data.packing:
-        return None
-    length = config.data.max_length
-    sequences = len(evaluation_order(rows.lengths, length))
-    return {"sequences": sequences, "length": length, "filled": rows.stats.tokens / (sequences * length)}
-
-
 def _print_file(rows: TokenizedDataset, numbers: dict[str, Any]) -> None:
     stats = rows.stats
     too_long, untrained = stats.dropped_too_long, stats.dropped - stats.dropped_too_long
@@ -211,26 +202,22 @@ def _parts(tokenizer: Any, encoded: Encoded) -> list[dict[str, Any]]:
     from qlora_native.data.template import IGNORE_INDEX
 
     parts: list[dict[str, Any]] = []
-    done = ""
-    trained = [label != IGNORE_INDEX for label in encoded.labels]
-    for end in range(1, len(trained) + 1):
-        if end < len(trained) and trained[end] == trained[end - 1]:
-            continue
+    done, end = "", 0
+    for trained, run in groupby(label != IGNORE_INDEX for label in encoded.labels):
+        end += len(list(run))
         # Decoded from the start: a tokenizer may drop the space before the first token that it is given.
         ids = encoded.input_ids[:end]
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        parts.append({"text": text[len(done) :], "trained": trained[end - 1]})
+        parts.append({"text": text[len(done) :], "trained": trained})
         done = text
     return parts
 
 
 def _print_row(row: dict[str, Any], path: str) -> None:
-    header = f"{path}:{row['line']}: {row['tokens']:,} tokens, {row['trained']:,} of them trained"
-    if row["cut"]:
-        header += f", {row['cut']:,} more truncated"
-    if row["dropped"]:
-        header += f"; dropped: {row['dropped']}"
-    print(f"\n{header}")
+    truncated = f", {row['cut']:,} more truncated" if row["cut"] else ""
+    dropped = f"; dropped: {row['dropped']}" if row["dropped"] else ""
+    counts = f"{row['tokens']:,} tokens, {row['trained']:,} of them trained"
+    print(f"\n{path}:{row['line']}: {counts}{truncated}{dropped}")
     parts = [(printable(part["text"]), part["trained"]) for part in row["parts"]]
     if not has_rich_terminal() or "NO_COLOR" in os.environ:
         print("".join(f"[[{text}]]" if trained else text for text, trained in parts))

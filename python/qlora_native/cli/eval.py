@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from qlora_native.cli._run import print_result, user_path
 from qlora_native.errors import UserError
@@ -10,26 +11,24 @@ from qlora_native.errors import UserError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
-    parser.add_argument(
-        "model", metavar="MODEL", type=user_path, help="a model folder, 16-bit or 4-bit, or a .gguf file"
-    )
-    texts = "texts: any file that training reads, or .txt"
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", type=user_path, help=texts)
-    parser.add_argument("--choices", nargs="*", help=argparse.SUPPRESS)  # of older versions
-    parser.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, if it is installed")
-    parser.add_argument("--adapter", metavar="DIR", type=user_path, help="an adapter, measured on the first 4-bit form")
+    several: dict[str, Any] = {"nargs": "+", "default": []}
     methods = "4-bit forms of a 16-bit model: rtn, rtn_signed, wmse, gptq (default: rtn)"
-    parser.add_argument("--compare", nargs="+", default=[], metavar="METHOD", help=methods)
-    calibration = "text for wmse and gptq; not one that is evaluated"
-    parser.add_argument("--calibration", metavar="FILE", type=user_path, help=calibration)
-    reference = "the 16-bit model that a 4-bit MODEL was made from"
-    parser.add_argument("--reference", metavar="DIR", type=user_path, help=reference)
-    parser.add_argument("--max-length", type=int, default=1024, metavar="N", help="tokens a row (default: 1024)")
-    parser.add_argument("--rows", type=int, metavar="N", help="only the first N rows of each file or task")
-    predicted = "predicted part of a conversation (default: answers)"
-    parser.add_argument("--train-on", choices=("answers", "all"), default="answers", help=predicted)
-    report = "write report.md, report.json and report.png there"
-    parser.add_argument("--report", metavar="DIR", type=user_path, help=report)
+    part = "predicted part of a conversation (default: answers)"
+    for name, metavar, kind, text, options in (
+        ("model", "MODEL", user_path, "a model folder, 16-bit or 4-bit, or a .gguf file", {}),
+        ("--data", "FILE", user_path, "texts: any file that training reads, or .txt", several),
+        ("--choices", None, str, argparse.SUPPRESS, {"nargs": "*"}),  # of older versions
+        ("--lm-eval", "TASK", str, "tasks of lm-eval, if it is installed", several),
+        ("--adapter", "DIR", user_path, "an adapter, measured on the first 4-bit form", {}),
+        ("--compare", "METHOD", str, methods, several),
+        ("--calibration", "FILE", user_path, "text for wmse and gptq; not one that is evaluated", {}),
+        ("--reference", "DIR", user_path, "the 16-bit model that a 4-bit MODEL was made from", {}),
+        ("--max-length", "N", int, "tokens a row (default: 1024)", {"default": 1024}),
+        ("--rows", "N", int, "only the first N rows of each file or task", {}),
+        ("--train-on", None, str, part, {"choices": ("answers", "all"), "default": "answers"}),
+        ("--report", "DIR", user_path, "write report.md, report.json and report.png there", {}),
+    ):
+        parser.add_argument(name, metavar=metavar, type=kind, help=text, **options)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = """A 16-bit MODEL is compared with its 4-bit forms: loss, perplexity, KL divergence from 16 bits,
 each with its standard error over rows. One model is in memory at a time; of the 16-bit one, two bytes for each token

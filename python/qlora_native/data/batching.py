@@ -28,6 +28,7 @@ WINDOW_BATCHES = 32
 WINDOW_ROWS = 1024
 
 Item = TypeVar("Item")  # of a batch: a row, or a sequence of rows packed together
+Lengths = Sequence[int] | np.ndarray  # tokens of each row
 TokenizedRow = Mapping[str, Sequence[int] | np.ndarray]  # "input_ids" and "labels", each [length]
 
 
@@ -52,37 +53,26 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 class Sampler(ABC, Generic[Item]):
-    """The order of batches over epochs; its position is saved and restored.
+    """The order of batches over epochs; its position, ``epoch`` and ``batch``, is saved and restored.
 
     ``for batch in sampler`` runs from the position to the end of the epoch and leaves the position at the start of the
     next; ``sampler.forever()`` never ends. The position moves before a batch is yielded, so a state saved while working
-    on a batch resumes with the one after it.
+    on a batch resumes with the one after it. The last batch of an epoch may be smaller.
 
     The order is a pure function of the arguments and the epoch; no global random state is read. In epoch 0 the batch
     that needs most memory comes first: a setting too large for the machine fails in the first step.
 
-    Args:
-        lengths: tokens per row, [rows].
-        batch_size: items per batch; the last ones of an epoch may form one smaller batch.
-        seed: any integer; its last 64 bits count.
-        epoch: the epoch to start in, from 0.
-        settings: whatever else the order depends on.
-
-    Attributes:
-        epoch, batch: the position: the epoch, and the index in it of the next batch.
+    ``settings`` are whatever else the order depends on.
     """
 
-    def __init__(
-        self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, epoch: int, **settings: int
-    ) -> None:
+    def __init__(self, lengths: Lengths, batch_size: int, seed: int, epoch: int, **settings: int) -> None:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         if self._lengths.ndim != 1 or self._lengths.size == 0:
             raise ValueError(f"lengths has shape {list(self._lengths.shape)}, expected [rows] with at least one row")
         for name, value, least in (("batch_size", batch_size, 1), ("epoch", epoch, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
-        self.batch_size, self.seed = batch_size, seed
-        self.epoch, self.batch = epoch, 0
+        self.batch_size, self.seed, self.epoch, self.batch = batch_size, seed, epoch, 0
         self._settings = settings
         self._order: tuple[int, list[list[Item]]] | None = None
 
@@ -108,8 +98,7 @@ class Sampler(ABC, Generic[Item]):
 
     def steps(self, epochs: float) -> int:
         """Batches in so many epochs; a part of one is rounded up."""
-        whole = int(epochs)
-        rest = epochs - whole
+        whole, rest = int(epochs), epochs % 1
         # 2.1 - 2 is a little more than 0.1, which must not make a step.
         last = math.ceil(rest * self.count(whole) - 1e-9) if rest else 0
         return sum(self.count(epoch) for epoch in range(whole)) + last
@@ -143,10 +132,8 @@ class Sampler(ABC, Generic[Item]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the position in ``state``.
 
-        Raises:
-            UserError: the state belongs to other data, another batch size, seed or kind of sampler, so its position
-                means nothing here.
-            ValueError: ``state`` is not what :meth:`state_dict` gives.
+        UserError if it belongs to other data, another batch size, seed or kind of sampler; ValueError if it is not what
+        :meth:`state_dict` gives.
         """
         here = self._identity()
         then, now = ("on" if "packed_length" in identity else "off" for identity in (state, here))
@@ -159,9 +146,9 @@ class Sampler(ABC, Generic[Item]):
             )
         for key, value in here.items():
             if state[key] != value:
-                if key == "lengths_crc32":
-                    raise _not_resumed("the rows have other lengths than those the checkpoint was made with")
-                raise _not_resumed(f"{key} was {state[key]} when the checkpoint was made and is {value} now")
+                why = f"{key} was {state[key]} when the checkpoint was made and is {value} now"
+                lengths = "the rows have other lengths than those the checkpoint was made with"
+                raise _not_resumed(lengths if key == "lengths_crc32" else why)
         if state["epoch"] < 0 or not 0 <= state["batch"] < self.count(state["epoch"]):
             raise ValueError(
                 f"load_state_dict: position is epoch {state['epoch']}, batch {state['batch']}, "
@@ -178,21 +165,13 @@ def _not_resumed(why: str) -> UserError:
 
 
 class BatchSampler(Sampler[int]):
-    """A :class:`Sampler` whose batches are rows of like length; a batch is a list of row indices.
+    """Batches of rows of like length, each a list of row indices.
 
-    Args:
-        lengths, batch_size, seed, epoch: see :class:`Sampler`.
-        window_batches: most batches that are sorted by length together; 1 turns grouping off.
+    At most ``window_batches`` batches are sorted by length together; 1 turns grouping off.
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        batch_size: int,
-        seed: int = 0,
-        epoch: int = 0,
-        *,
-        window_batches: int = WINDOW_BATCHES,
+        self, lengths: Lengths, batch_size: int, seed: int = 0, epoch: int = 0, *, window_batches: int = WINDOW_BATCHES
     ) -> None:
         # Checkpoints of earlier versions hold drop_last too.
         super().__init__(lengths, batch_size, seed, epoch, window_batches=window_batches, drop_last=0)
@@ -200,17 +179,13 @@ class BatchSampler(Sampler[int]):
             raise ValueError(f"window_batches is {window_batches}, expected at least 1")
         self.window_batches = window_batches
 
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        return -(-int(self._lengths.size) // self.batch_size)
-
     def count(self, epoch: int) -> int:
         """Batches in one epoch: the same in all."""
-        return len(self)
+        return -(-int(self._lengths.size) // self.batch_size)
 
     def _make(self, epoch: int) -> tuple[list[list[int]], list[int]]:
         rows = permutation(self._lengths.size, self.seed, epoch, 0)
-        window = self.batch_size * min(self.window_batches, max(1, len(self) // 4))
+        window = self.batch_size * min(self.window_batches, max(1, self.count(epoch) // 4))
         batches: list[list[int]] = []
         for start in range(0, len(rows), window):
             part = _longest_first(self._lengths, rows[start : start + window])
@@ -219,19 +194,12 @@ class BatchSampler(Sampler[int]):
 
 
 class PackedBatchSampler(Sampler[list[int]]):
-    """A :class:`Sampler` whose batches are packed sequences, each a list of row indices.
+    """Batches of sequences of at most ``packed_length`` tokens, each a list of row indices.
 
     How many batches an epoch has may differ by a few from epoch to epoch.
-
-    Args:
-        lengths, seed, epoch: see :class:`Sampler`.
-        batch_size: sequences per batch.
-        packed_length: most tokens of a sequence.
     """
 
-    def __init__(
-        self, lengths: Sequence[int] | np.ndarray, batch_size: int, packed_length: int, seed: int = 0, epoch: int = 0
-    ) -> None:
+    def __init__(self, lengths: Lengths, batch_size: int, packed_length: int, seed: int = 0, epoch: int = 0) -> None:
         super().__init__(lengths, batch_size, seed, epoch, packed_length=packed_length)
         if (longest := int(self._lengths.max())) > packed_length:
             raise ValueError(f"packed_length is {packed_length}, expected at least the longest row's {longest} tokens")
@@ -253,12 +221,8 @@ def _longest_first(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def pack(lengths: np.ndarray, order: np.ndarray, capacity: int, window_rows: int = WINDOW_ROWS) -> list[list[int]]:
     """Whole rows into sequences of at most ``capacity`` tokens, each a list of row indices.
 
-    Best fit decreasing (Johnson, "Near-optimal bin packing algorithms", 1973) over windows of ``order``: the longest
-    row first, each into the fullest sequence that has room for it.
-
-    Args:
-        lengths: int64 [rows], from 1 to ``capacity``.
-        order: int64 [rows], the rows in the order in which windows are taken.
+    Best fit decreasing (Johnson, "Near-optimal bin packing algorithms", 1973) over windows of ``order``, int64 [rows]:
+    the longest row first, each into the fullest sequence that has room for it.
     """
     sequences: list[list[int]] = []
     for start in range(0, len(order), window_rows):
@@ -286,17 +250,11 @@ def evaluation_order(lengths: np.ndarray, capacity: int | None) -> list[int] | l
 
 
 def collate(rows: Sequence[TokenizedRow], pad_id: int, pad_to_multiple: int = 8) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to the longest, rounded up to ``pad_to_multiple`` tokens.
-
-    Args:
-        rows: B mappings with ``input_ids`` and ``labels``, each [length].
-        pad_id: the id written into ``input_ids`` behind a row; its label is -100 and its attention 0.
+    """Pad B rows on the right to the longest, rounded up to ``pad_to_multiple`` tokens; padding has the label -100.
 
     Returns:
         ``input_ids``, ``labels``, ``attention_mask``: int64 [B, T].
     """
-    if not rows:
-        raise ValueError("collate: got no rows, expected at least one")
     input_ids, labels, _ = _lay_out([[row] for row in rows], pad_id, pad_to_multiple)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
@@ -306,20 +264,14 @@ def collate(rows: Sequence[TokenizedRow], pad_id: int, pad_to_multiple: int = 8)
 def collate_packed(
     sequences: Sequence[Sequence[TokenizedRow]], pad_id: int, pad_to_multiple: int = 8
 ) -> dict[str, torch.Tensor]:
-    """Lay the rows of each sequence end to end, and pad to the longest, rounded up to ``pad_to_multiple`` tokens.
+    """Lay the rows of each of B sequences end to end, and pad as :func:`collate` does.
 
     There is no attention mask: models of transformers read where rows begin off the positions, if they get no mask.
     Padding counts as a row of its own.
 
-    Args:
-        sequences: B lists of mappings with ``input_ids`` and ``labels``, each [length].
-        pad_id: the id written behind the last row; its label is -100.
-
     Returns:
         ``input_ids``, ``labels``, ``position_ids``: int64 [B, T].
     """
-    if not sequences or not all(sequences):
-        raise ValueError("collate_packed: got no rows, expected at least one in each sequence")
     input_ids, labels, position_ids = _lay_out(sequences, pad_id, pad_to_multiple)
     labels[position_ids == 0] = IGNORE_INDEX  # or the row before would predict it
     return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
@@ -329,6 +281,8 @@ def _lay_out(
     sequences: Sequence[Sequence[TokenizedRow]], pad_id: int, pad_to_multiple: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids, labels and positions within rows, each int64 [B, T], of rows end to end and padding behind them."""
+    if not sequences or not all(sequences):
+        raise ValueError("collate: got no rows, expected at least one in each sequence")
     if pad_to_multiple < 1:
         raise ValueError(f"collate: pad_to_multiple is {pad_to_multiple}, expected at least 1")
     longest = max(sum(len(row["input_ids"]) for row in rows) for rows in sequences)

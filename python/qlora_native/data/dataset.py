@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from qlora_native._io import sha256
+from qlora_native._io import as_write_error, sha256
 from qlora_native.data.batching import permutation
 from qlora_native.data.formats import FORMATS, INFER_ROWS, infer_format, normalize
 from qlora_native.data.readers import read_rows
@@ -121,23 +121,15 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
             raise ValueError(f"subset: indices must be a list of row numbers from 0 to {len(self) - 1}")
         names = ("starts", "lengths", "trained", "lines", "truncated")
         part = replace(self, **{name: getattr(self, name)[chosen] for name in names})
-        part.stats = replace(
-            self.stats,
-            rows=len(chosen),
-            truncated=int(part.truncated.sum()),
-            tokens=int(part.lengths.sum()),
-            trained_tokens=int(part.trained.sum()),
-        )
+        sums = {"truncated": part.truncated, "tokens": part.lengths, "trained_tokens": part.trained}
+        counts: Any = {name: int(values.sum()) for name, values in sums.items()}
+        part.stats = replace(self.stats, rows=len(chosen), **counts)
         return part
 
     def split(self, held_out: float | int, seed: int = 0) -> tuple[TokenizedDataset, TokenizedDataset]:
-        """Training and held-out rows, chosen by ``seed``, each in the order of the file.
+        """Training and held-out rows, chosen by ``seed``, each in the order of the file; UserError if one is empty.
 
-        Args:
-            held_out: a share of the rows below 1.0 (float), or their number (int).
-
-        Raises:
-            UserError: one of the two parts would be empty.
+        ``held_out`` is a share of the rows below 1.0 (float), or their number (int).
         """
         count = round(held_out * len(self)) if isinstance(held_out, float) else held_out
         if not 0 < count < len(self):
@@ -161,19 +153,14 @@ def load_dataset(
 ) -> TokenizedDataset:
     """Read, normalize and tokenize a data file, row by row: neither the file nor its tokens need fit into memory.
 
+    UserError if the file or a row is wrong (with file and line), or no row has a token to train on.
+
     Args:
-        path: a ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet`` file.
-        tokenizer: a transformers tokenizer.
         max_length: tokens a row may have; longer rows lose their right end.
         format: one of ``FORMATS``, or None to infer it from the first rows.
         train_on: "answers" or "all"; see :mod:`qlora_native.data.template`.
         limit: read only this many rows of the file.
-        folder: where tokens beyond some 16 million go, into files without a name; by default the system's folder for
-            temporary files.
-
-    Raises:
-        UserError: the file or a row is wrong (named by file and line), or no row has a token to train on.
-        ValueError: a wrong argument.
+        folder: where tokens beyond some 16 million go; by default the system's folder for temporary files.
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format is {format!r}, expected None or one of {', '.join(FORMATS)}")
@@ -200,16 +187,13 @@ def load_dataset(
         trained.append(encoded.trained)
         lines.append(row.line)
         truncated.append(encoded.truncated > 0)
-    if not lengths and any(too_long):
-        raise UserError(
-            f"{path}: no row has a trained token left, as {sum(too_long)} of {len(dropped)} rows begin their answer "
-            f"after max_length={max_length} tokens; raise max_length."
-        )
     if not lengths:
-        raise UserError(
-            f"{path}: none of the {len(dropped)} rows has an answer to train on; "
-            "add assistant messages, or set train_on to 'all'."
-        )
+        advice = "add assistant messages, or set train_on to 'all'"
+        why = f"none of the {len(dropped)} rows has an answer to train on; {advice}"
+        if any(too_long):
+            late = f"{sum(too_long)} of {len(dropped)} rows begin their answer after max_length={max_length} tokens"
+            why = f"no row has a trained token left, as {late}; raise max_length"
+        raise UserError(f"{path}: {why}.")
 
     counts = np.array(lengths, dtype=np.int64)
     stats = DatasetStats(
@@ -242,10 +226,8 @@ def load_dataset(
 
 
 class _TokenArray:
-    """int32 numbers, appended row by row: in memory at first, beyond CHUNK_BYTES in a file without a name.
-
-    The file vanishes with its last user, also after a crash, and is read through a memory map.
-    """
+    """int32 numbers, appended row by row: in memory at first, beyond CHUNK_BYTES in a file without a name, which
+    vanishes with its last user, also after a crash, and is read through a memory map."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -265,15 +247,10 @@ class _TokenArray:
             return np.memmap(self._file, dtype=np.int32, mode="r")
 
     def _write(self) -> None:
-        try:
+        with as_write_error(self._folder, "; the tokens of the data do not fit into memory, so make room there"):
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed in finish()
             self._last.tofile(self._file)
             self._file.flush()
-        except OSError as error:
-            raise UserError(
-                f"the tokens of the data do not fit into memory and could not be written to {self._folder}: "
-                f"{error.strerror or error}; make room there"
-            ) from error
         del self._last[:]

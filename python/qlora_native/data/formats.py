@@ -73,9 +73,7 @@ class Row:
 def infer_format(rows: Iterable[SourceRow]) -> str:
     """The one of :data:`FORMATS` that all ``rows`` (the first few of a file) satisfy.
 
-    Raises:
-        UserError: no format fits, or the rows differ; names the row and near-miss keys.
-        ValueError: ``rows`` is empty.
+    UserError with the row and near-miss keys if none does, or the rows differ.
     """
     found, where = "", ""
     for row in rows:
@@ -93,44 +91,40 @@ def infer_format(rows: Iterable[SourceRow]) -> str:
 
 
 def normalize(row: SourceRow, format: str) -> Row:
-    """Bring a row of the given format into the common form.
-
-    Raises:
-        UserError: a missing key, a wrong type, an unknown role or an empty field, with file and line.
-        ValueError: ``format`` is not one of :data:`FORMATS`.
-    """
+    """Bring a row into the common form; UserError with file and line for missing keys, wrong types, unknown roles and
+    empty fields."""
     if format not in _REQUIRED:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
     data = {key: value for key, value in row.data.items() if value is not None}
     if not data.keys() >= set(_REQUIRED[format]):
         raise _missing(row, format, data)
     tools = _tools(row, data["tools"]) if data.get("tools") else ()
-    messages: list[Message] = []
-    untrained: list[int] = []
-    plain: Row | None = None
-    if format == "text":
-        plain = Row(row.where, row.line, text=_text(row, "text", data["text"], may_be_empty=False))
-    elif format == "alpaca":
+    keys, untrained = _REQUIRED[format], list[int]()
+    if format == "text" or (format == "prompt-completion" and all(isinstance(data[key], str) for key in keys)):
+        plain = {key: _text(row, key, data[key], may_be_empty=key == "prompt") for key in keys}
+        if tools:
+            raise row.error(
+                "the row has 'tools' but plain text, and only a chat template can show them; "
+                "write the row as messages, or remove its 'tools' key."
+            )
+        return Row(row.where, row.line, **plain)  # type: ignore[arg-type]
+    if format == "alpaca":
         messages = _alpaca(row, data)
-    elif format == "prompt-completion" and isinstance(data["prompt"], str) and isinstance(data["completion"], str):
-        prompt, completion = (_text(row, key, data[key], key == "prompt") for key in ("prompt", "completion"))
-        plain = Row(row.where, row.line, prompt=prompt, completion=completion)
     elif format == "prompt-completion":
-        messages, untrained = _prompt_and_completion_turns(row, data["prompt"], data["completion"])
+        if not all(isinstance(data[key], list) for key in keys):
+            raise row.error(
+                f"'prompt' is {kind_of(data['prompt'])} and 'completion' is {kind_of(data['completion'])}, "
+                "expected two strings or two arrays of {role, content}."
+            )
+        (before, _), (after, context) = (_turns(row, key, data[key]) for key in keys)
+        messages = [*before, *after]
+        untrained = [*range(len(before)), *(len(before) + index for index in context)]
     else:
-        key = _REQUIRED[format][0]
-        messages, untrained = _turns(row, key, data[key])
+        messages, untrained = _turns(row, keys[0], data[keys[0]])
         if format == "sharegpt" and data.get("system"):
             messages.insert(0, {"role": "system", "content": _text(row, "system", data["system"])})
             untrained = [index + 1 for index in untrained]
-    if plain is None:
-        return Row(row.where, row.line, messages=tuple(messages), untrained=frozenset(untrained), tools=tools)
-    if tools:
-        raise row.error(
-            "the row has 'tools' but plain text, and only a chat template can show them; "
-            "write the row as messages, or remove its 'tools' key."
-        )
-    return plain
+    return Row(row.where, row.line, messages=tuple(messages), untrained=frozenset(untrained), tools=tools)
 
 
 def _alpaca(row: SourceRow, data: Mapping[str, Any]) -> list[Message]:
@@ -157,17 +151,6 @@ def _alpaca(row: SourceRow, data: Mapping[str, Any]) -> list[Message]:
     return messages
 
 
-def _prompt_and_completion_turns(row: SourceRow, prompt: Any, completion: Any) -> tuple[list[Message], list[int]]:
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        raise row.error(
-            f"'prompt' is {kind_of(prompt)} and 'completion' is {kind_of(completion)}, "
-            "expected two strings or two arrays of {role, content}."
-        )
-    before, _ = _turns(row, "prompt", prompt)
-    after, untrained = _turns(row, "completion", completion)
-    return [*before, *after], [*range(len(before)), *(len(before) + index for index in untrained)]
-
-
 def _turns(row: SourceRow, key: str, value: Any) -> tuple[list[Message], list[int]]:
     """The messages in ``value`` and the indices of those with ``weight`` 0; both spellings of the two keys are read."""
     if not isinstance(value, list):
@@ -181,10 +164,8 @@ def _turns(row: SourceRow, key: str, value: Any) -> tuple[list[Message], list[in
         if not isinstance(entry, dict):
             raise row.error(f"{at} is {kind_of(entry)}, expected an object with 'role' and 'content'.")
         turn = {name: item for name, item in entry.items() if item is not None}
-        calls: list[dict[str, Any]] = []
-        for name in ("tool_calls", "function_call"):
-            if turn.get(name):
-                calls = _tool_calls(row, f"{at}.{name}", turn[name])
+        named = next((name for name in ("function_call", "tool_calls") if turn.get(name)), None)
+        calls = _tool_calls(row, f"{at}.{named}", turn[named]) if named else []
         spellings = [("role", "content"), ("from", "value")]
         if key == "conversations":
             spellings.reverse()
@@ -200,15 +181,11 @@ def _turns(row: SourceRow, key: str, value: Any) -> tuple[list[Message], list[in
         content = _content(row, f"{at}.{content_key}", turn.get(content_key, ""), may_be_empty)
         if turn[role_key] == "function_call":
             calls, content = _tool_calls(row, f"{at}.{content_key}", content), ""
-        message: Message = {"role": role, "content": content}
-        if calls:
-            if role != "assistant":
-                raise row.error(f"{at} has tool calls and the role {role}, expected assistant.")
-            message["tool_calls"] = calls
-        for name in ("reasoning_content", "name", "tool_call_id"):
-            if isinstance(turn.get(name), str):
-                message[name] = turn[name]
-        messages.append(message)
+        if calls and role != "assistant":
+            raise row.error(f"{at} has tool calls and the role {role}, expected assistant.")
+        others = ("reasoning_content", "name", "tool_call_id")
+        kept = {name: turn[name] for name in others if isinstance(turn.get(name), str)}
+        messages.append({"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **kept})
         weight = turn.get("weight", 1)
         if weight not in (0, 1):
             raise row.error(f"{at}.weight is {weight!r}, expected 0 (context only) or 1 (trained).")
@@ -278,14 +255,12 @@ def _role(row: SourceRow, at: str, value: Any) -> str:
 def _content(row: SourceRow, at: str, value: Any, may_be_empty: bool) -> str:
     """A string, or OpenAI's list of text parts, joined."""
     if isinstance(value, list):
-        parts: list[str] = []
         for index, part in enumerate(value):
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else None
                 got = f"a part of type {kind!r}" if kind else kind_of(part)
                 raise row.error(f"{at}[{index}] is {got}, expected text parts only; remove the row.")
-            parts.append(part["text"])
-        value = "".join(parts)
+        value = "".join(part["text"] for part in value)
     return _text(row, at, value, may_be_empty)
 
 
@@ -307,19 +282,18 @@ def _listed(keys: Iterable[str]) -> str:
     return ", ".join(f"'{key}'" for key in keys) or "no keys"
 
 
-def _renames(needed: Sequence[str], keys: Iterable[str]) -> dict[str, str]:
-    """Keys found that resemble an absent one of ``needed``, and that one."""
-    lowered = {key.lower().strip(): key for key in keys if key not in needed}
-    near = {name: difflib.get_close_matches(name, lowered, n=1, cutoff=0.7) for name in needed if name not in keys}
-    return {lowered[match[0]]: name for name, match in near.items() if match}
-
-
-def _as_advice(renames: Mapping[str, str]) -> str:
+def _renames(formats: Iterable[Sequence[str]], keys: Iterable[str]) -> str:
+    """Advice to rename the keys that resemble an absent one of a format."""
+    renames: dict[str, str] = {}
+    for needed in formats:
+        lowered = {key.lower().strip(): key for key in keys if key not in needed}
+        near = {name: difflib.get_close_matches(name, lowered, n=1, cutoff=0.7) for name in needed if name not in keys}
+        renames |= {lowered[match[0]]: name for name, match in near.items() if match}
     return " and ".join(f"rename '{got}' to '{meant}'" for got, meant in renames.items())
 
 
 def _advice(needed: Sequence[str], keys: Iterable[str]) -> str:
-    return _as_advice(_renames(needed, keys)) or "expected " + " and ".join(f"'{name}'" for name in needed)
+    return _renames([needed], keys) or "expected " + " and ".join(f"'{name}'" for name in needed)
 
 
 def _missing(row: SourceRow, format: str, keys: Iterable[str]) -> UserError:
@@ -329,9 +303,6 @@ def _missing(row: SourceRow, format: str, keys: Iterable[str]) -> UserError:
 
 
 def _no_format(row: SourceRow, keys: Iterable[str]) -> UserError:
-    renames: dict[str, str] = {}
-    for needed in _REQUIRED.values():
-        renames |= _renames(needed, keys)
     formats = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in _REQUIRED.items())
-    advice = _as_advice(renames) or "rename the keys to those of one format"
+    advice = _renames(_REQUIRED.values(), keys) or "rename the keys to those of one format"
     return row.error(f"the keys {_listed(keys)} fit no known format ({formats}); {advice}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
@@ -20,8 +21,7 @@ TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DATA_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
 _UTF8_BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-_JSON_SPACE = " \t\r\n"
+_SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 
 
 class SourceRow(NamedTuple):
@@ -37,14 +37,10 @@ class SourceRow(NamedTuple):
 
 
 def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceRow]:
-    """Iterate over the rows of ``path``, at most ``limit`` of them.
+    """Iterate over the rows of ``path``, at most ``limit`` of them; a bad row is a UserError when it is reached.
 
     ``.jsonl``, ``.ndjson`` and ``.json`` hold either one object per line or one array of objects (distinguished by the
     first character); ``.parquet`` needs pyarrow. Blank lines, CRLF line ends and a UTF-8 byte order mark are accepted.
-
-    Raises:
-        UserError: no such file, an unknown kind of file, no row at all, or a bad row (raised when that row is reached).
-        ValueError: ``limit`` below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected None or at least 1")
@@ -86,18 +82,16 @@ def _checked(file: Path, line: int, value: Any) -> SourceRow:
 
 def kind_of(value: Any) -> str:
     """JSON's name of a value's type, with its article."""
-    if isinstance(value, bool):
-        return "true or false"
-    name = type(value).__name__
     names = {"int": "a number", "float": "a number", "str": "a string", "list": "an array", "dict": "an object"}
-    return "null" if value is None else names.get(name, f"a {name}")
+    name = type(value).__name__
+    return {**names, "bool": "true or false", "NoneType": "null"}.get(name, f"a {name}")
 
 
 def _read_text(file: Path) -> Iterator[SourceRow]:
     try:
         with file.open("rb") as stream:
             start = stream.read(4096)
-            if start.startswith(_UTF16_BOMS):
+            if start.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise UserError(f"{file}: the file is UTF-16, expected UTF-8; save it again as UTF-8.")
             stream.seek(len(_UTF8_BOM) if start.startswith(_UTF8_BOM) else 0)
             if start.removeprefix(_UTF8_BOM).lstrip().startswith(b"["):
@@ -122,7 +116,7 @@ def _decode(file: Path, first_line: int, raw: bytes) -> str:
 
 def _line_rows(file: Path, stream: BinaryIO) -> Iterator[SourceRow]:
     for line, raw in enumerate(stream, 1):
-        text = _decode(file, line, raw).strip(_JSON_SPACE)
+        text = _decode(file, line, raw).strip(" \t\r\n")
         if not text:
             continue
         try:
@@ -141,39 +135,36 @@ def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
     decoder = json.JSONDecoder()
     line, counted = 1, 0
 
-    def skip_space(at: int) -> int:
+    def line_of(at: int) -> int:
         nonlocal line, counted
-        while at < len(text) and text[at] in _JSON_SPACE:
-            at += 1
-        line += text.count("\n", counted, at)
-        counted = at
-        return at
+        line, counted = line + text.count("\n", counted, at), at
+        return line
 
-    def broken(why: str) -> UserError:
-        return UserError(f"{file}:{line}: the array is not valid JSON ({why}); fix it, or write one object per line.")
+    def skip_space(at: int) -> int:
+        return len(text) if (found := _SPACE.match(text, at)) is None else found.end()
+
+    def broken(at: int, why: str) -> UserError:
+        where = f"{file}:{line_of(at)}"
+        return UserError(f"{where}: the array is not valid JSON ({why}); fix it, or write one object per line.")
 
     at = skip_space(skip_space(0) + 1)
-    if text[at : at + 1] != "]":
-        while True:
-            try:
-                value, end = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                line += text.count("\n", counted, error.pos)
-                raise broken(f"{error.msg}, column {error.colno}") from None
-            except (ValueError, RecursionError) as error:
-                raise broken(str(error)) from None
-            yield _checked(file, line, value)
-            at = skip_space(end)
-            if text[at : at + 1] == "]":
-                break
-            if at == len(text):
-                raise broken("the closing ']' is missing")
-            if text[at] != ",":
-                raise broken(f"got {text[at]!r}, expected ',' or ']'")
-            at = skip_space(at + 1)
-    at = skip_space(at + 1)
+    mark = text[at : at + 1]
+    at = skip_space(at + 1) if mark == "]" else at
+    while mark != "]":
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise broken(error.pos, f"{error.msg}, column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise broken(at, str(error)) from None
+        yield _checked(file, line_of(at), value)
+        at = skip_space(end)
+        mark = text[at : at + 1]
+        if mark not in ("]", ","):
+            raise broken(at, f"got {mark!r}, expected ',' or ']'" if mark else "the closing ']' is missing")
+        at = skip_space(at + 1)
     if at < len(text):
-        raise broken(f"got {text[at]!r} after the closing ']'")
+        raise broken(at, f"got {text[at]!r} after the closing ']'")
 
 
 def _read_parquet(file: Path) -> Iterator[SourceRow]:

@@ -13,8 +13,8 @@ import textwrap
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 INSTRUCTION = "Write the first line of the docstring for this Python function."
 
@@ -25,20 +25,12 @@ _MIN_SUMMARY, _MAX_SUMMARY = 15, 120  # characters
 _MIN_LINES = 3
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One function without its docstring, and the docstring's first line."""
 
     module: str
     source: str
     summary: str
-
-    def messages(self) -> list[dict[str, str]]:
-        """The example as a chat: the function in a code block, its summary as the answer."""
-        return [
-            {"role": "user", "content": f"{INSTRUCTION}\n\n```python\n{self.source}\n```"},
-            {"role": "assistant", "content": self.summary},
-        ]
 
 
 def is_held_out(module: str) -> bool:
@@ -46,12 +38,10 @@ def is_held_out(module: str) -> bool:
     return hashlib.sha256(module.encode()).digest()[0] % _HELD_OUT_SHARE == 0
 
 
-def examples(max_characters: int, root: Path | None = None) -> Iterator[Example]:
-    """Every documented function of the standard library whose source has at most ``max_characters``, in a fixed order.
-
-    ``root`` is the folder of modules; by default that of the running Python.
-    """
-    folder = Path(sysconfig.get_path("stdlib")) if root is None else root
+def examples(max_characters: int) -> Iterator[Example]:
+    """Every documented function of the standard library whose source has at most ``max_characters``, in a fixed
+    order."""
+    folder = Path(sysconfig.get_path("stdlib"))
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
         if SKIPPED_FOLDERS.intersection(parts):
@@ -65,9 +55,9 @@ def examples(max_characters: int, root: Path | None = None) -> Iterator[Example]
             continue
         lines = text.splitlines()
         for node in _functions(tree):
-            found = _example(".".join(parts), lines, node)
-            if found is not None and len(found.source) <= max_characters:
-                yield found
+            example = _example(".".join(parts), lines, node)
+            if example is not None and len(example.source) <= max_characters:
+                yield example
 
 
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -102,16 +92,19 @@ def write_split(folder: Path, max_characters: int, held_out_rows: int) -> tuple[
     Returns the two paths and their numbers of rows. Held-out rows beyond ``held_out_rows`` are thinned out evenly, so
     that every held-out module stays represented.
     """
-    first: dict[tuple[str, str], Example] = {}
-    for example in examples(max_characters):
-        first.setdefault((example.source, example.summary), example)
-    train = [example for example in first.values() if not is_held_out(example.module)]
-    held_out = [example for example in first.values() if is_held_out(example.module)]
+    first: dict[tuple[str, str], str] = {}  # the module of each distinct row
+    for module, source, summary in examples(max_characters):
+        first.setdefault((source, summary), module)
+    train = [row for row, module in first.items() if not is_held_out(module)]
+    held_out = [row for row, module in first.items() if is_held_out(module)]
     if len(held_out) > held_out_rows:
         held_out = [held_out[i * len(held_out) // held_out_rows] for i in range(held_out_rows)]
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "heldout.jsonl"
     for path, rows in zip(paths, (train, held_out), strict=True):
-        lines = (json.dumps({"messages": example.messages()}, ensure_ascii=False) + "\n" for example in rows)
-        path.write_text("".join(lines), encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file:
+            for source, summary in rows:
+                question = {"role": "user", "content": f"{INSTRUCTION}\n\n```python\n{source}\n```"}
+                chat = [question, {"role": "assistant", "content": summary}]
+                file.write(json.dumps({"messages": chat}, ensure_ascii=False) + "\n")
     return *paths, len(train), len(held_out)

@@ -1,17 +1,14 @@
 """Encode one row as token ids and labels with the chat template.
 
-A label is the token's own id where it is trained and -100 where it is not; the loss shifts them. With
-``train_on="answers"`` these are trained: what the assistant wrote and the token that ends its turn; the completion
-after a prompt; every token of a plain text. The first token is never trained: it has no context, and in packed rows it
-would be predicted from another row.
+A label is the token's own id where it is trained and -100 where it is not; the loss shifts them. Trained are what the
+assistant wrote and the token that ends its turn, the completion after a prompt, and every token of a plain text, but
+never the first token of a row: it has no context, and in packed rows it would be predicted from another row.
 
-The tokens of an answer are found in this order:
-
-1. The template marks it with a ``{% generation %}`` block: transformers' assistant mask, plus the end-of-turn token if
-   the block stops short of it (a model never trained on that token never stops).
-2. Otherwise by text. It starts where the conversation so far, rendered with the generation prompt, ends. Templates that
-   rewrite earlier turns break that prefix; then the answer is replaced by a probe word, and its start is where the
-   probe is. The end is always found by the probe.
+1. A template may mark answers with a ``{% generation %}`` block: transformers' assistant mask, plus the end-of-turn
+   token if the block stops short of it (a model never trained on that token never stops).
+2. Otherwise an answer starts where the conversation so far, rendered with the generation prompt, ends. In templates
+   that rewrite earlier turns, it is replaced by a probe word, and starts where the probe is. It ends where the probe
+   does.
 3. A position in the text becomes one in the tokens by the tokenizer's offsets where a token begins or ends exactly
    there; else by tokenizing the prefix alone, if that is a prefix of the tokens; else every token that overlaps the
    answer is trained.
@@ -22,6 +19,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,8 +46,6 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
-_Offsets = list[tuple[int, int]]
-
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -68,16 +64,8 @@ class Encoded:
 class ChatEncoder:
     """Encodes rows with a tokenizer's chat template, or with :data:`DEFAULT_CHAT_TEMPLATE` if it has none.
 
-    Args:
-        tokenizer: a transformers tokenizer, preferably a fast one (a slow one has no offsets).
-        max_length: longest row in tokens; longer rows lose their right end. None: no limit.
-        train_on: "answers", or "all" to train every token of every row.
-
-    Attributes:
-        chat_template: the Jinja text in use, to be saved beside an adapter.
-        uses_default_template: whether that is the built-in one.
-        folded_system: rows so far whose system message was put before the first user message, as the template has no
-            system role.
+    Rows longer than ``max_length`` tokens lose their right end. ``folded_system`` counts the rows whose system message
+    was put before the first user message, as the template has no system role.
     """
 
     def __init__(
@@ -95,19 +83,16 @@ class ChatEncoder:
         self._lead = self._leading_ids()
         own = self._own_template()
         self.uses_default_template = own is None
-        self.chat_template = own if own is not None else self._default_template()
+        bos = "{{ bos_token }}" if self._lead == [tokenizer.bos_token_id] else ""
+        self.chat_template = bos + DEFAULT_CHAT_TEMPLATE if own is None else own
         self._marked = self._fast and bool(_GENERATION_BLOCK.search(self.chat_template))
         self._control_ids = self._control_tokens()
         self._blank: dict[int, bool] = {}
-        self._prompts: bool | None = None
+        self._has_prompt: bool | None = None  # whether the template has a generation prompt
         self._tools: list[dict[str, Any]] | None = None  # of the current row
 
     def encode(self, row: Row) -> Encoded:
-        """Token ids and labels of one row.
-
-        Raises:
-            UserError: the template refuses the conversation, or an answer cannot be found in what it renders.
-        """
+        """Token ids and labels; UserError if the template refuses the row, or an answer is not found in its text."""
         self._tools = list(row.tools) or None
         ids, trained = self._plain(row) if row.messages is None else self._messages(row, row.messages)
         if self.train_on == "all":
@@ -119,11 +104,7 @@ class ChatEncoder:
         return Encoded(ids[:limit], labels[:limit], truncated=max(0, len(ids) - limit))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation with the header of the answer that is to be generated.
-
-        Raises:
-            UserError: the template refuses the conversation.
-        """
+        """Token ids of a conversation with the header of the answer that is to be generated."""
         self._tools = None
         _, text, _ = self._rendered(list(messages), "the conversation", add_generation_prompt=True)
         return self._tokenize(text)[0]
@@ -140,9 +121,7 @@ class ChatEncoder:
 
     def _with_eos(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
         eos = self.tokenizer.eos_token_id
-        if eos is None or ids[-1:] == [eos]:
-            return ids, trained
-        return [*ids, eos], [*trained, True]
+        return (ids, trained) if eos is None or ids[-1:] == [eos] else ([*ids, eos], [*trained, True])
 
     # ---- conversations
 
@@ -163,18 +142,15 @@ class ChatEncoder:
     def _check_tools(self, messages: list[Message], text: str, where: str) -> None:
         """UserError if the template leaves out a tool or a call: the model would learn from text without it."""
         calls = [call for message in messages for call in message.get("tool_calls", ())]
-        for tool in [*(self._tools or ()), *calls]:
-            name = tool["function"]["name"]
-            if name not in text:
-                raise UserError(
-                    f"{where}: the chat template does not show tools ('{name}' is not in what it renders); use a model "
-                    "whose template does, or remove the row."
-                )
+        names = [tool["function"]["name"] for tool in [*(self._tools or ()), *calls]]
+        if absent := [name for name in names if name not in text]:
+            raise UserError(
+                f"{where}: the chat template does not show tools ('{absent[0]}' is not in what it renders); use a "
+                "model whose template does, or remove the row."
+            )
 
     def _assistant_mask(self, messages: list[Message]) -> tuple[list[int], list[bool]] | None:
-        template = {"tools": self._tools, "chat_template": self.chat_template}
-        options = {"return_dict": True, "return_assistant_tokens_mask": True}
-        out = self.tokenizer.apply_chat_template(messages, **template, **options)
+        out = self._apply_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         trained = [bool(flag) for flag in out["assistant_masks"]]
         # A template may have a block that it does not reach; then the answers are found by text.
         return (list(out["input_ids"]), trained) if any(trained) else None
@@ -216,12 +192,12 @@ class ChatEncoder:
 
     def _generation_prompt(self, before: list[Message]) -> str | None:
         """The conversation so far and the header of an answer; None if the template has no generation prompt."""
-        if not before or self._prompts is False:
+        if not before or self._has_prompt is False:
             return None
         prompt = self._try_render(before, add_generation_prompt=True)
-        if self._prompts is None and prompt is not None:
-            self._prompts = prompt != self._try_render(before)
-        return prompt if self._prompts else None
+        if self._has_prompt is None and prompt is not None:
+            self._has_prompt = prompt != self._try_render(before)
+        return prompt if self._has_prompt else None
 
     def _close_turns(self, ids: list[int], trained: list[bool], ends_in_answer: bool) -> tuple[list[int], list[bool]]:
         """Train the token that ends each answer; add the end-of-sequence token if the last answer has no such token."""
@@ -247,10 +223,8 @@ class ChatEncoder:
 
     def _ends_turn(self, ids: list[int], start: int) -> bool:
         """Whether ``ids[start:]`` ends in a token that ends a turn, white space after it or not."""
-        at = len(ids) - 1
-        while at > start and self._is_blank(ids[at]):
-            at -= 1
-        return at >= start and ids[at] in self._control_ids
+        last = next((token for token in reversed(ids[start:]) if not self._is_blank(token)), None)
+        return last in self._control_ids
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
@@ -280,9 +254,12 @@ class ChatEncoder:
                 "change the row to what the template expects."
             ) from error
 
-    def _render(self, messages: Sequence[Message], **options: bool) -> str:
+    def _apply_template(self, messages: Sequence[Message], **options: bool) -> Any:
         template = {"tools": self._tools, "chat_template": self.chat_template}
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **template, **options))
+        return self.tokenizer.apply_chat_template(list(messages), **template, **options)
+
+    def _render(self, messages: Sequence[Message], **options: bool) -> str:
+        return str(self._apply_template(messages, tokenize=False, **options))
 
     def _try_render(self, messages: Sequence[Message], **options: bool) -> str | None:
         try:
@@ -292,7 +269,7 @@ class ChatEncoder:
 
     # ---- tokens
 
-    def _tokenize(self, text: str) -> tuple[list[int], _Offsets | None]:
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
         # verbose=False: transformers would warn of rows longer than the model's context, which are truncated here.
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self._fast, verbose=False)
         return list(out["input_ids"]), (list(out["offset_mapping"]) if self._fast else None)
@@ -351,16 +328,10 @@ class ChatEncoder:
         return []
 
     def _own_template(self) -> str | None:
-        if not getattr(self.tokenizer, "chat_template", None):
-            return None
-        try:
-            return str(self.tokenizer.get_chat_template())
-        except ValueError:  # several named templates and none called "default"
-            return None
-
-    def _default_template(self) -> str:
-        bos = self.tokenizer.bos_token_id
-        return ("{{ bos_token }}" if bos is not None and self._lead == [bos] else "") + DEFAULT_CHAT_TEMPLATE
+        with suppress(ValueError):  # several named templates and none called "default"
+            if getattr(self.tokenizer, "chat_template", None):
+                return str(self.tokenizer.get_chat_template())
+        return None
 
     def _control_tokens(self) -> frozenset[int]:
         """Ids that may end a turn: special tokens and added ones of the template; not begin, pad or unknown."""
@@ -375,10 +346,7 @@ class ChatEncoder:
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: the tokenizer's own, else its end-of-sequence id, else 0 (padding is masked either way)."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(token, int)), 0)
 
 
 def _fold_system(messages: list[Message]) -> list[Message] | None:

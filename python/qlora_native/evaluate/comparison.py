@@ -37,12 +37,11 @@ class Comparison:
 
     @property
     def reference(self) -> VariantResult | None:
-        """The 16-bit model."""
         return self.variants[0] if self.variants[0].name == REFERENCE else None
 
     @property
     def baseline(self) -> VariantResult | None:
-        """Plain rounding, from which the share of the gap closed is counted, if it is among the variants."""
+        """Plain rounding, from which the share of the gap closed is counted."""
         return next((variant for variant in self.variants if variant.name == "rtn"), None)
 
     def text_row(self, variant: VariantResult, text: str) -> dict[str, float | None]:
@@ -51,14 +50,13 @@ class Comparison:
         scores = variant.texts[text]
         best = self.reference.texts[text] if self.reference else None
         worst = self.baseline.texts[text] if self.baseline else None
-        # What an adapter learned is no part of what 4 bits lost.
-        comparable = best and worst and not variant.name.endswith(ADAPTED)
+        is_adapted = variant.name.endswith(ADAPTED)  # what an adapter learned is no part of what 4 bits lost
         pairs = {
             "loss": scores.loss,
             "excess": scores.excess(best) if best else None,
             "kl": scores.divergence,
             "same_first": scores.agreement,
-            "closed": scores.closed(worst, best) if comparable and worst and best else None,
+            "closed": scores.closed(worst, best) if worst and best and not is_adapted else None,
         }
         row: dict[str, float | None] = {"tokens": float(scores.tokens.sum()), "perplexity": scores.perplexity}
         for name, pair in pairs.items():
@@ -91,14 +89,10 @@ def compare(
     limit: int | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
-    """Measure each variant on all texts and tasks, one model in memory at a time.
+    """Measure each variant on all texts and tasks of lm-eval (``limit`` documents of each), one model in memory at a
+    time; ``note`` is called with a line for each thing measured.
 
     Of the reference, some two bytes a token and element of the hidden state are kept in a temporary file.
-
-    Args:
-        pad_id: what fills shorter rows.
-        tasks: of lm-eval; ``limit`` documents of each.
-        note: called with a line for each thing measured.
     """
     results: list[VariantResult] = []
     kept: dict[str, Kept] = {}

@@ -21,12 +21,7 @@ def run_tasks(
 ) -> dict[str, dict[str, float]]:
     """The metrics of each task by its name, named as lm-eval does ("acc,none", "acc_stderr,none", ...).
 
-    Args:
-        tasks: names of lm-eval's tasks, or paths of YAML files of such tasks.
-        limit: documents of each task.
-
-    Raises:
-        UserError: lm-eval is not installed or has no such task, or its file is not there.
+    Tasks are names of lm-eval's tasks, or paths of YAML files of such tasks; ``limit`` documents of each are used.
     """
     check_harness()
     from lm_eval import simple_evaluate

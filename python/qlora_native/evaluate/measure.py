@@ -84,27 +84,21 @@ def ratio(values: Tensor, weights: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Kept:
-    """A reference's scores on a text, and the inputs of its output embedding.
-
-    ``states`` is [tokens, hidden] with ``head`` [vocabulary, hidden]; for a model that changes its logits after that
-    product, the logits themselves, [tokens, vocabulary], with ``head`` None.
-    """
+    """A reference's scores on a text, and the inputs of its output embedding; for a model that changes its logits after
+    that product, the logits themselves."""
 
     scores: Scores
-    states: Tensor
-    head: Tensor | None
+    states: Tensor  # [tokens, hidden], or the logits, [tokens, vocabulary]
+    head: Tensor | None  # [vocabulary, hidden], or None
 
 
 @torch.no_grad()
 def measure(
     model: Any, rows: Rows, pad_id: int, *, against: Kept | None = None, keep_in: Path | None = None
 ) -> tuple[Scores, Kept | None]:
-    """One pass of ``model`` over ``rows``.
+    """One pass of a causal LM over ``rows``, with dropout off; afterwards it is in the mode it was in.
 
     Args:
-        model: a causal LM; evaluated with dropout off and left in the mode it was in.
-        rows: token ids and labels, as :func:`qlora_native.data.load_dataset` gives them; -100 is not predicted.
-        pad_id: fills shorter rows.
         against: the reference, from a pass over the same rows.
         keep_in: a folder for the states that make this model a reference; without it none are kept.
     """
@@ -119,8 +113,7 @@ def measure(
 def _measure(
     model: Any, rows: Rows, pad_id: int, against: Kept | None, keep_in: Path | None
 ) -> tuple[Scores, Kept | None]:
-    tokens, nats, kl, agreed = torch.zeros(4, len(rows), dtype=torch.float64)
-    count = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
+    sums = torch.zeros(2 if against is None else 4, len(rows), dtype=torch.float64)  # in the order of Scores
     plain: bool | None = None
     head = kept = None
     done = 0
@@ -135,7 +128,7 @@ def _measure(
         trained = targets != IGNORE_INDEX
         states = (hidden_states(model, inputs)[0] if plain else model(**inputs, use_cache=False).logits)[trained]
         if keep_in is not None:
-            kept = _file(keep_in, count, states) if kept is None else kept
+            kept = _file(keep_in, rows, states) if kept is None else kept
             kept[done : done + len(states)] = states.to(kept.device)
         row_of = torch.tensor(numbers)[:, None].expand_as(targets)[trained.cpu()]
         step = max(1, LOGITS_BYTES // (4 * (len(head) if head is not None else states.shape[-1])))
@@ -143,17 +136,16 @@ def _measure(
             part = slice(at, at + step)
             found = log_probabilities(states[part], head)
             picked = -found.gather(1, targets[trained][part, None]).squeeze(1)
-            rows_here = row_of[part]
-            nats.index_add_(0, rows_here, picked.double().cpu())
-            tokens.index_add_(0, rows_here, torch.ones(len(rows_here), dtype=torch.float64))
+            values = [torch.ones_like(picked), picked]
             if against is not None:
-                theirs = against.states[done + at : done + at + len(rows_here)].to(found.device)
+                theirs = against.states[done + at : done + at + len(found)].to(found.device)
                 expected = log_probabilities(theirs, against.head)
-                agreed.index_add_(0, rows_here, (expected.argmax(1) == found.argmax(1)).double().cpu())
-                divergence = F.kl_div(found, expected, reduction="none", log_target=True).sum(1)
-                kl.index_add_(0, rows_here, divergence.double().cpu())
+                values.append(F.kl_div(found, expected, reduction="none", log_target=True).sum(1))
+                values.append(expected.argmax(1) == found.argmax(1))
+            for total, value in zip(sums, values, strict=True):
+                total.index_add_(0, row_of[part], value.double().cpu())
         done += len(states)
-    scores = Scores(tokens, nats, kl, agreed) if against is not None else Scores(tokens, nats)
+    scores = Scores(*sums)
     return scores, None if kept is None else Kept(scores, kept, head)
 
 
@@ -173,8 +165,9 @@ def _dense(head: Any) -> Tensor:
     return weight
 
 
-def _file(folder: Path, count: int, like: Tensor) -> Tensor:
-    """A tensor [count, width] in a file of ``folder``, which may be larger than memory."""
+def _file(folder: Path, rows: Rows, like: Tensor) -> Tensor:
+    """A tensor [predicted tokens, width] in a file of ``folder``, which may be larger than memory."""
+    count = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
     path, width = folder / "reference.bin", like.shape[-1]
     path.unlink(missing_ok=True)  # a reference that was kept there before keeps its own bytes
     mapped = torch.from_file(str(path), shared=True, size=max(1, count * width), dtype=like.dtype)

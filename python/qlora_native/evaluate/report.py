@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,22 +75,19 @@ def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[st
     row = comparison.text_row(variant, text)
     against = variant is not comparison.reference and comparison.reference is not None
     closes = against and variant is not comparison.baseline and row["closed"] is not None
-    cells = [variant.name, _number(row, "loss"), f"{row['perplexity']:,.2f}"]
-    cells += [_number(row, "excess"), _number(row, "kl")] if against else ["", ""]
-    cells.append(_percent((row["same_first"], row["same_first_error"])) if against else "")
-    return [*cells, _percent((row["closed"], row["closed_error"])) if closes else ""]
+    figures = [_figure(row, "excess"), _figure(row, "kl"), _figure(row, "same_first", 100)] if against else [""] * 3
+    loss = [_figure(row, "loss"), f"{row['perplexity']:,.2f}"]
+    return [variant.name, *loss, *figures, _figure(row, "closed", 100) if closes else ""]
 
 
-def _number(row: dict[str, float | None], key: str) -> str:
+def _figure(row: dict[str, float | None], key: str, scale: int = 1) -> str:
+    """The value ± its error, with a ``scale`` of 100 as a percentage."""
     value, error = row[key], row[f"{key}_error"]
-    return "" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and error == error else "")
-
-
-def _percent(pair: tuple[float | None, float | None]) -> str:
-    value, error = pair
     if value is None:
         return ""
-    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None and error == error else "") + " %"
+    digits, unit = (4, "") if scale == 1 else (1, " %")
+    numbers = (value,) if error is None or math.isnan(error) else (value, error)
+    return " ± ".join(f"{scale * number:.{digits}f}" for number in numbers) + unit
 
 
 def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:

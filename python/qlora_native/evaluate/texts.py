@@ -30,23 +30,12 @@ class Text:
 def load_text(
     path: str | Path, tokenizer: Any, *, max_length: int = 1024, train_on: TrainOn = "answers", limit: int | None = None
 ) -> Text:
-    """Tokenize a file.
+    """Tokenize a file, or its first ``limit`` rows; UserError if it cannot be read or has nothing to predict.
 
     Plain text (``.txt``, ``.md``, ``.rst``) is split into windows of ``max_length`` tokens, in which every token but
     the first is predicted; a rest of less than two tokens is left out. Every other file is read as for training: of a
     conversation the answers are predicted, or all of it with ``train_on="all"``.
-
-    Args:
-        limit: of the file's rows (windows), only so many from the start.
-
-    Raises:
-        UserError: there is no such file, or it cannot be read or has nothing to predict.
-        ValueError: a wrong argument.
     """
-    if max_length < 2:
-        raise ValueError(f"max_length is {max_length}, expected at least 2: the first token of a row is not predicted")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}, expected None or at least 1")
     file = Path(path).expanduser()
     if file.suffix.lower() not in PLAIN_SUFFIXES:
         data = load_dataset(file, tokenizer, max_length=max_length, train_on=train_on, limit=limit)

@@ -18,14 +18,11 @@ REFERENCE, FOUR_BIT, ADAPTED = "16-bit", "4-bit", " + adapter"
 
 @dataclass
 class Variants:
-    """Which forms of a model are compared.
+    """Which forms of a model are compared; UserError for arguments that do not fit the model or each other.
 
     A 16-bit model is its own reference, and each of ``methods`` makes a 4-bit form of it. A model whose files are 4-bit
     is one form, and ``reference`` may name the 16-bit model it was made from. The adapter is measured on the first
     4-bit form.
-
-    Raises:
-        UserError: arguments that do not fit the model or each other.
     """
 
     model: Path
@@ -61,11 +58,7 @@ class Variants:
             calibration = {"calibration": self.calibration} if method in CALIBRATED else {}
             forms.append((method, partial(load, method=method, **calibration)))
         yield from forms[:1]
-        if self.adapter is not None:
+        if (adapter := self.adapter) is not None:
             name, load = forms[0]
-            yield f"{name}{ADAPTED}", partial(_load_adapted, load, self.adapter)
+            yield f"{name}{ADAPTED}", lambda: load_adapter(load(), adapter)
         yield from forms[1:]
-
-
-def _load_adapted(load: Callable[[], Any], adapter: Path) -> Any:
-    return load_adapter(load(), adapter)
