@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -78,10 +79,47 @@ def same_weight(a: qn.QuantizedWeight, b: qn.QuantizedWeight) -> bool:
     )
 
 
-def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of the truth, in double precision."""
+def relative_error(got: torch.Tensor | None, truth: torch.Tensor | None) -> float:
+    """Frobenius norm of the difference over that of the truth, in double precision; neither may be None."""
+    assert got is not None and truth is not None
     difference = (got.detach().double() - truth.detach().double()).norm()
     return float(difference / truth.detach().double().norm().clamp_min(1e-30)) if truth.numel() else 0.0
+
+
+def errors_in_fp64(
+    function: Callable[..., torch.Tensor], truth: Callable[..., torch.Tensor], *tensors: torch.Tensor
+) -> list[float]:
+    """Relative errors of a function's output and of its gradients, against ``truth`` of the same values in fp64."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    y, expected = function(*leaves), truth(*wide)
+    assert y.dtype == tensors[0].dtype and y.shape == expected.shape
+    grad_y = torch.randn(y.shape).to(y.dtype)
+    y.backward(grad_y)
+    expected.backward(grad_y.double())
+    return [relative_error(y, expected), *(relative_error(a.grad, b.grad) for a, b in zip(leaves, wide, strict=True))]
+
+
+def same_bytes_under_threads(function: Callable[[], Any], counts: Iterable[int] = (1, 2, 5)) -> Any:
+    """What a function gives, a tensor or several, which is the same under each number of torch's threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            result = function()
+            results.append([result] if isinstance(result, torch.Tensor) else result)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(same_bytes(a, b) for a, b in zip(results[0], other, strict=True))
+    return result
+
+
+def refuses(match: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """A call raises a ValueError whose message matches."""
+    with pytest.raises(ValueError, match=match):
+        function(*arguments, **options)
 
 
 def through_a_file(saved: Any, **options: Any) -> Any:

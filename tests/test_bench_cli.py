@@ -37,8 +37,7 @@ def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_shapes_of_a_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "linear_4bit", "--model", str(model), "--tokens", "1", "3", "--rounds", "1"]
-    assert main.main(words) == 0
+    assert main.main(["bench", "linear_4bit", "--model", str(model), "--tokens", "1", "3", "--rounds", "1"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in head and "\x1b" not in head
     sizes = ["[32, 64]", "[64, 64]", "[64, 128]", "[128, 64]"]
@@ -69,7 +68,7 @@ def test_doctor_names_the_kernel_of_each_shape(
 ) -> None:
     assert main.main(["doctor", str(model), "--tokens", "1", "32", "--json"]) == 0
     kernels = json.loads(capsys.readouterr().out)["kernels"]
-    rows = [(row["n"], row["k"], row["layers"], row["tokens"]) for row in kernels[:4]]
+    rows = [tuple(row[key] for key in ("n", "k", "layers", "tokens")) for row in kernels[:4]]
     assert rows == [(32, 64, 4, 1), (32, 64, 4, 32), (64, 64, 4, 1), (64, 64, 4, 32)]
     assert all("rows of the weight" in row["kernel"] for row in kernels)
 
@@ -81,10 +80,9 @@ def test_doctor_names_the_kernel_of_each_shape(
         return (2, 64, 128, 1, 3, 0, 0, 0) if question[0] > 16 else (0, 4, 16, 1, 0, 0, 0, 0)
 
     properties = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": properties}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     module = ModuleType("_cuda")
     module.has_concurrent_managed_access, module.plan_matmul = lambda number: True, plan  # type: ignore[attr-defined]
     monkeypatch.setattr(_library, "module_for", lambda device: module)

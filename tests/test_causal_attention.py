@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SavedTensors, relative_error, same_values
+from helpers import SavedTensors, refuses, relative_error, same_bytes_under_threads, same_values
 from torch import Tensor
 
 from qlora_native import _C, reference
@@ -18,26 +18,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: (1e-6, 2e-6), torch.bfloat16: (3e-3, 7e-3), torch.float16: (5e-4, 8e-4)}
 # batch, heads, key heads, length, head dimensions
 SHAPES = (
-    (1, 1, 1, 1, 8),
-    (1, 1, 1, 2, 32),
-    (2, 3, 1, 5, 40),
-    (1, 2, 2, 64, 64),
-    (3, 6, 3, 65, 64),
-    (2, 4, 2, 100, 96),
-    (1, 3, 3, 31, 128),
-    (3, 2, 1, 130, 80),
-    (1, 4, 1, 300, 128),
-    (1, 9, 3, 257, 64),
-)
+    (1, 1, 1, 1, 8), (1, 1, 1, 2, 32), (2, 3, 1, 5, 40), (1, 2, 2, 64, 64), (3, 6, 3, 65, 64), (2, 4, 2, 100, 96),
+    (1, 3, 3, 31, 128), (3, 2, 1, 130, 80), (1, 4, 1, 300, 128), (1, 9, 3, 257, 64),
+)  # fmt: skip
 
 
-def operands(
-    batch: int, heads: int, key_heads: int, length: int, width: int, dtype: torch.dtype = torch.bfloat16
-) -> tuple[Tensor, ...]:
+def operands(b: int, heads: int, key_heads: int, t: int, d: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """q, k, v and a gradient, as projections make them: heads side by side."""
-    return tuple(
-        torch.randn(batch, length, h, width).to(dtype).transpose(1, 2) for h in (heads, key_heads, key_heads, heads)
-    )
+    counts = (heads, key_heads, key_heads, heads)
+    return [torch.randn(b, t, count, d).to(dtype).transpose(1, 2) for count in counts]
 
 
 def outputs(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
@@ -65,8 +54,7 @@ def test_forward_and_gradients(shape: tuple[int, int, int, int, int], dtype: tor
     for leaf, exact in zip(leaves, wide, strict=True):
         assert leaf.grad is not None and exact.grad is not None
         # One position sees itself alone: the gradients of q and k are zeros there.
-        difference = (leaf.grad.double() - exact.grad).norm()
-        assert difference < TOLERANCE[dtype][1] * exact.grad.norm() + 1e-6
+        assert (leaf.grad.double() - exact.grad).norm() < TOLERANCE[dtype][1] * exact.grad.norm() + 1e-6
 
 
 def test_as_near_the_truth_as_torch() -> None:
@@ -78,10 +66,9 @@ def test_as_near_the_truth_as_torch() -> None:
     def errors(out: Tensor, leaves: list[Tensor]) -> list[float]:
         out.backward(grad_out)
         pairs = zip([out, *(x.grad for x in leaves)], [truth, *(x.grad for x in wide)], strict=True)
-        return [relative_error(got, want) for got, want in pairs]  # type: ignore[arg-type]
+        return [relative_error(got, want) for got, want in pairs]
 
-    ours = [x.detach().clone().requires_grad_() for x in inputs]
-    torchs = [x.detach().clone().requires_grad_() for x in inputs]
+    ours, torchs = ([x.detach().clone().requires_grad_() for x in inputs] for _ in range(2))
     sdpa: Any = torch.nn.functional.scaled_dot_product_attention
     mine = errors(attention(*ours, 0.125)[0], ours)
     theirs = errors(sdpa(*torchs, is_causal=True, scale=0.125, enable_gqa=True), torchs)
@@ -111,18 +98,9 @@ def test_scores_that_would_overflow() -> None:
 @pytest.mark.parametrize("shape", [(2, 6, 2, 77, 64), (1, 8, 1, 300, 40)], ids=str)
 def test_layout_and_threads_do_not_matter(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     inputs = operands(*shape, dtype)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(outputs(*inputs))
-        results.append(outputs(*(x.contiguous() for x in inputs)))
-        results.append(outputs(*(x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs)))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(same_values(a, b) for a, b in zip(results[0], result, strict=True))
+    expected = same_bytes_under_threads(lambda: outputs(*inputs), (1, 2, 3))
+    for laid in ([x.contiguous() for x in inputs], [x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs]):
+        assert all(same_values(a, b) for a, b in zip(expected, outputs(*laid), strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -168,10 +146,8 @@ def test_gradcheck_twice() -> None:
 
 def test_refuses_in_words() -> None:
     q, k, v, _ = operands(1, 4, 3, 5, 32)
-    with pytest.raises(ValueError, match=r"q is \[1, 4, 5, 32\], k is \[1, 3, 5, 32\]"):
-        attention(q, k, v, 1.0)
-    with pytest.raises(ValueError, match="expected one floating-point dtype"):
-        attention(q, k[:, :2].float(), v[:, :2].float(), 1.0)
+    refuses(r"q is \[1, 4, 5, 32\], k is \[1, 3, 5, 32\]", attention, q, k, v, 1.0)
+    refuses("floating-point dtype", attention, q, k[:, :2].float(), v[:, :2].float(), 1.0)
 
 
 @pytest.mark.parametrize("width", [8, 20])
@@ -182,8 +158,7 @@ def test_backward_refuses_in_words(wrong: str, width: int) -> None:
     given = {"grad_out": grad_out, "q": q, "k": k, "v": v, "out": out, "lse": lse}
     name = wrong.rpartition(" ")[2]
     given[name] = given[name].double() if wrong.startswith("dtype") else given[name][:, :, :9]
-    with pytest.raises(ValueError, match=f"{name} is .*expected"):
-        torch.ops.qlora_native.causal_attention_backward(*given.values(), 1.0)
+    refuses(f"{name} is .*expected", torch.ops.qlora_native.causal_attention_backward, *given.values(), 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SavedTensors, relative_error, same_bytes
+from helpers import SavedTensors, errors_in_fp64, refuses, same_bytes, same_bytes_under_threads
 from torch import Tensor
 
 pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
@@ -21,17 +21,8 @@ def operands(shape: tuple[int, ...], n: int, k: int, dtype: torch.dtype) -> tupl
 @pytest.mark.parametrize(("n", "k"), [(70, 96), (1, 33), (257, 31), (64, 1025)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_gradients(shape: tuple[int, ...], n: int, k: int, dtype: torch.dtype) -> None:
-    tensors = [t.requires_grad_() for t in operands(shape, n, k, dtype)]
-    wide = [t.detach().double().requires_grad_() for t in tensors]
-    y, truth = dense_linear(*tensors), torch.nn.functional.linear(*wide)
-    grad_y = torch.randn(*shape, n).to(dtype)
-    y.backward(grad_y)
-    truth.backward(grad_y.double())
-    assert y.dtype == dtype and y.shape == truth.shape
-    assert relative_error(y, truth) < TOLERANCE[dtype]
-    for got, expected in zip(tensors, wide, strict=True):
-        assert got.grad is not None and expected.grad is not None
-        assert relative_error(got.grad, expected.grad) < TOLERANCE[dtype]
+    errors = errors_in_fp64(dense_linear, torch.nn.functional.linear, *operands(shape, n, k, dtype))
+    assert max(errors) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -40,17 +31,10 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows(dtype: torch.dtype) ->
     grad_y = torch.randn(700, 300).to(dtype)
     grad_input = torch.ops.qlora_native.dense_linear_grad_input
     grad_weight = torch.ops.qlora_native.dense_linear_grad_weight
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append((dense_linear(x, weight, None), grad_input(grad_y, weight), grad_weight(grad_y, x)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(map(same_bytes, results[0], other))
-    assert same_bytes(dense_linear(x[40:80], weight, None), results[0][0][40:80])
+    y, *_ = same_bytes_under_threads(
+        lambda: (dense_linear(x, weight, None), grad_input(grad_y, weight), grad_weight(grad_y, x)), (1, 2, 3)
+    )
+    assert same_bytes(dense_linear(x[40:80], weight, None), y[40:80])
 
 
 def test_a_frozen_weight_keeps_no_input() -> None:
@@ -81,17 +65,14 @@ def test_opcheck() -> None:
 
 def test_refuses_in_words() -> None:
     x, weight, bias = operands((2,), 4, 8, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"weight is \[4, 8\], x is \[2, 7\]"):
-        dense_linear(x[:, :7], weight, bias)
-    with pytest.raises(ValueError, match=r"x is torch.float32 on cpu, weight is torch.bfloat16"):
-        dense_linear(x.float(), weight, bias)
-    with pytest.raises(ValueError, match=r"bias is \[3\]: expected \[4\]"):
-        dense_linear(x, weight, bias[:3])
+    refuses(r"weight is \[4, 8\], x is \[2, 7\]", dense_linear, x[:, :7], weight, bias)
+    refuses("x is torch.float32 on cpu, weight is torch.bfloat16", dense_linear, x.float(), weight, bias)
+    refuses(r"bias is \[3\]: expected \[4\]", dense_linear, x, weight, bias[:3])
 
 
 @pytest.mark.parametrize(
     "x", [torch.zeros(3, 8), torch.zeros(5, 8).bfloat16(), torch.zeros(8)], ids=["tokens", "dtype", "rank"]
 )
 def test_a_weight_gradient_of_other_tokens_or_dtypes_is_refused(x: Tensor) -> None:
-    with pytest.raises(ValueError, match="dense_linear_grad_weight: grad_y is"):
-        torch.ops.qlora_native.dense_linear_grad_weight(torch.zeros(5, 4), x)
+    grad_weight = torch.ops.qlora_native.dense_linear_grad_weight
+    refuses("dense_linear_grad_weight: grad_y is", grad_weight, torch.zeros(5, 4), x)

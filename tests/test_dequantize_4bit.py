@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same_bytes, signed
+from helpers import refuses, same_bytes, signed
 from torch import Tensor
 
 import qlora_native as qn
@@ -59,8 +59,7 @@ def test_negative_scales_decode() -> None:
     want = torch.where(negative, -plain.dequantize(), plain.dequantize())
     assert torch.equal(signed(plain).dequantize(), want)
     nested = signed(qn.quantize(t))
-    assert nested.nested_offset is not None
-    assert abs(float(nested.nested_offset)) < 0.2
+    assert nested.nested_offset is not None and abs(float(nested.nested_offset)) < 0.2
     assert bool((nested.scales() < 0).any())
     assert float((nested.dequantize() - want).abs().max()) < 0.1
 
@@ -84,19 +83,15 @@ def test_out() -> None:
     for out in (torch.empty(6, 96), torch.empty(6, 96).half(), torch.empty(96, 6).t(), torch.empty(7, 97)[1:, 1:]):
         assert w.dequantize(out=out) is out
         assert same_bytes(out.contiguous(), truth(w, out.dtype))
-    with pytest.raises(ValueError, match=r"out is \[5, 96\] on \w+(:0)?: expected \[6, 96\]"):
-        w.dequantize(out=torch.empty(5, 96))
-    with pytest.raises(ValueError, match="give one of them or make them agree"):
-        w.dequantize(torch.float16, out=torch.empty(6, 96))
-    with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
-        w.dequantize(torch.int8)
+    refuses(r"out is \[5, 96\] on \w+(:0)?: expected \[6, 96\]", w.dequantize, out=torch.empty(5, 96))
+    refuses("torch.float16, out is torch.float32", w.dequantize, torch.float16, out=torch.empty(6, 96))
+    refuses(r"dtype is torch\.int8", w.dequantize, torch.int8)
 
 
 def test_tensors_that_do_not_belong_together_are_refused() -> None:
     w = qn.quantize(torch.randn(6, 96))
     w.absmax = w.absmax[:-1]
-    with pytest.raises(ValueError, match=r"absmax is torch\.uint8 \[8\].*expected 9 contiguous"):
-        w.dequantize()
+    refuses(r"absmax is torch\.uint8 \[8\].*expected 9 contiguous", w.dequantize)
 
 
 @pytest.mark.devices("cpu")
@@ -104,16 +99,11 @@ def test_native_boundary_checks_again() -> None:
     """The extension refuses what ops.py would never pass: it takes raw addresses."""
     native: Any = qn._native._C
     w = qn.quantize(torch.randn(2, 64), double_quant=False)
-    pointers = w.op_args().pointers()
-    out = torch.empty(128)
-    with pytest.raises(ValueError, match="does not lie inside a weight of 128 elements"):
-        native.dequantize_4bit(0, out.data_ptr(), 64, 0, 3, 0, 64, pointers)
-    with pytest.raises(ValueError, match="out is not aligned to 4 bytes"):
-        native.dequantize_4bit(0, out.data_ptr() + 1, 64, 0, 2, 0, 64, pointers)
-    with pytest.raises(ValueError, match="out is a null pointer"):
-        native.dequantize_4bit(0, 0, 64, 0, 2, 0, 64, pointers)
-    with pytest.raises(ValueError, match="dtype is 9"):
-        native.dequantize_4bit(9, out.data_ptr(), 64, 0, 2, 0, 64, pointers)
+    decode, pointers, out = native.dequantize_4bit, w.op_args().pointers(), torch.empty(128)
+    refuses("weight of 128 elements", decode, 0, out.data_ptr(), 64, 0, 3, 0, 64, pointers)
+    refuses("out is not aligned to 4 bytes", decode, 0, out.data_ptr() + 1, 64, 0, 2, 0, 64, pointers)
+    refuses("out is a null pointer", decode, 0, 0, 64, 0, 2, 0, 64, pointers)
+    refuses("dtype is 9", decode, 9, out.data_ptr(), 64, 0, 2, 0, 64, pointers)
 
 
 @pytest.mark.devices("cpu")
@@ -123,11 +113,10 @@ def test_indices_beyond_32_bits() -> None:
     packed = torch.zeros(n // 2, dtype=torch.uint8)
     packed[-32:] = 0xF0
     absmax = torch.ones(n // 4096 + 1)
-    weight = qn.QuantizedWeight(packed, absmax, shape=(n // 64, 64), dtype=torch.bfloat16, block_size=4096)
-    pointers = weight.op_args().pointers()
     rows = n // 64
+    weight = qn.QuantizedWeight(packed, absmax, shape=(rows, 64), dtype=torch.bfloat16, block_size=4096)
     panel = torch.empty(2, 64)
-    decode_panel(pointers, 64, (rows - 2, rows), (0, 64), panel)
+    decode_panel(weight.op_args().pointers(), 64, (rows - 2, rows), (0, 64), panel)
     assert torch.equal(panel[0], torch.full((64,), -1.0))
     assert torch.equal(panel[1], torch.tensor([1.0, -1.0]).repeat(32))
 

@@ -1,8 +1,8 @@
 """No 16-bit operand reaches torch's own products where the CPU has no dot product for it.
 
 Without AVX512-BF16 torch's bf16 and fp16 GEMM is a plain loop, up to a hundred times slower than its fp32 one. So
-training, evaluation, calibration and generation run once in a process that is limited to AVX2, and every product that
-torch was asked for is looked at. To see where they come from:
+training, evaluation, calibration and generation run once in a process that is limited to AVX2, and each product of
+torch is recorded. To see where they come from:
 
     PYTHONPATH=bench QLORA_NATIVE_ISA=avx2 python tests/test_no_16bit_products.py EMPTY_FOLDER
 """
@@ -38,6 +38,7 @@ from qlora_native.train.loop import Trainer
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BUILT = qn.build_info()
 ISA = "scalar" if BUILT["cpu_isa"] == "scalar" else next(isa for isa in ("avx2", "neon") if isa in BUILT["isas_built"])
+Run = Callable[[], Any]
 RANK = 4
 FILE = "found.json"
 
@@ -51,26 +52,18 @@ def adapted(folder: Path, dtype: torch.dtype, dropout: float = 0.0) -> Any:
     return model
 
 
-def training(
-    folder: Path,
-    dtype: torch.dtype,
-    *,
-    tied: bool = False,
-    dropout: float = 0.0,
-    packing: bool = False,
-    checkpointing: bool = False,
-) -> Callable[[], Any]:
-    """`qlora train`: two steps of rows of different lengths, and the held-out loss."""
+def training(folder: Path, dtype: torch.dtype, tied: bool = False, dropout: float = 0.0, packing: bool = False) -> Run:
+    """`qlora train`: two steps of rows of different lengths, and the held-out loss; checkpointing a tied model."""
     model_folder = tiny.write_model(folder / "model", tie_word_embeddings=tied)
     rows = tiny.write_rows(folder / "rows.jsonl", 24)
     data = {"train": str(rows), "eval_fraction": 0.2, "packing": packing, "max_length": 64}
-    options = {"steps": 2, "batch_size": 4, "grad_accum": 1, "save_every": 0, "grad_checkpointing": checkpointing}
+    options = {"steps": 2, "batch_size": 4, "grad_accum": 1, "save_every": 0, "grad_checkpointing": tied}
     values = {"model": str(model_folder), "output_dir": str(folder / "out"), "data": data, "train": options}
     config = TrainConfig.model_validate(values | {"lora": {"r": RANK, "dropout": dropout}})
     return Trainer(config, model=adapted(model_folder, dtype, dropout), quiet=True).train
 
 
-def evaluation(folder: Path, dtype: torch.dtype) -> Callable[[], Any]:
+def evaluation(folder: Path, dtype: torch.dtype) -> Run:
     """`qlora eval`: the 16-bit model, its 4-bit form and that one with an adapter, on rows of different lengths."""
     model_folder = tiny.write_model(folder / "model")
     qn.save_adapter(adapted(model_folder, dtype), folder / "adapter")
@@ -80,14 +73,14 @@ def evaluation(folder: Path, dtype: torch.dtype) -> Callable[[], Any]:
     return lambda: compare(variants, [text], tokenizer, pad_id=1)
 
 
-def calibration(folder: Path, dtype: torch.dtype, method: str) -> Callable[[], Any]:
+def calibration(folder: Path, dtype: torch.dtype, method: str) -> Run:
     """Loading with a method that runs the layers on text."""
     model_folder = tiny.write_model(folder / "model")
     ids = torch.randint(5, 300, (4, 64))
     return lambda: qn.load_model(model_folder, dtype=dtype, method=method, calibration=ids)
 
 
-def generation(folder: Path, dtype: torch.dtype, adapter: bool) -> Callable[[], Any]:
+def generation(folder: Path, dtype: torch.dtype, adapter: bool) -> Run:
     """transformers' greedy `generate` for one row and for two of which one is padded, and `qlora chat`'s own loop."""
     model_folder = tiny.write_model(folder / "model")
     model = adapted(model_folder, dtype) if adapter else qn.load_model(model_folder, dtype=dtype)
@@ -104,9 +97,9 @@ def generation(folder: Path, dtype: torch.dtype, adapter: bool) -> Callable[[], 
     return generate
 
 
-CASES: dict[str, Callable[..., Callable[[], Any]]] = {
+CASES: dict[str, Callable[..., Run]] = {
     "train": training,
-    "train, tied, checkpointing": partial(training, tied=True, checkpointing=True),
+    "train, tied, checkpointing": partial(training, tied=True),
     "train, dropout": partial(training, dropout=0.1),
     "train, packing": partial(training, packing=True),
     "eval": evaluation,
@@ -137,13 +130,9 @@ def record(folder: Path, with_lines: bool) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("products")
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder), "--json"],
-        env={**os.environ, **isa_env.settings(ISA), "PYTHONPATH": str(ROOT / "bench")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, **isa_env.settings(ISA), "PYTHONPATH": str(ROOT / "bench")}
+    words = [sys.executable, __file__, str(folder), "--json"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
     return result
@@ -156,7 +145,7 @@ def test_torch_multiplies_nothing_in_16_bits(name: str, found: dict[str, Any]) -
     assert found[name]["all"] > 0 or "gptq" not in name  # its statistics are fp32 products: they were seen
 
 
-def products_in_16_bits(code: Callable[[], Any]) -> list[str]:
+def products_in_16_bits(code: Run) -> list[str]:
     return [product.operator for product in recorded.products_of(code) if product.is_16bit]
 
 
@@ -178,10 +167,8 @@ def test_the_recorder_sees_what_the_dispatcher_sees() -> None:
     def in_double() -> None:  # float64 goes through torch inside of the op
         qn.linear(torch.randn(2, 64, dtype=torch.float64), qn.quantize(torch.randn(8, 64)))
 
-    assert products_in_16_bits(lambda: torch.nn.functional.linear(x, weight).sum().backward()) == [
-        "aten::linear",
-        "aten::mm",
-    ]
+    linear = products_in_16_bits(lambda: torch.nn.functional.linear(x, weight).sum().backward())
+    assert linear == ["aten::linear", "aten::mm"]
     assert products_in_16_bits(elsewhere) == ["aten::matmul"]
     assert products_in_16_bits(attention) == ["aten::scaled_dot_product_attention"]
     (inside,) = recorded.products_of(in_double)

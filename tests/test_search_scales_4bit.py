@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from helpers import same_bytes
-from torch import Tensor
+from helpers import refuses, same_bytes, same_bytes_under_threads
 
 import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cases import FLOAT_DTYPES, QUANT_TYPES
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda"), pytest.mark.usefixtures("device")]
+search = torch.ops.qlora_native.search_scales_4bit
 
 
-def arguments(shape: tuple[int, ...], dtype: torch.dtype, quant_type: int, block_size: int = 64) -> tuple[object, ...]:
+def arguments(shape: tuple[int, ...], dtype: torch.dtype, quant_type: int, block_size: int = 64) -> tuple[Any, ...]:
     """Of the op: a nested table around an offset, a block of zeros, moments that reach over decades."""
     t = torch.randn(shape).to(dtype)
     t.view(-1)[block_size : 2 * block_size] = 0
@@ -31,21 +33,13 @@ def arguments(shape: tuple[int, ...], dtype: torch.dtype, quant_type: int, block
 def test_matches_the_reference(quant_type: str, dtype: torch.dtype) -> None:
     for shape in ((5, 77), (3, 96), (64, 192), (1, 4100)):
         case = arguments(shape, dtype, QUANT_TYPES.index(quant_type))
-        packed, chosen = torch.ops.qlora_native.search_scales_4bit(*case)
-        expected = reference.search_scales(*case)  # type: ignore[arg-type]
-        assert same_bytes(chosen, expected[1])
-        assert same_bytes(packed, expected[0])
+        assert all(map(same_bytes, search(*case), reference.search_scales(*case)))
 
 
 def test_no_scale_of_the_table_is_better() -> None:
     """In double precision, with the nearest of all levels: an independent look at every candidate."""
     t, moment, table, multiplier, offset, *_ = case = arguments((4, 128), torch.float32, 0)
-    _, chosen = torch.ops.qlora_native.search_scales_4bit(*case[:7], 0.0, 1e30, *case[9:])
-    assert isinstance(t, Tensor)
-    assert isinstance(moment, Tensor)
-    assert isinstance(table, Tensor)
-    assert isinstance(multiplier, Tensor)
-    assert isinstance(offset, Tensor)
+    _, chosen = search(*case[:7], 0.0, 1e30, *case[9:])
     blocks = t.double().reshape(-1, 1, 64, 1)
     scales = (table * multiplier[0] + offset).double()
     levels = qn._native.levels(0).to(t.device).double()
@@ -57,38 +51,22 @@ def test_no_scale_of_the_table_is_better() -> None:
 
 def test_threads_do_not_matter() -> None:
     case = arguments((97, 576), torch.bfloat16, 0)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(torch.ops.qlora_native.search_scales_4bit(*case))
-    torch.set_num_threads(before)
-    assert all(same_bytes(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+    same_bytes_under_threads(lambda: search(*case))
 
 
 def test_non_contiguous_and_empty() -> None:
     t, *rest = arguments((64, 96), torch.float32, 0)
-    assert isinstance(t, Tensor)
-    strided = t.t().contiguous().t()
-    straight = torch.ops.qlora_native.search_scales_4bit(t, *rest)
-    assert all(
-        same_bytes(a, b)
-        for a, b in zip(torch.ops.qlora_native.search_scales_4bit(strided, *rest), straight, strict=True)
-    )
-    case = arguments((0, 96), torch.float32, 0)
-    packed, chosen = torch.ops.qlora_native.search_scales_4bit(*case)
+    assert all(map(same_bytes, search(t.t().contiguous().t(), *rest), search(t, *rest)))
+    packed, chosen = search(*arguments((0, 96), torch.float32, 0))
     assert packed.numel() == chosen.numel() == 0
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.qlora_native.search_scales_4bit.default, arguments((8, 96), torch.float32, 0))
+    torch.library.opcheck(search.default, arguments((8, 96), torch.float32, 0))
 
 
 def test_errors() -> None:
     t, moment, *rest = arguments((8, 96), torch.float32, 0)
-    assert isinstance(moment, Tensor)
-    with pytest.raises(ValueError, match=r"moment is torch.float32 \[95\].*expected 96"):
-        torch.ops.qlora_native.search_scales_4bit(t, moment[:95], *rest)
+    refuses(r"moment is torch.float32 \[95\].*expected 96", search, t, moment[:95], *rest)
     rest[4] = 0
-    with pytest.raises(ValueError, match="group is 0"):
-        torch.ops.qlora_native.search_scales_4bit(t, moment, *rest)
+    refuses("group is 0", search, t, moment, *rest)

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import copy
-import io
+import itertools
 import json
 import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import same_bytes, same_weight, signed
+from helpers import refuses, same_bytes, same_weight, signed, through_a_file
 
 import qlora_native as qn
 
 
-def through_torch(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
-    file = io.BytesIO()
-    torch.save(w, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.copy, copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w)), through_torch, lambda w: w.to("cpu")],
+    [copy.copy, copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w)), through_a_file, lambda w: w.to("cpu")],
     ids=["copy", "deepcopy", "pickle", "torch.save", "to"],
 )
 def test_duplicates(duplicate: Callable[[qn.QuantizedWeight], qn.QuantizedWeight]) -> None:
@@ -46,15 +39,8 @@ def test_attributes() -> None:
     assert plain.nested_absmax is plain.nested_offset is None and not plain.double_quant
     for made in (w, plain):
         empty = qn.QuantizedWeight.empty(w.shape, dtype=w.dtype, double_quant=made.double_quant, device="meta")
-        assert [t.shape for t in empty.op_args()[:4] if t is not None] == [
-            t.shape for t in made.op_args()[:4] if t is not None
-        ]
-
-
-def test_bits_a_weight() -> None:
-    """The paper's 4.127 bits: 4 + 8/64 + 32/(64 * 256)."""
-    w = qn.quantize(torch.randn(1024, 1024))
-    assert abs(w.nbytes * 8 / w.numel() - 4.127) < 1e-3
+        pairs = zip(empty.op_args()[:4], made.op_args()[:4], strict=True)
+        assert all(a is b is None or (a is not None and b is not None and a.shape == b.shape) for a, b in pairs)
 
 
 @pytest.mark.parametrize("rows", [256, 32])
@@ -63,9 +49,7 @@ def test_slices_of_stacked_experts(rows: int, double_quant: bool) -> None:
     w = qn.quantize(torch.randn(5, rows, 64), double_quant=double_quant)
     whole = w.dequantize()
     for index in (0, 3, -1):
-        part = w[index]
-        assert part.shape == (rows, 64)
-        assert same_bytes(part.dequantize(), whole[index])
+        assert same_bytes(w[index].dequantize(), whole[index])
     assert w[1].packed.untyped_storage().data_ptr() == w.packed.untyped_storage().data_ptr()
     with pytest.raises(IndexError):
         w[5]
@@ -92,9 +76,8 @@ def test_slices_of_rows(double_quant: bool, width: int) -> None:
 
 def test_slice_that_begins_inside_a_block() -> None:
     w = qn.quantize(torch.randn(4, 96))
-    for part in (lambda: w[1], lambda: w.slice(1, 3)):
-        with pytest.raises(ValueError, match="96.* block_size 64"):
-            part()
+    refuses("96.* block_size 64", lambda: w[1])
+    refuses("96.* block_size 64", w.slice, 1, 3)
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -120,8 +103,7 @@ def test_foreign_maps_are_honored_and_saved_again() -> None:
     tensors["weight.quant_map"] = torch.nextafter(tensors["weight.quant_map"], torch.tensor(2.0))
     tensors["weight.nested_quant_map"] = tensors["weight.nested_quant_map"] * 1.5
     back = qn.from_bnb(tensors)
-    assert back.code is not None
-    assert back.nested_code is not None
+    assert back.code is not None and back.nested_code is not None
     assert not torch.equal(back.scales(), w.scales())
     table = tensors["weight.quant_map"]
     codes = torch.stack([back.packed >> 4, back.packed & 15], 1).reshape(-1).long()
@@ -142,30 +124,25 @@ def test_state_is_the_json_of_the_format() -> None:
 def test_loads_in_bitsandbytes() -> None:
     """Their reader rebuilds the same matrix from our tensors."""
     functional = pytest.importorskip("bitsandbytes.functional")
-    for quant_type in ("nf4", "fp4"):
-        for double_quant in (False, True):
-            w = qn.quantize(torch.randn(32, 64), quant_type=quant_type, double_quant=double_quant)
-            tensors = qn.to_bnb(w)
-            about = {key: value for key, value in tensors.items() if key != "weight"}
-            state = functional.QuantState.from_dict(about, device=torch.device("cpu"))
-            theirs = functional.dequantize_4bit(tensors["weight"], state)
-            assert torch.equal(theirs, w.dequantize())
+    for quant_type, double_quant in itertools.product(("nf4", "fp4"), (False, True)):
+        w = qn.quantize(torch.randn(32, 64), quant_type=quant_type, double_quant=double_quant)
+        tensors = qn.to_bnb(w)
+        packed = tensors.pop("weight")
+        state = functional.QuantState.from_dict(tensors, device=torch.device("cpu"))
+        assert torch.equal(functional.dequantize_4bit(packed, state), w.dequantize())
 
 
 def test_broken_tensors_are_named() -> None:
     tensors = qn.to_bnb(qn.quantize(torch.randn(32, 64)))
-    with pytest.raises(ValueError, match="there is no 'w.quant_state"):
-        qn.from_bnb(tensors, "w")
+    refuses("there is no 'w.quant_state", qn.from_bnb, tensors, "w")
     without = {key: value for key, value in tensors.items() if key != "weight.nested_absmax"}
-    with pytest.raises(ValueError, match="key 'weight.nested_absmax' is missing"):
-        qn.from_bnb(without)
-    with pytest.raises(ValueError, match=r"'weight.absmax' is torch\.uint8 with 31 elements: expected 32"):
-        qn.from_bnb({**tensors, "weight.absmax": tensors["weight.absmax"][:-1]})
-    with pytest.raises(ValueError, match=r"'weight' is torch\.uint8 with 1000 elements: expected 1024"):
-        qn.from_bnb({**tensors, "weight": tensors["weight"][:1000]})
-    with pytest.raises(ValueError, match="holds no valid quant state"):
-        qn.from_bnb({**tensors, "weight.quant_state.bitsandbytes__nf4": torch.tensor([1, 2], dtype=torch.uint8)})
+    refuses("key 'weight.nested_absmax' is missing", qn.from_bnb, without)
+    for name, value, expected in (
+        ("weight.absmax", tensors["weight.absmax"][:-1], r"is torch\.uint8 with 31 elements: expected 32"),
+        ("weight", tensors["weight"][:1000], r"is torch\.uint8 with 1000 elements: expected 1024"),
+        ("weight.quant_state.bitsandbytes__nf4", torch.tensor([1, 2], dtype=torch.uint8), "quant state"),
+    ):
+        refuses(f"'{name}' .*{expected}", qn.from_bnb, {**tensors, name: value})
     odd = qn.quantize(torch.randn(6))
     odd.storage_dtype = torch.float32
-    with pytest.raises(ValueError, match=r"3 packed bytes are no whole number of torch\.float32"):
-        qn.to_bnb(odd)
+    refuses(r"3 packed bytes .* torch\.float32", qn.to_bnb, odd)

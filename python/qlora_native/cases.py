@@ -14,7 +14,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANT_TYPES = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-# Shapes of weights to quantize: odd counts, rows that are no multiple of the block, 1-D, 3-D, empty, many scales.
+# To quantize: odd counts, rows that are no multiple of the block, 1-D, 3-D, empty, many scales.
 WEIGHT_SHAPES = ((0,), (1,), (63,), (64,), (65,), (5, 127), (6, 96), (3, 7, 50), (4, 0, 3), (300, 64), (129, 257))
 
 

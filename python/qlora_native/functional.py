@@ -137,16 +137,14 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not fit, a label out of range.
     """
-    tracking = torch.is_grad_enabled()
+    need_grad_h, need_grad_weight = torch.is_grad_enabled() and h.requires_grad, False
     if isinstance(weight, QuantizedWeight):
         h = autocast(h)[0]  # type: ignore[assignment]
         arguments = weight.op_args()
-        need_grad_weight = False
     else:
+        need_grad_weight = torch.is_grad_enabled() and weight.requires_grad
         h, weight = autocast(h, weight)  # type: ignore[assignment]
         arguments = Weight(weight, None, None, None, None, None, list(weight.shape), 0, 64)  # type: ignore[arg-type]
-        need_grad_weight = tracking and weight.requires_grad
-    loss, _, _ = torch.ops.qlora_native.linear_cross_entropy(
-        h, labels, ignore_index, tracking and h.requires_grad, need_grad_weight, *arguments
-    )
+    needed = need_grad_h, need_grad_weight
+    loss: Tensor = torch.ops.qlora_native.linear_cross_entropy(h, labels, ignore_index, *needed, *arguments)[0]
     return loss

@@ -1,7 +1,4 @@
-"""Every op in plain torch: the truth that the tests compare with, and the path of devices that have no kernels.
-
-Nothing here is fast. It follows the exact arithmetic rule literally and works on any device torch has.
-"""
+"""Every op in plain torch, slow but exact: the truth that the tests compare with, and the path of other devices."""
 
 from __future__ import annotations
 
@@ -19,6 +16,11 @@ NESTED_BLOCK = 256
 
 def _padded_blocks(flat: Tensor, block: int) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % block)).reshape(-1, block)
+
+
+def _blocks_and_absmax(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    blocks = _padded_blocks(flat, block)
+    return blocks, blocks.abs().amax(1) if flat.numel() else flat.new_zeros(0)
 
 
 def _normalized(blocks: Tensor, absmax: Tensor) -> Tensor:
@@ -39,12 +41,10 @@ def _codes(normalized: Tensor, quant_type: int) -> Tensor:
 def quantize_blocks(t: Tensor, quant_type: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes packed two to a byte, uint8 [ceil(n/2)], and the largest magnitude of each block, fp32 [blocks]."""
     flat = t.detach().reshape(-1).float()
-    finite = torch.isfinite(flat)
-    if not bool(finite.all()):
-        index = int((~finite).nonzero()[0])
-        raise ValueError(non_finite_message(index, t))
-    blocks = _padded_blocks(flat, block_size)
-    absmax = blocks.abs().amax(1) if flat.numel() else flat.new_zeros(0)
+    bad = (~torch.isfinite(flat)).nonzero()
+    if bad.numel():
+        raise ValueError(non_finite_message(int(bad[0]), t))
+    blocks, absmax = _blocks_and_absmax(flat, block_size)
     zero_code = 7 if quant_type == 0 else 0
     codes = torch.where((absmax == 0)[:, None], zero_code, _codes(_normalized(blocks, absmax), quant_type))
     return pack(codes.reshape(-1)[: flat.numel()].to(torch.uint8), quant_type), absmax
@@ -52,12 +52,7 @@ def quantize_blocks(t: Tensor, quant_type: int, block_size: int) -> tuple[Tensor
 
 def non_finite_message(index: int, t: Tensor) -> str:
     """The one wording of the error about NaN and infinity in a weight."""
-    position = []
-    rest = index
-    for size in reversed(t.shape):
-        position.append(rest % size)
-        rest //= size
-    where = f"[{', '.join(str(i) for i in reversed(position))}]"
+    where = [int(i) for i in torch.unravel_index(torch.tensor(index, device="cpu"), t.shape)]
     value = float(t.detach().reshape(-1)[index])
     return f"quantize: element {where} of the {list(t.shape)} tensor is {value}: only finite weights can be quantized."
 
@@ -83,12 +78,9 @@ def nearest_index(values: Tensor, table: Tensor) -> Tensor:
 
 
 def quantize_blockwise(t: Tensor, table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Indices into ``table`` (uint8, of t's shape) of each element over its block's largest magnitude (fp32 [blocks]).
-
-    In a block of zeros every element takes the index of zero.
-    """
-    blocks = _padded_blocks(t.detach().reshape(-1).float(), block_size)
-    absmax = blocks.abs().amax(1) if t.numel() else blocks.new_zeros(0)
+    """Indices into ``table`` (uint8, of t's shape) of each element over its block's largest magnitude (fp32 [blocks]);
+    that of zero in a block of zeros."""
+    blocks, absmax = _blocks_and_absmax(t.detach().reshape(-1).float(), block_size)
     values = torch.where((absmax == 0)[:, None], 0.0, _normalized(blocks, absmax))
     return nearest_index(values, table).reshape(-1)[: t.numel()].reshape(t.shape), absmax
 
@@ -187,9 +179,8 @@ def search_scales(
     weighted by ``moment``, fp32 [K].
     """
     flat = t.detach().reshape(-1).float()
-    x = _padded_blocks(flat, block_size)
+    x, absmax = _blocks_and_absmax(flat, block_size)
     weights = _padded_blocks(moment.repeat(flat.numel() // max(moment.numel(), 1)), block_size)
-    absmax = x.abs().amax(1) if flat.numel() else flat.new_zeros(0)
     spread = multiplier.repeat_interleave(group)[: absmax.numel()]
     best, chosen = torch.full_like(absmax, math.inf), initial.clone()
     for index, level in enumerate(table):
@@ -231,29 +222,7 @@ def gptq(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: i
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias in double precision, rounded once to x's dtype. ``weight`` is the dequantized weight [N, K]."""
-    y = x.double() @ weight.double().t()
-    return (y if bias is None else y + bias.double()).to(x.dtype)
-
-
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None = None,
-    x_lora: Tensor | None = None,
-) -> Tensor:
-    """x W^T + bias + scale * (x_lora A^T) B^T in double precision, rounded once to x's dtype."""
-    low_rank = (x if x_lora is None else x_lora).double() @ a.double().t()
-    y = x.double() @ weight.double().t() + scale * (low_rank @ b.double().t())
-    return (y if bias is None else y + bias.double()).to(x.dtype)
-
-
-def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean cross entropy of the logits h W^T in double precision, fp32 []; NaN when every label is ignored."""
-    logits = h.double().reshape(-1, h.shape[-1]) @ weight.double().t()
-    return F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index).float()
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(x.dtype)
 
 
 STATE_BLOCK = _native.STATE_BLOCK
@@ -265,10 +234,7 @@ def _exponent_bits(x: Tensor, bits: int) -> Tensor:
 
 
 def decode_state(codes: Tensor, absmax: Tensor | None = None) -> Tensor:
-    """The values of an 8-bit state: int8 is the signed code, uint8 the unsigned one. fp32, of the shape of ``codes``.
-
-    Without ``absmax`` (fp32, one a block of 256 of the flattened state) they are relative to it, in [-1, 1].
-    """
+    """The fp32 values of an 8-bit state (int8: the signed code, uint8: the unsigned); in [-1, 1] without ``absmax``."""
     a, b, *_ = (table.to(codes.device) for table in _native.state_code(codes.dtype == torch.int8))
     value = codes.float()
     segment = _exponent_bits(value, 3)
@@ -286,8 +252,7 @@ def encode_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """
     _, _, alpha, beta, limits = (table.to(values.device) for table in _native.state_code(signed))
     lowest, top = limits.tolist()
-    blocks = _padded_blocks(values.reshape(-1), STATE_BLOCK)
-    absmax = blocks.abs().amax(1) if values.numel() else blocks.new_zeros(0)
+    blocks, absmax = _blocks_and_absmax(values.reshape(-1), STATE_BLOCK)
     absmax = torch.where(absmax.isfinite(), absmax, math.nan)
     x = _normalized(blocks, absmax).abs().clamp(min=lowest)
     exponent = _exponent_bits(x, 5)
@@ -303,7 +268,7 @@ def gradient_norm(grads: list[Tensor]) -> Tensor:
     device = grads[0].device if grads else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
     for grad in grads:
-        total = total + grad.detach().double().square().sum().to(device)
+        total += grad.detach().double().square().sum().to(device)
     return total.sqrt()
 
 
@@ -311,8 +276,7 @@ def power(base: float, exponent: int) -> float:
     """base**exponent by squaring: the order of roundings of the native code."""
     result = 1.0
     while exponent > 0:
-        if exponent % 2:
-            result *= base
+        result *= base if exponent % 2 else 1.0
         base *= base
         exponent //= 2
     return result
@@ -329,12 +293,10 @@ def _decay(state: Tensor, absmax: Tensor | None, factors: list[float]) -> tuple[
 
 
 def _store_state(values: Tensor, state: Tensor, absmax: Tensor | None) -> None:
-    if absmax is None:
-        state.copy_(values)
-        return
-    codes, new_absmax = encode_state(values, state.dtype == torch.int8)
-    state.copy_(codes)
-    absmax.copy_(new_absmax)
+    if absmax is not None:
+        values, new_absmax = encode_state(values, state.dtype == torch.int8)
+        absmax.copy_(new_absmax)
+    state.copy_(values)
 
 
 def adamw_step(

@@ -99,8 +99,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, scales and maps included."""
-        tensors = (getattr(self, name) for name in TENSOR_FIELDS)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.nbytes for t in self.op_args()[:6] if t is not None)
 
     def numel(self) -> int:
         """Elements of the dense tensor."""
@@ -189,11 +188,9 @@ class QuantizedWeight:
         return other
 
     def _map(self, function: Callable[[Tensor], Any]) -> QuantizedWeight:
-        tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
-        mapped: dict[str, Any] = {
-            name: None if tensor is None else function(tensor) for name, tensor in tensors.items()
-        }
-        return self._with(self.op_args()._replace(**mapped))
+        arguments = self.op_args()
+        mapped: Any = [None if tensor is None else function(tensor) for tensor in arguments[:6]]
+        return self._with(Weight._make((*mapped, *arguments[6:])))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> QuantizedWeight:
         """The same weight on another device. Bytes are moved, never requantized."""
@@ -243,24 +240,11 @@ def quantize(t: Tensor, *, quant_type: str = "nf4", block_size: int = 64, double
 
     Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3.
     """
-    number = quant_type_number(quant_type)
-    packed, absmax, nested_absmax, nested_offset = torch.ops.qlora_native.quantize_4bit(
-        t.detach(), number, block_size, double_quant
-    )
-    return QuantizedWeight(
-        packed,
-        absmax,
-        shape=t.shape,
-        dtype=t.dtype,
-        quant_type=quant_type,
-        block_size=block_size,
-        nested_absmax=nested_absmax if double_quant else None,
-        nested_offset=nested_offset if double_quant else None,
-    )
-
-
-def _state_key(prefix: str, quant_type: str) -> str:
-    return f"{prefix}.quant_state.bitsandbytes__{quant_type}"
+    options = quant_type_number(quant_type), block_size, double_quant
+    packed, absmax, *nested = torch.ops.qlora_native.quantize_4bit(t.detach(), *options)
+    made = QuantizedWeight(packed, absmax, shape=t.shape, dtype=t.dtype, quant_type=quant_type, block_size=block_size)
+    made.nested_absmax, made.nested_offset = nested if double_quant else (None, None)
+    return made
 
 
 def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, Tensor]:
@@ -279,20 +263,24 @@ def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, Tensor]:
         "dtype": str(w.dtype).removeprefix("torch."),
         "shape": list(w.shape),
     }
+    if w.packed.numel() % w.storage_dtype.itemsize:
+        raise ValueError(
+            f"to_bnb: {w.packed.numel()} packed bytes are no whole number of {w.storage_dtype} elements: "
+            "set storage_dtype to torch.uint8."
+        )
     number = quant_type_number(w.quant_type)
     tensors = {
-        prefix: _as_storage(w),
+        prefix: w.packed.view(w.storage_dtype).reshape(-1, 1),
         f"{prefix}.absmax": w.absmax,
         f"{prefix}.quant_map": (_native.levels(number).clone() if w.code is None else w.code).to(w.device),
     }
     if w.nested_absmax is not None and w.nested_offset is not None:
-        state["nested_blocksize"] = reference.NESTED_BLOCK
-        state["nested_dtype"] = "float32"
-        state["nested_offset"] = w.nested_offset.item()
+        nested_offset = w.nested_offset.item()
+        state |= {"nested_blocksize": reference.NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": nested_offset}
         nested_code = _native.nested_code().clone() if w.nested_code is None else w.nested_code
         tensors[f"{prefix}.nested_absmax"] = w.nested_absmax
         tensors[f"{prefix}.nested_quant_map"] = nested_code.to(w.device)
-    tensors[_state_key(prefix, w.quant_type)] = pack_json(state).to(w.device)
+    tensors[f"{prefix}.quant_state.bitsandbytes__{w.quant_type}"] = pack_json(state).to(w.device)
     return tensors
 
 
@@ -309,20 +297,11 @@ def unpack_json(stored: Tensor) -> dict[str, Any]:
     return state
 
 
-def _as_storage(w: QuantizedWeight) -> Tensor:
-    if w.packed.numel() % w.storage_dtype.itemsize:
-        raise ValueError(
-            f"to_bnb: {w.packed.numel()} packed bytes are no whole number of {w.storage_dtype} elements: "
-            "set storage_dtype to torch.uint8."
-        )
-    return w.packed.view(w.storage_dtype).reshape(-1, 1)
-
-
 def bnb_state_key(keys: Iterable[str], prefix: str = "weight") -> str | None:
     """The quant-state key of ``prefix`` among ``keys``, or None if it is no 4-bit weight."""
     present = set(keys)
-    found = (key for key in (_state_key(prefix, name) for name in _native.QUANT_TYPES) if key in present)
-    return next(found, None)
+    ours = (f"{prefix}.quant_state.bitsandbytes__{name}" for name in _native.QUANT_TYPES)
+    return next((key for key in ours if key in present), None)
 
 
 def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedWeight:
@@ -361,14 +340,11 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> Quantized
     if stored is None or stored.dtype not in STORAGE_DTYPES:
         raise ValueError(f"from_bnb: key '{prefix}' is missing or of a dtype that is no quant_storage.")
     packed = get("", (numel + 1) // (2 * stored.dtype.itemsize), STORAGE_DTYPES).view(torch.uint8)
-    nested = "nested_blocksize" in state
-    if nested and state["nested_blocksize"] != reference.NESTED_BLOCK:
-        raise ValueError(
-            f"from_bnb: nested_blocksize is {state['nested_blocksize']}: expected {reference.NESTED_BLOCK}"
-        )
     fp32 = (torch.float32,)
     nested_absmax = nested_offset = nested_code = None
-    if nested:
+    if nested := "nested_blocksize" in state:
+        if (found := state["nested_blocksize"]) != reference.NESTED_BLOCK:
+            raise ValueError(f"from_bnb: nested_blocksize is {found}: expected {reference.NESTED_BLOCK}")
         nested_absmax = get(".nested_absmax", -(-blocks // reference.NESTED_BLOCK), fp32)
         nested_offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
         nested_code = get(".nested_quant_map", 256, fp32)
@@ -389,7 +365,5 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> Quantized
 
 
 def _unless_built_in(stored: Tensor, built_in: Tensor) -> Tensor | None:
-    if stored.device.type == "meta":
-        return None
-    same = torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32))
-    return None if same else stored
+    on_meta = stored.device.type == "meta"
+    return None if on_meta or torch.equal(stored.cpu().view(torch.int32), built_in.view(torch.int32)) else stored

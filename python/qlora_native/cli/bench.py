@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ OPS = ("linear_4bit", "lora_linear_4bit", "quantize_4bit", "dequantize_4bit", "l
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments."""
     parser.add_argument("op", metavar="OP", nargs="?", choices=OPS, help=f"one of {', '.join(OPS)} (default: all)")
     parser.add_argument("--model", metavar="MODEL", help="take the shapes of its linear layers; no weight is read")
     parser.add_argument("--shape", nargs=3, type=int, metavar=("M", "N", "K"), help="M tokens, N outputs, K inputs")
@@ -52,13 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name}{isa}, torch {torch.__version__}, {args.dtype}")
     torch.manual_seed(0)
     for op in [args.op] if args.op else OPS:
-        seen: set[Any] = set()
-        for m, n, k in shapes:
-            if op in WITHOUT_TOKENS:
-                m = 0
-            if (m, n, k) in seen:
-                continue
-            seen.add((m, n, k))
+        for m, n, k in dict.fromkeys((0 if op in WITHOUT_TOKENS else m, n, k) for m, n, k in shapes):
             contest = CONTESTS[op](Shape(m, n, k), getattr(torch, args.dtype), device)
             _print({"op": op, "m": m or None, "n": n, "k": k}, contest, args, name, device)
     return 0
@@ -69,12 +63,8 @@ def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
         raise UserError("qlora bench: --model and --shape were given: expected one of them")
     if args.shape and args.tokens:
         raise UserError("qlora bench: --tokens does not go with --shape, whose first number it is; leave one out")
-    for name, values in {
-        "--shape": args.shape or (),
-        "--tokens": args.tokens or (),
-        "--rounds": (args.rounds,),
-    }.items():
-        if any(value < 1 for value in values):
+    for name, values in (("--shape", args.shape), ("--tokens", args.tokens), ("--rounds", [args.rounds])):
+        if any(value < 1 for value in values or ()):
             raise UserError(f"qlora bench: {name} is {' '.join(map(str, values))}: expected numbers of 1 and more")
     if args.shape:
         return [tuple(args.shape)]
@@ -93,15 +83,13 @@ def layer_shapes(model: str, dtype: str = "bfloat16") -> list[tuple[int, int]]:
     from qlora_native.hf.build import MetaModel
     from qlora_native.hf.source import open_source
 
-    of = getattr(torch, dtype)
     with as_user_error():
-        meta = MetaModel(open_source(Path(model).expanduser()).config, of, torch.device("meta"))
+        config = open_source(Path(model).expanduser()).config
+        meta = MetaModel(config, getattr(torch, dtype), torch.device("meta"))
         weights = meta.four_bit_weights(("lm_head",), 64)
-    shapes = []
-    for name, transposed in weights.items():
-        *_, rows, columns = meta.shapes[name].shape  # of one expert, where it is a stack of them
-        shapes.append((columns, rows) if transposed else (rows, columns))
-    return shapes
+    # The last two axes: of one expert, where a weight is a stack of them.
+    shapes = ((meta.shapes[name].shape[-2:], transposed) for name, transposed in weights.items())
+    return [(columns, rows) if transposed else (rows, columns) for (rows, columns), transposed in shapes]
 
 
 def _print(about: dict[str, Any], contest: Any, args: argparse.Namespace, name: str, device: Any) -> None:
@@ -109,14 +97,13 @@ def _print(about: dict[str, Any], contest: Any, args: argparse.Namespace, name: 
 
     from qlora_native.cli.contests import interleaved, quartiles, ratios, rounded
 
-    def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
-        def call() -> None:
-            function()
-            torch.cuda.synchronize(device)
+    def call_and_wait(function: Callable[[], Any]) -> None:
+        function()
+        torch.cuda.synchronize(device)
 
-        return call
-
-    functions = {n: waiting(f) for n, f in contest.functions.items()} if device.type == "cuda" else contest.functions
+    functions = contest.functions
+    if device.type == "cuda":
+        functions = {name: partial(call_and_wait, function) for name, function in functions.items()}
     began = time.monotonic()
     seconds = interleaved(functions, args.rounds)
     low, middle, high = rounded(ratios(seconds["torch"], seconds["ours"]))
@@ -138,8 +125,6 @@ def _print(about: dict[str, Any], contest: Any, args: argparse.Namespace, name: 
         return
     size = f"{about['m']} x " if about["m"] else ""
     match = "" if row["match"] else f"  NO MATCH: relative error {row['relative_error']:g}"
-    print(
-        f"{about['op']}, {size}[{about['n']}, {about['k']}]: {row['ours_ms']:g} ms, {contest.rival} "
-        f"{row['torch_ms']:g} ms: {middle:g} times as fast ({low:g} to {high:g}){match}",
-        flush=True,
-    )
+    times = f"{row['ours_ms']:g} ms, {contest.rival} {row['torch_ms']:g} ms"
+    ratio = f"{middle:g} times as fast ({low:g} to {high:g})"
+    print(f"{about['op']}, {size}[{about['n']}, {about['k']}]: {times}: {ratio}{match}", flush=True)

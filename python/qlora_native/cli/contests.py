@@ -1,5 +1,4 @@
-"""What `qlora bench` measures, ops of this library against torch's own on made-up tensors, and the timing that it and
-bench/ use."""
+"""What `qlora bench` measures, ops of this library against torch's own, and the timing that it and bench/ use."""
 
 from __future__ import annotations
 
@@ -78,11 +77,8 @@ def cpu_name() -> str:
 def cache_bytes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
     """The size of the last-level cache in sysfs; 32 MiB where there is none."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = []
-    for file in Path(root).glob("index*/size"):
-        text = file.read_text(encoding="utf-8").strip()
-        sizes.append(int(text[:-1]) * units[text[-1]])
-    return max(sizes, default=32 << 20)
+    sizes = (file.read_text(encoding="utf-8").strip() for file in Path(root).glob("index*/size"))
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 << 20)
 
 
 RANK = 16
@@ -105,35 +101,39 @@ class Contest(NamedTuple):
     rival: str  # in words
 
 
-Maker = Callable[[Shape, torch.dtype, torch.device], Contest]
+Weights = tuple[Tensor, list[QuantizedWeight], list[Tensor]]
 
 
-def _weights(
-    shape: Shape, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, list[QuantizedWeight], list[Tensor]]:
+def _weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> Weights:
     """fp64 values; enough copies of the weight in 4 and in 16 bits that no product finds its own in the cache."""
     dense = torch.randn(shape.n, shape.k, dtype=dtype, device=device) / shape.k**0.5
     weight = quantize(dense)
-    values = weight.dequantize(dtype)
-    count = max(1, -(-2 * cache_bytes() // weight.nbytes)) if shape.m <= 16 and device.type == "cpu" else 1
-    count = min(count, 16)
+    count = min(max(1, -(-2 * cache_bytes() // weight.nbytes)), 16) if shape.m <= 16 and device.type == "cpu" else 1
     packed = [weight, *(quantize(dense) for _ in range(count - 1))]
-    return weight.dequantize(torch.float32).double(), packed, [values, *(values.clone() for _ in range(count - 1))]
+    return weight.dequantize(torch.float32).double(), packed, [weight.dequantize(dtype) for _ in range(count)]
 
 
-@torch.no_grad()
+def _backward(output: Tensor, grad: Tensor | None, *leaves: Tensor) -> Tensor:
+    """The gradient of the first leaf."""
+    for leaf in leaves:
+        leaf.grad = None
+    output.backward(grad)
+    assert leaves[0].grad is not None
+    return leaves[0].grad
+
+
 def linear_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
     """The forward product."""
     exact, packed, dense = _weights(shape, dtype, device)
     x = torch.randn(shape.m, shape.k, dtype=dtype, device=device)
     ours, theirs = itertools.cycle(packed), itertools.cycle(dense)
 
+    @torch.no_grad()
     def run_ours() -> Tensor:
-        with torch.no_grad():
-            return linear(x, next(ours))
+        return linear(x, next(ours))
 
     functions: Functions = {"ours": run_ours, "torch": lambda: F.linear(x, next(theirs))}
-    error = relative_error(functions["ours"](), x.double() @ exact.t())
+    error = relative_error(run_ours(), x.double() @ exact.t())
     return Contest(functions, error, TOLERANCE[dtype], "F.linear with the 16-bit weight")
 
 
@@ -145,19 +145,16 @@ def lora_linear_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     b = torch.randn(shape.n, RANK, device=device).mul_(0.1).requires_grad_()
     grad = torch.randn(shape.m, shape.n, dtype=dtype, device=device)
 
-    def backward(y: Tensor) -> Tensor:
-        x.grad = a.grad = b.grad = None
-        y.backward(grad)
-        assert x.grad is not None
-        return x.grad
+    def ours() -> Tensor:
+        return _backward(lora_linear(x, packed[0], a, b, 2.0), grad, x, a, b)
 
     def theirs() -> Tensor:
-        return backward(F.linear(x, dense[0]) + F.linear(F.linear(x, a.to(dtype)), b.to(dtype)) * 2.0)
+        y = F.linear(x, dense[0]) + F.linear(F.linear(x, a.to(dtype)), b.to(dtype)) * 2.0
+        return _backward(y, grad, x, a, b)
 
-    functions: Functions = {"ours": lambda: backward(lora_linear(x, packed[0], a, b, 2.0)), "torch": theirs}
-    truth = grad.double() @ (exact + 2.0 * b.detach().double() @ a.detach().double())
-    error = relative_error(functions["ours"](), truth)
-    return Contest(functions, error, 2 * TOLERANCE[dtype], "the same layer of F.linear with the 16-bit weight")
+    error = relative_error(ours(), grad.double() @ (exact + 2.0 * b.detach().double() @ a.detach().double()))
+    rival = "the same layer of F.linear with the 16-bit weight"
+    return Contest({"ours": ours, "torch": theirs}, error, 2 * TOLERANCE[dtype], rival)
 
 
 @torch.no_grad()
@@ -184,16 +181,9 @@ def cross_entropy(shape: Shape, dtype: torch.dtype, device: torch.device) -> Con
     weight = torch.randn(shape.n, shape.k, dtype=dtype, device=device) / shape.k**0.5
     labels = torch.randint(shape.n, (shape.m,), device=device)
     h = torch.randn(shape.m, shape.k, dtype=dtype, device=device, requires_grad=True)
-
-    def backward(loss: Tensor) -> Tensor:
-        h.grad = None
-        loss.backward()
-        assert h.grad is not None
-        return h.grad
-
     functions: Functions = {
-        "ours": lambda: backward(linear_cross_entropy(h, weight, labels)),
-        "torch": lambda: backward(F.cross_entropy(F.linear(h, weight).float(), labels)),
+        "ours": lambda: _backward(linear_cross_entropy(h, weight, labels), None, h),
+        "torch": lambda: _backward(F.cross_entropy(F.linear(h, weight).float(), labels), None, h),
     }
     error = relative_error(functions["ours"]().clone(), functions["torch"]())
     return Contest(functions, error, 4 * TOLERANCE[dtype], "F.cross_entropy over the whole logits")
@@ -202,21 +192,18 @@ def cross_entropy(shape: Shape, dtype: torch.dtype, device: torch.device) -> Con
 def adamw_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
     """One optimizer step of an adapter's n x k fp32 parameters."""
     start = torch.randn(shape.n, shape.k, device=device)
-    grad = torch.randn_like(start)
-
-    def stepping(make: Any) -> tuple[Callable[[], None], torch.nn.Parameter]:
-        parameter = torch.nn.Parameter(start.clone())
-        parameter.grad = grad.clone()
-        return make([parameter], lr=1e-3, weight_decay=0.01).step, parameter
-
-    ours, mine = stepping(AdamW)
-    theirs, other = stepping(torch.optim.AdamW)
+    mine, other = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    mine.grad = torch.randn_like(start)
+    other.grad = mine.grad.clone()
+    ours, theirs = (
+        made([p], lr=1e-3, weight_decay=0.01).step for made, p in ((AdamW, mine), (torch.optim.AdamW, other))
+    )
     ours(), theirs()
     error = relative_error(mine.detach() - start, other.detach() - start)
     return Contest({"ours": ours, "torch": theirs}, error, 1e-4, "torch.optim.AdamW")
 
 
-CONTESTS: dict[str, Maker] = {
+CONTESTS: dict[str, Callable[[Shape, torch.dtype, torch.device], Contest]] = {
     "linear_4bit": linear_4bit,
     "lora_linear_4bit": lora_linear_4bit,
     "quantize_4bit": quantize_4bit,
@@ -224,5 +211,4 @@ CONTESTS: dict[str, Maker] = {
     "linear_cross_entropy": cross_entropy,
     "adamw_step": adamw_step,
 }
-# Ops that have no tokens: once a weight.
-WITHOUT_TOKENS = ("quantize_4bit", "dequantize_4bit", "adamw_step")
+WITHOUT_TOKENS = ("quantize_4bit", "dequantize_4bit", "adamw_step")  # once a weight

@@ -16,7 +16,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from qlora_native._cache import cache_folder
 from qlora_native._io import as_write_error, atomic_folder, sha256
 from qlora_native.errors import UserError
 
@@ -42,7 +41,13 @@ def available_model_file() -> Path | None:
 
 
 def _cached_file() -> Path:
-    return cache_folder() / f"{PACKAGE}-{VERSION}" / Path(MEMBER).name
+    """In ``QLORA_NATIVE_CACHE``, or in ``qlora_native`` of the user's cache; it need not exist."""
+    folder = Path(os.environ.get("QLORA_NATIVE_CACHE", "")).expanduser()
+    if folder == Path():
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        # A relative path there is to be ignored (XDG base directory specification).
+        folder = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "qlora_native"
+    return folder / f"{PACKAGE}-{VERSION}" / Path(MEMBER).name
 
 
 def _fetch() -> Path:

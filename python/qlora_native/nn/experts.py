@@ -1,8 +1,7 @@
 """Stacks of experts in 4 bits: transformers' fused experts, whose weights are three-dimensional parameters.
 
-transformers computes every such module by one rule (``transformers.integrations.moe``) that a few attributes select:
-up projection, gate, down projection, each with a slice [N, K] an expert. A module that this rule covers becomes 4-bit
-one parameter at a time and keeps its class, its names and its gate.
+transformers computes them by one rule (``transformers.integrations.moe``): up projection, gate, down projection, each
+with a slice [N, K] an expert. A module that this rule covers becomes 4-bit one parameter at a time and keeps its class.
 """
 
 from __future__ import annotations
@@ -102,9 +101,7 @@ class QuantizedExperts(Substitute):
     @property
     def is_sharded(self) -> bool:
         """As :attr:`qlora_native.nn.QuantizedLinear.is_sharded`."""
-        return any(
-            part_of(parameter) is not parameter for parameter in self._parameters.values() if parameter is not None
-        )
+        return any(part_of(value) is not value for value in self._parameters.values() if value is not None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, K] of tokens that go to experts top_k_index [T, k]; returns [T, K]."""
@@ -119,10 +116,10 @@ class QuantizedExperts(Substitute):
         slices = self._slices.get(name)
         if slices is None or slices[0].packed.data_ptr() != stack.packed.data_ptr():
             slices = self._slices[name] = [stack[index] for index in range(self.num_experts)]
-        weight, adapters = slices[expert], self.adapters.get(name)
-        if not adapters:
+        weight = slices[expert]
+        if not self.adapters.get(name):
             return linear(x, weight)
-        (a, b, scale), *others = adapters
+        (a, b, scale), *others = self.adapters[name]
         y = lora_linear(x, weight, a[expert], b[expert], scale)
         for a, b, scale in others:
             low = dense_linear(x, a[expert].to(x.dtype))
@@ -141,8 +138,7 @@ class QuantizedExperts(Substitute):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.is_sharded:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            return
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, parameter in self._parameters.items():
             stack = self.stack(name)
             if stack is not None:
@@ -152,8 +148,7 @@ class QuantizedExperts(Substitute):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if self.is_sharded:
-            super()._load_from_state_dict(state_dict, prefix, *others)
-            return
+            return super()._load_from_state_dict(state_dict, prefix, *others)
         missing_keys: list[str] = others[2]
         for name, parameter in list(self._parameters.items()):
             if name not in self._stacks:
@@ -185,18 +180,13 @@ def by_expert(
 
 def stacks_of(model: nn.Module, block_size: int) -> Iterator[tuple[str, str, Tensor]]:
     """(module path, parameter name, parameter [E, N, K]) of the dense stacks that can become 4-bit."""
-    for path, module in model.named_modules():
-        if not _is_covered(module):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if name in STACKS and parameter.dim() == 3 and parameter[0].numel() % block_size == 0:
-                yield path, name, parameter
-
-
-def _is_covered(module: nn.Module) -> bool:
-    """Whether transformers' rule for experts, without biases, transposition and later norms, is all the module does."""
     settings = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
-    return hasattr(module, "_apply_gate") and all(getattr(module, name, True) is False for name in settings)
+    for path, module in model.named_modules():
+        # transformers' rule for experts, without biases, transposition and later norms, is all that the module does.
+        if hasattr(module, "_apply_gate") and all(getattr(module, name, True) is False for name in settings):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name in STACKS and parameter.dim() == 3 and parameter[0].numel() % block_size == 0:
+                    yield path, name, parameter
 
 
 def put_stack(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
@@ -240,12 +230,9 @@ def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, 
 def without_stacks(conversions: Iterable[Any], model: nn.Module) -> list[Any]:
     """transformers' conversions but for those that made a 4-bit stack: they cannot be undone on packed bytes."""
     names = [f"{path}.{name}" for path, _, name, _ in quantized_stacks(model)]
-    return [
-        entry
-        for entry in conversions
-        if not hasattr(entry, "operations") or not any(_makes(entry, name) for name in names)
-    ]
 
+    def makes_one(entry: Any) -> bool:
+        ends = tuple(str(target).lstrip(".^") for target in entry.target_patterns)
+        return hasattr(entry, "operations") and any(name.endswith(ends) for name in names)
 
-def _makes(entry: Any, name: str) -> bool:
-    return any(name.endswith(str(target).lstrip(".^")) for target in entry.target_patterns)
+    return [entry for entry in conversions if not makes_one(entry)]

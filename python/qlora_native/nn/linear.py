@@ -13,7 +13,7 @@ from qlora_native.ops._direct import Matrix, Prepared, adapted_at_once, product,
 from qlora_native.ops._library import Weight, part_of
 from qlora_native.weight import QuantizedWeight
 
-_SCALES = ("absmax", "nested_absmax", "nested_offset", "code", "nested_code")
+_SCALES = weight.TENSOR_FIELDS[1:]
 
 
 class QuantizedLinear(nn.Linear):
@@ -59,9 +59,8 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         options = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
         self.quantized = QuantizedWeight.empty((out_features, in_features), dtype=dtype, device=device, **options)  # type: ignore[arg-type]
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        )
+        made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", made)
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -97,8 +96,7 @@ class QuantizedLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> QuantizedLinear:
         """Quantize a dense layer; ``options`` as :func:`qlora_native.quantize`. The bias is shared, not copied."""
-        layer = cls.from_quantized(weight.quantize(linear.weight, **options), linear.bias)
-        return layer.train(linear.training)
+        return cls.from_quantized(weight.quantize(linear.weight, **options), linear.bias).train(linear.training)
 
     def dequantize(self) -> nn.Linear:
         """A dense layer with the decoded weight in the original dtype; the bias is shared."""
@@ -115,13 +113,10 @@ class QuantizedLinear(nn.Linear):
         floating-point dtype reaches them. A weight whose last block is not full keeps its shape [ceil(n/2), 1]. The
         state_dict does not change until the weight is sharded; loading one before is refused.
         """
-        if self.is_laid_out:
-            return
-        absmax = self.absmax
-        del self.absmax
-        self.weight, self.absmax_bytes = in_rows(
-            self.weight, absmax, self.in_features * self.out_features, self._about.block_size
-        )
+        if not self.is_laid_out:
+            numel, absmax = self.in_features * self.out_features, self.absmax
+            del self.absmax
+            self.weight, self.absmax_bytes = in_rows(self.weight, absmax, numel, self._about.block_size)
 
     @property
     def is_laid_out(self) -> bool:
@@ -129,15 +124,9 @@ class QuantizedLinear(nn.Linear):
         return "absmax_bytes" in self._parameters
 
     def _arguments(self) -> Weight:
-        return Weight(
-            self.weight.view(-1),
-            self._absmax(),
-            self.nested_absmax,
-            self.nested_offset,
-            self.code,
-            self.nested_code,
-            *self._sizes,
-        )
+        nested = self.nested_absmax, self.nested_offset
+        tables = self.code, self.nested_code
+        return Weight._make((self.weight.view(-1), self._absmax(), *nested, *tables, *self._sizes))
 
     def _absmax(self) -> Tensor:
         if not self.is_laid_out:
@@ -180,9 +169,9 @@ class QuantizedLinear(nn.Linear):
         """Does nothing: a frozen weight has no initialization of its own."""
 
     def extra_repr(self) -> str:
-        about = self._about
         nested = self.nested_absmax is not None
-        return f"{super().extra_repr()}, {about.quant_type}, block_size={about.block_size}, double_quant={nested}"
+        about = f"{self._about.quant_type}, block_size={self._about.block_size}, double_quant={nested}"
+        return f"{super().extra_repr()}, {about}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         before = {name: self._buffers[name] for name in _SCALES if name in self._buffers}
@@ -194,42 +183,37 @@ class QuantizedLinear(nn.Linear):
     def is_sharded(self) -> bool:
         """Whether this process holds a part of the weight (a DTensor, as FSDP2 makes it).
 
-        The state_dict then holds parameters and buffers under their own names, in place of bitsandbytes' keys, and
-        loading one fills them: torch.distributed.checkpoint reads each key as an attribute.
+        The state_dict then holds parameters and buffers under their own names, in place of bitsandbytes' keys:
+        torch.distributed.checkpoint reads each key as an attribute.
         """
         return part_of(self.weight) is not self.weight
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.is_sharded:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            return
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
         if self.weight.device.type == "meta":  # no values to describe yet
             destination[prefix + "weight"] = self.weight
-            return
-        destination.update(weight.to_bnb(self.quantized, prefix + "weight"))
+        else:
+            destination.update(weight.to_bnb(self.quantized, prefix + "weight"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if self.is_sharded:
-            super()._load_from_state_dict(state_dict, prefix, *others)
-            return
+            return super()._load_from_state_dict(state_dict, prefix, *others)
         local_metadata, strict, missing_keys, unexpected_keys, error_msgs = others
         name = prefix + "weight"
         try:
+            value = None
             if weight.bnb_state_key(state_dict, name) is not None:
                 value = weight.from_bnb(state_dict, name)
             elif name in state_dict and state_dict[name].is_floating_point():
-                value = weight.quantize(
-                    state_dict[name],
-                    quant_type=self._about.quant_type,
-                    block_size=self._about.block_size,
-                    double_quant=self.nested_absmax is not None,
-                )
-            else:
+                options: Any = {"quant_type": self._about.quant_type, "block_size": self._about.block_size}
+                double_quant = self.nested_absmax is not None
+                value = weight.quantize(state_dict[name], double_quant=double_quant, **options)
+            if value is None:
                 missing_keys.append(name)
-                value = None
-            if value is not None:
+            else:
                 on_meta = self.weight.device.type == "meta"
                 self.quantized = value if on_meta else value.to(self.weight.device)._map(torch.clone)
         except ValueError as error:
@@ -262,8 +246,8 @@ def in_rows(packed: Tensor, absmax: Tensor, numel: int, block_size: int) -> tupl
     """Codes [blocks, block_size / 2], or as they are if the last block is not full, and scales [blocks, bytes]: frozen
     uint8 parameters over the same memory."""
     rows = packed.view(-1, block_size // 2) if numel % block_size == 0 else packed
-    stored = absmax.view(-1, 1).view(torch.uint8)
-    return nn.Parameter(rows, requires_grad=False), nn.Parameter(stored, requires_grad=False)
+    scales = absmax.view(-1, 1).view(torch.uint8)
+    return nn.Parameter(rows, requires_grad=False), nn.Parameter(scales, requires_grad=False)
 
 
 def scales_in(stored: Tensor, double_quant: bool) -> Tensor:

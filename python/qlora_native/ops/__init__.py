@@ -1,7 +1,4 @@
-"""The ops behind ``torch.ops.qlora_native``: one file each with its kernels per device, its fake and its derivative.
-
-To add one, see CONTRIBUTING.md. The schemas stand together in ``_library.py``.
-"""
+"""The ops behind ``torch.ops.qlora_native``: kernels per device, fake and derivative (to add one: CONTRIBUTING.md)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The way to the CUDA kernels: the native module, the stream to launch on, the device and the tables it can read.
 
 The native module ``_cuda`` is loaded by the first call, that is, once there is a CUDA tensor. So importing the package
-neither maps the GPU code nor initializes the driver, which would forbid CUDA in forked processes. Replacing
-:func:`native`, :func:`launching`, :func:`facts` and :func:`memory`, and ``module_for`` of ``_library``, has the ops
-launch elsewhere, as in the tests.
+neither maps the GPU code nor initializes the driver, which would forbid CUDA in forked processes. Tests replace
+``native``, ``launching``, ``facts`` and ``memory`` here, and ``module_for`` of ``_library``.
 """
 
 from __future__ import annotations
@@ -59,34 +58,26 @@ class Facts(NamedTuple):
 
 @cache
 def facts(device: torch.device) -> Facts:
-    """Of a CUDA device, with its index."""
     properties = torch.cuda.get_device_properties(device)
     return Facts(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 def memory(device: torch.device) -> tuple[int, int]:
     """Bytes of a device that are free, and all of them, as its driver has it."""
-    free, total = torch.cuda.mem_get_info(device)
-    return free, total
+    return torch.cuda.mem_get_info(device)
 
 
 # Copying from pageable memory waits for the device, so a table is complete before any other stream can read it.
 @cache
-def levels_on(device: torch.device, quant_type: int) -> Tensor:
-    """The built-in levels of a quantization type in the device's memory, fp32 [16]."""
-    return _native.levels(quant_type).to(device, copy=True)
-
-
-@cache
-def nested_code_on(device: torch.device) -> Tensor:
-    """The built-in code of double quantization in the device's memory, fp32 [256]."""
-    return _native.nested_code().to(device, copy=True)
+def _tables_on(device: torch.device, quant_type: int) -> tuple[Tensor, Tensor]:
+    """The built-in levels, fp32 [16], and the code of double quantization, fp32 [256], in the device's memory."""
+    return _native.levels(quant_type).to(device, copy=True), _native.nested_code().to(device, copy=True)
 
 
 def with_tables(weight: Weight) -> Weight:
     """The weight with the tables that it leaves to the build: kernels on a device cannot read the host's."""
-    device = weight.packed.device
+    code, nested_code = _tables_on(weight.packed.device, weight.quant_type)
     return weight._replace(
-        code=levels_on(device, weight.quant_type) if weight.code is None else weight.code,
-        nested_code=nested_code_on(device) if weight.nested_code is None else weight.nested_code,
+        code=code if weight.code is None else weight.code,
+        nested_code=nested_code if weight.nested_code is None else weight.nested_code,
     )

@@ -89,25 +89,23 @@ class DeviceTable:
             self.module.gradient_norm(*self._table(rows), *workspace, self.norm.data_ptr(), stream)
         return self.norm
 
-    def step(self, rows: array[int], options: Sequence[tuple[float, ...]], by: Scaling) -> None:
-        """One step, of at most two launches; a row of ``options`` for each group, as the CPU's native function."""
-        if by.max_norm is not None:
-            self.measure(rows)
-        with _cuda_kernels.launching(self.device) as stream:
-            getattr(self.module, self.op)(*self._table(rows), *self._arguments(options, by), stream)
-
-    def paged_step(
+    def step(
         self,
         rows: array[int],
         options: Sequence[tuple[float, ...]],
         by: Scaling,
-        stores: Sequence[tuple[StoreTable, int]],
+        stores: Sequence[tuple[StoreTable, int]] | None = None,
     ) -> None:
-        """The same step with states in page stores, each within so many bytes of the device: a launch a chunk."""
+        """One step, of at most two launches; a row of ``options`` for each group, as the CPU's native function.
+
+        With states in page stores, each within so many bytes of the device, it is a launch a chunk.
+        """
         if by.max_norm is not None:
             self.measure(rows)
         with _cuda_kernels.launching(self.device) as stream:
-            for store, budget in stores:
+            if stores is None:
+                getattr(self.module, self.op)(*self._table(rows), *self._arguments(options, by), stream)
+            for store, budget in stores or ():
                 store.point_at(rows)
                 addresses = store.tensors.data_ptr(), store.chunks.data_ptr(), budget
                 getattr(store.native, self.op)(*addresses, *self._arguments(options, by), stream)

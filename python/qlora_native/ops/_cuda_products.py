@@ -1,7 +1,6 @@
-"""Products with a quantized CUDA weight: the fused kernels, or panels of it and torch's own GEMM.
+"""Products with a quantized CUDA weight: the fused kernels, or panels of it, never dense as a whole, and torch's GEMM.
 
-The plan is native and a pure function of sizes (cuda/matmul_plan.h). On no path is a weight dense as a whole,
-unless it fits a panel.
+The plan is native and a pure function of sizes (cuda/matmul_plan.h).
 """
 
 from __future__ import annotations
@@ -59,39 +58,14 @@ class Sizes(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan_of(module: ModuleType, sizes: Sizes, device: torch.device) -> Plan:
-    """The plan for these sizes, all of them positive, on a device."""
     facts = _cuda_kernels.facts(device)
     return Plan(*module.plan_matmul((*sizes, facts.compute_capability, facts.sm_count)))
-
-
-def sizes_of(is_forward: bool, x: Tensor, weight: Weight, adapter: Adapter | None, low_memory: bool = False) -> Sizes:
-    """Of a product of x [M, K], or of a gradient [M, N], with a weight [N, K]."""
-    n, k = weight.shape
-    rank = 0 if adapter is None else adapter.low.shape[1]
-    number = DTYPE_NUMBER.get(x.dtype, DTYPE_NUMBER[torch.float32])
-    return Sizes(x.shape[0], n, k, rank, weight.block_size, number, is_forward, low_memory)
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % ALIGNMENT == 0
 
 
 def _plain(tensor: Tensor) -> Tensor:
     """The tensor as the fused kernels take it: contiguous, at a multiple of 16 bytes."""
     tensor = tensor.contiguous()
-    return tensor if _is_aligned(tensor) else tensor.clone()
-
-
-def grain(weight: Weight) -> int:
-    """Rows may be taken out from multiples of this on: there a block of scales begins."""
-    group = weight.block_size * (1 if weight.nested_absmax is None else NESTED_BLOCK)
-    return group // math.gcd(group, weight.shape[1])
-
-
-def _with_plain_scales(weight: Weight) -> Weight:
-    """The same weight with its scales in fp32."""
-    absmax = reference.scales(weight.absmax, weight.nested_absmax, weight.nested_offset, weight.nested_code)
-    return weight._replace(absmax=absmax, nested_absmax=None, nested_offset=None)
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 class Cuda(Engine):
@@ -110,11 +84,14 @@ class Cuda(Engine):
     def _product(
         self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None
     ) -> Tensor:
-        sizes = sizes_of(is_forward, x, weight, adapter, self.low_memory)
+        rank = 0 if adapter is None else adapter.low.shape[1]
+        number = DTYPE_NUMBER.get(x.dtype, DTYPE_NUMBER[torch.float32])
+        n, k = weight.shape
+        sizes = Sizes(x.shape[0], n, k, rank, weight.block_size, number, is_forward, self.low_memory)
         if not (sizes.m and sizes.n and sizes.k):
             return self._two_step(is_forward, x, weight, bias, adapter, sizes.n)
         plan = plan_of(self.module, sizes, x.device)
-        if plan.kind != TWO_STEP and _is_aligned(weight.packed):
+        if plan.kind != TWO_STEP and weight.packed.data_ptr() % ALIGNMENT == 0:
             return self._fused(sizes, plan, x, weight, bias, adapter)
         return self._two_step(is_forward, x, weight, bias, adapter, plan.panel_rows or sizes.n)
 
@@ -141,9 +118,13 @@ class Cuda(Engine):
         """By panels of rows of W. An input gradient of several panels is rounded to its dtype once a panel."""
         n, k = weight.shape
         if 0 < panel_rows < n:
-            if panel_rows % grain(weight) and weight.nested_absmax is not None:
-                weight = _with_plain_scales(weight)
-            panel_rows = -(-panel_rows // grain(weight)) * grain(weight)
+            # A panel begins at a block of scales; where it would begin inside a nested one, scales become fp32.
+            nested = weight.nested_absmax is not None
+            if nested and panel_rows * k % (weight.block_size * NESTED_BLOCK):
+                absmax = reference.scales(weight.absmax, weight.nested_absmax, weight.nested_offset, weight.nested_code)
+                weight = weight._replace(absmax=absmax, nested_absmax=None, nested_offset=None)
+            grain = weight.block_size // math.gcd(weight.block_size, k)
+            panel_rows = -(-panel_rows // grain) * grain
         stored = x.dtype if x.dtype in DTYPE_NUMBER else torch.float32
         panel = torch.empty(min(panel_rows, n), k, dtype=stored, device=x.device)
         y = x.new_empty(x.shape[0], n) if is_forward else x.new_zeros(x.shape[0], k)
@@ -160,9 +141,3 @@ class Cuda(Engine):
         if adapter is not None:
             y.addmm_(adapter.low, adapter.up.t() if is_forward else adapter.up)
         return y
-
-
-def engine(low_memory: bool) -> Cuda | None:
-    """None, after a warning, where torch has a device on which the native kernels cannot run."""
-    module = _cuda_kernels.native()
-    return None if module is None else Cuda(module, low_memory)

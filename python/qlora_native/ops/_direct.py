@@ -1,8 +1,7 @@
 """Products of a frozen CPU weight without torch's dispatcher, where that makes no difference.
 
-For one token the way through the dispatcher costs more than a small layer's product. It serves autocast, compilers,
-transforms, modes and profilers. Where there is none of these, the native function is called at once, with the same
-result, bit for bit; where autograd records, from a node of the same derivative.
+For one token the dispatcher costs more than a small layer's product. Without autocast, compilers, transforms, modes
+and profilers, the native function is called at once, with the same bits; under autograd, by a node.
 """
 
 from __future__ import annotations
@@ -93,10 +92,7 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 class Prepared:
-    """A weight's native form, made when first used and again when one of its tensors lies elsewhere.
-
-    Belongs to one owner of a weight; copies of the owner get one of their own.
-    """
+    """A weight's native form, made when first used and again when a tensor lies elsewhere; copies get their own."""
 
     __slots__ = ("_made",)
 
@@ -139,11 +135,7 @@ class Prepared:
 
 
 def product(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """x W^T + bias for operands that :func:`unobserved` has seen, or None where they take more than the kernel's call.
-
-    That is: no native matrix, another dtype than the kernels', a bias to be cast, x that is not contiguous or empty,
-    anything that does not fit.
-    """
+    """x W^T + bias for operands that are :func:`unobserved`, or None where the kernel cannot take them as they are."""
     rows = _rows_that_fit(matrix, x, bias)
     return _run(matrix, x, bias, rows) if matrix is not None and rows else None
 
@@ -192,11 +184,8 @@ def _rows_that_fit(matrix: Matrix | None, x: Tensor, bias: Tensor | None) -> int
     n, k, _ = matrix
     if shape[-1] != k or k == 0 or n == 0:
         return 0
-    if bias is not None and (
-        bias.dtype != x.dtype or bias.dim() != 1 or bias.shape[0] != n or not bias.is_contiguous()
-    ):
-        return 0
-    return x.numel() // k
+    fits = bias is None or (bias.dtype == x.dtype and bias.shape == (n,) and bias.is_contiguous())
+    return x.numel() // k if fits else 0
 
 
 def _run(matrix: Matrix, x: Tensor, bias: Tensor | None, rows: int, *adapter: Any) -> Tensor:

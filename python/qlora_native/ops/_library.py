@@ -40,7 +40,7 @@ SCHEMAS = {
         "(Tensor t, Tensor moment, Tensor table, Tensor multiplier, Tensor offset, Tensor initial, int group, "
         "float low, float high, int quant_type, int block_size) -> (Tensor, Tensor)"
     ),
-    "gptq_4bit": ("(Tensor t, Tensor factor, Tensor order, Tensor scales, int quant_type, int block_size) -> Tensor"),
+    "gptq_4bit": "(Tensor t, Tensor factor, Tensor order, Tensor scales, int quant_type, int block_size) -> Tensor",
     "dequantize_4bit": f"(ScalarType dtype, {WEIGHT}) -> Tensor",
     "dequantize_4bit.out": f"(Tensor(a!) out, {WEIGHT}) -> ()",
     "linear_4bit": f"(Tensor x, Tensor? bias, bool low_memory, {WEIGHT}) -> Tensor",
@@ -51,8 +51,7 @@ SCHEMAS = {
     ),
     "lora_linear_4bit_backward": (
         "(Tensor grad_y, Tensor x, Tensor xa, Tensor a, Tensor b, float scale, bool separate, bool[4] needed, "
-        "bool low_memory, "
-        f"{WEIGHT}) -> (Tensor, Tensor, Tensor, Tensor)"
+        f"bool low_memory, {WEIGHT}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "dense_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "dense_linear_grad_input": "(Tensor grad_y, Tensor weight) -> Tensor",
@@ -125,6 +124,11 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
     CPU_NODES[name] = type(f"{name}_cpu", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The ``setup_context`` of an op whose derivative needs all of its inputs, which are tensors."""
+    ctx.save_for_backward(*inputs)
+
+
 class Weight(NamedTuple):
     """The weight arguments of an op, by name."""
 
@@ -149,7 +153,6 @@ class Weight(NamedTuple):
                 f"{self.block_size}: it does not begin at a block; dequantize the whole weight instead."
             )
         first, last = begin // self.block_size, -(-end // self.block_size)
-        group = first // NESTED_BLOCK  # the first block of scales that the slice touches
         part = self._replace(
             packed=self.packed[begin // 2 : (end + 1) // 2],
             absmax=self.absmax[first:last],
@@ -157,18 +160,13 @@ class Weight(NamedTuple):
         )
         if self.nested_absmax is None:
             return part
+        group, inside = divmod(first, NESTED_BLOCK)  # the first block of scales that the slice touches
         nested = self.nested_absmax[group : -(-last // NESTED_BLOCK)]
-        if first % NESTED_BLOCK == 0:
+        if inside == 0:
             return part._replace(nested_absmax=nested)
-        scales = reference.scales(
-            self.absmax[group * NESTED_BLOCK : last], nested, self.nested_offset, self.nested_code
-        )
-        return part._replace(
-            absmax=scales[first - group * NESTED_BLOCK :].clone(),
-            nested_absmax=None,
-            nested_offset=None,
-            nested_code=None,
-        )
+        scales = reference.scales(self.absmax[first - inside : last], nested, self.nested_offset, self.nested_code)
+        plain = scales[inside:].clone()
+        return part._replace(absmax=plain, nested_absmax=None, nested_offset=None, nested_code=None)
 
     def pointers(self) -> tuple[int, ...]:
         """Arguments of the native functions that take a weight, checked for size, dtype and contiguity."""
@@ -185,7 +183,7 @@ class Weight(NamedTuple):
         )
         addresses: dict[str, int] = {}
         for name, tensor, dtype, count in sizes:
-            addresses[name] = 0
+            addresses[name] = 0 if tensor is None else tensor.data_ptr()
             if tensor is None:
                 continue
             if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous():
@@ -198,19 +196,9 @@ class Weight(NamedTuple):
                     f"quantized weight: {name} is on {tensor.device}, packed on {self.packed.device}: "
                     "move the weight as a whole with .to(device)."
                 )
-            addresses[name] = tensor.data_ptr()
-        return (
-            addresses["packed"],
-            0 if nested else addresses["absmax"],
-            addresses["absmax"] if nested else 0,
-            addresses["nested_absmax"],
-            addresses["nested_offset"],
-            addresses["nested_code"],
-            addresses["code"],
-            self.quant_type,
-            numel,
-            self.block_size,
-        )
+        packed, absmax, *others = addresses.values()
+        fp32_absmax, codes = (0, absmax) if nested else (absmax, 0)
+        return packed, fp32_absmax, codes, *others, self.quant_type, numel, self.block_size
 
 
 def check_matrix(op: str, x: Tensor, weight: Weight, bias: Tensor | None, features: int) -> None:
@@ -282,11 +270,9 @@ def part_of(tensor: Tensor) -> Tensor:
     return part
 
 
-# Where large weights lie: in huge pages, and spread over NUMA nodes.
-#
-# A product of one token reads a weight once, from end to end. With pages of 4 KiB the processor translates an address
-# for every row or two, in a virtual machine through two tables. On a machine of several NUMA nodes, a weight that one
-# thread wrote lies on one of them, whose memory all threads then share.
+# Large weights lie in huge pages, and are spread over NUMA nodes: a product of one token reads a weight once, from end
+# to end. With pages of 4 KiB the processor translates an address for every row or two; and a weight that one thread
+# wrote lies on one node, whose memory all threads then share.
 
 # linux/mman.h and include/uapi/asm-generic/mman-common.h
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
@@ -301,12 +287,9 @@ NODES = Path("/sys/devices/system/node/online")
 @cache
 def _madvise() -> Callable[..., Any] | None:
     """The C library's madvise, or None where there is none or huge pages are disabled."""
-    if sys.platform != "linux":
-        return None
     try:
-        if "[never]" in SETTING.read_text(encoding="ascii"):
-            return None
-        return ctypes.CDLL(None).madvise
+        enabled = sys.platform == "linux" and "[never]" not in SETTING.read_text(encoding="ascii")
+        return ctypes.CDLL(None).madvise if enabled else None
     except (OSError, AttributeError):
         return None
 
@@ -322,10 +305,9 @@ def nodes() -> tuple[int, ...]:
 
 
 def interleave(tensor: Tensor, over: tuple[int, ...] | None = None) -> bool:
-    """Spread the pages of a contiguous CPU tensor over NUMA nodes in turns, those that are there already too.
+    """Spread the pages of a contiguous CPU tensor, present or not, over NUMA nodes in turns; whether the kernel did.
 
-    Nothing is done for memory within one page, nor, unless ``over`` names nodes, on a machine with one node. Returns
-    whether the kernel took it.
+    Nothing is done for memory within one page, nor, unless ``over`` names nodes, on a machine with one node.
     """
     over = nodes() if over is None and len(nodes()) > 1 else over
     number = MBIND.get(platform.machine())
@@ -345,14 +327,11 @@ def _advise(tensor: Tensor, advice: int) -> bool:
     first = -(-start // HUGE_PAGE) * HUGE_PAGE
     last = (start + tensor.numel() * tensor.element_size()) // HUGE_PAGE * HUGE_PAGE
     madvise = _madvise() if first < last else None
-    if madvise is None:
-        return False
-    return bool(madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice) == 0)
+    return madvise is not None and madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice) == 0
 
 
 def expect_pages(tensor: Tensor) -> bool:
-    """Have memory that was not yet written come in huge pages, which also saves most of the page faults, and from all
-    NUMA nodes."""
+    """Have memory that was not yet written come in huge pages, with fewer page faults, and from all NUMA nodes."""
     interleave(tensor)
     return _advise(tensor, MADV_HUGEPAGE)
 

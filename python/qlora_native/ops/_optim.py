@@ -1,5 +1,4 @@
-"""What the optimizers' ops share: the table of tensors that the native functions read, what an optimizer keeps of it
-from step to step, and the kernels of an op."""
+"""What the optimizers' ops share: the table of tensors that the native functions read, and the kernels of an op."""
 
 from __future__ import annotations
 
@@ -28,10 +27,7 @@ STATES = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "step"
 
 
 def row_of(param: Tensor, grad: Tensor, states: Iterable[Tensor | None], group: int = 0) -> list[int]:
-    """One row, with the parameter's states in the order of ``STATES``.
-
-    All tensors are contiguous and on one device, grad of param's dtype; the caller keeps them alive.
-    """
+    """One row, states in the order of ``STATES``; all contiguous, on one device, and kept alive by the caller."""
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (param, grad, *states)]
     return [*addresses, param.numel(), _native.DTYPE_NUMBER[param.dtype], group]
 
@@ -63,14 +59,7 @@ def check_lists(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> N
             )
 
 
-def check_states(
-    op: str,
-    params: Sequence[Tensor],
-    states: Sequence[Tensor],
-    absmaxes: Sequence[Tensor],
-    codes: torch.dtype,
-    name: str,
-) -> None:
+def check_states(op: str, params: Tensors, states: Tensors, absmaxes: Tensors, codes: torch.dtype, name: str) -> None:
     """Refuses states that are neither fp32 without absmax nor ``codes`` with one fp32 absmax a block."""
     if len(states) != len(params) or len(absmaxes) not in (0, len(params)):
         raise ValueError(
@@ -92,32 +81,6 @@ def check_states(
                 f"{op}: {name} {number} is {state.dtype} {list(state.shape)} on {state.device}{beside}: expected "
                 f"contiguous {dtype} {list(param.shape)} on {param.device}{wanted}."
             )
-
-
-def check_steps(op: str, params: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-    """Refuses step counters that are not one fp32 number each."""
-    if len(steps) != len(params) or any(step.dtype != torch.float32 or step.numel() != 1 for step in steps):
-        raise ValueError(f"{op}: expected {len(params)} step counters, float32 [] each.")
-
-
-def on_one_device(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether the native kernels take these at once: one device, and each gradient of its parameter's dtype."""
-    return len({param.device for param in params}) == 1 and all(
-        param.dtype == grad.dtype for param, grad in zip(params, grads, strict=True)
-    )
-
-
-class Plain:
-    """A parameter and its gradient as the native code takes them: contiguous, of one dtype. ``done`` writes back."""
-
-    def __init__(self, param: Tensor, grad: Tensor) -> None:
-        self.original = param
-        self.param = param.contiguous()
-        self.grad = grad.contiguous()
-
-    def done(self) -> None:
-        if self.param is not self.original:
-            self.original.copy_(self.param)
 
 
 class Plan:
@@ -154,12 +117,10 @@ class Plan:
         )
 
     def point_at(self, grads: list[Tensor], device: torch.device) -> bool:
-        """Writes the addresses of this step. False if a tensor is not on the device and as the native code takes
-        them."""
+        """Writes this step's addresses. False if a tensor is not on the device and as the native code takes it."""
         parts = self.parts
         fits = (
-            all(map(Tensor.is_contiguous, grads))
-            and all(map(Tensor.is_contiguous, parts))
+            all(map(Tensor.is_contiguous, (*grads, *parts)))
             and [grad.dtype for grad in grads] == self.dtypes
             and self.devices == {device}
             and all(part.device == device for part in parts)
@@ -190,17 +151,27 @@ class Step(NamedTuple):
         exp_avg_sq, absmax, sq_absmax, count = (tensors[number] if tensors else None for tensors in others)
         return self.exp_avgs[number], exp_avg_sq, absmax, sq_absmax, count
 
-    def rows(self) -> tuple[list[Plain], list[list[int]]]:
-        """The tensors that the rows point to, to be kept and at last to be ``done()``, and the rows."""
-        plain = [Plain(param, grad) for param, grad in zip(self.params, self.grads, strict=True)]
-        return plain, [row_of(p.param, p.grad, self.states(number)) for number, p in enumerate(plain)]
+    def table(self) -> tuple[Tensors, Tensors, array[int]]:
+        """Contiguous parameters and gradients, to be kept while the native code runs, and the rows that point to them.
+
+        The parameters are to be written back by :func:`copy_back`.
+        """
+        params, grads = ([tensor.contiguous() for tensor in tensors] for tensors in (self.params, self.grads))
+        pairs = enumerate(zip(params, grads, strict=True))
+        return params, grads, table_of([row_of(param, grad, self.states(number)) for number, (param, grad) in pairs])
+
+
+def copy_back(originals: Tensors, copies: Tensors) -> None:
+    """Writes the copies that are not their originals to them."""
+    for original, copy in zip(originals, copies, strict=True):
+        if copy is not original:
+            original.copy_(copy)
 
 
 def define(op: str, read: Callable[..., Step], update: Callable[[Step, int], None]) -> Callable[..., None]:
-    """Registers the op's kernels and its fake.
+    """Registers the op's kernels and its fake; returns the kernel that runs anywhere.
 
-    ``read`` makes a step of the op's arguments and refuses what does not fit; ``update`` takes it for one parameter, in
-    plain torch. Returns the kernel that runs anywhere.
+    ``read`` makes a step of the op's arguments and refuses what does not fit; ``update`` takes it for one parameter.
     """
 
     @implement(op, "CompositeExplicitAutograd")
@@ -215,11 +186,9 @@ def define(op: str, read: Callable[..., Step], update: Callable[[Step, int], Non
         if any(param.dtype != grad.dtype for param, grad in zip(step.params, step.grads, strict=True)):
             anywhere(*arguments)  # the kernels read a gradient in its parameter's dtype
             return
-        plain, rows = step.rows()
-        table = table_of(rows)
-        getattr(_C, op)(address_of(table), len(rows), [step.options], step.grad_factor)
-        for p in plain:
-            p.done()
+        params, _grads, table = step.table()
+        getattr(_C, op)(address_of(table), len(params), [step.options], step.grad_factor)
+        copy_back(step.params, params)
 
     @implement(op, "CUDA")
     def cuda(*arguments: Any) -> None:
@@ -228,19 +197,16 @@ def define(op: str, read: Callable[..., Step], update: Callable[[Step, int], Non
 
         step = read(*arguments)
         module = _cuda_kernels.native()
-        if module is None or not on_one_device(step.params, step.grads):
+        dtypes_fit = all(p.dtype == g.dtype for p, g in zip(step.params, step.grads, strict=True))
+        if module is None or not dtypes_fit or len({param.device for param in step.params}) != 1:
             anywhere(*arguments)
             return
         device = step.params[0].device
-        counts = [count.to(device) for count in step.steps]  # the same tensors where they stand there
-        plain, rows = step._replace(steps=counts).rows()
-        table = table_of(rows)
-        DeviceTable(module, op, table, len(rows), device).step(table, [step.options], Scaling(step.grad_factor))
-        for p in plain:
-            p.done()
-        for own, count in zip(step.steps, counts, strict=True):
-            if count is not own:
-                own.copy_(count)
+        steps = [count.to(device) for count in step.steps]  # the same tensors where they stand there
+        params, _grads, table = step._replace(steps=steps).table()
+        DeviceTable(module, op, table, len(params), device).step(table, [step.options], Scaling(step.grad_factor))
+        copy_back(step.params, params)
+        copy_back(step.steps, steps)
 
     @fake(op)
     def shapes(*arguments: Any) -> None:

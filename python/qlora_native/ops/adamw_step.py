@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qlora_native import reference
-from qlora_native.ops._optim import Step, check_lists, check_states, check_steps, define
+from qlora_native.ops._optim import Step, check_lists, check_states, define
 
 OP = "adamw_step"
 
@@ -21,7 +21,8 @@ def read(*arguments: Any) -> Step:
     check_states(OP, params, exp_avg_sqs, exp_avg_sq_absmaxes, torch.uint8, "exp_avg_sq")
     if len(exp_avg_absmaxes) != len(exp_avg_sq_absmaxes):
         raise ValueError(f"{OP}: only one of the two moments has absmaxes: expected both or none.")
-    check_steps(OP, params, steps)
+    if len(steps) != len(params) or any(count.dtype != torch.float32 or count.numel() != 1 for count in steps):
+        raise ValueError(f"{OP}: expected {len(params)} step counters, float32 [] each.")
     return step
 
 

@@ -21,8 +21,9 @@ Triple = tuple[Tensor, Tensor, Tensor]
 ALIGNMENT = 64
 
 
-def check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuses operands that do not fit each other."""
+@fake("causal_attention")
+def shapes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
+    """The outputs, uninitialized; refuses operands that do not fit each other."""
     fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
     if not fits or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -33,11 +34,15 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"causal_attention: q is {q.dtype}, k is {k.dtype}, v is {v.dtype}: expected one floating-point dtype."
         )
+    return _output(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def check_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Refuses what is not a gradient, an output and sums of such operands."""
-    check(q, k, v)
+@fake("causal_attention_backward")
+def backward_shapes(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Triple:
+    """The gradients, uninitialized; refuses what is not a gradient, an output and sums of such operands."""
+    shapes(q, k, v, scale)
     for name, x in (("grad_out", grad_out), ("out", out)):
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
@@ -50,6 +55,7 @@ def check_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
             f"causal_attention_backward: lse is {lse.dtype} {list(lse.shape)} on {lse.device}: "
             f"expected {wide} {list(q.shape[:3])} on {q.device}."
         )
+    return _output(q), _output(k), _output(v)
 
 
 def is_native(q: Tensor) -> bool:
@@ -59,10 +65,6 @@ def is_native(q: Tensor) -> bool:
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
-
-
-def _shape(q: Tensor, k: Tensor) -> tuple[int, ...]:
-    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -82,12 +84,11 @@ def _scratch(dtype: int, shape: tuple[int, ...], backward: bool) -> Tensor:
 
 @implement("causal_attention", "CPU")
 def cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
-    check(q, k, v)
+    out, lse = shapes(q, k, v, scale)
     if not is_native(q):
         return anywhere(q, k, v, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    out, lse = _output(q), torch.empty(q.shape[:3], dtype=torch.float32)
-    dtype, shape = DTYPE_NUMBER[q.dtype], _shape(q, k)
+    dtype, shape = DTYPE_NUMBER[q.dtype], (*q.shape[:2], k.shape[1], *q.shape[2:])
     scratch = _scratch(dtype, shape, backward=False)
     _C.causal_attention(
         dtype, shape, scale, _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), scratch.data_ptr()
@@ -97,50 +98,32 @@ def cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
 
 @implement("causal_attention", "CompositeExplicitAutograd")
 def anywhere(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
-    check(q, k, v)
-    out, lse = reference.causal_attention(q, k, v, scale)
-    return _output(q).copy_(out), lse.contiguous()
-
-
-@fake("causal_attention")
-def shapes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
-    check(q, k, v)
-    return _output(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    out, lse = shapes(q, k, v, scale)
+    values, sums = reference.causal_attention(q, k, v, scale)
+    return out.copy_(values), lse.copy_(sums)
 
 
 @implement("causal_attention_backward", "CPU")
 def cpu_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Triple:
-    check_backward(grad_out, q, k, v, out, lse)
+    grads = backward_shapes(grad_out, q, k, v, out, lse, scale)
     if not is_native(q):
         return anywhere_backward(grad_out, q, k, v, out, lse, scale)
     q, k, v, out, grad_out, lse = _rows(q), _rows(k), _rows(v), _rows(out), _rows(grad_out), lse.contiguous()
-    grads = _output(q), _output(k), _output(v)
-    dtype, shape = DTYPE_NUMBER[q.dtype], _shape(q, k)
+    dtype, shape = DTYPE_NUMBER[q.dtype], (*q.shape[:2], k.shape[1], *q.shape[2:])
     scratch = _scratch(dtype, shape, backward=True)
-    inputs: list[Any] = [
-        *map(_heads, (q, k, v, out)),
-        lse.data_ptr(),
-        _heads(grad_out),
-        *map(_heads, grads),
-        scratch.data_ptr(),
-    ]
-    _C.causal_attention_backward(dtype, shape, scale, *inputs)
+    sources: list[Any] = [*map(_heads, (q, k, v, out)), lse.data_ptr(), _heads(grad_out)]
+    targets: list[Any] = [*map(_heads, grads), scratch.data_ptr()]
+    _C.causal_attention_backward(dtype, shape, scale, *sources, *targets)
     return grads
 
 
 @implement("causal_attention_backward", "CompositeExplicitAutograd")
-def anywhere_backward(grad_out: Tensor, *others: Any) -> Triple:
-    q, k, v, _, _, scale = others
-    check_backward(grad_out, *others[:-1])
-    grads = reference.causal_attention_backward(grad_out, q, k, v, scale)
-    copies = [_output(x).copy_(grad) for x, grad in zip((q, k, v), grads, strict=True)]
-    return copies[0], copies[1], copies[2]
-
-
-@fake("causal_attention_backward")
-def backward_shapes(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, _: float) -> Triple:
-    check_backward(grad_out, q, k, v, out, lse)
-    return _output(q), _output(k), _output(v)
+def anywhere_backward(*arguments: Any) -> Triple:
+    grads = backward_shapes(*arguments)
+    grad_out, q, k, v, *_, scale = arguments
+    for grad, values in zip(grads, reference.causal_attention_backward(grad_out, q, k, v, scale), strict=True):
+        grad.copy_(values)
+    return grads
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:

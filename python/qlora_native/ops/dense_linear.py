@@ -1,7 +1,6 @@
 """dense_linear: x W^T + bias with a dense weight in 16 bits, and the gradients.
 
-torch's own 16-bit matrix product is a plain loop on CPUs without bf16 instructions; this one is as fast as the 4-bit
-one on all of them. Other dtypes and devices go to torch.
+torch's own 16-bit product is a plain loop on CPUs without bf16 instructions. Other dtypes and devices go to torch.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import autograd, fake, implement
-from qlora_native.ops.linear_4bit import CPU, sum_to_bias, without_autocast
+from qlora_native.ops._library import autograd, fake, implement, save_inputs
+from qlora_native.ops.linear_4bit import ANY, CPU, Engine, sum_to_bias, without_autocast
 
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> None:
@@ -32,48 +31,6 @@ def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, features: int
         raise ValueError(f"{op}: bias is {list(bias.shape)}: expected [{weight.shape[0]}].")
 
 
-@implement("dense_linear", "CPU")
-def cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    check("dense_linear", x, weight, bias, features=1)
-    with without_autocast(x):
-        y = CPU.dense_forward(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-@implement("dense_linear", "CompositeExplicitAutograd")
-def anywhere(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    check("dense_linear", x, weight, bias, features=1)
-    with without_autocast(x):
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-@fake("dense_linear")
-def shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    check("dense_linear", x, weight, bias, features=1)
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@implement("dense_linear_grad_input", "CPU")
-def cpu_grad_input(grad_y: Tensor, weight: Tensor) -> Tensor:
-    check("dense_linear_grad_input", grad_y, weight, None, features=0)
-    with without_autocast(grad_y):
-        grad_x = CPU.dense_grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
-    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
-
-
-@implement("dense_linear_grad_input", "CompositeExplicitAutograd")
-def anywhere_grad_input(grad_y: Tensor, weight: Tensor) -> Tensor:
-    check("dense_linear_grad_input", grad_y, weight, None, features=0)
-    with without_autocast(grad_y):
-        return grad_y @ weight
-
-
-@fake("dense_linear_grad_input")
-def grad_input_shapes(grad_y: Tensor, weight: Tensor) -> Tensor:
-    check("dense_linear_grad_input", grad_y, weight, None, features=0)
-    return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
-
-
 def check_grad_weight(grad_y: Tensor, x: Tensor) -> None:
     """Refuses tensors of other tokens or other kinds."""
     if not grad_y.dim() == x.dim() > 0 or grad_y.shape[:-1] != x.shape[:-1]:
@@ -88,19 +45,45 @@ def check_grad_weight(grad_y: Tensor, x: Tensor) -> None:
         )
 
 
-@implement("dense_linear_grad_weight", "CPU")
-def cpu_grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
-    check_grad_weight(grad_y, x)
-    rows, columns = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-    with without_autocast(x):
-        return CPU.outer(rows, columns, 1.0).to(x.dtype)
+def _register(device: str, engine: Engine) -> None:
+    """The kernels for a dispatch key, by the products of an engine."""
+
+    @implement("dense_linear", device)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        check("dense_linear", x, weight, bias, features=1)
+        with without_autocast(x):
+            y = engine.dense_forward(x.reshape(-1, x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @implement("dense_linear_grad_input", device)
+    def grad_input(grad_y: Tensor, weight: Tensor) -> Tensor:
+        check("dense_linear_grad_input", grad_y, weight, None, features=0)
+        with without_autocast(grad_y):
+            grad_x = engine.dense_grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
+        return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+
+    @implement("dense_linear_grad_weight", device)
+    def grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
+        check_grad_weight(grad_y, x)
+        rows, columns = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+        with without_autocast(x):
+            return engine.outer(rows, columns, 1.0).to(x.dtype)
 
 
-@implement("dense_linear_grad_weight", "CompositeExplicitAutograd")
-def anywhere_grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
-    check_grad_weight(grad_y, x)
-    with without_autocast(x):
-        return grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+_register("CPU", CPU)
+_register("CompositeExplicitAutograd", ANY)
+
+
+@fake("dense_linear")
+def shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check("dense_linear", x, weight, bias, features=1)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@fake("dense_linear_grad_input")
+def grad_input_shapes(grad_y: Tensor, weight: Tensor) -> Tensor:
+    check("dense_linear_grad_input", grad_y, weight, None, features=0)
+    return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
 
 
 @fake("dense_linear_grad_weight")
@@ -128,10 +111,6 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_weight, grad_bias
 
 
-def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_y, weight = ctx.saved_tensors
     by_grad_y = by_weight = None
@@ -153,5 +132,5 @@ def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 autograd("dense_linear", _backward, _setup)
-autograd("dense_linear_grad_input", _backward_grad_input, _setup_grad_input)
-autograd("dense_linear_grad_weight", _backward_grad_weight, _setup_grad_input)
+autograd("dense_linear_grad_input", _backward_grad_input, save_inputs)
+autograd("dense_linear_grad_weight", _backward_grad_weight, save_inputs)

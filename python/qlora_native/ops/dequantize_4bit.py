@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -35,13 +36,30 @@ def decode_all(weight: Weight, out: Tensor) -> None:
         decode_panel(weight.pointers(), numel, (0, 1), (0, numel), out)
 
 
-@implement("dequantize_4bit", "CPU")
-def cpu(dtype: torch.dtype, *arguments: Any) -> Tensor:
-    check(dtype)
-    weight = Weight(*arguments)
-    out = torch.empty(weight.shape, dtype=dtype)
-    decode_all(weight, out)
-    return out
+def launch(module: ModuleType, weight: Weight, out: Tensor) -> None:
+    """Decodes a whole CUDA weight into the contiguous ``out`` on its device, in the order of torch's current stream."""
+    from qlora_native.ops import _cuda_kernels
+
+    if math.prod(weight.shape):
+        with _cuda_kernels.launching(out.device) as stream:
+            pointers = _cuda_kernels.with_tables(weight).pointers()
+            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), stream, pointers)
+
+
+def decode_cuda(weight: Weight, out: Tensor) -> None:
+    """The same, in plain torch where these kernels cannot run."""
+    from qlora_native.ops import _cuda_kernels
+
+    module = _cuda_kernels.native()
+    if module is None:
+        decode_anywhere(weight, out)
+    else:
+        launch(module, weight, out)
+
+
+def decode_anywhere(weight: Weight, out: Tensor) -> None:
+    """Decodes in plain torch."""
+    out.copy_(reference.dequantize(out.dtype, *weight))
 
 
 def check_out(out: Tensor, weight: Weight) -> None:
@@ -54,63 +72,30 @@ def check_out(out: Tensor, weight: Weight) -> None:
         )
 
 
-@implement("dequantize_4bit.out", "CPU")
-def cpu_out(out: Tensor, *arguments: Any) -> None:
-    weight = Weight(*arguments)
-    check_out(out, weight)
-    if out.is_contiguous():
-        decode_all(weight, out)
-    else:
-        out.copy_(cpu(out.dtype, *arguments))
+def _register(device: str, decode: Callable[[Weight, Tensor], None]) -> None:
+    """The kernels for a dispatch key; ``decode`` fills a contiguous tensor."""
+
+    @implement("dequantize_4bit", device)
+    def whole(dtype: torch.dtype, *arguments: Any) -> Tensor:
+        check(dtype)
+        weight = Weight(*arguments)
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
+        decode(weight, out)
+        return out
+
+    @implement("dequantize_4bit.out", device)
+    def into(out: Tensor, *arguments: Any) -> None:
+        weight = Weight(*arguments)
+        check_out(out, weight)
+        if out.is_contiguous():
+            decode(weight, out)
+        else:
+            out.copy_(whole(out.dtype, *arguments))
 
 
-def launch(module: ModuleType, weight: Weight, out: Tensor) -> None:
-    """Decodes a whole CUDA weight into the contiguous ``out`` on its device, in the order of torch's current stream."""
-    from qlora_native.ops import _cuda_kernels
-
-    if math.prod(weight.shape):
-        with _cuda_kernels.launching(out.device) as stream:
-            pointers = _cuda_kernels.with_tables(weight).pointers()
-            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), stream, pointers)
-
-
-@implement("dequantize_4bit", "CUDA")
-def cuda(dtype: torch.dtype, *arguments: Any) -> Tensor:
-    from qlora_native.ops import _cuda_kernels
-
-    check(dtype)
-    module = _cuda_kernels.native()
-    if module is None:
-        return reference.dequantize(dtype, *arguments)
-    weight = Weight(*arguments)
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
-    launch(module, weight, out)
-    return out
-
-
-@implement("dequantize_4bit.out", "CUDA")
-def cuda_out(out: Tensor, *arguments: Any) -> None:
-    from qlora_native.ops import _cuda_kernels
-
-    weight = Weight(*arguments)
-    check_out(out, weight)
-    module = _cuda_kernels.native()
-    if module is not None and out.is_contiguous():
-        launch(module, weight, out)
-    else:
-        out.copy_(cuda(out.dtype, *arguments))
-
-
-@implement("dequantize_4bit", "CompositeExplicitAutograd")
-def anywhere(dtype: torch.dtype, *arguments: Any) -> Tensor:
-    check(dtype)
-    return reference.dequantize(dtype, *arguments)
-
-
-@implement("dequantize_4bit.out", "CompositeExplicitAutograd")
-def anywhere_out(out: Tensor, *arguments: Any) -> None:
-    check_out(out, Weight(*arguments))
-    out.copy_(reference.dequantize(out.dtype, *arguments))
+_register("CPU", decode_all)
+_register("CUDA", decode_cuda)
+_register("CompositeExplicitAutograd", decode_anywhere)
 
 
 @fake("dequantize_4bit")

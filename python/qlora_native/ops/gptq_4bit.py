@@ -13,8 +13,9 @@ from qlora_native.ops._library import fake, implement
 from qlora_native.ops.quantize_4bit import check as check_tensor
 
 
-def check(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> None:
-    """Refuse sizes and dtypes that do not fit."""
+@fake("gptq_4bit")
+def shapes(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
+    """The packed codes, uninitialized; refuses sizes and dtypes that do not fit."""
     check_tensor(t, quant_type, block_size)
     if t.dim() != 2:
         raise ValueError(f"gptq_4bit: weight is {list(t.shape)}: expected two dimensions, [N, K].")
@@ -30,6 +31,7 @@ def check(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: 
                 f"gptq_4bit: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: expected {dtype} "
                 f"{shape} on {t.device} for a weight {list(t.shape)} in blocks of {block_size}."
             )
+    return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)
 
 
 @implement("gptq_4bit", "CPU")
@@ -43,11 +45,5 @@ def cpu(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: in
 
 @implement("gptq_4bit", "CompositeExplicitAutograd")
 def anywhere(*arguments: Any) -> Tensor:
-    check(*arguments)
+    shapes(*arguments)
     return reference.gptq(*arguments)
-
-
-@fake("gptq_4bit")
-def shapes(t: Tensor, *arguments: Any) -> Tensor:
-    check(t, *arguments)
-    return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,6 @@ from qlora_native.ops._optim import DTYPE, GRAD, NUMEL, address_of, table_of
 
 
 def check(grads: list[Tensor]) -> None:
-    """Refuses dtypes that have no norm here."""
     for number, grad in enumerate(grads):
         if grad.dtype not in _native.DTYPE_NUMBER:
             raise ValueError(
@@ -19,18 +20,19 @@ def check(grads: list[Tensor]) -> None:
             )
 
 
-def norm_row(grad: Tensor) -> list[int]:
-    """A row that has a gradient alone, contiguous."""
-    row = [0] * _C.optim_row_length
-    row[GRAD], row[NUMEL], row[DTYPE] = grad.data_ptr(), grad.numel(), _native.DTYPE_NUMBER[grad.dtype]
-    return row
+def _table(dense: list[Tensor]) -> array[int]:
+    """Rows of contiguous gradients alone."""
+    rows = [[0] * _C.optim_row_length for _ in dense]
+    for row, grad in zip(rows, dense, strict=True):
+        row[GRAD], row[NUMEL], row[DTYPE] = grad.data_ptr(), grad.numel(), _native.DTYPE_NUMBER[grad.dtype]
+    return table_of(rows)
 
 
 @implement("gradient_norm", "CPU")
 def cpu(grads: list[Tensor]) -> Tensor:
     check(grads)
     dense = [grad.contiguous() for grad in grads]
-    table = table_of([norm_row(grad) for grad in dense])
+    table = _table(dense)
     return torch.tensor(_C.gradient_norm(address_of(table), len(dense)), dtype=torch.float64)
 
 
@@ -44,8 +46,8 @@ def cuda(grads: list[Tensor]) -> Tensor:
     if module is None or any(grad.device != device for grad in grads):
         return reference.gradient_norm(grads)
     dense = [grad.contiguous() for grad in grads]
-    rows = table_of([norm_row(grad) for grad in dense])
-    return DeviceTable(module, NORM, rows, len(dense), device).measure(rows)
+    table = _table(dense)
+    return DeviceTable(module, NORM, table, len(dense), device).measure(table)
 
 
 @implement("gradient_norm", "CompositeExplicitAutograd")

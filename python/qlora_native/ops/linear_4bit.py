@@ -1,7 +1,4 @@
-"""linear_4bit: x W^T + bias with a quantized weight, and the gradient of its input.
-
-The products of a device are an engine: :class:`Cpu`, ``_cuda_products.Cuda``, and :class:`Engine` for any device.
-"""
+"""linear_4bit: x W^T + bias with a quantized weight, and the gradient of its input, by an :class:`Engine` a device."""
 
 from __future__ import annotations
 
@@ -26,8 +23,7 @@ class Adapter(NamedTuple):
     """What a low-rank adapter adds to a product, ``low @ up`` in the product's own sums.
 
     ``low`` is [M, r]; ``up`` is [N, r] (used transposed) for a forward product and [r, K] for an input gradient. With
-    ``down`` ([r, K], or [N, r] for the gradient) the product fills ``low`` itself: ``down_scale`` times x down^T or x
-    down.
+    ``down`` ([r, K], or [N, r]) the product fills ``low`` itself: ``down_scale`` times x down^T or x down.
     """
 
     low: Tensor
@@ -54,13 +50,14 @@ class Engine:
         grad_x: Tensor = call("linear_4bit_grad_input", grad_y, self.low_memory, *weight)
         return grad_x if adapter is None else torch.addmm(grad_x, adapter.low, adapter.up)
 
-    def dense_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x W^T for x [M, K] and a dense W [N, K] of its dtype. Returns [M, N]."""
-        return torch.mm(x, weight.t())
+    def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x W^T + bias for x [M, K] and a dense W [N, K] of its dtype. Returns [M, N], without a bias in ``out``."""
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
 
-    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-        """scale * grad_y W for grad_y [M, N] and a dense W [N, K] of its dtype. Returns [M, K]."""
-        return torch.mm(grad_y, weight) * scale
+    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """scale * grad_y W for grad_y [M, N] and a dense W [N, K] of its dtype. Returns [M, K], in a given ``out``."""
+        product = torch.mm(grad_y, weight, out=out)
+        return product if scale == 1.0 else product * scale
 
     def outer(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
         """scale * left^T right in fp32 or wider, for left [M, r] and right [M, C]. Returns [r, C]."""
@@ -73,16 +70,14 @@ def _address(tensor: Tensor | None) -> int:
 
 def _with_scratch(run: Callable[..., int]) -> None:
     """Call a native function that returns how many bytes of scratch it needs, if it has too few, with enough."""
-    needed = run(*buffer(0))
-    if needed:
+    if needed := run(*buffer(0)):
         run(*buffer(needed))
 
 
 class Cpu(Engine):
     """The native kernels, and float64 through torch.
 
-    A weight is decoded a little at a time and multiplied at once; it is never dense as a whole. Dense operands in fp32
-    and wider are torch's, whose product is a tuned one on every CPU.
+    A weight is never dense as a whole. Dense operands in fp32 and wider are torch's, whose product is fast on all CPUs.
     """
 
     makes_low = True
@@ -104,22 +99,18 @@ class Cpu(Engine):
         return out
 
     def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """The same, plus a bias or in ``out`` (contiguous) where one of them is given."""
         if x.dtype.itemsize > 2:
-            if bias is not None:
-                return torch.addmm(bias.to(x.dtype), x, weight.t())
-            return torch.mm(x, weight.t(), out=out)
+            return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
         return _dense(True, x, weight, bias, 1.0, out)
 
     def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-        """The same, in ``out`` (contiguous) where that is given."""
         if grad_y.dtype.itemsize > 2:
             product = torch.mm(grad_y, weight, out=out)
             return product if scale == 1.0 else product.mul_(scale)
         return _dense(False, grad_y, weight, None, scale, out)
 
 
-CPU = Cpu()
+ANY, CPU = Engine(), Cpu()
 
 
 def _native(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
@@ -133,11 +124,10 @@ def _native(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, ad
     if adapter is not None:  # contiguous by construction
         low, up, down = adapter.low.data_ptr(), adapter.up.data_ptr(), _address(adapter.down)
         rank, down_scale = adapter.low.shape[1], adapter.down_scale
-    number, addend = DTYPE_NUMBER[x.dtype], _address(bias)
-    arguments = (is_forward, number, x.data_ptr(), addend, down, down_scale, low, up, rank, y.data_ptr())
+    sources = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), _address(bias))
+    arguments = (*sources, down, down_scale, low, up, rank, y.data_ptr(), x.shape[0], rows, columns)
     pointers = weight.pointers()
-    sizes = (x.shape[0], rows, columns)
-    _with_scratch(lambda address, size: _C.linear_4bit(*arguments, *sizes, address, size, pointers))
+    _with_scratch(lambda address, size: _C.linear_4bit(*arguments, address, size, pointers))
     return y
 
 
@@ -183,28 +173,10 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def cuda_engine(low_memory: bool) -> Engine | None:
     """The CUDA kernels; None, after a warning, where torch has a device on which they cannot run."""
-    from qlora_native.ops import _cuda_products
+    from qlora_native.ops import _cuda_kernels, _cuda_products
 
-    return _cuda_products.engine(low_memory)
-
-
-def _forward(engine: Engine | None, x: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
-    check_matrix("linear_4bit", x, weight, bias, features=1)
-    with without_autocast(x):
-        if engine is None:
-            cast_bias = None if bias is None else bias.to(x.dtype)
-            return torch.nn.functional.linear(x, _dense_weight(weight, x.dtype), cast_bias)
-        y = engine.forward(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _grad_input(engine: Engine | None, grad_y: Tensor, weight: Weight) -> Tensor:
-    check_matrix("linear_4bit_grad_input", grad_y, weight, None, features=0)
-    with without_autocast(grad_y):
-        if engine is None:
-            return grad_y @ _dense_weight(weight, grad_y.dtype)
-        grad_x = engine.grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
-    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+    module = _cuda_kernels.native()
+    return None if module is None else _cuda_products.Cuda(module, low_memory)
 
 
 def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -217,19 +189,34 @@ def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     return torch.ops.qlora_native.dequantize_4bit(stored, *weight).to(dtype)
 
 
-@implement("linear_4bit", "CPU")
-def cpu(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
-    return _forward(CPU, x, bias, Weight(*arguments))
+def _register(device: str, engine_of: Callable[[bool], Engine | None]) -> None:
+    """The kernels for a dispatch key, by the products of an engine; without one, of the dense weight."""
+
+    @implement("linear_4bit", device)
+    def forward(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
+        weight, engine = Weight(*arguments), engine_of(low_memory)
+        check_matrix("linear_4bit", x, weight, bias, features=1)
+        with without_autocast(x):
+            if engine is None:
+                cast_bias = None if bias is None else bias.to(x.dtype)
+                return torch.nn.functional.linear(x, _dense_weight(weight, x.dtype), cast_bias)
+            y = engine.forward(x.reshape(-1, x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @implement("linear_4bit_grad_input", device)
+    def grad_input(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
+        weight, engine = Weight(*arguments), engine_of(low_memory)
+        check_matrix("linear_4bit_grad_input", grad_y, weight, None, features=0)
+        with without_autocast(grad_y):
+            if engine is None:
+                return grad_y @ _dense_weight(weight, grad_y.dtype)
+            grad_x = engine.grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
+        return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
 
 
-@implement("linear_4bit", "CUDA")
-def cuda(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
-    return _forward(cuda_engine(low_memory), x, bias, Weight(*arguments))
-
-
-@implement("linear_4bit", "CompositeExplicitAutograd")
-def anywhere(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) -> Tensor:
-    return _forward(None, x, bias, Weight(*arguments))
+_register("CPU", lambda low_memory: CPU)
+_register("CUDA", cuda_engine)
+_register("CompositeExplicitAutograd", lambda low_memory: None)
 
 
 @fake("linear_4bit")
@@ -237,21 +224,6 @@ def shapes(x: Tensor, bias: Tensor | None, low_memory: bool, *arguments: Any) ->
     weight = Weight(*arguments)
     check_matrix("linear_4bit", x, weight, bias, features=1)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@implement("linear_4bit_grad_input", "CPU")
-def cpu_grad_input(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
-    return _grad_input(CPU, grad_y, Weight(*arguments))
-
-
-@implement("linear_4bit_grad_input", "CUDA")
-def cuda_grad_input(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
-    return _grad_input(cuda_engine(low_memory), grad_y, Weight(*arguments))
-
-
-@implement("linear_4bit_grad_input", "CompositeExplicitAutograd")
-def anywhere_grad_input(grad_y: Tensor, low_memory: bool, *arguments: Any) -> Tensor:
-    return _grad_input(None, grad_y, Weight(*arguments))
 
 
 @fake("linear_4bit_grad_input")

@@ -1,14 +1,14 @@
 """linear_cross_entropy: mean cross entropy of h W^T without ever holding the full logits.
 
-The logits exist for a few tokens at a time. Their gradients are formed while they are there, so backward is one
-multiplication and nothing of size [tokens, vocabulary] is kept. Ignored tokens cost nothing.
+The logits exist for a few tokens at a time, and become their own gradients, so backward is one multiplication and
+nothing of size [tokens, vocabulary] is kept. Ignored tokens cost nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._library import Weight, autograd, fake, implement
-from qlora_native.ops.linear_4bit import CPU, NO_WEIGHT_GRADIENT, without_autocast
+from qlora_native.ops.linear_4bit import ANY, CPU, NO_WEIGHT_GRADIENT, without_autocast
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk: 256 tokens over 49,152 words in bf16, where both products are fast
 
@@ -24,26 +24,18 @@ Pair = tuple[Tensor, Tensor]
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
+Call = tuple[Tensor, Tensor, int, bool, bool, Weight]  # the op's arguments, those of the weight as one
+
+
 def is_dense(weight: Weight) -> bool:
     """A dense [V, K] weight stands in ``packed``, without scales."""
     return weight.absmax is None
 
 
-class Call(NamedTuple):
-    """The arguments of the op, checked."""
-
-    h: Tensor
-    labels: Tensor
-    ignore_index: int
-    need_grad_h: bool
-    need_grad_weight: bool
-    weight: Weight
-
-
 def read(*arguments: Any) -> Call:
-    """The op's call; refuses operands that do not fit each other."""
-    call = Call._make((*arguments[:5], Weight(*arguments[5:])))
-    h, labels, _, _, need_grad_weight, weight = call
+    """Refuses operands that do not fit each other."""
+    h, labels, ignore_index, need_grad_h, need_grad_weight = arguments[:5]
+    weight = Weight(*arguments[5:])
     vocabulary, width = weight.shape
     if h.shape[-1] != width or h.shape[:-1] != labels.shape:
         raise ValueError(
@@ -54,15 +46,13 @@ def read(*arguments: Any) -> Call:
         raise ValueError(f"linear_cross_entropy: h is {h.dtype}, weight is {weight.packed.dtype}: cast one of them.")
     if need_grad_weight and not is_dense(weight):
         raise ValueError("linear_cross_entropy: a quantized weight is frozen and has no gradient.")
-    return call
+    return h, labels, ignore_index, need_grad_h, need_grad_weight, weight
 
 
 def _logits(h: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
     """h W^T, [M, V]; in ``out`` where the product can be put there."""
     if is_dense(weight):
-        if h.device.type == "cpu":
-            return CPU.dense_forward(h, weight.packed, out=out)
-        return torch.mm(h, weight.packed.t(), out=out)
+        return (CPU if h.device.type == "cpu" else ANY).dense_forward(h, weight.packed, out=out)
     logits: Tensor = torch.ops.qlora_native.linear_4bit(h, None, False, *weight)
     return logits
 
@@ -70,9 +60,7 @@ def _logits(h: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
 def _grad_h(grad_logits: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
     """grad_logits W, [M, K]; in ``out`` where the product can be put there."""
     if is_dense(weight):
-        if grad_logits.device.type == "cpu":
-            return CPU.dense_grad_input(grad_logits, weight.packed, out=out)
-        return torch.mm(grad_logits, weight.packed, out=out)
+        return (CPU if grad_logits.device.type == "cpu" else ANY).dense_grad_input(grad_logits, weight.packed, out=out)
     grad_h: Tensor = torch.ops.qlora_native.linear_4bit_grad_input(grad_logits, False, *weight)
     return grad_h
 
@@ -104,8 +92,9 @@ def _torch_loss(logits: Tensor, labels: Tensor, losses: Tensor, gradients: bool)
 @implement("linear_cross_entropy", "CompositeExplicitAutograd")
 def anywhere(*arguments: Any) -> Outputs:
     call = read(*arguments)
-    is_native = call.h.device.type == "cpu" and call.h.dtype in DTYPE_NUMBER
-    with without_autocast(call.h):
+    h = call[0]
+    is_native = h.device.type == "cpu" and h.dtype in DTYPE_NUMBER
+    with without_autocast(h):
         return _chunked(partial(_native_loss, _C.softmax_loss) if is_native else _torch_loss, call)
 
 
@@ -114,13 +103,14 @@ def cuda(*arguments: Any) -> Outputs:
     from qlora_native.ops import _cuda_kernels
 
     call, module = read(*arguments), _cuda_kernels.native()
-    if module is None or call.h.dtype not in DTYPE_NUMBER:
+    h = call[0]
+    if module is None or h.dtype not in DTYPE_NUMBER:
         return anywhere(*arguments)
-    with without_autocast(call.h), _cuda_kernels.launching(call.h.device) as stream:
+    with without_autocast(h), _cuda_kernels.launching(h.device) as stream:
         return _chunked(partial(_native_loss, lambda *numbers: module.softmax_loss(*numbers, stream)), call)
 
 
-def _kept(labels: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+def _kept(labels: Tensor, ignore_index: int, vocabulary: int) -> Pair:
     """Positions whose label counts, and those labels; refuses labels that are no word."""
     targets = labels.reshape(-1)
     kept = (targets != ignore_index).nonzero().squeeze(1)
@@ -134,10 +124,7 @@ def _kept(labels: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, T
 
 
 def _chunked(loss_of: Callable[[Tensor, Tensor, Tensor, bool], None], call: Call) -> Outputs:
-    """Loss (mean) and the gradients of the *sum* of the losses: their scale fits 16-bit formats whatever the count.
-
-    The logits of a chunk of tokens become their own gradient.
-    """
+    """Loss (mean) and the gradients of the *sum* of the losses: their scale fits 16-bit formats whatever the count."""
     h, labels, ignore_index, need_grad_h, need_grad_weight, weight = call
     vocabulary = weight.shape[0]
     rows = h.reshape(-1, h.shape[-1])
@@ -156,12 +143,10 @@ def _chunked(loss_of: Callable[[Tensor, Tensor, Tensor, bool], None], call: Call
         loss_of(logits, chosen[first:last], losses[first:last], need_grad_h or need_grad_weight)
         if need_grad_h:
             target = grad_h.view(-1, h.shape[-1])
-            if everything and is_dense(weight):
-                _grad_h(logits, weight, target[first:last])
-            elif everything:
-                target[first:last] = _grad_h(logits, weight)
-            else:
-                target[kept[first:last]] = _grad_h(logits, weight)
+            out = target[first:last] if everything and is_dense(weight) else None
+            part_grad = _grad_h(logits, weight, out)
+            if out is None:
+                target[slice(first, last) if everything else kept[first:last]] = part_grad
         if need_grad_weight:
             grad_weight.addmm_(logits.t().to(grad_weight.dtype), part.to(grad_weight.dtype))
     wide = torch.float64 if h.device.type in ("cpu", "cuda") else losses.dtype  # which not every device has

@@ -1,11 +1,12 @@
 """lora_linear_4bit: y = x W^T + bias + scale * (x_lora A^T) B^T as one autograd node.
 
-Returns y and xa = x_lora A^T; xa, x, x_lora, A and B are all that backward needs beside the packed weight.
+Returns y and x_lora A^T, which with the operands, the weight packed, is all that backward needs.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,26 +28,14 @@ from qlora_native.ops.linear_4bit import (
 )
 
 Pair = tuple[Tensor, Tensor]
+Call = tuple[Any, ...]  # the op's arguments, those of the weight as one
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, x_lora, A, B; empty if not needed
 
 
-class Call(NamedTuple):
-    """The arguments of the op, checked."""
-
-    x: Tensor
-    x_lora: Tensor | None
-    a: Tensor
-    b: Tensor
-    scale: float
-    bias: Tensor | None
-    low_memory: bool
-    weight: Weight
-
-
 def read(*arguments: Any) -> Call:
-    """The op's call; refuses operands that do not fit each other."""
-    call = Call._make((*arguments[:7], Weight(*arguments[7:])))
-    x, x_lora, a, b, _, bias, _, weight = call
+    """Refuses operands that do not fit each other."""
+    x, x_lora, a, b, scale, bias, low_memory = arguments[:7]
+    weight = Weight(*arguments[7:])
     check_matrix("lora_linear_4bit", x, weight, bias, features=1)
     n, k = weight.shape
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1]:
@@ -58,7 +47,7 @@ def read(*arguments: Any) -> Call:
         raise ValueError(
             f"lora_linear_4bit: x_lora is {x_lora.dtype} {list(x_lora.shape)}: expected {x.dtype} {list(x.shape)}."
         )
-    return call
+    return x, x_lora, a, b, scale, bias, low_memory, weight
 
 
 def forward_by(engine: Engine, call: Call) -> Pair:
@@ -81,24 +70,12 @@ def forward_by(engine: Engine, call: Call) -> Pair:
 @implement("lora_linear_4bit", "CPU")
 def cpu(*arguments: Any) -> Pair:
     call = read(*arguments)
+    x, x_lora, a, b, scale, bias, _, weight = call
     few = None
-    if call.x_lora is None and is_few(call.x):
-        n, k = call.weight.shape
-        matrix = _C.matrix(n, k, call.weight.pointers())
-        few = adapted_product((n, k, matrix), call.x, call.bias, call.a, call.b, call.scale)
+    if x_lora is None and is_few(x):
+        n, k = weight.shape
+        few = adapted_product((n, k, _C.matrix(n, k, weight.pointers())), x, bias, a, b, scale)
     return forward_by(CPU, call) if few is None else few
-
-
-@implement("lora_linear_4bit", "CUDA")
-def cuda(*arguments: Any) -> Pair:
-    call = read(*arguments)
-    return forward_by(cuda_engine(call.low_memory) or Engine(call.low_memory), call)
-
-
-@implement("lora_linear_4bit", "CompositeExplicitAutograd")
-def anywhere(*arguments: Any) -> Pair:
-    call = read(*arguments)
-    return forward_by(Engine(call.low_memory), call)
 
 
 @fake("lora_linear_4bit")
@@ -117,28 +94,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-class BackwardCall(NamedTuple):
-    """The arguments of lora_linear_4bit_backward."""
-
-    grad_y: Tensor
-    x: Tensor
-    xa: Tensor
-    a: Tensor
-    b: Tensor
-    scale: float
-    separate: bool
-    needed: list[bool]
-    low_memory: bool
-    weight: Weight
-
-
-def read_backward(*arguments: Any) -> BackwardCall:
-    return BackwardCall._make((*arguments[:9], Weight(*arguments[9:])))
-
-
-def backward_by(engine: Engine, call: BackwardCall, grad_xa: Tensor | None = None) -> Gradients:
+def backward_by(engine: Engine, arguments: tuple[Any, ...], grad_xa: Tensor | None = None) -> Gradients:
     """The gradients by the products of an engine."""
-    grad_y, x, xa, a, b, scale, separate, needed, _, weight = call
+    grad_y, x, xa, a, b, scale, separate, needed = arguments[:8]
+    weight = Weight(*arguments[9:])
     rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
     need_x, need_x_lora, need_a, need_b = needed
     grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
@@ -165,24 +124,28 @@ def backward_by(engine: Engine, call: BackwardCall, grad_xa: Tensor | None = Non
 
 @implement("lora_linear_4bit_backward", "CPU")
 def cpu_backward(*arguments: Any) -> Gradients:
-    return backward_by(CPU, read_backward(*arguments))
+    return backward_by(CPU, arguments)
 
 
-@implement("lora_linear_4bit_backward", "CUDA")
-def cuda_backward(*arguments: Any) -> Gradients:
-    call = read_backward(*arguments)
-    return backward_by(cuda_engine(call.low_memory) or Engine(call.low_memory), call)
+def _register(device: str, engine_of: Callable[[bool], Engine]) -> None:
+    """The kernels for another dispatch key."""
+
+    @implement("lora_linear_4bit", device)
+    def forward(*arguments: Any) -> Pair:
+        return forward_by(engine_of(arguments[6]), read(*arguments))
+
+    @implement("lora_linear_4bit_backward", device)
+    def backward(*arguments: Any) -> Gradients:
+        return backward_by(engine_of(arguments[8]), arguments)
 
 
-@implement("lora_linear_4bit_backward", "CompositeExplicitAutograd")
-def anywhere_backward(*arguments: Any) -> Gradients:
-    call = read_backward(*arguments)
-    return backward_by(Engine(call.low_memory), call)
+_register("CUDA", lambda low_memory: cuda_engine(low_memory) or Engine(low_memory))
+_register("CompositeExplicitAutograd", Engine)
 
 
 @fake("lora_linear_4bit_backward")
 def backward_shapes(*arguments: Any) -> Gradients:
-    _, x, _, a, b, _, _, needed, *_ = read_backward(*arguments)
+    _, x, _, a, b, _, _, needed = arguments[:8]
     need_x, need_x_lora, need_a, need_b = needed
     return (
         x.new_empty(x.shape if need_x else 0),
@@ -199,7 +162,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> tuple[
         grad_y = xa.new_zeros(*xa.shape[:-1], b.shape[0])
     options = (grad_y, adapted, xa, a, b, ctx.scale, ctx.separate, needed, ctx.low_memory)
     if grad_xa is not None or torch.is_grad_enabled():  # by ops that have derivatives of their own
-        grads = backward_by(Engine(ctx.low_memory), read_backward(*options, *arguments), grad_xa)
+        grads = backward_by(Engine(ctx.low_memory), (*options, *arguments), grad_xa)
     else:
         grads = call("lora_linear_4bit_backward", *options, *arguments)
     grad_x, grad_x_lora, grad_a, grad_b = (g if need else None for g, need in zip(grads, needed, strict=True))

@@ -13,7 +13,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def check(t: Tensor, quant_type: int, block_size: int) -> None:
-    """Refuse what cannot be quantized on any device."""
+    """Refuses what cannot be quantized on any device."""
     if t.dtype not in DTYPE_NUMBER:
         raise ValueError(f"quantize: tensor is {t.dtype}: expected float32, bfloat16 or float16.")
     if quant_type not in (0, 1):
@@ -34,9 +34,7 @@ def empty_outputs(numel: int, device: torch.device, block_size: int, double_quan
 
 @implement("quantize_4bit", "CPU")
 def cpu(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
-    check(t, quant_type, block_size)
-    dense = t.contiguous()
-    outputs = empty_outputs(t.numel(), t.device, block_size, double_quant)
+    outputs, dense = shapes(t, quant_type, block_size, double_quant), t.contiguous()
     packed, absmax, nested_absmax, nested_offset = outputs
     expect_pages(packed)
     block_max = scratch(absmax.numel(), torch.float32) if double_quant else absmax
@@ -59,12 +57,10 @@ def double_quantize(scales: Tensor, absmax: Tensor, nested_absmax: Tensor, neste
 def cuda(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
     from qlora_native.ops import _cuda_kernels
 
-    check(t, quant_type, block_size)
+    outputs, dense = shapes(t, quant_type, block_size, double_quant), t.contiguous()
     module = _cuda_kernels.native()
     if module is None:
         return anywhere(t, quant_type, block_size, double_quant)
-    dense = t.contiguous()
-    outputs = empty_outputs(t.numel(), t.device, block_size, double_quant)
     packed, absmax, nested_absmax, nested_offset = outputs
     blocks = absmax.numel()
     block_max = t.new_empty(blocks, dtype=torch.float32) if double_quant else absmax

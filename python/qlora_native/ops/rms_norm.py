@@ -15,14 +15,16 @@ from qlora_native.ops._library import autograd, fake, implement
 Pair = tuple[Tensor, Tensor]
 
 
-def check(x: Tensor, weight: Tensor) -> None:
-    """Refuses operands that do not fit each other."""
+@fake("rms_norm")
+def shapes(x: Tensor, weight: Tensor, eps: float) -> Pair:
+    """The outputs, uninitialized; refuses operands that do not fit each other."""
     if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != weight.shape[0] or weight.shape[0] == 0:
         raise ValueError(
             f"rms_norm: x is {list(x.shape)}, weight is {list(weight.shape)}: expected [..., K] and [K], K > 0."
         )
     if x.dtype != weight.dtype or not x.dtype.is_floating_point:
         raise ValueError(f"rms_norm: x is {x.dtype}, weight is {weight.dtype}: expected one floating-point dtype.")
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @implement("rms_norm", "CPU")
@@ -38,15 +40,9 @@ def cpu(x: Tensor, weight: Tensor, eps: float) -> Pair:
 
 @implement("rms_norm", "CompositeExplicitAutograd")
 def anywhere(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    check(x, weight)
+    shapes(x, weight, eps)
     y, rstd = reference.rms_norm(x, weight, eps)
     return y.contiguous(), rstd.contiguous()
-
-
-@fake("rms_norm")
-def shapes(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    check(x, weight)
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @implement("rms_norm_backward", "CPU")

@@ -13,8 +13,9 @@ from qlora_native.ops._direct import call
 from qlora_native.ops._library import autograd, fake, implement
 
 
-def check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Refuses operands that do not fit each other."""
+@fake("rotary")
+def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """The output, uninitialized in x's layout; refuses operands that do not fit each other."""
     fits = x.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and x.shape[-1] % 2 == 0 and x.shape[-1] > 0
     if not fits or cos.shape[0] not in (1, x.shape[0]) or cos.shape[1:] != (x.shape[2], x.shape[3]):
         raise ValueError(
@@ -25,14 +26,14 @@ def check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(
             f"rotary: x is {x.dtype}, cos is {cos.dtype}, sin is {sin.dtype}: expected one floating-point dtype."
         )
+    return torch.empty_like(x)  # heads side by side come out so, and the products around need no copy
 
 
 @implement("rotary", "CPU")
 def cpu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    check(x, cos, sin)
     if x.dtype not in DTYPE_NUMBER:
         return anywhere(x, cos, sin, inverse)
-    y = torch.empty_like(x)  # in x's layout: heads side by side come out so, and the products around need no copy
+    y = shapes(x, cos, sin, inverse)
     source = x if x.stride(-1) == 1 else x.contiguous()
     target = y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -44,14 +45,7 @@ def cpu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 @implement("rotary", "CompositeExplicitAutograd")
 def anywhere(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    check(x, cos, sin)
-    return torch.empty_like(x).copy_(reference.rotary(x, cos, sin, inverse))
-
-
-@fake("rotary")
-def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    check(x, cos, sin)
-    return torch.empty_like(x)
+    return shapes(x, cos, sin, inverse).copy_(reference.rotary(x, cos, sin, inverse))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

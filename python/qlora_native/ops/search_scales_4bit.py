@@ -17,15 +17,15 @@ Pair = tuple[Tensor, Tensor]
 
 @implement("search_scales_4bit", "CPU")
 def cpu(*arguments: Any) -> Pair:
-    packed, chosen = shapes(*arguments)
+    packed, chosen = outputs = shapes(*arguments)
     t, moment, table, multiplier, offset, initial, group, low, high, quant_type, block_size = arguments
     if t.numel() == 0:
-        return packed, chosen
+        return outputs
     dense, moment, table, multiplier, initial = (x.contiguous() for x in (t, moment, table, multiplier, initial))
     source = dense.data_ptr(), DTYPE_NUMBER[t.dtype], t.numel(), moment.numel(), block_size, quant_type
     scales = moment.data_ptr(), table.data_ptr(), table.numel(), group, multiplier.data_ptr(), float(offset), low, high
     _C.search_scales_4bit(*source, *scales, initial.data_ptr(), packed.data_ptr(), chosen.data_ptr())
-    return packed, chosen
+    return outputs
 
 
 @implement("search_scales_4bit", "CompositeExplicitAutograd")
@@ -35,20 +35,9 @@ def anywhere(*arguments: Any) -> Pair:
 
 
 @fake("search_scales_4bit")
-def shapes(
-    t: Tensor,
-    moment: Tensor,
-    table: Tensor,
-    multiplier: Tensor,
-    offset: Tensor,
-    initial: Tensor,
-    group: int,
-    low: float,
-    high: float,
-    quant_type: int,
-    block_size: int,
-) -> Pair:
+def shapes(*arguments: Any) -> Pair:
     """The packed codes and the index of each block's scale; refuses sizes and dtypes that do not fit."""
+    t, moment, table, multiplier, offset, initial, group, _, _, quant_type, block_size = arguments
     check_tensor(t, quant_type, block_size)
     blocks = -(-t.numel() // block_size)
     if group < 1 or not 1 <= table.numel() <= 256:

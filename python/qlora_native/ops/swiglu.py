@@ -10,41 +10,34 @@ from torch import Tensor
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import autograd, fake, implement
+from qlora_native.ops._library import autograd, fake, implement, save_inputs
 
 Pair = tuple[Tensor, Tensor]
 
 
-def check(gate: Tensor, up: Tensor) -> None:
-    """Refuses operands that do not fit each other."""
+@fake("swiglu")
+def shapes(gate: Tensor, up: Tensor) -> Tensor:
+    """The output, uninitialized; refuses operands that do not fit each other."""
     if gate.shape != up.shape or gate.dtype != up.dtype or not gate.dtype.is_floating_point:
         raise ValueError(
             f"swiglu: gate is {gate.dtype} {list(gate.shape)}, up is {up.dtype} {list(up.shape)}: "
             "expected one shape and one floating-point dtype."
         )
+    return gate.new_empty(gate.shape)
 
 
 @implement("swiglu", "CPU")
 def cpu(gate: Tensor, up: Tensor) -> Tensor:
-    check(gate, up)
     if gate.dtype not in DTYPE_NUMBER:
         return anywhere(gate, up)
-    gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
+    y, gate, up = shapes(gate, up), gate.contiguous(), up.contiguous()
     _C.swiglu(DTYPE_NUMBER[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
     return y
 
 
 @implement("swiglu", "CompositeExplicitAutograd")
 def anywhere(gate: Tensor, up: Tensor) -> Tensor:
-    check(gate, up)
-    return reference.swiglu(gate, up).contiguous()
-
-
-@fake("swiglu")
-def shapes(gate: Tensor, up: Tensor) -> Tensor:
-    check(gate, up)
-    return gate.new_empty(gate.shape)
+    return shapes(gate, up).copy_(reference.swiglu(gate, up))
 
 
 @implement("swiglu_backward", "CPU")
@@ -52,10 +45,10 @@ def cpu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
     if gate.dtype not in DTYPE_NUMBER:
         return anywhere_backward(grad_y, gate, up)
     grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    grads = torch.empty_like(gate), torch.empty_like(up)
     source = DTYPE_NUMBER[gate.dtype], grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel()
-    _C.swiglu_backward(*source, grad_gate.data_ptr(), grad_up.data_ptr())
-    return grad_gate, grad_up
+    _C.swiglu_backward(*source, grads[0].data_ptr(), grads[1].data_ptr())
+    return grads
 
 
 @implement("swiglu_backward", "CompositeExplicitAutograd")
@@ -69,15 +62,11 @@ def backward_shapes(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad_y: Tensor) -> Pair:
     if torch.is_grad_enabled():  # these gradients are differentiated in turn
         return reference.swiglu_backward(grad_y, *ctx.saved_tensors)
-    grad_gate, grad_up = call("swiglu_backward", grad_y, *ctx.saved_tensors)
-    return grad_gate, grad_up
+    grads: Pair = call("swiglu_backward", grad_y, *ctx.saved_tensors)
+    return grads
 
 
-autograd("swiglu", _backward, _setup)
+autograd("swiglu", _backward, save_inputs)

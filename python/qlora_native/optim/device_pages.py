@@ -133,7 +133,7 @@ class DevicePages(Pages):
         if self._tables is None or self._tables[0] is not plan:
             self._tables = plan, self._tables_of(plan)
         stores = [(table, self._budget_of(store)) for table, store in zip(self._tables[1], self.stores, strict=True)]
-        plan.on_device.paged_step(plan.table, options, by, stores)
+        plan.on_device.step(plan.table, options, by, stores)
 
     def _tables_of(self, plan: Plan) -> list[StoreTable]:
         rows = [-1] * self._num_places
