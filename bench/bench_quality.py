@@ -42,7 +42,7 @@ def make_base(folder: Path, ids: torch.Tensor) -> None:
     """Write one base."""
     import qlora_native as qn
     from qlora_native.cli.demo import model_file
-    from qlora_native.evaluate.variants import load_dense
+    from qlora_native.hf.load import load_dense
 
     if folder.name == REFERENCE:
         model = load_dense(model_file())
