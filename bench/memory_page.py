@@ -57,7 +57,8 @@ def saved() -> list[str]:
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = AutoConfig.for_model("llama", **sizes, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
     setting = Setting(device="cuda", batch_size=1, length=2048)
-    nested, plain = (Estimator(config, s) for s in (setting, replace(setting, double_quant=False)))
+    single = replace(setting, quant={**setting.quant, "double_quant": False})
+    nested, plain = (Estimator(config, s) for s in (setting, single))
     peak = nested.at().peak
     linear = 2 * peak.weights
     every = linear + peak.dense // 2

@@ -20,14 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-PRELOADED = [
-    "tiny_models",
-    "qlora_native.distributed.loading",
-    "qlora_native.distributed.ranks",
-    "qlora_native.lora",
-    "qlora_native.optim",
-    "qlora_native.train.loop",
-]
+PRELOADED = ["tiny_models", "qlora_native.distributed.loading", "qlora_native.distributed.ranks"]
+PRELOADED += ["qlora_native.train.loop"]
 SECONDS = 240  # a hang is a failure, not a long test
 
 
@@ -48,9 +42,8 @@ def on_ranks(
             process.start()
         limit = time.monotonic() + SECONDS
         try:
-            while any(process.is_alive() for process in processes):
-                failed = [p.exitcode for rank, p in enumerate(processes) if p.exitcode and rank != dying]
-                if failed or time.monotonic() > limit:
+            while any(process.is_alive() for process in processes) and time.monotonic() < limit:
+                if any(process.exitcode and rank != dying for rank, process in enumerate(processes)):
                     break
                 time.sleep(0.01)
         finally:
@@ -61,10 +54,8 @@ def on_ranks(
         assert not errors, errors[0]
         codes = [process.exitcode for process in processes]
         assert codes == [-signal.SIGKILL if rank == dying else 0 for rank in range(world)], codes
-        return [
-            None if rank == dying else torch.load(Path(folder, f"{rank}.result"), weights_only=False)
-            for rank in range(world)
-        ]
+        results = [Path(folder, f"{rank}.result") for rank in range(world)]
+        return [torch.load(path, weights_only=False) if path.exists() else None for path in results]
 
 
 def _run(
@@ -81,10 +72,6 @@ def _run(
     except BaseException:
         Path(folder, f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models on several processes
 
 
 def whole(tensor: Any) -> Tensor:

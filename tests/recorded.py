@@ -29,7 +29,6 @@ class Product(NamedTuple):
 
     @property
     def is_16bit(self) -> bool:
-        """Whether a tensor among the operands is bf16 or fp16, and there is something to multiply."""
         return any(dtype in SIXTEEN for dtype, _ in self.operands) and all(0 not in shape for _, shape in self.operands)
 
     def __str__(self) -> str:
@@ -38,8 +37,7 @@ class Product(NamedTuple):
 
 
 def products_of(code: Callable[[], Any], with_lines: bool = False) -> list[Product]:
-    """Runs ``code``; the products that it asked torch for, those inside of another left out. Lines take most of the
-    time."""
+    """The products that ``code`` asks torch for, those inside of another left out; lines take most of the time."""
     everywhere = _ExperimentalConfig(profile_all_threads=True)
     options: dict[str, Any] = {"record_shapes": True, "with_stack": with_lines, "experimental_config": everywhere}
     with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
@@ -56,7 +54,10 @@ def _products(events: Iterable[Any]) -> Iterable[Product]:
     for event in sorted(events, key=lambda event: (event.start_ns(), -event.end_ns())):
         while around and around[-1][0] <= event.start_ns():
             around.pop()
-        name = _name(event)
+        try:
+            name: str = event.name()
+        except UnicodeDecodeError:  # of a Python function, whose name the profiler has truncated
+            name = ""
         library, *operator = name.split("::")
         is_product = len(operator) == 1 and library != "qlora_native" and PRODUCT.search(operator[0]) is not None
         if is_product and not any(inside for _, _, inside in around):
@@ -65,11 +66,3 @@ def _products(events: Iterable[Any]) -> Iterable[Product]:
             lines = [line for _, line, _ in reversed(around) if ".py(" in line and "torch/" not in line]
             yield Product(name, operands, tuple(lines[:3]))
         around.append((event.end_ns(), name, is_product))
-
-
-def _name(event: Any) -> str:
-    try:
-        name: str = event.name()
-    except UnicodeDecodeError:  # of a Python function, whose name the profiler has truncated
-        name = ""
-    return name

@@ -39,6 +39,20 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
+class Crash(Exception):
+    pass
+
+
+def crash_at(step: int) -> Callable[[dict[str, Any]], None]:
+    """A Trainer's ``on_step`` that raises Crash after ``step``."""
+
+    def on_step(record: dict[str, Any]) -> None:
+        if record["step"] == step:
+            raise Crash
+
+    return on_step
+
+
 def start(config: dict[str, Any], folder: Path, driver: str = "", **environment: str) -> subprocess.Popen[str]:
     """``qlora train`` on ``config``; ``driver`` is Python that runs before it."""
     path = folder / "config.yaml"

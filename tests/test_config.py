@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from qlora_native.cli.config import shipped
 from qlora_native.cli.main import main
@@ -45,18 +45,8 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 def test_every_mistake_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
-    text = (
-        "modle: base\n"
-        "data:\n"
-        "  train: rows.jsonl\n"
-        "  max_lenght: 512\n"
-        "quant:\n"
-        "  type: nf5\n"
-        "train:\n"
-        "  lr: fast\n"
-        "  steps: 0\n"
-        "  grad_checkpointing: perhaps\n"
-    )
+    text = "modle: base\ndata:\n  train: rows.jsonl\n  max_lenght: 512\nquant:\n  type: nf5\n"
+    text += "train:\n  lr: fast\n  steps: 0\n  grad_checkpointing: perhaps\n"
     assert mistakes(tmp_path, text) == [
         "run.yaml: model is not set; add `model: ...` (model folder or .gguf file), or --model on the command line",
         "run.yaml:4: data.max_lenght is not a key; did you mean data.max_length?",
@@ -136,10 +126,6 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         TrainConfig.from_file(tmp_path)
 
 
-def test_a_block_without_keys_is_empty(tmp_path: Path) -> None:
-    assert TrainConfig.from_file(write(tmp_path, MINIMAL + "lora:\n  # r: 8\n")).lora.r == 16
-
-
 @pytest.mark.parametrize(
     ("words", "key", "value"),
     [
@@ -158,10 +144,11 @@ def test_a_block_without_keys_is_empty(tmp_path: Path) -> None:
         (["--output_dir=a=b"], "output_dir", "a=b"),
         (["--eval", "null"], "data.eval", None),
         (["--lr", "1", "--lr", "2"], "train.lr", 2.0),
+        ([], "lora.r", 16),  # of a block without keys
     ],
 )
 def test_any_key_from_the_command_line(tmp_path: Path, words: list[str], key: str, value: Any) -> None:
-    got: Any = TrainConfig.from_file(write(tmp_path, MINIMAL + "train:\n  lr: 5e-5\n"), words)
+    got: Any = TrainConfig.from_file(write(tmp_path, MINIMAL + "lora:\n  # r: 8\ntrain:\n  lr: 5e-5\n"), words)
     for part in key.split("."):
         got = getattr(got, part)
     assert got == value and type(got) is type(value)
@@ -176,21 +163,18 @@ def test_a_length_from_the_command_line_replaces_the_one_in_the_file(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("text", "words", "expected"),
     [
-        ("--learning_rate 1", "--learning_rate is not a key; did you mean train.lr?"),
-        ("--lr fast", "--lr is 'fast': expected a valid number"),
-        ("1e-4", "'1e-4' stands alone: expected --key value, for example --lr 1e-4"),
-        ("--rslora 1 2", "'2' stands alone: expected --key value, for example --lr 1e-4"),
+        (MINIMAL, "--learning_rate 1", "--learning_rate is not a key; did you mean train.lr?"),
+        (MINIMAL, "--lr fast", "--lr is 'fast': expected a valid number"),
+        (MINIMAL, "1e-4", "'1e-4' stands alone: expected --key value, for example --lr 1e-4"),
+        (MINIMAL, "--rslora 1 2", "'2' stands alone: expected --key value, for example --lr 1e-4"),
+        # A flag does not hide a mistake in the file.
+        ("model: base\ndata: x\n", "--max_length 3", "run.yaml:2: data is 'x': expected a block of keys, one per line"),
     ],
 )
-def test_mistakes_on_the_command_line_name_the_flag(tmp_path: Path, words: str, expected: str) -> None:
-    assert mistakes(tmp_path, MINIMAL, *words.split()) == [expected]
-
-
-def test_a_flag_does_not_hide_a_mistake_in_the_file(tmp_path: Path) -> None:
-    (mistake,) = mistakes(tmp_path, "model: base\ndata: rows.jsonl\n", "--max_length", "3")
-    assert mistake == "run.yaml:2: data is 'rows.jsonl': expected a block of keys, one per line"
+def test_mistakes_on_the_command_line_name_the_flag(tmp_path: Path, text: str, words: str, expected: str) -> None:
+    assert mistakes(tmp_path, text, *words.split()) == [expected]
 
 
 def test_every_key_has_a_name_of_its_own_and_a_sentence() -> None:
@@ -199,12 +183,6 @@ def test_every_key_has_a_name_of_its_own_and_a_sentence() -> None:
     assert len(leaves) == len(set(leaves)) and len(leaves) > 30
     assert all(field.description for field in keys().values())
     assert set(_ALIASES.values()) <= set(keys()) and not set(_ALIASES) & set(leaves)
-
-
-def test_python_use_raises_valueerror() -> None:
-    with pytest.raises(ValidationError) as error:
-        TrainConfig.model_validate({"model": "base", "data": {"train": "x", "trian": "y"}})
-    assert isinstance(error.value, ValueError)
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
@@ -228,41 +206,42 @@ def test_shipped_configs_are_valid_and_explain_every_line() -> None:
             assert key is None or re.search(r"  +# \S", line), f"{path.name}: {line} has no comment"
 
 
-def test_config_init_list_and_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What ``qlora config`` prints, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    assert main(["config", "list"]) == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["cpu", "llama-70b", "llama-8b", "multi-gpu", "smollm2"]
-    assert main(["config", "init", "multi-gpu", "--out", "four.yaml"]) == 0
-    assert "then: torchrun --nproc-per-node 4 -m qlora_native train four.yaml\n" in capsys.readouterr().out
-    assert main(["config", "init", "--out", "mine.yaml"]) == 0
-    assert "qlora train mine.yaml" in capsys.readouterr().out
+
+    def printed(*words: str) -> str:
+        assert main(["config", *words]) == 0
+        return capsys.readouterr().out
+
+    return printed
+
+
+def test_config_init_list_and_check(config: Callable[..., str]) -> None:
+    names = [line.split()[0] for line in config("list").splitlines()]
+    assert names == ["cpu", "llama-70b", "llama-8b", "multi-gpu", "smollm2"]
+    next_step = "then: torchrun --nproc-per-node 4 -m qlora_native train four.yaml\n"
+    assert next_step in config("init", "multi-gpu", "--out", "four.yaml")
+    assert "qlora train mine.yaml" in config("init", "--out", "mine.yaml")
     assert "#   qlora train mine.yaml" in Path("mine.yaml").read_text()
-    assert main(["config", "check", "mine.yaml", "--lr", "7e-5"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["train"]["lr"] == 7e-5
-    assert main(["config", "init", "llama-8b"]) == 0
-    assert capsys.readouterr().out == shipped()["llama-8b"].read_text()
+    assert yaml.safe_load(config("check", "mine.yaml", "--lr", "7e-5"))["train"]["lr"] == 7e-5
+    assert config("init", "llama-8b") == shipped()["llama-8b"].read_text()
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["config", "init", "--out", "there.yaml"], "there.yaml exists already"),
-        (["config", "init", "smolm2"], "there is no shipped config 'smolm2'; did you mean smollm2?"),
-        (["config", "init", "--out", "no/such/folder.yaml"], "could not write no/such/folder.yaml: No such file"),
-        (["config", "check"], "qlora config check needs a file"),
-        (["config", "check", "there.yaml"], "qlora: there.yaml:1: modle is not a key; did you mean model?"),
-        (["config", "list", "--lr", "3"], "qlora config list takes no --lr"),
-        (["config", "chekc", "there.yaml"], "qlora config: argument action: invalid choice: 'chekc'"),
+        ("init --out there.yaml", "there.yaml exists already"),
+        ("init smolm2", "there is no shipped config 'smolm2'; did you mean smollm2?"),
+        ("init --out no/such/folder.yaml", "could not write no/such/folder.yaml: No such file"),
+        ("check", "qlora config check needs a file"),
+        ("check there.yaml", "qlora: there.yaml:1: modle is not a key; did you mean model?"),
+        ("list --lr 3", "qlora config list takes no --lr"),
+        ("chekc there.yaml", "qlora config: argument action: invalid choice: 'chekc'"),
     ],
 )
-def test_config_mistakes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("config")
+def test_config_mistakes(mistake: Callable[..., str], words: str, expected: str) -> None:
     Path("there.yaml").write_text("modle: base\n" + MINIMAL)
-    assert main(words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert expected in line
+    assert expected in mistake("config", *words.split())

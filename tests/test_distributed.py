@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,8 @@ def make(double_quant: bool = True, **changes: Any) -> Any:
             model.set_submodule(name, QuantizedLinear.from_linear(layer, double_quant=double_quant))
     add_lora(model, LoraConfig(r=3, seed=1))
     generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(0, 0.1, generator=generator)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.normal_(0, 0.1, generator=generator)
     return model.train()
 
 
@@ -68,8 +67,7 @@ def train(model: Any, optimizer: torch.optim.Optimizer, rank: int = 0, world: in
     """Ten steps on this rank's rows of each batch; the trained parameters, whole."""
     for ids, labels in batches():
         count = int((labels[:, 1:] != -100).sum())
-        loss = loss_sum(model, ids[rank::world], labels[rank::world]) * (world / count)  # ranks are averaged
-        loss.backward()
+        (loss_sum(model, ids[rank::world], labels[rank::world]) * (world / count)).backward()  # ranks are averaged
         optimizer.step()
         optimizer.zero_grad()
     return adapters(model)
@@ -77,22 +75,17 @@ def train(model: Any, optimizer: torch.optim.Optimizer, rank: int = 0, world: in
 
 @contextmanager
 def received_bytes(world: int) -> Iterator[list[int]]:
-    """What this rank receives inside, by message."""
+    """What this rank receives inside, by message: the whole that is gathered or reduced but its own part."""
     found: list[int] = []
-    gather, reduce = dist.all_gather_single, dist.reduce_scatter_single
 
-    def gathered(output: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(output.nbytes // world * (world - 1))
-        return gather(output, *args, **kwargs)
-
-    def reduced(*args: Any, **kwargs: Any) -> Any:
-        given = kwargs["input"] if "input" in kwargs else args[1]
-        found.append(given.nbytes // world * (world - 1))
-        return reduce(*args, **kwargs)
+    def counted(plain: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = [*args, *kwargs.values()]
+        found.append(max(t.nbytes for t in tensors if isinstance(t, Tensor)) // world * (world - 1))
+        return plain(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_gather_single", gathered)
-        patch.setattr(dist, "reduce_scatter_single", reduced)
+        for name in ("all_gather_single", "reduce_scatter_single"):
+            patch.setattr(dist, name, partial(counted, getattr(dist, name)))
         yield found
 
 
@@ -110,10 +103,6 @@ def optimizer_of(model: Any, folder: str | None = None) -> AdamW:
     return AdamW(trained(model), 1e-3, max_norm=0.5, paged=folder is not None, page_dir=folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the ranks do; the assertions of a rank fail the test
-
-
 def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tensor]) -> dict[str, float]:
     """Distance of the adapter after ten steps from that of one process, for each way of running."""
     base, found = make(), {}
@@ -125,8 +114,7 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
         assert held_bytes(model) == memory.frozen
         assert sum(local(parameter).nbytes for parameter in trained(model)) == memory.trained
     with received_bytes(world) as received:
-        ids, labels = next(batches())
-        loss_sum(model, ids, labels).backward()
+        loss_sum(model, *next(batches())).backward()
     assert sum(received) == memory.received, (received, memory)
     model.zero_grad()
     found["fsdp"] = distance(train(model, optimizer_of(model), rank, world), expected)
@@ -137,10 +125,9 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
         with received_bytes(world) as received:
             loss_sum(kept, *next(batches())).backward()
         assert sum(received) == rank_memory(base, world, reshard=False).received < memory.received
-        first, second = messages_before_blocks(shard(deepcopy(base), line), world)
-        assert first == second  # the second block was on its way when the first one began
-        first, second = messages_before_blocks(shard(deepcopy(base), line, prefetch=0), world)
-        assert first + 1 == second
+        for prefetch in (0, 1):  # the second block was on its way when the first one began, or not
+            first, second = messages_before_blocks(shard(deepcopy(base), line, prefetch=prefetch), world)
+            assert first + 1 - prefetch == second
 
         model = shard(deepcopy(base), line)
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -153,10 +140,8 @@ def equal_training(rank: int, world: int, folder: str, expected: dict[str, Tenso
         found["2 copies of 2 shards"] = distance(train(model, optimizer_of(model), rank, world), expected)
 
     codes = {name: tensor.clone() for name, tensor in base.named_parameters() if name.endswith("base_layer.weight")}
-    if rank > 0:
-        with torch.no_grad():
-            for name, tensor in base.named_parameters():
-                tensor.zero_() if name in codes else None
+    for name in codes if rank > 0 else ():
+        base.get_parameter(name).data.zero_()
     counted: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", lambda tensor: counted.append(tensor.nbytes))
@@ -246,9 +231,9 @@ def bytes_survive(rank: int, world: int, folder: str, double_quant: bool) -> flo
         assert isinstance(layer.weight, DTensor)
         assert torch.equal(layer.weight.full_tensor().view(-1), kept[path][0])
     path = "model.layers.0.mlp.up_proj"
-    state = model.state_dict()
-    assert torch.equal(state[f"{path}.base_layer.weight"].full_tensor().view(-1), kept[path][0])
-    assert torch.equal(state[f"{path}.base_layer.absmax_bytes"].full_tensor().view(-1), kept[path][1].view(torch.uint8))
+    for name, expected in zip(("weight", "absmax_bytes"), kept[path], strict=True):
+        part = model.state_dict()[f"{path}.base_layer.{name}"]
+        assert torch.equal(part.full_tensor().view(-1), expected.view(torch.uint8))
     whole_checkpoint(model, folder)
     for path, layer in layers.items():
         assert torch.equal(layer.weight.full_tensor().view(-1), kept[path][0])
@@ -259,13 +244,8 @@ def bytes_survive(rank: int, world: int, folder: str, double_quant: bool) -> flo
 
 def on_four(rank: int, world: int, folder: str, expected: dict[str, Tensor]) -> tuple[Any, Any]:
     optimizer_on_parts(rank, world)
-    shares = [
-        bytes_survive(rank, world, f"{folder}/whole {double_quant}", double_quant) for double_quant in (True, False)
-    ]
+    shares = [bytes_survive(rank, world, f"{folder}/whole {double}", double) for double in (True, False)]
     return equal_training(rank, world, folder, expected), shares
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 LORA = qn.LoraConfig(r=3, seed=0)
+Stacks = dict[str, tuple[Tensor, Tensor]]
 
 
 def train(model: Any, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ def train(model: Any, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     return adapters(model)
 
 
-def stacks(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def stacks(model: Any) -> Stacks:
     """Codes and scales of every stack."""
     return {f"{path}.{name}": (stack.packed, stack.absmax) for path, _, name, stack in quantized_stacks(model)}
 
@@ -54,24 +55,22 @@ def with_patterns(folder: Path, double_quant: bool) -> Any:
     return peft.get_peft_model(model, qn.peft_config(r=2))
 
 
-def same_stacks(model: Any, expected: dict[str, tuple[Tensor, Tensor]]) -> None:
+def same_stacks(model: Any, expected: Stacks) -> None:
     """The bytes of sharded stacks, and of their scales."""
     found = stacks(model)
     assert found.keys() == expected.keys() and len(found) == 4
-    for name, (codes, absmax) in found.items():
-        assert isinstance(codes, DTensor) and isinstance(absmax, DTensor)
-        assert torch.equal(codes.full_tensor(), expected[name][0])
-        assert torch.equal(absmax.full_tensor(), expected[name][1])
+    for name, parts in found.items():
+        for part, whole in zip(parts, expected[name], strict=True):
+            assert isinstance(part, DTensor) and torch.equal(part.full_tensor(), whole)
 
 
-def check(model: Any, expected: dict[str, tuple[Tensor, Tensor]], seen: set[str]) -> None:
+def check(model: Any, expected: Stacks, seen: set[str]) -> None:
     """Compare what is gathered whenever experts are at work."""
 
     def compare(path: str, experts: Any) -> None:
         for name in ("gate_up_proj", "down_proj"):
             codes, absmax = expected[f"{path}.{name}"]
-            stack = experts.stack(name)
-            assert torch.equal(stack.packed, codes) and torch.equal(stack.absmax, absmax)
+            assert torch.equal(experts.stack(name).packed, codes) and torch.equal(experts.stack(name).absmax, absmax)
         seen.add(path)
 
     for path, experts in {path: experts for path, experts, _, _ in quantized_stacks(model)}.items():

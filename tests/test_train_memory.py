@@ -9,9 +9,11 @@ import sys
 
 import pytest
 
+from qlora_native._memory import USER_SETTINGS, keep_freed_memory
+
 FAULTS = """
 import ctypes, resource, sys, torch
-from qlora_native._memory import USER_SETTINGS, keep_freed_memory
+from qlora_native._memory import keep_freed_memory
 
 libc = ctypes.CDLL(None)
 PR_SET_THP_DISABLE, M_MMAP_THRESHOLD = 41, -3
@@ -21,17 +23,10 @@ if sys.argv[1] == "kept":
 else:
     # glibc's first threshold, held: else it grows at the first free, and what then goes back depends on the heap's top.
     libc.mallopt(M_MMAP_THRESHOLD, 128 << 10)
-
-
-def step():
+for step in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     kept = [torch.ones(1 << 20) for _ in range(30)]  # 4 MiB each
     del kept
-
-
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -48,8 +43,6 @@ def test_the_same_sizes_are_had_without_new_pages() -> None:
 
 
 def test_the_users_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_native._memory import USER_SETTINGS, keep_freed_memory
-
     for name in USER_SETTINGS:
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")

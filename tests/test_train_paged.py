@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import runs
-import yaml
 from helpers import needs_page_files
 from runs import metrics, start, steps_made, wait_until, write_files
 
@@ -23,7 +22,7 @@ from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import paging, pressure
 from qlora_native.train import checkpoint
-from qlora_native.train.loop import Trainer
+from qlora_native.train.loop import Trainer, TrainSummary
 
 # One thread as in the subprocesses: their number changes the order of sums.
 pytestmark = [needs_page_files, pytest.mark.usefixtures("one_thread")]
@@ -49,9 +48,12 @@ def settings(files: Path, folder: Path, **train: Any) -> dict[str, Any]:
 def unpaged(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run with its states in memory that nothing happens to."""
     folder = tmp_path_factory.mktemp("unpaged")
-    config = settings(files, folder, paged=False, page_budget=None)
-    Trainer(TrainConfig.model_validate(config), quiet=True).train()
+    train(files, folder, paged=False, page_budget=None)
     return folder / "out"
+
+
+def train(files: Path, folder: Path, **options: Any) -> TrainSummary:
+    return Trainer(TrainConfig.model_validate(settings(files, folder, **options))).train()
 
 
 def assert_same(out: Path, unpaged: Path) -> None:
@@ -60,17 +62,17 @@ def assert_same(out: Path, unpaged: Path) -> None:
 
 
 def test_paged_training_computes_the_same(files: Path, unpaged: Path, tmp_path: Path) -> None:
-    summary = Trainer(TrainConfig.model_validate(settings(files, tmp_path)), quiet=True).train()
+    summary = train(files, tmp_path)
     assert_same(tmp_path / "out", unpaged)
     assert summary.paged_bytes > STEPS * 8 * MIB and summary.retried == 0
     assert list((tmp_path / "pages").iterdir()) == []
 
 
-def test_killed_at_a_random_moment(files: Path, unpaged: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """As often as --kills says: no page file stays, the newest checkpoint loads, and the run ends as if nothing had
-    been."""
-    chance = random.Random(request.config.getoption("--kills"))
-    for number in range(request.config.getoption("--kills")):
+def test_killed_at_a_random_moment(files: Path, unpaged: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """``--kills`` times: no page file stays, the newest checkpoint loads, and the run ends as if nothing had been."""
+    kills = pytestconfig.getoption("--kills")
+    chance = random.Random(kills)
+    for number in range(kills):
         folder = tmp_path / str(number)
         folder.mkdir()
         out, pages = folder / "out", folder / "pages"
@@ -88,10 +90,6 @@ def test_killed_at_a_random_moment(files: Path, unpaged: Path, tmp_path: Path, r
         assert list(pages.iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# No room for the page file
-
-
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """The kernel refuses files above 6 MiB: the states are 9, an adapter 4.5."""
@@ -102,15 +100,9 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_no_room_for_the_page_file_is_reported_before_the_first_step(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings(files, tmp_path)))
-    assert main(["train", str(path)]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qlora")]
-    assert len(errors) == 1 and str(tmp_path / "pages") in errors[0], errors
-    assert "File too large" in errors[0]
+def test_no_room_for_the_page_file_is_reported_before_the_first_step(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path / 'pages'}.*File too large"):
+        train(files, tmp_path)
     assert steps_made(tmp_path / "out") == 0
 
 
@@ -122,15 +114,14 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_files", "short_of_memory")
-def test_auto_without_room_for_the_page_file_stays_in_memory_and_says_so(
+def test_auto_without_room_for_the_page_file_stays_in_memory_and_warns(
     files: Path, unpaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = TrainConfig.model_validate(settings(files, tmp_path, paged="auto", save_every=0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        summary = Trainer(config).train()
-    printed = [str(warning.message) for warning in caught if "page" in str(warning.message)]
-    assert len(printed) == 1 and "the states stay in memory" in printed[0], printed
+        summary = train(files, tmp_path, paged="auto", save_every=0)
+    (warning,) = [str(warning.message) for warning in caught if "page" in str(warning.message)]
+    assert "the states stay in memory" in warning
     assert_same(tmp_path / "out", unpaged)
     assert summary.paged_bytes == 0
     assert "paged out" not in capsys.readouterr().out
@@ -140,7 +131,7 @@ def test_auto_without_room_for_the_page_file_stays_in_memory_and_says_so(
 def test_auto_pages_out_under_pressure_and_says_so_once(
     files: Path, unpaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = Trainer(TrainConfig.model_validate(settings(files, tmp_path, paged="auto"))).train()
+    summary = train(files, tmp_path, paged="auto")
     assert_same(tmp_path / "out", unpaged)
     assert summary.paged_bytes > 8 * MIB
     printed = capsys.readouterr().out
@@ -149,6 +140,5 @@ def test_auto_pages_out_under_pressure_and_says_so_once(
 
 
 def test_a_budget_below_the_least_is_one_sentence(files: Path, tmp_path: Path) -> None:
-    config = TrainConfig.model_validate(settings(files, tmp_path, page_budget=5))
     with pytest.raises(UserError, match=r"page_budget is 5: expected at least \d+ bytes"):
-        Trainer(config, quiet=True).train()
+        train(files, tmp_path, page_budget=5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from ranks import distance, on_ranks
-from runs import metrics, settings, steps_made, wait_until, write_files
+from runs import Crash, crash_at, metrics, settings, steps_made, wait_until, write_files
 from safetensors.torch import load_file
 from tiny import write_rows
 
@@ -46,12 +44,14 @@ def config(folder: Path, out: str, **changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({**settings(folder, folder / out, data, {"r": 3}, **train), **changes})
 
 
-def adapter(folder: Path, out: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / out / "adapter" / "adapter_model.safetensors")
+def apart(folder: Path, one: str, other: str) -> float:
+    """Distance of the adapters of two runs."""
+    first, second = (load_file(folder / out / "adapter" / "adapter_model.safetensors") for out in (one, other))
+    return distance(first, second)
 
 
-def run(rank: int, world: int, folder: Path, name: str, **changes: Any) -> Trainer:
-    trainer = Trainer(config(folder, name, **changes), quiet=True)
+def run(folder: Path, name: str, on_step: Any = None, **changes: Any) -> Trainer:
+    trainer = Trainer(config(folder, name, **changes), quiet=True, on_step=on_step)
     trainer.train()
     return trainer
 
@@ -64,52 +64,40 @@ def same_bytes(rank: int, model: Any, folder: Path) -> float:
         if not hasattr(layer, "quantized"):
             continue
         sharded = model.get_submodule(f"{path}.base_layer").quantized
-        assert torch.equal(sharded.packed.full_tensor(), layer.quantized.packed)
-        assert torch.equal(sharded.absmax.full_tensor(), layer.quantized.absmax)
-        assert torch.equal(sharded.nested_absmax, layer.quantized.nested_absmax)
-        assert torch.equal(sharded.nested_offset, layer.quantized.nested_offset)
+        for name in ("packed", "absmax"):
+            assert torch.equal(getattr(sharded, name).full_tensor(), getattr(layer.quantized, name))
+        for name in ("nested_absmax", "nested_offset"):
+            assert torch.equal(getattr(sharded, name), getattr(layer.quantized, name))
         held, whole = held + sharded.packed.to_local().numel(), whole + layer.quantized.packed.numel()
     return held / whole
 
 
-def until(rank: int, world: int, folder: Path, name: str, step: int, **changes: Any) -> None:
+def until(folder: Path, name: str, step: int, **changes: Any) -> None:
     """A run that every rank gives up after ``step``."""
-
-    def give_up(record: dict[str, Any]) -> None:
-        if record["step"] == step:
-            raise Crash
-
     with pytest.raises(Crash):
-        Trainer(config(folder, name, **changes), quiet=True, on_step=give_up).train()
-
-
-class Crash(Exception):
-    pass
+        run(folder, name, crash_at(step), **changes)
 
 
 def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    run(rank, world, folder, "ddp", parallel="ddp")
-    trainer = run(rank, world, folder, "fsdp", parallel="fsdp", train={"paged": True, "grad_checkpointing": False})
-    found["share"] = same_bytes(rank, trainer.model, folder)
-    found["read"] = trainer.model.reading.bytes_read
-    found["received"] = trainer.model.reading.bytes_received
+    run(folder, "ddp", parallel="ddp")
+    trainer = run(folder, "fsdp", parallel="fsdp", train={"paged": True, "grad_checkpointing": False})
+    found = {"share": same_bytes(rank, trainer.model, folder), "read": trainer.model.reading.bytes_read}
 
-    run(rank, world, folder, "calibrated on two", model=str(folder / "wmse"), parallel="fsdp")
-    until(rank, world, folder, "sharded for one", 6, parallel="fsdp")
-    until(rank, world, folder, "copies for four", 6, parallel="ddp")
+    run(folder, "calibrated on two", model=str(folder / "wmse"), parallel="fsdp")
+    until(folder, "sharded for one", 6, parallel="fsdp")
+    until(folder, "copies for four", 6, parallel="ddp")
     for mode in ("fsdp", "ddp"):
         coded: dict[str, Any] = {"parallel": mode, "lora": {"r": 64}}  # matrices large enough for 8-bit states
         coded["train"] = {"optimizer": "adamw8bit", "steps": 4, "save_every": 2, "eval_every": 0, "paged": True}
-        run(rank, world, folder, f"{mode}, coded", **coded)
-        until(rank, world, folder, f"{mode}, resumed", 3, **coded)
-        run(rank, world, folder, f"{mode}, resumed", resume="auto", **coded)
+        run(folder, f"{mode}, coded", **coded)
+        until(folder, f"{mode}, resumed", 3, **coded)
+        run(folder, f"{mode}, resumed", resume="auto", **coded)
     return found
 
 
 def on_four(rank: int, world: int, folder: Path) -> None:
-    run(rank, world, folder, "sharded for four", parallel="fsdp", resume="auto")
-    run(rank, world, folder, "copies for four", parallel="ddp", resume="auto")
+    run(folder, "sharded for four", parallel="fsdp", resume="auto")
+    run(folder, "copies for four", parallel="ddp", resume="auto")
 
 
 def dies(rank: int, world: int, folder: Path, name: str, dying: int, step: int) -> str:
@@ -119,9 +107,8 @@ def dies(rank: int, world: int, folder: Path, name: str, dying: int, step: int) 
         if rank == dying and record["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    changed = config(folder, name, parallel="fsdp", train={"save_every": 2})
     with pytest.raises(RankLost) as lost:
-        Trainer(changed, quiet=True, on_step=die).train()
+        run(folder, name, die, parallel="fsdp", train={"save_every": 2})
     return str(lost.value)
 
 
@@ -141,7 +128,7 @@ def hangs(rank: int, world: int, folder: Path, port: int) -> tuple[str, float]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(RankLost) as lost:
-        Trainer(config(folder, "hung", parallel="ddp", rank_timeout=HANGING), quiet=True, on_step=hang).train()
+        run(folder, "hung", hang, parallel="ddp", rank_timeout=HANGING)
     reported.touch()
     return str(lost.value), time.monotonic() - since[0]
 
@@ -158,7 +145,7 @@ def makes_a_mistake(rank: int, world: int) -> str:
 
 
 def resumes(rank: int, world: int, folder: Path, name: str) -> None:
-    run(rank, world, folder, name, parallel="fsdp", train={"save_every": 2}, resume="auto")
+    run(folder, name, parallel="fsdp", train={"save_every": 2}, resume="auto")
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +154,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_files(folder, num_hidden_layers=2)  # 20 rows in steps of 6: the last one of an epoch has two
     write_rows(folder / "held.jsonl", 5)
-    run(0, 1, folder, "one")
+    run(folder, "one")
     return folder
 
 
@@ -179,7 +166,7 @@ def calibrated(folder: Path) -> Path:
         prepare_model(config(folder, "refused", parallel="fsdp", quant=quant), ranks=Ranks("fsdp", 0, 2))
     name, *words = re.findall(r"`qlora (.*) DIR`", str(refused.value))[0].split()
     assert main([name, *words, str(folder / "wmse")]) == 0
-    run(0, 1, folder, "calibrated", model=str(folder / "wmse"))
+    run(folder, "calibrated", model=str(folder / "wmse"))
     return folder
 
 
@@ -192,26 +179,24 @@ def test_an_adapter_start_that_one_process_computes_is_refused(folder: Path) -> 
 def test_two_ranks(calibrated: Path) -> None:
     folder = calibrated
     found = on_ranks(2, on_two, folder)
-    one = adapter(folder, "one")
     for name in ("ddp", "fsdp"):
-        assert distance(adapter(folder, name), one) <= TOLERANCE, name
+        assert apart(folder, name, "one") <= TOLERANCE, name
         for got, expected in zip(metrics(folder / name), metrics(folder / "one"), strict=True):
             assert got == pytest.approx(expected, rel=1e-4), name
-    for mode in ("fsdp", "ddp"):
-        assert distance(adapter(folder, f"{mode}, resumed"), adapter(folder, f"{mode}, coded")) == 0
-    assert distance(adapter(folder, "fsdp, coded"), adapter(folder, "ddp, coded")) <= 1e-3
-    assert distance(adapter(folder, "calibrated on two"), adapter(folder, "calibrated")) <= TOLERANCE
-    assert distance(adapter(folder, "calibrated"), one) > 1e-3
+        assert apart(folder, f"{name}, resumed", f"{name}, coded") == 0
+    assert apart(folder, "fsdp, coded", "ddp, coded") <= 1e-3
+    assert apart(folder, "calibrated on two", "calibrated") <= TOLERANCE
+    assert apart(folder, "calibrated", "one") > 1e-3
     assert sum(of_rank["share"] for of_rank in found) == 1
     total = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
     reads = [of_rank["read"] for of_rank in found]
     assert 0.9 * total < sum(reads) <= total and max(reads) < 0.6 * total, (reads, total)
 
     shutil.copytree(folder / "sharded for one", folder / "sharded for four")
-    run(0, 1, folder, "sharded for one", resume="auto")
+    run(folder, "sharded for one", resume="auto")
     on_ranks(4, on_four, folder)
     for name in ("sharded for one", "sharded for four", "copies for four"):
-        assert distance(adapter(folder, name), one) <= TOLERANCE, name
+        assert apart(folder, name, "one") <= TOLERANCE, name
 
 
 def test_a_mistake_on_one_rank_ends_all_with_its_sentence() -> None:
@@ -225,7 +210,7 @@ def test_a_killed_rank_ends_the_rest_and_the_run_resumes(folder: Path, pytestcon
         messages = on_ranks(2, dies, folder, name, dying, step, dying=dying)
         assert re.match(rf"rank {1 - dying} of 2 .* the last checkpoint is intact", messages[1 - dying])
         on_ranks(2, resumes, folder, name)
-        assert distance(adapter(folder, name), adapter(folder, "one")) <= TOLERANCE
+        assert apart(folder, name, "one") <= TOLERANCE
 
 
 def test_a_rank_that_hangs_ends_the_rest_after_the_timeout(folder: Path) -> None:
@@ -243,36 +228,26 @@ def test_torchrun_restarts_from_the_checkpoint(folder: Path, pytestconfig: pytes
         pytest.skip("starts torchrun only with --torchrun")
     kills, chance = pytestconfig.getoption("--rank-kills"), random.Random(11)
     train = {"save_every": 5, "steps": 15 * kills + 15}
-    run(0, 1, folder, "one, longer", train=train)
+    run(folder, "one, longer", train=train)
     path, out = tmp_path / "config.yaml", folder / "torchrun"
     path.write_text(yaml.safe_dump(config(folder, "torchrun", parallel="fsdp", train=train).model_dump(mode="json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(kills)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "qlora_native", "train", str(path)]
-    stderr = (tmp_path / "stderr").open("w+")
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=stderr, text=True
-    )
+    stderr, environment = (tmp_path / "stderr").open("w+"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
     for number in range(kills):
         step = 15 * number + chance.randrange(1, 15)
-        wait_until(partial(has_made, out, step), process, 180)
-        before = children(process.pid)
-        os.kill(chance.choice(before), signal.SIGKILL)
-        wait_until(partial(are_gone, before, process.pid), process, 60)
+        wait_until(lambda step=step: steps_made(out) >= step, process, 180)  # type: ignore[misc]
+        before = set(children(process.pid))
+        os.kill(chance.choice(sorted(before)), signal.SIGKILL)
+        wait_until(lambda before=before: not before & set(children(process.pid)), process, 60)  # type: ignore[misc]
     printed = process.communicate(timeout=300)[0]
     stderr.seek(0)
     errors = stderr.read()
     sentences = re.findall(r"^qlora: rank [01] of 2 .* the last checkpoint is intact", errors, re.MULTILINE)
     assert process.returncode == 0 and len(sentences) == kills, errors
     assert printed.count("continuing from") <= kills  # a kill before the first checkpoint starts anew
-    assert distance(adapter(folder, "torchrun"), adapter(folder, "one, longer")) <= TOLERANCE
-
-
-def has_made(out: Path, step: int) -> bool:
-    return steps_made(out) >= step
-
-
-def are_gone(processes: list[int], parent: int) -> bool:
-    return not set(processes) & set(children(parent))
+    assert apart(folder, "torchrun", "one, longer") <= TOLERANCE
 
 
 def children(pid: int) -> list[int]:
@@ -281,13 +256,11 @@ def children(pid: int) -> list[int]:
     return [int(line.split()[0]) for line in found.splitlines() if not line.split()[1].startswith("Z")]
 
 
-def test_the_nccl_script_says_that_there_are_no_two_gpus(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+def test_the_nccl_script_says_that_there_are_no_two_gpus(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["nccl_check.py"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    nccl_check = importlib.import_module("nccl_check")
+    import nccl_check
+
     assert nccl_check.main() == nccl_check.SKIPPED == 77
     assert capsys.readouterr().out == "skipped: torch finds 1 GPUs, expected 2 or more\n"
 
@@ -297,9 +270,8 @@ def test_estimate_of_several_cards(folder: Path, capsys: pytest.CaptureFixture[s
     assert main([*command, "--json"]) == 0
     copies, sharded = json.loads(capsys.readouterr().out)["ranks"]
     assert (copies["mode"], copies["cut"], sharded["mode"], sharded["cut"]) == ("ddp", False, "fsdp", True)
-    assert sharded["frozen"] < 0.3 * copies["frozen"] and copies["trained"] == pytest.approx(
-        4 * sharded["trained"], rel=0.05
-    )
+    assert sharded["frozen"] < 0.3 * copies["frozen"]
+    assert copies["trained"] == pytest.approx(4 * sharded["trained"], rel=0.05)
     assert sharded["seconds"] == max(sharded["received"], sharded["sent"]) / (10 << 30)
     assert main(command) == 0
     assert "fsdp on 4: " in capsys.readouterr().out

@@ -19,6 +19,7 @@ from qlora_native.train.loop import Trainer
 
 STEPS = 5
 TOO_MUCH = 1 << 60  # bytes
+Result = tuple[bytes, list[dict[str, Any]]]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # their number changes the order of sums
@@ -36,13 +37,13 @@ def train(files: Path, out: Path, **options: Any) -> Any:
     return Trainer(TrainConfig.model_validate(values)).train()
 
 
-def result(out: Path) -> tuple[bytes, list[dict[str, Any]]]:
+def result(out: Path) -> Result:
     """The adapter, and the metrics without the times."""
     return (out / "adapter" / "adapter_model.safetensors").read_bytes(), metrics(out)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
+def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     out = tmp_path_factory.mktemp("undisturbed")
     train(files, out)
     return result(out)
@@ -82,25 +83,18 @@ SECOND_HALF_OF_STEP_2 = EVALUATION + 4
 
 @pytest.mark.parametrize("allocate", [by_torch, by_numpy, by_a_device])
 def test_the_step_begins_again_and_computes_the_same(
-    files: Path,
-    undisturbed: tuple[bytes, list[dict[str, Any]]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    allocate: Callable[[], Any],
+    files: Path, undisturbed: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, allocate: Any
 ) -> None:
     failing(monkeypatch, SECOND_HALF_OF_STEP_2, allocate=allocate)
     summary = train(files, tmp_path)
     assert result(tmp_path) == undisturbed
     assert summary.retried == 1 and summary.paging_seconds > 0
-    printed = [line for line in capsys.readouterr().out.splitlines() if "page" in line or "paging" in line]
-    assert len(printed) == 2, printed
-    assert printed[0].startswith("step 2: memory is short, so ")
-    assert "1 step began again" in printed[1]
+    first, last = [line for line in capsys.readouterr().out.splitlines() if "page" in line or "paging" in line]
+    assert first.startswith("step 2: memory is short, so ") and "1 step began again" in last
 
 
 def test_without_the_random_state_the_end_would_differ(
-    files: Path, undisturbed: tuple[bytes, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: Path, undisturbed: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That the comparison above can fail."""
     failing(monkeypatch, SECOND_HALF_OF_STEP_2, allocate=by_torch)
@@ -109,9 +103,7 @@ def test_without_the_random_state_the_end_would_differ(
     assert result(tmp_path)[0] != undisturbed[0]
 
 
-def test_an_evaluation_begins_again_too(
-    files: Path, undisturbed: tuple[bytes, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_begins_again_too(files: Path, undisturbed: Result, tmp_path: Path, monkeypatch: Any) -> None:
     count = failing(monkeypatch, 1, EVALUATION + 1 + 6 + 1, allocate=by_torch)
     assert train(files, tmp_path).retried == 2
     assert result(tmp_path) == undisturbed

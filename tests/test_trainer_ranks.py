@@ -80,14 +80,10 @@ def trained(folder: Path, out: Path, world: int, resume: Path | None = None, **c
 
 def same_codes(model: Any, folder: Path) -> None:
     """Every 4-bit weight of a sharded model, gathered, against that of a load on one process."""
-    alone = {
-        name.removeprefix("base_model.model."): layer
-        for name, layer in adapted(folder).named_modules()
-        if isinstance(layer, QuantizedLinear)
-    }
+    alone = {name: layer for name, layer in adapted(folder).named_modules() if isinstance(layer, QuantizedLinear)}
     assert len(alone) == 14
     for name, expected in alone.items():
-        layer = model.get_submodule(f"base_model.model.{name}")
+        layer = model.get_submodule(name)
         assert isinstance(layer.weight, DTensor) and layer.weight.dtype == torch.uint8
         assert layer.weight.to_local().numel() == expected.weight.numel() // dist.get_world_size()
         assert torch.equal(layer.weight.full_tensor(), expected.weight)
@@ -137,15 +133,12 @@ def on_two(rank: int, world: int, folder: Path, expected: dict[str, torch.Tensor
     AcceleratorState._reset_state(True)
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         settings: dict[str, Any] = {"fsdp": True, "fsdp_config": {**FSDP, "state_dict_type": kind}}
-        with fsdp_on_cpu():
-            trainer = trained(base, folder / kind, world, **settings)
-            assert trainer.accelerator.is_fsdp2
-            same_codes(trainer.model, base)
-            found[kind] = distance(adapters(trainer.model), expected)
-        with fsdp_on_cpu():
-            trainer = trained(base, folder / kind, world, folder / kind / "checkpoint-2", **settings)
-            same_codes(trainer.model, base)
-            found[f"{kind}, resumed"] = distance(adapters(trainer.model), expected)
+        for resume in (None, folder / kind / "checkpoint-2"):
+            with fsdp_on_cpu():
+                trainer = trained(base, folder / kind, world, resume, **settings)
+                assert trainer.accelerator.is_fsdp2
+                same_codes(trainer.model, base)
+                found[f"{kind}, {resume}"] = distance(adapters(trainer.model), expected)
     with pytest.raises(ValueError, match="save the adapter alone, or the model before it is sharded"):
         trainer.model.get_base_model().save_pretrained(folder / "whole")
     with fsdp_on_cpu():

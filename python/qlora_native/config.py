@@ -8,7 +8,9 @@ refused, every mistake is reported at once with its line, and any key can be set
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +33,6 @@ class _Section(BaseModel):
 
 
 def _key(default: Any, description: str, **limits: Any) -> Any:
-    """A key with its default; the limits are those of pydantic's ``Field``."""
     return Field(default, description=description, **limits)
 
 
@@ -59,19 +60,12 @@ class DataConfig(_Section):
             raise ValueError(f"expected auto, {', '.join(FORMATS)}")
         return value
 
-    def load(
-        self, path: str, tokenizer: Any, *, folder: Path | None = None, limit: int | None = None
-    ) -> TokenizedDataset:
+    def load(self, path: str, tokenizer: Any, **options: Any) -> TokenizedDataset:
         """The rows of a file, tokenized and masked; ``folder`` and ``limit`` as in ``load_dataset``."""
+        format = None if self.format == "auto" else self.format
         with as_user_error():
             return load_dataset(
-                path,
-                tokenizer,
-                max_length=self.max_length,
-                format=None if self.format == "auto" else self.format,
-                train_on=self.train_on,
-                limit=limit,
-                folder=folder,
+                path, tokenizer, max_length=self.max_length, format=format, train_on=self.train_on, **options
             )
 
 
@@ -171,8 +165,7 @@ class LoopSection(_Section):
 
 
 class TrainConfig(_Section):
-    """Everything that determines a run. ``from_file`` reads and checks a YAML file; the constructor takes the same
-    keys."""
+    """Everything that determines a run; ``from_file`` reads and checks a YAML file."""
 
     model: str = Field(description="model folder or .gguf file")
     output_dir: str = _key("qlora-out", "folder for the adapter, checkpoints and metrics.jsonl")
@@ -224,13 +217,9 @@ class TrainConfig(_Section):
             raise UserError("\n".join(mistakes.values())) from None
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML with every default written out; ``resume`` is left out, being a matter of one
-        invocation."""
-        values = self.model_dump(mode="json", exclude={"resume"})
-        return (
-            f"# Resolved by qlora_native {__version__}: every key with the value it had in this run.\n"
-            + yaml.safe_dump(values, sort_keys=False)
-        )
+        """The resolved config as YAML with every default written out, without ``resume``, which is one invocation's."""
+        values = yaml.safe_dump(self.model_dump(mode="json", exclude={"resume"}), sort_keys=False)
+        return f"# Resolved by qlora_native {__version__}: every key with the value it had in this run.\n{values}"
 
 
 def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, Any]:
@@ -264,23 +253,23 @@ _ALIASES = {
 
 
 def _suggest(path: str) -> str:
-    """The known key or section that a mistyped one most likely means, as `` did you mean ...?``, or the keys that
-    exist there."""
+    """The key or section that a mistyped one most likely means, or the keys that exist there."""
     section, _, leaf = path.rpartition(".")
-    known = list(keys())
-    by_leaf = {key.rpartition(".")[2]: key for key in known}
-    sections = _sections()
-    here = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
-
-    candidate = _ALIASES.get(leaf) or by_leaf.get(leaf)
-    if candidate is None and (near := difflib.get_close_matches(leaf, here + ([] if section else sections), n=1)):
+    meant = {**_ALIASES, **_by_leaf()}
+    here = [key.rpartition(".")[2] for key in keys() if key.rpartition(".")[0] == section]
+    here += [] if section else _sections()
+    candidate = meant.get(leaf)
+    if candidate is None and (near := difflib.get_close_matches(leaf, here, n=1)):
         candidate = f"{section}.{near[0]}" if section else near[0]
-    if candidate is None and (near := difflib.get_close_matches(leaf, [*by_leaf, *_ALIASES], n=1)):
-        candidate = by_leaf.get(near[0]) or _ALIASES[near[0]]
+    if candidate is None and (near := difflib.get_close_matches(leaf, meant, n=1)):
+        candidate = meant[near[0]]
     if candidate is not None:
         return f"did you mean {candidate}?"
-    place = f"the keys of {section} are" if section else "the top-level keys are"
-    return f"{place} {', '.join(here + ([] if section else sections))}"
+    return f"the {f'keys of {section}' if section else 'top-level keys'} are {', '.join(here)}"
+
+
+def _by_leaf() -> dict[str, str]:
+    return {key.rpartition(".")[2]: key for key in keys()}
 
 
 def _sections() -> list[str]:
@@ -288,11 +277,10 @@ def _sections() -> list[str]:
 
 
 def _key_of(item: Mapping[str, Any]) -> str:
-    """The dotted key of a pydantic error. A union or a list adds the branch or the index behind the key, which the
-    reader never wrote."""
-    known, parts = keys(), [str(part) for part in item["loc"]]
-    whole = ".".join(parts)
-    return next((key for n in range(len(parts), 0, -1) if (key := ".".join(parts[:n])) in known), whole)
+    """The dotted key of a pydantic error, without the branch of a union or the index in a list."""
+    parts = [str(part) for part in item["loc"]]
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((key for key in prefixes if key in keys()), ".".join(parts))
 
 
 def _explain(
@@ -308,24 +296,17 @@ def _explain(
         return f"{where} is {got!r}: expected another number behind it"
     if kind == "missing":
         block, _, leaf = path.rpartition(".")
-        if path in _sections():
-            what = f"a block `{path}:`"
-        else:
+        what = f"a block `{path}:`"
+        if path in known:
             under = f" under {block}" if block else ""
             what = f"`{leaf}: ...`{under} ({known[path].description}), or --{path} on the command line"
         return f"{source}: {path} is not set; add {what}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{where} is {got!r}: expected a block of keys, one per line"
+    message = item["msg"].removeprefix("Value error, ")
     if kind == "value_error" and path not in known:  # a rule over several keys of a block, which names them itself
-        return f"{source}: {path}.{item['msg'].removeprefix('Value error, ')}"
-    expected = (
-        item["msg"]
-        .removeprefix("Value error, ")
-        .split(", unable")[0]
-        .split(", got")[0]
-        .replace("Input should be", "expected")
-        .replace("Tuple should have", "expected")
-    )
+        return f"{source}: {path}.{message}"
+    expected = re.sub("Input should be|Tuple should have", "expected", re.split(", (?:unable|got)", message)[0])
     return f"{where} is {got!r}: {expected}"
 
 
@@ -350,10 +331,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
-        values = {}
+        return {}, {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__} {str(values)[:40]!r}: expected `key: value` lines")
-    return values, dict(_lines(root, "", str(path))) if root else {}
+    return values, dict(_lines(root, "", str(path)))
 
 
 def _lines(node: Any, prefix: str, source: str) -> Iterable[tuple[str, int]]:
@@ -374,8 +355,7 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[s
     A key may be given without its section (``--lr``). A flag without a value means true, ``--resume`` alone means
     auto. Values are read as YAML, so that lists, numbers and null work as in the file.
     """
-    known = keys()
-    by_leaf = {key.rpartition(".")[2]: key for key in known}
+    known, by_leaf = keys(), _by_leaf()
     flags: dict[str, str] = {}
     words = list(overrides)
     while words:
@@ -387,6 +367,12 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[s
             text = words.pop(0) if words and not words[0].startswith("--") else "auto" if name == "resume" else "true"
         name = name.replace("-", "_")
         path = name if name in known else by_leaf.get(name, name)
+        value: Any = text  # a path such as 2024-01-01 is not a date
+        if text in ("null", "none"):
+            value = None
+        elif path not in known or known[path].annotation not in (str, str | None):
+            with suppress(yaml.YAMLError):
+                value = yaml.safe_load(text)
         *sections, leaf = path.split(".")
         target = values
         for section in sections:
@@ -396,23 +382,10 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[s
             if not isinstance(target, dict):  # left as it is, for the check to report
                 break
         else:
-            target[leaf] = _read_value(text, known.get(path))
+            target[leaf] = value
         flags[path] = f"--{name}"
-    for given, other in (
-        ("steps", "epochs"),
-        ("epochs", "steps"),
-    ):  # a length from the command line replaces the file's
-        if f"train.{given}" in flags and f"train.{other}" not in flags and isinstance(values.get("train"), dict):
-            values["train"].pop(other, None)
+    # A length from the command line replaces the file's.
+    lengths = [name for name in ("steps", "epochs") if f"train.{name}" in flags]
+    if len(lengths) == 1 and isinstance(values.get("train"), dict):
+        values["train"].pop("epochs" if lengths == ["steps"] else "steps", None)
     return flags
-
-
-def _read_value(text: str, field: Any) -> Any:
-    if text in ("null", "none"):
-        return None
-    if field is not None and field.annotation in (str, str | None):
-        return text  # a path such as 2024-01-01 is not a date
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text

@@ -7,10 +7,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_native.cli._run import has_rich_terminal, parse_size, print_result
+from qlora_native.cli._run import has_rich_terminal, parse_size, print_result, require
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,32 +34,28 @@ NAMES = {  # of the fields of Terms, in the table
     "scratch": "kernels, loading",
     "slack": "allocator",
 }
+WHEN = {
+    "loading": "while the model is loaded",
+    "loss": "at the loss, with all activations kept",
+    "backward": "in the backward pass",
+    "step": "in the optimizer's step",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     parser.usage = "qlora estimate CONFIG|MODEL [--gpu 24GB] [--key value ...]"
-    parser.add_argument(
-        "what", metavar="CONFIG|MODEL", help="a YAML file, a model folder (config.json is enough) or a .gguf file"
-    )
-    parser.add_argument(
-        "--gpu", metavar="SIZE", help="memory of a card, such as 24GB: does the run fit, and what would"
-    )
-    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens a row (the key data.max_length)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="rows a micro-batch (the key train.batch_size)")
-    parser.add_argument(
-        "--gpus", type=int, default=1, metavar="N", help="several processes with a card each, by ddp and by fsdp"
-    )
-    parser.add_argument(
-        "--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)"
-    )
-    parser.add_argument(
-        "--cpu",
-        action="store_true",
-        help="for a run on the CPU (the default where torch finds no GPU and --gpu is not given)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw each part for checkpointing on and off")
+    add = parser.add_argument
+    add("what", metavar="CONFIG|MODEL", help="a YAML file, a model folder (config.json is enough) or a .gguf file")
+    add("--gpu", metavar="SIZE", help="memory of a card, such as 24GB: does the run fit, and what would")
+    add("--seq-length", type=int, metavar="N", help="tokens a row (the key data.max_length)")
+    add("--batch-size", type=int, metavar="N", help="rows a micro-batch (the key train.batch_size)")
+    add("--gpus", type=int, default=1, metavar="N", help="several processes with a card each, by ddp and by fsdp")
+    add("--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)")
+    on_cpu = "for a run on the CPU (the default where torch finds no GPU and --gpu is not given)"
+    add("--cpu", action="store_true", help=on_cpu)
+    add("--json", action="store_true", help="print one JSON object, in bytes")
+    add("--plot", metavar="FILE.png", help="draw each part for checkpointing on and off")
     parser.epilog = """No weights are read. Any key of the config can be given as --key value. docs/memory.md derives
 each figure and compares it with measurements.
 
@@ -127,9 +124,8 @@ def card_bytes(text: str, option: str = "--gpu") -> int:
 def _config(args: argparse.Namespace) -> TrainConfig:
     from qlora_native.config import TrainConfig
 
-    overrides = list(args.overrides)
-    for key, value in (("data.max_length", args.seq_length), ("train.batch_size", args.batch_size)):
-        overrides += [] if value is None else [f"--{key}", str(value)]
+    flags = {"--data.max_length": args.seq_length, "--train.batch_size": args.batch_size}
+    overrides = [*args.overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     if args.what.endswith((".yaml", ".yml")):
         return TrainConfig.from_file(args.what, overrides)
     return TrainConfig.from_values({"model": args.what, "data": {"train": "rows.jsonl"}}, overrides)
@@ -137,17 +133,12 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 def _fitting(estimator: Estimator, card: int) -> list[dict[str, int]]:
     """The longest rows for some batch sizes."""
-    found = []
-    for batch_size in BATCH_SIZES:
-        length = estimator.longest(card, batch_size)
-        if length == 0:
-            break
-        found.append({"batch_size": batch_size, "length": length})
-    return found
+    found = ({"batch_size": rows, "length": estimator.longest(card, rows)} for rows in BATCH_SIZES)
+    return list(takewhile(lambda entry: entry["length"] > 0, found))
 
 
 def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] | None) -> list[str]:
-    lines = [f"The most is held {_WHEN[estimate.moment]}."]
+    lines = [f"The most is held {WHEN[estimate.moment]}."]
     if estimate.paged:
         lines.append(f"{size(estimate.paged)} of optimizer states are in a page file.")
     for kind in estimate.is_rough:
@@ -164,16 +155,8 @@ def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] |
     return lines
 
 
-_WHEN = {
-    "loading": "while the model is loaded",
-    "loss": "at the loss, with all activations kept",
-    "backward": "in the backward pass",
-    "step": "in the optimizer's step",
-}
-
-
 def size(num_bytes: float) -> str:
-    """In MiB, or in GiB from 10 on."""
+    """With its unit: MiB, or GiB from 10 on."""
     return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 10 * 2**30 else f"{num_bytes / 2**20:,.0f} MiB"
 
 
@@ -193,10 +176,11 @@ def _print_table(title: str, terms: Sequence[tuple[str, int]], total: int) -> No
 
 def plot(estimator: Estimator, picture: Path, model: str) -> None:
     """Stacked bars of the peak for four lengths, checkpointing on and off, into a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is not installed: pip install 'qlora_native[train]'") from None
+    require("--plot", "matplotlib")
+    from matplotlib.figure import Figure
+
+    from qlora_native._io import as_write_error
+
     if picture.suffix != ".png":
         raise UserError(f"--plot is {picture}: expected a name that ends in .png")
     length = estimator.setting.length
@@ -212,14 +196,8 @@ def plot(estimator: Estimator, picture: Path, model: str) -> None:
     axes.set_xticks(range(len(cells)), [f"{n:,}\n{'ckpt' if on else 'all kept'}" for n, on in cells], fontsize=8)
     axes.legend(fontsize=8, loc="upper left")
     axes.grid(axis="y", alpha=0.3)
-    try:
+    with as_write_error(picture):
         figure.savefig(picture, dpi=120)
-    except OSError as error:
-        raise UserError(f"could not write {picture}: {error.strerror}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
 
 
 @dataclass(frozen=True)
@@ -238,12 +216,10 @@ class Rank:
         return max(self.moments.values()) + self.reserve
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         memory = {"cut" if name == "sharded" else name: value for name, value in vars(self.memory).items()}
         return {"mode": self.mode, "total": self.total, "seconds": self.seconds, "moments": self.moments, **memory}
 
     def line(self, card: int | None) -> str:
-        """For people."""
         memory = self.memory
         verdict = "" if card is None else f", which {'fits' if self.total <= card else 'does not fit'} {size(card)}"
         held = f"{size(memory.frozen)} of frozen weights"
@@ -271,25 +247,20 @@ def each_rank(estimator: Estimator, estimate: Estimate, config: TrainConfig, wor
     local = estimator.at(micro_batches=micro_batches, batch_size=min(options.batch_size, rows_of_rank))
     # The input embedding comes before all that grows with the tokens.
     begin = replace(local.moments["loss"], activations=0, loss=0, scratch=0)
-    found = []
+    found: list[Rank] = []
     for mode in ("ddp", "fsdp"):
         memory = rank_memory(estimator.model, world, sharded=mode == "fsdp", micro_batches=micro_batches)
-        moments = {name: _of_rank(name, terms, memory) for name, terms in {"input": begin, **local.moments}.items()}
+        gathered = {"input": memory.gathered_input, "loss": memory.gathered_output, "backward": memory.gathered_blocks}
+        moments = {
+            name: _of_rank(terms, memory) + gathered.get(name, 0)
+            for name, terms in {"input": begin, **local.moments}.items()
+        }
         found.append(Rank(mode, memory, moments, estimate.reserve, memory.seconds(link)))
     return found
 
 
-def _of_rank(moment: str, terms: Terms, memory: RankMemory) -> int:
+def _of_rank(terms: Terms, memory: RankMemory) -> int:
     """Bytes of one moment, with this rank's part of what is sharded."""
     part = memory.trained / terms.adapters if terms.adapters else 1.0
-    own = replace(
-        terms,
-        weights=memory.frozen,
-        scales=0,
-        dense=0,
-        adapters=math.ceil(terms.adapters * part),
-        gradients=math.ceil(terms.gradients * part),
-        optimizer=math.ceil(terms.optimizer * part),
-    )
-    gathered = {"input": memory.gathered_input, "loss": memory.gathered_output, "backward": memory.gathered_blocks}
-    return own.total + gathered.get(moment, 0)
+    shared = {name: math.ceil(getattr(terms, name) * part) for name in ("adapters", "gradients", "optimizer")}
+    return replace(terms, weights=memory.frozen, scales=0, dense=0, **shared).total

@@ -30,18 +30,12 @@ class RankLost(RuntimeError):
 
 
 class OneProcess:
-    """The ranks of a run on one process: all rows are its own, and every sum has one term.
+    """The ranks of a run on one process; :class:`qlora_native.distributed.ranks.Ranks` are those of several."""
 
-    :class:`qlora_native.distributed.ranks.Ranks` has the same methods for several processes.
-
-    Attributes:
-        rank, world: number of this process, and how many there are.
-        is_first: whether this process prints and writes.
-        is_sharded: whether the model is sharded over the processes.
-        averaged_over: what the gradients of a sharded model are divided by; losses are multiplied by it.
-    """
-
-    rank, world, is_first, is_sharded, averaged_over = 0, 1, True, False, 1
+    rank, world = 0, 1  # number of this process, and how many there are
+    is_first = True  # whether this process prints and writes
+    is_sharded = False  # whether the model is sharded over the processes
+    averaged_over = 1  # what the gradients of a sharded model are divided by; losses are multiplied by it
 
     def together(self) -> AbstractContextManager[None]:
         """A block that all processes finish, or none: a UserError on one of them ends the others."""
@@ -80,12 +74,8 @@ def restarts() -> int:
 def joined(mode: str, rank_timeout: float) -> Iterator[OneProcess]:
     """The ranks of the run: several if torchrun started them, or if a process group of several exists already.
 
-    Args:
-        mode: "none", "ddp" (each process has the whole model) or "fsdp" (each has a part of it).
-        rank_timeout: seconds after which a process that the others wait for counts as lost.
-
-    Raises:
-        UserError: several processes, but ``mode`` is none. RankLost: another process ended or hangs.
+    UserError for several processes if ``mode`` is "none". RankLost if another process ended, or keeps the others
+    waiting for ``rank_timeout`` seconds.
     """
     import torch.distributed as dist
 

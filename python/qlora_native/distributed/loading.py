@@ -65,8 +65,7 @@ def load_model(
     """
     if lora is not None and lora.seed is None:
         raise ValueError("load_model: lora has no seed: give it one, so that every rank starts the same adapter.")
-    reading = Reading()
-    fused = options.pop("fuse", True)
+    reading, fused = Reading(), options.pop("fuse", True)
 
     def finished(model: nn.Module, path: str) -> None:
         block = model.get_submodule(path)
@@ -106,32 +105,22 @@ def _complete_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Adapters for what has none yet, and in the model's order the values that a load on one process draws."""
     present = {path for path, _ in lora_layers(model)}
     targets = select_targets(model, config.target_modules)
-    generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
-    insert(
-        model,
-        {path: (config.rank_of(path), config.scale_of(path)) for path in targets if path not in present},
-        config,
-        torch.Generator(),
-        beside=True,
-    )
+    generator = torch.Generator().manual_seed(config.seed or 0)  # load_model requires a seed
+    others = {path: (config.rank_of(path), config.scale_of(path)) for path in targets if path not in present}
+    insert(model, others, config, torch.Generator(), beside=True)
     layers = dict(lora_layers(model))
     for path in targets:
         layer = layers[path]
         a = torch.empty(layer.lora_A.shape)
         fill_a(a, generator)
         copy_whole(layer.lora_A, a)
-        for parameter in (layer.lora_A, layer.lora_B):
-            parameter.requires_grad_(True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
 
 
 def _read_together(
     source: Source, meta: MetaModel, reading: Reading, finished: Callable[[nn.Module, str], None]
 ) -> None:
-    """Bring every tensor into the model of every rank."""
     rank = dist.get_rank()
     places = {module: path for path, module in meta.model.named_modules()}
     paths = [places[block] for block in blocks_of(meta.model)]
@@ -139,15 +128,19 @@ def _read_together(
     block_of = {name: path for path, names in missing.items() for name in names}
 
     def stored(name: str) -> None:
-        path = block_of.get(name)
-        if path is None:
-            return
-        missing[path].discard(name)
-        if not missing[path]:
-            finished(meta.model, path)
+        if name in block_of:
+            path = block_of[name]
+            missing[path].discard(name)
+            if not missing[path]:
+                finished(meta.model, path)
 
+    groups: list[tuple[list[Step] | None, int]]
+    if isinstance(source, SafetensorsSource):
+        groups = [([step], step.num_bytes) for step in source.plan(meta).steps]
+    else:  # of a GGUF file only the rank that reads it makes a plan
+        groups = [(None, source.path.stat().st_size)]
     loads = [0] * dist.get_world_size()
-    for steps, num_bytes in _groups(source, meta):
+    for steps, num_bytes in groups:
         owner = loads.index(min(loads))
         loads[owner] += num_bytes
         if owner == rank:
@@ -159,16 +152,6 @@ def _read_together(
         meta.trim(num_bytes)
 
 
-def _groups(source: Source, meta: MetaModel) -> Iterator[tuple[list[Step] | None, int]]:
-    """The steps that one rank reads, with their bytes in the files: one at a time; None for a GGUF file, of which only
-    the rank that reads it makes a plan."""
-    if not isinstance(source, SafetensorsSource):
-        yield None, source.path.stat().st_size
-        return
-    for step in source.plan(meta).steps:
-        yield [step], step.num_bytes
-
-
 def _send_tensors(source: Source, meta: MetaModel, steps: list[Step] | None, stored: Callable[[str], None]) -> None:
     """Read the steps' tensors, and store each once the other ranks have it."""
     try:
@@ -177,8 +160,8 @@ def _send_tensors(source: Source, meta: MetaModel, steps: list[Step] | None, sto
         for step in steps:
             for name, value in meta.iter_tensors(source, step, scratch):
                 if isinstance(value, QuantizedWeight):
-                    about = {key: value for key, value in value.__getstate__().items() if key not in TENSOR_FIELDS}
-                    tensors = {key: getattr(value, key) for key in TENSOR_FIELDS if getattr(value, key) is not None}
+                    about = {key: field for key, field in value.__getstate__().items() if key not in TENSOR_FIELDS}
+                    tensors = {key: field for key in TENSOR_FIELDS if (field := getattr(value, key)) is not None}
                 else:
                     about, tensors = None, {"": value}
                 tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -194,11 +177,10 @@ def _send_tensors(source: Source, meta: MetaModel, steps: list[Step] | None, sto
 def _send(message: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = message["tensors"]
     shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-    rank = dist.get_rank()
-    dist.broadcast_object_list([{**message, "tensors": shapes}], src=rank)
+    dist.broadcast_object_list([{**message, "tensors": shapes}], src=dist.get_rank())
     for tensor in tensors.values():
         if tensor.numel():
-            dist.broadcast(tensor, src=rank)
+            dist.broadcast(tensor, src=dist.get_rank())
 
 
 def _receive_tensors(meta: MetaModel, owner: int, reading: Reading) -> Iterator[str]:

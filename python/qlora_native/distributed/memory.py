@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,44 +18,27 @@ from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import QuantizedWeight
 
 
-@dataclass(frozen=True)
-class Group:
-    """One rank's part of the parameters that FSDP gathers and frees as one, in bytes.
-
-    FSDP pads every part to the size of the largest.
-    """
+class Group(NamedTuple):
+    """One rank's part of the parameters that FSDP gathers and frees as one, in bytes; FSDP pads it to the largest."""
 
     frozen: int  # codes, scales and dense weights
     trained: int
 
-    @property
-    def part(self) -> int:
-        """Bytes that one rank holds and sends to each other rank."""
-        return self.frozen + self.trained
-
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank of ``world``.
-
-    Attributes:
-        sharded: whether the model is sharded over the ranks (fsdp); else each has all of it (ddp).
-        frozen: held, of frozen weights, unsharded buffers included.
-        trained: held, of trained parameters; gradients take as much, and optimizer states in proportion.
-        gathered_blocks: gathered at most while blocks run: one block, the prefetched ones, the message that brings
-            one, and what belongs to no block.
-        gathered_input: gathered while the input embedding and its message are held. gathered_output: the output's.
-        received, sent: in a step.
-    """
+    """Bytes of one rank of ``world``."""
 
     world: int
-    sharded: bool
-    frozen: int
-    trained: int
+    sharded: bool  # whether the model is sharded over the ranks (fsdp); else each has all of it (ddp)
+    frozen: int  # held, of frozen weights, unsharded buffers included
+    trained: int  # held, of trained parameters; gradients take as much, and optimizer states in proportion
+    # Gathered at most while blocks run: one block, the prefetched ones, the message that brings one, and what belongs
+    # to no block; and while the input or the output embedding and its message are held.
     gathered_blocks: int
     gathered_input: int
     gathered_output: int
-    received: int
+    received: int  # in a step
     sent: int
 
     def seconds(self, bytes_per_second: float) -> float:
@@ -86,11 +70,12 @@ def rank_memory(
     blocks, embeddings = blocks_of(model), untied_embeddings(model)
     apart = [*blocks, *(module for module in embeddings if module is not None)]
     groups = {module: _group(module, world) for module in apart}
-    first, last = (0 if module is None else groups[module].part for module in embeddings)
+    first, last = (0 if module is None else sum(groups[module]) for module in embeddings)
     root = _group(model, world, leave_out={id(p) for module in apart for p in module.parameters()})
-    parts = sorted((groups[block].part for block in blocks), reverse=True)
+    parts = sorted((sum(groups[block]) for block in blocks), reverse=True)
+    rest = sum(root)
     # A block is gathered for the forward pass, and again for the backward pass if it was freed in between.
-    gathers = sum(parts) * (2 if reshard else 1) + first + last + root.part
+    gathers = sum(parts) * (2 if reshard else 1) + first + last + rest
     trained = sum(group.trained for group in [*groups.values(), root])
     moved = micro_batches * others * (gathers + trained)
     running = sum(parts[: 1 + prefetch]) if reshard else sum(parts)
@@ -101,9 +86,9 @@ def rank_memory(
         sharded=True,
         frozen=sum(group.frozen for group in [*groups.values(), root]) + buffers,
         trained=trained,
-        gathered_blocks=world * (root.part + running + max(parts, default=0)),
-        gathered_input=world * (root.part + 2 * first),
-        gathered_output=world * (root.part + 2 * last + kept),
+        gathered_blocks=world * (rest + running + max(parts, default=0)),
+        gathered_input=world * (rest + 2 * first),
+        gathered_output=world * (rest + 2 * last + kept),
         received=moved,
         sent=moved,
     )

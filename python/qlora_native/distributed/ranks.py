@@ -23,15 +23,10 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe
 
 
 class Ranks(OneProcess):
-    """Several processes joined by torch.distributed.
-
-    Args:
-        mode: "ddp" (each has the whole model) or "fsdp" (each has a part of it).
-        rank, world: number of this process, and how many there are.
-    """
+    """Several processes joined by torch.distributed, each with the whole model ("ddp") or a part of it ("fsdp")."""
 
     def __init__(self, mode: str, rank: int, world: int) -> None:
-        self.mode, self.rank, self.world = mode, rank, world
+        self.rank, self.world = rank, world
         self.is_first, self.is_sharded = rank == 0, mode == "fsdp"
         self.averaged_over = world if self.is_sharded else 1
 
@@ -59,20 +54,17 @@ class Ranks(OneProcess):
         return [items[:1]] * lacking
 
     def sum(self, *values: float) -> list[float]:
-        """The sum of each value over the ranks, in double precision."""
         shared = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(shared)
         return shared.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """``value`` of each rank."""
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
 
     def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum the gradients of copies over the ranks, all in one message; those of a sharded model are summed by
-        FSDP."""
+        """Sum the gradients of copies, all in one message; FSDP sums those of a sharded model."""
         if self.is_sharded:
             return
         for parameter in parameters:
@@ -87,8 +79,7 @@ class Ranks(OneProcess):
 
 @contextmanager
 def join(mode: str, rank_timeout: float) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or those of the process group that exists; arguments and errors are those of
-    :func:`qlora_native.distributed.joined`."""
+    """As :func:`qlora_native.distributed.joined`, for several processes."""
     is_ours = not dist.is_initialized()
     if mode == "none":
         world = int(os.environ["WORLD_SIZE"]) if is_ours else dist.get_world_size()
@@ -97,14 +88,21 @@ def join(mode: str, rank_timeout: float) -> Iterator[Ranks]:
             "fsdp (each has a part of it), or start one process"
         )
     if is_ours:
-        _init_process_group(timedelta(seconds=rank_timeout))
+        has_gpu, timeout = torch.cuda.is_available(), timedelta(seconds=rank_timeout)
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store over restarts, with the addresses of processes that are gone in it.
+        store = dist.PrefixStore(f"qlora_native/attempt_{restarts()}", store)
+        backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     ranks = Ranks(mode, dist.get_rank(), dist.get_world_size())
     try:
         yield ranks
-    except RankLost:
-        raise
     except Exception as error:
-        if not _is_loss(error):
+        # Whether a collective raised the error because another rank does not take part.
+        is_loss = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+        if isinstance(error, RankLost) or not (is_loss or isinstance(error, dist.DistError)):
             raise
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; it kills what has not ended in 30 s
@@ -114,18 +112,3 @@ def join(mode: str, rank_timeout: float) -> Iterator[Ranks]:
         ) from error
     if is_ours:
         dist.destroy_process_group()
-
-
-def _init_process_group(timeout: timedelta) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun keeps one store over restarts, with the addresses of processes that are gone in it.
-    store = dist.PrefixStore(f"qlora_native/attempt_{restarts()}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Whether a collective raised the error because another rank does not take part."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))

@@ -49,16 +49,18 @@ def shard(
     """
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
     lay_out(model)
-    for block in blocks_of(model):
-        if not isinstance(block, FSDPModule):
-            fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     embedding, head = untied_embeddings(model)
-    if embedding is not None and not isinstance(embedding, FSDPModule):
-        fully_shard(embedding, reshard_after_forward=True, **options)
-    if head is not None and not isinstance(head, FSDPModule):
-        fully_shard(head, reshard_after_forward=False, **options)  # the loss multiplies by it after its forward
+    groups = [(block, reshard_after_forward) for block in blocks_of(model)]
+    for module, reshard in [*groups, (embedding, True), (head, False)]:  # the loss uses the head after its forward
+        if module is not None and not isinstance(module, FSDPModule):
+            fully_shard(module, reshard_after_forward=reshard, **options)
     fully_shard(model, reshard_after_forward=False, **options)
-    set_prefetch(model, prefetch)
+    # Gather the next blocks while one runs, in forward and in backward order.
+    blocks: list[Any] = [block for block in blocks_of(model) if isinstance(block, FSDPModule)]
+    for at, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[at + 1 : at + 1 + prefetch])
+        # With an empty list FSDP takes whatever ran before, for the first block the embedding, in vain.
+        block.set_modules_to_backward_prefetch(blocks[max(0, at - prefetch) : at][::-1] or [block])
     return model
 
 
@@ -90,28 +92,16 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def untied_embeddings(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """Input and output embedding, each if it shares no weight with another module."""
-    return _alone(model, "get_input_embeddings"), _alone(model, "get_output_embeddings")
 
+    def alone(getter: str) -> nn.Module | None:
+        module: nn.Module | None = getattr(model, getter, lambda: None)()
+        if module is None or module is model:
+            return None
+        own, inside = {id(parameter) for parameter in module.parameters()}, set(module.modules())
+        elsewhere = {id(p) for part in model.modules() if part not in inside for p in part.parameters(recurse=False)}
+        return None if own & elsewhere else module
 
-def _alone(model: nn.Module, getter: str) -> nn.Module | None:
-    find = getattr(model, getter, None)
-    module: nn.Module | None = find() if callable(find) else None
-    if module is None or module is model:
-        return None
-    own = {id(parameter) for parameter in module.parameters()}
-    inside = set(module.modules())
-    elsewhere = {id(p) for part in model.modules() if part not in inside for p in part.parameters(recurse=False)}
-    return None if own & elsewhere else module
-
-
-def set_prefetch(model: nn.Module, ahead: int) -> None:
-    """Gather the next ``ahead`` blocks while one runs, in forward and in backward order."""
-    blocks = [block for block in blocks_of(model) if isinstance(block, FSDPModule)]
-    for at, block in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(blocks[at + 1 : at + 1 + ahead])  # type: ignore[arg-type]
-        # With an empty list FSDP takes whatever ran before, for the first block the embedding, in vain.
-        before = blocks[max(0, at - ahead) : at][::-1] or [block]
-        block.set_modules_to_backward_prefetch(before)  # type: ignore[arg-type]
+    return alone("get_input_embeddings"), alone("get_output_embeddings")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,11 +48,9 @@ class LayerBytes:
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Path and module of the outermost layers that checkpointing recomputes."""
     found: list[tuple[str, nn.Module]] = []
-    prefix = "\0"
     for path, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and not path.startswith(prefix):
+        if isinstance(module, GradientCheckpointingLayer) and not (found and path.startswith(f"{found[-1][0]}.")):
             found.append((path, module))
-            prefix = path + "."
     return found
 
 
@@ -65,9 +63,10 @@ def most(config: Any, name: str) -> int | None:
     return value or None
 
 
-def head_width(config: Any) -> int:
-    """Elements of an attention head."""
-    return most(config, "head_dim") or int(config.hidden_size) // (most(config, "num_attention_heads") or 1)
+def head_shape(config: Any) -> tuple[int, int, int]:
+    """Heads of queries, heads of keys, and elements of a head."""
+    heads = most(config, "num_attention_heads") or 1
+    return heads, most(config, "num_key_value_heads") or heads, most(config, "head_dim") or config.hidden_size // heads
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -84,12 +83,9 @@ def norm_bytes(norm: Any, setting: Setting) -> float:
     return _kept_by(norm, width, setting) * width
 
 
-def layer_bytes(layer: nn.Module, model: PreTrainedModel, setting: Setting) -> LayerBytes:
-    """What one decoder layer of a model with adapters, on the meta device, keeps in training."""
-    return _Layer(layer, model, setting).bytes()
+class DecoderLayer:
+    """One decoder layer of a model with adapters, on the meta device."""
 
-
-class _Layer:
     def __init__(self, layer: nn.Module, model: PreTrainedModel, setting: Setting) -> None:
         self.layer, self.setting = layer, setting
         self.config: Any = model.config.get_text_config()
@@ -104,6 +100,7 @@ class _Layer:
         self.adapted = {path: module for path, module in layer.named_modules() if isinstance(module, LoRALinear)}
 
     def bytes(self) -> LayerBytes:
+        """What it keeps in training."""
         norms = list(self._norms())
         first = next((norm_bytes(n, self.setting) for n, _ in norms if n.weight.shape == (self.hidden,)), 0.0)
         shares = self.hidden * self.size <= first < self.hidden * (self.size + 1)  # the input, and little beside it
@@ -111,15 +108,14 @@ class _Layer:
         square = spare = wide = in_wide = 0.0
         for parent, linears in self.blocks.items():
             module = self.layer.get_submodule(parent)
-            if _is_attention(module):
+            if "attention" in type(module).__name__.lower():
                 kept, square = self._attention(module, parent, linears)
                 token += kept
             elif len(linears) > 1:
                 kept, spare_here = self._mlp(module, parent, linears)
                 token, spare = token + kept, max(spare, spare_here)
                 wide = max(wide, spare_here / 2)
-                counted = any(self._is_adapted(parent, name) for name in linears if _is_output(name))
-                in_wide += kept + (spare_here / 2 if counted else 0)
+                in_wide += kept + (spare_here / 2 if self._has_adapted_output(parent) else 0)
         for module in self.layer.modules():
             if isinstance(module, QuantizedExperts) or hasattr(module, "_apply_gate"):
                 kept, spare_here = self._experts(module)
@@ -152,13 +148,13 @@ class _Layer:
         return kept + sum(width for _, width, _ in inputs) * self.size
 
     def _dropouts(self) -> float:
-        share = 1 if self.setting.device == "cuda" else self.size
-        return sum(
-            self.hidden * share for module in self.layer.modules() if isinstance(module, nn.Dropout) and module.p > 0
-        )
+        count = sum(isinstance(module, nn.Dropout) and module.p > 0 for module in self.layer.modules())
+        return count * self.hidden * (1 if self.setting.device == "cuda" else self.size)
 
-    def _is_adapted(self, parent: str, name: str) -> bool:
-        return (f"{parent}.{name}" if parent else name) in self.adapted
+    def _has_adapted_output(self, parent: str) -> bool:
+        """Whether the last linear layer of a block has an adapter, so that its input is counted there."""
+        paths = (f"{parent}.{name}" if parent else name for name in self.blocks[parent] if _is_output(name))
+        return any(path in self.adapted for path in paths)
 
     def _norms(self) -> Iterator[tuple[Any, int]]:
         """Each norm, and how many rows a token has there: one, or one a head."""
@@ -166,23 +162,20 @@ class _Layer:
             parent, _, name = path.rpartition(".")
             beside = self.blocks.get(parent, {})
             source = beside.get(f"{name.partition('_')[0]}_proj")  # q_norm follows q_proj
-            width = module.weight.shape[0]
-            yield module, source.out_features // width if source is not None and source.out_features >= width else 1
+            yield module, max(1, source.out_features // module.weight.shape[0]) if source is not None else 1
 
     def _attention(self, module: nn.Module, parent: str, linears: dict[str, nn.Linear]) -> tuple[float, float]:
         """Bytes a token, bytes a pair of positions."""
-        heads = most(self.config, "num_attention_heads") or 1
-        groups = heads // int(most(self.config, "num_key_value_heads") or heads or 1)
+        heads, key_heads, _ = head_shape(self.config)
+        groups = heads // key_heads
         outputs = [linear for name, linear in linears.items() if _is_output(name)]
         inner = sum(linear.out_features for name, linear in linears.items() if not _is_output(name))
         context = outputs[0].in_features if outputs else heads * self.hidden
         if len(linears) - len(outputs) == 1 and hasattr(self.config, "rope_parameters"):
             # The rotation copies q and k; v is a view of the product's output.
             inner += inner - context // groups
-        kept = float(self.size * inner)
-        # Else the input of the output's layer counts there.
-        output = 0 if any(self._is_adapted(parent, name) for name in linears if _is_output(name)) else context
-        kept += self.size * output
+        output = 0 if self._has_adapted_output(parent) else context
+        kept = float(self.size * (inner + output))
         dropout = float(getattr(self.config, "attention_dropout", getattr(self.config, "attn_pdrop", 0.0)) or 0.0)
         is_masked = self._is_windowed(module) and self.setting.length > int(self.config.sliding_window)
         expanded = max(0, 2 * (context - context // groups)) * self.size  # k and v, once a query head
@@ -209,7 +202,7 @@ class _Layer:
         outputs = [linear for name, linear in linears.items() if _is_output(name)]
         made = sum(linear.out_features for name, linear in linears.items() if not _is_output(name))
         inner = outputs[0].in_features if outputs else made
-        counted = any(self._is_adapted(parent, name) for name in linears if _is_output(name))  # the product, there
+        counted = self._has_adapted_output(parent)  # the product, there
         activation = next(filter(_is_activation, module.children()), None)
         if made < 2 * inner:  # no gate
             each = self.size if activation is None else _kept_by(activation, 64, self.setting, with_output=not counted)
@@ -221,18 +214,14 @@ class _Layer:
 
     def _experts(self, module: nn.Module) -> tuple[float, float]:
         """As transformers computes experts, one after another over the tokens that go to each."""
-        chosen = int(getattr(self.config, "num_experts_per_tok", 1) or 1)
+        chosen = getattr(self.config, "num_experts_per_tok", 1) or 1
         sizes = [getattr(self.config, name, None) for name in ("moe_intermediate_size", "intermediate_size")]
-        inner = next((int(size) for size in sizes if size), self.hidden)
+        inner = next(filter(None, sizes), self.hidden)
         return chosen * (self.size * (4 * inner + 2 * self.hidden) + 16.0), 2 * self.size * inner
 
 
 def _is_output(name: str) -> bool:
     return _OUTPUT.search(name) is not None
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower()
 
 
 def _is_recurrent(module: nn.Module) -> bool:

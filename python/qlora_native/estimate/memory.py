@@ -6,7 +6,7 @@ Bytes throughout. docs/memory.md derives the formulas; bench/bench_estimate.py h
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,7 @@ from transformers import PreTrainedConfig
 
 from qlora_native import _C, _native
 from qlora_native._memory import LEAST_MAPPED, LEAST_MAPPED_WITH_CHECKPOINTING
-from qlora_native.estimate.activations import (
-    LayerBytes,
-    decoder_layers,
-    head_width,
-    layer_bytes,
-    most,
-    norm_bytes,
-    norms_of,
-)
+from qlora_native.estimate.activations import DecoderLayer, LayerBytes, decoder_layers, head_shape, norm_bytes, norms_of
 from qlora_native.estimate.model import Setting, meta_model
 from qlora_native.hf.build import four_bit_parts
 from qlora_native.hf.load import LoadReport
@@ -60,24 +52,17 @@ class Terms:
 
     @property
     def total(self) -> int:
-        """Their sum."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of one setting.
-
-    Attributes:
-        moments: the terms in each part of a run: "loading", "loss", "backward", "step".
-        paged: bytes of optimizer states in a page file or in the host's memory.
-        is_rough: classes of layers that keep more than the formulas count.
-    """
+    """The memory of one setting."""
 
     setting: Setting
-    moments: dict[str, Terms]
-    paged: int
-    is_rough: tuple[str, ...]
+    moments: dict[str, Terms]  # in each part of a run: "loading", "loss", "backward", "step"
+    paged: int  # bytes of optimizer states in a page file or in the host's memory
+    is_rough: tuple[str, ...]  # classes of layers that keep more than the formulas count
 
     @property
     def moment(self) -> str:
@@ -86,12 +71,10 @@ class Estimate:
 
     @property
     def peak(self) -> Terms:
-        """The terms of the peak."""
         return self.moments[self.moment]
 
     @property
     def total(self) -> int:
-        """The peak, in bytes."""
         return self.peak.total
 
     @property
@@ -119,17 +102,14 @@ class Estimator:
     """Estimates for one model; the shapes are read once, batch size and length vary.
 
     Args:
-        model: a folder (``config.json``, with or without weights), a GGUF file, an open source, or a config alone.
+        model: a folder (``config.json``, with or without weights), a GGUF file, an open source, or a config alone. The
+            attribute is the model on the meta device, with adapters and its ``load_report``.
         setting: what :meth:`at` starts from.
-
-    Attributes:
-        model: on the meta device, with adapters and its ``load_report``.
-        loading_bytes: held beside the model while it is loaded.
     """
 
     def __init__(self, model: Path | Source | PreTrainedConfig, setting: Setting) -> None:
         self.setting = setting
-        self.model, self.loading_bytes = meta_model(model, setting)
+        self.model, self.loading_bytes = meta_model(model, setting)  # held beside the model while it is loaded
         self.config: Any = self.model.config.get_text_config()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trained = [parameter.numel() for parameter in trained]
@@ -141,34 +121,32 @@ class Estimator:
         inside = tuple(path + "." for path, _ in layers)
         self.modules = [layer for _, layer in layers]
         self.norms = [norm for path, norm in norms_of(self.model) if not path.startswith(inside)]
-        head = self.model.get_output_embeddings()
-        self.changes_logits = changes_logits(self.config) or getattr(head, "bias", None) is not None
+        # Whether the config names an operation between the output embedding and the logits.
+        scaled = any(getattr(self.config, name, None) not in (None, 1, 1.0) for name in LOGIT_FIELDS)
+        self.changes_logits = scaled or getattr(self.model.get_output_embeddings(), "bias", None) is not None
         self._layers: dict[bool, list[LayerBytes]] = {}
 
     def at(self, **changes: Any) -> Estimate:
-        """The estimate with another batch size, length, number of micro-batches, checkpointing, optimizer or
-        paging."""
+        """The estimate with other values of the setting on which no shape depends."""
         return _Sum(self, replace(self.setting, **changes)).estimate()
 
-    def longest(self, num_bytes: int, batch_size: int, most: int = 1 << 20) -> int:
+    def longest(self, num_bytes: int, batch_size: int) -> int:
         """The most tokens a row, a multiple of 64, with which ``batch_size`` rows fit; 0 if none do."""
-        lengths = range(64, most + 1, 64)
+        lengths = range(64, (1 << 20) + 1, 64)
         return 64 * bisect_left(
             lengths, True, key=lambda n: not self.at(batch_size=batch_size, length=n).fits(num_bytes)
         )
 
-    def widest(self, num_bytes: int, length: int, most: int = 1 << 16) -> int:
+    def widest(self, num_bytes: int, length: int) -> int:
         """The most rows of ``length`` tokens that fit; 0 if none do."""
-        return bisect_left(
-            range(1, most + 1), True, key=lambda n: not self.at(batch_size=n, length=length).fits(num_bytes)
-        )
+        rows = range(1, (1 << 16) + 1)
+        return bisect_left(rows, True, key=lambda n: not self.at(batch_size=n, length=length).fits(num_bytes))
 
     def layers(self, setting: Setting) -> list[LayerBytes]:
-        """Bytes of each decoder layer."""
         window = getattr(self.config, "sliding_window", None)
         beyond = window is not None and setting.length > window
         if beyond not in self._layers:
-            self._layers[beyond] = [layer_bytes(layer, self.model, setting) for layer in self.modules]
+            self._layers[beyond] = [DecoderLayer(layer, self.model, setting).bytes() for layer in self.modules]
         return self._layers[beyond]
 
 
@@ -177,45 +155,47 @@ class _Sum:
 
     def __init__(self, estimator: Estimator, setting: Setting) -> None:
         self.estimator, self.setting, self.config = estimator, setting, estimator.config
-        self.report: LoadReport = estimator.model.load_report
         self.tokens, self.size = setting.batch_size * setting.length, setting.dtype.itemsize
         self.pairs = self.tokens * setting.length
         self.layers = estimator.layers(setting)
 
     def estimate(self) -> Estimate:
         adapters, packed = self.estimator.adapters, self.estimator.packed
-        states = sum(state_bytes(numel, self.setting.optimizer) for numel in self.estimator.trained)
-        in_memory, paged = self._paged(states)
-        frozen = Terms(weights=packed, scales=self.report.bytes_4bit - packed, dense=self.report.bytes_dense)
-        held = replace(frozen, adapters=adapters, optimizer=in_memory)
+        in_memory, paged = sum(state_bytes(numel, self.setting.optimizer) for numel in self.estimator.trained), 0
+        if self.setting.paged is True:
+            in_memory, paged = min(in_memory, self.setting.page_budget or 0), in_memory
+            in_memory = in_memory if self.setting.device == "cuda" else 0
+        report: LoadReport = self.estimator.model.load_report
+        frozen = Terms(weights=packed, scales=report.bytes_4bit - packed, dense=report.bytes_dense)
+        held = replace(frozen, adapters=adapters, optimizer=in_memory, scratch=self._scratch())
         before = self._gradients_held()
-        kept, final = self._kept()
-        head = self._head()
         moments = {
             "loading": replace(frozen, scratch=self.estimator.loading_bytes),
-            "loss": replace(held, gradients=before, activations=kept, loss=final + head, scratch=self._scratch()),
+            "loss": replace(held, gradients=before, activations=self._kept(), loss=self._loss()),
             "backward": self._backward(held, before),
-            "step": replace(held, gradients=adapters, scratch=self._scratch()),
+            "step": replace(held, gradients=adapters),
         }
-        with_slack = {name: self._with_slack(name, terms) for name, terms in moments.items()}
-        return Estimate(self.setting, with_slack, paged, self._rough())
+        if self.setting.device == "cpu":
+            moments = {name: replace(terms, slack=self._slack(terms)) for name, terms in moments.items()}
+        unknown = tuple(dict.fromkeys(name for layer in self.layers for name in layer.unknown))
+        rough = unknown if self.layers else (type(self.estimator.model).__name__,)
+        return Estimate(self.setting, moments, paged, rough)
 
-    def _kept(self) -> tuple[int, int]:
-        """What all layers keep at the end of the forward pass; what the final norm keeps."""
-        final = self.tokens * sum(norm_bytes(norm, self.setting) for norm in self.estimator.norms)
+    def _kept(self) -> int:
+        """What all layers keep at the end of the forward pass."""
         if self.setting.checkpointing:
             kept = float(self.tokens * sum(layer.input for layer in self.layers))
         else:
             kept = sum(self._of(layer) for layer in self.layers)
             kept -= self.tokens * self.layers[0].first if self.layers else 0  # its input needs no gradient
-        return round(kept + self._shared()), round(final)
+        return round(kept + self._shared())
 
     def _of(self, layer: LayerBytes) -> float:
         return self.tokens * layer.token + self.pairs * layer.square
 
     def _shared(self) -> int:
         """Of all layers together: the angles of the rotation, token numbers, labels and masks."""
-        return 2 * self.setting.length * head_width(self.config) * self.size + 5 * 8 * self.tokens
+        return 2 * self.setting.length * head_shape(self.config)[2] * self.size + 5 * 8 * self.tokens
 
     def _backward(self, held: Terms, before: int) -> Terms:
         """The fullest moment of the backward pass: in the layer where what is kept so far, its own tensors, its
@@ -227,15 +207,17 @@ class _Sum:
             here = so_far + self.tokens * layer.spare + self._shared()
             if self.setting.checkpointing:
                 here += own - self.tokens * layer.shared
-            terms = replace(held, gradients=max(before, behind), activations=round(here), scratch=self._scratch())
+            terms = replace(held, gradients=max(before, behind), activations=round(here))
             best = max(best, terms, key=lambda t: t.total)
             behind -= layer.gradients
         return best
 
-    def _head(self) -> int:
-        """Hidden states, their gradient, and the logits: of a chunk, or all where the model changes them afterwards."""
+    def _loss(self) -> int:
+        """What the final norm keeps, hidden states, their gradient, and the logits: of a chunk, or all where the model
+        changes them afterwards."""
         hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
-        states = 2 * self.tokens * hidden * self.size
+        states = round(self.tokens * sum(norm_bytes(norm, self.setting) for norm in self.estimator.norms))
+        states += 2 * self.tokens * hidden * self.size
         if self.estimator.changes_logits:
             return states + self.tokens * vocabulary * FULL_LOGITS
         chunk = min(max(1, LOGIT_BYTES // (self.size * vocabulary)), self.tokens)
@@ -252,35 +234,24 @@ class _Sum:
         least = LEAST_MAPPED_WITH_CHECKPOINTING if self.setting.checkpointing else LEAST_MAPPED
         return sum(4 * numel for numel in self.estimator.trained if 4 * numel < least)
 
-    def _paged(self, states: int) -> tuple[int, int]:
-        """Bytes of states in ordinary memory, and elsewhere."""
-        if self.setting.paged is not True:
-            return states, 0
-        budget = self.setting.page_budget or 0
-        return (min(states, budget), states) if self.setting.device == "cuda" else (0, states)
-
     def _scratch(self) -> int:
         """Of kernels."""
         if self.setting.device == "cuda":  # a weight decoded for torch's own product
             return self.estimator.largest_weight * self.size
-        threads = torch.get_num_threads()
-        heads = most(self.config, "num_attention_heads") or 1
-        groups, width = most(self.config, "num_key_value_heads") or heads, head_width(self.config)
+        heads, groups, width = head_shape(self.config)
         shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
         q = torch.empty(shape[0], heads, shape[3], width, dtype=self.setting.dtype, device="meta")
         attention = 0  # of torch's, which takes other heads
         if is_native(q):
             dtype = _native.DTYPE_NUMBER[self.setting.dtype]
             attention = _C.causal_attention_scratch_bytes(dtype, shape, True) + ALIGNMENT
-        return int(threads * THREAD_SCRATCH + attention)
+        return int(torch.get_num_threads() * THREAD_SCRATCH + attention)
 
-    def _with_slack(self, name: str, terms: Terms) -> Terms:
-        if self.setting.device == "cuda":
-            return terms
+    def _slack(self, terms: Terms) -> int:
         slack: float = len(self.layers) * LAYER_SLACK
         if not self.setting.checkpointing:
             slack += HOLES_SHARE * max(0.0, terms.activations - sum(map(self._mapped, self.layers)))
-        return replace(terms, slack=round(slack))
+        return round(slack)
 
     def _mapped(self, layer: LayerBytes) -> float:
         """What a layer keeps in blocks that are mappings of their own and leave no holes."""
@@ -288,19 +259,9 @@ class _Sum:
             return self._of(layer)
         return self.tokens * layer.in_wide if self.tokens * layer.wide >= LEAST_MAPPED else 0.0
 
-    def _rough(self) -> tuple[str, ...]:
-        if not self.layers:
-            return (type(self.estimator.model).__name__,)
-        return tuple(dict.fromkeys(name for layer in self.layers for name in layer.unknown))
-
 
 def state_bytes(numel: int, optimizer: str) -> int:
     """Bytes of one parameter's optimizer states."""
     if optimizer == "adamw8bit" and numel >= base.MIN_CODED_NUMEL:
         return MOMENTS[optimizer] * (numel + 4 * -(-numel // _native.STATE_BLOCK))
     return MOMENTS[optimizer] * 4 * numel
-
-
-def changes_logits(config: Any) -> bool:
-    """Whether a config names an operation between the output embedding and the logits."""
-    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_FIELDS)

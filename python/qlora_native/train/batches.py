@@ -5,7 +5,7 @@ An item of a batch is the number of a row, or the list of those that are packed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +43,12 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
     return rows.split(held_out, seed=config.train.seed)
 
 
-def describe_rows(train: TokenizedDataset, held_out: TokenizedDataset | None) -> list[str]:
-    """Lines to print about the data."""
-    lines = [train.stats.describe()]
-    if held_out is not None and held_out.stats.path == train.stats.path:
-        lines.append(f"held out: {len(held_out):,} of its rows")
-    elif held_out is not None:
-        lines.append(held_out.stats.describe())
-    return lines
-
-
 def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler[Any]:
     """The order of the steps: each has ``batch_size * grad_accum`` rows of like length, or as many packed sequences."""
-    options = config.train
-    size = options.batch_size * options.grad_accum
+    size, seed = config.train.batch_size * config.train.grad_accum, config.train.seed
     if config.data.packing:
-        return PackedBatchSampler(rows.lengths, size, config.data.max_length, seed=options.seed)
-    return BatchSampler(rows.lengths, size, seed=options.seed)
-
-
-def token_count(rows: TokenizedDataset, items: Items) -> int:
-    """Tokens of a batch, padding not counted."""
-    return int(sum(rows.lengths[item].sum() for item in items))
+        return PackedBatchSampler(rows.lengths, size, config.data.max_length, seed=seed)
+    return BatchSampler(rows.lengths, size, seed=seed)
 
 
 def micro_batches(
@@ -83,11 +67,12 @@ def micro_batches(
 
 @torch.no_grad()
 def check_packing(model: Any) -> None:
-    """UserError if a row's hidden states change when another row stands before it in its sequence.
+    """UserError if a row's hidden states change when another row stands before it in its sequence, as they do where a
+    state is carried across rows or positions do not restart. Draws no random number."""
 
-    Two short rows are enough to show a state carried across rows, or positions that do not restart. Draws no random
-    number.
-    """
+    def hidden(ids: Tensor, positions: Tensor) -> Tensor:
+        return hidden_states(model, {"input_ids": ids, "position_ids": positions})[0].float()
+
     vocabulary = model.get_input_embeddings().num_embeddings
     numbers = torch.arange(28, device=model.device)[None]
     first, other = ((numbers[:, :12] * step + 3) % vocabulary for step in (5, 11))
@@ -97,11 +82,8 @@ def check_packing(model: Any) -> None:
     before = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        alone = _hidden(model, {"input_ids": row, "position_ids": numbers})
-        behind, behind_other = (
-            _hidden(model, {"input_ids": torch.cat((head, row), 1), "position_ids": positions})[:, 12:]
-            for head in (first, other)
-        )
+        alone = hidden(row, numbers)
+        behind, behind_other = (hidden(torch.cat((head, row), 1), positions)[:, 12:] for head in (first, other))
     except TypeError as error:
         raise UserError(f"{name} cannot train on packed rows: {error}; set data.packing to false") from error
     finally:
@@ -114,7 +96,3 @@ def check_packing(model: Any) -> None:
                 f"{name} cannot train on packed rows: a row's hidden states change by {distance:.0%} when another row "
                 "stands before it; set data.packing to false"
             )
-
-
-def _hidden(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    return hidden_states(model, inputs)[0].float()

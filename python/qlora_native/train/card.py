@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qlora_native._io import sha256
 from qlora_native._version import __version__
 from qlora_native.config import TrainConfig
-from qlora_native.errors import UserError
 from qlora_native.hf.load import CALIBRATED
 
-NAME = "README.md"
-_PACKAGES = ("torch", "transformers", "safetensors")
 
-
-def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Write ``folder``/README.md; ``facts`` are the fields of the loop's ``TrainState``."""
-    (folder / NAME).write_text(card(config, facts), encoding="utf-8")
-
-
-def card(config: TrainConfig, facts: dict[str, Any]) -> str:
-    """The text. Its front matter is PEFT's, from which the Hugging Face hub reads the adapter's base."""
+def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes: dict[str, str]) -> None:
+    """Write ``folder``/README.md. ``facts`` are the fields of the loop's ``TrainState``, ``hashes`` the SHA-256 of the
+    data files by their paths. The front matter is PEFT's, from which the Hugging Face hub reads the adapter's base."""
     model, quant, lora = config.model, config.quant, config.lora
     arguments = repr(model) + "".join(f", {name}={value!r}" for name, value in quant.options.items())
     made = ""
@@ -36,14 +26,15 @@ def card(config: TrainConfig, facts: dict[str, Any]) -> str:
         made = f" Make it with `{command}`:"
         arguments = "'base-4bit'"
     data = {"training rows": config.data.train, "held-out rows": config.data.eval}
-    hashes = [f"| {what} | `{path}` | `{_sha256(path)}` |" for what, path in data.items() if path is not None]
+    files = [f"| {what} | `{path}` | `{hashes[path]}` |" for what, path in data.items() if path is not None]
     losses = ""
     if facts["loss_after"] is not None:
         before = "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before training, "
         losses = f"\nHeld-out loss: {before}{facts['loss_after']:.4f} nats a token after it.\n"
-    versions = {"qlora_native": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    packages = ("torch", "transformers", "safetensors")
+    versions = {"qlora_native": __version__, **{name: importlib.metadata.version(name) for name in packages}}
     base = json.dumps(model)  # a JSON string is a YAML string
-    return f"""---
+    text = f"""---
 base_model: {base}
 library_name: peft
 pipeline_tag: text-generation
@@ -85,7 +76,7 @@ As a model of its own: `qlora merge {model} path/to/this/folder --out merged --c
 
 | what | file | SHA-256 |
 |---|---|---|
-{chr(10).join(hashes)}
+{chr(10).join(files)}
 
 ## Versions
 
@@ -97,17 +88,4 @@ As a model of its own: `qlora merge {model} path/to/this/folder --out merged --c
 {config.to_yaml().rstrip()}
 ```
 """
-
-
-def _sha256(path: str) -> str:
-    try:
-        state = Path(path).expanduser().stat()
-        return _sha256_once(path, state.st_size, state.st_mtime_ns)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read any more: {error.strerror}") from error
-
-
-@lru_cache(maxsize=8)
-def _sha256_once(path: str, size: int, changed: int) -> str:
-    """Computed once while the file's size and time stay the same."""
-    return sha256(Path(path).expanduser())
+    (folder / "README.md").write_text(text, encoding="utf-8")

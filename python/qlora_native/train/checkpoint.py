@@ -4,7 +4,7 @@
 state), ``trainer.json`` (step, data position, Python's and numpy's random state, losses so far) and the resolved
 ``config.yaml``. It is written under a temporary name, fsynced, then renamed. The states of a sharded model lie in
 ``states/`` instead, written by all processes through torch.distributed.checkpoint; any number of processes, sharded or
-not, continues from either. The learning rate is a function of the step, so a scheduler has no state of its own.
+not, continues from either.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ from qlora_native.errors import UserError
 TENSORS, STATE, CONFIG, STATES = "trainer.safetensors", "trainer.json", "config.yaml", "states"
 _NAME = re.compile(r"step-(\d{6,})")
 
-# Changing one of these between two halves of a run would make neither the one run nor the other. The data have a
+# Keys of ``train`` that stay the same between two halves of a run, as all of ``quant`` and ``lora`` do. The data have a
 # check of their own: the sampler compares the rows.
-_FIXED_BLOCKS = ("quant", "lora")
 _FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
 _BEFORE_THE_KEY = {"train.optimizer": "adamw"}  # what runs did whose config does not have the key yet
 
@@ -63,37 +62,43 @@ def save_checkpoint(
     keep: int,
     ranks: OneProcess | None = None,
 ) -> Path:
-    """Write ``step-NNNNNN`` and, once it is safe on disk, delete all but the newest ``keep``. Returns its path.
+    """Write ``step-NNNNNN`` and, once it is safe on disk, delete all but the newest ``keep``. Returns its path. Every
+    rank calls it, and ``save_adapter`` is called on every one.
 
-    Every rank calls it, and ``save_adapter`` is called on every one.
-
-    UserError if it cannot be written (a full disk, no permission): the half-written folder is removed, older
-    checkpoints stay.
+    UserError if it cannot be written: the half-written folder is removed, older checkpoints stay.
     """
     ranks = ranks or OneProcess()
     folder = output_dir / f"step-{step:06d}"
     partial = partial_folder(folder)
     before = checkpoints(output_dir)
     advice = f"; {before[-1]} is intact, and --resume continues from it" if before else ""
-    random_tensors, random_plain = _random_states(ranks)
+    own, random_plain = random_state()
+    tensors = {
+        f"rank.{rank}.{name}" if rank else name: state
+        for rank, states in enumerate(ranks.gather(own))
+        for name, state in states.items()
+    }
+    plain: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         with ranks.together(), as_write_error(folder, advice):
             if ranks.is_first:
                 stack.enter_context(atomic_folder(folder))
         with ranks.together(), as_write_error(folder, advice):
             save_adapter(partial)
-        tensors: dict[str, Tensor] = {}
-        plain: dict[str, dict[str, Any]] = {}
         if ranks.is_sharded:
             from qlora_native.distributed.sharding import save_sharded_states
 
             with as_write_error(folder, advice):
                 save_sharded_states(partial / STATES, optimizer)
         else:
-            tensors, plain = _split(optimizer.state_dict()["state"])
+            for number, values in optimizer.state_dict()["state"].items():
+                plain[str(number)] = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+                for name, value in values.items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizer.{number}.{name}"] = value.detach().cpu().contiguous()
         with ranks.together(), as_write_error(folder, advice):
             if ranks.is_first:
-                save_file({**tensors, **random_tensors}, partial / TENSORS)  # from where the states lie, without a copy
+                save_file(tensors, partial / TENSORS)  # from where the states lie, without a copy
                 content = {**state, "optimizer": plain, "random": random_plain}
                 (partial / STATE).write_text(json.dumps(content), encoding="utf-8")
                 (partial / CONFIG).write_text(config, encoding="utf-8")
@@ -105,17 +110,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OneProcess | None = None) -> dict[str, Any]:
-    """Restore optimizer and random state; returns ``state`` as it was given to save_checkpoint. The adapter is the
-    caller's to load.
-
-    Hyper-parameters stay those of ``optimizer``: only its states are taken from the checkpoint. The number of ranks,
-    and whether the model is sharded over them, may differ from those that saved it.
-    """
+    """Restore the optimizer's states, not its hyper-parameters, and the random state; returns ``state`` as it was given
+    to save_checkpoint. The number of ranks, and whether the model is sharded over them, may differ."""
     ranks = ranks or OneProcess()
     try:
         tensors = load_file(folder / TENSORS)
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        states = _join(tensors, state.pop("optimizer"))
+        states: dict[int, dict[str, Any]] = {int(number): values for number, values in state.pop("optimizer").items()}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, number, name = key.split(".", 2)
+                states[int(number)][name] = tensor
         if (folder / STATES).is_dir():
             from qlora_native.distributed.sharding import load_sharded_states
 
@@ -125,39 +130,17 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OnePr
 
             states = shard_states(states, optimizer)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-        _restore_random_state(tensors, state.pop("random"), ranks.rank)
+        # A rank that did not exist when the checkpoint was made keeps its own state.
+        prefix, plain = f"rank.{ranks.rank}." if ranks.rank else "", state.pop("random")
+        own = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(f"{prefix}random")}
+        if own:
+            set_random_state(own, plain)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({reason(error)}); "
             "delete that folder, and --resume continues from the one before it"
         ) from error
     return state
-
-
-def _split(states: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors under ``optimizer.<parameter>.<name>``, and the other values, for JSON, under the same numbers and
-    names."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for number, values in states.items():
-        plain[str(number)] = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{number}.{name}"] = value.detach().cpu().contiguous()
-    return tensors, plain
-
-
-def _join(tensors: Mapping[str, Tensor], plain: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    states: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in plain.items()}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, number, name = key.split(".", 2)
-            states[int(number)][name] = tensor
-    return states
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Random states
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -187,27 +170,6 @@ def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) ->
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def _random_states(ranks: OneProcess) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As :func:`random_state`, with torch's state of each further rank under ``rank.N.random...``."""
-    own, plain = random_state()
-    tensors: dict[str, Tensor] = {}
-    for rank, of_rank in enumerate(ranks.gather(own)):
-        tensors |= {f"rank.{rank}.{name}" if rank else name: tensor for name, tensor in of_rank.items()}
-    return tensors, plain
-
-
-def _restore_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], rank: int) -> None:
-    """That of one rank; a rank that did not exist when the checkpoint was made keeps its own."""
-    prefix = f"rank.{rank}." if rank else ""
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}random")}
-    if own:
-        set_random_state(own, plain)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where to resume
-
-
 def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -> Path | None:
     """The checkpoint to continue from, or None to start anew.
 
@@ -215,32 +177,23 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -
     not set although ``output_dir`` holds checkpoints of an earlier run.
     """
     found = checkpoints(output_dir)
-    if resume is None:
-        if found:
-            raise UserError(
-                f"{output_dir} holds an earlier run ({found[-1].name}); "
-                "continue it with --resume, or start anew with another --output_dir"
-            )
+    if resume is None and found:
+        raise UserError(
+            f"{output_dir} holds an earlier run ({found[-1].name}); "
+            "continue it with --resume, or start anew with another --output_dir"
+        )
+    if resume is None or (resume == "auto" and not found):
         return None
-    if resume == "auto":
-        checkpoint = found[-1] if found else None
-    else:
-        checkpoint = Path(resume).expanduser()
-        if not (checkpoint / STATE).is_file():
-            near = f"; {found[-1]} is one" if found else ""
-            raise UserError(f"resume is {checkpoint}, which is no checkpoint (it has no {STATE}){near}")
-    if checkpoint is not None:
-        _check_settings(config, checkpoint)
-    return checkpoint
-
-
-def _check_settings(config: TrainConfig, checkpoint: Path) -> None:
+    checkpoint = found[-1] if resume == "auto" else Path(resume).expanduser()
+    if not (checkpoint / STATE).is_file():
+        near = f"; {found[-1]} is one" if found else ""
+        raise UserError(f"resume is {checkpoint}, which is no checkpoint (it has no {STATE}){near}")
     try:
         before: dict[str, Any] = yaml.safe_load((checkpoint / CONFIG).read_text(encoding="utf-8"))
         now = config.model_dump(mode="json")
         changed = [
             f"{block}.{key} {was} -> {value}"
-            for block in (*_FIXED_BLOCKS, "train")
+            for block in ("quant", "lora", "train")
             for key, value in now[block].items()
             if block != "train" or key in _FIXED_KEYS
             if (was := before[block].get(key, _BEFORE_THE_KEY.get(f"{block}.{key}"))) != value
@@ -257,10 +210,7 @@ def _check_settings(config: TrainConfig, checkpoint: Path) -> None:
             f"{checkpoint} was made with other settings: {', '.join(changed)}; "
             "set them back, or start anew with another --output_dir"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ctrl-C
+    return checkpoint
 
 
 SAME_SIGNAL_SECONDS = 5.0
@@ -271,18 +221,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """The first SIGINT or SIGTERM sets ``requested``, so that the loop finishes its step and saves; a second one
-    raises KeyboardInterrupt.
-
-    On several processes a second signal within a few seconds counts as the first: a terminal and torchrun both send
-    one Ctrl-C.
-    """
+    """The first SIGINT or SIGTERM sets ``requested``, so that the loop finishes its step and saves; a second one raises
+    KeyboardInterrupt. On several processes one within a few seconds counts as the first: a terminal and torchrun both
+    send Ctrl-C."""
 
     def __init__(self, ranks: OneProcess) -> None:
         self.requested, self._ranks, self._since = False, ranks, 0.0
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
         if self.requested and self._ranks.world > 1 and time.monotonic() - self._since < SAME_SIGNAL_SECONDS:
             return
         if self.requested:
@@ -294,8 +240,8 @@ class StopRequest:
 
 @contextmanager
 def stop_request(ranks: OneProcess) -> Iterator[StopRequest]:
-    """A :class:`StopRequest` that handles signals inside the block; outside the main thread, where Python allows no
-    handlers, it does nothing."""
+    """A :class:`StopRequest` that handles signals inside the block; does nothing outside the main thread, where Python
+    allows no handlers."""
     stop, before = StopRequest(ranks), {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -35,15 +35,7 @@ from qlora_native.errors import UserError
 from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.hf.source import load_tokenizer, open_source
 from qlora_native.lora import load_adapter, save_adapter
-from qlora_native.train.batches import (
-    Batch,
-    check_packing,
-    describe_rows,
-    load_rows,
-    make_sampler,
-    micro_batches,
-    token_count,
-)
+from qlora_native.train.batches import Batch, check_packing, load_rows, make_sampler, micro_batches
 from qlora_native.train.card import write_card
 from qlora_native.train.checkpoint import (
     CONFIG,
@@ -79,8 +71,6 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a finished run reports."""
-
     steps: int
     skipped_steps: int
     tokens: int  # that passed through the model, padding not counted
@@ -102,14 +92,11 @@ class Trainer:
     """Runs one config.
 
     Args:
-        config: the checked config.
-        model: from :func:`qlora_native.load_model`, used instead of loading ``config.model``; adapters are added
-            unless it has some.
-        tokenizer: likewise, instead of the one beside ``config.model``.
+        model, tokenizer: used instead of loading ``config.model``; adapters are added unless the model has some.
         on_step: called after each optimizer step with its line of ``metrics.jsonl``.
         quiet: print nothing.
 
-    After ``train()``, ``model`` is the trained model and ``tokenizer`` its tokenizer.
+    After ``train()``, ``model`` is the trained model.
     """
 
     def __init__(
@@ -151,6 +138,7 @@ class Trainer:
             source = open_source(Path(config.model).expanduser()) if self.model is None else None
             self.tokenizer = self.tokenizer or load_tokenizer(source or config.model)
             rows, held_out = load_rows(config, self.tokenizer)
+            self.hashes = {data.stats.path: data.stats.sha256 for data in (rows, held_out) if data is not None}
 
         # Model and optimizer.
         longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
@@ -165,8 +153,10 @@ class Trainer:
         total = options.steps or sampler.steps(options.epochs or 1)
 
         # Where to start: at 0 from the seed, or where the checkpoint stopped, random state included.
-        state = TrainState()
-        seed_everything(options.seed + ranks.rank)  # dropout differs from rank to rank
+        state, seed = TrainState(), options.seed + ranks.rank  # dropout differs from rank to rank
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
         if checkpoint is not None:
             load_adapter(model, checkpoint)
             state = TrainState(**load_checkpoint(checkpoint, optimizer, ranks))
@@ -175,8 +165,10 @@ class Trainer:
         metrics = Metrics(self.output_dir / "metrics.jsonl" if ranks.is_first else None, state.step, loggers)
         quiet = self.quiet or not ranks.is_first
         progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
-        for line in describe_rows(rows, held_out):
-            progress.note(line)
+        progress.note(rows.stats.describe())
+        if held_out is not None:
+            is_part = held_out.stats.path == rows.stats.path
+            progress.note(f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe())
         if checkpoint is not None:
             progress.note(f"continuing from {checkpoint} after step {state.step}")
         oom_retry = OOMRetry(config, optimizer, progress.note, can_retry=ranks.world == 1)
@@ -226,14 +218,23 @@ class Trainer:
                 # Save; after Ctrl-C, save and stop.
                 stopping = ranks.any(stop.requested)
                 if stopping or (options.save_every and is_due(state.step, options.save_every, total)):
-                    saved = self._save_checkpoint(state, optimizer)
+                    saved = save_checkpoint(
+                        self.output_dir,
+                        state.step,
+                        save_adapter=lambda folder: save_adapter(model, folder, write=ranks.is_first),
+                        optimizer=optimizer,
+                        state=asdict(state),
+                        config=config.to_yaml(),
+                        keep=options.keep,
+                        ranks=ranks,
+                    )
                     if stopping:
                         raise Interrupted(
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
-            memory_line = "" if memory is None else memory.line()  # before the plot of the losses takes memory
+            memory_line = None if memory is None else memory.line()  # before the plot of the losses takes memory
             summary = self._finish(state, oom_retry, progress, speeds, time.monotonic() - began)
-            if memory_line:
+            if memory_line is not None:
                 progress.note(memory_line)
             return summary
 
@@ -248,7 +249,8 @@ class Trainer:
             (share * ranks.averaged_over).backward()
             loss += share.detach()
         ranks.add_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
-        return ranks.sum(loss.item())[0], token_count(rows, items), trained
+        tokens = int(sum(rows.lengths[item].sum() for item in items))
+        return ranks.sum(loss.item())[0], tokens, trained
 
     @torch.no_grad()
     def evaluate(self, rows: TokenizedDataset) -> float:
@@ -267,8 +269,7 @@ class Trainer:
         return total / trained_of_all
 
     def _micro_batches(self, rows: TokenizedDataset, items: Items) -> Iterator[tuple[Batch, int]]:
-        """This rank's micro-batches, each with its number of trained tokens: 0 for those of
-        :meth:`OneProcess.filler`."""
+        """This rank's micro-batches, each with its number of trained tokens: 0 for a filler."""
         size, pad_id = self.config.train.batch_size, padding_id(self.tokenizer)
         for batch in micro_batches(rows, self.ranks.mine(items), size, pad_id, self.model.device):
             yield batch, trained_tokens(batch)
@@ -301,18 +302,6 @@ class Trainer:
             raise UserError(f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}")
         progress.note(f"{what}: not finite, step skipped")
 
-    def _save_checkpoint(self, state: TrainState, optimizer: torch.optim.Optimizer) -> Path:
-        return save_checkpoint(
-            self.output_dir,
-            state.step,
-            save_adapter=lambda folder: save_adapter(self.model, folder, write=self.ranks.is_first),
-            optimizer=optimizer,
-            state=asdict(state),
-            config=self.config.to_yaml(),
-            keep=self.config.train.keep,
-            ranks=self.ranks,
-        )
-
     def _save_adapter(self, folder: Path, state: TrainState) -> Path:
         with self.ranks.together():
             if not self.ranks.is_first:
@@ -321,7 +310,7 @@ class Trainer:
                 with as_write_error(folder), atomic_folder(folder) as partial:
                     save_adapter(self.model, partial)
                     (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
-                    write_card(partial, self.config, asdict(state))
+                    write_card(partial, self.config, asdict(state), self.hashes)
         return folder
 
     def _finish(
@@ -331,7 +320,7 @@ class Trainer:
         paging = oom_retry.optimizer.paging_statistics()
         adapter_dir = self._save_adapter(self.output_dir / "adapter", state)
         if self.ranks.is_first:
-            plot_losses(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
+            plot_losses(self.output_dir)
         summary = TrainSummary(
             steps=state.step,
             skipped_steps=state.skipped,
@@ -354,7 +343,6 @@ class Trainer:
 
 
 def describe(summary: TrainSummary) -> str:
-    """The end of a run in a few lines."""
     lines = [
         f"{summary.steps} steps, {summary.tokens:,} tokens, {summary.tokens_per_second:,.0f} tokens/s (median), "
         f"peak memory {summary.peak_rss_bytes / 2**20:,.0f} MiB"
@@ -376,13 +364,5 @@ def describe(summary: TrainSummary) -> str:
 
 
 def is_due(step: int, every: int, total: int) -> bool:
-    """Whether something done at the start, every ``every`` steps (0: never in between) and at the end is done after
-    ``step``."""
+    """Whether ``step`` is the start, the end, or a multiple of ``every`` (0: never in between)."""
     return step == 0 or step >= total or (every > 0 and step % every == 0)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global random state."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -27,17 +27,13 @@ Result = TypeVar("Result")
 
 def anonymous_bytes(status: str) -> tuple[int, int]:
     """Memory in use that is not backed by a file, now and at most so far, from the text of /proc/self/status. The
-    second is an upper bound: the peak of all memory less the file pages of now, which only grow."""
+    second is an upper bound: file pages only grow."""
     sizes = kib_fields(status)
     return sizes["RssAnon"] + sizes["RssShmem"], sizes["VmHWM"] - sizes["RssFile"]
 
 
 class MemoryReport:
-    """Made before the model is loaded; :meth:`line` is for the end of the run.
-
-    Args:
-        config: of the run. source: of its model. longest: tokens of the longest row.
-    """
+    """Made before the model is loaded; :meth:`line` is for the end of the run. ``longest`` row in tokens."""
 
     def __init__(self, config: TrainConfig, source: Source, longest: int) -> None:
         from qlora_native.estimate import Estimator, Setting
@@ -76,10 +72,6 @@ class MemoryReport:
         return f"memory of model and training: predicted {self.predicted.total / 2**20:,.0f} MiB, {result}{error}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Out of memory
-
-
 # In a plain RuntimeError of torch's CPU allocator, C++, oneDNN, cuBLAS and cuDNN.
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc|could not create a memory|_ALLOC_FAILED"
@@ -95,16 +87,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class OOMRetry:
-    """Runs the passes of a training step or an evaluation, and once more, with paged optimizer states, if they run out
-    of memory.
+    """Runs the passes of a training step or an evaluation, and once more, with the optimizer's states paged out, if
+    they run out of memory; not if ``train.paged`` is false, nor, without ``can_retry``, on one of several processes.
 
-    Args:
-        config: for ``train.paged``, which False allows no retry, and for the advice.
-        optimizer: whose states are paged out in between.
-        note: prints the line about the start of paging.
-        can_retry: False for one of several processes, which cannot repeat a step by itself.
-
-    ``retries`` and ``lost_seconds`` count the failed first attempts, with the paging out after them.
+    ``note`` prints the line about the start of paging. ``retries`` and ``lost_seconds`` count the failed first
+    attempts, with the paging out after them.
     """
 
     def __init__(
@@ -125,12 +112,12 @@ class OOMRetry:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            asked = _asked(error)
+            message = str(error)
         # Behind the except clause, since the exception's traceback keeps the tensors of the pass alive.
         self.optimizer.zero_grad()
         gc.collect()
         if self.config.train.paged is False:
-            raise self._error(what, asked)
+            raise self._error(what, message)
         self.optimizer.page_out()
         release_free_memory()
         self.report_paging(what)
@@ -148,8 +135,8 @@ class OOMRetry:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            asked = _asked(error)
-        raise self._error(what, asked)
+            message = str(error)
+        raise self._error(what, message)
 
     def report_paging(self, when: str) -> None:
         """Note once that states are paged out, whatever the reason."""
@@ -159,7 +146,9 @@ class OOMRetry:
             cause = "as train.paged says" if self.config.train.paged is True else "memory is short"
             self._note(f"{when}: {cause}, so {num_bytes / 2**20:,.0f} MiB of optimizer states are paged out")
 
-    def _error(self, what: str, asked: str) -> UserError:
+    def _error(self, what: str, message: str) -> UserError:
+        found = _ASKED.search(message)
+        asked = f"it asked for {found[1]}" if found else "an allocation failed"
         options, data = self.config.train, self.config.data
         device: torch.device = self.optimizer.param_groups[0]["params"][0].device
         free = free_device_memory(device) if device.type == "cuda" else free_memory()
@@ -173,8 +162,3 @@ class OOMRetry:
         return UserError(
             f"{what} needs more memory than there is ({asked}{f'; {free}' if free else ''}); {', or '.join(advice)}"
         )
-
-
-def _asked(error: BaseException) -> str:
-    found = _ASKED.search(str(error))
-    return f"it asked for {found[1]}" if found else "an allocation failed"

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from qlora_native.errors import UserError
 
 
 class Metrics:
-    """``metrics.jsonl``: one JSON object per step and per evaluation, appended and flushed at once.
+    """``metrics.jsonl``: one JSON object per step and per evaluation, appended, flushed at once, and given to the
+    ``loggers``. Without a ``path``, on all ranks but the first, nothing is written.
 
     A run that resumes at step N drops what a killed run wrote after the checkpoint: steps above N, and evaluations
-    from N on, which are made again. Each line goes to the ``loggers`` too. Without a ``path``, on all ranks but the
-    first, nothing is written.
+    from N on, which are made again.
     """
 
     def __init__(self, path: Path | None, resume_step: int, loggers: Sequence[Logger] = ()) -> None:
@@ -49,7 +50,6 @@ class Metrics:
             logger.write(record)
 
     def close(self) -> None:
-        """Close the file and the loggers."""
         if self.path is not None:
             self._file.close()
         for logger in self._loggers:
@@ -58,34 +58,33 @@ class Metrics:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``, without an incomplete last one of a killed run; empty if there is no file."""
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
     return lines
 
 
-def plot_losses(metrics: Path, picture: Path) -> bool:
-    """Draw training and held-out loss over the steps into a PNG; False if matplotlib is not installed."""
+def plot_losses(output_dir: Path) -> None:
+    """Draw training and held-out loss over the steps into ``loss.png``, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    lines = read_metrics(metrics)
-    trained = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+        return
+    lines = read_metrics(output_dir / "metrics.jsonl")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-    axes.plot(*zip(*trained, strict=True), linewidth=1, label="training") if trained else None
-    axes.plot(*zip(*held_out, strict=True), marker="o", label="held out") if held_out else None
+    styles: dict[str, Any] = {
+        "loss": {"linewidth": 1, "label": "training"},
+        "eval_loss": {"marker": "o", "label": "held out"},
+    }
+    for key, style in styles.items():
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        axes.plot(*zip(*points, strict=True), **style) if points else None
     axes.legend()
     axes.grid(alpha=0.3)
-    with as_write_error(picture):
-        figure.savefig(picture, dpi=120)
-    return True
+    with as_write_error(output_dir / "loss.png"):
+        figure.savefig(output_dir / "loss.png", dpi=120)
 
 
 class TensorBoard:
@@ -98,7 +97,6 @@ class TensorBoard:
         self.close = self._writer.close  # writes what is buffered
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One line of ``metrics.jsonl``."""
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record["step"])
 
@@ -114,7 +112,6 @@ class Trackio:
         self.close = trackio.finish
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One line of ``metrics.jsonl``."""
         self._trackio.log(scalars(record), step=record["step"])
 
 
@@ -140,11 +137,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Progress:
-    """Prints notes, steps and evaluations; nothing if ``quiet``.
-
-    The time left is the mean time of a step times the steps left, and the time of the last evaluation times those that
-    are still due: at the end, and every ``eval_every`` steps unless that is 0.
-    """
+    """Prints notes, steps and evaluations; nothing if ``quiet``."""
 
     def __init__(self, total: int, start: int, log_every: int, eval_every: int = 0, *, quiet: bool = False) -> None:
         self.total, self.log_every, self.eval_every, self.quiet = total, log_every, eval_every, quiet
@@ -162,12 +155,20 @@ class Progress:
             print(text, flush=True)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One optimizer step, given as its line of ``metrics.jsonl``."""
+        """One optimizer step, given as its line of ``metrics.jsonl``.
+
+        The time left is the mean time of a step times the steps left, and the time of the last evaluation times those
+        that are due: at the end, and every ``eval_every`` steps unless that is 0.
+        """
         done = record["step"]
         self._step_seconds += record["seconds"]
+        due = -(-self.total // self.eval_every) - (done - 1) // self.eval_every if self.eval_every else 1
+        left = self._step_seconds / (done - self._start) * (self.total - done) + self._evaluation_seconds * due
+        minutes, seconds = divmod(round(left), 60)
+        clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
         status = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"peak {peak_rss_bytes() / 2**20:,.0f} MiB  {_clock(self._seconds_left(done))} left"
+            f"peak {peak_rss_bytes() / 2**20:,.0f} MiB  {clock} left"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
@@ -181,16 +182,8 @@ class Progress:
         self.note(f"step {step}/{self.total}  held-out loss {loss:.4f}  perplexity {perplexity:,.2f}")
 
     def close(self) -> None:
-        """Take the bar down."""
         if self._bar is not None:
             self._bar.stop()
-
-    def _seconds_left(self, done: int) -> float:
-        """After step ``done``, before its own evaluation."""
-        due = 1
-        if self.eval_every:
-            due = -(-self.total // self.eval_every) - (done - 1) // self.eval_every
-        return self._step_seconds / (done - self._start) * (self.total - done) + self._evaluation_seconds * due
 
     def _rich_bar(self) -> Any:
         try:
@@ -199,9 +192,3 @@ class Progress:
         except ImportError:
             return None
         return RichProgress(MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"))
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

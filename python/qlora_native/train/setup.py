@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,7 @@ from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import CALIBRATED, LayerProgress, load_model
 from qlora_native.hf.source import Source, open_source
-from qlora_native.lora import LayerStatistics, LoRALinear, add_lora
+from qlora_native.lora import LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
 
@@ -44,8 +43,7 @@ def prepare_model(
         source: of ``config.model``, if it is open already.
     """
     options, ranks = config.train, ranks or OneProcess()
-    has_adapters = model is not None and any(isinstance(module, LoRALinear) for module in model.modules())
-    if ranks.world > 1 and config.lora.init != ZERO and not has_adapters:
+    if ranks.world > 1 and config.lora.init != ZERO and not _has_adapters(model):
         raise UserError(
             f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: set "
             f"lora.init to {ZERO}"
@@ -56,8 +54,14 @@ def prepare_model(
             model = _load(config, source, rows, ranks, progress)
         else:
             fuse(model)
-        if not any(isinstance(module, LoRALinear) for module in model.modules()):
-            add_lora(model, config.lora.as_config(options.seed), _statistics(config, model, rows, source))
+        if not _has_adapters(model):
+            statistics = None
+            if config.lora.init != ZERO:
+                from qlora_native.hf.residuals import lora_statistics
+
+                text = _text(config, rows, "lora.init is h_svd") if config.lora.init == H_SVD else None
+                statistics = lora_statistics(model, text, full=False, source=source)
+            add_lora(model, config.lora.as_config(options.seed), statistics)
         if ranks.is_sharded:
             from torch.distributed.fsdp import FSDPModule
 
@@ -72,11 +76,8 @@ def prepare_model(
     return model.train()
 
 
-def _is_made(source: Source, method: str) -> bool:
-    """Whether the files are 4-bit already, made by ``method`` according to their config, so that nothing is left to
-    it."""
-    metadata: Any = (source.four_bit_config or {}).get(METADATA) or {}
-    return method != "rtn" and metadata.get("method") == method
+def _has_adapters(model: Any) -> bool:
+    return model is not None and any(isinstance(module, LoRALinear) for module in model.modules())
 
 
 def _load(
@@ -84,7 +85,8 @@ def _load(
 ) -> Any:
     """The 4-bit model; on several processes with adapters, since they cannot be added to what is sharded."""
     quant = config.quant
-    is_made = _is_made(source, quant.method)
+    metadata: Any = (source.four_bit_config or {}).get(METADATA) or {}
+    is_made = quant.method != "rtn" and metadata.get("method") == quant.method  # the files are in 4 bits already
     calibration = None if is_made else _calibration(config, rows)
     options: dict[str, Any] = {
         **quant.options,
@@ -123,36 +125,19 @@ def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> Calibrat
     return replace(_text(config, rows, f"quant.method is {method}"), keep=folder / FILE)
 
 
-def _statistics(
-    config: TrainConfig, model: Any, rows: TokenizedDataset | None, source: Source | None
-) -> Iterator[LayerStatistics] | None:
-    """What ``lora.init`` needs: nothing, or the 16-bit weights, with the second moments of the inputs for h_svd."""
-    init = config.lora.init
-    if init == ZERO:
-        return None
-    from qlora_native.hf.residuals import lora_statistics
-
-    text = _text(config, rows, f"lora.init is {init}") if init == H_SVD else None
-    return lora_statistics(model, text, full=False, source=source)
-
-
 def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> CalibrationData:
     from qlora_native.calibration.data import CalibrationData
 
-    path, seed = config.quant.calibration, config.train.seed
-    if path is not None:
-        return CalibrationData(Path(path).expanduser(), seed=seed)
+    if config.quant.calibration is not None:
+        return CalibrationData(Path(config.quant.calibration).expanduser(), seed=config.train.seed)
     if rows is None:
         raise ValueError(f"{why}: it needs the training rows or quant.calibration")
     # Not the file: it also holds the rows that are held out.
-    return CalibrationData([torch.from_numpy(row["input_ids"].copy()) for row in rows], seed=seed)
+    return CalibrationData([torch.from_numpy(row["input_ids"].copy()) for row in rows], seed=config.train.seed)
 
 
 def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], output_dir: Path) -> AdamW | Lion:
-    """The optimizer that the config names, with its clipping; it measures the gradient's norm without clipping too.
-
-    Its page file, if there is one, lies in ``train.page_dir`` or else in ``output_dir``.
-    """
+    """The optimizer that the config names, with its clipping; it measures the gradient's norm without clipping too."""
     page_dir = Path(options.page_dir).expanduser() if options.page_dir else output_dir
     with as_write_error(page_dir):
         page_dir.mkdir(parents=True, exist_ok=True)
@@ -179,8 +164,8 @@ def learning_rate(
 ) -> float:
     """Rises linearly to ``peak`` over the warm-up, then falls to 0 at ``total_steps`` (or stays, for "constant").
 
-    A function of the step alone, so that a resumed run needs no state of a scheduler. The first step of a warm-up of n
-    steps already has peak / n: a step with a rate of 0 would be wasted.
+    A function of the step alone, so that a resumed run needs no state of a scheduler. The first of n steps of a warm-up
+    already has peak / n: a step with a rate of 0 would be wasted.
     """
     warmup_steps = round(warmup * total_steps) if warmup < 1 else round(warmup)
     if step < warmup_steps:
