@@ -7,12 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import tiny
-from safetensors.torch import load_file
-
 import qlora_native.bitsandbytes as bnb
-from qlora_native.cli.main import main
 
 PAGE = (Path(__file__).parents[1] / "docs" / "bitsandbytes.md").read_text(encoding="utf-8")
 RUNNER = Path(__file__).parent / "peers" / "run_bitsandbytes_tests.py"
@@ -78,21 +73,6 @@ def test_another_folder_is_an_error(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.returncode == 2
     assert result.stdout == f"{tmp_path} is no checkout of bitsandbytes: tests/test_linear4bit.py is missing.\n"
-
-
-def test_every_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny.write_model(tmp_path / "my-model")
-    scripts = re.findall(r"```(python|sh)\n(.*?)```", PAGE, re.DOTALL)
-    assert {kind for kind, _ in scripts} == {"python", "sh"}
-    for kind, script in scripts:
-        if kind == "sh":
-            assert all(main(line.removeprefix("qlora ").split()) == 0 for line in script.splitlines())
-        else:
-            result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-            assert result.returncode == 0, f"{script}\n{result.stderr}"
-    ours, again = (load_file(tmp_path / name / "model.safetensors") for name in ("my-model-nf4", "my-model-nf4-again"))
-    assert ours.keys() == again.keys()
 
 
 def test_the_page_names_what_is_offered() -> None:

@@ -107,7 +107,7 @@ CALLS = {
     "eval {model} --data {rows}": f"{_HF} jinja2",
     "config list": "",
     "config init": "",
-    "config init {model} --gpu 24GB": _HF,
+    "config init {model} --gpu 24GB": _ALL,
     "config check config.yaml": "yaml pydantic",
     "data show {rows} --model {model}": f"{_ALL} jinja2",
     "bench linear_4bit --shape 1 64 64 --rounds 1": "",

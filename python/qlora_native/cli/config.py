@@ -94,7 +94,7 @@ def _init(name: str, out: str | None, gpu: str | None) -> None:
 def config_for(model: Path, gpu: str | None, name: str) -> str:
     """The text of a config for a model on a card, or on the CPU of this machine: the longest rows that fit, as many as
     fit, with optimizer states in 8 bits only if they must be. UserError if no row fits."""
-    require("qlora config init MODEL", "transformers", "yaml")
+    require("qlora config init MODEL", "transformers", "yaml", "pydantic")
     from qlora_native._memory import free_memory
     from qlora_native.estimate import Estimator, Setting
 
