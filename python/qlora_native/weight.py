@@ -159,7 +159,8 @@ class QuantizedWeight:
         values.
 
         Raises:
-            IndexError: out of range. ValueError: a slice that does not begin at a block.
+            IndexError: out of range.
+            ValueError: a slice that does not begin at a block.
         """
         count = self.shape[0] if self.shape else 0
         if not 0 <= start <= stop <= count:

@@ -61,7 +61,8 @@ def load_model(
         reshard_after_forward: as :func:`shard`.
 
     Raises:
-        UserError, ValueError: as ``qn.load_model``; an error of one rank is raised by all.
+        UserError: as ``qn.load_model``; an error of one rank is raised by all.
+        ValueError: likewise.
     """
     if lora is not None and lora.seed is None:
         raise ValueError("load_model: lora has no seed: give it one, so that every rank starts the same adapter.")

@@ -48,7 +48,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, write: boo
     or a crash leaves an adapter that was already in ``folder`` as it was. Tensors are fp32.
 
     Raises:
-        ValueError: the model has no adapter. UserError: the folder cannot be written.
+        ValueError: the model has no adapter.
+        UserError: the folder cannot be written.
     """
     layers = dict(lora_layers(model))
     if not layers:

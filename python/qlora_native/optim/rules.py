@@ -17,7 +17,9 @@ class AdamW(Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as for any torch optimizer.
-        lr: learning rate. betas: decay of the two averages. eps: added to the denominator.
+        lr: learning rate.
+        betas: decay of the two averages.
+        eps: added to the denominator.
         weight_decay: each step first multiplies the parameter by ``1 - lr * weight_decay``.
         bits: 32, or 8 for coded states; a group may have its own.
         paged: "auto" keeps the states in memory until it runs short; then they go into a page file, and come back when
@@ -28,8 +30,10 @@ class AdamW(Optimizer):
             by default half of what is free at a step.
         max_norm: clips the norm of all gradients together; see the module's text.
 
-    Raises OSError if ``paged`` is True and there can be no page file, ValueError for values out of range, for
-    parameters that are not float32, bfloat16 or float16, and, in ``step``, for sparse gradients.
+    Raises:
+        OSError: ``paged`` is True and there can be no page file.
+        ValueError: values out of range, parameters that are not float32, bfloat16 or float16, or, in ``step``, sparse
+            gradients.
     """
 
     _moments: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}

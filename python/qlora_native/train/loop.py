@@ -117,7 +117,8 @@ class Trainer:
         """Train, evaluate, save.
 
         Raises:
-            UserError: whatever the user can fix. Interrupted (a KeyboardInterrupt): saved after Ctrl-C.
+            UserError: whatever the user can fix.
+            Interrupted: a KeyboardInterrupt, once all is saved after Ctrl-C.
             RankLost: another one of several processes ended or hangs.
         """
         with joined(self.config.parallel, self.config.rank_timeout) as self.ranks:
