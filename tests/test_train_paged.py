@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import runs
+import yaml
 from helpers import needs_page_files
 from runs import metrics, start, steps_made, wait_until, write_files
 
@@ -100,9 +101,14 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_no_room_for_the_page_file_is_reported_before_the_first_step(files: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{tmp_path / 'pages'}.*File too large"):
-        train(files, tmp_path)
+def test_no_room_for_the_page_file_is_reported_before_the_first_step(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings(files, tmp_path)))
+    assert main(["train", str(path)]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qlora")]
+    assert str(tmp_path / "pages") in error and "File too large" in error
     assert steps_made(tmp_path / "out") == 0
 
 
