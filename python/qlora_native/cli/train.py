@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 from qlora_native.cli._run import missing_modules
@@ -54,5 +55,6 @@ def run(args: argparse.Namespace) -> int:
     except RankLost as lost:
         if str(lost):
             print(f"qlora: {lost}", file=sys.stderr, flush=True)
-        return 1
+        sys.stdout.flush()
+        os._exit(1)  # threads of the backend that still wait for the lost process can abort or hang a normal exit
     return 0
