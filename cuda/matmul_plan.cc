@@ -1,8 +1,6 @@
 #include "cuda/matmul_plan.h"
 
 #include <algorithm>
-#include <bit>
-#include <iterator>
 #include <limits>
 #include <numeric>
 
@@ -12,8 +10,7 @@ namespace qlora_native::cuda {
 namespace {
 
 constexpr int kMostSplits = 32;
-constexpr int kGemvRows[] = {16, 32, 64};  // of W a CTA, in the columns of a plan
-constexpr int64_t kFewestSteps = 4;        // of a part: fewer do not fill the pipeline of copies
+constexpr int64_t kFewestSteps = 4;  // of a part: fewer do not fill the pipeline of copies
 
 // What a reduction in parts costs, in steps of a CTA. Estimates, not yet measurements.
 constexpr int64_t kStartingSteps = 4;  // to fill the pipeline of copies and to store a tile
@@ -141,10 +138,6 @@ MatmulPlan tiled(const MatmulQuestion& question, const TileSize& tile, int split
           0};
 }
 
-bool same_choice(const MatmulPlan& a, const MatmulPlan& b) {
-  return a.kind == b.kind && a.rows == b.rows && a.columns == b.columns && a.splits == b.splits;
-}
-
 }  // namespace
 
 bool rows_are_regular(int64_t n, int64_t k, int64_t block_size, bool forward) {
@@ -179,65 +172,6 @@ MatmulPlan plan_matmul(const MatmulQuestion& question) {
   }
   const TileSize& tile = kTiles[last_tile(question)];
   return tiled(question, tile, splits_of(question, tile));
-}
-
-std::optional<MatmulPlan> plan_of_choice(const MatmulQuestion& question, const MatmulChoice& choice) {
-  const bool fused = fused_is_possible(question);
-  if (choice.kind == MatmulKind::kTwoStep) {
-    return fused && question.low_memory ? std::nullopt : std::optional(two_step(question));
-  }
-  if (!fused) {
-    return std::nullopt;
-  }
-  if (choice.kind == MatmulKind::kGemv) {
-    const bool known = std::find(std::begin(kGemvRows), std::end(kGemvRows), choice.columns) != std::end(kGemvRows);
-    const MatmulPlan plan = gemv(question, choice.columns);
-    return takes_gemv(question) && known && choice.rows == plan.rows && choice.splits == 1 ? std::optional(plan)
-                                                                                           : std::nullopt;
-  }
-  for (int i = 0; i <= last_tile(question); ++i) {
-    const TileSize& tile = kTiles[i];
-    if (tile.rows == choice.rows && tile.columns == choice.columns && choice.splits >= 1 &&
-        choice.splits <= most_splits(question, tile) && (choice.kind == MatmulKind::kSplitK) == (choice.splits > 1)) {
-      return tiled(question, tile, choice.splits);
-    }
-  }
-  return std::nullopt;
-}
-
-std::vector<MatmulPlan> candidate_plans(const MatmulQuestion& question) {
-  std::vector<MatmulPlan> found{plan_matmul(question)};
-  const auto add = [&found](const MatmulPlan& plan) {
-    if (std::none_of(found.begin(), found.end(), [&plan](const MatmulPlan& p) { return same_choice(p, plan); })) {
-      found.push_back(plan);
-    }
-  };
-  if (fused_is_possible(question)) {
-    if (takes_gemv(question)) {
-      for (const int rows : kGemvRows) {
-        add(gemv(question, rows));
-      }
-    }
-    const int last = last_tile(question);
-    for (int i = 0; i <= last; ++i) {
-      if (4 * kTiles[i].rows < kTiles[last].rows) {
-        continue;  // it decodes W more than four times as often
-      }
-      for (const int splits : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}) {
-        if (splits <= most_splits(question, kTiles[i])) {
-          add(tiled(question, kTiles[i], splits));
-        }
-      }
-    }
-  }
-  if (!question.low_memory || !fused_is_possible(question)) {
-    add(two_step(question));
-  }
-  return found;
-}
-
-int64_t tokens_bucket(int64_t m) {
-  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(m, 4))));
 }
 
 }  // namespace qlora_native::cuda

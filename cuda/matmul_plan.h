@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
-#include <vector>
 
 #include "core/half.h"
 
@@ -69,26 +67,6 @@ bool rows_are_regular(int64_t n, int64_t k, int64_t block_size, bool forward);
 
 // Whether a fused kernel takes these sizes at all. The pointers must be at multiples of 16 bytes besides.
 bool fused_is_possible(const MatmulQuestion& question);
-
-// What a measurement may choose of a plan; the other fields follow from the sizes.
-struct MatmulChoice {
-  MatmulKind kind;
-  int rows;     // as in MatmulPlan; 0 of kTwoStep
-  int columns;  // likewise
-  int splits;
-};
-
-// The plan of a choice, or nothing where no kernel has it for these sizes, or where it has a panel and low_memory none.
-std::optional<MatmulPlan> plan_of_choice(const MatmulQuestion& question, const MatmulChoice& choice);
-
-// What is worth measuring: plan_matmul's first, then every other kernel and tile that takes these sizes, with a ladder
-// of splits, and the two steps last. No plan is listed twice.
-std::vector<MatmulPlan> candidate_plans(const MatmulQuestion& question);
-
-// Token counts that share a choice: the smallest power of two from 4 that is not below m. It is where a choice is
-// measured, and what plan_of_choice has for it, it has for all of the bucket. Up to 128 tokens plan_matmul's tile is
-// the same all over a bucket, too. m is positive.
-int64_t tokens_bucket(int64_t m);
 
 // Partial sums of kSplitK: fp32 [splits, m, columns of y rounded up to whole tiles].
 int64_t split_k_workspace_bytes(int64_t m, int64_t columns, const TileSize& tile, int splits);

@@ -2,8 +2,6 @@
 
 #include <array>
 #include <limits>
-#include <optional>
-#include <vector>
 
 #include "cuda/linear_4bit.h"
 #include "cuda/matmul_plan.h"
@@ -18,7 +16,6 @@ namespace {
 
 using PlanFields = std::array<int64_t, 8>;       // of MatmulPlan, in order
 using QuestionFields = std::array<int64_t, 10>;  // of MatmulQuestion, in order
-using ChoiceFields = std::array<int64_t, 4>;     // of MatmulChoice, in order
 
 PlanFields fields_of(const cuda::MatmulPlan& plan) {
   return {static_cast<int64_t>(plan.kind),
@@ -54,28 +51,6 @@ cuda::MatmulQuestion checked_question(const QuestionFields& fields) {
 
 PlanFields plan_matmul(const QuestionFields& question) {
   return fields_of(cuda::plan_matmul(checked_question(question)));
-}
-
-std::optional<PlanFields> plan_of_choice(const QuestionFields& question, const ChoiceFields& choice) {
-  const auto [kind, rows, columns, splits] = choice;
-  require(kind >= 0 && kind <= static_cast<int64_t>(cuda::MatmulKind::kTwoStep), "there is no such kind of plan.");
-  const auto plan = cuda::plan_of_choice(
-      checked_question(question),
-      {static_cast<cuda::MatmulKind>(kind), checked_int(rows), checked_int(columns), checked_int(splits)});
-  return plan ? std::optional(fields_of(*plan)) : std::nullopt;
-}
-
-std::vector<PlanFields> candidate_plans(const QuestionFields& question) {
-  std::vector<PlanFields> found;
-  for (const cuda::MatmulPlan& plan : cuda::candidate_plans(checked_question(question))) {
-    found.push_back(fields_of(plan));
-  }
-  return found;
-}
-
-int64_t tokens_bucket(int64_t m) {
-  require(m > 0 && m <= int64_t{1} << 62, "m is out of range.");
-  return cuda::tokens_bucket(m);
 }
 
 // A plan as plan_matmul gave it. Its fields choose among what is compiled; what no kernel has is refused at the launch.
@@ -132,11 +107,6 @@ void bind_linear_4bit(py::module_& module) {
       "plan_matmul", &plan_matmul, py::arg("question"),
       "The fields of MatmulPlan (kind, rows, columns, splits, stages, shared and workspace bytes, panel rows) for "
       "those of MatmulQuestion (m, n, k, r, block_size, dtype, forward, low_memory, compute_capability, sm_count).");
-  module.def("plan_of_choice", &plan_of_choice, py::arg("question"), py::arg("choice"),
-             "The plan of a choice (kind, rows, columns, splits), or None where it is not possible.");
-  module.def("candidate_plans", &candidate_plans, py::arg("question"),
-             "The plans worth measuring, plan_matmul's first.");
-  module.def("tokens_bucket", &tokens_bucket, py::arg("m"), "The token count at which m tokens' choice is measured.");
   module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"),
              py::arg("plan"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"), py::arg("weight"),

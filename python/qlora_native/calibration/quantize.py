@@ -13,9 +13,7 @@ from threading import Lock, local
 import torch
 
 from qlora_native import _native, reference
-from qlora_native.weight import QuantizedWeight, quant_type_number, quantize
-
-METHODS = ("rtn", "rtn_signed", "wmse", "gptq")
+from qlora_native.weight import METHODS, QuantizedWeight, quant_type_number, quantize
 
 # Scales are searched between these shares of a block's largest magnitude: below 1 large elements are clipped, above 1
 # the largest comes to lie at an inner level. Trying all 256 stored scales gained 0.1 % at most (SmolLM2-135M).

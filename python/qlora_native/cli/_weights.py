@@ -66,7 +66,7 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
     method = quant.get("method", "rtn")
     if rounds and method != "rtn":
         from qlora_native.calibration.data import kept_calibration, quantize_command
-        from qlora_native.hf.load import CALIBRATED
+        from qlora_native.weight import CALIBRATED
 
         kept = kept_calibration(args.adapter) or quant.get("calibration")
         text = kept or ("FILE" if method in CALIBRATED else None)

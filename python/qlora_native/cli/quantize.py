@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _calibration(args: argparse.Namespace) -> Any:
     from qlora_native.calibration.data import CalibrationData
-    from qlora_native.hf.load import CALIBRATED
+    from qlora_native.weight import CALIBRATED
 
     given = {"rows": args.calibration_rows, "length": args.calibration_length, "format": args.calibration_format}
     if args.calibration is not None:

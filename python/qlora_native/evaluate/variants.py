@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_native.errors import UserError
-from qlora_native.hf.load import CALIBRATED, METHODS, load_dense, load_model
+from qlora_native.hf.load import load_dense, load_model
 from qlora_native.hf.source import open_source
 from qlora_native.lora import load_adapter
+from qlora_native.weight import CALIBRATED, METHODS
 
 REFERENCE, FOUR_BIT, ADAPTED = "16-bit", "4-bit", " + adapter"
 

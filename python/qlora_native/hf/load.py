@@ -23,10 +23,7 @@ from qlora_native.hf.checkpoint import some_of
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.source import SafetensorsSource, Source, open_source
 from qlora_native.nn.experts import without_stacks
-from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, quantize
-
-CALIBRATED = ("wmse", "gptq")  # methods that need data
-METHODS = ("rtn", "rtn_signed", *CALIBRATED)
+from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, QuantizedWeight, quantize
 
 Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers in all)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_native._version import __version__
 from qlora_native.config import TrainConfig
-from qlora_native.hf.load import CALIBRATED
+from qlora_native.weight import CALIBRATED
 
 
 def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes: dict[str, str]) -> None:

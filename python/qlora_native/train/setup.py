@@ -16,11 +16,12 @@ from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
-from qlora_native.hf.load import CALIBRATED, LayerProgress, load_model
+from qlora_native.hf.load import LayerProgress, load_model
 from qlora_native.hf.source import Source, open_source
 from qlora_native.lora import LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
+from qlora_native.weight import CALIBRATED
 
 if TYPE_CHECKING:
     from qlora_native.calibration.data import CalibrationData
