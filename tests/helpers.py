@@ -7,7 +7,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -127,3 +129,21 @@ def through_a_file(saved: Any, **options: Any) -> Any:
     torch.save(saved, file := io.BytesIO())
     file.seek(0)
     return torch.load(file, **options)
+
+
+@contextmanager
+def sampled(read: Callable[[], int]) -> Iterator[list[int]]:
+    """What ``read`` returns, again and again, in another thread; one reading at least."""
+    seen, ends = [read()], threading.Event()
+
+    def sample() -> None:
+        while not ends.wait(0.0005):
+            seen.append(read())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ends.set()
+        thread.join()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +78,3 @@ def same_states(a: Made, b: Made) -> bool:
 
 def same_training(a: Made, b: Made) -> bool:
     return same_params(a, b) and same_states(a, b)
-
-
-@contextmanager
-def sampled(optimizer: Any) -> Iterator[list[int]]:
-    """The resident bytes of its states, read again and again by another thread."""
-    seen: list[int] = []
-    ends = threading.Event()
-
-    def read() -> None:
-        while not ends.wait(0.0005):
-            seen.append(optimizer.paging_statistics()["resident_bytes"])
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        ends.set()
-        thread.join()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import sampled
 from ranks import held_bytes, on_ranks, trained
 from test_load_memory import anonymous_bytes
 from tiny_models import save, tokens
@@ -54,24 +53,6 @@ def step(model: Any) -> None:
     optimizer.step()
 
 
-@contextmanager
-def most(start: int) -> Iterator[list[int]]:
-    """The most anonymous memory above ``start`` inside, read all the time, as the one number of a list."""
-    found, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            found[0] = max(found[0], anonymous_bytes("self") - start)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
-
-
 def memory_of(rank: int, world: int, load: Callable[[Path], nn.Module], folder: Path) -> dict[str, int]:
     """Bytes of frozen tensors held, and anonymous memory above that of the imports: at most while loading, at rest,
     and at most in a step."""
@@ -79,13 +60,17 @@ def memory_of(rank: int, world: int, load: Callable[[Path], nn.Module], folder: 
     step(load(folder / "tiny"))  # what the libraries take at first use
     trim_heap()
     start = anonymous_bytes("self")
-    with most(start) as loading:
+
+    def above() -> int:
+        return anonymous_bytes("self") - start
+
+    with sampled(above) as loading:
         model = load(folder / "model")
     trim_heap()
-    rest = anonymous_bytes("self") - start
-    with most(start) as peak:
+    rest = above()
+    with sampled(above) as peak:
         step(model)
-    return {"held": held_bytes(model), "loading": loading[0], "rest": rest, "peak": peak[0]}
+    return {"held": held_bytes(model), "loading": max(loading), "rest": rest, "peak": max(peak)}
 
 
 def test_weights_of_one_rank_of_four(tmp_path: Path) -> None:
