@@ -23,14 +23,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def sentence(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Check]:
-    """Compare a text with what sentences.json has for this test; paths below tmp_path stand there as $TMP."""
+    """Compare a text with what sentences.json has for this test; pytest's temporary folders are $TMP there."""
     stored: dict[str, list[str]] = json.loads(FILE.read_text(encoding="utf-8"))
     name = request.node.nodeid.removeprefix("tests/")
+    folders = rf"[^\s'\"(=]*{re.escape(tmp_path.parent.name)}[\\/][\w-]+"
     found: list[str] = []
     rewrites = bool(request.config.getoption("--rewrite-sentences"))
 
     def check(text: object) -> None:
-        found.append(re.sub(r"[^\s'\"(=]*" + re.escape(tmp_path.name), "$TMP", str(text)))
+        found.append(re.sub(folders, "$TMP", str(text)))
         if not rewrites:
             assert found == stored.get(name, [])[: len(found)], (
                 f"if this is as meant: pytest --rewrite-sentences {name}"

@@ -226,7 +226,7 @@ def test_refuses_in_words() -> None:
     row = [0] * qn._C.optim_row_length
     row[qn.ops._optim.NUMEL] = 4
     table = qn.ops._optim.table_of([row])
-    with pytest.raises(ValueError, match="grad is a null pointer, but 4 elements are expected"):
+    with pytest.raises(ValueError, match="grad .*null pointer, but 4 elements"):
         qn._C.adamw_step(qn.ops._optim.address_of(table), 1, [(0.1,) * 5 + (True,)], 1.0)
 
 

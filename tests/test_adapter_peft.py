@@ -181,20 +181,20 @@ def put(folder: Path, name: str, *shape: int) -> None:
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 WRONG: list[tuple[str, Callable[[Path], object], str]] = [
-    ("no config", lambda f: (f / CONFIG).unlink(), r"has no adapter_config\.json: expected an adapter folder"),
+    ("no config", lambda f: (f / CONFIG).unlink(), r"has no adapter_config\.json: expected"),
     ("config is not JSON", lambda f: (f / CONFIG).write_text("{"), "expected a JSON object"),
     ("no tensors", lambda f: (f / TENSORS).unlink(), r"has no adapter_model\.safetensors"),
     ("pickle", lambda f: (f / TENSORS).rename(f / "adapter_model.bin"), r"adapter_model\.bin, is not read"),
     ("cut short", lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:500]), "cannot be read"),
     ("prompt tuning", lambda f: edit_config(f, peft_type="PROMPT_TUNING"), "peft_type is 'PROMPT_TUNING'"),
-    ("DoRA", lambda f: edit_config(f, use_dora=True), "sets use_dora to True, which this library does not compute"),
+    ("DoRA", lambda f: edit_config(f, use_dora=True), "sets use_dora to True, which"),
     ("biases", lambda f: edit_config(f, bias="all"), "sets bias to 'all'"),
     ("PiSSA", lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), "pissa_niter_4.*changes the base"),
     ("config of another rank", lambda f: edit_config(f, r=8), r"is \[4, 96\], but adapter_config\.json has rank 8"),
     ("no rank", lambda f: edit_config(f, r=None), "cannot be used"),
-    ("half a pair", lambda f: edit_tensors(f, lambda t: t.pop(KEY)), "holds lora_B of .*q_proj but not its partner"),
+    ("half a pair", lambda f: edit_tensors(f, lambda t: t.pop(KEY)), "holds lora_B of .*q_proj but not"),
     ("nothing", lambda f: edit_tensors(f, lambda t: t.clear()), "holds no lora_A and lora_B"),
-    ("embedding adapter", lambda f: put(f, "x.lora_embedding_A", 2), "x.lora_embedding_A belongs to a kind of LoRA"),
+    ("embedding adapter", lambda f: put(f, "x.lora_embedding_A", 2), "x.lora_embedding_A belongs to a kind"),
     ("whole of another model", lambda f: put(f, "lm_head.weight", 9, 64), r"head\.weight \[9, 64\].*as \[128, 64\]"),
     ("whole of 4 bits", lambda f: put(f, "model.layers.0.mlp.up_proj.weight", 96, 64), r"up_proj\.weight \[96, 64\]"),
 ]
@@ -236,7 +236,7 @@ def test_an_adapter_other_than_the_models(sound: Path) -> None:
 
 
 def test_saving_without_an_adapter() -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no adapter: call add_lora first"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no adapter: call add_lora"):
         save_adapter(make(), "nowhere")
 
 
@@ -250,9 +250,7 @@ def test_a_full_disk_leaves_the_old_adapter(adapter: Path, sound: Path) -> None:
     before, limits = contents(adapter), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     try:
-        with pytest.raises(
-            qn.UserError, match=r"cannot write the adapter to .*; the adapter that was there is unchanged"
-        ):
+        with pytest.raises(qn.UserError, match=r"cannot write the adapter .* unchanged"):
             save_adapter(model, adapter)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -272,6 +270,6 @@ def test_both_files_are_renamed_only_when_both_are_written(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", second_fails)
-    with pytest.raises(qn.UserError, match="No space left on device; the adapter that was there is unchanged"):
+    with pytest.raises(qn.UserError, match="No space left .* is unchanged"):
         save_adapter(model, adapter)
     assert contents(adapter) == before

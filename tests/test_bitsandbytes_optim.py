@@ -205,7 +205,7 @@ def test_older_layouts(theirs: Any) -> None:
     old = {"step": 1, "state1": codes, "qmap1": qmap, "absmax1": torch.tensor([1.0, 2.0, 3.0])}
     decoded = states.from_bitsandbytes(old)["exp_avg"]
     assert torch.equal(decoded, qmap[codes.long()] * torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(2048)[:5000])
-    with pytest.raises(ValueError, match="5000 elements has 7 scales: expected one for each 256 or 2048"):
+    with pytest.raises(ValueError, match="5000 elements has 7 scales: .* 256 or 2048"):
         states.from_bitsandbytes({**old, "absmax1": torch.ones(7)})
     with pytest.raises(ValueError, match="qmap1 is missing"):
         states.from_bitsandbytes({"state1": codes, "absmax1": torch.ones(20)})
@@ -258,7 +258,7 @@ def test_the_manager_sets_the_form_of_single_parameters() -> None:
         optimizer.step()
         coded = {name for name, p in model.named_parameters() if optimizer.state[p]["state1"].dtype == torch.uint8}
         assert coded == {"fc.bias", "out.weight"}
-        with pytest.raises(ValueError, match="'lr' cannot be set for single parameters"):
+        with pytest.raises(ValueError, match="'lr' cannot be set"):
             manager.override_config(model["fc"].weight, "lr", 1.0)
         with pytest.raises(RuntimeError, match="get_instance"):
             bnb.optim.GlobalOptimManager()

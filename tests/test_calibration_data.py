@@ -78,7 +78,7 @@ def test_a_tensor_is_taken_as_it_is() -> None:
     ids = torch.arange(60, dtype=torch.int32).view(4, 15)
     assert torch.equal(take(ids).ids, ids.long())
     for wrong in (ids[0], ids.float(), ids[:0]):
-        with pytest.raises(ValueError, match=r"calibration is a tensor .* expected token numbers \[rows, length\]"):
+        with pytest.raises(ValueError, match=r"calibration is a tensor .* \[rows, length\]"):
             take(wrong)
     with pytest.raises(ValueError, match="leave rows and length out"):
         take(CalibrationData(ids, rows=2))

@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from sentences import Check
 from tiny_models import distance, edit_tensors, logits, save, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -192,11 +193,11 @@ def test_experts_that_few_tokens_reach_are_rounded_and_named(tmp_path: Path, see
     assert f"{len(report.fell_back)} weights were not calibrated" in str(report)
 
 
-def test_what_stands_outside_the_layers_is_rounded_and_named(tmp_path: Path) -> None:
+def test_what_stands_outside_the_layers_is_rounded_and_named(tmp_path: Path, sentence: Check) -> None:
     save(tmp_path)
     report = load_model(tmp_path, calibration=IDS, skip_modules=[]).load_report
     assert report.method == "wmse"  # the default with data
-    assert report.fell_back == {"lm_head.weight": "it stands outside the decoder layers: 'rtn'"}
+    sentence(report.fell_back)
     assert report.calibration["tokens"] == 240 and report.seconds > 0
 
 
@@ -224,7 +225,7 @@ def test_models_whose_layers_cannot_be_run_one_by_one(tmp_path: Path, monkeypatc
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.config.num_hidden_layers = 7
-    with pytest.raises(qn.UserError, match="it has no list of 7 decoder layers"):
+    with pytest.raises(qn.UserError, match="no list of 7 decoder layers"):
         decoder_layers(model)
 
 
@@ -271,7 +272,7 @@ def test_method_and_data_are_kept_through_every_way_to_save(saved: Path, tmp_pat
     assert settings(tmp_path / "ours") == first
     given = AutoModelForCausalLM.from_pretrained(saved, quantization_config=qn.QLoRANativeConfig())
     assert given.load_report.calibration == first["calibration"]
-    with pytest.raises(qn.UserError, match=r"is 4-bit already: method 'wmse' needs the 16-bit model"):
+    with pytest.raises(qn.UserError, match="is 4-bit already: method 'wmse' needs"):
         load_model(saved, calibration=IDS)
 
 
@@ -397,7 +398,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     ran.clear()
     lines: list[str] = []
     model = load(1, work_dir=work, progress=lambda text, *_: lines.append(text))
-    assert lines[0] == "calibration changed since the run that was interrupted: starting anew"
+    assert lines[0].startswith("calibration changed since the run")
     assert ran == [0, 1, 2]
     assert_same(model.state_dict(), load(1).state_dict())
 
@@ -428,9 +429,9 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
 
     tokenizer = load_tokenizer(str(files / "model"))
     rows, _ = load_rows(config(), tokenizer)
-    with pytest.raises(qn.UserError, match=r"calibration: \d+ tokens of text, expected at least 2,048"):
+    with pytest.raises(qn.UserError, match=r"calibration: \d+ tokens of text, .* 2,048"):
         prepare_model(config(method="wmse"), None, rows, quiet=True)
-    with pytest.raises(qn.UserError, match=r"quant\.calibration is x, but quant\.method rtn takes no text"):
+    with pytest.raises(qn.UserError, match=r"quant\.calibration is x, .*method rtn takes no text"):
         prepare_model(config(calibration="x"), None, rows, quiet=True)
     long = rows.subset(list(range(len(rows))) * 8)
     model = prepare_model(config(method="wmse"), None, long, quiet=True)
@@ -449,5 +450,5 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
     # Given those files, the same config has nothing to calibrate.
     again = prepare_model(config(made, method="wmse"), None, rows, quiet=True)
     assert again.load_report.calibration == expected
-    with pytest.raises(qn.UserError, match="base is 4-bit already: method 'gptq' needs the 16-bit model"):
+    with pytest.raises(qn.UserError, match="is 4-bit already: method 'gptq' needs"):
         prepare_model(config(made, method="gptq"), None, long, quiet=True)

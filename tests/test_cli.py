@@ -20,6 +20,7 @@ import torch
 import yaml
 from helpers import needs_page_files
 from laws import ROOT
+from sentences import Check
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
@@ -78,10 +79,10 @@ def test_the_top_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("module", ["qlora_native", "qlora_native.cli.main"])
-def test_runs_as_a_module(module: str) -> None:
+def test_runs_as_a_module(module: str, sentence: Check) -> None:
     done = python("-m", module, "trian", "x")
     assert done.returncode == 2
-    assert done.stderr == "qlora trian is not a command: did you mean `qlora train`?\n"
+    sentence(done.stderr)
 
 
 def test_a_bug_shows_its_trace_and_exits_with_1() -> None:
@@ -114,25 +115,21 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("flag", "value"),
     [
-        (["--learning_rate", "1"], "--learning_rate is not a key; did you mean train.lr?"),
-        (["--model", "{files}/gone"], "{files}/gone is not there"),
-        (["--model", "{files}/empty"], "{files}/empty has no config.json"),
-        (["--model", "{files}/bare"], "no usable tokenizer in {files}/bare"),
-        (["--data.train", "{files}/gone.jsonl"], "{files}/gone.jsonl: no such data file"),
-        (["--data.train", "{files}/broken.jsonl"], "{files}/broken.jsonl:2"),
-        (["--target_modules", "[q_prj]"], "no linear layer named 'q_prj': did you mean q_proj"),
-        (["--model", "{files}/nan"], "model.layers.0.mlp.up_proj.weight cannot be quantized"),
-        (["--output_dir", "{files}/train.jsonl"], "could not write {files}/train.jsonl: File exists"),
-        (["--resume", "{files}/gone"], "resume is {files}/gone, which is no checkpoint"),
+        ("learning_rate", "1"),
+        *(("model", f"{{files}}/{name}") for name in ("gone", "empty", "bare", "nan")),
+        *(("data.train", f"{{files}}/{name}.jsonl") for name in ("gone", "broken")),
+        ("target_modules", "[q_prj]"),
+        ("output_dir", "{files}/train.jsonl"),
+        ("resume", "{files}/gone"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_lost(
-    files: Path, words: list[str], expected: str, mistake: Callable[..., str]
+    files: Path, flag: str, value: str, mistake: Callable[..., str], sentence: Check
 ) -> None:
-    line = mistake("train", files / "config.yaml", *(word.format(files=files) for word in words))
-    assert expected.format(files=files) in line
+    line = mistake("train", files / "config.yaml", f"--{flag}", value.format(files=files))
+    sentence(line.partition(" (")[0])  # without the room left on the disk, and without others' messages
     assert not (files / "out" / "adapter").exists()
 
 
@@ -204,7 +201,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert main.main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert f"{qn.build_info()['cpu_isa']} in use" in printed
-    assert "missing: pyyaml, gguf; mend with: pip install 'qlora_native[train]'\n" in printed
+    assert "missing: pyyaml, gguf; " in printed and "pip install 'qlora_native[train]'\n" in printed
 
 
 @needs_page_files
@@ -215,7 +212,7 @@ def test_doctor_reports_whether_states_can_be_paged(
     assert main.main(["doctor"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("paging"))
     kind = subprocess.run(["stat", "-f", "-c", "%T", "."], capture_output=True, text=True).stdout.strip()
-    assert re.search(rf"possible in {tmp_path} \(\w+, [\d.]+ GiB free\); [\d.]+ of [\d.]+ GiB free by ", line), line
+    assert re.search(rf"possible in {tmp_path} \(\w+, [\d.]+ GiB free\); [\d.]+ of [\d.]+ ", line), line
     assert doctor.examine()["paging"]["file_system"][:3] == kind[:3]  # stat prints ext2/ext3 of an ext4
     assert list(tmp_path.iterdir()) == []
 
@@ -226,17 +223,15 @@ def test_doctor_reports_whether_states_can_be_paged(
     assert f"paging        /proc: {paging['refused']}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("moves", "how"), [(True, "by managed memory"), (False, "by pinned host memory, if train.paged is true")]
-)
-def test_doctor_reports_how_a_device_pages(monkeypatch: pytest.MonkeyPatch, moves: bool, how: str) -> None:
+@pytest.mark.parametrize("moves", [True, False])
+def test_doctor_reports_how_a_device_pages(monkeypatch: pytest.MonkeyPatch, moves: bool, sentence: Check) -> None:
     properties = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
     module = SimpleNamespace(has_concurrent_managed_access=lambda number: moves)
     monkeypatch.setattr(_library, "module_for", lambda device: module)
-    assert doctor._cuda_devices() == [f"A GPU, sm_90, 80.0 GiB, paging {how}"]
+    sentence("\n".join(doctor._cuda_devices()))
 
 
 def test_doctor_has_the_extras_of_the_project() -> None:

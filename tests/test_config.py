@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from sentences import Check
 
 from qlora_native.cli.config import shipped
 from qlora_native.cli.main import main
-from qlora_native.config import _ALIASES, TrainConfig, keys
-from qlora_native.data.formats import FORMATS
+from qlora_native.config import _ALIASES, LoraSection, TrainConfig, keys
 from qlora_native.errors import UserError
 
 MINIMAL = "model: base\ndata:\n  train: rows.jsonl\n"
@@ -44,18 +44,12 @@ def test_defaults(tmp_path: Path) -> None:
         assert (written[section] if section else written)[leaf] == value, key
 
 
-def test_every_mistake_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
+def test_every_mistake_is_reported_at_once_with_its_line(tmp_path: Path, sentence: Check) -> None:
     text = "modle: base\ndata:\n  train: rows.jsonl\n  max_lenght: 512\nquant:\n  type: nf5\n"
     text += "train:\n  lr: fast\n  steps: 0\n  grad_checkpointing: perhaps\n"
-    assert mistakes(tmp_path, text) == [
-        "run.yaml: model is not set; add `model: ...` (model folder or .gguf file), or --model on the command line",
-        "run.yaml:4: data.max_lenght is not a key; did you mean data.max_length?",
-        "run.yaml:6: quant.type is 'nf5': expected 'nf4' or 'fp4'",
-        "run.yaml:9: train.steps is 0: expected greater than 0",
-        "run.yaml:8: train.lr is 'fast': expected a valid number",
-        "run.yaml:10: train.grad_checkpointing is 'perhaps': expected a valid boolean",
-        "run.yaml:1: modle is not a key; did you mean model?",
-    ]
+    lines = mistakes(tmp_path, text)
+    assert [line.split(":")[1].split()[0] for line in lines] == ["model", "4", "6", "9", "8", "10", "1"]
+    sentence("\n".join(lines))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +65,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path: Path) -> None
         ("train: {save_evry: 4}", "did you mean train.save_every?"),
         ("quant: {blocksize: 64}", "did you mean quant.block_size?"),
         ("  sequence_len: 3", "did you mean data.max_length?"),
-        ("lora: {zzz: 1}", "the keys of lora are r, alpha, dropout, target_modules, rslora, init"),
+        ("lora: {zzz: 1}", f"the keys of lora are {', '.join(LoraSection.model_fields)}"),
     ],
 )
 def test_a_key_that_does_not_exist(tmp_path: Path, wrong: str, meant: str) -> None:
@@ -85,9 +79,9 @@ def test_a_key_that_does_not_exist(tmp_path: Path, wrong: str, meant: str) -> No
         ("", "run.yaml: model is not set"),
         ("- a\n- b\n", "run.yaml holds list"),
         ("just words", "run.yaml holds str 'just words'"),
-        ("model: base\ndata: rows.jsonl\n", "run.yaml:2: data is 'rows.jsonl': expected a block of keys, one per line"),
-        ("model: base\n", "run.yaml: data is not set; add a block `data:`"),
-        ("model: base\ndata: {eval: x}\n", "run.yaml: data.train is not set; add `train: ...` under data (file"),
+        ("model: base\ndata: rows.jsonl\n", "run.yaml:2: data is 'rows.jsonl': expected a block"),
+        ("model: base\n", "run.yaml: data is not set; add"),
+        ("model: base\ndata: {eval: x}\n", "run.yaml: data.train is not set; add `train: ...`"),
         ("model: [base\n", "run.yaml:2: not valid YAML"),
         ("model: base\n\tdata: x\n", "run.yaml:2: not valid YAML"),
         ("model: !!python/object:os.system x\n", "run.yaml:1: not valid YAML"),
@@ -98,31 +92,31 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, expected: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "text",
     [
-        ("train: {steps: 5, epochs: 2}", ": train.steps is 5 and epochs is 2.0: expected one of them"),
-        ("train: {betas: [0.9]}", ":4: train.betas is [0.9]: expected another number"),
-        ("train: {betas: [0.9, 1.0]}", ": train.betas is [0.9, 1.0]: expected two numbers from 0"),
-        ("train: {betas: [0.1, 0.2, 0.3]}", ":4: train.betas is [0.1, 0.2, 0.3]: expected at most 2 items"),
-        ("train: {lr: .nan}", ":4: train.lr is nan: expected a finite number"),
-        ("lora: {dropout: 1.0}", ":4: lora.dropout is 1.0: expected less than 1"),
-        ("lora: {target_modules: {a: 1}}", ":4: lora.target_modules is {'a': 1}: expected"),
-        ("quant: {block_size: 48}", ":4: quant.block_size is 48: expected 32, 64, 128, 256"),
-        ("  format: csv", f":4: data.format is 'csv': expected auto, {', '.join(FORMATS)}"),
-        ("model: other", ":4: model was already set on line 1; remove one of them"),
+        "train: {steps: 5, epochs: 2}",
+        "train: {betas: [0.9]}",
+        "train: {betas: [0.9, 1.0]}",
+        "train: {betas: [0.1, 0.2, 0.3]}",
+        "train: {lr: .nan}",
+        "lora: {dropout: 1.0}",
+        "lora: {target_modules: {a: 1}}",
+        "quant: {block_size: 48}",
+        "  format: csv",
+        "model: other",
     ],
 )
-def test_values_that_are_refused(tmp_path: Path, text: str, expected: str) -> None:
-    assert mistakes(tmp_path, MINIMAL + text)[0].startswith(f"run.yaml{expected}")
+def test_values_that_are_refused(tmp_path: Path, text: str, sentence: Check) -> None:
+    sentence("\n".join(mistakes(tmp_path, MINIMAL + text)))
 
 
 def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone.yaml does not exist; `qlora config init --out .*gone.yaml` writes"):
+    with pytest.raises(UserError, match=r"gone.yaml does not exist; .*init --out .*gone.yaml`"):
         TrainConfig.from_file(tmp_path / "gone.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
     with pytest.raises(UserError, match=r"binary.yaml cannot be read: not UTF-8 text"):
         TrainConfig.from_file(tmp_path / "binary.yaml")
-    with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="read: Is a directory"):
         TrainConfig.from_file(tmp_path)
 
 
@@ -158,23 +152,23 @@ def test_a_length_from_the_command_line_replaces_the_one_in_the_file(tmp_path: P
     path = write(tmp_path, MINIMAL + "train: {steps: 5}\n")
     config = TrainConfig.from_file(path, ["--epochs", "2"])
     assert (config.train.steps, config.train.epochs) == (None, 2.0)
-    expected = mistakes(tmp_path, MINIMAL + "train: {steps: 5}\n", "--epochs", "2", "--steps", "3")
-    assert expected == ["run.yaml: train.steps is 3 and epochs is 2.0: expected one of them"]
+    (line,) = mistakes(tmp_path, MINIMAL + "train: {steps: 5}\n", "--epochs", "2", "--steps", "3")
+    assert line.startswith("run.yaml: train.steps is 3 and epochs is 2.0: ")
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "expected"),
+    ("data", "words"),
     [
-        (MINIMAL, "--learning_rate 1", "--learning_rate is not a key; did you mean train.lr?"),
-        (MINIMAL, "--lr fast", "--lr is 'fast': expected a valid number"),
-        (MINIMAL, "1e-4", "'1e-4' stands alone: expected --key value, for example --lr 1e-4"),
-        (MINIMAL, "--rslora 1 2", "'2' stands alone: expected --key value, for example --lr 1e-4"),
-        # A flag does not hide a mistake in the file.
-        ("model: base\ndata: x\n", "--max_length 3", "run.yaml:2: data is 'x': expected a block of keys, one per line"),
+        ("{train: rows.jsonl}", "--learning_rate 1"),
+        ("{train: rows.jsonl}", "--lr fast"),
+        ("{train: rows.jsonl}", "1e-4"),
+        ("{train: rows.jsonl}", "--rslora 1 2"),
+        ("x", "--max_length 3"),  # a flag does not hide a mistake in the file
     ],
 )
-def test_mistakes_on_the_command_line_name_the_flag(tmp_path: Path, text: str, words: str, expected: str) -> None:
-    assert mistakes(tmp_path, text, *words.split()) == [expected]
+def test_mistakes_on_the_command_line_name_the_flag(tmp_path: Path, data: str, words: str, sentence: Check) -> None:
+    (line,) = mistakes(tmp_path, f"model: base\ndata: {data}\n", *words.split())
+    sentence(line)
 
 
 def test_every_key_has_a_name_of_its_own_and_a_sentence() -> None:
@@ -233,12 +227,12 @@ def test_config_init_list_and_check(config: Callable[..., str]) -> None:
     ("words", "expected"),
     [
         ("init --out there.yaml", "there.yaml exists already"),
-        ("init smolm2", "there is no shipped config 'smolm2'; did you mean smollm2?"),
-        ("init --out no/such/folder.yaml", "could not write no/such/folder.yaml: No such file"),
-        ("check", "qlora config check needs a file"),
-        ("check there.yaml", "qlora: there.yaml:1: modle is not a key; did you mean model?"),
+        ("init smolm2", "'smolm2'; did you mean smollm2?"),
+        ("init --out no/such/folder.yaml", "write no/such/folder.yaml: No such file"),
+        ("check", "config check needs a file"),
+        ("check there.yaml", "there.yaml:1: modle is not a key"),
         ("list --lr 3", "qlora config list takes no --lr"),
-        ("chekc there.yaml", "qlora config: argument action: invalid choice: 'chekc'"),
+        ("chekc there.yaml", "argument action: invalid choice: 'chekc'"),
     ],
 )
 @pytest.mark.usefixtures("config")

@@ -172,16 +172,16 @@ def test_a_position_in_other_data_is_refused(other: BatchSampler, match: str) ->
 
 def test_a_broken_state_is_refused() -> None:
     sampler = BatchSampler(lengths(11), 4)
-    with pytest.raises(ValueError, match="no integer for batch, seed in the state"):
+    with pytest.raises(ValueError, match="no integer for batch, seed"):
         sampler.load_state_dict({**sampler.state_dict(), "batch": None, "seed": "5"})
-    with pytest.raises(ValueError, match="position is epoch 0, batch 3, expected an epoch from 0 and a batch below 3"):
+    with pytest.raises(ValueError, match="epoch 0, batch 3, .* batch below 3"):
         sampler.load_state_dict({**sampler.state_dict(), "batch": 3})
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: BatchSampler([], 4), r"lengths has shape \[0\], expected \[rows\] with at least one row"),
+        (lambda: BatchSampler([], 4), r"lengths has shape \[0\], expected \[rows\]"),
         (lambda: BatchSampler([[1, 2]], 4), r"lengths has shape \[1, 2\]"),  # type: ignore[list-item]
         (lambda: BatchSampler([1], 0), "batch_size is 0, expected at least 1"),
         (lambda: BatchSampler([1], 1, 0, -1), "epoch is -1, expected at least 0"),

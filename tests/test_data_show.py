@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from sentences import Check
 
 from qlora_native.cli.data import histogram
 from qlora_native.cli.main import main
@@ -40,34 +41,22 @@ def shown(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
     return capsys.readouterr().out
 
 
-def test_a_config_by_the_real_command_line(files: Path) -> None:
+def test_a_config_by_the_real_command_line(files: Path, sentence: Check) -> None:
     command = [sys.executable, "-m", "qlora_native", "data", "show", str(files / "config.yaml"), "--rows", "1"]
     environment = {"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
-    file = files / "train.jsonl"
-    assert done.stdout.splitlines()[:4] == [
-        f"{file}: format messages (inferred from the first rows); 7 rows, 168 tokens, 46% trained; "
-        "1 truncated to 64 tokens, 2 dropped",
-        "  truncated: longer than max_length=64: 1 row, on line 7",
-        "  dropped: no trained token within max_length=64: 1 row, on line 9",
-        "  dropped: nothing to train on: 1 row, on line 8",
-    ]
-    assert "tokens a row: 11 to 64, median 15" in done.stdout
-    assert done.stdout.endswith(
-        f"\n\n{file}:1: 26 tokens, 5 of them trained\n"
-        "<|user|>say, what is red and good?<|end|><|assistant|>[[apple<|end|>]]\n"
-    )
+    sentence(done.stdout)
     assert done.stdout.isascii() and "\x1b" not in done.stdout
 
 
-def test_a_data_file_with_keys_and_one_row(files: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_data_file_with_keys_and_one_row(
+    files: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, sentence: Check
+) -> None:
     words = (files / "train.jsonl", "--model", files / "model", "--max_length", 64, "--packing", "true")
-    out = shown(capsys, *words, "--row", 8, "--png", tmp_path / "lengths.png")
-    assert "packed: about 3 sequences of 64 tokens an epoch, 87.5% full" in out
-    assert out.endswith(":8: 9 tokens, 0 of them trained; dropped: nothing to train on\n<|user|>\\x1b[31mred<|end|>\n")
+    sentence(shown(capsys, *words, "--row", 8, "--png", tmp_path / "lengths.png"))
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert ":7: 64 tokens, 54 of them trained, 108 more truncated\n" in shown(capsys, *words, "--row", 7)
+    assert ":7: 64 tokens, 54 of them trained, 108 more " in shown(capsys, *words, "--row", 7)
     assert ":9: 64 tokens, 0 of them trained," in (out := shown(capsys, *words, "--row", 9))
     assert "dropped: no trained token within max_length=64\n" in out
 
@@ -95,26 +84,24 @@ def test_on_a_terminal_trained_tokens_are_colored(
 
 
 @pytest.mark.parametrize(
-    ("words", "match"),
+    "words",
     [
-        (["trian.jsonl", "--model", "model"], r"trian.jsonl: no such data file; did you mean .*train.jsonl\?"),
-        (["broken.jsonl", "--model", "model"], r"broken.jsonl:2: the line is not valid JSON"),
-        (["rows.csv", "--model", "model"], r"rows.csv: got a '.csv' file, expected a config \(.yaml, .yml\) or data"),
-        (["odd.jsonl", "--model", "model"], r"odd.jsonl:1: the keys 'a', 'q' fit no known format \(messages:"),
-        (["train.jsonl"], r"train.jsonl: which tokens are trained depends on .*; name its folder with --model DIR"),
-        (["train.jsonl", "--model", "model", "--row", "99"], r"no row on line 99: its rows stand on lines 1 to 9"),
-        (["train.jsonl", "--model", "model", "--max_lenght", "9"], r"max_lenght is not a key; did you mean data.max_l"),
+        "trian.jsonl --model model",
+        "broken.jsonl --model model",
+        "rows.csv --model model",
+        "odd.jsonl --model model",
+        "train.jsonl",
+        "train.jsonl --model model --row 99",
+        "train.jsonl --model model --max_lenght 9",
     ],
 )
 def test_mistakes_are_one_sentence(
-    files: Path, words: list[str], match: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    files: Path, words: str, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., str], sentence: Check
 ) -> None:
     monkeypatch.chdir(files)
     (files / "broken.jsonl").write_text('{"text": "abc"}\n{broken\n')
     (files / "odd.jsonl").write_text('{"q": "abc", "a": "b"}\n')
-    assert main(["data", "show", *words]) == 2
-    (error,) = capsys.readouterr().err.strip().splitlines()
-    assert re.search(match, error), error
+    sentence(mistake("data", "show", *words.split()))
 
 
 def test_histogram_covers_all_lengths() -> None:

@@ -325,11 +325,9 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_question() -> Non
 
 
 def test_a_refused_conversation_is_one_sentence_with_the_reason_of_the_template() -> None:
-    with pytest.raises(
-        UserError, match=r"^d.jsonl:3: .*\(no system role here\), got roles system, assistant; [^\n]*\.$"
-    ):
+    with pytest.raises(UserError, match=r"^d.jsonl:3: .*\(no system role here\), [^\n]* assistant; [^\n]*\.$"):
         ChatEncoder(byte_tokenizer(NO_SYSTEM)).encode(row("s:S", "a:b"))
-    with pytest.raises(UserError, match=r"^the conversation: the chat template refuses .* got roles system;"):
+    with pytest.raises(UserError, match=r"^the conversation: .* got roles system;"):
         ChatEncoder(byte_tokenizer(NO_SYSTEM)).prompt_ids(chat("s:S"))
 
 

@@ -81,9 +81,9 @@ def test_a_template_that_leaves_tools_out_is_refused() -> None:
         {"messages": conversation({"content": "ok", **OPENAI})},
         {"messages": [*conversation(CALL)[:1], {"role": "assistant", "content": "a"}], "tools": [FUNCTION]},
     ):
-        with pytest.raises(UserError, match=r"d.jsonl:7: the chat template does not show tools \('weather' is not in"):
+        with pytest.raises(UserError, match=r"d.jsonl:7: the chat template .* \('weather' is"):
             encoder.encode(row(data))
-    with pytest.raises(UserError, match="the row has 'tools' but plain text"):
+    with pytest.raises(UserError, match="the row has 'tools' but"):
         normalize(SourceRow("d.jsonl:7", 7, {"text": "abc", "tools": [FUNCTION]}), "text")
 
 

@@ -15,6 +15,7 @@ import gpu_timing
 import pytest
 import torch
 from laws import ROOT
+from sentences import Check
 
 GOLDEN = ROOT / "tests" / "golden" / "cuda_primitives.txt"
 
@@ -46,13 +47,11 @@ def test_the_floor_is_the_longer_of_bytes_and_operations() -> None:
     assert gpu_timing.floor(measured, 1e9, 1e12) == pytest.approx(1e-2)
 
 
-def test_a_primitive_that_differs_is_named() -> None:
+def test_a_primitive_that_differs_is_named(sentence: Check) -> None:
     golden = {"mma": ["00000000"] * 128, "bf16": ["1"] * 32}
     assert gpu_primitives.differences(golden, golden) == []
     other = {"mma": [*golden["mma"][:70], "00000001", *golden["mma"][71:]]}
-    lines = gpu_primitives.differences(golden, other)
-    assert "mma DIFFERS in 1 of 128 words, first in lane 17, word 2" in lines[0]
-    assert "bf16 was not run" in lines[1]
+    sentence("\n".join(gpu_primitives.differences(golden, other)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

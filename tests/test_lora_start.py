@@ -62,7 +62,7 @@ def test_it_is_the_best_of_its_rank(shape: tuple[int, int], kind: str) -> None:
 def test_nothing_lost_is_nothing_to_begin_with_and_a_nan_is_refused() -> None:
     assert not any(factor.any() for factor in residual_factors(torch.zeros(32, 48), 4, 1.0))
     for metric in (torch.full((48,), float("nan")), torch.ones(47)):
-        with pytest.raises(ValueError, match=rf"metric is \[{len(metric)}\]: expected \[48\] or \[48, 48\] of finite"):
+        with pytest.raises(ValueError, match=rf"metric is \[{len(metric)}\]: expected \[48\] or \[48, 48\]"):
             residual_factors(torch.ones(32, 48), 4, 1.0, metric)
 
 
@@ -84,7 +84,7 @@ def test_it_corrects_the_layers_and_loads_in_peft(tmp_path: Path, kind: str, ini
     assert distance(logits(theirs), logits(model)) < 1e-5
     again = load_adapter(load_model(folder, dtype=torch.float32), tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
-    with pytest.raises(ValueError, match=f"merge: the adapter began with init '{init}'.* base='dequantized'"):
+    with pytest.raises(ValueError, match=f"adapter began with init '{init}'.* base='dequantized'"):
         merge(again)
     assert distance(logits(merge(again, "dequantized", torch.float32)), logits(model)) < 1e-5
 
@@ -143,5 +143,5 @@ def test_a_config_asks_for_it(tmp_path: Path) -> None:
     rows, _ = load_rows(config, load_tokenizer(str(folder)))
     model = prepare_model(config, rows=rows, quiet=True)
     assert all(layer.lora_B.any() and layer.lora_B.requires_grad for _, layer in lora_layers(model))
-    with pytest.raises(UserError, match="lora.init is h_svd: it needs the training rows or quant.calibration"):
+    with pytest.raises(UserError, match="lora.init is h_svd: it needs the training"):
         prepare_model(config, quiet=True)
