@@ -364,6 +364,37 @@ def sentences_belong_to_tests(files: Tree) -> list[str]:
     return breaches
 
 
+def compared_places(node: ast.AST) -> list[ast.AST]:
+    """What the node compares with: an assertion without its message, `match=`, a pattern, parameters given inline."""
+    if isinstance(node, ast.Assert):
+        return [node.test]
+    if not isinstance(node, ast.Call):
+        return [node] if isinstance(node, ast.Compare) else []
+    name = ast.unparse(node.func)
+    first = 1 if name.endswith("mark.parametrize") else 0 if re.fullmatch(r"re\.(search|(full)?match)", name) else 9
+    return [*node.args[first : first + 1], *(keyword.value for keyword in node.keywords if keyword.arg == "match")]
+
+
+def sentences_stand_in_one_file(files: Tree) -> list[str]:
+    """A test compares at most five words a line in place. A word is "a" or at least two letters without other signs."""
+
+    def words(line: str) -> list[str]:
+        bare = (token.lstrip("\\('\"`").rstrip("\\.,:;!?)'\"`") for token in line.split())
+        return [token for token in bare if re.fullmatch(r"a|[A-Za-z]{2,}('[a-z]+)?", token)]
+
+    found = {}
+    for path, text in files.items():
+        if path.startswith("tests/") and path.endswith(".py"):
+            places = [place for node in ast.walk(ast.parse(text)) for place in compared_places(node)]
+            for node in (node for place in places for node in ast.walk(place)):
+                if isinstance(node, (ast.Constant, ast.JoinedStr)):
+                    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                    string = "".join(str(part.value) if isinstance(part, ast.Constant) else "0" for part in parts)
+                    if any(len(words(line)) > 5 for line in string.splitlines()):
+                        found[f"{path}:{node.lineno}"] = string[:80]
+    return [f"{place}: shorten it or call the fixture `sentence`: {string}" for place, string in found.items()]
+
+
 def pages_have_short_lines(files: Tree) -> list[str]:
     """At most 120 columns outside tables, code blocks and lines that are one URL."""
     breaches = []
