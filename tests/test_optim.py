@@ -60,6 +60,7 @@ def test_clipping_is_clip_grad_norm(max_norm: float) -> None:
     """One norm over all groups."""
     a, b = parameters(), parameters()
     ours = AdamW([{"params": [p]} for p in a], lr=1e-2, max_norm=max_norm)
+    lion = qn.optim.Lion([{"params": [p]} for p in a], lr=0.0, max_norm=max_norm)
     theirs = torch.optim.AdamW(b, lr=1e-2, weight_decay=0.0)
     ours.step()  # without a gradient
     assert not ours.state and ours.grad_norm is None
@@ -69,9 +70,9 @@ def test_clipping_is_clip_grad_norm(max_norm: float) -> None:
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in b if p.grad is not None))
         assert float(torch.nn.utils.clip_grad_norm_(b, max_norm)) == pytest.approx(norm, rel=1e-5)
         before = [p.grad.clone() for p in a if p.grad is not None]
-        ours.step()
-        theirs.step()
-        assert ours.grad_norm == pytest.approx(norm, rel=1e-12)
+        for optimizer in (lion, ours, theirs):
+            optimizer.step()
+        assert lion.grad_norm == ours.grad_norm == pytest.approx(norm, rel=1e-12)
         assert all(torch.equal(p.grad, g) for p, g in zip(a, before, strict=True) if p.grad is not None)
     assert largest_difference(a, b) < 2e-6
 
@@ -120,7 +121,7 @@ def test_a_loaded_state_is_a_copy() -> None:
 def test_states_that_do_not_fit_are_refused() -> None:
     lion, (_, adamw) = made(qn.optim.Lion), made()
     train(range(1), lion)
-    with pytest.raises(ValueError, match=r"AdamW: the state of a parameter \[70, 70\] holds exp_avg"):
+    with pytest.raises(ValueError, match=r"AdamW: .*\[70, 70\] holds exp_avg"):
         adamw.load_state_dict({**adamw.state_dict(), "state": lion[1].state_dict()["state"]})
 
 
@@ -147,10 +148,11 @@ def test_closure_hooks_and_missing_gradients() -> None:
     assert [float(optimizer.state[p]["step"]) for p in params] == [4, 1, 4, 1]
 
 
-def test_add_param_group_and_new_storage() -> None:
+@pytest.mark.parametrize("bits", [32, 8])
+def test_add_param_group_and_new_storage(bits: Any) -> None:
     """Addresses are read anew: .data may be exchanged, states replaced, groups added, and an order be another."""
     a, b = parameters(), parameters()
-    first, second = (a, AdamW(a, lr=1e-2, bits=8)), (b, AdamW(b[:2], lr=1e-2, bits=8))
+    first, second = (a, AdamW(a, lr=1e-2, bits=bits)), (b, AdamW(b[:2], lr=1e-2, bits=bits))
     second[1].add_param_group({"params": b[2:]})
     train(range(2), first, second)
     for p in b:
@@ -207,30 +209,34 @@ def test_sparse_is_refused() -> None:
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     optimizer = AdamW(embedding.parameters())
     embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(ValueError, match=r"AdamW: a gradient is torch.sparse_coo: expected dense ones"):
+    with pytest.raises(ValueError, match="AdamW: .* torch.sparse_coo: expected dense"):
         optimizer.step()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options",
     [
-        ({"params": [torch.nn.Parameter(torch.zeros(3).double())]}, r"a parameter \[3\] is torch.float64: .*float32"),
-        ({"page_budget": 1000}, "AdamW: page_budget is 1000: expected at least [0-9]+ bytes, or None"),
-        ({"paged": "yes"}, "paged is 'yes': expected 'auto', True or False"),
-        ({"bits": 4}, "bits is 4: expected 32 or 8"),
-        ({"lr": -1.0}, "lr is -1.0: expected 0 or more"),
-        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\): expected two numbers"),
-        ({"eps": float("nan")}, "eps is nan: expected 0 or more"),
-        ({"max_norm": 0.0}, "max_norm is 0.0: expected a number above 0, or None"),
+        {"params": [torch.nn.Parameter(torch.zeros(3).double())]}, {"paged": "yes"}, {"bits": 4}, {"lr": -1.0},
+        {"betas": (0.9, 1.0)}, {"eps": float("nan")}, {"max_norm": 0.0},
     ],
-)
-def test_refuses_in_words(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdamW(**{"params": parameters(), **options})
+    ids=" ".join,
+)  # fmt: skip
+def test_refuses_in_words(options: dict[str, Any], sentence: Any) -> None:
+    for rule in OPTIMIZERS[:2] if "eps" in options else OPTIMIZERS:  # Lion has none
+        with pytest.raises(ValueError) as raised:
+            rule(**{"params": parameters(), **options})
+        sentence(raised.value)
+
+
+@pytest.mark.parametrize("rule", [AdamW, qn.optim.Lion])
+def test_a_budget_below_the_least_is_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match=f"{rule.__name__}: page_budget is 1000: .* {paged.LEAST} bytes"):
+        rule(parameters(), page_budget=1000)
 
 
 def test_signature_is_the_promised_one() -> None:
-    AdamW(parameters(), 2e-4, (0.9, 0.999), 1e-8, 0.0, 8, "auto", "pages")
+    for states in ("auto", False):
+        AdamW(parameters(), 2e-4, (0.9, 0.999), 1e-8, 0.0, 8, states, "pages")
 
 
 def test_other_devices_and_dtypes_take_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:

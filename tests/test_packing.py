@@ -36,7 +36,7 @@ def test_a_known_packing() -> None:
     # Longest first: 8 | 7 | 6 | 4 to the 6 | 3 to the 7 | 2 to the 8, all of them full.
     assert pack(sizes, np.arange(6), 10) == [[5, 4], [1, 2], [3, 0]]
     assert pack(sizes, np.arange(6), 10, window_rows=3) == [[1, 2], [0], [5, 4], [3]]
-    with pytest.raises(ValueError, match="row 5 has 8 tokens, more than the 7 of a sequence"):
+    with pytest.raises(ValueError, match="row 5 has 8 tokens, .* 7 "):
         pack(sizes, np.arange(6), 7)
 
 
@@ -55,7 +55,7 @@ def test_every_row_once_per_epoch_and_hardly_any_room_is_left() -> None:
     assert sampler.steps(1.5) == sampler.count(0) + -(-sampler.count(1) // 2)
 
 
-def test_a_run_resumes_in_the_middle_of_an_epoch() -> None:
+def test_a_run_resumes_in_the_middle_of_an_epoch(sentence: Any) -> None:
     def sampler(packed_length: int = 150) -> PackedBatchSampler:
         return PackedBatchSampler(lengths(90), 3, packed_length, seed=7)
 
@@ -66,11 +66,11 @@ def test_a_run_resumes_in_the_middle_of_an_epoch() -> None:
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert resumed.epoch >= 1 and resumed.batch > 0
     assert seen + list(islice(resumed.forever(), 13)) == whole
-    with pytest.raises(UserError, match="packing was on when the checkpoint was made and is off now"):
-        BatchSampler(lengths(90), 3, seed=7).load_state_dict(first.state_dict())
-    with pytest.raises(UserError, match="packed_length was 150 when the checkpoint was made and is 200 now"):
-        sampler(200).load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="packed_length is 20, expected at least the longest row's"):
+    for other in (BatchSampler(lengths(90), 3, seed=7), sampler(200)):
+        with pytest.raises(UserError) as raised:
+            other.load_state_dict(first.state_dict())
+        sentence(raised.value)
+    with pytest.raises(ValueError, match="packed_length is 20, expected"):
         sampler(20)
 
 
@@ -134,7 +134,7 @@ def packed_and_alone(
     return loss.item(), expected.item(), gradients
 
 
-@pytest.mark.filterwarnings("ignore:.*the loss is taken from the model's own logits")
+@pytest.mark.filterwarnings("ignore:.*the model's own logits")
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
@@ -187,7 +187,7 @@ def test_a_model_that_carries_something_from_row_to_row_is_refused() -> None:
 
     model = tiny_models.make()
     model.model.layers[0].mlp = Leaking(model.model.layers[0].mlp)
-    with pytest.raises(UserError, match=r"LlamaForCausalLM cannot train on packed rows: a row's hidden states change"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM .* packed rows: .* change by \d+%"):
         check_packing(model)
 
 

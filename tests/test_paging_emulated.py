@@ -277,7 +277,7 @@ def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.Monk
     monkeypatch.setattr(_library, "_warned", set())
     emulator.module.set_memory(1 << 30, False)
     params = [torch.nn.Parameter(torch.zeros(5000))]
-    with pytest.warns(UserWarning, match=r"as on Windows, WSL2 and Tegra\): AdamW's paged states are in pinned host"):
+    with pytest.warns(UserWarning, match=r"Tegra\): AdamW's .* pinned host"):
         Optimizer(params, paged=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -286,20 +286,20 @@ def test_the_fallback_is_named_once(emulator: Emulator, monkeypatch: pytest.Monk
 
 def test_a_store_that_cannot_be_had_is_an_error(emulator: Emulator) -> None:
     emulator.module.set_memory(1 << 30, False)
-    with pytest.raises(RuntimeError, match="65536 bytes of managed memory .* CUDA gave cudaErrorInvalid"):
+    with pytest.raises(RuntimeError, match="65536 bytes of managed memory .* cudaErrorInvalid"):
         emulator.module.ManagedStore([(1000, 2, False)], 65536, 65536)
 
 
 def test_a_budget_below_a_chunk_is_refused_in_numbers(emulator: Emulator) -> None:
     params = [torch.nn.Parameter(torch.zeros(6_000_000))]
-    with pytest.raises(ValueError, match=r"the residency budget is 1048576 bytes: expected at least the largest chunk"):
+    with pytest.raises(ValueError, match="budget is 1048576 bytes: .* largest chunk"):
         Optimizer(params, bits=8, paged=True, page_budget=MIB)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, s: m.StoreTable(s, [0, 1], 0), "2 rows, but the store has 1 tensors"),
+        (lambda m, s: m.StoreTable(s, [0, 1], 0), "2 rows, .* 1 tensors"),
         (lambda m, s: m.ManagedStore([(-1, 2, False)], 65536, 65536), "a form is"),
         (lambda m, s: m.ManagedStore([(1, 2, False)], 100, 65536), "page_bytes is 100"),
         (lambda m, s: m.StoreTable(m.PinnedStore([(9, 1, True)], 4096, 4096), [0], 0), "staging is a null pointer"),

@@ -30,7 +30,9 @@ def test_the_limits_of_the_process_and_of_the_machine(monkeypatch: pytest.Monkey
     assert _memory.free_of_machine(MEMINFO) == Free(20_000_000 * 1024, 24_590_000 * 1024, "the machine's memory")
     monkeypatch.setattr(_memory, "_cgroups", list)
     monkeypatch.setattr(_memory, "_read", lambda file: "MemTotal: 5 kB\n")  # before Linux 3.14
-    assert _memory.free_memory() is None
+    for limit in (-1, 1024):  # none, and one that nothing is read of
+        monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
+        assert _memory.free_memory() is None
 
 
 V2_STAT = f"anon {500 * MIB}\nfile {300 * MIB}\ninactive_file {200 * MIB}\nactive_file {50 * MIB}\nshmem {50 * MIB}\n"
@@ -182,10 +184,10 @@ def play(free: Callable[[int], int], seconds: int, policy: PagingPolicy, states:
     ("free", "seconds", "moves"),
     [
         pytest.param(lambda now: 50 if now == 7 else 500, 40, [(7, "out"), (18, "in")], id="back after a calm"),
-        pytest.param(lambda now: 50 if now == 7 else 163, 100, [(7, "out")], id="no room for margin and states"),
+        pytest.param(lambda now: 50 if now == 7 else 163, 100, [(7, "out")], id="no room for both"),
         pytest.param(lambda now: 50 if now == 7 else 164, 100, [(7, "out"), (18, "in")], id="just enough room"),
         pytest.param(lambda now: 120 if now % 8 == 5 else 500, 400, [], id="steps with spikes that fit"),
-        pytest.param(lambda now: 40 if now % 8 == 5 else 500, 400, [(5, "out")], id="steps with spikes that do not"),
+        pytest.param(lambda now: 40 if now % 8 == 5 else 500, 400, [(5, "out")], id="steps with larger spikes"),
     ],
 )
 def test_when_states_move(free: Callable[[int], int], seconds: int, moves: list[tuple[int, str]]) -> None:
@@ -237,7 +239,7 @@ def test_the_watcher_moves_states_and_ends_with_their_owner() -> None:
 def test_without_room_for_the_watcher_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
     monkeypatch.setattr(_library, "_warned", set())
-    with pytest.warns(UserWarning, match="memory is too short for the thread"):
+    with pytest.warns(UserWarning, match="too short for the thread"):
         thread = pressure.watch(States(), lambda: None, 0.001)
     assert not thread.is_alive() and thread not in pressure._watchers
 

@@ -100,9 +100,9 @@ def test_what_cannot_stand_in_a_graph_says_so(monkeypatch: pytest.MonkeyPatch) -
 
     def waits() -> None:
         if device.calls is not None:
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+            raise RuntimeError("not permitted\nand more")
         device.work(2.0)
 
     made = replay.Replay([waits], torch.device("cuda", 0))
-    assert made.refused == "CUDA error: operation not permitted when stream is capturing"
+    assert made.refused == "not permitted"
     assert made.seconds() == pytest.approx(2e-3)

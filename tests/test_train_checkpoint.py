@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -119,7 +120,7 @@ def test_other_runs_resume_too(run: Run, files: Path, options: dict[str, Any]) -
     run.train("auto", **options)
     run.assert_as(whole.out)
     if options is PACKED:
-        with pytest.raises(UserError, match="packing was on when the checkpoint was made and is off now"):
+        with pytest.raises(UserError, match="packing was on .* off"):
             run.train("auto", **{**options, "data": {"max_length": 64}})
 
 
@@ -127,7 +128,7 @@ def test_a_checkpoint_older_than_the_choice_of_optimizer_is_one_of_adamw(run: Ru
     run.crash(5)
     for path in run.out.glob(f"step-*/{checkpoint.CONFIG}"):
         path.write_text("".join(line for line in path.open() if "optimizer:" not in line))
-    with pytest.raises(UserError, match=r"train.optimizer adamw -> lion; set them back"):
+    with pytest.raises(UserError, match="train.optimizer adamw -> lion;"):
         run.train("auto", optimizer="lion")
     run.train("auto")
     run.assert_as(undisturbed)
@@ -226,8 +227,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         error = mistake("train", path)
-    assert f"could not write {run.out / 'step-000004'}: No space left on device" in error
-    assert f"{run.out / 'step-000002'} is intact, and --resume continues from it" in error
+    assert re.search(rf"{run.out}/step-000004: No space left .* {run.out}/step-000002 is intact", error), error
     assert [entry.name for entry in run.out.iterdir() if "step" in entry.name] == ["step-000002"]
     run.resume_started()
     run.assert_as(undisturbed)
@@ -239,7 +239,7 @@ def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(UserError, match=r"could not write .*step-000002: File too large.*step-000001 is intact"):
+        with pytest.raises(UserError, match=r"step-000002: File too large.*step-000001 is intact"):
             write(tmp_path, 2, trained_optimizer(numel=5000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -309,7 +309,7 @@ def test_optimizer_and_random_state_come_back(tmp_path: Path, kind: Any, options
 def test_a_damaged_checkpoint_is_reported(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path, 3, trained_optimizer(7))
     (folder / name).write_bytes((folder / name).read_bytes()[:20])
-    with pytest.raises(UserError, match=r"step-000003 cannot be read .*delete that folder"):
+    with pytest.raises(UserError, match="step-000003 cannot be read .*delete"):
         checkpoint.load_checkpoint(folder, trained_optimizer(7))
 
 
@@ -342,33 +342,32 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-def test_an_earlier_run_is_not_overwritten_nor_a_folder_resumed(files: Path, undisturbed: Path, tmp_path: Path) -> None:
-    run = Run(files, undisturbed.parent)
-    with pytest.raises(UserError, match=r"holds an earlier run \(step-000007\); continue it with --resume"):
-        run.train()
-    with pytest.raises(UserError, match=r"resume is .*, which is no checkpoint .*step-000007 is one"):
-        run.train(str(tmp_path))
+def test_an_earlier_run_is_not_overwritten_nor_a_folder_resumed(run: Run, undisturbed: Path, sentence: Any) -> None:
+    for resume in (None, str(run.folder)):
+        with pytest.raises(UserError) as raised:
+            Run(run.files, undisturbed.parent).train(resume)
+        sentence(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    "change",
     [
-        ({"lora": {"r": 8, "alpha": 8, "dropout": 0.3}}, r"lora.r 4 -> 8;"),
-        ({"train": {"seed": 1, "lr": 1e-5}}, r"train.seed 0 -> 1;"),
-        ({"quant": {"type": "fp4"}}, r"quant.type nf4 -> fp4;"),
-        ({"model": "elsewhere/other-model"}, r"model .*model -> elsewhere/other-model;"),
-        ({"data": {"train": "other.jsonl"}}, "order of the data cannot be resumed"),
+        {"lora": {"r": 8, "alpha": 8, "dropout": 0.3}},
+        {"train": {"seed": 1, "lr": 1e-5}},
+        {"quant": {"type": "fp4"}},
+        {"model": "elsewhere/other-model"},
+        {"data": {"train": "other.jsonl"}},
     ],
+    ids=" ".join,
 )
 def test_other_settings_are_refused(
-    files: Path, undisturbed: Path, tmp_path: Path, change: dict[str, Any], expected: str
+    files: Path, undisturbed: Path, tmp_path: Path, change: dict[str, Any], sentence: Any
 ) -> None:
     values: dict[str, Any] = {**Run(files, undisturbed.parent).settings(), "resume": "auto"}
     for key, value in change.items():
         values[key] = {**values[key], **value} if key in ("train", "data") else value
     if "data" in change:
         values["data"]["train"] = str(tiny.write_rows(tmp_path / "other.jsonl", 24))
-    else:
-        expected = rf"step-000007 was made with other settings: {expected} set them back"
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError) as raised:
         Trainer(TrainConfig.model_validate(values), quiet=True).train()
+    sentence(raised.value)

@@ -151,12 +151,12 @@ def test_padding_behind_a_row_needs_no_mask() -> None:
     assert relative_error(gradients(model, loss), gradients(model, expected)) < 1e-5
 
 
-@pytest.mark.parametrize("why", ["padding on the left", "a trained token that is masked", "no causal model"])
+@pytest.mark.parametrize("why", ["padding on the left", "a masked trained token", "no causal model"])
 def test_masks_that_matter_stay(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make(), make_batch()
     if why == "padding on the left":
         batch = {key: value.flip(1) for key, value in batch.items()}
-    elif why == "a trained token that is masked":
+    elif why == "a masked trained token":
         batch["labels"][1, 9] = 5
     else:
         for layer in model.model.layers:  # each position sees all

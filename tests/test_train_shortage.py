@@ -112,19 +112,15 @@ def test_an_evaluation_begins_again_too(files: Path, undisturbed: Result, tmp_pa
 
 def test_the_second_failure_is_one_sentence(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = failing(monkeypatch, SECOND_HALF_OF_STEP_2, SECOND_HALF_OF_STEP_2 + 2, allocate=by_torch)
-    words = (
-        r"^step 2 needs more memory than there is \(it asked for 1152921504606846976 bytes; [\d,]+ MiB left of .*\); "
-        r"halve train.batch_size \(now 3\) and double train.grad_accum, or lower data.max_length \(now 1024\)$"
-    )
-    with pytest.raises(UserError, match=words):
+    numbers = r"^step 2 .* 1152921504606846976 bytes; [\d,]+ MiB .*batch_size \(now 3\) .*max_length \(now 1024\)$"
+    with pytest.raises(UserError, match=numbers):
         train(files, tmp_path)
     assert count[0] == SECOND_HALF_OF_STEP_2 + 2
 
 
 def test_without_paging_the_first_failure_is(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = failing(monkeypatch, SECOND_HALF_OF_STEP_2, allocate=by_numpy)
-    words = r"^step 2 needs .*or set train.grad_checkpointing to true, or set train.paged to auto$"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=r"^step 2 .* train.grad_checkpointing to true, .* train.paged to auto$"):
         train(files, tmp_path, paged=False, grad_checkpointing=False)
     assert count[0] == SECOND_HALF_OF_STEP_2
 

@@ -143,12 +143,12 @@ def test_scaled_experts_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_nan_is_named(tmp_path: Path) -> None:
+def test_a_nan_is_named(tmp_path: Path, sentence: Any) -> None:
     save(tmp_path)
     edit_tensors(tmp_path, lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 4:5].fill_(torch.nan))
-    with pytest.raises(qn.UserError, match=r"up_proj\.weight cannot be quantized: element \[3, 4\].*is nan") as error:
+    with pytest.raises(qn.UserError) as raised:
         load(tmp_path)
-    assert "\n" not in str(error.value)
+    sentence(raised.value)
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
