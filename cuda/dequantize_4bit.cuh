@@ -21,7 +21,15 @@ namespace qlora_native::cuda {
 
 inline constexpr int kDequantizeThreads = 256;
 inline constexpr int kDequantizeTile = 1024;  // elements that a warp takes at once
-inline constexpr int kDequantizeChunk = kDequantizeThreads / 32 * kDequantizeTile;
+
+// What is decoded: runs of elements, as far apart as rows of the weight are long. Whole rows are one run.
+struct Runs {
+  int64_t first;   // element of the first run
+  int64_t count;   // runs
+  int64_t length;  // elements of a run
+  int64_t apart;   // elements from the start of one to that of the next
+  int64_t tiles;   // of a run, the last one may be partial
+};
 
 // Codes of one vector of output: kPerVector<T>, as a little-endian word, the even element in the high nibble of each
 // byte.
@@ -42,7 +50,7 @@ __device__ __forceinline__ void decode_vector(uint32_t word,
   store_values(out, values);
 }
 
-// A tile that lies whole within the range, at addresses that allow vectors.
+// A tile that lies whole within a run, at addresses that allow vectors.
 template <typename T>
 __device__ __forceinline__ void decode_tile(const WeightView& weight, int block_shift, int64_t begin,
                                             const float* levels,  // [16], shared
@@ -65,7 +73,7 @@ __device__ __forceinline__ void decode_tile(const WeightView& weight, int block_
   }
 }
 
-// Elements [begin, end), one by one: the last tile of a range, and every tile of one whose addresses allow no vectors.
+// Elements [begin, end), one by one: the last tile of a run, and every tile of one whose addresses allow no vectors.
 template <typename T>
 __device__ __forceinline__ void decode_singly(const WeightView& weight, int block_shift, int64_t begin, int64_t end,
                                               const float* levels,  // [16], shared
@@ -75,26 +83,30 @@ __device__ __forceinline__ void decode_singly(const WeightView& weight, int bloc
   }
 }
 
-// Elements [first, end). vectors: their packed codes and out lie at multiples of 16 bytes. block_shift: log2 of
+// vectors: the packed codes and the output of every run begin at multiples of a vector's. block_shift: log2 of
 // weight.block_size.
 template <typename T>
 __global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_4bit_kernel(const WeightView weight, int block_shift, bool vectors, int64_t first, int64_t end,
-                           T* __restrict__ out) {  // [end - first]
+    dequantize_4bit_kernel(const WeightView weight, int block_shift, bool vectors, const Runs runs,
+                           T* __restrict__ out) {  // [runs.count, runs.length]
   WP_SHARED(float, levels, 16);
   if (threadIdx.x < 16) {
     levels[threadIdx.x] = weight.levels[threadIdx.x];
   }
   __syncthreads();
-  const int64_t stride = first_item(gridDim.x, kDequantizeChunk);
-  int64_t begin =
-      first + first_item(blockIdx.x, kDequantizeChunk) + static_cast<int>(threadIdx.x / 32) * kDequantizeTile;
-  for (; begin < end; begin += stride) {
-    T* tile = out + (begin - first);
-    if (vectors && begin + kDequantizeTile <= end) {
+  constexpr int kWarps = kDequantizeThreads / 32;
+  const int64_t items = runs.count * runs.tiles;
+  for (int64_t item = first_item(blockIdx.x, kWarps) + static_cast<int>(threadIdx.x / 32); item < items;
+       item += first_item(gridDim.x, kWarps)) {
+    const int64_t run = runs.count == 1 ? 0 : item / runs.tiles;
+    const int64_t within = (item - run * runs.tiles) * kDequantizeTile;
+    const int64_t begin = runs.first + run * runs.apart + within;
+    T* tile = out + run * runs.length + within;
+    const int count = at_most(runs.length - within, kDequantizeTile);
+    if (vectors && count == kDequantizeTile) {
       decode_tile(weight, block_shift, begin, levels, tile);
     } else {
-      decode_singly(weight, block_shift, begin, begin + at_most(end - begin, kDequantizeTile), levels, tile);
+      decode_singly(weight, block_shift, begin, begin + count, levels, tile);
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/half.h"
+#include "core/panel.h"
 #include "core/weight_view.h"
 
 namespace qlora_native::cuda {
@@ -14,9 +15,10 @@ cudaError_t launch_dequantize_4bit(const WeightView& weight, Dtype dtype,
                                    void* out,  // [weight.numel]
                                    cudaStream_t stream);
 
-// The elements [first, first + count) alone: a panel of rows. Fast if `first` is a multiple of 32 besides.
-cudaError_t launch_dequantize_4bit(const WeightView& weight, int64_t first, int64_t count, Dtype dtype,
-                                   void* out,  // [count]
+// A panel alone. Fast if it begins at a multiple of 32 elements and, unless it has whole rows, has a multiple of 1024
+// columns, and the weight one of 32.
+cudaError_t launch_dequantize_4bit(const WeightView& weight, const Panel& panel, Dtype dtype,
+                                   void* out,  // [panel.rows(), panel.columns()]
                                    cudaStream_t stream);
 
 }  // namespace qlora_native::cuda

@@ -5,6 +5,7 @@
 // whenever a larger one comes (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -63,12 +64,28 @@ __device__ __forceinline__ RunningSum joined_by_block(RunningSum running,
   return running;
 }
 
+// A row of the logits, by the whole block. word: 0, or the bits that are NaN in every format.
+template <typename T, int kThreads>
+__device__ __forceinline__ void fill_row(T* x,                               // [vocabulary]
+                                         int64_t whole, int64_t vocabulary,  // elements in vectors, and all
+                                         uint32_t word) {
+  const auto thread = static_cast<int64_t>(threadIdx.x);
+#pragma unroll 1
+  for (int64_t i = thread * kPerVector<T>; i < whole; i += kThreads * kPerVector<T>) {
+    wp::store_16(x + i, make_uint4(word, word, word, word));
+  }
+#pragma unroll 1
+  for (int64_t i = whole + thread; i < vocabulary; i += kThreads) {
+    x[i] = from_float<T>(std::bit_cast<float>(word));
+  }
+}
+
 // vectors: every row lies at a multiple of 16 bytes.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads, 2)
     softmax_loss_kernel(T* logits,                            // [rows, vocabulary]
                         const int64_t* __restrict__ targets,  // [rows]
-                        int64_t rows, int64_t vocabulary, bool vectors, bool need_gradient,
+                        int64_t ignore_index, int64_t rows, int64_t vocabulary, bool vectors, bool need_gradient,
                         float* __restrict__ losses) {  // [rows]
   WP_SHARED(RunningSum, of_warps, size_t{kThreads / 32});
   constexpr float kLowest = -3.402823466e38f;
@@ -78,6 +95,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     T* x = logits + row * vocabulary;
     const int64_t target = targets[row];
+    if (target == ignore_index || target < 0 || target >= vocabulary) {
+      const uint32_t word = target == ignore_index ? 0u : ~0u;
+      if (thread == 0) {
+        losses[row] = std::bit_cast<float>(word);
+      }
+      if (need_gradient) {
+        fill_row<T, kThreads>(x, whole, vocabulary, word);
+      }
+      continue;
+    }
     const float chosen = to_float(x[target]);
     RunningSum running{kLowest, 0.0f};
     for (int64_t i = thread * kGroup; i < whole; i += kThreads * kGroup) {

@@ -12,12 +12,14 @@
 namespace qlora_native::cuda {
 
 // Per row: losses = log(sum(exp(logits))) - logits[target]. With need_gradient, logits become softmax - onehot in
-// place. Sums and exponentials are fp32, in an order that depends on the vocabulary alone. Needs no alignment
-// beyond that of the types; with logits at a multiple of 16 bytes and rows of a multiple of 16 bytes it is fast.
+// place. A row whose target is ignore_index has the loss and the gradient 0; one whose target is no word otherwise has
+// NaN, since nobody may wait to see it. Sums and exponentials are fp32, in an order that depends on the vocabulary
+// alone. Needs no alignment beyond that of the types; with logits at a multiple of 16 bytes and rows of a multiple of
+// 16 bytes it is fast.
 cudaError_t launch_softmax_loss(Dtype dtype,
                                 void* logits,            // [rows, vocabulary]
-                                const int64_t* targets,  // [rows], 0 <= target < vocabulary
-                                int64_t rows, int64_t vocabulary, bool need_gradient,
+                                const int64_t* targets,  // [rows]
+                                int64_t ignore_index, int64_t rows, int64_t vocabulary, bool need_gradient,
                                 float* losses,  // [rows]
                                 cudaStream_t stream);
 

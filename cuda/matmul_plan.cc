@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <numeric>
 
 #include "core/layout.h"
 
@@ -17,7 +16,7 @@ constexpr int64_t kStartingSteps = 4;  // to fill the pipeline of copies and to 
 constexpr int64_t kPartialSteps = 2;   // to store and read again a tile's sums in fp32, for each CTA
 constexpr int64_t kLaunchSteps = 4;    // the second launch
 
-// Tokens up to which a fused kernel beats dequantizing a panel for the library's GEMM. The table is an estimate from
+// Tokens up to which a fused kernel beats dequantizing for the library's GEMM. The table is an estimate from
 // memory and tensor-core rates, not yet a measurement. Cards with GDDR gain most from reading 4 bits; Hopper and
 // datacenter Blackwell reach their peak only with instructions that the fused kernels do not use.
 int64_t most_fused_tokens(int compute_capability) {
@@ -75,7 +74,8 @@ int64_t steps_of(const MatmulQuestion& question) {
 
 int64_t most_splits(const MatmulQuestion& question, const TileSize& tile) {
   const int64_t sums = split_k_workspace_bytes(question.m, columns_of(question), tile, 1);
-  return std::max<int64_t>(1, std::min({int64_t{kMostSplits}, steps_of(question) / kFewestSteps, kPanelBytes / sums}));
+  return std::max<int64_t>(1,
+                           std::min({int64_t{kMostSplits}, steps_of(question) / kFewestSteps, kWorkspaceBytes / sums}));
 }
 
 // The number of parts with the shortest time in steps, that of all waves of CTAs; fewer parts unless a tenth is gained.
@@ -101,21 +101,7 @@ int splits_of(const MatmulQuestion& question, const TileSize& tile) {
   return best;
 }
 
-MatmulPlan two_step(const MatmulQuestion& question) {
-  const int64_t row_bytes = question.k * (question.dtype == Dtype::kFloat32 ? 4 : 2);
-  // Panels begin at multiples of 32 elements, where the fast path of dequantize_4bit can.
-  constexpr int64_t kRun = 32;
-  const int64_t grain = kRun / std::gcd(kRun, question.k);
-  int64_t rows = std::max(grain, kPanelBytes / row_bytes / grain * grain);
-  // If so many rows fit, they begin where a group of nested scales does, and a panel is a weight of its own.
-  const int64_t group = kNestedBlock * question.block_size;
-  const int64_t group_rows = group / std::gcd(group, question.k);
-  if (rows > group_rows) {
-    rows -= rows % group_rows;
-  }
-  rows = std::min(rows, question.n);
-  return {MatmulKind::kTwoStep, 0, 0, 1, 0, 0, rows * row_bytes, rows};
-}
+MatmulPlan two_step() { return {MatmulKind::kTwoStep, 0, 0, 1, 0, 0, 0}; }
 
 bool takes_gemv(const MatmulQuestion& question) {
   return question.forward && question.m <= kGemvTokens && question.block_size >= kReductionStep;
@@ -123,7 +109,7 @@ bool takes_gemv(const MatmulQuestion& question) {
 
 MatmulPlan gemv(const MatmulQuestion& question, int rows) {
   const int tokens = question.m <= 4 ? 4 : question.m <= 8 ? 8 : 16;
-  return {MatmulKind::kGemv, tokens, rows, 1, 0, 0, 0, 0};
+  return {MatmulKind::kGemv, tokens, rows, 1, 0, 0, 0};
 }
 
 MatmulPlan tiled(const MatmulQuestion& question, const TileSize& tile, int splits) {
@@ -134,8 +120,7 @@ MatmulPlan tiled(const MatmulQuestion& question, const TileSize& tile, int split
           splits,
           tile.stages,
           tile.shared_bytes(),
-          cut ? split_k_workspace_bytes(question.m, columns_of(question), tile, splits) : 0,
-          0};
+          cut ? split_k_workspace_bytes(question.m, columns_of(question), tile, splits) : 0};
 }
 
 }  // namespace
@@ -158,7 +143,7 @@ int64_t split_k_workspace_bytes(int64_t m, int64_t columns, const TileSize& tile
 MatmulPlan plan_matmul(const MatmulQuestion& question) {
   const bool wins = question.m <= most_fused_tokens(question.compute_capability) || question.low_memory;
   if (!wins || !fused_is_possible(question)) {
-    return two_step(question);
+    return two_step();
   }
   if (takes_gemv(question)) {
     // The more rows of W a CTA takes, the less often x is read. But about every SM is to have a CTA, and two where x is

@@ -12,7 +12,7 @@ enum class MatmulKind : int {
   kGemv = 0,     // M <= 16, forward: weights on the 16-row side of the MMA, one launch, no workspace
   kSplitK = 1,   // the reduction is cut into `splits` parts, summed in a fixed order by a second launch
   kTile = 2,     // one CTA a tile of y, over the whole reduction
-  kTwoStep = 3,  // no fused kernel: dequantize `panel_rows` rows of W, call a library's GEMM, and so on
+  kTwoStep = 3,  // no fused kernel: dequantize, then call a library's GEMM
 };
 
 struct MatmulQuestion {
@@ -23,7 +23,7 @@ struct MatmulQuestion {
   int64_t block_size;      // elements a scale
   Dtype dtype;             // of x and y
   bool forward;            // y = x W^T [m, n], or the input gradient dx = dy W [m, k]
-  bool low_memory;         // no panel, if a fused kernel can do it at all
+  bool low_memory;         // never two steps, if a fused kernel can do it at all
   int compute_capability;  // 10 * major + minor, e.g. 86
   int sm_count;
 };
@@ -35,8 +35,7 @@ struct MatmulPlan {
   int splits;               // parts of the reduction, 1 unless kSplitK
   int stages;               // of the asynchronous copies; kGemv: 0
   int64_t shared_bytes;     // dynamic, a CTA
-  int64_t workspace_bytes;  // kSplitK: the partial sums; kTwoStep: the panel
-  int64_t panel_rows;       // kTwoStep: rows of W dequantized at once, else 0
+  int64_t workspace_bytes;  // kSplitK: the partial sums
 };
 
 // Steps of the reduction, and what one step of a tile holds in shared memory: x [rows, 64] and W [columns, 64] (or [64,
@@ -56,8 +55,8 @@ struct TileSize {
 };
 inline constexpr TileSize kTiles[] = {{16, 64, 4}, {32, 64, 4}, {64, 64, 3}, {128, 128, 3}};
 
-inline constexpr int kGemvTokens = 16;            // the most
-inline constexpr int64_t kPanelBytes = 24 << 20;  // the most of a workspace: fits the L2 cache of the large cards
+inline constexpr int kGemvTokens = 16;                // the most
+inline constexpr int64_t kWorkspaceBytes = 24 << 20;  // the most: fits the L2 cache of the large cards
 
 // Sizes are positive, block_size is one of layout.h. Never fails: what no fused kernel can do is kTwoStep.
 MatmulPlan plan_matmul(const MatmulQuestion& question);

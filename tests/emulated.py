@@ -95,6 +95,7 @@ def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     monkeypatch.setattr(_cuda_kernels, "launching", emulator.launching)
     monkeypatch.setattr(_cuda_kernels, "facts", lambda device: emulator.facts)
     monkeypatch.setattr(_cuda_kernels, "memory", lambda device: module.memory())
+    monkeypatch.setattr(_cuda_products, "wide_product", lambda left, right: left.float() @ right.float())
     monkeypatch.setattr(_library, "module_for", lambda device: module)
     monkeypatch.setattr(_direct, "_TENSOR_KEYS", frozenset())  # through the dispatcher, always
     _cuda_products.plan_of.cache_clear()

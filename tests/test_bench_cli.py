@@ -77,7 +77,7 @@ def test_doctor_names_the_kernel_of_each_shape(
 
     def plan(question: tuple[int, ...]) -> tuple[int, ...]:
         asked.append(question)
-        return (2, 64, 128, 1, 3, 0, 0, 0) if question[0] > 16 else (0, 4, 16, 1, 0, 0, 0, 0)
+        return (2, 64, 128, 1, 3, 0, 0) if question[0] > 16 else (0, 4, 16, 1, 0, 0, 0)
 
     properties = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": properties}

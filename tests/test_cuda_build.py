@@ -21,7 +21,7 @@ compiles = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wsign-conversion", "-Werror")
 
 # A call whose addresses are never read: the checks come first.
-CALL: dict[str, Any] = {"dtype": 1, "out": 4096, "stream": 0, "weight": {}}
+CALL: dict[str, Any] = {"dtype": 1, "out": 4096, "panel": (64, 0, 1, 0, 64), "stream": 0, "weight": {}}
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def cuda() -> Any:
 def test_the_module_loads_without_a_device(cuda: Any) -> None:
     """With the names of the stub; and nothing to decode needs no device."""
     assert names_in_stub() == {name for name in vars(cuda) if not name.startswith("_")}
-    cuda.dequantize_4bit(**arguments(CALL, numel=0, out=0, packed=0, absmax=0))
+    cuda.dequantize_4bit(**arguments(CALL, numel=0, out=0, packed=0, absmax=0, panel=(0, 0, 1, 0, 0)))
     assert cuda.device_count() >= 0 and cuda.runtime_version() >= 12000 and cuda.driver_version() >= 0
     if torch.cuda.is_available() and cuda.driver_version() >= cuda.runtime_version():
         assert cuda.device_count() == torch.cuda.device_count()
@@ -54,6 +54,7 @@ def test_the_module_loads_without_a_device(cuda: Any) -> None:
         ({"quant_type": 2}, "quant_type is 2: expected 0"),
         ({"block_size": 48}, "block_size is 48: expected a power"),
         ({"numel": -1}, "numel is -1: expected 0 or more"),
+        ({"panel": (32, 0, 3, 0, 32)}, "does not lie inside a weight of 64 elements"),
     ],
 )
 def test_wrong_arguments_are_refused_in_words(cuda: Any, wrong: dict[str, int], sentence: str) -> None:

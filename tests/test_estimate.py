@@ -150,6 +150,17 @@ def test_known_models(config: Any, four_bit: int, dense: int) -> None:
         assert estimator.at(batch_size=1, length=length).fits(48 * GIB) is (length == longest)
 
 
+def test_scratch_and_logits_on_a_gpu() -> None:
+    """A decoded weight, up to 256 MiB; the logits of 1,024 tokens, as the loss takes them there."""
+    eight, seventy = (
+        Estimator(config, Setting(device="cuda", batch_size=1, length=4096)).at().moments["loss"]
+        for config in (LLAMA_8B, LLAMA_70B)
+    )
+    assert eight.scratch == 2 * 4096 * 14336 and seventy.scratch == 256 << 20
+    logits, states = 2 * 1024 * (128256 + 2 * 4096), 2 * 2 * 4096 * 4096  # states: h and its gradient
+    assert logits + states <= eight.loss <= logits + 3 * states
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "unknown"),
     [

@@ -35,11 +35,11 @@ int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 void dequantize_4bit(const WeightView& weight, const Panel& panel, Dtype dtype, void* out) {
   const auto kernel = kernels().dequantize_span[static_cast<int>(dtype)];
   auto* bytes = static_cast<unsigned char*>(out);
-  const int64_t width = panel.column_end - panel.column_begin;
+  const int64_t width = panel.columns();
   const int64_t size = size_of(dtype);
   if (width == panel.row_length) {  // whole rows are one run of elements; cut it at blocks, not at rows
     const int64_t first = panel.row_begin * width;
-    const int64_t total = (panel.row_end - panel.row_begin) * width;
+    const int64_t total = panel.rows() * width;
     const bool stream = total * size > largest_cached_output();
     const int64_t units = (total + weight.block_size - 1) / weight.block_size;
     parallel_for(units, std::max<int64_t>(1, kElementsPerTask / weight.block_size), [&](int64_t begin, int64_t end) {
@@ -49,7 +49,7 @@ void dequantize_4bit(const WeightView& weight, const Panel& panel, Dtype dtype, 
     });
     return;
   }
-  parallel_for(panel.row_end - panel.row_begin, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, width)),
+  parallel_for(panel.rows(), std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, width)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t row = begin; row < end; ++row) {
                    const int64_t start = (panel.row_begin + row) * panel.row_length;

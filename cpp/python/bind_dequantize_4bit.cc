@@ -1,5 +1,6 @@
 #include "cpu/dequantize_4bit.h"
 #include "python/bindings.h"
+#include "python/panel.h"
 
 namespace py = pybind11;
 
@@ -9,18 +10,12 @@ namespace {
 void dequantize(int dtype, Address out, int64_t row_length, int64_t row_begin, int64_t row_end, int64_t column_begin,
                 int64_t column_end, const WeightFields& fields) {
   const WeightView weight = checked_weight(fields);
-  const int64_t numel = weight.numel;
-  require(0 <= row_begin && row_begin <= row_end && 0 <= column_begin && column_begin <= column_end &&
-              column_end <= row_length && (row_end == 0 || row_length <= numel / row_end),
-          "panel [" + std::to_string(row_begin) + ":" + std::to_string(row_end) + ", " + std::to_string(column_begin) +
-              ":" + std::to_string(column_end) + "] with rows of " + std::to_string(row_length) +
-              " does not lie inside a weight of " + std::to_string(numel) + " elements.");
-  const int64_t count = (row_end - row_begin) * (column_end - column_begin);
+  const Panel panel = checked_panel({row_length, row_begin, row_end, column_begin, column_end}, weight.numel);
+  const int64_t count = panel.rows() * panel.columns();
   const Dtype type = checked_dtype(dtype);
-  void* target = type == Dtype::kFloat32 ? static_cast<void*>(pointer<float>(out, count, "out"))
-                                         : pointer<uint16_t>(out, count, "out");
+  void* target = any_pointer(type, out, count, "out");
   if (count > 0) {
-    cpu::dequantize_4bit(weight, {row_length, row_begin, row_end, column_begin, column_end}, type, target);
+    cpu::dequantize_4bit(weight, panel, type, target);
   }
 }
 

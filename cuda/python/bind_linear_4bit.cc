@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace qlora_native::python {
 namespace {
 
-using PlanFields = std::array<int64_t, 8>;       // of MatmulPlan, in order
+using PlanFields = std::array<int64_t, 7>;       // of MatmulPlan, in order
 using QuestionFields = std::array<int64_t, 10>;  // of MatmulQuestion, in order
 
 PlanFields fields_of(const cuda::MatmulPlan& plan) {
@@ -24,8 +24,7 @@ PlanFields fields_of(const cuda::MatmulPlan& plan) {
           plan.splits,
           plan.stages,
           plan.shared_bytes,
-          plan.workspace_bytes,
-          plan.panel_rows};
+          plan.workspace_bytes};
 }
 
 int checked_int(int64_t value) {
@@ -55,7 +54,7 @@ PlanFields plan_matmul(const QuestionFields& question) {
 
 // A plan as plan_matmul gave it. Its fields choose among what is compiled; what no kernel has is refused at the launch.
 cuda::MatmulPlan checked_plan(const PlanFields& fields, int64_t workspace_bytes) {
-  const auto [kind, rows, columns, splits, stages, shared, workspace, panel_rows] = fields;
+  const auto [kind, rows, columns, splits, stages, shared, workspace] = fields;
   require(kind >= 0 && kind < static_cast<int64_t>(cuda::MatmulKind::kTwoStep), "the plan has no fused kernel.");
   require(rows > 0 && columns > 0 && splits > 0, "rows, columns or splits of the plan is not positive.");
   require(workspace >= 0 && workspace <= workspace_bytes, "the workspace is smaller than the plan's.");
@@ -65,8 +64,7 @@ cuda::MatmulPlan checked_plan(const PlanFields& fields, int64_t workspace_bytes)
           static_cast<int>(splits),
           static_cast<int>(stages),
           shared,
-          workspace,
-          panel_rows};
+          workspace};
 }
 
 void linear(bool forward, int dtype, Address x, Address bias, Address low, Address up, int64_t r, Address y, int64_t m,
@@ -105,7 +103,7 @@ void linear(bool forward, int dtype, Address x, Address bias, Address low, Addre
 void bind_linear_4bit(py::module_& module) {
   module.def(
       "plan_matmul", &plan_matmul, py::arg("question"),
-      "The fields of MatmulPlan (kind, rows, columns, splits, stages, shared and workspace bytes, panel rows) for "
+      "The fields of MatmulPlan (kind, rows, columns, splits, stages, shared and workspace bytes) for "
       "those of MatmulQuestion (m, n, k, r, block_size, dtype, forward, low_memory, compute_capability, sm_count).");
   module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"),

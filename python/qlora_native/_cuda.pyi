@@ -24,6 +24,7 @@ def adamw_step(
 def dequantize_4bit(
     dtype: int,
     out: int,
+    panel: tuple[int, int, int, int, int],  # row length, rows [begin, end), columns [begin, end)
     stream: int,
     weight: tuple[int, ...],  # Weight.pointers()
 ) -> None: ...
@@ -100,7 +101,15 @@ def quantize_scales(
 ) -> None: ...
 def quantize_scales_workspace(blocks: int) -> int: ...
 def softmax_loss(
-    dtype: int, logits: int, targets: int, rows: int, vocabulary: int, need_gradient: bool, losses: int, stream: int
+    dtype: int,
+    logits: int,
+    targets: int,
+    ignore_index: int,
+    rows: int,
+    vocabulary: int,
+    need_gradient: bool,
+    losses: int,
+    stream: int,
 ) -> None: ...
 
 managed_page_bytes: int

@@ -37,15 +37,17 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None, low_memory: bool = False) -> Tensor:
     """x W^T + bias with a 4-bit weight.
 
-    The weight is decoded panel by panel straight to x's dtype and multiplied with fp32 sums; a dense copy of the whole
-    never exists, nor is anything decoded saved for backward. Differentiable (any number of times) in ``x`` and
-    ``bias``; the weight is frozen. Under autocast, x is cast as torch's linear would cast it.
+    The weight is decoded panel by panel straight to x's dtype and multiplied with fp32 sums, never all of a large
+    one at once: on CUDA, a panel for many tokens is up to 256 MiB. Nothing decoded is saved for backward.
+    Differentiable (any number of times) in ``x`` and ``bias``; the weight is frozen. Under autocast, x is cast as
+    torch's linear would cast it.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64.
         w: [N, K].
         bias: [N] or None.
-        low_memory: on CUDA, never take a path that needs a dense panel; slower at large M.
+        low_memory: on CUDA, take the fused kernels at any M, and where there is none decode at most 32 MiB at a time in
+            place of 256; slower at large M.
 
     Returns:
         [..., N] in x's dtype.
@@ -122,8 +124,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean cross entropy of the logits ``h @ weight.T``, which never exist as a whole.
 
-    Rows whose label is ``ignore_index`` are not computed at all. The gradient is formed together with the loss, chunk
-    by chunk, so memory is one chunk of logits whatever the number of tokens.
+    On a CPU, rows whose label is ``ignore_index`` are not computed at all; on other devices nothing waits, so that
+    a CUDA graph can capture the loss. The gradient is formed together with the loss, chunk by chunk, so memory is one
+    chunk of logits whatever the number of tokens.
 
     Args:
         h: hidden states [..., K].
@@ -131,11 +134,11 @@ def linear_cross_entropy(
         labels: int64 [...], 0 <= label < V or ``ignore_index``.
 
     Returns:
-        fp32 [] (fp64 for fp64 input); NaN if every label is ignored, as torch's cross entropy. Gradients for h, and for
-        a dense weight that requires one; once differentiable.
+        fp32 [] (fp64 for fp64 input); NaN if every label is ignored, as torch's cross entropy, and, except on a CPU, if
+        one is out of range. Gradients for h, and for a dense weight that requires one; once differentiable.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a label out of range.
+        ValueError: shapes or dtypes that do not fit; on a CPU, a label out of range.
     """
     need_grad_h, need_grad_weight = torch.is_grad_enabled() and h.requires_grad, False
     if isinstance(weight, QuantizedWeight):

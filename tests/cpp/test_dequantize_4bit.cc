@@ -9,7 +9,7 @@ namespace {
 
 // The panel's elements in row-major order; the buffer ends with the last of them and begins `lead` elements early.
 template <typename T>
-std::vector<T> decoded(const WeightView& weight, const cpu::Panel& panel, size_t lead = 0) {
+std::vector<T> decoded(const WeightView& weight, const Panel& panel, size_t lead = 0) {
   const int64_t count = (panel.row_end - panel.row_begin) * (panel.column_end - panel.column_begin);
   std::vector<T> out(lead + static_cast<size_t>(count), oracle::from_bits<T>(0x7fffu));
   cpu::dequantize_4bit(weight, panel, oracle::Storage<T>::kDtype, out.data() + lead);
@@ -109,7 +109,7 @@ void check_magnitudes() {
   weight.scales[290] = std::numeric_limits<float>::max();
   weight.scales[291] = 0.0f;
   weight.scales[292] = -0x1p-130f;
-  const cpu::Panel all{weight.view.numel, 0, 1, 0, weight.view.numel};
+  const Panel all{weight.view.numel, 0, 1, 0, weight.view.numel};
   const std::vector<double> expected = expected_of(weight.view, oracle::Storage<T>::kFormat);
   check_all(weight.view, expected, decoded<T>(weight.view, all), "any magnitude");
   std::vector<T> flushed;
@@ -185,9 +185,8 @@ void check_threads() {
   constexpr int64_t kColumns = 499;
   const oracle::RandomWeight weight(kRows * kColumns, 64, true, QuantType::kNf4, 8);
   const std::vector<double> expected = expected_of(weight.view, oracle::Storage<T>::kFormat);
-  for (const cpu::Panel& panel :
-       {cpu::Panel{kColumns, 0, kRows, 0, kColumns}, cpu::Panel{kColumns, 3, kRows, 0, kColumns},
-        cpu::Panel{kColumns, 1, kRows, 5, kColumns}}) {
+  for (const Panel& panel : {Panel{kColumns, 0, kRows, 0, kColumns}, Panel{kColumns, 3, kRows, 0, kColumns},
+                             Panel{kColumns, 1, kRows, 5, kColumns}}) {
     for (const int threads : {1, 4}) {
       const Threads scope(threads);
       const std::vector<T> out = decoded<T>(weight.view, panel);

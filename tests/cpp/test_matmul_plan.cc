@@ -127,7 +127,7 @@ TEST(plan_is_consistent_for_all_sizes) {
                 CHECK(false, "sm_%d x %d, m %ld, n %ld, k %ld, forward %d: %s", architecture, sm_count,
                       static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), forward ? 1 : 0, what);
               };
-              if (plan.kind == MatmulKind::kTwoStep || plan.panel_rows != 0) {
+              if (plan.kind == MatmulKind::kTwoStep) {
                 fail("not fused");
               }
               if (plan.shared_bytes + 1152 > most_shared_bytes(architecture)) {
@@ -178,32 +178,6 @@ TEST(plan_fills_the_card) {
   CHECK(cuda::plan_matmul(question(16, kH100)).columns == 32, "128 CTAs for 132 SMs");
   CHECK(cuda::plan_matmul(question(1, kH100)).columns == 16, "two CTAs an SM");
   CHECK(cuda::plan_matmul(question(1, kH100, true, 1024)).columns == 16, "a small weight");
-}
-
-TEST(plan_of_the_panel) {
-  for (const Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat32}) {
-    const int64_t element = dtype == Dtype::kFloat32 ? 4 : 2;
-    for (const int64_t n : {1, 1024, 14336, 128256}) {
-      for (const int64_t k : {1, 67, 4096, 11008, 14336, 50257}) {
-        MatmulQuestion asked = question(4096, kH100, true, n, k);
-        asked.dtype = dtype;
-        const MatmulPlan plan = cuda::plan_matmul(asked);
-        CHECK(plan.kind == MatmulKind::kTwoStep && plan.panel_rows >= 1 && plan.panel_rows <= n,
-              "n %ld, k %ld: %ld rows", static_cast<long>(n), static_cast<long>(k), static_cast<long>(plan.panel_rows));
-        CHECK(plan.workspace_bytes == plan.panel_rows * k * element && plan.workspace_bytes <= 24 << 20,
-              "n %ld, k %ld: %ld bytes", static_cast<long>(n), static_cast<long>(k),
-              static_cast<long>(plan.workspace_bytes));
-        CHECK(plan.panel_rows == n || plan.panel_rows * k % 32 == 0, "n %ld, k %ld: a panel begins within a run",
-              static_cast<long>(n), static_cast<long>(k));
-      }
-    }
-  }
-  // A panel of a usual weight begins where a group of nested scales does.
-  const MatmulPlan plan = cuda::plan_matmul(question(4096, kH100, true, 14336, 11008));
-  CHECK(plan.panel_rows < 14336 && plan.panel_rows * 11008 % (256 * 64) == 0, "%ld rows",
-        static_cast<long>(plan.panel_rows));
-  // Whatever its size: the fewest rows after which the next panel begins at a multiple of 32 elements.
-  CHECK(cuda::plan_matmul(question(4096, kH100, true, 100, 20'000'002)).panel_rows == 16, "a panel of 16 rows");
 }
 
 TEST(plan_counts_in_64_bits) {

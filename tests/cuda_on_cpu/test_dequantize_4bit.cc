@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpp/oracle.h"
 #include "cpu/dequantize_4bit.h"
@@ -76,8 +78,8 @@ void check_ranges() {
       for (const int64_t count : {1, 33, 9997}) {
         const int64_t taken = std::min<int64_t>(count, 20000 - first);
         cuemu::DeviceBuffer<T> out(static_cast<size_t>(taken));
-        CHECK_LAUNCH(cuda::launch_dequantize_4bit(on_device.view(), first, taken, oracle::Storage<T>::kDtype,
-                                                  out.data(), nullptr));
+        CHECK_LAUNCH(cuda::launch_dequantize_4bit(on_device.view(), {1, first, first + taken, 0, 1},
+                                                  oracle::Storage<T>::kDtype, out.data(), nullptr));
         const std::vector<T> got = out.host();
         for (size_t i = 0; i < got.size(); ++i) {
           CHECK(oracle::bits_of(got[i]) == oracle::bits_of(whole[static_cast<size_t>(first) + i]),
@@ -92,6 +94,38 @@ TEST(dequantize_ranges) {
   check_ranges<float>();
   check_ranges<Bf16>();
   check_ranges<Fp16>();
+}
+
+// Rectangles: of columns that allow vectors, that end within a tile, and that begin within a byte.
+template <typename T>
+void check_panels(int64_t row_length, const std::vector<std::pair<int64_t, int64_t>>& columns) {
+  constexpr int64_t kRows = 5;
+  const oracle::RandomWeight weight(kRows * row_length, 64, true, QuantType::kNf4, 8);
+  const cuemu::DeviceWeight on_device(weight.view);
+  cuemu::over_all_schedules([&](const char* schedule) {
+    for (const auto& [begin, end] : columns) {
+      for (const int64_t first_row : {0, 2}) {
+        const Panel panel{row_length, first_row, kRows, begin, end};
+        std::vector<T> expected(static_cast<size_t>(panel.rows() * panel.columns()));
+        cpu::dequantize_4bit(weight.view, panel, oracle::Storage<T>::kDtype, expected.data());
+        cuemu::DeviceBuffer<T> out(expected.size());
+        CHECK_LAUNCH(
+            cuda::launch_dequantize_4bit(on_device.view(), panel, oracle::Storage<T>::kDtype, out.data(), nullptr));
+        const std::vector<T> got = out.host();
+        for (size_t i = 0; i < got.size(); ++i) {
+          CHECK(oracle::bits_of(got[i]) == oracle::bits_of(expected[i]), "%s: element %zu of columns %ld to %ld",
+                schedule, i, static_cast<long>(begin), static_cast<long>(end));
+        }
+      }
+    }
+  });
+}
+
+TEST(dequantize_panels) {
+  const std::vector<std::pair<int64_t, int64_t>> whole_tiles{{0, 1024}, {1024, 3072}, {64, 1000}, {3, 2050}, {7, 8}};
+  check_panels<float>(4096, whole_tiles);
+  check_panels<Bf16>(4096, whole_tiles);
+  check_panels<Fp16>(2051, {{0, 1024}, {0, 2051}, {1025, 2051}});
 }
 
 TEST(dequantize_launches_once_on_its_stream) {

@@ -150,12 +150,11 @@ cuda::MatmulPlan tile_plan(const Case& c, int tile, int splits) {
           splits,
           size.stages,
           size.shared_bytes(),
-          workspace,
-          0};
+          workspace};
 }
 
 cuda::MatmulPlan gemv_plan(const Case& c, int columns) {
-  return {cuda::MatmulKind::kGemv, c.m <= 4 ? 4 : c.m <= 8 ? 8 : 16, columns, 1, 0, 0, 0, 0};
+  return {cuda::MatmulKind::kGemv, c.m <= 4 ? 4 : c.m <= 8 ? 8 : 16, columns, 1, 0, 0, 0};
 }
 
 // Full tiles, then edges in M and N and a K that leaves the pipeline of copies unfilled or wraps it around.

@@ -15,6 +15,8 @@ using namespace qlora_native;
 
 namespace {
 
+constexpr int64_t kIgnored = -100;
+
 template <typename T>
 struct Rows {
   Rows(int64_t count, int64_t width, float spread, uint64_t seed)
@@ -42,11 +44,11 @@ Rows<T> on_device(Rows<T> of, bool need_gradient, size_t offset = 0, unsigned gr
   const cuemu::DeviceBuffer<int64_t> targets(of.targets);
   const cuemu::DeviceBuffer<float> losses(of.losses.size());
   if (grid == 0) {
-    CHECK_LAUNCH(cuda::launch_softmax_loss(oracle::Storage<T>::kDtype, logits.data(), targets.data(), of.rows,
+    CHECK_LAUNCH(cuda::launch_softmax_loss(oracle::Storage<T>::kDtype, logits.data(), targets.data(), kIgnored, of.rows,
                                            of.vocabulary, need_gradient, losses.data(), nullptr));
   } else {
     CHECK_LAUNCH(wp::launch(cuda::softmax_loss_kernel<T, cuda::kSoftmaxThreads>, dim3(grid),
-                            dim3(cuda::kSoftmaxThreads), 0, nullptr, logits.data(), targets.data(), of.rows,
+                            dim3(cuda::kSoftmaxThreads), 0, nullptr, logits.data(), targets.data(), kIgnored, of.rows,
                             of.vocabulary, false, need_gradient, losses.data()));
   }
   of.logits = logits.host();
@@ -124,9 +126,46 @@ TEST(softmax_loss_of_extremes) {
   }
 }
 
+// Targets to ignore and targets that are no word, beside rows whose results they do not touch.
+template <typename T>
+void check_targets_without_a_word() {
+  for (const int64_t vocabulary : {7, 4096, 5003}) {
+    for (const bool need_gradient : {false, true}) {
+      const Rows<T> start(5, vocabulary, 5.0f, 3);
+      Rows<T> changed = start;
+      const std::vector<int64_t> targets{kIgnored, vocabulary, -1, int64_t{1} << 40};
+      std::copy(targets.begin(), targets.end(), changed.targets.begin());
+      cuemu::over_all_schedules([&](const char* schedule) {
+        const Rows<T> got = on_device(changed, need_gradient);
+        const Rows<T> usual = on_device(start, need_gradient);
+        CHECK(got.losses[4] == usual.losses[4], "%s: the row that has a word", schedule);
+        for (size_t row = 0; row < 4; ++row) {
+          const bool loss_is_right = row == 0 ? got.losses[row] == 0.0f : std::isnan(got.losses[row]);
+          CHECK(loss_is_right, "%s: row %zu: the loss is %g", schedule, row, static_cast<double>(got.losses[row]));
+        }
+        for (size_t i = 0; i < got.logits.size(); ++i) {
+          const size_t row = i / static_cast<size_t>(vocabulary);
+          const double value = oracle::value_of(got.logits[i]);
+          const double same = oracle::value_of((need_gradient && row == 4 ? usual : start).logits[i]);
+          const bool is_right = !need_gradient || row == 4 ? value == same
+                                : row == 0                 ? value == 0.0
+                                                           : std::isnan(value);
+          CHECK(is_right, "%s: element %zu is %g", schedule, i, value);
+        }
+      });
+    }
+  }
+}
+
+TEST(softmax_loss_of_targets_without_a_word) {
+  check_targets_without_a_word<float>();
+  check_targets_without_a_word<Bf16>();
+  check_targets_without_a_word<Fp16>();
+}
+
 TEST(softmax_loss_of_no_rows_launches_nothing) {
   cuemu::take_launches();
-  CHECK_LAUNCH(cuda::launch_softmax_loss(Dtype::kFloat32, nullptr, nullptr, 0, 100, true, nullptr, nullptr));
+  CHECK_LAUNCH(cuda::launch_softmax_loss(Dtype::kFloat32, nullptr, nullptr, kIgnored, 0, 100, true, nullptr, nullptr));
   CHECK(cuemu::take_launches().empty(), "a launch");
 }
 

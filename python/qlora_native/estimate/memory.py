@@ -21,8 +21,9 @@ from qlora_native.hf.build import four_bit_parts
 from qlora_native.hf.load import LoadReport
 from qlora_native.hf.loss import LOGIT_FIELDS
 from qlora_native.hf.source import Source
+from qlora_native.ops._cuda_products import PANEL_BYTES
 from qlora_native.ops.causal_attention import ALIGNMENT, is_native
-from qlora_native.ops.linear_cross_entropy import LOGIT_BYTES
+from qlora_native.ops.linear_cross_entropy import chunk_tokens
 from qlora_native.optim import base
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1}
@@ -220,7 +221,7 @@ class _Sum:
         states += 2 * self.tokens * hidden * self.size
         if self.estimator.changes_logits:
             return states + self.tokens * vocabulary * FULL_LOGITS
-        chunk = min(max(1, LOGIT_BYTES // (self.size * vocabulary)), self.tokens)
+        chunk = chunk_tokens(self.setting.device, vocabulary, self.size, self.tokens)
         return states + chunk * (vocabulary + 2 * hidden) * self.size + 12 * self.tokens
 
     def _gradients_held(self) -> int:
@@ -237,7 +238,7 @@ class _Sum:
     def _scratch(self) -> int:
         """Of kernels."""
         if self.setting.device == "cuda":  # a weight decoded for torch's own product
-            return self.estimator.largest_weight * self.size
+            return min(self.estimator.largest_weight * self.size, PANEL_BYTES)
         heads, groups, width = head_shape(self.config)
         shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
         q = torch.empty(shape[0], heads, shape[3], width, dtype=self.setting.dtype, device="meta")

@@ -1,11 +1,10 @@
-"""Products with a quantized CUDA weight: the fused kernels, or panels of it, never dense as a whole, and torch's GEMM.
+"""Products with a quantized CUDA weight: by the fused kernels, or by two steps, decoding it for torch's GEMM.
 
 The plan is native and a pure function of sizes (cuda/matmul_plan.h).
 """
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
@@ -13,15 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_native import reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops import _cuda_kernels, dequantize_4bit
-from qlora_native.ops._library import NESTED_BLOCK, Weight
+from qlora_native.ops._library import Weight
 from qlora_native.ops.linear_4bit import Adapter, Engine
 
 KINDS = ("gemv", "split_k", "tile", "two_step")  # index = MatmulKind
 TWO_STEP = 3
 ALIGNMENT = 16  # bytes, of what the fused kernels read and write
+# Of a decoded weight at a time: every layer of an 8B model is one panel, only heads and the largest of a 70B are more.
+PANEL_BYTES = 256 << 20
+LOW_MEMORY_PANEL_BYTES = 32 << 20
+PANEL_GRAINS = (1024, 256)  # columns: a tile of the decoder, one of torch's GEMM
 
 
 class Plan(NamedTuple):
@@ -34,7 +36,6 @@ class Plan(NamedTuple):
     stages: int
     shared_bytes: int
     workspace_bytes: int
-    panel_rows: int
 
     def __str__(self) -> str:
         if self.rows == 0:
@@ -60,6 +61,12 @@ class Sizes(NamedTuple):
 def plan_of(module: ModuleType, sizes: Sizes, device: torch.device) -> Plan:
     facts = _cuda_kernels.facts(device)
     return Plan(*module.plan_matmul((*sizes, facts.compute_capability, facts.sm_count)))
+
+
+def panel_columns(width: int, depth: int, itemsize: int, low_memory: bool = False) -> int:
+    """Columns of y [M, width] whose weights, ``depth`` elements each, are decoded at once."""
+    most = max(1, (LOW_MEMORY_PANEL_BYTES if low_memory else PANEL_BYTES) // max(1, depth * itemsize))
+    return width if width <= most else next((most - most % grain for grain in PANEL_GRAINS if most >= grain), most)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -88,12 +95,11 @@ class Cuda(Engine):
         number = DTYPE_NUMBER.get(x.dtype, DTYPE_NUMBER[torch.float32])
         n, k = weight.shape
         sizes = Sizes(x.shape[0], n, k, rank, weight.block_size, number, is_forward, self.low_memory)
-        if not (sizes.m and sizes.n and sizes.k):
-            return self._two_step(is_forward, x, weight, bias, adapter, sizes.n)
-        plan = plan_of(self.module, sizes, x.device)
-        if plan.kind != TWO_STEP and weight.packed.data_ptr() % ALIGNMENT == 0:
-            return self._fused(sizes, plan, x, weight, bias, adapter)
-        return self._two_step(is_forward, x, weight, bias, adapter, plan.panel_rows or sizes.n)
+        if sizes.m and sizes.n and sizes.k:
+            plan = plan_of(self.module, sizes, x.device)
+            if plan.kind != TWO_STEP and weight.packed.data_ptr() % ALIGNMENT == 0:
+                return self._fused(sizes, plan, x, weight, bias, adapter)
+        return self._two_step(is_forward, x, weight, bias, adapter)
 
     def _fused(
         self, sizes: Sizes, plan: Plan, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None
@@ -113,31 +119,58 @@ class Cuda(Engine):
         return y
 
     def _two_step(
-        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None, panel_rows: int
+        self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None
     ) -> Tensor:
-        """By panels of rows of W. An input gradient of several panels is rounded to its dtype once a panel."""
+        """By panels of W that are columns of y, so that each sum is rounded once; of most weights, one.
+
+        The low-rank term comes first and W's product adds to it, which spares a pass over y.
+        """
         n, k = weight.shape
-        if 0 < panel_rows < n:
-            # A panel begins at a block of scales; where it would begin inside a nested one, scales become fp32.
-            nested = weight.nested_absmax is not None
-            if nested and panel_rows * k % (weight.block_size * NESTED_BLOCK):
-                absmax = reference.scales(weight.absmax, weight.nested_absmax, weight.nested_offset, weight.nested_code)
-                weight = weight._replace(absmax=absmax, nested_absmax=None, nested_offset=None)
-            grain = weight.block_size // math.gcd(weight.block_size, k)
-            panel_rows = -(-panel_rows // grain) * grain
+        width, depth = (n, k) if is_forward else (k, n)
         stored = x.dtype if x.dtype in DTYPE_NUMBER else torch.float32
-        panel = torch.empty(min(panel_rows, n), k, dtype=stored, device=x.device)
-        y = x.new_empty(x.shape[0], n) if is_forward else x.new_zeros(x.shape[0], k)
-        for first in range(0, n, max(1, panel_rows)):
-            last = min(first + panel_rows, n)
-            dequantize_4bit.launch(self.module, weight.slice(first, last), panel[: last - first])
-            dense = panel[: last - first].to(x.dtype)
-            if not is_forward:
-                y.addmm_(x[:, first:last], dense)
-            elif bias is None:
-                torch.mm(x, dense.t(), out=y[:, first:last])
-            else:
-                torch.addmm(bias[first:last], x, dense.t(), out=y[:, first:last])
+        columns = panel_columns(width, depth, stored.itemsize, self.low_memory)
+        # From torch's allocator, which returns the same block to the next layer on this stream.
+        panel = torch.empty(columns * depth, dtype=stored, device=x.device)
+        y = x.new_empty(x.shape[0], width)
         if adapter is not None:
-            y.addmm_(adapter.low, adapter.up.t() if is_forward else adapter.up)
+            multiply_into(bias, adapter.low, adapter.up.t() if is_forward else adapter.up, y)
+        for first in range(0, width, max(1, columns)):
+            last = min(first + columns, width)
+            rectangle = (first, last, 0, k) if is_forward else (0, n, first, last)
+            decoded = panel[: (last - first) * depth].view((last - first, k) if is_forward else (n, last - first))
+            dequantize_4bit.launch(self.module, weight, decoded, (k, *rectangle))
+            right, out = decoded.to(x.dtype), y[:, first:last]
+            addend = out if adapter is not None else None if bias is None else bias[first:last]
+            multiply_into(addend, x, right.t() if is_forward else right, out)
         return y
+
+    def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
+        return torch.addmm(out, grad_y, weight, beta=0, alpha=scale, out=out)  # beta 0: what is in out is not read
+
+    def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        if scale == 1.0 or torch.float64 in (tensor.dtype, dtype):
+            return super().narrow(tensor, dtype, scale)
+        wide = tensor if tensor.dtype == dtype else tensor.float()  # torch computes in the operand's dtype
+        return torch.mul(wide, scale, out=torch.empty(tensor.shape, dtype=dtype, device=tensor.device))
+
+    def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+        if left.dtype.itemsize > 2 or (dtype == left.dtype and scale == 1.0):  # torch's product rounds once as well
+            return super().outer(left, right, scale, dtype, transposed)
+        if transposed:
+            left, right = right, left
+        return self.narrow(wide_product(left.t(), right), dtype, scale)
+
+
+def multiply_into(addend: Tensor | None, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Fills ``out`` [M, C] with left right + addend, which may be a bias [C] or ``out`` itself, by one launch."""
+    if addend is None:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(addend, left, right, out=out)
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right in fp32 for operands in 16 bits. Torch has this product on CUDA alone: tests replace it."""
+    return torch.mm(left, right, out_dtype=torch.float32)

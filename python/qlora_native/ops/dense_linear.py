@@ -67,7 +67,7 @@ def _register(device: str, engine: Engine) -> None:
         check_grad_weight(grad_y, x)
         rows, columns = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
         with without_autocast(x):
-            return engine.outer(rows, columns, 1.0).to(x.dtype)
+            return engine.outer(rows, columns, 1.0, x.dtype)
 
 
 _register("CPU", CPU)

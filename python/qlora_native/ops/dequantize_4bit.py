@@ -14,6 +14,8 @@ from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._library import Weight, fake, implement
 
+Panel = tuple[int, int, int, int, int]  # length of a row, rows [begin, end), columns [begin, end)
+
 
 def check(dtype: torch.dtype) -> None:
     """Refuses dtypes that a weight cannot be decoded to."""
@@ -36,14 +38,16 @@ def decode_all(weight: Weight, out: Tensor) -> None:
         decode_panel(weight.pointers(), numel, (0, 1), (0, numel), out)
 
 
-def launch(module: ModuleType, weight: Weight, out: Tensor) -> None:
-    """Decodes a whole CUDA weight into the contiguous ``out`` on its device, in the order of torch's current stream."""
+def launch(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None = None) -> None:
+    """Decodes a CUDA weight, or a panel of it, into the contiguous ``out``, in the order of torch's current stream."""
     from qlora_native.ops import _cuda_kernels
 
-    if math.prod(weight.shape):
+    numel = math.prod(weight.shape)
+    if out.numel():
         with _cuda_kernels.launching(out.device) as stream:
             pointers = _cuda_kernels.with_tables(weight).pointers()
-            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), stream, pointers)
+            whole = numel, 0, 1, 0, numel
+            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel or whole, stream, pointers)
 
 
 def decode_cuda(weight: Weight, out: Tensor) -> None:

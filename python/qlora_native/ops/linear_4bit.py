@@ -59,9 +59,18 @@ class Engine:
         product = torch.mm(grad_y, weight, out=out)
         return product if scale == 1.0 else product * scale
 
-    def outer(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
-        """scale * left^T right in fp32 or wider, for left [M, r] and right [M, C]. Returns [r, C]."""
-        return torch.mm(left.t(), right).to(torch.promote_types(left.dtype, torch.float32)) * scale
+    def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """scale * tensor, rounded once to ``dtype``, contiguous."""
+        if scale != 1.0:
+            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale
+        return tensor.to(dtype).contiguous()
+
+    def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+        """scale * left^T right, for left [M, r] and right [M, C]: [r, C] in ``dtype``, or ``transposed`` [C, r]."""
+        wide = torch.promote_types(left.dtype, dtype)
+        if transposed:
+            left, right = right, left
+        return self.narrow(torch.mm(left.t().to(wide), right.to(wide)), dtype, scale)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -88,15 +97,16 @@ class Cpu(Engine):
     def grad_input(self, grad_y: Tensor, weight: Weight, adapter: Adapter | None = None) -> Tensor:
         return (_native if grad_y.dtype in DTYPE_NUMBER else _in_double)(False, grad_y, weight, None, adapter)
 
-    def outer(self, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
         if left.dtype not in DTYPE_NUMBER:
-            return torch.mm(left.t(), right) * scale
-        left, right = left.contiguous(), right.contiguous()
-        rank, width = left.shape[1], right.shape[1]
-        out = torch.empty(rank, width, dtype=torch.float32)
-        sizes = (left.shape[0], rank, width, scale, out.data_ptr())
-        _with_scratch(partial(_C.outer, DTYPE_NUMBER[left.dtype], left.data_ptr(), right.data_ptr(), *sizes))
-        return out
+            out = torch.mm(left.t(), right) * scale
+        else:
+            left, right = left.contiguous(), right.contiguous()
+            rank, width = left.shape[1], right.shape[1]
+            out = torch.empty(rank, width, dtype=torch.float32)
+            sizes = (left.shape[0], rank, width, scale, out.data_ptr())
+            _with_scratch(partial(_C.outer, DTYPE_NUMBER[left.dtype], left.data_ptr(), right.data_ptr(), *sizes))
+        return (out.t() if transposed else out).to(dtype).contiguous()
 
     def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if x.dtype.itemsize > 2:

@@ -1,7 +1,8 @@
 """linear_cross_entropy: mean cross entropy of h W^T without ever holding the full logits.
 
 The logits exist for a few tokens at a time, and become their own gradients, so backward is one multiplication and
-nothing of size [tokens, vocabulary] is kept. Ignored tokens cost nothing.
+nothing of size [tokens, vocabulary] is kept. On a CPU ignored tokens cost nothing. A device computes them too, and
+masks their results: to gather the others, the host would have to wait for their number.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ from qlora_native.ops._library import Weight, autograd, fake, implement
 from qlora_native.ops.linear_4bit import ANY, CPU, NO_WEIGHT_GRADIENT, without_autocast
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk: 256 tokens over 49,152 words in bf16, where both products are fast
+# Of a chunk on a device, at least: the head is read twice a chunk, which so many tokens hide behind their products.
+DEVICE_TOKENS = 1024
 
 Pair = tuple[Tensor, Tensor]
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 Call = tuple[Tensor, Tensor, int, bool, bool, Weight]  # the op's arguments, those of the weight as one
+
+
+def chunk_tokens(device: str, vocabulary: int, itemsize: int, tokens: int) -> int:
+    """Tokens whose logits exist at a time."""
+    fits = LOGIT_BYTES // (itemsize * max(1, vocabulary))
+    return min(max(1 if device == "cpu" else DEVICE_TOKENS, fits), max(1, tokens))
 
 
 def is_dense(weight: Weight) -> bool:
@@ -73,29 +82,47 @@ def empty_gradients(h: Tensor, weight: Weight, need_grad_h: bool, need_grad_weig
     return grad_h, grad_weight
 
 
-def _native_loss(run: Callable[..., None], logits: Tensor, labels: Tensor, losses: Tensor, gradients: bool) -> None:
-    """One native sweep over the logits [M, V]: the losses, and with ``gradients`` their own in place of the logits."""
-    sizes = logits.shape[0], logits.shape[1], gradients
-    run(DTYPE_NUMBER[logits.dtype], logits.data_ptr(), labels.data_ptr(), *sizes, losses.data_ptr())
+Loss = Callable[[Tensor, Tensor, Tensor, bool], None]  # of logits [M, V], labels and losses [M], need_gradient
 
 
-def _torch_loss(logits: Tensor, labels: Tensor, losses: Tensor, gradients: bool) -> None:
-    """The same in plain torch."""
-    wide, target = logits.to(losses.dtype), labels[:, None]
+def _torch_loss(ignore_index: int, logits: Tensor, labels: Tensor, losses: Tensor, need_gradient: bool) -> None:
+    """The losses, and with ``need_gradient`` their own gradients in place of the logits.
+
+    0 where a label is to be ignored; NaN where it is no word otherwise.
+    """
+    ignored, strange = labels == ignore_index, (labels < 0) | (labels >= logits.shape[1])
+    target = labels.masked_fill(ignored | strange, 0)[:, None]
+    wide = logits.to(losses.dtype)
     log_sum = torch.logsumexp(wide, 1, keepdim=True)
-    losses.copy_((log_sum - wide.gather(1, target))[:, 0])
-    if gradients:
-        softmax = (wide - log_sum).exp_()
-        logits.copy_(softmax.scatter_add_(1, target, torch.full_like(log_sum, -1.0)))
+    found = (log_sum - wide.gather(1, target))[:, 0]
+    losses.copy_(found.masked_fill_(strange, torch.nan).masked_fill_(ignored, 0.0))
+    if need_gradient:
+        softmax = (wide - log_sum).exp_().scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+        logits.copy_(softmax.masked_fill_(strange[:, None], torch.nan).masked_fill_(ignored[:, None], 0.0))
+
+
+def _native_loss(logits: Tensor, labels: Tensor, losses: Tensor, need_gradient: bool) -> None:
+    """The same in one sweep over CPU memory, of labels that are words."""
+    sizes = logits.shape[0], logits.shape[1], need_gradient
+    _C.softmax_loss(DTYPE_NUMBER[logits.dtype], logits.data_ptr(), labels.data_ptr(), *sizes, losses.data_ptr())
+
+
+@implement("linear_cross_entropy", "CPU")
+def cpu(*arguments: Any) -> Outputs:
+    call = read(*arguments)
+    h, labels, ignore_index, *_, weight = call
+    kept = _kept(labels, ignore_index, weight.shape[0])
+    with without_autocast(h):
+        return _chunked(
+            _native_loss if h.dtype in DTYPE_NUMBER else partial(_torch_loss, ignore_index), call, "cpu", kept
+        )
 
 
 @implement("linear_cross_entropy", "CompositeExplicitAutograd")
 def anywhere(*arguments: Any) -> Outputs:
     call = read(*arguments)
-    h = call[0]
-    is_native = h.device.type == "cpu" and h.dtype in DTYPE_NUMBER
-    with without_autocast(h):
-        return _chunked(partial(_native_loss, _C.softmax_loss) if is_native else _torch_loss, call)
+    with without_autocast(call[0]):
+        return _chunked(partial(_torch_loss, call[2]), call, call[0].device.type)
 
 
 @implement("linear_cross_entropy", "CUDA")
@@ -103,15 +130,20 @@ def cuda(*arguments: Any) -> Outputs:
     from qlora_native.ops import _cuda_kernels
 
     call, module = read(*arguments), _cuda_kernels.native()
-    h = call[0]
+    h, _, ignore_index, *_ = call
     if module is None or h.dtype not in DTYPE_NUMBER:
         return anywhere(*arguments)
+
+    def loss_of(logits: Tensor, labels: Tensor, losses: Tensor, need_gradient: bool) -> None:
+        sources = DTYPE_NUMBER[logits.dtype], logits.data_ptr(), labels.data_ptr(), ignore_index
+        module.softmax_loss(*sources, *logits.shape, need_gradient, losses.data_ptr(), stream)
+
     with without_autocast(h), _cuda_kernels.launching(h.device) as stream:
-        return _chunked(partial(_native_loss, lambda *numbers: module.softmax_loss(*numbers, stream)), call)
+        return _chunked(loss_of, call, "cuda")
 
 
-def _kept(labels: Tensor, ignore_index: int, vocabulary: int) -> Pair:
-    """Positions whose label counts, and those labels; refuses labels that are no word."""
+def _kept(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor | None:
+    """Positions whose label counts, None if all do; refuses labels that are no word."""
     targets = labels.reshape(-1)
     kept = (targets != ignore_index).nonzero().squeeze(1)
     chosen = targets[kept]
@@ -120,38 +152,40 @@ def _kept(labels: Tensor, ignore_index: int, vocabulary: int) -> Pair:
             f"linear_cross_entropy: labels run from {int(chosen.min())} to {int(chosen.max())}: expected 0 to "
             f"{vocabulary - 1}, or {ignore_index} for tokens to ignore."
         )
-    return kept, chosen
+    return None if kept.numel() == targets.numel() else kept
 
 
-def _chunked(loss_of: Callable[[Tensor, Tensor, Tensor, bool], None], call: Call) -> Outputs:
-    """Loss (mean) and the gradients of the *sum* of the losses: their scale fits 16-bit formats whatever the count."""
+def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None) -> Outputs:
+    """Loss (mean) and the gradients of the *sum* of the losses: their scale fits 16-bit formats whatever the count.
+
+    Of the tokens ``kept`` alone, if they are given; else nothing waits for a device.
+    """
     h, labels, ignore_index, need_grad_h, need_grad_weight, weight = call
-    vocabulary = weight.shape[0]
-    rows = h.reshape(-1, h.shape[-1])
-    kept, chosen = _kept(labels, ignore_index, vocabulary)
-    everything = kept.numel() == rows.shape[0]
-    grad_h, grad_weight = empty_gradients(h, weight, need_grad_h and not everything, need_grad_weight)
-    if need_grad_h and everything:
+    vocabulary, rows, targets = weight.shape[0], h.reshape(-1, h.shape[-1]), labels.reshape(-1)
+    tokens = rows.shape[0] if kept is None else kept.numel()
+    grad_h, grad_weight = empty_gradients(h, weight, need_grad_h and kept is not None, need_grad_weight)
+    if need_grad_h and kept is None:
         grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
-    losses = h.new_empty(kept.numel(), dtype=torch.promote_types(torch.float32, h.dtype))
-    chunk = min(max(1, LOGIT_BYTES // (h.dtype.itemsize * max(1, vocabulary))), max(1, kept.numel()))
+    losses = h.new_empty(tokens, dtype=torch.promote_types(torch.float32, h.dtype))
+    chunk = chunk_tokens(device, vocabulary, h.dtype.itemsize, tokens)
     buffer = torch.empty(chunk if is_dense(weight) else 0, vocabulary, dtype=h.dtype, device=h.device)
-    for first in range(0, kept.numel(), chunk):
-        last = min(first + chunk, kept.numel())
-        part = rows[first:last] if everything else rows[kept[first:last]]
+    for first in range(0, tokens, chunk):
+        last = min(first + chunk, tokens)
+        where = slice(first, last) if kept is None else kept[first:last]
+        part = rows[where]
         logits = _logits(part, weight, buffer[: last - first])
-        loss_of(logits, chosen[first:last], losses[first:last], need_grad_h or need_grad_weight)
+        loss_of(logits, targets[where], losses[first:last], need_grad_h or need_grad_weight)
         if need_grad_h:
             target = grad_h.view(-1, h.shape[-1])
-            out = target[first:last] if everything and is_dense(weight) else None
+            out = target[where] if kept is None and is_dense(weight) else None
             part_grad = _grad_h(logits, weight, out)
             if out is None:
-                target[slice(first, last) if everything else kept[first:last]] = part_grad
+                target[where] = part_grad
         if need_grad_weight:
             grad_weight.addmm_(logits.t().to(grad_weight.dtype), part.to(grad_weight.dtype))
     wide = torch.float64 if h.device.type in ("cpu", "cuda") else losses.dtype  # which not every device has
-    loss = losses.sum(dtype=wide) / kept.numel()
-    return loss.to(losses.dtype), grad_h, grad_weight
+    count = (targets != ignore_index).sum()
+    return (losses.sum(dtype=wide) / count).to(losses.dtype), grad_h, grad_weight
 
 
 @fake("linear_cross_entropy")

@@ -55,8 +55,7 @@ def forward_by(engine: Engine, call: Call) -> Pair:
     x, x_lora, a, b, scale, bias, _, weight = call
     rows = x.reshape(-1, x.shape[-1])
     with without_autocast(x):
-        down = a.to(x.dtype).contiguous()
-        up = (b.float() * scale if b.dtype != torch.float64 else b * scale).to(x.dtype).contiguous()  # rounded once
+        down, up = engine.narrow(a, x.dtype), engine.narrow(b, x.dtype, scale)
         if x_lora is None and engine.makes_low and x.dtype in DTYPE_NUMBER:
             xa = x.new_empty(rows.shape[0], a.shape[0])
             adapter = Adapter(xa, up, down)
@@ -102,7 +101,7 @@ def backward_by(engine: Engine, arguments: tuple[Any, ...], grad_xa: Tensor | No
     need_x, need_x_lora, need_a, need_b = needed
     grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
     with without_autocast(x):
-        down, up = a.to(grad_y.dtype).contiguous(), b.to(grad_y.dtype).contiguous()
+        down, up = engine.narrow(a, grad_y.dtype), engine.narrow(b, grad_y.dtype)
         if need_x and not separate and engine.makes_low and grad_y.dtype in DTYPE_NUMBER:
             low = x.new_empty(rows.shape[0], a.shape[0])
             grad_x = engine.grad_input(rows, weight, Adapter(low, down, up, scale)).view(x.shape)
@@ -116,9 +115,9 @@ def backward_by(engine: Engine, arguments: tuple[Any, ...], grad_xa: Tensor | No
             if need_x_lora:
                 grad_x_lora = engine.dense_grad_input(low, down).view(x.shape)
         if need_a:
-            grad_a = engine.outer(low, tokens, 1.0).to(a.dtype)
+            grad_a = engine.outer(low, tokens, 1.0, a.dtype)
         if need_b:
-            grad_b = engine.outer(xa.reshape(-1, xa.shape[-1]), rows, scale).t().to(b.dtype).contiguous()
+            grad_b = engine.outer(xa.reshape(-1, xa.shape[-1]), rows, scale, b.dtype, transposed=True)
     return grad_x, grad_x_lora, grad_a, grad_b
 
 
