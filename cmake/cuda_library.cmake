@@ -18,7 +18,10 @@ add_library(qlora_native_cuda STATIC
   cuda/page_store.cc
   cuda/paged_table.cc
   cuda/pinned_store.cc
-  cuda/quantize_4bit.cu)
+  cuda/quantize_4bit.cu
+  cuda/rms_norm.cu
+  cuda/rotary.cu
+  cuda/swiglu.cu)
 target_include_directories(qlora_native_cuda PUBLIC cpp ${PROJECT_SOURCE_DIR})
 set_target_properties(qlora_native_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
 target_link_libraries(qlora_native_cuda PUBLIC CUDA::cudart_static)

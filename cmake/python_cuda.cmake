@@ -12,6 +12,9 @@ pybind11_add_module(_cuda MODULE
   cuda/python/bind_lion_step.cc
   cuda/python/bind_paging.cc
   cuda/python/bind_quantize_4bit.cc
+  cuda/python/bind_rms_norm.cc
+  cuda/python/bind_rotary.cc
+  cuda/python/bind_swiglu.cc
   cuda/python/module.cc)
 target_link_libraries(_cuda PRIVATE qlora_native_cuda)
 compile_bindings_fast(_cuda)

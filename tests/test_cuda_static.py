@@ -69,6 +69,17 @@ RULES = (
     Rule(r"lion_step_kernel<.*>", r"(LD|ST)G?\.E\.128.*", least=12),
     Rule(r"softmax_loss_kernel<.*>", r"LDG\.E\.128.*", least=4),
     Rule(r"softmax_loss_kernel<.*>", r"STG\.E\.128.*"),
+    Rule(r"elementwise_kernel<.*>", r"LDG\.E\.EF\.128.*", least=2),
+    Rule(r"elementwise_kernel<.*>", r"STG\.E\.128.*"),
+    Rule(r"rotary_kernel<.*, [48]>", r"LDG\.E\.EF\.128.*", least=2),
+    Rule(r"rotary_kernel<.*, [48]>", r"STG\.E\.128.*", least=2),
+    # Rows to shared memory by asynchronous copies, from there 16 bytes at a time.
+    Rule(r"row_kernel<.*, true, .*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128", least=2, since=80),
+    Rule(r"row_kernel<.*, true, .*>", r"LDS\.(U\.)?128", least=2),
+    Rule(r"row_kernel<.*, true, .*>", r"STG\.E\.128.*"),
+    # A scalar store would be a vector's that the compiler took apart.
+    Rule(r"rotary_kernel<.*, [48]>", r"STG\.E(\.SYS)?", least=0, most=0),
+    Rule(r"row_kernel<.*, true, RmsNormGrad>", r"STG\.E(\.SYS)?", least=0, most=0),
 )
 
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_native import reference
 
-pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 rms_norm = torch.ops.qlora_native.rms_norm
 EPS = 1e-5
 TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from qlora_native import reference
 
-pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 rotary = torch.ops.qlora_native.rotary
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlora_native import reference
 
-pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
+pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 swiglu = torch.ops.qlora_native.swiglu
 TOLERANCE = {torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = ((1,), (16,), (3, 17), (2, 5, 100), (0, 4), (64, 1536))

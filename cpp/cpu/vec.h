@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "core/arithmetic.h"
+#include "core/exp.h"
 #include "core/half.h"
 #include "core/optim.h"
 #include "core/state_code.h"
@@ -154,21 +155,17 @@ inline void by_sixteen(int64_t count, const Each& each) {
   }
 }
 
-// e^x to 1.5 units in the last place over the whole range: e^x = 2^n e^r with n the integer nearest to x / ln 2, e^r
-// from the polynomial of S. Moshier's Cephes library (expf). Subnormal results are rounded once; NaN stays NaN.
+// e^x to 1.5 units in the last place over the whole range. Subnormal results are rounded once; NaN stays NaN.
 inline Sixteen exp16(Sixteen x) {
-  // Outside, e^x rounds to zero or overflows anyway. The operand order keeps NaN.
-  const Sixteen in = larger(splat(-104.0f), smaller(splat(89.0f), x));
-  const Sixteen magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Sixteen shifted = fused(in, splat(1.44269504088896341f), magic);
+  const Sixteen in = larger(splat(kExp.lowest), smaller(splat(kExp.highest), x));  // the operand order keeps NaN
+  const Sixteen magic = splat(kExp.magic);
+  const Sixteen shifted = fused(in, splat(kExp.per_ln2), magic);
   const Sixteen n = shifted - magic;
-  const Sixteen r = fused(n, splat(2.12194440e-4f), fused(n, splat(-0.693359375f), in));  // ln 2 in two parts
-  Sixteen p = splat(1.9875691500e-4f);
-  p = fused(p, r, splat(1.3981999507e-3f));
-  p = fused(p, r, splat(8.3334519073e-3f));
-  p = fused(p, r, splat(4.1665795894e-2f));
-  p = fused(p, r, splat(1.6666665459e-1f));
-  p = fused(p, r, splat(5.0000001201e-1f));
+  const Sixteen r = fused(n, splat(kExp.ln2_too_much), fused(n, splat(kExp.minus_ln2), in));
+  Sixteen p = splat(kExp.terms[0]);
+  for (int i = 1; i < 6; ++i) {
+    p = fused(p, r, splat(kExp.terms[i]));
+  }
   p = fused(p, r * r, r) + splat(1.0f);
   const SixteenInts exponent = bits_of(shifted) - bits_of(magic);
   const SixteenInts half = half_of(exponent);

@@ -41,6 +41,9 @@ void bind_all(py::module_& module) {
   bind_lion_step(module);
   bind_paging(module);
   bind_quantize_4bit(module);
+  bind_rms_norm(module);
+  bind_rotary(module);
+  bind_swiglu(module);
 }
 
 }  // namespace qlora_native::python

@@ -100,6 +100,25 @@ def quantize_scales(
     stream: int,
 ) -> None: ...
 def quantize_scales_workspace(blocks: int) -> int: ...
+def rms_norm(
+    dtype: int, x: int, weight: int, eps: float, rows: int, width: int, y: int, rstd: int, stream: int
+) -> None: ...
+def rms_norm_backward(
+    dtype: int, grad_y: int, x: int, weight: int, rstd: int, rows: int, width: int, grad_x: int, stream: int
+) -> None: ...
+def rotary(
+    dtype: int,
+    x: int,
+    x_strides: Sequence[int],
+    cos: int,
+    sin: int,
+    angle_batches: int,
+    shape: Sequence[int],
+    inverse: bool,
+    y: int,
+    y_strides: Sequence[int],
+    stream: int,
+) -> None: ...
 def softmax_loss(
     dtype: int,
     logits: int,
@@ -110,6 +129,10 @@ def softmax_loss(
     need_gradient: bool,
     losses: int,
     stream: int,
+) -> None: ...
+def swiglu(dtype: int, gate: int, up: int, numel: int, y: int, stream: int) -> None: ...
+def swiglu_backward(
+    dtype: int, grad_y: int, gate: int, up: int, numel: int, grad_gate: int, grad_up: int, stream: int
 ) -> None: ...
 
 managed_page_bytes: int

@@ -20,4 +20,17 @@ inline Counters& counters() {
   return all;
 }
 
+// Bytes of device memory that kernels read and wrote while `counts` is set, however small or cached the access. Counted
+// by the build with the race check alone, whose hooks see every load and store.
+struct GlobalBytes {
+  bool counts;
+  uint64_t read;
+  uint64_t written;
+};
+
+inline GlobalBytes& global_bytes() {
+  static GlobalBytes bytes{};
+  return bytes;
+}
+
 }  // namespace cuemu

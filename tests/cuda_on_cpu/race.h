@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda_on_cpu/counters.h"
+#include "cuda_on_cpu/global_memory.h"
 #include "cuda_on_cpu/shared_memory.h"
 #include "cuda_on_cpu/site.h"
 
@@ -21,6 +23,8 @@ void note_shared(const void* address, size_t num_bytes, Access access, Where whe
 inline void note(const void* address, size_t num_bytes, Access access, Where where) {
   if (is_shared(address)) {
     note_shared(address, num_bytes, access, where);
+  } else if (global_bytes().counts && is_global(address)) {
+    (access == Access::kRead ? global_bytes().read : global_bytes().written) += num_bytes;
   }
 }
 

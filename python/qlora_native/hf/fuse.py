@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import qlora_native as qn
 from qlora_native.functional import SIXTEEN_BITS, dense_linear
 from qlora_native.nn.experts import Substitute, substitute_class
+from qlora_native.ops import _library
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import gather_pages
 from qlora_native.ops.causal_attention import is_native
@@ -35,11 +36,12 @@ NATIVE_BF16 = ("avx512_bf16", "amx", "neon_bf16")
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
-    """Give the modules of a CPU model that allow it a forward of native kernels; others are left alone.
+    """Give the modules of a model that allow it a forward of native kernels; others are left alone.
 
-    Outputs agree to rounding and less is kept for backward: a norm keeps its input and one number a row, a gated MLP
-    its two branches and their product, a rotation nothing of its own size. Calling it twice changes nothing. A deep
-    copy or pickle of the model stays fused.
+    On a CUDA device, attention itself and dense layers stay torch's. A module is left alone on any other device, and on
+    one that this build has no kernels for. Outputs agree to rounding and less is kept for backward: a norm keeps its
+    input and one number a row, a gated MLP its two branches and their product, a rotation nothing of its own size.
+    Calling it twice changes nothing. A deep copy or pickle of the model stays fused.
 
     Returns:
         How many modules were fused, by kind: ``norm``, ``mlp``, ``attention``, ``linear``.
@@ -93,14 +95,14 @@ class Norm(Fused):
         candidates = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}
         for eps in sorted(candidates):
             # Rows about as small as eps show where it is added, and its value.
-            probe = _noise(4, weight.shape[0]) * torch.tensor([[1.0], [30.0], [eps**0.5], [eps**0.5 / 8]])
-            probe = probe.to(weight.dtype)
+            probe = _noise(4, weight.shape[0]) * torch.tensor([[1.0], [30.0], [eps**0.5], [eps**0.5 / 8]], device="cpu")
+            probe = probe.to(weight)
             if agree(_attempt(module, probe), torch.ops.qlora_native.rms_norm(probe, weight.detach(), eps)[0]):
                 return {"_fused_eps": eps}
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or x.dtype != self.weight.dtype or not is_ours(x):
+        if args or kwargs or x.dtype != self.weight.dtype or not is_taken(x):
             return super().forward(x, *args, **kwargs)
         return call("rms_norm", x, self.weight, self._fused_eps)[0]
 
@@ -121,7 +123,8 @@ class GatedMLP(Fused):
         dtype = _dtype_of(parts[linears[0]])
         if dtype not in TOLERANCE or not all(is_ours(tensor, dtype=False) for tensor in module.parameters()):
             return None
-        line = torch.linspace(-12.0, 12.0, 97).to(dtype)
+        device = next(parts[linears[0]].parameters()).device
+        line = torch.linspace(-12.0, 12.0, 97, device="cpu").to(device, dtype)
         if not agree(_attempt(others[0], line), nn.functional.silu(line)):
             return None
         for gate, up, down in permutations(linears):
@@ -129,7 +132,7 @@ class GatedMLP(Fused):
             if _shape(parts[up]) != wide or narrow != wide[::-1]:
                 continue
             # Large numbers would show a clamp.
-            probe = (_noise(2, wide[1]) * torch.tensor([[1.0], [40.0]])).to(dtype)
+            probe = (_noise(2, wide[1]) * torch.tensor([[1.0], [40.0]], device="cpu")).to(device, dtype)
             with modes_kept(module), torch.no_grad():
                 for part in module.modules():  # so that dropout in the module's own forward shows, and not in its parts
                     part.training = part is module
@@ -139,14 +142,15 @@ class GatedMLP(Fused):
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not is_ours(x):
+        if args or kwargs or not is_taken(x):
             return super().forward(x, *args, **kwargs)
         gate, up, down = (getattr(self, name) for name in self._fused_parts)
         return down(call("swiglu", gate(x), up(x)))
 
 
 class Attention(Fused):
-    """An attention whose forward rotates q and k by a function of its module, or calls transformers' sdpa."""
+    """An attention whose forward rotates q and k by a function of its module; on the CPU also one that calls
+    transformers' sdpa."""
 
     label = "attention"
 
@@ -156,7 +160,10 @@ class Attention(Fused):
         if parameter is None or not is_ours(parameter, dtype=False):
             return None
         forward = type(module).forward
-        return {} if isinstance(forward, FunctionType) and _with_native_parts(forward) is not forward else None
+        if not isinstance(forward, FunctionType):
+            return None
+        found = _with_native_parts(forward) is not forward if is_on_cpu(parameter) else _has_rotation(forward)
+        return {} if found else None
 
     @classmethod
     def members(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -172,7 +179,7 @@ class Dense(Fused):
 
     @classmethod
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
-        if type(module) is not nn.Linear or module.weight.dtype not in SIXTEEN_BITS or not is_ours(module.weight):
+        if type(module) is not nn.Linear or module.weight.dtype not in SIXTEEN_BITS or not is_on_cpu(module.weight):
             return None
         if module.weight.numel() >= 1 << 22 and module.weight.is_contiguous():  # no cache holds it
             gather_pages(module.weight)
@@ -182,9 +189,20 @@ class Dense(Fused):
         return dense_linear(x, self.weight, self.bias)
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def is_ours(tensor: Tensor, dtype: bool = True) -> bool:
-    """Whether the native kernels take a tensor of this device, and of this dtype if that matters."""
-    return tensor.device.type == "cpu" and (not dtype or tensor.dtype in TOLERANCE)
+    """Whether there are native kernels for the tensor's device, and for its dtype if that matters."""
+    if dtype and tensor.dtype not in TOLERANCE:
+        return False
+    return is_on_cpu(tensor) or _library.module_for(tensor.device) is not None
+
+
+def is_taken(x: Tensor) -> bool:
+    """Whether a fused module gives ``x`` to the ops, which fall back to torch by themselves; cheap, and traceable."""
+    return x.device.type in ("cpu", "cuda") and x.dtype in TOLERANCE
 
 
 def agree(got: Any, expected: Tensor, each_row: bool = False) -> bool:
@@ -212,15 +230,16 @@ def _dtype_of(linear: Any) -> torch.dtype | None:
 
 
 def _noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put the CPU's random state and the training flags of all modules back at the end."""
+    """Put the random states of the CPU and of the model's CUDA devices, and all training flags, back at the end."""
     before = {module: module.training for module in model.modules()}
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         for module, training in before.items():
@@ -268,6 +287,14 @@ def _with_native_parts(function: FunctionType) -> FunctionType:
     return copy
 
 
+def _has_rotation(function: FunctionType) -> bool:
+    """Whether ``function``, or the one that it wraps, calls a rotation that the native kernel does."""
+    found = (function.__globals__.get(name) for name in function.__code__.co_names)
+    inner = getattr(function, "__wrapped__", None)
+    own = any(isinstance(value, FunctionType) and _rotates(value) for value in found)
+    return own or (isinstance(inner, FunctionType) and _has_rotation(inner))
+
+
 @cache
 def _rotates(function: FunctionType) -> bool:
     """Whether ``function(q, k, cos, sin)`` is the rotation that the native kernel does."""
@@ -288,7 +315,7 @@ def _native_rotary(original: FunctionType) -> Callable[..., Any]:
     @wraps(original)
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         plain = not args and not kwargs and q.dtype == k.dtype == cos.dtype == sin.dtype and q.dim() == k.dim() == 4
-        fits = plain and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and is_ours(q)
+        fits = plain and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and is_taken(q)
         if not fits or cos.requires_grad or sin.requires_grad:
             return original(q, k, cos, sin, *args, **kwargs)
         return call("rotary", q, cos, sin, False), call("rotary", k, cos, sin, False)
@@ -329,15 +356,18 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' sdpa by documents, where a mask separates some, and by the native kernel, where every position sees
-    all earlier ones and no other. Torch computes the rest, in fp32 if ``widen``.
+    all earlier ones and no other. Torch computes the rest, in fp32 if ``widen``, and all on other devices than the CPU.
 
     query [B, H, T, D], key and value [B, H / g, T, D]; returns [B, T, H, D].
     """
+    if not is_on_cpu(query):
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     square = query.shape[2] == key.shape[2] > 1 and kwargs.get("position_bias") is None
     alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape and query.shape[3] == key.shape[3]
-    native = square and alike and not dropout and is_ours(query) and is_native(query)
-    widen = widen and is_ours(query)
+    native = square and alike and not dropout and is_native(query)
+    widen = widen and query.dtype in TOLERANCE
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None) -> Tensor:
@@ -351,7 +381,7 @@ def _attention(
         return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
 
     documents = None
-    if attention_mask is not None and square and query.device.type == "cpu" and not torch.compiler.is_compiling():
+    if attention_mask is not None and square and not torch.compiler.is_compiling():
         documents = documents_of(attention_mask, query.shape[0])
     if documents is not None:
         return by_document(attend, query, key, value, documents), None

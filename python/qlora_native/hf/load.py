@@ -115,7 +115,7 @@ def load_model(
         calibration: for "wmse" and "gptq": a file that ``qlora train`` reads, a list of texts, token tensors, or a
             :class:`qlora_native.CalibrationData`, which also limits how much of it is taken.
         fuse: give the modules between the products native kernels where they compute the same to rounding, as
-            :func:`qlora_native.fuse` does. On a device other than a CPU nothing changes.
+            :func:`qlora_native.fuse` does.
         work_dir: with calibration, a folder of this load's own on a disk: finished layers and hidden states are kept
             there, a load that was killed goes on from it, and a load that ends removes it.
         progress: with calibration, called with a line of text, the layers done, and the layers in all.

@@ -7,16 +7,17 @@ neither maps the GPU code nor initializes the driver, which would forbid CUDA in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlora_native import _C, _native
+from qlora_native.ops import _library
 from qlora_native.ops._library import Weight, say_once
 
 
@@ -47,6 +48,22 @@ def launching(device: torch.device) -> Iterator[int]:
     """Makes a device the current one and gives the handle of torch's current stream there, to launch on."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream(device).cuda_stream
+
+
+Run = Callable[..., None] | None  # a native function, or None where there is none for the device
+
+
+def function(name: str, device: torch.device) -> Run:
+    """``name`` of the module ``_cuda`` on a device's current stream; None where ``module_for`` has none."""
+    module = _library.module_for(device)
+    if module is None:
+        return None
+
+    def run(*arguments: Any) -> None:
+        with launching(device) as stream:
+            getattr(module, name)(*arguments, stream)
+
+    return run
 
 
 class Facts(NamedTuple):

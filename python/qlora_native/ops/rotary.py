@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import autograd, fake, implement
 
@@ -29,9 +30,9 @@ def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return torch.empty_like(x)  # heads side by side come out so, and the products around need no copy
 
 
-@implement("rotary", "CPU")
-def cpu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    if x.dtype not in DTYPE_NUMBER:
+def rotated(run: _cuda_kernels.Run, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """By the native function ``run``, where there is one for the device and dtype."""
+    if run is None or x.dtype not in DTYPE_NUMBER:
         return anywhere(x, cos, sin, inverse)
     y = shapes(x, cos, sin, inverse)
     source = x if x.stride(-1) == 1 else x.contiguous()
@@ -39,8 +40,18 @@ def cpu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     cos, sin = cos.contiguous(), sin.contiguous()
     angles = cos.data_ptr(), sin.data_ptr(), cos.shape[0]
     heads = DTYPE_NUMBER[x.dtype], source.data_ptr(), source.stride()[:3]
-    _C.rotary(*heads, *angles, tuple(x.shape), inverse, target.data_ptr(), target.stride()[:3])
+    run(*heads, *angles, tuple(x.shape), inverse, target.data_ptr(), target.stride()[:3])
     return y if target is y else y.copy_(target)
+
+
+@implement("rotary", "CPU")
+def cpu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return rotated(_C.rotary, x, cos, sin, inverse)
+
+
+@implement("rotary", "CUDA")
+def cuda(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return rotated(_cuda_kernels.function("rotary", x.device), x, cos, sin, inverse)
 
 
 @implement("rotary", "CompositeExplicitAutograd")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import autograd, fake, implement, save_inputs
 
@@ -26,13 +27,23 @@ def shapes(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@implement("swiglu", "CPU")
-def cpu(gate: Tensor, up: Tensor) -> Tensor:
-    if gate.dtype not in DTYPE_NUMBER:
+def forward(run: _cuda_kernels.Run, gate: Tensor, up: Tensor) -> Tensor:
+    """By the native function ``run``, where there is one for the device and dtype."""
+    if run is None or gate.dtype not in DTYPE_NUMBER:
         return anywhere(gate, up)
     y, gate, up = shapes(gate, up), gate.contiguous(), up.contiguous()
-    _C.swiglu(DTYPE_NUMBER[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
+    run(DTYPE_NUMBER[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
     return y
+
+
+@implement("swiglu", "CPU")
+def cpu(gate: Tensor, up: Tensor) -> Tensor:
+    return forward(_C.swiglu, gate, up)
+
+
+@implement("swiglu", "CUDA")
+def cuda(gate: Tensor, up: Tensor) -> Tensor:
+    return forward(_cuda_kernels.function("swiglu", gate.device), gate, up)
 
 
 @implement("swiglu", "CompositeExplicitAutograd")
@@ -40,15 +51,24 @@ def anywhere(gate: Tensor, up: Tensor) -> Tensor:
     return shapes(gate, up).copy_(reference.swiglu(gate, up))
 
 
-@implement("swiglu_backward", "CPU")
-def cpu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    if gate.dtype not in DTYPE_NUMBER:
+def gradients(run: _cuda_kernels.Run, grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
+    if run is None or gate.dtype not in DTYPE_NUMBER:
         return anywhere_backward(grad_y, gate, up)
     grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
     grads = torch.empty_like(gate), torch.empty_like(up)
     source = DTYPE_NUMBER[gate.dtype], grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel()
-    _C.swiglu_backward(*source, grads[0].data_ptr(), grads[1].data_ptr())
+    run(*source, grads[0].data_ptr(), grads[1].data_ptr())
     return grads
+
+
+@implement("swiglu_backward", "CPU")
+def cpu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
+    return gradients(_C.swiglu_backward, grad_y, gate, up)
+
+
+@implement("swiglu_backward", "CUDA")
+def cuda_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
+    return gradients(_cuda_kernels.function("swiglu_backward", gate.device), grad_y, gate, up)
 
 
 @implement("swiglu_backward", "CompositeExplicitAutograd")

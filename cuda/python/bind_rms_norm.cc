@@ -1,0 +1,49 @@
+#include "cuda/python/errors.h"
+#include "cuda/rms_norm.h"
+#include "python/bindings.h"
+
+namespace py = pybind11;
+
+namespace qlora_native::python {
+namespace {
+
+void check_rows(int64_t rows, int64_t width) {
+  require(rows >= 0 && width > 0, "rms_norm: x is [" + std::to_string(rows) + ", " + std::to_string(width) +
+                                      "]: expected at least one column.");
+}
+
+void forward(int dtype, Address x, Address weight, float eps, int64_t rows, int64_t width, Address y, Address rstd,
+             Address stream) {
+  check_rows(rows, width);
+  const Dtype type = checked_dtype(dtype);
+  check_cuda(
+      cuda::launch_rms_norm(type, any_pointer(type, x, rows * width, "x"), any_pointer(type, weight, width, "weight"),
+                            eps, rows, width, any_pointer(type, y, rows * width, "y"),
+                            pointer<float>(rstd, rows, "rstd"), reinterpret_cast<cudaStream_t>(stream)),
+      "rms_norm");
+}
+
+void backward(int dtype, Address grad_y, Address x, Address weight, Address rstd, int64_t rows, int64_t width,
+              Address grad_x, Address stream) {
+  check_rows(rows, width);
+  const Dtype type = checked_dtype(dtype);
+  check_cuda(cuda::launch_rms_norm_backward(
+                 type, any_pointer(type, grad_y, rows * width, "grad_y"), any_pointer(type, x, rows * width, "x"),
+                 any_pointer(type, weight, width, "weight"), pointer<float>(rstd, rows, "rstd"), rows, width,
+                 any_pointer(type, grad_x, rows * width, "grad_x"), reinterpret_cast<cudaStream_t>(stream)),
+             "rms_norm_backward");
+}
+
+}  // namespace
+
+void bind_rms_norm(py::module_& module) {
+  module.def("rms_norm", &forward, py::arg("dtype"), py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("rows"),
+             py::arg("width"), py::arg("y"), py::arg("rstd"), py::arg("stream"),
+             py::call_guard<py::gil_scoped_release>(),
+             "y = weight * x / rms(x) over rows of x in device memory, and rstd = 1 / rms(x).");
+  module.def("rms_norm_backward", &backward, py::arg("dtype"), py::arg("grad_y"), py::arg("x"), py::arg("weight"),
+             py::arg("rstd"), py::arg("rows"), py::arg("width"), py::arg("grad_x"), py::arg("stream"),
+             py::call_guard<py::gil_scoped_release>(), "Gradient of rms_norm to x.");
+}
+
+}  // namespace qlora_native::python

@@ -1,0 +1,111 @@
+// Bytes of device memory that what stands between the products of a Llama layer moves, against each input read once and
+// each output written once.
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <string>
+
+#include "cuda/rms_norm.h"
+#include "cuda/rotary.h"
+#include "cuda/swiglu.h"
+#include "cuda_on_cpu/activations.h"
+#include "cuda_on_cpu/counters.h"
+
+using namespace qlora_native;
+
+namespace {
+
+constexpr double kMost = 1.15;  // times the floor
+// Llama 3 8B, and few tokens, but several for each thread block.
+constexpr int64_t kTokens = 32, kWidth = 4096, kHeads = 32, kKvHeads = 8, kHeadDim = 128, kHidden = 14336;
+
+struct Moved {
+  uint64_t bytes = 0;
+  int64_t floor = 0;
+};
+
+Moved operator+(const Moved& a, const Moved& b) { return {a.bytes + b.bytes, a.floor + b.floor}; }
+
+// `elements` are those of all inputs and outputs.
+Moved measure(const std::string& what, int64_t elements, const std::function<cudaError_t()>& launch) {
+  cuemu::global_bytes() = {.counts = true, .read = 0, .written = 0};
+  CHECK_LAUNCH(launch());
+  const Moved moved{cuemu::global_bytes().read + cuemu::global_bytes().written,
+                    elements * static_cast<int64_t>(sizeof(Bf16))};
+  cuemu::global_bytes() = {};
+  CHECK(static_cast<double>(moved.bytes) >= static_cast<double>(moved.floor), "%s: accesses were missed", what.c_str());
+  CHECK(static_cast<double>(moved.bytes) <= kMost * static_cast<double>(moved.floor),
+        "%s: %llu bytes, %.2f times the floor", what.c_str(), static_cast<unsigned long long>(moved.bytes),
+        static_cast<double>(moved.bytes) / static_cast<double>(moved.floor));
+  return moved;
+}
+
+cudaError_t rotate(const Bf16* x, int64_t heads, const Bf16* angles, bool inverse, Bf16* y) {
+  const int64_t row = heads * kHeadDim;
+  return cuda::launch_rotary({x,
+                              {kTokens * row, kHeadDim, row},
+                              angles,
+                              angles + kTokens * kHeadDim,
+                              0,
+                              1,
+                              heads,
+                              kTokens,
+                              kHeadDim,
+                              inverse,
+                              y,
+                              {kTokens * row, kHeadDim, row}},
+                             Dtype::kBfloat16, nullptr);
+}
+
+TEST(bytes_of_a_llama_layer) {
+  if (std::strcmp(CUEMU_BUILD, "race") != 0) {
+    return;  // only that build counts
+  }
+  const cuemu::WithDevice small(80);
+  cuemu::device().num_sms = 1;
+  const auto rows = [](int64_t width, uint64_t seed) {
+    return cuemu::DeviceBuffer<Bf16>(cuemu::values_of<Bf16>(kTokens * width, 1.0f, seed));
+  };
+  const auto x = rows(kWidth, 1), grad = rows(kWidth, 2), q = rows(kHeads * kHeadDim, 3),
+             k = rows(kKvHeads * kHeadDim, 4);
+  const auto gate = rows(kHidden, 5), up = rows(kHidden, 6), grad_hidden = rows(kHidden, 7),
+             angles = rows(2 * kHeadDim, 8);
+  const cuemu::DeviceBuffer<Bf16> weight(cuemu::values_of<Bf16>(kWidth, 1.0f, 9));
+  const cuemu::DeviceBuffer<Bf16> out(kTokens * kHidden), second(kTokens * kHidden);
+  const cuemu::DeviceBuffer<float> rstd(kTokens);
+  constexpr Dtype kType = Dtype::kBfloat16;
+  const Moved norm = measure("rms_norm", kTokens * (2 * kWidth + 2) + kWidth, [&] {
+    return cuda::launch_rms_norm(kType, x.data(), weight.data(), 1e-5f, kTokens, kWidth, out.data(), rstd.data(),
+                                 nullptr);
+  });
+  const Moved norm_grad = measure("rms_norm_backward", kTokens * (3 * kWidth + 2) + kWidth, [&] {
+    return cuda::launch_rms_norm_backward(kType, grad.data(), x.data(), weight.data(), rstd.data(), kTokens, kWidth,
+                                          out.data(), nullptr);
+  });
+  const Moved gated = measure("swiglu", 3 * kTokens * kHidden, [&] {
+    return cuda::launch_swiglu(kType, gate.data(), up.data(), kTokens * kHidden, out.data(), nullptr);
+  });
+  const Moved gated_grad = measure("swiglu_backward", 5 * kTokens * kHidden, [&] {
+    return cuda::launch_swiglu_backward(kType, grad_hidden.data(), gate.data(), up.data(), kTokens * kHidden,
+                                        out.data(), second.data(), nullptr);
+  });
+  Moved rotated;
+  for (const bool inverse : {false, true}) {
+    rotated = measure("rotary of q", kTokens * kHeadDim * (2 * kHeads + 2),
+                      [&] { return rotate(q.data(), kHeads, angles.data(), inverse, out.data()); }) +
+              measure("rotary of k", kTokens * kHeadDim * (2 * kKvHeads + 2),
+                      [&] { return rotate(k.data(), kKvHeads, angles.data(), inverse, out.data()); });
+  }
+  // Two residual additions, which are torch's, read two tensors and write one; their gradient, too, is one addition.
+  constexpr int64_t kResidualBytes = 2 * 3 * kTokens * kWidth * static_cast<int64_t>(sizeof(Bf16));
+  const Moved residuals{kResidualBytes, kResidualBytes};
+  const Moved forward = norm + norm + rotated + gated + residuals;
+  const Moved backward = norm_grad + norm_grad + rotated + gated_grad + residuals;
+  for (const Moved& pass : {forward, backward}) {
+    const double ratio = static_cast<double>(pass.bytes) / static_cast<double>(pass.floor);
+    std::printf("  %.3f times the floor\n", ratio);
+    CHECK(ratio <= kMost, "a layer moves %.2f times the floor", ratio);
+  }
+}
+
+}  // namespace
