@@ -27,6 +27,13 @@ elseif(cuda_mode STREQUAL "AUTO" OR cuda_mode STREQUAL "ON")
     if(archs MATCHES "[^0-9;]")
       message(FATAL_ERROR "QLORA_NATIVE_CUDA_ARCHS is '${archs}': expected numbers such as 80;90, or all")
     endif()
+    numbers_printed_by(known "${CMAKE_CUDA_COMPILER}" --list-gpu-code)
+    set(unknown ${archs})
+    list(REMOVE_ITEM unknown ${known})
+    if(unknown)
+      message(FATAL_ERROR "QLORA_NATIVE_CUDA_ARCHS asks for ${unknown}, which the nvcc of CUDA ${release} does not "
+                          "compile for: leave it out, or put a newer nvcc on PATH")
+    endif()
     # Machine code of each, and PTX of the newest for the cards that come after it.
     list(TRANSFORM archs APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
     list(GET archs -1 newest)

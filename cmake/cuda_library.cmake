@@ -21,7 +21,8 @@ add_library(qlora_native_cuda STATIC
   cuda/quantize_4bit.cu
   cuda/rms_norm.cu
   cuda/rotary.cu
-  cuda/swiglu.cu)
+  cuda/swiglu.cu
+  cuda/tables.cu)
 target_include_directories(qlora_native_cuda PUBLIC cpp ${PROJECT_SOURCE_DIR})
 set_target_properties(qlora_native_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
 target_link_libraries(qlora_native_cuda PUBLIC CUDA::cudart_static)
@@ -31,6 +32,6 @@ target_compile_options(qlora_native_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
   --expt-relaxed-constexpr  # std::bit_cast in device code
   $<$<BOOL:${QLORA_NATIVE_WERROR}>:-Xcompiler=-Werror>
   "$<$<BOOL:${QLORA_NATIVE_WERROR}>:SHELL:-Werror all-warnings>"
-  "SHELL:-Xptxas -warn-spills,-warn-lmem-usage"
+  "$<$<BOOL:${QLORA_NATIVE_WERROR}>:SHELL:-Xptxas -warn-spills,-warn-lmem-usage>"
   -Xcompiler=-Wall,-Wextra,-Wshadow,-Wconversion,-Wsign-conversion,-ffp-contract=off
   $<$<BOOL:${QLORA_NATIVE_FATBIN_COMPRESSES}>:-Xfatbin=--compress-mode=size>>)

@@ -50,4 +50,9 @@ cudaError_t launch_dequantize_4bit(const WeightView& weight, const Panel& panel,
   return cudaErrorInvalidValue;
 }
 
+cudaError_t find_image() {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&dequantize_4bit_kernel<float>));
+}
+
 }  // namespace qlora_native::cuda

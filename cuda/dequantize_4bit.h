@@ -21,4 +21,8 @@ cudaError_t launch_dequantize_4bit(const WeightView& weight, const Panel& panel,
                                    void* out,  // [panel.rows(), panel.columns()]
                                    cudaStream_t stream);
 
+// Whether the current device can run the kernels of this build: cudaErrorNoKernelImageForDevice, or another error, if
+// it cannot.
+cudaError_t find_image();
+
 }  // namespace qlora_native::cuda

@@ -1,6 +1,7 @@
 #include "cuda/page_store.h"
 
 #include <algorithm>
+#include <thread>
 #include <utility>
 
 namespace qlora_native::cuda {
@@ -13,21 +14,6 @@ cudaError_t in_turn(const Calls&... calls) {
   (void)((error = calls(), error == cudaSuccess) && ...);
   return error;
 }
-
-// Makes a device the current one for a scope.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    (void)cudaGetDevice(&before_);
-    (void)cudaSetDevice(device);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  ~OnDevice() { (void)cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
 
 }  // namespace
 
@@ -72,8 +58,17 @@ cudaError_t PageStore::open(bool comes_apart) {
 }
 
 void PageStore::wait_for_device() const {
-  const OnDevice on(device_);
-  (void)cudaDeviceSynchronize();
+  int current = 0;
+  if (cudaGetDevice(&current) == cudaSuccess && current == device_) {
+    (void)cudaDeviceSynchronize();
+    return;
+  }
+  // The current device is a thread's own. To set it here and back again would make a context, of hundreds of MiB, on a
+  // device that may have none.
+  std::thread([this] {
+    (void)cudaSetDevice(device_);
+    (void)cudaDeviceSynchronize();
+  }).join();
 }
 
 cudaError_t PageStore::walk(const std::vector<bool>& wanted, int64_t budget_bytes, const Update& update,
@@ -125,13 +120,21 @@ cudaError_t PageStore::page_in(cudaStream_t stream) {
   return walk(std::vector<bool>(sizes_.size(), true), plan_.num_bytes, nothing, stream);
 }
 
+cudaError_t PageStore::renew(cudaStream_t stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  cudaError_t error = cudaSuccess;
+  for (size_t chunk = 0; chunk < sizes_.size() && error == cudaSuccess; ++chunk) {
+    error = resident_[chunk] ? move_in(static_cast<int64_t>(chunk), stream) : cudaSuccess;
+  }
+  return error;
+}
+
 bool PageStore::is_resident() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return std::find(resident_.begin(), resident_.end(), false) == resident_.end();
 }
 
 cudaError_t PageStore::page_out(cudaStream_t stream) {
-  const OnDevice on(device_);
   cudaError_t error = cudaSuccess;
   {
     const std::lock_guard<std::mutex> lock(mutex_);

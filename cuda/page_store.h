@@ -54,7 +54,11 @@ class PageStore {
   cudaError_t page_in(cudaStream_t stream);
   bool is_resident() const;  // all of it, by what was asked for
 
-  // Sends every chunk away after what `stream` holds, and returns when they are gone.
+  // Asks again for the chunks that were asked for: an allocation may have evicted some, which CUDA does not report.
+  // Those that are there do not move.
+  cudaError_t renew(cudaStream_t stream);
+
+  // On the current device: sends every chunk away after what `stream` holds, and returns when they are gone.
   cudaError_t page_out(cudaStream_t stream);
 
   // Sets every byte to 0, chunk by chunk.

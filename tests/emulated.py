@@ -91,7 +91,7 @@ class Emulator:
 def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     """The ops take the emulated kernels for CPU tensors while this is entered; what the emulator finds is an error."""
     emulator = Emulator(module)
-    monkeypatch.setattr(_cuda_kernels, "native", lambda: module)
+    monkeypatch.setattr(_cuda_kernels, "native", lambda device: module)
     monkeypatch.setattr(_cuda_kernels, "launching", emulator.launching)
     monkeypatch.setattr(_cuda_kernels, "facts", lambda device: emulator.facts)
     monkeypatch.setattr(_cuda_kernels, "memory", lambda device: module.memory())

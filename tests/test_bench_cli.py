@@ -79,7 +79,9 @@ def test_doctor_names_the_kernel_of_each_shape(
         asked.append(question)
         return (2, 64, 128, 1, 3, 0, 0) if question[0] > 16 else (0, 4, 16, 1, 0, 0, 0)
 
-    properties = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+    properties = SimpleNamespace(
+        name="A GPU", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132, is_integrated=False
+    )
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": properties}
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)

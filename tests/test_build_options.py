@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,73 @@ def test_architectures(known: str, cards: str | None, wanted: str, expected: str
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.defpath}"}
     done = subprocess.run([cmake, "-P", str(script)], env=environment, capture_output=True, text=True, check=True)
     assert done.stderr.strip() == expected
+
+
+# An nvcc that has the architectures of CUDA 12.0, over the real one.
+NVCC_12_0 = """#!/bin/sh
+case "$*" in
+--list-gpu-code) printf 'sm_%s\\n' {known} ;;
+--version) echo 'Cuda compilation tools, release 12.0, V12.0.140' ;;
+*_1[0-9][0-9]*) echo "nvcc fatal   : Unsupported gpu architecture in '$*'" >&2; exit 1 ;;
+*) exec {nvcc} "$@" ;;
+esac
+"""
+
+
+@pytest.fixture(scope="module")
+def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """CMake over an nvcc as of CUDA 12.0, for the CUDA library alone, in the folder ``build`` of its result."""
+    cmake, nvcc = shutil.which("cmake"), shutil.which("nvcc")
+    if cmake is None or nvcc is None or shutil.which("ninja") is None:
+        pytest.skip("there is no cmake, ninja or nvcc here")
+    folder = tmp_path_factory.mktemp("cuda_12_0")
+    wrapper = folder / "nvcc"
+    wrapper.write_text(NVCC_12_0.format(known=CUDA_12_0, nvcc=nvcc))
+    wrapper.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("QLORA_NATIVE_")}
+
+    def call(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [cmake, "-S", str(ROOT), "-B", str(folder / "build"), "-G", "Ninja", "-DQLORA_NATIVE_PYTHON=OFF"]
+        command += ["-DQLORA_NATIVE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={wrapper}", *options]
+        return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+    return call
+
+
+def cuda_commands(configured: subprocess.CompletedProcess[str]) -> list[str]:
+    """How the files of kernels are compiled."""
+    assert configured.returncode == 0, configured.stderr[-3000:]
+    build = Path(re.findall(r"Build files have been written to: (.*)", configured.stdout)[0])
+    commands = json.loads((build / "compile_commands.json").read_text())
+    return [entry["command"] for entry in commands if entry["file"].endswith(".cu")]
+
+
+def test_an_nvcc_without_the_newest_architectures_builds_those_it_has(
+    configure: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    configured = configure("-DQLORA_NATIVE_CUDA_ARCHS=all", "-DQLORA_NATIVE_WERROR=OFF")
+    for command in cuda_commands(configured):
+        codes = {code for group in re.findall(r",code=\[([^\]]*)\]", command) for code in group.split(",")}
+        assert codes == {"compute_90", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90"}
+    build = re.findall(r"Build files have been written to: (.*)", configured.stdout)[0]
+    ninja = ["ninja", "-C", build, "CMakeFiles/qlora_native_cuda.dir/cuda/tables.cu.o"]
+    built = subprocess.run(ninja, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-3000:]
+
+
+def test_an_architecture_that_nvcc_lacks_is_refused_in_words(
+    configure: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    configured = configure("-DQLORA_NATIVE_CUDA_ARCHS=90;120")
+    assert configured.returncode != 0
+    words = "QLORA_NATIVE_CUDA_ARCHS asks for 120, which the nvcc of CUDA 12.0 does not compile for"
+    assert words in " ".join(configured.stderr.split())
+
+
+def test_warnings_stop_only_the_builds_of_ci(configure: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    for option, expected in (("OFF", False), ("ON", True)):
+        for command in cuda_commands(configure("-DQLORA_NATIVE_CUDA_ARCHS=80", f"-DQLORA_NATIVE_WERROR={option}")):
+            assert ("-Werror" in command) == ("-warn-spills" in command) == expected, command
 
 
 def weak_functions(listing: str) -> set[str]:

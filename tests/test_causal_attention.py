@@ -147,7 +147,7 @@ def test_gradcheck_twice() -> None:
 def test_refuses_in_words() -> None:
     q, k, v, _ = operands(1, 4, 3, 5, 32)
     refuses(r"q is \[1, 4, 5, 32\], k is \[1, 3, 5, 32\]", attention, q, k, v, 1.0)
-    refuses("floating-point dtype", attention, q, k[:, :2].float(), v[:, :2].float(), 1.0)
+    refuses("k is torch.float64 .*: expected torch.bfloat16", attention, q, k[:, :2].double(), v[:, :2].double(), 1.0)
 
 
 @pytest.mark.parametrize("width", [8, 20])

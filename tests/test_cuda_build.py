@@ -5,6 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +21,7 @@ from laws import ROOT
 
 import qlora_native as qn
 from qlora_native.ops import _cuda_kernels, _library
+from qlora_native.ops.linear_4bit import cuda_engine
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 compiles = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on PATH")
@@ -45,8 +52,6 @@ def test_the_module_loads_without_a_device(cuda: Any) -> None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"levels": 0}, "levels is a null pointer"),
-        ({"absmax": 0, "absmax_codes": 4096}, "nested_code is a null pointer"),
         ({"absmax": 0}, "either fp32 scales or 8-bit scale codes"),
         ({"packed": 0}, "packed .*null pointer, but 32"),
         ({"out": 4097}, "out is not aligned to 2"),
@@ -83,41 +88,62 @@ def test_a_build_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_cuda_kernels._C, "build_info", lambda: {"cuda_archs": ""})
     monkeypatch.setattr(_library, "_warned", set())
     with pytest.warns(UserWarning, match="this build has no CUDA kernels.*QLORA_NATIVE_CUDA=ON"):
-        assert _cuda_kernels.native.__wrapped__() is None
+        assert _cuda_kernels._loaded.__wrapped__() is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_driver_that_is_too_old_is_named_once(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "_warned", set())
     with pytest.warns(UserWarning, match=r"built with CUDA 1\d\.\d, the driver .*CUDA \d+\.\d"):
-        assert _cuda_kernels.native.__wrapped__() is None
+        assert _cuda_kernels._loaded.__wrapped__() is None
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_built_in_tables_are_passed_explicitly(quant_type: str) -> None:
-    """Kernels on a device cannot read the tables of the host library; both must arrive as tensors of the device."""
-    number = qn.weight.quant_type_number(quant_type)
-    weight = qn.quantize(torch.randn(300, 7), quant_type=quant_type).op_args()
-    completed = _cuda_kernels.with_tables(weight)
-    assert completed.code is not None and completed.code.tolist() == _cuda_kernels._C.levels(number)
-    assert completed.nested_code is not None and completed.nested_code.tolist() == _cuda_kernels._C.nested_code()
-    pointers = completed.pointers()
-    assert pointers[5:7] == (completed.nested_code.data_ptr(), completed.code.data_ptr())
-    assert (pointers[:5], pointers[7:]) == (weight.pointers()[:5], weight.pointers()[7:])
-    assert _cuda_kernels.with_tables(weight).pointers() == pointers, "a table is uploaded once a device"
+def faked_devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[int], images: set[int]) -> ModuleType:
+    """Devices of these compute capabilities, kernels for ``images`` alone. Returns the module that they share."""
+    current = [0]
+
+    @contextmanager
+    def launching(device: torch.device) -> Iterator[int]:
+        before, current[0] = current[0], device.index
+        yield 0
+        current[0] = before
+
+    def image_error() -> str:
+        return "" if capabilities[current[0]] in images else "cudaErrorNoKernelImageForDevice"
+
+    module = ModuleType("_cuda")
+    monkeypatch.setattr(module, "image_error", image_error, raising=False)
+    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_cuda_kernels, "_loaded", lambda: module)
+    monkeypatch.setattr(_cuda_kernels, "launching", launching)
+    monkeypatch.setattr(_cuda_kernels, "facts", lambda device: _cuda_kernels.Facts(capabilities[device.index], 80))
+    monkeypatch.setattr(_cuda_kernels, "native", cache(_cuda_kernels.native.__wrapped__))
+    return module
 
 
-def test_tables_of_a_checkpoint_are_kept() -> None:
-    weight = qn.quantize(torch.randn(64, 8)).op_args()
-    own = weight._replace(code=torch.arange(16.0), nested_code=torch.arange(256.0))
-    assert _cuda_kernels.with_tables(own).pointers() == own.pointers()
+def test_a_device_without_an_image_says_so_once_and_the_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Volta, an Orin, a Thor, a later major; beside them an A100 and an H100."""
+    capabilities, images = [80, 70, 87, 110, 130, 90], {80, 90}
+    module = faked_devices(monkeypatch, capabilities, images)
+    for number, capability in enumerate(capabilities):
+        device = torch.device("cuda", number)
+        if capability in images:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert _library.module_for(device) is module
+            continue
+        with pytest.warns(UserWarning, match=rf"cuda:{number} .* {capability // 10}\.{capability % 10}.*NoKernelImage"):
+            assert _library.module_for(device) is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert _library.module_for(device) is None and cuda_engine(False, device) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_device_gives_the_bits_of_the_cpu(cuda: Any, double_quant: bool, dtype: torch.dtype) -> None:
-    assert _cuda_kernels.native() is not None
+    assert _cuda_kernels.native(torch.device("cuda", 0)) is not None
     for block_size in (32, 64, 4096):
         for numel in (0, 1, 31, 32, 33, 65, 4097, 1 << 20):
             w = qn.quantize(torch.randn(numel), block_size=block_size, double_quant=double_quant)
@@ -148,6 +174,68 @@ def test_the_page_stores_compile_with_both_signatures(file: str, version: int) -
     """Those of CUDA 12 and of CUDA 13, without a toolkit."""
     done = compile_against(version, f'#include "cuda/{file}"\n')
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# A runtime in which setting a device makes a context there, as since CUDA 12; a store of device 1 lives and dies in a
+# thread whose current device is 0, of which nothing was used.
+CONTEXTS = r"""
+#include <set>
+
+#include "cuda/page_store.h"
+
+namespace {
+thread_local int current = 0;
+std::set<int> contexts;
+std::set<int> waited;
+
+struct Store final : qlora_native::cuda::PageStore {
+  Store() : PageStore({}, {}) { (void)open(false); }
+  ~Store() override { wait_for_device(); }
+  cudaError_t zero(int64_t, cudaStream_t) override { return cudaSuccess; }
+  std::vector<qlora_native::PageMove> moves_of(const std::vector<bool>&, const std::vector<bool>&,
+                                               int64_t) const override {
+    return {};
+  }
+  cudaError_t move_in(int64_t, cudaStream_t) override { return cudaSuccess; }
+  cudaError_t move_out(int64_t, cudaStream_t) override { return cudaSuccess; }
+};
+}  // namespace
+
+extern "C" {
+cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return contexts.insert(current = device), cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return waited.insert(current), cudaSuccess; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned) { return cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, unsigned) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+}
+
+int main() {
+  {
+    current = 1;
+    Store store;
+    current = 0;
+    (void)store.page_out(nullptr);
+  }
+  return contexts.count(0) == 0 && waited == std::set<int>{1} && current == 0 ? 0 : 1;
+}
+"""
+
+
+@compiles
+def test_a_store_makes_no_context_on_another_device(tmp_path: Path) -> None:
+    source, program = tmp_path / "contexts.cc", tmp_path / "contexts"
+    source.write_text(CONTEXTS)
+    folders = (f"-I{ROOT / folder}" for folder in ("cpp", ".", "tests/cuda_12"))
+    files = str(source), str(ROOT / "cuda/page_store.cc")
+    command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", *folders, *files, "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert subprocess.run([str(program)]).returncode == 0
 
 
 @compiles

@@ -19,7 +19,7 @@ from torch import Tensor
 import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cases import TOLERANCE
-from qlora_native.ops import _cuda_kernels, _cuda_products
+from qlora_native.ops import _cuda_kernels, _cuda_products, _library
 
 OPS = torch.ops.qlora_native
 GEMV, SPLIT_K, TILE, TWO_STEP = range(4)
@@ -88,8 +88,22 @@ def test_a_refused_launch_is_named(emulator: Emulator) -> None:
         w.dequantize()
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_built_in_tables_are_part_of_the_kernels(emulator: Emulator, quant_type: str, double_quant: bool) -> None:
+    """Nothing is uploaded, whose memory could be a graph's own; a checkpoint's tables are taken where it has some."""
+    w = qn.quantize(torch.randn(300, 100), quant_type=quant_type, double_quant=double_quant)
+    weight = w.op_args()
+    assert weight.code is None and weight.nested_code is None and weight.pointers()[5:7] == (0, 0)
+    assert same_bytes(OPS.dequantize_4bit(torch.float32, *weight), reference.dequantize(torch.float32, *weight))
+    own = weight._replace(code=torch.arange(16.0), nested_code=torch.arange(256.0) if double_quant else None)
+    assert same_bytes(OPS.dequantize_4bit(torch.float32, *own), reference.dequantize(torch.float32, *own))
+    x = torch.randn(3, 100).bfloat16()
+    assert relative_error(qn.linear(x, w), x.double() @ w.dequantize(torch.float32).double().t()) < 1e-2
+
+
 def plan_of(m: int, n: int, k: int, r: int, dtype: int, forward: bool, low_memory: bool) -> _cuda_products.Plan:
-    module = _cuda_kernels.native()
+    module = _cuda_kernels.native(torch.device("cpu"))
     assert module is not None
     sizes = _cuda_products.Sizes(m, n, k, r, 64, dtype, forward, low_memory)
     return _cuda_products.plan_of(module, sizes, torch.device("cpu"))
@@ -167,7 +181,6 @@ CALL: dict[str, Any] = {
     [
         ({"x": 4104}, "not aligned to 16 bytes"),
         ({"x": 0}, "x is a null pointer, but 64"),
-        ({"levels": 0}, "levels is a null pointer"),
         ({"numel": 4097}, "number of elements is not n \\* k"),
         ({"r": 4}, "has both factors"),
         ({"m": 0}, "m, n, k or r is out of range"),
@@ -270,3 +283,91 @@ def test_gradients_of_another_dtype_take_the_reference(emulator: Emulator) -> No
     state = torch.zeros(300), torch.zeros(300), None, None, torch.zeros(())
     reference.adamw_step(other, grad, *state, grad_factor=1.0, **options)  # type: ignore[arg-type]
     assert same_bytes(param, other)
+
+
+def test_ops_that_wait_for_the_device_are_kept_out_of_graphs() -> None:
+    tagged = {
+        name
+        for name in _library.SCHEMAS
+        if torch.Tag.cudagraph_unsafe
+        in getattr(getattr(OPS, name.split(".")[0]), (name + ".default").split(".")[1]).tags
+    }
+    assert tagged >= {"quantize_4bit", "search_scales_4bit", "gradient_norm", "adamw_step", "lion_step"}
+    assert not tagged & {"linear_4bit", "linear_4bit_grad_input", "lora_linear_4bit", "dequantize_4bit", "rms_norm"}
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "Adam", "Lion"])
+def test_a_captured_step_reads_the_learning_rate_of_its_replay(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """A replay launches the same kernels with the same arguments; bytes as of eager steps, whose count goes on."""
+    captured, eager = twins(rule, bits=8, max_norm=1.0)
+    launched: list[Callable[[], None]] = []
+    capturing = [False]
+
+    def recording(name: str) -> Callable[..., None]:
+        launch = getattr(emulator.module, name)
+
+        def call(*arguments: Any) -> None:
+            if capturing[0]:
+                launched.append(lambda: launch(*arguments))
+            else:
+                launch(*arguments)
+
+        return call
+
+    for name in ("gradient_norm", "lion_step" if rule == "Lion" else "adamw_step"):
+        monkeypatch.setattr(emulator.module, name, recording(name))
+    monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: capturing[0])
+    give_grads(captured, eager, 1.0)
+    capturing[0] = True
+    with pytest.raises(RuntimeError, match="run one step"):
+        captured.step()
+    capturing[0] = False
+    captured.step()
+    eager.step()
+    give_grads(captured, eager, 1.0)  # at other addresses, which the graph's own copy brings
+    capturing[0] = True
+    captured.param_groups[0]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match="call write_options"):
+        captured.step()
+    capturing[0] = False
+    captured.param_groups[0]["lr"] = 1e-2
+    launched.clear()
+    capturing[0] = True
+    captured.step()
+    capturing[0] = False
+    for step in range(3):
+        for optimizer in (captured, eager):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+            optimizer.param_groups[1]["betas"] = (0.9 - 0.1 * step, 0.99)
+        captured.write_options()
+        for launch in launched:
+            launch()
+        eager.step()
+        assert same(captured, eager), step
+    give_grads(captured, eager, 1.0)  # a step after replays goes by its own gradients
+    for optimizer in (captured, eager):
+        optimizer.step()
+    assert same(captured, eager)
+
+
+def test_rows_of_a_graph_are_kept_and_a_later_step_writes_its_own(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph copies from host memory at every replay, over what the eager steps between them wrote."""
+    optimizer, other = twins("AdamW", bits=32)
+    give_grads(optimizer, other, 1.0)
+    optimizer.step()
+    assert optimizer._plan is not None and optimizer._plan.on_device is not None
+    table = optimizer._plan.on_device
+    address = table.options.data_ptr()
+    with monkeypatch.context() as patch:
+        patch.setattr(_cuda_kernels, "is_capturing", lambda device: True)
+        optimizer.step()
+    (source,) = table.of_graphs
+    assert source.tolist() == table.tensors.tolist() == optimizer._plan.table.tolist()
+    table.tensors.zero_()  # as a replay of some other rows would leave it
+    optimizer.step()
+    assert table.tensors.tolist() == optimizer._plan.table.tolist()
+    assert table.of_graphs == [source] and table.options.data_ptr() == address

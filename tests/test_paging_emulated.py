@@ -20,7 +20,7 @@ from helpers import same_bytes, through_a_file
 from paged import MIB
 
 import qlora_native as qn
-from qlora_native.ops import _library
+from qlora_native.ops import _cuda_kernels, _library
 from qlora_native.optim import device_pages
 
 SIZES = (5, 4097, 200_000, 20_000, 0, 90_000)
@@ -187,6 +187,35 @@ def test_an_allocation_evicts_states_and_they_return(emulator: Emulator) -> None
         assert module.take_managed_counters()["device_faults"] == 0
     module.release(spike)
     assert same(auto, plain)
+
+
+def test_evicted_states_come_back_when_there_is_room(emulator: Emulator) -> None:
+    """CUDA does not report an eviction. Read over the bus from then on, they would slow every step."""
+    module = emulator.module
+    auto, plain = make("Lion", 32), make("Lion", 32, paged=False)
+    step(0, auto, plain)
+    module.release(module.allocate(module.memory()[0] + MIB))  # gone before the next step looks
+    assert module.take_managed_counters()["evicted"] > 0
+    for number in range(1, 1 + device_pages.ASK_AGAIN):
+        step(number, auto, plain)
+    moved = auto.paging_statistics()["bytes_in"]
+    module.take_managed_counters()
+    for number in range(2):
+        step(number, auto, plain)
+        assert not any(module.take_managed_counters().values())
+    assert same(auto, plain) and auto.paging_statistics()["bytes_in"] == moved
+
+
+def test_a_capture_of_moving_states_is_refused(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for events from outside the graph. States that stay on the device can be captured."""
+    moving, staying = make("AdamW", 32, paged=True, page_budget=MIB), make("AdamW", 32)
+    step(0, moving, staying)
+    with monkeypatch.context() as patch:
+        patch.setattr(_cuda_kernels, "is_capturing", lambda device: True)
+        give_grads(moving, 1)
+        with pytest.raises(RuntimeError, match="AdamW: its paged states move .*paged=False"):
+            moving.step()
+        step(1, staying)
 
 
 def test_page_out_and_page_in(emulator: Emulator) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from qlora_native import _memory
 from qlora_native._memory import Free
-from qlora_native.ops import _library
+from qlora_native.ops import _cuda_kernels, _library
 from qlora_native.optim import pressure
 from qlora_native.optim.pressure import PagingPolicy
 
@@ -277,3 +278,18 @@ def test_a_move_at_the_interpreters_end_is_waited_for() -> None:
 def test_no_watcher_is_left_behind() -> None:
     gc.collect()
     wait_for(lambda: not [t for t in threading.enumerate() if t.name == "qlora_native page watcher"])
+
+
+@pytest.mark.parametrize(
+    ("is_integrated", "free", "expected"),
+    [(True, 1 << 30, 6 << 30), (True, 7 << 30, 7 << 30), (False, 1 << 30, 1 << 30)],
+)
+def test_page_cache_counts_as_free_where_device_and_host_share_memory(
+    monkeypatch: pytest.MonkeyPatch, is_integrated: bool, free: int, expected: int
+) -> None:
+    device = torch.device("cuda", 0)
+    facts = _cuda_kernels.Facts(110, 20, is_integrated)
+    monkeypatch.setattr(_cuda_kernels, "facts", lambda device: facts)
+    monkeypatch.setattr(_cuda_kernels, "memory", lambda device: (free, 8 << 30))
+    monkeypatch.setattr(_memory, "_read", lambda file: f"MemTotal: {8 << 20} kB\nMemAvailable: {6 << 20} kB\n")
+    assert _memory.device_memory(device) == (expected, 8 << 30)

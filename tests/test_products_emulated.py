@@ -223,7 +223,6 @@ def test_launches_of_an_adapted_layer(
     )
     a, b, bias = torch.randn(8, k).to(adapter), torch.randn(n, 8).to(adapter), torch.randn(n).bfloat16()
     run = stubbed(PLANS[kind])
-    _cuda_kernels.with_tables(w.op_args())  # copied once a device
     with run.launches:
         _, xa = lora_linear_4bit.forward_by(run.engine, (x, None, a, b, 0.5, bias, False, w.op_args()))
     copies = 2 if adapter == torch.float32 else 1  # of A and scale * B, in 16 bits; backward, of A and B

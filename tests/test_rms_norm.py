@@ -96,8 +96,14 @@ def test_gradcheck_twice() -> None:
 
 
 def test_refuses_in_words() -> None:
-    refuses(r"x is \[2, 4\], weight is \[5\]", rms_norm, torch.randn(2, 4), torch.randn(5), EPS)
-    refuses("floating-point dtype", rms_norm, torch.randn(2, 4).bfloat16(), torch.randn(4), EPS)
+    refuses(r"weight is torch.float32 \[5\] .*\[4\]", rms_norm, torch.randn(2, 4), torch.randn(5), EPS)
+    refuses(
+        "weight is torch.float32 .*: expected torch.bfloat16",
+        rms_norm,
+        torch.randn(2, 4).bfloat16(),
+        torch.randn(4),
+        EPS,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

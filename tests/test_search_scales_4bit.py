@@ -67,6 +67,6 @@ def test_opcheck() -> None:
 
 def test_errors() -> None:
     t, moment, *rest = arguments((8, 96), torch.float32, 0)
-    refuses(r"moment is torch.float32 \[95\].*expected 96", search, t, moment[:95], *rest)
+    refuses(r"moment is \[95\]: expected 96", search, t, moment[:95], *rest)
     rest[4] = 0
     refuses("group is 0", search, t, moment, *rest)

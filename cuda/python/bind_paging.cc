@@ -196,7 +196,9 @@ void bind_paging(py::module_& module) {
   py::class_<ManagedStore, PageStore, std::shared_ptr<ManagedStore>>(module, "ManagedStore", py::module_local(),
                                                                      "In managed memory. What it holds is undefined.")
       .def(py::init(&make_store<ManagedStore>), forms, page_bytes, chunk_bytes, unlocked,
-           "forms holds (numel, moments, coded) of each tensor.");
+           "forms holds (numel, moments, coded) of each tensor.")
+      .def("renew", &on_stream<&PageStore::renew>, py::arg("stream"), unlocked,
+           "Asks again for what is on the device by what was asked for: an allocation may have evicted some of it.");
   py::class_<PinnedStore, PageStore, std::shared_ptr<PinnedStore>>(module, "PinnedStore", py::module_local(),
                                                                    "In pinned host memory, all 0.")
       .def(py::init(&make_store<PinnedStore>), forms, page_bytes, chunk_bytes, unlocked,

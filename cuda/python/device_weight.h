@@ -1,19 +1,24 @@
 // A weight in device memory, as the functions of _cuda take it.
 #pragma once
 
+#include "cuda/python/errors.h"
+#include "cuda/tables.h"
 #include "python/bindings.h"
 
 namespace qlora_native::python {
 
-// The built-in tables that 0 stands for lie in host memory, so here both have to be given.
+// On the current device; the built-in tables that 0 stands for are those in its memory.
 inline WeightView checked_device_weight(const WeightFields& fields) {
-  const Address absmax_codes = std::get<2>(fields);
-  const Address nested_code = std::get<5>(fields);
-  const Address levels = std::get<6>(fields);
-  require(levels != 0, "levels is a null pointer: expected the address of 16 floats in device memory.");
-  require(absmax_codes == 0 || nested_code != 0,
-          "nested_code is a null pointer: expected the address of 256 floats in device memory.");
-  return checked_weight(fields);
+  WeightView weight = checked_weight(fields);
+  const bool has_nested_code = std::get<5>(fields) != 0;
+  const bool has_levels = std::get<6>(fields) != 0;
+  if (weight.numel > 0 && !(has_nested_code && has_levels)) {
+    const cuda::BuiltInTables* tables = nullptr;
+    check_cuda(cuda::built_in_tables(tables), "built_in_tables");
+    weight.nested_code = has_nested_code ? weight.nested_code : tables->nested_code.value;
+    weight.levels = has_levels ? weight.levels : tables->levels[std::get<7>(fields)].value;
+  }
+  return weight;
 }
 
 }  // namespace qlora_native::python

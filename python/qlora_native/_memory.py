@@ -13,7 +13,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -170,11 +170,24 @@ def free_of_device(free: int, total: int, fraction: float = 1.0, reserved: int =
     return Free(max(0, min(free, limit - reserved)) + reserved - allocated, limit, "the device's memory")
 
 
-def free_device_memory(device: torch.device) -> Free:
-    """The same for a device that runs the CUDA kernels; the emulator has no allocator of torch's."""
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a device that are free, and all of them.
+
+    Where they are the host's memory (Jetson, GB10), the driver counts page cache as used, which Linux gives up when
+    somebody asks: there MemAvailable counts, if it is more.
+    """
     from qlora_native.ops import _cuda_kernels
 
     free, total = _cuda_kernels.memory(device)
+    if _cuda_kernels.facts(device).is_integrated:
+        with suppress(OSError, KeyError, ValueError):
+            free = min(total, max(free, free_of_machine(_read("/proc/meminfo")).bytes))
+    return free, total
+
+
+def free_device_memory(device: torch.device) -> Free:
+    """The same for a device that runs the CUDA kernels; the emulator has no allocator of torch's."""
+    free, total = device_memory(device)
     if device.type != "cuda":
         return free_of_device(free, total)
     fraction = torch.cuda.get_per_process_memory_fraction(device)

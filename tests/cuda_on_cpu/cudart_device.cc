@@ -157,6 +157,17 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordinal) {
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  return cudaSuccess;
+}
+
+// A variable of the device is the host's own.
+cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
+  *address = const_cast<void*>(symbol);
+  return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
   const bool fits = value >= 0 && static_cast<size_t>(value) <= device().shared_bytes_per_block;
   const bool known = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize ||

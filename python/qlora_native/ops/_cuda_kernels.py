@@ -1,4 +1,4 @@
-"""The way to the CUDA kernels: the native module, the stream to launch on, the device and the tables it can read.
+"""The way to the CUDA kernels: the native module of a device, the stream to launch on, facts of the device.
 
 The native module ``_cuda`` is loaded by the first call, that is, once there is a CUDA tensor. So importing the package
 neither maps the GPU code nor initializes the driver, which would forbid CUDA in forked processes. Tests replace
@@ -14,20 +14,20 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from qlora_native import _C, _native
+from qlora_native import _C
 from qlora_native.ops import _library
-from qlora_native.ops._library import Weight, say_once
+from qlora_native.ops._library import say_once
+
+SLOWER = "its tensors go through torch's own operations, which is slower."
 
 
 @cache
-def native() -> ModuleType | None:
-    """The module ``_cuda``, or None, and a warning why, where torch has a device but these kernels cannot run on it."""
-    slower = "dequantizing with torch's own operations, which is slower."
+def _loaded() -> ModuleType | None:
+    """The module ``_cuda``, or None, and a warning why, where torch has a device but no kernels can run at all."""
     if not _C.build_info()["cuda_archs"]:
         say_once(
-            f"qlora_native: this build has no CUDA kernels; {slower} Reinstall it from source with nvcc on PATH and "
+            f"qlora_native: this build has no CUDA kernels; {SLOWER} Reinstall it from source with nvcc on PATH and "
             "QLORA_NATIVE_CUDA=ON."
         )
         return None
@@ -36,11 +36,30 @@ def native() -> ModuleType | None:
     if _cuda.device_count() == 0:
         built, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in (_cuda.runtime_version(), _cuda.driver_version()))
         say_once(
-            f"qlora_native: the kernels were built with CUDA {built}, the driver serves up to CUDA {driver}; {slower} "
+            f"qlora_native: the kernels were built with CUDA {built}, the driver serves up to CUDA {driver}; {SLOWER} "
             "Update the driver, or reinstall from source with an older nvcc."
         )
         return None
     return _cuda
+
+
+@cache
+def native(device: torch.device) -> ModuleType | None:
+    """The module with the kernels of a CUDA device; None, after a warning why, for one on which they cannot run."""
+    module = _loaded()
+    if module is None:
+        return None
+    with launching(device):
+        error = module.image_error()
+    if error:
+        major, minor = divmod(facts(device).compute_capability, 10)
+        say_once(
+            f"qlora_native: {device} has compute capability {major}.{minor}, for which this build has no kernels: CUDA "
+            f"gave {error}, the build has {_C.build_info()['cuda_archs']}; {SLOWER} If it is 7.5 or newer, reinstall "
+            f"from source with QLORA_NATIVE_CUDA_ARCHS={major}{minor}."
+        )
+        return None
+    return module
 
 
 @contextmanager
@@ -66,35 +85,26 @@ def function(name: str, device: torch.device) -> Run:
     return run
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Facts(NamedTuple):
-    """What the choice of a kernel depends on."""
+    """What the choice of a kernel, and what is free, depend on."""
 
     compute_capability: int  # 10 * major + minor, e.g. 86
     sm_count: int
+    is_integrated: bool = False  # the device's memory is the host's
 
 
 @cache
 def facts(device: torch.device) -> Facts:
     properties = torch.cuda.get_device_properties(device)
-    return Facts(10 * properties.major + properties.minor, properties.multi_processor_count)
+    capability = 10 * properties.major + properties.minor
+    return Facts(capability, properties.multi_processor_count, bool(properties.is_integrated))
 
 
 def memory(device: torch.device) -> tuple[int, int]:
     """Bytes of a device that are free, and all of them, as its driver has it."""
     return torch.cuda.mem_get_info(device)
-
-
-# Copying from pageable memory waits for the device, so a table is complete before any other stream can read it.
-@cache
-def _tables_on(device: torch.device, quant_type: int) -> tuple[Tensor, Tensor]:
-    """The built-in levels, fp32 [16], and the code of double quantization, fp32 [256], in the device's memory."""
-    return _native.levels(quant_type).to(device, copy=True), _native.nested_code().to(device, copy=True)
-
-
-def with_tables(weight: Weight) -> Weight:
-    """The weight with the tables that it leaves to the build: kernels on a device cannot read the host's."""
-    code, nested_code = _tables_on(weight.packed.device, weight.quant_type)
-    return weight._replace(
-        code=code if weight.code is None else weight.code,
-        nested_code=nested_code if weight.nested_code is None else weight.nested_code,
-    )

@@ -2,6 +2,9 @@
 
 A table is the rows of ``_optim`` as they are, with chunks that depend on sizes alone. What changes from step to
 step, addresses of gradients and learning rates, is copied there when it has changed.
+
+A CUDA graph can hold a step. It copies its own rows to the table at every replay, but no options: those stand in
+memory of their own, which :meth:`DeviceTable.write_options` writes between replays.
 """
 
 from __future__ import annotations
@@ -45,6 +48,11 @@ class DeviceTable:
     """
 
     def __init__(self, module: ModuleType, op: str, rows: array[int], num_tensors: int, device: torch.device) -> None:
+        if _cuda_kernels.is_capturing(device):
+            raise RuntimeError(
+                f"{op}: its tables are not on {device} yet, and a CUDA graph cannot put them there: run one step of "
+                "the optimizer, over the same parameters, before the capture."
+            )
         self.module, self.op, self.num_tensors, self.device = module, op, num_tensors, device
         self.uses = op != NORM, op == ADAMW
         count = self._chunks(rows, 0, 0)
@@ -52,7 +60,9 @@ class DeviceTable:
         self._chunks(rows, chunks.buffer_info()[0], count)
         self.chunks = torch.empty(count, 2, dtype=torch.int32, device=device)
         self.tensors = torch.empty(len(rows), dtype=torch.int64, device=device)
-        self.held: array[int] = array("q")  # what `tensors` holds
+        self.held: array[int] = array("q")  # what `tensors` holds; empty for what no step may rely on
+        self.spare: Tensor | None = self._pinned(len(rows))  # for a graph, which cannot allocate
+        self.of_graphs: list[Tensor] = []  # rows that graphs copy from
         self.options = torch.empty(0, dtype=torch.float64, device=device)
         self.held_options: array[float] = array("d")
         if count:
@@ -68,19 +78,41 @@ class DeviceTable:
         found: int = self.module.optim_chunks(address_of(rows), self.num_tensors, *self.uses, groups, address, room)
         return found
 
+    def _pinned(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+
     def _table(self, rows: array[int]) -> tuple[int, int, int, int]:
-        if rows != self.held and self.num_tensors:
-            self.held = array("q", rows)
-            _upload(self.held, self.tensors)
+        if self.num_tensors == 0:
+            pass
+        elif _cuda_kernels.is_capturing(self.device):
+            source, self.spare = self.spare, None
+            source = self._pinned(len(rows)) if source is None else source
+            source.copy_(torch.frombuffer(rows, dtype=torch.int64))
+            self.of_graphs.append(source)
+            self.tensors.copy_(source, non_blocking=True)
+            self.held = array("q")
+        elif rows != self.held:
+            kept = array("q", rows)
+            _upload(kept, self.tensors)
+            self.held = array("q") if self.of_graphs else kept  # a replay writes its own
+            self.spare = self._pinned(len(rows)) if self.spare is None else self.spare
         return self.tensors.data_ptr(), self.chunks.data_ptr(), self.num_tensors, self.chunks.shape[0]
 
-    def _groups(self, options: Sequence[tuple[float, ...]]) -> tuple[int, int]:
-        flat = array("d", [number for row in options for number in row])
-        if flat != self.held_options:
-            self.held_options = flat
+    def write_options(self, options: Sequence[tuple[float, ...]]) -> None:
+        """Puts a row of options for each group where the kernels read them, those of a captured step too."""
+        rows = [row[:-1] for row in options] if self.op == ADAMW else options  # without `decoupled`
+        flat = array("d", [number for row in rows for number in row])
+        if flat == self.held_options:
+            return
+        if _cuda_kernels.is_capturing(self.device):
+            raise RuntimeError(
+                f"{self.op}: a learning rate or another option has changed since the last step, and a CUDA graph would "
+                "set it back at every replay: call write_options() of the optimizer before the capture."
+            )
+        if len(flat) != self.options.numel():
             self.options = torch.empty(len(flat), dtype=torch.float64, device=self.device)
-            _upload(flat, self.options)
-        return self.options.data_ptr(), len(options)
+        self.held_options = flat
+        _upload(flat, self.options)
 
     def measure(self, rows: array[int]) -> Tensor:
         """The norm of the gradients, float64 [] on the device."""
@@ -112,13 +144,12 @@ class DeviceTable:
 
     def _arguments(self, options: Sequence[tuple[float, ...]], by: Scaling) -> tuple[Any, ...]:
         """What the native functions take between the table and the stream."""
-        kind: tuple[bool, ...] = ()
-        if self.op == ADAMW:  # one of Adam and AdamW, so that all groups have the same
-            kind, options = (bool(options[0][-1]),), [row[:-1] for row in options]
+        self.write_options(options)
+        kind = (bool(options[0][-1]),) if self.op == ADAMW else ()  # one of Adam and AdamW: all groups have the same
         addresses = [0 if t is None else t.data_ptr() for t in (by.grad_scale, by.found_inf)]
         clip = (by.max_norm, *addresses, self.norm.data_ptr()) if by.max_norm is not None else (0.0, *addresses, 0)
         results = self.grad_norm.data_ptr(), self.skipped.data_ptr(), self.finished.data_ptr()
-        return *self._groups(options), *kind, by.grad_factor, *clip, *results
+        return self.options.data_ptr(), len(options), *kind, by.grad_factor, *clip, *results
 
 
 class StoreTable:

@@ -111,7 +111,7 @@ class Cuda(Engine):
         kept = [None if operand is None else _plain(operand) for operand in operands]
         bias_at, low_at, up_at = (0 if operand is None else operand.data_ptr() for operand in kept)
         with _cuda_kernels.launching(x.device) as stream:
-            pointers = _cuda_kernels.with_tables(weight).pointers()
+            pointers = weight.pointers()
             self.module.linear_4bit(
                 sizes.forward, sizes.dtype, x.data_ptr(), bias_at, low_at, up_at, sizes.r, y.data_ptr(),
                 sizes.m, sizes.n, sizes.k, tuple(plan), workspace.data_ptr(), workspace.numel(), stream, pointers,

@@ -128,7 +128,9 @@ class Prepared:
         if made != key:
             matrix = None
             if len(shape) == 2 and all(t is None or (type(t) in _PLAIN and t.device == _CPU) for t in weight[:6]):
-                matrix = (*shape, _C.matrix(shape[0], shape[1], Weight(*weight).pointers()))
+                checked = Weight(*weight)
+                checked.check()
+                matrix = (*shape, _C.matrix(shape[0], shape[1], checked.pointers()))
                 self._made = key, matrix
                 gather_pages(packed)
         return matrix

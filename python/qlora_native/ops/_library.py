@@ -1,26 +1,26 @@
-"""The one table of op schemas, and what the ops' files share: the weight's arguments and the scratch panel."""
+"""The one table of op schemas, how ops are registered, and what their files share, such as the scratch panel."""
 
 from __future__ import annotations
 
 import ctypes
-import math
+import functools
 import mmap
 import platform
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_native import reference
-
-NESTED_BLOCK = reference.NESTED_BLOCK
+from qlora_native.ops._operands import NESTED_BLOCK as NESTED_BLOCK
+from qlora_native.ops._operands import Weight as Weight
+from qlora_native.ops._operands import check, rule_of
 
 # A quantized weight as op arguments, always last. absmax is fp32 [blocks], or uint8 [blocks] with the two nested
 # tensors beside it; code and nested_code are None for the built-in tables.
@@ -83,29 +83,54 @@ SCHEMAS = {
     "swiglu_backward": "(Tensor grad_y, Tensor gate, Tensor up) -> (Tensor, Tensor)",
 }
 
+# Ops that wait for the device, or copy from memory of the host that is gone at a replay: not for CUDA graphs.
+# torch.compile leaves them out of its own.
+NOT_IN_GRAPHS = {*("quantize_4bit", "search_scales_4bit", "gptq_4bit"), *("adamw_step", "lion_step", "gradient_norm")}
+
 LIBRARY = torch.library.Library("qlora_native", "DEF")
 for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema)
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.cudagraph_unsafe,) if _name in NOT_IN_GRAPHS else ())
 
 
 IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and dispatch key
 CPU_NODES: dict[str, Callable[..., Any]] = {}  # the CPU kernel with its derivative, by op
 
 
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind a check of its operands."""
+    rule = rule_of(name, SCHEMAS[name])
+
+    @functools.wraps(function)
+    def kernel(*arguments: Any) -> Any:
+        check(rule, arguments)
+        return function(*arguments)
+
+    return kernel
+
+
 def implement(name: str, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the decorated function as the op's kernel for a dispatch key (``CPU``, ``CUDA``, ...)."""
+    """Registers the decorated function as the op's kernel for a dispatch key (``CPU``, ``CUDA``, ...).
+
+    What is called is the function behind the check of the operands; called by its own name, it trusts them.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        LIBRARY.impl(name, function, device)
-        IMPLEMENTATIONS[name, device] = function
+        kernel = _checked(name, function)
+        LIBRARY.impl(name, kernel, device)
+        IMPLEMENTATIONS[name, device] = kernel
         return function
 
     return register
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the decorated function as the op's shape propagation for tracing."""
-    return torch.library.register_fake(f"qlora_native::{name}", lib=LIBRARY)
+    """Registers the decorated function as the op's shape propagation for tracing, behind the same check."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.register_fake(f"qlora_native::{name}", _checked(name, function), lib=LIBRARY)
+        return function
+
+    return register
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -127,95 +152,6 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """The ``setup_context`` of an op whose derivative needs all of its inputs, which are tensors."""
     ctx.save_for_backward(*inputs)
-
-
-class Weight(NamedTuple):
-    """The weight arguments of an op, by name."""
-
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    code: Tensor | None
-    nested_code: Tensor | None
-    shape: Sequence[int]
-    quant_type: int
-    block_size: int
-
-    def slice(self, start: int, stop: int) -> Weight:
-        """Elements [start:stop] of the first dimension: views, but for double-quantized scales that do not begin at a
-        block of scales, which are decoded to fp32. Raises ValueError if the slice does not begin at a block."""
-        width = math.prod(self.shape[1:])
-        begin, end = start * width, stop * width
-        if begin % self.block_size:
-            raise ValueError(
-                f"a slice of {list(self.shape)} begins at element {begin}, no multiple of block_size "
-                f"{self.block_size}: it does not begin at a block; dequantize the whole weight instead."
-            )
-        first, last = begin // self.block_size, -(-end // self.block_size)
-        part = self._replace(
-            packed=self.packed[begin // 2 : (end + 1) // 2],
-            absmax=self.absmax[first:last],
-            shape=[stop - start, *self.shape[1:]],
-        )
-        if self.nested_absmax is None:
-            return part
-        group, inside = divmod(first, NESTED_BLOCK)  # the first block of scales that the slice touches
-        nested = self.nested_absmax[group : -(-last // NESTED_BLOCK)]
-        if inside == 0:
-            return part._replace(nested_absmax=nested)
-        scales = reference.scales(self.absmax[first - inside : last], nested, self.nested_offset, self.nested_code)
-        plain = scales[inside:].clone()
-        return part._replace(absmax=plain, nested_absmax=None, nested_offset=None, nested_code=None)
-
-    def pointers(self) -> tuple[int, ...]:
-        """Arguments of the native functions that take a weight, checked for size, dtype and contiguity."""
-        numel = math.prod(self.shape)
-        blocks = -(-numel // self.block_size)
-        nested = self.nested_absmax is not None
-        sizes = (
-            ("packed", self.packed, torch.uint8, (numel + 1) // 2),
-            ("absmax", self.absmax, torch.uint8 if nested else torch.float32, blocks),
-            ("nested_absmax", self.nested_absmax, torch.float32, -(-blocks // NESTED_BLOCK)),
-            ("nested_offset", self.nested_offset, torch.float32, 1),
-            ("nested_code", self.nested_code, torch.float32, 256),
-            ("code", self.code, torch.float32, 16),
-        )
-        addresses: dict[str, int] = {}
-        for name, tensor, dtype, count in sizes:
-            addresses[name] = 0 if tensor is None else tensor.data_ptr()
-            if tensor is None:
-                continue
-            if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous():
-                raise ValueError(
-                    f"quantized weight {list(self.shape)} in blocks of {self.block_size}: {name} is {tensor.dtype} "
-                    f"{list(tensor.shape)} with strides {tensor.stride()}: expected {count} contiguous {dtype} values."
-                )
-            if tensor.device != self.packed.device:
-                raise ValueError(
-                    f"quantized weight: {name} is on {tensor.device}, packed on {self.packed.device}: "
-                    "move the weight as a whole with .to(device)."
-                )
-        packed, absmax, *others = addresses.values()
-        fp32_absmax, codes = (0, absmax) if nested else (absmax, 0)
-        return packed, fp32_absmax, codes, *others, self.quant_type, numel, self.block_size
-
-
-def check_matrix(op: str, x: Tensor, weight: Weight, bias: Tensor | None, features: int) -> None:
-    """Refuses shapes and dtypes that do not fit; ``features`` is the axis of the weight that x's last axis meets."""
-    if len(weight.shape) != 2:
-        raise ValueError(f"{op}: weight is {list(weight.shape)}: expected two dimensions, [N, K].")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[features]:
-        raise ValueError(
-            f"{op}: weight is {list(weight.shape)} in blocks of {weight.block_size}, but x is {list(x.shape)}: "
-            f"expected last dimension {weight.shape[features]}."
-        )
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"{op}: x is {x.dtype}: expected float32, bfloat16, float16 or float64.")
-    if x.device != weight.packed.device:
-        raise ValueError(f"{op}: x is on {x.device}, the weight on {weight.packed.device}: move one to the other.")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        raise ValueError(f"{op}: bias is {list(bias.shape)}: expected [{weight.shape[0]}].")
 
 
 _scratch = threading.local()
@@ -261,7 +197,7 @@ def module_for(device: torch.device) -> ModuleType | None:
         return None
     from qlora_native.ops import _cuda_kernels
 
-    return _cuda_kernels.native()
+    return _cuda_kernels.native(device)
 
 
 def part_of(tensor: Tensor) -> Tensor:

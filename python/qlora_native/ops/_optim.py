@@ -52,10 +52,10 @@ def check_lists(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> N
                 f"{op}: parameter {number} is {param.dtype}: expected float32, bfloat16 or float16; "
                 "convert the model, or leave the parameter to torch.optim."
             )
-        if grad.shape != param.shape or grad.device != param.device:
+        if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():
             raise ValueError(
                 f"{op}: parameter {number} is {list(param.shape)} on {param.device}, its gradient {list(grad.shape)} "
-                f"on {grad.device}: expected the same."
+                f"on {grad.device}, {grad.dtype}: expected the same shape and device, and a floating-point dtype."
             )
 
 
@@ -83,6 +83,27 @@ def check_states(op: str, params: Tensors, states: Tensors, absmaxes: Tensors, c
             )
 
 
+def check_state_sizes(number: int, part: Tensor, state: dict[str, Any]) -> None:
+    """Refuses states of a parameter, by name, that do not hold a value for each element of the rank's part of it."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        coded = f"{name.removesuffix('_absmax')}_absmax" in state
+        dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+        if name == "step":
+            count = 1
+        elif name.endswith("_absmax"):
+            count = -(-part.numel() // _native.STATE_BLOCK)
+        else:
+            count, dtypes = part.numel(), (torch.int8, torch.uint8) if coded else dtypes
+        if value.numel() != count or value.dtype not in dtypes or not value.is_contiguous():
+            raise ValueError(
+                f"optimizer: parameter {number} is {list(part.shape)}, its state {name} {value.dtype} "
+                f"{list(value.shape)}: expected {count} contiguous {' or '.join(map(str, dtypes))} values; a parameter "
+                "that was given other data needs a new optimizer."
+            )
+
+
 class Plan:
     """What stays from step to step: the parameters that have a gradient, their states, and their rows for the native
     code, of which only the addresses of parameters and gradients are written anew."""
@@ -91,7 +112,10 @@ class Plan:
         self.params, self.groups, self.states = params, groups, states
         self.parts = list(map(part_of, params))
         self.kept = self._values()  # keeps the tensors behind the addresses alive
-        self.dtypes = [param.dtype for param in params]
+        self.dtypes = [part.dtype for part in self.parts]
+        self.numels = list(map(Tensor.numel, self.parts))
+        for number, (part, state) in enumerate(zip(self.parts, states, strict=True)):
+            check_state_sizes(number, part, state)
         self.devices = {value.device for value in self.kept if isinstance(value, Tensor)}
         self.on_device: DeviceTable | None = None
         self.numbers: array[int] | None = None  # of the parameters in their page stores, once they are asked for
@@ -114,6 +138,8 @@ class Plan:
             and all(map(operator.is_, params, self.params))
             and all(map(operator.is_, map(part_of, params), self.parts))
             and all(map(operator.is_, values, self.kept))
+            and list(map(Tensor.numel, self.parts)) == self.numels  # `param.data = other` keeps the parameter
+            and [part.dtype for part in self.parts] == self.dtypes
         )
 
     def point_at(self, grads: list[Tensor], device: torch.device) -> bool:
@@ -121,6 +147,7 @@ class Plan:
         parts = self.parts
         fits = (
             all(map(Tensor.is_contiguous, (*grads, *parts)))
+            and list(map(Tensor.numel, grads)) == self.numels
             and [grad.dtype for grad in grads] == self.dtypes
             and self.devices == {device}
             and all(part.device == device for part in parts)
@@ -196,12 +223,13 @@ def define(op: str, read: Callable[..., Step], update: Callable[[Step, int], Non
         from qlora_native.ops._cuda_optim import DeviceTable, Scaling
 
         step = read(*arguments)
-        module = _cuda_kernels.native()
         dtypes_fit = all(p.dtype == g.dtype for p, g in zip(step.params, step.grads, strict=True))
-        if module is None or not dtypes_fit or len({param.device for param in step.params}) != 1:
+        devices = list({param.device for param in step.params})
+        module = _cuda_kernels.native(devices[0]) if len(devices) == 1 else None
+        if module is None or not dtypes_fit:
             anywhere(*arguments)
             return
-        device = step.params[0].device
+        device = devices[0]
         steps = [count.to(device) for count in step.steps]  # the same tensors where they stand there
         params, _grads, table = step._replace(steps=steps).table()
         DeviceTable(module, op, table, len(params), device).step(table, [step.options], Scaling(step.grad_factor))

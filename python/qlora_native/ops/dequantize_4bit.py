@@ -45,16 +45,15 @@ def launch(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None 
     numel = math.prod(weight.shape)
     if out.numel():
         with _cuda_kernels.launching(out.device) as stream:
-            pointers = _cuda_kernels.with_tables(weight).pointers()
             whole = numel, 0, 1, 0, numel
-            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel or whole, stream, pointers)
+            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel or whole, stream, weight.pointers())
 
 
 def decode_cuda(weight: Weight, out: Tensor) -> None:
     """The same, in plain torch where these kernels cannot run."""
     from qlora_native.ops import _cuda_kernels
 
-    module = _cuda_kernels.native()
+    module = _cuda_kernels.native(out.device)
     if module is None:
         decode_anywhere(weight, out)
     else:
@@ -64,16 +63,6 @@ def decode_cuda(weight: Weight, out: Tensor) -> None:
 def decode_anywhere(weight: Weight, out: Tensor) -> None:
     """Decodes in plain torch."""
     out.copy_(reference.dequantize(out.dtype, *weight))
-
-
-def check_out(out: Tensor, weight: Weight) -> None:
-    """Refuses an output that does not fit the weight."""
-    check(out.dtype)
-    if list(out.shape) != list(weight.shape) or out.device != weight.packed.device:
-        raise ValueError(
-            f"dequantize: out is {list(out.shape)} on {out.device}: expected {list(weight.shape)} on "
-            f"{weight.packed.device}."
-        )
 
 
 def _register(device: str, decode: Callable[[Weight, Tensor], None]) -> None:
@@ -89,10 +78,8 @@ def _register(device: str, decode: Callable[[Weight, Tensor], None]) -> None:
 
     @implement("dequantize_4bit.out", device)
     def into(out: Tensor, *arguments: Any) -> None:
-        weight = Weight(*arguments)
-        check_out(out, weight)
         if out.is_contiguous():
-            decode(weight, out)
+            decode(Weight(*arguments), out)
         else:
             out.copy_(whole(out.dtype, *arguments))
 
@@ -111,4 +98,4 @@ def shapes(dtype: torch.dtype, *arguments: Any) -> Tensor:
 
 @fake("dequantize_4bit.out")
 def out_shapes(out: Tensor, *arguments: Any) -> None:
-    check_out(out, Weight(*arguments))
+    """Nothing is returned."""

@@ -10,27 +10,19 @@ from torch import Tensor
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._library import fake, implement
-from qlora_native.ops.quantize_4bit import check as check_tensor
+from qlora_native.ops.quantize_4bit import check as check_format
 
 
 @fake("gptq_4bit")
 def shapes(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
-    """The packed codes, uninitialized; refuses sizes and dtypes that do not fit."""
-    check_tensor(t, quant_type, block_size)
-    if t.dim() != 2:
-        raise ValueError(f"gptq_4bit: weight is {list(t.shape)}: expected two dimensions, [N, K].")
-    k = t.shape[1]
-    sizes = (
-        ("factor", factor, torch.float32, [k, k]),
-        ("order", order, torch.int64, [k]),
-        ("scales", scales, torch.float32, [-(-t.numel() // block_size)]),
-    )
-    for name, tensor, dtype, shape in sizes:
-        if tensor.dtype != dtype or list(tensor.shape) != shape or tensor.device != t.device:
-            raise ValueError(
-                f"gptq_4bit: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: expected {dtype} "
-                f"{shape} on {t.device} for a weight {list(t.shape)} in blocks of {block_size}."
-            )
+    """The packed codes, uninitialized; refuses scales that do not fit."""
+    check_format(quant_type, block_size)
+    blocks = -(-t.numel() // block_size)
+    if list(scales.shape) != [blocks]:
+        raise ValueError(
+            f"gptq_4bit: scales are {list(scales.shape)}: expected [{blocks}] for a weight {list(t.shape)} in blocks "
+            f"of {block_size}."
+        )
     return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8)
 
 

@@ -42,7 +42,8 @@ def cuda(grads: list[Tensor]) -> Tensor:
     from qlora_native.ops._cuda_optim import NORM, DeviceTable
 
     check(grads)
-    module, device = _cuda_kernels.native(), grads[0].device
+    device = grads[0].device
+    module = _cuda_kernels.native(device)
     if module is None or any(grad.device != device for grad in grads):
         return reference.gradient_norm(grads)
     dense = [grad.contiguous() for grad in grads]

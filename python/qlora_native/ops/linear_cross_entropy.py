@@ -42,17 +42,9 @@ def is_dense(weight: Weight) -> bool:
 
 
 def read(*arguments: Any) -> Call:
-    """Refuses operands that do not fit each other."""
+    """The arguments, those of the weight as one; refuses to derive a quantized weight."""
     h, labels, ignore_index, need_grad_h, need_grad_weight = arguments[:5]
     weight = Weight(*arguments[5:])
-    vocabulary, width = weight.shape
-    if h.shape[-1] != width or h.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"linear_cross_entropy: weight is [{vocabulary}, {width}], h is {list(h.shape)}, labels are "
-            f"{list(labels.shape)}: expected h [..., {width}] and labels of its leading dimensions."
-        )
-    if is_dense(weight) and weight.packed.dtype != h.dtype:
-        raise ValueError(f"linear_cross_entropy: h is {h.dtype}, weight is {weight.packed.dtype}: cast one of them.")
     if need_grad_weight and not is_dense(weight):
         raise ValueError("linear_cross_entropy: a quantized weight is frozen and has no gradient.")
     return h, labels, ignore_index, need_grad_h, need_grad_weight, weight
@@ -129,8 +121,9 @@ def anywhere(*arguments: Any) -> Outputs:
 def cuda(*arguments: Any) -> Outputs:
     from qlora_native.ops import _cuda_kernels
 
-    call, module = read(*arguments), _cuda_kernels.native()
+    call = read(*arguments)
     h, _, ignore_index, *_ = call
+    module = _cuda_kernels.native(h.device)
     if module is None or h.dtype not in DTYPE_NUMBER:
         return anywhere(*arguments)
 

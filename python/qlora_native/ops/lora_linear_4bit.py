@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import adapted_product, call, is_few
-from qlora_native.ops._library import Weight, autograd, check_matrix, fake, implement
+from qlora_native.ops._library import Weight, autograd, fake, implement
 from qlora_native.ops.linear_4bit import (
     CPU,
     NO_WEIGHT_GRADIENT,
@@ -33,21 +33,8 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, x_lora, A, B; empty i
 
 
 def read(*arguments: Any) -> Call:
-    """Refuses operands that do not fit each other."""
-    x, x_lora, a, b, scale, bias, low_memory = arguments[:7]
-    weight = Weight(*arguments[7:])
-    check_matrix("lora_linear_4bit", x, weight, bias, features=1)
-    n, k = weight.shape
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1]:
-        raise ValueError(
-            f"lora_linear_4bit: weight is [{n}, {k}], a is {list(a.shape)}, b is {list(b.shape)}: "
-            f"expected a [r, {k}] and b [{n}, r]."
-        )
-    if x_lora is not None and (x_lora.shape != x.shape or x_lora.dtype != x.dtype):
-        raise ValueError(
-            f"lora_linear_4bit: x_lora is {x_lora.dtype} {list(x_lora.shape)}: expected {x.dtype} {list(x.shape)}."
-        )
-    return x, x_lora, a, b, scale, bias, low_memory, weight
+    """The arguments, those of the weight as one."""
+    return *arguments[:7], Weight(*arguments[7:])
 
 
 def forward_by(engine: Engine, call: Call) -> Pair:
@@ -126,20 +113,20 @@ def cpu_backward(*arguments: Any) -> Gradients:
     return backward_by(CPU, arguments)
 
 
-def _register(device: str, engine_of: Callable[[bool], Engine]) -> None:
+def _register(device: str, engine_of: Callable[[bool, torch.device], Engine]) -> None:
     """The kernels for another dispatch key."""
 
     @implement("lora_linear_4bit", device)
     def forward(*arguments: Any) -> Pair:
-        return forward_by(engine_of(arguments[6]), read(*arguments))
+        return forward_by(engine_of(arguments[6], arguments[0].device), read(*arguments))
 
     @implement("lora_linear_4bit_backward", device)
     def backward(*arguments: Any) -> Gradients:
-        return backward_by(engine_of(arguments[8]), arguments)
+        return backward_by(engine_of(arguments[8], arguments[0].device), arguments)
 
 
-_register("CUDA", lambda low_memory: cuda_engine(low_memory) or Engine(low_memory))
-_register("CompositeExplicitAutograd", Engine)
+_register("CUDA", lambda low_memory, device: cuda_engine(low_memory, device) or Engine(low_memory))
+_register("CompositeExplicitAutograd", lambda low_memory, _: Engine(low_memory))
 
 
 @fake("lora_linear_4bit_backward")

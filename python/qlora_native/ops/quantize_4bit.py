@@ -12,10 +12,8 @@ from qlora_native.ops._library import expect_pages, fake, implement, scratch
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def check(t: Tensor, quant_type: int, block_size: int) -> None:
-    """Refuses what cannot be quantized on any device."""
-    if t.dtype not in DTYPE_NUMBER:
-        raise ValueError(f"quantize: tensor is {t.dtype}: expected float32, bfloat16 or float16.")
+def check(quant_type: int, block_size: int) -> None:
+    """Refuses formats that are not there."""
     if quant_type not in (0, 1):
         raise ValueError(f"quantize: quant_type number is {quant_type}: expected 0 (nf4) or 1 (fp4).")
     if not 32 <= block_size <= 4096 or block_size & (block_size - 1):
@@ -58,7 +56,7 @@ def cuda(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Out
     from qlora_native.ops import _cuda_kernels
 
     outputs, dense = shapes(t, quant_type, block_size, double_quant), t.contiguous()
-    module = _cuda_kernels.native()
+    module = _cuda_kernels.native(t.device)
     if module is None:
         return anywhere(t, quant_type, block_size, double_quant)
     packed, absmax, nested_absmax, nested_offset = outputs
@@ -81,7 +79,7 @@ def cuda(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Out
 
 @implement("quantize_4bit", "CompositeExplicitAutograd")
 def anywhere(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
-    check(t, quant_type, block_size)
+    check(quant_type, block_size)
     packed, absmax = reference.quantize_blocks(t, quant_type, block_size)
     if double_quant:
         return packed, *reference.quantize_scales(absmax)
@@ -90,5 +88,5 @@ def anywhere(t: Tensor, quant_type: int, block_size: int, double_quant: bool) ->
 
 @fake("quantize_4bit")
 def shapes(t: Tensor, quant_type: int, block_size: int, double_quant: bool) -> Outputs:
-    check(t, quant_type, block_size)
+    check(quant_type, block_size)
     return empty_outputs(t.numel(), t.device, block_size, double_quant)

@@ -18,13 +18,9 @@ Pair = tuple[Tensor, Tensor]
 
 @fake("rms_norm")
 def shapes(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    """The outputs, uninitialized; refuses operands that do not fit each other."""
-    if x.dim() == 0 or weight.dim() != 1 or x.shape[-1] != weight.shape[0] or weight.shape[0] == 0:
-        raise ValueError(
-            f"rms_norm: x is {list(x.shape)}, weight is {list(weight.shape)}: expected [..., K] and [K], K > 0."
-        )
-    if x.dtype != weight.dtype or not x.dtype.is_floating_point:
-        raise ValueError(f"rms_norm: x is {x.dtype}, weight is {weight.dtype}: expected one floating-point dtype.")
+    """The outputs, uninitialized."""
+    if weight.shape[0] == 0:
+        raise ValueError(f"rms_norm: x is {list(x.shape)}: expected [..., K], K > 0.")
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 

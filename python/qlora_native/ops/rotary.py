@@ -16,16 +16,11 @@ from qlora_native.ops._library import autograd, fake, implement
 
 @fake("rotary")
 def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """The output, uninitialized in x's layout; refuses operands that do not fit each other."""
-    fits = x.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and x.shape[-1] % 2 == 0 and x.shape[-1] > 0
-    if not fits or cos.shape[0] not in (1, x.shape[0]) or cos.shape[1:] != (x.shape[2], x.shape[3]):
+    """The output, uninitialized in x's layout."""
+    if x.shape[-1] % 2 or x.shape[-1] == 0 or cos.shape != sin.shape:
         raise ValueError(
             f"rotary: x is {list(x.shape)}, cos is {list(cos.shape)}, sin is {list(sin.shape)}: "
-            "expected x [B, H, T, D] with an even D, cos and sin [1 or B, T, D]."
-        )
-    if not x.dtype == cos.dtype == sin.dtype or not x.dtype.is_floating_point:
-        raise ValueError(
-            f"rotary: x is {x.dtype}, cos is {cos.dtype}, sin is {sin.dtype}: expected one floating-point dtype."
+            "expected x [B, H, T, D] with an even D, cos and sin of one shape."
         )
     return torch.empty_like(x)  # heads side by side come out so, and the products around need no copy
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._library import fake, implement
-from qlora_native.ops.quantize_4bit import check as check_tensor
+from qlora_native.ops.quantize_4bit import check as check_format
 
 Pair = tuple[Tensor, Tensor]
 
@@ -36,25 +36,24 @@ def anywhere(*arguments: Any) -> Pair:
 
 @fake("search_scales_4bit")
 def shapes(*arguments: Any) -> Pair:
-    """The packed codes and the index of each block's scale; refuses sizes and dtypes that do not fit."""
+    """The packed codes and the index of each block's scale; refuses sizes that do not fit."""
     t, moment, table, multiplier, offset, initial, group, _, _, quant_type, block_size = arguments
-    check_tensor(t, quant_type, block_size)
+    check_format(quant_type, block_size)
     blocks = -(-t.numel() // block_size)
     if group < 1 or not 1 <= table.numel() <= 256:
         raise ValueError(
             f"search_scales_4bit: group is {group}, table has {table.numel()} values: expected 1 or more, and 1 to 256."
         )
     sizes = (
-        ("moment", moment, torch.float32, t.shape[-1] if t.dim() else 1),
-        ("table", table, torch.float32, table.numel()),
-        ("multiplier", multiplier, torch.float32, -(-blocks // group)),
-        ("offset", offset, torch.float32, 1),
-        ("initial", initial, torch.uint8, blocks),
+        ("moment", moment, t.shape[-1] if t.dim() else 1),
+        ("multiplier", multiplier, -(-blocks // group)),
+        ("offset", offset, 1),
+        ("initial", initial, blocks),
     )
-    for name, tensor, dtype, count in sizes:
-        if tensor.dtype != dtype or tensor.numel() != count or tensor.device != t.device:
+    for name, tensor, count in sizes:
+        if tensor.numel() != count:
             raise ValueError(
-                f"search_scales_4bit: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: expected "
-                f"{count} {dtype} values on {t.device} for a tensor {list(t.shape)} in blocks of {block_size}."
+                f"search_scales_4bit: {name} is {list(tensor.shape)}: expected {count} values for a tensor "
+                f"{list(t.shape)} in blocks of {block_size}."
             )
     return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8), initial.new_empty(initial.shape)

@@ -102,6 +102,15 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             self._step()
         return loss
 
+    def write_options(self) -> None:
+        """Writes the options of the groups, such as ``lr``, where a step that a CUDA graph holds reads them.
+
+        To be called before a replay when they have changed, and before the capture. Not in the graph: ``max_norm``,
+        and which parameters have a gradient, are those of the capture. Does nothing on a CPU.
+        """
+        if self._plan is not None and self._plan.on_device is not None:
+            self._plan.on_device.write_options([self._options(group) for group in self.param_groups])
+
     def _step(self) -> None:
         self._grad_norm, self._skipped = None, False
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_native._memory import Free, free_device_memory
+from qlora_native._memory import Free, device_memory, free_device_memory
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
 from qlora_native.ops._library import say_once
@@ -25,6 +25,7 @@ from qlora_native.optim.pressure import PagingPolicy
 
 CHUNK_BYTES = 32 << 20  # at most: the bus streams, and a few chunks are little beside a model
 CHUNKS = 16  # at least, of an arena or of a budget, as far as tensors can be split so fine
+ASK_AGAIN = 16  # steps; asking for a chunk that is there takes the driver some microseconds
 CHUNKS_AT_ONCE = 3  # one that comes, one that is updated, one that goes
 TYPE_CODES = {torch.float32: "<f4", torch.int8: "|i1", torch.uint8: "|u1"}
 
@@ -49,6 +50,7 @@ class DevicePages(Pages):
             self.use_pinned_memory()
         self._policy = PagingPolicy()
         self._sent_out = False  # "auto" is under pressure, or page_out was asked for
+        self._resident_steps = 0
         self._moved = False  # the host wrote states, which may have moved their pages
         self._tables: tuple[Plan, list[StoreTable]] | None = None  # of the plan that stepped last
 
@@ -66,7 +68,7 @@ class DevicePages(Pages):
         return free.bytes < free.margin and not self._is_capturing()
 
     def _is_capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return _cuda_kernels.is_capturing(self.device)
 
     def reserve(self, wanted: Wanted) -> None:
         """Make room for the states of these parameters, all 0, in one arena more; not where they ``could_pin``."""
@@ -114,9 +116,14 @@ class DevicePages(Pages):
         return True
 
     def step(self, plan: Plan, options: Sequence[tuple[float, ...]], by: Scaling) -> None:
-        """One step over the states of a plan that :meth:`holds`; waits for nothing."""
+        """One step over the states of a plan that :meth:`holds`; waits for nothing.
+
+        RuntimeError in the capture of a CUDA graph, unless all states are on the device and stay there.
+        """
         assert plan.on_device is not None
         self._apply_policy()
+        if self._is_capturing():
+            self._check_that_nothing_moves()
         if self._moved:
             with _cuda_kernels.launching(self.device) as stream:
                 for store in self.stores:
@@ -124,16 +131,37 @@ class DevicePages(Pages):
                     store.forget_residency()
             self._moved = False
         if self.managed and self.paged is not True and not self._sent_out:
-            with _cuda_kernels.launching(self.device) as stream:
-                for store in self.stores:
-                    if not store.is_resident:
-                        store.page_in(stream)
+            self._bring_back()
             plan.on_device.step(plan.table, options, by)
             return
         if self._tables is None or self._tables[0] is not plan:
             self._tables = plan, self._tables_of(plan)
         stores = [(table, self._budget_of(store)) for table, store in zip(self._tables[1], self.stores, strict=True)]
         plan.on_device.step(plan.table, options, by, stores)
+
+    def _bring_back(self) -> None:
+        """Have all states on the device, in the order of the current stream.
+
+        Those that an allocation evicted look as if they were there, because CUDA does not report where managed pages
+        are; kernels would read them over the bus in every step. So now and then all are asked for again, which moves
+        only what has gone.
+        """
+        self._resident_steps += 1
+        again = self._resident_steps % ASK_AGAIN == 0 and not self._is_capturing()
+        with _cuda_kernels.launching(self.device) as stream:
+            for store in self.stores:
+                if not store.is_resident:
+                    store.page_in(stream)
+                elif again:
+                    store.renew(stream)
+
+    def _check_that_nothing_moves(self) -> None:
+        stay = self.managed and self.paged is not True and not self._sent_out and not self._moved
+        if not (stay and all(store.is_resident for store in self.stores)):
+            raise RuntimeError(
+                f"{self.owner}: its paged states move between host and device in a step, and wait for what moved in "
+                "the step before, which a CUDA graph cannot hold: use paged=False, or capture all but step()."
+            )
 
     def _tables_of(self, plan: Plan) -> list[StoreTable]:
         rows = [-1] * self._num_places
@@ -151,7 +179,7 @@ class DevicePages(Pages):
             free = self.free()
             out = self.states_paged_out()
             move = self._policy.decide(time.monotonic(), free, self.states_in_memory(), out)
-            if move == "in" and _cuda_kernels.memory(self.device)[0] < free.margin + out:
+            if move == "in" and device_memory(self.device)[0] < free.margin + out:
                 return  # there is room, but torch's allocator keeps it
             if move is not None:
                 self._sent_out = move == "out"
