@@ -25,7 +25,6 @@ from qlora_native.cli.contests import (
     relative_error,
     rounded,
 )
-from qlora_native.hf.fuse import attends_in_fp32
 
 __all__ = [
     "Bar",
@@ -127,6 +126,8 @@ def machine() -> dict[str, Any]:
 
 def multiplies_bf16() -> bool:
     """Whether the CPU class in use has a dot product for bf16: torch's own bf16 products are plain loops without."""
+    from qlora_native.hf.fuse import attends_in_fp32  # brings transformers, which most benches do without
+
     return not attends_in_fp32()
 
 

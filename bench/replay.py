@@ -31,7 +31,7 @@ def copies(num_bytes: int, device: torch.device, most: int = 64) -> int:
 class Replay:
     """A contender, ready to be timed. ``refused`` says why its calls cannot stand in a graph, if they cannot."""
 
-    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
+    def __init__(self, calls: Sequence[Call], device: torch.device, capture: bool = True) -> None:
         self.calls, self.device = list(calls), device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.refused = ""
@@ -39,6 +39,8 @@ class Replay:
             return
         with torch.cuda.device(device):
             self._warm_up()
+            if not capture:
+                return
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph):

@@ -25,7 +25,7 @@ from laws import ROOT
 from sentences import Check
 
 BENCH = ROOT / "bench"
-RESULTS = sorted((BENCH / "results").glob("*.json"))
+RESULTS = [file for cpu in pages.CLASSES for file in sorted((BENCH / "results").glob(f"*-{cpu}.json"))]
 
 
 def test_quartiles_and_ratios() -> None:

@@ -1,0 +1,296 @@
+"""The predicted time of every row of the truth table (gpu_check.py) on six cards, from instruction counts and bytes.
+
+    python bench/gpu_model.py --write            bench/results/model.json, whose rows are named as gpu_check's
+    python bench/gpu_model.py --check            exit status 1 if that file is not what this script gives
+    python bench/gpu_model.py --counts FILE.so   bench/gpu_counts.json from compiled code, by cuobjdump
+
+Assumptions:
+- A kernel takes the longest of: bytes at 92 % of the memory's rate; ALU instructions of its main loop at 2 a clock an
+  SM (a pipe of 16 integer lanes in each of four schedulers); shared-memory cycles of its main loop; tensor operations
+  at 80 % of the dense rate with fp32 sums (50 % on a T4, which 70 W limit). The 128-row tile adds decoding and
+  multiplying, as it does not overlap them. Plus 3 us to begin and end. Blocks come in whole waves.
+- The main loop's counts are static, from SASS of sm_80, and hold for every card (gpu_counts.json). The registers in
+  tests/cuda_budgets.json limit the blocks an SM.
+- Two-step products decode to 16 bits, which the GEMM reads again: over L2 if the panel fits half of it. A GEMM of M
+  rows reaches M / (M + 128) of the best rate. A low-rank term reads its operands once more.
+- A step is the sum of its products (forward twice, as checkpoints recompute), norms and the like by bytes, attention,
+  the loss and the optimizer; or the host's time if that is longer. Clocks are the boost clocks, without throttling.
+
+Uncertainty: about 25 % a row, 12 % our steps, 50 % host rows and rivals' steps. The first run shows where it errs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gpu_models
+import gpu_paging
+import gpu_passes
+import gpu_products
+from gpu_timing import Case
+from pages import RESULTS
+
+ROOT = Path(__file__).parents[1]
+COUNTS, MODEL = Path(__file__).parent / "gpu_counts.json", RESULTS / "model.json"
+BUDGETS = ROOT / "tests" / "cuda_budgets.json"
+PACKED = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: NF4 in blocks of 64, double-quantized scales
+MEMORY_SHARE, START_S = 0.92, 3e-6
+GIB = 1 << 30
+
+
+class Card(NamedTuple):
+    """NVIDIA's figures: data sheets, and the whitepapers of Turing, Ampere, Hopper, Ada and Blackwell."""
+
+    sms: int
+    ghz: float  # boost
+    gb_per_s: float
+    tflops: float  # 16 bits, fp32 sums, dense
+    l2_mib: float
+    memory_gib: float  # usable
+    pcie_gb_per_s: float
+    arch: str
+    tensor_share: float = 0.8
+
+
+CARDS = {
+    "T4": Card(40, 1.59, 320, 65, 4, 14.6, 12, "75", 0.5),
+    "A100": Card(108, 1.41, 1555, 312, 40, 39, 25, "80"),
+    "H100": Card(132, 1.98, 3350, 989, 50, 79, 50, "90"),
+    "H200": Card(132, 1.98, 4800, 989, 50, 140, 50, "90"),
+    "4090": Card(128, 2.52, 1008, 165, 72, 23.5, 25, "89"),
+    "5090": Card(170, 2.41, 1792, 209, 96, 31.4, 50, "120"),
+}
+FUSED_TOKENS = {"75": 256, "80": 256, "89": 1536, "90": 64, "120": 1536}  # cuda/matmul_plan.cc
+TILES = {16: (0, 64), 32: (1, 64), 64: (2, 64), 128: (3, 128)}  # rows -> number in the kernel's name, columns
+HOST_US = {
+    "host linear": 61.0,
+    "host lora": 230.0,
+    "host lora step": 700.0,
+    "host adamw_step": 300.0,
+}  # CPU, over stubs
+
+
+class Model:
+    """Times on one card, in seconds."""
+
+    def __init__(self, card: Card, counts: dict[str, Any], budgets: dict[str, Any]) -> None:
+        self.card, self.counts, self.budgets = card, counts, budgets
+
+    def moving(self, num_bytes: float) -> float:
+        return num_bytes / (MEMORY_SHARE * 1e9 * self.card.gb_per_s)
+
+    def cycles(self, count: float) -> float:
+        """So many cycles of every SM together."""
+        return count / (self.card.sms * 1e9 * self.card.ghz)
+
+    def gemm(self, m: int, n: int, k: int) -> float:
+        rate = self.card.tensor_share * 1e12 * self.card.tflops * m / (m + 128)
+        return max(2 * m * n * k / rate, self.moving(2 * (m * k + m * n + n * k)))
+
+    def loop(self, kernel: str, per: int, weights: float) -> tuple[float, float]:
+        """Seconds of ALU and of shared memory for decoding so many weights; ``per`` tokens a tensor operation share
+        256 of them."""
+        count = self.counts[kernel]
+        of_step = 256 * count["hmma"] / per
+        alu = self.cycles(weights / of_step * count["alu"] / 2)
+        return alu, self.cycles(weights / of_step * count.get("shared", 0))
+
+    def waves(self, kernel: str, threads: int, blocks: int) -> float:
+        """Whole waves of blocks over the share of them that is full, at least 1."""
+        registers = self.budgets.get(kernel, {}).get(self.card.arch, [128])[0]
+        at_once = self.card.sms * max(1, min(4, 65536 // (registers * threads)))
+        return -(-blocks // at_once) / (blocks / at_once) if blocks > at_once else 1.0
+
+    def small(self, m: int, n: int, k: int) -> float:
+        groups = 1 if m <= 4 else 2 if m <= 8 else 4
+        kernel = f"linear_4bit_small_kernel<Bf16, {groups}>"
+        alu, _ = self.loop(kernel, groups, n * k)
+        blocks = -(-n // (32 if groups == 1 else 64))
+        bound = alu * self.waves(kernel, 128 if groups == 4 else 256, blocks)
+        return max(self.moving(PACKED * n * k + 2 * m * (n + k)), bound)
+
+    def tile(self, m: int, n: int, k: int) -> float:
+        rows = next((rows for rows in TILES if rows >= m), 128)
+        number, columns = TILES[rows]
+        inner = {0: "1, 4", 1: "1, 4", 2: "2, 2", 3: "2, 4"}[number]
+        kernel = f"linear_4bit_tile_kernel<Bf16, TileShape<{number}, {inner}>, true>"
+        passes = -(-m // rows)
+        alu, shared = self.loop(kernel, max(1, self.counts[kernel]["hmma"] // 4), passes * n * k)
+        tensor = 2 * passes * rows * n * k / (self.card.tensor_share * 1e12 * self.card.tflops)
+        bound = alu + tensor if rows == 128 else max(alu, shared, tensor)
+        wave = self.waves(kernel, 2 * columns, passes * -(-n // columns)) if rows == 128 else 1.15  # split-K fills them
+        return max(self.moving(PACKED * n * k + 2 * m * (n + k)), bound * wave)
+
+    def two_step(self, m: int, n: int, k: int) -> float:
+        in_cache = min(2 * n * k, 24 << 20) < self.card.l2_mib * (1 << 20) / 2
+        return self.moving((PACKED + (0 if in_cache else 2)) * n * k) + START_S + self.gemm(m, n, k)
+
+    def product(self, case: Case) -> float:
+        """A row of gpu_products."""
+        op, (m, n, k, r) = case.op.removeprefix("lora_"), case[1:5]
+        is_forward = op == "forward"
+        if m > FUSED_TOKENS[self.card.arch]:
+            seconds = self.two_step(m, n, k)
+        elif m <= 16 and is_forward:
+            seconds = self.small(m, n, k)
+        else:
+            seconds = self.tile(m, *((n, k) if is_forward else (k, n)))
+        if r:  # forward: x A^T and the addition to y; backward: those of dx, and the gradients of A and B
+            seconds += START_S + self.moving(2 * m * (k + 2 * n if is_forward else 3 * k + 2 * n))
+            seconds += (2 if is_forward else 4) * m * r * (n + k) / (self.card.tensor_share * 1e12 * self.card.tflops)
+            seconds += 0 if is_forward else 2 * START_S
+        return seconds + START_S + (self.moving(4 / 64 * n * k) if case.form == "plain scales" else 0)
+
+    def passing(self, case: Case) -> float:
+        """A row bound by memory."""
+        m, n, k = case.m, case.n, case.k
+        num_bytes = {
+            "dequantize_4bit": (PACKED + (4 if case.form == "fp32" else 2)) * n * k,
+            "quantize_4bit": (PACKED + 2) * n * k,
+            "adamw_step": k * (28 if case.form == "32 bits" else 16),
+            "gradient_norm": 4 * k,
+            "rms_norm": 4 * m * k,
+            "rms_norm_backward": 6 * m * k,
+            "rotary": 4 * m * k,
+            "swiglu": 6 * m * n,
+            "swiglu_backward": 10 * m * n,
+        }[case.op]
+        launches = {"quantize_4bit": 6, "adamw_step": 3, "gradient_norm": 2}.get(case.op, 1)
+        return self.moving(num_bytes) + launches * START_S
+
+    def loss(self, m: int, n: int, k: int) -> float:
+        """Logits and the gradient of h, in chunks of 512 tokens that each read the head twice; three passes over
+        logits of 16 bits."""
+        chunks = -(-m // 512)
+        return chunks * (2 * self.gemm(min(m, 512), n, k) + 4 * START_S) + self.moving(6 * m * n)
+
+    def step(self, case: Case, name: str, rival: str = "") -> float | None:
+        """A training step; None where the card's memory is too small."""
+        shape, m = gpu_models.LLAMA[name], case.m
+        width, hidden, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+        keys = width // shape["num_attention_heads"] * 8
+        linears = [(width, width)] * 2 + [(keys, width)] * 2 + [(hidden, width)] * 2 + [(width, hidden)]
+        weights = layers * sum(n * k for n, k in linears)
+        is_dense = rival.startswith("dense")
+        needed = weights * (2 if is_dense else PACKED) + 4 * 128256 * width + m * width * 2 * layers + 3 * GIB
+        if needed > GIB * self.card.memory_gib:
+            return None
+        seconds = 0.0
+        for n, k in linears:
+            if rival:
+                decode = 0.0 if is_dense else 3 * (self.moving((PACKED + 2) * n * k) + 2 * START_S)
+                seconds += 3 * (self.gemm(m, n, k) + self.moving(2 * m * (k + 3 * n)) + 4 * START_S) + decode
+            else:
+                forward = self.product(Case("lora_forward", m, n, k, case.r))
+                seconds += 2 * forward + self.product(Case("lora_backward", m, n, k, case.r))
+        # Norms, rotation, SwiGLU and residuals: 2.1 GB of 4,096 tokens of the 8B model, 8.0 as transformers has them.
+        gigabytes = {"": 2.1, "unsloth": 2.5, "dense compiled": 3.5}.get(rival, 8.0)
+        seconds += self.moving(1e9 * gigabytes * m / 4096 * width / 4096)
+        length = 1024
+        seconds += 3.5 * 2 * 2 * m * length / 2 * width / (0.5 * self.card.tensor_share * 1e12 * self.card.tflops)
+        device = layers * seconds + self.loss(m, 128256, width)
+        if rival and rival != "unsloth":
+            device += self.moving(12 * m * 128256)  # whole logits in fp32, and back
+        host = layers * 7 * (HOST_US["host lora"] + HOST_US["host lora step"]) * 1e-6
+        return max(device, host if not rival else host / 3.5)
+
+    def seconds(self, case: Case) -> float | None:
+        """Of any row."""
+        if case.op in gpu_products.DIRECTIONS:
+            return self.product(case)
+        if case.op == "linear_cross_entropy":
+            return self.loss(case.m, case.n, case.k)
+        if case.op == "paged_adamw_step":  # three quarters of the states come and go, both ways at once
+            return 0.75 * 8 * case.k / 1e9 / self.card.pcie_gb_per_s
+        if case.op in HOST_US:
+            return 1e-6 * HOST_US[case.op]
+        if case.op.endswith("step") and case.form in gpu_models.LLAMA:
+            return self.step(case, case.form, "" if case.op == "qlora_step" else case.op.removesuffix(" step"))
+        return self.passing(case)
+
+
+def every_case() -> list[Case]:
+    """The rows of all groups that have times."""
+    products = [
+        case for which in ("many", "few", "variants", "long", "70b") for case in gpu_products.cases(which, False)
+    ]
+    passes = [gpu_passes.cases, gpu_passes.norm_cases, gpu_passes.loss_cases, gpu_passes.host_cases, gpu_paging.cases]
+    steps = [case for model in ("8B", "70B") for case in gpu_models.cases(model, False)]
+    rivals = [steps[0]._replace(op=f"{rival} step") for rival in gpu_models.RIVALS]
+    return [*products, *(case for cases in passes for case in cases(False)), *steps, *rivals]
+
+
+def text() -> str:
+    """Of model.json: milliseconds by row and card."""
+    counts, budgets = (json.loads(path.read_text(encoding="utf-8")) for path in (COUNTS, BUDGETS))
+    models = {name: Model(card, counts, budgets) for name, card in CARDS.items()}
+    found: dict[str, dict[str, float | None]] = {}
+    for case in every_case():
+        seconds = {name: model.seconds(case) for name, model in models.items()}
+        found[case.name] = {name: None if s is None else float(f"{1e3 * s:.3g}") for name, s in seconds.items()}
+    rows = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
+    return f'{{\n "bench": "gpu_model",\n "unit": "ms",\n "rows": {{\n  {rows}\n }}\n}}\n'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts from compiled code
+
+ALU = re.compile(r"(LOP3|IADD|IMAD|IMNMX|LEA|SHF|PRMT|SEL|ISETP|FSETP|FADD|FMUL|FFMA|FSEL|HADD|HMUL|HFMA|MOV|F2F|I2F)")
+SHARED = re.compile(r"(LDS|LDSM|STS|LDGSTS)\b")
+
+
+def loop_counts(lines: Sequence[str]) -> dict[str, int]:
+    """Of a kernel's SASS, the loop with the most tensor operations: they, ALU and shared-memory instructions in it."""
+    code: list[tuple[int, str, str]] = []
+    for line in lines:
+        match = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line)
+        if match:
+            code.append((int(match[1], 16), match[2], match[3]))
+    best: Counter[str] = Counter()
+    for address, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        if target and int(target[1], 16) <= address:
+            inside = [other for at, other, _ in code if int(target[1], 16) <= at <= address]
+            counted = Counter(hmma=sum(other.startswith("HMMA") for other in inside))
+            counted["alu"] = sum(bool(ALU.match(other)) for other in inside)
+            counted["shared"] = sum(bool(SHARED.match(other)) for other in inside)
+            # The innermost of loops with equally many.
+            if (counted["hmma"], -len(inside)) > (best["hmma"], -best["length"] or -(10**9)):
+                best = counted + Counter(length=len(inside))
+    return {key: best[key] for key in ("alu", "hmma", "shared")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true", help="bench/results/model.json")
+    what.add_argument("--check", action="store_true", help="exit status 1 if it differs")
+    what.add_argument("--counts", metavar="FILE", help="compiled code to count the instructions of")
+    arguments = parser.parse_args()
+    if arguments.counts:
+        sys.path.insert(0, str(ROOT / "tests"))
+        import cuda_static
+
+        found: dict[str, Any] = {"source": f"cuobjdump of {Path(arguments.counts).name}, sm_80"}
+        lines: dict[str, list[str]] = {}
+        for (kernel, arch), line in cuda_static._functions(cuda_static._printed("-sass", Path(arguments.counts))):
+            if arch == 80 and kernel in json.loads(COUNTS.read_text(encoding="utf-8")):
+                lines.setdefault(kernel, []).append(line)
+        found |= {kernel: loop_counts(printed) for kernel, printed in lines.items()}
+        rows = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+        COUNTS.write_text(f"{{\n {rows}\n}}\n", encoding="utf-8")
+        return
+    if arguments.check:
+        sys.exit(0 if MODEL.read_text(encoding="utf-8") == text() else "run python bench/gpu_model.py --write")
+    MODEL.write_text(text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
