@@ -22,29 +22,10 @@
 
 namespace qlora_native::wp {
 
-inline constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes of dynamic shared memory that any kernel may have
-
-// Launches on the stream without waiting for it. The error is this launch's own, and it is taken off the runtime's
-// record, where another caller would mistake it for theirs.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Arguments... arguments) {
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  }
-  if (error == cudaSuccess) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  }
-  if (error != cudaSuccess) {
-    (void)cudaGetLastError();
-  }
-  return error;
+// The runtime's launch of a kernel.
+template <typename... Parameters>
+cudaError_t launch_configured(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...), Parameters... values) {
+  return cudaLaunchKernelEx(&config, kernel, values...);
 }
 
 // The launch's dynamic shared memory, at a multiple of 128 bytes. Every call in a kernel gives the same address.
@@ -175,6 +156,32 @@ __device__ __forceinline__ void mma_m16n8k16<Fp16>(float (&d)[4], const uint32_t
 #endif
 
 namespace qlora_native::wp {
+
+inline constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes of dynamic shared memory that any kernel may have
+
+// Launches on the stream without waiting for it. The error is this launch's own, and it is taken off the runtime's
+// record, where another caller would mistake it for theirs.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kSharedWithoutAsking) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    error = launch_configured<Parameters...>(config, kernel, static_cast<Parameters>(arguments)...);
+  }
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+  }
+  return error;
+}
 
 // One 32-bit word of output from consecutive values, rounded to nearest, ties to even, the first in the lowest bits.
 template <typename T>

@@ -1,6 +1,7 @@
 """The CUDA branch of the ops on CPU tensors: the same bindings and kernels, linked over the emulator of a device.
 
 The module is ``_cuda_emulated`` of tests/cuda_on_cpu/python, looked for in the folder ``build/emulated`` by default.
+All of torch's memory passes for the device's there; ``emulated_torch.py`` separates them.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def names_in_stub() -> set[str]:
 
 
 @cache
-def load(folder: str) -> ModuleType | None:
+def load(folder: str, name: str = "_cuda_emulated") -> ModuleType | None:
     """The module, or None if it is not there."""
-    for file in sorted(Path(folder).rglob("_cuda_emulated.*.so")):
-        spec = importlib.util.spec_from_file_location("_cuda_emulated", file)
+    for file in sorted(Path(folder).rglob(f"{name}.*.so")):
+        spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -43,14 +44,18 @@ def load(folder: str) -> ModuleType | None:
     return None
 
 
-def module_or_skip(config: pytest.Config) -> ModuleType:
-    """The module; without it the test is skipped, in words."""
-    module = load(config.getoption("--emulated") or str(Path(__file__).resolve().parents[1] / "build" / "emulated"))
+def module_or_skip(config: pytest.Config, name: str = "_cuda_emulated") -> ModuleType:
+    """The module; without it the test is skipped, in words.
+
+    In ``_cuda_emulated_checked`` every access of a kernel is looked at, which takes a few times as long.
+    """
+    folder = config.getoption("--emulated") or str(Path(__file__).resolve().parents[1] / "build" / "emulated")
+    module = load(folder, name)
     if module is None:
         pytest.skip(
             "the kernels are not built over the emulator: "
             "cmake -S . -B build/emulated -DQLORA_NATIVE_CUDA_ON_CPU=ON && "
-            "cmake --build build/emulated --target _cuda_emulated"
+            f"cmake --build build/emulated --target {name}"
         )
     return module
 

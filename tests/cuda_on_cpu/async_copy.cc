@@ -4,10 +4,10 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda_on_cpu/address_space.h"
 #include "cuda_on_cpu/block.h"
 #include "cuda_on_cpu/counters.h"
 #include "cuda_on_cpu/device.h"
-#include "cuda_on_cpu/global_memory.h"
 #include "cuda_on_cpu/race.h"
 #include "cuda_on_cpu/report.h"
 #include "cuda_on_cpu/shared_memory.h"
@@ -42,14 +42,14 @@ void issue_copy(void* shared, const void* global, int num_bytes, Site site) {
   }
   AsyncCopy copy{static_cast<std::byte*>(shared), nullptr, {}, num_bytes, self->group, site};
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    fail(site, "cp.async: the global address lies %d bytes past a multiple of 16",
-         static_cast<int>(reinterpret_cast<uintptr_t>(global) % 16));
+    fail_misaligned(Where::site(site), "cp.async: the global address lies %d bytes past a multiple of 16",
+                    static_cast<int>(reinterpret_cast<uintptr_t>(global) % 16));
   }
   if (num_bytes > 0) {
     if (is_shared(global)) {
       fail(site, "cp.async: the source is in shared memory");
     }
-    check_global(global, static_cast<size_t>(num_bytes), "cp.async", site);
+    check_global(global, static_cast<size_t>(num_bytes), Access::kRead, "cp.async", Where::site(site));
     copy.global = global;
     std::memcpy(copy.value.data(), global, static_cast<size_t>(num_bytes));
   }

@@ -3,7 +3,7 @@
 // Blocks run one after the other on one thread of the machine, so all of this is one object.
 #pragma once
 
-#include <vector_types.h>
+#include <driver_types.h>
 
 #include <array>
 #include <cstddef>
@@ -44,6 +44,7 @@ struct Thread {
   void* payload;
   std::vector<AsyncCopy> copies;  // in flight, oldest first
   uint32_t group;                 // groups committed so far
+  bool did_atomic, has_acquired;  // visibility.h
 };
 
 // An operation of the warp that lanes have come to and that has not been carried out.
@@ -82,10 +83,15 @@ struct Block {
   BarrierState barrier;
   uint32_t epoch;  // how often __syncthreads has ordered accesses; never repeats within a launch
   bool failed;
+  cudaError_t failure;  // what the launch gives then
 };
 
 inline Block block{};
 inline Thread* self = nullptr;  // null on the host
+
+// The running thread is in a check, and not in the kernel: what hooks are called for is the emulator's own. (Functions
+// of the standard library that the kernel's file holds too are linked once, with hooks.)
+inline bool in_check = false;
 
 inline Warp& warp_of(const Thread& thread) { return block.warps[static_cast<size_t>(thread.warp)]; }
 inline Thread& lane_of(const Warp& warp, int lane) {

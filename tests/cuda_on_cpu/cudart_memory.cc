@@ -2,9 +2,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <set>
 #include <string>
 
+#include "cuda_on_cpu/address_space.h"
+#include "cuda_on_cpu/capture.h"
 #include "cuda_on_cpu/cudart.h"
 #include "cuda_on_cpu/device.h"
 #include "cuda_on_cpu/global_memory.h"
@@ -24,8 +27,8 @@ std::set<void*>& pinned() {
 
 cudaError_t allocate(void** address, size_t num_bytes) {
   *address = nullptr;
-  if (cuemu::is_capturing()) {
-    return remember(cudaErrorStreamCaptureUnsupported);
+  if (const cudaError_t refusal = cuemu::refuse_unsafe(); refusal != cudaSuccess) {
+    return remember(refusal);
   }
   if (num_bytes == 0) {
     return cudaSuccess;
@@ -46,8 +49,19 @@ void report_use(const char* verb) {
   }
 }
 
-// Runs on the device: `work` under the touches of `toucher`.
-cudaError_t run_touching(cuemu::Toucher toucher, const std::function<void()>& work) {
+struct Bytes {
+  const void* address;
+  size_t num_bytes;
+};
+
+// Runs on the device: `work` on these bytes, under the touches of `toucher`.
+cudaError_t run_touching(cuemu::Toucher toucher, std::initializer_list<Bytes> all, const std::function<void()>& work) {
+  for (const Bytes& bytes : all) {
+    if (std::string wrong = cuemu::wrong_bytes(bytes.address, bytes.num_bytes); !wrong.empty()) {
+      cuemu::add_report("a copy or memset of " + wrong);
+      return cuemu::keep_error(cuemu::current_device(), cudaErrorIllegalAddress);
+    }
+  }
   cuemu::enter(toucher);
   work();
   std::string wrong = cuemu::leave();
@@ -55,24 +69,29 @@ cudaError_t run_touching(cuemu::Toucher toucher, const std::function<void()>& wo
     return cudaSuccess;
   }
   cuemu::add_report(std::move(wrong));
-  return cudaErrorLaunchFailure;
+  return cuemu::keep_error(cuemu::current_device(), cudaErrorLaunchFailure);
 }
 
 bool is_device(cudaMemLocation location) { return location.type == cudaMemLocationTypeDevice; }
 
 bool is_known(cudaMemLocation location) {
-  return location.type == cudaMemLocationTypeHost || (is_device(location) && location.id == 0);
+  return location.type == cudaMemLocationTypeHost ||
+         (is_device(location) && location.id >= 0 && location.id < cuemu::num_devices());
 }
 
 }  // namespace
 
 extern "C" {
 
-cudaError_t cudaMalloc(void** address, size_t num_bytes) { return allocate(address, num_bytes); }
+cudaError_t cudaMalloc(void** address, size_t num_bytes) {
+  CUEMU_REQUIRE_CONTEXT();
+  return allocate(address, num_bytes);
+}
 
 cudaError_t cudaFree(void* address) {
-  if (cuemu::is_capturing()) {
-    return remember(cudaErrorStreamCaptureUnsupported);
+  CUEMU_REQUIRE_CONTEXT();
+  if (const cudaError_t refusal = cuemu::refuse_unsafe(); refusal != cudaSuccess) {
+    return remember(refusal);
   }
   report_use("cudaFree");
   const bool freed = address == nullptr || cuemu::free_managed(address) || cuemu::free_global(address);
@@ -80,27 +99,35 @@ cudaError_t cudaFree(void* address) {
 }
 
 cudaError_t cudaMallocHost(void** address, size_t num_bytes) {
+  CUEMU_REQUIRE_CONTEXT();
+  if (const cudaError_t refusal = cuemu::refuse_unsafe(); refusal != cudaSuccess) {
+    return remember(refusal);
+  }
   *address = std::malloc(num_bytes);
   pinned().insert(*address);
+  cuemu::add_range(*address, num_bytes, cuemu::Kind::kPinned);
   return *address != nullptr ? cudaSuccess : remember(cudaErrorMemoryAllocation);
 }
 
 cudaError_t cudaHostAlloc(void** address, size_t num_bytes, unsigned) { return cudaMallocHost(address, num_bytes); }
 
 cudaError_t cudaFreeHost(void* address) {
+  CUEMU_REQUIRE_CONTEXT();
   if (pinned().erase(address) == 0) {
     return remember(cudaErrorInvalidValue);
   }
   report_use("cudaFreeHost");
+  cuemu::forget_range(address);
   std::free(address);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  CUEMU_REQUIRE_CONTEXT();
   const bool to_host = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyHostToHost;
   const auto toucher = to_host ? cuemu::Toucher::kCopyToHost : cuemu::Toucher::kCopyToDevice;
   return remember(cuemu::submit(stream, [=] {
-    return run_touching(toucher, [=] {
+    return run_touching(toucher, {{to, num_bytes}, {from, num_bytes}}, [=] {
       if (num_bytes > 0) {
         std::memcpy(to, from, num_bytes);
       }
@@ -109,13 +136,15 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t num_bytes, cudaMe
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind) {
+  CUEMU_REQUIRE_CONTEXT();
   const cudaError_t error = cudaMemcpyAsync(to, from, num_bytes, kind, nullptr);
   return error == cudaSuccess ? cudaStreamSynchronize(nullptr) : error;
 }
 
 cudaError_t cudaMemsetAsync(void* address, int value, size_t num_bytes, cudaStream_t stream) {
+  CUEMU_REQUIRE_CONTEXT();
   return remember(cuemu::submit(stream, [=] {
-    return run_touching(cuemu::Toucher::kDevice, [=] {
+    return run_touching(cuemu::Toucher::kDevice, {{address, num_bytes}}, [=] {
       if (num_bytes > 0) {
         std::memset(address, value, num_bytes);
       }
@@ -124,13 +153,15 @@ cudaError_t cudaMemsetAsync(void* address, int value, size_t num_bytes, cudaStre
 }
 
 cudaError_t cudaMemset(void* address, int value, size_t num_bytes) {
+  CUEMU_REQUIRE_CONTEXT();
   const cudaError_t error = cudaMemsetAsync(address, value, num_bytes, nullptr);
   return error == cudaSuccess ? cudaStreamSynchronize(nullptr) : error;
 }
 
 cudaError_t cudaMallocManaged(void** address, size_t num_bytes, unsigned flags) {
-  if (cuemu::is_capturing()) {
-    return remember(cudaErrorStreamCaptureUnsupported);
+  CUEMU_REQUIRE_CONTEXT();
+  if (const cudaError_t refusal = cuemu::refuse_unsafe(); refusal != cudaSuccess) {
+    return remember(refusal);
   }
   if (flags != cudaMemAttachGlobal && flags != cudaMemAttachHost) {
     return remember(cudaErrorInvalidValue);
@@ -140,8 +171,12 @@ cudaError_t cudaMallocManaged(void** address, size_t num_bytes, unsigned flags) 
 
 cudaError_t cudaMemPrefetchAsync(const void* address, size_t num_bytes, cudaMemLocation location, unsigned flags,
                                  cudaStream_t stream) {
+  CUEMU_REQUIRE_CONTEXT();
   if (!is_known(location) || flags != 0) {
     return remember(cudaErrorInvalidValue);
+  }
+  if (cuemu::is_captured(stream)) {
+    return remember(cuemu::refuse_wait(stream));  // a graph has no such node
   }
   return remember(cuemu::submit(stream, [address, num_bytes, location, stream] {
     return cuemu::prefetch(address, num_bytes, is_device(location), stream);
@@ -149,6 +184,7 @@ cudaError_t cudaMemPrefetchAsync(const void* address, size_t num_bytes, cudaMemL
 }
 
 cudaError_t cudaMemAdvise(const void* address, size_t num_bytes, cudaMemoryAdvise advice, cudaMemLocation location) {
+  CUEMU_REQUIRE_CONTEXT();
   if (!is_known(location)) {
     return remember(cudaErrorInvalidValue);
   }
@@ -156,13 +192,15 @@ cudaError_t cudaMemAdvise(const void* address, size_t num_bytes, cudaMemoryAdvis
 }
 
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
+  CUEMU_REQUIRE_CONTEXT();
   *total_bytes = cuemu::device().total_bytes;
-  const size_t used = cuemu::plain_bytes() + cuemu::managed_bytes_on_device();
+  const size_t used = cuemu::allocated_bytes() + cuemu::managed_bytes_on_device();
   *free_bytes = *total_bytes - (used < *total_bytes ? used : *total_bytes);
   return cudaSuccess;
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
+  CUEMU_REQUIRE_CONTEXT();
   *attributes = {};
   auto* pointer = const_cast<void*>(address);
   attributes->device = -2;  // of unregistered memory
@@ -173,9 +211,13 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
     attributes->devicePointer = pointer;
   } else if (cuemu::is_global(address)) {
     attributes->type = cudaMemoryTypeDevice;
-    attributes->device = 0;
+    attributes->device = cuemu::owner_of(address);
     attributes->devicePointer = pointer;
     attributes->hostPointer = nullptr;
+  } else if (pinned().contains(pointer)) {
+    attributes->type = cudaMemoryTypeHost;
+    attributes->device = 0;
+    attributes->devicePointer = pointer;
   }
   return cudaSuccess;
 }

@@ -1,20 +1,19 @@
-// Streams, events, capture and graphs of the runtime stub.
+// Streams and events of the runtime stub.
 #include <chrono>
 #include <functional>
 #include <set>
 #include <utility>
 #include <vector>
 
+#include "cuda_on_cpu/capture.h"
 #include "cuda_on_cpu/cudart.h"
+#include "cuda_on_cpu/device.h"
 #include "cuda_on_cpu/launch.h"
 #include "cuda_on_cpu/streams.h"
 
-struct CUgraphExec_st {
-  std::vector<std::function<cudaError_t()>> work;
-};
-
 struct CUevent_st {
-  cuemu::TaskRef last;  // its last record; null before the first one
+  int ordinal;
+  cuemu::Record record;  // the last one
 };
 
 namespace {
@@ -24,11 +23,9 @@ std::set<cudaEvent_t>& events() {
   return all;
 }
 
-int capturing = 0;
-
-// Waits by calling `finish`, unless a stream is being captured.
-cudaError_t wait(const std::function<cudaError_t()>& finish) {
-  return cuemu::remember(capturing > 0 ? cudaErrorStreamCaptureUnsupported : finish());
+// Waits by calling `finish` unless a capture refuses it; what went wrong on the device comes to light then.
+cudaError_t wait(cudaError_t refusal, const std::function<cudaError_t()>& finish) {
+  return cuemu::remember(refusal != cudaSuccess ? refusal : cuemu::surface_error(finish()));
 }
 
 cudaError_t submit_task(cudaStream_t stream, std::function<cudaError_t()> work, cuemu::TaskRef after,
@@ -36,21 +33,22 @@ cudaError_t submit_task(cudaStream_t stream, std::function<cudaError_t()> work, 
   if (!cuemu::exists(stream)) {
     return cudaErrorInvalidResourceHandle;
   }
-  if (!cuemu::is_default(stream) && cuemu::graph_of(stream) != nullptr) {
-    cuemu::graph_of(stream)->work.push_back(std::move(work));
-    return cudaSuccess;
+  if (cuemu::is_captured(stream)) {
+    return cuemu::capture_work(stream, std::move(work));
   }
-  if (capturing > 0 && cuemu::is_default(stream)) {
-    return cudaErrorStreamCaptureImplicit;
+  if (cuemu::is_default(stream)) {
+    if (const cudaError_t error = cuemu::refuse_default_stream(); error != cudaSuccess) {
+      return error;
+    }
   }
   return cuemu::enqueue(stream, std::move(work), std::move(after), task);
 }
 
+bool is_pending(cudaEvent_t event) { return event->record.task != nullptr && !event->record.task->is_done; }
+
 }  // namespace
 
 namespace cuemu {
-
-bool is_capturing() { return capturing > 0; }
 
 cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work) {
   TaskRef task;
@@ -64,6 +62,7 @@ using cuemu::remember;
 extern "C" {
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  CUEMU_REQUIRE_CONTEXT();
   *stream = cuemu::make_stream((flags & cudaStreamNonBlocking) == 0);
   return cudaSuccess;
 }
@@ -75,6 +74,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  CUEMU_REQUIRE_CONTEXT();
   if (cuemu::is_default(stream) || !cuemu::exists(stream)) {
     return remember(cudaErrorInvalidResourceHandle);
   }
@@ -83,34 +83,46 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return cuemu::exists(stream) ? wait([stream] { return cuemu::finish(stream); })
+  CUEMU_REQUIRE_CONTEXT();
+  return cuemu::exists(stream) ? wait(cuemu::refuse_wait(stream), [stream] { return cuemu::finish(stream); })
                                : remember(cudaErrorInvalidResourceHandle);
 }
 
 // A query completes the stream: whoever polls sees it done at some time.
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  const bool queued = capturing == 0 && cuemu::exists(stream) && cuemu::num_queued(stream) > 0;
+  CUEMU_REQUIRE_CONTEXT();
+  const bool queued = cuemu::exists(stream) && cuemu::num_queued(stream) > 0;
   const cudaError_t error = cudaStreamSynchronize(stream);
   return queued && error == cudaSuccess ? cudaErrorNotReady : error;
 }
 
-cudaError_t cudaDeviceSynchronize() { return wait(cuemu::finish_all); }
+cudaError_t cudaDeviceSynchronize() {
+  CUEMU_REQUIRE_CONTEXT();
+  return wait(cuemu::refuse_wait_for_device(), cuemu::finish_all);
+}
 
-// A capture does not spread to other streams.
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+// A stream that waits for a captured event joins the capture.
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+  CUEMU_REQUIRE_CONTEXT();
   if (!cuemu::exists(stream) || !events().contains(event)) {
     return remember(cudaErrorInvalidResourceHandle);
   }
-  const bool captured = !cuemu::is_default(stream) && cuemu::graph_of(stream) != nullptr;
-  if (captured || event->last == nullptr || event->last->is_done) {
+  if (flags != 0) {
+    return remember(cudaErrorNotSupported);
+  }
+  if (cuemu::is_captured(stream) || event->record.capture != 0) {
+    return remember(cuemu::capture_wait(stream, event->record));
+  }
+  if (!is_pending(event)) {
     return cudaSuccess;
   }
   cuemu::TaskRef task;
-  return remember(submit_task(stream, [] { return cudaSuccess; }, event->last, task));
+  return remember(submit_task(stream, [] { return cudaSuccess; }, event->record.task, task));
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = new CUevent_st;
+  CUEMU_REQUIRE_CONTEXT();
+  *event = new CUevent_st{cuemu::current_device(), {}};
   events().insert(*event);
   return cudaSuccess;
 }
@@ -118,6 +130,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  CUEMU_REQUIRE_CONTEXT();
   if (events().erase(event) == 0) {
     return remember(cudaErrorInvalidResourceHandle);
   }
@@ -126,99 +139,49 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  if (!events().contains(event)) {
+  CUEMU_REQUIRE_CONTEXT();
+  if (!events().contains(event) || !cuemu::exists(stream) || event->ordinal != cuemu::device_of_stream(stream)) {
     return remember(cudaErrorInvalidResourceHandle);
   }
-  return remember(submit_task(stream, [] { return cudaSuccess; }, nullptr, event->last));
+  if (cuemu::is_captured(stream)) {
+    return remember(cuemu::capture_record(stream, event->record));
+  }
+  event->record = {};
+  return remember(submit_task(stream, [] { return cudaSuccess; }, nullptr, event->record.task));
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  CUEMU_REQUIRE_CONTEXT();
   if (!events().contains(event)) {
     return remember(cudaErrorInvalidResourceHandle);
   }
-  return wait([event] { return event->last == nullptr ? cudaSuccess : cuemu::finish(event->last); });
+  return wait(cuemu::refuse_wait(event->record),
+              [event] { return event->record.task == nullptr ? cudaSuccess : cuemu::finish(event->record.task); });
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
-  const bool queued = capturing == 0 && events().contains(event) && event->last != nullptr && !event->last->is_done;
+  CUEMU_REQUIRE_CONTEXT();
+  const bool queued = events().contains(event) && is_pending(event);
   const cudaError_t error = cudaEventSynchronize(event);
   return queued && error == cudaSuccess ? cudaErrorNotReady : error;
 }
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  const auto has_happened = [](cudaEvent_t event) { return events().contains(event) && event->last != nullptr; };
-  if (!has_happened(start) || !has_happened(end)) {
+  CUEMU_REQUIRE_CONTEXT();
+  const auto has_happened = [](cudaEvent_t event) { return events().contains(event) && event->record.task != nullptr; };
+  if (!has_happened(start) || !has_happened(end) || start->ordinal != end->ordinal) {
     return remember(cudaErrorInvalidResourceHandle);
   }
-  if (!start->last->is_done || !end->last->is_done) {
+  if (is_pending(start) || is_pending(end)) {
     return cudaErrorNotReady;
   }
-  *milliseconds = std::chrono::duration<float, std::milli>(end->last->ended - start->last->ended).count();
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-  if (cuemu::is_default(stream)) {
-    return remember(cudaErrorStreamCaptureUnsupported);
-  }
-  if (!cuemu::exists(stream) || cuemu::graph_of(stream) != nullptr) {
-    return remember(cudaErrorIllegalState);
-  }
-  cuemu::graph_of(stream) = new CUgraph_st;
-  ++capturing;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  if (cuemu::is_default(stream) || !cuemu::exists(stream) || cuemu::graph_of(stream) == nullptr) {
-    return remember(cudaErrorIllegalState);
-  }
-  *graph = std::exchange(cuemu::graph_of(stream), nullptr);
-  --capturing;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  const bool captured = !cuemu::is_default(stream) && cuemu::exists(stream) && cuemu::graph_of(stream) != nullptr;
-  *status = captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* num_nodes) {
-  if (nodes != nullptr) {
-    return remember(cudaErrorNotSupported);
-  }
-  *num_nodes = graph->work.size();
-  return cudaSuccess;
-}
-
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
-  *executable = new CUgraphExec_st{graph->work};
-  return cudaSuccess;
-}
-
-cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
-  return remember(cuemu::submit(stream, [executable] {
-    for (const auto& work : executable->work) {
-      if (const cudaError_t error = work(); error != cudaSuccess) {
-        return error;
-      }
-    }
-    return cudaSuccess;
-  }));
-}
-
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-  delete graph;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
-  delete executable;
+  const auto elapsed = end->record.task->ended - start->record.task->ended;
+  *milliseconds = std::chrono::duration<float, std::milli>(elapsed).count();
   return cudaSuccess;
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+  CUEMU_REQUIRE_CONTEXT();
   return remember(cuemu::submit(stream, [function, data] {
     function(data);
     return cudaSuccess;

@@ -22,6 +22,11 @@ class Fiber {
   // From the scheduler: comes back when the fiber yields.
   void resume();
 
+  // Whether `address` lies on its stack.
+  bool holds(const void* address) const {
+    return address >= static_cast<const void*>(memory_) && address < static_cast<const void*>(top_);
+  }
+
   // From the running fiber: comes back when it is resumed.
   static void yield();
 

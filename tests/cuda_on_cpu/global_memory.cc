@@ -1,6 +1,8 @@
 #include "cuda_on_cpu/global_memory.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -8,9 +10,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <new>
 
+#include "cuda_on_cpu/address_space.h"
+#include "cuda_on_cpu/block.h"
 #include "cuda_on_cpu/report.h"
 #include "cuda_on_cpu/sanitizers.h"
 
@@ -21,6 +26,7 @@ constexpr int kRedZoneByte = 0xa5;
 constexpr int kUnwritten = 0xff;
 constexpr size_t kPage = 4096;
 constexpr size_t kGuard = 64 * 1024;  // bytes on either side that fault: for what jumps over a red zone
+constexpr size_t kFreedKept = 1024;   // allocations whose addresses stay taken after they are freed
 
 // memory: guard, red zone, the bytes, red zone of at least kRedZone up to the end of a page, guard.
 struct Allocation {
@@ -28,6 +34,7 @@ struct Allocation {
   size_t head_bytes;  // of the red zone before them
   std::byte* memory;
   size_t total_bytes;
+  int owner;
 
   std::byte* begin() const { return memory + kGuard + head_bytes; }
   std::byte* end() const { return begin() + num_bytes; }
@@ -39,7 +46,15 @@ std::map<uintptr_t, Allocation>& allocations() {
   return all;
 }
 
-size_t total = 0;
+std::deque<Allocation> freed;
+bool is_closed_to_host = false;
+bool is_open = true;
+
+void protect(const Allocation& allocation, int protection) {
+  mprotect(allocation.memory + kGuard, allocation.total_bytes - 2 * kGuard, protection);
+}
+
+bool may_be_closed(const Allocation& allocation) { return allocation.owner != kEveryDevice; }  // managed.h closes those
 
 [[maybe_unused]] bool is_intact(const std::byte* zone, size_t num_bytes) {
   return std::all_of(zone, zone + num_bytes, [](std::byte value) { return value == std::byte{kRedZoneByte}; });
@@ -63,20 +78,51 @@ void fill_red_zones(const Allocation& allocation) {
 }
 
 #if !defined(CUEMU_ASAN)
-void tell_fault(int signal, siginfo_t* info, void*) {
+// The instruction that faulted, as a return address behind it.
+const void* after_instruction([[maybe_unused]] const void* context) {
+#if defined(__x86_64__)
+  return reinterpret_cast<const void*>(static_cast<const ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP] + 1);
+#elif defined(__aarch64__)
+  return reinterpret_cast<const void*>(static_cast<const ucontext_t*>(context)->uc_mcontext.pc + 1);
+#else
+  return nullptr;
+#endif
+}
+
+struct sigaction before{};  // who handled faults
+
+// Of a kernel: its launch ends, and the process goes on.
+void handle_fault(int signal, siginfo_t* info, void* context) {
   const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
+  const Where where = Where::instruction(after_instruction(context));
+  sigset_t unblocked;
+  sigemptyset(&unblocked);
+  sigaddset(&unblocked, signal);
+  pthread_sigmask(SIG_UNBLOCK, &unblocked, nullptr);  // this handler may not return
   for (const auto& [begin, allocation] : allocations()) {
     const auto memory = reinterpret_cast<uintptr_t>(allocation.memory);
     if (address >= memory && address < memory + allocation.total_bytes) {
-      std::fprintf(stderr, "cuda_on_cpu: access %s of a device allocation of %zu bytes\n",
-                   address < begin ? "before the begin" : "past the end", allocation.num_bytes);
+      const char* side = address < begin ? "before the begin" : "past the end";
+      if (self != nullptr) {
+        fail_illegal(where, "access %s of a device allocation of %zu bytes", side, allocation.num_bytes);
+      }
+      std::fprintf(stderr, "cuda_on_cpu: access %s of a device allocation of %zu bytes\n", side, allocation.num_bytes);
     }
   }
+  if (!is_known(info->si_addr) && (before.sa_flags & SA_SIGINFO) != 0) {  // another emulator's of this process, say
+    before.sa_sigaction(signal, info, context);
+    return;
+  }
+  fail_fault(info->si_addr, where);
   std::signal(signal, SIG_DFL);  // the instruction faults again and ends the process
 }
 
-// A fiber may have run out of stack, so the handler has one of its own.
+#endif
+
+}  // namespace
+
 void catch_faults() {
+#if !defined(CUEMU_ASAN)
   static const bool caught = [] {
     static std::byte stack[64 * 1024];
     stack_t alternate{};
@@ -84,22 +130,18 @@ void catch_faults() {
     alternate.ss_size = sizeof(stack);
     sigaltstack(&alternate, nullptr);
     struct sigaction action{};
-    action.sa_sigaction = tell_fault;
+    action.sa_sigaction = handle_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    return sigaction(SIGSEGV, &action, nullptr) == 0;
+    return sigaction(SIGSEGV, &action, &before) == 0;
   }();
   (void)caught;
+#endif
 }
-#endif
 
-}  // namespace
-
-void* allocate_global(size_t num_bytes, size_t offset_bytes, size_t alignment) {
-#if !defined(CUEMU_ASAN)
+void* allocate_global(size_t num_bytes, size_t offset_bytes, size_t alignment, int owner) {
   catch_faults();
-#endif
   const size_t inner = (alignment + offset_bytes + num_bytes + kRedZone + kPage - 1) / kPage * kPage;
-  Allocation added{num_bytes, 0, nullptr, inner + 2 * kGuard};
+  Allocation added{num_bytes, 0, nullptr, inner + 2 * kGuard, owner};
   void* memory = mmap(nullptr, added.total_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     throw std::bad_alloc();
@@ -112,7 +154,10 @@ void* allocate_global(size_t num_bytes, size_t offset_bytes, size_t alignment) {
   std::memset(added.begin(), kUnwritten, num_bytes);
   set_red_zones(added, true);
   allocations()[reinterpret_cast<uintptr_t>(added.begin())] = added;
-  total += num_bytes;
+  add_range(added.begin(), num_bytes, owner == kEveryDevice ? Kind::kManaged : Kind::kDevice, owner);
+  if (!is_open && may_be_closed(added)) {
+    protect(added, PROT_NONE);
+  }
   return added.begin();
 }
 
@@ -122,9 +167,22 @@ bool free_global(void* address) {
     return false;
   }
   set_red_zones(found->second, false);
-  total -= found->second.num_bytes;
-  munmap(found->second.memory, found->second.total_bytes);
+  add_range(found->second.begin(), found->second.num_bytes, Kind::kFreed);
+  if (!may_be_closed(found->second)) {
+    munmap(found->second.memory, found->second.total_bytes);
+    allocations().erase(found);
+    return true;
+  }
+  // New memory in the place of the old gives its pages back.
+  mmap(found->second.memory, found->second.total_bytes, PROT_NONE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  freed.push_back(found->second);
   allocations().erase(found);
+  if (freed.size() > kFreedKept) {
+    forget_range(freed.front().begin());
+    munmap(freed.front().memory, freed.front().total_bytes);
+    freed.pop_front();
+  }
   return true;
 }
 
@@ -134,24 +192,17 @@ bool is_global(const void* address) {
   return after != allocations().begin() && wanted - std::prev(after)->first < std::prev(after)->second.num_bytes;
 }
 
-size_t allocated_bytes() { return total; }
+int owner_of(const void* address) {
+  const auto after = allocations().upper_bound(reinterpret_cast<uintptr_t>(address));
+  return std::prev(after)->second.owner;
+}
 
-void check_global(const void* address, size_t num_bytes, const char* verb, Site site) {
-  const auto wanted = reinterpret_cast<uintptr_t>(address);
-  const auto after = allocations().upper_bound(wanted);
-  if (after != allocations().end() && wanted + num_bytes > after->first - kRedZone) {
-    fail(site, "%s: %zu bytes that begin %zu bytes before a device allocation", verb, num_bytes,
-         static_cast<size_t>(after->first - wanted));
+size_t allocated_bytes() {
+  size_t sum = 0;
+  for (const auto& [begin, allocation] : allocations()) {
+    sum += allocation.owner == current_device() ? allocation.num_bytes : 0;
   }
-  if (after == allocations().begin()) {
-    return;
-  }
-  const auto& [begin, allocation] = *std::prev(after);
-  const uintptr_t end = begin + allocation.num_bytes;
-  if (wanted < end + kRedZone && wanted + num_bytes > end) {
-    fail(site, "%s: %zu bytes at byte %zu of a device allocation of %zu bytes", verb, num_bytes,
-         static_cast<size_t>(wanted - begin), allocation.num_bytes);
-  }
+  return sum;
 }
 
 std::string overwritten_red_zone() {
@@ -166,6 +217,62 @@ std::string overwritten_red_zone() {
   }
 #endif
   return {};
+}
+
+void set_closed_to_host(bool closed) {
+  open_device_memory();
+  is_closed_to_host = closed;
+  close_device_memory();
+}
+
+void open_device_memory() {
+  if (is_closed_to_host && !is_open) {
+    for (const auto& [begin, allocation] : allocations()) {
+      if (may_be_closed(allocation)) {
+        protect(allocation, PROT_READ | PROT_WRITE);
+      }
+    }
+  }
+  is_open = true;
+}
+
+void close_device_memory() {
+  if (is_closed_to_host) {
+    for (const auto& [begin, allocation] : allocations()) {
+      if (may_be_closed(allocation)) {
+        protect(allocation, PROT_NONE);
+      }
+    }
+    is_open = false;
+  }
+}
+
+bool report_host_touch(void* address) {
+  const auto wanted = reinterpret_cast<uintptr_t>(address);
+  const auto after = allocations().upper_bound(wanted);
+  if (is_open || after == allocations().begin()) {
+    return false;
+  }
+  const auto& [begin, allocation] = *std::prev(after);
+  if (!may_be_closed(allocation) || wanted - begin >= allocation.num_bytes) {
+    return false;
+  }
+  add_report("the host touches byte " + std::to_string(wanted - begin) + " of " + std::to_string(allocation.num_bytes) +
+             " bytes of memory of device " + std::to_string(allocation.owner));
+  protect(allocation, PROT_READ | PROT_WRITE);
+  return true;
+}
+
+void copy_bytes(void* to, const void* from, size_t num_bytes) {
+  open_device_memory();
+  std::memcpy(to, from, num_bytes);
+  close_device_memory();
+}
+
+void fill_bytes(void* to, int value, size_t num_bytes) {
+  open_device_memory();
+  std::memset(to, value, num_bytes);
+  close_device_memory();
 }
 
 }  // namespace cuemu

@@ -4,7 +4,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
-#include <cstring>
 #include <string>
 #include <vector>
 
@@ -29,7 +28,7 @@ class DeviceBuffer {
   explicit DeviceBuffer(const std::vector<T>& values, size_t offset_bytes = 0)
       : DeviceBuffer(values.size(), offset_bytes) {
     if (size_ > 0) {
-      std::memcpy(data(), values.data(), size_ * sizeof(T));
+      copy_bytes(data(), values.data(), size_ * sizeof(T));
     }
   }
 
@@ -45,14 +44,14 @@ class DeviceBuffer {
   std::vector<T> host() const {
     std::vector<T> values(size_);
     if (size_ > 0) {
-      std::memcpy(values.data(), data(), size_ * sizeof(T));
+      copy_bytes(values.data(), data(), size_ * sizeof(T));
     }
     return values;
   }
 
   void clear() {  // to unwritten
     if (size_ > 0) {
-      std::memset(data(), 0xff, size_ * sizeof(T));
+      fill_bytes(data(), 0xff, size_ * sizeof(T));
     }
   }
 

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 namespace cuemu {
@@ -16,10 +17,18 @@ struct Launch {
   dim3 block;
   size_t shared_bytes;
   cudaStream_t stream;
+  std::shared_ptr<const void> parameters;  // the kernel's, as they were when it was launched
+  int ordinal = 0;                         // of the device; launch() sets it
 };
 
-// Limits as a driver checks them, then submit(). A launch that ends in a report gives cudaErrorLaunchFailure.
-cudaError_t launch(const Launch& launch, std::function<void()> thread_body);
+// Limits as a driver checks them, then submit(). A launch that ends in a report gives cudaErrorLaunchFailure,
+// cudaErrorIllegalAddress or cudaErrorMisalignedAddress.
+cudaError_t launch(Launch launch, size_t num_parameter_bytes, std::function<void()> thread_body);
+
+// Bytes of dynamic shared memory that cudaFuncSetAttribute has allowed to the kernel on the current device.
+size_t& opted_in_bytes(const void* kernel);
+
+inline constexpr size_t kSharedWithoutOptIn = 48 * 1024;
 
 // Gives `work` to the stream, or to the graph that the stream is being captured into.
 cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work);

@@ -97,14 +97,6 @@ Pages pages_of(const void* address, size_t num_bytes) {
   return {&managed, offset / kManagedPage, (offset + num_bytes - 1) / kManagedPage + 1};
 }
 
-size_t plain_bytes_now() {
-  size_t managed_total = 0;
-  for (const auto& [address, managed] : all_managed) {
-    managed_total += managed.num_bytes;
-  }
-  return allocated_bytes() - managed_total;
-}
-
 void evict_oldest() {
   Pages oldest;
   for (auto& [address, managed] : all_managed) {
@@ -122,7 +114,7 @@ void evict_oldest() {
 
 bool make_room_now(size_t num_bytes) {
   const size_t most = device().total_bytes;
-  const size_t plain = plain_bytes_now();
+  const size_t plain = allocated_bytes();
   if (plain + num_bytes > most) {
     return false;
   }
@@ -163,7 +155,12 @@ void touch(Managed& managed, size_t number) {
 
 bool feel(void* address) {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const Pages pages = pages_of(address, 1); pages.managed != nullptr) {
+  if (toucher == Toucher::kHost && report_host_touch(address)) {
+    return true;
+  }
+  // The red zone behind the last byte shares a page of the processor with it.
+  const auto first_of_page = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) / 4096 * 4096);
+  if (const Pages pages = pages_of(first_of_page, 1); pages.managed != nullptr) {
     touch(*pages.managed, pages.begin);
     return true;
   }
@@ -186,7 +183,7 @@ cudaError_t allocate_managed(void** address, size_t num_bytes) {
   if (num_bytes == 0) {
     return cudaErrorInvalidValue;
   }
-  *address = allocate_global(num_bytes, 0, kManagedPage);
+  *address = allocate_global(num_bytes, 0, kManagedPage, kEveryDevice);
   feel_touches(feel);
   const std::lock_guard<std::mutex> lock(mutex);
   const size_t pages = (num_bytes + kManagedPage - 1) / kManagedPage;
@@ -260,27 +257,30 @@ cudaError_t advise(const void* address, size_t num_bytes, cudaMemoryAdvise advic
   return cudaSuccess;
 }
 
+void close_to_host(bool closed) {
+  catch_faults();  // first: feel_touches() asks before it
+  feel_touches(feel);
+  set_closed_to_host(closed);
+}
+
 void enter(Toucher next) {
   const std::lock_guard<std::mutex> lock(mutex);
   toucher = next;
   close_all();
+  open_device_memory();
 }
 
 std::string leave() {
   const std::lock_guard<std::mutex> lock(mutex);
   toucher = Toucher::kHost;
   close_all();
+  close_device_memory();
   if (!touched_after_free.empty()) {
     for (const auto& [base, num_bytes] : freed) {
       close_pages(reinterpret_cast<void*>(base), num_bytes);
     }
   }
   return std::exchange(touched_after_free, {});
-}
-
-size_t plain_bytes() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  return plain_bytes_now();
 }
 
 bool make_room(size_t num_bytes) {

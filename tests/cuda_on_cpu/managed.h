@@ -65,12 +65,14 @@ cudaError_t advise(const void* address, size_t num_bytes, cudaMemoryAdvise advic
 void enter(Toucher toucher);
 std::string leave();
 
+// From now on a touch of device memory by the host is reported, or not (as at the start); global_memory.h.
+void close_to_host(bool closed);
+
 // Moves pages of managed memory to the host, those that came longest ago first, until `num_bytes` of the device are
 // free. False if plain allocations alone leave less.
 bool make_room(size_t num_bytes);
 
 Residency residency(const void* address);  // of the allocation that begins there
-size_t plain_bytes();                      // of allocations that are not managed
 size_t managed_bytes_on_device();
 ManagedCounters take_managed_counters();
 std::vector<ManagedCall> take_managed_calls();

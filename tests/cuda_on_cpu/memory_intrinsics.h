@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda_on_cpu/global_memory.h"
+#include "cuda_on_cpu/address_space.h"
+#include "cuda_on_cpu/banks.h"
 #include "cuda_on_cpu/race.h"
 #include "cuda_on_cpu/report.h"
+#include "cuda_on_cpu/visibility.h"
 
 namespace cuemu {
 
@@ -15,18 +17,22 @@ namespace cuemu {
 inline void check_access(const void* address, size_t num_bytes, size_t align, Access access, const char* verb,
                          Site site) {
   if (reinterpret_cast<uintptr_t>(address) % align != 0) {
-    fail(site, "%s: the address lies %d bytes past a multiple of %d", verb,
-         static_cast<int>(reinterpret_cast<uintptr_t>(address) % align), static_cast<int>(align));
+    fail_misaligned(Where::site(site), "%s: the address lies %d bytes past a multiple of %d", verb,
+                    static_cast<int>(reinterpret_cast<uintptr_t>(address) % align), static_cast<int>(align));
   }
   if (is_shared(address)) {
+    note_bank(address, num_bytes, Where::site(site));
     note_shared(address, num_bytes, access, Where::site(site));
   } else {
-    check_global(address, num_bytes, verb, site);
+    check_global(address, num_bytes, access, verb, Where::site(site));
   }
 }
 
+// Of functions that check what they access by themselves, so that the hooks do not check it again.
+#define CUEMU_CHECKED __attribute__((no_sanitize("thread")))
+
 template <typename T>
-T load_global(const T* address, const char* verb, Site site) {
+CUEMU_CHECKED T load_global(const T* address, const char* verb, Site site) {
   if (is_shared(address)) {
     fail(site, "%s of an address in shared memory", verb);
   }
@@ -35,7 +41,7 @@ T load_global(const T* address, const char* verb, Site site) {
 }
 
 template <typename T>
-void store_global(T* address, T value, const char* verb, Site site) {
+CUEMU_CHECKED void store_global(T* address, T value, const char* verb, Site site) {
   if (is_shared(address)) {
     fail(site, "%s of an address in shared memory", verb);
   }
@@ -43,10 +49,9 @@ void store_global(T* address, T value, const char* verb, Site site) {
   *address = value;
 }
 
-// Gives the old value. Threads run one at a time, so plain accesses are atomic; the hooks must not take them for the
-// kernel's own.
+// Gives the old value. Threads run one at a time, so plain accesses are atomic.
 template <typename T, typename Change>
-__attribute__((no_sanitize("thread"))) T change_atomically(T* address, Change change, const char* verb, Site site) {
+CUEMU_CHECKED T change_atomically(T* address, Change change, const char* verb, Site site) {
   check_access(address, sizeof(T), sizeof(T), Access::kAtomic, verb, site);
   T* const target = address;
   const T old = *target;
@@ -81,10 +86,9 @@ CUEMU_STORE(__stwb)
 CUEMU_STORE(__stwt)
 #undef CUEMU_STORE
 
-// Blocks and their threads see each other's writes in program order here: what a fence guards cannot go wrong.
-inline void __threadfence() {}
+inline void __threadfence() { cuemu::fence(); }
 inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence_system() { cuemu::fence(); }
 
 #define CUEMU_ATOMIC(name, expression)                                                                 \
   template <typename T>                                                                                \

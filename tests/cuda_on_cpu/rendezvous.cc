@@ -2,9 +2,11 @@
 
 #include <cstring>
 
+#include "cuda_on_cpu/banks.h"
 #include "cuda_on_cpu/counters.h"
 #include "cuda_on_cpu/report.h"
 #include "cuda_on_cpu/scheduler.h"
+#include "cuda_on_cpu/visibility.h"
 
 namespace cuemu {
 namespace {
@@ -49,6 +51,8 @@ void open_barrier() {
   barrier.arrived = 0;
   ++block.epoch;
   ++counters().barriers;
+  share_with_block();
+  count_banks();
   for (int i = 0; i < block.num_warps; ++i) {
     Warp& warp = block.warps[static_cast<size_t>(i)];
     warp.ready = warp.existing;

@@ -16,6 +16,7 @@ std::string kept;
 bool printed = true;
 
 [[noreturn]] void fail_with(const std::string& where, const char* format, std::va_list arguments) {
+  in_check = true;
   char text[1024];
   std::vsnprintf(text, sizeof(text), format, arguments);
   std::string whole = where + ": " + text;
@@ -67,6 +68,20 @@ void fail(Where where, const char* format, ...) {
   fail_with(words(where), format, arguments);
 }
 
+void fail_illegal(Where where, const char* format, ...) {
+  block.failure = cudaErrorIllegalAddress;
+  std::va_list arguments;
+  va_start(arguments, format);
+  fail_with(words(where), format, arguments);
+}
+
+void fail_misaligned(Where where, const char* format, ...) {
+  block.failure = cudaErrorMisalignedAddress;
+  std::va_list arguments;
+  va_start(arguments, format);
+  fail_with(words(where), format, arguments);
+}
+
 void add_report(std::string text) {
   if (printed) {
     std::fprintf(stderr, "cuda_on_cpu: %s\n", text.c_str());
@@ -83,6 +98,7 @@ std::string take_reports() {
 void print_reports(bool print) { printed = print; }
 
 std::string words(Where where) {
+  in_check = self != nullptr;  // and until the launch has ended
   if (where.is_instruction()) {
     return words_of_instruction(where.address());
   }

@@ -1,4 +1,4 @@
-// What the emulator finds wrong. The first finding ends the launch, which then returns cudaErrorLaunchFailure.
+// What the emulator finds wrong. The first finding ends the launch, which then returns an error.
 #pragma once
 
 #include <string>
@@ -10,6 +10,11 @@ namespace cuemu {
 // Called from a kernel's thread: writes the report, ends the launch and does not come back.
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(Site site, const char* format, ...);
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(Where where, const char* format, ...);
+
+// The same for an access of an address that the kernel may not use, or not so: the launch gives the error that CUDA
+// does.
+[[noreturn]] __attribute__((format(printf, 2, 3))) void fail_illegal(Where where, const char* format, ...);
+[[noreturn]] __attribute__((format(printf, 2, 3))) void fail_misaligned(Where where, const char* format, ...);
 
 // Called from the host, between launches or by the scheduler: only writes the report.
 void add_report(std::string text);

@@ -9,11 +9,13 @@
 #include <string>
 
 #include "cuda_on_cpu/async_copy.h"
+#include "cuda_on_cpu/banks.h"
 #include "cuda_on_cpu/block.h"
 #include "cuda_on_cpu/builtins.h"
 #include "cuda_on_cpu/report.h"
 #include "cuda_on_cpu/schedule.h"
 #include "cuda_on_cpu/shared_memory.h"
+#include "cuda_on_cpu/visibility.h"
 
 namespace cuemu {
 namespace {
@@ -61,6 +63,7 @@ void start_threads(dim3 shape) {
     thread.state = Thread::State::kReady;
     thread.copies.clear();
     thread.group = 0;
+    thread.did_atomic = thread.has_acquired = false;
     thread.fiber.start(enter);
     if (++index.x == shape.x) {
       index.x = 0;
@@ -149,6 +152,7 @@ bool run_block() {
     ::threadIdx = thread->index;
     thread->fiber.resume();
     self = nullptr;
+    in_check = false;
     if (block.failed) {
       return false;
     }
@@ -224,10 +228,12 @@ bool run_grid(const Grid& grid, const std::function<void()>& thread_body) {
   body = &thread_body;
   random_source.seed(schedule.seed);
   block.failed = false;
+  block.failure = cudaErrorLaunchFailure;
   ::gridDim = grid.grid;
   ::blockDim = grid.block;
   begin_shared(grid.dynamic_bytes);
   const uint64_t count = uint64_t{grid.grid.x} * grid.grid.y * grid.grid.z;
+  begin_visibility(count);
   const BlockOrder order = draw_block_order(count);
   uint64_t number = order.start;
   for (uint64_t i = 0; i < count; ++i, number = (number + order.step) % count) {
@@ -235,9 +241,11 @@ bool run_grid(const Grid& grid, const std::function<void()>& thread_body) {
                   static_cast<unsigned>(number / grid.grid.x % grid.grid.y),
                   static_cast<unsigned>(number / grid.grid.x / grid.grid.y)};
     refill_shared();
+    begin_block_visibility(static_cast<uint32_t>(number));
     start_threads(grid.block);
     redraw_order();
     bool ran = run_block();
+    count_banks();
     if (std::string overrun = overrun_region(); ran && !overrun.empty()) {
       add_report(std::move(overrun));
       ran = false;

@@ -1,9 +1,11 @@
-// Where in the kernel's source something happened.
+// Where in the kernel's source something happened, and what kind of access it was.
 #pragma once
 
 #include <cstdint>
 
 namespace cuemu {
+
+enum class Access : uint8_t { kRead, kWrite, kAtomic };
 
 struct Site {
   const char* file;
@@ -25,6 +27,7 @@ class Where {
   bool is_instruction() const { return (word_ & 0xffffu) == 0xffffu; }
   uintptr_t address() const { return static_cast<uintptr_t>(word_ >> 16); }
   int line() const { return static_cast<int>(word_ & 0xffffu); }
+  uint64_t word() const { return word_; }
 
  private:
   explicit constexpr Where(uint64_t word) : word_(word) {}

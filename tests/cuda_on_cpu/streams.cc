@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <numeric>
 #include <random>
 #include <utility>
+
+#include "cuda_on_cpu/device.h"
 
 struct CUstream_st {
   struct Queued {
@@ -14,7 +17,8 @@ struct CUstream_st {
   };
 
   bool waits_for_default = false;
-  CUgraph_st* graph = nullptr;
+  bool is_default = false;
+  int ordinal = 0;
   std::deque<Queued> queue;
   uint64_t rank = 0;
 
@@ -32,14 +36,22 @@ constexpr uint64_t kTurn = 4;  // pieces of work after which a stream's rank is 
 StreamOrder current{false, 0};
 std::mt19937_64 random_source;
 
-// The default one first.
 std::vector<cudaStream_t>& streams() {
-  static CUstream_st default_stream;
-  static std::vector<cudaStream_t> all{&default_stream};
+  static std::vector<cudaStream_t> all;
   return all;
 }
 
-CUstream_st& resolve(cudaStream_t stream) { return is_default(stream) ? *streams().front() : *stream; }
+CUstream_st& default_stream() {
+  static std::map<int, CUstream_st> all;
+  CUstream_st& stream = all[current_device()];
+  if (!std::exchange(stream.is_default, true)) {
+    stream.ordinal = current_device();
+    streams().push_back(&stream);
+  }
+  return stream;
+}
+
+CUstream_st& resolve(cudaStream_t stream) { return is_default(stream) ? default_stream() : *stream; }
 
 void draw_rank(CUstream_st& stream) { stream.rank = current.is_late ? random_source() : 0; }
 
@@ -98,12 +110,13 @@ bool is_default(cudaStream_t stream) {
 }
 
 bool exists(cudaStream_t stream) {
-  return is_default(stream) || std::find(streams().begin() + 1, streams().end(), stream) != streams().end();
+  return is_default(stream) || std::find(streams().begin(), streams().end(), stream) != streams().end();
 }
 
 cudaStream_t make_stream(bool waits_for_default) {
   auto* stream = new CUstream_st;
   stream->waits_for_default = waits_for_default;
+  stream->ordinal = current_device();
   draw_rank(*stream);
   streams().push_back(stream);
   return stream;
@@ -115,7 +128,7 @@ void destroy(cudaStream_t stream) {
   delete stream;
 }
 
-CUgraph_st*& graph_of(cudaStream_t stream) { return stream->graph; }
+int device_of_stream(cudaStream_t stream) { return resolve(stream).ordinal; }
 
 cudaError_t enqueue(cudaStream_t stream, std::function<cudaError_t()> work, TaskRef also, TaskRef& task) {
   task = std::make_shared<Task>();
@@ -124,15 +137,14 @@ cudaError_t enqueue(cudaStream_t stream, std::function<cudaError_t()> work, Task
     *task = {true, std::chrono::steady_clock::now()};
     return error;
   }
-  CUstream_st& target = resolve(stream);
-  CUstream_st& default_stream = *streams().front();
+  CUstream_st& target = resolve(stream);  // before the loop over streams, which it may add to
   CUstream_st::Queued queued{std::move(work), {}, task};
   if (also != nullptr) {
     queued.after.push_back(std::move(also));
   }
   for (const cudaStream_t other : streams()) {
-    const bool orders = (&target == &default_stream && other->waits_for_default) ||
-                        (target.waits_for_default && other == &default_stream);
+    const bool orders = other->ordinal == target.ordinal && ((target.is_default && other->waits_for_default) ||
+                                                             (target.waits_for_default && other->is_default));
     if (orders && !other->queue.empty()) {
       queued.after.push_back(other->queue.back().task);
     }

@@ -12,10 +12,6 @@
 #include <memory>
 #include <vector>
 
-struct CUgraph_st {
-  std::vector<std::function<cudaError_t()>> work;
-};
-
 namespace cuemu {
 
 struct StreamOrder {
@@ -36,11 +32,11 @@ struct Task {
 };
 using TaskRef = std::shared_ptr<Task>;
 
-cudaStream_t make_stream(bool waits_for_default);
-bool exists(cudaStream_t stream);            // the default ones do
-bool is_default(cudaStream_t stream);        // by any of its names
-void destroy(cudaStream_t stream);           // after its work
-CUgraph_st*& graph_of(cudaStream_t stream);  // while it is captured; else null. Not of default streams
+cudaStream_t make_stream(bool waits_for_default);  // of the current device
+bool exists(cudaStream_t stream);                  // the default ones do
+bool is_default(cudaStream_t stream);              // by any of its names: the current device's
+int device_of_stream(cudaStream_t stream);
+void destroy(cudaStream_t stream);  // after its work
 
 // Runs `work` now or later, after what the stream holds and after `also`; null if it ran at once.
 cudaError_t enqueue(cudaStream_t stream, std::function<cudaError_t()> work, TaskRef also, TaskRef& task);
@@ -48,7 +44,7 @@ cudaError_t enqueue(cudaStream_t stream, std::function<cudaError_t()> work, Task
 // Returns once it is done; the first error of anything that ran for it.
 cudaError_t finish(cudaStream_t stream);
 cudaError_t finish(const TaskRef& task);
-cudaError_t finish_all();
+cudaError_t finish_all();  // of every device
 
 size_t num_queued();
 size_t num_queued(cudaStream_t stream);

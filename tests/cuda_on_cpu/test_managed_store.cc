@@ -300,7 +300,7 @@ TEST(what_is_on_the_device_stays_within_the_budget) {
     const PageStore& store = paged.store();
     const cuemu::StepScalars scalars;
     const Groups groups(Rule::kAdamw);
-    cuemu::device().total_bytes = cuemu::plain_bytes() + static_cast<size_t>(3 * store.largest_chunk());
+    cuemu::device().total_bytes = cuemu::allocated_bytes() + static_cast<size_t>(3 * store.largest_chunk());
     const cudaStream_t stream = new_stream();
     CHECK_LAUNCH(paged.step(groups.device->data(), {1.0, 0.0, nullptr, nullptr, nullptr}, scalars,
                             3 * store.largest_chunk(), stream));
@@ -350,7 +350,7 @@ TEST(a_spike_evicts_and_the_states_return) {
   const auto arena = static_cast<size_t>(store.plan().num_bytes);
   CHECK(store.zero(store.plan().num_bytes, nullptr) == cudaSuccess && store.is_resident(), "all there");
   (void)cuemu::take_managed_counters();
-  cuemu::device().total_bytes = cuemu::plain_bytes() + arena;
+  cuemu::device().total_bytes = cuemu::allocated_bytes() + arena;
   void* spike = nullptr;
   CHECK(cudaMalloc(&spike, arena / 2) == cudaSuccess, "a spike is no failure");
   CHECK(cuemu::take_managed_counters().evicted > 0, "it took the place of states");
@@ -376,7 +376,7 @@ TEST(a_spike_evicts_and_the_states_return) {
 
 TEST(memory_is_given_back_after_what_uses_it) {
   for (const bool managed : {true, false}) {
-    const size_t before = cuemu::plain_bytes();
+    const size_t before = cuemu::allocated_bytes();
     cuemu::set_stream_order({true, 3});
     {
       cuemu::OptimCase tensors(paged_tensors(false), 9);
@@ -389,7 +389,7 @@ TEST(memory_is_given_back_after_what_uses_it) {
       CHECK(cuemu::num_queued() > 0, "the step has not ended");
     }  // a report shows if the store frees under a launch
     cuemu::set_stream_order({});
-    CHECK(cuemu::plain_bytes() == before, "%zu bytes are left", cuemu::plain_bytes() - before);
+    CHECK(cuemu::allocated_bytes() == before, "%zu bytes are left", cuemu::allocated_bytes() - before);
   }
   (void)cuemu::take_managed_counters();
 }

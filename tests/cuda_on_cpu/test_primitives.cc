@@ -281,9 +281,8 @@ TEST(shared_memory_is_limited_by_the_architecture) {
     const size_t most = cuemu::device().shared_bytes_per_block;
     CHECK_LAUNCH(wp::launch(use_shared<1024>, dim3(1), dim3(1), most - 4096, nullptr, out.data()));
     CHECK(out.host()[0] == 1025.0f, "an array has its size");
-    CHECK(
-        wp::launch(use_shared<1024>, dim3(1), dim3(1), most + 1, nullptr, out.data()) == cudaErrorInvalidConfiguration,
-        "sm_%d", sm);
+    CHECK(wp::launch(use_shared<1024>, dim3(1), dim3(1), most + 1, nullptr, out.data()) == cudaErrorInvalidValue,
+          "sm_%d", sm);
     cuemu::print_reports(false);
     CHECK(wp::launch(use_shared<1024>, dim3(1), dim3(1), most - 4095, nullptr, out.data()) == cudaErrorLaunchFailure,
           "sm_%d", sm);

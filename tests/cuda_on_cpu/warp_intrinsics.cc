@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda_on_cpu/device.h"
+#include "cuda_on_cpu/visibility.h"
 
 void cuemu_require_sm_80(const char* verb, cuemu::Site site) {
   if (cuemu::device().sm < 80) {
@@ -89,9 +90,10 @@ void combine_all(Warp& warp, uint32_t mask) {
   }
 }
 
-void sync_all(Warp& warp, uint32_t) {
+void sync_all(Warp& warp, uint32_t mask) {
   ++counters().warp_meetings;
   ++warp.epoch;
+  share_with_warp(warp, mask);
 }
 
 }  // namespace cuemu

@@ -5,6 +5,7 @@
 // The CUDA headers come first.
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 
@@ -30,13 +31,21 @@ namespace qlora_native::wp {
 
 using cuemu::Site;
 
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Arguments... arguments) {
-  return cuemu::launch({reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream},
-                       [kernel, values = std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)] {
-                         std::apply(kernel, values);
-                       });
+// The kernel and its parameters as they are now: what a graph launches later, too. One block of memory, so that the
+// kernel's reads of it can be recognized.
+template <typename... Parameters>
+struct Call {
+  void (*kernel)(Parameters...);
+  std::tuple<Parameters...> values;
+};
+
+template <typename... Parameters>
+cudaError_t launch_configured(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...), Parameters... values) {
+  const auto call =
+      std::make_shared<const Call<Parameters...>>(Call<Parameters...>{kernel, std::tuple<Parameters...>(values...)});
+  return cuemu::launch({reinterpret_cast<const void*>(kernel), config.gridDim, config.blockDim, config.dynamicSmemBytes,
+                        config.stream, call},
+                       sizeof(*call), [raw = call.get()] { std::apply(raw->kernel, raw->values); });
 }
 
 template <typename T>
@@ -44,7 +53,7 @@ T* dyn_smem(Site site = Site::here()) {
   return static_cast<T*>(cuemu::dynamic_shared(alignof(T), site));
 }
 
-inline uint4 load_16(const void* address, Site site = Site::here()) {
+CUEMU_CHECKED inline uint4 load_16(const void* address, Site site = Site::here()) {
   cuemu::check_access(address, 16, 16, cuemu::Access::kRead, "load_16", site);
   return *static_cast<const uint4*>(address);
 }
@@ -53,7 +62,7 @@ inline uint4 load_16_streaming(const void* address, Site site = Site::here()) {
   return cuemu::load_global(static_cast<const uint4*>(address), "load_16_streaming", site);
 }
 
-inline void store_16(void* address, uint4 value, Site site = Site::here()) {
+CUEMU_CHECKED inline void store_16(void* address, uint4 value, Site site = Site::here()) {
   cuemu::check_access(address, 16, 16, cuemu::Access::kWrite, "store_16", site);
   *static_cast<uint4*>(address) = value;
 }

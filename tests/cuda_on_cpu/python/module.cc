@@ -1,12 +1,16 @@
 // The bindings of _cuda with the emulator in the place of a device, and what a test asks the emulator.
 #include <cuda_runtime_api.h>
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cuda/python/all_bindings.h"
+#include "cuda/python/errors.h"
+#include "cuda_on_cpu/address_space.h"
 #include "cuda_on_cpu/device.h"
 #include "cuda_on_cpu/launch.h"
 #include "cuda_on_cpu/managed.h"
@@ -20,6 +24,7 @@ namespace py = pybind11;
 namespace {
 
 using qlora_native::python::Address;
+using qlora_native::python::check_cuda;
 using qlora_native::python::require;
 
 Address new_stream() {
@@ -72,14 +77,60 @@ py::dict take_managed_counters() {
                   py::arg("most_to_device") = counters.most_to_device, py::arg("most_to_host") = counters.most_to_host);
 }
 
+// As what kernels may access: "device", "host" (not at all) or "freed" memory.
+void add_range(Address address, size_t num_bytes, const std::string& kind) {
+  require(kind == "device" || kind == "host" || kind == "freed", "kind is device, host or freed.");
+  cuemu::add_range(reinterpret_cast<const void*>(address), num_bytes,
+                   kind == "device" ? cuemu::Kind::kDevice
+                   : kind == "host" ? cuemu::Kind::kHost
+                                    : cuemu::Kind::kFreed);
+}
+
+void forget_range(Address address) { cuemu::forget_range(reinterpret_cast<const void*>(address)); }
+
+cudaStream_t stream_at(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void begin_capture(Address stream, bool relaxed) {
+  check_cuda(
+      cudaStreamBeginCapture(stream_at(stream), relaxed ? cudaStreamCaptureModeRelaxed : cudaStreamCaptureModeGlobal),
+      "begin_capture");
+}
+
+Address end_capture(Address stream) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  check_cuda(cudaStreamEndCapture(stream_at(stream), &graph), "end_capture");
+  check_cuda(cudaGraphInstantiate(&executable, graph, 0), "end_capture");
+  cudaGraphDestroy(graph);
+  return reinterpret_cast<Address>(executable);
+}
+
+void launch_graph(Address graph, Address stream) {
+  check_cuda(cudaGraphLaunch(reinterpret_cast<cudaGraphExec_t>(graph), stream_at(stream)), "launch_graph");
+}
+
+void destroy_graph(Address graph) { cudaGraphExecDestroy(reinterpret_cast<cudaGraphExec_t>(graph)); }
+
+void call_on_stream(Address stream, std::function<void()> function) {
+  check_cuda(cuemu::submit(stream_at(stream),
+                           [function = std::move(function)] {
+                             function();
+                             return cudaSuccess;
+                           }),
+             "call_on_stream");
+}
+
+void synchronize(Address stream) { check_cuda(cudaStreamSynchronize(stream_at(stream)), "synchronize"); }
+
 void run_streams(bool is_late, uint64_t seed) { cuemu::set_stream_order({is_late, seed}); }
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda_emulated, module) {
+PYBIND11_MODULE(CUEMU_MODULE, module) {
   module.doc() = "The kernels of _cuda, executed by the emulator.";
   qlora_native::python::bind_all(module);
   cuemu::print_reports(false);
+  cuemu::set_strict(false);  // torch's memory is not registered unless a test does it
   module.attr("num_schedules") = cuemu::all_schedules().size();
   module.def("play", &play, py::arg("sm"), py::arg("num_sms"), py::arg("schedule"),
              "Which architecture the emulator plays, and in which order threads run.");
@@ -95,5 +146,18 @@ PYBIND11_MODULE(_cuda_emulated, module) {
              "What moved pages of managed memory since the last call; cuda_on_cpu/managed.h.");
   module.def("run_streams", &run_streams, py::arg("is_late"), py::arg("seed"),
              "What is queued runs; from then on work runs at once, or late in an order drawn from the seed.");
+  module.def("set_strict", &cuemu::set_strict, py::arg("strict"),
+             "Whether an access of memory that is neither allocated here nor registered is reported.");
+  module.def("add_range", &add_range, py::arg("address"), py::arg("num_bytes"), py::arg("kind"),
+             "Registers memory that others allocated; cuda_on_cpu/address_space.h.");
+  module.def("forget_range", &forget_range, py::arg("address"), "Takes that back.");
+  module.def("begin_capture", &begin_capture, py::arg("stream"), py::arg("relaxed") = false,
+             "From now on work of the stream goes into a graph.");
+  module.def("end_capture", &end_capture, py::arg("stream"), "The graph, ready to be launched.");
+  module.def("launch_graph", &launch_graph, py::arg("graph"), py::arg("stream"), "Runs what was captured.");
+  module.def("destroy_graph", &destroy_graph, py::arg("graph"), "Frees it.");
+  module.def("call_on_stream", &call_on_stream, py::arg("stream"), py::arg("function"),
+             "Calls the function in the stream's order, or with the graph that the stream is being captured into.");
+  module.def("synchronize", &synchronize, py::arg("stream"), "Waits for the stream.");
   module.def("num_queued", [] { return cuemu::num_queued(); }, "Pieces of work that have not run.");
 }
