@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from emulated import Emulator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,7 +110,8 @@ class Graph:
         self.made: list[Tensor] = []  # in the capture, and alive as long as it, as in the memory pool of torch's graphs
 
     def replay(self) -> None:
-        self.emulator.module.launch_graph(self.address, self.emulator.stream)
+        with torch.no_grad():
+            self.emulator.module.launch_graph(self.address, self.emulator.stream)
 
     def finish(self, address: int) -> None:
         self.address = address

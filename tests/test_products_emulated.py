@@ -186,7 +186,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, ...]], Any]
         module.plan_matmul = lambda question: plan
         for name, count in kernels.items():
             setattr(module, name, lambda *_, name=name, count=count: launches.names.extend([name] * count))
-        monkeypatch.setattr(_cuda_kernels, "native", lambda: module)
+        monkeypatch.setattr(_cuda_kernels, "native", lambda device: module)
         monkeypatch.setattr(_cuda_kernels, "launching", launching)
         monkeypatch.setattr(_cuda_kernels, "facts", lambda device: emulated.FACTS)
         monkeypatch.setattr(_cuda_products, "wide_product", wide_product_of(launches))
