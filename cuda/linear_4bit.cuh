@@ -18,6 +18,9 @@ namespace qlora_native::cuda {
 
 inline constexpr int64_t kMostCtas = std::numeric_limits<int32_t>::max();  // of gridDim.x
 
+// Of W for the few-token kernel, which counts them in 32 bits up to two steps of a CTA beyond the last.
+inline constexpr int64_t kMostSmallColumns = std::numeric_limits<int32_t>::max() - 2 * 8 * kSmallStep;
+
 inline int block_shift_of(const WeightView& weight) {
   return std::countr_zero(static_cast<uint64_t>(weight.block_size));
 }
@@ -37,7 +40,7 @@ template <typename T>
 cudaError_t launch_gemv(const ProductJob& product, const MatmulPlan& plan, cudaStream_t stream) {
   const int rows = plan.columns;  // of W a CTA
   if (!product.forward || product.m > kGemvTokens || product.weight.block_size < kReductionStep ||
-      (rows != 16 && rows != 32 && rows != 64)) {
+      product.k > kMostSmallColumns || (rows != 16 && rows != 32 && rows != 64)) {
     return cudaErrorInvalidValue;
   }
   const SmallJob<T> job{product.weight,

@@ -3,7 +3,9 @@
 //
 // Some warps of a CTA stand beside each other along the rows of W and find x in the L1 cache; the others take turns
 // with them along K, 128 at a time. Lane 4g + t loads 16 bytes of row g, the 32 weights from 32t on, and as many of row
-// g + 8: the order of the reduction is free as long as x follows it. Levels go into the MMA unscaled. The 128 weights
+// g + 8: the order of the reduction is free as long as x follows it. Levels go into the MMA unscaled, looked up in
+// pairs by the bytes of W: a table in shared memory has 32 copies of each pair, one for each lane in a bank of its own,
+// so that two weights take one load and the two instructions of its address, without a bank conflict. The 128 weights
 // of a row span two blocks of 64, and those of lanes t < 2 lie in the first: columns 0 to 3 of x hold four tokens with
 // zeros in place of the second block, columns 4 to 7 the same four tokens with zeros in place of the first. So each
 // lane's sums belong to the one block it loaded from, whose scale it applies to them in fp32, and four more tokens are
@@ -12,6 +14,7 @@
 
 #include <cstdint>
 
+#include "core/layout.h"
 #include "cuda/linear_4bit_decode.cuh"
 #include "cuda/matmul_plan.h"
 #include "cuda/wp.cuh"
@@ -35,49 +38,110 @@ struct SmallJob {
 };
 
 inline constexpr int kSmallStep = 128;  // of K
+inline constexpr int kSmallRun = 32;    // of a step, a lane's in a row
 inline constexpr int kSmallRows = 16;   // of W, a warp's
 
 // Sixteen tokens take so many registers that fewer, smaller CTAs share an SM.
 constexpr int small_warps(int groups) { return groups > 2 ? 4 : 8; }
 constexpr int small_ctas(int groups) { return groups > 2 ? 3 : 2; }  // an SM
 
-// The first element of the lane's run in row g (half 0) or g + 8 (half 1) of its warp's 16; -1 beyond the edge.
+inline constexpr int kPairCopies = 32;  // a lane's each; 128 bytes a pair
+
 template <typename T>
-__device__ __forceinline__ int64_t small_element(const SmallJob<T>& job, int64_t first_row, int64_t column, int half) {
-  const int64_t row = first_row + 8 * half + threadIdx.x % 32 / 4;
-  return row < job.n && column < job.k ? row * job.k + column : -1;
+__device__ __forceinline__ void small_fill_pairs(const float* levels,  // [16]
+                                                 uint4* pairs) {       // [256][kPairCopies / 4]
+  for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
+    const float pair[2] = {levels[byte >> 4], levels[byte & 15]};  // the high nibble comes first
+    const uint32_t word = wp::pack_word<T>(pair);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // neighbors begin at different banks
+      pairs[8 * byte + (i + byte) % 8] = make_uint4(word, word, word, word);
+    }
+  }
 }
 
-// The runs of both rows: what a lane reads of W in one step. Zeros beyond the edge.
+// The pair of one of the four bytes of `codes`.
+__device__ __forceinline__ uint32_t small_pair(const uint4* pairs, uint32_t codes, int byte, uint32_t lane_bytes) {
+  const uint32_t shifted = byte == 0 ? codes << 7 : codes >> (8 * byte - 7);
+  const uint32_t offset = (shifted & 0x7f80) | lane_bytes;
+  return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(pairs) + offset);
+}
+
+// What a lane reads of W in one step: its runs of rows g and g + 8, and their scales.
 struct SmallRuns {
   uint4 codes[2];
 };
+struct SmallScales {
+  StoredScale stored[2];
+};
 
-template <typename T>
-__device__ __forceinline__ SmallRuns small_runs(const SmallJob<T>& job, int64_t first_row, int64_t column) {
-  SmallRuns runs;
+// Where a lane reads. Rows and tokens beyond the edge repeat the last one: what comes of them is not stored. Offsets
+// within a row have 32 bits, so that an address takes one instruction.
+template <typename T, int kGroups>
+struct SmallLane {
+  const uint8_t* packed[2];
+  const float* scales[2];            // from the row's first block on, or from the nested scale of that block
+  const uint8_t* scale_codes[2];     // or null
+  int blocks_before[2];              // the row's first, that share its nested scale
+  const T* tokens[size_t{kGroups}];  // of x
+  int block_shift;
+  int group_shift;  // of blocks to what `scales` holds
+  bool own_block;   // whether its column of x^T takes tokens in the block of its run, or zeros
+
+  __device__ SmallLane(const SmallJob<T>& job, int64_t first_row) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const bool nested = job.weight.absmax == nullptr;
+    block_shift = job.block_shift;
+    group_shift = nested ? 8 : 0;
+    own_block = (lane < 16) == (lane % 4 < 2);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t element = small_element(job, first_row, column, half);
-    runs.codes[half] = element < 0 ? make_uint4(0, 0, 0, 0) : wp::load_16_streaming(job.weight.packed + element / 2);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t wanted = first_row + 8 * half + lane / 4;
+      const int64_t row = wanted < job.n ? wanted : job.n - 1;
+      const int64_t block = row * (job.k >> block_shift);
+      packed[half] = job.weight.packed + row * job.k / 2;
+      scales[half] = nested ? job.weight.nested_absmax + block / kNestedBlock : job.weight.absmax + block;
+      scale_codes[half] = nested ? job.weight.absmax_codes + block : nullptr;
+      blocks_before[half] = nested ? static_cast<int>(block % kNestedBlock) : 0;
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const int64_t token = 4 * group + lane / 4 % 4;
+      tokens[group] = job.x + (token < job.m ? token : job.m - 1) * job.k;
+    }
   }
-  return runs;
-}
 
-// The eight elements of x, from 8 * quarter on in its run, that this lane gives to two MMAs for one group of four
-// tokens.
-template <typename T>
-__device__ __forceinline__ uint4 small_tokens(const SmallJob<T>& job, int group, int64_t column, int quarter) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t token = 4 * group + lane / 4 % 4;
-  const bool same_block = (lane < 16) == (lane % 4 < 2);
-  const bool inside = same_block && token < job.m && column < job.k;
-  return inside ? wp::load_16(job.x + token * job.k + column + 8 * quarter) : make_uint4(0, 0, 0, 0);
-}
+  // Of the run from `column` on, which exists.
+  __device__ __forceinline__ SmallRuns runs_of(int column) const {
+    SmallRuns runs;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      runs.codes[half] = wp::load_16_streaming(packed[half] + column / 2);
+    }
+    return runs;
+  }
 
-__device__ __forceinline__ uint32_t word_of(uint4 vector, int i) {
-  return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
-}
+  __device__ __forceinline__ void load_tokens(int column, uint4 (&values)[size_t{kGroups}][4]) const {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        values[group][quarter] = wp::load_16(tokens[group] + column + 8 * quarter);
+      }
+    }
+  }
+
+  __device__ __forceinline__ SmallScales scales_of(int column) const {
+    const int block = column >> block_shift;
+    SmallScales found;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      found.stored[half] = {scales[half][(blocks_before[half] + block) >> group_shift],
+                            scale_codes[half] != nullptr ? scale_codes[half][block] : 0};
+    }
+    return found;
+  }
+};
 
 // A lane's part of the MMAs' results, as wp::mma_m16n8k16 lays it out.
 template <int kGroups>
@@ -85,48 +149,31 @@ struct SmallSums {
   float of[size_t{kGroups}][4] = {};
 };
 
-// sums += scale * (levels x^T) of one step.
+// levels x^T of one step.
 template <typename T, int kGroups>
-__device__ __forceinline__ void small_step(const SmallJob<T>& job, const SmallRuns& runs, int64_t first_row,
-                                           int64_t column, const Planes& planes, SmallSums<kGroups>& sums) {
-  StoredScale scales[2];
-  SmallSums<kGroups> unscaled;
+__device__ __forceinline__ SmallSums<kGroups> small_products(const SmallRuns& runs,
+                                                             const uint4 (&tokens)[size_t{kGroups}][4],
+                                                             const uint4* pairs) {
+  const uint32_t lane_bytes = threadIdx.x % 32 * 4;
+  SmallSums<kGroups> sums;
 #pragma unroll
   for (int quarter = 0; quarter < 4; ++quarter) {
-    if (quarter == 1) {  // early enough to hide their latency, late enough to take the registers of codes that are used
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t element = small_element(job, first_row, column, half);
-        scales[half] = element < 0 ? StoredScale{0.0f, -1} : stored_scale(job.weight, element >> job.block_shift);
-      }
-    }
     const uint32_t upper = word_of(runs.codes[0], quarter);
     const uint32_t lower = word_of(runs.codes[1], quarter);
-    uint32_t a[2][4];  // 4 weights a lane and row, twice
-    decode_four(planes, upper, a[0][0], a[0][2]);
-    decode_four(planes, lower, a[0][1], a[0][3]);
-    decode_four(planes, upper >> 16, a[1][0], a[1][2]);
-    decode_four(planes, lower >> 16, a[1][1], a[1][3]);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const uint4 tokens = small_tokens(job, group, column, quarter);
-      const uint32_t first[2] = {tokens.x, tokens.y};
-      const uint32_t second[2] = {tokens.z, tokens.w};
-      wp::mma_m16n8k16<T>(unscaled.of[group], a[0], first);
-      wp::mma_m16n8k16<T>(unscaled.of[group], a[1], second);
+    for (int half = 0; half < 2; ++half) {  // 4 weights a lane and row, twice
+      const uint32_t a[4] = {
+          small_pair(pairs, upper, 2 * half, lane_bytes), small_pair(pairs, lower, 2 * half, lane_bytes),
+          small_pair(pairs, upper, 2 * half + 1, lane_bytes), small_pair(pairs, lower, 2 * half + 1, lane_bytes)};
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const uint4 four = tokens[group][quarter];
+        const uint32_t b[2] = {half == 0 ? four.x : four.z, half == 0 ? four.y : four.w};
+        wp::mma_m16n8k16<T>(sums.of[group], a, b);
+      }
     }
   }
-  const float offset = job.weight.absmax == nullptr ? *job.weight.nested_offset : 0.0f;
-  const float upper = scale_of(scales[0], job.weight.nested_code, offset);
-  const float lower = scale_of(scales[1], job.weight.nested_code, offset);
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      float& sum = sums.of[group][part];
-      sum = __fmaf_rn(part < 2 ? upper : lower, unscaled.of[group][part], sum);
-    }
-  }
+  return sums;
 }
 
 // The low-rank term and the bias of one element of y.
@@ -167,34 +214,58 @@ __global__ void __launch_bounds__(32 * small_warps(kGroups), small_ctas(kGroups)
     linear_4bit_small_kernel(const SmallJob<T> job) {
   constexpr int kWarps = small_warps(kGroups);
   constexpr int kTokens = 4 * kGroups;
-  WP_SHARED(float, parts, size_t{kWarps * kTokens * kSmallRows});
+  WP_SHARED(uint4, pairs, size_t{256 * kPairCopies / 4});
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int turns = kWarps / job.row_warps;
   const int cta_rows = job.row_warps * kSmallRows;
   const int64_t cta_row = static_cast<int64_t>(blockIdx.x) * cta_rows;
-  const int64_t first_row = cta_row + warp % job.row_warps * kSmallRows;
-  const int first_step = warp / job.row_warps * kSmallStep;
-  const int run = static_cast<int>(threadIdx.x) % 4 * 32;
+  const int run = static_cast<int>(threadIdx.x) % 4 * kSmallRun;
+  const int k = static_cast<int>(job.k);
+  const int stride = turns * kSmallStep;
+  int column = warp / job.row_warps * kSmallStep + run;
+  const SmallLane<T, kGroups> lane(job, cta_row + warp % job.row_warps * kSmallRows);
 
   // Two steps ahead: a warp's loads under way are what hides the latency of memory.
-  SmallRuns ahead[2] = {small_runs(job, first_row, first_step + run),
-                        small_runs(job, first_row, first_step + turns * kSmallStep + run)};
-  Planes planes;
-  {
-    const float* from = job.weight.levels;
-    const float4 levels[4] = {
-        make_float4(from[0], from[1], from[2], from[3]), make_float4(from[4], from[5], from[6], from[7]),
-        make_float4(from[8], from[9], from[10], from[11]), make_float4(from[12], from[13], from[14], from[15])};
-    planes = scaled_planes<T>(levels, 1.0f);
-  }
+  const int last = k - kSmallRun;
+  const int steps = (k + stride - 1) / stride;
+  SmallRuns ahead[2] = {lane.runs_of(min(column, last)), lane.runs_of(min(column + stride, last))};
+  SmallScales scales_ahead = lane.scales_of(min(column, last));
+  const bool nested = job.weight.absmax == nullptr;
+  const float offset = nested ? *job.weight.nested_offset : 0.0f;
+  small_fill_pairs<T>(job.weight.levels, pairs);
+  __syncthreads();
 
+  uint4 tokens[size_t{kGroups}][4] = {};  // stay zeros where the lane loads none
   SmallSums<kGroups> sums;
-  for (int64_t step = first_step; step < job.k; step += turns * kSmallStep) {
+  for (int step = 0; step < steps; ++step, column += stride) {
+    if (lane.own_block) {
+      lane.load_tokens(min(column, last), tokens);
+    }
     const SmallRuns runs = ahead[0];
+    const SmallScales scales = scales_ahead;
     ahead[0] = ahead[1];
-    ahead[1] = small_runs(job, first_row, step + 2 * turns * kSmallStep + run);
-    small_step(job, runs, first_row, step + run, planes, sums);
+    ahead[1] = lane.runs_of(min(column + 2 * stride, last));
+    scales_ahead = lane.scales_of(min(column + stride, last));
+    const SmallSums<kGroups> unscaled = small_products<T, kGroups>(runs, tokens, pairs);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float level = nested ? job.weight.nested_code[scales.stored[half].code] : 1.0f;
+      const float scale = decode_scale(level, scales.stored[half].value, offset);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int part = 2 * half; part < 2 * half + 2; ++part) {
+          if (column < k) {  // the last step may end after half: the other lanes' sums are of nothing then
+            float& sum = sums.of[group][part];
+            sum = __fmaf_rn(scale, unscaled.of[group][part], sum);
+          }
+        }
+      }
+    }
   }
+  __syncthreads();
+  static_assert(kWarps * kTokens * kSmallRows <= 256 * kPairCopies);
+  float* parts = reinterpret_cast<float*>(pairs);  // the table has served
   small_store_parts(sums, parts);
   __syncthreads();
 

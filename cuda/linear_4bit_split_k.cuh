@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cuda/linear_4bit_tile.cuh"
+#include "cuda/linear_4bit_decode.cuh"
+#include "cuda/vec.cuh"
 #include "cuda/wp.cuh"
 
 namespace qlora_native::cuda {

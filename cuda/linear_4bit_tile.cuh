@@ -2,7 +2,9 @@
 //
 // Each step takes 64 of the reduction. x and the packed W come by asynchronous copies, `stages` deep. A thread decodes
 // the 32 weights whose 16 bytes it copied itself, once for the CTA, by the exact rule, into 16-bit values in shared
-// memory, one step ahead of the MMAs that read them: the two overlap, and a step needs one barrier. Forward, W lies as
+// memory, one step ahead of the MMAs that read them, so that a step needs one barrier. A warp issues its instructions
+// in order: the next step's work stands between the MMAs of this one, a piece at a time, and without branches, which
+// the compiler would not move MMAs across. Forward, W lies as
 // [columns, 64] and ldmatrix reads it; for the input gradient the reduction runs over the rows of W, it lies as [64,
 // columns], and ldmatrix.trans reads it. The low-rank term is up to r / 64 more steps of the same product.
 #pragma once
@@ -11,6 +13,7 @@
 
 #include "cuda/linear_4bit_decode.cuh"
 #include "cuda/matmul_plan.h"
+#include "cuda/vec.cuh"
 #include "cuda/wp.cuh"
 
 namespace qlora_native::cuda {
@@ -62,27 +65,6 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kChunks + (chunk ^ (row & 7) ^ (chunk & 8) >> 2);
 }
 
-// Up to 8 consecutive elements of a row of a matrix; zeros beyond it.
-template <typename T>
-__device__ __forceinline__ uint4 load_eight(const T* matrix,  // [rows, columns]
-                                            int64_t row, int64_t column, int64_t rows, int64_t columns) {
-  if (row >= rows || column >= columns) {
-    return make_uint4(0, 0, 0, 0);
-  }
-  const T* from = matrix + row * columns + column;
-  if (columns % 8 == 0) {
-    return wp::load_16(from);
-  }
-  uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (column + i < columns) {
-      words[i / 2] |= static_cast<uint32_t>(from[i].bits) << (i % 2 * 16);
-    }
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // The CTA's part of the job, and its shared memory.
 template <typename T, typename Shape, bool kForward>
 struct Tile {
@@ -118,6 +100,12 @@ struct Tile {
     weights = packed + Shape::kStages * Shape::kThreads;
   }
 
+  // How many steps of the reduction reach an index that the first step has at `first`.
+  __device__ int steps_inside(int64_t first) const {
+    const int64_t inside = (job.reduction - first + kReductionStep - 1) / kReductionStep;
+    return static_cast<int>(inside < steps ? inside : steps);
+  }
+
   __device__ uint4* weight_buffer(int step) const { return weights + step % 2 * kBufferChunks; }
 
   // The operands of the low-rank term from `from` on, as one step: low in stage 0, up in buffer 0.
@@ -142,30 +130,28 @@ struct Run {
   static constexpr int kInRow = Owner::kWeightChunks / 4;
 
   int64_t element;  // of W, the run's first in the next step
-  int64_t row;      // of W
-  bool inside;      // forward: in every step; else: as far as columns go
+  int steps_left;   // in which it exists
 
   static __device__ int tile_row() { return static_cast<int>(threadIdx.x) / kInRow; }
   static __device__ int tile_chunk() { return static_cast<int>(threadIdx.x) % kInRow * 4; }
 
   __device__ explicit Run(const Owner& tile) {
     const int64_t reduced = tile.first_step * kReductionStep;
-    row = (kForward ? tile.first_column : reduced) + tile_row();
+    const int64_t row = (kForward ? tile.first_column : reduced) + tile_row();
     const int64_t column = (kForward ? reduced : tile.first_column) + 8 * tile_chunk();
-    inside = kForward ? row < tile.job.columns : column < tile.job.k;
+    const bool inside = kForward ? row < tile.job.columns : column < tile.job.k;
     element = row * tile.job.k + column;
+    steps_left = !inside ? 0 : kForward ? tile.steps : tile.steps_inside(row);
   }
-
-  __device__ bool exists(const TileJob<T>& job) const { return inside && (kForward || row < job.reduction); }
 
   __device__ void advance(const TileJob<T>& job) {
     element += kForward ? kReductionStep : kReductionStep * job.k;
-    row += kForward ? 0 : kReductionStep;
+    --steps_left;
   }
 
-  __device__ StoredScale next_scale(const TileJob<T>& job) {
-    const StoredScale stored =
-        exists(job) ? stored_scale(job.weight, element >> job.block_shift) : StoredScale{0.0f, -1};
+  // That of any block where the run does not exist: its weights meet zeros in x, or make columns that nobody stores.
+  __device__ StoredScale next_scale(const TileJob<T>& job, const Scales& scales) {
+    const StoredScale stored = scales.stored(steps_left > 0 ? element >> job.block_shift : 0);
     advance(job);
     return stored;
   }
@@ -181,9 +167,9 @@ struct Copies {
 
   const Owner& tile;
   Run<T, Shape, kForward> run;
-  const T* x_from;  // of the first unit in the next step
-  int64_t x_column;
-  int rows_left;  // of y from the first unit's on
+  const T* x_from[size_t{kUnits}];  // in the next step; beyond the edge the last row again, which nobody stores
+  int x_steps_left;                 // in which these units exist
+  const uint8_t* codes_from;
   int x_to;
   int stage = 0;
 
@@ -191,61 +177,121 @@ struct Copies {
     const int row = static_cast<int>(threadIdx.x) / 8;
     const int chunk = static_cast<int>(threadIdx.x) % 8;
     x_to = swizzled<8>(row, chunk);
-    x_column = tile.first_step * kReductionStep + 8 * chunk;
-    x_from = tile.job.x + (tile.first_row + row) * tile.job.reduction + x_column;
-    const int64_t left = tile.job.m - tile.first_row - row;
-    rows_left = static_cast<int>(left < Shape::kRows ? left : Shape::kRows);
-  }
-
-  __device__ void start_next() {
-    const TileJob<T>& job = tile.job;
-    uint4* to = tile.x + stage * Owner::kStageChunks + x_to;
+    const int64_t x_column = tile.first_step * kReductionStep + 8 * chunk;
     // The reduction is a multiple of 8, forward of 64: a unit is there or not as a whole.
-    const bool column_exists = kForward || x_column < job.reduction;
+    x_steps_left = kForward ? tile.steps : tile.steps_inside(x_column);
+    codes_from = tile.job.weight.packed + (run.steps_left > 0 ? run.element / 2 : 0);
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
-      const bool exists = column_exists && unit * kRowsApart < rows_left;
-      const T* from = exists ? x_from + unit * kRowsApart * job.reduction : job.x;
-      wp::cp_async_16(to + unit * Shape::kThreads, from, exists ? 16 : 0);
+      const int64_t wanted = tile.first_row + row + unit * kRowsApart;
+      const int64_t existing = wanted < tile.job.m ? wanted : tile.job.m - 1;
+      x_from[unit] = tile.job.x + (x_steps_left > 0 ? existing * tile.job.reduction + x_column : 0);
     }
-    const bool exists = run.exists(job);
-    const uint8_t* codes = exists ? job.weight.packed + run.element / 2 : job.weight.packed;
-    wp::cp_async_16(tile.packed + stage * Shape::kThreads + threadIdx.x, codes, exists ? 16 : 0);
-    run.advance(job);
-    x_from += kReductionStep;
-    x_column += kReductionStep;
+  }
+
+  // Beyond the last step, where the loop starts copies like any other, they are of nothing; their addresses stay at it.
+  __device__ void start_next() {
+    uint4* to = tile.x + stage * Owner::kStageChunks + x_to;
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      wp::cp_async_16(to + unit * Shape::kThreads, x_from[unit], x_steps_left > 0 ? 16 : 0);
+      x_from[unit] += x_steps_left > 1 ? kReductionStep : 0;
+    }
+    wp::cp_async_16(tile.packed + stage * Shape::kThreads + threadIdx.x, codes_from, run.steps_left > 0 ? 16 : 0);
+    codes_from += run.steps_left > 1 ? (kForward ? 1 : tile.job.k) * (kReductionStep / 2) : 0;
+    --run.steps_left;
+    --x_steps_left;
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
   }
 };
 
-// Decodes this thread's run of one step from its stage into the step's buffer.
+// The work of a step for the one after it, in pieces that stand between its MMAs.
 template <typename T, typename Shape, bool kForward>
-__device__ __forceinline__ void decode_run_of(const Tile<T, Shape, kForward>& tile, int step, int stage,
-                                              const float4* levels, float scale) {
+struct Ahead {
   using Own = Run<T, Shape, kForward>;
-  const Planes planes = scaled_planes<T>(levels, scale);
-  const uint4 codes = tile.packed[stage * Shape::kThreads + static_cast<int>(threadIdx.x)];
-  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-  uint4* to = tile.weight_buffer(step);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    to[swizzled<Own::Owner::kWeightChunks>(Own::tile_row(), Own::tile_chunk() + i)] = decode_eight(planes, words[i]);
+  static constexpr int kPieces = 8;
+
+  const Tile<T, Shape, kForward>& tile;
+  const float4* levels;      // [4] in shared memory
+  const float* nested_code;  // [256] there
+  Copies<T, Shape, kForward>& copies;
+  Own run;
+  Scales scales;
+  StoredScale stored;  // of the step after it
+  float scale;
+  Planes planes;  // of the step that is decoded next
+  uint4 codes;    // of that step
+
+  __device__ Ahead(const Tile<T, Shape, kForward>& given, const float4* given_levels, const float* given_code,
+                   Copies<T, Shape, kForward>& given_copies)
+      : tile(given),
+        levels(given_levels),
+        nested_code(given_code),
+        copies(given_copies),
+        run(given),
+        scales(given.job.weight),
+        stored(run.next_scale(given.job, scales)) {}
+
+  __device__ __forceinline__ void next_scale() {
+    scale = scales.decoded(stored, nested_code);
+    stored = run.next_scale(tile.job, scales);
   }
-}
+
+  __device__ __forceinline__ void next_planes() {
+    next_scale();
+    scale_planes<T>(levels, scale, 0, planes);
+    scale_planes<T>(levels, scale, 1, planes);
+  }
+
+  // The word-th eight weights of this thread's run of `step`, from its stage into the step's buffer, in their order.
+  __device__ __forceinline__ void decode(int word, int step, int stage) {
+    if (word == 0) {
+      codes = tile.packed[stage * Shape::kThreads + static_cast<int>(threadIdx.x)];
+    }
+    tile.weight_buffer(step)[swizzled<Own::Owner::kWeightChunks>(Own::tile_row(), Own::tile_chunk() + word)] =
+        decode_eight(planes, word_of(codes, word));
+  }
+
+  __device__ __forceinline__ void work(int piece, int step, int stage) {
+    if (piece == 0) {
+      copies.start_next();
+      wp::cp_async_commit();
+    } else if (piece < 5) {
+      decode(piece - 1, step, stage);
+    } else if (piece == 5) {
+      next_scale();
+    } else {
+      scale_planes<T>(levels, scale, piece - 6, planes);
+    }
+  }
+};
 
 // What one warp adds up: rows and columns of the tile from a first one on.
 template <typename T, typename Shape, bool kForward>
 struct WarpSums {
+  static constexpr int kBeats = Shape::kColumnParts / 2;
+
   float sums[size_t{Shape::kRowParts}][size_t{Shape::kColumnParts}][4];
   int lane;
   int row;
   int column;
+  int x_at;  // where the lane's address of x for ldmatrix lies in slice 0
+  int weights_at[size_t{kForward ? 1 : kBeats}];
 
   __device__ WarpSums() {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     lane = static_cast<int>(threadIdx.x) % 32;
     row = warp % Shape::kWarpsAlongRows * (16 * Shape::kRowParts);
     column = warp / Shape::kWarpsAlongRows * (8 * Shape::kColumnParts);
+    x_at = swizzled<8>(row + lane % 16, lane / 16);
+    if constexpr (kForward) {
+      weights_at[0] = swizzled<8>(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    } else {
+#pragma unroll
+      for (int beat = 0; beat < kBeats; ++beat) {
+        weights_at[beat] = swizzled<Shape::kColumns / 8>(lane % 16, column / 8 + 2 * beat + lane / 16);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < Shape::kRowParts; ++i) {
 #pragma unroll
@@ -258,24 +304,25 @@ struct WarpSums {
     }
   }
 
-  // 16 of the reduction, the slice-th of a step.
+  // 16 of the reduction, the slice-th of a step, in kBeats parts; between(i) is called after each. In rows of 8 chunks
+  // the slice is an exclusive or in the address, as swizzling is.
+  template <typename Between>
   __device__ __forceinline__ void multiply(const uint4* x,        // [rows][8], swizzled
                                            const uint4* weights,  // [columns][8] or [64][columns / 8], swizzled
-                                           int slice) {
+                                           int slice, Between between) {
     uint32_t a[size_t{Shape::kRowParts}][4];
 #pragma unroll
     for (int i = 0; i < Shape::kRowParts; ++i) {
-      wp::ldmatrix_x4(a[i], x + swizzled<8>(row + 16 * i + lane % 16, 2 * slice + lane / 16));
+      wp::ldmatrix_x4(a[i], x + (x_at ^ 2 * slice) + 16 * 8 * i);
     }
 #pragma unroll
-    for (int j = 0; j < Shape::kColumnParts; j += 2) {
+    for (int beat = 0; beat < kBeats; ++beat) {
+      const int j = 2 * beat;
       uint32_t two[4];
       if constexpr (kForward) {
-        wp::ldmatrix_x4(two,
-                        weights + swizzled<8>(column + 8 * j + lane % 8 + lane / 16 * 8, 2 * slice + lane / 8 % 2));
+        wp::ldmatrix_x4(two, weights + (weights_at[0] ^ 2 * slice) + 8 * 8 * j);
       } else {
-        wp::ldmatrix_x4_trans(
-            two, weights + swizzled<Shape::kColumns / 8>(16 * slice + lane % 16, column / 8 + j + lane / 16));
+        wp::ldmatrix_x4_trans(two, weights + weights_at[beat] + 16 * slice * (Shape::kColumns / 8));
       }
       const uint32_t left[2] = {two[0], two[1]};
       const uint32_t right[2] = {two[2], two[3]};
@@ -284,6 +331,7 @@ struct WarpSums {
         wp::mma_m16n8k16<T>(sums[i][j], a[i], left);
         wp::mma_m16n8k16<T>(sums[i][j + 1], a[i], right);
       }
+      between(beat);
     }
   }
 };
@@ -304,27 +352,6 @@ __device__ __forceinline__ void store_partial(const Tile<T, Shape, kForward>& ti
       if (row < job.m) {
         *reinterpret_cast<float2*>(to + 8 * j) = make_float2(sums[0], sums[1]);
       }
-    }
-  }
-}
-
-// Up to 8 consecutive elements of a row of y, those that exist.
-template <typename T>
-__device__ __forceinline__ void store_eight(T* matrix,  // [rows, columns]
-                                            int64_t row, int64_t column, int64_t rows, int64_t columns, uint4 values) {
-  if (row >= rows || column >= columns) {
-    return;
-  }
-  T* to = matrix + row * columns + column;
-  if (columns % 8 == 0) {
-    wp::store_16(to, values);
-    return;
-  }
-  const uint32_t words[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (column + i < columns) {
-      to[i] = T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))};
     }
   }
 }
@@ -365,67 +392,67 @@ __device__ __forceinline__ void store_tile(const Tile<T, Shape, kForward>& tile,
 
 template <typename T, typename Shape, bool kForward>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit_tile_kernel(const TileJob<T> job) {
+  using Owner = Tile<T, Shape, kForward>;
+  using Work = Ahead<T, Shape, kForward>;
+  using Warp = WarpSums<T, Shape, kForward>;
   constexpr int kSlices = kReductionStep / 16;
+  constexpr int kEach = Work::kPieces / (kSlices * Warp::kBeats);  // pieces of work between MMAs
   WP_SHARED(float4, levels, 4);
   WP_SHARED(float, nested_code, 256);
   const Tile<T, Shape, kForward> tile(job);
   Copies<T, Shape, kForward> copies(tile);
   for (int step = 0; step < Shape::kStages - 1; ++step) {
-    if (step < tile.steps) {
-      copies.start_next();
-    }
+    copies.start_next();
     wp::cp_async_commit();
   }
   if (threadIdx.x < 4) {
     const float* from = job.weight.levels + 4 * threadIdx.x;
     levels[threadIdx.x] = make_float4(from[0], from[1], from[2], from[3]);
   }
-  const bool nested = job.weight.absmax == nullptr;
-  const float offset = nested ? *job.weight.nested_offset : 0.0f;
-  for (int i = static_cast<int>(threadIdx.x); nested && i < 256; i += Shape::kThreads) {
-    nested_code[i] = job.weight.nested_code[i];
+  for (int i = static_cast<int>(threadIdx.x); i < 256; i += Shape::kThreads) {
+    nested_code[i] = job.weight.absmax == nullptr ? job.weight.nested_code[i] : 1.0f;
   }
-  Run<T, Shape, kForward> scales(tile);
-  const StoredScale first = tile.steps > 0 ? scales.next_scale(job) : StoredScale{0.0f, -1};
-  StoredScale stored = tile.steps > 1 ? scales.next_scale(job) : first;
+  Work ahead(tile, levels, nested_code, copies);
   __syncthreads();
-  WarpSums<T, Shape, kForward> warp;
+  Warp warp;
   wp::cp_async_wait<Shape::kStages - 2>();
-  if (tile.steps > 0) {
-    decode_run_of(tile, 0, 0, levels, scale_of(first, nested_code, offset));
+  ahead.next_planes();
+  for (int word = 0; word < 4; ++word) {
+    ahead.decode(word, 0, 0);
   }
+  ahead.next_planes();
 
   int stage = 0;
   for (int step = 0; step < tile.steps; ++step) {
     // Behind the barrier the step's operands are complete, and the last step's buffers are free.
     wp::cp_async_wait<Shape::kStages - 3>();
     __syncthreads();
-    if (step + Shape::kStages - 1 < tile.steps) {
-      copies.start_next();
-    }
-    wp::cp_async_commit();
     const int next_stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
-    if (step + 1 < tile.steps) {
-      const float scale = scale_of(stored, nested_code, offset);
-      if (step + 2 < tile.steps) {
-        stored = scales.next_scale(job);
-      }
-      decode_run_of(tile, step + 1, next_stage, levels, scale);
-    }
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
-      warp.multiply(tile.x + stage * Tile<T, Shape, kForward>::kStageChunks, tile.weight_buffer(step), slice);
+      warp.multiply(tile.x + stage * Owner::kStageChunks, tile.weight_buffer(step), slice, [&](int beat) {
+        const int first = (slice * Warp::kBeats + beat) * kEach;
+#pragma unroll
+        for (int piece = first; piece < first + kEach; ++piece) {
+          ahead.work(piece, step + 1, next_stage);
+        }
+        if (first + kEach < Work::kPieces) {
+          wp::scheduling_fence(job.splits, first);
+        }
+      });
     }
     stage = next_stage;
   }
+  wp::cp_async_wait<0>();
 
   if (tile.split == 0) {
     for (int64_t from = 0; from < job.r; from += kReductionStep) {
       __syncthreads();
       tile.load_low_rank(from);
       __syncthreads();
+#pragma unroll 1
       for (int slice = 0; slice < kSlices && from + 16 * slice < job.r; ++slice) {
-        warp.multiply(tile.x, tile.weights, slice);
+        warp.multiply(tile.x, tile.weights, slice, [](int) {});
       }
     }
   }

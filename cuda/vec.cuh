@@ -101,4 +101,46 @@ __device__ __forceinline__ void store_first(T* x,  // [count]
   }
 }
 
+// Up to 8 consecutive elements of a row of a matrix; zeros beyond it.
+template <typename T>
+__device__ __forceinline__ uint4 load_eight(const T* matrix,  // [rows, columns]
+                                            int64_t row, int64_t column, int64_t rows, int64_t columns) {
+  if (row >= rows || column >= columns) {
+    return make_uint4(0, 0, 0, 0);
+  }
+  const T* from = matrix + row * columns + column;
+  if (columns % 8 == 0) {
+    return wp::load_16(from);
+  }
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (column + i < columns) {
+      words[i / 2] |= static_cast<uint32_t>(from[i].bits) << (i % 2 * 16);
+    }
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Up to 8 consecutive elements of a row of a matrix, those that exist.
+template <typename T>
+__device__ __forceinline__ void store_eight(T* matrix,  // [rows, columns]
+                                            int64_t row, int64_t column, int64_t rows, int64_t columns, uint4 values) {
+  if (row >= rows || column >= columns) {
+    return;
+  }
+  T* to = matrix + row * columns + column;
+  if (columns % 8 == 0) {
+    wp::store_16(to, values);
+    return;
+  }
+  const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (column + i < columns) {
+      to[i] = T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))};
+    }
+  }
+}
+
 }  // namespace qlora_native::cuda

@@ -152,6 +152,12 @@ __device__ __forceinline__ void mma_m16n8k16<Fp16>(float (&d)[4], const uint32_t
 #endif
 }
 
+// The compiler moves no MMA and no access to memory across this, either way, as the thread might exit here. It never
+// does: `positive` is at least 1, and `index` (from 0 on) only keeps the compiler from merging the calls of one loop.
+__device__ __forceinline__ void scheduling_fence(int positive, int index) {
+  asm volatile("{.reg .pred p; setp.lt.s32 p, %0, %1; @p exit;}" ::"r"(positive), "r"(-index) : "memory");
+}
+
 }  // namespace qlora_native::wp
 #endif
 

@@ -1,4 +1,4 @@
-"""What the compiled GPU code says of itself: registers, shared memory and opcodes of every kernel and architecture.
+"""What the compiled GPU code says of itself: registers, shared memory and instructions of each kernel and architecture.
 
     python tests/cuda_static.py FILE.so|FILE.o...   the table, as tests/cuda_budgets.json holds it
     python tests/cuda_static.py --write FILE...     and writes it there, for the architectures that the files have
@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,15 @@ from typing import NamedTuple
 
 BUDGETS = Path(__file__).parent / "cuda_budgets.json"
 COMPILER = "13.0"  # the release of nvcc whose figures the table holds
+
+# What the integer pipe executes: half an instruction a clock and scheduler up to Hopper. IMAD and the fp32 instructions
+# go to another pipe.
+ALU = re.compile(
+    r"(BMSK|F2FP|FMNMX|FSEL|FSETP|I2FP|IABS|IADD|IADD3|IMNMX|ISETP|LEA|LOP3|MOV|P2R|PLOP3|PRMT|R2P|SEL|SGXT|SHF|VIADD"
+    r"|VIADDMNMX|VIMNMX)\b"
+)
+SHARED = re.compile(r"(LDS|STS|LDSM)\b")
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)")
 
 Key = tuple[str, int]  # a kernel's short name and an architecture such as 80
 
@@ -32,6 +40,32 @@ class Usage(NamedTuple):
     registers: int  # a thread
     shared: int  # bytes a block, without what is given at the launch
     local: int  # bytes a thread: stack and spills
+
+
+class Instruction(NamedTuple):
+    """A line of a listing."""
+
+    address: int
+    opcode: str  # e.g. LDG.E.128
+    operands: str
+
+
+class Loop(NamedTuple):
+    """Instructions of one turn of a kernel's main loop: the innermost one with the most tensor-core products."""
+
+    mma: int
+    instructions: int
+    alu: int  # of ALU
+    shared: int  # loads and stores of shared memory
+    gap: int  # the most without a product between them, across the loop's end, too
+
+
+class Budget(NamedTuple):
+    """A row of the table for one kernel and architecture."""
+
+    registers: int
+    shared: int
+    loop: Loop | None = None  # of kernels with tensor-core products
 
 
 def find_tool(name: str) -> str | None:
@@ -106,36 +140,58 @@ def usages(files: Sequence[Path]) -> dict[Key, Usage]:
     return found
 
 
-def opcodes(files: Sequence[Path]) -> dict[Key, Counter[str]]:
-    """How often each instruction stands in each kernel, e.g. ``LDG.E.128``."""
-    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-    found: dict[Key, Counter[str]] = {}
+def listings(files: Sequence[Path]) -> dict[Key, list[Instruction]]:
+    """The instructions of every kernel, in the order of their addresses."""
+    found: dict[Key, list[Instruction]] = {}
     for file in files:
         for key, line in _functions(_printed("-sass", file)):
-            match = instruction.match(line)
+            match = INSTRUCTION.match(line)
             if match:
-                found.setdefault(key, Counter())[match[1]] += 1
+                found.setdefault(key, []).append(Instruction(int(match[1], 16), match[2], match[3]))
     return found
 
 
-def read_budgets() -> dict[Key, tuple[int, int]]:
-    """Registers a thread and bytes of shared memory a block that a kernel may take."""
+def main_loop(listing: Sequence[Instruction]) -> Loop | None:
+    """Figures of the main loop, or None if the kernel has no products in a loop."""
+    bodies = []
+    for last in listing:
+        target = re.search(r"0x([0-9a-f]+)\s*$", last.operands) if last.opcode.startswith("BRA") else None
+        if target and int(target[1], 16) < last.address:
+            body = [each.opcode for each in listing if int(target[1], 16) <= each.address <= last.address]
+            bodies.append((sum(opcode.startswith("HMMA") for opcode in body), -len(body), body))
+    mma, _, body = max(bodies, default=(0, 0, []))
+    if mma == 0:
+        return None
+    products = [i for i, opcode in enumerate(body) if opcode.startswith("HMMA")]
+    following = [*products[1:], products[0] + len(body)]
+    gap = max(after - before - 1 for before, after in zip(products, following, strict=True))
+    alu, shared = (sum(map(bool, map(kind.match, body))) for kind in (ALU, SHARED))
+    return Loop(mma, len(body), alu, shared, gap)
+
+
+def read_budgets() -> dict[Key, Budget]:
+    """What a kernel may take: registers a thread, bytes of shared memory a block, instructions of its main loop."""
     table = json.loads(BUDGETS.read_text(encoding="utf-8"))
-    return {(kernel, int(arch)): tuple(budget) for kernel, row in table.items() for arch, budget in row.items()}
+    return {
+        (kernel, int(arch)): Budget(registers, shared, Loop(**loop[0]) if loop else None)
+        for kernel, row in table.items()
+        for arch, (registers, shared, *loop) in row.items()
+    }
 
 
 def main(arguments: Sequence[str]) -> None:
     files = [Path(argument) for argument in arguments if argument != "--write"]
     if missing_tools() or not files:
         raise SystemExit(missing_tools() or __doc__)
-    found = usages(files)
+    found, code = usages(files), listings(files)
     kernels = {kernel for kernel, _ in found}
     old = read_budgets() if "--write" in arguments and BUDGETS.exists() else {}
     every = {key: budget for key, budget in old.items() if key[0] in kernels}  # without kernels that are gone
-    every |= {key: (usage.registers, usage.shared) for key, usage in found.items()}
-    table: dict[str, dict[str, list[int]]] = {}
+    every |= {key: Budget(used.registers, used.shared, main_loop(code.get(key, []))) for key, used in found.items()}
+    table: dict[str, dict[str, list[object]]] = {}
     for (kernel, arch), budget in sorted(every.items()):
-        table.setdefault(kernel, {})[str(arch)] = list(budget)
+        loop = [budget.loop._asdict()] if budget.loop else []
+        table.setdefault(kernel, {})[str(arch)] = [budget.registers, budget.shared, *loop]
     rows = [f"{json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in table.items()]
     text = "{\n" + ",\n".join(rows) + "\n}\n"
     if "--write" in arguments:

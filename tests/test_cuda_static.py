@@ -9,12 +9,13 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from operator import gt
 from pathlib import Path
 from typing import NamedTuple
 
 import cuda_static
 import pytest
-from cuda_static import Key, Usage
+from cuda_static import Budget, Instruction, Key, Loop, Usage
 from laws import ROOT
 
 import qlora_native as qn
@@ -56,6 +57,7 @@ RULES = (
     # Few tokens: packed weights in loads of 16 bytes that leave the cache first, tokens in loads that stay.
     Rule(SMALL + "<.*>", r"LDG\.E\.EF\.128", least=4, since=80),
     Rule(SMALL + "<.*>", r"LDG\.E\.128", least=4, since=80),
+    Rule(SMALL + "<.*>", r"LDS", least=32, since=80),  # two weights a load from the table of pairs
     Rule("linear_4bit_reduce_kernel<.*>", r"LDG\.E\.128.*"),
     Rule("linear_4bit_reduce_kernel<.*>", r"STG\.E\.128.*"),
     # Passes over memory: 16 bytes at a time, 8 of 16-bit gradients and parameters. The optimizers' pointers come from a
@@ -105,8 +107,8 @@ def usages(module: Path) -> dict[Key, Usage]:
 
 
 @pytest.fixture(scope="module")
-def opcodes(module: Path) -> dict[Key, Counter[str]]:
-    return cuda_static.opcodes([module])
+def listings(module: Path) -> dict[Key, list[Instruction]]:
+    return cuda_static.listings([module])
 
 
 def test_every_architecture_has_every_kernel(module: Path, usages: dict[Key, Usage]) -> None:
@@ -119,7 +121,7 @@ def test_every_architecture_has_every_kernel(module: Path, usages: dict[Key, Usa
         assert sorted(kernels) == qn.build_info()["cuda_archs"]
 
 
-def breaches(usages: dict[Key, Usage], budgets: dict[Key, tuple[int, int]], exact: bool) -> list[str]:
+def breaches(usages: dict[Key, Usage], budgets: dict[Key, Budget], exact: bool) -> list[str]:
     """What no kernel may do; with ``exact``, the table's figures hold, else the hardware's limits alone."""
     found = []
     for (kernel, arch), usage in sorted(usages.items()):
@@ -131,20 +133,53 @@ def breaches(usages: dict[Key, Usage], budgets: dict[Key, tuple[int, int]], exac
         if (kernel, arch) not in budgets:
             found.append(f"{where} has no budget: run tests/cuda_static.py --write on a build and look at the row")
         elif exact:
-            rows = zip(("registers", "bytes of shared memory"), usage[:2], budgets[kernel, arch], strict=True)
+            rows = zip(("registers", "bytes of shared memory"), usage[:2], budgets[kernel, arch][:2], strict=True)
             found += [f"{where} takes {used} {what}, its budget is {most}" for what, used, most in rows if used > most]
     return found
 
 
-def test_kernels_keep_to_their_budgets(usages: dict[Key, Usage]) -> None:
-    """The figures are those of the compiler that the table was written with; another one may need a few more."""
-    exact = True
-    if qn.build_info()["cuda"]:  # else a file was given
-        from qlora_native import _cuda
+def is_exact() -> bool:
+    """Whether the table's compiler made the module: another one may need a few registers or instructions more."""
+    if not qn.build_info()["cuda"]:  # a file was given
+        return True
+    from qlora_native import _cuda
 
-        version = _cuda.runtime_version()  # of the nvcc behind the module, e.g. 13000
-        exact = f"{version // 1000}.{version % 1000 // 10}" == cuda_static.COMPILER
-    found = breaches(usages, cuda_static.read_budgets(), exact)
+    version = _cuda.runtime_version()  # of the nvcc behind the module, e.g. 13000
+    return f"{version // 1000}.{version % 1000 // 10}" == cuda_static.COMPILER
+
+
+def test_kernels_keep_to_their_budgets(usages: dict[Key, Usage]) -> None:
+    found = breaches(usages, cuda_static.read_budgets(), is_exact())
+    assert not found, "\n" + "\n".join(found)
+
+
+SMALL_MMA = 8  # of m16n8k16 in a warp-step of 2,048 weights and up to four tokens; sm_75 has products of half the depth
+MOST_ALU = 150  # in such a step, of up to four tokens: 26 weights a clock and SM, what the memory of an A100 delivers
+MOST_GAP = 48  # between two products of a 128-row tile: more, and the tensor cores wait for the decoder
+
+
+def loop_breaches(loops: dict[Key, Loop | None], budgets: dict[Key, Budget], exact: bool) -> list[str]:
+    """What main loops may not do; with ``exact``, the table's figures hold, else the bars alone."""
+    found = []
+    for (kernel, arch), loop in sorted(loops.items()):
+        if loop is None:
+            continue
+        where = f"the main loop of {kernel} for sm_{arch}"
+        steps = loop.mma / SMALL_MMA / (2 if arch == 75 else 1)
+        if re.fullmatch(r"linear_4bit_small_kernel<\w+, 1>", kernel) and loop.alu > MOST_ALU * steps:
+            found.append(f"{where} has {loop.alu / steps:.0f} ALU instructions a step: at most {MOST_ALU} may be")
+        if re.fullmatch(r"linear_4bit_tile_kernel<\w+, TileShape<3,.*", kernel) and loop.gap > MOST_GAP:
+            found.append(f"{where} has {loop.gap} instructions between two products: at most {MOST_GAP} may be")
+        budget = budgets[kernel, arch].loop if (kernel, arch) in budgets else None
+        if exact and (budget is None or loop.mma != budget.mma or any(map(gt, loop, budget))):
+            found.append(f"{where} has {loop}, its budget is {budget}")
+    return found
+
+
+def test_main_loops_keep_to_their_budgets(listings: dict[Key, list[Instruction]]) -> None:
+    loops = {key: cuda_static.main_loop(listing) for key, listing in listings.items()}
+    assert any(loops.values())
+    found = loop_breaches(loops, cuda_static.read_budgets(), is_exact())
     assert not found, "\n" + "\n".join(found)
 
 
@@ -164,7 +199,8 @@ def unmet(counts: dict[Key, Counter[str]], rules: tuple[Rule, ...]) -> list[str]
     return found
 
 
-def test_kernels_have_the_instructions_that_are_meant(opcodes: dict[Key, Counter[str]]) -> None:
+def test_kernels_have_the_instructions_that_are_meant(listings: dict[Key, list[Instruction]]) -> None:
+    opcodes = {key: Counter(each.opcode for each in listing) for key, listing in listings.items()}
     found = unmet(opcodes, RULES)
     assert not found, "\n" + "\n".join(found)
 
@@ -174,13 +210,50 @@ def test_the_module_is_small(module: Path) -> None:
 
 
 def test_a_breach_of_a_budget_is_seen() -> None:
-    budgets = {("a", 80): (32, 64)}
+    budgets = {("a", 80): Budget(32, 64)}
     assert breaches({("a", 80): Usage(32, 64, 0)}, budgets, exact=True) == []
     assert "takes 33 registers, its budget is 32" in breaches({("a", 80): Usage(33, 64, 0)}, budgets, exact=True)[0]
     assert "takes 65 bytes of shared memory" in breaches({("a", 80): Usage(32, 65, 0)}, budgets, exact=True)[0]
     assert breaches({("a", 80): Usage(33, 65, 0)}, budgets, exact=False) == []
     assert "8 bytes of local memory" in breaches({("a", 80): Usage(32, 64, 8)}, budgets, exact=False)[0]
     assert "has no budget" in breaches({("b", 80): Usage(32, 64, 0)}, budgets, exact=False)[0]
+
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                  /* 0x00000a0000017a02 */
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;   /* 0x0000000c0804723c */
+                                                                           /* 0x000fe20000041804 */
+        /*0020*/                   LOP3.LUT R2, R2, 0x7f80, R3, 0xf8, !PT ;
+        /*0030*/                   IMAD.SHL.U32 R2, R2, 0x80, RZ ;
+        /*0040*/              @!P0 BRA 0x20 ;
+        /*0050*/                   LDS R5, [R2+0x400] ;
+        /*0060*/                   LDSM.16.M88.4 R8, [R2] ;
+        /*0070*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0080*/              @P1  BRA 0x10 ;
+        /*0090*/                   BRA 0x90;
+"""
+
+
+def test_the_main_loop_is_found_and_counted() -> None:
+    matches = [cuda_static.INSTRUCTION.match(line) for line in LISTING.splitlines()]
+    listing = [Instruction(int(found[1], 16), found[2], found[3]) for found in matches if found]
+    assert len(listing) == 10 and listing[1].opcode == "HMMA.16816.F32.BF16"
+    assert cuda_static.main_loop(listing) == Loop(mma=2, instructions=8, alu=1, shared=2, gap=5)
+    assert cuda_static.main_loop(listing[2:5]) is None and cuda_static.main_loop([]) is None
+
+
+def test_a_breach_of_a_loop_is_seen() -> None:
+    small, tile = "linear_4bit_small_kernel<Bf16, 1>", "linear_4bit_tile_kernel<Bf16, TileShape<3, 2, 4>, true>"
+    good = {(small, 80): Loop(16, 500, 300, 64, 90), (small, 75): Loop(16, 250, 150, 32, 90), ("other", 80): None}
+    budgets = {key: Budget(1, 1, loop) for key, loop in good.items()}
+    assert loop_breaches(good, budgets, exact=True) == []
+    today = {(small, 80): Loop(8, 372, 273, 0, 124), (tile, 90): Loop(64, 391, 250, 35, 300)}
+    assert [found.split(" has ")[1] for found in loop_breaches(today, budgets, exact=False)] == [
+        "273 ALU instructions a step: at most 150 may be",
+        "300 instructions between two products: at most 48 may be",
+    ]
+    assert len(loop_breaches({(small, 80): Loop(16, 501, 300, 64, 90)}, budgets, exact=True)) == 1
+    assert len(loop_breaches({(tile, 80): Loop(64, 300, 200, 35, 10)}, budgets, exact=True)) == 1
 
 
 def test_a_missing_instruction_is_seen() -> None:

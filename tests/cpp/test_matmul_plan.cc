@@ -56,9 +56,9 @@ TEST(plan_by_tokens_and_card) {
   check_kind(question(1536, kRtx5090, false), MatmulKind::kTile);
   check_kind(question(1537, kRtx5090), MatmulKind::kTwoStep);
   check_kind(question(256, kA100), MatmulKind::kSplitK);
-  check_kind(question(257, kA100), MatmulKind::kTwoStep);
-  check_kind(question(64, kH100), MatmulKind::kSplitK);
-  check_kind(question(65, kH100), MatmulKind::kTwoStep);
+  check_kind(question(513, kA100), MatmulKind::kTwoStep);
+  check_kind(question(128, kH100), MatmulKind::kSplitK);
+  check_kind(question(129, kH100), MatmulKind::kTwoStep);
   check_kind(question(33, kB200), MatmulKind::kTwoStep);
   check_kind(question(257, kT4), MatmulKind::kTwoStep);
 }

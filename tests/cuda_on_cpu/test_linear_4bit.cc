@@ -10,29 +10,15 @@
 #include "cuda_on_cpu/counters.h"
 #include "cuda_on_cpu/device_weight.h"
 #include "cuda_on_cpu/launch.h"
+#include "cuda_on_cpu/product_case.h"
 
 using namespace qlora_native;
+using cuemu::Case;
+using cuemu::gemv_plan;
+using cuemu::text_of;
+using cuemu::tile_plan;
 
 namespace {
-
-struct Case {
-  int64_t m;
-  int64_t n;
-  int64_t k;
-  bool forward = true;
-  int64_t r = 0;
-  bool bias = false;
-  int64_t block_size = 64;
-  bool nested = true;
-  QuantType type = QuantType::kNf4;
-};
-
-std::string text_of(const Case& c, const cuda::MatmulPlan& plan) {
-  return "m " + std::to_string(c.m) + ", n " + std::to_string(c.n) + ", k " + std::to_string(c.k) +
-         (c.forward ? ", forward" : ", input gradient") + ", r " + std::to_string(c.r) + ", block " +
-         std::to_string(c.block_size) + ", kind " + std::to_string(static_cast<int>(plan.kind)) + ", tile " +
-         std::to_string(plan.rows) + " x " + std::to_string(plan.columns) + ", splits " + std::to_string(plan.splits);
-}
 
 // One case with its operands on the device and its truth.
 template <typename T>
@@ -141,22 +127,6 @@ class Product {
   std::vector<double> expected_, terms_;
 };
 
-cuda::MatmulPlan tile_plan(const Case& c, int tile, int splits) {
-  const cuda::TileSize& size = cuda::kTiles[tile];
-  const int64_t workspace = splits > 1 ? cuda::split_k_workspace_bytes(c.m, c.forward ? c.n : c.k, size, splits) : 0;
-  return {splits > 1 ? cuda::MatmulKind::kSplitK : cuda::MatmulKind::kTile,
-          size.rows,
-          size.columns,
-          splits,
-          size.stages,
-          size.shared_bytes(),
-          workspace};
-}
-
-cuda::MatmulPlan gemv_plan(const Case& c, int columns) {
-  return {cuda::MatmulKind::kGemv, c.m <= 4 ? 4 : c.m <= 8 ? 8 : 16, columns, 1, 0, 0, 0};
-}
-
 // Full tiles, then edges in M and N and a K that leaves the pipeline of copies unfilled or wraps it around.
 template <typename T>
 void check_tile(int tile, bool forward) {
@@ -259,6 +229,65 @@ void check_gemv() {
 
 TEST(gemv_bf16) { check_gemv<Bf16>(); }
 TEST(gemv_fp16) { check_gemv<Fp16>(); }
+
+// A token that is one 1 gives a row or a column of W itself: every weight to the last bit of the rule. Tiles round
+// level times scale as dequantize_4bit does; few tokens multiply by the level in 16 bits, and the scale comes after
+// that.
+template <typename T>
+void check_one_hot(const Case& c, const cuda::MatmulPlan& plan) {
+  const oracle::RandomWeight weight(c.n * c.k, c.block_size, c.nested, c.type, 11);
+  const cuemu::DeviceWeight on_device(weight.view);
+  const int64_t reduction = c.forward ? c.k : c.n;
+  const int64_t columns = c.forward ? c.n : c.k;
+  const auto place = [&](int64_t token) { return (token * 37 + 5) % reduction; };
+  std::vector<T> x(static_cast<size_t>(c.m * reduction));
+  for (int64_t i = 0; i < c.m; ++i) {
+    x[static_cast<size_t>(i * reduction + place(i))] = from_float<T>(1.0f);
+  }
+  const cuemu::DeviceBuffer<T> device_x(x), y(static_cast<size_t>(c.m * columns));
+  const cuemu::DeviceBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace_bytes));
+  const ProductJob call{on_device.view(),
+                        oracle::Storage<T>::kDtype,
+                        c.forward,
+                        device_x.data(),
+                        nullptr,
+                        nullptr,
+                        nullptr,
+                        0,
+                        y.data(),
+                        c.m,
+                        c.n,
+                        c.k};
+  CHECK_LAUNCH(cuda::launch_linear_4bit(call, plan, workspace.data(), nullptr));
+  const std::vector<T> got = y.host();
+  const oracle::Format format = oracle::Storage<T>::kFormat;
+  for (int64_t i = 0; i < c.m * columns; ++i) {
+    const int64_t from = place(i / columns), to = i % columns;
+    const int64_t element = c.forward ? to * c.k + from : from * c.k + to;
+    double expected = oracle::dequantized(weight.view, element, format);
+    if (plan.kind == cuda::MatmulKind::kGemv) {
+      const double level = oracle::rounded(format, oracle::value_of(weight.view.levels[weight.view.code(element)]));
+      const double scale = oracle::scale_of(weight.view, element / c.block_size);
+      expected = oracle::rounded(format, oracle::rounded(oracle::kFloat, level * scale));
+    }
+    const double value = oracle::value_of(got[static_cast<size_t>(i)]);
+    CHECK(value == expected, "%s: [%ld, %ld] is %g, expected %g", text_of(c, plan).c_str(),
+          static_cast<long>(i / columns), static_cast<long>(to), value, expected);
+  }
+}
+
+TEST(decoded_to_the_last_bit) {
+  for (const int64_t m : {3, 7, 16}) {
+    const Case c{m, 72, 704, true, 0, false, 64, m != 7};
+    check_one_hot<Bf16>(c, gemv_plan(c, 32)), check_one_hot<Fp16>(c, gemv_plan(c, 16));
+  }
+  for (const int tile : {0, 1, 2, 3}) {
+    for (const bool forward : {true, false}) {
+      const Case c{70, 136, 192, forward, 0, false, forward ? 32 : 64, tile % 2 == 0};
+      check_one_hot<Bf16>(c, tile_plan(c, tile, 1)), check_one_hot<Fp16>(c, tile_plan(c, tile, 2));
+    }
+  }
+}
 
 TEST(turing_multiplies_fp16) {
   const cuemu::WithDevice turing(75);
@@ -372,7 +401,7 @@ __global__ void first_reads_kernel(const cuda::TileJob<T> job,
     reads[threadIdx.x] = run.element;
     run.advance(job);
     reads[threads + threadIdx.x] = run.element;
-    reads[2 * threads + threadIdx.x] = copies.x_from - job.x;
+    reads[2 * threads + threadIdx.x] = copies.x_from[0] - job.x;
   }
 }
 

@@ -71,6 +71,8 @@ inline void cp_async_16(void* shared, const void* global, int src_bytes = 16, Si
   cuemu::issue_copy(shared, global, src_bytes, site);
 }
 
+inline void scheduling_fence(int, int) {}
+
 inline void cp_async_commit() { cuemu::commit_copies(); }
 
 template <int kPending>
