@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Mapping
 from operator import gt
 from pathlib import Path
 from typing import NamedTuple
@@ -158,7 +159,7 @@ MOST_ALU = 150  # in such a step, of up to four tokens: 26 weights a clock and S
 MOST_GAP = 48  # between two products of a 128-row tile: more, and the tensor cores wait for the decoder
 
 
-def loop_breaches(loops: dict[Key, Loop | None], budgets: dict[Key, Budget], exact: bool) -> list[str]:
+def loop_breaches(loops: Mapping[Key, Loop | None], budgets: dict[Key, Budget], exact: bool) -> list[str]:
     """What main loops may not do; with ``exact``, the table's figures hold, else the bars alone."""
     found = []
     for (kernel, arch), loop in sorted(loops.items()):
