@@ -1,16 +1,15 @@
 """The predicted time of every row of the truth table (gpu_check.py) on six cards, from instruction counts and bytes.
 
-    python bench/gpu_model.py --write            bench/results/model.json, whose rows are named as gpu_check's
-    python bench/gpu_model.py --check            exit status 1 if that file is not what this script gives
-    python bench/gpu_model.py --counts FILE.so   bench/gpu_counts.json from compiled code, by cuobjdump
+    python bench/gpu_model.py --write   bench/results/model.json, whose rows are named as gpu_check's
+    python bench/gpu_model.py --check   exit status 1 if that file is not what this script gives
 
 Assumptions:
-- A kernel takes the longest of: bytes at 92 % of the memory's rate; ALU instructions of its main loop at 2 a clock an
-  SM (a pipe of 16 integer lanes in each of four schedulers); shared-memory cycles of its main loop; tensor operations
-  at 80 % of the dense rate with fp32 sums (50 % on a T4, which 70 W limit). The 128-row tile adds decoding and
-  multiplying, as it does not overlap them. Plus 3 us to begin and end. Blocks come in whole waves.
-- The main loop's counts are static, from SASS of sm_80, and hold for every card (gpu_counts.json). The registers in
-  tests/cuda_budgets.json limit the blocks an SM.
+- A kernel takes the longest of: bytes at 92 % of the memory's rate; integer instructions of its main loop at 2 a clock
+  an SM (16 lanes in each of four schedulers), or all of its instructions at 4; shared-memory cycles of its main loop (1
+  for 4 bytes a lane in the small kernel, 4 for 16 bytes in the tiles); tensor operations at 80 % of the dense rate with
+  fp32 sums (50 % on a T4, which 70 W limit). Plus 3 us to begin and end. Blocks come in whole waves.
+- The main loop's counts are static, of sm_80 in tests/cuda_budgets.json, and hold for every card. The registers there
+  limit the blocks an SM.
 - Two-step products decode to 16 bits, which the GEMM reads again: over L2 if the panel fits half of it. A GEMM of M
   rows reaches M / (M + 128) of the best rate. A low-rank term reads its operands once more.
 - A step is the sum of its products (forward twice, as checkpoints recompute), norms and the like by bytes, attention,
@@ -23,10 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +34,7 @@ from gpu_timing import Case
 from pages import RESULTS
 
 ROOT = Path(__file__).parents[1]
-COUNTS, MODEL = Path(__file__).parent / "gpu_counts.json", RESULTS / "model.json"
+MODEL = RESULTS / "model.json"
 BUDGETS = ROOT / "tests" / "cuda_budgets.json"
 PACKED = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: NF4 in blocks of 64, double-quantized scales
 MEMORY_SHARE, START_S = 0.92, 3e-6
@@ -67,7 +63,7 @@ CARDS = {
     "4090": Card(128, 2.52, 1008, 165, 72, 23.5, 25, "89"),
     "5090": Card(170, 2.41, 1792, 209, 96, 31.4, 50, "120"),
 }
-FUSED_TOKENS = {"75": 256, "80": 256, "89": 1536, "90": 64, "120": 1536}  # cuda/matmul_plan.cc
+FUSED_TOKENS = {"75": 256, "80": 512, "89": 1536, "90": 128, "120": 1536}  # cuda/matmul_plan.cc
 TILES = {16: (0, 64), 32: (1, 64), 64: (2, 64), 128: (3, 128)}  # rows -> number in the kernel's name, columns
 HOST_US = {
     "host linear": 61.0,
@@ -80,8 +76,8 @@ HOST_US = {
 class Model:
     """Times on one card, in seconds."""
 
-    def __init__(self, card: Card, counts: dict[str, Any], budgets: dict[str, Any]) -> None:
-        self.card, self.counts, self.budgets = card, counts, budgets
+    def __init__(self, card: Card, budgets: dict[str, Any]) -> None:
+        self.card, self.budgets = card, budgets
 
     def moving(self, num_bytes: float) -> float:
         return num_bytes / (MEMORY_SHARE * 1e9 * self.card.gb_per_s)
@@ -94,13 +90,11 @@ class Model:
         rate = self.card.tensor_share * 1e12 * self.card.tflops * m / (m + 128)
         return max(2 * m * n * k / rate, self.moving(2 * (m * k + m * n + n * k)))
 
-    def loop(self, kernel: str, per: int, weights: float) -> tuple[float, float]:
-        """Seconds of ALU and of shared memory for decoding so many weights; ``per`` tokens a tensor operation share
-        256 of them."""
-        count = self.counts[kernel]
-        of_step = 256 * count["hmma"] / per
-        alu = self.cycles(weights / of_step * count["alu"] / 2)
-        return alu, self.cycles(weights / of_step * count.get("shared", 0))
+    def loop(self, kernel: str, of_turn: int, shared_cycles: int, weights: float) -> float:
+        """Seconds to decode so many weights, ``of_turn`` of them by a warp in a turn of its main loop."""
+        count = self.budgets[kernel]["80"][2]
+        cycles = max(count["alu"] / 2, count["instructions"] / 4, count["shared"] * shared_cycles)
+        return self.cycles(weights / of_turn * cycles)
 
     def waves(self, kernel: str, threads: int, blocks: int) -> float:
         """Whole waves of blocks over the share of them that is full, at least 1."""
@@ -111,9 +105,8 @@ class Model:
     def small(self, m: int, n: int, k: int) -> float:
         groups = 1 if m <= 4 else 2 if m <= 8 else 4
         kernel = f"linear_4bit_small_kernel<Bf16, {groups}>"
-        alu, _ = self.loop(kernel, groups, n * k)
         blocks = -(-n // (32 if groups == 1 else 64))
-        bound = alu * self.waves(kernel, 128 if groups == 4 else 256, blocks)
+        bound = self.loop(kernel, 2048, 1, n * k) * self.waves(kernel, 128 if groups == 4 else 256, blocks)
         return max(self.moving(PACKED * n * k + 2 * m * (n + k)), bound)
 
     def tile(self, m: int, n: int, k: int) -> float:
@@ -122,9 +115,8 @@ class Model:
         inner = {0: "1, 4", 1: "1, 4", 2: "2, 2", 3: "2, 4"}[number]
         kernel = f"linear_4bit_tile_kernel<Bf16, TileShape<{number}, {inner}>, true>"
         passes = -(-m // rows)
-        alu, shared = self.loop(kernel, max(1, self.counts[kernel]["hmma"] // 4), passes * n * k)
         tensor = 2 * passes * rows * n * k / (self.card.tensor_share * 1e12 * self.card.tflops)
-        bound = alu + tensor if rows == 128 else max(alu, shared, tensor)
+        bound = max(self.loop(kernel, 1024, 4, passes * n * k), tensor)
         wave = self.waves(kernel, 2 * columns, passes * -(-n // columns)) if rows == 128 else 1.15  # split-K fills them
         return max(self.moving(PACKED * n * k + 2 * m * (n + k)), bound * wave)
 
@@ -229,8 +221,8 @@ def every_case() -> list[Case]:
 
 def text() -> str:
     """Of model.json: milliseconds by row and card."""
-    counts, budgets = (json.loads(path.read_text(encoding="utf-8")) for path in (COUNTS, BUDGETS))
-    models = {name: Model(card, counts, budgets) for name, card in CARDS.items()}
+    budgets = json.loads(BUDGETS.read_text(encoding="utf-8"))
+    models = {name: Model(card, budgets) for name, card in CARDS.items()}
     found: dict[str, dict[str, float | None]] = {}
     for case in every_case():
         seconds = {name: model.seconds(case) for name, model in models.items()}
@@ -239,54 +231,12 @@ def text() -> str:
     return f'{{\n "bench": "gpu_model",\n "unit": "ms",\n "rows": {{\n  {rows}\n }}\n}}\n'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counts from compiled code
-
-ALU = re.compile(r"(LOP3|IADD|IMAD|IMNMX|LEA|SHF|PRMT|SEL|ISETP|FSETP|FADD|FMUL|FFMA|FSEL|HADD|HMUL|HFMA|MOV|F2F|I2F)")
-SHARED = re.compile(r"(LDS|LDSM|STS|LDGSTS)\b")
-
-
-def loop_counts(lines: Sequence[str]) -> dict[str, int]:
-    """Of a kernel's SASS, the loop with the most tensor operations: they, ALU and shared-memory instructions in it."""
-    code: list[tuple[int, str, str]] = []
-    for line in lines:
-        match = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line)
-        if match:
-            code.append((int(match[1], 16), match[2], match[3]))
-    best: Counter[str] = Counter()
-    for address, name, operands in code:
-        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
-        if target and int(target[1], 16) <= address:
-            inside = [other for at, other, _ in code if int(target[1], 16) <= at <= address]
-            counted = Counter(hmma=sum(other.startswith("HMMA") for other in inside))
-            counted["alu"] = sum(bool(ALU.match(other)) for other in inside)
-            counted["shared"] = sum(bool(SHARED.match(other)) for other in inside)
-            # The innermost of loops with equally many.
-            if (counted["hmma"], -len(inside)) > (best["hmma"], -best["length"] or -(10**9)):
-                best = counted + Counter(length=len(inside))
-    return {key: best[key] for key in ("alu", "hmma", "shared")}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", action="store_true", help="bench/results/model.json")
     what.add_argument("--check", action="store_true", help="exit status 1 if it differs")
-    what.add_argument("--counts", metavar="FILE", help="compiled code to count the instructions of")
     arguments = parser.parse_args()
-    if arguments.counts:
-        sys.path.insert(0, str(ROOT / "tests"))
-        import cuda_static
-
-        found: dict[str, Any] = {"source": f"cuobjdump of {Path(arguments.counts).name}, sm_80"}
-        lines: dict[str, list[str]] = {}
-        for (kernel, arch), line in cuda_static._functions(cuda_static._printed("-sass", Path(arguments.counts))):
-            if arch == 80 and kernel in json.loads(COUNTS.read_text(encoding="utf-8")):
-                lines.setdefault(kernel, []).append(line)
-        found |= {kernel: loop_counts(printed) for kernel, printed in lines.items()}
-        rows = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
-        COUNTS.write_text(f"{{\n {rows}\n}}\n", encoding="utf-8")
-        return
     if arguments.check:
         sys.exit(0 if MODEL.read_text(encoding="utf-8") == text() else "run python bench/gpu_model.py --write")
     MODEL.write_text(text(), encoding="utf-8")

@@ -266,14 +266,6 @@ def test_predictions_respect_the_floors() -> None:
             assert (times[name] or 0) >= least, (case.name, name)
 
 
-def test_counts_of_a_loop() -> None:
-    """The innermost loop with the most tensor operations; a loop around it and one without any do not count."""
-    names = ["MOV R1, c[0x0]", "LDS R2, [R3]", "LOP3.LUT R2, R2", "HMMA.16816.F32 R4, R2", "@P0 BRA 0x20", "IADD3 R5"]
-    names += ["BRA 0x0", "EXIT"]
-    lines = [f"        /*{16 * number:04x}*/                   {name} ;" for number, name in enumerate(names)]
-    assert gpu_model.loop_counts(lines) == {"alu": 1, "hmma": 1, "shared": 0}
-
-
 def result_of(name: str, groups: dict[str, float], **more: Any) -> dict[str, Any]:
     """A result in which each group has one row of so many ms."""
     card = {"name": name, "torch": "2.11", "torch_cuda": "13.0"}
