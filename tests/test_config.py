@@ -116,7 +116,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
     with pytest.raises(UserError, match=r"binary.yaml cannot be read: not UTF-8 text"):
         TrainConfig.from_file(tmp_path / "binary.yaml")
-    with pytest.raises(UserError, match="read: Is a directory"):
+    with pytest.raises(UserError, match="is a folder, a pipe"):
         TrainConfig.from_file(tmp_path)
 
 

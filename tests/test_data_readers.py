@@ -131,4 +131,4 @@ def test_parquet_rows_are_numbered_across_batches(tmp_path: Path) -> None:
     assert lines_and_data(read_rows(file)) == list(enumerate(rows, 1))
     assert [row.data for row in read_rows(file, limit=2)] == rows[:2]
     bad = failure(write(tmp_path, b"PAR1", "bad.parquet"))
-    assert re.match(r"bad.parquet: .* readable Parquet \(.+\); write it again\.$", bad)
+    assert re.match(r"bad.parquet cannot be read: .+; write .*again\.$", bad)

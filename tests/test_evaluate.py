@@ -144,7 +144,7 @@ def test_plain_text_is_split_into_windows(folder: Path, tmp_path: Path, tokenize
     assert len(rows.rows) == 9 and "format messages" in rows.about and len(rows.sha256) == 64
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name, match in (("empty", "0 tokens, expected at least 2"), ("latin", "0xe9 at 3"), ("gone", "no such")):
+    for name, match in (("empty", "0 tokens, expected at least 2"), ("latin", "0xe9 at 3"), ("gone", "No such")):
         with pytest.raises(UserError, match=match):
             load_text(tmp_path / f"{name}.txt", tokenizer)
 

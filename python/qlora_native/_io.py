@@ -1,20 +1,26 @@
-"""Files written whole or not at all, their checksums, and the errors that a user can mend."""
+"""Files read with bounds, files written whole or not at all, their checksums, and the errors that a user can mend."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from qlora_native import _C
 from qlora_native.errors import UserError
 
+MAX_JSON_BYTES = 16 << 20  # the index of the largest models has 10 MB
+_MAX_BYTES = {"adapter_config.json": 1 << 20, "generation_config.json": 1 << 20, "config.json": MAX_JSON_BYTES}
 PARTIAL, OLD = ".qlora-partial", ".qlora-old"  # suffixes that no one else's hidden file is likely to have
 
 
@@ -25,6 +31,57 @@ def as_user_error() -> Iterator[None]:
         yield
     except (ValueError, _C.PageFileError) as error:
         raise UserError(str(error)) from error
+
+
+@contextmanager
+def reading(path: Path, advice: str = "copy the file again") -> Iterator[None]:
+    """Raise as UserError, with the file's name, whatever is raised inside by the readers of a file, which come from
+    anywhere: a RecursionError, an OverflowError, a struct.error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}; {advice}.") from error
+
+
+def regular(path: Path, most: int | None = None) -> Path:
+    """The path. UserError for a pipe, a device or a folder, and for a file of more than ``most`` bytes."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise UserError(f"{path} is a folder, a pipe or a device: expected a regular file.")
+    if most is not None and about.st_size > most:
+        raise UserError(f"{path} has {about.st_size:,} bytes: expected at most {most:,}.")
+    return path
+
+
+def check_folder(folder: Path) -> None:
+    """UserError if a model's or an adapter's folder has a pipe or a device in it, on which the readers of transformers
+    would wait, or a file larger than its kind can be."""
+    with reading(folder):
+        for path in (*folder.iterdir(), *folder.glob("*/*")):
+            if path.exists() and not path.is_dir():
+                regular(path, _MAX_BYTES.get(path.name))
+
+
+def read_json(path: Path, advice: str = "copy the file again") -> dict[str, Any]:
+    """The JSON object in a file of bounded size; UserError for anything else."""
+    with reading(path, advice):
+        value = json.loads(regular(path, _MAX_BYTES.get(path.name, MAX_JSON_BYTES)).read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a JSON object, not a {type(value).__name__}")
+        return value
+
+
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """A path as the user gave it, in which ``~`` is the home folder; UserError for one that no file can have."""
+    try:
+        path = Path(text).expanduser()
+        path.lstat()
+    except (OSError, ValueError, RuntimeError) as error:  # of no such user, with a NUL
+        if not isinstance(error, OSError) or error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{text} is not a path: {reason(error)}.") from None
+    return path
 
 
 @contextmanager
@@ -60,7 +117,10 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
+        mode = partial.stat().st_mode & 0o666  # by the umask; safetensors writes files that the owner alone can read
         for path in (*partial.rglob("*"), partial):
+            if path.is_file():
+                path.chmod(mode)
             fsync(path)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -111,7 +171,10 @@ def reason(error: Exception) -> str:
     """The system's words for an error, on one line."""
     code = re.search(r"\(os error (\d+)\)", str(error))  # so ends what safetensors says of a file that it writes
     known = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
-    return known or " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return known or " ".join(text.split()).rstrip(".") or type(error).__name__
 
 
 def fsync(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qlora_native._io import as_user_error
+from qlora_native._io import as_user_error, reading, regular, user_path
 from qlora_native._version import __version__
 from qlora_native.data.dataset import TokenizedDataset, load_dataset
 from qlora_native.data.formats import FORMATS
@@ -192,7 +192,7 @@ class TrainConfig(_Section):
 
         UserError with one line per mistake: the place, what was got, what was expected.
         """
-        values, lines = _read_yaml(Path(path))
+        values, lines = read_yaml(user_path(path))
         return cls.from_values(values, overrides, str(path), lines)
 
     @classmethod
@@ -310,31 +310,40 @@ def _explain(
     return f"{where} is {got!r}: {expected}"
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's values and the line of each dotted key (counted from 1)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's values and the line of each dotted key (counted from 1); UserError if it is no YAML of safe types."""
+    if not path.exists():
         raise UserError(
             f"{path} does not exist; `qlora config init --out {path}` writes a commented config to start from"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path} cannot be read: {reason}") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        )
+    with reading(path, "expected YAML as `qlora config init` writes it"):
+        try:
+            values, root = _parsed(regular(path, MAX_BYTES).read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = f"{path}:{mark.line + 1}" if mark else str(path)
+            raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__} {str(values)[:40]!r}: expected `key: value` lines")
     return values, dict(_lines(root, "", str(path)))
+
+
+MAX_BYTES = 1 << 18  # of a config; PyYAML reads a megabyte in some 10 s
+MOST_NODES, MOST_DEPTH = 20_000, 32  # a node counts as often as it is used by an alias
+
+
+def _parsed(text: str) -> tuple[Any, Any]:
+    """The values and the nodes of YAML of bounded size. ValueError for more, and for an anchor that holds itself."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    level, count, depth = [root], 0, 0
+    while inner := [node.value for node in level if isinstance(node, yaml.CollectionNode)]:
+        count, depth = count + sum(map(len, inner)), depth + 1
+        if count > MOST_NODES or depth > MOST_DEPTH:
+            raise ValueError(f"it has more than {MOST_NODES:,} values, or more than {MOST_DEPTH} inside one another")
+        level = [node for value in inner for entry in value for node in (entry if type(entry) is tuple else (entry,))]
+    return yaml.safe_load(text), root
 
 
 def _lines(node: Any, prefix: str, source: str) -> Iterable[tuple[str, int]]:
@@ -371,8 +380,8 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[s
         if text in ("null", "none"):
             value = None
         elif path not in known or known[path].annotation not in (str, str | None):
-            with suppress(yaml.YAMLError):
-                value = yaml.safe_load(text)
+            with suppress(Exception):  # the check reports the text
+                value = _parsed(text)[0]
         *sections, leaf = path.split(".")
         target = values
         for section in sections:

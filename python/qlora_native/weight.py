@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import _native, reference
+from qlora_native.cases import BLOCK_SIZES
 from qlora_native.ops._direct import Prepared
 from qlora_native.ops._library import Weight
 from qlora_native.ops.quantize_4bit import empty_outputs
@@ -294,7 +295,10 @@ def pack_json(state: Mapping[str, Any]) -> Tensor:
 
 def unpack_json(stored: Tensor) -> dict[str, Any]:
     """The values that :func:`pack_json` packed. Raises ValueError if the bytes are no JSON object."""
-    state = json.loads(bytes(stored.cpu().numpy()).decode())
+    try:
+        state = json.loads(bytes(stored.cpu().numpy()))
+    except (TypeError, RecursionError) as error:  # of another dtype
+        raise ValueError(str(error)) from None
     if not isinstance(state, dict):
         raise ValueError("not a JSON object")
     return state
@@ -305,6 +309,23 @@ def bnb_state_key(keys: Iterable[str], prefix: str = "weight") -> str | None:
     present = set(keys)
     ours = (f"{prefix}.quant_state.bitsandbytes__{name}" for name in _native.QUANT_TYPES)
     return next((key for key in ours if key in present), None)
+
+
+# What a quant state holds, and in words.
+_STATE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "blocksize": (lambda value: type(value) is int and value in BLOCK_SIZES, "a power of two from 32 to 4096"),
+    "shape": (
+        lambda value: type(value) is list and all(type(size) is int and 0 <= size < 1 << 31 for size in value),
+        "a list of whole numbers",
+    ),
+    "dtype": (lambda value: value in ("bfloat16", "float16", "float32"), "bfloat16, float16 or float32"),
+    "nested_blocksize": (lambda value: value == reference.NESTED_BLOCK, str(reference.NESTED_BLOCK)),
+    "nested_offset": (lambda value: type(value) is float and math.isfinite(value), "a finite number"),
+}
+
+
+def _named(dtypes: Iterable[torch.dtype]) -> str:
+    return " or ".join(map(str, dtypes))
 
 
 def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedWeight:
@@ -319,11 +340,17 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> Quantized
         raise ValueError(f"from_bnb: there is no '{prefix}.quant_state.bitsandbytes__nf4' or '..__fp4' among the keys.")
     try:
         state = unpack_json(tensors[key])
-        quant_type, block_size, shape = state["quant_type"], int(state["blocksize"]), tuple(state["shape"])
-        dtype = getattr(torch, state["dtype"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"from_bnb: '{key}' holds no valid quant state ({error}).") from None
-    number = quant_type_number(quant_type)
+    quant_type = key.rpartition("__")[2]
+    if state.get("quant_type") != quant_type:
+        raise ValueError(f"from_bnb: '{key}' holds a quant state of {state.get('quant_type')!r}.")
+    for name, (is_valid, expected) in _STATE.items():
+        is_there = "nested_blocksize" in state or not name.startswith("nested_")
+        if is_there and not is_valid(found := state.get(name)):
+            raise ValueError(f"from_bnb: '{key}' holds no valid quant state: {name} is {found!r}: expected {expected}.")
+    number, nested = quant_type_number(quant_type), "nested_blocksize" in state
+    block_size, shape, dtype = state["blocksize"], tuple(state["shape"]), getattr(torch, state["dtype"])
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
 
@@ -335,23 +362,26 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> Quantized
         if tensor.numel() != count or tensor.dtype not in dtypes:
             raise ValueError(
                 f"from_bnb: '{full}' is {tensor.dtype} with {tensor.numel()} elements: expected {count} of "
-                f"{' or '.join(str(d) for d in dtypes)} for a {list(shape)} weight in blocks of {block_size}."
+                f"{_named(dtypes)} for a {list(shape)} weight in blocks of {block_size}."
             )
+        if name and tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise ValueError(f"from_bnb: '{full}' holds a NaN or an infinity: expected finite numbers.")
         return tensor.contiguous().reshape(-1)
 
     stored = tensors.get(prefix)
     if stored is None or stored.dtype not in STORAGE_DTYPES:
-        raise ValueError(f"from_bnb: key '{prefix}' is missing or of a dtype that is no quant_storage.")
+        found = "missing" if stored is None else f"{stored.dtype}"
+        raise ValueError(f"from_bnb: key '{prefix}' is {found}: expected packed codes as {_named(STORAGE_DTYPES)}.")
     packed = get("", (numel + 1) // (2 * stored.dtype.itemsize), STORAGE_DTYPES).view(torch.uint8)
     fp32 = (torch.float32,)
     nested_absmax = nested_offset = nested_code = None
-    if nested := "nested_blocksize" in state:
-        if (found := state["nested_blocksize"]) != reference.NESTED_BLOCK:
-            raise ValueError(f"from_bnb: nested_blocksize is {found}: expected {reference.NESTED_BLOCK}")
+    if nested:
         nested_absmax = get(".nested_absmax", -(-blocks // reference.NESTED_BLOCK), fp32)
         nested_offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
         nested_code = get(".nested_quant_map", 256, fp32)
     code = get(".quant_map", 16, fp32)
+    if not code.is_meta and _unless_built_in(code, _native.levels(1 - number)) is None:
+        raise ValueError(f"from_bnb: '{prefix}.quant_map' holds the levels of another type: expected {quant_type}'s.")
     return QuantizedWeight(
         packed,
         get(".absmax", blocks, (torch.uint8,) if nested else fp32),

@@ -22,11 +22,11 @@ struct Budget {
   double passes;  // for each that an access without conflicts takes, at most
 };
 
-cuda::MatmulPlan small(int tokens) { return {cuda::MatmulKind::kGemv, tokens, 16, 1, 0, 0, 0, 0}; }
+cuda::MatmulPlan small(int tokens) { return {cuda::MatmulKind::kGemv, tokens, 16, 1, 0, 0, 0}; }
 
 cuda::MatmulPlan tile(int number) {
   const cuda::TileSize& size = cuda::kTiles[number];
-  return {cuda::MatmulKind::kTile, size.rows, size.columns, 1, size.stages, size.shared_bytes(), 0, 0};
+  return {cuda::MatmulKind::kTile, size.rows, size.columns, 1, size.stages, size.shared_bytes(), 0};
 }
 
 void launch(const Budget& budget) {

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qlora_native._io import reading, regular
 from qlora_native.data.batching import permutation
 from qlora_native.data.formats import INFER_ROWS, Row, infer_format, normalize
 from qlora_native.data.readers import read_rows
@@ -135,13 +136,8 @@ def _is_sequences(ids: Tensor) -> bool:
 
 def _read_kept(path: Path) -> tuple[Tensor, int]:
     """The sequences in a file that ``keep`` wrote, and their seed."""
-    try:
-        with safe_open(path, "pt") as file:
-            ids, seed = file.get_tensor(TENSOR), int((file.metadata() or {}).get("seed", 0))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; expected calibration data") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: no calibration data ({error}): expected a file that a training run kept.") from error
+    with reading(path, "expected calibration data that a training run kept"), safe_open(regular(path), "pt") as file:
+        ids, seed = file.get_tensor(TENSOR), int((file.metadata() or {}).get("seed", 0))
     if not _is_sequences(ids):
         raise UserError(f"{path}: {TENSOR} is {list(ids.shape)} of {ids.dtype}: expected token numbers [rows, length].")
     return ids, seed

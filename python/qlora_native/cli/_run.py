@@ -32,11 +32,6 @@ def require(what: str, *names: str, extra: str = "train") -> None:
         raise UserError(f"{what} needs {package}, which is not installed: pip install 'qlora_native[{extra}]'")
 
 
-def user_path(text: str) -> Path:
-    """The type of arguments that are paths: ``~`` is the home folder."""
-    return Path(text).expanduser()
-
-
 def refuse_existing(out: Path, option: str) -> None:
     """Raise UserError if the output is there already: nothing is written over."""
     if out.exists():
@@ -71,6 +66,9 @@ def has_rich_terminal() -> bool:
     return sys.stdout.isatty() and not missing_modules(("rich",))
 
 
-def printable(text: str) -> str:
-    """The text with each character that would command the terminal as an escape; lines and tabs stay."""
+def printable(text: str, most: int | None = None) -> str:
+    """The text with each character that would command the terminal as an escape; lines and tabs stay. Of more than
+    ``most`` characters those in the middle are left out."""
+    if most is not None and len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
     return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli._run import parse_size
+from qlora_native.cases import BLOCK_SIZES
+from qlora_native.cli._run import parse_size, require
 from qlora_native.errors import UserError
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -59,22 +59,24 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
     config = args.adapter / "config.yaml" if args.adapter else None
     if config is None or not config.is_file() or is_four_bit(args.model):
         return given
-    import yaml
+    require(f"reading {config}", "pydantic")
+    from qlora_native._io import reading
+    from qlora_native.config import QuantConfig, read_yaml
 
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    quant = settings.get("quant") or {}
-    method = quant.get("method", "rtn")
+    with reading(config, "expected the config of the adapter's run, or none"):
+        settings = read_yaml(config)[0]
+        quant = QuantConfig.model_validate(settings.get("quant") or {})
+        dtype = (settings.get("train") or {}).get("dtype", "bfloat16")
+    method = quant.method
     if rounds and method != "rtn":
         from qlora_native.calibration.data import kept_calibration, quantize_command
         from qlora_native.weight import CALIBRATED
 
-        kept = kept_calibration(args.adapter) or quant.get("calibration")
+        kept = kept_calibration(args.adapter) or quant.calibration
         text = kept or ("FILE" if method in CALIBRATED else None)
-        dtype = (settings.get("train") or {}).get("dtype", "bfloat16")
-        command = quantize_command(str(args.model), quant, dtype, text, "DIR")
+        command = quantize_command(str(args.model), quant.model_dump(), dtype, text, "DIR")
         raise UserError(
             f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "
             f"`{command}`, and give DIR in its place"
         )
-    names = {"type": "quant_type", "block_size": "block_size", "double_quant": "double_quant"}
-    return {name: quant[key] for key, name in names.items() if key in quant} | given
+    return quant.options | given

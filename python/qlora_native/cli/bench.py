@@ -7,9 +7,9 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from qlora_native._io import user_path
 from qlora_native.cli._run import require
 from qlora_native.errors import UserError
 
@@ -84,7 +84,7 @@ def layer_shapes(model: str, dtype: str = "bfloat16") -> list[tuple[int, int]]:
     from qlora_native.hf.source import open_source
 
     with as_user_error():
-        config = open_source(Path(model).expanduser()).config
+        config = open_source(user_path(model)).config
         meta = MetaModel(config, getattr(torch, dtype), torch.device("meta"))
         weights = meta.four_bit_weights(("lm_head",), 64)
     # The last two axes: of one expert, where a weight is a stack of them.

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_native.cli._run import has_rich_terminal, printable, user_path
+from qlora_native._io import user_path
+from qlora_native.cli._run import has_rich_terminal, printable
 from qlora_native.cli._weights import add_quantizing, as_trained
 
 
@@ -74,10 +75,13 @@ class Chat:
 
     def iter_text(self, answer: Answer) -> Iterator[str]:
         """The answer's text in parts as they come. What may yet change (half a character) is held back."""
+        from qlora_native.data.template import check_vocabulary
         from qlora_native.hf.generate import stream
         from qlora_native.lora.layer import adapters_off
 
-        tokens = stream(self.model, self.encoder.prompt_ids(answer.messages), self.sampling, self.stop)
+        prompt = self.encoder.prompt_ids(answer.messages)
+        check_vocabulary(max(prompt, default=0), self.tokenizer, self.model, "the conversation")
+        tokens = stream(self.model, prompt, self.sampling, self.stop)
         while True:
             began = time.monotonic()
             with adapters_off(self.model) if answer.name == "base" else contextlib.nullcontext():

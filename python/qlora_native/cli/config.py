@@ -8,8 +8,8 @@ import itertools
 import sys
 from pathlib import Path
 
-from qlora_native._io import as_user_error, as_write_error
-from qlora_native.cli._run import refuse_existing, require, user_path
+from qlora_native._io import as_user_error, as_write_error, user_path
+from qlora_native.cli._run import refuse_existing, require
 from qlora_native.cli.estimate import card_bytes, size
 from qlora_native.errors import UserError
 

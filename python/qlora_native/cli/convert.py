@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from qlora_native.cli._run import print_result, refuse_existing, stopwatch, user_path
+from qlora_native._io import user_path
+from qlora_native.cli._run import print_result, refuse_existing, stopwatch
 from qlora_native.cli._weights import DTYPES, add_quantizing, add_shard_size, is_four_bit, quantizing
 from qlora_native.errors import UserError
 

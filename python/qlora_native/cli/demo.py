@@ -8,7 +8,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_native.cli._run import printable, user_path
+from qlora_native._io import user_path
+from qlora_native.cli._run import printable
 from qlora_native.cli.demo_model import model_file as model_file
 from qlora_native.errors import UserError
 

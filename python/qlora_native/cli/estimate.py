@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_native._io import user_path
 from qlora_native.cli._run import has_rich_terminal, parse_size, print_result, require
 from qlora_native.errors import UserError
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     device = "cpu" if args.cpu or (card is None and not torch.cuda.is_available()) else "cuda"
     with as_user_error():
-        estimator = Estimator(Path(config.model).expanduser(), Setting.from_config(config, device))
+        estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
         estimate = estimator.at()
     fitting = None if card is None else _fitting(estimator, card)
     ranks = [] if args.gpus == 1 else each_rank(estimator, estimate, config, args.gpus, card_bytes(args.link, "--link"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qlora_native.cli._run import print_result, user_path
+from qlora_native._io import user_path
+from qlora_native.cli._run import print_result
 from qlora_native.errors import UserError
 
 

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli._run import print_result, refuse_existing, require, stopwatch, user_path
+from qlora_native._io import user_path
+from qlora_native.cli._run import print_result, refuse_existing, require, stopwatch
 from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained, is_four_bit
 from qlora_native.cli.merge import write_merged
 from qlora_native.errors import UserError
@@ -84,14 +85,14 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    from qlora_native._io import as_write_error, atomic_folder
+    from qlora_native._io import as_write_error, atomic_folder, read_json
     from qlora_native.lora.adapter import CONFIG_NAME, TENSORS_NAME
 
     if args.adapter is None or args.type is not None:
         raise UserError("qlora export: --to peft takes --adapter DIR, and no --type: the adapter is written as it is")
     args.base = "dequantized" if is_four_bit(args.model) else "original"
     _merging(args, "fp32")  # raises UserError if model and adapter do not belong together
-    config = json.loads((args.adapter / CONFIG_NAME).read_bytes())
+    config = read_json(args.adapter / CONFIG_NAME)
     config["base_model_name_or_path"] = str(args.model)
     with as_write_error(out), atomic_folder(out) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -13,11 +13,13 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
+from qlora_native import _interrupt
 from qlora_native._version import __version__
-from qlora_native.cli._run import require
+from qlora_native.cli._run import printable, require
 from qlora_native.errors import UserError
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -125,19 +127,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
             os.environ.setdefault(name, "1")
+    _interrupt.restore()
+    warnings.formatwarning = lambda message, category, *_: _line(f"{category.__name__}: {message}") + "\n"
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        for line in str(error).splitlines():
-            print(line if line.startswith("qlora") else f"qlora: {line}", file=sys.stderr)
-        return EXIT_USER
+        return _said(str(error), EXIT_USER)
     except KeyboardInterrupt as stop:
-        print(f"qlora: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _said(str(stop) or "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of the output (a pager, `head`) has gone, and flushing stdout at exit would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):  # which transformers' imports turn
+            cause = cause.__cause__ or cause.__context__  # into an ImportError
+        if cause is not None:
+            return _said("interrupted", EXIT_INTERRUPTED)
+        if not isinstance(error, OSError) or error.filename is None:
+            raise
+        return _said(f"{error.filename}: {error.strerror}", EXIT_USER)
+
+
+MOST_LINES, MOST_CHARACTERS = 40, 800  # of a message: names in files can be megabytes long
+
+
+def _said(message: str, code: int) -> int:
+    """Print what ended the command, as far as a terminal and its reader can take it, and return the exit code."""
+    for line in message.split("\n")[:MOST_LINES]:
+        print(_line(line), file=sys.stderr)
+    return code
+
+
+def _line(text: str) -> str:
+    return printable(text if text.startswith("qlora") else f"qlora: {text}", MOST_CHARACTERS)
 
 
 if __name__ == "__main__":

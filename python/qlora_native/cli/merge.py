@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_native.cli._run import refuse_existing, stopwatch, user_path
+from qlora_native._io import user_path
+from qlora_native.cli._run import refuse_existing, stopwatch
 from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained
 from qlora_native.errors import UserError
 

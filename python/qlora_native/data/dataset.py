@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from qlora_native._io import as_write_error, sha256
+from qlora_native._io import as_write_error, sha256, user_path
 from qlora_native.data.batching import permutation
 from qlora_native.data.formats import FORMATS, INFER_ROWS, infer_format, normalize
 from qlora_native.data.readers import read_rows
@@ -198,7 +198,7 @@ def load_dataset(
     counts = np.array(lengths, dtype=np.int64)
     stats = DatasetStats(
         path=str(path),
-        sha256=sha256(Path(path).expanduser()),
+        sha256=sha256(user_path(path)),
         format=name,
         inferred=format is None,
         template=("default" if encoder.uses_default_template else "tokenizer") if with_messages else "none",

@@ -240,7 +240,7 @@ def _from_json(row: SourceRow, at: str, value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise row.error(f"'{at}' is not valid JSON ({error}); write an object or its JSON.") from None
 
 

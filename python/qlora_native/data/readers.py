@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from qlora_native._io import reading, regular, user_path
 from qlora_native.errors import UserError
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -44,7 +45,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceR
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected None or at least 1")
-    file = Path(path).expanduser()
+    file = user_path(path)
     if file.is_dir():
         raise UserError(
             f"{file} is a folder, expected a data file ({', '.join(DATA_SUFFIXES)}); name one file inside it."
@@ -54,6 +55,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceR
         near = difflib.get_close_matches(file.name, siblings, n=1)
         advice = f"did you mean {file.parent / near[0]}?" if near else "check the path."
         raise UserError(f"{file}: no such data file; {advice}")
+    regular(file)
     if file.suffix.lower() not in DATA_SUFFIXES:
         raise UserError(
             f"{file}: got a '{file.suffix}' file, expected {', '.join(DATA_SUFFIXES)}; "
@@ -88,20 +90,15 @@ def kind_of(value: Any) -> str:
 
 
 def _read_text(file: Path) -> Iterator[SourceRow]:
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(4096)
-            if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise UserError(f"{file}: the file is UTF-16, expected UTF-8; save it again as UTF-8.")
-            stream.seek(len(_UTF8_BOM) if start.startswith(_UTF8_BOM) else 0)
-            if start.removeprefix(_UTF8_BOM).lstrip().startswith(b"["):
-                yield from _array_rows(file, _decode(file, 1, stream.read()))
-            else:
-                yield from _line_rows(file, stream)
-    except OSError as error:
-        raise UserError(
-            f"{file}: the file cannot be read ({error.strerror or error}); check its permissions."
-        ) from error
+    with reading(file, "check its permissions"), file.open("rb") as stream:
+        start = stream.read(4096)
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(f"{file}: the file is UTF-16, expected UTF-8; save it again as UTF-8.")
+        stream.seek(len(_UTF8_BOM) if start.startswith(_UTF8_BOM) else 0)
+        if start.removeprefix(_UTF8_BOM).lstrip().startswith(b"["):
+            yield from _array_rows(file, _decode(file, 1, stream.read()))
+        else:
+            yield from _line_rows(file, stream)
 
 
 def _decode(file: Path, first_line: int, raw: bytes) -> str:
@@ -170,7 +167,6 @@ def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
 def _read_parquet(file: Path) -> Iterator[SourceRow]:
     try:
         # By name, so that the type checker does not ask for a package that is optional here.
-        pyarrow: Any = import_module("pyarrow")
         parquet: Any = import_module("pyarrow.parquet")
     except ImportError:
         raise UserError(
@@ -178,12 +174,8 @@ def _read_parquet(file: Path) -> Iterator[SourceRow]:
             "type pip install pyarrow, or convert the file to JSONL."
         ) from None
     line = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    line += 1
-                    yield _checked(file, line, value)
-    except (pyarrow.ArrowException, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file}: the file is not readable Parquet ({first}); write it again.") from error
+    with reading(file, "write the Parquet file again"), parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                line += 1
+                yield _checked(file, line, value)

@@ -17,9 +17,11 @@ never the first token of a row: it has no context, and in packed rows it would b
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +47,37 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+MOST_SECONDS = 60.0  # that the process may compute for one row: templates are programs, and can loop
+
+
+class _TimeIsUp(BaseException):  # which no template can catch
+    pass
+
+
+@contextmanager
+def _limited(where: str) -> Iterator[None]:
+    """UserError if what is inside takes too long; no limit outside the main thread, where there are no timers."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TimeIsUp
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
+    try:
+        yield
+    except _TimeIsUp:
+        raise UserError(
+            f"{where}: the chat template took over {MOST_SECONDS:g} s of computing time for one conversation: expected "
+            "a template that ends, and fewer messages in a row."
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +127,8 @@ class ChatEncoder:
     def encode(self, row: Row) -> Encoded:
         """Token ids and labels; UserError if the template refuses the row, or an answer is not found in its text."""
         self._tools = list(row.tools) or None
-        ids, trained = self._plain(row) if row.messages is None else self._messages(row, row.messages)
+        with _limited(row.where):
+            ids, trained = self._plain(row) if row.messages is None else self._messages(row, row.messages)
         if self.train_on == "all":
             trained = [True] * len(ids)
         labels = [token if keep else IGNORE_INDEX for token, keep in zip(ids, trained, strict=True)]
@@ -106,7 +140,8 @@ class ChatEncoder:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation with the header of the answer that is to be generated."""
         self._tools = None
-        _, text, _ = self._rendered(list(messages), "the conversation", add_generation_prompt=True)
+        with _limited("the conversation"):
+            _, text, _ = self._rendered(list(messages), "the conversation", add_generation_prompt=True)
         return self._tokenize(text)[0]
 
     # ---- plain text and prompt + completion
@@ -342,6 +377,16 @@ class ChatEncoder:
                 found.add(token)
         found -= {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, self.tokenizer.unk_token_id}
         return frozenset(token for token in found | {self.tokenizer.eos_token_id} if token is not None)
+
+
+def check_vocabulary(highest: int, tokenizer: Any, model: Any, where: str) -> None:
+    """UserError if a token has no row in the model's embedding, which transformers reports by an IndexError."""
+    rows = len(model.get_input_embeddings().weight)
+    if highest >= rows:
+        raise UserError(
+            f"{where}: token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of the tokenizer is beyond the "
+            f"{rows:,} rows of the model's embedding: copy the tokenizer of this model into its folder."
+        )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -8,7 +8,10 @@ scales, stays whole on every rank.
 
 from __future__ import annotations
 
+import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -115,22 +119,65 @@ def save_sharded_states(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Each rank writes its parts of the states; every rank calls it. OSError if one of them cannot write."""
     states: States = optimizer.state_dict()["state"]
     named = {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
-    try:
+    with _causes():
         dcp.save(named, storage_writer=dcp.FileSystemWriter(folder))
-    except dcp.api.CheckpointException as error:  # a BaseException, with the cause on each rank
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Raise in place of a CheckpointException, which is a BaseException, the cause on one of the ranks."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
 
 
+# What the metadata of a checkpoint consist of, beside torch's dtypes. A pickle can name any function, and calls it.
+_METADATA = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    **dict.fromkeys(("pathlib", "pathlib._local"), ("PosixPath", "WindowsPath")),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _METADATA.get(module, ()):
+            return super().find_class(module, name)
+        raise ValueError(f".metadata names {module}.{name}, which is no part of a checkpoint's metadata")
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's, which unpickles whatever the metadata name, and entries that are no tensors too."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with Path(self.path, ".metadata").open("rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f".metadata has {key} as a {type(entry).__name__}, expected a tensor")
+        for place in metadata.storage_data.values():
+            if Path(place.relative_path).name != place.relative_path:
+                raise ValueError(f".metadata names the file {place.relative_path!r}, expected one beside it")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
 def load_sharded_states(folder: Path, optimizer: torch.optim.Optimizer) -> States:
     """The states that :func:`save_sharded_states` wrote, sharded like the parameters: each rank reads its own."""
-    reader = dcp.FileSystemReader(folder)
-    params = _parameters(optimizer)
+    reader, params = _Reader(folder), _parameters(optimizer)
     named: dict[str, Any] = {}
     for key in reader.read_metadata().state_dict_metadata:
         number, _, name = key.partition(".")
         named[key] = torch.zeros(()) if name == "step" else torch.zeros_like(params[int(number)], dtype=torch.float32)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _causes():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # on one process, as intended
         dcp.load(named, storage_reader=reader, no_dist=not dist.is_initialized())
     states: States = {}

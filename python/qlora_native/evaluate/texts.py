@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qlora_native._io import reading, regular, sha256, user_path
 from qlora_native.data.dataset import load_dataset
 from qlora_native.data.template import TrainOn
 from qlora_native.errors import UserError
@@ -36,21 +36,12 @@ def load_text(
     the first is predicted; a rest of less than two tokens is left out. Every other file is read as for training: of a
     conversation the answers are predicted, or all of it with ``train_on="all"``.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     if file.suffix.lower() not in PLAIN_SUFFIXES:
         data = load_dataset(file, tokenizer, max_length=max_length, train_on=train_on, limit=limit)
         return Text(file.name, data, data.stats.describe(), data.stats.sha256)
-    try:
-        raw = file.read_bytes()
-        text = raw.decode("utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such text file; check the path.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: byte 0x{raw[error.start]:02x} at {error.start} is not UTF-8; save the file again as UTF-8."
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file}: the file cannot be read ({error.strerror or error}).") from error
+    with reading(file, "expected text in UTF-8"):
+        text = regular(file).read_text(encoding="utf-8")
     ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
     windows = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
     windows = [window for window in windows if len(window) > 1][:limit]
@@ -59,4 +50,4 @@ def load_text(
     tokens = sum(map(len, windows))
     about = f"{file}: plain text; {len(windows):,} windows of at most {max_length:,} tokens, {tokens:,} tokens"
     rows = [{"input_ids": window, "labels": window} for window in windows]
-    return Text(file.name, rows, about, hashlib.sha256(raw).hexdigest())
+    return Text(file.name, rows, about, sha256(file))

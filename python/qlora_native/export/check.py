@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_native._io import reading, regular
 from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
 from qlora_native.hf.checkpoint import Checkpoint
@@ -148,11 +149,10 @@ def sample_rows(path: Path | None, tokenizer: Any) -> list[list[int]]:
     if path is not None and path.suffix in (".jsonl", ".json", ".parquet"):
         data = load_dataset(str(path), tokenizer, max_length=SAMPLE_TOKENS, train_on="all")
         return [row["input_ids"].tolist() for row in data[:SAMPLE_ROWS]]
-    try:
-        texts = SAMPLE if path is None else (path.read_text(encoding="utf-8"),)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path} cannot be read: {reason}; give a text or a data file as --sample.") from error
+    texts: Sequence[str] = SAMPLE
+    if path is not None:
+        with reading(path, "give a text or a data file as --sample"):
+            texts = (regular(path).read_text(encoding="utf-8"),)
     ids = [tokenizer(text)["input_ids"] for text in texts]
     rows = [row[at : at + SAMPLE_TOKENS] for row in ids for at in range(0, len(row), SAMPLE_TOKENS)]
     if not rows:

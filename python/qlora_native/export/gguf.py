@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_native.errors import UserError
+from qlora_native.hf.checkpoint import check_finite
 from qlora_native.hf.merge import Merging
 from qlora_native.hf.plan import Converted, FourBit, Plain
 from qlora_native.hf.source import GgufSource
@@ -79,6 +80,7 @@ class _Tensor(NamedTuple):
 
     def tofile(self, file: BinaryIO) -> None:
         for part in self.rows:
+            check_finite(part, self.name, file.name)
             gguf.quants.quantize(part.float().numpy(), self.kind).tofile(file)
 
 

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_native._memory import trim_heap
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import Scratch, first_sentence, some_of
-from qlora_native.hf.plan import Converted, Plain, Step
+from qlora_native.hf.checkpoint import Scratch, StoredTensor, check_finite, first_sentence, some_of
+from qlora_native.hf.plan import FLOATS, STATE_MARK, Converted, Plain, Plan, Read, Step
 from qlora_native.nn.experts import put_stack, quantized_stacks, stacks_of
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops._library import interleave
@@ -182,7 +182,7 @@ class MetaModel:
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                     deepcopy(config), dtype=dtype, trust_remote_code=False
                 )
-        except (ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # of sizes that make no model: a TypeError, a ZeroDivisionError
             where, kind = config.name_or_path, config.model_type
             reason = f"{where}: transformers cannot build this {kind} model: {first_sentence(error)}"
             if "Unrecognized configuration class" in str(error):
@@ -239,15 +239,7 @@ class MetaModel:
 
     def dense(self, name: str, tensor: Tensor, file: str) -> Tensor:
         """The tensor in the model's dtype and on its device. UserError for a NaN or an infinity."""
-        if tensor.is_floating_point() and tensor.numel():
-            if tensor.dtype not in (*DTYPES, torch.float64):
-                raise UserError(f"{file}: tensor {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
-            # One pass without a mask as large as the tensor; both bounds pass a NaN on.
-            if not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
-                raise UserError(
-                    f"{file}: tensor {name} holds a NaN or an infinity: expected finite numbers; copy or train the "
-                    "model again."
-                )
+        check_finite(tensor, name, file)
         return tensor.to(self.device, self.dtype_of(name))
 
     def finished(self, weight: QuantizedWeight) -> QuantizedWeight:
@@ -258,8 +250,6 @@ class MetaModel:
 
     def quantized(self, name: str, tensor: Tensor, file: str, function: Callable[..., Any], **changes: Any) -> Any:
         """The parameter ``name``, or a slice of it, by ``function`` with the options, but for ``changes`` to them."""
-        if tensor.dtype not in DTYPES:
-            raise UserError(f"{file}: weight {name} is {tensor.dtype}: expected float32, bfloat16 or float16.")
         tensor = tensor.t().contiguous() if self.weights[name] else tensor
         try:
             return function(tensor, **{**self.options, **changes})
@@ -268,23 +258,51 @@ class MetaModel:
             raise UserError(f"{file}: weight {name} cannot be quantized: {reason}") from error
 
     def _quantized_stack(self, source: Source, step: Converted) -> QuantizedWeight:
-        shape = self.shapes[step.name].shape
-        if step.num_slices != shape[0]:
-            raise UserError(f"{step.file}: {step.name} has {step.num_slices} parts, but {shape[0]} by config.json.")
+        parts = (
+            self.quantized(step.name, one.to(self.device), step.file, self.rounding, double_quant=False)
+            for one in step.slices(source.read)
+        )
+        return self.finished(join(parts, self.shapes[step.name].shape, self.dtype, self.options, self.device))
 
-        def parts() -> Iterator[QuantizedWeight]:
-            for one in step.slices(source.read):
-                if one.shape != (1, *shape[1:]):
-                    raise UserError(
-                        f"{step.file}: a part of {step.name} is {list(one.shape[1:])}, but {list(shape[1:])} by "
-                        "config.json."
-                    )
-                yield self.quantized(step.name, one.to(self.device), step.file, self.rounding, double_quant=False)
+    def check(self, plan: Plan, read_state: Read, where: str) -> None:
+        """UserError if the plan lacks tensors of the model, or has one of another shape or kind, before any is read."""
 
-        return self.finished(join(parts(), shape, self.dtype, self.options, self.device))
+        def read(stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+            if STATE_MARK in stored.name:
+                return read_state(stored)
+            dtype = torch.bfloat16 if stored.dtype in FLOATS else stored.dtype
+            return torch.empty(stored.shape, dtype=dtype, device="meta")
 
-    def store(self, name: str, value: Value, file: str) -> None:
-        """Make ``value`` the parameter or buffer ``name``; of two equal tied tensors the second is dropped."""
+        found = set()
+        for step in plan.steps:  # a converter keeps what it is given
+            once = deepcopy(step) if isinstance(step, Converted) else step
+            for name, value in once.iter_tensors(self.model, read):
+                self.check_shape(name, value, step.file)
+                if isinstance(value, Tensor) and not _is_like(value.dtype, self.shapes[name].dtype):
+                    expected = "float32, bfloat16 or float16" if self.shapes[name].is_floating_point() else "integers"
+                    raise UserError(f"{step.file}: tensor {name} is {value.dtype}: expected {expected}.")
+                found.add(name)
+        origins = {self.tied.get(name, name) for name in found}  # of tied tensors any one is enough
+        absent = [name for name in self.shapes if name not in found and self.tied.get(name, name) not in origins]
+        absent = _without_ignored(absent, *(self.model._keys_to_ignore_on_load_missing or ()))
+        computed_today = (r"rotary_emb\.inv_freq", r"position_ids$")  # buffers that older checkpoints hold
+        unexpected = [stored.name for stored in plan.unexpected]
+        ignored = self.model._keys_to_ignore_on_load_unexpected or ()
+        extra, kind = _without_ignored(unexpected, *computed_today, *ignored), type(self.model).__name__
+        if absent:
+            also = f", and has {len(extra)} that the model has no place for ({some_of(extra)})" if extra else ""
+            raise UserError(
+                f"{where} lacks {len(absent)} of the {len(self.shapes)} tensors of {kind} "
+                f"({some_of(absent)}){also}; config.json and the weights are of different models, or the copy is "
+                "incomplete."
+            )
+        if extra:
+            warnings.warn(
+                f"{where}: {kind} has no place for {len(extra)} of the stored tensors ({some_of(extra)}).", stacklevel=4
+            )
+
+    def check_shape(self, name: str, value: Value, file: str) -> None:
+        """UserError unless the tensor has the shape of the model's parameter or buffer ``name``."""
         expected = self.shapes[name].shape
         parent = self.model.get_submodule(name.rpartition(".")[0])
         transposed = isinstance(value, QuantizedWeight) and is_transposed(parent)
@@ -293,6 +311,10 @@ class MetaModel:
                 f"{file}: tensor {name} is {list(value.shape)}, but {list(expected)} by config.json; the two are of "
                 "different models."
             )
+
+    def store(self, name: str, value: Value, file: str) -> None:
+        """Make ``value`` the parameter or buffer ``name``; of two equal tied tensors the second is dropped."""
+        self.check_shape(name, value, file)
         if isinstance(value, QuantizedWeight):
             put_four_bit(self.model, name, value)
         elif self._has_twin(name, value):
@@ -301,26 +323,10 @@ class MetaModel:
             self._set(name, value)._is_hf_initialized = True  # type: ignore[attr-defined]
         self.missing.discard(name)
 
-    def finish(self, unexpected: Iterable[str], where: str) -> PreTrainedModel:
-        """Tie weights, compute the buffers that no file holds; UserError for missing tensors, a warning for others."""
+    def finish(self) -> PreTrainedModel:
+        """Tie weights, compute the buffers that no file holds."""
         model = self.model
         model.tie_weights(missing_keys=self.missing, recompute_mapping=False)
-        absent = _without_ignored(self.missing, *(model._keys_to_ignore_on_load_missing or ()))
-        computed_today = (r"rotary_emb\.inv_freq", r"position_ids$")  # buffers that older checkpoints hold
-        extra = _without_ignored(unexpected, *computed_today, *(model._keys_to_ignore_on_load_unexpected or ()))
-        if absent:
-            also = f", and has {len(extra)} that the model has no place for ({some_of(extra)})" if extra else ""
-            raise UserError(
-                f"{where} lacks {len(absent)} of the {len(self.shapes)} tensors of {type(model).__name__} "
-                f"({some_of(absent)}){also}; config.json and the weights are of different models, or the copy is "
-                "incomplete."
-            )
-        if extra:
-            warnings.warn(
-                f"{where}: left out {len(extra)} of the stored tensors, for which {type(model).__name__} has no place "
-                f"({some_of(extra)}).",
-                stacklevel=4,
-            )
         for name in self.missing:  # left to transformers' initialization by its own list
             self._set(name, torch.empty_like(self.shapes[name], device=self.device))
         self._compute_buffers()
@@ -357,6 +363,11 @@ class MetaModel:
         origin = self.tied.get(name, name)
         group = {origin, *(other for other, to in self.tied.items() if to == origin)} - {name} - self.missing
         return any(torch.equal(tensor, self.model.get_parameter(other)) for other in group)
+
+
+def _is_like(dtype: torch.dtype, expected: torch.dtype) -> bool:
+    """Whether a stored tensor can become one of the model: integers remain integers, floats have 16 bits or more."""
+    return dtype in (*DTYPES, torch.float64) if expected.is_floating_point else not dtype.is_floating_point
 
 
 def _without_ignored(names: Iterable[str], *patterns: str) -> list[str]:

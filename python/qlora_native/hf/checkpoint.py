@@ -22,11 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_native._io import read_json, reading, reason, regular
 from qlora_native.errors import UserError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MOST_DIMS = 64
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -116,25 +118,30 @@ class Checkpoint:
             return tensor
         target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
-        try:
-            with stored.file.open("rb", buffering=0) as file:
-                file.seek(start)
-                while done < target.nbytes:  # one call moves at most 2 GiB on Linux
-                    got = file.readinto(target[done:])
-                    if not got:
-                        raise _truncated(stored.file, stored.start + stored.num_bytes)
-                    done += got
-        except OSError as error:
-            raise UserError(
-                f"{stored.file} cannot be read at tensor {stored.name}: {error.strerror or error}."
-            ) from error
+        with reading(stored.file), stored.file.open("rb", buffering=0) as file:
+            file.seek(start)
+            while done < target.nbytes:  # one call moves at most 2 GiB on Linux
+                got = file.readinto(target[done:])
+                if not got:
+                    raise _truncated(stored.file, stored.start + stored.num_bytes)
+                done += got
         return tensor
+
+
+def check_finite(tensor: Tensor, name: str, where: str) -> None:
+    """UserError for a NaN or an infinity; in one pass, without a mask as large as the tensor."""
+    bounds = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()  # both pass a NaN on
+    if not all(map(math.isfinite, bounds)):
+        raise UserError(
+            f"{where}: tensor {name} holds a NaN or an infinity: expected finite numbers; copy or train the model "
+            "again."
+        )
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one safetensors file, by name, checked against the length of the file."""
-    try:
-        size = path.stat().st_size
+    with reading(path):
+        size = regular(path).stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -147,27 +154,41 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if 8 + length > size:
                 raise _truncated(path, 8 + length)
             raw = file.read(length)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     try:
-        entries = json.loads(raw).items()
-    except (ValueError, AttributeError) as error:  # both JSON and UTF-8 errors are ValueErrors
-        raise _corrupted(path, "its header is not JSON") from error
-    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries if name != "__metadata__"}
-    end = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
+        entries: dict[str, object] = json.loads(raw, object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise _corrupted(path, f"its header is not JSON ({reason(error)})") from error
+    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
+        if tensor.start != end:
+            raise _corrupted(path, f"{tensor.name} begins at byte {tensor.start:,}, the one before it ends at {end:,}")
+        end += tensor.num_bytes
     if end > size:
         raise _truncated(path, end)
+    if end < size:
+        raise _corrupted(path, f"it has {size:,} bytes, its tensors end at {end:,}")
     return tensors
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
 
 
 def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
+        if len(shape) > MOST_DIMS or not all(
+            type(size) is int and 0 <= size < 1 << 63 for size in (*shape, begin, end)
+        ):
+            raise ValueError(shape)
+        dtype = DTYPES.get(kind)
     except (TypeError, KeyError, ValueError) as error:
-        raise _corrupted(path, f"the header entry of {name} is incomplete") from error
-    if not isinstance(kind, str) or not all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end)):
-        raise _corrupted(path, f"the header entry of {name} is malformed")
-    dtype = DTYPES.get(kind)
+        raise _corrupted(path, f"the header entry of {name} is malformed") from error
     if dtype is None:
         raise UserError(
             f"{path}: tensor {name} has dtype {kind}, which is not read here; expected one of {', '.join(DTYPES)}."
@@ -181,13 +202,12 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTenso
 
 
 def _read_index(index: Path) -> dict[str, StoredTensor]:
-    try:
-        names = {str(key): str(file) for key, file in json.loads(index.read_bytes())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f'{index} is not an index of shards: expected JSON with a "weight_map"; copy the file again.'
-        ) from error
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f'{index} is not an index of shards: expected JSON with a "weight_map"; copy the file again.')
     files = sorted(set(names.values()))
+    if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+        raise UserError(f"{index} names {some_of(outside)}: expected files in {index.parent}.")
     if absent := [file for file in files if not (index.parent / file).is_file()]:
         raise UserError(
             f"{index.parent} lacks {len(absent)} of the {len(files)} weight files that {INDEX_NAME} names "
@@ -273,7 +293,9 @@ class ShardWriter:
             self._file.write(struct.pack("<Q", self._header_bytes) + header.ljust(self._header_bytes))
 
     def write(self, name: str, part: Tensor) -> None:
-        """The next elements of the tensor, contiguous, in its dtype; all of it for one without a shape."""
+        """The next elements of the tensor, contiguous, in its dtype; all of it for one without a shape. UserError for
+        floats that are not finite."""
+        check_finite(part, name, str(self._file.name))
         raw = part.contiguous().view(-1).view(torch.uint8).numpy()
         if name not in self._begin:
             self._begin[name] = self._end

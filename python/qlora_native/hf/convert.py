@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlora_native._io import read_json
 from qlora_native.errors import UserError
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, join
 from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor, first_sentence
@@ -150,7 +151,7 @@ class Conversion:
     def config(self) -> dict[str, Any]:
         """config.json: the source's, with another ``quantization_config`` and dtype."""
         if isinstance(self.source, SafetensorsSource):
-            config = json.loads((self.source.path / "config.json").read_bytes())
+            config = read_json(self.source.path / "config.json")
         else:
             config = {key: value for key, value in self.source.config.to_dict().items() if key != "_name_or_path"}
         config.pop("quantization_config", None)
@@ -182,7 +183,7 @@ class Conversion:
         for step in self.plan.steps:
             yield from self.jobs_of(step)
         for stored in self.plan.unexpected:
-            yield self._dense(stored, stored.dtype)
+            yield Job([Output(stored.name, stored.dtype, stored.shape)], partial(self._copy, stored, True))
 
     def jobs_of(self, step: Step) -> Iterator[Job]:
         """What one step of the plan becomes."""
@@ -283,20 +284,19 @@ class Conversion:
 
         def write(writer: ShardWriter) -> None:
             for part in step.parts:
-                for piece in self.parts(part):
-                    writer.write(part.name, piece)
+                self._copy(part, part.name == step.key, writer)
             self.report.copied += 1
 
         return Job(outputs, write)
 
-    def _decoded(self, step: FourBit) -> Job:
-        shape, expected = tuple(self._state(step)["shape"]), tuple(self.meta.shapes[step.name].shape)
-        if shape != self.shape(step):
-            raise UserError(
-                f"{step.file}: weight {step.key} is {list(shape)}, but {list(expected)} by config.json; "
-                "the two are of different models."
-            )
+    def _copy(self, stored: StoredTensor, as_bytes: bool, writer: ShardWriter) -> None:
+        """Write a tensor as it is stored; ``as_bytes`` what may hold any, such as packed codes in a dtype of floats."""
+        numel = math.prod(stored.shape)
+        for begin in range(0, numel, PART):
+            part = self.source.checkpoint.read_part(stored, begin, min(begin + PART, numel))
+            writer.write(stored.name, part.view(torch.uint8) if as_bytes else part)
 
+    def _decoded(self, step: FourBit) -> Job:
         def write(writer: ShardWriter) -> None:
             weight = step.weight(self.source.read)
             is_transposed = step.name in self.transposed
@@ -305,7 +305,7 @@ class Conversion:
                 writer.write(step.key, part)
             self.report.dequantized += 1
 
-        return Job([Output(step.key, self.dtype, expected)], write)
+        return Job([Output(step.key, self.dtype, tuple(self.meta.shapes[step.name].shape))], write)
 
 
 def slices(whole: Tensor) -> Parts:

@@ -161,8 +161,7 @@ def load_model(
         reader(source, meta)
     else:
         meta.load(source, source.plan(meta).steps)
-    unexpected = source.plan(meta).unexpected if isinstance(source, SafetensorsSource) else []
-    model = meta.finish([stored.name for stored in unexpected], str(source.path))
+    model = meta.finish()
     if isinstance(source, SafetensorsSource):
         model.generation_config = source.generation_config() or model.generation_config
     model._weight_conversions = without_stacks(getattr(model, "_weight_conversions", None) or (), model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from qlora_native._io import check_folder, read_json, reading, regular, user_path
 from qlora_native.errors import UserError
 from qlora_native.hf.build import MetaModel
-from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor, first_sentence
+from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor, first_sentence, some_of
 from qlora_native.hf.config import METHOD
 from qlora_native.hf.plan import FLOATS, STATE_MARK, Plain, Plan, make_plan, unscaled
 
@@ -27,6 +29,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
+        check_folder(folder)
         self.checkpoint = Checkpoint(folder)
         self.config = read_config(folder)
         self.four_bit_config = four_bit_config(self.config, folder)
@@ -36,7 +39,9 @@ class SafetensorsSource:
     def plan(self, meta: MetaModel) -> Plan:
         """Made once for this source's config."""
         if self._plan is None:
-            self._plan = make_plan(self.checkpoint, meta)
+            plan = make_plan(self.checkpoint, meta)
+            meta.check(plan, self.checkpoint.read, str(self.path))
+            self._plan = plan
         meta.model._weight_conversions = self._plan.conversions  # save_pretrained reverses these
         return self._plan
 
@@ -58,10 +63,11 @@ class SafetensorsSource:
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
         path = self.path / "generation_config.json"
-        try:
-            return GenerationConfig.from_pretrained(self.path) if path.is_file() else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be used: {first_sentence(error)}") from error
+        if not path.is_file():
+            return None
+        read_json(path)
+        with reading(path):
+            return GenerationConfig.from_pretrained(self.path)
 
 
 class _InMemory:
@@ -91,7 +97,11 @@ class GgufSource:
         self.path, self.files, self._dtype = path, [path], torch.bfloat16
         self._checkpoint: _InMemory | None = None
         try:
-            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            values, _ = PreTrainedConfig.get_config_dict(regular(path).parent, gguf_file=path.name)
+            _check_config(path, values)
+            self.config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        except UserError:
+            raise
         except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
             raise self._unusable(error) from error
         self.config.name_or_path = str(path)
@@ -102,8 +112,9 @@ class GgufSource:
         if self._checkpoint is None:
             try:
                 with _without_bar():
-                    model = AutoModelForCausalLM.from_pretrained(
+                    model, found = AutoModelForCausalLM.from_pretrained(
                         self.path.parent,
+                        output_loading_info=True,
                         config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
                         gguf_file=self.path.name,
                         quantization_config=GgufConfig(dequantize=True),
@@ -111,6 +122,8 @@ class GgufSource:
                     )
             except Exception as error:
                 raise self._unusable(error) from error
+            if absent := found["missing_keys"]:  # which transformers would fill with random numbers
+                raise UserError(f"{self.path} lacks tensors of its model: {some_of(sorted(absent))}; copy it again.")
             once: dict[int, tuple[str, Tensor]] = {}
             for name, tensor in model.state_dict().items():
                 once.setdefault(tensor.data_ptr(), (name, tensor.detach()))
@@ -140,7 +153,7 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
     """What ``path`` holds, if it is not open already. :class:`UserError` names what is missing."""
     if isinstance(path, Source):
         return path
-    path = Path(path)
+    path = user_path(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(
@@ -165,12 +178,30 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
     raise UserError(f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it.")
 
 
+# What transformers makes a list or a module each of, and the most of them; a kernel of the hub, which would be code.
+_COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|blocks?)|block_count")
+MOST_LAYERS = 2048
+_HUB_KERNEL = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+
+
+def _check_config(path: Path, values: dict[str, Any]) -> None:
+    """UserError for numbers of layers that no model has, which would take all memory, and for code of the hub."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_config(path, value)
+        elif isinstance(value, int) and _COUNT.fullmatch(key) and not 0 <= value <= MOST_LAYERS:
+            raise UserError(f"{path}: {key} is {value:,}: expected 0 to {MOST_LAYERS:,}.")
+        elif isinstance(value, str) and _HUB_KERNEL.fullmatch(key) and "/" in value:
+            raise UserError(f"{path}: {key} is {value!r}, code of a hub, which is not run: expected 'sdpa' or 'eager'.")
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in a folder; UserError if it is none that transformers can use."""
     path = folder / "config.json"
-    try:
-        kind = json.loads(path.read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: expected a JSON object; copy the file again.") from error
+    values = read_json(path)
+    with reading(path):
+        _check_config(path, values)
+    kind = values.get("model_type")
     if not kind:
         raise UserError(f"{path} has no model_type: expected the configuration of a transformers model.")
     try:
@@ -220,14 +251,17 @@ def load_tokenizer(model: str | os.PathLike[str] | Source) -> Any:
     """The tokenizer in the model's folder or GGUF file; UserError if there is no model or no tokenizer."""
     from transformers import AutoTokenizer
 
-    path = model.path if isinstance(model, Source) else Path(model).expanduser()
+    path = model.path if isinstance(model, Source) else user_path(model)
     # A GGUF file is opened only for its error: transformers' reader takes seconds each time.
     if not isinstance(model, Source) and not (path.suffix == ".gguf" and path.is_file()):
         path = open_source(path).path
     try:
         if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path)
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        check_folder(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer("a")  # raises here what settings of a wrong type would raise later
+        return tokenizer
     except Exception as error:  # the readers raise whatever they stumble on
         open_source(path)  # UserError if the model itself is broken
         reason = " ".join(str(error).split()).partition(". ")[0]

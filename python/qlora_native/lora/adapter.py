@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from qlora_native._io import atomic_file, fsync
+from qlora_native._io import atomic_file, check_folder, fsync, read_json, reading, user_path
 from qlora_native.errors import UserError
 from qlora_native.lora.config import INITS, ZERO, LoraConfig
 from qlora_native.lora.layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
@@ -131,13 +131,15 @@ class StoredAdapter:
 def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdapter:
     """Read an adapter without putting it into the model, which may be on the meta device; UserError as
     :func:`load_adapter`."""
-    folder = Path(folder)
+    folder = user_path(folder)
+    if folder.is_dir():
+        check_folder(folder)
     settings = _read_config(folder)
     tensors, whole, init = _read_tensors(folder)
     config = _our_config(folder, settings, sorted(tensors), whole)
     config.init = init
+    _check(folder, model, config, tensors, settings.get("base_model_name_or_path") or "another model")
     pairs = {path: (pair["A"], pair["B"], config.scale_of(path)) for path, pair in tensors.items()}
-    _check(folder, model, config, pairs, settings.get("base_model_name_or_path") or "another model")
     return StoredAdapter(pairs, whole, _whole_targets(folder, model, whole), config)
 
 
@@ -195,18 +197,13 @@ def _shortest_names(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
-    try:
-        stored = json.loads(path.read_bytes())
-        if not isinstance(stored, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError as error:
+    if not path.is_file():
         inside = folder / "adapter"  # of the output folder of a run
         hint = f"; did you mean {inside}?" if (inside / CONFIG_NAME).is_file() else "."
         raise UserError(
             f"{folder} has no {CONFIG_NAME}: expected an adapter folder as save_adapter or PEFT writes it{hint}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: expected a JSON object; copy the file again.") from error
+        )
+    stored = read_json(path)
     if stored.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {stored.get('peft_type')!r}: expected 'LORA', the one kind read here.")
     for name in _UNSUPPORTED:
@@ -227,19 +224,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], str]:
     """By path {"A": lora_A, "B": lora_B}; by name what was trained whole; and the adapter's ``init``."""
     path = folder / TENSORS_NAME
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            init = (file.metadata() or {}).get(INIT_KEY)
-    except FileNotFoundError as error:
+    if not path.is_file():
         pickle = " (a pickle, adapter_model.bin, is not read)" if (folder / "adapter_model.bin").is_file() else ""
-        raise UserError(f"{folder} has no {TENSORS_NAME}{pickle}: save the adapter again.") from error
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}; copy the file again.") from error
+        raise UserError(f"{folder} has no {TENSORS_NAME}{pickle}: save the adapter again.")
+    with reading(path), safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        init = (file.metadata() or {}).get(INIT_KEY)
     pairs: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
+        if (".lora_" in name and not tensor.is_floating_point()) or not bool(tensor.isfinite().all()):
+            raise UserError(f"{path}: {key} is {tensor.dtype}, or holds a NaN or an infinity: expected finite floats.")
         if match := _LORA_KEY.fullmatch(name):
             pairs.setdefault(match["path"], {})[match["side"]] = tensor
         elif ".lora_" in name:
@@ -256,8 +252,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 
 def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], whole: dict[str, Tensor]) -> LoraConfig:
-    named = stored.get("modules_to_save") or sorted({name.rpartition(".")[0] for name in whole})
-    try:
+    with reading(folder / CONFIG_NAME):
+        named = stored.get("modules_to_save") or sorted({name.rpartition(".")[0] for name in whole})
         return LoraConfig(
             r=stored["r"],
             alpha=stored.get("lora_alpha", 8),
@@ -266,25 +262,21 @@ def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], whole: d
             rslora=bool(stored.get("use_rslora", False)),
             rank_pattern=stored.get("rank_pattern") or {},
             alpha_pattern=stored.get("alpha_pattern") or {},
-            modules_to_save=named if whole else (),
+            modules_to_save=list(dict.fromkeys(named)) if whole else (),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG_NAME} cannot be used: {error}") from error
 
 
-def _check(
-    folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, tuple[Tensor, Tensor, float]], base: str
-) -> None:
+def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, dict[str, Tensor]], base: str) -> None:
     """UserError if the adapter does not fit the model or the adapter that it has."""
     modules = dict(plain_modules(model))
     name = type(model).__name__
-    for path, (a, b, _) in pairs.items():
+    for path, pair in pairs.items():
         layer = modules.get(path)
         if not isinstance(layer, nn.Linear):
             what = "no such module" if layer is None else f"a {type(layer).__name__} there"
             raise UserError(f"{folder}: the adapter is for {path}, but {name} has {what}; it was trained on {base}.")
         rank = config.rank_of(path)
-        got = (tuple(a.shape), tuple(b.shape))
+        got = (tuple(pair["A"].shape), tuple(pair["B"].shape))
         if len(got[0]) != 2 or len(got[1]) != 2 or got[0][0] != rank:
             raise UserError(
                 f"{folder}: lora_A of {path} is {list(got[0])}, but {CONFIG_NAME} has rank {rank}; "
@@ -302,12 +294,12 @@ def _check(
             f"{folder}: the adapter changes {len(pairs)} layers and the model's adapter {len(present)}: only {where} "
             f"has {differing[0]}; load the model again without an adapter."
         )
-    for path, layer in present.items():
-        a, _, scale = pairs[path]
-        if len(a) != layer.r or abs(scale - layer.scale) > 1e-9 * abs(scale):
+    for path, adapted in present.items():
+        a, scale = pairs[path]["A"], config.scale_of(path)
+        if len(a) != adapted.r or abs(scale - adapted.scale) > 1e-9 * abs(scale):
             raise UserError(
                 f"{folder}: the adapter of {path} has rank {len(a)} and scale {scale:g}, the model's has rank "
-                f"{layer.r} and scale {layer.scale:g}; set the same r, alpha and rslora, or load the model again "
+                f"{adapted.r} and scale {adapted.scale:g}; set the same r, alpha and rslora, or load the model again "
                 "without an adapter."
             )
 

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 ALL_LINEAR = "all-linear"
 # How an adapter begins: changing nothing, or with what 4 bits lost of each weight.
@@ -47,9 +49,17 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if not isinstance(rank, int) or rank < 1:
+            if type(rank) is not int or not 1 <= rank < 1 << 31:
                 raise ValueError(f"LoraConfig: the rank {name!r} is {rank!r}: expected a whole number of 1 or more.")
-        if not 0 <= self.dropout < 1:
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if not _is_number(alpha):
+                raise ValueError(f"LoraConfig: the alpha {name!r} is {alpha!r}: expected a finite number.")
+        if sum(map(_steps, (*self.rank_pattern, *self.alpha_pattern))) > MOST_STEPS:
+            raise ValueError(
+                f"LoraConfig: matching rank_pattern and alpha_pattern may take over {MOST_STEPS:,} steps: expected "
+                "fewer patterns, of at most three *, + or {} each."
+            )
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"LoraConfig: dropout is {self.dropout}: expected 0 or more and less than 1.")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             self.target_modules = [self.target_modules]
@@ -71,8 +81,34 @@ class LoraConfig:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and -1e30 < value < 1e30
+
+
+MOST_STEPS = 1_000_000  # of matching a path of some 64 characters, which for (a+)+b would double with each
+
+
+def _steps(pattern: str) -> int:
+    """An upper bound of the steps of matching a path; ValueError for a pattern that is none, or repeats groups or looks
+    around, for which there is no such bound."""
+    try:
+        _ending(pattern)
+    except (re.error, RecursionError, OverflowError, TypeError) as error:
+        raise ValueError(f"LoraConfig: {pattern!r:.80} is not a pattern: {error}.") from None
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "a", pattern)
+    if re.search(r"\)[*+{]|\(\?[^:]", bare):
+        raise ValueError(f"LoraConfig: the pattern {pattern!r:.80} repeats a group or looks around: expected neither.")
+    branches = (bare.count("|") + 1) ** max(1, bare.count("("))
+    return 100 + 64 ** len(re.findall(r"[*+{]", bare)) * 2 ** bare.count("?") * branches
+
+
+@lru_cache(maxsize=1 << 16)
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
 def _pattern_value(patterns: dict[str, int] | dict[str, float], path: str, default):  # type: ignore[no-untyped-def]
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _ending(pattern).match(path):
             return value
     return default

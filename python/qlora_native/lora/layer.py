@@ -123,9 +123,19 @@ def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerSta
         raise ValueError(f"add_lora: init {config.init!r} {wrong}.")
     targets = select_targets(model, config.target_modules)
     generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
-    insert(model, {path: (config.rank_of(path), config.scale_of(path)) for path in targets}, config, generator)
-    if statistics is not None:
-        _start(model, config, statistics)
+    scales = {path: (config.rank_of(path), config.scale_of(path)) for path in targets}
+    was_trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    insert(model, scales, config, generator)
+    try:
+        if statistics is not None:
+            _start(model, config, statistics)
+    except BaseException:  # statistics are read and checked one layer after another
+        for path, layer in list(lora_layers(model)):
+            model.set_submodule(path, layer.base_layer)
+        for parameter, is_trained in was_trained.items():
+            parameter.requires_grad_(is_trained)
+        del model.lora_config
+        raise
     return model
 
 
@@ -217,9 +227,12 @@ def insert(
     if not beside and any(True for _ in lora_layers(model)):
         raise ValueError("the model has an adapter already: merge it, or load the model again.")
     saved = trained_whole(model, config.modules_to_save)
-    model.requires_grad_(False)
-    for path, (rank, scale) in targets.items():
-        layer = LoRALinear(model.get_submodule(path), rank, scale, config.dropout, generator)  # type: ignore[arg-type]
+    layers = {
+        path: LoRALinear(model.get_submodule(path), rank, scale, config.dropout, generator)  # type: ignore[arg-type]
+        for path, (rank, scale) in targets.items()
+    }
+    model.requires_grad_(False)  # nothing has changed before all layers are made
+    for path, layer in layers.items():
         model.set_submodule(path, layer)
     for module in saved.values():
         module.requires_grad_(True)

@@ -211,13 +211,15 @@ class QuantizedLinear(nn.Linear):
                 options: Any = {"quant_type": self._about.quant_type, "block_size": self._about.block_size}
                 double_quant = self.nested_absmax is not None
                 value = weight.quantize(state_dict[name], double_quant=double_quant, **options)
+            if value is None and name in state_dict:
+                raise ValueError(f"it is {state_dict[name].dtype} without a quant state: expected floats, or that too.")
             if value is None:
                 missing_keys.append(name)
             else:
                 on_meta = self.weight.device.type == "meta"
                 self.quantized = value if on_meta else value.to(self.weight.device)._map(torch.clone)
         except ValueError as error:
-            error_msgs.append(str(error))
+            error_msgs.append(f"'{name}': {error}")
         bias = state_dict.get(prefix + "bias")
         if self.bias is not None:
             if bias is None:

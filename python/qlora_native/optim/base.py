@@ -83,8 +83,8 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
         if len(group["betas"]) != 2 or not all(0 <= float(beta) < 1 for beta in group["betas"]):
             raise ValueError(f"{name}: betas is {group['betas']}: expected two numbers from 0 up to, not including, 1.")
         for key in ("lr", "eps", "weight_decay"):
-            if not float(group.get(key, 0)) >= 0:
-                raise ValueError(f"{name}: {key} is {group[key]}: expected 0 or more.")
+            if not 0 <= float(group.get(key, 0)) < math.inf:
+                raise ValueError(f"{name}: {key} is {group[key]}: expected 0 or more, and finite.")
         for param in group["params"]:
             if param.dtype not in _native.DTYPE_NUMBER:
                 raise ValueError(
@@ -273,6 +273,8 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
 
         def hold(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             given.update(state_dict)
+            for group in state_dict["param_groups"]:
+                self._check_group({**self.defaults, **group, "params": []})
             return {**state_dict, "state": {}}  # torch would cast what it is given
 
         def fit(_: Any) -> None:
@@ -307,6 +309,16 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                     f"{', '.join(sorted(given)) or 'nothing'}, {name} {None if shape is None else list(shape)}: "
                     "expected the states of this optimizer, of the parameter's shape."
                 )
+        for name, value in given.items():
+            wrong = ""
+            if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
+                wrong = f"is on {value.device} as {value.layout}: expected a dense tensor with values"
+            elif isinstance(value, Tensor) and value.numel() and not _is_finite(value):
+                wrong = "holds a NaN or an infinity: expected finite numbers"
+            elif name == "step" and not 0 <= float(value) < math.inf:
+                wrong = f"is {float(value)}: expected 0 or more"
+            if wrong:
+                raise ValueError(f"{type(self).__name__}: {name} of a parameter {list(param.shape)} {wrong}.")
         return given
 
     def _fitted(self, param: Tensor, given: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
@@ -349,6 +361,10 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 for param in group["params"]:
                     if self.state.get(param):
                         self.state[param] = self._fitted(param, self.state[param], group)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or all(map(math.isfinite, torch.aminmax(tensor)))
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -6,12 +6,12 @@ An item of a batch is the number of a row, or the list of those that are packed 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_native._io import user_path
 from qlora_native.config import TrainConfig
 from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler, collate, collate_packed
 from qlora_native.data.dataset import TokenizedDataset
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training rows and held-out rows (None if the config asks for none), tokenized and masked."""
-    data, folder = config.data, Path(config.output_dir).expanduser()
+    data, folder = config.data, user_path(config.output_dir)
     rows = data.load(data.train, tokenizer, folder=folder)
     if data.eval is not None:
         return rows, data.load(data.eval, tokenizer, folder=folder)

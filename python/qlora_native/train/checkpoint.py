@@ -10,6 +10,7 @@ not, continues from either.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -24,17 +25,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_native._io import as_write_error, atomic_folder, partial_folder, reason, remove_folder
-from qlora_native.config import TrainConfig
+from qlora_native._io import (
+    as_write_error,
+    atomic_folder,
+    check_folder,
+    partial_folder,
+    read_json,
+    reading,
+    remove_folder,
+    user_path,
+)
+from qlora_native.config import TrainConfig, read_yaml
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 
 TENSORS, STATE, CONFIG, STATES = "trainer.safetensors", "trainer.json", "config.yaml", "states"
+BEFORE = "delete that checkpoint, and --resume continues from the one before it"
 _NAME = re.compile(r"step-(\d{6,})")
 
 # Keys of ``train`` that stay the same between two halves of a run, as all of ``quant`` and ``lora`` do. The data have a
@@ -113,9 +122,9 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OnePr
     """Restore the optimizer's states, not its hyper-parameters, and the random state; returns ``state`` as it was given
     to save_checkpoint. The number of ranks, and whether the model is sharded over them, may differ."""
     ranks = ranks or OneProcess()
-    try:
-        tensors = load_file(folder / TENSORS)
-        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    with reading(folder, BEFORE):
+        check_folder(folder)
+        tensors, state = load_file(folder / TENSORS), read_json(folder / STATE, BEFORE)
         states: dict[int, dict[str, Any]] = {int(number): values for number, values in state.pop("optimizer").items()}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
@@ -135,12 +144,10 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, ranks: OnePr
         own = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(f"{prefix}random")}
         if own:
             set_random_state(own, plain)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(
-            f"checkpoint {folder} cannot be read ({reason(error)}); "
-            "delete that folder, and --resume continues from the one before it"
-        ) from error
     return state
+
+
+NUMPY_WORDS = 624  # of its generator's state
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -165,6 +172,8 @@ def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) ->
             if f"random.cuda.{number}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
     name, words, position, has_gauss, gauss = plain["numpy"]
+    if not 0 <= position <= len(words) == NUMPY_WORDS:  # numpy reads there unchecked
+        raise ValueError(f"numpy's random state is at {position} of {len(words)} words, expected {NUMPY_WORDS}")
     np.random.set_state((name, np.array(words, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = plain["python"]
     random.setstate((version, tuple(internal), gauss_next))
@@ -184,13 +193,12 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -
         )
     if resume is None or (resume == "auto" and not found):
         return None
-    checkpoint = found[-1] if resume == "auto" else Path(resume).expanduser()
+    checkpoint = found[-1] if resume == "auto" else user_path(resume)
     if not (checkpoint / STATE).is_file():
         near = f"; {found[-1]} is one" if found else ""
         raise UserError(f"resume is {checkpoint}, which is no checkpoint (it has no {STATE}){near}")
-    try:
-        before: dict[str, Any] = yaml.safe_load((checkpoint / CONFIG).read_text(encoding="utf-8"))
-        now = config.model_dump(mode="json")
+    with reading(checkpoint / CONFIG, BEFORE):
+        before, now = read_yaml(checkpoint / CONFIG)[0], config.model_dump(mode="json")
         changed = [
             f"{block}.{key} {was} -> {value}"
             for block in ("quant", "lora", "train")
@@ -200,11 +208,6 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -
         ]
         if Path(before["model"]).name != Path(config.model).name:  # the folder may have moved
             changed.insert(0, f"model {before['model']} -> {config.model}")
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{checkpoint / CONFIG} cannot be read ({type(error).__name__}); "
-            "delete that checkpoint, and --resume continues from the one before it"
-        ) from error
     if changed:
         raise UserError(
             f"{checkpoint} was made with other settings: {', '.join(changed)}; "
@@ -214,6 +217,7 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -
 
 
 SAME_SIGNAL_SECONDS = 5.0
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
 class Interrupted(KeyboardInterrupt):
@@ -221,12 +225,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """The first SIGINT or SIGTERM sets ``requested``, so that the loop finishes its step and saves; a second one raises
-    KeyboardInterrupt. On several processes one within a few seconds counts as the first: a terminal and torchrun both
-    send Ctrl-C."""
+    """The first SIGINT, SIGTERM or SIGHUP sets ``requested``, so that the loop finishes its step and saves; a second
+    one raises KeyboardInterrupt. On several processes one within a few seconds counts as the first: a terminal and
+    torchrun both send Ctrl-C."""
 
     def __init__(self, ranks: OneProcess) -> None:
         self.requested, self._ranks, self._since = False, ranks, 0.0
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and self._ranks.world > 1 and time.monotonic() - self._since < SAME_SIGNAL_SECONDS:
@@ -234,6 +239,9 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt("stopped at once by the second signal; the last checkpoint is intact")
         self.requested, self._since = True, time.monotonic()
+        if number == _HANGUP:
+            for descriptor in self._terminals:  # gone: what is printed from now on would be an OSError
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if self._ranks.is_first:
             print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
@@ -242,9 +250,12 @@ class StopRequest:
 def stop_request(ranks: OneProcess) -> Iterator[StopRequest]:
     """A :class:`StopRequest` that handles signals inside the block; does nothing outside the main thread, where Python
     allows no handlers."""
-    stop, before = StopRequest(ranks), {}
+    stop = StopRequest(ranks)
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM, _HANGUP):
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                before[number] = signal.signal(number, stop.on_signal)
     try:
         yield stop
     finally:

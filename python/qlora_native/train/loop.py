@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_native._io import as_write_error, atomic_folder, recover
+from qlora_native._io import as_write_error, atomic_folder, reading, recover, user_path
 from qlora_native._memory import peak_rss_bytes, without_old_objects
 from qlora_native.config import TrainConfig
 from qlora_native.data.batching import evaluation_order
 from qlora_native.data.dataset import TokenizedDataset
-from qlora_native.data.template import padding_id
+from qlora_native.data.template import check_vocabulary, padding_id
 from qlora_native.distributed import Items, OneProcess, joined, restarts
 from qlora_native.errors import UserError
 from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
@@ -38,6 +38,7 @@ from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.train.batches import Batch, check_packing, load_rows, make_sampler, micro_batches
 from qlora_native.train.card import write_card
 from qlora_native.train.checkpoint import (
+    BEFORE,
     CONFIG,
     Interrupted,
     find_checkpoint,
@@ -111,7 +112,7 @@ class Trainer:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.on_step, self.quiet = on_step, quiet
         self.ranks = OneProcess()
-        self.output_dir = Path(config.output_dir).expanduser()
+        self.output_dir = user_path(config.output_dir)
 
     def train(self) -> TrainSummary:
         """Train, evaluate, save.
@@ -136,7 +137,7 @@ class Trainer:
             checkpoint = find_checkpoint(config, self.output_dir, resume)
             names = config.logging if ranks.is_first else []
             loggers = make_loggers(names, self.output_dir, config.model_dump(mode="json"))
-            source = open_source(Path(config.model).expanduser()) if self.model is None else None
+            source = open_source(user_path(config.model)) if self.model is None else None
             self.tokenizer = self.tokenizer or load_tokenizer(source or config.model)
             rows, held_out = load_rows(config, self.tokenizer)
             self.hashes = {data.stats.path: data.stats.sha256 for data in (rows, held_out) if data is not None}
@@ -146,6 +147,8 @@ class Trainer:
         memory = MemoryReport(config, source, longest) if source is not None and ranks.world == 1 else None
         self.model = model = prepare_model(config, self.model, rows, ranks, source=source, quiet=self.quiet)
         optimizer = make_optimizer(options, [p for p in model.parameters() if p.requires_grad], self.output_dir)
+        highest = [int(data.input_ids.max()) for data in (rows, held_out) if data is not None]
+        check_vocabulary(max(*highest, padding_id(self.tokenizer)), self.tokenizer, model, config.data.train)
         if ranks.is_sharded:
             settle(model)
         if config.data.packing:
@@ -160,8 +163,9 @@ class Trainer:
         torch.manual_seed(seed)
         if checkpoint is not None:
             load_adapter(model, checkpoint)
-            state = TrainState(**load_checkpoint(checkpoint, optimizer, ranks))
-            sampler.load_state_dict(state.data)
+            with reading(checkpoint, BEFORE):
+                state = TrainState(**load_checkpoint(checkpoint, optimizer, ranks))
+                sampler.load_state_dict(state.data)
 
         metrics = Metrics(self.output_dir / "metrics.jsonl" if ranks.is_first else None, state.step, loggers)
         quiet = self.quiet or not ranks.is_first

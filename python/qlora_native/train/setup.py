@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qlora_native._io import as_user_error, as_write_error
+from qlora_native._io import as_user_error, as_write_error, user_path
 from qlora_native.config import LoopSection, TrainConfig
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed import OneProcess
@@ -51,7 +51,7 @@ def prepare_model(
         )
     with as_user_error(), LayerProgress(quiet=quiet or not ranks.is_first) as progress:
         if model is None:
-            source = open_source(source or Path(config.model).expanduser())
+            source = open_source(source or user_path(config.model))
             model = _load(config, source, rows, ranks, progress)
         else:
             fuse(model)
@@ -120,7 +120,7 @@ def _calibration(config: TrainConfig, rows: TokenizedDataset | None) -> Calibrat
         return None
     from qlora_native.calibration.data import FILE
 
-    folder = Path(config.output_dir).expanduser()
+    folder = user_path(config.output_dir)
     with as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return replace(_text(config, rows, f"quant.method is {method}"), keep=folder / FILE)
@@ -130,7 +130,7 @@ def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> Calib
     from qlora_native.calibration.data import CalibrationData
 
     if config.quant.calibration is not None:
-        return CalibrationData(Path(config.quant.calibration).expanduser(), seed=config.train.seed)
+        return CalibrationData(user_path(config.quant.calibration), seed=config.train.seed)
     if rows is None:
         raise ValueError(f"{why}: it needs the training rows or quant.calibration")
     # Not the file: it also holds the rows that are held out.
@@ -139,7 +139,7 @@ def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> Calib
 
 def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], output_dir: Path) -> AdamW | Lion:
     """The optimizer that the config names, with its clipping; it measures the gradient's norm without clipping too."""
-    page_dir = Path(options.page_dir).expanduser() if options.page_dir else output_dir
+    page_dir = user_path(options.page_dir) if options.page_dir else output_dir
     with as_write_error(page_dir):
         page_dir.mkdir(parents=True, exist_ok=True)
     common: dict[str, Any] = {

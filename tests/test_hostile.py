@@ -1,0 +1,377 @@
+"""Files made to do harm: each ends in one short sentence and exit code 2, soon, and nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from adapters import write_model_and_adapter
+from runs import settings
+from test_load_errors import BROKEN, CONFIG, INDEX, WEIGHTS, header, shard, write
+from test_load_errors import TENSOR as KEY
+from tiny_models import edit_config, edit_tensors
+
+import qlora_native as qn
+from qlora_native.cli import doctor
+from qlora_native.cli.main import MOST_CHARACTERS, main
+from qlora_native.data import template
+from qlora_native.distributed.sharding import load_sharded_states, save_sharded_states
+from qlora_native.hf.convert import convert as convert_folder
+from qlora_native.lora.layer import LayerStatistics, lora_layers
+from qlora_native.optim import AdamW
+from qlora_native.train.checkpoint import STATE as TRAINER
+from qlora_native.train.checkpoint import load_checkpoint, save_checkpoint
+
+SECONDS = 20  # in which a sentence must come
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+STATE = f"{KEY}.quant_state.bitsandbytes__nf4"
+
+Damage = Callable[[Path], object]
+
+
+def put(name: str, content: str | bytes) -> Damage:
+    return write(content, name)
+
+
+def other(name: str, target: str = "") -> Damage:
+    """A pipe in place of a file, or a link to ``target``."""
+
+    def replace(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target) if target else os.mkfifo(folder / name)
+
+    return replace
+
+
+def config(**changes: object) -> Damage:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    return lambda folder: edit_tensors(folder, edit)
+
+
+def value(key: str, number: float) -> Damage:
+    return tensors(lambda t: t[key].view(-1)[:1].fill_(number))
+
+
+def adapter(**changes: object) -> Damage:
+    def edit(folder: Path) -> None:
+        path = folder / ADAPTER_CONFIG
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def adapter_value(number: float) -> Damage:
+    def edit(folder: Path) -> None:
+        (folder / ADAPTER).rename(folder / WEIGHTS)
+        edit_tensors(folder, lambda t: next(iter(t.values())).fill_(number))
+        (folder / WEIGHTS).rename(folder / ADAPTER)
+
+    return edit
+
+
+def state(**changes: object) -> Damage:
+    """Change the quant state of one 4-bit weight."""
+
+    def edit(t: dict[str, torch.Tensor]) -> None:
+        values = {**json.loads(bytes(t[STATE].numpy())), **changes}
+        t[STATE] = torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+    return tensors(edit)
+
+
+def index(file: str) -> Damage:
+    """Shards, one tensor of which lies in ``file`` by the index."""
+
+    def replace(folder: Path) -> None:
+        shutil.copyfile(shard(folder), folder.parent / "outside.safetensors")
+        values = json.loads((folder / INDEX).read_text())
+        values["weight_map"][KEY] = file.format(folder.parent)
+        (folder / INDEX).write_text(json.dumps(values))
+
+    return replace
+
+
+DEEP = "[" * 200_000
+LAUGHS = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'ha'}]\n" for n in range(9))
+CONVERT, QUANTIZE = "convert {model} {out} --to 16bit", "quantize {model} --out {out}"
+MERGE, PEFT = "merge {model} {adapter} --out {out}", "export {model} --adapter {adapter} --to peft --out {out}"
+EXPORT, TRAIN = "export {model} --to gguf --out {out}.gguf", "train {run}/run.yaml"
+CHAT, CHECK = "chat {model} --prompt hello --max-tokens 1", "config check {run}/run.yaml"
+EVIL = {"__metadata__": {}, "a\x1b[2J" + "b" * 1_000_000: {"dtype": "F32", "shape": [1], "data_offsets": [0, 9]}}
+
+# What is done to which folder, and what is run then.
+HOSTILE: list[tuple[str, Damage, list[str]]] = [
+    *(("model", damage, [CONVERT, MERGE]) for name, damage, _ in BROKEN if "generation" not in name),
+    *(("model", value("model.norm.weight", number), [EXPORT, QUANTIZE]) for number in (float("nan"), float("inf"))),
+    ("model", config(hidden_size=128), [CONVERT, MERGE, EXPORT]),
+    *(("model", other(name), [CONVERT]) for name in (CONFIG, WEIGHTS, "generation_config.json")),
+    *(("model", other(name, "/dev/zero"), [CONVERT, CHAT]) for name in (CONFIG, "tokenizer.json")),
+    *(("model", put(CONFIG, text), [CONVERT]) for text in (DEEP, "[]", '{"a": ' * 9999, "1" * 5000, " " * (17 << 20))),
+    *(("model", put("generation_config.json", text), [QUANTIZE]) for text in (DEEP, "[]")),
+    *(("model", put("tokenizer.json", text), [CHAT]) for text in (DEEP, "[]", "{}")),
+    *(("model", config(**{name: 10**9}), [CONVERT]) for name in ("num_hidden_layers", "hidden_size", "vocab_size")),
+    ("model", config(num_attention_heads=0), [CONVERT]),
+    ("model", config(num_key_value_heads=-1, head_dim="x"), [CONVERT]),
+    ("model", config(_attn_implementation="someone/kernel"), [CONVERT]),
+    ("model", config(auto_map={"AutoConfig": "code.Config"}, model_type="mine"), [CONVERT]),
+    *(("model", index(f"{where}/outside.safetensors"), [CONVERT]) for where in ("..", "{}")),
+    ("model", put(WEIGHTS, struct.pack("<Q", len(DEEP)) + DEEP.encode()), [CONVERT]),
+    ("model", put(WEIGHTS, struct.pack("<Q", len(json.dumps(EVIL))) + json.dumps(EVIL).encode()), [CONVERT]),
+    ("model", header(lambda e: e.update(twin=e[KEY])), [CONVERT]),  # two tensors of the same bytes
+    ("model", header(lambda e: e.pop(KEY)), [CONVERT]),  # a hole
+    ("model", header(lambda e: None, lambda text: f'{{"{KEY}": 1, {text[1:]}'), [CONVERT]),  # a name twice
+    ("model", header(lambda e: e[KEY].update(shape=[1] * 100)), [CONVERT]),
+    ("model", header(lambda e: e[KEY].update(dtype=[])), [CONVERT]),
+    ("model", put("tokenizer_config.json", '{"model_max_length": []}'), [CHAT]),
+    ("model", put("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["x.Y", null]}}'), [CHAT]),
+    *(("four_bit", state(dtype=name), [CONVERT]) for name in ("__class__", "int8", 5)),
+    *(("four_bit", state(shape=shape), [CONVERT]) for shape in ("64", [64.0, 64.0], [[64], [64]], [-64, -64], 4096)),
+    *(("four_bit", state(**{k: v}), [CONVERT]) for k, v in {"blocksize": "64", "quant_type": "fp4"}.items()),
+    *(("four_bit", state(nested_offset=number), [CONVERT]) for number in (float("nan"), float("inf"), "1", None)),
+    *(("four_bit", value(f"{KEY}.{name}", float("nan")), [CONVERT]) for name in ("nested_absmax", "nested_quant_map")),
+    ("four_bit", tensors(lambda t: t.update({f"{KEY}.quant_map": qn._native.levels(1).clone()})), [CONVERT]),
+    ("four_bit", tensors(lambda t: t.update({STATE: t[STATE].float()})), [CONVERT]),
+    *(("adapter", other(name), [MERGE, PEFT]) for name in (ADAPTER, ADAPTER_CONFIG)),
+    *(("adapter", put(ADAPTER_CONFIG, text), [PEFT]) for text in (DEEP, "[]", " " * (2 << 20))),
+    *(("adapter", put(ADAPTER, raw), [PEFT]) for raw in (b"", b"\0" * 8, struct.pack("<Q", 4) + b"null")),
+    *(("adapter", adapter(**{name: "x"}), [PEFT]) for name in ("r", "lora_alpha", "lora_dropout", "rank_pattern")),
+    *(("adapter", adapter(lora_alpha=number), [PEFT]) for number in (float("nan"), 1e999, 10**400, None)),
+    *(("adapter", adapter(rank_pattern={text: 4}), [PEFT]) for text in ("(", "(.|.)+x", r"(a+)+\d", ".*" * 9, "(?=a)")),
+    *(("adapter", adapter(alpha_pattern={text: 4}), [PEFT]) for text in ("(.|.)" * 30, "(" * 500 + ")" * 500)),
+    ("adapter", adapter(rank_pattern={f"layer{n}": 4 for n in range(20_000)}), [PEFT]),
+    *(("adapter", adapter_value(number), [PEFT]) for number in (float("nan"), float("-inf"))),
+    *(("adapter", put("config.yaml", text), [MERGE]) for text in ("quant: 5", "quant: {type: int3}", "- a", "a: [")),
+    *(("run", put("run.yaml", text), [CHECK]) for text in (DEEP, LAUGHS, "a: &a [*a]", "a: !!python/name:os.system x")),
+    *(("run", put("run.yaml", text), [CHECK]) for text in ("a: !!timestamp x", "steps: " + "1" * 5000, b"\xff", "\0")),
+    ("run", other("run.yaml"), [CHECK]),
+    ("run", other("run.yaml", "/dev/zero"), [CHECK]),
+    ("run", put("train.jsonl", '{"text": ' + DEEP), [TRAIN]),
+    ("run", other("train.jsonl"), [TRAIN]),
+    ("run", lambda f: f, ["train ~nosuchuser/a.yaml", f"train {'n' * 300}", "quantize {model} --out " + "n" * 300]),
+    ("run", lambda f: f, ["quantize ~nosuchuser/model --out {out}", f"merge {'n' * 300} {{adapter}} --out {{out}}"]),
+]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_model_and_adapter(tmp_path_factory.mktemp("sound"))
+    shutil.copytree(folder / "model", folder / "four_bit", ignore=shutil.ignore_patterns(WEIGHTS, CONFIG))
+    convert_folder(folder / "model", folder / "four_bit", "bitsandbytes")
+    (folder / "run").mkdir()
+    tiny.write_rows(folder / "run/train.jsonl")
+    return folder
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise AssertionError(f"no sentence after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(("what", "damage", "commands"), HOSTILE, ids=[f"{n}" for n in range(len(HOSTILE))])
+def test_one_sentence(
+    what: str, damage: Damage, commands: list[str], sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {name: tmp_path / name for name in ("model", "adapter", "run")} | {"out": tmp_path / "out"}
+    for name in ("model", "adapter", "run"):
+        shutil.copytree(sound / (what if (what, name) == ("four_bit", "model") else name), places[name])
+    run = settings(tmp_path, tmp_path / "out", {"train": str(places["run"] / "train.jsonl")}, steps=1)
+    (places["run"] / "run.yaml").write_text(yaml.safe_dump(run))
+    damage(places["model" if what == "four_bit" else what])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for command in commands:
+        capsys.readouterr()
+        with at_most(SECONDS):
+            code = main(command.format(**places).split())
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))]
+        assert code == 2 and len(lines) == 1, (command, lines)
+        assert lines[0].startswith("qlora: ") and len(lines[0]) < MOST_CHARACTERS + 20 and lines[0].isprintable(), lines
+    after = sorted(path.name for path in tmp_path.iterdir() if path.name != "out" or any(path.iterdir()))
+    assert after == before
+
+
+def test_a_template_that_loops(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(template, "MOST_SECONDS", 0.2)
+    tokenizer = AutoTokenizer.from_pretrained(sound / "model")
+    tokenizer.chat_template = "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2
+    with pytest.raises(qn.UserError, match="took over 0.2 s"), at_most(SECONDS):
+        template.ChatEncoder(tokenizer).prompt_ids([{"role": "user", "content": "a"}])
+
+
+def test_more_tokens_than_rows_of_the_embedding(sound: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
+    tiny.write_model(tmp_path / "model", vocab_size=40)
+    run = settings(tmp_path, tmp_path / "out", {"train": str(sound / "run/train.jsonl")}, steps=1)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    for command in ("train {0}/run.yaml", "chat {0}/model --prompt hello --max-tokens 1"):
+        assert "beyond the 40 rows" in mistake(*command.format(tmp_path).split())
+
+
+def trained(**options: Any) -> AdamW:
+    parameter = torch.nn.Parameter(torch.ones(8))
+    parameter.grad = torch.ones(8)
+    optimizer = AdamW([parameter], **options)
+    optimizer.step()
+    return optimizer
+
+
+class Call:
+    """What a pickle makes of this is whatever the function returns."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_several_processes_runs_no_code(tmp_path: Path) -> None:
+    optimizer, file = trained(), tmp_path / ".metadata"
+    save_sharded_states(tmp_path, optimizer)
+    (states,) = load_sharded_states(tmp_path, optimizer).values()
+    (expected,) = optimizer.state.values()
+    assert all(torch.equal(states[name], expected[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    sound = pickle.loads(file.read_bytes())
+    bytes_entry = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
+    entries = {**sound.state_dict_metadata, "0.exp_avg": bytes_entry}
+    place = sound.storage_data[next(iter(sound.storage_data))]
+    place.relative_path = "../elsewhere"
+    moved = pickle.dumps(sound)
+    sound.state_dict_metadata = entries
+    for evil in (pickle.dumps(Call(os.mkdir, str(tmp_path / "made"))), pickle.dumps(sound), moved):
+        file.write_bytes(evil)
+        with pytest.raises(ValueError, match=r"\.metadata names"):
+            load_sharded_states(tmp_path, optimizer)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "wrong"),
+    [
+        (["random", "numpy", 2], 10**6),  # numpy would read behind its words
+        (["random", "numpy", 1], [1]),
+        (["random", "python"], [3, [], None]),
+        (["random"], 5),
+        (["optimizer"], []),
+        (["optimizer"], {"7": {}}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_whose_numbers_are_wrong(tmp_path: Path, keys: list[Any], wrong: object) -> None:
+    options: dict[str, Any] = {"state": {}, "config": "", "keep": 1, "save_adapter": lambda partial: None}
+    folder = save_checkpoint(tmp_path, 1, optimizer=trained(), **options)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask()}
+    whole = node = json.loads((folder / TRAINER).read_text())
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = wrong
+    (folder / TRAINER).write_text(json.dumps(whole))
+    with pytest.raises(qn.UserError, match=r"step-000001 cannot be read: .*; delete"):
+        load_checkpoint(folder, trained())
+
+
+def umask() -> int:
+    os.umask(mask := os.umask(0o022))
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("exp_avg", torch.full((8,), float("nan"))),
+        ("exp_avg", torch.empty(8, device="meta")),
+        ("exp_avg_sq", torch.ones(8).to_sparse()),
+        ("exp_avg_sq", torch.full((8,), float("inf"))),
+        ("step", torch.tensor(-1.0)),
+        ("step", float("nan")),
+    ],
+    ids=str,
+)
+def test_optimizer_states_that_are_no_numbers(name: str, wrong: Any) -> None:
+    optimizer = trained()
+    given = optimizer.state_dict()
+    given["state"] = {0: {**given["state"][0], name: wrong}}
+    with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
+        trained().load_state_dict(given)
+    for key in ("lr", "weight_decay"):
+        with pytest.raises(ValueError, match=f"{key} is inf"):
+            trained(**{key: float("inf")})
+        given = optimizer.state_dict()
+        given["param_groups"][0][key] = float("nan")
+        with pytest.raises(ValueError, match=f"{key} is nan"):
+            trained().load_state_dict(given)
+
+
+def test_an_adapter_that_cannot_be_added_leaves_the_model_as_it_was(sound: Path) -> None:
+    model = qn.load_model(sound / "model")
+    model.lm_head.weight.requires_grad_(True)
+    paths = [path for path, module in model.named_modules() if path.endswith("_proj")]
+
+    def statistics() -> Iterator[LayerStatistics]:
+        yield LayerStatistics(paths[0], torch.zeros(64, 64))
+        yield LayerStatistics(paths[1], torch.zeros(3, 3))
+
+    with pytest.raises(ValueError, match="another model"):
+        qn.add_lora(model, qn.LoraConfig(init="loftq"), statistics())
+    assert not any(True for _ in lora_layers(model)) and not hasattr(model, "lora_config")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+
+
+def test_a_state_dict_of_another_kind_names_the_key() -> None:
+    layer = qn.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 32))
+    for weight in (torch.zeros(8, dtype=torch.int64), torch.zeros(32, 63), torch.full((32, 64), float("nan"))):
+        with pytest.raises(RuntimeError, match="'weight': .*(expected|finite)"):
+            layer.load_state_dict({"weight": weight, "bias": torch.zeros(32)})
+
+
+def test_ctrl_c_while_modules_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport none_such\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(qn.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_native", "doctor"], env={**os.environ, "PYTHONPATH": path}, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (130, b"qlora: interrupted\n")
+
+    def examine() -> None:  # as transformers does on the way
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module") from error
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "qlora: interrupted\n"
+
+
+def test_a_warning_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    assert main(["config", "list"]) == 0
+    assert warnings.formatwarning("\x1b[2J" + "a" * 9999, UserWarning, "", 1)[:-1].isprintable()
