@@ -63,7 +63,7 @@ def module_or_skip(config: pytest.Config, name: str = "_cuda_emulated") -> Modul
 def arguments(call: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """The keywords of a native function, with some of them or of the weight's fields changed."""
     fields = {"packed": 4096, "absmax": 4096, "absmax_codes": 0, "nested_absmax": 0, "nested_offset": 0}
-    fields |= {"nested_code": 0, "levels": 4096, "quant_type": 0, "numel": 64, "block_size": 64, **call["weight"]}
+    fields |= {"nested_code": 4096, "levels": 4096, "quant_type": 0, "numel": 64, "block_size": 64, **call["weight"]}
     fields |= {name: changes.pop(name) for name in fields if name in changes}
     return {**call, **changes, "weight": tuple(fields.values())}
 
