@@ -313,6 +313,14 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path, name: str) -> None:
         checkpoint.load_checkpoint(folder, trained_optimizer(7))
 
 
+def test_a_checkpoint_whose_step_is_no_number(run: Run) -> None:
+    run.crash(3)
+    path = run.out / "step-000002" / checkpoint.STATE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": -1}))
+    with pytest.raises(UserError, match=r"step-000002 cannot be read: .*step"):
+        run.train("auto")
+
+
 def test_what_a_kill_leaves_is_cleaned_up(tmp_path: Path) -> None:
     # Killed while writing, between the two renames, before the old one was deleted; and what is not ours.
     left = [".step-000004.qlora-partial", ".best.qlora-old", ".adapter.qlora-old", "adapter", ".other.partial", "mine"]

@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from qlora_native._io import as_write_error, atomic_folder, reading, recover, user_path
 from qlora_native._memory import peak_rss_bytes, without_old_objects
-from qlora_native.config import TrainConfig
+from qlora_native.config import NonNegative, TrainConfig
 from qlora_native.data.batching import evaluation_order
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import check_vocabulary, padding_id
@@ -59,14 +60,14 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 class TrainState:
     """The loop's own part of a checkpoint; losses are held-out ones in nats per token, None without held-out rows."""
 
-    step: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
+    step: NonNegative = 0
+    tokens: NonNegative = 0
+    skipped: NonNegative = 0
+    skipped_in_a_row: NonNegative = 0
     loss_before: float | None = None
     loss_after: float | None = None
     best_loss: float | None = None
-    best_step: int | None = None
+    best_step: NonNegative | None = None
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -164,7 +165,7 @@ class Trainer:
         if checkpoint is not None:
             load_adapter(model, checkpoint)
             with reading(checkpoint, BEFORE):
-                state = TrainState(**load_checkpoint(checkpoint, optimizer, ranks))
+                state = TypeAdapter(TrainState).validate_python(load_checkpoint(checkpoint, optimizer, ranks))
                 sampler.load_state_dict(state.data)
 
         metrics = Metrics(self.output_dir / "metrics.jsonl" if ranks.is_first else None, state.step, loggers)
@@ -341,7 +342,7 @@ class Trainer:
             retried=oom_retry.retries,
             peak_rss_bytes=peak_rss_bytes(),
             adapter_dir=adapter_dir,
-            best_dir=self.output_dir / "best" if state.best_step else None,
+            best_dir=self.output_dir / "best" if state.best_step and state.best_loss is not None else None,
         )
         progress.note(describe(summary))
         return summary
