@@ -102,7 +102,9 @@ def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     monkeypatch.setattr(_cuda_kernels, "memory", lambda device: module.memory())
     monkeypatch.setattr(_cuda_products, "wide_product", lambda left, right: left.float() @ right.float())
     monkeypatch.setattr(_library, "module_for", lambda device: module)
-    monkeypatch.setattr(_direct, "_TENSOR_KEYS", frozenset())  # through the dispatcher, always
+    monkeypatch.setattr(_direct, "_TENSOR_KEYS", frozenset())
+    monkeypatch.setattr(_direct, "_DEVICES", dict.fromkeys(_direct._DEVICES, "CUDA"))
+    monkeypatch.setattr(_cuda_kernels, "raw_stream", lambda index: emulator.stream)
     _cuda_products.plan_of.cache_clear()
     module.take_reports()
     library = torch.library.Library("qlora_native", "IMPL")

@@ -110,7 +110,7 @@ class Graph:
         self.made: list[Tensor] = []  # in the capture, and alive as long as it, as in the memory pool of torch's graphs
 
     def replay(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad():  # what is captured lies below autograd
             self.emulator.module.launch_graph(self.address, self.emulator.stream)
 
     def finish(self, address: int) -> None:

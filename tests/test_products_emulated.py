@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qlora_native as qn
 from qlora_native import reference
 from qlora_native.cases import TOLERANCE
-from qlora_native.ops import _cuda_kernels, _cuda_products, lora_linear_4bit
+from qlora_native.ops import _cuda_kernels, _cuda_products, _library, lora_linear_4bit
 from qlora_native.ops import linear_cross_entropy as loss_op
 
 OPS = torch.ops.qlora_native
@@ -188,6 +188,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, ...]], Any]
             setattr(module, name, lambda *_, name=name, count=count: launches.names.extend([name] * count))
         monkeypatch.setattr(_cuda_kernels, "native", lambda device: module)
         monkeypatch.setattr(_cuda_kernels, "launching", launching)
+        monkeypatch.setattr(_cuda_kernels, "raw_stream", lambda index: 0)
         monkeypatch.setattr(_cuda_kernels, "facts", lambda device: emulated.FACTS)
         monkeypatch.setattr(_cuda_products, "wide_product", wide_product_of(launches))
         _cuda_products.plan_of.cache_clear()
@@ -213,33 +214,33 @@ PLANS = {"two_step": TWO_STEPS, "fused": (2, 64, 64, 1, 3, 0, 0), "split": (1, 6
 def test_launches_of_an_adapted_layer(
     stubbed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str, adapter: torch.dtype, panels: int
 ) -> None:
-    """Beside the 16-bit copies of A and scale * B: the products, the decoder, and the scale of B's gradient."""
+    """The products, the decoder, and the scale of B's gradient; in the first pass after a step also 16-bit copies."""
     n = k = 96
     monkeypatch.setattr(_cuda_products, "panel_columns", lambda width, *_: width // panels)
+    monkeypatch.setattr(_library.recording, "on", True)  # as in a pass that autograd records
     w, x, grad = (
         qn.quantize(torch.randn(n, k), block_size=32),
         torch.randn(40, k).bfloat16(),
         torch.randn(40, n).bfloat16(),
     )
     a, b, bias = torch.randn(8, k).to(adapter), torch.randn(n, 8).to(adapter), torch.randn(n).bfloat16()
+    torch.optim.SGD([a, b]).step()  # changes nothing; copies are kept of what an optimizer steps
     run = stubbed(PLANS[kind])
-    with run.launches:
-        _, xa = lora_linear_4bit.forward_by(run.engine, (x, None, a, b, 0.5, bias, False, w.op_args()))
-    copies = 2 if adapter == torch.float32 else 1  # of A and scale * B, in 16 bits; backward, of A and B
-    products = {"two_step": 2 + 2 * panels, "fused": 2, "split": 3}[kind]
-    assert len(run.launches.names) == copies + products, run.launches.names
-    if panels == 1:
-        assert products <= 4
-
-    run.launches.names.clear()
     needed = [True, False, True, True]
-    with run.launches:
-        lora_linear_4bit.backward_by(run.engine, (grad, x, xa, a, b, 0.5, False, needed, False, *w.op_args()))
-    products = {"two_step": 4 + 2 * panels, "fused": 4, "split": 5}[kind]
-    scale = 1  # of the gradient of B
-    copies = 2 if adapter == torch.float32 else 0
-    assert len(run.launches.names) == copies + products + scale, run.launches.names
-    assert products + scale <= (6 + 2 * panels if kind == "two_step" else 7)
+    forward_products = {"two_step": 2 + 2 * panels, "fused": 2, "split": 3}[kind]
+    backward_products = {"two_step": 4 + 2 * panels, "fused": 4, "split": 5}[kind] + 1  # the scale of B's gradient
+    for number in range(2):
+        copies = {0: 2 if adapter == torch.float32 else 1, 1: 0}[number]  # of A and scale * B
+        run.launches.names.clear()
+        with run.launches:
+            _, xa = lora_linear_4bit.forward_by(run.engine, (x, None, a, b, 0.5, bias, False, w.op_args()))
+        assert len(run.launches.names) == copies + forward_products, run.launches.names
+        run.launches.names.clear()
+        with run.launches:
+            lora_linear_4bit.backward_by(run.engine, (grad, x, xa, a, b, 0.5, False, needed, False, *w.op_args()))
+        assert len(run.launches.names) == backward_products, run.launches.names
+    assert forward_products <= (4 if panels == 1 or kind != "two_step" else 2 + 2 * panels)
+    assert backward_products <= (6 + 2 * panels if kind == "two_step" else 7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

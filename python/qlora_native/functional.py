@@ -11,8 +11,8 @@ from qlora_native.weight import QuantizedWeight
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast would do to the operands of torch's own linear layer."""
-    device = next(t for t in tensors if t is not None).device.type
+    """What autocast would do to the operands of torch's own linear layer, of which the first is no None."""
+    device = tensors[0].device.type  # type: ignore[union-attr]
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

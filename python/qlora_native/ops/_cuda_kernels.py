@@ -8,7 +8,7 @@ neither maps the GPU code nor initializes the driver, which would forbid CUDA in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -62,11 +62,29 @@ def native(device: torch.device) -> ModuleType | None:
     return module
 
 
-@contextmanager
-def launching(device: torch.device) -> Iterator[int]:
+def current_device() -> int:
+    """The number of this thread's current device."""
+    return torch.cuda.current_device()
+
+
+def raw_stream(index: int) -> int:
+    """The handle of torch's current stream on a device, without an object around it."""
+    handle: int = torch._C._cuda_getCurrentRawStream(index)
+    return handle
+
+
+def launching(device: torch.device) -> AbstractContextManager[int]:
     """Makes a device the current one and gives the handle of torch's current stream there, to launch on."""
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream
+    current = current_device()
+    if device.index in (None, current):
+        return nullcontext(raw_stream(current))
+    return _guarded(device.index)
+
+
+@contextmanager
+def _guarded(index: int) -> Iterator[int]:
+    with torch.cuda.device(index):
+        yield raw_stream(index)
 
 
 Run = Callable[..., None] | None  # a native function, or None where there is none for the device

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops import _cuda_kernels, dequantize_4bit
+from qlora_native.ops._cuda_copies import copy_of
 from qlora_native.ops._library import Weight
-from qlora_native.ops.linear_4bit import Adapter, Engine
+from qlora_native.ops.linear_4bit import Adapter, Engine, address
 
 KINDS = ("gemv", "split_k", "tile", "two_step")  # index = MatmulKind
 TWO_STEP = 3
@@ -71,7 +72,8 @@ def panel_columns(width: int, depth: int, itemsize: int, low_memory: bool = Fals
 
 def _plain(tensor: Tensor) -> Tensor:
     """The tensor as the fused kernels take it: contiguous, at a multiple of 16 bytes."""
-    tensor = tensor.contiguous()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
@@ -106,15 +108,17 @@ class Cuda(Engine):
     ) -> Tensor:
         x = _plain(x)
         y = x.new_empty(sizes.m, sizes.n if sizes.forward else sizes.k)
-        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)
-        operands = [bias, *(adapter[:2] if adapter is not None else (None, None))]
-        kept = [None if operand is None else _plain(operand) for operand in operands]
-        bias_at, low_at, up_at = (0 if operand is None else operand.data_ptr() for operand in kept)
+        workspace = None
+        if plan.workspace_bytes:
+            workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)
+        low, up = (None, None) if adapter is None else (_plain(adapter.low), _plain(adapter.up))
+        bias = None if bias is None else _plain(bias)
+        bias_at, low_at, up_at = address(bias), address(low), address(up)
         with _cuda_kernels.launching(x.device) as stream:
-            pointers = weight.pointers()
+            room, pointers = address(workspace), weight.pointers()
             self.module.linear_4bit(
                 sizes.forward, sizes.dtype, x.data_ptr(), bias_at, low_at, up_at, sizes.r, y.data_ptr(),
-                sizes.m, sizes.n, sizes.k, tuple(plan), workspace.data_ptr(), workspace.numel(), stream, pointers,
+                sizes.m, sizes.n, sizes.k, tuple(plan), room, plan.workspace_bytes, stream, pointers,
             )  # fmt: skip
         return y
 
@@ -129,6 +133,15 @@ class Cuda(Engine):
         width, depth = (n, k) if is_forward else (k, n)
         stored = x.dtype if x.dtype in DTYPE_NUMBER else torch.float32
         columns = panel_columns(width, depth, stored.itemsize, self.low_memory)
+        if columns >= width:  # the same with fewer operations of the host
+            decoded = torch.empty(n, k, dtype=stored, device=x.device)
+            dequantize_4bit.launch(self.module, weight, decoded)
+            right = (decoded.t() if is_forward else decoded).to(x.dtype)
+            if adapter is None:
+                return torch.mm(x, right) if bias is None else torch.addmm(bias, x, right)
+            up = adapter.up.t() if is_forward else adapter.up
+            y = torch.mm(adapter.low, up) if bias is None else torch.addmm(bias, adapter.low, up)
+            return y.addmm_(x, right)
         # From torch's allocator, which returns the same block to the next layer on this stream.
         panel = torch.empty(columns * depth, dtype=stored, device=x.device)
         y = x.new_empty(x.shape[0], width)
@@ -145,9 +158,21 @@ class Cuda(Engine):
         return y
 
     def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        if scale == 1.0:
+            return torch.mm(grad_y, weight, out=out)
         if out is None:
             out = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
         return torch.addmm(out, grad_y, weight, beta=0, alpha=scale, out=out)  # beta 0: what is in out is not read
+
+    def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        if dtype.itemsize > 2 or (scale == 1.0 and matrix.dtype == dtype) or self.low_memory:
+            return self.narrow(matrix, dtype, scale)
+        return copy_of(matrix, dtype, scale, lambda: self.narrow(matrix, dtype, scale))
+
+    def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
+        if b.dtype == grad_y.dtype:
+            return self.dense_grad_input(grad_y, self.narrow(b, b.dtype), scale)
+        return self.dense_grad_input(grad_y, self.adapter(b, grad_y.dtype, scale))  # the copy that forward multiplied
 
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if scale == 1.0 or torch.float64 in (tensor.dtype, dtype):
@@ -156,11 +181,18 @@ class Cuda(Engine):
         return torch.mul(wide, scale, out=torch.empty(tensor.shape, dtype=dtype, device=tensor.device))
 
     def outer(self, left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-        if left.dtype.itemsize > 2 or (dtype == left.dtype and scale == 1.0):  # torch's product rounds once as well
-            return super().outer(left, right, scale, dtype, transposed)
+        is_wide = left.dtype == dtype == torch.float32
+        if not is_wide and (left.dtype.itemsize > 2 or (dtype == left.dtype and scale == 1.0)):
+            return super().outer(left, right, scale, dtype, transposed)  # torch's product rounds once as well
         if transposed:
             left, right = right, left
-        return self.narrow(wide_product(left.t(), right), dtype, scale)
+        product = torch.mm(left.t(), right) if is_wide else wide_product(left.t(), right)
+        if dtype != torch.float32:
+            return self.narrow(product, dtype, scale)
+        return product if scale == 1.0 else product.mul_(scale)
+
+
+engine = lru_cache(maxsize=8)(Cuda)
 
 
 def multiply_into(addend: Tensor | None, left: Tensor, right: Tensor, out: Tensor) -> None:

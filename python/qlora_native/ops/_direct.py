@@ -1,4 +1,4 @@
-"""Products of a frozen CPU weight without torch's dispatcher, where that makes no difference.
+"""Products of a frozen weight without torch's dispatcher, where that makes no difference.
 
 For one token the dispatcher costs more than a small layer's product. Without autocast, compilers, transforms, modes
 and profilers, the native function is called at once, with the same bits; under autograd, by a node.
@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import CPU_NODES, IMPLEMENTATIONS, Weight, buffer, gather_pages
+from qlora_native.ops._library import AUTOGRAD_NODES, IMPLEMENTATIONS, Weight, buffer, gather_pages, recording
 
 _CPU = torch.device("cpu")
 _is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
@@ -25,49 +25,51 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 Matrix = tuple[int, int, object]  # N, K, and the native form of a weight [N, K]
 
 
-def _key_sets() -> tuple[Any, Any, Any, frozenset[int], frozenset[int]]:
-    """Torch's functions that read dispatch keys, and the sets that a plain CPU tensor and a plain thread may have."""
+def _key_sets() -> tuple[Any, Any, Any, dict[int, str], frozenset[int]]:
+    """Torch's functions that read dispatch keys, and the sets that a plain tensor and a plain thread may have."""
     key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
-    tensor = keys(key.CPU)
-    for more in (key.ADInplaceOrView, key.AutogradCPU, key.AutocastCPU):
-        tensor = tensor | keys(more)
-    inference = tensor - keys(key.ADInplaceOrView) - keys(key.AutogradCPU)
+    devices = {}
+    for device in ("CPU", "CUDA"):
+        own = keys(getattr(key, device)) | keys(getattr(key, f"Autocast{device}"))
+        derivative = keys(key.ADInplaceOrView) | keys(getattr(key, f"Autograd{device}"))
+        devices |= {own.raw_repr(): device, (own | derivative).raw_repr(): device}  # the first in inference mode
     thread = keys(key.BackendSelect)
     return (
         torch._C._dispatch_keys,
         torch._C._dispatch_tls_local_include_set,
         torch._C._is_torch_function_mode_enabled,
-        frozenset((tensor.raw_repr(), inference.raw_repr())),
+        devices,
         frozenset((thread.raw_repr(), (thread | keys(key.ADInplaceOrView)).raw_repr())),
     )
 
 
 try:
-    _keys, _included, _has_function_mode, _TENSOR_KEYS, _THREAD_KEYS = _key_sets()
+    _keys, _included, _has_function_mode, _DEVICES, _THREAD_KEYS = _key_sets()
 except AttributeError:  # a torch without these functions: every call goes through the dispatcher
-    _TENSOR_KEYS = frozenset()
+    _DEVICES = {}
+_TENSOR_KEYS = frozenset(keys for keys, device in _DEVICES.items() if device == "CPU")
+_AUTOCAST = {"CPU": "cpu", "CUDA": "cuda"}  # the device whose autocast would reach an op
 
 
-def _thread_is_plain() -> bool:
-    """Whether nothing in this thread treats ops specially."""
+def _thread_is_plain(device: str = "CPU") -> bool:
+    """Whether nothing in this thread treats ops of a device, by its dispatch key, specially."""
     return (
-        bool(_TENSOR_KEYS)
-        and not is_compiling()
+        bool(_DEVICES)
         and _included().raw_repr() in _THREAD_KEYS
         and not _has_function_mode()
-        and not _is_autocast_enabled("cpu")
+        and not _is_autocast_enabled(_AUTOCAST[device])
         and forward_ad._current_level < 0
         and not _profiler_enabled()
     )
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and _keys(tensor).raw_repr() in _TENSOR_KEYS
+    return bool(_TENSOR_KEYS) and type(tensor) in _PLAIN and _keys(tensor).raw_repr() in _TENSOR_KEYS
 
 
 def unobserved(x: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on these operands would go straight to its CPU kernel, with nothing to record or to transform."""
-    if type(x) is not Tensor or not _thread_is_plain():
+    if type(x) is not Tensor or is_compiling() or not _thread_is_plain():
         return False
     records = _is_grad_enabled()
     return all(t is None or (_is_plain(t) and not (records and t.requires_grad)) for t in (x, *others))
@@ -78,17 +80,34 @@ def call(name: str, *arguments: Any) -> Any:
 
     For a layer in training, the way through ``torch.library``'s derivative takes longer than all of our own Python.
     """
-    if not _thread_is_plain():
-        return getattr(torch.ops.qlora_native, name)(*arguments)
-    records = False
+    kernel = None if is_compiling() else _kernel(name, arguments)
+    return getattr(torch.ops.qlora_native, name)(*arguments) if kernel is None else kernel(*arguments)
+
+
+def call_in_derivative(name: str, *arguments: Any) -> Any:
+    """:func:`call` of an op on the gradient of an output and saved tensors, while no gradients are recorded.
+
+    In the derivative of one of our nodes the saved tensors were looked at when it was recorded.
+    """
+    looked_at = arguments[:1] if recording.on else arguments
+    kernel = None if is_compiling() else _kernel(name, looked_at)
+    return getattr(torch.ops.qlora_native, name)(*arguments) if kernel is None else kernel(*arguments)
+
+
+def _kernel(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """What the dispatcher would end at; None where it has more to do, or the tensors are not all on one device."""
+    device, needs_grad = None, False
     for value in arguments:
-        if isinstance(value, Tensor):
-            if not _is_plain(value):
-                return getattr(torch.ops.qlora_native, name)(*arguments)
-            records = records or value.requires_grad
-    if records and _is_grad_enabled():
-        return CPU_NODES[name](*arguments)
-    return IMPLEMENTATIONS[name, "CPU"](*arguments)
+        if type(value) in _PLAIN:
+            found = _DEVICES.get(_keys(value).raw_repr()) if _DEVICES else None
+            if found is None or (device is not None and found is not device):
+                return None
+            device, needs_grad = found, needs_grad or value.requires_grad
+        elif isinstance(value, Tensor):
+            return None
+    if device is None or not _thread_is_plain(device):
+        return None
+    return (AUTOGRAD_NODES if needs_grad and _is_grad_enabled() else IMPLEMENTATIONS).get((name, device))
 
 
 class Prepared:
@@ -172,7 +191,7 @@ def adapted_at_once(
     matrix: Callable[[], Matrix | None], x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor | None:
     """The first result of :func:`adapted_product` past the dispatcher, or None where that is not possible."""
-    if is_compiling() or not is_few(x) or not unobserved(x, a, b, bias):
+    if is_compiling() or not _is_plain(x) or not is_few(x) or not unobserved(x, a, b, bias):
         return None
     made = adapted_product(matrix(), x, bias, a, b, scale)
     return None if made is None else made[0]

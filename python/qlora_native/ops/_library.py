@@ -92,8 +92,15 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.cudagraph_unsafe,) if _name in NOT_IN_GRAPHS else ())
 
 
-IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and dispatch key
-CPU_NODES: dict[str, Callable[..., Any]] = {}  # the CPU kernel with its derivative, by op
+IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and key
+AUTOGRAD_NODES: dict[tuple[str, str], Callable[..., Any]] = {}  # the kernel with its derivative, by op and key
+
+
+class _Recording(threading.local):
+    on = False
+
+
+recording = _Recording()  # whether this thread is inside a kernel that autograd records, or a derivative
 
 
 def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,19 +141,38 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Registers the op's derivative: with the dispatcher, and as a node over the CPU kernel alone."""
+    """Registers the op's derivative: with the dispatcher, and as a node over the CPU or the CUDA kernel alone."""
     torch.library.register_autograd(f"qlora_native::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    kernel = IMPLEMENTATIONS.get((name, "CPU"))
-    if kernel is None:  # the same for all devices, of other ops
-        return
+    for device in ("CPU", "CUDA"):
+        if (name, device) in IMPLEMENTATIONS:  # else the same for all devices, of other ops
+            AUTOGRAD_NODES[name, device] = _node(
+                f"{name}_{device.lower()}", IMPLEMENTATIONS[name, device], backward, setup_context
+            )
 
+
+def _node(
+    name: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = kernel(*inputs)
+        before, recording.on = recording.on, True
+        try:
+            output = kernel(*inputs)
+        finally:
+            recording.on = before
         setup_context(ctx, inputs, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    CPU_NODES[name] = type(f"{name}_cpu", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+    def derivative(ctx: Any, *grads: Any) -> Any:
+        before, recording.on = recording.on, True
+        try:
+            return backward(ctx, *grads)
+        finally:
+            recording.on = before
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+    node = type(name, (torch.autograd.Function,), members)
+    apply: Callable[..., Any] = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+    return apply  # past a check for functorch's transforms, without which alone nodes are taken
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

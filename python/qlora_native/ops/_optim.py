@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from qlora_native import _C, _native
 from qlora_native.ops._library import fake, implement, part_of
@@ -216,6 +217,7 @@ def define(op: str, read: Callable[..., Step], update: Callable[[Step, int], Non
         params, _grads, table = step.table()
         getattr(_C, op)(address_of(table), len(params), [step.options], step.grad_factor)
         copy_back(step.params, params)
+        increment_version(step.params)
 
     @implement(op, "CUDA")
     def cuda(*arguments: Any) -> None:
@@ -234,6 +236,7 @@ def define(op: str, read: Callable[..., Step], update: Callable[[Step, int], Non
         params, _grads, table = step._replace(steps=steps).table()
         DeviceTable(module, op, table, len(params), device).step(table, [step.options], Scaling(step.grad_factor))
         copy_back(step.params, params)
+        increment_version(step.params)
         copy_back(step.steps, steps)
 
     @fake(op)

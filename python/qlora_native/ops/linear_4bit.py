@@ -59,6 +59,14 @@ class Engine:
         product = torch.mm(grad_y, weight, out=out)
         return product if scale == 1.0 else product * scale
 
+    def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """:meth:`narrow` of an adapter's matrix, which an engine may keep."""
+        return self.narrow(matrix, dtype, scale)
+
+    def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
+        """scale * grad_y B for grad_y [M, N] and an adapter's B [N, r]. Returns [M, r] in grad_y's dtype."""
+        return self.dense_grad_input(grad_y, self.narrow(b, grad_y.dtype), scale)
+
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """scale * tensor, rounded once to ``dtype``, contiguous."""
         if scale != 1.0:
@@ -73,7 +81,7 @@ class Engine:
         return self.narrow(torch.mm(left.t().to(wide), right.to(wide)), dtype, scale)
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -132,9 +140,9 @@ def _native(is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, ad
     low = up = down = rank = 0
     down_scale = 1.0
     if adapter is not None:  # contiguous by construction
-        low, up, down = adapter.low.data_ptr(), adapter.up.data_ptr(), _address(adapter.down)
+        low, up, down = adapter.low.data_ptr(), adapter.up.data_ptr(), address(adapter.down)
         rank, down_scale = adapter.low.shape[1], adapter.down_scale
-    sources = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), _address(bias))
+    sources = (is_forward, DTYPE_NUMBER[x.dtype], x.data_ptr(), address(bias))
     arguments = (*sources, down, down_scale, low, up, rank, y.data_ptr(), x.shape[0], rows, columns)
     pointers = weight.pointers()
     _with_scratch(lambda address, size: _C.linear_4bit(*arguments, address, size, pointers))
@@ -170,15 +178,23 @@ def _dense(
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     y = torch.empty(x.shape[0], rows if is_forward else columns, dtype=x.dtype) if out is None else out
-    pointers = (x.data_ptr(), weight.data_ptr(), _address(bias), scale, y.data_ptr())
+    pointers = (x.data_ptr(), weight.data_ptr(), address(bias), scale, y.data_ptr())
     _with_scratch(partial(_C.dense_linear, is_forward, DTYPE_NUMBER[x.dtype], *pointers, x.shape[0], rows, columns))
     return y
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., K] as [M, K]."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+_UNCHANGED = nullcontext()
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Inside a kernel the operands already have their final dtype; autocast must not touch them again."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
 
 
 def cuda_engine(low_memory: bool, device: torch.device) -> Engine | None:
@@ -186,7 +202,7 @@ def cuda_engine(low_memory: bool, device: torch.device) -> Engine | None:
     from qlora_native.ops import _cuda_kernels, _cuda_products
 
     module = _cuda_kernels.native(device)
-    return None if module is None else _cuda_products.Cuda(module, low_memory)
+    return None if module is None else _cuda_products.engine(module, low_memory)
 
 
 def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -209,7 +225,7 @@ def _register(device: str, engine_of: Callable[[bool, torch.device], Engine | No
             if engine is None:
                 cast_bias = None if bias is None else bias.to(x.dtype)
                 return torch.nn.functional.linear(x, _dense_weight(weight, x.dtype), cast_bias)
-            y = engine.forward(x.reshape(-1, x.shape[-1]), weight, bias)
+            y = engine.forward(as_rows(x), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @implement("linear_4bit_grad_input", device)
@@ -218,7 +234,7 @@ def _register(device: str, engine_of: Callable[[bool, torch.device], Engine | No
         with without_autocast(grad_y):
             if engine is None:
                 return grad_y @ _dense_weight(weight, grad_y.dtype)
-            grad_x = engine.grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
+            grad_x = engine.grad_input(as_rows(grad_y), weight)
         return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
 
 
@@ -257,7 +273,7 @@ NO_WEIGHT_GRADIENT = (None,) * len(Weight._fields)
 def sum_to_bias(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of a bias [N] from grad_y [..., N], summed in fp32 or wider."""
     wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
-    return grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=wide).to(dtype)
+    return as_rows(grad_y).sum(0, dtype=wide).to(dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._direct import adapted_product, call, is_few
+from qlora_native.ops._direct import adapted_product, call_in_derivative, is_few
 from qlora_native.ops._library import Weight, autograd, fake, implement
 from qlora_native.ops.linear_4bit import (
     CPU,
     NO_WEIGHT_GRADIENT,
     Adapter,
     Engine,
+    as_rows,
     cuda_engine,
     save_weight,
     saved_weight,
@@ -40,16 +41,18 @@ def read(*arguments: Any) -> Call:
 def forward_by(engine: Engine, call: Call) -> Pair:
     """The op by the products of an engine."""
     x, x_lora, a, b, scale, bias, _, weight = call
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     with without_autocast(x):
-        down, up = engine.narrow(a, x.dtype), engine.narrow(b, x.dtype, scale)
+        down, up = engine.adapter(a, x.dtype), engine.adapter(b, x.dtype, scale)
         if x_lora is None and engine.makes_low and x.dtype in DTYPE_NUMBER:
             xa = x.new_empty(rows.shape[0], a.shape[0])
             adapter = Adapter(xa, up, down)
         else:
-            xa = engine.dense_forward(rows if x_lora is None else x_lora.reshape(-1, x.shape[-1]), down)
+            xa = engine.dense_forward(rows if x_lora is None else as_rows(x_lora), down)
             adapter = Adapter(xa, up)
         y = engine.forward(rows, weight, bias, adapter)
+    if x.dim() == 2:
+        return y, xa
     return y.view(*x.shape[:-1], weight.shape[0]), xa.view(*x.shape[:-1], a.shape[0])
 
 
@@ -84,27 +87,27 @@ def backward_by(engine: Engine, arguments: tuple[Any, ...], grad_xa: Tensor | No
     """The gradients by the products of an engine."""
     grad_y, x, xa, a, b, scale, separate, needed = arguments[:8]
     weight = Weight(*arguments[9:])
-    rows, tokens = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+    rows, tokens = as_rows(grad_y), as_rows(x)
     need_x, need_x_lora, need_a, need_b = needed
     grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
     with without_autocast(x):
-        down, up = engine.narrow(a, grad_y.dtype), engine.narrow(b, grad_y.dtype)
+        down = engine.adapter(a, grad_y.dtype)
         if need_x and not separate and engine.makes_low and grad_y.dtype in DTYPE_NUMBER:
             low = x.new_empty(rows.shape[0], a.shape[0])
-            grad_x = engine.grad_input(rows, weight, Adapter(low, down, up, scale)).view(x.shape)
+            adapter = Adapter(low, down, engine.adapter(b, grad_y.dtype), scale)
+            grad_x = engine.grad_input(rows, weight, adapter).view(x.shape)
         else:
-            low = engine.dense_grad_input(rows, up, scale)
+            low = engine.grad_low(rows, b, scale)
             if grad_xa is not None:
                 low = low + grad_xa.reshape(low.shape)
             if need_x:
-                adapter = None if separate else Adapter(low, down)
-                grad_x = engine.grad_input(rows, weight, adapter).view(x.shape)
+                grad_x = engine.grad_input(rows, weight, None if separate else Adapter(low, down)).view(x.shape)
             if need_x_lora:
                 grad_x_lora = engine.dense_grad_input(low, down).view(x.shape)
         if need_a:
             grad_a = engine.outer(low, tokens, 1.0, a.dtype)
         if need_b:
-            grad_b = engine.outer(xa.reshape(-1, xa.shape[-1]), rows, scale, b.dtype, transposed=True)
+            grad_b = engine.outer(as_rows(xa), rows, scale, b.dtype, transposed=True)
     return grad_x, grad_x_lora, grad_a, grad_b
 
 
@@ -150,7 +153,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> tuple[
     if grad_xa is not None or torch.is_grad_enabled():  # by ops that have derivatives of their own
         grads = backward_by(Engine(ctx.low_memory), (*options, *arguments), grad_xa)
     else:
-        grads = call("lora_linear_4bit_backward", *options, *arguments)
+        grads = call_in_derivative("lora_linear_4bit_backward", *options, *arguments)
     grad_x, grad_x_lora, grad_a, grad_b = (g if need else None for g, need in zip(grads, needed, strict=True))
     grad_bias = sum_to_bias(grad_y, ctx.bias_dtype) if need_bias else None
     return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, None, *NO_WEIGHT_GRADIENT

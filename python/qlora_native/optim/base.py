@@ -100,6 +100,8 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 loss = closure()
         with self._alone():
             self._step()
+        # Kernels write parameters as autograd does not see.
+        torch.autograd.graph.increment_version([p for group in self.param_groups for p in group["params"]])
         return loss
 
     def write_options(self) -> None:

@@ -1,0 +1,82 @@
+"""What an adapted layer costs the host, forward and backward, with kernels and GEMMs that cost nothing.
+
+Ours runs its CUDA path over CPU tensors and a native module of stubs, plain torch its LoRA operations over the same
+tiny tensors. On a device that is ahead of the host, such a ratio is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from common import Bar, add_json, interleaved, line, machine, timings, write_json
+from torch import Tensor
+from torch.nn import functional as F
+
+import qlora_native as qn
+from qlora_native.ops import _cuda_kernels, _cuda_products, _direct
+
+TOKENS, N, K, RANK, SCALE = 4, 32, 32, 4, 2.0
+BARS = (Bar("torch", 1.5),)  # of the host's time of plain torch
+PLANS = {"fused": (2, 64, 64, 1, 3, 0, 0), "two steps": (_cuda_products.TWO_STEP, 0, 0, 1, 0, 0, 0)}
+
+
+def pass_for_cuda(plan: tuple[int, ...]) -> None:
+    """Products of CPU tensors take the CUDA path to the end, over kernels that do nothing."""
+    module: Any = ModuleType("_cuda")
+    module.plan_matmul = lambda question: plan
+    module.linear_4bit = module.dequantize_4bit = lambda *arguments: None
+    _cuda_kernels.native = lambda device: module  # type: ignore[assignment]
+    _cuda_kernels.facts = lambda device: _cuda_kernels.Facts(90, 132)  # type: ignore[assignment]
+    _cuda_kernels.current_device, _cuda_kernels.raw_stream = lambda: 0, lambda index: 0
+    _cuda_kernels.is_capturing = lambda device: False  # type: ignore[assignment]
+    _cuda_products.wide_product = lambda left, right: torch.mm(_stand_in(left.shape), _stand_in(right.shape))
+    _cuda_products.plan_of.cache_clear()
+    _direct._DEVICES, _direct._TENSOR_KEYS = dict.fromkeys(_direct._DEVICES, "CUDA"), frozenset()
+
+
+@cache
+def _stand_in(shape: torch.Size) -> Tensor:
+    """An fp32 operand for a product of 16-bit ones in fp32, which torch has on CUDA alone."""
+    return torch.zeros(shape)
+
+
+def plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.linear(x, w) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * SCALE
+
+
+def step(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], grad_y: Tensor) -> None:
+    torch.autograd.grad(forward(), leaves, grad_y)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=2000)
+    add_json(parser)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    w = qn.quantize(torch.randn(N, K))
+    result: dict[str, Any] = {"bench": "host_cost", "machine": machine(), "rows": []}
+    for (kind, plan), dtype in itertools.product(PLANS.items(), (torch.bfloat16, torch.float32)):
+        pass_for_cuda(plan)
+        dense, x = torch.randn(N, K, dtype=dtype), torch.randn(TOKENS, K, dtype=dtype, requires_grad=True)
+        a, b = torch.randn(RANK, K, requires_grad=True), torch.randn(N, RANK, requires_grad=True)
+        torch.optim.SGD([a, b]).step()  # changes nothing; copies are kept of what an optimizer steps
+        grad_y, leaves = torch.randn(TOKENS, N, dtype=dtype), (x, a, b)
+        forward = {"ours": partial(qn.lora_linear, x, w, a, b, SCALE), "torch": partial(plain, x, dense, a, b)}
+        both = {name: partial(step, function, leaves, grad_y) for name, function in forward.items()}
+        seconds = interleaved(both, arguments.repeats, warmup=50)
+        row = {"products": kind, "dtype": str(dtype), "match": True, **timings(seconds, BARS)}
+        result["rows"].append(row)
+        print(line(row, "products", "dtype"), flush=True)
+    write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()

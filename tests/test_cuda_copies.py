@@ -1,0 +1,218 @@
+"""The 16-bit copies of adapters that CUDA products keep: taken again within a step, never once the adapter changed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from emulated import Emulator
+from helpers import same_bytes
+from torch import Tensor
+
+import qlora_native as qn
+from qlora_native.ops import _cuda_copies, _cuda_kernels, _cuda_products
+
+N, K, RANK, SCALE = 64, 96, 4, 0.75
+
+
+@pytest.fixture
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    monkeypatch.setattr(_cuda_copies, "_copies", {})
+    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch) as found:
+        yield found
+
+
+class Layer:
+    """An adapted layer in bf16 with fp32 adapters, and how often its adapters were copied."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(0)
+        self.w = qn.quantize(torch.randn(N, K))
+        self.x, self.grad_y = torch.randn(5, K).bfloat16().requires_grad_(), torch.randn(5, N).bfloat16()
+        self.a, self.b = (torch.nn.Parameter(torch.randn(shape)) for shape in ((RANK, K), (N, RANK)))
+        self.optimizer = torch.optim.SGD([self.a, self.b], lr=0.1)
+        self.optimizer.step()  # without gradients it changes nothing
+        self.copies = 0
+        narrow = _cuda_products.Cuda.narrow
+
+        def counted(engine: Any, tensor: Tensor, *options: Any) -> Tensor:
+            self.copies += tensor is self.a or tensor is self.b
+            return narrow(engine, tensor, *options)
+
+        monkeypatch.setattr(_cuda_products.Cuda, "narrow", counted)
+
+    def forward(self) -> Tensor:
+        return qn.lora_linear(self.x, self.w, self.a, self.b, SCALE)
+
+    def both(self) -> tuple[Tensor, ...]:
+        """y and the gradients, also left in ``grad``."""
+        self.a.grad = self.b.grad = None
+        y = self.forward()
+        y.backward(self.grad_y)
+        assert self.a.grad is not None and self.b.grad is not None
+        return y.detach(), self.a.grad, self.b.grad
+
+    @contextmanager
+    def nothing_kept(self) -> Iterator[None]:
+        before = dict(_cuda_copies._copies)
+        _cuda_copies._copies.clear()
+        yield
+        _cuda_copies._copies.update(before)
+
+    def is_fresh(self) -> bool:
+        """Whether a pass gives the bytes of one without kept copies."""
+        got = self.both()
+        with self.nothing_kept():
+            return all(map(same_bytes, got, self.both()))
+
+
+@pytest.fixture
+def layer(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Layer:
+    return Layer(monkeypatch)
+
+
+def test_copied_once_a_step(layer: Layer) -> None:
+    first = layer.both()
+    assert layer.copies == 2
+    for _ in range(3):
+        assert all(map(same_bytes, layer.both(), first))
+    assert layer.copies == 2
+
+
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "AdamW": lambda params: qn.optim.AdamW(params, lr=0.1),
+    "AdamW, clipped": lambda params: qn.optim.AdamW(params, lr=0.1, max_norm=1.0),
+    "Lion": lambda params: qn.optim.Lion(params, lr=0.1),
+    "8 bits": lambda params: qn.optim.AdamW(params, lr=0.1, bits=8),
+    "torch": lambda params: torch.optim.AdamW(params, lr=0.1),
+    "torch, one by one": lambda params: torch.optim.SGD(params, lr=0.1, foreach=False),
+}
+
+
+class ThroughData(torch.optim.Optimizer):
+    """Writes as no version shows, as kernels do that are given a pointer."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            param.data.sub_(0.1 * param.grad)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "paged", "through .data"])
+def test_fresh_after_a_step(layer: Layer, name: str, tmp_path: Any) -> None:
+    params = [layer.a, layer.b]
+    if name == "paged":
+        optimizer: Any = qn.optim.AdamW(params, lr=0.1, paged=True)
+    else:
+        optimizer = ThroughData(params) if name == "through .data" else OPTIMIZERS[name](params)
+    for _ in range(2):
+        before = layer.both()
+        optimizer.step()
+        assert not torch.equal(layer.both()[0], before[0])
+        assert layer.is_fresh()
+
+
+def test_fresh_after_the_op_of_a_step(layer: Layer) -> None:
+    """An op by itself is no optimizer's step."""
+    before = layer.both()
+    with torch.no_grad():
+        for param in (layer.a, layer.b):
+            states = [torch.zeros_like(param) for _ in range(2)]
+            options = 0.1, 0.9, 0.99, 1e-8, 0.0, True, 1.0
+            lists = [[param], [param.grad], *([state] for state in states), [], [], [torch.zeros(())]]
+            torch.ops.qlora_native.adamw_step(*lists, *options)
+    assert not torch.equal(layer.both()[0], before[0])
+    assert layer.is_fresh()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_shows_in_the_version(name: str) -> None:
+    """Without it, autograd would let a graph that was recorded before a step be differentiated after it."""
+    param = torch.nn.Parameter(torch.randn(8, 600))
+    loss = (param * param).sum()
+    loss.backward(retain_graph=True)
+    OPTIMIZERS[name]([param]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "copy_": lambda p: p.copy_(torch.ones_like(p)),
+    "through a view": lambda p: p[1:].zero_(),
+    ".data =": lambda p: setattr(p, "data", torch.ones_like(p)),
+    ".data = back and forth": lambda p: [setattr(p, "data", torch.full_like(p, value)) for value in (1.0, 2.0)],
+    ".data = the same memory": lambda p: setattr(p, "data", p.data.as_strided(p.shape, (p.shape[1], 0))),
+    "load_state_dict": lambda p: torch.nn.ParameterList([p]).load_state_dict({"0": torch.ones_like(p)}),
+    "init": torch.nn.init.ones_,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("which", ["a", "b"])
+@torch.no_grad()
+def test_fresh_after_a_change(layer: Layer, change: str, which: str) -> None:
+    with torch.enable_grad():
+        before = layer.both()
+    CHANGES[change](getattr(layer, which))
+    with torch.enable_grad():
+        assert not torch.equal(layer.both()[0], before[0])
+        assert layer.is_fresh()
+
+
+def test_nothing_is_kept_where_nothing_is_recorded(layer: Layer) -> None:
+    """Averaged weights are often put in place for an evaluation through ``.data``, which nothing shows."""
+    layer.both()
+    before = layer.copies
+    with torch.no_grad():
+        layer.forward()
+        assert layer.copies == before + 2
+        layer.b.data.zero_()
+        y = layer.forward()
+        assert same_bytes(y, qn.lora_linear(layer.x, layer.w, layer.a, torch.zeros(N, RANK), SCALE))
+
+
+def test_kept_no_longer_than_the_adapter(layer: Layer) -> None:
+    layer.both()
+    assert len(_cuda_copies._copies) == 2
+    layer.a.grad = layer.b.grad = None
+    del layer.a, layer.b, layer.optimizer
+    gc.collect()
+    assert not _cuda_copies._copies
+
+
+def test_nothing_is_kept_of_what_is_updated_by_hand(layer: Layer) -> None:
+    """As in a loop without an optimizer, whose writes through ``.data`` nothing shows."""
+    _cuda_copies._copies.clear()
+    for _ in range(2):
+        before = layer.both()
+        for param in (layer.a, layer.b):
+            param.data -= 0.1 * param.grad
+        assert not torch.equal(layer.both()[0], before[0])
+        assert layer.is_fresh()
+
+
+def test_another_stream_makes_its_own(layer: Layer, emulator: Emulator) -> None:
+    layer.both()
+    emulator.stream = emulator.module.new_stream()
+    layer.both()
+    assert layer.copies == 4
+
+
+def test_a_captured_step_ends_keeping(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer.both()
+    with monkeypatch.context() as capturing:
+        capturing.setattr(_cuda_kernels, "is_capturing", lambda device: True)
+        layer.both()
+        assert layer.copies == 2 + 4  # a graph has its own, for each use
+        layer.optimizer.step()
+    layer.both()
+    layer.optimizer.step()
+    layer.both()
+    assert layer.copies == 2 + 3 * 4

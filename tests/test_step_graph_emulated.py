@@ -1,0 +1,104 @@
+"""A whole training step in one CUDA graph over the emulator: replayed, it is the eager step bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from emulated import Emulator
+from emulated_torch import captured
+from helpers import same_bytes
+from torch import Tensor
+
+import qlora_native as qn
+from qlora_native.ops import _cuda_kernels
+
+RATES = (0.03, 0.02, 0.01, 0.005)
+
+
+@pytest.fixture
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch) as found:
+        yield found
+
+
+class Layers(torch.nn.Module):
+    """Two adapted 4-bit layers and a 4-bit head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = [qn.quantize(torch.randn(shape) / 8) for shape in ((96, 64), (64, 96))]
+        self.head = qn.quantize(torch.randn(101, 64) / 8)
+        shapes = ((4, 64), (96, 4), (4, 96), (64, 4))
+        self.adapters = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(shape) / 8) for shape in shapes])
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        a, b, c, d = self.adapters
+        hidden = torch.nn.functional.silu(qn.lora_linear(x, self.w[0], a, b, 2.0))
+        return qn.linear_cross_entropy(qn.lora_linear(hidden, self.w[1], c, d, 0.7), self.head, labels)
+
+
+class Run:
+    """One of two runs of the same steps."""
+
+    def __init__(self, kind: str, bits: int) -> None:
+        self.model = Layers()
+        params = list(self.model.parameters())
+        if kind == "Lion":
+            self.optimizer: Any = qn.optim.Lion(params, lr=RATES[0], max_norm=1.0)
+        else:
+            self.optimizer = qn.optim.AdamW(params, lr=RATES[0], bits=bits, max_norm=1.0)
+        self.x = torch.zeros(40, 64, dtype=torch.bfloat16)
+        self.labels = torch.zeros(40, dtype=torch.int64)
+        self.loss = torch.zeros(())
+
+    def batch(self, number: int, rate: float) -> None:
+        generator = torch.Generator().manual_seed(number)
+        self.x.copy_(torch.randn(40, 64, generator=generator))
+        self.labels.copy_(torch.randint(101, (40,), generator=generator))
+        self.optimizer.param_groups[0]["lr"] = rate
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        loss = self.model(self.x, self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
+
+    def state(self) -> list[Tensor]:
+        states = [value for param in self.model.parameters() for value in self.optimizer.state[param].values()]
+        return [t.clone() for t in (*self.model.parameters(), *states, self.loss, self.optimizer._grad_norm)]
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("AdamW", 32), ("AdamW", 8), ("Lion", 32)])
+def test_a_captured_step_is_the_eager_one(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, kind: str, bits: int
+) -> None:
+    """Forward, loss, backward, clipping and the update, three times with other tokens and a falling learning rate."""
+    there, here = Run(kind, bits), Run(kind, bits)
+    for run in (there, here):
+        run.batch(0, RATES[0])
+        run.step()  # warms up: the states and the optimizer's tables
+    before = there.state()
+    with captured(emulator) as graph:
+        monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: True)
+        there.step()
+        monkeypatch.setattr(_cuda_kernels, "is_capturing", lambda device: False)
+    assert all(map(same_bytes, there.state(), before)), "a capture runs nothing"
+    for number, rate in enumerate(RATES[1:], 1):
+        there.batch(number, rate)
+        there.optimizer.write_options()
+        graph.replay()
+        here.batch(number, rate)
+        here.step()
+        assert all(map(same_bytes, there.state(), here.state()))
+        assert not torch.equal(there.state()[0], before[0])
+    there.batch(9, RATES[0])  # a rate that is not written
+    here.batch(9, RATES[0])
+    graph.replay()
+    here.step()
+    assert not torch.equal(there.state()[0], here.state()[0])
