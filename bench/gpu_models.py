@@ -83,7 +83,7 @@ def build(name: str, four_bit: Callable[[int, int], Any]) -> Any:
             meta.store(key, torch.ones(tensor.shape, device=device(), dtype=half()), "made up")
         else:
             meta.store(key, torch.randn(tensor.shape, device=device(), dtype=half()) * 0.02, "made up")
-    return meta.finish([], "made up")
+    return meta.finish()
 
 
 def dense(n: int, k: int) -> torch.Tensor:
