@@ -12,6 +12,7 @@
 
 #include "cuda_on_cpu/block.h"
 #include "cuda_on_cpu/builtins.h"
+#include "cuda_on_cpu/counters.h"
 #include "cuda_on_cpu/global_memory.h"
 #include "cuda_on_cpu/report.h"
 #include "cuda_on_cpu/visibility.h"
@@ -203,6 +204,9 @@ void check_global(const void* address, size_t num_bytes, Access access, const ch
     return;
   }
   if (Range* range = find(wanted); range != nullptr) {
+    if (global_bytes().counts) {
+      (access == Access::kRead ? global_bytes().read : global_bytes().written) += num_bytes;
+    }
     check_range(*range, wanted, num_bytes, access, verb, where);
     return;
   }

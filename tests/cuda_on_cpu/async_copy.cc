@@ -54,7 +54,6 @@ void issue_copy(void* shared, const void* global, int num_bytes, Site site) {
     std::memcpy(copy.value.data(), global, static_cast<size_t>(num_bytes));
   }
   ++counters().async_copies;
-  global_bytes().read += global_bytes().counts ? static_cast<uint64_t>(num_bytes) : 0;
   note_shared(shared, 16, Access::kWrite, Where::site(site));
   if (device().sm < 80) {  // there the thread copies by itself
     std::memcpy(shared, copy.value.data(), 16);

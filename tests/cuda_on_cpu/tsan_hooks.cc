@@ -7,8 +7,6 @@
 #include "cuda_on_cpu/address_space.h"
 #include "cuda_on_cpu/banks.h"
 #include "cuda_on_cpu/block.h"
-#include "cuda_on_cpu/counters.h"
-#include "cuda_on_cpu/global_memory.h"
 #include "cuda_on_cpu/race.h"
 
 using cuemu::Access;
@@ -25,9 +23,6 @@ void note(const void* address, size_t num_bytes, Access access, cuemu::Where whe
     cuemu::note_shared(address, num_bytes, access, where);
   } else {
     cuemu::check_global(address, num_bytes, access, access == Access::kRead ? "read" : "write", where);
-    if (cuemu::global_bytes().counts && cuemu::is_global(address)) {
-      (access == Access::kRead ? cuemu::global_bytes().read : cuemu::global_bytes().written) += num_bytes;
-    }
   }
   cuemu::in_check = false;
 }
