@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
-from common import Bar, add_json, interleaved, line, machine, timings, write_json
+from common import Bar, Functions, add_json, interleaved, line, machine, timings, write_json
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,16 +34,12 @@ def pass_for_cuda(plan: tuple[int, ...]) -> None:
     _cuda_kernels.native = lambda device: module  # type: ignore[assignment]
     _cuda_kernels.facts = lambda device: _cuda_kernels.Facts(90, 132)  # type: ignore[assignment]
     _cuda_kernels.current_device, _cuda_kernels.raw_stream = lambda: 0, lambda index: 0
-    _cuda_kernels.is_capturing = lambda device: False  # type: ignore[assignment]
-    _cuda_products.wide_product = lambda left, right: torch.mm(_stand_in(left.shape), _stand_in(right.shape))
+    _cuda_kernels.is_capturing = lambda device: False
+    # In place of fp32 products of 16-bit operands, which torch has on CUDA alone: of fp32 ones, of the same shapes.
+    operands = {m: (torch.zeros(m, TOKENS), torch.zeros(TOKENS, n)) for m, n in ((RANK, K), (N, RANK))}
+    _cuda_products.wide_product = lambda left, right: torch.mm(*operands[len(left)])
     _cuda_products.plan_of.cache_clear()
     _direct._DEVICES, _direct._TENSOR_KEYS = dict.fromkeys(_direct._DEVICES, "CUDA"), frozenset()
-
-
-@cache
-def _stand_in(shape: torch.Size) -> Tensor:
-    """An fp32 operand for a product of 16-bit ones in fp32, which torch has on CUDA alone."""
-    return torch.zeros(shape)
 
 
 def plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -70,7 +66,7 @@ def main() -> None:
         torch.optim.SGD([a, b]).step()  # changes nothing; copies are kept of what an optimizer steps
         grad_y, leaves = torch.randn(TOKENS, N, dtype=dtype), (x, a, b)
         forward = {"ours": partial(qn.lora_linear, x, w, a, b, SCALE), "torch": partial(plain, x, dense, a, b)}
-        both = {name: partial(step, function, leaves, grad_y) for name, function in forward.items()}
+        both: Functions = {name: partial(step, function, leaves, grad_y) for name, function in forward.items()}
         seconds = interleaved(both, arguments.repeats, warmup=50)
         row = {"products": kind, "dtype": str(dtype), "match": True, **timings(seconds, BARS)}
         result["rows"].append(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,7 +84,7 @@ def test_copied_once_a_step(layer: Layer) -> None:
     assert layer.copies == 2
 
 
-OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Sequence[Tensor]], torch.optim.Optimizer]] = {
     "AdamW": lambda params: qn.optim.AdamW(params, lr=0.1),
     "AdamW, clipped": lambda params: qn.optim.AdamW(params, lr=0.1, max_norm=1.0),
     "Lion": lambda params: qn.optim.Lion(params, lr=0.1),
@@ -97,10 +97,10 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 class ThroughData(torch.optim.Optimizer):
     """Writes as no version shows, as kernels do that are given a pointer."""
 
-    def __init__(self, params: list[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__(params, {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for param in self.param_groups[0]["params"]:
             param.data.sub_(0.1 * param.grad)
 
@@ -143,11 +143,17 @@ def test_a_step_shows_in_the_version(name: str) -> None:
         loss.backward()
 
 
+def twice(param: Tensor) -> None:
+    """The second value may get the memory of what the copies were made of."""
+    param.data = torch.full_like(param, 1.0)
+    param.data = torch.full_like(param, 2.0)
+
+
 CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "copy_": lambda p: p.copy_(torch.ones_like(p)),
     "through a view": lambda p: p[1:].zero_(),
     ".data =": lambda p: setattr(p, "data", torch.ones_like(p)),
-    ".data = back and forth": lambda p: [setattr(p, "data", torch.full_like(p, value)) for value in (1.0, 2.0)],
+    ".data = twice": twice,
     ".data = the same memory": lambda p: setattr(p, "data", p.data.as_strided(p.shape, (p.shape[1], 0))),
     "load_state_dict": lambda p: torch.nn.ParameterList([p]).load_state_dict({"0": torch.ones_like(p)}),
     "init": torch.nn.init.ones_,
@@ -193,6 +199,7 @@ def test_nothing_is_kept_of_what_is_updated_by_hand(layer: Layer) -> None:
     for _ in range(2):
         before = layer.both()
         for param in (layer.a, layer.b):
+            assert param.grad is not None
             param.data -= 0.1 * param.grad
         assert not torch.equal(layer.both()[0], before[0])
         assert layer.is_fresh()
@@ -216,3 +223,19 @@ def test_a_captured_step_ends_keeping(layer: Layer, monkeypatch: pytest.MonkeyPa
     layer.optimizer.step()
     layer.both()
     assert layer.copies == 2 + 3 * 4
+
+
+def test_a_device_is_made_current_only_where_another_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+
+    @contextmanager
+    def guard(index: int) -> Iterator[None]:
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(_cuda_kernels, "current_device", lambda: 1)
+    monkeypatch.setattr(_cuda_kernels, "raw_stream", lambda index: 100 + index)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    for name, guards in (("cuda:1", []), ("cuda", []), ("cuda:0", [0])):
+        with _cuda_kernels.launching(torch.device(name)) as stream:
+            assert entered == guards and stream == (100 if guards else 101)

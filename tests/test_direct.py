@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import emulated
 import pytest
 import torch
 from helpers import relative_error, same_bytes, through_a_file
@@ -21,6 +22,7 @@ import qlora_native as qn
 from qlora_native import _C, lora
 from qlora_native.cases import TOLERANCE
 from qlora_native.nn import QuantizedLinear
+from qlora_native.ops import _direct
 from qlora_native.ops._direct import unobserved
 
 K, N = 128, 48
@@ -277,3 +279,48 @@ def test_what_the_kernel_cannot_take_costs_no_native_matrix_a_call(matrices: lis
         for module in (made, adapted):
             module(x), module(x)
     assert len(matrices) <= 1
+
+
+class TestOnCuda:
+    """The same way for CUDA tensors, whose part is played by CPU tensors over the emulator."""
+
+    @pytest.fixture(autouse=True)
+    def _kernels(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch):
+            yield
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("tokens", [1, 40])
+    def test_same_bytes_and_gradients(self, dtype: torch.dtype, tokens: int) -> None:
+        adapted = adapter_on(made := layer(bias=True, dtype=dtype))
+        x, grad_y = torch.randn(2, tokens, K).to(dtype).requires_grad_(), torch.randn(2, tokens, N).to(dtype)
+        leaves = [x, adapted.lora_A, adapted.lora_B]
+        arguments = (x, None, adapted.lora_A, adapted.lora_B, 2.0, made.bias, False, *made.quantized.op_args())
+        expected, got = torch.ops.qlora_native.lora_linear_4bit(*arguments)[0], adapted(x)
+        assert got.grad_fn is not None and type(got.grad_fn).__name__ == "lora_linear_4bit_cudaBackward"
+        assert same_bytes(got, expected) and same_bytes(made(x), by_dispatcher(made, x))
+        assert all(map(same_bytes, *(torch.autograd.grad(y, leaves, grad_y) for y in (got, expected))))
+        with torch.no_grad():
+            assert same_bytes(adapted(x), expected)
+
+    @pytest.mark.parametrize("state", OBSERVED)
+    def test_steps_aside(self, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        arguments = (torch.randn(3, K), None, False, *layer().quantized.op_args())
+        assert _direct._kernel("linear_4bit", arguments) is not None
+        if state == "autocast":  # torch's own context does nothing without a CUDA device
+            monkeypatch.setattr(_direct, "_is_autocast_enabled", lambda device: device == "cuda")
+            assert _direct._kernel("linear_4bit", arguments) is None
+            return
+        with OBSERVED[state]():
+            assert _direct._kernel("linear_4bit", arguments) is None
+        assert _direct._kernel("linear_4bit", arguments) is not None
+
+
+def test_keys_of_a_device() -> None:
+    """Beside its own key a plain tensor has those of autograd and autocast, or of autocast alone in inference mode."""
+    with torch.inference_mode():
+        inference = torch.empty(1)
+    for tensor in (torch.empty(1), inference):
+        assert _direct._DEVICES[torch._C._dispatch_keys(tensor).raw_repr()] == "CPU"
+    names = sorted(str(torch._C.DispatchKeySet.from_raw_repr(keys)) for keys in _direct._DEVICES)
+    assert [name.replace("CUDA", "CPU") for name in names[2:]] == names[:2]

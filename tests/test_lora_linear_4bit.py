@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers import INDUCTOR, SavedTensors, refuses, relative_error, signed
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import qlora_native as qn
 from qlora_native import reference
@@ -188,3 +190,28 @@ def test_compiles_without_breaks(backend: str) -> None:
     compiled = torch.compile(lambda: torch.relu(operands.ours()), fullgraph=True, backend=backend)
     got = torch.autograd.grad(compiled(), leaves, operands.grad_y)
     assert max(map(relative_error, got, expected)) < 1e-6
+
+
+@pytest.mark.devices("cpu")
+def test_compiled_passes_fit_into_cuda_graphs() -> None:
+    """What torch.compile(mode="reduce-overhead") captures: forward and backward whole, of ops that a graph can hold."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    operands = Operands(Product(5, 48, 96, 4), torch.bfloat16, torch.float32, False, True)
+    leaves = list(operands.leaves().values())
+    compiled = torch.compile(
+        lambda: torch.relu(operands.ours()), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
+    )
+    got = torch.autograd.grad(compiled(), leaves, operands.grad_y)
+    expected = torch.autograd.grad(torch.relu(operands.ours()), leaves, operands.grad_y)
+    assert max(map(relative_error, got, expected)) < TOLERANCE[torch.bfloat16]
+    called = [[node.target for node in graph.graph.nodes if node.op == "call_function"] for graph in graphs]
+    assert [any("lora_linear_4bit" in str(target) for target in targets) for targets in called] == [True, True]
+    for target in itertools.chain(*called):
+        assert torch.Tag.cudagraph_unsafe not in getattr(target, "tags", ()), target
+    assert torch.Tag.cudagraph_unsafe in torch.ops.qlora_native.quantize_4bit.default.tags

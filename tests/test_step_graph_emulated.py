@@ -45,7 +45,7 @@ class Layers(torch.nn.Module):
 class Run:
     """One of two runs of the same steps."""
 
-    def __init__(self, kind: str, bits: int) -> None:
+    def __init__(self, kind: str, bits: Any) -> None:
         self.model = Layers()
         params = list(self.model.parameters())
         if kind == "Lion":

@@ -149,11 +149,21 @@ class LoopSection(_Section):
     grad_checkpointing: bool = _key(
         True, "recompute activations in the backward pass: about a third slower, far less memory"
     )
+    cuda_graph: Literal["auto", "off"] = _key(
+        "auto",
+        "on a CUDA device, capture forward and backward passes into CUDA graphs, one for each shape of a "
+        "micro-batch, where that is possible: less work for the host",
+    )
     eval_every: NonNegative = _key(100, "steps between evaluations; 0 = at the start and the end only")
     save_every: NonNegative = _key(100, "steps between checkpoints; 0 = at Ctrl-C only")
     keep: Positive = _key(2, "how many of the newest checkpoints stay on disk")
     log_every: Positive = _key(10, "steps between printed lines when the output is not a terminal")
     dtype: Literal["bfloat16", "float32"] = _key("bfloat16", "type of activations and of the unquantized weights")
+
+    @field_validator("cuda_graph", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads it as false
 
     @model_validator(mode="after")
     def _one_length(self) -> LoopSection:

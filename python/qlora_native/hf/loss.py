@@ -43,9 +43,7 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-    if model not in _plain:
-        _plain[model] = head_is_plain(model, inputs)
-    if not _plain[model]:
+    if not has_plain_head(model, inputs):
         trained = targets != IGNORE_INDEX
         return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
     hidden, head = hidden_states(model, without_needless_mask(model, inputs, targets))
@@ -54,6 +52,13 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     if isinstance(head, FSDPModule) and not any(p.requires_grad for p in head.parameters()):
         head.reshard()  # the gradient of the hidden states is there already
     return loss
+
+
+def has_plain_head(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+    """:func:`head_is_plain`, found out once for a model."""
+    if model not in _plain:
+        _plain[model] = head_is_plain(model, inputs)
+    return _plain[model]
 
 
 def settle(model: Any) -> None:

@@ -136,7 +136,9 @@ class Cuda(Engine):
         if columns >= width:  # the same with fewer operations of the host
             decoded = torch.empty(n, k, dtype=stored, device=x.device)
             dequantize_4bit.launch(self.module, weight, decoded)
-            right = (decoded.t() if is_forward else decoded).to(x.dtype)
+            right = decoded if stored == x.dtype else decoded.to(x.dtype)
+            if is_forward:
+                right = right.t()
             if adapter is None:
                 return torch.mm(x, right) if bias is None else torch.addmm(bias, x, right)
             up = adapter.up.t() if is_forward else adapter.up

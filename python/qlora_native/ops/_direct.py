@@ -28,7 +28,7 @@ Matrix = tuple[int, int, object]  # N, K, and the native form of a weight [N, K]
 def _key_sets() -> tuple[Any, Any, Any, dict[int, str], frozenset[int]]:
     """Torch's functions that read dispatch keys, and the sets that a plain tensor and a plain thread may have."""
     key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
-    devices = {}
+    devices: dict[int, str] = {}
     for device in ("CPU", "CUDA"):
         own = keys(getattr(key, device)) | keys(getattr(key, f"Autocast{device}"))
         derivative = keys(key.ADInplaceOrView) | keys(getattr(key, f"Autograd{device}"))
@@ -97,9 +97,11 @@ def call_in_derivative(name: str, *arguments: Any) -> Any:
 def _kernel(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
     """What the dispatcher would end at; None where it has more to do, or the tensors are not all on one device."""
     device, needs_grad = None, False
+    if not _DEVICES or _has_function_mode():  # which would see what is read of a tensor
+        return None
     for value in arguments:
         if type(value) in _PLAIN:
-            found = _DEVICES.get(_keys(value).raw_repr()) if _DEVICES else None
+            found = _DEVICES.get(_keys(value).raw_repr())
             if found is None or (device is not None and found is not device):
                 return None
             device, needs_grad = found, needs_grad or value.requires_grad

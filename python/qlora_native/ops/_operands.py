@@ -6,7 +6,7 @@ Kernels make dense operands contiguous themselves; the tensors of a quantized we
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -170,7 +170,6 @@ class Rule(NamedTuple):
     has_weight: bool  # its last arguments
     is_matrix: bool  # of two dimensions
     may_be_one: frozenset[str]  # sizes in whose place 1 will do
-    fits: Callable[[tuple[Any, ...]], bool]  # False also where only :func:`check` finds out
 
 
 def rule_of(op: str, schema: str) -> Rule:
@@ -187,71 +186,7 @@ def rule_of(op: str, schema: str) -> Rule:
         operands.append(Operand(names.index(name), name, dtype, allowed, "..." in words, axes if shape else None))
     has_weight = names[-len(Weight._fields) :] == list(Weight._fields)
     is_matrix = any({"N", "K"} & set(operand.axes or ()) for operand in operands)
-    quick = has_weight and is_matrix and names[0] != "h"  # products; the loss may have a dense weight
-    return Rule(op, tuple(operands), has_weight, is_matrix, frozenset(may_be_one), _fits(operands) if quick else _never)
-
-
-def _never(arguments: tuple[Any, ...]) -> bool:
-    return False
-
-
-def _fits(operands: Sequence[Operand]) -> Callable[[tuple[Any, ...]], bool]:
-    """The rule of a product as one expression, compiled: a layer pays for it in every pass, in half the time."""
-    known, lines, conditions = {"N", "K"}, [], ["kind in FLOATS", "weight_fits(*v[-9:])"]
-    for position, _, dtype, _, leads, axes in operands:
-        tensor = f"v[{position}]"
-        for index, axis in enumerate(axes or ()):
-            if axis not in known:  # `r`, of the first operand that has it
-                known.add(axis)
-                at = index - len(axes or ()) if leads else index
-                lines.append(f"{axis} = {tensor}.shape[{at}] if {tensor}.dim() else -1")
-        shape = ", ".join([*(["*leading"] if leads else []), *(axes or ())])
-        of_dtype = f"{tensor}.dtype {'is kind' if dtype == 'T' else 'in FLOATS'}"
-        conditions.append(
-            f"({tensor} is None or {of_dtype} and {tensor}.shape == ({shape},) and {tensor}.device == on)"
-        )
-    source = [
-        "def fits(v):",
-        "if len(v[-3]) != 2: return False",
-        "(N, K), kind, on, leading = v[-3], v[0].dtype, v[-9].device, v[0].shape[:-1]",
-        *lines,
-        f"return {' and '.join(conditions)}",
-    ]
-    names: dict[str, Any] = {"FLOATS": FLOATS, "weight_fits": weight_fits}
-    exec("\n    ".join(source), names)  # of OPERANDS alone
-    fits: Callable[[tuple[Any, ...]], bool] = names["fits"]
-    return fits
-
-
-def weight_fits(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    code: Tensor | None,
-    nested_code: Tensor | None,
-    shape: Sequence[int],
-    quant_type: int,
-    block_size: int,
-) -> bool:
-    """Whether :meth:`Weight.check` passes; False for tables of their own, which it is to look at."""
-    numel, on = math.prod(shape), packed.device
-    blocks = -(-numel // block_size)
-    is_nested = nested_absmax is not None
-    if code is not None or nested_code is not None or (nested_offset is not None) is not is_nested:
-        return False
-    return (
-        (packed.dtype is torch.uint8 and packed.numel() == (numel + 1) // 2 and packed.is_contiguous())
-        and absmax.dtype is (torch.uint8 if is_nested else torch.float32)
-        and (absmax.numel() == blocks and absmax.is_contiguous() and absmax.device == on)
-        and (nested_absmax is None or _holds(nested_absmax, -(-blocks // NESTED_BLOCK), on))
-        and (nested_offset is None or _holds(nested_offset, 1, on))
-    )
-
-
-def _holds(tensor: Tensor, count: int, on: torch.device) -> bool:
-    is_whole = tensor.numel() == count and tensor.is_contiguous()
-    return is_whole and tensor.dtype is torch.float32 and tensor.device == on
+    return Rule(op, tuple(operands), has_weight, is_matrix, frozenset(may_be_one))
 
 
 def check(rule: Rule, arguments: tuple[Any, ...]) -> None:
@@ -259,8 +194,6 @@ def check(rule: Rule, arguments: tuple[Any, ...]) -> None:
 
     Every call of every op comes through here: nothing is built that a call which fits does not need.
     """
-    if rule.fits(arguments):
-        return
     sizes: dict[str, int] = {}
     leading = kind = device = None
     is_quantized = False

@@ -154,7 +154,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> tuple[
         grads = backward_by(Engine(ctx.low_memory), (*options, *arguments), grad_xa)
     else:
         grads = call_in_derivative("lora_linear_4bit_backward", *options, *arguments)
-    grad_x, grad_x_lora, grad_a, grad_b = (g if need else None for g, need in zip(grads, needed, strict=True))
+    grad_x, grad_x_lora, grad_a, grad_b = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     grad_bias = sum_to_bias(grad_y, ctx.bias_dtype) if need_bias else None
     return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, None, *NO_WEIGHT_GRADIENT
 

@@ -47,6 +47,7 @@ from qlora_native.train.checkpoint import (
     save_checkpoint,
     stop_request,
 )
+from qlora_native.train.graphs import Passes, why_eager
 from qlora_native.train.memory import MemoryReport, OOMRetry
 from qlora_native.train.progress import Metrics, Progress, make_loggers, plot_losses
 from qlora_native.train.setup import learning_rate, make_optimizer, prepare_model
@@ -177,6 +178,12 @@ class Trainer:
             progress.note(f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe())
         if checkpoint is not None:
             progress.note(f"continuing from {checkpoint} after step {state.step}")
+        reason = why_eager(config, model, ranks.world)
+        if reason:
+            progress.note(f"CUDA graphs are off: {reason}")
+        self.passes = Passes(
+            model, lambda batch: causal_lm_loss(model, batch), progress.note, is_captured=reason is None
+        )
         oom_retry = OOMRetry(config, optimizer, progress.note, can_retry=ranks.world == 1)
         speeds: list[float] = []
         began = time.monotonic()
@@ -249,14 +256,13 @@ class Trainer:
         ranks = self.ranks
         batches = list(self._micro_batches(rows, items))
         trained = int(ranks.sum(sum(count for _, count in batches))[0])
-        loss = torch.zeros((), device=self.model.device)
+        self.passes.begin()
         for batch, count in batches:
-            share = causal_lm_loss(self.model, batch) * (count / trained)
-            (share * ranks.averaged_over).backward()
-            loss += share.detach()
+            self.passes.run(batch, count / trained, ranks.averaged_over)
+        self.passes.end()
         ranks.add_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         tokens = int(sum(rows.lengths[item].sum() for item in items))
-        return ranks.sum(loss.item())[0], tokens, trained
+        return ranks.sum(self.passes.loss.item())[0], tokens, trained
 
     @torch.no_grad()
     def evaluate(self, rows: TokenizedDataset) -> float:

@@ -21,6 +21,7 @@ from qlora_native.hf.source import Source, open_source
 from qlora_native.lora import LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
+from qlora_native.train.graphs import why_eager
 from qlora_native.weight import CALIBRATED
 
 if TYPE_CHECKING:
@@ -73,7 +74,10 @@ def prepare_model(
             # transformers 5.0 has the older name only. Not the re-entrant kind: it drops the gradients of a block
             # whose input needs none, as the first one's here.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            options_of_it = {"use_reentrant": False}
+            if why_eager(config, model, ranks.world) is None:  # then nothing is random, and a graph cannot save a state
+                options_of_it["preserve_rng_state"] = False
+            enable(options_of_it)
     return model.train()
 
 

@@ -1,0 +1,143 @@
+"""Forward and backward passes of micro-batches as CUDA graphs, one for each shape of them.
+
+Eager, a layer-step of a small micro-batch waits for the host. The optimizer's step, two launches, stays outside, and so
+do the learning rate, clipping, paging and what decides whether to step at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import masking_utils
+
+from qlora_native.config import TrainConfig
+from qlora_native.data.template import IGNORE_INDEX
+from qlora_native.hf.loss import has_plain_head, without_needless_mask
+from qlora_native.train.batches import Batch
+
+EAGER_PASSES = 2  # of a shape before its capture: they warm up cuBLAS and everything that is made once
+MOST_GRAPHS = 32  # their activations share memory, their launches do not
+
+Shape = tuple[tuple[str, torch.Size], ...]
+Replay = Callable[[], None]
+
+
+def why_eager(config: TrainConfig, model: Any, world: int = 1) -> str | None:
+    """Why the passes of a run are not captured, "" where nobody would expect it; None if they are."""
+    if config.train.cuda_graph == "off" or model.device.type != "cuda":
+        return ""
+    if world > 1:
+        return f"{world} processes exchange gradients"
+    if config.train.grad_checkpointing and is_random(model):
+        return "gradient checkpointing takes the random state of dropout to the host"
+    return None
+
+
+def is_random(model: Any) -> bool:
+    """Whether the model draws random numbers in training, by its modules and its config."""
+    options = model.config.get_text_config().to_dict()
+    rates = [rate for name, rate in options.items() if re.search("drop|jitter|noise", name)]
+    for module in model.modules():
+        rates += [getattr(module, "p", None)] if isinstance(module, _DropoutNd) else [getattr(module, "dropout", None)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+class Passes:
+    """Forward and backward passes that leave gradients in the parameters; replayed where ``is_captured``.
+
+    ``loss_of`` is the mean loss of a micro-batch; ``note`` prints why passes are not captured any more.
+    """
+
+    def __init__(
+        self, model: Any, loss_of: Callable[[Batch], Tensor], note: Callable[[str], None], *, is_captured: bool = False
+    ) -> None:
+        self.model, self.loss_of, self.note, self.is_captured = model, loss_of, note, is_captured
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.grads: dict[Tensor, Tensor] = {}  # of the first step, in which all others leave theirs
+        self.seen: dict[Shape, int] = {}
+        self.graphs: dict[Shape, tuple[Batch, Replay]] = {}
+        self.last: torch.cuda.CUDAGraph | None = None
+        self.weight, self.loss = (torch.zeros((), device=model.device) for _ in range(2))
+
+    def begin(self) -> None:
+        """Before the micro-batches of a step: no gradients, and no loss."""
+        self.loss.zero_()
+        for parameter, grad in self.grads.items():
+            parameter.grad = grad.zero_()
+
+    def run(self, batch: Batch, weight: float, factor: int = 1) -> None:
+        """Adds ``weight`` times a micro-batch's loss to ``loss``, and ``factor`` times its gradient."""
+        self.weight.fill_(weight)
+        plain = self._without_mask(batch) if self.is_captured else None
+        if plain is None:
+            self._pass(batch, factor)
+            return
+        shape = tuple((key, value.shape) for key, value in plain.items())
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        is_new = shape not in self.graphs and len(self.graphs) < MOST_GRAPHS
+        if is_new and self.grads and self.seen[shape] > EAGER_PASSES:
+            self._capture(shape, plain, factor)
+        if shape not in self.graphs:
+            self._pass(plain, factor)
+            return
+        inputs, replay = self.graphs[shape]
+        for key, value in plain.items():
+            inputs[key].copy_(value)
+        replay()
+
+    def end(self) -> None:
+        """After the last micro-batch of a step, with gradients in the parameters."""
+        if self.is_captured and not self.grads:
+            self.grads = {p: p.grad for p in self.parameters if p.grad is not None}
+
+    def _pass(self, batch: Batch, factor: int) -> None:
+        share = self.loss_of(batch) * self.weight
+        (share * factor).backward()
+        self.loss += share.detach()
+
+    def _without_mask(self, batch: Batch) -> Batch | None:
+        """The batch without a mask that hides nothing a trained token sees; None if it hides something, or the loss
+        is taken from logits, of which a graph cannot choose some. Both wait for the device, as no graph can."""
+        if not has_plain_head(self.model, batch):
+            return None
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        mask = without_needless_mask(self.model, inputs, targets).get("attention_mask")
+        if mask is not None and not bool((mask != 0).all()):
+            return None
+        return {key: value for key, value in batch.items() if key != "attention_mask"}
+
+    def _capture(self, shape: Shape, batch: Batch, factor: int) -> None:
+        inputs = {key: value.clone() for key, value in batch.items()}
+        try:
+            with captured(self.last) as graph, nullcontext() if "position_ids" in inputs else _rows_alone():
+                self._pass(inputs, factor)
+            if any(parameter.grad is not None and parameter not in self.grads for parameter in self.parameters):
+                raise RuntimeError("which parameters have a gradient depends on the batch")
+        except RuntimeError as error:
+            self.is_captured, self.graphs = False, {}
+            self.note(f"CUDA graphs are off: {str(error).splitlines()[0]}")
+        else:
+            self.last, self.graphs[shape] = graph, (inputs, graph.replay)
+
+
+def _rows_alone() -> AbstractContextManager[Any]:
+    """Rows that are not packed. Transformers cannot find that out in a capture, and would build a table for attention
+    across them."""
+    return patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+
+
+@contextmanager
+def captured(last: torch.cuda.CUDAGraph | None) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures into the graph that it gives, with the memory of the last one: they run one after another."""
+    graph, pool = torch.cuda.CUDAGraph(), None if last is None else last.pool()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # backward has a thread of its own
+        yield graph
