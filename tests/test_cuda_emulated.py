@@ -122,7 +122,7 @@ def plan_of(m: int, n: int, k: int, r: int, dtype: int, forward: bool, low_memor
         (33, 192, 128, True, TILE),
         (5, 1024, 64, False, SPLIT_K),
         (70, 128, 320, False, TILE),
-        (257, 64, 64, True, TWO_STEP),
+        (513, 64, 64, True, TWO_STEP),
         (9, 64, 65, True, TWO_STEP),
         (9, 67, 64, False, TWO_STEP),
     ],

@@ -117,7 +117,7 @@ def test_a_path_that_is_no_data_file(tmp_path: Path, sentence: Check) -> None:
 
 
 def test_parquet_without_pyarrow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     message = failure(write(tmp_path, b"PAR1", "rows.parquet"))
     assert re.match("rows.parquet: reading Parquet needs pyarrow.*pip install pyarrow", message)
 

@@ -64,7 +64,7 @@ def test_a_bias_on_the_host(emulator: Emulator, memory: Placed) -> None:
 
 def softmax_loss(emulator: Emulator, labels: torch.Tensor) -> None:
     logits, losses = torch.randn(9, 101), torch.empty(9)
-    numbers = 0, logits.data_ptr(), labels.data_ptr(), 9, 101, False, losses.data_ptr(), 0
+    numbers = 0, logits.data_ptr(), labels.data_ptr(), -100, 9, 101, False, losses.data_ptr(), 0
     emulator.module.softmax_loss(*numbers)
 
 

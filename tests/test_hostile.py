@@ -356,7 +356,10 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport none_such\n")
     path = os.pathsep.join([str(tmp_path), str(Path(qn.__file__).parents[1])])
     done = subprocess.run(
-        [sys.executable, "-m", "qlora_native", "doctor"], env={**os.environ, "PYTHONPATH": path}, capture_output=True
+        [sys.executable, "-m", "qlora_native", "doctor"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     assert (done.returncode, done.stderr) == (130, b"qlora: interrupted\n")
 

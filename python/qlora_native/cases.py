@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import torch
 
+from qlora_native.reference import BLOCK_SIZES as BLOCK_SIZES
+
 # Relative error (Frobenius) of a product against the fp64 truth on the same dequantized weight: half an ulp of the
 # output's rounding, plus the operands' (adapters and their intermediate are rounded to x's dtype).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANT_TYPES = ("nf4", "fp4")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # To quantize: odd counts, rows that are no multiple of the block, 1-D, 3-D, empty, many scales.
 WEIGHT_SHAPES = ((0,), (1,), (63,), (64,), (65,), (5, 127), (6, 96), (3, 7, 50), (4, 0, 3), (300, 64), (129, 257))

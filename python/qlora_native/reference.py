@@ -12,6 +12,7 @@ from torch import Tensor
 from qlora_native import _native
 
 NESTED_BLOCK = 256
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def _padded_blocks(flat: Tensor, block: int) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from qlora_native import _native, reference
-from qlora_native.cases import BLOCK_SIZES
 from qlora_native.ops._direct import Prepared
 from qlora_native.ops._library import Weight
 from qlora_native.ops.quantize_4bit import empty_outputs
@@ -313,7 +312,10 @@ def bnb_state_key(keys: Iterable[str], prefix: str = "weight") -> str | None:
 
 # What a quant state holds, and in words.
 _STATE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "blocksize": (lambda value: type(value) is int and value in BLOCK_SIZES, "a power of two from 32 to 4096"),
+    "blocksize": (
+        lambda value: type(value) is int and value in reference.BLOCK_SIZES,
+        "a power of two from 32 to 4096",
+    ),
     "shape": (
         lambda value: type(value) is list and all(type(size) is int and 0 <= size < 1 << 31 for size in value),
         "a list of whole numbers",

@@ -7,16 +7,15 @@ neither maps the GPU code nor initializes the driver, which would forbid CUDA in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from qlora_native import _C
-from qlora_native.ops import _library
 from qlora_native.ops._library import say_once
 
 SLOWER = "its tensors go through torch's own operations, which is slower."
@@ -85,22 +84,6 @@ def launching(device: torch.device) -> AbstractContextManager[int]:
 def _guarded(index: int) -> Iterator[int]:
     with torch.cuda.device(index):
         yield raw_stream(index)
-
-
-Run = Callable[..., None] | None  # a native function, or None where there is none for the device
-
-
-def function(name: str, device: torch.device) -> Run:
-    """``name`` of the module ``_cuda`` on a device's current stream; None where ``module_for`` has none."""
-    module = _library.module_for(device)
-    if module is None:
-        return None
-
-    def run(*arguments: Any) -> None:
-        with launching(device) as stream:
-            getattr(module, name)(*arguments, stream)
-
-    return run
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -226,6 +226,23 @@ def module_for(device: torch.device) -> ModuleType | None:
     return _cuda_kernels.native(device)
 
 
+Run = Callable[..., None] | None  # a native function, or None where there is none for the device
+
+
+def cuda_function(name: str, device: torch.device) -> Run:
+    """``name`` of the module ``_cuda`` on a device's current stream; None where ``module_for`` has none."""
+    module = module_for(device)
+    if module is None:
+        return None
+    from qlora_native.ops import _cuda_kernels
+
+    def run(*arguments: Any) -> None:
+        with _cuda_kernels.launching(device) as stream:
+            getattr(module, name)(*arguments, stream)
+
+    return run
+
+
 def part_of(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, the very tensor; any other tensor itself."""
     part: Tensor = getattr(tensor, "_local_tensor", tensor)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import autograd, fake, implement
+from qlora_native.ops._library import Run, autograd, cuda_function, fake, implement
 
 Pair = tuple[Tensor, Tensor]
 
@@ -24,7 +23,7 @@ def shapes(x: Tensor, weight: Tensor, eps: float) -> Pair:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def forward(run: _cuda_kernels.Run, x: Tensor, weight: Tensor, eps: float) -> Pair:
+def forward(run: Run, x: Tensor, weight: Tensor, eps: float) -> Pair:
     """By the native function ``run``, where there is one for the device and dtype."""
     if run is None or x.dtype not in DTYPE_NUMBER:
         return anywhere(x, weight, eps)
@@ -42,7 +41,7 @@ def cpu(x: Tensor, weight: Tensor, eps: float) -> Pair:
 
 @implement("rms_norm", "CUDA")
 def cuda(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    return forward(_cuda_kernels.function("rms_norm", x.device), x, weight, eps)
+    return forward(cuda_function("rms_norm", x.device), x, weight, eps)
 
 
 @implement("rms_norm", "CompositeExplicitAutograd")
@@ -52,7 +51,7 @@ def anywhere(x: Tensor, weight: Tensor, eps: float) -> Pair:
     return y.contiguous(), rstd.contiguous()
 
 
-def grad_input(run: _cuda_kernels.Run, grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
+def grad_input(run: Run, grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
     if run is None or x.dtype not in DTYPE_NUMBER:
         return anywhere_backward(grad_y, x, weight, rstd, eps)
     grad_y, x, weight, rstd = grad_y.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
@@ -69,7 +68,7 @@ def cpu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: f
 
 @implement("rms_norm_backward", "CUDA")
 def cuda_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
-    return grad_input(_cuda_kernels.function("rms_norm_backward", x.device), grad_y, x, weight, rstd, eps)
+    return grad_input(cuda_function("rms_norm_backward", x.device), grad_y, x, weight, rstd, eps)
 
 
 @implement("rms_norm_backward", "CompositeExplicitAutograd")

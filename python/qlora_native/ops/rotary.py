@@ -9,9 +9,8 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import autograd, fake, implement
+from qlora_native.ops._library import Run, autograd, cuda_function, fake, implement
 
 
 @fake("rotary")
@@ -25,7 +24,7 @@ def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return torch.empty_like(x)  # heads side by side come out so, and the products around need no copy
 
 
-def rotated(run: _cuda_kernels.Run, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+def rotated(run: Run, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """By the native function ``run``, where there is one for the device and dtype."""
     if run is None or x.dtype not in DTYPE_NUMBER:
         return anywhere(x, cos, sin, inverse)
@@ -46,7 +45,7 @@ def cpu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 @implement("rotary", "CUDA")
 def cuda(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    return rotated(_cuda_kernels.function("rotary", x.device), x, cos, sin, inverse)
+    return rotated(cuda_function("rotary", x.device), x, cos, sin, inverse)
 
 
 @implement("rotary", "CompositeExplicitAutograd")

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import autograd, fake, implement, save_inputs
+from qlora_native.ops._library import Run, autograd, cuda_function, fake, implement, save_inputs
 
 Pair = tuple[Tensor, Tensor]
 
@@ -22,7 +21,7 @@ def shapes(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-def forward(run: _cuda_kernels.Run, gate: Tensor, up: Tensor) -> Tensor:
+def forward(run: Run, gate: Tensor, up: Tensor) -> Tensor:
     """By the native function ``run``, where there is one for the device and dtype."""
     if run is None or gate.dtype not in DTYPE_NUMBER:
         return anywhere(gate, up)
@@ -38,7 +37,7 @@ def cpu(gate: Tensor, up: Tensor) -> Tensor:
 
 @implement("swiglu", "CUDA")
 def cuda(gate: Tensor, up: Tensor) -> Tensor:
-    return forward(_cuda_kernels.function("swiglu", gate.device), gate, up)
+    return forward(cuda_function("swiglu", gate.device), gate, up)
 
 
 @implement("swiglu", "CompositeExplicitAutograd")
@@ -46,7 +45,7 @@ def anywhere(gate: Tensor, up: Tensor) -> Tensor:
     return shapes(gate, up).copy_(reference.swiglu(gate, up))
 
 
-def gradients(run: _cuda_kernels.Run, grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
+def gradients(run: Run, grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
     if run is None or gate.dtype not in DTYPE_NUMBER:
         return anywhere_backward(grad_y, gate, up)
     grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
@@ -63,7 +62,7 @@ def cpu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
 
 @implement("swiglu_backward", "CUDA")
 def cuda_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    return gradients(_cuda_kernels.function("swiglu_backward", gate.device), grad_y, gate, up)
+    return gradients(cuda_function("swiglu_backward", gate.device), grad_y, gate, up)
 
 
 @implement("swiglu_backward", "CompositeExplicitAutograd")
