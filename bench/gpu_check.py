@@ -211,7 +211,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def run_once(command: Sequence[str], seconds: float, env: dict[str, str], log: Path) -> tuple[str, str]:
     """The state in which a command ends, and its last words; it is killed with all that it started, also when this
-    process is ended. It gets no session of its own, in which it could outlive a lent machine's command."""
+    process is ended. It gets no process session of its own, in which it could outlive the command that started it."""
     with log.open("ab+") as out:
         start = out.seek(0, os.SEEK_END)
         process = subprocess.Popen(
