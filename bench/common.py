@@ -93,6 +93,7 @@ def timings(seconds: Seconds, bars: Iterable[Bar] = (), floor: float | None = No
     row["ours_over"] = {name: rounded(ratios(ours, values)) for name, values in seconds.items() if name != "ours"}
     if floor is not None:
         row |= {"floor_ms": rounded([floor], 1e3)[0], "of_floor": rounded([floor / median(ours)])[0]}
+        seconds = {**seconds, "floor": [floor] * len(ours)}  # a rival to bars alone
     row["bars"] = verdicts(seconds, bars)
     return row
 

@@ -115,12 +115,9 @@ def emulated_kernels(folder: str | None) -> Iterator[None]:
 
 
 def run_python(group: Group, context: Any) -> None:
-    """Runs a Python group in this process; what it needs and is not installed is noted as absent."""
+    """Runs a Python group in this process."""
     module, function, *arguments = group.run.split()
-    try:
-        getattr(importlib.import_module(module), function)(context, *(a.replace("_", " ") for a in arguments))
-    except ModuleNotFoundError as error:
-        context.note("absent", str(error.name))
+    getattr(importlib.import_module(module), function)(context, *(a.replace("_", " ") for a in arguments))
 
 
 def child(name: str, seconds: float, dry: bool, emulated_in: str | None) -> None:
@@ -244,16 +241,11 @@ def run_group(group: Group, seconds: float, arguments: argparse.Namespace) -> di
     """Runs a group to its end, with restarts; its entry in the result, which is also the last line of its record."""
     file = WORK / f"{group.name}.jsonl"
     file.unlink(missing_ok=True)
-    env = {
-        **os.environ,
-        "GPU_CHECK_GROUP": group.name,
-        "PYTHON": sys.executable,
-        "WORK": str(WORK),
-        "GPU_CHECK_WORK": str(WORK),
-    }
+    env = os.environ | {"GPU_CHECK_GROUP": group.name, "GPU_CHECK_WORK": str(WORK), "WORK": str(WORK)}
+    env |= {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    env |= {"ARCH": arguments.arch, "CUDA_MODULE_LOADING": "LAZY"}
     if arguments.dry_run:  # beside other programs
         env |= {"OMP_NUM_THREADS": "1"}
-    env |= {"ARCH": arguments.arch, "CUDA_MODULE_LOADING": "LAZY", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     sampler = Sampler(WORK / "sensors.csv")
     began, end = time.time(), time.monotonic() + seconds
     died: list[tuple[str, str]] = []
@@ -276,10 +268,8 @@ def run_group(group: Group, seconds: float, arguments: argparse.Namespace) -> di
     if died:
         state, words = died[0][0] + (f" ({len(died)} times)" if len(died) > 1 else ""), died[0][1]
     found: dict[str, Any] = {"group": group.name, "state": state, "words": words if state != "ok" else ""}
-    found |= {
-        "seconds": round(time.time() - began, 1),
-        "clocks": summary(samples := sampler.stop(), began, time.time()),
-    }
+    samples = sampler.stop()
+    found |= {"seconds": round(time.time() - began, 1), "clocks": summary(samples, began, time.time())}
     made = read(file)
     for record in made:
         if "at" in record:

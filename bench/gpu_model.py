@@ -20,9 +20,8 @@ Uncertainty: about 25 % a row, 12 % our steps, 50 % host rows and rivals' steps.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +30,10 @@ import gpu_paging
 import gpu_passes
 import gpu_products
 from gpu_timing import Case
-from pages import RESULTS
+from pages import RESULTS, write_or_check
 
-ROOT = Path(__file__).parents[1]
 MODEL = RESULTS / "model.json"
-BUDGETS = ROOT / "tests" / "cuda_budgets.json"
+BUDGETS = Path(__file__).parents[1] / "tests" / "cuda_budgets.json"
 PACKED = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: NF4 in blocks of 64, double-quantized scales
 MEMORY_SHARE, START_S = 0.92, 3e-6
 GIB = 1 << 30
@@ -65,12 +63,7 @@ CARDS = {
 }
 FUSED_TOKENS = {"75": 256, "80": 512, "89": 1536, "90": 128, "120": 1536}  # cuda/matmul_plan.cc
 TILES = {16: (0, 64), 32: (1, 64), 64: (2, 64), 128: (3, 128)}  # rows -> number in the kernel's name, columns
-HOST_US = {
-    "host linear": 61.0,
-    "host lora": 230.0,
-    "host lora step": 700.0,
-    "host adamw_step": 300.0,
-}  # CPU, over stubs
+HOST_US = {"host linear": 61.0, "host lora": 230.0, "host lora step": 700.0, "host adamw_step": 300.0}  # over stubs
 
 
 class Model:
@@ -124,16 +117,17 @@ class Model:
         in_cache = min(2 * n * k, 24 << 20) < self.card.l2_mib * (1 << 20) / 2
         return self.moving((PACKED + (0 if in_cache else 2)) * n * k) + START_S + self.gemm(m, n, k)
 
+    def way(self, m: int, is_forward: bool) -> Callable[[int, int, int], float]:
+        """The kind of kernel, as cuda/matmul_plan.cc plans it."""
+        if m > FUSED_TOKENS[self.card.arch]:
+            return self.two_step
+        return self.small if m <= 16 and is_forward else self.tile
+
     def product(self, case: Case) -> float:
         """A row of gpu_products."""
         op, (m, n, k, r) = case.op.removeprefix("lora_"), case[1:5]
         is_forward = op == "forward"
-        if m > FUSED_TOKENS[self.card.arch]:
-            seconds = self.two_step(m, n, k)
-        elif m <= 16 and is_forward:
-            seconds = self.small(m, n, k)
-        else:
-            seconds = self.tile(m, *((n, k) if is_forward else (k, n)))
+        seconds = self.way(m, is_forward)(m, *((n, k) if is_forward else (k, n)))
         if r:  # forward: x A^T and the addition to y; backward: those of dx, and the gradients of A and B
             seconds += START_S + self.moving(2 * m * (k + 2 * n if is_forward else 3 * k + 2 * n))
             seconds += (2 if is_forward else 4) * m * r * (n + k) / (self.card.tensor_share * 1e12 * self.card.tflops)
@@ -166,12 +160,11 @@ class Model:
     def step(self, case: Case, name: str, rival: str = "") -> float | None:
         """A training step; None where the card's memory is too small."""
         shape, m = gpu_models.LLAMA[name], case.m
-        width, hidden, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-        keys = width // shape["num_attention_heads"] * 8
-        linears = [(width, width)] * 2 + [(keys, width)] * 2 + [(hidden, width)] * 2 + [(width, hidden)]
+        width, layers, linears = shape["hidden_size"], shape["num_hidden_layers"], gpu_models.linears(name)
+        vocabulary = gpu_models.VOCABULARY
         weights = layers * sum(n * k for n, k in linears)
         is_dense = rival.startswith("dense")
-        needed = weights * (2 if is_dense else PACKED) + 4 * 128256 * width + m * width * 2 * layers + 3 * GIB
+        needed = weights * (2 if is_dense else PACKED) + 4 * vocabulary * width + m * width * 2 * layers + 3 * GIB
         if needed > GIB * self.card.memory_gib:
             return None
         seconds = 0.0
@@ -185,11 +178,11 @@ class Model:
         # Norms, rotation, SwiGLU and residuals: 2.1 GB of 4,096 tokens of the 8B model, 8.0 as transformers has them.
         gigabytes = {"": 2.1, "unsloth": 2.5, "dense compiled": 3.5}.get(rival, 8.0)
         seconds += self.moving(1e9 * gigabytes * m / 4096 * width / 4096)
-        length = 1024
+        length = gpu_models.BATCHES[name][1]
         seconds += 3.5 * 2 * 2 * m * length / 2 * width / (0.5 * self.card.tensor_share * 1e12 * self.card.tflops)
-        device = layers * seconds + self.loss(m, 128256, width)
+        device = layers * seconds + self.loss(m, vocabulary, width)
         if rival and rival != "unsloth":
-            device += self.moving(12 * m * 128256)  # whole logits in fp32, and back
+            device += self.moving(12 * m * vocabulary)  # whole logits in fp32, and back
         host = layers * 7 * (HOST_US["host lora"] + HOST_US["host lora step"]) * 1e-6
         return max(device, host if not rival else host / 3.5)
 
@@ -232,14 +225,7 @@ def text() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", action="store_true", help="bench/results/model.json")
-    what.add_argument("--check", action="store_true", help="exit status 1 if it differs")
-    arguments = parser.parse_args()
-    if arguments.check:
-        sys.exit(0 if MODEL.read_text(encoding="utf-8") == text() else "run python bench/gpu_model.py --write")
-    MODEL.write_text(text(), encoding="utf-8")
+    write_or_check(__doc__, MODEL, lambda _: text(), Path(__file__).name)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from common import quartiles, rounded
-from gpu_timing import Case, Context, device, half, importable, middle, on_gpu, wait
+from gpu_timing import Case, Context, device, half, importable, on_gpu, wait
 from torch import nn
 
 import qlora_native as qn
@@ -35,6 +35,7 @@ LLAMA: dict[str, dict[str, int]] = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
+VOCABULARY = 128256
 BATCHES = {"8B": (4, 1024), "70B": (1, 1024), "tiny": (2, 16)}
 RIVALS = ("dense", "dense compiled", "bitsandbytes", "torchao", "unsloth")
 
@@ -46,11 +47,19 @@ def cases(model: str, dry: bool) -> list[Case]:
     return [Case("qlora_step", batch * length, k=LLAMA[name]["hidden_size"], r=RANK, form=model)]
 
 
+def linears(name: str) -> list[tuple[int, int]]:
+    """The weights [n, k] of a layer: q, o, gate, up, down, k, v; 8 heads of keys."""
+    shape = LLAMA[name]
+    width, hidden = shape["hidden_size"], shape["intermediate_size"]
+    keys = 8 * width // shape["num_attention_heads"]
+    return [(width, width)] * 2 + [(hidden, width)] * 2 + [(width, hidden)] + [(keys, width)] * 2
+
+
 def llama_config(name: str) -> Any:
     """Llama 3's config of that size."""
     from transformers import LlamaConfig
 
-    words = {"vocab_size": 320, "num_key_value_heads": 2} if name == "tiny" else {"vocab_size": 128256}
+    words = {"vocab_size": 320, "num_key_value_heads": 2} if name == "tiny" else {"vocab_size": VOCABULARY}
     sizes = {"num_key_value_heads": 8, "max_position_embeddings": 8192, **LLAMA[name], **words}
     return LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=False)
 
@@ -131,12 +140,11 @@ def run_rival(context: Context, rival: str) -> None:
 
 def _row(seconds: list[float], losses: list[float], tokens: int, found: dict[str, Any]) -> dict[str, Any]:
     counted = seconds[1:] or seconds  # the first makes tables, workspaces, compiled code
-    rates = [tokens / value for value in counted]
     return {
         "match": bool(torch.tensor(losses).isfinite().all()) and losses[-1] < losses[0],
-        "ms": {"ours": middle(counted)},
+        "ms": {"ours": rounded(quartiles(counted), 1e3)},
         "first_step_ms": rounded(seconds[:1], 1e3)[0],
-        "tokens_per_second": rounded(quartiles(rates)),
+        "tokens_per_second": rounded(quartiles([tokens / value for value in counted])),
         "median_step_s": round(median(counted), 4),
         "losses": rounded(losses),
         "bars": [],

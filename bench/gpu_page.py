@@ -19,9 +19,8 @@ from pages import RESULTS, between, table, write_or_check
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- bench/gpu_page.py begins -->", "<!-- bench/gpu_page.py ends -->"
-KEYS = ("H200", "H100", "A100", "T4", "4090", "5090")  # of the model's cards, as they stand in a device's name
 OFF = 1.3  # measured over predicted, or the other way round, from which on the model was wrong
-STEPS = ("qlora_step", "dense step", "dense compiled step", "bitsandbytes step", "torchao step", "unsloth step")
+MODELS = ("8B", "70B")  # a training step's row ends with one
 
 Result = dict[str, Any]
 Rows = Mapping[str, Mapping[str, float | None]]
@@ -33,15 +32,13 @@ def slug(name: str) -> str:
 
 
 def predictions() -> dict[str, dict[str, float | None]]:
-    """Of gpu_model.py, in ms by row and card; empty where that file is not there."""
-    file = RESULTS / "model.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))["rows"]) if file.exists() else {}
+    """Of gpu_model.py, in ms by row and card."""
+    return dict(json.loads((RESULTS / "model.json").read_text(encoding="utf-8"))["rows"])
 
 
 def predicted(row: str, card: str, rows: Rows) -> float | None:
     """Milliseconds, None for a card or row that the model lacks."""
-    key = next((key for key in KEYS if key in card), "")
-    return rows.get(row, {}).get(key)
+    return next((ms for key, ms in rows.get(row, {}).items() if key in card), None)
 
 
 def merged(results: Iterable[Result]) -> Result:
@@ -88,7 +85,7 @@ def card_lines(result: Result, rows: Rows) -> list[str]:
     hot = max((clocks["celsius"][2] for clocks in by_group if "celsius" in clocks), default=None)
     masks = {clocks["throttle"] for clocks in by_group if "throttle" in clocks}
     rates = [f"{name}: {value:g}" for name, value in next(iter(result["ceilings"].values()), {}).items()]
-    rivals = sorted({name for row in result["rows"] for name in row.get("ours_over", {})} - {"floor", "ours_warm"})
+    rivals = sorted({name for row in result["rows"] for name in row.get("ours_over", {})} - {"ours_warm"})
     body = []
     for row in result["rows"]:
         if "ms" not in row:
@@ -123,7 +120,7 @@ def lines(folder: Path = RESULTS) -> list[str]:
     if not measured:
         found = ["No card has been measured yet.", ""]
     cards = list(dict.fromkeys(name for row in rows.values() for name in row))
-    steps = [[row, *(_ms(times[name]) for name in cards)] for row, times in rows.items() if row.startswith(STEPS)]
+    steps = [[row, *(_ms(times[name]) for name in cards)] for row, times in rows.items() if row.endswith(MODELS)]
     found += ["## Predicted steps", "", "In ms; an empty cell is a model that does not fit into the card's memory.", ""]
     return [*found, *table(["", *cards], steps)]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from common import timings
-from gpu_timing import Case, Context, device, wait
+from gpu_timing import Case, Context, device, interleaved_calls
 
 import qlora_native as qn
 
@@ -23,14 +22,6 @@ def _optimizer(state_bytes: int, **options: Any) -> tuple[list[torch.nn.Paramete
     for param in params:
         param.grad = torch.full_like(param, 0.01)
     return params, qn.optim.AdamW(params, lr=1e-3, max_norm=1.0, **options)
-
-
-def _timed(step: Any) -> float:
-    wait()
-    start = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - start
 
 
 def run(context: Context) -> None:
@@ -50,13 +41,9 @@ def paging_row(dry: bool, rounds: int) -> dict[str, Any]:
     state_bytes, budget = (TINY_STATE_BYTES, TINY_BUDGET) if dry else (STATE_BYTES, BUDGET)
     params, paged = _optimizer(state_bytes, paged=True, page_budget=budget)
     others, plain = _optimizer(state_bytes, paged=False)
-    seconds: dict[str, list[float]] = {"ours": [], "unpaged": []}
-    for number in range(rounds + 1):
-        before = paged.paging_statistics()["bytes_in"]
-        paged_s, plain_s = _timed(paged.step), _timed(plain.step)
-        if number > 0:  # the first step makes the tables
-            seconds["ours"].append(paged_s)
-            seconds["unpaged"].append(plain_s)
+    seconds = interleaved_calls({"ours": paged.step, "unpaged": plain.step}, rounds)
+    before = paged.paging_statistics()["bytes_in"]
+    paged.step(), plain.step()
     statistics = paged.paging_statistics()
     moved = statistics["bytes_in"] - before
     match = all(torch.equal(p, q) for p, q in zip(params, others, strict=True))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from common import relative_error, timings
+from gpu_models import LLAMA, VOCABULARY, linears
 from gpu_products import Weights
 from gpu_timing import (
     HOST_CALLS,
@@ -19,11 +20,11 @@ from gpu_timing import (
     half,
     host_us,
     importable,
+    interleaved_calls,
     interleaved_replays,
     launches,
     of_floor,
     on_gpu,
-    timed,
 )
 from replay import Call
 from torch import Tensor
@@ -34,9 +35,7 @@ from qlora_native.ops import _library
 OPS = torch.ops.qlora_native
 NORMS = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotary")
 LORA_PARAMETERS = tuple(  # of rank-16 adapters on every layer of an 8B model: A [16, K] and B [N, 16]
-    (r, c)
-    for n, k in 32 * ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), *2 * ((14336, 4096),), (4096, 14336))
-    for r, c in ((16, k), (n, 16))
+    (r, c) for n, k in LLAMA["8B"]["num_hidden_layers"] * linears("8B") for r, c in ((16, k), (n, 16))
 )
 TINY_PARAMETERS = ((16, 40), (24, 16), (1, 7))
 
@@ -61,7 +60,7 @@ def norm_cases(dry: bool) -> list[Case]:
 
 def loss_cases(dry: bool) -> list[Case]:
     """The rows of ``loss``: forward and gradient of the hidden states."""
-    m, n, k = (24, 101, 64) if dry else (4096, 128256, 4096)
+    m, n, k = (24, 101, 64) if dry else (4096, VOCABULARY, 4096)
     return [Case("linear_cross_entropy", m, n, k, form=form) for form in ("", "4-bit head")]
 
 
@@ -97,7 +96,6 @@ def dequantize_row(case: Case, context: Context) -> dict[str, Any]:
     ]
     seconds = interleaved_replays({"ours": calls, "ours_warm": calls[:1] * len(calls)}, context)
     least = floor(context.measured, num_bytes)
-    seconds["floor"] = [least] * context.rounds
     exact = qn.reference.dequantize(dtype, *first.to("cpu").op_args())
     bars = (of_floor(0.85),) if case.n * case.k >= 1 << 24 else ()
     return {"match": torch.equal(outs[0].cpu(), exact)} | timings(seconds, bars, least)
@@ -107,7 +105,7 @@ def quantize_row(case: Case, context: Context) -> dict[str, Any]:
     """16 to 4 bits with double quantization. It waits for the device, so no graph can hold it."""
     dense = torch.randn(case.n, case.k, device=device(), dtype=half())
     w = qn.quantize(dense)
-    seconds = {"ours": timed(lambda: qn.quantize(dense), context.rounds)}
+    seconds = interleaved_calls({"ours": lambda: qn.quantize(dense)}, context.rounds)
     there = qn.quantize(dense.cpu())
     match = torch.equal(w.packed.cpu(), there.packed) and torch.equal(w.absmax.cpu(), there.absmax)
     return {"match": match} | timings(seconds, (), floor(context.measured, dense.nbytes + w.nbytes))
@@ -128,7 +126,6 @@ def adamw_row(case: Case, context: Context) -> dict[str, Any]:
     rival = torch.optim.AdamW(_parameters(shapes), lr=1e-3, fused=on_gpu(), capturable=on_gpu())
     seconds = interleaved_replays({"ours": [ours.step], "torch_fused": [rival.step]}, context)
     least = floor(context.measured, case.k * (28 if bits == 32 else 16 + 4 * 2 / 256 * 2))
-    seconds["floor"] = [least] * context.rounds
     check = _parameters(((64, 64),))
     copy = [torch.nn.Parameter(p.detach().cpu().clone()) for p in check]
     for p, q in zip(check, copy, strict=True):
@@ -233,7 +230,7 @@ def loss_row(case: Case, context: Context) -> dict[str, Any]:
     if liger is not None:
         calls["liger"] = lambda: gradient(liger.LigerFusedLinearCrossEntropyLoss()(head, h, labels))
     error = relative_error(calls["ours"](), calls["dense"]())
-    seconds = {name: timed(call, context.rounds) for name, call in calls.items()}
+    seconds = interleaved_calls(calls, context.rounds)
     least = floor(context.measured, weight.nbytes + 2 * h.nbytes, 4 * case.m * case.n * case.k)
     return {"match": error < 2e-2, "relative_error": {"ours": float(f"{error:.2g}")}} | timings(seconds, (), least)
 
@@ -242,6 +239,30 @@ def run_host(context: Context) -> None:
     """Microseconds of the host and launches a call, which graphs hide."""
     for case in host_cases(context.dry):
         context.row(case, lambda case=case: host_row(case, context))  # type: ignore[misc]
+
+
+def host_calls(w: qn.QuantizedWeight, dense: Tensor, m: int, r: int) -> dict[str, dict[str, Call]]:
+    """By row: an adapted layer by our public functions, and by torch's own operations."""
+    n, k = dense.shape
+    x = torch.randn(m, k, device=dense.device, dtype=dense.dtype, requires_grad=True)
+    a, b = (torch.randn(s, device=dense.device, requires_grad=True) for s in ((r, k), (n, r)))
+    torch.optim.SGD([a, b]).step()  # changes nothing; copies are kept of what an optimizer steps
+    grad_y = torch.randn(m, n, device=dense.device, dtype=dense.dtype)
+
+    def ours() -> Tensor:
+        return qn.lora_linear(x, w, a, b, 2.0)
+
+    def theirs() -> Tensor:
+        return F.linear(x, dense) + 2.0 * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+    def step(forward: Callable[[], Tensor]) -> None:
+        torch.autograd.grad(forward(), (x, a, b), grad_y)
+
+    return {
+        "host linear": {"ours": lambda: qn.linear(x, w), "torch": lambda: F.linear(x, dense)},
+        "host lora": {"ours": ours, "torch": theirs},
+        "host lora step": {"ours": lambda: step(ours), "torch": lambda: step(theirs)},
+    }
 
 
 def host_row(case: Case, context: Context) -> dict[str, Any]:
@@ -254,24 +275,7 @@ def host_row(case: Case, context: Context) -> dict[str, Any]:
         }
     else:
         w = Weights(context, case.n, case.k)
-        x = torch.randn(case.m, case.k, device=device(), dtype=half(), requires_grad=True)
-        a, b = (torch.randn(s, device=device(), requires_grad=True) for s in ((16, case.k), (case.n, 16)))
-
-        def dense_lora() -> Tensor:
-            return F.linear(x, w.dense) + 2.0 * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
-
-        def step(y: Tensor) -> None:
-            torch.autograd.grad(y.sum(), (x, a, b))
-
-        both: dict[str, dict[str, Call]] = {
-            "host linear": {"ours": lambda: qn.linear(x, w.ours[0]), "torch": lambda: F.linear(x, w.dense)},
-            "host lora": {"ours": lambda: qn.lora_linear(x, w.ours[0], a, b, 2.0), "torch": dense_lora},
-            "host lora step": {
-                "ours": lambda: step(qn.lora_linear(x, w.ours[0], a, b, 2.0)),
-                "torch": lambda: step(dense_lora()),
-            },
-        }
-        calls = both[case.op]
+        calls = host_calls(w.ours[0], w.dense, case.m, 16)[case.op]
     microseconds = {name: host_us(call, 3 if context.dry else HOST_CALLS) for name, call in calls.items()}
     return {
         "match": True,

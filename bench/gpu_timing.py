@@ -14,17 +14,18 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from common import Bar, Seconds, line, quartiles, rounded
+from ceilings import Ceilings
+from common import Bar, Seconds, interleaved, line, rounded
 from replay import Call, Replay, copies, in_turns, l2_bytes
 
 import qlora_native as qn
 
-Ceilings = dict[str, float]
 READ_BYTES, PRODUCT_SIZE = 1 << 30, 8192
 HOST_CALLS = 100
 HOST_SERIES = 5
@@ -117,16 +118,14 @@ def interleaved_replays(contenders: Mapping[str, Sequence[Call]], context: Conte
     return in_turns(replays, context.rounds)
 
 
-def timed(call: Call, rounds: int) -> list[float]:
-    """Seconds of each of ``rounds`` calls with its launches, after two that do not count; no graph is captured."""
-    seconds = []
-    for _ in range(rounds + 2):
-        wait()
-        started = time.perf_counter()
+def interleaved_calls(calls: Mapping[str, Call], rounds: int) -> Seconds:
+    """Samples of each call with its launches, called in turns; no graph is captured."""
+
+    def whole(call: Call) -> None:
         call()
         wait()
-        seconds.append(time.perf_counter() - started)
-    return seconds[2:]
+
+    return interleaved({name: partial(whole, call) for name, call in calls.items()}, rounds)
 
 
 def host_us(call: Call, calls: int = HOST_CALLS) -> float:
@@ -160,8 +159,8 @@ def launches(call: Call) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events()) or None
 
 
-def ceilings(rounds: int = 9) -> tuple[Ceilings, Seconds]:
-    """Rates by medians, and the samples: a copy, bytes read plus bytes written, and a read-only pass (the better of a
+def ceilings(rounds: int) -> Ceilings:
+    """Rates by medians: a copy, bytes read plus bytes written, and a read-only pass (the better of a
     sum and a product with a vector), in GB/s; a large 16-bit product in TFLOP/s."""
     count, size = (READ_BYTES, PRODUCT_SIZE) if on_gpu() else (1 << 20, 256)
     source, target = (torch.zeros(count // 4, device=device()) for _ in range(2))
@@ -181,7 +180,7 @@ def ceilings(rounds: int = 9) -> tuple[Ceilings, Seconds]:
         "read_gb_per_s": 1e-9 * count / min(least["sum"], least["mv"]),
         "mm_tflop_per_s": 2e-12 * size**3 / least["mm"],
     }
-    return {name: rounded([value])[0] for name, value in found.items()}, seconds
+    return {name: rounded([value])[0] for name, value in found.items()}
 
 
 def floor(measured: Ceilings, num_bytes: float, flops: float = 0.0) -> float:
@@ -243,7 +242,7 @@ class Context:
     def measured(self) -> Ceilings:
         """The ceilings, measured when they are first asked for: they change with the card's temperature."""
         if self._measured is None:
-            self._measured = ceilings(self.rounds)[0]
+            self._measured = ceilings(self.rounds)
             self.note("ceilings", self._measured)
         return self._measured
 
@@ -306,8 +305,3 @@ def fail_if_asked() -> None:
         time.sleep(3600)
     elif kind == "raise":
         raise RuntimeError("a failure that was asked for")
-
-
-def middle(seconds: Sequence[float]) -> list[float]:
-    """Quartiles in ms."""
-    return rounded(quartiles(seconds), 1e3)

@@ -1,27 +1,24 @@
 """What an adapted layer costs the host, forward and backward, with kernels and GEMMs that cost nothing.
 
-Ours runs its CUDA path over CPU tensors and a native module of stubs, plain torch its LoRA operations over the same
-tiny tensors. On a device that is ahead of the host, such a ratio is what counts.
+The calls are those of the GPU check's group ``host`` (gpu_passes.py), over tiny CPU tensors; ours take the CUDA path
+over a native module of stubs. On a device that is ahead of the host, such a ratio is what counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
-from common import Bar, Functions, add_json, interleaved, line, machine, timings, write_json
-from torch import Tensor
-from torch.nn import functional as F
+from common import Bar, add_json, interleaved, line, machine, timings, write_json
+from gpu_passes import host_calls
 
 import qlora_native as qn
 from qlora_native.ops import _cuda_kernels, _cuda_products, _direct
 
-TOKENS, N, K, RANK, SCALE = 4, 32, 32, 4, 2.0
+TOKENS, N, K, RANK = 4, 32, 32, 4
 BARS = (Bar("torch", 1.5),)  # of the host's time of plain torch
 PLANS = {"fused": (2, 64, 64, 1, 3, 0, 0), "two steps": (_cuda_products.TWO_STEP, 0, 0, 1, 0, 0, 0)}
 
@@ -42,14 +39,6 @@ def pass_for_cuda(plan: tuple[int, ...]) -> None:
     _direct._DEVICES, _direct._TENSOR_KEYS = dict.fromkeys(_direct._DEVICES, "CUDA"), frozenset()
 
 
-def plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return F.linear(x, w) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * SCALE
-
-
-def step(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], grad_y: Tensor) -> None:
-    torch.autograd.grad(forward(), leaves, grad_y)
-
-
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -61,13 +50,8 @@ def main() -> None:
     result: dict[str, Any] = {"bench": "host_cost", "machine": machine(), "rows": []}
     for (kind, plan), dtype in itertools.product(PLANS.items(), (torch.bfloat16, torch.float32)):
         pass_for_cuda(plan)
-        dense, x = torch.randn(N, K, dtype=dtype), torch.randn(TOKENS, K, dtype=dtype, requires_grad=True)
-        a, b = torch.randn(RANK, K, requires_grad=True), torch.randn(N, RANK, requires_grad=True)
-        torch.optim.SGD([a, b]).step()  # changes nothing; copies are kept of what an optimizer steps
-        grad_y, leaves = torch.randn(TOKENS, N, dtype=dtype), (x, a, b)
-        forward = {"ours": partial(qn.lora_linear, x, w, a, b, SCALE), "torch": partial(plain, x, dense, a, b)}
-        both: Functions = {name: partial(step, function, leaves, grad_y) for name, function in forward.items()}
-        seconds = interleaved(both, arguments.repeats, warmup=50)
+        calls = host_calls(w, torch.randn(N, K, dtype=dtype), TOKENS, RANK)["host lora step"]
+        seconds = interleaved(calls, arguments.repeats, warmup=50)
         row = {"products": kind, "dtype": str(dtype), "match": True, **timings(seconds, BARS)}
         result["rows"].append(row)
         print(line(row, "products", "dtype"), flush=True)

@@ -63,5 +63,5 @@ def write_or_check(about: str | None, page: Path, make: Callable[[str], str], so
     text = page.read_text(encoding="utf-8")
     wanted = make(text)
     if arguments.check:
-        sys.exit(0 if wanted == text else f"docs/{page.name} differs from {source}: run the script with --write")
+        sys.exit(0 if wanted == text else f"{page.name} differs from {source}: run the script with --write")
     page.write_text(wanted, encoding="utf-8")

@@ -27,6 +27,8 @@ import torch
 from laws import ROOT
 from sentences import Check
 
+from qlora_native._native import DTYPE_NUMBER
+
 GOLDEN = ROOT / "tests" / "golden" / "cuda_primitives.txt"
 PYTHON_GROUPS = [group.name for group in gpu_check.GROUPS if not group.is_bash]
 # How a group can end, and what is recorded of it.
@@ -140,11 +142,9 @@ def test_parts_fit_nine_minutes_with_a_build() -> None:
         assert seconds <= gpu_check.PART_SECONDS, part
 
 
-def test_the_basics_reach_every_tile() -> None:
-    """By the planner of the emulated module, where it is built."""
-    module = emulated.load(str(ROOT / "build" / "emulated"))
-    if module is None:
-        pytest.skip("the kernels are not built over the emulator")
+def test_the_basics_reach_every_tile(request: pytest.FixtureRequest) -> None:
+    """By the planner of the emulated module."""
+    module = emulated.module_or_skip(request.config)
     plans = [
         module.plan_matmul((m, gpu_basics.N, gpu_basics.K, 8, 64, 1, forward, low, 80, 108))
         for m, forward, low in itertools.product(gpu_basics.TOKENS[1:], (True, False), (False, True))
@@ -247,12 +247,22 @@ def test_readings_of_a_card() -> None:
 
 def test_the_model_has_every_row_and_is_written() -> None:
     assert gpu_model.MODEL.read_text(encoding="utf-8") == gpu_model.text(), "run: python bench/gpu_model.py --write"
-    rows = gpu_page.predictions()
-    assert rows.keys() == {case.name for case in gpu_model.every_case()}
-    for name, times in rows.items():
-        assert times.keys() == gpu_model.CARDS.keys()
+    for name, times in gpu_page.predictions().items():
         assert all(value is None or value > 0 for value in times.values()), name
-        assert name.startswith(gpu_page.STEPS) or None not in times.values()
+        assert name.endswith(gpu_page.MODELS) or None not in times.values()
+
+
+@pytest.mark.parametrize("name", gpu_model.CARDS)
+def test_the_model_takes_the_kernels_that_are_planned(name: str, request: pytest.FixtureRequest) -> None:
+    module, card = emulated.module_or_skip(request.config), gpu_model.CARDS[name]
+    model = gpu_model.Model(card, {})
+    ways = {0: model.small, 1: model.tile, 2: model.tile, 3: model.two_step}  # of MatmulKind
+    for case in gpu_model.every_case():
+        if case.op in gpu_products.DIRECTIONS:
+            is_forward = case.op.endswith("forward")
+            number = DTYPE_NUMBER[torch.float16]
+            question = (case.m, case.n, case.k, case.r, 64, number, is_forward, False, int(card.arch), card.sms)
+            assert model.way(case.m, is_forward) == ways[module.plan_matmul(question)[0]], case.name
 
 
 def test_predictions_respect_the_floors() -> None:
