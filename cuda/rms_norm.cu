@@ -51,22 +51,20 @@ cudaError_t launch(const Arrays<const T*, Rule::kInputs>& in, const T* weight, i
 
 }  // namespace
 
-cudaError_t launch_rms_norm(Dtype dtype, const void* x, const void* weight, float eps, int64_t rows, int64_t width,
-                            void* y, float* rstd, cudaStream_t stream) {
+cudaError_t launch_rms_norm(const RmsNormJob& job, int64_t rows, Dtype dtype, cudaStream_t stream) {
   return launch_for(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch<T>({static_cast<const T*>(x)}, static_cast<const T*>(weight), rows, width, RmsNorm{eps, rstd},
-                     static_cast<T*>(y), stream);
+    return launch<T>({static_cast<const T*>(job.x)}, static_cast<const T*>(job.weight), rows, job.width,
+                     RmsNorm{job.eps, job.rstd}, static_cast<T*>(job.y), stream);
   });
 }
 
-cudaError_t launch_rms_norm_backward(Dtype dtype, const void* grad_y, const void* x, const void* weight,
-                                     const float* rstd, int64_t rows, int64_t width, void* grad_x,
-                                     cudaStream_t stream) {
+cudaError_t launch_rms_norm_backward(const RmsNormGradJob& job, int64_t rows, Dtype dtype, cudaStream_t stream) {
   return launch_for(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch<T>({static_cast<const T*>(x), static_cast<const T*>(grad_y)}, static_cast<const T*>(weight), rows,
-                     width, RmsNormGrad{rstd}, static_cast<T*>(grad_x), stream);
+    return launch<T>({static_cast<const T*>(job.x), static_cast<const T*>(job.grad_y)},
+                     static_cast<const T*>(job.weight), rows, job.width, RmsNormGrad{job.rstd},
+                     static_cast<T*>(job.grad_x), stream);
   });
 }
 

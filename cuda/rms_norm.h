@@ -7,26 +7,12 @@
 
 #include <cstdint>
 
+#include "core/activations.h"
 #include "core/half.h"
 
 namespace qlora_native::cuda {
 
-cudaError_t launch_rms_norm(Dtype dtype,
-                            const void* x,       // [rows, width]
-                            const void* weight,  // [width]
-                            float eps, int64_t rows, int64_t width,
-                            void* y,      // [rows, width]
-                            float* rstd,  // [rows], 1 / sqrt(mean(x^2) + eps)
-                            cudaStream_t stream);
-
-// The gradient to x.
-cudaError_t launch_rms_norm_backward(Dtype dtype,
-                                     const void* grad_y,  // [rows, width]
-                                     const void* x,       // [rows, width]
-                                     const void* weight,  // [width]
-                                     const float* rstd,   // [rows]
-                                     int64_t rows, int64_t width,
-                                     void* grad_x,  // [rows, width]
-                                     cudaStream_t stream);
+cudaError_t launch_rms_norm(const RmsNormJob& job, int64_t rows, Dtype dtype, cudaStream_t stream);
+cudaError_t launch_rms_norm_backward(const RmsNormGradJob& job, int64_t rows, Dtype dtype, cudaStream_t stream);
 
 }  // namespace qlora_native::cuda

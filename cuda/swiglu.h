@@ -7,24 +7,12 @@
 
 #include <cstdint>
 
+#include "core/activations.h"
 #include "core/half.h"
 
 namespace qlora_native::cuda {
 
-cudaError_t launch_swiglu(Dtype dtype,
-                          const void* gate,  // [numel]
-                          const void* up,    // [numel]
-                          int64_t numel,
-                          void* y,  // [numel]
-                          cudaStream_t stream);
-
-cudaError_t launch_swiglu_backward(Dtype dtype,
-                                   const void* grad_y,  // [numel]
-                                   const void* gate,    // [numel]
-                                   const void* up,      // [numel]
-                                   int64_t numel,
-                                   void* grad_gate,  // [numel]
-                                   void* grad_up,    // [numel]
-                                   cudaStream_t stream);
+cudaError_t launch_swiglu(const SwigluJob& job, int64_t numel, Dtype dtype, cudaStream_t stream);
+cudaError_t launch_swiglu_backward(const SwigluGradJob& job, int64_t numel, Dtype dtype, cudaStream_t stream);
 
 }  // namespace qlora_native::cuda

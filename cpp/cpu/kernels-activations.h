@@ -1,55 +1,11 @@
-// Jobs and kernels of what stands between the matrix products. "T" is the dtype of the table entry.
+// Kernels of core/activations.h and of the softmax.
 #pragma once
 
 #include <cstdint>
 
+#include "core/activations.h"
+
 namespace qlora_native::cpu {
-
-struct RmsNormJob {
-  const void* x;       // T [rows, width]
-  const void* weight;  // T [width]
-  int64_t width;
-  float eps;
-  void* y;      // T [rows, width]
-  float* rstd;  // [rows], 1 / sqrt(mean(x^2) + eps)
-};
-
-struct RmsNormGradJob {
-  const void* grad_y;  // T [rows, width]
-  const void* x;       // T [rows, width]
-  const void* weight;  // T [width]
-  const float* rstd;   // [rows]
-  int64_t width;
-  void* grad_x;  // T [rows, width]
-};
-
-struct SwigluJob {
-  const void* gate;  // T [numel]
-  const void* up;    // T [numel]
-  void* y;           // T [numel]
-};
-
-struct SwigluGradJob {
-  const void* grad_y;  // T [numel]
-  const void* gate;    // T [numel]
-  const void* up;      // T [numel]
-  void* grad_gate;     // T [numel]
-  void* grad_up;       // T [numel]
-};
-
-struct RotaryJob {
-  const void* x;               // T, x[batch, head, position, 0:head_dim] at the strides below
-  int64_t x_strides[3];        // elements from one batch, head, position to the next
-  const void* cosine;          // T [1 or batch, length, head_dim]
-  const void* sine;            // T [1 or batch, length, head_dim]
-  int64_t angle_batch_stride;  // positions from one batch to the next: length, or 0 for angles that all share
-  int64_t heads;
-  int64_t length;
-  int64_t head_dim;
-  bool inverse;
-  void* y;  // T
-  int64_t y_strides[3];
-};
 
 struct SoftmaxRow {
   float top;     // largest logit

@@ -1,8 +1,8 @@
 // Root-mean-square norm over the last axis (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
 #pragma once
 
+#include "core/activations.h"
 #include "core/half.h"
-#include "cpu/kernels-activations.h"
 
 namespace qlora_native::cpu {
 

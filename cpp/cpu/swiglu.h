@@ -1,8 +1,8 @@
 // silu(gate) * up (Shazeer, "GLU Variants Improve Transformer", 2020), element by element.
 #pragma once
 
+#include "core/activations.h"
 #include "core/half.h"
-#include "cpu/kernels-activations.h"
 
 namespace qlora_native::cpu {
 

@@ -1,32 +1,20 @@
 #include "cpu/rms_norm.h"
-#include "python/bindings.h"
+#include "python/activations.h"
 
 namespace py = pybind11;
 
 namespace qlora_native::python {
 namespace {
 
-void check_rows(int64_t rows, int64_t width) {
-  require(rows >= 0 && width > 0, "rms_norm: x is [" + std::to_string(rows) + ", " + std::to_string(width) +
-                                      "]: expected at least one column.");
-}
-
 void forward(int dtype, Address x, Address weight, float eps, int64_t rows, int64_t width, Address y, Address rstd) {
-  check_rows(rows, width);
   const Dtype type = checked_dtype(dtype);
-  cpu::rms_norm({any_pointer(type, x, rows * width, "x"), any_pointer(type, weight, width, "weight"), width, eps,
-                 any_pointer(type, y, rows * width, "y"), pointer<float>(rstd, rows, "rstd")},
-                rows, type);
+  cpu::rms_norm(checked_rms_norm(type, x, weight, eps, rows, width, y, rstd), rows, type);
 }
 
 void backward(int dtype, Address grad_y, Address x, Address weight, Address rstd, int64_t rows, int64_t width,
               Address grad_x) {
-  check_rows(rows, width);
   const Dtype type = checked_dtype(dtype);
-  cpu::rms_norm_backward({any_pointer(type, grad_y, rows * width, "grad_y"), any_pointer(type, x, rows * width, "x"),
-                          any_pointer(type, weight, width, "weight"), pointer<float>(rstd, rows, "rstd"), width,
-                          any_pointer(type, grad_x, rows * width, "grad_x")},
-                         rows, type);
+  cpu::rms_norm_backward(checked_rms_norm_backward(type, grad_y, x, weight, rstd, rows, width, grad_x), rows, type);
 }
 
 }  // namespace

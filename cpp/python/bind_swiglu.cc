@@ -1,5 +1,5 @@
 #include "cpu/swiglu.h"
-#include "python/bindings.h"
+#include "python/activations.h"
 
 namespace py = pybind11;
 
@@ -8,17 +8,12 @@ namespace {
 
 void forward(int dtype, Address gate, Address up, int64_t numel, Address y) {
   const Dtype type = checked_dtype(dtype);
-  cpu::swiglu(
-      {any_pointer(type, gate, numel, "gate"), any_pointer(type, up, numel, "up"), any_pointer(type, y, numel, "y")},
-      numel, type);
+  cpu::swiglu(checked_swiglu(type, gate, up, numel, y), numel, type);
 }
 
 void backward(int dtype, Address grad_y, Address gate, Address up, int64_t numel, Address grad_gate, Address grad_up) {
   const Dtype type = checked_dtype(dtype);
-  cpu::swiglu_backward({any_pointer(type, grad_y, numel, "grad_y"), any_pointer(type, gate, numel, "gate"),
-                        any_pointer(type, up, numel, "up"), any_pointer(type, grad_gate, numel, "grad_gate"),
-                        any_pointer(type, grad_up, numel, "grad_up")},
-                       numel, type);
+  cpu::swiglu_backward(checked_swiglu_backward(type, grad_y, gate, up, numel, grad_gate, grad_up), numel, type);
 }
 
 }  // namespace

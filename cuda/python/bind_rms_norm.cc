@@ -1,37 +1,27 @@
 #include "cuda/python/errors.h"
 #include "cuda/rms_norm.h"
-#include "python/bindings.h"
+#include "python/activations.h"
 
 namespace py = pybind11;
 
 namespace qlora_native::python {
 namespace {
 
-void check_rows(int64_t rows, int64_t width) {
-  require(rows >= 0 && width > 0, "rms_norm: x is [" + std::to_string(rows) + ", " + std::to_string(width) +
-                                      "]: expected at least one column.");
-}
-
 void forward(int dtype, Address x, Address weight, float eps, int64_t rows, int64_t width, Address y, Address rstd,
              Address stream) {
-  check_rows(rows, width);
   const Dtype type = checked_dtype(dtype);
-  check_cuda(
-      cuda::launch_rms_norm(type, any_pointer(type, x, rows * width, "x"), any_pointer(type, weight, width, "weight"),
-                            eps, rows, width, any_pointer(type, y, rows * width, "y"),
-                            pointer<float>(rstd, rows, "rstd"), reinterpret_cast<cudaStream_t>(stream)),
-      "rms_norm");
+  check_cuda(cuda::launch_rms_norm(checked_rms_norm(type, x, weight, eps, rows, width, y, rstd), rows, type,
+                                   reinterpret_cast<cudaStream_t>(stream)),
+             "rms_norm");
 }
 
 void backward(int dtype, Address grad_y, Address x, Address weight, Address rstd, int64_t rows, int64_t width,
               Address grad_x, Address stream) {
-  check_rows(rows, width);
   const Dtype type = checked_dtype(dtype);
-  check_cuda(cuda::launch_rms_norm_backward(
-                 type, any_pointer(type, grad_y, rows * width, "grad_y"), any_pointer(type, x, rows * width, "x"),
-                 any_pointer(type, weight, width, "weight"), pointer<float>(rstd, rows, "rstd"), rows, width,
-                 any_pointer(type, grad_x, rows * width, "grad_x"), reinterpret_cast<cudaStream_t>(stream)),
-             "rms_norm_backward");
+  check_cuda(
+      cuda::launch_rms_norm_backward(checked_rms_norm_backward(type, grad_y, x, weight, rstd, rows, width, grad_x),
+                                     rows, type, reinterpret_cast<cudaStream_t>(stream)),
+      "rms_norm_backward");
 }
 
 }  // namespace

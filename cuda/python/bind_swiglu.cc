@@ -1,6 +1,6 @@
 #include "cuda/python/errors.h"
 #include "cuda/swiglu.h"
-#include "python/bindings.h"
+#include "python/activations.h"
 
 namespace py = pybind11;
 
@@ -9,20 +9,16 @@ namespace {
 
 void forward(int dtype, Address gate, Address up, int64_t numel, Address y, Address stream) {
   const Dtype type = checked_dtype(dtype);
-  require(numel >= 0, "numel is negative.");
-  check_cuda(cuda::launch_swiglu(type, any_pointer(type, gate, numel, "gate"), any_pointer(type, up, numel, "up"),
-                                 numel, any_pointer(type, y, numel, "y"), reinterpret_cast<cudaStream_t>(stream)),
+  check_cuda(cuda::launch_swiglu(checked_swiglu(type, gate, up, numel, y), numel, type,
+                                 reinterpret_cast<cudaStream_t>(stream)),
              "swiglu");
 }
 
 void backward(int dtype, Address grad_y, Address gate, Address up, int64_t numel, Address grad_gate, Address grad_up,
               Address stream) {
   const Dtype type = checked_dtype(dtype);
-  require(numel >= 0, "numel is negative.");
-  check_cuda(cuda::launch_swiglu_backward(
-                 type, any_pointer(type, grad_y, numel, "grad_y"), any_pointer(type, gate, numel, "gate"),
-                 any_pointer(type, up, numel, "up"), numel, any_pointer(type, grad_gate, numel, "grad_gate"),
-                 any_pointer(type, grad_up, numel, "grad_up"), reinterpret_cast<cudaStream_t>(stream)),
+  check_cuda(cuda::launch_swiglu_backward(checked_swiglu_backward(type, grad_y, gate, up, numel, grad_gate, grad_up),
+                                          numel, type, reinterpret_cast<cudaStream_t>(stream)),
              "swiglu_backward");
 }
 

@@ -137,22 +137,23 @@ TEST(rotary_turns_and_returns) {
   }
   std::vector<float> turned(x.size());
   std::vector<float> returned(x.size());
-  cpu::RotaryJob job{x.data(),
-                     {kLength * 2 * kWidth, kWidth, 2 * kWidth},
-                     cosine.data(),
-                     sine.data(),
-                     0,
-                     2,
-                     kLength,
-                     kWidth,
-                     false,
-                     turned.data(),
-                     {kLength * 2 * kWidth, kWidth, 2 * kWidth}};
-  cpu::rotary(job, 2, Dtype::kFloat32);
+  RotaryJob job{x.data(),
+                {kLength * 2 * kWidth, kWidth, 2 * kWidth},
+                cosine.data(),
+                sine.data(),
+                0,
+                2,
+                2,
+                kLength,
+                kWidth,
+                false,
+                turned.data(),
+                {kLength * 2 * kWidth, kWidth, 2 * kWidth}};
+  cpu::rotary(job, Dtype::kFloat32);
   job.x = turned.data();
   job.y = returned.data();
   job.inverse = true;
-  cpu::rotary(job, 2, Dtype::kFloat32);
+  cpu::rotary(job, Dtype::kFloat32);
   for (int64_t i = 0; i < static_cast<int64_t>(x.size()); ++i) {
     check_close(oracle::value_at(returned, i), oracle::value_at(x, i), 1e-5, "returned", i);
   }

@@ -132,7 +132,7 @@ Activated<T> activate(const cpu::ActivationKernels& kernels, int64_t count) {
   kernels.swiglu_span[kIndex]({x.data(), y.data(), of.gated.data()}, 0, 2 * count);
   kernels.swiglu_grad_span[kIndex]({z.data(), x.data(), y.data(), of.grad_gate.data(), of.grad_up.data()}, 0,
                                    2 * count);
-  cpu::RotaryJob job{x.data(), {0, 0, 0}, y.data(), z.data(), 0, 1, 1, 2 * count, false, of.turned.data(), {0, 0, 0}};
+  RotaryJob job{x.data(), {0, 0, 0}, y.data(), z.data(), 0, 1, 1, 1, 2 * count, false, of.turned.data(), {0, 0, 0}};
   kernels.rotary_positions[kIndex](job, 0, 1);
   job.inverse = true;
   job.y = of.returned.data();

@@ -1,7 +1,6 @@
-// What the tests of norms, gates and rotations share: inputs, and results compared bit for bit.
+// What the tests of norms, gates and rotations share: results compared bit for bit.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
 #include "cpp/oracle.h"
@@ -12,17 +11,6 @@ namespace cuemu {
 
 template <typename T>
 inline constexpr qlora_native::Dtype kDtype = oracle::Storage<T>::kDtype;
-
-// `count` values between -spread and spread.
-template <typename T>
-std::vector<T> values_of(int64_t count, float spread, uint64_t seed) {
-  oracle::Random random(seed);
-  std::vector<T> values;
-  for (int64_t i = 0; i < count; ++i) {
-    values.push_back(qlora_native::from_float<T>(spread * random.uniform()));
-  }
-  return values;
-}
 
 // NaN equals NaN whatever its bits.
 template <typename T>

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <optional>
 #include <set>
 #include <string>
 
@@ -23,21 +24,6 @@ using cuemu::remember;
 std::set<void*>& pinned() {
   static std::set<void*> all;
   return all;
-}
-
-cudaError_t allocate(void** address, size_t num_bytes) {
-  *address = nullptr;
-  if (const cudaError_t refusal = cuemu::refuse_unsafe(); refusal != cudaSuccess) {
-    return remember(refusal);
-  }
-  if (num_bytes == 0) {
-    return cudaSuccess;
-  }
-  if (!cuemu::make_room(num_bytes)) {
-    return remember(cudaErrorMemoryAllocation);
-  }
-  *address = cuemu::allocate_global(num_bytes);
-  return cudaSuccess;
 }
 
 // The runtime waits here for everything, or for what it has recorded to use the memory; code that counts on it is wrong
@@ -85,7 +71,18 @@ extern "C" {
 
 cudaError_t cudaMalloc(void** address, size_t num_bytes) {
   CUEMU_REQUIRE_CONTEXT();
-  return allocate(address, num_bytes);
+  *address = nullptr;
+  if (const cudaError_t refusal = cuemu::refuse_unsafe(); refusal != cudaSuccess) {
+    return remember(refusal);
+  }
+  if (num_bytes == 0) {
+    return cudaSuccess;
+  }
+  if (!cuemu::make_room(num_bytes)) {
+    return remember(cudaErrorMemoryAllocation);
+  }
+  *address = cuemu::allocate_global(num_bytes);
+  return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* address) {
@@ -209,9 +206,9 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
     attributes->type = cudaMemoryTypeManaged;
     attributes->device = 0;
     attributes->devicePointer = pointer;
-  } else if (cuemu::is_global(address)) {
+  } else if (const std::optional<int> owner = cuemu::owner_of(address); owner.has_value()) {
     attributes->type = cudaMemoryTypeDevice;
-    attributes->device = cuemu::owner_of(address);
+    attributes->device = *owner;
     attributes->devicePointer = pointer;
     attributes->hostPointer = nullptr;
   } else if (pinned().contains(pointer)) {

@@ -13,6 +13,7 @@
 #include <deque>
 #include <map>
 #include <new>
+#include <optional>
 
 #include "cuda_on_cpu/address_space.h"
 #include "cuda_on_cpu/block.h"
@@ -55,6 +56,23 @@ void protect(const Allocation& allocation, int protection) {
 }
 
 bool may_be_closed(const Allocation& allocation) { return allocation.owner != kEveryDevice; }  // managed.h closes those
+
+void protect_all(int protection) {
+  for (const auto& [begin, allocation] : allocations()) {
+    if (may_be_closed(allocation)) {
+      protect(allocation, protection);
+    }
+  }
+}
+
+// That `address` lies in; null if there is none.
+const Allocation* find_allocation(const void* address) {
+  const auto wanted = reinterpret_cast<uintptr_t>(address);
+  const auto after = allocations().upper_bound(wanted);
+  const bool is_in =
+      after != allocations().begin() && wanted - std::prev(after)->first < std::prev(after)->second.num_bytes;
+  return is_in ? &std::prev(after)->second : nullptr;
+}
 
 [[maybe_unused]] bool is_intact(const std::byte* zone, size_t num_bytes) {
   return std::all_of(zone, zone + num_bytes, [](std::byte value) { return value == std::byte{kRedZoneByte}; });
@@ -186,15 +204,9 @@ bool free_global(void* address) {
   return true;
 }
 
-bool is_global(const void* address) {
-  const auto wanted = reinterpret_cast<uintptr_t>(address);
-  const auto after = allocations().upper_bound(wanted);
-  return after != allocations().begin() && wanted - std::prev(after)->first < std::prev(after)->second.num_bytes;
-}
-
-int owner_of(const void* address) {
-  const auto after = allocations().upper_bound(reinterpret_cast<uintptr_t>(address));
-  return std::prev(after)->second.owner;
+std::optional<int> owner_of(const void* address) {
+  const Allocation* found = find_allocation(address);
+  return found != nullptr ? std::optional(found->owner) : std::nullopt;
 }
 
 size_t allocated_bytes() {
@@ -226,40 +238,27 @@ void set_closed_to_host(bool closed) {
 }
 
 void open_device_memory() {
-  if (is_closed_to_host && !is_open) {
-    for (const auto& [begin, allocation] : allocations()) {
-      if (may_be_closed(allocation)) {
-        protect(allocation, PROT_READ | PROT_WRITE);
-      }
-    }
+  if (!is_open) {
+    protect_all(PROT_READ | PROT_WRITE);
   }
   is_open = true;
 }
 
 void close_device_memory() {
   if (is_closed_to_host) {
-    for (const auto& [begin, allocation] : allocations()) {
-      if (may_be_closed(allocation)) {
-        protect(allocation, PROT_NONE);
-      }
-    }
+    protect_all(PROT_NONE);
     is_open = false;
   }
 }
 
 bool report_host_touch(void* address) {
-  const auto wanted = reinterpret_cast<uintptr_t>(address);
-  const auto after = allocations().upper_bound(wanted);
-  if (is_open || after == allocations().begin()) {
+  const Allocation* touched = is_open ? nullptr : find_allocation(address);
+  if (touched == nullptr || !may_be_closed(*touched)) {
     return false;
   }
-  const auto& [begin, allocation] = *std::prev(after);
-  if (!may_be_closed(allocation) || wanted - begin >= allocation.num_bytes) {
-    return false;
-  }
-  add_report("the host touches byte " + std::to_string(wanted - begin) + " of " + std::to_string(allocation.num_bytes) +
-             " bytes of memory of device " + std::to_string(allocation.owner));
-  protect(allocation, PROT_READ | PROT_WRITE);
+  add_report("the host touches byte " + std::to_string(static_cast<std::byte*>(address) - touched->begin()) + " of " +
+             std::to_string(touched->num_bytes) + " bytes of memory of device " + std::to_string(touched->owner));
+  protect(*touched, PROT_READ | PROT_WRITE);
   return true;
 }
 

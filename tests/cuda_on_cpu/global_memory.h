@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <string>
 
 #include "cuda_on_cpu/device.h"
@@ -18,9 +19,8 @@ void* allocate_global(size_t num_bytes, size_t offset_bytes = 0, size_t alignmen
 // later allocations have been freed.
 bool free_global(void* address);
 
-// Whether `address` lies in a live allocation; the device that owns it.
-bool is_global(const void* address);
-int owner_of(const void* address);
+// The device that owns the live allocation in which `address` lies.
+std::optional<int> owner_of(const void* address);
 
 // From now on a fault of a kernel ends its launch, not the process. A fiber may have run out of stack, so the handler
 // has a stack of its own. The first allocation calls it.

@@ -63,31 +63,30 @@ TEST(bytes_of_a_llama_layer) {
   }
   const cuemu::WithDevice small(80);
   cuemu::device().num_sms = 1;
-  const auto rows = [](int64_t width, uint64_t seed) {
-    return cuemu::DeviceBuffer<Bf16>(cuemu::values_of<Bf16>(kTokens * width, 1.0f, seed));
+  oracle::Random random(1);
+  const auto rows = [&](int64_t width) {
+    return cuemu::DeviceBuffer<Bf16>(oracle::uniform_values<Bf16>(random, kTokens * width));
   };
-  const auto x = rows(kWidth, 1), grad = rows(kWidth, 2), q = rows(kHeads * kHeadDim, 3),
-             k = rows(kKvHeads * kHeadDim, 4);
-  const auto gate = rows(kHidden, 5), up = rows(kHidden, 6), grad_hidden = rows(kHidden, 7),
-             angles = rows(2 * kHeadDim, 8);
-  const cuemu::DeviceBuffer<Bf16> weight(cuemu::values_of<Bf16>(kWidth, 1.0f, 9));
+  const auto x = rows(kWidth), grad = rows(kWidth), q = rows(kHeads * kHeadDim), k = rows(kKvHeads * kHeadDim);
+  const auto gate = rows(kHidden), up = rows(kHidden), grad_hidden = rows(kHidden), angles = rows(2 * kHeadDim);
+  const cuemu::DeviceBuffer<Bf16> weight(oracle::uniform_values<Bf16>(random, kWidth));
   const cuemu::DeviceBuffer<Bf16> out(kTokens * kHidden), second(kTokens * kHidden);
   const cuemu::DeviceBuffer<float> rstd(kTokens);
   constexpr Dtype kType = Dtype::kBfloat16;
   const Moved norm = measure("rms_norm", kTokens * (2 * kWidth + 2) + kWidth, [&] {
-    return cuda::launch_rms_norm(kType, x.data(), weight.data(), 1e-5f, kTokens, kWidth, out.data(), rstd.data(),
+    return cuda::launch_rms_norm({x.data(), weight.data(), kWidth, 1e-5f, out.data(), rstd.data()}, kTokens, kType,
                                  nullptr);
   });
   const Moved norm_grad = measure("rms_norm_backward", kTokens * (3 * kWidth + 2) + kWidth, [&] {
-    return cuda::launch_rms_norm_backward(kType, grad.data(), x.data(), weight.data(), rstd.data(), kTokens, kWidth,
-                                          out.data(), nullptr);
+    return cuda::launch_rms_norm_backward({grad.data(), x.data(), weight.data(), rstd.data(), kWidth, out.data()},
+                                          kTokens, kType, nullptr);
   });
   const Moved gated = measure("swiglu", 3 * kTokens * kHidden, [&] {
-    return cuda::launch_swiglu(kType, gate.data(), up.data(), kTokens * kHidden, out.data(), nullptr);
+    return cuda::launch_swiglu({gate.data(), up.data(), out.data()}, kTokens * kHidden, kType, nullptr);
   });
   const Moved gated_grad = measure("swiglu_backward", 5 * kTokens * kHidden, [&] {
-    return cuda::launch_swiglu_backward(kType, grad_hidden.data(), gate.data(), up.data(), kTokens * kHidden,
-                                        out.data(), second.data(), nullptr);
+    return cuda::launch_swiglu_backward({grad_hidden.data(), gate.data(), up.data(), out.data(), second.data()},
+                                        kTokens * kHidden, kType, nullptr);
   });
   Moved rotated;
   for (const bool inverse : {false, true}) {

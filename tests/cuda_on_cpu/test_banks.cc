@@ -11,6 +11,7 @@
 #include "cuda_on_cpu/banks.h"
 #include "cuda_on_cpu/counters.h"
 #include "cuda_on_cpu/device_weight.h"
+#include "cuda_on_cpu/product_case.h"
 
 using namespace qlora_native;
 
@@ -21,13 +22,6 @@ struct Budget {
   bool forward;
   double passes;  // for each that an access without conflicts takes, at most
 };
-
-cuda::MatmulPlan small(int tokens) { return {cuda::MatmulKind::kGemv, tokens, 16, 1, 0, 0, 0}; }
-
-cuda::MatmulPlan tile(int number) {
-  const cuda::TileSize& size = cuda::kTiles[number];
-  return {cuda::MatmulKind::kTile, size.rows, size.columns, 1, size.stages, size.shared_bytes(), 0};
-}
 
 void launch(const Budget& budget) {
   const int64_t m = budget.plan.rows;
@@ -47,11 +41,11 @@ void launch(const Budget& budget) {
 TEST(products_keep_their_bank_budgets) {
   std::vector<Budget> budgets;
   for (const int tokens : {4, 8, 16}) {
-    budgets.push_back({small(tokens), true, 1.7});  // its sums of warps meet each bank twice
+    budgets.push_back({cuemu::gemv_plan({tokens, 256, 256}, 16), true, 1.7});  // its sums of warps meet each bank twice
   }
   for (const int number : {0, 1, 2, 3}) {
     for (const bool forward : {true, false}) {
-      budgets.push_back({tile(number), forward, 1.04});  // nested scales are looked up at random
+      budgets.push_back({cuemu::tile_plan({}, number, 1), forward, 1.04});  // nested scales are looked up at random
     }
   }
   for (const Budget& budget : budgets) {

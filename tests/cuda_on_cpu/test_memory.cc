@@ -323,12 +323,8 @@ __global__ void read_vectors(unsigned stride) {  // in elements of 16 bytes
   (void)wp::load_16(memory);  // a broadcast
 }
 
-struct Total {
-  uint64_t accesses = 0, passes = 0, least = 0;
-};
-
-Total total_of_banks() {
-  Total total;
+cuemu::BankCount total_of_banks() {
+  cuemu::BankCount total{};
   for (const cuemu::BankCount& count : cuemu::take_bank_counts()) {
     total.accesses += count.accesses;
     total.passes += count.passes;
@@ -337,7 +333,7 @@ Total total_of_banks() {
   return total;
 }
 
-Total banks_of_vectors(unsigned stride) {
+cuemu::BankCount banks_of_vectors(unsigned stride) {
   cuemu::watches_banks = true;
   CHECK_LAUNCH(wp::launch(read_vectors, dim3(1), dim3(32), 0, nullptr, stride));
   cuemu::watches_banks = false;
@@ -345,7 +341,7 @@ Total banks_of_vectors(unsigned stride) {
 }
 
 template <int kStride, bool kSwizzle>
-Total banks_of_transpose() {
+cuemu::BankCount banks_of_transpose() {
   std::vector<float> x(1024);
   std::iota(x.begin(), x.end(), 0.0f);
   const cuemu::DeviceBuffer<float> device_x(x);
@@ -359,15 +355,15 @@ Total banks_of_transpose() {
 
 TEST(bank_conflicts_are_counted) {
   for (const auto& [stride, passes] : {std::pair{1u, 4u}, {2u, 8u}, {8u, 32u}}) {
-    const Total total = banks_of_vectors(stride);
+    const cuemu::BankCount total = banks_of_vectors(stride);
     CHECK(total.accesses == 2 && total.least == 8 && total.passes == passes + 4, "stride %u: %d passes of %d", stride,
           static_cast<int>(total.passes), static_cast<int>(total.least));
   }
   if (kEveryAccess) {
-    const Total unswizzled = banks_of_transpose<32, false>();
+    const cuemu::BankCount unswizzled = banks_of_transpose<32, false>();
     CHECK(unswizzled.accesses == 64 && unswizzled.least == 64 && unswizzled.passes == 32 + 32 * 32, "%d passes of %d",
           static_cast<int>(unswizzled.passes), static_cast<int>(unswizzled.least));
-    for (const Total& sound : {banks_of_transpose<33, false>(), banks_of_transpose<32, true>()}) {
+    for (const cuemu::BankCount& sound : {banks_of_transpose<33, false>(), banks_of_transpose<32, true>()}) {
       CHECK(sound.accesses == 64 && sound.passes == 64, "%d passes", static_cast<int>(sound.passes));
     }
   }

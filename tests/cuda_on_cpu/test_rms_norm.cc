@@ -13,9 +13,10 @@ constexpr float kEps = 1e-5f;
 
 template <typename T>
 void check_size(int64_t rows, int64_t width, size_t offset = 0) {
-  const std::vector<T> x = cuemu::values_of<T>(rows * width, 3.0f, 1);
-  const std::vector<T> weight = cuemu::values_of<T>(width, 2.0f, 2);
-  const std::vector<T> grad_y = cuemu::values_of<T>(rows * width, 1.0f, 3);
+  oracle::Random random(1);
+  const std::vector<T> x = oracle::uniform_values<T>(random, rows * width, 3.0f);
+  const std::vector<T> weight = oracle::uniform_values<T>(random, width, 2.0f);
+  const std::vector<T> grad_y = oracle::uniform_values<T>(random, rows * width);
   std::vector<T> y(x.size()), grad_x(x.size());
   std::vector<float> rstd(static_cast<size_t>(rows));
   cpu::rms_norm({x.data(), weight.data(), width, kEps, y.data(), rstd.data()}, rows, cuemu::kDtype<T>);
@@ -26,13 +27,14 @@ void check_size(int64_t rows, int64_t width, size_t offset = 0) {
   cuemu::DeviceBuffer<float> d_rstd(rstd.size());
   cuemu::over_all_schedules([&](const char*) {
     out.clear(), d_rstd.clear();
-    CHECK_LAUNCH(cuda::launch_rms_norm(cuemu::kDtype<T>, d_x.data(), d_weight.data(), kEps, rows, width, out.data(),
-                                       d_rstd.data(), nullptr));
+    CHECK_LAUNCH(cuda::launch_rms_norm({d_x.data(), d_weight.data(), width, kEps, out.data(), d_rstd.data()}, rows,
+                                       cuemu::kDtype<T>, nullptr));
     cuemu::check_same_bits("rstd", d_rstd.host(), rstd);
     cuemu::check_same_bits("y", out.host(), y);
     out.clear();
-    CHECK_LAUNCH(cuda::launch_rms_norm_backward(cuemu::kDtype<T>, d_grad_y.data(), d_x.data(), d_weight.data(),
-                                                d_rstd.data(), rows, width, out.data(), nullptr));
+    CHECK_LAUNCH(
+        cuda::launch_rms_norm_backward({d_grad_y.data(), d_x.data(), d_weight.data(), d_rstd.data(), width, out.data()},
+                                       rows, cuemu::kDtype<T>, nullptr));
     cuemu::check_same_bits("grad_x", out.host(), grad_x);
   });
 }
@@ -77,17 +79,17 @@ TEST(rms_norm_of_zeros_and_of_huge_values) {
   std::vector<float> y(x.size()), rstd(3);
   cpu::rms_norm({x.data(), weight.data(), 64, kEps, y.data(), rstd.data()}, 3, Dtype::kFloat32);
   const cuemu::DeviceBuffer<float> d_x(x), d_weight(weight), out(x.size()), d_rstd(3);
-  CHECK_LAUNCH(cuda::launch_rms_norm(Dtype::kFloat32, d_x.data(), d_weight.data(), kEps, 3, 64, out.data(),
-                                     d_rstd.data(), nullptr));
+  CHECK_LAUNCH(cuda::launch_rms_norm({d_x.data(), d_weight.data(), 64, kEps, out.data(), d_rstd.data()}, 3,
+                                     Dtype::kFloat32, nullptr));
   cuemu::check_same_bits("rstd", d_rstd.host(), rstd);
   cuemu::check_same_bits("y", out.host(), y);
 }
 
 TEST(rms_norm_of_no_rows_launches_nothing) {
   cuemu::take_launches();
-  CHECK_LAUNCH(cuda::launch_rms_norm(Dtype::kFloat32, nullptr, nullptr, kEps, 0, 8, nullptr, nullptr, nullptr));
+  CHECK_LAUNCH(cuda::launch_rms_norm({nullptr, nullptr, 8, kEps, nullptr, nullptr}, 0, Dtype::kFloat32, nullptr));
   CHECK_LAUNCH(
-      cuda::launch_rms_norm_backward(Dtype::kBfloat16, nullptr, nullptr, nullptr, nullptr, 0, 8, nullptr, nullptr));
+      cuda::launch_rms_norm_backward({nullptr, nullptr, nullptr, nullptr, 8, nullptr}, 0, Dtype::kBfloat16, nullptr));
   CHECK(cuemu::take_launches().empty(), "a launch");
 }
 

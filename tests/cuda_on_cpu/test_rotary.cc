@@ -22,40 +22,31 @@ void check_shape(const Shape& of) {
   const int64_t per_head = of.head_dim + of.padding;
   const int64_t numel = of.batches * of.length * of.heads * per_head;
   const int64_t angles = (of.own_angles ? of.batches : 1) * of.length * of.head_dim;
-  const std::vector<T> x = cuemu::values_of<T>(numel, 4.0f, 1);
-  const std::vector<T> cosine = cuemu::values_of<T>(angles, 1.0f, 2);
-  const std::vector<T> sine = cuemu::values_of<T>(angles, 1.0f, 3);
+  oracle::Random random(1);
+  const std::vector<T> x = oracle::uniform_values<T>(random, numel, 4.0f);
+  const std::vector<T> cosine = oracle::uniform_values<T>(random, angles);
+  const std::vector<T> sine = oracle::uniform_values<T>(random, angles);
   const int64_t strides[3] = {of.length * of.heads * per_head, per_head, of.heads * per_head};
   const cuemu::DeviceBuffer<T> d_x(x, of.offset), d_cosine(cosine), d_sine(sine), out(x.size(), of.offset);
   for (const bool inverse : {false, true}) {
     std::vector<T> y(x.size(), T{});
-    cpu::rotary({x.data(),
-                 {strides[0], strides[1], strides[2]},
-                 cosine.data(),
-                 sine.data(),
-                 of.own_angles ? of.length : 0,
-                 of.heads,
-                 of.length,
-                 of.head_dim,
-                 inverse,
-                 y.data(),
-                 {strides[0], strides[1], strides[2]}},
-                of.batches, cuemu::kDtype<T>);
+    RotaryJob job{x.data(),
+                  {strides[0], strides[1], strides[2]},
+                  cosine.data(),
+                  sine.data(),
+                  of.own_angles ? of.length : 0,
+                  of.batches,
+                  of.heads,
+                  of.length,
+                  of.head_dim,
+                  inverse,
+                  y.data(),
+                  {strides[0], strides[1], strides[2]}};
+    cpu::rotary(job, cuemu::kDtype<T>);
+    job.x = d_x.data(), job.cosine = d_cosine.data(), job.sine = d_sine.data(), job.y = out.data();
     cuemu::over_all_schedules([&](const char*) {
       std::memset(out.data(), 0, out.size() * sizeof(T));  // what lies between heads stays
-      CHECK_LAUNCH(cuda::launch_rotary({d_x.data(),
-                                        {strides[0], strides[1], strides[2]},
-                                        d_cosine.data(),
-                                        d_sine.data(),
-                                        of.own_angles ? of.length : 0,
-                                        of.batches,
-                                        of.heads,
-                                        of.length,
-                                        of.head_dim,
-                                        inverse,
-                                        out.data(),
-                                        {strides[0], strides[1], strides[2]}},
-                                       cuemu::kDtype<T>, nullptr));
+      CHECK_LAUNCH(cuda::launch_rotary(job, cuemu::kDtype<T>, nullptr));
       cuemu::check_same_bits("y", out.host(), y);
     });
   }

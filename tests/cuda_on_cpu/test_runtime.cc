@@ -2,6 +2,7 @@
 // come late and stay. One mistake at a time, and the sound form of each.
 #include <cuda_runtime_api.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -130,106 +131,58 @@ TEST(calls_that_spoil_a_capture) {
   CHECK_IS(cudaMallocManaged(&managed, 16, cudaMemAttachGlobal), cudaSuccess);
   struct Call {
     const char* name;
-    cudaError_t (*make)(const Stream& stream, const Stream& other, cudaEvent_t inside, cudaEvent_t outside, void* taken,
-                        void* managed);
+    std::function<cudaError_t()> make;
     cudaError_t global, relaxed;
   };
   constexpr cudaError_t kUnsupported = cudaErrorStreamCaptureUnsupported;
-#define CALL [](const Stream& s, const Stream& o, cudaEvent_t i, cudaEvent_t e, void* t, void* m)->cudaError_t
-#define UNUSED (void)s, (void)o, (void)i, (void)e, (void)t, (void)m
-  const Call calls[] = {{"cudaMalloc", CALL{UNUSED;
-  void* p = nullptr;
-  const auto r = cudaMalloc(&p, 1);
-  cudaFree(p);
-  return r;
-}
-, kUnsupported, cudaSuccess
-}  // namespace
-, {"cudaHostAlloc", CALL{UNUSED;
-void* p = nullptr;
-const auto r = cudaHostAlloc(&p, 1, 0);
-cudaFreeHost(p);
-return r;
-}
-, kUnsupported, cudaSuccess
-}
-, {"cudaStreamSynchronize", CALL{UNUSED;
-return cudaStreamSynchronize(s);
-}
-, kUnsupported, kUnsupported
-}
-, {"cudaStreamSynchronize of another", CALL{UNUSED;
-return cudaStreamSynchronize(o);
-}
-, kUnsupported, cudaSuccess
-}
-, {"cudaStreamQuery", CALL{UNUSED;
-return cudaStreamQuery(s);
-}
-, kUnsupported, kUnsupported
-}
-, {"cudaDeviceSynchronize", CALL{UNUSED;
-return cudaDeviceSynchronize();
-}
-, kUnsupported, kUnsupported
-}
-, {"cudaEventQuery of a captured one", CALL{UNUSED;
-return cudaEventQuery(i);
-}
-, cudaErrorCapturedEvent, cudaErrorCapturedEvent
-}
-, {"cudaEventSynchronize", CALL{UNUSED;
-return cudaEventSynchronize(e);
-}
-, kUnsupported, cudaSuccess
-}
-, {"the default stream", CALL{UNUSED;
-return cudaMemsetAsync(t, 0, 16, nullptr);
-}
-, cudaErrorStreamCaptureImplicit, cudaErrorStreamCaptureImplicit
-}
-, {"cudaMemPrefetchAsync", CALL{UNUSED;
-return cudaMemPrefetchAsync(m, 16, {cudaMemLocationTypeDevice, 0}, 0, s);
-}
-, kUnsupported, kUnsupported
-}
-, {"cudaMemGetInfo", CALL{UNUSED;
-size_t f = 0, a = 0;
-return cudaMemGetInfo(&f, &a);
-}
-, cudaSuccess, cudaSuccess
-}
-, {"cudaMemsetAsync", CALL{UNUSED;
-return cudaMemsetAsync(t, 0, 16, s);
-}
-, cudaSuccess, cudaSuccess
-}
-,
-}
-;
-#undef CALL
-#undef UNUSED
-CHECK_IS(cudaEventRecord(outside, other), cudaSuccess);
-for (const Call& call : calls) {
-  for (const bool relaxed : {false, true}) {
-    begin(stream, relaxed ? cudaStreamCaptureModeRelaxed : cudaStreamCaptureModeGlobal);
-    CHECK_IS(cudaEventRecord(inside, stream), cudaSuccess);
-    const cudaError_t expected = relaxed ? call.relaxed : call.global;
-    const cudaError_t got = call.make(stream, other, inside, outside, taken, managed);
-    CHECK(got == expected, "%s, relaxed %d: %s, expected %s", call.name, relaxed, cudaGetErrorName(got),
-          cudaGetErrorName(expected));
-    (void)cudaGetLastError();
-    if (expected != cudaSuccess) {
-      check_invalidated(stream);
-    } else {
-      cudaGraph_t graph = nullptr;
-      CHECK_IS(cudaStreamEndCapture(stream, &graph), cudaSuccess);
-      cudaGraphDestroy(graph);
+  const auto allocate = [](auto take, auto release) {
+    void* memory = nullptr;
+    const cudaError_t error = take(&memory);
+    release(memory);
+    return error;
+  };
+  size_t free_bytes = 0, all_bytes = 0;
+  const Call calls[] = {
+      {"cudaMalloc", [&] { return allocate([](void** at) { return cudaMalloc(at, 1); }, cudaFree); }, kUnsupported,
+       cudaSuccess},
+      {"cudaHostAlloc", [&] { return allocate([](void** at) { return cudaHostAlloc(at, 1, 0); }, cudaFreeHost); },
+       kUnsupported, cudaSuccess},
+      {"cudaStreamSynchronize", [&] { return cudaStreamSynchronize(stream); }, kUnsupported, kUnsupported},
+      {"cudaStreamSynchronize of another", [&] { return cudaStreamSynchronize(other); }, kUnsupported, cudaSuccess},
+      {"cudaStreamQuery", [&] { return cudaStreamQuery(stream); }, kUnsupported, kUnsupported},
+      {"cudaDeviceSynchronize", cudaDeviceSynchronize, kUnsupported, kUnsupported},
+      {"cudaEventQuery of a captured one", [&] { return cudaEventQuery(inside); }, cudaErrorCapturedEvent,
+       cudaErrorCapturedEvent},
+      {"cudaEventSynchronize", [&] { return cudaEventSynchronize(outside); }, kUnsupported, cudaSuccess},
+      {"the default stream", [&] { return cudaMemsetAsync(taken, 0, 16, nullptr); }, cudaErrorStreamCaptureImplicit,
+       cudaErrorStreamCaptureImplicit},
+      {"cudaMemPrefetchAsync",
+       [&] { return cudaMemPrefetchAsync(managed, 16, {cudaMemLocationTypeDevice, 0}, 0, stream); }, kUnsupported,
+       kUnsupported},
+      {"cudaMemGetInfo", [&] { return cudaMemGetInfo(&free_bytes, &all_bytes); }, cudaSuccess, cudaSuccess},
+      {"cudaMemsetAsync", [&] { return cudaMemsetAsync(taken, 0, 16, stream); }, cudaSuccess, cudaSuccess},
+  };
+  CHECK_IS(cudaEventRecord(outside, other), cudaSuccess);
+  for (const Call& call : calls) {
+    for (const bool relaxed : {false, true}) {
+      begin(stream, relaxed ? cudaStreamCaptureModeRelaxed : cudaStreamCaptureModeGlobal);
+      CHECK_IS(cudaEventRecord(inside, stream), cudaSuccess);
+      const cudaError_t expected = relaxed ? call.relaxed : call.global;
+      const cudaError_t got = call.make();
+      CHECK(got == expected, "%s, relaxed %d: %s, expected %s", call.name, relaxed, cudaGetErrorName(got),
+            cudaGetErrorName(expected));
+      (void)cudaGetLastError();
+      if (expected != cudaSuccess) {
+        check_invalidated(stream);
+      } else {
+        cudaGraph_t graph = nullptr;
+        CHECK_IS(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+        cudaGraphDestroy(graph);
+      }
     }
   }
-}
-cudaFree(taken);
-cudaFree(managed);
+  cudaFree(taken);
+  cudaFree(managed);
 }
 
 // As torch's allocator does to get memory in the middle of a capture.

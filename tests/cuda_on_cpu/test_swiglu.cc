@@ -11,9 +11,10 @@ namespace {
 
 template <typename T>
 void check_size(int64_t numel, size_t offset = 0) {
-  const std::vector<T> gate = cuemu::values_of<T>(numel, 6.0f, 1);
-  const std::vector<T> up = cuemu::values_of<T>(numel, 2.0f, 2);
-  const std::vector<T> grad_y = cuemu::values_of<T>(numel, 1.0f, 3);
+  oracle::Random random(1);
+  const std::vector<T> gate = oracle::uniform_values<T>(random, numel, 6.0f);
+  const std::vector<T> up = oracle::uniform_values<T>(random, numel, 2.0f);
+  const std::vector<T> grad_y = oracle::uniform_values<T>(random, numel);
   std::vector<T> y(gate.size()), grad_gate(gate.size()), grad_up(gate.size());
   cpu::swiglu({gate.data(), up.data(), y.data()}, numel, cuemu::kDtype<T>);
   cpu::swiglu_backward({grad_y.data(), gate.data(), up.data(), grad_gate.data(), grad_up.data()}, numel,
@@ -22,10 +23,10 @@ void check_size(int64_t numel, size_t offset = 0) {
   cuemu::DeviceBuffer<T> first(gate.size(), offset), second(gate.size());
   cuemu::over_all_schedules([&](const char*) {
     first.clear(), second.clear();
-    CHECK_LAUNCH(cuda::launch_swiglu(cuemu::kDtype<T>, d_gate.data(), d_up.data(), numel, first.data(), nullptr));
+    CHECK_LAUNCH(cuda::launch_swiglu({d_gate.data(), d_up.data(), first.data()}, numel, cuemu::kDtype<T>, nullptr));
     cuemu::check_same_bits("y", first.host(), y);
-    CHECK_LAUNCH(cuda::launch_swiglu_backward(cuemu::kDtype<T>, d_grad_y.data(), d_gate.data(), d_up.data(), numel,
-                                              first.data(), second.data(), nullptr));
+    CHECK_LAUNCH(cuda::launch_swiglu_backward(
+        {d_grad_y.data(), d_gate.data(), d_up.data(), first.data(), second.data()}, numel, cuemu::kDtype<T>, nullptr));
     cuemu::check_same_bits("grad_gate", first.host(), grad_gate);
     cuemu::check_same_bits("grad_up", second.host(), grad_up);
   });
@@ -56,14 +57,14 @@ TEST(swiglu_of_every_gate) {
   std::vector<Bf16> y(gate.size());
   cpu::swiglu({gate.data(), up.data(), y.data()}, numel, Dtype::kBfloat16);
   const cuemu::DeviceBuffer<Bf16> d_gate(gate), d_up(up), out(gate.size());
-  CHECK_LAUNCH(cuda::launch_swiglu(Dtype::kBfloat16, d_gate.data(), d_up.data(), numel, out.data(), nullptr));
+  CHECK_LAUNCH(cuda::launch_swiglu({d_gate.data(), d_up.data(), out.data()}, numel, Dtype::kBfloat16, nullptr));
   cuemu::check_same_bits("y", out.host(), y);
 }
 
 TEST(swiglu_of_nothing_launches_nothing) {
   cuemu::take_launches();
-  CHECK_LAUNCH(cuda::launch_swiglu(Dtype::kFloat32, nullptr, nullptr, 0, nullptr, nullptr));
-  CHECK_LAUNCH(cuda::launch_swiglu_backward(Dtype::kFloat32, nullptr, nullptr, nullptr, 0, nullptr, nullptr, nullptr));
+  CHECK_LAUNCH(cuda::launch_swiglu({}, 0, Dtype::kFloat32, nullptr));
+  CHECK_LAUNCH(cuda::launch_swiglu_backward({}, 0, Dtype::kFloat32, nullptr));
   CHECK(cuemu::take_launches().empty(), "a launch");
 }
 
