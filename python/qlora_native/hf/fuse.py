@@ -90,7 +90,9 @@ class Norm(Fused):
         if list(own) != ["weight"] or any(True for _ in module.children()) or any(True for _ in module.buffers()):
             return None
         weight = own["weight"]
-        if weight.dim() != 1 or not is_ours(weight) or type(module).__module__.startswith("torch."):
+        if weight.dim() != 1 or weight.dtype not in TOLERANCE or not is_ours(weight):
+            return None
+        if type(module).__module__.startswith("torch."):
             return None
         candidates = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}
         for eps in sorted(candidates):
@@ -121,7 +123,7 @@ class GatedMLP(Fused):
         if len(linears) != 3 or len(others) != 1 or list(others[0].parameters()) or list(module.parameters(False)):
             return None
         dtype = _dtype_of(parts[linears[0]])
-        if dtype not in TOLERANCE or not all(is_ours(tensor, dtype=False) for tensor in module.parameters()):
+        if dtype not in TOLERANCE or not all(map(is_ours, module.parameters())):
             return None
         device = next(parts[linears[0]].parameters()).device
         line = torch.linspace(-12.0, 12.0, 97, device="cpu").to(device, dtype)
@@ -157,7 +159,7 @@ class Attention(Fused):
     @classmethod
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
         parameter = next(module.parameters(), None)
-        if parameter is None or not is_ours(parameter, dtype=False):
+        if parameter is None or not is_ours(parameter):
             return None
         forward = type(module).forward
         if not isinstance(forward, FunctionType):
@@ -193,10 +195,8 @@ def is_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def is_ours(tensor: Tensor, dtype: bool = True) -> bool:
-    """Whether there are native kernels for the tensor's device, and for its dtype if that matters."""
-    if dtype and tensor.dtype not in TOLERANCE:
-        return False
+def is_ours(tensor: Tensor) -> bool:
+    """Whether there are native kernels for the tensor's device."""
     return is_on_cpu(tensor) or _library.module_for(tensor.device) is not None
 
 

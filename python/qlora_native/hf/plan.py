@@ -136,10 +136,6 @@ class Converted(_Step):
             and all(dims == 2 for _, dims, _ in kinds)
         )
 
-    @property
-    def num_slices(self) -> int:
-        return len(self.parts) // len({*self.patterns})
-
     def slices(self, read: Callable[[StoredTensor, Scratch], Tensor]) -> Iterator[Tensor]:
         """The slices [1, N, K] of a stack, one after another, each valid until the next is asked for.
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_native import _C
+from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._operands import NESTED_BLOCK as NESTED_BLOCK
 from qlora_native.ops._operands import Weight as Weight
 from qlora_native.ops._operands import check, rule_of
@@ -226,21 +228,36 @@ def module_for(device: torch.device) -> ModuleType | None:
     return _cuda_kernels.native(device)
 
 
-Run = Callable[..., None] | None  # a native function, or None where there is none for the device
+Run = Callable[..., None]  # a native function, on a CUDA device's current stream
 
 
-def cuda_function(name: str, device: torch.device) -> Run:
-    """``name`` of the module ``_cuda`` on a device's current stream; None where ``module_for`` has none."""
-    module = module_for(device)
-    if module is None:
-        return None
-    from qlora_native.ops import _cuda_kernels
+def implement_natively(name: str, anywhere: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated function as the op's kernel for CPU and CUDA, before whose arguments it gets the native
+    function of the op's name; ``anywhere`` computes where there is none for the device or the first tensor's dtype."""
 
-    def run(*arguments: Any) -> None:
-        with _cuda_kernels.launching(device) as stream:
-            getattr(module, name)(*arguments, stream)
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @implement(name, "CPU")
+        def cpu(first: Tensor, *others: Any) -> Any:
+            if first.dtype not in DTYPE_NUMBER:
+                return anywhere(first, *others)
+            return function(getattr(_C, name), first, *others)
 
-    return run
+        @implement(name, "CUDA")
+        def cuda(first: Tensor, *others: Any) -> Any:
+            module = module_for(first.device)
+            if module is None or first.dtype not in DTYPE_NUMBER:
+                return anywhere(first, *others)
+            from qlora_native.ops import _cuda_kernels
+
+            def run(*arguments: Any) -> None:
+                with _cuda_kernels.launching(first.device) as stream:
+                    getattr(module, name)(*arguments, stream)
+
+            return function(run, first, *others)
+
+        return function
+
+    return register
 
 
 def part_of(tensor: Tensor) -> Tensor:

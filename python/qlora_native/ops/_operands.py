@@ -31,7 +31,7 @@ OPERANDS = {
     "linear_4bit": "x T [..., K]; bias float [N]",
     "linear_4bit_grad_input": "grad_y T [..., N]",
     "lora_linear_4bit": "x T [..., K]; x_lora T [..., K]; a float [r, K]; b float [N, r]; bias float [N]",
-    "lora_linear_4bit_backward": ("x T [..., K]; grad_y T [..., N]; xa T [..., r]; a float [r, K]; b float [N, r]"),
+    "lora_linear_4bit_backward": "x T [..., K]; grad_y T [..., N]; xa T [..., r]; a float [r, K]; b float [N, r]",
     "dense_linear": "x T [..., K]; weight T [N, K]; bias float [N]",
     "dense_linear_grad_input": "grad_y T [..., N]; weight T [N, K]",
     "dense_linear_grad_weight": "x T [..., K]; grad_y T [..., N]",

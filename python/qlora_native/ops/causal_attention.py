@@ -67,9 +67,9 @@ def _scratch(dtype: int, shape: tuple[int, ...], backward: bool) -> Tensor:
 
 @implement("causal_attention", "CPU")
 def cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
-    out, lse = shapes(q, k, v, scale)
     if not is_native(q):
         return anywhere(q, k, v, scale)
+    out, lse = shapes(q, k, v, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
     dtype, shape = DTYPE_NUMBER[q.dtype], (*q.shape[:2], k.shape[1], *q.shape[2:])
     scratch = _scratch(dtype, shape, backward=False)
@@ -88,9 +88,9 @@ def anywhere(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
 
 @implement("causal_attention_backward", "CPU")
 def cpu_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Triple:
-    grads = backward_shapes(grad_out, q, k, v, out, lse, scale)
     if not is_native(q):
         return anywhere_backward(grad_out, q, k, v, out, lse, scale)
+    grads = backward_shapes(grad_out, q, k, v, out, lse, scale)
     q, k, v, out, grad_out, lse = _rows(q), _rows(k), _rows(v), _rows(out), _rows(grad_out), lse.contiguous()
     dtype, shape = DTYPE_NUMBER[q.dtype], (*q.shape[:2], k.shape[1], *q.shape[2:])
     scratch = _scratch(dtype, shape, backward=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_native.ops._direct import call
 from qlora_native.ops._library import autograd, fake, implement, save_inputs
-from qlora_native.ops.linear_4bit import ANY, CPU, Engine, sum_to_bias, without_autocast
+from qlora_native.ops.linear_4bit import ANY, CPU, Engine, as_rows, sum_to_bias, without_autocast
 
 
 def _register(device: str, engine: Engine) -> None:
@@ -21,20 +21,19 @@ def _register(device: str, engine: Engine) -> None:
     @implement("dense_linear", device)
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with without_autocast(x):
-            y = engine.dense_forward(x.reshape(-1, x.shape[-1]), weight, bias)
+            y = engine.dense_forward(as_rows(x), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @implement("dense_linear_grad_input", device)
     def grad_input(grad_y: Tensor, weight: Tensor) -> Tensor:
         with without_autocast(grad_y):
-            grad_x = engine.dense_grad_input(grad_y.reshape(-1, grad_y.shape[-1]), weight)
+            grad_x = engine.dense_grad_input(as_rows(grad_y), weight)
         return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
 
     @implement("dense_linear_grad_weight", device)
     def grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
-        rows, columns = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
         with without_autocast(x):
-            return engine.outer(rows, columns, 1.0, x.dtype)
+            return engine.outer(as_rows(grad_y), as_rows(x), 1.0, x.dtype)
 
 
 _register("CPU", CPU)

@@ -118,7 +118,7 @@ class Cpu(Engine):
 
     def dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if x.dtype.itemsize > 2:
-            return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+            return super().dense_forward(x, weight, bias, out)
         return _dense(True, x, weight, bias, 1.0, out)
 
     def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_native import _C, reference
+from qlora_native import reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import Run, autograd, cuda_function, fake, implement
+from qlora_native.ops._library import Run, autograd, fake, implement, implement_natively
 
 Pair = tuple[Tensor, Tensor]
 
@@ -23,27 +23,6 @@ def shapes(x: Tensor, weight: Tensor, eps: float) -> Pair:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def forward(run: Run, x: Tensor, weight: Tensor, eps: float) -> Pair:
-    """By the native function ``run``, where there is one for the device and dtype."""
-    if run is None or x.dtype not in DTYPE_NUMBER:
-        return anywhere(x, weight, eps)
-    y, rstd = shapes(x, weight, eps)
-    x, weight = x.contiguous(), weight.contiguous()
-    source = DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), eps, rstd.numel(), weight.shape[0]
-    run(*source, y.data_ptr(), rstd.data_ptr())
-    return y, rstd
-
-
-@implement("rms_norm", "CPU")
-def cpu(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    return forward(_C.rms_norm, x, weight, eps)
-
-
-@implement("rms_norm", "CUDA")
-def cuda(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    return forward(cuda_function("rms_norm", x.device), x, weight, eps)
-
-
 @implement("rms_norm", "CompositeExplicitAutograd")
 def anywhere(x: Tensor, weight: Tensor, eps: float) -> Pair:
     shapes(x, weight, eps)
@@ -51,29 +30,27 @@ def anywhere(x: Tensor, weight: Tensor, eps: float) -> Pair:
     return y.contiguous(), rstd.contiguous()
 
 
-def grad_input(run: Run, grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
-    if run is None or x.dtype not in DTYPE_NUMBER:
-        return anywhere_backward(grad_y, x, weight, rstd, eps)
-    grad_y, x, weight, rstd = grad_y.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
-    grad_x = torch.empty_like(x)
-    source = grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(), rstd.numel(), weight.shape[0]
-    run(DTYPE_NUMBER[x.dtype], *source, grad_x.data_ptr())
-    return grad_x
-
-
-@implement("rms_norm_backward", "CPU")
-def cpu_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
-    return grad_input(_C.rms_norm_backward, grad_y, x, weight, rstd, eps)
-
-
-@implement("rms_norm_backward", "CUDA")
-def cuda_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
-    return grad_input(cuda_function("rms_norm_backward", x.device), grad_y, x, weight, rstd, eps)
+@implement_natively("rms_norm", anywhere)
+def native(run: Run, x: Tensor, weight: Tensor, eps: float) -> Pair:
+    y, rstd = shapes(x, weight, eps)
+    x, weight = x.contiguous(), weight.contiguous()
+    source = DTYPE_NUMBER[x.dtype], x.data_ptr(), weight.data_ptr(), eps, rstd.numel(), weight.shape[0]
+    run(*source, y.data_ptr(), rstd.data_ptr())
+    return y, rstd
 
 
 @implement("rms_norm_backward", "CompositeExplicitAutograd")
 def anywhere_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
     return reference.rms_norm_backward(grad_y, x, weight, eps).contiguous()
+
+
+@implement_natively("rms_norm_backward", anywhere_backward)
+def native_backward(run: Run, grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> Tensor:
+    grad_y, x, weight, rstd = grad_y.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
+    grad_x = torch.empty_like(x)
+    source = grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(), rstd.numel(), weight.shape[0]
+    run(DTYPE_NUMBER[x.dtype], *source, grad_x.data_ptr())
+    return grad_x
 
 
 @fake("rms_norm_backward")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_native import _C, reference
+from qlora_native import reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import Run, autograd, cuda_function, fake, implement
+from qlora_native.ops._library import Run, autograd, fake, implement, implement_natively
 
 
 @fake("rotary")
@@ -24,10 +24,13 @@ def shapes(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return torch.empty_like(x)  # heads side by side come out so, and the products around need no copy
 
 
-def rotated(run: Run, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """By the native function ``run``, where there is one for the device and dtype."""
-    if run is None or x.dtype not in DTYPE_NUMBER:
-        return anywhere(x, cos, sin, inverse)
+@implement("rotary", "CompositeExplicitAutograd")
+def anywhere(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return shapes(x, cos, sin, inverse).copy_(reference.rotary(x, cos, sin, inverse))
+
+
+@implement_natively("rotary", anywhere)
+def native(run: Run, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     y = shapes(x, cos, sin, inverse)
     source = x if x.stride(-1) == 1 else x.contiguous()
     target = y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -36,21 +39,6 @@ def rotated(run: Run, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Ten
     heads = DTYPE_NUMBER[x.dtype], source.data_ptr(), source.stride()[:3]
     run(*heads, *angles, tuple(x.shape), inverse, target.data_ptr(), target.stride()[:3])
     return y if target is y else y.copy_(target)
-
-
-@implement("rotary", "CPU")
-def cpu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    return rotated(_C.rotary, x, cos, sin, inverse)
-
-
-@implement("rotary", "CUDA")
-def cuda(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    return rotated(cuda_function("rotary", x.device), x, cos, sin, inverse)
-
-
-@implement("rotary", "CompositeExplicitAutograd")
-def anywhere(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    return shapes(x, cos, sin, inverse).copy_(reference.rotary(x, cos, sin, inverse))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

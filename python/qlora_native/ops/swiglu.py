@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_native import _C, reference
+from qlora_native import reference
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call
-from qlora_native.ops._library import Run, autograd, cuda_function, fake, implement, save_inputs
+from qlora_native.ops._library import Run, autograd, fake, implement, implement_natively, save_inputs
 
 Pair = tuple[Tensor, Tensor]
 
@@ -21,54 +21,31 @@ def shapes(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-def forward(run: Run, gate: Tensor, up: Tensor) -> Tensor:
-    """By the native function ``run``, where there is one for the device and dtype."""
-    if run is None or gate.dtype not in DTYPE_NUMBER:
-        return anywhere(gate, up)
-    y, gate, up = shapes(gate, up), gate.contiguous(), up.contiguous()
-    run(DTYPE_NUMBER[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
-    return y
-
-
-@implement("swiglu", "CPU")
-def cpu(gate: Tensor, up: Tensor) -> Tensor:
-    return forward(_C.swiglu, gate, up)
-
-
-@implement("swiglu", "CUDA")
-def cuda(gate: Tensor, up: Tensor) -> Tensor:
-    return forward(cuda_function("swiglu", gate.device), gate, up)
-
-
 @implement("swiglu", "CompositeExplicitAutograd")
 def anywhere(gate: Tensor, up: Tensor) -> Tensor:
     return shapes(gate, up).copy_(reference.swiglu(gate, up))
 
 
-def gradients(run: Run, grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    if run is None or gate.dtype not in DTYPE_NUMBER:
-        return anywhere_backward(grad_y, gate, up)
-    grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
-    grads = torch.empty_like(gate), torch.empty_like(up)
-    source = DTYPE_NUMBER[gate.dtype], grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel()
-    run(*source, grads[0].data_ptr(), grads[1].data_ptr())
-    return grads
-
-
-@implement("swiglu_backward", "CPU")
-def cpu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    return gradients(_C.swiglu_backward, grad_y, gate, up)
-
-
-@implement("swiglu_backward", "CUDA")
-def cuda_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    return gradients(cuda_function("swiglu_backward", gate.device), grad_y, gate, up)
+@implement_natively("swiglu", anywhere)
+def native(run: Run, gate: Tensor, up: Tensor) -> Tensor:
+    y, gate, up = shapes(gate, up), gate.contiguous(), up.contiguous()
+    run(DTYPE_NUMBER[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
+    return y
 
 
 @implement("swiglu_backward", "CompositeExplicitAutograd")
 def anywhere_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
     grad_gate, grad_up = reference.swiglu_backward(grad_y, gate, up)
     return grad_gate.contiguous(), grad_up.contiguous()
+
+
+@implement_natively("swiglu_backward", anywhere_backward)
+def native_backward(run: Run, grad_y: Tensor, gate: Tensor, up: Tensor) -> Pair:
+    grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
+    grads = torch.empty_like(gate), torch.empty_like(up)
+    source = DTYPE_NUMBER[gate.dtype], grad_y.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel()
+    run(*source, grads[0].data_ptr(), grads[1].data_ptr())
+    return grads
 
 
 @fake("swiglu_backward")

@@ -254,11 +254,9 @@ def stop_request(ranks: OneProcess) -> Iterator[StopRequest]:
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, _HANGUP):
-            if number is not None and (number, signal.getsignal(number)) != (
-                _HANGUP,
-                signal.SIG_IGN,
-            ):  # as nohup has it
-                before[number] = signal.signal(number, stop.on_signal)
+            if number is None or (number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN):
+                continue  # there is none here, or nohup ignores it
+            before[number] = signal.signal(number, stop.on_signal)
     try:
         yield stop
     finally:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -129,10 +128,16 @@ class Passes:
             self.last, self.graphs[shape] = graph, (inputs, graph.replay)
 
 
-def _rows_alone() -> AbstractContextManager[Any]:
+@contextmanager
+def _rows_alone() -> Iterator[None]:
     """Rows that are not packed. Transformers cannot find that out in a capture, and would build a table for attention
     across them."""
-    return patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 @contextmanager
