@@ -50,7 +50,14 @@ def _deterministic() -> None:
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.Emulator]:
+    """CUDA kernels run by the emulator for CPU tensors."""
+    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device that new tensors stand on: "cpu", "cuda", or "cpu" with the CUDA kernels run by the emulator."""
     name = request.param
     if name == "cuda":
@@ -59,8 +66,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         with torch.device("cuda"):
             yield name
     elif name == "emulated":
-        with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch):
-            yield "cpu"
+        request.getfixturevalue("emulator")
+        yield "cpu"
     else:
         yield name
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from qlora_native.ops import _cuda_kernels, _library
 
 # What reads the device's memory on the host, and so waits for it.
-WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "item"}
+WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "_unique2", "item"}
 
 
 def tensors_in(values: object) -> list[Tensor]:

@@ -6,10 +6,9 @@ The op tests themselves run over the emulator too, as `[emulated-...]`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import emulated
 import pytest
 import torch
 from emulated import Emulator
@@ -17,6 +16,7 @@ from helpers import relative_error, same_bytes
 from test_fuse import loss_and_gradient, model_of
 from torch import Tensor
 
+import qlora_native as qn
 from qlora_native import _C
 from qlora_native.hf import fuse as fusing
 from qlora_native.hf.fuse import fuse
@@ -25,12 +25,6 @@ from qlora_native.ops import _direct, _library, rms_norm, rotary, swiglu
 OPS = torch.ops.qlora_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-6
-
-
-@pytest.fixture
-def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch) as found:
-        yield found
 
 
 def operands(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -80,8 +74,10 @@ def test_the_bytes_of_the_cpu(
 def test_a_refused_launch_is_named(emulator: Emulator) -> None:
     x = torch.randn(2, 8)
     angles = torch.randn(1, 2, 8)
+    w = qn.quantize(x)
     emulator.stream = 12345  # no stream
     calls: dict[str, Callable[[], Any]] = {
+        "dequantize_4bit": w.dequantize,
         "rms_norm": lambda: OPS.rms_norm(x, x[0], EPS),
         "rms_norm_backward": lambda: OPS.rms_norm_backward(x, x, x[0], x[:, 0], EPS),
         "rotary": lambda: OPS.rotary(x[None, None], angles, angles, False),

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import emulated
 import pytest
 import torch
 from emulated import Emulator
@@ -18,13 +17,6 @@ import qlora_native as qn
 from qlora_native.ops import _cuda_copies, _cuda_kernels, _cuda_products
 
 N, K, RANK, SCALE = 64, 96, 4, 0.75
-
-
-@pytest.fixture
-def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    monkeypatch.setattr(_cuda_copies, "_copies", {})
-    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch) as found:
-        yield found
 
 
 class Layer:
@@ -73,6 +65,7 @@ class Layer:
 
 @pytest.fixture
 def layer(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Layer:
+    monkeypatch.setattr(_cuda_copies, "_copies", {})
     return Layer(monkeypatch)
 
 
@@ -105,13 +98,12 @@ class ThroughData(torch.optim.Optimizer):
             param.data.sub_(0.1 * param.grad)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "paged", "through .data"])
-def test_fresh_after_a_step(layer: Layer, name: str, tmp_path: Any) -> None:
-    params = [layer.a, layer.b]
-    if name == "paged":
-        optimizer: Any = qn.optim.AdamW(params, lr=0.1, paged=True)
-    else:
-        optimizer = ThroughData(params) if name == "through .data" else OPTIMIZERS[name](params)
+@pytest.mark.parametrize(
+    "make", [*OPTIMIZERS.values(), lambda params: qn.optim.AdamW(params, lr=0.1, paged=True), ThroughData],
+    ids=[*OPTIMIZERS, "paged", "through .data"],
+)  # fmt: skip
+def test_fresh_after_a_step(layer: Layer, make: Callable[[Sequence[Tensor]], torch.optim.Optimizer]) -> None:
+    optimizer = make([layer.a, layer.b])
     for _ in range(2):
         before = layer.both()
         optimizer.step()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import emulated
 import pytest
 import torch
 from helpers import relative_error, same_bytes, through_a_file
@@ -281,13 +280,9 @@ def test_what_the_kernel_cannot_take_costs_no_native_matrix_a_call(matrices: lis
     assert len(matrices) <= 1
 
 
+@pytest.mark.usefixtures("emulator")
 class TestOnCuda:
     """The same way for CUDA tensors, whose part is played by CPU tensors over the emulator."""
-
-    @pytest.fixture(autouse=True)
-    def _kernels(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch):
-            yield
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("tokens", [1, 40])

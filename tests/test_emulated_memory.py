@@ -45,21 +45,42 @@ def test_kernels_stay_within_what_the_ops_give_them(memory: Placed, run: Callabl
     run()
 
 
-def test_labels_on_the_host(emulator: Emulator, memory: Placed) -> None:
-    h, w = torch.randn(9, 64).bfloat16(), qn.quantize(torch.randn(101, 64))
-    qn.linear_cross_entropy(h, w, torch.arange(9))
-    labels = memory.host(torch.arange(9))
-    report = report_of(emulator, lambda: qn.linear_cross_entropy(h, w, labels))
-    assert "72 bytes of memory of" in report and "linear_cross_entropy.cuh" in report
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16()
 
 
-def test_a_bias_on_the_host(emulator: Emulator, memory: Placed) -> None:
-    w, bias = qn.quantize(torch.randn(64, 128)), torch.randn(64).bfloat16()
-    for m in (3, 40):
-        x = torch.randn(m, 128).bfloat16()
-        qn.linear(x, w, bias)
-        report = report_of(emulator, lambda x=x: qn.linear(x, w, memory.host(bias)))  # type: ignore[misc]
-        assert "128 bytes of memory of" in report
+def loss(w: qn.QuantizedWeight, labels: torch.Tensor) -> object:
+    return qn.linear_cross_entropy(bf16(9, 128), w, labels)
+
+
+def few(w: qn.QuantizedWeight, bias: torch.Tensor) -> object:
+    return qn.linear(bf16(3, 128), w, bias)
+
+
+def many(w: qn.QuantizedWeight, bias: torch.Tensor) -> object:
+    return qn.linear(bf16(40, 128), w, bias)
+
+
+def adapted(w: qn.QuantizedWeight, b: torch.Tensor) -> object:
+    return qn.lora_linear(bf16(3, 128), w, bf16(8, 128), b, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "operand", "words"),
+    [
+        (loss, torch.arange(9), ["72 bytes of memory of", "linear_cross_entropy.cuh"]),
+        (few, bf16(64), ["128 bytes of memory of"]),
+        (many, bf16(64), ["128 bytes of memory of"]),
+        (adapted, bf16(64, 8), ["memory of the host"]),
+    ],
+)
+def test_an_operand_on_the_host(
+    emulator: Emulator, memory: Placed, call: Callable[..., object], operand: torch.Tensor, words: list[str]
+) -> None:
+    w = qn.quantize(torch.randn(64, 128))
+    call(w, operand.clone())
+    report = report_of(emulator, lambda: call(w, memory.host(operand)))
+    assert all(word in report for word in words), report
 
 
 def softmax_loss(emulator: Emulator, labels: torch.Tensor) -> None:
@@ -73,11 +94,3 @@ def test_int32_labels(emulator: Emulator, memory: Placed) -> None:
     softmax_loss(emulator, torch.zeros(9, dtype=torch.int64))
     report = report_of(emulator, lambda: softmax_loss(emulator, torch.zeros(9, dtype=torch.int32)))
     assert "byte 32 of a device allocation" in report
-
-
-def test_an_adapter_on_the_host(emulator: Emulator, memory: Placed) -> None:
-    w, a, b = qn.quantize(torch.randn(64, 128)), torch.randn(8, 128), torch.randn(64, 8)
-    x = torch.randn(3, 128).bfloat16()
-    wrong = memory.host(b.bfloat16())
-    qn.lora_linear(x, w, a.bfloat16(), b.bfloat16(), 2.0)
-    assert "memory of the host" in report_of(emulator, lambda: qn.lora_linear(x, w, a.bfloat16(), wrong, 2.0))

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import emulated
 import paged as paged_helpers
 import pytest
 import torch
@@ -28,13 +27,11 @@ Optimizer = qn.optim.AdamW
 
 
 @pytest.fixture(autouse=True)
-def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    module = emulated.module_or_skip(request.config)
-    with emulated.kernels(module, monkeypatch) as found:
-        module.set_memory(1 << 30, True)
-        module.take_managed_counters()
-        yield found
-        module.run_streams(False, 0)
+def _memory(emulator: Emulator) -> Iterator[None]:
+    emulator.module.set_memory(1 << 30, True)
+    emulator.module.take_managed_counters()
+    yield
+    emulator.module.run_streams(False, 0)
 
 
 def make(rule: str, bits: int, **options: object) -> Optimizer:

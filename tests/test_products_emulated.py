@@ -14,6 +14,7 @@ import emulated
 import pytest
 import torch
 from emulated import Emulator
+from emulated_torch import WAITING
 from helpers import relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,12 +28,6 @@ from qlora_native.ops import linear_cross_entropy as loss_op
 OPS = torch.ops.qlora_native
 TWO_STEP = _cuda_products.TWO_STEP
 TWO_STEPS = (TWO_STEP, 0, 0, 1, 0, 0, 0)
-
-
-@pytest.fixture
-def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch) as found:
-        yield found
 
 
 def in_two_steps(monkeypatch: pytest.MonkeyPatch, columns: int | None = None) -> None:
@@ -67,14 +62,6 @@ def test_panels_of_any_width(
         assert len(emulator.launches()) == -(-k // columns)
         truth = grad.double() @ dense + (0 if adapter is None else low @ down)
         assert relative_error(got, truth) < TOLERANCE[torch.float32]
-
-
-def test_low_memory_takes_the_fused_kernels(emulator: Emulator) -> None:
-    def kind(low_memory: bool) -> int:
-        sizes = _cuda_products.Sizes(4096, 64, 128, 0, 64, 1, True, low_memory)
-        return _cuda_products.plan_of(emulator.module, sizes, torch.device("cpu")).kind
-
-    assert kind(False) == TWO_STEP and kind(True) != TWO_STEP
 
 
 def test_width_of_a_panel() -> None:
@@ -133,21 +120,9 @@ def test_gradients_of_fp32_adapters_are_not_rounded_to_16_bits(
 # ---------------------------------------------------------------------------------------------------------------------
 # Over stubs
 
-VIEWS = {
-    "view",
-    "_unsafe_view",
-    "t",
-    "transpose",
-    "slice",
-    "select",
-    "expand",
-    "detach",
-    "alias",
-    "as_strided",
-    "unbind",
-}
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "slice", "select", "expand", "detach", "alias"}
+VIEWS |= {"as_strided", "unbind"}
 NO_LAUNCHES = {"promote_types", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-WAITS = {"nonzero", "_local_scalar_dense", "is_nonzero", "item", "masked_select", "equal", "unique", "_unique2"}
 
 
 class Launches(TorchDispatchMode):
@@ -159,7 +134,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in WAITS, f"{func} waits for the device"
+        assert name not in WAITING, f"{func} waits for the device"
         if func.overloadpacket is torch.ops.aten.index.Tensor.overloadpacket:
             assert all(i is None or i.dtype != torch.bool for i in args[1]), "an index of booleans waits for the device"
         if func.namespace == "aten" and name not in VIEWS | NO_LAUNCHES:
@@ -218,11 +193,8 @@ def test_launches_of_an_adapted_layer(
     n = k = 96
     monkeypatch.setattr(_cuda_products, "panel_columns", lambda width, *_: width // panels)
     monkeypatch.setattr(_library.recording, "on", True)  # as in a pass that autograd records
-    w, x, grad = (
-        qn.quantize(torch.randn(n, k), block_size=32),
-        torch.randn(40, k).bfloat16(),
-        torch.randn(40, n).bfloat16(),
-    )
+    w = qn.quantize(torch.randn(n, k), block_size=32)
+    x, grad = torch.randn(40, k).bfloat16(), torch.randn(40, n).bfloat16()
     a, b, bias = torch.randn(8, k).to(adapter), torch.randn(n, 8).to(adapter), torch.randn(n).bfloat16()
     torch.optim.SGD([a, b]).step()  # changes nothing; copies are kept of what an optimizer steps
     run = stubbed(PLANS[kind])
@@ -239,8 +211,6 @@ def test_launches_of_an_adapted_layer(
         with run.launches:
             lora_linear_4bit.backward_by(run.engine, (grad, x, xa, a, b, 0.5, False, needed, False, *w.op_args()))
         assert len(run.launches.names) == backward_products, run.launches.names
-    assert forward_products <= (4 if panels == 1 or kind != "two_step" else 2 + 2 * panels)
-    assert backward_products <= (6 + 2 * panels if kind == "two_step" else 7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,11 +244,8 @@ def test_how_often_the_head_is_read(stubbed: Callable[..., Any], monkeypatch: py
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_loss_waits_for_nothing(stubbed: Callable[..., Any], quantized: bool) -> None:
     """Neither by our kernels nor by torch's operations alone; on a CPU it counts the labels."""
-    h, dense, labels = (
-        torch.randn(9, 64),
-        torch.randn(101, 64),
-        torch.arange(9).masked_fill(torch.arange(9) % 2 == 0, -100),
-    )
+    h, dense = torch.randn(9, 64), torch.randn(101, 64)
+    labels = torch.arange(9).masked_fill(torch.arange(9) % 2 == 0, -100)
     arguments = loss_arguments(h, qn.quantize(dense) if quantized else dense, labels, not quantized)
     run = stubbed(TWO_STEPS)
     for function in (loss_op.cuda, loss_op.anywhere):

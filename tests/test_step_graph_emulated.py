@@ -1,11 +1,9 @@
-"""A whole training step in one CUDA graph over the emulator: replayed, it is the eager step bit for bit."""
+"""Captures over the emulator: a training step replayed is the eager one bit for bit; what a capture refuses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import emulated
 import pytest
 import torch
 from emulated import Emulator
@@ -17,12 +15,6 @@ import qlora_native as qn
 from qlora_native.ops import _cuda_kernels
 
 RATES = (0.03, 0.02, 0.01, 0.005)
-
-
-@pytest.fixture
-def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch) as found:
-        yield found
 
 
 class Layers(torch.nn.Module):
@@ -102,3 +94,39 @@ def test_a_captured_step_is_the_eager_one(
     graph.replay()
     here.step()
     assert not torch.equal(there.state()[0], here.state()[0])
+
+
+def test_a_captured_op_keeps_its_options(emulator: Emulator) -> None:
+    """Of an op by itself, whose learning rate nothing writes again."""
+    sizes = (9000, 9000, 9000, 9000, ())
+    there = [[torch.zeros(size)] for size in sizes]  # a parameter, its gradient, both moments and the step
+    there[1][0].normal_()
+    here = [[tensor.clone()] for (tensor,) in there]
+
+    def step(lists: list[list[Tensor]]) -> None:
+        torch.ops.qlora_native.adamw_step(*lists[:4], [], [], lists[4], 0.1, 0.9, 0.99, 1e-8, 0.0, True, 1.0)
+
+    with captured(emulator) as graph:
+        step(there)
+    assert not there[0][0].any(), "nothing has run"
+    for _ in range(3):
+        graph.replay()
+        step(here)
+    assert all(same_bytes(one, other) for (one,), (other,) in zip(there, here, strict=True))
+
+
+def test_reading_a_value_spoils_a_capture(emulator: Emulator) -> None:
+    with pytest.raises(RuntimeError, match="end_capture: CUDA failed with cudaErrorStreamCaptureInvalidated") as found:  # noqa: SIM117
+        with captured(emulator):
+            torch.ones(3).sum().item()
+    cause = found.value.__context__
+    assert cause is not None and "synchronize: CUDA failed with cudaErrorStreamCaptureUnsupported" in str(cause)
+
+
+def test_memory_is_not_allocated_in_a_capture(emulator: Emulator) -> None:
+    with pytest.raises(RuntimeError, match="cudaErrorStreamCaptureInvalidated"):  # noqa: SIM117
+        with captured(emulator):
+            emulator.module.allocate(64)
+    with captured(emulator, relaxed=True):
+        address = emulator.module.allocate(64)
+    emulator.module.release(address)

@@ -8,7 +8,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import emulated
 import emulated_torch
 import pytest
 import tiny_models
@@ -29,20 +28,17 @@ from qlora_native.train.graphs import Passes, is_random, why_eager
 
 
 @pytest.fixture
-def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    with emulated.kernels(emulated.module_or_skip(request.config), monkeypatch) as found:
+def capturing(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def captured(last: Any) -> Iterator[Any]:
+        with emulated_torch.captured(emulator) as graph, monkeypatch.context() as patches:
+            patches.setattr(_cuda_kernels, "is_capturing", lambda device: True)
+            patches.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+            yield graph
 
-        @contextmanager
-        def captured(last: Any) -> Iterator[Any]:
-            with emulated_torch.captured(found) as graph, monkeypatch.context() as patches:
-                patches.setattr(_cuda_kernels, "is_capturing", lambda device: True)
-                patches.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
-                yield graph
-
-        monkeypatch.setattr(graphs, "captured", captured)
-        monkeypatch.setattr(fuse, "is_on_cpu", lambda tensor: False)  # attention is torch's
-        monkeypatch.setattr(linear_cross_entropy, "CPU", linear_cross_entropy.ANY)  # and so is a dense head's product
-        yield found
+    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(fuse, "is_on_cpu", lambda tensor: False)  # attention is torch's
+    monkeypatch.setattr(linear_cross_entropy, "CPU", linear_cross_entropy.ANY)  # and so is a dense head's product
 
 
 @pytest.fixture
@@ -88,9 +84,8 @@ class Run:
         return [*grads, *(p.detach().clone() for p in self.params), self.passes.loss.clone()]
 
 
-def test_replayed_passes_are_the_eager_ones(
-    emulator: Emulator, model: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("capturing")
+def test_replayed_passes_are_the_eager_ones(model: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes that come again, with padding behind a row; a learning rate that falls; one shape that comes once."""
     runs = [Run(model(), is_captured) for is_captured in (False, True)]
     replays: list[int] = []
@@ -112,7 +107,8 @@ def test_replayed_passes_are_the_eager_ones(
     assert not torch.equal(expected[0], runs[0].step(9, [(2, 8, 0)])[0])
 
 
-def test_packed_rows(emulator: Emulator, model: Callable[[], Any]) -> None:
+@pytest.mark.usefixtures("capturing")
+def test_packed_rows(model: Callable[[], Any]) -> None:
     """Where rows begin is read off the positions, anew at every replay."""
     runs = [Run(model(), is_captured) for is_captured in (False, True)]
     for number in range(4):
@@ -132,9 +128,8 @@ def test_packed_rows(emulator: Emulator, model: Callable[[], Any]) -> None:
     assert len(runs[1].passes.graphs) == 1 and not runs[1].notes
 
 
-def test_what_cannot_be_captured_goes_on_eagerly(
-    emulator: Emulator, model: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("capturing")
+def test_what_cannot_be_captured_goes_on_eagerly(model: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask that hides a token in front; then a model that waits for the device in its forward."""
     runs = [Run(model(), is_captured) for is_captured in (False, True)]
     for run in runs:
