@@ -62,23 +62,27 @@ find_compiler() {
     command -v "${CXX:-c++}" || command -v g++ || command -v clang++
 }
 
-# nvcc from this machine's toolkit or else from NVIDIA's wheels, and what reads compiled GPU code: on PATH afterwards.
+# A CUDA compiler of NVIDIA's wheels: nvcc_wheels RELEASE. Sets nvcc_folder, where it and its readers lie.
+nvcc_wheels() {
+    local environment=$scratch/nvcc-$1 name wanted=() toolkit
+    for name in cuda-nvcc cuda-crt nvvm cuda-runtime cuda-cccl; do wanted+=("nvidia-$name==$1.*"); done
+    "$(find_python)" -m venv "$environment" && "$environment/bin/python" -m pip install -q "${wanted[@]}" \
+        -r .ci/requirements-cubin.txt || return
+    toolkit=$(echo "$environment"/lib/python3*/site-packages/nvidia/cu13)
+    # The names under which CMake and nvcc look for the runtime, which wheels leave out.
+    ln -sfn lib "$toolkit/lib64" && ln -sfn libcudart.so.13 "$toolkit/lib/libcudart.so" && nvcc_folder=$toolkit/bin
+}
+
+# nvcc from this machine's toolkit or else from wheels, and what reads compiled GPU code: on PATH afterwards.
 cuda_tools() {
-    local wanted=() wheels
-    command -v nvcc >/dev/null || wanted+=(-r .ci/requirements-nvcc.txt)
-    { command -v cuobjdump && command -v nvdisasm; } >/dev/null || wanted+=(-r .ci/requirements-cubin.txt)
-    if [ "${#wanted[@]}" -gt 0 ]; then
-        if ! "$(find_python)" -m venv "$scratch/cuda-tools" ||
-            ! "$scratch/cuda-tools/bin/python" -m pip install -q "${wanted[@]}"; then
+    local nvcc_folder
+    if ! { command -v nvcc && command -v cuobjdump && command -v nvdisasm; } >/dev/null; then
+        if ! nvcc_wheels 13.0; then
             command -v nvcc || echo 'There is no nvcc here, and its wheels cannot be installed: no CUDA build.'
-            echo "Missing: ${wanted[*]}. The GPU code is not looked at."
+            echo 'The GPU code is not looked at.'
             return 77
         fi
-        wheels=$(echo "$scratch"/cuda-tools/lib/python3*/site-packages/nvidia/cu13)
-        # The names under which CMake and nvcc look for the runtime, which wheels leave out.
-        ln -sfn lib "$wheels/lib64"
-        [ ! -e "$wheels/lib/libcudart.so.13" ] || ln -sfn libcudart.so.13 "$wheels/lib/libcudart.so"
-        export PATH=$PATH:$wheels/bin
+        export PATH=$PATH:$nvcc_folder
     fi
     nvcc --version | tail -n 2 && cuobjdump --version | tail -n 2
 }
