@@ -56,7 +56,7 @@ def rank_of(case: Case) -> tuple[Any, int]:
     config = TrainConfig.model_validate(values)
     setting = replace(Setting.from_config(config, "cuda"), skip_modules=case.skip_modules)
     estimator = Estimator(AutoConfig.for_model("llama", **sizes), setting)
-    ranks = {rank.mode: rank for rank in each_rank(estimator, estimator.at(), config, case.gpus, int(LINK))}
+    ranks = {rank.mode: rank for rank in each_rank(estimator, config, case.gpus, int(LINK))}
     return ranks["fsdp"], ranks["ddp"].memory.frozen
 
 

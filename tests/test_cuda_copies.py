@@ -1,4 +1,4 @@
-"""The 16-bit copies of adapters that CUDA products keep: taken again within a step, never once the adapter changed."""
+"""The copies of adapters that CUDA products keep: taken again within a step, never once the adapter changed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ N, K, RANK, SCALE = 64, 96, 4, 0.75
 
 
 class Layer:
-    """An adapted layer in bf16 with fp32 adapters, and how often its adapters were copied."""
+    """An adapted layer, in bf16 by default, with fp32 adapters, and how often its adapters were copied."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.bfloat16) -> None:
         torch.manual_seed(0)
         self.w = qn.quantize(torch.randn(N, K))
-        self.x, self.grad_y = torch.randn(5, K).bfloat16().requires_grad_(), torch.randn(5, N).bfloat16()
+        self.x, self.grad_y = torch.randn(5, K).to(dtype).requires_grad_(), torch.randn(5, N).to(dtype)
         self.a, self.b = (torch.nn.Parameter(torch.randn(shape)) for shape in ((RANK, K), (N, RANK)))
         self.optimizer = torch.optim.SGD([self.a, self.b], lr=0.1)
         self.optimizer.step()  # without gradients it changes nothing
@@ -69,12 +69,16 @@ def layer(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Layer:
     return Layer(monkeypatch)
 
 
-def test_copied_once_a_step(layer: Layer) -> None:
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.bfloat16, 2), (torch.float32, 1)])  # A is in fp32 already
+@pytest.mark.usefixtures("layer")
+def test_copied_once_a_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, copies: int) -> None:
+    layer = Layer(monkeypatch, dtype)
     first = layer.both()
-    assert layer.copies == 2
+    assert layer.copies == copies
     for _ in range(3):
         assert all(map(same_bytes, layer.both(), first))
-    assert layer.copies == 2
+    assert layer.copies == copies
+    assert layer.is_fresh()
 
 
 OPTIMIZERS: dict[str, Callable[[Sequence[Tensor]], torch.optim.Optimizer]] = {

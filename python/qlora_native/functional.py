@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_native.ops._direct import adapted_at_once, call, product, unobserved
+from qlora_native.ops._direct import adapted_at_once, call, kernel_of, product, unobserved
 from qlora_native.ops._library import Weight
 from qlora_native.weight import QuantizedWeight
 
@@ -61,8 +61,12 @@ def linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None, low_memory
 
 def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None, low_memory: bool = False) -> Tensor:
     """:func:`linear` by its op, without trying the call past the dispatcher."""
-    x, bias = autocast(x, bias)  # type: ignore[assignment]
-    result: Tensor = call("linear_4bit", x, bias, low_memory, *weight)
+    arguments = x, bias, low_memory, *weight
+    kernel = kernel_of("linear_4bit", arguments)
+    if kernel is None:
+        x, bias = autocast(x, bias)  # type: ignore[assignment]
+        return torch.ops.qlora_native.linear_4bit(x, bias, low_memory, *weight)
+    result: Tensor = kernel(*arguments)
     return result
 
 
@@ -114,8 +118,12 @@ def lora_linear_op(
     low_memory: bool = False,
 ) -> Tensor:
     """:func:`lora_linear` by its op, without trying the call past the dispatcher."""
-    x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
-    result: Tensor = call("lora_linear_4bit", x, x_lora, a, b, scale, bias, low_memory, *weight)[0]
+    arguments = x, x_lora, a, b, scale, bias, low_memory, *weight
+    kernel = kernel_of("lora_linear_4bit", arguments)
+    if kernel is None:
+        x, bias, x_lora = autocast(x, bias, x_lora)  # type: ignore[assignment]
+        return torch.ops.qlora_native.lora_linear_4bit(x, x_lora, a, b, scale, bias, low_memory, *weight)[0]
+    result: Tensor = kernel(*arguments)[0]
     return result
 
 

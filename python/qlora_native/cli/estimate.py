@@ -28,6 +28,7 @@ NAMES = {  # of the fields of Terms, in the table
     "scales": "their scales",
     "dense": "embeddings, norms",
     "adapters": "adapters",
+    "copies": "copies of them",
     "gradients": "gradients",
     "optimizer": "optimizer states",
     "activations": "activations",
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
         estimate = estimator.at()
     fitting = None if card is None else _fitting(estimator, card)
-    ranks = [] if args.gpus == 1 else each_rank(estimator, estimate, config, args.gpus, card_bytes(args.link, "--link"))
+    ranks = [] if args.gpus == 1 else each_rank(estimator, config, args.gpus, card_bytes(args.link, "--link"))
     if args.plot:
         plot(estimator, Path(args.plot), Path(config.model).name)
     options = config.train
@@ -148,7 +149,9 @@ def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] |
         return lines
     needed = estimate.total + estimate.reserve
     verdict = "fits" if estimate.fits(card) else "does not fit"
-    lines.append(f"With {size(estimate.reserve)} for CUDA itself: {size(needed)}, which {verdict} {size(card)}.")
+    graphs = f" and {size(estimate.graphs)} for its graphs" if estimate.graphs else ""
+    reserve = f"{size(estimate.reserve - estimate.graphs)} for CUDA itself{graphs}"
+    lines.append(f"With {reserve}: {size(needed)}, which {verdict} {size(card)}.")
     for entry in fitting or ():
         lines.append(f"  batch_size {entry['batch_size']:<3} up to {entry['length']:,} tokens a row")
     if not fitting:
@@ -233,7 +236,7 @@ class Rank:
         )
 
 
-def each_rank(estimator: Estimator, estimate: Estimate, config: TrainConfig, world: int, link: int) -> list[Rank]:
+def each_rank(estimator: Estimator, config: TrainConfig, world: int, link: int) -> list[Rank]:
     """A rank under ddp and one under fsdp. UserError if there are no two of them, or no rows for each."""
     from qlora_native.distributed.memory import rank_memory
 
@@ -245,7 +248,8 @@ def each_rank(estimator: Estimator, estimate: Estimate, config: TrainConfig, wor
         )
     rows_of_rank = math.ceil(rows / world)
     micro_batches = math.ceil(rows_of_rank / options.batch_size)
-    local = estimator.at(micro_batches=micro_batches, batch_size=min(options.batch_size, rows_of_rank))
+    rows_at_once = min(options.batch_size, rows_of_rank)
+    local = estimator.at(micro_batches=micro_batches, batch_size=rows_at_once, cuda_graph=False)
     # The input embedding comes before all that grows with the tokens.
     begin = replace(local.moments["loss"], activations=0, loss=0, scratch=0)
     found: list[Rank] = []
@@ -256,7 +260,7 @@ def each_rank(estimator: Estimator, estimate: Estimate, config: TrainConfig, wor
             name: _of_rank(terms, memory) + gathered.get(name, 0)
             for name, terms in {"input": begin, **local.moments}.items()
         }
-        found.append(Rank(mode, memory, moments, estimate.reserve, memory.seconds(link)))
+        found.append(Rank(mode, memory, moments, local.reserve, memory.seconds(link)))
     return found
 
 
@@ -264,4 +268,5 @@ def _of_rank(terms: Terms, memory: RankMemory) -> int:
     """Bytes of one moment, with this rank's part of what is sharded."""
     part = memory.trained / terms.adapters if terms.adapters else 1.0
     shared = {name: math.ceil(getattr(terms, name) * part) for name in ("adapters", "gradients", "optimizer")}
-    return replace(terms, weights=memory.frozen, scales=0, dense=0, **shared).total
+    copies = 0 if memory.sharded else terms.copies  # none is kept of what is gathered
+    return replace(terms, weights=memory.frozen, scales=0, dense=0, copies=copies, **shared).total

@@ -207,7 +207,7 @@ class DecoderLayer:
         if made < 2 * inner:  # no gate
             each = self.size if activation is None else _kept_by(activation, 64, self.setting, with_output=not counted)
             return inner * each, 2 * self.size * inner
-        if self.setting.device == "cpu" and _is_native_mlp(module, self.setting.dtype):
+        if _is_native_mlp(module, self.setting.dtype):
             return made * self.size, 2 * self.size * inner
         gate = 0.0 if activation is None else _kept_by(activation, 64, self.setting, with_output=False) * inner
         return gate + self.size * inner * (2 if counted else 3), 2 * self.size * inner
@@ -244,8 +244,7 @@ def _kept_by(module: nn.Module, width: int, setting: Setting, with_output: bool 
     key = (type(module), width, setting.dtype, setting.device, with_output)
     if key not in _cache:
         small = _on_the_cpu(module, setting.dtype)
-        if setting.device == "cpu":
-            fuse(small)
+        fuse(small)
         few, more = (kept_bytes(small, torch.ones(n, width, dtype=setting.dtype), with_output) for n in (8, 16))
         _cache[key] = (more - few) / (8 * width)  # what does not grow with the rows is small
     saved: float = _cache[key]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from qlora_native import _C, _native
@@ -19,8 +20,10 @@ from qlora_native.estimate.activations import DecoderLayer, LayerBytes, decoder_
 from qlora_native.estimate.model import Setting, meta_model
 from qlora_native.hf.build import four_bit_parts
 from qlora_native.hf.load import LoadReport
-from qlora_native.hf.loss import LOGIT_FIELDS
+from qlora_native.hf.loss import LOGIT_FIELDS, is_random
 from qlora_native.hf.source import Source
+from qlora_native.lora import LoRALinear
+from qlora_native.nn import QuantizedLinear
 from qlora_native.ops._cuda_products import PANEL_BYTES
 from qlora_native.ops.causal_attention import ALIGNMENT, is_native
 from qlora_native.ops.linear_cross_entropy import chunk_tokens
@@ -44,6 +47,7 @@ class Terms:
     scales: int = 0  # of the 4-bit weights
     dense: int = 0  # embeddings, norms and whatever else is not 4-bit
     adapters: int = 0  # fp32 masters
+    copies: int = 0  # of them, as their products on CUDA take them
     gradients: int = 0  # of the adapters
     optimizer: int = 0  # states that are in memory
     activations: int = 0  # saved for the backward pass, and gradients on their way through a layer
@@ -63,6 +67,7 @@ class Estimate:
     setting: Setting
     moments: dict[str, Terms]  # in each part of a run: "loading", "loss", "backward", "step"
     paged: int  # bytes of optimizer states in a page file or in the host's memory
+    graphs: int  # bytes of a card that only the passes in CUDA graphs can use: what the largest of them takes
     is_rough: tuple[str, ...]  # classes of layers that keep more than the formulas count
 
     @property
@@ -80,8 +85,8 @@ class Estimate:
 
     @property
     def reserve(self) -> int:
-        """Bytes of a card that CUDA itself takes."""
-        return CUDA_CONTEXT if self.setting.device == "cuda" else 0
+        """Bytes of a card beside what is in use: that CUDA itself takes, and the pool of its graphs."""
+        return CUDA_CONTEXT + self.graphs if self.setting.device == "cuda" else 0
 
     def fits(self, num_bytes: int) -> bool:
         """Whether a card, or a machine, of so many free bytes is enough."""
@@ -94,6 +99,7 @@ class Estimate:
             "moment": self.moment,
             "reserve": self.reserve,
             "paged": self.paged,
+            "graphs": self.graphs,
             "peak": vars(self.peak),
             "moments": {name: {**vars(terms), "total": terms.total} for name, terms in self.moments.items()},
         }
@@ -125,6 +131,8 @@ class Estimator:
         # Whether the config names an operation between the output embedding and the logits.
         scaled = any(getattr(self.config, name, None) not in (None, 1, 1.0) for name in LOGIT_FIELDS)
         self.changes_logits = scaled or getattr(self.model.get_output_embeddings(), "bias", None) is not None
+        self.is_random = is_random(self.model)
+        self.copied = copied_bytes(self.model, setting.dtype)
         self._layers: dict[bool, list[LayerBytes]] = {}
 
     def at(self, **changes: Any) -> Estimate:
@@ -168,7 +176,8 @@ class _Sum:
             in_memory = in_memory if self.setting.device == "cuda" else 0
         report: LoadReport = self.estimator.model.load_report
         frozen = Terms(weights=packed, scales=report.bytes_4bit - packed, dense=report.bytes_dense)
-        held = replace(frozen, adapters=adapters, optimizer=in_memory, scratch=self._scratch())
+        copies = self.estimator.copied if self.setting.device == "cuda" else 0
+        held = replace(frozen, adapters=adapters, copies=copies, optimizer=in_memory, scratch=self._scratch())
         before = self._gradients_held()
         moments = {
             "loading": replace(frozen, scratch=self.estimator.loading_bytes),
@@ -176,11 +185,22 @@ class _Sum:
             "backward": self._backward(held, before),
             "step": replace(held, gradients=adapters),
         }
+        graphs = 0
+        if self._is_captured():
+            # A pass of another shape, which is not in a graph, takes as much from the rest of the card.
+            passes = (moments[name] for name in ("loss", "backward"))
+            graphs = max(terms.activations + terms.loss + terms.scratch for terms in passes)
         if self.setting.device == "cpu":
             moments = {name: replace(terms, slack=self._slack(terms)) for name, terms in moments.items()}
         unknown = tuple(dict.fromkeys(name for layer in self.layers for name in layer.unknown))
         rough = unknown if self.layers else (type(self.estimator.model).__name__,)
-        return Estimate(self.setting, moments, paged, rough)
+        return Estimate(self.setting, moments, paged, graphs, rough)
+
+    def _is_captured(self) -> bool:
+        """Whether passes of one process are captured, as ``train.cuda_graph`` has it."""
+        is_kept = not self.setting.checkpointing or not self.estimator.is_random
+        wanted = self.setting.device == "cuda" and self.setting.cuda_graph
+        return wanted and is_kept and not self.estimator.changes_logits
 
     def _kept(self) -> int:
         """What all layers keep at the end of the forward pass."""
@@ -226,9 +246,9 @@ class _Sum:
 
     def _gradients_held(self) -> int:
         """Bytes that gradients of the adapters have at the loss: all but the first micro-batch of a step begin with
-        those of the ones before; and on the CPU the heap keeps their place from step to step, up to the size from
-        which a block is a mapping of its own."""
-        if self.setting.micro_batches > 1:
+        those of the ones before, and passes in a CUDA graph leave them in one place for good. On the CPU the heap keeps
+        their place from step to step, up to the size from which a block is a mapping of its own."""
+        if self.setting.micro_batches > 1 or self._is_captured():
             return self.estimator.adapters
         if self.setting.device != "cpu":
             return 0
@@ -259,6 +279,15 @@ class _Sum:
         if self.tokens * layer.input >= LEAST_MAPPED:
             return self._of(layer)
         return self.tokens * layer.in_wide if self.tokens * layer.wide >= LEAST_MAPPED else 0.0
+
+
+def copied_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the adapters as their products on CUDA take them, A in another dtype and scale * B, which are kept from
+    pass to pass."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear) and isinstance(m.base_layer, QuantizedLinear)]
+    pairs = [(layer.lora_A, layer.lora_A.dtype != dtype) for layer in layers]
+    pairs += [(layer.lora_B, layer.lora_B.dtype != dtype or layer.scale != 1.0) for layer in layers]
+    return sum(matrix.numel() * dtype.itemsize for matrix, is_copied in pairs if is_copied)
 
 
 def state_bytes(numel: int, optimizer: str) -> int:

@@ -37,6 +37,7 @@ class Setting:
     paged: str | bool = "auto"
     page_budget: int | None = None
     checkpointing: bool = True
+    cuda_graph: bool = True  # capture passes, where that is possible
     device: str = "cpu"  # or "cuda"
 
     @classmethod
@@ -50,6 +51,7 @@ class Setting:
             length=config.data.max_length,
             micro_batches=options.grad_accum,
             checkpointing=options.grad_checkpointing,
+            cuda_graph=options.cuda_graph != "off",
             device=device,
             **{name: getattr(options, name) for name in ("batch_size", "optimizer", "paged", "page_budget")},
         )

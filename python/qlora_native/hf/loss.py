@@ -7,6 +7,7 @@ in fp32. So the output embedding is taken out of the model's forward and multipl
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.dropout import _DropoutNd
 
 import qlora_native as qn
 from qlora_native.data.template import IGNORE_INDEX
@@ -160,3 +162,12 @@ def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
         stacklevel=3,
     )
     return False
+
+
+def is_random(model: Any) -> bool:
+    """Whether the model draws random numbers in training, by its modules and its config."""
+    options = model.config.get_text_config().to_dict()
+    rates = [rate for name, rate in options.items() if re.search("drop|jitter|noise", name)]
+    for module in model.modules():
+        rates += [getattr(module, "p", None)] if isinstance(module, _DropoutNd) else [getattr(module, "dropout", None)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)

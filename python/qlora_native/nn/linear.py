@@ -124,8 +124,9 @@ class QuantizedLinear(nn.Linear):
         return "absmax_bytes" in self._parameters
 
     def _arguments(self) -> Weight:
-        nested = self.nested_absmax, self.nested_offset
-        tables = self.code, self.nested_code
+        buffers = self._buffers
+        nested = buffers["nested_absmax"], buffers["nested_offset"]
+        tables = buffers["code"], buffers["nested_code"]
         return Weight._make((self.weight.view(-1), self._absmax(), *nested, *tables, *self._sizes))
 
     def _absmax(self) -> Tensor:

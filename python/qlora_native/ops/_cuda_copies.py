@@ -1,4 +1,5 @@
-"""Copies of adapter matrices in the 16-bit dtype of their products, kept from one pass of a training step to the next.
+"""Copies of adapter matrices as their products take them, of another dtype or scaled, kept from one pass of a training
+step to the next.
 
 A write through ``.data`` or a pointer changes no version, so a version alone would let a copy grow stale, and training
 stop unseen. So copies are kept only of what an optimizer of torch's, ours among them, has stepped before, from one step
@@ -56,11 +57,11 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
-def copy_of(matrix: Tensor, dtype: torch.dtype, scale: float, make: Callable[[], Tensor]) -> Tensor:
-    """The result of ``make``, which is ``scale`` times the matrix in a dtype; a kept one, where it still holds."""
+def copy_of(matrix: Tensor, dtype: torch.dtype, scale: float, make: Callable[..., Tensor]) -> Tensor:
+    """``make(matrix, dtype, scale)``, which is scale times the matrix in a dtype; a kept one, where it still holds."""
     copies = _copies.get(id(matrix)) if recording.on else None
     if copies is None or copies.in_graph or copies.matrix() is not matrix or _cuda_kernels.is_capturing(matrix.device):
-        return make()
+        return make(matrix, dtype, scale)
     stream = _cuda_kernels.raw_stream(matrix.get_device())
     state = matrix._version, matrix.data_ptr(), matrix.stride(), stream
     if copies.state != state:
@@ -68,5 +69,5 @@ def copy_of(matrix: Tensor, dtype: torch.dtype, scale: float, make: Callable[[],
         copies.state, copies.alias = state, matrix.detach()
     copy = copies.kept.get((dtype, scale))
     if copy is None:
-        copy = copies.kept[dtype, scale] = make()
+        copy = copies.kept[dtype, scale] = make(matrix, dtype, scale)
     return copy

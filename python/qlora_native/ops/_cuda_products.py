@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,9 @@ class Plan(NamedTuple):
         return f"{KINDS[self.kind]} {self.rows}x{self.columns}{parts}"
 
 
+TWO_STEPS = Plan(TWO_STEP, 0, 0, 1, 0, 0, 0)
+
+
 class Sizes(NamedTuple):
     """What a plan depends on beside the device, in the order of the native function."""
 
@@ -70,11 +73,15 @@ def panel_columns(width: int, depth: int, itemsize: int, low_memory: bool = Fals
     return width if width <= most else next((most - most % grain for grain in PANEL_GRAINS if most >= grain), most)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor as the fused kernels take it: contiguous, at a multiple of 16 bytes."""
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+def _placed(tensor: Any) -> tuple[Any, int]:
+    """The tensor as the fused kernels take it, contiguous and at a multiple of 16 bytes, and its address."""
+    if tensor is None:
+        return None, 0
+    at = tensor.data_ptr()
+    if at % ALIGNMENT or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        at = tensor.data_ptr()
+    return tensor, at
 
 
 class Cuda(Engine):
@@ -93,32 +100,27 @@ class Cuda(Engine):
     def _product(
         self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None
     ) -> Tensor:
-        rank = 0 if adapter is None else adapter.low.shape[1]
+        m, (n, k), device = x.shape[0], weight.shape, x.device
+        low, up = (None, None) if adapter is None else adapter[:2]
+        rank = 0 if low is None else low.shape[1]
         number = DTYPE_NUMBER.get(x.dtype, DTYPE_NUMBER[torch.float32])
-        n, k = weight.shape
-        sizes = Sizes(x.shape[0], n, k, rank, weight.block_size, number, is_forward, self.low_memory)
-        if sizes.m and sizes.n and sizes.k:
-            plan = plan_of(self.module, sizes, x.device)
-            if plan.kind != TWO_STEP and weight.packed.data_ptr() % ALIGNMENT == 0:
-                return self._fused(sizes, plan, x, weight, bias, adapter)
-        return self._two_step(is_forward, x, weight, bias, adapter)
-
-    def _fused(
-        self, sizes: Sizes, plan: Plan, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None
-    ) -> Tensor:
-        x = _plain(x)
-        y = x.new_empty(sizes.m, sizes.n if sizes.forward else sizes.k)
-        workspace = None
-        if plan.workspace_bytes:
-            workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)
-        low, up = (None, None) if adapter is None else (_plain(adapter.low), _plain(adapter.up))
-        bias = None if bias is None else _plain(bias)
-        bias_at, low_at, up_at = address(bias), address(low), address(up)
-        with _cuda_kernels.launching(x.device) as stream:
-            room, pointers = address(workspace), weight.pointers()
+        plan = TWO_STEPS
+        if m and n and k and weight.packed.data_ptr() % ALIGNMENT == 0:
+            sizes = m, n, k, rank, weight.block_size, number, is_forward, self.low_memory  # as Sizes has them
+            plan = plan_of(self.module, sizes, device)
+        if plan.kind == TWO_STEP:
+            return self._two_step(is_forward, x, weight, bias, adapter)
+        x, x_at = _placed(x)
+        bias, bias_at = _placed(bias)
+        low, low_at = _placed(low)
+        up, up_at = _placed(up)
+        y = x.new_empty(m, n if is_forward else k)
+        room = plan.workspace_bytes
+        workspace = torch.empty(room, dtype=torch.uint8, device=device) if room else None
+        with _cuda_kernels.launching(device) as stream:
             self.module.linear_4bit(
-                sizes.forward, sizes.dtype, x.data_ptr(), bias_at, low_at, up_at, sizes.r, y.data_ptr(),
-                sizes.m, sizes.n, sizes.k, tuple(plan), room, plan.workspace_bytes, stream, pointers,
+                is_forward, number, x_at, bias_at, low_at, up_at, rank, y.data_ptr(), m, n, k, tuple(plan),
+                address(workspace), room, stream, weight.pointers(),
             )  # fmt: skip
         return y
 
@@ -134,7 +136,7 @@ class Cuda(Engine):
         stored = x.dtype if x.dtype in DTYPE_NUMBER else torch.float32
         columns = panel_columns(width, depth, stored.itemsize, self.low_memory)
         if columns >= width:  # the same with fewer operations of the host
-            decoded = torch.empty(n, k, dtype=stored, device=x.device)
+            decoded = x.new_empty(n, k, dtype=stored)
             dequantize_4bit.launch(self.module, weight, decoded)
             right = decoded if stored == x.dtype else decoded.to(x.dtype)
             if is_forward:
@@ -167,13 +169,15 @@ class Cuda(Engine):
         return torch.addmm(out, grad_y, weight, beta=0, alpha=scale, out=out)  # beta 0: what is in out is not read
 
     def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        if dtype.itemsize > 2 or (scale == 1.0 and matrix.dtype == dtype) or self.low_memory:
+        if scale == 1.0 and matrix.dtype == dtype:
+            return matrix
+        if self.low_memory:
             return self.narrow(matrix, dtype, scale)
-        return copy_of(matrix, dtype, scale, lambda: self.narrow(matrix, dtype, scale))
+        return copy_of(matrix, dtype, scale, self.narrow)
 
     def grad_low(self, grad_y: Tensor, b: Tensor, scale: float) -> Tensor:
         if b.dtype == grad_y.dtype:
-            return self.dense_grad_input(grad_y, self.narrow(b, b.dtype), scale)
+            return self.dense_grad_input(grad_y, b, scale)
         return self.dense_grad_input(grad_y, self.adapter(b, grad_y.dtype, scale))  # the copy that forward multiplied
 
     def narrow(self, tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -188,10 +192,18 @@ class Cuda(Engine):
             return super().outer(left, right, scale, dtype, transposed)  # torch's product rounds once as well
         if transposed:
             left, right = right, left
-        product = torch.mm(left.t(), right) if is_wide else wide_product(left.t(), right)
+        if is_wide:
+            return self.dense_grad_input(left.t(), right, scale)
+        product = wide_product(left.t(), right)
         if dtype != torch.float32:
             return self.narrow(product, dtype, scale)
-        return product if scale == 1.0 else product.mul_(scale)
+        return product if scale == 1.0 else product.mul_(_as_tensor(scale))
+
+
+@lru_cache
+def _as_tensor(number: float) -> Tensor:
+    """The number as torch makes it of one at every call."""
+    return torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
 engine = lru_cache(maxsize=8)(Cuda)

@@ -12,16 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled, forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling as is_compiling  # all else that compiles enters modes
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import AUTOGRAD_NODES, IMPLEMENTATIONS, Weight, buffer, gather_pages, recording
+from qlora_native.ops._library import (
+    AUTOGRAD_NODES,
+    FROZEN,
+    IMPLEMENTATIONS,
+    TENSORS,
+    Weight,
+    buffer,
+    gather_pages,
+    recording,
+)
 
 _CPU = torch.device("cpu")
-_is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+_is_grad_enabled = torch.is_grad_enabled
+may_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # whether for any device
 _matrix_forward = _C.matrix_forward
 _PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_OR_NONE = (*_PLAIN, type(None))
 Matrix = tuple[int, int, object]  # N, K, and the native form of a weight [N, K]
 
 
@@ -48,16 +59,15 @@ try:
 except AttributeError:  # a torch without these functions: every call goes through the dispatcher
     _DEVICES = {}
 _TENSOR_KEYS = frozenset(keys for keys, device in _DEVICES.items() if device == "CPU")
-_AUTOCAST = {"CPU": "cpu", "CUDA": "cuda"}  # the device whose autocast would reach an op
 
 
-def _thread_is_plain(device: str = "CPU") -> bool:
-    """Whether nothing in this thread treats ops of a device, by its dispatch key, specially."""
+def _thread_is_plain() -> bool:
+    """Whether nothing in this thread treats ops specially."""
     return (
         bool(_DEVICES)
         and _included().raw_repr() in _THREAD_KEYS
         and not _has_function_mode()
-        and not _is_autocast_enabled(_AUTOCAST[device])
+        and not may_autocast()
         and forward_ad._current_level < 0
         and not _profiler_enabled()
     )
@@ -80,7 +90,7 @@ def call(name: str, *arguments: Any) -> Any:
 
     For a layer in training, the way through ``torch.library``'s derivative takes longer than all of our own Python.
     """
-    kernel = None if is_compiling() else _kernel(name, arguments)
+    kernel = kernel_of(name, arguments)
     return getattr(torch.ops.qlora_native, name)(*arguments) if kernel is None else kernel(*arguments)
 
 
@@ -89,26 +99,32 @@ def call_in_derivative(name: str, *arguments: Any) -> Any:
 
     In the derivative of one of our nodes the saved tensors were looked at when it was recorded.
     """
-    looked_at = arguments[:1] if recording.on else arguments
-    kernel = None if is_compiling() else _kernel(name, looked_at)
+    kernel = kernel_of(name, arguments, (0,) if recording.on else None)
     return getattr(torch.ops.qlora_native, name)(*arguments) if kernel is None else kernel(*arguments)
 
 
-def _kernel(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """What the dispatcher would end at; None where it has more to do, or the tensors are not all on one device."""
-    device, needs_grad = None, False
-    if not _DEVICES or _has_function_mode():  # which would see what is read of a tensor
+def kernel_of(
+    name: str, arguments: tuple[Any, ...], looked_at: tuple[int, ...] | None = None
+) -> Callable[..., Any] | None:
+    """What the dispatcher would end at; None where it has more to do, or the tensors are not all on one device.
+
+    Only the arguments ``looked_at``, by number, are looked at; by default, all tensors. Of a quantized weight's the
+    type is enough, beside what the check of the operands refuses: no transform makes such bytes.
+    """
+    if is_compiling() or not _thread_is_plain():  # a mode would see what is read of a tensor
         return None
-    for value in arguments:
-        if type(value) in _PLAIN:
-            found = _DEVICES.get(_keys(value).raw_repr())
-            if found is None or (device is not None and found is not device):
+    device, needs_grad = "", False
+    for i in TENSORS[name] if looked_at is None else looked_at:
+        value = arguments[i]
+        if value is not None:
+            found = _DEVICES.get(_keys(value).raw_repr()) if type(value) in _PLAIN else None
+            if found is None or device not in ("", found):
                 return None
             device, needs_grad = found, needs_grad or value.requires_grad
-        elif isinstance(value, Tensor):
-            return None
-    if device is None or not _thread_is_plain(device):
-        return None
+    if looked_at is None and FROZEN[name]:
+        for value in arguments[-FROZEN[name] : -3]:
+            if type(value) not in _PLAIN_OR_NONE:
+                return None
     return (AUTOGRAD_NODES if needs_grad and _is_grad_enabled() else IMPLEMENTATIONS).get((name, device))
 
 
@@ -193,7 +209,13 @@ def adapted_at_once(
     matrix: Callable[[], Matrix | None], x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor | None:
     """The first result of :func:`adapted_product` past the dispatcher, or None where that is not possible."""
-    if is_compiling() or not _is_plain(x) or not is_few(x) or not unobserved(x, a, b, bias):
+    if (
+        (a.requires_grad and _is_grad_enabled())
+        or is_compiling()
+        or not _is_plain(x)
+        or not is_few(x)
+        or not unobserved(x, a, b, bias)
+    ):
         return None
     made = adapted_product(matrix(), x, bias, a, b, scale)
     return None if made is None else made[0]

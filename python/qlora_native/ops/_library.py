@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import platform
 import sys
@@ -22,7 +21,7 @@ from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._operands import NESTED_BLOCK as NESTED_BLOCK
 from qlora_native.ops._operands import Weight as Weight
-from qlora_native.ops._operands import check, rule_of
+from qlora_native.ops._operands import checked
 
 # A quantized weight as op arguments, always last. absmax is fp32 [blocks], or uint8 [blocks] with the two nested
 # tensors beside it; code and nested_code are None for the built-in tables.
@@ -96,6 +95,14 @@ for _name, _schema in SCHEMAS.items():
 
 IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and key
 AUTOGRAD_NODES: dict[tuple[str, str], Callable[..., Any]] = {}  # the kernel with its derivative, by op and key
+FROZEN = {name: len(Weight._fields) if WEIGHT in schema else 0 for name, schema in SCHEMAS.items()}  # last arguments
+# Where the other tensors among an op's arguments stand.
+TENSORS = {
+    name: tuple(
+        i for i, argument in enumerate(schema.split(") ->")[0].split(WEIGHT)[0].split(", ")) if "Tensor" in argument
+    )
+    for name, schema in SCHEMAS.items()
+}
 
 
 class _Recording(threading.local):
@@ -105,18 +112,6 @@ class _Recording(threading.local):
 recording = _Recording()  # whether this thread is inside a kernel that autograd records, or a derivative
 
 
-def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function behind a check of its operands."""
-    rule = rule_of(name, SCHEMAS[name])
-
-    @functools.wraps(function)
-    def kernel(*arguments: Any) -> Any:
-        check(rule, arguments)
-        return function(*arguments)
-
-    return kernel
-
-
 def implement(name: str, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the op's kernel for a dispatch key (``CPU``, ``CUDA``, ...).
 
@@ -124,7 +119,7 @@ def implement(name: str, device: str) -> Callable[[Callable[..., Any]], Callable
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        kernel = _checked(name, function)
+        kernel = checked(name, SCHEMAS[name], function)
         LIBRARY.impl(name, kernel, device)
         IMPLEMENTATIONS[name, device] = kernel
         return function
@@ -136,7 +131,7 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the op's shape propagation for tracing, behind the same check."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.register_fake(f"qlora_native::{name}", _checked(name, function), lib=LIBRARY)
+        torch.library.register_fake(f"qlora_native::{name}", checked(name, SCHEMAS[name], function), lib=LIBRARY)
         return function
 
     return register
@@ -148,14 +143,18 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
     for device in ("CPU", "CUDA"):
         if (name, device) in IMPLEMENTATIONS:  # else the same for all devices, of other ops
             AUTOGRAD_NODES[name, device] = _node(
-                f"{name}_{device.lower()}", IMPLEMENTATIONS[name, device], backward, setup_context
+                f"{name}_{device.lower()}", IMPLEMENTATIONS[name, device], backward, setup_context, FROZEN[name]
             )
 
 
 def _node(
-    name: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+    name: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None], frozen: int
 ) -> Callable[..., Any]:
+    """The last ``frozen`` inputs have no gradient: autograd, which looks at each input, is given them as one."""
+
     def forward(ctx: Any, *inputs: Any) -> Any:
+        if frozen:
+            inputs = (*inputs[:-1], *inputs[-1])
         before, recording.on = recording.on, True
         try:
             output = kernel(*inputs)
@@ -167,14 +166,16 @@ def _node(
     def derivative(ctx: Any, *grads: Any) -> Any:
         before, recording.on = recording.on, True
         try:
-            return backward(ctx, *grads)
+            found = backward(ctx, *grads)
         finally:
             recording.on = before
+        return (*found[:-frozen], None) if frozen else found
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
     node = type(name, (torch.autograd.Function,), members)
     apply: Callable[..., Any] = super(torch.autograd.Function, node).apply  # type: ignore[misc]
-    return apply  # past a check for functorch's transforms, without which alone nodes are taken
+    # Past a check for functorch's transforms, without which alone nodes are taken.
+    return (lambda *inputs: apply(*inputs[:-frozen], inputs[-frozen:])) if frozen else apply
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

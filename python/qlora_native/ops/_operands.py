@@ -6,7 +6,9 @@ Kernels make dense operands contiguous themselves; the tensors of a quantized we
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +53,8 @@ OPERANDS = {
     "swiglu_backward": "gate T [...]; grad_y T [...]; up T [...]",
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NATIVE = tuple(DTYPE_NUMBER)
 WIDE: dict[torch.dtype | None, torch.dtype] = {dtype: torch.promote_types(dtype, torch.float32) for dtype in FLOATS}
-DTYPES = {"T": FLOATS, "float": FLOATS, "native": tuple(DTYPE_NUMBER)}
 
 
 class Weight(NamedTuple):
@@ -96,34 +98,7 @@ class Weight(NamedTuple):
 
     def check(self) -> None:
         """Refuses tensors that do not fit each other in size, dtype and device, or are not contiguous."""
-        packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, _, block_size = self
-        numel = math.prod(shape)
-        blocks = -(-numel // block_size)
-        device = packed.device
-        parts = [
-            ("packed", packed, torch.uint8, (numel + 1) // 2),
-            ("absmax", absmax, torch.float32 if nested_absmax is None else torch.uint8, blocks),
-        ]
-        if nested_absmax is not None:
-            if nested_offset is None:
-                raise ValueError(f"quantized weight {list(shape)}: nested_absmax is given, nested_offset is not.")
-            parts.append(("nested_absmax", nested_absmax, torch.float32, -(-blocks // NESTED_BLOCK)))
-            parts.append(("nested_offset", nested_offset, torch.float32, 1))
-        if nested_code is not None:
-            parts.append(("nested_code", nested_code, torch.float32, 256))
-        if code is not None:
-            parts.append(("code", code, torch.float32, 16))
-        for name, tensor, dtype, count in parts:
-            if tensor.dtype is not dtype or tensor.numel() != count or not tensor.is_contiguous():
-                raise ValueError(
-                    f"quantized weight {list(shape)} in blocks of {block_size}: {name} is {tensor.dtype} "
-                    f"{list(tensor.shape)} with strides {tensor.stride()}: expected {count} contiguous {dtype} values."
-                )
-            if tensor.device != device:
-                raise ValueError(
-                    f"quantized weight: {name} is on {tensor.device}, packed on {device}: "
-                    "move the weight as a whole with .to(device)."
-                )
+        _check_parts(*self)
 
     def pointers(self) -> tuple[int, ...]:
         """Arguments of the native functions that take a weight, which is to be checked before; 0 for no tensor."""
@@ -142,108 +117,177 @@ class Weight(NamedTuple):
         )
 
 
+# The tensors of a quantized weight, with dtype and number of elements as expressions.
+PARTS = {
+    "packed": ("uint8", "(numel + 1) // 2"),
+    "absmax": ("(float32 if nested_absmax is None else uint8)", "blocks"),
+    "nested_absmax": ("float32", f"-(-blocks // {NESTED_BLOCK})"),
+    "nested_offset": ("float32", "1"),
+    "code": ("float32", "16"),
+    "nested_code": ("float32", "256"),
+}
+# What the source of a check may name.
+SCOPE = {"prod": math.prod, "FLOATS": FLOATS, "NATIVE": NATIVE, "WIDE": WIDE}
+SCOPE |= {name: getattr(torch, name) for name in ("uint8", "int64", "float32")}
+
+
 class Operand(NamedTuple):
     """A tensor argument of an op, and what it has to be."""
 
-    position: int
     name: str
-    dtype: str  # a word of DTYPES, "wide", or the name of a dtype
-    allowed: tuple[torch.dtype, ...]  # empty for "wide"
+    dtype: str  # T, wide, float, native, or the name of a dtype
     leads: bool  # begins with ...
     axes: tuple[str, ...] | None  # names of the sizes of the other dimensions
 
-    def expected(self, kind: torch.dtype | None, leading: Sequence[int] | None, sizes: dict[str, int]) -> str:
-        """What it has to be, in words, with the T, the leading dimensions and the sizes that are known."""
-        known = {"T": kind, "wide": WIDE.get(kind)}.get(self.dtype)
-        dtype = " or ".join(map(str, self.allowed if known is None else [known]))
-        if self.axes is None:
-            return dtype
-        first = ["..."] if leading is None else list(map(str, leading))
-        return f"{dtype} [{', '.join([*(first if self.leads else []), *(str(sizes.get(a, a)) for a in self.axes)])}]"
-
-
-class Rule(NamedTuple):
-    """What an op takes."""
-
-    op: str
-    operands: tuple[Operand, ...]
-    has_weight: bool  # its last arguments
-    is_matrix: bool  # of two dimensions
-    may_be_one: frozenset[str]  # sizes in whose place 1 will do
-
-
-def rule_of(op: str, schema: str) -> Rule:
-    """The rule of an op's entry in ``OPERANDS``, for the arguments of its schema."""
-    names = [argument.split()[-1] for argument in schema[1 : schema.index(") ->")].split(", ")]
-    operands = []
-    may_be_one: set[str] = set()
-    for line in filter(None, OPERANDS[op].split("; ")):
-        name, dtype, *shape = line.split(" ", 2)
-        allowed = () if dtype == "wide" else DTYPES.get(dtype) or (getattr(torch, dtype),)
+    @classmethod
+    def read(cls, entry: str) -> Operand:
+        name, dtype, *shape = entry.split(" ", 2)
         words = shape[0].strip("[]").split(", ") if shape else []
-        axes = tuple(word.rstrip("?") for word in words if word != "...")
-        may_be_one |= {word.rstrip("?") for word in words if word.endswith("?")}
-        operands.append(Operand(names.index(name), name, dtype, allowed, "..." in words, axes if shape else None))
-    has_weight = names[-len(Weight._fields) :] == list(Weight._fields)
-    is_matrix = any({"N", "K"} & set(operand.axes or ()) for operand in operands)
-    return Rule(op, tuple(operands), has_weight, is_matrix, frozenset(may_be_one))
+        return cls(name, dtype, "..." in words, tuple(w for w in words if w != "...") if shape else None)
+
+    def misfit(
+        self,
+        op: str,
+        tensor: Tensor,
+        device: torch.device,
+        kind: torch.dtype | None,
+        leading: Sequence[int] | None,
+        sizes: dict[str, int],
+    ) -> ValueError:
+        """What it is and what it has to be, in words, with the T, the leading dimensions and the sizes known so far.
+
+        What is not known before is as the tensor has it.
+        """
+        if kind is None and tensor.dtype in FLOATS:
+            kind = tensor.dtype
+        known: dict[str, Sequence[object]] = {"T": FLOATS if kind is None else (kind,), "wide": (WIDE.get(kind),)}
+        known |= {"float": FLOATS, "native": NATIVE}
+        expected = " or ".join(map(str, known.get(self.dtype) or (SCOPE[self.dtype],)))
+        if self.axes is not None:
+            split = len(tensor.shape) - len(self.axes)
+            if split >= 0:
+                leading = tensor.shape[:split] if leading is None else leading
+                sizes = dict(zip(self.axes, tensor.shape[split:], strict=True)) | sizes
+            first = (["..."] if leading is None else list(map(str, leading))) if self.leads else []
+            expected += f" [{', '.join([*first, *(str(sizes.get(a.rstrip('?'), a)) for a in self.axes)])}]"
+        given = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        return ValueError(f"{op}: {self.name} is {given}: expected {expected} on {device}.")
 
 
-def check(rule: Rule, arguments: tuple[Any, ...]) -> None:
-    """Refuses the arguments of a call, with ValueError, unless every operand is as the rule has it.
+def _misfit_of_part(
+    name: str, tensor: Tensor, dtype: torch.dtype, count: int, shape: Sequence[int], block_size: int
+) -> ValueError:
+    return ValueError(
+        f"quantized weight {list(shape)} in blocks of {block_size}: {name} is {tensor.dtype} "
+        f"{list(tensor.shape)} with strides {tensor.stride()}: expected {count} contiguous {dtype} values."
+    )
 
-    Every call of every op comes through here: nothing is built that a call which fits does not need.
-    """
-    sizes: dict[str, int] = {}
-    leading = kind = device = None
-    is_quantized = False
-    if rule.has_weight:
-        packed, absmax, *_, shape, _, _ = weight = arguments[-9:]
-        device, is_quantized = packed.device, absmax is not None
-        if is_quantized:
-            Weight(*weight).check()
-        if not rule.is_matrix:
-            leading = tuple(shape)
-        elif len(shape) == 2:
-            sizes["N"], sizes["K"] = shape
-        else:
-            raise ValueError(f"{rule.op}: weight is {list(shape)}: expected two dimensions, [N, K].")
-    for operand in rule.operands:
-        position, name, word, allowed, leads, axes = operand
-        tensor = arguments[position]
-        if tensor is None or (is_quantized and name == "packed"):
-            continue
-        dtype = tensor.dtype
-        if word == "T":
-            fits = dtype in allowed if kind is None else dtype is kind
-            kind = kind or dtype
-        elif word == "wide":
-            fits = dtype is WIDE[kind]
-        else:
-            fits = dtype in allowed
-        if device is None:
-            device = tensor.device
-        elif tensor.device != device:
-            fits = False
+
+def _misplaced(name: str, tensor: Tensor, device: torch.device) -> ValueError:
+    return ValueError(
+        f"quantized weight: {name} is on {tensor.device}, packed on {device}: "
+        "move the weight as a whole with .to(device)."
+    )
+
+
+def _lines_of_parts() -> Iterator[str]:
+    """The check of a quantized weight's tensors, as source."""
+    yield "numel = prod(shape)"
+    yield "blocks = -(-numel // block_size)"
+    yield "if nested_absmax is not None and nested_offset is None:"
+    yield "    raise ValueError(f'quantized weight {list(shape)}: nested_absmax is given, nested_offset is not.')"
+    for name, (dtype, count) in PARTS.items():
+        yield f"if {name} is not None:"
+        yield f"    if {name}.dtype is not {dtype} or {name}.numel() != {count} or not {name}.is_contiguous():"
+        yield f"        raise misfit_of_part({name!r}, {name}, {dtype}, {count}, shape, block_size)"
+        if name != "packed":
+            yield f"    if {name}.device != device:"
+            yield f"        raise misplaced({name!r}, {name}, device)"
+
+
+def _lines_of_operands(op: str, operands: Sequence[Operand], has_weight: bool) -> Iterator[str]:
+    """The check of an op's other tensors, as source. What is compared is known once an operand before has shown it."""
+    kind = leading = None
+    sizes: list[str] = []
+    if has_weight and any({"N", "K"} & set(operand.axes or ()) for operand in operands):
+        sizes = ["N", "K"]
+        yield "if len(shape) != 2:"
+        yield f"    raise ValueError(f'{op}: weight is {{list(shape)}}: expected two dimensions, [N, K].')"
+        yield "size_N, size_K = shape"
+    elif has_weight:
+        leading = "leading"
+        yield "leading = tuple(shape)"
+    elif operands:
+        yield f"device = {operands[0].name}.device"
+    for i, (name, dtype, leads, axes) in enumerate(operands):
+        yield "if absmax is None:" if name == "packed" else f"if {name} is not None:"
+        known = ", ".join(f"{axis!r}: size_{axis}" for axis in sizes)
+        refuse = f"        raise misfit[{i}]({op!r}, {name}, device, {kind}, {leading}, {{{known}}})"
+        accepted = {"T": "is kind" if kind else "in FLOATS", "wide": "is WIDE[kind]"}
+        accepted |= {"float": "in FLOATS", "native": "in NATIVE"}
+        conditions = [f"{name}.dtype {accepted.get(dtype, f'is {dtype}')}", f"{name}.device == device"]
+        found = []  # what it shows
         if axes is not None:
-            shape = tensor.shape
-            if leads:
-                split = len(shape) - len(axes)
-                first = shape[:split] if split > 0 else ()
-                if leading is None:
-                    leading = first
-                fits = fits and split >= 0 and first == leading
-                shape = shape[split:] if split > 0 else shape
-            if len(shape) != len(axes):
-                fits = False
-            elif fits:
-                for axis, size in zip(axes, shape):  # noqa: B905 - of one length
-                    if axis not in sizes:
-                        sizes[axis] = size
-                    elif sizes[axis] != size and not (size == 1 and axis in rule.may_be_one):
-                        fits = False
-        if not fits:
-            raise ValueError(
-                f"{rule.op}: {name} is {dtype} {list(tensor.shape)} on {tensor.device}: expected "
-                f"{operand.expected(kind, leading, sizes)} on {device}."
-            )
+            yield f"    dims = {name}.shape"
+            count, shows_leading = len(axes), leads and leading is None
+            if shows_leading or not all(axis in sizes for axis in axes):
+                before = f"dims[:{-count}]" if count else "dims"
+                if shows_leading:
+                    conditions.append(f"len(dims) >= {count}")
+                    found.append(f"    leading = {before}")
+                elif leads:
+                    conditions += [f"len(dims) == len(leading) + {count}", f"{before} == leading"]
+                else:
+                    conditions.append(f"len(dims) == {count}")
+                for j, axis in enumerate(axes, -count):
+                    size = axis.rstrip("?")
+                    if size not in sizes:
+                        found.append(f"    size_{size} = dims[{j}]")
+                        sizes.append(size)
+                    else:
+                        conditions.append(f"dims[{j}] {f'== size_{size}' if axis == size else f'in (1, size_{size})'}")
+                leading = "leading" if leads else leading
+            else:
+                whole = "".join([*(["*leading, "] if leads else []), *(f"size_{axis}, " for axis in axes)])
+                conditions.append(f"dims == ({whole})")
+        if dtype == "T" and kind is None:
+            kind = "kind"
+            found.append(f"    kind = {name}.dtype")
+        yield f"    if not ({' and '.join(conditions)}):"
+        yield refuse
+        yield from found
+
+
+@cache
+def _code(source: str) -> CodeType:
+    return compile(source, "<operands>", "exec")
+
+
+def _made(parameters: Iterable[str], lines: Iterable[str], **names: Any) -> Callable[..., Any]:
+    """The function of these lines."""
+    body = "".join(f"    {line}\n" for line in lines)
+    scope = {**SCOPE, **names, "misfit_of_part": _misfit_of_part, "misplaced": _misplaced}
+    exec(_code(f"def made({', '.join(parameters)}):\n{body}"), scope)
+    made: Callable[..., Any] = scope["made"]
+    return made
+
+
+_check_parts = _made(Weight._fields, ["device = packed.device", *_lines_of_parts()])
+
+
+def checked(op: str, schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The op's function behind a check of its operands, which raises ValueError unless they are as ``OPERANDS`` has it.
+
+    Every call of every op goes through it, so it is written out, comparison by comparison, from the tables.
+    """
+    parameters = [argument.split()[-1] for argument in schema[1 : schema.index(") ->")].split(", ")]
+    operands = [Operand.read(entry) for entry in filter(None, OPERANDS[op].split("; "))]
+    has_weight = parameters[-len(Weight._fields) :] == list(Weight._fields)
+    lines = ["device = packed.device", "if absmax is not None:", *(f"    {line}" for line in _lines_of_parts())]
+    lines = [
+        *(lines if has_weight else []),
+        *_lines_of_operands(op, operands, has_weight),
+        f"return function({', '.join(parameters)})",
+    ]
+    misfits = [operand.misfit for operand in operands]
+    return _made(parameters, lines, function=function, misfit=misfits)

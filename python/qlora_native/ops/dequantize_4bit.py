@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._library import Weight, fake, implement
 
 Panel = tuple[int, int, int, int, int]  # length of a row, rows [begin, end), columns [begin, end)
@@ -40,19 +41,16 @@ def decode_all(weight: Weight, out: Tensor) -> None:
 
 def launch(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None = None) -> None:
     """Decodes a CUDA weight, or a panel of it, into the contiguous ``out``, in the order of torch's current stream."""
-    from qlora_native.ops import _cuda_kernels
-
-    numel = math.prod(weight.shape)
     if out.numel():
+        pointers = weight.pointers()
+        *_, numel, _ = pointers
         with _cuda_kernels.launching(out.device) as stream:
             whole = numel, 0, 1, 0, numel
-            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel or whole, stream, weight.pointers())
+            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel or whole, stream, pointers)
 
 
 def decode_cuda(weight: Weight, out: Tensor) -> None:
     """The same, in plain torch where these kernels cannot run."""
-    from qlora_native.ops import _cuda_kernels
-
     module = _cuda_kernels.native(out.device)
     if module is None:
         decode_anywhere(weight, out)

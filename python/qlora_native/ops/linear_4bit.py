@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._direct import call
+from qlora_native.ops._direct import call, may_autocast
 from qlora_native.ops._library import Weight, autograd, buffer, fake, implement, say_once, scratch
 from qlora_native.ops.dequantize_4bit import decode_panel
 
@@ -193,6 +193,8 @@ _UNCHANGED = nullcontext()
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Inside a kernel the operands already have their final dtype; autocast must not touch them again."""
+    if not may_autocast():  # to ask for one device takes longer
+        return _UNCHANGED
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
 

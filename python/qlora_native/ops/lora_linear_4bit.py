@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
+from qlora_native.ops import _cuda_kernels, _cuda_products
 from qlora_native.ops._direct import adapted_product, call_in_derivative, is_few
 from qlora_native.ops._library import Weight, autograd, fake, implement
 from qlora_native.ops.linear_4bit import (
@@ -21,7 +22,6 @@ from qlora_native.ops.linear_4bit import (
     Adapter,
     Engine,
     as_rows,
-    cuda_engine,
     save_weight,
     saved_weight,
     sum_to_bias,
@@ -29,48 +29,43 @@ from qlora_native.ops.linear_4bit import (
 )
 
 Pair = tuple[Tensor, Tensor]
-Call = tuple[Any, ...]  # the op's arguments, those of the weight as one
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, x_lora, A, B; empty if not needed
 
 
-def read(*arguments: Any) -> Call:
-    """The arguments, those of the weight as one."""
-    return *arguments[:7], Weight(*arguments[7:])
-
-
-def forward_by(engine: Engine, call: Call) -> Pair:
+def forward_by(engine: Engine, arguments: tuple[Any, ...]) -> Pair:
     """The op by the products of an engine."""
-    x, x_lora, a, b, scale, bias, _, weight = call
-    rows = as_rows(x)
+    x, x_lora, a, b, scale, bias, _ = arguments[:7]
+    weight: Weight = tuple.__new__(Weight, arguments[7:])
+    rows, dtype = as_rows(x), x.dtype
     with without_autocast(x):
-        down, up = engine.adapter(a, x.dtype), engine.adapter(b, x.dtype, scale)
-        if x_lora is None and engine.makes_low and x.dtype in DTYPE_NUMBER:
+        down, up = engine.adapter(a, dtype), engine.adapter(b, dtype, scale)
+        if x_lora is None and engine.makes_low and dtype in DTYPE_NUMBER:
             xa = x.new_empty(rows.shape[0], a.shape[0])
             adapter = Adapter(xa, up, down)
         else:
             xa = engine.dense_forward(rows if x_lora is None else as_rows(x_lora), down)
             adapter = Adapter(xa, up)
         y = engine.forward(rows, weight, bias, adapter)
-    if x.dim() == 2:
+    if rows is x:
         return y, xa
     return y.view(*x.shape[:-1], weight.shape[0]), xa.view(*x.shape[:-1], a.shape[0])
 
 
 @implement("lora_linear_4bit", "CPU")
 def cpu(*arguments: Any) -> Pair:
-    call = read(*arguments)
-    x, x_lora, a, b, scale, bias, _, weight = call
+    x, x_lora, a, b, scale, bias, _ = arguments[:7]
     few = None
     if x_lora is None and is_few(x):
+        weight = Weight(*arguments[7:])
         n, k = weight.shape
         few = adapted_product((n, k, _C.matrix(n, k, weight.pointers())), x, bias, a, b, scale)
-    return forward_by(CPU, call) if few is None else few
+    return forward_by(CPU, arguments) if few is None else few
 
 
 @fake("lora_linear_4bit")
 def shapes(*arguments: Any) -> Pair:
-    x, _, a, *_, weight = read(*arguments)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], a.shape[0])
+    x, _, a = arguments[:3]
+    return x.new_empty(*x.shape[:-1], Weight(*arguments[7:]).shape[0]), x.new_empty(*x.shape[:-1], a.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
@@ -78,32 +73,31 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     # x itself is needed only as the adapter's input; with a dropped-out copy in its place it is not kept.
     save_weight(ctx, tuple(arguments), x if x_lora is None else x_lora, a, b, output[1])
     ctx.set_materialize_grads(False)
-    ctx.scale, ctx.low_memory = scale, low_memory
-    ctx.separate = x_lora is not None
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.options = scale, x_lora is not None, low_memory, None if bias is None else bias.dtype
 
 
 def backward_by(engine: Engine, arguments: tuple[Any, ...], grad_xa: Tensor | None = None) -> Gradients:
     """The gradients by the products of an engine."""
     grad_y, x, xa, a, b, scale, separate, needed = arguments[:8]
-    weight = Weight(*arguments[9:])
-    rows, tokens = as_rows(grad_y), as_rows(x)
+    weight: Weight = tuple.__new__(Weight, arguments[9:])
+    rows, tokens, dtype = as_rows(grad_y), as_rows(x), grad_y.dtype
     need_x, need_x_lora, need_a, need_b = needed
     grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
     with without_autocast(x):
-        down = engine.adapter(a, grad_y.dtype)
-        if need_x and not separate and engine.makes_low and grad_y.dtype in DTYPE_NUMBER:
+        down = engine.adapter(a, dtype)
+        if need_x and not separate and engine.makes_low and dtype in DTYPE_NUMBER:
             low = x.new_empty(rows.shape[0], a.shape[0])
-            adapter = Adapter(low, down, engine.adapter(b, grad_y.dtype), scale)
-            grad_x = engine.grad_input(rows, weight, adapter).view(x.shape)
+            grad_x = engine.grad_input(rows, weight, Adapter(low, down, engine.adapter(b, dtype), scale))
         else:
             low = engine.grad_low(rows, b, scale)
             if grad_xa is not None:
                 low = low + grad_xa.reshape(low.shape)
             if need_x:
-                grad_x = engine.grad_input(rows, weight, None if separate else Adapter(low, down)).view(x.shape)
+                grad_x = engine.grad_input(rows, weight, None if separate else Adapter(low, down))
             if need_x_lora:
                 grad_x_lora = engine.dense_grad_input(low, down).view(x.shape)
+        if need_x and tokens is not x:
+            grad_x = grad_x.view(x.shape)
         if need_a:
             grad_a = engine.outer(low, tokens, 1.0, a.dtype)
         if need_b:
@@ -121,14 +115,19 @@ def _register(device: str, engine_of: Callable[[bool, torch.device], Engine]) ->
 
     @implement("lora_linear_4bit", device)
     def forward(*arguments: Any) -> Pair:
-        return forward_by(engine_of(arguments[6], arguments[0].device), read(*arguments))
+        return forward_by(engine_of(arguments[6], arguments[0].device), arguments)
 
     @implement("lora_linear_4bit_backward", device)
     def backward(*arguments: Any) -> Gradients:
         return backward_by(engine_of(arguments[8], arguments[0].device), arguments)
 
 
-_register("CUDA", lambda low_memory, device: cuda_engine(low_memory, device) or Engine(low_memory))
+def _cuda_engine(low_memory: bool, device: torch.device) -> Engine:
+    module = _cuda_kernels.native(device)
+    return Engine(low_memory) if module is None else _cuda_products.engine(module, low_memory)
+
+
+_register("CUDA", _cuda_engine)
 _register("CompositeExplicitAutograd", lambda low_memory, _: Engine(low_memory))
 
 
@@ -146,16 +145,17 @@ def backward_shapes(*arguments: Any) -> Gradients:
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_xa: Tensor | None) -> tuple[Any, ...]:
     arguments, (adapted, a, b, xa) = saved_weight(ctx)
+    scale, separate, low_memory, bias_dtype = ctx.options
     *needed, _, need_bias = ctx.needs_input_grad[:6]
     if grad_y is None:
         grad_y = xa.new_zeros(*xa.shape[:-1], b.shape[0])
-    options = (grad_y, adapted, xa, a, b, ctx.scale, ctx.separate, needed, ctx.low_memory)
+    options = (grad_y, adapted, xa, a, b, scale, separate, needed, low_memory)
     if grad_xa is not None or torch.is_grad_enabled():  # by ops that have derivatives of their own
-        grads = backward_by(Engine(ctx.low_memory), (*options, *arguments), grad_xa)
+        grads = backward_by(Engine(low_memory), (*options, *arguments), grad_xa)
     else:
         grads = call_in_derivative("lora_linear_4bit_backward", *options, *arguments)
     grad_x, grad_x_lora, grad_a, grad_b = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    grad_bias = sum_to_bias(grad_y, ctx.bias_dtype) if need_bias else None
+    grad_bias = sum_to_bias(grad_y, bias_dtype) if need_bias else None
     return grad_x, grad_x_lora, grad_a, grad_b, None, grad_bias, None, *NO_WEIGHT_GRADIENT
 
 

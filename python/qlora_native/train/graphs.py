@@ -6,7 +6,6 @@ do the learning rate, clipping, paging and what decides whether to step at all.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import masking_utils
 
 from qlora_native.config import TrainConfig
 from qlora_native.data.template import IGNORE_INDEX
-from qlora_native.hf.loss import has_plain_head, without_needless_mask
+from qlora_native.hf.loss import has_plain_head, is_random, without_needless_mask
 from qlora_native.train.batches import Batch
 
 EAGER_PASSES = 2  # of a shape before its capture: they warm up cuBLAS and everything that is made once
@@ -38,15 +36,6 @@ def why_eager(config: TrainConfig, model: Any, world: int = 1) -> str | None:
     if config.train.grad_checkpointing and is_random(model):
         return "gradient checkpointing takes the random state of dropout to the host"
     return None
-
-
-def is_random(model: Any) -> bool:
-    """Whether the model draws random numbers in training, by its modules and its config."""
-    options = model.config.get_text_config().to_dict()
-    rates = [rate for name, rate in options.items() if re.search("drop|jitter|noise", name)]
-    for module in model.modules():
-        rates += [getattr(module, "p", None)] if isinstance(module, _DropoutNd) else [getattr(module, "dropout", None)]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 class Passes:
