@@ -141,15 +141,18 @@ cuda_headers_option() {
 print("-DQLORA_NATIVE_CUDA_HEADERS=" + sysconfig.get_path("purelib") + "/nvidia/cu13/include")'
 }
 
-# The CUDA kernels on the CPU, under every schedule: plain, with the race check, with the sanitizers; and the module that
-# runs the op tests over them, in build/emulated. Needs an environment with cmake, ninja and pybind11.
-emulated_cuda() {
+# Builds what runs the CUDA kernels on the CPU in build/emulated: the targets named, or all of it, with the modules that
+# run the op tests over them. Needs an environment with cmake, ninja and pybind11.
+emulated_build() {
     local headers
     headers=$(cuda_headers_option) || return 1
     # -O1 for the CPU ops, which the kernels are compared with on small sizes; the kernels' own level is set with them.
     cmake -S . -B build/emulated -G Ninja -DQLORA_NATIVE_CUDA_ON_CPU=ON -DQLORA_NATIVE_CUDA=OFF $headers \
         -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG' -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" \
         -DPython_EXECUTABLE="$(command -v python)" &&
-        cmake --build build/emulated &&
-        ctest --test-dir build/emulated -j "$(nproc)" --output-on-failure --no-tests=error
+        cmake --build build/emulated ${@:+--target "$@"}
+}
+
+emulated_cuda() {  # under every schedule: plain, with the race check, with the sanitizers
+    emulated_build && ctest --test-dir build/emulated -j "$(nproc)" --output-on-failure --no-tests=error
 }

@@ -237,7 +237,7 @@ std::string wrong_bytes(const void* address, size_t num_bytes) {
   return std::to_string(num_bytes) + " bytes at " + words_of(*range, wanted);
 }
 
-bool is_known(const void* address) { return find(reinterpret_cast<uintptr_t>(address)) != nullptr; }
+const Range* range_of(const void* address) { return find(reinterpret_cast<uintptr_t>(address)); }
 
 void fail_fault(const void* address, Where where) {
   if (self == nullptr) {

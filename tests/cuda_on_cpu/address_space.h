@@ -41,7 +41,7 @@ void check_global(const void* address, size_t num_bytes, Access access, const ch
 // Why a copy or a memset cannot have these bytes, in words; empty if it can.
 std::string wrong_bytes(const void* address, size_t num_bytes);
 
-bool is_known(const void* address);  // lies in a range
+const Range* range_of(const void* address);  // null if it lies in none
 
 // Ends the launch because of an address that faulted, if a kernel runs.
 void fail_fault(const void* address, Where where);

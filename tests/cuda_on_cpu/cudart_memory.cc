@@ -3,8 +3,6 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
-#include <optional>
-#include <set>
 #include <string>
 
 #include "cuda_on_cpu/address_space.h"
@@ -20,11 +18,6 @@
 namespace {
 
 using cuemu::remember;
-
-std::set<void*>& pinned() {
-  static std::set<void*> all;
-  return all;
-}
 
 // The runtime waits here for everything, or for what it has recorded to use the memory; code that counts on it is wrong
 // on some of its versions.
@@ -101,16 +94,19 @@ cudaError_t cudaMallocHost(void** address, size_t num_bytes) {
     return remember(refusal);
   }
   *address = std::malloc(num_bytes);
-  pinned().insert(*address);
+  if (*address == nullptr) {
+    return remember(cudaErrorMemoryAllocation);
+  }
   cuemu::add_range(*address, num_bytes, cuemu::Kind::kPinned);
-  return *address != nullptr ? cudaSuccess : remember(cudaErrorMemoryAllocation);
+  return cudaSuccess;
 }
 
 cudaError_t cudaHostAlloc(void** address, size_t num_bytes, unsigned) { return cudaMallocHost(address, num_bytes); }
 
 cudaError_t cudaFreeHost(void* address) {
   CUEMU_REQUIRE_CONTEXT();
-  if (pinned().erase(address) == 0) {
+  const cuemu::Range* range = cuemu::range_of(address);
+  if (range == nullptr || range->kind != cuemu::Kind::kPinned || address != reinterpret_cast<void*>(range->begin)) {
     return remember(cudaErrorInvalidValue);
   }
   report_use("cudaFreeHost");
@@ -202,20 +198,17 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   auto* pointer = const_cast<void*>(address);
   attributes->device = -2;  // of unregistered memory
   attributes->hostPointer = pointer;
-  if (cuemu::is_managed(address)) {
-    attributes->type = cudaMemoryTypeManaged;
-    attributes->device = 0;
-    attributes->devicePointer = pointer;
-  } else if (const std::optional<int> owner = cuemu::owner_of(address); owner.has_value()) {
-    attributes->type = cudaMemoryTypeDevice;
-    attributes->device = *owner;
-    attributes->devicePointer = pointer;
-    attributes->hostPointer = nullptr;
-  } else if (pinned().contains(pointer)) {
-    attributes->type = cudaMemoryTypeHost;
-    attributes->device = 0;
-    attributes->devicePointer = pointer;
+  const cuemu::Range* range = cuemu::range_of(address);
+  if (range == nullptr || range->kind == cuemu::Kind::kHost || range->kind == cuemu::Kind::kFreed) {
+    return cudaSuccess;
   }
+  const bool is_device = range->kind == cuemu::Kind::kDevice;
+  attributes->type = is_device                              ? cudaMemoryTypeDevice
+                     : range->kind == cuemu::Kind::kManaged ? cudaMemoryTypeManaged
+                                                            : cudaMemoryTypeHost;
+  attributes->device = is_device ? range->owner : 0;
+  attributes->devicePointer = pointer;
+  attributes->hostPointer = is_device ? nullptr : pointer;
   return cudaSuccess;
 }
 

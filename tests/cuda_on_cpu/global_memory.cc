@@ -13,7 +13,6 @@
 #include <deque>
 #include <map>
 #include <new>
-#include <optional>
 
 #include "cuda_on_cpu/address_space.h"
 #include "cuda_on_cpu/block.h"
@@ -67,11 +66,9 @@ void protect_all(int protection) {
 
 // That `address` lies in; null if there is none.
 const Allocation* find_allocation(const void* address) {
-  const auto wanted = reinterpret_cast<uintptr_t>(address);
-  const auto after = allocations().upper_bound(wanted);
-  const bool is_in =
-      after != allocations().begin() && wanted - std::prev(after)->first < std::prev(after)->second.num_bytes;
-  return is_in ? &std::prev(after)->second : nullptr;
+  const Range* range = range_of(address);
+  const auto found = range != nullptr ? allocations().find(range->begin) : allocations().end();
+  return found != allocations().end() ? &found->second : nullptr;
 }
 
 [[maybe_unused]] bool is_intact(const std::byte* zone, size_t num_bytes) {
@@ -127,7 +124,8 @@ void handle_fault(int signal, siginfo_t* info, void* context) {
       std::fprintf(stderr, "cuda_on_cpu: access %s of a device allocation of %zu bytes\n", side, allocation.num_bytes);
     }
   }
-  if (!is_known(info->si_addr) && (before.sa_flags & SA_SIGINFO) != 0) {  // another emulator's of this process, say
+  if (range_of(info->si_addr) == nullptr &&
+      (before.sa_flags & SA_SIGINFO) != 0) {  // another emulator's of this process, say
     before.sa_sigaction(signal, info, context);
     return;
   }
@@ -202,11 +200,6 @@ bool free_global(void* address) {
     freed.pop_front();
   }
   return true;
-}
-
-std::optional<int> owner_of(const void* address) {
-  const Allocation* found = find_allocation(address);
-  return found != nullptr ? std::optional(found->owner) : std::nullopt;
 }
 
 size_t allocated_bytes() {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <optional>
 #include <string>
 
 #include "cuda_on_cpu/device.h"
@@ -18,9 +17,6 @@ void* allocate_global(size_t num_bytes, size_t offset_bytes = 0, size_t alignmen
 // False if `address` is not the start of a live allocation. A kernel that still uses the memory is reported, until many
 // later allocations have been freed.
 bool free_global(void* address);
-
-// The device that owns the live allocation in which `address` lies.
-std::optional<int> owner_of(const void* address);
 
 // From now on a fault of a kernel ends its launch, not the process. A fiber may have run out of stack, so the handler
 // has a stack of its own. The first allocation calls it.

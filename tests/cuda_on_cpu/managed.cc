@@ -210,11 +210,6 @@ bool free_managed(void* address) {
   return true;
 }
 
-bool is_managed(const void* address) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  return pages_of(address, 1).managed != nullptr;
-}
-
 cudaError_t prefetch(const void* address, size_t num_bytes, bool to_device, cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(mutex);
   const Pages pages = pages_of(address, num_bytes);

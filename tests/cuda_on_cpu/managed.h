@@ -56,7 +56,6 @@ enum class Toucher : uint8_t {
 
 cudaError_t allocate_managed(void** address, size_t num_bytes);
 bool free_managed(void* address);
-bool is_managed(const void* address);
 
 cudaError_t prefetch(const void* address, size_t num_bytes, bool to_device, cudaStream_t stream);
 cudaError_t advise(const void* address, size_t num_bytes, cudaMemoryAdvise advice, bool device_location);

@@ -1,12 +1,12 @@
 """Deletes one barrier, fence or wait of the CUDA kernels at a time and asks the emulator's tests to notice.
 
-    python tests/cuda_on_cpu/mutate.py [--only linear_4bit_tile.cuh] [--first N] [--scratch DIR] [--list] [-D<option>]
+    python tests/cuda_on_cpu/mutate.py [--only linear_4bit_tile.cuh] [--scratch DIR] [--list] [-D<option>]
 
-Works on a copy of the tree and leaves this one alone. A mutant is tried in the builds race, plain and asan, in that
-order, with the tests of the ops whose sources include its file, until one fails; one that survives them without an
-excuse, with all other tests too. A test must pass on the sound tree first, and is stopped where it fails. Prints a line
-for each mutant and the score; the exit status is 1 if one survived that EXPLAINED does not excuse, or if it excuses one
-that was seen.
+Works on a copy of the tree, in which CUEMU_LEFT_OUT in the environment says which one to pass over, so that one build
+has all mutants. Each is tried in the builds race, plain and asan, in that order, with the tests of the ops whose
+sources include its file, until one fails; one that survives them without an excuse, with all other tests too. A test
+must pass without a mutant first, and is stopped where it fails. Prints a line for each mutant and the score; the exit
+status is 1 if one survived that EXPLAINED does not excuse, or if it excuses one that was seen.
 """
 
 from __future__ import annotations
@@ -14,22 +14,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDS = ("race", "plain", "asan")
 SECONDS_A_TEST = 300
 ORDERS = r"(?:__syncthreads\w*|__syncwarp|__threadfence\w*|(?:wp::)?cp_async_(?:commit|wait<[^;]*>))\("
 STATEMENT = re.compile(rf"^\s*{ORDERS}[^;]*\);")
+SWITCH = """
+#include <cstdlib>
+namespace cuemu {
+inline const int left_out = std::atoi(std::getenv("CUEMU_LEFT_OUT"));
+}
+"""
 
 # (file, statement and the comment behind it) -> why the emulator cannot see that it is gone.
 EXPLAINED: dict[tuple[str, str], str] = {}
@@ -89,14 +95,30 @@ def tests_of(mutant: Mutant, root: Path) -> list[str]:
     return [test for test in all_tests(root) if any(f"test_{source}".startswith(test) for source in sources)]
 
 
-def copy_of_tree(into: Path) -> None:
+def with_switches(root: Path, found: list[Mutant]) -> dict[str, bytes]:
+    """The files that have a mutant, each behind its number from 1, and the one that declares the switch."""
+    texts: dict[str, list[str]] = {}
+    for number, mutant in enumerate(found, 1):
+        lines = texts.setdefault(mutant.path, (root / mutant.path).read_text().splitlines(keepends=True))
+        line = lines[mutant.line - 1]
+        lines[mutant.line - 1] = STATEMENT.sub(rf"if (::cuemu::left_out != {number}) {{ \g<0> }}", line)
+    declared = "tests/cuda_on_cpu/builtins.h"
+    texts[declared] = [(root / declared).read_text(), SWITCH]
+    return {path: "".join(lines).encode() for path, lines in texts.items()}
+
+
+def copy_of_tree(into: Path, edited: Mapping[str, bytes]) -> None:
+    """What git would commit, with other bytes for some files."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
         source, copy = ROOT / name, into / name
-        if source.is_file() and not (copy.is_file() and copy.read_bytes() == source.read_bytes()):
+        if not source.is_file():
+            continue
+        wanted = edited.get(name) or source.read_bytes()
+        if not (copy.is_file() and copy.read_bytes() == wanted):
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)  # with the time of now, so that it is compiled again
+            copy.write_bytes(wanted)  # with the time of now, so that it is compiled again
 
 
 class Tests:
@@ -115,10 +137,12 @@ class Tests:
         print(done.stdout[-3000:] if done.returncode else "", end="")
         return done.returncode == 0
 
-    def passes(self, name: str) -> bool:
-        """Whether it does, in time; it is ended at the first test of it that fails."""
+    def passes(self, name: str, left_out: int = 0) -> bool:
+        """Whether it does, in time, without the mutant of that number; it is ended at the first test that fails."""
         command = [self.folder / "tests/cuda_on_cpu" / name]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        env = {**os.environ, "CUEMU_LEFT_OUT": str(left_out)}
+        quiet: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        with subprocess.Popen(command, env=env, **quiet) as running:
             alarm = threading.Timer(SECONDS_A_TEST, running.kill)
             alarm.start()
             try:
@@ -138,7 +162,7 @@ class Tests:
                 raise SystemExit(f"{name} fails without a mutant")
         self.sound.update(new)
 
-    def killer(self, mutant: Mutant) -> str | None:
+    def killer(self, number: int, mutant: Mutant) -> str | None:
         """The test and build that notice; None if all pass."""
         own = tests_of(mutant, self.root)
         others = [test for test in all_tests(self.root) if test not in own]
@@ -146,56 +170,39 @@ class Tests:
         for tests, kind in itertools.product(filter(None, rounds), BUILDS):
             names = [f"{test}_{kind}" for test in tests]
             self.check_sound(names)
-            with without_line(self.root / mutant.path, mutant.line):
-                if not self.build(names):
-                    return f"the compiler of {kind}"
-                for name in names:
-                    if not self.passes(name):
-                        return name
+            for name in names:
+                if not self.passes(name, number):
+                    return name
         return None
-
-
-@contextlib.contextmanager
-def without_line(path: Path, number: int) -> Iterator[None]:
-    """Its statement is gone while this lasts."""
-    sound = path.read_text()
-    lines = sound.splitlines(keepends=True)
-    lines[number - 1] = STATEMENT.sub(";", lines[number - 1])
-    path.write_text("".join(lines))
-    try:
-        yield
-    finally:
-        path.write_text(sound)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants of files whose name ends so")
-    parser.add_argument("--first", type=int, default=1, help="number of the mutant to begin with")
     parser.add_argument("--scratch", type=Path, help="a folder for the copy, kept for the next run")
     parser.add_argument("--list", action="store_true", help="only name them")
     options, cmake_options = parser.parse_known_args()
-    chosen = [mutant for mutant in mutants(ROOT) if mutant.path.endswith(options.only)]
+    every = mutants(ROOT)
+    chosen = [pair for pair in enumerate(every, 1) if pair[1].path.endswith(options.only)]
     if options.list:
-        print(*chosen, sep="\n")
+        print(*(mutant for _, mutant in chosen), sep="\n")
         return 0
     wrong = 0  # unexplained survivors, and excuses for what was seen
     with contextlib.ExitStack() as stack:
         scratch = options.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root = scratch / "tree"
         root.mkdir(parents=True, exist_ok=True)
-        copy_of_tree(root)
+        copy_of_tree(root, with_switches(ROOT, every))
         tests = Tests(root, scratch / "build", cmake_options)
-        for number, mutant in enumerate(chosen[options.first - 1 :], options.first):
+        for number, mutant in chosen:
             start = time.monotonic()
-            found = tests.killer(mutant)
+            found = tests.killer(number, mutant)
             wrong += (found is None) != (mutant.excuse is not None)
             verdict = f"seen by {found}" if found else f"SURVIVES ({mutant.excuse or 'unexplained'})"
             if found and mutant.excuse:
                 verdict += ", though EXPLAINED excuses it"
-            print(f"{number}/{len(chosen)} {mutant}  {verdict}, {time.monotonic() - start:.0f} s", flush=True)
-    tried = len(chosen) - options.first + 1
-    print(f"score: {tried - wrong} of {tried} seen or explained")
+            print(f"{number}/{len(every)} {mutant}  {verdict}, {time.monotonic() - start:.0f} s", flush=True)
+    print(f"score: {len(chosen) - wrong} of {len(chosen)} seen or explained")
     return 1 if wrong else 0
 
 

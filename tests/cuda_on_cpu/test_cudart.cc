@@ -9,6 +9,7 @@
 #include "cuda/wp.cuh"
 #include "cuda_on_cpu/harness.h"
 #include "cuda_on_cpu/managed.h"
+#include "cuda_on_cpu/sanitizers.h"
 
 using namespace qlora_native;
 
@@ -36,6 +37,25 @@ TEST(memory_is_allocated_copied_and_freed) {
   CHECK(cudaFree(memory) == cudaSuccess && cudaFree(nullptr) == cudaSuccess, "freed");
   CHECK(cudaFree(memory) == cudaErrorInvalidValue, "freed twice");
   CHECK(cudaGetLastError() == cudaErrorInvalidValue && cudaGetLastError() == cudaSuccess, "reported once");
+}
+
+TEST(pinned_memory_is_known_until_it_is_freed) {
+  const auto type_of = [](const void* address) {
+    cudaPointerAttributes attributes{};
+    CHECK(cudaPointerGetAttributes(&attributes, address) == cudaSuccess, "attributes");
+    return attributes.type;
+  };
+  void* memory = nullptr;
+  CHECK(cudaMallocHost(&memory, 100) == cudaSuccess, "pinned");
+  CHECK(type_of(static_cast<char*>(memory) + 99) == cudaMemoryTypeHost, "type %d", type_of(memory));
+  CHECK(cudaFree(memory) == cudaErrorInvalidValue, "freed as the device's");
+  CHECK(cudaFreeHost(memory) == cudaSuccess && cudaFreeHost(memory) == cudaErrorInvalidValue, "freed once");
+  CHECK(type_of(memory) == cudaMemoryTypeUnregistered, "type %d", type_of(memory));
+#if !defined(CUEMU_ASAN)  // whose malloc would end the process
+  CHECK(cudaMallocHost(&memory, SIZE_MAX / 2) == cudaErrorMemoryAllocation, "more than there is");
+  CHECK(type_of(&memory) == cudaMemoryTypeUnregistered, "type %d", type_of(&memory));
+#endif
+  (void)cudaGetLastError();
 }
 
 TEST(device_memory_runs_out) {

@@ -112,9 +112,15 @@ void check_one_hot(const Layout& a_layout, const Layout& b_layout) {
   }
 }
 
-TEST(fragments_of_m16n8k16_bf16) { check_one_hot<Bf16, 4>(kA16, kB16); }
-TEST(fragments_of_m16n8k16_fp16) { check_one_hot<Fp16, 4>(kA16, kB16); }
-TEST(fragments_of_m16n8k8_fp16) { check_one_hot<Fp16, 2>(kA8, kB8); }
+TEST(fragments_of_m16n8k16_bf16) {
+  cuemu::over_all_schedules([](const char*) { check_one_hot<Bf16, 4>(kA16, kB16); });
+}
+TEST(fragments_of_m16n8k16_fp16) {
+  cuemu::over_all_schedules([](const char*) { check_one_hot<Fp16, 4>(kA16, kB16); });
+}
+TEST(fragments_of_m16n8k8_fp16) {
+  cuemu::over_all_schedules([](const char*) { check_one_hot<Fp16, 2>(kA8, kB8); });
+}
 
 TEST(fragments_on_sm_75) {
   const cuemu::WithDevice turing(75);
@@ -228,18 +234,20 @@ TEST(products_add_up_in_order) {
   }
   const cuemu::DeviceBuffer<uint32_t> device_a(fragment_of<Bf16>(a, kA16, 4));
   const cuemu::DeviceBuffer<uint32_t> device_b(fragment_of<Bf16>(b, kB16, 2));
-  const cuemu::DeviceBuffer<float> device_d(std::vector<float>(128, 0.125f));
-  CHECK_LAUNCH(wp::launch(multiply_fragments<Bf16, 4>, dim3(1), dim3(32), 0, nullptr, device_a.data(), device_b.data(),
-                          device_d.data()));
-  const std::vector<float> d = device_d.host();
-  for (int i = 0; i < 128; ++i) {
-    const int place = kD(i / 4, i % 4);
-    float expected = 0.125f;
-    for (int k = 0; k < 16; ++k) {
-      expected += a[static_cast<size_t>(place % 16 + 16 * k)] * b[static_cast<size_t>(place / 16 + 8 * k)];
+  cuemu::over_all_schedules([&](const char*) {
+    const cuemu::DeviceBuffer<float> device_d(std::vector<float>(128, 0.125f));
+    CHECK_LAUNCH(wp::launch(multiply_fragments<Bf16, 4>, dim3(1), dim3(32), 0, nullptr, device_a.data(),
+                            device_b.data(), device_d.data()));
+    const std::vector<float> d = device_d.host();
+    for (int i = 0; i < 128; ++i) {
+      const int place = kD(i / 4, i % 4);
+      float expected = 0.125f;
+      for (int k = 0; k < 16; ++k) {
+        expected += a[static_cast<size_t>(place % 16 + 16 * k)] * b[static_cast<size_t>(place / 16 + 8 * k)];
+      }
+      CHECK(d[static_cast<size_t>(i)] == expected, "d[%d, %d]", place % 16, place / 16);
     }
-    CHECK(d[static_cast<size_t>(i)] == expected, "d[%d, %d]", place % 16, place / 16);
-  }
+  });
 }
 
 }  // namespace

@@ -1,4 +1,7 @@
-"""rms_norm: weight * x / rms(x) over the last axis. Backward keeps x, as it came, and one fp32 number a row."""
+"""rms_norm: weight * x / rms(x) over the last axis. Backward keeps x, as it came, and one fp32 number a row.
+
+The weight's gradient is of torch's operations, on every device: QLoRA freezes the weights of norms.
+"""
 
 from __future__ import annotations
 

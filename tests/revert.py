@@ -1,0 +1,144 @@
+"""Reverts one mend of the CUDA code at a time and asks a test, most often over the emulator, to notice.
+
+    python tests/revert.py [--only WORDS] [--emulated DIR]
+
+The mends are of what a reading of commit ca7f053 found; a row names the finding, the text of today and a text that
+does what was done before, and the tests that must fail with it. Works on a copy of the tree with the modules that are
+installed. The tests must pass on the sound tree first, and none may be skipped. Prints a line for each row; the exit
+status is 1 if a row was not noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from cuda_on_cpu.mutate import ROOT, copy_of_tree
+
+OPS, OPTIM = "python/qlora_native/ops", "python/qlora_native/optim"
+
+
+class Mend(NamedTuple):
+    """``before`` is put in the place of ``today``, which stands once in the file."""
+
+    finding: str
+    path: str
+    today: str
+    before: str
+    tests: str  # a file in tests/ and words in the names of its tests
+
+
+MENDS = (
+    Mend("int32 labels are read as int64", f"{OPS}/_operands.py", "fits = dtype in allowed\n        if device",
+         "fits = True\n        if device", "test_operands.py fit_is_refused and linear_cross_entropy"),
+    Mend("labels, a bias or an adapter on the host or on another device are read", f"{OPS}/_operands.py",
+         "elif tensor.device != device:", "elif False:", "test_operands.py another_device"),
+    Mend("architectures are asked for that nvcc does not know", "cmake/cuda_archs.cmake", "if(arch IN_LIST known)\n",
+         "if(TRUE)\n", "test_build_options.py test_architectures or without_the_newest"),
+    Mend("a device without an image gets kernels", f"{OPS}/_cuda_kernels.py", "if error:", "if False:",
+         "test_cuda_build.py without_an_image"),
+    Mend("chunks of logits are a CPU's", f"{OPS}/linear_cross_entropy.py", "DEVICE_TOKENS = 1024", "DEVICE_TOKENS = 1",
+         "test_products_emulated.py head_is_read"),
+    Mend("the loss waits for the device", f"{OPS}/linear_cross_entropy.py", 'return _chunked(loss_of, call, "cuda")',
+         'return _chunked(loss_of, call, "cuda", _kept(call[1], ignore_index, call[5].shape[0]))',
+         "test_products_emulated.py waits_for_nothing"),
+    Mend("ops that wait carry no tag", f"{OPS}/_library.py", "if _name in NOT_IN_GRAPHS", "if False",
+         "test_cuda_emulated.py out_of_graphs"),
+    Mend("built-in tables are uploaded", f"{OPS}/_operands.py", "0 if code is None else code.data_ptr()",
+         "(torch.zeros(16) if code is None else code).data_ptr()", "test_cuda_emulated.py built_in_tables"),
+    Mend("a captured paged step waits for events from outside", f"{OPTIM}/device_pages.py",
+         "            self._check_that_nothing_moves()\n", "            pass\n",
+         "test_paging_emulated.py capture_of_moving"),
+    Mend("a changed learning rate replaces what a graph reads", f"{OPS}/_cuda_optim.py",
+         "if len(flat) != self.options.numel():", "if True:", "test_step_graph_emulated.py captured_step"),
+    Mend("gradients of fp32 adapters are rounded to 16 bits", f"{OPS}/_cuda_products.py",
+         "else wide_product(left.t(), right)", "else torch.mm(left.t(), right).float()",
+         "test_products_emulated.py not_rounded"),
+    Mend("input gradients are rounded once a panel", f"{OPS}/_cuda_products.py",
+         "        for first in range(0, width, max(1, columns)):\n", """\
+        for first in range(0, 0 if is_forward else n, 128):
+            last = min(first + 128, n)
+            decoded = torch.empty(last - first, k, dtype=stored, device=x.device)
+            dequantize_4bit.launch(self.module, weight, decoded, (k, first, last, 0, k))
+            y = torch.addmm(y, x[:, first:last], decoded.to(x.dtype), beta=int(first > 0))
+        for first in range(0, width if is_forward else 0, max(1, columns)):
+""", "test_products_emulated.py rounded_once"),
+    Mend("adapters are copied in every pass", f"{OPS}/_cuda_products.py",
+         "return copy_of(matrix, dtype, scale, lambda: self.narrow(matrix, dtype, scale))",
+         "return self.narrow(matrix, dtype, scale)", "test_products_emulated.py launches_of"),
+    Mend("the device is set for every launch", f"{OPS}/_cuda_kernels.py", "if device.index in (None, current):",
+         "if False:", "test_cuda_copies.py made_current"),
+    Mend("evicted states are read over the bus", f"{OPTIM}/device_pages.py", "elif again:", "elif False:",
+         "test_paging_emulated.py evicted_states"),
+    Mend("a store makes a context on another device", "cuda/page_store.cc", """\
+  std::thread([this] {
+    (void)cudaSetDevice(device_);
+    (void)cudaDeviceSynchronize();
+  }).join();
+""", "  (void)cudaSetDevice(device_), (void)cudaDeviceSynchronize(), (void)cudaSetDevice(current);\n",
+         "test_cuda_build.py no_context"),
+    Mend("page cache counts as used where memory is shared", "python/qlora_native/_memory.py",
+         "if _cuda_kernels.facts(device).is_integrated:", "if False:", "test_pressure.py page_cache"),
+    Mend("warnings stop the builds of users", "cmake/cuda_library.cmake",
+         "$<$<BOOL:${QLORA_NATIVE_WERROR}>:-Xcompiler=-Werror>", "-Xcompiler=-Werror",
+         "test_build_options.py warnings_stop"),
+    Mend("fuse() takes the CPU's models alone", "python/qlora_native/hf/fuse.py",
+         "return is_on_cpu(tensor) or _library.module_for(tensor.device) is not None", "return is_on_cpu(tensor)",
+         "test_activations_emulated.py fused_models and Llama"),
+)  # fmt: skip
+
+
+def outcome(root: Path, tests: str, emulated: Path) -> tuple[int, str]:
+    """pytest's exit status and last line."""
+    file, _, words = tests.partition(" ")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{file}", "-k", words, "--emulated", str(emulated)]
+    env = {**os.environ, "PYTHONPATH": str(root / "python")}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    return done.returncode, (done.stdout.splitlines() or [done.stderr])[-1].strip("= ")
+
+
+def copy_with_modules(root: Path) -> None:
+    copy_of_tree(root, {})
+    for name in ("_C", "_cuda"):
+        spec = importlib.util.find_spec(f"qlora_native.{name}")
+        if spec is not None and spec.origin is not None:
+            shutil.copy(spec.origin, root / "python/qlora_native")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="findings with these words")
+    parser.add_argument("--emulated", type=Path, default=ROOT / "build/emulated", help="folder of the emulated modules")
+    options = parser.parse_args()
+    chosen = [mend for mend in MENDS if options.only in mend.finding]
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        copy_with_modules(root)
+        for mend in chosen:
+            file = root / mend.path
+            sound = file.read_text(encoding="utf-8")
+            if sound.count(mend.today) != 1:
+                raise SystemExit(f"{mend.path} has {sound.count(mend.today)} times what '{mend.finding}' reverts")
+            status, before = outcome(root, mend.tests, options.emulated)
+            if status or re.search("skipped", before):
+                raise SystemExit(f"{mend.tests}: {before}: expected passed without a skip, on the sound tree")
+            file.write_text(sound.replace(mend.today, mend.before), encoding="utf-8")
+            status, after = outcome(root, mend.tests, options.emulated)
+            file.write_text(sound, encoding="utf-8")
+            wrong += status != 1  # 1: tests failed; others: none ran, or pytest itself failed
+            print(f"{mend.finding}: {'seen' if status == 1 else 'NOT SEEN'} by {mend.tests}: {after}", flush=True)
+    print(f"score: {len(chosen) - wrong} of {len(chosen)} seen")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
