@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,14 +103,17 @@ class Model:
         bound = self.loop(kernel, 2048, 1, n * k) * self.waves(kernel, 128 if groups == 4 else 256, blocks)
         return max(self.moving(PACKED * n * k + 2 * m * (n + k)), bound)
 
-    def tile(self, m: int, n: int, k: int) -> float:
+    def tile(self, m: int, n: int, k: int, is_forward: bool) -> float:
         rows = next((rows for rows in TILES if rows >= m), 128)
         number, columns = TILES[rows]
         inner = {0: "1, 4", 1: "1, 4", 2: "2, 2", 3: "2, 4"}[number]
-        kernel = f"linear_4bit_tile_kernel<Bf16, TileShape<{number}, {inner}>, true>"
+        kernel = f"linear_4bit_tile_kernel<Bf16, TileShape<{number}, {inner}>, {str(is_forward).lower()}>"
+        of_turn = 1024
+        if is_forward and rows < 128:
+            kernel, of_turn = f"linear_4bit_fragment_kernel<Bf16, FragmentShape<{4 + number}> >", 2048
         passes = -(-m // rows)
         tensor = 2 * passes * rows * n * k / (self.card.tensor_share * 1e12 * self.card.tflops)
-        bound = max(self.loop(kernel, 1024, 4, passes * n * k), tensor)
+        bound = max(self.loop(kernel, of_turn, 4, passes * n * k), tensor)
         wave = self.waves(kernel, 2 * columns, passes * -(-n // columns)) if rows == 128 else 1.15  # split-K fills them
         return max(self.moving(PACKED * n * k + 2 * m * (n + k)), bound * wave)
 
@@ -121,7 +125,7 @@ class Model:
         """The kind of kernel, as cuda/matmul_plan.cc plans it."""
         if m > FUSED_TOKENS[self.card.arch]:
             return self.two_step
-        return self.small if m <= 16 and is_forward else self.tile
+        return self.small if m <= 16 and is_forward else partial(self.tile, is_forward=is_forward)
 
     def product(self, case: Case) -> float:
         """A row of gpu_products."""

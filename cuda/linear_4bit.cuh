@@ -9,6 +9,7 @@
 #include "core/layout.h"
 #include "core/product.h"
 #include "cuda/linear_4bit.h"
+#include "cuda/linear_4bit_fragment.cuh"
 #include "cuda/linear_4bit_small.cuh"
 #include "cuda/linear_4bit_split_k.cuh"
 #include "cuda/linear_4bit_tile.cuh"
@@ -18,7 +19,7 @@ namespace qlora_native::cuda {
 
 inline constexpr int64_t kMostCtas = std::numeric_limits<int32_t>::max();  // of gridDim.x
 
-// Of W for the few-token kernel, which counts them in 32 bits up to two steps of a CTA beyond the last.
+// Of W for the kernels of few tokens, which count them in 32 bits up to two steps of a CTA beyond the last.
 inline constexpr int64_t kMostSmallColumns = std::numeric_limits<int32_t>::max() - 2 * 8 * kSmallStep;
 
 inline int block_shift_of(const WeightView& weight) {
@@ -71,19 +72,19 @@ cudaError_t launch_reduce(const TileJob<T>& job, int tile_columns, cudaStream_t 
 }
 
 // workspace_bytes: what the plan asked for.
-template <typename T, typename Shape>
-cudaError_t launch_tile(TileJob<T> job, bool forward, int64_t workspace_bytes, cudaStream_t stream) {
+template <typename Shape, typename T>
+cudaError_t launch_tile(void (*kernel)(TileJob<T>), TileJob<T> job, int64_t workspace_bytes, cudaStream_t stream) {
   const int64_t row_tiles = ceil_div(job.m, Shape::kRows);
   const int64_t column_tiles = ceil_div(job.columns, Shape::kColumns);
   const bool holds_sums =
       job.splits == 1 || split_k_workspace_bytes(job.m, job.columns, Shape::kSize, job.splits) <= workspace_bytes;
-  if (row_tiles > kMostCtas / column_tiles || !holds_sums) {
+  const bool counts_columns = !Shape::kSize.fragments || job.k <= kMostSmallColumns;
+  if (row_tiles > kMostCtas / column_tiles || !holds_sums || !counts_columns) {
     return cudaErrorInvalidValue;
   }
   job.row_tiles = static_cast<int>(row_tiles);
   job.column_tiles = static_cast<int>(column_tiles);
   const dim3 grid(static_cast<unsigned>(row_tiles * column_tiles), static_cast<unsigned>(job.splits));
-  const auto kernel = forward ? linear_4bit_tile_kernel<T, Shape, true> : linear_4bit_tile_kernel<T, Shape, false>;
   const cudaError_t error =
       wp::launch(kernel, grid, dim3(Shape::kThreads), static_cast<size_t>(Shape::kSize.shared_bytes()), stream, job);
   return error == cudaSuccess && job.splits > 1 ? launch_reduce(job, Shape::kColumns, stream) : error;
@@ -112,15 +113,20 @@ cudaError_t launch_tiles(const ProductJob& product, const MatmulPlan& plan, void
                        plan.splits,
                        0,
                        0};
+  const int64_t bytes = plan.workspace_bytes;
   switch (plan.rows) {
     case Tile16::kRows:
-      return launch_tile<T, Tile16>(job, product.forward, plan.workspace_bytes, stream);
+      return product.forward ? launch_tile<Fragments16>(linear_4bit_fragment_kernel<T, Fragments16>, job, bytes, stream)
+                             : launch_tile<Tile16>(linear_4bit_tile_kernel<T, Tile16, false>, job, bytes, stream);
     case Tile32::kRows:
-      return launch_tile<T, Tile32>(job, product.forward, plan.workspace_bytes, stream);
+      return product.forward ? launch_tile<Fragments32>(linear_4bit_fragment_kernel<T, Fragments32>, job, bytes, stream)
+                             : launch_tile<Tile32>(linear_4bit_tile_kernel<T, Tile32, false>, job, bytes, stream);
     case Tile64::kRows:
-      return launch_tile<T, Tile64>(job, product.forward, plan.workspace_bytes, stream);
+      return product.forward ? launch_tile<Fragments64>(linear_4bit_fragment_kernel<T, Fragments64>, job, bytes, stream)
+                             : launch_tile<Tile64>(linear_4bit_tile_kernel<T, Tile64, false>, job, bytes, stream);
     case Tile128::kRows:
-      return launch_tile<T, Tile128>(job, product.forward, plan.workspace_bytes, stream);
+      return product.forward ? launch_tile<Tile128>(linear_4bit_tile_kernel<T, Tile128, true>, job, bytes, stream)
+                             : launch_tile<Tile128>(linear_4bit_tile_kernel<T, Tile128, false>, job, bytes, stream);
     default:
       return cudaErrorInvalidValue;
   }

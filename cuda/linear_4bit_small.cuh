@@ -67,58 +67,22 @@ __device__ __forceinline__ uint32_t small_pair(const uint4* pairs, uint32_t code
   return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(pairs) + offset);
 }
 
-// What a lane reads of W in one step: its runs of rows g and g + 8, and their scales.
-struct SmallRuns {
-  uint4 codes[2];
-};
-struct SmallScales {
-  StoredScale stored[2];
-};
-
-// Where a lane reads. Rows and tokens beyond the edge repeat the last one: what comes of them is not stored. Offsets
-// within a row have 32 bits, so that an address takes one instruction.
+// Where a lane reads. Tokens beyond the edge repeat the last one: what comes of them is not stored.
 template <typename T, int kGroups>
 struct SmallLane {
-  const uint8_t* packed[2];
-  const float* scales[2];            // from the row's first block on, or from the nested scale of that block
-  const uint8_t* scale_codes[2];     // or null
-  int blocks_before[2];              // the row's first, that share its nested scale
+  LaneRows rows;
   const T* tokens[size_t{kGroups}];  // of x
-  int block_shift;
-  int group_shift;  // of blocks to what `scales` holds
-  bool own_block;   // whether its column of x^T takes tokens in the block of its run, or zeros
+  bool own_block;                    // whether its column of x^T takes tokens in the block of its run, or zeros
 
-  __device__ SmallLane(const SmallJob<T>& job, int64_t first_row) {
+  __device__ SmallLane(const SmallJob<T>& job, int64_t first_row)
+      : rows(job.weight, job.n, job.k, job.block_shift, first_row) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const bool nested = job.weight.absmax == nullptr;
-    block_shift = job.block_shift;
-    group_shift = nested ? 8 : 0;
     own_block = (lane < 16) == (lane % 4 < 2);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t wanted = first_row + 8 * half + lane / 4;
-      const int64_t row = wanted < job.n ? wanted : job.n - 1;
-      const int64_t block = row * (job.k >> block_shift);
-      packed[half] = job.weight.packed + row * job.k / 2;
-      scales[half] = nested ? job.weight.nested_absmax + block / kNestedBlock : job.weight.absmax + block;
-      scale_codes[half] = nested ? job.weight.absmax_codes + block : nullptr;
-      blocks_before[half] = nested ? static_cast<int>(block % kNestedBlock) : 0;
-    }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const int64_t token = 4 * group + lane / 4 % 4;
       tokens[group] = job.x + (token < job.m ? token : job.m - 1) * job.k;
     }
-  }
-
-  // Of the run from `column` on, which exists.
-  __device__ __forceinline__ SmallRuns runs_of(int column) const {
-    SmallRuns runs;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      runs.codes[half] = wp::load_16_streaming(packed[half] + column / 2);
-    }
-    return runs;
   }
 
   __device__ __forceinline__ void load_tokens(int column, uint4 (&values)[size_t{kGroups}][4]) const {
@@ -130,17 +94,6 @@ struct SmallLane {
       }
     }
   }
-
-  __device__ __forceinline__ SmallScales scales_of(int column) const {
-    const int block = column >> block_shift;
-    SmallScales found;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      found.stored[half] = {scales[half][(blocks_before[half] + block) >> group_shift],
-                            scale_codes[half] != nullptr ? scale_codes[half][block] : 0};
-    }
-    return found;
-  }
 };
 
 // A lane's part of the MMAs' results, as wp::mma_m16n8k16 lays it out.
@@ -151,7 +104,7 @@ struct SmallSums {
 
 // levels x^T of one step.
 template <typename T, int kGroups>
-__device__ __forceinline__ SmallSums<kGroups> small_products(const SmallRuns& runs,
+__device__ __forceinline__ SmallSums<kGroups> small_products(const LaneRuns& runs,
                                                              const uint4 (&tokens)[size_t{kGroups}][4],
                                                              const uint4* pairs) {
   const uint32_t lane_bytes = threadIdx.x % 32 * 4;
@@ -228,8 +181,8 @@ __global__ void __launch_bounds__(32 * small_warps(kGroups), small_ctas(kGroups)
   // Two steps ahead: a warp's loads under way are what hides the latency of memory.
   const int last = k - kSmallRun;
   const int steps = (k + stride - 1) / stride;
-  SmallRuns ahead[2] = {lane.runs_of(min(column, last)), lane.runs_of(min(column + stride, last))};
-  SmallScales scales_ahead = lane.scales_of(min(column, last));
+  LaneRuns ahead[2] = {lane.rows.runs_of(min(column, last)), lane.rows.runs_of(min(column + stride, last))};
+  LaneScales scales_ahead = lane.rows.scales_of(min(column, last));
   const bool nested = job.weight.absmax == nullptr;
   const float offset = nested ? *job.weight.nested_offset : 0.0f;
   small_fill_pairs<T>(job.weight.levels, pairs);
@@ -241,11 +194,11 @@ __global__ void __launch_bounds__(32 * small_warps(kGroups), small_ctas(kGroups)
     if (lane.own_block) {
       lane.load_tokens(min(column, last), tokens);
     }
-    const SmallRuns runs = ahead[0];
-    const SmallScales scales = scales_ahead;
+    const LaneRuns runs = ahead[0];
+    const LaneScales scales = scales_ahead;
     ahead[0] = ahead[1];
-    ahead[1] = lane.runs_of(min(column + 2 * stride, last));
-    scales_ahead = lane.scales_of(min(column + stride, last));
+    ahead[1] = lane.rows.runs_of(min(column + 2 * stride, last));
+    scales_ahead = lane.rows.scales_of(min(column + stride, last));
     const SmallSums<kGroups> unscaled = small_products<T, kGroups>(runs, tokens, pairs);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -1,4 +1,5 @@
-// One CTA's tile of y [rows, columns], over the whole reduction or one part of it.
+// One CTA's tile of y [rows, columns], over the whole reduction or one part of it: the input gradient, and forward more
+// than 64 tokens (linear_4bit_fragment.cuh has the others).
 //
 // Each step takes 64 of the reduction. x and the packed W come by asynchronous copies, `stages` deep. A thread decodes
 // the 32 weights whose 16 bytes it copied itself, once for the CTA, by the exact rule, into 16-bit values in shared
@@ -50,7 +51,7 @@ struct TileShape {
   static constexpr int kColumnParts = kColumns / kWarpColumns / 8;  // 8-column MMAs a warp
   static constexpr int kWarpsAlongRows = kWarpRows;
   static constexpr int kResident = kSize.resident();
-  static_assert(kWarpRows * kWarpColumns * 32 == kThreads && kStages >= 3 && kColumnParts % 2 == 0);
+  static_assert(kWarpRows * kWarpColumns * 32 == kThreads && kColumnParts % 2 == 0);
 };
 using Tile16 = TileShape<0, 1, 4>;
 using Tile32 = TileShape<1, 1, 4>;
@@ -68,8 +69,9 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 // The CTA's part of the job, and its shared memory.
 template <typename T, typename Shape, bool kForward>
 struct Tile {
+  static constexpr int kStep = Shape::kSize.step();                         // of the reduction
   static constexpr int kWeightChunks = kForward ? 8 : Shape::kColumns / 8;  // of 16 bytes in a row of decoded W
-  static constexpr int kStageChunks = Shape::kRows * 8;                     // of x
+  static constexpr int kStageChunks = Shape::kRows * (kStep / 8);           // of x
   static constexpr int kBufferChunks = Shape::kThreads * 4;                 // of decoded W
 
   const TileJob<T>& job;
@@ -78,9 +80,9 @@ struct Tile {
   int64_t first_step;
   int steps;
   int split;
-  uint4* x;        // [stages][rows][8], swizzled
+  uint4* x;        // [stages][rows][kStep / 8], swizzled
   uint4* packed;   // [stages][threads]
-  uint4* weights;  // [2][kBufferChunks], swizzled
+  uint4* weights;  // [2][kBufferChunks], swizzled; into fragments: one buffer, of the low-rank term, over the stages
 
   // Tiles that run together should share rows of x and rows of W: they come in bands of 8 tiles of rows.
   __device__ explicit Tile(const TileJob<T>& given) : job(given) {
@@ -92,17 +94,17 @@ struct Tile {
     first_row = static_cast<int64_t>(band * kBand + within % height) * Shape::kRows;
     first_column = static_cast<int64_t>(within / height) * Shape::kColumns;
     split = static_cast<int>(blockIdx.y);
-    const int64_t all_steps = (job.reduction + kReductionStep - 1) / kReductionStep;
+    const int64_t all_steps = (job.reduction + kStep - 1) / kStep;
     first_step = all_steps * split / job.splits;
     steps = static_cast<int>(all_steps * (split + 1) / job.splits - first_step);
     x = wp::dyn_smem<uint4>();
     packed = x + Shape::kStages * kStageChunks;
-    weights = packed + Shape::kStages * Shape::kThreads;
+    weights = Shape::kSize.fragments ? x + Shape::kRows * 8 : packed + Shape::kStages * Shape::kThreads;
   }
 
   // How many steps of the reduction reach an index that the first step has at `first`.
   __device__ int steps_inside(int64_t first) const {
-    const int64_t inside = (job.reduction - first + kReductionStep - 1) / kReductionStep;
+    const int64_t inside = (job.reduction - first + kStep - 1) / kStep;
     return static_cast<int>(inside < steps ? inside : steps);
   }
 
@@ -110,7 +112,7 @@ struct Tile {
 
   // The operands of the low-rank term from `from` on, as one step: low in stage 0, up in buffer 0.
   __device__ void load_low_rank(int64_t from) const {
-    for (int unit = static_cast<int>(threadIdx.x); unit < kStageChunks; unit += Shape::kThreads) {
+    for (int unit = static_cast<int>(threadIdx.x); unit < Shape::kRows * 8; unit += Shape::kThreads) {
       x[swizzled<8>(unit / 8, unit % 8)] = load_eight(job.low, first_row + unit / 8, from + unit % 8 * 8, job.m, job.r);
     }
     for (int unit = static_cast<int>(threadIdx.x); unit < kBufferChunks; unit += Shape::kThreads) {
@@ -157,51 +159,70 @@ struct Run {
   }
 };
 
-// Starts the copies of one step after another: this thread's units of x, one in every kThreads, and its run of W.
+// Starts the copies of x of one step after another: this thread's units of 16 bytes, one in every kThreads.
 template <typename T, typename Shape, bool kForward>
-struct Copies {
+struct TokenCopies {
   using Owner = Tile<T, Shape, kForward>;
   static constexpr int kUnits = Owner::kStageChunks / Shape::kThreads;
-  static constexpr int kRowsApart = Shape::kThreads / 8;
+  static constexpr int kChunks = Owner::kStep / 8;  // in a row
+  static constexpr int kRowsApart = Shape::kThreads / kChunks;
   static_assert(kRowsApart % 8 == 0, "so that all units of a thread are swizzled alike");
 
   const Owner& tile;
-  Run<T, Shape, kForward> run;
-  const T* x_from[size_t{kUnits}];  // in the next step; beyond the edge the last row again, which nobody stores
-  int x_steps_left;                 // in which these units exist
-  const uint8_t* codes_from;
-  int x_to;
+  const T* from;  // the first unit, in the next step
+  int64_t apart;  // from one unit to the next
+  int to;
+  int rows_left;   // of x, from that unit's on, or 0 beyond the last step
+  int steps_left;  // in which these units exist: the reduction is a multiple of 8
   int stage = 0;
 
-  __device__ explicit Copies(const Owner& given) : tile(given), run(given) {
-    const int row = static_cast<int>(threadIdx.x) / 8;
-    const int chunk = static_cast<int>(threadIdx.x) % 8;
-    x_to = swizzled<8>(row, chunk);
-    const int64_t x_column = tile.first_step * kReductionStep + 8 * chunk;
-    // The reduction is a multiple of 8, forward of 64: a unit is there or not as a whole.
-    x_steps_left = kForward ? tile.steps : tile.steps_inside(x_column);
-    codes_from = tile.job.weight.packed + (run.steps_left > 0 ? run.element / 2 : 0);
-#pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) {
-      const int64_t wanted = tile.first_row + row + unit * kRowsApart;
-      const int64_t existing = wanted < tile.job.m ? wanted : tile.job.m - 1;
-      x_from[unit] = tile.job.x + (x_steps_left > 0 ? existing * tile.job.reduction + x_column : 0);
-    }
+  __device__ explicit TokenCopies(const Owner& given) : tile(given) {
+    const int row = static_cast<int>(threadIdx.x) / kChunks;
+    const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+    const int64_t column = tile.first_step * Owner::kStep + 8 * chunk;
+    from = tile.job.x + (tile.first_row + row) * tile.job.reduction + column;
+    to = swizzled<kChunks>(row, chunk);
+    steps_left = tile.steps_inside(column);
+    const int rows = static_cast<int>(min(tile.job.m - tile.first_row, int64_t{Shape::kRows}));
+    rows_left = steps_left > 0 ? rows - row : 0;
+    apart = rows_left > 0 ? kRowsApart * tile.job.reduction : 0;  // a register: else a product in every step
   }
 
-  // Beyond the last step, where the loop starts copies like any other, they are of nothing; their addresses stay at it.
+  // Zeros beyond the last row and the last step, where a copy reads nothing.
   __device__ void start_next() {
-    uint4* to = tile.x + stage * Owner::kStageChunks + x_to;
+    const T* at = from;
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
-      wp::cp_async_16(to + unit * Shape::kThreads, x_from[unit], x_steps_left > 0 ? 16 : 0);
-      x_from[unit] += x_steps_left > 1 ? kReductionStep : 0;
+      wp::cp_async_16(tile.x + stage * Owner::kStageChunks + to + unit * Shape::kThreads, at,
+                      unit * kRowsApart < rows_left ? 16 : 0);
+      at += apart;
     }
+    from += Owner::kStep;
+    --steps_left;
+    rows_left = steps_left > 0 ? rows_left : 0;
+    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+  }
+};
+
+// And those of its run of W.
+template <typename T, typename Shape, bool kForward>
+struct Copies : TokenCopies<T, Shape, kForward> {
+  using Tokens = TokenCopies<T, Shape, kForward>;
+  using Tokens::stage;
+  using Tokens::tile;
+
+  Run<T, Shape, kForward> run;
+  const uint8_t* codes_from;
+
+  __device__ explicit Copies(const Tile<T, Shape, kForward>& given)
+      : Tokens(given), run(given), codes_from(tile.job.weight.packed + (run.steps_left > 0 ? run.element / 2 : 0)) {}
+
+  // Beyond the last step the address stays at it.
+  __device__ void start_next() {
     wp::cp_async_16(tile.packed + stage * Shape::kThreads + threadIdx.x, codes_from, run.steps_left > 0 ? 16 : 0);
     codes_from += run.steps_left > 1 ? (kForward ? 1 : tile.job.k) * (kReductionStep / 2) : 0;
     --run.steps_left;
-    --x_steps_left;
-    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    Tokens::start_next();
   }
 };
 
@@ -356,14 +377,31 @@ __device__ __forceinline__ void store_partial(const Tile<T, Shape, kForward>& ti
   }
 }
 
+// Of a finished row of y in shared memory, in units of 16 bytes; the odd one turns rows against the banks.
+template <typename Shape>
+inline constexpr int kTilePitch = Shape::kColumns / 8 + 1;
+
+// Rows of y from shared memory, in whole vectors.
+template <typename T, typename Shape, bool kForward>
+__device__ __forceinline__ void store_rows(const Tile<T, Shape, kForward>& tile) {
+  constexpr int kChunks = Shape::kColumns / 8;
+  static_assert(Shape::kRows * kTilePitch<Shape> * 16 <= Shape::kSize.shared_bytes());
+  const TileJob<T>& job = tile.job;
+  __syncthreads();
+  const uint4* chunks = wp::dyn_smem<uint4>();
+  for (int unit = static_cast<int>(threadIdx.x); unit < Shape::kRows * kChunks; unit += Shape::kThreads) {
+    const int row = unit / kChunks;
+    const int chunk = unit % kChunks;
+    store_eight(job.y, tile.first_row + row, tile.first_column + 8 * chunk, job.m, job.columns,
+                chunks[row * kTilePitch<Shape> + chunk]);
+  }
+}
+
 // The finished sums with their bias, rounded, through shared memory into whole vectors of y. Every warp must be done
 // with the operands there.
 template <typename T, typename Shape, bool kForward>
 __device__ __forceinline__ void store_tile(const Tile<T, Shape, kForward>& tile,
                                            const WarpSums<T, Shape, kForward>& warp) {
-  constexpr int kChunks = Shape::kColumns / 8;
-  constexpr int kPitch = kChunks + 1;  // in units of 16 bytes; the odd one turns rows against the banks
-  static_assert(Shape::kRows * kPitch * 16 <= Shape::kSize.shared_bytes());
   const TileJob<T>& job = tile.job;
   uint32_t* words = wp::dyn_smem<uint32_t>();
 #pragma unroll
@@ -377,16 +415,27 @@ __device__ __forceinline__ void store_tile(const Tile<T, Shape, kForward>& tile,
     for (int i = 0; i < 2 * Shape::kRowParts; ++i) {
       const float* sums = warp.sums[i / 2][j] + i % 2 * 2;
       const float pair[2] = {sums[0] + left, sums[1] + right};
-      words[(warp.row + 8 * i + warp.lane / 4) * kPitch * 4 + in_tile / 2] = wp::pack_word<T>(pair);
+      words[(warp.row + 8 * i + warp.lane / 4) * kTilePitch<Shape> * 4 + in_tile / 2] = wp::pack_word<T>(pair);
     }
   }
-  __syncthreads();
-  const uint4* chunks = wp::dyn_smem<uint4>();
-  for (int unit = static_cast<int>(threadIdx.x); unit < Shape::kRows * kChunks; unit += Shape::kThreads) {
-    const int row = unit / kChunks;
-    const int chunk = unit % kChunks;
-    store_eight(job.y, tile.first_row + row, tile.first_column + 8 * chunk, job.m, job.columns,
-                chunks[row * kPitch + chunk]);
+  store_rows(tile);
+}
+
+// The low-rank term, when no copy is under way any more; `left` times `right` is what the warp sums up.
+template <typename T, typename Shape, bool kForward>
+__device__ __forceinline__ void add_low_rank(const Tile<T, Shape, kForward>& tile, WarpSums<T, Shape, kForward>& warp,
+                                             const uint4* left, const uint4* right) {
+  if (tile.split != 0) {
+    return;
+  }
+  for (int64_t from = 0; from < tile.job.r; from += kReductionStep) {
+    __syncthreads();
+    tile.load_low_rank(from);
+    __syncthreads();
+#pragma unroll 1
+    for (int slice = 0; slice < kReductionStep / 16 && from + 16 * slice < tile.job.r; ++slice) {
+      warp.multiply(left, right, slice, [](int) {});
+    }
   }
 }
 
@@ -397,6 +446,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit
   using Warp = WarpSums<T, Shape, kForward>;
   constexpr int kSlices = kReductionStep / 16;
   constexpr int kEach = Work::kPieces / (kSlices * Warp::kBeats);  // pieces of work between MMAs
+  static_assert(Shape::kStages >= 3);
   WP_SHARED(float4, levels, 4);
   WP_SHARED(float, nested_code, 256);
   const Tile<T, Shape, kForward> tile(job);
@@ -405,13 +455,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit
     copies.start_next();
     wp::cp_async_commit();
   }
-  if (threadIdx.x < 4) {
-    const float* from = job.weight.levels + 4 * threadIdx.x;
-    levels[threadIdx.x] = make_float4(from[0], from[1], from[2], from[3]);
-  }
-  for (int i = static_cast<int>(threadIdx.x); i < 256; i += Shape::kThreads) {
-    nested_code[i] = job.weight.absmax == nullptr ? job.weight.nested_code[i] : 1.0f;
-  }
+  fill_tables<Shape::kThreads>(job.weight, levels, nested_code);
   Work ahead(tile, levels, nested_code, copies);
   __syncthreads();
   Warp warp;
@@ -444,18 +488,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit
     stage = next_stage;
   }
   wp::cp_async_wait<0>();
-
-  if (tile.split == 0) {
-    for (int64_t from = 0; from < job.r; from += kReductionStep) {
-      __syncthreads();
-      tile.load_low_rank(from);
-      __syncthreads();
-#pragma unroll 1
-      for (int slice = 0; slice < kSlices && from + 16 * slice < job.r; ++slice) {
-        warp.multiply(tile.x, tile.weights, slice, [](int) {});
-      }
-    }
-  }
+  add_low_rank(tile, warp, tile.x, tile.weights);
   if (job.partial != nullptr) {
     store_partial(tile, warp);
     return;

@@ -57,8 +57,8 @@ int64_t most_shared_bytes(int compute_capability) {  // that a block may ask for
 
 constexpr int64_t kStaticShared = 2 << 10;  // at most, of the kernels' own tables
 
-// The last of kTiles that these sizes may take: the first that holds m, as larger ones would multiply zeros.
-int last_tile(const MatmulQuestion& question) {
+// The size of tile that these sizes may take: the first that holds m, as larger ones would multiply zeros.
+int tile_size(const MatmulQuestion& question) {
   const bool fits = kTiles[3].shared_bytes() + kStaticShared <= most_shared_bytes(question.compute_capability);
   const int last = fits ? 3 : 2;
   int i = 0;
@@ -157,7 +157,7 @@ MatmulPlan plan_matmul(const MatmulQuestion& question) {
     }
     return gemv(question, rows);
   }
-  const TileSize& tile = kTiles[last_tile(question)];
+  const TileSize& tile = tile_of(question.forward, tile_size(question));
   return tiled(question, tile, splits_of(question, tile));
 }
 

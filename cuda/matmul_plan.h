@@ -2,6 +2,7 @@
 // without a GPU. The one home of the tiles, of their shared memory and of the crossovers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/half.h"
@@ -39,21 +40,32 @@ struct MatmulPlan {
 };
 
 // Steps of the reduction, and what one step of a tile holds in shared memory: x [rows, 64] and W [columns, 64] (or [64,
-// columns]) in 16 bits, W twice, and the packed W.
+// columns]) in 16 bits, W twice, and the packed W. Tiles that decode into fragments hold x [rows, 128] alone, and after
+// the last step the operands of the low-rank term, x [rows, 64] and W [columns, 64].
 inline constexpr int kReductionStep = 64;
 struct TileSize {
   int rows;
   int columns;
   int stages;
+  bool fragments = false;
 
-  constexpr int threads() const { return 2 * columns; }                // each decodes 32 weights a step
-  constexpr int resident() const { return threads() == 128 ? 4 : 1; }  // CTAs an SM, by registers
-  constexpr int x_bytes() const { return rows * kReductionStep * 2; }
+  constexpr int step() const { return fragments ? 2 * kReductionStep : kReductionStep; }  // of the reduction
+  constexpr int threads() const { return 2 * columns; }
+  // CTAs an SM, by registers.
+  constexpr int resident() const { return threads() != 128 ? 1 : fragments && rows == 64 ? 3 : 4; }
+  constexpr int x_bytes() const { return rows * step() * 2; }
   constexpr int packed_bytes() const { return columns * kReductionStep / 2; }
   constexpr int weight_bytes() const { return columns * kReductionStep * 2; }
-  constexpr int shared_bytes() const { return stages * (x_bytes() + packed_bytes()) + 2 * weight_bytes(); }
+  constexpr int shared_bytes() const {
+    return !fragments ? stages * (x_bytes() + packed_bytes()) + 2 * weight_bytes()
+                      : std::max(stages * x_bytes(), x_bytes() / 2 + weight_bytes());
+  }
 };
-inline constexpr TileSize kTiles[] = {{16, 64, 4}, {32, 64, 4}, {64, 64, 3}, {128, 128, 3}};
+inline constexpr TileSize kTiles[] = {{16, 64, 4},       {32, 64, 4},       {64, 64, 3},      {128, 128, 3},
+                                      {16, 64, 3, true}, {32, 64, 3, true}, {64, 64, 2, true}};
+
+// The tile that the launcher takes for a plan of so many rows: 0 to 3 by size.
+constexpr const TileSize& tile_of(bool forward, int size) { return kTiles[forward && size < 3 ? 4 + size : size]; }
 
 inline constexpr int kGemvTokens = 16;                // the most
 inline constexpr int64_t kWorkspaceBytes = 24 << 20;  // the most: fits the L2 cache of the large cards

@@ -152,6 +152,14 @@ __device__ __forceinline__ void mma_m16n8k16<Fp16>(float (&d)[4], const uint32_t
 #endif
 }
 
+// Four of the eight bytes of x and y: a nibble of the low half of `selectors` has 0 to 7 for one of them (section
+// 9.7.9.7). __byte_perm allows more than 7, for which the compiler masks selectors again.
+__device__ __forceinline__ uint32_t select_bytes(uint32_t x, uint32_t y, uint32_t selectors) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(x), "r"(y), "r"(selectors));
+  return bytes;
+}
+
 // The compiler moves no MMA and no access to memory across this, either way, as the thread might exit here. It never
 // does: `positive` is at least 1, and `index` (from 0 on) only keeps the compiler from merging the calls of one loop.
 __device__ __forceinline__ void scheduling_fence(int positive, int index) {

@@ -37,7 +37,7 @@ class Rule(NamedTuple):
     required: bool = True  # some kernel of this name must be there
 
 
-TILE, SMALL = "linear_4bit_tile_kernel", "linear_4bit_small_kernel"
+TILE, FRAGMENT, SMALL = "linear_4bit_tile_kernel", "linear_4bit_fragment_kernel", "linear_4bit_small_kernel"
 RULES = (
     Rule(r".*", r"(LDL|STL)(\..*)?", least=0, most=0),
     # Products on the tensor cores, with the shapes that each architecture has; sm_75 has none in bf16, and its kernel
@@ -48,13 +48,21 @@ RULES = (
     Rule(SMALL + "<Bf16, .*>", r"HMMA\.16816\.F32\.BF16", least=8, since=80),
     Rule(SMALL + "<Fp16, .*>", r"HMMA\.16816\.F32", least=8, since=80),
     Rule(SMALL + "<Fp16, .*>", r"HMMA\.1688\.F32", least=16, until=75),
-    Rule("linear_4bit_(tile|small)_kernel<Bf16, .*>", r"HMMA.*", least=0, most=0, until=75),
+    Rule(FRAGMENT + "<Bf16, .*>", r"HMMA\.16816\.F32\.BF16", least=16, since=80),
+    Rule(FRAGMENT + "<Fp16, .*>", r"HMMA\.16816\.F32", least=16, since=80),
+    Rule(FRAGMENT + "<Fp16, .*>", r"HMMA\.1688\.F32", least=32, until=75),
+    Rule("linear_4bit_(tile|fragment|small)_kernel<Bf16, .*>", r"HMMA.*", least=0, most=0, until=75),
     # Tiles come by asynchronous copies of 16 bytes and go to the tensor cores by ldmatrix, transposed for W backward.
     Rule(TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=8, since=80),
     Rule(TILE + "<.*>", r"LDGSTS.*", least=0, most=0, until=75),
     Rule(TILE + "<.*>", r"LDSM\.16\.M88\.4", least=5, since=80),
     Rule(TILE + "<.*, true>", r"LDSM\.16\.MT88.*", least=0, most=0),
     Rule(TILE + "<.*, false>", r"LDSM\.16\.MT88\.4", least=5, since=80),
+    # Up to 64 tokens W goes from memory into fragments; x comes by asynchronous copies and loads of 16 bytes.
+    Rule(FRAGMENT + "<.*>", r"LDG\.E\.EF\.128", least=4, since=80),
+    Rule(FRAGMENT + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=2, since=80),
+    Rule(FRAGMENT + "<.*>", r"LDS(\.U)?\.128", least=12, since=80),
+    Rule(FRAGMENT + "<.*>", r"STS\.128", least=0, most=5, since=80),  # levels and the low-rank term: 8 with W
     # Few tokens: packed weights in loads of 16 bytes that leave the cache first, tokens in loads that stay.
     Rule(SMALL + "<.*>", r"LDG\.E\.EF\.128", least=4, since=80),
     Rule(SMALL + "<.*>", r"LDG\.E\.128", least=4, since=80),

@@ -30,7 +30,7 @@ inline std::string text_of(const Case& c, const qlora_native::cuda::MatmulPlan& 
 }
 
 inline qlora_native::cuda::MatmulPlan tile_plan(const Case& c, int tile, int splits) {
-  const qlora_native::cuda::TileSize& size = qlora_native::cuda::kTiles[tile];
+  const qlora_native::cuda::TileSize& size = qlora_native::cuda::tile_of(c.forward, tile);
   const int64_t workspace =
       splits > 1 ? qlora_native::cuda::split_k_workspace_bytes(c.m, c.forward ? c.n : c.k, size, splits) : 0;
   return {splits > 1 ? qlora_native::cuda::MatmulKind::kSplitK : qlora_native::cuda::MatmulKind::kTile,

@@ -380,8 +380,9 @@ TEST(no_bank_conflicts) {
       cuemu::counters() = {};
       CHECK_LAUNCH(product.launch(tile_plan(c, tile, 1), y));
       const cuemu::Counters& counted = cuemu::counters();
-      CHECK(counted.ldmatrix > 0 && counted.ldmatrix_wavefronts == counted.ldmatrix, "tile %d: %lu passes for %lu",
-            tile, static_cast<unsigned long>(counted.ldmatrix_wavefronts),
+      CHECK((counted.ldmatrix == 0) == cuda::tile_of(forward, tile).fragments &&
+                counted.ldmatrix_wavefronts == counted.ldmatrix,
+            "tile %d: %lu passes for %lu", tile, static_cast<unsigned long>(counted.ldmatrix_wavefronts),
             static_cast<unsigned long>(counted.ldmatrix));
       CHECK(counted.mma * 2048 == static_cast<uint64_t>(c.m * c.n * c.k), "tile %d: %lu products", tile,
             static_cast<unsigned long>(counted.mma));
@@ -401,7 +402,7 @@ __global__ void first_reads_kernel(const cuda::TileJob<T> job,
     reads[threadIdx.x] = run.element;
     run.advance(job);
     reads[threads + threadIdx.x] = run.element;
-    reads[2 * threads + threadIdx.x] = copies.x_from[0] - job.x;
+    reads[2 * threads + threadIdx.x] = copies.from - job.x;
   }
 }
 
@@ -465,6 +466,13 @@ TEST(refused) {
     CHECK(other.launch(tile_plan(irregular, 0, 1), y) == cudaErrorInvalidValue, "rows of %ld in blocks of %ld",
           static_cast<long>(irregular.k), static_cast<long>(irregular.block_size));
   }
+  ProductJob wide{};
+  wide.dtype = Dtype::kBfloat16;
+  wide.forward = true;
+  wide.weight.block_size = 64;
+  wide.m = 17, wide.n = 64, wide.k = int64_t{1} << 31;
+  CHECK(cuda::launch_linear_4bit(wide, tile_plan({17, 64, wide.k}, 1, 1), nullptr, nullptr) == cudaErrorInvalidValue,
+        "columns beyond 32 bits");
   CHECK(cuemu::take_launches().empty(), "a launch");
 }
 

@@ -71,6 +71,8 @@ inline void cp_async_16(void* shared, const void* global, int src_bytes = 16, Si
   cuemu::issue_copy(shared, global, src_bytes, site);
 }
 
+inline uint32_t select_bytes(uint32_t x, uint32_t y, uint32_t selectors) { return __byte_perm(x, y, selectors); }
+
 inline void scheduling_fence(int, int) {}
 
 inline void cp_async_commit() { cuemu::commit_copies(); }
