@@ -39,7 +39,7 @@ target_compile_options(qlora_native_cpu PUBLIC
   ${QLORA_NATIVE_WARNINGS} -ffp-contract=off
   # Packing pairs of arrays is what the kernels do; GCC 12 warns on its own intrinsics headers there.
   $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
-if(OpenMP_CXX_FOUND)
+if(OpenMP_CXX_FOUND AND NOT QLORA_NATIVE_SANITIZE STREQUAL "thread")  # which reports libgomp's barriers as races
   target_link_libraries(qlora_native_cpu PUBLIC OpenMP::OpenMP_CXX)
 else()
   target_compile_options(qlora_native_cpu PUBLIC -Wno-unknown-pragmas)
@@ -65,8 +65,13 @@ foreach(isa ${isas})
 endforeach()
 
 if(QLORA_NATIVE_SANITIZE)
+  if(QLORA_NATIVE_SANITIZE STREQUAL "thread")
+    set(sanitizers thread)
+  else()
+    set(sanitizers address,undefined)
+  endif()
   # -O1: the checks double what the kernels' templates cost to optimize, and -O3 finds no more.
   target_compile_options(qlora_native_cpu PUBLIC
-    -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
-  target_link_options(qlora_native_cpu PUBLIC -fsanitize=address,undefined)
+    -O1 -fsanitize=${sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_link_options(qlora_native_cpu PUBLIC -fsanitize=${sanitizers})
 endif()

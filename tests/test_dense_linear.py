@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SavedTensors, errors_in_fp64, refuses, same_bytes, same_bytes_under_threads
+from helpers import SavedTensors, errors_in_fp64, refuses, relative_error, same_bytes, same_bytes_under_threads
 from torch import Tensor
+
+from qlora_native.ops.linear_4bit import ANY, CPU, Engine
 
 pytestmark = [pytest.mark.isa, pytest.mark.usefixtures("device")]
 dense_linear = torch.ops.qlora_native.dense_linear
@@ -35,6 +37,14 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows(dtype: torch.dtype) ->
         lambda: (dense_linear(x, weight, None), grad_input(grad_y, weight), grad_weight(grad_y, x)), (1, 2, 3)
     )
     assert same_bytes(dense_linear(x[40:80], weight, None), y[40:80])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("engine", [ANY, CPU], ids=["any", "cpu"])
+def test_an_input_gradient_is_scaled_in_the_tensor_given(engine: Engine, dtype: torch.dtype) -> None:
+    grad_y, weight, out = (torch.randn(shape).to(dtype) for shape in ((9, 40), (40, 64), (9, 64)))
+    assert engine.dense_grad_input(grad_y, weight, 0.75, out) is out
+    assert relative_error(out, grad_y.double() @ weight.double() * 0.75) < TOLERANCE[dtype]
 
 
 def test_a_frozen_weight_keeps_no_input() -> None:

@@ -232,7 +232,6 @@ def test_fork_after_a_step(paged_out: bool, tmp_path: Path) -> None:
     """A child may read the states; what it would write, the parent would see, so it is refused while they are in a
     file."""
     params, optimizer = made(page_dir=tmp_path)
-    torch.set_num_threads(1)  # an OpenMP team does not survive a fork
     train(optimizer, params, range(2))
     states = optimizer.state[params[2]]
     expected, parent = {key: value.clone() for key, value in states.items()}, os.getpid()

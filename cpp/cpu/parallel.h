@@ -1,6 +1,6 @@
-// Loops over the threads of the OpenMP runtime that torch loaded: torch.set_num_threads holds here too. The one file
-// that uses OpenMP. Built without it (as the cross builds for macOS and Windows are), every loop runs on the calling
-// thread.
+// Loops over the threads of the OpenMP runtime that torch loaded, as many as torch would use. The one file that uses
+// OpenMP. Built without it (as the cross builds for macOS and Windows and the build for ThreadSanitizer are), every
+// loop runs on the calling thread.
 #pragma once
 
 #if defined(_OPENMP)
@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -46,9 +47,17 @@ class IeeeArithmetic {
   IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
 };
 
+// How many threads torch's own ops use on the calling thread: torch passes torch.set_num_threads on to the OpenMP
+// runtime, but on a thread other than the one that called it, not before the first op of torch's. Null: what the
+// runtime says.
+inline std::atomic<int (*)()> threads_of_torch{nullptr};
+
 // How many threads a loop may use here and now; in a loop, how many run it and which of them this one is.
 #if defined(_OPENMP)
-inline int64_t available_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+inline int64_t available_threads() {
+  int (*const of_torch)() = threads_of_torch.load(std::memory_order_relaxed);
+  return omp_in_parallel() ? 1 : of_torch != nullptr ? of_torch() : omp_get_max_threads();
+}
 inline int64_t team_size() { return omp_get_num_threads(); }
 inline int64_t thread_number() { return omp_get_thread_num(); }
 #else
@@ -59,8 +68,30 @@ inline int64_t thread_number() { return 0; }
 
 inline constexpr int64_t kProductsPerTask = 1 << 15;  // multiplications that are worth a thread
 
+// Calls work() on each thread of a team. The first exception is thrown again on the caller's thread: one that left the
+// team would end the process.
+template <typename Work>
+void on_team([[maybe_unused]] int num_threads, const Work& work) {
+  std::exception_ptr first;
+  std::atomic_flag failed;
+#pragma omp parallel num_threads(num_threads)
+  {
+    try {
+      const IeeeArithmetic ieee;
+      work();
+    } catch (...) {
+      if (!failed.test_and_set()) {
+        first = std::current_exception();
+      }
+    }
+  }
+  if (first) {
+    std::rethrow_exception(first);
+  }
+}
+
 // Calls body(begin, end) over disjoint ranges that cover [0, total). A range is at least `grain` items long, so that
-// small work stays on one thread. The body must not throw, and its result must not depend on where the cuts fall.
+// small work stays on one thread. The body's result must not depend on where the cuts fall.
 template <typename Body>
 void parallel_for(int64_t total, int64_t grain, const Body& body) {
   if (total <= 0) {
@@ -74,9 +105,7 @@ void parallel_for(int64_t total, int64_t grain, const Body& body) {
     body(int64_t{0}, total);
     return;
   }
-#pragma omp parallel num_threads(num_threads)
-  {
-    const IeeeArithmetic ieee;
+  on_team(num_threads, [&] {
     const int64_t team = team_size();
     const int64_t me = thread_number();
     const int64_t begin = total / team * me + (me < total % team ? me : total % team);
@@ -84,7 +113,7 @@ void parallel_for(int64_t total, int64_t grain, const Body& body) {
     if (length > 0) {
       body(begin, begin + length);
     }
-  }
+  });
 }
 
 // How many threads parallel_units uses for so many units.
@@ -94,8 +123,8 @@ inline int64_t unit_threads(int64_t total) {
 }
 
 // Calls body(unit, thread) for each unit in [0, total), 0 <= thread < unit_threads(total). Each thread takes the next
-// unit when it has finished one, so that slow cores and busy ones do fewer. The body must not throw, and its result
-// must not depend on which thread runs it.
+// unit when it has finished one, so that slow cores and busy ones do fewer. The body's result must not depend on which
+// thread runs it.
 template <typename Body>
 void parallel_units(int64_t total, const Body& body) {
   const int num_threads = static_cast<int>(unit_threads(total));
@@ -107,15 +136,13 @@ void parallel_units(int64_t total, const Body& body) {
     return;
   }
   std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(num_threads)
-  {
-    const IeeeArithmetic ieee;
+  on_team(num_threads, [&] {
     const int64_t thread = thread_number();
     for (int64_t unit = next.fetch_add(1, std::memory_order_relaxed); unit < total;
          unit = next.fetch_add(1, std::memory_order_relaxed)) {
       body(unit, thread);
     }
-  }
+  });
 }
 
 }  // namespace qlora_native::cpu

@@ -2,6 +2,7 @@
 
 #include "core/nested_code.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "python/bindings.h"
 
 namespace py = pybind11;
@@ -46,6 +47,9 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "cpu_isa", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
       "Name of the instruction set in use; ValueError if QLORA_NATIVE_ISA asks for one that is not here.");
+  module.def(
+      "take_threads_of_torch", [](Address count) { cpu::threads_of_torch = reinterpret_cast<int (*)()>(count); },
+      py::arg("count"), "Loops take as many threads as at::get_num_threads, whose address this is, returns each time.");
   module.def("levels", &levels, py::arg("quant_type"), "The 16 levels of nf4 (0) or fp4 (1).");
   module.def("boundaries", &boundaries, py::arg("quant_type"),
              "Decision boundaries: 15 values for nf4 (0), 7 magnitudes for fp4 (1).");

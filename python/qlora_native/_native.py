@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+import ctypes
+import os
+from functools import cache, partial
 from typing import Any
 
 import torch  # before _C: an OpenMP extension loaded after torch shares torch's runtime and its thread count
@@ -12,6 +14,23 @@ from qlora_native import _C
 QUANT_TYPES = ("nf4", "fp4")  # index = the number that crosses into C++
 DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATE_BLOCK: int = _C.state_block  # elements of an 8-bit optimizer state that share an absmax
+
+
+def _share_threads_with_torch() -> None:
+    """As many threads as torch's own ops on every Python thread, and none that waits while the process forks.
+
+    A forked child has the forking thread alone, where libgomp would wait for the others for ever, in torch's ops as in
+    ours. Paused (omp_pause_resource_all of OpenMP 5.0), it ends them, and starts new ones for the next loop.
+    """
+    count = getattr(ctypes.CDLL(torch._C.__file__), "_ZN2at15get_num_threadsEv", None)
+    if count is not None:
+        _C.take_threads_of_torch(ctypes.cast(count, ctypes.c_void_p).value or 0)
+    pause = getattr(ctypes.CDLL(_C.__file__), "omp_pause_resource_all", None)
+    if pause is not None and hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=partial(pause, 1))  # 1: omp_pause_soft, which keeps the number of threads
+
+
+_share_threads_with_torch()
 
 
 @cache

@@ -15,6 +15,12 @@ NESTED_BLOCK = 256
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity; in one pass, without a mask as large as the tensor."""
+    bounds = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()  # both pass a NaN on
+    return all(map(math.isfinite, bounds))
+
+
 def _padded_blocks(flat: Tensor, block: int) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % block)).reshape(-1, block)
 

@@ -1,7 +1,9 @@
 // What the caller's thread may bring along: flags that flush subnormals, a number of OpenMP threads.
 #pragma once
 
+#if defined(_OPENMP)
 #include <omp.h>
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -43,11 +45,18 @@ class FlushesSubnormals {
 
 class Threads {
  public:
+#if defined(_OPENMP)
   explicit Threads(int count) : saved_(omp_get_max_threads()) { omp_set_num_threads(count); }
   ~Threads() { omp_set_num_threads(saved_); }
-  Threads(const Threads&) = delete;
-  Threads& operator=(const Threads&) = delete;
 
  private:
   int saved_;
+
+ public:
+#else
+  explicit Threads(int) {}
+  ~Threads() {}
+#endif
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
 };

@@ -235,6 +235,15 @@ void check_steps(const std::vector<StateForm>& forms, int64_t chunk_bytes, int64
   const LionOptions lion = {1e-2, 0.9, 0.99, 0.1};
   const auto count = static_cast<int64_t>(forms.size());
   int64_t most = 0;
+  std::atomic<bool> ends{false};
+  std::thread watcher([&] {  // what may be asked from any thread
+    while (!ends) {
+      CHECK(pager.stalls() >= 0 && pager.stall_seconds() >= 0.0 && store->bytes_in_file() == plan.num_bytes &&
+                store->resident_bytes() <= plan.num_bytes && store->bytes_in() >= 0 && store->bytes_out() >= 0,
+            "statistics");
+      std::this_thread::yield();
+    }
+  });
   for (int step = 0; step < 5; ++step) {
     const Threads threads(1 + step % 2);
     const cpu::UpdateOrder order = [&](const cpu::UpdateParts& update) {
@@ -261,6 +270,8 @@ void check_steps(const std::vector<StateForm>& forms, int64_t chunk_bytes, int64
     CHECK(budget < plan.num_bytes || step == 0 || store->bytes_in() == in, "moved for nothing");
     CHECK(budget >= plan.num_bytes || store->bytes_out() > out, "nothing moved");
   }
+  ends = true;
+  watcher.join();
   CHECK(most <= budget + budget / 10 && store->resident_bytes() <= budget, "%ld bytes, budget %ld",
         static_cast<long>(most), static_cast<long>(budget));
   CHECK(paged.params == plain.params && paged.steps == plain.steps, "parameters, budget %ld",

@@ -1,7 +1,6 @@
-#include <omp.h>
-
 #include <string>
 
+#include "caller_state.h"
 #include "check.h"
 #include "core/layout.h"
 #include "cpu/kernels.h"
@@ -202,13 +201,13 @@ void check_products() {
 TEST(linear_on_any_number_of_threads) {
   const Case c{1, 515, 1024, 64, true, QuantType::kNf4, 16};
   Operands<Bf16> given(c);
-  const int before = omp_get_max_threads();
-  omp_set_num_threads(1);
-  given.run();
-  const std::vector<Bf16> alone = given.y;
-  omp_set_num_threads(3);
-  given.run();
-  omp_set_num_threads(before);
+  const auto on = [&given](int count) {
+    const Threads threads(count);
+    given.run();
+    return given.y;
+  };
+  const std::vector<Bf16> alone = on(1);
+  on(3);
   CHECK(std::memcmp(alone.data(), given.y.data(), alone.size() * sizeof(Bf16)) == 0, "other bits on %d threads", 3);
 }
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qlora_native._io import read_json, reading, reason, regular
 from qlora_native.errors import UserError
+from qlora_native.reference import is_finite
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -129,9 +130,8 @@ class Checkpoint:
 
 
 def check_finite(tensor: Tensor, name: str, where: str) -> None:
-    """UserError for a NaN or an infinity; in one pass, without a mask as large as the tensor."""
-    bounds = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()  # both pass a NaN on
-    if not all(map(math.isfinite, bounds)):
+    """UserError for a NaN or an infinity."""
+    if not is_finite(tensor):
         raise UserError(
             f"{where}: tensor {name} holds a NaN or an infinity: expected finite numbers; copy or train the model "
             "again."

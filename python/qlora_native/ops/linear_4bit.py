@@ -57,7 +57,7 @@ class Engine:
     def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """scale * grad_y W for grad_y [M, N] and a dense W [N, K] of its dtype. Returns [M, K], in a given ``out``."""
         product = torch.mm(grad_y, weight, out=out)
-        return product if scale == 1.0 else product * scale
+        return product if scale == 1.0 else torch.mul(product, scale, out=out)
 
     def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """:meth:`narrow` of an adapter's matrix, which an engine may keep."""
@@ -123,8 +123,7 @@ class Cpu(Engine):
 
     def dense_grad_input(self, grad_y: Tensor, weight: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         if grad_y.dtype.itemsize > 2:
-            product = torch.mm(grad_y, weight, out=out)
-            return product if scale == 1.0 else product.mul_(scale)
+            return super().dense_grad_input(grad_y, weight, scale, out)
         return _dense(False, grad_y, weight, None, scale, out)
 
 

@@ -315,7 +315,7 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
             wrong = ""
             if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
                 wrong = f"is on {value.device} as {value.layout}: expected a dense tensor with values"
-            elif isinstance(value, Tensor) and value.numel() and not _is_finite(value):
+            elif isinstance(value, Tensor) and not reference.is_finite(value):
                 wrong = "holds a NaN or an infinity: expected finite numbers"
             elif name == "step" and not 0 <= float(value) < math.inf:
                 wrong = f"is {float(value)}: expected 0 or more"
@@ -363,10 +363,6 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                 for param in group["params"]:
                     if self.state.get(param):
                         self.state[param] = self._fitted(param, self.state[param], group)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or all(map(math.isfinite, torch.aminmax(tensor)))
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -1,0 +1,166 @@
+"""Several Python threads, torch's number of threads, forked processes and spawned ones."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers import needs_page_files
+from paged import OPTIMIZERS, parameters, train
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import qlora_native as qn
+
+M, N, K, R = 96, 320, 512, 8  # of which several threads take parts
+needs_forks = pytest.mark.skipif(sys.platform != "linux", reason="forks, and threads in /proc, are Linux's")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def weight() -> qn.QuantizedWeight:
+    return qn.quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(1)))
+
+
+def results(w: qn.QuantizedWeight, paged: bool = False) -> list[bytes]:
+    """Of every kind of native call, on operands that are the same at each call."""
+    generator = torch.Generator().manual_seed(2)
+    tensors: list[Tensor | None] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        made = qn.quantize(torch.randn(N, K, generator=generator).to(dtype))
+        tensors += [made.packed, made.absmax, w.dequantize(dtype), made.dequantize(dtype)]
+        leaves = [torch.randn(shape, generator=generator) for shape in ((M, K), (R, K), (N, R))]
+        x, a, b = leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        with torch.no_grad():
+            tensors += [qn.linear(x[:1], w), qn.lora_linear(x[:1], w, a, b, 2.0)]
+        tensors.append(y := qn.lora_linear(x, w, a, b, 2.0))
+        tensors.append(loss := qn.linear_cross_entropy(x, w, torch.arange(M)))
+        (loss + y.float().square().mean()).backward()
+        tensors += [leaf.grad for leaf in leaves]
+    with tempfile.TemporaryDirectory() as folder:
+        for rule in OPTIMIZERS:
+            params = parameters(sizes=(5, 70_000, 200_000))
+            options = {"paged": True, "page_dir": folder, "page_budget": 1 << 20} if paged else {"paged": False}
+            optimizer: Any = rule(params, lr=1e-2, max_norm=1.0, **options)
+            train(optimizer, params, range(3))
+            tensors += params
+            tensors += [value for param in params for value in optimizer.state[param].values()]
+        del optimizer
+    found = (t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
+    return list(found)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("paged", [False, pytest.param(True, marks=needs_page_files)])
+def test_eight_threads_give_the_bytes_of_one(paged: bool) -> None:
+    w, count = weight(), 8
+    expected, start = results(w), threading.Barrier(count)
+
+    def together(_: int) -> bool:
+        start.wait()
+        return all(results(w, paged) == expected for _ in range(2))
+
+    with ThreadPoolExecutor(count) as threads:
+        assert all(threads.map(together, range(count)))
+
+
+@needs_forks
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_new_thread_takes_as_many_threads_as_torch(count: int) -> None:
+    def started() -> int:
+        """Threads that its first native loop starts."""
+        before = os.listdir("/proc/self/task")
+        qn.quantize(values, double_quant=False)  # one loop: a shorter one after it would end a thread
+        return len({*os.listdir("/proc/self/task")}.difference(before))
+
+    values = torch.randn(1 << 20)
+    torch.set_num_threads(count)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(started).result() == count - 1
+
+
+def exit_code_of_fork(function: Callable[[], object]) -> int | None:
+    """0 if the function returned, 1 if it raised, in a forked child; negative if that had to be killed."""
+    child = multiprocessing.get_context("fork").Process(target=function)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
+        child.start()
+    child.join(60)
+    child.kill()
+    child.join()
+    return child.exitcode
+
+
+@needs_forks
+@pytest.mark.parametrize("by_thread", [False, True])
+def test_a_forked_child_goes_on(by_thread: bool) -> None:
+    """Native loops and torch's on several threads, after both have run in the parent."""
+    w, values = weight(), torch.randn(1 << 20)
+
+    def everything() -> list[bytes]:
+        return [*results(w), values.exp().numpy().tobytes()]
+
+    def in_child() -> None:
+        assert torch.get_num_threads() == 3 and everything() == expected
+        assert len(os.listdir("/proc/self/task")) >= 3
+
+    def fork() -> None:
+        expected.extend(everything())
+        found.extend([exit_code_of_fork(in_child), torch.get_num_threads(), everything() == expected])
+
+    expected: list[bytes] = []
+    found: list[int | None] = []
+    if by_thread:
+        thread = threading.Thread(target=fork)  # no executor's, which a child cannot leave behind
+        thread.start()
+        thread.join()
+    else:
+        fork()
+    assert found == [0, 3, True]
+
+
+class Samples(Dataset[Tensor]):
+    """Rows that are decoded and quantized where they are loaded."""
+
+    def __init__(self) -> None:
+        self.weight = weight()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return qn.quantize(self.weight.dequantize().roll(index)).packed
+
+
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=needs_forks), "spawn"])
+def test_workers_of_a_data_loader(method: str) -> None:
+    samples = Samples()
+    expected = torch.stack([samples[i] for i in range(len(samples))])
+    workers = 2 if method == "fork" else 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        (batch,) = DataLoader(samples, batch_size=4, num_workers=workers, multiprocessing_context=method, timeout=120)
+    assert torch.equal(batch, expected)
+
+
+def test_a_spawned_process_gives_the_same_bytes() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        found = processes.submit(partial(results, w := weight())).result(timeout=120)
+    torch.set_num_threads(1)
+    assert found == results(w)
