@@ -241,3 +241,12 @@ def test_doctor_has_the_extras_of_the_project() -> None:
         packages = [re.match(r"[\w-]+", item)[0] for item in re.findall(r'"([^"]+)"', listed)]  # type: ignore[index]
         ours = [DISTRIBUTIONS.get(name, name).replace("_", "-") for name in names.split()]
         assert [name.replace("_", "-") for name in packages if name != "qlora_native"] == ours
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_full_disk_under_the_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main.main(["config", "list"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("qlora") and "No space left" in line

@@ -6,6 +6,9 @@ import gc
 import os
 import re
 import resource
+import signal
+import subprocess
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -312,6 +315,42 @@ def test_a_group_that_finds_no_room_is_not_added(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cannot be made"):
         optimizer.add_param_group({"params": small()})
     assert len(optimizer.param_groups) == 1
+
+
+LOST_PAGES = """
+import os, sys
+import torch
+from qlora_native import _C
+from qlora_native.optim import AdamW
+folder, action = sys.argv[1:]
+param = torch.nn.Parameter(torch.zeros(1 << 18))
+param.grad = torch.ones_like(param)
+optimizer = AdamW([param], paged=True, page_dir=folder)
+optimizer.step()
+optimizer.page_out()
+for number in os.listdir("/proc/self/fd"):
+    link = "/proc/self/fd/" + number
+    if os.path.islink(link) and folder in os.readlink(link):  # the listing's own descriptor is closed
+        os.truncate(link, 0)
+if action == "step":
+    try:
+        optimizer.step()
+    except _C.PageFileError as error:
+        sys.exit(str(error))
+optimizer.state[param]["exp_avg"].sum()
+"""
+
+
+@pytest.mark.parametrize("action", ["step", "read"])
+def test_pages_that_the_disk_does_not_give_are_one_sentence(action: str, tmp_path: Path) -> None:
+    """A truncated file stands for a bad sector, and for a full disk of a file system that copies on write. What nobody
+    fetches, and on Linux before 5.14 all, ends by the signal after the sentence."""
+    process = subprocess.run(
+        [sys.executable, "-c", LOST_PAGES, str(tmp_path), action], capture_output=True, text=True, check=False
+    )
+    (line,) = process.stderr.splitlines()
+    assert f"page file in {tmp_path} " in line
+    assert process.returncode == -signal.SIGBUS or (action == "step" and process.returncode == 1)
 
 
 def test_page_out_of_nothing() -> None:

@@ -168,9 +168,11 @@ SLOW_WRITING = SLOW.format("", "_io", "fsync", 0.2)
 
 
 @pytest.mark.parametrize("writing", [False, True], ids=["between checkpoints", "while one is written"])
-def test_killed(run: Run, undisturbed: Path, writing: bool) -> None:
+def test_killed(run: Run, undisturbed: Path, writing: bool, mistake: Any) -> None:
+    """Until then no other run may have its folder."""
     process, partial = run.start(SLOW_WRITING if writing else SLOW_STEPS), run.out / ".step-000004.qlora-partial"
     wait_until(partial.exists if writing else lambda: steps_made(run.out) >= 5, process)
+    assert f"is writing {run.out}:" in mistake("train", run.folder / "config.yaml", "--resume")
     process.kill()
     process.communicate()
     assert partial.is_dir() is writing
@@ -348,6 +350,37 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     replace("b", "3")
     assert [path.name for path in final.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_folder_and_a_file_have_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, atomic in enumerate((disk.atomic_folder, disk.atomic_file)):
+        final = tmp_path / str(number)
+        with atomic(final):
+            with pytest.raises(UserError, match=rf"is writing {final}:"), atomic(final):
+                pass
+            assert disk.partial_folder(final).exists()
+        assert [path.name for path in tmp_path.iterdir()] == [str(n) for n in range(number + 1)]
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(disk.fcntl, "flock", no_locks)
+    with disk.atomic_folder(tmp_path / "unlocked"), disk.locked(tmp_path):
+        pass
+    assert (tmp_path / "unlocked").is_dir()
+
+
+def test_a_clock_that_jumps_changes_nothing(run: Run, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back and forth by years, in the process and in the times of files."""
+    plain, chance = time.time, random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: plain() + chance.uniform(-1e9, 1e9))
+    run.crash(5)
+    os.utime(run.out / "step-000002", (4e9, 4e9))
+    os.utime(run.out / "step-000004", (0, 0))
+    run.train("auto")
+    run.assert_as(undisturbed)
+    timed = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["seconds"] < 1e6 for line in timed if "seconds" in line)
 
 
 def test_an_earlier_run_is_not_overwritten_nor_a_folder_resumed(run: Run, undisturbed: Path, sentence: Any) -> None:

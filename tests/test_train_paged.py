@@ -1,11 +1,8 @@
-"""Training with paged states: killed at random moments it leaves nothing behind and resumes, and where there can be no
-page file it reports so."""
+"""Training with paged states: it computes the same, and where there can be no page file it reports so."""
 
 from __future__ import annotations
 
-import random
 import resource
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +12,13 @@ import pytest
 import runs
 import yaml
 from helpers import needs_page_files
-from runs import metrics, start, steps_made, wait_until, write_files
+from runs import metrics, steps_made, write_files
 
 from qlora_native._memory import Free
 from qlora_native.cli.main import main
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.optim import paging, pressure
-from qlora_native.train import checkpoint
 from qlora_native.train.loop import Trainer, TrainSummary
 
 # One thread as in the subprocesses: their number changes the order of sums.
@@ -67,28 +63,6 @@ def test_paged_training_computes_the_same(files: Path, unpaged: Path, tmp_path: 
     assert_same(tmp_path / "out", unpaged)
     assert summary.paged_bytes > STEPS * 8 * MIB and summary.retried == 0
     assert list((tmp_path / "pages").iterdir()) == []
-
-
-def test_killed_at_a_random_moment(files: Path, unpaged: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """``--kills`` times: no page file stays, the newest checkpoint loads, and the run ends as if nothing had been."""
-    kills = pytestconfig.getoption("--kills")
-    chance = random.Random(kills)
-    for number in range(kills):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        out, pages = folder / "out", folder / "pages"
-        process = start(settings(files, folder), folder)
-        steps = chance.randrange(STEPS - 2)
-        wait_until(lambda out=out, steps=steps: steps_made(out) >= steps and out.is_dir(), process)  # type: ignore[misc]
-        time.sleep(chance.random() * 0.3)
-        process.kill()
-        process.communicate()
-        assert list(pages.iterdir()) == []
-        found = checkpoint.checkpoints(out)
-        assert len(found) >= min(2, max(0, steps - 1))
-        assert main(["train", str(folder / "config.yaml"), "--resume"]) == 0
-        assert_same(out, unpaged)
-        assert list(pages.iterdir()) == []
 
 
 @pytest.fixture

@@ -258,6 +258,28 @@ def children(pid: int) -> list[int]:
     return [int(line.split()[0]) for line in found.splitlines() if not line.split()[1].startswith("Z")]
 
 
+def test_a_small_dev_shm(folder: Path, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """64 KiB, as some containers have less than they need: nothing of ours lies there."""
+    if not pytestconfig.getoption("--torchrun"):
+        pytest.skip("starts torchrun only with --torchrun")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config(folder, "small shm", parallel="fsdp").model_dump(mode="json")))
+    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mounted += ['mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77; "$@"', "sh"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.run(
+        [*mounted, *torchrun, "-m", "qlora_native", "train", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode == 77:
+        pytest.skip("no file system may be mounted here")
+    assert process.returncode == 0, process.stderr
+    assert (folder / "small shm" / "adapter").is_dir()
+
+
 def test_the_nccl_script_says_that_there_are_no_two_gpus(monkeypatch: Any, capsys: Any, sentence: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["nccl_check.py"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -19,7 +19,9 @@ class PageFileError : public std::runtime_error {
 };
 
 // The file has no name: it is made with O_TMPFILE, or unlinked as soon as it is open, so that nothing is left behind
-// however the process ends. Its space is reserved when it is made: a full disk is an error then, not a signal later.
+// however the process ends. Its space is reserved when it is made: a full disk is an error then. On a copy-on-write
+// file system (btrfs, ZFS), where every write takes new space, that is no promise: fetch() finds out, and where nobody
+// fetched (or before Linux 5.14) the process ends by SIGBUS, after a sentence.
 //
 // Ranges are whole pages. What lies in private memory is resident: there is nothing to fetch or release. One thread at
 // a time may call what is not const; others may call what is, and read the bytes.
@@ -34,6 +36,8 @@ class FileStore {
   char* data() const { return data_; }  // [num_bytes()], at this address for as long as the store lives
   int64_t num_bytes() const { return num_bytes_; }
   int64_t bytes_in_file() const { return in_file_.load(); }
+  const std::string& lost_page() const { return lost_page_; }  // the sentence for a page that cannot be had
+  bool holds(const void* address) const { return address >= data_ && address < data_ + num_bytes_; }
 
   // Moves all bytes into a file, piece by piece, so that they are never held twice; none of them stays resident.
   // PageFileError if the folder is missing, not writable, in memory itself (tmpfs), or without room for all of them.
@@ -60,6 +64,7 @@ class FileStore {
 
   const int64_t num_bytes_;  // whole pages
   const std::string folder_;
+  const std::string lost_page_;
   char* data_ = nullptr;
   int file_ = -1;
   // The bytes before it are in the file, the others in private memory. Between, if a move had to stop halfway.

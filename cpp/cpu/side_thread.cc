@@ -4,6 +4,7 @@
 #include <signal.h>
 #endif
 
+#include <initializer_list>
 #include <utility>
 
 namespace qlora_native::cpu {
@@ -23,10 +24,13 @@ SideThread::SideThread(std::function<void()> work) : work_(std::move(work)) {
     return;
   }
   pthread_attr_setstacksize(&attributes, kStack);
-  sigset_t all;
+  sigset_t blocked;
   sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
+  sigfillset(&blocked);
+  for (const int own : {SIGBUS, SIGSEGV, SIGFPE, SIGILL}) {  // of a blocked one no handler would say anything
+    sigdelset(&blocked, own);
+  }
+  pthread_sigmask(SIG_SETMASK, &blocked, &before);
   const auto run = [](void* self) -> void* {
     static_cast<SideThread*>(self)->work_();
     return nullptr;

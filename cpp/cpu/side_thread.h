@@ -9,7 +9,8 @@
 
 namespace qlora_native::cpu {
 
-// It takes none of the process's signals, and its stack is small: stacks count where memory is limited.
+// It takes none of the process's signals but those of its own faults, and its stack is small: stacks count where memory
+// is limited.
 class SideThread {
  public:
   // The work must not throw.

@@ -1,4 +1,5 @@
-"""Files read with bounds, files written whole or not at all, their checksums, and the errors that a user can mend."""
+"""Files read with bounds, files written whole or not at all by one process at a time, their checksums, and the errors
+that a user can mend."""
 
 from __future__ import annotations
 
@@ -14,6 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 from safetensors import SafetensorError
 
 from qlora_native import _C
@@ -21,6 +26,7 @@ from qlora_native.errors import UserError
 
 MAX_JSON_BYTES = 16 << 20  # the index of the largest models has 10 MB
 _MAX_BYTES = {"adapter_config.json": 1 << 20, "generation_config.json": 1 << 20, "config.json": MAX_JSON_BYTES}
+_CODE = re.compile(r"\(os error (\d+)\)")  # so end the messages of what is written in Rust
 PARTIAL, OLD = ".qlora-partial", ".qlora-old"  # suffixes that no one else's hidden file is likely to have
 
 
@@ -41,6 +47,8 @@ def reading(path: Path, advice: str = "copy the file again") -> Iterator[None]:
         yield
     except UserError:
         raise
+    except _C.PageFileError as error:  # of the optimizer whose states are read
+        raise UserError(str(error)) from error
     except Exception as error:
         raise UserError(f"{path} cannot be read: {reason(error)}; {advice}.") from error
 
@@ -89,10 +97,12 @@ def as_write_error(target: Path, advice: str = "") -> Iterator[None]:
     """Raise as UserError a failure to write (a full disk, no permission)."""
     try:
         yield
-    except (OSError, SafetensorError, UserError) as error:
+    except Exception as error:
         cause = error.__cause__ if isinstance(error, UserError) else error  # save_adapter has its own sentence
-        if not isinstance(cause, (OSError, SafetensorError)):
-            raise
+        if not isinstance(cause, (OSError, SafetensorError)) and not (
+            type(cause) is Exception and _CODE.search(str(cause))
+        ):
+            raise  # tokenizers has no type for its errors
         space = ""
         with suppress(OSError):
             space = f" ({shutil.disk_usage(target.parent).free / 2**20:,.0f} MiB free)"
@@ -105,48 +115,82 @@ def partial_folder(final: Path) -> Path:
 
 
 @contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a folder, or of a file, which is made. UserError if another process holds it.
+
+    The lock ends with its process, however that ends. Where there are none (Windows, some network file systems) nothing
+    is held.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not os.path.samestat(os.fstat(descriptor), path.stat())  # renamed by who held it until now
+        except OSError as error:
+            taken = isinstance(error, (BlockingIOError, FileNotFoundError))
+        if taken:
+            name = path.with_name(path.name[1 : -len(PARTIAL)]) if path.name.endswith(PARTIAL) else path
+            raise UserError(f"another process is writing {name}: wait until it ends, or name another output")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that replaces ``final`` when the block ends without an exception, and vanishes otherwise.
 
-    A kill at any moment leaves ``final`` as it was before or as it is after, but for the instant between two renames
-    when an old ``final`` is replaced: then ``recover`` puts the old one back.
+    UserError if another process is writing the same folder. A kill at any moment leaves ``final`` as it was before or
+    as it is after, but for the instant between two renames when an old ``final`` is replaced: then ``recover`` puts the
+    old one back.
     """
     partial, old = partial_folder(final), final.with_name(f".{final.name}{OLD}")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        mode = partial.stat().st_mode & 0o666  # by the umask; safetensors writes files that the owner alone can read
-        for path in (*partial.rglob("*"), partial):
-            if path.is_file():
-                path.chmod(mode)
-            fsync(path)
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(final, old)
-        os.rename(partial, final)
-        fsync(final.parent)
-    except BaseException:
-        if old.exists() and not final.exists():
-            os.rename(old, final)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        try:
+            for path in partial.iterdir():  # what a killed process left
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+            yield partial
+            mode = partial.stat().st_mode & 0o666  # by the umask; of safetensors' files the owner is the only reader
+            for path in (*partial.rglob("*"), partial):
+                if path.is_file():
+                    path.chmod(mode)
+                fsync(path)
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(final, old)
+            os.rename(partial, final)
+            fsync(final.parent)
+        except BaseException:
+            if old.exists() and not final.exists():
+                os.rename(old, final)
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
 def atomic_file(final: Path) -> Iterator[Path]:
     """A temporary path whose file replaces ``final`` as :func:`atomic_folder` does with a folder."""
     partial = partial_folder(final)
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        fsync(partial)
-        os.replace(partial, final)
-        fsync(final.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        try:
+            yield partial
+            fsync(partial)
+            os.replace(partial, final)
+            fsync(final.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def recover(output_dir: Path) -> None:
@@ -169,7 +213,7 @@ def remove_folder(folder: Path) -> None:
 
 def reason(error: Exception) -> str:
     """The system's words for an error, on one line."""
-    code = re.search(r"\(os error (\d+)\)", str(error))  # so ends what safetensors says of a file that it writes
+    code = _CODE.search(str(error))
     known = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"

@@ -20,6 +20,7 @@
 #include "cpu/file_store.h"
 #include "cpu/lion_step.h"
 #include "cpu/paging.h"
+#include "cpu/side_thread.h"
 #include "oracle.h"
 
 using namespace qlora_native;
@@ -295,6 +296,15 @@ TEST(paged_steps_give_the_same_bytes) {
   }
   check_steps({{3000000, 2, false}, {1000, 2, false}}, 4 << 20, cpu::kBlockBytes, 14 << 20);
   check_steps({{9000000, 2, true}}, 8 << 20, cpu::kBlockBytes, 14 << 20);
+}
+
+TEST(a_side_thread_takes_no_signals_but_its_own) {
+  sigset_t blocked;
+  {
+    const cpu::SideThread thread([&] { pthread_sigmask(SIG_BLOCK, nullptr, &blocked); });
+  }
+  CHECK(sigismember(&blocked, SIGINT) == 1, "Ctrl-C can reach it");
+  CHECK(sigismember(&blocked, SIGBUS) == 0 && sigismember(&blocked, SIGSEGV) == 0, "its faults reach no handler");
 }
 
 TEST(paged_step_tells_that_the_disk_failed) {

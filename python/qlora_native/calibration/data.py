@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_native._io import reading, regular
+from qlora_native._io import as_write_error, atomic_file, reading, regular
 from qlora_native.data.batching import permutation
 from qlora_native.data.formats import INFER_ROWS, Row, infer_format, normalize
 from qlora_native.data.readers import read_rows
@@ -126,7 +126,8 @@ def take_tokens(
         )
     tokens = CalibrationTokens(ids, seed, (data.rows or ROWS[method]) * length)
     if data.keep is not None:
-        save_file({TENSOR: ids.to(torch.int32)}, data.keep, metadata={"seed": str(seed)})
+        with as_write_error(data.keep), atomic_file(data.keep) as file:
+            save_file({TENSOR: ids.to(torch.int32)}, file, metadata={"seed": str(seed)})
     return tokens
 
 

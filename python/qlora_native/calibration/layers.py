@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_native._io import atomic_file, fsync
+from qlora_native._io import as_write_error, atomic_file, fsync, write_whole
 from qlora_native.errors import UserError
 from qlora_native.weight import QuantizedWeight, from_bnb, to_bnb
 
@@ -168,7 +168,7 @@ class HiddenStates:
         if self._memory is not None:
             return self._memory[row : row + 1].clone()
         raw = torch.empty(1, *self.shape[1:], dtype=self.dtype)
-        with hidden_file(self.folder, self.layer).open("rb", buffering=0) as file:
+        with hidden_file(self.folder, self.layer).open("rb") as file:
             file.seek(row * raw.nbytes)
             if file.readinto(_bytes(raw)) != raw.nbytes:
                 raise OSError(f"{file.name} ends before row {row}")
@@ -177,7 +177,8 @@ class HiddenStates:
     def begin(self, layer: int) -> None:
         """Make room for the input of ``layer``: the current one, or the next."""
         if self.folder is not None:
-            with hidden_file(self.folder, layer).open("wb") as file:
+            path = hidden_file(self.folder, layer)
+            with as_write_error(path), path.open("wb") as file:
                 file.truncate(torch.Size(self.shape).numel() * self.dtype.itemsize)
 
     def write(self, row: int, value: Tensor, layer: int) -> None:
@@ -186,14 +187,17 @@ class HiddenStates:
         if self._memory is not None:
             self._memory[row : row + 1] = value
             return
-        with hidden_file(self.folder, layer).open("r+b", buffering=0) as file:
+        path = hidden_file(self.folder, layer)
+        with as_write_error(path), path.open("r+b") as file:
             file.seek(row * value.nbytes)
             file.write(_bytes(value))
 
     def sync(self, layer: int) -> None:
         """Wait until the input of ``layer`` is on the disk."""
         if self.folder is not None:
-            fsync(hidden_file(self.folder, layer))
+            path = hidden_file(self.folder, layer)
+            with as_write_error(path):
+                fsync(path)
 
     def advance(self) -> None:
         """Go on to the next layer and delete the input of this one."""
@@ -231,8 +235,8 @@ class FinishedLayers:
             if earlier:
                 self.changed = sorted(name for name in {*run, *earlier} if run.get(name) != earlier.get(name))
             shutil.rmtree(folder, ignore_errors=True)
-            with atomic_file(folder / "run.json") as path:
-                path.write_text(json.dumps(run, indent=2), encoding="utf-8")
+            with as_write_error(folder / "run.json"):
+                write_whole(folder / "run.json", json.dumps(run, indent=2))
         self.count = 0
         while self._file(self.count).is_file():
             self.count += 1
@@ -254,7 +258,7 @@ class FinishedLayers:
         tensors: dict[str, Tensor] = {}
         for name, weight in weights.items():
             tensors |= {key: tensor.cpu().contiguous() for key, tensor in to_bnb(weight, name).items()}
-        with atomic_file(self._file(index)) as path:
+        with as_write_error(self._file(index)), atomic_file(self._file(index)) as path:
             save_file(tensors, path, {"layer": json.dumps({"names": list(weights), "fell_back": fell_back})})
 
     def remove(self) -> None:

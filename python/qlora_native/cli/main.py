@@ -10,11 +10,13 @@ Exit codes: 0 success, 2 a user's mistake (one sentence on stderr), 1 a bug (wit
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from qlora_native import _interrupt
@@ -130,14 +132,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     _interrupt.restore()
     warnings.formatwarning = lambda message, category, *_: _line(f"{category.__name__}: {message}") + "\n"
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        print(end="", flush=True)  # a full disk is an error here, and nothing at exit
+        return code
     except UserError as error:
         return _said(str(error), EXIT_USER)
     except KeyboardInterrupt as stop:
         return _said(str(stop) or "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of the output (a pager, `head`) has gone, and flushing stdout at exit would fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # its reader (a pager, `head`) has gone
         return EXIT_OK
     except Exception as error:
         cause: BaseException | None = error
@@ -145,9 +148,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             cause = cause.__cause__ or cause.__context__  # into an ImportError
         if cause is not None:
             return _said("interrupted", EXIT_INTERRUPTED)
-        if not isinstance(error, OSError) or error.filename is None:
+        if not isinstance(error, OSError) or (error.filename is None and error.errno not in _DISK):
             raise
-        return _said(f"{error.filename}: {error.strerror}", EXIT_USER)
+        if error.filename is None:  # of what is open already, such as the output
+            _drop_output()
+        return _said(f"{error.filename or 'could not write'}: {error.strerror}", EXIT_USER)
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _drop_output() -> None:
+    """Send the rest of stdout nowhere: flushing it at exit would fail once more."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 MOST_LINES, MOST_CHARACTERS = 40, 800  # of a message: names in files can be megabytes long

@@ -45,7 +45,7 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    from qlora_native._io import as_user_error, as_write_error
+    from qlora_native._io import as_user_error, as_write_error, write_whole
     from qlora_native.export.check import check_logits, check_weights, report_markdown, sample_rows
     from qlora_native.hf.merge import Merging
     from qlora_native.hf.source import load_tokenizer
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
             result["largest_drift"] = max(result["weights"], key=lambda row: row["error"], default=None)
             result["logits"] = check_logits(work, out, rows)
             with as_write_error(out):
-                (out / f"{REPORT}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-                (out / f"{REPORT}.md").write_text(report_markdown(result), encoding="utf-8")
+                write_whole(out / f"{REPORT}.json", json.dumps(result, indent=2) + "\n")
+                write_whole(out / f"{REPORT}.md", report_markdown(result))
     if args.json:
         print(json.dumps(result))
     elif args.check:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_native._io import atomic_file, write_whole
 from qlora_native.evaluate.comparison import Comparison, VariantResult
 
 COLUMNS = ("", "loss", "perplexity", "above 16-bit", "KL to 16-bit", "same first token", "gap closed")
@@ -37,12 +38,12 @@ def tables(comparison: Comparison) -> list[str]:
 def write_report(comparison: Comparison, folder: Path, about: Sequence[str]) -> bool:
     """Write ``report.md``, ``report.json`` and ``report.png`` into ``folder``; False if the last needs matplotlib."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "report.json", json.dumps(comparison.as_dict(), indent=1) + "\n")
     drawn = bool(comparison.variants[0].texts) and plot(comparison, folder / "report.png")
     page = [f"# {Path(comparison.model).name}", "", *(f"- {line}" for line in about), "", *tables(comparison)]
     if drawn:
         page += ["", "![Loss of each variant](report.png)"]
-    (folder / "report.md").write_text("\n".join([*page, "", MEANING, ""]), encoding="utf-8")
+    write_whole(folder / "report.md", "\n".join([*page, "", MEANING, ""]))
     return drawn or not comparison.variants[0].texts
 
 
@@ -67,7 +68,8 @@ def plot(comparison: Comparison, path: Path) -> bool:
     axes.set_ylabel(label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     return True
 
 

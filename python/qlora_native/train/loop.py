@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from qlora_native._io import as_write_error, atomic_folder, reading, recover, user_path
+from qlora_native._io import as_write_error, atomic_folder, locked, reading, recover, user_path
 from qlora_native._memory import peak_rss_bytes, without_old_objects
 from qlora_native.config import NonNegative, TrainConfig
 from qlora_native.data.batching import evaluation_order
@@ -124,16 +124,25 @@ class Trainer:
             Interrupted: a KeyboardInterrupt, once all is saved after Ctrl-C.
             RankLost: another one of several processes ended or hangs.
         """
-        with joined(self.config.parallel, self.config.rank_timeout) as self.ranks:
+        with joined(self.config.parallel, self.config.rank_timeout) as self.ranks, self._only_run():
             return self._train()
+
+    @contextmanager
+    def _only_run(self) -> Iterator[None]:
+        """Hold the output folder, cleaned up after a killed run; UserError if another run holds it."""
+        with ExitStack() as stack:
+            with self.ranks.together():
+                if self.ranks.is_first:
+                    with as_write_error(self.output_dir):
+                        self.output_dir.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(self.output_dir))
+                    recover(self.output_dir)
+            yield
 
     def _train(self) -> TrainSummary:
         config, options, ranks = self.config, self.config.train, self.ranks
 
         # Checkpoint, tokenizer and data come first: a broken line is found in seconds, a model takes longer.
-        with ranks.together():
-            if ranks.is_first:
-                recover(self.output_dir)
         with ranks.together():
             resume = config.resume or ("auto" if restarts() else None)
             checkpoint = find_checkpoint(config, self.output_dir, resume)

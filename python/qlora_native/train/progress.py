@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_native._io import as_write_error, atomic_file
+from qlora_native._io import as_write_error, atomic_file, write_whole
 from qlora_native._memory import peak_rss_bytes
 from qlora_native.errors import UserError
 
@@ -31,8 +31,7 @@ class Metrics:
             return
         kept = [line for line in read_metrics(path) if line["step"] + ("eval_loss" in line) <= resume_step]
         with as_write_error(path):
-            with atomic_file(path) as partial:
-                partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+            write_whole(path, "".join(f"{json.dumps(line)}\n" for line in kept))
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -51,7 +50,8 @@ class Metrics:
 
     def close(self) -> None:
         if self.path is not None:
-            self._file.close()
+            with suppress(OSError):  # of a line that could not be written, which write() has reported
+                self._file.close()
         for logger in self._loggers:
             logger.close()
 
@@ -83,8 +83,9 @@ def plot_losses(output_dir: Path) -> None:
         axes.plot(*zip(*points, strict=True), **style) if points else None
     axes.legend()
     axes.grid(alpha=0.3)
-    with as_write_error(output_dir / "loss.png"):
-        figure.savefig(output_dir / "loss.png", dpi=120)
+    picture = output_dir / "loss.png"
+    with as_write_error(picture), atomic_file(picture) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 class TensorBoard:
