@@ -146,6 +146,22 @@ def test_no_kernel_object_offers_code_for_all() -> None:
         assert "isa_scalar" in listing.stdout and not weak_functions(listing.stdout), archive
 
 
+@pytest.mark.parametrize("kind", ["Debug", "MinSizeRel"])
+def test_kernels_are_optimized_in_every_kind_of_build(kind: str, tmp_path: Path) -> None:
+    """Without inlining their objects would offer weak functions with AVX-512 in them."""
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+    if cmake is None or ninja is None:
+        pytest.skip("there is no cmake or ninja here")
+    options = [f"-DCMAKE_BUILD_TYPE={kind}", "-DQLORA_NATIVE_PYTHON=OFF", "-DQLORA_NATIVE_CUDA=OFF"]
+    subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *options], capture_output=True, check=True)
+    commands = {
+        Path(entry["file"]).stem: entry["command"]
+        for entry in json.loads((tmp_path / "compile_commands.json").read_text())
+    }
+    kernels = [command for name, command in commands.items() if re.match(r"isa_(?!scalar)", name)]
+    assert kernels and all(re.findall(r" -O\w*", command)[-1] == " -O3" for command in kernels)
+
+
 def test_a_weak_function_is_seen() -> None:
     line = "0000000000000000 W float std::max<float>(float const&, float const&)"
     assert weak_functions(f"isa_avx512.cc.o:\n{line}\n") and not weak_functions(f"isa_scalar.cc.o:\n{line}\n")

@@ -23,6 +23,13 @@ namespace {
 
 constexpr const char* kNames[kNumIsas] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"};
 
+// Kernels beyond AVX2 may have been compiled for AVX2, over an emulation (tests/avx512_on_avx2).
+#if defined(QLORA_NATIVE_EMULATE_ISAS)
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
 #if defined(__x86_64__)
 
 bool bit(uint32_t word, int index) { return ((word >> index) & 1u) != 0; }
@@ -64,6 +71,9 @@ Isa best_of_this_cpu() {
   const uint32_t max_subleaf = eax;
   if (!fma_f16c_avx || !bit(ebx, 5) || (states & kYmm) != kYmm) {
     return Isa::kScalar;
+  }
+  if (kEmulated) {
+    return Isa::kAmx;
   }
   const bool avx512 = bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);  // F, DQ, BW, VL
   if (!avx512 || (states & kZmm) != kZmm) {
@@ -161,7 +171,7 @@ Isa current_isa() {
 }
 
 bool bf16_dot_is_slow() {
-  static const bool slow = is_intel();
+  static const bool slow = !kEmulated && is_intel();
   return slow;
 }
 

@@ -315,7 +315,7 @@ struct Stream<Bf16> {
 
 inline bool goes_by_streams(const ProductJob& job) {
   const int64_t block_size = job.weight.block_size;
-  return block_size >= 64 && job.k % block_size == 0 && job.k / block_size <= kMaxRowBlocks;
+  return job.k > 0 && block_size >= 64 && job.k % block_size == 0 && job.k / block_size <= kMaxRowBlocks;
 }
 
 template <typename T>

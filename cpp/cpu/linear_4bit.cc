@@ -27,7 +27,8 @@ Path path_of(const GemmCall& call) {
   if (job.forward && job.dense != nullptr && job.m <= kFewDenseRows && plain) {
     return Path::kDenseRows;
   }
-  return takes_tiles(job.dtype) && job.scale == 1.0f ? Path::kTiles : Path::kGemm;
+  const int64_t depth = job.forward ? job.k : job.n;  // tiles write nothing where there is none, not even the bias
+  return takes_tiles(job.dtype) && job.scale == 1.0f && depth > 0 ? Path::kTiles : Path::kGemm;
 }
 
 bool is_empty(const GemmCall& call) { return call.job.m == 0 || call.job.width() == 0; }

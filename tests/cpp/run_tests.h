@@ -12,8 +12,8 @@ namespace check {
 
 inline constexpr int kSkipped = 77;  // exit code: this machine or build lacks what the tests need
 
-// The tests whose names hold one of the words given, or all, if prepare() is true; behind each one settle(). The exit
-// code of the program.
+// The tests whose names hold one of the words given, or all, if prepare() is true; behind each one settle(its name).
+// The exit code of the program.
 template <typename Prepare, typename Settle>
 int run_tests(int count, char** words, Prepare prepare, Settle settle) {
   try {
@@ -28,7 +28,7 @@ int run_tests(int count, char** words, Prepare prepare, Settle settle) {
       }
       const int before = failures;
       test.run();
-      settle();
+      settle(test.name);
       std::printf("%-50s %s\n", test.name, failures == before ? "ok" : "FAILED");
       std::fflush(stdout);
       ++run;

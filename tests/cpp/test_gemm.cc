@@ -7,6 +7,7 @@
 #include "cpu/gemm.h"
 #include "cpu/linear_4bit.h"
 #include "oracle.h"
+#include "silicon.h"
 
 using namespace qlora_native;
 
@@ -120,6 +121,8 @@ void check_low(int64_t m, int64_t n, int64_t k, int64_t r, bool forward) {
   call.job.low_scale = forward ? 1.0f : 0.5f;
   const oracle::Scratch scratch(cpu::linear_4bit_scratch_bytes(call));
   cpu::linear_4bit(call, scratch.aligned);
+  silicon::add(low);
+  silicon::add(y);
   constexpr double kStep = 1.0 / static_cast<double>(int64_t{2} << oracle::Storage<T>::kFormat.mantissa_bits);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < r; ++j) {
@@ -187,6 +190,7 @@ void check_outer(int64_t m, int64_t r, int64_t width) {
   constexpr Dtype kDtype = oracle::Storage<T>::kDtype;
   const oracle::Scratch scratch(cpu::outer_scratch_bytes(kDtype, m, r, width));
   cpu::outer(kDtype, left.data(), right.data(), m, r, width, 0.25f, out.data(), scratch.aligned);
+  silicon::add(out);
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j < width; ++j) {
       double expected = 0.0;

@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "cpu/linear_4bit.h"
 #include "oracle.h"
+#include "silicon.h"
 
 using namespace qlora_native;
 
@@ -113,6 +114,8 @@ void check_product(const Case& c) {
   for (const bool with_bias : {false, true}) {
     given.call.job.bias = with_bias ? given.bias.data() : nullptr;
     given.run();
+    silicon::add(given.low);
+    silicon::add(given.y);
     const auto check = [&](const Sum& sum, double got, int64_t i, int64_t j, bool is_y) {
       CHECK(std::fabs(got - sum.value) <= sum.tolerance<T>(c.k, is_y), "%s: %s[%ld, %ld] is %a, expected %a",
             text(c).c_str(), is_y ? "y" : "low", static_cast<long>(i), static_cast<long>(j), got, sum.value);
@@ -184,7 +187,7 @@ void check_products() {
       check_cuts<T>({m, 39, 320, 64, true, type, 5});
     }
   }
-  for (const int64_t k : {1, 31, 32, 33, 64, 129, 2047, 2048, 2049, 4133}) {
+  for (const int64_t k : {0, 1, 31, 32, 33, 64, 129, 2047, 2048, 2049, 4133}) {
     check_product<T>({3, 3, k, 64, true, kNf4, 0});
   }
   check_product<T>({2, 1, 64, 64, true, kFp4, 0});
@@ -228,6 +231,7 @@ void check_dense_rows(int64_t m, int64_t n, int64_t k) {
   call.job.k = k;
   const oracle::Scratch scratch(cpu::linear_4bit_scratch_bytes(call));
   cpu::linear_4bit(call, scratch.aligned);
+  silicon::add(y);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       Sum sum;
@@ -248,7 +252,7 @@ void check_few_dense() {
   for (int64_t m = 0; m <= 3; ++m) {
     check_dense_rows<T>(m, 5, 67);
   }
-  for (const int64_t k : {1, 8, 31, 64, 128, 129, 576, 2049}) {
+  for (const int64_t k : {0, 1, 8, 31, 64, 128, 129, 576, 2049}) {
     check_dense_rows<T>(2, 7, k);
   }
   check_dense_rows<T>(1, 700, 256);  // more than one thread

@@ -7,6 +7,7 @@
 #include "core/layout.h"
 #include "cpu/kernels.h"
 #include "oracle.h"
+#include "silicon.h"
 
 using namespace qlora_native;
 
@@ -65,6 +66,7 @@ void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward, bo
   job.dense = is_dense ? w.data() : nullptr;
   job.scale = scale;
   run(kernels, job, {0, s.m}, {0, columns});
+  silicon::add(y);
 
   // Operands in the order of the sum, each a row: the products are then of two contiguous rows.
   std::vector<double> dense(static_cast<size_t>(s.n * s.k));
@@ -161,19 +163,26 @@ TEST(product_bf16_by_dot_products_of_pairs) {
 }
 #endif
 
-TEST(product_of_an_empty_depth) {
+template <typename T>
+void check_empty_depth() {
   const oracle::RandomWeight weight(0, 64, false, QuantType::kNf4, 1);
-  const std::vector<float> bias{1.0f, 2.0f, 3.0f};
+  const std::vector<T> bias{from_float<T>(1.0f), from_float<T>(2.0f), from_float<T>(3.0f)};
   for (const bool with_bias : {false, true}) {
-    std::vector<float> y(6, -1.0f);
+    std::vector<T> y(6, from_float<T>(-1.0f));
     run(cpu::kernels(),
-        {{weight.view, Dtype::kFloat32, true, nullptr, with_bias ? bias.data() : nullptr, nullptr, nullptr, 0, y.data(),
-          2, 3, 0}},
+        {{weight.view, oracle::Storage<T>::kDtype, true, nullptr, with_bias ? bias.data() : nullptr, nullptr, nullptr,
+          0, y.data(), 2, 3, 0}},
         {0, 2}, {0, 3});
     for (size_t i = 0; i < y.size(); ++i) {
-      CHECK(y[i] == (with_bias ? bias[i % 3] : 0.0f), "%zu is %g", i, y[i]);
+      CHECK(to_float(y[i]) == (with_bias ? to_float(bias[i % 3]) : 0.0f), "%zu is %g", i, to_float(y[i]));
     }
   }
+}
+
+TEST(product_of_an_empty_depth) {
+  check_empty_depth<float>();
+  check_empty_depth<Bf16>();
+  check_empty_depth<Fp16>();
 }
 
 TEST(product_of_no_rows) {

@@ -3,7 +3,7 @@
 #include "cuda_on_cpu/report.h"
 
 int main(int count, char** words) {
-  const auto settle = [] {
+  const auto settle = [](const char*) {
     const std::string reports = cuemu::take_reports();
     CHECK(reports.empty(), "the emulator's reports that no test asked for:\n%s", reports.c_str());
   };
