@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rank-kills", type=int, default=1, help="how often one process of a run on several is killed")
     parser.addoption("--torchrun", action="store_true", help="run what starts torchrun, which takes a minute")
     parser.addoption("--backend", default="aot_eager", help="torch.compile's, for a whole training step")
+    parser.addoption("--fuzz", type=int, default=500, help="how many damaged files are read")
     parser.addoption("--soak", type=int, default=40, help="steps of the long run with paged states")
     parser.addoption("--kills", type=int, default=2, help="how often each command is killed at a random moment")
     parser.addoption("--write-faults", type=int, default=4, help="faults tried in each command that writes")
@@ -34,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     if os.environ.get("QLORA_NATIVE_ISA"):
         isa_env.limits()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

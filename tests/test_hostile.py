@@ -226,11 +226,34 @@ def test_a_template_that_loops(sound: Path, monkeypatch: pytest.MonkeyPatch) -> 
         template.ChatEncoder(tokenizer).prompt_ids([{"role": "user", "content": "a"}])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{{ 10**(10**9) }}", "{{ 'a' * 10**10 }}", "{{ [1] * 10**10 }}", "{{ 1 | round(-10**9) }}"),
+        *("{{ 'a'.center(10**11) }}", "{{ '%99999999999d' % 1 }}", "{{ '{:>99999999999}'.format(1) }}"),
+        "{% set n = namespace(a='a') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+        "{% set n = namespace(a=9) %}{% for i in range(60) %}{% set n.a = n.a * n.a %}{% endfor %}",
+    ],
+)
+def test_a_template_with_one_huge_operation(sound: Path, text: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(sound / "model")
+    message = {"role": "user", "content": "a"}
+    tokenizer.chat_template = "{{ '-' * 3 ~ 2**3 * 2 ~ (7 | round(-1)) }}"
+    assert "---1610" in tokenizer.decode(template.ChatEncoder(tokenizer).prompt_ids([message]))
+    tokenizer.chat_template = text
+    with pytest.raises(qn.UserError, match="the chat template refuses"), at_most(SECONDS):
+        template.ChatEncoder(tokenizer).prompt_ids([message])
+
+
 def test_more_tokens_than_rows_of_the_embedding(sound: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
     tiny.write_model(tmp_path / "model", vocab_size=40)
     run = settings(tmp_path, tmp_path / "out", {"train": str(sound / "run/train.jsonl")}, steps=1)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    for command in ("train {0}/run.yaml", "chat {0}/model --prompt hello --max-tokens 1"):
+    shutil.copy(sound / "run/train.jsonl", tmp_path)
+    evaluate = "eval {0}/model --data {0}/train.jsonl"
+    for command in ("train {0}/run.yaml", "chat {0}/model --prompt hello --max-tokens 1", evaluate):
         assert "beyond the 40 rows" in mistake(*command.format(tmp_path).split())
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import workers
 from torch import Tensor
 
 import qlora_native as qn
@@ -155,6 +157,14 @@ def test_an_operand_on_another_device_is_refused(call: str, monkeypatch: pytest.
             given[i] = tensor.to("meta") if inner is None else [tensor.to("meta"), *given[i][1:]]
             with pytest.raises(ValueError, match="on meta|on cpu"):
                 run(call, given, device)
+
+
+def test_other_operands_are_refused_or_right(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """Every tensor and every number of every call is replaced by others, in processes of their own: operands.py."""
+    found = workers.outcomes("operands.py", tmp_path)
+    count, wrong = workers.summary(found)
+    record_property("operands replaced", count)
+    assert len(found) >= 3000 and not wrong, "\n".join([count, *wrong])
 
 
 def test_the_sentence_names_the_operand(sentence: Any) -> None:

@@ -10,36 +10,38 @@
 namespace qlora_native::python {
 
 inline void check_rows(int64_t rows, int64_t width) {
-  require(rows >= 0 && width > 0, "rms_norm: x is [" + std::to_string(rows) + ", " + std::to_string(width) +
-                                      "]: expected at least one column.");
+  checked_size(rows, "rows");
+  checked_size(width, "width");
+  require(width > 0, "rms_norm: x is [" + std::to_string(rows) + ", " + std::to_string(width) +
+                         "]: expected at least one column.");
 }
 
 inline RmsNormJob checked_rms_norm(Dtype type, Address x, Address weight, float eps, int64_t rows, int64_t width,
                                    Address y, Address rstd) {
   check_rows(rows, width);
-  return {any_pointer(type, x, rows * width, "x"), any_pointer(type, weight, width, "weight"), width, eps,
-          any_pointer(type, y, rows * width, "y"), pointer<float>(rstd, rows, "rstd")};
+  return {any_pointer(type, x, product_of({rows, width}), "x"), any_pointer(type, weight, width, "weight"), width, eps,
+          any_pointer(type, y, product_of({rows, width}), "y"), pointer<float>(rstd, rows, "rstd")};
 }
 
 inline RmsNormGradJob checked_rms_norm_backward(Dtype type, Address grad_y, Address x, Address weight, Address rstd,
                                                 int64_t rows, int64_t width, Address grad_x) {
   check_rows(rows, width);
-  return {any_pointer(type, grad_y, rows * width, "grad_y"),
-          any_pointer(type, x, rows * width, "x"),
+  return {any_pointer(type, grad_y, product_of({rows, width}), "grad_y"),
+          any_pointer(type, x, product_of({rows, width}), "x"),
           any_pointer(type, weight, width, "weight"),
           pointer<float>(rstd, rows, "rstd"),
           width,
-          any_pointer(type, grad_x, rows * width, "grad_x")};
+          any_pointer(type, grad_x, product_of({rows, width}), "grad_x")};
 }
 
 inline SwigluJob checked_swiglu(Dtype type, Address gate, Address up, int64_t numel, Address y) {
-  require(numel >= 0, "numel is negative.");
+  checked_size(numel, "numel");
   return {any_pointer(type, gate, numel, "gate"), any_pointer(type, up, numel, "up"), any_pointer(type, y, numel, "y")};
 }
 
 inline SwigluGradJob checked_swiglu_backward(Dtype type, Address grad_y, Address gate, Address up, int64_t numel,
                                              Address grad_gate, Address grad_up) {
-  require(numel >= 0, "numel is negative.");
+  checked_size(numel, "numel");
   return {any_pointer(type, grad_y, numel, "grad_y"), any_pointer(type, gate, numel, "gate"),
           any_pointer(type, up, numel, "up"), any_pointer(type, grad_gate, numel, "grad_gate"),
           any_pointer(type, grad_up, numel, "grad_up")};
@@ -57,8 +59,8 @@ inline RotaryJob checked_rotary(Dtype type, Address x, const RotaryStrides& x_st
   require(angle_batches == 1 || angle_batches == batches, "rotary: cos has " + std::to_string(angle_batches) +
                                                               " rows for " + std::to_string(batches) +
                                                               " of x: expected one for all or one for each.");
-  const int64_t numel = batches * heads * length * head_dim;
-  const int64_t angles = angle_batches * length * head_dim;
+  const int64_t numel = product_of({batches, heads, length, head_dim});
+  const int64_t angles = product_of({angle_batches, length, head_dim});
   return {any_pointer(type, x, numel, "x"),
           {x_strides[0], x_strides[1], x_strides[2]},
           any_pointer(type, cosine, angles, "cos"),

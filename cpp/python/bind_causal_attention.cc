@@ -26,6 +26,7 @@ cpu::AttentionJob job_of(const Shape& shape) {
           "causal_attention: " + std::to_string(batches) + " x " + std::to_string(heads) + " heads over " +
               std::to_string(kv_heads) + " key heads, " + std::to_string(length) + " x " + std::to_string(head_dim) +
               ": expected heads in equal groups and a multiple of 8 dimensions.");
+  checked_size(product_of({batches, heads, length, head_dim}), "the number of elements of q");
   return {batches, heads, kv_heads, length, head_dim};
 }
 
@@ -37,7 +38,7 @@ cpu::AttentionJob job_of(Dtype dtype, const Shape& shape, float scale, const Hea
   job.k = view<const void>(dtype, k, "k");
   job.v = view<const void>(dtype, v, "v");
   job.out = view<void>(dtype, out, "out");
-  job.lse = pointer<float>(lse, job.batches * job.heads * job.length, "lse");
+  job.lse = pointer<float>(lse, product_of({job.batches, job.heads, job.length}), "lse");
   return job;
 }
 

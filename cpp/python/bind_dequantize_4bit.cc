@@ -22,8 +22,9 @@ void dequantize(int dtype, Address out, int64_t row_length, int64_t row_begin, i
 void decode_scales(Address absmax_codes, Address nested_absmax, Address nested_offset, Address nested_code,
                    int64_t blocks, Address scales) {
   constexpr int64_t kAnyBlock = 64;
-  const WeightView weight = checked_weight(
-      {absmax_codes, 0, absmax_codes, nested_absmax, nested_offset, nested_code, 0, 0, blocks * kAnyBlock, kAnyBlock});
+  checked_size(blocks, "blocks");
+  const WeightView weight = checked_weight({absmax_codes, 0, absmax_codes, nested_absmax, nested_offset, nested_code, 0,
+                                            0, product_of({blocks, kAnyBlock}), kAnyBlock});
   cpu::decode_scales(weight, blocks, pointer<float>(scales, blocks, "scales"));
 }
 

@@ -22,12 +22,12 @@ const int64_t* permutation(Address order, int64_t k) {
 void gptq(Address x, int dtype, int64_t n, int64_t k, int64_t block_size, int quant_type, Address factor, Address order,
           Address scales, Address packed) {
   check_block_size(block_size);
-  require(n >= 0 && k >= 0,
-          "weight is [" + std::to_string(n) + ", " + std::to_string(k) + "]: expected sizes of 0 or more.");
+  checked_size(n, "n");
+  checked_size(k, "k");
   const Dtype type = checked_dtype(dtype);
-  const int64_t numel = n * k;
+  const int64_t numel = product_of({n, k});
   cpu::gptq_4bit(any_pointer(type, x, numel, "x"), type, n, k, block_size, checked_quant_type(quant_type),
-                 pointer<const float>(factor, k * k, "factor"), permutation(order, k),
+                 pointer<const float>(factor, product_of({k, k}), "factor"), permutation(order, k),
                  pointer<const float>(scales, num_blocks(numel, block_size), "scales"),
                  pointer<uint8_t>(packed, packed_bytes(numel), "packed"));
 }

@@ -9,10 +9,14 @@ namespace py = pybind11;
 namespace qlora_native::python {
 namespace {
 
+bool holds(Address scratch, int64_t scratch_bytes, int64_t needed) {
+  return scratch_bytes >= needed && scratch % 64 == 0 && (scratch != 0 || needed == 0);
+}
+
 // Runs the product if `scratch` is given, and returns the bytes of scratch that it takes.
 int64_t run(const cpu::GemmCall& call, Address scratch, int64_t scratch_bytes) {
   const int64_t needed = cpu::linear_4bit_scratch_bytes(call);
-  if (scratch_bytes >= needed && scratch % 64 == 0) {
+  if (holds(scratch, scratch_bytes, needed)) {
     cpu::linear_4bit(call, reinterpret_cast<unsigned char*>(scratch));
     return 0;
   }
@@ -20,7 +24,8 @@ int64_t run(const cpu::GemmCall& call, Address scratch, int64_t scratch_bytes) {
 }
 
 void check_shape(int64_t n, int64_t k, int64_t numel) {
-  require(n >= 0 && k >= 0, "n or k is negative.");
+  checked_size(n, "n");
+  checked_size(k, "k");
   if (n == 0 ? numel != 0 : numel % n != 0 || numel / n != k) {
     require(false, "a weight of " + std::to_string(numel) + " elements is not [" + std::to_string(n) + ", " +
                        std::to_string(k) + "].");
@@ -51,14 +56,15 @@ int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address 
   const Matrix& self = *matrix.get_pointer<Matrix>();
   const py::gil_scoped_release release;
   cpu::GemmCall call{};
-  require(m >= 0 && r >= 0, "m or r is negative.");
+  checked_size(m, "m");
+  checked_size(r, "r");
   cpu::GemmJob& job = call.job;
   job.weight = self.view;
   job.dtype = checked_dtype(dtype);
   job.forward = true;
-  job.x = any_pointer(job.dtype, x, m * self.k, "x");
+  job.x = any_pointer(job.dtype, x, product_of({m, self.k}), "x");
   job.bias = bias == 0 ? nullptr : any_pointer(job.dtype, bias, self.n, "bias");
-  job.y = any_pointer(job.dtype, y, m * self.n, "y");
+  job.y = any_pointer(job.dtype, y, product_of({m, self.n}), "y");
   job.m = m;
   job.n = self.n;
   job.k = self.k;
@@ -67,10 +73,10 @@ int64_t matrix_forward(const py::capsule& matrix, int dtype, Address x, Address 
     require(m <= cpu::few_rows(job.dtype), "an adapter as it is stored is for few_rows(dtype) rows at most.");
     call.as_stored = true;
     call.up_scale = up_scale;
-    job.down = pointer<float>(down, r * self.k, "down");
-    job.made_low = any_pointer(job.dtype, low, m * r, "low");
+    job.down = pointer<float>(down, product_of({r, self.k}), "down");
+    job.made_low = any_pointer(job.dtype, low, product_of({m, r}), "low");
     job.low = job.made_low;
-    job.up = pointer<float>(up, self.n * r, "up");
+    job.up = pointer<float>(up, product_of({self.n, r}), "up");
   }
   return run(call, scratch, scratch_bytes);
 }
@@ -82,7 +88,8 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
   cpu::GemmJob& job = call.job;
   job.dtype = checked_dtype(dtype);
   job.forward = forward;
-  require(m >= 0 && r >= 0, "m or r is negative.");
+  checked_size(m, "m");
+  checked_size(r, "r");
   job.weight = checked_weight(weight);
   check_shape(n, k, job.weight.numel);
   require(r == 0 || m == 0 || n == 0 || k == 0 || (low != 0 && up != 0),
@@ -91,12 +98,12 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
   job.n = n;
   job.k = k;
   job.r = r;
-  job.x = any_pointer(job.dtype, x, m * job.depth(), "x");
+  job.x = any_pointer(job.dtype, x, product_of({m, job.depth()}), "x");
   job.bias = bias == 0 ? nullptr : any_pointer(job.dtype, bias, n, "bias");
-  job.low = low == 0 ? nullptr : any_pointer(job.dtype, low, m * r, "low");
-  job.up = up == 0 ? nullptr : any_pointer(job.dtype, up, job.width() * r, "up");
-  job.y = any_pointer(job.dtype, y, m * job.width(), "y");
-  job.down = down == 0 ? nullptr : any_pointer(job.dtype, down, job.depth() * r, "down");
+  job.low = low == 0 ? nullptr : any_pointer(job.dtype, low, product_of({m, r}), "low");
+  job.up = up == 0 ? nullptr : any_pointer(job.dtype, up, product_of({job.width(), r}), "up");
+  job.y = any_pointer(job.dtype, y, product_of({m, job.width()}), "y");
+  job.down = down == 0 ? nullptr : any_pointer(job.dtype, down, product_of({job.depth(), r}), "down");
   job.low_scale = low_scale;
   job.made_low = down == 0 ? nullptr : const_cast<void*>(job.low);
   return run(call, scratch, scratch_bytes);
@@ -104,7 +111,9 @@ int64_t linear(bool forward, int dtype, Address x, Address bias, Address down, f
 
 int64_t dense_linear(bool forward, int dtype, Address x, Address weight, Address bias, float scale, Address y,
                      int64_t m, int64_t n, int64_t k, Address scratch, int64_t scratch_bytes) {
-  require(m >= 0 && n >= 0 && k >= 0, "m, n or k is negative.");
+  checked_size(m, "m");
+  checked_size(n, "n");
+  checked_size(k, "k");
   cpu::GemmCall call{};
   cpu::GemmJob& job = call.job;
   job.dtype = checked_dtype(dtype);
@@ -112,22 +121,26 @@ int64_t dense_linear(bool forward, int dtype, Address x, Address weight, Address
   job.m = m;
   job.n = n;
   job.k = k;
-  job.x = any_pointer(job.dtype, x, m * job.depth(), "x");
-  job.dense = any_pointer(job.dtype, weight, n * k, "weight");
+  job.x = any_pointer(job.dtype, x, product_of({m, job.depth()}), "x");
+  job.dense = any_pointer(job.dtype, weight, product_of({n, k}), "weight");
   job.bias = bias == 0 ? nullptr : any_pointer(job.dtype, bias, n, "bias");
   job.scale = scale;
-  job.y = any_pointer(job.dtype, y, m * job.width(), "y");
+  job.y = any_pointer(job.dtype, y, product_of({m, job.width()}), "y");
   return run(call, scratch, scratch_bytes);
 }
 
 int64_t outer(int dtype, Address left, Address right, int64_t m, int64_t r, int64_t width, float scale, Address out,
               Address scratch, int64_t scratch_bytes) {
-  require(m >= 0 && r >= 0 && width >= 0, "m, r or width is negative.");
+  checked_size(m, "m");
+  checked_size(r, "r");
+  checked_size(width, "width");
   const Dtype type = checked_dtype(dtype);
+  const void* from_left = any_pointer(type, left, product_of({m, r}), "left");
+  const void* from_right = any_pointer(type, right, product_of({m, width}), "right");
+  auto* result = pointer<float>(out, product_of({r, width}), "out");
   const int64_t needed = cpu::outer_scratch_bytes(type, m, r, width);
-  if (scratch_bytes >= needed && scratch % 64 == 0) {
-    cpu::outer(type, any_pointer(type, left, m * r, "left"), any_pointer(type, right, m * width, "right"), m, r, width,
-               scale, pointer<float>(out, r * width, "out"), reinterpret_cast<unsigned char*>(scratch));
+  if (holds(scratch, scratch_bytes, needed)) {
+    cpu::outer(type, from_left, from_right, m, r, width, scale, result, reinterpret_cast<unsigned char*>(scratch));
     return 0;
   }
   return needed;

@@ -10,6 +10,7 @@ void softmax_loss(int dtype, Address logits, Address targets, int64_t rows, int6
                   Address losses) {
   require(rows >= 0 && vocabulary > 0, "softmax_loss: logits are [" + std::to_string(rows) + ", " +
                                            std::to_string(vocabulary) + "]: expected at least one column.");
+  checked_size(rows, "rows");
   const Dtype type = checked_dtype(dtype);
   const int64_t* chosen = pointer<int64_t>(targets, rows, "targets");
   for (int64_t row = 0; row < rows; ++row) {
@@ -17,7 +18,7 @@ void softmax_loss(int dtype, Address logits, Address targets, int64_t rows, int6
                                                               std::to_string(chosen[row]) + ": expected 0 to " +
                                                               std::to_string(vocabulary - 1) + ".");
   }
-  cpu::softmax_loss(type, any_pointer(type, logits, rows * vocabulary, "logits"), chosen, rows, vocabulary,
+  cpu::softmax_loss(type, any_pointer(type, logits, product_of({rows, vocabulary}), "logits"), chosen, rows, vocabulary,
                     need_gradient, pointer<float>(losses, rows, "losses"));
 }
 

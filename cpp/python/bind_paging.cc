@@ -12,14 +12,18 @@ namespace py = pybind11;
 namespace qlora_native::python {
 namespace {
 
+constexpr int64_t kMostPage = int64_t{1} << 40;
+
 using Forms = std::vector<std::tuple<int64_t, int, bool>>;
 
 PagePlan page_plan(const Forms& forms, int64_t page_bytes, int64_t chunk_bytes, int64_t block_bytes) {
   std::vector<StateForm> checked;
+  int64_t total = 0;
+  require(checked_size(page_bytes, "page_bytes") <= kMostPage && checked_size(block_bytes, "block_bytes") <= kMostPage,
+          "page_bytes or block_bytes is over 2^40.");
   for (const auto& [numel, moments, coded] : forms) {
-    require(numel >= 0 && numel < int64_t{1} << 60 && (moments == 1 || moments == 2),
-            "a form is (" + std::to_string(numel) + ", " + std::to_string(moments) +
-                ", ..): expected a number of elements and 1 or 2 moments.");
+    total = checked_size(total + checked_size(numel, "numel"), "the number of elements of all forms");
+    require(moments == 1 || moments == 2, "moments is " + std::to_string(moments) + ": expected 1 or 2.");
     checked.push_back({numel, moments, coded});
   }
   return plan_pages(checked, page_bytes, chunk_bytes, block_bytes);
@@ -72,8 +76,10 @@ void bind_paging(py::module_& module) {
 
   py::class_<cpu::FileStore, std::shared_ptr<cpu::FileStore>>(module, "FileStore", py::buffer_protocol(),
                                                               "Bytes in private memory or in a file without a name.")
-      .def(py::init<int64_t, std::string, bool>(), py::arg("num_bytes"), py::arg("folder"), py::arg("in_file"),
-           unlocked)
+      .def(py::init([](int64_t num_bytes, std::string folder, bool in_file) {
+             return std::make_shared<cpu::FileStore>(checked_size(num_bytes, "num_bytes"), std::move(folder), in_file);
+           }),
+           py::arg("num_bytes"), py::arg("folder"), py::arg("in_file"), unlocked)
       .def_buffer(&buffer_of)
       .def_property_readonly("num_bytes", &cpu::FileStore::num_bytes)
       .def_property_readonly("bytes_in_file", &cpu::FileStore::bytes_in_file)

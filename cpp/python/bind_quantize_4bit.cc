@@ -9,7 +9,7 @@ namespace {
 int64_t quantize(Address x, int dtype, int64_t numel, int64_t block_size, int quant_type, Address packed,
                  Address absmax) {
   check_block_size(block_size);
-  require(numel >= 0, "numel is " + std::to_string(numel) + ": expected 0 or more.");
+  checked_size(numel, "numel");
   const Dtype type = checked_dtype(dtype);
   const void* input = type == Dtype::kFloat32 ? static_cast<const void*>(pointer<const float>(x, numel, "x"))
                                               : pointer<const uint16_t>(x, numel, "x");
@@ -19,7 +19,7 @@ int64_t quantize(Address x, int dtype, int64_t numel, int64_t block_size, int qu
 }
 
 void quantize_scales(Address absmax, int64_t blocks, Address codes, Address nested_absmax, Address nested_offset) {
-  require(blocks >= 0, "blocks is " + std::to_string(blocks) + ": expected 0 or more.");
+  checked_size(blocks, "blocks");
   cpu::quantize_scales(pointer<const float>(absmax, blocks, "absmax"), blocks, pointer<uint8_t>(codes, blocks, "codes"),
                        pointer<float>(nested_absmax, num_nested_blocks(blocks), "nested_absmax"),
                        pointer<float>(nested_offset, 1, "nested_offset"));

@@ -10,8 +10,11 @@ void search(Address x, int dtype, int64_t numel, int64_t k, int64_t block_size, 
             Address table, int64_t count, int64_t group, Address multiplier, float offset, float low, float high,
             Address initial, Address packed, Address chosen) {
   check_block_size(block_size);
-  require(numel >= 0 && k >= 1, "numel and k are " + std::to_string(numel) + " and " + std::to_string(k) +
-                                    ": expected 0 or more, and 1 or more.");
+  checked_size(numel, "numel");
+  checked_size(k, "k");
+  checked_size(group, "group");
+  require(k >= 1, "numel and k are " + std::to_string(numel) + " and " + std::to_string(k) +
+                      ": expected 0 or more, and 1 or more.");
   require(count >= 1 && count <= 256 && group >= 1, "count and group are " + std::to_string(count) + " and " +
                                                         std::to_string(group) + ": expected 1 to 256, and 1 or more.");
   const Dtype type = checked_dtype(dtype);

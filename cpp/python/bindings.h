@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -41,9 +42,33 @@ inline void require(bool condition, const char* sentence) {
 
 inline void require(bool condition, const std::string& sentence) { require(condition, sentence.c_str()); }
 
+inline constexpr int64_t kMostBytes = int64_t{1} << 56;  // no address space is larger
+
+// A number of elements, rows or columns.
+inline int64_t checked_size(int64_t size, const char* what) {
+  if (size < 0 || size > kMostBytes) {
+    require(false, std::string(what) + " is " + std::to_string(size) + ": expected 0 to 2^56.");
+  }
+  return size;
+}
+
+// The product of sizes; one more than kMostBytes, which pointer() refuses, if it is larger.
+inline int64_t product_of(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    if (__builtin_mul_overflow(product, size, &product) || product > kMostBytes) {
+      return kMostBytes + 1;
+    }
+  }
+  return product;
+}
+
 // No sentence is built while all is well: a call has many checks, and may be short itself.
 template <typename T>
 T* pointer(Address address, int64_t count, const char* what) {
+  if (count < 0 || count > kMostBytes / static_cast<int64_t>(sizeof(T))) {
+    require(false, std::string(what) + " has " + std::to_string(count) + " elements: expected fewer, and 0 at least.");
+  }
   if (address == 0 && count != 0) {
     require(false, std::string(what) + " is a null pointer, but " + std::to_string(count) + " elements are expected.");
   }

@@ -8,7 +8,7 @@ WeightView checked_weight(const WeightFields& fields) {
               block_size] = fields;
   static constexpr Levels built_in[2] = {nf4_levels(), fp4_levels()};
   check_block_size(block_size);
-  require(numel >= 0, "numel is " + std::to_string(numel) + ": expected 0 or more.");
+  checked_size(numel, "numel");
   const QuantType type = checked_quant_type(quant_type);
   const int64_t blocks = num_blocks(numel, block_size);
   const bool nested = absmax_codes != 0;

@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,6 +53,29 @@ def reading(path: Path, advice: str = "copy the file again") -> Iterator[None]:
         raise UserError(str(error)) from error
     except Exception as error:
         raise UserError(f"{path} cannot be read: {reason(error)}; {advice}.") from error
+
+
+@contextmanager
+def panics_caught() -> Iterator[None]:
+    """Raise a panic of Rust code, which prints a trace by itself, as a RuntimeError, without the trace."""
+    panicked = False
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = type(error).__name__ == "PanicException"  # no Exception, and of a module that cannot be imported
+            if panicked:
+                raise RuntimeError(str(error)) from None
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            sys.stderr.write("" if panicked else file.read().decode(errors="replace"))
 
 
 def regular(path: Path, most: int | None = None) -> Path:

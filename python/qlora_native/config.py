@@ -224,7 +224,7 @@ class TrainConfig(_Section):
             for item in error.errors():
                 key = _key_of(item)
                 mistakes.setdefault(key, _explain(key, item, source, lines or {}, flags))
-            raise UserError("\n".join(mistakes.values())) from None
+            raise UserError(*mistakes.values()) from None
 
     def to_yaml(self) -> str:
         """The resolved config as YAML with every default written out, without ``resume``, which is one invocation's."""

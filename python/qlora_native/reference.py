@@ -112,9 +112,11 @@ def scales(
 ) -> Tensor:
     """Scales of all blocks, fp32 [blocks], double quantization undone: product rounded, then sum rounded."""
     if nested_absmax is None or nested_offset is None:
-        return absmax
-    code = (_native.nested_code() if nested_code is None else nested_code).to(absmax.device)
-    return dequantize_blockwise(absmax, nested_absmax, code, NESTED_BLOCK) + nested_offset
+        return absmax.reshape(-1)
+    code = (_native.nested_code() if nested_code is None else nested_code.reshape(-1)).to(absmax.device)
+    return dequantize_blockwise(absmax.reshape(-1), nested_absmax.reshape(-1), code, NESTED_BLOCK) + nested_offset.view(
+        ()
+    )
 
 
 def dequantize(
@@ -131,7 +133,8 @@ def dequantize(
 ) -> Tensor:
     """round_to_dtype(fp32 level * fp32 scale), of the given shape."""
     numel = math.prod(shape)
-    table = (_native.levels(quant_type) if code is None else code).to(packed.device)
+    table = (_native.levels(quant_type) if code is None else code.reshape(-1)).to(packed.device)
+    packed = packed.reshape(-1)
     index = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[:numel].long()
     spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[:numel]
     return (table[index] * spread).to(dtype).reshape(shape)
@@ -185,7 +188,8 @@ def search_scales(
     ``high`` times its largest element, and at ``initial``; equal errors take the lower index. Each row of ``t`` is
     weighted by ``moment``, fp32 [K].
     """
-    flat = t.detach().reshape(-1).float()
+    moment, table, multiplier, initial = (tensor.reshape(-1) for tensor in (moment, table, multiplier, initial))
+    offset, flat = offset.reshape(()), t.detach().reshape(-1).float()
     x, absmax = _blocks_and_absmax(flat, block_size)
     weights = _padded_blocks(moment.repeat(flat.numel() // max(moment.numel(), 1)), block_size)
     spread = multiplier.repeat_interleave(group)[: absmax.numel()]

@@ -57,6 +57,10 @@ class QuantizedWeight:
         nested_code: Tensor | None = None,
         storage_dtype: torch.dtype = torch.uint8,
     ) -> None:
+        given = (packed, absmax, nested_absmax, nested_offset, code, nested_code)
+        for name, tensor in zip(TENSOR_FIELDS, given, strict=True):
+            if not isinstance(tensor, Tensor) and (tensor is not None or name in ("packed", "absmax")):
+                raise TypeError(f"QuantizedWeight: {name} is a {type(tensor).__name__}: expected a tensor.")
         self.packed = packed
         self.absmax = absmax
         self.nested_absmax = nested_absmax
@@ -64,6 +68,8 @@ class QuantizedWeight:
         self.code = code
         self.nested_code = nested_code
         self.shape = torch.Size(shape)
+        if min(self.shape, default=0) < 0:
+            raise ValueError(f"QuantizedWeight: shape is {list(self.shape)}: expected sizes of 0 or more.")
         self.dtype = dtype
         self.quant_type = quant_type
         self.block_size = block_size
@@ -358,21 +364,21 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> Quantized
 
     def get(name: str, count: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
         full = prefix + name
-        if full not in tensors:
-            raise ValueError(f"from_bnb: key '{full}' is missing.")
-        tensor = tensors[full]
-        if tensor.numel() != count or tensor.dtype not in dtypes:
+        tensor = tensors.get(full)
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"from_bnb: key '{full}' is missing or holds no tensor.")
+        if tensor.numel() != count or tensor.dtype not in dtypes or tensor.is_meta != tensors[prefix].is_meta:
             raise ValueError(
-                f"from_bnb: '{full}' is {tensor.dtype} with {tensor.numel()} elements: expected {count} of "
-                f"{_named(dtypes)} for a {list(shape)} weight in blocks of {block_size}."
+                f"from_bnb: '{full}' is {tensor.dtype} with {tensor.numel()} elements: expected "
+                f"{count} of {_named(dtypes)} for a {list(shape)} weight in blocks of {block_size}, all on one device."
             )
         if name and tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise ValueError(f"from_bnb: '{full}' holds a NaN or an infinity: expected finite numbers.")
         return tensor.contiguous().reshape(-1)
 
     stored = tensors.get(prefix)
-    if stored is None or stored.dtype not in STORAGE_DTYPES:
-        found = "missing" if stored is None else f"{stored.dtype}"
+    if not isinstance(stored, Tensor) or stored.dtype not in STORAGE_DTYPES:
+        found = f"{stored.dtype}" if isinstance(stored, Tensor) else "missing or holds no tensor"
         raise ValueError(f"from_bnb: key '{prefix}' is {found}: expected packed codes as {_named(STORAGE_DTYPES)}.")
     packed = get("", (numel + 1) // (2 * stored.dtype.itemsize), STORAGE_DTYPES).view(torch.uint8)
     fp32 = (torch.float32,)

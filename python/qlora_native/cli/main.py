@@ -136,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(end="", flush=True)  # a full disk is an error here, and nothing at exit
         return code
     except UserError as error:
-        return _said(str(error), EXIT_USER)
+        return _said(EXIT_USER, *map(str, error.args))
     except KeyboardInterrupt as stop:
-        return _said(str(stop) or "interrupted", EXIT_INTERRUPTED)
+        return _said(EXIT_INTERRUPTED, str(stop) or "interrupted")
     except BrokenPipeError:
         _drop_output()  # its reader (a pager, `head`) has gone
         return EXIT_OK
@@ -147,12 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         while cause is not None and not isinstance(cause, KeyboardInterrupt):  # which transformers' imports turn
             cause = cause.__cause__ or cause.__context__  # into an ImportError
         if cause is not None:
-            return _said("interrupted", EXIT_INTERRUPTED)
+            return _said(EXIT_INTERRUPTED, "interrupted")
         if not isinstance(error, OSError) or (error.filename is None and error.errno not in _DISK):
             raise
         if error.filename is None:  # of what is open already, such as the output
             _drop_output()
-        return _said(f"{error.filename or 'could not write'}: {error.strerror}", EXIT_USER)
+        return _said(EXIT_USER, f"{error.filename or 'could not write'}: {error.strerror}")
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -167,14 +167,15 @@ def _drop_output() -> None:
 MOST_LINES, MOST_CHARACTERS = 40, 800  # of a message: names in files can be megabytes long
 
 
-def _said(message: str, code: int) -> int:
+def _said(code: int, *sentences: str) -> int:
     """Print what ended the command, as far as a terminal and its reader can take it, and return the exit code."""
-    for line in message.split("\n")[:MOST_LINES]:
-        print(_line(line), file=sys.stderr)
+    for sentence in sentences[:MOST_LINES]:
+        print(_line(sentence), file=sys.stderr)
     return code
 
 
 def _line(text: str) -> str:
+    text = text.replace("\n", "\\n")  # of a name in a file, which would look like a sentence of its own
     return printable(text if text.startswith("qlora") else f"qlora: {text}", MOST_CHARACTERS)
 
 

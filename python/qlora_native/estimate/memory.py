@@ -153,7 +153,7 @@ class Estimator:
 
     def layers(self, setting: Setting) -> list[LayerBytes]:
         window = getattr(self.config, "sliding_window", None)
-        beyond = window is not None and setting.length > window
+        beyond = isinstance(window, int) and setting.length > window
         if beyond not in self._layers:
             self._layers[beyond] = [DecoderLayer(layer, self.model, setting).bytes() for layer in self.modules]
         return self._layers[beyond]

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qlora_native.data.template import check_vocabulary
 from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.measure import Kept, Scores, measure
 from qlora_native.evaluate.texts import Text
@@ -103,6 +104,8 @@ def compare(
             result = VariantResult(name, _num_bytes(model), time.monotonic() - began)
             note(f"{name}: {result.num_bytes / 2**20:,.0f} MiB of weights, loaded in {result.seconds_to_load:.1f} s")
             for text in texts:
+                highest = max(int(row["input_ids"].max()) for row in text.rows)
+                check_vocabulary(max(highest, pad_id), tokenizer, model, text.name)
                 keep_in = Path(folder) if name == REFERENCE else None
                 scores, reference = measure(model, text.rows, pad_id, against=kept.get(text.name), keep_in=keep_in)
                 if reference is not None:

@@ -74,5 +74,8 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     found: set[int] = set()
     for owner in (model.generation_config, model.config, tokenizer):
         ids = getattr(owner, "eos_token_id", None)
-        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if wrong := [token for token in ids if type(token) is not int]:
+            raise UserError(f"eos_token_id of the model or its tokenizer is {wrong[0]!r}: expected a token's number.")
+        found |= set(ids)
     return found

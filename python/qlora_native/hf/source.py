@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qlora_native._io import check_folder, read_json, reading, regular, user_path
+from qlora_native._io import check_folder, panics_caught, read_json, reading, regular, user_path
 from qlora_native.errors import UserError
 from qlora_native.hf.build import MetaModel
 from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor, first_sentence, some_of
@@ -201,6 +201,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     values = read_json(path)
     with reading(path):
         _check_config(path, values)
+        window = values.get("sliding_window")
+        if window is not None and (type(window) is not int or not 0 < window < 1 << 31):
+            raise ValueError(f"sliding_window is {window!r}: expected a whole number over 0, or null")
     kind = values.get("model_type")
     if not kind:
         raise UserError(f"{path} has no model_type: expected the configuration of a transformers model.")
@@ -259,8 +262,9 @@ def load_tokenizer(model: str | os.PathLike[str] | Source) -> Any:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         check_folder(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        tokenizer("a")  # raises here what settings of a wrong type would raise later
+        with panics_caught():
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer("a")  # raises here what settings of a wrong type would raise later
         return tokenizer
     except Exception as error:  # the readers raise whatever they stumble on
         open_source(path)  # UserError if the model itself is broken

@@ -73,6 +73,7 @@ class Weight(NamedTuple):
     def slice(self, start: int, stop: int) -> Weight:
         """Elements [start:stop] of the first dimension: views, but for double-quantized scales that do not begin at a
         block of scales, which are decoded to fp32. Raises ValueError if the slice does not begin at a block."""
+        self.check()
         width = math.prod(self.shape[1:])
         begin, end = start * width, stop * width
         if begin % self.block_size:
@@ -127,8 +128,8 @@ PARTS = {
     "nested_code": ("float32", "256"),
 }
 # What the source of a check may name.
-SCOPE = {"prod": math.prod, "FLOATS": FLOATS, "NATIVE": NATIVE, "WIDE": WIDE}
-SCOPE |= {name: getattr(torch, name) for name in ("uint8", "int64", "float32")}
+SCOPE = {"prod": math.prod, "FLOATS": FLOATS, "NATIVE": NATIVE, "WIDE": WIDE, "BLOCK_SIZES": reference.BLOCK_SIZES}
+SCOPE |= {name: getattr(torch, name) for name in ("uint8", "int64", "float32", "strided")}
 
 
 class Operand(NamedTuple):
@@ -171,7 +172,21 @@ class Operand(NamedTuple):
             first = (["..."] if leading is None else list(map(str, leading))) if self.leads else []
             expected += f" [{', '.join([*first, *(str(sizes.get(a.rstrip('?'), a)) for a in self.axes)])}]"
         given = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        if tensor.layout is not torch.strided:
+            given += f", {tensor.layout}"
         return ValueError(f"{op}: {self.name} is {given}: expected {expected} on {device}.")
+
+
+def _missing(op: str, tensors: dict[str, Tensor | None]) -> ValueError:
+    names = " and ".join(name for name, tensor in tensors.items() if tensor is None)
+    return ValueError(f"{op}: {names} is None: expected a tensor.")
+
+
+def _misfit_of_sizes(shape: Sequence[int], block_size: int) -> ValueError:
+    return ValueError(
+        f"quantized weight {list(shape)} in blocks of {block_size}: expected sizes of 0 or more, and blocks of a power "
+        "of two from 32 to 4096."
+    )
 
 
 def _misfit_of_part(
@@ -192,6 +207,8 @@ def _misplaced(name: str, tensor: Tensor, device: torch.device) -> ValueError:
 
 def _lines_of_parts() -> Iterator[str]:
     """The check of a quantized weight's tensors, as source."""
+    yield "if block_size not in BLOCK_SIZES or min(shape, default=0) < 0:"
+    yield "    raise misfit_of_sizes(shape, block_size)"
     yield "numel = prod(shape)"
     yield "blocks = -(-numel // block_size)"
     yield "if nested_absmax is not None and nested_offset is None:"
@@ -226,6 +243,7 @@ def _lines_of_operands(op: str, operands: Sequence[Operand], has_weight: bool) -
         accepted = {"T": "is kind" if kind else "in FLOATS", "wide": "is WIDE[kind]"}
         accepted |= {"float": "in FLOATS", "native": "in NATIVE"}
         conditions = [f"{name}.dtype {accepted.get(dtype, f'is {dtype}')}", f"{name}.device == device"]
+        conditions.append(f"{name}.layout is strided")
         found = []  # what it shows
         if axes is not None:
             yield f"    dims = {name}.shape"
@@ -266,7 +284,8 @@ def _code(source: str) -> CodeType:
 def _made(parameters: Iterable[str], lines: Iterable[str], **names: Any) -> Callable[..., Any]:
     """The function of these lines."""
     body = "".join(f"    {line}\n" for line in lines)
-    scope = {**SCOPE, **names, "misfit_of_part": _misfit_of_part, "misplaced": _misplaced}
+    scope = {**SCOPE, **names, "misfit_of_part": _misfit_of_part, "misplaced": _misplaced, "missing": _missing}
+    scope["misfit_of_sizes"] = _misfit_of_sizes
     exec(_code(f"def made({', '.join(parameters)}):\n{body}"), scope)
     made: Callable[..., Any] = scope["made"]
     return made
@@ -280,14 +299,20 @@ def checked(op: str, schema: str, function: Callable[..., Any]) -> Callable[...,
 
     Every call of every op goes through it, so it is written out, comparison by comparison, from the tables.
     """
-    parameters = [argument.split()[-1] for argument in schema[1 : schema.index(") ->")].split(", ")]
+    arguments = [argument.split() for argument in schema[1 : schema.index(") ->")].split(", ")]
+    parameters = [words[-1] for words in arguments]
     operands = [Operand.read(entry) for entry in filter(None, OPERANDS[op].split("; "))]
     has_weight = parameters[-len(Weight._fields) :] == list(Weight._fields)
-    lines = ["device = packed.device", "if absmax is not None:", *(f"    {line}" for line in _lines_of_parts())]
-    lines = [
-        *(lines if has_weight else []),
-        *_lines_of_operands(op, operands, has_weight),
-        f"return function({', '.join(parameters)})",
-    ]
+    may_be_dense = any(operand.name == "packed" for operand in operands)
+    optional = {words[-1] for words in arguments if words[0] == "Tensor?"}
+    required = [operand.name for operand in operands if operand.name not in optional | {"packed"}]
+    required += ["packed"] if may_be_dense else ["packed", "absmax"] if has_weight else []
+    lines = []
+    if required:
+        lines.append(f"if {' or '.join(f'{name} is None' for name in required)}:")
+        lines.append(f"    raise missing({op!r}, {{{', '.join(f'{name!r}: {name}' for name in required)}}})")
+    if has_weight:
+        lines += ["device = packed.device", "if absmax is not None:", *(f"    {line}" for line in _lines_of_parts())]
+    lines += [*_lines_of_operands(op, operands, has_weight), f"return function({', '.join(parameters)})"]
     misfits = [operand.misfit for operand in operands]
     return _made(parameters, lines, function=function, misfit=misfits)

@@ -53,10 +53,16 @@ def check_lists(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> N
                 f"{op}: parameter {number} is {param.dtype}: expected float32, bfloat16 or float16; "
                 "convert the model, or leave the parameter to torch.optim."
             )
-        if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():
+        if (
+            grad.shape != param.shape
+            or grad.device != param.device
+            or not grad.is_floating_point()
+            or {param.layout, grad.layout} != {torch.strided}
+        ):
             raise ValueError(
                 f"{op}: parameter {number} is {list(param.shape)} on {param.device}, its gradient {list(grad.shape)} "
-                f"on {grad.device}, {grad.dtype}: expected the same shape and device, and a floating-point dtype."
+                f"on {grad.device}, {grad.dtype}, {grad.layout}: expected the same shape and device, a floating-point "
+                "dtype, and both dense."
             )
 
 
@@ -73,7 +79,7 @@ def check_states(op: str, params: Tensors, states: Tensors, absmaxes: Tensors, c
         absmax = absmaxes[number] if absmaxes else None
         fits = state.dtype == dtype and state.shape == param.shape and state.is_contiguous()
         if absmax is not None:
-            fits = fits and absmax.dtype == torch.float32 and absmax.numel() == blocks and absmax.is_contiguous()
+            fits = fits and absmax.dtype == torch.float32 and absmax.shape == (blocks,) and absmax.is_contiguous()
             fits = fits and absmax.device == param.device
         if not fits or state.device != param.device:
             beside = "" if absmax is None else f" with an absmax of {absmax.dtype} {list(absmax.shape)}"
@@ -87,8 +93,10 @@ def check_states(op: str, params: Tensors, states: Tensors, absmaxes: Tensors, c
 def check_state_sizes(number: int, part: Tensor, state: dict[str, Any]) -> None:
     """Refuses states of a parameter, by name, that do not hold a value for each element of the rank's part of it."""
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if name not in STATES:
             continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"optimizer: the state {name} of parameter {number} is {value!r}: expected a tensor.")
         coded = f"{name.removesuffix('_absmax')}_absmax" in state
         dtypes: tuple[torch.dtype, ...] = (torch.float32,)
         if name == "step":

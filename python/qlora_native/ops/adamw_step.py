@@ -21,8 +21,15 @@ def read(*arguments: Any) -> Step:
     check_states(OP, params, exp_avg_sqs, exp_avg_sq_absmaxes, torch.uint8, "exp_avg_sq")
     if len(exp_avg_absmaxes) != len(exp_avg_sq_absmaxes):
         raise ValueError(f"{OP}: only one of the two moments has absmaxes: expected both or none.")
-    if len(steps) != len(params) or any(count.dtype != torch.float32 or count.numel() != 1 for count in steps):
-        raise ValueError(f"{OP}: expected {len(params)} step counters, float32 [] each.")
+    fits = (
+        count.dtype == torch.float32 and count.numel() == 1 and count.device == param.device
+        for count, param in zip(steps, params)  # noqa: B905 - the lengths are compared beside it
+    )
+    if len(steps) != len(params) or not all(fits):
+        raise ValueError(f"{OP}: expected {len(params)} step counters, float32 [] each, beside the parameters.")
+    beta1, beta2 = step.options[1:3]
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"{OP}: beta1 is {beta1}, beta2 {beta2}: expected 0 or more, and less than 1.")
     return step
 
 

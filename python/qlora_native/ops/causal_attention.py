@@ -24,6 +24,8 @@ ALIGNMENT = 64
 @fake("causal_attention")
 def shapes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
     """The outputs, uninitialized; refuses heads that do not fit each other."""
+    if not scale > 0:  # the largest score of a row is that of the largest product
+        raise ValueError(f"causal_attention: scale is {scale}: expected more than 0.")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"causal_attention: q is {list(q.shape)}, k is {list(k.shape)}, v is {list(v.shape)}: "

@@ -14,9 +14,10 @@ from qlora_native.ops._optim import DTYPE, GRAD, NUMEL, address_of, table_of
 
 def check(grads: list[Tensor]) -> None:
     for number, grad in enumerate(grads):
-        if grad.dtype not in _native.DTYPE_NUMBER:
+        if grad.dtype not in _native.DTYPE_NUMBER or grad.layout is not torch.strided:
             raise ValueError(
-                f"gradient_norm: gradient {number} is {grad.dtype}: expected float32, bfloat16 or float16."
+                f"gradient_norm: gradient {number} is {grad.dtype}, {grad.layout}: expected float32, bfloat16 or "
+                "float16, dense."
             )
 
 

@@ -47,7 +47,7 @@ def read(*arguments: Any) -> Call:
     weight = Weight(*arguments[5:])
     if need_grad_weight and not is_dense(weight):
         raise ValueError("linear_cross_entropy: a quantized weight is frozen and has no gradient.")
-    return h, labels, ignore_index, need_grad_h, need_grad_weight, weight
+    return h, labels.contiguous(), ignore_index, need_grad_h, need_grad_weight, weight
 
 
 def _logits(h: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:

@@ -56,4 +56,4 @@ def shapes(*arguments: Any) -> Pair:
                 f"search_scales_4bit: {name} is {list(tensor.shape)}: expected {count} values for a tensor "
                 f"{list(t.shape)} in blocks of {block_size}."
             )
-    return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8), initial.new_empty(initial.shape)
+    return t.new_empty((t.numel() + 1) // 2, dtype=torch.uint8), initial.new_empty(blocks)
