@@ -153,6 +153,13 @@ def literals() -> list[str]:
     return found
 
 
+def test_what_the_reliability_page_names_is_there() -> None:
+    text = page("reliability")
+    for file, name in re.findall(r"`(test_\w+\.py)::(\w+)`", text):
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+    assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/[\w/.]+)`", text))
+
+
 def test_every_message_of_the_troubleshooting_page_is_in_the_source() -> None:
     text, source = page("troubleshooting"), literals()
     messages = re.findall(r"^### `(.+)`$", text, re.MULTILINE)
