@@ -176,12 +176,12 @@ def test_what_we_save_bitsandbytes_reads(tmp_path: Path) -> None:
     assert distance(logits(theirs.train()).detach(), logits(model)) < 1e-5
 
 
-def write_gguf(path: Path) -> Path:
-    """A tiny llama with fp32 tensors, written with the gguf package."""
+def write_gguf(path: Path, layers: int = 1) -> Path:
+    """A tiny llama with fp32 tensors, written with the gguf package: one layer, of ``layers`` by its metadata."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(str(path), "llama")
     sizes: dict[str, float] = {
-        "block_count": 1,
+        "block_count": layers,
         "context_length": 64,
         "embedding_length": 64,
         "feed_forward_length": 96,
@@ -247,3 +247,5 @@ def test_gguf_file_and_folder(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "tiny.gguf", tmp_path / "other.gguf")
     with pytest.raises(qn.UserError, match="2 GGUF files"):
         load_model(tmp_path)
+    with pytest.raises(qn.UserError, match="255 layers"):
+        load_model(write_gguf(tmp_path / "other.gguf", layers=255))

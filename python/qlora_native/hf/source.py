@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -87,6 +88,9 @@ class _InMemory:
         return self.values[stored.name].view(-1)[begin:end]
 
 
+_MAX_HEADER_BYTES = 256 << 20  # of a GGUF file: its vocabulary and the names of its tensors
+
+
 class GgufSource:
     """One GGUF file, through transformers' own reader, which makes the whole 16-bit model first."""
 
@@ -100,6 +104,7 @@ class GgufSource:
             values, _ = PreTrainedConfig.get_config_dict(regular(path).parent, gguf_file=path.name)
             _check_config(path, values)
             self.config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+            self._check_last_layer(self.config.num_hidden_layers)
         except UserError:
             raise
         except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
@@ -141,6 +146,14 @@ class GgufSource:
         if stored.name not in self.checkpoint.values:
             self._checkpoint = None
         return self.checkpoint.values.pop(stored.name)
+
+    def _check_last_layer(self, layers: int) -> None:
+        """UserError if the last layer has no tensor: transformers takes minutes to find out of a few hundred layers."""
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+            if layers and raw.find(f"blk.{layers - 1}.".encode(), 0, _MAX_HEADER_BYTES) < 0:
+                raise UserError(
+                    f"{self.path} is said to have {layers} layers and has no tensor of the last; copy it again."
+                )
 
     def _unusable(self, error: Exception) -> UserError:
         return UserError(f"{self.path} cannot be read as GGUF: {first_sentence(error)}")
