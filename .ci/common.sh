@@ -65,7 +65,8 @@ find_compiler() {
 # A CUDA compiler of NVIDIA's wheels: nvcc_wheels RELEASE. Sets nvcc_folder, where it and its readers lie.
 nvcc_wheels() {
     local environment=$scratch/nvcc-$1 name wanted=() toolkit
-    for name in cuda-nvcc cuda-crt nvvm cuda-runtime cuda-cccl; do wanted+=("nvidia-$name==$1.*"); done
+    for name in cuda-nvcc cuda-crt nvvm cuda-runtime; do wanted+=("nvidia-$name==$1.*"); done
+    wanted+=("nvidia-cuda-cccl<${1%.*}.$((${1#*.} + 1))")  # which is not in every release
     "$(find_python)" -m venv "$environment" && "$environment/bin/python" -m pip install -q "${wanted[@]}" \
         -r .ci/requirements-cubin.txt || return
     toolkit=$(echo "$environment"/lib/python3*/site-packages/nvidia/cu13)
