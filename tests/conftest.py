@@ -27,9 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torchrun", action="store_true", help="run what starts torchrun, which takes a minute")
     parser.addoption("--backend", default="aot_eager", help="torch.compile's, for a whole training step")
     parser.addoption("--fuzz", type=int, default=500, help="how many damaged files are read")
-    parser.addoption("--soak", type=int, default=40, help="steps of the long run with paged states")
-    parser.addoption("--kills", type=int, default=2, help="how often each command is killed at a random moment")
-    parser.addoption("--write-faults", type=int, default=4, help="faults tried in each command that writes")
+    parser.addoption("--soak", type=int, default=20, help="steps of the long run with paged states")
+    parser.addoption("--kills", type=int, default=1, help="how often each command is killed at a random moment")
+    parser.addoption("--write-faults", type=int, default=2, help="faults tried in each command that writes")
 
 
 def pytest_configure() -> None:

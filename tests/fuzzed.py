@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import workers
 
 CORPUS = Path(__file__).with_name("corpus.jsonl")
-MOST_BYTES = 5 << 30  # of address space; the imports alone take half of it
+MOST_BYTES = 3 << 30  # of address space, beyond what the imports take
 MARK = "\ue000{}\ue000"
 GONE = object()
 MOST_LINES = 40  # of what is wrong with a config
@@ -330,7 +330,9 @@ def main(folder: str, count: str, first: str) -> None:
             shutil.copytree(place, place / "sound", ignore=shutil.ignore_patterns("sound", "std*"))
     import transformers  # noqa: F401
 
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MOST_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     workers.serve(len(known) + int(count), partial(case_at, place, known), place, int(first))
 
 

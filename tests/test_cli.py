@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -194,7 +195,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert main.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["build"] == qn.build_info()
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
     plain = importlib.util.find_spec
     gone = ("gguf", "yaml")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else plain(name))

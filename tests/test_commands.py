@@ -31,7 +31,7 @@ MISTAKES = {
     "quantize gone --out new": "gone is not there",
     "quantize {model}": "the following arguments are required: --out",
     "quantize {model} --out {model}": "{model} exists already",
-    "quantize {model} --out new --block-size 48": "argument --block-size: invalid choice: 48",
+    "quantize {model} --out new --block-size 48": "argument --block-size: invalid choice:",
     "quantize {model} --out new --skip-modules lm_haed": "lm_haed",
     "quantize {model} --out new --shard-size 4": "--shard-size is '4': expected a size",
     "quantize {model} --out {rows}/new": "could not write {rows}/new: ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 
 import emulated
@@ -84,7 +85,8 @@ def test_an_operand_on_the_host(
 
 def test_int32_labels(emulator: Emulator, memory: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
     """To an op without the check of its operands: 36 bytes are read as 72."""
-    monkeypatch.setattr(_library, "check", lambda *_: None)
+    kernel = inspect.unwrap(_library.IMPLEMENTATIONS["linear_cross_entropy", "CUDA"])
+    monkeypatch.setitem(_library.IMPLEMENTATIONS, ("linear_cross_entropy", "CUDA"), kernel)
     w = qn.quantize(torch.randn(64, 128))
     loss(w, torch.arange(9))
     report = report_of(emulator, lambda: loss(w, torch.arange(9, dtype=torch.int32)))

@@ -110,11 +110,13 @@ def exit_code_of_fork(function: Callable[[], object]) -> int | None:
 @needs_forks
 @pytest.mark.parametrize("by_thread", [False, True])
 def test_a_forked_child_goes_on(by_thread: bool) -> None:
-    """Native loops and torch's on several threads, after both have run in the parent."""
-    w, values = weight(), torch.randn(1 << 20)
+    """Native loops and torch's on several threads, after both have run in the parent; no backward passes, which a torch
+    that was built with CUDA refuses in a child."""
+    w, values, x = weight(), torch.randn(1 << 20), torch.randn(M, K)
 
     def everything() -> list[bytes]:
-        return [*results(w), values.exp().numpy().tobytes()]
+        made = qn.quantize(values), w.dequantize(), qn.linear(x, w), values.exp()
+        return [made[0].packed.numpy().tobytes(), *(tensor.numpy().tobytes() for tensor in made[1:])]
 
     def in_child() -> None:
         assert torch.get_num_threads() == 3 and everything() == expected

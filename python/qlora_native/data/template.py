@@ -25,7 +25,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_native.data._sandbox import bound_operators, bounded_memory
 from qlora_native.data.formats import Message, Row
 from qlora_native.errors import UserError
 
@@ -292,6 +291,8 @@ class ChatEncoder:
 
     def _apply_template(self, messages: Sequence[Message], **options: bool) -> Any:
         template = {"tools": self._tools, "chat_template": self.chat_template}
+        from qlora_native.data._sandbox import bound_operators, bounded_memory
+
         bound_operators()
         with bounded_memory():
             return self.tokenizer.apply_chat_template(list(messages), **template, **options)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, wraps
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -315,4 +315,4 @@ def checked(op: str, schema: str, function: Callable[..., Any]) -> Callable[...,
         lines += ["device = packed.device", "if absmax is not None:", *(f"    {line}" for line in _lines_of_parts())]
     lines += [*_lines_of_operands(op, operands, has_weight), f"return function({', '.join(parameters)})"]
     misfits = [operand.misfit for operand in operands]
-    return _made(parameters, lines, function=function, misfit=misfits)
+    return wraps(function)(_made(parameters, lines, function=function, misfit=misfits))

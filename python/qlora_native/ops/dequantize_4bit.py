@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._library import Weight, fake, implement
 
 Panel = tuple[int, int, int, int, int]  # length of a row, rows [begin, end), columns [begin, end)
@@ -41,6 +40,8 @@ def decode_all(weight: Weight, out: Tensor) -> None:
 
 def launch(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None = None) -> None:
     """Decodes a CUDA weight, or a panel of it, into the contiguous ``out``, in the order of torch's current stream."""
+    from qlora_native.ops import _cuda_kernels
+
     if out.numel():
         pointers = weight.pointers()
         *_, numel, _ = pointers
@@ -51,6 +52,8 @@ def launch(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None 
 
 def decode_cuda(weight: Weight, out: Tensor) -> None:
     """The same, in plain torch where these kernels cannot run."""
+    from qlora_native.ops import _cuda_kernels
+
     module = _cuda_kernels.native(out.device)
     if module is None:
         decode_anywhere(weight, out)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops import _cuda_kernels, _cuda_products
 from qlora_native.ops._direct import adapted_product, call_in_derivative, is_few
 from qlora_native.ops._library import Weight, autograd, fake, implement
 from qlora_native.ops.linear_4bit import (
@@ -123,6 +122,8 @@ def _register(device: str, engine_of: Callable[[bool, torch.device], Engine]) ->
 
 
 def _cuda_engine(low_memory: bool, device: torch.device) -> Engine:
+    from qlora_native.ops import _cuda_kernels, _cuda_products
+
     module = _cuda_kernels.native(device)
     return Engine(low_memory) if module is None else _cuda_products.engine(module, low_memory)
 
