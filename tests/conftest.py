@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rank-kills", type=int, default=1, help="how often one process of a run on several is killed")
     parser.addoption("--torchrun", action="store_true", help="run what starts torchrun, which takes a minute")
     parser.addoption("--backend", default="aot_eager", help="torch.compile's, for a whole training step")
+    parser.addoption("--every-operand", type=int, default=4, help="1: try each replaced operand; 4: a quarter of them")
     parser.addoption("--fuzz", type=int, default=500, help="how many damaged files are read")
     parser.addoption("--soak", type=int, default=20, help="steps of the long run with paged states")
     parser.addoption("--kills", type=int, default=1, help="how often each command is killed at a random moment")

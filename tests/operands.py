@@ -424,10 +424,10 @@ def replaced(call: Call, i: int, other: Any) -> str:
 
 
 if __name__ == "__main__":
-    folder, first = sys.argv[1:]
+    folder, every, first = sys.argv[1:]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, used + HEADROOM))
-    all_cases = cases()
+    all_cases = cases()[:: int(every)]
     workers.serve(len(all_cases), all_cases.__getitem__, Path(folder), int(first))

@@ -159,9 +159,11 @@ def test_an_operand_on_another_device_is_refused(call: str, monkeypatch: pytest.
                 run(call, given, device)
 
 
-def test_other_operands_are_refused_or_right(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_other_operands_are_refused_or_right(
+    tmp_path: Path, record_property: Callable[[str, object], None], pytestconfig: pytest.Config
+) -> None:
     """Every tensor and every number of every call is replaced by others, in processes of their own: operands.py."""
-    found = workers.outcomes("operands.py", tmp_path)
+    found = workers.outcomes("operands.py", tmp_path, pytestconfig.getoption("--every-operand"))
     count, wrong = workers.summary(found)
     record_property("operands replaced", count)
     assert len(found) >= 3000 and not wrong, "\n".join([count, *wrong])
