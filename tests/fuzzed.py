@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import struct
 import sys
@@ -330,9 +329,7 @@ def main(folder: str, count: str, first: str) -> None:
             shutil.copytree(place, place / "sound", ignore=shutil.ignore_patterns("sound", "std*"))
     import transformers  # noqa: F401
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MOST_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    workers.limit_memory(MOST_BYTES)
     workers.serve(len(known) + int(count), partial(case_at, place, known), place, int(first))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,41 +29,12 @@ from qlora_native.weight import pack_json, unpack_json
 REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, OverflowError, IndexError, OSError)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.complex64]
 DTYPES += [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool]
-FLOATS, WHOLE = (
-    [float("nan"), float("inf"), -float("inf"), 1e30, -3e38, 1e-42, 0.0],
-    [-1, 0, 1, 127, 255, 1 << 31, -(1 << 63)],
-)
-NUMBERS: list[Any] = [
-    -1,
-    0,
-    1,
-    2,
-    33,
-    1 << 31,
-    (1 << 63) - 1,
-    -(1 << 63),
-    1 << 64,
-    0.5,
-    float("nan"),
-    -float("inf"),
-    None,
-    "x",
-    [],
-]
-SHAPES = [
-    [],
-    [0],
-    [-1],
-    [3072],
-    [64, 48],
-    [48, 65],
-    [48, 64, 1],
-    [-48, -64],
-    [1 << 31, 1 << 33],
-    [1 << 62, 4],
-    [0.5],
-    [48, 0],
-]
+FLOATS = [float("nan"), float("inf"), -float("inf"), 1e30, -3e38, 1e-42, 0.0]
+WHOLE = [-1, 0, 1, 127, 255, 1 << 31, -(1 << 63)]
+NUMBERS: list[Any] = [-1, 0, 1, 2, 33, 1 << 31, (1 << 63) - 1, -(1 << 63), 1 << 64, 0.5, float("nan"), -float("inf")]
+NUMBERS += [None, "x", []]
+SHAPES = [[], [0], [-1], [3072], [64, 48], [48, 65], [48, 64, 1], [-48, -64], [1 << 31, 1 << 33], [1 << 62, 4], [0.5]]
+SHAPES += [[48, 0]]
 HEADROOM = 2 << 30  # bytes of address space
 
 
@@ -168,11 +138,8 @@ def is_moderate(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(is_moderate, value))
     if isinstance(value, Tensor):
-        value = (
-            float(value.double().abs().max())
-            if value.is_floating_point() and value.numel() and not value.is_meta
-            else 0.0
-        )
+        is_empty = value.is_meta or not value.numel() or not value.is_floating_point()
+        value = 0.0 if is_empty else float(value.double().abs().max())
     return not isinstance(value, float) or abs(value) < 1e15
 
 
@@ -427,7 +394,6 @@ if __name__ == "__main__":
     folder, every, first = sys.argv[1:]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, used + HEADROOM))
+    workers.limit_memory(HEADROOM)
     all_cases = cases()[:: int(every)]
     workers.serve(len(all_cases), all_cases.__getitem__, Path(folder), int(first))

@@ -37,10 +37,11 @@ class Mend(NamedTuple):
 
 
 MENDS = (
-    Mend("int32 labels are read as int64", f"{OPS}/_operands.py", "fits = dtype in allowed\n        if device",
-         "fits = True\n        if device", "test_operands.py fit_is_refused and linear_cross_entropy"),
+    Mend("int32 labels are read as int64", f"{OPS}/_operands.py",
+         """conditions = [f"{name}.dtype {accepted.get(dtype, f'is {dtype}')}", """, "conditions = [",
+         "test_operands.py fit_is_refused and linear_cross_entropy"),
     Mend("labels, a bias or an adapter on the host or on another device are read", f"{OPS}/_operands.py",
-         "elif tensor.device != device:", "elif False:", "test_operands.py another_device"),
+         """, f"{name}.device == device"]""", "]", "test_operands.py another_device"),
     Mend("architectures are asked for that nvcc does not know", "cmake/cuda_archs.cmake", "if(arch IN_LIST known)\n",
          "if(TRUE)\n", "test_build_options.py test_architectures or without_the_newest"),
     Mend("a device without an image gets kernels", f"{OPS}/_cuda_kernels.py", "if error:", "if False:",
@@ -60,7 +61,7 @@ MENDS = (
     Mend("a changed learning rate replaces what a graph reads", f"{OPS}/_cuda_optim.py",
          "if len(flat) != self.options.numel():", "if True:", "test_step_graph_emulated.py captured_step"),
     Mend("gradients of fp32 adapters are rounded to 16 bits", f"{OPS}/_cuda_products.py",
-         "else wide_product(left.t(), right)", "else torch.mm(left.t(), right).float()",
+         "product = wide_product(left.t(), right)", "product = torch.mm(left.t(), right).float()",
          "test_products_emulated.py not_rounded"),
     Mend("input gradients are rounded once a panel", f"{OPS}/_cuda_products.py",
          "        for first in range(0, width, max(1, columns)):\n", """\
@@ -72,8 +73,8 @@ MENDS = (
         for first in range(0, width if is_forward else 0, max(1, columns)):
 """, "test_products_emulated.py rounded_once"),
     Mend("adapters are copied in every pass", f"{OPS}/_cuda_products.py",
-         "return copy_of(matrix, dtype, scale, lambda: self.narrow(matrix, dtype, scale))",
-         "return self.narrow(matrix, dtype, scale)", "test_products_emulated.py launches_of"),
+         "if self.low_memory:\n            return self.narrow", "if True:\n            return self.narrow",
+         "test_products_emulated.py launches_of"),
     Mend("the device is set for every launch", f"{OPS}/_cuda_kernels.py", "if device.index in (None, current):",
          "if False:", "test_cuda_copies.py made_current"),
     Mend("evicted states are read over the bus", f"{OPTIM}/device_pages.py", "elif again:", "elif False:",
@@ -126,8 +127,6 @@ def main() -> int:
         for mend in chosen:
             file = root / mend.path
             sound = file.read_text(encoding="utf-8")
-            if sound.count(mend.today) != 1:
-                raise SystemExit(f"{mend.path} has {sound.count(mend.today)} times what '{mend.finding}' reverts")
             status, before = outcome(root, mend.tests, options.emulated)
             if status or re.search("skipped", before):
                 raise SystemExit(f"{mend.tests}: {before}: expected passed without a skip, on the sound tree")

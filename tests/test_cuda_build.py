@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import revert
 import torch
 from emulated import arguments, names_in_stub
 from helpers import same_bytes
@@ -47,6 +48,11 @@ def test_the_module_loads_without_a_device(cuda: Any) -> None:
     assert cuda.device_count() >= 0 and cuda.runtime_version() >= 12000 and cuda.driver_version() >= 0
     if torch.cuda.is_available() and cuda.driver_version() >= cuda.runtime_version():
         assert cuda.device_count() == torch.cuda.device_count()
+
+
+def test_what_revert_py_reverts_stands_in_the_sources() -> None:
+    for mend in revert.MENDS:
+        assert (ROOT / mend.path).read_text(encoding="utf-8").count(mend.today) == 1, mend.finding
 
 
 @pytest.mark.parametrize(

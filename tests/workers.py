@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,12 @@ CASES = 2000  # of one worker
 STDERR = "stderr"  # file in the worker's folder
 
 Case = tuple[Any, Callable[[], str]]  # what it is, as JSON holds it, and the call that returns its outcome
+
+
+def limit_memory(more: int) -> None:
+    """Let this process take so many bytes of address space beyond what it has."""
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def serve(count: int, case_at: Callable[[int], Case], folder: Path, first: int) -> None:
