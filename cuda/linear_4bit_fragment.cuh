@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) linear_4bit
         wp::mma_m16n8k16<T>(warp.sums[0][tokens], a[0], b[0]);
         wp::mma_m16n8k16<T>(warp.sums[0][tokens], a[1], b[1]);
       }
-      if (word == 1) {
+      if (word == 2) {
         wp::scheduling_fence(job.splits, word);  // else the compiler loads more of x at once than registers hold
       }
     }
