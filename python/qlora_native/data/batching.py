@@ -190,7 +190,7 @@ class BatchSampler(Sampler[int]):
         for start in range(0, len(rows), window):
             part = _longest_first(self._lengths, rows[start : start + window])
             batches += [part[at : at + self.batch_size].tolist() for at in range(0, len(part), self.batch_size)]
-        return batches, [len(rows) * int(self._lengths[rows].max()) for rows in batches]
+        return batches, [len(rows) * int(np.max(self._lengths[rows])) for rows in batches]
 
 
 class PackedBatchSampler(Sampler[list[int]]):
@@ -201,7 +201,7 @@ class PackedBatchSampler(Sampler[list[int]]):
 
     def __init__(self, lengths: Lengths, batch_size: int, packed_length: int, seed: int = 0, epoch: int = 0) -> None:
         super().__init__(lengths, batch_size, seed, epoch, packed_length=packed_length)
-        if (longest := int(self._lengths.max())) > packed_length:
+        if (longest := int(np.max(self._lengths))) > packed_length:
             raise ValueError(f"packed_length is {packed_length}, expected at least the longest row's {longest} tokens")
         self.packed_length = packed_length
 

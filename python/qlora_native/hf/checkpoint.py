@@ -117,7 +117,7 @@ class Checkpoint:
     def _fill(self, tensor: Tensor, stored: StoredTensor, start: int) -> Tensor:
         if tensor.numel() == 0:
             return tensor
-        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        target = tensor.view(-1).view(torch.uint8).numpy().data
         done = 0
         with reading(stored.file), stored.file.open("rb", buffering=0) as file:
             file.seek(start)
@@ -301,7 +301,7 @@ class ShardWriter:
             self._begin[name] = self._end
             self._end += raw.nbytes
         self._file.seek(8 + self._header_bytes + self._begin[name] + self._written[name])
-        self._file.write(memoryview(raw))  # type: ignore[arg-type]
+        self._file.write(raw.data)
         self._written[name] += raw.nbytes
 
     @property
