@@ -98,25 +98,31 @@ arm64_tools() {
     return 77
 }
 
+# on_each_isa ISAS COMMAND...: the native tests on instruction sets side by side, since most tests take one thread.
+on_each_isa() {
+    local isa pids=() status=0
+    for isa in $1; do
+        QLORA_NATIVE_ISA=$isa "${@:2}" >"$scratch/$isa.log" 2>&1 &
+        pids+=($!)
+    done
+    for isa in $1; do
+        wait "${pids[0]}" || [ $? -eq 77 ] || status=1  # 77: not one of this architecture
+        pids=("${pids[@]:1}")
+        echo "QLORA_NATIVE_ISA=$isa"
+        cat "$scratch/$isa.log"
+    done
+    return "$status"
+}
+
 # The native tests, all or those whose names hold one of the words, cross-compiled and run by an emulator of an arm64
 # CPU that has every extension. Needs cmake and ninja.
 arm64_tests() {
     arm64_tools || return
-    local build=$scratch/arm64-build isa pids=() status=0
+    local build=$scratch/arm64-build
     cmake -S . -B "$build" -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DQLORA_NATIVE_TESTS=ON \
-        -DQLORA_NATIVE_PYTHON=OFF -DQLORA_NATIVE_CUDA=OFF && cmake --build "$build" || return 1
-    for isa in scalar neon neon_bf16; do  # side by side: most tests take one thread
-        QLORA_NATIVE_ISA=$isa qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max \
-            "$build/tests/cpp/qlora_native_cpp_tests" "$@" >"$build/$isa.log" 2>&1 &
-        pids+=($!)
-    done
-    for isa in scalar neon neon_bf16; do
-        wait "${pids[0]}" || status=1
-        pids=("${pids[@]:1}")
-        echo "QLORA_NATIVE_ISA=$isa"
-        cat "$build/$isa.log"
-    done
-    return "$status"
+        -DQLORA_NATIVE_PYTHON=OFF -DQLORA_NATIVE_CUDA=OFF && cmake --build "$build" &&
+        on_each_isa 'scalar neon neon_bf16' qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max \
+            "$build/tests/cpp/qlora_native_cpp_tests" "$@"
 }
 
 system_packages() {  # the two things that pip cannot bring: a Python with its headers, a C++ compiler
