@@ -1,4 +1,4 @@
-"""ggml's product with an IQ4_NL weight, out of the libraries that the package llama-cpp-python brings, by ctypes.
+"""Products by ggml with weights in its own formats, out of the libraries that llama-cpp-python brings, by ctypes.
 
 Only for a comparison: it rounds x to 8 bits, takes and gives fp32, and is forward only.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Sequence
 from ctypes import c_bool, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import isa_env  # noqa: F401  (before torch)
 import torch
 
-F32, IQ4_NL = 0, 20  # enum ggml_type
+F32 = 0  # enum ggml_type
+TYPES = {"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20}
 ARENA_BYTES = 1 << 30  # beyond the weights: each call takes a little of it for its rounded x; pages come when touched
 
 
@@ -61,20 +63,21 @@ def library() -> dict[str, Any] | None:
 
 
 class Weight:
-    """A weight [N, K] in IQ4_NL."""
+    """A weight [N, K] in blocks of a format, uint8 [bytes]."""
 
-    def __init__(self, ggml: dict[str, Any], weight: torch.Tensor) -> None:
-        self.ggml, self.shape = ggml, weight.shape
-        source = weight.float().contiguous()
-        self.packed = torch.empty(weight.numel(), dtype=torch.uint8)  # ample
-        arguments = (IQ4_NL, source.data_ptr(), self.packed.data_ptr(), 0, *weight.shape, None)
-        self.packed = self.packed[: ggml["ggml_quantize_chunk"](*arguments)].clone()
+    def __init__(self, ggml: dict[str, Any], quant_type: str, packed: torch.Tensor, shape: Sequence[int]) -> None:
+        self.ggml, self.type, self.packed, self.shape = ggml, TYPES[quant_type], packed, shape
 
 
-def quantize(weight: torch.Tensor) -> Weight | None:
+def quantize(weight: torch.Tensor, quant_type: str = "iq4_nl") -> Weight | None:
     """The weight as ggml has it, or None where ggml is not there."""
     ggml = library()
-    return None if ggml is None else Weight(ggml, weight)
+    if ggml is None:
+        return None
+    source = weight.float().contiguous()
+    packed = torch.empty(2 * weight.numel(), dtype=torch.uint8)  # ample
+    arguments = (TYPES[quant_type], source.data_ptr(), packed.data_ptr(), 0, *weight.shape, None)
+    return Weight(ggml, quant_type, packed[: ggml["ggml_quantize_chunk"](*arguments)].clone(), weight.shape)
 
 
 class Product:
@@ -83,11 +86,13 @@ class Product:
     def __init__(self, weight: Weight, x: torch.Tensor, copies: int) -> None:
         (n, k), m, ggml = weight.shape, x.shape[0], weight.ggml
         self.ggml, self.shape, self.turn = ggml, (m, n), 0
-        self.context = ggml["ggml_init"](InitParams(ARENA_BYTES + copies * (n * k + 8 * m * (n + k)), None, False))
+        self.context = ggml["ggml_init"](
+            InitParams(ARENA_BYTES + copies * (weight.packed.nbytes + 8 * m * (n + k)), None, False)
+        )
         activations = x.float().contiguous()
         self.graphs: list[tuple[Any, Any]] = []
         for _ in range(copies):
-            w = ggml["ggml_new_tensor_2d"](self.context, IQ4_NL, k, n)
+            w = ggml["ggml_new_tensor_2d"](self.context, weight.type, k, n)
             t = ggml["ggml_new_tensor_2d"](self.context, F32, k, m)
             ctypes.memmove(ggml["ggml_get_data"](w), weight.packed.data_ptr(), weight.packed.nbytes)
             ctypes.memmove(ggml["ggml_get_data"](t), activations.data_ptr(), activations.nbytes)

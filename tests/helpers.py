@@ -8,10 +8,11 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,41 @@ def signed(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
     if w.double_quant:
         signed_w.absmax, signed_w.nested_absmax, signed_w.nested_offset = reference.quantize_scales(scales)
     return signed_w
+
+
+# Where the scale and the minimum of a GGUF block lie, and the most that each is multiplied by.
+HALVES = {
+    "q4_0": {0: 8}, "q4_1": {0: 15, 2: 1}, "q5_0": {0: 16}, "q5_1": {0: 31, 2: 1}, "q8_0": {0: 128},
+    "q4_k": {0: 63 * 15, 2: 63}, "q5_k": {0: 63 * 31, 2: 63}, "q6_k": {208: 128 * 32}, "iq4_nl": {0: 127},
+}  # fmt: skip
+
+
+def gguf_weight(
+    quant_type: str, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16, any_scale: bool = False
+) -> qn.QuantizedWeight:
+    """A weight of random bytes in blocks of a GGUF format. Its elements are of the order of 0.1 with scales of both
+    signs, or with ``any_scale`` scales are any half: infinite, NaN and subnormal ones too."""
+    w = qn.QuantizedWeight.empty(shape, dtype=dtype, quant_type=quant_type, device="cpu")
+    blocks = torch.randint(256, (len(w.packed) // bytes_of(w), bytes_of(w)), dtype=torch.uint8, device="cpu")
+    for at, most in {}.items() if any_scale else HALVES[quant_type].items():
+        blocks[:, at : at + 2] = (torch.randn(len(blocks), 1, device="cpu") / (4 * most)).half().view(torch.uint8)
+    w.packed.copy_(blocks.view(-1))
+    return w
+
+
+def bytes_of(w: qn.QuantizedWeight) -> int:
+    """Bytes of a block."""
+    return qn._native.GGUF_BLOCKS[w.op_args().quant_type][1]
+
+
+def gguf_truth(w: qn.QuantizedWeight) -> torch.Tensor:
+    """The values of the ``gguf`` package, fp32."""
+    gguf = pytest.importorskip("gguf")
+    with np.errstate(all="ignore"):
+        values = gguf.quants.dequantize(
+            w.packed.view(-1, bytes_of(w)).numpy(), gguf.GGMLQuantizationType[w.quant_type.upper()]
+        )
+    return torch.from_numpy(values).view(w.shape)
 
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:

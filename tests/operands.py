@@ -78,6 +78,8 @@ def other_tensors(t: Tensor) -> Iterator[tuple[str, Any]]:
         if dtype != t.dtype:
             yield str(dtype), t.to(dtype)
     yield from [("meta", t.to("meta")), ("None", None), ("0.5", 0.5), ("a list", [t]), ("sparse", t.to_sparse())]
+    if not t.numel():
+        return
     flat = t.reshape(-1)
     yield from [("rank + 1", t[None]), ("rank + 2", t[..., None, None]), ("flat", flat), ("scalar", flat[0].clone())]
     yield from [("empty", flat[:0]), ("twice", torch.cat([flat, flat])), ("one less", flat[1:].clone())]

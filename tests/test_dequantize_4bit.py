@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from helpers import refuses, same_bytes, signed
+from helpers import HALVES, bytes_of, gguf_truth, gguf_weight, refuses, same_bytes, signed
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, WEIGHT_SHAPES
+from qlora_native.cases import BLOCK_SIZES, FLOAT_DTYPES, GGUF_TYPES, QUANT_TYPES, WEIGHT_SHAPES
 from qlora_native.ops import _library
 from qlora_native.ops.dequantize_4bit import decode_panel
 
@@ -76,6 +77,49 @@ def test_panels(n: int, k: int, dtype: torch.dtype) -> None:
             panel = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=dtype)
             decode_panel(weight.pointers(), k, rows, columns, panel)
             assert same_bytes(panel, whole[rows[0] : rows[1], columns[0] : columns[1]].contiguous())
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("quant_type", GGUF_TYPES)
+def test_gguf_blocks_of_any_bytes(quant_type: str) -> None:
+    """The bits of the ``gguf`` package, but for the payload of NaN: of random bytes, and of every byte everywhere."""
+    w = gguf_weight(quant_type, (600, 256), any_scale=True)
+    blocks = w.packed.view(-1, bytes_of(w))
+    blocks[:256] = torch.arange(256, dtype=torch.uint8)[:, None] + 37 * torch.arange(bytes_of(w), dtype=torch.uint8)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 6e-8, -0.0, 65504.0]).half().view(torch.uint8).view(-1, 2)
+    for at in HALVES[quant_type]:
+        blocks[256 + at : 262 + at, at : at + 2] = special
+    truth = gguf_truth(w)
+    assert truth.isnan().any() and truth.isinf().any()
+    for dtype in FLOAT_DTYPES:
+        want = truth.to(dtype).masked_fill(truth.isnan(), 0.0)
+        for got in (w.dequantize(dtype), reference.dequantize(dtype, *w.op_args())):
+            assert torch.equal(got.isnan(), truth.isnan()) and same_bytes(got.masked_fill(got.isnan(), 0.0), want)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("quant_type", GGUF_TYPES)
+def test_gguf_panels(quant_type: str) -> None:
+    w = gguf_weight(quant_type, (5, 512))
+    truth = gguf_truth(w)
+    for dtype, columns in itertools.product(FLOAT_DTYPES, ((0, 512), (32, 96), (7, 500), (255, 257), (33, 40), (9, 9))):
+        for rows in ((0, 5), (2, 4), (1, 1)):
+            panel = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=dtype)
+            decode_panel(w.op_args().pointers(), 512, rows, columns, panel)
+            assert same_bytes(panel, truth[rows[0] : rows[1], columns[0] : columns[1]].to(dtype).contiguous())
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("quant_type", GGUF_TYPES)
+def test_gguf_rows_of_an_embedding(quant_type: str) -> None:
+    w = gguf_weight(quant_type, (50, 512))
+    ids = torch.randint(50, (3, 7))
+    assert same_bytes(qn.dequantize_rows(w, ids), gguf_truth(w).bfloat16()[ids])
+    assert qn.dequantize_rows(w, ids[:0], torch.float32).shape == (0, 7, 512)
+    with pytest.raises(IndexError):
+        qn.dequantize_rows(w, torch.tensor([50]))
+    refuses(r"\[25600\] in", qn.dequantize_rows, w.flatten(), ids)
+    refuses("nf4", qn.dequantize_rows, qn.quantize(torch.randn(4, 64)), ids)
 
 
 def test_out() -> None:

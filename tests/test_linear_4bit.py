@@ -6,16 +6,26 @@ import itertools
 
 import pytest
 import torch
-from helpers import INDUCTOR, SavedTensors, refuses, relative_error, same_bytes_under_threads, signed
+from helpers import (
+    INDUCTOR,
+    SavedTensors,
+    gguf_truth,
+    gguf_weight,
+    refuses,
+    relative_error,
+    same_bytes_under_threads,
+    signed,
+)
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import PRODUCTS, QUANT_TYPES, TOLERANCE, Product
+from qlora_native.cases import GGUF_PRODUCTS, GGUF_TYPES, PRODUCTS, QUANT_TYPES, TOLERANCE, Product
 from qlora_native.ops import linear_4bit
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 DTYPES = tuple(TOLERANCE)
+FEW_TOKENS = [Product(m, 7, 2304, 1) for m in (1, 2, 3, 5, 8, 9)]  # rows longer than are decoded at a time
 
 
 def operands(case: Product, dtype: torch.dtype, **options: object) -> tuple[Tensor, qn.QuantizedWeight, Tensor]:
@@ -46,6 +56,22 @@ def test_forward_and_gradients(case: Product, dtype: torch.dtype) -> None:
         y.backward(grad_y)
         assert relative_error(x.grad, grad_y.double() @ dense.double()) < TOLERANCE[dtype]
         assert b is None or relative_error(b.grad, grad_y.double().sum(0)) < TOLERANCE[dtype]
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", GGUF_TYPES)
+def test_gguf_forward_and_gradients(quant_type: str, dtype: torch.dtype) -> None:
+    for case, with_bias in itertools.product((*GGUF_PRODUCTS, *FEW_TOKENS), (False, True)):
+        w = gguf_weight(quant_type, (case.n, case.k))
+        x = torch.randn(case.m, case.k, dtype=torch.float64).to(dtype).requires_grad_()
+        b = torch.randn(case.n).to(dtype) if with_bias else None
+        dense = gguf_truth(w).to(torch.float32 if dtype == torch.float64 else dtype).to(dtype)
+        y = qn.linear(x, w, b)
+        assert relative_error(y, reference.linear(x, dense, b)) < TOLERANCE[dtype], case
+        grad_y = torch.randn(case.m, case.n, dtype=torch.float64).to(dtype)
+        y.backward(grad_y)
+        assert relative_error(x.grad, grad_y.double() @ dense.double()) < TOLERANCE[dtype], case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import INDUCTOR, refuses, relative_error
+from helpers import INDUCTOR, gguf_weight, refuses, relative_error
 from torch import Tensor
 
 import qlora_native as qn
 from qlora_native import _C
+from qlora_native.cases import GGUF_TYPES
 from qlora_native.ops import linear_cross_entropy as op
 
 pytestmark = [pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
@@ -25,14 +26,27 @@ def labels_for(shape: tuple[int, ...], vocabulary: int, ignored: float) -> Tenso
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("ignored", [0.0, 0.6])
 def test_loss_and_gradients(monkeypatch: Patch, dtype: torch.dtype, quantized: bool, ignored: float) -> None:
-    monkeypatch.setattr(op, "LOGIT_BYTES", 4 * 101 * 7)  # seven tokens a chunk: the last one is partial
-    monkeypatch.setattr(op, "DEVICE_TOKENS", 7)
     dense = (torch.randn(101, 64) / 8).to(dtype)
     weight = qn.quantize(dense) if quantized else dense.requires_grad_()
+    check_loss(monkeypatch, weight, dtype, ignored)
+
+
+@pytest.mark.isa
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
+@pytest.mark.parametrize("quant_type", GGUF_TYPES)
+def test_gguf_loss_and_gradients(monkeypatch: Patch, dtype: torch.dtype, quant_type: str) -> None:
+    check_loss(monkeypatch, gguf_weight(quant_type, (100, 64)), dtype, 0.6)
+
+
+def check_loss(monkeypatch: Patch, weight: Tensor | qn.QuantizedWeight, dtype: torch.dtype, ignored: float) -> None:
+    words = weight.shape[0]
+    monkeypatch.setattr(op, "LOGIT_BYTES", 4 * words * 7)  # seven tokens a chunk: the last one is partial
+    monkeypatch.setattr(op, "DEVICE_TOKENS", 7)
     values = weight.dequantize(dtype) if isinstance(weight, qn.QuantizedWeight) else weight
     truth_weight = values.detach().double().requires_grad_()
     h = torch.randn(4, 10, 64).to(dtype).requires_grad_()
-    labels = labels_for((4, 10), 101, ignored)
+    labels = labels_for((4, 10), words, ignored)
     loss = qn.linear_cross_entropy(h, weight, labels)
     (loss * 3).backward()
 
@@ -43,7 +57,8 @@ def test_loss_and_gradients(monkeypatch: Patch, dtype: torch.dtype, quantized: b
     assert loss.dtype == torch.float32
     assert abs(float(loss) - float(truth)) < (1e-5 if dtype == torch.float32 else 1e-2)
     assert relative_error(h.grad, wide.grad) < GRADIENT_TOLERANCE[dtype]
-    assert quantized or relative_error(dense.grad, truth_weight.grad) < GRADIENT_TOLERANCE[dtype]
+    if isinstance(weight, Tensor):
+        assert relative_error(weight.grad, truth_weight.grad) < GRADIENT_TOLERANCE[dtype]
 
 
 def test_gradcheck() -> None:

@@ -6,24 +6,35 @@ import itertools
 
 import pytest
 import torch
-from helpers import INDUCTOR, SavedTensors, refuses, relative_error, signed
+from helpers import INDUCTOR, SavedTensors, gguf_weight, refuses, relative_error, signed
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import PRODUCTS, TOLERANCE, Product
+from qlora_native.cases import GGUF_PRODUCTS, GGUF_TYPES, PRODUCTS, TOLERANCE, Product
 
 pytestmark = [pytest.mark.isa, pytest.mark.devices("cpu", "cuda", "emulated"), pytest.mark.usefixtures("device")]
 SCALE = 1.75
 
 
 class Operands:
-    def __init__(self, case: Product, dtype: torch.dtype, adapter: torch.dtype, separate: bool, bias: bool) -> None:
+    def __init__(
+        self,
+        case: Product,
+        dtype: torch.dtype,
+        adapter: torch.dtype,
+        separate: bool,
+        bias: bool,
+        quant_type: str = "nf4",
+    ) -> None:
         stored = torch.float32 if dtype == torch.float64 else dtype
-        w = qn.quantize(torch.randn(case.n, case.k) / case.k**0.5)
-        self.w = signed(w) if bias else w
+        if quant_type == "nf4":
+            w = qn.quantize(torch.randn(case.n, case.k) / case.k**0.5)
+            self.w = signed(w) if bias else w
+        else:
+            self.w = gguf_weight(quant_type, (case.n, case.k))
         self.dense = reference.dequantize(stored, *self.w.op_args()).double()
 
         def leaf(*shape: int, to: torch.dtype = dtype) -> Tensor:
@@ -73,20 +84,32 @@ class Operands:
 def test_forward_and_all_gradients(case: Product, dtype: torch.dtype) -> None:
     adapters = (torch.float32, torch.bfloat16) if dtype != torch.float64 else (torch.float64,)
     for adapter, separate, bias in itertools.product(adapters, (False, True), (False, True)):
-        operands = Operands(case, dtype, adapter, separate, bias)
-        y = operands.ours()
-        y.backward(operands.grad_y)
-        expected, gradients = operands.truth()
-        assert y.dtype == dtype
-        limit = 2 * TOLERANCE[dtype]  # x A^T is rounded on the way
-        assert relative_error(y, expected) < limit
-        for name, leaf in operands.leaves().items():
-            assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype, name
-            truth = gradients[name]
-            usual = max(float(truth.norm()), operands.usual_norm(name), 1e-30)
-            error = float((leaf.grad.double() - truth).norm()) / usual
-            # A gradient is rounded to its leaf's dtype once more.
-            assert error < max(limit, TOLERANCE[leaf.dtype]), name
+        check_gradients(Operands(case, dtype, adapter, separate, bias), dtype)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("quant_type", GGUF_TYPES)
+def test_gguf_forward_and_all_gradients(quant_type: str, dtype: torch.dtype) -> None:
+    adapter = torch.float64 if dtype == torch.float64 else torch.float32
+    for case, separate in itertools.product(GGUF_PRODUCTS, (False, True)):
+        check_gradients(Operands(case, dtype, adapter, separate, separate, quant_type), dtype)
+
+
+def check_gradients(operands: Operands, dtype: torch.dtype) -> None:
+    y = operands.ours()
+    y.backward(operands.grad_y)
+    expected, gradients = operands.truth()
+    assert y.dtype == dtype
+    limit = 2 * TOLERANCE[dtype]  # x A^T is rounded on the way
+    assert relative_error(y, expected) < limit
+    for name, leaf in operands.leaves().items():
+        assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype, name
+        truth = gradients[name]
+        usual = max(float(truth.norm()), operands.usual_norm(name), 1e-30)
+        error = float((leaf.grad.double() - truth).norm()) / usual
+        # A gradient is rounded to its leaf's dtype once more.
+        assert error < max(limit, TOLERANCE[leaf.dtype]), name
 
 
 @pytest.mark.devices("cpu")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import workers
+from helpers import gguf_weight
 from torch import Tensor
 
 import qlora_native as qn
@@ -21,6 +22,10 @@ M, N, K, R = 3, 48, 64, 4
 
 def weight(double_quant: bool = True) -> list[Any]:
     return list(qn.quantize(torch.randn(N, K), double_quant=double_quant).op_args())
+
+
+def blocks(quant_type: str) -> list[Any]:
+    return list(gguf_weight(quant_type, (N, K)).op_args())
 
 
 def heads(count: int) -> Tensor:
@@ -52,6 +57,18 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "dense_linear_grad_input": lambda: [y.half(), torch.randn(N, K).half()],
     "dense_linear_grad_weight": lambda: [y.half(), x.half()],
     "linear_cross_entropy": lambda: [x, torch.arange(M), -100, True, False, *weight()],
+    "dequantize_4bit q4_0": lambda: [torch.bfloat16, *blocks("q4_0")],
+    "dequantize_4bit.out q4_k": lambda: [torch.empty(N, K), *blocks("q4_k")],
+    "linear_4bit q8_0": lambda: [x, bias, False, *blocks("q8_0")],
+    "linear_4bit q4_1": lambda: [x.bfloat16(), bias, False, *blocks("q4_1")],
+    "linear_4bit_grad_input q5_k": lambda: [y, False, *blocks("q5_k")],
+    "lora_linear_4bit q5_1": lambda: [x, x.clone(), a, b, 2.0, bias, False, *blocks("q5_1")],
+    "lora_linear_4bit_backward q5_0": lambda: [
+        *(y, x, low, a, b, 2.0, False, [True, False, True, True], False),
+        *blocks("q5_0"),
+    ],
+    "linear_cross_entropy q6_k": lambda: [x, torch.arange(M), -100, True, False, *blocks("q6_k")],
+    "linear_cross_entropy iq4_nl": lambda: [x, torch.arange(M), -100, True, False, *blocks("iq4_nl")],
     "linear_cross_entropy dense": lambda: [
         *(x, torch.arange(M), -100, True, True),
         *(torch.randn(N, K), None, None, None, None, None, [N, K], 0, 64),
@@ -102,7 +119,7 @@ def wrong_twins(call: str, i: int, tensor: Tensor) -> Iterator[Tensor]:
     yield tensor.to(torch.int32 if tensor.dtype != torch.int32 else torch.int64)
     if tensor.is_floating_point() and i != 0:
         yield tensor.double() if tensor.dim() else tensor.int()
-    if not is_defining(call, i):
+    if tensor.numel() and not is_defining(call, i):
         yield torch.cat([tensor.reshape(-1)] * 2)[: tensor.numel() + 1].clone()
         yield tensor.reshape(-1)[: tensor.numel() - 1].clone()
         if tensor.dim() > 1 and (call, i) != ("dense_linear_grad_weight", 0):  # of any N

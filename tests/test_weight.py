@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import refuses, same_bytes, same_weight, signed, through_a_file
+from helpers import bytes_of, gguf_weight, refuses, same_bytes, same_weight, signed, through_a_file
 
 import qlora_native as qn
+from qlora_native.cases import GGUF_TYPES
 
 
 @pytest.mark.parametrize(
@@ -146,3 +147,46 @@ def test_broken_tensors_are_named() -> None:
     odd = qn.quantize(torch.randn(6))
     odd.storage_dtype = torch.float32
     refuses(r"3 packed bytes .* torch\.float32", qn.to_bnb, odd)
+
+
+@pytest.mark.parametrize("quant_type", GGUF_TYPES)
+def test_gguf_weight_as_a_value(quant_type: str) -> None:
+    """Copies, slices at whole blocks, and a layer's state_dict keep the bytes; what needs apart scales is refused."""
+    w = gguf_weight(quant_type, (6, 256))
+    whole = w.dequantize()
+    for twin in (copy.deepcopy(w), pickle.loads(pickle.dumps(w)), through_a_file(w), w.to("cpu"), w.slice(0, 6)):
+        assert same_weight(twin, w)
+    assert w.nbytes == w.packed.numel() == 6 * 256 // w.block_size * bytes_of(w) and not w.double_quant
+    assert same_bytes(w.slice(2, 5).dequantize(), whole[2:5])
+    assert same_bytes(w[-1].dequantize(), whole[-1])
+    assert same_bytes(w.flatten().slice(256, 1024).dequantize(), whole.flatten()[256:1024])
+    for start, stop in ((0, 8), (8, 264)):
+        refuses(f"at element 8, no multiple of block_size {w.block_size}", w.flatten().slice, start, stop)
+    layer = qn.nn.QuantizedLinear.from_quantized(w)
+    stored = through_a_file(layer.state_dict())
+    other = qn.nn.QuantizedLinear(256, 6, bias=False, device="meta")
+    other.load_state_dict(stored, assign=True)
+    assert same_weight(other.quantized, w)
+    stored["weight"] = stored["weight"][:-1]
+    with pytest.raises(RuntimeError, match=f"{w.packed.numel()} contiguous"):
+        other.load_state_dict(stored, assign=True)
+    refuses("inside its blocks", w.scales)
+    refuses("inside its blocks", qn.to_bnb, w)
+    refuses("expected 'nf4' or 'fp4'", qn.quantize, whole, quant_type=quant_type)
+    refuses("cannot be sharded", layer.lay_out_for_sharding)
+    w.absmax = torch.ones(1)
+    refuses("absmax is .* expected 0", w.dequantize)
+
+
+def test_gguf_blocks_that_do_not_fill_a_weight() -> None:
+    about = {"dtype": torch.float32, "quant_type": "q4_k"}
+    refuses("whole blocks of 256", qn.QuantizedWeight.of_blocks, torch.zeros(144).byte(), shape=(3, 128), **about)
+    refuses("expected 288", qn.QuantizedWeight.of_blocks, torch.zeros(144).byte(), shape=(4, 128), **about)
+    refuses(
+        "expected one of GGUF's",
+        qn.QuantizedWeight.of_blocks,
+        torch.zeros(1).byte(),
+        shape=(2,),
+        dtype=torch.half,
+        quant_type="nf4",
+    )

@@ -51,13 +51,18 @@ QLORA_NATIVE_HD uint8_t fp4_code(float normalized) {
   return static_cast<uint8_t>(code_of_rank.code[rank] | (normalized < 0.0f ? 8 : 0));
 }
 
-QLORA_NATIVE_HD float decode_scale(float nested_level, float nested_absmax, float offset) {
+// a b, rounded, plus c.
+QLORA_NATIVE_HD float product_plus(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
-  return __fadd_rn(__fmul_rn(nested_level, nested_absmax), offset);
+  return __fadd_rn(__fmul_rn(a, b), c);
 #else
-  const float product = nested_level * nested_absmax;
-  return product + offset;
+  const float product = a * b;
+  return product + c;
 #endif
+}
+
+QLORA_NATIVE_HD float decode_scale(float nested_level, float nested_absmax, float offset) {
+  return product_plus(nested_level, nested_absmax, offset);
 }
 
 }  // namespace qlora_native

@@ -13,7 +13,20 @@
 
 namespace qlora_native {
 
-enum class QuantType : int { kNf4 = 0, kFp4 = 1 };
+// The block formats of GGUF, from kQ4_0 on, are in gguf.h; the others have the 16 levels below.
+enum class QuantType : int {
+  kNf4 = 0,
+  kFp4 = 1,
+  kQ4_0 = 2,
+  kQ4_1 = 3,
+  kQ5_0 = 4,
+  kQ5_1 = 5,
+  kQ8_0 = 6,
+  kQ4_K = 7,
+  kQ5_K = 8,
+  kQ6_K = 9,
+  kIq4Nl = 10,
+};
 
 struct Levels {
   float value[16];

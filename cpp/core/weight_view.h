@@ -1,4 +1,4 @@
-// A quantized weight as raw pointers: what every kernel that reads one is given.
+// A quantized weight as raw pointers: what every kernel that reads one is given. Of a GGUF type only `packed` is set.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace qlora_native {
 
 struct WeightView {
-  const uint8_t* packed;        // [ceil(numel / 2)]
+  const uint8_t* packed;        // [ceil(numel / 2)], or the blocks of a GGUF type
   const float* absmax;          // [blocks], null when double-quantized
   const uint8_t* absmax_codes;  // [blocks], null unless double-quantized
   const float* nested_absmax;   // [ceil(blocks / 256)]
@@ -17,6 +17,7 @@ struct WeightView {
   const float* levels;          // [16]
   int64_t numel;
   int64_t block_size;  // a power of two
+  QuantType type = QuantType::kNf4;
 
   QLORA_NATIVE_HD float scale(int64_t block) const {
     if (absmax != nullptr) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/layout.h"
+#include "cpu/kernels-gguf-inl.h"
 #include "cpu/kernels-scales-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
@@ -76,6 +77,10 @@ void decode_blocks(const WeightView& weight, int64_t begin, int64_t end, T* out)
 template <typename T>
 void dequantize_span(const WeightView& weight, int64_t begin, int64_t end, void* target, bool stream = false) {
   T* out = static_cast<T*>(target);
+  if (is_gguf(weight.type)) {
+    gguf_span(weight, begin, end, out);
+    return;
+  }
 #if defined(__AVX2__)
   if (stream && begin % kMinBlock == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
     decode_blocks<true>(weight, begin, end, out);

@@ -92,7 +92,9 @@ inline __m512i decode_32(const uint8_t* bytes, __m512i table) {
 }
 
 // Whether each 64 elements of a row lie in one block and begin at a byte.
-inline bool is_regular(const TileSource& source) { return source.columns % 64 == 0 && source.weight->block_size >= 64; }
+inline bool is_regular(const TileSource& source) {
+  return !is_gguf(source.weight->type) && source.columns % 64 == 0 && source.weight->block_size >= 64;
+}
 
 // Elements [begin, begin + 32 * steps) of one row in the decoded order, zeros beyond its end; a step every `stride`.
 void fill_row(const TileSource& source, int64_t row, int64_t begin, int64_t steps, Bf16* out, int64_t stride) {

@@ -95,7 +95,7 @@ constexpr QuadTile kQuadTiles[kQuadRows] = {quad_tile<1>, quad_tile<2>, quad_til
 // Packing and decoding
 
 // One row of a tile of `rows`: out [steps][rows][8].
-inline void pack_quads(const Bf16* x, const Bf16* low, const DepthSpan& span, int64_t rows, Bf16* out) {
+inline void pack_quads(const Bf16* x, const Bf16* low, const DepthSpan& span, int64_t rows, bool in_order, Bf16* out) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
                                                       2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
   const __m512i order = _mm512_load_si512(kOrder);
@@ -104,7 +104,8 @@ inline void pack_quads(const Bf16* x, const Bf16* low, const DepthSpan& span, in
     out += rows * kStepElements;
   };
   for (int64_t i = span.begin; i < span.end; i += kGroupElements) {
-    const __m512i group = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + i));
+    __m512i group = _mm512_loadu_si512(x + i);
+    group = in_order ? group : _mm512_permutexvar_epi16(order, group);
     put_step(_mm512_castsi512_si128(group));
     put_step(_mm512_extracti32x4_epi32(group, 1));
     put_step(_mm512_extracti32x4_epi32(group, 2));
@@ -222,15 +223,70 @@ __attribute__((noinline)) void decode_quads(const GemmJob& job, const DepthSpan&
   }
 }
 
+// The same of GGUF's blocks: of each run, 32 values in their order, the 8 of each step of four rows make a vector.
+__attribute__((noinline)) inline void decode_quads_of_runs(const GemmJob& job, const DepthSpan& span, int64_t first,
+                                                           int64_t last, Bf16* panel) {
+  alignas(64) float values[4][size_t{kPieceElements}];
+  const DecodeRuns decode = run_decoder(job.weight.type);
+  for (int v = 0; v < kQuads; ++v) {
+    Bf16* out = panel + v * 32;
+    for (int64_t at = span.begin; at < span.end; at += kPieceElements) {
+      const int64_t runs = limited(kPieceRuns, (span.end - at) / kRun);
+      for (int i = 0; i < 4; ++i) {
+        decode(job.weight.packed, limited(first + v + 4 * i, last - 1) * job.k + at, runs, values[i]);
+      }
+      for (int64_t run = 0; run < runs; ++run, out += 4 * kQuadStrip * kStepElements) {
+        const auto rounded = [&](int i) {
+          const float* from = values[i] + run * kRun;
+          return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(load(from + kLanes), load(from)));
+        };
+        const __m512i low01 = _mm512_shuffle_i32x4(rounded(0), rounded(1), 0x44);
+        const __m512i high01 = _mm512_shuffle_i32x4(rounded(0), rounded(1), 0xee);
+        const __m512i low23 = _mm512_shuffle_i32x4(rounded(2), rounded(3), 0x44);
+        const __m512i high23 = _mm512_shuffle_i32x4(rounded(2), rounded(3), 0xee);
+        const auto put_step = [&](int step, __m512i quads) {
+          _mm512_store_si512(out + step * (kQuadStrip * kStepElements), quads);
+        };
+        put_step(0, _mm512_shuffle_i32x4(low01, low23, 0x88));
+        put_step(1, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+        put_step(2, _mm512_shuffle_i32x4(high01, high23, 0x88));
+        put_step(3, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+      }
+    }
+  }
+}
+
+// 16 rows of W from `first`, the last of them again beyond `last`, to a panel.
+inline void decode_strip(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, Bf16* panel) {
+  if (is_gguf(job.weight.type)) {
+    decode_quads_of_runs(job, span, first, last, panel);
+  } else {
+    (job.weight.block_size == kGroupElements ? decode_quads<1> : decode_quads<2>)(job, span, first, last, panel);
+  }
+}
+
 constexpr int64_t kFetchTiles = 4;  // the last tiles of a span, which fetch the next panel's bytes
 constexpr int64_t kFetchLines = kSpan * 2 / kElementsOfLine + 1;  // cache lines of a row in a span and of its scales
+constexpr int64_t kGgufFetchLines = 10;                           // the same of the widest of GGUF's blocks
+
+inline int64_t fetch_lines(const GemmJob& job) {
+  return is_gguf(job.weight.type) ? ceil_div(kSpan * 2, elements_of_line<Bf16>(job)) : kFetchLines;
+}
 
 // The lines that decoding 16 rows from `first` will read, kFetchLines a row: those that the last bytes of each stretch
 // lie in, since the first ones came with the stretch before, and the one where the scales begin.
 inline void fetch_quads(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, const uint8_t** lines) {
   const int shift = std::countr_zero(static_cast<uint64_t>(job.weight.block_size));
+  const int64_t count = fetch_lines(job);
+  const int64_t of_line = elements_of_line<Bf16>(job);
   for (int row = 0; row < kQuadStrip; ++row) {
     const int64_t element = limited(first + row, last - 1) * job.k;
+    if (is_gguf(job.weight.type)) {
+      for (int64_t line = 1; line <= count; ++line) {
+        *lines++ = bytes_at<Bf16>(job, element + limited(span.end, span.begin + line * of_line) - 1);
+      }
+      continue;
+    }
     for (int64_t line = 1; line < kFetchLines; ++line) {
       const int64_t end = limited(span.end, span.begin + line * kElementsOfLine);
       *lines++ = job.weight.packed + (element + end - 1) / 2;
@@ -250,7 +306,10 @@ inline int64_t spans_at_once(int64_t rows) {
 }
 
 inline bool goes_by_quads(const GemmJob& job) {
-  return job.forward && job.dense == nullptr && job.scale == 1.0f && job.k > 0 &&
+  if (has_runs(job)) {
+    return job.forward && job.dense == nullptr && job.k > 0;
+  }
+  return job.forward && job.dense == nullptr && !is_gguf(job.weight.type) && job.scale == 1.0f && job.k > 0 &&
          (job.m <= kQuadTokens || job.k >= kQuadDepth) && job.weight.block_size >= kGroupElements &&
          job.k % job.weight.block_size == 0;
 }
@@ -280,7 +339,7 @@ inline void pack_quad_rows(const GemmJob& job, const DepthSpan& span, int64_t fi
     }
     const int64_t top = (row - first) / kQuadRows * kQuadRows;
     const int64_t rows = limited(kQuadRows, last - first - top);
-    pack_quads(x + row * job.k, low + row * job.r, span, rows,
+    pack_quads(x + row * job.k, low + row * job.r, span, rows, is_gguf(job.weight.type),
                out + top * kQuadSpan + (row - first - top) * kStepElements);
   }
 }
@@ -297,7 +356,8 @@ inline void quad_unit(const GemmJob& job, const GemmUnit& unit, void* scratch) {
   }
   const int64_t tiles = ceil_div(rows, kQuadRows);
   Bf16* panel = static_cast<Bf16*>(scratch);
-  const uint8_t* lines[kQuadStrip * kFetchLines];
+  const uint8_t* lines[kQuadStrip * kGgufFetchLines];
+  const int64_t line_count = kQuadStrip * fetch_lines(job);
   const int64_t fetching = limited(tiles, kFetchTiles);
   const int64_t spans = depth.spans();
   const int64_t at_once = limited(spans, spans_at_once(rows));
@@ -317,8 +377,7 @@ inline void quad_unit(const GemmJob& job, const GemmUnit& unit, void* scratch) {
       for (int64_t index = group; index < end; ++index) {
         const DepthSpan span = depth.span(index);
         if (span.begin < span.end) {
-          const auto decode = job.weight.block_size == kGroupElements ? decode_quads<1> : decode_quads<2>;
-          decode(job, span, column, stop, panel);
+          decode_strip(job, span, column, stop, panel);
         }
         put_adapter_quads(job, span, column, stop, panel);
         // The bytes of the next panel are fetched under the multiplication.
@@ -328,7 +387,7 @@ inline void quad_unit(const GemmJob& job, const GemmUnit& unit, void* scratch) {
         const Bf16* x = packed + (index - group) * rows * kQuadSpan;
         const int64_t steps = steps_of(span);
         fetch_quads(job, next_span, limited(next, job.n - 1), job.n, lines);
-        const auto pace = static_cast<uint32_t>(kQuadStrip * kFetchLines * 65536 / (fetching * steps));
+        const auto pace = static_cast<uint32_t>(line_count * 65536 / (fetching * steps));
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t begin = t * kQuadRows;
           const int64_t count = limited(kQuadRows, rows - begin);

@@ -12,7 +12,7 @@
 // spans nor that order depend on the unit, on m, or on the tile: any number of threads gives the same bits.
 #pragma once
 
-#include "cpu/kernels-gemm-operands-inl.h"
+#include "cpu/kernels-gemm-gguf-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {

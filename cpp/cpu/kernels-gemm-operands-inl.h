@@ -13,7 +13,7 @@ constexpr int64_t kSpan = 256;                 // words of the depth in a span; 
 constexpr int64_t kSpanCapacity = kSpan + 32;  // with an adapter of up to 32 words at its end
 constexpr int64_t kRowStride = kSpanCapacity + 16;  // words; an odd number of cache lines, so rows spread over the sets
 constexpr int64_t kStripsOfGroup = kColumnGrain / kStrip;
-constexpr int64_t kElementsOfLine = 128;  // packed elements of a cache line
+constexpr int64_t kElementsOfLine = 128;  // 4-bit elements of a cache line
 
 constexpr int64_t limited(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
@@ -165,14 +165,18 @@ inline void scales_down(const WeightView& weight, int64_t first_element, int64_t
 // The packed or dense bytes of W from an element on.
 template <typename T>
 inline const uint8_t* bytes_at(const GemmJob& job, int64_t element) {
-  return job.dense == nullptr ? job.weight.packed + element / 2
+  return job.dense == nullptr ? job.weight.packed + byte_near(job.weight.type, element)
                               : static_cast<const uint8_t*>(job.dense) + element * int64_t{sizeof(T)};
 }
 
 // How many elements of W lie in a cache line.
 template <typename T>
 inline int64_t elements_of_line(const GemmJob& job) {
-  return job.dense == nullptr ? kElementsOfLine : 64 / int64_t{sizeof(T)};
+  if (job.dense != nullptr) {
+    return 64 / int64_t{sizeof(T)};
+  }
+  const BlockFormat& format = kBlockFormats[static_cast<int>(job.weight.type)];
+  return is_gguf(job.weight.type) ? 64 * format.elements / format.bytes : kElementsOfLine;
 }
 
 // Asks for the cache lines that `count` pieces of W lie in, `length` elements each and `stride` apart, in `parts` equal
@@ -225,12 +229,15 @@ struct Forward {
   static constexpr int kElements = WordProduct<T>::kElements;
 
   static constexpr int64_t kColumnsAtOnce = kStrip;
+  static constexpr bool kTakesRuns = kElements == 1;  // gguf_panel() for it is there
 
   static int64_t length(const GemmJob& job) { return job.k; }
   static int64_t columns(const GemmJob& job) { return job.n; }
 
   // Whole bytes, and every 32 elements of a row in one block. A row that begins within a block would need more.
-  static bool is_regular(const GemmJob& job, int64_t) { return job.k % job.weight.block_size == 0; }
+  static bool is_regular(const GemmJob& job, int64_t) {
+    return !is_gguf(job.weight.type) && job.k % job.weight.block_size == 0;
+  }
 
   // A panel of kStrip rows of W, the last row again where there are no more. Its elements, multiples of 32, come in
   // runs of one block: kLanes rows by 32 elements are transposed as packed bytes, which are an eighth of the words.
@@ -324,14 +331,18 @@ struct Forward {
     return {job, first * job.k + span.begin, job.k, last - first, span.end - span.begin, parts};
   }
 
-  static void decode_any(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-    T values[size_t{kSpan * kElements}];
-    for (int64_t column = first; column < last; ++column) {
-      const int64_t start = column * job.k;
-      dequantize_span<T>(job.weight, start + span.begin, start + span.end, values);
-      for (int64_t i = span.begin; i < span.end; ++i) {
-        put<T, kElements>(panels, i - span.begin, column - first, values[i - span.begin]);
+  // The same of any weight: kLanes rows are decoded as they lie, then transposed.
+  __attribute__((noinline)) static void decode_any(const GemmJob& job, const DepthSpan& span, int64_t first,
+                                                   int64_t last, float* panel) {
+    alignas(64) T rows[size_t{kLanes} * kSpan * kElements];
+    const int64_t count = span.end - span.begin;
+    for (int64_t column = first; column < last; column += kLanes, panel += kLanes) {
+      const int64_t taken = limited(last - column, kLanes);
+      for (int64_t row = 0; row < taken; ++row) {
+        const int64_t begin = (column + row) * job.k + span.begin;
+        dequantize_span<T>(job.weight, begin, begin + count, rows + row * count);
       }
+      copy_dense(rows, count, 0, count, 0, taken, panel);
     }
   }
 
@@ -345,12 +356,13 @@ struct GradInput {
   static constexpr int kElements = WordProduct<T>::kElements;
 
   static constexpr int64_t kColumnsAtOnce = kColumnGrain;  // panels side by side, which share scaled tables
+  static constexpr bool kTakesRuns = true;
 
   static int64_t length(const GemmJob& job) { return job.n; }
   static int64_t columns(const GemmJob& job) { return job.k; }
 
   static bool is_regular(const GemmJob& job, int64_t first) {
-    return job.k % job.weight.block_size == 0 && first % kColumnGrain == 0;
+    return !is_gguf(job.weight.type) && job.k % job.weight.block_size == 0 && first % kColumnGrain == 0;
   }
 
   __attribute__((noinline)) static void decode_regular(const GemmJob& job, const DepthSpan& span, int64_t first,
@@ -438,38 +450,25 @@ struct GradInput {
     return {job, span.begin * job.k + first, job.k, span.end - span.begin, last - first, parts};
   }
 
-  static void decode_any(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-    T values[size_t{kColumnGrain}];
-    for (int64_t row = span.begin; row < span.end; ++row) {
-      const int64_t start = row * job.k;
-      dequantize_span<T>(job.weight, start + first, start + last, values);
-      for (int64_t column = first; column < last; ++column) {
-        put<T, kElements>(panels, row - span.begin, column - first, values[column - first]);
+  // The same of any weight: a few rows are decoded as they lie, then copied.
+  __attribute__((noinline)) static void decode_any(const GemmJob& job, const DepthSpan& span, int64_t first,
+                                                   int64_t last, float* panels) {
+    constexpr int64_t kRows = 32;
+    alignas(64) T rows[size_t{kRows} * kColumnGrain];
+    const int64_t columns = last - first;
+    for (int64_t i = span.begin; i < span.end; i += kRows, panels += kRows / kElements * kStrip) {
+      const int64_t taken = limited(span.end - i, kRows);
+      for (int64_t row = 0; row < taken; ++row) {
+        const int64_t begin = (i + row) * job.k + first;
+        dequantize_span<T>(job.weight, begin, begin + columns, rows + row * columns);
       }
+      copy_dense(rows, columns, 0, taken, 0, columns, panels);
     }
   }
 
   static int64_t adapter_length(const GemmJob& job) { return job.k; }
   static int64_t down_length(const GemmJob& job) { return job.r; }
 };
-
-// Columns [first, last) of b, at most kColumnsAtOnce, to panels. What the panels hold beyond them never reaches y.
-template <typename T, typename Side>
-void decode_columns(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, float* panels) {
-  if (span.begin < span.end) {
-    if (job.dense != nullptr) {
-      Side::copy_dense(job.dense, job.k, span.begin, span.end, first, last, panels);
-    } else if (Side::is_regular(job, first)) {
-      Side::decode_regular(job, span, first, last, panels);
-    } else {
-      Side::decode_any(job, span, first, last, panels);
-    }
-  }
-  if (span.low_begin < span.low_end) {
-    float* below = panels + ceil_div(span.end - span.begin, Side::kElements) * kStrip;
-    Side::copy_dense(job.up, Side::adapter_length(job), span.low_begin, span.low_end, first, last, below);
-  }
-}
 
 }  // namespace
 }  // namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE

@@ -1,5 +1,6 @@
 // Forward products with so few tokens that the weight's bytes are the work: rows of W are decoded in registers or in
 // the first cache, once for all tokens.
+#include "cpu/kernels-linear-gguf-inl.h"
 #include "cpu/kernels-streams-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
@@ -99,6 +100,10 @@ void linear_rows_by_table(const RowsJob& rows_job, int64_t first, int64_t last) 
 
 template <typename T>
 void linear_rows(const RowsJob& job, int64_t first, int64_t last) {
+  if (goes_by_runs(job.product)) {
+    linear_rows_by_runs<T>(job, first, last);
+    return;
+  }
   if (goes_by_streams(job.product)) {
     first = linear_rows_by_streams<T>(job, first, last);
   }

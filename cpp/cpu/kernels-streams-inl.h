@@ -5,6 +5,7 @@
 
 #include "core/layout.h"
 #include "core/product.h"
+#include "cpu/kernels-gguf-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -313,22 +314,51 @@ struct Stream<Bf16> {
 
 #endif
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The choice between streams and, for a weight in GGUF's blocks, runs (kernels-linear-gguf-inl.h)
+
+inline bool goes_by_runs(const ProductJob& job) { return is_gguf(job.weight.type) && job.k > 0 && job.k % kRun == 0; }
+
+// x [m, k] in fp32, and then the sums of its runs, [m, k / kRun].
+inline int64_t run_scratch_bytes(const ProductJob& job) {
+  return job.m * (job.k + job.k / kRun) * static_cast<int64_t>(sizeof(float));
+}
+
+template <typename T>
+void widen_tokens(const ProductJob& job, float* out) {
+  const T* x = static_cast<const T*>(job.x);
+  float* run_sums = out + job.m * job.k;
+  for (int64_t at = 0; at < job.m * job.k; at += kRun, out += kRun) {
+    Floats sum = zero();
+    for (int i = 0; i < kRun; i += kLanes) {
+      const Floats values = load(x + at + i);
+      store(out + i, values);
+      sum = add(sum, values);
+    }
+    *run_sums++ = total(sum);
+  }
+}
+
 inline bool goes_by_streams(const ProductJob& job) {
   const int64_t block_size = job.weight.block_size;
-  return job.k > 0 && block_size >= 64 && job.k % block_size == 0 && job.k / block_size <= kMaxRowBlocks;
+  return !is_gguf(job.weight.type) && job.k > 0 && block_size >= 64 && job.k % block_size == 0 &&
+         job.k / block_size <= kMaxRowBlocks;
 }
 
 template <typename T>
 int64_t stream_scratch_bytes(const ProductJob& job) {
   using S = Stream<T>;
   const int64_t bytes = job.m * rounded_up(job.k, S::kChunk) * static_cast<int64_t>(sizeof(typename S::X));
-  return goes_by_streams(job) ? bytes : 0;
+  return goes_by_streams(job) ? bytes : goes_by_runs(job) ? run_scratch_bytes(job) : 0;
 }
 
 template <typename T>
 void reorder_tokens(const ProductJob& job, void* reordered) {
   using S = Stream<T>;
   auto* out = static_cast<typename S::X*>(reordered);
+  if (goes_by_runs(job)) {
+    widen_tokens<T>(job, static_cast<float*>(reordered));
+  }
   for (int64_t token = 0; goes_by_streams(job) && token < job.m; ++token) {
     S::reorder(static_cast<const T*>(job.x) + token * job.k, job.k, out + token * rounded_up(job.k, S::kChunk));
   }

@@ -58,7 +58,7 @@ struct Plan {
     const int64_t strip_bytes = (panel_steps + low_steps) * kPanelStep * static_cast<int64_t>(sizeof(Bf16));
     token_bytes = aligned(turn / kTileRows * steps * kTileBytes);
     low_bytes = aligned(turn / kTileRows * low_steps * kTileBytes);
-    const bool nested = matrix.weight != nullptr && matrix.weight->absmax == nullptr;
+    const bool nested = matrix.weight != nullptr && matrix.weight->absmax_codes != nullptr;
     scale_bytes = nested ? aligned(num_blocks(matrix.weight->numel, matrix.weight->block_size) * 4) : 0;
     panel_bytes = aligned(columns / kTileStrip * strip_bytes);
     partial_bytes = steps <= panel_steps || (thread_pairs == 1 && columns == kTileStrip)

@@ -14,6 +14,11 @@ inline Floats load(const Bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 inline Floats load(const Fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+template <int kFirst>
+inline Floats widened(Bytes16 codes) {
+  const auto bytes = std::bit_cast<__m128i>(codes);
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(kFirst == 0 ? bytes : _mm_srli_si128(bytes, kFirst)));
+}
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats zero() { return _mm256_setzero_ps(); }
 inline Floats all(float x) { return _mm256_set1_ps(x); }

@@ -16,6 +16,16 @@ inline Floats load(const Bf16* p) {
 inline Floats load(const Fp16* p) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
 }
+// Lanes [kFirst, kFirst + kLanes) of 16 signed bytes.
+template <int kFirst>
+inline Floats widened(Bytes16 codes) {
+  const auto bytes = std::bit_cast<int8x16_t>(codes);
+  const int16x8_t words = vmovl_s8(kFirst < 8 ? vget_low_s8(bytes) : vget_high_s8(bytes));
+  return vcvtq_f32_s32(vmovl_s16(kFirst % 8 == 0 ? vget_low_s16(words) : vget_high_s16(words)));
+}
+inline Bytes16 look_up_16(const int8_t* table, Bytes16 codes) {
+  return std::bit_cast<Bytes16>(vqtbl1q_s8(vld1q_s8(table), std::bit_cast<uint8x16_t>(codes)));
+}
 inline void store(float* p, Floats v) { vst1q_f32(p, v); }
 inline Floats zero() { return vdupq_n_f32(0.0f); }
 inline Floats all(float x) { return vdupq_n_f32(x); }

@@ -12,6 +12,16 @@ template <typename T>
 inline Floats load(const T* p) {
   return {to_float(*p)};
 }
+template <int kFirst>
+inline Floats widened(Bytes16 codes) {
+  return {static_cast<float>(static_cast<int8_t>(codes[kFirst]))};
+}
+inline Bytes16 look_up_16(const int8_t* table, Bytes16 codes) {
+  for (int i = 0; i < 16; ++i) {
+    codes[i] = static_cast<uint8_t>(table[codes[i]]);
+  }
+  return codes;
+}
 inline void store(float* p, Floats v) { *p = v.value; }
 inline Floats zero() { return {0.0f}; }
 inline Floats all(float x) { return {x}; }

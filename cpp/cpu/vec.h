@@ -22,6 +22,8 @@
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 
+using Bytes16 = uint8_t __attribute__((vector_size(16)));
+
 template <typename T>
 inline constexpr bool kIsBf16 = false;
 template <>
@@ -54,7 +56,13 @@ struct WordProduct;
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 
-#if !defined(__AVX2__)
+#if defined(__AVX2__)
+// table[code] of 16 codes, 0 to 15.
+inline Bytes16 look_up_16(const int8_t* table, Bytes16 codes) {
+  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return std::bit_cast<Bytes16>(_mm_shuffle_epi8(levels, std::bit_cast<__m128i>(codes)));
+}
+#else
 // Words of 32 bits, [16, 16] from `in` on, rows `stride` bytes apart, transposed.
 inline void transpose_16(const void* in, int64_t stride, Sixteen* out) {
   for (int64_t i = 0; i < 16; ++i) {
@@ -64,6 +72,13 @@ inline void transpose_16(const void* in, int64_t stride, Sixteen* out) {
     }
     out[i] = load16(column);
   }
+}
+#endif
+
+#if !defined(__AVX512BF16__)
+// Words of two vectors, rounded to bf16: `even` in the lower halves.
+inline Floats rounded_pair(Floats even, Floats odd) {
+  return pair_up(round_through<Bf16>(even), round_through<Bf16>(odd));
 }
 #endif
 

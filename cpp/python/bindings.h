@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "core/codebook.h"
+#include "core/gguf.h"
 #include "core/half.h"
 #include "core/layout.h"
 #include "core/weight_view.h"
@@ -91,6 +92,7 @@ inline void* any_pointer(Dtype dtype, Address address, int64_t count, const char
                                   : pointer<uint16_t>(address, count, what);
 }
 
+// A type that weights can be quantized to here.
 inline QuantType checked_quant_type(int value) {
   require(value == 0 || value == 1, "quant_type is " + std::to_string(value) + ": expected 0 (nf4) or 1 (fp4).");
   return static_cast<QuantType>(value);
@@ -106,7 +108,7 @@ inline void check_block_size(int64_t block_size) {
 using WeightFields = std::tuple<Address, Address, Address, Address, Address, Address, Address, int, int64_t, int64_t>;
 
 // Checks a weight; 0 for `levels` or `nested_code` means the built-in table of `quant_type`.
-// Exactly one of `absmax` and `absmax_codes` is given, unless the weight is empty.
+// Exactly one of `absmax` and `absmax_codes` is given, unless the weight is empty or of a GGUF type.
 WeightView checked_weight(const WeightFields& fields);
 
 }  // namespace qlora_native::python

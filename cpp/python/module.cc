@@ -23,7 +23,19 @@ py::dict build_info() {
   return info;
 }
 
+py::list block_formats() {
+  py::list formats;
+  for (const BlockFormat& format : kBlockFormats) {
+    formats.append(py::make_tuple(format.name, format.elements, format.bytes));
+  }
+  return formats;
+}
+
 std::vector<float> levels(int quant_type) {
+  if (quant_type == static_cast<int>(QuantType::kIq4Nl)) {
+    constexpr Iq4NlLevels table = iq4_nl_levels();
+    return {table.value, table.value + 16};
+  }
   const Levels table = levels_of(checked_quant_type(quant_type));
   return {table.value, table.value + 16};
 }
@@ -50,7 +62,8 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "take_threads_of_torch", [](Address count) { cpu::threads_of_torch = reinterpret_cast<int (*)()>(count); },
       py::arg("count"), "Loops take as many threads as at::get_num_threads, whose address this is, returns each time.");
-  module.def("levels", &levels, py::arg("quant_type"), "The 16 levels of nf4 (0) or fp4 (1).");
+  module.attr("block_formats") = block_formats();  // (name, elements and bytes of a block) by quant_type
+  module.def("levels", &levels, py::arg("quant_type"), "The 16 levels of nf4 (0), fp4 (1) or iq4_nl (10).");
   module.def("boundaries", &boundaries, py::arg("quant_type"),
              "Decision boundaries: 15 values for nf4 (0), 7 magnitudes for fp4 (1).");
   module.def("nested_code", &nested_code, "The 256 values that double-quantized scales are stored in.");

@@ -10,6 +10,7 @@ namespace qlora_native::python {
 // On the current device; the built-in tables that 0 stands for are those in its memory.
 inline WeightView checked_device_weight(const WeightFields& fields) {
   WeightView weight = checked_weight(fields);
+  require(!is_gguf(weight.type), "there are no CUDA kernels for weights of GGUF's types yet: use the CPU.");
   const bool has_nested_code = std::get<5>(fields) != 0;
   const bool has_levels = std::get<6>(fields) != 0;
   if (weight.numel > 0 && !(has_nested_code && has_levels)) {

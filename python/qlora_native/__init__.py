@@ -14,7 +14,7 @@ from qlora_native import _import_hooks, _interrupt, ops  # noqa: F401  in this o
 from qlora_native._native import build_info
 from qlora_native._version import __version__
 from qlora_native.errors import UserError
-from qlora_native.functional import linear, linear_cross_entropy, lora_linear
+from qlora_native.functional import dequantize_rows, linear, linear_cross_entropy, lora_linear
 from qlora_native.weight import QuantizedWeight, from_bnb, quantize, to_bnb
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ __all__ = [
     "__version__",
     "add_lora",
     "build_info",
+    "dequantize_rows",
     "distributed",
     "from_bnb",
     "fuse",

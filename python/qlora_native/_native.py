@@ -11,7 +11,10 @@ import torch  # before _C: an OpenMP extension loaded after torch shares torch's
 
 from qlora_native import _C
 
-QUANT_TYPES = ("nf4", "fp4")  # index = the number that crosses into C++
+QUANT_TYPES = tuple(name for name, _, _ in _C.block_formats)  # index = the number that crosses into C++
+CODEBOOKS = QUANT_TYPES[:2]  # nf4 and fp4, which quantize() makes; the others are block formats of GGUF
+# Of GGUF's types by number: elements and bytes of a block.
+GGUF_BLOCKS = {number: sizes for number, (_, *sizes) in enumerate(_C.block_formats) if sizes[0]}
 DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATE_BLOCK: int = _C.state_block  # elements of an 8-bit optimizer state that share an absmax
 
@@ -35,7 +38,7 @@ _share_threads_with_torch()
 
 @cache
 def levels(quant_type: int) -> torch.Tensor:
-    """The 16 levels of a quantization type, fp32 [16] on CPU."""
+    """The 16 levels of nf4, fp4 or iq4_nl, fp32 [16] on CPU."""
     return torch.tensor(_C.levels(quant_type), dtype=torch.float32, device="cpu")
 
 

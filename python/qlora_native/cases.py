@@ -14,6 +14,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, tor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANT_TYPES = ("nf4", "fp4")
+GGUF_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl")
 
 # To quantize: odd counts, rows that are no multiple of the block, 1-D, 3-D, empty, many scales.
 WEIGHT_SHAPES = ((0,), (1,), (63,), (64,), (65,), (5, 127), (6, 96), (3, 7, 50), (4, 0, 3), (300, 64), (129, 257))
@@ -35,6 +36,11 @@ PRODUCTS = (
     Product(16, 96, 100, 8),
     Product(33, 130, 192, 16),
     Product(0, 32, 64, 4),
+)
+
+# With weights in GGUF's blocks, of which each row is a whole number.
+GGUF_PRODUCTS = tuple(
+    Product(m, n, k, r) for m, n, k, r in ((1, 33, 256, 3), (3, 130, 768, 4), (20, 70, 1280, 8), (70, 96, 256, 16))
 )
 
 # What the benches time: square, and an 8B model's MLP.

@@ -70,6 +70,31 @@ def linear_op(x: Tensor, weight: Weight, bias: Tensor | None = None, low_memory:
     return result
 
 
+def dequantize_rows(w: QuantizedWeight, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of a weight in a GGUF format: an embedding whose table stays as the file holds it.
+
+    Args:
+        w: [V, K] of whole blocks a row.
+        ids: int64 or int32 [...], 0 <= id < V.
+        dtype: float32, bfloat16 or float16; the weight's own by default.
+
+    Returns:
+        [..., K], each value as :meth:`QuantizedWeight.dequantize` rounds it. No gradient flows.
+
+    Raises:
+        ValueError: a weight of another format, or whose rows are no whole blocks.
+        IndexError: an id out of range, on a CPU.
+    """
+    if not w.is_gguf or len(w.shape) != 2 or w.shape[1] % w.block_size:
+        raise ValueError(
+            f"dequantize_rows: the weight is {list(w.shape)} in {w.quant_type}: expected [V, K] in a GGUF format with "
+            "rows of whole blocks."
+        )
+    rows = torch.nn.functional.embedding(ids, w.packed.view(w.shape[0], -1))
+    found = w._with(w.op_args()._replace(packed=rows.view(-1), shape=[ids.numel(), w.shape[1]]))
+    return found.dequantize(dtype).view(*ids.shape, w.shape[1])
+
+
 def lora_linear(
     x: Tensor,
     w: QuantizedWeight,

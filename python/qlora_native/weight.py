@@ -1,4 +1,4 @@
-"""A weight in 4 bits as one value, and the two directions of bitsandbytes' serialized form."""
+"""A quantized weight as one value, and the two directions of its serialized forms."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 
 class QuantizedWeight:
-    """A frozen tensor in 4 bits (NF4 or FP4) with one scale a block.
+    """A frozen tensor in 4 bits (NF4 or FP4) with one scale a block, or in a block format of GGUF as the file holds it.
 
-    Blocks of ``block_size`` elements run over the flattened tensor; element 2i lies in the high nibble of byte i. The
-    layout is bitsandbytes' (see docs/format.md).
+    Blocks of ``block_size`` elements run over the flattened tensor. In NF4 and FP4 element 2i lies in the high nibble
+    of byte i; the layout is bitsandbytes' (see docs/format.md). A GGUF format's blocks hold scales and codes, and the
+    tensor is whole blocks.
 
     Attributes:
-        packed: uint8 [ceil(n/2)], two codes a byte.
-        absmax: fp32 [blocks], or uint8 [blocks] codes when double-quantized.
+        packed: uint8 [ceil(n/2)], two codes a byte; of a GGUF format uint8 [bytes], the tensor's bytes in the file.
+        absmax: fp32 [blocks], or uint8 [blocks] codes when double-quantized; of a GGUF format fp32 [0].
         nested_absmax: fp32 [ceil(blocks/256)], None unless double-quantized.
         nested_offset: fp32 [], None unless double-quantized.
         code: fp32 [16] levels of a checkpoint that differ from the built-in ones, else None.
         nested_code: fp32 [256], likewise.
         shape: torch.Size of the dense tensor.
         dtype: dtype of the dense tensor, and the default of :meth:`dequantize`.
-        quant_type: "nf4" or "fp4".
-        block_size: elements a scale, a power of two from 32 to 4096.
+        quant_type: "nf4", "fp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k" or "iq4_nl".
+        block_size: elements a scale, a power of two from 32 to 4096; of a GGUF format its elements a block, 32 or 256.
         storage_dtype: dtype under which :func:`to_bnb` stores the packed bytes, uint8 by default.
     """
 
@@ -86,13 +87,38 @@ class QuantizedWeight:
         double_quant: bool = True,
         device: torch.device | str | None = None,
     ) -> QuantizedWeight:
-        """A weight whose tensors are not initialized; "meta" is allowed as its device."""
+        """A weight whose tensors are not initialized; "meta" is allowed as its device.
+
+        The blocks of a GGUF format are its own: ``block_size`` and ``double_quant`` are for NF4 and FP4.
+        """
         shape = torch.Size(shape)
         where = torch.get_default_device() if device is None else torch.device(device)
+        if sizes := _native.GGUF_BLOCKS.get(quant_type_number(quant_type)):
+            packed = torch.empty(shape.numel() // sizes[0] * sizes[1], dtype=torch.uint8, device=where)
+            return cls.of_blocks(packed, shape=shape, dtype=dtype, quant_type=quant_type)
         packed, absmax, *nested = empty_outputs(shape.numel(), where, block_size, double_quant)
         made = cls(packed, absmax, shape=shape, dtype=dtype, quant_type=quant_type, block_size=block_size)
         made.nested_absmax, made.nested_offset = nested if double_quant else (None, None)
         return made
+
+    @classmethod
+    def of_blocks(cls, packed: Tensor, *, shape: Iterable[int], dtype: torch.dtype, quant_type: str) -> QuantizedWeight:
+        """A weight over the blocks of a GGUF format, uint8 [bytes], without copying them.
+
+        Raises ValueError for another type, or for bytes that are not those of ``shape``.
+        """
+        sizes = _native.GGUF_BLOCKS.get(quant_type_number(quant_type))
+        if sizes is None:
+            raise ValueError(f"of_blocks: quant_type is {quant_type!r}: expected one of GGUF's block formats.")
+        absmax = torch.empty(0, dtype=torch.float32, device=packed.device)
+        made = cls(packed, absmax, shape=shape, dtype=dtype, quant_type=quant_type, block_size=sizes[0])
+        made.op_args().check()
+        return made
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is in a block format of GGUF."""
+        return self.op_args().quant_type in _native.GGUF_BLOCKS
 
     @property
     def double_quant(self) -> bool:
@@ -156,7 +182,11 @@ class QuantizedWeight:
         return out
 
     def scales(self) -> Tensor:
-        """The scale of every block, fp32 [blocks], double quantization undone."""
+        """The scale of every block, fp32 [blocks], double quantization undone.
+
+        Raises ValueError for a GGUF format.
+        """
+        _refuse_gguf(self, "scales")
         return reference.scales(self.absmax, self.nested_absmax, self.nested_offset, self.nested_code)
 
     def slice(self, start: int, stop: int) -> QuantizedWeight:
@@ -221,14 +251,22 @@ class QuantizedWeight:
 torch.serialization.add_safe_globals([QuantizedWeight])
 
 
+def _refuse_gguf(w: QuantizedWeight, what: str) -> None:
+    if w.is_gguf:
+        raise ValueError(
+            f"{what}: a {w.quant_type} weight holds its scales inside its blocks: dequantize() reads them."
+        )
+
+
 _NUMBERS = {name: number for number, name in enumerate(_native.QUANT_TYPES)}
 
 
 def quant_type_number(quant_type: str) -> int:
-    """0 for "nf4", 1 for "fp4"; ValueError for anything else."""
+    """The number of a type as ops take it, 0 for "nf4"; ValueError for anything else."""
     number = _NUMBERS.get(quant_type)
     if number is None:
-        raise ValueError(f"quant_type is {quant_type!r}: expected 'nf4' or 'fp4'.")
+        formats = ", ".join(map(repr, list(_NUMBERS)[len(_native.CODEBOOKS) :]))
+        raise ValueError(f"quant_type is {quant_type!r}: expected 'nf4' or 'fp4', or of GGUF {formats}.")
     return number
 
 
@@ -249,6 +287,8 @@ def quantize(t: Tensor, *, quant_type: str = "nf4", block_size: int = 64, double
 
     Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3.
     """
+    if quant_type not in _native.CODEBOOKS:
+        raise ValueError(f"quantize: quant_type is {quant_type!r}: expected 'nf4' or 'fp4'.")
     options = quant_type_number(quant_type), block_size, double_quant
     packed, absmax, *nested = torch.ops.qlora_native.quantize_4bit(t.detach(), *options)
     made = QuantizedWeight(packed, absmax, shape=t.shape, dtype=t.dtype, quant_type=quant_type, block_size=block_size)
@@ -264,8 +304,10 @@ def to_bnb(w: QuantizedWeight, prefix: str = "weight") -> dict[str, Tensor]:
     fp32 [256], and ``prefix.quant_state.bitsandbytes__nf4`` (or ``fp4``), UTF-8 JSON as uint8. Loading and saving is
     byte-identical.
 
-    Raises ValueError if the packed bytes do not fill whole elements of the storage dtype.
+    Raises ValueError if the packed bytes do not fill whole elements of the storage dtype, and for a GGUF format, which
+    bitsandbytes does not have.
     """
+    _refuse_gguf(w, "to_bnb")
     state: dict[str, Any] = {
         "quant_type": w.quant_type,
         "blocksize": w.block_size,
@@ -312,8 +354,45 @@ def unpack_json(stored: Tensor) -> dict[str, Any]:
 def bnb_state_key(keys: Iterable[str], prefix: str = "weight") -> str | None:
     """The quant-state key of ``prefix`` among ``keys``, or None if it is no 4-bit weight."""
     present = set(keys)
-    ours = (f"{prefix}.quant_state.bitsandbytes__{name}" for name in _native.QUANT_TYPES)
+    ours = (f"{prefix}.quant_state.bitsandbytes__{name}" for name in _native.CODEBOOKS)
     return next((key for key in ours if key in present), None)
+
+
+def state_key(keys: Iterable[str], prefix: str = "weight") -> str | None:
+    """The key of ``prefix`` among ``keys`` that describes a quantized weight (:func:`to_tensors`), or None."""
+    present = set(keys)
+    ours = (f"{prefix}.quant_state.gguf__{_native.QUANT_TYPES[number]}" for number in _native.GGUF_BLOCKS)
+    return next((key for key in ours if key in present), bnb_state_key(present, prefix))
+
+
+def to_tensors(w: QuantizedWeight, prefix: str = "weight") -> dict[str, Tensor]:
+    """The tensors of a state_dict: those of :func:`to_bnb`; of a GGUF format its blocks, uint8 [bytes, 1], under
+    ``prefix``, and dtype and shape as UTF-8 JSON under ``prefix.quant_state.gguf__q4_0`` (or another name)."""
+    if not w.is_gguf:
+        return to_bnb(w, prefix)
+    state = {"dtype": str(w.dtype).removeprefix("torch."), "shape": list(w.shape)}
+    about = pack_json(state).to(w.device)
+    return {prefix: w.packed.view(-1, 1), f"{prefix}.quant_state.gguf__{w.quant_type}": about}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedWeight:
+    """A weight from the tensors of :func:`to_tensors`. Raises ValueError, naming the key, if they do not fit."""
+    key = state_key(tensors, prefix)
+    if key is None or ".gguf__" not in key[len(prefix) :]:
+        return from_bnb(tensors, prefix)
+    packed = tensors.get(prefix)
+    try:
+        state = unpack_json(tensors[key])
+        for name in ("dtype", "shape"):
+            is_valid, expected = _STATE[name]
+            if not is_valid(state.get(name)):
+                raise ValueError(f"{name} is {state.get(name)!r}: expected {expected}")
+        if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+            raise ValueError(f"'{prefix}' is missing or holds no bytes")
+        about: Any = {"shape": state["shape"], "dtype": getattr(torch, state["dtype"])}
+        return QuantizedWeight.of_blocks(packed.reshape(-1), quant_type=key.rpartition("__")[2], **about)
+    except ValueError as error:
+        raise ValueError(f"from_tensors: '{key}': {error}") from None
 
 
 # What a quant state holds, and in words.

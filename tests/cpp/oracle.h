@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/codebook.h"
+#include "core/gguf.h"
 #include "core/half.h"
 #include "core/layout.h"
 #include "core/nested_code.h"
@@ -207,7 +208,22 @@ inline double scale_of(const WeightView& weight, int64_t block) {
   return rounded(kFloat, product + value_of(*weight.nested_offset));
 }
 
+// An element of whole blocks of a GGUF type, from its code and its scale.
+inline double gguf_element(const WeightView& weight, int64_t element) {
+  return with_gguf(weight.type, [&]<QuantType kType>() {
+    constexpr BlockFormat kFormat = kBlockFormats[static_cast<int>(kType)];
+    const uint8_t* block = weight.packed + element / kFormat.elements * kFormat.bytes;
+    const int at = static_cast<int>(element % kFormat.elements);
+    const GgufScale scale = Gguf<kType>::scale(block, at);
+    const double product = rounded(kFloat, Gguf<kType>::code(block, at) * value_of(scale.factor));
+    return Gguf<kType>::kAdds ? rounded(kFloat, product + value_of(scale.addend)) : product;
+  });
+}
+
 inline double dequantized(const WeightView& weight, int64_t element, Format format) {
+  if (is_gguf(weight.type)) {
+    return rounded(format, gguf_element(weight, element));
+  }
   const int byte = weight.packed[element >> 1];
   const int code = (element & 1) == 0 ? byte / 16 : byte % 16;
   const double scale = scale_of(weight, element / weight.block_size);
@@ -268,15 +284,22 @@ std::vector<float> turning_points() {
   return points;
 }
 
+inline constexpr QuantType kGgufTypes[] = {QuantType::kQ4_0, QuantType::kQ4_1, QuantType::kQ5_0,
+                                           QuantType::kQ5_1, QuantType::kQ8_0, QuantType::kQ4_K,
+                                           QuantType::kQ5_K, QuantType::kQ6_K, QuantType::kIq4Nl};
+
+inline int64_t block_of(QuantType type) { return kBlockFormats[static_cast<int>(type)].elements; }
+
 // A quantized weight of random bytes and scales of both signs, whose buffers end where the format ends them: a
 // sanitizer sees an overrun.
 struct RandomWeight {
   RandomWeight(int64_t numel, int64_t block_size, bool nested, QuantType type, uint64_t seed)
       : levels(levels_of(type)),
-        packed(static_cast<size_t>(packed_bytes(numel))),
+        packed(static_cast<size_t>(packed_bytes(type, numel))),
         codes(nested ? static_cast<size_t>(num_blocks(numel, block_size)) : 0),
-        scales(static_cast<size_t>(nested ? num_nested_blocks(num_blocks(numel, block_size))
-                                          : num_blocks(numel, block_size))) {
+        scales(is_gguf(type) ? 0
+                             : static_cast<size_t>(nested ? num_nested_blocks(num_blocks(numel, block_size))
+                                                          : num_blocks(numel, block_size))) {
     Random random(seed);
     for (uint8_t& byte : packed) {
       byte = random.byte();
@@ -295,7 +318,22 @@ struct RandomWeight {
             kNestedCode.value,
             levels.value,
             numel,
-            block_size};
+            block_size,
+            type};
+    if (is_gguf(type)) {
+      set_halves(random);
+    }
+  }
+  // The scales and minima of GGUF's blocks.
+  void set_halves(Random& random) {
+    const BlockFormat& format = kBlockFormats[static_cast<int>(view.type)];
+    const bool adds = with_gguf(view.type, []<QuantType kType>() { return Gguf<kType>::kAdds; });
+    for (size_t block = 0; block < packed.size(); block += static_cast<size_t>(format.bytes)) {
+      for (size_t at : {0, adds ? 2 : 0}) {
+        const Fp16 half = from_float<Fp16>(0.01f * random.uniform());
+        std::memcpy(packed.data() + block + (view.type == QuantType::kQ6_K ? 208 : at), &half, sizeof half);
+      }
+    }
   }
   RandomWeight(const RandomWeight&) = delete;
   RandomWeight& operator=(const RandomWeight&) = delete;

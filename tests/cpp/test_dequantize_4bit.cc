@@ -58,8 +58,38 @@ TEST(dequantize_bf16_of_every_size) { check_sizes<Bf16>(); }
 TEST(dequantize_fp16_of_every_size) { check_sizes<Fp16>(); }
 
 template <typename T>
-void check_rectangles(int64_t rows, int64_t columns, int64_t block, bool nested) {
-  const oracle::RandomWeight weight(rows * columns, block, nested, QuantType::kNf4, 21);
+void check_gguf() {
+  for (const QuantType type : oracle::kGgufTypes) {
+    const int64_t block = oracle::block_of(type);
+    for (const int64_t blocks : {0, 1, 2, 37}) {
+      const int64_t numel = blocks * block;
+      const oracle::RandomWeight weight(numel, block, false, type, static_cast<uint64_t>(blocks));
+      const std::vector<double> expected = expected_of(weight.view, oracle::Storage<T>::kFormat);
+      for (const size_t lead : {0u, 1u}) {
+        check_all(weight.view, expected, decoded<T>(weight.view, {numel, 0, 1, 0, numel}, lead),
+                  kBlockFormats[static_cast<int>(type)].name);
+      }
+      for (int64_t element = 0; element < numel; ++element) {  // the scalar decoder
+        const float value = with_gguf(type, [&]<QuantType kType>() {
+          return gguf_value<kType>(weight.packed.data() + packed_bytes(type, element / block * block),
+                                   static_cast<int>(element % block));
+        });
+        CHECK(oracle::same(value, oracle::gguf_element(weight.view, element)), "element %ld of %s is %a",
+              static_cast<long>(element), kBlockFormats[static_cast<int>(type)].name, value);
+      }
+    }
+  }
+}
+
+TEST(dequantize_blocks_of_gguf) {
+  check_gguf<float>();
+  check_gguf<Bf16>();
+  check_gguf<Fp16>();
+}
+
+template <typename T>
+void check_rectangles(int64_t rows, int64_t columns, int64_t block, bool nested, QuantType type = QuantType::kNf4) {
+  const oracle::RandomWeight weight(rows * columns, block, nested, type, 21);
   const std::vector<double> expected = expected_of(weight.view, oracle::Storage<T>::kFormat);
   for (int64_t top = 0; top <= rows; ++top) {
     for (int64_t bottom = top; bottom <= rows; ++bottom) {
@@ -92,6 +122,10 @@ TEST(every_rectangle_bf16) {
 TEST(every_rectangle_fp16) {
   check_rectangles<Fp16>(7, 37, 32, true);
   check_rectangles<Fp16>(3, 67, 64, false);
+}
+TEST(every_rectangle_of_gguf) {
+  check_rectangles<float>(2, 48, 32, false, QuantType::kQ5_1);
+  check_rectangles<Bf16>(1, 96, 32, false, QuantType::kQ8_0);
 }
 TEST(every_rectangle_of_narrow_matrices) {
   check_rectangles<Bf16>(67, 1, 32, true);

@@ -51,7 +51,7 @@ struct Case {
 
 std::string text(const Case& c) {
   return "m " + std::to_string(c.m) + ", n " + std::to_string(c.n) + ", k " + std::to_string(c.k) + ", block " +
-         std::to_string(c.block) + (c.nested ? ", nested" : "") + (c.type == QuantType::kNf4 ? ", nf4" : ", fp4") +
+         std::to_string(c.block) + (c.nested ? ", nested" : "") + ", " + kBlockFormats[static_cast<int>(c.type)].name +
          ", r " + std::to_string(c.r);
 }
 
@@ -201,6 +201,25 @@ void check_products() {
   }
 }
 
+template <typename T>
+void check_gguf() {
+  const int64_t few = cpu::few_rows(oracle::Storage<T>::kDtype);
+  for (const QuantType type : oracle::kGgufTypes) {
+    const int64_t block = oracle::block_of(type);
+    for (int64_t m = 1; m <= 9; ++m) {
+      for (const int64_t k : {block, 3 * block, 10 * block}) {
+        check_product<T>({m, 13, k, block, false, type, m <= few && m % 2 == 0 ? 5 : 0});
+      }
+    }
+    check_cuts<T>({1, 39, 2 * block, block, false, type, 5});
+    check_cuts<T>({few, 39, 256, block, false, type, 0});
+    check_product<T>({2, 9, 2304, block, false, type, 0});
+    check_product<T>({1, 6, 17152, block, false, type, 0});  // a long row
+  }
+  check_product<T>({2, 32, 77, 32, false, QuantType::kQ4_0, 0});  // rows that begin inside a block
+  check_product<T>({1, 32, 77, 32, false, QuantType::kQ8_0, 3});
+}
+
 TEST(linear_on_any_number_of_threads) {
   const Case c{1, 515, 1024, 64, true, QuantType::kNf4, 16};
   Operands<Bf16> given(c);
@@ -267,5 +286,8 @@ TEST(dense_rows) {
 TEST(linear_fp32) { check_products<float>(); }
 TEST(linear_bf16) { check_products<Bf16>(); }
 TEST(linear_fp16) { check_products<Fp16>(); }
+TEST(linear_gguf_fp32) { check_gguf<float>(); }
+TEST(linear_gguf_bf16) { check_gguf<Bf16>(); }
+TEST(linear_gguf_fp16) { check_gguf<Fp16>(); }
 
 }  // namespace

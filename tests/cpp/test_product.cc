@@ -21,12 +21,16 @@ struct Shape {
   int64_t r;  // 0: no adapter
   bool bias;
   bool nested;
+  QuantType type = QuantType::kNf4;  // or by the block, if the scales lie apart
+
+  bool is_dense_too() const { return !is_gguf(type); }
+  QuantType weight_type() const { return is_gguf(type) || block == 64 ? type : QuantType::kFp4; }
 };
 
 std::string text(const Shape& s, bool forward) {
   return std::string(forward ? "forward" : "input gradient") + ", m " + std::to_string(s.m) + ", n " +
          std::to_string(s.n) + ", k " + std::to_string(s.k) + ", block " + std::to_string(s.block) + ", r " +
-         std::to_string(s.r);
+         std::to_string(s.r) + ", " + kBlockFormats[static_cast<int>(s.weight_type())].name;
 }
 
 struct Free {
@@ -49,8 +53,7 @@ void run(const cpu::Kernels& kernels, const cpu::GemmJob& job, const std::vector
 
 template <typename T>
 void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward, bool is_dense) {
-  const oracle::RandomWeight weight(s.n * s.k, s.block, s.nested, s.block == 64 ? QuantType::kNf4 : QuantType::kFp4,
-                                    static_cast<uint64_t>(s.n + s.k));
+  const oracle::RandomWeight weight(s.n * s.k, s.block, s.nested, s.weight_type(), static_cast<uint64_t>(s.n + s.k));
   oracle::Random random(static_cast<uint64_t>(s.m));
   const int64_t columns = forward ? s.n : s.k;
   const int64_t depth = forward ? s.k : s.n;
@@ -118,6 +121,20 @@ void check_product(const cpu::Kernels& kernels, const Shape& s, bool forward, bo
 }
 
 template <typename T>
+void check_both_ways(const cpu::Kernels& kernels, const std::vector<Shape>& shapes) {
+  for (const Shape& shape : shapes) {
+    Shape gradient = shape;
+    gradient.bias = false;
+    for (const bool is_dense : {false, true}) {
+      if (shape.is_dense_too() || !is_dense) {
+        check_product<T>(kernels, shape, true, is_dense);
+        check_product<T>(kernels, gradient, false, is_dense);
+      }
+    }
+  }
+}
+
+template <typename T>
 void check_shapes(const cpu::Kernels& kernels) {
   std::vector<Shape> shapes;
   for (int64_t m = 1; m <= 14; ++m) {  // every height of a tile
@@ -140,25 +157,42 @@ void check_shapes(const cpu::Kernels& kernels) {
   shapes.push_back({2, 530, 530, 64, 0, false, true});  // more columns than a chunk has
   shapes.push_back({197, 33, 96, 32, 5, true, true});   // more rows than a block has
   shapes.push_back({1030, 5, 64, 64, 1, true, true});   // more rows than a chunk has
-  for (const Shape& shape : shapes) {
-    Shape gradient = shape;
-    gradient.bias = false;
-    for (const bool is_dense : {false, true}) {
-      check_product<T>(kernels, shape, true, is_dense);
-      check_product<T>(kernels, gradient, false, is_dense);
+  check_both_ways<T>(kernels, shapes);
+}
+
+template <typename T>
+void check_gguf(const cpu::Kernels& kernels) {
+  std::vector<Shape> shapes;
+  for (const QuantType type : oracle::kGgufTypes) {
+    const int64_t block = oracle::block_of(type);
+    for (const int64_t k : {block, 3 * block, 640 / block * block}) {
+      shapes.push_back({3, 37, k, block, 0, true, false, type});
+      shapes.push_back({14, 70, k, block, 5, false, false, type});
     }
   }
+  shapes.push_back({270, 66, 2112, 32, 9, true, false, QuantType::kQ4_1});  // many rows, several spans
+  shapes.push_back({3, 64, 40, 32, 0, true, false, QuantType::kQ5_0});      // rows that begin inside a block
+  shapes.push_back({5, 32, 77, 32, 3, true, false, QuantType::kQ8_0});
+  check_both_ways<T>(kernels, shapes);
 }
 
 TEST(product_fp32) { check_shapes<float>(cpu::kernels()); }
 TEST(product_bf16) { check_shapes<Bf16>(cpu::kernels()); }
 TEST(product_fp16) { check_shapes<Fp16>(cpu::kernels()); }
+TEST(product_gguf_fp32) { check_gguf<float>(cpu::kernels()); }
+TEST(product_gguf_bf16) { check_gguf<Bf16>(cpu::kernels()); }
+TEST(product_gguf_fp16) { check_gguf<Fp16>(cpu::kernels()); }
 
 #if defined(__x86_64__)
 // Where multiply-adds are faster than dot products of pairs, the table of this machine leaves the latter out.
 TEST(product_bf16_by_dot_products_of_pairs) {
   if (cpu::current_isa() == cpu::Isa::kAvx512Bf16) {
     check_shapes<Bf16>(cpu::avx512_bf16_kernels());
+  }
+}
+TEST(product_gguf_bf16_by_dot_products_of_pairs) {
+  if (cpu::current_isa() == cpu::Isa::kAvx512Bf16) {
+    check_gguf<Bf16>(cpu::avx512_bf16_kernels());
   }
 }
 #endif

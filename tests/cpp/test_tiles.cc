@@ -25,11 +25,11 @@ double at(const std::vector<Bf16>& matrix, int64_t columns, int64_t row, int64_t
 struct Case {
   int64_t m, n, k, r, block_size;
   bool nested, with_bias, dense;
+  QuantType type = QuantType::kNf4;
 };
 
 void check_product(const Case& c, bool forward, bool project) {
-  const oracle::RandomWeight weight(c.n * c.k, c.block_size, c.nested, QuantType::kNf4,
-                                    static_cast<uint64_t>(c.n + c.k));
+  const oracle::RandomWeight weight(c.n * c.k, c.block_size, c.nested, c.type, static_cast<uint64_t>(c.n + c.k));
   oracle::Random random(static_cast<uint64_t>(c.m));
   const int64_t depth = forward ? c.k : c.n;
   const int64_t width = forward ? c.n : c.k;
@@ -103,14 +103,20 @@ constexpr Case kCases[] = {
     {3, 1, 1, 1, 64, true, true, false},         {70, 65, 130, 16, 4096, false, true, true},
     {20, 4230, 128, 16, 64, true, false, false}, {20, 64, 8256, 16, 64, true, true, false},
     {50, 192, 4160, 8, 4096, true, true, false}, {34, 48, 4097, 3, 64, true, true, false},
-    {32, 31, 33, 0, 64, true, false, true},
+    {32, 31, 33, 0, 64, true, false, true},      {20, 64, 300, 3, 32, false, true, false, QuantType::kQ5_0},
 };
 
 TEST(tile_products) {
   if (!cpu::have_tiles()) {
     return;
   }
-  for (const Case& c : kCases) {
+  std::vector<Case> cases(std::begin(kCases), std::end(kCases));
+  for (const QuantType type : oracle::kGgufTypes) {
+    const int64_t block = oracle::block_of(type);
+    cases.push_back({17, 70, 3 * block, 5, block, false, true, false, type});
+    cases.push_back({40, 33, 10 * block, 0, block, false, false, false, type});
+  }
+  for (const Case& c : cases) {
     for (const bool forward : {true, false}) {
       check_product(c, forward, false);
       if (c.r > 0) {

@@ -274,7 +274,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     ``device`` None is a CUDA device if there is one, else the CPU; ``blocksize`` is ignored. Raises
     NotImplementedError for any other type.
     """
-    if typename not in _native.QUANT_TYPES:
+    if typename not in _native.CODEBOOKS:
         raise NotImplementedError(f"get_4bit_type: typename is {typename!r}: expected 'nf4' or 'fp4'.")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -32,7 +32,7 @@ class QuantState:
         nested: whether the scales are stored in 8 bits.
     """
 
-    valid_quant_types = _native.QUANT_TYPES
+    valid_quant_types = _native.CODEBOOKS
 
     def __init__(
         self,

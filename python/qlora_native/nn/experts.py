@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qlora_native.functional import dense_linear, linear, lora_linear
 from qlora_native.nn.linear import in_rows, keep_bits, scales_in
 from qlora_native.ops._library import part_of
-from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, bnb_state_key, from_bnb, to_bnb
+from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, from_tensors, state_key, to_tensors
 
 Factors = tuple[Tensor, Tensor, float]  # A [E, r, K], B [E, N, r] and the scale of an adapter of a stack
 Product = Callable[[str, int, Tensor], Tensor]
@@ -142,7 +142,7 @@ class QuantizedExperts(Substitute):
         for name, parameter in self._parameters.items():
             stack = self.stack(name)
             if stack is not None:
-                destination.update(to_bnb(stack, prefix + name))
+                destination.update(to_tensors(stack, prefix + name))
             elif parameter is not None and not name.endswith(_LAID_OUT):
                 destination[prefix + name] = parameter if keep_vars else parameter.detach()
 
@@ -155,10 +155,10 @@ class QuantizedExperts(Substitute):
                 if prefix + name in state_dict and parameter is not None:
                     with torch.no_grad():
                         parameter.copy_(state_dict[prefix + name])
-            elif bnb_state_key(state_dict, prefix + name) is None:
+            elif state_key(state_dict, prefix + name) is None:
                 missing_keys.append(prefix + name)
             else:
-                put_stack(self, name, from_bnb(state_dict, prefix + name).to(self._parameters[name].device))  # type: ignore[union-attr]
+                put_stack(self, name, from_tensors(state_dict, prefix + name).to(self._parameters[name].device))  # type: ignore[union-attr]
 
 
 def by_expert(

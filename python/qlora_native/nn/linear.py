@@ -20,9 +20,9 @@ class QuantizedLinear(nn.Linear):
     """y = x W^T + bias with W frozen in 4 bits.
 
     ``weight`` is a frozen uint8 parameter [ceil(n/2), 1]; scales are buffers beside it. The state_dict holds the keys
-    of bitsandbytes' Linear4bit (see :func:`qlora_native.to_bnb`), unless the weight is sharded
-    (:attr:`is_sharded`); loading a float [N, K] weight quantizes it. Casting the module (``.half()``, ``.to(dtype)``)
-    changes the bias alone: codes and scales keep their bits.
+    of bitsandbytes' Linear4bit (see :func:`qlora_native.to_bnb`), or a GGUF format's blocks, unless the weight is
+    sharded (:attr:`is_sharded`); loading a float [N, K] weight quantizes it. Casting the module (``.half()``,
+    ``.to(dtype)``) changes the bias alone: codes and scales keep their bits.
 
     Args:
         in_features, out_features, bias: as nn.Linear.
@@ -114,9 +114,9 @@ class QuantizedLinear(nn.Linear):
         state_dict does not change until the weight is sharded; loading one before is refused.
         """
         if not self.is_laid_out:
-            numel, absmax = self.in_features * self.out_features, self.absmax
+            numel = self.in_features * self.out_features
+            self.weight, self.absmax_bytes = in_rows(self.weight, self.absmax, numel, self._about.block_size)
             del self.absmax
-            self.weight, self.absmax_bytes = in_rows(self.weight, absmax, numel, self._about.block_size)
 
     @property
     def is_laid_out(self) -> bool:
@@ -197,7 +197,7 @@ class QuantizedLinear(nn.Linear):
         if self.weight.device.type == "meta":  # no values to describe yet
             destination[prefix + "weight"] = self.weight
         else:
-            destination.update(weight.to_bnb(self.quantized, prefix + "weight"))
+            destination.update(weight.to_tensors(self.quantized, prefix + "weight"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if self.is_sharded:
@@ -206,8 +206,8 @@ class QuantizedLinear(nn.Linear):
         name = prefix + "weight"
         try:
             value = None
-            if weight.bnb_state_key(state_dict, name) is not None:
-                value = weight.from_bnb(state_dict, name)
+            if weight.state_key(state_dict, name) is not None:
+                value = weight.from_tensors(state_dict, name)
             elif name in state_dict and state_dict[name].is_floating_point():
                 options: Any = {"quant_type": self._about.quant_type, "block_size": self._about.block_size}
                 double_quant = self.nested_absmax is not None
@@ -247,7 +247,9 @@ def keep_bits(module: nn.Module, before: dict[str, Tensor | None]) -> None:
 
 def in_rows(packed: Tensor, absmax: Tensor, numel: int, block_size: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Codes [blocks, block_size / 2], or as they are if the last block is not full, and scales [blocks, bytes]: frozen
-    uint8 parameters over the same memory."""
+    uint8 parameters over the same memory. Raises ValueError for a weight in a GGUF format."""
+    if numel and not absmax.numel():
+        raise ValueError("a weight in a GGUF format cannot be sharded over processes: quantize it to nf4 for that.")
     rows = packed.view(-1, block_size // 2) if numel % block_size == 0 else packed
     scales = absmax.view(-1, 1).view(torch.uint8)
     return nn.Parameter(rows, requires_grad=False), nn.Parameter(scales, requires_grad=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_native import reference
-from qlora_native._native import DTYPE_NUMBER
+from qlora_native._native import DTYPE_NUMBER, GGUF_BLOCKS, QUANT_TYPES
 
 NESTED_BLOCK = reference.NESTED_BLOCK
 
@@ -76,12 +76,17 @@ class Weight(NamedTuple):
         self.check()
         width = math.prod(self.shape[1:])
         begin, end = start * width, stop * width
-        if begin % self.block_size:
+        is_gguf = self.quant_type in GGUF_BLOCKS
+        if begin % self.block_size or (is_gguf and end % self.block_size):
+            where, at = ("ends", end) if begin % self.block_size == 0 else ("begins", begin)
             raise ValueError(
-                f"a slice of {list(self.shape)} begins at element {begin}, no multiple of block_size "
-                f"{self.block_size}: it does not begin at a block; dequantize the whole weight instead."
+                f"a slice of {list(self.shape)} {where} at element {at}, no multiple of block_size "
+                f"{self.block_size}: it does not {where[:-1]} at a block; dequantize the whole weight instead."
             )
         first, last = begin // self.block_size, -(-end // self.block_size)
+        if is_gguf:
+            size = GGUF_BLOCKS[self.quant_type][1]
+            return self._replace(packed=self.packed[first * size : last * size], shape=[stop - start, *self.shape[1:]])
         part = self._replace(
             packed=self.packed[begin // 2 : (end + 1) // 2],
             absmax=self.absmax[first:last],
@@ -118,7 +123,7 @@ class Weight(NamedTuple):
         )
 
 
-# The tensors of a quantized weight, with dtype and number of elements as expressions.
+# The tensors of a weight in nf4 or fp4, with dtype and number of elements as expressions.
 PARTS = {
     "packed": ("uint8", "(numel + 1) // 2"),
     "absmax": ("(float32 if nested_absmax is None else uint8)", "blocks"),
@@ -129,6 +134,7 @@ PARTS = {
 }
 # What the source of a check may name.
 SCOPE = {"prod": math.prod, "FLOATS": FLOATS, "NATIVE": NATIVE, "WIDE": WIDE, "BLOCK_SIZES": reference.BLOCK_SIZES}
+SCOPE["GGUF_BLOCKS"] = GGUF_BLOCKS
 SCOPE |= {name: getattr(torch, name) for name in ("uint8", "int64", "float32", "strided")}
 
 
@@ -205,8 +211,37 @@ def _misplaced(name: str, tensor: Tensor, device: torch.device) -> ValueError:
     )
 
 
+def _check_gguf(
+    packed: Tensor, absmax: Tensor, others: Sequence[Tensor | None], shape: Sequence[int], number: int, block_size: int
+) -> None:
+    """Refuses tensors that are not those of a GGUF type: its blocks in ``packed``, no element in ``absmax``."""
+    about = f"quantized weight {list(shape)} in {QUANT_TYPES[number]} blocks of {block_size}"
+    (elements, size), numel = GGUF_BLOCKS[number], math.prod(shape)
+    if block_size != elements or min(shape, default=0) < 0 or numel % elements:
+        raise ValueError(f"{about}: expected sizes of 0 or more that make whole blocks of {elements}.")
+    if any(other is not None for other in others):
+        raise ValueError(f"{about}: expected no nested scales and no tables, which lie in the packed bytes.")
+    for name, tensor, dtype, count in (
+        ("packed", packed, torch.uint8, numel // elements * size),
+        ("absmax", absmax, torch.float32, 0),
+    ):
+        if tensor.dtype is not dtype or tensor.numel() != count or not tensor.is_contiguous():
+            given = f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+            raise ValueError(f"{about}: {name} is {given}: expected {count} contiguous {dtype} values.")
+        if tensor.device != packed.device:
+            raise _misplaced(name, tensor, packed.device)
+
+
 def _lines_of_parts() -> Iterator[str]:
     """The check of a quantized weight's tensors, as source."""
+    yield "if quant_type in GGUF_BLOCKS:"
+    yield "    others = nested_absmax, nested_offset, code, nested_code"
+    yield "    check_gguf(packed, absmax, others, shape, quant_type, block_size)"
+    yield "else:"
+    yield from (f"    {line}" for line in _lines_of_codebook_parts())
+
+
+def _lines_of_codebook_parts() -> Iterator[str]:
     yield "if block_size not in BLOCK_SIZES or min(shape, default=0) < 0:"
     yield "    raise misfit_of_sizes(shape, block_size)"
     yield "numel = prod(shape)"
@@ -285,7 +320,7 @@ def _made(parameters: Iterable[str], lines: Iterable[str], **names: Any) -> Call
     """The function of these lines."""
     body = "".join(f"    {line}\n" for line in lines)
     scope = {**SCOPE, **names, "misfit_of_part": _misfit_of_part, "misplaced": _misplaced, "missing": _missing}
-    scope["misfit_of_sizes"] = _misfit_of_sizes
+    scope |= {"misfit_of_sizes": _misfit_of_sizes, "check_gguf": _check_gguf}
     exec(_code(f"def made({', '.join(parameters)}):\n{body}"), scope)
     made: Callable[..., Any] = scope["made"]
     return made

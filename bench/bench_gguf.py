@@ -1,0 +1,99 @@
+"""Products with weights in GGUF's block formats and bf16 activations, interleaved with NF4's and with ggml's.
+
+    python bench/bench_gguf.py --json
+    QLORA_NATIVE_ISA=avx2 python bench/bench_gguf.py --json
+
+Rows: the forward and the input gradient of every format. `nf4` is our product with a weight [N, K] in NF4, whose bytes
+are others; `ggml` is ggml's with the same bytes, which rounds x to 8 bits and has no gradient (ggml_peer.py). For few
+rows of x each rotates over copies of the weight, four times the last-level cache in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from typing import Any
+
+import ggml_peer
+import isa_env  # noqa: F401  (before torch)
+import torch
+from common import Bar, add_json, interleaved, line, machine, relative_error, timings, write_json
+from linear_contenders import copied, copies, rotation
+
+import qlora_native as qn
+from qlora_native.cases import GGUF_TYPES, TOLERANCE
+
+MANY = 64  # rows of x from which on a format is to be as fast as NF4
+STREAMED = ("q4_0", "q4_1", "q8_0")  # whose product of one row is compared with ggml's
+
+
+def weight_of(quant_type: str, n: int, k: int) -> qn.QuantizedWeight:
+    """Random values in the format, by ggml; or random bytes under scales of a moderate size."""
+    made = ggml_peer.quantize(torch.randn(n, k) / k**0.5, quant_type)
+    options: dict[str, Any] = {"shape": (n, k), "dtype": torch.bfloat16, "quant_type": quant_type}
+    if made is not None:
+        return qn.QuantizedWeight.of_blocks(made.packed, **options)
+    w = qn.QuantizedWeight.empty((n, k), dtype=torch.bfloat16, quant_type=quant_type)
+    w.packed.random_(0, 256)
+    blocks = w.packed.view(n * k // w.block_size, -1)
+    for at in (208,) if quant_type == "q6_k" else (0, 2):
+        blocks[:, at : at + 2] = torch.full((len(blocks), 1), 1e-3).half().view(torch.uint8)
+    return w
+
+
+def row(w: qn.QuantizedWeight, nf4: qn.QuantizedWeight, m: int, forward: bool, repeats: int) -> dict[str, Any]:
+    """One product by each."""
+    n, k = w.shape
+    t = torch.randn(m, k if forward else n, dtype=torch.bfloat16)
+    op = torch.ops.qlora_native.linear_4bit_grad_input
+
+    def product(weight: qn.QuantizedWeight) -> Any:
+        turn = rotation(lambda: copied(weight), weight.nbytes, m)
+        return (lambda: qn.linear(t, turn())) if forward else (lambda: op(t, False, *turn().op_args()))
+
+    functions = {"ours": product(w), "nf4": product(nf4)}
+    ggml = ggml_peer.library() if forward and m == 1 else None
+    if ggml is not None:
+        peer = ggml_peer.Weight(ggml, w.quant_type, w.packed, w.shape)
+        functions["ggml"] = ggml_peer.Product(peer, t, copies(w.nbytes, m))
+    dense = w.dequantize().double()
+    error = relative_error(functions["ours"](), t.double() @ (dense.t() if forward else dense))
+    bars = [Bar("nf4", 1.15)] if m >= MANY else [Bar("ggml", 1.25)] if m == 1 and w.quant_type in STREAMED else []
+    seconds = interleaved(functions, repeats * (4 if m == 1 else 1))
+    rate = w.nbytes / sorted(seconds["ours"])[len(seconds["ours"]) // 2] / 1e9
+    return {"match": error < TOLERANCE[torch.bfloat16], "gb_per_s": round(rate, 1), **timings(seconds, bars)}
+
+
+def main() -> None:
+    """Parse, run, print one line a row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--types", nargs="+", choices=GGUF_TYPES, default=GGUF_TYPES)
+    parser.add_argument("--m", type=int, nargs="+", default=(1, 64, 256, 1024))
+    parser.add_argument("--n", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=4096)
+    add_json(parser)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"bench": "gguf", "machine": machine(), "rows": []}
+    print(json.dumps(found["machine"]))
+    n, k = arguments.n, arguments.k
+    nf4 = qn.quantize(torch.randn(n, k) / k**0.5)
+    with torch.no_grad():
+        for quant_type in arguments.types:
+            w = weight_of(quant_type, n, k)
+            for m, forward in itertools.product(arguments.m, (True, False)):
+                if m > 1 or forward:
+                    direction = "forward" if forward else "grad_input"
+                    head = {"type": quant_type, "direction": direction, "m": m, "n": n, "k": k}
+                    found["rows"].append(head | row(w, nf4, m, forward, arguments.repeats))
+                    print(line(found["rows"][-1], "type", "direction", "m", "gb_per_s"), flush=True)
+    write_json(arguments.json, found)
+
+
+if __name__ == "__main__":
+    main()

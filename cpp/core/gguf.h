@@ -1,0 +1,203 @@
+// The block formats of GGUF files: their sizes, and the value of one element. The only home of both.
+//
+// A tensor is a row of blocks, each with its scales and its codes, and blocks run over the flattened tensor. An element
+// is code * factor, or code * factor + addend, in fp32 with every operation rounded, as the `gguf` Python package has
+// it (gguf/quants.py; the layouts are those of ggml-common.h). Kernels of vectors and of GPUs must give these bits.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "core/arithmetic.h"
+#include "core/codebook.h"
+#include "core/half.h"
+
+namespace qlora_native {
+
+struct BlockFormat {
+  const char* name;
+  int elements;  // of a block; 0 for nf4 and fp4, whose scales lie apart from the codes
+  int bytes;
+};
+
+inline constexpr int kQuantTypes = 11;
+
+// By QuantType.
+inline constexpr BlockFormat kBlockFormats[kQuantTypes] = {
+    {"nf4", 0, 0},    {"fp4", 0, 0},      {"q4_0", 32, 18},   {"q4_1", 32, 20},   {"q5_0", 32, 22},  {"q5_1", 32, 24},
+    {"q8_0", 32, 34}, {"q4_k", 256, 144}, {"q5_k", 256, 176}, {"q6_k", 256, 210}, {"iq4_nl", 32, 18}};
+
+QLORA_NATIVE_HD constexpr bool is_gguf(QuantType type) { return type >= QuantType::kQ4_0; }
+
+struct Iq4NlLevels {
+  int8_t value[16];
+};
+
+constexpr Iq4NlLevels iq4_nl_levels() {
+  return {{-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}};
+}
+
+// Of 16 neighboring elements.
+struct GgufScale {
+  float factor;
+  float addend;  // 0 for the formats without minima
+};
+
+// Blocks start at any byte.
+QLORA_NATIVE_HD float half_at(const uint8_t* p) {
+  const auto bits = static_cast<uint16_t>(p[0] | p[1] << 8);
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);  // one instruction in place of ten
+#else
+  return to_float(Fp16{bits});
+#endif
+}
+
+// Element i of 16 bytes: the low nibbles come first.
+QLORA_NATIVE_HD int nibble_of_32(const uint8_t* bytes, int i) { return i < 16 ? bytes[i] & 15 : bytes[i - 16] >> 4; }
+
+// Element i of a block of 256 in rows of 32 bytes, each 32 low nibbles and then 32 high ones.
+QLORA_NATIVE_HD int nibble_of_256(const uint8_t* bytes, int i) {
+  return bytes[i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4) & 15;
+}
+
+// Six bits a scale and six bits a minimum of each 32 elements, in 12 bytes.
+QLORA_NATIVE_HD GgufScale scale_of_k(const uint8_t* block, int element) {
+  const int i = element / 32;
+  const uint8_t* packed = block + 4;
+  const int scale = i < 4 ? packed[i] & 63 : (packed[i + 4] & 15) | (packed[i - 4] >> 2 & 48);
+  const int minimum = i < 4 ? packed[i + 4] & 63 : packed[i + 4] >> 4 | (packed[i] >> 2 & 48);
+  return {half_at(block) * static_cast<float>(scale), -(half_at(block + 2) * static_cast<float>(minimum))};
+}
+
+// How elements lie in a block: scale(block, element) is that of elements 16 i to 16 i + 15.
+template <QuantType kType>
+struct Gguf;
+
+template <>
+struct Gguf<QuantType::kQ4_0> {
+  static constexpr bool kAdds = false;  // whether there is an addend
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) { return nibble_of_32(block + 2, i) - 8; }
+};
+
+template <>
+struct Gguf<QuantType::kQ4_1> {
+  static constexpr bool kAdds = true;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), half_at(block + 2)}; }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) { return nibble_of_32(block + 4, i); }
+};
+
+template <>
+struct Gguf<QuantType::kQ5_0> {
+  static constexpr bool kAdds = false;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
+    return (nibble_of_32(block + 6, i) | (block[2 + i / 8] >> i % 8 & 1) << 4) - 16;
+  }
+};
+
+template <>
+struct Gguf<QuantType::kQ5_1> {
+  static constexpr bool kAdds = true;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), half_at(block + 2)}; }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
+    return nibble_of_32(block + 8, i) | (block[4 + i / 8] >> i % 8 & 1) << 4;
+  }
+};
+
+template <>
+struct Gguf<QuantType::kQ8_0> {
+  static constexpr bool kAdds = false;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) { return static_cast<int8_t>(block[2 + i]); }
+};
+
+template <>
+struct Gguf<QuantType::kQ4_K> {
+  static constexpr bool kAdds = true;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int i) { return scale_of_k(block, i); }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) { return nibble_of_256(block + 16, i); }
+};
+
+template <>
+struct Gguf<QuantType::kQ5_K> {
+  static constexpr bool kAdds = true;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int i) { return scale_of_k(block, i); }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
+    return nibble_of_256(block + 48, i) | (block[16 + i % 32] >> i / 32 & 1) << 4;
+  }
+};
+
+template <>
+struct Gguf<QuantType::kQ6_K> {
+  static constexpr bool kAdds = false;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int i) {
+    return {half_at(block + 208) * static_cast<float>(static_cast<int8_t>(block[192 + i / 16])), 0.0f};
+  }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {  // halves of 128: 64 low nibbles, 64 high ones
+    const int low = block[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 15;
+    const int high = block[128 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
+    return (low | high << 4) - 32;
+  }
+};
+
+template <>
+struct Gguf<QuantType::kIq4Nl> {
+  static constexpr bool kAdds = false;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+  QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
+    constexpr Iq4NlLevels levels = iq4_nl_levels();
+    return levels.value[nibble_of_32(block + 2, i)];
+  }
+};
+
+template <QuantType kType>
+QLORA_NATIVE_HD float gguf_value(const uint8_t* block, int element) {
+  using Format = Gguf<kType>;
+  const GgufScale scale = Format::scale(block, element);
+  const auto code = static_cast<float>(Format::code(block, element));
+  return Format::kAdds ? product_plus(code, scale.factor, scale.addend) : code * scale.factor;
+}
+
+// use.operator()<kType>() for a type of GGUF.
+template <typename Use>
+QLORA_NATIVE_HD auto with_gguf(QuantType type, const Use& use) {
+  switch (type) {
+    case QuantType::kQ4_0:
+      return use.template operator()<QuantType::kQ4_0>();
+    case QuantType::kQ4_1:
+      return use.template operator()<QuantType::kQ4_1>();
+    case QuantType::kQ5_0:
+      return use.template operator()<QuantType::kQ5_0>();
+    case QuantType::kQ5_1:
+      return use.template operator()<QuantType::kQ5_1>();
+    case QuantType::kQ8_0:
+      return use.template operator()<QuantType::kQ8_0>();
+    case QuantType::kQ4_K:
+      return use.template operator()<QuantType::kQ4_K>();
+    case QuantType::kQ5_K:
+      return use.template operator()<QuantType::kQ5_K>();
+    case QuantType::kQ6_K:
+      return use.template operator()<QuantType::kQ6_K>();
+    default:
+      return use.template operator()<QuantType::kIq4Nl>();
+  }
+}
+
+// Bytes of a weight of `numel` elements, whole blocks of them in a GGUF format.
+constexpr int64_t packed_bytes(QuantType type, int64_t numel) {
+  const BlockFormat& format = kBlockFormats[static_cast<int>(type)];
+  return is_gguf(type) ? numel / format.elements * format.bytes : (numel + 1) / 2;
+}
+
+// Where an element's bytes are, near enough to fetch them.
+constexpr int64_t byte_near(QuantType type, int64_t element) {
+  const BlockFormat& format = kBlockFormats[static_cast<int>(type)];
+  return is_gguf(type) ? element * format.bytes / format.elements : element / 2;
+}
+
+}  // namespace qlora_native
