@@ -2,7 +2,7 @@
 
 if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
   find_package(OpenMP REQUIRED COMPONENTS CXX)
-  set(file_store cpp/cpu/file_store.cc)
+  set(file_store cpp/cpu/bus_error.cc cpp/cpu/file_store.cc cpp/cpu/mapped_file.cc cpp/cpu/weight_stream.cc)
 else()
   find_package(OpenMP COMPONENTS CXX)
   set(file_store cpp/cpu/file_store_memory.cc)

@@ -20,6 +20,7 @@ pybind11_add_module(_C MODULE
   cpp/python/bind_linear_4bit.cc
   cpp/python/bind_lion_step.cc
   cpp/python/bind_linear_cross_entropy.cc
+  cpp/python/bind_mapped_file.cc
   cpp/python/bind_paging.cc
   cpp/python/bind_quantize_4bit.cc
   cpp/python/bind_rms_norm.cc

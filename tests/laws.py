@@ -276,6 +276,7 @@ def core_needs_only_the_core_packages(files: Tree) -> list[str]:
 
 NOT_AN_OP = re.compile(
     r"isa(_\w+)?|kernels(-\w+)*|vec(-\w+)?|fpcr|tiles|gemm|parallel|file_store|side_thread|wp|matmul_plan"
+    r"|bus_error|mapped_file|weight_stream"
     r"|elementwise|tables"  # a frame of CUDA kernels, and the levels
     r"|paging|file_store_memory|managed_store|pinned_store|page_store|paged_table|tensor_list|step_frame|grid"
     r"|linear_4bit_(bf16|fp16|decode|fragment|small|split_k|tile)"  # parts of a CUDA op that fill files of their own

@@ -2,14 +2,12 @@
 
 #include <fcntl.h>
 #include <linux/magic.h>
-#include <signal.h>
 #include <sys/mman.h>
 #include <sys/statvfs.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -105,48 +103,6 @@ void* private_memory(int64_t bytes, void* place = nullptr) {
   return memory;
 }
 
-// A page that the kernel can neither read nor find room for is a SIGBUS of whoever touches it. Its handler finds the
-// store by the address, prints the store's sentence and leaves the rest to the handler before it.
-std::array<std::atomic<const FileStore*>, 64> mapped_stores;  // those beyond have no sentence
-struct sigaction handler_before;
-
-void on_bus_error(int, siginfo_t* info, void*) {
-  for (const auto& listed : mapped_stores) {
-    const FileStore* const store = listed;
-    if (store != nullptr && store->holds(info->si_addr)) {
-      const std::string& sentence = store->lost_page();
-      [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, sentence.data(), sentence.size());
-      break;
-    }
-  }
-  sigaction(SIGBUS, &handler_before, nullptr);  // which the same fault meets next
-  if (info->si_code <= 0) {                     // sent by a process: it does not come again
-    raise(SIGBUS);
-  }
-}
-
-void list(const FileStore* store) {
-  static const bool installed = [] {
-    struct sigaction action{};
-    action.sa_sigaction = on_bus_error;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    return sigaction(SIGBUS, &action, &handler_before) == 0;
-  }();
-  for (auto& place : mapped_stores) {
-    const FileStore* none = nullptr;
-    if (!installed || place.compare_exchange_strong(none, store)) {
-      return;
-    }
-  }
-}
-
-void unlist(const FileStore* store) {
-  for (auto& place : mapped_stores) {
-    const FileStore* listed = store;
-    place.compare_exchange_strong(listed, nullptr);
-  }
-}
-
 }  // namespace
 
 bool lies_in_memory(const std::string& folder) {
@@ -162,8 +118,8 @@ int64_t page_bytes() {
 FileStore::FileStore(int64_t num_bytes, std::string folder, bool in_file)
     : num_bytes_(rounded_up(num_bytes, page_bytes())),
       folder_(std::move(folder)),
-      lost_page_("qlora_native: the page file in " + folder_ +
-                 " cannot be read or written: its disk fails or is full.\n") {
+      lost_pages_{"qlora_native: the page file in " + folder_ +
+                  " cannot be read or written: its disk fails or is full.\n"} {
   if (num_bytes_ == 0) {
     return;
   }
@@ -185,14 +141,16 @@ FileStore::FileStore(int64_t num_bytes, std::string folder, bool in_file)
     throw std::bad_alloc();
   }
   data_ = static_cast<char*>(memory);
+  lost_pages_.begin = data_;
+  lost_pages_.end = data_ + num_bytes_;
   in_file_ = in_file ? num_bytes_ : 0;
   if (in_file) {
-    list(this);
+    list(lost_pages_);
   }
 }
 
 FileStore::~FileStore() {
-  unlist(this);
+  unlist(lost_pages_);
   if (data_ != nullptr) {
     munmap(data_, static_cast<size_t>(num_bytes_));
   }
@@ -227,7 +185,7 @@ void FileStore::open_file() {
 void FileStore::to_file() {
   if (in_file_ < num_bytes_ && file_ < 0) {
     open_file();
-    list(this);
+    list(lost_pages_);
   }
   ByteRange before{0, 0};
   while (in_file_ < num_bytes_) {
@@ -263,7 +221,7 @@ bool FileStore::to_memory() {
     in_file_ = piece.begin;
   }
   if (file_ >= 0) {
-    unlist(this);
+    unlist(lost_pages_);
     close(file_);
     file_ = -1;
   }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/page_plan.h"
+#include "cpu/bus_error.h"
 
 namespace qlora_native::cpu {
 
@@ -36,8 +37,6 @@ class FileStore {
   char* data() const { return data_; }  // [num_bytes()], at this address for as long as the store lives
   int64_t num_bytes() const { return num_bytes_; }
   int64_t bytes_in_file() const { return in_file_.load(); }
-  const std::string& lost_page() const { return lost_page_; }  // the sentence for a page that cannot be had
-  bool holds(const void* address) const { return address >= data_ && address < data_ + num_bytes_; }
 
   // Moves all bytes into a file, piece by piece, so that they are never held twice; none of them stays resident.
   // PageFileError if the folder is missing, not writable, in memory itself (tmpfs), or without room for all of them.
@@ -64,7 +63,7 @@ class FileStore {
 
   const int64_t num_bytes_;  // whole pages
   const std::string folder_;
-  const std::string lost_page_;
+  BusErrorSentence lost_pages_;
   char* data_ = nullptr;
   int file_ = -1;
   // The bytes before it are in the file, the others in private memory. Between, if a move had to stop halfway.

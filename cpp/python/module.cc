@@ -67,6 +67,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("boundaries", &boundaries, py::arg("quant_type"),
              "Decision boundaries: 15 values for nf4 (0), 7 magnitudes for fp4 (1).");
   module.def("nested_code", &nested_code, "The 256 values that double-quantized scales are stored in.");
+  bind_mapped_file(module);
   bind_paging(module);  // its classes are named in the signatures of others
   bind_causal_attention(module);
   bind_quantize_4bit(module);

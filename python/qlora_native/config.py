@@ -178,6 +178,16 @@ class TrainConfig(_Section):
     """Everything that determines a run; ``from_file`` reads and checks a YAML file."""
 
     model: str = Field(description="model folder or .gguf file")
+    residency: Literal["auto", "mapped", "memory"] = _key(
+        "auto",
+        "weights of a 4-bit folder: mapped = used where they lie in its files, which several runs share; memory = "
+        "copied; auto = mapped on the CPU",
+    )
+    weight_budget: Positive | None = _key(
+        None,
+        "bytes of mapped weights that may be in memory at once, the others are read in each pass; without it decided "
+        "from what is free",
+    )
     output_dir: str = _key("qlora-out", "folder for the adapter, checkpoints and metrics.jsonl")
     resume: str | None = _key(
         None, "auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -415,10 +415,11 @@ def _named(dtypes: Iterable[torch.dtype]) -> str:
     return " or ".join(map(str, dtypes))
 
 
-def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedWeight:
+def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight", *, unread: Container[str] = ()) -> QuantizedWeight:
     """A weight from bitsandbytes' tensors (see :func:`to_bnb` for the keys; other keys are ignored).
 
-    Maps that equal the built-in tables are dropped, others are kept and honored.
+    Maps that equal the built-in tables are dropped, others are kept and honored. Scales under keys in ``unread`` are
+    not checked for NaN and infinities.
 
     Raises ValueError, naming the key, if one is missing or does not fit the others.
     """
@@ -451,7 +452,13 @@ def from_bnb(tensors: Mapping[str, Tensor], prefix: str = "weight") -> Quantized
                 f"from_bnb: '{full}' is {tensor.dtype} with {tensor.numel()} elements: expected "
                 f"{count} of {_named(dtypes)} for a {list(shape)} weight in blocks of {block_size}, all on one device."
             )
-        if name and tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
+        if (
+            name
+            and full not in unread
+            and tensor.is_floating_point()
+            and not tensor.is_meta
+            and not bool(tensor.isfinite().all())
+        ):
             raise ValueError(f"from_bnb: '{full}' holds a NaN or an infinity: expected finite numbers.")
         return tensor.contiguous().reshape(-1)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from qlora_native._io import user_path
@@ -159,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
     import qlora_native as qn
     from qlora_native._io import as_user_error
     from qlora_native.hf.generate import Sampling
+    from qlora_native.hf.mapped import BESIDE, stream_if_needed
     from qlora_native.hf.source import load_tokenizer
 
     with as_user_error():
@@ -168,6 +170,7 @@ def run(args: argparse.Namespace) -> int:
         model: Any = qn.load_model(args.model, device=device, **as_trained(args, rounds=True))
         if args.adapter:
             qn.load_adapter(model, args.adapter)
+        stream_if_needed(model, None, BESIDE, partial(print, file=sys.stderr))
     model.eval()
     chat = Chat(model, tokenizer, sampling, args.system, bool(args.adapter))
     show = show_side_by_side if has_rich_terminal() and args.adapter else show_in_turn

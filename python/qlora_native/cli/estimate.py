@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qlora_native.config import TrainConfig
     from qlora_native.distributed.memory import RankMemory
     from qlora_native.estimate import Estimate, Estimator, Terms
+    from qlora_native.estimate.streaming import StreamedRun
 
 CARDS = (1 << 30, 1 << 40)  # bytes of the smallest and the largest card that --gpu accepts
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)  # of the table of what fits
@@ -56,15 +57,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)")
     on_cpu = "for a run on the CPU (the default where torch finds no GPU and --gpu is not given)"
     add("--cpu", action="store_true", help=on_cpu)
+    add("--memory", metavar="SIZE", help="on the CPU: a 4-bit folder's speed in so little memory, timed on two layers")
+    add("--disk-rate", metavar="SIZE", help="with --memory: bytes a second of the disk (default: measured on the file)")
     add("--json", action="store_true", help="print one JSON object, in bytes")
     add("--plot", metavar="FILE.png", help="draw each part for checkpointing on and off")
-    parser.epilog = """No weights are read. Any key of the config can be given as --key value. docs/memory.md derives
-each figure and compares it with measurements.
+    parser.epilog = """No weights are read, but with --memory. Any key of the config can be given as --key value.
+docs/memory.md derives each figure and compares it with measurements.
 
 examples:
   qlora estimate config.yaml
   qlora estimate Llama-3.1-8B-Instruct --gpu 24GB --seq-length 2048 --batch-size 1
   qlora estimate Llama-3.1-70B-Instruct --gpus 8 --gpu 24GB --link 50GB
+  qlora estimate Llama-3.1-8B-nf4 --memory 4GB --disk-rate 500MB
   qlora estimate Qwen3-8B --gpu 16GB --lora.r 64 --optimizer adamw8bit --plot memory.png"""
 
 
@@ -97,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         "r": config.lora.r,
     }
     result = {**estimate.as_dict(), "setting": setting, "card": card, "fits": fitting}
+    streamed = None if args.memory is None else _streamed(args, config, estimator, device)
+    result["streamed"] = None if streamed is None else vars(streamed)
     result["ranks"] = [rank.as_dict() for rank in ranks]
     title = (
         f"{config.model} on {'a GPU' if device == 'cuda' else 'the CPU'}: {options.batch_size} x "
@@ -104,7 +110,11 @@ def run(args: argparse.Namespace) -> int:
         f"{options.optimizer}, rank {config.lora.r}"
     )
     terms = [(name, getattr(estimate.peak, field)) for field, name in NAMES.items()]
-    lines = _lines(estimate, card, fitting) + [rank.line(card) for rank in ranks]
+    lines = (
+        _lines(estimate, card, fitting)
+        + ([] if streamed is None else [str(streamed)])
+        + [rank.line(card) for rank in ranks]
+    )
     if not args.json and has_rich_terminal():
         _print_table(title, terms, estimate.total)
     else:
@@ -118,8 +128,25 @@ def card_bytes(text: str, option: str = "--gpu") -> int:
     """The memory of a card: 24GB is 24 GiB, as makers of cards count; 24 means 24GB."""
     num_bytes = parse_size(text, 1024) or parse_size(f"{text}GB", 1024) or 0
     if not CARDS[0] <= num_bytes <= CARDS[1]:
-        what = "the memory of a card" if option == "--gpu" else "bytes a second"
+        what = {"--gpu": "the memory of a card", "--memory": "memory"}.get(option, "bytes a second")
         raise UserError(f"{option} is {text!r}: expected {what} from 1GB to 1TB, such as 24GB")
+    return num_bytes
+
+
+def _streamed(args: argparse.Namespace, config: TrainConfig, estimator: Estimator, device: str) -> StreamedRun:
+    from qlora_native.estimate.streaming import streamed_run
+
+    if device != "cpu":
+        raise UserError("--memory is for a run on the CPU: add --cpu, or use --gpu for the memory of a card")
+    rate = None if args.disk_rate is None else disk_rate(args.disk_rate)
+    return streamed_run(config, estimator, card_bytes(args.memory, "--memory"), rate)
+
+
+def disk_rate(text: str) -> int:
+    """Bytes a second of a disk."""
+    num_bytes = parse_size(text, 1000) or 0
+    if not 1 << 20 <= num_bytes <= 1 << 40:
+        raise UserError(f"--disk-rate is {text!r}: expected bytes a second from 2MB to 1TB, such as 500MB")
     return num_bytes
 
 

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from qlora_native._io import as_user_error, as_write_error, atomic_folder
+    from qlora_native.hf.checkpoint import aligned_files
     from qlora_native.hf.load import LayerProgress, load_model
     from qlora_native.hf.source import load_tokenizer
 
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         note = f"no tokenizer is written: {error}"
     with as_write_error(out), atomic_folder(out) as partial:
-        model.save_pretrained(partial, max_shard_size=args.shard_size)
+        with aligned_files():
+            model.save_pretrained(partial, max_shard_size=args.shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     report = model.load_report

@@ -102,12 +102,20 @@ def measure(
         against: the reference, from a pass over the same rows.
         keep_in: a folder for the states that make this model a reference; without it none are kept.
     """
+    from qlora_native.hf.mapped import BESIDE, check_mapped_finite, stream_if_needed
+
     training = model.training
     model.eval()
+    streaming = stream_if_needed(model, None, BESIDE)
     try:
-        return _measure(model, rows, pad_id, against, keep_in)
+        scores, kept = _measure(model, rows, pad_id, against, keep_in)
     finally:
         model.train(training)
+        if streaming is not None:
+            streaming.close()
+    if not math.isfinite(float(scores.nats.sum())):
+        check_mapped_finite(model, str(model.load_report.path) if hasattr(model, "load_report") else "")
+    return scores, kept
 
 
 def _measure(

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_native._memory import trim_heap
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import Scratch, StoredTensor, check_finite, first_sentence, some_of
+from qlora_native.hf.checkpoint import Scratch, StoredTensor, check_finite, first_sentence, mapped_part, some_of
 from qlora_native.hf.plan import FLOATS, STATE_MARK, Converted, Plain, Plan, Read, Step
 from qlora_native.nn.experts import put_stack, quantized_stacks, stacks_of
 from qlora_native.nn.linear import QuantizedLinear
@@ -238,8 +238,10 @@ class MetaModel:
                 yield name, self.dense(name, value, step.file)
 
     def dense(self, name: str, tensor: Tensor, file: str) -> Tensor:
-        """The tensor in the model's dtype and on its device. UserError for a NaN or an infinity."""
-        check_finite(tensor, name, file)
+        """The tensor in the model's dtype and on its device. UserError for a NaN or an infinity, but in a mapped file,
+        of which nothing is read yet (:func:`qlora_native.hf.mapped.check_mapped_finite`)."""
+        if mapped_part(tensor) is None:
+            check_finite(tensor, name, file)
         return tensor.to(self.device, self.dtype_of(name))
 
     def finished(self, weight: QuantizedWeight) -> QuantizedWeight:

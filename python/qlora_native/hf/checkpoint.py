@@ -1,7 +1,8 @@
 """Safetensors files read and written one tensor at a time; each way they can be broken is a UserError.
 
-Reading goes through plain ``read`` calls, not a memory map: a file that shrinks while it is read is then an error with
-a name, not a SIGBUS, and a reading costs exactly the memory of the tensor.
+Reading goes through plain ``read`` calls: a file that shrinks while it is read is then an error with a name, and a
+reading costs exactly the memory of the tensor. :class:`FileMap` maps files instead, for weights that are used as they
+lie.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import mmap
 import re
 import struct
 import sys
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qlora_native import _C
 from qlora_native._io import read_json, reading, reason, regular
 from qlora_native.errors import UserError
 from qlora_native.reference import is_finite
@@ -77,6 +81,63 @@ class Scratch:
         rest = copy(self)
         rest._start += num_bytes
         return rest
+
+
+LEAST_MAPPED = 64 << 10  # bytes of a tensor that is mapped; smaller ones are read and checked
+_mapped: weakref.WeakSet[_C.MappedFile] = weakref.WeakSet()
+
+
+class FileMap:
+    """Tensors as views of mapped files: read when they are touched, shared by processes, copied where they are written.
+
+    ``num_bytes`` are those of all such views; ``copied`` has the reason by name for each tensor that had to be copied.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, _C.MappedFile] = {}
+        self.num_bytes = 0
+        self.copied: dict[str, str] = {}
+
+    def tensor(self, stored: StoredTensor, scratch: Scratch | None) -> Tensor | None:
+        """A view, which keeps its file mapped; None for a tensor to be read: small, misaligned, or to be converted."""
+        if stored.num_bytes < LEAST_MAPPED:
+            return None
+        if scratch is not None or stored.scales is not None:
+            self.copied[stored.name] = f"it is stored as {stored.dtype}"
+            return None
+        if stored.start % stored.dtype.itemsize:
+            self.copied[stored.name] = f"it begins at byte {stored.start:,}"
+            return None
+        if stored.file not in self._files:
+            with reading(stored.file):
+                file = self._files[stored.file] = _C.MappedFile(str(stored.file))
+            if file.num_bytes < stored.start + stored.num_bytes:
+                raise _truncated(stored.file, stored.start + stored.num_bytes)
+            _mapped.add(file)
+        self.num_bytes += stored.num_bytes
+        count = math.prod(stored.shape)
+        file = self._files[stored.file]
+        return torch.frombuffer(file, dtype=stored.dtype, count=count, offset=stored.start).view(stored.shape)
+
+
+class MappedPart(NamedTuple):
+    """Bytes ``begin`` to ``end`` of a mapped file."""
+
+    file: _C.MappedFile
+    begin: int
+    end: int
+
+
+def mapped_part(tensor: Tensor) -> MappedPart | None:
+    """Where a tensor lies in a mapped file; None if it lies elsewhere."""
+    if tensor.device.type != "cpu":
+        return None
+    address = tensor.data_ptr()
+    for file in _mapped:
+        begin = address - file.address
+        if 0 <= begin < file.num_bytes:
+            return MappedPart(file, begin, begin + tensor.nbytes)
+    return None
 
 
 class Checkpoint:
@@ -246,6 +307,7 @@ def _truncated(path: Path, expected: int) -> UserError:
 
 
 MOST_SHORT_BYTES = 512  # of a tensor without a shape: room is kept in the header for its offsets
+ALIGNMENT = 64  # bytes of a cache line: tensors are used where they lie in a mapped file
 
 
 class Output(NamedTuple):
@@ -262,10 +324,16 @@ class Output(NamedTuple):
 
 
 class ShardWriter:
-    """One file, written in a ``with`` block. ``write`` appends to a tensor, whatever the order of the tensors."""
+    """One file, written in a ``with`` block. ``write`` appends to a tensor, whatever the order of the tensors.
+
+    The format has no room between tensors: those of whole cache lines come first and so begin with one.
+    """
 
     def __init__(self, path: Path, outputs: Iterable[Output]) -> None:
-        self.outputs = sorted(outputs, key=lambda output: (output.shape is None, -output.dtype.itemsize, output.name))
+        def place(output: Output) -> tuple[Any, ...]:
+            return output.shape is None, output.num_bytes % ALIGNMENT > 0, -output.dtype.itemsize, output.name
+
+        self.outputs = sorted(outputs, key=place)
         self._begin: dict[str, int] = {}
         self._end = 0  # where the next tensor without a shape goes
         for output in self.outputs:
@@ -275,7 +343,7 @@ class ShardWriter:
         self._written: Counter[str] = Counter()
         most = sum(output.num_bytes for output in self.outputs)  # no offset has more digits
         longest = self._header({output.name: (most, most + MOST_SHORT_BYTES) for output in self.outputs})
-        self._header_bytes = len(longest) + -len(longest) % 8
+        self._header_bytes = len(longest) + -(8 + len(longest)) % ALIGNMENT
         self._file = path.open("wb")
 
     def __enter__(self) -> ShardWriter:
@@ -316,3 +384,22 @@ class ShardWriter:
             shape = [end - begin] if output.shape is None else list(output.shape)
             entries[output.name] = {"dtype": _NAMES[output.dtype], "shape": shape, "data_offsets": [begin, end]}
         return json.dumps(entries, separators=(",", ":")).encode()
+
+
+@contextmanager
+def aligned_files() -> Iterator[None]:
+    """Within it ``save_pretrained`` writes files whose tensors are aligned as :class:`ShardWriter` aligns them."""
+    from transformers import modeling_utils
+
+    def save(tensors: Mapping[str, Tensor], path: Path, **_: object) -> None:
+        outputs = [Output(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        with ShardWriter(Path(path), outputs) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+
+    before = modeling_utils.safe_save_file
+    modeling_utils.safe_save_file = save
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = before

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, update_wrapper, wraps
 from itertools import pairwise, permutations, product
-from types import CellType, FunctionType
+from types import CellType, FunctionType, NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qlora_native as qn
 from qlora_native.functional import SIXTEEN_BITS, dense_linear
+from qlora_native.hf.checkpoint import mapped_part
 from qlora_native.nn.experts import Substitute, substitute_class
 from qlora_native.ops import _library
 from qlora_native.ops._direct import call
@@ -47,14 +48,34 @@ def fuse(model: nn.Module) -> dict[str, int]:
         How many modules were fused, by kind: ``norm``, ``mlp``, ``attention``, ``linear``.
     """
     counts: Counter[str] = Counter()
+    found: dict[Any, dict[str, Any] | None] = {}  # of modules alike, the first is tried out: trying reads its weights
     for kinds in ((Dense,), (Norm, GatedMLP, Attention)):  # the latter are tried out with their linear layers
         for module, kind in product(list(model.modules()), kinds):
-            settings = None if isinstance(module, Fused) else kind.recognize(module)
+            if isinstance(module, Fused):
+                continue
+            key = kind, _likeness(module)
+            if key not in found:
+                found[key] = kind.recognize(module)
+            settings = found[key]
             if settings is not None:
                 vars(module).update(settings)
                 module.__class__ = substitute_class(kind, type(module))
                 counts[kind.label] += 1
     return dict(counts)
+
+
+def _likeness(module: nn.Module) -> tuple[Any, ...]:
+    """The same of two modules that compute the same function of their weights and inputs."""
+
+    def fields(part: nn.Module) -> Iterator[tuple[str, Any]]:
+        for name, value in sorted(vars(part).items()):
+            if isinstance(value, (str, int, float, NoneType)):
+                yield name, value
+            elif not name.startswith("_"):
+                yield name, id(value)
+
+    weights = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in module.named_parameters())
+    return weights, *((name, type(part), *fields(part)) for name, part in module.named_modules())
 
 
 def unfuse(model: nn.Module) -> None:
@@ -183,7 +204,8 @@ class Dense(Fused):
     def recognize(cls, module: nn.Module) -> dict[str, Any] | None:
         if type(module) is not nn.Linear or module.weight.dtype not in SIXTEEN_BITS or not is_on_cpu(module.weight):
             return None
-        if module.weight.numel() >= 1 << 22 and module.weight.is_contiguous():  # no cache holds it
+        is_large = module.weight.numel() >= 1 << 22 and module.weight.is_contiguous()  # no cache holds it
+        if is_large and mapped_part(module.weight) is None:
             gather_pages(module.weight)
         return {}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_native import _C
 from qlora_native._memory import trim_heap
 from qlora_native.errors import UserError
 from qlora_native.hf import fuse as fusion
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, four_bit_parts
-from qlora_native.hf.checkpoint import some_of
+from qlora_native.hf.checkpoint import FileMap, some_of
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.source import SafetensorsSource, Source, open_source
 from qlora_native.nn.experts import without_stacks
 from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, QuantizedWeight, quantize
 
+RESIDENCIES = ("auto", "mapped", "memory")
 Progress = Callable[[str, int, int], None]  # (what is done, layers done, layers in all)
 
 
@@ -43,6 +45,8 @@ class LoadReport:
             methods without data.
         fell_back: weights that did not get the method on loading, and why; "name[3]" is expert 3 of a stack.
         seconds: that loading took.
+        bytes_mapped: of the weights that lie in mapped files, 0 with residency "memory".
+        copied: tensors over 64 KiB that could not be mapped with the others, and why.
     """
 
     path: Path
@@ -53,6 +57,8 @@ class LoadReport:
     calibration: dict[str, Any] | None = None
     fell_back: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    bytes_mapped: int = 0
+    copied: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -72,6 +78,10 @@ class LoadReport:
             text += f"; {self.method} by {self.calibration['tokens']:,} tokens"
         if self.fell_back:
             text += f"; {len(self.fell_back)} weights were not calibrated ({some_of(list(self.fell_back), 3)})"
+        if self.bytes_mapped:
+            text += f"; {self.bytes_mapped / 2**20:.1f} MiB are mapped from the files"
+        if self.copied:
+            text += f"; {len(self.copied)} tensors had to be copied ({some_of(list(self.copied), 3)})"
         return text
 
 
@@ -87,6 +97,7 @@ def load_model(
     method: str | None = None,
     calibration: Any = None,
     fuse: bool = True,
+    residency: str = "auto",
     work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     reader: Callable[[Source, MetaModel], None] | None = None,
@@ -116,6 +127,10 @@ def load_model(
             :class:`qlora_native.CalibrationData`, which also limits how much of it is taken.
         fuse: give the modules between the products native kernels where they compute the same to rounding, as
             :func:`qlora_native.fuse` does.
+        residency: "memory" copies the weights, "mapped" uses those of a 4-bit folder where they lie in its files: they
+            are read when they are first used, processes share them, and nothing is ever written to the files. A dense
+            weight that holds a NaN is then found when a loss is not finite, not on loading. "auto" maps where that is
+            possible: a 4-bit folder, the CPU, Linux.
         work_dir: with calibration, a folder of this load's own on a disk: finished layers and hidden states are kept
             there, a load that was killed goes on from it, and a load that ends removes it.
         progress: with calibration, called with a line of text, the layers done, and the layers in all.
@@ -129,6 +144,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"load_model: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
+    file_map: FileMap | None = None
     method = method or ("rtn" if calibration is None else CALIBRATED[0])
     if method not in METHODS:
         raise ValueError(f"load_model: method is {method!r}: expected {', '.join(map(repr, METHODS))}.")
@@ -138,6 +154,8 @@ def load_model(
         raise ValueError(f"load_model: method {method!r} needs calibration data: give calibration a file or texts.")
     if isinstance(skip_modules, str):
         raise ValueError(f"load_model: skip_modules is the string {skip_modules!r}: expected a list of module names.")
+    if residency not in RESIDENCIES:
+        raise ValueError(f"load_model: residency is {residency!r}: expected {', '.join(map(repr, RESIDENCIES))}.")
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before minutes of reading
 
@@ -160,7 +178,8 @@ def load_model(
     elif reader is not None:
         reader(source, meta)
     else:
-        meta.load(source, source.plan(meta).steps)
+        with _file_map(source, residency, target) as file_map:
+            meta.load(source, source.plan(meta).steps)
     model = meta.finish()
     if isinstance(source, SafetensorsSource):
         model.generation_config = source.generation_config() or model.generation_config
@@ -174,8 +193,36 @@ def load_model(
     if fuse:
         fusion.fuse(model)
     trim_heap()
-    model.load_report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
+    report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
+    if file_map is not None:
+        report = replace(report, bytes_mapped=file_map.num_bytes, copied=file_map.copied)
+    model.load_report = report
     return model
+
+
+@contextmanager
+def _file_map(source: Source, residency: str, device: torch.device) -> Iterator[FileMap | None]:
+    """Within it ``source`` maps its tensors, if ``residency`` says so. UserError for "mapped" where that cannot be."""
+    missing = [
+        text
+        for text, has in (
+            ("a folder of 4-bit safetensors", isinstance(source, SafetensorsSource) and source.is_four_bit),
+            ("a model on the CPU", device.type == "cpu"),
+            ("Linux", hasattr(_C, "MappedFile")),
+        )
+        if not has
+    ]
+    if residency == "mapped" and missing:
+        raise UserError(f"{source.path} cannot be mapped: residency 'mapped' needs {' and '.join(missing)}.")
+    if residency == "memory" or missing:
+        yield None
+        return
+    assert isinstance(source, SafetensorsSource)
+    source.file_map = FileMap()
+    try:
+        yield source.file_map
+    finally:
+        source.file_map = None
 
 
 def _rtn_signed(weight: Tensor, **options: Any) -> QuantizedWeight:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor, first_sentence
+from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor, first_sentence, mapped_part
 from qlora_native.weight import QuantizedWeight, from_bnb
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class FourBit(_Step):
         """The weight of its parts; UserError if they do not fit together."""
         tensors = {stored.name: read(stored) for stored in self.parts}
         try:
-            return from_bnb(tensors, self.key)
+            unread = {name for name, tensor in tensors.items() if mapped_part(tensor) is not None}
+            return from_bnb(tensors, self.key, unread=unread)
         except (ValueError, KeyError) as error:
             raise UserError(f"{self.file}: 4-bit weight {self.key} cannot be used: {first_sentence(error)}") from error
 

@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qlora_native._io import check_folder, panics_caught, read_json, reading, regular, user_path
 from qlora_native.errors import UserError
 from qlora_native.hf.build import MetaModel
-from qlora_native.hf.checkpoint import Checkpoint, Scratch, StoredTensor, first_sentence, some_of
+from qlora_native.hf.checkpoint import Checkpoint, FileMap, Scratch, StoredTensor, first_sentence, some_of
 from qlora_native.hf.config import METHOD
 from qlora_native.hf.plan import FLOATS, STATE_MARK, Plain, Plan, make_plan, unscaled
 
@@ -35,6 +35,7 @@ class SafetensorsSource:
         self.config = read_config(folder)
         self.four_bit_config = four_bit_config(self.config, folder)
         self.is_four_bit = any(STATE_MARK in key for key in self.checkpoint.tensors)
+        self.file_map: FileMap | None = None  # of the load in progress, if tensors are to be mapped
         self._plan: Plan | None = None
 
     def plan(self, meta: MetaModel) -> Plan:
@@ -48,6 +49,9 @@ class SafetensorsSource:
 
     def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         """The tensor, 16-bit if it is stored as 8-bit floats."""
+        mapped = None if self.file_map is None else self.file_map.tensor(stored, scratch)
+        if mapped is not None:
+            return mapped
         tensor = self.checkpoint.read(stored, scratch)
         if stored.scales is None:
             return tensor.bfloat16() if tensor.dtype in FLOATS else tensor

@@ -48,7 +48,7 @@ from qlora_native.train.checkpoint import (
     stop_request,
 )
 from qlora_native.train.graphs import Passes, why_eager
-from qlora_native.train.memory import MemoryReport, OOMRetry
+from qlora_native.train.memory import MappedWeights, MemoryReport, OOMRetry
 from qlora_native.train.progress import Metrics, Progress, make_loggers, plot_losses
 from qlora_native.train.setup import learning_rate, make_optimizer, prepare_model
 
@@ -89,6 +89,8 @@ class TrainSummary:
     peak_rss_bytes: int
     adapter_dir: Path  # the adapter after the last step
     best_dir: Path | None  # the adapter with the lowest held-out loss
+    weight_bytes_read: int = 0  # of frozen weights that did not fit, by this process
+    weight_stall_seconds: float = 0.0  # waiting for them
 
 
 class Trainer:
@@ -193,6 +195,7 @@ class Trainer:
         self.passes = Passes(
             model, lambda batch: causal_lm_loss(model, batch), progress.note, is_captured=reason is None
         )
+        weights = MappedWeights(config, model, memory, progress.note)
         oom_retry = OOMRetry(config, optimizer, progress.note, can_retry=ranks.world == 1)
         speeds: list[float] = []
         began = time.monotonic()
@@ -202,6 +205,7 @@ class Trainer:
                 if held_out and is_due(state.step, options.eval_every, total):
                     started = time.monotonic()
                     loss = oom_retry.run(partial(self.evaluate, held_out), f"evaluation after step {state.step}")
+                    weights.check(loss)
                     progress.evaluation(state.step, loss, time.monotonic() - started)
                     self._record_evaluation(state, loss, metrics)
                 if state.step >= total:
@@ -212,6 +216,7 @@ class Trainer:
                 what = f"step {state.step + 1}"
                 items = next(sampler.forever())
                 loss, tokens, trained = oom_retry.run(partial(self._learn, rows, items), what)
+                weights.check(loss)
                 rate = learning_rate(
                     state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
                 )
@@ -255,7 +260,7 @@ class Trainer:
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
             memory_line = None if memory is None else memory.line()  # before the plot of the losses takes memory
-            summary = self._finish(state, oom_retry, progress, speeds, time.monotonic() - began)
+            summary = self._finish(state, oom_retry, weights, progress, speeds, time.monotonic() - began)
             if memory_line is not None:
                 progress.note(memory_line)
             return summary
@@ -335,7 +340,13 @@ class Trainer:
         return folder
 
     def _finish(
-        self, state: TrainState, oom_retry: OOMRetry, progress: Progress, speeds: list[float], seconds: float
+        self,
+        state: TrainState,
+        oom_retry: OOMRetry,
+        weights: MappedWeights,
+        progress: Progress,
+        speeds: list[float],
+        seconds: float,
     ) -> TrainSummary:
         progress.close()  # the summary is printed below the bar
         paging = oom_retry.optimizer.paging_statistics()
@@ -358,6 +369,8 @@ class Trainer:
             peak_rss_bytes=peak_rss_bytes(),
             adapter_dir=adapter_dir,
             best_dir=self.output_dir / "best" if state.best_step and state.best_loss is not None else None,
+            weight_bytes_read=weights.bytes_read,
+            weight_stall_seconds=weights.stall_seconds,
         )
         progress.note(describe(summary))
         return summary
@@ -375,6 +388,11 @@ def describe(summary: TrainSummary) -> str:
             f"paging moved {summary.paged_bytes / 2**20:,.0f} MiB of optimizer states; "
             f"{summary.retried} {'step' if summary.retried == 1 else 'steps'} began again; "
             f"it cost {summary.paging_seconds:.1f} s"
+        )
+    if summary.weight_bytes_read:
+        lines.append(
+            f"read {summary.weight_bytes_read / 2**20:,.0f} MiB of frozen weights that did not fit in memory, and "
+            f"waited {summary.weight_stall_seconds:.1f} s for them"
         )
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite")

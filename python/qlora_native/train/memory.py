@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from qlora_native.train.checkpoint import random_state, set_random_state
 
 if TYPE_CHECKING:
     from qlora_native.estimate import Estimate
+    from qlora_native.hf.mapped import Streaming
 
 Result = TypeVar("Result")
 
@@ -41,6 +43,7 @@ class MemoryReport:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.predicted: Estimate | None = None
         self.reason = ""
+        self.mapped = 0  # bytes of the weights that lie in mapped files
         try:
             estimator = Estimator(source, Setting.from_config(config, self.device))
             self.predicted = estimator.at(length=-(-longest // 8) * 8)  # as collate pads
@@ -68,8 +71,58 @@ class MemoryReport:
         result = f"measured {measured / 2**20:,.0f} MiB" if measured else "which this system does not measure"
         if self.predicted is None:
             return f"memory of model and training: not predicted ({self.reason}), {result}"
-        error = f" ({100 * (self.predicted.total / measured - 1):+.1f} %)" if measured else ""
-        return f"memory of model and training: predicted {self.predicted.total / 2**20:,.0f} MiB, {result}{error}"
+        predicted = self.predicted.total - self.mapped
+        error = f" ({100 * (predicted / measured - 1):+.1f} %)" if measured else ""
+        mapped = f", beside {self.mapped / 2**20:,.0f} MiB of mapped weights" if self.mapped else ""
+        return f"memory of model and training: predicted {predicted / 2**20:,.0f} MiB, {result}{error}{mapped}"
+
+    def beside_weights(self) -> int:
+        """Bytes that the run is predicted to take beside frozen weights and the adapters, which are there already."""
+        if self.predicted is None:
+            return 0
+        terms = self.predicted.peak
+        return terms.total - terms.weights - terms.scales - terms.dense - terms.adapters
+
+
+class MappedWeights:
+    """The weights of a run that lie in mapped files: streamed where they do not fit, checked as the run goes on."""
+
+    def __init__(
+        self, config: TrainConfig, model: Any, report: MemoryReport | None, note: Callable[[str], None]
+    ) -> None:
+        self._model, self._where = model, config.model
+        self._files: list[_C.MappedFile] = []
+        self._streaming: Streaming | None = None
+        if not getattr(getattr(model, "load_report", None), "bytes_mapped", 0):
+            return
+        from qlora_native.hf.mapped import num_bytes, parts_of, stream_if_needed
+
+        parts = parts_of(model)
+        self._files = list({id(part.file): part.file for part in parts}.values())
+        beside = 0
+        if report is not None:
+            report.mapped = num_bytes(parts)
+            beside = report.beside_weights()
+        self._streaming = stream_if_needed(model, config.weight_budget, beside, note)
+
+    def check(self, loss: float) -> None:
+        """UserError if a file was changed under the run, or if the loss is not finite since a weight is not."""
+        if self._files:
+            from qlora_native.hf.mapped import check_files, check_mapped_finite
+
+            check_files(self._files)
+            if not math.isfinite(loss):
+                check_mapped_finite(self._model, self._where)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of streamed layers, so far."""
+        return 0 if self._streaming is None else self._streaming.stream.bytes_read
+
+    @property
+    def stall_seconds(self) -> float:
+        """That layers were waited for, so far."""
+        return 0.0 if self._streaming is None else self._streaming.stream.stall_seconds
 
 
 # In a plain RuntimeError of torch's CPU allocator, C++, oneDNN, cuBLAS and cuDNN.

@@ -100,7 +100,7 @@ def _load(
         "method": "rtn" if is_made else quant.method,
     }
     if ranks.world == 1:
-        return load_model(source, calibration=calibration, progress=progress, **options)
+        return load_model(source, calibration=calibration, residency=config.residency, progress=progress, **options)
     if calibration is not None:
         from qlora_native.calibration.data import quantize_command
 

@@ -1,0 +1,249 @@
+"""A 4-bit folder mapped and copied, and training under a memory limit that is smaller than its file.
+
+    python bench/four_bit_folder.py 8B FOLDER
+    python bench/bench_residency.py FOLDER --limits 4 2.5 --json        needs cgroup version 1 and root
+    python bench/bench_residency.py FOLDER70 --limits 24 --skip open steps unlimited --json residency-70b
+
+open: seconds beyond the imports and private memory, warm, copied against mapped. steps: passes of few tokens in turns,
+copied against mapped; the gradients must be equal. train: `qlora train`'s own loop, 3 steps of 1,024 tokens, unlimited
+and under each limit (GiB, page cache counted), with the file out of the cache at the start: tokens/s, bytes read a step
+by the kernel's count, the plan's, and the adapter, which must be the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import isa_env  # noqa: F401  (before torch)
+from children import Child, serve
+
+GIB = 1 << 30
+CGROUPS = Path("/sys/fs/cgroup/memory")
+TOKENS, STEPS, RANK = 1024, 3, 8
+
+
+def private_bytes() -> int:
+    """Of this process alone: what it wrote to."""
+    return 1024 * int(re.findall(r"^Private_Dirty:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[0])
+
+
+def bytes_read() -> int:
+    """From disks so far, by the kernel's count."""
+    return int(re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[0])
+
+
+def disk_rate(file: Path, most: int = GIB) -> float:
+    """Bytes a second of reading the file past the page cache."""
+    import mmap
+
+    block = mmap.mmap(-1, 8 << 20)
+    descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    done, began = 0, time.monotonic()
+    while done < most and (got := os.preadv(descriptor, [block], done)) > 0:
+        done += got
+    os.close(descriptor)
+    return done / (time.monotonic() - began)
+
+
+def forget(folder: Path) -> None:
+    """The files' pages leave the page cache."""
+    from qlora_native import _C
+
+    for file in folder.glob("*.safetensors"):
+        mapped = _C.MappedFile(str(file))
+        mapped.release(0, mapped.num_bytes)
+
+
+def opened(folder: Path, residency: str) -> dict[str, Any]:
+    """Loads the model in this process."""
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    import qlora_native as qn
+    import qlora_native.hf.load
+
+    before, began = private_bytes(), time.monotonic()
+    qn.load_model(folder, residency=residency)
+    seconds = time.monotonic() - began
+    return {"seconds": round(seconds, 3), "private_mib": round((private_bytes() - before) / 2**20, 1)}
+
+
+def passes(folder: Path, residency: str, tokens: int) -> None:
+    """A child that makes a forward and a backward pass at each line; the answer has its seconds and a hash."""
+    import torch
+
+    import qlora_native as qn
+    from qlora_native.hf.loss import causal_lm_loss
+
+    model: Any = qn.add_lora(qn.load_model(folder, residency=residency), qn.LoraConfig(r=RANK, seed=0)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.arange(tokens)[None] % 300
+
+    def answer(_: list[str]) -> dict[str, Any]:
+        model.zero_grad()
+        began = time.monotonic()
+        loss = causal_lm_loss(model, {"input_ids": ids, "labels": ids})
+        loss.backward()
+        seconds = time.monotonic() - began
+        found = hashlib.sha256(str(loss.item()).encode())
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                found.update(parameter.grad.numpy().tobytes())
+        return {"seconds": seconds, "sha256": found.hexdigest()}
+
+    serve(answer)
+
+
+def train(folder: Path, out: Path, length: int) -> dict[str, Any]:
+    """The run in this process."""
+    from qlora_native._memory import peak_rss_bytes
+    from qlora_native.config import TrainConfig
+    from qlora_native.train.loop import Trainer
+
+    text = "what is red? apple and what is blue? plum. " * (length // 8)
+    (out / "rows.jsonl").write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(4)))
+    options = {
+        "steps": STEPS,
+        "batch_size": 1,
+        "grad_accum": 1,
+        "optimizer": "adamw8bit",
+        "eval_every": 0,
+        "save_every": 0,
+    }
+    data = {"train": str(out / "rows.jsonl"), "max_length": length, "eval_fraction": 0, "train_on": "all"}
+    config = TrainConfig.from_values(
+        {"model": str(folder), "output_dir": str(out / "run"), "data": data, "lora": {"r": RANK}, "train": options}
+    )
+    read: list[int] = []
+    computing: list[float] = []
+    records: list[dict[str, Any]] = []
+
+    def on_step(record: dict[str, Any]) -> None:
+        read.append(bytes_read())
+        computing.append(time.process_time())
+        records.append(record)
+        print(record, file=sys.stderr, flush=True)
+
+    began, start = time.monotonic(), time.process_time()
+    trainer = Trainer(config, on_step=on_step)
+    summary = trainer.train()
+    from qlora_native.hf.mapped import num_bytes, parts_of, streaming_of
+
+    streaming = streaming_of(trainer.model)
+    plan = None if streaming is None else streaming.plan
+    return {
+        "tokens": records[0]["tokens"],
+        "seconds": [record["seconds"] for record in records],
+        "cpu_seconds": [after - before for before, after in zip([start, *computing], computing, strict=False)],
+        "loss": [record["loss"] for record in records],
+        "read_bytes": [after - before for before, after in zip([0, *read], read, strict=False)],
+        "weights": num_bytes(parts_of(trainer.model)),
+        "resident": None if plan is None else plan.resident_bytes,
+        "streamed": 0 if plan is None else plan.streamed_bytes,
+        "layers_streamed": 0 if plan is None else len(plan.streamed),
+        "planned_read": 0 if plan is None else plan.bytes_read(),
+        "stall_seconds": round(summary.weight_stall_seconds, 2),
+        "peak_rss": peak_rss_bytes(),
+        "seconds_in_all": round(time.monotonic() - began, 1),
+        "sha256": hashlib.sha256((summary.adapter_dir / "adapter_model.safetensors").read_bytes()).hexdigest(),
+    }
+
+
+def child(*words: str, limit: float | None = None) -> dict[str, Any]:
+    """This script's own ``words`` in a process, under a limit in GiB if one is given; the answer is its last line."""
+    group = None
+    if limit is not None:
+        group = Path(tempfile.mkdtemp(prefix="qlora-", dir=CGROUPS))
+        (group / "memory.limit_in_bytes").write_text(str(int(limit * GIB)))
+    join = f"echo $$ > {group}/cgroup.procs; " if group else ""
+    command = f'{join}exec "$0" "$@"'
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    found: dict[str, Any] = {}
+    if group is not None:
+        found["cgroup_peak"] = int((group / "memory.max_usage_in_bytes").read_text())
+        found["failcnt"] = int((group / "memory.failcnt").read_text())
+        (group / "memory.force_empty").write_text("0")
+        group.rmdir()
+    if done.returncode:
+        return {**found, "exit": done.returncode}
+    return {**json.loads(done.stdout.splitlines()[-1]), **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--limits", type=float, nargs="*", default=[], metavar="GIB")
+    parser.add_argument("--skip", nargs="*", default=[], choices=("open", "steps", "unlimited"))
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pass-tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    from common import add_json, machine, write_json
+
+    add_json(parser)
+    args = parser.parse_args()
+    if args.child:
+        what, *words = args.child
+        if what == "open":
+            print(json.dumps(opened(args.folder, words[0])))
+        elif what == "passes":
+            passes(args.folder, words[0], int(words[1]))
+        else:
+            with tempfile.TemporaryDirectory(dir=args.folder.parent) as out:
+                print(json.dumps(train(args.folder, Path(out), args.tokens)))
+        return
+
+    file = max(args.folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    result: dict[str, Any] = {"machine": machine(), "load_average": os.getloadavg(), "file_bytes": file.stat().st_size}
+    result["disk_bytes_per_second"] = disk_rate(file)
+    words = [str(args.folder), "--tokens", str(args.tokens), "--child"]
+    if "open" not in args.skip:
+        child(*words, "open", "memory")  # warms the page cache
+        result["open"] = {name: child(*words, "open", name) for name in ("memory", "mapped")}
+        print(json.dumps(result["open"]), flush=True)
+    if "steps" not in args.skip:
+        sides = {
+            name: Child(name, [__file__, *words, "passes", name, str(args.pass_tokens)])
+            for name in ("memory", "mapped")
+        }
+        answers = [{name: side.ask("pass") for name, side in sides.items()} for _ in range(args.pairs + 1)]
+        for side in sides.values():
+            side.end()
+        ratios = [pair["mapped"]["seconds"] / pair["memory"]["seconds"] for pair in answers[1:]]
+        equal = len({answer["sha256"] for pair in answers for answer in pair.values()}) == 1
+        result["steps"] = {"ratios": ratios, "median_ratio": median(ratios), "equal": equal, "tokens": args.pass_tokens}
+        print(json.dumps(result["steps"]), flush=True)
+    result["train"] = []
+    for limit in [*([] if "unlimited" in args.skip else [None]), *args.limits]:
+        forget(args.folder)
+        row = {"limit_gib": limit, "load_average": os.getloadavg(), **child(*words, "train", limit=limit)}
+        if "seconds" in row:
+            row["tokens_per_second"] = row["tokens"] / median(row["seconds"][1:])
+            first = result["train"][0] if result["train"] else row
+            row["same_adapter"] = row["sha256"] == first.get("sha256")
+            row["speed_to_unlimited"] = row["tokens_per_second"] / first.get(
+                "tokens_per_second", row["tokens_per_second"]
+            )
+            row["cpu_to_unlimited"] = sum(row["cpu_seconds"][1:]) / sum(first["cpu_seconds"][1:])
+            if row["streamed"]:
+                row["read_to_streamed"] = max(row["read_bytes"][1:]) / row["streamed"]
+        result["train"].append(row)
+        print(json.dumps(row), flush=True)
+    write_json(args.json, result, "residency")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The speed of a run whose weights do not fit in memory: what streams, what is read, how long it takes.
+
+The disk is measured on the model's own file, past the page cache. Computing is measured on the first two decoder
+layers of the model: all layers of one kind take the same time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_native._memory import Free, kib_fields
+from qlora_native.calibration.layers import decoder_layers
+from qlora_native.config import TrainConfig
+from qlora_native.errors import UserError
+from qlora_native.estimate.memory import Estimator
+from qlora_native.hf.load import load_model
+from qlora_native.hf.loss import causal_lm_loss, has_plain_head
+from qlora_native.hf.mapped import mapped_tensors, num_bytes, parts_of, plan_streaming
+from qlora_native.lora import add_lora
+
+READ = 256 << 20  # bytes read to measure the disk
+BLOCK = 8 << 20
+
+
+@dataclass(frozen=True)
+class StreamedRun:
+    """A prediction; bytes and seconds are of an optimizer step."""
+
+    memory: int
+    weights: int
+    resident: int
+    layers: int
+    layers_streamed: int
+    bytes_read: int
+    disk_rate: float
+    tokens_per_second: float
+    tokens_per_second_in_memory: float
+
+    def __str__(self) -> str:
+        if not self.layers_streamed:
+            return f"In {self.memory / 2**30:.3g} GiB all weights stay: {self.tokens_per_second:,.3g} tokens/s."
+        return (
+            f"In {self.memory / 2**30:.3g} GiB {self.layers_streamed} of {self.layers} layers stream: "
+            f"{self.bytes_read / 2**20:,.0f} MiB are read a step, at {self.disk_rate / 1e6:,.0f} MB/s; "
+            f"{self.tokens_per_second:,.3g} tokens/s, {self.tokens_per_second_in_memory:,.3g} if all stayed."
+        )
+
+
+def disk_rate(file: Path) -> float:
+    """Bytes a second of reading a file past the page cache, or through it where the file system allows nothing else."""
+    block = mmap.mmap(-1, BLOCK)
+    flags = getattr(os, "O_DIRECT", 0)
+    try:
+        descriptor = os.open(file, os.O_RDONLY | flags)
+    except OSError:
+        descriptor = os.open(file, os.O_RDONLY)
+    done, began = 0, time.monotonic()
+    try:
+        while done < READ and (got := os.preadv(descriptor, [block], done)) > 0:
+            done += got
+    finally:
+        os.close(descriptor)
+    return done / (time.monotonic() - began)
+
+
+def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: float | None = None) -> StreamedRun:
+    """A run of ``config`` on the CPU within ``memory`` bytes, page cache counted; the disk's ``rate`` is measured if it
+    is None. UserError if the model is no 4-bit folder."""
+    setting = estimator.setting
+    terms = estimator.at().peak
+    model: Any = load_model(Path(config.model), residency="mapped", dtype=setting.dtype)
+    status = kib_fields(Path("/proc/self/status").read_text(encoding="ascii"))
+    beside = terms.total - terms.weights - terms.scales - terms.dense
+    free = Free(memory - status["RssAnon"], memory, "memory")
+    add_lora(model, setting.lora).train()
+    weights = num_bytes(parts_of(model))
+    budget = config.weight_budget or free.bytes - free.margin - beside
+    plan = plan_streaming(model, budget)
+    file = max((part.file for _, _, part in mapped_tensors(model)), key=lambda file: file.num_bytes, default=None)
+    if file is None:
+        raise UserError(f"{config.model} has no weights of 64 KiB or more, so none would stream")
+    layer, rest = _seconds(model, setting.batch_size, setting.length, setting.checkpointing)
+    rate = disk_rate(Path(file.path)) if rate is None else rate
+    count = len(plan.units) - 2
+    forward = [0.0, *[layer[0]] * count, rest]
+    backward = [0.0, *[layer[1]] * count, 0.0]
+    tokens = setting.batch_size * setting.length
+    in_memory = tokens / (sum(forward) + sum(backward))
+    fits = weights <= budget
+    return StreamedRun(
+        memory=memory,
+        weights=weights,
+        resident=weights if fits else plan.resident_bytes,
+        layers=count,
+        layers_streamed=0 if fits else len(plan.streamed),
+        bytes_read=0 if fits else plan.bytes_read() * setting.micro_batches,
+        disk_rate=rate,
+        tokens_per_second=in_memory if fits else tokens / plan.seconds(rate, forward, backward),
+        tokens_per_second_in_memory=in_memory,
+    )
+
+
+def _seconds(model: Any, rows: int, length: int, checkpointing: bool) -> tuple[tuple[float, float], float]:
+    """Seconds of a decoder layer, forward and backward, and of everything else, of one micro-batch."""
+    path, layers = decoder_layers(model)
+    parent, _, name = path.rpartition(".")
+    whole = model.get_submodule(parent)
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    ids = torch.arange(rows * length).view(rows, length) % model.get_input_embeddings().num_embeddings
+    has_plain_head(model, {"input_ids": ids[:, :2]})
+    found: list[tuple[float, float]] = []
+    try:
+        for count in (1, 1, 2):  # the first brings what is read once
+            setattr(whole, name, nn.ModuleList(layers[:count]))
+            began = time.monotonic()
+            loss = causal_lm_loss(model, {"input_ids": ids, "labels": ids})
+            between = time.monotonic()
+            loss.backward()
+            found.append((between - began, time.monotonic() - between))
+    finally:
+        setattr(whole, name, layers)
+    (_, (forward, backward), (more_forward, more_backward)) = found
+    layer = max(0.0, more_forward - forward), max(0.0, more_backward - backward)
+    return layer, max(0.0, forward + backward - sum(layer))

@@ -1,0 +1,154 @@
+"""Which parts of a model stay in memory and which are read for each use: a plan by bytes alone, for any device.
+
+A pass runs the units of a model (embedding, decoder layers, norm, head) in their order, a backward pass in reverse. All
+that fits a budget stays resident; the other units stream through a few slots. At each visit of a unit the slots hold
+the streamed units that come next, those behind are released. So reads are issued ahead of their use, and the units at
+either end of a pass, where it turns around, are not read again: a step reads a streamed unit at most twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+AHEAD = 2  # streamed units that are read before their use, beside the one in use; 1 where the budget has no room for 2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that runs as one; ``must_stay`` if it is used several times a pass (a head in chunks)."""
+
+    name: str
+    num_bytes: int
+    must_stay: bool = False
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One use of a unit: before it ``releases`` are let go, then ``reads`` begin, in this order (indices of units)."""
+
+    unit: int
+    is_backward: bool
+    releases: tuple[int, ...]
+    reads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What stays, what streams. ``streamed`` are indices of ``units``; each of ``slots`` holds any one of them."""
+
+    units: tuple[Unit, ...]
+    streamed: tuple[int, ...]
+    slots: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the largest unit that streams."""
+        return max((self.units[unit].num_bytes for unit in self.streamed), default=0)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the units that stay."""
+        return sum(unit.num_bytes for unit in self.units) - self.streamed_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of the units that stream, each once."""
+        return sum(self.units[unit].num_bytes for unit in self.streamed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory at most: what stays, and the slots."""
+        return self.resident_bytes + self.slots * self.slot_bytes
+
+    def order(self, training: bool) -> list[int]:
+        """The units in the order of their visits: forward, and in training back again."""
+        forward = list(range(len(self.units)))
+        return forward + forward[::-1] if training else forward
+
+    def wanted(self, position: int, training: bool) -> tuple[int, ...]:
+        """The streamed units that the slots hold during visit ``position`` of :meth:`order`, soonest used first.
+
+        Whatever is held before, release what is not among them and read what is missing: after a visit that was left
+        out, or a pass that began anew, the slots are right again.
+        """
+        order, streams = self.order(training), set(self.streamed)
+        coming = (unit for unit in order[position:] + order[:position] if unit in streams)
+        return tuple(islice(dict.fromkeys(coming), self.slots))
+
+    def visits(self, training: bool = True) -> list[Visit]:
+        """The visits of a step (or a forward pass) that follows one of its kind."""
+        order = self.order(training)
+        held = set(self.wanted(len(order) - 1, training))
+        visits = []
+        for position, unit in enumerate(order):
+            wanted = self.wanted(position, training)
+            reads = tuple(one for one in wanted if one not in held)
+            visits.append(Visit(unit, position >= len(self.units), tuple(sorted(held - {*wanted})), reads))
+            held = set(wanted)
+        return visits
+
+    def bytes_read(self, training: bool = True) -> int:
+        """Bytes that a step (or a forward pass) reads."""
+        return sum(self.units[unit].num_bytes for visit in self.visits(training) for unit in visit.reads)
+
+    def seconds(self, rate: float, forward: Sequence[float], backward: Sequence[float] = ()) -> float:
+        """Predicted seconds of a step; of a forward pass without ``backward``.
+
+        ``rate`` is in bytes a second; the others are what computing takes for each unit. One read runs at a time,
+        beside the computing; it begins when the visit that releases room for it begins.
+        """
+        visits = self.visits(bool(backward))
+        now = disk = began = 0.0
+        ready = dict.fromkeys(self.streamed, 0.0)
+        for _ in range(2):  # the first leaves the slots and the disk as they are between two steps
+            began = now
+            for visit in visits:
+                for unit in visit.reads:
+                    disk = ready[unit] = max(disk, now) + self.units[unit].num_bytes / rate
+                computing = (backward if visit.is_backward else forward)[visit.unit]
+                now = max(now, ready.get(visit.unit, 0.0)) + computing
+        return now - began
+
+
+def plan_residency(units: Sequence[Unit], budget: int, ahead: int = AHEAD) -> Residency:
+    """As few streamed units as ``budget`` bytes allow, spread evenly over the pass: reads then lie beside computing.
+
+    Args:
+        units: in the order of a forward pass.
+        budget: bytes for the units that stay and the slots.
+        ahead: streamed units that are read before their use; there is one slot more, for the one in use. Reading one
+            ahead is tried where there is no room for more.
+
+    Raises:
+        ValueError: not even two slots fit beside what must stay; the sentence has the bytes that are needed.
+    """
+    movable = _movable(units)
+    for slots in dict.fromkeys((ahead + 1, 2)):
+        for count in range(len(movable) + 1):
+            # Bresenham's line: of n units every (n / count)-th, the last ones of equal parts.
+            places = (
+                place
+                for place in range(len(movable))
+                if (place + 1) * count // len(movable) > place * count // len(movable)
+            )
+            streamed = tuple(movable[place] for place in places)
+            found = Residency(tuple(units), streamed, min(slots, count))
+            if found.num_bytes <= budget:
+                return found
+    needed = least_residency(units).num_bytes
+    raise ValueError(
+        f"a budget of {budget / 2**20:,.0f} MiB is too small for the model's weights: expected {needed / 2**20:,.0f} "
+        "MiB or more, for two slots and what is used several times a pass"
+    )
+
+
+def least_residency(units: Sequence[Unit]) -> Residency:
+    """All streams that may, through two slots: the plan for memory that has no room for any."""
+    movable = _movable(units)
+    return Residency(tuple(units), tuple(movable), min(2, len(movable)))
+
+
+def _movable(units: Sequence[Unit]) -> list[int]:
+    return [index for index, unit in enumerate(units) if not unit.must_stay and unit.num_bytes]
