@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import relative_error
+from gpu_models import made_up_blocks
 from gpu_timing import Case, Context, device, half, wait
 from torch import Tensor
 
 import qlora_native as qn
+from qlora_native.cases import GGUF_TYPES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (0, 1, 3, 16, 20, 40, 130)  # of every tile: up to 16, 32, 64 and 128 rows
@@ -54,6 +56,7 @@ def quantize(dtype: torch.dtype) -> bool:
 def decode() -> bool:
     """Dequantized weights are the CPU's bytes, in each dtype."""
     weights = [qn.quantize(torch.randn(n, k), double_quant=double) for n, k, double in ((N, K, True), (5, 127, False))]
+    weights += [made_up_blocks(quant_type, N, K).to("cpu") for quant_type in GGUF_TYPES]
     return all(
         _same(w.to(device()).dequantize(dtype), w.dequantize(dtype)) for w, dtype in itertools.product(weights, DTYPES)
     )

@@ -83,6 +83,7 @@ GROUPS = (
     Group("step_dense_compiled", 3, 150, "gpu_models run_rival dense_compiled"),
     Group("step_torchao", 3, 90, "gpu_models run_rival torchao"),
     Group("step_70b", 4, 150, "gpu_models run 70B"),
+    Group("streamed", 4, 100, "gpu_streamed run"),
     Group("memcheck", 4, 90, SANITIZER % "memcheck", is_bash=True),
     Group("racecheck", 4, 90, SANITIZER % "racecheck", is_bash=True),
     Group("synccheck", 4, 60, SANITIZER % "synccheck", is_bash=True),

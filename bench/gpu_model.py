@@ -33,9 +33,13 @@ import gpu_products
 from gpu_timing import Case
 from pages import RESULTS, write_or_check
 
+from qlora_native import _C
+from qlora_native.estimate.cards import CARDS as RATES
+
 MODEL = RESULTS / "model.json"
 BUDGETS = Path(__file__).parents[1] / "tests" / "cuda_budgets.json"
 PACKED = 0.5 + (1 + 4 / 256) / 64  # bytes a weight: NF4 in blocks of 64, double-quantized scales
+BLOCKS = {name: size / elements for name, elements, size in _C.block_formats if elements}  # bytes a weight, of GGUF
 MEMORY_SHARE, START_S = 0.92, 3e-6
 GIB = 1 << 30
 
@@ -51,16 +55,21 @@ class Card(NamedTuple):
     memory_gib: float  # usable
     pcie_gb_per_s: float
     arch: str
-    tensor_share: float = 0.8
+    tensor_share: float
+
+
+def _card(name: str, sms: int, ghz: float, gb_per_s: float, l2_mib: float, memory_gib: float, arch: str) -> Card:
+    rates = RATES[name]
+    return Card(sms, ghz, gb_per_s, rates.tflops, l2_mib, memory_gib, rates.bus_gb_per_s, arch, rates.share)
 
 
 CARDS = {
-    "T4": Card(40, 1.59, 320, 65, 4, 14.6, 12, "75", 0.5),
-    "A100": Card(108, 1.41, 1555, 312, 40, 39, 25, "80"),
-    "H100": Card(132, 1.98, 3350, 989, 50, 79, 50, "90"),
-    "H200": Card(132, 1.98, 4800, 989, 50, 140, 50, "90"),
-    "4090": Card(128, 2.52, 1008, 165, 72, 23.5, 25, "89"),
-    "5090": Card(170, 2.41, 1792, 209, 96, 31.4, 50, "120"),
+    "T4": _card("T4", 40, 1.59, 320, 4, 14.6, "75"),
+    "A100": _card("A100", 108, 1.41, 1555, 40, 39, "80"),
+    "H100": _card("H100", 132, 1.98, 3350, 50, 79, "90"),
+    "H200": _card("H200", 132, 1.98, 4800, 50, 140, "90"),
+    "4090": _card("4090", 128, 2.52, 1008, 72, 23.5, "89"),
+    "5090": _card("5090", 170, 2.41, 1792, 96, 31.4, "120"),
 }
 FUSED_TOKENS = {"75": 256, "80": 512, "89": 1536, "90": 128, "120": 1536}  # cuda/matmul_plan.cc
 TILES = {16: (0, 64), 32: (1, 64), 64: (2, 64), 128: (3, 128)}  # rows -> number in the kernel's name, columns
@@ -141,8 +150,9 @@ class Model:
     def passing(self, case: Case) -> float:
         """A row bound by memory."""
         m, n, k = case.m, case.n, case.k
+        packed = BLOCKS.get(case.form, PACKED)
         num_bytes = {
-            "dequantize_4bit": (PACKED + (4 if case.form == "fp32" else 2)) * n * k,
+            "dequantize_4bit": (packed + (4 if case.form == "fp32" else 2)) * n * k,
             "quantize_4bit": (PACKED + 2) * n * k,
             "adamw_step": k * (28 if case.form == "32 bits" else 16),
             "gradient_norm": 4 * k,

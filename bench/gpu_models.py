@@ -78,6 +78,13 @@ def made_up(n: int, k: int) -> qn.QuantizedWeight:
     )
 
 
+def made_up_blocks(quant_type: str, n: int, k: int) -> qn.QuantizedWeight:
+    """A weight [n, k] of random bytes in blocks of a GGUF format; so small ones that no scale is infinite."""
+    w = qn.QuantizedWeight.empty((n, k), dtype=half(), quant_type=quant_type, device=device())
+    w.packed.random_(0, 0x3C)
+    return w
+
+
 def build(name: str, four_bit: Callable[[int, int], Any]) -> Any:
     """The model on the device, with ``four_bit(n, k)`` in place of the weights that become 4-bit: a QuantizedWeight, or
     a dense tensor. Norms are ones, embeddings normal."""

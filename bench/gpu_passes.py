@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from common import relative_error, timings
-from gpu_models import LLAMA, VOCABULARY, linears
+from gpu_models import LLAMA, VOCABULARY, linears, made_up_blocks
 from gpu_products import Weights
 from gpu_timing import (
     HOST_CALLS,
@@ -30,6 +30,7 @@ from replay import Call
 from torch import Tensor
 
 import qlora_native as qn
+from qlora_native.cases import GGUF_TYPES
 from qlora_native.ops import _library
 
 OPS = torch.ops.qlora_native
@@ -46,6 +47,7 @@ def cases(dry: bool) -> list[Case]:
     count = sum(r * c for r, c in (TINY_PARAMETERS if dry else LORA_PARAMETERS))
     return [
         *(Case("dequantize_4bit", n=n, k=k, form=form) for n, k in shapes for form in ("", "fp32")),
+        *(Case("dequantize_4bit", n=shapes[len(shapes) // 2][0], k=shapes[0][1], form=form) for form in GGUF_TYPES),
         *(Case("quantize_4bit", n=n, k=k) for n, k in shapes),
         *(Case("adamw_step", k=count, form=form) for form in ("32 bits", "8 bits")),
         Case("gradient_norm", k=count),
@@ -87,7 +89,10 @@ def run_passes(context: Context) -> None:
 def dequantize_row(case: Case, context: Context) -> dict[str, Any]:
     """A whole weight to a dense buffer; the goal is 85 % of the bandwidth of a copy."""
     dtype = torch.float32 if case.form == "fp32" else half()
-    first = qn.quantize(torch.randn(case.n, case.k, device=device()))
+    if case.form in GGUF_TYPES:
+        first = made_up_blocks(case.form, case.n, case.k)
+    else:
+        first = qn.quantize(torch.randn(case.n, case.k, device=device()))
     num_bytes = first.nbytes + case.n * case.k * dtype.itemsize
     outs = [torch.empty(case.n, case.k, dtype=dtype, device=device()) for _ in range(copies_of(num_bytes))]
     calls: list[Call] = [

@@ -3,13 +3,28 @@
 
 #include "cuda/dequantize_4bit.cuh"
 #include "cuda/dequantize_4bit.h"
+#include "cuda/dequantize_4bit_gguf.cuh"
 #include "cuda/grid.h"
 
 namespace qlora_native::cuda {
 namespace {
 
 template <typename T>
+cudaError_t launch_gguf(const WeightView& weight, const Runs& runs, void* out, cudaStream_t stream) {
+  const bool vectors = runs.first % weight.block_size == 0 && are_aligned(kVectorBytes, out) &&
+                       (runs.count == 1 || (runs.apart % weight.block_size == 0 && runs.length % kPerVector<T> == 0));
+  return with_gguf(weight.type, [&]<QuantType kType>() {
+    return wp::launch(dequantize_gguf_kernel<T, kType>,
+                      dim3(grid_blocks(runs.count * runs.tiles, kDequantizeThreads / 32)), dim3(kDequantizeThreads), 0,
+                      stream, weight.packed, vectors, runs, static_cast<T*>(out));
+  });
+}
+
+template <typename T>
 cudaError_t launch(const WeightView& weight, const Runs& runs, void* out, cudaStream_t stream) {
+  if (is_gguf(weight.type)) {
+    return launch_gguf<T>(weight, runs, out, stream);
+  }
   // The codes of a vector stay within bytes and blocks only from a multiple of them on.
   constexpr int kVector = kPerVector<T>;
   const bool vectors = runs.first % kVector == 0 &&

@@ -2,7 +2,7 @@
 
 A mode looks at each operation of torch. Under ``placed`` what they make is registered with the emulator as memory of
 the device, with its exact bounds, and a kernel's access of anything else is reported. Under ``captured`` they join the
-graph that the kernels are captured into.
+graph that the kernels are captured into. Under ``late`` they join the stream that the kernels are launched on.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from emulated import Emulator
 from torch import Tensor
@@ -119,14 +121,18 @@ class Graph:
 
 
 class Captured(TorchDispatchMode):
-    """Puts operations into the graph of a stream. What writes to its operands runs at the replay alone.
+    """Puts operations into the emulator's stream. What writes to its operands runs there alone, later.
 
-    What makes a tensor runs at once, too, since the result is needed to go on; its values are not those of a replay.
+    What makes a tensor runs at once, too, since the result is needed to go on; its values are not those of later.
     """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self.module, self.stream, self.graph = graph.emulator.module, graph.emulator.stream, graph
+        self.module, self.graph = graph.emulator.module, graph
+
+    @property
+    def stream(self) -> int:
+        return self.graph.emulator.stream
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -173,3 +179,57 @@ def captured(emulator: Emulator, *, relaxed: bool = False) -> Iterator[Graph]:
             graph.finish(emulator.module.end_capture(emulator.stream))
         finally:
             emulator.stream = before
+
+
+@dataclass(frozen=True)
+class Stream:
+    """In the place of torch.cuda's; an event is its address."""
+
+    emulator: Emulator
+    handle: int
+
+    def record_event(self) -> int:
+        event: int = self.emulator.module.new_event()
+        self.emulator.module.record_event(event, self.handle)
+        return event
+
+    def wait_event(self, event: int) -> None:
+        self.emulator.module.wait_event(self.handle, event)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.emulator.module.wait_event(self.handle, other.record_event())
+
+
+@contextmanager
+def streams(emulator: Emulator) -> Iterator[None]:
+    """``torch.cuda``'s streams and events are the emulator's."""
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        before, emulator.stream = emulator.stream, stream.handle
+        try:
+            yield
+        finally:
+            emulator.stream = before
+
+    new = emulator.module.new_stream
+    with pytest.MonkeyPatch.context() as patch, on(Stream(emulator, new())):
+        patch.setattr(torch.cuda, "Stream", lambda device: Stream(emulator, new()))
+        patch.setattr(torch.cuda, "current_stream", lambda device: Stream(emulator, emulator.stream))
+        patch.setattr(torch.cuda, "stream", on)
+        yield
+
+
+@contextmanager
+def late(emulator: Emulator, seed: int) -> Iterator[None]:
+    """What is done in here on the device runs when something waits for it, in an order of the streams that the seed
+    draws."""
+    graph = Graph(emulator)  # keeps what was made until all has run
+    with streams(emulator):
+        emulator.module.run_streams(True, seed)
+        try:
+            with Captured(graph):
+                yield
+        finally:
+            with torch.no_grad():
+                emulator.module.run_streams(False, 0)

@@ -76,7 +76,7 @@ def gguf_weight(
     for at, most in {}.items() if any_scale else HALVES[quant_type].items():
         blocks[:, at : at + 2] = (torch.randn(len(blocks), 1, device="cpu") / (4 * most)).half().view(torch.uint8)
     w.packed.copy_(blocks.view(-1))
-    return w
+    return w.to(torch.get_default_device())
 
 
 def bytes_of(w: qn.QuantizedWeight) -> int:
@@ -89,9 +89,9 @@ def gguf_truth(w: qn.QuantizedWeight) -> torch.Tensor:
     gguf = pytest.importorskip("gguf")
     with np.errstate(all="ignore"):
         values = gguf.quants.dequantize(
-            w.packed.view(-1, bytes_of(w)).numpy(), gguf.GGMLQuantizationType[w.quant_type.upper()]
+            w.packed.view(-1, bytes_of(w)).cpu().numpy(), gguf.GGMLQuantizationType[w.quant_type.upper()]
         )
-    return torch.from_numpy(values).view(w.shape)
+    return torch.from_numpy(values).view(w.shape).to(w.device)
 
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -73,6 +73,8 @@ RULES = (
     # table, so their loads are generic.
     Rule(r"dequantize_4bit_kernel<(Bf16|Fp16)>", r"STG\.E\.128.*", least=3),
     Rule(r"dequantize_4bit_kernel<float>", r"STG\.E\.128.*", least=8),
+    Rule(r"dequantize_gguf_kernel<.*>", r"STG\.E\.128.*", least=1),
+    Rule(r"dequantize_gguf_kernel<.*>", r"LDG\.E\.EF(\.SYS)?", least=1),  # words, of blocks at multiples of 4 bytes
     Rule(r"quantize_4bit_kernel<.*>", r"LDG\.E\.EF\.128.*", least=2),
     Rule(r"(adamw|lion)_step_kernel<.*>", r"LDG\.E\.EF\.128.*", least=3),
     Rule(r"(adamw|lion)_step_kernel<.*>", r"LDG\.E\.EF\.64.*", least=6),

@@ -79,7 +79,7 @@ def test_panels(n: int, k: int, dtype: torch.dtype) -> None:
             assert same_bytes(panel, whole[rows[0] : rows[1], columns[0] : columns[1]].contiguous())
 
 
-@pytest.mark.devices("cpu")
+@pytest.mark.devices("cpu", "cuda", "emulated")
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)
 def test_gguf_blocks_of_any_bytes(quant_type: str) -> None:
     """The bits of the ``gguf`` package, but for the payload of NaN: of random bytes, and of every byte everywhere."""
@@ -109,7 +109,7 @@ def test_gguf_panels(quant_type: str) -> None:
             assert same_bytes(panel, truth[rows[0] : rows[1], columns[0] : columns[1]].to(dtype).contiguous())
 
 
-@pytest.mark.devices("cpu")
+@pytest.mark.devices("cpu", "emulated")
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)
 def test_gguf_rows_of_an_embedding(quant_type: str) -> None:
     w = gguf_weight(quant_type, (50, 512))

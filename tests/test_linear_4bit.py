@@ -58,7 +58,7 @@ def test_forward_and_gradients(case: Product, dtype: torch.dtype) -> None:
         assert b is None or relative_error(b.grad, grad_y.double().sum(0)) < TOLERANCE[dtype]
 
 
-@pytest.mark.devices("cpu")
+@pytest.mark.devices("cpu", "cuda", "emulated")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)
 def test_gguf_forward_and_gradients(quant_type: str, dtype: torch.dtype) -> None:

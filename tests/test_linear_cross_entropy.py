@@ -32,7 +32,7 @@ def test_loss_and_gradients(monkeypatch: Patch, dtype: torch.dtype, quantized: b
 
 
 @pytest.mark.isa
-@pytest.mark.devices("cpu")
+@pytest.mark.devices("cpu", "cuda", "emulated")
 @pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)
 def test_gguf_loss_and_gradients(monkeypatch: Patch, dtype: torch.dtype, quant_type: str) -> None:

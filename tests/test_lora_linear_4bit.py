@@ -87,7 +87,7 @@ def test_forward_and_all_gradients(case: Product, dtype: torch.dtype) -> None:
         check_gradients(Operands(case, dtype, adapter, separate, bias), dtype)
 
 
-@pytest.mark.devices("cpu")
+@pytest.mark.devices("cpu", "cuda", "emulated")
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("quant_type", GGUF_TYPES)
 def test_gguf_forward_and_all_gradients(quant_type: str, dtype: torch.dtype) -> None:

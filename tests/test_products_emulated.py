@@ -15,7 +15,7 @@ import pytest
 import torch
 from emulated import Emulator
 from emulated_torch import WAITING
-from helpers import relative_error
+from helpers import gguf_truth, gguf_weight, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,6 +62,19 @@ def test_panels_of_any_width(
         assert len(emulator.launches()) == -(-k // columns)
         truth = grad.double() @ dense + (0 if adapter is None else low @ down)
         assert relative_error(got, truth) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("quant_type", "n", "k", "columns"), [("q5_0", 40, 96, 7), ("q6_k", 12, 2304, 1024)])
+def test_panels_of_gguf(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, quant_type: str, n: int, k: int, columns: int
+) -> None:
+    """Of whole rows, and of columns that begin inside a block or at one."""
+    in_two_steps(monkeypatch, columns)
+    w = gguf_weight(quant_type, (n, k))
+    dense, x, grad = gguf_truth(w).double(), torch.randn(20, k), torch.randn(20, n)
+    engine = _cuda_products.Cuda(emulator.module, False)
+    assert relative_error(engine.forward(x, w.op_args(), None), x.double() @ dense.t()) < TOLERANCE[torch.float32]
+    assert relative_error(engine.grad_input(grad, w.op_args()), grad.double() @ dense) < TOLERANCE[torch.float32]
 
 
 def test_width_of_a_panel() -> None:

@@ -57,7 +57,7 @@ QLORA_NATIVE_HD float half_at(const uint8_t* p) {
 }
 
 // Element i of 16 bytes: the low nibbles come first.
-QLORA_NATIVE_HD int nibble_of_32(const uint8_t* bytes, int i) { return i < 16 ? bytes[i] & 15 : bytes[i - 16] >> 4; }
+QLORA_NATIVE_HD int nibble_of_32(const uint8_t* bytes, int i) { return bytes[i % 16] >> (i / 16 * 4) & 15; }
 
 // Element i of a block of 256 in rows of 32 bytes, each 32 low nibbles and then 32 high ones.
 QLORA_NATIVE_HD int nibble_of_256(const uint8_t* bytes, int i) {

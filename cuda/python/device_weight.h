@@ -7,10 +7,14 @@
 
 namespace qlora_native::python {
 
-// On the current device; the built-in tables that 0 stands for are those in its memory.
-inline WeightView checked_device_weight(const WeightFields& fields) {
+// On the current device; the built-in tables that 0 stands for are those in its memory. `is_decoded`: of any type;
+// the products take nf4 and fp4 alone.
+inline WeightView checked_device_weight(const WeightFields& fields, bool is_decoded = false) {
   WeightView weight = checked_weight(fields);
-  require(!is_gguf(weight.type), "there are no CUDA kernels for weights of GGUF's types yet: use the CPU.");
+  if (is_gguf(weight.type)) {
+    require(is_decoded, "there are no fused CUDA products of weights in GGUF's types: decode them first.");
+    return weight;
+  }
   const bool has_nested_code = std::get<5>(fields) != 0;
   const bool has_levels = std::get<6>(fields) != 0;
   if (weight.numel > 0 && !(has_nested_code && has_levels)) {

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.config import TrainConfig
     from qlora_native.hf.config import QLoRANativeConfig
+    from qlora_native.hf.device_layers import stream_layers
     from qlora_native.hf.fuse import fuse
     from qlora_native.hf.load import load_model
     from qlora_native.hf.merge import merge
@@ -37,6 +38,7 @@ _LAZY = {
     "optim": "optim",
     "distributed": "distributed",
     "fuse": "hf.fuse",
+    "stream_layers": "hf.device_layers",
     "peft_config": "hf.peft",
     "QLoRANativeConfig": "hf.config",
     "QLoRANativeQuantizer": "hf.quantizer",
@@ -79,6 +81,7 @@ __all__ = [
     "peft_config",
     "quantize",
     "save_adapter",
+    "stream_layers",
     "to_bnb",
 ]
 

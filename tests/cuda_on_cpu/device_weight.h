@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/gguf.h"
 #include "core/layout.h"
 #include "core/weight_view.h"
 #include "cuda_on_cpu/harness.h"
@@ -14,7 +15,7 @@ class DeviceWeight {
  public:
   // packed_offset: bytes past a multiple of 256 at which the packed codes begin.
   explicit DeviceWeight(const qlora_native::WeightView& host, size_t packed_offset = 0)
-      : packed_(copied(host.packed, qlora_native::packed_bytes(host.numel)), packed_offset),
+      : packed_(copied(host.packed, qlora_native::packed_bytes(host.type, host.numel)), packed_offset),
         absmax_(copied(host.absmax, blocks_of(host))),
         codes_(copied(host.absmax_codes, blocks_of(host))),
         nested_absmax_(copied(host.absmax_codes == nullptr ? nullptr : host.nested_absmax,

@@ -66,6 +66,27 @@ TEST(dequantize_unaligned) {
   check_unaligned<Fp16>();
 }
 
+// Blocks that begin at words, between words, and at odd bytes; whole tiles and parts of one.
+template <typename T>
+void check_gguf() {
+  for (const QuantType type : oracle::kGgufTypes) {
+    for (const int64_t numel : {256, 1024 + 512, 9 * 1024}) {
+      const oracle::RandomWeight weight(numel, oracle::block_of(type), false, type, static_cast<uint64_t>(numel));
+      const std::string what = std::string(kBlockFormats[static_cast<int>(type)].name) + ", " + std::to_string(numel);
+      cuemu::over_all_schedules([&](const char*) {
+        check_same_bits<T>(weight, 0, 0, what.c_str());
+        check_same_bits<T>(weight, 2, 0, what.c_str());
+        check_same_bits<T>(weight, 1, sizeof(T), what.c_str());
+        check_same_bits<T>(weight, 1, 0, what.c_str());
+      });
+    }
+  }
+}
+
+TEST(dequantize_gguf_fp32) { check_gguf<float>(); }
+TEST(dequantize_gguf_bf16) { check_gguf<Bf16>(); }
+TEST(dequantize_gguf_fp16) { check_gguf<Fp16>(); }
+
 // Panels: their first element lies at the start of a run, of a word, of a byte, or in the middle of one.
 template <typename T>
 void check_ranges() {
@@ -98,9 +119,11 @@ TEST(dequantize_ranges) {
 
 // Rectangles: of columns that allow vectors, that end within a tile, and that begin within a byte.
 template <typename T>
-void check_panels(int64_t row_length, const std::vector<std::pair<int64_t, int64_t>>& columns) {
+void check_panels(int64_t row_length, const std::vector<std::pair<int64_t, int64_t>>& columns,
+                  QuantType type = QuantType::kNf4) {
   constexpr int64_t kRows = 5;
-  const oracle::RandomWeight weight(kRows * row_length, 64, true, QuantType::kNf4, 8);
+  const int64_t block = is_gguf(type) ? oracle::block_of(type) : 64;
+  const oracle::RandomWeight weight(kRows * row_length, block, !is_gguf(type), type, 8);
   const cuemu::DeviceWeight on_device(weight.view);
   cuemu::over_all_schedules([&](const char* schedule) {
     for (const auto& [begin, end] : columns) {
@@ -126,6 +149,13 @@ TEST(dequantize_panels) {
   check_panels<float>(4096, whole_tiles);
   check_panels<Bf16>(4096, whole_tiles);
   check_panels<Fp16>(2051, {{0, 1024}, {0, 2051}, {1025, 2051}});
+}
+
+TEST(dequantize_gguf_panels) {
+  const std::vector<std::pair<int64_t, int64_t>> columns{{0, 1024}, {1024, 2048}, {32, 1184}, {3, 2050}, {7, 8}};
+  check_panels<float>(2080, columns, QuantType::kQ4_0);  // an odd number of blocks a row
+  check_panels<Bf16>(2080, columns, QuantType::kQ8_0);
+  check_panels<Fp16>(2304, columns, QuantType::kQ6_K);
 }
 
 TEST(dequantize_launches_once_on_its_stream) {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qlora_native.config import TrainConfig
     from qlora_native.distributed.memory import RankMemory
     from qlora_native.estimate import Estimate, Estimator, Terms
+    from qlora_native.estimate.cards import CardRun
     from qlora_native.estimate.streaming import StreamedRun
 
 CARDS = (1 << 30, 1 << 40)  # bytes of the smallest and the largest card that --gpu accepts
@@ -87,6 +88,11 @@ def run(args: argparse.Namespace) -> int:
         estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
         estimate = estimator.at()
     fitting = None if card is None else _fitting(estimator, card)
+    on_card = None
+    if card is not None and not estimate.fits(card):
+        from qlora_native.estimate.cards import streamed_on
+
+        on_card = streamed_on(estimator, card)
     ranks = [] if args.gpus == 1 else each_rank(estimator, config, args.gpus, card_bytes(args.link, "--link"))
     if args.plot:
         plot(estimator, Path(args.plot), Path(config.model).name)
@@ -101,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         "r": config.lora.r,
     }
     result = {**estimate.as_dict(), "setting": setting, "card": card, "fits": fitting}
+    result["on_card"] = None if on_card is None else on_card.as_dict()
     streamed = None if args.memory is None else _streamed(args, config, estimator, device)
     result["streamed"] = None if streamed is None else vars(streamed)
     result["ranks"] = [rank.as_dict() for rank in ranks]
@@ -110,11 +117,9 @@ def run(args: argparse.Namespace) -> int:
         f"{options.optimizer}, rank {config.lora.r}"
     )
     terms = [(name, getattr(estimate.peak, field)) for field, name in NAMES.items()]
-    lines = (
-        _lines(estimate, card, fitting)
-        + ([] if streamed is None else [str(streamed)])
-        + [rank.line(card) for rank in ranks]
-    )
+    lines = _lines(estimate, card, fitting)
+    lines += [] if on_card is None else _lines_on_card(on_card)
+    lines += ([] if streamed is None else [str(streamed)]) + [rank.line(card) for rank in ranks]
     if not args.json and has_rich_terminal():
         _print_table(title, terms, estimate.total)
     else:
@@ -184,6 +189,17 @@ def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] |
     if not fitting:
         lines.append("No row fits: the weights alone are too large, or nearly.")
     return lines
+
+
+def _lines_on_card(run: CardRun) -> list[str]:
+    found = run.as_dict()
+    cards = ", ".join(f"{tokens:,} on {name}" for name, tokens in found["hidden_from_tokens"].items())
+    return [
+        f"It runs with {found['streamed_layers']} of {found['layers']} layers streaming through "
+        f"{found['slots']} slots, in {size(found['card_bytes'])}; {size(found['pinned_bytes'])} are in pinned memory "
+        f"of the host, {size(found['step_bytes'])} are copied a step.",
+        f"The copies hide behind the products from so many tokens a micro-batch: {cards}.",
+    ]
 
 
 def size(num_bytes: float) -> str:

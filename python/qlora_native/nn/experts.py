@@ -64,6 +64,7 @@ class QuantizedExperts(Substitute):
     """
 
     compute_dtype: torch.dtype | None = None
+    at_home: Callable[[Tensor], Tensor] | None = None  # as that of QuantizedLinear
 
     # The class replaced has these.
     num_experts: int
@@ -224,7 +225,7 @@ def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, 
             for name in list(module._stacks):
                 weight = module.stack(name)
                 assert weight is not None
-                yield path, module, name, weight
+                yield path, module, name, weight if module.at_home is None else weight._map(module.at_home)
 
 
 def without_stacks(conversions: Iterable[Any], model: nn.Module) -> list[Any]:

@@ -42,6 +42,8 @@ class QuantizedLinear(nn.Linear):
     nested_code: Tensor | None
     compute_dtype: torch.dtype | None = None
     _prepared: Prepared | None = None
+    # Where layers stream: gives the bytes of a tensor that another layer's may stand in the place of.
+    at_home: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -65,7 +67,8 @@ class QuantizedLinear(nn.Linear):
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight as a value; its tensors are this module's own."""
-        return self._about._with(self._arguments())
+        value = self._about._with(self._arguments())
+        return value if self.at_home is None else value._map(self.at_home)
 
     @quantized.setter
     def quantized(self, value: QuantizedWeight) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_native._native import DTYPE_NUMBER
+from qlora_native._native import DTYPE_NUMBER, GGUF_BLOCKS
 from qlora_native.ops import _cuda_kernels, dequantize_4bit
 from qlora_native.ops._cuda_copies import copy_of
 from qlora_native.ops._library import Weight
@@ -105,7 +105,8 @@ class Cuda(Engine):
         rank = 0 if low is None else low.shape[1]
         number = DTYPE_NUMBER.get(x.dtype, DTYPE_NUMBER[torch.float32])
         plan = TWO_STEPS
-        if m and n and k and weight.packed.data_ptr() % ALIGNMENT == 0:
+        is_codebook = weight.quant_type not in GGUF_BLOCKS  # no fused kernel decodes the others
+        if m and n and k and is_codebook and weight.packed.data_ptr() % ALIGNMENT == 0:
             sizes = m, n, k, rank, weight.block_size, number, is_forward, self.low_memory  # as Sizes has them
             plan = plan_of(self.module, sizes, device)
         if plan.kind == TWO_STEP:

@@ -33,6 +33,8 @@ def why_eager(config: TrainConfig, model: Any, world: int = 1) -> str | None:
         return ""
     if world > 1:
         return f"{world} processes exchange gradients"
+    if getattr(model, "streamed_layers", None) is not None:
+        return "layers stream to the device"
     if config.train.grad_checkpointing and is_random(model):
         return "gradient checkpointing takes the random state of dropout to the host"
     return None

@@ -158,7 +158,10 @@ class Trainer:
         # Model and optimizer.
         longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
         memory = MemoryReport(config, source, longest) if source is not None and ranks.world == 1 else None
-        self.model = model = prepare_model(config, self.model, rows, ranks, source=source, quiet=self.quiet)
+        budget = None if memory is None else memory.layers_budget
+        self.model = model = prepare_model(
+            config, self.model, rows, ranks, source=source, layers_budget=budget, quiet=self.quiet
+        )
         optimizer = make_optimizer(options, [p for p in model.parameters() if p.requires_grad], self.output_dir)
         highest = [int(data.input_ids.max()) for data in (rows, held_out) if data is not None]
         check_vocabulary(max(*highest, padding_id(self.tokenizer)), self.tokenizer, model, config.data.train)
@@ -189,6 +192,8 @@ class Trainer:
             progress.note(f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe())
         if checkpoint is not None:
             progress.note(f"continuing from {checkpoint} after step {state.step}")
+        if getattr(model, "streamed_layers", None) is not None:
+            progress.note(f"the model is larger than the device: {model.streamed_layers}")
         reason = why_eager(config, model, ranks.world)
         if reason:
             progress.note(f"CUDA graphs are off: {reason}")

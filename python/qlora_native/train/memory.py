@@ -21,7 +21,7 @@ from qlora_native.optim import AdamW, Lion
 from qlora_native.train.checkpoint import random_state, set_random_state
 
 if TYPE_CHECKING:
-    from qlora_native.estimate import Estimate
+    from qlora_native.estimate import Estimate, Estimator
     from qlora_native.hf.mapped import Streaming
 
 Result = TypeVar("Result")
@@ -42,16 +42,31 @@ class MemoryReport:
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.predicted: Estimate | None = None
+        self.layers_budget: int | None = None  # bytes of a card for the layers' 4-bit weights, beyond which they stream
         self.reason = ""
         self.mapped = 0  # bytes of the weights that lie in mapped files
         try:
             estimator = Estimator(source, Setting.from_config(config, self.device))
-            self.predicted = estimator.at(length=-(-longest // 8) * 8)  # as collate pads
+            length = -(-longest // 8) * 8  # as collate pads
+            self.predicted = estimator.at(length=length)
+            if self.device == "cuda":
+                card = torch.device("cuda", torch.cuda.current_device())
+                self._fit(estimator, free_device_memory(card).bytes, length)
         except Exception as error:  # loading raises what is wrong with the model; nothing else must stop a run
             self.reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         self._start = self._now()[0]
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+
+    def _fit(self, estimator: Estimator, free: int, length: int) -> None:
+        """Has layers stream where the run does not fit a card with so many free bytes."""
+        if self.predicted is None or self.predicted.fits(free):
+            return
+        from qlora_native.estimate.cards import streamed_on
+
+        run = streamed_on(estimator, free, length=length)
+        if run is not None and run.residency.streamed:
+            self.predicted, self.layers_budget = run.estimate, run.residency.num_bytes
 
     def _now(self) -> tuple[int, int]:
         if self.device == "cuda":

@@ -35,6 +35,7 @@ def prepare_model(
     ranks: OneProcess | None = None,
     *,
     source: Source | None = None,
+    layers_budget: int | None = None,
     quiet: bool = False,
 ) -> Any:
     """The 4-bit model with adapters, in training mode, sharded over the ranks if the config says so.
@@ -43,6 +44,7 @@ def prepare_model(
         model: used instead of loading ``config.model``; adapters are added unless it has some.
         rows: training rows, which calibrate it if ``quant.calibration`` names nothing else.
         source: of ``config.model``, if it is open already.
+        layers_budget: bytes of the card for the layers' 4-bit weights; the layers beyond it stream.
     """
     options, ranks = config.train, ranks or OneProcess()
     if ranks.world > 1 and config.lora.init != ZERO and not _has_adapters(model):
@@ -53,7 +55,12 @@ def prepare_model(
     with as_user_error(), LayerProgress(quiet=quiet or not ranks.is_first) as progress:
         if model is None:
             source = open_source(source or user_path(config.model))
-            model = _load(config, source, rows, ranks, progress)
+            on_card = torch.cuda.is_available() and layers_budget is None
+            model = _load(config, source, rows, ranks, progress, "cuda" if on_card else None)
+            if layers_budget is not None:
+                from qlora_native.hf.device_layers import stream_layers
+
+                stream_layers(model, "cuda", layers_budget)
         else:
             fuse(model)
         if not _has_adapters(model):
@@ -86,7 +93,12 @@ def _has_adapters(model: Any) -> bool:
 
 
 def _load(
-    config: TrainConfig, source: Source, rows: TokenizedDataset | None, ranks: OneProcess, progress: LayerProgress
+    config: TrainConfig,
+    source: Source,
+    rows: TokenizedDataset | None,
+    ranks: OneProcess,
+    progress: LayerProgress,
+    device: str | None,
 ) -> Any:
     """The 4-bit model; on several processes with adapters, since they cannot be added to what is sharded."""
     quant = config.quant
@@ -96,7 +108,7 @@ def _load(
     options: dict[str, Any] = {
         **quant.options,
         "dtype": getattr(torch, config.train.dtype),
-        "device": "cuda" if torch.cuda.is_available() else None,
+        "device": device,
         "method": "rtn" if is_made else quant.method,
     }
     if ranks.world == 1:

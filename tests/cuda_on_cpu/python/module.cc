@@ -33,6 +33,12 @@ Address new_stream() {
   return reinterpret_cast<Address>(stream);
 }
 
+Address new_event() {
+  cudaEvent_t event = nullptr;
+  require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming) == cudaSuccess, "no event could be made.");
+  return reinterpret_cast<Address>(event);
+}
+
 std::vector<std::pair<int64_t, Address>> take_launches() {
   std::vector<std::pair<int64_t, Address>> found;
   for (const cuemu::Launch& launch : cuemu::take_launches()) {
@@ -122,6 +128,14 @@ void call_on_stream(Address stream, std::function<void()> function) {
 
 void synchronize(Address stream) { check_cuda(cudaStreamSynchronize(stream_at(stream)), "synchronize"); }
 
+void record_event(Address event, Address stream) {
+  check_cuda(cudaEventRecord(reinterpret_cast<cudaEvent_t>(event), stream_at(stream)), "record_event");
+}
+
+void wait_event(Address stream, Address event) {
+  check_cuda(cudaStreamWaitEvent(stream_at(stream), reinterpret_cast<cudaEvent_t>(event), 0), "wait_event");
+}
+
 void run_streams(bool is_late, uint64_t seed) { cuemu::set_stream_order({is_late, seed}); }
 
 }  // namespace
@@ -135,6 +149,10 @@ PYBIND11_MODULE(CUEMU_MODULE, module) {
   module.def("play", &play, py::arg("sm"), py::arg("num_sms"), py::arg("schedule"),
              "Which architecture the emulator plays, and in which order threads run.");
   module.def("new_stream", &new_stream, "A stream other than the default one.");
+  module.def("new_event", &new_event, "An event that nothing has recorded.");
+  module.def("record_event", &record_event, py::arg("event"), py::arg("stream"), "After what the stream holds.");
+  module.def("wait_event", &wait_event, py::arg("stream"), py::arg("event"),
+             "What follows in the stream waits for it.");
   module.def("take_launches", &take_launches, "Blocks and stream of each launch since the last call.");
   module.def("take_reports", &cuemu::take_reports, "What the emulator found wrong since the last call, in words.");
   module.def("set_memory", &set_memory, py::arg("total_bytes"), py::arg("concurrent_managed_access"),

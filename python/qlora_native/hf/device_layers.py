@@ -1,0 +1,226 @@
+"""Models larger than a card: decoder layers whose 4-bit weights lie in pinned host memory and visit the device in turn.
+
+The tensors of a streamed layer are views of one of a few slots of device memory, always the same one, so that whatever
+holds their addresses (views that autograd saved, tables, caches) stays right. The layer's bytes are there only while it
+has its turn, which a hook begins: before its forward pass, before a checkpoint's recomputation, before its backward
+pass. A slot is filled by one copy on a stream of its own, ahead of the turn, in the order of a
+:class:`qlora_native.hf.residency.Residency`. The host waits for nothing: the copy waits for the kernels that were
+queued to read the slot's bytes of before, the kernels of a turn for their copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qlora_native.calibration.layers import decoder_layers
+from qlora_native.hf.residency import Residency, Unit, plan_residency
+from qlora_native.nn.experts import QuantizedExperts
+from qlora_native.nn.linear import QuantizedLinear
+from qlora_native.ops import _cuda_kernels
+from qlora_native.ops._library import module_for
+
+ALIGNMENT = 256  # bytes, of each tensor in a slot; torch's allocator begins its blocks so
+
+
+def frozen_parts(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(module, name, tensor) of the 4-bit weights in a layer: codes and scales."""
+    for module in layer.modules():
+        if isinstance(module, (QuantizedLinear, QuantizedExperts)):
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if name != "bias" and not tensor.requires_grad:
+                    yield module, name, tensor
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def layer_units(layers: Sequence[nn.Module]) -> list[Unit]:
+    """The layers as units of a plan, by the bytes that each takes of a slot; the meta device is enough."""
+    return [
+        Unit(str(number), sum(_padded(tensor.nbytes) for _, _, tensor in frozen_parts(layer)))
+        for number, layer in enumerate(layers)
+    ]
+
+
+@dataclass
+class _Slot:
+    memory: Tensor  # uint8 on the device
+    unit: int | None = None  # whose bytes it holds, or will when `copied` has come
+    copied: Any = None  # event
+    readers: set[Any] = field(default_factory=set)  # streams on which kernels may read these bytes
+
+
+class StreamedLayers:
+    """The layers of a model on a device, of which those that ``residency`` names stream.
+
+    One pass at a time: two threads that run the model at once would take the slots from each other.
+
+    Attributes:
+        residency: the plan; its units are the decoder layers.
+        bytes_copied: to the device so far.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], residency: Residency, device: torch.device) -> None:
+        self.residency, self.device = residency, device
+        self.layers = list(layers)
+        self.bytes_copied = 0
+        self._rank = {unit: rank for rank, unit in enumerate(residency.streamed)}
+        self._copies = torch.cuda.Stream(device)
+        with torch.cuda.stream(self._copies):  # so that the memory is not reused before this stream's copies
+            new = partial(torch.empty, residency.slot_bytes, dtype=torch.uint8, device=device)
+            self._slots = [_Slot(new()) for _ in range(residency.slots)]
+        self._host = {unit: self._settle(unit) for unit in residency.streamed}
+        for unit, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(lambda *_, unit=unit: self.visit(unit))
+            layer.register_forward_hook(lambda _module, _args, output, unit=unit: self._watch(unit, output))
+
+    def _slot_of(self, unit: int) -> _Slot:
+        return self._slots[self._rank[unit] % len(self._slots)]
+
+    def _settle(self, unit: int) -> Tensor:
+        """Moves a layer's weights into pinned memory, which is returned, and makes its tensors views of its slot."""
+        layer, memory, size = self.layers[unit], self._slot_of(unit).memory, self.residency.units[unit].num_bytes
+        home = partial(self.home, unit)
+        host, at = _pinned(size, self.device), 0
+        for module, name, tensor in list(frozen_parts(layer)):
+            place = slice(at, at + tensor.nbytes)
+            host[place].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+            view = memory[place].view(tensor.dtype).view(tensor.shape)
+            if name in module._parameters:
+                tensor.data = view
+            else:
+                module._buffers[name] = view
+            module.at_home = home  # type: ignore[assignment]
+            at += _padded(tensor.nbytes)
+        layer.register_state_dict_post_hook(partial(_save_at_home, home))
+        layer._apply = partial(self._apply, layer)  # type: ignore[method-assign]
+        return host
+
+    def home(self, unit: int, tensor: Tensor) -> Tensor:
+        """The bytes in host memory of a tensor in a layer's slot, at any time; any other tensor as it is."""
+        if tensor.numel() == 0:  # it has no address
+            return torch.empty_like(tensor, device="cpu")
+        at = tensor.data_ptr() - self._slot_of(unit).memory.data_ptr()
+        if not 0 <= at < self.residency.slot_bytes:
+            return tensor
+        return self._host[unit][at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def _apply(self, layer: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """What moves or casts a module must leave the slots where they are."""
+        memory = self._slots[0].memory[:1]
+        if fn(memory).data_ptr() != memory.data_ptr():
+            raise RuntimeError(f"a model whose layers stream to {self.device} cannot be moved: load it again.")
+        return type(layer)._apply(layer, fn, recurse)
+
+    def _watch(self, unit: int, output: Any) -> None:
+        """Without checkpointing, the backward pass comes to a layer by the gradient of its output."""
+        for tensor in tree_leaves(output) if torch.is_grad_enabled() else ():
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _grad: self.visit(unit))
+
+    def visit(self, unit: int) -> None:
+        """Begin a layer's turn: what the current stream is given from now on may read its weights.
+
+        RuntimeError while a CUDA graph is captured.
+        """
+        if _cuda_kernels.is_capturing(self.device):
+            raise RuntimeError(f"layers stream to {self.device}, which a CUDA graph cannot hold: run without graphs.")
+        is_backward = torch._C._current_graph_task_id() != -1
+        position = 2 * len(self.layers) - 1 - unit if is_backward else unit
+        stream = torch.cuda.current_stream(self.device)
+        taken: list[_Slot] = []  # of what is used sooner
+        for wanted in self.residency.wanted(position, is_backward or self.layers[unit].training):
+            slot = self._slot_of(wanted)
+            if any(slot is one for one in taken):
+                break
+            taken.append(slot)
+            self._fetch(wanted, slot)
+        if unit in self._rank:
+            slot = self._slot_of(unit)
+            stream.wait_event(slot.copied)
+            slot.readers.add(stream)
+
+    def _fetch(self, unit: int, slot: _Slot) -> None:
+        if slot.unit == unit:
+            return
+        for stream in slot.readers:
+            self._copies.wait_stream(stream)
+        host = self._host[unit]
+        with torch.cuda.stream(self._copies):
+            # By `data`, which has a version of its own: what autograd saved of another layer is not spoiled by it.
+            slot.memory.data[: host.numel()].copy_(host, non_blocking=True)
+            slot.copied = self._copies.record_event()
+        slot.unit, slot.readers = unit, set()
+        self.bytes_copied += host.numel()
+
+    def __str__(self) -> str:
+        plan = self.residency
+        return (
+            f"{len(plan.streamed)} of {len(self.layers)} layers stream through {plan.slots} slots on {self.device}: "
+            f"{plan.num_bytes / 2**20:,.0f} MiB of 4-bit weights there, {plan.streamed_bytes / 2**20:,.0f} MiB in "
+            f"pinned memory, {plan.bytes_read() / 2**20:,.0f} MiB copied a training pass"
+        )
+
+
+def _save_at_home(home: Callable[[Tensor], Tensor], _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    for key, value in state.items():
+        if key.startswith(prefix) and isinstance(value, Tensor):
+            state[key] = home(value)
+
+
+def _pinned(num_bytes: int, device: torch.device) -> Tensor:
+    """Page-locked memory, uint8. Torch's own rounds sizes up to powers of two, up to twice as much."""
+    module = module_for(device)
+    if module is None:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    form = -(-num_bytes // 4), 1, False  # of states in fp32
+    store = module.PinnedStore([form], module.pinned_page_bytes, num_bytes)
+    return torch.frombuffer(store, dtype=torch.uint8, count=num_bytes)
+
+
+def stream_layers(model: Any, device: torch.device | str = "cuda", budget: int | None = None) -> StreamedLayers | None:
+    """Put a model in host memory on a device that is too small for it; None if it fits.
+
+    As many decoder layers as ``budget`` allows stay on the device; the 4-bit weights of the others lie in pinned host
+    memory and are copied for their turn, forward and backward, in training as in generation. Results are those of a
+    model that is all there, bit for bit. Everything else of the model goes to the device. CUDA graphs are refused;
+    ``state_dict`` reads the host's copies.
+
+    Args:
+        model: from :func:`qlora_native.load_model` with ``device="cpu"``, before or after adapters are added; changed
+            in place, and kept as ``model.streamed_layers``.
+        device: a CUDA device.
+        budget: bytes of the device for the 4-bit weights of all layers; by default what is free, less all else of the
+            model and a quarter of the rest for what passes need.
+
+    Raises:
+        ValueError: two slots do not fit the budget.
+        UserError: the model has no list of decoder layers.
+    """
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    layers = list(dict.fromkeys(decoder_layers(model)[1]))
+    units = layer_units(layers)
+    if budget is None:
+        from qlora_native._memory import free_device_memory
+
+        inside = sum(unit.num_bytes for unit in units)
+        rest = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - inside
+        budget = int(0.75 * (free_device_memory(where).bytes - rest))
+    residency = plan_residency(units, budget)
+    streamed = StreamedLayers(layers, residency, where) if residency.streamed else None
+    model.to(where)
+    model.streamed_layers = streamed
+    report = getattr(model, "load_report", None)
+    if report is not None:
+        model.load_report = replace(report, bytes_mapped=0)  # files may change from now on
+    return streamed
