@@ -72,7 +72,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     path = Path(arguments.model) if arguments.model else model_file()
-    values = {"model": str(path), "data": {"train": "random"}, "train": {"grad_checkpointing": False}}
+    values = {"model": str(path), "data": {"train": "random"}, "quant": {"type": "nf4"}}
+    values["train"] = {"grad_checkpointing": False}
     torch.manual_seed(0)
     model = prepare_model(TrainConfig.model_validate(values))
     check_packing(model)

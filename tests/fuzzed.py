@@ -66,7 +66,7 @@ READERS = {
     "index": Reader("sharded/model.safetensors.index.json", "json", (CONVERT.replace("model", "sharded"),), 4),
     "state": Reader("four_bit/model.safetensors", "state", (CONVERT.replace("model", "four_bit"),), 8),
     "packed": Reader("four_bit/model.safetensors", "header", (CONVERT.replace("model", "four_bit"),), 4),
-    "gguf": Reader("model.gguf", "gguf", (GGUF,), 6),
+    "gguf": Reader("model.gguf", "gguf", (GGUF, CHAT.replace("/model", "/model.gguf")), 6),
     "tokenizer": Reader("model/tokenizer.json", "json", (CHAT,), 6),
     "tokens": Reader("model/tokenizer_config.json", "json", (CHAT, SHOW), 3, "auto_map chat_template"),
     "template": Reader("model/chat_template.jinja", "bytes", (SHOW,), 2),
@@ -108,7 +108,7 @@ def write_sound(place: Path) -> None:
     pyarrow.write_table(importlib.import_module("pyarrow").Table.from_pylist(rows), place / "train.parquet")
     settings = runs.settings(place, place / "run", {"train": "train.jsonl"}, steps=2, save_every=1)
     (place / "run.yaml").write_text(yaml.safe_dump({**settings, "data": {"train": str(place / "train.jsonl")}}))
-    assert main(["export", str(model), "--to", "gguf", "--out", str(place / "model.gguf")]) == 0
+    assert main(["export", str(model), "--to", "gguf", "--type", "q8_0", "--out", str(place / "model.gguf")]) == 0
     assert main(["train", str(place / "run.yaml")]) == 0
 
 

@@ -35,7 +35,7 @@ def mistakes(folder: Path, text: str, *overrides: str) -> list[str]:
 def test_defaults(tmp_path: Path) -> None:
     written = yaml.safe_load(TrainConfig.from_file(write(tmp_path, MINIMAL)).to_yaml())
     for key, value in {
-        "model": "base", "data.train": "rows.jsonl", "output_dir": "qlora-out", "quant.type": "nf4",
+        "model": "base", "data.train": "rows.jsonl", "output_dir": "qlora-out", "quant.type": "auto",
         "quant.block_size": 64, "quant.double_quant": True, "lora.r": 16, "lora.alpha": 32,
         "lora.target_modules": "all-linear", "train.lr": 2e-4, "train.betas": [0.9, 0.999], "train.steps": None,
         "train.epochs": None,

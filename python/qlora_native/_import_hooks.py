@@ -1,4 +1,4 @@
-"""Register our classes with transformers and PEFT as soon as they are imported, without importing them."""
+"""Register our classes with transformers, PEFT and TRL as soon as they are imported, without importing them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 REGISTRIES = {
     "transformers.quantizers.auto": "qlora_native.hf.config",
     "peft.tuners.lora.model": "qlora_native.hf.peft",
+    "trl.trainer.utils": "qlora_native.hf.trl",
 }
 
 

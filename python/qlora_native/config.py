@@ -72,7 +72,11 @@ class DataConfig(_Section):
 class QuantConfig(_Section):
     """How the frozen weights are stored."""
 
-    type: Literal["nf4", "fp4"] = _key("nf4", "the 16 levels; nf4 fits normally distributed weights better")
+    type: Literal["auto", "nf4", "fp4", "keep"] = _key(
+        "auto",
+        "the 16 levels; nf4 fits normally distributed weights better; keep = the weights of a GGUF file as they are; "
+        "auto = keep for such a file, nf4 for all else and for the other methods",
+    )
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = _key(
         64, "weights that share one scale; smaller is more exact and larger on disk"
     )
@@ -84,9 +88,15 @@ class QuantConfig(_Section):
     )
     calibration: str | None = _key(None, "file of that text for wmse and gptq; without it the training rows are used")
 
+    @model_validator(mode="after")
+    def _kept_or_rounded(self) -> QuantConfig:
+        if self.type == "keep" and self.method != "rtn":
+            raise ValueError(f"type is keep and method is {self.method}: expected nf4 or fp4 with a method")
+        return self
+
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of :func:`qlora_native.quantize`."""
+        """Arguments of :func:`qlora_native.load_model`."""
         return {"quant_type": self.type, "block_size": self.block_size, "double_quant": self.double_quant}
 
 

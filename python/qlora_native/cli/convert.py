@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("source", type=user_path, metavar="SRC", help="a model folder with safetensors: 32-bit, 16-bit, fp8 or 4-bit")
     add("out", type=user_path, metavar="DST", help="the folder to make; it must not exist yet")
     add("--to", required=True, choices=TARGETS, help="what to make of it")
-    add_quantizing(parser)
+    add_quantizing(parser, keeps=False)
     add_shard_size(parser)
     dtype = "of what is not 4-bit, and of decoded weights (default: config.json's if that is 16-bit, else bfloat16)"
     add("--dtype", choices=DTYPES, help=dtype)

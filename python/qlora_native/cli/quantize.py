@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=user_path, metavar="MODEL", help="a 16-bit model folder or a .gguf file")
     add("--out", type=user_path, required=True, metavar="DIR", help="the folder to make; it must not exist yet")
-    add_quantizing(parser)
+    add_quantizing(parser, keeps=False)
     dtype = "of what stays unquantized, and of the decoded weights (default: bfloat16)"
     add("--dtype", choices=DTYPES, default="bfloat16", help=dtype)
     method = "how codes and scales are chosen (default: wmse with --calibration, else rtn, which rounds to nearest)"
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             calibration=calibration,
             work_dir=None if calibration is None else out.with_name(f".{out.name}{WORK}"),
             progress=progress,
-            **quantizing(args),
+            **{"quant_type": "nf4"} | quantizing(args),
         )
     tokenizer, note = None, ""
     try:

@@ -25,7 +25,7 @@ from qlora_native.hf.build import MetaModel
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import load_model as load_alone
 from qlora_native.hf.plan import Step
-from qlora_native.hf.source import SafetensorsSource, Source
+from qlora_native.hf.source import AUTO, SafetensorsSource, Source, open_source
 from qlora_native.lora import LoraConfig
 from qlora_native.lora.adapter import copy_whole
 from qlora_native.lora.config import ALL_LINEAR
@@ -67,6 +67,11 @@ def load_model(
     if lora is not None and lora.seed is None:
         raise ValueError("load_model: lora has no seed: give it one, so that every rank starts the same adapter.")
     reading, fused = Reading(), options.pop("fuse", True)
+    if sharded and (source := open_source(path)).keeps(options.get("quant_type", AUTO)):
+        raise UserError(
+            f"{source.path} is GGUF, whose weights cannot be sharded as they are: load it with quant_type 'nf4', or "
+            "whole on every rank (parallel: ddp)."
+        )
 
     def finished(model: nn.Module, path: str) -> None:
         block = model.get_submodule(path)

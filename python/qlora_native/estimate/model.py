@@ -16,8 +16,8 @@ from qlora_native.errors import UserError
 from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel, is_transposed
 from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from qlora_native.hf.load import make_report
-from qlora_native.hf.plan import FourBit, Plain
-from qlora_native.hf.source import SafetensorsSource, Source, four_bit_config, open_source, read_config
+from qlora_native.hf.plan import FourBit, Kept, Plain
+from qlora_native.hf.source import AUTO, SafetensorsSource, Source, four_bit_config, open_source, read_config
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.weight import quantize
 
@@ -79,13 +79,25 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
     config, path = (model, Path()) if isinstance(model, PreTrainedConfig) else (model.config, model.path)
     meta = MetaModel(config, setting.dtype, torch.device("meta"))
     options: Options = {}
+    if isinstance(model, Source) and model.keeps(setting.quant["quant_type"]):
+        kept = model.kept_plan(meta, ()).steps
+        for step in kept:
+            if isinstance(step, Kept):
+                for name, value in step.iter_tensors(meta.model, model.read):
+                    meta.store(name, value.to("meta"), step.file)
+        setting = replace(setting, quant={**setting.quant, "quant_type": "nf4"})
+        options = dict.fromkeys(meta.weights, setting.quant)
+        read = [step.num_bytes for step in kept if not isinstance(step, Kept)]
+        return _trained(meta, options, setting, path), max(read, default=0)
+    if setting.quant["quant_type"] == AUTO:
+        setting = replace(setting, quant={**setting.quant, "quant_type": "nf4"})
     if isinstance(model, SafetensorsSource):
         steps = model.plan(meta).steps
         options = {step.name: _stored_options(step, meta, setting) for step in steps if isinstance(step, FourBit)}
     if not options:
         chosen = meta.four_bit_weights(setting.skip_modules, setting.quant["block_size"])
         options = dict.fromkeys(chosen, setting.quant)
-    if isinstance(model, SafetensorsSource):
+    if isinstance(model, Source) and not model.is_whole:
         beside = _largest_read(model, meta, options)
     elif isinstance(model, PreTrainedConfig):
         beside = max((2 * meta.shapes[name].numel() for name in options), default=0)
@@ -105,7 +117,7 @@ def _trained(meta: MetaModel, options: Options, setting: Setting, path: Path) ->
         dense = meta.shapes[name].to(setting.dtype)
         meta.store(name, quantize(dense.t() if is_transposed(parent) else dense, **options[name]), "")
     for name, tensor in meta.shapes.items():
-        if name not in options and meta.dtype_of(name) != tensor.dtype:
+        if name in meta.missing and name not in options and meta.dtype_of(name) != tensor.dtype:
             parent, _, leaf = name.rpartition(".")
             wide = nn.Parameter(tensor.to(torch.float32), requires_grad=False)
             setattr(model.get_submodule(parent), leaf, wide)
@@ -127,7 +139,7 @@ def _stored_options(step: FourBit, meta: MetaModel, setting: Setting) -> dict[st
     return {**setting.quant, **stored}
 
 
-def _largest_read(source: SafetensorsSource, meta: MetaModel, options: Options) -> int:
+def _largest_read(source: Source, meta: MetaModel, options: Options) -> int:
     """Bytes of the largest stored tensor that goes through memory of its own on its way into the model."""
     sizes = [0]
     for step in source.plan(meta).steps:

@@ -10,11 +10,11 @@ from typing import Any
 
 from qlora_native.errors import UserError
 from qlora_native.hf.load import load_dense, load_model
-from qlora_native.hf.source import open_source
+from qlora_native.hf.source import AUTO, open_source
 from qlora_native.lora import load_adapter
 from qlora_native.weight import CALIBRATED, METHODS
 
-REFERENCE, FOUR_BIT, ADAPTED = "16-bit", "4-bit", " + adapter"
+REFERENCE, FOUR_BIT, KEPT, ADAPTED = "16-bit", "4-bit", "as it is", " + adapter"
 
 
 @dataclass
@@ -22,8 +22,8 @@ class Variants:
     """Which forms of a model are compared; UserError for arguments that do not fit the model or each other.
 
     A 16-bit model is its own reference, and each of ``methods`` makes a 4-bit form of it. A model whose files are 4-bit
-    is one form, and ``reference`` may name the 16-bit model it was made from. The adapter is measured on the first
-    4-bit form.
+    is one form, and ``reference`` may name the 16-bit model it was made from. A GGUF file whose weights are kept is one
+    form too, unless methods are named; it is its own reference, decoded. The adapter is measured on the first form.
     """
 
     model: Path
@@ -34,13 +34,14 @@ class Variants:
     options: dict[str, Any] = field(default_factory=dict)  # of load_model besides
 
     def __post_init__(self) -> None:
-        self.is_four_bit = open_source(self.model).is_four_bit
+        source = open_source(self.model)
+        self.is_four_bit, self.is_kept = source.is_four_bit, not self.methods and source.keeps(AUTO)
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown:
             raise UserError(f"{unknown[0]!r} is no method of quantizing: expected {', '.join(METHODS)}")
         if self.is_four_bit and self.methods:
             raise UserError(f"{self.model} is 4-bit already: methods are compared from the 16-bit model")
-        if not self.is_four_bit and self.reference is not None:
+        if not (self.is_four_bit or self.is_kept) and self.reference is not None:
             raise UserError(f"{self.model} is 16-bit and its own reference: leave the reference out")
         needing = [name for name in self.methods if name in CALIBRATED]
         if needing and self.calibration is None:
@@ -50,12 +51,13 @@ class Variants:
 
     def loaders(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Each variant's name and a function that loads it, in the order in which they are to be measured."""
-        dense = self.reference if self.is_four_bit else self.model
+        dense = self.reference if self.is_four_bit else self.reference or self.model
         if dense is not None:
             yield REFERENCE, partial(load_dense, dense, **self.options)
         load = partial(load_model, self.model, **self.options)
-        forms = [(FOUR_BIT, load)] if self.is_four_bit else []
-        for method in self.methods or (() if self.is_four_bit else ("rtn",)):
+        whole = FOUR_BIT if self.is_four_bit else KEPT if self.is_kept else None
+        forms = [(whole, load)] if whole is not None else []
+        for method in self.methods or (("rtn",) if whole is None else ()):
             calibration = {"calibration": self.calibration} if method in CALIBRATED else {}
             forms.append((method, partial(load, method=method, **calibration)))
         yield from forms[:1]

@@ -20,9 +20,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_native.errors import UserError
 from qlora_native.hf.checkpoint import check_finite
+from qlora_native.hf.gguf import ARCHITECTURES, Architecture, interleaved, reordered_heads
+from qlora_native.hf.gguf_source import GgufSource
 from qlora_native.hf.merge import Merging
 from qlora_native.hf.plan import Converted, FourBit, Plain
-from qlora_native.hf.source import GgufSource
 
 _INSTEAD = "export --to safetensors and convert that with llama.cpp."
 OUT_TYPES = {  # of the matrices, and the name of such a file
@@ -32,24 +33,6 @@ OUT_TYPES = {  # of the matrices, and the name of such a file
     "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
 }
 
-
-class Architecture(NamedTuple):
-    """GGUF's architecture for a model type of transformers."""
-
-    name: str
-    # q and k rows of a head are ordered (0, half), (1, half + 1), ...: its rotary embedding rotates neighbors.
-    interleaved: bool = False
-    norm_offset: float = 0.0  # added to the weights of the norms
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", interleaved=True),
-    "mistral": Architecture("llama", interleaved=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "gemma": Architecture("gemma", norm_offset=1.0),
-    "gemma2": Architecture("gemma2", norm_offset=1.0),
-}
 
 # llama.cpp's names of pre-tokenizers, by the equivalent steps of the tokenizers library.
 _LLAMA_3 = (
@@ -171,7 +154,7 @@ def _add_metadata(writer: Any, config: Any, out_type: str, path: Path) -> None:
 
 def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[_Tensor]:
     config = work.source.config
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name.upper()], config.num_hidden_layers)
+    names = architecture.name_map(config.num_hidden_layers)
     if config.rope_parameters["rope_type"] == "llama3":
         exponents = torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -191,15 +174,12 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
 
 
 def _rows(work: Merging, step: Plain | FourBit, architecture: Architecture) -> Iterator[Tensor]:
-    config, (path, _, leaf) = work.source.config, step.name.rpartition(".")
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads or config.num_attention_heads}
-    count = heads.get(path.rpartition(".")[2])
+    path, _, leaf = step.name.rpartition(".")
+    heads = reordered_heads(work.source.config, architecture, path)
     is_vector = len(work.meta.shapes[step.name].shape) == 1
     parts = (part.flatten() if is_vector else part for part in work.rows(step))
-    if architecture.interleaved and count:
-        whole = torch.cat([*parts])
-        halves = whole.view(count, 2, len(whole) // count // 2, *whole.shape[1:])
-        yield halves.transpose(1, 2).reshape(whole.shape)
+    if heads is not None:
+        yield interleaved(torch.cat([*parts]), heads)
         return
     offset = architecture.norm_offset if path.endswith("norm") and leaf == "weight" else 0.0
     for part in parts:

@@ -22,6 +22,7 @@ from qlora_native._memory import trim_heap
 from qlora_native.errors import UserError
 from qlora_native.hf.checkpoint import Scratch, StoredTensor, check_finite, first_sentence, mapped_part, some_of
 from qlora_native.hf.plan import FLOATS, STATE_MARK, Converted, Plain, Plan, Read, Step
+from qlora_native.nn.embedding import QuantizedEmbedding
 from qlora_native.nn.experts import put_stack, quantized_stacks, stacks_of
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops._library import interleave
@@ -90,6 +91,9 @@ def put_four_bit(model: nn.Module, name: str, weight: QuantizedWeight) -> Tensor
         put_stack(old, leaf, weight)
     elif isinstance(old, QuantizedLinear):
         old.quantized = weight
+    elif isinstance(old, nn.Embedding):
+        layer = QuantizedEmbedding(weight).train(old.training)
+        model.set_submodule(path, layer)
     else:
         layer = QuantizedLinear.from_quantized(weight)
         if old.bias is not None:
@@ -101,6 +105,20 @@ def put_four_bit(model: nn.Module, name: str, weight: QuantizedWeight) -> Tensor
     parameter: Tensor = getattr(layer, leaf)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     return parameter
+
+
+def keepable_embeddings(meta: MetaModel, skip_modules: Iterable[str]) -> set[str]:
+    """The weights of plain embeddings that can stay quantized: all that is tied to them are plain linear layers, and
+    none is of ``skip_modules``."""
+    found, output = set(), meta.model.get_output_embeddings()
+    for path, module in meta.model.named_modules():
+        users = [path, *(name.rpartition(".")[0] for name, to in meta.tied.items() if to == f"{path}.weight")]
+        heads = [meta.model.get_submodule(user) for user in users[1:]]
+        skipped = any(_stands_for(entry, user) for entry in skip_modules for user in users)
+        skipped = skipped or (OUTPUT_EMBEDDING in skip_modules and output in heads)
+        if type(module) is nn.Embedding and all(type(head) is nn.Linear for head in heads) and not skipped:
+            found.add(f"{path}.weight")
+    return found
 
 
 def put_dense(model: nn.Module, path: str, inner: QuantizedLinear | nn.Linear, weight: Tensor) -> None:
@@ -117,12 +135,13 @@ def put_dense(model: nn.Module, path: str, inner: QuantizedLinear | nn.Linear, w
 
 
 def four_bit_parts(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """Every 4-bit weight of the model by the name of its parameter."""
+    """Every quantized weight of the model by the name of its parameter; of tied ones the first."""
     parts = {
         f"{path}.weight": module.quantized
         for path, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
     }
+    parts = {name: part for name, part in parts.items() if name in dict(model.named_parameters())}
     return parts | {f"{path}.{name}": weight for path, _, name, weight in quantized_stacks(model)}
 
 
@@ -240,9 +259,10 @@ class MetaModel:
     def dense(self, name: str, tensor: Tensor, file: str) -> Tensor:
         """The tensor in the model's dtype and on its device. UserError for a NaN or an infinity, but in a mapped file,
         of which nothing is read yet (:func:`qlora_native.hf.mapped.check_mapped_finite`)."""
-        if mapped_part(tensor) is None:
+        made = tensor.to(self.device, self.dtype_of(name))
+        if mapped_part(made) is None:
             check_finite(tensor, name, file)
-        return tensor.to(self.device, self.dtype_of(name))
+        return made
 
     def finished(self, weight: QuantizedWeight) -> QuantizedWeight:
         """The weight with the model's dtype, in memory that its products read fast."""
@@ -318,7 +338,11 @@ class MetaModel:
         """Make ``value`` the parameter or buffer ``name``; of two equal tied tensors the second is dropped."""
         self.check_shape(name, value, file)
         if isinstance(value, QuantizedWeight):
-            put_four_bit(self.model, name, value)
+            parameter = put_four_bit(self.model, name, value)
+            for tied in [other for other, origin in self.tied.items() if origin == name]:
+                put_four_bit(self.model, tied, value)
+                self.model.get_submodule(tied.rpartition(".")[0]).weight = parameter
+                self.missing.discard(tied)
         elif self._has_twin(name, value):
             return
         else:  # the mark keeps initialize_weights() off it

@@ -87,15 +87,25 @@ LEAST_MAPPED = 64 << 10  # bytes of a tensor that is mapped; smaller ones are re
 _mapped: weakref.WeakSet[_C.MappedFile] = weakref.WeakSet()
 
 
+def map_file(path: Path) -> Tensor:
+    """The bytes of a file, uint8, mapped: read when they are used, copied where they are written."""
+    with reading(path):
+        size = regular(path).stat().st_size
+        if not size or not hasattr(_C, "MappedFile"):
+            return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        file = _C.MappedFile(str(path))
+    _mapped.add(file)
+    return torch.frombuffer(file, dtype=torch.uint8)
+
+
 class FileMap:
     """Tensors as views of mapped files: read when they are touched, shared by processes, copied where they are written.
 
-    ``num_bytes`` are those of all such views; ``copied`` has the reason by name for each tensor that had to be copied.
+    ``copied`` has the reason by name for each tensor that had to be copied.
     """
 
     def __init__(self) -> None:
-        self._files: dict[Path, _C.MappedFile] = {}
-        self.num_bytes = 0
+        self._files: dict[Path, Tensor] = {}
         self.copied: dict[str, str] = {}
 
     def tensor(self, stored: StoredTensor, scratch: Scratch | None) -> Tensor | None:
@@ -109,15 +119,11 @@ class FileMap:
             self.copied[stored.name] = f"it begins at byte {stored.start:,}"
             return None
         if stored.file not in self._files:
-            with reading(stored.file):
-                file = self._files[stored.file] = _C.MappedFile(str(stored.file))
-            if file.num_bytes < stored.start + stored.num_bytes:
-                raise _truncated(stored.file, stored.start + stored.num_bytes)
-            _mapped.add(file)
-        self.num_bytes += stored.num_bytes
-        count = math.prod(stored.shape)
-        file = self._files[stored.file]
-        return torch.frombuffer(file, dtype=stored.dtype, count=count, offset=stored.start).view(stored.shape)
+            self._files[stored.file] = map_file(stored.file)
+        part = self._files[stored.file][stored.start : stored.start + stored.num_bytes]
+        if len(part) < stored.num_bytes:
+            raise _truncated(stored.file, stored.start + stored.num_bytes)
+        return part.view(stored.dtype).view(stored.shape)
 
 
 class MappedPart(NamedTuple):

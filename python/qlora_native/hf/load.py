@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from qlora_native._memory import trim_heap
 from qlora_native.errors import UserError
 from qlora_native.hf import fuse as fusion
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, four_bit_parts
-from qlora_native.hf.checkpoint import FileMap, some_of
+from qlora_native.hf.checkpoint import FileMap, mapped_part, some_of
 from qlora_native.hf.config import METADATA
-from qlora_native.hf.source import SafetensorsSource, Source, open_source
+from qlora_native.hf.source import AUTO, KEEP, SafetensorsSource, Source, open_source
 from qlora_native.nn.experts import without_stacks
 from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, QuantizedWeight, quantize
 
@@ -36,11 +38,11 @@ class LoadReport:
 
     Attributes:
         path: the folder or GGUF file it came from.
-        bytes_4bit: bytes of the 4-bit weights, their scales included.
+        bytes_4bit: bytes of the 4-bit weights, or of all in GGUF's formats, their scales included.
         bytes_dense: bytes of every other parameter and buffer.
         dense: bytes of each parameter that is not 4-bit, by name, largest first; tied ones once.
-        method: of its 4-bit weights: "rtn", "rtn_signed", "wmse" or "gptq"; None if nothing is 4-bit, or if a folder
-            of 4-bit weights does not name it.
+        method: of its 4-bit weights: "rtn", "rtn_signed", "wmse" or "gptq"; "keep" for those of a GGUF file; None if
+            nothing is 4-bit, or if a folder of 4-bit weights does not name it.
         calibration: what the statistics were gathered from: sha256 of the tokens, rows, length, tokens, seed; None for
             methods without data.
         fell_back: weights that did not get the method on loading, and why; "name[3]" is expert 3 of a stack.
@@ -66,13 +68,19 @@ class LoadReport:
         return self.bytes_4bit + self.bytes_dense
 
     @property
+    def is_kept(self) -> bool:
+        """Whether the weights are those of a GGUF file as they are."""
+        return self.method == KEEP
+
+    @property
     def share_4bit(self) -> float:
         """The part of all bytes that is 4-bit weights, 0 to 1."""
         return self.bytes_4bit / (self.num_bytes or 1)
 
     def __str__(self) -> str:
         named = [f"{name} ({num_bytes / 2**20:.1f} MiB)" for name, num_bytes in self.dense.items()]
-        text = f"{self.num_bytes / 2**20:.1f} MiB, {100 * self.share_4bit:.1f} % of them 4-bit; not 4-bit: "
+        kind = "quantized" if self.is_kept else "4-bit"
+        text = f"{self.num_bytes / 2**20:.1f} MiB, {100 * self.share_4bit:.1f} % of them {kind}; not {kind}: "
         text += some_of(named, 8) or "nothing"
         if self.calibration is not None:
             text += f"; {self.method} by {self.calibration['tokens']:,} tokens"
@@ -88,12 +96,12 @@ class LoadReport:
 def load_model(
     path: str | os.PathLike[str] | Source,
     *,
-    quant_type: str = "nf4",
+    quant_type: str = AUTO,
     block_size: int = 64,
     double_quant: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | int | None = None,
-    skip_modules: Iterable[str] = (OUTPUT_EMBEDDING,),
+    skip_modules: Iterable[str] | None = None,
     method: str | None = None,
     calibration: Any = None,
     fuse: bool = True,
@@ -111,14 +119,18 @@ def load_model(
     Args:
         path: a folder with ``config.json`` and safetensors (one file or sharded; fp32, bf16, fp16, or 4-bit in
             bitsandbytes' format), a ``.gguf`` file, or a folder that holds one; or what
-            :func:`qlora_native.hf.source.open_source` made of it. Of GGUF the 16-bit model is made first.
-        quant_type, block_size, double_quant: as :func:`qlora_native.quantize`. Weights that are 4-bit already keep
-            what they have.
+            :func:`qlora_native.hf.source.open_source` made of it.
+        quant_type: "nf4" or "fp4", as :func:`qlora_native.quantize`; or "keep", which leaves the weights of a GGUF
+            file in its bytes, mapped, in Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K or IQ4_NL, embeddings too.
+            "auto" is "keep" for such a file without ``method``, and "nf4" for all else. Weights that are 4-bit already
+            keep what they have.
+        block_size, double_quant: as :func:`qlora_native.quantize`, for "nf4" and "fp4".
         dtype: of everything that stays dense, and the dtype that the 4-bit weights stand for: bfloat16, float16 or
             float32.
         device: where the model goes; None is torch's default device.
         skip_modules: linear layers to leave dense: module paths or path endings, with all under them. "lm_head"
-            means the output embedding, whatever the model calls it. Tied weights always stay dense.
+            means the output embedding, whatever the model calls it, and is the default, but for weights that are kept.
+            Tied weights stay dense, unless they are kept.
         method: how codes and scales are chosen. "rtn" rounds to nearest under each block's largest magnitude, as
             bitsandbytes does; "rtn_signed" lets a scale be negative; "wmse" searches each block's scale for the least
             error weighted by the mean square of the input channels; "gptq" also passes the error of each column on to
@@ -127,7 +139,7 @@ def load_model(
             :class:`qlora_native.CalibrationData`, which also limits how much of it is taken.
         fuse: give the modules between the products native kernels where they compute the same to rounding, as
             :func:`qlora_native.fuse` does.
-        residency: "memory" copies the weights, "mapped" uses those of a 4-bit folder where they lie in its files: they
+        residency: "memory" copies the weights, "mapped" uses those of a 4-bit folder or a kept GGUF file in place: they
             are read when they are first used, processes share them, and nothing is ever written to the files. A dense
             weight that holds a NaN is then found when a loss is not finite, not on loading. "auto" maps where that is
             possible: a 4-bit folder, the CPU, Linux.
@@ -144,7 +156,8 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"load_model: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
-    file_map: FileMap | None = None
+    if quant_type == AUTO and not (method is None and calibration is None):
+        quant_type = "nf4"
     method = method or ("rtn" if calibration is None else CALIBRATED[0])
     if method not in METHODS:
         raise ValueError(f"load_model: method is {method!r}: expected {', '.join(map(repr, METHODS))}.")
@@ -156,17 +169,25 @@ def load_model(
         raise ValueError(f"load_model: skip_modules is the string {skip_modules!r}: expected a list of module names.")
     if residency not in RESIDENCIES:
         raise ValueError(f"load_model: residency is {residency!r}: expected {', '.join(map(repr, RESIDENCIES))}.")
-    options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    rounded = "nf4" if quant_type in (AUTO, KEEP) else quant_type
+    options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before minutes of reading
 
     began = time.monotonic()
     target = torch.get_default_device() if device is None else torch.device(device)
     source = open_source(path)
     meta = MetaModel(source.config, dtype, target)
-    made: dict[str, Any] = {"method": method}
+    is_kept = source.keeps(quant_type)
+    made: dict[str, Any] = {"method": KEEP if is_kept else method}
     fell_back: dict[str, str] = {}
-    if not source.is_four_bit:
-        meta.weights = meta.four_bit_weights(skip_modules, block_size)
+    if is_kept and method != "rtn":
+        raise UserError(f"{source.path} keeps its weights with quant_type {KEEP!r}: method {method!r} is for 'nf4'.")
+    is_mapped = _can_map(source, is_kept, residency, target)
+    file_map = FileMap() if is_mapped else None
+    if is_kept:
+        meta.options = options
+    elif not source.is_four_bit:
+        meta.weights = meta.four_bit_weights((OUTPUT_EMBEDDING,) if skip_modules is None else skip_modules, block_size)
         meta.options, meta.rounding = options, _rtn_signed if method == "rtn_signed" else quantize
     elif method != "rtn":
         raise UserError(f"{source.path} is 4-bit already: method {method!r} needs the 16-bit model it was made from.")
@@ -175,11 +196,16 @@ def load_model(
 
         folder = None if work_dir is None else Path(work_dir)
         made["calibration"], fell_back = calibrated(source, meta, method, calibration, folder, progress)
+    elif is_kept:  # every process maps the file
+        meta.load(source, source.kept_plan(meta, skip_modules or (), is_mapped).steps)
     elif reader is not None:
         reader(source, meta)
     else:
-        with _file_map(source, residency, target) as file_map:
+        source.file_map = file_map
+        try:
             meta.load(source, source.plan(meta).steps)
+        finally:
+            source.file_map = None
     model = meta.finish()
     if isinstance(source, SafetensorsSource):
         model.generation_config = source.generation_config() or model.generation_config
@@ -188,6 +214,9 @@ def load_model(
         dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         ours = {**bitsandbytes_config(dtype, options, dense), METADATA: made}
         model.config.quantization_config = source.four_bit_config or ours
+        if is_kept:
+            model.config.quantization_config = {"quant_method": "gguf", METADATA: made}
+            model.save_pretrained = partial(_refuse_saving, source.path)
     else:
         model.config.__dict__.pop("quantization_config", None)
     if fuse:
@@ -195,18 +224,19 @@ def load_model(
     trim_heap()
     report = replace(make_report(model, source.path), fell_back=fell_back, seconds=time.monotonic() - began)
     if file_map is not None:
-        report = replace(report, bytes_mapped=file_map.num_bytes, copied=file_map.copied)
+        tensors = chain(model.parameters(), model.buffers())
+        bytes_mapped = sum(tensor.nbytes for tensor in tensors if mapped_part(tensor) is not None)
+        report = replace(report, bytes_mapped=bytes_mapped, copied=file_map.copied)
     model.load_report = report
     return model
 
 
-@contextmanager
-def _file_map(source: Source, residency: str, device: torch.device) -> Iterator[FileMap | None]:
-    """Within it ``source`` maps its tensors, if ``residency`` says so. UserError for "mapped" where that cannot be."""
+def _can_map(source: Source, is_kept: bool, residency: str, device: torch.device) -> bool:
+    """Whether weights are used where they lie in their files. UserError for "mapped" where that cannot be."""
     missing = [
         text
         for text, has in (
-            ("a folder of 4-bit safetensors", isinstance(source, SafetensorsSource) and source.is_four_bit),
+            ("a folder of 4-bit safetensors or a GGUF file whose weights are kept", is_kept or source.is_four_bit),
             ("a model on the CPU", device.type == "cpu"),
             ("Linux", hasattr(_C, "MappedFile")),
         )
@@ -214,15 +244,14 @@ def _file_map(source: Source, residency: str, device: torch.device) -> Iterator[
     ]
     if residency == "mapped" and missing:
         raise UserError(f"{source.path} cannot be mapped: residency 'mapped' needs {' and '.join(missing)}.")
-    if residency == "memory" or missing:
-        yield None
-        return
-    assert isinstance(source, SafetensorsSource)
-    source.file_map = FileMap()
-    try:
-        yield source.file_map
-    finally:
-        source.file_map = None
+    return residency != "memory" and not missing
+
+
+def _refuse_saving(path: Path, *_: Any, **__: Any) -> None:
+    raise UserError(
+        f"the weights of this model are those of {path}, which it keeps as they are: save the adapter, and load it "
+        "over that file; or qlora_native.merge(model) first."
+    )
 
 
 def _rtn_signed(weight: Tensor, **options: Any) -> QuantizedWeight:

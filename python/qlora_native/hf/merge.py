@@ -18,11 +18,12 @@ from qlora_native.hf.convert import Conversion, Job, decoded_parts, part_size, s
 from qlora_native.hf.fuse import unfuse
 from qlora_native.hf.load import LoadReport, make_report
 from qlora_native.hf.plan import Converted, FourBit, Plain, Step
-from qlora_native.hf.source import Source, open_source
+from qlora_native.hf.source import AUTO, KEEP, Source, open_source
 from qlora_native.lora import LoRALinear
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.config import ZERO
 from qlora_native.lora.layer import trained_whole
+from qlora_native.nn.embedding import QuantizedEmbedding
 from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.weight import QuantizedWeight
@@ -73,7 +74,11 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     else:
         trained = tuple(f"{path}." for path in trained_whole(model, config.modules_to_save)) if config else ()
         parameters = {name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
-        parameters = {name: tensor for name, tensor in parameters.items() if not name.startswith(trained)}
+        parameters = {
+            name: tensor
+            for name, tensor in parameters.items()
+            if not name.startswith(trained) and tensor.is_floating_point()
+        }
         weights = _original(open_source(report.path), dtype, layers, stacks, parameters)
     for name, weight in weights:
         if name in layers:
@@ -81,6 +86,7 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
         else:
             experts, leaf, stack = stacks[name]
             take_stack(experts, leaf, weight.to(stack.device, dtype, copy=base == "original"))
+    _make_embeddings_dense(model, dtype)
     if stacks:
         model.__dict__.pop("_weight_conversions", None)  # transformers' own for this class: experts one by one again
     unfuse(model)
@@ -89,7 +95,8 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     model.config.__dict__.pop("quantization_config", None)
-    model.__dict__.pop("lora_config", None)
+    for name in ("lora_config", "save_pretrained"):  # the latter refuses while the weights are those of a GGUF file
+        model.__dict__.pop(name, None)
     if report is not None:
         model.load_report = make_report(model, report.path)
     return model.requires_grad_(False)
@@ -162,6 +169,16 @@ def _make_dense(
     put_dense(model, path, inner, total)
 
 
+def _make_embeddings_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QuantizedEmbedding):
+            dense = nn.Embedding.from_pretrained(module.quantized.dequantize(dtype))
+            model.set_submodule(path, dense.train(module.training))
+            for name, origin in model.all_tied_weights_keys.items():
+                if origin == f"{path}.weight":
+                    model.get_submodule(name.rpartition(".")[0]).weight = dense.weight
+
+
 TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 
 
@@ -174,7 +191,8 @@ class Merging(Conversion):
         adapter: a folder in PEFT's format; None merges nothing.
         base: the W: "original" is what the files hold, "dequantized" what ``load_model`` makes of it in 4 bits.
         to: one of ``TARGETS``; "nf4" is bitsandbytes' format.
-        quant_type, block_size, double_quant, skip_modules: for weights that are not 4-bit yet.
+        quant_type, block_size, double_quant, skip_modules: for weights that are not 4-bit yet. A GGUF file that
+            load_model keeps as it is has one W.
     """
 
     def __init__(
@@ -184,13 +202,15 @@ class Merging(Conversion):
         *,
         base: str = "original",
         to: str = "bf16",
-        quant_type: str = "nf4",
+        quant_type: str = AUTO,
         block_size: int = 64,
         double_quant: bool = True,
         skip_modules: tuple[str, ...] = (OUTPUT_EMBEDDING,),
     ) -> None:
-        options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
         source = open_source(path)
+        is_kept = source.keeps(quant_type)
+        rounded = "nf4" if quant_type in (AUTO, KEEP) else quant_type
+        options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
         super().__init__(source, "bitsandbytes" if to == "nf4" else "16bit", TARGETS[to], options, skip_modules)
         if self.four_bit and base == "original":
             raise UserError(
@@ -200,7 +220,7 @@ class Merging(Conversion):
         self.skip_modules = skip_modules
         # What load_model would make 4-bit: decoded, it is the base that the adapter was trained on.
         self.rounded: set[str] = set()
-        if base == "dequantized" and not self.four_bit:
+        if base == "dequantized" and not self.four_bit and not is_kept:
             self.rounded = {*self.meta.four_bit_weights(skip_modules, block_size)}
             if stacks := sorted(name for name in self.rounded if not name.endswith(".weight")):
                 raise UserError(

@@ -181,6 +181,11 @@ QuantizedParamWrapper.__name__ = "ParamWrapper"  # by which PEFT recognizes what
 
 
 def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
+    if before.is_gguf:
+        raise ValueError(
+            f"merge: the weights are those of a GGUF file in {before.quant_type}, which stay as they are: "
+            "qlora_native.merge(model) or `qlora merge` makes a 16-bit model."
+        )
     options = {name: getattr(before, name) for name in ("quant_type", "block_size", "double_quant")}
     after = quantize(dense, **options)
     after.dtype, after.storage_dtype = before.dtype, before.storage_dtype

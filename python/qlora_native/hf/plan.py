@@ -98,6 +98,16 @@ class FourBit(_Step):
 
 
 @dataclass
+class Kept(FourBit):
+    """One stored tensor whose bytes the model keeps: ``make`` gives the weight over them."""
+
+    make: Callable[[StoredTensor], QuantizedWeight]
+
+    def weight(self, read: Read) -> QuantizedWeight:
+        return self.make(self.parts[0])
+
+
+@dataclass
 class Converted(_Step):
     """Stored tensors that a conversion of transformers makes one or more tensors of the model from."""
 

@@ -47,6 +47,8 @@ def lora_statistics(
     if any(".base_layer." in name for name in layers):
         raise ValueError("lora_statistics: the model has an adapter already: gather statistics before add_lora.")
     source = open_source(source or report.path)
+    if report.is_kept:
+        raise UserError(f"the model keeps the weights of {report.path}, so nothing was lost: begin with init 'zero'.")
     if source.is_four_bit:
         raise UserError(
             f"{report.path} holds 4-bit weights and no 16-bit ones, so what was lost is not known: "

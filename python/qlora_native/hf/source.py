@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import deepcopy
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from qlora_native._io import check_folder, panics_caught, read_json, reading, regular, user_path
+from qlora_native._io import check_folder, panics_caught, read_json, reading, user_path
 from qlora_native.errors import UserError
 from qlora_native.hf.build import MetaModel
-from qlora_native.hf.checkpoint import Checkpoint, FileMap, Scratch, StoredTensor, first_sentence, some_of
+from qlora_native.hf.checkpoint import Checkpoint, FileMap, Scratch, StoredTensor, first_sentence
 from qlora_native.hf.config import METHOD
-from qlora_native.hf.plan import FLOATS, STATE_MARK, Plain, Plan, make_plan, unscaled
+from qlora_native.hf.plan import FLOATS, STATE_MARK, Plan, make_plan, unscaled
+
+# For a quant_type: the bytes of a GGUF file as they are; and "keep" for such a file, "nf4" for all else.
+KEEP, AUTO = "keep", "auto"
 
 
-class SafetensorsSource:
+class Source:
+    """What a model is loaded from."""
+
+    path: Path
+    files: list[Path]  # that make the model
+    config: PreTrainedConfig
+    checkpoint: Any  # what reads tensors and parts of them, with the methods of a Checkpoint
+    four_bit_config: dict[str, object] | None = None  # the files' own description of weights that are 4-bit already
+    is_four_bit = False
+    is_whole = False  # the whole 16-bit model is made on reading
+    file_map: FileMap | None = None  # of the load in progress, if tensors are to be mapped
+
+    def plan(self, meta: MetaModel) -> Plan:
+        """Which stored tensors become which of the model."""
+        raise NotImplementedError
+
+    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, in 16 or 32 bits."""
+        raise NotImplementedError
+
+    def kept_plan(self, meta: MetaModel, skip_modules: Iterable[str], is_mapped: bool) -> Plan:
+        """The plan in which weights keep their bytes, but for those of ``skip_modules``; see :meth:`keeps`. Unless
+        ``is_mapped`` they are copied into memory."""
+        raise NotImplementedError
+
+    def keeps(self, quant_type: str) -> bool:
+        """Whether ``quant_type``, of :func:`qlora_native.load_model`, keeps the bytes of a GGUF file."""
+        if quant_type == KEEP and not self.is_four_bit:
+            raise UserError(f"{self.path} holds 16-bit weights: quant_type {KEEP!r} keeps those of a GGUF file.")
+        return False
+
+
+class SafetensorsSource(Source):
     """A folder with ``config.json`` and safetensors, 16-bit or 32-bit, or 4-bit in bitsandbytes' format."""
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +65,8 @@ class SafetensorsSource:
         self.config = read_config(folder)
         self.four_bit_config = four_bit_config(self.config, folder)
         self.is_four_bit = any(STATE_MARK in key for key in self.checkpoint.tensors)
-        self.file_map: FileMap | None = None  # of the load in progress, if tensors are to be mapped
+        weights = {stored.file for stored in self.checkpoint.tensors.values()}
+        self.files = [folder / "config.json", *sorted(weights)]
         self._plan: Plan | None = None
 
     def plan(self, meta: MetaModel) -> Plan:
@@ -60,11 +91,6 @@ class SafetensorsSource:
         except ValueError as error:
             raise UserError(f"{stored.file}: {stored.name} cannot be used: {first_sentence(error)}") from error
 
-    @property
-    def files(self) -> list[Path]:
-        """The files that make the model."""
-        return [self.path / "config.json", *sorted({stored.file for stored in self.checkpoint.tensors.values()})]
-
     def generation_config(self) -> GenerationConfig | None:
         """The folder's own generation defaults, if it has any."""
         path = self.path / "generation_config.json"
@@ -75,95 +101,12 @@ class SafetensorsSource:
             return GenerationConfig.from_pretrained(self.path)
 
 
-class _InMemory:
-    """The tensors of a model that is in memory already, read as those of a :class:`Checkpoint` are."""
-
-    def __init__(self, path: Path, values: dict[str, Tensor]) -> None:
-        self.values = values
-        self.tensors = {
-            name: StoredTensor(name, path, value.dtype, tuple(value.shape), 0, value.nbytes)
-            for name, value in values.items()
-        }
-
-    def read(self, stored: StoredTensor) -> Tensor:
-        return self.values[stored.name]
-
-    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
-        return self.values[stored.name].view(-1)[begin:end]
-
-
-_MAX_HEADER_BYTES = 256 << 20  # of a GGUF file: its vocabulary and the names of its tensors
-
-
-class GgufSource:
-    """One GGUF file, through transformers' own reader, which makes the whole 16-bit model first."""
-
-    four_bit_config: dict[str, object] | None = None
-    is_four_bit = False  # the blocks of GGUF are of another kind, and are dequantized on reading
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.files, self._dtype = path, [path], torch.bfloat16
-        self._checkpoint: _InMemory | None = None
-        try:
-            values, _ = PreTrainedConfig.get_config_dict(regular(path).parent, gguf_file=path.name)
-            _check_config(path, values)
-            self.config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-            self._check_last_layer(self.config.num_hidden_layers)
-        except UserError:
-            raise
-        except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
-            raise self._unusable(error) from error
-        self.config.name_or_path = str(path)
-
-    @property
-    def checkpoint(self) -> _InMemory:
-        """The 16-bit model, made when first asked for; of tensors that are tied, the first."""
-        if self._checkpoint is None:
-            try:
-                with _without_bar():
-                    model, found = AutoModelForCausalLM.from_pretrained(
-                        self.path.parent,
-                        output_loading_info=True,
-                        config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
-                        gguf_file=self.path.name,
-                        quantization_config=GgufConfig(dequantize=True),
-                        dtype=self._dtype,
-                    )
-            except Exception as error:
-                raise self._unusable(error) from error
-            if absent := found["missing_keys"]:  # which transformers would fill with random numbers
-                raise UserError(f"{self.path} lacks tensors of its model: {some_of(sorted(absent))}; copy it again.")
-            once: dict[int, tuple[str, Tensor]] = {}
-            for name, tensor in model.state_dict().items():
-                once.setdefault(tensor.data_ptr(), (name, tensor.detach()))
-            self._checkpoint = _InMemory(self.path, dict(once.values()))
-        return self._checkpoint
-
-    def plan(self, meta: MetaModel) -> Plan:
-        """Each tensor as it is, in the model's dtype: transformers has matched the names."""
-        if meta.dtype != self._dtype:
-            self._dtype, self._checkpoint = meta.dtype, None
-        return Plan([Plain(name, [stored]) for name, stored in self.checkpoint.tensors.items()], [], [])
-
-    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
-        """The tensor, which is no longer kept here; asked for again, the whole model is made again."""
-        if stored.name not in self.checkpoint.values:
-            self._checkpoint = None
-        return self.checkpoint.values.pop(stored.name)
-
-    def _check_last_layer(self, layers: int) -> None:
-        """UserError if the last layer has no tensor: transformers takes minutes to find out of a few hundred layers."""
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
-            if layers and raw.find(f"blk.{layers - 1}.".encode(), 0, _MAX_HEADER_BYTES) < 0:
-                raise UserError(
-                    f"{self.path} is said to have {layers} layers and has no tensor of the last; copy it again."
-                )
-
-    def _unusable(self, error: Exception) -> UserError:
-        return UserError(f"{self.path} cannot be read as GGUF: {first_sentence(error)}")
-
-
-Source = SafetensorsSource | GgufSource
+def _gguf_source(path: Path) -> Source:
+    try:
+        from qlora_native.hf.gguf_source import GgufSource
+    except ImportError as error:
+        raise UserError(f"{path} needs the package gguf: `pip install gguf` brings it.") from error
+    return GgufSource(path)
 
 
 def open_source(path: str | os.PathLike[str] | Source) -> Source:
@@ -176,7 +119,7 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
             raise UserError(
                 f"{path} is a file: expected a model folder or a .gguf file; give the folder that holds it."
             )
-        return GgufSource(path)
+        return _gguf_source(path)
     if not path.is_dir():
         raise UserError(
             f"{path} is not there: expected a model folder or a .gguf file; a model of the Hugging Face hub is "
@@ -187,7 +130,7 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
     if found := sorted(path.glob("*.gguf")):
         if len(found) > 1:
             raise UserError(f"{path} holds {len(found)} GGUF files: name the one to load, such as {found[0]}.")
-        return GgufSource(found[0])
+        return _gguf_source(found[0])
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds an adapter and no model: load its base model, then load_adapter(model, {str(path)!r})."
@@ -195,17 +138,19 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
     raise UserError(f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it.")
 
 
+AUTO, KEEP = "auto", "keep"  # for a quant_type
+
 # What transformers makes a list or a module each of, and the most of them; a kernel of the hub, which would be code.
 _COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|blocks?)|block_count")
 MOST_LAYERS = 2048
 _HUB_KERNEL = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 
-def _check_config(path: Path, values: dict[str, Any]) -> None:
+def check_config(path: Path, values: dict[str, Any]) -> None:
     """UserError for numbers of layers that no model has, which would take all memory, and for code of the hub."""
     for key, value in values.items():
         if isinstance(value, dict):
-            _check_config(path, value)
+            check_config(path, value)
         elif isinstance(value, int) and _COUNT.fullmatch(key) and not 0 <= value <= MOST_LAYERS:
             raise UserError(f"{path}: {key} is {value:,}: expected 0 to {MOST_LAYERS:,}.")
         elif isinstance(value, str) and _HUB_KERNEL.fullmatch(key) and "/" in value:
@@ -217,7 +162,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     values = read_json(path)
     with reading(path):
-        _check_config(path, values)
+        check_config(path, values)
         window = values.get("sliding_window")
         if window is not None and (type(window) is not int or not 0 < window < 1 << 31):
             raise ValueError(f"sliding_window is {window!r}: expected a whole number over 0, or null")
@@ -249,22 +194,6 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
         f"{folder} holds {kind} weights: expected 16-bit or 32-bit weights, 8-bit floats, or 4-bit in bitsandbytes' "
         "format; load the original model."
     )
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    """No progress bar of transformers' reader where TQDM_DISABLE forbids it, which tqdm itself reads only on import."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    bar = getattr(reader, "tqdm", None)
-    if bar is None or not os.environ.get("TQDM_DISABLE"):
-        yield
-        return
-    reader.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
 
 
 def load_tokenizer(model: str | os.PathLike[str] | Source) -> Any:

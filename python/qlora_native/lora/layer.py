@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear
 from qlora_native.lora.config import ALL_LINEAR, H_SVD, LOFTQ, ZERO, LoraConfig
+from qlora_native.nn.embedding import QuantizedEmbedding
 from qlora_native.nn.linear import QuantizedLinear
 
 # Directions beyond the rank, and rounds, of the subspace iteration (Halko, Martinsson and Tropp, "Finding structure
@@ -290,9 +291,9 @@ def trained_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
     modules = {path: module for path, module in plain_modules(model) if path}
     chosen = {path: modules[path] for path in _selected(model, names, "modules_to_save", "module", modules)}
     for path, module in chosen.items():
-        if any(isinstance(part, QuantizedLinear) for part in module.modules()):
+        if any(isinstance(part, (QuantizedLinear, QuantizedEmbedding)) for part in module.modules()):
             raise ValueError(
-                f"modules_to_save: {path} is 4-bit, which cannot be trained whole: "
+                f"modules_to_save: {path} is quantized, which cannot be trained whole: "
                 f"load the model with skip_modules=({path.rpartition('.')[2]!r},), or adapt it instead."
             )
     return chosen

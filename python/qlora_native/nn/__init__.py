@@ -1,7 +1,8 @@
-"""Layers with 4-bit weights."""
+"""Layers with quantized weights."""
 
 from __future__ import annotations
 
+from qlora_native.nn.embedding import QuantizedEmbedding
 from qlora_native.nn.linear import QuantizedLinear
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["QuantizedEmbedding", "QuantizedLinear"]

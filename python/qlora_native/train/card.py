@@ -17,7 +17,10 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     data files by their paths. The front matter is PEFT's, from which the Hugging Face hub reads the adapter's base."""
     model, quant, lora = config.model, config.quant, config.lora
     arguments = repr(model) + "".join(f", {name}={value!r}" for name, value in quant.options.items())
-    made = ""
+    made, base = "", f"base in 4 bits ({quant.type}, blocks of {quant.block_size}"
+    base += ", double quantization)" if quant.double_quant else ")"
+    if quant.type == "keep":
+        arguments, base = repr(model), "GGUF file whose weights stayed as they are"
     if quant.method != "rtn":  # too slow to do on each load
         from qlora_native.calibration.data import FILE, quantize_command
 
@@ -33,9 +36,8 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
         losses = f"\nHeld-out loss: {before}{facts['loss_after']:.4f} nats a token after it.\n"
     packages = ("torch", "transformers", "safetensors")
     versions = {"qlora_native": __version__, **{name: importlib.metadata.version(name) for name in packages}}
-    base = json.dumps(model)  # a JSON string is a YAML string
     text = f"""---
-base_model: {base}
+base_model: {json.dumps(model)}
 library_name: peft
 pipeline_tag: text-generation
 tags:
@@ -47,13 +49,12 @@ tags:
 
 # LoRA adapter for {Path(model).name}
 
-Trained with qlora_native on a base in 4 bits ({quant.type}, blocks of {quant.block_size}\
-{", double quantization" if quant.double_quant else ""}): rank {lora.r}, alpha {lora.alpha:g}, {facts["step"]} steps,
+Trained with qlora_native on a {base}: rank {lora.r}, alpha {lora.alpha:g}, {facts["step"]} steps,
 {facts["tokens"]:,} tokens.
 {losses}
 ## Load it
 
-On the 4-bit base, as it was trained.{made}
+On the base as it was trained.{made}
 
 ```python
 import qlora_native as qn
@@ -62,14 +63,7 @@ model = qn.load_model({arguments})
 qn.load_adapter(model, "path/to/this/folder")
 ```
 
-With PEFT:
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-
+{_elsewhere(model, quant.type == "keep")}
 As a model of its own: `qlora merge {model} path/to/this/folder --out merged --check`
 
 ## Data
@@ -89,3 +83,23 @@ As a model of its own: `qlora merge {model} path/to/this/folder --out merged --c
 ```
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _elsewhere(model: str, is_kept: bool) -> str:
+    """How other programs load the adapter."""
+    if is_kept:
+        return f"""In llama.cpp, over the same file:
+
+```sh
+qlora export path/to/this/folder --to gguf-adapter --out adapter.gguf
+llama-cli -m {model} --lora adapter.gguf
+```
+"""
+    return """With PEFT:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""

@@ -198,7 +198,10 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -
         near = f"; {found[-1]} is one" if found else ""
         raise UserError(f"resume is {checkpoint}, which is no checkpoint (it has no {STATE}){near}")
     with reading(checkpoint / CONFIG, BEFORE):
-        before, now = read_yaml(checkpoint / CONFIG)[0], config.model_dump(mode="json")
+        before = read_yaml(checkpoint / CONFIG)[0]
+        if config.quant.type == "auto":
+            config.quant.type = before["quant"]["type"]
+        now = config.model_dump(mode="json")
         changed = [
             f"{block}.{key} {was} -> {value}"
             for block in ("quant", "lora", "train")

@@ -17,7 +17,7 @@ from qlora_native.errors import UserError
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import LayerProgress, load_model
-from qlora_native.hf.source import Source, open_source
+from qlora_native.hf.source import AUTO, Source, open_source
 from qlora_native.lora import LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
@@ -85,6 +85,9 @@ def prepare_model(
             if why_eager(config, model, ranks.world) is None:  # then nothing is random, and a graph cannot save a state
                 options_of_it["preserve_rng_state"] = False
             enable(options_of_it)
+    if config.quant.type == AUTO:  # a resumed run, and what reads the adapter, must find what it was
+        report = getattr(model, "load_report", None)
+        config.quant.type = "keep" if report is not None and report.is_kept else "nf4"
     return model.train()
 
 
@@ -109,7 +112,7 @@ def _load(
         **quant.options,
         "dtype": getattr(torch, config.train.dtype),
         "device": device,
-        "method": "rtn" if is_made else quant.method,
+        "method": None if is_made or quant.method == "rtn" else quant.method,
     }
     if ranks.world == 1:
         return load_model(source, calibration=calibration, residency=config.residency, progress=progress, **options)

@@ -1,0 +1,249 @@
+"""A GGUF file as a model's source: its tensors decoded one at a time, or kept in the file's own bytes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from qlora_native.errors import UserError
+from qlora_native.hf.build import MetaModel, keepable_embeddings
+from qlora_native.hf.checkpoint import Scratch, StoredTensor, first_sentence, some_of
+from qlora_native.hf.gguf import (
+    ARCHITECTURES,
+    DENSE,
+    DENSE_NAMES,
+    KEPT,
+    ROPE_FACTORS,
+    GgufFile,
+    GgufTensor,
+    decode,
+    deinterleaved,
+    kept,
+    more_of_config,
+    reordered_heads,
+    rope_of,
+)
+from qlora_native.hf.plan import Kept, Plain, Plan
+from qlora_native.hf.source import AUTO, KEEP, Source, check_config
+from qlora_native.weight import QuantizedWeight
+
+
+class _InMemory:
+    """The tensors of a model that is in memory already, read as those of a :class:`Checkpoint` are."""
+
+    def __init__(self, path: Path, values: dict[str, Tensor]) -> None:
+        self.values = values
+        self.tensors = {
+            name: StoredTensor(name, path, value.dtype, tuple(value.shape), 0, value.nbytes)
+            for name, value in values.items()
+        }
+
+    def read(self, stored: StoredTensor) -> Tensor:
+        return self.values[stored.name]
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        return self.values[stored.name].view(-1)[begin:end]
+
+
+class GgufSource(Source):
+    """One GGUF file.
+
+    Of the architectures that are mapped here, tensors are decoded one at a time, or kept in the file's bytes; of others
+    transformers' own reader makes the whole 16-bit model first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.files, self._dtype = path, [path], torch.bfloat16
+        self._checkpoint: _InMemory | None = None
+        try:
+            self.gguf = GgufFile(path)
+            self.config = self._read_config()
+        except UserError:
+            raise
+        except Exception as error:  # the reader raises whatever it stumbles on, struct.error and IndexError among it
+            raise self._unusable(error) from error
+        self.config.name_or_path = str(path)
+        self.architecture = ARCHITECTURES.get(self.config.model_type)
+        self.is_whole = self.architecture is None
+        self._places: dict[str, GgufTensor] = {}  # by the name in the model
+
+    @property
+    def checkpoint(self) -> Any:
+        """What reads tensors, and parts of them: this file, or the 16-bit model that transformers made of it."""
+        return self if self.architecture is not None else self._in_memory()
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many tensors the file has in each format, such as "q4_k"."""
+        return Counter(tensor.kind.name.lower() for tensor in self.gguf.tensors.values())
+
+    def keeps(self, quant_type: str) -> bool:
+        """Whether ``quant_type``, of :func:`qlora_native.load_model`, keeps the file's bytes."""
+        is_mapped = self.architecture is not None and bool(KEPT & self.kinds.keys())
+        if quant_type == KEEP and not is_mapped:
+            raise UserError(
+                f"{self.path} is a {self.config.model_type} model in {', '.join(self.kinds)}: expected "
+                f"{', '.join(ARCHITECTURES)} in {', '.join(sorted(KEPT))} to keep weights as they are; load it with "
+                "quant_type 'nf4'."
+            )
+        return is_mapped and quant_type in (AUTO, KEEP)
+
+    def plan(self, meta: MetaModel) -> Plan:
+        """Each tensor decoded, in the model's names."""
+        if self.architecture is None:
+            if meta.dtype != self._dtype:
+                self._dtype, self._checkpoint = meta.dtype, None
+            return Plan([Plain(name, [stored]) for name, stored in self.checkpoint.tensors.items()], [], [])
+        names = self.architecture.name_map(self.config.num_hidden_layers)
+        found = {name: self.gguf.tensors.get(names.get_name(name, (".weight", ".bias")) or "") for name in meta.shapes}
+        self._places = {name: tensor for name, tensor in found.items() if tensor is not None}
+        used = {tensor.name for tensor in self._places.values()} | {ROPE_FACTORS}
+        others = [self._stored(name, tensor) for name, tensor in self.gguf.tensors.items() if name not in used]
+        steps = [Plain(name, [self._stored(name, tensor)]) for name, tensor in self._places.items()]
+        plan = Plan([*sorted(steps, key=lambda step: step.stored.start)], others, [])
+        meta.check(plan, self.read, str(self.path))
+        return plan
+
+    def _stored(self, name: str, tensor: GgufTensor) -> StoredTensor:
+        dtype = DENSE.get(tensor.kind, torch.float32)
+        return StoredTensor(name, self.path, dtype, tensor.shape, tensor.start, tensor.num_bytes)
+
+    def kept_plan(self, meta: MetaModel, skip_modules: Iterable[str], is_mapped: bool) -> Plan:
+        """The plan in which weights keep their bytes where the model's module allows it, in the file or in memory.
+
+        Linear weights in formats that no kernel reads are quantized: they become ``meta.weights``.
+        """
+        plan = self.plan(meta)
+        matrices = meta.four_bit_weights(skip_modules, 64).keys()
+        linear = matrices | keepable_embeddings(meta, skip_modules)
+        kinds = {name: tensor.kind.name.lower() for name, tensor in self._places.items()}
+        steps = [
+            Kept(step.name, step.parts, step.name, lambda stored: self.quantized(stored, meta.dtype, is_mapped))
+            if step.name in linear and kinds[step.name] in KEPT
+            else step
+            for step in plan.steps
+        ]
+        others = Counter(kind for name, kind in kinds.items() if name in linear and kind not in KEPT | DENSE_NAMES)
+        meta.weights = {name: False for name in matrices if kinds.get(name) in others}
+        if others:
+            warnings.warn(
+                f"{self.path}: {sum(others.values())} weights are in {', '.join(others)}, which no kernel reads: "
+                "linear layers become NF4, embeddings 16-bit.",
+                stacklevel=3,
+            )
+        return Plan(steps, plan.unexpected, [])
+
+    def quantized(self, stored: StoredTensor, dtype: torch.dtype, is_mapped: bool) -> QuantizedWeight:
+        """A weight over the file's own bytes; of q and k a copy of them, if their rows have another order there."""
+        tensor = self._places[stored.name]
+        rows = self._rows(stored.name)
+        return kept(tensor.kind, rows if is_mapped else rows.clone(), tensor.shape, dtype)
+
+    def _rows(self, name: str) -> Tensor:
+        """The bytes of a tensor, a row of it each, in the model's order."""
+        assert self.architecture is not None
+        rows = self.gguf.bytes_of(self._places[name])
+        path, _, leaf = name.rpartition(".")
+        heads = reordered_heads(self.config, self.architecture, path)
+        if heads is None:
+            return rows
+        if leaf == "bias":
+            return deinterleaved(rows.view(-1, 4), heads).view(1, -1)
+        return deinterleaved(rows, heads)
+
+    def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, decoded; of what transformers made no longer kept here, and made again when asked for again."""
+        if self.architecture is not None:
+            return self._decoded(stored, self._rows(stored.name)).view(stored.shape)
+        if stored.name not in self.checkpoint.values:
+            self._checkpoint = None
+        return self.checkpoint.values.pop(stored.name)
+
+    def read_part(self, stored: StoredTensor, begin: int, end: int) -> Tensor:
+        """Elements ``begin`` to ``end`` of the flattened tensor, decoded."""
+        width = stored.shape[-1]
+        first = begin // width
+        rows = self._rows(stored.name)[first : -(-end // width)]
+        return self._decoded(stored, rows).view(-1)[begin - first * width : end - first * width]
+
+    def _decoded(self, stored: StoredTensor, rows: Tensor) -> Tensor:
+        assert self.architecture is not None
+        values = decode(self._places[stored.name].kind, rows)
+        offset = self.architecture.norm_offset if stored.name.endswith("norm.weight") else 0.0
+        return values - offset if offset else values
+
+    def _in_memory(self) -> _InMemory:
+        """The 16-bit model, made when first asked for; of tensors that are tied, the first."""
+        if self._checkpoint is None:
+            try:
+                with _without_bar():
+                    model, found = AutoModelForCausalLM.from_pretrained(
+                        self.path.parent,
+                        output_loading_info=True,
+                        config=deepcopy(self.config),  # read from the file once more otherwise, which takes seconds
+                        gguf_file=self.path.name,
+                        quantization_config=GgufConfig(dequantize=True),
+                        dtype=self._dtype,
+                    )
+            except Exception as error:
+                raise self._unusable(error) from error
+            if absent := found["missing_keys"]:  # which transformers would fill with random numbers
+                raise UserError(f"{self.path} lacks tensors of its model: {some_of(sorted(absent))}; copy it again.")
+            once: dict[int, tuple[str, Tensor]] = {}
+            for name, tensor in model.state_dict().items():
+                once.setdefault(tensor.data_ptr(), (name, tensor.detach()))
+            self._checkpoint = _InMemory(self.path, dict(once.values()))
+        return self._checkpoint
+
+    def _read_config(self) -> PreTrainedConfig:
+        """transformers' reading of the metadata, with what it leaves out of them."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.gguf.write_skeleton(Path(folder, "skeleton.gguf"))
+            values, _ = PreTrainedConfig.get_config_dict(folder, gguf_file="skeleton.gguf")
+        check_config(self.path, values)
+        kind = values["model_type"]
+        if kind in ARCHITECTURES:
+            values |= more_of_config(self.gguf, kind, values)
+        config = CONFIG_MAPPING[kind].from_dict(values)
+        layers, tensors = config.num_hidden_layers, self.gguf.tensors
+        if layers and not any(name.startswith(f"blk.{layers - 1}.") for name in tensors):
+            # transformers takes minutes to find out of a few hundred layers
+            raise UserError(
+                f"{self.path} is said to have {layers} layers and has no tensor of the last; copy it again."
+            )
+        if kind in ARCHITECTURES and ROPE_FACTORS in tensors:
+            factors = decode(tensors[ROPE_FACTORS].kind, self.gguf.bytes_of(tensors[ROPE_FACTORS]))
+            config.rope_parameters = rope_of(config, factors.flatten())
+        return config
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(f"{self.path} cannot be read as GGUF: {first_sentence(error)}")
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """No progress bar of transformers' reader where TQDM_DISABLE forbids it, which tqdm itself reads only on import."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is None or not os.environ.get("TQDM_DISABLE"):
+        yield
+        return
+    reader.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar

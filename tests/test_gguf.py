@@ -1,0 +1,225 @@
+"""GGUF files as they are: read without transformers, kept in their own bytes, trained, and refused where needed."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from adapters import IDS
+from gguf_files import MIX, write_gguf
+from helpers import relative_error
+from runs import Crash, crash_at, settings
+from test_export import KINDS, MORE, export, model_of
+from tiny_models import distance
+from transformers import AutoModelForCausalLM
+
+import qlora_native as qn
+from qlora_native.cli import main
+from qlora_native.cli._weights import as_trained
+from qlora_native.hf.build import four_bit_parts
+from qlora_native.hf.gguf import KEPT
+from qlora_native.hf.load import load_dense, load_model
+from qlora_native.hf.loss import causal_lm_loss
+from qlora_native.hf.source import load_tokenizer, open_source
+from qlora_native.nn import QuantizedLinear
+from qlora_native.nn.embedding import QuantizedEmbedding
+
+gguf = pytest.importorskip("gguf")
+
+READ = [(kind, changes) for kind, changes in (*KINDS, *MORE) if kind != "Gemma"]  # which transformers has no config for
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "changes"), READ, ids=[f"{kind}-{len(changes)}" for kind, changes in READ])
+def test_what_export_writes_is_read_back(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    folder = model_of(tmp_path / "model", kind, **changes)
+    export(folder, "--to", "gguf", "--type", "f32", "--out", tmp_path / "model.gguf")
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    got = load_dense(tmp_path / "model.gguf", dtype=torch.float32)
+    assert distance(got(IDS).logits, expected(IDS).logits) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kept in the file's bytes
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("kept") / "model.gguf")
+
+
+def decoded(path: Path) -> Any:
+    """transformers' own reading of the file, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_model_is_the_files(tmp_path: Path, tied: bool) -> None:
+    source: Any = open_source(write_gguf(tmp_path / "model.gguf", tie_word_embeddings=tied))
+    model = load_model(source, dtype=torch.float32)
+    assert model.load_report.is_kept and "quantized" in str(model.load_report)
+    assert distance(model(IDS).logits, decoded(source.path)(IDS).logits) < 1e-5
+    parts = four_bit_parts(model)
+    assert {part.quant_type for part in parts.values()} == KEPT - ({"q6_k"} if tied else set())
+    begin = source.gguf.data.data_ptr()
+    for name, part in parts.items():
+        is_view = begin <= part.packed.data_ptr() < begin + source.gguf.data.numel()
+        assert is_view != ("q_proj" in name or "k_proj" in name), name
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, QuantizedEmbedding) and isinstance(head, QuantizedLinear)
+    assert (head.weight is embedding.weight) == tied
+    dense = load_model(source, dtype=torch.float32, skip_modules=["lm_head", "q_proj"])
+    assert not isinstance(dense.lm_head, QuantizedLinear)
+    assert not isinstance(dense.model.layers[0].self_attn.q_proj, QuantizedLinear)
+    assert distance(dense(IDS).logits, model(IDS).logits) < 1e-5
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    for name, tensor in torch.load(tmp_path / "state.pt").items():
+        assert torch.equal(tensor, stored[name])
+    assert torch.equal(deepcopy(model)(IDS).logits, model(IDS).logits)
+    rows = embedding(IDS)
+    assert "q8_0" in repr(embedding) and torch.equal(model.half().get_input_embeddings()(IDS), rows)
+    assert load_model(source, quant_type="nf4").load_report.method == "rtn"
+
+
+def test_formats_without_kernels_become_nf4(tmp_path: Path, sentence: Any) -> None:
+    path = write_gguf(tmp_path / "model.gguf", {**MIX, "token_embd": "q2_k", "ffn_down": "q2_k"})
+    with pytest.warns(UserWarning, match="no kernel") as seen:
+        model = load_model(path, dtype=torch.float32)
+    sentence(next(warning.message for warning in seen if "kernel" in str(warning.message)))
+    assert model.model.layers[0].mlp.down_proj.quantized.quant_type == "nf4"
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    expected = decoded(path)
+    for layer, twin in zip(model.model.layers, expected.model.layers, strict=True):
+        twin.mlp.down_proj.weight.data = layer.mlp.down_proj.quantized.dequantize(torch.float32)
+    with torch.no_grad():
+        assert distance(model(IDS).logits, expected(IDS).logits) < 1e-4
+
+
+def test_gradients_are_those_of_the_decoded_model(file: Path) -> None:
+    """Of LoRALinear and of PEFT's layers."""
+    grads = []
+    for model in (load_model(file, dtype=torch.float32), decoded(file)):
+        model = qn.add_lora(model, qn.LoraConfig(r=4, seed=1))
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.data += 0.01
+        loss = causal_lm_loss(model, {"input_ids": IDS, "labels": IDS})
+        loss.backward()
+        grads.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_error(ours, theirs) < 1e-4
+    adapted = peft.get_peft_model(load_model(file, dtype=torch.float32), qn.peft_config(r=4))
+    assert type(adapted.base_model.model.model.layers[0].mlp.up_proj).__name__ == "QuantizedLoraLinear"
+    loss = adapted(IDS, labels=IDS).loss
+    loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="q4_k"):
+        adapted.merge_adapter()
+
+
+def test_the_trainers_of_transformers_and_trl(file: Path, tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in IDS] * 4)
+    common: dict[str, Any] = {"max_steps": 2, "report_to": "none", "use_cpu": True, "save_steps": 2}
+    for kind, arguments in ((transformers.Trainer, transformers.TrainingArguments), (trl.SFTTrainer, trl.SFTConfig)):
+        out = tmp_path / kind.__name__
+        model = peft.get_peft_model(load_model(file), qn.peft_config(r=4))
+        options = {"processing_class": load_tokenizer(file)} if kind is trl.SFTTrainer else {}
+        kind(model=model, args=arguments(str(out), **common), train_dataset=rows, **options).train()
+        assert (out / "checkpoint-2" / "adapter_model.safetensors").is_file()
+        stored = (out / "checkpoint-2" / "adapter_config.json").read_text(encoding="utf-8")
+        assert json.loads(stored)["base_model_name_or_path"] == str(file)
+
+
+def test_a_run_and_its_second_half(file: Path, tmp_path: Path) -> None:
+    tiny.write_rows(tmp_path / "train.jsonl")
+    (tmp_path / "model").symlink_to(file)
+    config = settings(tmp_path, tmp_path / "whole", {"packing": True, "max_length": 64}, steps=4, save_every=2)
+    config["model"] = str(file)
+    qn.Trainer(qn.TrainConfig.from_values(config)).train()
+    half = {**config, "output_dir": str(tmp_path / "half")}
+    with pytest.raises(Crash):
+        qn.Trainer(qn.TrainConfig.from_values(half), on_step=crash_at(3)).train()
+    qn.Trainer(qn.TrainConfig.from_values({**half, "resume": "auto"})).train()
+    whole, again = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "half"))
+    assert whole.read_bytes() == again.read_bytes()
+    given = dict.fromkeys(("quant_type", "block_size", "double_quant", "skip_modules"))
+    given |= {"model": file, "adapter": tmp_path / "half" / "adapter"}
+    assert as_trained(Namespace(**given), True)["quant_type"] == "keep"
+    card, stored = ((tmp_path / "half" / "adapter" / name).read_text() for name in ("README.md", "config.yaml"))
+    assert "GGUF file" in card and "type: keep" in stored
+
+
+@pytest.fixture(scope="module")
+def adapter(file: Path) -> Path:
+    model = qn.add_lora(load_model(file), qn.LoraConfig(r=4, seed=1))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data += 0.02
+    qn.save_adapter(model, file.parent / "adapter")
+    return file.parent / "adapter"
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main.main([*map(str, words), "--json"]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return printed
+
+
+@torch.no_grad()
+def test_every_command_takes_it(file: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_rows(tmp_path / "rows.jsonl")
+    model, twin = (qn.load_adapter(load_model(file, dtype=torch.float32), adapter) for _ in range(2))
+    whole = qn.merge(twin, dtype=torch.float32)
+    assert type(whole.lm_head) is torch.nn.Linear and distance(whole(IDS).logits, model(IDS).logits) < 1e-4
+
+    answers = run(capsys, "chat", file, "--adapter", adapter, "--prompt", "what is red?", "--max-tokens", 3)["answers"]
+    assert [answer["from"] for answer in answers] == ["base", "adapter"]
+    result = run(capsys, "eval", file, "--data", tmp_path / "rows.jsonl", "--adapter", adapter)
+    losses = {side["name"]: side["texts"]["rows.jsonl"]["loss"] for side in result["sides"]}
+    assert abs(losses["16-bit"] - losses["as it is"]) < 0.05 < abs(losses["16-bit"] - losses["as it is + adapter"])
+    estimate = run(capsys, "estimate", file, "--cpu", "--batch-size", 1)
+    assert estimate["peak"]["weights"] == sum(part.packed.nbytes for part in four_bit_parts(model).values())
+
+    for base in ("original", "dequantized"):
+        words = ("--check",) if base == "original" else ()
+        run(capsys, "merge", file, adapter, "--out", tmp_path / base, "--base", base, "--to", "fp32", *words)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / base, dtype=torch.float32)
+        assert distance(merged(IDS).logits, whole(IDS).logits) < 1e-5
+    run(capsys, "quantize", file, "--out", tmp_path / "nf4")
+    assert load_model(tmp_path / "nf4").model.layers[0].mlp.up_proj.quantized.quant_type == "nf4"
+    run(capsys, "export", adapter, "--to", "gguf-adapter", "--out", tmp_path / "adapter.gguf")
+
+
+@pytest.mark.parametrize("kind", ["folder", "floats", "method", "whole", "save", "statistics", "sharded", "config"])
+def test_refusals(kind: str, file: Path, tmp_path: Path, sentence: Any) -> None:
+    with pytest.raises((qn.UserError, ValueError), match=r"keep|GGUF|quantized") as seen:  # noqa: PT012
+        if kind == "folder":
+            load_model(tiny.write_model(tmp_path / "model"), quant_type="keep")
+        elif kind == "floats":
+            load_model(write_gguf(tmp_path / "plain-floats.gguf", {}), quant_type="keep")
+        elif kind == "method":
+            load_model(file, quant_type="keep", method="rtn_signed")
+        elif kind == "whole":
+            qn.add_lora(load_model(file), qn.LoraConfig(modules_to_save=["embed_tokens"]))
+        elif kind == "save":
+            load_model(file).save_pretrained(tmp_path)
+        elif kind == "statistics":
+            next(iter(qn.lora_statistics(load_model(file))))
+        elif kind == "sharded":
+            qn.distributed.load_model(file)
+        else:
+            values = {"model": str(file), "data": {"train": "rows.jsonl"}, "quant": {"type": "keep", "method": "gptq"}}
+            qn.TrainConfig.from_values(values)
+    sentence(str(seen.value).replace(str(file.parent), "DIR"))
