@@ -19,8 +19,7 @@ void on_bus_error(int, siginfo_t* info, void*) {
   for (const auto& place : sentences) {
     const BusErrorSentence* const listed = place;
     if (listed != nullptr && info->si_addr >= listed->begin && info->si_addr < listed->end) {
-      [[maybe_unused]] const ssize_t written =
-          write(STDERR_FILENO, listed->sentence.data(), listed->sentence.size());
+      [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, listed->sentence.data(), listed->sentence.size());
       if (listed->ends_process) {
         _exit(kUserError);
       }

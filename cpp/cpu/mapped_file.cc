@@ -48,8 +48,8 @@ MappedFile::MappedFile(const std::string& path)
     return;
   }
   // Without a reservation: the pages that are ever written to are few.
-  void* const memory = mmap(nullptr, static_cast<size_t>(num_bytes_), PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_NORESERVE, file_, 0);
+  void* const memory =
+      mmap(nullptr, static_cast<size_t>(num_bytes_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file_, 0);
   if (memory == MAP_FAILED) {
     fail("mapped");
   }

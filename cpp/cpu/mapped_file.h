@@ -1,4 +1,5 @@
-// A file of weights in memory as it lies on the disk: pages come when they are touched, and processes share them. Linux.
+// A file of weights in memory as it lies on the disk: pages come when they are touched, and processes share them.
+// Linux.
 #pragma once
 
 #include <sys/stat.h>

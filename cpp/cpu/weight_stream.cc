@@ -103,7 +103,8 @@ void WeightStream::run() {
       return std::find(wanted_.begin(), wanted_.end(), unit) != wanted_.end();
     };
     const auto behind = std::find_if_not(held_.begin(), held_.end(), is_wanted);
-    const auto next = std::find_if(wanted_.begin(), wanted_.end(), [&](int64_t unit) { return held_.count(unit) == 0; });
+    const auto next =
+        std::find_if(wanted_.begin(), wanted_.end(), [&](int64_t unit) { return held_.count(unit) == 0; });
     if (std::exchange(begins_pass_, false)) {
       lock.unlock();
       for (const MappedPart& part : rows_) {
@@ -126,7 +127,8 @@ void WeightStream::run() {
       }
       held_.insert(unit);
     } else if (resident_read_ < resident_.size()) {
-      fetch(lock, resident_[resident_read_++]);
+      fetch(lock, resident_[resident_read_]);
+      ++resident_read_;
     } else {
       changed_.wait(lock);
     }

@@ -19,9 +19,9 @@ using File = std::shared_ptr<cpu::MappedFile>;
 using Parts = std::vector<std::tuple<File, int64_t, int64_t>>;  // file, begin, end
 
 ByteRange checked_range(const cpu::MappedFile& file, int64_t begin, int64_t end) {
-  require(0 <= begin && begin <= end && end <= file.num_bytes(),
-          "bytes " + std::to_string(begin) + " to " + std::to_string(end) + " are none of the file's " +
-              std::to_string(file.num_bytes()) + ".");
+  require(0 <= begin && begin <= end && end <= file.num_bytes(), "bytes " + std::to_string(begin) + " to " +
+                                                                     std::to_string(end) + " are none of the file's " +
+                                                                     std::to_string(file.num_bytes()) + ".");
   return {begin, end};
 }
 

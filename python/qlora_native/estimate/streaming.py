@@ -23,7 +23,7 @@ from qlora_native.errors import UserError
 from qlora_native.estimate.memory import Estimator
 from qlora_native.hf.load import load_model
 from qlora_native.hf.loss import causal_lm_loss, has_plain_head
-from qlora_native.hf.mapped import mapped_tensors, num_bytes, parts_of, plan_streaming
+from qlora_native.hf.mapped import budget_of, mapped_tensors, num_bytes, parts_of, plan_streaming
 from qlora_native.lora import add_lora
 
 READ = 256 << 20  # bytes read to measure the disk
@@ -82,7 +82,7 @@ def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: f
     free = Free(memory - status["RssAnon"], memory, "memory")
     add_lora(model, setting.lora).train()
     weights = num_bytes(parts_of(model))
-    budget = config.weight_budget or free.bytes - free.margin - beside
+    budget = config.weight_budget or budget_of(free, beside)
     plan = plan_streaming(model, budget)
     file = max((part.file for _, _, part in mapped_tensors(model)), key=lambda file: file.num_bytes, default=None)
     if file is None:

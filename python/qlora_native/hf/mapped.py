@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native import _C
-from qlora_native._memory import free_memory
+from qlora_native._memory import Free, free_memory
 from qlora_native.calibration.layers import decoder_layers
 from qlora_native.errors import UserError
 from qlora_native.hf.checkpoint import MappedPart, check_finite, mapped_part
 from qlora_native.hf.residency import Residency, Unit, least_residency, plan_residency
 
 BESIDE = 512 << 20  # bytes that chatting and evaluating are given for other things than weights
+# Bytes that a process holds beyond the prediction: buffers of libraries, what malloc keeps (260 MiB with an 8B model).
+UNFORESEEN = 256 << 20
 GAP = 4096  # bytes between two tensors of a unit that are read as one range
 
 
@@ -161,6 +163,11 @@ def plan_streaming(model: Any, budget: int) -> Residency:
         return least_residency(units)
 
 
+def budget_of(free: Free, beside: int) -> int:
+    """Bytes for weights, where ``beside`` bytes are predicted for other things; below 0 there are too few."""
+    return free.bytes - free.margin - UNFORESEEN - beside
+
+
 def stream_if_needed(
     model: Any, budget: int | None, beside: int, note: Callable[[str], None] = lambda line: None
 ) -> Streaming | None:
@@ -172,7 +179,7 @@ def stream_if_needed(
     total = num_bytes(parts_of(model))
     free = free_memory()
     if budget is None:
-        budget = total if free is None else free.bytes - free.margin - beside
+        budget = total if free is None else budget_of(free, beside)
     if total <= budget or model in _streaming:
         return None
     streaming = _streaming[model] = Streaming(model, budget)
