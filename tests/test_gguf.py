@@ -29,8 +29,7 @@ from qlora_native.hf.gguf import KEPT
 from qlora_native.hf.load import load_dense, load_model
 from qlora_native.hf.loss import causal_lm_loss
 from qlora_native.hf.source import load_tokenizer, open_source
-from qlora_native.nn import QuantizedLinear
-from qlora_native.nn.embedding import QuantizedEmbedding
+from qlora_native.nn import QuantizedEmbedding, QuantizedLinear
 
 gguf = pytest.importorskip("gguf")
 

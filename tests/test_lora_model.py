@@ -192,7 +192,7 @@ def test_modules_trained_whole(folder: Path) -> None:
     got = merge(model, "original", torch.float32)
     assert (got.lm_head.weight == 0.25).all() and got.lm_head.weight.dtype == torch.float32
     for name, message in (
-        ("up_proj", r"up_proj is 4-bit.*skip_modules=\('up_proj',\)"),
+        ("up_proj", r"up_proj is quantized.*skip_modules=\('up_proj',\)"),
         ("lm_hed", "no module named 'lm_hed': did you mean lm_head"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -23,9 +23,8 @@ from qlora_native.lora import LoRALinear
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.config import ZERO
 from qlora_native.lora.layer import trained_whole
-from qlora_native.nn.embedding import QuantizedEmbedding
 from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
-from qlora_native.nn.linear import QuantizedLinear
+from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 from qlora_native.weight import QuantizedWeight
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear
 from qlora_native.lora.config import ALL_LINEAR, H_SVD, LOFTQ, ZERO, LoraConfig
-from qlora_native.nn.embedding import QuantizedEmbedding
-from qlora_native.nn.linear import QuantizedLinear
+from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 
 # Directions beyond the rank, and rounds, of the subspace iteration (Halko, Martinsson and Tropp, "Finding structure
 # with randomness", 2011). What 4 bits lose has a flat spectrum, on which it converges slowly but to as good a subspace.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qlora_native.nn.embedding import QuantizedEmbedding
-from qlora_native.nn.linear import QuantizedLinear
+from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 
 __all__ = ["QuantizedEmbedding", "QuantizedLinear"]

@@ -1,4 +1,4 @@
-"""QuantizedLinear: a drop-in linear layer over a 4-bit weight, with bitsandbytes' state_dict."""
+"""Drop-in layers over a quantized weight: QuantizedLinear, with bitsandbytes' state_dict, and QuantizedEmbedding."""
 
 from __future__ import annotations
 
@@ -238,6 +238,48 @@ class QuantizedLinear(nn.Linear):
         if strict:
             ours = (key for key in state_dict if key.startswith(prefix) and not key.startswith(name + "."))
             unexpected_keys += [key for key in ours if key not in (name, prefix + "bias")]
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """Rows of a frozen table [V, K] in one of GGUF's formats, whose rows are whole blocks; only those asked for are
+    decoded.
+
+    ``weight`` is a frozen uint8 parameter [bytes, 1], which a tied output embedding, a
+    :class:`QuantizedLinear`, shares. Casting the module changes nothing: rows come in the dtype that
+    the weight stands for.
+    """
+
+    absmax: Tensor
+
+    def __init__(self, value: QuantizedWeight) -> None:
+        nn.Module.__init__(self)  # nn.Embedding's own would allocate and fill a dense table
+        self.num_embeddings, self.embedding_dim = value.shape
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.weight = nn.Parameter(value.packed.view(-1, 1), requires_grad=False)
+        self.register_buffer("absmax", value.absmax, persistent=False)
+        self._about = value._map(lambda tensor: None)
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The table as a value; its tensors are this module's own."""
+        return self._about._with(self._about.op_args()._replace(packed=self.weight.view(-1), absmax=self.absmax))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [...] to [..., K]."""
+        return functional.dequantize_rows(self.quantized, ids)
+
+    def reset_parameters(self) -> None:
+        """Does nothing: a frozen table has no initialization of its own."""
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._about.quant_type}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before: dict[str, Tensor | None] = {"absmax": self.absmax}
+        super()._apply(fn, recurse)
+        keep_bits(self, before)
+        return self
 
 
 def keep_bits(module: nn.Module, before: dict[str, Tensor | None]) -> None:
