@@ -71,10 +71,7 @@ class Scratch:
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """A tensor over the start of the memory, valid until the next one is asked for."""
-        count = math.prod(shape)
-        if not count:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=self._start).view(shape)
+        return view_of(self._memory, dtype, self._start, shape)
 
     def behind(self, num_bytes: int) -> Scratch:
         """The same memory without its first ``num_bytes``."""
@@ -87,15 +84,24 @@ LEAST_MAPPED = 64 << 10  # bytes of a tensor that is mapped; smaller ones are re
 _mapped: weakref.WeakSet[_C.MappedFile] = weakref.WeakSet()
 
 
-def map_file(path: Path) -> Tensor:
-    """The bytes of a file, uint8, mapped: read when they are used, copied where they are written."""
+def map_file(path: Path) -> Any:
+    """The bytes of a file as a buffer, mapped: read when they are used, copied where they are written."""
     with reading(path):
-        size = regular(path).stat().st_size
-        if not size or not hasattr(_C, "MappedFile"):
-            return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        file = _C.MappedFile(str(path))
-    _mapped.add(file)
-    return torch.frombuffer(file, dtype=torch.uint8)
+        regular(path)
+        if not hasattr(_C, "MappedFile"):
+            with path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = _C.MappedFile(str(path))
+    _mapped.add(mapped)
+    return mapped
+
+
+def view_of(buffer: Any, dtype: torch.dtype, begin: int, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over a buffer's bytes from ``begin`` on, which it keeps, in a storage of its own."""
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).view(shape)
 
 
 class FileMap:
@@ -105,7 +111,7 @@ class FileMap:
     """
 
     def __init__(self) -> None:
-        self._files: dict[Path, Tensor] = {}
+        self._files: dict[Path, Any] = {}
         self.copied: dict[str, str] = {}
 
     def tensor(self, stored: StoredTensor, scratch: Scratch | None) -> Tensor | None:
@@ -120,10 +126,10 @@ class FileMap:
             return None
         if stored.file not in self._files:
             self._files[stored.file] = map_file(stored.file)
-        part = self._files[stored.file][stored.start : stored.start + stored.num_bytes]
-        if len(part) < stored.num_bytes:
-            raise _truncated(stored.file, stored.start + stored.num_bytes)
-        return part.view(stored.dtype).view(stored.shape)
+        file, end = self._files[stored.file], stored.start + stored.num_bytes
+        if len(memoryview(file)) < end:
+            raise _truncated(stored.file, end)
+        return view_of(file, stored.dtype, stored.start, stored.shape)
 
 
 class MappedPart(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 from qlora_native._io import reading
 from qlora_native._native import GGUF_BLOCKS, QUANT_TYPES
 from qlora_native.errors import UserError
-from qlora_native.hf.checkpoint import map_file
+from qlora_native.hf.checkpoint import map_file, view_of
 from qlora_native.weight import QuantizedWeight
 
 DENSE = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
@@ -92,7 +92,7 @@ class GgufFile:
     Attributes:
         fields: the metadata but for arrays, by key; of an array the number of its elements.
         tensors: by name.
-        data: the whole file, uint8 [bytes], mapped.
+        data: the whole file, a mapped buffer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,7 +100,7 @@ class GgufFile:
         self.fields: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
         with reading(path):
-            self._raw = self.data.numpy().data
+            self._raw = memoryview(self.data)
             self._at = 4
             if bytes(self._raw[:4]) != b"GGUF":
                 raise ValueError("it does not begin with GGUF")
@@ -173,8 +173,8 @@ class GgufFile:
 
     def bytes_of(self, tensor: GgufTensor) -> Tensor:
         """uint8 [N, bytes a row], N = 1 for a vector: a view of the mapped file."""
-        flat = self.data[tensor.start : tensor.start + tensor.num_bytes]
-        return flat.view(math.prod(tensor.shape[:-1]), -1) if tensor.num_bytes else flat.view(-1, 0)
+        rows = math.prod(tensor.shape[:-1])
+        return view_of(self.data, torch.uint8, tensor.start, (rows, tensor.num_bytes // max(rows, 1)))
 
     def write_skeleton(self, path: Path) -> None:
         """Write a GGUF file with the same scalars of metadata and the same tensors' names, of one number each.
