@@ -226,13 +226,13 @@ def main() -> None:
         equal = len({answer["sha256"] for pair in answers for answer in pair.values()}) == 1
         result["steps"] = {"ratios": ratios, "median_ratio": median(ratios), "equal": equal, "tokens": args.pass_tokens}
         print(json.dumps(result["steps"]), flush=True)
-    result["train"] = []
+    result["rows"] = []
     for limit in [*([] if "unlimited" in args.skip else [None]), *args.limits]:
         forget(args.folder)
         row = {"limit_gib": limit, "load_average": os.getloadavg(), **child(*words, "train", limit=limit)}
         if "seconds" in row:
             row["tokens_per_second"] = row["tokens"] / median(row["seconds"][1:])
-            first = result["train"][0] if result["train"] else row
+            first = result["rows"][0] if result["rows"] else row
             row["same_adapter"] = row["sha256"] == first.get("sha256")
             row["speed_to_unlimited"] = row["tokens_per_second"] / first.get(
                 "tokens_per_second", row["tokens_per_second"]
@@ -240,7 +240,11 @@ def main() -> None:
             row["cpu_to_unlimited"] = sum(row["cpu_seconds"][1:]) / sum(first["cpu_seconds"][1:])
             if row["streamed"]:
                 row["read_to_streamed"] = max(row["read_bytes"][1:]) / row["streamed"]
-        result["train"].append(row)
+        row |= {"match": row.get("same_adapter", False), "bars": []}
+        if row.get("streamed"):
+            bars = {"0.9x the speed": row["speed_to_unlimited"] >= 0.9, "reads 2.2x": row["read_to_streamed"] <= 2.2}
+            row["bars"] = [{"bar": bar, "met": met} for bar, met in bars.items()]
+        result["rows"].append(row)
         print(json.dumps(row), flush=True)
     write_json(args.json, result, "residency")
 
