@@ -7,10 +7,6 @@
 
 #include <cstdint>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #include "core/arithmetic.h"
 #include "core/codebook.h"
 #include "core/half.h"
@@ -47,14 +43,7 @@ struct GgufScale {
 };
 
 // Blocks start at any byte.
-QLORA_NATIVE_HD float half_at(const uint8_t* p) {
-  const auto bits = static_cast<uint16_t>(p[0] | p[1] << 8);
-#if defined(__F16C__)
-  return _cvtsh_ss(bits);  // one instruction in place of ten
-#else
-  return to_float(Fp16{bits});
-#endif
-}
+QLORA_NATIVE_HD float half_at(const uint8_t* p) { return to_float(Fp16{static_cast<uint16_t>(p[0] | p[1] << 8)}); }
 
 // Element i of 16 bytes: the low nibbles come first.
 QLORA_NATIVE_HD int nibble_of_32(const uint8_t* bytes, int i) { return bytes[i % 16] >> (i / 16 * 4) & 15; }

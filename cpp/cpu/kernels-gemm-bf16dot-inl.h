@@ -226,8 +226,8 @@ __attribute__((noinline)) void decode_quads(const GemmJob& job, const DepthSpan&
 // The same of GGUF's blocks: of each run, 32 values in their order, the 8 of each step of four rows make a vector.
 __attribute__((noinline)) inline void decode_quads_of_runs(const GemmJob& job, const DepthSpan& span, int64_t first,
                                                            int64_t last, Bf16* panel) {
-  alignas(64) float values[4][size_t{kPieceElements}];
-  const DecodeRuns decode = run_decoder(job.weight.type);
+  alignas(64) Bf16 values[4][size_t{kPieceElements}];
+  const DecodeRuns<Bf16> decode = run_decoder_to_bf16(job.weight.type);
   for (int v = 0; v < kQuads; ++v) {
     Bf16* out = panel + v * 32;
     for (int64_t at = span.begin; at < span.end; at += kPieceElements) {
@@ -236,10 +236,7 @@ __attribute__((noinline)) inline void decode_quads_of_runs(const GemmJob& job, c
         decode(job.weight.packed, limited(first + v + 4 * i, last - 1) * job.k + at, runs, values[i]);
       }
       for (int64_t run = 0; run < runs; ++run, out += 4 * kQuadStrip * kStepElements) {
-        const auto rounded = [&](int i) {
-          const float* from = values[i] + run * kRun;
-          return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(load(from + kLanes), load(from)));
-        };
+        const auto rounded = [&](int i) { return _mm512_load_si512(values[i] + run * kRun); };
         const __m512i low01 = _mm512_shuffle_i32x4(rounded(0), rounded(1), 0x44);
         const __m512i high01 = _mm512_shuffle_i32x4(rounded(0), rounded(1), 0xee);
         const __m512i low23 = _mm512_shuffle_i32x4(rounded(2), rounded(3), 0x44);

@@ -7,9 +7,8 @@
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kPieceRuns = 2;  // of a row that are decoded at a time
+constexpr int64_t kPieceRuns = 4;  // of a row that are decoded at a time
 constexpr int64_t kPieceElements = kPieceRuns * kRun;
-static_assert(kPieceElements == kColumnGrain);
 
 // Every row and every span of it begins at a run.
 inline bool has_runs(const GemmJob& job) { return is_gguf(job.weight.type) && job.k % kRun == 0; }
@@ -19,7 +18,7 @@ template <typename T>
 __attribute__((noinline)) void gguf_panel(const Forward<T>&, const GemmJob& job, const DepthSpan& span, int64_t first,
                                           int64_t last, float* panel) {
   alignas(64) float rows[size_t{kLanes}][size_t{kPieceElements}];
-  const DecodeRuns decode = run_decoder(job.weight.type);
+  const DecodeRuns<float> decode = run_decoder(job.weight.type);
   const int64_t taken = limited(last - first, kStrip);
   for (int64_t v = 0; v < taken; v += kLanes) {
     float* target = panel + v;
@@ -45,26 +44,49 @@ __attribute__((noinline)) void gguf_panel(const Forward<T>&, const GemmJob& job,
   }
 }
 
+// Words of two rows, of elements [i, i + kLanes) each.
+#if defined(__AVX512BF16__)
+using PairedRow = Bf16;
+inline DecodeRuns<Bf16> pair_decoder(QuantType type) { return run_decoder_to_bf16(type); }
+inline Floats paired(const Bf16* even, const Bf16* odd) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#else
+using PairedRow = float;
+inline DecodeRuns<float> pair_decoder(QuantType type) { return run_decoder(type); }
+inline Floats paired(const float* even, const float* odd) {
+  return pair_up(round_through<Bf16>(load(even)), round_through<Bf16>(load(odd)));
+}
+#endif
+
 // Rows of W already lie along the panels'. `first` is a multiple of kColumnGrain.
 template <typename T>
 __attribute__((noinline)) void gguf_panel(const GradInput<T>&, const GemmJob& job, const DepthSpan& span, int64_t first,
                                           int64_t last, float* panels) {
-  constexpr int kElements = WordProduct<T>::kElements;
-  alignas(64) float rows[size_t{kElements}][size_t{kPieceElements}];
-  const DecodeRuns decode = run_decoder(job.weight.type);
-  for (int64_t row = span.begin; row < span.end; row += kElements, panels += kStrip) {
-    for (int64_t below = 0; below < kElements; ++below) {
-      if (row + below < span.end) {
-        decode(job.weight.packed, (row + below) * job.k + first, (last - first) / kRun, rows[below]);
-      } else {
-        std::memset(rows[below], 0, sizeof rows[below]);  // meets a zero, and must be finite for that
+  const int64_t runs = (last - first) / kRun;
+  if constexpr (WordProduct<T>::kElements == 1) {
+    alignas(64) float values[kColumnGrain];
+    const DecodeRuns<float> decode = run_decoder(job.weight.type);
+    for (int64_t row = span.begin; row < span.end; ++row, panels += kStrip) {
+      decode(job.weight.packed, row * job.k + first, runs, values);
+      for (int64_t i = 0; i < last - first; i += kLanes) {
+        store_word(column_of(panels, i), round_through<T>(load(values + i)));
       }
     }
-    for (int64_t i = 0; i < last - first; i += kLanes) {
-      if constexpr (kElements == 1) {
-        store_word(column_of(panels, i), round_through<T>(load(rows[0] + i)));
+  } else {
+    alignas(64) PairedRow values[2][kColumnGrain] = {};
+    const DecodeRuns<PairedRow> decode = pair_decoder(job.weight.type);
+    for (int64_t row = span.begin; row < span.end; row += 2, panels += kStrip) {
+      decode(job.weight.packed, row * job.k + first, runs, values[0]);
+      if (row + 1 < span.end) {
+        decode(job.weight.packed, (row + 1) * job.k + first, runs, values[1]);
       } else {
-        store_word(column_of(panels, i), rounded_pair(load(rows[0] + i), load(rows[1] + i)));
+        std::memset(values[1], 0, sizeof values[1]);  // meets a zero, and must be finite for that
+      }
+      for (int64_t i = 0; i < last - first; i += kLanes) {
+        store_word(column_of(panels, i), paired(values[0] + i, values[1] + i));
       }
     }
   }

@@ -445,9 +445,14 @@ struct GradInput {
     }
   }
 
+  // A column group of a block of 256 needs scales that lie beside others: with the first, whole blocks are fetched.
   static PieceFetcher<T> fetcher(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last,
                                  int64_t parts) {
-    return {job, span.begin * job.k + first, job.k, span.end - span.begin, last - first, parts};
+    const bool is_first = is_gguf(job.weight.type) && first % job.weight.block_size == 0;
+    const int64_t length = is_first ? limited(job.k - first, job.weight.block_size) : 0;
+    return {
+        job,  span.begin * job.k + first, job.k, span.end - span.begin, length > last - first ? length : last - first,
+        parts};
   }
 
   // The same of any weight: a few rows are decoded as they lie, then copied.

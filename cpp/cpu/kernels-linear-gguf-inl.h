@@ -28,26 +28,32 @@ __attribute__((noinline)) void dot_runs(const RowsJob& rows, int64_t token, int6
       sum = zero();
     }
   }
-  for (int64_t run = 0; run < runs; ++run, x += kRun, ahead += kRows * kRunBytes) {
-    for (int64_t line = 0; line < kRows * kRunBytes; line += 64) {
+  // Runs at a time: a block, unless rows begin inside of blocks.
+  const int64_t taken = job.k % kBlockFormat<kType>.elements == 0 ? kRunsOfBlock<kType> : 1;
+  for (int64_t run = 0; run < runs; run += taken) {
+    for (int64_t line = 0; line < kRows * kRunBytes * taken; line += 64) {
       prefetch_far(ahead + line);
     }
+    ahead += kRows * kRunBytes * taken;
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r) {
-      Floats part[size_t{kTokens}];
-      const RunPlace at = run_at<kType>(job.weight.packed, begins[r] + run * kRun);
-      each_of_run<kType>(at, [&](int i, Floats codes, const GgufScale& scale) {
-        for (int t = 0; t < kTokens; ++t) {
-          const Floats value = load(x + t * job.k + i);
-          part[t] = i % kScaled == 0 ? multiply(codes, value) : multiply_add(codes, value, part[t]);
-          if ((i + kLanes) % kScaled == 0) {
-            sums[r][t] = multiply_add(part[t], all(scale.factor), sums[r][t]);
+      RunPlace at = run_at<kType>(job.weight.packed, begins[r] + run * kRun);
+      const BlockScales<kType> scales(at.block);
+      for (int64_t i = run; i < run + taken; ++i, ++at.run) {
+        Floats part[size_t{kTokens}];
+        each_of_run<kType>(at, scales, [&](int element, Floats codes, const GgufScale& scale) {
+          for (int t = 0; t < kTokens; ++t) {
+            const Floats value = load(x + t * job.k + i * kRun + element);
+            part[t] = element % kScaled == 0 ? multiply(codes, value) : multiply_add(codes, value, part[t]);
+            if ((element + kLanes) % kScaled == 0) {
+              sums[r][t] = multiply_add(part[t], all(scale.factor), sums[r][t]);
+            }
+            if (Gguf<kType>::kAdds && element + kLanes == kRun) {
+              minima[r][t] += scale.addend * run_sums[t * runs + i];
+            }
           }
-          if (Gguf<kType>::kAdds && i + kLanes == kRun) {
-            minima[r][t] += scale.addend * run_sums[t * runs + run];
-          }
-        }
-      });
+        });
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {

@@ -195,13 +195,6 @@ inline void transpose_codes(const uint8_t* const* rows, int64_t offset, Words* o
 }
 
 #if defined(__AVX512BF16__)
-inline Floats rounded_pair(Floats even, Floats odd) {
-  alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const auto both = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kPairs), both));
-}
-
 template <>
 struct Dot<Bf16> {
   static constexpr int kStep = 32;

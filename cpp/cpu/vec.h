@@ -56,6 +56,17 @@ struct WordProduct;
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 
+// An fp16 at any address.
+inline float load_half(const uint8_t* p) {
+  Fp16 half{};
+  std::memcpy(&half, p, sizeof half);
+#if defined(__AVX2__)
+  return _cvtsh_ss(half.bits);  // one instruction in place of ten
+#else
+  return to_float(half);
+#endif
+}
+
 #if defined(__AVX2__)
 // table[code] of 16 codes, 0 to 15.
 inline Bytes16 look_up_16(const int8_t* table, Bytes16 codes) {
@@ -72,13 +83,6 @@ inline void transpose_16(const void* in, int64_t stride, Sixteen* out) {
     }
     out[i] = load16(column);
   }
-}
-#endif
-
-#if !defined(__AVX512BF16__)
-// Words of two vectors, rounded to bf16: `even` in the lower halves.
-inline Floats rounded_pair(Floats even, Floats odd) {
-  return pair_up(round_through<Bf16>(even), round_through<Bf16>(odd));
 }
 #endif
 

@@ -329,7 +329,7 @@ struct RandomWeight {
     const BlockFormat& format = kBlockFormats[static_cast<int>(view.type)];
     const bool adds = with_gguf(view.type, []<QuantType kType>() { return Gguf<kType>::kAdds; });
     for (size_t block = 0; block < packed.size(); block += static_cast<size_t>(format.bytes)) {
-      for (size_t at : {0, adds ? 2 : 0}) {
+      for (const size_t at : {size_t{0}, adds ? size_t{2} : size_t{0}}) {
         const Fp16 half = from_float<Fp16>(0.01f * random.uniform());
         std::memcpy(packed.data() + block + (view.type == QuantType::kQ6_K ? 208 : at), &half, sizeof half);
       }
