@@ -14,12 +14,24 @@ constexpr int kUserError = 2;  // the exit code of what the user can mend
 
 std::array<std::atomic<const BusErrorSentence*>, 256> sentences;
 struct sigaction handler_before;
+std::atomic<int> written{0};  // 1 while a thread writes its sentence, 2 behind it
+
+// Threads often meet the same lost pages at once: one sentence is enough, and none ends the process before it.
+void write_once(const std::string& sentence) {
+  int none = 0;
+  if (written.compare_exchange_strong(none, 1)) {
+    [[maybe_unused]] const ssize_t length = write(STDERR_FILENO, sentence.data(), sentence.size());
+    written = 2;
+  }
+  while (written != 2) {
+  }
+}
 
 void on_bus_error(int, siginfo_t* info, void*) {
   for (const auto& place : sentences) {
     const BusErrorSentence* const listed = place;
     if (listed != nullptr && info->si_addr >= listed->begin && info->si_addr < listed->end) {
-      [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, listed->sentence.data(), listed->sentence.size());
+      write_once(listed->sentence);
       if (listed->ends_process) {
         _exit(kUserError);
       }

@@ -55,8 +55,8 @@ inline void _tile_stored(int index, void* base, int64_t stride) {
     std::memcpy(static_cast<char*>(base) + i * stride, tile.row[i], tile_state.row_bytes[index]);
   }
 }
-// Rows [m][k] pairs of a times rows [k][n] pairs of b. The tiles' unused bytes are zero, and do no harm in the sums. The
-// registers are no memory of the kernels', and sanitizers would take most of the time here.
+// Rows [m][k] pairs of a times rows [k][n] pairs of b. The tiles' unused bytes are zero, and do no harm in the sums.
+// The registers are no memory of the kernels', and sanitizers would take most of the time here.
 __attribute__((no_sanitize("address", "undefined"))) inline void _tile_dpbf16ps(int sums, int a, int b) {
   const FlushSubnormals scope;
   const TileRegister& left = tile_state.at(a);

@@ -196,7 +196,7 @@ def quantize_command(model: str, quant: Mapping[str, Any], dtype: str, calibrati
     words = ["qlora", "quantize", model, "--method", quant.get("method", "rtn")]
     for option, value, default in (
         ("--calibration", calibration, None),
-        ("--quant-type", quant.get("type", "nf4"), "nf4"),
+        ("--quant-type", "fp4" if quant.get("type") == "fp4" else "nf4", "nf4"),
         ("--block-size", quant.get("block_size", 64), 64),
         ("--dtype", dtype, "bfloat16"),
     ):

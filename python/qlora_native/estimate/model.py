@@ -80,7 +80,7 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
     meta = MetaModel(config, setting.dtype, torch.device("meta"))
     options: Options = {}
     if isinstance(model, Source) and model.keeps(setting.quant["quant_type"]):
-        kept = model.kept_plan(meta, ()).steps
+        kept = model.kept_plan(meta, (), is_mapped=True).steps
         for step in kept:
             if isinstance(step, Kept):
                 for name, value in step.iter_tensors(meta.model, model.read):
