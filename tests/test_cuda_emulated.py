@@ -28,7 +28,7 @@ GEMV, SPLIT_K, TILE, TWO_STEP = range(4)
 def test_it_has_the_functions_of_the_real_module(emulator: Emulator) -> None:
     extra = {"play", "new_stream", "take_launches", "take_reports", "num_schedules", "set_memory", "memory"}
     extra |= {"allocate", "release", "take_managed_counters", "run_streams", "num_queued", "synchronize"}
-    extra |= {"set_strict", "add_range", "forget_range", "call_on_stream"}
+    extra |= {"set_strict", "add_range", "forget_range", "call_on_stream", "new_event", "record_event", "wait_event"}
     extra |= {"begin_capture", "end_capture", "launch_graph", "destroy_graph"}
     assert {name for name in vars(emulator.module) if not name.startswith("_")} == emulated.names_in_stub() | extra
     assert emulator.module.device_count() == 1

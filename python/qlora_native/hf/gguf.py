@@ -203,7 +203,11 @@ def decode(kind: Kind, rows: Tensor) -> Tensor:
     if kind.name.lower() in KEPT:
         shape = len(rows), gguf.quant_shape_from_byte_shape(rows.shape, kind)[-1]
         return kept(kind, rows, shape, torch.float32).dequantize()
-    return torch.from_numpy(np.array(gguf.quants.dequantize(rows.numpy(), kind)))
+    try:
+        return torch.from_numpy(np.array(gguf.quants.dequantize(rows.numpy(), kind)))
+    except NotImplementedError:
+        reason = f"a tensor of the GGUF file is in {kind.name}: expected a format that the package gguf decodes."
+        raise UserError(reason) from None
 
 
 def kept(kind: Kind, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedWeight:
