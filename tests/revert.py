@@ -68,7 +68,7 @@ MENDS = (
         for first in range(0, 0 if is_forward else n, 128):
             last = min(first + 128, n)
             decoded = torch.empty(last - first, k, dtype=stored, device=x.device)
-            dequantize_4bit.launch(self.module, weight, decoded, (k, first, last, 0, k))
+            decode(self.module, weight, decoded, (k, first, last, 0, k))
             y = torch.addmm(y, x[:, first:last], decoded.to(x.dtype), beta=int(first > 0))
         for first in range(0, width if is_forward else 0, max(1, columns)):
 """, "test_products_emulated.py rounded_once"),

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import qlora_native as qn
 from qlora_native.cli import main
 from qlora_native.cli._weights import as_trained
+from qlora_native.cli.demo_model import available_model_file
 from qlora_native.hf.build import four_bit_parts
 from qlora_native.hf.checkpoint import mapped_part
 from qlora_native.hf.gguf import KEPT
@@ -222,3 +223,21 @@ def test_refusals(kind: str, file: Path, tmp_path: Path, sentence: Any) -> None:
             values = {"model": str(file), "data": {"train": "rows.jsonl"}, "quant": {"type": "keep", "method": "gptq"}}
             qn.TrainConfig.from_values(values)
     sentence(str(seen.value).replace(str(file.parent), "DIR"))
+
+
+@torch.no_grad()
+def test_a_published_file_keeps_its_loss() -> None:
+    """SmolLM2-135M's Q4_1 file, against its values without blocks, which rounding to NF4 is far from."""
+    path = available_model_file()
+    if path is None:
+        pytest.skip("the demo's model is not here")
+    ids = torch.arange(500, 628)[None]
+    kept, dense, rounded = (
+        float(causal_lm_loss(model, {"input_ids": ids, "labels": ids}))
+        for model in (
+            load_model(path, dtype=torch.float32),
+            load_dense(path, dtype=torch.float32),
+            load_model(path, quant_type="nf4", dtype=torch.float32),
+        )
+    )
+    assert abs(kept - dense) < 0.005 < abs(rounded - dense)

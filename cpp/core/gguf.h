@@ -10,6 +10,7 @@
 #include "core/arithmetic.h"
 #include "core/codebook.h"
 #include "core/half.h"
+#include "core/layout.h"
 
 namespace qlora_native {
 
@@ -53,69 +54,68 @@ QLORA_NATIVE_HD int nibble_of_256(const uint8_t* bytes, int i) {
   return bytes[i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4) & 15;
 }
 
+struct OneScale {
+  static constexpr bool kAdds = false;  // whether there is an addend
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+};
+
+struct ScaleAndMinimum {
+  static constexpr bool kAdds = true;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), half_at(block + 2)}; }
+};
+
 // Six bits a scale and six bits a minimum of each 32 elements, in 12 bytes.
-QLORA_NATIVE_HD GgufScale scale_of_k(const uint8_t* block, int element) {
-  const int i = element / 32;
-  const uint8_t* packed = block + 4;
-  const int scale = i < 4 ? packed[i] & 63 : (packed[i + 4] & 15) | (packed[i - 4] >> 2 & 48);
-  const int minimum = i < 4 ? packed[i + 4] & 63 : packed[i + 4] >> 4 | (packed[i] >> 2 & 48);
-  return {half_at(block) * static_cast<float>(scale), -(half_at(block + 2) * static_cast<float>(minimum))};
-}
+struct ScaledScales {
+  static constexpr bool kAdds = true;
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int element) {
+    const int i = element / 32;
+    const uint8_t* packed = block + 4;
+    const int scale = i < 4 ? packed[i] & 63 : (packed[i + 4] & 15) | (packed[i - 4] >> 2 & 48);
+    const int minimum = i < 4 ? packed[i + 4] & 63 : packed[i + 4] >> 4 | (packed[i] >> 2 & 48);
+    return {half_at(block) * static_cast<float>(scale), -(half_at(block + 2) * static_cast<float>(minimum))};
+  }
+};
 
 // How elements lie in a block: scale(block, element) is that of elements 16 i to 16 i + 15.
 template <QuantType kType>
 struct Gguf;
 
 template <>
-struct Gguf<QuantType::kQ4_0> {
-  static constexpr bool kAdds = false;  // whether there is an addend
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+struct Gguf<QuantType::kQ4_0> : OneScale {
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) { return nibble_of_32(block + 2, i) - 8; }
 };
 
 template <>
-struct Gguf<QuantType::kQ4_1> {
-  static constexpr bool kAdds = true;
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), half_at(block + 2)}; }
+struct Gguf<QuantType::kQ4_1> : ScaleAndMinimum {
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) { return nibble_of_32(block + 4, i); }
 };
 
 template <>
-struct Gguf<QuantType::kQ5_0> {
-  static constexpr bool kAdds = false;
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+struct Gguf<QuantType::kQ5_0> : OneScale {
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
     return (nibble_of_32(block + 6, i) | (block[2 + i / 8] >> i % 8 & 1) << 4) - 16;
   }
 };
 
 template <>
-struct Gguf<QuantType::kQ5_1> {
-  static constexpr bool kAdds = true;
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), half_at(block + 2)}; }
+struct Gguf<QuantType::kQ5_1> : ScaleAndMinimum {
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
     return nibble_of_32(block + 8, i) | (block[4 + i / 8] >> i % 8 & 1) << 4;
   }
 };
 
 template <>
-struct Gguf<QuantType::kQ8_0> {
-  static constexpr bool kAdds = false;
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+struct Gguf<QuantType::kQ8_0> : OneScale {
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) { return static_cast<int8_t>(block[2 + i]); }
 };
 
 template <>
-struct Gguf<QuantType::kQ4_K> {
-  static constexpr bool kAdds = true;
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int i) { return scale_of_k(block, i); }
+struct Gguf<QuantType::kQ4_K> : ScaledScales {
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) { return nibble_of_256(block + 16, i); }
 };
 
 template <>
-struct Gguf<QuantType::kQ5_K> {
-  static constexpr bool kAdds = true;
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int i) { return scale_of_k(block, i); }
+struct Gguf<QuantType::kQ5_K> : ScaledScales {
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
     return nibble_of_256(block + 48, i) | (block[16 + i % 32] >> i / 32 & 1) << 4;
   }
@@ -135,9 +135,7 @@ struct Gguf<QuantType::kQ6_K> {
 };
 
 template <>
-struct Gguf<QuantType::kIq4Nl> {
-  static constexpr bool kAdds = false;
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+struct Gguf<QuantType::kIq4Nl> : OneScale {
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {
     constexpr Iq4NlLevels levels = iq4_nl_levels();
     return levels.value[nibble_of_32(block + 2, i)];
@@ -180,7 +178,7 @@ QLORA_NATIVE_HD auto with_gguf(QuantType type, const Use& use) {
 // Bytes of a weight of `numel` elements, whole blocks of them in a GGUF format.
 constexpr int64_t packed_bytes(QuantType type, int64_t numel) {
   const BlockFormat& format = kBlockFormats[static_cast<int>(type)];
-  return is_gguf(type) ? numel / format.elements * format.bytes : (numel + 1) / 2;
+  return is_gguf(type) ? numel / format.elements * format.bytes : packed_bytes(numel);
 }
 
 // Where an element's bytes are, near enough to fetch them.

@@ -53,7 +53,7 @@ def fuse(model: nn.Module) -> dict[str, int]:
         for module, kind in product(list(model.modules()), kinds):
             if isinstance(module, Fused):
                 continue
-            key = kind, _likeness(module)
+            key = kind, module if kind is Dense else _likeness(module)  # each dense weight's pages are gathered
             if key not in found:
                 found[key] = kind.recognize(module)
             settings = found[key]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from qlora_native._native import DTYPE_NUMBER, GGUF_BLOCKS
-from qlora_native.ops import _cuda_kernels, dequantize_4bit
+from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_copies import copy_of
 from qlora_native.ops._library import Weight
+from qlora_native.ops.dequantize_4bit import Panel
 from qlora_native.ops.linear_4bit import Adapter, Engine, address
 
 KINDS = ("gemv", "split_k", "tile", "two_step")  # index = MatmulKind
@@ -84,6 +85,16 @@ def _placed(tensor: Any) -> tuple[Any, int]:
     return tensor, at
 
 
+def decode(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None = None) -> None:
+    """Decodes a weight, or a panel of it, into the contiguous ``out``, in the order of torch's current stream."""
+    if out.numel():
+        pointers = weight.pointers()
+        *_, numel, _ = pointers
+        with _cuda_kernels.launching(out.device) as stream:
+            whole = numel, 0, 1, 0, numel
+            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel or whole, stream, pointers)
+
+
 class Cuda(Engine):
     """The kernels of a native module; products of dense operands are torch's."""
 
@@ -138,7 +149,7 @@ class Cuda(Engine):
         columns = panel_columns(width, depth, stored.itemsize, self.low_memory)
         if columns >= width:  # the same with fewer operations of the host
             decoded = x.new_empty(n, k, dtype=stored)
-            dequantize_4bit.launch(self.module, weight, decoded)
+            decode(self.module, weight, decoded)
             right = decoded if stored == x.dtype else decoded.to(x.dtype)
             if is_forward:
                 right = right.t()
@@ -156,7 +167,7 @@ class Cuda(Engine):
             last = min(first + columns, width)
             rectangle = (first, last, 0, k) if is_forward else (0, n, first, last)
             decoded = panel[: (last - first) * depth].view((last - first, k) if is_forward else (n, last - first))
-            dequantize_4bit.launch(self.module, weight, decoded, (k, *rectangle))
+            decode(self.module, weight, decoded, (k, *rectangle))
             right, out = decoded.to(x.dtype), y[:, first:last]
             addend = out if adapter is not None else None if bias is None else bias[first:last]
             multiply_into(addend, x, right.t() if is_forward else right, out)

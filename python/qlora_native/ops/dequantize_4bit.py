@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,27 +37,15 @@ def decode_all(weight: Weight, out: Tensor) -> None:
         decode_panel(weight.pointers(), numel, (0, 1), (0, numel), out)
 
 
-def launch(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None = None) -> None:
-    """Decodes a CUDA weight, or a panel of it, into the contiguous ``out``, in the order of torch's current stream."""
-    from qlora_native.ops import _cuda_kernels
-
-    if out.numel():
-        pointers = weight.pointers()
-        *_, numel, _ = pointers
-        with _cuda_kernels.launching(out.device) as stream:
-            whole = numel, 0, 1, 0, numel
-            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel or whole, stream, pointers)
-
-
 def decode_cuda(weight: Weight, out: Tensor) -> None:
     """The same, in plain torch where these kernels cannot run."""
-    from qlora_native.ops import _cuda_kernels
+    from qlora_native.ops import _cuda_kernels, _cuda_products
 
     module = _cuda_kernels.native(out.device)
     if module is None:
         decode_anywhere(weight, out)
     else:
-        launch(module, weight, out)
+        _cuda_products.decode(module, weight, out)
 
 
 def decode_anywhere(weight: Weight, out: Tensor) -> None:
