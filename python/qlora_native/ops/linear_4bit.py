@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -200,10 +200,17 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def cuda_engine(low_memory: bool, device: torch.device) -> Engine | None:
     """The kernels of a CUDA device; None, after a warning, for one on which they cannot run."""
+    kernels, products = _cuda_modules()
+    module = kernels.native(device)
+    return None if module is None else products.engine(module, low_memory)
+
+
+@cache
+def _cuda_modules() -> tuple[Any, Any]:
+    """Imported with the first CUDA tensor, and once: the statement alone takes a microsecond of each product."""
     from qlora_native.ops import _cuda_kernels, _cuda_products
 
-    module = _cuda_kernels.native(device)
-    return None if module is None else _cuda_products.engine(module, low_memory)
+    return _cuda_kernels, _cuda_products
 
 
 def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:

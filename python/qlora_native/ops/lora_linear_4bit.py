@@ -21,6 +21,7 @@ from qlora_native.ops.linear_4bit import (
     Adapter,
     Engine,
     as_rows,
+    cuda_engine,
     save_weight,
     saved_weight,
     sum_to_bias,
@@ -121,14 +122,7 @@ def _register(device: str, engine_of: Callable[[bool, torch.device], Engine]) ->
         return backward_by(engine_of(arguments[8], arguments[0].device), arguments)
 
 
-def _cuda_engine(low_memory: bool, device: torch.device) -> Engine:
-    from qlora_native.ops import _cuda_kernels, _cuda_products
-
-    module = _cuda_kernels.native(device)
-    return Engine(low_memory) if module is None else _cuda_products.engine(module, low_memory)
-
-
-_register("CUDA", _cuda_engine)
+_register("CUDA", lambda low_memory, device: cuda_engine(low_memory, device) or Engine(low_memory))
 _register("CompositeExplicitAutograd", lambda low_memory, _: Engine(low_memory))
 
 
