@@ -3,11 +3,12 @@
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
 find_package(pybind11 CONFIG REQUIRED)
 
-# Bindings check and pass on; compiling them is mostly reading pybind11. So its headers are read once a module, and
-# neither the optimizer's higher levels nor its second run at link time (which pybind11 asks for by default) are spent.
+# Bindings check and pass on; compiling them is mostly reading pybind11 and instantiating it. So both are done once for
+# several files, and neither the optimizer's higher levels nor its second run at link time (which pybind11 asks for by
+# default) are spent.
 set(CMAKE_INTERPROCEDURAL_OPTIMIZATION OFF)
 function(compile_bindings_fast module)
-  target_precompile_headers(${module} PRIVATE <pybind11/pybind11.h> <pybind11/stl.h>)
+  set_target_properties(${module} PROPERTIES UNITY_BUILD ON)
   target_compile_options(${module} PRIVATE $<$<CONFIG:Release>:-O1>)
 endfunction()
 

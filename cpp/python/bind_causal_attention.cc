@@ -51,15 +51,15 @@ int64_t scratch_bytes(int dtype, const Shape& shape, bool backward) {
   return cpu::attention_scratch_bytes(checked_dtype(dtype), job_of(shape), backward);
 }
 
-void forward(int dtype, const Shape& shape, float scale, const Heads& q, const Heads& k, const Heads& v,
-             const Heads& out, Address lse, Address scratch) {
+void causal_attention_forward(int dtype, const Shape& shape, float scale, const Heads& q, const Heads& k,
+                              const Heads& v, const Heads& out, Address lse, Address scratch) {
   const Dtype type = checked_dtype(dtype);
   cpu::causal_attention(type, job_of(type, shape, scale, q, k, v, out, lse), aligned_scratch(scratch));
 }
 
-void backward(int dtype, const Shape& shape, float scale, const Heads& q, const Heads& k, const Heads& v,
-              const Heads& out, Address lse, const Heads& grad_out, const Heads& grad_q, const Heads& grad_k,
-              const Heads& grad_v, Address scratch) {
+void causal_attention_backward(int dtype, const Shape& shape, float scale, const Heads& q, const Heads& k,
+                               const Heads& v, const Heads& out, Address lse, const Heads& grad_out,
+                               const Heads& grad_q, const Heads& grad_k, const Heads& grad_v, Address scratch) {
   const Dtype type = checked_dtype(dtype);
   cpu::AttentionJob job = job_of(type, shape, scale, q, k, v, out, lse);
   job.grad_out = view<const void>(type, grad_out, "grad_out");
@@ -74,13 +74,13 @@ void backward(int dtype, const Shape& shape, float scale, const Heads& q, const 
 void bind_causal_attention(py::module_& module) {
   module.def("causal_attention_scratch_bytes", &scratch_bytes, py::arg("dtype"), py::arg("shape"), py::arg("backward"),
              "Bytes of scratch that a call with torch's present number of threads needs.");
-  module.def("causal_attention", &forward, py::arg("dtype"), py::arg("shape"), py::arg("scale"), py::arg("q"),
-             py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("scratch"),
+  module.def("causal_attention", &causal_attention_forward, py::arg("dtype"), py::arg("shape"), py::arg("scale"),
+             py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("scratch"),
              py::call_guard<py::gil_scoped_release>(), "Causal attention of heads of one dtype.");
-  module.def("causal_attention_backward", &backward, py::arg("dtype"), py::arg("shape"), py::arg("scale"), py::arg("q"),
-             py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("grad_out"), py::arg("grad_q"),
-             py::arg("grad_k"), py::arg("grad_v"), py::arg("scratch"), py::call_guard<py::gil_scoped_release>(),
-             "Gradients of causal_attention to q, k and v.");
+  module.def("causal_attention_backward", &causal_attention_backward, py::arg("dtype"), py::arg("shape"),
+             py::arg("scale"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+             py::arg("grad_out"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("scratch"),
+             py::call_guard<py::gil_scoped_release>(), "Gradients of causal_attention to q, k and v.");
 }
 
 }  // namespace qlora_native::python

@@ -9,9 +9,9 @@ namespace py = pybind11;
 namespace qlora_native::python {
 namespace {
 
-using Options = std::vector<std::tuple<double, double, double, double>>;
+using LionFields = std::vector<std::tuple<double, double, double, double>>;
 
-void lion_step(Address rows, int64_t num_tensors, const Options& options, double grad_factor, cpu::Pager* pager,
+void lion_step(Address rows, int64_t num_tensors, const LionFields& options, double grad_factor, cpu::Pager* pager,
                Address numbers, int64_t budget_bytes) {
   const auto groups = static_cast<int64_t>(options.size());
   const std::vector<OptimTensor> tensors = checked_rows(rows, num_tensors, {true, false, groups});

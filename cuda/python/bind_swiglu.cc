@@ -7,15 +7,15 @@ namespace py = pybind11;
 namespace qlora_native::python {
 namespace {
 
-void forward(int dtype, Address gate, Address up, int64_t numel, Address y, Address stream) {
+void swiglu_forward(int dtype, Address gate, Address up, int64_t numel, Address y, Address stream) {
   const Dtype type = checked_dtype(dtype);
   check_cuda(cuda::launch_swiglu(checked_swiglu(type, gate, up, numel, y), numel, type,
                                  reinterpret_cast<cudaStream_t>(stream)),
              "swiglu");
 }
 
-void backward(int dtype, Address grad_y, Address gate, Address up, int64_t numel, Address grad_gate, Address grad_up,
-              Address stream) {
+void swiglu_backward(int dtype, Address grad_y, Address gate, Address up, int64_t numel, Address grad_gate,
+                     Address grad_up, Address stream) {
   const Dtype type = checked_dtype(dtype);
   check_cuda(cuda::launch_swiglu_backward(checked_swiglu_backward(type, grad_y, gate, up, numel, grad_gate, grad_up),
                                           numel, type, reinterpret_cast<cudaStream_t>(stream)),
@@ -25,9 +25,10 @@ void backward(int dtype, Address grad_y, Address gate, Address up, int64_t numel
 }  // namespace
 
 void bind_swiglu(py::module_& module) {
-  module.def("swiglu", &forward, py::arg("dtype"), py::arg("gate"), py::arg("up"), py::arg("numel"), py::arg("y"),
-             py::arg("stream"), py::call_guard<py::gil_scoped_release>(), "y = silu(gate) * up in device memory.");
-  module.def("swiglu_backward", &backward, py::arg("dtype"), py::arg("grad_y"), py::arg("gate"), py::arg("up"),
+  module.def("swiglu", &swiglu_forward, py::arg("dtype"), py::arg("gate"), py::arg("up"), py::arg("numel"),
+             py::arg("y"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+             "y = silu(gate) * up in device memory.");
+  module.def("swiglu_backward", &swiglu_backward, py::arg("dtype"), py::arg("grad_y"), py::arg("gate"), py::arg("up"),
              py::arg("numel"), py::arg("grad_gate"), py::arg("grad_up"), py::arg("stream"),
              py::call_guard<py::gil_scoped_release>(), "Gradients of swiglu.");
 }
