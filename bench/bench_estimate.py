@@ -115,13 +115,11 @@ def child(folder: Path, length: int, checkpointing: bool, steps: int) -> None:
     import matplotlib.figure  # noqa: F401  (the run's picture at its end counts as an import, too)
     from transformers import PreTrainedTokenizerFast
 
-    from qlora_native._memory import keep_freed_memory
     from qlora_native.hf.source import open_source
     from qlora_native.train import loop, memory
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = config_of(folder, length, checkpointing, steps)
-    keep_freed_memory(checkpointing)
     own = memory.MemoryReport(config, open_source(folder), length)  # brings what is imported late
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -167,10 +167,7 @@ def child(*words: str, limit: float | None = None) -> dict[str, Any]:
         (group / "memory.limit_in_bytes").write_text(str(int(limit * GIB)))
     join = f"echo $$ > {group}/cgroup.procs; " if group else ""
     command = f'{join}exec "$0" "$@"'
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    done = subprocess.run(["bash", "-c", command, sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = {}
     if group is not None:
         found["cgroup_peak"] = int((group / "memory.max_usage_in_bytes").read_text())

@@ -46,10 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.distributed import RankLost
 
     config = TrainConfig.from_file(args.config, args.overrides)
-    from qlora_native._memory import keep_freed_memory
     from qlora_native.train.loop import Trainer
 
-    keep_freed_memory(config.train.grad_checkpointing)
     try:
         Trainer(config).train()
     except RankLost as lost:

@@ -22,8 +22,6 @@ from qlora_native.hf.checkpoint import MappedPart, check_finite, mapped_part
 from qlora_native.hf.residency import Residency, Unit, least_residency, plan_residency
 
 BESIDE = 512 << 20  # bytes that chatting and evaluating are given for other things than weights
-# Bytes that a process holds beyond the prediction: buffers of libraries, what malloc keeps (260 MiB with an 8B model).
-UNFORESEEN = 256 << 20
 GAP = 4096  # bytes between two tensors of a unit that are read as one range
 
 
@@ -165,7 +163,7 @@ def plan_streaming(model: Any, budget: int) -> Residency:
 
 def budget_of(free: Free, beside: int) -> int:
     """Bytes for weights, where ``beside`` bytes are predicted for other things; below 0 there are too few."""
-    return free.bytes - free.margin - UNFORESEEN - beside
+    return free.bytes - free.margin - beside
 
 
 def stream_if_needed(

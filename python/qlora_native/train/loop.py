@@ -26,7 +26,7 @@ import torch
 from pydantic import TypeAdapter
 
 from qlora_native._io import as_write_error, atomic_folder, locked, reading, recover, user_path
-from qlora_native._memory import peak_rss_bytes, without_old_objects
+from qlora_native._memory import keep_freed_memory, peak_rss_bytes, without_old_objects
 from qlora_native.config import NonNegative, TrainConfig
 from qlora_native.data.batching import evaluation_order
 from qlora_native.data.dataset import TokenizedDataset
@@ -143,6 +143,7 @@ class Trainer:
 
     def _train(self) -> TrainSummary:
         config, options, ranks = self.config, self.config.train, self.ranks
+        keep_freed_memory(options.grad_checkpointing)
 
         # Checkpoint, tokenizer and data come first: a broken line is found in seconds, a model takes longer.
         with ranks.together():
