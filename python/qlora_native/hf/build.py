@@ -135,12 +135,12 @@ def put_dense(model: nn.Module, path: str, inner: QuantizedLinear | nn.Linear, w
 
 def four_bit_parts(model: nn.Module) -> dict[str, QuantizedWeight]:
     """Every quantized weight of the model by the name of its parameter; of tied ones the first."""
+    parameters = dict(model.named_parameters())
     parts = {
-        f"{path}.weight": module.quantized
+        name: module.quantized
         for path, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)) and (name := f"{path}.weight") in parameters
     }
-    parts = {name: part for name, part in parts.items() if name in dict(model.named_parameters())}
     return parts | {f"{path}.{name}": weight for path, _, name, weight in quantized_stacks(model)}
 
 
