@@ -5,6 +5,7 @@ Every proof is given defects that it must report.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import emulated_torch
 import pytest
 import runs
+import tiny
 import tiny_models
 import torch
+from adapters import make_adapter
 from emulated import Emulator
 from emulated_torch import Stream
 from helpers import gguf_weight, same_bytes
@@ -24,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 import qlora_native as qn
+from qlora_native.cli import main
 from qlora_native.config import TrainConfig
 from qlora_native.estimate import Estimator, Setting
 from qlora_native.estimate.memory import CUDA_CONTEXT
@@ -301,6 +305,45 @@ def test_a_run_that_does_not_fit_streams_by_itself(
     assert line in streamed and line not in whole
     adapters = [load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("whole", "streamed")]
     tiny_models.assert_same(*adapters)
+
+
+def test_chat_and_eval_stream_by_themselves(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers and losses are those of a model that fits, one rounded on loading and one that is 4-bit in its files."""
+    tiny.write_model(tmp_path / "model", num_hidden_layers=LAYERS)
+    make_adapter(tmp_path / "model", tmp_path / "adapter")
+    tiny.write_rows(tmp_path / "rows.jsonl", 2)
+    model: Any = qn.load_model(tmp_path / "model")
+    model.save_pretrained(tmp_path / "four")
+    tiny.write_tokenizer(tmp_path / "four")
+    units = device_layers.layer_units(model.model.layers)
+    rest = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    little = rest - units[0].num_bytes  # of which three quarters are for weights: two layers beside the slots
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device_layers, "_with_number", lambda device: torch.device("cpu"))
+
+    def printed(free: int) -> tuple[Any, Any, str]:
+        monkeypatch.setattr(device_layers, "free_device_memory", lambda device: SimpleNamespace(bytes=free))
+        with emulated_torch.streams(emulator):
+            adapter = ["--adapter", str(tmp_path / "adapter")]
+            words = ["chat", str(tmp_path / "model"), *adapter, "--prompt", "what is red?", "--max-tokens", "4"]
+            assert main.main([*words, "--json"]) == 0
+            chat = capsys.readouterr()
+            words = ["eval", str(tmp_path / "four"), *adapter, "--data", str(tmp_path / "rows.jsonl"), "--json"]
+            assert main.main(words) == 0
+        texts = [answer["text"] for answer in json.loads(chat.out)["answers"]]
+        sides = [side["texts"] for side in json.loads(capsys.readouterr().out)["sides"]]
+        return texts, sides, chat.err
+
+    streamed: list[StreamedLayers] = []
+    init = StreamedLayers.__init__
+    monkeypatch.setattr(StreamedLayers, "__init__", lambda self, *args: streamed.append(self) or init(self, *args))
+    *expected, words = printed(1 << 40)
+    assert not streamed and "stream through" not in words
+    *got, words = printed(little)
+    assert got == expected and "layers stream through" in words
+    assert len(streamed) == 3 and all(each.bytes_copied for each in streamed)  # chat, the 4-bit form, with an adapter
 
 
 def test_a_report_asks_what_the_card_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
 
     import qlora_native as qn
     from qlora_native._io import as_user_error
+    from qlora_native.hf.device_layers import load_to_device
     from qlora_native.hf.generate import Sampling
     from qlora_native.hf.mapped import BESIDE, stream_if_needed
     from qlora_native.hf.source import load_tokenizer
@@ -167,10 +168,11 @@ def run(args: argparse.Namespace) -> int:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_tokens)
         tokenizer = load_tokenizer(str(args.model))
         device = "cuda" if torch.cuda.is_available() else None
-        model: Any = qn.load_model(args.model, device=device, **as_trained(args, rounds=True))
+        note = partial(print, file=sys.stderr)
+        model: Any = load_to_device(args.model, device=device, note=note, **as_trained(args, rounds=True))
         if args.adapter:
             qn.load_adapter(model, args.adapter)
-        stream_if_needed(model, None, BESIDE, partial(print, file=sys.stderr))
+        stream_if_needed(model, None, BESIDE, note)
     model.eval()
     chat = Chat(model, tokenizer, sampling, args.system, bool(args.adapter))
     show = show_side_by_side if has_rich_terminal() and args.adapter else show_in_turn

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_native.errors import UserError
-from qlora_native.hf.load import load_dense, load_model
+from qlora_native.hf.device_layers import load_to_device
+from qlora_native.hf.load import load_dense
 from qlora_native.hf.source import AUTO, open_source
 from qlora_native.lora import load_adapter
 from qlora_native.weight import CALIBRATED, METHODS
@@ -54,7 +55,7 @@ class Variants:
         dense = self.reference if self.is_four_bit else self.reference or self.model
         if dense is not None:
             yield REFERENCE, partial(load_dense, dense, **self.options)
-        load = partial(load_model, self.model, **self.options)
+        load = partial(load_to_device, self.model, **self.options)
         whole = FOUR_BIT if self.is_four_bit else KEPT if self.is_kept else None
         forms = [(whole, load)] if whole is not None else []
         for method in self.methods or (("rtn",) if whole is None else ()):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from qlora_native._memory import free_device_memory
 from qlora_native.calibration.layers import decoder_layers
 from qlora_native.hf.residency import Residency, Unit, plan_residency
 from qlora_native.nn.experts import QuantizedExperts
@@ -27,6 +28,8 @@ from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._library import module_for
 
 ALIGNMENT = 256  # bytes, of each tensor in a slot; torch's allocator begins its blocks so
+FOR_WEIGHTS = 0.75  # of the device's free bytes; the rest is for what passes need
+FOUR_BIT_BYTES = 0.5625  # an element at most: codes, and scales in fp32 for 64
 
 
 def frozen_parts(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -205,17 +208,13 @@ def stream_layers(model: Any, device: torch.device | str = "cuda", budget: int |
         ValueError: two slots do not fit the budget.
         UserError: the model has no list of decoder layers.
     """
-    where = torch.device(device)
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = _with_number(torch.device(device))
     layers = list(dict.fromkeys(decoder_layers(model)[1]))
     units = layer_units(layers)
     if budget is None:
-        from qlora_native._memory import free_device_memory
-
         inside = sum(unit.num_bytes for unit in units)
         rest = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - inside
-        budget = int(0.75 * (free_device_memory(where).bytes - rest))
+        budget = int(FOR_WEIGHTS * (free_device_memory(where).bytes - rest))
     residency = plan_residency(units, budget)
     streamed = StreamedLayers(layers, residency, where) if residency.streamed else None
     model.to(where)
@@ -224,3 +223,48 @@ def stream_layers(model: Any, device: torch.device | str = "cuda", budget: int |
     if report is not None:
         model.load_report = replace(report, bytes_mapped=0)  # files may change from now on
     return streamed
+
+
+def load_to_device(
+    path: Any, *, device: torch.device | str | None = None, note: Callable[[str], None] | None = None, **options: Any
+) -> Any:
+    """:func:`qlora_native.load_model` for inference on a CUDA device; where the weights have no room, layers stream.
+
+    Whether they have is predicted. ``note`` gets one line about streaming. Without a device it is load_model alone.
+    """
+    from qlora_native.hf.load import load_model
+    from qlora_native.hf.source import AUTO, open_source
+
+    if device is None:
+        return load_model(path, **options)
+    where, source = _with_number(torch.device(device)), open_source(path)
+    is_kept = options.get("method") is None and source.keeps(options.get("quant_type", AUTO))
+    if source.is_four_bit or is_kept:
+        files = source.path.glob("*.safetensors") if source.path.is_dir() else [source.path]
+        num_bytes: float = sum(file.stat().st_size for file in files)
+    else:
+        num_bytes = _rounded_bytes(source, options)
+    if num_bytes <= FOR_WEIGHTS * free_device_memory(where).bytes:
+        return load_model(source, device=where, **options)
+    model = load_model(source, device="cpu", **options)
+    streamed = stream_layers(model, where)
+    if streamed is not None and note is not None:
+        note(f"the model is larger than the device: {streamed}")
+    return model
+
+
+def _rounded_bytes(source: Any, options: dict[str, Any]) -> float:
+    """Of a 16-bit model whose linear layers are rounded to 4 bits on loading."""
+    from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel
+
+    dtype = options.get("dtype", torch.bfloat16)
+    meta = MetaModel(source.config, dtype, torch.device("meta"))
+    chosen = meta.four_bit_weights(options.get("skip_modules") or (OUTPUT_EMBEDDING,), options.get("block_size", 64))
+    sizes = {name: FOUR_BIT_BYTES if name in chosen else dtype.itemsize for name in meta.shapes}
+    return sum(size * meta.shapes[name].numel() for name, size in sizes.items())
+
+
+def _with_number(device: torch.device) -> torch.device:
+    """A CUDA device without one is the current one."""
+    is_current = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if is_current else device
