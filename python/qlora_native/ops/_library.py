@@ -220,13 +220,21 @@ def say_once(sentence: str) -> None:
         warnings.warn(sentence, stacklevel=3)
 
 
+@cache
+def cuda_modules() -> tuple[Any, Any]:
+    """_cuda_kernels and _cuda_products, imported with the first CUDA tensor, and once: the statement alone takes a
+    microsecond of each call."""
+    from qlora_native.ops import _cuda_kernels, _cuda_products
+
+    return _cuda_kernels, _cuda_products
+
+
 def module_for(device: torch.device) -> ModuleType | None:
     """The native module with the kernels of a CUDA device, None for any other device and where it cannot run."""
     if device.type != "cuda":
         return None
-    from qlora_native.ops import _cuda_kernels
-
-    return _cuda_kernels.native(device)
+    module: ModuleType | None = cuda_modules()[0].native(device)
+    return module
 
 
 Run = Callable[..., None]  # a native function, on a CUDA device's current stream
@@ -248,10 +256,9 @@ def implement_natively(name: str, anywhere: Callable[..., Any]) -> Callable[[Cal
             module = module_for(first.device)
             if module is None or first.dtype not in DTYPE_NUMBER:
                 return anywhere(first, *others)
-            from qlora_native.ops import _cuda_kernels
 
             def run(*arguments: Any) -> None:
-                with _cuda_kernels.launching(first.device) as stream:
+                with cuda_modules()[0].launching(first.device) as stream:
                     getattr(module, name)(*arguments, stream)
 
             return function(run, first, *others)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora_native import _C, reference
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import Weight, fake, implement
+from qlora_native.ops._library import Weight, cuda_modules, fake, implement
 
 Panel = tuple[int, int, int, int, int]  # length of a row, rows [begin, end), columns [begin, end)
 
@@ -39,13 +39,12 @@ def decode_all(weight: Weight, out: Tensor) -> None:
 
 def decode_cuda(weight: Weight, out: Tensor) -> None:
     """The same, in plain torch where these kernels cannot run."""
-    from qlora_native.ops import _cuda_kernels, _cuda_products
-
-    module = _cuda_kernels.native(out.device)
+    kernels, products = cuda_modules()
+    module = kernels.native(out.device)
     if module is None:
         decode_anywhere(weight, out)
     else:
-        _cuda_products.decode(module, weight, out)
+        products.decode(module, weight, out)
 
 
 def decode_anywhere(weight: Weight, out: Tensor) -> None:

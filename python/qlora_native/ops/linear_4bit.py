@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._direct import call, may_autocast
-from qlora_native.ops._library import Weight, autograd, buffer, fake, implement, say_once, scratch
+from qlora_native.ops._library import Weight, autograd, buffer, cuda_modules, fake, implement, say_once, scratch
 from qlora_native.ops.dequantize_4bit import decode_panel
 
 PANEL_BYTES = 8 << 20  # of decoded weights at a time, in float64
@@ -200,17 +200,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def cuda_engine(low_memory: bool, device: torch.device) -> Engine | None:
     """The kernels of a CUDA device; None, after a warning, for one on which they cannot run."""
-    kernels, products = _cuda_modules()
+    kernels, products = cuda_modules()
     module = kernels.native(device)
     return None if module is None else products.engine(module, low_memory)
-
-
-@cache
-def _cuda_modules() -> tuple[Any, Any]:
-    """Imported with the first CUDA tensor, and once: the statement alone takes a microsecond of each product."""
-    from qlora_native.ops import _cuda_kernels, _cuda_products
-
-    return _cuda_kernels, _cuda_products
 
 
 def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_native import _C
 from qlora_native._native import DTYPE_NUMBER
-from qlora_native.ops._library import Weight, autograd, fake, implement
+from qlora_native.ops._library import Weight, autograd, cuda_modules, fake, implement
 from qlora_native.ops.linear_4bit import ANY, CPU, NO_WEIGHT_GRADIENT, without_autocast
 
 LOGIT_BYTES = 24 << 20  # of the logits of one chunk: 256 tokens over 49,152 words in bf16, where both products are fast
@@ -119,11 +119,9 @@ def anywhere(*arguments: Any) -> Outputs:
 
 @implement("linear_cross_entropy", "CUDA")
 def cuda(*arguments: Any) -> Outputs:
-    from qlora_native.ops import _cuda_kernels
-
-    call = read(*arguments)
+    kernels, call = cuda_modules()[0], read(*arguments)
     h, _, ignore_index, *_ = call
-    module = _cuda_kernels.native(h.device)
+    module = kernels.native(h.device)
     if module is None or h.dtype not in DTYPE_NUMBER:
         return anywhere(*arguments)
 
@@ -131,7 +129,7 @@ def cuda(*arguments: Any) -> Outputs:
         sources = DTYPE_NUMBER[logits.dtype], logits.data_ptr(), labels.data_ptr(), ignore_index
         module.softmax_loss(*sources, *logits.shape, need_gradient, losses.data_ptr(), stream)
 
-    with without_autocast(h), _cuda_kernels.launching(h.device) as stream:
+    with without_autocast(h), kernels.launching(h.device) as stream:
         return _chunked(loss_of, call, "cuda")
 
 

@@ -6,6 +6,7 @@ Returns y and x_lora A^T, which with the operands, the weight packed, is all tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -76,13 +77,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.options = scale, x_lora is not None, low_memory, None if bias is None else bias.dtype
 
 
+@lru_cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
+
+
 def backward_by(engine: Engine, arguments: tuple[Any, ...], grad_xa: Tensor | None = None) -> Gradients:
     """The gradients by the products of an engine."""
     grad_y, x, xa, a, b, scale, separate, needed = arguments[:8]
     weight: Weight = tuple.__new__(Weight, arguments[9:])
     rows, tokens, dtype = as_rows(grad_y), as_rows(x), grad_y.dtype
     need_x, need_x_lora, need_a, need_b = needed
-    grad_x = grad_x_lora = grad_a = grad_b = x.new_empty(0)
+    grad_x = grad_x_lora = grad_a = grad_b = _nothing(x.dtype, x.device)
     with without_autocast(x):
         down = engine.adapter(a, dtype)
         if need_x and not separate and engine.makes_low and dtype in DTYPE_NUMBER:
