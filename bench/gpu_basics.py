@@ -28,6 +28,7 @@ TOLERANCE = 1e-2
 def run(context: Context) -> None:
     """One row an op and dtype; for products with every number of tokens, with and without an adapter."""
     checks: dict[str, Callable[[], bool]] = {"decode": decode, "loss": loss, "norms": norms}
+    checks["products of blocks"] = products_of_blocks
     for rule, bits in itertools.product(("AdamW", "Lion"), (32, 8)):
         checks[f"{rule} {bits} bits"] = lambda rule=rule, bits=bits: optimizer(rule, bits)  # type: ignore[misc]
     for dtype in DTYPES:
@@ -82,6 +83,16 @@ def products(dtype: torch.dtype) -> bool:
         want_plain = torch.autograd.grad(want_z, exact[0], grad.float())
         pairs = zip((y, z, *grads, *plain), (want_y, want_z, *want, *want_plain), strict=True)
         errors += [relative_error(got.detach().cpu(), there.detach()) for got, there in pairs if m and there.numel()]
+    return max(errors) < TOLERANCE
+
+
+def products_of_blocks() -> bool:
+    """Forward by the fused kernels of every GGUF format against fp32 products on the CPU."""
+    errors = []
+    for quant_type, m, dtype in itertools.product(GGUF_TYPES, (1, 9, 16), (half(), torch.float16)):
+        w, x = made_up_blocks(quant_type, N, K), (torch.randn(m, K) / K).to(dtype)
+        want = x.float() @ w.to("cpu").dequantize(torch.float32).t()
+        errors.append(relative_error(qn.linear(x.to(device()), w).cpu(), want))
     return max(errors) < TOLERANCE
 
 

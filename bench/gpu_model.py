@@ -93,10 +93,12 @@ class Model:
         rate = self.card.tensor_share * 1e12 * self.card.tflops * m / (m + 128)
         return max(2 * m * n * k / rate, self.moving(2 * (m * k + m * n + n * k)))
 
-    def loop(self, kernel: str, of_turn: int, shared_cycles: int, weights: float) -> float:
-        """Seconds to decode so many weights, ``of_turn`` of them by a warp in a turn of its main loop."""
+    def loop(self, kernel: str, of_turn: int, shared_cycles: int, weights: float, outer: int = 0) -> float:
+        """Seconds to decode so many weights, ``of_turn`` of them by a warp in a turn of its main loop; ``outer``
+        instructions a turn, half of them integer ones, are those of a loop around it."""
         count = self.budgets[kernel]["80"][2]
-        cycles = max(count["alu"] / 2, count["instructions"] / 4, count["shared"] * shared_cycles)
+        alu, every = count["alu"] + outer / 2, count["instructions"] + outer
+        cycles = max(alu / 2, every / 4, count["shared"] * shared_cycles)
         return self.cycles(weights / of_turn * cycles)
 
     def waves(self, kernel: str, threads: int, blocks: int) -> float:
@@ -111,6 +113,13 @@ class Model:
         blocks = -(-n // (32 if groups == 1 else 64))
         bound = self.loop(kernel, 2048, 1, n * k) * self.waves(kernel, 128 if groups == 4 else 256, blocks)
         return max(self.moving(PACKED * n * k + 2 * m * (n + k)), bound)
+
+    def gguf(self, form: str, m: int, n: int, k: int) -> float:
+        """As ``small``, with a weight in blocks of GGUF, which are copied for two turns at once."""
+        kernel = f"linear_4bit_gguf_kernel<Bf16, {[name for name, *_ in _C.block_formats].index(form)}>"
+        blocks = -(-n // (32 if m <= 4 else 64))
+        bound = self.loop(kernel, 2048, 1, n * k, 48) * self.waves(kernel, 128, blocks)
+        return max(self.moving(BLOCKS[form] * n * k + 2 * m * (n + k)), bound)
 
     def tile(self, m: int, n: int, k: int, is_forward: bool) -> float:
         rows = next((rows for rows in TILES if rows >= m), 128)
@@ -140,6 +149,8 @@ class Model:
         """A row of gpu_products."""
         op, (m, n, k, r) = case.op.removeprefix("lora_"), case[1:5]
         is_forward = op == "forward"
+        if case.form in BLOCKS:
+            return self.gguf(case.form, m, n, k) + START_S
         seconds = self.way(m, is_forward)(m, *((n, k) if is_forward else (k, n)))
         if r:  # forward: x A^T and the addition to y; backward: those of dx, and the gradients of A and B
             seconds += START_S + self.moving(2 * m * (k + 2 * n if is_forward else 3 * k + 2 * n))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from common import Bar, relative_error, timings
-from gpu_models import linears
+from gpu_models import linears, made_up_blocks
 from gpu_timing import (
     Case,
     Context,
@@ -30,6 +30,7 @@ from gpu_timing import (
 from replay import Call
 
 import qlora_native as qn
+from qlora_native.cases import GGUF_TYPES
 
 OPS = torch.ops.qlora_native
 SCALE = 2.0
@@ -38,6 +39,7 @@ DIRECTIONS = ("forward", "grad_input", "lora_forward", "lora_backward")
 FEW = 256  # tokens up to which kernels for decoding are rivals
 
 SHAPES_8B, SHAPES_70B = (list(dict.fromkeys(linears(name))) for name in ("8B", "70B"))
+SHAPES = ((4096, 4096), (14336, 4096))  # of variants
 TINY = ((64, 128), (128, 64))
 
 
@@ -54,13 +56,13 @@ def cases(which: str, dry: bool) -> list[Case]:
     if dry:
         tiny = {"many": (40,), "few": (1, 16), "variants": (3,), "long": (70,), "70b": (5,)}[which]
         found = [case for n, k in TINY for case in _cases(n, k, tiny)]
-        return found + (_variants(64, 128, (3,)) if which == "variants" else [])
+        return found + ([*_variants(64, 128, (3,)), *_blocks(64, 256, (3,))] if which == "variants" else [])
     if which == "many":
         return [case for n, k in SHAPES_8B for case in _cases(n, k, (1024, 4096))]
     if which == "few":
         return [case for n, k in SHAPES_8B for case in _cases(n, k, (1, 4, 16, 64, 256))]
     if which == "variants":
-        return [*_variants(4096, 4096, (16, 4096)), *_variants(14336, 4096, (16, 4096))]
+        return [case for n, k in SHAPES for case in _variants(n, k, (16, 4096))] + _blocks(*SHAPES[1], (1, 16))
     if which == "long":
         return [case for n, k in SHAPES_8B[:2] for case in _cases(n, k, (2048, 8192, 16384))]
     return [case for n, k in SHAPES_70B for case in _cases(n, k, (1, 16, 256, 4096))]
@@ -76,6 +78,10 @@ def _variants(n: int, k: int, tokens: tuple[int, ...]) -> list[Case]:
     return sorted(dict.fromkeys(kinds), key=lambda case: case.form)
 
 
+def _blocks(n: int, k: int, tokens: tuple[int, ...]) -> list[Case]:
+    return [Case("forward", m, n, k, 0, form) for form in GGUF_TYPES for m in tokens]
+
+
 def bars(case: Case) -> tuple[Bar, ...]:
     """The goals of these kernels."""
     if case.op == "forward" and case.m <= 16 and case.n * case.k >= 1 << 24:
@@ -87,8 +93,9 @@ def bars(case: Case) -> tuple[Bar, ...]:
 
 def _copied(w: qn.QuantizedWeight) -> qn.QuantizedWeight:
     tensors = {"absmax": w.absmax, "nested_absmax": w.nested_absmax, "nested_offset": w.nested_offset}
-    fresh = {name: None if t is None else t.clone() for name, t in tensors.items()}
-    return qn.QuantizedWeight(w.packed.clone(), shape=w.shape, dtype=w.dtype, **fresh)  # type: ignore[arg-type]
+    fresh: dict[str, Any] = {name: None if t is None else t.clone() for name, t in tensors.items()}
+    kept: dict[str, Any] = {"shape": w.shape, "dtype": w.dtype, "quant_type": w.quant_type, "block_size": w.block_size}
+    return qn.QuantizedWeight(w.packed.clone(), **kept, **fresh)
 
 
 class Weights:
@@ -97,7 +104,8 @@ class Weights:
     def __init__(self, context: Context, n: int, k: int, form: str = "") -> None:
         self.dtype = torch.float16 if form == "fp16" else half()
         dense = (torch.randn(n, k, device=device()) / k**0.5).to(self.dtype)
-        first = qn.quantize(dense, double_quant=form != "plain scales")
+        has_blocks = form in GGUF_TYPES
+        first = made_up_blocks(form, n, k) if has_blocks else qn.quantize(dense, double_quant=form != "plain scales")
         self.dense = first.dequantize(self.dtype)  # what everyone multiplies with
         self.scratch = torch.empty_like(self.dense)
         self.ours = [first, *(_copied(first) for _ in range(copies_of(first.nbytes) - 1))]
@@ -105,9 +113,8 @@ class Weights:
         self.bias = torch.randn(n, device=device(), dtype=self.dtype) if form == "bias" else None
         self.bnb: list[tuple[Any, Any]] = []
         self.context = context
-        self.module = (
-            importable("bitsandbytes", context) if on_gpu() and "bitsandbytes" not in context.without else None
-        )
+        is_rival = on_gpu() and not has_blocks and "bitsandbytes" not in context.without
+        self.module = importable("bitsandbytes", context) if is_rival else None
         if self.module is not None:
             try:
                 quantized = self.module.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)

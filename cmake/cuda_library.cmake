@@ -11,6 +11,7 @@ add_library(qlora_native_cuda STATIC
   cuda/linear_4bit.cu
   cuda/linear_4bit_bf16.cu
   cuda/linear_4bit_fp16.cu
+  cuda/linear_4bit_gguf.cu
   cuda/linear_cross_entropy.cu
   cuda/lion_step.cu
   cuda/managed_store.cc

@@ -1,3 +1,4 @@
+#include "core/gguf.h"
 #include "cuda/linear_4bit.cuh"
 
 namespace qlora_native::cuda {
@@ -7,14 +8,17 @@ cudaError_t launch_linear_4bit(const ProductJob& product, const MatmulPlan& plan
   if (product.m == 0 || product.width() == 0) {
     return cudaSuccess;
   }
-  if (!rows_are_regular(product.n, product.k, product.weight.block_size, product.forward)) {
+  const bool has_blocks = is_gguf(product.weight.type);
+  if (!has_blocks && !rows_are_regular(product.n, product.k, product.weight.block_size, product.forward)) {
     return cudaErrorInvalidValue;
   }
   switch (product.dtype) {
     case Dtype::kBfloat16:
-      return launch_linear<Bf16>(product, plan, workspace, stream);
+      return has_blocks ? launch_gguf<Bf16>(product, plan, stream)
+                        : launch_linear<Bf16>(product, plan, workspace, stream);
     case Dtype::kFloat16:
-      return launch_linear<Fp16>(product, plan, workspace, stream);
+      return has_blocks ? launch_gguf<Fp16>(product, plan, stream)
+                        : launch_linear<Fp16>(product, plan, workspace, stream);
     case Dtype::kFloat32:
       break;
   }

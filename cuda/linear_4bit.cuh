@@ -2,7 +2,6 @@
 // instantiate.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <limits>
 
@@ -17,24 +16,17 @@
 
 namespace qlora_native::cuda {
 
-inline constexpr int64_t kMostCtas = std::numeric_limits<int32_t>::max();  // of gridDim.x
-
 // Of W for the kernels of few tokens, which count them in 32 bits up to two steps of a CTA beyond the last.
 inline constexpr int64_t kMostSmallColumns = std::numeric_limits<int32_t>::max() - 2 * 8 * kSmallStep;
 
-inline int block_shift_of(const WeightView& weight) {
-  return std::countr_zero(static_cast<uint64_t>(weight.block_size));
-}
-
 template <typename T, int kGroups>
-cudaError_t launch_small(SmallJob<T> job, int rows, cudaStream_t stream) {
-  job.row_warps = rows / kSmallRows;
-  const int64_t ctas = ceil_div(job.n, rows);
+cudaError_t launch_small(const ProductJob& product, int rows, cudaStream_t stream) {
+  const int64_t ctas = ceil_div(product.n, rows);
   if (ctas > kMostCtas) {
     return cudaErrorInvalidValue;
   }
   return wp::launch(linear_4bit_small_kernel<T, kGroups>, dim3(static_cast<unsigned>(ctas)),
-                    dim3(32 * small_warps(kGroups)), 0, stream, job);
+                    dim3(32 * small_warps(kGroups)), 0, stream, small_job<T>(product, rows));
 }
 
 template <typename T>
@@ -44,21 +36,9 @@ cudaError_t launch_gemv(const ProductJob& product, const MatmulPlan& plan, cudaS
       product.k > kMostSmallColumns || (rows != 16 && rows != 32 && rows != 64)) {
     return cudaErrorInvalidValue;
   }
-  const SmallJob<T> job{product.weight,
-                        static_cast<const T*>(product.x),
-                        static_cast<const T*>(product.bias),
-                        static_cast<const T*>(product.low),
-                        static_cast<const T*>(product.up),
-                        static_cast<T*>(product.y),
-                        product.m,
-                        product.n,
-                        product.k,
-                        product.r,
-                        block_shift_of(product.weight),
-                        0};
-  return product.m > 8   ? launch_small<T, 4>(job, rows, stream)
-         : product.m > 4 ? launch_small<T, 2>(job, rows, stream)
-                         : launch_small<T, 1>(job, rows, stream);
+  return product.m > 8   ? launch_small<T, 4>(product, rows, stream)
+         : product.m > 4 ? launch_small<T, 2>(product, rows, stream)
+                         : launch_small<T, 1>(product, rows, stream);
 }
 
 template <typename T>
@@ -145,6 +125,10 @@ cudaError_t launch_linear(const ProductJob& product, const MatmulPlan& plan, voi
   }
   return cudaErrorInvalidValue;
 }
+
+// Of a weight in a format of GGUF: linear_4bit_gguf.cuh.
+template <typename T>
+cudaError_t launch_gguf(const ProductJob& product, const MatmulPlan& plan, cudaStream_t stream);
 
 extern template cudaError_t launch_linear<Bf16>(const ProductJob&, const MatmulPlan&, void*, cudaStream_t);
 extern template cudaError_t launch_linear<Fp16>(const ProductJob&, const MatmulPlan&, void*, cudaStream_t);

@@ -12,18 +12,24 @@
 // one more MMA with the same weights.
 #pragma once
 
+#include <bit>
 #include <cstdint>
+#include <limits>
 
 #include "core/layout.h"
+#include "core/product.h"
 #include "cuda/linear_4bit_decode.cuh"
 #include "cuda/matmul_plan.h"
 #include "cuda/wp.cuh"
 
 namespace qlora_native::cuda {
 
+inline constexpr int kSmallRows = 16;                                      // of W, a warp's
+inline constexpr int64_t kMostCtas = std::numeric_limits<int32_t>::max();  // of gridDim.x
+
 template <typename T>
 struct SmallJob {
-  WeightView weight;  // [n, k], blocks of at least 64
+  WeightView weight;  // [n, k], in blocks of at least 64, or in a format of GGUF
   const T* x;         // [m, k]
   const T* bias;      // [n] or null
   const T* low;       // [m, r]
@@ -31,15 +37,35 @@ struct SmallJob {
   T* y;               // [m, n]
   int64_t m;          // 1 to 16
   int64_t n;
-  int64_t k;  // a multiple of 64
+  int64_t k;  // a multiple of 64, or of GGUF's block
   int64_t r;
   int block_shift;  // log2 of the weight's block size
   int row_warps;    // warps beside each other along the rows of W
 };
 
+inline int block_shift_of(const WeightView& weight) {
+  return std::countr_zero(static_cast<uint64_t>(weight.block_size));
+}
+
+// rows: of W, a CTA's.
+template <typename T>
+SmallJob<T> small_job(const ProductJob& product, int rows) {
+  return {product.weight,
+          static_cast<const T*>(product.x),
+          static_cast<const T*>(product.bias),
+          static_cast<const T*>(product.low),
+          static_cast<const T*>(product.up),
+          static_cast<T*>(product.y),
+          product.m,
+          product.n,
+          product.k,
+          product.r,
+          block_shift_of(product.weight),
+          rows / kSmallRows};
+}
+
 inline constexpr int kSmallStep = 128;  // of K
 inline constexpr int kSmallRun = 32;    // of a step, a lane's in a row
-inline constexpr int kSmallRows = 16;   // of W, a warp's
 
 // Sixteen tokens take so many registers that fewer, smaller CTAs share an SM.
 constexpr int small_warps(int groups) { return groups > 2 ? 4 : 8; }
@@ -161,6 +187,24 @@ __device__ __forceinline__ void small_store_parts(const SmallSums<kGroups>& sums
   }
 }
 
+// y of a CTA's rows from a first one on: the parts of all turns, the low-rank term and the bias.
+template <typename T, int kWarps, int kTokens>
+__device__ __forceinline__ void small_store_y(const SmallJob<T>& job, int64_t cta_row, int cta_rows, int turns,
+                                              const float* parts) {  // [kWarps, kTokens, kSmallRows]
+  for (int unit = static_cast<int>(threadIdx.x); unit < kTokens * cta_rows; unit += 32 * kWarps) {
+    const int row = unit % cta_rows;
+    const int token = unit / cta_rows;
+    if (token < job.m && cta_row + row < job.n) {
+      float sum = small_addend(job, token, cta_row + row);
+      const float* part = parts + (row / kSmallRows * kTokens + token) * kSmallRows + row % kSmallRows;
+      for (int turn = 0; turn < turns; ++turn) {
+        sum += part[turn * job.row_warps * (kTokens * kSmallRows)];
+      }
+      job.y[token * job.n + cta_row + row] = from_float<T>(sum);
+    }
+  }
+}
+
 // 16 * row_warps rows of W a CTA, 4 * kGroups tokens.
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(32 * small_warps(kGroups), small_ctas(kGroups))
@@ -222,18 +266,7 @@ __global__ void __launch_bounds__(32 * small_warps(kGroups), small_ctas(kGroups)
   small_store_parts(sums, parts);
   __syncthreads();
 
-  for (int unit = static_cast<int>(threadIdx.x); unit < kTokens * cta_rows; unit += 32 * kWarps) {
-    const int row = unit % cta_rows;
-    const int token = unit / cta_rows;
-    if (token < job.m && cta_row + row < job.n) {
-      float sum = small_addend(job, token, cta_row + row);
-      const float* part = parts + (row / kSmallRows * kTokens + token) * kSmallRows + row % kSmallRows;
-      for (int turn = 0; turn < turns; ++turn) {
-        sum += part[turn * job.row_warps * (kTokens * kSmallRows)];
-      }
-      job.y[token * job.n + cta_row + row] = from_float<T>(sum);
-    }
-  }
+  small_store_y<T, kWarps, kTokens>(job, cta_row, cta_rows, turns, parts);
 }
 
 }  // namespace qlora_native::cuda

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/gguf.h"
 #include "core/layout.h"
 
 namespace qlora_native::cuda {
@@ -106,7 +107,8 @@ int splits_of(const MatmulQuestion& question, const TileSize& tile) {
 MatmulPlan two_step() { return {MatmulKind::kTwoStep, 0, 0, 1, 0, 0, 0}; }
 
 bool takes_gemv(const MatmulQuestion& question) {
-  return question.forward && question.m <= kGemvTokens && question.block_size >= kReductionStep;
+  return question.forward && question.m <= kGemvTokens &&
+         (is_gguf(question.type) || question.block_size >= kReductionStep);
 }
 
 MatmulPlan gemv(const MatmulQuestion& question, int rows) {
@@ -135,7 +137,9 @@ bool fused_is_possible(const MatmulQuestion& question) {
   const bool has_mma = question.dtype == Dtype::kFloat16
                            ? question.compute_capability >= 75
                            : question.dtype == Dtype::kBfloat16 && question.compute_capability >= 80;
-  return has_mma && rows_are_regular(question.n, question.k, question.block_size, question.forward);
+  return has_mma &&
+         (is_gguf(question.type) ? takes_gemv(question) && question.k % question.block_size == 0 && question.n % 8 == 0
+                                 : rows_are_regular(question.n, question.k, question.block_size, question.forward));
 }
 
 int64_t split_k_workspace_bytes(int64_t m, int64_t columns, const TileSize& tile, int splits) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/codebook.h"
 #include "core/half.h"
 
 namespace qlora_native::cuda {
@@ -27,6 +28,7 @@ struct MatmulQuestion {
   bool low_memory;         // never two steps, if a fused kernel can do it at all
   int compute_capability;  // 10 * major + minor, e.g. 86
   int sm_count;
+  QuantType type = QuantType::kNf4;  // of W; those of GGUF are fused forward for few tokens alone
 };
 
 struct MatmulPlan {

@@ -280,7 +280,7 @@ NOT_AN_OP = re.compile(
     r"|elementwise|tables"  # a frame of CUDA kernels, and the levels
     r"|paging|file_store_memory|managed_store|pinned_store|page_store|paged_table|tensor_list|step_frame|grid"
     # Parts of a CUDA op that fill files of their own.
-    r"|linear_4bit_(bf16|fp16|decode|fragment|small|split_k|tile)|dequantize_4bit_gguf"
+    r"|linear_4bit_(bf16|fp16|decode|fragment|gguf|small|split_k|tile)|dequantize_4bit_gguf"
 )
 # The rooms of kernels, and what a file there needs beside it and in the room of its bindings.
 KERNEL_ROOMS = {"cpp/cpu": (".h", ".cc"), "cuda": (".h", ".cuh", ".cu")}

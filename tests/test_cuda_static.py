@@ -38,6 +38,7 @@ class Rule(NamedTuple):
 
 
 TILE, FRAGMENT, SMALL = "linear_4bit_tile_kernel", "linear_4bit_fragment_kernel", "linear_4bit_small_kernel"
+BLOCKS = "linear_4bit_gguf_kernel"
 RULES = (
     Rule(r".*", r"(LDL|STL)(\..*)?", least=0, most=0),
     # Products on the tensor cores, with the shapes that each architecture has; sm_75 has none in bf16, and its kernel
@@ -51,7 +52,10 @@ RULES = (
     Rule(FRAGMENT + "<Bf16, .*>", r"HMMA\.16816\.F32\.BF16", least=16, since=80),
     Rule(FRAGMENT + "<Fp16, .*>", r"HMMA\.16816\.F32", least=16, since=80),
     Rule(FRAGMENT + "<Fp16, .*>", r"HMMA\.1688\.F32", least=32, until=75),
-    Rule("linear_4bit_(tile|fragment|small)_kernel<Bf16, .*>", r"HMMA.*", least=0, most=0, until=75),
+    Rule(BLOCKS + "<Bf16, .*>", r"HMMA\.16816\.F32\.BF16", least=16, since=80),
+    Rule(BLOCKS + "<Fp16, .*>", r"HMMA\.16816\.F32", least=16, since=80),
+    Rule(BLOCKS + "<Fp16, .*>", r"HMMA\.1688\.F32", least=32, until=75),
+    Rule("linear_4bit_(tile|fragment|small|gguf)_kernel<Bf16, .*>", r"HMMA.*", least=0, most=0, until=75),
     # Tiles come by asynchronous copies of 16 bytes and go to the tensor cores by ldmatrix, transposed for W backward.
     Rule(TILE + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128(\.ZFILL)?", least=8, since=80),
     Rule(TILE + "<.*>", r"LDGSTS.*", least=0, most=0, until=75),
@@ -67,6 +71,11 @@ RULES = (
     Rule(SMALL + "<.*>", r"LDG\.E\.EF\.128", least=4, since=80),
     Rule(SMALL + "<.*>", r"LDG\.E\.128", least=4, since=80),
     Rule(SMALL + "<.*>", r"LDS", least=32, since=80),  # two weights a load from the table of pairs
+    # Blocks of GGUF come by asynchronous copies of whole 16 bytes, tokens as above; a weight takes one FFMA.
+    Rule(BLOCKS + "<.*>", r"LDGSTS\.E\.BYPASS\.LTC128B\.128", least=6, since=80),
+    Rule(BLOCKS + "<.*>", r"LDG\.E\.128", least=8, since=80),
+    Rule(BLOCKS + "<.*>", r"FFMA(\..*)?", least=64, since=80),
+    Rule(BLOCKS + "<.*>", r"I2F.*", least=0, most=16),  # of scales and in the epilogue's divisions
     Rule("linear_4bit_reduce_kernel<.*>", r"LDG\.E\.128.*"),
     Rule("linear_4bit_reduce_kernel<.*>", r"STG\.E\.128.*"),
     # Passes over memory: 16 bytes at a time, 8 of 16-bit gradients and parameters. The optimizers' pointers come from a

@@ -338,7 +338,12 @@ def test_chat_and_eval_stream_by_themselves(
 
     streamed: list[StreamedLayers] = []
     init = StreamedLayers.__init__
-    monkeypatch.setattr(StreamedLayers, "__init__", lambda self, *args: streamed.append(self) or init(self, *args))
+
+    def made(layers: StreamedLayers, *args: Any) -> None:
+        streamed.append(layers)
+        init(layers, *args)
+
+    monkeypatch.setattr(StreamedLayers, "__init__", made)
     *expected, words = printed(1 << 40)
     assert not streamed and "stream through" not in words
     *got, words = printed(little)

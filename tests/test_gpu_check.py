@@ -146,7 +146,7 @@ def test_the_basics_reach_every_tile(request: pytest.FixtureRequest) -> None:
     """By the planner of the emulated module."""
     module = emulated.module_or_skip(request.config)
     plans = [
-        module.plan_matmul((m, gpu_basics.N, gpu_basics.K, 8, 64, 1, forward, low, 80, 108))
+        module.plan_matmul((m, gpu_basics.N, gpu_basics.K, 8, 64, 1, forward, low, 80, 108, 0))
         for m, forward, low in itertools.product(gpu_basics.TOKENS[1:], (True, False), (False, True))
     ]
     assert {plan[1] for plan in plans if plan[0] in (1, 2)} >= {16, 32, 64, 128}
@@ -261,7 +261,7 @@ def test_the_model_takes_the_kernels_that_are_planned(name: str, request: pytest
         if case.op in gpu_products.DIRECTIONS:
             is_forward = case.op.endswith("forward")
             number = DTYPE_NUMBER[torch.float16]
-            question = (case.m, case.n, case.k, case.r, 64, number, is_forward, False, int(card.arch), card.sms)
+            question = (case.m, case.n, case.k, case.r, 64, number, is_forward, False, int(card.arch), card.sms, 0)
             way: Any = model.way(case.m, is_forward)
             assert getattr(way, "func", way).__name__ == ways[module.plan_matmul(question)[0]], case.name
 

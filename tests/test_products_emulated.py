@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.cases import TOLERANCE
+from qlora_native.cases import GGUF_TYPES, TOLERANCE
 from qlora_native.ops import _cuda_kernels, _cuda_products, _library, lora_linear_4bit
 from qlora_native.ops import linear_cross_entropy as loss_op
 
@@ -75,6 +75,22 @@ def test_panels_of_gguf(
     engine = _cuda_products.Cuda(emulator.module, False)
     assert relative_error(engine.forward(x, w.op_args(), None), x.double() @ dense.t()) < TOLERANCE[torch.float32]
     assert relative_error(engine.grad_input(grad, w.op_args()), grad.double() @ dense) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("quant_type", GGUF_TYPES)
+def test_few_tokens_of_gguf_take_one_launch(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, quant_type: str
+) -> None:
+    """The adapter's product and the bias among it, in each of the kernel's dtypes."""
+    monkeypatch.setattr(_cuda_products.Cuda, "_two_step", lambda *_: pytest.fail("two steps"))
+    w, a, b, bias = gguf_weight(quant_type, (40, 768)), torch.randn(4, 768), torch.randn(40, 4), torch.randn(40)
+    for m, dtype in ((1, torch.float16), (16, torch.bfloat16)):
+        x, dense = torch.randn(m, 768).to(dtype), gguf_truth(w).to(dtype)
+        emulator.launches()
+        got = qn.lora_linear(x, w, a, b, 2.0, bias=bias)
+        assert len(emulator.launches()) == 1
+        low = 2.0 * x.double() @ a.double().t() @ b.double().t()
+        assert relative_error(got, reference.linear(x, dense, bias) + low) < TOLERANCE[dtype]
 
 
 def test_width_of_a_panel() -> None:

@@ -54,25 +54,33 @@ QLORA_NATIVE_HD int nibble_of_256(const uint8_t* bytes, int i) {
   return bytes[i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4) & 15;
 }
 
+// Formats take a function that reads a half, for devices that do so by one instruction.
 struct OneScale {
   static constexpr bool kAdds = false;  // whether there is an addend
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), 0.0f}; }
+  template <auto kHalf = half_at>
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) {
+    return {kHalf(block), 0.0f};
+  }
 };
 
 struct ScaleAndMinimum {
   static constexpr bool kAdds = true;
-  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) { return {half_at(block), half_at(block + 2)}; }
+  template <auto kHalf = half_at>
+  QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int) {
+    return {kHalf(block), kHalf(block + 2)};
+  }
 };
 
 // Six bits a scale and six bits a minimum of each 32 elements, in 12 bytes.
 struct ScaledScales {
   static constexpr bool kAdds = true;
+  template <auto kHalf = half_at>
   QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int element) {
-    const int i = element / 32;
-    const uint8_t* packed = block + 4;
-    const int scale = i < 4 ? packed[i] & 63 : (packed[i + 4] & 15) | (packed[i - 4] >> 2 & 48);
-    const int minimum = i < 4 ? packed[i + 4] & 63 : packed[i + 4] >> 4 | (packed[i] >> 2 & 48);
-    return {half_at(block) * static_cast<float>(scale), -(half_at(block + 2) * static_cast<float>(minimum))};
+    const uint8_t* packed = block + 4 + (element >> 5 & 3);
+    const int of_scale = packed[0], of_minimum = packed[4], of_both = packed[8];
+    const int scale = element < 128 ? of_scale & 63 : (of_both & 15) | (of_scale >> 2 & 48);
+    const int minimum = element < 128 ? of_minimum & 63 : of_both >> 4 | (of_minimum >> 2 & 48);
+    return {kHalf(block) * static_cast<float>(scale), -(kHalf(block + 2) * static_cast<float>(minimum))};
   }
 };
 
@@ -124,8 +132,9 @@ struct Gguf<QuantType::kQ5_K> : ScaledScales {
 template <>
 struct Gguf<QuantType::kQ6_K> {
   static constexpr bool kAdds = false;
+  template <auto kHalf = half_at>
   QLORA_NATIVE_HD static GgufScale scale(const uint8_t* block, int i) {
-    return {half_at(block + 208) * static_cast<float>(static_cast<int8_t>(block[192 + i / 16])), 0.0f};
+    return {kHalf(block + 208) * static_cast<float>(static_cast<int8_t>(block[192 + (i >> 4)])), 0.0f};
   }
   QLORA_NATIVE_HD static int code(const uint8_t* block, int i) {  // halves of 128: 64 low nibbles, 64 high ones
     const int low = block[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 15;

@@ -10,7 +10,7 @@ namespace qlora_native::python {
 namespace {
 
 void dequantize(int dtype, Address out, const PanelFields& rectangle, Address stream, const WeightFields& fields) {
-  const WeightView weight = checked_device_weight(fields, true);
+  const WeightView weight = checked_device_weight(fields);
   const Panel panel = checked_panel(rectangle, weight.numel);
   const Dtype type = checked_dtype(dtype);
   void* target = any_pointer(type, out, panel.rows() * panel.columns(), "out");

@@ -15,7 +15,7 @@ namespace qlora_native::python {
 namespace {
 
 using PlanFields = std::array<int64_t, 7>;       // of MatmulPlan, in order
-using QuestionFields = std::array<int64_t, 10>;  // of MatmulQuestion, in order
+using QuestionFields = std::array<int64_t, 11>;  // of MatmulQuestion, in order
 
 PlanFields fields_of(const cuda::MatmulPlan& plan) {
   return {static_cast<int64_t>(plan.kind),
@@ -33,8 +33,9 @@ int checked_int(int64_t value) {
 }
 
 cuda::MatmulQuestion checked_question(const QuestionFields& fields) {
-  const auto [m, n, k, r, block_size, dtype, forward, low_memory, compute_capability, sm_count] = fields;
+  const auto [m, n, k, r, block_size, dtype, forward, low_memory, compute_capability, sm_count, type] = fields;
   require(m > 0 && n > 0 && k > 0 && r >= 0 && sm_count > 0, "m, n, k, r or sm_count is out of range.");
+  require(type >= 0 && type < kQuantTypes, "there is no such quant_type.");
   check_block_size(block_size);
   return {m,
           n,
@@ -45,7 +46,8 @@ cuda::MatmulQuestion checked_question(const QuestionFields& fields) {
           forward != 0,
           low_memory != 0,
           checked_int(compute_capability),
-          checked_int(sm_count)};
+          checked_int(sm_count),
+          static_cast<QuantType>(type)};
 }
 
 PlanFields plan_matmul(const QuestionFields& question) {
@@ -101,10 +103,10 @@ void linear(bool forward, int dtype, Address x, Address bias, Address low, Addre
 }  // namespace
 
 void bind_linear_4bit(py::module_& module) {
-  module.def(
-      "plan_matmul", &plan_matmul, py::arg("question"),
-      "The fields of MatmulPlan (kind, rows, columns, splits, stages, shared and workspace bytes) for "
-      "those of MatmulQuestion (m, n, k, r, block_size, dtype, forward, low_memory, compute_capability, sm_count).");
+  module.def("plan_matmul", &plan_matmul, py::arg("question"),
+             "The fields of MatmulPlan (kind, rows, columns, splits, stages, shared and workspace bytes) for "
+             "those of MatmulQuestion (m, n, k, r, block_size, dtype, forward, low_memory, compute_capability, "
+             "sm_count, quant_type).");
   module.def("linear_4bit", &linear, py::arg("forward"), py::arg("dtype"), py::arg("x"), py::arg("bias"),
              py::arg("low"), py::arg("up"), py::arg("r"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"),
              py::arg("plan"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"), py::arg("weight"),

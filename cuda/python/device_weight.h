@@ -7,12 +7,10 @@
 
 namespace qlora_native::python {
 
-// On the current device; the built-in tables that 0 stands for are those in its memory. `is_decoded`: of any type;
-// the products take nf4 and fp4 alone.
-inline WeightView checked_device_weight(const WeightFields& fields, bool is_decoded = false) {
+// On the current device; the built-in tables that 0 stands for are those in its memory.
+inline WeightView checked_device_weight(const WeightFields& fields) {
   WeightView weight = checked_weight(fields);
-  if (is_gguf(weight.type)) {
-    require(is_decoded, "there are no fused CUDA products of weights in GGUF's types: decode them first.");
+  if (is_gguf(weight.type)) {  // which has no tables
     return weight;
   }
   const bool has_nested_code = std::get<5>(fields) != 0;

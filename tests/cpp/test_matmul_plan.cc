@@ -105,6 +105,36 @@ TEST(plan_where_no_fused_kernel_can) {
   check_kind(asked, MatmulKind::kSplitK);
 }
 
+// Forward for few tokens, with rows of whole blocks; nothing else, whatever the memory.
+TEST(plan_of_gguf) {
+  MatmulQuestion asked = question(16, kA100, true, 4104, 4096 + 32);
+  asked.type = QuantType::kQ4_0;
+  asked.block_size = 32;
+  asked.low_memory = true;
+  check_kind(asked, MatmulKind::kGemv);
+  const MatmulQuestion good = asked;
+  asked.m = 17;
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked = good;
+  asked.forward = false;
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked = good;
+  asked.k += 16;
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked = good;
+  asked.n -= 4;  // copies take 16 bytes, of which the last may then lie beyond the weight
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked = good;
+  asked.dtype = Dtype::kFloat32;
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked = good;
+  asked.type = QuantType::kQ6_K;
+  asked.block_size = 256;
+  check_kind(asked, MatmulKind::kTwoStep);
+  asked.k = 4096;
+  check_kind(asked, MatmulKind::kGemv);
+}
+
 int64_t most_shared_bytes(int compute_capability) {  // a block's limit, as the programming guide's table has it
   return compute_capability == 75                                ? 65536
          : compute_capability == 80                              ? 166912

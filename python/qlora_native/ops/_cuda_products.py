@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_native._native import DTYPE_NUMBER, GGUF_BLOCKS
+from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_copies import copy_of
 from qlora_native.ops._library import Weight
@@ -63,11 +63,12 @@ class Sizes(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan_of(module: ModuleType, sizes: Sizes, device: torch.device) -> Plan:
+def plan_of(module: ModuleType, sizes: Sizes, device: torch.device, quant_type: int = 0) -> Plan:
     facts = _cuda_kernels.facts(device)
-    return Plan(*module.plan_matmul((*sizes, facts.compute_capability, facts.sm_count)))
+    return Plan(*module.plan_matmul((*sizes, facts.compute_capability, facts.sm_count, quant_type)))
 
 
+@lru_cache(maxsize=4096)
 def panel_columns(width: int, depth: int, itemsize: int, low_memory: bool = False) -> int:
     """Columns of y [M, width] whose weights, ``depth`` elements each, are decoded at once."""
     most = max(1, (LOW_MEMORY_PANEL_BYTES if low_memory else PANEL_BYTES) // max(1, depth * itemsize))
@@ -87,12 +88,10 @@ def _placed(tensor: Any) -> tuple[Any, int]:
 
 def decode(module: ModuleType, weight: Weight, out: Tensor, panel: Panel | None = None) -> None:
     """Decodes a weight, or a panel of it, into the contiguous ``out``, in the order of torch's current stream."""
-    if out.numel():
-        pointers = weight.pointers()
-        *_, numel, _ = pointers
+    if numel := out.numel():
+        panel = panel or (numel, 0, 1, 0, numel)
         with _cuda_kernels.launching(out.device) as stream:
-            whole = numel, 0, 1, 0, numel
-            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel or whole, stream, pointers)
+            module.dequantize_4bit(DTYPE_NUMBER[out.dtype], out.data_ptr(), panel, stream, weight.pointers())
 
 
 class Cuda(Engine):
@@ -111,15 +110,14 @@ class Cuda(Engine):
     def _product(
         self, is_forward: bool, x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None
     ) -> Tensor:
+        number = DTYPE_NUMBER.get(x.dtype)
+        if not number or weight.packed.data_ptr() % ALIGNMENT:  # 0 is fp32, in which none is fused
+            return self._two_step(is_forward, x, weight, bias, adapter)
         m, (n, k), device = x.shape[0], weight.shape, x.device
         low, up = (None, None) if adapter is None else adapter[:2]
         rank = 0 if low is None else low.shape[1]
-        number = DTYPE_NUMBER.get(x.dtype, DTYPE_NUMBER[torch.float32])
-        plan = TWO_STEPS
-        is_codebook = weight.quant_type not in GGUF_BLOCKS  # no fused kernel decodes the others
-        if m and n and k and is_codebook and weight.packed.data_ptr() % ALIGNMENT == 0:
-            sizes = m, n, k, rank, weight.block_size, number, is_forward, self.low_memory  # as Sizes has them
-            plan = plan_of(self.module, sizes, device)
+        sizes = m, n, k, rank, weight.block_size, number, is_forward, self.low_memory  # as Sizes has them
+        plan = plan_of(self.module, sizes, device, weight.quant_type) if m and n and k else TWO_STEPS
         if plan.kind == TWO_STEP:
             return self._two_step(is_forward, x, weight, bias, adapter)
         x, x_at = _placed(x)
@@ -178,7 +176,7 @@ class Cuda(Engine):
             return torch.mm(grad_y, weight, out=out)
         if out is None:
             out = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
-        return torch.addmm(out, grad_y, weight, beta=0, alpha=scale, out=out)  # beta 0: what is in out is not read
+        return out.addmm_(grad_y, weight, beta=0, alpha=scale)  # beta 0: what is in out is not read
 
     def adapter(self, matrix: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if scale == 1.0 and matrix.dtype == dtype:

@@ -1,0 +1,298 @@
+// y = x W^T for at most 16 tokens with W in a format of GGUF, bound by reading its blocks once, as they lie.
+//
+// As in linear_4bit_small.cuh rows of W fill the 16 rows of the MMA and tokens its columns, eight at once; but weights
+// go into it scaled and rounded by the exact rule, so that blocks need not be kept apart. Blocks of 18 to 210 bytes
+// begin at odd distances: a warp copies the bytes of 256 elements of its rows to shared memory, 16 at a time from the
+// multiple of 16 before them on, one step ahead of their use, and no other warp meets it before the end.
+//
+// Lane 4g + t decodes elements 64t to 64t + 63 of rows g and g + 8, four at a time. A code of up to 7 bits, in the
+// third byte of 0x43000000, is the float 128 + code, and one of 8 bits in the second byte of 0x47000000 is 32768 +
+// code. Of such a float, fma(float, factor, -(128 + offset) * factor) is the rounded product (code - offset) * factor:
+// factors have up to 19 bits, so that nothing but the last step rounds.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/gguf.h"
+#include "cuda/dequantize_4bit_gguf.cuh"
+#include "cuda/linear_4bit_small.cuh"
+#include "cuda/matmul_plan.h"
+#include "cuda/wp.cuh"
+
+namespace qlora_native::cuda {
+
+inline constexpr int kGgufStep = 256;  // of K
+inline constexpr int kGgufWarps = 4;
+inline constexpr int kGgufStages = 2;
+
+// How rows of a format lie in memory and in a stage.
+template <QuantType kType>
+struct GgufLayout {
+  static constexpr BlockFormat kFormat = kFormatOf<kType>;
+  static constexpr int kAlignment = std::min(16, kFormat.bytes & -kFormat.bytes);  // of every block
+  static constexpr int kStepBytes = kGgufStep / kFormat.elements * kFormat.bytes;
+  static constexpr int kChunks = (16 - kAlignment + kStepBytes + 15) / 16;  // of 16 bytes, which hold those of a step
+  static constexpr int kPitch = kChunks | 1;                                // odd, so that rows begin in other banks
+  static constexpr int kStage = kSmallRows * kPitch;                        // chunks
+};
+
+// A half at an even address, by one instruction.
+QLORA_NATIVE_HD float aligned_half(const uint8_t* p) {
+  return __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t*>(p)));
+}
+
+// A word at a multiple of 2, or of 4.
+template <QuantType kType>
+__device__ __forceinline__ uint32_t word_at(const uint8_t* p) {
+  if constexpr (GgufLayout<kType>::kAlignment >= 4) {
+    return *reinterpret_cast<const uint32_t*>(p);
+  }
+  const auto* halves = reinterpret_cast<const uint16_t*>(p);
+  return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+}
+
+// Each of the low four bits in a byte of its own, as a 16.
+__device__ __forceinline__ uint32_t fifth_bits(uint32_t bits) { return (bits & 15) * 0x02040810 & 0x10101010; }
+
+// The levels of IQ4_NL plus 128, of four codes in the bytes of a word.
+__device__ __forceinline__ uint32_t iq4_nl_levels_of(uint32_t codes) {
+  constexpr uint64_t kLow = iq4_nl_word(0) ^ 0x8080808080808080;
+  constexpr uint64_t kHigh = iq4_nl_word(8) ^ 0x8080808080808080;
+  const Selectors of(__byte_perm(codes | codes >> 4, 0, 0x4420));
+  const uint32_t low = wp::select_bytes(static_cast<uint32_t>(kLow), kLow >> 32, of.among_eight);
+  const uint32_t high = wp::select_bytes(static_cast<uint32_t>(kHigh), kHigh >> 32, of.among_eight);
+  return wp::select_bytes(low, high, of.which_half);
+}
+
+// Gguf<kType>::code of elements i to i + 3, plus kOffsetOf<kType>, in the bytes of a word; i is a multiple of 4.
+template <QuantType kType>
+__device__ __forceinline__ uint32_t four_codes(const uint8_t* block, unsigned i) {
+  constexpr uint32_t kNibbles = 0x0f0f0f0f;
+  const auto nibble_of_32 = [&](unsigned at) { return word_at<kType>(block + at + i % 16) >> (i / 16 * 4) & kNibbles; };
+  const auto nibble_of_256 = [&](unsigned at) {
+    return word_at<kType>(block + at + i / 64 * 32 + i % 32) >> (i / 32 % 2 * 4) & kNibbles;
+  };
+  if constexpr (kType == QuantType::kQ4_0) {
+    return nibble_of_32(2);
+  } else if constexpr (kType == QuantType::kQ4_1) {
+    return nibble_of_32(4);
+  } else if constexpr (kType == QuantType::kQ5_0) {
+    return nibble_of_32(6) | fifth_bits(word_at<kType>(block + 2) >> i);
+  } else if constexpr (kType == QuantType::kQ5_1) {
+    return nibble_of_32(8) | fifth_bits(word_at<kType>(block + 4) >> i);
+  } else if constexpr (kType == QuantType::kQ8_0) {
+    return word_at<kType>(block + 2 + i) ^ 0x80808080;
+  } else if constexpr (kType == QuantType::kQ4_K) {
+    return nibble_of_256(16);
+  } else if constexpr (kType == QuantType::kQ5_K) {
+    return nibble_of_256(48) | (word_at<kType>(block + 16 + i % 32) >> i / 32 & 0x01010101) << 4;
+  } else if constexpr (kType == QuantType::kQ6_K) {
+    const uint32_t low = word_at<kType>(block + i / 128 * 64 + i % 64) >> (i / 64 % 2 * 4) & kNibbles;
+    const uint32_t high = word_at<kType>(block + 128 + i / 128 * 32 + i % 32) >> (i / 32 % 4 * 2) & 0x03030303;
+    return low | high << 4;
+  } else {
+    return iq4_nl_levels_of(nibble_of_32(2));
+  }
+}
+
+template <QuantType kType>
+inline constexpr int kOffsetOf = kType == QuantType::kQ4_0                                 ? 8
+                                 : kType == QuantType::kQ5_0                               ? 16
+                                 : kType == QuantType::kQ6_K                               ? 32
+                                 : kType == QuantType::kQ8_0 || kType == QuantType::kIq4Nl ? 128
+                                                                                           : 0;
+
+// Four weights as two words of T, by the exact rule.
+template <typename T, QuantType kType>
+__device__ __forceinline__ void four_weights(uint32_t codes, const GgufScale& scale, uint32_t& first,
+                                             uint32_t& second) {
+  constexpr bool kIsWide = kOffsetOf<kType> == 128;  // codes of 8 bits
+  constexpr float kBase = (kIsWide ? 32768.0f : 128.0f) + kOffsetOf<kType>;
+  const float base = __fmul_rn(-kBase, scale.factor);
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t bits = kIsWide ? __byte_perm(codes, 0x47000000, 0x7404 | static_cast<unsigned>(i) << 4)
+                                  : __byte_perm(codes, 0x43000000, 0x7044 | static_cast<unsigned>(i) << 8);
+    values[i] = __fmaf_rn(__uint_as_float(bits), scale.factor, base);
+    values[i] = Gguf<kType>::kAdds ? __fadd_rn(values[i], scale.addend) : values[i];
+  }
+  first = wp::pack_word<T>(values);
+  second = wp::pack_word<T>(values + 2);
+}
+
+// Rows g and g + 8 of W from a first one on, as lane 4g + t copies and reads them. Those beyond the edge repeat the
+// last one: what comes of them is not stored.
+template <QuantType kType>
+struct GgufRows {
+  using Layout = GgufLayout<kType>;
+  const uint8_t* of[2];
+  int num_bytes;  // of a row
+
+  __device__ GgufRows(const WeightView& weight,  // [n, k]
+                      int64_t n, int64_t k, int64_t first_row)
+      : num_bytes(static_cast<int>(k / Layout::kFormat.elements) * Layout::kFormat.bytes) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t wanted = first_row + 8 * half + static_cast<int>(threadIdx.x) % 32 / 4;
+      of[half] = weight.packed + (wanted < n ? wanted : n - 1) * num_bytes;
+    }
+  }
+
+  // Bytes between a multiple of 16 and the step that begins at byte `at` of a row.
+  __device__ __forceinline__ int before(int half, int at) const {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(of[half] + at) % 16);
+  }
+
+  // Starts the copies of a step. No chunk lies wholly beyond the weight, whose bytes are a multiple of 16 as n is of 8.
+  __device__ __forceinline__ void start(int at, uint4* stage) const {  // [kSmallRows, kPitch]
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int begin = 16 * (lane % 4) - before(half, at);  // of the lane's first chunk, from the step on
+      const int left = min(num_bytes - at, Layout::kStepBytes) - begin;
+      const uint8_t* from = of[half] + at + begin;
+      uint4* to = stage + (8 * half + lane / 4) * Layout::kPitch + lane % 4;
+#pragma unroll
+      for (int i = 0; i < Layout::kChunks; i += 4) {
+        if (16 * i < left) {
+          wp::cp_async_16(to + i, from + 16 * i);
+        }
+      }
+    }
+  }
+
+  // Where the step that begins at byte `at` lies in its stage.
+  __device__ __forceinline__ const uint8_t* staged(int half, int at, const uint4* stage) const {
+    const int row = 8 * half + static_cast<int>(threadIdx.x) % 32 / 4;
+    return reinterpret_cast<const uint8_t*>(stage + row * Layout::kPitch) + before(half, at);
+  }
+};
+
+// Adds the products of elements `first` to `first` + 31 of a step, which belong to one block. Eight tokens more where
+// `is_wide`.
+template <typename T, QuantType kType>
+__device__ __forceinline__ void gguf_products(const uint8_t* const (&steps)[2], unsigned first,
+                                              const uint4 (&tokens)[2][4], bool is_wide, float (&sums)[2][4]) {
+  constexpr BlockFormat kFormat = kFormatOf<kType>;
+  const unsigned at = first % kFormat.elements;
+  const unsigned block = first / kFormat.elements * kFormat.bytes;
+  GgufScale scales[2];
+#pragma unroll
+  for (unsigned quad = 0; quad < 8; ++quad) {
+    uint32_t a[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* bytes = steps[half] + block;
+      if (quad % 4 == 0 && (quad == 0 || kType == QuantType::kQ6_K)) {
+        scales[half] = Gguf<kType>::template scale<aligned_half>(bytes, static_cast<int>(at + 4 * quad));
+      }
+      four_weights<T, kType>(four_codes<kType>(bytes, at + 4 * quad), scales[half], a[half], a[2 + half]);
+    }
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      const uint4 eight = tokens[group][quad / 2];
+      const uint32_t b[2] = {quad % 2 == 0 ? eight.x : eight.z, quad % 2 == 0 ? eight.y : eight.w};
+      if (group == 0 || is_wide) {
+        wp::mma_m16n8k16<T>(sums[group], a, b);
+      }
+    }
+  }
+}
+
+// 16 * row_warps rows of W a CTA; the warps on the same rows take turns along K.
+template <typename T, QuantType kType>
+__global__ void __launch_bounds__(32 * kGgufWarps, 4) linear_4bit_gguf_kernel(const SmallJob<T> job) {
+  using Layout = GgufLayout<kType>;
+  constexpr int kWarpChunks = kGgufStages * Layout::kStage;
+  WP_SHARED(uint4, staged, size_t{kGgufWarps * kWarpChunks});
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int turns = kGgufWarps / job.row_warps;
+  const int cta_rows = job.row_warps * kSmallRows;
+  const int64_t cta_row = static_cast<int64_t>(blockIdx.x) * cta_rows;
+  const GgufRows<kType> rows(job.weight, job.n, job.k, cta_row + warp % job.row_warps * kSmallRows);
+  const bool is_wide = job.m > 8;
+  const unsigned of_lane = threadIdx.x % 4 * 64;  // its first element of a step
+  const int turn = warp / job.row_warps;
+  const T* x[2];  // tokens beyond the edge repeat the last one
+#pragma unroll
+  for (int group = 0; group < 2; ++group) {
+    const int64_t token = 8 * group + lane / 4;
+    x[group] = job.x + (token < job.m ? token : job.m - 1) * job.k + turn * kGgufStep + of_lane;
+  }
+
+  uint4* stages = staged + warp * kWarpChunks;
+  const int k = static_cast<int>(job.k);
+  int at = turn * Layout::kStepBytes;
+  int stage = 0;
+  float sums[2][4] = {};
+  if (at < rows.num_bytes) {
+    rows.start(at, stages);
+  }
+  wp::cp_async_commit();
+  for (int column = turn * kGgufStep; column < k; column += turns * kGgufStep) {
+    const int next = at + turns * Layout::kStepBytes;
+    if (next < rows.num_bytes) {
+      rows.start(next, stages + (1 - stage) * Layout::kStage);
+    }
+    wp::cp_async_commit();
+    wp::cp_async_wait<1>();
+    __syncwarp();
+    const uint4* here = stages + stage * Layout::kStage;
+    const uint8_t* const steps[2] = {rows.staged(0, at, here), rows.staged(1, at, here)};
+#pragma unroll 1
+    for (int run = 0; run < 64; run += 32) {
+      const unsigned first = of_lane + static_cast<unsigned>(run);
+      const bool is_there = Layout::kFormat.elements == kGgufStep || column + static_cast<int>(first) < k;
+      uint4 tokens[2][4] = {};  // stay zeros beyond the edge, where the step's first block takes the place of one
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (is_there && (group == 0 || is_wide)) {
+            tokens[group][i] = wp::load_16(x[group] + run + 8 * i);
+          }
+        }
+      }
+      gguf_products<T, kType>(steps, is_there ? first : 0, tokens, is_wide, sums);
+    }
+    __syncwarp();  // the stage is read: the copies after the next ones overwrite it
+    stage = 1 - stage;
+    at = next;
+    x[0] += turns * kGgufStep;
+    x[1] += turns * kGgufStep;
+  }
+  __syncthreads();  // no copy is under way: the last step waited for its own, and started none
+  static_assert(kGgufWarps * kGemvTokens * kSmallRows <= 4 * kGgufWarps * kWarpChunks);
+  float* parts = reinterpret_cast<float*>(&staged[0]);
+  float* own = parts + warp * (kGemvTokens * kSmallRows);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {  // as wp::mma_m16n8k16 lays them out
+    const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    own[token * kSmallRows + i / 2 % 2 * 8 + lane / 4] = sums[i / 4][i % 4];
+  }
+  __syncthreads();
+  small_store_y<T, kGgufWarps, kGemvTokens>(job, cta_row, cta_rows, turns, parts);
+}
+
+// Rows of bytes that 32 bits count, as LaneRows does.
+inline constexpr int64_t kMostGgufColumns = int64_t{1} << 30;
+
+template <typename T>
+cudaError_t launch_gguf(const ProductJob& product, const MatmulPlan& plan, cudaStream_t stream) {
+  const int rows = plan.columns;
+  if (plan.kind != MatmulKind::kGemv || !product.forward || product.m > kGemvTokens || product.k > kMostGgufColumns ||
+      product.k % product.weight.block_size != 0 || product.n % 8 != 0 || (rows != 16 && rows != 32 && rows != 64) ||
+      product.n / rows >= kMostCtas) {
+    return cudaErrorInvalidValue;
+  }
+  const auto ctas = static_cast<unsigned>(ceil_div(product.n, rows));
+  return with_gguf(product.weight.type, [&]<QuantType kType>() {
+    return wp::launch(linear_4bit_gguf_kernel<T, kType>, dim3(ctas), dim3(32 * kGgufWarps), 0, stream,
+                      small_job<T>(product, rows));
+  });
+}
+
+}  // namespace qlora_native::cuda
