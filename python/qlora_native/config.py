@@ -114,9 +114,16 @@ class LoraSection(_Section):
         "text in the model; lower the learning rate; merge with base dequantized)",
     )
 
+    ship: Literal["nf4"] | None = _key(
+        None,
+        "also write a 4-bit model of this type without an adapter, and train the last part of the run with its very "
+        "codes, so that it loses next to nothing of what was learned",
+    )
+    ship_share: float = _key(1 / 3, "that part, as a share of the steps", gt=0, lt=1)
+
     def as_config(self, seed: int) -> LoraConfig:
         """The adapter as :func:`qlora_native.add_lora` takes it."""
-        return LoraConfig(**self.model_dump(), seed=seed)
+        return LoraConfig(**self.model_dump(exclude={"ship", "ship_share"}), seed=seed)
 
 
 class LoopSection(_Section):

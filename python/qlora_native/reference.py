@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,27 +119,19 @@ def scales(
     )
 
 
-def dequantize(
-    dtype: torch.dtype,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    code: Tensor | None,
-    nested_code: Tensor | None,
-    shape: Sequence[int],
-    quant_type: int,
-    block_size: int,
-) -> Tensor:
-    """round_to_dtype(fp32 level * fp32 scale), of the given shape; of a GGUF type, as its blocks say."""
+def dequantize(dtype: torch.dtype, *weight: Any) -> Tensor:
+    """round_to_dtype(fp32 level * fp32 scale), of the weight's shape; of a GGUF type, as its blocks say."""
+    packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = weight
     numel = math.prod(shape)
     if quant_type in _native.GGUF_BLOCKS:
         return gguf_values(packed.reshape(-1), quant_type).to(dtype).reshape(shape)
-    table = (_native.levels(quant_type) if code is None else code.reshape(-1)).to(packed.device)
-    packed = packed.reshape(-1)
-    index = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[:numel].long()
     spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[:numel]
-    return (table[index] * spread).to(dtype).reshape(shape)
+    return (_levels(packed, code, quant_type, numel) * spread).to(dtype).reshape(shape)
+
+
+def _levels(packed: Tensor, code: Tensor | None, quant_type: int, numel: int) -> Tensor:
+    table = (_native.levels(quant_type) if code is None else code.reshape(-1)).to(packed.device)
+    return table[torch.stack([packed >> 4, packed & 15], -1).reshape(-1)[:numel].long()]
 
 
 def gguf_values(packed: Tensor, quant_type: int) -> Tensor:
@@ -249,6 +241,22 @@ def search_scales(
     scales = table[chosen.long()] * spread + offset
     codes = _codes(x * reciprocals(scales)[:, None], quant_type)
     return pack(codes.reshape(-1)[: flat.numel()], quant_type), chosen
+
+
+def requantize(a: Tensor, b: Tensor, scale: float, *weight: Any) -> Tensor:
+    """Packed codes nearest to W + scale * B A under the scales of W, for a fp32 [r, K] and b fp32 [N, r].
+
+    An element's sum runs over the rank in order; in units of its block's scale it is added to the old level, and the
+    result is limited to [-1, 1], NaN to -1. Each product and its sum are rounded once, together.
+    """
+    packed, *parts, code, nested_code, shape, quant_type, block_size = weight
+    sums = torch.zeros(list(shape), dtype=torch.float32, device=packed.device)
+    for column, row in zip(b.t(), a, strict=True):
+        sums = torch.addcmul(sums.double(), column[:, None].double(), row.double()).float()
+    flat = sums.reshape(-1).double()
+    factors = (reciprocals(scales(*parts, nested_code)) * scale).double().repeat_interleave(block_size)[: flat.numel()]
+    target = torch.addcmul(_levels(packed, code, quant_type, flat.numel()).double(), flat, factors).float()
+    return pack(_codes(target.nan_to_num(-1.0).clamp(-1, 1), quant_type), quant_type)
 
 
 def gptq(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:

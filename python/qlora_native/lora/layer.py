@@ -25,8 +25,10 @@ class LoRALinear(nn.Module):
 
     ``lora_A`` [r, K] and ``lora_B`` [N, r] are fp32 masters, cast to x's dtype for the products. A begins uniform
     (Kaiming with a = sqrt 5), B at zero, so a new adapter changes nothing. ``generator``, for A, is a CPU's; None is
-    torch's global one.
+    torch's global one. With a ``gain`` the layer computes as what it ships as, see lora/shipped.py.
     """
+
+    gain: float | None = None
 
     def __init__(
         self,
@@ -74,6 +76,10 @@ class LoRALinear(nn.Module):
         base = self.base_layer
         if not self.enabled:
             return base(x)
+        if self.gain is not None:
+            from qlora_native.lora.shipped import shipped_linear
+
+            return shipped_linear(self, x)
         dropped = nn.functional.dropout(x, self.dropout) if self.training and self.dropout else None
         if isinstance(base, QuantizedLinear):
             return base.with_adapter(x, self.lora_A, self.lora_B, self.scale, dropped)

@@ -69,6 +69,7 @@ class TrainState:
     loss_after: float | None = None
     best_loss: float | None = None
     best_step: NonNegative | None = None
+    gains: list[float] = field(default_factory=list)  # of the layers, once they compute as what they ship as
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,6 +92,7 @@ class TrainSummary:
     best_dir: Path | None  # the adapter with the lowest held-out loss
     weight_bytes_read: int = 0  # of frozen weights that did not fit, by this process
     weight_stall_seconds: float = 0.0  # waiting for them
+    shipped_dir: Path | None = None  # the 4-bit model that the last evaluation was of
 
 
 class Trainer:
@@ -201,6 +203,11 @@ class Trainer:
         self.passes = Passes(
             model, lambda batch: causal_lm_loss(model, batch), progress.note, is_captured=reason is None
         )
+        self.shipping = shipping = None
+        if config.lora.ship is not None:
+            from qlora_native.train.shipping import Shipping
+
+            self.shipping = shipping = Shipping(config, model, total)
         weights = MappedWeights(config, model, memory, progress.note)
         oom_retry = OOMRetry(config, optimizer, progress.note, can_retry=ranks.world == 1)
         speeds: list[float] = []
@@ -208,6 +215,10 @@ class Trainer:
 
         with closing(metrics), closing(progress), without_old_objects(), stop_request(ranks) as stop:
             while True:
+                if shipping is not None and state.step >= shipping.first and not shipping.has_begun:
+                    state.gains = shipping.begin(state.gains)
+                    self.passes.stop_capturing("adapted layers compute as what they ship as")
+                    progress.note(f"from step {state.step} on the weights are those that ship, {config.lora.ship}")
                 if held_out and is_due(state.step, options.eval_every, total):
                     started = time.monotonic()
                     loss = oom_retry.run(partial(self.evaluate, held_out), f"evaluation after step {state.step}")
@@ -357,6 +368,12 @@ class Trainer:
         progress.close()  # the summary is printed below the bar
         paging = oom_retry.optimizer.paging_statistics()
         adapter_dir = self._save_adapter(self.output_dir / "adapter", state)
+        shipped_dir = None
+        if self.shipping is not None:
+            shipped_dir = self.output_dir / "shipped"
+            with self.ranks.together():
+                if self.ranks.is_first:
+                    self.shipping.write(shipped_dir, self.tokenizer)
         if self.ranks.is_first:
             plot_losses(self.output_dir)
         summary = TrainSummary(
@@ -377,6 +394,7 @@ class Trainer:
             best_dir=self.output_dir / "best" if state.best_step and state.best_loss is not None else None,
             weight_bytes_read=weights.bytes_read,
             weight_stall_seconds=weights.stall_seconds,
+            shipped_dir=shipped_dir,
         )
         progress.note(describe(summary))
         return summary
@@ -403,6 +421,8 @@ def describe(summary: TrainSummary) -> str:
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite")
     lines.append(f"adapter: {summary.adapter_dir}")
+    if summary.shipped_dir is not None:
+        lines.append(f"the 4-bit model of this loss: {summary.shipped_dir}")
     if summary.best_dir is not None and summary.best_step != summary.steps:
         lines.append(f"lowest held-out loss {summary.best_loss:.4f} at step {summary.best_step}: {summary.best_dir}")
     return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""requantize_4bit: the codes nearest to W + scale * B A under the scales that W has."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_native import _C, _native, reference
+from qlora_native.ops._library import Weight, fake, implement, say_once
+
+ELEMENTS = 1 << 22  # at a time, where there is no kernel
+
+
+@fake("requantize_4bit")
+def shapes(a: Tensor, b: Tensor, scale: float, *arguments: Any) -> Tensor:
+    """The packed codes, uninitialized; refuses a weight of a GGUF type."""
+    weight = Weight(*arguments)
+    if weight.quant_type in _native.GGUF_BLOCKS:
+        raise ValueError(
+            f"requantize_4bit: the weight is in {_native.QUANT_TYPES[weight.quant_type]}: expected nf4 or fp4."
+        )
+    return torch.empty_like(weight.packed)
+
+
+@implement("requantize_4bit", "CPU")
+def cpu(a: Tensor, b: Tensor, scale: float, *arguments: Any) -> Tensor:
+    packed, weight = shapes(a, b, scale, *arguments), Weight(*arguments)
+    a, b = a.contiguous(), b.contiguous()
+    sizes = a.shape[0], scale, *weight.shape
+    _C.requantize_4bit(a.data_ptr(), b.data_ptr(), *sizes, packed.data_ptr(), weight.pointers())
+    return packed
+
+
+@implement("requantize_4bit", "CompositeExplicitAutograd")
+def anywhere(a: Tensor, b: Tensor, scale: float, *arguments: Any) -> Tensor:
+    packed, weight = shapes(a, b, scale, *arguments), Weight(*arguments)
+    say_once(f"qlora_native: no kernel of requantize_4bit on {packed.device.type}; computing it with torch's own ops.")
+    n, k = weight.shape
+    aligned = weight.block_size // math.gcd(weight.block_size, max(k, 1))  # rows that end where a block does
+    step = max(1, ELEMENTS // max(1, aligned * k)) * aligned
+    for first in range(0, n, step):
+        rows = weight.slice(first, min(first + step, n))
+        codes = reference.requantize(a, b[first : first + step], scale, *rows)
+        packed.view(-1)[first * k // 2 : first * k // 2 + codes.numel()] = codes
+    return packed

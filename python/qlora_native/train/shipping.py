@@ -1,0 +1,76 @@
+"""The last part of a run with ``lora.ship``: training with the codes that ship, and writing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_native._io import as_write_error, atomic_folder
+from qlora_native.config import TrainConfig
+from qlora_native.errors import UserError
+from qlora_native.hf.checkpoint import aligned_files
+from qlora_native.hf.config import METADATA
+from qlora_native.lora import lora_layers
+from qlora_native.lora.shipped import gain_of, shipped_weight
+from qlora_native.nn import QuantizedLinear
+
+METHOD = "trained"  # how the 4-bit weights were made, in config.json
+
+
+class Shipping:
+    """Switches the layers of a model over to what they ship as, after ``first`` of ``total`` steps.
+
+    UserError for a model whose adapted layers cannot ship so.
+    """
+
+    def __init__(self, config: TrainConfig, model: Any, total: int) -> None:
+        self.model, self.layers = model, dict(lora_layers(model))
+        self.first = max(1, total - round(config.lora.ship_share * total))
+        self.has_begun = False
+        wanted = config.lora.ship
+        for path, layer in self.layers.items():
+            base = layer.base_layer
+            found = base.quantized.quant_type if isinstance(base, QuantizedLinear) else "dense"
+            if found != wanted:
+                raise UserError(
+                    f"lora.ship is {wanted}, and {path} is {found}: codes ship in the format that the layer is trained "
+                    "in; set lora.ship to that, or lora.target_modules to layers that have it"
+                )
+            if base.is_sharded:
+                raise UserError("lora.ship is set, and the model is sharded: set parallel to ddp or none")
+
+    def begin(self, gains: list[float]) -> list[float]:
+        """The gains of the layers, those given or else found now, with which they compute from here on."""
+        gains = gains or [gain_of(layer) for layer in self.layers.values()]
+        for layer, gain in zip(self.layers.values(), gains, strict=True):
+            layer.gain = gain
+        self.has_begun = True
+        return gains
+
+    def write(self, folder: Path, tokenizer: Any) -> Path:
+        """Write the model with these codes, 4-bit in bitsandbytes' format, and no adapter."""
+        with as_write_error(folder), atomic_folder(folder) as partial, aligned_files(), self._without_adapters():
+            self.model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        return folder
+
+    @contextmanager
+    @torch.no_grad()
+    def _without_adapters(self) -> Iterator[None]:
+        config = self.model.config
+        before = config.quantization_config
+        made = before if isinstance(before, dict) else before.to_dict()
+        try:
+            config.quantization_config = {**made, METADATA: {"method": METHOD}}
+            for path, layer in self.layers.items():
+                shipped = QuantizedLinear.from_quantized(shipped_weight(layer), layer.bias)
+                self.model.set_submodule(path, shipped)
+            yield
+        finally:
+            config.quantization_config = before
+            for path, layer in self.layers.items():
+                self.model.set_submodule(path, layer)

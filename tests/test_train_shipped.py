@@ -1,0 +1,132 @@
+"""lora.ship: the run ends with a 4-bit model that is, code for code, the one that the last evaluation was of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from helpers import relative_error, same_bytes_under_threads
+from runs import Crash, crash_at, metrics, write_files
+from tiny_models import four_bit_layers
+
+import qlora_native as qn
+from qlora_native.config import TrainConfig
+from qlora_native.errors import UserError
+from qlora_native.lora import LoRALinear, lora_layers
+from qlora_native.lora.shipped import gain_of, shipped_linear, shipped_weight
+from qlora_native.train.loop import Trainer, TrainSummary
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def trainer(files: Path, out: Path, on_step: Any = None, resume: str | None = None, **options: Any) -> Trainer:
+    lora = {"r": 4, "alpha": 8, "dropout": 0.1, "ship": "nf4", "ship_share": 0.5, **options.pop("lora", {})}
+    train = {"steps": 8, "batch_size": 3, "grad_accum": 2, "lr": 5e-3, "save_every": 2, "eval_every": 2, **options}
+    settings = runs.settings(files, out, {"eval_fraction": 0.2}, lora, **train)
+    return Trainer(TrainConfig.model_validate({**settings, "resume": resume}), quiet=True, on_step=on_step)
+
+
+@pytest.fixture(scope="module")
+def shipped(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, TrainSummary]:
+    run = trainer(files, tmp_path_factory.mktemp("shipped") / "out")
+    return run, run.train()
+
+
+def test_the_model_written_is_the_model_evaluated(shipped: tuple[Trainer, TrainSummary]) -> None:
+    run, summary = shipped
+    folder = summary.shipped_dir
+    assert folder is not None
+    layers = dict(lora_layers(run.model))
+    loaded: Any = qn.load_model(folder)
+    assert loaded.load_report.method == "trained"
+    changed = 0.0
+    for path, layer in four_bit_layers(loaded).items():
+        expected = shipped_weight(layers[path])
+        assert torch.equal(layer.quantized.packed, expected.packed), path
+        base = layers[path].base_layer.quantized
+        assert torch.equal(layer.quantized.absmax, base.absmax)
+        changed += float((expected.packed != base.packed).double().mean()) / len(layers)
+    assert 0.001 < changed < 0.5
+    held_out = run.config.data.load(run.config.data.train, run.tokenizer).split(4, seed=run.config.train.seed)[1]
+    run_of_it = Trainer(run.config, model=loaded, tokenizer=run.tokenizer, quiet=True)
+    assert run_of_it.evaluate(held_out) == pytest.approx(summary.loss_after, abs=1e-6)
+
+
+def test_it_loads_elsewhere(shipped: tuple[Trainer, TrainSummary], theirs: Any) -> None:
+    del theirs
+    folder = shipped[1].shipped_dir
+    assert folder is not None
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(12)[None] + 3
+    other = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"})
+    ours: Any = qn.load_model(folder)
+    for path, layer in four_bit_layers(ours).items():
+        assert torch.equal(other.get_submodule(path).weight.data.view(-1), layer.quantized.packed), path
+    assert relative_error(other(ids).logits, ours(ids).logits) < 5e-2  # in bf16
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_a_run_that_crashed_ships_the_same_bytes(
+    files: Path, tmp_path: Path, shipped: tuple[Trainer, TrainSummary], step: int
+) -> None:
+    """Before the phase, and in it."""
+    with pytest.raises(Crash):
+        trainer(files, tmp_path / "out", crash_at(step)).train()
+    trainer(files, tmp_path / "out", resume="auto").train()
+    before = Path(shipped[0].config.output_dir)
+    for name in ("shipped/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (before / name).read_bytes(), name
+    assert metrics(tmp_path / "out") == metrics(before)
+
+
+def layer_with(change: float) -> LoRALinear:
+    """A layer whose adapter changes its weight, of the order of 1, by about so much."""
+    n, k, r = 80, 192, 4
+    base = qn.nn.QuantizedLinear.from_quantized(qn.quantize(torch.randn(n, k)), torch.randn(n))
+    layer = LoRALinear(base, r, 2.0)
+    torch.nn.init.normal_(layer.lora_A)
+    torch.nn.init.normal_(layer.lora_B, std=change / 4)
+    return layer
+
+
+@pytest.mark.parametrize("change", [1e-3, 1e-2, 1e-1])
+def test_the_codes_move_as_far_as_the_adapter_says(change: float) -> None:
+    layer = layer_with(change)
+    layer.gain = gain_of(layer)
+    assert same_bytes_under_threads(lambda: torch.tensor(gain_of(layer)))
+    moved = shipped_weight(layer).dequantize(torch.float32) - layer.base_layer.quantized.dequantize(torch.float32)
+    delta = layer.delta()
+    assert float((moved * delta).sum() / delta.square().sum()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_go_straight_through(dtype: torch.dtype) -> None:
+    layer = layer_with(0.1)
+    layer.gain = 3.0
+    x = torch.randn(2, 7, 192, dtype=dtype, requires_grad=True)
+    y = shipped_linear(layer, x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    merged = shipped_weight(layer).dequantize(torch.float32).double()
+    wide, grad_y = x.detach().double().flatten(0, 1), grad.double().flatten(0, 1)
+    grad_weight = 2 * grad_y.t() @ wide
+    a, b = layer.lora_A.detach().double(), layer.lora_B.detach().double()
+    assert relative_error(y, (wide @ merged.t() + layer.bias.double()).view(y.shape)) < 1e-5
+    assert relative_error(x.grad, (grad_y @ merged).view(x.shape)) < 1e-5
+    assert relative_error(layer.lora_A.grad, b.t() @ grad_weight) < 1e-5
+    assert relative_error(layer.lora_B.grad, grad_weight @ a.t()) < 1e-5
+
+
+def test_layers_that_cannot_ship_so_are_refused(files: Path, tmp_path: Path) -> None:
+    run = trainer(files, tmp_path / "out", lora={"target_modules": ["lm_head"]})
+    with pytest.raises(UserError, match="lora.ship is nf4, and lm_head is dense"):
+        run.train()
