@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from helpers import gguf_weight, refuses, same_bytes, same_bytes_under_threads, signed
@@ -16,7 +20,7 @@ requantize = torch.ops.qlora_native.requantize_4bit
 
 
 def adapted(
-    shape: tuple[int, int], r: int = 5, size: float = 0.1, **options: object
+    shape: tuple[int, int], r: int = 5, size: float = 0.1, **options: Any
 ) -> tuple[Tensor, Tensor, qn.QuantizedWeight]:
     """A, B and a weight; B A is of the order of ``size``, the weight of 1."""
     n, k = shape
@@ -64,10 +68,20 @@ def test_no_change_keeps_the_codes_and_no_number_is_the_lowest() -> None:
     assert packed[128:].any()
 
 
+@pytest.mark.parametrize("shape", [(97, 96), (61, 77), (300, 32)], ids=str)
+def test_where_there_is_no_kernel(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several groups of rows, of which not all begin with a block of scales."""
+    module = importlib.import_module("qlora_native.ops.requantize_4bit")
+    monkeypatch.setattr(module, "ELEMENTS", 2048)
+    a, b, w = adapted(shape)
+    monkeypatch.setattr(module, "say_once", lambda sentence: None)
+    assert same_bytes(module.anywhere(a, b, 1.0, *w.op_args()), requantize(a, b, 1.0, *w.op_args()))
+
+
 def test_threads_do_not_matter() -> None:
     for shape in ((97, 576), (61, 77)):
         a, b, w = adapted(shape)
-        same_bytes_under_threads(lambda a=a, b=b, w=w: requantize(a, b, 1.0, *w.op_args()))
+        same_bytes_under_threads(partial(requantize, a, b, 1.0, *w.op_args()))
 
 
 def test_non_contiguous_operands() -> None:

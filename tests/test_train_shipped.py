@@ -42,9 +42,9 @@ def shipped(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trai
 
 def test_the_model_written_is_the_model_evaluated(shipped: tuple[Trainer, TrainSummary]) -> None:
     run, summary = shipped
-    folder = summary.shipped_dir
+    folder: Any = summary.shipped_dir
     assert folder is not None
-    layers = dict(lora_layers(run.model))
+    layers: dict[str, Any] = dict(lora_layers(run.model))
     loaded: Any = qn.load_model(folder)
     assert loaded.load_report.method == "trained"
     changed = 0.0
@@ -88,7 +88,7 @@ def test_a_run_that_crashed_ships_the_same_bytes(
     assert metrics(tmp_path / "out") == metrics(before)
 
 
-def layer_with(change: float) -> LoRALinear:
+def layer_with(change: float) -> Any:
     """A layer whose adapter changes its weight, of the order of 1, by about so much."""
     n, k, r = 80, 192, 4
     base = qn.nn.QuantizedLinear.from_quantized(qn.quantize(torch.randn(n, k)), torch.randn(n))
@@ -112,7 +112,7 @@ def test_the_codes_move_as_far_as_the_adapter_says(change: float) -> None:
 def test_gradients_go_straight_through(dtype: torch.dtype) -> None:
     layer = layer_with(0.1)
     layer.gain = 3.0
-    x = torch.randn(2, 7, 192, dtype=dtype, requires_grad=True)
+    x: Any = torch.randn(2, 7, 192, dtype=dtype, requires_grad=True)
     y = shipped_linear(layer, x)
     grad = torch.randn_like(y)
     y.backward(grad)

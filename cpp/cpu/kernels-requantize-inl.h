@@ -1,8 +1,8 @@
 // The codes nearest to W + scale * B A under the scales that W has.
 //
 // An element's sum runs over the rank in order, fused, on every instruction set, so that the bits depend on neither the
-// tile nor the thread. Blocks keep their scales: in units of them the adapter's part is added to the old level, which is
-// exact.
+// tile nor the thread. Blocks keep their scales: the adapter's part is added to the old level in units of them, so that
+// no change at all keeps every code.
 //
 // Included by kernels-inl.h; the same rules hold.
 #pragma once

@@ -65,7 +65,7 @@ class Estimate:
     """The memory of one setting."""
 
     setting: Setting
-    moments: dict[str, Terms]  # in each part of a run: "loading", "loss", "backward", "step"
+    moments: dict[str, Terms]  # in each part of a run: "loading", "loss", "backward", "step", "shipping"
     paged: int  # bytes of optimizer states in a page file or in the host's memory
     graphs: int  # bytes of a card that only the passes in CUDA graphs can use: what the largest of them takes
     is_rough: tuple[str, ...]  # classes of layers that keep more than the formulas count
@@ -185,6 +185,8 @@ class _Sum:
             "backward": self._backward(held, before),
             "step": replace(held, gradients=adapters),
         }
+        if self.setting.ships:
+            moments["shipping"] = replace(held, weights=2 * packed)  # with the codes that are written
         graphs = 0
         if self._is_captured():
             # A pass of another shape, which is not in a graph, takes as much from the rest of the card.

@@ -37,6 +37,7 @@ class Setting:
     paged: str | bool = "auto"
     page_budget: int | None = None
     checkpointing: bool = True
+    ships: bool = False  # writes a 4-bit model at the end
     cuda_graph: bool = True  # capture passes, where that is possible
     device: str = "cpu"  # or "cuda"
 
@@ -51,6 +52,7 @@ class Setting:
             length=config.data.max_length,
             micro_batches=options.grad_accum,
             checkpointing=options.grad_checkpointing,
+            ships=config.lora.ship is not None,
             cuda_graph=options.cuda_graph != "off",
             device=device,
             **{name: getattr(options, name) for name in ("batch_size", "optimizer", "paged", "page_budget")},

@@ -1,9 +1,9 @@
 """The 4-bit weight that an adapted layer ships as, and training through it.
 
-A block keeps its scale, and its codes become those nearest to W + gain * scale * B A. An adapter changes most elements by
-less than half the distance of two levels, so with a gain of 1 almost all codes would stay. With that of :func:`gain_of`
-some elements change, each by a whole distance, and along the adapter's own direction the weight moves as far as the
-adapter says.
+A block keeps its scale, and its codes become those nearest to W + gain * scale * B A. An adapter changes most elements
+by less than half the distance of two levels, so with a gain of 1 almost all codes would stay. With that of
+:func:`gain_of` some elements change, each by a whole distance, and along the adapter's own direction the weight moves
+as far as the adapter says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from qlora_native import _native
 from qlora_native.functional import dense_linear
 from qlora_native.lora.layer import LoRALinear
+from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops._direct import call, call_in_derivative
 from qlora_native.ops._library import Weight
 from qlora_native.weight import QuantizedWeight
@@ -26,8 +27,8 @@ SAMPLED_ROWS = 256  # of a weight, from which its gain is found
 
 def shipped_weight(layer: LoRALinear) -> QuantizedWeight:
     """What the layer ships as: new codes [N, K] under the scales of its 4-bit base."""
-    value = layer.base_layer.quantized
-    return value._with(_requantized(layer.lora_A, layer.lora_B, layer.scale * layer.gain, value.op_args()))
+    value = _base_of(layer).quantized
+    return value._with(_requantized(layer.lora_A, layer.lora_B, layer.scale * _gain(layer), value.op_args()))
 
 
 def shipped_linear(layer: LoRALinear, x: Tensor) -> Tensor:
@@ -36,15 +37,25 @@ def shipped_linear(layer: LoRALinear, x: Tensor) -> Tensor:
     Gradients go straight through the rounding: those of A and B are a merged layer's, s B^T dY^T X and s dY^T X A^T,
     and x's is dY W'. W' is a layer's codes, never 16-bit, and is made again in the backward pass.
     """
-    base = layer.base_layer
-    y: Tensor = _StraightThrough.apply(
-        x, layer.lora_A, layer.lora_B, layer.scale, layer.gain, base.bias, base.quantized.op_args()
-    )
+    base = _base_of(layer)
+    arguments = layer.lora_A, layer.lora_B, layer.scale, _gain(layer), base.bias, base._arguments()
+    y: Tensor = _StraightThrough.apply(x, *arguments)
     return y
 
 
+def _base_of(layer: LoRALinear) -> QuantizedLinear:
+    assert isinstance(layer.base_layer, QuantizedLinear)
+    return layer.base_layer
+
+
+def _gain(layer: LoRALinear) -> float:
+    assert layer.gain is not None
+    return layer.gain
+
+
 def _requantized(a: Tensor, b: Tensor, scale: float, weight: Weight) -> Weight:
-    packed = call("requantize_4bit", a.detach().float(), b.detach().float(), scale, *weight)
+    a, b = (matrix.detach().to(weight.packed.device, torch.float32) for matrix in (a, b))
+    packed = call("requantize_4bit", a, b, scale, *weight)
     return weight._replace(packed=packed)
 
 
@@ -77,10 +88,10 @@ def gain_of(layer: LoRALinear) -> float:
     """The gain with which the codes move along the adapter's change D as far as D itself: <W' - W, D> = <D, D>.
 
     An element changes once the gain takes it past the middle between its level and the next one, and then moves by
-    their distance. So the gain is found by going through the elements in the order in which they change. They are those of
-    rows spread over the weight, and all sums are taken in one order, whatever the number of threads.
+    their distance. So the gain is found by going through the elements in the order in which they change. They are those
+    of rows spread over the weight, and all sums are taken in one order, whatever the number of threads.
     """
-    weight = layer.base_layer.quantized
+    weight = _base_of(layer).quantized
     n, k = weight.shape
     rows = np.arange(0, n, -(-n // SAMPLED_ROWS))
     elements = rows[:, None] * k + np.arange(k)

@@ -103,7 +103,7 @@ class Trainer:
         on_step: called after each optimizer step with its line of ``metrics.jsonl``.
         quiet: print nothing.
 
-    After ``train()``, ``model`` is the trained model.
+    After ``train()``, ``model`` is the trained model; with ``lora.ship``, its layers compute as what they ship as.
     """
 
     def __init__(
