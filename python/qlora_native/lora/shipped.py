@@ -8,9 +8,9 @@ as far as the adapter says.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from qlora_native.ops._direct import call, call_in_derivative
 from qlora_native.ops._library import Weight
 from qlora_native.weight import QuantizedWeight
 
-SAMPLED_ROWS = 256  # of a weight, from which its gain is found
+SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # of a weight and of its inputs, from which its gain is found
 
 
 def shipped_weight(layer: LoRALinear) -> QuantizedWeight:
@@ -84,31 +84,33 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @torch.no_grad()
-def gain_of(layer: LoRALinear) -> float:
-    """The gain with which the codes move along the adapter's change D as far as D itself: <W' - W, D> = <D, D>.
+def gain_of(layer: LoRALinear, x: Tensor | None = None) -> float:
+    """The gain with which the outputs move along those of the adapter's change D as far as D moves them.
 
-    An element changes once the gain takes it past the middle between its level and the next one, and then moves by
-    their distance. So the gain is found by going through the elements in the order in which they change. They are those
-    of rows spread over the weight, and all sums are taken in one order, whatever the number of threads.
+    That is <X (W' - W)^T, X D^T> = <X D^T, X D^T> for inputs x [..., K], of which some tokens are taken; without any,
+    <W' - W, D> = <D, D>. An element changes once the gain takes it past the middle between its level and the next one,
+    and then moves by their distance. So the gain is found by going through the elements, of rows spread over the
+    weight, in the order in which they change.
     """
     weight = _base_of(layer).quantized
     n, k = weight.shape
-    rows = np.arange(0, n, -(-n // SAMPLED_ROWS))
-    elements = rows[:, None] * k + np.arange(k)
-    number = weight.op_args().quant_type
-    levels = _native.levels(number).numpy() if weight.code is None else weight.code.cpu().numpy()
-    codes = weight.packed.cpu().numpy()[elements // 2] >> np.where(elements % 2, 0, 4) & 15
-    scales = weight.scales().cpu().numpy()[elements // weight.block_size]
-    a, b = (matrix.float().cpu().numpy() for matrix in (layer.lora_A, layer.lora_B))
-    change = np.einsum("nr,rk->nk", b[rows], a) * layer.scale
+    rows = torch.arange(0, n, -(-n // SAMPLED_ROWS), device=weight.device)
+    elements = rows[:, None] * k + torch.arange(k, device=weight.device)
+    codes = (weight.packed[elements // 2] >> torch.where(elements % 2 == 0, 4, 0) & 15).long()
+    scales = weight.scales()[elements // weight.block_size]
+    a, b = (matrix.to(weight.device, torch.float32) for matrix in (layer.lora_A, layer.lora_B))
+    change = layer.scale * b[rows] @ a
+    pull = change
+    if x is not None:
+        x = x.reshape(-1, k)[:SAMPLED_TOKENS].to(weight.device, torch.float32)
+        pull = (x @ change.t()).t() @ x
+    levels = _native.levels(0).to(weight.device)
     upward = (change > 0) == (scales > 0)
-    ordered = np.unique(levels)
-    at = np.searchsorted(ordered, levels[codes]) + np.where(upward, 1, -1)
-    distance = np.abs(scales) * np.abs(ordered[at.clip(0, len(ordered) - 1)] - levels[codes])
-    moves = (distance > 0) & (change != 0)
-    size, distance = np.abs(change[moves]).astype(np.float64), distance[moves].astype(np.float64)
-    order = np.argsort(distance / size, kind="stable")
-    reached = np.cumsum((distance * size)[order])
-    wanted = np.square(change.astype(np.float64)).sum()
-    last = min(int(np.searchsorted(reached, wanted)), len(order) - 1)
-    return max(1.0, float(np.float32(distance[order[last]] / (2 * size[order[last]])))) if len(order) else 1.0
+    move = (levels[(codes + torch.where(upward, 1, -1)).clamp(0, 15)] - levels[codes]) * scales
+    moves = (move != 0) & (change != 0)
+    move, wanted, pull = move[moves], (change * pull).sum(dtype=torch.float64), pull[moves]
+    gains, order = (move / (2 * change[moves])).sort()
+    reached = (move * pull).double()[order].cumsum(0)
+    if not len(reached):
+        return 1.0
+    return max(1.0, float(gains[torch.where(reached >= wanted, math.inf, reached).argmax()]))

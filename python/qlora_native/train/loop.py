@@ -216,7 +216,9 @@ class Trainer:
         with closing(metrics), closing(progress), without_old_objects(), stop_request(ranks) as stop:
             while True:
                 if shipping is not None and state.step >= shipping.first and not shipping.has_begun:
-                    state.gains = shipping.begin(state.gains)
+                    if not state.gains:  # of what a resumed run has done before, they are known
+                        state.gains = ranks.gather(shipping.gains(self._first_rows(rows)))[0]
+                    shipping.begin(state.gains)
                     self.passes.stop_capturing("adapted layers compute as what they ship as")
                     progress.note(f"from step {state.step} on the weights are those that ship, {config.lora.ship}")
                 if held_out and is_due(state.step, options.eval_every, total):
@@ -319,6 +321,12 @@ class Trainer:
         for filler in self.ranks.filler(items, size):
             for batch in micro_batches(rows, filler, size, pad_id, self.model.device):
                 yield batch, 0
+
+    def _first_rows(self, rows: TokenizedDataset) -> Batch:
+        """A micro-batch that is the same on every rank, and takes nothing from the sampler."""
+        size = self.config.train.batch_size
+        items, pad_id = range(min(size, len(rows))), padding_id(self.tokenizer)
+        return next(micro_batches(rows, items, size, pad_id, self.model.device))
 
     def _record_evaluation(self, state: TrainState, loss: float, metrics: Metrics) -> None:
         """Record a held-out loss, and save the adapter to ``best/`` if no earlier one was as good."""

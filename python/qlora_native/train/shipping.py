@@ -14,9 +14,11 @@ from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.hf.checkpoint import aligned_files
 from qlora_native.hf.config import METADATA
-from qlora_native.lora import lora_layers
+from qlora_native.hf.loss import causal_lm_loss
+from qlora_native.lora import LoRALinear, lora_layers
 from qlora_native.lora.shipped import gain_of, shipped_weight
 from qlora_native.nn import QuantizedLinear
+from qlora_native.train.batches import Batch
 
 METHOD = "trained"  # how the 4-bit weights were made, in config.json
 
@@ -43,13 +45,29 @@ class Shipping:
             if base.is_sharded:
                 raise UserError("lora.ship is set, and the model is sharded: set parallel to ddp or none")
 
-    def begin(self, gains: list[float]) -> list[float]:
-        """The gains of the layers, those given or else found now, with which they compute from here on."""
-        gains = gains or [gain_of(layer) for layer in self.layers.values()]
+    def begin(self, gains: list[float]) -> None:
+        """Let the layers compute with these gains from here on."""
         for layer, gain in zip(self.layers.values(), gains, strict=True):
             layer.gain = gain
         self.has_begun = True
-        return gains
+
+    @torch.no_grad()
+    def gains(self, batch: Batch) -> list[float]:
+        """The gains of the layers, found on the inputs that a batch gives them."""
+        found: dict[LoRALinear, float] = {}
+
+        def find(layer: Any, inputs: tuple[Any, ...]) -> None:
+            found[layer] = gain_of(layer, inputs[0])
+
+        hooks = [layer.register_forward_pre_hook(find) for layer in self.layers.values()]
+        self.model.eval()
+        try:
+            causal_lm_loss(self.model, batch)
+        finally:
+            self.model.train()
+            for hook in hooks:
+                hook.remove()
+        return [found[layer] if layer in found else gain_of(layer) for layer in self.layers.values()]
 
     def write(self, folder: Path, tokenizer: Any) -> Path:
         """Write the model with these codes, 4-bit in bitsandbytes' format, and no adapter."""
