@@ -249,12 +249,13 @@ def requantize(a: Tensor, b: Tensor, scale: float, *weight: Any) -> Tensor:
     An element's sum runs over the rank in order; in units of its block's scale it is added to the old level, and the
     result is limited to [-1, 1], NaN to -1. Each product and its sum are rounded once, together.
     """
-    packed, *parts, code, nested_code, shape, quant_type, block_size = weight
+    packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = weight
     sums = torch.zeros(list(shape), dtype=torch.float32, device=packed.device)
     for column, row in zip(b.t(), a, strict=True):
         sums = torch.addcmul(sums.double(), column[:, None].double(), row.double()).float()
     flat = sums.reshape(-1).double()
-    factors = (reciprocals(scales(*parts, nested_code)) * scale).double().repeat_interleave(block_size)[: flat.numel()]
+    factors = reciprocals(scales(absmax, nested_absmax, nested_offset, nested_code)) * scale
+    factors = factors.double().repeat_interleave(block_size)[: flat.numel()]
     target = torch.addcmul(_levels(packed, code, quant_type, flat.numel()).double(), flat, factors).float()
     return pack(_codes(target.nan_to_num(-1.0).clamp(-1, 1), quant_type), quant_type)
 
