@@ -29,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer(files: Path, out: Path, on_step: Any = None, resume: str | None = None, **options: Any) -> Trainer:
     lora = {"r": 4, "alpha": 8, "dropout": 0.1, "ship": "nf4", "ship_share": 0.5, **options.pop("lora", {})}
-    train = {"steps": 8, "batch_size": 3, "grad_accum": 2, "lr": 5e-3, "save_every": 2, "eval_every": 2, **options}
+    train = {"steps": 6, "batch_size": 3, "grad_accum": 2, "lr": 5e-3, "save_every": 2, "eval_every": 3, **options}
     settings = runs.settings(files, out, {"eval_fraction": 0.2}, lora, **train)
     return Trainer(TrainConfig.model_validate({**settings, "resume": resume}), quiet=True, on_step=on_step)
 
@@ -74,7 +74,7 @@ def test_it_loads_elsewhere(shipped: tuple[Trainer, TrainSummary], theirs: Any) 
     assert relative_error(other(ids).logits, ours(ids).logits) < 5e-2  # in bf16
 
 
-@pytest.mark.parametrize("step", [3, 5, 7])
+@pytest.mark.parametrize("step", [3, 5])
 def test_a_run_that_crashed_ships_the_same_bytes(
     files: Path, tmp_path: Path, shipped: tuple[Trainer, TrainSummary], step: int
 ) -> None:
