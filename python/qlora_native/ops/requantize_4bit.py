@@ -28,9 +28,8 @@ def shapes(a: Tensor, b: Tensor, scale: float, *arguments: Any) -> Tensor:
 @implement("requantize_4bit", "CPU")
 def cpu(a: Tensor, b: Tensor, scale: float, *arguments: Any) -> Tensor:
     packed, weight = shapes(a, b, scale, *arguments), Weight(*arguments)
-    a, b = a.contiguous(), b.contiguous()
-    sizes = a.shape[0], scale, *weight.shape
-    _C.requantize_4bit(a.data_ptr(), b.data_ptr(), *sizes, packed.data_ptr(), weight.pointers())
+    a, b, (n, k) = a.contiguous(), b.contiguous(), weight.shape
+    _C.requantize_4bit(a.data_ptr(), b.data_ptr(), a.shape[0], scale, n, k, packed.data_ptr(), weight.pointers())
     return packed
 
 
