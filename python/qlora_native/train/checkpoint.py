@@ -51,7 +51,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 _FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
 _BEFORE_THE_KEY = {
     "train.optimizer": "adamw",
-    "lora.ship_share": 1 / 3,
+    "lora.ship_share": 0.25,
 }  # what runs did whose config does not have the key yet
 
 
