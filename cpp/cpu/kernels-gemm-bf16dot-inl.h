@@ -95,7 +95,7 @@ constexpr QuadTile kQuadTiles[kQuadRows] = {quad_tile<1>, quad_tile<2>, quad_til
 // Packing and decoding
 
 // One row of a tile of `rows`: out [steps][rows][8].
-inline void pack_quads(const Bf16* x, const Bf16* low, const DepthSpan& span, int64_t rows, bool in_order, Bf16* out) {
+inline void pack_quads(const Bf16* x, const Bf16* low, const DepthSpan& span, int64_t rows, Bf16* out) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
                                                       2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
   const __m512i order = _mm512_load_si512(kOrder);
@@ -104,8 +104,7 @@ inline void pack_quads(const Bf16* x, const Bf16* low, const DepthSpan& span, in
     out += rows * kStepElements;
   };
   for (int64_t i = span.begin; i < span.end; i += kGroupElements) {
-    __m512i group = _mm512_loadu_si512(x + i);
-    group = in_order ? group : _mm512_permutexvar_epi16(order, group);
+    const __m512i group = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + i));
     put_step(_mm512_castsi512_si128(group));
     put_step(_mm512_extracti32x4_epi32(group, 1));
     put_step(_mm512_extracti32x4_epi32(group, 2));
@@ -223,31 +222,82 @@ __attribute__((noinline)) void decode_quads(const GemmJob& job, const DepthSpan&
   }
 }
 
-// The same of GGUF's blocks: of each run, 32 values in their order, the 8 of each step of four rows make a vector.
-__attribute__((noinline)) inline void decode_quads_of_runs(const GemmJob& job, const DepthSpan& span, int64_t first,
-                                                           int64_t last, Bf16* panel) {
-  alignas(64) Bf16 values[4][size_t{kPieceElements}];
-  const DecodeRuns<Bf16> decode = run_decoder_to_bf16(job.weight.type);
+// A run of each of two rows of W in GGUF's blocks, a half of a vector each.
+template <QuantType kType>
+class TwoRuns {
+ public:
+  TwoRuns(const RunPlace& at, const RunPlace& below, const BlockScales<kType>* scales) {
+    RunCodes codes[2];
+    unpack_run<kType>(at, codes[0]);
+    unpack_run<kType>(below, codes[1]);
+    codes_ = _mm512_inserti64x4(_mm512_castsi256_si512(std::bit_cast<__m256i>(codes[0].all)),
+                                std::bit_cast<__m256i>(codes[1].all), 1);
+    const auto spread = [&](auto member) {  // of each half of a run
+      const auto of_row = [&](const BlockScales<kType>& row, unsigned run) {
+        const float first = row.at(2 * run).*member;
+        return kType == QuantType::kQ6_K
+                   ? _mm256_set_m128(_mm_set1_ps(row.at(2 * run + 1).*member), _mm_set1_ps(first))
+                   : _mm256_set1_ps(first);
+      };
+      return _mm512_castsi512_ps(
+          _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_castps_si256(of_row(scales[0], at.run))),
+                             _mm256_castps_si256(of_row(scales[1], below.run)), 1));
+    };
+    factor_ = spread(&GgufScale::factor);
+    if constexpr (Gguf<kType>::kAdds) {
+      addend_ = spread(&GgufScale::addend);
+    }
+  }
+
+  // Elements kByte, kByte + 4, ..., of each row 8.
+  template <int kByte>
+  Floats values() const {
+    const Floats codes = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(codes_, 24 - 8 * kByte), 24));
+    return Gguf<kType>::kAdds ? multiply_add(codes, factor_, addend_) : multiply(codes, factor_);
+  }
+
+ private:
+  __m512i codes_;
+  Floats factor_;
+  Floats addend_;
+};
+
+// The same of GGUF's blocks.
+template <QuantType kType, bool kWhole>
+__attribute__((noinline)) void decode_quads_of_runs(const GemmJob& job, const DepthSpan& span, int64_t first,
+                                                    int64_t last, Bf16* panel) {
+  constexpr unsigned kTaken = kWhole ? kRunsOfBlock<kType> : 1;
   for (int v = 0; v < kQuads; ++v) {
     Bf16* out = panel + v * 32;
-    for (int64_t at = span.begin; at < span.end; at += kPieceElements) {
-      const int64_t runs = limited(kPieceRuns, (span.end - at) / kRun);
-      for (int i = 0; i < 4; ++i) {
-        decode(job.weight.packed, limited(first + v + 4 * i, last - 1) * job.k + at, runs, values[i]);
-      }
-      for (int64_t run = 0; run < runs; ++run, out += 4 * kQuadStrip * kStepElements) {
-        const auto rounded = [&](int i) { return _mm512_load_si512(values[i] + run * kRun); };
-        const __m512i low01 = _mm512_shuffle_i32x4(rounded(0), rounded(1), 0x44);
-        const __m512i high01 = _mm512_shuffle_i32x4(rounded(0), rounded(1), 0xee);
-        const __m512i low23 = _mm512_shuffle_i32x4(rounded(2), rounded(3), 0x44);
-        const __m512i high23 = _mm512_shuffle_i32x4(rounded(2), rounded(3), 0xee);
-        const auto put_step = [&](int step, __m512i quads) {
-          _mm512_store_si512(out + step * (kQuadStrip * kStepElements), quads);
+    RunPlace at[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      at[i] = run_at<kType>(job.weight.packed, limited(first + v + 4 * i, last - 1) * job.k + span.begin);
+    }
+    for (int64_t left = (span.end - span.begin) / kRun; left > 0; left -= kTaken) {
+      const BlockScales<kType> scales[4] = {BlockScales<kType>(at[0].block), BlockScales<kType>(at[1].block),
+                                            BlockScales<kType>(at[2].block), BlockScales<kType>(at[3].block)};
+#pragma GCC unroll 8
+      for (unsigned run = 0; run < kTaken; ++run) {
+        const auto run_of = [&](int i) { return RunPlace{at[i].block, kWhole ? run : at[i].run}; };
+        const TwoRuns<kType> low(run_of(0), run_of(1), scales);
+        const TwoRuns<kType> high(run_of(2), run_of(3), scales + 2);
+        const auto put_step = [&]<int kByte>() {
+          const __m512bh quads = _mm512_cvtne2ps_pbh(high.template values<kByte>(), low.template values<kByte>());
+          _mm512_store_si512(out + kByte * (kQuadStrip * kStepElements), std::bit_cast<__m512i>(quads));
         };
-        put_step(0, _mm512_shuffle_i32x4(low01, low23, 0x88));
-        put_step(1, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-        put_step(2, _mm512_shuffle_i32x4(high01, high23, 0x88));
-        put_step(3, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+        put_step.template operator()<0>();
+        put_step.template operator()<1>();
+        put_step.template operator()<2>();
+        put_step.template operator()<3>();
+        out += 4 * kQuadStrip * kStepElements;
+      }
+#pragma GCC unroll 4
+      for (RunPlace& row : at) {
+        row.run += kTaken;
+        if (kWhole || row.run == kRunsOfBlock<kType>) {
+          row = {row.block + kBlockFormat<kType>.bytes, 0};
+        }
       }
     }
   }
@@ -256,7 +306,12 @@ __attribute__((noinline)) inline void decode_quads_of_runs(const GemmJob& job, c
 // 16 rows of W from `first`, the last of them again beyond `last`, to a panel.
 inline void decode_strip(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, Bf16* panel) {
   if (is_gguf(job.weight.type)) {
-    decode_quads_of_runs(job, span, first, last, panel);
+    with_gguf(job.weight.type,
+              [&]<QuantType kType>() {
+      const bool whole = kRunsOfBlock<kType> == 1 || has_whole_rows<kType>(job.k);
+      (whole ? decode_quads_of_runs<kType, true> : decode_quads_of_runs<kType, kRunsOfBlock<kType> == 1>)(
+          job, span, first, last, panel);
+    });
   } else {
     (job.weight.block_size == kGroupElements ? decode_quads<1> : decode_quads<2>)(job, span, first, last, panel);
   }
@@ -336,7 +391,7 @@ inline void pack_quad_rows(const GemmJob& job, const DepthSpan& span, int64_t fi
     }
     const int64_t top = (row - first) / kQuadRows * kQuadRows;
     const int64_t rows = limited(kQuadRows, last - first - top);
-    pack_quads(x + row * job.k, low + row * job.r, span, rows, is_gguf(job.weight.type),
+    pack_quads(x + row * job.k, low + row * job.r, span, rows,
                out + top * kQuadSpan + (row - first - top) * kStepElements);
   }
 }

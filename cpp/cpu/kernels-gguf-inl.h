@@ -37,92 +37,93 @@ inline RunPlace run_at(const uint8_t* packed, int64_t element) {
 
 // Vectors that every compiler of this library knows; Bytes16 is vec.h's.
 using Bytes32 = uint8_t __attribute__((vector_size(32)));
-using Words32 = uint16_t __attribute__((vector_size(32)));
+using Halves32 = uint16_t __attribute__((vector_size(32)));
+using Words32 = uint32_t __attribute__((vector_size(32)));
+using Words16 = uint32_t __attribute__((vector_size(16)));
 
 template <typename Vector>
 inline void load_vector(const void* p, Vector& v) {
   std::memcpy(&v, p, sizeof v);
 }
 
-// The codes of a run, in halves.
+// The codes of a run, signed.
 struct RunCodes {
-  Bytes16 half[2];
+  Bytes32 all;
 
-  void split(const Bytes32& codes) {
-    half[0] = __builtin_shufflevector(codes, codes, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    half[1] = __builtin_shufflevector(codes, codes, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+  Bytes16 first() const {
+    return __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  Bytes16 second() const {
+    return __builtin_shufflevector(all, all, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+
+  void set_halves(Bytes16 first, Bytes16 second) {
+    all = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
+                                  20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
   }
 
   // 16 bytes: the low nibbles, then the high ones.
   void set_nibbles(const uint8_t* bytes) {
     Bytes16 both;
     load_vector(bytes, both);
-    half[0] = both & 15;
-    half[1] = both >> 4;
+    set_halves(both & 15, both >> 4);
   }
 
   // Bit 4 of each code, from a bit of each in four bytes.
   void add_fifth_bits(const uint8_t* bits) {
-    const Bytes16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-    Bytes16 four = {};
-    std::memcpy(&four, bits, 4);
-    const Bytes16 first = __builtin_shufflevector(four, four, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    const Bytes16 second = __builtin_shufflevector(four, four, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-    half[0] |= static_cast<Bytes16>((first & bit) == bit) & 16;
-    half[1] |= static_cast<Bytes16>((second & bit) == bit) & 16;
-  }
-
-  void subtract(uint8_t offset) {
-    half[0] -= offset;
-    half[1] -= offset;
+    uint32_t word = 0;
+    std::memcpy(&word, bits, sizeof word);
+    const auto bytes = Bytes32(Words32{} + word);
+    const auto bit = Bytes32(Words32{0x08040201, 0x80402010, 0x08040201, 0x80402010, 0x08040201,
+                                                    0x80402010, 0x08040201, 0x80402010});
+    const Bytes32 spread = __builtin_shufflevector(bytes, bytes, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 18, 18,
+                                                   18, 18, 18, 18, 18, 18, 19, 19, 19, 19, 19, 19, 19, 19);
+    all |= Bytes32((spread & bit) == bit) & 16;
   }
 };
 
 // `kMask` of 32 bytes after a shift, which takes no more of the byte above than the mask leaves out.
 template <uint8_t kMask>
-inline void bits_of_32(const uint8_t* bytes, unsigned shift, Bytes32& codes) {
-  Words32 words;
-  load_vector(bytes, words);
-  words >>= static_cast<uint16_t>(shift);
-  std::memcpy(&codes, &words, sizeof codes);
-  codes &= kMask;
+inline void bits_of_32(const uint8_t* bytes, unsigned shift, Halves32& halves) {
+  load_vector(bytes, halves);
+  halves >>= static_cast<uint16_t>(shift);
+  halves &= uint16_t{kMask * 0x101};
 }
 
 template <QuantType kType>
 inline void unpack_run(const RunPlace& at, RunCodes& codes) {
   const auto [block, run] = at;
-  [[maybe_unused]] Bytes32 low;
-  [[maybe_unused]] Bytes32 high;
+  [[maybe_unused]] Halves32 low;
+  [[maybe_unused]] Halves32 high;
   if constexpr (kType == QuantType::kQ4_0) {
     codes.set_nibbles(block + 2);
-    codes.subtract(8);
+    codes.all -= 8;
   } else if constexpr (kType == QuantType::kQ4_1) {
     codes.set_nibbles(block + 4);
   } else if constexpr (kType == QuantType::kQ5_0) {
     codes.set_nibbles(block + 6);
     codes.add_fifth_bits(block + 2);
-    codes.subtract(16);
+    codes.all -= 16;
   } else if constexpr (kType == QuantType::kQ5_1) {
     codes.set_nibbles(block + 8);
     codes.add_fifth_bits(block + 4);
   } else if constexpr (kType == QuantType::kQ8_0) {
-    load_vector(block + 2, codes.half[0]);
-    load_vector(block + 18, codes.half[1]);
+    load_vector(block + 2, codes.all);
   } else if constexpr (kType == QuantType::kQ4_K) {
     bits_of_32<15>(block + 16 + run / 2 * kRun, run % 2 * 4, low);
-    codes.split(low);
+    codes.all = Bytes32(low);
   } else if constexpr (kType == QuantType::kQ5_K) {
     bits_of_32<15>(block + 48 + run / 2 * kRun, run % 2 * 4, low);
     bits_of_32<1>(block + 16, run, high);
-    codes.split(low | high << 4);
+    codes.all = Bytes32(low | high << 4);
   } else if constexpr (kType == QuantType::kQ6_K) {
     bits_of_32<15>(block + run / 4 * 64 + run % 2 * kRun, run % 4 / 2 * 4, low);
     bits_of_32<3>(block + 128 + run / 4 * kRun, run % 4 * 2, high);
-    codes.split((low | high << 4) - 32);
+    codes.all = Bytes32(low | high << 4) - 32;
   } else {
     codes.set_nibbles(block + 2);
-    codes.half[0] = look_up_16(iq4_nl_levels().value, codes.half[0]);
-    codes.half[1] = look_up_16(iq4_nl_levels().value, codes.half[1]);
+    codes.set_halves(look_up_16(iq4_nl_levels().value, codes.first()),
+                     look_up_16(iq4_nl_levels().value, codes.second()));
   }
 }
 
@@ -142,53 +143,61 @@ inline void each_of_16(Bytes16 codes, const Use& use) {
 template <QuantType kType>
 class BlockScales {
  public:
-  explicit BlockScales(const uint8_t* block)
-      : factor_(canonical_half(block + (kType == QuantType::kQ6_K ? 208 : 0))),
-        addend_(Gguf<kType>::kAdds ? canonical_half(block + 2) : 0.0f) {
-    if constexpr (kHasMinimaOfRuns) {  // Gguf<kType>::scale of all runs at once
-      const auto word = [&](int at) {
-        uint32_t bits = 0;
-        std::memcpy(&bits, block + at, sizeof bits);
-        return bits;
-      };
-      const uint32_t low[2] = {word(4), word(8)};
-      const uint32_t top = word(12);
-      const uint32_t codes[4] = {low[0] & 0x3f3f3f3fu, (top & 0x0f0f0f0fu) | (low[0] >> 2 & 0x30303030u),
-                                 low[1] & 0x3f3f3f3fu, (top >> 4 & 0x0f0f0f0fu) | (low[1] >> 2 & 0x30303030u)};
-      set_steps(codes);
-      addend_ = -addend_;
-    } else if constexpr (kType == QuantType::kQ6_K) {
-      set_steps(block + 192);
+  explicit BlockScales(const uint8_t* block) {
+    const float factor = canonical_half(block + (kType == QuantType::kQ6_K ? 208 : 0));
+    const float addend = Gguf<kType>::kAdds ? canonical_half(block + 2) : 0.0f;
+    if constexpr (kBlockFormat<kType>.elements == kRun) {
+      factors_[0] = factor;
+      addends_[0] = addend;
+    } else {
+      Bytes16 steps;  // that multiply them
+      load_vector(block + (kType == QuantType::kQ6_K ? 192 : 0), steps);
+      if constexpr (Gguf<kType>::kAdds) {
+        set_steps_and_minima(steps);
+      }
+      each_of_16<0>(steps, [&](int i, Floats values) {
+        store(factors_ + i, multiply(values, all(factor)));
+        if constexpr (Gguf<kType>::kAdds) {
+          store(addends_ + i, multiply(values, all(-addend)));
+        }
+      });
     }
   }
 
   // Of elements [16 half, 16 half + 16).
   GgufScale at(unsigned half) const {
-    if constexpr (kHasMinimaOfRuns) {
-      return {factor_ * steps_[half / 2], addend_ * steps_[8 + half / 2]};
-    } else if constexpr (kType == QuantType::kQ6_K) {
-      return {factor_ * steps_[half], 0.0f};
+    if constexpr (kBlockFormat<kType>.elements == kRun) {
+      return {factors_[0], addends_[0]};
+    } else if constexpr (Gguf<kType>::kAdds) {
+      return {factors_[half / 2], addends_[kFirstMinimum + half / 2]};
     } else {
-      return {factor_, addend_};
+      return {factors_[half], 0.0f};
     }
   }
 
  private:
-  static constexpr bool kHasMinimaOfRuns = kType == QuantType::kQ4_K || kType == QuantType::kQ5_K;
+  static constexpr int kSteps = kBlockFormat<kType>.elements == kRun ? 1 : 16;
+  static constexpr unsigned kFirstMinimum = 8;
 
   static float canonical_half(const uint8_t* p) {
     const float value = load_half(p);
+#if defined(__AVX512BF16__)
+    return value;  // the CPU rounds
+#else
     return value != value ? std::bit_cast<float>(0x7fc00000u) : value;
+#endif
   }
-  void set_steps(const void* codes) {
-    Bytes16 bytes;
-    load_vector(codes, bytes);
-    each_of_16<0>(bytes, [&](int i, Floats values) { store(steps_ + i, values); });
+  // Gguf<kType>::scale of all runs at once, from the first 16 bytes of a block: 8 scales and then 8 minima.
+  static void set_steps_and_minima(Bytes16& steps) {
+    const auto words = Words16(steps);
+    const Words16 low = __builtin_shufflevector(words, words, 1, 3, 2, 3) >> Words16{0, 0, 0, 4};
+    const Words16 high = __builtin_shufflevector(words, words, 1, 1, 1, 2) >> 2;
+    steps = Bytes16((low & Words16{0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f}) |
+                                   (high & Words16{0, 0x30303030, 0, 0x30303030}));
   }
 
-  float factor_;
-  float addend_;
-  alignas(64) float steps_[kBlockFormat<kType>.elements == 256 ? 16 : 1];  // that multiply them
+  alignas(64) float factors_[size_t{kSteps}];
+  alignas(64) float addends_[size_t{kSteps}];
 };
 
 // use(i, codes, scale) for elements [i, i + kLanes) of the run, in order.
@@ -198,8 +207,14 @@ inline void each_of_run(const RunPlace& at, const BlockScales<kType>& scales, co
   unpack_run<kType>(at, codes);
   const GgufScale first = scales.at(2 * at.run);
   const GgufScale second = kType == QuantType::kQ6_K ? scales.at(2 * at.run + 1) : first;
-  each_of_16<0>(codes.half[0], [&](int i, Floats values) { use(i, values, first); });
-  each_of_16<0>(codes.half[1], [&](int i, Floats values) { use(16 + i, values, second); });
+  each_of_16<0>(codes.first(), [&](int i, Floats values) { use(i, values, first); });
+  each_of_16<0>(codes.second(), [&](int i, Floats values) { use(16 + i, values, second); });
+}
+
+// Whether rows of k elements are whole blocks, so that a column has the same place in each.
+template <QuantType kType>
+inline bool has_whole_rows(int64_t k) {
+  return k % kBlockFormat<kType>.elements == 0;
 }
 
 // use(at, scales) for `runs` runs from an element on, where a run begins.
@@ -214,51 +229,36 @@ inline void each_run(const uint8_t* packed, int64_t element, int64_t runs, const
   }
 }
 
-// The runs in fp32, by the exact rule.
+// Codes of elements with one scale to values, by the exact rule.
+template <QuantType kType>
+inline Floats exact_values(Floats codes, const GgufScale& scale) {
+  const Floats product = multiply(codes, all(scale.factor));
+  return Gguf<kType>::kAdds ? add(product, all(scale.addend)) : product;
+}
+
+// The runs in fp32.
 template <QuantType kType>
 void decode_runs(const uint8_t* packed, int64_t element, int64_t runs, float* out) {
   each_run<kType>(packed, element, runs, [&](const RunPlace& at, const BlockScales<kType>& scales) {
     each_of_run<kType>(at, scales, [&](int i, Floats codes, const GgufScale& scale) {
-      const Floats product = multiply(codes, all(scale.factor));
-      store(out + i, Gguf<kType>::kAdds ? add(product, all(scale.addend)) : product);
+      store(out + i, exact_values<kType>(codes, scale));
     });
     out += kRun;
   });
 }
 
-template <typename Out>
-using DecodeRuns = void (*)(const uint8_t* packed, int64_t element, int64_t runs, Out* out);
+using DecodeRuns = void (*)(const uint8_t* packed, int64_t element, int64_t runs, float* out);
 
-inline DecodeRuns<float> run_decoder(QuantType type) {
-  return with_gguf(type, []<QuantType kType>() -> DecodeRuns<float> { return decode_runs<kType>; });
+inline DecodeRuns run_decoder(QuantType type) {
+  return with_gguf(type, []<QuantType kType>() -> DecodeRuns { return decode_runs<kType>; });
 }
-
-#if defined(__AVX512BF16__)
-// The same for products, whose sums round as well: product and addend are one operation, rounded to bf16.
-template <QuantType kType>
-void decode_runs_to_bf16(const uint8_t* packed, int64_t element, int64_t runs, Bf16* out) {
-  each_run<kType>(packed, element, runs, [&](const RunPlace& at, const BlockScales<kType>& scales) {
-    Floats half[2];
-    each_of_run<kType>(at, scales, [&](int i, Floats codes, const GgufScale& scale) {
-      const Floats factor = all(scale.factor);
-      half[i / kLanes] = Gguf<kType>::kAdds ? multiply_add(codes, factor, all(scale.addend)) : multiply(codes, factor);
-    });
-    _mm512_storeu_si512(out, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(half[1], half[0])));
-    out += kRun;
-  });
-}
-
-inline DecodeRuns<Bf16> run_decoder_to_bf16(QuantType type) {
-  return with_gguf(type, []<QuantType kType>() -> DecodeRuns<Bf16> { return decode_runs_to_bf16<kType>; });
-}
-#endif
 
 // Elements [begin, end) of the flattened weight.
 template <typename T>
 void gguf_span(const WeightView& weight, int64_t begin, int64_t end, T* out) {
   constexpr int64_t kAtOnce = 256;
   alignas(64) float values[kAtOnce];
-  const DecodeRuns<float> decode = run_decoder(weight.type);
+  const DecodeRuns decode = run_decoder(weight.type);
   while (begin < end) {
     const int64_t first = begin / kRun * kRun;
     const int64_t stop = first + kAtOnce < end ? first + kAtOnce : end;

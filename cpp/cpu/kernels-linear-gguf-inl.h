@@ -29,7 +29,7 @@ __attribute__((noinline)) void dot_runs(const RowsJob& rows, int64_t token, int6
     }
   }
   // Runs at a time: a block, unless rows begin inside of blocks.
-  const int64_t taken = job.k % kBlockFormat<kType>.elements == 0 ? kRunsOfBlock<kType> : 1;
+  const int64_t taken = has_whole_rows<kType>(job.k) ? kRunsOfBlock<kType> : 1;
   for (int64_t run = 0; run < runs; run += taken) {
     for (int64_t line = 0; line < kRows * kRunBytes * taken; line += 64) {
       prefetch_far(ahead + line);
