@@ -235,9 +235,8 @@ class TwoRuns {
     const auto spread = [&](auto member) {  // of each half of a run
       const auto of_row = [&](const BlockScales<kType>& row, unsigned run) {
         const float first = row.at(2 * run).*member;
-        return kType == QuantType::kQ6_K
-                   ? _mm256_set_m128(_mm_set1_ps(row.at(2 * run + 1).*member), _mm_set1_ps(first))
-                   : _mm256_set1_ps(first);
+        return kType == QuantType::kQ6_K ? _mm256_set_m128(_mm_set1_ps(row.at(2 * run + 1).*member), _mm_set1_ps(first))
+                                         : _mm256_set1_ps(first);
       };
       return _mm512_castsi512_ps(
           _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_castps_si256(of_row(scales[0], at.run))),
@@ -306,11 +305,10 @@ __attribute__((noinline)) void decode_quads_of_runs(const GemmJob& job, const De
 // 16 rows of W from `first`, the last of them again beyond `last`, to a panel.
 inline void decode_strip(const GemmJob& job, const DepthSpan& span, int64_t first, int64_t last, Bf16* panel) {
   if (is_gguf(job.weight.type)) {
-    with_gguf(job.weight.type,
-              [&]<QuantType kType>() {
+    with_gguf(job.weight.type, [&]<QuantType kType>() {
       const bool whole = kRunsOfBlock<kType> == 1 || has_whole_rows<kType>(job.k);
-      (whole ? decode_quads_of_runs<kType, true> : decode_quads_of_runs<kType, kRunsOfBlock<kType> == 1>)(
-          job, span, first, last, panel);
+      (whole ? decode_quads_of_runs<kType, true>
+             : decode_quads_of_runs<kType, kRunsOfBlock<kType> == 1>)(job, span, first, last, panel);
     });
   } else {
     (job.weight.block_size == kGroupElements ? decode_quads<1> : decode_quads<2>)(job, span, first, last, panel);

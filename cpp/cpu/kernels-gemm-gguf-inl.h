@@ -55,8 +55,7 @@ inline Floats paired(Floats even, Floats odd) {
   const __m512i order =
       _mm512_set_epi64(0x001f000f001e000e, 0x001d000d001c000c, 0x001b000b001a000a, 0x0019000900180008,
                        0x0017000700160006, 0x0015000500140004, 0x0013000300120002, 0x0011000100100000);
-  return _mm512_castsi512_ps(
-      _mm512_permutexvar_epi16(order, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even))));
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even))));
 }
 #else
 template <QuantType kType>
@@ -73,6 +72,7 @@ __attribute__((noinline)) void gguf_rows(const GemmJob& job, const DepthSpan& sp
                                          float* panels) {
   static constexpr uint8_t kZeros[size_t{kBlockFormat<kType>.bytes}] = {};
   constexpr bool kInBlock = kFirstRun >= 0 && kRunsOfBlock<kType> > 1;  // the runs of all columns lie in one block
+  constexpr unsigned kFixedRun = kFirstRun < 0 ? 0 : kFirstRun;
   constexpr int64_t kAhead = 8;  // rows, each of which lies in other pages
   constexpr int64_t kBytes = kBlockFormat<kType>.bytes;
   const uint8_t* packed = job.weight.packed;
@@ -86,13 +86,13 @@ __attribute__((noinline)) void gguf_rows(const GemmJob& job, const DepthSpan& sp
         for (int64_t line = 0; line < kBytes + 63; line += 64) {
           prefetch(ahead + limited(line, kBytes - 1));
         }
-        return kFirstRun >= 0 ? RunPlace{at.block, static_cast<unsigned>(kFirstRun)} : at;
+        return kFirstRun >= 0 ? RunPlace{at.block, kFixedRun} : at;
       };
       const RunPlace at = place(row);
       const BlockScales<kType> scales(at.block);
       // What a last row has below it meets a zero, and must be finite for that.
       const bool has_below = WordProduct<T>::kElements == 2 && row + 1 < span.end;
-      const RunPlace below = has_below ? place(row + 1) : RunPlace{kZeros, 0};
+      const RunPlace below = has_below ? place(row + 1) : RunPlace{kZeros, kFixedRun};
       [[maybe_unused]] const BlockScales<kType> scales_below(below.block);
 #pragma GCC unroll 2
       for (unsigned i = 0; i < (kInBlock ? kColumnGrain / kRun : 1); ++i) {

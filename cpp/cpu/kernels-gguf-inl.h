@@ -73,12 +73,17 @@ struct RunCodes {
   void add_fifth_bits(const uint8_t* bits) {
     uint32_t word = 0;
     std::memcpy(&word, bits, sizeof word);
+#if defined(__AVX512BW__)
+    const Bytes32 sixteens = Bytes32{} + 16;
+    all |= Bytes32(_mm256_maskz_loadu_epi8(word, &sixteens));
+#else
     const auto bytes = Bytes32(Words32{} + word);
-    const auto bit = Bytes32(Words32{0x08040201, 0x80402010, 0x08040201, 0x80402010, 0x08040201,
-                                                    0x80402010, 0x08040201, 0x80402010});
+    const auto bit = Bytes32(
+        Words32{0x08040201, 0x80402010, 0x08040201, 0x80402010, 0x08040201, 0x80402010, 0x08040201, 0x80402010});
     const Bytes32 spread = __builtin_shufflevector(bytes, bytes, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 18, 18,
                                                    18, 18, 18, 18, 18, 18, 19, 19, 19, 19, 19, 19, 19, 19);
     all |= Bytes32((spread & bit) == bit) & 16;
+#endif
   }
 };
 
@@ -193,7 +198,7 @@ class BlockScales {
     const Words16 low = __builtin_shufflevector(words, words, 1, 3, 2, 3) >> Words16{0, 0, 0, 4};
     const Words16 high = __builtin_shufflevector(words, words, 1, 1, 1, 2) >> 2;
     steps = Bytes16((low & Words16{0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f}) |
-                                   (high & Words16{0, 0x30303030, 0, 0x30303030}));
+                    (high & Words16{0, 0x30303030, 0, 0x30303030}));
   }
 
   alignas(64) float factors_[size_t{kSteps}];

@@ -169,6 +169,7 @@ void check_gguf(const cpu::Kernels& kernels) {
       shapes.push_back({3, 37, k, block, 0, true, false, type});
       shapes.push_back({14, 70, k, block, 5, false, false, type});
     }
+    shapes.push_back({9, 40, 544, block, 0, true, false, type});  // rows that begin inside a block of 256
   }
   shapes.push_back({270, 66, 2112, 32, 9, true, false, QuantType::kQ4_1});  // many rows, several spans
   shapes.push_back({3, 64, 40, 32, 0, true, false, QuantType::kQ5_0});      // rows that begin inside a block
