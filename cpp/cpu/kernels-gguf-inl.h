@@ -46,18 +46,19 @@ inline void load_vector(const void* p, Vector& v) {
   std::memcpy(&v, p, sizeof v);
 }
 
-// The codes of a run, signed.
+// The codes of a run, signed: in halves and whole, of which a caller takes the one and the compiler drops the other.
 struct RunCodes {
+  Bytes16 half[2];
   Bytes32 all;
 
-  Bytes16 first() const {
-    return __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  void set_all(const Bytes32& codes) {
+    all = codes;
+    half[0] = __builtin_shufflevector(codes, codes, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    half[1] = __builtin_shufflevector(codes, codes, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
   }
-  Bytes16 second() const {
-    return __builtin_shufflevector(all, all, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-
   void set_halves(Bytes16 first, Bytes16 second) {
+    half[0] = first;
+    half[1] = second;
     all = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
                                   20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
   }
@@ -73,17 +74,27 @@ struct RunCodes {
   void add_fifth_bits(const uint8_t* bits) {
     uint32_t word = 0;
     std::memcpy(&word, bits, sizeof word);
+    RunCodes fifth;
 #if defined(__AVX512BW__)
     const Bytes32 sixteens = Bytes32{} + 16;
-    all |= Bytes32(_mm256_maskz_loadu_epi8(word, &sixteens));
+    fifth.set_all(Bytes32(_mm256_maskz_loadu_epi8(word, &sixteens)));
 #else
     const auto bytes = Bytes32(Words32{} + word);
     const auto bit = Bytes32(
         Words32{0x08040201, 0x80402010, 0x08040201, 0x80402010, 0x08040201, 0x80402010, 0x08040201, 0x80402010});
     const Bytes32 spread = __builtin_shufflevector(bytes, bytes, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 18, 18,
                                                    18, 18, 18, 18, 18, 18, 19, 19, 19, 19, 19, 19, 19, 19);
-    all |= Bytes32((spread & bit) == bit) & 16;
+    fifth.set_all(Bytes32((spread & bit) == bit) & 16);
 #endif
+    half[0] |= fifth.half[0];
+    half[1] |= fifth.half[1];
+    all |= fifth.all;
+  }
+
+  void subtract(uint8_t offset) {
+    half[0] -= offset;
+    half[1] -= offset;
+    all -= offset;
   }
 };
 
@@ -102,33 +113,35 @@ inline void unpack_run(const RunPlace& at, RunCodes& codes) {
   [[maybe_unused]] Halves32 high;
   if constexpr (kType == QuantType::kQ4_0) {
     codes.set_nibbles(block + 2);
-    codes.all -= 8;
+    codes.subtract(8);
   } else if constexpr (kType == QuantType::kQ4_1) {
     codes.set_nibbles(block + 4);
   } else if constexpr (kType == QuantType::kQ5_0) {
     codes.set_nibbles(block + 6);
     codes.add_fifth_bits(block + 2);
-    codes.all -= 16;
+    codes.subtract(16);
   } else if constexpr (kType == QuantType::kQ5_1) {
     codes.set_nibbles(block + 8);
     codes.add_fifth_bits(block + 4);
   } else if constexpr (kType == QuantType::kQ8_0) {
     load_vector(block + 2, codes.all);
+    load_vector(block + 2, codes.half[0]);
+    load_vector(block + 18, codes.half[1]);
   } else if constexpr (kType == QuantType::kQ4_K) {
     bits_of_32<15>(block + 16 + run / 2 * kRun, run % 2 * 4, low);
-    codes.all = Bytes32(low);
+    codes.set_all(Bytes32(low));
   } else if constexpr (kType == QuantType::kQ5_K) {
     bits_of_32<15>(block + 48 + run / 2 * kRun, run % 2 * 4, low);
     bits_of_32<1>(block + 16, run, high);
-    codes.all = Bytes32(low | high << 4);
+    codes.set_all(Bytes32(low | high << 4));
   } else if constexpr (kType == QuantType::kQ6_K) {
     bits_of_32<15>(block + run / 4 * 64 + run % 2 * kRun, run % 4 / 2 * 4, low);
     bits_of_32<3>(block + 128 + run / 4 * kRun, run % 4 * 2, high);
-    codes.all = Bytes32(low | high << 4) - 32;
+    codes.set_all(Bytes32(low | high << 4) - 32);
   } else {
     codes.set_nibbles(block + 2);
-    codes.set_halves(look_up_16(iq4_nl_levels().value, codes.first()),
-                     look_up_16(iq4_nl_levels().value, codes.second()));
+    codes.set_halves(look_up_16(iq4_nl_levels().value, codes.half[0]),
+                     look_up_16(iq4_nl_levels().value, codes.half[1]));
   }
 }
 
@@ -212,8 +225,8 @@ inline void each_of_run(const RunPlace& at, const BlockScales<kType>& scales, co
   unpack_run<kType>(at, codes);
   const GgufScale first = scales.at(2 * at.run);
   const GgufScale second = kType == QuantType::kQ6_K ? scales.at(2 * at.run + 1) : first;
-  each_of_16<0>(codes.first(), [&](int i, Floats values) { use(i, values, first); });
-  each_of_16<0>(codes.second(), [&](int i, Floats values) { use(16 + i, values, second); });
+  each_of_16<0>(codes.half[0], [&](int i, Floats values) { use(i, values, first); });
+  each_of_16<0>(codes.half[1], [&](int i, Floats values) { use(16 + i, values, second); });
 }
 
 // Whether rows of k elements are whole blocks, so that a column has the same place in each.
