@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
-from qlora_native import _interrupt
+from qlora_native import _import_hooks
 from qlora_native._version import __version__
 from qlora_native.cli._run import printable, require
 from qlora_native.errors import UserError
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
             os.environ.setdefault(name, "1")
-    _interrupt.restore()
+    _import_hooks.restore_interrupt()
     warnings.formatwarning = lambda message, category, *_: _line(f"{category.__name__}: {message}") + "\n"
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
