@@ -10,7 +10,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from qlora_native import _import_hooks, ops  # noqa: F401  in this order: ops imports torch, and registers itself
+from qlora_native import _import_hooks, ops  # in this order: ops imports torch, and registers itself
 from qlora_native._native import build_info
 from qlora_native._version import __version__
 from qlora_native.errors import UserError

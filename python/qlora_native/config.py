@@ -117,7 +117,7 @@ class LoraSection(_Section):
     ship: Literal["nf4"] | None = _key(
         None,
         "also write a 4-bit model of this type without an adapter, and train the last part of the run with its very "
-        "codes, so that it loses next to nothing of what was learned",
+        "codes, so that the rounding does not undo what was learned",
     )
     ship_share: float = _key(
         0.25, "that part, as a share of the steps; with more of it the adapter alone gets a little worse", gt=0, lt=1

@@ -96,7 +96,7 @@ class Weight(NamedTuple):
         if self.nested_absmax is None:
             return part
         group, inside = divmod(first, NESTED_BLOCK)  # the first block of scales that the slice touches
-        nested = self.nested_absmax[group : -(-last // NESTED_BLOCK)]
+        nested = self.nested_absmax.reshape(-1)[group : -(-last // NESTED_BLOCK)]
         if inside == 0:
             return part._replace(nested_absmax=nested)
         scales = reference.scales(self.absmax[first - inside : last], nested, self.nested_offset, self.nested_code)
