@@ -19,6 +19,7 @@ from typing import Any
 import ggml_peer
 import isa_env  # noqa: F401  (before torch)
 import torch
+from ceilings import ceilings
 from common import Bar, add_json, interleaved, line, machine, relative_error, timings, write_json
 from linear_contenders import copied, copies, rotation
 
@@ -79,8 +80,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    found: dict[str, Any] = {"bench": "gguf", "machine": machine(), "rows": []}
-    print(json.dumps(found["machine"]))
+    found: dict[str, Any] = {"bench": "gguf", "machine": machine(), "ceilings": ceilings(), "rows": []}
+    print(json.dumps(found["machine"]), json.dumps(found["ceilings"]), sep="\n")
     n, k = arguments.n, arguments.k
     nf4 = qn.quantize(torch.randn(n, k) / k**0.5)
     with torch.no_grad():
