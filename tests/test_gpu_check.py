@@ -111,7 +111,7 @@ def test_every_other_group_fails(kind: str, first: int, tmp_path: Path, request:
     if not request.config.getoption("--gpu-check-failures"):
         pytest.skip("--gpu-check-failures runs it: a quarter of an hour")
     failing = PYTHON_GROUPS[first::2]
-    limits = ["--limit", ",".join(f"{name}=15" for name in failing)] if kind == "hang" else []
+    limits = ["--limit", ",".join(f"{name}=30" for name in failing)] if kind == "hang" else []
     words = [*PYTHON_GROUPS, *limits, *folder_of_emulator(request.config)]
     _, found, printed = checked(tmp_path, words, ",".join(f"{name}:{kind}" for name in failing))
     states = {name: entry["state"] for name, entry in found["groups"].items()}
