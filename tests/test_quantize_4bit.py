@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers import refuses, same_bytes, same_bytes_under_threads
@@ -118,44 +114,3 @@ def test_thread_count_does_not_change_bytes() -> None:
 def test_opcheck() -> None:
     for args in ((torch.randn(5, 65), 0, 64, True), (torch.randn(64).half(), 1, 32, False)):
         torch.library.opcheck(torch.ops.qlora_native.quantize_4bit.default, args)
-
-
-DIGEST = """
-import hashlib, torch, qlora_native as qn
-g = torch.Generator().manual_seed(3)
-h = hashlib.sha256()
-for quant_type in ("nf4", "fp4"):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for scale in (1.0, 1e-40):
-            t = (torch.randn(37, 131, generator=g) * scale).to(dtype)
-            w = qn.quantize(t, quant_type=quant_type, block_size=32)
-            for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
-                h.update(getattr(w, name).numpy().tobytes())
-            for out in (torch.float32, torch.bfloat16, torch.float16):
-                h.update(w.dequantize(out).view(torch.uint8).numpy().tobytes())
-print(qn.build_info()["cpu_isa"], h.hexdigest())
-"""
-
-
-def _run(isa: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "QLORA_NATIVE_ISA": isa}
-    return subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.devices("cpu")
-def test_same_bytes_on_every_isa() -> None:
-    digests = {}
-    for isa in qn.build_info()["isas_built"]:
-        run = _run(isa)
-        if run.returncode:
-            assert "this machine and build offer" in run.stderr
-        else:
-            used, digests[isa] = run.stdout.split()
-            assert used == isa
-    assert len(set(digests.values())) == 1, digests
-
-
-@pytest.mark.devices("cpu")
-def test_unknown_isa_is_refused() -> None:
-    run = _run("mmx")
-    assert run.returncode and "QLORA_NATIVE_ISA is 'mmx'" in run.stderr
