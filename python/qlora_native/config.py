@@ -119,9 +119,7 @@ class LoraSection(_Section):
         "also write a 4-bit model of this type without an adapter, and train the last part of the run with its very "
         "codes, so that the rounding does not undo what was learned",
     )
-    ship_share: float = _key(
-        0.25, "that part, as a share of the steps; with more of it the adapter alone gets a little worse", gt=0, lt=1
-    )
+    ship_share: float = _key(0.25, "that part, as a share of the steps", gt=0, lt=1)
 
     def as_config(self, seed: int) -> LoraConfig:
         """The adapter as :func:`qlora_native.add_lora` takes it."""

@@ -26,10 +26,10 @@ from qlora_native.nn.experts import QuantizedExperts
 from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._library import module_for
+from qlora_native.weight import quantize
 
 ALIGNMENT = 256  # bytes, of each tensor in a slot; torch's allocator begins its blocks so
 FOR_WEIGHTS = 0.75  # of the device's free bytes; the rest is for what passes need
-FOUR_BIT_BYTES = 0.5625  # an element at most: codes, and scales in fp32 for 64
 
 
 def frozen_parts(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -241,7 +241,7 @@ def load_to_device(
     is_kept = options.get("method") is None and source.keeps(options.get("quant_type", AUTO))
     if source.is_four_bit or is_kept:
         files = source.path.glob("*.safetensors") if source.path.is_dir() else [source.path]
-        num_bytes: float = sum(file.stat().st_size for file in files)
+        num_bytes = sum(file.stat().st_size for file in files)
     else:
         num_bytes = _rounded_bytes(source, options)
     if num_bytes <= FOR_WEIGHTS * free_device_memory(where).bytes:
@@ -253,15 +253,17 @@ def load_to_device(
     return model
 
 
-def _rounded_bytes(source: Any, options: dict[str, Any]) -> float:
+def _rounded_bytes(source: Any, options: dict[str, Any]) -> int:
     """Of a 16-bit model whose linear layers are rounded to 4 bits on loading."""
     from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel
 
-    dtype = options.get("dtype", torch.bfloat16)
+    dtype, form = options.get("dtype", torch.bfloat16), {"block_size": options.get("block_size", 64)}
     meta = MetaModel(source.config, dtype, torch.device("meta"))
-    chosen = meta.four_bit_weights(options.get("skip_modules") or (OUTPUT_EMBEDDING,), options.get("block_size", 64))
-    sizes = {name: FOUR_BIT_BYTES if name in chosen else dtype.itemsize for name in meta.shapes}
-    return sum(size * meta.shapes[name].numel() for name, size in sizes.items())
+    chosen = meta.four_bit_weights(options.get("skip_modules") or (OUTPUT_EMBEDDING,), **form)
+    return sum(
+        quantize(tensor.to(dtype), **form).nbytes if name in chosen else tensor.numel() * dtype.itemsize
+        for name, tensor in meta.shapes.items()
+    )
 
 
 def _with_number(device: torch.device) -> torch.device:

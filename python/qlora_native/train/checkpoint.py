@@ -38,7 +38,7 @@ from qlora_native._io import (
     remove_folder,
     user_path,
 )
-from qlora_native.config import TrainConfig, read_yaml
+from qlora_native.config import LoraSection, TrainConfig, read_yaml
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 
@@ -49,10 +49,8 @@ _NAME = re.compile(r"step-(\d{6,})")
 # Keys of ``train`` that stay the same between two halves of a run, as all of ``quant`` and ``lora`` do. The data have a
 # check of their own: the sampler compares the rows.
 _FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
-_BEFORE_THE_KEY = {
-    "train.optimizer": "adamw",
-    "lora.ship_share": 0.25,
-}  # what runs did whose config does not have the key yet
+# What runs did whose config does not have the key yet; a share of nothing is like any other.
+_BEFORE_THE_KEY = {"train.optimizer": "adamw", "lora.ship_share": LoraSection.model_fields["ship_share"].default}
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
