@@ -232,7 +232,7 @@ def test_heads_of_any_width_and_layers_of_any_kind(
 
 @pytest.mark.parametrize("width", [32, 48, 36])
 def test_only_the_native_attention_has_scratch(width: int) -> None:
-    config = config_of("llama", 4 * width, 256, 1, 4, 2, 4000)
+    config = config_of("llama", 4 * width, 256, 1, 4, 2, 400)
     scratch = Estimator(config, Setting(length=256)).at().moments["step"].scratch
     shape = (4, 4, 2, 256, width)
     expected = _C.causal_attention_scratch_bytes(1, shape, True) + ALIGNMENT if width != 36 else 0

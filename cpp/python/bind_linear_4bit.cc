@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -129,6 +130,20 @@ int64_t dense_linear(bool forward, int dtype, Address x, Address weight, Address
   return run(call, scratch, scratch_bytes);
 }
 
+int64_t linear_scratch_bytes(int dtype, int64_t m, int64_t n, int64_t k) {
+  int64_t most = 0;
+  for (const bool forward : {true, false}) {
+    cpu::GemmCall call{};
+    call.job.dtype = checked_dtype(dtype);
+    call.job.forward = forward;
+    call.job.m = checked_size(m, "m");
+    call.job.n = checked_size(n, "n");
+    call.job.k = checked_size(k, "k");
+    most = std::max(most, cpu::linear_4bit_scratch_bytes(call));
+  }
+  return most;
+}
+
 int64_t outer(int dtype, Address left, Address right, int64_t m, int64_t r, int64_t width, float scale, Address out,
               Address scratch, int64_t scratch_bytes) {
   checked_size(m, "m");
@@ -171,6 +186,8 @@ void bind_linear_4bit(py::module_& module) {
       py::arg("scratch_bytes"), py::call_guard<py::gil_scoped_release>(),
       "y = scale * x W^T + bias for a dense weight [n, k] of x's dtype, or y = scale * x W. Returns as linear_4bit "
       "does.");
+  module.def("linear_scratch_bytes", &linear_scratch_bytes, py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
+             "Bytes of scratch that a product with a weight [n, k] takes, or its input gradient, with no adapter.");
   module.def(
       "outer", &outer, py::arg("dtype"), py::arg("left"), py::arg("right"), py::arg("m"), py::arg("r"),
       py::arg("width"), py::arg("scale"), py::arg("out"), py::arg("scratch"), py::arg("scratch_bytes"),

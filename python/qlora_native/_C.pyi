@@ -114,6 +114,7 @@ def dense_linear(
     scratch: int,
     scratch_bytes: int,
 ) -> int: ...
+def linear_scratch_bytes(dtype: int, m: int, n: int, k: int) -> int: ...
 def outer(
     dtype: int,
     left: int,

@@ -34,7 +34,7 @@ LAYER_SLACK = 200 << 10  # on the CPU: Python's objects for modules and graph, s
 # Without checkpointing, glibc's holes beside aligned blocks of the heap, as a share of what is kept there: 17 % of some
 # hundred MiB, less of a few.
 HOLES_SHARE = 0.15
-THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread
+THREAD_SCRATCH = 2 << 20  # of a matrix product: at most about so much a thread, beside what AMX packs
 FULL_LOGITS = 14  # bytes a logit where the model makes them all: scores, their fp32 copy, log-softmax and its gradient
 CUDA_CONTEXT = 600 << 20  # of a card: what the driver and its libraries hold beside torch's allocator
 
@@ -123,7 +123,7 @@ class Estimator:
         self.adapters = sum(parameter.nbytes for parameter in trained)
         four_bit = four_bit_parts(self.model).values()
         self.packed = sum(weight.packed.nbytes for weight in four_bit)
-        self.largest_weight = max((weight.shape[-1] * weight.shape[-2] for weight in four_bit), default=0)
+        self.shapes = {(weight.shape[-2], weight.shape[-1]) for weight in four_bit}
         layers = decoder_layers(self.model)
         inside = tuple(path + "." for path, _ in layers)
         self.modules = [layer for _, layer in layers]
@@ -260,15 +260,19 @@ class _Sum:
     def _scratch(self) -> int:
         """Of kernels."""
         if self.setting.device == "cuda":  # a weight decoded for torch's own product
-            return min(self.estimator.largest_weight * self.size, PANEL_BYTES)
+            return min(max((n * k for n, k in self.estimator.shapes), default=0) * self.size, PANEL_BYTES)
         heads, groups, width = head_shape(self.config)
         shape = (self.setting.batch_size, heads, groups, self.setting.length, width)
         q = torch.empty(shape[0], heads, shape[3], width, dtype=self.setting.dtype, device="meta")
+        dtype = _native.DTYPE_NUMBER[self.setting.dtype]
         attention = 0  # of torch's, which takes other heads
         if is_native(q):
-            dtype = _native.DTYPE_NUMBER[self.setting.dtype]
             attention = _C.causal_attention_scratch_bytes(dtype, shape, True) + ALIGNMENT
-        return int(torch.get_num_threads() * THREAD_SCRATCH + attention)
+        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
+        chunk = chunk_tokens("cpu", vocabulary, self.size, self.tokens)
+        products = [(self.tokens, n, k) for n, k in self.estimator.shapes] + [(chunk, vocabulary, hidden)]
+        most = max(_C.linear_scratch_bytes(dtype, *sizes) for sizes in products)
+        return int(max(most, torch.get_num_threads() * THREAD_SCRATCH) + attention)
 
     def _slack(self, terms: Terms) -> int:
         slack: float = len(self.layers) * LAYER_SLACK
