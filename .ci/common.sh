@@ -160,6 +160,10 @@ emulated_build() {
         cmake --build build/emulated ${@:+--target "$@"}
 }
 
-emulated_cuda() {  # under every schedule: plain, with the race check, with the sanitizers
-    emulated_build && ctest --test-dir build/emulated -j "$(nproc)" --output-on-failure --no-tests=error
+# emulated_cuda [plain]: under every schedule, with the race check and with the sanitizers. With the word also the plain
+# programs, which look at less; their kernels are those of _cuda_emulated, on which the suite runs the op tests.
+emulated_cuda() {
+    emulated_build _cuda_emulated _cuda_emulated_checked cuda_on_cpu_programs_{race,asan} \
+        ${1:+cuda_on_cpu_programs_plain} &&
+        ctest --test-dir build/emulated -j "$(nproc)" --output-on-failure --no-tests=error ${1:--E _plain}
 }

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--llama-cpp", action="store_true", help="run exported GGUF files in llama.cpp")
     parser.addoption("--rank-kills", type=int, default=1, help="how often one process of a run on several is killed")
     parser.addoption("--torchrun", action="store_true", help="run what starts torchrun, which takes a minute")
-    parser.addoption("--backend", default="aot_eager", help="torch.compile's, for a whole training step")
+    parser.addoption("--backend", default="aot_eager", help="torch.compile's; inductor generates code, which is slow")
     parser.addoption("--every-operand", type=int, default=4, help="1: try each replaced operand; 4: a quarter of them")
     parser.addoption("--fuzz", type=int, default=500, help="how many damaged files are read")
     parser.addoption("--soak", type=int, default=20, help="steps of the long run with paged states")
@@ -57,6 +57,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def backend(pytestconfig: pytest.Config) -> str:
+    """What torch.compile compiles with."""
+    return str(pytestconfig.getoption("--backend"))
 
 
 @pytest.fixture

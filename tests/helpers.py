@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -24,11 +22,6 @@ from qlora_native.weight import TENSOR_FIELDS
 needs_page_files = pytest.mark.skipif(
     sys.platform != "linux" or _C.lies_in_memory(tempfile.gettempdir()),
     reason="page files are Linux's, and the folder for temporary files is to be on a disk",
-)
-
-# torch.compile's default compiles C++.
-INDUCTOR = pytest.param(
-    "inductor", marks=pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 )
 
 

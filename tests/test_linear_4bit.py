@@ -6,16 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import (
-    INDUCTOR,
-    SavedTensors,
-    gguf_truth,
-    gguf_weight,
-    refuses,
-    relative_error,
-    same_bytes_under_threads,
-    signed,
-)
+from helpers import SavedTensors, gguf_truth, gguf_weight, refuses, relative_error, same_bytes_under_threads, signed
 from torch import Tensor
 
 import qlora_native as qn
@@ -186,7 +177,6 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.devices("cpu", "cuda")
-@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
 def test_compiles_without_breaks(backend: str) -> None:
     torch._dynamo.reset()
     layer = qn.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 32))
