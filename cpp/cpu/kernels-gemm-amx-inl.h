@@ -96,6 +96,36 @@ inline bool is_regular(const TileSource& source) {
   return !is_gguf(source.weight->type) && source.columns % 64 == 0 && source.weight->block_size >= 64;
 }
 
+// Whether every row begins at a run of GGUF's blocks, which is a step, too.
+inline bool has_runs(const TileSource& source) {
+  static_assert(kRun == kTileStep);
+  return source.weight != nullptr && is_gguf(source.weight->type) && source.columns % kRun == 0;
+}
+
+// Brings the blocks of elements [element, element + count) near. Rows are read in turns, too far apart for the hardware
+// to foresee them.
+inline void prefetch_blocks(const WeightView& weight, int64_t element, int64_t count) {
+  const BlockFormat& format = kBlockFormats[static_cast<int>(weight.type)];
+  const uint8_t* first = weight.packed + element / format.elements * format.bytes;
+  for (int64_t at = 0; at < count * format.bytes / format.elements + 63; at += 64) {
+    prefetch(first + at);
+  }
+}
+
+// use(words) for each of `runs` runs from an element on: its values in bf16, in order.
+template <typename Use>
+inline void each_run_of_words(const WeightView& weight, int64_t element, int64_t runs, const Use& use) {
+  with_gguf(weight.type, [&]<QuantType kType>() {
+    each_run<kType>(weight.packed, element, runs, [&](const RunPlace& at, const BlockScales<kType>& scales) {
+      __m512 values[2];
+      each_of_run<kType>(at, scales, [&](int i, Floats codes, const GgufScale& scale) {
+        values[i / kLanes] = exact_values<kType>(codes, scale);
+      });
+      use(std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(values[1], values[0])));
+    });
+  });
+}
+
 // Elements [begin, begin + 32 * steps) of one row in the decoded order, zeros beyond its end; a step every `stride`.
 void fill_row(const TileSource& source, int64_t row, int64_t begin, int64_t steps, Bf16* out, int64_t stride) {
   static constexpr Words kOrder = decoded_order();
@@ -114,6 +144,18 @@ void fill_row(const TileSource& source, int64_t row, int64_t begin, int64_t step
       _mm512_storeu_si512(out, decode_32(bytes, table));
       _mm512_storeu_si512(out + stride, decode_32(bytes + 16, table));
     }
+    for (int64_t at = stop; at < end; at += kTileStep, out += stride) {
+      _mm512_storeu_si512(out, _mm512_setzero_si512());
+    }
+    return;
+  }
+  if (has_runs(source) && row < source.rows) {
+    const int64_t element = row * source.columns + begin;
+    prefetch_blocks(*source.weight, element + steps * kTileStep, steps * kTileStep);  // of the next panel
+    each_run_of_words(*source.weight, element, (stop - begin) / kRun, [&](__m512i values) {
+      _mm512_storeu_si512(out, _mm512_permutexvar_epi16(words(kOrder), values));
+      out += stride;
+    });
     for (int64_t at = stop; at < end; at += kTileStep, out += stride) {
       _mm512_storeu_si512(out, _mm512_setzero_si512());
     }
@@ -155,6 +197,7 @@ inline void store_pairs(__m512i even, __m512i odd, const Words& first, const Wor
 
 // Pair `unit` of rows of a gradient panel: [strip][step][2 tiles][16 pairs of rows][16 columns][2].
 void fill_gradient(const TileSource& source, const PanelPart& part, int64_t unit, Bf16* panel) {
+  constexpr int64_t kRowsAhead = 24;  // rows lie too far apart for the hardware to foresee them
   static constexpr Words kFirst = pairing(decoded_order(), 0);
   static constexpr Words kSecond = pairing(decoded_order(), 1);
   static constexpr Words kFirstNatural = pairing(natural_order(), 0);
@@ -164,7 +207,6 @@ void fill_gradient(const TileSource& source, const PanelPart& part, int64_t unit
   Bf16* out = panel + unit / kTileRows * kPanelStep + unit % kTileRows * kTileStep;
   if (source.weight != nullptr && is_regular(source) && row + 1 < source.rows) {
     const WeightView& weight = *source.weight;
-    constexpr int64_t kRowsAhead = 24;  // rows lie too far apart for the hardware to foresee them
     if (row + kRowsAhead + 1 < source.rows) {
       const int64_t next = (row + kRowsAhead) * source.columns + part.first_column;
       for (int64_t below = next; below <= next + source.columns; below += source.columns) {
@@ -188,6 +230,21 @@ void fill_gradient(const TileSource& source, const PanelPart& part, int64_t unit
       store_pairs(decode_32(weight.packed + element / 2, even), decode_32(weight.packed + below / 2, odd), kFirst,
                   kSecond, out);
     }
+    return;
+  }
+  if (has_runs(source) && row + 1 < source.rows) {
+    const int64_t element = row * source.columns + part.first_column;
+    for (const int64_t rows : {kRowsAhead, kRowsAhead + 1}) {
+      prefetch_blocks(*source.weight, element + rows * source.columns, part.strips * kTileStrip);
+    }
+    __m512i even[kMostColumns / kTileStrip];
+    __m512i* next = even;
+    each_run_of_words(*source.weight, element, part.strips, [&](__m512i values) { *next++ = values; });
+    next = even;
+    each_run_of_words(*source.weight, element + source.columns, part.strips, [&](__m512i odd) {
+      store_pairs(*next++, odd, kFirstNatural, kSecondNatural, out);
+      out += strip_size;
+    });
     return;
   }
   for (int64_t strip = 0; strip < part.strips; ++strip, out += strip_size) {

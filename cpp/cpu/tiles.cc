@@ -51,7 +51,7 @@ struct Plan {
     // passes from the second. With few tokens a forward product takes one strip at a time, whose panel stays in the
     // first cache; the input gradient always takes many columns, because it reads every row of the weight.
     panel_steps = std::min<int64_t>(steps, 8);
-    columns = std::min<int64_t>(!product.forward    ? 512
+    columns = std::min<int64_t>(!product.forward    ? kMostColumns
                                 : thread_pairs <= 2 ? kTileStrip
                                                     : 256,
                                 thread_strips * kTileStrip);

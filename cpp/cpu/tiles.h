@@ -18,6 +18,7 @@ inline constexpr int64_t kTileStep = 32;                     // elements of the 
 inline constexpr int64_t kTileSize = kTileRows * kTileStep;  // bf16 elements of a tile
 inline constexpr int64_t kTileBytes = 2 * kTileSize;
 inline constexpr int64_t kTileStrip = 2 * kTileRows;  // output columns that two tiles of the weight make
+inline constexpr int64_t kMostColumns = 512;          // of a panel
 // A step of a strip in a panel: two tiles, and a gap that keeps what one row of the weight writes in different cache
 // sets.
 inline constexpr int64_t kPanelStep = 2 * kTileSize + 32;
