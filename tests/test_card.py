@@ -8,6 +8,8 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -118,12 +120,72 @@ def test_trackio_gets_every_line(run: Run) -> None:
         assert values[name] == pytest.approx(line[key])
 
 
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_the_other_loggers_get_it_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a stand-in with the functions of the package that are used; the package itself is tried below."""
+    calls: list[tuple[Any, ...]] = []
+    functions = ("init", "log", "finish", "set_experiment", "start_run", "log_dict", "log_metrics", "end_run")
+    package = ModuleType(name)
+    for function in functions:
+        setattr(
+            package,
+            function,
+            partial(lambda function, *given, **named: calls.append((function, given, named)), function),
+        )
+    package.__spec__ = ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, package)
+    (logger,) = make_loggers([name], tmp_path / "run", {"lora": {"r": 3}})
+    logger.write({"step": 3, "loss": 0.5, "lr": float("nan"), "samples": [{"answer": "x"}]})
+    logger.write({"step": 4, "eval_loss": 0.25})
+    logger.close()
+    log, last = ("log", "finish") if name == "wandb" else ("log_metrics", "end_run")
+    logged = [(given[0], named["step"]) for function, given, named in calls if function == log]
+    assert logged == [({"train/loss": 0.5}, 3), ({"eval/loss": 0.25}, 4)] and calls[-1][0] == last
+    assert "'run'" in str(calls) and "'r': 3" in str(calls) and "'qlora_native'" in str(calls)
+
+
+def test_mlflow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    (logger,) = make_loggers(["mlflow"], tmp_path / "run", {"lora": {"r": 3}})
+    logger.write({"step": 3, "loss": 0.5})
+    logger.close()
+    (found,) = mlflow.search_runs(experiment_names=["qlora_native"], output_format="list")
+    assert found.info.run_name == "run" and found.data.metrics == {"train/loss": 0.5}
+
+
+def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    for key, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    (logger,) = make_loggers(["wandb"], tmp_path / "run", {"lora": {"r": 3}})
+    logger.write({"step": 3, "loss": 0.5})
+    logger.write({"step": 3, "eval_loss": 0.25})
+    logger.write({"step": 4, "text": "x"})  # which ends step 3
+    run, summary = wandb.run, dict(wandb.run.summary)
+    assert (run.name, run.project, run.config["lora"]) == ("run", "qlora_native", {"r": 3})
+    logger.close()
+    assert (summary["train/loss"], summary["eval/loss"]) == (0.5, 0.25)
+
+
+def test_a_logger_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentence: Check) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    wandb = SimpleNamespace(__spec__=ModuleSpec("wandb", None), init=init)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UserError) as refused:
+        make_loggers(["wandb"], tmp_path / "run", {})
+    sentence(refused.value)
+
+
 def test_a_logger_that_is_not_there_is_reported_first(run: Run, mistake: Callable[..., str], sentence: Check) -> None:
     folder, _ = run
     words = ["train", folder / "config.yaml", "--output_dir", folder / "none", "--model", "gone"]
     # The logger of the config, without the stand-in.
     sentence(mistake(*words))
-    sentence(mistake(*words, "--logging", "[wandb]"))
+    sentence(mistake(*words, "--logging", "[comet]"))
 
 
 def test_tensorboard_gets_the_same(tmp_path: Path) -> None:

@@ -172,6 +172,12 @@ class LoopSection(_Section):
         "micro-batch, where that is possible: less work for the host",
     )
     eval_every: NonNegative = _key(100, "steps between evaluations; 0 = at the start and the end only")
+    patience: Positive | None = _key(
+        None, "stop after so many evaluations in a row without a lower held-out loss; without it, never early"
+    )
+    samples: NonNegative | list[str] = _key(
+        0, "prompts, or how many held-out rows, to answer at each evaluation, in up to 64 of the likeliest tokens"
+    )
     save_every: NonNegative = _key(100, "steps between checkpoints; 0 = at Ctrl-C only")
     keep: Positive = _key(2, "how many of the newest checkpoints stay on disk")
     log_every: Positive = _key(10, "steps between printed lines when the output is not a terminal")
@@ -205,12 +211,12 @@ class TrainConfig(_Section):
         "bytes of mapped weights that may be in memory at once, the others are read in each pass; without it decided "
         "from what is free",
     )
-    output_dir: str = _key("qlora-out", "folder for the adapter, checkpoints and metrics.jsonl")
+    output_dir: str = _key("qlora-out", "folder for the adapter, checkpoints, metrics.jsonl and report.html")
     resume: str | None = _key(
         None, "auto = continue from the newest checkpoint in output_dir, if any; or the folder of a checkpoint"
     )
-    logging: list[Literal["tensorboard", "trackio"]] = _key(
-        [], "other programs to send the figures of metrics.jsonl to: tensorboard, trackio"
+    logging: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = _key(
+        [], "other programs to send the figures of metrics.jsonl to: tensorboard, trackio, wandb, mlflow"
     )
     parallel: Literal["none", "ddp", "fsdp"] = _key(
         "none",
@@ -222,6 +228,12 @@ class TrainConfig(_Section):
     quant: QuantConfig = QuantConfig()
     lora: LoraSection = LoraSection()
     train: LoopSection = LoopSection()
+
+    @model_validator(mode="after")
+    def _ships_at_the_end(self) -> TrainConfig:
+        if self.train.patience is not None and self.lora.ship is not None:
+            raise ValueError("train.patience and lora.ship are set: expected one, as the last steps make what ships")
+        return self
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -342,7 +354,7 @@ def _explain(
         return f"{where} is {got!r}: expected a block of keys, one per line"
     message = item["msg"].removeprefix("Value error, ")
     if kind == "value_error" and path not in known:  # a rule over several keys of a block, which names them itself
-        return f"{source}: {path}.{message}"
+        return f"{source}: {path}{'.' if path else ''}{message}"
     expected = re.sub("Input should be|Tuple should have", "expected", re.split(", (?:unable|got)", message)[0])
     return f"{where} is {got!r}: {expected}"
 

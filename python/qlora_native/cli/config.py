@@ -126,7 +126,7 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
 # `qlora train --help` lists every key; those left out here keep their defaults.
 
 model: {model}
-output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and loss.png
+output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and report.html
 
 data:
   train: train.jsonl          # one JSON object per line; `qlora train --help` names the formats

@@ -21,7 +21,8 @@ EXTRAS = {
     "train": "transformers pydantic yaml rich jinja2 gguf accelerate sentencepiece matplotlib",
     "bench": "peft bitsandbytes",
 }
-VERSIONS = "torch numpy safetensors transformers tokenizers pydantic rich gguf peft bitsandbytes tensorboard trackio"
+VERSIONS = "torch numpy safetensors transformers tokenizers pydantic rich gguf peft bitsandbytes"
+VERSIONS += " tensorboard trackio wandb mlflow"
 BUILD_WITH_CUDA = (
     "install the CUDA toolkit (nvcc), then: QLORA_NATIVE_CUDA=ON pip install --force-reinstall --no-deps --no-binary "
     "qlora_native qlora_native"

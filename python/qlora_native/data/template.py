@@ -144,6 +144,10 @@ class ChatEncoder:
             _, text, _ = self._rendered(list(messages), "the conversation", add_generation_prompt=True)
         return self._tokenize(text)[0]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text that is to be continued, as of a row with a prompt and a completion."""
+        return [*self._lead, *self._tokenize(text)[0]]
+
     # ---- plain text and prompt + completion
 
     def _plain(self, row: Row) -> tuple[list[int], list[bool]]:

@@ -34,8 +34,7 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}: expected more than 0 and at most 1")
 
 
-@torch.inference_mode()
-def stream(model: Any, prompt: Sequence[int], sampling: Sampling, stop: set[int]) -> Iterator[int]:
+def iter_tokens(model: Any, prompt: Sequence[int], sampling: Sampling, stop: set[int]) -> Iterator[int]:
     """The answer's tokens, without the one of ``stop`` that ends it, as far as the model's context reaches.
 
     UserError if the prompt alone is longer.
@@ -54,6 +53,9 @@ def stream(model: Any, prompt: Sequence[int], sampling: Sampling, stop: set[int]
             return
         yield token
         ids, cache = torch.tensor([[token]], device=model.device), output.past_key_values
+
+
+stream = torch.inference_mode()(iter_tokens)  # a model that goes on training must not keep its tensors
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

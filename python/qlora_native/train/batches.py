@@ -32,6 +32,11 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
     if data.eval is not None:
         return rows, data.load(data.eval, tokenizer, folder=folder)
     if data.eval_fraction == 0:
+        for key in ("patience", "samples"):
+            if isinstance(value := getattr(config.train, key), int) and value:
+                raise UserError(
+                    f"train.{key} is {value}, and no rows are held out: set data.eval, or data.eval_fraction above 0"
+                )
         return rows, None
     # A few rows still give a held-out loss: at least one is held out.
     held_out = max(1, round(data.eval_fraction * len(rows)))

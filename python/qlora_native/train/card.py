@@ -34,6 +34,10 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     if facts["loss_after"] is not None:
         before = "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before training, "
         losses = f"\nHeld-out loss: {before}{facts['loss_after']:.4f} nats a token after it.\n"
+    answers = ""
+    if facts["samples"]:
+        shown = json.dumps(facts["samples"], indent=1, ensure_ascii=False)
+        answers = f"## Answers\n\nBefore training, and by this adapter:\n\n```json\n{shown}\n```\n\n"
     packages = ("torch", "transformers", "safetensors")
     versions = {"qlora_native": __version__, **{name: importlib.metadata.version(name) for name in packages}}
     text = f"""---
@@ -66,7 +70,7 @@ qn.load_adapter(model, "path/to/this/folder")
 {_elsewhere(model, quant.type == "keep")}
 As a model of its own: `qlora merge {model} path/to/this/folder --out merged --check`
 
-## Data
+{answers}## Data
 
 | what | file | SHA-256 |
 |---|---|---|

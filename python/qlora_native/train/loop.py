@@ -49,7 +49,7 @@ from qlora_native.train.checkpoint import (
 )
 from qlora_native.train.graphs import Passes, why_eager
 from qlora_native.train.memory import MappedWeights, MemoryReport, OOMRetry
-from qlora_native.train.progress import Metrics, Progress, make_loggers, plot_losses
+from qlora_native.train.progress import Metrics, Progress, RunPage, make_loggers, plot_losses
 from qlora_native.train.setup import learning_rate, make_optimizer, prepare_model
 
 MAX_SKIPPED = 5
@@ -69,6 +69,8 @@ class TrainState:
     loss_after: float | None = None
     best_loss: float | None = None
     best_step: NonNegative | None = None
+    since_best: NonNegative = 0  # evaluations
+    samples: list[dict[str, str]] = field(default_factory=list)  # the last answers, beside the first
     gains: list[float] = field(default_factory=list)  # of the layers, once they compute as what they ship as
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -193,40 +195,55 @@ class Trainer:
         if held_out is not None:
             is_part = held_out.stats.path == rows.stats.path
             progress.note(f"held out: {len(held_out):,} of its rows" if is_part else held_out.stats.describe())
+        facts: dict[str, Any] = {"config": config.to_yaml(), "model": config.model, "steps": total}
+        facts["rows"] = [data.stats.as_dict() for data in (rows, held_out) if data is not None]
+        page = RunPage(self.output_dir if ranks.is_first else None, facts, progress, lambda: state.step, memory)
         if checkpoint is not None:
-            progress.note(f"continuing from {checkpoint} after step {state.step}")
+            page.note(f"continuing from {checkpoint} after step {state.step}")
         if getattr(model, "streamed_layers", None) is not None:
-            progress.note(f"the model is larger than the device: {model.streamed_layers}")
+            page.note(f"the model is larger than the device: {model.streamed_layers}")
         reason = why_eager(config, model, ranks.world)
         if reason:
-            progress.note(f"CUDA graphs are off: {reason}")
-        self.passes = Passes(
-            model, lambda batch: causal_lm_loss(model, batch), progress.note, is_captured=reason is None
-        )
+            page.note(f"CUDA graphs are off: {reason}")
+        self.passes = Passes(model, lambda batch: causal_lm_loss(model, batch), page.note, is_captured=reason is None)
+        samples = None
+        if options.samples:
+            from qlora_native.train.samples import Samples
+
+            samples = Samples(options.samples, model, self.tokenizer, rows, held_out, ranks.is_sharded)
         self.shipping = shipping = None
         if config.lora.ship is not None:
             from qlora_native.train.shipping import Shipping
 
             self.shipping = shipping = Shipping(config, model, total)
-        weights = MappedWeights(config, model, memory, progress.note)
-        oom_retry = OOMRetry(config, optimizer, progress.note, can_retry=ranks.world == 1)
+        weights = MappedWeights(config, model, memory, page.note)
+        oom_retry = OOMRetry(config, optimizer, page.note, can_retry=ranks.world == 1)
         speeds: list[float] = []
         began = time.monotonic()
 
-        with closing(metrics), closing(progress), without_old_objects(), stop_request(ranks) as stop:
+        with closing(metrics), closing(progress), closing(page), without_old_objects(), stop_request(ranks) as stop:
             while True:
                 if shipping is not None and state.step >= shipping.first and not shipping.has_begun:
                     if not state.gains:  # of what a resumed run has done before, they are known
                         state.gains = ranks.gather(shipping.gains(self._first_rows(rows)))[0]
                     shipping.begin(state.gains)
                     self.passes.stop_capturing("adapted layers compute as what they ship as")
-                    progress.note(f"from step {state.step} on the weights are those that ship, {config.lora.ship}")
-                if held_out and is_due(state.step, options.eval_every, total):
-                    started = time.monotonic()
-                    loss = oom_retry.run(partial(self.evaluate, held_out), f"evaluation after step {state.step}")
-                    weights.check(loss)
-                    progress.evaluation(state.step, loss, time.monotonic() - started)
-                    self._record_evaluation(state, loss, metrics)
+                    page.note(f"from step {state.step} on the weights are those that ship, {config.lora.ship}")
+                if is_due(state.step, options.eval_every, total):
+                    started, what = time.monotonic(), f"evaluation after step {state.step}"
+                    if samples is not None:
+                        state.samples = oom_retry.run(partial(samples.answers, state.samples), what)
+                    if held_out:
+                        loss = oom_retry.run(partial(self.evaluate, held_out), what)
+                        weights.check(loss)
+                        progress.evaluation(state.step, loss, time.monotonic() - started)
+                        self._record_evaluation(state, loss, metrics)
+                    elif samples is not None:
+                        metrics.write({"step": state.step, "samples": state.samples})
+                    page.write()
+                if options.patience is not None and state.since_best >= options.patience:
+                    page.note(f"stopped after step {state.step}: {state.since_best} evaluations without a lower loss")
+                    break
                 if state.step >= total:
                     break
 
@@ -245,7 +262,7 @@ class Trainer:
                 if math.isfinite(loss):
                     oom_retry.run_once(optimizer.step, what)  # clips; does nothing if the gradient is not finite
                     norm = optimizer.grad_norm or 0.0
-                self._count_skipped(state, loss, norm, progress)
+                self._count_skipped(state, loss, norm, page)
                 optimizer.zero_grad()
 
                 # Report.
@@ -279,6 +296,7 @@ class Trainer:
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
             memory_line = None if memory is None else memory.line()  # before the plot of the losses takes memory
+            page.close()
             summary = self._finish(state, oom_retry, weights, progress, speeds, time.monotonic() - began)
             if memory_line is not None:
                 progress.note(memory_line)
@@ -330,15 +348,16 @@ class Trainer:
 
     def _record_evaluation(self, state: TrainState, loss: float, metrics: Metrics) -> None:
         """Record a held-out loss, and save the adapter to ``best/`` if no earlier one was as good."""
-        metrics.write({"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))})
-        state.loss_after = loss
+        record: Record = {"step": state.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        metrics.write({**record, "samples": state.samples} if state.samples else record)
+        state.loss_after, state.since_best = loss, state.since_best + 1 if state.step else 0
         if state.step == 0:
             state.loss_before = state.best_loss = loss
         elif state.best_loss is None or loss < state.best_loss:
             self._save_adapter(self.output_dir / "best", state)
-            state.best_loss, state.best_step = loss, state.step
+            state.best_loss, state.best_step, state.since_best = loss, state.step, 0
 
-    def _count_skipped(self, state: TrainState, loss: float, norm: float, progress: Progress) -> None:
+    def _count_skipped(self, state: TrainState, loss: float, norm: float, page: RunPage) -> None:
         """Count a step that was skipped because its loss or gradient norm is not finite; UserError after many."""
         if math.isfinite(loss) and math.isfinite(norm):
             state.skipped_in_a_row = 0
@@ -351,7 +370,7 @@ class Trainer:
             if options.dtype != "float32":
                 advice += ", or set train.dtype to float32"
             raise UserError(f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}")
-        progress.note(f"{what}: not finite, step skipped")
+        page.note(f"{what}: not finite, step skipped")
 
     def _save_adapter(self, folder: Path, state: TrainState) -> Path:
         with self.ranks.together():

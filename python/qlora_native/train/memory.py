@@ -80,6 +80,11 @@ class MemoryReport:
         """The most bytes held so far above the start: anonymous memory, or what torch has allocated on a device."""
         return max(0, self._now()[1] - self._start)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, in bytes; ``predicted`` is by part, with the ``mapped`` weights."""
+        parts = {} if self.predicted is None else vars(self.predicted.peak)
+        return {"measured": self.measured(), "mapped": self.mapped, "predicted": parts, "reason": self.reason}
+
     def line(self) -> str:
         """Predicted against measured."""
         measured = self.measured()

@@ -1,18 +1,21 @@
 """What a run reports while it runs: one bar on a terminal, plain lines elsewhere, every step in ``metrics.jsonl``, and
-the same figures in other programs (TensorBoard, trackio)."""
+the same figures in other programs (TensorBoard, trackio, W&B, MLflow)."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
-from qlora_native._io import as_write_error, atomic_file, write_whole
+from qlora_native._io import as_write_error, atomic_file, read_json, reason, write_whole
 from qlora_native._memory import peak_rss_bytes
 from qlora_native.errors import UserError
 
@@ -22,14 +25,14 @@ class Metrics:
     ``loggers``. Without a ``path``, on all ranks but the first, nothing is written.
 
     A run that resumes at step N drops what a killed run wrote after the checkpoint: steps above N, and evaluations
-    from N on, which are made again.
+    (and answers) from N on, which are made again.
     """
 
     def __init__(self, path: Path | None, resume_step: int, loggers: Sequence[Logger] = ()) -> None:
         self.path, self._loggers = path, loggers
         if path is None:
             return
-        kept = [line for line in read_metrics(path) if line["step"] + ("eval_loss" in line) <= resume_step]
+        kept = [line for line in read_metrics(path) if line["step"] + ("loss" not in line) <= resume_step]
         with as_write_error(path):
             write_whole(path, "".join(f"{json.dumps(line)}\n" for line in kept))
             self._file = path.open("a", encoding="utf-8")
@@ -102,30 +105,51 @@ class TensorBoard:
             self._writer.add_scalar(name, value, record["step"])
 
 
-class Trackio:
-    """A run of the project ``qlora_native``, named like the output folder; `trackio show` shows it."""
+class Tracker:
+    """A run of the project ``qlora_native``, named like the output folder, in W&B or in trackio, by the same calls."""
 
-    def __init__(self, output_dir: Path, config: Mapping[str, Any]) -> None:
-        import trackio
-
-        self._trackio: Any = trackio
-        trackio.init(project="qlora_native", name=output_dir.name, config=dict(config), resume="allow")
-        self.close = trackio.finish
+    def __init__(self, package: str, output_dir: Path, config: Mapping[str, Any]) -> None:
+        self._package: Any = importlib.import_module(package)
+        self._package.init(project="qlora_native", name=output_dir.name, config=dict(config), resume="allow")
+        self.close = self._package.finish
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._trackio.log(scalars(record), step=record["step"])
+        self._package.log(scalars(record), step=record["step"])
 
 
-Logger = TensorBoard | Trackio
-_LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "trackio": Trackio}
+class MLflow:
+    """A run of the experiment ``qlora_native``, named like the output folder."""
+
+    def __init__(self, output_dir: Path, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        mlflow.set_experiment("qlora_native")
+        mlflow.start_run(run_name=output_dir.name)
+        mlflow.log_dict(dict(config), "config.json")
+        self.close = mlflow.end_run
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._mlflow.log_metrics(scalars(record), step=record["step"])
+
+
+Logger = TensorBoard | Tracker | MLflow
+_LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
+_LOGGERS |= {name: partial(Tracker, name) for name in ("trackio", "wandb")}
 
 
 def make_loggers(names: Sequence[str], output_dir: Path, config: Mapping[str, Any]) -> list[Logger]:
-    """The loggers that ``logging`` names. UserError naming the package of one that is not installed."""
+    """The loggers that ``logging`` names. UserError naming one that is not installed or does not start."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"logging names {name}, which is not installed: pip install {name}, or leave it out")
-    return [_LOGGERS[name](output_dir, config) for name in names]
+    made = []
+    for name in names:
+        try:
+            made.append(_LOGGERS[name](output_dir, config))
+        except Exception as error:  # it is not logged in, has no network, or whatever else
+            raise UserError(f"logging names {name}, which does not start: {reason(error)}") from error
+    return made
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -193,3 +217,53 @@ class Progress:
         except ImportError:
             return None
         return RichProgress(MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"))
+
+
+PAGE_SHARE = 0.005  # of a run's time, at most, that writing its page takes
+
+
+class RunPage:
+    """Keeps ``report.json``, the ``facts`` of a run and its notes, and ``report.html``, made of it and of the metrics.
+
+    A page that cannot be written is noted once and ends no run. Without a ``folder``, on all ranks but the first,
+    nothing is written. ``step`` returns the run's step, ``memory`` is its MemoryReport.
+    """
+
+    def __init__(
+        self, folder: Path | None, facts: dict[str, Any], progress: Progress, step: Callable[[], int], memory: Any
+    ) -> None:
+        self._folder, self._facts, self._progress, self._step, self._memory = folder, facts, progress, step, memory
+        self._cost, self._ended, self._has_failed = 0.0, -math.inf, False
+        self._curves: Any = None
+        self._notes: list[dict[str, Any]] = []
+        with suppress(Exception):  # a new run has none, and a damaged file costs its notes alone
+            earlier = read_json(folder / "report.json")["notes"] if folder is not None and step() else []
+            self._notes = [note for note in earlier if note["step"] <= step()]
+
+    def note(self, text: str) -> None:
+        """Print one line, and list it among the run's events."""
+        self._notes.append({"step": self._step(), "text": text})
+        self._progress.note(text)
+
+    def write(self, *, has_ended: bool = False) -> None:
+        """Write the page, unless that took more than its share of the time since; always once the run has ended."""
+        began = time.monotonic()
+        is_early = began - self._ended < self._cost / PAGE_SHARE and not has_ended
+        if self._folder is None or is_early or self._facts.get("has_ended"):
+            return
+        try:
+            from qlora_native.evaluate.page import Curves, write_page
+
+            self._facts |= {"memory": self._memory and self._memory.as_dict(), "notes": self._notes}
+            self._facts["has_ended"] = has_ended
+            write_whole(self._folder / "report.json", json.dumps(self._facts) + "\n")
+            self._curves = self._curves or Curves(self._folder / "metrics.jsonl")
+            write_page(self._folder, self._curves)
+        except Exception as error:  # whatever it is, the run is worth more
+            if not self._has_failed:
+                self._progress.note(f"report.html could not be written: {reason(error)}")
+            self._has_failed = True
+        self._ended = time.monotonic()
+        self._cost = self._ended - began
+
+    close = partialmethod(write, has_ended=True)

@@ -1,0 +1,294 @@
+"""The page of a run: what it shows, that it is made of the run's folder alone, in a browser too, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import yaml
+from runs import Crash, crash_at
+
+from qlora_native.config import TrainConfig
+from qlora_native.errors import UserError
+from qlora_native.evaluate import page
+from qlora_native.train import progress
+from qlora_native.train.loop import Trainer
+from qlora_native.train.progress import Progress, RunPage, read_metrics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EVERY_CURVE = {"loss", "eval_loss", "lr", "grad_norm", "tokens_per_second"}
+
+
+class Parsed(HTMLParser):
+    """Attributes by tag, and the text inside elements with an id."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.texts: dict[str, str] = {}
+        self._id = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._id = dict(attrs).get("id") or self._id
+
+    def handle_data(self, data: str) -> None:
+        self.texts[self._id] = self.texts.get(self._id, "") + data
+
+    def paths(self) -> dict[tuple[str, str], list[tuple[float, float]]]:
+        """The points of each line, by the key of its curve and its class."""
+        found, key = {}, ""
+        for tag, attributes in self.tags:
+            key = attributes["data-curve"] if tag == "svg" else key
+            if tag == "path" and attributes["class"] != "axis":
+                pairs = [pair.split() for pair in attributes["d"][1:].split("L")]
+                found[key, attributes["class"]] = [(float(x), float(y)) for x, y in pairs]
+        return found
+
+
+def plain(text: str) -> str:
+    return re.sub(r"[^!-~]", "", text)  # a random model writes control characters
+
+
+def config(folder: Path, out: str = "out", **train: Any) -> TrainConfig:
+    options = {
+        "steps": 12,
+        "batch_size": 4,
+        "grad_accum": 1,
+        "lr": 5e-3,
+        "eval_every": 2,
+        "save_every": 4,
+        "samples": 2,
+    }
+    values = runs.settings(folder, folder / out, {"eval_fraction": 0.2}, {"r": 8}, **{**options, **train})
+    return TrainConfig.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that crashed after step 7 and was resumed from step 4."""
+    folder = runs.write_files(tmp_path_factory.mktemp("page"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "PAGE_SHARE", math.inf)
+        with pytest.raises(Crash):
+            Trainer(config(folder), quiet=True, on_step=crash_at(7)).train()
+    Trainer(config(folder).model_copy(update={"resume": "auto"}), quiet=True).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parsed(folder: Path) -> Parsed:
+    return Parsed((folder / "out" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_curve_has_every_point(folder: Path, parsed: Parsed) -> None:
+    lines = read_metrics(folder / "out" / "metrics.jsonl")
+    steps, evaluations = ([line for line in lines if key in line] for key in ("loss", "eval_loss"))
+    assert [line["step"] for line in steps] == [*range(1, 13)] and len(evaluations) == 7
+    paths = parsed.paths()
+    assert {key for key, _ in paths} == EVERY_CURVE
+    for (key, kind), points in paths.items():
+        assert len(points) == (7 if kind == "held-out" else 12)
+        assert all(page.LEFT <= x <= page.RIGHT and page.TOP <= y <= page.BOTTOM for x, y in points)
+        assert [x for x, _ in points] == sorted(x for x, _ in points)
+        values = [
+            line["eval_loss" if kind == "held-out" else key] for line in (evaluations if kind == "held-out" else steps)
+        ]
+        assert np.array_equal(
+            np.argsort([-y for _, y in points], kind="stable")[-1:], np.argsort(values, kind="stable")[-1:]
+        )
+    assert sum(tag == "circle" for tag, _ in parsed.tags) == 14
+    lowest = min(evaluations, key=lambda line: line["eval_loss"])
+    assert f"{lowest['step']}lowest held-out loss: {lowest['eval_loss']:.4f}" in parsed.texts["events"]
+
+
+def test_rows_memory_answers_events_and_config(folder: Path, parsed: Parsed) -> None:
+    facts = json.loads((folder / "out" / "report.json").read_text())
+    train, held_out = facts["rows"]
+    data = parsed.texts["data"]
+    for stats in (train, held_out):
+        assert f"{stats['share_trained']:.1%}" in data and str(stats["tokens"]) in data
+    assert (train["rows"], held_out["rows"]) == (16, 4)
+    memory = facts["memory"]
+    assert f"{sum(memory['predicted'].values()) / 2**20:.2g} MiB" in parsed.texts["memory"]
+    assert memory["measured"] > 0 and "activations" in parsed.texts["memory"]
+    last = [line for line in read_metrics(folder / "out" / "metrics.jsonl") if "samples" in line][-1]["samples"]
+    shown = plain(parsed.texts["samples"])
+    assert len(last) == 2 and all(plain(sample[key]) in shown for sample in last for key in sample)
+    assert "4continuing from" in parsed.texts["events"] and "12checkpoint step-000012" in parsed.texts["events"]
+    shown = yaml.safe_load(parsed.texts["config"])
+    shown["quant"]["type"] = "auto"  # nf4 in the resolved config
+    assert shown == config(folder).model_dump(mode="json", exclude={"resume"})
+
+
+def test_it_is_made_of_the_folder_alone(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "out", tmp_path / "moved")
+    (tmp_path / "moved" / "report.html").unlink()
+    written = page.write_page(tmp_path / "moved")
+    assert written.read_bytes() == (folder / "out" / "report.html").read_bytes()
+    (tmp_path / "moved" / "report.json").unlink()  # of a run of an earlier version
+    page.write_page(tmp_path / "moved")
+    assert {key for key, _ in Parsed(written.read_text(encoding="utf-8")).paths()} == EVERY_CURVE
+    (tmp_path / "moved" / "report.json").write_text('{"notes": 1}')
+    with pytest.raises(UserError, match="moved cannot be read"):
+        page.write_page(tmp_path / "moved")
+
+
+def test_no_request_and_no_markup_of_others(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    attack = "<img src=http://host/x onerror=alert(1)></p><script>1</script>"
+    with (out / "metrics.jsonl").open("a") as file:
+        sample = {"prompt": attack, "before": attack, "answer": attack}
+        file.write(json.dumps({"step": 12, "eval_loss": 1.0, "samples": [sample]}) + '\n{"step": 13, "lo')
+    text = page.write_page(out).read_text(encoding="utf-8")
+    assert text.count("&lt;script&gt;") == 3 and "default-src &#39;none&#39;" not in text
+    found = Parsed(text)
+    assert not {tag for tag, _ in found.tags} & {"script", "img", "link", "iframe", "object"}
+    assert not {name for _, attributes in found.tags for name in attributes} & {"src", "href", "srcset", "onerror"}
+    assert not re.search(r"url\(|@import", text)
+    policy = [
+        attributes["content"] for tag, attributes in found.tags if attributes.get("http-equiv", "")[:7] == "Content"
+    ]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def write_long_run(folder: Path, steps: int) -> None:
+    chance = np.random.default_rng(0)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            record = {"step": step, "loss": 1 + chance.random(), "lr": 2e-4 * (1 - step / steps), "tokens": 4096}
+            record |= {"grad_norm": chance.random(), "seconds": 1.5, "tokens_per_second": 2000 + chance.random()}
+            record["loss"] = 9.0 if step == 12_345 else record["loss"]
+            file.write(json.dumps(record) + "\n")
+            if step % 100 == 0:
+                file.write(json.dumps({"step": step, "eval_loss": 1 + 1 / step, "eval_perplexity": 3.0}) + "\n")
+
+
+def test_a_long_run_is_thinned_and_keeps_its_peak(tmp_path: Path) -> None:
+    write_long_run(tmp_path, 20_000)
+    written = page.write_page(tmp_path)
+    assert written.stat().st_size < 1 << 20
+    paths = Parsed(written.read_text(encoding="utf-8")).paths()
+    assert all(len(points) <= 2 * page.STRETCHES + 2 for points in paths.values())
+    ((peak, _),) = [point for point in paths["loss", "steps"] if point[1] < page.TOP + 5]
+    assert peak == pytest.approx(page.LEFT + (page.RIGHT - page.LEFT) * 12_345 / 20_000, abs=0.1)
+
+
+def test_lines_that_are_new_are_read_and_no_other(tmp_path: Path) -> None:
+    write_long_run(tmp_path, 50)
+    curves = page.Curves(tmp_path / "metrics.jsonl")
+    assert len(curves.read()["loss"][0]) == 50
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 51, "loss": 2.0, "grad_norm": null}\n')
+    points = curves.read()
+    assert points["loss"][0].tolist() == [*range(1, 52)] and len(points["grad_norm"][0]) == 50
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_log"),
+    [
+        *((0, 20_000, False), (1e-9, 2e-4, False), (-3, 7, False), (2.5, 2.5, False), (0, 0, False)),
+        *((0.01, 7, True), (1e-6, 1e6, True), (0.9, 5.1, True), (3, 16, True)),
+    ],
+)
+def test_ticks_are_round_few_and_cover(low: float, high: float, is_log: bool) -> None:
+    marks = page.ticks(low, high, is_log=is_log)
+    assert 2 <= len(marks) <= 8 and marks == sorted(set(marks))
+    assert marks == pytest.approx([float(f"{mark:.3g}") for mark in marks], rel=1e-9)
+    if not is_log:
+        assert marks[0] <= low <= high <= marks[-1] and np.allclose(np.diff(marks), marks[1] - marks[0])
+
+
+def test_a_page_that_fails_ends_no_run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(page, "write_page", fails)
+    monkeypatch.setattr(progress, "PAGE_SHARE", math.inf)
+    summary = Trainer(config(folder, "failing", samples=0)).train()
+    printed = capsys.readouterr().out
+    assert summary.steps == 12 and printed.count("report.html could not be written: a bug") == 1
+    assert not (folder / "failing" / "report.html").exists()
+
+
+def test_it_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, written = [0.0], list[float]()
+
+    def takes_two_seconds(*_: Any) -> None:
+        written.append(clock[0])
+        clock[0] += 2
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(page, "write_page", takes_two_seconds)
+    (tmp_path / "metrics.jsonl").touch()
+    shown = RunPage(tmp_path, {}, Progress(1, 0, 1, quiet=True), lambda: 0, None)
+    for _ in range(100):
+        shown.write()
+        clock[0] += 30
+    shown.close()
+    shown.close()
+    assert len(written) in (8, 9) and np.diff(written)[:-1].min() >= 400
+    assert json.loads((tmp_path / "report.json").read_text())["has_ended"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+
+MEASURE = """<script>addEventListener("load", () => {
+  const boxes = [...document.querySelectorAll("svg path:not(.axis)")].map(path => {
+    const box = path.getBoundingClientRect(), svg = path.closest("svg")
+    return [svg.dataset.curve, path.getTotalLength(), box.width, getComputedStyle(path).stroke]
+  })
+  const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+  const requests = performance.getEntriesByType("resource").map(entry => entry.name)
+  const style = getComputedStyle(document.body), colors = [style.backgroundColor, style.color]
+  const text = Math.min(...[...document.querySelectorAll("text")].map(e => e.getBoundingClientRect().height))
+  parent.postMessage({boxes, wide: wide.length, requests, colors, text, width: innerWidth}, "*")
+})</script>"""
+FRAME = """<body style="margin:0"><iframe src="measured.html" style="border:0; width:{width}px; height:3000px"></iframe>
+<script>addEventListener("message", e => document.body.append(JSON.stringify(e.data)))</script>"""
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_chromium(folder: Path, tmp_path: Path, width: int, is_dark: bool) -> None:
+    """In a frame as wide as the device, since a window has a least width; with a script that the page would refuse."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("chromium is not installed")
+    text = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    own = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', MEASURE, text)
+    assert own != text
+    (tmp_path / "measured.html").write_text(own, encoding="utf-8")
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},3000"]
+    flags += [f"--blink-settings=preferredColorScheme={int(not is_dark)}", f"--screenshot={tmp_path / 'shot.png'}"]
+    done = subprocess.run(
+        [browser, *flags, "--dump-dom", f"file://{tmp_path / 'frame.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = json.loads(re.findall(r"\{\"boxes.*\}", done.stdout)[0])
+    assert found["width"] == width and found["wide"] == 0 and found["requests"] == []
+    assert {key for key, *_ in found["boxes"]} == EVERY_CURVE
+    least = 150 if width < 500 else 200
+    assert all(
+        length > least / 2 and across > least and stroke != "none" for _, length, across, stroke in found["boxes"]
+    )
+    assert found["text"] >= 10  # pixels
+    page_light, ink_light = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in found["colors"])
+    assert (page_light < ink_light) is is_dark and abs(page_light - ink_light) > 450
