@@ -45,7 +45,7 @@ PAGES = [
     ("trl", "peft trl datasets", "adapter/adapter_model.safetensors"),
     ("bitsandbytes", "", "base-model-nf4/model.safetensors base-model-16bit/model.safetensors"),
     ("any-file", "gguf peft", "model.gguf gguf-run/adapter/README.md adapter.gguf"),
-    ("tutorial", "", "run/adapter/README.md run/loss.png run-2/adapter merged/merge_report.md tuned.gguf for-peft"),
+    ("tutorial", "", "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft"),
 ]
 ELSEWHERE = ("pip install", "hf download")  # what a test cannot run: it would need a network
 

@@ -79,8 +79,8 @@ def until(folder: Path, name: str, step: int, **changes: Any) -> None:
 
 
 def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    run(folder, "ddp", parallel="ddp")
-    trainer = run(folder, "fsdp", parallel="fsdp", train={"paged": True, "grad_checkpointing": False})
+    run(folder, "ddp", parallel="ddp", train={"samples": 2})
+    trainer = run(folder, "fsdp", parallel="fsdp", train={"paged": True, "grad_checkpointing": False, "samples": 2})
     found = {"share": same_bytes(rank, trainer.model, folder), "read": trainer.model.reading.bytes_read}
 
     run(folder, "calibrated on two", model=str(folder / "wmse"), parallel="fsdp")
@@ -179,11 +179,15 @@ def test_an_adapter_start_that_one_process_computes_is_refused(folder: Path) -> 
 def test_two_ranks(calibrated: Path) -> None:
     folder = calibrated
     found = on_ranks(2, on_two, folder)
+    answers = {}
     for name in ("ddp", "fsdp"):
         assert apart(folder, name, "one") <= TOLERANCE, name
-        for got, expected in zip(metrics(folder / name), metrics(folder / "one"), strict=True):
+        lines = metrics(folder / name)
+        answers[name] = [line.pop("samples") for line in lines if "samples" in line]
+        for got, expected in zip(lines, metrics(folder / "one"), strict=True):
             assert got == pytest.approx(expected, rel=1e-4), name
         assert apart(folder, f"{name}, resumed", f"{name}, coded") == 0
+    assert answers["fsdp"] == answers["ddp"] and len(answers["ddp"][-1]) == 2
     assert apart(folder, "fsdp, coded", "ddp, coded") <= 1e-3
     assert apart(folder, "calibrated on two", "calibrated") <= TOLERANCE
     assert apart(folder, "calibrated", "one") > 1e-3

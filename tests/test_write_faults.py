@@ -51,8 +51,8 @@ Tree = dict[str, bytes]
 
 
 def tree(folder: Path) -> Tree:
-    """The contents of every file below the folder, by its path from there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """The contents of every file below the folder, by its path from there, without the page, which a run can lack."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stem != "report")
     return {str(path.relative_to(folder)): VARYING.sub(b"", path.read_bytes()) for path in files}
 
 

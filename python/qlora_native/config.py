@@ -176,7 +176,7 @@ class LoopSection(_Section):
         None, "stop after so many evaluations in a row without a lower held-out loss; without it, never early"
     )
     samples: NonNegative | list[str] = _key(
-        0, "prompts, or how many held-out rows, to answer at each evaluation, in up to 64 of the likeliest tokens"
+        0, "prompts, or a number of held-out rows, that are answered at each evaluation: greedy, up to 64 tokens"
     )
     save_every: NonNegative = _key(100, "steps between checkpoints; 0 = at Ctrl-C only")
     keep: Positive = _key(2, "how many of the newest checkpoints stay on disk")
