@@ -20,6 +20,7 @@ from qlora_native.evaluate import measure as measuring
 from qlora_native.evaluate.comparison import Comparison, VariantResult, compare
 from qlora_native.evaluate.measure import Scores, measure
 from qlora_native.evaluate.report import tables, write_report
+from qlora_native.evaluate.retention import retention
 from qlora_native.evaluate.texts import load_text
 from qlora_native.evaluate.variants import Variants
 
@@ -133,6 +134,13 @@ def test_errors_are_those_of_rows_drawn_again() -> None:
     assert mine.excess(best)[1] < 0.1 * mine.loss[1]
     assert math.isnan(Scores(tokens[:1], tokens[:1]).loss[1])
 
+    found = retention(worst, best, mine)
+    assert (found["retention"], found["retention_error"]) == mine.closed(worst, best)
+    assert found["retention"] == pytest.approx(
+        (found["base_loss"] - found["shipped_loss"]) / (found["base_loss"] - found["adapted_loss"])
+    )
+    assert retention(worst, worst, mine)["retention"] is None  # the adapter learned nothing
+
 
 def test_plain_text_is_split_into_windows(folder: Path, tmp_path: Path, tokenizer: Any) -> None:
     ids = tokenizer((folder / "notes.txt").read_text(encoding="utf-8"))["input_ids"]
@@ -185,6 +193,27 @@ def test_the_report_holds_the_measurements(comparison: Comparison, tmp_path: Pat
     first = report["sides"][3]["texts"]["held.jsonl"]
     assert cells[2].split() == [f"{first['loss']:.4f}", "±", f"{first['loss_error']:.4f}"]
     assert f"{100 * first['same_first']:.1f} ±" in cells[6] and f"{100 * first['closed']:.1f} ±" in cells[7]
+
+
+def test_a_shipped_model_is_compared_with_the_adapter(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """In 16 bits over the 4-bit base, so that it is the adapter's model but for one rounding."""
+    if not (folder / "shipped").is_dir():
+        model = qn.load_adapter(qn.load_model(folder / "model"), folder / "adapter")
+        qn.merge(model, "dequantized").save_pretrained(folder / "shipped")
+    variants = Variants(folder / "model", adapter=folder / "adapter", shipped=folder / "shipped")
+    found = compare(variants, [load_text(folder / "held.jsonl", tokenizer)], tokenizer, pad_id=1)
+    assert [variant.name for variant in found.variants] == ["16-bit", "rtn", "rtn + adapter", "shipped"]
+    rows: list[Any] = [found.text_row(variant, "held.jsonl") for variant in found.variants[1:]]
+    base, adapted, shipped = rows
+    share = (base["loss"] - shipped["loss"]) / (base["loss"] - adapted["loss"])
+    assert shipped["retention"] == pytest.approx(share) and share == pytest.approx(1, abs=0.1)
+    assert shipped["closed"] is None and "retention" not in adapted
+    write_report(found, tmp_path, [])
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    cells = next(line for line in page.splitlines() if line.startswith("| shipped ")).split("|")
+    assert cells[8].split() == [f"{shipped['retention']:.4f}", "±", f"{shipped['retention_error']:.4f}"]
+    with pytest.raises(UserError, match="give the adapter"):
+        Variants(folder / "model", shipped=folder / "shipped")
 
 
 def test_a_comparison_without_a_reference_has_no_column_for_it(comparison: Comparison, tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.cli import main
+from qlora_native.evaluate.measure import measure
+from qlora_native.evaluate.texts import load_text
 from qlora_native.hf import convert
 from qlora_native.hf.checkpoint import Checkpoint
+from qlora_native.hf.load import load_dense
 from qlora_native.hf.merge import Merging
 from qlora_native.lora import adapter as stored_adapter
 
@@ -78,6 +81,17 @@ def test_original_in_bf16_answers_like_base_and_adapter(files: Path, capsys: pyt
     assert json.loads((out / "merge_report.json").read_text()) == result
     markdown = (out / "merge_report.md").read_text()
     assert f"`{result['largest_drift']['layer']}`" in markdown and markdown.count("| model.layers.") == 14
+
+    found = result["retention"]
+    share = (found["base_loss"] - found["shipped_loss"]) / (found["base_loss"] - found["adapted_loss"])
+    assert found["retention"] == pytest.approx(share) and f"{found['shipped_loss']:.4f}" in markdown
+    held_out = load_text(files / "sample.jsonl", AutoTokenizer.from_pretrained(files / "model")).rows
+    for name, model in (
+        ("base", qn.load_model(files / "model")),
+        ("adapted", qn.load_adapter(qn.load_model(files / "model"), files / "adapter")),
+        ("shipped", load_dense(out)),
+    ):
+        assert found[f"{name}_loss"] == pytest.approx(measure(model, held_out, 0)[0].loss[0], rel=1e-6), name
 
     close, far = result["logits"]
     assert "16-bit" in close["against"] and "4-bit" in far["against"]

@@ -15,6 +15,7 @@ from tiny_models import four_bit_layers
 import qlora_native as qn
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
+from qlora_native.evaluate.retention import describe
 from qlora_native.lora import LoRALinear, lora_layers
 from qlora_native.lora.shipped import gain_of, shipped_linear, shipped_weight
 from qlora_native.train.loop import Trainer, TrainSummary
@@ -58,6 +59,17 @@ def test_the_model_written_is_the_model_evaluated(shipped: tuple[Trainer, TrainS
     held_out = run.config.data.load(run.config.data.train, run.tokenizer).split(4, seed=run.config.train.seed)[1]
     run_of_it = Trainer(run.config, model=loaded, tokenizer=run.tokenizer, quiet=True)
     assert run_of_it.evaluate(held_out) == pytest.approx(summary.loss_after, abs=1e-6)
+
+    found: Any = summary.retention
+    assert found["shipped_loss"] == pytest.approx(summary.loss_after) and found["tokens"] > 0
+    assert found["base_loss"] == pytest.approx(summary.loss_before)  # B is zero at the start
+    beside: Any = qn.load_adapter(qn.load_model(run.config.model), summary.adapter_dir)
+    adapted = Trainer(run.config, model=beside, tokenizer=run.tokenizer, quiet=True).evaluate(held_out)
+    assert found["adapted_loss"] == pytest.approx(adapted, abs=1e-6)
+    share = (summary.loss_before - summary.loss_after) / (summary.loss_before - adapted)  # type: ignore[operator]
+    assert found["retention"] == pytest.approx(share, abs=1e-4) and found["retention_error"] > 0
+    card = (summary.adapter_dir / "README.md").read_text(encoding="utf-8")
+    assert describe(found) in card
 
 
 def test_it_loads_elsewhere(shipped: tuple[Trainer, TrainSummary], theirs: Any) -> None:

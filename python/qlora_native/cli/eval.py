@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("--choices", None, str, argparse.SUPPRESS, {"nargs": "*"}),  # of older versions
         ("--lm-eval", "TASK", str, "tasks of lm-eval, if it is installed", several),
         ("--adapter", "DIR", user_path, "an adapter, measured on the first 4-bit form", {}),
+        ("--shipped", "DIR", user_path, "a model that the adapter was merged into: what it keeps", {}),
         ("--compare", "METHOD", str, methods, several),
         ("--calibration", "FILE", user_path, "text for wmse and gptq; not one that is evaluated", {}),
         ("--reference", "DIR", user_path, "the 16-bit model that a 4-bit MODEL was made from", {}),
@@ -38,6 +39,7 @@ and element of its hidden state are kept in a temporary file.
 examples:
   qlora eval Llama-3.1-8B --data heldout.jsonl --adapter run/adapter
   qlora eval Llama-3.1-8B --data heldout.jsonl notes.txt --compare rtn wmse gptq --calibration train.jsonl --report eval
+  qlora eval Llama-3.1-8B --data heldout.jsonl --adapter run/adapter --shipped run/shipped
   qlora eval Llama-3.1-8B-nf4 --reference Llama-3.1-8B --lm-eval arc_easy"""
 
 
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             methods=list(dict.fromkeys(args.compare)),
             adapter=args.adapter,
+            shipped=args.shipped,
             reference=args.reference,
             calibration=args.calibration,
             options={"device": "cuda"} if torch.cuda.is_available() else {},
@@ -80,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
         pad_id = padding_id(tokenizer)
         result = compare(variants, texts, tokenizer, pad_id=pad_id, tasks=args.lm_eval, limit=args.rows, note=note)
     if args.report:
-        settings = {"calibration": args.calibration, "adapter": args.adapter, "16-bit reference": args.reference}
+        settings = {"calibration": args.calibration, "adapter": args.adapter, "shipped": args.shipped}
+        settings["16-bit reference"] = args.reference
         about = [f"{name}: {value}" for name, value in settings.items() if value is not None]
         with as_write_error(args.report):
             drawn = write_report(result, args.report, [*(text.about for text in texts), *about])

@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quantizing(parser)
     add_shard_size(parser)
     add("--check", action="store_true", help="report the error of each weight and the logits' drift")
-    sample = "--check: a text or data file to compare logits on (default: a few sentences)"
+    sample = "--check: held-out rows, on which losses are compared too (default: a few sentences, for the logits alone)"
     add("--sample", type=user_path, metavar="FILE", help=sample)
     add("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = f"""Tensors are read, merged and written a few megabytes at a time, so the model may be larger than
@@ -46,7 +46,7 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     from qlora_native._io import as_user_error, as_write_error, write_whole
-    from qlora_native.export.check import check_logits, check_weights, report_markdown, sample_rows
+    from qlora_native.export.check import check_logits, check_retention, check_weights, report_markdown, sample_rows
     from qlora_native.hf.merge import Merging
     from qlora_native.hf.source import load_tokenizer
 
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.sample and not args.check:
         raise UserError("qlora merge: --sample is for --check, which is not given; add --check or leave it out")
     with as_user_error():
-        rows = sample_rows(args.sample, load_tokenizer(str(source))) if args.check else []
+        tokenizer = load_tokenizer(str(source)) if args.check else None
+        rows = sample_rows(args.sample, tokenizer) if args.check else []
         seconds = stopwatch()
         given = as_trained(args, args.base == "dequantized" or args.check)
         work = Merging(source, adapter, base=args.base, to=args.to, **given)
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
             result["weights"] = check_weights(work, out)
             result["largest_drift"] = max(result["weights"], key=lambda row: row["error"], default=None)
             result["logits"] = check_logits(work, out, rows)
+            if args.sample:
+                result["retention"] = check_retention(work, adapter, out, args.sample, tokenizer)
             with as_write_error(out):
                 write_whole(out / f"{REPORT}.json", json.dumps(result, indent=2) + "\n")
                 write_whole(out / f"{REPORT}.md", report_markdown(result))
@@ -111,4 +114,8 @@ def _check_lines(result: dict[str, Any], out: Path) -> Iterator[str]:
             f"logits against {row['against']}: KL {row['kl_mean']:.2g} nats a token (largest {row['kl_max']:.2g}), "
             f"relative difference {row['relative']:.2g}, {100 * row['same_top']:.1f} % the same likeliest token"
         )
+    if "retention" in result:
+        from qlora_native.evaluate.retention import describe
+
+        yield describe(result["retention"])
     yield f"report: {out / REPORT}.md and .json"

@@ -14,8 +14,9 @@ from typing import Any
 from qlora_native.data.template import check_vocabulary
 from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.measure import Kept, Scores, measure
+from qlora_native.evaluate.retention import retention
 from qlora_native.evaluate.texts import Text
-from qlora_native.evaluate.variants import ADAPTED, REFERENCE, Variants
+from qlora_native.evaluate.variants import ADAPTED, REFERENCE, SHIPPED, Variants
 
 
 @dataclass
@@ -45,13 +46,18 @@ class Comparison:
         """Plain rounding, from which the share of the gap closed is counted."""
         return next((variant for variant in self.variants if variant.name == "rtn"), None)
 
+    @property
+    def ships(self) -> bool:
+        """Whether a model is among them into which the adapter was merged."""
+        return any(variant.name == SHIPPED for variant in self.variants)
+
     def text_row(self, variant: VariantResult, text: str) -> dict[str, float | None]:
         """The figures of one variant on one text; those against the reference are None without one, shares of the gap
         closed without plain rounding."""
         scores = variant.texts[text]
         best = self.reference.texts[text] if self.reference else None
         worst = self.baseline.texts[text] if self.baseline else None
-        is_adapted = variant.name.endswith(ADAPTED)  # what an adapter learned is no part of what 4 bits lost
+        is_adapted = variant.name.endswith((ADAPTED, SHIPPED))  # what an adapter learned is no part of what 4 bits lost
         pairs = {
             "loss": scores.loss,
             "excess": scores.excess(best) if best else None,
@@ -62,6 +68,11 @@ class Comparison:
         row: dict[str, float | None] = {"tokens": float(scores.tokens.sum()), "perplexity": scores.perplexity}
         for name, pair in pairs.items():
             row[name], row[f"{name}_error"] = pair or (None, None)
+        adapted = next((other for other in self.variants if other.name.endswith(ADAPTED)), None)
+        if variant.name == SHIPPED and adapted is not None:
+            base = next(other for other in self.variants if f"{other.name}{ADAPTED}" == adapted.name)
+            found = retention(base.texts[text], adapted.texts[text], scores)
+            row |= {key: found[key] for key in ("retention", "retention_error")}
         return row
 
     def as_dict(self) -> dict[str, Any]:

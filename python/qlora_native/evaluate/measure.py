@@ -72,11 +72,11 @@ def ratio(values: Tensor, weights: Tensor) -> tuple[float, float]:
     """sum(values) / sum(weights) over rows, fp64 [rows], and its standard error with rows as the sample.
 
     The error is the linearized one of a ratio estimator (Cochran, "Sampling Techniques", section 2.11); nan for fewer
-    than two rows.
+    than two rows, both are for a sum of weights of zero.
     """
     total, rows = float(weights.sum()), len(values)
     share = float(values.sum()) / total if total else math.nan
-    if rows < 2:
+    if rows < 2 or not total:
         return share, math.nan
     residuals = values - share * weights
     return share, math.sqrt(rows / (rows - 1) * float(residuals.square().sum())) / abs(total)

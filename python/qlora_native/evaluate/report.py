@@ -17,6 +17,9 @@ that of the 16-bit model on the same rows; KL is the divergence of the distribut
 model's, in nats; "same first token" is how often both name the same most likely token; "gap closed" is the share of
 plain rounding's (`rtn`) distance from 16 bits that is gone. Behind ± stands the standard error over rows, of the paired
 difference where two models are compared; it does not cover other texts, seeds or models."""
+RETENTION = "retention"
+SHIPS = """Retention is (L_base - L_shipped) / (L_base - L_adapter): the part of what the adapter gained over the 4-bit
+base that the model without an adapter keeps."""
 
 
 def tables(comparison: Comparison) -> list[str]:
@@ -25,7 +28,8 @@ def tables(comparison: Comparison) -> list[str]:
     for text in comparison.variants[0].texts:
         body = [_cells(comparison, variant, text) for variant in comparison.variants]
         tokens = comparison.text_row(comparison.variants[0], text)["tokens"]
-        lines += [f"**{text}**, {tokens:,.0f} tokens predicted", "", *_table(COLUMNS, body), ""]
+        head = (*COLUMNS, RETENTION)[: len(body[0])]
+        lines += [f"**{text}**, {tokens:,.0f} tokens predicted", "", *_table(head, body), ""]
     for task, metrics in comparison.variants[0].tasks.items():
         body = [
             [variant.name, *(f"{variant.tasks[task].get(key, float('nan')):.4g}" for key in metrics)]
@@ -43,7 +47,8 @@ def write_report(comparison: Comparison, folder: Path, about: Sequence[str]) -> 
     page = [f"# {Path(comparison.model).name}", "", *(f"- {line}" for line in about), "", *tables(comparison)]
     if drawn:
         page += ["", "![Loss of each variant](report.png)"]
-    write_whole(folder / "report.md", "\n".join([*page, "", MEANING, ""]))
+    meaning = [MEANING, SHIPS] if comparison.ships else [MEANING]
+    write_whole(folder / "report.md", "\n".join([*page, "", *meaning, ""]))
     return drawn or not comparison.variants[0].texts
 
 
@@ -79,7 +84,8 @@ def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[st
     closes = against and variant is not comparison.baseline and row["closed"] is not None
     figures = [_figure(row, "excess"), _figure(row, "kl"), _figure(row, "same_first", 100)] if against else [""] * 3
     loss = [_figure(row, "loss"), f"{row['perplexity']:,.2f}"]
-    return [variant.name, *loss, *figures, _figure(row, "closed", 100) if closes else ""]
+    ships = [_figure(row, RETENTION) if RETENTION in row else ""] if comparison.ships else []
+    return [variant.name, *loss, *figures, _figure(row, "closed", 100) if closes else "", *ships]
 
 
 def _figure(row: dict[str, float | None], key: str, scale: int = 1) -> str:

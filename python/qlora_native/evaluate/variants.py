@@ -15,7 +15,7 @@ from qlora_native.hf.source import AUTO, open_source
 from qlora_native.lora import load_adapter
 from qlora_native.weight import CALIBRATED, METHODS
 
-REFERENCE, FOUR_BIT, KEPT, ADAPTED = "16-bit", "4-bit", "as it is", " + adapter"
+REFERENCE, FOUR_BIT, KEPT, ADAPTED, SHIPPED = "16-bit", "4-bit", "as it is", " + adapter", "shipped"
 
 
 @dataclass
@@ -24,12 +24,14 @@ class Variants:
 
     A 16-bit model is its own reference, and each of ``methods`` makes a 4-bit form of it. A model whose files are 4-bit
     is one form, and ``reference`` may name the 16-bit model it was made from. A GGUF file whose weights are kept is one
-    form too, unless methods are named; it is its own reference, decoded. The adapter is measured on the first form.
+    form too, unless methods are named; it is its own reference, decoded. The adapter is measured on the first form, and
+    ``shipped`` is a model into which it was merged.
     """
 
     model: Path
     methods: Sequence[str] = ()
     adapter: Path | None = None
+    shipped: Path | None = None
     reference: Path | None = None
     calibration: Any = None  # as load_model takes it
     options: dict[str, Any] = field(default_factory=dict)  # of load_model besides
@@ -50,6 +52,9 @@ class Variants:
         if self.adapter is not None and not (self.adapter / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} has no adapter_config.json: expected an adapter folder")
 
+        if self.shipped is not None and self.adapter is None:
+            raise UserError(f"{self.shipped} is compared with the adapter that was merged into it: give the adapter")
+
     def loaders(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Each variant's name and a function that loads it, in the order in which they are to be measured."""
         dense = self.reference if self.is_four_bit else self.reference or self.model
@@ -65,4 +70,7 @@ class Variants:
         if (adapter := self.adapter) is not None:
             name, load = forms[0]
             yield f"{name}{ADAPTED}", lambda: load_adapter(load(), adapter)
+        if self.shipped is not None:
+            made = load_to_device if open_source(self.shipped).is_four_bit else load_dense
+            yield SHIPPED, partial(made, self.shipped, **self.options)
         yield from forms[1:]

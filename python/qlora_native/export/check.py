@@ -11,15 +11,21 @@ from torch import Tensor, nn
 
 from qlora_native._io import reading, regular
 from qlora_native.data.dataset import load_dataset
+from qlora_native.data.template import padding_id
 from qlora_native.errors import UserError
+from qlora_native.evaluate.measure import Scores, measure
+from qlora_native.evaluate.retention import describe, retention
+from qlora_native.evaluate.texts import load_text
 from qlora_native.hf.checkpoint import Checkpoint
 from qlora_native.hf.load import load_dense, load_model
 from qlora_native.hf.merge import Merging
 from qlora_native.hf.plan import Converted
+from qlora_native.lora import load_adapter
 from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.weight import from_bnb
 
 SAMPLE_ROWS, SAMPLE_TOKENS = 4, 128
+HELD_OUT_ROWS, HELD_OUT_TOKENS = 64, 512
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and the dog, which has seen this before, sleeps on.",
     "Water boils at 100 degrees Celsius at sea level; on a mountain of 3000 metres it boils at about 90 degrees.",
@@ -73,6 +79,21 @@ def check_logits(work: Merging, folder: Path, rows: Sequence[Sequence[int]]) -> 
     expected = {name: _logits(work.source.path, options, rows, work.adapter) for name, options in references.items()}
     merged = _logits(folder, four_bit if work.target != "16bit" else {}, rows)
     return [{"against": name, **drift(logits, merged)} for name, logits in expected.items()]
+
+
+def check_retention(work: Merging, adapter: Path, folder: Path, sample: Path, tokenizer: Any) -> dict[str, Any]:
+    """How much of what the adapter learned the merged model keeps on the first HELD_OUT_ROWS rows of ``sample``; the
+    models are in memory one after the other."""
+    rows = load_text(sample, tokenizer, max_length=HELD_OUT_TOKENS, limit=HELD_OUT_ROWS).rows
+    options = {} if work.is_kept else {**work.options, "skip_modules": work.skip_modules}
+
+    def scores(model: Any) -> Scores:
+        return measure(model, rows, padding_id(tokenizer))[0]
+
+    base: Any = load_model(work.source.path, **options)
+    before, adapted = scores(base), scores(load_adapter(base, adapter))
+    del base
+    return retention(before, adapted, scores((load_dense if work.target == "16bit" else load_model)(folder)))
 
 
 def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> dict[str, Any]:
@@ -179,6 +200,7 @@ def report_markdown(report: dict[str, Any]) -> str:
             for row in report["logits"]
         ),
         "",
+        *(["## Held-out loss", "", f"{describe(report['retention'])}.", ""] if report.get("retention") else []),
         "## Weights",
         "",
         "error: |written - (W + scale B A)| / |W + scale B A|. change: |scale B A| / |W|. lost: |written - exact| / "

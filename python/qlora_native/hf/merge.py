@@ -207,7 +207,7 @@ class Merging(Conversion):
         skip_modules: tuple[str, ...] = (OUTPUT_EMBEDDING,),
     ) -> None:
         source = open_source(path)
-        is_kept = source.keeps(quant_type)
+        self.is_kept = is_kept = source.keeps(quant_type)
         rounded = "nf4" if quant_type in (AUTO, KEEP) else quant_type
         options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
         super().__init__(source, "bitsandbytes" if to == "nf4" else "16bit", TARGETS[to], options, skip_modules)

@@ -34,6 +34,10 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     if facts["loss_after"] is not None:
         before = "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before training, "
         losses = f"\nHeld-out loss: {before}{facts['loss_after']:.4f} nats a token after it.\n"
+    if facts["retention"] is not None:
+        from qlora_native.evaluate.retention import describe
+
+        losses += f"\nThe folder `shipped` holds a 4-bit model without an adapter: {describe(facts['retention'])}.\n"
     answers = ""
     if facts["samples"]:
         shown = json.dumps(facts["samples"], indent=1, ensure_ascii=False)

@@ -73,6 +73,7 @@ class TrainState:
     samples: list[dict[str, str]] = field(default_factory=list)  # the last answers, beside the first
     gains: list[float] = field(default_factory=list)  # of the layers, once they compute as what they ship as
     data: dict[str, Any] = field(default_factory=dict)
+    retention: dict[str, Any] | None = None  # of what ships, as evaluate/retention.py has it
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class TrainSummary:
     weight_bytes_read: int = 0  # of frozen weights that did not fit, by this process
     weight_stall_seconds: float = 0.0  # waiting for them
     shipped_dir: Path | None = None  # the 4-bit model that the last evaluation was of
+    retention: dict[str, Any] | None = None  # how much of what the adapter learned that model keeps
 
 
 class Trainer:
@@ -297,6 +299,9 @@ class Trainer:
                         )
             memory_line = None if memory is None else memory.line()  # before the plot of the losses takes memory
             page.close()
+            if shipping is not None and held_out:
+                losses = partial(self._losses, held_out)
+                state.retention = oom_retry.run(partial(shipping.retention, losses, ranks), "evaluation of what ships")
             summary = self._finish(state, oom_retry, weights, progress, speeds, time.monotonic() - began)
             if memory_line is not None:
                 progress.note(memory_line)
@@ -318,18 +323,23 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, rows: TokenizedDataset) -> float:
         """Mean loss in nats over every trained token of ``rows``, with dropout off; draws no random number."""
-        total, trained = 0.0, 0
+        parts = self._losses(rows)
+        total, trained = self.ranks.sum(sum(nats for nats, _ in parts), sum(count for _, count in parts))
+        return total / trained
+
+    @torch.no_grad()
+    def _losses(self, rows: TokenizedDataset) -> list[tuple[float, int]]:
+        """Nats and trained tokens of each of this rank's micro-batches of ``rows``."""
         data = self.config.data
         items: Items = evaluation_order(rows.lengths, data.max_length if data.packing else None)
         self.model.eval()
         try:
-            for batch, count in self._micro_batches(rows, items):
-                total += causal_lm_loss(self.model, batch).item() * count
-                trained += count
+            return [
+                (causal_lm_loss(self.model, batch).item() * count, count)
+                for batch, count in self._micro_batches(rows, items)
+            ]
         finally:
             self.model.train()
-        total, trained_of_all = self.ranks.sum(total, trained)
-        return total / trained_of_all
 
     def _micro_batches(self, rows: TokenizedDataset, items: Items) -> Iterator[tuple[Batch, int]]:
         """This rank's micro-batches, each with its number of trained tokens: 0 for a filler."""
@@ -422,6 +432,7 @@ class Trainer:
             weight_bytes_read=weights.bytes_read,
             weight_stall_seconds=weights.stall_seconds,
             shipped_dir=shipped_dir,
+            retention=state.retention,
         )
         progress.note(describe(summary))
         return summary
@@ -450,6 +461,10 @@ def describe(summary: TrainSummary) -> str:
     lines.append(f"adapter: {summary.adapter_dir}")
     if summary.shipped_dir is not None:
         lines.append(f"the 4-bit model of this loss: {summary.shipped_dir}")
+    if summary.retention is not None:
+        from qlora_native.evaluate.retention import describe as in_words
+
+        lines.append(in_words(summary.retention))
     if summary.best_dir is not None and summary.best_step != summary.steps:
         lines.append(f"lowest held-out loss {summary.best_loss:.4f} at step {summary.best_step}: {summary.best_dir}")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,14 @@ import torch
 
 from qlora_native._io import as_write_error, atomic_folder
 from qlora_native.config import TrainConfig
+from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
+from qlora_native.evaluate.measure import Scores
+from qlora_native.evaluate.retention import retention
 from qlora_native.hf.checkpoint import aligned_files
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.loss import causal_lm_loss
-from qlora_native.lora import LoRALinear, lora_layers
+from qlora_native.lora import LoRALinear, adapters_off, lora_layers
 from qlora_native.lora.shipped import gain_of, shipped_weight
 from qlora_native.nn import QuantizedLinear
 from qlora_native.train.batches import Batch
@@ -68,6 +71,32 @@ class Shipping:
             for hook in hooks:
                 hook.remove()
         return [found[layer] if layer in found else gain_of(layer) for layer in self.layers.values()]
+
+    def retention(self, losses: Callable[[], list[tuple[float, int]]], ranks: OneProcess) -> dict[str, Any] | None:
+        """What the model that ships keeps of what the adapter learned, with micro-batches as the sample; None if
+        modules are trained whole, of which no earlier values are kept.
+
+        ``losses`` are nats and tokens of each of this rank's micro-batches, by the model as it is then.
+        """
+        if self.model.lora_config.modules_to_save:
+            return None
+
+        def scores() -> Scores:
+            parts = [part for of_rank in ranks.gather(losses()) for part in of_rank]
+            nats, tokens = torch.tensor(parts, dtype=torch.float64).t()
+            return Scores(tokens, nats)
+
+        shipped, gains = scores(), [layer.gain for layer in self.layers.values()]
+        try:
+            for layer in self.layers.values():
+                layer.gain = None
+            adapted = scores()
+            with adapters_off(self.model):
+                base = scores()
+        finally:
+            for layer, gain in zip(self.layers.values(), gains, strict=True):
+                layer.gain = gain
+        return retention(base, adapted, shipped)
 
     def write(self, folder: Path, tokenizer: Any) -> Path:
         """Write the model with these codes, 4-bit in bitsandbytes' format, and no adapter."""
