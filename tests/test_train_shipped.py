@@ -110,7 +110,7 @@ def layer_with(change: float) -> Any:
     return layer
 
 
-@pytest.mark.parametrize("change", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("change", [1e-3, 1e-2, 1e-1, 1])
 @pytest.mark.parametrize("seen", [True, False])
 def test_the_outputs_move_as_far_as_the_adapter_moves_them(seen: bool, change: float) -> None:
     """Of inputs that differ in size from column to column, and have directions in common."""
@@ -122,6 +122,11 @@ def test_the_outputs_move_as_far_as_the_adapter_moves_them(seen: bool, change: f
     if seen:
         moved, wanted = x @ moved.t(), x @ wanted.t()
     assert float((moved * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.25)
+    assert 1 <= layer.gain < 8 / change
+
+
+def test_a_change_beyond_the_range_of_the_blocks_is_rounded_to_nearest() -> None:
+    assert gain_of(layer_with(100.0)) == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qlora_native._io import user_path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from qlora_native.hf.merge import Merging
 
 REPORT = "merge_report"
+METHODS = ("gptq", "rtn")
+CALIBRATION_ROWS = 16  # sequences, over a 4-bit base
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--base", choices=("original", "dequantized"), default="original", help=base)
     add("--to", choices=("bf16", "fp16", "fp32", "nf4"), default="bf16", help="what to write (default: bf16)")
+    methods = "--to nf4: rtn rounds the sum to nearest, gptq hands on what rounding loses to later columns "
+    methods += "(default: gptq with --calibration, else rtn)"
+    add("--method", choices=METHODS, help=methods)
+    text = "--to nf4: text such as the model will meet, any file that training reads"
+    add("--calibration", metavar="FILE", help=text)
     add_quantizing(parser)
     add_shard_size(parser)
     add("--check", action="store_true", help="report the error of each weight and the logits' drift")
@@ -46,21 +54,39 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     from qlora_native._io import as_user_error, as_write_error, write_whole
+    from qlora_native.calibration.data import CalibrationData
     from qlora_native.export.check import check_logits, check_retention, check_weights, report_markdown, sample_rows
-    from qlora_native.hf.merge import Merging
+    from qlora_native.hf.merge import Merging, calibrated_codes
     from qlora_native.hf.source import load_tokenizer
 
     source, adapter, out = args.model, args.adapter, args.out
     refuse_existing(out, "--out")
     if args.sample and not args.check:
         raise UserError("qlora merge: --sample is for --check, which is not given; add --check or leave it out")
+    if args.to != "nf4" and (args.method or args.calibration):
+        raise UserError(f"qlora merge: --method and --calibration are for --to nf4, and --to is {args.to}")
+    args.method = args.method or ("gptq" if args.calibration else "rtn")
+    if (args.method == "gptq") != bool(args.calibration):
+        raise UserError(
+            "qlora merge: --method gptq and --calibration FILE, text such as the model will meet, go together; give "
+            "both or neither"
+        )
     with as_user_error():
         tokenizer = load_tokenizer(str(source)) if args.check else None
         rows = sample_rows(args.sample, tokenizer) if args.check else []
         seconds = stopwatch()
         given = as_trained(args, args.base == "dequantized" or args.check)
         work = Merging(source, adapter, base=args.base, to=args.to, **given)
-        write_merged(work, out, args.shard_size)
+        if args.method == "rtn":
+            write_merged(work, out, args.shard_size)
+        else:
+            with as_write_error(out), TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+                if work.four_bit or work.rounded:
+                    calibration = CalibrationData(args.calibration, rows=CALIBRATION_ROWS)
+                    work.codes = calibrated_codes(work, adapter, calibration, Path(folder))
+                    write_merged(work, out, args.shard_size)
+                else:
+                    write_calibrated(work, args, given, Path(folder))
         result: dict[str, Any] = {
             "out": str(out),
             "model": str(source),
@@ -102,6 +128,28 @@ def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
         work.write(partial, shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+
+
+def write_calibrated(work: Merging, args: argparse.Namespace, given: dict[str, Any], folder: Path) -> None:
+    """Write the sum as :func:`qlora_native.quantize_calibrated` rounds it; it lies in ``folder`` in 16 bits, and is
+    read from there layer after layer."""
+    from qlora_native._io import as_write_error, atomic_folder
+    from qlora_native.calibration.data import CalibrationData
+    from qlora_native.hf.checkpoint import aligned_files
+    from qlora_native.hf.load import load_model
+    from qlora_native.hf.merge import Merging
+    from qlora_native.hf.source import load_tokenizer
+
+    out, tokenizer = args.out, load_tokenizer(str(args.model))
+    write_merged(Merging(args.model, args.adapter, base=args.base, **given), folder / "sum", args.shard_size)
+    calibration = CalibrationData(args.calibration, tokenizer=tokenizer)
+    options = {**work.options, "skip_modules": work.skip_modules, "method": "gptq", "calibration": calibration}
+    model: Any = load_model(folder / "sum", **options)
+    with as_write_error(out), atomic_folder(out) as partial, aligned_files():
+        model.save_pretrained(partial, max_shard_size=args.shard_size)
+        tokenizer.save_pretrained(partial)
+    files = list(out.glob("*.safetensors"))
+    work.report.files, work.report.num_bytes = len(files), sum(file.stat().st_size for file in files)
 
 
 def _check_lines(result: dict[str, Any], out: Path) -> Iterator[str]:

@@ -87,7 +87,7 @@ def calibrated(
 
 
 @contextmanager
-def _side_by_side(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+def side_by_side(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Threads that each run ops of torch alone; and how many they are."""
     threads = torch.get_num_threads()
     count = min(threads, MOST_THREADS) if device.type == "cpu" else 1
@@ -114,7 +114,7 @@ class _Layers:
         outside = [name for name in meta.weights if not name.startswith(inside)]
         fell_back = dict.fromkeys(outside, "it stands outside the decoder layers: 'rtn'")
         self.calls = LayerCalls(meta.prepare(), self.layers)
-        with _side_by_side(meta.device) as (self.pool, self.threads):
+        with side_by_side(meta.device) as (self.pool, self.threads):
             start = finished.count if finished else 0
             ids = self.ids.to(meta.device)
             first = self.calls.first_input(ids[:1])

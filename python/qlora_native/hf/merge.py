@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +12,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_native.calibration.adapted import adapted_codes
+from qlora_native.calibration.data import CalibrationData, take_tokens
+from qlora_native.calibration.statistics import Statistics
 from qlora_native.errors import UserError
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, put_dense
+from qlora_native.hf.calibrated import side_by_side
 from qlora_native.hf.checkpoint import Output, Scratch, ShardWriter
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.convert import Conversion, Job, decoded_parts, part_size, slices
 from qlora_native.hf.fuse import unfuse
-from qlora_native.hf.load import LoadReport, make_report
+from qlora_native.hf.load import LoadReport, load_model, make_report
+from qlora_native.hf.loss import hidden_states
+from qlora_native.hf.mapped import BESIDE, stream_if_needed
 from qlora_native.hf.plan import Converted, FourBit, Plain, Step
-from qlora_native.hf.source import AUTO, KEEP, Source, open_source
-from qlora_native.lora import LoRALinear
+from qlora_native.hf.source import AUTO, KEEP, Source, load_tokenizer, open_source
+from qlora_native.lora import LoRALinear, load_adapter, lora_layers
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.config import ZERO
 from qlora_native.lora.layer import trained_whole
 from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
-from qlora_native.weight import QuantizedWeight
+from qlora_native.weight import QuantizedWeight, to_bnb
 
 
 def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -184,6 +192,9 @@ TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
 class Merging(Conversion):
     """A conversion that writes W + scale * B A, the sum taken in fp32 and rounded once, of every adapted weight.
 
+    ``codes`` are files of packed codes by the path of an adapted layer, which it gets under the scales of its 4-bit W
+    (:func:`calibrated_codes`); without one the sum is rounded to nearest.
+
     Memory beyond that of a conversion: the packed bytes of a 4-bit weight; the whole 16-bit model if it is GGUF.
 
     Args:
@@ -226,6 +237,7 @@ class Merging(Conversion):
                     f"{source.path} has stacks of experts ({stacks[0]}), which are merged from 4 bits only where they "
                     f"are stored so: `qlora convert {source.path} DIR --to qlora` first, then merge that folder."
                 )
+        self.codes: dict[str, Path] = {}
         for name in self.transposed:  # an adapter is read for linear layers
             width, height = self.meta.shapes[name].shape
             self.meta.model.set_submodule(name.removesuffix(".weight"), nn.Linear(width, height, device="meta"))
@@ -241,7 +253,7 @@ class Merging(Conversion):
 
     def quantization_config(self) -> dict[str, Any] | None:
         config = super().quantization_config()
-        return config and {**config, METADATA: {"method": "rtn"}}  # what an adapter changed is rounded to nearest
+        return config and {**config, METADATA: {"method": "gptq" if self.codes else "rtn"}}
 
     def jobs(self) -> Iterator[Job]:
         yield from super().jobs()
@@ -288,6 +300,9 @@ class Merging(Conversion):
 
     def _merged(self, step: Plain | FourBit, key: str) -> Job:
         if self.becomes_four_bit(step):
+            path = step.name.removesuffix(".weight")
+            if path in self.codes:
+                return self._recoded(key, step, self.codes[path])
             return self._packed(key, step, (part.view(-1) for part in self.rows(step)))
         dtype = self.meta.dtype_of(step.name)
 
@@ -297,6 +312,23 @@ class Merging(Conversion):
                 writer.write(key, part)
 
         return Job([Output(key, dtype, tuple(self.meta.shapes[step.name].shape))], write)
+
+    def _recoded(self, key: str, step: Plain | FourBit, codes: Path) -> Job:
+        def write(writer: ShardWriter) -> None:
+            weight = self.four_bit_base(step)
+            packed = torch.from_file(str(codes), size=weight.packed.numel(), dtype=torch.uint8)
+            weight.packed = packed.view_as(weight.packed)
+            for name, tensor in to_bnb(weight, key).items():
+                writer.write(name, tensor)
+            self.report.quantized += 1
+
+        return Job(self._packed(key, step, iter(())).outputs, write)
+
+    def four_bit_base(self, step: Plain | FourBit) -> QuantizedWeight:
+        """The 4-bit weight that the adapter was trained on."""
+        if isinstance(step, FourBit):
+            return step.weight(self.source.read)
+        return self.quantized(step.key, step, self.parts(step.stored, step.name in self.transposed))
 
     def rows(self, step: Plain | FourBit) -> Iterator[Tensor]:
         """The merged weight from top to bottom, fp32 [n, K] at a time."""
@@ -316,11 +348,48 @@ class Merging(Conversion):
 
     def base_rows(self, step: Plain | FourBit) -> Iterator[Tensor]:
         """The weight that the adapter is added to, [n, K] at a time: fp32 if decoded from 4 bits, else as stored."""
-        if isinstance(step, FourBit):
-            parts = decoded_parts(step.weight(self.source.read), torch.float32)
+        if isinstance(step, FourBit) or step.name in self.rounded:
+            parts = decoded_parts(self.four_bit_base(step), torch.float32)
         else:
             parts = self.parts(step.stored, step.name in self.transposed)
-            if step.name in self.rounded:
-                parts = decoded_parts(self.quantized(step.key, step, parts), torch.float32)
         for part in parts:
             yield part.view(-1, self.shape(step)[-1])
+
+
+@torch.no_grad()
+def calibrated_codes(work: Merging, adapter: Path, given: CalibrationData, folder: Path) -> dict[str, Path]:
+    """The files for ``work.codes``, made in ``folder`` from the inputs that adapted layers get in the model as it was
+    trained, 4-bit with the adapter beside it.
+
+    Layer after layer, in one pass of all sequences: beside the model there are their activations and the statistics of
+    one layer. What torch computes is on one thread, so that the bytes are the same for any number of them.
+    """
+    source, text = work.source, work.source.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    tokens = take_tokens(given, "wmse", partial(load_tokenizer, source), text.vocab_size, longest)
+    codes: dict[str, Path] = {}
+    model: Any = load_adapter(
+        load_model(source.path, **work.options, skip_modules=work.skip_modules, fuse=False), adapter
+    )
+    streaming = stream_if_needed(model, None, BESIDE)
+    shared: dict[str, Any] = {}  # q, k and v have the same input
+
+    def recode(layer: Any, inputs: tuple[Tensor, ...], path: str) -> None:
+        (x,) = inputs
+        if shared.get("x") is not x:
+            statistic = Statistics(full=True)
+            statistic.add([{(path, None): [x]}], pool)
+            shared.update(x=x, hessian=statistic.of[path, None].hessian())
+        weight, codes[path] = layer.base_layer.quantized, folder / f"{len(codes)}.codes"
+        packed = adapted_codes(weight, layer.lora_A, layer.lora_B, layer.scale, shared["hessian"])
+        packed.cpu().numpy().tofile(codes[path])
+
+    with ExitStack() as stack:
+        pool, _ = stack.enter_context(side_by_side(model.device))
+        if streaming is not None:
+            stack.callback(streaming.close)
+        for path, layer in lora_layers(model):
+            if isinstance(layer.base_layer, QuantizedLinear):
+                layer.register_forward_pre_hook(partial(recode, path=path))
+        hidden_states(model, {"input_ids": tokens.ids.to(model.device)})
+    return codes

@@ -8,7 +8,7 @@ as far as the adapter says.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from qlora_native.ops._library import Weight
 from qlora_native.weight import QuantizedWeight
 
 SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # of a weight and of its inputs, from which its gain is found
+SAMPLED = 1 << 19  # elements at most
+MOST_GAIN, BISECTIONS = 2.0**20, 16
 
 
 def shipped_weight(layer: LoRALinear) -> QuantizedWeight:
@@ -88,13 +90,11 @@ def gain_of(layer: LoRALinear, x: Tensor | None = None) -> float:
     """The gain with which the outputs move along those of the adapter's change D as far as D moves them.
 
     That is <X (W' - W)^T, X D^T> = <X D^T, X D^T> for inputs x [..., K], of which some tokens are taken; without any,
-    <W' - W, D> = <D, D>. An element changes once the gain takes it past the middle between its level and the next one,
-    and then moves by their distance. So the gain is found by going through the elements, of rows spread over the
-    weight, in the order in which they change.
+    <W' - W, D> = <D, D>. It is sought on rows spread over the weight.
     """
     weight = _base_of(layer).quantized
     n, k = weight.shape
-    rows = torch.arange(0, n, -(-n // SAMPLED_ROWS), device=weight.device)
+    rows = sampled_rows(n, k).to(weight.device)
     elements = rows[:, None] * k + torch.arange(k, device=weight.device)
     codes = (weight.packed[elements // 2] >> torch.where(elements % 2 == 0, 4, 0) & 15).long()
     scales = weight.scales()[elements // weight.block_size]
@@ -105,12 +105,32 @@ def gain_of(layer: LoRALinear, x: Tensor | None = None) -> float:
         x = x.reshape(-1, k)[:SAMPLED_TOKENS].to(weight.device, torch.float32)
         pull = (x @ change.t()).t() @ x
     levels = _native.levels(0).to(weight.device)
-    upward = (change > 0) == (scales > 0)
-    move = (levels[(codes + torch.where(upward, 1, -1)).clamp(0, 15)] - levels[codes]) * scales
-    moves = (move != 0) & (change != 0)
-    move, wanted, pull = move[moves], (change * pull).sum(dtype=torch.float64), pull[moves]
-    gains, order = (move / (2 * change[moves])).sort()
-    reached = (move * pull).double()[order].cumsum(0)
-    if not len(reached):
-        return 1.0
-    return max(1.0, float(gains[torch.where(reached >= wanted, math.inf, reached).argmax()]))
+    middles, old = (levels[1:] + levels[:-1]) / 2, levels[codes]
+    in_scales = torch.where(scales != 0, change / scales, 0.0)
+    pull, wanted = pull * scales, float((change * pull).sum(dtype=torch.float64))
+
+    def is_reached(gain: float) -> bool:
+        moves = levels[torch.bucketize(old + gain * in_scales, middles)] - old
+        return float((moves * pull).sum(dtype=torch.float64)) >= wanted
+
+    return least_gain(is_reached)
+
+
+def sampled_rows(n: int, k: int) -> Tensor:
+    """Numbers of rows spread over a weight [N, K], int64."""
+    return torch.arange(0, n, -(-n // max(1, min(SAMPLED_ROWS, SAMPLED // max(k, 1)))))
+
+
+def least_gain(is_reached: Callable[[float], bool], bisections: int = BISECTIONS) -> float:
+    """The least gain from 1 on that moves the weight far enough, by bisection; 1 if none up to MOST_GAIN does, as for a
+    change beyond the range of the blocks."""
+    high = 1.0
+    while not is_reached(high):
+        high *= 2
+        if high > MOST_GAIN:
+            return 1.0
+    low = high / 2
+    for _ in range(bisections if high > 1 else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_reached(middle) else (middle, high)
+    return high

@@ -1,0 +1,148 @@
+"""`qlora merge --to nf4 --method gptq`, over a 4-bit base whose scales stay and over the original."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from adapters import write_model_and_adapter
+from safetensors.torch import load_file, save_file
+from tiny_models import four_bit_layers
+from transformers import AutoTokenizer
+
+import qlora_native as qn
+from qlora_native import reference
+from qlora_native.calibration.adapted import adapted_codes
+from qlora_native.calibration.quantize import feedback_factor
+from qlora_native.cli import main
+from qlora_native.lora import lora_layers
+
+CALIBRATION = "calibration.jsonl"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its 4-bit form, an adapter that changes weights by far less than half a level, and text."""
+    folder = write_model_and_adapter(tmp_path_factory.mktemp("four"))
+    stored = folder / "adapter" / "adapter_model.safetensors"
+    tensors = {name: tensor * (0.1 if "lora_B" in name else 1) for name, tensor in load_file(stored).items()}
+    save_file(tensors, stored, {"format": "pt"})
+    qn.load_model(folder / "model").save_pretrained(folder / "nf4")
+    tiny.write_tokenizer(folder / "nf4")
+    rows = ({"text": f"what is blue and good number {number}? sky. what is red? blood"} for number in range(900))
+    (folder / CALIBRATION).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def merge(files: Path, model: str, out: str, *words: str) -> Path:
+    command = ["merge", str(files / model), str(files / "adapter"), "--out", str(files / out), "--to", "nf4", *words]
+    assert main.main([*command, "--json"]) == 0
+    return files / out
+
+
+@torch.no_grad()
+def test_outputs_move_as_the_adapter_moves_them(files: Path) -> None:
+    """On the 4-bit base alone, whose scales stay; to nearest almost nothing would move."""
+    words = ["--base", "dequantized"]
+    merged: Any = qn.load_model(merge(files, "nf4", "gptq-nf4", *words, "--calibration", str(files / CALIBRATION)))
+    nearest: Any = qn.load_model(merge(files, "nf4", "rtn-nf4", *words))
+    assert (merged.load_report.method, nearest.load_report.method) == ("gptq", "rtn")
+    model: Any = qn.load_adapter(qn.load_model(files / "nf4", fuse=False), files / "adapter")
+    inputs: dict[Any, torch.Tensor] = {}
+
+    def note(layer: Any, arguments: Any) -> None:
+        inputs[layer] = arguments[0].flatten(0, 1).float()
+
+    layers: dict[str, Any] = dict(lora_layers(model))
+    for layer in layers.values():
+        layer.register_forward_pre_hook(note)
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    texts = [json.loads(line)["text"] for line in (files / CALIBRATION).read_text().splitlines()[:400:3]]
+    model(tokenizer(" ".join(texts), return_tensors="pt").input_ids[:, :512])
+    shares = []
+    for path, layer in layers.items():
+        old = layer.base_layer.quantized
+        new: Any = four_bit_layers(merged)[path].quantized
+        assert torch.equal(new.absmax, old.absmax) and torch.equal(new.nested_absmax, old.nested_absmax), path
+        wanted = inputs[layer] @ layer.delta().t()
+        for weight in (new, four_bit_layers(nearest)[path].quantized):
+            moved = inputs[layer] @ (weight.dequantize(torch.float32) - old.dequantize(torch.float32)).t()
+            shares.append(float((moved * wanted).sum() / wanted.square().sum()))
+    share, share_of_nearest = torch.tensor(shares).view(-1, 2).mean(0).tolist()
+    assert share == pytest.approx(1, abs=0.15) and share_of_nearest < 0.7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [192, 176])  # rows that are whole blocks, and rows that are not
+@pytest.mark.parametrize("change", [1e-3, 1e-1])
+def test_a_gain_makes_good_what_error_feedback_leaves(k: int, change: float) -> None:
+    """For inputs of no weight, the nearest codes."""
+    n, r = 256, 4
+    weight = qn.quantize(torch.randn(n, k))
+    a, b, x = torch.randn(r, k), torch.randn(n, r) * change / 2, torch.randn(999, k) * torch.randn(k).exp()
+    hessian, delta, old = x.t() @ x / len(x), b @ a, weight.dequantize(torch.float32)
+    found = adapted_codes(weight, a, b, 1.0, hessian)
+    factor, order, _ = feedback_factor(hessian, 0.01)  # type: ignore[misc]
+
+    def share(packed: torch.Tensor) -> float:
+        new = weight._with(weight.op_args()._replace(packed=packed)).dequantize(torch.float32)
+        return float((((new - old) @ hessian) * delta).sum() / ((delta @ hessian) * delta).sum())
+
+    plain = reference.gptq(old + delta, factor, order, weight.scales(), 0, 64)
+    assert share(found) == pytest.approx(1, abs=0.1)
+    assert share(plain) < 0.9 or share(plain) == pytest.approx(1, abs=0.1)
+    nearest = reference.requantize(a, b, 1.0, *weight.op_args())
+    assert torch.equal(adapted_codes(weight, a, b, 1.0, torch.zeros(k, k)), nearest)
+
+
+def test_the_bytes_are_those_of_any_number_of_threads(files: Path) -> None:
+    """And those of the 16-bit model that the 4-bit one was made from."""
+    words = ["--base", "dequantized", "--calibration", str(files / CALIBRATION)]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((merge(files, "nf4", f"threads-{threads}", *words) / "model.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    rounded = load_file(merge(files, "model", "rounded", *words) / "model.safetensors")
+    stored = load_file(files / "threads-1" / "model.safetensors")
+    assert rounded.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(rounded[name], tensor), name
+
+
+def test_gptq_is_merging_and_then_quantizing(files: Path) -> None:
+    text = str(files / CALIBRATION)
+    out = merge(files, "model", "gptq", "--method", "gptq", "--calibration", text)
+    assert not list(files.glob(".gptq*"))
+    words = [str(files / "model"), str(files / "adapter"), "--out", str(files / "sum")]
+    assert main.main(["merge", *words]) == 0
+    words = [str(files / "sum"), "--method", "gptq", "--calibration", text, "--out", str(files / "expected")]
+    assert main.main(["quantize", *words]) == 0
+    expected, found = (load_file(folder / "model.safetensors") for folder in (files / "expected", out))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert qn.load_model(out).load_report.method == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ("{0}/model {0}/adapter --method gptq --to nf4", "go together"),
+        ("{0}/model {0}/adapter --method rtn --to nf4 --calibration {0}/x", "go together"),
+        ("{0}/model {0}/adapter --method gptq", "are for --to nf4, and --to is bf16"),
+        ("{0}/nf4 {0}/adapter --base dequantized --to nf4 --calibration {0}/gone.jsonl", "gone.jsonl"),
+    ],
+)
+def test_mistakes(files: Path, words: str, match: str, mistake: Callable[..., str]) -> None:
+    assert match in mistake("merge", *words.format(files).split(), "--out", files / "new")
+    assert not (files / "new").exists()
