@@ -1,0 +1,194 @@
+"""The runs of bench_shipping: adapters trained with and without ``lora.ship`` over one 4-bit base, and their merges.
+
+    python bench/shipping_runs.py --work FOLDER TEXT...
+
+A run is named TEXT-SETTING-SEED; its scores are files in FOLDER/runs, one for what was trained and one for each merge,
+and what has one is not made again. A process for each text, with one thread each, is the fastest. The run with
+``lora.ship`` continues the one without it from the step where it begins to differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import isa_env  # noqa: F401  (before torch)
+from quality_texts import topics
+
+TEXTS, SEEDS = ("docstrings", "reference"), (0, 1, 2)
+SETTINGS = {"usual": 5e-4, "light": 1e-5}  # peak learning rates
+STEPS, SHARE, LENGTH = 100, 0.25, 256
+FIRST = STEPS - round(SHARE * STEPS)
+HELD_OUT_ROWS, CHARACTERS = 48, 450
+ORIGINAL, BASE = "original", "base-4bit"
+CALIBRATION_ROWS = 120
+EVALUATED = {
+    "docstrings": 0.015,
+    "reference": 0.05,
+}  # of the training rows, 46 each: for the loss that training reports
+FROM_BASE, TO_NF4 = ["--base", "dequantized"], ["--to", "nf4", "--method"]
+MERGES: dict[str, tuple[str, list[str]]] = {  # the model that the adapter is merged into, and options of `qlora merge`
+    "gptq-base": (BASE, [*FROM_BASE, *TO_NF4, "gptq", "--calibration"]),
+    "gptq-original": (ORIGINAL, [*TO_NF4, "gptq", "--calibration"]),
+    "rtn-original": (ORIGINAL, [*TO_NF4, "rtn"]),
+    "rtn-base": (BASE, [*FROM_BASE, *TO_NF4, "rtn"]),
+    "bf16-original": (ORIGINAL, []),
+    "bf16-base": (BASE, FROM_BASE),
+}
+
+
+def write_texts(work: Path) -> None:
+    """``train.jsonl`` and ``heldout.jsonl`` of each text: the demo's task, and pages of the language reference."""
+    from qlora_native.cli.demo import MAX_CHARACTERS
+    from qlora_native.data.standard_library import is_held_out, write_split
+
+    write_split(work / "docstrings", MAX_CHARACTERS, HELD_OUT_ROWS)
+    (work / "reference").mkdir(exist_ok=True)
+    parts: dict[bool, list[str]] = {False: [], True: []}
+    for number, page in enumerate(topics()):
+        parts[is_held_out(f"topic {number}")] += [page[at : at + CHARACTERS] for at in range(0, len(page), CHARACTERS)]
+    rest = parts[True]
+    parts[True] = [rest[number * len(rest) // HELD_OUT_ROWS] for number in range(HELD_OUT_ROWS)]
+    for name, side in (("train", False), ("heldout", True)):
+        lines = [json.dumps({"text": part}) for part in parts[side] if part.strip()]
+        (work / "reference" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for text in TEXTS:
+        lines = (work / text / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        part = lines[:: len(lines) // CALIBRATION_ROWS][:CALIBRATION_ROWS]
+        (work / text / "calibration.jsonl").write_text("".join(part), encoding="utf-8")
+
+
+def write_bases(work: Path) -> None:
+    """The model in bf16, and rounded to NF4."""
+    import qlora_native as qn
+    from qlora_native.cli.demo import model_file
+    from qlora_native.hf.load import load_dense
+    from qlora_native.hf.source import load_tokenizer
+
+    for name, load in ((ORIGINAL, lambda: load_dense(model_file())), (BASE, lambda: qn.load_model(work / ORIGINAL))):
+        if not (work / name).exists():
+            model: Any = load()
+            partial = work / f"{name}.partial"
+            model.save_pretrained(partial)
+            load_tokenizer(str(model_file())).save_pretrained(partial)
+            partial.rename(work / name)
+
+
+def config(work: Path, text: str, setting: str, seed: int, ships: bool) -> Any:
+    """A run of `qlora train`, with the settings of the demo."""
+    from qlora_native.config import TrainConfig
+
+    out = work / "trained" / f"{text}-{setting}-{seed}" / ("ship" if ships else "plain")
+    data = {"train": f"{work / text}/train.jsonl", "max_length": LENGTH, "eval_fraction": EVALUATED[text]}
+    train = {"steps": STEPS, "lr": SETTINGS[setting], "seed": seed, "batch_size": 4, "grad_accum": 1}
+    train |= {"grad_checkpointing": False, "eval_every": 0, "save_every": FIRST}
+    lora = {"r": 16, "alpha": 32} | ({"ship": "nf4", "ship_share": SHARE} if ships else {})
+    values = {"model": str(work / BASE), "output_dir": str(out), "data": data, "lora": lora, "train": train}
+    return TrainConfig.model_validate(values | {"resume": "auto"})
+
+
+def scores(model: Any, work: Path, text: str, tokenizer: Any) -> dict[str, list[float]]:
+    """Sums over the tokens of each held-out row."""
+    from qlora_native.data.template import padding_id
+    from qlora_native.evaluate.measure import measure
+    from qlora_native.evaluate.texts import load_text
+
+    rows = load_text(work / text / "heldout.jsonl", tokenizer, max_length=LENGTH).rows
+    found = measure(model, rows, padding_id(tokenizer))[0]
+    return {"tokens": found.tokens.tolist(), "nats": found.nats.tolist()}
+
+
+def make_run(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
+    """Train both adapters; their scores, those of the file that ships, and the losses that training reports."""
+    import qlora_native as qn
+    from qlora_native.lora import load_adapter
+    from qlora_native.train.batches import load_rows
+    from qlora_native.train.loop import Trainer
+
+    result: dict[str, Any] = {"text": text, "setting": setting, "seed": seed}
+    outs: dict[str, Path] = {}
+    for name in ("plain", "ship"):
+        settings = config(work, text, setting, seed, name == "ship")
+        outs[name] = Path(settings.output_dir)
+        checkpoint = outs[name] / f"step-{FIRST:06}"
+        if name == "ship" and not checkpoint.exists():
+            shutil.copytree(outs["plain"] / checkpoint.name, checkpoint)
+            (checkpoint / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        summary = asdict(Trainer(settings, quiet=True).train())
+        result[name] = {key: summary[key] for key in ("loss_after", "seconds", "tokens_per_second")}
+    for name, out in outs.items():
+        model = load_adapter(qn.load_model(work / BASE), out / "adapter")
+        result[name] |= scores(model, work, text, tokenizer)
+    shipped: Any = qn.load_model(outs["ship"] / "shipped")
+    result["shipped"] = scores(shipped, work, text, tokenizer)
+    held_out: Any = load_rows(settings, tokenizer)[1]
+    again = Trainer(settings, model=shipped, tokenizer=tokenizer, quiet=True)
+    result["shipped"]["loss_after"] = again.evaluate(held_out)
+    return result
+
+
+def make_merge(work: Path, name: str, form: str, tokenizer: Any) -> dict[str, list[float]]:
+    """Merge the adapter of a run, and score what comes out."""
+    import qlora_native as qn
+    from qlora_native.cli.main import main as qlora
+    from qlora_native.hf.load import load_dense
+
+    text, (into, options) = name.split("-")[0], MERGES[form]
+    out = work / "merged" / f"{name}-{form}"
+    shutil.rmtree(out, ignore_errors=True)
+    words = ["merge", work / into, work / "trained" / name / "plain" / "adapter", "--out", out, *options]
+    if options[-1:] == ["--calibration"]:
+        words.append(work / text / "calibration.jsonl")
+    if qlora(list(map(str, words))):
+        raise SystemExit(f"{name}: {form} cannot be merged")
+    found = scores((qn.load_model if "nf4" in options else load_dense)(out), work, text, tokenizer)
+    shutil.rmtree(out)
+    return found
+
+
+def write_scores(file: Path, make: Callable[[], dict[str, Any]]) -> None:
+    """Write a result, if it is not there."""
+    if not file.exists():
+        unfinished = file.with_suffix(".partial")
+        unfinished.write_text(json.dumps(make()) + "\n", encoding="utf-8")
+        unfinished.rename(file)
+        print(file.stem, flush=True)
+
+
+def main() -> None:
+    """Make the runs that are missing."""
+    import qlora_native as qn
+    from qlora_native._memory import keep_freed_memory
+    from qlora_native.hf.source import load_tokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("texts", nargs="*", default=TEXTS, metavar="TEXT")
+    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--prepare", action="store_true", help="write the texts and the bases alone")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    (work / "runs").mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    if not (work / "reference/heldout.jsonl").exists():
+        write_texts(work)
+    write_bases(work)
+    tokenizer = load_tokenizer(str(work / BASE))
+    texts = () if arguments.prepare else arguments.texts
+    for seed, setting, text in itertools.product(SEEDS, SETTINGS, texts):
+        name = f"{text}-{setting}-{seed}"
+        base = work / "runs" / f"{text}.json"
+        write_scores(base, lambda text=text: scores(qn.load_model(work / BASE), work, text, tokenizer))  # type: ignore[misc]
+        write_scores(work / "runs" / f"{name}.json", partial(make_run, work, text, setting, seed, tokenizer))
+        for form in MERGES:
+            write_scores(work / "runs" / f"{name}-{form}.json", partial(make_merge, work, name, form, tokenizer))
+
+
+if __name__ == "__main__":
+    main()
