@@ -215,6 +215,7 @@ class Trainer:
             samples = Samples(options.samples, model, self.tokenizer, rows, held_out, ranks.is_sharded)
         self.shipping = shipping = None
         if config.lora.ship is not None:
+            from qlora_native.evaluate.retention import describe as in_words
             from qlora_native.train.shipping import Shipping
 
             self.shipping = shipping = Shipping(config, model, total)
@@ -298,10 +299,12 @@ class Trainer:
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
             memory_line = None if memory is None else memory.line()  # before the plot of the losses takes memory
-            page.close()
             if shipping is not None and held_out:
                 losses = partial(self._losses, held_out)
                 state.retention = oom_retry.run(partial(shipping.retention, losses, ranks), "evaluation of what ships")
+                if state.retention is not None:
+                    page.note(in_words(state.retention))
+            page.close()
             summary = self._finish(state, oom_retry, weights, progress, speeds, time.monotonic() - began)
             if memory_line is not None:
                 progress.note(memory_line)
@@ -461,10 +464,6 @@ def describe(summary: TrainSummary) -> str:
     lines.append(f"adapter: {summary.adapter_dir}")
     if summary.shipped_dir is not None:
         lines.append(f"the 4-bit model of this loss: {summary.shipped_dir}")
-    if summary.retention is not None:
-        from qlora_native.evaluate.retention import describe as in_words
-
-        lines.append(in_words(summary.retention))
     if summary.best_dir is not None and summary.best_step != summary.steps:
         lines.append(f"lowest held-out loss {summary.best_loss:.4f} at step {summary.best_step}: {summary.best_dir}")
     return "\n".join(lines)
