@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,13 @@ def test_loading_into_an_adapter_keeps_its_parameters(tmp_path: Path) -> None:
     save_adapter(first, tmp_path / "adapter")
     second = add_lora(load_model(folder), LoraConfig(r=4, seed=2))
     parameters = [parameter for parameter in second.parameters() if parameter.requires_grad]
-    load_adapter(second, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(second, tmp_path / "adapter")
     assert all(a is b for a, b in zip(parameters, (p for p in second.parameters() if p.requires_grad), strict=True))
     assert torch.equal(logits(first), logits(second))
+    with pytest.warns(UserWarning, match="takes the place of"):
+        load_adapter(second, tmp_path / "adapter")
 
 
 @pytest.fixture(scope="module")

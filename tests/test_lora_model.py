@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,28 @@ def test_adapters_off(folder: Path) -> None:
     with pytest.raises(KeyError), adapters_off(model):
         raise KeyError
     assert torch.equal(logits(model), adapted)
+
+
+def test_an_adapter_is_unloaded(folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder)
+    plain = logits(model)
+    fill(add_lora(model, LoraConfig(r=4)))
+    qn.save_adapter(model, tmp_path / "adapter")
+    adapted = logits(model)
+    assert torch.equal(logits(qn.unload_adapter(model)), plain)
+    assert not {"lora_config", "save_pretrained"} & set(vars(model))
+    assert torch.equal(logits(qn.load_adapter(model, tmp_path / "adapter")), adapted)
+    add_lora(qn.unload_adapter(model), LoraConfig(r=2))
+
+
+def test_a_copy_and_a_pickle_save_their_own_adapter(folder: Path, tmp_path: Path) -> None:
+    model = fill(add_lora(load_model(folder), LoraConfig(r=4)))
+    for name, twin in {"copy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}.items():
+        changed: Any = fill(twin, seed=4)
+        changed.save_pretrained(tmp_path / name)
+        assert not (tmp_path / name / "model.safetensors").exists()
+        fresh = qn.load_adapter(load_model(folder), tmp_path / name)
+        assert torch.equal(logits(fresh), logits(changed)) and not torch.equal(logits(fresh), logits(model))
 
 
 def test_modules_trained_whole(folder: Path) -> None:

@@ -12,6 +12,7 @@ from tiny_models import save, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import qlora_native as qn
+from qlora_native.lora import lora_layers
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -90,6 +91,42 @@ def test_sft_trainer(tmp_path: Path) -> None:
     assert type(trainer.optimizer.optimizer) is qn.optim.AdamW
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
+
+
+def test_an_adapter_of_add_lora_is_saved_and_resumed_by_trainer(tmp_path: Path, folder: Path) -> None:
+    """save_pretrained, checkpoints and the best model are adapters that PEFT loads; resuming gives the same losses."""
+
+    def ours(seed: int) -> Any:
+        model = qn.load_model(folder, dtype=torch.float32, device="cpu")
+        return qn.add_lora(model, qn.LoraConfig(r=4, seed=seed))
+
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8)]
+    kept = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+
+    def trainer(seed: int, name: str, **options: Any) -> Trainer:
+        args = TrainingArguments(**arguments(tmp_path / name, **options))
+        return Trainer(model=ours(seed), args=args, train_dataset=rows, eval_dataset=rows)
+
+    first, again = trainer(0, "first", **kept), trainer(1, "again", **kept)
+    expected = losses(first)
+    assert losses(again, str(tmp_path / "first" / "checkpoint-2")) == expected
+    with torch.no_grad():
+        for _, layer in lora_layers(again.model):
+            layer.lora_B.zero_()
+    again._load_best_model()
+    batch = tokens()
+    logits = first.model.eval()(input_ids=batch).logits
+    torch.testing.assert_close(again.model.eval()(input_ids=batch).logits, logits)
+
+    first.save_model(str(tmp_path / "saved"))
+    assert not [*tmp_path.rglob("model*.safetensors")]
+    theirs = peft.PeftModel.from_pretrained(base(folder), tmp_path / "saved").eval()
+    torch.testing.assert_close(theirs(input_ids=batch).logits, logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="model.push_to_hub"):
+        first.model.save_pretrained(tmp_path / "hub", push_to_hub=True)
+    qn.merge(first.model, base="dequantized", dtype=torch.float32).save_pretrained(tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    torch.testing.assert_close(whole(input_ids=batch).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("adapter", ["ours", "peft"])

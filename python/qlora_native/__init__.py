@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qlora_native.hf.peft import peft_config
     from qlora_native.hf.quantizer import QLoRANativeQuantizer as QLoRANativeQuantizer
     from qlora_native.hf.residuals import lora_statistics
-    from qlora_native.lora import LoraConfig, add_lora, load_adapter, save_adapter
+    from qlora_native.lora import LoraConfig, adapters_off, add_lora, load_adapter, save_adapter, unload_adapter
     from qlora_native.train.loop import Trainer
 
 _LAZY = {
@@ -44,9 +44,11 @@ _LAZY = {
     "QLoRANativeQuantizer": "hf.quantizer",
     "load_model": "hf.load",
     "LoraConfig": "lora",
+    "adapters_off": "lora",
     "add_lora": "lora",
     "save_adapter": "lora",
     "load_adapter": "lora",
+    "unload_adapter": "lora",
     "lora_statistics": "hf.residuals",
     "merge": "hf.merge",
     "TrainConfig": "config",
@@ -62,6 +64,7 @@ __all__ = [
     "Trainer",
     "UserError",
     "__version__",
+    "adapters_off",
     "add_lora",
     "build_info",
     "dequantize_rows",
@@ -83,6 +86,7 @@ __all__ = [
     "save_adapter",
     "stream_layers",
     "to_bnb",
+    "unload_adapter",
 ]
 
 
@@ -96,6 +100,10 @@ def __getattr__(name: str) -> Any:
     value = module if name in ("nn", "optim", "distributed") else getattr(module, name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 _import_hooks.watch()  # so that transformers and PEFT know our classes, whichever is imported first

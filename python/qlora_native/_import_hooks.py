@@ -23,6 +23,7 @@ from typing import Any
 # Module that holds the registry -> module of ours that enters our classes there when it is imported.
 REGISTRIES = {
     "transformers.quantizers.auto": "qlora_native.hf.config",
+    "transformers.trainer": "qlora_native.hf.trainer",
     "peft.tuners.lora.model": "qlora_native.hf.peft",
     "trl.trainer.utils": "qlora_native.hf.trl",
 }

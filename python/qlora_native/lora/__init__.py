@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qlora_native.lora.adapter import load_adapter, save_adapter
 from qlora_native.lora.config import LoraConfig
-from qlora_native.lora.layer import LayerStatistics, LoRALinear, adapters_off, add_lora, lora_layers
+from qlora_native.lora.layer import LayerStatistics, LoRALinear, adapters_off, add_lora, lora_layers, unload_adapter
 
 __all__ = [
     "LayerStatistics",
@@ -19,4 +19,5 @@ __all__ = [
     "load_adapter",
     "lora_layers",
     "save_adapter",
+    "unload_adapter",
 ]

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from qlora_native._io import atomic_file, check_folder, fsync, read_json, readin
 from qlora_native.errors import UserError
 from qlora_native.lora.config import INITS, ZERO, LoraConfig
 from qlora_native.lora.layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
+from qlora_native.ops._library import say_once
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -39,10 +43,17 @@ _UNSUPPORTED = (
 _CHANGES_THE_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, write: bool = True) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    write: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the model's adapter in PEFT's format: ``PeftModel.from_pretrained(base, folder)`` loads it.
 
-    Of a sharded model, every rank calls this, since the parts are gathered, and all but one with ``write=False``.
+    Of a sharded model, every rank calls this, since the parts are gathered, and all but one with ``write=False``; or
+    one rank alone with the ``state_dict`` of the whole model.
 
     Both files are written under temporary names and brought to the disk before either is renamed, so that a full disk
     or a crash leaves an adapter that was already in ``folder`` as it was. Tensors are fp32.
@@ -55,14 +66,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, write: boo
     if not layers:
         raise ValueError(f"save_adapter: {type(model).__name__} has no adapter: call add_lora first.")
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
+    state = state_dict or {}
     tensors = {
-        f"{PREFIX}{path}.lora_{side}.weight": _whole(parameter).float().cpu().contiguous()
+        f"{PREFIX}{path}.lora_{side}.weight": _whole(state.get(f"{path}.lora_{side}", own)).float().cpu().contiguous()
         for path, layer in layers.items()
-        for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B))
+        for side, own in (("A", layer.lora_A), ("B", layer.lora_B))
     }
     for path, module in trained_whole(model, config.modules_to_save).items():
         for name, tensor in module.state_dict().items():
-            tensors[f"{PREFIX}{path}.{name}"] = _whole(tensor).cpu().clone()
+            tensors[f"{PREFIX}{path}.{name}"] = _whole(state.get(f"{path}.{name}", tensor)).cpu().clone()
     if not write:
         return
     # One key: safetensors writes two in either order, and a resumed run must give the bytes of an undisturbed one.
@@ -81,11 +93,35 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, write: boo
         raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}{kept}.") from error
 
 
+def save_pretrained(
+    model: Any,
+    without_adapter: Callable[..., None] | None,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """transformers' method for a model with an adapter: write the adapter, not weights that nothing could load."""
+    if not any(True for _ in lora_layers(model)):  # merged since
+        save = without_adapter or partial(type(model).save_pretrained, model)
+        save(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
+        return
+    if options.get("push_to_hub"):
+        raise ValueError("save_pretrained: push_to_hub=True takes no adapter: call model.push_to_hub(repo_id) instead.")
+    if is_main_process:
+        say_once(
+            "save_pretrained writes the adapter alone, in PEFT's format: after qlora_native.merge(model) it writes a "
+            "whole model."
+        )
+    save_adapter(model, save_directory, write=is_main_process, state_dict=state_dict)
+
+
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Read an adapter in PEFT's format into the model.
 
     A model without an adapter gets one, trainable as after :func:`add_lora`; into a model that has one of the same
-    layers, rank and scale, the values are copied. rsLoRA, rank and alpha patterns and ``modules_to_save`` are honored.
+    layers, rank and scale, the values are copied, with a warning if that one was trained or loaded. rsLoRA, rank and
+    alpha patterns and ``modules_to_save`` are honored.
 
     Args:
         model: the base that the adapter was trained on; changed in place.
@@ -105,6 +141,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             insert(model, layers, stored.config, torch.Generator())  # the values come next; torch's own stays put
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
+    elif stored.config.init == ZERO and any(_whole(layer.lora_B).any() for _, layer in lora_layers(model)):
+        warnings.warn(
+            f"load_adapter: the adapter in {folder} takes the place of the one that the model has.", stacklevel=2
+        )
     for path, layer in lora_layers(model):
         copy_whole(layer.lora_A, stored.pairs[path][0])
         copy_whole(layer.lora_B, stored.pairs[path][1])

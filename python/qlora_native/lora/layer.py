@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -136,13 +137,27 @@ def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerSta
         if statistics is not None:
             _start(model, config, statistics)
     except BaseException:  # statistics are read and checked one layer after another
-        for path, layer in list(lora_layers(model)):
-            model.set_submodule(path, layer.base_layer)
+        unload_adapter(model)
         for parameter, is_trained in was_trained.items():
             parameter.requires_grad_(is_trained)
-        del model.lora_config
         raise
     return model
+
+
+def unload_adapter(model: nn.Module) -> nn.Module:
+    """Take the adapter out: the model is its frozen base again, but for ``modules_to_save``, which keep their values.
+
+    Another adapter can then be loaded or added. :func:`adapters_off` turns the adapter off for a while.
+    """
+    for path, layer in list(lora_layers(model)):
+        model.set_submodule(path, layer.base_layer)
+    model.__dict__.pop("lora_config", None)
+    saving = model.__dict__.get("save_pretrained")
+    if isinstance(saving, partial) and len(saving.args) == 2:  # that of insert()
+        del model.save_pretrained
+        if saving.args[1] is not None:  # the one that refuses to write the weights of a GGUF file
+            model.save_pretrained = saving.args[1]
+    return model.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -242,6 +257,10 @@ def insert(
         model.set_submodule(path, layer)
     for module in saved.values():
         module.requires_grad_(True)
+    if hasattr(model, "save_pretrained") and "lora_config" not in model.__dict__:
+        from qlora_native.lora.adapter import save_pretrained
+
+        model.save_pretrained = partial(save_pretrained, model, model.__dict__.get("save_pretrained"))  # type: ignore[assignment]
     model.lora_config = config  # type: ignore[assignment]
 
 

@@ -216,7 +216,7 @@ _warned: set[str] = set()
 
 
 def say_once(sentence: str) -> None:
-    """Warn about a slower path, once a process."""
+    """Warn about a slower path, or of what is done instead, once a process."""
     if sentence not in _warned:
         _warned.add(sentence)
         warnings.warn(sentence, stacklevel=3)
