@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import qlora_native as qn
+from qlora_native._import_hooks import SPINS, WAITING
+from qlora_native.ops import _library
 
 M, N, K, R = 96, 320, 512, 8  # of which several threads take parts
 needs_forks = pytest.mark.skipif(sys.platform != "linux", reason="forks, and threads in /proc, are Linux's")
@@ -166,3 +170,48 @@ def test_a_spawned_process_gives_the_same_bytes() -> None:
         found = processes.submit(partial(results, w := weight())).result(timeout=120)
     torch.set_num_threads(1)
     assert found == results(w)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """That of this process without what says how threads wait; libgomp prints what it reads."""
+    kept = {name: value for name, value in os.environ.items() if name not in WAITING}
+    return {**kept, "OMP_DISPLAY_ENV": "verbose", **changes}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
+@pytest.mark.parametrize(
+    ("words", "given", "spins"),
+    [
+        (["-m", "qlora_native"], {}, str(SPINS)),
+        (["-m", "qlora_native"], {"OMP_WAIT_POLICY": "passive"}, "0"),
+        (["-m", "qlora_native"], {"GOMP_SPINCOUNT": "77"}, "77"),
+        (["-c", "import qlora_native"], {}, "300000"),
+    ],
+)
+def test_a_command_has_threads_that_spin_briefly(words: list[str], given: dict[str, str], spins: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *words, "--version"], capture_output=True, text=True, env=environment(**given)
+    )
+    found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    assert done.returncode == 0 and found == [spins], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "warns"), [(3.5, {}, True), (1.9, {}, False), (3.5, {WAITING[0]: "x"}, False)]
+)
+def test_the_library_warns_once_on_a_busy_machine(
+    load: float, given: dict[str, str], warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_library, "_warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            _library.warn_if_busy()
+    assert len(caught) == warns and all("OMP_WAIT_POLICY" in str(warning.message) for warning in caught)

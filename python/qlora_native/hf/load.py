@@ -26,6 +26,7 @@ from qlora_native.hf.checkpoint import FileMap, mapped_part, some_of
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.source import AUTO, KEEP, SafetensorsSource, Source, open_source
 from qlora_native.nn.experts import without_stacks
+from qlora_native.ops._library import warn_if_busy
 from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, QuantizedWeight, quantize
 
 RESIDENCIES = ("auto", "mapped", "memory")
@@ -79,9 +80,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         named = [f"{name} ({num_bytes / 2**20:.1f} MiB)" for name, num_bytes in self.dense.items()]
+        large = sum(num_bytes >= 2**20 / 20 for num_bytes in self.dense.values())
         kind = "quantized" if self.is_kept else "4-bit"
         text = f"{self.num_bytes / 2**20:.1f} MiB, {100 * self.share_4bit:.1f} % of them {kind}; not {kind}: "
-        text += some_of(named, 8) or "nothing"
+        text += some_of(named, min(8, max(1, large))) or "nothing"
         if self.calibration is not None:
             text += f"; {self.method} by {self.calibration['tokens']:,} tokens"
         if self.fell_back:
@@ -173,6 +175,7 @@ def load_model(
     options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before minutes of reading
 
+    warn_if_busy()
     began = time.monotonic()
     target = torch.get_default_device() if device is None else torch.device(device)
     source = open_source(path)

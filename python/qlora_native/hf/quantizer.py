@@ -23,6 +23,7 @@ from qlora_native.hf.load import make_report
 from qlora_native.hf.plan import SCALE_SUFFIX, STATE_MARK, unscaled
 from qlora_native.nn.experts import STACKS, QuantizedExperts, quantized_stacks, take_stack, without_stacks
 from qlora_native.nn.linear import QuantizedLinear
+from qlora_native.ops._library import warn_if_busy
 from qlora_native.weight import QuantizedWeight, bnb_state_key, from_bnb, quantize
 
 # How the names of the parts of a 4-bit weight end.
@@ -83,6 +84,7 @@ class QLoRANativeQuantizer(HfQuantizer):
                 "together: load it with qlora_native.load_model."
             )
         skip = (OUTPUT_EMBEDDING,) if config.skip_modules is None else config.skip_modules
+        warn_if_busy()
         self._weights = four_bit_weights(model, skip, config.block_size, self._in_fp32)
 
     def get_quantize_ops(self) -> ConversionOps:
