@@ -452,3 +452,19 @@ def test_training_calibrates_with_its_own_rows_but_those_held_out(files: Path, t
     assert again.load_report.calibration == expected
     with pytest.raises(qn.UserError, match="is 4-bit already: method 'gptq' needs"):
         prepare_model(config(made, method="gptq"), None, long, quiet=True)
+
+
+def test_a_run_with_too_few_rows_to_calibrate_rounds_and_says_so(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sentence: Check
+) -> None:
+    """What `qlora config init` writes, on the six rows of the tutorial; resuming finds the method that was used."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_rows(tmp_path / "train.jsonl", 6)
+    assert main(["config", "init", "--out", "config.yaml"]) == 0
+    words = ["train", "config.yaml", "--model", str(files / "model"), "--output_dir", "run", "--save_every", "1"]
+    capsys.readouterr()
+    assert main([*words, "--steps", "1"]) == 0
+    sentence(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("quant.method")))
+    assert "method: rtn" in (tmp_path / "run" / "adapter" / "config.yaml").read_text()
+    assert main([*words, "--steps", "2", "--resume"]) == 0
+    assert "after step 1" in capsys.readouterr().out

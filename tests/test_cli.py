@@ -66,6 +66,26 @@ def test_help_of_every_command_has_an_example(capsys: pytest.CaptureFixture[str]
         assert re.search(rf"examples?:\n(  .*\n)*  qlora {command}", printed), command
 
 
+def test_help_of_train_names_values_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["train", "--help"])
+    printed = capsys.readouterr().out
+    for line in (
+        "--train.scheduler            cosine, linear, constant (default cosine): ",
+        "--logging                    list of tensorboard, trackio (default []): ",
+        "--lora.r                     whole number (default 16): ",
+        "--data.train                 text (required): ",
+    ):
+        assert line in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("finetune", "train"), ("sft", "train"), ("qaunt", ""), ("exprot", "export")]
+)
+def test_a_command_of_another_name_is_suggested(name: str, meant: str, mistake: Any) -> None:
+    assert (f"did you mean `qlora {meant}`?" in mistake(name)) == bool(meant)
+
+
 def test_the_top_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main.main(["--help"])
@@ -202,7 +222,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert main.main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert f"{qn.build_info()['cpu_isa']} in use" in printed
-    assert "missing: pyyaml, gguf; " in printed and "pip install 'qlora_native[train]'\n" in printed
+    assert "missing: pyyaml, gguf; " in printed and "pip install pyyaml gguf\n" in printed
 
 
 @needs_page_files

@@ -128,6 +128,10 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         (["--r", "8"], "lora.r", 8),
         (["--lora.target_modules", "[q_proj, v_proj]"], "lora.target_modules", ["q_proj", "v_proj"]),
         (["--target_modules", "q_proj"], "lora.target_modules", "q_proj"),
+        (["--target_modules", "q_proj", "v_proj"], "lora.target_modules", ["q_proj", "v_proj"]),
+        (["--logging", "tensorboard"], "logging", ["tensorboard"]),
+        (["--logging", "tensorboard", "trackio", "--lr", "1"], "logging", ["tensorboard", "trackio"]),
+        (["--betas", "0.8", "0.9"], "train.betas", (0.8, 0.9)),
         (["--betas", "[0.8, 0.9]"], "train.betas", (0.8, 0.9)),
         (["--rslora"], "lora.rslora", True),
         (["--double-quant", "false"], "quant.double_quant", False),
@@ -219,8 +223,21 @@ def test_config_init_list_and_check(config: Callable[..., str]) -> None:
     assert next_step in config("init", "multi-gpu", "--out", "four.yaml")
     assert "qlora train mine.yaml" in config("init", "--out", "mine.yaml")
     assert "#   qlora train mine.yaml" in Path("mine.yaml").read_text()
+    Path("train.jsonl").touch()
+    Path("SmolLM2-135M-Instruct").mkdir()
     assert yaml.safe_load(config("check", "mine.yaml", "--lr", "7e-5"))["train"]["lr"] == 7e-5
     assert config("init", "llama-8b") == shipped()["llama-8b"].read_text()
+
+
+@pytest.mark.usefixtures("config")
+def test_check_names_every_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text(
+        "model: none\ndata: {train: rows.jsonl, eval: more.jsonl}\nquant: {calibration: text}\n"
+    )
+    assert main(["config", "check", "run.yaml"]) == 2
+    found = re.findall(r"run.yaml: (\S+) is (\S+), which", capsys.readouterr().err)
+    assert {("data.train", "rows.jsonl"), ("data.eval", "more.jsonl"), ("model", "none")} < set(found)
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_known_models(config: Any, four_bit: int, dense: int) -> None:
     assert totals == sorted(totals)
     assert estimator.at(checkpointing=False).total > estimator.at().total
     assert estimator.at(optimizer="adamw8bit").total < estimator.at().total
+    estimator.positions = 1 << 20
     longest = estimator.longest(48 * GIB, 1)
     for length in (longest, longest + 64) if longest else ():
         assert estimator.at(batch_size=1, length=length).fits(48 * GIB) is (length == longest)
@@ -297,6 +298,14 @@ def test_estimate_json_and_overrides(folder: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {{train: rows.jsonl, max_length: 32}}\n")
     assert main(["estimate", str(tmp_path / "run.yaml"), "--json", "--cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["setting"]["length"] == 32
+
+
+def test_no_row_is_longer_than_the_model_has_positions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", str(folder / "model"), "--json", "--gpu", "24GB"]) == 0
+    fits = json.loads(capsys.readouterr().out)["fits"]
+    assert [entry["length"] for entry in fits] == [256] * 7  # max_position_embeddings
+    assert main(["config", "init", str(folder / "model"), "--gpu", "24GB"]) == 0
+    assert "max_length: 256 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

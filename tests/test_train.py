@@ -29,6 +29,7 @@ from qlora_native.hf.load import load_model
 from qlora_native.hf.source import SafetensorsSource, load_tokenizer
 from qlora_native.lora import LoraConfig, add_lora
 from qlora_native.optim import AdamW, Lion
+from qlora_native.train import graphs
 from qlora_native.train import loop as loop_module
 from qlora_native.train.loop import Trainer
 from qlora_native.train.setup import learning_rate, make_optimizer
@@ -208,6 +209,32 @@ def test_many_steps_that_are_not_finite_stop_the_run(make: Make, monkeypatch: py
     monkeypatch.setattr(loop_module, "causal_lm_loss", lambda model, batch: plain(model, batch) * float("inf"))
     with pytest.raises(UserError, match=r"not finite 5 times .*lower train.lr \(now 0.005\)"):
         run(make(steps=20))
+
+
+def test_float16_learns_as_float32_does_with_a_scaled_loss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are those of fp32; a scale under which gradients overflow is halved until they do not."""
+    losses: dict[str, list[float]] = {}
+    for dtype in ("float32", "float16"):
+        records: list[Record] = []
+        Trainer(make(dtype, steps=6, dtype=dtype), on_step=records.append, quiet=True).train()
+        losses[dtype] = [record["loss"] for record in records]
+        assert all(math.isfinite(record["grad_norm"]) for record in records)
+    got = losses["float16"]
+    assert got == pytest.approx(losses["float32"], rel=2e-2) and got[-1] < got[0]
+
+    monkeypatch.setattr(graphs, "LARGEST_SCALE", 2.0**24)
+    config = make("large", steps=16, dtype="float16", save_every=16)
+    assert Trainer(config, quiet=True).train().skipped_steps == 0
+    state = json.loads(Path(config.output_dir, "step-000016", "trainer.json").read_text())
+    assert 1 < state["scale"]["value"] < 2.0**24
+
+
+def test_without_the_scale_gradients_are_lost_in_float16() -> None:
+    for scale, expected in ((1.0, 0.0), (graphs.LARGEST_SCALE, 1e-9)):
+        parameter = torch.nn.Parameter(torch.ones(1))
+        (parameter.half() * (1e-9 * scale)).float().sum().backward()
+        graphs.LossScale(scale).unscale([parameter])
+        assert parameter.grad is not None and float(parameter.grad) == pytest.approx(expected, rel=2e-2)
 
 
 def test_clip_bounds_the_update(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ refused, every mistake is reported at once with its line, and any key can be set
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -157,9 +159,7 @@ class LoopSection(_Section):
     )
     warmup: float = _key(0.03, "steps over which the learning rate rises; below 1 it is a share of all steps", ge=0)
     weight_decay: float = _key(0.0, "pull of the adapter towards 0, apart from the gradient's", ge=0)
-    betas: tuple[float, float] = _key(
-        (0.9, 0.999), "memory of the optimizer's averages; lion is usually given [0.9, 0.99]"
-    )
+    betas: tuple[float, float] = _key((0.9, 0.999), "AdamW or Lion betas; lion is usually given [0.9, 0.99]")
     eps: float = _key(1e-8, "added to AdamW's denominator", gt=0)
     clip: float = _key(1.0, "largest norm of a step's gradient; 0 = no clipping", ge=0)
     seed: NonNegative = _key(0, "fixes the adapter's start, the order of the rows and dropout")
@@ -181,7 +181,10 @@ class LoopSection(_Section):
     save_every: NonNegative = _key(100, "steps between checkpoints; 0 = at Ctrl-C only")
     keep: Positive = _key(2, "how many of the newest checkpoints stay on disk")
     log_every: Positive = _key(10, "steps between printed lines when the output is not a terminal")
-    dtype: Literal["bfloat16", "float32"] = _key("bfloat16", "type of activations and of the unquantized weights")
+    dtype: Literal["bfloat16", "float16", "float32"] = _key(
+        "bfloat16",
+        "type of activations and of the unquantized weights; float16, with a scaled loss, for cards without bfloat16",
+    )
 
     @field_validator("cuda_graph", mode="before")
     @classmethod
@@ -235,6 +238,11 @@ class TrainConfig(_Section):
             raise ValueError("train.patience and lora.ship are set: expected one, as the last steps make what ships")
         return self
 
+    @field_validator("logging", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         """Read a YAML file and apply command-line overrides (``["--lr", "1e-4", "--lora.r=8"]``).
@@ -268,7 +276,7 @@ class TrainConfig(_Section):
     def to_yaml(self) -> str:
         """The resolved config as YAML with every default written out, without ``resume``, which is one invocation's."""
         values = yaml.safe_dump(self.model_dump(mode="json", exclude={"resume"}), sort_keys=False)
-        return f"# Resolved by qlora_native {__version__}: every key with the value it had in this run.\n{values}"
+        return f"# Resolved by qlora_native {__version__}: full config, defaults filled in.\n{values}"
 
 
 def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, Any]:
@@ -280,6 +288,33 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, An
         else:
             found[prefix + name] = field
     return found
+
+
+def as_text(value: Any) -> str:
+    """A value of a key as one writes it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def values_of(annotation: Any, quote: str = "") -> str:
+    """What a key takes, by its annotation, with quotes around values."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return ", ".join(f"{quote}{as_text(value)}{quote}" for value in arguments)
+    if typing.get_origin(annotation) is tuple:
+        return f"{len(arguments)} numbers"
+    if typing.get_origin(annotation) is list:
+        return f"list of {values_of(arguments[0], quote)}" if arguments[0] is not str else "list of texts"
+    if hasattr(annotation, "__metadata__"):
+        return values_of(arguments[0], quote)
+    if arguments:
+        return " or ".join(values_of(argument, quote) for argument in arguments)
+    names = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): f"{quote}null{quote}"}
+    return names.get(annotation, str(annotation))
+
+
+def _takes_list(annotation: Any) -> bool:
+    is_list = typing.get_origin(annotation) in (list, tuple)
+    return is_list or any(_takes_list(each) for each in typing.get_args(annotation))
 
 
 # The names that other trainers give to our keys; difflib alone would not find `lr` from `learning_rate`.
@@ -407,6 +442,12 @@ def _lines(node: Any, prefix: str, source: str) -> Iterable[tuple[str, int]]:
             yield from _lines(value, f"{name}.", source)
 
 
+def _value_of(text: str) -> Any:
+    with suppress(Exception):  # the check reports the text
+        return _parsed(text)[0]
+    return text
+
+
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
     """Write ``--key value`` pairs into the nested values; returns the flag as typed for each dotted key it set.
 
@@ -429,8 +470,11 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[s
         if text in ("null", "none"):
             value = None
         elif path not in known or known[path].annotation not in (str, str | None):
-            with suppress(Exception):  # the check reports the text
-                value = _parsed(text)[0]
+            value = _value_of(text)
+        if path in known and _takes_list(known[path].annotation) and words and not words[0].startswith("--"):
+            value = [value]  # --betas 0.9 0.99
+            while words and not words[0].startswith("--"):
+                value.append(_value_of(words.pop(0)))
         *sections, leaf = path.split(".")
         target = values
         for section in sections:

@@ -25,11 +25,16 @@ def missing_modules(names: Sequence[str]) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
-def require(what: str, *names: str, extra: str = "train") -> None:
-    """Raise UserError if ``what``, a command or option, needs a module that is not installed; ``extra`` brings it."""
-    for name in missing_modules(names):
-        package = DISTRIBUTIONS.get(name, name)
-        raise UserError(f"{what} needs {package}, which is not installed: pip install 'qlora_native[{extra}]'")
+def missing_packages(names: Sequence[str]) -> list[str]:
+    """The packages, as pip knows them, of those of the modules that are not installed."""
+    return [DISTRIBUTIONS.get(name, name) for name in missing_modules(names)]
+
+
+def require(what: str, *names: str) -> None:
+    """Raise UserError if ``what``, a command or option, needs modules that are not installed."""
+    if packages := missing_packages(names):
+        is_not = "which are not" if len(packages) > 1 else "which is not"
+        raise UserError(f"{what} needs {' and '.join(packages)}, {is_not} installed: pip install {' '.join(packages)}")
 
 
 def refuse_existing(out: Path, option: str) -> None:

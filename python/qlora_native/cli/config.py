@@ -51,7 +51,13 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("qlora config check needs a file: qlora config check config.yaml")
         from qlora_native.config import TrainConfig
 
-        sys.stdout.write(TrainConfig.from_file(args.name, args.overrides).to_yaml())
+        config = TrainConfig.from_file(args.name, args.overrides)
+        files = {"data.train": config.data.train, "data.eval": config.data.eval, "model": config.model}
+        files["quant.calibration"] = config.quant.calibration
+        missing = [(key, path) for key, path in files.items() if path and not user_path(path).exists()]
+        if missing:
+            raise UserError(*(f"{args.name}: {key} is {path}, which is not there" for key, path in missing))
+        sys.stdout.write(config.to_yaml())
         return 0
     if args.overrides:
         raise UserError(
@@ -106,13 +112,14 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
     with as_user_error():
         estimator = Estimator(model, Setting(device=device))
     usable = int(MARGIN * limit)
-    candidates = itertools.product(OPTIMIZERS, LENGTHS, MICRO_BATCHES if device == "cuda" else (1,))
+    lengths = [length for length in LENGTHS if length <= estimator.positions] or [estimator.positions]
+    candidates = itertools.product(OPTIMIZERS, lengths, MICRO_BATCHES if device == "cuda" else (1,))
     estimates = (estimator.at(optimizer=o, length=length, batch_size=rows) for o, length, rows in candidates)
     estimate = next((each for each in estimates if each.fits(usable)), None)
     if estimate is None:
-        least = estimator.at(length=LENGTHS[-1], batch_size=1, optimizer=OPTIMIZERS[-1])
+        least = estimator.at(length=lengths[-1], batch_size=1, optimizer=OPTIMIZERS[-1])
         raise UserError(
-            f"{model} does not fit {where}: a row of {LENGTHS[-1]} tokens takes {size(least.total + least.reserve)} of "
+            f"{model} does not fit {where}: a row of {lengths[-1]} tokens takes {size(least.total + least.reserve)} of "
             f"{size(limit)}; take a larger card or a smaller model"
         )
     needed = size(estimate.total + estimate.reserve)
@@ -138,7 +145,7 @@ quant:
   type: nf4                   # {size(weights)} of weights in all, embeddings in 16 bits
   block_size: 64              # weights that share a scale
   double_quant: true          # false keeps the scales in fp32, for {size(3 * peak.scales)} more
-  method: wmse                # the training rows choose the scales, in one pass over 8,192 tokens; rtn starts at once
+  method: wmse                # the training rows choose the scales; rtn starts at once, and is taken if they are few
 
 lora:
   r: {setting.lora.r:<25}# {peak.adapters / 4e6:,.1f} million trained weights, {size(2 * peak.adapters)} with gradients

@@ -28,8 +28,8 @@ MOST_LINES = 10  # named of the rows that were truncated or dropped
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
-    parser.usage = "qlora data show CONFIG|FILE [--model DIR] [options] [--key value ...]"
-    parser.add_argument("action", choices=("show",))
+    parser.usage = "qlora data show|check CONFIG|FILE [--model DIR] [options] [--key value ...]"
+    parser.add_argument("action", choices=("show", "check"))
     parser.add_argument("source", metavar="CONFIG|FILE", help="a config of qlora train, or a data file")
     parser.add_argument("--model", metavar="DIR", help="the model whose tokenizer reads a data file")
     parser.add_argument("--rows", metavar="N", type=int, default=3, help="how many rows to show (default: 3)")
@@ -41,8 +41,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 rows with their trained tokens in color; between [[ and ]] when the output is not a terminal.
 Keys of a config (--max_length, --format, --train_on, --packing) can be set for a data file too.
 
+check names what trains nothing or the wrong thing, and exits with 2 if there is any; `qlora train` does it first.
+
 examples:
   qlora data show config.yaml
+  qlora data check config.yaml
   qlora data show train.jsonl --model models/llama --max_length 512 --row 17"""
 
 
@@ -61,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     for path in paths:
         read_rows(path)  # a missing file is reported before the tokenizer is loaded
     tokenizer = load_tokenizer(config.model)
+    if args.action == "check":
+        return _check(args, config, tokenizer)
     files = [data.load(path, tokenizer, limit=args.limit) for path in paths]
     train = files[0]
     encoder = ChatEncoder(tokenizer, max_length=data.max_length, train_on=data.train_on)
@@ -93,6 +98,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int:
+    from qlora_native._io import user_path
+    from qlora_native.data.check import check_rows
+    from qlora_native.data.dataset import load_split
+    from qlora_native.hf.source import open_source
+
+    text: Any = open_source(user_path(config.model)).config.get_text_config()
+    rows, held_out = load_split(config.data, tokenizer, config.train.seed, limit=args.limit)
+    positions = getattr(text, "max_position_embeddings", None)
+    findings = check_rows(rows, held_out, tokenizer, positions, getattr(text, "vocab_size", None))
+    if args.json:
+        print(json.dumps({"findings": [finding._asdict() for finding in findings]}, indent=2))
+        return 2 if findings else 0
+    if findings:
+        raise UserError(*(f"{rows.stats.path}: {finding}" for finding in findings))
+    print(f"{rows.stats.describe()}\nnothing found")
+    return 0
+
+
 def _config(args: argparse.Namespace) -> TrainConfig:
     from qlora_native.config import TrainConfig
     from qlora_native.data.readers import DATA_SUFFIXES, read_rows
@@ -109,8 +133,8 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     read_rows(args.source)
     if not args.model:
         raise UserError(
-            f"qlora data show {args.source}: which tokens are trained depends on the model's tokenizer and chat "
-            "template; name its folder with --model DIR"
+            f"qlora data {args.action} {args.source}: which tokens are trained depends on the model's tokenizer and "
+            "chat template; name its folder with --model DIR"
         )
     return TrainConfig.from_values({"data": {"train": args.source, "eval_fraction": 0}}, overrides)
 

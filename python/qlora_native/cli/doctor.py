@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_native.cli._run import DISTRIBUTIONS, missing_modules, print_result, require
+from qlora_native.cli._run import missing_packages, print_result, require
 from qlora_native.errors import UserError
 
 # What the extras of pyproject.toml bring, as import names; a test compares the two.
@@ -50,9 +50,9 @@ def examine() -> dict[str, Any]:
 
     build, devices = build_info(), _cuda_devices()
     missing: list[dict[str, Any]] = [
-        {"extra": extra, "packages": packages, "mend": f"pip install 'qlora_native[{extra}]'"}
+        {"extra": extra, "packages": packages, "mend": f"pip install {' '.join(packages)}"}
         for extra, names in EXTRAS.items()
-        if (packages := [DISTRIBUTIONS.get(name, name) for name in missing_modules(names.split())])
+        if (packages := missing_packages(names.split()))
     ]
     if devices and not build["cuda"]:
         missing.append({"extra": None, "packages": ["the CUDA kernels"], "mend": BUILD_WITH_CUDA})

@@ -32,7 +32,6 @@ class Command(NamedTuple):
 
     summary: str
     needs: tuple[str, ...] = ()  # import names beyond torch, numpy and safetensors
-    extra: str = "train"  # of pyproject.toml, which brings them
     first: str = ""  # what stands before --key value pairs, where the command takes them: they become args.overrides
 
 
@@ -42,7 +41,6 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "fine-tune a small real model on this machine and show what it learned",
         (*_CONFIG, "gguf", "accelerate", "jinja2"),
-        extra="demo",
     ),
     "train": Command("fine-tune a model as a config file describes", _CONFIG, first="the config file"),
     "estimate": Command(
@@ -55,9 +53,11 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("answer, base model and adapter side by side", (*_MODEL, "jinja2")),
     "merge": Command("add an adapter to its base model and report what that cost", _MODEL),
     "export": Command("write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", _MODEL),
-    "eval": Command("measure what 4 bits, a method and an adapter did to a model", _MODEL),
+    "eval": Command("measure quality lost to 4 bits, and regained by calibration and the adapter", _MODEL),
     "config": Command("list, write or check config files", first="what to do (list, init or check)"),
-    "data": Command("show the rows of a data file as the model will see them", _CONFIG, first="what to do (show)"),
+    "data": Command(
+        "show or check the rows of a data file as the model will see them", _CONFIG, first="what to do (show or check)"
+    ),
     "bench": Command("measure this library's ops against torch's on this machine"),
     "doctor": Command("report what this machine and this installation offer, and what is missing"),
 }
@@ -96,6 +96,8 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     module.configure(parser)
+    options = {option for action in parser._actions for option in action.option_strings}
+    argv = [other if (other := _hyphenated(word)).partition("=")[0] in options else word for word in argv]
     if spec.first:
         # argparse cannot distinguish the value of a key that it does not know from a positional argument.
         if argv and argv[0].startswith("--") and argv[0] != "--help":
@@ -104,8 +106,18 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         args.overrides = overrides
     else:
         args = parser.parse_args(argv)
-    require(f"qlora {name}", *spec.needs, extra=spec.extra)
+    require(f"qlora {name}", *spec.needs)
     return int(module.run(args) or EXIT_OK)
+
+
+def _hyphenated(word: str) -> str:
+    """A flag with hyphens in place of its name's underscores, which keys of a config have."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+# The names that other programs give to our commands; difflib alone would not find them.
+_ALIASES = {"finetune": "train", "fine-tune": "train", "sft": "train", "generate": "chat", "infer": "chat"}
 
 
 def _dispatch(argv: Sequence[str]) -> int:
@@ -117,7 +129,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = [_ALIASES[name]] if name in _ALIASES else difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `qlora {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
         raise UserError(f"qlora {name} is not a command: {hint}")
     return _run_command(name, rest)

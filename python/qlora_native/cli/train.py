@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 
-from qlora_native.cli._run import missing_modules
+from qlora_native.cli._run import missing_packages
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +27,14 @@ Any key of the config can be given as --key value:
 
 
 def _key_page() -> str:
-    if missing_modules(("pydantic", "yaml")):
-        return "  (pip install 'qlora_native[train]' shows them here)"
-    from qlora_native.config import keys
+    if packages := missing_packages(("pydantic", "yaml")):
+        return f"  (pip install {' '.join(packages)} shows them here)"
+    from qlora_native.config import as_text, keys, values_of
 
     lines = []
     for name, field in keys().items():
-        value = field.default if isinstance(field.default, str) else json.dumps(field.default, default=str)
-        default = "required" if field.is_required() else f"default {value}"
-        lines.append(f"  --{name:<26} {field.description} ({default})")
+        default = "required" if field.is_required() else f"default {as_text(field.default)}"
+        lines.append(f"  --{name:<26} {values_of(field.annotation)} ({default}): {field.description}")
     return "\n".join(lines)
 
 

@@ -225,6 +225,26 @@ def load_dataset(
     )
 
 
+def load_split(
+    data: Any, tokenizer: Any, seed: int, **options: Any
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Training rows and held-out rows (None if there are to be none) of the block ``data`` of a config."""
+    rows = data.load(data.train, tokenizer, **options)
+    if data.eval is not None:
+        return rows, data.load(data.eval, tokenizer, **options)
+    if data.eval_fraction == 0:
+        return rows, None
+    # A few rows still give a held-out loss: at least one is held out.
+    held_out = max(1, round(data.eval_fraction * len(rows)))
+    if held_out >= len(rows):
+        raise UserError(
+            f"{data.train} has {len(rows)} usable row: holding one out leaves none to learn from; "
+            "add rows or set data.eval_fraction to 0"
+        )
+    split: tuple[TokenizedDataset, TokenizedDataset] = rows.split(held_out, seed=seed)
+    return split
+
+
 class _TokenArray:
     """int32 numbers, appended row by row: in memory at first, beyond CHUNK_BYTES in a file without a name, which
     vanishes with its last user, also after a crash, and is read through a memory map."""

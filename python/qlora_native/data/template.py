@@ -238,29 +238,33 @@ class ChatEncoder:
             self._has_prompt = prompt != self._try_render(before)
         return prompt if self._has_prompt else None
 
+    def has_generation_prompt(self) -> bool:
+        """Whether the template begins the turn of an assistant for a prompt."""
+        return self._generation_prompt([{"role": "user", "content": "a"}]) is not None
+
     def _close_turns(self, ids: list[int], trained: list[bool], ends_in_answer: bool) -> tuple[list[int], list[bool]]:
         """Train the token that ends each answer; add the end-of-sequence token if the last answer has no such token."""
         if self.train_on == "all":
-            return (ids, trained) if not ends_in_answer or self._ends_turn(ids, 0) else self._with_eos(ids, trained)
+            return (ids, trained) if not ends_in_answer or self.ends_turn(ids, 0) else self._with_eos(ids, trained)
         trained = list(trained)
         start, end = 0, 0
         for at in range(len(ids)):
             if not trained[at]:
                 continue
             start, end = (start if at == end else at), at + 1
-            if (end < len(ids) and trained[end]) or self._ends_turn(ids[:end], start):
+            if (end < len(ids) and trained[end]) or self.ends_turn(ids[:end], start):
                 continue
             stop = end
             while stop < len(ids) and self._is_blank(ids[stop]):
                 stop += 1
             if stop < len(ids) and ids[stop] in self._control_ids:
                 trained[end : stop + 1] = [True] * (stop + 1 - end)
-        open_ended = end > 0 and not self._ends_turn(ids[:end], start) and all(map(self._is_blank, ids[end:]))
+        open_ended = end > 0 and not self.ends_turn(ids[:end], start) and all(map(self._is_blank, ids[end:]))
         if ends_in_answer and open_ended and self.tokenizer.eos_token_id is not None:
             return self._with_eos(ids[:end], trained[:end])  # without the white space, which would follow the end
         return ids, trained
 
-    def _ends_turn(self, ids: list[int], start: int) -> bool:
+    def ends_turn(self, ids: list[int], start: int) -> bool:
         """Whether ``ids[start:]`` ends in a token that ends a turn, white space after it or not."""
         last = next((token for token in reversed(ids[start:]) if not self._is_blank(token)), None)
         return last in self._control_ids

@@ -118,6 +118,7 @@ class Estimator:
         self.setting = setting
         self.model, self.loading_bytes = meta_model(model, setting)  # held beside the model while it is loaded
         self.config: Any = self.model.config.get_text_config()
+        self.positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 20
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trained = [parameter.numel() for parameter in trained]
         self.adapters = sum(parameter.nbytes for parameter in trained)
@@ -140,8 +141,9 @@ class Estimator:
         return _Sum(self, replace(self.setting, **changes)).estimate()
 
     def longest(self, num_bytes: int, batch_size: int) -> int:
-        """The most tokens a row, a multiple of 64, with which ``batch_size`` rows fit; 0 if none do."""
-        lengths = range(64, (1 << 20) + 1, 64)
+        """The most tokens a row, a multiple of 64 up to the model's positions, with which ``batch_size`` rows fit; 0 if
+        none do."""
+        lengths = range(64, max(64, self.positions) + 1, 64)
         return 64 * bisect_left(
             lengths, True, key=lambda n: not self.at(batch_size=batch_size, length=n).fits(num_bytes)
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_native._io import user_path
 from qlora_native.config import TrainConfig
 from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler, collate, collate_packed
-from qlora_native.data.dataset import TokenizedDataset
+from qlora_native.data.dataset import TokenizedDataset, load_split
 from qlora_native.distributed import Items
 from qlora_native.errors import UserError
 from qlora_native.hf.loss import hidden_states
@@ -27,25 +27,12 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training rows and held-out rows (None if the config asks for none), tokenized and masked."""
-    data, folder = config.data, user_path(config.output_dir)
-    rows = data.load(data.train, tokenizer, folder=folder)
-    if data.eval is not None:
-        return rows, data.load(data.eval, tokenizer, folder=folder)
-    if data.eval_fraction == 0:
-        for key in ("patience", "samples"):
-            if isinstance(value := getattr(config.train, key), int) and value:
-                raise UserError(
-                    f"train.{key} is {value}, and no rows are held out: set data.eval, or data.eval_fraction above 0"
-                )
-        return rows, None
-    # A few rows still give a held-out loss: at least one is held out.
-    held_out = max(1, round(data.eval_fraction * len(rows)))
-    if held_out >= len(rows):
-        raise UserError(
-            f"{data.train} has {len(rows)} usable row: holding one out leaves none to learn from; "
-            "add rows or set data.eval_fraction to 0"
-        )
-    return rows.split(held_out, seed=config.train.seed)
+    for key in ("patience", "samples") if config.data.eval is None and config.data.eval_fraction == 0 else ():
+        if isinstance(value := getattr(config.train, key), int) and value:
+            raise UserError(
+                f"train.{key} is {value}, and no rows are held out: set data.eval, or data.eval_fraction above 0"
+            )
+    return load_split(config.data, tokenizer, config.train.seed, folder=user_path(config.output_dir))
 
 
 def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler[Any]:

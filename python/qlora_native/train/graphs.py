@@ -6,8 +6,10 @@ do the learning rate, clipping, paging and what decides whether to step at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from qlora_native.train.batches import Batch
 
 EAGER_PASSES = 2  # of a shape before its capture: they warm up cuBLAS and everything that is made once
 MOST_GRAPHS = 32  # their activations share memory, their launches do not
+LARGEST_SCALE = 65536.0  # of a loss in float16
+SCALE_STEPS = 200  # without an overflow, after which it is doubled
 
 Shape = tuple[tuple[str, torch.Size], ...]
 Replay = Callable[[], None]
@@ -142,3 +146,37 @@ def captured(last: torch.cuda.CUDAGraph | None) -> Iterator[torch.cuda.CUDAGraph
     graph, pool = torch.cuda.CUDAGraph(), None if last is None else last.pool()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # backward has a thread of its own
         yield graph
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by in float16, in which small gradients would be zero (Micikevicius et al., "Mixed
+    precision training", 2018): a power of two, 1 where nothing is scaled, and the number of steps since it changed."""
+
+    value: float = 1.0
+    steps: int = 0
+
+    @classmethod
+    def of(cls, dtype: str) -> LossScale:
+        """The one that a run begins with."""
+        return cls(LARGEST_SCALE if dtype == "float16" else 1.0)
+
+    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Divide the gradients by it."""
+        for parameter in parameters if self.value != 1 else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / self.value)
+
+    def is_lowered(self, loss: float, norm: float, note: Callable[[str], None]) -> bool:
+        """Whether a step's gradient overflowed, its loss did not, and a lower scale is tried; ``norm`` is the
+        gradient's."""
+        self.steps += 1
+        if self.value == 1 or not math.isfinite(loss):
+            return False
+        if math.isfinite(norm):
+            if self.steps >= SCALE_STEPS and self.value < LARGEST_SCALE:
+                self.value, self.steps = 2 * self.value, 0
+            return False
+        self.value, self.steps = self.value / 2, 0
+        note(f"the gradient overflows in float16, step skipped; from here on the loss is scaled by {self.value:g}")
+        return True

@@ -47,10 +47,10 @@ from qlora_native.train.checkpoint import (
     save_checkpoint,
     stop_request,
 )
-from qlora_native.train.graphs import Passes, why_eager
+from qlora_native.train.graphs import LossScale, Passes, why_eager
 from qlora_native.train.memory import MappedWeights, MemoryReport, OOMRetry
 from qlora_native.train.progress import Metrics, Progress, RunPage, make_loggers, plot_losses
-from qlora_native.train.setup import learning_rate, make_optimizer, prepare_model
+from qlora_native.train.setup import check_data, learning_rate, make_optimizer, prepare_model, settle_method
 
 MAX_SKIPPED = 5
 
@@ -71,6 +71,7 @@ class TrainState:
     best_step: NonNegative | None = None
     since_best: NonNegative = 0  # evaluations
     samples: list[dict[str, str]] = field(default_factory=list)  # the last answers, beside the first
+    scale: LossScale = field(default_factory=LossScale)
     gains: list[float] = field(default_factory=list)  # of the layers, once they compute as what they ship as
     data: dict[str, Any] = field(default_factory=dict)
     retention: dict[str, Any] | None = None  # of what ships, as evaluate/retention.py has it
@@ -154,12 +155,16 @@ class Trainer:
         # Checkpoint, tokenizer and data come first: a broken line is found in seconds, a model takes longer.
         with ranks.together():
             resume = config.resume or ("auto" if restarts() else None)
-            checkpoint = find_checkpoint(config, self.output_dir, resume)
+            checkpoint = find_checkpoint(config, self.output_dir, None) if resume is None else None
             names = config.logging if ranks.is_first else []
             loggers = make_loggers(names, self.output_dir, config.model_dump(mode="json"))
             source = open_source(user_path(config.model)) if self.model is None else None
             self.tokenizer = self.tokenizer or load_tokenizer(source or config.model)
             rows, held_out = load_rows(config, self.tokenizer)
+            findings = check_data(source, self.tokenizer, rows, held_out)
+            fell_back = settle_method(config, source, rows)
+            if resume is not None:  # now that the method is known
+                checkpoint = find_checkpoint(config, self.output_dir, resume)
             self.hashes = {data.stats.path: data.stats.sha256 for data in (rows, held_out) if data is not None}
 
         # Model and optimizer.
@@ -180,7 +185,8 @@ class Trainer:
         total = options.steps or sampler.steps(options.epochs or 1)
 
         # Where to start: at 0 from the seed, or where the checkpoint stopped, random state included.
-        state, seed = TrainState(), options.seed + ranks.rank  # dropout differs from rank to rank
+        state = TrainState(scale=LossScale.of(options.dtype))
+        seed = options.seed + ranks.rank  # dropout differs from rank to rank
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -200,6 +206,8 @@ class Trainer:
         facts: dict[str, Any] = {"config": config.to_yaml(), "model": config.model, "steps": total}
         facts["rows"] = [data.stats.as_dict() for data in (rows, held_out) if data is not None]
         page = RunPage(self.output_dir if ranks.is_first else None, facts, progress, lambda: state.step, memory)
+        for line in [*findings, *([fell_back] if fell_back is not None else [])]:
+            page.note(line)
         if checkpoint is not None:
             page.note(f"continuing from {checkpoint} after step {state.step}")
         if getattr(model, "streamed_layers", None) is not None:
@@ -254,7 +262,7 @@ class Trainer:
                 started = time.monotonic()
                 what = f"step {state.step + 1}"
                 items = next(sampler.forever())
-                loss, tokens, trained = oom_retry.run(partial(self._learn, rows, items), what)
+                loss, tokens, trained = oom_retry.run(partial(self._learn, rows, items, state.scale), what)
                 weights.check(loss)
                 rate = learning_rate(
                     state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
@@ -265,7 +273,8 @@ class Trainer:
                 if math.isfinite(loss):
                     oom_retry.run_once(optimizer.step, what)  # clips; does nothing if the gradient is not finite
                     norm = optimizer.grad_norm or 0.0
-                self._count_skipped(state, loss, norm, page)
+                if not state.scale.is_lowered(loss, norm, page.note):
+                    self._count_skipped(state, loss, norm, page)
                 optimizer.zero_grad()
 
                 # Report.
@@ -310,18 +319,20 @@ class Trainer:
                 progress.note(memory_line)
             return summary
 
-    def _learn(self, rows: TokenizedDataset, items: Items) -> tuple[float, int, int]:
+    def _learn(self, rows: TokenizedDataset, items: Items, scale: LossScale) -> tuple[float, int, int]:
         """Forward and backward passes of one step: its loss, its tokens, and how many of them are trained."""
         ranks = self.ranks
         batches = list(self._micro_batches(rows, items))
         trained = int(ranks.sum(sum(count for _, count in batches))[0])
         self.passes.begin()
         for batch, count in batches:
-            self.passes.run(batch, count / trained, ranks.averaged_over)
+            self.passes.run(batch, scale.value * count / trained, ranks.averaged_over)
         self.passes.end()
-        ranks.add_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        ranks.add_gradients(parameters)
+        scale.unscale(parameters)
         tokens = int(sum(rows.lengths[item].sum() for item in items))
-        return ranks.sum(self.passes.loss.item())[0], tokens, trained
+        return ranks.sum(self.passes.loss.item() / scale.value)[0], tokens, trained
 
     @torch.no_grad()
     def evaluate(self, rows: TokenizedDataset) -> float:
@@ -442,8 +453,9 @@ class Trainer:
 
 
 def describe(summary: TrainSummary) -> str:
+    speed = f"{summary.tokens_per_second:,.0f} tokens/s (median), " if summary.tokens_per_second else ""
     lines = [
-        f"{summary.steps} steps, {summary.tokens:,} tokens, {summary.tokens_per_second:,.0f} tokens/s (median), "
+        f"{summary.steps} steps, {summary.tokens:,} tokens, {speed}"
         f"peak memory {summary.peak_rss_bytes / 2**20:,.0f} MiB"
     ]
     if summary.loss_before is not None and summary.loss_after is not None:

@@ -91,6 +91,43 @@ def prepare_model(
     return model.train()
 
 
+def check_data(
+    source: Source | None, tokenizer: Any, rows: TokenizedDataset, held_out: TokenizedDataset | None
+) -> list[str]:
+    """The mistakes in the rows, as lines to print. UserError for rows on which the model computes nonsense or fails."""
+    from qlora_native.data.check import check_rows
+
+    text = None if source is None else source.config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    findings = check_rows(rows, held_out, tokenizer, positions)  # check_vocabulary looks at the embedding itself
+    if wrong := [finding.text for finding in findings if finding.name == "beyond-positions"]:
+        raise UserError(f"{rows.stats.path}: {wrong[0]}")
+    return [f"data check: {finding}" for finding in findings]
+
+
+def settle_method(config: TrainConfig, source: Source | None, rows: TokenizedDataset) -> str | None:
+    """Set ``quant.method`` to rtn where the training rows are too few to calibrate with; then the line to print."""
+    quant = config.quant
+    if source is None or quant.method not in CALIBRATED or quant.calibration is not None or _is_made(config, source):
+        return None
+    from qlora_native.calibration.data import LEAST_TOKENS
+
+    method, least = quant.method, LEAST_TOKENS[quant.method]
+    if rows.stats.tokens >= least:
+        return None
+    quant.method = "rtn"
+    return (
+        f"quant.method is rtn in place of {method}, which calibrates on {least:,} tokens and more: the training rows "
+        f"have {rows.stats.tokens:,}; quant.calibration names a file with more"
+    )
+
+
+def _is_made(config: TrainConfig, source: Source) -> bool:
+    """Whether the files hold the 4-bit weights of ``quant.method`` already."""
+    metadata: Any = (source.four_bit_config or {}).get(METADATA) or {}
+    return config.quant.method != "rtn" and metadata.get("method") == config.quant.method
+
+
 def _has_adapters(model: Any) -> bool:
     return model is not None and any(isinstance(module, LoRALinear) for module in model.modules())
 
@@ -105,8 +142,7 @@ def _load(
 ) -> Any:
     """The 4-bit model; on several processes with adapters, since they cannot be added to what is sharded."""
     quant = config.quant
-    metadata: Any = (source.four_bit_config or {}).get(METADATA) or {}
-    is_made = quant.method != "rtn" and metadata.get("method") == quant.method  # the files are in 4 bits already
+    is_made = _is_made(config, source)
     calibration = None if is_made else _calibration(config, rows)
     options: dict[str, Any] = {
         **quant.options,

