@@ -24,7 +24,7 @@ def draw(result: dict[str, Any], path: str) -> None:
     from matplotlib.figure import Figure
 
     rows = result["rows"]
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
     axes = figure.add_subplot(ylabel="MiB", title="Predicted parts (bars) and measured peak (marks)")
     bottoms = [0.0] * len(rows)
     for label, names in PARTS.items():
@@ -33,8 +33,9 @@ def draw(result: dict[str, Any], path: str) -> None:
         bottoms = [low + high for low, high in zip(bottoms, heights, strict=True)]
     measured = [row["total"]["measured"] / 2**20 for row in rows]
     axes.plot(range(len(rows)), measured, "k_", markersize=16, markeredgewidth=2, label="measured")
-    labels = [f"{row['model']}\n{row['length']}\n{'ckpt' if row['checkpointing'] else 'all kept'}" for row in rows]
-    axes.set_xticks(range(len(rows)), labels, fontsize=7)
+    labels = [f"{row['model']}, {row['length']}, {'ckpt' if row['checkpointing'] else 'all kept'}" for row in rows]
+    axes.set_xticks(range(len(rows)), labels, fontsize=7, rotation=90)
+    axes.set_xlabel("model, tokens a row, activations: recomputed (ckpt) or all kept")
     axes.legend(fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)

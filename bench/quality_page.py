@@ -14,6 +14,7 @@ from typing import Any
 from pages import between, results_of, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
+TEXTS = {"A": "library source", "B": "language reference", "C": "package descriptions"}  # what they are, in brief
 PAGE, PICTURE = ROOT / "docs/quality.md", ROOT / "docs/quality.png"
 BEGIN, END = "<!-- bench/quality_page.py begins -->", "<!-- bench/quality_page.py ends -->"
 NAMES = {"bf16": "16-bit (bf16)"}
@@ -116,7 +117,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             width = 0.8 / len(texts)
             places = [at + (number - (len(texts) - 1) / 2) * width for at in range(len(rows))]
             pairs = [values(row["texts"][text]) for row in rows]
-            axes.bar(places, [p[0] for p in pairs], width, yerr=[p[1] for p in pairs], label=text, capsize=2)
+            label = f"{text}: {TEXTS[text]}" if text in TEXTS else text
+            axes.bar(places, [p[0] for p in pairs], width, yerr=[p[1] for p in pairs], label=label, capsize=2)
         axes.set_xticks(range(len(rows)), [row["base"] for row in rows])
         axes.set_title(title)
         axes.set_ylabel("nats a token above the 16-bit base")

@@ -38,10 +38,18 @@ def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_shapes_of_a_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["bench", "linear_4bit", "--model", str(model), "--tokens", "1", "3", "--rounds", "1"]) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
+    head, _, name, columns, *rows = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in head and "\x1b" not in head
+    assert name.startswith("linear_4bit, against F.linear") and columns.split()[:3] == ["M", "[N,", "K]"]
     sizes = ["[32, 64]", "[64, 64]", "[64, 128]", "[128, 64]"]
-    assert [row.split(": ")[0] for row in rows] == [f"linear_4bit, {m} x {size}" for size in sizes for m in (1, 3)]
+    assert [row.split()[:3] for row in rows] == [[str(m), *size.split()] for size in sizes for m in (1, 3)]
+    assert len({row.index("(") for row in rows}) == 1  # a table
+
+
+def test_the_rival_has_the_bits_of_the_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    for dtype, bits in (("float32", "32-bit"), ("bfloat16", "16-bit")):
+        assert main.main(["bench", "dequantize_4bit", "--shape", "1", "64", "64", "--dtype", dtype, "--json"]) == 0
+        assert bits in json.loads(capsys.readouterr().out)["torch_is"]
 
 
 @pytest.mark.parametrize(

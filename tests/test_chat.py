@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def test_greedy_answers_are_those_of_generate(
     assert [answer["tokens"] for answer in answers] == [TOKENS, TOKENS]
     assert all(answer["ended"] == "length" and answer["tokens_per_second"] > 0 for answer in answers)
 
-    assert run(files, "--system", "be brief", "--prompt", PROMPT) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert run(files, "--system", "be brief", "--prompt", PROMPT, f"--max_tokens={TOKENS}") == 0
     base, adapter = map(chat.printable, expected.values())
     assert capsys.readouterr().out == f"base: {base}\nadapter: {adapter}\n"
 

@@ -42,7 +42,7 @@ def page(name: str) -> str:
 PAGES = [
     ("transformers", "", "four-bit/model.safetensors dense/model.safetensors"),
     ("peft", "peft", "adapter/adapter_model.safetensors merged-four-bit/model.safetensors"),
-    ("trl", "peft trl datasets", "adapter/adapter_model.safetensors"),
+    ("trl", "peft trl datasets", "adapter/adapter_model.safetensors dpo-adapter/adapter_model.safetensors"),
     ("bitsandbytes", "", "base-model-nf4/model.safetensors base-model-16bit/model.safetensors"),
     ("any-file", "gguf peft", "model.gguf gguf-run/adapter/README.md adapter.gguf"),
     ("tutorial", "", "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft"),
@@ -169,3 +169,16 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_source() -> None:
         pattern = re.compile(".*".join(re.escape(part) for part in message.split("...") if part), re.DOTALL)
         assert any(pattern.search(literal) for literal in source), message
     assert all(len(body.strip()) > 40 for body in re.split(r"^### .*$", text, flags=re.MULTILINE)[1:])
+
+
+def test_the_readme_begins_with_what_it_needs_and_is_no_table_of_benches() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first_commands = text.partition("```sh")[0]
+    assert all(words in first_commands for words in ("clone", "C++20 compiler", "Python 3.10", "AVX2", "CUDA"))
+    benches = text.partition("<!-- bench/readme.py begins -->")[2].partition("<!-- bench/readme.py ends -->")[0]
+    assert 0 < len(benches) < len(text) / 5
+
+
+def test_no_page_installs_from_an_index_that_does_not_have_it() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "python").rglob("*.py")):
+        assert "qlora_native[" not in path.read_text(encoding="utf-8"), path

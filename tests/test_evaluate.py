@@ -178,9 +178,14 @@ def test_variants_are_the_models_they_name(comparison: Comparison, folder: Path,
         assert found.loss[0] == pytest.approx(measure(model, text.rows, 1)[0].loss[0], rel=5e-3), name
 
 
-def test_the_report_holds_the_measurements(comparison: Comparison, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_the_report_holds_the_measurements(comparison: Comparison, tmp_path: Path, monkeypatch: Any) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn: list[Any] = []
+    draw = figure.draw
+    monkeypatch.setattr(figure, "draw", lambda self, renderer: drawn.extend(self.axes) or draw(self, renderer))  # type: ignore[func-returns-value]
     assert write_report(comparison, tmp_path, ["notes.txt: plain text"])
+    assert drawn[0].get_title() == "model"
+    assert [label.get_text() for label in drawn[0].get_xticklabels()] == [side.name for side in comparison.variants]
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "\n".join(tables(comparison)) in page and "- notes.txt: plain text" in page

@@ -170,6 +170,9 @@ def adapter(file: Path) -> Path:
     return file.parent / "adapter"
 
 
+CONFIGS = ("config", "generation_config")
+
+
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
     capsys.readouterr()
     assert main.main([*map(str, words), "--json"]) == 0
@@ -178,7 +181,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test_every_command_takes_it(file: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_takes_it(file: Path, adapter: Path, tmp_path: Path, capsys: Any, mistake: Any) -> None:
     tiny.write_rows(tmp_path / "rows.jsonl")
     model, twin = (qn.load_adapter(load_model(file, dtype=torch.float32), adapter) for _ in range(2))
     whole = qn.merge(twin, dtype=torch.float32)
@@ -195,8 +198,12 @@ def test_every_command_takes_it(file: Path, adapter: Path, tmp_path: Path, capsy
     for base in ("original", "dequantized"):
         words = ("--check",) if base == "original" else ()
         run(capsys, "merge", file, adapter, "--out", tmp_path / base, "--base", base, "--to", "fp32", *words)
+        config, generation = (json.loads((tmp_path / base / f"{name}.json").read_text()) for name in CONFIGS)
+        assert config["architectures"] == ["LlamaForCausalLM"] and generation["eos_token_id"] == config["eos_token_id"]
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / base, dtype=torch.float32)
         assert distance(merged(IDS).logits, whole(IDS).logits) < 1e-5
+    for target, command in (("16bit", "qlora export"), ("bitsandbytes", "qlora quantize")):
+        assert command in mistake("convert", file, tmp_path / "converted", "--to", target)
     run(capsys, "quantize", file, "--out", tmp_path / "nf4")
     assert load_model(tmp_path / "nf4").model.layers[0].mlp.up_proj.quantized.quant_type == "nf4"
     run(capsys, "export", adapter, "--to", "gguf-adapter", "--out", tmp_path / "adapter.gguf")

@@ -185,6 +185,12 @@ def test_initializations_that_read_the_weights_are_refused(folder: Path) -> None
         peft.get_peft_model(base(folder), qn.peft_config(init_lora_weights="pissa"))
 
 
+def test_some_layers_alone(folder: Path) -> None:
+    model = peft.get_peft_model(base(folder), qn.peft_config(r=4, layers_to_transform=[1]))
+    paths = [path for path, module in model.named_modules() if isinstance(module, FusedLayer)]
+    assert len(paths) == 7 and all(".layers.1." in path for path in paths)
+
+
 def test_preparing_for_training_does_no_harm(folder: Path) -> None:
     model = base(folder, torch.bfloat16, compute_dtype="bfloat16")
     before = state_of(model, "proj")

@@ -27,9 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of x")
     parser.add_argument("--rounds", type=int, default=11, metavar="R", help="calls of each, in turn (default: 11)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row")
-    parser.epilog = """Both are called in turns, so that noise falls on both; the ratio is the median over
-the rounds, above 1 where this library is faster. Without --model and --shape: a weight [4096, 4096]. Close other
-programs.
+    parser.epilog = """Both are called in turns, so that background load affects both equally; the ratio is
+the median over the rounds, above 1 where this library is faster. Without --model and --shape: a weight [4096, 4096].
+Close other programs.
 
 examples:
   qlora bench
@@ -52,8 +52,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name}{isa}, torch {torch.__version__}, {args.dtype}")
     torch.manual_seed(0)
     for op in [args.op] if args.op else OPS:
+        first = True
         for m, n, k in dict.fromkeys((0 if op in WITHOUT_TOKENS else m, n, k) for m, n, k in shapes):
             contest = CONTESTS[op](Shape(m, n, k), getattr(torch, args.dtype), device)
+            if first and not args.json:
+                print(f"\n{op}, against {contest.rival}")
+                print(f"{'M':>7}  {'[N, K]':<18}{'ours, ms':>10}{'torch, ms':>10}  times as fast (quartiles)")
+            first = False
             _print({"op": op, "m": m or None, "n": n, "k": k}, contest, args, name, device)
     return 0
 
@@ -123,8 +128,8 @@ def _print(about: dict[str, Any], contest: Any, args: argparse.Namespace, name: 
     if args.json:
         print(json.dumps(row), flush=True)
         return
-    size = f"{about['m']} x " if about["m"] else ""
     match = "" if row["match"] else f"  NO MATCH: relative error {row['relative_error']:g}"
-    times = f"{row['ours_ms']:g} ms, {contest.rival} {row['torch_ms']:g} ms"
-    ratio = f"{middle:g} times as fast ({low:g} to {high:g})"
-    print(f"{about['op']}, {size}[{about['n']}, {about['k']}]: {times}: {ratio}{match}", flush=True)
+    sizes = f"{about['m'] or '':>7}  [{about['n']}, {about['k']}]"
+    print(
+        f"{sizes:<27}{row['ours_ms']:>10g}{row['torch_ms']:>10g}{middle:>8g} ({low:g} to {high:g}){match}", flush=True
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_native._io import user_path
 from qlora_native.cli._run import has_rich_terminal, printable
-from qlora_native.cli._weights import add_quantizing, as_trained
+from qlora_native.cli._weights import DTYPES, add_quantizing, as_trained
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=0, metavar="K", help="tokens to draw from; 0 is all (default: 0)")
     add("--seed", type=int, default=0, help="of drawing; both answers draw alike (default: 0)")
     add_quantizing(parser)
+    add("--dtype", choices=DTYPES, help="of activations and of what is not 4-bit (default: bfloat16)")
     add("--json", action="store_true", help="print one JSON object an answer, when it is complete")
     parser.epilog = """Lines are read until the end of input (Ctrl-D); each goes to the model with the turns before it.
 Ctrl-C ends an answer and not the program. On a terminal the two answers stand side by side, elsewhere one after the
@@ -169,7 +170,8 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(str(args.model))
         device = "cuda" if torch.cuda.is_available() else None
         note = partial(print, file=sys.stderr)
-        model: Any = load_to_device(args.model, device=device, note=note, **as_trained(args, rounds=True))
+        options = as_trained(args, rounds=True) | ({} if args.dtype is None else {"dtype": getattr(torch, args.dtype)})
+        model: Any = load_to_device(args.model, device=device, note=note, **options)
         if args.adapter:
             qn.load_adapter(model, args.adapter)
         stream_if_needed(model, None, BESIDE, note)

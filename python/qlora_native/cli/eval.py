@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_native._io import user_path
 from qlora_native.cli._run import print_result
+from qlora_native.cli._weights import DTYPES
 from qlora_native.errors import UserError
 
 
@@ -28,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("--max-length", "N", int, "tokens a row (default: 1024)", {"default": 1024}),
         ("--rows", "N", int, "only the first N rows of each file or task", {}),
         ("--train-on", None, str, part, {"choices": ("answers", "all"), "default": "answers"}),
+        ("--dtype", None, str, "of activations and of what is not 4-bit (default: bfloat16)", {"choices": DTYPES}),
         ("--report", "DIR", user_path, "write report.md, report.json and report.png there", {}),
     ):
         parser.add_argument(name, metavar=metavar, type=kind, help=text, **options)
@@ -60,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.lm_eval:
         check_harness()
+    options: dict[str, Any] = {"device": "cuda"} if torch.cuda.is_available() else {}
+    if args.dtype is not None:
+        options["dtype"] = getattr(torch, args.dtype)
     with as_user_error():
         variants = Variants(
             args.model,
@@ -68,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             shipped=args.shipped,
             reference=args.reference,
             calibration=args.calibration,
-            options={"device": "cuda"} if torch.cuda.is_available() else {},
+            options=options,
         )
         tokenizer = load_tokenizer(str(variants.model))
         limits = {"max_length": args.max_length, "limit": args.rows}

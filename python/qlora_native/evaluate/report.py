@@ -53,13 +53,14 @@ def write_report(comparison: Comparison, folder: Path, about: Sequence[str]) -> 
 
 
 def plot(comparison: Comparison, path: Path) -> bool:
-    """Bars of the loss, or of the loss above 16 bits where there is a reference; False without matplotlib."""
+    """Bars of the loss, or of the loss above 16 bits where there is a reference, which is the bar at 0; False without
+    matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     key, label = ("excess", "nats a token above 16-bit") if comparison.reference else ("loss", "nats a token")
-    variants = comparison.variants[1:] if comparison.reference else comparison.variants
+    variants = comparison.variants
     texts = list(comparison.variants[0].texts)
     figure = Figure(figsize=(1.5 + 1.4 * max(2, len(variants)), 3.2), layout="constrained")
     axes = figure.subplots()
@@ -67,8 +68,10 @@ def plot(comparison: Comparison, path: Path) -> bool:
     for number, text in enumerate(texts):
         rows = [comparison.text_row(variant, text) for variant in variants]
         places = [at + (number - (len(texts) - 1) / 2) * width for at in range(len(variants))]
-        errors: Any = [row[f"{key}_error"] for row in rows]
-        axes.bar(places, [row[key] or 0.0 for row in rows], width, yerr=errors, label=text, capsize=2)
+        errors: Any = [row[f"{key}_error"] or 0.0 for row in rows]
+        label = f"{text}, {rows[0]['loss']:.3f} in 16 bits" if comparison.reference else text
+        axes.bar(places, [row[key] or 0.0 for row in rows], width, yerr=errors, label=label, capsize=2)
+    axes.set_title(Path(comparison.model).name)
     axes.set_xticks(range(len(variants)), [variant.name for variant in variants])
     axes.set_ylabel(label)
     axes.axhline(0, color="black", linewidth=0.6)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from qlora_native._io import read_json
 from qlora_native.errors import UserError
@@ -76,7 +77,8 @@ def convert(
     """
     opened = open_source(source)
     if not isinstance(opened, SafetensorsSource):
-        raise UserError(f"{source} is GGUF: expected a folder of safetensors; `qlora quantize` reads GGUF.")
+        reader = f"`qlora export {source} --to safetensors`" if target == "16bit" else f"`qlora quantize {source}`"
+        raise UserError(f"{source} is GGUF: expected a folder of safetensors; {reader} reads it.")
     dtype = dtype or (opened.config.dtype if opened.config.dtype in DTYPES[:2] else torch.bfloat16)
     options: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before anything is written
@@ -140,6 +142,8 @@ class Conversion:
             weight_map |= {output.name: name for output in outputs}
         self.report.files = len(files)
         written = {"config.json": self.config()}
+        if self.source.path.suffix == ".gguf":
+            written["generation_config.json"] = GenerationConfig.from_model_config(self.source.config).to_diff_dict()
         if len(files) > 1:
             written[INDEX_NAME] = {"metadata": {"total_size": self.report.num_bytes}, "weight_map": weight_map}
         for name, value in written.items():
@@ -153,8 +157,9 @@ class Conversion:
         if isinstance(self.source, SafetensorsSource):
             config = read_json(self.source.path / "config.json")
         else:
-            config = {key: value for key, value in self.source.config.to_dict().items() if key != "_name_or_path"}
+            config = {key: value for key, value in self.source.config.to_dict().items() if "_name_or_path" not in key}
         config.pop("quantization_config", None)
+        config["architectures"] = config.get("architectures") or [type(self.meta.model).__name__]
         if (quantization := self.quantization_config()) is not None:
             config["quantization_config"] = quantization
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]

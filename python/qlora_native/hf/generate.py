@@ -44,15 +44,17 @@ def iter_tokens(model: Any, prompt: Sequence[int], sampling: Sampling, stop: set
         raise UserError(f"the conversation has {len(prompt)} tokens, the model's context {context}: begin a new one")
     generator = torch.Generator().manual_seed(sampling.seed)
     # Of a long prompt, only the logits of the last token are needed.
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    parameters = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    cache_name = "cache" if "cache" in parameters else "past_key_values"  # by the version of transformers
     ids, cache = torch.tensor([list(prompt)], device=model.device), None
     for _ in range(min(sampling.max_tokens, context - len(prompt))):
-        output = model(ids, past_key_values=cache, use_cache=True, **last)
+        output = model(ids, **{cache_name: cache}, use_cache=True, **last)
         token = choose(output.logits[0, -1].float().cpu(), sampling, generator)
         if token in stop:
             return
         yield token
-        ids, cache = torch.tensor([[token]], device=model.device), output.past_key_values
+        ids, cache = torch.tensor([[token]], device=model.device), getattr(output, cache_name)
 
 
 stream = torch.inference_mode()(iter_tokens)  # a model that goes on training must not keep its tensors

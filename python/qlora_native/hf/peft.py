@@ -192,18 +192,27 @@ def _quantized_like(before: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
     return after
 
 
+_LINEAR_NAMES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value", "c_attn", "dense"),
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h"),
+    *("fc1", "fc2"),
+)
+
+
 def peft_config(**options: Any) -> LoraConfig:
     """A PEFT ``LoraConfig`` for ``peft.get_peft_model`` on a 4-bit model, with this library's defaults.
 
     Args:
         options: PEFT's own; left out, ``r`` is 16, ``lora_alpha`` 32, ``target_modules`` "all-linear" and
-            ``task_type`` "CAUSAL_LM".
+            ``task_type`` "CAUSAL_LM". With ``layers_to_transform`` they are the usual names of linear layers.
 
     Returns:
         The config, with :class:`QuantizedLoraLinear` registered for 4-bit layers.
     """
     ours = LoraDefaults()
-    defaults = {"r": ours.r, "lora_alpha": ours.alpha, "target_modules": ours.target_modules, "task_type": "CAUSAL_LM"}
+    # PEFT allows "all-linear" for all layers alone; names that a model does not have select nothing.
+    targets = ours.target_modules if options.get("layers_to_transform") is None else list(_LINEAR_NAMES)
+    defaults = {"r": ours.r, "lora_alpha": ours.alpha, "target_modules": targets, "task_type": "CAUSAL_LM"}
     config = LoraConfig(**{**defaults, **options})
     config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
     return config

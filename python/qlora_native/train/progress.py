@@ -69,7 +69,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(output_dir: Path) -> None:
-    """Draw training and held-out loss over the steps into ``loss.png``, if matplotlib is installed."""
+    """Draw training and held-out loss over the steps, and the best step, into ``loss.png``, if matplotlib is
+    installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -84,6 +85,12 @@ def plot_losses(output_dir: Path) -> None:
     for key, style in styles.items():
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         axes.plot(*zip(*points, strict=True), **style) if points else None
+        if points and key == "eval_loss":
+            step, loss = min(points, key=lambda point: point[1])
+            axes.plot(step, loss, "k*", markersize=11, label=f"best: {loss:.4f} at step {step}")
+    axes.set_yscale("log")  # the first step does not flatten the others
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     axes.legend()
     axes.grid(alpha=0.3)
     picture = output_dir / "loss.png"

@@ -1,0 +1,71 @@
+"""What the pictures show: every label can be read, and every bar and mark is named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from laws import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+import plot_estimate
+import quality_page
+
+from qlora_native.train.progress import plot_losses
+
+figures = pytest.importorskip("matplotlib.figure")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The axes of every figure that is saved."""
+    found: list[Any] = []
+    save = figures.Figure.savefig
+
+    def kept(figure: Any, *args: Any, **options: Any) -> None:
+        save(figure, *args, **options)
+        found.extend(figure.axes)
+
+    monkeypatch.setattr(figures.Figure, "savefig", kept)
+    return found
+
+
+def names(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def assert_labels_apart(axes: Any) -> None:
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) > 1 and all(left.x1 <= right.x0 for left, right in pairwise(boxes))
+
+
+def result_of(name: str) -> Any:
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_memory(drawn: list[Any], tmp_path: Path) -> None:
+    plot_estimate.draw(result_of("estimate-amx"), str(tmp_path / "memory.png"))
+    assert_labels_apart(*drawn)
+
+
+def test_quality(drawn: list[Any], tmp_path: Path) -> None:
+    result = result_of("quality-amx")
+    quality_page.plot(result, tmp_path / "quality.png")
+    for axes in drawn:
+        assert_labels_apart(axes)
+        assert all(len(name.split()) > 1 for name in names(axes))
+    assert {name.partition(":")[0] for name in names(drawn[0])} == result["texts"].keys() - {"calibration"}
+
+
+def test_losses(drawn: list[Any], tmp_path: Path) -> None:
+    lines = [{"step": 0, "eval_loss": 9.0}, {"step": 1, "loss": 8.0}, {"step": 2, "loss": 1.5}]
+    lines += [{"step": 2, "eval_loss": 1.25}, {"step": 3, "loss": 1.4}, {"step": 3, "eval_loss": 1.75}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_losses(tmp_path)
+    (axes,) = drawn
+    assert axes.get_yscale() == "log" and names(axes)[-1] == "best: 1.2500 at step 2"
+    assert axes.lines[-1].get_xydata().tolist() == [[2.0, 1.25]]
