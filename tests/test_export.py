@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_native as qn
 from qlora_native.cli import main
+from qlora_native.export.gguf_encode import encode
 
 gguf = pytest.importorskip("gguf")
 
@@ -121,14 +122,39 @@ def test_tokenizers_of_sentencepiece(request: pytest.FixtureRequest, tmp_path: P
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("out_type", "most"), [("f16", 2e-3), ("q8_0", 5e-2)])
+@pytest.mark.parametrize(
+    ("out_type", "most"), [("f16", 2e-3), ("q8_0", 5e-2), ("q4_0", 0.5), ("q4_1", 0.5), ("iq4_nl", 0.5)]
+)
 def test_adapter_and_types(files: Path, out_type: str, most: float) -> None:
     path = files / f"{out_type}.gguf"
     export(files / "model", "--adapter", files / "adapter", "--to", "gguf", "--type", out_type, "--out", path)
     assert relative_error(read_back(path)(IDS).logits, with_adapter(files)(IDS).logits) < most
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert kinds["blk.0.attn_q.weight"] == out_type.upper() and kinds["blk.0.attn_norm.weight"] == "F32"
+    assert kinds["output.weight"] == ("Q8_0" if "4" in out_type else out_type.upper())
     assert not list(files.glob(".*"))
+
+
+def test_blocks_are_those_of_the_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the gguf package where it has the type; rows that are no whole blocks take another one."""
+    folder = model_of(tmp_path / "model", "Qwen2", intermediate_size=256, num_hidden_layers=1)
+    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[0].mlp
+    for out_type in ("q8_0", "q4_0", "q4_1", "iq4_nl", "q4_k"):
+        path = tmp_path / f"{out_type}.gguf"
+        capsys.readouterr()
+        export(folder, "--to", "gguf", "--type", out_type, "--out", path, "--json")
+        result = json.loads(capsys.readouterr().out)
+        found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        kind = gguf.GGMLQuantizationType[out_type.upper()]
+        for name, weight in (("ffn_up", stored.up_proj.weight), ("ffn_down", stored.down_proj.weight)):
+            tensor = found[f"blk.0.{name}.weight"]
+            wanted = gguf.GGMLQuantizationType.Q5_0 if out_type == "q4_k" and name == "ffn_up" else kind
+            assert tensor.tensor_type is wanted
+            assert (tensor.data == encode(weight.detach(), wanted)).all()
+        others = result["other_types"]
+        assert others.get("token_embd.weight") == (None if out_type == "q8_0" else "q8_0")
+        assert others.get("blk.0.ffn_up.weight") == ("q5_0" if out_type == "q4_k" else None)
+        assert result["num_bytes"] == sum(tensor.n_bytes for tensor in found.values())
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_native import _native
+from qlora_native import _native, gguf_blocks
 
 NESTED_BLOCK = 256
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -124,7 +124,7 @@ def dequantize(dtype: torch.dtype, *weight: Any) -> Tensor:
     packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = weight
     numel = math.prod(shape)
     if quant_type in _native.GGUF_BLOCKS:
-        return gguf_values(packed.reshape(-1), quant_type).to(dtype).reshape(shape)
+        return gguf_blocks.values(packed.reshape(-1), quant_type).to(dtype).reshape(shape)
     spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[:numel]
     return (_levels(packed, code, quant_type, numel) * spread).to(dtype).reshape(shape)
 
@@ -132,47 +132,6 @@ def dequantize(dtype: torch.dtype, *weight: Any) -> Tensor:
 def _levels(packed: Tensor, code: Tensor | None, quant_type: int, numel: int) -> Tensor:
     table = (_native.levels(quant_type) if code is None else code.reshape(-1)).to(packed.device)
     return table[torch.stack([packed >> 4, packed & 15], -1).reshape(-1)[:numel].long()]
-
-
-def gguf_values(packed: Tensor, quant_type: int) -> Tensor:
-    """The elements of whole blocks of a GGUF type, fp32, every operation rounded.
-
-    Source: gguf/quants.py of the ``gguf`` package, and ggml-common.h of llama.cpp.
-    """
-    name, (elements, size) = _native.QUANT_TYPES[quant_type], _native.GGUF_BLOCKS[quant_type]
-    blocks = packed.view(-1, size)
-
-    def half(at: int) -> Tensor:
-        return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
-
-    def bits(begin: int, end: int, width: int, count: int) -> Tensor:
-        """``count`` times the bytes, [blocks, end - begin] in rows of ``width``, each shifted to its next bits."""
-        shifts = torch.arange(0, 8, 8 // count, dtype=torch.uint8, device=packed.device)[:, None]
-        return (blocks[:, begin:end].reshape(len(blocks), -1, 1, width) >> shifts) & (255 >> (8 - 8 // count))
-
-    if name == "q8_0":
-        return (blocks[:, 2:].view(torch.int8).float() * half(0)).reshape(-1)
-    if elements == 32:
-        codes = bits(size - 16, size, 16, 2).reshape(-1, 32)
-        if name == "iq4_nl":
-            return (_native.levels(quant_type).to(packed.device)[codes.long()] * half(0)).reshape(-1)
-        if name.startswith("q5"):
-            each = torch.arange(8, dtype=torch.uint8, device=packed.device)
-            codes = codes | (blocks[:, size - 20 : size - 16, None] >> each & 1).reshape(-1, 32) << 4
-        if name.endswith("1"):
-            return (codes.float() * half(0) + half(2)).reshape(-1)
-        return ((codes.float() - (16 if name == "q5_0" else 8)) * half(0)).reshape(-1)
-    if name == "q6_k":
-        codes = bits(0, 128, 64, 2).reshape(-1, 16, 16) | bits(128, 192, 32, 4).reshape(-1, 16, 16) << 4
-        factors = half(208) * blocks[:, 192:208].view(torch.int8).float()
-        return ((codes.float() - 32) * factors[:, :, None]).reshape(-1)
-    codes = bits(size - 128, size, 32, 2).reshape(-1, 8, 32)
-    if name == "q5_k":
-        codes = codes | bits(16, 48, 32, 8).reshape(-1, 8, 32) << 4
-    low, middle, top = blocks[:, 4:16].reshape(-1, 3, 4).unbind(1)
-    factors = half(0) * torch.cat((low & 63, top & 15 | (low >> 2 & 48)), 1).float()
-    minima = half(2) * torch.cat((middle & 63, top >> 4 | (middle >> 2 & 48)), 1).float()
-    return (codes.float() * factors[:, :, None] - minima[:, :, None]).reshape(-1)
 
 
 def pack(codes: Tensor, quant_type: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, choices=tuple(_MAKERS), help="what to make")
     out = "the folder or .gguf file; it must not exist yet (default, for gguf-adapter alone: DIR.gguf)"
     add("--out", "-o", type=user_path, metavar="PATH", help=out)
-    kind = "of the matrices; safetensors takes all but q8_0 (default: bf16, for gguf f16)"
-    add("--type", choices=("f16", "bf16", "q8_0", "f32"), help=kind)
+    kind = "of the matrices; safetensors takes f16, bf16 and f32 (default: bf16, for gguf f16)"
+    add("--type", choices=("f16", "bf16", "f32", "q8_0", "q4_0", "q4_1", "q4_k", "iq4_nl"), help=kind)
     base = "add the adapter to the weights in MODEL, or to their 4-bit form (default: original)"
     add("--base", choices=("original", "dequantized"), default="original", help=base)
     add_quantizing(parser)
@@ -59,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
         made = _MAKERS[args.to](args, args.out)
     result = {"out": str(args.out), "to": args.to, **made, "seconds": seconds()}
     lines = [f"{args.out}: {result['num_bytes'] / 2**20:,.1f} MiB; took {result['seconds']:.1f} s"]
-    if result.get("not_q8_0"):
-        lines.append(f"{len(result['not_q8_0'])} matrices are F16, as their row length is not a multiple of 32")
+    for kind, count in Counter(result.get("other_types", {}).values()).items():
+        lines.append(f"{count} matrices are {kind}: embeddings, or rows that are no whole blocks of {args.type}")
     print_result(args, result, lines)
     return 0
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_native.errors import UserError
+from qlora_native.export.gguf_encode import encode
 from qlora_native.hf.checkpoint import check_finite
 from qlora_native.hf.gguf import ARCHITECTURES, Architecture, interleaved, reordered_heads
 from qlora_native.hf.gguf_source import GgufSource
@@ -30,9 +31,15 @@ OUT_TYPES = {  # of the matrices, and the name of such a file
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (Kind.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (Kind.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
+    "q4_k": (Kind.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_S),
+    "iq4_nl": (Kind.IQ4_NL, gguf.LlamaFileType.MOSTLY_IQ4_NL),
     "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
 }
-
+# What stands in where rows are no whole blocks, as in llama.cpp.
+_NARROWER = {Kind.Q4_K: Kind.Q5_0}
+_WIDER = ("token_embd.weight", "output.weight")  # Q8_0 beside matrices of 4 bits
 
 # llama.cpp's names of pre-tokenizers, by the equivalent steps of the tokenizers library.
 _LLAMA_3 = (
@@ -64,16 +71,16 @@ class _Tensor(NamedTuple):
     def tofile(self, file: BinaryIO) -> None:
         for part in self.rows:
             check_finite(part, self.name, file.name)
-            gguf.quants.quantize(part.float().numpy(), self.kind).tofile(file)
+            encode(part.float(), self.kind).tofile(file)
 
 
 def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dict[str, Any]:
     """Write ``path``, a GGUF file with weights, hyperparameters, tokenizer and chat template.
 
-    Matrices are stored as ``out_type`` (as F16 instead of Q8_0 if their rows are no multiple of 32, named in
-    ``not_q8_0`` of the result), vectors as F32. Memory is that of :class:`Merging`; for llama and mistral, q and k are
-    in memory whole, one at a time. A GGUF file keeps its own tokenizer. UserError if the architecture, its rotary
-    scaling or its tokenizer is not mapped to GGUF here.
+    Matrices are stored as ``out_type``, vectors as F32. The embedding and the output are Q8_0 where that has 4 bits,
+    and rows that are no whole blocks Q5_0 or F16; ``other_types`` of the result has these types by name. Memory is that
+    of :class:`Merging`; for llama and mistral, q and k are in memory whole, one at a time. A GGUF file keeps its own
+    tokenizer. UserError if the architecture, its rotary scaling or its tokenizer is not mapped to GGUF here.
     """
     config = work.source.config
     architecture = ARCHITECTURES.get(config.model_type)
@@ -102,8 +109,24 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
     return {
         "tensors": len(tensors),
         "num_bytes": sum(one.nbytes for one in tensors),
-        "not_q8_0": [one.name for one in tensors if out_type == "q8_0" and one.kind is Kind.F16],
+        "other_types": {
+            one.name: one.kind.name.lower()
+            for one in tensors
+            if len(one.shape) > 1 and one.kind is not OUT_TYPES[out_type][0]
+        },
     }
+
+
+def _kind_of(name: str, shape: torch.Size, kind: Kind) -> Kind:
+    """The type of a tensor in a file whose matrices are ``kind``."""
+    if len(shape) == 1:
+        return Kind.F32
+    if name in _WIDER and kind.name.startswith(("Q4", "IQ4")):
+        kind = Kind.Q8_0
+    for one in (kind, _NARROWER.get(kind, Kind.F16)):
+        if shape[-1] % gguf.GGML_QUANT_SIZES[one][0] == 0:
+            return one
+    return Kind.F16
 
 
 def _head_dim(config: Any) -> int:
@@ -169,8 +192,7 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
         if name is None:
             raise UserError(f"{work.source.path}: GGUF's {architecture.name} has no place for {step.name}; {_INSTEAD}")
         shape = work.meta.shapes[step.name].shape
-        narrow = Kind.F16 if kind is Kind.Q8_0 and shape[-1] % 32 else kind
-        yield _Tensor(name, shape, Kind.F32 if len(shape) == 1 else narrow, _rows(work, step, architecture))
+        yield _Tensor(name, shape, _kind_of(name, shape, kind), _rows(work, step, architecture))
 
 
 def _rows(work: Merging, step: Plain | FourBit, architecture: Architecture) -> Iterator[Tensor]:

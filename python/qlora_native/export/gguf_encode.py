@@ -1,0 +1,123 @@
+"""Floats into the element types of GGUF files: by the ``gguf`` package where it has the type, here where it has not.
+
+Sums run over halves, so the bytes depend on neither the number of threads nor the width of the CPU's vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from torch import Tensor
+
+from qlora_native import gguf_blocks
+from qlora_native._native import GGUF_BLOCKS
+from qlora_native.reference import reciprocals
+from qlora_native.weight import quant_type_number
+
+_AT_A_TIME = 1 << 17  # elements, whose intermediate tensors stay in the caches
+
+
+def encode(rows: Tensor, kind: Kind) -> np.ndarray:
+    """The bytes of rows fp32 [n, K], K whole blocks; uint8 or 16-bit floats [n, ...].
+
+    Source of Q4_K's search, least squares from several starts: make_qkx2_quants of llama.cpp.
+    """
+    if kind not in _ENCODERS:
+        return gguf.quants.quantize(rows.numpy(), kind)
+    encoder, number = _ENCODERS[kind], quant_type_number(kind.name.lower())
+    parts = rows.reshape(-1, GGUF_BLOCKS[number][0]).split(_AT_A_TIME // GGUF_BLOCKS[number][0])
+    return torch.cat([encoder(part, number) for part in parts]).view(len(rows), -1).numpy()
+
+
+def _sum(t: Tensor) -> Tensor:
+    """The sums [..., 1] over a last dimension of 2^i elements."""
+    while (half := t.shape[-1] // 2) > 0:
+        t = t[..., :half] + t[..., half:]
+    return t
+
+
+def _header(blocks: int, *parts: Tensor, number: int) -> Tensor:
+    """Blocks [n, bytes] that begin with these parts, halves or bytes [n, ...]; the rest is zeros."""
+    head = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
+    return torch.nn.functional.pad(head, (0, GGUF_BLOCKS[number][1] - head.shape[1])).view(blocks, -1)
+
+
+def _iq4_nl(x: Tensor, number: int) -> Tensor:
+    """The scale with the least squared error, from starts that put the largest element at or near an outer level."""
+    levels = gguf_blocks.levels(number)
+    code_of = torch.bucketize(torch.arange(-256, 257) / 2, (levels[1:] + levels[:-1]) / 2)  # by twice the value + 256
+    level_of = levels[code_of]
+
+    def nearest(inverse: Tensor, table: Tensor) -> Tensor:
+        at = (x * inverse).mul_(2).ceil_().clamp_(-256, 256).add_(256).int()
+        return table.index_select(0, at.view(-1)).view(x.shape)
+
+    largest = reciprocals(x.gather(1, x.abs().argmax(1, keepdim=True)))
+    least, best = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
+    for start in (-127.0, -115.0, 113.0):
+        inverse = start * largest
+        for _ in range(2):
+            level = nearest(inverse, level_of)
+            scale = (_sum(x * level) * reciprocals(_sum(level * level))).half().float()
+            inverse = reciprocals(scale)
+        error = _sum((x - nearest(inverse, level_of) * scale).square())
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    blocks = _header(len(x), best.half(), number=number)
+    return gguf_blocks.with_codes(blocks, nearest(reciprocals(best), code_of.to(torch.uint8)), number)
+
+
+def _q4_k(x: Tensor, number: int) -> Tensor:
+    """Scale and minimum of each run of 32, by least squares in turns with the codes; then those of the whole block."""
+    x = x.view(-1, 8, 32)
+
+    def codes(factor: Tensor, minimum: Tensor) -> Tensor:
+        return (x + minimum).mul_(reciprocals(factor)).round_().clamp_(0, 15)
+
+    low = x.amin(-1, keepdim=True).clamp(max=0)
+    width = x.amax(-1, keepdim=True) - low
+    least, best, minima = torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)
+    for distances in (15.7, 15.0, 14.3, 13.6, 12.9, 12.2):  # of levels, between the smallest and the largest element
+        factor, minimum = width / distances, -low
+        code = codes(factor, minimum)
+        for _ in range(2):
+            factor, minimum = _least_squares(x, code)
+            code = codes(factor, minimum)
+        error = _sum((x - (code * factor - minimum)).square())
+        better = (error < least) & (factor >= 0)
+        best, minima = torch.where(better, factor, best), torch.where(better, minimum, minima)
+        least = torch.where(better, error, least)
+
+    def rounded(of_runs: Tensor) -> tuple[Tensor, Tensor]:
+        unit = (of_runs.amax(1, keepdim=True) / 63).half().float()
+        return unit, (of_runs * reciprocals(unit)).round_().clamp_(0, 63)
+
+    (unit, scale), (minimum_unit, minimum) = rounded(best), rounded(minima)
+    a, b = codes(unit * scale, minimum_unit * minimum) * scale, minimum.expand_as(x)
+    aa, ab, bb, xa, xb = (_sum((p * q).flatten(1))[..., None] for p, q in ((a, a), (a, b), (b, b), (x, a), (x, b)))
+    inverse = reciprocals(aa * bb - ab * ab)
+    units = (xa * bb - xb * ab) * inverse, (xa * ab - xb * aa) * inverse
+    fits = (units[0] > 0) & (units[1] >= 0) & (aa * bb - ab * ab > 1e-5 * aa * bb)
+    units = torch.where(fits, units[0], unit).half(), torch.where(fits, units[1], minimum_unit).half()
+    code = codes(units[0].float() * scale, units[1].float() * minimum).to(torch.uint8).flatten(1)
+    (s, t), (m, n) = (part.to(torch.uint8).view(-1, 2, 4).unbind(1) for part in (scale, minimum))
+    packed = s | t >> 4 << 6, m | n >> 4 << 6, t & 15 | (n & 15) << 4
+    return gguf_blocks.with_codes(_header(len(x), *(u[..., 0] for u in units), *packed, number=number), code, number)
+
+
+def _least_squares(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor and minimum, 0 or more, with which code * factor - minimum is nearest to x."""
+    n = x.shape[-1]
+    q, qq, xs, xq = _sum(code), _sum(code * code), _sum(x), _sum(x * code)
+    spread = n * qq - q * q
+    inverse = reciprocals(spread)
+    factor, minimum = (n * xq - q * xs) * inverse, (q * xq - qq * xs) * inverse
+    alone = (minimum < 0) | (spread <= 1e-5 * n * qq)  # a minimum below 0, or codes that are all the same
+    without = torch.where(qq == 0, -xs / n, 0.0).clamp(min=0)
+    return torch.where(alone, xq * reciprocals(qq), factor), torch.where(alone, without, minimum)
+
+
+_ENCODERS: dict[Kind, Callable[[Tensor, int], Tensor]] = {Kind.IQ4_NL: _iq4_nl, Kind.Q4_K: _q4_k}
