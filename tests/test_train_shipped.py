@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import runs
 import torch
-from helpers import relative_error
+from helpers import gguf_weight, relative_error
 from runs import Crash, crash_at, metrics, write_files
 from tiny_models import four_bit_layers
 
@@ -100,10 +100,11 @@ def test_a_run_that_crashed_ships_the_same_bytes(
     assert metrics(tmp_path / "out") == metrics(before)
 
 
-def layer_with(change: float) -> Any:
-    """A layer whose adapter changes its weight, of the order of 1, by about so much."""
-    n, k, r = 80, 192, 4
-    base = qn.nn.QuantizedLinear.from_quantized(qn.quantize(torch.randn(n, k)), torch.randn(n))
+def layer_with(change: float, quant_type: str = "nf4") -> Any:
+    """A layer whose adapter changes its weight, of the order of 1, or of 0.1 in a GGUF type, by about so much."""
+    n, k, r = 80, 192 if quant_type == "nf4" else 256, 4
+    weight = qn.quantize(torch.randn(n, k)) if quant_type == "nf4" else gguf_weight(quant_type, (n, k))
+    base = qn.nn.QuantizedLinear.from_quantized(weight, torch.randn(n))
     layer = LoRALinear(base, r, 2.0)
     torch.nn.init.normal_(layer.lora_A)
     torch.nn.init.normal_(layer.lora_B, std=change / 4)
@@ -111,11 +112,13 @@ def layer_with(change: float) -> Any:
 
 
 @pytest.mark.parametrize("change", [1e-3, 1e-2, 1e-1, 1])
+@pytest.mark.parametrize("quant_type", ["nf4", "q4_0", "q8_0", "q4_k", "iq4_nl"])
 @pytest.mark.parametrize("seen", [True, False])
-def test_the_outputs_move_as_far_as_the_adapter_moves_them(seen: bool, change: float) -> None:
+def test_the_outputs_move_as_far_as_the_adapter_moves_them(seen: bool, quant_type: str, change: float) -> None:
     """Of inputs that differ in size from column to column, and have directions in common."""
-    layer = layer_with(change)
-    x = torch.randn(300, 192) @ (torch.eye(192) + torch.randn(192, 192) / 16) * torch.randn(192).exp()
+    layer = layer_with(change if quant_type == "nf4" else min(change, 0.1) / 10, quant_type)  # within its blocks
+    k = layer.in_features
+    x = torch.randn(300, k) @ (torch.eye(k) + torch.randn(k, k) / 16) * torch.randn(k).exp()
     layer.gain = gain_of(layer, x) if seen else gain_of(layer)
     moved = shipped_weight(layer).dequantize(torch.float32) - layer.base_layer.quantized.dequantize(torch.float32)
     wanted = layer.delta()

@@ -91,14 +91,14 @@ struct DenseJob {
 
 // The codes nearest to W + scale * B A under W's own scales.
 struct RequantizeJob {
-  WeightView weight;  // [n, k], nf4 or fp4
+  WeightView weight;  // [n, k], of a GGUF type rows of whole blocks
   int64_t n;
   int64_t k;
   const float* a;  // [r, k]
   const float* b;  // [n, r]
   int64_t r;
   float scale;
-  uint8_t* packed;  // [ceil(n * k / 2)]
+  uint8_t* packed;  // [packed_bytes(n * k)], with the scales of blocks that hold them
 
   // Units of work are rows then, else bytes.
   bool goes_by_rows() const { return k > 0 && k % kMinBlock == 0; }

@@ -9,13 +9,16 @@ namespace {
 void requantize(Address a, Address b, int64_t r, float scale, int64_t n, int64_t k, Address packed,
                 const WeightFields& fields) {
   const WeightView weight = checked_weight(fields);
-  require(!is_gguf(weight.type), "the weight is of a GGUF type: expected nf4 or fp4.");
   checked_size(r, "r");
   require(product_of({checked_size(n, "n"), checked_size(k, "k")}) == weight.numel,
           "the weight has " + std::to_string(weight.numel) + " elements: expected n * k.");
+  const BlockFormat& format = kBlockFormats[static_cast<int>(weight.type)];
+  require(!is_gguf(weight.type) || k % format.elements == 0, "rows have " + std::to_string(k) +
+                                                                 " elements: expected whole blocks of " +
+                                                                 std::to_string(format.elements) + ".");
   cpu::requantize_4bit({weight, n, k, pointer<const float>(a, product_of({r, k}), "a"),
                         pointer<const float>(b, product_of({n, r}), "b"), r, scale,
-                        pointer<uint8_t>(packed, packed_bytes(weight.numel), "packed")});
+                        pointer<uint8_t>(packed, packed_bytes(weight.type, weight.numel), "packed")});
 }
 
 }  // namespace

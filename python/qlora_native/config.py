@@ -116,10 +116,10 @@ class LoraSection(_Section):
         "text in the model; lower the learning rate; merge with base dequantized)",
     )
 
-    ship: Literal["nf4"] | None = _key(
+    ship: Literal["nf4", "gguf"] | None = _key(
         None,
-        "also write a 4-bit model of this type without an adapter, and train the last part of the run with its very "
-        "codes, so that the rounding does not undo what was learned",
+        "also write a 4-bit model without an adapter, and train the last part of the run with its very codes, so that "
+        "the rounding does not undo what was learned; gguf: over a GGUF file, each weight in the type it has there",
     )
     ship_share: float = _key(0.25, "that part, as a share of the steps", gt=0, lt=1)
 

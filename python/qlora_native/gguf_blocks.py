@@ -37,6 +37,15 @@ def levels(quant_type: int) -> Tensor:
     return torch.arange(1 << bits, dtype=torch.float32, device="cpu") + _LOWEST.get(name, 0)
 
 
+def nearest_codes(target: Tensor, levels: Tensor) -> Tensor:
+    """The code of the level nearest to each value, uint8; of two as near the even integer, else the lower one. NaN
+    takes the lowest."""
+    inside = target.nan_to_num(float(levels[0])).clamp(levels[0], levels[-1])
+    if len(levels) == int(levels[-1] - levels[0]) + 1:
+        inside = inside.round()
+    return torch.bucketize(inside, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
 def _shifts(count: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, 8 // count, dtype=torch.uint8, device=device)[:, None]
 

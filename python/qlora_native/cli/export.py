@@ -25,8 +25,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, choices=tuple(_MAKERS), help="what to make")
     out = "the folder or .gguf file; it must not exist yet (default, for gguf-adapter alone: DIR.gguf)"
     add("--out", "-o", type=user_path, metavar="PATH", help=out)
-    kind = "of the matrices; safetensors takes f16, bf16 and f32 (default: bf16, for gguf f16)"
-    add("--type", choices=("f16", "bf16", "f32", "q8_0", "q4_0", "q4_1", "q4_k", "iq4_nl"), help=kind)
+    kind = (
+        "of the matrices; safetensors takes f16, bf16 and f32; keep: MODEL's own, a GGUF file's (default: bf16, for "
+        "gguf f16)"
+    )
+    add("--type", choices=("f16", "bf16", "f32", "q8_0", "q4_0", "q4_1", "q4_k", "iq4_nl", "keep"), help=kind)
+    text = "--type keep: text such as the model will meet, any file that training reads"
+    add("--calibration", metavar="FILE", help=text)
     base = "add the adapter to the weights in MODEL, or to their 4-bit form (default: original)"
     add("--base", choices=("original", "dequantized"), default="original", help=base)
     add_quantizing(parser)
@@ -36,10 +41,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 template in it, which llama.cpp runs: llama, mistral, qwen2, qwen3, gemma and gemma2. peft: the adapter alone, checked
 against MODEL, which it then names as its base. gguf-adapter: the adapter alone for llama.cpp, which runs it over the
 GGUF file of the same base; without --adapter MODEL is the adapter, over the base that it names. Tensors are read and
-written a few megabytes at a time.
+written a few megabytes at a time. --type keep writes MODEL, a GGUF file, once more, in which adapted weights have other
+codes under the scales that they have.
 
 examples:
   qlora export Llama-3.1-8B-Instruct --adapter run/adapter --to gguf --type q8_0 --out tuned.gguf
+  qlora export llama.gguf --adapter run/adapter --to gguf --type keep --calibration train.jsonl --out tuned.gguf
   qlora export Llama-3.1-8B-Instruct --adapter run/adapter --to safetensors --out tuned
   qlora export Llama-3.1-8B-Instruct --adapter run/step-000200 --to peft --out tuned-adapter
   qlora export run/adapter --to gguf-adapter --out tuned-adapter.gguf"""
@@ -62,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
     lines = [f"{args.out}: {result['num_bytes'] / 2**20:,.1f} MiB; took {result['seconds']:.1f} s"]
     for kind, count in Counter(result.get("other_types", {}).values()).items():
         lines.append(f"{count} matrices are {kind}: embeddings, or rows that are no whole blocks of {args.type}")
+    if (changed := result.get("changed")) is not None:
+        share = 100 * sum(changed.values()) / len(changed)
+        lines.append(f"{len(changed)} weights took the adapter; {share:.1f} % of their bytes changed")
     print_result(args, result, lines)
     return 0
 
@@ -87,10 +97,18 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf", "gguf")
     from qlora_native._io import as_write_error, atomic_file
     from qlora_native.export.gguf import export_gguf
+    from qlora_native.export.gguf_kept import export_kept
     from qlora_native.hf.source import load_tokenizer
 
     _check_suffix(out)
     work = _merging(args, "fp32")
+    if (args.type == "keep") != bool(args.calibration):
+        raise UserError(
+            "qlora export: --type keep and --calibration FILE, text such as the model will meet, go together"
+        )
+    if args.type == "keep":
+        with as_write_error(out), atomic_file(out) as partial:
+            return export_kept(work, partial, args.adapter, args.calibration)
     tokenizer = None if work.source.path.suffix == ".gguf" else load_tokenizer(str(args.model))
     with as_write_error(out), atomic_file(out) as partial:
         return export_gguf(work, partial, args.type or "f16", tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -31,6 +32,7 @@ from qlora_native.hf.gguf import (
     GgufTensor,
     decode,
     deinterleaved,
+    interleaved,
     kept,
     more_of_config,
     reordered_heads,
@@ -163,6 +165,23 @@ class GgufSource(Source):
         if leaf == "bias":
             return deinterleaved(rows.view(-1, 4), heads).view(1, -1)
         return deinterleaved(rows, heads)
+
+    def kind_of(self, stored: StoredTensor) -> str:
+        """The format of a tensor of the plan, such as "q4_k"."""
+        return self._places[stored.name].kind.name.lower()
+
+    def write_copy(self, path: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write the file once more, with these bytes of some linear weights, rows in the model's order."""
+        assert self.architecture is not None
+        names = self.architecture.name_map(self.config.num_hidden_layers)
+        shutil.copyfile(self.path, path)
+        with path.open("r+b") as file:
+            for name, packed in weights:
+                tensor = self.gguf.tensors[names.get_name(name, (".weight",)) or name]
+                heads = reordered_heads(self.config, self.architecture, name.removesuffix(".weight"))
+                rows = packed.view(tensor.shape[0], -1)
+                file.seek(tensor.start)
+                file.write((rows if heads is None else interleaved(rows, heads)).contiguous().numpy().data)
 
     def read(self, stored: StoredTensor, scratch: Scratch | None = None) -> Tensor:
         """The tensor, decoded; of what transformers made no longer kept here, and made again when asked for again."""

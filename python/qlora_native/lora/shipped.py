@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_native import _native
+from qlora_native import _native, gguf_blocks
 from qlora_native.functional import dense_linear
 from qlora_native.lora.layer import LoRALinear
 from qlora_native.nn.linear import QuantizedLinear
@@ -29,8 +29,12 @@ MOST_GAIN, BISECTIONS = 2.0**20, 16
 
 def shipped_weight(layer: LoRALinear) -> QuantizedWeight:
     """What the layer ships as: new codes [N, K] under the scales of its 4-bit base."""
-    value = _base_of(layer).quantized
-    return value._with(_requantized(layer.lora_A, layer.lora_B, layer.scale * _gain(layer), value.op_args()))
+    return moved(_base_of(layer).quantized, layer.lora_A, layer.lora_B, layer.scale * _gain(layer))
+
+
+def moved(weight: QuantizedWeight, a: Tensor, b: Tensor, scale: float) -> QuantizedWeight:
+    """The weight [N, K] with the codes nearest to W + scale * B A, for a [r, K] and b [N, r]."""
+    return weight._with(_requantized(a, b, scale, weight.op_args()))
 
 
 def shipped_linear(layer: LoRALinear, x: Tensor) -> Tensor:
@@ -95,16 +99,13 @@ def gain_of(layer: LoRALinear, x: Tensor | None = None) -> float:
     weight = _base_of(layer).quantized
     n, k = weight.shape
     rows = sampled_rows(n, k).to(weight.device)
-    elements = rows[:, None] * k + torch.arange(k, device=weight.device)
-    codes = (weight.packed[elements // 2] >> torch.where(elements % 2 == 0, 4, 0) & 15).long()
-    scales = weight.scales()[elements // weight.block_size]
+    levels, codes, scales = _levels_of(weight, rows)
     a, b = (matrix.to(weight.device, torch.float32) for matrix in (layer.lora_A, layer.lora_B))
     change = layer.scale * b[rows] @ a
     pull = change
     if x is not None:
         x = x.reshape(-1, k)[:SAMPLED_TOKENS].to(weight.device, torch.float32)
         pull = (x @ change.t()).t() @ x
-    levels = _native.levels(0).to(weight.device)
     middles, old = (levels[1:] + levels[:-1]) / 2, levels[codes]
     in_scales = torch.where(scales != 0, change / scales, 0.0)
     pull, wanted = pull * scales, float((change * pull).sum(dtype=torch.float64))
@@ -134,3 +135,17 @@ def least_gain(is_reached: Callable[[float], bool], bisections: int = BISECTIONS
         middle = (low + high) / 2
         low, high = (low, middle) if is_reached(middle) else (middle, high)
     return high
+
+
+def _levels_of(weight: QuantizedWeight, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The levels of a weight; of some rows the indices [rows, K] of their elements' levels, and what those are
+    multiplied by."""
+    (n, k), number = weight.shape, weight.op_args().quant_type
+    if weight.is_gguf:
+        blocks = weight.packed.view(n, -1)[rows].view(-1, _native.GGUF_BLOCKS[number][1])
+        factors = gguf_blocks.spread(gguf_blocks.scales(blocks, number)[0], number)
+        codes, scales = (values.view(-1, k) for values in (gguf_blocks.codes(blocks, number), factors))
+        return gguf_blocks.levels(number).to(weight.device), codes.long(), scales
+    elements = rows[:, None] * k + torch.arange(k, device=weight.device)
+    codes = weight.packed[elements // 2] >> torch.where(elements % 2 == 0, 4, 0) & 15
+    return _native.levels(number).to(weight.device), codes.long(), weight.scales()[elements // weight.block_size]

@@ -16,11 +16,12 @@ ELEMENTS = 1 << 22  # at a time, where there is no kernel
 
 @fake("requantize_4bit")
 def shapes(a: Tensor, b: Tensor, scale: float, *arguments: Any) -> Tensor:
-    """The packed codes, uninitialized; refuses a weight of a GGUF type."""
+    """The packed codes, uninitialized; refuses rows of a GGUF type that are no whole blocks."""
     weight = Weight(*arguments)
-    if weight.quant_type in _native.GGUF_BLOCKS:
+    if weight.quant_type in _native.GGUF_BLOCKS and weight.shape[-1] % weight.block_size:
         raise ValueError(
-            f"requantize_4bit: the weight is in {_native.QUANT_TYPES[weight.quant_type]}: expected nf4 or fp4."
+            f"requantize_4bit: the weight is {list(weight.shape)}: expected rows of whole blocks of "
+            f"{_native.QUANT_TYPES[weight.quant_type]}, {weight.block_size} elements."
         )
     return torch.empty_like(weight.packed)
 
@@ -39,9 +40,10 @@ def anywhere(a: Tensor, b: Tensor, scale: float, *arguments: Any) -> Tensor:
     say_once(f"qlora_native: no kernel of requantize_4bit on {packed.device.type}; computing it with torch's own ops.")
     n, k = weight.shape
     aligned = weight.block_size // math.gcd(weight.block_size, max(k, 1))  # rows that end where a block does
-    step = max(1, ELEMENTS // max(1, aligned * k)) * aligned
+    step, done = max(1, ELEMENTS // max(1, aligned * k)) * aligned, 0
     for first in range(0, n, step):
         rows = weight.slice(first, min(first + step, n))
-        codes = reference.requantize(a, b[first : first + step], scale, *rows)
-        packed.view(-1)[first * k // 2 : first * k // 2 + codes.numel()] = codes
+        codes = reference.requantize(a, b[first : first + step], scale, *rows).view(-1)
+        packed.view(-1)[done : done + len(codes)] = codes
+        done += len(codes)
     return packed

@@ -421,7 +421,7 @@ class Trainer:
         adapter_dir = self._save_adapter(self.output_dir / "adapter", state)
         shipped_dir = None
         if self.shipping is not None:
-            shipped_dir = self.output_dir / "shipped"
+            shipped_dir = self.output_dir / self.shipping.name
             with self.ranks.together():
                 if self.ranks.is_first:
                     self.shipping.write(shipped_dir, self.tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qlora_native._io import as_write_error, atomic_folder
+from qlora_native._io import as_write_error, atomic_file, atomic_folder
 from qlora_native.config import TrainConfig
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
@@ -17,6 +17,7 @@ from qlora_native.evaluate.measure import Scores
 from qlora_native.evaluate.retention import retention
 from qlora_native.hf.checkpoint import aligned_files
 from qlora_native.hf.config import METADATA
+from qlora_native.hf.gguf_source import GgufSource
 from qlora_native.hf.loss import causal_lm_loss
 from qlora_native.lora import LoRALinear, adapters_off, lora_layers
 from qlora_native.lora.shipped import gain_of, shipped_weight
@@ -37,10 +38,11 @@ class Shipping:
         self.first = max(1, total - round(config.lora.ship_share * total))
         self.has_begun = False
         wanted = config.lora.ship
+        self.name = "shipped.gguf" if wanted == "gguf" else "shipped"  # of what is written
         for path, layer in self.layers.items():
             base = layer.base_layer
             found = base.quantized.quant_type if isinstance(base, QuantizedLinear) else "dense"
-            if found != wanted:
+            if ("gguf" if isinstance(base, QuantizedLinear) and base.quantized.is_gguf else found) != wanted:
                 raise UserError(
                     f"lora.ship is {wanted}, and {path} is {found}: codes ship in the format that the layer is trained "
                     "in; set lora.ship to that, or lora.target_modules to layers that have it"
@@ -98,12 +100,18 @@ class Shipping:
                 layer.gain = gain
         return retention(base, adapted, shipped)
 
-    def write(self, folder: Path, tokenizer: Any) -> Path:
-        """Write the model with these codes, 4-bit in bitsandbytes' format, and no adapter."""
-        with as_write_error(folder), atomic_folder(folder) as partial, aligned_files(), self._without_adapters():
+    def write(self, path: Path, tokenizer: Any) -> Path:
+        """Write the model with these codes and no adapter: the GGUF file that it came from, or a folder in
+        bitsandbytes' format."""
+        if path.suffix == ".gguf":
+            weights = ((f"{name}.weight", shipped_weight(layer).packed) for name, layer in self.layers.items())
+            with as_write_error(path), atomic_file(path) as partial:
+                GgufSource(self.model.load_report.path).write_copy(partial, weights)
+            return path
+        with as_write_error(path), atomic_folder(path) as partial, aligned_files(), self._without_adapters():
             self.model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        return folder
+        return path
 
     @contextmanager
     @torch.no_grad()
