@@ -180,8 +180,8 @@ def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) ->
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to continue from, or None to start anew.
+def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None, but: str = "") -> Path | None:
+    """The checkpoint to continue from, or None to start anew; the key ``but`` may have another value there.
 
     UserError if ``resume`` names something else, if the checkpoint was made with other settings, or if ``resume`` is
     not set although ``output_dir`` holds checkpoints of an earlier run.
@@ -207,7 +207,7 @@ def find_checkpoint(config: TrainConfig, output_dir: Path, resume: str | None) -
             f"{block}.{key} {was} -> {value}"
             for block in ("quant", "lora", "train")
             for key, value in now[block].items()
-            if block != "train" or key in _FIXED_KEYS
+            if (block != "train" or key in _FIXED_KEYS) and f"{block}.{key}" != but
             if (was := before[block].get(key, _BEFORE_THE_KEY.get(f"{block}.{key}"))) != value
         ]
         if Path(before["model"]).name != Path(config.model).name:  # the folder may have moved

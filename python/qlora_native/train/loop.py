@@ -155,7 +155,7 @@ class Trainer:
         # Checkpoint, tokenizer and data come first: a broken line is found in seconds, a model takes longer.
         with ranks.together():
             resume = config.resume or ("auto" if restarts() else None)
-            checkpoint = find_checkpoint(config, self.output_dir, None) if resume is None else None
+            checkpoint = find_checkpoint(config, self.output_dir, resume, but="quant.method")
             names = config.logging if ranks.is_first else []
             loggers = make_loggers(names, self.output_dir, config.model_dump(mode="json"))
             source = open_source(user_path(config.model)) if self.model is None else None
