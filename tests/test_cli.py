@@ -72,7 +72,7 @@ def test_help_of_train_names_values_and_defaults(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     for line in (
         "--train.scheduler            cosine, linear, constant (default cosine): ",
-        "--logging                    list of tensorboard, trackio (default []): ",
+        "--logging                    list of tensorboard, trackio, wandb, mlflow (default []): ",
         "--lora.r                     whole number (default 16): ",
         "--data.train                 text (required): ",
     ):

@@ -82,7 +82,7 @@ def test_the_time_left_counts_steps_and_evaluations_each_by_its_own(make: Make, 
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(Trainer, "evaluate", lambda trainer, rows: takes(300, 1.0))
-    monkeypatch.setattr(Trainer, "_learn", lambda trainer, rows, items: takes(2, (1.0, 64, 64)))
+    monkeypatch.setattr(Trainer, "_learn", lambda trainer, rows, items, scale: takes(2, (1.0, 64, 64)))
     for every, left in ((0, ["5:06", "5:04", "5:02", "5:00"]), (3, ["10:06", "10:04", "10:02", "5:00"])):
         config = make(eval_fraction=0.25, eval_every=every, log_every=1)
         Trainer(config).train()

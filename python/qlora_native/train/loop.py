@@ -37,7 +37,6 @@ from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
 from qlora_native.hf.source import load_tokenizer, open_source
 from qlora_native.lora import load_adapter, save_adapter
 from qlora_native.train.batches import Batch, check_packing, load_rows, make_sampler, micro_batches
-from qlora_native.train.card import write_card
 from qlora_native.train.checkpoint import (
     BEFORE,
     CONFIG,
@@ -401,6 +400,8 @@ class Trainer:
             if not self.ranks.is_first:
                 save_adapter(self.model, folder, write=False)  # takes part in gathering it
             else:
+                from qlora_native.train.card import write_card
+
                 with as_write_error(folder), atomic_folder(folder) as partial:
                     save_adapter(self.model, partial)
                     (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
