@@ -2,12 +2,12 @@
 
     python bench/four_bit_folder.py 8B FOLDER
     python bench/bench_residency.py FOLDER --limits 4 2.5 --json        needs cgroup version 1 and root
-    python bench/bench_residency.py FOLDER70 --limits 24 --skip open steps unlimited --json residency-70b
+    python bench/bench_residency.py FOLDER70 --limits 20 --skip open steps unlimited --tokens 256 --json FILE
 
 open: seconds beyond the imports and private memory, warm, copied against mapped. steps: passes of few tokens in turns,
 copied against mapped; the gradients must be equal. train: `qlora train`'s own loop, 3 steps of 1,024 tokens, unlimited
 and under each limit (GiB, page cache counted), with the file out of the cache at the start: tokens/s, bytes read a step
-by the kernel's count, the plan's, and the adapter, which must be the same bytes.
+by the kernel's count, the plan's and `qlora estimate`'s, and the adapter, which must be the same bytes.
 """
 
 from __future__ import annotations
@@ -179,6 +179,16 @@ def child(*words: str, limit: float | None = None) -> dict[str, Any]:
     return {**json.loads(done.stdout.splitlines()[-1]), **found}
 
 
+def estimated(folder: Path, limit: float, tokens: int) -> dict[str, Any]:
+    """What `qlora estimate` says of such a run; it times two layers."""
+    options = {"memory": f"{limit}GiB", "seq-length": tokens, "batch-size": 1, "optimizer": "adamw8bit", "lora.r": RANK}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "qlora_native", "estimate", str(folder), "--cpu", "--json", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)["streamed"]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -226,10 +236,16 @@ def main() -> None:
     result["rows"] = []
     for limit in [*([] if "unlimited" in args.skip else [None]), *args.limits]:
         forget(args.folder)
-        row = {"limit_gib": limit, "load_average": os.getloadavg(), **child(*words, "train", limit=limit)}
+        row = {"limit_gib": limit, "load_average": os.getloadavg()}
+        if limit is not None:
+            row["estimate"] = estimated(args.folder, limit, args.tokens)
+            forget(args.folder)
+        row |= child(*words, "train", limit=limit)
         if "seconds" in row:
             row["tokens_per_second"] = row["tokens"] / median(row["seconds"][1:])
             first = result["rows"][0] if result["rows"] else row
+            if limit is not None:
+                row["speed_to_estimate"] = row["tokens_per_second"] / row["estimate"]["tokens_per_second"]
             row["same_adapter"] = row["sha256"] == first.get("sha256")
             row["speed_to_unlimited"] = row["tokens_per_second"] / first.get(
                 "tokens_per_second", row["tokens_per_second"]
