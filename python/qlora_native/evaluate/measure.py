@@ -72,7 +72,7 @@ def ratio(values: Tensor, weights: Tensor) -> tuple[float, float]:
     """sum(values) / sum(weights) over rows, fp64 [rows], and its standard error with rows as the sample.
 
     The error is the linearized one of a ratio estimator (Cochran, "Sampling Techniques", section 2.11); nan for fewer
-    than two rows, both are for a sum of weights of zero.
+    than two rows. Both are nan where the weights sum to zero.
     """
     total, rows = float(weights.sum()), len(values)
     share = float(values.sum()) / total if total else math.nan
