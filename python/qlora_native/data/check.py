@@ -111,7 +111,7 @@ def _findings(
         )
     if held_out is not None:
         known = {row["input_ids"].tobytes() for row in held_out}
-        seen = known & {row["input_ids"].tobytes() for row in rows}
+        seen = {key for row in rows if (key := row["input_ids"].tobytes()) in known}
         if len(seen) > SHARE * len(known):
             yield Finding(
                 "trained-held-out",
