@@ -6,8 +6,10 @@ export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"
 export QLORA_NATIVE_WERROR=ON
 # Everything that tests runs in pairs: a thread with nothing to do gives its core away instead of spinning.
 export OMP_WAIT_POLICY=passive
-# Whole files to a worker, so that what a module's fixtures load is loaded once.
-tests_in_parallel=(-n "$(nproc)" --maxprocesses 4 --dist loadfile)
+# Whole files to a worker, so that what a module's fixtures load is loaded once. One that crashes is not replaced: xdist
+# would wait for its replacement forever. A test that hangs says where and fails.
+tests_in_parallel=(-n "$(nproc)" --maxprocesses 4 --dist loadfile --max-worker-restart 0
+    -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)
 export QLORA_NATIVE_CACHE=$scratch/cache
 unset QLORA_NATIVE_ISA PYTHONPATH
 summary=()

@@ -99,7 +99,9 @@ def restore_interrupt() -> None:
 
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # libgomp reads them once, when torch loads it
-SPINS = 300  # some 20 us, of the order of waking a thread up; the default is 10 ms and more
+# Measured: on an idle machine 300 slow a small model's step down by 12 %, 1,000 by 1 to 3 %; beside a program on each
+# core they are no slower than none. libgomp's default is 300,000.
+SPINS = 1000
 
 if _is_command() and not any(name in os.environ for name in WAITING):
     os.environ["GOMP_SPINCOUNT"] = str(SPINS)
