@@ -116,15 +116,17 @@ on_each_isa() {
     return "$status"
 }
 
-# arm64_tests ISAS [WORD...]: the native tests, all or those whose names hold one of the words, cross-compiled and run by
-# an emulator of an arm64 CPU that has every extension. Needs cmake and ninja.
-arm64_tests() {
+arm64_build() {  # the native tests, cross-compiled; needs cmake and ninja
     arm64_tools || return
-    local build=$scratch/arm64-build
-    cmake -S . -B "$build" -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DQLORA_NATIVE_TESTS=ON \
-        -DQLORA_NATIVE_PYTHON=OFF -DQLORA_NATIVE_CUDA=OFF && cmake --build "$build" &&
-        on_each_isa "$1" qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max \
-            "$build/tests/cpp/qlora_native_cpp_tests" "${@:2}"
+    cmake -S . -B "$scratch/arm64-build" -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake \
+        -DQLORA_NATIVE_TESTS=ON -DQLORA_NATIVE_PYTHON=OFF -DQLORA_NATIVE_CUDA=OFF && cmake --build "$scratch/arm64-build"
+}
+
+# arm64_tests ISAS [WORD...]: all of them, or those whose names hold one of the words, run by an emulator of an arm64
+# CPU that has every extension.
+arm64_tests() {
+    on_each_isa "$1" qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max "$scratch/arm64-build/tests/cpp/qlora_native_cpp_tests" \
+        "${@:2}"
 }
 
 system_packages() {  # the two things that pip cannot bring: a Python with its headers, a C++ compiler
