@@ -84,6 +84,18 @@ def test_eight_threads_give_the_bytes_of_one(paged: bool) -> None:
         assert all(threads.map(together, range(count)))
 
 
+STORES = """from concurrent.futures import ThreadPoolExecutor
+from qlora_native import _C
+with ThreadPoolExecutor(8) as threads:
+    list(threads.map(lambda _: [_C.FileStore(0, "", False) for _ in range(8000)], range(8)))
+"""
+
+
+def test_eight_threads_make_stores() -> None:
+    """pybind11 lists every object in one table, by the thread that holds Python's lock."""
+    assert subprocess.run([sys.executable, "-c", STORES]).returncode == 0
+
+
 @needs_forks
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_new_thread_takes_as_many_threads_as_torch(count: int) -> None:

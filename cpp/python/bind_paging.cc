@@ -76,10 +76,12 @@ void bind_paging(py::module_& module) {
 
   py::class_<cpu::FileStore, std::shared_ptr<cpu::FileStore>>(module, "FileStore", py::buffer_protocol(),
                                                               "Bytes in private memory or in a file without a name.")
-      .def(py::init([](int64_t num_bytes, std::string folder, bool in_file) {
-             return std::make_shared<cpu::FileStore>(checked_size(num_bytes, "num_bytes"), std::move(folder), in_file);
-           }),
-           py::arg("num_bytes"), py::arg("folder"), py::arg("in_file"), unlocked)
+      .def(
+          py::init([](int64_t num_bytes, std::string folder, bool in_file) {
+            const py::gil_scoped_release unlocked_here;  // a guard of the whole call would hold while pybind11 lists it
+            return std::make_shared<cpu::FileStore>(checked_size(num_bytes, "num_bytes"), std::move(folder), in_file);
+          }),
+          py::arg("num_bytes"), py::arg("folder"), py::arg("in_file"))
       .def_buffer(&buffer_of)
       .def_property_readonly("num_bytes", &cpu::FileStore::num_bytes)
       .def_property_readonly("bytes_in_file", &cpu::FileStore::bytes_in_file)

@@ -35,6 +35,7 @@ std::shared_ptr<Store> make_store(const Forms& forms, int64_t page_bytes, int64_
     checked.push_back({numel, moments, coded});
   }
   cudaError_t error = cudaSuccess;
+  const py::gil_scoped_release unlocked;  // here: a guard of the whole call would hold while pybind11 lists the store
   std::shared_ptr<Store> store = Store::make(checked, page_bytes, chunk_bytes, error);
   if (error != cudaSuccess) {
     (void)cudaGetLastError();
@@ -195,13 +196,13 @@ void bind_paging(py::module_& module) {
           "Bytes on the device, moved there, and moved back, by what was asked for.");
   py::class_<ManagedStore, PageStore, std::shared_ptr<ManagedStore>>(module, "ManagedStore", py::module_local(),
                                                                      "In managed memory. What it holds is undefined.")
-      .def(py::init(&make_store<ManagedStore>), forms, page_bytes, chunk_bytes, unlocked,
+      .def(py::init(&make_store<ManagedStore>), forms, page_bytes, chunk_bytes,
            "forms holds (numel, moments, coded) of each tensor.")
       .def("renew", &on_stream<&PageStore::renew>, py::arg("stream"), unlocked,
            "Asks again for what is on the device by what was asked for: an allocation may have evicted some of it.");
   py::class_<PinnedStore, PageStore, std::shared_ptr<PinnedStore>>(module, "PinnedStore", py::module_local(),
                                                                    "In pinned host memory, all 0.")
-      .def(py::init(&make_store<PinnedStore>), forms, page_bytes, chunk_bytes, unlocked,
+      .def(py::init(&make_store<PinnedStore>), forms, page_bytes, chunk_bytes,
            "forms holds (numel, moments, coded) of each tensor.")
       .def_property_readonly("staging_bytes", &PinnedStore::staging_bytes);
   py::class_<StoreTable>(module, "StoreTable", py::module_local(), "What a step over a store is given.")
