@@ -182,6 +182,7 @@ def child(*words: str, limit: float | None = None) -> dict[str, Any]:
 def estimated(folder: Path, limit: float, tokens: int) -> dict[str, Any]:
     """What `qlora estimate` says of such a run; it times two layers."""
     options = {"memory": f"{limit}GiB", "seq-length": tokens, "batch-size": 1, "optimizer": "adamw8bit", "lora.r": RANK}
+    options["train.grad_accum"] = 1
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "qlora_native", "estimate", str(folder), "--cpu", "--json", *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

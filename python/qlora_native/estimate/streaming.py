@@ -11,6 +11,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from qlora_native.lora import add_lora
 
 READ = 256 << 20  # bytes read to measure the disk
 BLOCK = 8 << 20
+TIMED = 3  # passes of one layer and of two
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,19 @@ def _seconds(model: Any, rows: int, length: int, checkpointing: bool) -> tuple[t
         enable({"use_reentrant": False})
     ids = torch.arange(rows * length).view(rows, length) % model.get_input_embeddings().num_embeddings
     has_plain_head(model, {"input_ids": ids[:, :2]})
-    found: list[tuple[float, float]] = []
+    found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     try:
-        for count in (1, 1, 2):  # the first brings what is read once
+        for count in (2, *(1, 2) * TIMED):  # the first brings what is read once
             setattr(whole, name, nn.ModuleList(layers[:count]))
             began = time.monotonic()
             loss = causal_lm_loss(model, {"input_ids": ids, "labels": ids})
             between = time.monotonic()
             loss.backward()
-            found.append((between - began, time.monotonic() - between))
+            found[count].append((between - began, time.monotonic() - between))
     finally:
         setattr(whole, name, layers)
-    (_, (forward, backward), (more_forward, more_backward)) = found
+    del found[2][0]
+    forward, backward = (median(each) for each in zip(*found[1], strict=True))
+    more_forward, more_backward = (median(each) for each in zip(*found[2], strict=True))
     layer = max(0.0, more_forward - forward), max(0.0, more_backward - backward)
     return layer, max(0.0, forward + backward - sum(layer))
