@@ -6,6 +6,9 @@
 // the 16 columns, as AMX tiles and vdpbf16ps take them.
 #pragma once
 
+#if defined(__AMX_BF16__)
+#include "cpu/kernels-tile-scope-inl.h"
+#endif
 #include "cpu/vec.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
@@ -96,21 +99,6 @@ inline void multiply_tile(const E* a, int64_t a_stride, const E* b, const Tiles<
 
 #if defined(__AMX_BF16__)
 
-class AttentionTiles {
- public:
-  AttentionTiles() {
-    alignas(64) uint8_t config[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64;  // bytes a row
-      config[48 + tile] = 16;      // rows
-    }
-    _tile_loadconfig(config);
-  }
-  ~AttentionTiles() { _tile_release(); }
-  AttentionTiles(const AttentionTiles&) = delete;
-  AttentionTiles& operator=(const AttentionTiles&) = delete;
-};
-
 // c [32, 32] (+)= a [32, 32 steps] b.
 inline void multiply_square(Panels<const Bf16> a, Tiles<Bf16> b, int64_t steps, float* c, bool accumulate) {
   constexpr size_t kRowBytes = kPanelWidth * sizeof(Bf16);
@@ -147,7 +135,7 @@ inline void multiply_square(Panels<const Bf16> a, Tiles<Bf16> b, int64_t steps, 
 
 #else
 
-class AttentionTiles {};
+class TileScope {};
 
 #endif
 

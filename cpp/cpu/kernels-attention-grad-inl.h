@@ -178,7 +178,7 @@ inline void grad_block(const GradOwn<E>& own, const float* lse, const float* del
 template <typename T>
 void grad_segment(const AttentionTurn& turn, int64_t unit, unsigned char* memory) {
   using E = Packed<T>;
-  [[maybe_unused]] const AttentionTiles tiles;
+  [[maybe_unused]] const TileScope tiles;
   const AttentionPlan& plan = turn.plan;
   const int64_t width = plan.width;
   const int64_t panel = plan.padded * kPanelWidth;

@@ -177,7 +177,7 @@ inline float softmax_weights(const float* scores, int64_t seen, float scale, E* 
 template <typename T>
 void attend(const AttentionTurn& turn, int64_t unit, unsigned char* memory) {
   using E = Packed<T>;
-  [[maybe_unused]] const AttentionTiles tiles;
+  [[maybe_unused]] const TileScope tiles;
   const AttentionJob& job = turn.job;
   const int64_t width = turn.plan.width;
   const int64_t blocks = (job.length + kAttentionQueries - 1) / kAttentionQueries;

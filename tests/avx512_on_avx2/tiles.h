@@ -41,6 +41,15 @@ inline void _tile_loadconfig(const void* config) {  // 64 bytes: palette, then r
   std::memcpy(tile_state.rows, bytes + 48, sizeof tile_state.rows);
   std::memset(tile_state.tile, 0, sizeof tile_state.tile);
 }
+inline void _tile_storeconfig(void* config) {
+  std::memset(config, 0, 64);
+  if (tile_state.palette != 0) {
+    auto* const bytes = static_cast<uint8_t*>(config);
+    bytes[0] = tile_state.palette;
+    std::memcpy(bytes + 16, tile_state.row_bytes, sizeof tile_state.row_bytes);
+    std::memcpy(bytes + 48, tile_state.rows, sizeof tile_state.rows);
+  }
+}
 inline void _tile_release() { tile_state.palette = 0; }
 inline void _tile_zero(int index) { tile_state.at(index) = {}; }
 inline void _tile_loadd(int index, const void* base, int64_t stride) {

@@ -1,5 +1,10 @@
 // Products by tiles against sums in double precision. On instruction sets without tiles there is nothing to run.
+#include <cstring>
 #include <tuple>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "check.h"
 #include "cpu/tiles.h"
@@ -154,5 +159,40 @@ TEST(tile_outer_products) {
     }
   }
 }
+
+#if defined(__x86_64__) && !defined(QLORA_NATIVE_EMULATE_ISAS)
+
+struct alignas(64) TileConfig {
+  uint8_t bytes[64] = {1};
+};
+
+__attribute__((target("amx-tile"))) void set_tiles(const TileConfig& config) { _tile_loadconfig(config.bytes); }
+
+__attribute__((target("amx-tile"))) TileConfig take_tiles() {
+  TileConfig config;
+  _tile_storeconfig(config.bytes);
+  _tile_release();
+  return config;
+}
+
+TEST(tiles_of_the_caller_stay_configured) {
+  if (!cpu::have_tiles()) {
+    return;
+  }
+  TileConfig own;
+  own.bytes[16] = 32;  // bytes a row of the first tile
+  own.bytes[48] = 7;   // and its rows
+  for (const TileConfig& before : {own, TileConfig{}}) {
+    if (before.bytes[48] != 0) {
+      set_tiles(before);
+    }
+    check_product({33, 100, 96, 5, 64, true, false, false}, true, true);
+    const TileConfig after = take_tiles();
+    CHECK(after.bytes[48] == before.bytes[48] && after.bytes[0] == (before.bytes[48] != 0), "palette %d, %d rows",
+          after.bytes[0], after.bytes[48]);
+  }
+}
+
+#endif
 
 }  // namespace
