@@ -48,6 +48,8 @@ OURS: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {"rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}}),
     ("Llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("Llama", {"dropout": 0.25}),
+    ("Llama", {"layers_to_transform": [1]}),
+    ("GPT2", {"layers_to_transform": [0], "rank_pattern": {"c_attn": 2}}),
 ]
 
 

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from sentences import Check
 
+from qlora_native._mistakes import ALIASES
 from qlora_native.cli.config import shipped
 from qlora_native.cli.main import main
-from qlora_native.config import _ALIASES, LoraSection, TrainConfig, keys
+from qlora_native.config import LoraSection, TrainConfig, keys
 from qlora_native.errors import UserError
 
 MINIMAL = "model: base\ndata:\n  train: rows.jsonl\n"
@@ -180,7 +181,7 @@ def test_every_key_has_a_name_of_its_own_and_a_sentence() -> None:
     leaves = [key.rpartition(".")[2] for key in keys()]
     assert len(leaves) == len(set(leaves)) and len(leaves) > 30
     assert all(field.description for field in keys().values())
-    assert set(_ALIASES.values()) <= set(keys()) and not set(_ALIASES) & set(leaves)
+    assert set(ALIASES.values()) <= set(keys()) and not set(ALIASES) & set(leaves)
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,31 @@ def test_scales_ranks_and_patterns(folder: Path) -> None:
     assert got["model.layers.1.mlp.up_proj"] == (2, 16 / math.sqrt(2))
     assert got["model.layers.1.self_attn.q_proj"] == (4, 16 / math.sqrt(4))
     assert got["model.layers.0.self_attn.o_proj"] == (8, 6 / math.sqrt(8))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]], ids=str)
+def test_chosen_layers_are_those_of_peft(folder: Path, targets: Any) -> None:
+    peft = pytest.importorskip("peft")
+    ours = add_lora(load_model(folder), LoraConfig(target_modules=targets, layers_to_transform=[1]))
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    named = names if targets == "all-linear" else targets  # PEFT takes "all-linear" for all layers alone
+    options = peft.LoraConfig(target_modules=named, layers_to_transform=[1])
+    theirs = peft.get_peft_model(make(), options).base_model.model
+    expected = {path for path, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
+    assert set(dict(lora_layers(ours))) == expected and expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers_to_transform": [0, 2]}, "has no layer 2 to adapt"),
+        ({"rank_pattern": {"q_porj": 2}}, "'q_porj' matches no layer"),
+        ({"alpha_pattern": {"layers.1.*": 2}, "layers_to_transform": [0]}, "'layers.1.*' matches no layer"),
+    ],
+)
+def test_what_selects_no_layer_is_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        add_lora(load_model(folder), LoraConfig(**options))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,7 @@ refused, every mistake is reported at once with its line, and any key can be set
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -109,6 +107,16 @@ class LoraSection(_Section):
     alpha: float = _key(32.0, "the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0)
     dropout: float = _key(0.0, "share of the adapter's inputs dropped in training; helps on small data", ge=0, lt=1)
     target_modules: str | list[str] = _key("all-linear", "names of the layers that get an adapter, or all-linear")
+    layers_to_transform: list[NonNegative] | None = _key(
+        None, "numbers of the decoder layers that get an adapter, counted from 0; null = all"
+    )
+    rank_pattern: dict[str, Positive] = _key(
+        {}, "other ranks, by the end of a layer's path or a regular expression for it: {down_proj: 32}"
+    )
+    alpha_pattern: dict[str, float] = _key({}, "other values of alpha, likewise")
+    lora_plus_ratio: float = _key(
+        1.0, "the learning rate of B as a multiple of train.lr, which A has (LoRA+, Hayou et al., 2024)", gt=0
+    )
     rslora: bool = _key(False, "scale by alpha / sqrt(r): steadier for large r")
     init: Literal["zero", "h_svd", "loftq"] = _key(
         "zero",
@@ -123,9 +131,15 @@ class LoraSection(_Section):
     )
     ship_share: float = _key(0.25, "that part, as a share of the steps", gt=0, lt=1)
 
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _are_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        LoraConfig(rank_pattern=dict.fromkeys(value, 1))
+        return value
+
     def as_config(self, seed: int) -> LoraConfig:
         """The adapter as :func:`qlora_native.add_lora` takes it."""
-        return LoraConfig(**self.model_dump(exclude={"ship", "ship_share"}), seed=seed)
+        return LoraConfig(**self.model_dump(exclude={"lora_plus_ratio", "ship", "ship_share"}), seed=seed)
 
 
 class LoopSection(_Section):
@@ -267,10 +281,12 @@ class TrainConfig(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
+            from qlora_native._mistakes import explain
+
             mistakes: dict[str, str] = {}
             for item in error.errors():
                 key = _key_of(item)
-                mistakes.setdefault(key, _explain(key, item, source, lines or {}, flags))
+                mistakes.setdefault(key, explain(key, item, source, lines or {}, flags, keys()))
             raise UserError(*mistakes.values()) from None
 
     def to_yaml(self) -> str:
@@ -302,6 +318,8 @@ def values_of(annotation: Any, quote: str = "") -> str:
         return ", ".join(f"{quote}{as_text(value)}{quote}" for value in arguments)
     if typing.get_origin(annotation) is tuple:
         return f"{len(arguments)} numbers"
+    if typing.get_origin(annotation) is dict:
+        return f"{values_of(arguments[1], quote)} by name"
     if typing.get_origin(annotation) is list:
         return f"list of {values_of(arguments[0], quote)}" if arguments[0] is not str else "list of texts"
     if hasattr(annotation, "__metadata__"):
@@ -317,41 +335,6 @@ def _takes_list(annotation: Any) -> bool:
     return is_list or any(_takes_list(each) for each in typing.get_args(annotation))
 
 
-# The names that other trainers give to our keys; difflib alone would not find `lr` from `learning_rate`.
-_ALIASES = {
-    "base_model": "model", "model_name_or_path": "model", "datasets": "data.train", "dataset": "data.train",
-    "sequence_len": "data.max_length", "max_seq_length": "data.max_length", "val_set_size": "data.eval_fraction",
-    "sample_packing": "data.packing", "train_on_inputs": "data.train_on", "quant_type": "quant.type",
-    "bnb_4bit_quant_type": "quant.type",
-    "bnb_4bit_use_double_quant": "quant.double_quant", "quant_method": "quant.method",
-    "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "lora_target_modules": "lora.target_modules",
-    "max_steps": "train.steps", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
-    "micro_batch_size": "train.batch_size", "per_device_train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.grad_accum", "learning_rate": "train.lr", "lr_scheduler": "train.scheduler",
-    "lr_scheduler_type": "train.scheduler", "warmup_steps": "train.warmup", "warmup_ratio": "train.warmup",
-    "adam_epsilon": "train.eps", "max_grad_norm": "train.clip", "gradient_checkpointing": "train.grad_checkpointing",
-    "eval_steps": "train.eval_every", "save_steps": "train.save_every", "save_total_limit": "train.keep",
-    "logging_steps": "train.log_every", "bf16": "train.dtype",
-}  # fmt: skip
-
-
-def _suggest(path: str) -> str:
-    """The key or section that a mistyped one most likely means, or the keys that exist there."""
-    section, _, leaf = path.rpartition(".")
-    meant = {**_ALIASES, **_by_leaf()}
-    here = [key.rpartition(".")[2] for key in keys() if key.rpartition(".")[0] == section]
-    here += [] if section else _sections()
-    candidate = meant.get(leaf)
-    if candidate is None and (near := difflib.get_close_matches(leaf, here, n=1)):
-        candidate = f"{section}.{near[0]}" if section else near[0]
-    if candidate is None and (near := difflib.get_close_matches(leaf, meant, n=1)):
-        candidate = meant[near[0]]
-    if candidate is not None:
-        return f"did you mean {candidate}?"
-    return f"the {f'keys of {section}' if section else 'top-level keys'} are {', '.join(here)}"
-
-
 def _by_leaf() -> dict[str, str]:
     return {key.rpartition(".")[2]: key for key in keys()}
 
@@ -365,33 +348,6 @@ def _key_of(item: Mapping[str, Any]) -> str:
     parts = [str(part) for part in item["loc"]]
     prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((key for key in prefixes if key in keys()), ".".join(parts))
-
-
-def _explain(
-    path: str, item: Mapping[str, Any], source: str, lines: Mapping[str, int], flags: Mapping[str, str]
-) -> str:
-    """One pydantic error as one sentence."""
-    kind, got, known = item["type"], item["input"], keys()
-    where = flags.get(path) or (f"{source}:{lines[path]}: {path}" if path in lines else f"{source}: {path}")
-
-    if kind == "extra_forbidden":
-        return f"{where} is not a key; {_suggest(path)}"
-    if kind == "missing" and len(item["loc"]) > path.count(".") + 1:  # a list that is too short
-        return f"{where} is {got!r}: expected another number behind it"
-    if kind == "missing":
-        block, _, leaf = path.rpartition(".")
-        what = f"a block `{path}:`"
-        if path in known:
-            under = f" under {block}" if block else ""
-            what = f"`{leaf}: ...`{under} ({known[path].description}), or --{path} on the command line"
-        return f"{source}: {path} is not set; add {what}"
-    if kind in ("model_type", "model_attributes_type"):
-        return f"{where} is {got!r}: expected a block of keys, one per line"
-    message = item["msg"].removeprefix("Value error, ")
-    if kind == "value_error" and path not in known:  # a rule over several keys of a block, which names them itself
-        return f"{source}: {path}{'.' if path else ''}{message}"
-    expected = re.sub("Input should be|Tuple should have", "expected", re.split(", (?:unable|got)", message)[0])
-    return f"{where} is {got!r}: {expected}"
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -101,7 +101,7 @@ def _adapt(model: nn.Module, prefix: str, config: LoraConfig) -> None:
     """Put adapters into one block; their values are drawn at the end."""
     for path in linear_layers(model):
         named = config.target_modules == ALL_LINEAR or any(matches(path, name) for name in config.target_modules)
-        if path.startswith(f"{prefix}.") and named:
+        if path.startswith(f"{prefix}.") and named and config.includes(path):
             layer: Any = model.get_submodule(path)
             adapted = LoRALinear(layer, config.rank_of(path), config.scale_of(path), config.dropout, torch.Generator())
             model.set_submodule(path, adapted)
@@ -110,7 +110,7 @@ def _adapt(model: nn.Module, prefix: str, config: LoraConfig) -> None:
 def _complete_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Adapters for what has none yet, and in the model's order the values that a load on one process draws."""
     present = {path for path, _ in lora_layers(model)}
-    targets = select_targets(model, config.target_modules)
+    targets = select_targets(model, config)
     generator = torch.Generator().manual_seed(config.seed or 0)  # load_model requires a seed
     others = {path: (config.rank_of(path), config.scale_of(path)) for path in targets if path not in present}
     insert(model, others, config, torch.Generator(), beside=True)

@@ -29,6 +29,7 @@ class LoraConfig:
         seed: the same seed gives the same adapter; None draws from torch's global generator.
         rank_pattern: rank of the layers whose path ends in (or equals) the key, a regular expression as in PEFT.
         alpha_pattern: alpha, likewise.
+        layers_to_transform: numbers of the decoder layers that get an adapter, counted from 0; None is all of them.
         modules_to_save: names of dense modules that are trained whole and saved with the adapter, such as "lm_head".
         init: "zero" begins with an adapter that changes nothing. "h_svd" begins with the best rank-r correction of what
             4 bits lost, weighted by the inputs' second moments, "loftq" with the unweighted one (Li et al., "LoftQ",
@@ -44,6 +45,7 @@ class LoraConfig:
     seed: int | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: Sequence[int] | None = None
     modules_to_save: Sequence[str] = ()
     init: str = ZERO
 
@@ -69,6 +71,16 @@ class LoraConfig:
             raise ValueError(f"LoraConfig: init is {self.init!r}: expected {', '.join(map(repr, INITS))}.")
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
+
+    def includes(self, path: str) -> bool:
+        """Whether ``layers_to_transform`` has the first number in ``path``."""
+        number = re.search(r"\.(\d+)\.", path)
+        return self.layers_to_transform is None or (number is not None and int(number[1]) in self.layers_to_transform)
+
+    def unmatched_patterns(self, paths: Sequence[str]) -> list[str]:
+        """The patterns that match none of the paths."""
+        patterns = (*self.rank_pattern, *self.alpha_pattern)
+        return [pattern for pattern in patterns if not any(map(_ending(pattern).match, paths))]
 
     def rank_of(self, path: str) -> int:
         """The rank of the layer at ``path``."""

@@ -128,7 +128,7 @@ def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerSta
     if (config.init == ZERO) != (statistics is None):
         wrong = "takes no statistics" if config.init == ZERO else "needs statistics: qn.lora_statistics(model, ...)"
         raise ValueError(f"add_lora: init {config.init!r} {wrong}.")
-    targets = select_targets(model, config.target_modules)
+    targets = select_targets(model, config)
     generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
     scales = {path: (config.rank_of(path), config.scale_of(path)) for path in targets}
     was_trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -298,8 +298,19 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def select_targets(model: nn.Module, names: str | Sequence[str]) -> list[str]:
-    """Paths of the linear layers that ``names`` selects, in the model's order. ValueError for unknown ones."""
+def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Paths of the linear layers that get an adapter, in the model's order. ValueError for names, numbers of layers and
+    patterns that select none."""
+    targets = [path for path in _named_targets(model, config.target_modules) if config.includes(path)]
+    for number in config.layers_to_transform or ():
+        if not any(f".{number}." in path for path in targets):
+            raise ValueError(f"layers_to_transform: {type(model).__name__} has no layer {number} to adapt.")
+    if unmatched := config.unmatched_patterns(targets):
+        raise ValueError(f"rank_pattern or alpha_pattern: {unmatched[0]!r} matches no layer that gets an adapter.")
+    return targets
+
+
+def _named_targets(model: nn.Module, names: str | Sequence[str]) -> list[str]:
     linears = linear_layers(model)
     if names == ALL_LINEAR:
         output = getattr(model, "get_output_embeddings", lambda: None)()

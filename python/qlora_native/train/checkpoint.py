@@ -49,8 +49,10 @@ _NAME = re.compile(r"step-(\d{6,})")
 # Keys of ``train`` that stay the same between two halves of a run, as all of ``quant`` and ``lora`` do. The data have a
 # check of their own: the sampler compares the rows.
 _FIXED_KEYS = ("seed", "batch_size", "grad_accum", "dtype", "optimizer")
-# What runs did whose config does not have the key yet; a share of nothing is like any other.
-_BEFORE_THE_KEY = {"train.optimizer": "adamw", "lora.ship_share": LoraSection.model_fields["ship_share"].default}
+# What runs did whose config does not have the key yet.
+_BEFORE_THE_KEY = {"train.optimizer": "adamw"} | {
+    f"lora.{key}": field.default for key, field in LoraSection.model_fields.items()
+}
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -49,7 +49,14 @@ from qlora_native.train.checkpoint import (
 from qlora_native.train.graphs import LossScale, Passes, why_eager
 from qlora_native.train.memory import MappedWeights, MemoryReport, OOMRetry
 from qlora_native.train.progress import Metrics, Progress, RunPage, make_loggers, plot_losses
-from qlora_native.train.setup import check_data, learning_rate, make_optimizer, prepare_model, settle_method
+from qlora_native.train.setup import (
+    check_data,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    prepare_model,
+    settle_method,
+)
 
 MAX_SKIPPED = 5
 
@@ -173,7 +180,7 @@ class Trainer:
         self.model = model = prepare_model(
             config, self.model, rows, ranks, source=source, layers_budget=budget, quiet=self.quiet
         )
-        optimizer = make_optimizer(options, [p for p in model.parameters() if p.requires_grad], self.output_dir)
+        optimizer = make_optimizer(options, parameter_groups(model, config.lora.lora_plus_ratio), self.output_dir)
         highest = [int(data.input_ids.max()) for data in (rows, held_out) if data is not None]
         check_vocabulary(max(*highest, padding_id(self.tokenizer)), self.tokenizer, model, config.data.train)
         if ranks.is_sharded:
@@ -267,7 +274,7 @@ class Trainer:
                     state.step, total, peak=options.lr, warmup=options.warmup, scheduler=options.scheduler
                 )
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("lr_ratio", 1.0)
                 norm = math.nan
                 if math.isfinite(loss):
                     oom_retry.run_once(optimizer.step, what)  # clips; does nothing if the gradient is not finite

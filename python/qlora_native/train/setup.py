@@ -192,7 +192,17 @@ def _text(config: TrainConfig, rows: TokenizedDataset | None, why: str) -> Calib
     return CalibrationData([torch.from_numpy(row["input_ids"].copy()) for row in rows], seed=config.train.seed)
 
 
-def make_optimizer(options: LoopSection, parameters: list[torch.nn.Parameter], output_dir: Path) -> AdamW | Lion:
+def parameter_groups(model: torch.nn.Module, lora_plus_ratio: float) -> list[Any]:
+    """The trainable parameters; with a ratio other than 1 in two groups, of which that of B has it as ``lr_ratio``."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if lora_plus_ratio == 1:
+        return list(trained.values())
+    of_b = [parameter for name, parameter in trained.items() if name.endswith(".lora_B")]
+    others = [parameter for name, parameter in trained.items() if not name.endswith(".lora_B")]
+    return [{"params": others}, {"params": of_b, "lr_ratio": lora_plus_ratio}]
+
+
+def make_optimizer(options: LoopSection, parameters: list[Any], output_dir: Path) -> AdamW | Lion:
     """The optimizer that the config names, with its clipping; it measures the gradient's norm without clipping too."""
     page_dir = user_path(options.page_dir) if options.page_dir else output_dir
     with as_write_error(page_dir):

@@ -1,0 +1,123 @@
+"""Adapters of ``qlora train`` against PEFT and plain torch on the decoded weights: the same values after some steps,
+under the names that PEFT gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import peft.optimizers
+import pytest
+import runs
+import torch
+import torch.nn.functional as F
+from runs import Crash, crash_at, metrics
+from safetensors.torch import load_file
+from tiny_models import dense_twin
+
+from qlora_native.config import TrainConfig
+from qlora_native.hf.load import load_model
+from qlora_native.hf.source import load_tokenizer
+from qlora_native.train.batches import load_rows, make_sampler, micro_batches
+from qlora_native.train.loop import Trainer
+from qlora_native.train.setup import learning_rate, prepare_model
+
+STEPS, LR = 4, 5e-3
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_files(tmp_path_factory.mktemp("files"), rows=8)
+
+
+def config_of(files: Path, out: Path, lora: dict[str, Any], **train: Any) -> TrainConfig:
+    options = {"steps": STEPS, "batch_size": 2, "grad_accum": 2, "lr": LR, "clip": 0, "dtype": "float32", **train}
+    return TrainConfig.model_validate(runs.settings(files, out, None, {"r": 4, "alpha": 8, **lora}, **options))
+
+
+def peft_twin(config: TrainConfig, options: dict[str, Any]) -> Any:
+    """PEFT's adapter on the decoded model, which begins as that of ``config`` does."""
+    folder = Path(config.model)
+    ours = prepare_model(config, quiet=True)
+    twin = dense_twin(folder, load_model(folder, dtype=torch.float32))[0]
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": NAMES, "task_type": "CAUSAL_LM", **options}
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(**settings))
+    for name, parameter in theirs.named_parameters():
+        if ".lora_A." in name:
+            parameter.data.copy_(
+                ours.get_parameter(name.removeprefix("base_model.model.").replace(".default.weight", ""))
+            )
+    return theirs.train()
+
+
+def train_in_plain_torch(config: TrainConfig, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """The steps of the run: each row's trained tokens count alike."""
+    rows = load_rows(config, load_tokenizer(config.model))[0]
+    sampler = make_sampler(config, rows)
+    ratios = [group["lr"] / LR for group in optimizer.param_groups]
+    for step in range(STEPS):
+        items = next(sampler.forever())
+        (batch,) = micro_batches(rows, items, len(items), 1, torch.device("cpu"))
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+        F.cross_entropy(model(**batch).logits.flatten(0, 1), labels.flatten()).backward()
+        rate = learning_rate(step, STEPS, peak=LR, warmup=config.train.warmup, scheduler="cosine")
+        for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+            group["lr"] = rate * ratio
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def plain_adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LR, weight_decay=0.0)
+
+
+def lora_plus(model: Any) -> torch.optim.Optimizer:
+    return peft.optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=8)
+
+
+PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"mlp\..*": 3.0}}
+RUNS: list[tuple[dict[str, Any], dict[str, Any], Callable[[Any], torch.optim.Optimizer]]] = [
+    (PATTERNS, PATTERNS, plain_adamw),
+    ({"layers_to_transform": [1]}, {"layers_to_transform": [1]}, plain_adamw),
+    ({"lora_plus_ratio": 8}, {}, lora_plus),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "optimizer_of"), RUNS, ids=["+".join(ours) for ours, *_ in RUNS])
+def test_a_run_ends_where_peft_and_torch_do(
+    files: Path, tmp_path: Path, ours: dict[str, Any], theirs: dict[str, Any], optimizer_of: Any
+) -> None:
+    config = config_of(files, tmp_path / "out", ours)
+    summary = Trainer(config, quiet=True).train()
+    model = peft_twin(config, theirs)
+    start = {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(model).items()}
+    train_in_plain_torch(config, model, optimizer_of(model))
+    got, expected = load_file(summary.adapter_dir / "adapter_model.safetensors"), peft.get_peft_model_state_dict(model)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        moved = float((tensor - start[name]).abs().max())
+        assert moved > LR and float((got[name] - tensor).abs().max()) < 0.02 * moved, name
+
+
+@pytest.mark.parametrize("lora", [ours for ours, *_ in RUNS[2:]], ids="+".join)
+def test_a_run_that_crashed_ends_as_if_it_had_not(files: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    whole, crashed = (
+        config_of(
+            files, tmp_path / name, {**lora, "dropout": 0.3}, save_every=2, dtype="bfloat16", optimizer="adamw8bit"
+        )
+        for name in ("whole", "crashed")
+    )
+    Trainer(whole, quiet=True).train()
+    with pytest.raises(Crash):
+        Trainer(crashed, quiet=True, on_step=crash_at(3)).train()
+    torch.rand(5)
+    Trainer(crashed.model_copy(update={"resume": "auto"}), quiet=True).train()
+    one, other = (tmp_path / name for name in ("whole", "crashed"))
+    assert metrics(one) == metrics(other)
+    tensors = "adapter/adapter_model.safetensors"
+    assert (one / tensors).read_bytes() == (other / tensors).read_bytes()
