@@ -13,18 +13,25 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
+from gguf_files import write_gguf
 from runs import Crash, crash_at, metrics
 from safetensors.torch import load_file
-from tiny_models import dense_twin
+from tiny_models import dense_twin, distance, logits, tokens
 
 from qlora_native.config import TrainConfig
+from qlora_native.errors import UserError
+from qlora_native.estimate import Estimator, Setting
 from qlora_native.hf.load import load_model
+from qlora_native.hf.loss import causal_lm_loss
+from qlora_native.hf.merge import merge
 from qlora_native.hf.source import load_tokenizer
+from qlora_native.lora import LoraConfig, add_lora, load_adapter
 from qlora_native.train.batches import load_rows, make_sampler, micro_batches
 from qlora_native.train.loop import Trainer
 from qlora_native.train.setup import learning_rate, prepare_model
 
 STEPS, LR = 4, 5e-3
+TENSORS = "adapter_model.safetensors"
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,10 +88,12 @@ def lora_plus(model: Any) -> torch.optim.Optimizer:
 
 
 PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"mlp\..*": 3.0}}
+WHOLE = {"modules_to_save": ["embed_tokens", "model.norm", "lm_head"]}
 RUNS: list[tuple[dict[str, Any], dict[str, Any], Callable[[Any], torch.optim.Optimizer]]] = [
     (PATTERNS, PATTERNS, plain_adamw),
     ({"layers_to_transform": [1]}, {"layers_to_transform": [1]}, plain_adamw),
     ({"lora_plus_ratio": 8}, {}, lora_plus),
+    (WHOLE, WHOLE, plain_adamw),
 ]
 
 
@@ -97,7 +106,7 @@ def test_a_run_ends_where_peft_and_torch_do(
     model = peft_twin(config, theirs)
     start = {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(model).items()}
     train_in_plain_torch(config, model, optimizer_of(model))
-    got, expected = load_file(summary.adapter_dir / "adapter_model.safetensors"), peft.get_peft_model_state_dict(model)
+    got, expected = load_file(summary.adapter_dir / TENSORS), peft.get_peft_model_state_dict(model)
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         moved = float((tensor - start[name]).abs().max())
@@ -119,5 +128,72 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(files: Path, tmp_path: Path, l
     Trainer(crashed.model_copy(update={"resume": "auto"}), quiet=True).train()
     one, other = (tmp_path / name for name in ("whole", "crashed"))
     assert metrics(one) == metrics(other)
-    tensors = "adapter/adapter_model.safetensors"
-    assert (one / tensors).read_bytes() == (other / tensors).read_bytes()
+    assert (one / "adapter" / TENSORS).read_bytes() == (other / "adapter" / TENSORS).read_bytes()
+
+
+def test_whole_modules_have_fp32_copies(files: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Steps much smaller than the distance of two bf16 numbers move them."""
+    config = config_of(files, tmp_path / "out", WHOLE, dtype="bfloat16", lr=1e-6)
+    trainer = Trainer(config, quiet=True)
+    summary = trainer.train()
+    plain: Any = load_model(Path(config.model))
+    for name in ("lm_head", "model.embed_tokens", "model.norm"):
+        stored = load_file(summary.adapter_dir / TENSORS)[f"base_model.model.{name}.weight"]
+        before = plain.get_parameter(f"{name}.weight").float()
+        assert stored.dtype == torch.float32 and 0 < float((stored - before).abs().max()) < 1e-5
+        assert plain.get_parameter(f"{name}.weight").dtype == torch.bfloat16
+    again: Any = load_adapter(plain, summary.adapter_dir)
+    assert logits(again).dtype == torch.bfloat16
+    assert torch.equal(logits(again), logits(trainer.model.eval()))
+    merged = merge(again, "dequantized")
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    # Without the fused class that a dense layer has on a CPU, the head is still a plain one.
+    unfused: Any = add_lora(load_model(Path(config.model), fuse=False), LoraConfig(modules_to_save=["lm_head"]))
+    causal_lm_loss(unfused, {"input_ids": tokens(), "labels": tokens()}).backward()
+    assert float(unfused.lm_head.weight.grad.abs().max()) > 0
+    assert not [str(warning.message) for warning in recwarn if "output embedding" in str(warning.message)]
+
+
+def test_tied_embeddings_are_trained_as_one_and_load_in_peft(tmp_path: Path) -> None:
+    files = runs.write_files(tmp_path / "files", rows=8, tie_word_embeddings=True)
+    trainer = Trainer(config_of(files, tmp_path / "out", {"modules_to_save": ["embed_tokens"]}), quiet=True)
+    folder, model = trainer.train().adapter_dir, trainer.model.eval()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    base = load_model(files / "model", dtype=torch.float32)
+    assert float((base.lm_head.weight - model.lm_head.weight).abs().max()) > LR
+    theirs = peft.PeftModel.from_pretrained(dense_twin(files / "model", base)[0], folder)
+    assert distance(logits(theirs), logits(model)) < 1e-5
+    assert torch.equal(logits(load_adapter(base, folder)), logits(model))
+    merged = merge(model, "original", torch.float32)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("lora", [WHOLE, {"rank_pattern": {"q_proj": 2}}], ids="+".join)
+def test_the_estimate_counts_what_is_trained(files: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    config = config_of(files, tmp_path / "out", lora, dtype="bfloat16")
+    estimator = Estimator(Path(config.model), Setting.from_config(config, "cpu"))
+    model = prepare_model(config, quiet=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_bytes = sum(parameter.nbytes for parameter in trained)
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    step = estimator.at(paged=False).moments["step"]
+    assert (step.adapters, step.gradients, step.optimizer) == (num_bytes, num_bytes, 2 * num_bytes)
+    assert step.weights + step.scales + step.dense + step.adapters == held
+
+
+def test_whole_modules_of_a_gguf_file(tmp_path: Path) -> None:
+    """Its embeddings stay quantized unless they are trained."""
+    file = write_gguf(tmp_path / "model.gguf", num_hidden_layers=1)
+    config = config_of(tmp_path, tmp_path / "out", {"modules_to_save": ["embed_tokens"]}, dtype="bfloat16")
+    config.model = str(file)
+    model = prepare_model(config, quiet=True)
+    assert model.model.embed_tokens.weight.dtype == torch.float32 and model.model.embed_tokens.weight.requires_grad
+    assert model.lm_head.quantized.quant_type == "q6_k" and model.load_report.is_kept
+    assert Estimator(file, Setting.from_config(config, "cpu")).whole == model.model.embed_tokens.weight.nbytes
+
+
+@pytest.mark.parametrize("other", [{"parallel": "fsdp"}, {"lora": {**WHOLE, "ship": "gguf"}}], ids="+".join)
+def test_what_does_not_go_with_whole_modules(other: dict[str, Any]) -> None:
+    values = {"model": "m", "data": {"train": "x"}, "lora": WHOLE, **other}
+    with pytest.raises(UserError, match=r"modules_to_save .*(parallel is fsdp|ship is gguf)"):
+        TrainConfig.from_values(values)

@@ -117,6 +117,9 @@ class LoraSection(_Section):
     lora_plus_ratio: float = _key(
         1.0, "the learning rate of B as a multiple of train.lr, which A has (LoRA+, Hayou et al., 2024)", gt=0
     )
+    modules_to_save: list[str] = _key(
+        [], "modules that are trained whole, as fp32 copies, and saved with the adapter: [embed_tokens, lm_head]"
+    )
     rslora: bool = _key(False, "scale by alpha / sqrt(r): steadier for large r")
     init: Literal["zero", "h_svd", "loftq"] = _key(
         "zero",
@@ -250,6 +253,13 @@ class TrainConfig(_Section):
     def _ships_at_the_end(self) -> TrainConfig:
         if self.train.patience is not None and self.lora.ship is not None:
             raise ValueError("train.patience and lora.ship are set: expected one, as the last steps make what ships")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_whole_modules(self) -> TrainConfig:
+        for key, value in (("parallel", self.parallel), ("lora.ship", self.lora.ship)):
+            if self.lora.modules_to_save and value in ("fsdp", "gguf"):
+                raise ValueError(f"lora.modules_to_save is set and {key} is {value}: expected one of them")
         return self
 
     @field_validator("logging", mode="before")

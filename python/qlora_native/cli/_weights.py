@@ -65,11 +65,14 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
     require(f"reading {config}", "pydantic")
     from qlora_native._io import reading
     from qlora_native.config import QuantConfig, read_yaml
+    from qlora_native.hf.build import OUTPUT_EMBEDDING
+    from qlora_native.hf.source import open_source
 
     with reading(config, "expected the config of the adapter's run, or none"):
         settings = read_yaml(config)[0]
         quant = QuantConfig.model_validate(settings.get("quant") or {})
         dtype = (settings.get("train") or {}).get("dtype", "bfloat16")
+        whole = list((settings.get("lora") or {}).get("modules_to_save") or ())
     method = quant.method
     if rounds and method != "rtn":
         from qlora_native.calibration.data import kept_calibration, quantize_command
@@ -82,4 +85,6 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
             f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "
             f"`{command}`, and give DIR in its place"
         )
-    return quant.options | given
+    is_kept = open_source(args.model).keeps(quant.type)
+    skip = {"skip_modules": whole if is_kept else [OUTPUT_EMBEDDING, *whole]} if whole else {}
+    return quant.options | skip | given

@@ -23,6 +23,7 @@ from qlora_native.hf.load import LoadReport
 from qlora_native.hf.loss import LOGIT_FIELDS, is_random
 from qlora_native.hf.source import Source
 from qlora_native.lora import LoRALinear
+from qlora_native.lora.layer import trained_whole
 from qlora_native.nn import QuantizedLinear
 from qlora_native.ops._cuda_products import PANEL_BYTES
 from qlora_native.ops.causal_attention import ALIGNMENT, is_native
@@ -122,6 +123,16 @@ class Estimator:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trained = [parameter.numel() for parameter in trained]
         self.adapters = sum(parameter.nbytes for parameter in trained)
+        whole = trained_whole(self.model, setting.lora.modules_to_save)
+        parameters = {parameter for module in whole.values() for parameter in module.parameters()}
+        self.whole = sum(parameter.nbytes for parameter in parameters)
+        names = [f"{path}.{name}" for path, module in whole.items() for name, _ in module.named_parameters()]
+        report: LoadReport = self.model.load_report
+        self.replaced = sum(report.dense.get(name, 0) for name in names)  # bytes that they had before
+        embeddings = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        trains_in, trains_out = (part in whole.values() for part in embeddings)
+        numel = self.config.vocab_size * self.config.hidden_size
+        self.whole_in, self.whole_out = trains_in * numel, trains_out * numel
         four_bit = four_bit_parts(self.model).values()
         self.packed = sum(weight.packed.nbytes for weight in four_bit)
         self.shapes = {(weight.shape[-2], weight.shape[-1]) for weight in four_bit}
@@ -179,7 +190,9 @@ class _Sum:
         report: LoadReport = self.estimator.model.load_report
         frozen = Terms(weights=packed, scales=report.bytes_4bit - packed, dense=report.bytes_dense)
         copies = self.estimator.copied if self.setting.device == "cuda" else 0
-        held = replace(frozen, adapters=adapters, copies=copies, optimizer=in_memory, scratch=self._scratch())
+        dense = frozen.dense - self.estimator.replaced
+        held = Terms(frozen.weights, frozen.scales, dense, adapters, copies, optimizer=in_memory)
+        held = replace(held, scratch=self._scratch())
         before = self._gradients_held()
         moments = {
             "loading": replace(frozen, scratch=self.estimator.loading_bytes),
@@ -232,10 +245,12 @@ class _Sum:
             here = so_far + self.tokens * layer.spare + self._shared()
             if self.setting.checkpointing:
                 here += own - self.tokens * layer.shared
-            terms = replace(held, gradients=max(before, behind), activations=round(here))
+            terms = replace(held, gradients=max(before, behind + self.estimator.whole), activations=round(here))
             best = max(best, terms, key=lambda t: t.total)
             behind -= layer.gradients
-        return best
+        added = 4 * self.estimator.whole_in if before else 0  # the embedding's, which come last
+        last = replace(held, gradients=self.estimator.adapters + added)
+        return max(best, last, key=lambda t: t.total)
 
     def _loss(self) -> int:
         """What the final norm keeps, hidden states, their gradient, and the logits: of a chunk, or all where the model
@@ -246,6 +261,8 @@ class _Sum:
         if self.estimator.changes_logits:
             return states + self.tokens * vocabulary * FULL_LOGITS
         chunk = chunk_tokens(self.setting.device, vocabulary, self.size, self.tokens)
+        if numel := self.estimator.whole_out:  # the sum of its gradients, its mean, the copy that is multiplied
+            states += numel * (8 + self.size % 4) + 4 * chunk * vocabulary
         return states + chunk * (vocabulary + 2 * hidden) * self.size + 12 * self.tokens
 
     def _gradients_held(self) -> int:

@@ -82,7 +82,7 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
     meta = MetaModel(config, setting.dtype, torch.device("meta"))
     options: Options = {}
     if isinstance(model, Source) and model.keeps(setting.quant["quant_type"]):
-        kept = model.kept_plan(meta, (), is_mapped=True).steps
+        kept = model.kept_plan(meta, setting.lora.modules_to_save, is_mapped=True).steps
         for step in kept:
             if isinstance(step, Kept):
                 for name, value in step.iter_tensors(meta.model, model.read):
@@ -97,7 +97,8 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
         steps = model.plan(meta).steps
         options = {step.name: _stored_options(step, meta, setting) for step in steps if isinstance(step, FourBit)}
     if not options:
-        chosen = meta.four_bit_weights(setting.skip_modules, setting.quant["block_size"])
+        skipped = (*setting.skip_modules, *setting.lora.modules_to_save)
+        chosen = meta.four_bit_weights(skipped, setting.quant["block_size"])
         options = dict.fromkeys(chosen, setting.quant)
     if isinstance(model, Source) and not model.is_whole:
         beside = _largest_read(model, meta, options)

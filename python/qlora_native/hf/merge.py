@@ -30,7 +30,7 @@ from qlora_native.hf.source import AUTO, KEEP, Source, load_tokenizer, open_sour
 from qlora_native.lora import LoRALinear, load_adapter, lora_layers
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.config import ZERO
-from qlora_native.lora.layer import trained_whole
+from qlora_native.lora.layer import end_training_whole, trained_whole
 from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 from qlora_native.weight import QuantizedWeight, to_bnb
@@ -96,6 +96,7 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     _make_embeddings_dense(model, dtype)
     if stacks:
         model.__dict__.pop("_weight_conversions", None)  # transformers' own for this class: experts one by one again
+    end_training_whole(model)
     unfuse(model)
     for parameter in model.parameters():
         if parameter.dtype == model.config.dtype:  # what is kept in fp32 stays so

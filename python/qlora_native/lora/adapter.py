@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_native._io import atomic_file, check_folder, fsync, read_json, reading, user_path
+from qlora_native._io import atomic_file, check_folder, fsync, read_json, reading, reason, user_path
 from qlora_native.errors import UserError
 from qlora_native.lora.config import INITS, ZERO, LoraConfig
 from qlora_native.lora.layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
@@ -72,9 +72,12 @@ def save_adapter(
         for path, layer in layers.items()
         for side, own in (("A", layer.lora_A), ("B", layer.lora_B))
     }
+    places: set[int] = set()  # of what is written once without a copy; tied parameters are written twice
     for path, module in trained_whole(model, config.modules_to_save).items():
         for name, tensor in module.state_dict().items():
-            tensors[f"{PREFIX}{path}.{name}"] = _whole(state.get(f"{path}.{name}", tensor)).cpu().clone()
+            tensor = _whole(state.get(f"{path}.{name}", tensor)).cpu().contiguous()
+            tensors[f"{PREFIX}{path}.{name}"] = tensor.clone() if tensor.data_ptr() in places else tensor
+            places.add(tensor.data_ptr())
     if not write:
         return
     # One key: safetensors writes two in either order, and a resumed run must give the bytes of an undisturbed one.
@@ -87,10 +90,10 @@ def save_adapter(
             tensors_file = both.enter_context(atomic_file(folder / TENSORS_NAME))
             config_file.write_bytes(text.encode())
             fsync(config_file)
-            tensors_file.write_bytes(save(tensors, metadata=metadata))
-    except OSError as error:
+            save_file(tensors, tensors_file, metadata=metadata)
+    except (OSError, SafetensorError) as error:
         kept = "; the adapter that was there is unchanged" if (folder / TENSORS_NAME).is_file() else ""
-        raise UserError(f"cannot write the adapter to {folder}: {error.strerror or error}{kept}.") from error
+        raise UserError(f"cannot write the adapter to {folder}: {reason(error)}{kept}.") from error
 
 
 def save_pretrained(
@@ -148,7 +151,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     for path, layer in lora_layers(model):
         copy_whole(layer.lora_A, stored.pairs[path][0])
         copy_whole(layer.lora_B, stored.pairs[path][1])
-    for name, target in stored.whole_targets.items():
+    for name, target in _whole_targets(folder, model, stored.whole).items():
         copy_whole(target, stored.whole[name])
     return model
 
@@ -159,7 +162,6 @@ class StoredAdapter:
 
     pairs: dict[str, tuple[Tensor, Tensor, float]]  # path -> lora_A [r, K], lora_B [N, r], scale
     whole: dict[str, Tensor]  # what was trained whole, by the parameter's name
-    whole_targets: dict[str, Tensor] = field(default_factory=dict)  # the model's tensors of those names
     config: LoraConfig = field(default_factory=LoraConfig)
 
     def delta(self, path: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -180,7 +182,8 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdap
     config.init = init
     _check(folder, model, config, tensors, settings.get("base_model_name_or_path") or "another model")
     pairs = {path: (pair["A"], pair["B"], config.scale_of(path)) for path, pair in tensors.items()}
-    return StoredAdapter(pairs, whole, _whole_targets(folder, model, whole), config)
+    _whole_targets(folder, model, whole)
+    return StoredAdapter(pairs, whole, config)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -220,7 +223,8 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALin
         "fan_in_fan_out": any(getattr(layer.base_layer, "fan_in_fan_out", False) for layer in layers.values()),
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": list(config.modules_to_save) or None,
+        # By their paths: PEFT would take "norm" for "input_layernorm" too.
+        "modules_to_save": list(trained_whole(model, config.modules_to_save)) or None,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "layers_to_transform": None,
@@ -344,7 +348,7 @@ def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, 
             )
 
 
-def _whole_targets(folder: Path, model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+def _whole_targets(folder: str | os.PathLike[str], model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's parameters and buffers of the names of ``whole``. UserError if one is missing or of another shape."""
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for name, tensor in whole.items():

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear
 from qlora_native.lora.config import ALL_LINEAR, H_SVD, LOFTQ, ZERO, LoraConfig
+from qlora_native.nn.experts import Substitute, substitute_class
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 
 # Directions beyond the rank, and rounds, of the subspace iteration (Halko, Martinsson and Tropp, "Finding structure
@@ -93,6 +95,49 @@ class LoRALinear(nn.Module):
         return f"r={self.r}, scale={self.scale:g}{dropout}"
 
 
+class TrainedWhole(Substitute):
+    """A module of ``modules_to_save``: its parameters are fp32, it computes in fp32, and its outputs have their former
+    dtype."""
+
+    _dtype_before: torch.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*(_cast(each, torch.float32) for each in args), **kwargs)
+        return tuple(map(self._as_before, out)) if isinstance(out, tuple) else self._as_before(out)
+
+    def _as_before(self, value: Any) -> Any:
+        return _cast(value, self._dtype_before)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def train_whole(modules: Iterable[nn.Module]) -> None:
+    """Give the modules trainable fp32 copies of their parameters; those that share one share the copy."""
+    copies: dict[nn.Parameter, nn.Parameter] = {}
+    for module in modules:
+        before = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+        for part in module.modules():
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                if parameter not in copies:
+                    copies[parameter] = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+                setattr(part, name, copies[parameter])
+        if before != torch.float32 and not isinstance(module, TrainedWhole):
+            module._dtype_before = before  # type: ignore[assignment]
+            module.__class__ = substitute_class(TrainedWhole, type(module))
+
+
+def end_training_whole(model: nn.Module) -> None:
+    """Give modules that were trained whole their own dtype and code back."""
+    for module in model.modules():
+        if isinstance(module, TrainedWhole):
+            module.__class__ = type(module).__bases__[1]
+            before = module.__dict__.pop("_dtype_before")
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(before)
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """What the initial values of one layer's adapter are computed from."""
@@ -138,6 +183,7 @@ def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerSta
             _start(model, config, statistics)
     except BaseException:  # statistics are read and checked one layer after another
         unload_adapter(model)
+        end_training_whole(model)
         for parameter, is_trained in was_trained.items():
             parameter.requires_grad_(is_trained)
         raise
@@ -147,7 +193,7 @@ def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerSta
 def unload_adapter(model: nn.Module) -> nn.Module:
     """Take the adapter out: the model is its frozen base again, but for ``modules_to_save``, which keep their values.
 
-    Another adapter can then be loaded or added. :func:`adapters_off` turns the adapter off for a while.
+    They stay fp32. Another adapter can then be loaded or added. :func:`adapters_off` turns the adapter off for a while.
     """
     for path, layer in list(lora_layers(model)):
         model.set_submodule(path, layer.base_layer)
@@ -255,8 +301,7 @@ def insert(
     model.requires_grad_(False)  # nothing has changed before all layers are made
     for path, layer in layers.items():
         model.set_submodule(path, layer)
-    for module in saved.values():
-        module.requires_grad_(True)
+    train_whole(saved.values())
     if hasattr(model, "save_pretrained") and "lora_config" not in model.__dict__:
         from qlora_native.lora.adapter import save_pretrained
 
@@ -301,7 +346,9 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Paths of the linear layers that get an adapter, in the model's order. ValueError for names, numbers of layers and
     patterns that select none."""
-    targets = [path for path in _named_targets(model, config.target_modules) if config.includes(path)]
+    saved = tuple(f"{path}." for path in trained_whole(model, config.modules_to_save))
+    named = [path for path in _named_targets(model, config.target_modules) if not f"{path}.".startswith(saved)]
+    targets = [path for path in named if config.includes(path)]
     for number in config.layers_to_transform or ():
         if not any(f".{number}." in path for path in targets):
             raise ValueError(f"layers_to_transform: {type(model).__name__} has no layer {number} to adapt.")
@@ -322,9 +369,15 @@ def _named_targets(model: nn.Module, names: str | Sequence[str]) -> list[str]:
 
 
 def trained_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that ``modules_to_save`` selects, by path. ValueError for unknown ones and for 4-bit ones."""
+    """The modules that ``modules_to_save`` selects, by path, and those that share a parameter with them. ValueError for
+    unknown ones and for 4-bit ones."""
     modules = {path: module for path, module in plain_modules(model) if path}
     chosen = {path: modules[path] for path in _selected(model, names, "modules_to_save", "module", modules)}
+    inside = {part for module in chosen.values() for part in module.modules()}
+    shared = {parameter for module in inside for parameter in module.parameters()}
+    for path, module in modules.items():
+        if module not in inside and not shared.isdisjoint(module.parameters(recurse=False)):
+            chosen[path] = module
     for path, module in chosen.items():
         if any(isinstance(part, (QuantizedLinear, QuantizedEmbedding)) for part in module.modules()):
             raise ValueError(

@@ -63,7 +63,7 @@ def check_packing(model: Any) -> None:
     state is carried across rows or positions do not restart. Draws no random number."""
 
     def hidden(ids: Tensor, positions: Tensor) -> Tensor:
-        return hidden_states(model, {"input_ids": ids, "position_ids": positions})[0].float()
+        return hidden_states(model, {"input_ids": ids, "position_ids": positions})[0]
 
     vocabulary = model.get_input_embeddings().num_embeddings
     numbers = torch.arange(28, device=model.device)[None]
@@ -82,8 +82,9 @@ def check_packing(model: Any) -> None:
         for module, training in before.items():
             module.training = training
     for got, expected in ((behind, alone), (behind_other, behind)):
-        distance = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
-        if not distance <= TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16]):
+        off = (got.float() - expected.float()).norm(dim=-1)
+        distance = float((off / expected.float().norm(dim=-1)).max())
+        if not distance <= TOLERANCE.get(got.dtype, TOLERANCE[torch.bfloat16]):
             raise UserError(
                 f"{name} cannot train on packed rows: a row's hidden states change by {distance:.0%} when another row "
                 "stands before it; set data.packing to false"

@@ -21,6 +21,8 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     base += ", double quantization)" if quant.double_quant else ")"
     if quant.type == "keep":
         arguments, base = repr(model), "GGUF file whose weights stayed as they are"
+    if names := lora.modules_to_save:
+        arguments += f", skip_modules={names if quant.type == 'keep' else ['lm_head', *names]!r}"
     if quant.method != "rtn":  # too slow to do on each load
         from qlora_native.calibration.data import FILE, quantize_command
 
