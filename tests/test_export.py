@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import peft
 import pytest
 import tiny
@@ -239,3 +242,47 @@ def test_llama_cpp_runs_it(request: pytest.FixtureRequest, tmp_path: Path, kind:
     runner.eval(ids)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits[0]
     assert relative_error(torch.tensor(runner.scores[: len(ids)]), expected) < 1e-2  # its K and V are fp16
+
+
+class FakeApi:
+    """Of huggingface_hub: keeps a copy of what would be uploaded."""
+
+    hub: Path
+    error: Exception | None = None
+
+    def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> Any:
+        if self.error is not None:
+            raise self.error
+        self.made = repo_id, private, exist_ok
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str]) -> str:
+        assert self.made[0] == repo_id
+        for path in huggingface_hub.utils.filter_repo_objects(
+            (path.name for path in folder_path.iterdir()), allow_patterns=allow_patterns
+        ):
+            shutil.copy(folder_path / path, self.hub / path)
+        return f"https://huggingface.co/{repo_id}"
+
+
+def test_an_adapter_goes_to_the_hub(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: Any
+) -> None:
+    FakeApi.hub = tmp_path / "hub"
+    FakeApi.hub.mkdir()
+    folder = Path(shutil.copytree(files / "adapter", tmp_path / "adapter"))
+    for name in ("config.yaml", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    export(folder, "--to", "hub", "--repo", "me/tuned", "--json")
+    assert json.loads(capsys.readouterr().out)["url"] == "https://huggingface.co/me/tuned"
+    expected = {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"}
+    assert {path.name for path in FakeApi.hub.iterdir()} == expected  # not config.yaml
+
+    words = "export", folder, "--to", "hub", "--repo", "me/tuned"
+    monkeypatch.setattr(FakeApi, "error", ConnectionError("no network"))
+    said = mistake(*words)
+    assert "(no network)" in said and f": hf upload me/tuned {folder} " in said
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "hf upload me/tuned" in mistake(*words)
+    assert "--to hub takes an adapter" in mistake("export", files / "model", *words[2:])

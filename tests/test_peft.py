@@ -90,6 +90,7 @@ ADAPTERS: list[tuple[dict[str, Any], bool]] = [
     ({"init_lora_weights": "gaussian", "modules_to_save": ["lm_head"]}, True),
     ({"use_dora": True, "r": 4}, False),
     ({"init_lora_weights": "orthogonal"}, True),
+    ({"trainable_token_indices": {"embed_tokens": [17, 127], "lm_head": [17]}}, True),
 ]
 
 
@@ -178,6 +179,50 @@ def test_several_adapters(folder: Path) -> None:
         model.set_adapter("sum")
     assert distance(logits(ours), logits(theirs)) < 1e-5
     ours.delete_adapter("second")
+
+
+def test_adapters_of_folders_by_name(folder: Path, tmp_path: Path) -> None:
+    """Loaded, switched, turned off, added with weights, deleted, merged and unloaded: as the dense weights plus each
+    weight times scale B A."""
+    deltas: dict[str, dict[str, torch.Tensor]] = {}
+    both: dict[str, dict[str, Any]] = {"a": {"r": 4}, "b": {"r": 2, "target_modules": ["q_proj"]}}
+    for seed, (name, options) in enumerate(both.items()):
+        made = filled(peft.get_peft_model(base(folder), peft.LoraConfig(**{**DEFAULTS, **options})), seed)
+        made.save_pretrained(tmp_path / name)
+        layers = {path: layer for path, layer in made.base_model.model.named_modules() if isinstance(layer, FusedLayer)}
+        deltas[name] = {path: layer.get_delta_weight("default") for path, layer in layers.items()}
+    model = peft.PeftModel.from_pretrained(base(folder), tmp_path / "a", adapter_name="a").eval()
+    model.load_adapter(tmp_path / "b", "b")
+    before = state_of(model, "base_layer")
+
+    def plain_torch(**weights: float) -> torch.Tensor:
+        twin = dense_twin(folder, base(folder))[0]
+        for name, weight in weights.items():
+            for path, delta in deltas[name].items():
+                twin.get_submodule(path).weight.data += weight * delta
+        return logits(twin)
+
+    assert distance(logits(model), plain_torch(a=1)) < 1e-5
+    model.set_adapter("b")
+    only_b = plain_torch(b=1)
+    assert distance(logits(model), only_b) < 1e-5 < distance(only_b, plain_torch(a=1))
+    with model.disable_adapter():
+        assert distance(logits(model), plain_torch()) < 1e-5
+    for kind, options in {"cat": {}, "svd": {"svd_rank": 6}}.items():
+        model.add_weighted_adapter(["a", "b"], [0.25, 0.5], kind, combination_type=kind, **options)
+        model.set_adapter(kind)
+        assert distance(logits(model), plain_torch(a=0.25, b=0.5)) < 1e-5, kind
+        model.delete_adapter(kind)
+    model.delete_adapter("a")
+    model.set_adapter("b")
+    assert set(model.peft_config) == {"b"} and distance(logits(model), only_b) < 1e-5
+    model.merge_adapter()
+    assert 1e-5 < distance(logits(model), only_b) < 0.3
+    model.unmerge_adapter()
+    assert_same(state_of(model, "base_layer"), before)
+    unloaded = model.unload()
+    assert not any(isinstance(module, FusedLayer) for module in unloaded.modules())
+    assert distance(logits(unloaded), plain_torch()) < 1e-5
 
 
 def test_initializations_that_read_the_weights_are_refused(folder: Path) -> None:

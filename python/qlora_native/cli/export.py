@@ -22,7 +22,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "model", type=user_path, metavar="MODEL", help="a model folder or a .gguf file; for gguf-adapter an adapter too"
     )
     add("--adapter", type=user_path, metavar="DIR", help="a folder in PEFT's format, or a checkpoint of a run")
-    add("--to", required=True, choices=tuple(_MAKERS), help="what to make")
+    add("--to", required=True, choices=(*_MAKERS, "hub"), help="what to make")
+    add("--repo", metavar="USER/NAME", help="--to hub: the repository, which is made if it is not there")
+    add("--private", action="store_true", help="--to hub: make a private one")
     out = "the folder or .gguf file; it must not exist yet (default, for gguf-adapter alone: DIR.gguf)"
     add("--out", "-o", type=user_path, metavar="PATH", help=out)
     kind = (
@@ -42,19 +44,23 @@ template in it, which llama.cpp runs: llama, mistral, qwen2, qwen3, gemma and ge
 against MODEL, which it then names as its base. gguf-adapter: the adapter alone for llama.cpp, which runs it over the
 GGUF file of the same base; without --adapter MODEL is the adapter, over the base that it names. Tensors are read and
 written a few megabytes at a time. --type keep writes MODEL, a GGUF file, once more, in which adapted weights have other
-codes under the scales that they have.
+codes under the scales that they have. hub: the files of an adapter, MODEL, in a repository of the Hugging Face hub;
+without config.yaml, which has paths of this machine.
 
 examples:
   qlora export Llama-3.1-8B-Instruct --adapter run/adapter --to gguf --type q8_0 --out tuned.gguf
   qlora export llama.gguf --adapter run/adapter --to gguf --type keep --calibration train.jsonl --out tuned.gguf
   qlora export Llama-3.1-8B-Instruct --adapter run/adapter --to safetensors --out tuned
   qlora export Llama-3.1-8B-Instruct --adapter run/step-000200 --to peft --out tuned-adapter
-  qlora export run/adapter --to gguf-adapter --out tuned-adapter.gguf"""
+  qlora export run/adapter --to gguf-adapter --out tuned-adapter.gguf
+  qlora export run/adapter --to hub --repo me/tuned"""
 
 
 def run(args: argparse.Namespace) -> int:
     from qlora_native._io import as_user_error
 
+    if args.to == "hub":
+        return _upload(args)
     if args.to == "gguf-adapter" and args.adapter is None:
         args.adapter, args.model = args.model, _base_of(args.model)
     if args.out is None and args.to == "gguf-adapter":
@@ -144,6 +150,26 @@ def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     work = _merging(args, "fp32")
     with as_write_error(out), atomic_file(out) as partial:
         return export_adapter(work, partial)
+
+
+def _upload(args: argparse.Namespace) -> int:
+    from qlora_native._io import reason
+    from qlora_native.lora.adapter import CONFIG_NAME
+
+    folder, patterns = args.model, ["adapter_*", "README.md", "*token*", "chat_template.jinja"]
+    if not (folder / CONFIG_NAME).is_file() or args.repo is None:
+        raise UserError("qlora export: --to hub takes an adapter's folder as MODEL, and --repo USER/NAME")
+    command = f"hf upload {args.repo} {folder} --include {' '.join(map(repr, patterns))}"
+    try:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        repo = api.create_repo(args.repo, private=args.private or None, exist_ok=True).repo_id
+        done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=patterns)
+    except Exception as error:  # no package, no network, no token, no permission: each has errors of its own
+        raise UserError(f"{folder} is not uploaded ({reason(error)}); where that can be done: {command}") from error
+    print_result(args, {"repo": repo, "to": "hub", "url": str(done)}, [f"{folder} is uploaded: {done}"])
+    return 0
 
 
 def _check_suffix(out: Path) -> None:
