@@ -87,11 +87,10 @@ def lora_plus(model: Any) -> torch.optim.Optimizer:
     return peft.optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=8)
 
 
-PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"mlp\..*": 3.0}}
+PATTERNS = {"layers_to_transform": [1], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"mlp\..*": 3.0}}
 WHOLE = {"modules_to_save": ["embed_tokens", "model.norm", "lm_head"]}
 RUNS: list[tuple[dict[str, Any], dict[str, Any], Callable[[Any], torch.optim.Optimizer]]] = [
     (PATTERNS, PATTERNS, plain_adamw),
-    ({"layers_to_transform": [1]}, {"layers_to_transform": [1]}, plain_adamw),
     ({"lora_plus_ratio": 8}, {}, lora_plus),
     (WHOLE, WHOLE, plain_adamw),
 ]
@@ -113,12 +112,10 @@ def test_a_run_ends_where_peft_and_torch_do(
         assert moved > LR and float((got[name] - tensor).abs().max()) < 0.02 * moved, name
 
 
-@pytest.mark.parametrize("lora", [ours for ours, *_ in RUNS[2:]], ids="+".join)
-def test_a_run_that_crashed_ends_as_if_it_had_not(files: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+def test_a_run_that_crashed_ends_as_if_it_had_not(files: Path, tmp_path: Path) -> None:
+    lora = {**PATTERNS, **WHOLE, "lora_plus_ratio": 8, "dropout": 0.3}
     whole, crashed = (
-        config_of(
-            files, tmp_path / name, {**lora, "dropout": 0.3}, save_every=2, dtype="bfloat16", optimizer="adamw8bit"
-        )
+        config_of(files, tmp_path / name, lora, save_every=2, dtype="bfloat16", optimizer="adamw8bit")
         for name in ("whole", "crashed")
     )
     Trainer(whole, quiet=True).train()
