@@ -4,11 +4,13 @@ and names are in the source."""
 from __future__ import annotations
 
 import ast
+import io
 import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,11 @@ def page(name: str) -> str:
 PAGES = [
     ("transformers", "", "four-bit/model.safetensors dense/model.safetensors"),
     ("peft", "peft", "adapter/adapter_model.safetensors merged-four-bit/model.safetensors"),
-    ("trl", "peft trl datasets", "adapter/adapter_model.safetensors dpo-adapter/adapter_model.safetensors"),
+    (
+        "trl",
+        "peft trl datasets",
+        " ".join(f"{kind}adapter/adapter_model.safetensors" for kind in ("", "dpo-", "kto-", "orpo-", "grpo-")),
+    ),
     ("bitsandbytes", "", "base-model-nf4/model.safetensors base-model-16bit/model.safetensors"),
     ("any-file", "gguf peft", "model.gguf gguf-run/adapter/README.md adapter.gguf"),
     ("tutorial", "", "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft"),
@@ -53,40 +59,48 @@ ELSEWHERE = ("pip install", "hf download")  # what a test cannot run: it would n
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("name", "needs", "leaves"), PAGES, ids=[page[0] for page in PAGES])
 def test_every_script_of_the_page_runs(
-    name: str, needs: str, leaves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    name: str, needs: str, leaves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in needs.split():
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    write_model(Path("base-model"), num_attention_heads=2, num_key_value_heads=1)
-    blocks = re.findall(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", page(name), re.MULTILINE | re.DOTALL)
-    assert blocks
-    for language, title, text in blocks:
-        if title:
-            Path(title).write_text(text, encoding="utf-8")
-        elif language == "python" and name == "bitsandbytes":  # its register_ops holds for a whole process
-            subprocess.run([sys.executable, "-c", text], check=True)
-        elif language == "python":
-            exec(compile(text, f"docs/{name}.md", "exec"), {"__name__": "__main__"})
-        elif language == "sh":
-            for command in text.splitlines():
-                run_command(command, capsys)
+    run_page(name)
     assert all(Path(file).exists() for file in leaves.split())
     if name == "bitsandbytes":
         ours, again = (safe_open(f"base-model-{end}/model.safetensors", "pt") for end in ("nf4", "nf4-again"))
         assert set(ours.keys()) == set(again.keys())
 
 
-def run_command(command: str, capsys: Capture) -> None:
+def run_page(name: str) -> dict[str, Any]:
+    """Run the blocks of a page in this folder; the names of its last script."""
+    write_model(Path("base-model"), num_attention_heads=2, num_key_value_heads=1)
+    blocks = re.findall(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", page(name), re.MULTILINE | re.DOTALL)
+    assert blocks
+    names: dict[str, Any] = {}
+    for language, title, text in blocks:
+        if title:
+            Path(title).write_text(text, encoding="utf-8")
+        elif language == "python" and name == "bitsandbytes":  # its register_ops holds for a whole process
+            subprocess.run([sys.executable, "-c", text], check=True)
+        elif language == "python":
+            names = {"__name__": "__main__"}
+            exec(compile(text, f"docs/{name}.md", "exec"), names)
+        elif language == "sh":
+            for command in text.splitlines():
+                run_command(command)
+    return names
+
+
+def run_command(command: str) -> None:
     if command.startswith(ELSEWHERE):
         return
     program, *words = shlex.split(command.replace("step-000060", f"step-{int(STEPS):06}"))
     steps = ["--steps", STEPS] if words[0] == "train" else []
-    capsys.readouterr()
-    assert program == "qlora" and main([*words, *steps]) == 0, command
-    printed = capsys.readouterr().out
-    assert "\x1b" not in printed and "\r" not in printed, command  # no terminal: plain lines
+    with redirect_stdout(io.StringIO()) as printed:
+        assert program == "qlora" and main([*words, *steps]) == 0, command
+    text = printed.getvalue()
+    assert "\x1b" not in text and "\r" not in text, command  # no terminal: plain lines
 
 
 def test_the_tutorial_has_every_step() -> None:

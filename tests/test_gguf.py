@@ -136,6 +136,7 @@ def test_the_trainers_of_transformers_and_trl(file: Path, tmp_path: Path) -> Non
         model = peft.get_peft_model(load_model(file), qn.peft_config(r=4))
         options = {"processing_class": load_tokenizer(file)} if kind is trl.SFTTrainer else {}
         kind(model=model, args=arguments(str(out), **common), train_dataset=rows, **options).train()
+        assert isinstance(model.get_output_embeddings(), QuantizedLinear)
         assert (out / "checkpoint-2" / "adapter_model.safetensors").is_file()
         stored = (out / "checkpoint-2" / "adapter_config.json").read_text(encoding="utf-8")
         assert json.loads(stored)["base_model_name_or_path"] == str(file)

@@ -1,38 +1,101 @@
-"""TRL's trainers multiply by the dense weight of the output embedding themselves: one that is quantized is decoded.
+"""The log-probabilities of TRL's trainers, computed for a few tokens at a time.
 
-TRL looks the function up in this module of its own when a trainer is made.
+TRL multiplies by the output embedding's dense weight itself, 4,096 tokens by 32,768 words at a time, and on a CPU also
+the tokens that have no label. Here one that is quantized stays so, on any device; on a CPU the tokens without a label
+are left out, and a chunk of logits is that of ``qn.linear_cross_entropy``.
+
+TRL looks these functions up in this module of its own when a trainer is made and in each forward.
 """
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 from trl.trainer import utils
 
+from qlora_native import functional
 from qlora_native.nn.linear import QuantizedLinear
+from qlora_native.ops.linear_cross_entropy import chunk_tokens
+from qlora_native.weight import QuantizedWeight
+
+_quantized_heads = WeakTensorKeyDictionary()  # a head's packed bytes, which TRL hands on -> a reference to the head
+
+Outputs = tuple[Tensor | None, ...]  # log-probabilities and what the trainers log beside them, [M] each
 
 
-def _with_dense_head(add: Callable[..., Any]) -> Callable[..., Any]:
+def _remember_head(add: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(add)
     def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> Any:
         head = model.get_output_embeddings()
         if isinstance(head, QuantizedLinear):
-            dense = head.dequantize()
-            warnings.warn(
-                f"TRL multiplies by the output embedding's dense weight: its {head.quantized.quant_type} is decoded, "
-                f"{dense.weight.nbytes / 2**20:,.0f} MiB.",
-                stacklevel=2,
-            )
-            model.set_output_embeddings(dense)
-            model.config.tie_word_embeddings = False  # the input embedding stays quantized
-            model.all_tied_weights_keys = {}
+            _quantized_heads[head.weight] = weakref.ref(head)
         return add(model, *args, **kwargs)
 
     return add_fused_lm_head
 
 
+def _of_chunk(
+    h: Tensor,  # [M, K]
+    weight: Tensor | QuantizedWeight,  # [V, K]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # int64 [M]
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    outputs: tuple[str, ...],
+) -> Outputs:
+    if isinstance(weight, QuantizedWeight):
+        logits = functional.linear(h, weight, bias)
+    else:
+        logits = functional.dense_linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
+    logits = logits.float() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / temperature
+    chosen, log_sum = logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(1)
+    fixed = logits.detach()
+    found = {
+        "entropy": lambda: log_sum - ((logits - log_sum[:, None]).exp() * logits).sum(1),
+        "log_sum_sq_probs": lambda: (2 * fixed).logsumexp(1) - 2 * log_sum.detach(),
+        "mean_logits": lambda: fixed.mean(1),
+        "is_top1": lambda: fixed.argmax(1) == targets,
+    }
+    return chosen - log_sum, *(compute() if name in outputs else None for name, compute in found.items())
+
+
+class ChunkedLogProbs:
+    """In the place of TRL's autograd function of this interface."""
+
+    @staticmethod
+    def apply(hidden: Tensor, weight: Any, bias: Tensor | None, targets: Tensor, *options: Any) -> Outputs:
+        head = _quantized_heads.get(weight)
+        if head is None and hidden.device.type != "cpu":
+            return _theirs.apply(hidden, weight, bias, targets, *options)
+        if head is not None:
+            weight = head().quantized
+        temperature, _, softcap, scale, outputs = options
+        size = chunk_tokens(hidden.device.type, weight.shape[0], hidden.dtype.itemsize, len(hidden))
+        given = temperature, softcap, scale, outputs
+        parts = [
+            checkpoint(_of_chunk, h, weight, bias, chosen, *given, use_reentrant=False, preserve_rng_state=False)
+            for h, chosen in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _scores_labels_alone(otherwise: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+    return lambda device: device.type == "cpu" or otherwise(device)
+
+
 if hasattr(utils, "add_fused_lm_head"):  # older versions take the model's own logits
-    utils.add_fused_lm_head = _with_dense_head(utils.add_fused_lm_head)
+    _theirs = utils._ChunkedLogProbFunction
+    utils._use_triton = _scores_labels_alone(utils._use_triton)
+    utils._ChunkedLogProbFunction = ChunkedLogProbs
+    utils.add_fused_lm_head = _remember_head(utils.add_fused_lm_head)

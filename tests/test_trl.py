@@ -1,0 +1,206 @@
+"""TRL's preference and RL trainers on a 4-bit model with our optimizer: their losses are those on the decoded weights
+in TRL's own code, the reference is the base without its adapter, and the logits of all tokens never exist."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import needs_page_files
+from test_trainer import arguments, base, losses
+from tiny import FACTS, write_model
+from tiny_models import make, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoTokenizer
+
+import qlora_native as qn
+from qlora_native.nn import QuantizedLinear
+from qlora_native.ops import linear_cross_entropy
+
+peft, trl, datasets = (pytest.importorskip(name) for name in ("peft", "trl", "datasets"))
+orpo = pytest.importorskip("trl.experimental.orpo")
+utils = pytest.importorskip("trl.trainer.utils")
+kernel = pytest.importorskip("trl.kernels.chunked_logprob")
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+CHUNK = 5  # tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base"), num_hidden_layers=1)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cross_entropy, "chunk_tokens", lambda *_: CHUNK)
+    monkeypatch.setattr("qlora_native.hf.trl.chunk_tokens", lambda *_: CHUNK)
+
+
+@contextmanager
+def trl_alone() -> Iterator[None]:
+    """TRL's own code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_ChunkedLogProbFunction", kernel.ChunkedLogProbFunction)
+        patch.setattr(utils, "_use_triton", kernel._use_triton)
+        yield
+
+
+def rewards(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(text))) for text in completions]
+
+
+PAIRS = [{"prompt": f"what is {c}?", "chosen": f" {thing}", "rejected": f" {c}"} for c, thing in FACTS]
+MARKED = [{"prompt": f"what is {c}?", "completion": f" {thing}", "label": thing < "m"} for c, thing in FACTS]
+ASKED = [{"prompt": f"what is {c}?"} for c, _ in FACTS]
+GROUPS = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": CHUNK, "beta": 0.1}
+# Trainer, its config, rows, options.
+KINDS: dict[str, tuple[Any, Any, list[dict[str, Any]], dict[str, Any]]] = {
+    "sft": (trl.SFTTrainer, trl.SFTConfig, [{"text": row["prompt"] + row["chosen"]} for row in PAIRS], {}),
+    "dpo": (trl.DPOTrainer, trl.DPOConfig, PAIRS, {}),
+    "kto": (trl.KTOTrainer, trl.KTOConfig, MARKED, {"per_device_train_batch_size": 4}),
+    "grpo": (trl.GRPOTrainer, trl.GRPOConfig, ASKED, GROUPS),
+    "orpo": (orpo.ORPOTrainer, orpo.ORPOConfig, PAIRS, {"max_length": 64}),
+}
+
+
+def trainer_of(kind: str, model: Any, folder: Path, out: Path, optimizer: Any, **changes: Any) -> Any:
+    trainer, config, rows, options = KINDS[kind]
+    more: dict[str, Any] = {"peft_config": None if "lora_A" in str(model.state_dict().keys()) else qn.peft_config(r=4)}
+    if options is GROUPS:
+        more["reward_funcs"] = rewards
+    if "ref_model" in changes:
+        more["ref_model"] = changes.pop("ref_model")
+    made = trainer(
+        model=model,
+        args=config(**arguments(out, **{"save_strategy": "no", "bf16": False, **options, **changes})),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        **more,
+    )
+    made.optimizer_cls_and_kwargs = optimizer
+    return made
+
+
+def steps(trainer: Any) -> tuple[list[float], list[float]]:
+    """The losses and the gradients' norms."""
+    found = losses(trainer)
+    return found, [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[float], list[float]]]:
+    """The steps of TRL on the decoded model with torch's optimizer, by trainer."""
+    found, optimizer = {}, (torch.optim.AdamW, {"lr": 1e-2})
+    for kind in KINDS:
+        with trl_alone():
+            dense = base(folder).dequantize()
+            found[kind] = steps(trainer_of(kind, dense, folder, tmp_path_factory.mktemp(kind), optimizer))
+    return found
+
+
+class Logits(TorchDispatchMode):
+    """The most tokens for which there is a row of ``words`` numbers at a time."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.words, self.tokens = words, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = not any(result.alias_info for result in func._schema.returns)  # no view, such as the weight's transpose
+        if made and isinstance(out, torch.Tensor) and out.shape[-1:] == (self.words,) and out.is_floating_point():
+            self.tokens = max(self.tokens, out.numel() // self.words)
+        return out
+
+
+@pytest.mark.parametrize("paged", [False, pytest.param(True, marks=needs_page_files)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_of_trl_on_the_decoded_model(
+    kind: str, paged: bool, folder: Path, tmp_path: Path, expected: dict[str, tuple[list[float], list[float]]]
+) -> None:
+    """The logits of all tokens exist in ORPO alone."""
+    trainer = trainer_of(kind, base(folder), folder, tmp_path, (qn.optim.AdamW, {"lr": 1e-2, "paged": paged}))
+    with Logits(300) if paged else nullcontext() as seen:  # the other runs take the calls past torch's dispatcher
+        got, norms = steps(trainer)
+    assert got == pytest.approx(expected[kind][0], abs=1e-4)
+    assert norms == pytest.approx(expected[kind][1], rel=1e-3) and len(set(norms)) == 4
+    assert type(trainer.optimizer.optimizer) is qn.optim.AdamW
+    assert getattr(trainer, "ref_model", None) is None and list(trainer.model.peft_config) == ["default"]
+    if seen is not None:
+        assert (seen.tokens > 4 * CHUNK) if kind == "orpo" else 0 < seen.tokens <= CHUNK
+
+
+def test_an_adapter_that_is_given_is_its_own_reference(folder: Path, tmp_path: Path) -> None:
+    """TRL keeps a copy of it, to which it switches."""
+
+    def run(model: Any) -> list[float]:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, qn.peft_config(r=4))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        trainer = trainer_of("dpo", model, folder, tmp_path, (qn.optim.AdamW, {"lr": 1e-2}))
+        assert trainer.ref_model is None and list(trainer.model.peft_config) == ["default", "ref"]
+        return losses(trainer)
+
+    with trl_alone():
+        expected = run(base(folder).dequantize())
+    got = run(base(folder))
+    assert got == pytest.approx(expected, abs=1e-4) and got[0] == pytest.approx(math.log(2), abs=1e-4) != got[1]
+
+
+def test_the_reference_of_an_adapter_of_add_lora(folder: Path, tmp_path: Path) -> None:
+    """Before the first step it is the base, whose log-probabilities are then kept in place of a second model."""
+
+    def trainer(name: str, **options: Any) -> Any:
+        model = qn.add_lora(qn.load_model(folder, dtype=torch.float32, device="cpu"), qn.LoraConfig(r=4, seed=0))
+        optimizer = qn.optim.AdamW, {"lr": 1e-2}
+        return trainer_of("dpo", model, folder, tmp_path / name, optimizer, **options)
+
+    kept = trainer("kept", precompute_ref_log_probs=True)
+    second = trainer("second", ref_model=base(folder).dequantize())
+    got = losses(kept)
+    assert kept.ref_model is None and len(set(got)) == 4
+    assert got == pytest.approx(losses(second), abs=1e-4)
+    without = trainer("without").ref_model  # TRL loads the folder again
+    assert not any(isinstance(module, QuantizedLinear) for module in without.modules())
+
+
+@pytest.mark.parametrize("head", ["dense", "bf16", "quantized"])
+def test_the_head_gives_what_trls_own_gives(head: str) -> None:
+    """Every output and the gradients, with a temperature and with what models do to their logits."""
+    model = make(final_logit_softcapping=3.0, logit_scale=0.7, initializer_range=0.3)
+    if head == "bf16":  # under fp32 activations
+        model.lm_head.bfloat16().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    if head == "quantized":
+        model.set_output_embeddings(QuantizedLinear.from_linear(model.lm_head))
+        twin.set_output_embeddings(model.lm_head.dequantize())
+    ids = tokens(3, 9)
+    labels = ids.masked_fill(torch.arange(9) % 4 == 3, -100)
+    fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        utils.add_fused_lm_head(model, temperature=0.8, outputs=fields)
+        found = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        weights = torch.linspace(-1, 1, 24).view(3, 8)
+        (found.log_probs * weights + found.entropy * weights.flip(1)).sum().backward()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        return [getattr(found, field).float() for field in fields] + grads
+
+    with trl_alone():
+        expected = outputs(twin)
+    got = outputs(model)
+    assert len(got) == len(expected) and (type(model.lm_head) is QuantizedLinear) == (head == "quantized")
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    nothing = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    nothing.log_probs.sum().backward()
+    assert nothing.loss == 0
