@@ -5,7 +5,8 @@ python bench/config_page.py > docs/config.md
 
 from __future__ import annotations
 
-from qlora_native.config import as_text, keys, values_of
+from qlora_native.cli.train import as_text, values_of
+from qlora_native.config import keys
 
 BLOCKS = {"": "The run", "data": "Rows", "quant": "Frozen weights", "lora": "Adapter", "train": "Training"}
 

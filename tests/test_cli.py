@@ -74,7 +74,7 @@ def test_help_of_train_names_values_and_defaults(capsys: pytest.CaptureFixture[s
         "--train.scheduler            cosine, linear, constant (default cosine): ",
         "--logging                    list of tensorboard, trackio, wandb, mlflow (default []): ",
         "--lora.r                     whole number (default 16): ",
-        "--data.train                 text (required): ",
+        "--data.train                 text or list of texts (required): ",
     ):
         assert line in printed
 

@@ -104,6 +104,8 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, expected: str) -> N
         "lora: {target_modules: {a: 1}}",
         "quant: {block_size: 48}",
         "  format: csv",
+        "  weights: [3, 1]",
+        "  weights: [0]",
         "model: other",
     ],
 )
@@ -141,6 +143,9 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         (["--resume", "out/step-000100"], "resume", "out/step-000100"),
         (["--model", "2024-01-01"], "model", "2024-01-01"),
         (["--output_dir=a=b"], "output_dir", "a=b"),
+        (["--train", "a.jsonl"], "data.train", "a.jsonl"),
+        (["--train", "a.jsonl", "b.csv"], "data.train", ["a.jsonl", "b.csv"]),
+        (["--weights", "3", "1", "--train", "a.jsonl", "b.csv"], "data.weights", [3.0, 1.0]),
         (["--eval", "null"], "data.eval", None),
         (["--lr", "1", "--lr", "2"], "train.lr", 2.0),
         ([], "lora.r", 16),  # of a block without keys
@@ -233,12 +238,13 @@ def test_config_init_list_and_check(config: Callable[..., str]) -> None:
 @pytest.mark.usefixtures("config")
 def test_check_names_every_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text(
-        "model: none\ndata: {train: rows.jsonl, eval: more.jsonl}\nquant: {calibration: text}\n"
+        "model: none\ndata: {train: [run.yaml, rows.jsonl], eval: more.jsonl, chat_template: t.jinja}\n"
+        "quant: {calibration: text}\n"
     )
     assert main(["config", "check", "run.yaml"]) == 2
     found = re.findall(r"run.yaml: (\S+) is (\S+), which", capsys.readouterr().err)
     assert {("data.train", "rows.jsonl"), ("data.eval", "more.jsonl"), ("model", "none")} < set(found)
-    assert len(found) == 4
+    assert ("data.chat_template", "t.jinja") in found and len(found) == 5
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_counts_of_kept_truncated_and_dropped_rows(tmp_path: Path, sentence: Che
     assert stats.tokens == (HEADER + 3) + (HEADER + 5) + (HEADER + 5)
     assert stats.trained_tokens == 2 + 5 + 4
     assert stats.share_trained == pytest.approx(11 / stats.tokens)
-    assert stats.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert stats.files == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
     assert (stats.path, stats.max_length, stats.train_on, stats.template) == (str(file), 25, "answers", "tokenizer")
     as_json = json.loads(json.dumps(stats.as_dict()))
     assert (as_json["dropped"], as_json["share_trained"]) == (1, stats.share_trained)

@@ -153,7 +153,8 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"instruction": "", "output": "o"}, "'instruction' is empty"),
         ({"instruction": "i", "output": ["o"]}, "'output' is an array"),
         ({"instruction": "i", "input": {}, "output": "o"}, "'input' is an object"),
-        ({"instruction": "i", "output": "o", "history": "h"}, "'history' is a string"),
+        ({"instruction": "i", "output": "o", "history": "h"}, "'history' is not valid JSON"),
+        ({"instruction": "i", "output": "o", "history": 3}, "'history' is a number"),
         ({"instruction": "i", "output": "o", "history": [["q"]]}, r"history\[0\] is an array"),
     ],
     "prompt-completion": [
@@ -161,7 +162,8 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"prompt": "p", "completion": [ASSISTANT]}, "'prompt' is .* 'completion' is an"),
     ],
     "messages": [
-        ({"messages": "hi"}, "'messages' is a string"),
+        ({"messages": "hi"}, "'messages' is not valid JSON"),
+        ({"messages": "{}"}, "'messages' is an object"),
         ({"messages": []}, "'messages' is empty"),
         ({"messages": ["hi"]}, r"messages\[0\] is a string"),
         ({"messages": [{"rol": "user", "content": "q"}]}, "rename 'rol' to 'role'"),

@@ -109,11 +109,38 @@ def test_a_path_that_is_no_data_file(tmp_path: Path, sentence: Check) -> None:
     write(tmp_path, GOOD)
     sentence(failure(tmp_path / "trian.jsonl"))
     assert "check the path" in failure(tmp_path / "nowhere" / "x.jsonl")
-    assert failure(write(tmp_path, "a,b", "rows.csv")).startswith("rows.csv: got a '.csv' file, expected .jsonl")
+    assert failure(write(tmp_path, "a,b", "rows.xls")).startswith("rows.xls: got a '.xls' file, expected .jsonl")
     with pytest.raises(UserError, match="is a folder, expected"):
         read_rows(tmp_path)
     with pytest.raises(ValueError, match="limit is 0"):
         read_rows(tmp_path / "train.jsonl", limit=0)
+
+
+def test_csv_rows_have_the_keys_of_the_first_row_and_their_own_lines(tmp_path: Path) -> None:
+    text = '\ufeffinstruction,input,output\r\n\r\nq,,"a, ""b""\r\nc"\r\n,,\r\n\u00fc,i,\n\nshort\r\n'
+    expected = [(3, {"instruction": "q", "output": 'a, "b"\r\nc'}), (6, {"instruction": "ü", "input": "i"})]
+    expected.append((8, {"instruction": "short"}))
+    assert lines_and_data(read_rows(write(tmp_path, text, "rows.csv"))) == expected
+    assert lines_and_data(read_rows(write(tmp_path, "text\tother\na,b\tc\n", "rows.TSV"))) == [
+        (2, {"text": "a,b", "other": "c"})
+    ]
+    long = "x" * 200_000  # more than Python's csv takes unless asked
+    assert next(read_rows(write(tmp_path, f"text\n{long}\n", "rows.csv"))).data == {"text": long}
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("text\na\nb,c\n", "rows.csv:3: .* a cell more"),
+        ("text,\na,b\n", "rows.csv:2: .* a cell more"),
+        ('text\n"a\n', "rows.csv cannot be read: unexpected end"),
+        (b"text\n\xe9\n", "rows.csv cannot be read: not UTF-8"),
+        ("text\n", "rows.csv: the file has no rows"),
+        ("", "rows.csv: the file has no rows"),
+    ],
+)
+def test_a_bad_csv_file(tmp_path: Path, content: str | bytes, match: str) -> None:
+    assert re.match(match, failure(write(tmp_path, content, "rows.csv")))
 
 
 def test_parquet_without_pyarrow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

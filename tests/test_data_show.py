@@ -61,6 +61,25 @@ def test_a_data_file_with_keys_and_one_row(
     assert "dropped: no trained token within max_length=64\n" in out
 
 
+def test_another_chat_template(files: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = "{{ 'Chat: ' }}" + tiny.CHAT_TEMPLATE
+    (tmp_path / "other.jinja").write_text(text)
+    words = (files / "train.jsonl", "--model", files / "model", "--rows", 1, "--chat_template")
+    assert "\nChat: <|user|>say, " in (out := shown(capsys, *words, text)) and "[[apple<|end|>]]" in out
+    assert shown(capsys, *words, tmp_path / "other.jinja") == out
+    assert main(["data", "show", *map(str, words), str(tmp_path / "none.jinja")]) == 2
+    assert "none.jinja cannot be read" in capsys.readouterr().err
+
+
+def test_several_files(files: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "more.csv").write_text("instruction,output\nq,a\n")
+    words = (files / "config.yaml", "--rows", 1, "--train", files / "train.jsonl", tmp_path / "more.csv", "--packing")
+    out = shown(capsys, *words)
+    assert f"{tmp_path / 'more.csv'}:2: " in out and f"{files / 'train.jsonl'}:1: " in out
+    assert [file["rows"] for file in json.loads(shown(capsys, *words, "--json"))["files"]] == [7, 1]
+    assert "more.csv" not in shown(capsys, *words, "--row", 9).partition("packed:")[2]
+
+
 def test_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(shown(capsys, files / "config.yaml", "--json", "--rows", "2", "--train_on", "all"))
     (file,) = found["files"]
@@ -88,7 +107,7 @@ def test_on_a_terminal_trained_tokens_are_colored(
     [
         "trian.jsonl --model model",
         "broken.jsonl --model model",
-        "rows.csv --model model",
+        "rows.xls --model model",
         "odd.jsonl --model model",
         "train.jsonl",
         "train.jsonl --model model --row 99",

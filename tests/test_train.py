@@ -91,7 +91,7 @@ def test_the_time_left_counts_steps_and_evaluations_each_by_its_own(make: Make, 
 
 def test_learns_a_small_set_by_heart(make: Make) -> None:
     config = make(rows=12, steps=60, batch_size=12, grad_accum=1, lr=1e-2)
-    config.data.eval = config.data.train
+    config.data.eval = config.data.files[0]
     summary, records, _ = run(config)
     assert summary.loss_before is not None and summary.loss_after is not None
     assert summary.loss_before > 3.0 and summary.loss_after < 0.2

@@ -7,7 +7,6 @@ refused, every mistake is reported at once with its line, and any key can be set
 
 from __future__ import annotations
 
-import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -39,13 +38,19 @@ def _key(default: Any, description: str, **limits: Any) -> Any:
 class DataConfig(_Section):
     """Which rows to learn from, and which of their tokens."""
 
-    train: str = Field(description="file of training rows (.jsonl, .json, .parquet)")
+    train: str | list[str] = Field(
+        description="file of training rows (.jsonl, .csv, .parquet), hub id, or list of them"
+    )
+    weights: list[Annotated[float, Field(gt=0)]] | None = _key(
+        None, "the files' shares of an epoch; null = every row once"
+    )
     eval: str | None = _key(None, "file of held-out rows; without it eval_fraction of the training rows is held out")
     eval_fraction: float = _key(
         0.05, "share of the training rows to hold out when data.eval is not set; 0 = none", ge=0, lt=1
     )
     format: str = _key("auto", f"layout of a row: {', '.join(FORMATS)}, or auto to find out from the first rows")
     max_length: Positive = _key(1024, "tokens per row at most, longer rows are truncated; memory grows with it")
+    chat_template: str | None = _key(None, "Jinja template, or a file of it, in place of the tokenizer's")
     train_on: Literal["answers", "all"] = _key("answers", "learn the answers only, or every token of the row")
     packing: bool = _key(
         False,
@@ -60,8 +65,27 @@ class DataConfig(_Section):
             raise ValueError(f"expected auto, {', '.join(FORMATS)}")
         return value
 
-    def load(self, path: str, tokenizer: Any, **options: Any) -> TokenizedDataset:
-        """The rows of a file, tokenized and masked; ``folder`` and ``limit`` as in ``load_dataset``."""
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> DataConfig:
+        if not self.files or (self.weights is not None and len(self.weights) != len(self.files)):
+            raise ValueError(f"train is {self.train} and weights is {self.weights}: expected a weight for each file")
+        return self
+
+    @property
+    def files(self) -> list[str]:
+        """What ``train`` names."""
+        return [self.train] if isinstance(self.train, str) else self.train
+
+    def with_template(self, tokenizer: Any) -> Any:
+        """The tokenizer, with ``chat_template`` if there is one: a text with a brace, or a file."""
+        if (given := self.chat_template) is not None:
+            with reading(Path(given), "expected a Jinja template, or a file of one"):
+                file = None if "{" in given else regular(user_path(given), MAX_BYTES)
+                tokenizer.chat_template = given if file is None else file.read_text(encoding="utf-8")
+        return tokenizer
+
+    def load(self, path: str | list[str], tokenizer: Any, **options: Any) -> TokenizedDataset:
+        """The rows of files, tokenized and masked; ``folder`` and ``limit`` as in ``load_dataset``."""
         format = None if self.format == "auto" else self.format
         with as_user_error():
             return load_dataset(
@@ -314,30 +338,6 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, An
         else:
             found[prefix + name] = field
     return found
-
-
-def as_text(value: Any) -> str:
-    """A value of a key as one writes it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def values_of(annotation: Any, quote: str = "") -> str:
-    """What a key takes, by its annotation, with quotes around values."""
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is Literal:
-        return ", ".join(f"{quote}{as_text(value)}{quote}" for value in arguments)
-    if typing.get_origin(annotation) is tuple:
-        return f"{len(arguments)} numbers"
-    if typing.get_origin(annotation) is dict:
-        return f"{values_of(arguments[1], quote)} by name"
-    if typing.get_origin(annotation) is list:
-        return f"list of {values_of(arguments[0], quote)}" if arguments[0] is not str else "list of texts"
-    if hasattr(annotation, "__metadata__"):
-        return values_of(arguments[0], quote)
-    if arguments:
-        return " or ".join(values_of(argument, quote) for argument in arguments)
-    names = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): f"{quote}null{quote}"}
-    return names.get(annotation, str(annotation))
 
 
 def _takes_list(annotation: Any) -> bool:

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
 
     with as_user_error():
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_tokens)
-        tokenizer = load_tokenizer(str(args.model))
+        tokenizer = load_tokenizer(str(args.model), args.adapter)
         device = "cuda" if torch.cuda.is_available() else None
         note = partial(print, file=sys.stderr)
         options = as_trained(args, rounds=True) | ({} if args.dtype is None else {"dtype": getattr(torch, args.dtype)})

@@ -11,6 +11,7 @@ from pathlib import Path
 from qlora_native._io import as_user_error, as_write_error, user_path
 from qlora_native.cli._run import refuse_existing, require
 from qlora_native.cli.estimate import card_bytes, size
+from qlora_native.data.readers import hub_id
 from qlora_native.errors import UserError
 
 DEFAULT = "smollm2"
@@ -52,9 +53,12 @@ def run(args: argparse.Namespace) -> int:
         from qlora_native.config import TrainConfig
 
         config = TrainConfig.from_file(args.name, args.overrides)
-        files = {"data.train": config.data.train, "data.eval": config.data.eval, "model": config.model}
-        files["quant.calibration"] = config.quant.calibration
-        missing = [(key, path) for key, path in files.items() if path and not user_path(path).exists()]
+        data, template = config.data, config.data.chat_template or ""
+        files = {"model": [config.model], "data.train": data.files, "data.eval": [data.eval or ""]}
+        files["data.chat_template"] = [] if "{" in template else [template]
+        files["quant.calibration"] = [config.quant.calibration or ""]
+        named = [(key, path) for key, paths in files.items() for path in paths if path and not hub_id(path)]
+        missing = [(key, path) for key, path in named if not user_path(path).exists()]
         if missing:
             raise UserError(*(f"{args.name}: {key} is {path}, which is not there" for key, path in missing))
         sys.stdout.write(config.to_yaml())
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _init(name: str, out: str | None, gpu: str | None) -> None:
     configs, model = shipped(), user_path(name)
-    if model.exists():
+    if model.exists() or hub_id(name):
         text = config_for(model, gpu, out or "config.yaml")
     elif gpu is not None:
         raise UserError(

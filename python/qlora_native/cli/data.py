@@ -60,31 +60,30 @@ def run(args: argparse.Namespace) -> int:
     if args.rows < 0 or (args.limit is not None and args.limit < 1):
         raise UserError("qlora data show: --rows takes a number from 0, --limit one from 1")
     data = config.data
-    paths = [path for path in (data.train, data.eval) if path is not None]
+    paths = [*data.files, *([data.eval] if data.eval is not None else [])]
     for path in paths:
         read_rows(path)  # a missing file is reported before the tokenizer is loaded
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = data.with_template(load_tokenizer(config.model))
     if args.action == "check":
         return _check(args, config, tokenizer)
     files = [data.load(path, tokenizer, limit=args.limit) for path in paths]
-    train = files[0]
+    lengths = np.concatenate([file.lengths for file in files[: len(data.files)]])
     encoder = ChatEncoder(tokenizer, max_length=data.max_length, train_on=data.train_on)
-    sources = read_rows(data.train, limit=args.limit)
-    if args.row is None:
-        chosen = list(islice(sources, args.rows))
-    elif not (chosen := [row for row in sources if row.line == args.row]):
-        raise UserError(
-            f"{data.train} has no row on line {args.row}: its rows stand on lines {train.lines[0]:,} to "
-            f"{max(train.lines[-1], *train.dropped.lines[-1:], 1):,}"
-        )
-    rows = [_row(encoder, row, train.stats.format) for row in chosen]
+    rows = []
+    for path, file in zip(data.files, files, strict=False):
+        sources = read_rows(path, limit=args.limit)
+        wanted = islice(sources, args.rows) if args.row is None else (row for row in sources if row.line == args.row)
+        rows += [{"file": path, **_row(encoder, row, file.stats.format)} for row in wanted]
+    if args.row is not None and not rows:
+        last = max(int(lines[-1]) for file in files for lines in (file.lines, file.dropped.lines) if len(lines))
+        raise UserError(f"{' and '.join(data.files)}: no row is on line {args.row}, the last one is on line {last:,}")
     if args.png:
-        _plot_lengths(train.lengths, data.max_length, Path(args.png))
+        _plot_lengths(lengths, data.max_length, Path(args.png))
     summaries = [_summary(file) for file in files]
     packed = None
     if data.packing:
-        count, length = len(evaluation_order(train.lengths, data.max_length)), data.max_length
-        packed = {"sequences": count, "length": length, "filled": train.stats.tokens / (count * length)}
+        count, length = len(evaluation_order(lengths, data.max_length)), data.max_length
+        packed = {"sequences": count, "length": length, "filled": int(lengths.sum()) / (count * length)}
     if args.json:
         print(json.dumps({"files": summaries, "packing": packed, "rows": rows}, indent=2))
         return 0
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         sequences = f"{packed['sequences']:,} sequences of {packed['length']:,} tokens"
         print(f"packed: about {sequences} an epoch, {packed['filled']:.1%} full")
     for row in rows:
-        _print_row(row, train.stats.path)
+        _print_row(row)
     return 0
 
 
@@ -119,13 +118,13 @@ def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int
 
 def _config(args: argparse.Namespace) -> TrainConfig:
     from qlora_native.config import TrainConfig
-    from qlora_native.data.readers import DATA_SUFFIXES, read_rows
+    from qlora_native.data.readers import DATA_SUFFIXES, hub_id, read_rows
 
     overrides = [*(["--model", args.model] if args.model else []), *args.overrides]
     suffix = Path(args.source).suffix.lower()
     if suffix in CONFIG_SUFFIXES:
         return TrainConfig.from_file(args.source, overrides)
-    if suffix not in DATA_SUFFIXES:
+    if suffix not in DATA_SUFFIXES and not hub_id(args.source):
         raise UserError(
             f"{args.source}: got a '{suffix}' file, expected a config ({', '.join(CONFIG_SUFFIXES)}) or data "
             f"({', '.join(DATA_SUFFIXES)})"
@@ -237,11 +236,11 @@ def _parts(tokenizer: Any, encoded: Encoded) -> list[dict[str, Any]]:
     return parts
 
 
-def _print_row(row: dict[str, Any], path: str) -> None:
+def _print_row(row: dict[str, Any]) -> None:
     truncated = f", {row['cut']:,} more truncated" if row["cut"] else ""
     dropped = f"; dropped: {row['dropped']}" if row["dropped"] else ""
     counts = f"{row['tokens']:,} tokens, {row['trained']:,} of them trained"
-    print(f"\n{path}:{row['line']}: {counts}{truncated}{dropped}")
+    print(f"\n{row['file']}:{row['line']}: {counts}{truncated}{dropped}")
     parts = [(printable(part["text"]), part["trained"]) for part in row["parts"]]
     if not has_rich_terminal() or "NO_COLOR" in os.environ:
         print("".join(f"[[{text}]]" if trained else text for text, trained in parts))

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             calibration=args.calibration,
             options=options,
         )
-        tokenizer = load_tokenizer(str(variants.model))
+        tokenizer = load_tokenizer(str(variants.model), args.adapter)
         limits = {"max_length": args.max_length, "limit": args.rows}
         texts = [load_text(path, tokenizer, train_on=args.train_on, **limits) for path in args.data]
 

@@ -115,7 +115,7 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if args.type == "keep":
         with as_write_error(out), atomic_file(out) as partial:
             return export_kept(work, partial, args.adapter, args.calibration)
-    tokenizer = None if work.source.path.suffix == ".gguf" else load_tokenizer(str(args.model))
+    tokenizer = None if work.source.path.suffix == ".gguf" else load_tokenizer(str(args.model), args.adapter)
     with as_write_error(out), atomic_file(out) as partial:
         return export_gguf(work, partial, args.type or "f16", tokenizer)
 

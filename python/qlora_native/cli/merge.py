@@ -123,7 +123,7 @@ def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
     from qlora_native.hf.source import load_tokenizer
 
     # Beside safetensors the tokenizer is a file, which is copied with the others.
-    tokenizer = load_tokenizer(str(work.source.path)) if work.source.path.suffix == ".gguf" else None
+    tokenizer = load_tokenizer(work.source, work.adapter_folder) if work.source.path.suffix == ".gguf" else None
     with as_write_error(out), atomic_folder(out) as partial:
         work.write(partial, shard_bytes)
         if tokenizer is not None:
@@ -140,7 +140,7 @@ def write_calibrated(work: Merging, args: argparse.Namespace, given: dict[str, A
     from qlora_native.hf.merge import Merging
     from qlora_native.hf.source import load_tokenizer
 
-    out, tokenizer = args.out, load_tokenizer(str(args.model))
+    out, tokenizer = args.out, load_tokenizer(str(args.model), args.adapter)
     write_merged(Merging(args.model, args.adapter, base=args.base, **given), folder / "sum", args.shard_size)
     calibration = CalibrationData(args.calibration, tokenizer=tokenizer)
     options = {**work.options, "skip_modules": work.skip_modules, "method": "gptq", "calibration": calibration}

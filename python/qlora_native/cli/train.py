@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import typing
+from typing import Any, Literal
 
 from qlora_native.cli._run import missing_packages
 
@@ -29,13 +32,38 @@ Any key of the config can be given as --key value:
 def _key_page() -> str:
     if packages := missing_packages(("pydantic", "yaml")):
         return f"  (pip install {' '.join(packages)} shows them here)"
-    from qlora_native.config import as_text, keys, values_of
+    from qlora_native.config import keys
 
     lines = []
     for name, field in keys().items():
         default = "required" if field.is_required() else f"default {as_text(field.default)}"
         lines.append(f"  --{name:<26} {values_of(field.annotation)} ({default}): {field.description}")
     return "\n".join(lines)
+
+
+def as_text(value: Any) -> str:
+    """A value of a key as one writes it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def values_of(annotation: Any, quote: str = "") -> str:
+    """What a key takes, by its annotation, with quotes around values."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return ", ".join(f"{quote}{as_text(value)}{quote}" for value in arguments)
+    if typing.get_origin(annotation) is tuple:
+        return f"{len(arguments)} numbers"
+    if typing.get_origin(annotation) is dict:
+        return f"{values_of(arguments[1], quote)} by name"
+    if typing.get_origin(annotation) is list:
+        inner = values_of(arguments[0], quote)
+        return f"list of {inner}s" if inner in ("text", "number") else f"list of {inner}"
+    if hasattr(annotation, "__metadata__"):
+        return values_of(arguments[0], quote)
+    if arguments:
+        return " or ".join(values_of(argument, quote) for argument in arguments)
+    names = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): f"{quote}null{quote}"}
+    return names.get(annotation, str(annotation))
 
 
 def run(args: argparse.Namespace) -> int:

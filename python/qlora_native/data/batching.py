@@ -52,6 +52,22 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+Mix = tuple[np.ndarray, Sequence[float]]  # the number of each row's file, int [rows], and each file's weight
+
+
+def mixed_rows(mix: Mix, seed: int, epoch: int) -> np.ndarray:
+    """As many rows as there are, int64 [rows], of each file a share like its weight. A file goes on where the epoch
+    before ended: each of its rows is taken once, in a random order, before one is taken again."""
+    (file, weights), parts = mix, []
+    ends = np.rint(np.cumsum(weights) / sum(weights) * len(file)).astype(np.int64)
+    for number, count in enumerate(np.diff(ends, prepend=0).tolist()):
+        rows = np.flatnonzero(file == number)
+        passes = range(epoch * count // len(rows), -(-(epoch + 1) * count // len(rows)))
+        orders = [rows[permutation(len(rows), seed, each, number, 3)] for each in passes]
+        parts.append(np.concatenate([rows[:0], *orders])[epoch * count - passes.start * len(rows) :][:count])
+    return np.concatenate(parts)
+
+
 class Sampler(ABC, Generic[Item]):
     """The order of batches over epochs; its position, ``epoch`` and ``batch``, is saved and restored.
 
@@ -64,6 +80,8 @@ class Sampler(ABC, Generic[Item]):
 
     ``settings`` are whatever else the order depends on.
     """
+
+    mix: Mix | None = None  # of the rows of an epoch; without it, every row once
 
     def __init__(self, lengths: Lengths, batch_size: int, seed: int, epoch: int, **settings: int) -> None:
         self._lengths = np.asarray(lengths, dtype=np.int64)
@@ -91,6 +109,10 @@ class Sampler(ABC, Generic[Item]):
                 order.insert(0, largest)
             self._order = (epoch, [batches[index] for index in order])
         return self._order[1]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        rows = np.arange(self._lengths.size) if self.mix is None else mixed_rows(self.mix, self.seed, epoch)
+        return rows[permutation(len(rows), self.seed, epoch, 0)]
 
     def count(self, epoch: int) -> int:
         """Batches in one epoch."""
@@ -126,6 +148,8 @@ class Sampler(ABC, Generic[Item]):
 
     def _identity(self) -> dict[str, int]:
         crc32 = zlib.crc32(self._lengths.astype("<i8").tobytes())
+        for part in self.mix or ():
+            crc32 = zlib.crc32(np.asarray(part, dtype="<f8").tobytes(), crc32)
         rows = {"rows": int(self._lengths.size), "lengths_crc32": crc32}
         return {**rows, "batch_size": self.batch_size, "seed": self.seed, **self._settings}
 
@@ -147,7 +171,7 @@ class Sampler(ABC, Generic[Item]):
         for key, value in here.items():
             if state[key] != value:
                 why = f"{key} was {state[key]} when the checkpoint was made and is {value} now"
-                lengths = "the rows have other lengths than those the checkpoint was made with"
+                lengths = "the rows have other lengths, or their files other weights, than when the checkpoint was made"
                 raise _not_resumed(lengths if key == "lengths_crc32" else why)
         if state["epoch"] < 0 or not 0 <= state["batch"] < self.count(state["epoch"]):
             raise ValueError(
@@ -184,7 +208,7 @@ class BatchSampler(Sampler[int]):
         return -(-int(self._lengths.size) // self.batch_size)
 
     def _make(self, epoch: int) -> tuple[list[list[int]], list[int]]:
-        rows = permutation(self._lengths.size, self.seed, epoch, 0)
+        rows = self._shuffled(epoch)
         window = self.batch_size * min(self.window_batches, max(1, self.count(epoch) // 4))
         batches: list[list[int]] = []
         for start in range(0, len(rows), window):
@@ -206,8 +230,7 @@ class PackedBatchSampler(Sampler[list[int]]):
         self.packed_length = packed_length
 
     def _make(self, epoch: int) -> tuple[list[list[list[int]]], list[int]]:
-        order = permutation(self._lengths.size, self.seed, epoch, 0)
-        sequences = pack(self._lengths, order, self.packed_length)
+        sequences = pack(self._lengths, self._shuffled(epoch), self.packed_length)
         # Windows end in emptier sequences; shuffled, they spread over the batches.
         mixed = [sequences[at] for at in permutation(len(sequences), self.seed, epoch, 2)]
         batches = [mixed[at : at + self.batch_size] for at in range(0, len(mixed), self.batch_size)]

@@ -1,4 +1,4 @@
-"""A data file, tokenized: flat arrays of ids and labels, which may be larger than memory, and their statistics."""
+"""Data files, tokenized: flat arrays of ids and labels, which may be larger than memory, and their statistics."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from qlora_native._io import as_write_error, sha256, user_path
+from qlora_native._io import as_write_error
 from qlora_native.data.batching import permutation
 from qlora_native.data.formats import FORMATS, INFER_ROWS, infer_format, normalize
-from qlora_native.data.readers import read_rows
+from qlora_native.data.readers import content_hash, read_rows
 from qlora_native.data.template import ChatEncoder, TrainOn
 from qlora_native.errors import UserError
 
@@ -27,10 +27,10 @@ CHUNK_BYTES = 64 << 20  # tokens below this stay in memory; more go to a file in
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """The counts of a data file; those of a subset, but for the rows that were dropped from the file."""
+    """The counts of data files; those of a subset, but for the rows that were dropped from the files."""
 
-    path: str  # as the caller named it
-    sha256: str  # of the whole file, in hexadecimal
+    path: str  # as the caller named it; those of several files joined by " + ", as their formats are
+    files: dict[str, str]  # SHA-256 in hexadecimal of each whole file, by its path
     format: str  # one of FORMATS
     inferred: bool  # from the first rows
     template: str  # "tokenizer", "default" or "none" (rows without messages)
@@ -80,7 +80,7 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
 
     Rows are read-only views, and subsets share the flat arrays, which may be mapped from a file: row i is
     ``input_ids[starts[i]:starts[i] + lengths[i]]``. The first label of a row is always -100, so rows may be laid end to
-    end. The other arrays stay in memory, 29 bytes a row.
+    end. The other arrays stay in memory, 31 bytes a row.
     """
 
     input_ids: np.ndarray  # int32 [tokens of the file]
@@ -89,6 +89,7 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
     lengths: np.ndarray  # int64 [rows]
     trained: np.ndarray  # int32 [rows], trained tokens
     lines: np.ndarray  # int64 [rows], in the file, from 1 (Parquet: rows)
+    file: np.ndarray  # int16 [rows], the number of the row's file
     truncated: np.ndarray  # bool [rows]
     dropped: Dropped  # of the file; a subset keeps them
     stats: DatasetStats
@@ -119,7 +120,7 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
         chosen = np.asarray(indices, dtype=np.int64)
         if chosen.ndim != 1 or np.any((chosen < 0) | (chosen >= len(self))):
             raise ValueError(f"subset: indices must be a list of row numbers from 0 to {len(self) - 1}")
-        names = ("starts", "lengths", "trained", "lines", "truncated")
+        names = ("starts", "lengths", "trained", "lines", "file", "truncated")
         part = replace(self, **{name: getattr(self, name)[chosen] for name in names})
         sums = {"truncated": part.truncated, "tokens": part.lengths, "trained_tokens": part.trained}
         counts: Any = {name: int(values.sum()) for name, values in sums.items()}
@@ -142,7 +143,7 @@ class TokenizedDataset(Sequence[dict[str, np.ndarray]]):
 
 
 def load_dataset(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 1024,
@@ -151,55 +152,60 @@ def load_dataset(
     limit: int | None = None,
     folder: str | Path | None = None,
 ) -> TokenizedDataset:
-    """Read, normalize and tokenize a data file, row by row: neither the file nor its tokens need fit into memory.
+    """Read, normalize and tokenize data files, row by row: neither the files nor their tokens need fit into memory.
 
     UserError if the file or a row is wrong (with file and line), or no row has a token to train on.
 
     Args:
         max_length: tokens a row may have; longer rows lose their right end.
-        format: one of ``FORMATS``, or None to infer it from the first rows.
+        format: one of ``FORMATS``, or None to infer it from the first rows of each file.
         train_on: "answers" or "all"; see :mod:`qlora_native.data.template`.
-        limit: read only this many rows of the file.
+        limit: read only this many rows of each file.
         folder: where tokens beyond some 16 million go; by default the system's folder for temporary files.
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format is {format!r}, expected None or one of {', '.join(FORMATS)}")
     encoder = ChatEncoder(tokenizer, max_length=max_length, train_on=train_on)
-    rows = read_rows(path, limit=limit)
-    first = list(islice(rows, INFER_ROWS))
-    name = format or infer_format(first)
+    paths = [path] if isinstance(path, (str, Path)) else list(path)
+    where, formats = " + ".join(map(str, paths)), dict[str, None]()
 
     ids, labels = (_TokenArray(Path(folder or tempfile.gettempdir())) for _ in range(2))
     lengths, lines, dropped = array("q"), array("q"), array("q")
-    trained, truncated, too_long = array("i"), bytearray(), bytearray()
+    trained, truncated, too_long, files = array("i"), bytearray(), bytearray(), array("h")
     with_messages = False
-    for source in chain(first, rows):
-        row = normalize(source, name)
-        with_messages |= row.messages is not None
-        encoded = encoder.encode(row)
-        if encoded.trained == 0:
-            dropped.append(row.line)
-            too_long.append(encoded.truncated > 0)
-            continue
-        ids.extend(encoded.input_ids)
-        labels.extend(encoded.labels)
-        lengths.append(len(encoded.input_ids))
-        trained.append(encoded.trained)
-        lines.append(row.line)
-        truncated.append(encoded.truncated > 0)
+    for number, each in enumerate(paths):
+        rows = read_rows(each, limit=limit)
+        first = list(islice(rows, INFER_ROWS))
+        name = format or infer_format(first)
+        formats[name] = None
+        for source in chain(first, rows):
+            row = normalize(source, name)
+            with_messages |= row.messages is not None
+            encoded = encoder.encode(row)
+            if encoded.trained == 0:
+                dropped.append(row.line)
+                too_long.append(encoded.truncated > 0)
+                continue
+            ids.extend(encoded.input_ids)
+            labels.extend(encoded.labels)
+            lengths.append(len(encoded.input_ids))
+            trained.append(encoded.trained)
+            lines.append(row.line)
+            files.append(number)
+            truncated.append(encoded.truncated > 0)
     if not lengths:
         advice = "add assistant messages, or set train_on to 'all'"
         why = f"none of the {len(dropped)} rows has an answer to train on; {advice}"
         if any(too_long):
             late = f"{sum(too_long)} of {len(dropped)} rows begin their answer after max_length={max_length} tokens"
             why = f"no row has a trained token left, as {late}; raise max_length"
-        raise UserError(f"{path}: {why}.")
+        raise UserError(f"{where}: {why}.")
 
     counts = np.array(lengths, dtype=np.int64)
     stats = DatasetStats(
-        path=str(path),
-        sha256=sha256(user_path(path)),
-        format=name,
+        path=where,
+        files={str(each): content_hash(each) for each in paths},
+        format=" + ".join(formats),
         inferred=format is None,
         template=("default" if encoder.uses_default_template else "tokenizer") if with_messages else "none",
         max_length=max_length,
@@ -219,6 +225,7 @@ def load_dataset(
         counts,
         np.array(trained, dtype=np.int32),
         np.array(lines, dtype=np.int64),
+        np.array(files, dtype=np.int16),
         np.array(truncated, dtype=bool),
         Dropped(np.array(dropped, dtype=np.int64), np.array(too_long, dtype=bool)),
         stats,
@@ -238,7 +245,7 @@ def load_split(
     held_out = max(1, round(data.eval_fraction * len(rows)))
     if held_out >= len(rows):
         raise UserError(
-            f"{data.train} has {len(rows)} usable row: holding one out leaves none to learn from; "
+            f"{rows.stats.path} has {len(rows)} usable row: holding one out leaves none to learn from; "
             "add rows or set data.eval_fraction to 0"
         )
     split: tuple[TokenizedDataset, TokenizedDataset] = rows.split(held_out, seed=seed)

@@ -132,7 +132,7 @@ def _alpaca(row: SourceRow, data: Mapping[str, Any]) -> list[Message]:
     system = _text(row, "system", data.get("system", ""))
     if system.strip():
         messages.append({"role": "system", "content": system})
-    history = data.get("history", [])
+    history = _from_json(row, "history", data.get("history", []))
     if not isinstance(history, list):
         raise row.error(f"'history' is {kind_of(history)}, expected an array of [question, answer] pairs.")
     for index, pair in enumerate(history):
@@ -153,6 +153,7 @@ def _alpaca(row: SourceRow, data: Mapping[str, Any]) -> list[Message]:
 
 def _turns(row: SourceRow, key: str, value: Any) -> tuple[list[Message], list[int]]:
     """The messages in ``value`` and the indices of those with ``weight`` 0; both spellings of the two keys are read."""
+    value = _from_json(row, key, value)
     if not isinstance(value, list):
         raise row.error(f"'{key}' is {kind_of(value)}, expected an array of messages.")
     if not value:
@@ -241,7 +242,7 @@ def _from_json(row: SourceRow, at: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise row.error(f"'{at}' is not valid JSON ({error}); write an object or its JSON.") from None
+        raise row.error(f"'{at}' is not valid JSON ({error}); write the value itself or its JSON.") from None
 
 
 def _role(row: SourceRow, at: str, value: Any) -> str:

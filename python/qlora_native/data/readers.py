@@ -1,4 +1,4 @@
-"""Read rows from JSONL, JSON and Parquet files, each row with its place in the file.
+"""Read rows of JSONL, JSON, CSV and Parquet files and of the hub's data sets, each row with its place.
 
 JSONL is read one line at a time, so a file larger than memory can be read; a ``.json`` array is held in memory whole.
 Whatever is wrong with a file or a row is a :class:`~qlora_native.errors.UserError` that names the file and the line.
@@ -6,8 +6,11 @@ Whatever is wrong with a file or a row is a :class:`~qlora_native.errors.UserErr
 
 from __future__ import annotations
 
+import csv
 import difflib
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,12 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from qlora_native._io import reading, regular, user_path
+from qlora_native._io import reading, reason, regular, sha256, user_path
 from qlora_native.errors import UserError
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json")
-DATA_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+DATA_SUFFIXES = (*TEXT_SUFFIXES, ".csv", ".tsv", ".parquet")
 
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")  # OWNER/NAME, of data [/CONFIG][:SPLIT]
+_FILE = re.compile(r".*\.(gguf|jsonl?|ndjson|parquet|[ct]sv|txt|md)", re.IGNORECASE)
 _UTF8_BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 
@@ -41,11 +46,15 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceR
     """Iterate over the rows of ``path``, at most ``limit`` of them; a bad row is a UserError when it is reached.
 
     ``.jsonl``, ``.ndjson`` and ``.json`` hold either one object per line or one array of objects (distinguished by the
-    first character); ``.parquet`` needs pyarrow. Blank lines, CRLF line ends and a UTF-8 byte order mark are accepted.
+    first character); ``.csv`` and ``.tsv`` begin with a row of names; ``.parquet`` needs pyarrow. Blank lines, CRLF
+    line ends and a UTF-8 byte order mark are accepted. ``OWNER/NAME[/CONFIG][:SPLIT]`` is read from the hub.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected None or at least 1")
     file = user_path(path)
+    if name := hub_id(path):
+        data = (_checked(file, number, value) for number, value in enumerate(load_data(name), 1))
+        return _not_empty(islice(data, limit), file)
     if file.is_dir():
         raise UserError(
             f"{file} is a folder, expected a data file ({', '.join(DATA_SUFFIXES)}); name one file inside it."
@@ -61,8 +70,19 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceR
             f"{file}: got a '{file.suffix}' file, expected {', '.join(DATA_SUFFIXES)}; "
             "convert it to JSONL, one JSON object per line."
         )
-    rows = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text(file)
+    readers = {".parquet": _read_parquet, ".csv": _read_table, ".tsv": _read_table}
+    rows = readers.get(file.suffix.lower(), _read_text)(file)
     return _not_empty(islice(rows, limit), file)
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a data file, or of the rows of a data set of the hub."""
+    if (name := hub_id(path)) is None:
+        return sha256(user_path(path))
+    digest = hashlib.sha256()
+    for row in load_data(name):
+        digest.update(json.dumps(row, default=str).encode())
+    return digest.hexdigest()
 
 
 def _not_empty(rows: Iterator[SourceRow], file: Path) -> Iterator[SourceRow]:
@@ -164,6 +184,20 @@ def _array_rows(file: Path, text: str) -> Iterator[SourceRow]:
         raise broken(at, f"got {text[at]!r} after the closing ']'")
 
 
+def _read_table(file: Path) -> Iterator[SourceRow]:
+    """CSV, whose first row names the columns; an empty cell is an absent key."""
+    csv.field_size_limit(1 << 24)  # characters; it is 131,072 otherwise
+    with reading(file, "save it as CSV in UTF-8"), file.open(encoding="utf-8-sig", newline="") as stream:
+        delimiter = "," if file.suffix.lower() == ".csv" else "\t"
+        table = csv.DictReader(stream, delimiter=delimiter, restkey="", restval="", strict=True)
+        for cells in table:
+            line = table.line_num - sum(cell.count("\n") for cell in cells.values() if isinstance(cell, str))
+            row = SourceRow(f"{file}:{line}", line, {name: cell for name, cell in cells.items() if cell})
+            if "" in row.data:
+                raise row.error("the row has a cell more than the first one has names; quote cells with delimiters.")
+            yield from [row] if row.data else []
+
+
 def _read_parquet(file: Path) -> Iterator[SourceRow]:
     try:
         # By name, so that the type checker does not ask for a package that is optional here.
@@ -179,3 +213,35 @@ def _read_parquet(file: Path) -> Iterator[SourceRow]:
             for value in batch.to_pylist():
                 line += 1
                 yield _checked(file, line, value)
+
+
+# ---- ids of the Hugging Face hub in place of paths; its packages are imported when one is read
+
+
+def hub_id(path: str | os.PathLike[str]) -> re.Match[str] | None:
+    """The parts of an id; None for what is here or would be, by its first folder or its suffix."""
+    text = os.fspath(path)
+    return None if os.path.exists(text.partition("/")[0]) or _FILE.fullmatch(text) else _ID.fullmatch(text)
+
+
+def fetch_model(name: str, files: tuple[str, ...] = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")) -> Path:
+    """The folder in the hub's cache with the files of a model, which are downloaded if they are not there."""
+    options = {"allow_patterns": list(files), "ignore_patterns": ["original/*", "consolidated*"]}
+    return Path(_call("huggingface_hub", "snapshot_download", name, f"hf download {name}", **options))
+
+
+def load_data(name: re.Match[str]) -> Any:
+    """The rows of a data set by the parts of its id, of the split "train" if it names none."""
+    command = f"hf download --repo-type dataset {name[1]}"
+    return _call("datasets", "load_dataset", name[1], command, name=name[2], split=name[3] or "train")
+
+
+def _call(package: str, function: str, what: str, command: str, /, **options: Any) -> Any:
+    try:
+        return getattr(import_module(package), function)(what, **options)
+    except Exception as error:  # of the network, of Python or of the hub
+        hint = f": pip install {package}" if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError(
+            f"{what} is not here and cannot be read from the Hugging Face hub ({reason(error)[:200]}{hint}); where "
+            f"there is a network, `{command} --local-dir FOLDER` makes a folder: name it, or a file in it."
+        ) from error

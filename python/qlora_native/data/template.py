@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+TEMPLATE = "chat_template.jinja"  # in a folder, as transformers names it
 TrainOn = Literal["answers", "all"]
 
 # For a tokenizer without a template of its own. A role's name on a line, its text, a blank line; an answer ends with

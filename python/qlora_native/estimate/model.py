@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_native.config import QuantConfig, TrainConfig
+from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.errors import UserError
 from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel, is_transposed
 from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
@@ -66,7 +67,8 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
     """
     stored: dict[str, Any] | None = None  # the config's description of weights that are 4-bit already
     if isinstance(model, Path):
-        folder = model
+        is_remote = not model.exists() and hub_id(model)
+        folder = fetch_model(str(model), ("config.json",)) if is_remote else model
         has_weights = any(next(folder.glob(name), None) for name in (WEIGHTS_NAME, INDEX_NAME, "*.bin", "*.pth"))
         if (folder / "config.json").is_file() and not has_weights:
             model = read_config(folder)

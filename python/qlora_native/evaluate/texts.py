@@ -39,7 +39,7 @@ def load_text(
     file = user_path(path)
     if file.suffix.lower() not in PLAIN_SUFFIXES:
         data = load_dataset(file, tokenizer, max_length=max_length, train_on=train_on, limit=limit)
-        return Text(file.name, data, data.stats.describe(), data.stats.sha256)
+        return Text(file.name, data, data.stats.describe(), data.stats.files[str(file)])
     with reading(file, "expected text in UTF-8"):
         text = regular(file).read_text(encoding="utf-8")
     ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)

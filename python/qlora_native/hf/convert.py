@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qlora_native._io import read_json
+from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, join
 from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME, Output, ShardWriter, StoredTensor, first_sentence
@@ -94,6 +95,7 @@ class Conversion:
         self, source: Source, target: str, dtype: torch.dtype, options: dict[str, Any], skip_modules: tuple[str, ...]
     ) -> None:
         self.source, self.target, self.dtype, self.options = source, target, dtype, options
+        self.adapter_folder: Path | None = None  # of what is merged, with its chat template
         self.meta = MetaModel(source.config, dtype, torch.device("cpu"))
         self.report = ConvertReport()
         modules = self.meta.model.named_modules()
@@ -151,6 +153,8 @@ class Conversion:
         for path in self.source.path.iterdir() if self.source.path.is_dir() else ():
             if path.is_file() and not path.name.endswith(_WEIGHT_FILES) and path.name != "config.json":
                 shutil.copyfile(path, folder / path.name)
+        if self.adapter_folder is not None and (self.adapter_folder / TEMPLATE).is_file():
+            shutil.copyfile(self.adapter_folder / TEMPLATE, folder / TEMPLATE)
 
     def config(self) -> dict[str, Any]:
         """config.json: the source's, with another ``quantization_config`` and dtype."""

@@ -223,6 +223,7 @@ class Merging(Conversion):
         rounded = "nf4" if quant_type in (AUTO, KEEP) else quant_type
         options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
         super().__init__(source, "bitsandbytes" if to == "nf4" else "16bit", TARGETS[to], options, skip_modules)
+        self.adapter_folder = adapter
         if self.four_bit and base == "original":
             raise UserError(
                 f"{source.path} holds 4-bit weights and no original ones: merge with --base dequantized, or give the "

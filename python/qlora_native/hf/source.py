@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from qlora_native._io import check_folder, panics_caught, read_json, reading, user_path
+from qlora_native.data.readers import fetch_model, hub_id
+from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
 from qlora_native.hf.build import MetaModel
 from qlora_native.hf.checkpoint import Checkpoint, FileMap, Scratch, StoredTensor, first_sentence
@@ -114,6 +116,8 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
     if isinstance(path, Source):
         return path
     path = user_path(path)
+    if not path.exists() and hub_id(path):
+        path = fetch_model(str(path))
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(
@@ -137,8 +141,6 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
         )
     raise UserError(f"{path} has no config.json: expected a model folder as save_pretrained or `hf download` makes it.")
 
-
-AUTO, KEEP = "auto", "keep"  # for a quant_type
 
 # What transformers makes a list or a module each of, and the most of them; a kernel of the hub, which would be code.
 _COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|blocks?)|block_count")
@@ -196,8 +198,9 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
     )
 
 
-def load_tokenizer(model: str | os.PathLike[str] | Source) -> Any:
-    """The tokenizer in the model's folder or GGUF file; UserError if there is no model or no tokenizer."""
+def load_tokenizer(model: str | os.PathLike[str] | Source, adapter: Path | None = None) -> Any:
+    """The tokenizer in the model's folder or GGUF file, with the chat template that an adapter was trained with.
+    UserError if there is no model or no tokenizer."""
     from transformers import AutoTokenizer
 
     path = model.path if isinstance(model, Source) else user_path(model)
@@ -206,11 +209,14 @@ def load_tokenizer(model: str | os.PathLike[str] | Source) -> Any:
         path = open_source(path).path
     try:
         if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        check_folder(path)
-        with panics_caught():
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            tokenizer("a")  # raises here what settings of a wrong type would raise later
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        else:
+            check_folder(path)
+            with panics_caught():
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+                tokenizer("a")  # raises here what settings of a wrong type would raise later
+        if adapter is not None and (adapter / TEMPLATE).is_file():
+            tokenizer.chat_template = (adapter / TEMPLATE).read_text(encoding="utf-8")
         return tokenizer
     except Exception as error:  # the readers raise whatever they stumble on
         open_source(path)  # UserError if the model itself is broken

@@ -207,12 +207,14 @@ def copy_whole(target: Tensor, values: Tensor) -> None:
 
 def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALinear]) -> dict[str, Any]:
     report = getattr(model, "load_report", None)
-    base = report.path if report else getattr(getattr(model, "config", None), "name_or_path", None)
+    base = str((report.path if report else getattr(getattr(model, "config", None), "name_or_path", None)) or "")
+    if hub := re.search(r"models--([^/]+?)--([^/]+)/snapshots/\w+$", base):  # in the cache of the Hugging Face hub
+        base = "/".join(hub.groups())
     is_causal = callable(getattr(model, "prepare_inputs_for_generation", None))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if is_causal else None,
-        "base_model_name_or_path": str(base) if base else None,
+        "base_model_name_or_path": base or None,
         "r": config.r,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,

@@ -38,9 +38,15 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
 def make_sampler(config: TrainConfig, rows: TokenizedDataset) -> Sampler[Any]:
     """The order of the steps: each has ``batch_size * grad_accum`` rows of like length, or as many packed sequences."""
     size, seed = config.train.batch_size * config.train.grad_accum, config.train.seed
+    sampler: Sampler[Any] = BatchSampler(rows.lengths, size, seed=seed)
     if config.data.packing:
-        return PackedBatchSampler(rows.lengths, size, config.data.max_length, seed=seed)
-    return BatchSampler(rows.lengths, size, seed=seed)
+        sampler = PackedBatchSampler(rows.lengths, size, config.data.max_length, seed=seed)
+    if config.data.weights is not None:
+        for number, path in enumerate(config.data.files):
+            if number not in rows.file:
+                raise UserError(f"{path} has no row left to train on: remove it, or add rows")
+        sampler.mix = (rows.file, config.data.weights)
+    return sampler
 
 
 def micro_batches(

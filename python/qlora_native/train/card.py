@@ -30,8 +30,9 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
         command = quantize_command(model, quant.model_dump(), config.train.dtype, kept, "base-4bit")
         made = f" Make it with `{command}`:"
         arguments = "'base-4bit'"
-    data = {"training rows": config.data.train, "held-out rows": config.data.eval}
-    files = [f"| {what} | `{path}` | `{hashes[path]}` |" for what, path in data.items() if path is not None]
+    data = [("training rows", path) for path in config.data.files]
+    data += [("held-out rows", config.data.eval)] if config.data.eval is not None else []
+    files = [f"| {what} | `{path}` | `{hashes[path]}` |" for what, path in data]
     losses = ""
     if facts["loss_after"] is not None:
         before = "" if facts["loss_before"] is None else f"{facts['loss_before']:.4f} before training, "

@@ -30,7 +30,7 @@ from qlora_native._memory import keep_freed_memory, peak_rss_bytes, without_old_
 from qlora_native.config import NonNegative, TrainConfig
 from qlora_native.data.batching import evaluation_order
 from qlora_native.data.dataset import TokenizedDataset
-from qlora_native.data.template import check_vocabulary, padding_id
+from qlora_native.data.template import TEMPLATE, check_vocabulary, padding_id
 from qlora_native.distributed import Items, OneProcess, joined, restarts
 from qlora_native.errors import UserError
 from qlora_native.hf.loss import causal_lm_loss, settle, trained_tokens
@@ -165,13 +165,13 @@ class Trainer:
             names = config.logging if ranks.is_first else []
             loggers = make_loggers(names, self.output_dir, config.model_dump(mode="json"))
             source = open_source(user_path(config.model)) if self.model is None else None
-            self.tokenizer = self.tokenizer or load_tokenizer(source or config.model)
+            self.tokenizer = config.data.with_template(self.tokenizer or load_tokenizer(source or config.model))
             rows, held_out = load_rows(config, self.tokenizer)
             findings = check_data(source, self.tokenizer, rows, held_out)
             fell_back = settle_method(config, source, rows)
             if resume is not None:  # now that the method is known
                 checkpoint = find_checkpoint(config, self.output_dir, resume)
-            self.hashes = {data.stats.path: data.stats.sha256 for data in (rows, held_out) if data is not None}
+            self.hashes = {**rows.stats.files, **({} if held_out is None else held_out.stats.files)}
 
         # Model and optimizer.
         longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
@@ -182,7 +182,7 @@ class Trainer:
         )
         optimizer = make_optimizer(options, parameter_groups(model, config.lora.lora_plus_ratio), self.output_dir)
         highest = [int(data.input_ids.max()) for data in (rows, held_out) if data is not None]
-        check_vocabulary(max(*highest, padding_id(self.tokenizer)), self.tokenizer, model, config.data.train)
+        check_vocabulary(max(*highest, padding_id(self.tokenizer)), self.tokenizer, model, rows.stats.path)
         if ranks.is_sharded:
             settle(model)
         if config.data.packing:
@@ -412,6 +412,8 @@ class Trainer:
                 with as_write_error(folder), atomic_folder(folder) as partial:
                     save_adapter(self.model, partial)
                     (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
+                    if self.config.data.chat_template is not None:  # where transformers looks for it
+                        (partial / TEMPLATE).write_text(self.tokenizer.chat_template, encoding="utf-8")
                     write_card(partial, self.config, asdict(state), self.hashes)
         return folder
 

@@ -158,7 +158,7 @@ def _load(
     if calibration is not None:
         from qlora_native.calibration.data import quantize_command
 
-        text = quant.calibration or config.data.train
+        text = quant.calibration or config.data.files[0]
         command = quantize_command(config.model, quant.model_dump(), config.train.dtype, text, "DIR")
         raise UserError(
             f"quant.method is {quant.method}, which calibrates on one process, and {ranks.world} were started: make "
