@@ -21,6 +21,7 @@ def page() -> str:
         "A file with an unknown key is refused.",
         "",
         "- `qlora config init` writes a commented file, `qlora config list` names the shipped ones.",
+        "- `qlora config init --preset llama-3.1-8b` writes the usual start for one of ten families of models.",
         "- `qlora config check` reports every mistake at once.",
         "",
         "`bench/config_page.py` writes this page from the schema; a test compares.",

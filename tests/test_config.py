@@ -12,9 +12,10 @@ import yaml
 from sentences import Check
 
 from qlora_native._mistakes import ALIASES
-from qlora_native.cli.config import shipped
+from qlora_native.cli.config import PRESETS, preset, shipped
 from qlora_native.cli.main import main
 from qlora_native.config import LoraSection, TrainConfig, keys
+from qlora_native.data.readers import hub_id
 from qlora_native.errors import UserError
 
 MINIMAL = "model: base\ndata:\n  train: rows.jsonl\n"
@@ -210,6 +211,16 @@ def test_shipped_configs_are_valid_and_explain_every_line() -> None:
             assert key is None or re.search(r"  +# \S", line), f"{path.name}: {line} has no comment"
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_explain_every_line(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, preset(name))
+    config = TrainConfig.from_file(path)
+    assert hub_id(config.model) and config.output_dir == f"{name}-qlora" and config.data.files == ["train.jsonl"]
+    lines = path.read_text().splitlines()
+    assert lines[1] == f"#   qlora train {name}.yaml"
+    assert all("  # " in line for line in lines if re.match(r"\s*\w+: \S", line)) and max(map(len, lines)) < 120
+
+
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What ``qlora config`` prints, in a folder of its own."""
@@ -224,7 +235,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 def test_config_init_list_and_check(config: Callable[..., str]) -> None:
     names = [line.split()[0] for line in config("list").splitlines()]
-    assert names == ["cpu", "llama-70b", "llama-8b", "multi-gpu", "smollm2"]
+    assert names == ["cpu", "llama-70b", "multi-gpu", "smollm2", "--preset"]
     next_step = "then: torchrun --nproc-per-node 4 -m qlora_native train four.yaml\n"
     assert next_step in config("init", "multi-gpu", "--out", "four.yaml")
     assert "qlora train mine.yaml" in config("init", "--out", "mine.yaml")
@@ -232,7 +243,10 @@ def test_config_init_list_and_check(config: Callable[..., str]) -> None:
     Path("train.jsonl").touch()
     Path("SmolLM2-135M-Instruct").mkdir()
     assert yaml.safe_load(config("check", "mine.yaml", "--lr", "7e-5"))["train"]["lr"] == 7e-5
-    assert config("init", "llama-8b") == shipped()["llama-8b"].read_text()
+    assert config("init", "llama-70b") == shipped()["llama-70b"].read_text()
+    assert "; set data.train in it, " in config("init", "--preset", "mistral-7b", "--out", "m.yaml")
+    text = Path("m.yaml").read_text()
+    assert "qlora estimate m.yaml --gpu" in text and "mistralai/Mistral-7B-Instruct-v0.3" in text
 
 
 @pytest.mark.usefixtures("config")
@@ -256,6 +270,7 @@ def test_check_names_every_file_that_is_not_there(capsys: pytest.CaptureFixture[
         ("check", "config check needs a file"),
         ("check there.yaml", "there.yaml:1: modle is not a key"),
         ("list --lr 3", "qlora config list takes no --lr"),
+        ("init --preset llama", "invalid choice: 'llama'"),
         ("chekc there.yaml", "argument action: invalid choice: 'chekc'"),
     ],
 )

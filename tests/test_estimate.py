@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 import qlora_native as qn
 from qlora_native import _C
-from qlora_native.cli.config import shipped
+from qlora_native.cli.config import PRESETS, preset, shipped
 from qlora_native.cli.estimate import card_bytes, each_rank
 from qlora_native.cli.main import main
 from qlora_native.config import TrainConfig, keys
@@ -244,7 +244,6 @@ def test_only_the_native_attention_has_scratch(width: int) -> None:
 RECIPES: dict[str, tuple[Any, str, int, int, int | None]] = {
     "smollm2": (SMOL, "cpu", 2 * GIB, 1, None),
     "cpu": (QWEN_06B, "cpu", 3 * GIB, 1, None),
-    "llama-8b": (LLAMA_8B, "cuda", 24 * GIB, 1, None),
     "llama-70b": (LLAMA_70B, "cuda", 48 * GIB, 1, 43),
     "multi-gpu": (LLAMA_70B, "cuda", 24 * GIB, 4, 18),
 }
@@ -264,6 +263,34 @@ def test_every_shipped_config_fits_its_card() -> None:
         assert claimed is None or round(total / GIB) == claimed, (name, total)
         first = shipped()[name].read_text(encoding="utf-8").splitlines()[0]
         assert claimed is None or f"{claimed} GB in all" in first
+
+
+# config.json of the models of the presets: type, width, inner width, layers, heads, groups, words, and what is its own.
+PRESET_MODELS: dict[str, tuple[Any, ...]] = {
+    "deepseek-r1-7b": ("qwen2", 3584, 18944, 28, 28, 4, 152064, {}),
+    "gemma-2-9b": ("gemma2", 3584, 14336, 42, 16, 8, 256000, {"head_dim": 256}),
+    "gemma-3-1b": ("gemma3_text", 1152, 6912, 26, 4, 1, 262144, {"head_dim": 256}),
+    "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128256, {}),
+    "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 32768, {}),
+    "mixtral-8x7b": ("mixtral", 4096, 14336, 32, 32, 8, 32000, {"num_local_experts": 8}),
+    "phi-4": ("phi3", 5120, 17920, 40, 40, 10, 100352, {"pad_token_id": 0}),
+    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 152064, {}),
+    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 151936, {"head_dim": 128}),
+    "smollm2-1.7b": ("llama", 2048, 8192, 24, 32, 32, 49152, {}),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits_a_card_of_24_gb_and_mixtral_one_of_48(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(preset(name))
+    *sizes, more = PRESET_MODELS[name]
+    config_of(*sizes, max_position_embeddings=8192, **more).save_pretrained(tmp_path)
+    words = ["estimate", str(tmp_path / "run.yaml"), "--model", str(tmp_path), "--json", "--gpu"]
+    assert main([*words, "48GB" if name == "mixtral-8x7b" else "24GB"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["on_card"] is None and printed["moments"]["step"]["adapters"] > 1e6
 
 
 @pytest.fixture(scope="module")

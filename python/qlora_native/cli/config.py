@@ -15,18 +15,33 @@ from qlora_native.data.readers import hub_id
 from qlora_native.errors import UserError
 
 DEFAULT = "smollm2"
+LINEAR, ATTENTION = "all-linear", "[q_proj, k_proj, v_proj, o_proj]"
 MARGIN = 0.9  # of the memory, so that a longer row or another process is no disaster
 OPTIMIZERS = ("adamw", "adamw8bit")
 LENGTHS = (2048, 1024, 512, 256)  # tokens a row
 MICRO_BATCHES = (8, 4, 2, 1)  # rows; more make a GPU no faster with rows of such lengths
 STEP_ROWS = 16
+COLUMNS = ("model", "length", "lr", "modules", "note")  # of the presets; note says what the chat template does
+PRESETS = {
+    "deepseek-r1-7b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 2048, 2e-4, LINEAR, "drops thoughts from answers"),
+    "gemma-2-9b": ("google/gemma-2-9b-it", 1024, 2e-4, LINEAR, "refuses system messages, which go into the question"),
+    "gemma-3-1b": ("google/gemma-3-1b-it", 1024, 3e-4, LINEAR, "puts the system message into the first question"),
+    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", 2048, 2e-4, LINEAR, "writes a system message with a date"),
+    "mistral-7b": ("mistralai/Mistral-7B-Instruct-v0.3", 2048, 1e-4, LINEAR, "takes questions and answers in turn"),
+    "mixtral-8x7b": ("mistralai/Mixtral-8x7B-Instruct-v0.1", 1024, 1e-4, ATTENTION, "takes questions, answers in turn"),
+    "phi-4": ("microsoft/phi-4", 2048, 1e-4, LINEAR, "writes what it is given"),
+    "qwen2.5-7b": ("Qwen/Qwen2.5-7B-Instruct", 2048, 2e-4, LINEAR, "writes a system message if there is none"),
+    "qwen3-8b": ("Qwen/Qwen3-8B", 2048, 2e-4, LINEAR, "puts an empty thought before the last answer"),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", 2048, 3e-4, LINEAR, "writes a system message of its own"),
+}  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parser.usage = "qlora config list | init [NAME|MODEL] [--gpu SIZE] [--out FILE] | check CONFIG [--key value ...]"
+    parser.usage = "qlora config list | init [NAME|MODEL] [options] | check CONFIG [--key value ...]"
     add("action", choices=("list", "init", "check"))
     add("name", nargs="?", help="init: a shipped config or a model; check: a config file")
+    add("--preset", choices=PRESETS, metavar="NAME", help=f"init: for a family of models: {', '.join(PRESETS)}")
     add("--gpu", metavar="SIZE", help="init MODEL: memory of the card, such as 24GB")
     add("--out", metavar="FILE", help="init: where to write it (default: to the screen)")
     parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the
@@ -36,6 +51,7 @@ check reports every mistake in a file at once, or prints it with all defaults fi
 examples:
   qlora config list
   qlora config init {DEFAULT} --out config.yaml
+  qlora config init --preset llama-3.1-8b --out config.yaml
   qlora config init Llama-3.1-8B-Instruct --gpu 24GB --out config.yaml
   qlora config check config.yaml --lr 1e-4"""
 
@@ -71,14 +87,23 @@ def run(args: argparse.Namespace) -> int:
         for name, entry in shipped().items():
             first = entry.read_text(encoding="utf-8").partition("\n")[0]
             print(f"{name:<12} {first.removeprefix('# ').removesuffix(' Start it with:')}")
+        print(f"--preset     {', '.join(PRESETS)}")
     else:
-        _init(args.name or DEFAULT, args.out, args.gpu)
+        _init(args.preset or args.name or DEFAULT, args.out, args.gpu, args.preset is not None)
     return 0
 
 
-def _init(name: str, out: str | None, gpu: str | None) -> None:
+def preset(name: str) -> str:
+    """The text of a config for a family of models."""
+    text = (Path(__file__).parents[1] / "configs" / "preset.txt").read_text(encoding="utf-8")
+    return text.format(name=name, **dict(zip(COLUMNS, PRESETS[name], strict=True)))
+
+
+def _init(name: str, out: str | None, gpu: str | None, is_preset: bool) -> None:
     configs, model = shipped(), user_path(name)
-    if model.exists() or hub_id(name):
+    if is_preset:
+        text = preset(name)
+    elif model.exists() or hub_id(name):
         text = config_for(model, gpu, out or "config.yaml")
     elif gpu is not None:
         raise UserError(
@@ -98,7 +123,7 @@ def _init(name: str, out: str | None, gpu: str | None) -> None:
     with as_write_error(Path(out)), Path(out).open("x", encoding="utf-8") as file:
         file.write(text)
     start = text.splitlines()[1].removeprefix("#").strip()
-    print(f"{out} is written; set model and data.train in it, then: {start}")
+    print(f"{out} is written; set {'' if is_preset else 'model and '}data.train in it, then: {start}")
 
 
 def config_for(model: Path, gpu: str | None, name: str) -> str:
