@@ -33,12 +33,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(files: Path) -> dict[str, str]:
+    return greedy(files)
+
+
+def greedy(files: Path, **options: Any) -> dict[str, str]:
     """transformers' greedy answers to PROMPT."""
-    model: Any = qn.load_adapter(qn.load_model(files / "model"), files / "adapter").eval()
+    model: Any = qn.load_adapter(qn.load_model(files / "model", **options), files / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(files / "model")
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
-    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    ids = tokenizer.apply_chat_template(messages, **options)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
     def answer() -> str:
         output = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
@@ -69,6 +72,14 @@ def test_greedy_answers_are_those_of_generate(
         assert run(files, "--system", "be brief", "--prompt", PROMPT, f"--max_tokens={TOKENS}") == 0
     base, adapter = map(chat.printable, expected.values())
     assert capsys.readouterr().out == f"base: {base}\nadapter: {adapter}\n"
+
+
+def test_dtype_is_that_of_the_model(
+    files: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = greedy(files, dtype=torch.float32)
+    assert run(files, "--system", "be brief", "--prompt", PROMPT, "--json", "--dtype", "float32") == 0
+    assert {each["from"]: each["text"] for each in json.loads(capsys.readouterr().out)["answers"]} == wide != expected
 
 
 def test_lines_are_turns_of_one_conversation_until_the_input_ends(

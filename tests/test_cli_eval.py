@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import write_model, write_rows, write_tokenizer
+from transformers import AutoModelForCausalLM
 
 import qlora_native as qn
 from qlora_native.cli import main
+from qlora_native.data.dataset import load_dataset
+from qlora_native.hf.source import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,24 @@ def test_json_is_one_object_and_nothing_else(files: Path, capsys: pytest.Capture
     assert [side["name"] for side in printed["sides"]] == ["16-bit", "4-bit"]
     row = printed["sides"][1]["texts"]["held.jsonl"]
     assert row["kl"] > 0 and row["closed"] is None and printed["peak_rss_bytes"] > 0
+
+
+def test_dtype_is_that_of_the_models(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def loss(*words: str) -> float:
+        assert main.main(["eval", str(files / "model"), "--data", str(files / "held.jsonl"), "--json", *words]) == 0
+        return float(json.loads(capsys.readouterr().out)["sides"][0]["texts"]["held.jsonl"]["loss"])
+
+    model = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
+    rows = load_dataset(files / "held.jsonl", load_tokenizer(files / "model"))
+    totals = [0.0, 0]
+    for row in rows:
+        ids, labels = (torch.from_numpy(row[key].astype("int64")) for key in ("input_ids", "labels"))
+        count = int((labels >= 0).sum())
+        totals[0] += model(ids[None], labels=labels[None]).loss.item() * count
+        totals[1] += count
+    truth = totals[0] / totals[1]
+    assert loss("--dtype", "float32") == pytest.approx(truth, rel=1e-5)
+    assert abs(loss() - truth) > 1e-5 * truth, "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -33,3 +33,10 @@ def test_ours_follows_and_a_failure_of_ours_is_a_warning(tmp_path: Path) -> None
     first, second = done.stdout.splitlines()
     assert first == "True 7 SourceFileLoader True"
     assert second.startswith("qlora_native does not fit") and "outer (cannot import name 'gone'" in second
+
+
+def test_dir_has_what_is_imported_when_it_is_first_used() -> None:
+    """In a process of its own: here much has been used."""
+    code = "import qlora_native as qn; print({*qn.__all__} - {*dir(qn)}, 'load_model' in vars(qn))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set() False\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,10 @@ def test_norms_kept_in_fp32_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = load_model(tmp_path, dtype=torch.float16)
     assert model.model.norm.weight.dtype == torch.float32
     assert model.model.embed_tokens.weight.dtype == torch.float16
+    monkeypatch.setattr(type(make()), "_keep_in_fp32_modules_strict", None)
+    monkeypatch.setattr(type(make()), "_keep_in_fp32_modules", {"norm"})  # transformers does so for float16 alone
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        assert load_model(tmp_path, dtype=dtype).model.norm.weight.dtype == expected
 
 
 def test_skip_modules(tmp_path: Path) -> None:
@@ -128,6 +133,8 @@ def test_the_report_counts_every_byte(tmp_path: Path) -> None:
     assert report.bytes_dense == sum(report.dense.values()) + inv_freq
     assert report.num_bytes == report.bytes_4bit + report.bytes_dense
     assert report.path == tmp_path
+    text = str(replace(report, dense={"embed": 2 << 20, "norm": 8192}))
+    assert "embed (2.0 MiB)" in text and "norm" not in text, "no line of 0.0 MiB"
 
 
 def test_generation_config_and_generate(tmp_path: Path) -> None:

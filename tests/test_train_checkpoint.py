@@ -30,7 +30,7 @@ from qlora_native.errors import UserError
 from qlora_native.optim import AdamW
 from qlora_native.train import checkpoint
 from qlora_native.train.checkpoint import Interrupted, stop_request
-from qlora_native.train.loop import Trainer
+from qlora_native.train.loop import Trainer, describe
 
 STEPS = 7
 ADAPTER = "adapter_model.safetensors"
@@ -143,9 +143,10 @@ def test_without_the_random_state_the_end_would_differ(run: Run, undisturbed: Pa
 
 
 def test_resume_of_a_finished_run_changes_nothing(run: Run, undisturbed: Path) -> None:
-    run.train()
+    assert "tokens/s (median)" in describe(run.train())
     summary = run.train("auto")
     assert summary.steps == STEPS and summary.tokens_per_second == 0
+    assert "tokens/s" not in describe(summary)
     run.assert_as(undisturbed)
 
 
