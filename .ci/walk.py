@@ -1,10 +1,11 @@
 """Run by .ci/full: README.md and docs/tutorial.md as a reader of a clone walks them, command by command.
 
-    python .ci/walk.py FOLDER
+    python .ci/walk.py FOLDER [WHEEL]
 
 makes a clone of the files that git has and an environment with nothing in it in FOLDER. Every block is run as it is
-printed but for EDITS. A command that fails, prints a trace or a warning, or leaves out what the page shows of its
-output or says of the files it writes, ends the walk with its name.
+printed but for EDITS, and installs the WHEEL where there is one in place of compiling the clone. A command that fails,
+prints a trace or a warning, or leaves out what the page shows of its output or says of the files it writes, ends the
+walk with its name.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ FILES = re.compile(r"`((?:run|adapter|best|merged)[\w./-]*/|[\w-]+\.(?:png|jsonl
 class Walk:
     """A reader in a folder, with the environment's programs first on the path."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.clone = folder, folder / "clone"
+    def __init__(self, folder: Path, wheel: str | None) -> None:
+        self.folder, self.clone, self.wheel = folder, folder / "clone", wheel
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder / "venv"], check=True)
         subprocess.run(["git", "clone", "-q", "--no-local", ROOT, self.clone], check=True)
         self.path = f"{folder / 'venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin"
@@ -35,6 +36,8 @@ class Walk:
     def run(self, command: str, code: str | None = None) -> str:
         """What a command prints, which must end with 0 and without a trace or a warning."""
         edited = next((other for start, other in EDITS.items() if command.startswith(start)), command)
+        if self.wheel is not None:
+            edited = edited.replace("pip install '.[", f"pip install '{self.wheel}[")
         print(f"$ {edited}", flush=True)
         environment = {"PATH": self.path, "HOME": str(self.folder), "COLUMNS": "80"}
         environment |= {name: value for name, value in _kept().items() if name not in environment}
@@ -81,7 +84,8 @@ def _without_figures(line: str) -> str:
 
 
 def main() -> None:
-    walk = Walk(Path(sys.argv[1]).resolve())
+    wheel = str(Path(sys.argv[2]).resolve()) if len(sys.argv) > 2 else None
+    walk = Walk(Path(sys.argv[1]).resolve(), wheel)
     walk.page("docs/tutorial.md")
     for name in FILES.findall((ROOT / "docs/tutorial.md").read_text(encoding="utf-8")):
         if not (walk.clone / name).exists() and not (walk.clone / "run" / name).exists():
