@@ -102,24 +102,25 @@ arm64_tools() {
 
 # on_each_isa ISAS COMMAND...: the native tests on instruction sets side by side, since most tests take one thread.
 on_each_isa() {
-    local isa pids=() status=0
+    local isa pids=() status=0 log=$scratch/$BASHPID
     for isa in $1; do
-        QLORA_NATIVE_ISA=$isa "${@:2}" >"$scratch/$isa.log" 2>&1 &
+        QLORA_NATIVE_ISA=$isa "${@:2}" >"$log-$isa" 2>&1 &
         pids+=($!)
     done
     for isa in $1; do
         wait "${pids[0]}" || [ $? -eq 77 ] || status=1  # 77: not one of this architecture
         pids=("${pids[@]:1}")
         echo "QLORA_NATIVE_ISA=$isa"
-        cat "$scratch/$isa.log"
+        cat "$log-$isa"
     done
     return "$status"
 }
 
-arm64_build() {  # the native tests, cross-compiled; needs cmake and ninja
+arm64_build() {  # arm64_build [OPTION...]: the native tests, cross-compiled; needs cmake and ninja
     arm64_tools || return
     cmake -S . -B "$scratch/arm64-build" -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake \
-        -DQLORA_NATIVE_TESTS=ON -DQLORA_NATIVE_PYTHON=OFF -DQLORA_NATIVE_CUDA=OFF && cmake --build "$scratch/arm64-build"
+        -DQLORA_NATIVE_TESTS=ON -DQLORA_NATIVE_PYTHON=OFF -DQLORA_NATIVE_CUDA=OFF "$@" &&
+        cmake --build "$scratch/arm64-build"
 }
 
 # arm64_tests ISAS [WORD...]: all of them, or those whose names hold one of the words, run by an emulator of an arm64
