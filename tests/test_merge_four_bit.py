@@ -49,7 +49,9 @@ def merge(files: Path, model: str, out: str, *words: str) -> Path:
 def test_outputs_move_as_the_adapter_moves_them(files: Path) -> None:
     """On the 4-bit base alone, whose scales stay; to nearest almost nothing would move."""
     words = ["--base", "dequantized"]
-    merged: Any = qn.load_model(merge(files, "nf4", "gptq-nf4", *words, "--calibration", str(files / CALIBRATION)))
+    merged: Any = qn.load_model(
+        merge(files, "nf4", "folder/gptq-nf4", *words, "--calibration", str(files / CALIBRATION))
+    )
     nearest: Any = qn.load_model(merge(files, "nf4", "rtn-nf4", *words))
     assert (merged.load_report.method, nearest.load_report.method) == ("gptq", "rtn")
     model: Any = qn.load_adapter(qn.load_model(files / "nf4", fuse=False), files / "adapter")

@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         if args.method == "rtn":
             write_merged(work, out, args.shard_size)
         else:
+            with as_write_error(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
             with as_write_error(out), TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
                 if work.four_bit or work.rounded:
                     calibration = CalibrationData(args.calibration, rows=CALIBRATION_ROWS)
