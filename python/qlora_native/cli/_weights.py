@@ -65,7 +65,7 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
     require(f"reading {config}", "pydantic")
     from qlora_native._io import reading
     from qlora_native.config import QuantConfig, read_yaml
-    from qlora_native.hf.build import OUTPUT_EMBEDDING
+    from qlora_native.hf.build import dense_beside
     from qlora_native.hf.source import open_source
 
     with reading(config, "expected the config of the adapter's run, or none"):
@@ -85,6 +85,5 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
             f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "
             f"`{command}`, and give DIR in its place"
         )
-    is_kept = open_source(args.model).keeps(quant.type)
-    skip = {"skip_modules": whole if is_kept else [OUTPUT_EMBEDDING, *whole]} if whole else {}
+    skip = {"skip_modules": dense_beside(whole, open_source(args.model).keeps(quant.type))} if whole else {}
     return quant.options | skip | given

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 OUTPUT_EMBEDDING = "lm_head"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def dense_beside(trained: Sequence[str], is_kept: bool) -> list[str]:
+    """The ``skip_modules`` of a base whose modules ``trained`` are trained whole; its 4-bit weights are kept or new."""
+    return [*trained] if is_kept else [OUTPUT_EMBEDDING, *trained]
 
 
 Value = Tensor | QuantizedWeight

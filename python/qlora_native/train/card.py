@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_native._version import __version__
 from qlora_native.config import TrainConfig
+from qlora_native.hf.build import dense_beside
 from qlora_native.weight import CALIBRATED
 
 
@@ -22,7 +23,7 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     if quant.type == "keep":
         arguments, base = repr(model), "GGUF file whose weights stayed as they are"
     if names := lora.modules_to_save:
-        arguments += f", skip_modules={names if quant.type == 'keep' else ['lm_head', *names]!r}"
+        arguments += f", skip_modules={dense_beside(names, quant.type == 'keep')!r}"
     if quant.method != "rtn":  # too slow to do on each load
         from qlora_native.calibration.data import FILE, quantize_command
 

@@ -14,7 +14,7 @@ from qlora_native.config import LoopSection, TrainConfig
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
-from qlora_native.hf.build import OUTPUT_EMBEDDING
+from qlora_native.hf.build import dense_beside
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import LayerProgress, load_model
@@ -152,7 +152,7 @@ def _load(
         "method": None if is_made or quant.method == "rtn" else quant.method,
     }
     if names := config.lora.modules_to_save:
-        options["skip_modules"] = [*names] if source.keeps(quant.type) else [OUTPUT_EMBEDDING, *names]
+        options["skip_modules"] = dense_beside(names, source.keeps(quant.type))
     if ranks.world == 1:
         return load_model(source, calibration=calibration, residency=config.residency, progress=progress, **options)
     if calibration is not None:
