@@ -36,11 +36,10 @@ def read_runs(work: Path, text: str, setting: str) -> dict[int, dict[str, Any]]:
     found = {}
     for seed in SEEDS:
         name = f"{text}-{setting}-{seed}"
-        files = {form: work / "runs" / f"{name}-{form}.json" for form in MERGES}
-        trained = work / "runs" / f"{name}.json"
-        if trained.exists() and all(file.exists() for file in files.values()):
-            merged = {form: json.loads(file.read_text(encoding="utf-8")) for form, file in files.items()}
-            found[seed] = {**json.loads(trained.read_text(encoding="utf-8")), **merged}
+        files = {form: work / "runs" / f"{name}-{form}.json" for form in ("plain", "trained", *MERGES)}
+        if all(file.exists() for file in files.values()):
+            forms = {form: json.loads(file.read_text(encoding="utf-8")) for form, file in files.items()}
+            found[seed] = forms | forms.pop("trained")
     return found
 
 

@@ -14,7 +14,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,33 +104,40 @@ def scores(model: Any, work: Path, text: str, tokenizer: Any) -> dict[str, list[
     return {"tokens": found.tokens.tolist(), "nats": found.nats.tolist()}
 
 
-def make_run(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
-    """Train both adapters; their scores, those of the file that ships, and the losses that training reports."""
+def train(work: Path, text: str, setting: str, seed: int, tokenizer: Any, ships: bool) -> tuple[Any, dict[str, Any]]:
+    """Train an adapter: the settings, and the adapter's scores with the loss that training reports."""
     import qlora_native as qn
     from qlora_native.lora import load_adapter
+    from qlora_native.train.loop import Trainer
+
+    settings = config(work, text, setting, seed, ships)
+    out = Path(settings.output_dir)
+    checkpoint = out / f"step-{FIRST:06}"
+    if ships and not checkpoint.exists():
+        shutil.copytree(out.with_name("plain") / checkpoint.name, checkpoint)
+        (checkpoint / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    loss = Trainer(settings, quiet=True).train().loss_after
+    model = load_adapter(qn.load_model(work / BASE), out / "adapter")
+    return settings, {"loss_after": loss, **scores(model, work, text, tokenizer)}
+
+
+def make_plain(*run: Any) -> dict[str, Any]:
+    """Train as usual."""
+    return train(*run, ships=False)[1]
+
+
+def make_shipped(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
+    """Train on from there with ``lora.ship``: the scores of the adapter, and of the file that ships."""
+    import qlora_native as qn
     from qlora_native.train.batches import load_rows
     from qlora_native.train.loop import Trainer
 
-    result: dict[str, Any] = {"text": text, "setting": setting, "seed": seed}
-    outs: dict[str, Path] = {}
-    for name in ("plain", "ship"):
-        settings = config(work, text, setting, seed, name == "ship")
-        outs[name] = Path(settings.output_dir)
-        checkpoint = outs[name] / f"step-{FIRST:06}"
-        if name == "ship" and not checkpoint.exists():
-            shutil.copytree(outs["plain"] / checkpoint.name, checkpoint)
-            (checkpoint / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-        summary = asdict(Trainer(settings, quiet=True).train())
-        result[name] = {key: summary[key] for key in ("loss_after", "seconds", "tokens_per_second")}
-    for name, out in outs.items():
-        model = load_adapter(qn.load_model(work / BASE), out / "adapter")
-        result[name] |= scores(model, work, text, tokenizer)
-    shipped: Any = qn.load_model(outs["ship"] / "shipped")
-    result["shipped"] = scores(shipped, work, text, tokenizer)
+    settings, trained = train(work, text, setting, seed, tokenizer, ships=True)
+    model: Any = qn.load_model(Path(settings.output_dir) / "shipped")
+    shipped: dict[str, Any] = scores(model, work, text, tokenizer)
     held_out: Any = load_rows(settings, tokenizer)[1]
-    again = Trainer(settings, model=shipped, tokenizer=tokenizer, quiet=True)
-    result["shipped"]["loss_after"] = again.evaluate(held_out)
-    return result
+    shipped["loss_after"] = Trainer(settings, model=model, tokenizer=tokenizer, quiet=True).evaluate(held_out)
+    return {"ship": trained, "shipped": shipped}
 
 
 def make_merge(work: Path, name: str, form: str, tokenizer: Any) -> dict[str, list[float]]:
@@ -171,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("texts", nargs="*", default=TEXTS, metavar="TEXT")
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--form", action="append", help="make this alone: plain, trained, a merge; may be repeated")
     parser.add_argument("--prepare", action="store_true", help="write the texts and the bases alone")
     arguments = parser.parse_args()
     work: Path = arguments.work
@@ -185,9 +192,11 @@ def main() -> None:
         name = f"{text}-{setting}-{seed}"
         base = work / "runs" / f"{text}.json"
         write_scores(base, lambda text=text: scores(qn.load_model(work / BASE), work, text, tokenizer))  # type: ignore[misc]
-        write_scores(work / "runs" / f"{name}.json", partial(make_run, work, text, setting, seed, tokenizer))
-        for form in MERGES:
-            write_scores(work / "runs" / f"{name}-{form}.json", partial(make_merge, work, name, form, tokenizer))
+        run = work, text, setting, seed, tokenizer
+        makers = {"plain": partial(make_plain, *run), "trained": partial(make_shipped, *run)}
+        makers |= {form: partial(make_merge, work, name, form, tokenizer) for form in MERGES}
+        for form in arguments.form or makers:
+            write_scores(work / "runs" / f"{name}-{form}.json", makers[form])
 
 
 if __name__ == "__main__":
