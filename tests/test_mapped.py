@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +225,14 @@ def test_estimate_predicts_bytes_and_speed_of_a_streamed_run(folder: Path, capsy
     assert fast["tokens_per_second"] == pytest.approx(fast["tokens_per_second_in_memory"], rel=0.01)
     assert slow["tokens_per_second"] == pytest.approx(3 * 32 * 2e6 / slow["bytes_read"], rel=0.2)
     assert streamed("--memory", "1GB")["disk_rate"] > 0
+
+
+def test_reading_beside_a_measurement_goes_on_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_native.estimate import streaming
+
+    monkeypatch.setattr(streaming, "SLOT", 1 << 16)
+    (tmp_path / "file").write_bytes(bytes(1 << 18))
+    with streaming._reading(str(tmp_path / "file")) as reads:
+        time.sleep(0.2)
+    assert reads.num_bytes > 1 << 18, "more than once"
+    assert reads.rate > 0 and not [thread for thread in threading.enumerate() if thread.name == "reads"]

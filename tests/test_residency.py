@@ -93,3 +93,4 @@ def test_seconds_are_the_larger_of_reading_and_computing() -> None:
     slow = plan.bytes_read() / 960
     assert plan.seconds(slow, forward, backward) == pytest.approx(960, rel=0.1)
     assert plan.seconds(1e12, forward) == pytest.approx(32)
+    assert plan.seconds(1e12, forward, backward, 4 / plan.bytes_read()) == pytest.approx(100)  # reading slows it

@@ -1,14 +1,19 @@
 """The speed of a run whose weights do not fit in memory: what streams, what is read, how long it takes.
 
-The disk is measured on the model's own file, past the page cache. Computing is measured on the first two decoder
-layers of the model: all layers of one kind take the same time.
+Computing is measured on the first two decoder layers of the model: all layers of one kind take the same time. The disk
+is measured on the model's own file, past the page cache, and once more as a run reads: by its thread, beside computing,
+which that slows down, since the kernel moves pages on the same cores.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_native import _C
 from qlora_native._memory import Free, kib_fields
 from qlora_native.calibration.layers import decoder_layers
 from qlora_native.config import TrainConfig
@@ -29,6 +35,7 @@ from qlora_native.lora import add_lora
 
 READ = 256 << 20  # bytes read to measure the disk
 BLOCK = 8 << 20
+SLOT = 256 << 20
 TIMED = 3  # passes of one layer and of two
 
 
@@ -89,14 +96,21 @@ def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: f
     file = max((part.file for _, _, part in mapped_tensors(model)), key=lambda file: file.num_bytes, default=None)
     if file is None:
         raise UserError(f"{config.model} has no weights of 64 KiB or more, so none would stream")
-    layer, rest = _seconds(model, setting.batch_size, setting.length, setting.checkpointing)
-    rate = disk_rate(Path(file.path)) if rate is None else rate
+    shape = setting.batch_size, setting.length
+    layer, rest = _seconds(model, *shape, setting.checkpointing)
     count = len(plan.units) - 2
     forward = [0.0, *[layer[0]] * count, rest]
     backward = [0.0, *[layer[1]] * count, 0.0]
     tokens = setting.batch_size * setting.length
     in_memory = tokens / (sum(forward) + sum(backward))
     fits = weights <= budget
+    slower, found = 0.0, rate or disk_rate(Path(file.path))
+    if not fits:
+        with _reading(file.path) as reads:
+            beside, _ = _seconds(model, *shape, setting.checkpointing)
+        if reads.num_bytes >= READ:  # of less, noise is most
+            slower = max(0.0, 1 - sum(layer) / sum(beside)) / reads.rate
+            found = rate or min(found, reads.rate)
     return StreamedRun(
         memory=memory,
         weights=weights,
@@ -104,10 +118,39 @@ def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: f
         layers=count,
         layers_streamed=0 if fits else len(plan.streamed),
         bytes_read=0 if fits else plan.bytes_read() * setting.micro_batches,
-        disk_rate=rate,
-        tokens_per_second=in_memory if fits else tokens / plan.seconds(rate, forward, backward),
+        disk_rate=found,
+        tokens_per_second=in_memory if fits else tokens / plan.seconds(found, forward, backward, slower),
         tokens_per_second_in_memory=in_memory,
     )
+
+
+class _Reads:
+    num_bytes = 0
+    rate = 0.0  # bytes a second
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[_Reads]:
+    """Reads a file over and over in two slots, as a run does, from its end on; the figures are there behind the block."""
+    file, found, ends = _C.MappedFile(path), _Reads(), threading.Event()
+    pieces = [[(file, at, min(at + SLOT, file.num_bytes))] for at in range(0, file.num_bytes, SLOT)][::-1]
+    stream = _C.WeightStream(pieces, [], [])
+
+    def read() -> None:
+        for now in itertools.cycle(range(len(pieces))):
+            if ends.is_set() or not stream.want([now, (now + 1) % len(pieces)], now, False):
+                break
+
+    reader = threading.Thread(target=read, name="reads", daemon=True)
+    began = time.monotonic()
+    reader.start()
+    try:
+        yield found
+    finally:
+        found.num_bytes, seconds = stream.bytes_read, time.monotonic() - began
+        found.rate = found.num_bytes / seconds
+        ends.set()
+        reader.join()
 
 
 def _seconds(model: Any, rows: int, length: int, checkpointing: bool) -> tuple[tuple[float, float], float]:

@@ -93,11 +93,14 @@ class Residency:
         """Bytes that a step (or a forward pass) reads."""
         return sum(self.units[unit].num_bytes for visit in self.visits(training) for unit in visit.reads)
 
-    def seconds(self, rate: float, forward: Sequence[float], backward: Sequence[float] = ()) -> float:
+    def seconds(
+        self, rate: float, forward: Sequence[float], backward: Sequence[float] = (), slower: float = 0.0
+    ) -> float:
         """Predicted seconds of a step; of a forward pass without ``backward``.
 
-        ``rate`` is in bytes a second; the others are what computing takes for each unit. One read runs at a time,
-        beside the computing; it begins when the visit that releases room for it begins.
+        ``rate`` is in bytes a second; the next two are what computing takes for each unit, and ``slower`` what each
+        byte read adds to that. One read runs at a time, beside the computing; it begins when the visit that releases
+        room for it begins.
         """
         visits = self.visits(bool(backward))
         now = disk = began = 0.0
@@ -108,6 +111,7 @@ class Residency:
                 for unit in visit.reads:
                     disk = ready[unit] = max(disk, now) + self.units[unit].num_bytes / rate
                 computing = (backward if visit.is_backward else forward)[visit.unit]
+                computing += slower * sum(self.units[unit].num_bytes for unit in visit.reads)
                 now = max(now, ready.get(visit.unit, 0.0)) + computing
         return now - began
 
