@@ -6,20 +6,28 @@ export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"
 export QLORA_NATIVE_WERROR=ON
 # Everything that tests runs in pairs: a thread with nothing to do gives its core away instead of spinning.
 export OMP_WAIT_POLICY=passive
-# Whole files to a worker, so that what a module's fixtures load is loaded once. One that crashes is not replaced: xdist
+# One worker more than cores, since tests wait for disks and processes too; whole files to a worker, so that what a module's fixtures load is loaded once. One that crashes is not replaced: xdist
 # would wait for its replacement forever. A test that hangs says where and fails.
-tests_in_parallel=(-n "$(nproc)" --maxprocesses 4 --dist loadfile --max-worker-restart 0
+tests_in_parallel=(-n "$(($(nproc) + 1))" --maxprocesses 4 --dist loadfile --max-worker-restart 0
     -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)
 export QLORA_NATIVE_CACHE=$scratch/cache
 unset QLORA_NATIVE_ISA PYTHONPATH
 summary=()
 failures=0
 
+cpu_seconds() {  # of all processes that ended and were waited for, from `times`, which knows those of its own shell
+    awk -F '[ms ]+' 'END {print int(60 * ($1 + $3) + $2 + $4)}' "$scratch/times"
+}
+
 section() {  # section NAME COMMAND...: runs it in this shell, prints its seconds, counts a failure and goes on
-    local name=$1 start=$SECONDS status=0 verdict=ok
+    local name=$1 start=$SECONDS cpu status=0 verdict=ok
     shift
     printf '\n===== %s =====\n' "$name"
+    times >"$scratch/times"
+    cpu=$(cpu_seconds)
     "$@" </dev/null || status=$?
+    times >"$scratch/times"
+    cpu=$(($(cpu_seconds) - cpu))
     if [ "$status" -eq 77 ]; then  # what it needs cannot be had here; it has said what that is
         verdict='left out'
         status=0
@@ -28,7 +36,7 @@ section() {  # section NAME COMMAND...: runs it in this shell, prints its second
         failures=$((failures + 1))
     fi
     summary+=("$(printf '%-34s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
-    echo "----- $name: $verdict after $((SECONDS - start)) s"
+    echo "----- $name: $verdict after $((SECONDS - start)) s, $cpu s of CPU"
     return "$status"
 }
 
@@ -88,6 +96,12 @@ cuda_tools() {
         export PATH=$PATH:$nvcc_folder
     fi
     nvcc --version | tail -n 2 && cuobjdump --version | tail -n 2
+}
+
+sanitized_build() {  # sanitized_build [OPTION...]: the native tests, those beyond AVX2 emulated; needs cmake and ninja
+    cmake -S . -B "$scratch/asan-tests" -G Ninja -DQLORA_NATIVE_TESTS=ON -DQLORA_NATIVE_SANITIZE=ON \
+        -DQLORA_NATIVE_EMULATE_ISAS=ON -DQLORA_NATIVE_PYTHON=OFF -DQLORA_NATIVE_CUDA=OFF "$@" &&
+        cmake --build "$scratch/asan-tests"
 }
 
 arm64_tools() {
@@ -165,10 +179,9 @@ emulated_build() {
         cmake --build build/emulated ${@:+--target "$@"}
 }
 
-# emulated_cuda [plain]: under every schedule, with the race check and with the sanitizers. With the word also the plain
-# programs, which look at less; their kernels are those of _cuda_emulated, on which the suite runs the op tests.
+# emulated_cuda BUILD...: the programs of plain, race or asan, under every schedule. Builds the modules on which
+# the suite runs the op tests too.
 emulated_cuda() {
-    emulated_build _cuda_emulated _cuda_emulated_checked cuda_on_cpu_programs_{race,asan} \
-        ${1:+cuda_on_cpu_programs_plain} &&
-        ctest --test-dir build/emulated -j "$(nproc)" --output-on-failure --no-tests=error ${1:--E _plain}
+    emulated_build _cuda_emulated _cuda_emulated_checked "${@/#/cuda_on_cpu_programs_}" &&
+        ctest --test-dir build/emulated -j "$(nproc)" --output-on-failure --no-tests=error -R "_($(IFS='|'; echo "$*"))\$"
 }

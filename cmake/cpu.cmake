@@ -64,6 +64,17 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
   set(neon_bf16 -mcpu=generic+bf16)
   set(isas neon neon_bf16)
 endif()
+# Compiling kernels with sanitizers takes six times as long, so that may be asked of some alone.
+set(sanitized_isas ${QLORA_NATIVE_SANITIZE_ISAS})
+if(NOT sanitized_isas)
+  set(sanitized_isas scalar ${isas})
+endif()
+foreach(isa scalar ${isas})
+  if(QLORA_NATIVE_SANITIZE AND NOT isa IN_LIST sanitized_isas)
+    list(APPEND ${isa} -fno-sanitize=all)
+  endif()
+endforeach()
+set_source_files_properties(cpp/cpu/isa_scalar.cc PROPERTIES COMPILE_OPTIONS "${scalar}")
 foreach(isa ${isas})
   target_sources(qlora_native_cpu PRIVATE cpp/cpu/isa_${isa}.cc)
   # Optimized in debug builds too. An inline function that is not inlined here is compiled for this instruction set, and
@@ -78,8 +89,9 @@ if(QLORA_NATIVE_SANITIZE)
   else()
     set(sanitizers address,undefined)
   endif()
-  # -O1: the checks double what the kernels' templates cost to optimize, and -O3 finds no more.
+  # -O1, checks by calls, null pointers left to the address sanitizer: compiling the kernels' templates is what costs.
   target_compile_options(qlora_native_cpu PUBLIC
-    -O1 -fsanitize=${sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    -O1 -fsanitize=${sanitizers} -fno-sanitize-recover=all -fno-sanitize=null,object-size -fno-omit-frame-pointer
+    $<$<CXX_COMPILER_ID:GNU>:--param=asan-instrumentation-with-call-threshold=0>)
   target_link_options(qlora_native_cpu PUBLIC -fsanitize=${sanitizers})
 endif()

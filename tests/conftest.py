@@ -30,12 +30,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=500, help="how many damaged files are read")
     parser.addoption("--soak", type=int, default=20, help="steps of the long run with paged states")
     parser.addoption("--kills", type=int, default=1, help="how often each command is killed at a random moment")
+    parser.addoption("--long", action="store_true", help="also what is marked so: siblings of tests that run always")
     parser.addoption("--write-faults", type=int, default=2, help="faults tried in each command that writes")
 
 
 def pytest_configure() -> None:
     if os.environ.get("QLORA_NATIVE_ISA"):
         isa_env.limits()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left = [] if config.getoption("--long") else [item for item in items if item.get_closest_marker("long")]
+    if left:
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -96,6 +96,7 @@ def cuda_commands(configured: subprocess.CompletedProcess[str]) -> list[str]:
     return [entry["command"] for entry in commands if entry["file"].endswith(".cu")]
 
 
+@pytest.mark.long
 def test_an_nvcc_without_the_newest_architectures_builds_those_it_has(
     configure: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

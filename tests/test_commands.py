@@ -149,7 +149,10 @@ def run_without(packages: str, lines: list[str], folder: Path) -> list[tuple[int
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("packages", ["transformers", "yaml", "pydantic", "jinja2 rich gguf"])
+@pytest.mark.parametrize(
+    "packages",
+    ["transformers", "yaml", *(pytest.param(p, marks=pytest.mark.long) for p in ("pydantic", "jinja2 rich gguf"))],
+)
 def test_a_missing_package_is_named_by_those_that_need_it(packages: str, model: Path, tmp_path: Path) -> None:
     rows = model.parent / "rows.jsonl"
     (tmp_path / "config.yaml").write_text(

@@ -42,6 +42,7 @@ def test_peak_is_below_the_largest_tensor(tmp_path: Path) -> None:
     check_peak(CONVERT, tmp_path / "four", tmp_path / "dense", "16bit", 1.1 * LARGEST)
 
 
+@pytest.mark.long
 def test_a_merge_into_4_bits_holds_parts(tmp_path: Path) -> None:
     """Of the weight at hand parts, as a conversion, and the scales of all of it; from its 4-bit form that one too."""
     write_model(tmp_path / "source", HIDDEN, INNER, 1, 4096, 16, torch.float32)

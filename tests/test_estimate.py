@@ -374,7 +374,7 @@ def test_config_init_for_a_model_and_a_card(folder: Path, tmp_path: Path, mistak
 
 @pytest.mark.slow_memory
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("name", "length"), [("llama", 128), ("llama48", 512)])
+@pytest.mark.parametrize(("name", "length"), [("llama", 128), pytest.param("llama48", 512, marks=pytest.mark.long)])
 def test_the_peak_of_a_run_is_as_predicted(name: str, length: int, tmp_path: Path) -> None:
     """Cells of bench_estimate, which has the others: a llama of 50 MB, and one with heads of 48."""
     import bench_estimate

@@ -87,6 +87,7 @@ def test_every_row_of_a_group_has_a_match(name: str, context: gpu_timing.Context
 
 
 @no_gpu
+@pytest.mark.long
 def test_a_failure_costs_its_own_group_alone(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     fail = {"norms": "segv", "host": "raise", "paging": "exit", "loss": "hang"}
     words = ["host", "norms", "loss", "paging", "passes", "--limit", "loss=12", *folder_of_emulator(request.config)]

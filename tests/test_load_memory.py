@@ -125,7 +125,7 @@ def check_peak(folder: Path, largest: int, loader: str, at_least: float) -> None
     assert peak <= (num_bytes + largest) * 1.1, figures
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", ["load_model", pytest.param("from_pretrained", marks=pytest.mark.long)])
 def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int], loader: str) -> None:
     check_peak(*model_folder, LOADERS[loader], 100e6)
 

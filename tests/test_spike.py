@@ -108,7 +108,7 @@ def test_unpaged_it_dies(files: Path, unlimited: Run, limit: int) -> None:
     assert done.metrics == unlimited.metrics[: len(done.metrics)]
 
 
-@pytest.mark.parametrize("driver", ["", UNWATCHED], ids=["watched", "unwatched"])
+@pytest.mark.parametrize("driver", ["", pytest.param(UNWATCHED, marks=pytest.mark.long)], ids=["watched", "unwatched"])
 def test_paged_it_ends_with_the_same_losses(files: Path, unlimited: Run, limit: int, driver: str) -> None:
     done = run(files, "unwatched" if driver else "watched", LIMITED.format(limit) + driver)
     print(done.printed)

@@ -108,7 +108,11 @@ PACKED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "adamw8bit"}, {"optimizer": "lion"}, PACKED], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": "adamw8bit"}, pytest.param({"optimizer": "lion"}, marks=pytest.mark.long), PACKED],
+    ids=str,
+)
 def test_other_runs_resume_too(run: Run, files: Path, options: dict[str, Any]) -> None:
     whole = Run(files, run.folder / "whole")
     whole.train(**options)
@@ -168,7 +172,9 @@ SLOW_STEPS = SLOW.format(".train", "loop", "learning_rate", 0.15)
 SLOW_WRITING = SLOW.format("", "_io", "fsync", 0.2)
 
 
-@pytest.mark.parametrize("writing", [False, True], ids=["between checkpoints", "while one is written"])
+@pytest.mark.parametrize(
+    "writing", [pytest.param(False, marks=pytest.mark.long), True], ids=["between checkpoints", "while one is written"]
+)
 def test_killed(run: Run, undisturbed: Path, writing: bool, mistake: Any) -> None:
     """Until then no other run may have its folder."""
     process, partial = run.start(SLOW_WRITING if writing else SLOW_STEPS), run.out / ".step-000004.qlora-partial"
@@ -182,7 +188,10 @@ def test_killed(run: Run, undisturbed: Path, writing: bool, mistake: Any) -> Non
     run.assert_as(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGHUP))],
+)
 def test_ctrl_c_finishes_the_step_and_saves(run: Run, undisturbed: Path, number: signal.Signals) -> None:
     process = run.start(SLOW_STEPS, save_every=0)
     wait_until(lambda: steps_made(run.out) >= 3, process)

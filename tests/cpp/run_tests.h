@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -27,9 +28,11 @@ int run_tests(int count, char** words, Prepare prepare, Settle settle) {
         continue;
       }
       const int before = failures;
+      const auto began = std::chrono::steady_clock::now();
       test.run();
       settle(test.name);
-      std::printf("%-50s %s\n", test.name, failures == before ? "ok" : "FAILED");
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
+      std::printf("%-50s %7.2f s  %s\n", test.name, seconds.count(), failures == before ? "ok" : "FAILED");
       std::fflush(stdout);
       ++run;
     }
