@@ -6,10 +6,10 @@ export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"
 export QLORA_NATIVE_WERROR=ON
 # Everything that tests runs in pairs: a thread with nothing to do gives its core away instead of spinning.
 export OMP_WAIT_POLICY=passive
-# One worker more than cores, since tests wait for disks and processes too; whole files to a worker, so that what a module's fixtures load is loaded once. One that crashes is not replaced: xdist
-# would wait for its replacement forever. A test that hangs says where and fails.
-tests_in_parallel=(-n "$(($(nproc) + 1))" --maxprocesses 4 --dist loadfile --max-worker-restart 0
-    -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)
+no_hang=(-o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)  # a test that hangs says where and fails
+# One worker more than cores, since tests wait for disks and processes too; whole files to a worker, so that what a
+# module's fixtures load is loaded once. One that crashes is not replaced: xdist would wait for its replacement forever.
+tests_in_parallel=(-n "$(($(nproc) + 1))" --maxprocesses 4 --dist loadfile --max-worker-restart 0 "${no_hang[@]}")
 export QLORA_NATIVE_CACHE=$scratch/cache
 unset QLORA_NATIVE_ISA PYTHONPATH
 summary=()
@@ -114,7 +114,7 @@ arm64_tools() {
     return 77
 }
 
-# on_each_isa ISAS COMMAND...: the native tests on instruction sets side by side, since most tests take one thread.
+# on_each_isa ISAS COMMAND...: tests on instruction sets side by side, since most take one thread.
 on_each_isa() {
     local isa pids=() status=0 log=$scratch/$BASHPID
     for isa in $1; do
