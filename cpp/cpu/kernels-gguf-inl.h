@@ -161,9 +161,12 @@ inline void each_of_16(Bytes16 codes, const Use& use) {
 template <QuantType kType>
 class BlockScales {
  public:
-  explicit BlockScales(const uint8_t* block) {
-    const float factor = canonical_half(block + (kType == QuantType::kQ6_K ? 208 : 0));
-    const float addend = Gguf<kType>::kAdds ? canonical_half(block + 2) : 0.0f;
+  explicit BlockScales(const uint8_t* block)
+      : BlockScales(block, canonical_half(block + (kType == QuantType::kQ6_K ? 208 : 0)),
+                    Gguf<kType>::kAdds ? canonical_half(block + 2) : 0.0f) {}
+
+  // By halves that were read before.
+  BlockScales(const uint8_t* block, float factor, float addend) {
     if constexpr (kBlockFormat<kType>.elements == kRun) {
       factors_[0] = factor;
       addends_[0] = addend;

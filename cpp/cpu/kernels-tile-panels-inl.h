@@ -1,99 +1,11 @@
 // Panels of decoded weights for AMX tiles. Included by kernels-gemm-amx-inl.h.
-//
-// The decode takes one shift and one permutation for 32 weights: 16 bytes stand in each quarter of a register, shifted
-// so that quarter q shows elements q, q + 4, q + 8, ... That order is kept for the reduction, where any order serves
-// both operands.
 #pragma once
 
-#include <immintrin.h>
-
-#include <bit>
-
-#include "cpu/kernels-gguf-inl.h"
+#include "cpu/kernels-tile-words-inl.h"
 #include "cpu/tiles.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
-
-struct alignas(64) Words {
-  uint16_t value[32];
-};
-
-// Which element of 32 stands at each place after the decode.
-constexpr Words decoded_order() {
-  Words order{};
-  for (int place = 0; place < 32; ++place) {
-    order.value[place] = static_cast<uint16_t>(4 * (place % 8) + place / 8);
-  }
-  return order;
-}
-
-constexpr Words natural_order() {
-  Words order{};
-  for (int place = 0; place < 32; ++place) {
-    order.value[place] = static_cast<uint16_t>(place);
-  }
-  return order;
-}
-
-// Where each element of the second order stands in the first.
-constexpr Words places(Words from, Words to) {
-  Words place_of{};
-  for (int place = 0; place < 32; ++place) {
-    place_of.value[from.value[place]] = static_cast<uint16_t>(place);
-  }
-  Words found{};
-  for (int place = 0; place < 32; ++place) {
-    found.value[place] = place_of.value[to.value[place]];
-  }
-  return found;
-}
-
-// Pairs (element i of the first register, element i of the second) for i in [16 half, 16 half + 16), where `order` says
-// which element each place of both registers holds.
-constexpr Words pairing(Words order, int half) {
-  const Words place_of = places(order, natural_order());
-  Words pairs{};
-  for (int i = 0; i < 16; ++i) {
-    pairs.value[2 * i] = place_of.value[16 * half + i];
-    pairs.value[2 * i + 1] = static_cast<uint16_t>(32 + place_of.value[16 * half + i]);
-  }
-  return pairs;
-}
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline __m512i words(const Words& value) { return _mm512_load_si512(value.value); }
-
-inline __m512i load_up_to_32(const Bf16* p, int64_t count) {
-  if (count >= 32) {
-    return _mm512_loadu_si512(p);
-  }
-  const __mmask32 mask = count <= 0 ? 0u : (1u << count) - 1u;
-  return _mm512_maskz_loadu_epi16(mask, p);
-}
-
-// As bf16, so that the fifth bit that vpermw reads is free.
-inline __m512i twice_over(__m512 values) {
-  return _mm512_broadcast_i64x4(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(values)));
-}
-
-// The levels of one block.
-inline __m512i block_table(__m512 levels, float scale) {
-  return twice_over(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
-}
-
-// The 32 nibbles of 16 bytes, with what stands above them.
-inline __m512i nibbles_of_32(const uint8_t* bytes) {
-  const __m512i shift = _mm512_set_epi64(0x0008000800080008, 0x0008000800080008, 0x000c000c000c000c, 0x000c000c000c000c,
-                                         0, 0, 0x0004000400040004, 0x0004000400040004);
-  const __m512i quarters = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-  return _mm512_srlv_epi16(quarters, shift);
-}
-
-inline __m512i decode_32(const uint8_t* bytes, __m512i table) {
-  return _mm512_permutexvar_epi16(nibbles_of_32(bytes), table);
-}
 
 // Whether each 64 elements of a row lie in one block and begin at a byte.
 inline bool is_regular(const TileSource& source) {
@@ -104,79 +16,6 @@ inline bool is_regular(const TileSource& source) {
 inline bool has_runs(const TileSource& source) {
   static_assert(kRun == kTileStep);
   return source.weight != nullptr && is_gguf(source.weight->type) && source.columns % kRun == 0;
-}
-
-// GGUF's codes of four bits are looked up, as NF4's are: a table of a run's 16 values costs less than to widen 32
-// codes.
-template <QuantType kType>
-inline constexpr bool kHasTable =
-    kType == QuantType::kQ4_0 || kType == QuantType::kQ4_1 || kType == QuantType::kQ4_K || kType == QuantType::kIq4Nl;
-
-// Which element of a run stands at each place of its words.
-template <QuantType kType>
-constexpr Words run_order() {
-  Words order = natural_order();
-  if (kHasTable<kType> && kType != QuantType::kQ4_K) {  // as nibbles_of_32 takes 16 bytes apart
-    for (int place = 0; place < 32; ++place) {
-      order.value[place] = static_cast<uint16_t>(place % 8 * 2 + place / 16 + (place / 8 % 2 == 0 ? 16 : 0));
-    }
-  }
-  return order;
-}
-
-// The codes of a run as indexes of run_table. Above them stands what vpermw does not read.
-template <QuantType kType>
-inline __m512i run_indexes(const RunPlace& at) {
-  if constexpr (kType != QuantType::kQ4_K) {
-    return nibbles_of_32(at.block + kBlockFormat<kType>.bytes - 16);
-  }
-  const auto* codes = reinterpret_cast<const __m256i*>(at.block + 16 + at.run / 2 * kRun);
-  const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(at.run % 2 * 4));
-  return _mm512_srlv_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256(codes)), shift);
-}
-
-// The values of all codes under one scale.
-template <QuantType kType>
-inline __m512i run_table(const GgufScale& scale) {
-  struct Levels {
-    float value[16];
-  };
-  static constexpr Levels kLevels = [] {
-    Levels levels{};
-    for (int code = 0; code < 16; ++code) {
-      levels.value[code] = static_cast<float>(kType == QuantType::kIq4Nl  ? iq4_nl_levels().value[code]
-                                              : kType == QuantType::kQ4_0 ? code - 8
-                                                                          : code);
-    }
-    return levels;
-  }();
-  return twice_over(exact_values<kType>(_mm512_loadu_ps(kLevels.value), scale));
-}
-
-// Brings the blocks of elements [element, element + count) near. Rows are read in turns, too far apart for the hardware
-// to foresee them.
-inline void prefetch_blocks(const WeightView& weight, int64_t element, int64_t count) {
-  const BlockFormat& format = kBlockFormats[static_cast<int>(weight.type)];
-  const uint8_t* first = weight.packed + element / format.elements * format.bytes;
-  for (int64_t at = 0; at < count * format.bytes / format.elements + 63; at += 64) {
-    prefetch(first + at);
-  }
-}
-
-// use(words) for each of `runs` runs from an element on: its values in bf16, in run_order<kType>().
-template <QuantType kType, typename Use>
-inline void each_run_of_words(const WeightView& weight, int64_t element, int64_t runs, const Use& use) {
-  each_run<kType>(weight.packed, element, runs, [&](const RunPlace& at, const BlockScales<kType>& scales) {
-    if constexpr (kHasTable<kType>) {
-      use(_mm512_permutexvar_epi16(run_indexes<kType>(at), run_table<kType>(scales.at(2 * at.run))));
-    } else {
-      __m512 values[2];
-      each_of_run<kType>(at, scales, [&](int i, Floats codes, const GgufScale& scale) {
-        values[i / kLanes] = exact_values<kType>(codes, scale);
-      });
-      use(std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(values[1], values[0])));
-    }
-  });
 }
 
 // Elements [begin, begin + 32 * steps) of one row in the decoded order, zeros beyond its end; a step every `stride`.
@@ -197,21 +36,6 @@ void fill_row(const TileSource& source, int64_t row, int64_t begin, int64_t step
       _mm512_storeu_si512(out, decode_32(bytes, table));
       _mm512_storeu_si512(out + stride, decode_32(bytes + 16, table));
     }
-    for (int64_t at = stop; at < end; at += kTileStep, out += stride) {
-      _mm512_storeu_si512(out, _mm512_setzero_si512());
-    }
-    return;
-  }
-  if (has_runs(source) && row < source.rows) {
-    const int64_t element = row * source.columns + begin;
-    prefetch_blocks(*source.weight, element + steps * kTileStep, steps * kTileStep);  // of the next panel
-    with_gguf(source.weight->type, [&]<QuantType kType>() {
-      static constexpr Words kPlaces = places(run_order<kType>(), kOrder);
-      each_run_of_words<kType>(*source.weight, element, (stop - begin) / kRun, [&](__m512i values) {
-        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(words(kPlaces), values));
-        out += stride;
-      });
-    });
     for (int64_t at = stop; at < end; at += kTileStep, out += stride) {
       _mm512_storeu_si512(out, _mm512_setzero_si512());
     }
@@ -251,9 +75,10 @@ inline void store_pairs(__m512i even, __m512i odd, const Words& first, const Wor
   _mm512_storeu_si512(out + kTileSize, _mm512_permutex2var_epi16(even, words(second), odd));
 }
 
+constexpr int64_t kRowsAhead = 24;  // rows lie too far apart for the hardware to foresee them
+
 // Pair `unit` of rows of a gradient panel: [strip][step][2 tiles][16 pairs of rows][16 columns][2].
 void fill_gradient(const TileSource& source, const PanelPart& part, int64_t unit, Bf16* panel) {
-  constexpr int64_t kRowsAhead = 24;  // rows lie too far apart for the hardware to foresee them
   static constexpr Words kFirst = pairing(decoded_order(), 0);
   static constexpr Words kSecond = pairing(decoded_order(), 1);
   static constexpr Words kFirstNatural = pairing(natural_order(), 0);
@@ -288,25 +113,6 @@ void fill_gradient(const TileSource& source, const PanelPart& part, int64_t unit
     }
     return;
   }
-  if (has_runs(source) && row + 1 < source.rows) {
-    const int64_t element = row * source.columns + part.first_column;
-    for (const int64_t rows : {kRowsAhead, kRowsAhead + 1}) {
-      prefetch_blocks(*source.weight, element + rows * source.columns, part.strips * kTileStrip);
-    }
-    with_gguf(source.weight->type, [&]<QuantType kType>() {
-      static constexpr Words kFirstOfRun = pairing(run_order<kType>(), 0);
-      static constexpr Words kSecondOfRun = pairing(run_order<kType>(), 1);
-      __m512i even[kMostColumns / kTileStrip];
-      __m512i* next = even;
-      each_run_of_words<kType>(*source.weight, element, part.strips, [&](__m512i values) { *next++ = values; });
-      next = even;
-      each_run_of_words<kType>(*source.weight, element + source.columns, part.strips, [&](__m512i odd) {
-        store_pairs(*next++, odd, kFirstOfRun, kSecondOfRun, out);
-        out += strip_size;
-      });
-    });
-    return;
-  }
   for (int64_t strip = 0; strip < part.strips; ++strip, out += strip_size) {
     const int64_t column = part.first_column + strip * kTileStrip;
     const int64_t count = smaller(source.columns - column, kTileStrip);
@@ -327,10 +133,66 @@ void fill_gradient(const TileSource& source, const PanelPart& part, int64_t unit
   }
 }
 
+// Fills what whole rows of runs of GGUF's blocks give, and returns how many units that is.
+template <bool kForward, QuantType kType>
+int64_t fill_by_runs(const TileSource& source, const PanelPart& part, int64_t units, Bf16* panel) {
+  constexpr int64_t kAhead = 6;  // rows: more would not stay in the first cache
+  const WeightView& weight = *source.weight;
+  const int64_t columns = source.columns;
+  if constexpr (kForward) {
+    const int64_t begin = part.first_step * kTileStep;
+    const int64_t steps = smaller(part.steps, (columns - begin) / kRun);
+    const int64_t rows = smaller(units, source.rows - part.first_column);
+    for (int64_t unit = 0; unit < rows; ++unit) {
+      Bf16* out = panel + unit / kTileStrip * part.panel_steps * kPanelStep + unit % kTileStrip * kTileStep;
+      const int64_t element = (part.first_column + unit) * columns + begin;
+      const bool here = unit + kAhead < units;  // or in the next panel
+      prefetch_blocks<kType>(weight,
+                             element + (here ? kAhead : kAhead - units) * columns + (here ? 0 : part.steps * kTileStep),
+                             part.steps * kTileStep);
+      each_run_of_words<kType>(weight, element, steps, [&](__m512i values) __attribute__((always_inline)) {
+        _mm512_storeu_si512(out, values);
+        out += kPanelStep;
+      });
+      for (int64_t step = steps; step < part.steps; ++step, out += kPanelStep) {
+        _mm512_storeu_si512(out, _mm512_setzero_si512());
+      }
+    }
+    return rows;
+  } else {
+    static constexpr Words kFirst = pairing(decoded_order(), 0);
+    static constexpr Words kSecond = pairing(decoded_order(), 1);
+    const int64_t strip_size = part.panel_steps * kPanelStep;
+    const int64_t pairs = smaller(units, (source.rows - part.first_step * kTileStep) / 2);
+    for (int64_t unit = 0; unit < pairs; ++unit) {
+      Bf16* out = panel + unit / kTileRows * kPanelStep + unit % kTileRows * kTileStep;
+      const int64_t element = (part.first_step * kTileStep + 2 * unit) * columns + part.first_column;
+      for (const int64_t rows : {kAhead, kAhead + 1}) {
+        prefetch_blocks<kType>(weight, element + rows * columns, part.strips * kTileStrip);
+      }
+      __m512i even[kMostColumns / kTileStrip];
+      __m512i* next = even;
+      each_run_of_words<kType>(weight, element, part.strips,
+                               [&](__m512i values) __attribute__((always_inline)) { *next++ = values; });
+      next = even;
+      each_run_of_words<kType>(weight, element + columns, part.strips, [&](__m512i odd) __attribute__((always_inline)) {
+        store_pairs(*next++, odd, kFirst, kSecond, out);
+        out += strip_size;
+      });
+    }
+    return pairs;
+  }
+}
+
 template <bool kForward>
 void fill_panel(const TileSource& source, const PanelPart& part, Bf16* panel) {
   const int64_t units = kForward ? part.strips * kTileStrip : part.steps * kTileRows;
-  for (int64_t unit = 0; unit < units; ++unit) {
+  int64_t unit = 0;
+  if (has_runs(source)) {
+    unit = with_gguf(source.weight->type,
+                     [&]<QuantType kType>() { return fill_by_runs<kForward, kType>(source, part, units, panel); });
+  }
+  for (; unit < units; ++unit) {
     if constexpr (kForward) {
       fill_forward(source, part, unit, panel);
     } else {
