@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 import qlora_native as qn
 from qlora_native import reference
-from qlora_native.calibration.adapted import adapted_codes
+from qlora_native.calibration.adapted import DAMPING, adapted_codes, correction
 from qlora_native.calibration.quantize import feedback_factor
 from qlora_native.cli import main
 from qlora_native.lora import lora_layers
@@ -100,6 +101,24 @@ def test_a_gain_makes_good_what_error_feedback_leaves(k: int, change: float) -> 
     assert share(plain) < 0.9 or share(plain) == pytest.approx(1, abs=0.1)
     nearest = reference.requantize(a, b, 1.0, *weight.op_args())
     assert torch.equal(adapted_codes(weight, a, b, 1.0, torch.zeros(k, k)), nearest)
+
+
+@torch.no_grad()
+def test_a_correction_makes_good_what_the_inputs_lost() -> None:
+    k, tokens = 96, 700
+    wanted = torch.randn(2, tokens // 2, k) @ torch.randn(k, k)
+    given = wanted + 0.3 * torch.randn(2, tokens // 2, k) * wanted.std()
+    x, lost = given.view(-1, k).double(), (wanted - given).view(-1, k).double()
+    hessian = x.t() @ x / tokens
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    with ThreadPoolExecutor(2) as pool:
+        found = correction(hessian.float(), wanted, given, pool)
+    assert found is not None
+    torch.testing.assert_close(found, (lost.t() @ x / tokens @ damped.inverse()).float(), rtol=1e-3, atol=1e-4)
+    weight = torch.randn(64, k, dtype=torch.float64)
+    aim = wanted.view(-1, k).double() @ weight.t()
+    without, corrected = (aim - x @ w.t() for w in (weight, weight + weight @ found.double()))
+    assert corrected.square().mean() < 0.9 * without.square().mean()
 
 
 def test_the_bytes_are_those_of_any_number_of_threads(files: Path) -> None:

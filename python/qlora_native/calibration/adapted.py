@@ -1,14 +1,21 @@
-"""An adapter added to a 4-bit weight whose scales stay, with its products with its inputs in mind."""
+"""An adapter added to 4-bit weights whose scales stay, with their products with their inputs in mind."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_native.calibration.quantize import feedback_factor
+from qlora_native.calibration.statistics import Statistics, tiles
+from qlora_native.hf.loss import hidden_states
+from qlora_native.lora import LoRALinear, lora_layers
 from qlora_native.lora.shipped import least_gain, sampled_rows
+from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops.requantize_4bit import ELEMENTS
 from qlora_native.weight import QuantizedWeight, quant_type_number
 
@@ -17,17 +24,83 @@ BISECTIONS = 8  # each rounds the sampled rows
 
 
 @torch.no_grad()
-def adapted_codes(weight: QuantizedWeight, a: Tensor, b: Tensor, scale: float, hessian: Tensor) -> Tensor:
-    """Packed codes of W + gain * D, D = scale * B A, with the error feedback of GPTQ under the scales that W has.
+def recode(model: Any, ids: Tensor, pool: Executor, write: Callable[[str, Tensor], None]) -> None:
+    """Find the codes of each adapted 4-bit layer, and ``write`` them, packed, under the layer's path.
+
+    The sequences ids [n, length] pass through the model twice, side by side: as it was trained, with the adapter beside
+    its 4-bit weights, and as it ships, through the codes that were just found. A layer's codes are those with which the
+    second pass comes nearest to what the first one gives, so what earlier layers lost is made good by later ones.
+    """
+    shared: dict[str, Any] = {}  # q, k and v have the same input
+
+    def forward(layer: LoRALinear, plain: Callable[[Tensor], Tensor], path: str, x: Tensor) -> Tensor:
+        both = x.shape[:2] == (2 * len(ids), ids.shape[1])  # not the tokens of an expert
+        trained, ships = x.chunk(2) if both else (x, x)
+        if shared.get("x") is not x:
+            statistic = Statistics(full=True)
+            statistic.add([{(path, None): [ships]}], pool)
+            hessian = statistic.of[path, None].hessian()
+            found = correction(hessian, trained, ships, pool) if both else None
+            shared.update(x=x, hessian=hessian, correction=found)
+        weight: Any = layer.base_layer.quantized
+        adapter = layer.lora_A, layer.lora_B, layer.scale
+        packed = adapted_codes(weight, *adapter, shared["hessian"], shared["correction"])
+        write(path, packed)
+        if not both:
+            return plain(x)
+        new = QuantizedLinear.from_quantized(weight._with(weight.op_args()._replace(packed=packed)), layer.bias)
+        return torch.cat([plain(trained), new(ships)])
+
+    layers = {path: layer for path, layer in lora_layers(model) if isinstance(layer.base_layer, QuantizedLinear)}
+    for path, layer in layers.items():
+        layer.forward = partial(forward, layer, layer.forward, path)  # type: ignore[method-assign]
+    try:
+        hidden_states(model, {"input_ids": torch.cat([ids, ids]).to(model.device)})
+    finally:
+        for layer in layers.values():
+            del layer.forward
+
+
+def correction(hessian: Tensor, wanted: Tensor, given: Tensor, pool: Executor) -> Tensor | None:
+    """C [K, K], fp32, with which W (I + C) makes of ``given`` [..., K] what W makes of ``wanted``, by least squares.
+
+    Damped as error feedback is; None if the system cannot be solved.
+
+    ``hessian`` is the mean of x x^T over what is given.
+    """
+    k = len(hessian)
+    damped = hessian.double()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return None
+    given = given.reshape(-1, k).float()
+    lost = wanted.reshape(-1, k).float() - given
+    found = torch.empty_like(hessian)
+
+    def solve(begin: int, end: int) -> None:
+        products = lost[:, begin:end].t() @ given / len(given)
+        found[begin:end] = torch.cholesky_solve(products.t().double(), factor).t()
+
+    list(pool.map(solve, *zip(*tiles(k), strict=True)))
+    return found
+
+
+@torch.no_grad()
+def adapted_codes(
+    weight: QuantizedWeight, a: Tensor, b: Tensor, scale: float, hessian: Tensor, correction: Tensor | None = None
+) -> Tensor:
+    """Packed codes of W + (W + D) C + gain * D, D = scale * B A, with the error feedback of GPTQ under W's scales.
 
     A column that is rounded back hands on what it lacks to the later ones, so a change below half a step is not lost.
     What stays behind even so is made good by the gain: it is the least from 1 on with which outputs move along those of
-    D as far as D moves them, <(W' - W) H, D> = <D H, D>, found on rows spread over the weight.
+    D as far as D moves them, <(W' - W - (W + D) C) H, D> = <D H, D>, found on rows spread over the weight.
 
     Args:
         weight: nf4 or fp4 [N, K].
         a, b: fp32 [r, K] and [N, r].
         hessian: fp32 [K, K], the mean of x x^T over the inputs.
+        correction: C of the inputs, fp32 [K, K]; None: zero.
     """
     n, k = weight.shape
     found = feedback_factor(hessian, DAMPING)
@@ -43,8 +116,12 @@ def adapted_codes(weight: QuantizedWeight, a: Tensor, b: Tensor, scale: float, h
         packed: Tensor = torch.ops.qlora_native.gptq_4bit(base + gain * change, factor, order, scales, number, block)
         return packed
 
+    def parts_of(base: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        change = scale * b[rows] @ a
+        return base if correction is None else base.addmm(base + change, correction), change
+
     rows = sampled_rows(n, k) if k % block == 0 else torch.arange(n)
-    base, change = weight.dequantize(torch.float32)[rows], scale * b[rows] @ a
+    base, change = parts_of(weight.dequantize(torch.float32)[rows], rows)
     of_rows = scales.view(n, -1)[rows].flatten() if k % block == 0 else scales
     pull = change @ hessian
     wanted = float((pull * change).sum(dtype=torch.float64))
@@ -59,6 +136,7 @@ def adapted_codes(weight: QuantizedWeight, a: Tensor, b: Tensor, scale: float, h
     step = max(1, ELEMENTS // max(1, block * k)) * block  # rows that end where a block does
     for first in range(0, n, step):
         part = weight.slice(first, min(first + step, n))
-        codes = rounded(part.dequantize(torch.float32), scale * b[first : first + step] @ a, part.scales(), gain)
+        target = parts_of(part.dequantize(torch.float32), slice(first, first + step))
+        codes = rounded(*target, part.scales(), gain)
         packed.view(-1)[first * k // 2 : first * k // 2 + codes.numel()] = codes
     return packed

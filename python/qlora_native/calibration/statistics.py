@@ -48,7 +48,7 @@ class Statistic:
         if self.products is None:
             return None
         size = len(self.squares)
-        for start, stop in _tiles(size):
+        for start, stop in tiles(size):
             self.products[stop:, start:stop] = self.products[start:stop, stop:].t()
         return self.products.div_(max(self.tokens, 1))
 
@@ -69,7 +69,8 @@ class Statistic:
             target.addmm_(x[:, slice(*rows)].t(), x[:, slice(*columns)])
 
 
-def _tiles(size: int) -> list[tuple[int, int]]:
+def tiles(size: int) -> list[tuple[int, int]]:
+    """Begin and end of equal parts of ``size`` columns."""
     count = -(-size // _TILE)
     width = -(-size // count + 15) // 16 * 16  # whole cache lines
     return [(start, min(start + width, size)) for start in range(0, size, width)]
@@ -109,7 +110,7 @@ class Statistics:
             tasks.append(partial(statistic.add_squares, tensors, self.length))
             if self.full:
                 exact = list(pool.map(Tensor.float, tensors))
-                spans = _tiles(tensors[0].shape[1])
+                spans = tiles(tensors[0].shape[1])
                 for index, rows in enumerate(spans):
                     tasks += [partial(statistic.add_tile, rows, columns, exact) for columns in spans[index:]]
         list(pool.map(lambda task: task(), tasks))

@@ -131,7 +131,7 @@ class _Reads:
 
 @contextmanager
 def _reading(path: str) -> Iterator[_Reads]:
-    """Reads a file over and over in two slots, as a run does, from its end on; the figures are there behind the block."""
+    """Read a file over and over in two slots, as a run does, from its end on; the figures are there at the end."""
     file, found, ends = _C.MappedFile(path), _Reads(), threading.Event()
     pieces = [[(file, at, min(at + SLOT, file.num_bytes))] for at in range(0, file.num_bytes, SLOT)][::-1]
     stream = _C.WeightStream(pieces, [], [])

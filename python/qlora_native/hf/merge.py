@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_native.calibration.adapted import adapted_codes
+from qlora_native.calibration.adapted import recode
 from qlora_native.calibration.data import CalibrationData, take_tokens
-from qlora_native.calibration.statistics import Statistics
 from qlora_native.errors import UserError
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, put_dense
 from qlora_native.hf.calibrated import side_by_side
@@ -23,11 +22,10 @@ from qlora_native.hf.config import METADATA
 from qlora_native.hf.convert import Conversion, Job, decoded_parts, part_size, slices
 from qlora_native.hf.fuse import unfuse
 from qlora_native.hf.load import LoadReport, load_model, make_report
-from qlora_native.hf.loss import hidden_states
 from qlora_native.hf.mapped import BESIDE, stream_if_needed
 from qlora_native.hf.plan import Converted, FourBit, Plain, Step
 from qlora_native.hf.source import AUTO, KEEP, Source, load_tokenizer, open_source
-from qlora_native.lora import LoRALinear, load_adapter, lora_layers
+from qlora_native.lora import LoRALinear, load_adapter
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.config import ZERO
 from qlora_native.lora.layer import end_training_whole, trained_whole
@@ -358,13 +356,12 @@ class Merging(Conversion):
             yield part.view(-1, self.shape(step)[-1])
 
 
-@torch.no_grad()
 def calibrated_codes(work: Merging, adapter: Path, given: CalibrationData, folder: Path) -> dict[str, Path]:
-    """The files for ``work.codes``, made in ``folder`` from the inputs that adapted layers get in the model as it was
-    trained, 4-bit with the adapter beside it.
+    """The files for ``work.codes``, made in ``folder`` by recoding the model as it was trained, 4-bit with the adapter
+    beside it.
 
-    Layer after layer, in one pass of all sequences: beside the model there are their activations and the statistics of
-    one layer. What torch computes is on one thread, so that the bytes are the same for any number of them.
+    Beside the model there are the sequences' activations and the statistics of one layer. What torch computes is on one
+    thread, so that the bytes are the same for any number of them.
     """
     source, text = work.source, work.source.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
@@ -374,24 +371,14 @@ def calibrated_codes(work: Merging, adapter: Path, given: CalibrationData, folde
         load_model(source.path, **work.options, skip_modules=work.skip_modules, fuse=False), adapter
     )
     streaming = stream_if_needed(model, None, BESIDE)
-    shared: dict[str, Any] = {}  # q, k and v have the same input
 
-    def recode(layer: Any, inputs: tuple[Tensor, ...], path: str) -> None:
-        (x,) = inputs
-        if shared.get("x") is not x:
-            statistic = Statistics(full=True)
-            statistic.add([{(path, None): [x]}], pool)
-            shared.update(x=x, hessian=statistic.of[path, None].hessian())
-        weight, codes[path] = layer.base_layer.quantized, folder / f"{len(codes)}.codes"
-        packed = adapted_codes(weight, layer.lora_A, layer.lora_B, layer.scale, shared["hessian"])
+    def write(path: str, packed: Tensor) -> None:
+        codes[path] = folder / f"{len(codes)}.codes"
         packed.cpu().numpy().tofile(codes[path])
 
     with ExitStack() as stack:
         pool, _ = stack.enter_context(side_by_side(model.device))
         if streaming is not None:
             stack.callback(streaming.close)
-        for path, layer in lora_layers(model):
-            if isinstance(layer.base_layer, QuantizedLinear):
-                layer.register_forward_pre_hook(partial(recode, path=path))
-        hidden_states(model, {"input_ids": tokens.ids.to(model.device)})
+        recode(model, tokens.ids, pool, write)
     return codes
