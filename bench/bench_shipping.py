@@ -24,7 +24,7 @@ from typing import Any
 import isa_env  # noqa: F401  (before torch)
 import torch
 from common import add_json, machine, rounded, write_json
-from shipping_runs import CALIBRATION_ROWS, LENGTH, MERGES, SEEDS, SETTINGS, SHARE, STEPS, TEXTS
+from shipping_runs import CALIBRATION_ROWS, LENGTH, MERGES, SEEDS, SETTINGS, STEPS, TEXTS
 
 TRAINED = ("plain", "shipped")  # the adapter beside its base, and the model that was trained as it ships
 BARS = {"gptq-original": (1.0, 0.9), "gptq-base": (0.85, 0.6), "shipped": (0.97, 0.9)}  # usual, light
@@ -111,7 +111,7 @@ def main() -> None:
         file = work / text / "heldout.jsonl"
         lines = file.read_bytes().splitlines()
         result["texts"][text] = {"rows": len(lines), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    result["training"] = {"steps": STEPS, "rates": SETTINGS, "share": SHARE, "length": LENGTH}
+    result["training"] = {"steps": STEPS, "rates": SETTINGS, "length": LENGTH}
     result["training"]["calibration_rows"] = CALIBRATION_ROWS
     result["rows"] = rows_of(work)
     for row in result["rows"]:

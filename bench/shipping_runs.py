@@ -4,7 +4,7 @@
 
 A run is named TEXT-SETTING-SEED; its scores are files in FOLDER/runs, one for what was trained and one for each merge,
 and what has one is not made again. A process for each text, with one thread each, is the fastest. The run with
-``lora.ship`` continues the one without it from the step where it begins to differ.
+``lora.ship`` continues the one without it from its last step, where it begins to differ.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from quality_texts import topics
 
 TEXTS, SEEDS = ("docstrings", "reference"), (0, 1, 2)
 SETTINGS = {"usual": 5e-4, "light": 1e-5}  # peak learning rates
-STEPS, SHARE, LENGTH = 100, 0.25, 256
-FIRST = STEPS - round(SHARE * STEPS)
+STEPS, LENGTH = 100, 256
 HELD_OUT_ROWS, CHARACTERS = 48, 450
 ORIGINAL, BASE = "original", "base-4bit"
 CALIBRATION_ROWS = 120
@@ -87,8 +86,8 @@ def config(work: Path, text: str, setting: str, seed: int, ships: bool) -> Any:
     out = work / "trained" / f"{text}-{setting}-{seed}" / ("ship" if ships else "plain")
     data = {"train": f"{work / text}/train.jsonl", "max_length": LENGTH, "eval_fraction": EVALUATED[text]}
     train = {"steps": STEPS, "lr": SETTINGS[setting], "seed": seed, "batch_size": 4, "grad_accum": 1}
-    train |= {"grad_checkpointing": False, "eval_every": 0, "save_every": FIRST}
-    lora = {"r": 16, "alpha": 32} | ({"ship": "nf4", "ship_share": SHARE} if ships else {})
+    train |= {"grad_checkpointing": False, "eval_every": 0, "save_every": STEPS}
+    lora = {"r": 16, "alpha": 32} | ({"ship": "nf4"} if ships else {})
     values = {"model": str(work / BASE), "output_dir": str(out), "data": data, "lora": lora, "train": train}
     return TrainConfig.model_validate(values | {"resume": "auto"})
 
@@ -112,7 +111,7 @@ def train(work: Path, text: str, setting: str, seed: int, tokenizer: Any, ships:
 
     settings = config(work, text, setting, seed, ships)
     out = Path(settings.output_dir)
-    checkpoint = out / f"step-{FIRST:06}"
+    checkpoint = out / f"step-{STEPS:06}"
     if ships and not checkpoint.exists():
         shutil.copytree(out.with_name("plain") / checkpoint.name, checkpoint)
         (checkpoint / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
@@ -121,13 +120,13 @@ def train(work: Path, text: str, setting: str, seed: int, tokenizer: Any, ships:
     return settings, {"loss_after": loss, **scores(model, work, text, tokenizer)}
 
 
-def make_plain(*run: Any) -> dict[str, Any]:
+def make_plain(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
     """Train as usual."""
-    return train(*run, ships=False)[1]
+    return train(work, text, setting, seed, tokenizer, ships=False)[1]
 
 
 def make_shipped(work: Path, text: str, setting: str, seed: int, tokenizer: Any) -> dict[str, Any]:
-    """Train on from there with ``lora.ship``: the scores of the adapter, and of the file that ships."""
+    """Train to the end with ``lora.ship``: the scores of the adapter, and of the file that ships."""
     import qlora_native as qn
     from qlora_native.train.batches import load_rows
     from qlora_native.train.loop import Trainer

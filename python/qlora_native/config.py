@@ -153,10 +153,10 @@ class LoraSection(_Section):
 
     ship: Literal["nf4", "gguf"] | None = _key(
         None,
-        "also write a 4-bit model without an adapter, and train the last part of the run with its very codes, so that "
-        "the rounding does not undo what was learned; gguf: over a GGUF file, each weight in the type it has there",
+        "also write a 4-bit model without an adapter, the one that the last evaluation is of; nf4: merged with rows of "
+        "train as calibration; gguf: over a GGUF file, each weight in the type it has there, trained with at the end",
     )
-    ship_share: float = _key(0.25, "that part, as a share of the steps", gt=0, lt=1)
+    ship_share: float = _key(0.25, "with gguf: the last part of the run, as a share of the steps", gt=0, lt=1)
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

@@ -2,63 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Executor
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_native.calibration.quantize import feedback_factor
-from qlora_native.calibration.statistics import Statistics, tiles
-from qlora_native.hf.loss import hidden_states
-from qlora_native.lora import LoRALinear, lora_layers
+from qlora_native.calibration.statistics import tiles
 from qlora_native.lora.shipped import least_gain, sampled_rows
-from qlora_native.nn.linear import QuantizedLinear
 from qlora_native.ops.requantize_4bit import ELEMENTS
 from qlora_native.weight import QuantizedWeight, quant_type_number
 
 DAMPING = 0.01
 BISECTIONS = 8  # each rounds the sampled rows
-
-
-@torch.no_grad()
-def recode(model: Any, ids: Tensor, pool: Executor, write: Callable[[str, Tensor], None]) -> None:
-    """Find the codes of each adapted 4-bit layer, and ``write`` them, packed, under the layer's path.
-
-    The sequences ids [n, length] pass through the model twice, side by side: as it was trained, with the adapter beside
-    its 4-bit weights, and as it ships, through the codes that were just found. A layer's codes are those with which the
-    second pass comes nearest to what the first one gives, so what earlier layers lost is made good by later ones.
-    """
-    shared: dict[str, Any] = {}  # q, k and v have the same input
-
-    def forward(layer: LoRALinear, plain: Callable[[Tensor], Tensor], path: str, x: Tensor) -> Tensor:
-        both = x.shape[:2] == (2 * len(ids), ids.shape[1])  # not the tokens of an expert
-        trained, ships = x.chunk(2) if both else (x, x)
-        if shared.get("x") is not x:
-            statistic = Statistics(full=True)
-            statistic.add([{(path, None): [ships]}], pool)
-            hessian = statistic.of[path, None].hessian()
-            found = correction(hessian, trained, ships, pool) if both else None
-            shared.update(x=x, hessian=hessian, correction=found)
-        weight: Any = layer.base_layer.quantized
-        adapter = layer.lora_A, layer.lora_B, layer.scale
-        packed = adapted_codes(weight, *adapter, shared["hessian"], shared["correction"])
-        write(path, packed)
-        if not both:
-            return plain(x)
-        new = QuantizedLinear.from_quantized(weight._with(weight.op_args()._replace(packed=packed)), layer.bias)
-        return torch.cat([plain(trained), new(ships)])
-
-    layers = {path: layer for path, layer in lora_layers(model) if isinstance(layer.base_layer, QuantizedLinear)}
-    for path, layer in layers.items():
-        layer.forward = partial(forward, layer, layer.forward, path)  # type: ignore[method-assign]
-    try:
-        hidden_states(model, {"input_ids": torch.cat([ids, ids]).to(model.device)})
-    finally:
-        for layer in layers.values():
-            del layer.forward
 
 
 def correction(hessian: Tensor, wanted: Tensor, given: Tensor, pool: Executor) -> Tensor | None:

@@ -202,6 +202,15 @@ class _Sum:
         }
         if self.setting.ships:
             moments["shipping"] = replace(held, weights=2 * packed)  # with the codes that are written
+            if self.setting.ships == "nf4":
+                from qlora_native.lora.shipped import TOKENS
+
+                widest = max((k for _, k in self.estimator.shapes), default=0)
+                # Two passes of the tokens; products of a layer's inputs in fp32 and fp64, and what is solved for.
+                activations = 2 * TOKENS * max((layer.token for layer in self.layers), default=0)
+                moments["shipping"] = replace(
+                    moments["shipping"], activations=round(activations), scratch=28 * widest**2 + 24 * TOKENS * widest
+                )
         graphs = 0
         if self._is_captured():
             # A pass of another shape, which is not in a graph, takes as much from the rest of the card.

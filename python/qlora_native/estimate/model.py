@@ -38,7 +38,7 @@ class Setting:
     paged: str | bool = "auto"
     page_budget: int | None = None
     checkpointing: bool = True
-    ships: bool = False  # writes a 4-bit model at the end
+    ships: str | None = None  # the format of a 4-bit model to write at the end: nf4 or gguf
     cuda_graph: bool = True  # capture passes, where that is possible
     device: str = "cpu"  # or "cuda"
 
@@ -53,7 +53,7 @@ class Setting:
             length=config.data.max_length,
             micro_batches=options.grad_accum,
             checkpointing=options.grad_checkpointing,
-            ships=config.lora.ship is not None,
+            ships=config.lora.ship,
             cuda_graph=options.cuda_graph != "off",
             device=device,
             **{name: getattr(options, name) for name in ("batch_size", "optimizer", "paged", "page_budget")},

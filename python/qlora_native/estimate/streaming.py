@@ -107,9 +107,9 @@ def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: f
     slower, found = 0.0, rate or disk_rate(Path(file.path))
     if not fits:
         with _reading(file.path) as reads:
-            beside, _ = _seconds(model, *shape, setting.checkpointing)
+            slowed, _ = _seconds(model, *shape, setting.checkpointing)
         if reads.num_bytes >= READ:  # of less, noise is most
-            slower = max(0.0, 1 - sum(layer) / sum(beside)) / reads.rate
+            slower = max(0.0, 1 - sum(layer) / sum(slowed)) / reads.rate
             found = rate or min(found, reads.rate)
     return StreamedRun(
         memory=memory,

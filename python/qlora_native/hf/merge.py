@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_native.calibration.adapted import recode
+from qlora_native.calibration.adapted import adapted_codes, correction
 from qlora_native.calibration.data import CalibrationData, take_tokens
+from qlora_native.calibration.statistics import Statistics
 from qlora_native.errors import UserError
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, put_dense
 from qlora_native.hf.calibrated import side_by_side
@@ -22,10 +24,11 @@ from qlora_native.hf.config import METADATA
 from qlora_native.hf.convert import Conversion, Job, decoded_parts, part_size, slices
 from qlora_native.hf.fuse import unfuse
 from qlora_native.hf.load import LoadReport, load_model, make_report
+from qlora_native.hf.loss import hidden_states
 from qlora_native.hf.mapped import BESIDE, stream_if_needed
 from qlora_native.hf.plan import Converted, FourBit, Plain, Step
 from qlora_native.hf.source import AUTO, KEEP, Source, load_tokenizer, open_source
-from qlora_native.lora import LoRALinear, load_adapter
+from qlora_native.lora import LoRALinear, load_adapter, lora_layers
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.config import ZERO
 from qlora_native.lora.layer import end_training_whole, trained_whole
@@ -382,3 +385,41 @@ def calibrated_codes(work: Merging, adapter: Path, given: CalibrationData, folde
             stack.callback(streaming.close)
         recode(model, tokens.ids, pool, write)
     return codes
+
+
+@torch.no_grad()
+def recode(model: Any, ids: Tensor, pool: Executor, write: Callable[[str, Tensor], None]) -> None:
+    """Find the codes of each adapted 4-bit layer, and ``write`` them, packed, under the layer's path.
+
+    The sequences ids [n, length] pass through the model twice, side by side: as it was trained, with the adapter beside
+    its 4-bit weights, and as it ships, through the codes that were just found. A layer's codes are those with which the
+    second pass comes nearest to what the first one gives, so what earlier layers lost is made good by later ones.
+    """
+    shared: dict[str, Any] = {}  # q, k and v have the same input
+
+    def forward(layer: LoRALinear, plain: Callable[[Tensor], Tensor], path: str, x: Tensor) -> Tensor:
+        both = x.shape[:2] == (2 * len(ids), ids.shape[1])  # not the tokens of an expert
+        trained, ships = x.chunk(2) if both else (x, x)
+        if shared.get("x") is not x:
+            statistic = Statistics(full=True)
+            statistic.add([{(path, None): [ships]}], pool)
+            hessian: Any = statistic.of[path, None].hessian()
+            found = correction(hessian, trained, ships, pool) if both else None
+            shared.update(x=x, hessian=hessian, correction=found)
+        weight: Any = layer.base_layer.quantized
+        adapter = layer.lora_A, layer.lora_B, layer.scale
+        packed = adapted_codes(weight, *adapter, shared["hessian"], shared["correction"])
+        write(path, packed)
+        if not both:
+            return plain(x)
+        new = QuantizedLinear.from_quantized(weight._with(weight.op_args()._replace(packed=packed)), layer.bias)
+        return torch.cat([plain(trained), new(ships)])
+
+    layers = {path: layer for path, layer in lora_layers(model) if isinstance(layer.base_layer, QuantizedLinear)}
+    for path, layer in layers.items():
+        layer.forward = partial(forward, layer, layer.forward, path)  # type: ignore[method-assign]
+    try:
+        hidden_states(model, {"input_ids": torch.cat([ids, ids]).to(model.device)})
+    finally:
+        for layer in layers.values():
+            del layer.forward

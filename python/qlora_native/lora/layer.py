@@ -17,6 +17,7 @@ from qlora_native.functional import dense_linear
 from qlora_native.lora.config import ALL_LINEAR, H_SVD, LOFTQ, ZERO, LoraConfig
 from qlora_native.nn.experts import Substitute, substitute_class
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
+from qlora_native.weight import QuantizedWeight
 
 # Directions beyond the rank, and rounds, of the subspace iteration (Halko, Martinsson and Tropp, "Finding structure
 # with randomness", 2011). What 4 bits lose has a flat spectrum, on which it converges slowly but to as good a subspace.
@@ -28,10 +29,12 @@ class LoRALinear(nn.Module):
 
     ``lora_A`` [r, K] and ``lora_B`` [N, r] are fp32 masters, cast to x's dtype for the products. A begins uniform
     (Kaiming with a = sqrt 5), B at zero, so a new adapter changes nothing. ``generator``, for A, is a CPU's; None is
-    torch's global one. With a ``gain`` the layer computes as what it ships as, see lora/shipped.py.
+    torch's global one. With a ``gain``, or a weight ``shipped``, the layer computes as what it ships as, see
+    lora/shipped.py.
     """
 
     gain: float | None = None
+    shipped: QuantizedWeight | None = None
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class LoRALinear(nn.Module):
         base = self.base_layer
         if not self.enabled:
             return base(x)
-        if self.gain is not None:
+        if self.gain is not None or self.shipped is not None:
             from qlora_native.lora.shipped import shipped_linear
 
             return shipped_linear(self, x)

@@ -22,6 +22,7 @@ from qlora_native.ops._direct import call, call_in_derivative
 from qlora_native.ops._library import Weight
 from qlora_native.weight import QuantizedWeight
 
+TOKENS = 8192  # of the training rows that calibrate what ships
 SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # of a weight and of its inputs, from which its gain is found
 SAMPLED = 1 << 19  # elements at most
 MOST_GAIN, BISECTIONS = 2.0**20, 16
@@ -29,6 +30,8 @@ MOST_GAIN, BISECTIONS = 2.0**20, 16
 
 def shipped_weight(layer: LoRALinear) -> QuantizedWeight:
     """What the layer ships as: new codes [N, K] under the scales of its 4-bit base."""
+    if layer.shipped is not None:
+        return layer.shipped
     return moved(_base_of(layer).quantized, layer.lora_A, layer.lora_B, layer.scale * _gain(layer))
 
 
@@ -44,6 +47,8 @@ def shipped_linear(layer: LoRALinear, x: Tensor) -> Tensor:
     and x's is dY W'. W' is a layer's codes, never 16-bit, and is made again in the backward pass.
     """
     base = _base_of(layer)
+    if layer.shipped is not None:
+        return QuantizedLinear.from_quantized(layer.shipped, base.bias)(x)
     arguments = layer.lora_A, layer.lora_B, layer.scale, _gain(layer), base.bias, base._arguments()
     y: Tensor = _StraightThrough.apply(x, *arguments)
     return y

@@ -241,9 +241,12 @@ class Trainer:
         with closing(metrics), closing(progress), closing(page), without_old_objects(), stop_request(ranks) as stop:
             while True:
                 if shipping is not None and state.step >= shipping.first and not shipping.has_begun:
-                    if not state.gains:  # of what a resumed run has done before, they are known
-                        state.gains = ranks.gather(shipping.gains(self._first_rows(rows)))[0]
-                    shipping.begin(state.gains)
+                    if shipping.is_trained:
+                        if not state.gains:  # of what a resumed run has done before, they are known
+                            state.gains = ranks.gather(shipping.gains(self._first_rows(rows)))[0]
+                        shipping.begin(state.gains)
+                    else:
+                        oom_retry.run(partial(shipping.recode, rows, config.data.max_length), "calibrating what ships")
                     self.passes.stop_capturing("adapted layers compute as what they ship as")
                     page.note(f"from step {state.step} on the weights are those that ship, {config.lora.ship}")
                 if is_due(state.step, options.eval_every, total):

@@ -1,4 +1,4 @@
-"""The last part of a run with ``lora.ship``: training with the codes that ship, and writing them."""
+"""``lora.ship``: the codes that ship, found at the end or trained with, and writing them."""
 
 from __future__ import annotations
 
@@ -7,37 +7,46 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora_native._io import as_write_error, atomic_file, atomic_folder
 from qlora_native.config import TrainConfig
+from qlora_native.data.batching import permutation
+from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
 from qlora_native.evaluate.measure import Scores
 from qlora_native.evaluate.retention import retention
+from qlora_native.hf.calibrated import side_by_side
 from qlora_native.hf.checkpoint import aligned_files
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.gguf_source import GgufSource
 from qlora_native.hf.loss import causal_lm_loss
+from qlora_native.hf.merge import recode
 from qlora_native.lora import LoRALinear, adapters_off, lora_layers
-from qlora_native.lora.shipped import gain_of, shipped_weight
+from qlora_native.lora.shipped import TOKENS, gain_of, shipped_weight
 from qlora_native.nn import QuantizedLinear
 from qlora_native.train.batches import Batch
 
+MOST_ROWS = 1024  # that tokens for the calibration are taken from
 METHOD = "trained"  # how the 4-bit weights were made, in config.json
 
 
 class Shipping:
     """Switches the layers of a model over to what they ship as, after ``first`` of ``total`` steps.
 
+    That is at the end, but for a GGUF file, whose codes are trained with.
+
     UserError for a model whose adapted layers cannot ship so.
     """
 
     def __init__(self, config: TrainConfig, model: Any, total: int) -> None:
         self.model, self.layers = model, dict(lora_layers(model))
-        self.first = max(1, total - round(config.lora.ship_share * total))
-        self.has_begun = False
         wanted = config.lora.ship
+        self.is_trained = wanted == "gguf"
+        self.first = max(1, total - round(config.lora.ship_share * total)) if self.is_trained else total
+        self.has_begun = False
         self.name = "shipped.gguf" if wanted == "gguf" else "shipped"  # of what is written
         for path, layer in self.layers.items():
             base = layer.base_layer
@@ -55,6 +64,22 @@ class Shipping:
         for layer, gain in zip(self.layers.values(), gains, strict=True):
             layer.gain = gain
         self.has_begun = True
+
+    def recode(self, rows: TokenizedDataset, length: int) -> None:
+        """Let the layers compute with the codes of a merge that is calibrated on training rows."""
+        model, self.has_begun = self.model, True
+        taken = (rows[int(row)]["input_ids"] for row in permutation(len(rows), 0)[:MOST_ROWS])
+        ids = torch.from_numpy(np.concatenate([*taken])[:TOKENS].astype(np.int64))
+        ids = ids[: len(ids) // length * length].view(-1, length) if len(ids) > length else ids[None]
+
+        def write(path: str, packed: torch.Tensor) -> None:
+            weight: Any = self.layers[path].base_layer.quantized
+            self.layers[path].shipped = weight._with(weight.op_args()._replace(packed=packed))
+
+        model.eval()
+        with side_by_side(model.device) as (pool, _):
+            recode(model, ids, pool, write)
+        model.train()
 
     @torch.no_grad()
     def gains(self, batch: Batch) -> list[float]:
@@ -88,16 +113,16 @@ class Shipping:
             nats, tokens = torch.tensor(parts, dtype=torch.float64).t()
             return Scores(tokens, nats)
 
-        shipped, gains = scores(), [layer.gain for layer in self.layers.values()]
+        shipped, ways = scores(), [(layer.gain, layer.shipped) for layer in self.layers.values()]
         try:
             for layer in self.layers.values():
-                layer.gain = None
+                layer.gain = layer.shipped = None
             adapted = scores()
             with adapters_off(self.model):
                 base = scores()
         finally:
-            for layer, gain in zip(self.layers.values(), gains, strict=True):
-                layer.gain = gain
+            for layer, (gain, weight) in zip(self.layers.values(), ways, strict=True):
+                layer.gain, layer.shipped = gain, weight
         return retention(base, adapted, shipped)
 
     def write(self, path: Path, tokenizer: Any) -> Path:
