@@ -31,6 +31,14 @@ def test_loss_and_gradients(monkeypatch: Patch, dtype: torch.dtype, quantized: b
     check_loss(monkeypatch, weight, dtype, ignored)
 
 
+@pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_rows_in_the_place_of_the_weights(monkeypatch: Patch, dtype: torch.dtype, quantized: bool) -> None:
+    """The gradient is theirs, in fp32, and the weight has none."""
+    dense = (torch.randn(101, 64) / 8).to(dtype)
+    check_loss(monkeypatch, qn.quantize(dense) if quantized else dense, dtype, 0.3, [100, 0, 17])
+
+
 @pytest.mark.isa
 @pytest.mark.devices("cpu", "cuda", "emulated")
 @pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
@@ -39,15 +47,28 @@ def test_gguf_loss_and_gradients(monkeypatch: Patch, dtype: torch.dtype, quant_t
     check_loss(monkeypatch, gguf_weight(quant_type, (100, 64)), dtype, 0.6)
 
 
-def check_loss(monkeypatch: Patch, weight: Tensor | qn.QuantizedWeight, dtype: torch.dtype, ignored: float) -> None:
+def check_loss(
+    monkeypatch: Patch,
+    weight: Tensor | qn.QuantizedWeight,
+    dtype: torch.dtype,
+    ignored: float,
+    replaced: list[int] | None = None,
+) -> None:
     words = weight.shape[0]
     monkeypatch.setattr(op, "LOGIT_BYTES", 4 * words * 7)  # seven tokens a chunk: the last one is partial
     monkeypatch.setattr(op, "DEVICE_TOKENS", 7)
     values = weight.dequantize(dtype) if isinstance(weight, qn.QuantizedWeight) else weight
-    truth_weight = values.detach().double().requires_grad_()
+    truth_weight = values.detach().double()
+    rows = row_ids = None
+    if replaced is not None:
+        rows, row_ids = torch.randn(len(replaced), 64, requires_grad=True), torch.tensor(replaced)
+        truth_weight[row_ids] = rows.detach().to(dtype).double()
+    truth_weight.requires_grad_()
     h = torch.randn(4, 10, 64).to(dtype).requires_grad_()
     labels = labels_for((4, 10), words, ignored)
-    loss = qn.linear_cross_entropy(h, weight, labels)
+    if row_ids is not None:  # as labels too
+        labels[0, :3] = row_ids
+    loss = qn.linear_cross_entropy(h, weight, labels, rows=rows, row_ids=row_ids)
     (loss * 3).backward()
 
     wide = h.detach().double().requires_grad_()
@@ -57,7 +78,11 @@ def check_loss(monkeypatch: Patch, weight: Tensor | qn.QuantizedWeight, dtype: t
     assert loss.dtype == torch.float32
     assert abs(float(loss) - float(truth)) < (1e-5 if dtype == torch.float32 else 1e-2)
     assert relative_error(h.grad, wide.grad) < GRADIENT_TOLERANCE[dtype]
-    if isinstance(weight, Tensor):
+    if rows is not None:
+        assert rows.grad is not None and rows.grad.dtype == torch.float32
+        assert truth_weight.grad is not None
+        assert relative_error(rows.grad, truth_weight.grad[row_ids]) < GRADIENT_TOLERANCE[dtype]
+    elif isinstance(weight, Tensor):
         assert relative_error(weight.grad, truth_weight.grad) < GRADIENT_TOLERANCE[dtype]
 
 
@@ -65,6 +90,12 @@ def test_gradcheck() -> None:
     h, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (6, 11))
     labels = torch.tensor([0, 10, -100, 3, 3, 7])
     assert torch.autograd.gradcheck(lambda h, w: qn.linear_cross_entropy(h, w, labels), (h, weight))
+    rows, ids = torch.randn(2, 5, dtype=torch.float64, requires_grad=True), torch.tensor([7, 10])
+
+    def with_rows(h: Tensor, rows: Tensor) -> Tensor:
+        return qn.linear_cross_entropy(h, weight.detach(), labels, -100, rows, ids)
+
+    assert torch.autograd.gradcheck(with_rows, (h, rows))
 
 
 def test_other_ignore_index_and_ignored_rows_get_no_gradient() -> None:
@@ -123,8 +154,10 @@ def test_opcheck() -> None:
     labels = torch.tensor([0, 10, -100, 3, 3, 7])
     dense = torch.randn(11, 64, requires_grad=True)
     function = torch.ops.qlora_native.linear_cross_entropy.default
-    torch.library.opcheck(function, (h, labels, -100, True, True, dense, *[None] * 5, [11, 64], 0, 64))
-    torch.library.opcheck(function, (h, labels, -100, True, False, *qn.quantize(dense).op_args()))
+    rows, ids = torch.randn(2, 64, requires_grad=True), torch.tensor([7, 10])
+    torch.library.opcheck(function, (h, labels, -100, True, True, None, None, dense, *[None] * 5, [11, 64], 0, 64))
+    torch.library.opcheck(function, (h, labels, -100, True, False, None, None, *qn.quantize(dense).op_args()))
+    torch.library.opcheck(function, (h, labels, -100, True, True, rows, ids, *qn.quantize(dense).op_args()))
 
 
 @pytest.mark.devices("cpu", "cuda")

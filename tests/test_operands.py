@@ -57,7 +57,7 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "dense_linear": lambda: [x.half(), torch.randn(N, K).half(), bias],
     "dense_linear_grad_input": lambda: [y.half(), torch.randn(N, K).half()],
     "dense_linear_grad_weight": lambda: [y.half(), x.half()],
-    "linear_cross_entropy": lambda: [x, torch.arange(M), -100, True, False, *weight()],
+    "linear_cross_entropy": lambda: [x, torch.arange(M), -100, True, False, None, None, *weight()],
     "dequantize_4bit q4_0": lambda: [torch.bfloat16, *blocks("q4_0")],
     "dequantize_4bit.out q4_k": lambda: [torch.empty(N, K), *blocks("q4_k")],
     "linear_4bit q8_0": lambda: [x, bias, False, *blocks("q8_0")],
@@ -68,10 +68,10 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
         *(y, x, low, a, b, 2.0, False, [True, False, True, True], False),
         *blocks("q5_0"),
     ],
-    "linear_cross_entropy q6_k": lambda: [x, torch.arange(M), -100, True, False, *blocks("q6_k")],
-    "linear_cross_entropy iq4_nl": lambda: [x, torch.arange(M), -100, True, False, *blocks("iq4_nl")],
+    "linear_cross_entropy q6_k": lambda: [x, torch.arange(M), -100, True, False, None, None, *blocks("q6_k")],
+    "linear_cross_entropy iq4_nl": lambda: [x, torch.arange(M), -100, True, False, None, None, *blocks("iq4_nl")],
     "linear_cross_entropy dense": lambda: [
-        *(x, torch.arange(M), -100, True, True),
+        *(x, torch.arange(M), -100, True, True, torch.randn(R, K), torch.arange(R)),
         *(torch.randn(N, K), None, None, None, None, None, [N, K], 0, 64),
     ],
     "adamw_step": lambda: [
@@ -133,7 +133,8 @@ FLOAT_OF_ANY_KIND = {
     ("linear_4bit", 1),
     ("dense_linear", 2),
     ("lora_linear_4bit", 5),
-}  # biases are cast
+    ("linear_cross_entropy", 5),
+}  # biases are cast, as rows of a head
 FLOAT_OF_ANY_KIND |= {(op, i) for op, first in (("lora_linear_4bit", 2), ("lora_linear_4bit_backward", 3))
                       for i in (first, first + 1)}  # fmt: skip
 

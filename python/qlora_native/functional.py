@@ -153,7 +153,12 @@ def lora_linear_op(
 
 
 def linear_cross_entropy(
-    h: Tensor, weight: Tensor | QuantizedWeight, labels: Tensor, ignore_index: int = -100
+    h: Tensor,
+    weight: Tensor | QuantizedWeight,
+    labels: Tensor,
+    ignore_index: int = -100,
+    rows: Tensor | None = None,
+    row_ids: Tensor | None = None,
 ) -> Tensor:
     """Mean cross entropy of the logits ``h @ weight.T``, which never exist as a whole.
 
@@ -165,22 +170,23 @@ def linear_cross_entropy(
         h: hidden states [..., K].
         weight: output embedding [V, K], dense in h's dtype or a QuantizedWeight.
         labels: int64 [...], 0 <= label < V or ``ignore_index``.
+        rows: [R, K], in the place of those of the weight with the numbers ``row_ids``, int64 [R]; or None.
 
     Returns:
         fp32 [] (fp64 for fp64 input); NaN if every label is ignored, as torch's cross entropy, and, except on a CPU, if
-        one is out of range. Gradients for h, and for a dense weight that requires one; once differentiable.
+        one is out of range. Gradients for h, and for rows or else a dense weight that require one; once differentiable.
 
     Raises:
         ValueError: shapes or dtypes that do not fit; on a CPU, a label out of range.
     """
-    need_grad_h, need_grad_weight = torch.is_grad_enabled() and h.requires_grad, False
+    derived = weight if rows is None else rows
+    need_grad_weight = torch.is_grad_enabled() and isinstance(derived, Tensor) and derived.requires_grad
     if isinstance(weight, QuantizedWeight):
         h = autocast(h)[0]  # type: ignore[assignment]
         arguments = weight.op_args()
     else:
-        need_grad_weight = torch.is_grad_enabled() and weight.requires_grad
         h, weight = autocast(h, weight)  # type: ignore[assignment]
         arguments = Weight(weight, None, None, None, None, None, list(weight.shape), 0, 64)  # type: ignore[arg-type]
-    needed = need_grad_h, need_grad_weight
-    loss: Tensor = torch.ops.qlora_native.linear_cross_entropy(h, labels, ignore_index, *needed, *arguments)[0]
+    options = ignore_index, torch.is_grad_enabled() and h.requires_grad, need_grad_weight, rows, row_ids
+    loss: Tensor = torch.ops.qlora_native.linear_cross_entropy(h, labels, *options, *arguments)[0]
     return loss

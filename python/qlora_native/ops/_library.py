@@ -61,8 +61,8 @@ SCHEMAS = {
     "dense_linear_grad_input": "(Tensor grad_y, Tensor weight) -> Tensor",
     "dense_linear_grad_weight": "(Tensor grad_y, Tensor x) -> Tensor",
     "linear_cross_entropy": (
-        f"(Tensor h, Tensor labels, int ignore_index, bool need_grad_h, bool need_grad_weight, {WEIGHT_OR_DENSE})"
-        " -> (Tensor, Tensor, Tensor)"
+        "(Tensor h, Tensor labels, int ignore_index, bool need_grad_h, bool need_grad_weight, Tensor? rows, "
+        f"Tensor? row_ids, {WEIGHT_OR_DENSE}) -> (Tensor, Tensor, Tensor)"
     ),
     # The optimizers take lists of one tensor a parameter; the lists of absmax are empty for 32-bit states.
     "adamw_step": (

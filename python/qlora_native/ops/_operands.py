@@ -38,7 +38,8 @@ OPERANDS = {
     "dense_linear": "x T [..., K]; weight T [N, K]; bias float [N]",
     "dense_linear_grad_input": "grad_y T [..., N]; weight T [N, K]",
     "dense_linear_grad_weight": "x T [..., K]; grad_y T [..., N]",
-    "linear_cross_entropy": "h T [..., K]; labels int64 [...]; packed T [N, K]",  # packed: where the weight is dense
+    # packed: where the weight is dense
+    "linear_cross_entropy": "h T [..., K]; labels int64 [...]; packed T [N, K]; rows float [R, K]; row_ids int64",
     "adamw_step": "",  # lists: _optim checks them
     "lion_step": "",
     "gradient_norm": "",

@@ -3,6 +3,8 @@
 The logits exist for a few tokens at a time, and become their own gradients, so backward is one multiplication and
 nothing of size [tokens, vocabulary] is kept. On a CPU ignored tokens cost nothing. A device computes them too, and
 masks their results: to gather the others, the host would have to wait for their number.
+
+``rows`` [R, K] stand in the place of those of W with the numbers ``row_ids``; then they have the gradient, and W none.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ Pair = tuple[Tensor, Tensor]
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-Call = tuple[Tensor, Tensor, int, bool, bool, Weight]  # the op's arguments, those of the weight as one
+# The op's arguments, those of the weight as one.
+Call = tuple[Tensor, Tensor, int, bool, bool, Tensor | None, Tensor | None, Weight]
 
 
 def chunk_tokens(device: str, vocabulary: int, itemsize: int, tokens: int) -> int:
@@ -43,11 +46,13 @@ def is_dense(weight: Weight) -> bool:
 
 def read(*arguments: Any) -> Call:
     """The arguments, those of the weight as one; refuses to derive a quantized weight."""
-    h, labels, ignore_index, need_grad_h, need_grad_weight = arguments[:5]
-    weight = Weight(*arguments[5:])
-    if need_grad_weight and not is_dense(weight):
+    h, labels, ignore_index, need_grad_h, need_grad_weight, rows, row_ids = arguments[:7]
+    weight = Weight(*arguments[7:])
+    if need_grad_weight and rows is None and not is_dense(weight):
         raise ValueError("linear_cross_entropy: a quantized weight is frozen and has no gradient.")
-    return h, labels.contiguous(), ignore_index, need_grad_h, need_grad_weight, weight
+    if (0 if rows is None else len(rows)) != (0 if row_ids is None else row_ids.numel()):
+        raise ValueError("linear_cross_entropy: rows and row_ids are not of the same number: expected an id a row.")
+    return h, labels.contiguous(), ignore_index, need_grad_h, need_grad_weight, rows, row_ids, weight
 
 
 def _logits(h: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
@@ -66,11 +71,11 @@ def _grad_h(grad_logits: Tensor, weight: Weight, out: Tensor | None = None) -> T
     return grad_h
 
 
-def empty_gradients(h: Tensor, weight: Weight, need_grad_h: bool, need_grad_weight: bool) -> Pair:
+def empty_gradients(h: Tensor, weight: Tensor, need_grad_h: bool, need_grad_weight: bool) -> Pair:
     """Zeros where a gradient is asked for, empty tensors where not."""
     grad_h = torch.zeros_like(h, memory_format=torch.contiguous_format) if need_grad_h else h.new_empty(0)
     wide = torch.promote_types(torch.float32, h.dtype)
-    grad_weight = torch.zeros_like(weight.packed, dtype=wide) if need_grad_weight else h.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=wide) if need_grad_weight else h.new_empty(0)
     return grad_h, grad_weight
 
 
@@ -151,10 +156,12 @@ def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None)
 
     Of the tokens ``kept`` alone, if they are given; else nothing waits for a device.
     """
-    h, labels, ignore_index, need_grad_h, need_grad_weight, weight = call
-    vocabulary, rows, targets = weight.shape[0], h.reshape(-1, h.shape[-1]), labels.reshape(-1)
-    tokens = rows.shape[0] if kept is None else kept.numel()
-    grad_h, grad_weight = empty_gradients(h, weight, need_grad_h and kept is not None, need_grad_weight)
+    h, labels, ignore_index, need_grad_h, need_grad_weight, rows, row_ids, weight = call
+    vocabulary, states, targets = weight.shape[0], h.reshape(-1, h.shape[-1]), labels.reshape(-1)
+    tokens = states.shape[0] if kept is None else kept.numel()
+    derived = weight.packed if rows is None else rows
+    grad_h, grad_weight = empty_gradients(h, derived, need_grad_h and kept is not None, need_grad_weight)
+    narrow = None if rows is None else rows.to(h.dtype)
     if need_grad_h and kept is None:
         grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
     losses = h.new_empty(tokens, dtype=torch.promote_types(torch.float32, h.dtype))
@@ -163,17 +170,25 @@ def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None)
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
         where = slice(first, last) if kept is None else kept[first:last]
-        part = rows[where]
+        part = states[where]
         logits = _logits(part, weight, buffer[: last - first])
+        if narrow is not None and row_ids is not None:
+            logits.index_copy_(1, row_ids, part @ narrow.t())
         loss_of(logits, targets[where], losses[first:last], need_grad_h or need_grad_weight)
+        grad_derived = logits
+        if row_ids is not None:
+            grad_derived = logits[:, row_ids]
+            logits.index_fill_(1, row_ids, 0.0)
         if need_grad_h:
             target = grad_h.view(-1, h.shape[-1])
             out = target[where] if kept is None and is_dense(weight) else None
             part_grad = _grad_h(logits, weight, out)
+            if narrow is not None:
+                part_grad.addmm_(grad_derived, narrow)
             if out is None:
                 target[where] = part_grad
         if need_grad_weight:
-            grad_weight.addmm_(logits.t().to(grad_weight.dtype), part.to(grad_weight.dtype))
+            grad_weight.addmm_(grad_derived.t().to(grad_weight.dtype), part.to(grad_weight.dtype))
     wide = torch.float64 if h.device.type in ("cpu", "cuda") else losses.dtype  # which not every device has
     count = (targets != ignore_index).sum()
     return (losses.sum(dtype=wide) / count).to(losses.dtype), grad_h, grad_weight
@@ -181,28 +196,29 @@ def _chunked(loss_of: Loss, call: Call, device: str, kept: Tensor | None = None)
 
 @fake("linear_cross_entropy")
 def shapes(*arguments: Any) -> Outputs:
-    h, _, _, need_grad_h, need_grad_weight, weight = read(*arguments)
+    h, _, _, need_grad_h, need_grad_weight, rows, _, weight = read(*arguments)
     loss = h.new_empty((), dtype=torch.promote_types(torch.float32, h.dtype))
-    return loss, *empty_gradients(h, weight, need_grad_h, need_grad_weight)
+    return loss, *empty_gradients(h, weight.packed if rows is None else rows, need_grad_h, need_grad_weight)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    h, labels, ignore_index, _, _, packed, *_ = inputs
+    h, labels, ignore_index, _, _, rows, _, packed, *_ = inputs
     _, grad_h, grad_weight = output
     ctx.mark_non_differentiable(grad_h, grad_weight)
     ctx.save_for_backward(labels, grad_h, grad_weight)
-    ctx.ignore_index, ctx.h_dtype, ctx.weight_dtype = ignore_index, h.dtype, packed.dtype
+    ctx.ignore_index, ctx.h_dtype, ctx.weight_dtype = ignore_index, h.dtype, (packed if rows is None else rows).dtype
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     labels, sum_grad_h, sum_grad_weight = ctx.saved_tensors
     factor = grad_loss / (labels != ctx.ignore_index).sum()
-    grad_h = grad_packed = None
+    grad_h = grad_weight = None
     if ctx.needs_input_grad[0]:
         grad_h = sum_grad_h * factor.to(ctx.h_dtype)
-    if ctx.needs_input_grad[5]:
-        grad_packed = (sum_grad_weight * factor).to(ctx.weight_dtype)
-    return grad_h, None, None, None, None, grad_packed, *NO_WEIGHT_GRADIENT[1:]
+    if ctx.needs_input_grad[5] or ctx.needs_input_grad[7]:
+        grad_weight = (sum_grad_weight * factor).to(ctx.weight_dtype)
+    of_rows, of_packed = (grad_weight, None) if ctx.needs_input_grad[5] else (None, grad_weight)
+    return grad_h, None, None, None, None, of_rows, None, of_packed, *NO_WEIGHT_GRADIENT[1:]
 
 
 autograd("linear_cross_entropy", _backward, _setup)
