@@ -257,7 +257,8 @@ class _Sum:
             terms = replace(held, gradients=max(before, behind + self.estimator.whole), activations=round(here))
             best = max(best, terms, key=lambda t: t.total)
             behind -= layer.gradients
-        added = 4 * self.estimator.whole_in if before else 0  # the embedding's, which come last
+        # The embedding's come last: beside those of earlier micro-batches, or of an output embedding tied to it.
+        added = 4 * self.estimator.whole_in * (before >= self.estimator.adapters or self.estimator.whole_out > 0)
         last = replace(held, gradients=self.estimator.adapters + added)
         return max(best, last, key=lambda t: t.total)
 
