@@ -21,7 +21,7 @@ def make_adapter(model_folder: Path, folder: Path, targets: Any = "all-linear", 
     model = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+        if "lora_" in name or "modules_to_save" in name or "trainable_tokens" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     model.save_pretrained(folder)
     return folder

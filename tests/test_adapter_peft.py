@@ -22,6 +22,7 @@ from torch import nn
 import qlora_native as qn
 from qlora_native.hf.load import load_model
 from qlora_native.lora import LoraConfig, add_lora, load_adapter, lora_layers, save_adapter
+from qlora_native.lora.tokens import token_rows
 
 peft = pytest.importorskip("peft")
 
@@ -47,6 +48,9 @@ OURS: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"]}),  # short names would select too much
     ("Llama", {"rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}}),
     ("Llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("Llama", {"target_modules": ["q_proj"], "trainable_tokens": [3, 9, 5]}),
+    ("Llama", {"trainable_tokens": {"lm_head": [4], "embed_tokens": [3]}}),
+    ("Gemma3", {"trainable_tokens": [3, 9]}),  # tied, and the embedding is scaled
     ("Llama", {"dropout": 0.25}),
     ("Llama", {"layers_to_transform": [1]}),
     ("GPT2", {"layers_to_transform": [0], "rank_pattern": {"c_attn": 2}}),
@@ -63,6 +67,8 @@ def test_ours_loads_in_peft(tmp_path: Path, kind: str, options: dict[str, Any]) 
     fill(model)
     if "modules_to_save" in options:
         model.lm_head.weight.data.normal_(0, 0.1)
+    for part in token_rows(model).values():
+        part.trainable_tokens_delta.data.normal_(0, 0.1)
     save_adapter(model, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter").eval()
     assert distance(logits(theirs), logits(model)) < 1e-5
@@ -87,6 +93,8 @@ THEIRS: list[dict[str, Any]] = [
     {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
     {"target_modules": "all-linear", "rank_pattern": RANKS, "alpha_pattern": {"o_proj": 3}},
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]},  # of the input embedding alone
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7], "embed_tokens": [3, 4]}},
     {"target_modules": ["lm_head", "v_proj"]},
     {"target_modules": ["v_proj"], "init_lora_weights": "gaussian", "lora_dropout": 0.5},
 ]
@@ -99,6 +107,9 @@ def test_theirs_loads_here(tmp_path: Path, options: dict[str, Any]) -> None:
     theirs = peft_model(dense_twin(folder, model)[0], r=8, **options)
     if "modules_to_save" in options:
         for parameter in theirs.base_model.model.lm_head.modules_to_save.parameters():
+            parameter.data.normal_(0, 0.1)
+    for name, parameter in theirs.named_parameters():
+        if "trainable_tokens" in name:
             parameter.data.normal_(0, 0.1)
     theirs.save_pretrained(tmp_path / "adapter")
     assert load_adapter(model, tmp_path / "adapter") is model

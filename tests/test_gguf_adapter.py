@@ -68,7 +68,8 @@ def test_mistakes(tmp_path: Path, mistake: Callable[..., str], sentence: Callabl
     made = make_adapter(model, tmp_path / "nameless")
     edit = made / "adapter_config.json"
     edit.write_text(json.dumps({**json.loads(edit.read_text()), "base_model_name_or_path": None}))
-    for words in ("adapter", "head", "other", "dora", "nameless", "model"):
+    make_adapter(model, tmp_path / "rows", ["q_proj"], trainable_token_indices=[3])
+    for words in ("adapter", "rows", "head", "other", "dora", "nameless", "model"):
         sentence(mistake("export", tmp_path / words, "--to", "gguf-adapter"))
     sentence(mistake("export", adapter, "--to", "gguf-adapter", "--type", "f16"))
     sentence(mistake("export", model, "--to", "gguf"))

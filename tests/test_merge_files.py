@@ -187,10 +187,11 @@ def test_memory_is_a_few_parts(files: Path, tmp_path: Path, monkeypatch: pytest.
     [
         ("Llama", {"tie_word_embeddings": True}, {"targets": ["lm_head", "v_proj"]}),
         ("Llama", {}, {"targets": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+        ("Llama", {}, {"targets": ["q_proj"], "trainable_token_indices": {"lm_head": [11, 3], "embed_tokens": [12]}}),
         ("GPT2", {}, {"targets": ["c_attn", "c_proj"]}),
         ("GPT2", {}, {"targets": ["c_fc"], "base": "dequantized"}),
     ],
-    ids=["tied", "trained whole", "transposed", "transposed 4-bit"],
+    ids=["tied", "trained whole", "tokens", "transposed", "transposed 4-bit"],
 )
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning", "ignore:fan_in_fan_out:UserWarning")
 def test_other_models(tmp_path: Path, kind: str, changes: dict[str, Any], options: dict[str, Any]) -> None:

@@ -144,6 +144,9 @@ class LoraSection(_Section):
     modules_to_save: list[str] = _key(
         [], "modules that are trained whole, as fp32 copies, and saved with the adapter: [embed_tokens, lm_head]"
     )
+    trainable_tokens: list[NonNegative | str] = _key(
+        [], "tokens whose rows of the embeddings are trained, by text or id; the tokenizer gets those that it lacks"
+    )
     rslora: bool = _key(False, "scale by alpha / sqrt(r): steadier for large r")
     init: Literal["zero", "h_svd", "loftq"] = _key(
         "zero",
@@ -164,9 +167,19 @@ class LoraSection(_Section):
         LoraConfig(rank_pattern=dict.fromkeys(value, 1))
         return value
 
-    def as_config(self, seed: int) -> LoraConfig:
-        """The adapter as :func:`qlora_native.add_lora` takes it."""
-        return LoraConfig(**self.model_dump(exclude={"lora_plus_ratio", "ship", "ship_share"}), seed=seed)
+    def as_config(self, seed: int, tokenizer: Any = None) -> LoraConfig:
+        """The adapter as :func:`qlora_native.add_lora` takes it; without the tokenizer, which gets what it lacks of
+        ``trainable_tokens``, these have the right number alone."""
+        tokens: Sequence[Any] = range(len(self.trainable_tokens))
+        if tokenizer is not None and self.trainable_tokens:
+            known, names = tokenizer.get_vocab(), [token for token in self.trainable_tokens if isinstance(token, str)]
+            tokenizer.add_tokens([name for name in names if name not in known], special_tokens=True)
+            ids: dict[Any, int] = dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
+            tokens = list(dict.fromkeys(ids.get(token, token) for token in self.trainable_tokens))
+            if (highest := max(tokens)) >= len(tokenizer):
+                raise UserError(f"lora.trainable_tokens has {highest}: expected ids below {len(tokenizer):,}, or texts")
+        others = self.model_dump(exclude={"lora_plus_ratio", "ship", "ship_share", "trainable_tokens"})
+        return LoraConfig(**others, trainable_tokens=list(tokens), seed=seed)
 
 
 class LoopSection(_Section):
@@ -284,7 +297,14 @@ class TrainConfig(_Section):
         for key, value in (("parallel", self.parallel), ("lora.ship", self.lora.ship)):
             if self.lora.modules_to_save and value in ("fsdp", "gguf"):
                 raise ValueError(f"lora.modules_to_save is set and {key} is {value}: expected one of them")
+            if self.lora.trainable_tokens and value in ("fsdp", "gguf", "nf4"):
+                raise ValueError(f"lora.trainable_tokens is set and {key} is {value}: expected one of them")
         return self
+
+    def prepared(self, tokenizer: Any) -> Any:
+        """The tokenizer, with the run's tokens and chat template."""
+        self.lora.as_config(self.train.seed, tokenizer)
+        return self.data.with_template(tokenizer)
 
     @field_validator("logging", mode="before")
     @classmethod

@@ -72,7 +72,8 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
         settings = read_yaml(config)[0]
         quant = QuantConfig.model_validate(settings.get("quant") or {})
         dtype = (settings.get("train") or {}).get("dtype", "bfloat16")
-        whole = list((settings.get("lora") or {}).get("modules_to_save") or ())
+        lora = settings.get("lora") or {}
+        trained = [list(lora.get(name) or ()) for name in ("modules_to_save", "trainable_tokens")]
     method = quant.method
     if rounds and method != "rtn":
         from qlora_native.calibration.data import kept_calibration, quantize_command
@@ -85,5 +86,6 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
             f"{args.adapter} was trained on weights made by {method}, and {args.model} is 16-bit: make them again with "
             f"`{command}`, and give DIR in its place"
         )
-    skip = {"skip_modules": dense_beside(whole, open_source(args.model).keeps(quant.type))} if whole else {}
+    is_kept = any(trained) and open_source(args.model).keeps(quant.type)
+    skip = {"skip_modules": dense_beside(trained[0], trained[1], is_kept)} if any(trained) else {}
     return quant.options | skip | given

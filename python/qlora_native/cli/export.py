@@ -122,6 +122,7 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from qlora_native._io import as_write_error, atomic_folder, read_json
+    from qlora_native.data.template import TEMPLATE
     from qlora_native.lora.adapter import CONFIG_NAME, TENSORS_NAME
 
     if args.adapter is None or args.type is not None:
@@ -132,7 +133,7 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     config["base_model_name_or_path"] = str(args.model)
     with as_write_error(out), atomic_folder(out) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for name in (TENSORS_NAME, "README.md"):
+        for name in (TENSORS_NAME, "README.md", "tokenizer.json", "tokenizer_config.json", TEMPLATE):
             if (args.adapter / name).is_file():
                 shutil.copyfile(args.adapter / name, partial / name)
     return {"num_bytes": (out / TENSORS_NAME).stat().st_size}

@@ -124,8 +124,10 @@ def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
     from qlora_native._io import as_write_error, atomic_folder
     from qlora_native.hf.source import load_tokenizer
 
-    # Beside safetensors the tokenizer is a file, which is copied with the others.
-    tokenizer = load_tokenizer(work.source, work.adapter_folder) if work.source.path.suffix == ".gguf" else None
+    # Beside safetensors the tokenizer is a file, which is copied with the others; that of an adapter takes its place.
+    is_other = work.adapter_folder is not None and (work.adapter_folder / "tokenizer_config.json").is_file()
+    is_other = is_other or work.source.path.suffix == ".gguf"
+    tokenizer = load_tokenizer(work.source, work.adapter_folder) if is_other else None
     with as_write_error(out), atomic_folder(out) as partial:
         work.write(partial, shard_bytes)
         if tokenizer is not None:

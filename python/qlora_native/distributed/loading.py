@@ -66,6 +66,9 @@ def load_model(
     """
     if lora is not None and lora.seed is None:
         raise ValueError("load_model: lora has no seed: give it one, so that every rank starts the same adapter.")
+    if sharded and lora is not None and (lora.modules_to_save or lora.trainable_tokens):
+        trained = "modules_to_save" if lora.modules_to_save else "trainable_tokens"
+        raise ValueError(f"load_model: lora has {trained}, which are not sharded: expected sharded=False, or none.")
     reading, fused = Reading(), options.pop("fuse", True)
     if sharded and (source := open_source(path)).keeps(options.get("quant_type", AUTO)):
         raise UserError(

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_native.config import QuantConfig, TrainConfig
 from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.errors import UserError
-from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel, is_transposed
+from qlora_native.hf.build import OUTPUT_EMBEDDING, MetaModel, dense_beside, is_transposed
 from qlora_native.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from qlora_native.hf.load import make_report
 from qlora_native.hf.plan import FourBit, Kept, Plain
@@ -84,7 +84,8 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
     meta = MetaModel(config, setting.dtype, torch.device("meta"))
     options: Options = {}
     if isinstance(model, Source) and model.keeps(setting.quant["quant_type"]):
-        kept = model.kept_plan(meta, setting.lora.modules_to_save, is_mapped=True).steps
+        skipped = dense_beside(setting.lora.modules_to_save, setting.lora.trainable_tokens, is_kept=True)
+        kept = model.kept_plan(meta, skipped, is_mapped=True).steps
         for step in kept:
             if isinstance(step, Kept):
                 for name, value in step.iter_tensors(meta.model, model.read):
@@ -99,7 +100,7 @@ def meta_model(model: Path | Source | PreTrainedConfig, setting: Setting) -> tup
         steps = model.plan(meta).steps
         options = {step.name: _stored_options(step, meta, setting) for step in steps if isinstance(step, FourBit)}
     if not options:
-        skipped = (*setting.skip_modules, *setting.lora.modules_to_save)
+        skipped = [*setting.skip_modules, *setting.lora.modules_to_save]
         chosen = meta.four_bit_weights(skipped, setting.quant["block_size"])
         options = dict.fromkeys(chosen, setting.quant)
     if isinstance(model, Source) and not model.is_whole:

@@ -143,7 +143,8 @@ def _put_beside(model: nn.Module, adapter: StoredAdapter) -> None:
 
         model.get_submodule(path).register_forward_hook(add)
     for name, tensor in adapter.whole.items():
-        model.get_parameter(name).copy_(tensor)
+        weight = model.get_parameter(name)
+        weight.data = tensor.to(weight)  # which may have rows of new tokens
 
 
 def _compute_in_fp32(model: nn.Module) -> None:

@@ -92,6 +92,11 @@ def export_gguf(work: Merging, path: Path, out_type: str, tokenizer: Any) -> dic
     with closing(gguf.GGUFWriter(path, architecture.name)) as writer:
         _add_metadata(writer, config, out_type, work.source.path)
         if isinstance(work.source, GgufSource):
+            if work.adapter.config.trainable_tokens:
+                raise UserError(
+                    f"{work.source.path} keeps its own tokenizer, and the adapter trains tokens: `qlora merge` both "
+                    "into a folder, and export that."
+                )
             for name, field in gguf.GGUFReader(work.source.path).fields.items():
                 if name.startswith("tokenizer."):
                     kind, *rest = field.types

@@ -31,8 +31,7 @@ def export_adapter(work: Merging, path: Path) -> dict[str, Any]:
         )
     if adapter.whole:
         raise UserError(
-            f"the adapter trains {min(adapter.whole)} whole, which a GGUF adapter cannot hold: export --to gguf merges "
-            "it."
+            f"the adapter trains {min(adapter.whole)}, which a GGUF adapter cannot hold: export --to gguf merges it."
         )
     if adapter.config.init != ZERO:
         raise UserError(

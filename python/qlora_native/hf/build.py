@@ -36,9 +36,11 @@ OUTPUT_EMBEDDING = "lm_head"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def dense_beside(trained: Sequence[str], is_kept: bool) -> list[str]:
-    """The ``skip_modules`` of a base whose modules ``trained`` are trained whole; its 4-bit weights are kept or new."""
-    return [*trained] if is_kept else [OUTPUT_EMBEDDING, *trained]
+def dense_beside(trained: Sequence[str], tokens: object, is_kept: bool) -> list[str]:
+    """The ``skip_modules`` of a base whose modules ``trained`` are trained whole, and ``tokens`` of its embeddings if
+    there are some; its 4-bit weights are kept or new."""
+    beside = ["embed_tokens", OUTPUT_EMBEDDING] if tokens else []
+    return [*trained, *beside] if is_kept else [OUTPUT_EMBEDDING, *trained]
 
 
 Value = Tensor | QuantizedWeight

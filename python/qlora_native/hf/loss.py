@@ -23,6 +23,7 @@ import qlora_native as qn
 from qlora_native.data.template import IGNORE_INDEX
 from qlora_native.hf.fuse import Dense, modes_kept
 from qlora_native.lora.layer import TrainedWhole
+from qlora_native.lora.tokens import WithTokenRows
 from qlora_native.nn.linear import QuantizedLinear
 
 # config fields by which known models change the logits after the output embedding
@@ -50,8 +51,12 @@ def causal_lm_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         trained = targets != IGNORE_INDEX
         return F.cross_entropy(model(**inputs, use_cache=False).logits[trained].float(), targets[trained])
     hidden, head = hidden_states(model, without_needless_mask(model, inputs, targets))
-    weight = head.quantized if isinstance(head, QuantizedLinear) else head.weight.to(hidden.dtype)
-    loss = qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
+    if isinstance(head, WithTokenRows):
+        rows = head.rows(), head.token_adapter.token_ids
+        loss = qn.linear_cross_entropy(hidden, head.own.to(hidden.dtype), targets, IGNORE_INDEX, *rows)
+    else:
+        weight = head.quantized if isinstance(head, QuantizedLinear) else head.weight.to(hidden.dtype)
+        loss = qn.linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
     if isinstance(head, FSDPModule) and not any(p.requires_grad for p in head.parameters()):
         head.reshard()  # the gradient of the hidden states is there already
     return loss
@@ -138,7 +143,7 @@ def head_is_plain(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)  # FSDP puts two classes before it
-    kind = kind.__bases__[1] if issubclass(kind, TrainedWhole) else kind
+    kind = kind.__bases__[1] if issubclass(kind, (TrainedWhole, WithTokenRows)) else kind
     if kind is not nn.Linear and not isinstance(head, (QuantizedLinear, Dense)):
         reason = f"its output embedding is {kind.__name__}, not a linear layer"
     elif head.bias is not None:

@@ -31,7 +31,8 @@ from qlora_native.hf.source import AUTO, KEEP, Source, load_tokenizer, open_sour
 from qlora_native.lora import LoRALinear, load_adapter, lora_layers
 from qlora_native.lora.adapter import StoredAdapter, read_adapter
 from qlora_native.lora.config import ZERO
-from qlora_native.lora.layer import end_training_whole, trained_whole
+from qlora_native.lora.layer import end_training_rows, end_training_whole, trained_whole
+from qlora_native.lora.tokens import DELTA, put_rows, token_rows
 from qlora_native.nn.experts import QuantizedExperts, quantized_stacks, take_stack
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 from qlora_native.weight import QuantizedWeight, to_bnb
@@ -62,7 +63,8 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     if dtype not in DTYPES:
         raise ValueError(f"merge: dtype is {dtype}: expected torch.bfloat16, torch.float16 or torch.float32.")
     report: LoadReport | None = getattr(model, "load_report", None)
-    config = model.__dict__.get("lora_config")
+    config, rows = model.__dict__.get("lora_config"), token_rows(model)
+    end_training_rows(model)
     adapted = {id(module.base_layer) for module in model.modules() if isinstance(module, LoRALinear)}
     layers: Layers = {
         f"{path}.weight": (path, layer, layer.base_layer if isinstance(layer, LoRALinear) else layer)
@@ -102,6 +104,9 @@ def merge(model: PreTrainedModel, base: str = "original", dtype: torch.dtype = t
     for parameter in model.parameters():
         if parameter.dtype == model.config.dtype:  # what is kept in fp32 stays so
             parameter.data = parameter.data.to(dtype)
+    for path, part in rows.items():
+        weight = model.get_submodule(path).get_parameter("weight")
+        weight.data = put_rows(weight.data, part.token_ids, part.trainable_tokens_delta.data)
     model.config.dtype = dtype
     model.config.__dict__.pop("quantization_config", None)
     for name in ("lora_config", "save_pretrained"):  # the latter refuses while the weights are those of a GGUF file
@@ -245,14 +250,23 @@ class Merging(Conversion):
             width, height = self.meta.shapes[name].shape
             self.meta.model.set_submodule(name.removesuffix(".weight"), nn.Linear(width, height, device="meta"))
         self.adapter = StoredAdapter({}, {}) if adapter is None else read_adapter(self.meta.model, adapter)
-        tied = self.meta.tied
+        tied, steps = self.meta.tied, {step.name: step for step in self.plan.steps}
+        for module, ids in dict(self.adapter.config.trainable_tokens).items():
+            name, rows = f"{module}.weight", self.adapter.whole.pop(f"{module}.{DELTA}")
+            if isinstance(step := steps.get(name), (Plain, FourBit)):
+                rows = put_rows(torch.cat([*self.base_rows(step)]).float(), torch.tensor(ids), rows)
+                source.config.get_text_config().vocab_size = len(rows)
+            self.adapter.whole[name] = rows
         origins = {tied.get(name, name): tensor for name, tensor in self.adapter.whole.items()}
         self.whole = origins | {name: origins[to] for name, to in tied.items() if to in origins}
         # Tied embeddings are separated where only the output one has an adapter.
         self.untied = any(f"{path}.weight" in tied for path in self.adapter.pairs)
 
     def config(self) -> dict[str, Any]:
-        return super().config() | ({"tie_word_embeddings": False} if self.untied else {})
+        values = super().config()
+        if "vocab_size" in values:
+            values["vocab_size"] = self.source.config.vocab_size  # with new tokens
+        return values | ({"tie_word_embeddings": False} if self.untied else {})
 
     def quantization_config(self) -> dict[str, Any] | None:
         config = super().quantization_config()
@@ -314,7 +328,7 @@ class Merging(Conversion):
             for part in slices(torch.cat([*parts]).t()) if step.name in self.transposed else parts:
                 writer.write(key, part)
 
-        return Job([Output(key, dtype, tuple(self.meta.shapes[step.name].shape))], write)
+        return Job([Output(key, dtype, tuple(self.whole.get(step.name, self.meta.shapes[step.name]).shape))], write)
 
     def _recoded(self, key: str, step: Plain | FourBit, codes: Path) -> Job:
         def write(writer: ShardWriter) -> None:

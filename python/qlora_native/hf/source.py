@@ -199,7 +199,7 @@ def four_bit_config(config: PreTrainedConfig, folder: Path) -> dict[str, object]
 
 
 def load_tokenizer(model: str | os.PathLike[str] | Source, adapter: Path | None = None) -> Any:
-    """The tokenizer in the model's folder or GGUF file, with the chat template that an adapter was trained with.
+    """The tokenizer in the model's folder or GGUF file, or that of an adapter, or its chat template, if it has one.
     UserError if there is no model or no tokenizer."""
     from transformers import AutoTokenizer
 
@@ -207,6 +207,8 @@ def load_tokenizer(model: str | os.PathLike[str] | Source, adapter: Path | None 
     # A GGUF file is opened only for its error: transformers' reader takes seconds each time.
     if not isinstance(model, Source) and not (path.suffix == ".gguf" and path.is_file()):
         path = open_source(path).path
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        path = adapter
     try:
         if path.suffix == ".gguf":
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from qlora_native._io import atomic_file, check_folder, fsync, read_json, reading, reason, user_path
 from qlora_native.errors import UserError
 from qlora_native.lora.config import INITS, ZERO, LoraConfig
-from qlora_native.lora.layer import LoRALinear, insert, lora_layers, matches, plain_modules, trained_whole
+from qlora_native.lora.layer import (
+    LoRALinear,
+    insert,
+    lora_layers,
+    matches,
+    plain_modules,
+    token_modules,
+    trained_whole,
+)
+from qlora_native.lora.tokens import DELTA, token_rows
 from qlora_native.ops._library import say_once
 
 CONFIG_NAME = "adapter_config.json"
@@ -36,8 +45,8 @@ INIT_KEY = "qlora_native.init"  # in the header of the tensors' file: PEFT's con
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 # PEFT's settings under which a layer computes something else than x W^T + s (x A^T) B^T.
 _UNSUPPORTED = (
-    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices"),
-    *("layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "bias"),
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "layer_replication"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "bias"),
 )
 # Initializations that change the base model's weights, which an adapter's file does not hold.
 _CHANGES_THE_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
@@ -73,8 +82,10 @@ def save_adapter(
         for side, own in (("A", layer.lora_A), ("B", layer.lora_B))
     }
     places: set[int] = set()  # of what is written once without a copy; tied parameters are written twice
-    for path, module in trained_whole(model, config.modules_to_save).items():
-        for name, tensor in module.state_dict().items():
+    others = {path: module.state_dict() for path, module in trained_whole(model, config.modules_to_save).items()}
+    others |= {path: {DELTA: rows.trainable_tokens_delta} for path, rows in token_rows(model).items()}
+    for path, named in others.items():
+        for name, tensor in named.items():
             tensor = _whole(state.get(f"{path}.{name}", tensor)).cpu().contiguous()
             tensors[f"{PREFIX}{path}.{name}"] = tensor.clone() if tensor.data_ptr() in places else tensor
             places.add(tensor.data_ptr())
@@ -124,7 +135,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     A model without an adapter gets one, trainable as after :func:`add_lora`; into a model that has one of the same
     layers, rank and scale, the values are copied, with a warning if that one was trained or loaded. rsLoRA, rank and
-    alpha patterns and ``modules_to_save`` are honored.
+    alpha patterns, ``modules_to_save`` and ``trainable_token_indices`` are honored.
 
     Args:
         model: the base that the adapter was trained on; changed in place.
@@ -161,7 +172,7 @@ class StoredAdapter:
     """An adapter as its file holds it, checked against a model."""
 
     pairs: dict[str, tuple[Tensor, Tensor, float]]  # path -> lora_A [r, K], lora_B [N, r], scale
-    whole: dict[str, Tensor]  # what was trained whole, by the parameter's name
+    whole: dict[str, Tensor]  # what was trained whole, by the parameter's name, and rows of tokens
     config: LoraConfig = field(default_factory=LoraConfig)
 
     def delta(self, path: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -182,7 +193,15 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdap
     config.init = init
     _check(folder, model, config, tensors, settings.get("base_model_name_or_path") or "another model")
     pairs = {path: (pair["A"], pair["B"], config.scale_of(path)) for path, pair in tensors.items()}
-    _whole_targets(folder, model, whole)
+    _whole_targets(folder, model, {name: tensor for name, tensor in whole.items() if not name.endswith(DELTA)})
+    try:
+        chosen = token_modules(model, config.trainable_tokens)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
+    for path, ids in dict(config.trainable_tokens).items():
+        size = [len(ids), chosen[path][0]._parameters["weight"].shape[1]]  # type: ignore[union-attr]
+        if (got := list(whole[f"{path}.{DELTA}"].shape)) != size:
+            raise UserError(f"{folder}: the rows of tokens of {path} are {got}: expected {size}.")
     return StoredAdapter(pairs, whole, config)
 
 
@@ -211,6 +230,7 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALin
     if hub := re.search(r"models--([^/]+?)--([^/]+)/snapshots/\w+$", base):  # in the cache of the Hugging Face hub
         base = "/".join(hub.groups())
     is_causal = callable(getattr(model, "prepare_inputs_for_generation", None))
+    rows = token_rows(model)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if is_causal else None,
@@ -231,6 +251,7 @@ def _peft_config(model: nn.Module, config: LoraConfig, layers: dict[str, LoRALin
         "alpha_pattern": dict(config.alpha_pattern),
         "layers_to_transform": None,
         "layers_pattern": None,
+        **({"trainable_token_indices": {path: part.ids for path, part in rows.items()}} if rows else {}),
     }
 
 
@@ -299,6 +320,10 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], whole: dict[str, Tensor]) -> LoraConfig:
     with reading(folder / CONFIG_NAME):
+        rows = [name.removesuffix(f".{DELTA}") for name in whole if name.endswith(DELTA)]
+        tokens = stored.get("trainable_token_indices") or {}  # by the end of a module's path, or one list
+        tokens = dict.fromkeys(rows, tokens) if isinstance(tokens, list) else tokens
+        tokens = {path: next((ids for name, ids in tokens.items() if matches(path, name)), []) for path in rows}
         named = stored.get("modules_to_save") or sorted({name.rpartition(".")[0] for name in whole})
         return LoraConfig(
             r=stored["r"],
@@ -308,7 +333,8 @@ def _our_config(folder: Path, stored: dict[str, Any], paths: list[str], whole: d
             rslora=bool(stored.get("use_rslora", False)),
             rank_pattern=stored.get("rank_pattern") or {},
             alpha_pattern=stored.get("alpha_pattern") or {},
-            modules_to_save=list(dict.fromkeys(named)) if whole else (),
+            modules_to_save=list(dict.fromkeys(named)) if len(whole) > len(rows) else (),
+            trainable_tokens=tokens,
         )
 
 
@@ -339,6 +365,12 @@ def _check(folder: Path, model: nn.Module, config: LoraConfig, pairs: dict[str, 
         raise UserError(
             f"{folder}: the adapter changes {len(pairs)} layers and the model's adapter {len(present)}: only {where} "
             f"has {differing[0]}; load the model again without an adapter."
+        )
+    own = {path: rows.ids for path, rows in token_rows(model).items()}
+    if present and own != config.trainable_tokens:
+        raise UserError(
+            f"{folder}: the adapter trains tokens {config.trainable_tokens!r:.200}, the model's adapter {own!r:.200}: "
+            "load the model again without an adapter."
         )
     for path, adapted in present.items():
         a, scale = pairs[path]["A"], config.scale_of(path)

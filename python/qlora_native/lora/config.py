@@ -31,6 +31,8 @@ class LoraConfig:
         alpha_pattern: alpha, likewise.
         layers_to_transform: numbers of the decoder layers that get an adapter, counted from 0; None is all of them.
         modules_to_save: names of dense modules that are trained whole and saved with the adapter, such as "lm_head".
+        trainable_tokens: ids of tokens, also new ones, whose rows of embedding and output embedding are trained;
+            or such lists by the names of modules, as in PEFT's ``trainable_token_indices``.
         init: "zero" begins with an adapter that changes nothing. "h_svd" begins with the best rank-r correction of what
             4 bits lost, weighted by the inputs' second moments, "loftq" with the unweighted one (Li et al., "LoftQ",
             2023, with one iteration); both need statistics, see :func:`qlora_native.add_lora`. An adapter that begins
@@ -47,6 +49,7 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: Sequence[int] | None = None
     modules_to_save: Sequence[str] = ()
+    trainable_tokens: Any = ()
     init: str = ZERO
 
     def __post_init__(self) -> None:
@@ -71,6 +74,11 @@ class LoraConfig:
             raise ValueError(f"LoraConfig: init is {self.init!r}: expected {', '.join(map(repr, INITS))}.")
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
+        tokens = self.trainable_tokens
+        for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            is_wrong = any(type(token) is not int or not 0 <= token < 1 << 31 for token in ids)
+            if is_wrong or len({*ids}) < len(ids) or (tokens and not ids):
+                raise ValueError(f"LoraConfig: trainable_tokens is {tokens!r:.200}: expected ids of tokens, each once.")
 
     def includes(self, path: str) -> bool:
         """Whether ``layers_to_transform`` has the first number in ``path``."""

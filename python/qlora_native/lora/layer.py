@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear
 from qlora_native.lora.config import ALL_LINEAR, H_SVD, LOFTQ, ZERO, LoraConfig
+from qlora_native.lora.tokens import TokenRows, WithTokenRows
 from qlora_native.nn.experts import Substitute, substitute_class
 from qlora_native.nn.linear import QuantizedEmbedding, QuantizedLinear
 from qlora_native.weight import QuantizedWeight
@@ -167,7 +168,8 @@ def add_lora(model: nn.Module, config: LoraConfig, statistics: Iterable[LayerSta
             and dense ones, which lost nothing, begin as with "zero".
 
     Returns:
-        The model. Its trainable parameters are the fp32 ``lora_A`` and ``lora_B``, and those of ``modules_to_save``.
+        The model. Its trainable parameters are the fp32 ``lora_A`` and ``lora_B``, those of ``modules_to_save`` and the
+        rows of ``trainable_tokens``.
 
     Raises:
         ValueError: the model has an adapter already; a name that no linear layer has (the message lists near matches);
@@ -200,6 +202,7 @@ def unload_adapter(model: nn.Module) -> nn.Module:
     """
     for path, layer in list(lora_layers(model)):
         model.set_submodule(path, layer.base_layer)
+    end_training_rows(model)
     model.__dict__.pop("lora_config", None)
     saving = model.__dict__.get("save_pretrained")
     if isinstance(saving, partial) and len(saving.args) == 2:  # that of insert()
@@ -297,6 +300,12 @@ def insert(
     if not beside and any(True for _ in lora_layers(model)):
         raise ValueError("the model has an adapter already: merge it, or load the model again.")
     saved = trained_whole(model, config.modules_to_save)
+    chosen = token_modules(model, config.trainable_tokens)
+    if both := chosen.keys() & {*saved, *targets}:
+        raise ValueError(f"trainable_tokens: {min(both)} is trained by the adapter already: expected one of both.")
+    last = max((max(ids) for _, ids in chosen.values()), default=-1)
+    if chosen and last >= min(len(part.weight) for part, _ in chosen.values()):  # type: ignore[arg-type]
+        _grow(model, last + 1)
     layers = {
         path: LoRALinear(model.get_submodule(path), rank, scale, config.dropout, generator)  # type: ignore[arg-type]
         for path, (rank, scale) in targets.items()
@@ -305,6 +314,11 @@ def insert(
     for path, layer in layers.items():
         model.set_submodule(path, layer)
     train_whole(saved.values())
+    made: dict[Tensor, TokenRows] = {}  # by the weight, which tied modules share
+    for module, ids in chosen.values():
+        weight: Any = module.weight
+        module.token_adapter = made.setdefault(weight, TokenRows(weight, ids))
+        module.__class__ = substitute_class(WithTokenRows, type(module))
     if hasattr(model, "save_pretrained") and "lora_config" not in model.__dict__:
         from qlora_native.lora.adapter import save_pretrained
 
@@ -322,14 +336,15 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model computes as if it had no adapter (``modules_to_save`` excepted)."""
-    before = {layer: layer.enabled for _, layer in lora_layers(model)}
+    adapters = [module for module in model.modules() if isinstance(module, (LoRALinear, TokenRows))]
+    before = {adapter: adapter.enabled for adapter in adapters}
     try:
-        for layer in before:
-            layer.enabled = False
+        for adapter in before:
+            adapter.enabled = False
         yield model
     finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
+        for adapter, enabled in before.items():
+            adapter.enabled = enabled
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -388,6 +403,60 @@ def trained_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
                 f"load the model with skip_modules=({path.rpartition('.')[2]!r},), or adapt it instead."
             )
     return chosen
+
+
+def end_training_rows(model: nn.Module) -> None:
+    """Give modules with rows of ``trainable_tokens`` their own rows and code back."""
+    for module in model.modules():
+        if isinstance(module, WithTokenRows):
+            module.__class__ = type(module).__bases__[1]
+            del module.token_adapter
+
+
+def token_modules(
+    model: nn.Module, tokens: Sequence[int] | dict[str, list[int]]
+) -> dict[str, tuple[nn.Module, list[int]]]:
+    """The modules whose rows ``trainable_tokens`` selects, by path, and those that share their weight, with the ids.
+    ValueError for unknown ones, and for rows that cannot be trained."""
+    modules = {path: module for path, module in plain_modules(model) if path}
+    if not isinstance(tokens, dict):
+        ends = _embeddings(model) if tokens else []
+        tokens = {path: list(tokens) for path, module in modules.items() if module in ends}
+    own: dict[Tensor | None, list[int]] = {}
+    for name, ids in tokens.items():
+        for path in _selected(model, [name], "trainable_tokens", "module", modules):
+            own[modules[path]._parameters.get("weight")] = ids
+    chosen = {path: (part, own[w]) for path, part in modules.items() if (w := part._parameters.get("weight")) in own}
+    for path, (part, ids) in chosen.items():
+        is_plain = type(part).forward in (nn.Embedding.forward, WithTokenRows.forward)
+        is_plain = is_plain or isinstance(getattr(part, "embed_scale", None), Tensor)
+        is_linear = isinstance(part, nn.Linear) and not isinstance(part, QuantizedLinear) and part.bias is None
+        rows = len(part._parameters["weight"]) if is_plain or is_linear else 0  # type: ignore[arg-type]
+        if not rows or any(token not in ids for token in range(rows, 1 + max(ids))):
+            raise ValueError(
+                f"trainable_tokens: {path} ({type(part).__name__}, {rows:,} rows) cannot train token {max(ids)}: "
+                "expected a dense embedding, or linear layer without a bias, as skip_modules=('embed_tokens', "
+                "'lm_head') of load_model leaves them, and a token of its rows or next to them."
+            )
+    return chosen
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+
+
+@torch.no_grad()
+def _grow(model: Any, rows: int) -> None:
+    """Give the embeddings of the model more rows, the mean of the others, up to so many."""
+    grown: dict[Tensor, nn.Parameter] = {}
+    for module in _embeddings(model):
+        weight: Any = module.weight
+        if weight not in grown:
+            more = weight.mean(0, dtype=torch.float32).to(weight.dtype).expand(rows - len(weight), -1)
+            grown[weight] = nn.Parameter(torch.cat([weight, more]), requires_grad=False)
+        module.weight = grown[weight]
+        setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
+    model.vocab_size = model.config.get_text_config().vocab_size = rows
 
 
 def matches(path: str, name: str) -> bool:

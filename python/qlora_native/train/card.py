@@ -22,8 +22,9 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any], hashes:
     base += ", double quantization)" if quant.double_quant else ")"
     if quant.type == "keep":
         arguments, base = repr(model), "GGUF file whose weights stayed as they are"
-    if names := lora.modules_to_save:
-        arguments += f", skip_modules={dense_beside(names, quant.type == 'keep')!r}"
+    if lora.modules_to_save or lora.trainable_tokens:
+        skipped = dense_beside(lora.modules_to_save, lora.trainable_tokens, quant.type == "keep")
+        arguments += f", skip_modules={skipped!r}"
     if quant.method != "rtn":  # too slow to do on each load
         from qlora_native.calibration.data import FILE, quantize_command
 

@@ -165,7 +165,7 @@ class Trainer:
             names = config.logging if ranks.is_first else []
             loggers = make_loggers(names, self.output_dir, config.model_dump(mode="json"))
             source = open_source(user_path(config.model)) if self.model is None else None
-            self.tokenizer = config.data.with_template(self.tokenizer or load_tokenizer(source or config.model))
+            self.tokenizer = config.prepared(self.tokenizer or load_tokenizer(source or config.model))
             rows, held_out = load_rows(config, self.tokenizer)
             findings = check_data(source, self.tokenizer, rows, held_out)
             fell_back = settle_method(config, source, rows)
@@ -177,9 +177,8 @@ class Trainer:
         longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
         memory = MemoryReport(config, source, longest) if source is not None and ranks.world == 1 else None
         budget = None if memory is None else memory.layers_budget
-        self.model = model = prepare_model(
-            config, self.model, rows, ranks, source=source, layers_budget=budget, quiet=self.quiet
-        )
+        options_of_it: dict[str, Any] = {"source": source, "tokenizer": self.tokenizer, "layers_budget": budget}
+        self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it, quiet=self.quiet)
         optimizer = make_optimizer(options, parameter_groups(model, config.lora.lora_plus_ratio), self.output_dir)
         highest = [int(data.input_ids.max()) for data in (rows, held_out) if data is not None]
         check_vocabulary(max(*highest, padding_id(self.tokenizer)), self.tokenizer, model, rows.stats.path)
@@ -415,6 +414,8 @@ class Trainer:
                 with as_write_error(folder), atomic_folder(folder) as partial:
                     save_adapter(self.model, partial)
                     (partial / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
+                    if self.config.lora.trainable_tokens:
+                        self.tokenizer.save_pretrained(partial)
                     if self.config.data.chat_template is not None:  # where transformers looks for it
                         (partial / TEMPLATE).write_text(self.tokenizer.chat_template, encoding="utf-8")
                     write_card(partial, self.config, asdict(state), self.hashes)

@@ -19,7 +19,7 @@ from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import LayerProgress, load_model
 from qlora_native.hf.source import AUTO, Source, open_source
-from qlora_native.lora import LoRALinear, add_lora
+from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.graphs import why_eager
@@ -36,6 +36,7 @@ def prepare_model(
     ranks: OneProcess | None = None,
     *,
     source: Source | None = None,
+    tokenizer: Any = None,
     layers_budget: int | None = None,
     quiet: bool = False,
 ) -> Any:
@@ -45,6 +46,7 @@ def prepare_model(
         model: used instead of loading ``config.model``; adapters are added unless it has some.
         rows: training rows, which calibrate it if ``quant.calibration`` names nothing else.
         source: of ``config.model``, if it is open already.
+        tokenizer: of the run, which names the rows that ``lora.trainable_tokens`` trains.
         layers_budget: bytes of the card for the layers' 4-bit weights; the layers beyond it stream.
     """
     options, ranks = config.train, ranks or OneProcess()
@@ -53,11 +55,12 @@ def prepare_model(
             f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: set "
             f"lora.init to {ZERO}"
         )
+    lora = config.lora.as_config(options.seed, tokenizer)
     with as_user_error(), LayerProgress(quiet=quiet or not ranks.is_first) as progress:
         if model is None:
             source = open_source(source or user_path(config.model))
             on_card = torch.cuda.is_available() and layers_budget is None
-            model = _load(config, source, rows, ranks, progress, "cuda" if on_card else None)
+            model = _load(config, source, lora, rows, ranks, progress, "cuda" if on_card else None)
             if layers_budget is not None:
                 from qlora_native.hf.device_layers import stream_layers
 
@@ -71,7 +74,7 @@ def prepare_model(
 
                 text = _text(config, rows, "lora.init is h_svd") if config.lora.init == H_SVD else None
                 statistics = lora_statistics(model, text, full=False, source=source)
-            add_lora(model, config.lora.as_config(options.seed), statistics)
+            add_lora(model, lora, statistics)
         if ranks.is_sharded:
             from torch.distributed.fsdp import FSDPModule
 
@@ -136,6 +139,7 @@ def _has_adapters(model: Any) -> bool:
 def _load(
     config: TrainConfig,
     source: Source,
+    lora: LoraConfig,
     rows: TokenizedDataset | None,
     ranks: OneProcess,
     progress: LayerProgress,
@@ -151,8 +155,9 @@ def _load(
         "device": device,
         "method": None if is_made or quant.method == "rtn" else quant.method,
     }
-    if names := config.lora.modules_to_save:
-        options["skip_modules"] = dense_beside(names, source.keeps(quant.type))
+    if lora.modules_to_save or lora.trainable_tokens:
+        is_kept = source.keeps(quant.type)
+        options["skip_modules"] = dense_beside(lora.modules_to_save, lora.trainable_tokens, is_kept)
     if ranks.world == 1:
         return load_model(source, calibration=calibration, residency=config.residency, progress=progress, **options)
     if calibration is not None:
@@ -166,7 +171,6 @@ def _load(
         )
     from qlora_native.distributed.loading import load_model as load_together
 
-    lora = config.lora.as_config(config.train.seed)
     return load_together(source, sharded=ranks.is_sharded, lora=lora, **options)
 
 
