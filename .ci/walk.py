@@ -51,7 +51,7 @@ class Walk:
     def page(self, name: str) -> None:
         """Every block of a page, in order."""
         print(f"== {name}", flush=True)
-        text, printed = (ROOT / name).read_text(encoding="utf-8"), ""
+        text, printed, code = (ROOT / name).read_text(encoding="utf-8"), "", ""
         for language, title, is_output, body in BLOCK.findall(text):
             if title:
                 (self.clone / title).write_text(body, encoding="utf-8")
@@ -61,7 +61,8 @@ class Walk:
                     if command.startswith("qlora config init"):
                         self.run("sed -i 's/^model: .*/model: base-model/' config.yaml")  # as the page says
             elif language in ("python", "py"):
-                self.run("python -", body)
+                code += body  # a block goes on where the one before ended
+                self.run("python -", code)
             elif is_output:
                 self.compare(body, printed)
 
