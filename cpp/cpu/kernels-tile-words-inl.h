@@ -240,6 +240,7 @@ __attribute__((always_inline)) inline void each_run_of_block(const uint8_t* bloc
   if constexpr (kType == QuantType::kQ5_K) {
     high = _mm512_slli_epi32(bits_of_spread(spread_bytes(block + 16), 0), 4);
   }
+  // Counts of bits are uint8_t where compilers disagree on the sign of what an intrinsic takes.
 #pragma GCC unroll 8
   for (unsigned run = 0; run < 8; ++run) {
     if constexpr (kType == QuantType::kQ4_K) {  // a table serves two runs
@@ -253,7 +254,8 @@ __attribute__((always_inline)) inline void each_run_of_block(const uint8_t* bloc
       if (run % 2 == 0) {
         low[0] = spread_bytes(block + 48 + run / 2 * kRun);
       }
-      const __m512i indexes = nibbles_and_bits(bits_of_spread(low[0], run % 2 * 4), _mm512_srli_epi16(high, run));
+      const __m512i indexes =
+          nibbles_and_bits(bits_of_spread(low[0], run % 2 * 4), _mm512_srli_epi16(high, static_cast<uint8_t>(run)));
       use(look_up<kType>(indexes, scales.at(2 * run)));
     } else {
       if (run % 4 == 0) {
@@ -262,8 +264,8 @@ __attribute__((always_inline)) inline void each_run_of_block(const uint8_t* bloc
       if (run % 4 < 2) {
         low[run % 2] = twice_32(block + run / 4 * 64 + run % 2 * kRun);
       }
-      const __m512i codes =
-          nibbles_and_bits(bits_of_twice(low[run % 2], run % 4 / 2 * 4), _mm512_srli_epi16(high, run % 4 * 2));
+      const __m512i codes = nibbles_and_bits(bits_of_twice(low[run % 2], run % 4 / 2 * 4),
+                                             _mm512_srli_epi16(high, static_cast<uint8_t>(run % 4 * 2)));
       const __m512i factors = _mm512_mask_mov_epi32(_mm512_castps_si512(all(scales.at(2 * run).factor)), 0xf0f0,
                                                     _mm512_castps_si512(all(scales.at(2 * run + 1).factor)));
       const auto values = [&](int bits, int power, float zero) {  // as floats that begin with a power of two
