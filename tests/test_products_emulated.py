@@ -250,8 +250,8 @@ def loss_arguments(
     h: Tensor, weight: Tensor | qn.QuantizedWeight, labels: Tensor, need_grad_weight: bool = False
 ) -> tuple[Any, ...]:
     if isinstance(weight, qn.QuantizedWeight):
-        return h, labels, -100, True, False, *weight.op_args()
-    return h, labels, -100, True, need_grad_weight, weight, *[None] * 5, list(weight.shape), 0, 64
+        return h, labels, -100, True, False, None, None, *weight.op_args()
+    return h, labels, -100, True, need_grad_weight, None, None, weight, *[None] * 5, list(weight.shape), 0, 64
 
 
 def test_how_often_the_head_is_read(stubbed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_the_loss_waits_for_nothing(stubbed: Callable[..., Any], quantized: bool
             _, grad_h, grad_weight = function(*arguments)
             context = SimpleNamespace(
                 saved_tensors=(labels, grad_h, grad_weight), ignore_index=-100, h_dtype=h.dtype,
-                weight_dtype=dense.dtype, needs_input_grad=(True, *[False] * 4, not quantized),
+                weight_dtype=dense.dtype, needs_input_grad=(True, *[False] * 6, not quantized),
             )  # fmt: skip
             loss_op._backward(context, torch.ones(()))
     if not quantized:

@@ -25,7 +25,6 @@ from qlora_native._memory import free_memory
 from qlora_native.ops import _library
 from qlora_native.ops._library import part_of
 from qlora_native.ops._optim import Plan
-from qlora_native.optim.pressure import watch
 
 if TYPE_CHECKING:
     from qlora_native.optim.device_pages import DevicePages
@@ -268,6 +267,8 @@ class PagedStates:
             self._pages[device] = pages
             watched = self.paged == "auto" and isinstance(pages, HostPages)  # on a device, every step checks
             if watched and before < LEAST_WATCHED <= pages.state_bytes():
+                from qlora_native.optim.pressure import watch
+
                 watch(self, free_memory)
 
     def _new_pages(self, device: torch.device) -> HostPages | DevicePages | None:
