@@ -18,7 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a machine without the hub does in place of a command: the demo's own model as a folder.
-MODEL = "qlora export $(python -c 'from qlora_native.cli.demo_model import model_file; print(model_file())' | tail -n 1)"
+MODEL = (
+    "qlora export $(python -c 'from qlora_native.cli.demo_model import model_file; print(model_file())' | tail -n 1)"
+)
 EDITS = {"hf download ": f"{MODEL} --to safetensors --out base-model"}
 BLOCK = re.compile(r"^(?:```(\w+)(?: title=\"([^\"]+)\")?|(~~~))\n(.*?)^(?:```|~~~)$", re.MULTILINE | re.DOTALL)
 FILES = re.compile(r"`((?:run|adapter|best|merged)[\w./-]*/|[\w-]+\.(?:png|jsonl))`")

@@ -130,6 +130,7 @@ def test_peak_is_the_four_bit_model_and_one_tensor(model_folder: tuple[Path, int
     check_peak(*model_folder, LOADERS[loader], 100e6)
 
 
+@pytest.mark.long
 def test_experts_are_not_stacked_in_16_bits(tmp_path: Path) -> None:
     """A mixtral whose largest tensors are its experts, which save_pretrained stores one by one."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8}

@@ -77,6 +77,7 @@ def digests() -> dict[str, dict[str, str]]:
     return found
 
 
+@pytest.mark.long  # each golden file is read on each instruction set
 @pytest.mark.parametrize("part", ["quantize", "activations", "optimizers"])
 def test_the_bytes_are_those_of_every_instruction_set(digests: dict[str, dict[str, str]], part: str) -> None:
     assert "scalar" in digests and len({found[part] for found in digests.values()}) == 1, digests

@@ -222,7 +222,10 @@ def test_a_fault_at_each_write(make: Callable[[str], Case], name: str, pytestcon
     assert not wrong, f"{len(wrong)} of {len(tried)}, such as {'; '.join(wrong[:8])}"
 
 
-@pytest.mark.parametrize("name", ["train, paging", "quantize", "merge", "export to gguf"])
+KILLED = ["train, paging", "quantize", "merge", pytest.param("export to gguf", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("name", KILLED)
 def test_kills_at_random_moments(make: Callable[[str], Case], name: str, pytestconfig: pytest.Config) -> None:
     """``--kills`` times."""
     case, chance = make(name), random.Random(name)
