@@ -137,12 +137,8 @@ arm64_build() {  # arm64_build [OPTION...]: the native tests, cross-compiled; ne
         cmake --build "$scratch/arm64-build"
 }
 
-# arm64_tests ISAS [WORD...]: all of them, or those whose names hold one of the words, run by an emulator of an arm64
-# CPU that has every extension.
-arm64_tests() {
-    on_each_isa "$1" qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max "$scratch/arm64-build/tests/cpp/qlora_native_cpp_tests" \
-        "${@:2}"
-}
+# What runs them: an emulator of an arm64 CPU that has every extension.
+arm64_tests=(qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max "$scratch/arm64-build/tests/cpp/qlora_native_cpp_tests")
 
 system_packages() {  # the two things that pip cannot bring: a Python with its headers, a C++ compiler
     local missing=()
