@@ -412,7 +412,7 @@ def recode(model: Any, ids: Tensor, pool: Executor, write: Callable[[str, Tensor
     shared: dict[str, Any] = {}  # q, k and v have the same input
 
     def forward(layer: LoRALinear, plain: Callable[[Tensor], Tensor], path: str, x: Tensor) -> Tensor:
-        both = x.shape[:2] == (2 * len(ids), ids.shape[1])  # not the tokens of an expert
+        both = x.numel() == 2 * ids.numel() * x.shape[-1]  # an expert has some tokens; fused layers pass [tokens, K]
         trained, ships = x.chunk(2) if both else (x, x)
         if shared.get("x") is not x:
             statistic = Statistics(full=True)
