@@ -12,7 +12,7 @@ from helpers import same_bytes
 
 import qlora_native as qn
 from qlora_native import _C
-from qlora_native.optim import paging
+from qlora_native.optim import pressure
 
 Params = list[torch.nn.Parameter]
 Made = tuple[Params, Any]  # parameters and their optimizer
@@ -37,7 +37,7 @@ def page_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for page files, and no watcher: the tests call for the moves."""
     if _C.lies_in_memory(str(tmp_path)):
         pytest.skip("temporary files lie in memory here: pytest --basetemp names a folder on a disk")
-    monkeypatch.setattr(paging, "watch", lambda *_: None)
+    monkeypatch.setattr(pressure, "watch", lambda *_: None)
     return tmp_path
 
 

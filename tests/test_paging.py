@@ -25,6 +25,7 @@ import qlora_native as qn
 from qlora_native import _C
 from qlora_native._memory import Free
 from qlora_native.optim import paging, pressure
+from qlora_native.optim.pressure import watch
 
 __all__ = ["page_dir"]
 
@@ -185,7 +186,7 @@ def test_without_pressure_nothing_moves(tmp_path: Path) -> None:
 def test_the_watcher_moves_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The thread that the optimizer starts, with a reading of its own."""
     free = Free(0, 1 << 30, "a test")
-    monkeypatch.setattr(paging, "watch", pressure.watch)
+    monkeypatch.setattr(pressure, "watch", watch)
     monkeypatch.setattr(paging, "free_memory", lambda: free)
     monkeypatch.setattr(pressure, "INTERVAL", 0.01)
     params, optimizer = made(page_dir=tmp_path)

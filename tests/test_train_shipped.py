@@ -16,9 +16,13 @@ import qlora_native as qn
 from qlora_native.config import TrainConfig
 from qlora_native.errors import UserError
 from qlora_native.evaluate.retention import describe
+from qlora_native.hf import merge
+from qlora_native.hf.calibrated import side_by_side
 from qlora_native.lora import LoRALinear, lora_layers
 from qlora_native.lora.shipped import gain_of, shipped_linear, shipped_weight
+from qlora_native.train import shipping
 from qlora_native.train.loop import Trainer, TrainSummary
+from qlora_native.train.shipping import Shipping
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,6 +74,32 @@ def test_the_model_written_is_the_model_evaluated(shipped: tuple[Trainer, TrainS
     assert found["retention"] == pytest.approx(share, abs=1e-4) and found["retention_error"] > 0
     card = (summary.adapter_dir / "README.md").read_text(encoding="utf-8")
     assert describe(found) in card
+
+
+def test_the_codes_are_those_of_a_merge(
+    shipped: tuple[Trainer, TrainSummary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found while every layer computes as it was trained; what is found is used afterwards."""
+    run, summary = shipped
+    given: list[torch.Tensor] = []
+
+    def recode(model: Any, ids: torch.Tensor, *rest: Any) -> None:
+        given.append(ids)
+        merge.recode(model, ids, *rest)
+
+    def beside() -> Any:
+        return qn.load_adapter(qn.load_model(run.config.model), summary.adapter_dir)
+
+    monkeypatch.setattr(shipping, "recode", recode)
+    model = beside()
+    rows = run.config.data.load(run.config.data.train, run.tokenizer).split(4, seed=run.config.train.seed)[0]
+    Shipping(run.config, model, 6).recode(rows, run.config.data.max_length)
+    merged: dict[str, torch.Tensor] = {}
+    with side_by_side(torch.device("cpu")) as (pool, _):
+        merge.recode(beside(), given[0], pool, merged.__setitem__)
+    for (path, layer), (_, of_run) in zip(lora_layers(model), lora_layers(run.model), strict=True):
+        assert torch.equal(layer.shipped.packed, merged[path]), path  # type: ignore[union-attr]
+        assert torch.equal(of_run.shipped.packed, merged[path]), path  # type: ignore[union-attr]
 
 
 def test_it_loads_elsewhere(shipped: tuple[Trainer, TrainSummary], theirs: Any) -> None:

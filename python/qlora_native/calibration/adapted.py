@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_native.calibration.data import LENGTH, ROWS
 from qlora_native.calibration.quantize import feedback_factor
 from qlora_native.calibration.statistics import tiles
 from qlora_native.lora.shipped import least_gain, sampled_rows
@@ -15,6 +16,7 @@ from qlora_native.ops.requantize_4bit import ELEMENTS
 from qlora_native.weight import QuantizedWeight, quant_type_number
 
 DAMPING = 0.01
+TOKENS = ROWS["wmse"] * LENGTH  # of the training rows that calibrate what ships
 BISECTIONS = 8  # each rounds the sampled rows
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 REPORT = "merge_report"
 METHODS = ("gptq", "rtn")
-CALIBRATION_ROWS = 16  # sequences, over a 4-bit base
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
                 out.parent.mkdir(parents=True, exist_ok=True)
             with as_write_error(out), TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
                 if work.four_bit or work.rounded:
-                    calibration = CalibrationData(args.calibration, rows=CALIBRATION_ROWS)
+                    calibration = CalibrationData(args.calibration)
                     work.codes = calibrated_codes(work, adapter, calibration, Path(folder))
                     write_merged(work, out, args.shard_size)
                 else:

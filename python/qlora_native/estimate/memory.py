@@ -203,7 +203,7 @@ class _Sum:
         if self.setting.ships:
             moments["shipping"] = replace(held, weights=2 * packed)  # with the codes that are written
             if self.setting.ships == "nf4":
-                from qlora_native.lora.shipped import TOKENS
+                from qlora_native.calibration.adapted import TOKENS
 
                 widest = max((k for _, k in self.estimator.shapes), default=0)
                 # Two passes of the tokens; products of a layer's inputs in fp32 and fp64, and what is solved for.

@@ -22,7 +22,6 @@ from qlora_native.ops._direct import call, call_in_derivative
 from qlora_native.ops._library import Weight
 from qlora_native.weight import QuantizedWeight
 
-TOKENS = 8192  # of the training rows that calibrate what ships
 SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # of a weight and of its inputs, from which its gain is found
 SAMPLED = 1 << 19  # elements at most
 MOST_GAIN, BISECTIONS = 2.0**20, 16

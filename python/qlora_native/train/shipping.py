@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from qlora_native._io import as_write_error, atomic_file, atomic_folder
+from qlora_native.calibration.adapted import TOKENS
 from qlora_native.config import TrainConfig
 from qlora_native.data.batching import permutation
 from qlora_native.data.dataset import TokenizedDataset
@@ -25,7 +26,7 @@ from qlora_native.hf.gguf_source import GgufSource
 from qlora_native.hf.loss import causal_lm_loss
 from qlora_native.hf.merge import recode
 from qlora_native.lora import LoRALinear, adapters_off, lora_layers
-from qlora_native.lora.shipped import TOKENS, gain_of, shipped_weight
+from qlora_native.lora.shipped import gain_of, shipped_weight
 from qlora_native.nn import QuantizedLinear
 from qlora_native.train.batches import Batch
 
@@ -67,19 +68,18 @@ class Shipping:
 
     def recode(self, rows: TokenizedDataset, length: int) -> None:
         """Let the layers compute with the codes of a merge that is calibrated on training rows."""
-        model, self.has_begun = self.model, True
+        model, found = self.model, dict[str, torch.Tensor]()
         taken = (rows[int(row)]["input_ids"] for row in permutation(len(rows), 0)[:MOST_ROWS])
         ids = torch.from_numpy(np.concatenate([*taken])[:TOKENS].astype(np.int64))
         ids = ids[: len(ids) // length * length].view(-1, length) if len(ids) > length else ids[None]
-
-        def write(path: str, packed: torch.Tensor) -> None:
-            weight: Any = self.layers[path].base_layer.quantized
-            self.layers[path].shipped = weight._with(weight.op_args()._replace(packed=packed))
-
         model.eval()
         with side_by_side(model.device) as (pool, _):
-            recode(model, ids, pool, write)
+            recode(model, ids, pool, found.__setitem__)
         model.train()
+        for path, packed in found.items():  # not before: meanwhile the layers compute as they were trained
+            weight: Any = self.layers[path].base_layer.quantized
+            self.layers[path].shipped = weight._with(weight.op_args()._replace(packed=packed))
+        self.has_begun = True
 
     @torch.no_grad()
     def gains(self, batch: Batch) -> list[float]:
