@@ -27,7 +27,6 @@ add_library(qlora_native_cpu STATIC
   cpp/cpu/linear_cross_entropy.cc
   cpp/cpu/paging.cc
   cpp/cpu/quantize_4bit.cc
-  cpp/cpu/requantize_4bit.cc
   cpp/cpu/rms_norm.cc
   cpp/cpu/rotary.cc
   cpp/cpu/search_scales_4bit.cc

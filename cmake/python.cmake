@@ -24,7 +24,6 @@ pybind11_add_module(_C MODULE
   cpp/python/bind_mapped_file.cc
   cpp/python/bind_paging.cc
   cpp/python/bind_quantize_4bit.cc
-  cpp/python/bind_requantize_4bit.cc
   cpp/python/bind_rms_norm.cc
   cpp/python/bind_rotary.cc
   cpp/python/bind_search_scales_4bit.cc

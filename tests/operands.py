@@ -315,7 +315,6 @@ NATIVE: dict[str, list[Any]] = {
     "quantize_4bit": [AT, 0, 3072, 64, 0, AT, AT],
     "search_scales_4bit": [AT, 0, 3072, 64, 64, 0, AT, AT, 8, 1, AT, 0.0, 0.5, 1.5, AT, AT, AT],
     "gptq_4bit": [AT, 0, 48, 64, 64, 0, AT, Address(ORDER.data_ptr()), AT, AT],
-    "requantize_4bit": [AT, AT, 4, 1.0, 48, 64, AT, WEIGHT],
     "quantize_scales": [AT, 48, AT, AT, AT],
     "dequantize_4bit": [0, AT, 64, 0, 48, 0, 64, WEIGHT],
     "matrix": [48, 64, WEIGHT],

@@ -12,13 +12,16 @@ import pytest
 import tiny
 import torch
 from adapters import write_model_and_adapter
+from helpers import gguf_weight
 from safetensors.torch import load_file, save_file
 from tiny_models import four_bit_layers
+from torch import Tensor
 from transformers import AutoTokenizer
 
 import qlora_native as qn
-from qlora_native import reference
-from qlora_native.calibration.adapted import DAMPING, adapted_codes, correction
+from qlora_native import _native, gguf_blocks, reference
+from qlora_native.calibration import adapted
+from qlora_native.calibration.adapted import DAMPING, adapted_codes, correction, least_gain
 from qlora_native.calibration.quantize import feedback_factor
 from qlora_native.cli import main
 from qlora_native.lora import lora_layers
@@ -80,27 +83,90 @@ def test_outputs_move_as_the_adapter_moves_them(files: Path) -> None:
     assert share == pytest.approx(1, abs=0.15) and share_of_nearest < 0.7
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("k", [192, 176])  # rows that are whole blocks, and rows that are not
-@pytest.mark.parametrize("change", [1e-3, 1e-1])
-def test_a_gain_makes_good_what_error_feedback_leaves(k: int, change: float) -> None:
-    """For inputs of no weight, the nearest codes."""
-    n, r = 256, 4
+TYPES = ["nf4", "nf4 of a table", "q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q6_k", "iq4_nl"]
+
+
+def weight_of(quant_type: str, n: int, k: int) -> Any:
+    """Of elements of the order of 1, or of 0.1 in a GGUF type."""
+    if not quant_type.startswith("nf4"):
+        return gguf_weight(quant_type, (n, k))
     weight = qn.quantize(torch.randn(n, k))
-    a, b, x = torch.randn(r, k), torch.randn(n, r) * change / 2, torch.randn(999, k) * torch.randn(k).exp()
-    hessian, delta, old = x.t() @ x / len(x), b @ a, weight.dequantize(torch.float32)
-    found = adapted_codes(weight, a, b, 1.0, hessian)
-    factor, order, _ = feedback_factor(hessian, 0.01)  # type: ignore[misc]
+    if quant_type != "nf4":
+        weight.code = (_native.levels(0) * 0.9).roll(3)
+    return weight
 
-    def share(packed: torch.Tensor) -> float:
-        new = weight._with(weight.op_args()._replace(packed=packed)).dequantize(torch.float32)
-        return float((((new - old) @ hessian) * delta).sum() / ((delta @ hessian) * delta).sum())
 
-    plain = reference.gptq(old + delta, factor, order, weight.scales(), 0, 64)
-    assert share(found) == pytest.approx(1, abs=0.1)
-    assert share(plain) < 0.9 or share(plain) == pytest.approx(1, abs=0.1)
-    nearest = reference.requantize(a, b, 1.0, *weight.op_args())
-    assert torch.equal(adapted_codes(weight, a, b, 1.0, torch.zeros(k, k)), nearest)
+def with_codes(weight: Any, packed: Tensor) -> Tensor:
+    """The values of other codes, fp64."""
+    changed: Tensor = weight._with(weight.op_args()._replace(packed=packed)).dequantize(torch.float32).double()
+    return changed
+
+
+def directions(n: int, k: int, change: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A [r, K] and B [N, r] whose product is of the order of ``change``, and the second moments of inputs that differ
+    in size from column to column and have directions in common."""
+    x = torch.randn(999, k) @ (torch.eye(k) + torch.randn(k, k) / 16) * torch.randn(k).exp()
+    return torch.randn(4, k), torch.randn(n, 4) * change / 2, x.t() @ x / len(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_a_column_hands_on_what_it_lacks(quant_type: str) -> None:
+    """Against a search of all levels in fp64."""
+    n, k = 40, 256
+    weight, (_, _, hessian) = weight_of(quant_type, n, k), directions(n, k, 1)
+    old, number = weight.dequantize(torch.float32), weight.op_args().quant_type
+    target = (old + torch.randn(n, k) * old.std() / 9).double()
+    factor, order, _ = feedback_factor(hessian, DAMPING)  # type: ignore[misc]
+    if weight.is_gguf:
+        blocks = weight.packed.view(-1, _native.GGUF_BLOCKS[number][1])
+        elements = n * k // len(blocks)
+        fields = [
+            gguf_blocks.with_codes(blocks, torch.full((len(blocks), elements), code, dtype=torch.uint8), number).view(
+                -1
+            )
+            for code in range(len(gguf_blocks.levels(number)))
+        ]
+    else:
+        fields = [torch.full_like(weight.packed, 17 * code) for code in range(16)]
+    values, aim, expected = torch.stack([with_codes(weight, field) for field in fields]), target.clone(), old.double()
+    for i, column in enumerate(order.tolist()):
+        of_levels = values[:, :, column]
+        expected[:, column] = of_levels.gather(0, (of_levels - aim[:, column]).abs().argmin(0)[None])[0]
+        error = target[:, column] - expected[:, column]
+        aim[:, order[i + 1 :]] += error[:, None] * factor[i, i + 1 :].double()
+    found = with_codes(weight, adapted._fed_back(target.float(), weight, factor, order).view(weight.packed.shape))
+    assert float(torch.isclose(found, expected, rtol=1e-5, atol=1e-6).double().mean()) > 0.999
+    assert not torch.equal(found, old.double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("quant_type", "k"), [*((name, 256) for name in TYPES), ("nf4", 176)])  # and broken blocks
+@pytest.mark.parametrize("change", [1e-3, 1e-1])
+def test_a_gain_makes_good_what_error_feedback_leaves(quant_type: str, k: int, change: float) -> None:
+    """Also for inputs of no weight, of which nearest codes move nothing against the adapter."""
+    weight = weight_of(quant_type, 256, k)
+    a, b, hessian = directions(256, k, change / (10 if weight.is_gguf else 1))
+    delta, old = (b @ a).double(), with_codes(weight, weight.packed)
+
+    def share(new: Tensor, hessian: Tensor) -> float:
+        pull = delta @ hessian.double()
+        return float(((new - old) * pull).sum() / (delta * pull).sum())
+
+    found = with_codes(weight, adapted_codes(weight, a, b, 1.0, hessian))
+    assert share(found, hessian) == pytest.approx(1, abs=0.1)
+    if quant_type == "nf4":
+        factor, order, _ = feedback_factor(hessian, DAMPING)  # type: ignore[misc]
+        plain = with_codes(weight, reference.gptq((old + delta).float(), factor, order, weight.scales(), 0, 64))
+        assert share(plain, hessian) < 0.9 or share(plain, hessian) == pytest.approx(1, abs=0.1)
+    found = with_codes(weight, adapted_codes(weight, a, b, 1.0, torch.zeros(k, k)))
+    assert share(found, torch.eye(k)) == pytest.approx(1, abs=0.1)
+    assert ((found - old) * delta >= -1e-12).all()
+
+
+def test_a_gain_that_nothing_reaches_is_one() -> None:
+    assert least_gain(lambda gain: False) == 1 == least_gain(lambda gain: True)
+    assert least_gain(lambda gain: gain >= 5) == pytest.approx(5, rel=0.01)
 
 
 @torch.no_grad()

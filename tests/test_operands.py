@@ -47,7 +47,6 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
         *(1, 0.5, 1.5, 0, 64),
     ],
     "gptq_4bit": lambda: [x, torch.eye(K), torch.arange(K), torch.ones(M), 0, 64],
-    "requantize_4bit": lambda: [a, b, 2.0, *weight()],
     "dequantize_4bit": lambda: [torch.bfloat16, *weight()],
     "dequantize_4bit.out": lambda: [torch.empty(N, K), *weight()],
     "linear_4bit": lambda: [x, bias, False, *weight()],

@@ -16,7 +16,6 @@
 #include "cpu/kernels-gptq-inl.h"
 #include "cpu/kernels-linear-inl.h"
 #include "cpu/kernels-outer-inl.h"
-#include "cpu/kernels-requantize-inl.h"
 
 namespace qlora_native::cpu::QLORA_NATIVE_ISA_NAMESPACE {
 namespace {
@@ -36,7 +35,6 @@ constexpr Kernels kTable = {
     kActivations,
     {attention_kernels<float>(), attention_kernels<Bf16>(), attention_kernels<Fp16>()},
     kCalibration,
-    requantize,
 };
 
 }  // namespace

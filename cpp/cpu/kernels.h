@@ -89,21 +89,6 @@ struct DenseJob {
   int64_t k;
 };
 
-// The codes nearest to W + scale * B A under W's own scales.
-struct RequantizeJob {
-  WeightView weight;  // [n, k], of a GGUF type rows of whole blocks
-  int64_t n;
-  int64_t k;
-  const float* a;  // [r, k]
-  const float* b;  // [n, r]
-  int64_t r;
-  float scale;
-  uint8_t* packed;  // [packed_bytes(n * k)], with the scales of blocks that hold them
-
-  // Units of work are rows then, else bytes.
-  bool goes_by_rows() const { return k > 0 && k % kMinBlock == 0; }
-};
-
 inline constexpr int64_t kStreamRows = 4;  // rows of W that go together: ranges are cut at multiples
 
 // A forward product of a few tokens, whose adapter is taken as it is stored.
@@ -154,7 +139,6 @@ struct Kernels {
   ActivationKernels activations;
   AttentionKernels attention[3];
   CalibrationKernels calibration;
-  void (*requantize)(const RequantizeJob& job, int64_t first, int64_t last);  // units [first, last)
 };
 
 const Kernels& scalar_kernels();

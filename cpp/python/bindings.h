@@ -31,7 +31,6 @@ void bind_gradient_norm(pybind11::module_& module);
 void bind_linear_cross_entropy(pybind11::module_& module);
 void bind_mapped_file(pybind11::module_& module);
 void bind_paging(pybind11::module_& module);
-void bind_requantize_4bit(pybind11::module_& module);
 void bind_rms_norm(pybind11::module_& module);
 void bind_rotary(pybind11::module_& module);
 void bind_search_scales_4bit(pybind11::module_& module);

@@ -78,7 +78,6 @@ PYBIND11_MODULE(_C, module) {
   bind_gptq_4bit(module);
   bind_gradient_norm(module);
   bind_linear_cross_entropy(module);
-  bind_requantize_4bit(module);
   bind_rms_norm(module);
   bind_rotary(module);
   bind_search_scales_4bit(module);

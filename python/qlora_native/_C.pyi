@@ -44,16 +44,6 @@ def gptq_4bit(
     scales: int,
     packed: int,
 ) -> None: ...
-def requantize_4bit(
-    a: int,
-    b: int,
-    r: int,
-    scale: float,
-    n: int,
-    k: int,
-    packed: int,
-    weight: tuple[int, ...],  # Weight.pointers()
-) -> None: ...
 def quantize_scales(absmax: int, blocks: int, codes: int, nested_absmax: int, nested_offset: int) -> None: ...
 def dequantize_4bit(
     dtype: int,

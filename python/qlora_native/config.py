@@ -156,10 +156,9 @@ class LoraSection(_Section):
 
     ship: Literal["nf4", "gguf"] | None = _key(
         None,
-        "also write a 4-bit model without an adapter, the one that the last evaluation is of; nf4: merged with rows of "
-        "train as calibration; gguf: over a GGUF file, each weight in the type it has there, trained with at the end",
+        "also write a 4-bit model without an adapter, the one that the last evaluation is of, merged with rows of "
+        "train as calibration; gguf: over a GGUF file, each weight in the type it has there",
     )
-    ship_share: float = _key(0.25, "with gguf: the last part of the run, as a share of the steps", gt=0, lt=1)
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -178,7 +177,7 @@ class LoraSection(_Section):
             tokens = list(dict.fromkeys(ids.get(token, token) for token in self.trainable_tokens))
             if (highest := max(tokens)) >= len(tokenizer):
                 raise UserError(f"lora.trainable_tokens has {highest}: expected ids below {len(tokenizer):,}, or texts")
-        others = self.model_dump(exclude={"lora_plus_ratio", "ship", "ship_share", "trainable_tokens"})
+        others = self.model_dump(exclude={"lora_plus_ratio", "ship", "trainable_tokens"})
         return LoraConfig(**others, trainable_tokens=list(tokens), seed=seed)
 
 
@@ -289,7 +288,9 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _ships_at_the_end(self) -> TrainConfig:
         if self.train.patience is not None and self.lora.ship is not None:
-            raise ValueError("train.patience and lora.ship are set: expected one, as the last steps make what ships")
+            raise ValueError(
+                "train.patience and lora.ship are set: expected one, as what ships is made after the last step"
+            )
         return self
 
     @model_validator(mode="after")

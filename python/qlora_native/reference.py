@@ -202,36 +202,6 @@ def search_scales(
     return pack(codes.reshape(-1)[: flat.numel()], quant_type), chosen
 
 
-def requantize(a: Tensor, b: Tensor, scale: float, *weight: Any) -> Tensor:
-    """Packed codes nearest to W + scale * B A under the scales of W, for a fp32 [r, K] and b fp32 [N, r].
-
-    An element's sum runs over the rank in order; in units of its block's scale it is added to the old level, and the
-    result is limited to the outer levels, NaN to the lowest. Each product and its sum are rounded once, together.
-    """
-    packed, absmax, nested_absmax, nested_offset, code, nested_code, shape, quant_type, block_size = weight
-    sums = torch.zeros(list(shape), dtype=torch.float32, device=packed.device)
-    for column, row in zip(b.t(), a, strict=True):
-        sums = torch.addcmul(sums.double(), column[:, None].double(), row.double()).float()
-    flat = sums.reshape(-1).double()
-    if quant_type in _native.GGUF_BLOCKS:
-        return _requantized_blocks(packed, flat, scale, quant_type)
-    factors = reciprocals(scales(absmax, nested_absmax, nested_offset, nested_code)) * scale
-    factors = factors.double().repeat_interleave(block_size)[: flat.numel()]
-    target = torch.addcmul(_levels(packed, code, quant_type, flat.numel()).double(), flat, factors).float()
-    return pack(_codes(target.nan_to_num(-1.0).clamp(-1, 1), quant_type), quant_type)
-
-
-def _requantized_blocks(packed: Tensor, change: Tensor, scale: float, quant_type: int) -> Tensor:
-    """The blocks of a GGUF type with the levels nearest to those of W, and ``scale`` times the change, fp64 [n]."""
-    blocks, levels = packed.view(-1, _native.GGUF_BLOCKS[quant_type][1]), gguf_blocks.levels(quant_type)
-    factors = gguf_blocks.spread(reciprocals(gguf_blocks.scales(blocks, quant_type)[0]) * scale, quant_type).double()
-    levels = levels.to(packed.device)
-    old = levels[gguf_blocks.codes(blocks, quant_type).int()].double()
-    target = torch.addcmul(old, change.view_as(old), factors).float()
-    codes = gguf_blocks.nearest_codes(target, levels)
-    return gguf_blocks.with_codes(blocks, codes, quant_type).view(packed.shape)
-
-
 def gptq(t: Tensor, factor: Tensor, order: Tensor, scales: Tensor, quant_type: int, block_size: int) -> Tensor:
     """Packed codes of ``t`` [N, K] under given scales, each column's rounding error handed on to the later ones.
 

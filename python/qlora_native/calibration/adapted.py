@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_native import _native, gguf_blocks, reference
 from qlora_native.calibration.data import LENGTH, ROWS
 from qlora_native.calibration.quantize import feedback_factor
 from qlora_native.calibration.statistics import tiles
-from qlora_native.lora.shipped import least_gain, sampled_rows
-from qlora_native.ops.requantize_4bit import ELEMENTS
-from qlora_native.weight import QuantizedWeight, quant_type_number
+from qlora_native.weight import QuantizedWeight
 
 DAMPING = 0.01
 TOKENS = ROWS["wmse"] * LENGTH  # of the training rows that calibrate what ships
-BISECTIONS = 8  # each rounds the sampled rows
+ELEMENTS = 1 << 22  # of a weight, that are in fp32 at a time
+COLUMNS = 64  # that hand on their errors at once, where there is no kernel
+SAMPLED_ROWS, SAMPLED = 256, 1 << 19  # of a weight, and elements at most, on which its gain is found
+MOST_GAIN, BISECTIONS = 2.0**20, 8  # each rounds the sampled rows
 
 
 def correction(hessian: Tensor, wanted: Tensor, given: Tensor, pool: Executor) -> Tensor | None:
@@ -53,49 +55,117 @@ def adapted_codes(
 
     A column that is rounded back hands on what it lacks to the later ones, so a change below half a step is not lost.
     What stays behind even so is made good by the gain: it is the least from 1 on with which outputs move along those of
-    D as far as D moves them, <(W' - W - (W + D) C) H, D> = <D H, D>, found on rows spread over the weight.
+    D as far as D moves them, <(W' - W - (W + D) C) H, D> = <D H, D>, found on rows spread over the weight. Without
+    inputs, H is the identity and codes are the nearest ones.
 
     Args:
-        weight: nf4 or fp4 [N, K].
+        weight: [N, K], of any type; of a GGUF type with its scales in its blocks, which stay too.
         a, b: fp32 [r, K] and [N, r].
         hessian: fp32 [K, K], the mean of x x^T over the inputs.
         correction: C of the inputs, fp32 [K, K]; None: zero.
     """
     n, k = weight.shape
     found = feedback_factor(hessian, DAMPING)
-    if found is None or weight.code is not None:  # no input, or other levels than the kernel's: to nearest
-        nearest: Tensor = torch.ops.qlora_native.requantize_4bit(a, b, scale, *weight.op_args())
-        return nearest
+    if found is None:
+        hessian, correction = torch.eye(k, device=weight.device), None
+        found = hessian, torch.arange(k, device=weight.device), 0.0
     factor, order, _ = found
-    number, block = quant_type_number(weight.quant_type), weight.block_size
-    kind: Any = {"dtype": torch.float32, "quant_type": weight.quant_type, "block_size": block}
-    scales = weight.scales()
 
-    def rounded(base: Tensor, change: Tensor, scales: Tensor, gain: float) -> Tensor:
-        packed: Tensor = torch.ops.qlora_native.gptq_4bit(base + gain * change, factor, order, scales, number, block)
-        return packed
-
-    def parts_of(base: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        change = scale * b[rows] @ a
+    def parts_of(part: QuantizedWeight, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        base, change = part.dequantize(torch.float32), scale * b[rows] @ a
         return base if correction is None else base.addmm(base + change, correction), change
 
-    rows = sampled_rows(n, k) if k % block == 0 else torch.arange(n)
-    base, change = parts_of(weight.dequantize(torch.float32)[rows], rows)
-    of_rows = scales.view(n, -1)[rows].flatten() if k % block == 0 else scales
+    rows = sampled_rows(n, k) if k % weight.block_size == 0 else torch.arange(n)
+    sample = _rows_of(weight, rows.to(weight.device))
+    base, change = parts_of(sample, rows)
     pull = change @ hessian
     wanted = float((pull * change).sum(dtype=torch.float64))
 
     def is_reached(gain: float) -> bool:
-        packed = rounded(base, change, of_rows, gain)
-        got = QuantizedWeight(packed, of_rows, shape=(len(rows), k), **kind)
+        packed = _fed_back(base + gain * change, sample, factor, order)
+        got = sample._with(sample.op_args()._replace(packed=packed))
         return float(((got.dequantize(torch.float32) - base) * pull).sum(dtype=torch.float64)) >= wanted
 
-    gain = least_gain(is_reached, BISECTIONS)
-    packed = torch.empty_like(weight.packed)
-    step = max(1, ELEMENTS // max(1, block * k)) * block  # rows that end where a block does
+    gain, done = least_gain(is_reached), 0
+    packed = torch.empty_like(weight.packed).view(-1)
+    step = max(1, ELEMENTS // max(1, weight.block_size * k)) * weight.block_size  # rows that end where a block does
     for first in range(0, n, step):
         part = weight.slice(first, min(first + step, n))
-        target = parts_of(part.dequantize(torch.float32), slice(first, first + step))
-        codes = rounded(*target, part.scales(), gain)
-        packed.view(-1)[first * k // 2 : first * k // 2 + codes.numel()] = codes
-    return packed
+        base, change = parts_of(part, slice(first, first + step))
+        codes = _fed_back(base + gain * change, part, factor, order).view(-1)
+        packed[done : done + len(codes)] = codes
+        done += len(codes)
+    return packed.view_as(weight.packed)
+
+
+def sampled_rows(n: int, k: int) -> Tensor:
+    """Numbers of rows spread over a weight [N, K], int64."""
+    return torch.arange(0, n, -(-n // max(1, min(SAMPLED_ROWS, SAMPLED // max(k, 1)))))
+
+
+def least_gain(is_reached: Callable[[float], bool]) -> float:
+    """The least gain from 1 on that moves the weight far enough, by bisection; 1 if none up to MOST_GAIN does, as for a
+    change beyond the range of the blocks."""
+    high = 1.0
+    while not is_reached(high):
+        high *= 2
+        if high > MOST_GAIN:
+            return 1.0
+    low = high / 2
+    for _ in range(BISECTIONS if high > 1 else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_reached(middle) else (middle, high)
+    return high
+
+
+def _rows_of(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+    """These rows as a weight of their own; if rows are no whole blocks, all of them."""
+    arguments, (n, k) = weight.op_args(), weight.shape
+    packed, scales = weight.packed.view(n, -1)[rows] if len(rows) < n else weight.packed, weight.absmax
+    if not weight.is_gguf:
+        scales = weight.scales() if len(rows) == n else weight.scales().view(n, -1)[rows].flatten()
+    return weight._with(
+        arguments._replace(
+            packed=packed.reshape(-1), absmax=scales, nested_absmax=None, nested_offset=None, shape=[len(rows), k]
+        )
+    )
+
+
+def _fed_back(target: Tensor, weight: QuantizedWeight, factor: Tensor, order: Tensor) -> Tensor:
+    """Packed codes of ``target`` [n, K] under the scales of ``weight``, as the op ``gptq_4bit`` finds them; of other
+    levels than the kernel's in plain torch, ``COLUMNS`` at a time."""
+    number = weight.op_args().quant_type
+    if not weight.is_gguf and weight.code is None:
+        packed: Tensor = torch.ops.qlora_native.gptq_4bit(
+            target, factor, order, weight.scales(), number, weight.block_size
+        )
+        return packed
+    if weight.is_gguf:
+        blocks = weight.packed.view(-1, _native.GGUF_BLOCKS[number][1])
+        scales, added = gguf_blocks.scales(blocks, number)
+        if added is not None:
+            target = target - gguf_blocks.spread(added, number).view_as(target)
+        codes = _codes(
+            target, gguf_blocks.spread(scales, number).view_as(target), gguf_blocks.levels(number), factor, order
+        )
+        return gguf_blocks.with_codes(blocks, codes.view(len(blocks), -1), number).view(-1)
+    assert weight.code is not None
+    levels, numbers = weight.code.sort()
+    scales = weight.scales().repeat_interleave(weight.block_size)[: target.numel()].view_as(target)
+    codes = _codes(target, scales, levels, factor, order)
+    return reference.pack(numbers.to(torch.uint8)[codes.int()], number)
+
+
+def _codes(target: Tensor, scales: Tensor, levels: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+    weight, scales, levels = target.t()[order], scales.t()[order], levels.to(target.device)
+    inverse, target = reference.reciprocals(scales), weight.clone()
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    for begin in range(0, len(target), COLUMNS):
+        end = min(begin + COLUMNS, len(target))
+        errors = torch.empty_like(target[begin:end])
+        for i in range(begin, end):
+            code = codes[order[i]] = gguf_blocks.nearest_codes(target[i] * inverse[i], levels)
+            error = errors[i - begin] = weight[i] - levels[code.int()] * scales[i]
+            target[i + 1 : end].addr_(factor[i, i + 1 : end], error)
+        target[end:].addmm_(factor[begin:end, end:].t(), errors)
+    return codes.t().contiguous()

@@ -201,16 +201,14 @@ class _Sum:
             "step": replace(held, gradients=adapters),
         }
         if self.setting.ships:
-            moments["shipping"] = replace(held, weights=2 * packed)  # with the codes that are written
-            if self.setting.ships == "nf4":
-                from qlora_native.calibration.adapted import TOKENS
+            from qlora_native.calibration.adapted import TOKENS
 
-                widest = max((k for _, k in self.estimator.shapes), default=0)
-                # Two passes of the tokens; products of a layer's inputs in fp32 and fp64, and what is solved for.
-                activations = 2 * TOKENS * max((layer.token for layer in self.layers), default=0)
-                moments["shipping"] = replace(
-                    moments["shipping"], activations=round(activations), scratch=28 * widest**2 + 24 * TOKENS * widest
-                )
+            widest = max((k for _, k in self.estimator.shapes), default=0)
+            # Two passes of the tokens; products of a layer's inputs in fp32 and fp64, and what is solved for.
+            activations = 2 * TOKENS * max((layer.token for layer in self.layers), default=0)
+            scratch = 28 * widest**2 + 24 * TOKENS * widest
+            # With the codes that are written.
+            moments["shipping"] = replace(held, weights=2 * packed, activations=round(activations), scratch=scratch)
         graphs = 0
         if self._is_captured():
             # A pass of another shape, which is not in a graph, takes as much from the rest of the card.

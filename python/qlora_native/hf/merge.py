@@ -384,9 +384,8 @@ def calibrated_codes(work: Merging, adapter: Path, given: CalibrationData, folde
     longest = getattr(text, "max_position_embeddings", None)
     tokens = take_tokens(given, "wmse", partial(load_tokenizer, source), text.vocab_size, longest)
     codes: dict[str, Path] = {}
-    model: Any = load_adapter(
-        load_model(source.path, **work.options, skip_modules=work.skip_modules, fuse=False), adapter
-    )
+    options = {} if work.is_kept else {**work.options, "skip_modules": work.skip_modules}
+    model: Any = load_adapter(load_model(source.path, **options, fuse=False), adapter)
     streaming = stream_if_needed(model, None, BESIDE)
 
     def write(path: str, packed: Tensor) -> None:

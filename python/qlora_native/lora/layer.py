@@ -30,11 +30,9 @@ class LoRALinear(nn.Module):
 
     ``lora_A`` [r, K] and ``lora_B`` [N, r] are fp32 masters, cast to x's dtype for the products. A begins uniform
     (Kaiming with a = sqrt 5), B at zero, so a new adapter changes nothing. ``generator``, for A, is a CPU's; None is
-    torch's global one. With a ``gain``, or a weight ``shipped``, the layer computes as what it ships as, see
-    lora/shipped.py.
+    torch's global one. With a weight ``shipped``, the layer computes with that alone.
     """
 
-    gain: float | None = None
     shipped: QuantizedWeight | None = None
 
     def __init__(
@@ -83,10 +81,8 @@ class LoRALinear(nn.Module):
         base = self.base_layer
         if not self.enabled:
             return base(x)
-        if self.gain is not None or self.shipped is not None:
-            from qlora_native.lora.shipped import shipped_linear
-
-            return shipped_linear(self, x)
+        if self.shipped is not None:
+            return QuantizedLinear.from_quantized(self.shipped, base.bias)(x)
         dropped = nn.functional.dropout(x, self.dropout) if self.training and self.dropout else None
         if isinstance(base, QuantizedLinear):
             return base.with_adapter(x, self.lora_A, self.lora_B, self.scale, dropped)

@@ -14,7 +14,6 @@ from qlora_native.ops import (  # noqa: F401  (importing them registers the ops)
     lion_step,
     lora_linear_4bit,
     quantize_4bit,
-    requantize_4bit,
     rms_norm,
     rotary,
     search_scales_4bit,

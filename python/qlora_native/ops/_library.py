@@ -44,7 +44,6 @@ SCHEMAS = {
         "float low, float high, int quant_type, int block_size) -> (Tensor, Tensor)"
     ),
     "gptq_4bit": "(Tensor t, Tensor factor, Tensor order, Tensor scales, int quant_type, int block_size) -> Tensor",
-    "requantize_4bit": f"(Tensor a, Tensor b, float scale, {WEIGHT}) -> Tensor",
     "dequantize_4bit": f"(ScalarType dtype, {WEIGHT}) -> Tensor",
     "dequantize_4bit.out": f"(Tensor(a!) out, {WEIGHT}) -> ()",
     "linear_4bit": f"(Tensor x, Tensor? bias, bool low_memory, {WEIGHT}) -> Tensor",
@@ -89,7 +88,7 @@ SCHEMAS = {
 
 # Ops that wait for the device, or copy from memory of the host that is gone at a replay: not for CUDA graphs.
 # torch.compile leaves them out of its own.
-NOT_IN_GRAPHS = {*("quantize_4bit", "search_scales_4bit", "gptq_4bit", "requantize_4bit")}
+NOT_IN_GRAPHS = {*("quantize_4bit", "search_scales_4bit", "gptq_4bit")}
 NOT_IN_GRAPHS |= {"adamw_step", "lion_step", "gradient_norm"}
 
 LIBRARY = torch.library.Library("qlora_native", "DEF")

@@ -28,7 +28,6 @@ OPERANDS = {
     "quantize_4bit": "t native",
     "search_scales_4bit": "t native; moment float32; table float32; multiplier float32; offset float32; initial uint8",
     "gptq_4bit": "t native [N, K]; factor float32 [K, K]; order int64 [K]; scales float32",
-    "requantize_4bit": "a float32 [r, K]; b float32 [N, r]",
     "dequantize_4bit": "",
     "dequantize_4bit.out": "out native [...]",
     "linear_4bit": "x T [..., K]; bias float [N]",

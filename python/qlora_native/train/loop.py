@@ -78,7 +78,6 @@ class TrainState:
     since_best: NonNegative = 0  # evaluations
     samples: list[dict[str, str]] = field(default_factory=list)  # the last answers, beside the first
     scale: LossScale = field(default_factory=LossScale)
-    gains: list[float] = field(default_factory=list)  # of the layers, once they compute as what they ship as
     data: dict[str, Any] = field(default_factory=dict)
     retention: dict[str, Any] | None = None  # of what ships, as evaluate/retention.py has it
 
@@ -231,7 +230,7 @@ class Trainer:
             from qlora_native.evaluate.retention import describe as in_words
             from qlora_native.train.shipping import Shipping
 
-            self.shipping = shipping = Shipping(config, model, total)
+            self.shipping = shipping = Shipping(config, model)
         weights = MappedWeights(config, model, memory, page.note)
         oom_retry = OOMRetry(config, optimizer, page.note, can_retry=ranks.world == 1)
         speeds: list[float] = []
@@ -239,15 +238,9 @@ class Trainer:
 
         with closing(metrics), closing(progress), closing(page), without_old_objects(), stop_request(ranks) as stop:
             while True:
-                if shipping is not None and state.step >= shipping.first and not shipping.has_begun:
-                    if shipping.is_trained:
-                        if not state.gains:  # of what a resumed run has done before, they are known
-                            state.gains = ranks.gather(shipping.gains(self._first_rows(rows)))[0]
-                        shipping.begin(state.gains)
-                    else:
-                        oom_retry.run(partial(shipping.recode, rows, config.data.max_length), "calibrating what ships")
-                    self.passes.stop_capturing("adapted layers compute as what they ship as")
-                    page.note(f"from step {state.step} on the weights are those that ship, {config.lora.ship}")
+                if shipping is not None and state.step >= total:
+                    oom_retry.run(partial(shipping.recode, rows, config.data.max_length), "calibrating what ships")
+                    page.note(f"after step {state.step} the weights are those that ship, {config.lora.ship}")
                 if is_due(state.step, options.eval_every, total):
                     started, what = time.monotonic(), f"evaluation after step {state.step}"
                     if samples is not None:
@@ -371,12 +364,6 @@ class Trainer:
         for filler in self.ranks.filler(items, size):
             for batch in micro_batches(rows, filler, size, pad_id, self.model.device):
                 yield batch, 0
-
-    def _first_rows(self, rows: TokenizedDataset) -> Batch:
-        """A micro-batch that is the same on every rank, and takes nothing from the sampler."""
-        size = self.config.train.batch_size
-        items, pad_id = range(min(size, len(rows))), padding_id(self.tokenizer)
-        return next(micro_batches(rows, items, size, pad_id, self.model.device))
 
     def _record_evaluation(self, state: TrainState, loss: float, metrics: Metrics) -> None:
         """Record a held-out loss, and save the adapter to ``best/`` if no earlier one was as good."""

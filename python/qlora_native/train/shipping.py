@@ -1,4 +1,4 @@
-"""``lora.ship``: the codes that ship, found at the end or trained with, and writing them."""
+"""``lora.ship``: the codes that ship, found after the last step, and writing them."""
 
 from __future__ import annotations
 
@@ -23,31 +23,24 @@ from qlora_native.hf.calibrated import side_by_side
 from qlora_native.hf.checkpoint import aligned_files
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.gguf_source import GgufSource
-from qlora_native.hf.loss import causal_lm_loss
 from qlora_native.hf.merge import recode
-from qlora_native.lora import LoRALinear, adapters_off, lora_layers
-from qlora_native.lora.shipped import gain_of, shipped_weight
+from qlora_native.lora import adapters_off, lora_layers
 from qlora_native.nn import QuantizedLinear
-from qlora_native.train.batches import Batch
 
 MOST_ROWS = 1024  # that tokens for the calibration are taken from
 METHOD = "trained"  # how the 4-bit weights were made, in config.json
 
 
 class Shipping:
-    """Switches the layers of a model over to what they ship as, after ``first`` of ``total`` steps.
-
-    That is at the end, but for a GGUF file, whose codes are trained with.
+    """Finds the codes that adapted layers ship as, lets them compute with those, and writes them.
 
     UserError for a model whose adapted layers cannot ship so.
     """
 
-    def __init__(self, config: TrainConfig, model: Any, total: int) -> None:
-        self.model, self.layers = model, dict(lora_layers(model))
+    def __init__(self, config: TrainConfig, model: Any) -> None:
+        self.model: Any = model
+        self.layers: dict[str, Any] = dict(lora_layers(model))
         wanted = config.lora.ship
-        self.is_trained = wanted == "gguf"
-        self.first = max(1, total - round(config.lora.ship_share * total)) if self.is_trained else total
-        self.has_begun = False
         self.name = "shipped.gguf" if wanted == "gguf" else "shipped"  # of what is written
         for path, layer in self.layers.items():
             base = layer.base_layer
@@ -60,12 +53,6 @@ class Shipping:
             if base.is_sharded:
                 raise UserError("lora.ship is set, and the model is sharded: set parallel to ddp or none")
 
-    def begin(self, gains: list[float]) -> None:
-        """Let the layers compute with these gains from here on."""
-        for layer, gain in zip(self.layers.values(), gains, strict=True):
-            layer.gain = gain
-        self.has_begun = True
-
     def recode(self, rows: TokenizedDataset, length: int) -> None:
         """Let the layers compute with the codes of a merge that is calibrated on training rows."""
         model, found = self.model, dict[str, torch.Tensor]()
@@ -77,27 +64,8 @@ class Shipping:
             recode(model, ids, pool, found.__setitem__)
         model.train()
         for path, packed in found.items():  # not before: meanwhile the layers compute as they were trained
-            weight: Any = self.layers[path].base_layer.quantized
+            weight = self.layers[path].base_layer.quantized
             self.layers[path].shipped = weight._with(weight.op_args()._replace(packed=packed))
-        self.has_begun = True
-
-    @torch.no_grad()
-    def gains(self, batch: Batch) -> list[float]:
-        """The gains of the layers, found on the inputs that a batch gives them."""
-        found: dict[LoRALinear, float] = {}
-
-        def find(layer: Any, inputs: tuple[Any, ...]) -> None:
-            found[layer] = gain_of(layer, inputs[0])
-
-        hooks = [layer.register_forward_pre_hook(find) for layer in self.layers.values()]
-        self.model.eval()
-        try:
-            causal_lm_loss(self.model, batch)
-        finally:
-            self.model.train()
-            for hook in hooks:
-                hook.remove()
-        return [found[layer] if layer in found else gain_of(layer) for layer in self.layers.values()]
 
     def retention(self, losses: Callable[[], list[tuple[float, int]]], ranks: OneProcess) -> dict[str, Any] | None:
         """What the model that ships keeps of what the adapter learned, with micro-batches as the sample; None if
@@ -113,23 +81,23 @@ class Shipping:
             nats, tokens = torch.tensor(parts, dtype=torch.float64).t()
             return Scores(tokens, nats)
 
-        shipped, ways = scores(), [(layer.gain, layer.shipped) for layer in self.layers.values()]
+        shipped, weights = scores(), [layer.shipped for layer in self.layers.values()]
         try:
             for layer in self.layers.values():
-                layer.gain = layer.shipped = None
+                layer.shipped = None
             adapted = scores()
             with adapters_off(self.model):
                 base = scores()
         finally:
-            for layer, (gain, weight) in zip(self.layers.values(), ways, strict=True):
-                layer.gain, layer.shipped = gain, weight
+            for layer, weight in zip(self.layers.values(), weights, strict=True):
+                layer.shipped = weight
         return retention(base, adapted, shipped)
 
     def write(self, path: Path, tokenizer: Any) -> Path:
         """Write the model with these codes and no adapter: the GGUF file that it came from, or a folder in
         bitsandbytes' format."""
         if path.suffix == ".gguf":
-            weights = ((f"{name}.weight", shipped_weight(layer).packed) for name, layer in self.layers.items())
+            weights = ((f"{name}.weight", layer.shipped.packed) for name, layer in self.layers.items())
             with as_write_error(path), atomic_file(path) as partial:
                 GgufSource(self.model.load_report.path).write_copy(partial, weights)
             return path
@@ -147,8 +115,7 @@ class Shipping:
         try:
             config.quantization_config = {**made, METADATA: {"method": METHOD}}
             for path, layer in self.layers.items():
-                shipped = QuantizedLinear.from_quantized(shipped_weight(layer), layer.bias)
-                self.model.set_submodule(path, shipped)
+                self.model.set_submodule(path, QuantizedLinear.from_quantized(layer.shipped, layer.bias))
             yield
         finally:
             config.quantization_config = before
