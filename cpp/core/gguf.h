@@ -159,63 +159,8 @@ QLORA_NATIVE_HD float gguf_value(const uint8_t* block, int element) {
   return Format::kAdds ? product_plus(code, scale.factor, scale.addend) : code * scale.factor;
 }
 
-// Where a block holds bits of its codes. Row r is of elements [r * count * width, (r + 1) * count * width): those that
-// are `width` apart share a byte, the first in its lowest bits.
-struct CodeField {
-  int begin;
-  int width;
-  int count;  // elements that share a byte
-  int shift;  // of the bits within a code
-};
-
-// An element's stored code is its level less `zero`, or for iq4_nl its level's index.
-struct GgufCodes {
-  int lowest;  // of the levels
-  int highest;
-  int zero;
-  CodeField low;
-  CodeField high;  // no bits if there is no second field
-};
-
-inline constexpr CodeField kNoBits = {0, 1, 1, 0};
-
-// By QuantType.
-inline constexpr GgufCodes kGgufCodes[kQuantTypes] = {{},
-                                                      {},
-                                                      {-8, 7, -8, {2, 16, 2, 0}, kNoBits},
-                                                      {0, 15, 0, {4, 16, 2, 0}, kNoBits},
-                                                      {-16, 15, -16, {6, 16, 2, 0}, {2, 1, 8, 4}},
-                                                      {0, 31, 0, {8, 16, 2, 0}, {4, 1, 8, 4}},
-                                                      {-128, 127, 0, {2, 32, 1, 0}, kNoBits},
-                                                      {0, 15, 0, {16, 32, 2, 0}, kNoBits},
-                                                      {0, 31, 0, {48, 32, 2, 0}, {16, 32, 8, 4}},
-                                                      {-32, 31, -32, {0, 64, 2, 0}, {128, 32, 4, 4}},
-                                                      {-127, 113, 0, {2, 16, 2, 0}, kNoBits}};
-
-// Puts stored codes into a block, which keeps its scales.
-template <QuantType kType>
-void put_codes(const uint8_t* codes, uint8_t* block) {
-  constexpr int kElements = kBlockFormats[static_cast<int>(kType)].elements;
-  const auto put = [&]<CodeField kField>() {
-    constexpr int kBits = 8 / kField.count;
-    constexpr int kStep = kField.width * kField.count;
-    for (int row = 0; row < kElements / kStep; ++row) {
-      for (int i = 0; i < kField.width; ++i) {
-        int byte = 0;
-        for (int part = 0; part < kField.count; ++part) {
-          const int code = codes[row * kStep + part * kField.width + i] >> kField.shift;
-          byte |= (code & ((1 << kBits) - 1)) << (part * kBits);
-        }
-        block[kField.begin + row * kField.width + i] = static_cast<uint8_t>(byte);
-      }
-    }
-  };
-  constexpr GgufCodes kCodes = kGgufCodes[static_cast<int>(kType)];
-  put.template operator()<kCodes.low>();
-  if constexpr (kCodes.high.begin != 0) {
-    put.template operator()<kCodes.high>();
-  }
-}
+// The level of the code 0 of types whose levels are integers one apart, by QuantType.
+inline constexpr int kLowestLevels[kQuantTypes] = {0, 0, -8, 0, -16, 0, 0, 0, 0, -32, 0};
 
 // use.operator()<kType>() for a type of GGUF.
 template <typename Use>

@@ -100,9 +100,10 @@ inline __m512i decode_32(const uint8_t* bytes, __m512i table) {
 
 // Codes of four and five bits are looked up, as NF4's are: a table of a run's values costs less than to widen 32 codes.
 template <QuantType kType>
-inline constexpr int kTableBits = kType == QuantType::kQ8_0 || kType == QuantType::kQ6_K ? 0
-                                  : kGgufCodes[static_cast<int>(kType)].high.begin != 0  ? 5
-                                                                                         : 4;
+inline constexpr int kTableBits =
+    kType == QuantType::kQ8_0 || kType == QuantType::kQ6_K                                ? 0
+    : kType == QuantType::kQ5_0 || kType == QuantType::kQ5_1 || kType == QuantType::kQ5_K ? 5
+                                                                                          : 4;
 
 // Scales by an address that the compiler does not know, so that loads broadcast them: broadcast from a register, one
 // takes the port of the permutations.
@@ -128,7 +129,7 @@ inline __m512 table_values(const GgufScale& scale) {
     for (int code = 0; code < 16; ++code) {
       levels.value[code] =
           static_cast<float>(kType == QuantType::kIq4Nl ? iq4_nl_levels().value[code]
-                                                        : code + kFirst + kGgufCodes[static_cast<int>(kType)].zero);
+                                                        : code + kFirst + kLowestLevels[static_cast<int>(kType)]);
     }
     return levels;
   }();
