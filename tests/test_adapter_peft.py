@@ -50,7 +50,7 @@ OURS: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("Llama", {"target_modules": ["q_proj"], "trainable_tokens": [3, 9, 5]}),
     ("Llama", {"trainable_tokens": {"lm_head": [4], "embed_tokens": [3]}}),
-    ("Gemma3", {"trainable_tokens": [3, 9]}),  # tied, and the embedding is scaled
+    ("Gemma3Text", {"trainable_tokens": [3, 9]}),  # tied, and the embedding is scaled
     ("Llama", {"dropout": 0.25}),
     ("Llama", {"layers_to_transform": [1]}),
     ("GPT2", {"layers_to_transform": [0], "rank_pattern": {"c_attn": 2}}),
