@@ -7,9 +7,9 @@ export QLORA_NATIVE_WERROR=ON
 # Everything that tests runs in pairs: a thread with nothing to do gives its core away instead of spinning.
 export OMP_WAIT_POLICY=passive
 no_hang=(-o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true)  # a test that hangs says where and fails
-# One worker more than cores, since tests wait for disks and processes too; whole files to a worker, so that what a
+# Two workers more than cores, since tests wait for disks and processes too; whole files to a worker, so that what a
 # module's fixtures load is loaded once. One that crashes is not replaced: xdist would wait for its replacement forever.
-tests_in_parallel=(-n "$(($(nproc) + 1))" --maxprocesses 4 --dist loadfile --max-worker-restart 0 "${no_hang[@]}")
+tests_in_parallel=(-n "$(($(nproc) + 2))" --maxprocesses 4 --dist loadfile --max-worker-restart 0 "${no_hang[@]}")
 export QLORA_NATIVE_CACHE=$scratch/cache
 unset QLORA_NATIVE_ISA PYTHONPATH
 summary=()

@@ -37,7 +37,7 @@ def check_peak(work: str, source: Path, out: Path, word: str, limit: float) -> N
 
 
 def test_peak_is_below_the_largest_tensor(tmp_path: Path) -> None:
-    write_model(tmp_path / "source", HIDDEN, INNER, 3, 4096, 16, torch.float32)
+    write_model(tmp_path / "source", HIDDEN, INNER, 2, 4096, 16, torch.float32)
     check_peak(CONVERT, tmp_path / "source", tmp_path / "four", "bitsandbytes", 1.1 * LARGEST)
     check_peak(CONVERT, tmp_path / "four", tmp_path / "dense", "16bit", 1.1 * LARGEST)
 

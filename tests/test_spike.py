@@ -99,6 +99,7 @@ def limit(files: Path, unlimited: Run) -> int:
     return limit
 
 
+@pytest.mark.long
 def test_unpaged_it_dies(files: Path, unlimited: Run, limit: int) -> None:
     done = run(files, "dies", LIMITED.format(limit), paged=False)
     assert done.status == 2, done.errors
