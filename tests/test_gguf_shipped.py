@@ -156,3 +156,4 @@ def test_llama_cpp_has_the_same_loss(
     )
     record_property("held-out loss of the file that ships, here and in llama.cpp", (ours, theirs))
     assert abs(ours - theirs) < 0.02 and (summary.loss_before or 0) - (summary.loss_after or 0) > 0.3
+    assert summary.retention is not None and summary.retention["retention"] > 0.9
