@@ -33,7 +33,7 @@ class RankMemory:
     sharded: bool  # whether the model is sharded over the ranks (fsdp); else each has all of it (ddp)
     frozen: int  # held, of frozen weights, unsharded buffers included
     trained: int  # held, of trained parameters; gradients take as much, and optimizer states in proportion
-    # Gathered at most while blocks run: one block, the prefetched ones, the message that brings one, and what belongs
+    # Gathered at most while blocks run: one block, the prefetched one, the message that brings one, and what belongs
     # to no block; and while the input or the output embedding and its message are held.
     gathered_blocks: int
     gathered_input: int
@@ -47,17 +47,11 @@ class RankMemory:
 
 
 def rank_memory(
-    model: nn.Module,
-    world: int,
-    *,
-    sharded: bool = True,
-    micro_batches: int = 1,
-    reshard: bool = True,
-    prefetch: int = 1,
+    model: nn.Module, world: int, *, sharded: bool = True, micro_batches: int = 1, reshard: bool = True
 ) -> RankMemory:
     """The bytes for a model with adapters, on the meta device or any other, as it is before :func:`shard`.
 
-    ``micro_batches`` are those of one rank in a step; ``reshard`` and ``prefetch`` as :func:`shard`'s.
+    ``micro_batches`` are those of one rank in a step, ``reshard`` is as :func:`shard`'s, which prefetches one block.
     """
     scales = sum(weight.absmax.nbytes for part in model.modules() for weight in _weights(part).values())
     buffers = sum(buffer.nbytes for buffer in model.buffers()) - scales
@@ -78,7 +72,7 @@ def rank_memory(
     gathers = sum(parts) * (2 if reshard else 1) + first + last + rest
     trained = sum(group.trained for group in [*groups.values(), root])
     moved = micro_batches * others * (gathers + trained)
-    running = sum(parts[: 1 + prefetch]) if reshard else sum(parts)
+    running = sum(parts[:2]) if reshard else sum(parts)
     kept = 0 if reshard else sum(parts)  # blocks that ran
     # A message and what is unpacked from it are held at once: what is gathered last counts twice.
     return RankMemory(

@@ -33,14 +33,8 @@ def mapped_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, MappedPart]]
                 yield name, tensor, part
 
 
-def check_unchanged(model: nn.Module) -> None:
-    """UserError if a file that holds weights of the model was changed since it was mapped."""
-    for file in {id(part.file): part.file for _, _, part in mapped_tensors(model)}.values():
-        check_files([file])
-
-
 def check_files(files: list[_C.MappedFile]) -> None:
-    """The same for files."""
+    """UserError if a file was changed since it was mapped."""
     for file in files:
         if sentence := file.change():
             raise UserError(f"{sentence[:-1]}; load the model again, or continue from the last checkpoint.")
@@ -88,7 +82,10 @@ class Streaming:
         parts = _unit_parts(model)
         self.plan = plan_streaming(model, budget)
         self.files = list({id(part.file): part.file for each in parts for part in each}.values())
-        self._wanted = {mode: self._schedule(mode) for mode in (False, True)}
+        self._wanted = {
+            training: [list(self.plan.wanted(place, training)) for place in range(len(self.plan.order(training)))]
+            for training in (False, True)
+        }
         self._training = False
         streamed = set(self.plan.streamed)
         resident = [part for unit, each in enumerate(parts) if unit not in streamed for part in each]
@@ -109,13 +106,6 @@ class Streaming:
         for model in [model for model, streaming in _streaming.items() if streaming is self]:
             del _streaming[model]
 
-    def check(self) -> None:
-        """UserError if a file was changed since it was mapped."""
-        check_files(self.files)
-
-    def _schedule(self, training: bool) -> list[list[int]]:
-        return [list(self.plan.wanted(place, training)) for place in range(len(self.plan.order(training)))]
-
     def _begin(self, *_: Any) -> None:
         self._training = torch.is_grad_enabled()
 
@@ -127,17 +117,14 @@ class Streaming:
         """Behind a forward pass: have the gradient of its output call, which comes before the layer's backward pass."""
         hidden = output[0] if isinstance(output, tuple) else output
         if isinstance(hidden, Tensor) and hidden.requires_grad and torch._C._current_graph_task_id() == -1:
-            hidden.register_hook(_Hook(self._before_backward, number))
+            hidden.register_hook(_Hook(self._visit, number, True))
 
-    def _before_backward(self, number: int, grad: Tensor) -> None:
-        self._visit(number, True)
-
-    def _visit(self, number: int, is_backward: bool) -> None:
+    def _visit(self, number: int, is_backward: bool, *_: Any) -> None:
         schedule = self._wanted[self._training or is_backward]
         wanted = schedule[-1 - number if is_backward else number]
         now = number if number in wanted and number in self.plan.streamed else -1
         if not self.stream.want(wanted, now, number == 1 and not is_backward):
-            self.check()
+            check_files(self.files)
             raise UserError("a file of the model cannot be read: its disk fails; continue from the last checkpoint.")
 
 

@@ -116,20 +116,19 @@ class Residency:
         return now - began
 
 
-def plan_residency(units: Sequence[Unit], budget: int, ahead: int = AHEAD) -> Residency:
+def plan_residency(units: Sequence[Unit], budget: int) -> Residency:
     """As few streamed units as ``budget`` bytes allow, spread evenly over the pass: reads then lie beside computing.
 
     Args:
         units: in the order of a forward pass.
-        budget: bytes for the units that stay and the slots.
-        ahead: streamed units that are read before their use; there is one slot more, for the one in use. Reading one
-            ahead is tried where there is no room for more.
+        budget: bytes for the units that stay and the slots, of which there is one more than units read before their
+            use. Reading one ahead is tried where there is no room for more.
 
     Raises:
         ValueError: not even two slots fit beside what must stay; the sentence has the bytes that are needed.
     """
     movable = _movable(units)
-    for slots in dict.fromkeys((ahead + 1, 2)):
+    for slots in (AHEAD + 1, 2):
         for count in range(len(movable) + 1):
             # Bresenham's line: of n units every (n / count)-th, the last ones of equal parts.
             places = (
