@@ -286,15 +286,11 @@ class TrainConfig(_Section):
     train: LoopSection = LoopSection()
 
     @model_validator(mode="after")
-    def _ships_at_the_end(self) -> TrainConfig:
+    def _fits_together(self) -> TrainConfig:
         if self.train.patience is not None and self.lora.ship is not None:
             raise ValueError(
                 "train.patience and lora.ship are set: expected one, as what ships is made after the last step"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _trains_whole_modules(self) -> TrainConfig:
         for key, value in (("parallel", self.parallel), ("lora.ship", self.lora.ship)):
             if self.lora.modules_to_save and value in ("fsdp", "gguf"):
                 raise ValueError(f"lora.modules_to_save is set and {key} is {value}: expected one of them")
@@ -332,7 +328,8 @@ class TrainConfig(_Section):
         """The same from the nested values of a file that is read already; ``lines`` are those of its dotted keys."""
         flags = _apply_overrides(values, overrides)
         # A block whose keys are all commented out is an empty block, not a mistake.
-        values = {key: {} if value is None and key in _sections() else value for key, value in values.items()}
+        sections = cls.model_fields.keys() - keys()
+        values = {key: {} if value is None and key in sections else value for key, value in values.items()}
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -364,14 +361,6 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, An
 def _takes_list(annotation: Any) -> bool:
     is_list = typing.get_origin(annotation) in (list, tuple)
     return is_list or any(_takes_list(each) for each in typing.get_args(annotation))
-
-
-def _by_leaf() -> dict[str, str]:
-    return {key.rpartition(".")[2]: key for key in keys()}
-
-
-def _sections() -> list[str]:
-    return [name for name in TrainConfig.model_fields if name not in keys()]
 
 
 def _key_of(item: Mapping[str, Any]) -> str:
@@ -441,7 +430,8 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[s
     A key may be given without its section (``--lr``). A flag without a value means true, ``--resume`` alone means
     auto. Values are read as YAML, so that lists, numbers and null work as in the file.
     """
-    known, by_leaf = keys(), _by_leaf()
+    known = keys()
+    by_leaf = {key.rpartition(".")[2]: key for key in known}
     flags: dict[str, str] = {}
     words = list(overrides)
     while words:

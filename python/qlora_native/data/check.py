@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,16 +37,11 @@ def check_rows(
         rows: what is trained; ``held_out``: what is evaluated.
         positions, embeddings: the longest sequence of the model and its number of tokens, where they are known.
     """
-    return list(_findings(rows, held_out, tokenizer, positions, embeddings))
+    found: list[Finding] = []
 
+    def note(name: str, text: str) -> None:
+        found.append(Finding(name, text))
 
-def _findings(
-    rows: TokenizedDataset,
-    held_out: TokenizedDataset | None,
-    tokenizer: Any,
-    positions: int | None,
-    embeddings: int | None,
-) -> Iterator[Finding]:
     stats, encoder = rows.stats, ChatEncoder(tokenizer)
     places = np.linspace(0, len(rows) - 1, min(SAMPLED_ROWS, len(rows))).astype(np.int64)
     sample = [rows[int(at)] for at in places]
@@ -55,19 +49,17 @@ def _findings(
 
     untrained = stats.dropped - stats.dropped_too_long
     if untrained > SHARE * (stats.rows + untrained):
-        yield Finding(
-            "masked-labels", f"{untrained:,} rows have no answer, and train nothing; add answers, or remove the rows"
-        )
+        note("masked-labels", f"{untrained:,} rows have no answer, and train nothing; add answers, or remove the rows")
     lost = stats.truncated + stats.dropped_too_long
     if lost > SHARE * (stats.rows + stats.dropped):
-        yield Finding(
+        note(
             "truncated-answers",
             f"{lost:,} of {stats.rows + stats.dropped:,} rows lose their ends to data.max_length {stats.max_length:,}, "
             "so the model learns to stop in the middle; raise it, or shorten the rows",
         )
     endless = sum(not _ends(encoder, row) for row in whole)
     if endless > SHARE * len(sample):
-        yield Finding(
+        note(
             "no-end-token",
             f"{endless:,} of {len(whole):,} rows train no token that ends an answer, so the model never stops; give "
             "the tokenizer an eos_token, or the chat template an end of the assistant's turn",
@@ -75,20 +67,20 @@ def _findings(
     bos = tokenizer.bos_token_id
     doubled = sum(len(row["input_ids"]) > 1 and set(row["input_ids"][:2].tolist()) == {bos} for row in sample)
     if bos is not None and doubled > SHARE * len(sample):
-        yield Finding(
+        note(
             "doubled-bos",
             f"{doubled:,} of {len(sample):,} rows begin with two {tokenizer.bos_token}; remove it from the data or "
             "from the chat template",
         )
     copied = sum(_repeats_answer(tokenizer, row) for row in sample)
     if copied > len(sample) / 2:
-        yield Finding(
+        note(
             "answer-in-prompt",
             f"in {copied:,} of {len(sample):,} rows the prompt has the answer already, so the model learns to copy; "
             "remove it from the prompt",
         )
     if stats.template == "tokenizer" and not encoder.has_generation_prompt():
-        yield Finding(
+        note(
             "no-assistant-turn",
             "the chat template begins no turn of the assistant (add_generation_prompt changes nothing), so a prompt "
             "differs from what was trained; use a template that does",
@@ -97,14 +89,14 @@ def _findings(
     longest = int(lengths.max())
     if positions is not None and longest > positions:
         longer = int((lengths > positions).sum())
-        yield Finding(
+        note(
             "beyond-positions",
             f"{longer:,} of {len(lengths):,} rows have more than the model's {positions:,} positions, the longest "
             f"{longest:,} tokens; set data.max_length to {positions}, which truncates them",
         )
     highest = int(rows.input_ids.max())
     if embeddings is not None and highest >= embeddings:
-        yield Finding(
+        note(
             "beyond-embedding",
             f"token {highest:,} ({tokenizer.convert_ids_to_tokens(highest)!r}) is beyond the {embeddings:,} of the "
             "model; copy the tokenizer of this model into its folder",
@@ -113,11 +105,12 @@ def _findings(
         known = {row["input_ids"].tobytes() for row in held_out}
         seen = {key for row in rows if (key := row["input_ids"].tobytes()) in known}
         if len(seen) > SHARE * len(known):
-            yield Finding(
+            note(
                 "trained-held-out",
                 f"{len(seen):,} of {len(known):,} held-out rows are trained too, so their loss shows what was learned "
                 "by heart; remove the duplicates",
             )
+    return found
 
 
 def _last_answer(row: dict[str, np.ndarray]) -> tuple[int, int]:
