@@ -6,13 +6,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,11 @@ def atomic_file(final: Path) -> Iterator[Path]:
             fsync(final.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """For JSON, which has no NaN: None in place of numbers that are not finite."""
+    return {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in values.items()}
 
 
 def write_whole(path: Path, text: str) -> None:

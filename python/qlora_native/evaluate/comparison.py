@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qlora_native._io import without_nan
 from qlora_native.data.template import check_vocabulary
 from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.measure import Kept, Scores, measure
@@ -82,7 +82,7 @@ class Comparison:
                 "name": variant.name,
                 "bytes": variant.num_bytes,
                 "seconds_to_load": round(variant.seconds_to_load, 2),
-                "texts": {name: _without_nan(self.text_row(variant, name)) for name in variant.texts},
+                "texts": {name: without_nan(self.text_row(variant, name)) for name in variant.texts},
                 "choices": {},  # older versions wrote multiple choice here; lm-eval's tasks have taken its place
                 "tasks": variant.tasks,
             }
@@ -134,7 +134,3 @@ def compare(
 def _num_bytes(model: Any) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.nbytes for tensor in {id(one): one for one in tensors}.values())
-
-
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}

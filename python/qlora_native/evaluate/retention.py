@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+from qlora_native._io import without_nan
 from qlora_native.evaluate.measure import Scores
 
 
@@ -21,10 +21,7 @@ def retention(base: Scores, adapted: Scores, shipped: Scores) -> dict[str, Any]:
     share, error = shipped.closed(base, adapted)
     sides = {"base": base, "adapted": adapted, "shipped": shipped}
     losses = {f"{name}_loss": scores.loss[0] for name, scores in sides.items()}
-    found = {"retention": share, "retention_error": error, **losses, "tokens": int(base.tokens.sum())}
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()
-    }
+    return without_nan({"retention": share, "retention_error": error, **losses, "tokens": int(base.tokens.sum())})
 
 
 def describe(found: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
-from qlora_native._io import as_write_error, atomic_file, read_json, reason, write_whole
+from qlora_native._io import as_write_error, atomic_file, read_json, reason, without_nan, write_whole
 from qlora_native._memory import peak_rss_bytes
 from qlora_native.errors import UserError
 
@@ -38,15 +38,11 @@ class Metrics:
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line. JSON has no NaN: what is not finite is written as null."""
+        """Append one line."""
         if self.path is None:
             return
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
         with as_write_error(self.path):
-            self._file.write(json.dumps(finite) + "\n")
+            self._file.write(json.dumps(without_nan(record)) + "\n")
             self._file.flush()
         for logger in self._loggers:
             logger.write(record)
