@@ -63,35 +63,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    x, weight = ctx.saved_tensors
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = call("dense_linear_grad_input", grad_y, weight)
-    if ctx.needs_input_grad[1]:
-        grad_weight = call("dense_linear_grad_weight", grad_y, x)
-    if ctx.needs_input_grad[2]:
-        grad_bias = sum_to_bias(grad_y, ctx.bias_dtype)
-    return grad_x, grad_weight, grad_bias
+    (x, weight), (needs_x, needs_weight, needs_bias) = ctx.saved_tensors, ctx.needs_input_grad
+    grad_x = call("dense_linear_grad_input", grad_y, weight) if needs_x else None
+    grad_weight = call("dense_linear_grad_weight", grad_y, x) if needs_weight else None
+    return grad_x, grad_weight, sum_to_bias(grad_y, ctx.bias_dtype) if needs_bias else None
 
 
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grad_y, weight = ctx.saved_tensors
-    by_grad_y = by_weight = None
-    if ctx.needs_input_grad[0]:
-        by_grad_y = torch.ops.qlora_native.dense_linear(grad, weight, None)
-    if ctx.needs_input_grad[1]:
-        by_weight = call("dense_linear_grad_weight", grad_y, grad)
-    return by_grad_y, by_weight
+    (grad_y, weight), (needs_grad_y, needs_weight) = ctx.saved_tensors, ctx.needs_input_grad
+    by_grad_y = torch.ops.qlora_native.dense_linear(grad, weight, None) if needs_grad_y else None
+    return by_grad_y, call("dense_linear_grad_weight", grad_y, grad) if needs_weight else None
 
 
 def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grad_y, x = ctx.saved_tensors
-    by_grad_y = by_x = None
-    if ctx.needs_input_grad[0]:
-        by_grad_y = torch.ops.qlora_native.dense_linear(x, grad, None)
-    if ctx.needs_input_grad[1]:
-        by_x = call("dense_linear_grad_input", grad_y, grad)
-    return by_grad_y, by_x
+    (grad_y, x), (needs_grad_y, needs_x) = ctx.saved_tensors, ctx.needs_input_grad
+    by_grad_y = torch.ops.qlora_native.dense_linear(x, grad, None) if needs_grad_y else None
+    return by_grad_y, call("dense_linear_grad_input", grad_y, grad) if needs_x else None
 
 
 autograd("dense_linear", _backward, _setup)
