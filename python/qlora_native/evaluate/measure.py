@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from qlora_native.data.batching import collate
 from qlora_native.data.template import IGNORE_INDEX
+from qlora_native.hf.fuse import modes_kept
 from qlora_native.hf.loss import head_is_plain, hidden_states, without_needless_mask
 from qlora_native.nn.linear import QuantizedLinear
 
@@ -104,15 +106,10 @@ def measure(
     """
     from qlora_native.hf.mapped import BESIDE, check_mapped_finite, stream_if_needed
 
-    training = model.training
-    model.eval()
     streaming = stream_if_needed(model, None, BESIDE)
-    try:
+    with modes_kept(model), nullcontext() if streaming is None else closing(streaming):
+        model.eval()
         scores, kept = _measure(model, rows, pad_id, against, keep_in)
-    finally:
-        model.train(training)
-        if streaming is not None:
-            streaming.close()
     if not math.isfinite(float(scores.nats.sum())):
         check_mapped_finite(model, str(model.load_report.path) if hasattr(model, "load_report") else "")
     return scores, kept

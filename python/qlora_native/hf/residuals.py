@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qlora_native.errors import UserError
 from qlora_native.hf.build import MetaModel, is_transposed
+from qlora_native.hf.fuse import modes_kept
 from qlora_native.hf.load import LoadReport
 from qlora_native.hf.plan import Converted
 from qlora_native.hf.source import Source, load_tokenizer, open_source
@@ -87,16 +88,13 @@ def _metrics(
         text.vocab_size,
         getattr(text, "max_position_embeddings", None),
     )
-    statistics, taps, training = Statistics(full), InputTaps(), model.training
-    model.eval()
-    try:
-        with taps.on(model, "", names), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for row in tokens.ids:
-                with taps.noting() as inputs:
-                    model.base_model(input_ids=row[None].to(model.device), use_cache=False)
-                statistics.add([inputs], pool)
-    finally:
-        model.train(training)
+    statistics, taps = Statistics(full), InputTaps()
+    with modes_kept(model), taps.on(model, "", names), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        model.eval()
+        for row in tokens.ids:
+            with taps.noting() as inputs:
+                model.base_model(input_ids=row[None].to(model.device), use_cache=False)
+            statistics.add([inputs], pool)
     found: dict[str, Tensor] = {}
     for statistic, keys in statistics.groups():
         hessian = statistic.hessian()

@@ -17,6 +17,7 @@ from qlora_native.data.batching import BatchSampler, PackedBatchSampler, Sampler
 from qlora_native.data.dataset import TokenizedDataset, load_split
 from qlora_native.distributed import Items
 from qlora_native.errors import UserError
+from qlora_native.hf.fuse import modes_kept
 from qlora_native.hf.loss import hidden_states
 
 Batch = dict[str, Tensor]
@@ -77,16 +78,13 @@ def check_packing(model: Any) -> None:
     row = (numbers * 7 + 1) % vocabulary
     positions = torch.cat((numbers[:, :12], numbers), 1)
     name = type(model).__name__
-    before = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model):
         model.eval()
-        alone = hidden(row, numbers)
-        behind, behind_other = (hidden(torch.cat((head, row), 1), positions)[:, 12:] for head in (first, other))
-    except TypeError as error:
-        raise UserError(f"{name} cannot train on packed rows: {error}; set data.packing to false") from error
-    finally:
-        for module, training in before.items():
-            module.training = training
+        try:
+            alone = hidden(row, numbers)
+            behind, behind_other = (hidden(torch.cat((head, row), 1), positions)[:, 12:] for head in (first, other))
+        except TypeError as error:
+            raise UserError(f"{name} cannot train on packed rows: {error}; set data.packing to false") from error
     for got, expected in ((behind, alone), (behind_other, behind)):
         off = (got.float() - expected.float()).norm(dim=-1)
         distance = float((off / expected.float().norm(dim=-1)).max())

@@ -11,6 +11,7 @@ import torch
 
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import ChatEncoder, check_vocabulary
+from qlora_native.hf.fuse import modes_kept
 from qlora_native.hf.generate import Sampling, iter_tokens, stop_tokens
 
 LONGEST = 64  # tokens of an answer
@@ -54,11 +55,9 @@ class Samples:
     def answers(self, earlier: Sequence[Sample]) -> list[Sample]:
         """Answer every prompt, with dropout off and no random number drawn; ``earlier`` are the answers before."""
         before = {sample["prompt"]: sample["before"] for sample in earlier}
-        self._model.eval()
-        try:
+        with modes_kept(self._model):
+            self._model.eval()
             texts = [self._answer(prompt) for prompt, _ in self._prompts]
-        finally:
-            self._model.train()
         found = zip((about for _, about in self._prompts), texts, strict=True)
         return [{**about, "before": before.get(about["prompt"], text), "answer": text} for about, text in found]
 
