@@ -112,7 +112,8 @@ def compare(
         for name, load in variants.loaders():
             began = time.monotonic()
             model = load()
-            result = VariantResult(name, _num_bytes(model), time.monotonic() - began)
+            num_bytes = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+            result = VariantResult(name, num_bytes, time.monotonic() - began)
             note(f"{name}: {result.num_bytes / 2**20:,.0f} MiB of weights, loaded in {result.seconds_to_load:.1f} s")
             for text in texts:
                 highest = max(int(row["input_ids"].max()) for row in text.rows)
@@ -129,8 +130,3 @@ def compare(
             del model
             gc.collect()
     return Comparison(str(variants.model), results)
-
-
-def _num_bytes(model: Any) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.nbytes for tensor in {id(one): one for one in tensors}.values())

@@ -90,12 +90,8 @@ class ChunkedLogProbs:
         return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _scores_labels_alone(otherwise: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
-    return lambda device: device.type == "cpu" or otherwise(device)
-
-
 if hasattr(utils, "add_fused_lm_head"):  # older versions take the model's own logits
-    _theirs = utils._ChunkedLogProbFunction
-    utils._use_triton = _scores_labels_alone(utils._use_triton)
+    _theirs, _use_triton = utils._ChunkedLogProbFunction, utils._use_triton
+    utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)  # with it, labels alone are scored
     utils._ChunkedLogProbFunction = ChunkedLogProbs
     utils.add_fused_lm_head = _remember_head(utils.add_fused_lm_head)

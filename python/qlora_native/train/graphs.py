@@ -92,12 +92,6 @@ class Passes:
         if self.is_captured and not self.grads:
             self.grads = {p: p.grad for p in self.parameters if p.grad is not None}
 
-    def stop_capturing(self, reason: str) -> None:
-        """Run all passes from here on eagerly, and drop the graphs."""
-        if self.is_captured:
-            self.is_captured, self.graphs = False, {}
-            self.note(f"CUDA graphs are off: {reason}")
-
     def _pass(self, batch: Batch, factor: int) -> None:
         share = self.loss_of(batch) * self.weight
         (share * factor).backward()
@@ -122,8 +116,9 @@ class Passes:
                 self._pass(inputs, factor)
             if any(parameter.grad is not None and parameter not in self.grads for parameter in self.parameters):
                 raise RuntimeError("which parameters have a gradient depends on the batch")
-        except RuntimeError as error:
-            self.stop_capturing(str(error).splitlines()[0])
+        except RuntimeError as error:  # all passes from here on are eager
+            self.is_captured, self.graphs = False, {}
+            self.note(f"CUDA graphs are off: {str(error).splitlines()[0]}")
         else:
             self.last, self.graphs[shape] = graph, (inputs, graph.replay)
 

@@ -444,8 +444,8 @@ class Trainer:
             peak_rss_bytes=peak_rss_bytes(),
             adapter_dir=adapter_dir,
             best_dir=self.output_dir / "best" if state.best_step and state.best_loss is not None else None,
-            weight_bytes_read=weights.bytes_read,
-            weight_stall_seconds=weights.stall_seconds,
+            weight_bytes_read=0 if weights.stream is None else weights.stream.bytes_read,
+            weight_stall_seconds=0.0 if weights.stream is None else weights.stream.stall_seconds,
             shipped_dir=shipped_dir,
             retention=state.retention,
         )

@@ -22,7 +22,6 @@ from qlora_native.train.checkpoint import random_state, set_random_state
 
 if TYPE_CHECKING:
     from qlora_native.estimate import Estimate, Estimator
-    from qlora_native.hf.mapped import Streaming
 
 Result = TypeVar("Result")
 
@@ -105,14 +104,17 @@ class MemoryReport:
 
 
 class MappedWeights:
-    """The weights of a run that lie in mapped files: streamed where they do not fit, checked as the run goes on."""
+    """The weights of a run that lie in mapped files: streamed where they do not fit, checked as the run goes on.
+
+    ``stream`` is the native one, None where nothing streams.
+    """
 
     def __init__(
         self, config: TrainConfig, model: Any, report: MemoryReport | None, note: Callable[[str], None]
     ) -> None:
         self._model, self._where = model, config.model
         self._files: list[_C.MappedFile] = []
-        self._streaming: Streaming | None = None
+        self.stream: _C.WeightStream | None = None
         if not getattr(getattr(model, "load_report", None), "bytes_mapped", 0):
             return
         from qlora_native.hf.mapped import num_bytes, parts_of, stream_if_needed
@@ -123,7 +125,8 @@ class MappedWeights:
         if report is not None:
             report.mapped = num_bytes(parts)
             beside = report.beside_weights()
-        self._streaming = stream_if_needed(model, config.weight_budget, beside, note)
+        streaming = stream_if_needed(model, config.weight_budget, beside, note)
+        self.stream = None if streaming is None else streaming.stream
 
     def check(self, loss: float) -> None:
         """UserError if a file was changed under the run, or if the loss is not finite since a weight is not."""
@@ -133,16 +136,6 @@ class MappedWeights:
             check_files(self._files)
             if not math.isfinite(loss):
                 check_mapped_finite(self._model, self._where)
-
-    @property
-    def bytes_read(self) -> int:
-        """Of streamed layers, so far."""
-        return 0 if self._streaming is None else self._streaming.stream.bytes_read
-
-    @property
-    def stall_seconds(self) -> float:
-        """That layers were waited for, so far."""
-        return 0.0 if self._streaming is None else self._streaming.stream.stall_seconds
 
 
 # In a plain RuntimeError of torch's CPU allocator, C++, oneDNN, cuBLAS and cuDNN.
