@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_native._io import user_path
-from qlora_native.cli._run import has_rich_terminal, parse_size, print_result, require
+from qlora_native._io import as_user_error, as_write_error, user_path
+from qlora_native.cli._run import parse_size, print_result, require
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     """Estimate and print."""
     import torch
 
-    from qlora_native._io import as_user_error
     from qlora_native.estimate import Estimator, Setting
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -120,12 +118,8 @@ def run(args: argparse.Namespace) -> int:
     lines = _lines(estimate, card, fitting)
     lines += [] if on_card is None else _lines_on_card(on_card)
     lines += ([] if streamed is None else [str(streamed)]) + [rank.line(card) for rank in ranks]
-    if not args.json and has_rich_terminal():
-        _print_table(title, terms, estimate.total)
-    else:
-        rows = [f"  {name:<20} {size(num_bytes):>12}" for name, num_bytes in [*terms, ("total", estimate.total)]]
-        lines = [title, *rows, *lines]
-    print_result(args, result, lines)
+    rows = [f"  {name:<20} {size(num_bytes):>12}" for name, num_bytes in [*terms, ("total", estimate.total)]]
+    print_result(args, result, [title, *rows, *lines])
     return 0
 
 
@@ -207,26 +201,10 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 10 * 2**30 else f"{num_bytes / 2**20:,.0f} MiB"
 
 
-def _print_table(title: str, terms: Sequence[tuple[str, int]], total: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("", footer="total")
-    table.add_column("memory", footer=size(total), justify="right")
-    table.add_column("")
-    most = max(num_bytes for _, num_bytes in terms) or 1
-    for name, num_bytes in terms:
-        table.add_row(name, size(num_bytes), "\u2588" * round(30 * num_bytes / most))
-    Console().print(table)
-
-
 def plot(estimator: Estimator, picture: Path, model: str) -> None:
     """Stacked bars of the peak for four lengths, checkpointing on and off, into a PNG."""
     require("--plot", "matplotlib")
     from matplotlib.figure import Figure
-
-    from qlora_native._io import as_write_error
 
     if picture.suffix != ".png":
         raise UserError(f"--plot is {picture}: expected a name that ends in .png")
