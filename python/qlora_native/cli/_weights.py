@@ -9,6 +9,7 @@ from typing import Any
 from qlora_native.cases import BLOCK_SIZES
 from qlora_native.cli._run import parse_size, require
 from qlora_native.errors import UserError
+from qlora_native.weight import CALIBRATED
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -77,7 +78,6 @@ def as_trained(args: argparse.Namespace, rounds: bool) -> dict[str, Any]:
     method = quant.method
     if rounds and method != "rtn":
         from qlora_native.calibration.data import kept_calibration, quantize_command
-        from qlora_native.weight import CALIBRATED
 
         kept = kept_calibration(args.adapter) or quant.calibration
         text = kept or ("FILE" if method in CALIBRATED else None)

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from qlora_native._io import user_path
+import torch
+
+from qlora_native import build_info
+from qlora_native._io import as_user_error, user_path
 from qlora_native.cli._run import require
 from qlora_native.errors import UserError
 
@@ -39,9 +42,6 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print each row as it comes."""
-    import torch
-
-    from qlora_native import build_info
     from qlora_native.cli.contests import CONTESTS, WITHOUT_TOKENS, Shape, cpu_name
 
     shapes = _shapes(args)
@@ -82,9 +82,6 @@ def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
 
 def layer_shapes(model: str, dtype: str = "bfloat16") -> list[tuple[int, int]]:
     """[N, K] of each weight that load_model would make 4-bit, from the model's configuration alone."""
-    import torch
-
-    from qlora_native._io import as_user_error
     from qlora_native.hf.build import MetaModel
     from qlora_native.hf.source import open_source
 
@@ -98,8 +95,6 @@ def layer_shapes(model: str, dtype: str = "bfloat16") -> list[tuple[int, int]]:
 
 
 def _print(about: dict[str, Any], contest: Any, args: argparse.Namespace, name: str, device: Any) -> None:
-    import torch
-
     from qlora_native.cli.contests import interleaved, quartiles, ratios, rounded
 
     def call_and_wait(function: Callable[[], Any]) -> None:

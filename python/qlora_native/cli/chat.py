@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from qlora_native._io import user_path
+from qlora_native._io import as_user_error, user_path
 from qlora_native.cli._run import has_rich_terminal, printable
 from qlora_native.cli._weights import DTYPES, add_quantizing, as_trained
 
@@ -159,7 +159,6 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import qlora_native as qn
-    from qlora_native._io import as_user_error
     from qlora_native.hf.device_layers import load_to_device
     from qlora_native.hf.generate import Sampling
     from qlora_native.hf.mapped import BESIDE, stream_if_needed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from qlora_native._io import user_path
+from qlora_native._io import as_user_error, as_write_error, atomic_folder, user_path
 from qlora_native.cli._run import print_result, refuse_existing, stopwatch
 from qlora_native.cli._weights import DTYPES, add_quantizing, add_shard_size, is_four_bit, quantizing
 from qlora_native.errors import UserError
@@ -35,7 +35,6 @@ examples:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from qlora_native._io import as_user_error, as_write_error, atomic_folder
     from qlora_native.hf.convert import convert
 
     source, out = args.source, args.out

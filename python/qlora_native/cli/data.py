@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora_native.cli._run import has_rich_terminal, printable
+from qlora_native.cli._run import has_rich_terminal, printable, require
 from qlora_native.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,17 +165,16 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 def _plot_lengths(lengths: np.ndarray, max_length: int, picture: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
+    require("--png", "matplotlib")
+    from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="tokens", ylabel="rows")
-        axes.hist(lengths, bins=50)
-        axes.axvline(max_length, color="black", linestyle="--", label=f"max_length {max_length:,}")
-        axes.legend()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens", ylabel="rows")
+    axes.hist(lengths, bins=50)
+    axes.axvline(max_length, color="black", linestyle="--", label=f"max_length {max_length:,}")
+    axes.legend()
+    try:
         figure.savefig(picture, dpi=120)
-    except ImportError as error:
-        raise UserError(f"--png needs matplotlib, which is not installed: pip install matplotlib ({error})") from None
     except (OSError, ValueError) as error:
         raise UserError(f"could not write {picture}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -8,6 +8,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qlora_native._io import user_path
 from qlora_native.cli._run import printable
 from qlora_native.cli.demo_model import model_file as model_file
@@ -69,8 +71,6 @@ def demo_config(
 def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UserError(f"qlora demo: --steps is {args.steps}: expected 1 or more")
-    import torch
-
     import qlora_native as qn
     from qlora_native.calibration.data import FILE
     from qlora_native.data.standard_library import write_split
@@ -143,8 +143,6 @@ def _questions(path: Path) -> list[dict[str, Any]]:
 
 def _answer(model: Any, tokenizer: Any, message: dict[str, str]) -> str:
     """The model's greedy answer, its first line."""
-    import torch
-
     inputs = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     training = model.training
     model.eval()

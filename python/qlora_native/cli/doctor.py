@@ -13,8 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qlora_native import _C, build_info
+from qlora_native._native import DTYPE_NUMBER
 from qlora_native.cli._run import missing_packages, print_result, require
 from qlora_native.errors import UserError
+from qlora_native.ops import _library
 
 # What the extras of pyproject.toml bring, as import names; a test compares the two.
 EXTRAS = {
@@ -44,10 +49,6 @@ examples:
 
 def examine() -> dict[str, Any]:
     """Everything the command prints, as JSON values."""
-    import torch
-
-    from qlora_native import build_info
-
     build, devices = build_info(), _cuda_devices()
     missing: list[dict[str, Any]] = [
         {"extra": extra, "packages": packages, "mend": f"pip install {' '.join(packages)}"}
@@ -114,11 +115,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
 
 def _kernel(m: int, n: int, k: int) -> str:
     """What multiplies m tokens by a 4-bit weight [n, k] in bf16 in the forward pass."""
-    import torch
-
-    from qlora_native import _C
-    from qlora_native._native import DTYPE_NUMBER
-    from qlora_native.ops import _cuda_products, _library
+    from qlora_native.ops import _cuda_products
 
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -150,7 +147,6 @@ def _memory() -> int | None:
 
 def _paging(folder: Path) -> dict[str, Any]:
     """Whether optimizer states can be paged into a file in this folder (found by making one), and the memory limit."""
-    from qlora_native import _C
     from qlora_native._memory import file_system_of, free_memory
 
     free = free_memory()
@@ -181,10 +177,6 @@ def _paging_in_words(report: dict[str, Any]) -> str:
 
 
 def _cuda_devices() -> list[str]:
-    import torch
-
-    from qlora_native.ops import _library
-
     if not torch.cuda.is_available():
         return []
     devices = []

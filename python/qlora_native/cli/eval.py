@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qlora_native._io import user_path
+from qlora_native._io import as_user_error, as_write_error, user_path
 from qlora_native.cli._run import print_result
 from qlora_native.cli._weights import DTYPES
 from qlora_native.errors import UserError
@@ -50,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     import torch
 
-    from qlora_native._io import as_user_error, as_write_error
     from qlora_native._memory import peak_rss_bytes
     from qlora_native.data.template import padding_id
     from qlora_native.evaluate.comparison import compare

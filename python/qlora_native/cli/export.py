@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from qlora_native._io import user_path
+from qlora_native._io import as_user_error, as_write_error, atomic_file, atomic_folder, read_json, reason, user_path
 from qlora_native.cli._run import print_result, refuse_existing, require, stopwatch
 from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained, is_four_bit
 from qlora_native.cli.merge import write_merged
@@ -57,8 +57,6 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    from qlora_native._io import as_user_error
-
     if args.to == "hub":
         return _upload(args)
     if args.to == "gguf-adapter" and args.adapter is None:
@@ -68,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         raise UserError(f"qlora export: --to {args.to} needs --out PATH, the folder or file to make")
     refuse_existing(args.out, "--out")
+    if args.to.startswith("gguf") and args.out.suffix != ".gguf":
+        raise UserError(f"qlora export: --out is {args.out}: expected a name that ends in .gguf")
     seconds = stopwatch()
     with as_user_error():
         made = _MAKERS[args.to](args, args.out)
@@ -101,12 +101,10 @@ def _safetensors(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf", "gguf")
-    from qlora_native._io import as_write_error, atomic_file
     from qlora_native.export.gguf import export_gguf
     from qlora_native.export.gguf_kept import export_kept
     from qlora_native.hf.source import load_tokenizer
 
-    _check_suffix(out)
     work = _merging(args, "fp32")
     if (args.type == "keep") != bool(args.calibration):
         raise UserError(
@@ -121,7 +119,6 @@ def _gguf(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    from qlora_native._io import as_write_error, atomic_folder, read_json
     from qlora_native.data.template import TEMPLATE
     from qlora_native.lora.adapter import CONFIG_NAME, TENSORS_NAME
 
@@ -141,10 +138,8 @@ def _peft(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     require("qlora export --to gguf-adapter", "gguf")
-    from qlora_native._io import as_write_error, atomic_file
     from qlora_native.export.gguf_adapter import export_adapter
 
-    _check_suffix(out)
     if args.type is not None:
         raise UserError("qlora export: --to gguf-adapter takes no --type: the adapter is written in fp32, as it is")
     args.base = "dequantized" if is_four_bit(args.model) else "original"
@@ -154,7 +149,6 @@ def _gguf_adapter(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def _upload(args: argparse.Namespace) -> int:
-    from qlora_native._io import reason
     from qlora_native.lora.adapter import CONFIG_NAME
 
     folder, patterns = args.model, ["adapter_*", "README.md", "*token*", "chat_template.jinja"]
@@ -173,14 +167,8 @@ def _upload(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_suffix(out: Path) -> None:
-    if out.suffix != ".gguf":
-        raise UserError(f"qlora export: --out is {out}: expected a name that ends in .gguf")
-
-
 def _base_of(adapter: Path) -> Path:
     """The base that an adapter names."""
-    from qlora_native._io import read_json
     from qlora_native.lora.adapter import CONFIG_NAME
 
     if not (adapter / CONFIG_NAME).is_file():

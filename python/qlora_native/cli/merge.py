@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from qlora_native._io import user_path
+from qlora_native._io import as_user_error, as_write_error, atomic_folder, user_path, write_whole
 from qlora_native.cli._run import refuse_existing, stopwatch
 from qlora_native.cli._weights import add_quantizing, add_shard_size, as_trained
 from qlora_native.errors import UserError
@@ -52,7 +52,6 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    from qlora_native._io import as_user_error, as_write_error, write_whole
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.export.check import check_logits, check_retention, check_weights, report_markdown, sample_rows
     from qlora_native.hf.merge import Merging, calibrated_codes
@@ -120,7 +119,6 @@ def run(args: argparse.Namespace) -> int:
 
 def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
     """Write the folder of a merged model, with its tokenizer."""
-    from qlora_native._io import as_write_error, atomic_folder
     from qlora_native.hf.source import load_tokenizer
 
     # Beside safetensors the tokenizer is a file, which is copied with the others; that of an adapter takes its place.
@@ -136,7 +134,6 @@ def write_merged(work: Merging, out: Path, shard_bytes: int) -> None:
 def write_calibrated(work: Merging, args: argparse.Namespace, given: dict[str, Any], folder: Path) -> None:
     """Write the sum as :func:`qlora_native.quantize_calibrated` rounds it; it lies in ``folder`` in 16 bits, and is
     read from there layer after layer."""
-    from qlora_native._io import as_write_error, atomic_folder
     from qlora_native.calibration.data import CalibrationData
     from qlora_native.hf.checkpoint import aligned_files
     from qlora_native.hf.load import load_model

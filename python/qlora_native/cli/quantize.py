@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_native._io import user_path
+from qlora_native._io import as_user_error, as_write_error, atomic_folder, user_path
 from qlora_native.cli._run import print_result, refuse_existing, stopwatch
 from qlora_native.cli._weights import DTYPES, add_quantizing, add_shard_size, is_four_bit, quantizing
 from qlora_native.errors import UserError
+from qlora_native.weight import CALIBRATED
 
 FELL_BACK_LINES = 8
 WORK = ".qlora-calibration"  # suffix of the hidden folder beside DIR from which an interrupted run goes on
@@ -45,7 +46,6 @@ examples:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from qlora_native._io import as_user_error, as_write_error, atomic_folder
     from qlora_native.hf.checkpoint import aligned_files
     from qlora_native.hf.load import LayerProgress, load_model
     from qlora_native.hf.source import load_tokenizer
@@ -93,7 +93,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _calibration(args: argparse.Namespace) -> Any:
     from qlora_native.calibration.data import CalibrationData
-    from qlora_native.weight import CALIBRATED
 
     given = {"rows": args.calibration_rows, "length": args.calibration_length, "format": args.calibration_format}
     if args.calibration is not None:
