@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial, partialmethod
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -94,51 +94,37 @@ def plot_losses(output_dir: Path) -> None:
         figure.savefig(partial, dpi=120, format="png")
 
 
-class TensorBoard:
-    """Event files in ``output_dir/tensorboard``; `tensorboard --logdir` shows them."""
+class Logger:
+    """A run in another program, which ``log`` gives figures by name, and the number of their step."""
 
-    def __init__(self, output_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, log: Callable[..., object], close: Callable[[], object]) -> None:
+        self._log, self.close = log, close
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._log(scalars(record), step=record["step"])
+
+
+def _start(name: str, output_dir: Path, config: Mapping[str, Any]) -> Logger:
+    """TensorBoard gets event files in ``output_dir/tensorboard``, which `tensorboard --logdir` shows; the others a run
+    named like the output folder, of the project or experiment ``qlora_native``. W&B and trackio have the same calls."""
+    if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(output_dir / "tensorboard"))
-        self.close = self._writer.close  # writes what is buffered
+        writer: Any = SummaryWriter(str(output_dir / name))
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, record["step"])
+        def add(figures: Mapping[str, float], step: int) -> None:
+            for key, value in figures.items():
+                writer.add_scalar(key, value, step)
 
-
-class Tracker:
-    """A run of the project ``qlora_native``, named like the output folder, in W&B or in trackio, by the same calls."""
-
-    def __init__(self, package: str, output_dir: Path, config: Mapping[str, Any]) -> None:
-        self._package: Any = importlib.import_module(package)
-        self._package.init(project="qlora_native", name=output_dir.name, config=dict(config), resume="allow")
-        self.close = self._package.finish
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self._package.log(scalars(record), step=record["step"])
-
-
-class MLflow:
-    """A run of the experiment ``qlora_native``, named like the output folder."""
-
-    def __init__(self, output_dir: Path, config: Mapping[str, Any]) -> None:
-        import mlflow
-
-        self._mlflow: Any = mlflow
-        mlflow.set_experiment("qlora_native")
-        mlflow.start_run(run_name=output_dir.name)
-        mlflow.log_dict(dict(config), "config.json")
-        self.close = mlflow.end_run
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self._mlflow.log_metrics(scalars(record), step=record["step"])
-
-
-Logger = TensorBoard | Tracker | MLflow
-_LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
-_LOGGERS |= {name: partial(Tracker, name) for name in ("trackio", "wandb")}
+        return Logger(add, writer.close)  # which writes what is buffered
+    package: Any = importlib.import_module(name)
+    if name == "mlflow":
+        package.set_experiment("qlora_native")
+        package.start_run(run_name=output_dir.name)
+        package.log_dict(dict(config), "config.json")
+        return Logger(package.log_metrics, package.end_run)
+    package.init(project="qlora_native", name=output_dir.name, config=dict(config), resume="allow")
+    return Logger(package.log, package.finish)
 
 
 def make_loggers(names: Sequence[str], output_dir: Path, config: Mapping[str, Any]) -> list[Logger]:
@@ -149,7 +135,7 @@ def make_loggers(names: Sequence[str], output_dir: Path, config: Mapping[str, An
     made = []
     for name in names:
         try:
-            made.append(_LOGGERS[name](output_dir, config))
+            made.append(_start(name, output_dir, config))
         except Exception as error:  # it is not logged in, has no network, or whatever else
             raise UserError(f"logging names {name}, which does not start: {reason(error)}") from error
     return made
