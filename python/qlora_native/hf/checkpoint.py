@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -399,7 +399,17 @@ class ShardWriter:
 
 
 @contextmanager
-def aligned_files() -> Iterator[None]:
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it another library's module has ``value`` under this name."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def aligned_files() -> AbstractContextManager[None]:
     """Within it ``save_pretrained`` writes files whose tensors are aligned as :class:`ShardWriter` aligns them."""
     from transformers import modeling_utils
 
@@ -409,9 +419,4 @@ def aligned_files() -> Iterator[None]:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
 
-    before = modeling_utils.safe_save_file
-    modeling_utils.safe_save_file = save
-    try:
-        yield
-    finally:
-        modeling_utils.safe_save_file = before
+    return replaced(modeling_utils, "safe_save_file", save)

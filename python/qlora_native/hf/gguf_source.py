@@ -7,8 +7,8 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qlora_native.errors import UserError
 from qlora_native.hf.build import MetaModel, keepable_embeddings
-from qlora_native.hf.checkpoint import Scratch, StoredTensor, first_sentence, some_of
+from qlora_native.hf.checkpoint import Scratch, StoredTensor, first_sentence, replaced, some_of
 from qlora_native.hf.gguf import (
     ARCHITECTURES,
     DENSE,
@@ -252,17 +252,11 @@ class GgufSource(Source):
         return UserError(f"{self.path} cannot be read as GGUF: {first_sentence(error)}")
 
 
-@contextmanager
-def _without_bar() -> Iterator[None]:
+def _without_bar() -> AbstractContextManager[None]:
     """No progress bar of transformers' reader where TQDM_DISABLE forbids it, which tqdm itself reads only on import."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     bar = getattr(reader, "tqdm", None)
     if bar is None or not os.environ.get("TQDM_DISABLE"):
-        yield
-        return
-    reader.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
+        return nullcontext()
+    return replaced(reader, "tqdm", partial(bar, disable=True))

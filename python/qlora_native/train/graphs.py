@@ -19,6 +19,7 @@ from transformers import masking_utils
 
 from qlora_native.config import TrainConfig
 from qlora_native.data.template import IGNORE_INDEX
+from qlora_native.hf.checkpoint import replaced
 from qlora_native.hf.loss import has_plain_head, is_random, without_needless_mask
 from qlora_native.train.batches import Batch
 
@@ -111,8 +112,11 @@ class Passes:
 
     def _capture(self, shape: Shape, batch: Batch, factor: int) -> None:
         inputs = {key: value.clone() for key, value in batch.items()}
+        # Transformers cannot find out in a capture that rows are not packed, and would build a table for attention
+        # across them.
+        alone = replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
         try:
-            with captured(self.last) as graph, nullcontext() if "position_ids" in inputs else _rows_alone():
+            with captured(self.last) as graph, nullcontext() if "position_ids" in inputs else alone:
                 self._pass(inputs, factor)
             if any(parameter.grad is not None and parameter not in self.grads for parameter in self.parameters):
                 raise RuntimeError("which parameters have a gradient depends on the batch")
@@ -121,18 +125,6 @@ class Passes:
             self.note(f"CUDA graphs are off: {str(error).splitlines()[0]}")
         else:
             self.last, self.graphs[shape] = graph, (inputs, graph.replay)
-
-
-@contextmanager
-def _rows_alone() -> Iterator[None]:
-    """Rows that are not packed. Transformers cannot find that out in a capture, and would build a table for attention
-    across them."""
-    find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = find
 
 
 @contextmanager
