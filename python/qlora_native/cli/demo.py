@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     import qlora_native as qn
     from qlora_native.calibration.data import FILE
     from qlora_native.data.standard_library import write_split
-    from qlora_native.hf.load import LayerProgress
+    from qlora_native.hf.load import layer_progress
     from qlora_native.hf.source import load_tokenizer
     from qlora_native.train.loop import Trainer
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     rows = out / "data" / "train.jsonl"
     calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)
     options = {"quant_type": "keep"} if args.keep else {"method": METHOD, "calibration": calibration}
-    with LayerProgress() as progress:
+    with layer_progress() as progress:
         model: Any = qn.load_model(model_path, dtype=getattr(torch, args.dtype), progress=progress, **options)
     _print_memory(model.load_report, model)
     questions = _questions(out / "data" / "heldout.jsonl")

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from qlora_native.hf.checkpoint import aligned_files
-    from qlora_native.hf.load import LayerProgress, load_model
+    from qlora_native.hf.load import layer_progress, load_model
     from qlora_native.hf.source import load_tokenizer
 
     source, out = args.model, args.out
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if is_four_bit(source):
         raise UserError(f"{source} is 4-bit already; give the 16-bit model it was made from")
     calibration, seconds = _calibration(args), stopwatch()
-    with as_user_error(), LayerProgress() as progress:
+    with as_user_error(), layer_progress() as progress:
         model: Any = load_model(
             source,
             dtype=getattr(torch, args.dtype),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -236,15 +236,12 @@ def load_model(
 
 def _can_map(source: Source, is_kept: bool, residency: str, device: torch.device) -> bool:
     """Whether weights are used where they lie in their files. UserError for "mapped" where that cannot be."""
-    missing = [
-        text
-        for text, has in (
-            ("a folder of 4-bit safetensors or a GGUF file whose weights are kept", is_kept or source.is_four_bit),
-            ("a model on the CPU", device.type == "cpu"),
-            ("Linux", hasattr(_C, "MappedFile")),
-        )
-        if not has
-    ]
+    needs = {
+        "a folder of 4-bit safetensors or a GGUF file whose weights are kept": is_kept or source.is_four_bit,
+        "a model on the CPU": device.type == "cpu",
+        "Linux": hasattr(_C, "MappedFile"),
+    }
+    missing = [text for text, has in needs.items() if not has]
     if residency == "mapped" and missing:
         raise UserError(f"{source.path} cannot be mapped: residency 'mapped' needs {' and '.join(missing)}.")
     return residency != "memory" and not missing
@@ -302,38 +299,27 @@ def bitsandbytes_config(dtype: torch.dtype, options: dict[str, Any], dense: list
     }
 
 
-class LayerProgress:
+@contextmanager
+def layer_progress(*, quiet: bool = False) -> Iterator[Progress]:
     """The ``progress`` of :func:`load_model` on stderr: a bar on a terminal, a line now and then elsewhere."""
+    bar: Any = None
+    if not quiet and sys.stderr.isatty():
+        with suppress(ImportError):
+            from rich import progress as rich
+            from rich.console import Console
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self._bar: Any = None
+            columns = rich.TextColumn("{task.description}"), rich.MofNCompleteColumn(), rich.BarColumn(bar_width=24)
+            bar = rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True))
+            bar.add_task("calibrating", visible=False)
 
-    def __enter__(self) -> LayerProgress:
-        if not self.quiet and sys.stderr.isatty():
-            with suppress(ImportError):
-                from rich import progress as rich
-                from rich.console import Console
-
-                columns = rich.TextColumn("{task.description}"), rich.MofNCompleteColumn(), rich.BarColumn(bar_width=24)
-                self._bar = rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True))
-                self._bar.add_task("calibrating", visible=False)
-                self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, text: str, done: int, total: int) -> None:
-        """``text`` names what has happened; ``done`` of ``total`` layers are finished."""
-        if self.quiet:
-            return
+    def show(text: str, done: int, total: int) -> None:
         is_layer = text.startswith("layer ")
-        if self._bar is None:
-            if not is_layer or done == total or done % max(1, total // 8) == 0:
-                print(f"calibrating: {text}" if is_layer else text, file=sys.stderr, flush=True)
-        elif is_layer:
-            self._bar.update(self._bar.task_ids[0], total=total, completed=done, visible=True)
-        else:
-            self._bar.console.print(text, markup=False, highlight=False)
+        if bar is not None and is_layer:
+            bar.update(bar.task_ids[0], total=total, completed=done, visible=True)
+        elif bar is not None:
+            bar.console.print(text, markup=False, highlight=False)
+        elif not quiet and (not is_layer or done == total or done % max(1, total // 8) == 0):
+            print(f"calibrating: {text}" if is_layer else text, file=sys.stderr, flush=True)
+
+    with nullcontext() if bar is None else bar:
+        yield show

@@ -17,7 +17,7 @@ from qlora_native.errors import UserError
 from qlora_native.hf.build import dense_beside
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
-from qlora_native.hf.load import LayerProgress, load_model
+from qlora_native.hf.load import Progress, layer_progress, load_model
 from qlora_native.hf.source import AUTO, Source, open_source
 from qlora_native.lora import LoraConfig, LoRALinear, add_lora
 from qlora_native.lora.config import H_SVD, ZERO
@@ -56,7 +56,7 @@ def prepare_model(
             f"lora.init to {ZERO}"
         )
     lora = config.lora.as_config(options.seed, tokenizer)
-    with as_user_error(), LayerProgress(quiet=quiet or not ranks.is_first) as progress:
+    with as_user_error(), layer_progress(quiet=quiet or not ranks.is_first) as progress:
         if model is None:
             source = open_source(source or user_path(config.model))
             on_card = torch.cuda.is_available() and layers_budget is None
@@ -142,7 +142,7 @@ def _load(
     lora: LoraConfig,
     rows: TokenizedDataset | None,
     ranks: OneProcess,
-    progress: LayerProgress,
+    progress: Progress,
     device: str | None,
 ) -> Any:
     """The 4-bit model; on several processes with adapters, since they cannot be added to what is sharded."""
