@@ -252,15 +252,21 @@ def _replaced(w: QuantizedWeight, packed: torch.Tensor, absmax: torch.Tensor) ->
 
 
 @contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads for torch's ops."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def on_one_thread() -> Iterator[None]:
     """One thread for LAPACK and sums, whose rounding depends on their number; one caller at a time."""
-    with _one_at_a_time:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    with _one_at_a_time, torch_threads(1):
+        yield
 
 
 def feedback_factor(hessian: torch.Tensor, damping: float) -> Factor | None:

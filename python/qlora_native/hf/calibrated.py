@@ -22,7 +22,7 @@ from qlora_native._memory import trim_heap
 from qlora_native._version import __version__
 from qlora_native.calibration.data import as_calibration, take_tokens
 from qlora_native.calibration.layers import MOST_IN_MEMORY, FinishedLayers, HiddenStates, LayerCalls, decoder_layers
-from qlora_native.calibration.quantize import quantize_calibrated
+from qlora_native.calibration.quantize import quantize_calibrated, torch_threads
 from qlora_native.calibration.statistics import Inputs, InputTaps, Key, Statistic, Statistics
 from qlora_native.errors import UserError
 from qlora_native.hf.build import MetaModel, join
@@ -89,14 +89,9 @@ def calibrated(
 @contextmanager
 def side_by_side(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Threads that each run ops of torch alone; and how many they are."""
-    threads = torch.get_num_threads()
-    count = min(threads, MOST_THREADS) if device.type == "cpu" else 1
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count, "calibration", torch.set_num_threads, (1,)) as pool:
-            yield pool, count
-    finally:
-        torch.set_num_threads(threads)
+    count = min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else 1
+    with torch_threads(1), ThreadPoolExecutor(count, "calibration", torch.set_num_threads, (1,)) as pool:
+        yield pool, count
 
 
 class _Layers:
@@ -159,11 +154,8 @@ class _Layers:
         trim_heap()  # that of the activations, before weights are worked on
         groups = _by_size(statistics, stored)
         del statistics
-        torch.set_num_threads(self.threads)  # weight after weight: one takes as much memory as the statistics
-        try:
+        with torch_threads(self.threads):  # weight after weight: one takes as much memory as the statistics
             return self._quantize(groups, stored)
-        finally:
-            torch.set_num_threads(1)
 
     @torch.no_grad()
     def _quantize(self, groups: list[Group], stored: Stored) -> tuple[dict[str, QuantizedWeight], FellBack]:
