@@ -28,8 +28,7 @@ from qlora_native.hf.plan import Step
 from qlora_native.hf.source import AUTO, SafetensorsSource, Source, open_source
 from qlora_native.lora import LoraConfig
 from qlora_native.lora.adapter import copy_whole
-from qlora_native.lora.config import ALL_LINEAR
-from qlora_native.lora.layer import LoRALinear, fill_a, insert, linear_layers, lora_layers, matches, select_targets
+from qlora_native.lora.layer import LoRALinear, fill_a, insert, lora_layers, select_targets
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight
 
 
@@ -102,9 +101,8 @@ def load_model(
 
 def _adapt(model: nn.Module, prefix: str, config: LoraConfig) -> None:
     """Put adapters into one block; their values are drawn at the end."""
-    for path in linear_layers(model):
-        named = config.target_modules == ALL_LINEAR or any(matches(path, name) for name in config.target_modules)
-        if path.startswith(f"{prefix}.") and named and config.includes(path):
+    for path in select_targets(model, config):
+        if path.startswith(f"{prefix}."):
             layer: Any = model.get_submodule(path)
             adapted = LoRALinear(layer, config.rank_of(path), config.scale_of(path), config.dropout, torch.Generator())
             model.set_submodule(path, adapted)

@@ -343,11 +343,6 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
             adapter.enabled = enabled
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer outside the adapters, by path."""
-    return {path: module for path, module in plain_modules(model) if isinstance(module, nn.Linear)}
-
-
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the model as if it had no adapter: an adapted layer stands for its base."""
     for path, module in model.named_modules():
@@ -372,7 +367,7 @@ def select_targets(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def _named_targets(model: nn.Module, names: str | Sequence[str]) -> list[str]:
-    linears = linear_layers(model)
+    linears = {path: module for path, module in plain_modules(model) if isinstance(module, nn.Linear)}
     if names == ALL_LINEAR:
         output = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = [path for path, module in linears.items() if module is not output]
