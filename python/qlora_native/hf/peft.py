@@ -108,10 +108,7 @@ class QuantizedLoraLinear(Linear):
     @contextmanager
     def _standing_in(self) -> Iterator[nn.Linear]:
         """Inside, PEFT's code finds a dense fp32 layer of the decoded weight, and the same bias, as the base."""
-        base = cast(QuantizedLinear, self.get_base_layer())
-        dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(base.quantized.dequantize(torch.float32), requires_grad=False)
-        dense.register_parameter("bias", base.bias)
+        dense = cast(QuantizedLinear, self.get_base_layer()).dequantize(torch.float32)
         self.__dict__["_stand_in"] = dense  # not an attribute: it must not become a part of the module
         try:
             yield dense

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_native.functional import dense_linear, linear, lora_linear
-from qlora_native.nn.linear import in_rows, keep_bits, scales_in
+from qlora_native.nn.linear import KeepsBits, in_rows, scales_in
 from qlora_native.ops._library import part_of
 from qlora_native.weight import TENSOR_FIELDS, QuantizedWeight, from_tensors, state_key, to_tensors
 
@@ -56,7 +56,7 @@ def _blank(kind: type[Substitute], base: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-class QuantizedExperts(Substitute):
+class QuantizedExperts(Substitute, KeepsBits):
     """A module of experts with stacks [E, N, K] in 4 bits; ``forward`` as transformers' own, expert by expert.
 
     A stack lies under its own name as frozen uint8 [ceil(n/2), 1], its scales beside it as buffers; the state_dict
@@ -128,10 +128,8 @@ class QuantizedExperts(Substitute):
         return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedExperts:
-        before = {name: buffer for name, buffer in self._buffers.items() if name.endswith(_SCALES)}
-        super()._apply(fn, recurse)
         self._slices.clear()
-        keep_bits(self, before)
+        super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,7 +16,23 @@ from qlora_native.weight import QuantizedWeight
 _SCALES = weight.TENSOR_FIELDS[1:]
 
 
-class QuantizedLinear(nn.Linear):
+class KeepsBits(nn.Module):
+    """A module whose scales, buffers with the names of a weight's tensors, keep their values in a cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: buffer for name, buffer in self._buffers.items() if name.endswith(_SCALES)}
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            cast = self._buffers[name]
+            if exact is not None and cast is not None and cast.dtype != exact.dtype:
+                self._buffers[name] = exact.to(cast.device)
+        return self
+
+    def reset_parameters(self) -> None:
+        """Does nothing: frozen weights have no initialization of their own."""
+
+
+class QuantizedLinear(KeepsBits, nn.Linear):
     """y = x W^T + bias with W frozen in 4 bits.
 
     ``weight`` is a frozen uint8 parameter [ceil(n/2), 1]; scales are buffers beside it. The state_dict holds the keys
@@ -101,10 +117,10 @@ class QuantizedLinear(nn.Linear):
         """Quantize a dense layer; ``options`` as :func:`qlora_native.quantize`. The bias is shared, not copied."""
         return cls.from_quantized(weight.quantize(linear.weight, **options), linear.bias).train(linear.training)
 
-    def dequantize(self) -> nn.Linear:
-        """A dense layer with the decoded weight in the original dtype; the bias is shared."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A dense layer with the decoded weight, by default in the original dtype; the bias is shared."""
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(self.quantized.dequantize(), requires_grad=False)
+        dense.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)
         dense.register_parameter("bias", self.bias)
         return dense.train(self.training)
 
@@ -169,19 +185,10 @@ class QuantizedLinear(nn.Linear):
         )
         return self._prepared.matrix(arguments)
 
-    def reset_parameters(self) -> None:
-        """Does nothing: a frozen weight has no initialization of its own."""
-
     def extra_repr(self) -> str:
         nested = self.nested_absmax is not None
         about = f"{self._about.quant_type}, block_size={self._about.block_size}, double_quant={nested}"
         return f"{super().extra_repr()}, {about}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        before = {name: self._buffers[name] for name in _SCALES if name in self._buffers}
-        super()._apply(fn, recurse)
-        keep_bits(self, before)
-        return self
 
     @property
     def is_sharded(self) -> bool:
@@ -240,7 +247,7 @@ class QuantizedLinear(nn.Linear):
             unexpected_keys += [key for key in ours if key not in (name, prefix + "bias")]
 
 
-class QuantizedEmbedding(nn.Embedding):
+class QuantizedEmbedding(KeepsBits, nn.Embedding):
     """Rows of a frozen table [V, K] in one of GGUF's formats, whose rows are whole blocks; only those asked for are
     decoded.
 
@@ -269,25 +276,8 @@ class QuantizedEmbedding(nn.Embedding):
         """int64 [...] to [..., K]."""
         return functional.dequantize_rows(self.quantized, ids)
 
-    def reset_parameters(self) -> None:
-        """Does nothing: a frozen table has no initialization of its own."""
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._about.quant_type}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before: dict[str, Tensor | None] = {"absmax": self.absmax}
-        super()._apply(fn, recurse)
-        keep_bits(self, before)
-        return self
-
-
-def keep_bits(module: nn.Module, before: dict[str, Tensor | None]) -> None:
-    """Give buffers that a cast of the module changed their values from before, on their device of now."""
-    for name, exact in before.items():
-        cast = module._buffers[name]
-        if exact is not None and cast is not None and cast.dtype != exact.dtype:
-            module._buffers[name] = exact.to(cast.device)
 
 
 def in_rows(packed: Tensor, absmax: Tensor, numel: int, block_size: int) -> tuple[nn.Parameter, nn.Parameter]:
