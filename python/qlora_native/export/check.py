@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_native._io import reading, regular
-from qlora_native.data.dataset import load_dataset
 from qlora_native.data.template import padding_id
-from qlora_native.errors import UserError
 from qlora_native.evaluate.measure import Scores, measure
 from qlora_native.evaluate.retention import describe, retention
 from qlora_native.evaluate.texts import load_text
@@ -168,18 +165,10 @@ def _compute_in_fp32(model: nn.Module) -> None:
 
 def sample_rows(path: Path | None, tokenizer: Any) -> list[list[int]]:
     """Up to SAMPLE_ROWS rows of SAMPLE_TOKENS tokens: of a data file, of a text, or by default of SAMPLE."""
-    if path is not None and path.suffix in (".jsonl", ".json", ".parquet"):
-        data = load_dataset(str(path), tokenizer, max_length=SAMPLE_TOKENS, train_on="all")
-        return [row["input_ids"].tolist() for row in data[:SAMPLE_ROWS]]
-    texts: Sequence[str] = SAMPLE
-    if path is not None:
-        with reading(path, "give a text or a data file as --sample"):
-            texts = (regular(path).read_text(encoding="utf-8"),)
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-    rows = [row[at : at + SAMPLE_TOKENS] for row in ids for at in range(0, len(row), SAMPLE_TOKENS)]
-    if not rows:
-        raise UserError(f"{path} holds no text: expected at least a sentence as --sample.")
-    return rows[:SAMPLE_ROWS]
+    if path is None:
+        return [tokenizer(text)["input_ids"][:SAMPLE_TOKENS] for text in SAMPLE[:SAMPLE_ROWS]]
+    text = load_text(path, tokenizer, max_length=SAMPLE_TOKENS, train_on="all", limit=SAMPLE_ROWS)
+    return [row["input_ids"].tolist() for row in text.rows]
 
 
 def report_markdown(report: dict[str, Any]) -> str:
