@@ -235,10 +235,6 @@ class QuantizedWeight:
         """The same weight on another device. Bytes are moved, never requantized."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> QuantizedWeight:
-        """The same weight in page-locked memory (needs an accelerator)."""
-        return self._map(lambda t: t.pin_memory())
-
     def __repr__(self) -> str:
         nested = ", double-quantized" if self.double_quant else ""
         return (
