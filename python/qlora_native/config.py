@@ -76,14 +76,6 @@ class DataConfig(_Section):
         """What ``train`` names."""
         return [self.train] if isinstance(self.train, str) else self.train
 
-    def with_template(self, tokenizer: Any) -> Any:
-        """The tokenizer, with ``chat_template`` if there is one: a text with a brace, or a file."""
-        if (given := self.chat_template) is not None:
-            with reading(Path(given), "expected a Jinja template, or a file of one"):
-                file = None if "{" in given else regular(user_path(given), MAX_BYTES)
-                tokenizer.chat_template = given if file is None else file.read_text(encoding="utf-8")
-        return tokenizer
-
     def load(self, path: str | list[str], tokenizer: Any, **options: Any) -> TokenizedDataset:
         """The rows of files, tokenized and masked; ``folder`` and ``limit`` as in ``load_dataset``."""
         format = None if self.format == "auto" else self.format
@@ -299,9 +291,13 @@ class TrainConfig(_Section):
         return self
 
     def prepared(self, tokenizer: Any) -> Any:
-        """The tokenizer, with the run's tokens and chat template."""
+        """The tokenizer, with the run's tokens and chat template: a text with a brace, or a file."""
         self.lora.as_config(self.train.seed, tokenizer)
-        return self.data.with_template(tokenizer)
+        if (given := self.data.chat_template) is not None:
+            with reading(Path(given), "expected a Jinja template, or a file of one"):
+                file = None if "{" in given else regular(user_path(given), MAX_BYTES)
+                tokenizer.chat_template = given if file is None else file.read_text(encoding="utf-8")
+        return tokenizer
 
     @field_validator("logging", mode="before")
     @classmethod

@@ -181,12 +181,7 @@ class GgufFile:
 
         transformers' reader of configurations, which reads every array of a file's metadata, gets this one.
         """
-        arrays = (
-            "tokenizer.ggml.tokens",
-            "tokenizer.ggml.scores",
-            "tokenizer.ggml.token_type",
-            "tokenizer.ggml.merges",
-        )
+        arrays = [f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")]
         kept = {key: bytes(self._raw[slice(*place)]) for key, place in self._entries.items() if key not in arrays}
         key = f"{self.fields.get('general.architecture')}.vocab_size"
         if key not in kept and arrays[0] in self.fields:

@@ -284,13 +284,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    arguments, _ = saved_weight(ctx)
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = call("linear_4bit_grad_input", grad_y, ctx.low_memory, *arguments)
-    if ctx.needs_input_grad[1]:
-        grad_bias = sum_to_bias(grad_y, ctx.bias_dtype)
-    return grad_x, grad_bias, None, *NO_WEIGHT_GRADIENT
+    (arguments, _), (needs_x, needs_bias, *_) = saved_weight(ctx), ctx.needs_input_grad
+    grad_x = call("linear_4bit_grad_input", grad_y, ctx.low_memory, *arguments) if needs_x else None
+    return grad_x, sum_to_bias(grad_y, ctx.bias_dtype) if needs_bias else None, None, *NO_WEIGHT_GRADIENT
 
 
 def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

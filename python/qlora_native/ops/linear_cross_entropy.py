@@ -212,9 +212,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     labels, sum_grad_h, sum_grad_weight = ctx.saved_tensors
     factor = grad_loss / (labels != ctx.ignore_index).sum()
-    grad_h = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        grad_h = sum_grad_h * factor.to(ctx.h_dtype)
+    grad_h = sum_grad_h * factor.to(ctx.h_dtype) if ctx.needs_input_grad[0] else None
+    grad_weight = None
     if ctx.needs_input_grad[5] or ctx.needs_input_grad[7]:
         grad_weight = (sum_grad_weight * factor).to(ctx.weight_dtype)
     of_rows, of_packed = (grad_weight, None) if ctx.needs_input_grad[5] else (None, grad_weight)

@@ -428,14 +428,10 @@ class Trainer:
                     self.shipping.write(shipped_dir, self.tokenizer)
         if self.ranks.is_first:
             plot_losses(self.output_dir)
+        alike = ("tokens", "loss_before", "loss_after", "best_loss", "best_step", "retention")
         summary = TrainSummary(
             steps=state.step,
             skipped_steps=state.skipped,
-            tokens=state.tokens,
-            loss_before=state.loss_before,
-            loss_after=state.loss_after,
-            best_loss=state.best_loss,
-            best_step=state.best_step,
             tokens_per_second=median(speeds) if speeds else 0.0,
             seconds=seconds,
             paged_bytes=paging["bytes_in"] + paging["bytes_out"],
@@ -447,7 +443,7 @@ class Trainer:
             weight_bytes_read=0 if weights.stream is None else weights.stream.bytes_read,
             weight_stall_seconds=0.0 if weights.stream is None else weights.stream.stall_seconds,
             shipped_dir=shipped_dir,
-            retention=state.retention,
+            **{name: getattr(state, name) for name in alike},
         )
         progress.note(describe(summary))
         return summary
