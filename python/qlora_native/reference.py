@@ -126,12 +126,9 @@ def dequantize(dtype: torch.dtype, *weight: Any) -> Tensor:
     if quant_type in _native.GGUF_BLOCKS:
         return gguf_blocks.values(packed.reshape(-1), quant_type).to(dtype).reshape(shape)
     spread = scales(absmax, nested_absmax, nested_offset, nested_code).repeat_interleave(block_size)[:numel]
-    return (_levels(packed, code, quant_type, numel) * spread).to(dtype).reshape(shape)
-
-
-def _levels(packed: Tensor, code: Tensor | None, quant_type: int, numel: int) -> Tensor:
     table = (_native.levels(quant_type) if code is None else code.reshape(-1)).to(packed.device)
-    return table[torch.stack([packed >> 4, packed & 15], -1).reshape(-1)[:numel].long()]
+    levels = table[torch.stack([packed >> 4, packed & 15], -1).reshape(-1)[:numel].long()]
+    return (levels * spread).to(dtype).reshape(shape)
 
 
 def pack(codes: Tensor, quant_type: int) -> Tensor:

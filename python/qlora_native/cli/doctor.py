@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ examples:
 
 def examine() -> dict[str, Any]:
     """Everything the command prints, as JSON values."""
-    build, devices = build_info(), _cuda_devices()
+    build, devices, versions = build_info(), _cuda_devices(), dict[str, str]()
+    for name in VERSIONS.split():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     missing: list[dict[str, Any]] = [
         {"extra": extra, "packages": packages, "mend": f"pip install {' '.join(packages)}"}
         for extra, names in EXTRAS.items()
@@ -64,7 +68,7 @@ def examine() -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
-        "versions": {name: version for name in VERSIONS.split() if (version := _version(name)) is not None},
+        "versions": versions,
         "cuda_devices": devices,
         "paging": _paging(Path.cwd()),
         "missing": missing,
@@ -129,13 +133,6 @@ def _kernel(m: int, n: int, k: int) -> str:
         return f"rows of the weight, one stream a thread ({isa})"
     weights = "tiles of decoded panels" if isa == "amx" else "decoded columns"
     return f"{weights} ({isa}); rows of the weight for a few tokens"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _memory() -> int | None:

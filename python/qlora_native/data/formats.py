@@ -81,7 +81,9 @@ def infer_format(rows: Iterable[SourceRow]) -> str:
         if not found:
             found, where = next((name for name, needed in _REQUIRED.items() if {*needed} <= {*keys}), ""), row.where
             if not found:
-                raise _no_format(row, keys)
+                formats = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in _REQUIRED.items())
+                advice = _renames(_REQUIRED.values(), keys) or "rename the keys to those of one format"
+                raise row.error(f"the keys {_listed(keys)} fit no known format ({formats}); {advice}.")
         elif not {*_REQUIRED[found]} <= {*keys}:
             problem = str(_missing(row, found, keys)).removesuffix(".")
             raise UserError(f"{problem} (a file holds one format, and {where} is '{found}').")
@@ -301,9 +303,3 @@ def _missing(row: SourceRow, format: str, keys: Iterable[str]) -> UserError:
     needed = _REQUIRED[format]
     absent = _listed(name for name in needed if name not in keys)
     return row.error(f"format '{format}' needs {absent}, got {_listed(keys)}; {_advice(needed, keys)}.")
-
-
-def _no_format(row: SourceRow, keys: Iterable[str]) -> UserError:
-    formats = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in _REQUIRED.items())
-    advice = _renames(_REQUIRED.values(), keys) or "rename the keys to those of one format"
-    return row.error(f"the keys {_listed(keys)} fit no known format ({formats}); {advice}.")

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -207,12 +207,10 @@ def _read_parquet(file: Path) -> Iterator[SourceRow]:
             f"{file}: reading Parquet needs pyarrow, which is not installed; "
             "type pip install pyarrow, or convert the file to JSONL."
         ) from None
-    line = 0
     with reading(file, "write the Parquet file again"), parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                line += 1
-                yield _checked(file, line, value)
+        values = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
+        for line, value in enumerate(values, 1):
+            yield _checked(file, line, value)
 
 
 # ---- ids of the Hugging Face hub in place of paths; its packages are imported when one is read

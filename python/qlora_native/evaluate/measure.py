@@ -129,7 +129,9 @@ def _measure(
         inputs = without_needless_mask(model, inputs, targets)
         if plain is None:
             plain = head_is_plain(model, inputs)
-            head = _dense(model.get_output_embeddings()) if plain else None
+            if plain:
+                output = model.get_output_embeddings()
+                head = output.quantized.dequantize() if isinstance(output, QuantizedLinear) else output.weight.detach()
         trained = targets != IGNORE_INDEX
         states = (hidden_states(model, inputs)[0] if plain else model(**inputs, use_cache=False).logits)[trained]
         if keep_in is not None:
@@ -163,11 +165,6 @@ def log_probabilities(states: Tensor, head: Tensor | None) -> Tensor:
     for at in range(0, len(head), step):  # the whole head in fp32 may be as large as the model
         torch.mm(states, head[at : at + step].float().t(), out=logits[:, at : at + step])
     return logits.log_softmax(1)
-
-
-def _dense(head: Any) -> Tensor:
-    weight: Tensor = head.quantized.dequantize() if isinstance(head, QuantizedLinear) else head.weight.detach()
-    return weight
 
 
 def _file(folder: Path, rows: Rows, like: Tensor) -> Tensor:

@@ -21,19 +21,19 @@ def check(grads: list[Tensor]) -> None:
             )
 
 
-def _table(dense: list[Tensor]) -> array[int]:
-    """Rows of contiguous gradients alone."""
+def _table(grads: list[Tensor]) -> tuple[list[Tensor], array[int]]:
+    """Contiguous gradients, to be kept while the native code runs, and rows of them alone."""
+    dense = [grad.contiguous() for grad in grads]
     rows = [[0] * _C.optim_row_length for _ in dense]
     for row, grad in zip(rows, dense, strict=True):
         row[GRAD], row[NUMEL], row[DTYPE] = grad.data_ptr(), grad.numel(), _native.DTYPE_NUMBER[grad.dtype]
-    return table_of(rows)
+    return dense, table_of(rows)
 
 
 @implement("gradient_norm", "CPU")
 def cpu(grads: list[Tensor]) -> Tensor:
     check(grads)
-    dense = [grad.contiguous() for grad in grads]
-    table = _table(dense)
+    dense, table = _table(grads)
     return torch.tensor(_C.gradient_norm(address_of(table), len(dense)), dtype=torch.float64)
 
 
@@ -47,8 +47,7 @@ def cuda(grads: list[Tensor]) -> Tensor:
     module = _cuda_kernels.native(device)
     if module is None or any(grad.device != device for grad in grads):
         return reference.gradient_norm(grads)
-    dense = [grad.contiguous() for grad in grads]
-    table = _table(dense)
+    dense, table = _table(grads)
     return DeviceTable(module, NORM, table, len(dense), device).measure(table)
 
 

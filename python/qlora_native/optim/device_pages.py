@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_native._memory import Free, device_memory, free_device_memory
+from qlora_native._memory import device_memory, free_device_memory
 from qlora_native.ops import _cuda_kernels
 from qlora_native.ops._cuda_optim import Scaling, StoreTable
 from qlora_native.ops._library import say_once
@@ -64,11 +64,8 @@ class DevicePages(Pages):
 
     def is_short(self) -> bool:
         """Whether less of the device than the margin is free; False while a graph is captured."""
-        free = self.free()
-        return free.bytes < free.margin and not self._is_capturing()
-
-    def _is_capturing(self) -> bool:
-        return _cuda_kernels.is_capturing(self.device)
+        free = free_device_memory(self.device)
+        return free.bytes < free.margin and not _cuda_kernels.is_capturing(self.device)
 
     def reserve(self, wanted: Wanted) -> None:
         """Make room for the states of these parameters, all 0, in one arena more; not where they ``could_pin``."""
@@ -122,7 +119,7 @@ class DevicePages(Pages):
         """
         assert plan.on_device is not None
         self._apply_policy()
-        if self._is_capturing():
+        if _cuda_kernels.is_capturing(self.device):
             self._check_that_nothing_moves()
         if self._moved:
             with _cuda_kernels.launching(self.device) as stream:
@@ -147,7 +144,7 @@ class DevicePages(Pages):
         only what has gone.
         """
         self._resident_steps += 1
-        again = self._resident_steps % ASK_AGAIN == 0 and not self._is_capturing()
+        again = self._resident_steps % ASK_AGAIN == 0 and not _cuda_kernels.is_capturing(self.device)
         with _cuda_kernels.launching(self.device) as stream:
             for store in self.stores:
                 if not store.is_resident:
@@ -175,8 +172,8 @@ class DevicePages(Pages):
         return tables
 
     def _apply_policy(self) -> None:
-        if self.managed and self.paged == "auto" and not self._is_capturing():
-            free = self.free()
+        if self.managed and self.paged == "auto" and not _cuda_kernels.is_capturing(self.device):
+            free = free_device_memory(self.device)
             out = self.states_paged_out()
             move = self._policy.decide(time.monotonic(), free, self.states_in_memory(), out)
             if move == "in" and device_memory(self.device)[0] < free.margin + out:
@@ -195,10 +192,7 @@ class DevicePages(Pages):
             return max(int(store.largest_chunk), self.budget // share) if share > 1 else self.budget
         least = CHUNKS_AT_ONCE * int(store.largest_chunk)
         # Under "auto" another program needs what is free.
-        return max(least, self.free().bytes // 2 // share) if self.paged is True else least
-
-    def free(self) -> Free:
-        return free_device_memory(self.device)
+        return max(least, free_device_memory(self.device).bytes // 2 // share) if self.paged is True else least
 
     def page_out(self) -> None:
         """Send all states to the host, and return when they are there; "auto" then pages until there is room. Those in

@@ -143,11 +143,6 @@ class LossScale:
     value: float = 1.0
     steps: int = 0
 
-    @classmethod
-    def of(cls, dtype: str) -> LossScale:
-        """The one that a run begins with."""
-        return cls(LARGEST_SCALE if dtype == "float16" else 1.0)
-
     def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Divide the gradients by it."""
         for parameter in parameters if self.value != 1 else ():

@@ -46,7 +46,7 @@ from qlora_native.train.checkpoint import (
     save_checkpoint,
     stop_request,
 )
-from qlora_native.train.graphs import LossScale, Passes, why_eager
+from qlora_native.train.graphs import LARGEST_SCALE, LossScale, Passes, why_eager
 from qlora_native.train.memory import MappedWeights, MemoryReport, OOMRetry
 from qlora_native.train.progress import Metrics, Progress, RunPage, make_loggers, plot_losses
 from qlora_native.train.setup import (
@@ -189,7 +189,7 @@ class Trainer:
         total = options.steps or sampler.steps(options.epochs or 1)
 
         # Where to start: at 0 from the seed, or where the checkpoint stopped, random state included.
-        state = TrainState(scale=LossScale.of(options.dtype))
+        state = TrainState(scale=LossScale(LARGEST_SCALE if options.dtype == "float16" else 1.0))
         seed = options.seed + ranks.rank  # dropout differs from rank to rank
         random.seed(seed)
         np.random.seed(seed % 2**32)

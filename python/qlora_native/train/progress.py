@@ -156,10 +156,15 @@ class Progress:
     def __init__(self, total: int, start: int, log_every: int, eval_every: int = 0, *, quiet: bool = False) -> None:
         self.total, self.log_every, self.eval_every, self.quiet = total, log_every, eval_every, quiet
         self._start, self._step_seconds, self._evaluation_seconds = start, 0.0, 0.0
-        self._bar = self._rich_bar() if not quiet and sys.stdout.isatty() else None
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=total, completed=start, status="")
+        self._bar: Any = None
+        if not quiet and sys.stdout.isatty():
+            with suppress(ImportError):
+                from rich import progress as rich
+
+                columns = rich.MofNCompleteColumn(), rich.BarColumn(bar_width=24)
+                self._bar = rich.Progress(*columns, rich.TextColumn("{task.fields[status]}"))
+                self._bar.start()
+                self._task = self._bar.add_task("", total=total, completed=start, status="")
 
     def note(self, text: str) -> None:
         """One line, above the bar if there is one."""
@@ -198,14 +203,6 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-    def _rich_bar(self) -> Any:
-        try:
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-            from rich.progress import Progress as RichProgress
-        except ImportError:
-            return None
-        return RichProgress(MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"))
 
 
 PAGE_SHARE = 0.005  # of a run's time, at most, that writing its page takes
