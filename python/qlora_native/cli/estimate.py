@@ -137,16 +137,14 @@ def _streamed(args: argparse.Namespace, config: TrainConfig, estimator: Estimato
 
     if device != "cpu":
         raise UserError("--memory is for a run on the CPU: add --cpu, or use --gpu for the memory of a card")
-    rate = None if args.disk_rate is None else disk_rate(args.disk_rate)
+    rate = None
+    if args.disk_rate is not None:
+        rate = parse_size(args.disk_rate, 1000) or 0
+        if not 1 << 20 <= rate <= 1 << 40:
+            raise UserError(
+                f"--disk-rate is {args.disk_rate!r}: expected bytes a second from 2MB to 1TB, such as 500MB"
+            )
     return streamed_run(config, estimator, card_bytes(args.memory, "--memory"), rate)
-
-
-def disk_rate(text: str) -> int:
-    """Bytes a second of a disk."""
-    num_bytes = parse_size(text, 1000) or 0
-    if not 1 << 20 <= num_bytes <= 1 << 40:
-        raise UserError(f"--disk-rate is {text!r}: expected bytes a second from 2MB to 1TB, such as 500MB")
-    return num_bytes
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:

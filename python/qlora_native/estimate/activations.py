@@ -104,7 +104,9 @@ class DecoderLayer:
         norms = list(self._norms())
         first = next((norm_bytes(n, self.setting) for n, _ in norms if n.weight.shape == (self.hidden,)), 0.0)
         shares = self.hidden * self.size <= first < self.hidden * (self.size + 1)  # the input, and little beside it
-        token = self._linears() + self._dropouts() + sum(rows * norm_bytes(n, self.setting) for n, rows in norms)
+        dropouts = sum(isinstance(module, nn.Dropout) and module.p > 0 for module in self.layer.modules())
+        token = self._linears() + sum(rows * norm_bytes(n, self.setting) for n, rows in norms)
+        token += dropouts * self.hidden * (1 if self.setting.device == "cuda" else self.size)
         square = spare = wide = in_wide = 0.0
         for parent, linears in self.blocks.items():
             module = self.layer.get_submodule(parent)
@@ -146,10 +148,6 @@ class DecoderLayer:
             else:
                 inputs.add((parent, module.in_features, _is_output(name)))
         return kept + sum(width for _, width, _ in inputs) * self.size
-
-    def _dropouts(self) -> float:
-        count = sum(isinstance(module, nn.Dropout) and module.p > 0 for module in self.layer.modules())
-        return count * self.hidden * (1 if self.setting.device == "cuda" else self.size)
 
     def _has_adapted_output(self, parent: str) -> bool:
         """Whether the last linear layer of a block has an adapter, so that its input is counted there."""

@@ -101,7 +101,12 @@ class Logger:
         self._log, self.close = log, close
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._log(scalars(record), step=record["step"])
+        """Log the finite numbers of a line but its step, held-out ones under ``eval/``, the others under ``train/``."""
+        found = {}
+        for key, value in record.items():
+            if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                found[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"] = float(value)
+        self._log(found, step=record["step"])
 
 
 def _start(name: str, output_dir: Path, config: Mapping[str, Any]) -> Logger:
@@ -139,15 +144,6 @@ def make_loggers(names: Sequence[str], output_dir: Path, config: Mapping[str, An
         except Exception as error:  # it is not logged in, has no network, or whatever else
             raise UserError(f"logging names {name}, which does not start: {reason(error)}") from error
     return made
-
-
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a line but its step, held-out ones under ``eval/`` and the others under ``train/``."""
-    found = {}
-    for key, value in record.items():
-        if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-            found[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"] = float(value)
-    return found
 
 
 class Progress:
