@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -101,7 +100,9 @@ def dequantize_4bit(
     return out
 
 
-def _quantize_of_type(quant_type: str) -> Callable[..., tuple[Tensor, QuantState]]:
+def _of_type(quant_type: str) -> Iterator[Callable[..., Any]]:
+    """:func:`quantize_4bit` and :func:`dequantize_4bit` of this type."""
+
     def quantize(
         A: Tensor,
         absmax: Tensor | None = None,
@@ -112,13 +113,23 @@ def _quantize_of_type(quant_type: str) -> Callable[..., tuple[Tensor, QuantState
     ) -> tuple[Tensor, QuantState]:
         return quantize_4bit(A, absmax, out, blocksize, compress_statistics, quant_type, quant_storage)
 
-    quantize.__doc__ = f":func:`quantize_4bit` with quant_type {quant_type!r}."
-    quantize.__name__ = quantize.__qualname__ = f"quantize_{quant_type}"
-    return quantize
+    def dequantize(
+        A: Tensor,
+        quant_state: QuantState | None = None,
+        absmax: Tensor | None = None,
+        out: Tensor | None = None,
+        blocksize: int | None = None,
+    ) -> Tensor:
+        return dequantize_4bit(A, quant_state, absmax, out, blocksize, quant_type)
+
+    for function in (quantize, dequantize):
+        function.__doc__ = f":func:`{function.__name__}_4bit` with quant_type {quant_type!r}."
+        function.__name__ = function.__qualname__ = f"{function.__name__}_{quant_type}"
+        yield function
 
 
-quantize_fp4, quantize_nf4 = map(_quantize_of_type, ("fp4", "nf4"))
-dequantize_fp4, dequantize_nf4 = (partial(dequantize_4bit, quant_type=name) for name in ("fp4", "nf4"))
+quantize_fp4, dequantize_fp4 = _of_type("fp4")
+quantize_nf4, dequantize_nf4 = _of_type("nf4")
 
 
 def quantize_blockwise(

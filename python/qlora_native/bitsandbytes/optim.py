@@ -274,7 +274,7 @@ class Adam(_Bitsandbytes, native.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, **arguments)
 
 
-class AdamW(Adam):
+class AdamW(_Bitsandbytes, native.AdamW):
     """AdamW; arguments as for :class:`Adam`."""
 
     def __init__(
@@ -284,10 +284,14 @@ class AdamW(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *others: Any,
-        **options: Any,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = MIN_CODED_NUMEL,
+        is_paged: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, *others, **options)
+        arguments = self._arguments(optim_bits, args, min_8bit_size, is_paged, amsgrad)
+        super().__init__(params, lr, betas, eps, weight_decay, **arguments)
 
 
 class Lion(_Bitsandbytes, native.Lion):
@@ -316,10 +320,11 @@ class _FixedLion(Lion):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        *others: Any,
-        **options: Any,
+        args: Any = None,
+        min_8bit_size: int = MIN_CODED_NUMEL,
+        is_paged: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, weight_decay, 32, *others, **options)
+        super().__init__(params, lr, betas, weight_decay, args=args, min_8bit_size=min_8bit_size, is_paged=is_paged)
 
 
 _Class = TypeVar("_Class", bound=_Bitsandbytes)

@@ -127,6 +127,10 @@ class Params4bit(nn.Parameter):
         """:meth:`to` a CUDA device."""
         return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
 
+    def xpu(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
+        """:meth:`to` an XPU."""
+        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return type(self), (self.data, self.requires_grad), self._attributes()
 
@@ -251,11 +255,11 @@ class _OfOneType(Linear4bit):
         bias: bool = True,
         compute_dtype: torch.dtype | None = None,
         compress_statistics: bool = True,
-        *others: Any,
-        **options: Any,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
     ) -> None:
-        first = (bias, compute_dtype, compress_statistics, self.quant_type)
-        super().__init__(input_features, output_features, *first, *others, **options)
+        options = (bias, compute_dtype, compress_statistics, self.quant_type, quant_storage, device)
+        super().__init__(input_features, output_features, *options)
 
 
 class LinearNF4(_OfOneType):
