@@ -69,8 +69,8 @@ def plot(comparison: Comparison, path: Path) -> bool:
         rows = [comparison.text_row(variant, text) for variant in variants]
         places = [at + (number - (len(texts) - 1) / 2) * width for at in range(len(variants))]
         errors: Any = [row[f"{key}_error"] or 0.0 for row in rows]
-        label = f"{text}, {rows[0]['loss']:.3f} in 16 bits" if comparison.reference else text
-        axes.bar(places, [row[key] or 0.0 for row in rows], width, yerr=errors, label=label, capsize=2)
+        name = f"{text}, {rows[0]['loss']:.3f} in 16 bits" if comparison.reference else text
+        axes.bar(places, [row[key] or 0.0 for row in rows], width, yerr=errors, label=name, capsize=2)
     axes.set_title(Path(comparison.model).name)
     axes.set_xticks(range(len(variants)), [variant.name for variant in variants])
     axes.set_ylabel(label)
