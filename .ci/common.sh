@@ -164,12 +164,13 @@ print("-DQLORA_NATIVE_CUDA_HEADERS=" + sysconfig.get_path("purelib") + "/nvidia/
 }
 
 # Builds what runs the CUDA kernels on the CPU in build/emulated: the targets named, or all of it, with the modules that
-# run the op tests over them. Needs an environment with cmake, ninja and pybind11.
+# run the op tests over them. Needs an environment with cmake, ninja and pybind11; $cpu_library is linked, if it is set.
 emulated_build() {
     local headers
     headers=$(cuda_headers_option) || return 1
     # -O1 for the CPU ops, which the kernels are compared with on small sizes; the kernels' own level is set with them.
     cmake -S . -B build/emulated -G Ninja -DQLORA_NATIVE_CUDA_ON_CPU=ON -DQLORA_NATIVE_CUDA=OFF $headers \
+        -DQLORA_NATIVE_CPU_LIBRARY="${cpu_library:-}" \
         -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG' -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" \
         -DPython_EXECUTABLE="$(command -v python)" &&
         cmake --build build/emulated ${@:+--target "$@"}

@@ -14,7 +14,8 @@ ROWS, LENGTH, THREADS = 16, 128, 2
 
 @pytest.mark.slow_memory
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("method", [pytest.param("wmse", marks=pytest.mark.long), "gptq"])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["wmse", "gptq"])
 def test_peak_is_the_plain_one_and_a_layer(tmp_path: Path, method: str) -> None:
     _, largest = write_model(tmp_path, HIDDEN, INNER, LAYERS, VOCAB)
     ids = f"torch.arange({ROWS * LENGTH}).view({ROWS}, {LENGTH})"

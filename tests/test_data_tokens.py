@@ -156,6 +156,7 @@ def test_padding_id() -> None:
     assert padding_id(byte_tokenizer(eos=None)) == 0
 
 
+@pytest.mark.long
 def test_the_tokenizer_of_the_demo_model() -> None:
     pytest.importorskip("gguf")
     file = available_model_file()

@@ -263,6 +263,7 @@ def test_two_ranks_train_as_one(expected: dict[str, Tensor], tmp_path: Path) -> 
         assert max(found.values()) <= TOLERANCE, found
 
 
+@pytest.mark.long
 def test_four_ranks(expected: dict[str, Tensor], tmp_path: Path) -> None:
     for found, shares in on_ranks(4, on_four, str(tmp_path), expected):
         assert max(found.values()) <= TOLERANCE, found

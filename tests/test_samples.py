@@ -53,7 +53,9 @@ def generated(model: Any, tokenizer: Any, ids: Any) -> str:
     return str(tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)).strip()
 
 
-@pytest.mark.parametrize("asked", [3, ["what is red?", "what is gold?"]], ids=["rows", "prompts"])
+@pytest.mark.parametrize(
+    "asked", [3, pytest.param(["what is red?", "what is gold?"], marks=pytest.mark.long)], ids=["rows", "prompts"]
+)
 def test_answers_are_greedy_and_train_nothing(files: Path, asked: Any) -> None:
     out = f"asked {type(asked).__name__}"
     model = train(config(files, out, samples=asked, steps=40, eval_every=20))

@@ -195,8 +195,8 @@ def environment(**changes: str) -> dict[str, str]:
     ("words", "given", "spins"),
     [
         (["-m", "qlora_native"], {}, str(SPINS)),
-        (["-m", "qlora_native"], {"OMP_WAIT_POLICY": "passive"}, "0"),
-        (["-m", "qlora_native"], {"GOMP_SPINCOUNT": "77"}, "77"),
+        pytest.param(["-m", "qlora_native"], {"OMP_WAIT_POLICY": "passive"}, "0", marks=pytest.mark.long),
+        pytest.param(["-m", "qlora_native"], {"GOMP_SPINCOUNT": "77"}, "77", marks=pytest.mark.long),
         (["-c", "import qlora_native"], {}, "300000"),
     ],
 )

@@ -95,7 +95,7 @@ def run(files: Path, tmp_path: Path) -> Run:
     return Run(files, tmp_path)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.long) for step in (1, 2, 5)), 3, 7])
 def test_a_run_that_crashed_ends_as_if_it_had_not(run: Run, undisturbed: Path, step: int) -> None:
     """After step 1 there is no checkpoint yet: it starts anew."""
     run.crash(step)
