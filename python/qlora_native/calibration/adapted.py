@@ -157,6 +157,7 @@ def _fed_back(target: Tensor, weight: QuantizedWeight, factor: Tensor, order: Te
 
 
 def _codes(target: Tensor, scales: Tensor, levels: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+    """Numbers of levels, uint8 [n, K], for ``target`` and the ``scales`` of its elements, fp32 [n, K]."""
     weight, scales, levels = target.t()[order], scales.t()[order], levels.to(target.device)
     inverse, target = reference.reciprocals(scales), weight.clone()
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
