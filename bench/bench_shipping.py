@@ -1,4 +1,4 @@
-"""What is kept of an adapter by models without one: merged to 16 bits, to 4 bits by each method, trained as it ships.
+"""What is kept of an adapter by models without one: merged to 16 bits, to 4 bits by each method, at the end of a run.
 
     python bench/bench_shipping.py --work FOLDER --json
     python bench/shipping_page.py --write      # writes docs/shipping.md's tables and docs/shipping.png
@@ -26,7 +26,7 @@ import torch
 from common import add_json, machine, rounded, write_json
 from shipping_runs import CALIBRATION_ROWS, LENGTH, MERGES, SEEDS, SETTINGS, STEPS, TEXTS
 
-TRAINED = ("plain", "shipped")  # the adapter beside its base, and the model that was trained as it ships
+TRAINED = ("plain", "shipped")  # the adapter beside its base, and the model that `lora.ship` wrote
 BARS = {"gptq-original": (1.0, 0.9), "gptq-base": (0.85, 0.6), "shipped": (0.97, 0.9)}  # usual, light
 APART_BAR, RAW_BAR = 1e-4, 0.02  # nats a token
 

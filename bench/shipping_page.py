@@ -23,7 +23,7 @@ NAMES = {
     "rtn-original": "NF4 to nearest, from the original",
     "gptq-base": "NF4 by `gptq`, from the 4-bit base",
     "gptq-original": "NF4 by `gptq`, from the original",
-    "shipped": "NF4, trained with `lora.ship`",
+    "shipped": "NF4 by `lora.ship`, after the last step",
 }
 
 
