@@ -6,10 +6,9 @@ import tempfile
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -23,8 +22,7 @@ from qlora_native.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_BYTES = 64 << 20  # tokens below this stay in memory; more go to a file
-ADVICE = "; the tokens of the data do not fit into memory, so make room there"
+CHUNK_BYTES = 64 << 20  # tokens below this stay in memory; more go to a file in pieces of this size
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,19 +257,27 @@ class _TokenArray:
     vanishes with its last user, also after a crash, and is read through a memory map."""
 
     def __init__(self, folder: Path) -> None:
-        self._writing = partial(as_write_error, folder, ADVICE)
-        with self._writing():
-            folder.mkdir(parents=True, exist_ok=True)
-        self._file: Any = tempfile.SpooledTemporaryFile(CHUNK_BYTES, dir=str(folder))  # noqa: SIM115 - closed in finish()
+        self._folder = folder
+        self._last = array("i")
+        self._file: IO[bytes] | None = None
 
     def extend(self, numbers: list[int]) -> None:
-        with self._writing():
-            self._file.write(array("i", numbers))
+        self._last.extend(numbers)
+        if len(self._last) * self._last.itemsize >= CHUNK_BYTES:
+            self._write()
 
     def finish(self) -> np.ndarray:
-        with self._file as file:
-            if file.tell() > CHUNK_BYTES:
-                file.flush()
-                return np.memmap(file, dtype=np.int32, mode="r")
-            file.seek(0)
-            return np.frombuffer(file.read(), dtype=np.int32)
+        if self._file is None:
+            return np.array(self._last, dtype=np.int32)
+        self._write()
+        with self._file:
+            return np.memmap(self._file, dtype=np.int32, mode="r")
+
+    def _write(self) -> None:
+        with as_write_error(self._folder, "; the tokens of the data do not fit into memory, so make room there"):
+            if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed in finish()
+            self._last.tofile(self._file)
+            self._file.flush()
+        del self._last[:]

@@ -11,6 +11,7 @@ import json
 import sysconfig
 import textwrap
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -53,11 +54,21 @@ def examples(max_characters: int) -> Iterator[Example]:
         except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
             continue
         lines = text.splitlines()
-        functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-        for node in functions:
+        for node in _functions(tree):
             example = _example(".".join(parts), lines, node)
             if example is not None and len(example.source) <= max_characters:
                 yield example
+
+
+def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function, in the order of ``ast.walk``, which is several times slower because it visits expressions."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, field, ()))
 
 
 def _example(module: str, lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> Example | None:

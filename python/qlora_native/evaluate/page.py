@@ -8,6 +8,7 @@ import math
 from array import array
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,21 @@ class Curves:
 
 def write_page(folder: Path, curves: Curves | None = None) -> Path:
     """Write ``report.html`` into the folder of a run, and return its path; ``curves`` are those read so far."""
-    from jinja2 import Environment, StrictUndefined
-
-    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     with reading(folder, "the run is as it was"):
-        shown = content(folder, curves or Curves(folder / "metrics.jsonl"))
-        text = environment.from_string(source).render(shown)
+        text = _template().render(content(folder, curves or Curves(folder / "metrics.jsonl")))
     page = folder / "report.html"
     with as_write_error(page):
         write_whole(page, text.encode("utf-8", "replace").decode("utf-8"))
     return page
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(source)
 
 
 def content(folder: Path, curves: Curves) -> dict[str, Any]:
