@@ -96,6 +96,7 @@ def test_original_in_bf16_answers_like_base_and_adapter(files: Path, capsys: pyt
     close, far = result["logits"]
     assert "16-bit" in close["against"] and "4-bit" in far["against"]
     assert close["relative"] < 2e-2 < far["relative"] and 0 < close["kl_mean"] < far["kl_mean"]
+    assert "is not the model" in result["verdict"] and "--base dequantized" in result["verdict"] in markdown
 
 
 @torch.no_grad()
@@ -105,6 +106,7 @@ def test_the_drift_of_logits_is_that_of_peft(files: Path, capsys: pytest.Capture
     words = (files / "model", files / "adapter", "--out", out, "--base", "dequantized", "--to", "fp32", "--check")
     result = merge(capsys, *words, "--sample", files / "sample.jsonl")
     (found,) = result["logits"]
+    assert result["verdict"].startswith("this is the model that was trained")
     tokenizer = AutoTokenizer.from_pretrained(files / "model")
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
     for path, (weight, _) in exact(files / "model", files / "adapter").items():

@@ -53,7 +53,7 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     from qlora_native.calibration.data import CalibrationData
-    from qlora_native.export.check import check_logits, check_retention, check_weights, report_markdown, sample_rows
+    from qlora_native.export import check
     from qlora_native.hf.merge import Merging, calibrated_codes
     from qlora_native.hf.source import load_tokenizer
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         )
     with as_user_error():
         tokenizer = load_tokenizer(str(source)) if args.check else None
-        rows = sample_rows(args.sample, tokenizer) if args.check else []
+        rows = check.sample_rows(args.sample, tokenizer) if args.check else []
         seconds = stopwatch()
         given = as_trained(args, args.base == "dequantized" or args.check)
         work = Merging(source, adapter, base=args.base, to=args.to, **given)
@@ -102,14 +102,15 @@ def run(args: argparse.Namespace) -> int:
             size = f"{result['num_bytes'] / 2**20:,.1f} MiB in {args.to}"
             print(f"{out}: {result['layers']} layers merged, {size}; took {result['seconds']:.1f} s", flush=True)
         if args.check:
-            result["weights"] = check_weights(work, out)
+            result["weights"] = check.check_weights(work, out)
             result["largest_drift"] = max(result["weights"], key=lambda row: row["error"], default=None)
-            result["logits"] = check_logits(work, out, rows)
+            result["logits"] = check.check_logits(work, out, rows)
+            result["verdict"] = check.verdict(result)
             if args.sample:
-                result["retention"] = check_retention(work, adapter, out, args.sample, tokenizer)
+                result["retention"] = check.check_retention(work, adapter, out, args.sample, tokenizer)
             with as_write_error(out):
                 write_whole(out / f"{REPORT}.json", json.dumps(result, indent=2) + "\n")
-                write_whole(out / f"{REPORT}.md", report_markdown(result))
+                write_whole(out / f"{REPORT}.md", check.report_markdown(result))
     if args.json:
         print(json.dumps(result))
     elif args.check:
@@ -166,4 +167,5 @@ def _check_lines(result: dict[str, Any], out: Path) -> Iterator[str]:
         from qlora_native.evaluate.retention import describe
 
         yield describe(result["retention"])
+    yield f"verdict: {result['verdict']}"
     yield f"report: {out / REPORT}.md and .json"
