@@ -57,9 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def make(folder: Any, slots: int, checkpointing: bool = True, training: bool = True) -> Any:
-    """The model with adapters that are not zero, and plain scales where it has two slots."""
+    """The model with adapters that are not zero; with two slots, plain scales and rows of tokens that are trained."""
     model = qn.load_model(folder, dtype=torch.bfloat16, double_quant=slots != 2)
-    qn.add_lora(model, qn.LoraConfig(r=4, seed=0))
+    qn.add_lora(model, qn.LoraConfig(r=4, seed=0, trainable_tokens=[3, 9] if slots == 2 else []))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -34,6 +34,7 @@ from qlora_native.train.loop import Trainer
 from qlora_native.train.setup import prepare_model
 
 TOLERANCE = 1e-5
+ROWS = {"r": 3, "trainable_tokens": [2, 4]}
 HANGING = 6  # seconds until a rank counts as lost
 
 
@@ -83,6 +84,7 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
     trainer = run(folder, "fsdp", parallel="fsdp", train={"paged": True, "grad_checkpointing": False, "samples": 2})
     found = {"share": same_bytes(rank, trainer.model, folder), "read": trainer.model.reading.bytes_read}
 
+    run(folder, "ddp, rows", parallel="ddp", lora=ROWS)
     run(folder, "calibrated on two", model=str(folder / "wmse"), parallel="fsdp")
     until(folder, "sharded for one", 6, parallel="fsdp")
     until(folder, "copies for four", 6, parallel="ddp")
@@ -155,6 +157,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_files(folder, num_hidden_layers=2)  # 20 rows in steps of 6: the last one of an epoch has two
     write_rows(folder / "held.jsonl", 5)
     run(folder, "one")
+    run(folder, "rows", lora=ROWS)
     return folder
 
 
@@ -188,6 +191,7 @@ def test_two_ranks(calibrated: Path) -> None:
             assert got == pytest.approx(expected, rel=1e-4), name
         assert apart(folder, f"{name}, resumed", f"{name}, coded") == 0
     assert answers["fsdp"] == answers["ddp"] and len(answers["ddp"][-1]) == 2
+    assert apart(folder, "ddp, rows", "rows") <= TOLERANCE
     assert apart(folder, "fsdp, coded", "ddp, coded") <= 1e-3
     assert apart(folder, "calibrated on two", "calibrated") <= TOLERANCE
     assert apart(folder, "calibrated", "one") > 1e-3

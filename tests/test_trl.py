@@ -173,12 +173,15 @@ def test_the_reference_of_an_adapter_of_add_lora(folder: Path, tmp_path: Path) -
     assert not any(isinstance(module, QuantizedLinear) for module in without.modules())
 
 
-@pytest.mark.parametrize("head", ["dense", "bf16", "quantized"])
+@pytest.mark.parametrize("head", ["dense", "bf16", "quantized", "rows"])
 def test_the_head_gives_what_trls_own_gives(head: str) -> None:
     """Every output and the gradients, with a temperature and with what models do to their logits."""
     model = make(final_logit_softcapping=3.0, logit_scale=0.7, initializer_range=0.3)
     if head == "bf16":  # under fp32 activations
         model.lm_head.bfloat16().requires_grad_(False)
+    if head == "rows":  # those of two tokens are trained, and no longer what they were
+        qn.add_lora(model, qn.LoraConfig(target_modules=["q_proj"], seed=0, trainable_tokens={"lm_head": [3, 9]}))
+        model.lm_head.token_adapter.trainable_tokens_delta.data.add_(0.1)
     twin = copy.deepcopy(model)
     if head == "quantized":
         model.set_output_embeddings(QuantizedLinear.from_linear(model.lm_head))
