@@ -42,6 +42,7 @@ from qlora_native.train.graphs import why_eager
 from qlora_native.train.loop import Trainer
 
 LAYERS, STEPS, PROMPT = 5, 2, 4
+GGUF_TYPES = (("q4_k", "q6_k"), ("q4_0", "q5_1"))  # of 256 columns, and of others
 IDS = [tiny_models.tokens(1, 8, number) for number in range(STEPS)]  # the host's: a mode would draw them again
 
 
@@ -195,28 +196,30 @@ def test_a_defect_is_reported(
 
 @pytest.mark.parametrize("kind", ["experts", "blocks of GGUF"])
 def test_other_weights(emulator: Emulator, tmp_path: Path, kind: str) -> None:
-    changes: dict[str, Any] = {"num_local_experts": 3, "num_experts_per_tok": 2} if kind == "experts" else {}
-    path = tiny_models.save(
-        tmp_path / "model", "Mixtral" if changes else "Llama", torch.bfloat16, num_hidden_layers=4, **changes
-    )
+    has_experts = kind == "experts"
+    sizes = {"num_local_experts": 3, "num_experts_per_tok": 2} if has_experts else {"hidden_size": 256}
+    name = "Mixtral" if has_experts else "Llama"
+    path = tiny_models.save(tmp_path / "model", name, torch.bfloat16, num_hidden_layers=4, **sizes)
 
     def made() -> Any:
         model = qn.load_model(path, dtype=torch.bfloat16)
         torch.manual_seed(3)
-        for layer in tiny_models.four_bit_layers(model).values() if not changes else ():
-            layer.quantized = gguf_weight("q4_0", (layer.out_features, layer.in_features))
-        return model
+        for layer in tiny_models.four_bit_layers(model).values() if not has_experts else ():
+            kind = GGUF_TYPES[layer.in_features % 256 > 0][layer.out_features > 128]
+            layer.quantized = gguf_weight(kind, (layer.out_features, layer.in_features))
+        qn.add_lora(model, qn.LoraConfig(r=4, seed=0, target_modules=["q_proj"] if has_experts else "all-linear"))
+        settle(model)
+        return model.train()
 
-    with torch.no_grad():
-        expected = made()(IDS[0], use_cache=False).logits
-        model = made()
-        with emulated_torch.late(emulator, 1):
-            streamed = stream_layers(model, "cpu", device_layers.layer_units(model.model.layers)[0].num_bytes * 2)
-            assert streamed is not None and len(streamed.residency.streamed) == 4
-            with _disable_current_modes():
-                emulator.module.synchronize(emulator.stream)
-            got = model(IDS[0], use_cache=False).logits
-    assert same_bytes(got, expected)
+    expected = train(made())
+    model = made()
+    with emulated_torch.late(emulator, 1):
+        streamed = stream_layers(model, "cpu", device_layers.layer_units(model.model.layers)[0].num_bytes * 2)
+        assert streamed is not None and len(streamed.residency.streamed) == 4
+        with _disable_current_modes():
+            emulator.module.synchronize(emulator.stream)
+        got = train(model)
+    assert len(got) > STEPS + 4 and all(map(same_bytes, got, expected))
 
 
 def test_passes_on_two_streams(emulator: Emulator, folder: Any) -> None:

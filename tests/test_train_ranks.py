@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from gguf_files import write_gguf
 from ranks import distance, on_ranks
 from runs import Crash, crash_at, metrics, settings, steps_made, wait_until, write_files
 from safetensors.torch import load_file
@@ -29,6 +30,7 @@ from qlora_native.config import TrainConfig
 from qlora_native.distributed import RankLost
 from qlora_native.distributed.ranks import Ranks
 from qlora_native.errors import UserError
+from qlora_native.hf.convert import convert
 from qlora_native.hf.load import load_model
 from qlora_native.train.loop import Trainer
 from qlora_native.train.setup import prepare_model
@@ -85,6 +87,7 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found = {"share": same_bytes(rank, trainer.model, folder), "read": trainer.model.reading.bytes_read}
 
     run(folder, "ddp, rows", parallel="ddp", lora=ROWS)
+    run(folder, "ddp, streamed", parallel="ddp", model=str(folder / "gguf" / "model.gguf"), weight_budget=1)
     run(folder, "calibrated on two", model=str(folder / "wmse"), parallel="fsdp")
     until(folder, "sharded for one", 6, parallel="fsdp")
     until(folder, "copies for four", 6, parallel="ddp")
@@ -158,6 +161,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "held.jsonl", 5)
     run(folder, "one")
     run(folder, "rows", lora=ROWS)
+    (folder / "gguf").mkdir()
+    run(folder, "gguf", model=str(write_gguf(folder / "gguf" / "model.gguf")), residency="memory")
     return folder
 
 
@@ -171,6 +176,14 @@ def calibrated(folder: Path) -> Path:
     assert main([name, *words, str(folder / "wmse")]) == 0
     run(folder, "calibrated", model=str(folder / "wmse"))
     return folder
+
+
+def test_weights_that_processes_read_together_are_not_mapped(folder: Path) -> None:
+    (folder / "four-bit").mkdir()
+    convert(folder / "model", folder / "four-bit", "qlora")
+    refused = config(folder, "refused", parallel="ddp", model=str(folder / "four-bit"), residency="mapped")
+    with pytest.raises(UserError, match="residency 'mapped' needs one process"):
+        prepare_model(refused, ranks=Ranks("ddp", 0, 2))
 
 
 def test_an_adapter_start_that_one_process_computes_is_refused(folder: Path) -> None:
@@ -192,6 +205,9 @@ def test_two_ranks(calibrated: Path) -> None:
         assert apart(folder, f"{name}, resumed", f"{name}, coded") == 0
     assert answers["fsdp"] == answers["ddp"] and len(answers["ddp"][-1]) == 2
     assert apart(folder, "ddp, rows", "rows") <= TOLERANCE
+    assert apart(folder, "ddp, streamed", "gguf") <= TOLERANCE
+    memory = json.loads((folder / "ddp, streamed" / "report.json").read_text())["memory"]
+    assert memory["mapped"] > 0 < memory["predicted"]["activations"]
     assert apart(folder, "fsdp, coded", "ddp, coded") <= 1e-3
     assert apart(folder, "calibrated on two", "calibrated") <= TOLERANCE
     assert apart(folder, "calibrated", "one") > 1e-3

@@ -16,6 +16,7 @@ import pytest
 import runs
 import tiny
 import torch
+from gguf_files import write_gguf
 from runs import metrics, steps_made, wait_until
 
 import qlora_native as qn
@@ -87,6 +88,17 @@ def test_a_streamed_run_is_the_run_in_memory_and_tells_of_it(files: Path, capsys
     assert "did not fit" in streamed
 
 
+def test_a_gguf_file_streams_as_a_folder_does(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "gguf").mkdir()
+    model = str(write_gguf(files / "gguf" / "model.gguf", num_hidden_layers=4))
+    train(files, "memory", model=model, residency="memory", weight_budget=None)
+    assert train(files, "streamed", model=model).weight_bytes_read > 0
+    assert "4 of 4 layers" in capsys.readouterr().out
+    assert_same(files / "streamed", files / "memory")
+    with pytest.raises(UserError, match=r"weight_budget is 1, but no weight of .*/dense is mapped"):
+        train(files, "dense", model=str(files / "dense"), residency="auto")
+
+
 def test_weights_stream_where_they_do_not_fit_what_is_free(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,10 +117,11 @@ def test_a_killed_streamed_run_leaves_nothing_and_goes_on_with_the_same_bits(
     files: Path, request: pytest.FixtureRequest
 ) -> None:
     expected = {path.name for path in files.iterdir()} | {"config.yaml", "killed"}
-    for _ in range(request.config.getoption("kills")):
+    for number in range(request.config.getoption("kills")):
         process = runs.start(settings(files, "killed"), files)
-        wait_until(lambda: steps_made(files / "killed") > 0, process)
-        time.sleep(random.Random(process.pid).uniform(0, 0.2))  # some three steps
+        least = 1 - number % 2  # every other one is killed while it loads, or takes its first step
+        wait_until(lambda: (files / "killed").is_dir() and steps_made(files / "killed") >= least, process)  # noqa: B023
+        time.sleep(random.Random(process.pid).uniform(0, 0.2 + number % 2))  # some three steps
         process.kill()
         process.communicate()
         train(files, "killed", resume="auto")

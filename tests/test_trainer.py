@@ -12,6 +12,7 @@ from tiny_models import save, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import qlora_native as qn
+from qlora_native import _C
 from qlora_native.lora import lora_layers
 
 peft = pytest.importorskip("peft")
@@ -127,6 +128,27 @@ def test_an_adapter_of_add_lora_is_saved_and_resumed_by_trainer(tmp_path: Path, 
     qn.merge(first.model, base="dequantized", dtype=torch.float32).save_pretrained(tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     torch.testing.assert_close(whole(input_ids=batch).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(_C, "MappedFile"), reason="files are mapped on Linux")
+def test_trainer_over_layers_that_stream(tmp_path: Path) -> None:
+    """An adapter of PEFT over mapped layers, none of which stays in memory."""
+    from qlora_native.hf.mapped import Streaming
+
+    path = save(tmp_path / "dense", hidden_size=256, intermediate_size=768, num_hidden_layers=4)
+    qn.load_model(path, dtype=torch.float32).save_pretrained(tmp_path / "four")
+
+    def run(residency: str) -> list[float]:
+        torch.manual_seed(0)
+        base = qn.load_model(tmp_path / "four", dtype=torch.float32, residency=residency)
+        model = peft.get_peft_model(base, qn.peft_config(r=4))
+        streaming = Streaming(model, 0) if residency == "mapped" else None
+        trainer = trainer_of(model, tmp_path / residency, save_strategy="no", gradient_checkpointing=True)
+        got = losses(trainer)
+        assert streaming is None or streaming.stream.bytes_read > 3 * streaming.plan.bytes_read()
+        return got
+
+    assert run("mapped") == run("memory")
 
 
 @pytest.mark.parametrize("adapter", ["ours", "peft"])

@@ -251,8 +251,8 @@ class TrainConfig(_Section):
     model: str = Field(description="model folder or .gguf file")
     residency: Literal["auto", "mapped", "memory"] = _key(
         "auto",
-        "weights of a 4-bit folder: mapped = used where they lie in its files, which several runs share; memory = "
-        "copied; auto = mapped on the CPU",
+        "weights of a 4-bit folder or GGUF file: mapped = used where they lie in its files, which several runs share; "
+        "memory = copied; auto = mapped on the CPU",
     )
     weight_budget: Positive | None = _key(
         None,

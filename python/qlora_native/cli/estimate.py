@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)")
     on_cpu = "for a run on the CPU (the default where torch finds no GPU and --gpu is not given)"
     add("--cpu", action="store_true", help=on_cpu)
-    add("--memory", metavar="SIZE", help="on the CPU: a 4-bit folder's speed in so little memory, timed on two layers")
+    add("--memory", metavar="SIZE", help="CPU: speed of a 4-bit folder or GGUF file in this memory, from two layers")
     add("--disk-rate", metavar="SIZE", help="with --memory: bytes a second of the disk (default: measured on the file)")
     add("--json", action="store_true", help="print one JSON object, in bytes")
     add("--plot", metavar="FILE.png", help="draw each part for checkpointing on and off")

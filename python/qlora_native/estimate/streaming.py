@@ -82,7 +82,7 @@ def disk_rate(file: Path) -> float:
 
 def streamed_run(config: TrainConfig, estimator: Estimator, memory: int, rate: float | None = None) -> StreamedRun:
     """A run of ``config`` on the CPU within ``memory`` bytes, page cache counted; the disk's ``rate`` is measured if it
-    is None. UserError if the model is no 4-bit folder."""
+    is None. UserError if the model is neither a 4-bit folder nor a GGUF file whose weights are kept."""
     setting = estimator.setting
     terms = estimator.at().peak
     model: Any = load_model(Path(config.model), residency="mapped", dtype=setting.dtype)

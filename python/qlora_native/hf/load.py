@@ -185,7 +185,7 @@ def load_model(
     fell_back: dict[str, str] = {}
     if is_kept and method != "rtn":
         raise UserError(f"{source.path} keeps its weights with quant_type {KEEP!r}: method {method!r} is for 'nf4'.")
-    is_mapped = _can_map(source, is_kept, residency, target)
+    is_mapped = _can_map(source, is_kept, residency, target, reader is None)
     file_map = FileMap() if is_mapped else None
     if is_kept:
         meta.options = options
@@ -234,10 +234,11 @@ def load_model(
     return model
 
 
-def _can_map(source: Source, is_kept: bool, residency: str, device: torch.device) -> bool:
+def _can_map(source: Source, is_kept: bool, residency: str, device: torch.device, is_alone: bool) -> bool:
     """Whether weights are used where they lie in their files. UserError for "mapped" where that cannot be."""
     needs = {
         "a folder of 4-bit safetensors or a GGUF file whose weights are kept": is_kept or source.is_four_bit,
+        "one process, since several read such a folder together": is_kept or is_alone,
         "a model on the CPU": device.type == "cpu",
         "Linux": hasattr(_C, "MappedFile"),
     }

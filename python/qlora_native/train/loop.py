@@ -174,7 +174,7 @@ class Trainer:
 
         # Model and optimizer.
         longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
-        memory = MemoryReport(config, source, longest) if source is not None and ranks.world == 1 else None
+        memory = MemoryReport(config, source, longest) if source is not None and not ranks.is_sharded else None
         budget = None if memory is None else memory.layers_budget
         options_of_it: dict[str, Any] = {"source": source, "tokenizer": self.tokenizer, "layers_budget": budget}
         self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it, quiet=self.quiet)
@@ -231,7 +231,7 @@ class Trainer:
             from qlora_native.train.shipping import Shipping
 
             self.shipping = shipping = Shipping(config, model)
-        weights = MappedWeights(config, model, memory, page.note)
+        weights = MappedWeights(config, model, memory, page.note, ranks.world)
         oom_retry = OOMRetry(config, optimizer, page.note, can_retry=ranks.world == 1)
         speeds: list[float] = []
         began = time.monotonic()

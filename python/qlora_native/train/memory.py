@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -106,16 +107,21 @@ class MemoryReport:
 class MappedWeights:
     """The weights of a run that lie in mapped files: streamed where they do not fit, checked as the run goes on.
 
-    ``stream`` is the native one, None where nothing streams.
+    ``stream`` is the native one, None where nothing streams. Of ``world`` processes those on one host share its memory.
     """
 
     def __init__(
-        self, config: TrainConfig, model: Any, report: MemoryReport | None, note: Callable[[str], None]
+        self, config: TrainConfig, model: Any, report: MemoryReport | None, note: Callable[[str], None], world: int = 1
     ) -> None:
         self._model, self._where = model, config.model
         self._files: list[_C.MappedFile] = []
         self.stream: _C.WeightStream | None = None
         if not getattr(getattr(model, "load_report", None), "bytes_mapped", 0):
+            if config.weight_budget is not None:
+                raise UserError(
+                    f"weight_budget is {config.weight_budget}, but no weight of {config.model} is mapped: `residency: "
+                    "mapped` says what is missing"
+                )
             return
         from qlora_native.hf.mapped import num_bytes, parts_of, stream_if_needed
 
@@ -124,7 +130,7 @@ class MappedWeights:
         beside = 0
         if report is not None:
             report.mapped = num_bytes(parts)
-            beside = report.beside_weights()
+            beside = report.beside_weights() * int(os.environ.get("LOCAL_WORLD_SIZE", world))
         streaming = stream_if_needed(model, config.weight_budget, beside, note)
         self.stream = None if streaming is None else streaming.stream
 

@@ -154,12 +154,13 @@ def _load(
         "dtype": getattr(torch, config.train.dtype),
         "device": device,
         "method": None if is_made or quant.method == "rtn" else quant.method,
+        "residency": config.residency,
     }
     if lora.modules_to_save or lora.trainable_tokens:
         is_kept = source.keeps(quant.type)
         options["skip_modules"] = dense_beside(lora.modules_to_save, lora.trainable_tokens, is_kept)
     if ranks.world == 1:
-        return load_model(source, calibration=calibration, residency=config.residency, progress=progress, **options)
+        return load_model(source, calibration=calibration, progress=progress, **options)
     if calibration is not None:
         from qlora_native.calibration.data import quantize_command
 
