@@ -235,11 +235,11 @@ def test_refusals(kind: str, file: Path, tmp_path: Path, sentence: Any) -> None:
 
 @torch.no_grad()
 def test_a_published_file_keeps_its_loss() -> None:
-    """SmolLM2-135M's Q4_1 file, against its values without blocks, which rounding to NF4 is far from."""
+    """SmolLM2-135M's Q4_1 file on source text, against its values without blocks, which rounding to NF4 is far from."""
     path = available_model_file()
     if path is None:
         pytest.skip("the demo's model is not here")
-    ids = torch.arange(500, 628)[None]
+    ids = torch.tensor([load_tokenizer(path)(Path(json.__file__).read_text(encoding="utf-8"))["input_ids"][:128]])
     kept, dense, rounded = (
         float(causal_lm_loss(model, {"input_ids": ids, "labels": ids}))
         for model in (
@@ -248,4 +248,4 @@ def test_a_published_file_keeps_its_loss() -> None:
             load_model(path, quant_type="nf4", dtype=torch.float32),
         )
     )
-    assert abs(kept - dense) < 0.005 < abs(rounded - dense)
+    assert kept == pytest.approx(dense, abs=1e-4) and rounded > dense + 0.1
