@@ -85,7 +85,8 @@ def check_rows(
             "the chat template begins no turn of the assistant (add_generation_prompt changes nothing), so a prompt "
             "differs from what was trained; use a template that does",
         )
-    lengths = np.concatenate([data.lengths for data in (rows, held_out) if data is not None])
+    both = [data for data in (rows, held_out) if data is not None]
+    lengths = np.concatenate([data.lengths for data in both])
     longest = int(lengths.max())
     if positions is not None and longest > positions:
         longer = int((lengths > positions).sum())
@@ -94,7 +95,7 @@ def check_rows(
             f"{longer:,} of {len(lengths):,} rows have more than the model's {positions:,} positions, the longest "
             f"{longest:,} tokens; set data.max_length to {positions}, which truncates them",
         )
-    highest = int(rows.input_ids.max())
+    highest = max(int(data.input_ids.max()) for data in both)
     if embeddings is not None and highest >= embeddings:
         note(
             "beyond-embedding",
