@@ -177,10 +177,20 @@ def write_long_run(folder: Path, steps: int) -> None:
 
 
 def test_a_long_run_is_thinned_and_keeps_its_peak(tmp_path: Path) -> None:
+    """Below 1 MB also with many long texts, of characters that HTML escapes; the page says what it leaves out."""
     write_long_run(tmp_path, 20_000)
+    sample = {key: f"the start {'&' * 8_000} the end" for key in ("prompt", "before", "answer", "expected")}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 20_000, "eval_loss": 1.0, "samples": [sample] * 200}) + "\n")
+    notes = [{"step": step, "text": "&" * 2_000} for step in range(300)]
+    (tmp_path / "report.json").write_text(json.dumps({"notes": notes, "config": "&" * 100_000}))
     written = page.write_page(tmp_path)
-    assert written.stat().st_size < 1 << 20
-    paths = Parsed(written.read_text(encoding="utf-8")).paths()
+    assert written.stat().st_size < 1_000_000
+    found = Parsed(written.read_text(encoding="utf-8"))
+    assert found.texts["samples"].count("[… 7,418 characters …]") == found.texts["samples"].count(" the end") == 4 * 32
+    assert "168 more are in metrics.jsonl" in found.texts["samples"] and "201 earlier ones" in found.texts["events"]
+    assert found.texts["config"].count("&") == 20_000
+    paths = found.paths()
     assert all(len(points) <= 2 * page.STRETCHES + 2 for points in paths.values())
     ((peak, _),) = [point for point in paths["loss", "steps"] if point[1] < page.TOP + 5]
     assert peak == pytest.approx(page.LEFT + (page.RIGHT - page.LEFT) * 12_345 / 20_000, abs=0.1)

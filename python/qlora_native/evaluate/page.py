@@ -20,7 +20,8 @@ CURVES = {"loss": "Training loss", "eval_loss": "Held-out loss", "lr": "Learning
 CURVES["tokens_per_second"] = "Tokens per second"
 LOGARITHMIC, LOG_FROM = ("loss", "eval_loss", "grad_norm"), 5  # if the values differ by more than so many times
 STRETCHES = 240  # of a curve; the lowest and the highest point of each are drawn
-MOST_DOTS, MOST_EVENTS = 60, 200
+MOST_DOTS, MOST_EVENTS, MOST_SAMPLES = 60, 100, 32
+MOST_TEXT, MOST_CONFIG = 600, 20_000  # characters: of five bytes each, as those that HTML escapes, it is below 1 MB
 LEFT, TOP, RIGHT, BOTTOM = 46, 8, 352, 158  # of a chart's area, in its view box of 360 x 180
 Points = tuple[np.ndarray, np.ndarray]  # float64 [points] each: steps, values
 
@@ -76,7 +77,7 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
     facts |= {"has_ended": False, **(read_json(folder / "report.json") if (folder / "report.json").is_file() else {})}
     step = int(max((steps[-1] for steps, _ in points.values() if len(steps)), default=0))
     figures = {"step": f"{step:,}" + (f" of {facts['steps']:,}" if facts["steps"] else "")}
-    events = [(note["step"], note["text"]) for note in facts["notes"]]
+    events = [(note["step"], shorten(note["text"])) for note in facts["notes"]]
     events += [(int(path.name[5:]), f"checkpoint {path.name}") for path in folder.glob("step-*")]
     steps, losses = points["eval_loss"]
     if len(losses):
@@ -87,8 +88,16 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
         figures["tokens"] = f"{points['tokens'][1].sum():,.0f}"
         figures["time of the steps"] = str(timedelta(seconds=round(points["seconds"][1].sum())))
     charts = [_chart(key, points) for key in CURVES if len(points[key][0])]
-    shown = {"events": sorted(events, key=lambda event: event[0])[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
-    return {**facts, **shown, "figures": figures, "charts": charts, "samples": curves.samples}
+    facts |= {"events": sorted(events, key=lambda event: event[0])[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
+    facts["samples"] = [{k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]]
+    facts |= {"more_samples": len(curves.samples) - MOST_SAMPLES, "config": shorten(facts["config"], MOST_CONFIG)}
+    return {**facts, "figures": figures, "charts": charts}
+
+
+def shorten(text: str, most: int = MOST_TEXT) -> str:
+    """The text, of a longer one its ends and how many characters lie between them."""
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[: most // 2]} [… {left_out:,} characters …] {text[-most // 2 :]}"
 
 
 def _chart(key: str, points: dict[str, Points]) -> dict[str, Any]:
