@@ -123,14 +123,14 @@ def _chart(key: str, points: dict[str, Points]) -> dict[str, Any]:
     return {
         "key": key,
         "title": CURVES[key] + (" (log scale)" if is_log else ""),
-        "last": _short(values[-1]),
+        "last": f"{values[-1]:,.0f}" if abs(values[-1]) >= 1000 else f"{values[-1]:.3g}",
         "lines": {name: "M" + "L".join(map(place, *thin(*line))) for name, line in lines.items()},
         "dots": [
             (place(at, value).split(), f"step {at:,.0f}: {value:.4f}", number == lowest)
             for number, (at, value) in enumerate(zip(*held_out, strict=True))
             if number == lowest or len(held_out[0]) <= MOST_DOTS
         ],
-        "y_ticks": [(place(0, mark).split()[1], _short(mark)) for mark in marks],
+        "y_ticks": [(place(0, mark).split()[1], f"{mark:,.9g}") for mark in marks],
         "x_ticks": [(place(at, low).split()[0], f"{at:,.0f}") for at in ticks(0, last) if at % 1 == 0 and at <= last],
     }
 
@@ -157,7 +157,3 @@ def ticks(low: float, high: float, *, is_log: bool = False) -> list[float]:
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if 4 * factor * power >= high - low)
     return [float(f"{number * step:.12g}") for number in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
