@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import runs
 import yaml
+from PIL import Image
 from runs import Crash, crash_at
 
 from qlora_native.config import TrainConfig
@@ -330,5 +331,10 @@ def test_in_chromium(folder: Path, tmp_path: Path, width: int, is_dark: bool) ->
         length > least / 2 and across > least and stroke != "none" for _, length, across, stroke in found["boxes"]
     )
     assert found["text"] >= 10  # pixels
+    with Image.open(tmp_path / "shot.png") as shot:
+        assert shot.size == (max(width, 500), 3000)
+        frame = shot.convert("RGB").crop((0, 0, width, 1500))
+    assert len(frame.getcolors(1 << 24)) > 100
+    assert "rgb({}, {}, {})".format(*frame.getpixel((3, 3))) == found["colors"][0]  # nothing is drawn there
     page_light, ink_light = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in found["colors"])
     assert (page_light < ink_light) is is_dark and abs(page_light - ink_light) > 450
