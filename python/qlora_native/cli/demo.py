@@ -12,6 +12,7 @@ import torch
 
 from qlora_native._io import user_path
 from qlora_native.cli._run import printable
+from qlora_native.cli._weights import DTYPES
 from qlora_native.cli.demo_model import model_file as model_file
 from qlora_native.errors import UserError
 
@@ -36,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
     keep = "train on the file's own Q4_1 weights as they are, in place of NF4 calibrated on the rows"
     dtype = "of activations and of what is not 4-bit (default: bfloat16)"
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype)
+    add("--dtype", choices=DTYPES, default="bfloat16", help=dtype)
     add("--keep", action="store_true", help=keep)
     parser.epilog = """examples:
   qlora demo --out demo-run
