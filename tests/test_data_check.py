@@ -17,7 +17,7 @@ import tiny
 from transformers import AutoTokenizer
 
 from qlora_native.cli.main import main
-from qlora_native.data.check import check_rows
+from qlora_native.data.check import iter_findings
 from qlora_native.data.dataset import load_dataset
 
 Rows = list[dict[str, Any]]
@@ -85,7 +85,7 @@ def found(model: Path, folder: Path, rows: Rows, prepare: Prepare | None = None,
     loaded = load_dataset(folder / "rows.jsonl", tokenizer, max_length=options.pop("max_length", 256))
     train, held_out = loaded.split(0.25)
     limits = {"positions": 256, "embeddings": 300, **options}
-    return [finding.name for finding in check_rows(train, held_out, tokenizer, **limits)]
+    return [finding.name for finding in iter_findings(train, held_out, tokenizer, **limits)]
 
 
 @pytest.mark.parametrize(("name", "report", "rows", "prepare", "options"), MISTAKES, ids=[case[0] for case in MISTAKES])
@@ -113,7 +113,7 @@ def test_the_set_of_the_demo_has_none(tmp_path: Path) -> None:
     files = [
         load_dataset(tmp_path / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH) for name in ("train", "heldout")
     ]
-    assert check_rows(files[0], files[1], tokenizer, 8192, 49152) == []
+    assert list(iter_findings(files[0], files[1], tokenizer, 8192, 49152)) == []
 
 
 def test_the_command_and_the_run_name_them(

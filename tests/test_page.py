@@ -192,7 +192,7 @@ def write_long_run(folder: Path, steps: int) -> None:
 def test_a_long_run_is_thinned_and_keeps_its_peak(tmp_path: Path, record_property: Any) -> None:
     """Below 1 MB also with many long texts, of characters that HTML escapes; the page says what it leaves out."""
     write_long_run(tmp_path, 20_000)
-    sample = {key: f"the start {'&' * 8_000} the end" for key in ("prompt", "before", "answer", "expected")}
+    sample = dict.fromkeys(("prompt", "before", "answer", "expected"), f"the start {'&' * 8000} the end")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 20_000, "eval_loss": 1.0, "samples": [sample] * 200}) + "\n")
     notes = [{"step": step, "text": "&" * 2_000} for step in range(300)]

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int:
     from qlora_native._io import user_path
-    from qlora_native.data.check import check_rows
+    from qlora_native.data.check import iter_findings
     from qlora_native.data.dataset import load_split
     from qlora_native.hf.source import open_source
 
@@ -108,7 +108,7 @@ def _check(args: argparse.Namespace, config: TrainConfig, tokenizer: Any) -> int
     positions, embeddings = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
     trained = config.lora.as_config(config.train.seed, tokenizer).trainable_tokens  # new ones get rows
     embeddings = embeddings and max([embeddings, *(token + 1 for token in trained)])
-    findings = check_rows(rows, held_out, tokenizer, positions, embeddings)
+    findings = list(iter_findings(rows, held_out, tokenizer, positions, embeddings))
     if args.json:
         print(json.dumps({"findings": [finding._asdict() for finding in findings]}, indent=2))
         return 2 if findings else 0

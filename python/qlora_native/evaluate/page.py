@@ -88,7 +88,8 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
         figures["tokens"] = f"{points['tokens'][1].sum():,.0f}"
         figures["time of the steps"] = str(timedelta(seconds=round(points["seconds"][1].sum())))
     charts = [_chart(key, points) for key in CURVES if len(points[key][0])]
-    facts |= {"events": sorted(events, key=lambda event: event[0])[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
+    events.sort(key=lambda event: event[0])
+    facts |= {"events": events[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
     facts["samples"] = [{k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]]
     facts |= {"more_samples": len(curves.samples) - MOST_SAMPLES, "config": shorten(facts["config"], MOST_CONFIG)}
     return {**facts, "figures": figures, "charts": charts}
