@@ -123,7 +123,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.set_title(title)
         axes.set_ylabel("nats a token above the 16-bit base")
         if texts:
-            axes.legend(frameon=False)
+            options = {"frameon": False, "fontsize": "small", "columnspacing": 1, "handlelength": 1}
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(texts), **options)
     figure.savefig(path, dpi=120)
 
 

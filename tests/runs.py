@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import subprocess
@@ -37,6 +38,14 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without the times, which differ from run to run."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def events(out: Path) -> list[tuple[int, str]]:
+    """The notes of report.json, each of which the page has among its events: the step, the text."""
+    notes = [(note["step"], note["text"]) for note in json.loads((out / "report.json").read_text())["notes"]]
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+    assert all(f"<tr><th>{step:,}</th><td>{text}</td></tr>" in page for step, text in notes)
+    return notes
 
 
 class Crash(Exception):

@@ -35,7 +35,7 @@ Run = tuple[Path, list[tuple[str, Any]]]  # the folder, and the calls of the pac
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("card")
     calls: list[tuple[str, Any]] = []
-    trackio = SimpleNamespace(  # the package itself needs a service of its own
+    trackio = SimpleNamespace(  # the package itself is tried below, where it is installed
         __spec__=ModuleType("spec"),
         init=lambda **options: calls.append(("init", options)),
         log=lambda values, step: calls.append(("log", (step, values))),
@@ -167,6 +167,19 @@ def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run.name, run.project, run.config["lora"]) == ("run", "qlora_native", {"r": 3})
     logger.close()
     assert (summary["train/loss"], summary["eval/loss"]) == (0.5, 0.25)
+
+
+def test_trackio_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # which it reads when it is imported
+    trackio = pytest.importorskip("trackio")
+    (logger,) = make_loggers(["trackio"], tmp_path / "run", {"lora": {"r": 3}})
+    logger.write({"step": 3, "loss": 0.5})
+    logger.write({"step": 4, "eval_loss": 0.25})
+    logger.close()
+    (run,) = trackio.Api().runs("qlora_native")
+    assert (run.name, run.config["lora"]) == ("run", {"r": 3})
+    (first, second) = trackio.SQLiteStorage.get_logs("qlora_native", "run")
+    assert (first["step"], first["train/loss"], second["step"], second["eval/loss"]) == (3, 0.5, 4, 0.25)
 
 
 def test_a_logger_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentence: Check) -> None:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch
 import yaml
 from adapters import make_adapter
 
@@ -19,6 +21,7 @@ import qlora_native as qn
 from qlora_native.cli import demo, doctor, main
 from qlora_native.cli._run import DISTRIBUTIONS
 from qlora_native.cli.main import COMMANDS
+from qlora_native.data import standard_library
 
 # Per command, at least three: what was typed, and what the sentence has in it.
 MISTAKES = {
@@ -219,3 +222,20 @@ def test_the_demo_from_end_to_end(
     assert again.load_report.calibration["tokens"] >= 2048
     assert f"--calibration {out}/calibration.safetensors" in (out / "adapter" / "README.md").read_text()
     assert qn.load_adapter(again, out / "adapter") is not None
+
+
+def test_the_demo_in_float16(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model and the run have the dtype."""
+    dtypes: list[torch.dtype] = []
+
+    def answer(model: Any, *_: Any) -> str:
+        dtypes.append(model.dtype)
+        return ""
+
+    few = [(f"module{n}", f"def f{n}():\n    return {n}", f"Return {n}.") for n in range(64)]
+    monkeypatch.setattr(standard_library, "examples", lambda most: iter(few))
+    monkeypatch.setattr(demo, "model_file", lambda: model)
+    monkeypatch.setattr(demo, "_answer", answer)
+    assert main.main(["demo", "--steps", "1", "--dtype", "float16", "--out", str(tmp_path / "out")]) == 0
+    made = yaml.safe_load((tmp_path / "out" / "adapter" / "config.yaml").read_text())
+    assert made["train"]["dtype"] == "float16" and set(dtypes) == {torch.float16}

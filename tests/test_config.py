@@ -67,6 +67,9 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path: Path, sentenc
         ("train: {save_evry: 4}", "did you mean train.save_every?"),
         ("quant: {blocksize: 64}", "did you mean quant.block_size?"),
         ("  sequence_len: 3", "did you mean data.max_length?"),
+        ("train: {early_stopping_patience: 3}", "did you mean train.patience?"),
+        ("report_to: wandb", "did you mean logging?"),
+        ("quant: {load_in_4bit: true}", "did you mean quant.type?"),
         ("lora: {zzz: 1}", f"the keys of lora are {', '.join(LoraSection.model_fields)}"),
     ],
 )
@@ -259,6 +262,20 @@ def test_check_names_every_file_that_is_not_there(capsys: pytest.CaptureFixture[
     found = re.findall(r"run.yaml: (\S+) is (\S+), which", capsys.readouterr().err)
     assert {("data.train", "rows.jsonl"), ("data.eval", "more.jsonl"), ("model", "none")} < set(found)
     assert ("data.chat_template", "t.jinja") in found and len(found) == 5
+
+
+@pytest.mark.usefixtures("config")
+def test_check_names_what_is_read_from_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing folder has the form of an id; a template is never one."""
+    text = "model: models/llama\ndata: {train: [org/rows:train], eval: org/rows:test%s}\n"
+    Path("run.yaml").write_text(text % "")
+    assert main(["config", "check", "run.yaml"]) == 0
+    on_hub = [f"read from the hub: {name}" for name in ("models/llama", "org/rows:train", "org/rows:test")]
+    assert capsys.readouterr().err.splitlines() == on_hub
+    Path("run.yaml").write_text(text % ", chat_template: files/t.jinja")
+    assert main(["config", "check", "run.yaml"]) == 2
+    *first, last = capsys.readouterr().err.splitlines()
+    assert first == on_hub and "data.chat_template is files/t.jinja, which is not there" in last
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import tiny
 from transformers import AutoTokenizer
 
 from qlora_native.cli.main import main
-from qlora_native.data.check import check_rows
+from qlora_native.data.check import iter_findings
 from qlora_native.data.dataset import load_dataset
 
 Rows = list[dict[str, Any]]
@@ -84,7 +85,7 @@ def found(model: Path, folder: Path, rows: Rows, prepare: Prepare | None = None,
     loaded = load_dataset(folder / "rows.jsonl", tokenizer, max_length=options.pop("max_length", 256))
     train, held_out = loaded.split(0.25)
     limits = {"positions": 256, "embeddings": 300, **options}
-    return [finding.name for finding in check_rows(train, held_out, tokenizer, **limits)]
+    return [finding.name for finding in iter_findings(train, held_out, tokenizer, **limits)]
 
 
 @pytest.mark.parametrize(("name", "report", "rows", "prepare", "options"), MISTAKES, ids=[case[0] for case in MISTAKES])
@@ -112,7 +113,7 @@ def test_the_set_of_the_demo_has_none(tmp_path: Path) -> None:
     files = [
         load_dataset(tmp_path / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH) for name in ("train", "heldout")
     ]
-    assert check_rows(files[0], files[1], tokenizer, 8192, 49152) == []
+    assert list(iter_findings(files[0], files[1], tokenizer, 8192, 49152)) == []
 
 
 def test_the_command_and_the_run_name_them(
@@ -122,7 +123,7 @@ def test_the_command_and_the_run_name_them(
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     copied, facts = tmp_path / "copied.jsonl", tmp_path / "facts.jsonl"
     assert "copied.jsonl: answer-in-prompt: " in mistake("data", "check", copied, "--model", model)
-    assert "facts.jsonl: beyond-embedding" not in mistake("data", "check", facts)
+    assert "name its folder with --model DIR" in mistake("data", "check", facts)
     assert main(["data", "check", str(copied), "--model", str(model), "--json"]) == 2
     assert [one["name"] for one in json.loads(capsys.readouterr().out)["findings"]] == ["answer-in-prompt"]
     assert main(["data", "check", str(facts), "--model", str(model)]) == 0
@@ -139,3 +140,39 @@ def test_the_command_and_the_run_name_them(
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
     words = ["--model", short, "--output_dir", tmp_path / "short-run", "--steps", "1"]
     assert "set data.max_length to 16" in mistake("train", tmp_path / "run.yaml", *words)
+
+
+NEW = [chat(f"what <|new|> {color}?", thing) for color, thing in tiny.FACTS]
+TOKENS: list[tuple[str, list[Any], Rows, Rows, list[str]]] = [  # trainable_tokens, rows, held-out rows, findings
+    ("trained", ["<|new|>"], NEW[:8], NEW[8:], []),
+    ("lacking", [], NEW[:8], FACTS[8:], ["beyond-embedding"]),
+    ("lacking-held-out", [], FACTS[:8], NEW[8:], ["beyond-embedding"]),
+    ("others-trained", ["<|user|>", 4], NEW[:8], FACTS[8:], ["beyond-embedding"]),
+]
+
+
+@pytest.mark.parametrize(("name", "trained", "rows", "held_out", "expected"), TOKENS, ids=[case[0] for case in TOKENS])
+def test_the_command_looks_for_tokens_beyond_the_embedding(
+    name: str,
+    trained: list[Any],
+    rows: Rows,
+    held_out: Rows,
+    expected: list[str],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a tokenizer with a token more than the model of 300, unless it is the run that adds it."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    if expected:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+        tokenizer.save_pretrained(folder)
+    files = {"train": rows, "eval": held_out}
+    for key, part in files.items():
+        (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    data = {key: str(tmp_path / f"{key}.jsonl") for key in files}
+    values = {"model": str(folder), "data": data, "lora": {"trainable_tokens": trained}}
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    assert main(["data", "check", str(tmp_path / "run.yaml"), "--json"]) == (2 if expected else 0)
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)["findings"]] == expected

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.cli.hf
+import huggingface_hub.cli.upload
 import peft
 import pytest
 import tiny
@@ -26,6 +30,7 @@ from qlora_native.export.gguf_encode import encode
 
 gguf = pytest.importorskip("gguf")
 
+REAL_API = huggingface_hub.HfApi
 TEXT = "what is green? say, what is 12 and good?\n"
 
 
@@ -245,44 +250,54 @@ def test_llama_cpp_runs_it(request: pytest.FixtureRequest, tmp_path: Path, kind:
 
 
 class FakeApi:
-    """Of huggingface_hub: keeps a copy of what would be uploaded."""
+    """Of huggingface_hub, with its signatures: keeps a copy of what would be uploaded."""
 
     hub: Path
     error: Exception | None = None
 
-    def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> Any:
+    def create_repo(self, *args: Any, **options: Any) -> Any:
+        given = inspect.signature(REAL_API.create_repo).bind(self, *args, **options).arguments
         if self.error is not None:
             raise self.error
-        self.made = repo_id, private, exist_ok
-        return SimpleNamespace(repo_id=repo_id)
+        assert given["exist_ok"] is True
+        self.made = given["repo_id"], given["private"]
+        return SimpleNamespace(repo_id=given["repo_id"])
 
-    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str]) -> str:
-        assert self.made[0] == repo_id
-        for path in huggingface_hub.utils.filter_repo_objects(
-            (path.name for path in folder_path.iterdir()), allow_patterns=allow_patterns
-        ):
-            shutil.copy(folder_path / path, self.hub / path)
-        return f"https://huggingface.co/{repo_id}"
+    def upload_folder(self, *args: Any, **options: Any) -> str:
+        given = inspect.signature(REAL_API.upload_folder).bind(self, *args, **options).arguments
+        folder, repo = Path(given["folder_path"]), given["repo_id"]
+        assert self.made[0] == repo and given.get("path_in_repo", ".") == "."
+        names = (path.name for path in folder.iterdir())
+        kept = sorted(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=given["allow_patterns"]))
+        (self.hub / "made.json").write_text(json.dumps([*self.made, kept]))
+        return f"https://huggingface.co/{repo}"
 
 
 def test_an_adapter_goes_to_the_hub(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: Any
 ) -> None:
-    FakeApi.hub = tmp_path / "hub"
-    FakeApi.hub.mkdir()
-    folder = Path(shutil.copytree(files / "adapter", tmp_path / "adapter"))
+    """By the command, and by hub's own where ours fails: its command line is what the sentence prints."""
+    FakeApi.hub, made = tmp_path, tmp_path / "made.json"
+    folder = Path(shutil.copytree(files / "adapter", tmp_path / "an adapter"))
     for name in ("config.yaml", "tokenizer.json"):
         (folder / name).write_text("{}")
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
     export(folder, "--to", "hub", "--repo", "me/tuned", "--json")
     assert json.loads(capsys.readouterr().out)["url"] == "https://huggingface.co/me/tuned"
-    expected = {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"}
-    assert {path.name for path in FakeApi.hub.iterdir()} == expected  # not config.yaml
+    expected = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]  # not config.yaml
+    assert json.loads(made.read_text()) == ["me/tuned", None, expected]
 
     words = "export", folder, "--to", "hub", "--repo", "me/tuned"
     monkeypatch.setattr(FakeApi, "error", ConnectionError("no network"))
-    said = mistake(*words)
-    assert "(no network)" in said and f": hf upload me/tuned {folder} " in said
+    said = [mistake(*words), mistake(*words, "--private")]
+    assert all("(no network)" in text for text in said)
+    monkeypatch.setattr(FakeApi, "error", None)
+    monkeypatch.setattr("huggingface_hub.cli.upload.get_hf_api", lambda token: FakeApi())
+    for text, private in zip(said, (None, True), strict=True):
+        made.unlink()
+        program, *command = shlex.split(text.partition("can be done: ")[2])
+        huggingface_hub.cli.hf.app(command, standalone_mode=False)
+        assert program == "hf" and json.loads(made.read_text()) == ["me/tuned", private, expected]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "hf upload me/tuned" in mistake(*words)
     assert "--to hub takes an adapter" in mistake("export", files / "model", *words[2:])

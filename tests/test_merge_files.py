@@ -106,7 +106,7 @@ def test_the_drift_of_logits_is_that_of_peft(files: Path, capsys: pytest.Capture
     words = (files / "model", files / "adapter", "--out", out, "--base", "dequantized", "--to", "fp32", "--check")
     result = merge(capsys, *words, "--sample", files / "sample.jsonl")
     (found,) = result["logits"]
-    assert result["verdict"].startswith("this is the model that was trained")
+    assert result["verdict"].startswith("this is the model that")
     tokenizer = AutoTokenizer.from_pretrained(files / "model")
     base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
     for path, (weight, _) in exact(files / "model", files / "adapter").items():

@@ -58,6 +58,10 @@ def test_quality(drawn: list[Any], tmp_path: Path) -> None:
     for axes in drawn:
         assert_labels_apart(axes)
         assert all(len(name.split()) > 1 for name in names(axes))
+        legend = axes.get_legend().get_window_extent()
+        assert len(axes.patches) > 1 and axes.figure.bbox.containsx(legend.x1) and legend.x0 > 0 <= legend.y0
+        for artist in (*axes.patches, *axes.lines, *axes.collections):  # bars, caps, error bars
+            assert not legend.overlaps(artist.get_tightbbox()), artist
     assert {name.partition(":")[0] for name in names(drawn[0])} == result["texts"].keys() - {"calibration"}
 
 

@@ -13,9 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from helpers import needs_page_files
 from paged import OPTIMIZERS, parameters, train
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import qlora_native as qn
+from qlora_native import _import_hooks
 from qlora_native._import_hooks import SPINS, WAITING
 from qlora_native.ops import _library
 
@@ -209,11 +212,22 @@ def test_a_command_has_threads_that_spin_briefly(words: list[str], given: dict[s
 
 
 @pytest.mark.parametrize(
-    ("load", "given", "warns"), [(3.5, {}, True), (1.9, {}, False), (3.5, {WAITING[0]: "x"}, False)]
+    ("words", "expected"),
+    [
+        (["/opt/bin/qlora", "train"], True),
+        (["C:/Scripts/qlora.exe", "train"], True),
+        (["/opt/bin/qlora-page", "train"], False),
+        (["train.py", "qlora"], False),
+    ],
 )
-def test_the_library_warns_once_on_a_busy_machine(
-    load: float, given: dict[str, str], warns: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_script_is_a_command(words: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "orig_argv", ["python", *words])
+    assert _import_hooks._is_command() is expected
+
+
+def put_load(monkeypatch: pytest.MonkeyPatch, load: float, **given: str) -> None:
+    """A machine of two CPUs with this load, in a process that has not warned yet."""
     for name in WAITING:
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
@@ -222,8 +236,28 @@ def test_the_library_warns_once_on_a_busy_machine(
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_library, "_warned", set())
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "warns"), [(3.5, {}, True), (1.9, {}, False), (3.5, {WAITING[0]: "x"}, False)]
+)
+def test_the_library_warns_once_on_a_busy_machine(
+    load: float, given: dict[str, str], warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_load(monkeypatch, load, **given)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             _library.warn_if_busy()
     assert len(caught) == warns and all("OMP_WAIT_POLICY" in str(warning.message) for warning in caught)
+
+
+def test_loading_warns_on_a_busy_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_models.save(tmp_path, num_hidden_layers=1)
+    theirs = partial(AutoModelForCausalLM.from_pretrained, quantization_config=qn.QLoRANativeConfig())
+    for load in (qn.load_model, theirs):
+        put_load(monkeypatch, 3.5)
+        with pytest.warns(UserWarning, match="OMP_WAIT_POLICY=passive"):
+            load(folder)

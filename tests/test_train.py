@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 from helpers import relative_error
-from runs import settings
+from runs import events, settings
 from safetensors.torch import load_file
 
 from qlora_native.config import LoopSection, TrainConfig
@@ -202,6 +202,8 @@ def test_a_step_that_is_not_finite_is_skipped(make: Make, monkeypatch: pytest.Mo
     one, two, three = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert same(one, two) and not same(two, three)
     assert read_lines(config)[1]["loss"] is None  # JSON has no NaN
+    (event,) = [event for event in events(Path(config.output_dir)) if "skipped" in event[1]]
+    assert event[0] == 1 and event[1].startswith("step 2: loss nan, ")
 
 
 def test_many_steps_that_are_not_finite_stop_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,11 +224,12 @@ def test_float16_learns_as_float32_does_with_a_scaled_loss(make: Make, monkeypat
     got = losses["float16"]
     assert got == pytest.approx(losses["float32"], rel=2e-2) and got[-1] < got[0]
 
-    monkeypatch.setattr(graphs, "LARGEST_SCALE", 2.0**24)
+    monkeypatch.setattr(loop_module, "LARGEST_SCALE", 2.0**24)
     config = make("large", steps=16, dtype="float16", save_every=16)
     assert Trainer(config, quiet=True).train().skipped_steps == 0
     state = json.loads(Path(config.output_dir, "step-000016", "trainer.json").read_text())
-    assert 1 < state["scale"]["value"] < 2.0**24
+    lowered = [text for _, text in events(Path(config.output_dir)) if "overflows in float16" in text]
+    assert lowered and state["scale"]["value"] == 2.0 ** (24 - len(lowered))
 
 
 def test_without_the_scale_gradients_are_lost_in_float16() -> None:

@@ -31,6 +31,7 @@ from qlora_native.hf.merge import merge
 from qlora_native.hf.source import load_tokenizer
 from qlora_native.lora import LoraConfig, adapters_off, add_lora, load_adapter
 from qlora_native.lora.tokens import token_rows
+from qlora_native.train import loop
 from qlora_native.train.batches import load_rows, make_sampler, micro_batches
 from qlora_native.train.loop import Trainer
 from qlora_native.train.setup import learning_rate, prepare_model
@@ -123,11 +124,17 @@ def test_a_run_ends_where_peft_and_torch_do(
 NEW = {"trainable_tokens": ["<|new|>", "<|user|>", "<|newer|>"]}  # of which the tokenizer of 300 lacks two
 
 
-@pytest.mark.parametrize("trained", [WHOLE, NEW], ids="+".join)
-def test_a_run_that_crashed_ends_as_if_it_had_not(files: Path, tmp_path: Path, trained: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("trained", "dtype"), [(WHOLE, "bfloat16"), (NEW, "bfloat16"), ({}, "float16")], ids=["whole", "new", "float16"]
+)
+def test_a_run_that_crashed_ends_as_if_it_had_not(
+    files: Path, tmp_path: Path, trained: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16 the scale of the loss is lowered before the checkpoint and once more after it."""
+    monkeypatch.setattr(loop, "LARGEST_SCALE", 2.0**22)
     lora = {**PATTERNS, **trained, "lora_plus_ratio": 8, "dropout": 0.3}
     whole, crashed = (
-        config_of(files, tmp_path / name, lora, save_every=2, dtype="bfloat16", optimizer="adamw8bit")
+        config_of(files, tmp_path / name, lora, save_every=2, dtype=dtype, optimizer="adamw8bit")
         for name in ("whole", "crashed")
     )
     Trainer(whole, quiet=True).train()
@@ -137,6 +144,7 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(files: Path, tmp_path: Path, t
     Trainer(crashed.model_copy(update={"resume": "auto"}), quiet=True).train()
     one, other = (tmp_path / name for name in ("whole", "crashed"))
     assert metrics(one) == metrics(other)
+    assert [line["grad_norm"] is None for line in metrics(one)] == [dtype == "float16"] * 3 + [False]
     assert (one / "adapter" / TENSORS).read_bytes() == (other / "adapter" / TENSORS).read_bytes()
 
 

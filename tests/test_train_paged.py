@@ -12,7 +12,7 @@ import pytest
 import runs
 import yaml
 from helpers import needs_page_files
-from runs import metrics, steps_made, write_files
+from runs import events, metrics, steps_made, write_files
 
 from qlora_native._memory import Free
 from qlora_native.cli.main import main
@@ -116,6 +116,7 @@ def test_auto_pages_out_under_pressure_and_says_so_once(
     assert summary.paged_bytes > 8 * MIB
     printed = capsys.readouterr().out
     assert printed.count("memory is short, so ") == 1 and printed.count("paging moved ") == 1
+    assert sum("states are paged out" in text for _, text in events(tmp_path / "out")) == 1
     assert list((tmp_path / "pages").iterdir()) == []
 
 

@@ -151,6 +151,33 @@ def test_trainer_over_layers_that_stream(tmp_path: Path) -> None:
     assert run("mapped") == run("memory")
 
 
+def test_sft_trainer_saves_the_adapter_of_add_lora_alone(tmp_path: Path) -> None:
+    """Its checkpoints are adapters, from which it resumes with the same losses and which PEFT loads."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    folder = write_model(tmp_path / "base", num_hidden_layers=1)
+    rows = Dataset.from_list([{"text": f"what is {color}? {thing}"} for color, thing in FACTS])
+
+    def trainer(seed: int, name: str) -> Any:
+        model = qn.add_lora(qn.load_model(folder, dtype=torch.float32, device="cpu"), qn.LoraConfig(r=4, seed=seed))
+        args = trl.SFTConfig(**arguments(tmp_path / name, bf16=False))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return trl.SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+
+    first, again = trainer(0, "first"), trainer(1, "again")
+    expected = losses(first)
+    assert losses(again, str(tmp_path / "first" / "checkpoint-2")) == expected
+    first.save_model(str(tmp_path / "saved"))
+    written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("model*.safetensors")}
+    adapters = {path.parent.name for path in tmp_path.rglob("adapter_model.safetensors")}
+    assert written == {"base"} and adapters == {"checkpoint-2", "checkpoint-4", "saved"}
+    batch = tokens()
+    theirs = peft.PeftModel.from_pretrained(base(folder), tmp_path / "saved").eval()
+    logits = first.model.eval()(input_ids=batch).logits
+    torch.testing.assert_close(theirs(input_ids=batch).logits, logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("adapter", ["ours", "peft"])
 def test_a_whole_step_compiles_without_a_break(
     folder: Path, adapter: str, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from laws import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_models import assert_same, distance, edit_config, edit_tensors, four_bit_layers, logits, make, save
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -234,3 +236,19 @@ def test_a_saved_folder_loads_when_ours_is_imported_first(tmp_path: Path) -> Non
     load(save(tmp_path / "dense", num_hidden_layers=1)).save_pretrained(tmp_path / "saved")
     done = subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path / "saved")], capture_output=True, text=True)
     assert done.stdout.strip() == "QuantizedLinear QLoRANativeQuantizer", done.stderr
+
+
+def test_a_saved_folder_fails_as_the_page_has_it_when_ours_is_not_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers import auto
+
+    load(save(tmp_path / "dense", num_hidden_layers=1)).save_pretrained(tmp_path / "saved")
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    ((warning, error),) = re.findall(r"^### transformers warns: `(.+)\.\.\.`\n[^#]*`(\w+Error)`", page, re.MULTILINE)
+    said: list[str] = []
+    monkeypatch.setattr(auto.logger, "warning", said.append)
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "qlora_native")
+    with pytest.raises(Exception, match="mismatched") as failed:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert any(text.startswith(warning) for text in said) and type(failed.value).__name__ == error

@@ -12,7 +12,7 @@ ALIASES = {
     "base_model": "model", "model_name_or_path": "model", "datasets": "data.train", "dataset": "data.train",
     "sequence_len": "data.max_length", "max_seq_length": "data.max_length", "val_set_size": "data.eval_fraction",
     "sample_packing": "data.packing", "train_on_inputs": "data.train_on", "quant_type": "quant.type",
-    "bnb_4bit_quant_type": "quant.type",
+    "bnb_4bit_quant_type": "quant.type", "load_in_4bit": "quant.type", "report_to": "logging",
     "bnb_4bit_use_double_quant": "quant.double_quant", "quant_method": "quant.method",
     "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "lora_target_modules": "lora.target_modules",
@@ -23,7 +23,7 @@ ALIASES = {
     "lr_scheduler_type": "train.scheduler", "warmup_steps": "train.warmup", "warmup_ratio": "train.warmup",
     "adam_epsilon": "train.eps", "max_grad_norm": "train.clip", "gradient_checkpointing": "train.grad_checkpointing",
     "eval_steps": "train.eval_every", "save_steps": "train.save_every", "save_total_limit": "train.keep",
-    "logging_steps": "train.log_every", "bf16": "train.dtype",
+    "logging_steps": "train.log_every", "bf16": "train.dtype", "early_stopping_patience": "train.patience",
 }  # fmt: skip
 
 

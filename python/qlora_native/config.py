@@ -48,7 +48,7 @@ class DataConfig(_Section):
     eval_fraction: float = _key(
         0.05, "share of the training rows to hold out when data.eval is not set; 0 = none", ge=0, lt=1
     )
-    format: str = _key("auto", f"layout of a row: {', '.join(FORMATS)}, or auto to find out from the first rows")
+    format: str = _key("auto", f"layout of a row: {', '.join(FORMATS)}; auto: detected from the first rows")
     max_length: Positive = _key(1024, "tokens per row at most, longer rows are truncated; memory grows with it")
     chat_template: str | None = _key(None, "Jinja template, or a file of it, in place of the tokenizer's")
     train_on: Literal["answers", "all"] = _key("answers", "learn the answers only, or every token of the row")

@@ -70,11 +70,13 @@ def run(args: argparse.Namespace) -> int:
 
         config = TrainConfig.from_file(args.name, args.overrides)
         data, template = config.data, config.data.chat_template or ""
-        files = {"model": [config.model], "data.train": data.files, "data.eval": [data.eval or ""]}
-        files["data.chat_template"] = [] if "{" in template else [template]
-        files["quant.calibration"] = [config.quant.calibration or ""]
-        named = [(key, path) for key, paths in files.items() for path in paths if path and not hub_id(path)]
-        missing = [(key, path) for key, path in named if not user_path(path).exists()]
+        named = [("model", config.model), *(("data.train", path) for path in data.files)]
+        named += [("data.eval", data.eval or ""), ("quant.calibration", config.quant.calibration or "")]
+        on_hub = dict.fromkeys(path for _, path in named if hub_id(path))
+        named += [("data.chat_template", "" if "{" in template else template)]
+        missing = [(key, path) for key, path in named if path not in {"", *on_hub} and not user_path(path).exists()]
+        for path in on_hub:
+            print(f"read from the hub: {path}", file=sys.stderr)
         if missing:
             raise UserError(*(f"{args.name}: {key} is {path}, which is not there" for key, path in missing))
         sys.stdout.write(config.to_yaml())

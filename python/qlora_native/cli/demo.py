@@ -12,6 +12,7 @@ import torch
 
 from qlora_native._io import user_path
 from qlora_native.cli._run import printable
+from qlora_native.cli._weights import DTYPES
 from qlora_native.cli.demo_model import model_file as model_file
 from qlora_native.errors import UserError
 
@@ -36,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the adapter and the order of the rows (default: 0)")
     keep = "train on the file's own Q4_1 weights as they are, in place of NF4 calibrated on the rows"
     dtype = "of activations and of what is not 4-bit (default: bfloat16)"
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype)
+    add("--dtype", choices=DTYPES, default="bfloat16", help=dtype)
     add("--keep", action="store_true", help=keep)
     parser.epilog = """examples:
   qlora demo --out demo-run
@@ -54,15 +55,8 @@ def demo_config(
     from qlora_native.config import TrainConfig
 
     data = {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH}
-    train: dict[str, Any] = {
-        "steps": steps,
-        "lr": lr,
-        "seed": seed,
-        "batch_size": 4,
-        "grad_accum": 1,
-        "grad_checkpointing": False,
-    }
-    train |= {"eval_every": 0, "save_every": 0, "dtype": dtype}
+    train: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "dtype": dtype, "eval_every": 0, "save_every": 0}
+    train |= {"batch_size": 4, "grad_accum": 1, "grad_checkpointing": False}
     quant, lora = {"type": "keep"} if keep else {"method": METHOD}, {"r": 16, "alpha": 32}
     values = {"model": str(model), "output_dir": str(out), "data": data, "quant": quant, "lora": lora, "train": train}
     return TrainConfig.model_validate(values)
@@ -80,24 +74,19 @@ def run(args: argparse.Namespace) -> int:
 
     logging.getLogger("qlora_native").setLevel(logging.ERROR)
     out, model_path = args.out, model_file()
-    train_rows, held_out_rows = write_split(out / "data", MAX_CHARACTERS, HELD_OUT_ROWS)[2:]
+    rows, held_out, train_rows, held_out_rows = write_split(out / "data", MAX_CHARACTERS, HELD_OUT_ROWS)
     print(f"task: the first line of the docstring of a standard-library function; {train_rows} rows to learn from,")
     print(f"      {held_out_rows} held out, from other modules ({out / 'data'})")
 
-    how = (
-        "its own weights as they are"
-        if args.keep
-        else "quantized to NF4 with double quantization, calibrated on the rows"
-    )
-    print(f"model: {model_path.stem}, {how}", flush=True)
+    made = "quantized to NF4 with double quantization, calibrated on the rows"
+    print(f"model: {model_path.stem}, {'its own weights as they are' if args.keep else made}", flush=True)
     tokenizer: Any = load_tokenizer(str(model_path))
-    rows = out / "data" / "train.jsonl"
     calibration = qn.CalibrationData(rows, seed=args.seed, keep=out / FILE, tokenizer=tokenizer)
     options = {"quant_type": "keep"} if args.keep else {"method": METHOD, "calibration": calibration}
     with layer_progress() as progress:
         model: Any = qn.load_model(model_path, dtype=getattr(torch, args.dtype), progress=progress, **options)
     _print_memory(model.load_report, model)
-    questions = _questions(out / "data" / "heldout.jsonl")
+    questions = _questions(held_out)
 
     def answers() -> list[str]:
         return [_answer(model, tokenizer, question["messages"][0]) for question in questions]

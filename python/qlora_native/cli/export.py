@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -154,7 +155,8 @@ def _upload(args: argparse.Namespace) -> int:
     folder, patterns = args.model, ["adapter_*", "README.md", "*token*", "chat_template.jinja"]
     if not (folder / CONFIG_NAME).is_file() or args.repo is None:
         raise UserError("qlora export: --to hub takes an adapter's folder as MODEL, and --repo USER/NAME")
-    command = f"hf upload {args.repo} {folder} --include {' '.join(map(repr, patterns))}"
+    words = [args.repo, str(folder), *(f"--include={pattern}" for pattern in patterns), *["--private"] * args.private]
+    command = shlex.join(["hf", "upload", *words])
     try:
         from huggingface_hub import HfApi
 

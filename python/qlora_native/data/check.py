@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,24 +25,19 @@ class Finding(NamedTuple):
         return f"{self.name}: {self.text}"
 
 
-def check_rows(
+def iter_findings(
     rows: TokenizedDataset,
     held_out: TokenizedDataset | None,
     tokenizer: Any,
     positions: int | None = None,
     embeddings: int | None = None,
-) -> list[Finding]:
-    """The mistakes in the rows of a run.
+) -> Iterator[Finding]:
+    """Iterate over the mistakes in the rows of a run.
 
     Args:
         rows: what is trained; ``held_out``: what is evaluated.
         positions, embeddings: the longest sequence of the model and its number of tokens, where they are known.
     """
-    found: list[Finding] = []
-
-    def note(name: str, text: str) -> None:
-        found.append(Finding(name, text))
-
     stats, encoder = rows.stats, ChatEncoder(tokenizer)
     places = np.linspace(0, len(rows) - 1, min(SAMPLED_ROWS, len(rows))).astype(np.int64)
     sample = [rows[int(at)] for at in places]
@@ -49,17 +45,19 @@ def check_rows(
 
     untrained = stats.dropped - stats.dropped_too_long
     if untrained > SHARE * (stats.rows + untrained):
-        note("masked-labels", f"{untrained:,} rows have no answer, and train nothing; add answers, or remove the rows")
+        yield Finding(
+            "masked-labels", f"{untrained:,} rows have no answer, and train nothing; add answers, or remove the rows"
+        )
     lost = stats.truncated + stats.dropped_too_long
     if lost > SHARE * (stats.rows + stats.dropped):
-        note(
+        yield Finding(
             "truncated-answers",
             f"{lost:,} of {stats.rows + stats.dropped:,} rows lose their ends to data.max_length {stats.max_length:,}, "
             "so the model learns to stop in the middle; raise it, or shorten the rows",
         )
     endless = sum(not _ends(encoder, row) for row in whole)
     if endless > SHARE * len(sample):
-        note(
+        yield Finding(
             "no-end-token",
             f"{endless:,} of {len(whole):,} rows train no token that ends an answer, so the model never stops; give "
             "the tokenizer an eos_token, or the chat template an end of the assistant's turn",
@@ -67,36 +65,37 @@ def check_rows(
     bos = tokenizer.bos_token_id
     doubled = sum(len(row["input_ids"]) > 1 and set(row["input_ids"][:2].tolist()) == {bos} for row in sample)
     if bos is not None and doubled > SHARE * len(sample):
-        note(
+        yield Finding(
             "doubled-bos",
             f"{doubled:,} of {len(sample):,} rows begin with two {tokenizer.bos_token}; remove it from the data or "
             "from the chat template",
         )
     copied = sum(_repeats_answer(tokenizer, row) for row in sample)
     if copied > len(sample) / 2:
-        note(
+        yield Finding(
             "answer-in-prompt",
             f"in {copied:,} of {len(sample):,} rows the prompt has the answer already, so the model learns to copy; "
             "remove it from the prompt",
         )
     if stats.template == "tokenizer" and not encoder.has_generation_prompt():
-        note(
+        yield Finding(
             "no-assistant-turn",
             "the chat template begins no turn of the assistant (add_generation_prompt changes nothing), so a prompt "
             "differs from what was trained; use a template that does",
         )
-    lengths = np.concatenate([data.lengths for data in (rows, held_out) if data is not None])
+    both = [data for data in (rows, held_out) if data is not None]
+    lengths = np.concatenate([data.lengths for data in both])
     longest = int(lengths.max())
     if positions is not None and longest > positions:
         longer = int((lengths > positions).sum())
-        note(
+        yield Finding(
             "beyond-positions",
             f"{longer:,} of {len(lengths):,} rows have more than the model's {positions:,} positions, the longest "
             f"{longest:,} tokens; set data.max_length to {positions}, which truncates them",
         )
-    highest = int(rows.input_ids.max())
+    highest = max(int(data.input_ids.max()) for data in both)
     if embeddings is not None and highest >= embeddings:
-        note(
+        yield Finding(
             "beyond-embedding",
             f"token {highest:,} ({tokenizer.convert_ids_to_tokens(highest)!r}) is beyond the {embeddings:,} of the "
             "model; copy the tokenizer of this model into its folder",
@@ -105,12 +104,11 @@ def check_rows(
         known = {row["input_ids"].tobytes() for row in held_out}
         seen = {key for row in rows if (key := row["input_ids"].tobytes()) in known}
         if len(seen) > SHARE * len(known):
-            note(
+            yield Finding(
                 "trained-held-out",
                 f"{len(seen):,} of {len(known):,} held-out rows are trained too, so their loss shows what was learned "
                 "by heart; remove the duplicates",
             )
-    return found
 
 
 def _last_answer(row: dict[str, np.ndarray]) -> tuple[int, int]:

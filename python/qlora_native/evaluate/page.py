@@ -20,7 +20,8 @@ CURVES = {"loss": "Training loss", "eval_loss": "Held-out loss", "lr": "Learning
 CURVES["tokens_per_second"] = "Tokens per second"
 LOGARITHMIC, LOG_FROM = ("loss", "eval_loss", "grad_norm"), 5  # if the values differ by more than so many times
 STRETCHES = 240  # of a curve; the lowest and the highest point of each are drawn
-MOST_DOTS, MOST_EVENTS = 60, 200
+MOST_DOTS, MOST_EVENTS, MOST_SAMPLES = 60, 100, 32
+MOST_TEXT, MOST_CONFIG = 600, 20_000  # characters: of five bytes each, as those that HTML escapes, it is below 1 MB
 LEFT, TOP, RIGHT, BOTTOM = 46, 8, 352, 158  # of a chart's area, in its view box of 360 x 180
 Points = tuple[np.ndarray, np.ndarray]  # float64 [points] each: steps, values
 
@@ -76,7 +77,7 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
     facts |= {"has_ended": False, **(read_json(folder / "report.json") if (folder / "report.json").is_file() else {})}
     step = int(max((steps[-1] for steps, _ in points.values() if len(steps)), default=0))
     figures = {"step": f"{step:,}" + (f" of {facts['steps']:,}" if facts["steps"] else "")}
-    events = [(note["step"], note["text"]) for note in facts["notes"]]
+    events = [(note["step"], shorten(note["text"])) for note in facts["notes"]]
     events += [(int(path.name[5:]), f"checkpoint {path.name}") for path in folder.glob("step-*")]
     steps, losses = points["eval_loss"]
     if len(losses):
@@ -87,8 +88,17 @@ def content(folder: Path, curves: Curves) -> dict[str, Any]:
         figures["tokens"] = f"{points['tokens'][1].sum():,.0f}"
         figures["time of the steps"] = str(timedelta(seconds=round(points["seconds"][1].sum())))
     charts = [_chart(key, points) for key in CURVES if len(points[key][0])]
-    shown = {"events": sorted(events, key=lambda event: event[0])[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
-    return {**facts, **shown, "figures": figures, "charts": charts, "samples": curves.samples}
+    events.sort(key=lambda event: event[0])
+    facts |= {"events": events[-MOST_EVENTS:], "left_out": len(events) - MOST_EVENTS}
+    facts["samples"] = [{k: shorten(v) for k, v in sample.items()} for sample in curves.samples[:MOST_SAMPLES]]
+    facts |= {"more_samples": len(curves.samples) - MOST_SAMPLES, "config": shorten(facts["config"], MOST_CONFIG)}
+    return {**facts, "figures": figures, "charts": charts}
+
+
+def shorten(text: str, most: int = MOST_TEXT) -> str:
+    """The text, of a longer one its ends and how many characters lie between them."""
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[: most // 2]} [… {left_out:,} characters …] {text[-most // 2 :]}"
 
 
 def _chart(key: str, points: dict[str, Points]) -> dict[str, Any]:
@@ -114,14 +124,14 @@ def _chart(key: str, points: dict[str, Points]) -> dict[str, Any]:
     return {
         "key": key,
         "title": CURVES[key] + (" (log scale)" if is_log else ""),
-        "last": _short(values[-1]),
+        "last": f"{values[-1]:,.0f}" if abs(values[-1]) >= 1000 else f"{values[-1]:.3g}",
         "lines": {name: "M" + "L".join(map(place, *thin(*line))) for name, line in lines.items()},
         "dots": [
             (place(at, value).split(), f"step {at:,.0f}: {value:.4f}", number == lowest)
             for number, (at, value) in enumerate(zip(*held_out, strict=True))
             if number == lowest or len(held_out[0]) <= MOST_DOTS
         ],
-        "y_ticks": [(place(0, mark).split()[1], _short(mark)) for mark in marks],
+        "y_ticks": [(place(0, mark).split()[1], f"{mark:,.9g}") for mark in marks],
         "x_ticks": [(place(at, low).split()[0], f"{at:,.0f}") for at in ticks(0, last) if at % 1 == 0 and at <= last],
     }
 
@@ -148,7 +158,3 @@ def ticks(low: float, high: float, *, is_log: bool = False) -> list[float]:
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if 4 * factor * power >= high - low)
     return [float(f"{number * step:.12g}") for number in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

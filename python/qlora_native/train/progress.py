@@ -215,7 +215,7 @@ class RunPage:
         self, folder: Path | None, facts: dict[str, Any], progress: Progress, step: Callable[[], int], memory: Any
     ) -> None:
         self._folder, self._facts, self._progress, self._step, self._memory = folder, facts, progress, step, memory
-        self._cost, self._ended, self._has_failed = 0.0, -math.inf, False
+        self._began, self._cost, self._spent, self._has_failed = time.monotonic(), 0.0, 0.0, False
         self._curves: Any = None
         self._notes: list[dict[str, Any]] = []
         with suppress(Exception):  # a new run has none, and a damaged file costs its notes alone
@@ -228,9 +228,10 @@ class RunPage:
         self._progress.note(text)
 
     def write(self, *, has_ended: bool = False) -> None:
-        """Write the page, unless that took more than its share of the time since; always once the run has ended."""
+        """Write the page, unless all writes, this one and the last, would take more than their share; always at the
+        start and at the end."""
         began = time.monotonic()
-        is_early = began - self._ended < self._cost / PAGE_SHARE and not has_ended
+        is_early = self._spent + 2 * self._cost > PAGE_SHARE * (began - self._began) and not has_ended
         if self._folder is None or is_early or self._facts.get("has_ended"):
             return
         try:
@@ -245,7 +246,7 @@ class RunPage:
             if not self._has_failed:
                 self._progress.note(f"report.html could not be written: {reason(error)}")
             self._has_failed = True
-        self._ended = time.monotonic()
-        self._cost = self._ended - began
+        self._cost = time.monotonic() - began
+        self._spent += self._cost
 
     close = partialmethod(write, has_ended=True)

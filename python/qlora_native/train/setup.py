@@ -99,11 +99,11 @@ def check_data(
     source: Source | None, tokenizer: Any, rows: TokenizedDataset, held_out: TokenizedDataset | None
 ) -> list[str]:
     """The mistakes in the rows, as lines to print. UserError for rows on which the model computes nonsense or fails."""
-    from qlora_native.data.check import check_rows
+    from qlora_native.data.check import iter_findings
 
     text = None if source is None else source.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    findings = check_rows(rows, held_out, tokenizer, positions)  # check_vocabulary looks at the embedding itself
+    findings = list(iter_findings(rows, held_out, tokenizer, positions))  # check_vocabulary has the embedding
     if wrong := [finding.text for finding in findings if finding.name == "beyond-positions"]:
         raise UserError(f"{rows.stats.path}: {wrong[0]}")
     return [f"data check: {finding}" for finding in findings]
