@@ -79,7 +79,6 @@ class TrainState:
     samples: list[dict[str, str]] = field(default_factory=list)  # the last answers, beside the first
     scale: LossScale = field(default_factory=LossScale)
     data: dict[str, Any] = field(default_factory=dict)
-    retention: dict[str, Any] | None = None  # of what ships, as evaluate/retention.py has it
 
 
 @dataclass(frozen=True)
@@ -309,13 +308,14 @@ class Trainer:
                             f"stopped after step {state.step}; {saved} is saved, --resume continues from it"
                         )
             memory_line = None if memory is None else memory.line()  # before the plot of the losses takes memory
+            retention = None
             if shipping is not None and held_out:
                 losses = partial(self._losses, held_out)
-                state.retention = oom_retry.run(partial(shipping.retention, losses, ranks), "evaluation of what ships")
-                if state.retention is not None:
-                    page.note(in_words(state.retention))
+                retention = oom_retry.run(partial(shipping.retention, losses, ranks), "evaluation of what ships")
+                if retention is not None:
+                    page.note(in_words(retention))
             page.close()
-            summary = self._finish(state, oom_retry, weights, progress, speeds, time.monotonic() - began)
+            summary = self._finish(state, retention, oom_retry, weights, progress, speeds, time.monotonic() - began)
             if memory_line is not None:
                 progress.note(memory_line)
             return summary
@@ -391,7 +391,7 @@ class Trainer:
             raise UserError(f"{what}: not finite {MAX_SKIPPED} times in a row, so training stopped; {advice}")
         page.note(f"{what}: not finite, step skipped")
 
-    def _save_adapter(self, folder: Path, state: TrainState) -> Path:
+    def _save_adapter(self, folder: Path, state: TrainState, retention: dict[str, Any] | None = None) -> Path:
         with self.ranks.together():
             if not self.ranks.is_first:
                 save_adapter(self.model, folder, write=False)  # takes part in gathering it
@@ -405,12 +405,13 @@ class Trainer:
                         self.tokenizer.save_pretrained(partial)
                     if self.config.data.chat_template is not None:  # where transformers looks for it
                         (partial / TEMPLATE).write_text(self.tokenizer.chat_template, encoding="utf-8")
-                    write_card(partial, self.config, asdict(state), self.hashes)
+                    write_card(partial, self.config, {**asdict(state), "retention": retention}, self.hashes)
         return folder
 
     def _finish(
         self,
         state: TrainState,
+        retention: dict[str, Any] | None,
         oom_retry: OOMRetry,
         weights: MappedWeights,
         progress: Progress,
@@ -419,7 +420,7 @@ class Trainer:
     ) -> TrainSummary:
         progress.close()  # the summary is printed below the bar
         paging = oom_retry.optimizer.paging_statistics()
-        adapter_dir = self._save_adapter(self.output_dir / "adapter", state)
+        adapter_dir = self._save_adapter(self.output_dir / "adapter", state, retention)
         shipped_dir = None
         if self.shipping is not None:
             shipped_dir = self.output_dir / self.shipping.name
@@ -428,7 +429,7 @@ class Trainer:
                     self.shipping.write(shipped_dir, self.tokenizer)
         if self.ranks.is_first:
             plot_losses(self.output_dir)
-        alike = ("tokens", "loss_before", "loss_after", "best_loss", "best_step", "retention")
+        alike = ("tokens", "loss_before", "loss_after", "best_loss", "best_step")
         summary = TrainSummary(
             steps=state.step,
             skipped_steps=state.skipped,
@@ -443,6 +444,7 @@ class Trainer:
             weight_bytes_read=0 if weights.stream is None else weights.stream.bytes_read,
             weight_stall_seconds=0.0 if weights.stream is None else weights.stream.stall_seconds,
             shipped_dir=shipped_dir,
+            retention=retention,
             **{name: getattr(state, name) for name in alike},
         )
         progress.note(describe(summary))
