@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from laws import ROOT
 from safetensors import safe_open
-from tiny import write_model
+from tiny import write_model, write_rows
 
 import qlora_native as qn
 import qlora_native.bitsandbytes as bnb
@@ -40,27 +40,66 @@ def page(name: str) -> str:
 # Scripts
 
 
-# Page, packages that its scripts need, some of what they leave behind.
-PAGES = [
-    ("transformers", "", "four-bit/model.safetensors dense/model.safetensors"),
-    ("peft", "peft", "adapter/adapter_model.safetensors merged-four-bit/model.safetensors"),
-    (
-        "trl",
+# What a page needs beside the library, and some of what its scripts leave behind. Others with scripts need and leave
+# nothing.
+PAGES = {
+    "transformers": ("", "four-bit/model.safetensors dense/model.safetensors"),
+    "peft": ("peft", "adapter/adapter_model.safetensors merged-four-bit/model.safetensors"),
+    "trl": (
         "peft trl datasets",
         " ".join(f"{kind}adapter/adapter_model.safetensors" for kind in ("", "dpo-", "kto-", "orpo-", "grpo-")),
     ),
-    ("bitsandbytes", "", "base-model-nf4/model.safetensors base-model-16bit/model.safetensors"),
-    ("any-file", "gguf peft", "model.gguf gguf-run/adapter/README.md adapter.gguf"),
-    ("tutorial", "", "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft"),
-]
-ELSEWHERE = ("pip install", "hf download")  # what a test cannot run: it would need a network
+    "bitsandbytes": ("", "base-model-nf4/model.safetensors base-model-16bit/model.safetensors"),
+    "any-file": ("gguf peft", "model.gguf gguf-run/adapter/README.md adapter.gguf"),
+    "tutorial": ("", "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft"),
+    "README": ("", "adapter/adapter_model.safetensors"),
+    "reference/training": ("", "qlora-out/adapter/adapter_model.safetensors"),
+}
+ELSEWHERE = {"serving": "test_serving.py"}  # pages whose scripts another file runs
+WALKED = ("README",)  # whose commands .ci/walk.py runs: they install, and train for minutes
+NOT_RUN = {  # how a command begins that no test runs, and why
+    "pip install": "needs a network; test_packaging.py and .ci/full install",
+    "hf download": "needs a network",
+    "qlora demo": "downloads a model; .ci/full runs it",
+    "python -m llama_cpp.server": "test_serving.py --llama-cpp starts it",
+    "llama-cli": "needs llama.cpp's own programs",
+    "llama-server": "needs llama.cpp's own programs",
+    "curl": "asks llama-server",
+    "ollama": "is no Python package",
+    "vllm": "needs a GPU or a build of its own",
+    "cmake": "compiles for minutes; .ci/run and .ci/full have such lines",
+    "ctest": "runs what they compile",
+    "build/": "a program that they compile",
+    "pytest -k": "runs this suite",
+}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks_of(path: Path) -> list[tuple[str, str, str]]:
+    """Tag, title and text of every fenced block."""
+    text = path.read_text(encoding="utf-8")
+    return re.findall(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def name_of(path: Path) -> str:
+    return "README" if path.parent == ROOT else path.relative_to(ROOT / "docs").with_suffix("").as_posix()
+
+
+def runs_in_test(path: Path) -> bool:
+    """Whether the page has scripts: blocks that are tagged python, py (which goes on with the names before) or sh."""
+    return any(tag in ("python", "py", "sh") for tag, *_ in blocks_of(path))
+
+
+SCRIPTED = [name for path in pages() if runs_in_test(path) and (name := name_of(path)) not in ELSEWHERE]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(("name", "needs", "leaves"), PAGES, ids=[page[0] for page in PAGES])
-def test_every_script_of_the_page_runs(
-    name: str, needs: str, leaves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_every_script_of_the_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs, leaves = PAGES.get(name, ("", ""))
     for package in needs.split():
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
@@ -75,25 +114,26 @@ def test_every_script_of_the_page_runs(
 def run_page(name: str) -> dict[str, Any]:
     """Run the blocks of a page in this folder; the names of its last script."""
     write_model(Path("base-model"), num_attention_heads=2, num_key_value_heads=1)
-    blocks = re.findall(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", page(name), re.MULTILINE | re.DOTALL)
-    assert blocks
+    Path("SmolLM2-135M").symlink_to("base-model")
+    write_rows(Path("train.jsonl"), 12 if name == "reference/training" else 500)  # GPTQ asks for 8,192 tokens
+    path = ROOT / "README.md" if name == "README" else ROOT / "docs" / f"{name}.md"
     names: dict[str, Any] = {}
-    for language, title, text in blocks:
+    for language, title, text in blocks_of(path):
         if title:
             Path(title).write_text(text, encoding="utf-8")
         elif language == "python" and "register_ops" in text:  # which holds for a whole process
             subprocess.run([sys.executable, "-c", text], check=True)
-        elif language == "python":
-            names = {"__name__": "__main__"}
-            exec(compile(text, f"docs/{name}.md", "exec"), names)
-        elif language == "sh":
+        elif language in ("python", "py"):
+            names = {"__name__": "__main__", "qn": qn, **(names if language == "py" else {})}
+            exec(compile(text, path.name, "exec"), names)
+        elif language == "sh" and name not in WALKED:
             for command in text.splitlines():
                 run_command(command)
     return names
 
 
 def run_command(command: str) -> None:
-    if command.startswith(ELSEWHERE):
+    if command.startswith(tuple(NOT_RUN)):
         return
     program, *words = shlex.split(command.replace("step-000060", f"step-{int(STEPS):06}"))
     steps = ["--steps", STEPS] if words[0] == "train" else []
