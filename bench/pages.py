@@ -11,6 +11,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = ("amx", "avx512_bf16", "avx512", "avx2", "scalar", "neon_bf16", "neon")  # of CPUs, as the tables order them
+RESIDENCY = {"8B": "residency", "70B": "residency_70b"}  # the shape of Llama 3 -> the name of its results
 
 Result = dict[str, Any]
 

@@ -147,7 +147,8 @@ def test_every_committed_row_matched_the_reference(file: Path) -> None:
     assert file.stem.endswith(f"-{result['machine']['cpu_isa']}")
     assert result.get("ceilings") or not any("ms" in row for row in result["rows"])
     for row in result["rows"]:
-        assert row["match"] is True, row
+        # Of a run that had no other to be compared with, nothing is said.
+        assert row["match"] is True or (row["match"] is None and row["same_adapter"] is None), row
         assert row["bars"] == [] or all(bar["met"] in (True, False, None) for bar in row["bars"])
 
 
