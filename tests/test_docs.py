@@ -61,6 +61,8 @@ WALKED = ("README",)  # whose commands .ci/walk.py runs: they install, and train
 NOT_RUN = {  # how a command begins that no test runs, and why
     "pip install": "needs a network; test_packaging.py and .ci/full install",
     "hf download": "needs a network",
+    "git clone": "needs a network and an address; .ci/walk.py clones",
+    "cd": "enters the clone",
     "qlora demo": "downloads a model; .ci/full runs it",
     "python -m llama_cpp.server": "test_serving.py --llama-cpp starts it",
     "llama-cli": "needs llama.cpp's own programs",
@@ -230,7 +232,7 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_source() -> None:
 def test_the_readme_begins_with_what_it_needs_and_is_no_table_of_benches() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     first_commands = text.partition("```sh")[0]
-    assert all(words in first_commands for words in ("clone", "C++20 compiler", "Python 3.10", "AVX2", "CUDA"))
+    assert all(words in first_commands for words in ("git clone", "C++20 compiler", "Python 3.10", "AVX2", "CUDA"))
     benches = text.partition("<!-- bench/readme.py begins -->")[2].partition("<!-- bench/readme.py ends -->")[0]
     assert 0 < len(benches) < len(text) / 5
 
