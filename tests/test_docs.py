@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import any_file_page
 import memory_page
 import scaling_page
+from pages import results_of
 
 Capture = pytest.CaptureFixture[str]
 STEPS = "4"  # of a run of the tutorial, for which a reader has more time
@@ -161,6 +162,18 @@ def test_the_figures_of_the_page_are_those_that_its_script_writes(module: Any) -
     assert module.page(text) == text, f"run: python bench/{module.__name__}.py --write"
     for shown, other in (("| yes |", "| no |"), ("+0.5 %", "+0.4 %"), ("met |", "missed |")):
         assert module.page(text.replace(shown, other)) == text  # it would be seen
+
+
+def test_the_page_of_trl_has_the_memory_that_was_measured() -> None:
+    (result,) = results_of("preference").values()
+    rows = {(row["head"], row["checkpointing"], row["trainer"]): row for row in result["rows"]}
+    table = re.findall(r"^\| with.*?\|(.*)\|$", page("trl"), re.MULTILINE)
+    for line, (head, checkpointing) in zip(table, [("ours", True), ("ours", False), ("trl", True)], strict=True):
+        peaks = [rows[head, checkpointing, trainer]["peak_mib"] for trainer in ("sft", "dpo", "kto")]
+        assert [int(cell.replace(",", "")) for cell in line.split("|")] == peaks
+    bars = [bar for row in result["rows"] for bar in row["bars"]]
+    assert len(bars) == 2 and all(bar["met"] and bar["value"] <= bar["bar"] for bar in bars)
+    assert f"at most {max(bar['value'] for bar in bars):.2f} times the peak memory of SFT" in page("trl")
 
 
 def test_the_page_on_bitsandbytes_names_what_is_offered() -> None:
