@@ -15,7 +15,6 @@ import ceilings
 import common
 import isa_env
 import pages
-import plot_train
 import pytest
 import readme
 import torch
@@ -173,10 +172,21 @@ def test_the_check_sees_another_figure(option: str, tmp_path: Path) -> None:
         readme.replaced("no markers", ["new"])
 
 
-def test_the_picture_of_the_readme_is_of_the_committed_results() -> None:
-    picture = (ROOT / "docs" / "train.png").read_bytes()
-    digest = plot_train.digest(pages.results_of("train"))
-    assert digest.encode() in picture, "run: python bench/plot_train.py docs/train.png"
+@pytest.mark.parametrize(
+    ("picture", "result", "script"),
+    [
+        ("train", "train", "plot_train.py docs/train.png"),
+        ("memory", "estimate-amx", "plot_estimate.py bench/results/estimate-amx.json docs/memory.png"),
+        ("linear", "linear-avx512_bf16", "plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png"),
+        ("paged", "paged-avx512_bf16", "plot_paged.py bench/results/paged-avx512_bf16.json docs/paged.png"),
+        ("shipping", "shipping-avx512_bf16", "shipping_page.py --write"),
+    ],
+)
+def test_a_picture_is_of_the_committed_results(picture: str, result: str, script: str) -> None:
+    name, _, cpu = result.partition("-")
+    results: Any = pages.results_of(name)
+    digest = pages.source(results[cpu] if cpu else results)["Source"]
+    assert digest and digest.encode() in (ROOT / "docs" / f"{picture}.png").read_bytes(), f"run: python bench/{script}"
 
 
 def test_a_missed_bar_is_listed_as_missed(sentence: Check) -> None:
