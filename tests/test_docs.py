@@ -53,7 +53,11 @@ PAGES = {
     ),
     "bitsandbytes": ("", "base-model-nf4/model.safetensors base-model-16bit/model.safetensors"),
     "any-file": ("gguf peft", "model.gguf gguf-run/adapter/README.md adapter.gguf"),
-    "tutorial": ("", "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft"),
+    "tutorial": (
+        "",
+        "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft "
+        "base.gguf run-gguf/adapter",
+    ),
     "README": ("", "adapter/adapter_model.safetensors"),
     "reference/training": ("", "qlora-out/adapter/adapter_model.safetensors"),
 }
@@ -140,7 +144,7 @@ def run_command(command: str) -> None:
     if command.startswith(tuple(NOT_RUN)):
         return
     program, *words = shlex.split(command.replace("step-000060", f"step-{int(STEPS):06}"))
-    steps = ["--steps", STEPS] if words[0] == "train" else []
+    steps = ["--steps", STEPS] if words[0] == "train" and "--steps" not in words else []
     with redirect_stdout(io.StringIO()) as printed:
         assert program == "qlora" and main([*words, *steps]) == 0, command
     text = printed.getvalue()
