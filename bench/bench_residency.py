@@ -3,11 +3,14 @@
     python bench/four_bit_folder.py 8B FOLDER
     python bench/bench_residency.py FOLDER --limits 4 2.5 --json        needs cgroup version 1 and root
     python bench/bench_residency.py FOLDER70 --limits 20 --skip open steps unlimited --tokens 256 --json FILE
+    python bench/bench_residency.py --recompute FILE        ratios and bars of a stored result, from its measurements
+    python bench/any_file_page.py --write
 
 open: seconds beyond the imports and private memory, warm, copied against mapped. steps: passes of few tokens in turns,
 copied against mapped; the gradients must be equal. train: `qlora train`'s own loop, 3 steps of 1,024 tokens, unlimited
 and under each limit (GiB, page cache counted), with the file out of the cache at the start: tokens/s, bytes read a step
-by the kernel's count, the plan's and `qlora estimate`'s, and the adapter, which must be the same bytes.
+by the kernel's count, the plan's and `qlora estimate`'s, and the adapter, which must be the same bytes. Without the
+unlimited run there is nothing to compare speed and adapter with.
 """
 
 from __future__ import annotations
@@ -31,6 +34,13 @@ from children import Child, serve
 GIB = 1 << 30
 CGROUPS = Path("/sys/fs/cgroup/memory")
 TOKENS, STEPS, RANK = 1024, 3, 8
+OPEN_SECONDS, OPEN_BYTES, MAPPED_STEP = 1.5, 150e6, 1.02  # at most: a mapped model opens, and computes a step
+SPEED, READ, APART = 0.9, 2.2, 0.1  # of the unlimited speed, of what streams, of the estimate made before the run
+
+
+def swap_bytes() -> int:
+    """Of the machine."""
+    return 1024 * int(re.findall(r"^SwapTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.M)[0])
 
 
 def private_bytes() -> int:
@@ -190,9 +200,60 @@ def estimated(folder: Path, limit: float, tokens: int) -> dict[str, Any]:
     return found
 
 
+def bar(name: str, value: float, met: bool) -> dict[str, Any]:
+    return {"bar": name, "value": round(float(value), 3), "met": bool(met)}
+
+
+def judge(result: dict[str, Any]) -> None:
+    """Ratios and bars, from the measurements."""
+    if "open" in result:
+        seconds, private = result["open"]["mapped"]["seconds"], result["open"]["mapped"]["private_mib"] * 2**20
+        result["open"]["bars"] = [
+            bar(f"opens in {OPEN_SECONDS:g} s", seconds, seconds <= OPEN_SECONDS),
+            bar(f"at most {OPEN_BYTES / 1e6:g} MB private", private / 1e6, private <= OPEN_BYTES),
+        ]
+    if "steps" in result:
+        ratio, equal = median(result["steps"]["ratios"]), result["steps"]["equal"]
+        result["steps"]["median_ratio"] = ratio
+        bars = [
+            bar(f"at most {MAPPED_STEP:g} of the time", ratio, ratio <= MAPPED_STEP),
+            bar("equal bits", equal, equal),
+        ]
+        result["steps"]["bars"] = bars
+    first = next((row for row in result["rows"] if row["limit_gib"] is None and "seconds" in row), None)
+    for row in result["rows"]:
+        row |= {"match": False, "bars": []}
+        if "seconds" in row:
+            judge_row(row, first)
+
+
+def judge_row(row: dict[str, Any], first: dict[str, Any] | None) -> None:
+    """One run, against the unlimited one if that was made."""
+    row["tokens_per_second"] = speed = row["tokens"] / median(row["seconds"][1:])
+    row |= dict.fromkeys(("same_adapter", "speed_to_unlimited", "cpu_to_unlimited"))
+    if first is not None:
+        row["same_adapter"] = row["sha256"] == first["sha256"]
+        row["speed_to_unlimited"] = speed * median(first["seconds"][1:]) / first["tokens"]
+        row["cpu_to_unlimited"] = sum(row["cpu_seconds"][1:]) / sum(first["cpu_seconds"][1:])
+    row["match"] = row["same_adapter"]
+    if row["streamed"]:
+        row["read_to_streamed"] = read = max(row["read_bytes"][1:]) / row["streamed"]
+        if first is not None:
+            ratio = row["speed_to_unlimited"]
+            row["bars"].append(bar(f"{SPEED:g} of the unlimited speed", ratio, ratio >= SPEED))
+        row["bars"].append(bar(f"reads at most {READ:g} times what streams", read, read <= READ))
+    if "estimates" in row:
+        speeds = [one["tokens_per_second"] for one in row["estimates"]]
+        row["speed_to_estimate_before"] = ratio = speed / speeds[0]
+        row["speed_to_estimate"] = speed * mean(1 / one for one in speeds)
+        name = f"within {100 * APART:g} % of the estimate made before"
+        row["bars"].append(bar(name, ratio, abs(ratio - 1) <= APART))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--recompute", metavar="FILE", help="a stored result; nothing is measured")
     parser.add_argument("--limits", type=float, nargs="*", default=[], metavar="GIB")
     parser.add_argument("--skip", nargs="*", default=[], choices=("open", "steps", "unlimited"))
     parser.add_argument("--pairs", type=int, default=5)
@@ -203,6 +264,13 @@ def main() -> None:
 
     add_json(parser)
     args = parser.parse_args()
+    if args.recompute:
+        result: dict[str, Any] = json.loads(Path(args.recompute).read_text(encoding="utf-8"))
+        judge(result)
+        write_json(args.recompute, result)
+        return
+    if args.folder is None:
+        parser.error("name a FOLDER")
     if args.child:
         what, *words = args.child
         if what == "open":
@@ -215,8 +283,8 @@ def main() -> None:
         return
 
     file = max(args.folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    result: dict[str, Any] = {"machine": machine(), "load_average": os.getloadavg(), "file_bytes": file.stat().st_size}
-    result["disk_bytes_per_second"] = disk_rate(file)
+    result = {"machine": machine(), "load_average": os.getloadavg(), "file_bytes": file.stat().st_size}
+    result |= {"swap_bytes": swap_bytes(), "disk_bytes_per_second": disk_rate(file)}
     words = [str(args.folder), "--tokens", str(args.tokens), "--child"]
     if "open" not in args.skip:
         child(*words, "open", "memory")  # warms the page cache
@@ -232,7 +300,7 @@ def main() -> None:
             side.end()
         ratios = [pair["mapped"]["seconds"] / pair["memory"]["seconds"] for pair in answers[1:]]
         equal = len({answer["sha256"] for pair in answers for answer in pair.values()}) == 1
-        result["steps"] = {"ratios": ratios, "median_ratio": median(ratios), "equal": equal, "tokens": args.pass_tokens}
+        result["steps"] = {"ratios": ratios, "equal": equal, "tokens": args.pass_tokens}
         print(json.dumps(result["steps"]), flush=True)
     result["rows"] = []
     for limit in [*([] if "unlimited" in args.skip else [None]), *args.limits]:
@@ -242,28 +310,13 @@ def main() -> None:
             estimates = [estimated(args.folder, limit, args.tokens)]
             forget(args.folder)
         row |= child(*words, "train", limit=limit)
-        if "seconds" in row:
-            row["tokens_per_second"] = row["tokens"] / median(row["seconds"][1:])
-            first = result["rows"][0] if result["rows"] else row
-            if limit is not None:  # once more, since the machine's own speed drifts in such a time
-                forget(args.folder)
-                row["estimates"] = estimates = [*estimates, estimated(args.folder, limit, args.tokens)]
-                row["speed_to_estimate"] = row["tokens_per_second"] * mean(
-                    1 / one["tokens_per_second"] for one in estimates
-                )
-            row["same_adapter"] = row["sha256"] == first.get("sha256")
-            row["speed_to_unlimited"] = row["tokens_per_second"] / first.get(
-                "tokens_per_second", row["tokens_per_second"]
-            )
-            row["cpu_to_unlimited"] = sum(row["cpu_seconds"][1:]) / sum(first["cpu_seconds"][1:])
-            if row["streamed"]:
-                row["read_to_streamed"] = max(row["read_bytes"][1:]) / row["streamed"]
-        row |= {"match": row.get("same_adapter", False), "bars": []}
-        if row.get("streamed"):
-            bars = {"0.9x the speed": row["speed_to_unlimited"] >= 0.9, "reads 2.2x": row["read_to_streamed"] <= 2.2}
-            row["bars"] = [{"bar": bar, "met": met} for bar, met in bars.items()]
+        if "seconds" in row and limit is not None:  # once more, since the machine's own speed drifts in such a time
+            forget(args.folder)
+            row["estimates"] = [*estimates, estimated(args.folder, limit, args.tokens)]
         result["rows"].append(row)
+        judge(result)
         print(json.dumps(row), flush=True)
+    judge(result)
     write_json(args.json, result, "residency")
 
 

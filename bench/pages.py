@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = ("amx", "avx512_bf16", "avx512", "avx2", "scalar", "neon_bf16", "neon")  # of CPUs, as the tables order them
+RESIDENCY = {"8B": "residency", "70B": "residency_70b"}  # the shape of Llama 3 -> the name of its results
 
 Result = dict[str, Any]
 
@@ -19,6 +21,11 @@ def results_of(name: str, folder: Path = RESULTS) -> dict[str, Result]:
     """CPU class -> the results of that bench: ``train-avx2.json`` is "train" for "avx2"."""
     files = {cpu: folder / f"{name}-{cpu}.json" for cpu in CLASSES}
     return {cpu: json.loads(file.read_text(encoding="utf-8")) for cpu, file in files.items() if file.exists()}
+
+
+def source(results: Any) -> dict[str, str | None]:
+    """Metadata of a picture: SHA-256 of the results it was drawn from, so that a test sees when it is out of date."""
+    return {"Source": hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest(), "Software": None}
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:

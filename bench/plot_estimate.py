@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import source
+
 PARTS = {
     "weights": ("weights", "scales", "dense"),
     "adapters, gradients, optimizer": ("adapters", "gradients", "optimizer"),
@@ -38,7 +40,7 @@ def draw(result: dict[str, Any], path: str) -> None:
     axes.set_xlabel("model, tokens a row, activations: recomputed (ckpt) or all kept")
     axes.legend(fontsize=8)
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=source(result))
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import source
+
 # Name in the JSON, label, color, line.
 LINES = (
     ("ours", "qlora_native, NF4", "#c2410c", "-"),
@@ -58,7 +60,7 @@ def draw(result: dict[str, Any], path: str) -> None:
         f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']}; torch {machine['torch']}", fontsize=9
     )
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata=source(result))
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import source
+
 # Name in the JSON, label, color; they keep their states in memory whatever the share.
 LEVELS = (
     ("unpaged", "qlora_native, paged=False", "#c2410c"),
@@ -49,7 +51,7 @@ def draw(result: dict[str, Any], path: str) -> None:
         fontsize=8,
     )
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata=source(result))
 
 
 def main() -> None:

@@ -6,13 +6,11 @@ python bench/plot_train.py docs/train.png      # needs matplotlib; reads bench/r
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pages import results_of
+from pages import results_of, source
 
 SIDES = (("ours", "qlora_native", "#e8590c"), ("theirs", "peer", "#868e96"))
 PEERS = {
@@ -37,11 +35,6 @@ def bars_of(results: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def digest(results: Mapping[str, Any]) -> str:
-    """SHA-256 of the results, which the picture carries so that a test sees when it is out of date."""
-    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
-
-
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """One panel a measure, transparent, with a pair of bars for each CPU class and peer."""
     from matplotlib.figure import Figure
@@ -63,7 +56,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         axes.spines[:].set_visible(False)
     axes.invert_yaxis()
     axes.legend(frameon=False, labelcolor=TEXT, loc="upper right", fontsize=10)
-    figure.savefig(path, dpi=160, transparent=True, metadata={"Source": digest(results), "Software": None})
+    figure.savefig(path, dpi=160, transparent=True, metadata=source(results))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import between, results_of, table, write_or_check
+from pages import between, results_of, source, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {"A": "library source", "B": "language reference", "C": "package descriptions"}  # what they are, in brief
@@ -125,7 +125,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         if texts:
             options = {"frameon": False, "fontsize": "small", "columnspacing": 1, "handlelength": 1}
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(texts), **options)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=source(result))
 
 
 def main() -> None:

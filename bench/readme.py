@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import RESULTS, results_of, side_by_side, table
+from pages import RESIDENCY, RESULTS, results_of, side_by_side, table
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
@@ -62,6 +62,11 @@ Results = Mapping[str, Row]  # CPU class -> what a bench found there
 def number(value: float) -> str:
     """Three significant digits, thousands with a comma."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and quartiles."""
+    return f"{number(values[1])} ({number(values[0])}-{number(values[2])})"
 
 
 def bars(row: Row) -> str:
@@ -200,11 +205,6 @@ def optimizers(results: Results) -> list[str]:
     return lines + side_by_side(["", "ms", "of the floor", *(f"x {name}" for name in rivals), "bar"], bodies)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Median and quartiles."""
-    return f"{number(values[1])} ({number(values[0])}-{number(values[2])})"
-
-
 def training(results: Results) -> list[str]:
     """The table of train-*.json or train_learn-*.json."""
     learned = any("held_out_loss" in row for row in every(results))
@@ -340,8 +340,23 @@ def performance(folder: Path) -> list[str]:
     return lines
 
 
+def little_memory(folder: Path) -> list[str]:
+    """Runs whose file is larger than the memory that they were allowed, a line each."""
+    runs = [(shape, result) for shape, name in RESIDENCY.items() for result in results_of(name, folder).values()]
+    lines = []
+    for shape, result in runs:
+        row = min(result["rows"], key=lambda row: row["limit_gib"] or float("inf"))
+        line = f"{shape}, {result['file_bytes'] / 1e9:.1f} GB, trains under a limit of {row['limit_gib']:g} GiB at "
+        line += f"{number(row['tokens_per_second'])} tokens a second"
+        if row["speed_to_unlimited"] is not None:
+            line += f", {number(row['speed_to_unlimited'])} times its speed without one"
+        lines.append(f"{line}.")
+    about = "Random weights in the shapes of Llama 3, in files that stay where they are, on two CPU cores "
+    return [f"{about}([how](docs/any-file.md)).", *lines] if lines else []
+
+
 def summary(folder: Path) -> list[str]:
-    """The picture and the training table of README.md, and how many bars were met."""
+    """The picture and the training table of README.md, the runs in little memory, and how many bars were met."""
     results = results_of("train", folder)
     body = [
         [
@@ -367,6 +382,8 @@ def summary(folder: Path) -> list[str]:
         *table(["CPU class", "peer", "speed", "tokens a second, ours / peer", "peak memory, MiB, ours / peer"], body),
         "[docs/performance.md](docs/performance.md) has all figures, each with its goal and its script.",
         f"Of the {asked} goals on that page {reached} are met and {asked - reached} are missed.",
+        "",
+        *little_memory(folder),
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pages import between, results_of, table, write_or_check
+from pages import between, results_of, source, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURE = ROOT / "docs/shipping.md", ROOT / "docs/shipping.png"
@@ -102,7 +102,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.set_title(setting)
         axes.set_xlabel("retention")
     axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=source(result))
 
 
 def main() -> None:

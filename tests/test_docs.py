@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from laws import ROOT
 from safetensors import safe_open
-from tiny import write_model
+from tiny import write_model, write_rows
 
 import qlora_native as qn
 import qlora_native.bitsandbytes as bnb
@@ -25,8 +25,10 @@ from qlora_native.cli.main import COMMANDS, main
 from qlora_native.ops._library import SCHEMAS
 
 sys.path.insert(0, str(ROOT / "bench"))
+import any_file_page
 import memory_page
 import scaling_page
+from pages import results_of
 
 Capture = pytest.CaptureFixture[str]
 STEPS = "4"  # of a run of the tutorial, for which a reader has more time
@@ -40,27 +42,72 @@ def page(name: str) -> str:
 # Scripts
 
 
-# Page, packages that its scripts need, some of what they leave behind.
-PAGES = [
-    ("transformers", "", "four-bit/model.safetensors dense/model.safetensors"),
-    ("peft", "peft", "adapter/adapter_model.safetensors merged-four-bit/model.safetensors"),
-    (
-        "trl",
+# What a page needs beside the library, and some of what its scripts leave behind. Others with scripts need and leave
+# nothing.
+PAGES = {
+    "transformers": ("", "four-bit/model.safetensors dense/model.safetensors"),
+    "peft": ("peft", "adapter/adapter_model.safetensors merged-four-bit/model.safetensors"),
+    "trl": (
         "peft trl datasets",
         " ".join(f"{kind}adapter/adapter_model.safetensors" for kind in ("", "dpo-", "kto-", "orpo-", "grpo-")),
     ),
-    ("bitsandbytes", "", "base-model-nf4/model.safetensors base-model-16bit/model.safetensors"),
-    ("any-file", "gguf peft", "model.gguf gguf-run/adapter/README.md adapter.gguf"),
-    ("tutorial", "", "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft"),
-]
-ELSEWHERE = ("pip install", "hf download")  # what a test cannot run: it would need a network
+    "bitsandbytes": ("", "base-model-nf4/model.safetensors base-model-16bit/model.safetensors"),
+    "any-file": ("gguf peft", "model.gguf gguf-run/adapter/README.md adapter.gguf"),
+    "tutorial": (
+        "",
+        "run/adapter/README.md run/report.html run-2/adapter merged/merge_report.md tuned.gguf for-peft "
+        "base.gguf run-gguf/adapter",
+    ),
+    "README": ("", "adapter/adapter_model.safetensors"),
+    "reference/training": ("", "qlora-out/adapter/adapter_model.safetensors"),
+}
+ELSEWHERE = {"serving": "test_serving.py"}  # pages whose scripts another file runs
+WALKED = ("README",)  # whose commands .ci/walk.py runs: they install, and train for minutes
+NOT_RUN = {  # how a command begins that no test runs, and why
+    "pip install": "needs a network; test_packaging.py and .ci/full install",
+    "hf download": "needs a network",
+    "git clone": "needs a network and an address; .ci/walk.py clones",
+    "cd": "enters the clone",
+    "qlora demo": "downloads a model; .ci/full runs it",
+    "python -m llama_cpp.server": "test_serving.py --llama-cpp starts it",
+    "llama-cli": "needs llama.cpp's own programs",
+    "llama-server": "needs llama.cpp's own programs",
+    "curl": "asks llama-server",
+    "ollama": "is no Python package",
+    "vllm": "test_serving.py --vllm starts it",
+    "cmake": "compiles for minutes; .ci/run and .ci/full have such lines",
+    "ctest": "runs what they compile",
+    "build/": "a program that they compile",
+    "pytest -k": "runs this suite",
+}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks_of(path: Path) -> list[tuple[str, str, str]]:
+    """Tag, title and text of every fenced block."""
+    text = path.read_text(encoding="utf-8")
+    return re.findall(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def name_of(path: Path) -> str:
+    return "README" if path.parent == ROOT else path.relative_to(ROOT / "docs").with_suffix("").as_posix()
+
+
+def runs_in_test(path: Path) -> bool:
+    """Whether the page has scripts: blocks that are tagged python, py (which goes on with the names before) or sh."""
+    return any(tag in ("python", "py", "sh") for tag, *_ in blocks_of(path))
+
+
+SCRIPTED = [name for path in pages() if runs_in_test(path) and (name := name_of(path)) not in ELSEWHERE]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(("name", "needs", "leaves"), PAGES, ids=[page[0] for page in PAGES])
-def test_every_script_of_the_page_runs(
-    name: str, needs: str, leaves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_every_script_of_the_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs, leaves = PAGES.get(name, ("", ""))
     for package in needs.split():
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
@@ -75,28 +122,29 @@ def test_every_script_of_the_page_runs(
 def run_page(name: str) -> dict[str, Any]:
     """Run the blocks of a page in this folder; the names of its last script."""
     write_model(Path("base-model"), num_attention_heads=2, num_key_value_heads=1)
-    blocks = re.findall(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", page(name), re.MULTILINE | re.DOTALL)
-    assert blocks
+    Path("SmolLM2-135M").symlink_to("base-model")
+    write_rows(Path("train.jsonl"), 12 if name == "reference/training" else 500)  # GPTQ asks for 8,192 tokens
+    path = ROOT / "README.md" if name == "README" else ROOT / "docs" / f"{name}.md"
     names: dict[str, Any] = {}
-    for language, title, text in blocks:
+    for language, title, text in blocks_of(path):
         if title:
             Path(title).write_text(text, encoding="utf-8")
         elif language == "python" and "register_ops" in text:  # which holds for a whole process
             subprocess.run([sys.executable, "-c", text], check=True)
-        elif language == "python":
-            names = {"__name__": "__main__"}
-            exec(compile(text, f"docs/{name}.md", "exec"), names)
-        elif language == "sh":
+        elif language in ("python", "py"):
+            names = {"__name__": "__main__", "qn": qn, **(names if language == "py" else {})}
+            exec(compile(text, path.name, "exec"), names)
+        elif language == "sh" and name not in WALKED:
             for command in text.splitlines():
                 run_command(command)
     return names
 
 
 def run_command(command: str) -> None:
-    if command.startswith(ELSEWHERE):
+    if command.startswith(tuple(NOT_RUN)):
         return
     program, *words = shlex.split(command.replace("step-000060", f"step-{int(STEPS):06}"))
-    steps = ["--steps", STEPS] if words[0] == "train" else []
+    steps = ["--steps", STEPS] if words[0] == "train" and "--steps" not in words else []
     with redirect_stdout(io.StringIO()) as printed:
         assert program == "qlora" and main([*words, *steps]) == 0, command
     text = printed.getvalue()
@@ -112,11 +160,24 @@ def test_the_tutorial_has_every_step() -> None:
 # Figures, names and messages
 
 
-@pytest.mark.parametrize("module", [scaling_page, memory_page], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [scaling_page, memory_page, any_file_page], ids=lambda module: module.__name__)
 def test_the_figures_of_the_page_are_those_that_its_script_writes(module: Any) -> None:
     text = module.PAGE.read_text(encoding="utf-8")
     assert module.page(text) == text, f"run: python bench/{module.__name__}.py --write"
-    assert module.page(text.replace("| yes |", "| no |").replace("+0.5 %", "+0.4 %")) == text  # it would be seen
+    for shown, other in (("| yes |", "| no |"), ("+0.5 %", "+0.4 %"), ("met |", "missed |")):
+        assert module.page(text.replace(shown, other)) == text  # it would be seen
+
+
+def test_the_page_of_trl_has_the_memory_that_was_measured() -> None:
+    (result,) = results_of("preference").values()
+    rows = {(row["head"], row["checkpointing"], row["trainer"]): row for row in result["rows"]}
+    table = re.findall(r"^\| with.*?\|(.*)\|$", page("trl"), re.MULTILINE)
+    for line, (head, checkpointing) in zip(table, [("ours", True), ("ours", False), ("trl", True)], strict=True):
+        peaks = [rows[head, checkpointing, trainer]["peak_mib"] for trainer in ("sft", "dpo", "kto")]
+        assert [int(cell.replace(",", "")) for cell in line.split("|")] == peaks
+    bars = [bar for row in result["rows"] for bar in row["bars"]]
+    assert len(bars) == 2 and all(bar["met"] and bar["value"] <= bar["bar"] for bar in bars)
+    assert f"at most {max(bar['value'] for bar in bars):.2f} times the peak memory of SFT" in page("trl")
 
 
 def test_the_page_on_bitsandbytes_names_what_is_offered() -> None:
@@ -188,7 +249,7 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_source() -> None:
 def test_the_readme_begins_with_what_it_needs_and_is_no_table_of_benches() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     first_commands = text.partition("```sh")[0]
-    assert all(words in first_commands for words in ("clone", "C++20 compiler", "Python 3.10", "AVX2", "CUDA"))
+    assert all(words in first_commands for words in ("git clone", "C++20 compiler", "Python 3.10", "AVX2", "CUDA"))
     benches = text.partition("<!-- bench/readme.py begins -->")[2].partition("<!-- bench/readme.py ends -->")[0]
     assert 0 < len(benches) < len(text) / 5
 

@@ -1,0 +1,139 @@
+"""Write the tables of docs/any-file.md from bench/results/residency*.json and gguf-*.json.
+
+python bench/any_file_page.py --write
+python bench/any_file_page.py --check      # exit status 1 if docs/any-file.md differs from the results
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pages import RESIDENCY, Result, between, results_of, side_by_side, table, write_or_check
+from readme import about, met_bars, number
+
+PAGE = Path(__file__).parents[1] / "docs/any-file.md"
+HEAD = ["shape, file", "disk reads", "memory", "CPU, tokens a step", "peak RSS", "tokens/s", "bars"]
+
+
+def residency() -> list[str]:
+    """Training under memory limits; opening a mapped folder and computing with it, where that was measured."""
+    results = [(shape, result) for shape, name in RESIDENCY.items() for result in results_of(name).values()]
+    lines = table(HEAD, [cells for shape, result in results for cells in trained(shape, result)])
+    for shape, result in results:
+        for row in result["rows"]:
+            if "estimates" in row:
+                before, after = (number(one["tokens_per_second"]) for one in row["estimates"])
+                lines += [
+                    f"For {shape} `qlora estimate` said {before} tokens/s before the run and {after} after it; "
+                    f"the run made {number(row['tokens_per_second'])}.",
+                    "The speed of that machine, its disk's too, drifts within minutes.",
+                    "",
+                ]
+    body = [
+        [
+            shape,
+            side,
+            f"{found['seconds']:.2f} s",
+            f"{found['private_mib'] * 1.048576:,.0f} MB",
+            *compared(side, result),
+        ]
+        for shape, result in results
+        if "open" in result
+        for side, found in result["open"].items()
+        if side != "bars"
+    ]
+    return lines + (table(["shape", "weights", "opens in", "private memory", "a step", "bars"], body) if body else [])
+
+
+def trained(shape: str, result: Result) -> list[list[str]]:
+    """A line for each run of a result."""
+    cells = [f"{shape}, {result['file_bytes'] / 1e9:.1f} GB", f"{result['disk_bytes_per_second'] / 1e6:,.0f} MB/s"]
+    machine = result["machine"]["cpu_isa"].upper().replace("_", "-")
+    lines = []
+    for number_of, row in enumerate(result["rows"]):
+        limit = "no limit" if row["limit_gib"] is None else f"{row['limit_gib']:g} GiB"
+        words = [limit, f"{machine}, {row['tokens']:,}", f"{row['peak_rss'] / 1e9:.1f} GB"]
+        lines.append([*(["", ""] if number_of else cells), *words, number(row["tokens_per_second"]), verdicts(row)])
+    return lines
+
+
+def compared(side: str, result: Result) -> list[str]:
+    """Of the mapped weights: the time of a step against those in memory, and the bars."""
+    if side != "mapped":
+        return ["", ""]
+    steps: dict[str, Any] = result.get("steps", {"bars": []})
+    ratio = f"{steps['median_ratio']:.3f} x" if "median_ratio" in steps else ""
+    return [ratio, verdicts({"bars": [*result["open"]["bars"], *steps["bars"]]})]
+
+
+def verdicts(row: Result) -> str:
+    """Each bar with its value and whether it was met."""
+    return "; ".join(f"{bar['bar']}: {bar['value']:g}, {'met' if bar['met'] else 'missed'}" for bar in row["bars"])
+
+
+def gguf() -> list[str]:
+    """Products with GGUF's formats: one token against ggml, more against NF4."""
+    results = results_of("gguf")
+    if not results:
+        return ["No result is stored yet; `python bench/bench_gguf.py --json` makes one.", ""]
+    many = sorted({row["m"] for result in results.values() for row in result["rows"] if row["m"] > 1})
+    bodies = {cpu: list(formats(result["rows"], many)) for cpu, result in results.items()}
+    head = ["", "one token, GB/s", "x ggml's speed", *(f"{m}, {way}" for m in many for way in ("forward", "gradient"))]
+    rows = [row for result in results.values() for row in result["rows"]]
+    met = [one for row in rows for one in met_bars(row)]
+    unknown = any(bar["met"] is None for row in rows for bar in row["bars"])
+    return [
+        "At one token: the rate at which the weight's bytes are read, and the speed relative to ggml's own product.",
+        "With more tokens: the time relative to a product with NF4 of the same shape.",
+        "Medians with quartiles, of runs that take turns.",
+        about(results),
+        "",
+        *side_by_side(head, bodies),
+        "Goals: from 64 tokens on at most 1.15 times NF4's time, forward and gradient; at one token at least 0.8 times "
+        "ggml's speed with Q4_0, Q4_1 and Q8_0.",
+        f"Of these {len(met)} goals {sum(met)} are met."
+        + (" Where ggml was not installed, its goals are not counted." if unknown else ""),
+        "",
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and quartiles of a ratio."""
+    return f"{values[1]:.2f} ({values[0]:.2f}-{values[2]:.2f})"
+
+
+def formats(rows: Iterable[Result], many: list[int]) -> Iterable[list[str]]:
+    """A line for each format."""
+    found = {(row["type"], row["m"], row["direction"]): row for row in rows}
+    for name in dict.fromkeys(name for name, *_ in found):
+        cells = [name.upper()]
+        one = found.get((name, 1, "forward"))
+        low, middle, high = one["ours_over"].get("ggml", (0, 0, 0)) if one else (0, 0, 0)
+        cells += [f"{one['gb_per_s']:g}" if one else "", spread((1 / high, 1 / middle, 1 / low)) if low else ""]
+        for m in many:
+            for direction in ("forward", "grad_input"):
+                row = found.get((name, m, direction))
+                cells.append(spread(row["ours_over"]["nf4"]) if row else "")
+        yield cells
+
+
+BLOCKS = {"residency": residency, "gguf": gguf}
+
+
+def page(text: str) -> str:
+    """The page with its tables rewritten."""
+    for name, lines in BLOCKS.items():
+        begin, end = (f"<!-- bench/any_file_page.py {name} {word} -->" for word in ("begins", "ends"))
+        text = between(text, begin, end, lines())
+    return text
+
+
+def main() -> None:
+    """Write or check."""
+    write_or_check(__doc__, PAGE, page, "bench/results")
+
+
+if __name__ == "__main__":
+    main()
