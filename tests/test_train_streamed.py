@@ -95,7 +95,7 @@ def test_a_gguf_file_streams_as_a_folder_does(files: Path, capsys: pytest.Captur
     assert train(files, "streamed", model=model).weight_bytes_read > 0
     assert "4 of 4 layers" in capsys.readouterr().out
     assert_same(files / "streamed", files / "memory")
-    with pytest.raises(UserError, match=r"weight_budget is 1, but no weight of .*/dense is mapped"):
+    with pytest.raises(UserError, match="no weight of .*/dense is mapped"):
         train(files, "dense", model=str(files / "dense"), residency="auto")
 
 
