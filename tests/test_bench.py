@@ -176,6 +176,7 @@ def test_the_check_sees_another_figure(option: str, tmp_path: Path) -> None:
     ("picture", "result", "script"),
     [
         ("train", "train", "plot_train.py docs/train.png"),
+        ("quality", "quality-amx", "quality_page.py --write"),
         ("memory", "estimate-amx", "plot_estimate.py bench/results/estimate-amx.json docs/memory.png"),
         ("linear", "linear-avx512_bf16", "plot_linear.py bench/results/linear-avx512_bf16.json docs/linear.png"),
         ("paged", "paged-avx512_bf16", "plot_paged.py bench/results/paged-avx512_bf16.json docs/paged.png"),
