@@ -91,8 +91,8 @@ def gguf() -> list[str]:
         about(results),
         "",
         *side_by_side(head, bodies),
-        "Goals: from 64 tokens on at most 1.15 times NF4's time, forward and gradient; at one token at least 0.8 times "
-        "ggml's speed with Q4_0, Q4_1 and Q8_0.",
+        "Goals: from 64 tokens on at most 1.15 times NF4's time, forward and gradient.",
+        "At one token at least 0.8 times ggml's speed with Q4_0, Q4_1 and Q8_0.",
         f"Of these {len(met)} goals {sum(met)} are met."
         + (" Where ggml was not installed, its goals are not counted." if unknown else ""),
         "",
