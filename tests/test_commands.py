@@ -224,6 +224,24 @@ def test_the_demo_from_end_to_end(
     assert qn.load_adapter(again, out / "adapter") is not None
 
 
+def test_the_demo_with_the_files_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    from gguf_files import write_gguf
+
+    few = [(f"module{n}", f"def f{n}():\n    return {n}", f"Return {n}.") for n in range(64)]
+    monkeypatch.setattr(standard_library, "examples", lambda most: iter(few))
+    file, out = write_gguf(tmp_path / "model.gguf", num_hidden_layers=1), tmp_path / "out"
+    monkeypatch.setattr(demo, "model_file", lambda: file)
+    assert main.main(["demo", "--keep", "--steps", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for part in ("its own weights as they are", "MiB, the file's own", "  after:  ", "held-out loss: "):
+        assert part in printed
+    command = next(line for line in printed.splitlines() if line.startswith("  qlora export "))
+    assert main.main([*shlex.split(command)[1:], "--out", str(tmp_path / "adapter.gguf")]) == 0
+
+
 def test_the_demo_in_float16(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model and the run have the dtype."""
     dtypes: list[torch.dtype] = []
