@@ -129,6 +129,25 @@ def test_residency_is_checked(folder: Path) -> None:
     assert not list(mapped_tensors(qn.load_model(folder.with_name("dense"))))
 
 
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    """A pipe, on which opening waits for a writer; a folder; a path of which the system reads the beginning alone."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match="expected a regular file"):
+            _C.MappedFile(str(path))
+    (tmp_path / "a").touch()
+    with pytest.raises(ValueError, match=f"its byte {len(str(tmp_path / 'a'))}: "):
+        _C.MappedFile(f"{tmp_path / 'a'}\0b")
+
+
+def test_a_stream_refuses_units_that_it_does_not_have(folder: Path) -> None:
+    stream = _C.WeightStream([[(_C.MappedFile(str(folder / "model.safetensors")), 0, 4096)], []], [], [])
+    for units, now in (([2], -1), ([10**6], -1), ([0, -1], -1), ([0], 1), ([0], 5), ([], 0), ([0], -2)):
+        with pytest.raises(ValueError, match="of the stream's 2|now is -?[0-9]: "):
+            stream.want(units, now, False)
+    assert stream.want([0, 1], 1, False)
+
+
 def test_copies_pickles_casts_and_files_of_a_mapped_model(folder: Path, tmp_path: Path) -> None:
     model = adapted(folder)
     streaming = Streaming(model, 0)

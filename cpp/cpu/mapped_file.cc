@@ -39,9 +39,13 @@ MappedFile::MappedFile(const std::string& path)
     }
     throw MappedFileError(path + " cannot be " + what + ": " + reason + ".");
   };
-  file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // of a pipe, it would wait for a writer
   if (file_ < 0 || fstat(file_, &opened_) != 0) {
     fail("opened");
+  }
+  if (!S_ISREG(opened_.st_mode)) {
+    close(file_);
+    throw MappedFileError(path + " is a folder, a pipe or a device: expected a regular file.");
   }
   num_bytes_ = opened_.st_size;
   if (num_bytes_ == 0) {

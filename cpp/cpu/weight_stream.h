@@ -30,6 +30,7 @@ class WeightStream {
   WeightStream(const WeightStream&) = delete;
   WeightStream& operator=(const WeightStream&) = delete;
 
+  int64_t num_units() const { return static_cast<int64_t>(units_.size()); }
   // Hold these units, the soonest used first, and no others. Waits for the unit `now`, -1 for none. False if a read
   // failed.
   bool want(std::vector<int64_t> units, int64_t now, bool begins_pass);
