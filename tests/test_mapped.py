@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import same_bytes
+from helpers import exit_code_of_fork, same_bytes
 
 import qlora_native as qn
 from qlora_native import _C
@@ -209,7 +209,7 @@ def test_a_released_layer_is_out_of_memory_and_a_written_one_is_kept(folder: Pat
     part = mapped_part(weight)
     assert part is not None
     with torch.no_grad():
-        weight.view(-1)[5] ^= 255
+        weight.view(-1)[weight.numel() // 2] ^= 255  # not where it begins, in a page that another layer has a part of
     changed = weight.clone()
     streaming = Streaming(model, 0)
     part.file.release(0, part.file.num_bytes)  # what was written was cached in pages larger than a layer
@@ -222,6 +222,38 @@ def test_a_released_layer_is_out_of_memory_and_a_written_one_is_kept(folder: Pat
     other = mapped_part(layers[2].mlp.down_proj.weight)
     assert other is not None
     assert other.file.resident_bytes(other.begin, other.end) < (other.end - other.begin) / 4  # all but edges
+    streaming.close()
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(20)[None]).logits
+
+
+def test_a_forked_child_streams_on_a_thread_of_its_own(folder: Path) -> None:
+    """It computes the same bytes, keeps what it writes, and ends streams; the parent goes on."""
+    model = qn.load_model(folder).eval()
+    streaming, expected, weight = Streaming(model, 0), logits_of(model), model.model.layers[3].mlp.down_proj.weight
+    others = [_C.WeightStream([], [], [])]
+
+    def in_child() -> None:
+        others.clear()  # never used here
+        with torch.no_grad():
+            weight.view(-1)[weight.numel() // 2] ^= 255  # of which the parent's pages know nothing
+            changed = weight.clone()
+            logits_of(model)
+            weight.view(-1)[weight.numel() // 2] ^= 255
+        assert same_bytes(logits_of(model), expected)
+        streaming.stream.settle()
+        assert streaming.stream.bytes_read >= 2 * (6 * changed.nbytes)
+        streaming.close()
+        streaming.stream.settle()
+        assert not streaming.stream.held
+        weight.view(-1)[weight.numel() // 2] ^= 255
+        assert torch.equal(weight, changed)
+
+    assert exit_code_of_fork(in_child) == 0
+    assert same_bytes(logits_of(model), expected)
     streaming.close()
 
 
