@@ -257,6 +257,39 @@ def test_a_forked_child_streams_on_a_thread_of_its_own(folder: Path) -> None:
     streaming.close()
 
 
+def test_two_threads_run_one_streamed_model(folder: Path) -> None:
+    """Each asks for other layers than those that the other one waits for."""
+    model = qn.load_model(folder).eval()
+    streaming, expected = Streaming(model, 0), logits_of(model)
+    found: list[bool] = []
+
+    def run() -> None:
+        for _ in range(20):
+            found.append(same_bytes(logits_of(model), expected))
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [True] * 40
+    streaming.close()
+
+
+def test_a_wait_ends_when_another_thread_wants_other_units(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    os.truncate(tmp_path / "file", 128 << 20)
+    file = _C.MappedFile(str(tmp_path / "file"))
+    stream = _C.WeightStream([[(file, 0, file.num_bytes)], []], [], [])
+    waiting = threading.Thread(target=stream.want, args=([0], 0, False), daemon=True)
+    waiting.start()
+    while waiting.is_alive() and not stream.stalls:
+        time.sleep(0.001)
+    assert stream.want([1], 1, False)
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
 def test_estimate_predicts_bytes_and_speed_of_a_streamed_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from qlora_native.cli.main import main
 

@@ -118,7 +118,8 @@ bool WeightStream::Reader::want(std::vector<int64_t> units, int64_t now, bool be
   wanted_ = std::move(units);
   begins_pass_ = begins_pass_ || begins_pass;
   changed_.notify_all();
-  const auto need_not_wait = [&] { return now < 0 || failed_ || held_.count(now) > 0; };
+  moved_.notify_all();  // of another thread's unit, it may be the last word
+  const auto need_not_wait = [&] { return now < 0 || failed_ || held_.count(now) > 0 || !is_wanted(now); };
   if (thread_.runs() && !need_not_wait()) {
     ++stalls_;
     const auto began = Clock::now();

@@ -32,8 +32,8 @@ class WeightStream {
   WeightStream& operator=(const WeightStream&) = delete;
 
   int64_t num_units() const { return static_cast<int64_t>(units_.size()); }
-  // Hold these units, the soonest used first, and no others. Waits for the unit `now`, one of them, or -1 for none.
-  // False if a read failed.
+  // Hold these units, the soonest used first, and no others. Waits for the unit `now`, one of them, or -1 for none; no
+  // longer, once another thread wants others. False if a read failed.
   bool want(std::vector<int64_t> units, int64_t now, bool begins_pass);
   // Returns when all that is wanted is held, and all that is resident was read.
   void settle();
