@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -138,6 +140,27 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(ValueError, match=f"its byte {len(str(tmp_path / 'a'))}: "):
         _C.MappedFile(f"{tmp_path / 'a'}\0b")
+
+
+MANY_FILES = """
+import os, sys
+from qlora_native import _C
+folder, count = sys.argv[1], int(sys.argv[2])
+files = []
+for number in range(count):
+    path = f"{folder}/{number}"
+    open(path, "wb").write(b"a" * 8192)
+    files.append(_C.MappedFile(path))
+os.truncate(path, 0)
+memoryview(files[-1])[0]
+"""
+
+
+def test_one_of_many_files_cut_short_ends_in_a_sentence(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", MANY_FILES, str(tmp_path), "600"]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.count(f"{tmp_path / '599'} can no longer be read") == 1
 
 
 def test_a_stream_refuses_units_that_it_does_not_have(folder: Path) -> None:

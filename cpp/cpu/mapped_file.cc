@@ -60,7 +60,11 @@ MappedFile::MappedFile(const std::string& path)
   data_ = static_cast<char*>(memory);
   lost_pages_.begin = data_;
   lost_pages_.end = data_ + num_bytes_;
-  list(lost_pages_);
+  if (!list(lost_pages_)) {
+    munmap(data_, static_cast<size_t>(num_bytes_));
+    errno = ENOMEM;
+    fail("mapped");
+  }
 }
 
 MappedFile::~MappedFile() {
