@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -176,3 +178,15 @@ def sampled(read: Callable[[], int]) -> Iterator[list[int]]:
     finally:
         ends.set()
         thread.join()
+
+
+def exit_code_of_fork(function: Callable[[], object]) -> int | None:
+    """0 if the function returned, 1 if it raised, in a forked child; negative if that had to be killed."""
+    child = multiprocessing.get_context("fork").Process(target=function)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
+        child.start()
+    child.join(60)
+    child.kill()
+    child.join()
+    return child.exitcode

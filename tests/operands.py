@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -309,6 +310,12 @@ NONE = Address(0)
 WEIGHT = (AT, AT, *[NONE] * 5, 0, 3072, 64)
 ROOM = (AT, 1 << 18)
 ROWS = torch.tensor([[AT] * 4 + [0, 0, AT, 300, 0, 0]])
+PLAN = _C.PagePlan([(300, 2, False)], _C.page_bytes, ROOM[1], _C.block_bytes)
+STORE = _C.FileStore(PLAN.num_bytes, ".", False)
+PAGER = _C.Pager()
+PAGER.add(STORE, PLAN)
+NUMBERS_OF_PAGER = torch.zeros(1, dtype=torch.int64)
+PAGED = (PAGER, Address(NUMBERS_OF_PAGER.data_ptr()), ROOM[1])
 NATIVE: dict[str, list[Any]] = {
     "levels": [0],
     "boundaries": [0],
@@ -323,15 +330,20 @@ NATIVE: dict[str, list[Any]] = {
     "linear_4bit": [True, 0, AT, NONE, NONE, 1.0, AT, AT, 4, AT, 3, 48, 64, *ROOM, WEIGHT],
     "dense_linear": [True, 0, AT, AT, NONE, 1.0, AT, 3, 48, 64, *ROOM],
     "outer": [0, AT, AT, 3, 4, 64, 1.0, AT, *ROOM],
-    "adamw_step": [Address(ROWS.data_ptr()), 1, [(0.1, 0.9, 0.99, 1e-8, 0.0, True)], 1.0],
-    "lion_step": [Address(ROWS.data_ptr()), 1, [(0.1, 0.9, 0.99, 0.0)], 1.0],
+    "adamw_step": [Address(ROWS.data_ptr()), 1, [(0.1, 0.9, 0.99, 1e-8, 0.0, True)], 1.0, *PAGED],
+    "lion_step": [Address(ROWS.data_ptr()), 1, [(0.1, 0.9, 0.99, 0.0)], 1.0, *PAGED],
     "gradient_norm": [Address(ROWS.data_ptr()), 1],
     "state_code": [True],
     "PagePlan": [[(5000, 2, True), (300, 1, False)], 4096, ROOM[1], 4096],
     "FileStore": [1 << 16, ".", False],
+    "FileStore.resident_bytes": [STORE],
+    "Pager.add": [_C.Pager(), STORE, PLAN],
+    "Pager.to_file": [PAGER],
+    "Pager.to_memory": [PAGER],
+    "Pager.evict": [PAGER],
     "lies_in_memory": ["."],
     "decode_scales": [AT, AT, AT, NONE, 48, AT],
-    "softmax_loss": [0, AT, AT, 3, 48, True, AT],
+    "softmax_loss": [0, AT, Address(ORDER.data_ptr()), 3, 48, True, AT],
     "rms_norm": [0, AT, AT, 1e-5, 3, 64, AT, AT],
     "rms_norm_backward": [0, AT, AT, AT, AT, 3, 64, AT],
     "rotary": [0, AT, STRIDES, AT, AT, 1, (2, 4, 5, 16), False, AT, STRIDES],
@@ -340,7 +352,45 @@ NATIVE: dict[str, list[Any]] = {
     "causal_attention_scratch_bytes": [0, (2, 4, 2, 5, 16), True],
     "causal_attention": [0, (2, 4, 2, 5, 16), 1.0, *[HEADS] * 4, AT, AT],
     "causal_attention_backward": [0, (2, 4, 2, 5, 16), 1.0, *[HEADS] * 4, AT, *[HEADS] * 4, AT],
+    "linear_scratch_bytes": [0, 3, 48, 64],
 }
+if hasattr(_C, "MappedFile"):
+    FILE = _C.MappedFile(__file__)
+    PARTS = [(FILE, 0, 4096), (FILE, 5000, 6000)]
+    STREAM = _C.WeightStream([PARTS, PARTS[1:], []], PARTS, [])
+    NATIVE |= {
+        "MappedFile": [__file__],
+        "MappedFile.change": [FILE],
+        "MappedFile.release": [FILE, 0, 4096],
+        "MappedFile.resident_bytes": [FILE, 0, 4096],
+        "WeightStream": [[PARTS, []], PARTS, PARTS],
+        "WeightStream.want": [STREAM, [0, 1], 0, True],
+        "WeightStream.settle": [STREAM],
+    }
+# What is an argument, too: a step without a pager, a visit without a unit to wait for, a stream of one empty unit.
+TAKEN = [("adamw_step", 4, None), ("lion_step", 4, None), ("WeightStream.want", 2, -1), ("WeightStream", 0, [()])]
+INSTANCES: dict[str, Any] = {"PagePlan": PLAN, "FileStore": STORE, "Pager": PAGER}
+INSTANCES |= {"MappedFile": FILE, "WeightStream": STREAM} if hasattr(_C, "MappedFile") else {}
+for owner, instance in INSTANCES.items():
+    for name, member in vars(getattr(_C, owner)).items():
+        if isinstance(member, property):
+            NATIVE[f"{owner}.{name}"] = [instance]
+
+
+def native_names() -> set[str]:
+    """What the native module has that takes arguments: functions, classes, their methods and properties."""
+    without = {"build_info", "cpu_isa", "nested_code", "Pager"}
+    without.add("take_threads_of_torch")  # of the address of code, which nothing can check
+    found: set[str] = set()
+    for name, value in vars(_C).items():
+        if name.startswith("_") or not callable(value) or (isinstance(value, type) and issubclass(value, Exception)):
+            continue
+        found.add(name)
+        if isinstance(value, type):
+            found |= {f"{name}.{inner}" for inner in vars(value) if not inner.startswith("_")}
+    return found - without
+
+
 BEYOND = [-1, -(1 << 63), 1 << 58, 1 << 62, (1 << 63) - 1, 1 << 64, 0.5, None, "x", object()]
 
 
@@ -362,19 +412,35 @@ def other_values(value: Any) -> Iterator[Any]:
         yield from [None, 5, object(), torch.utils.dlpack.to_dlpack(torch.zeros(1))]
 
 
-def native(name: str, i: int, other: Any) -> str:
+def called(name: str, arguments: list[Any]) -> None:
     MEMORY.zero_()
+    member = attrgetter(name)(_C)
+    function: Any = member.fget if isinstance(member, property) else member
+    function(*arguments)
+
+
+def native(name: str, i: int, other: Any) -> str:
     try:
-        getattr(_C, name)(*NATIVE[name][:i], other, *NATIVE[name][i + 1 :])
+        called(name, [*NATIVE[name][:i], other, *NATIVE[name][i + 1 :]])
     except (*REFUSALS, MemoryError) as error:
         return "refused" if len(str(error)) > 9 or isinstance(error, MemoryError) else f"wrong: {error!r}"
     # Room that is too small is answered with what is needed.
-    return "right" if NATIVE[name][i] in ROOM else "wrong: taken"
+    return "right" if NATIVE[name][i] in ROOM or (name, i, other) in TAKEN else "wrong: taken"
+
+
+def sound(name: str) -> str:
+    """The call with no argument replaced, of which the others would otherwise say nothing."""
+    try:
+        called(name, NATIVE[name])
+    except Exception as error:
+        return f"wrong: {error!r}"
+    return "right"
 
 
 def cases() -> list[workers.Case]:
     found: list[workers.Case] = []
     for name, given in NATIVE.items():
+        found.append(([f"_C.{name}", "as it is"], partial(sound, name)))
         for i, value in enumerate(given):
             for other in other_values(value):
                 found.append(([f"_C.{name}", f"argument {i}: {other}"], partial(native, name, i, other)))

@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import same_bytes
+from helpers import exit_code_of_fork, same_bytes
 
 import qlora_native as qn
 from qlora_native import _C
@@ -129,6 +131,46 @@ def test_residency_is_checked(folder: Path) -> None:
     assert not list(mapped_tensors(qn.load_model(folder.with_name("dense"))))
 
 
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    """A pipe, on which opening waits for a writer; a folder; a path of which the system reads the beginning alone."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match="expected a regular file"):
+            _C.MappedFile(str(path))
+    (tmp_path / "a").touch()
+    with pytest.raises(ValueError, match=f"its byte {len(str(tmp_path / 'a'))}: "):
+        _C.MappedFile(f"{tmp_path / 'a'}\0b")
+
+
+MANY_FILES = """
+import os, sys
+from qlora_native import _C
+folder, count = sys.argv[1], int(sys.argv[2])
+files = []
+for number in range(count):
+    path = f"{folder}/{number}"
+    open(path, "wb").write(b"a" * 8192)
+    files.append(_C.MappedFile(path))
+os.truncate(path, 0)
+memoryview(files[-1])[0]
+"""
+
+
+def test_one_of_many_files_cut_short_ends_in_a_sentence(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", MANY_FILES, str(tmp_path), "600"]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.count(f"{tmp_path / '599'} can no longer be read") == 1
+
+
+def test_a_stream_refuses_units_that_it_does_not_have(folder: Path) -> None:
+    stream = _C.WeightStream([[(_C.MappedFile(str(folder / "model.safetensors")), 0, 4096)], []], [], [])
+    for units, now in (([2], -1), ([10**6], -1), ([0, -1], -1), ([0], 1), ([0], 5), ([], 0), ([0], -2)):
+        with pytest.raises(ValueError, match="of the stream's 2|now is -?[0-9]: "):
+            stream.want(units, now, False)
+    assert stream.want([0, 1], 1, False)
+
+
 def test_copies_pickles_casts_and_files_of_a_mapped_model(folder: Path, tmp_path: Path) -> None:
     model = adapted(folder)
     streaming = Streaming(model, 0)
@@ -190,7 +232,7 @@ def test_a_released_layer_is_out_of_memory_and_a_written_one_is_kept(folder: Pat
     part = mapped_part(weight)
     assert part is not None
     with torch.no_grad():
-        weight.view(-1)[5] ^= 255
+        weight.view(-1)[weight.numel() // 2] ^= 255  # not where it begins, in a page that another layer has a part of
     changed = weight.clone()
     streaming = Streaming(model, 0)
     part.file.release(0, part.file.num_bytes)  # what was written was cached in pages larger than a layer
@@ -204,6 +246,71 @@ def test_a_released_layer_is_out_of_memory_and_a_written_one_is_kept(folder: Pat
     assert other is not None
     assert other.file.resident_bytes(other.begin, other.end) < (other.end - other.begin) / 4  # all but edges
     streaming.close()
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(20)[None]).logits
+
+
+def test_a_forked_child_streams_on_a_thread_of_its_own(folder: Path) -> None:
+    """It computes the same bytes, keeps what it writes, and ends streams; the parent goes on."""
+    model = qn.load_model(folder).eval()
+    streaming, expected, weight = Streaming(model, 0), logits_of(model), model.model.layers[3].mlp.down_proj.weight
+    others = [_C.WeightStream([], [], [])]
+
+    def in_child() -> None:
+        others.clear()  # never used here
+        with torch.no_grad():
+            weight.view(-1)[weight.numel() // 2] ^= 255  # of which the parent's pages know nothing
+            changed = weight.clone()
+            logits_of(model)
+            weight.view(-1)[weight.numel() // 2] ^= 255
+        assert same_bytes(logits_of(model), expected)
+        streaming.stream.settle()
+        assert streaming.stream.bytes_read >= 2 * (6 * changed.nbytes)
+        streaming.close()
+        streaming.stream.settle()
+        assert not streaming.stream.held
+        weight.view(-1)[weight.numel() // 2] ^= 255
+        assert torch.equal(weight, changed)
+
+    assert exit_code_of_fork(in_child) == 0
+    assert same_bytes(logits_of(model), expected)
+    streaming.close()
+
+
+def test_two_threads_run_one_streamed_model(folder: Path) -> None:
+    """Each asks for other layers than those that the other one waits for."""
+    model = qn.load_model(folder).eval()
+    streaming, expected = Streaming(model, 0), logits_of(model)
+    found: list[bool] = []
+
+    def run() -> None:
+        for _ in range(20):
+            found.append(same_bytes(logits_of(model), expected))
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [True] * 40
+    streaming.close()
+
+
+def test_a_wait_ends_when_another_thread_wants_other_units(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    os.truncate(tmp_path / "file", 128 << 20)
+    file = _C.MappedFile(str(tmp_path / "file"))
+    stream = _C.WeightStream([[(file, 0, file.num_bytes)], []], [], [])
+    waiting = threading.Thread(target=stream.want, args=([0], 0, False), daemon=True)
+    waiting.start()
+    while waiting.is_alive() and not stream.stalls:
+        time.sleep(0.001)
+    assert stream.want([1], 1, False)
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_estimate_predicts_bytes_and_speed_of_a_streamed_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,12 @@ def test_every_op_is_called() -> None:
     assert {name.split()[0] for name in CALLS} == {*SCHEMAS}
 
 
+def test_every_native_function_is_called() -> None:
+    import operands
+
+    assert operands.native_names() == {*operands.NATIVE}
+
+
 def run(call: str, arguments: list[Any], device: str = "CPU") -> Any:
     name = call.split()[0]
     if device == "CUDA":

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -379,3 +380,19 @@ def test_memory_that_is_not_there_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp
     optimizer = AdamW(params := small(), page_dir=tmp_path)
     train(optimizer, params, range(1))
     assert optimizer.states_paged_out() > 0
+
+
+def test_a_number_of_two_tensors_is_refused() -> None:
+    """Of two, a step over a page file updated the last one alone."""
+    plan = _C.PagePlan([(300, 1, False)] * 2, _C.page_bytes, 1 << 20, _C.block_bytes)
+    pager = _C.Pager()
+    pager.add(_C.FileStore(plan.num_bytes, ".", False), plan)
+    data = torch.zeros(2, 3, 300)  # of each tensor: itself, its gradient, its state
+    steps = torch.zeros(2)
+    rows = torch.tensor([[*(x.data_ptr() for x in each), 0, 0, 0, step.data_ptr(), 300, 0, 0]
+                         for each, step in zip(data, steps, strict=True)])  # fmt: skip
+    group = (0.1, 0.9, 0.99, 0.0)
+    for numbers, is_refused in (([0, 1], False), ([1, -1], False), ([-1, -1], False), ([0, 0], True), ([1, 1], True)):
+        given = torch.tensor(numbers)
+        with pytest.raises(ValueError, match=f"number 1 is {numbers[1]}") if is_refused else nullcontext():
+            _C.lion_step(rows.data_ptr(), 2, [group], 1.0, pager, given.data_ptr(), 1 << 20)

@@ -326,6 +326,7 @@ def test_a_budget_below_a_chunk_is_refused_in_numbers(emulator: Emulator) -> Non
     ("call", "message"),
     [
         (lambda m, s: m.StoreTable(s, [0, 1], 0), "2 rows, .* 1 tensors"),
+        (lambda m, s: m.StoreTable(None, [0], 0), "the store is None"),
         (lambda m, s: m.ManagedStore([(-1, 2, False)], 65536, 65536), "a form is"),
         (lambda m, s: m.ManagedStore([(1, 2, False)], 100, 65536), "page_bytes is 100"),
         (lambda m, s: m.StoreTable(m.PinnedStore([(9, 1, True)], 4096, 4096), [0], 0), "staging is a null pointer"),
@@ -336,3 +337,13 @@ def test_stores_are_checked_at_the_boundary(emulator: Emulator, call: object, me
     store = emulator.module.ManagedStore([(1000, 1, False)], 65536, 65536)
     with pytest.raises(ValueError, match=message):
         call(emulator.module, store)  # type: ignore[operator]
+
+
+def test_a_method_of_none_is_refused(emulator: Emulator) -> None:
+    """pybind11 hands None to a pointer to a member as a null `this`."""
+    for cls in (emulator.module.PageStore, emulator.module.PinnedStore, emulator.module.StoreTable):
+        for name, member in vars(cls).items():
+            function: Any = member.fget if isinstance(member, property) else member
+            if not name.startswith("_"):
+                with pytest.raises(TypeError, match="incompatible function arguments"):
+                    function(None)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from helpers import needs_page_files
+from helpers import exit_code_of_fork, needs_page_files
 from paged import OPTIMIZERS, parameters, train
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -112,18 +112,6 @@ def test_a_new_thread_takes_as_many_threads_as_torch(count: int) -> None:
     torch.set_num_threads(count)
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(started).result() == count - 1
-
-
-def exit_code_of_fork(function: Callable[[], object]) -> int | None:
-    """0 if the function returned, 1 if it raised, in a forked child; negative if that had to be killed."""
-    child = multiprocessing.get_context("fork").Process(target=function)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
-        child.start()
-    child.join(60)
-    child.kill()
-    child.join()
-    return child.exitcode
 
 
 @needs_forks

@@ -13,8 +13,8 @@ struct BusErrorSentence {
   const char* end = nullptr;
 };
 
-// The sentence for its addresses, until it is unlisted; beyond 256 of them there is none.
-void list(const BusErrorSentence& sentence);
+// The sentence for its addresses, until it is unlisted. False if there is not the memory to list another one.
+[[nodiscard]] bool list(const BusErrorSentence& sentence);
 void unlist(const BusErrorSentence& sentence);
 
 }  // namespace qlora_native::cpu

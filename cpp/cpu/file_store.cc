@@ -144,8 +144,10 @@ FileStore::FileStore(int64_t num_bytes, std::string folder, bool in_file)
   lost_pages_.begin = data_;
   lost_pages_.end = data_ + num_bytes_;
   in_file_ = in_file ? num_bytes_ : 0;
-  if (in_file) {
-    list(lost_pages_);
+  if (in_file && !list(lost_pages_)) {
+    munmap(data_, bytes);
+    close(file_);
+    throw std::bad_alloc();
   }
 }
 
@@ -185,7 +187,11 @@ void FileStore::open_file() {
 void FileStore::to_file() {
   if (in_file_ < num_bytes_ && file_ < 0) {
     open_file();
-    list(lost_pages_);
+    if (!list(lost_pages_)) {
+      close(file_);
+      file_ = -1;
+      throw std::bad_alloc();
+    }
   }
   ByteRange before{0, 0};
   while (in_file_ < num_bytes_) {

@@ -39,9 +39,13 @@ MappedFile::MappedFile(const std::string& path)
     }
     throw MappedFileError(path + " cannot be " + what + ": " + reason + ".");
   };
-  file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // of a pipe, it would wait for a writer
   if (file_ < 0 || fstat(file_, &opened_) != 0) {
     fail("opened");
+  }
+  if (!S_ISREG(opened_.st_mode)) {
+    close(file_);
+    throw MappedFileError(path + " is a folder, a pipe or a device: expected a regular file.");
   }
   num_bytes_ = opened_.st_size;
   if (num_bytes_ == 0) {
@@ -54,10 +58,13 @@ MappedFile::MappedFile(const std::string& path)
     fail("mapped");
   }
   data_ = static_cast<char*>(memory);
-  pagemap_ = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   lost_pages_.begin = data_;
   lost_pages_.end = data_ + num_bytes_;
-  list(lost_pages_);
+  if (!list(lost_pages_)) {
+    munmap(data_, static_cast<size_t>(num_bytes_));
+    errno = ENOMEM;
+    fail("mapped");
+  }
 }
 
 MappedFile::~MappedFile() {
@@ -65,10 +72,8 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) {
     munmap(data_, static_cast<size_t>(num_bytes_));
   }
-  for (const int file : {file_, pagemap_}) {
-    if (file >= 0) {
-      close(file);
-    }
+  if (file_ >= 0) {
+    close(file_);
   }
 }
 
@@ -109,16 +114,19 @@ bool MappedFile::fetch(const ByteRange& range) const {
 
 // Bit 61 of a present page's entry: it is the file's. One that was written to is this process's own, or swapped (bit
 // 62), and MADV_DONTNEED would forget it. Returns the end of the last of them in the range, 0 for none.
+// The list of pages is opened at each call: a forked child that inherits it would read its parent's.
 int64_t MappedFile::end_of_private_pages(const ByteRange& range) const {
+  const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   const int64_t page = page_bytes();
   std::array<uint64_t, 2048> entries{};
   int64_t end = 0;
   for (int64_t at = range.begin; at < range.end;) {
     const auto wanted = static_cast<size_t>(std::min<int64_t>((range.end - at) / page, entries.size()));
     const auto offset = static_cast<off_t>(reinterpret_cast<uintptr_t>(data_ + at) / static_cast<uintptr_t>(page) * 8);
-    const ssize_t got = pread(pagemap_, entries.data(), wanted * 8, offset);
+    const ssize_t got = pread(pagemap, entries.data(), wanted * 8, offset);
     if (got <= 0) {
-      return range.end;  // unknown
+      end = range.end;  // unknown
+      break;
     }
     for (size_t i = 0; i < static_cast<size_t>(got) / 8; ++i, at += page) {
       const bool is_present = (entries[i] >> 63 & 1) != 0;
@@ -128,6 +136,9 @@ int64_t MappedFile::end_of_private_pages(const ByteRange& range) const {
         end = at + page;
       }
     }
+  }
+  if (pagemap >= 0) {
+    close(pagemap);
   }
   return end;
 }

@@ -48,7 +48,6 @@ class MappedFile {
 
   const std::string path_;
   int file_ = -1;
-  int pagemap_ = -1;
   struct stat opened_{};
   int64_t num_bytes_ = 0;
   char* data_ = nullptr;

@@ -2,6 +2,7 @@
 
 #if !defined(_WIN32)
 #include <signal.h>
+#include <unistd.h>
 #endif
 
 #include <initializer_list>
@@ -13,11 +14,12 @@ namespace qlora_native::cpu {
 
 // Without a page file there is no disk to wait for.
 SideThread::SideThread(std::function<void()> work) : work_(std::move(work)) {}
+bool SideThread::runs() const { return false; }
 void SideThread::join() {}
 
 #else
 
-SideThread::SideThread(std::function<void()> work) : work_(std::move(work)) {
+SideThread::SideThread(std::function<void()> work) : work_(std::move(work)), process_(getpid()) {
   constexpr size_t kStack = 256 << 10;  // bytes
   pthread_attr_t attributes;
   if (pthread_attr_init(&attributes) != 0) {
@@ -40,10 +42,13 @@ SideThread::SideThread(std::function<void()> work) : work_(std::move(work)) {
   pthread_attr_destroy(&attributes);
 }
 
+bool SideThread::runs() const { return runs_ && getpid() == process_; }
+
 void SideThread::join() {
-  if (std::exchange(runs_, false)) {
+  if (runs()) {
     pthread_join(thread_, nullptr);
   }
+  runs_ = false;
 }
 
 #endif

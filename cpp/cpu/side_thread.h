@@ -3,6 +3,7 @@
 
 #if !defined(_WIN32)
 #include <pthread.h>
+#include <sys/types.h>
 #endif
 
 #include <functional>
@@ -19,13 +20,15 @@ class SideThread {
   SideThread(const SideThread&) = delete;
   SideThread& operator=(const SideThread&) = delete;
 
-  bool runs() const { return runs_; }  // false if there was no room for a thread, on Windows, or after join()
-  void join();
+  // False if there was no room for a thread, on Windows, after join(), and in a forked child, which has no such thread.
+  bool runs() const;
+  void join();  // if it runs
 
  private:
   std::function<void()> work_;
 #if !defined(_WIN32)
   pthread_t thread_{};
+  pid_t process_ = 0;  // whose thread it is
 #endif
   bool runs_ = false;
 };

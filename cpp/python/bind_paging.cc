@@ -42,6 +42,7 @@ py::buffer_info buffer_of(const cpu::FileStore& store) {
 }
 
 void add(cpu::Pager& pager, const std::shared_ptr<cpu::FileStore>& store, const PagePlan& plan) {
+  require(store != nullptr, "the store is None: expected a FileStore.");
   require(store->num_bytes() >= plan.num_bytes, "the store has " + std::to_string(store->num_bytes()) +
                                                     " bytes: expected at least the plan's " +
                                                     std::to_string(plan.num_bytes) + ".");
@@ -58,7 +59,9 @@ void bind_paging(py::module_& module) {
   py::register_local_exception<cpu::PageFileError>(module, "PageFileError", PyExc_OSError);
   module.attr("page_bytes") = cpu::page_bytes();
   module.attr("block_bytes") = std::max(cpu::kBlockBytes, cpu::page_bytes());
-  module.def("lies_in_memory", &cpu::lies_in_memory, py::arg("folder"), "Whether a folder is one of a tmpfs.");
+  module.def(
+      "lies_in_memory", [](const std::string& folder) { return cpu::lies_in_memory(checked_path(folder, "folder")); },
+      py::arg("folder"), "Whether a folder is one of a tmpfs.");
 
   py::class_<PagePlan>(module, "PagePlan", "Where states lie in an arena, and its chunks; core/page_plan.h.")
       .def(py::init(&page_plan), py::arg("forms"), py::arg("page_bytes"), py::arg("chunk_bytes"),
@@ -77,27 +80,28 @@ void bind_paging(py::module_& module) {
   py::class_<cpu::FileStore, std::shared_ptr<cpu::FileStore>>(module, "FileStore", py::buffer_protocol(),
                                                               "Bytes in private memory or in a file without a name.")
       .def(
-          py::init([](int64_t num_bytes, std::string folder, bool in_file) {
+          py::init([](int64_t num_bytes, const std::string& folder, bool in_file) {
             const py::gil_scoped_release unlocked_here;  // a guard of the whole call would hold while pybind11 lists it
-            return std::make_shared<cpu::FileStore>(checked_size(num_bytes, "num_bytes"), std::move(folder), in_file);
+            return std::make_shared<cpu::FileStore>(checked_size(num_bytes, "num_bytes"),
+                                                    checked_path(folder, "folder"), in_file);
           }),
           py::arg("num_bytes"), py::arg("folder"), py::arg("in_file"))
       .def_buffer(&buffer_of)
-      .def_property_readonly("num_bytes", &cpu::FileStore::num_bytes)
-      .def_property_readonly("bytes_in_file", &cpu::FileStore::bytes_in_file)
-      .def_property_readonly("bytes_in", &cpu::FileStore::bytes_in)
-      .def_property_readonly("bytes_out", &cpu::FileStore::bytes_out)
-      .def("resident_bytes", py::overload_cast<>(&cpu::FileStore::resident_bytes, py::const_), unlocked);
+      .def_property_readonly("num_bytes", method(&cpu::FileStore::num_bytes))
+      .def_property_readonly("bytes_in_file", method(&cpu::FileStore::bytes_in_file))
+      .def_property_readonly("bytes_in", method(&cpu::FileStore::bytes_in))
+      .def_property_readonly("bytes_out", method(&cpu::FileStore::bytes_out))
+      .def("resident_bytes", [](const cpu::FileStore& store) { return store.resident_bytes(); }, unlocked);
 
   py::class_<cpu::Pager>(module, "Pager", "Moves the chunks of stores in and out around an optimizer's step.")
       .def(py::init<>())
       .def("add", &add, py::arg("store"), py::arg("plan"))
-      .def("to_file", &cpu::Pager::to_file, unlocked)
-      .def("to_memory", &cpu::Pager::to_memory, unlocked)
-      .def("evict", &cpu::Pager::evict, unlocked)
-      .def_property_readonly("look_ahead", &cpu::Pager::look_ahead)
-      .def_property_readonly("stalls", &cpu::Pager::stalls)
-      .def_property_readonly("stall_seconds", &cpu::Pager::stall_seconds);
+      .def("to_file", method(&cpu::Pager::to_file), unlocked)
+      .def("to_memory", method(&cpu::Pager::to_memory), unlocked)
+      .def("evict", method(&cpu::Pager::evict), unlocked)
+      .def_property_readonly("look_ahead", method(&cpu::Pager::look_ahead))
+      .def_property_readonly("stalls", method(&cpu::Pager::stalls))
+      .def_property_readonly("stall_seconds", method(&cpu::Pager::stall_seconds));
 }
 
 }  // namespace qlora_native::python

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "core/codebook.h"
 #include "core/gguf.h"
@@ -43,6 +44,30 @@ inline void require(bool condition, const char* sentence) {
 }
 
 inline void require(bool condition, const std::string& sentence) { require(condition, sentence.c_str()); }
+
+// A method for def(). pybind11 hands None to a pointer to a member as a null `this`, which a reference refuses.
+template <typename Class, typename Result, typename... Arguments>
+auto method(Result (Class::*function)(Arguments...)) {
+  return [function](Class& self, Arguments... arguments) -> Result {
+    return (self.*function)(std::forward<Arguments>(arguments)...);
+  };
+}
+
+template <typename Class, typename Result, typename... Arguments>
+auto method(Result (Class::*function)(Arguments...) const) {
+  return [function](const Class& self, Arguments... arguments) -> Result {
+    return (self.*function)(std::forward<Arguments>(arguments)...);
+  };
+}
+
+// The system would read a path to its first null byte alone.
+inline const std::string& checked_path(const std::string& path, const char* what) {
+  const size_t null = path.find('\0');
+  if (null != std::string::npos) {
+    require(false, std::string(what) + " has a null byte, its byte " + std::to_string(null) + ": expected none.");
+  }
+  return path;
+}
 
 inline constexpr int64_t kMostBytes = int64_t{1} << 56;  // no address space is larger
 

@@ -19,11 +19,19 @@ inline cpu::UpdateOrder checked_order(const std::vector<OptimTensor>& tensors, c
     return {};
   }
   const int64_t* number = pointer<const int64_t>(numbers, count, "numbers");
+  const auto known = static_cast<int64_t>(pager->numel().size());
+  std::vector<bool> is_given(static_cast<size_t>(known));
   for (int64_t i = 0; i < count; ++i) {
-    const auto known = static_cast<int64_t>(pager->numel().size());
     if (number[i] < -1 || number[i] >= known) {
       require(false, "number " + std::to_string(i) + " is " + std::to_string(number[i]) + ": expected -1, or 0 to " +
                          std::to_string(known - 1) + ".");
+    }
+    if (number[i] >= 0 && is_given[static_cast<size_t>(number[i])]) {
+      require(false, "number " + std::to_string(i) + " is " + std::to_string(number[i]) +
+                         ", which an earlier tensor has: expected each once.");
+    }
+    if (number[i] >= 0) {
+      is_given[static_cast<size_t>(number[i])] = true;
     }
     const int64_t numel = tensors[static_cast<size_t>(i)].numel;
     if (number[i] >= 0 && pager->numel()[static_cast<size_t>(number[i])] != numel) {

@@ -64,6 +64,7 @@ class StoreTable {
  public:
   StoreTable(std::shared_ptr<PageStore> store, const std::vector<int64_t>& row_of, Address staging)
       : store_(std::move(store)), pinned_(dynamic_cast<PinnedStore*>(store_.get())) {
+    require(store_ != nullptr, "the store is None: expected a ManagedStore or a PinnedStore.");
     require(row_of.size() == store_->forms().size(), std::to_string(row_of.size()) + " rows, but the store has " +
                                                          std::to_string(store_->forms().size()) + " tensors.");
     if (pinned_ != nullptr) {
@@ -172,8 +173,8 @@ void bind_paging(py::module_& module) {
       .def_property_readonly("num_bytes", [](const PageStore& store) { return store.plan().num_bytes; })
       .def_property_readonly("places", &places_of,
                              "Offsets of (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax), -1 for none.")
-      .def_property_readonly("largest_chunk", &PageStore::largest_chunk)
-      .def_property_readonly("is_resident", &PageStore::is_resident)
+      .def_property_readonly("largest_chunk", method(&PageStore::largest_chunk))
+      .def_property_readonly("is_resident", method(&PageStore::is_resident))
       .def(
           "zero",
           [](PageStore& store, int64_t budget_bytes, Address stream) {
@@ -186,7 +187,8 @@ void bind_paging(py::module_& module) {
       .def(
           "finish", [](PageStore& store) { check_cuda(store.finish(), "paging"); }, unlocked,
           "Returns when nothing moves: before the host reads.")
-      .def("forget_residency", &PageStore::forget_residency, "Somebody else moved pages: asks for all of them anew.")
+      .def("forget_residency", method(&PageStore::forget_residency),
+           "Somebody else moved pages: asks for all of them anew.")
       .def_property_readonly(
           "statistics",
           [](const PageStore& store) {
@@ -204,22 +206,22 @@ void bind_paging(py::module_& module) {
                                                                    "In pinned host memory, all 0.")
       .def(py::init(&make_store<PinnedStore>), forms, page_bytes, chunk_bytes,
            "forms holds (numel, moments, coded) of each tensor.")
-      .def_property_readonly("staging_bytes", &PinnedStore::staging_bytes);
+      .def_property_readonly("staging_bytes", method(&PinnedStore::staging_bytes));
   py::class_<StoreTable>(module, "StoreTable", py::module_local(), "What a step over a store is given.")
       .def(py::init<std::shared_ptr<PageStore>, std::vector<int64_t>, Address>(), py::arg("store"), py::arg("row_of"),
            py::arg("staging"),
            "row_of holds the row that updates each tensor of the store, or -1; staging is the address of "
            "staging_bytes on the device, for a PinnedStore.")
-      .def_property_readonly("rows", &StoreTable::rows,
+      .def_property_readonly("rows", method(&StoreTable::rows),
                              "(row, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax): whose other columns, and "
                              "addresses of states.")
-      .def_property_readonly("chunks", &StoreTable::chunks, "(tensor, index) of each OptimChunk.")
-      .def("adamw_step", &StoreTable::adamw_step, py::arg("tensors"), py::arg("chunks"), py::arg("budget_bytes"),
-           py::arg("options"), py::arg("num_groups"), py::arg("decoupled"), py::arg("grad_factor"), py::arg("max_norm"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("norm"), py::arg("grad_norm"), py::arg("skipped"),
-           py::arg("finished"), py::arg("stream"), unlocked,
+      .def_property_readonly("chunks", method(&StoreTable::chunks), "(tensor, index) of each OptimChunk.")
+      .def("adamw_step", method(&StoreTable::adamw_step), py::arg("tensors"), py::arg("chunks"),
+           py::arg("budget_bytes"), py::arg("options"), py::arg("num_groups"), py::arg("decoupled"),
+           py::arg("grad_factor"), py::arg("max_norm"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("norm"),
+           py::arg("grad_norm"), py::arg("skipped"), py::arg("finished"), py::arg("stream"), unlocked,
            "As the function adamw_step, with no more than budget_bytes of the store on the device.")
-      .def("lion_step", &StoreTable::lion_step, py::arg("tensors"), py::arg("chunks"), py::arg("budget_bytes"),
+      .def("lion_step", method(&StoreTable::lion_step), py::arg("tensors"), py::arg("chunks"), py::arg("budget_bytes"),
            py::arg("options"), py::arg("num_groups"), py::arg("grad_factor"), py::arg("max_norm"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("norm"), py::arg("grad_norm"), py::arg("skipped"),
            py::arg("finished"), py::arg("stream"), unlocked,

@@ -2,9 +2,11 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -63,6 +65,27 @@ TEST(weight_stream_holds_what_is_wanted) {
     CHECK(resident(*file, unit) == expected, "unit %ld: %ld bytes", static_cast<long>(unit), resident(*file, unit));
   }
   CHECK(stream.bytes_read() == (5 + 2 * 5) * kUnit, "%ld bytes were read", static_cast<long>(stream.bytes_read()));
+}
+
+TEST(weight_stream_of_two_threads) {
+  const auto file = written();
+  std::vector<cpu::Unit> units;
+  for (int64_t unit = 0; unit < kUnits; ++unit) {
+    units.push_back({{file, {unit * kUnit, (unit + 1) * kUnit}}});
+  }
+  cpu::WeightStream stream(units, {}, {});
+  std::atomic<int> wrong{0};
+  const auto visit = [&](int64_t first) {
+    for (int64_t round = 0; round < 50 * kUnits; ++round) {
+      const int64_t unit = (first + round) % kUnits;
+      const bool is_read = stream.want({unit, (unit + 1) % kUnits}, unit, unit == 0);
+      wrong += !is_read || file->data()[unit * kUnit] != unit + 1 ? 1 : 0;
+    }
+  };
+  std::thread other([&] { visit(kUnits / 2); });
+  visit(0);
+  other.join();
+  CHECK(wrong == 0, "%d visits found other bytes", wrong.load());
 }
 
 TEST(weight_stream_keeps_what_was_written_to) {
