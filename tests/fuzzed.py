@@ -19,6 +19,7 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import workers
@@ -59,6 +60,7 @@ ADAPTER_KEYS = (
     "rank_pattern alpha_pattern modules_to_save layers_to_transform use_dora use_rslora bias init_lora_weights"
 )
 STEP = "run/step-000002"
+TYPES = {"token_embd": "q8_0", "attn_q": "q4_1", "attn_k": "q5_0", "attn_v": "iq4_nl", "ffn_up": "q4_0", "output": "f16"}
 READERS = {
     "config": Reader("model/config.json", "json", (CONVERT, CHAT, "estimate {}/model --json"), 8, CONFIG_KEYS),
     "generation": Reader("model/generation_config.json", "json", (CHAT,), 2, "top_k temperature do_sample max_length"),
@@ -79,6 +81,13 @@ READERS = {
     "trainer": Reader(f"{STEP}/trainer.json", "json", (RESUME,), 4),
     "states": Reader(f"{STEP}/trainer.safetensors", "header", (RESUME,), 4),
     "resumed": Reader(f"{STEP}/config.yaml", "yaml", (RESUME,), 2),
+    "metrics": Reader("run/metrics.jsonl", "lines", (RESUME,), 3, "samples eval_loss loss"),
+    "report": Reader("run/report.json", "json", (RESUME,), 1),
+    "table": Reader("train.csv", "bytes", (SHOW.replace(".jsonl", ".csv"),), 1),
+    "tabs": Reader("train.tsv", "bytes", (SHOW.replace(".jsonl", ".tsv"),), 1),
+    "kept": Reader("kept.gguf", "gguf", (CHAT.replace("/model", "/kept.gguf"),), 3),
+    "metadata": Reader("parted/states/.metadata", "bytes", (f"{RESUME} {{}}/parted",), 1),
+    "parts": Reader("parted/states/__0_0.distcp", "bytes", (f"{RESUME} {{}}/parted",), 1),
 }  # fmt: skip
 Edits = list[list[Any]]
 
@@ -86,17 +95,20 @@ Edits = list[list[Any]]
 def write_sound(place: Path) -> None:
     """The sound files, two of which are read through links of their own."""
     import adapters
+    import gguf_files
     import runs
     import test_load_errors
     import tiny
     import yaml
+    from safetensors.torch import load_file
 
     from qlora_native.cli.main import main
+    from qlora_native.distributed.sharding import save_sharded_states
     from qlora_native.hf.convert import convert
 
     pyarrow: Any = importlib.import_module("pyarrow.parquet")
-    model = place / "model"
-    tiny.write_model(model, num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_key_value_heads=2)
+    model, sizes = place / "model", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
+    gguf_files.write_gguf(place / "kept.gguf", TYPES, **sizes)
     adapters.make_adapter(model, place / "adapter")
     shutil.copytree(model, place / "sharded")
     test_load_errors.shard(place / "sharded")
@@ -105,11 +117,19 @@ def write_sound(place: Path) -> None:
     tiny.write_rows(place / "train.jsonl", 6)
     rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
     (place / "train.json").write_text(json.dumps(rows))
+    for suffix, mark in ((".csv", ","), (".tsv", "\t")):
+        texts = [[message["content"] for message in row["messages"]] for row in rows]
+        lines = [mark.join(f'"{text}"' for text in row) for row in [["prompt", "completion"], *texts]]
+        (place / f"train{suffix}").write_text("\n".join(lines))
     pyarrow.write_table(importlib.import_module("pyarrow").Table.from_pylist(rows), place / "train.parquet")
     settings = runs.settings(place, place / "run", {"train": "train.jsonl"}, steps=2, save_every=1)
     (place / "run.yaml").write_text(yaml.safe_dump({**settings, "data": {"train": str(place / "train.jsonl")}}))
     assert main(["export", str(model), "--to", "gguf", "--type", "q8_0", "--out", str(place / "model.gguf")]) == 0
     assert main(["train", str(place / "run.yaml")]) == 0
+    shutil.copytree(place / STEP, place / "parted")
+    named = {name.split(".", 1)[1]: tensor for name, tensor in load_file(place / STEP / "trainer.safetensors").items()}
+    states: Any = {0: {name: tensor for name, tensor in named.items() if name[0].isdigit()}}
+    save_sharded_states(place / "parted/states", SimpleNamespace(state_dict=lambda: {"state": states}))  # type: ignore
 
 
 def opened(reader: Reader, raw: bytes) -> tuple[Any, Any]:

@@ -36,6 +36,7 @@ from qlora_native.lora.layer import LayerStatistics, lora_layers
 from qlora_native.optim import AdamW
 from qlora_native.train.checkpoint import STATE as TRAINER
 from qlora_native.train.checkpoint import load_checkpoint, save_checkpoint
+from qlora_native.train.progress import Metrics, Progress, RunPage, plot_losses, read_metrics
 
 SECONDS = 20  # in which a sentence must come
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -403,3 +404,22 @@ def test_a_warning_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
     assert main(["config", "list"]) == 0
     assert warnings.formatwarning("\x1b[2J" + "a" * 9999, UserWarning, "", 1)[:-1].isprintable()
+
+
+def test_metrics_and_notes_that_are_damaged(tmp_path: Path) -> None:
+    whole = [{"step": 1, "loss": 2.5, "grad_norm": None}, {"step": 2, "eval_loss": 2, "samples": [{"prompt": "a"}]}]
+    damaged = ["[]", "5", "{}", '{"step": "2"}', '{"step": true}', '{"step": 1.5, "loss": 1}', DEEP, '{"step": 1']
+    damaged += ['{"step": 2, "loss": "1"}', '{"step": 2, "loss": NaN}', '{"step": 2, "samples": 5}', "1" * 5000]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([json.dumps(whole[0]), *damaged, json.dumps(whole[1])]))
+    assert read_metrics(path) == whole
+    plot_losses(tmp_path)
+    notes = [{"step": 1, "text": "a"}, {"step": 1}, {"step": "1", "text": "a"}]
+    for number in (1, 2):
+        (tmp_path / "report.json").write_text(json.dumps({"notes": notes[:number]}))
+        page = RunPage(tmp_path, {"steps": 2, "rows": []}, Progress(2, 2, 1, quiet=True), lambda: 2, None)
+        page.write()
+        assert json.loads((tmp_path / "report.json").read_text())["notes"] == notes[: 2 - number]
+    metrics = Metrics(path, 2)
+    metrics.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == read_metrics(path) == whole[:1]
