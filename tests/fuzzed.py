@@ -52,6 +52,7 @@ class Reader(NamedTuple):
 CONVERT = "convert {}/model {}/out --to 16bit"
 PEFT, MERGE = ("export {}/model --adapter {}/adapter --to peft --out {}/out", "merge {}/model {}/adapter --out {}/out")
 CHAT, GGUF = "chat {}/model --prompt hello --max-tokens 2", "quantize {}/model.gguf --out {}/out"
+FRESH = "train {}/run.yaml --steps 1 --output_dir {}/fresh"
 SHOW, RESUME = "data show {}/train.jsonl --model {}/model --json", "train {}/run.yaml --resume"
 CONFIG_KEYS = "quantization_config rope_parameters rope_scaling sliding_window layer_types auto_map text_config dtype "
 CONFIG_KEYS += "torch_dtype pruned_heads num_labels id2label attention_bias mlp_bias num_experts is_encoder_decoder"
@@ -60,7 +61,14 @@ ADAPTER_KEYS = (
     "rank_pattern alpha_pattern modules_to_save layers_to_transform use_dora use_rslora bias init_lora_weights"
 )
 STEP = "run/step-000002"
-TYPES = {"token_embd": "q8_0", "attn_q": "q4_1", "attn_k": "q5_0", "attn_v": "iq4_nl", "ffn_up": "q4_0", "output": "f16"}
+TYPES = {
+    "token_embd": "q8_0",
+    "attn_q": "q4_1",
+    "attn_k": "q5_0",
+    "attn_v": "iq4_nl",
+    "ffn_up": "q4_0",
+    "output": "f16",
+}
 READERS = {
     "config": Reader("model/config.json", "json", (CONVERT, CHAT, "estimate {}/model --json"), 8, CONFIG_KEYS),
     "generation": Reader("model/generation_config.json", "json", (CHAT,), 2, "top_k temperature do_sample max_length"),
@@ -74,7 +82,7 @@ READERS = {
     "template": Reader("model/chat_template.jinja", "bytes", (SHOW,), 2),
     "adapter": Reader("adapter/adapter_config.json", "json", (PEFT, MERGE), 5, ADAPTER_KEYS),
     "factors": Reader("adapter/adapter_model.safetensors", "header", (PEFT, MERGE), 4, "__metadata__"),
-    "settings": Reader("run.yaml", "yaml", ("config check {}/run.yaml", "estimate {}/run.yaml"), 12, RUN_KEYS),
+    "settings": Reader("run.yaml", "yaml", ("config check {}/run.yaml", "estimate {}/run.yaml", FRESH), 12, RUN_KEYS),
     "rows": Reader("train.jsonl", "lines", (SHOW,), 12, "text prompt completion tools messages conversations train"),
     "array": Reader("train.json", "json", (SHOW.replace(".jsonl", ".json"),), 4, "text prompt completion"),
     "parquet": Reader("train.parquet", "bytes", (SHOW.replace(".jsonl", ".parquet"),), 2),
@@ -294,7 +302,7 @@ def outcome(name: str, edits: Edits, command: str, place: Path) -> str:
                 why = wrong_output(place, written, "--json" in command)
         except Exception:
             why = traceback.format_exc()[-2000:]
-        for folder in ("out", "run"):
+        for folder in ("out", "run", "fresh"):
             shutil.rmtree(place / folder, ignore_errors=True)
         shutil.copytree(place / "sound/run", place / "run")
         shutil.copyfile(sound, place / reader.file)
@@ -316,7 +324,9 @@ def wrong_output(place: Path, printed: str, is_json: bool) -> str:
     elif not all(map(is_text, printed.splitlines())):
         return "output that a terminal cannot take"
     shapes = {name: tensor.shape for name, tensor in load_file(place / "sound/model/model.safetensors").items()}
-    for file in [*(place / "out").glob("*.safetensors"), *(place / "run/adapter").glob("*.safetensors")]:
+    for file in [
+        file for name in ("out", "run/adapter", "fresh/adapter") for file in place.glob(f"{name}/*.safetensors")
+    ]:
         for name, tensor in load_file(file).items():
             if not tensor.isfinite().all():
                 return f"{name} is not finite"
