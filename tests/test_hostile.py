@@ -79,10 +79,13 @@ def adapter(**changes: object) -> Damage:
     return edit
 
 
-def adapter_value(number: float) -> Damage:
+def adapter_value(number: float, dtype: torch.dtype = torch.float32) -> Damage:
+    def change(t: dict[str, torch.Tensor]) -> None:
+        t[min(t)] = torch.full_like(t[min(t)], number).to(dtype)
+
     def edit(folder: Path) -> None:
         (folder / ADAPTER).rename(folder / WEIGHTS)
-        edit_tensors(folder, lambda t: next(iter(t.values())).fill_(number))
+        edit_tensors(folder, change)
         (folder / WEIGHTS).rename(folder / ADAPTER)
 
     return edit
@@ -159,6 +162,8 @@ HOSTILE: list[tuple[str, Damage, list[str]]] = [
     *(("adapter", adapter(alpha_pattern={text: 4}), [PEFT]) for text in ("(.|.)" * 30, "(" * 500 + ")" * 500)),
     ("adapter", adapter(rank_pattern={f"layer{n}": 4 for n in range(20_000)}), [PEFT]),
     *(("adapter", adapter_value(number), [PEFT]) for number in (float("nan"), float("-inf"))),
+    *(("adapter", adapter_value(1, getattr(torch, f"float8_{name}")), [MERGE, PEFT]) for name in ("e4m3fn", "e5m2")),
+    *(("adapter", adapter_value(1, dtype), [MERGE]) for dtype in (torch.complex64, torch.int32, torch.float64)),
     *(("adapter", put("config.yaml", text), [MERGE]) for text in ("quant: 5", "quant: {type: int3}", "- a", "a: [")),
     *(("run", put("run.yaml", text), [CHECK]) for text in (DEEP, LAUGHS, "a: &a [*a]", "a: !!python/name:os.system x")),
     *(("run", put("run.yaml", text), [CHECK]) for text in ("a: !!timestamp x", "steps: " + "1" * 5000, b"\xff", "\0")),
