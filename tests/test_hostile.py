@@ -341,6 +341,10 @@ def umask() -> int:
         ("exp_avg_sq", torch.full((8,), float("inf"))),
         ("step", torch.tensor(-1.0)),
         ("step", float("nan")),
+        *(("step", torch.tensor(number)) for number in (0.5, 1e30, float(1 << 31))),
+        ("exp_avg_sq", torch.full((8,), -1.0)),
+        *(("exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.bool, torch.int64, torch.complex64, torch.int8)),
+        *(("exp_avg", torch.ones(8).to(dtype)) for dtype in (torch.float8_e4m3fn, torch.float64)),
     ],
     ids=str,
 )
@@ -349,6 +353,24 @@ def test_optimizer_states_that_are_no_numbers(name: str, wrong: Any) -> None:
     given["state"] = {0: {**given["state"][0], name: wrong}}
     with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
         trained().load_state_dict(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("exp_avg", torch.ones(5000)),
+        ("exp_avg_sq", torch.ones(5000, dtype=torch.int8)),
+        *(("exp_avg_absmax", wrong) for wrong in (None, torch.ones(1), torch.ones(20, dtype=torch.bool))),
+        ("exp_avg_sq_absmax", torch.full((20,), -1.0)),
+    ],
+    ids=str,
+)
+def test_coded_optimizer_states_that_are_no_codes(name: str, wrong: Any) -> None:
+    optimizer = AdamW([torch.nn.Parameter(torch.ones(5000))], bits=8)
+    given = optimizer.state_dict()
+    given["state"] = {0: {**optimizer._new_state(*optimizer.param_groups[0]["params"], True), name: wrong}}
+    with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
+        optimizer.load_state_dict(given)
 
 
 @pytest.mark.parametrize("key", ["lr", "weight_decay"])
