@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from test_load_errors import TENSOR as KEY
 from tiny_models import edit_config, edit_tensors
 
 import qlora_native as qn
+from qlora_native import _io
 from qlora_native.cli import doctor
 from qlora_native.cli.main import MOST_CHARACTERS, main
 from qlora_native.data import template
@@ -368,7 +370,8 @@ def test_optimizer_states_that_are_no_numbers(name: str, wrong: Any) -> None:
 def test_coded_optimizer_states_that_are_no_codes(name: str, wrong: Any) -> None:
     optimizer = AdamW([torch.nn.Parameter(torch.ones(5000))], bits=8)
     given = optimizer.state_dict()
-    given["state"] = {0: {**optimizer._new_state(*optimizer.param_groups[0]["params"], True), name: wrong}}
+    (param,) = optimizer.param_groups[0]["params"]
+    given["state"] = {0: {**optimizer._new_state(param, True), name: wrong}}
     with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
         optimizer.load_state_dict(given)
 
@@ -425,6 +428,49 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(doctor, "examine", examine)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "qlora: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", [CONVERT, QUANTIZE, MERGE, EXPORT])
+def test_a_signal_leaves_nothing_half_written(
+    command: str, number: signal.Signals, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = command.format(model=sound / "model", adapter=sound / "adapter", out=tmp_path / "out").split()
+    sent: list[str] = []
+
+    def fsync(path: Path) -> None:
+        sent.append(path.name)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(_io, "fsync", fsync)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert main(words) == 128 + number
+        assert len(sent) == 1 and not list(tmp_path.iterdir())
+        assert capsys.readouterr().err.splitlines()[-1] == f"qlora: stopped by {number.name}"
+        assert signal.signal(number, signal.SIG_IGN) is signal.SIG_DFL  # as under nohup
+        assert main(words) == 0 and list(tmp_path.iterdir())
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize("where", ["2>/dev/full", "<&- >&- 2>&-"])
+def test_output_that_cannot_be_written(sound: Path, tmp_path: Path, where: str) -> None:
+    """A sentence that is lost changes neither the exit code nor the files."""
+    code = "import sys\nfrom qlora_native.cli.main import main\n"
+    code += "sys.exit(main(sys.argv[1:4]) * 10 + main(['quantize', *sys.argv[2:]]))"
+    words = [sys.executable, "-c", code, "trian", str(sound / "model"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(["bash", "-c", f'"$@" {where}', "-", *words])
+    assert done.returncode == 20 and (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def test_text_that_the_encoding_of_the_output_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ascii_only = io.TextIOWrapper(written := io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    monkeypatch.setattr(doctor, "run", lambda args: print("a \u2192 b"))
+    assert main(["doctor"]) == 0
+    assert written.getvalue() == b"a ? b\n"
 
 
 def test_a_warning_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

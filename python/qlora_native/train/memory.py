@@ -36,7 +36,7 @@ def anonymous_bytes(status: str) -> tuple[int, int]:
 
 
 class MemoryReport:
-    """Made before the model is loaded; :meth:`line` is for the end of the run. The ``longest`` of ``rows`` in tokens."""
+    """Made before the model is loaded; :meth:`line` is for the end of the run. ``longest`` of ``rows`` in tokens."""
 
     def __init__(self, config: TrainConfig, source: Source, longest: int, rows: int = 1 << 20) -> None:
         from qlora_native.estimate import Estimator, Setting
