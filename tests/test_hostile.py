@@ -135,6 +135,8 @@ HOSTILE: list[tuple[str, Damage, list[str]]] = [
     *(("model", put("tokenizer.json", text), [CHAT]) for text in (DEEP, "[]", "{}")),
     *(("model", config(**{name: 10**9}), [CONVERT]) for name in ("num_hidden_layers", "hidden_size", "vocab_size")),
     ("model", config(num_attention_heads=0), [CONVERT]),
+    *(("model", config(attention_dropout=share), [TRAIN, CHAT]) for share in (5, 1, -0.5, float("nan"))),
+    ("model", config(embd_pdrop=1.5), [CONVERT]),
     ("model", config(num_key_value_heads=-1, head_dim="x"), [CONVERT]),
     ("model", config(_attn_implementation="someone/kernel"), [CONVERT]),
     ("model", config(auto_map={"AutoConfig": "code.Config"}, model_type="mine"), [CONVERT]),
