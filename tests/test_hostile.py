@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -126,7 +127,10 @@ EVIL = {"__metadata__": {}, "a\x1b[2J" + "b" * 1_000_000: {"dtype": "F32", "shap
 # What is done to which folder, and what is run then.
 HOSTILE: list[tuple[str, Damage, list[str]]] = [
     *(("model", damage, [CONVERT, MERGE]) for name, damage, _ in BROKEN if "generation" not in name),
-    *(("model", value("model.norm.weight", number), [EXPORT, QUANTIZE]) for number in (float("nan"), float("inf"))),
+    *(
+        ("model", value("model.norm.weight", number), [EXPORT, QUANTIZE, CONVERT, MERGE])
+        for number in (math.nan, math.inf)
+    ),
     ("model", config(hidden_size=128), [CONVERT, MERGE, EXPORT]),
     *(("model", other(name), [CONVERT]) for name in (CONFIG, WEIGHTS, "generation_config.json")),
     *(("model", other(name, "/dev/zero"), [CONVERT, CHAT]) for name in (CONFIG, "tokenizer.json")),
@@ -220,7 +224,7 @@ def test_one_sentence(
         with at_most(SECONDS):
             code = main(command.format(**places).split())
         lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))]
-        assert code == 2 and len(lines) == 1, (command, lines)
+        assert code == 2 and len(lines) == 1 and ".qlora-partial" not in lines[0], (command, lines)
         assert lines[0].startswith("qlora: ") and len(lines[0]) < MOST_CHARACTERS + 20 and lines[0].isprintable(), lines
     after = sorted(path.name for path in tmp_path.iterdir() if path.name != "out" or any(path.iterdir()))
     assert after == before
@@ -255,6 +259,12 @@ def test_a_template_with_one_huge_operation(sound: Path, text: str) -> None:
     tokenizer.chat_template = text
     with pytest.raises(qn.UserError, match="the chat template refuses"), at_most(SECONDS):
         template.ChatEncoder(tokenizer).prompt_ids([message])
+
+
+def test_a_pipe_in_place_of_a_gguf_file(tmp_path: Path, mistake: Callable[..., str]) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    for name in (tmp_path, tmp_path / "model.gguf"):
+        assert f"{tmp_path}/model.gguf is a folder, a pipe or a device" in mistake("chat", name, "--prompt", "a")
 
 
 def test_more_tokens_than_rows_of_the_embedding(sound: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from qlora_native._io import check_folder, panics_caught, read_json, reading, user_path
+from qlora_native._io import check_folder, panics_caught, read_json, reading, regular, user_path
 from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
@@ -108,7 +108,7 @@ def _gguf_source(path: Path) -> Source:
         from qlora_native.hf.gguf_source import GgufSource
     except ImportError as error:
         raise UserError(f"{path} needs the package gguf: `pip install gguf` brings it.") from error
-    return GgufSource(path)
+    return GgufSource(regular(path))
 
 
 def open_source(path: str | os.PathLike[str] | Source) -> Source:
@@ -118,7 +118,7 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
     path = user_path(path)
     if not path.exists() and hub_id(path):
         path = fetch_model(str(path))
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         if path.suffix != ".gguf":
             raise UserError(
                 f"{path} is a file: expected a model folder or a .gguf file; give the folder that holds it."
