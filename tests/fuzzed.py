@@ -19,6 +19,7 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import workers
@@ -35,6 +36,7 @@ TEXTS += [str(2**31), str(2**63), str(-(2**63) - 1), str(10**400), "1" * 5000, D
 TEXTS += ['""', '"a"', '"\\u0000"', '"\\u001b[2J\\n\\u202e"', '"\\ud800"', '"../x"', '"/dev/zero"', f'"{"b" * 99999}"']
 TEXTS += ["[]", "{}", "[[]]", "[0]", "[-1, 64]", "[null]", '{"a": 1}', '{"": {}}', "[" + "7, " * 9999 + "7]"]
 TEXTS += ['"float16"', '"float64"', '"int8"', '"llama"', '"gpt2"', '"F16"', '"U8"', '"F64"', '"{{ 9 }}"', '"1e9"']
+TEXTS += ['"F8_E4M3"', '"C64"']
 YAML = ["!!python/name:os.system x", "&a [*a]", "!!timestamp x", "!!binary x", "*nothing", "0o9", "1:2:3", "| x", "%"]
 
 
@@ -51,6 +53,7 @@ class Reader(NamedTuple):
 CONVERT = "convert {}/model {}/out --to 16bit"
 PEFT, MERGE = ("export {}/model --adapter {}/adapter --to peft --out {}/out", "merge {}/model {}/adapter --out {}/out")
 CHAT, GGUF = "chat {}/model --prompt hello --max-tokens 2", "quantize {}/model.gguf --out {}/out"
+FRESH = "train {}/run.yaml --steps 1 --output_dir {}/fresh"
 SHOW, RESUME = "data show {}/train.jsonl --model {}/model --json", "train {}/run.yaml --resume"
 CONFIG_KEYS = "quantization_config rope_parameters rope_scaling sliding_window layer_types auto_map text_config dtype "
 CONFIG_KEYS += "torch_dtype pruned_heads num_labels id2label attention_bias mlp_bias num_experts is_encoder_decoder"
@@ -59,6 +62,14 @@ ADAPTER_KEYS = (
     "rank_pattern alpha_pattern modules_to_save layers_to_transform use_dora use_rslora bias init_lora_weights"
 )
 STEP = "run/step-000002"
+TYPES = {
+    "token_embd": "q8_0",
+    "attn_q": "q4_1",
+    "attn_k": "q5_0",
+    "attn_v": "iq4_nl",
+    "ffn_up": "q4_0",
+    "output": "f16",
+}
 READERS = {
     "config": Reader("model/config.json", "json", (CONVERT, CHAT, "estimate {}/model --json"), 8, CONFIG_KEYS),
     "generation": Reader("model/generation_config.json", "json", (CHAT,), 2, "top_k temperature do_sample max_length"),
@@ -72,13 +83,20 @@ READERS = {
     "template": Reader("model/chat_template.jinja", "bytes", (SHOW,), 2),
     "adapter": Reader("adapter/adapter_config.json", "json", (PEFT, MERGE), 5, ADAPTER_KEYS),
     "factors": Reader("adapter/adapter_model.safetensors", "header", (PEFT, MERGE), 4, "__metadata__"),
-    "settings": Reader("run.yaml", "yaml", ("config check {}/run.yaml", "estimate {}/run.yaml"), 12, RUN_KEYS),
+    "settings": Reader("run.yaml", "yaml", ("config check {}/run.yaml", "estimate {}/run.yaml", FRESH), 12, RUN_KEYS),
     "rows": Reader("train.jsonl", "lines", (SHOW,), 12, "text prompt completion tools messages conversations train"),
     "array": Reader("train.json", "json", (SHOW.replace(".jsonl", ".json"),), 4, "text prompt completion"),
     "parquet": Reader("train.parquet", "bytes", (SHOW.replace(".jsonl", ".parquet"),), 2),
     "trainer": Reader(f"{STEP}/trainer.json", "json", (RESUME,), 4),
     "states": Reader(f"{STEP}/trainer.safetensors", "header", (RESUME,), 4),
     "resumed": Reader(f"{STEP}/config.yaml", "yaml", (RESUME,), 2),
+    "metrics": Reader("run/metrics.jsonl", "lines", (RESUME,), 3, "samples eval_loss loss"),
+    "report": Reader("run/report.json", "json", (RESUME,), 1),
+    "table": Reader("train.csv", "bytes", (SHOW.replace(".jsonl", ".csv"),), 1),
+    "tabs": Reader("train.tsv", "bytes", (SHOW.replace(".jsonl", ".tsv"),), 1),
+    "kept": Reader("kept.gguf", "gguf", (CHAT.replace("/model", "/kept.gguf"),), 3),
+    "metadata": Reader("parted/states/.metadata", "bytes", (f"{RESUME} {{}}/parted",), 1),
+    "parts": Reader("parted/states/__0_0.distcp", "bytes", (f"{RESUME} {{}}/parted",), 1),
 }  # fmt: skip
 Edits = list[list[Any]]
 
@@ -86,17 +104,20 @@ Edits = list[list[Any]]
 def write_sound(place: Path) -> None:
     """The sound files, two of which are read through links of their own."""
     import adapters
+    import gguf_files
     import runs
     import test_load_errors
     import tiny
     import yaml
+    from safetensors.torch import load_file
 
     from qlora_native.cli.main import main
+    from qlora_native.distributed.sharding import save_sharded_states
     from qlora_native.hf.convert import convert
 
     pyarrow: Any = importlib.import_module("pyarrow.parquet")
-    model = place / "model"
-    tiny.write_model(model, num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_key_value_heads=2)
+    model, sizes = place / "model", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
+    gguf_files.write_gguf(place / "kept.gguf", TYPES, **sizes)
     adapters.make_adapter(model, place / "adapter")
     shutil.copytree(model, place / "sharded")
     test_load_errors.shard(place / "sharded")
@@ -105,11 +126,19 @@ def write_sound(place: Path) -> None:
     tiny.write_rows(place / "train.jsonl", 6)
     rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
     (place / "train.json").write_text(json.dumps(rows))
+    for suffix, mark in ((".csv", ","), (".tsv", "\t")):
+        texts = [[message["content"] for message in row["messages"]] for row in rows]
+        lines = [mark.join(f'"{text}"' for text in row) for row in [["prompt", "completion"], *texts]]
+        (place / f"train{suffix}").write_text("\n".join(lines))
     pyarrow.write_table(importlib.import_module("pyarrow").Table.from_pylist(rows), place / "train.parquet")
     settings = runs.settings(place, place / "run", {"train": "train.jsonl"}, steps=2, save_every=1)
     (place / "run.yaml").write_text(yaml.safe_dump({**settings, "data": {"train": str(place / "train.jsonl")}}))
     assert main(["export", str(model), "--to", "gguf", "--type", "q8_0", "--out", str(place / "model.gguf")]) == 0
     assert main(["train", str(place / "run.yaml")]) == 0
+    shutil.copytree(place / STEP, place / "parted")
+    named = {name.split(".", 1)[1]: tensor for name, tensor in load_file(place / STEP / "trainer.safetensors").items()}
+    states: Any = {0: {name: tensor for name, tensor in named.items() if name[0].isdigit()}}
+    save_sharded_states(place / "parted/states", SimpleNamespace(state_dict=lambda: {"state": states}))  # type: ignore
 
 
 def opened(reader: Reader, raw: bytes) -> tuple[Any, Any]:
@@ -274,7 +303,7 @@ def outcome(name: str, edits: Edits, command: str, place: Path) -> str:
                 why = wrong_output(place, written, "--json" in command)
         except Exception:
             why = traceback.format_exc()[-2000:]
-        for folder in ("out", "run"):
+        for folder in ("out", "run", "fresh"):
             shutil.rmtree(place / folder, ignore_errors=True)
         shutil.copytree(place / "sound/run", place / "run")
         shutil.copyfile(sound, place / reader.file)
@@ -296,7 +325,9 @@ def wrong_output(place: Path, printed: str, is_json: bool) -> str:
     elif not all(map(is_text, printed.splitlines())):
         return "output that a terminal cannot take"
     shapes = {name: tensor.shape for name, tensor in load_file(place / "sound/model/model.safetensors").items()}
-    for file in [*(place / "out").glob("*.safetensors"), *(place / "run/adapter").glob("*.safetensors")]:
+    for file in [
+        file for name in ("out", "run/adapter", "fresh/adapter") for file in place.glob(f"{name}/*.safetensors")
+    ]:
         for name, tensor in load_file(file).items():
             if not tensor.isfinite().all():
                 return f"{name} is not finite"

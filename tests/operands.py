@@ -267,6 +267,25 @@ class Step(NamedTuple):
         optimizer.step()
         return param.data
 
+    def truth(self, data: Tensor, grad: Tensor | None, *states: Any) -> Tensor:
+        """By torch's AdamW, or by what the paper on Lion says, in fp32."""
+        if grad is None:
+            return data
+        param, optimizer = self.started()
+        given = dict(zip(optimizer.state[param], states, strict=True))
+        names = [name for name in given if name in ("exp_avg", "exp_avg_sq")]
+        decoded = {
+            name: reference.decode_state(given[name], given[f"{name}_absmax"]) for name in names if self.bits == 8
+        }
+        held = {name: plain(decoded.get(name, given[name])).float().view(data.shape) for name in names}
+        if self.rule == "Lion":
+            return data - (1e-4 * (0.9 * held["exp_avg"] + 0.1 * grad).sign()).to(data.dtype)
+        wide = torch.nn.Parameter(data.float())
+        wide.grad, rival = grad.float(), torch.optim.AdamW([wide], lr=2e-4, weight_decay=0.0)
+        rival.state[wide] = {"step": torch.tensor(float(given["step"])), **held}
+        rival.step()
+        return wide.data.to(data.dtype)
+
 
 def weight_call(method: Callable[[qn.QuantizedWeight], Any], truth: Callable[[Tensor], Any]) -> Call:
     return Call(lambda *given: method(quantized(*given)), fields, lambda *given: truth(decoded(*given)))
@@ -285,7 +304,7 @@ TABLE: dict[str, Call] = {
     "QuantizedLinear.load_state_dict": Call(into_layer, stored, stored_truth),
 }
 for step in (Step(rule, bits, loads) for rule in ("AdamW", "Lion") for bits in (32, 8) for loads in (False, True)):
-    TABLE[f"{step}"] = Call(step.run, step.arguments, step.run)
+    TABLE[f"{step}"] = Call(step.run, step.arguments, step.truth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,24 @@ def test_values_that_are_refused(tmp_path: Path, text: str, sentence: Check) -> 
     sentence("\n".join(mistakes(tmp_path, MINIMAL + text)))
 
 
+@pytest.mark.parametrize(
+    ("flag", "most"),
+    [
+        *(("--lr", 1e9), ("--weight_decay", 1e9), ("--lora_plus_ratio", 1e9), ("--epochs", 1e6), ("--alpha", 9e29)),
+        *(("--r", 1 << 16), ("--rank_pattern", 1 << 16), ("--alpha_pattern", 9e29), ("--weights", 1e9)),
+        *(("--max_length", 1 << 24), ("--batch_size", 1 << 20), ("--grad_accum", 1 << 20), ("--steps", (1 << 31) - 1)),
+        *(("--seed", (1 << 62) - 1), ("--page_budget", (1 << 62) - 1), ("--rank_timeout", (1 << 31) - 1)),
+    ],
+)
+def test_numbers_have_limits(tmp_path: Path, flag: str, most: float) -> None:
+    path = write(tmp_path, MINIMAL)
+    form = "{{a: {}}}" if flag.endswith("_pattern") else "[{}]" if flag == "--weights" else "{}"
+    TrainConfig.from_file(path, [flag, form.format(repr(most))])
+    for wrong in (repr(2 * most), "1e308", "1e400", str(10**33), "9" * 5000):
+        (mistake,) = mistakes(tmp_path, MINIMAL, flag, form.format(wrong))
+        assert mistake.startswith(f"{flag} is ")
+
+
 def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone.yaml does not exist; .*init --out .*gone.yaml`"):
         TrainConfig.from_file(tmp_path / "gone.yaml")

@@ -368,6 +368,8 @@ def test_a_report_asks_what_the_card_has(tmp_path: Path, monkeypatch: pytest.Mon
     for name, value in {**fakes, "reset_peak_memory_stats": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     source = open_source(files / "model")
+    report = memory.MemoryReport(config, source, 8, 2)  # rows, fewer than batch_size
+    assert report.predicted is not None and report.predicted.setting.batch_size == 2
     report = memory.MemoryReport(config, source, 8)
     assert report.layers_budget is None and not report.reason and report.predicted is not None
     free[0] = report.predicted.total + CUDA_CONTEXT - 1000  # without graphs

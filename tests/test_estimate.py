@@ -325,6 +325,9 @@ def test_estimate_json_and_overrides(folder: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {{train: rows.jsonl, max_length: 32}}\n")
     assert main(["estimate", str(tmp_path / "run.yaml"), "--json", "--cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["setting"]["length"] == 32
+    most = ["--seq-length", str(1 << 24), "--batch-size", str(1 << 20), "--r", str(1 << 16)]
+    assert main(["estimate", model, "--json", "--cpu", *most]) == 0  # at once
+    assert json.loads(capsys.readouterr().out)["peak"]["activations"] > 1 << 44
 
 
 def test_no_row_is_longer_than_the_model_has_positions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import os
-import pickle
 import shutil
 import signal
 import struct
@@ -27,15 +28,12 @@ from test_load_errors import TENSOR as KEY
 from tiny_models import edit_config, edit_tensors
 
 import qlora_native as qn
+from qlora_native import _io
 from qlora_native.cli import doctor
 from qlora_native.cli.main import MOST_CHARACTERS, main
 from qlora_native.data import template
-from qlora_native.distributed.sharding import load_sharded_states, save_sharded_states
 from qlora_native.hf.convert import convert as convert_folder
 from qlora_native.lora.layer import LayerStatistics, lora_layers
-from qlora_native.optim import AdamW
-from qlora_native.train.checkpoint import STATE as TRAINER
-from qlora_native.train.checkpoint import load_checkpoint, save_checkpoint
 
 SECONDS = 20  # in which a sentence must come
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -78,10 +76,13 @@ def adapter(**changes: object) -> Damage:
     return edit
 
 
-def adapter_value(number: float) -> Damage:
+def adapter_value(number: float, dtype: torch.dtype = torch.float32) -> Damage:
+    def change(t: dict[str, torch.Tensor]) -> None:
+        t[min(t)] = torch.full_like(t[min(t)], number).to(dtype)
+
     def edit(folder: Path) -> None:
         (folder / ADAPTER).rename(folder / WEIGHTS)
-        edit_tensors(folder, lambda t: next(iter(t.values())).fill_(number))
+        edit_tensors(folder, change)
         (folder / WEIGHTS).rename(folder / ADAPTER)
 
     return edit
@@ -120,7 +121,10 @@ EVIL = {"__metadata__": {}, "a\x1b[2J" + "b" * 1_000_000: {"dtype": "F32", "shap
 # What is done to which folder, and what is run then.
 HOSTILE: list[tuple[str, Damage, list[str]]] = [
     *(("model", damage, [CONVERT, MERGE]) for name, damage, _ in BROKEN if "generation" not in name),
-    *(("model", value("model.norm.weight", number), [EXPORT, QUANTIZE]) for number in (float("nan"), float("inf"))),
+    *(
+        ("model", value("model.norm.weight", number), [EXPORT, QUANTIZE, CONVERT, MERGE])
+        for number in (math.nan, math.inf)
+    ),
     ("model", config(hidden_size=128), [CONVERT, MERGE, EXPORT]),
     *(("model", other(name), [CONVERT]) for name in (CONFIG, WEIGHTS, "generation_config.json")),
     *(("model", other(name, "/dev/zero"), [CONVERT, CHAT]) for name in (CONFIG, "tokenizer.json")),
@@ -129,6 +133,8 @@ HOSTILE: list[tuple[str, Damage, list[str]]] = [
     *(("model", put("tokenizer.json", text), [CHAT]) for text in (DEEP, "[]", "{}")),
     *(("model", config(**{name: 10**9}), [CONVERT]) for name in ("num_hidden_layers", "hidden_size", "vocab_size")),
     ("model", config(num_attention_heads=0), [CONVERT]),
+    *(("model", config(attention_dropout=share), [TRAIN, CHAT]) for share in (5, 1, -0.5, float("nan"))),
+    ("model", config(embd_pdrop=1.5), [CONVERT]),
     ("model", config(num_key_value_heads=-1, head_dim="x"), [CONVERT]),
     ("model", config(_attn_implementation="someone/kernel"), [CONVERT]),
     ("model", config(auto_map={"AutoConfig": "code.Config"}, model_type="mine"), [CONVERT]),
@@ -158,6 +164,8 @@ HOSTILE: list[tuple[str, Damage, list[str]]] = [
     *(("adapter", adapter(alpha_pattern={text: 4}), [PEFT]) for text in ("(.|.)" * 30, "(" * 500 + ")" * 500)),
     ("adapter", adapter(rank_pattern={f"layer{n}": 4 for n in range(20_000)}), [PEFT]),
     *(("adapter", adapter_value(number), [PEFT]) for number in (float("nan"), float("-inf"))),
+    *(("adapter", adapter_value(1, getattr(torch, f"float8_{name}")), [MERGE, PEFT]) for name in ("e4m3fn", "e5m2")),
+    *(("adapter", adapter_value(1, dtype), [MERGE]) for dtype in (torch.complex64, torch.int32, torch.float64)),
     *(("adapter", put("config.yaml", text), [MERGE]) for text in ("quant: 5", "quant: {type: int3}", "- a", "a: [")),
     *(("run", put("run.yaml", text), [CHECK]) for text in (DEEP, LAUGHS, "a: &a [*a]", "a: !!python/name:os.system x")),
     *(("run", put("run.yaml", text), [CHECK]) for text in ("a: !!timestamp x", "steps: " + "1" * 5000, b"\xff", "\0")),
@@ -210,7 +218,7 @@ def test_one_sentence(
         with at_most(SECONDS):
             code = main(command.format(**places).split())
         lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Loading", "Writing"))]
-        assert code == 2 and len(lines) == 1, (command, lines)
+        assert code == 2 and len(lines) == 1 and ".qlora-partial" not in lines[0], (command, lines)
         assert lines[0].startswith("qlora: ") and len(lines[0]) < MOST_CHARACTERS + 20 and lines[0].isprintable(), lines
     after = sorted(path.name for path in tmp_path.iterdir() if path.name != "out" or any(path.iterdir()))
     assert after == before
@@ -247,6 +255,12 @@ def test_a_template_with_one_huge_operation(sound: Path, text: str) -> None:
         template.ChatEncoder(tokenizer).prompt_ids([message])
 
 
+def test_a_pipe_in_place_of_a_gguf_file(tmp_path: Path, mistake: Callable[..., str]) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    for name in (tmp_path, tmp_path / "model.gguf"):
+        assert "model.gguf is a folder, a pipe" in mistake("chat", name, "--prompt", "a")
+
+
 def test_more_tokens_than_rows_of_the_embedding(sound: Path, tmp_path: Path, mistake: Callable[..., str]) -> None:
     tiny.write_model(tmp_path / "model", vocab_size=40)
     run = settings(tmp_path, tmp_path / "out", {"train": str(sound / "run/train.jsonl")}, steps=1)
@@ -255,104 +269,6 @@ def test_more_tokens_than_rows_of_the_embedding(sound: Path, tmp_path: Path, mis
     evaluate = "eval {0}/model --data {0}/train.jsonl"
     for command in ("train {0}/run.yaml", "chat {0}/model --prompt hello --max-tokens 1", evaluate):
         assert "beyond the 40 rows" in mistake(*command.format(tmp_path).split())
-
-
-def trained(**options: Any) -> AdamW:
-    parameter = torch.nn.Parameter(torch.ones(8))
-    parameter.grad = torch.ones(8)
-    optimizer = AdamW([parameter], **options)
-    optimizer.step()
-    return optimizer
-
-
-class Call:
-    """What a pickle makes of this is whatever the function returns."""
-
-    def __init__(self, function: Any, *args: Any) -> None:
-        self.call = function, args
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_of_several_processes_runs_no_code(tmp_path: Path) -> None:
-    optimizer, file = trained(), tmp_path / ".metadata"
-    save_sharded_states(tmp_path, optimizer)
-    (states,) = load_sharded_states(tmp_path, optimizer).values()
-    (expected,) = optimizer.state.values()
-    assert all(torch.equal(states[name], expected[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
-    sound = pickle.loads(file.read_bytes())
-    bytes_entry = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
-    entries = {**sound.state_dict_metadata, "0.exp_avg": bytes_entry}
-    place = sound.storage_data[next(iter(sound.storage_data))]
-    place.relative_path = "../elsewhere"
-    moved = pickle.dumps(sound)
-    sound.state_dict_metadata = entries
-    for evil in (pickle.dumps(Call(os.mkdir, str(tmp_path / "made"))), pickle.dumps(sound), moved):
-        file.write_bytes(evil)
-        with pytest.raises(ValueError, match=r"\.metadata names"):
-            load_sharded_states(tmp_path, optimizer)
-    assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize(
-    ("keys", "wrong"),
-    [
-        (["random", "numpy", 2], 10**6),  # numpy would read behind its words
-        (["random", "numpy", 1], [1]),
-        (["random", "python"], [3, [], None]),
-        (["random"], 5),
-        (["optimizer"], []),
-        (["optimizer"], {"7": {}}),
-    ],
-    ids=str,
-)
-def test_a_checkpoint_whose_numbers_are_wrong(tmp_path: Path, keys: list[Any], wrong: object) -> None:
-    options: dict[str, Any] = {"state": {}, "config": "", "keep": 1, "save_adapter": lambda partial: None}
-    folder = save_checkpoint(tmp_path, 1, optimizer=trained(), **options)
-    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask()}
-    whole = node = json.loads((folder / TRAINER).read_text())
-    for key in keys[:-1]:
-        node = node[key]
-    node[keys[-1]] = wrong
-    (folder / TRAINER).write_text(json.dumps(whole))
-    with pytest.raises(qn.UserError, match=r"step-000001 cannot be read: .*; delete"):
-        load_checkpoint(folder, trained())
-
-
-def umask() -> int:
-    os.umask(mask := os.umask(0o022))
-    return mask
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong"),
-    [
-        ("exp_avg", torch.full((8,), float("nan"))),
-        ("exp_avg", torch.empty(8, device="meta")),
-        ("exp_avg_sq", torch.ones(8).to_sparse()),
-        ("exp_avg_sq", torch.full((8,), float("inf"))),
-        ("step", torch.tensor(-1.0)),
-        ("step", float("nan")),
-    ],
-    ids=str,
-)
-def test_optimizer_states_that_are_no_numbers(name: str, wrong: Any) -> None:
-    given = trained().state_dict()
-    given["state"] = {0: {**given["state"][0], name: wrong}}
-    with pytest.raises(ValueError, match=f"AdamW: {name} of a parameter"):
-        trained().load_state_dict(given)
-
-
-@pytest.mark.parametrize("key", ["lr", "weight_decay"])
-def test_optimizer_options_that_are_no_numbers(key: str) -> None:
-    with pytest.raises(ValueError, match=f"{key} is inf"):
-        trained(**{key: float("inf")})
-    given = trained().state_dict()
-    given["param_groups"][0][key] = float("nan")
-    with pytest.raises(ValueError, match=f"{key} is nan"):
-        trained().load_state_dict(given)
 
 
 def test_an_adapter_that_cannot_be_added_leaves_the_model_as_it_was(sound: Path) -> None:
@@ -397,6 +313,49 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(doctor, "examine", examine)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "qlora: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", [CONVERT, QUANTIZE, MERGE, EXPORT])
+def test_a_signal_leaves_nothing_half_written(
+    command: str, number: signal.Signals, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = command.format(model=sound / "model", adapter=sound / "adapter", out=tmp_path / "out").split()
+    sent: list[str] = []
+
+    def fsync(path: Path) -> None:
+        sent.append(path.name)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(_io, "fsync", fsync)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert main(words) == 128 + number
+        assert len(sent) == 1 and not list(tmp_path.iterdir())
+        assert capsys.readouterr().err.splitlines()[-1] == f"qlora: stopped by {number.name}"
+        assert signal.signal(number, signal.SIG_IGN) is signal.SIG_DFL  # as under nohup
+        assert main(words) == 0 and list(tmp_path.iterdir())
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize("where", ["2>/dev/full", "<&- >&- 2>&-"])
+def test_output_that_cannot_be_written(sound: Path, tmp_path: Path, where: str) -> None:
+    """A sentence that is lost changes neither the exit code nor the files."""
+    code = "import sys\nfrom qlora_native.cli.main import main\n"
+    code += "sys.exit(main(sys.argv[1:4]) * 10 + main(['quantize', *sys.argv[2:]]))"
+    words = [sys.executable, "-c", code, "trian", str(sound / "model"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(["bash", "-c", f'"$@" {where}', "-", *words])
+    assert done.returncode == 20 and (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def test_text_that_the_encoding_of_the_output_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ascii_only = io.TextIOWrapper(written := io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    monkeypatch.setattr(doctor, "run", lambda args: print("a \u2192 b"))
+    assert main(["doctor"]) == 0
+    assert written.getvalue() == b"a ? b\n"
 
 
 def test_a_warning_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

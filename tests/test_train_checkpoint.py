@@ -206,21 +206,23 @@ def test_ctrl_c_finishes_the_step_and_saves(run: Run, undisturbed: Path, number:
     assert (run.out / TRAINED).read_bytes() == (undisturbed / TRAINED).read_bytes()
 
 
-def test_the_second_signal_stops_at_once() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_second_signal_stops_at_once(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP is ignored
 
     def two_signals() -> None:
         with stop_request(OneProcess()) as stop:
-            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(number) == stop.on_signal
+            os.kill(os.getpid(), number)
             time.sleep(0.01)
             assert stop.requested
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(1)
 
     with pytest.raises(KeyboardInterrupt, match="at once") as stopped:
         two_signals()
     assert not isinstance(stopped.value, Interrupted)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.signal(number, before) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("which", [ADAPTER, checkpoint.TENSORS, checkpoint.STATE, checkpoint.CONFIG])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
 import re
 import shutil
@@ -27,6 +28,7 @@ OPTIONS = {"steps": 3, "batch_size": 2, "grad_accum": 1, "lr": 5e-3, "paged": Tr
 # One run writes everything, but its states fit the budget; the other sends 1.2 MiB of them through 1 MiB.
 TRAINED = {
     "train": ({"eval_fraction": 0.2}, {"r": 8, **LORA}, {"save_every": 1, "eval_every": 1, "keep": 1}),
+    "train, shipping": ({"eval_fraction": 0.2}, {"r": 8, **LORA, "ship": "nf4"}, {"save_every": 1, "keep": 1}),
     "train, paging": ({}, {"r": 400, **LORA}, {"save_every": 2, "page_budget": 1 << 20, "keep": 1}),
 }
 RESUMED = ", resumed"
@@ -38,6 +40,9 @@ OTHERS = {
     ],
     "merge": ["merge", "{model}", "{adapter}", "--out", "{out}/new", "--shard-size", "60KB"],
     "export to gguf": ["export", "{model}", "--adapter", "{adapter}", "--to", "gguf", "--out", "{out}/new.gguf"],
+    "export to gguf-adapter": [
+        *("export", "{model}", "--adapter", "{adapter}", "--to", "gguf-adapter", "--out", "{out}/new.gguf")
+    ],
     "export to peft": ["export", "{model}", "--adapter", "{adapter}", "--to", "peft", "--out", "{out}/new"],
 }
 ERRORS = {Fault.ONCE: errno.EIO, Fault.FULL: errno.ENOSPC}
@@ -52,8 +57,15 @@ Tree = dict[str, bytes]
 
 def tree(folder: Path) -> Tree:
     """The contents of every file below the folder, by its path from there, without the page, which a run can lack."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stem != "report")
-    return {str(path.relative_to(folder)): VARYING.sub(b"", path.read_bytes()) for path in files}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "report.html")
+    return {str(path.relative_to(folder)): VARYING.sub(b"", contents(path)) for path in files}
+
+
+def contents(path: Path) -> bytes:
+    """The bytes; of report.json what is the same in a continuation, without memory and notes."""
+    if path.name != "report.json":
+        return path.read_bytes()
+    return json.dumps({**json.loads(path.read_text()), "config": "", "memory": None, "notes": None}).encode()
 
 
 def of(files: Tree, folder: str) -> Tree:

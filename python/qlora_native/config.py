@@ -23,8 +23,14 @@ from qlora_native.data.formats import FORMATS
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+# Limits of numbers, beyond which sums and products of them do not fit what computes with them.
+Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
+NonNegative = Annotated[int, Field(ge=0, lt=1 << 62)]
+Bytes = Annotated[int, Field(gt=0, lt=1 << 62)]
+Rows = Annotated[int, Field(gt=0, le=1 << 20)]
+Rank = Annotated[int, Field(gt=0, le=1 << 16)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
+Alpha = Annotated[float, Field(gt=-1e30, lt=1e30)]
 
 
 class _Section(BaseModel):
@@ -41,15 +47,15 @@ class DataConfig(_Section):
     train: str | list[str] = Field(
         description="file of training rows (.jsonl, .csv, .parquet), hub id, or list of them"
     )
-    weights: list[Annotated[float, Field(gt=0)]] | None = _key(
-        None, "the files' shares of an epoch; null = every row once"
-    )
+    weights: list[PositiveFloat] | None = _key(None, "the files' shares of an epoch; null = every row once")
     eval: str | None = _key(None, "file of held-out rows; without it eval_fraction of the training rows is held out")
     eval_fraction: float = _key(
         0.05, "share of the training rows to hold out when data.eval is not set; 0 = none", ge=0, lt=1
     )
     format: str = _key("auto", f"layout of a row: {', '.join(FORMATS)}; auto: detected from the first rows")
-    max_length: Positive = _key(1024, "tokens per row at most, longer rows are truncated; memory grows with it")
+    max_length: Positive = _key(
+        1024, "tokens per row at most, longer rows are truncated; memory grows with it", le=1 << 24
+    )
     chat_template: str | None = _key(None, "Jinja template, or a file of it, in place of the tokenizer's")
     train_on: Literal["answers", "all"] = _key("answers", "learn the answers only, or every token of the row")
     packing: bool = _key(
@@ -119,19 +125,21 @@ class QuantConfig(_Section):
 class LoraSection(_Section):
     """The small matrices that are trained."""
 
-    r: Positive = _key(16, "rank; parameters and memory of the adapter grow with it")
-    alpha: float = _key(32.0, "the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0)
+    r: Rank = _key(16, "rank; parameters and memory of the adapter grow with it")
+    alpha: float = _key(
+        32.0, "the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0, lt=1e30
+    )
     dropout: float = _key(0.0, "share of the adapter's inputs dropped in training; helps on small data", ge=0, lt=1)
     target_modules: str | list[str] = _key("all-linear", "names of the layers that get an adapter, or all-linear")
     layers_to_transform: list[NonNegative] | None = _key(
         None, "numbers of the decoder layers that get an adapter, counted from 0; null = all"
     )
-    rank_pattern: dict[str, Positive] = _key(
+    rank_pattern: dict[str, Rank] = _key(
         {}, "other ranks, by the end of a layer's path or a regular expression for it: {down_proj: 32}"
     )
-    alpha_pattern: dict[str, float] = _key({}, "other values of alpha, likewise")
-    lora_plus_ratio: float = _key(
-        1.0, "the learning rate of B as a multiple of train.lr, which A has (LoRA+, Hayou et al., 2024)", gt=0
+    alpha_pattern: dict[str, Alpha] = _key({}, "other values of alpha, likewise")
+    lora_plus_ratio: PositiveFloat = _key(
+        1.0, "the learning rate of B as a multiple of train.lr, which A has (LoRA+, Hayou et al., 2024)"
     )
     modules_to_save: list[str] = _key(
         [], "modules that are trained whole, as fp32 copies, and saved with the adapter: [embed_tokens, lm_head]"
@@ -177,11 +185,11 @@ class LoopSection(_Section):
     """The optimizer, its schedule, and when to evaluate, save and print."""
 
     steps: Positive | None = _key(None, "optimizer steps; give this or epochs")
-    epochs: float | None = _key(None, "passes over the rows; give this or steps (neither: 1 epoch)", gt=0)
-    batch_size: Positive = _key(
+    epochs: float | None = _key(None, "passes over the rows; give this or steps (neither: 1 epoch)", gt=0, le=1e6)
+    batch_size: Rows = _key(
         4, "rows held in memory at once; a step learns from batch_size * grad_accum rows however they are divided"
     )
-    grad_accum: Positive = _key(
+    grad_accum: Rows = _key(
         4, "micro-batches per step; raise it and lower batch_size to save memory without changing the result"
     )
     optimizer: Literal["adamw", "adamw8bit", "lion"] = _key(
@@ -195,15 +203,15 @@ class LoopSection(_Section):
         "true = in the file from the start; false = in memory, whatever happens",
     )
     page_dir: str | None = _key(None, "folder of that file, on a disk; without it output_dir. No file is left behind")
-    page_budget: Positive | None = _key(
+    page_budget: Bytes | None = _key(
         None, "bytes of paged averages that may be in memory at once; without it decided from what is free"
     )
-    lr: float = _key(2e-4, "peak learning rate", gt=0)
+    lr: PositiveFloat = _key(2e-4, "peak learning rate")
     scheduler: Literal["cosine", "linear", "constant"] = _key(
         "cosine", "how the learning rate falls to 0 after the warm-up"
     )
     warmup: float = _key(0.03, "steps over which the learning rate rises; below 1 it is a share of all steps", ge=0)
-    weight_decay: float = _key(0.0, "pull of the adapter towards 0, apart from the gradient's", ge=0)
+    weight_decay: float = _key(0.0, "pull of the adapter towards 0, apart from the gradient's", ge=0, le=1e9)
     betas: tuple[float, float] = _key((0.9, 0.999), "AdamW or Lion betas; lion is usually given [0.9, 0.99]")
     eps: float = _key(1e-8, "added to AdamW's denominator", gt=0)
     clip: float = _key(1.0, "largest norm of a step's gradient; 0 = no clipping", ge=0)
@@ -254,7 +262,7 @@ class TrainConfig(_Section):
         "weights of a 4-bit folder or GGUF file: mapped = used where they lie in its files, which several runs share; "
         "memory = copied; auto = mapped on the CPU",
     )
-    weight_budget: Positive | None = _key(
+    weight_budget: Bytes | None = _key(
         None,
         "bytes of mapped weights that may be in memory at once, the others are read in each pass; without it decided "
         "from what is free",
@@ -292,7 +300,8 @@ class TrainConfig(_Section):
 
     def prepared(self, tokenizer: Any) -> Any:
         """The tokenizer, with the run's tokens and chat template: a text with a brace, or a file."""
-        self.lora.as_config(self.train.seed, tokenizer)
+        with as_user_error():
+            self.lora.as_config(self.train.seed, tokenizer)
         if (given := self.data.chat_template) is not None:
             with reading(Path(given), "expected a Jinja template, or a file of one"):
                 file = None if "{" in given else regular(user_path(given), MAX_BYTES)

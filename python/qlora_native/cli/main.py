@@ -4,7 +4,8 @@ A command is one module in this folder, named like the command, with ``configure
 imported only when it is named. Its heavy imports stand in ``run``: ``--help`` costs the import of torch, which the
 package itself makes, and no more.
 
-Exit codes: 0 success, 2 a user's mistake (one sentence on stderr), 1 a bug (with its trace), 130 stopped by Ctrl-C.
+Exit codes: 0 success, 2 a user's mistake (one sentence on stderr), 1 a bug (with its trace), 130 stopped by Ctrl-C,
+143 by SIGTERM, 129 by SIGHUP.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, NoReturn
 
 from qlora_native import _import_hooks
+from qlora_native._io import say
 from qlora_native._version import __version__
 from qlora_native.cli._run import printable, require
 from qlora_native.errors import UserError
@@ -135,31 +140,63 @@ def _dispatch(argv: Sequence[str]) -> int:
     return _run_command(name, rest)
 
 
+class _Stopped(SystemExit):
+    """By a signal; no KeyboardInterrupt, which ends an answer of `qlora chat` alone."""
+
+
+def _on_signal(number: int, frame: object) -> None:
+    stop = _Stopped(f"stopped by {signal.Signals(number).name}")
+    stop.code = 128 + number
+    raise stop
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, unless they are ignored or handled, raise _Stopped, so that partial files are removed.
+    Not under torchrun, since a process that waits for another one has to end."""
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name, signal.SIGTERM) for name in names]  # Windows has the first alone
+    changed = {number for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    for number in changed if "LOCAL_RANK" not in os.environ else ():
+        signal.signal(number, _on_signal)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: ``sys.argv[1:]``) and return its exit code; a bug propagates, and exits with 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # what its encoding lacks
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they write over their own line
             os.environ.setdefault(name, "1")
     _import_hooks.restore_interrupt()
     warnings.formatwarning = lambda message, category, *_: _line(f"{category.__name__}: {message}") + "\n"
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with _stoppable():
+            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         print(end="", flush=True)  # a full disk is an error here, and nothing at exit
         return code
     except UserError as error:
         return _said(EXIT_USER, *map(str, error.args))
-    except KeyboardInterrupt as stop:
-        return _said(EXIT_INTERRUPTED, str(stop) or "interrupted")
+    except (KeyboardInterrupt, _Stopped) as stop:
+        return _said(getattr(stop, "code", EXIT_INTERRUPTED), str(stop) or "interrupted")
     except BrokenPipeError:
         _drop_output()  # its reader (a pager, `head`) has gone
         return EXIT_OK
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, KeyboardInterrupt):  # which transformers' imports turn
-            cause = cause.__cause__ or cause.__context__  # into an ImportError
+        while cause is not None and not isinstance(cause, (KeyboardInterrupt, _Stopped)):  # which transformers'
+            cause = cause.__cause__ or cause.__context__  # imports turn into an ImportError
         if cause is not None:
-            return _said(EXIT_INTERRUPTED, "interrupted")
+            return _said(getattr(cause, "code", EXIT_INTERRUPTED), "interrupted")
         if not isinstance(error, OSError) or (error.filename is None and error.errno not in _DISK):
             raise
         if error.filename is None:  # of what is open already, such as the output
@@ -182,7 +219,7 @@ MOST_LINES, MOST_CHARACTERS = 40, 800  # of a message: names in files can be meg
 def _said(code: int, *sentences: str) -> int:
     """Print what ended the command, as far as a terminal and its reader can take it, and return the exit code."""
     for sentence in sentences[:MOST_LINES]:
-        print(_line(sentence), file=sys.stderr)
+        say(_line(sentence))
     return code
 
 

@@ -297,7 +297,8 @@ class _Sum:
             attention = _C.causal_attention_scratch_bytes(dtype, shape, True) + ALIGNMENT
         hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
         chunk = chunk_tokens("cpu", vocabulary, self.size, self.tokens)
-        products = [(self.tokens, n, k) for n, k in self.estimator.shapes] + [(chunk, vocabulary, hidden)]
+        tokens = min(self.tokens, 1 << 20)  # more take no more
+        products = [(tokens, n, k) for n, k in self.estimator.shapes] + [(chunk, vocabulary, hidden)]
         most = max(_C.linear_scratch_bytes(dtype, *sizes) for sizes in products)
         return int(max(most, torch.get_num_threads() * THREAD_SCRATCH) + attention)
 

@@ -62,6 +62,7 @@ class _Tensor(NamedTuple):
     shape: torch.Size
     kind: Kind
     rows: Iterator[Tensor]
+    source: Path
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +71,7 @@ class _Tensor(NamedTuple):
 
     def tofile(self, file: BinaryIO) -> None:
         for part in self.rows:
-            check_finite(part, self.name, file.name)
+            check_finite(part, self.name, str(self.source))
             encode(part.float(), self.kind).tofile(file)
 
 
@@ -187,7 +188,7 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
         exponents = torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         factors = config.rope_parameters["rope_theta"] ** -exponents / scaled  # by which llama.cpp divides
-        yield _Tensor("rope_freqs.weight", factors.shape, Kind.F32, iter([factors]))
+        yield _Tensor("rope_freqs.weight", factors.shape, Kind.F32, iter([factors]), work.source.path)
     for step in work.merged_steps():
         if isinstance(step, Converted):
             raise UserError(f"{work.source.path} stores {step.name} in several tensors: merge it to bf16 first.")
@@ -197,7 +198,8 @@ def _tensors(work: Merging, architecture: Architecture, kind: Kind) -> Iterator[
         if name is None:
             raise UserError(f"{work.source.path}: GGUF's {architecture.name} has no place for {step.name}; {_INSTEAD}")
         shape = work.meta.shapes[step.name].shape
-        yield _Tensor(name, shape, _kind_of(name, shape, kind), _rows(work, step, architecture))
+        rows = _rows(work, step, architecture)
+        yield _Tensor(name, shape, _kind_of(name, shape, kind), rows, work.source.path)
 
 
 def _rows(work: Merging, step: Plain | FourBit, architecture: Architecture) -> Iterator[Tensor]:

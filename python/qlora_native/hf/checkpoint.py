@@ -336,12 +336,13 @@ class Output(NamedTuple):
 
 
 class ShardWriter:
-    """One file, written in a ``with`` block. ``write`` appends to a tensor, whatever the order of the tensors.
+    """One file, written in a ``with`` block. ``write`` appends to a tensor, whatever the order of the tensors. Errors
+    name the ``source`` of what is written.
 
     The format has no room between tensors: those of whole cache lines come first and so begin with one.
     """
 
-    def __init__(self, path: Path, outputs: Iterable[Output]) -> None:
+    def __init__(self, path: Path, outputs: Iterable[Output], source: Path | None = None) -> None:
         def place(output: Output) -> tuple[Any, ...]:
             return output.shape is None, output.num_bytes % ALIGNMENT > 0, -output.dtype.itemsize, output.name
 
@@ -356,7 +357,7 @@ class ShardWriter:
         most = sum(output.num_bytes for output in self.outputs)  # no offset has more digits
         longest = self._header({output.name: (most, most + MOST_SHORT_BYTES) for output in self.outputs})
         self._header_bytes = len(longest) + -(8 + len(longest)) % ALIGNMENT
-        self._file = path.open("wb")
+        self._file, self._source = path.open("wb"), source or path
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -375,7 +376,7 @@ class ShardWriter:
     def write(self, name: str, part: Tensor) -> None:
         """The next elements of the tensor, contiguous, in its dtype; all of it for one without a shape. UserError for
         floats that are not finite."""
-        check_finite(part, name, str(self._file.name))
+        check_finite(part, name, str(self._source))
         raw = part.contiguous().view(-1).view(torch.uint8).numpy()
         if name not in self._begin:
             self._begin[name] = self._end

@@ -137,7 +137,7 @@ class Conversion:
             suffix = f"-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else ".safetensors"
             name = WEIGHTS_NAME.replace(".safetensors", suffix)
             outputs = [output for job in jobs for output in job.outputs]
-            with ShardWriter(folder / name, outputs) as writer:
+            with ShardWriter(folder / name, outputs, self.source.path) as writer:
                 for job in jobs:
                     job.write(writer)
             self.report.num_bytes += writer.num_bytes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from qlora_native._io import check_folder, panics_caught, read_json, reading, user_path
+from qlora_native._io import check_folder, panics_caught, read_json, reading, regular, user_path
 from qlora_native.data.readers import fetch_model, hub_id
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
@@ -108,7 +108,7 @@ def _gguf_source(path: Path) -> Source:
         from qlora_native.hf.gguf_source import GgufSource
     except ImportError as error:
         raise UserError(f"{path} needs the package gguf: `pip install gguf` brings it.") from error
-    return GgufSource(path)
+    return GgufSource(regular(path))
 
 
 def open_source(path: str | os.PathLike[str] | Source) -> Source:
@@ -118,7 +118,7 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
     path = user_path(path)
     if not path.exists() and hub_id(path):
         path = fetch_model(str(path))
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         if path.suffix != ".gguf":
             raise UserError(
                 f"{path} is a file: expected a model folder or a .gguf file; give the folder that holds it."
@@ -145,16 +145,20 @@ def open_source(path: str | os.PathLike[str] | Source) -> Source:
 # What transformers makes a list or a module each of, and the most of them; a kernel of the hub, which would be code.
 _COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|blocks?)|block_count")
 MOST_LAYERS = 2048
+_DROPOUT = re.compile("dropout|pdrop|layerdrop")
 _HUB_KERNEL = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 
 def check_config(path: Path, values: dict[str, Any]) -> None:
-    """UserError for numbers of layers that no model has, which would take all memory, and for code of the hub."""
+    """UserError for numbers of layers that no model has, which would take all memory, for shares to drop that are none,
+    and for code of the hub."""
     for key, value in values.items():
         if isinstance(value, dict):
             check_config(path, value)
         elif isinstance(value, int) and _COUNT.fullmatch(key) and not 0 <= value <= MOST_LAYERS:
             raise UserError(f"{path}: {key} is {value:,}: expected 0 to {MOST_LAYERS:,}.")
+        elif type(value) in (int, float) and _DROPOUT.search(key) and not 0 <= value < 1:
+            raise UserError(f"{path}: {key} is {value}: expected 0 or more and less than 1.")
         elif isinstance(value, str) and _HUB_KERNEL.fullmatch(key) and "/" in value:
             raise UserError(f"{path}: {key} is {value!r}, code of a hub, which is not run: expected 'sdpa' or 'eager'.")
 

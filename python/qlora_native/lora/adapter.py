@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_native._io import atomic_file, check_folder, fsync, read_json, reading, reason, user_path
+from qlora_native._native import DTYPE_NUMBER
 from qlora_native.errors import UserError
 from qlora_native.lora.config import INITS, ZERO, LoraConfig
 from qlora_native.lora.layer import (
@@ -301,8 +302,9 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     whole: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        if (".lora_" in name and not tensor.is_floating_point()) or not bool(tensor.isfinite().all()):
-            raise UserError(f"{path}: {key} is {tensor.dtype}, or holds a NaN or an infinity: expected finite floats.")
+        if tensor.dtype not in DTYPE_NUMBER or not bool(tensor.isfinite().all()):
+            what = "finite float32, bfloat16 or float16"
+            raise UserError(f"{path}: {key} is {tensor.dtype}, or holds a NaN or an infinity: expected {what}.")
         if match := _LORA_KEY.fullmatch(name):
             pairs.setdefault(match["path"], {})[match["side"]] = tensor
         elif ".lora_" in name:

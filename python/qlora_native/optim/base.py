@@ -311,14 +311,24 @@ class Optimizer(PagedStates, torch.optim.Optimizer):
                     f"{', '.join(sorted(given)) or 'nothing'}, {name} {None if shape is None else list(shape)}: "
                     "expected the states of this optimizer, of the parameter's shape."
                 )
+        blocks = (-(-part_of(param).numel() // reference.STATE_BLOCK),)
         for name, value in given.items():
-            wrong = ""
-            if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
+            wrong, is_tensor, is_scale = "", isinstance(value, Tensor), name.endswith("_absmax")
+            code = self._moments.get(name) if f"{name}_absmax" in given else None
+            if is_tensor and (value.layout != torch.strided or value.is_meta):
                 wrong = f"is on {value.device} as {value.layout}: expected a dense tensor with values"
-            elif isinstance(value, Tensor) and not reference.is_finite(value):
+            elif name == "step" and not (float(value).is_integer() and 0 <= float(value) < 1 << 31):
+                wrong = f"is {float(value)}: expected a whole number from 0 up to, not including, 2^31"
+            elif is_scale and getattr(value, "shape", None) != blocks:
+                wrong = f"is no tensor of {blocks[0]} numbers: expected one for {reference.STATE_BLOCK} codes"
+            elif (
+                name != "step" and is_tensor and value.dtype not in (_native.DTYPE_NUMBER if code is None else (code,))
+            ):
+                wrong = f"is {value.dtype}: expected {code or 'float32, bfloat16 or float16'}"
+            elif is_tensor and not reference.is_finite(value):
                 wrong = "holds a NaN or an infinity: expected finite numbers"
-            elif name == "step" and not 0 <= float(value) < math.inf:
-                wrong = f"is {float(value)}: expected 0 or more"
+            elif (is_scale or self._moments.get(name) == torch.uint8) and value.numel() and value.min() < 0:
+                wrong = f"holds {float(value.min()):g}: expected 0 or more"
             if wrong:
                 raise ValueError(f"{type(self).__name__}: {name} of a parameter {list(param.shape)} {wrong}.")
         return given

@@ -173,7 +173,9 @@ class Trainer:
 
         # Model and optimizer.
         longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
-        memory = MemoryReport(config, source, longest) if source is not None and not ranks.is_sharded else None
+        memory = None
+        if source is not None and not ranks.is_sharded:
+            memory = MemoryReport(config, source, longest, len(rows))
         budget = None if memory is None else memory.layers_budget
         options_of_it: dict[str, Any] = {"source": source, "tokenizer": self.tokenizer, "layers_budget": budget}
         self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it, quiet=self.quiet)

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,9 +36,9 @@ def anonymous_bytes(status: str) -> tuple[int, int]:
 
 
 class MemoryReport:
-    """Made before the model is loaded; :meth:`line` is for the end of the run. ``longest`` row in tokens."""
+    """Made before the model is loaded; :meth:`line` is for the end of the run. ``longest`` of ``rows`` in tokens."""
 
-    def __init__(self, config: TrainConfig, source: Source, longest: int) -> None:
+    def __init__(self, config: TrainConfig, source: Source, longest: int, rows: int = 1 << 20) -> None:
         from qlora_native.estimate import Estimator, Setting
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +47,8 @@ class MemoryReport:
         self.reason = ""
         self.mapped = 0  # bytes of the weights that lie in mapped files
         try:
-            estimator = Estimator(source, Setting.from_config(config, self.device))
+            setting = Setting.from_config(config, self.device)
+            estimator = Estimator(source, replace(setting, batch_size=min(setting.batch_size, rows)))
             length = -(-longest // 8) * 8  # as collate pads
             self.predicted = estimator.at(length=length)
             if self.device == "cuda":

@@ -56,12 +56,21 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``, without an incomplete last one of a killed run; empty if there is no file."""
+    """The lines of a ``metrics.jsonl`` that hold a step and its numbers or answers, which an incomplete last one of a
+    killed run does not; empty if there is no file."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+        with suppress(ValueError, RecursionError, AttributeError):
+            line = json.loads(text)
+            numbers = {key: value for key, value in line.items() if value is not None}
+            answers = numbers.pop("samples", [])
+            if type(numbers.get("step")) is int and type(answers) is list and all(map(_is_number, numbers.values())):
+                lines.append(line)
     return lines
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def plot_losses(output_dir: Path) -> None:
@@ -220,7 +229,8 @@ class RunPage:
         self._notes: list[dict[str, Any]] = []
         with suppress(Exception):  # a new run has none, and a damaged file costs its notes alone
             earlier = read_json(folder / "report.json")["notes"] if folder is not None and step() else []
-            self._notes = [note for note in earlier if note["step"] <= step()]
+            kept = [(int(note["step"]), str(note["text"])) for note in earlier if 0 <= note["step"] <= step()]
+            self._notes = [{"step": number, "text": text} for number, text in kept]
 
     def note(self, text: str) -> None:
         """Print one line, and list it among the run's events."""
