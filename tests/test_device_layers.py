@@ -289,8 +289,8 @@ def test_a_run_that_does_not_fit_streams_by_itself(
         with monkeypatch.context() as patch, emulated_torch.streams(emulator):
             make_report = memory.MemoryReport.__init__
 
-            def small(report: Any, config: TrainConfig, source: Any, longest: int) -> None:
-                make_report(report, config, source, longest)
+            def small(report: Any, config: TrainConfig, source: Any, *sizes: int) -> None:
+                make_report(report, config, source, *sizes)
                 estimator = Estimator(source, Setting.from_config(config, "cuda"))
                 estimate = estimator.at(cuda_graph=False, length=8)
                 layers = sum(unit.num_bytes for unit in device_layers.layer_units(estimator.modules))

@@ -344,7 +344,8 @@ def test_a_signal_leaves_nothing_half_written(
 def test_output_that_cannot_be_written(sound: Path, tmp_path: Path, where: str) -> None:
     """A sentence that is lost changes neither the exit code nor the files."""
     code = "import sys\nfrom qlora_native.cli.main import main\n"
-    code += "sys.exit(main(sys.argv[1:4]) * 10 + main(['quantize', *sys.argv[2:]]))"
+    code += "code = main(sys.argv[1:4]) * 10\nprint('a library says', file=sys.stderr)\n"
+    code += "sys.exit(code + main(['quantize', *sys.argv[2:]]))"
     words = [sys.executable, "-c", code, "trian", str(sound / "model"), "--out", str(tmp_path / "out")]
     done = subprocess.run(["bash", "-c", f'"$@" {where}', "-", *words])
     assert done.returncode == 20 and (tmp_path / "out" / WEIGHTS).is_file()

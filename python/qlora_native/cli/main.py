@@ -140,6 +140,19 @@ def _dispatch(argv: Sequence[str]) -> int:
     return _run_command(name, rest)
 
 
+class _Lossy(io.TextIOWrapper):
+    """A stderr that may be full or closed: what a library says there ends no command."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
 class _Stopped(SystemExit):
     """By a signal; no KeyboardInterrupt, which ends an answer of `qlora chat` alone."""
 
@@ -172,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
+        sys.stderr = _Lossy(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # what its encoding lacks
     if not sys.stderr.isatty():

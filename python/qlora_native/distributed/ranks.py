@@ -18,6 +18,7 @@ import torch.distributed as dist
 from qlora_native.distributed import Items, OneProcess, RankLost, restarts
 from qlora_native.errors import UserError
 
+JOINING = 60  # seconds at least until a process that has not joined counts as lost: its imports take some
 # Words of gloo's and NCCL's errors when another process does not take part in a collective.
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe|peer", re.IGNORECASE)
 
@@ -91,7 +92,8 @@ def join(mode: str, rank_timeout: float) -> Iterator[Ranks]:
         has_gpu, timeout = torch.cuda.is_available(), timedelta(seconds=rank_timeout)
         if has_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        joining = timedelta(seconds=max(rank_timeout, JOINING))
+        store, rank, world = next(dist.rendezvous("env://", timeout=joining))
         # torchrun keeps one store over restarts, with the addresses of processes that are gone in it.
         store = dist.PrefixStore(f"qlora_native/attempt_{restarts()}", store)
         backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
