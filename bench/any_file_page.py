@@ -6,12 +6,13 @@ python bench/any_file_page.py --check      # exit status 1 if docs/any-file.md d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pages import RESIDENCY, Result, between, results_of, side_by_side, table, write_or_check
-from readme import about, met_bars, number
+from pages import RESIDENCY, Result, results_of, rewritten, side_by_side, table, write_or_check
+from readme import about, met_bars, number, spread
 
 PAGE = Path(__file__).parents[1] / "docs/any-file.md"
 HEAD = ["shape, file", "disk reads", "memory", "CPU, tokens a step", "peak RSS", "tokens/s", "bars"]
@@ -99,11 +100,6 @@ def gguf() -> list[str]:
     ]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Median and quartiles of a ratio."""
-    return f"{values[1]:.2f} ({values[0]:.2f}-{values[2]:.2f})"
-
-
 def formats(rows: Iterable[Result], many: list[int]) -> Iterable[list[str]]:
     """A line for each format."""
     found = {(row["type"], row["m"], row["direction"]): row for row in rows}
@@ -119,21 +115,7 @@ def formats(rows: Iterable[Result], many: list[int]) -> Iterable[list[str]]:
         yield cells
 
 
-BLOCKS = {"residency": residency, "gguf": gguf}
-
-
-def page(text: str) -> str:
-    """The page with its tables rewritten."""
-    for name, lines in BLOCKS.items():
-        begin, end = (f"<!-- bench/any_file_page.py {name} {word} -->" for word in ("begins", "ends"))
-        text = between(text, begin, end, lines())
-    return text
-
-
-def main() -> None:
-    """Write or check."""
-    write_or_check(__doc__, PAGE, page, "bench/results")
-
+page = partial(rewritten, "any_file_page.py", {"residency": residency, "gguf": gguf})
 
 if __name__ == "__main__":
-    main()
+    write_or_check(__doc__, PAGE, page, "bench/results")

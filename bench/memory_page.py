@@ -7,9 +7,10 @@ python bench/memory_page.py --check      # exit status 1 if docs/memory.md has o
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from pages import between, results_of, side_by_side, table, write_or_check
+from pages import results_of, rewritten, side_by_side, table, write_or_check
 
 PAGE = Path(__file__).parents[1] / "docs/memory.md"
 GIB = 1 << 30
@@ -104,21 +105,7 @@ def streamed() -> list[str]:
     ]
 
 
-BLOCKS = {"measured": measured, "saved": saved, "streamed": streamed}
-
-
-def page(text: str) -> str:
-    """The page with its tables rewritten."""
-    for name, lines in BLOCKS.items():
-        begin, end = (f"<!-- bench/memory_page.py {name} {word} -->" for word in ("begins", "ends"))
-        text = between(text, begin, end, lines())
-    return text
-
-
-def main() -> None:
-    """Write or check."""
-    write_or_check(__doc__, PAGE, page, "bench/results")
-
+page = partial(rewritten, "memory_page.py", {"measured": measured, "saved": saved, "streamed": streamed})
 
 if __name__ == "__main__":
-    main()
+    write_or_check(__doc__, PAGE, page, "bench/results")

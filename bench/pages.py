@@ -56,6 +56,14 @@ def between(text: str, begin: str, end: str, lines: Iterable[str]) -> str:
     return before + "\n".join([begin, "", *lines, end]) + after
 
 
+def rewritten(script: str, blocks: Mapping[str, Callable[[], Iterable[str]]], text: str) -> str:
+    """``text``, a page in which each block of the script is between marks of its own, with them made anew."""
+    for name, lines in blocks.items():
+        begin, end = (f"<!-- bench/{script} {name} {word} -->" for word in ("begins", "ends"))
+        text = between(text, begin, end, lines())
+    return text
+
+
 def write_or_check(about: str | None, page: Path, make: Callable[[str], str], source: str) -> None:
     """The command line: ``--write``, or ``--check``, which ends the script, with exit status 1 if the page is stale.
 

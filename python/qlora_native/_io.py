@@ -76,14 +76,7 @@ def panics_caught() -> Iterator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
             file.seek(0)
-            with suppress(OSError):
-                sys.stderr.write("" if panicked else file.read().decode(errors="replace"))
-
-
-def say(text: str) -> None:
-    """Print a line on stderr, unless nobody can read it there: of a full disk, of a terminal that is gone."""
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+            sys.stderr.write("" if panicked else file.read().decode(errors="replace"))
 
 
 def regular(path: Path, most: int | None = None) -> Path:

@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from qlora_native._io import as_user_error, say, user_path
+from qlora_native._io import as_user_error, user_path
 from qlora_native.cli._run import has_rich_terminal, printable
 from qlora_native.cli._weights import DTYPES, add_quantizing, as_trained
 
@@ -167,11 +168,12 @@ def run(args: argparse.Namespace) -> int:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_tokens)
         tokenizer = load_tokenizer(str(args.model), args.adapter)
         device = "cuda" if torch.cuda.is_available() else None
+        note = partial(print, file=sys.stderr)
         options = as_trained(args, rounds=True) | ({} if args.dtype is None else {"dtype": getattr(torch, args.dtype)})
-        model: Any = load_to_device(args.model, device=device, note=say, **options)
+        model: Any = load_to_device(args.model, device=device, note=note, **options)
         if args.adapter:
             qn.load_adapter(model, args.adapter)
-        stream_if_needed(model, None, BESIDE, say)
+        stream_if_needed(model, None, BESIDE, note)
     model.eval()
     chat = Chat(model, tokenizer, sampling, args.system, bool(args.adapter))
     show = show_side_by_side if has_rich_terminal() and args.adapter else show_in_turn

@@ -8,7 +8,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from qlora_native._io import as_user_error, as_write_error, say, user_path
+from qlora_native._io import as_user_error, as_write_error, user_path
 from qlora_native.cli._run import refuse_existing, require
 from qlora_native.cli.estimate import card_bytes, size
 from qlora_native.data.readers import hub_id
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         named += [("data.chat_template", "" if "{" in template else template)]
         missing = [(key, path) for key, path in named if path not in {"", *on_hub} and not user_path(path).exists()]
         for path in on_hub:
-            say(f"read from the hub: {path}")
+            print(f"read from the hub: {path}", file=sys.stderr)
         if missing:
             raise UserError(*(f"{args.name}: {key} is {path}, which is not there" for key, path in missing))
         sys.stdout.write(config.to_yaml())

@@ -24,7 +24,6 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple, NoReturn
 
 from qlora_native import _import_hooks
-from qlora_native._io import say
 from qlora_native._version import __version__
 from qlora_native.cli._run import printable, require
 from qlora_native.errors import UserError
@@ -234,7 +233,7 @@ MOST_LINES, MOST_CHARACTERS = 40, 800  # of a message: names in files can be meg
 def _said(code: int, *sentences: str) -> int:
     """Print what ended the command, as far as a terminal and its reader can take it, and return the exit code."""
     for sentence in sentences[:MOST_LINES]:
-        say(_line(sentence))
+        print(_line(sentence), file=sys.stderr)
     return code
 
 

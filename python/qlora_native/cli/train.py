@@ -9,7 +9,6 @@ import sys
 import typing
 from typing import Any, Literal
 
-from qlora_native._io import say
 from qlora_native.cli._run import missing_packages
 
 
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         Trainer(config).train()
     except RankLost as lost:
         if str(lost):
-            say(f"qlora: {lost}")
+            print(f"qlora: {lost}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # threads of the backend that still wait for the lost process can abort or hang a normal exit
     return 0

@@ -22,7 +22,7 @@ from qlora_native.lora.adapter import StoredAdapter
 from qlora_native.weight import from_bnb
 
 SAMPLE_ROWS, SAMPLE_TOKENS = 4, 128
-AS_TRAINED = 0.01  # nats a token; rounding a merge into NF4 to nearest costs some 0.1, and to 16 bits 0.0002
+AS_TRAINED = 0.01  # nats a token; on one run a merge over the 4-bit base was 0.0002 away, over the original 2.5
 HELD_OUT_ROWS, HELD_OUT_TOKENS = 64, 512
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and the dog, which has seen this before, sleeps on.",

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_native import _C
-from qlora_native._io import say
 from qlora_native._memory import trim_heap
 from qlora_native.errors import UserError
 from qlora_native.hf import fuse as fusion
@@ -321,7 +320,7 @@ def layer_progress(*, quiet: bool = False) -> Iterator[Progress]:
         elif bar is not None:
             bar.console.print(text, markup=False, highlight=False)
         elif not quiet and (not is_layer or done == total or done % max(1, total // 8) == 0):
-            say(f"calibrating: {text}" if is_layer else text)
+            print(f"calibrating: {text}" if is_layer else text, file=sys.stderr, flush=True)
 
     with nullcontext() if bar is None else bar:
         yield show

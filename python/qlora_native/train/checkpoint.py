@@ -14,6 +14,7 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,6 @@ from qlora_native._io import (
     read_json,
     reading,
     remove_folder,
-    say,
     user_path,
 )
 from qlora_native.config import LoraSection, TrainConfig, read_yaml
@@ -249,7 +249,7 @@ class StopRequest:
             for descriptor in self._terminals:  # gone: what is printed from now on would be an OSError
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if self._ranks.is_first:
-            say("\nfinishing this step and saving; press Ctrl-C again to stop at once")
+            print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -176,7 +176,7 @@ class Trainer:
         memory = None
         if source is not None and not ranks.is_sharded:
             memory = MemoryReport(config, source, longest, len(rows))
-        budget = None if memory is None else memory.layers_budget
+        budget = memory.layers_budget if memory is not None and ranks.world == 1 else None
         options_of_it: dict[str, Any] = {"source": source, "tokenizer": self.tokenizer, "layers_budget": budget}
         self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it, quiet=self.quiet)
         optimizer = make_optimizer(options, parameter_groups(model, config.lora.lora_plus_ratio), self.output_dir)
