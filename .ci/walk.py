@@ -42,7 +42,6 @@ class Walk:
             edited = edited.replace("pip install '.[", f"pip install '{self.wheel}[")
         print(f"$ {edited}", flush=True)
         environment = {"PATH": self.path, "HOME": str(self.folder), "COLUMNS": "80"}
-        environment["OMP_WAIT_POLICY"] = "passive"  # else Python warns where other programs use the CPUs
         environment |= {name: value for name, value in _kept().items() if name not in environment}
         done = subprocess.run(
             ["bash", "-c", edited], cwd=self.clone, env=environment, input=code, capture_output=True, text=True

@@ -2,8 +2,8 @@
 
     python bench/bench_busy.py --json
 
-Threads that have nothing to do: ours spin 1,000 turns and sleep (what the commands set), passive sleep at once
-(OMP_WAIT_POLICY=passive), libgomp spin 300,000 turns (its default). One process each, in turns; the time is that of a
+Threads that have nothing to do: ours sleep while threads wait for a CPU and else spin, passive always sleep
+(OMP_WAIT_POLICY=passive), libgomp's spin 300,000 turns, its default. One process each, in turns; the time is that of a
 step, the median of a run without its first. All must make the same adapter.
 """
 

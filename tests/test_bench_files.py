@@ -102,4 +102,4 @@ def test_every_gguf_format_has_a_row_for_each_product(tmp_path: Path, monkeypatc
     rows["q4_0", 1, "forward"]["ours_over"]["ggml"] = [0.5, 0.8, 1.0]
     lines = list(any_file_page.formats(result["rows"], [64]))
     assert len(lines) == len(bench_gguf.GGUF_TYPES) and {len(line) for line in lines} == {5}
-    assert next(line for line in lines if line[0] == "Q4_0")[2] == "1.25 (1.00-2.00)"
+    assert next(line for line in lines if line[0] == "Q4_0")[2] == "1.25 (1-2)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,16 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import qlora_native as qn
-from qlora_native import _import_hooks
-from qlora_native._import_hooks import SPINS, WAITING
-from qlora_native.ops import _library
+from qlora_native import _import_hooks, _threads
+from qlora_native._threads import CHOSEN
 
 M, N, K, R = 96, 320, 512, 8  # of which several threads take parts
 needs_forks = pytest.mark.skipif(sys.platform != "linux", reason="forks, and threads in /proc, are Linux's")
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
+def _three_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -175,28 +173,37 @@ def test_a_spawned_process_gives_the_same_bytes() -> None:
     assert found == results(w)
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """That of this process without what says how threads wait; libgomp prints what it reads."""
-    kept = {name: value for name, value in os.environ.items() if name not in WAITING}
-    return {**kept, "OMP_DISPLAY_ENV": "verbose", **changes}
+# Prints how often threads went to sleep in 2,000 small sums, first while one is said to wait for a CPU, then not.
+SLEEPS = """
+import resource, time, torch
+from qlora_native import _threads
+torch.set_num_threads(2)
+busy, x = [True], torch.zeros(1 << 17)
+_threads.SECONDS, _threads._waited = 0.01, lambda: {"1": time.monotonic() * busy[0]}
+_threads.sleep_while_busy()
+for busy[0] in (True, False):
+    time.sleep(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    for _ in range(2000):
+        x.add_(1)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before)
+"""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
-@pytest.mark.parametrize(
-    ("words", "given", "spins"),
-    [
-        (["-m", "qlora_native"], {}, str(SPINS)),
-        pytest.param(["-m", "qlora_native"], {"OMP_WAIT_POLICY": "passive"}, "0", marks=pytest.mark.long),
-        pytest.param(["-m", "qlora_native"], {"GOMP_SPINCOUNT": "77"}, "77", marks=pytest.mark.long),
-        (["-c", "import qlora_native"], {}, "300000"),
-    ],
-)
-def test_a_command_has_threads_that_spin_briefly(words: list[str], given: dict[str, str], spins: str) -> None:
+@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() == 1, reason="libgomp is Linux's, and needs two CPUs")
+def test_threads_sleep_while_other_programs_want_the_cpus() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in CHOSEN}
     done = subprocess.run(
-        [sys.executable, *words, "--version"], capture_output=True, text=True, env=environment(**given)
+        [sys.executable, "-c", SLEEPS], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
-    assert done.returncode == 0 and found == [spins], done.stderr
+    busy, idle = map(int, done.stdout.split())
+    assert busy > 1000 > 2 * idle
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_how_long_threads_have_waited_is_read() -> None:
+    waited = _threads._waited()
+    assert str(threading.get_native_id()) in waited and all(seconds >= 0 for seconds in waited.values())
 
 
 @pytest.mark.parametrize(
@@ -214,38 +221,27 @@ def test_the_script_is_a_command(words: list[str], expected: bool, monkeypatch: 
     assert _import_hooks._is_command() is expected
 
 
-def put_load(monkeypatch: pytest.MonkeyPatch, load: float, **given: str) -> None:
-    """A machine of two CPUs with this load, in a process that has not warned yet."""
-    for name in WAITING:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(_library, "_warned", set())
-
-
 @pytest.mark.parametrize(
-    ("load", "given", "warns"), [(3.5, {}, True), (1.9, {}, False), (3.5, {WAITING[0]: "x"}, False)]
+    ("chosen", "threads", "expected"), [({}, 2, 1), ({CHOSEN[0]: "x"}, 2, 0), ({CHOSEN[1]: "9"}, 2, 0), ({}, 1, 0)]
 )
-def test_the_library_warns_once_on_a_busy_machine(
-    load: float, given: dict[str, str], warns: bool, monkeypatch: pytest.MonkeyPatch
+def test_loading_looks_at_the_cpus_once(
+    chosen: dict[str, str], threads: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_load(monkeypatch, load, **given)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            _library.warn_if_busy()
-    assert len(caught) == warns and all("OMP_WAIT_POLICY" in str(warning.message) for warning in caught)
-
-
-def test_loading_warns_on_a_busy_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tiny_models.save(tmp_path, num_hidden_layers=1)
+    for name in CHOSEN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    torch.set_num_threads(threads)
+    started: list[object] = []
+    monkeypatch.setattr(_threads, "_watch", lambda: started.append(1))
     theirs = partial(AutoModelForCausalLM.from_pretrained, quantization_config=qn.QLoRANativeConfig())
     for load in (qn.load_model, theirs):
-        put_load(monkeypatch, 3.5)
-        with pytest.warns(UserWarning, match="OMP_WAIT_POLICY=passive"):
-            load(folder)
+        _threads._start.cache_clear()
+        load(folder)
+        _threads.sleep_while_busy()
+        assert len(started) == expected
+        started.clear()
+    _threads._start.cache_clear()

@@ -1,12 +1,8 @@
-"""What is done while modules are imported: registering with them, stopping on Ctrl-C, and how long threads spin.
+"""What is done while modules are imported: registering with them, and stopping on Ctrl-C.
 
 Our classes enter the registries of transformers, PEFT and TRL as soon as these are imported, without importing them.
 Ctrl-C while a command imports torch and transformers, which takes seconds and turns a KeyboardInterrupt on the way into
 errors of their own, ends it with one line and no stack trace.
-
-Threads of OpenMP spin while they wait for each other, by default so long that beside another program most of the time
-of the CPUs is lost. A command, which has them to itself, sets a shorter time before torch is imported; of a library
-that would be too much, which warns instead.
 """
 
 from __future__ import annotations
@@ -97,14 +93,6 @@ def restore_interrupt() -> None:
     if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # libgomp reads them once, when torch loads it
-# Measured: on an idle machine 300 slow a small model's step down by 12 %, 1,000 by 1 to 3 %; beside a program on each
-# core they are no slower than none. libgomp's default is 300,000.
-SPINS = 1000
-
-if _is_command() and not any(name in os.environ for name in WAITING):
-    os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     with suppress(ValueError):  # not in the main thread

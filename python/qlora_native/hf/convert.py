@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qlora_native._io import read_json
+from qlora_native._threads import sleep_while_busy
 from qlora_native.data.template import TEMPLATE
 from qlora_native.errors import UserError
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, is_transposed, join
@@ -94,6 +95,7 @@ class Conversion:
     def __init__(
         self, source: Source, target: str, dtype: torch.dtype, options: dict[str, Any], skip_modules: tuple[str, ...]
     ) -> None:
+        sleep_while_busy()
         self.source, self.target, self.dtype, self.options = source, target, dtype, options
         self.adapter_folder: Path | None = None  # of what is merged, with its chat template
         self.meta = MetaModel(source.config, dtype, torch.device("cpu"))

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qlora_native import _C
 from qlora_native._memory import trim_heap
+from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
 from qlora_native.hf import fuse as fusion
 from qlora_native.hf.build import DTYPES, OUTPUT_EMBEDDING, MetaModel, four_bit_parts
@@ -26,7 +27,6 @@ from qlora_native.hf.checkpoint import FileMap, mapped_part, some_of
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.source import AUTO, KEEP, SafetensorsSource, Source, open_source
 from qlora_native.nn.experts import without_stacks
-from qlora_native.ops._library import warn_if_busy
 from qlora_native.weight import CALIBRATED, METHODS, TENSOR_FIELDS, QuantizedWeight, quantize
 
 RESIDENCIES = ("auto", "mapped", "memory")
@@ -175,7 +175,7 @@ def load_model(
     options: dict[str, Any] = {"quant_type": rounded, "block_size": block_size, "double_quant": double_quant}
     quantize(torch.zeros(1), **options)  # refuses wrong options before minutes of reading
 
-    warn_if_busy()
+    sleep_while_busy()
     began = time.monotonic()
     target = torch.get_default_device() if device is None else torch.device(device)
     source = open_source(path)

@@ -15,6 +15,7 @@ from transformers.integrations import is_fsdp_enabled
 from transformers.quantizers.base import HfQuantizer
 
 from qlora_native._memory import trim_heap
+from qlora_native._threads import sleep_while_busy
 from qlora_native.errors import UserError
 from qlora_native.hf.build import OUTPUT_EMBEDDING, HeapTrimmer, four_bit_weights, kept_in_fp32, put_dense, put_four_bit
 from qlora_native.hf.checkpoint import first_sentence, read_header
@@ -23,7 +24,6 @@ from qlora_native.hf.load import make_report
 from qlora_native.hf.plan import SCALE_SUFFIX, STATE_MARK, unscaled
 from qlora_native.nn.experts import STACKS, QuantizedExperts, quantized_stacks, take_stack, without_stacks
 from qlora_native.nn.linear import QuantizedLinear
-from qlora_native.ops._library import warn_if_busy
 from qlora_native.weight import QuantizedWeight, bnb_state_key, from_bnb, quantize
 
 # How the names of the parts of a 4-bit weight end.
@@ -84,7 +84,7 @@ class QLoRANativeQuantizer(HfQuantizer):
                 "together: load it with qlora_native.load_model."
             )
         skip = (OUTPUT_EMBEDDING,) if config.skip_modules is None else config.skip_modules
-        warn_if_busy()
+        sleep_while_busy()
         self._weights = four_bit_weights(model, skip, config.block_size, self._in_fp32)
 
     def get_quantize_ops(self) -> ConversionOps:

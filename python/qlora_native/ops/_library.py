@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import platform
 import sys
 import threading
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from qlora_native import _C
-from qlora_native._import_hooks import WAITING
 from qlora_native._native import DTYPE_NUMBER
 from qlora_native.ops._operands import NESTED_BLOCK as NESTED_BLOCK
 from qlora_native.ops._operands import Weight as Weight
@@ -221,18 +219,6 @@ def say_once(sentence: str) -> None:
     if sentence not in _warned:
         _warned.add(sentence)
         warnings.warn(sentence, stacklevel=3)
-
-
-def warn_if_busy() -> None:
-    """Warn, once a process, where other programs use the CPUs and threads that wait for each other spin."""
-    is_spinning = not any(name in os.environ for name in WAITING) and torch.get_num_threads() > 1
-    if torch.cuda.is_available() or not is_spinning or not hasattr(os, "getloadavg"):
-        return
-    if os.getloadavg()[0] - 1 > (os.cpu_count() or 1) / 2:
-        say_once(
-            "Other programs use the CPUs of this machine, beside which threads that spin while they wait for others "
-            "are several times slower: set OMP_WAIT_POLICY=passive before Python starts."
-        )
 
 
 @cache
