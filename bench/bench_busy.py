@@ -3,8 +3,9 @@
     python bench/bench_busy.py --json
 
 Threads that have nothing to do: ours sleep while threads wait for a CPU and else spin, passive always sleep
-(OMP_WAIT_POLICY=passive), libgomp's spin 300,000 turns, its default. One process each, in turns; the time is that of a
-step, the median of a run without its first. All must make the same adapter.
+(OMP_WAIT_POLICY=passive), libgomp's spin 300,000 turns, its default. Busy: one process each, in turns; the time is that
+of a step, the median of a run without its first, and all must make the same adapter. Idle: one process, whose CPUs are
+looked at in every second step.
 """
 
 from __future__ import annotations
@@ -22,24 +23,30 @@ from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import yaml
+from ceilings import ceilings
 from common import Bar, add_json, line, machine, timings, write_json
 
+from qlora_native import _threads
 from qlora_native.cli.demo_model import model_file
+from qlora_native.config import TrainConfig
 from qlora_native.data.standard_library import write_split
+from qlora_native.train.loop import Trainer
 
 THREADS = {"ours": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "libgomp": {"GOMP_SPINCOUNT": "300000"}}
-BARS = {"busy": [Bar("passive", 0.8, faster=True)], "idle": [Bar("libgomp", 0.97, faster=True)]}
-SET_BY_US = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def config(folder: Path, steps: int, **data: Any) -> dict[str, Any]:
+    """One of SmolLM2-135M, with rows of at most 128 tokens."""
+    train = {"steps": steps, "batch_size": 1, "save_every": 0, "eval_every": 0, "log_every": steps}
+    data |= {"train": str(folder / "data" / "train.jsonl"), "eval_fraction": 0, "max_length": 128}
+    return {"model": str(model_file()), "output_dir": str(folder / "out"), "data": data, "train": train}
 
 
 def run(folder: Path, settings: dict[str, str], steps: int) -> tuple[float, bytes]:
-    """Seconds of a step, and the adapter, of one run of SmolLM2-135M with rows of 128 tokens."""
-    train = {"steps": steps, "batch_size": 1, "save_every": 0, "eval_every": 0, "log_every": steps}
-    data = {"train": str(folder / "data" / "train.jsonl"), "eval_fraction": 0, "max_length": 128}
+    """Seconds of a step, and the adapter, of one run."""
     out = folder / "out"
-    values = {"model": str(model_file()), "output_dir": str(out), "data": data, "train": train}
-    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name not in SET_BY_US} | settings
+    (folder / "config.yaml").write_text(yaml.safe_dump(config(folder, steps)), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name not in _threads.CHOSEN} | settings
     command = [sys.executable, "-m", "qlora_native", "train", str(folder / "config.yaml")]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = [json.loads(text) for text in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -49,38 +56,58 @@ def run(folder: Path, settings: dict[str, str], steps: int) -> tuple[float, byte
     return median(seconds[1:]), adapter
 
 
-def row(state: str, repeats: int, steps: int) -> dict[str, Any]:
-    """All three in turns, beside a program on every core where the state is busy."""
+def busy(folder: Path, repeats: int, steps: int) -> dict[str, Any]:
+    """All three in turns, beside a program on every core."""
     seconds: dict[str, list[float]] = {name: [] for name in THREADS}
     adapters = set()
-    with ExitStack() as stack, TemporaryDirectory() as name:
-        folder = Path(name)
-        write_split(folder / "data", 400, 1)
-        for _ in range((os.cpu_count() or 1) * (state == "busy")):
+    with ExitStack() as stack:
+        for _ in range(os.cpu_count() or 1):
             other = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
             stack.callback(other.kill)
         for number in range(repeats):
             for threads, settings in THREADS.items():
-                if threads == "libgomp" and state == "busy" and number:
+                if threads == "libgomp" and number:
                     continue  # each waits for the other's turn to end
                 took, adapter = run(folder, settings, steps)
                 seconds[threads].append(took)
                 adapters.add(adapter)
-    load = os.getloadavg()[0]
-    return {"state": state, "load": round(load, 1), "match": len(adapters) == 1, **timings(seconds, BARS[state])}
+    return {"match": len(adapters) == 1, **timings(seconds, [Bar("passive", 0.8, faster=True)])}
+
+
+def idle(folder: Path, steps: int) -> dict[str, Any]:
+    """Steps of one process; in every second one the threads are said to wait no longer than before."""
+    seconds: dict[str, list[float]] = {"ours": [], "libgomp": []}
+    look = _threads._waited
+
+    def next_step(record: dict[str, Any]) -> None:
+        is_odd = record["step"] % 2 == 1
+        if record["step"] > 1:
+            seconds["libgomp" if is_odd else "ours"].append(record["seconds"])
+        now = look()
+        _threads._waited = look if is_odd else lambda: now
+
+    values = config(folder, steps, packing=True)  # every step of as many tokens
+    Trainer(TrainConfig.model_validate(values), on_step=next_step, quiet=True).train()
+    return {"match": None, "same_adapter": None, **timings(seconds, [Bar("libgomp", 0.97, faster=True)])}
 
 
 def main() -> None:
     """Parse, run, print one line a row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="of a run beside others; five times as many if idle")
+    parser.add_argument("--states", nargs="+", choices=("busy", "idle"), default=["idle", "busy"])
     add_json(parser)
     arguments = parser.parse_args()
-    found: dict[str, Any] = {"bench": "busy", "machine": machine(), "rows": []}
-    for state in BARS:
-        found["rows"].append(row(state, arguments.repeats, arguments.steps))
-        print(line(found["rows"][-1], "state", "load"), flush=True)
+    found: dict[str, Any] = {"bench": "busy", "machine": machine(), "ceilings": ceilings(), "rows": []}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_split(folder / "data", 400, 1)
+        for state in arguments.states:
+            steps = arguments.steps
+            measured = busy(folder, arguments.repeats, steps) if state == "busy" else idle(folder, 5 * steps + 1)
+            found["rows"].append({"state": state, "load": round(os.getloadavg()[0], 1), **measured})
+            print(line(found["rows"][-1], "state", "load"), flush=True)
     write_json(arguments.json, found)
 
 

@@ -107,7 +107,7 @@ def line(row: dict[str, Any], *keys: str) -> str:
     for bar in row["bars"]:
         state = {True: "met", False: "MISSED", None: "not measured"}[bar["met"]]
         words.append(f"[{bar['value']} {bar['measure']} of {bar['rival']}, bar {bar['bar']}: {state}]")
-    if not row["match"]:
+    if row["match"] is False:
         words.append("NO MATCH")
     return "  ".join(words)
 
