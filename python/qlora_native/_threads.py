@@ -1,7 +1,7 @@
 """Lets OpenMP's threads sleep, in place of spinning, while other programs want the CPUs.
 
 By default libgomp's threads spin 300,000 turns while they wait for each other: on an idle machine that is faster than
-sleeping, beside a program on each core several times slower (bench/bench_busy.py measures both).
+sleeping, but beside a program on each core it is several times slower (bench/bench_busy.py).
 With more threads in teams than CPUs it takes 100 turns (libgomp's manual, GOMP_SPINCOUNT), at once and until they are
 fewer again. So while threads of this process wait for a CPU, a second team is kept, which does nothing.
 """
