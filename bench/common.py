@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import subprocess
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import isa_env
 import torch
-from pages import RESULTS
+from pages import RESULTS, ROOT
 
 import qlora_native as qn
 from qlora_native.cli.contests import (
@@ -31,6 +34,7 @@ __all__ = [
     "Functions",
     "Seconds",
     "add_json",
+    "birth",
     "cache_bytes",
     "cpu_name",
     "interleaved",
@@ -125,6 +129,33 @@ def machine() -> dict[str, Any]:
     }
 
 
+# What a figure depends on beside this package: torch and what the peers are made of.
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "kernels", "torchao", "trl", "gguf", "xllamacpp")
+
+
+def birth() -> dict[str, Any]:
+    """Where a result comes from: the commit that was measured, when, and the versions of this package and of peers.
+
+    ``changed`` is true if the working tree differed from the commit.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    versions = {"qlora_native": qn.build_info()["version"]}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!docs")),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "versions": versions,
+    }
+
+
 def multiplies_bf16() -> bool:
     """Whether the CPU class in use has a dot product for bf16: torch's own bf16 products are plain loops without."""
     from qlora_native.hf.fuse import attends_in_fp32  # brings transformers, which most benches do without
@@ -157,7 +188,8 @@ def write_json(path: str | None, result: dict[str, Any], name: str | None = None
     on one line."""
     if path is not None:
         file = Path(path or RESULTS / f"{name or result['bench']}-{result['machine']['cpu_isa']}.json")
-        file.write_text(_short_lists(json.dumps(result, indent=1)) + "\n", encoding="utf-8")
+        born = {**result, "birth": birth()}
+        file.write_text(_short_lists(json.dumps(born, indent=1)) + "\n", encoding="utf-8")
 
 
 def _short_lists(text: str) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
 CLASSES = ("amx", "avx512_bf16", "avx512", "avx2", "scalar", "neon_bf16", "neon")  # of CPUs, as the tables order them
 RESIDENCY = {"8B": "residency", "70B": "residency_70b"}  # the shape of Llama 3 -> the name of its results
 

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import RESIDENCY, RESULTS, results_of, side_by_side, table
+from pages import RESIDENCY, RESULTS, ROOT, results_of, side_by_side, table
 
-ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
 NAMES = {
     "bf16": "torch bf16",
