@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import births
 from pages import between, results_of, source, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
@@ -92,13 +93,14 @@ def state(bar: dict[str, Any]) -> str:
     return "met" if bar["met"] else "missed"
 
 
-def block(result: dict[str, Any]) -> str:
+def block(cpu: str, result: dict[str, Any]) -> str:
     """The lines between the marks of the page."""
     machine = result["machine"]
     about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
     script = "[bench/bench_quality.py](../bench/bench_quality.py)"
-    lines = [f"Made by {script} ({about}).", "", *methods(result), "![What is lost](quality.png)", ""]
-    return "\n".join([*lines, *learning(result)])
+    lines = [f"Made by {script} ({about}).", *births.lines({cpu: result}), births.FOOTNOTE, "", *methods(result)]
+    lines += ["![What is lost](quality.png)", "", *learning(result)]
+    return "\n".join(births.marked("quality", lines, {cpu: result}))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -130,8 +132,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Write or check."""
-    results = list(results_of("quality").values())
-    blocks = list(map(block, results))
+    found = results_of("quality")
+    results, blocks = list(found.values()), [block(cpu, result) for cpu, result in found.items()]
     write_or_check(__doc__, PAGE, lambda text: between(text, BEGIN, END, blocks), "bench/results/quality-*.json")
     plot(results[0], PICTURE)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import births
 from pages import between, results_of, source, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
@@ -67,17 +68,20 @@ def state(bar: dict[str, Any]) -> str:
     return f"{'at least' if bar['at_least'] else 'at most'} {bar['bar']:g} {'met' if bar['met'] else 'missed'}"
 
 
-def block(result: dict[str, Any]) -> str:
+def block(cpu: str, result: dict[str, Any]) -> str:
     """The lines between the marks of the page."""
     machine = result["machine"]
     about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
     script = "[bench/bench_shipping.py](../bench/bench_shipping.py)"
     lines = [
         f"Made by {script} ({about}).",
+        *births.lines({cpu: result}),
+        births.FOOTNOTE,
         f"The calibration text of a merge is {result['training']['calibration_rows']} of the training rows.",
         "",
     ]
-    return "\n".join([*lines, *tables(result), "![Retention of each form](shipping.png)", ""])
+    lines += [*tables(result), "![Retention of each form](shipping.png)", ""]
+    return "\n".join(births.marked("shipping", lines, {cpu: result}))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -107,10 +111,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Write or check."""
-    results = list(results_of("shipping").values())
-    write_or_check(
-        __doc__, PAGE, lambda text: between(text, BEGIN, END, map(block, results)), "bench/results/shipping-*.json"
-    )
+    found = results_of("shipping")
+    results, blocks = list(found.values()), [block(cpu, result) for cpu, result in found.items()]
+    write_or_check(__doc__, PAGE, lambda text: between(text, BEGIN, END, blocks), "bench/results/shipping-*.json")
     if results:
         plot(results[0], PICTURE)
 
