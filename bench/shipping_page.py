@@ -85,13 +85,14 @@ def block(cpu: str, result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Retention of the 4-bit forms, a panel for each setting."""
+    """Retention of the 4-bit forms with standard errors, a panel for each setting."""
     from matplotlib.figure import Figure
 
     forms = [form for form in NAMES if form not in ("plain", "bf16-base", "bf16-original")]
     settings = list(dict.fromkeys(row["setting"] for row in result["rows"]))
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    for axes, setting in zip(panels, settings, strict=True):
         rows = {row["form"]: row for row in result["rows"] if row["setting"] == setting}
         texts = list(rows["plain"]["texts"])
         height = 0.8 / len(texts)
@@ -102,10 +103,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes.barh(places, values, height, xerr=errors, label=TEXTS[text], capsize=2)
         axes.axvline(1, color="black", linewidth=0.6)
         axes.set_yticks(range(len(forms)), [NAMES[form].replace("`", "") for form in forms])
-        axes.invert_yaxis()
-        axes.set_title(setting)
-        axes.set_xlabel("retention")
-    axes.legend(frameon=False, fontsize="small")
+        axes.set_title(f"{setting} run, peak rate {result['training']['rates'][setting]:g}")
+        axes.set_xlabel("retention (1: all that the adapter learned)")
+    panels[0].invert_yaxis()
+    panels[0].set_ylabel("form that ships")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize="small")
     figure.savefig(path, dpi=120, metadata=source(result))
 
 
