@@ -6,22 +6,26 @@ python bench/any_file_page.py --check      # exit status 1 if docs/any-file.md d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import births
+from goals import met_bars
 from pages import RESIDENCY, Result, results_of, rewritten, side_by_side, table, write_or_check
-from readme import about, met_bars, number, spread
+from readme import about, number, spread
 
 PAGE = Path(__file__).parents[1] / "docs/any-file.md"
-HEAD = ["shape, file", "disk reads", "memory", "CPU, tokens a step", "peak RSS", "tokens/s", "bars"]
+HEAD = ["shape, file", "CPU", "disk reads", "memory", "tokens a step", "peak RSS", "tokens/s", "bars"]
 
 
 def residency() -> list[str]:
     """Training under memory limits; opening a mapped folder and computing with it, where that was measured."""
     results = [(shape, result) for shape, name in RESIDENCY.items() for result in results_of(name).values()]
     lines = table(HEAD, [cells for shape, result in results for cells in trained(shape, result)])
+    lines += [f"{shape}: {line}" for shape, name in RESIDENCY.items() for line in births.lines(results_of(name))]
+    lines += [births.FOOTNOTE, ""]
     for shape, result in results:
         for row in result["rows"]:
             if "estimates" in row:
@@ -36,6 +40,7 @@ def residency() -> list[str]:
         [
             shape,
             side,
+            result["machine"]["cpu_isa"],
             f"{found['seconds']:.2f} s",
             f"{found['private_mib'] * 1.048576:,.0f} MB",
             *compared(side, result),
@@ -45,18 +50,21 @@ def residency() -> list[str]:
         for side, found in result["open"].items()
         if side != "bars"
     ]
-    return lines + (table(["shape", "weights", "opens in", "private memory", "a step", "bars"], body) if body else [])
+    head = ["shape", "weights", "CPU", "opens in", "private memory", "a step", "bars"]
+    lines += table(head, body) if body else []
+    for name in RESIDENCY.values():
+        lines = births.marked(name, lines, results_of(name))
+    return lines
 
 
 def trained(shape: str, result: Result) -> list[list[str]]:
     """A line for each run of a result."""
-    cells = [f"{shape}, {result['file_bytes'] / 1e9:.1f} GB", f"{result['disk_bytes_per_second'] / 1e6:,.0f} MB/s"]
-    machine = result["machine"]["cpu_isa"].upper().replace("_", "-")
-    lines = []
-    for number_of, row in enumerate(result["rows"]):
+    cells = [f"{shape}, {result['file_bytes'] / 1e9:.1f} GB", result["machine"]["cpu_isa"]]
+    disk, lines = f"{result['disk_bytes_per_second'] / 1e6:,.0f} MB/s", []
+    for row in result["rows"]:
         limit = "no limit" if row["limit_gib"] is None else f"{row['limit_gib']:g} GiB"
-        words = [limit, f"{machine}, {row['tokens']:,}", f"{row['peak_rss'] / 1e9:.1f} GB"]
-        lines.append([*(["", ""] if number_of else cells), *words, number(row["tokens_per_second"]), verdicts(row)])
+        words = [disk, limit, f"{row['tokens']:,}", f"{row['peak_rss'] / 1e9:.1f} GB"]
+        lines.append([*cells, *words, number(row["tokens_per_second"]), verdicts(row)])
     return lines
 
 
@@ -85,7 +93,7 @@ def gguf() -> list[str]:
     rows = [row for result in results.values() for row in result["rows"]]
     met = [one for row in rows for one in met_bars(row)]
     unknown = any(bar["met"] is None for row in rows for bar in row["bars"])
-    return [
+    page = [
         "At one token: the rate at which the weight's bytes are read, and the speed relative to ggml's own product.",
         "With more tokens: the time relative to a product with NF4 of the same shape.",
         "Medians with quartiles, of runs that take turns.",
@@ -96,8 +104,21 @@ def gguf() -> list[str]:
         "At one token at least 0.8 times ggml's speed with Q4_0, Q4_1 and Q8_0.",
         f"Of these {len(met)} goals {sum(met)} are met."
         + (" Where ggml was not installed, its goals are not counted." if unknown else ""),
+        *without_goal(results),
+        births.FOOTNOTE,
         "",
     ]
+    return births.marked("gguf", page, results)
+
+
+def without_goal(results: Mapping[str, Result]) -> Iterable[str]:
+    """The speeds at one token, relative to ggml's, of the formats that have no goal there."""
+    for cpu, result in results.items():
+        rows = [row for row in result["rows"] if row["m"] == 1 and not row["bars"] and "ggml" in row["ours_over"]]
+        speeds = ", ".join(f"{row['type'].upper()} {1 / row['ours_over']['ggml'][1]:.2f}" for row in rows)
+        if speeds:
+            yield f"The other formats have no goal at one token; relative to ggml's their speed is ({cpu}):"
+            yield f"{speeds}."
 
 
 def formats(rows: Iterable[Result], many: list[int]) -> Iterable[list[str]]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import torch
-from common import add_json, machine, rounded, write_json
+from common import add_json, birth_in, machine, rounded, write_json
 from quality_runs import ALPHA, EVALUATED, EVALUATED_ROWS, LENGTH, RANK, RATES, ROWS, SEEDS, STEPS, as_rows, load
 from quality_texts import CALIBRATION_ROWS, Windows, calibration, held_out
 
@@ -198,7 +198,7 @@ def main() -> None:
     add_json(parser)
     arguments = parser.parse_args()
     work: Path = arguments.work
-    work.mkdir(parents=True, exist_ok=True)
+    born = birth_in(work)
     tokenizer = load_tokenizer(str(model_file()))
     texts, learned = held_out(tokenizer), calibration(tokenizer)
     names = [REFERENCE, *METHODS]
@@ -213,7 +213,7 @@ def main() -> None:
         workers = [subprocess.Popen(command, env=one_thread) for _ in range(os.cpu_count() or 1)]
         if any(worker.wait() for worker in workers):
             raise SystemExit("a fine-tuning run failed; what is done is kept")
-    result: dict[str, Any] = {"bench": "quality", "machine": machine()}
+    result: dict[str, Any] = {"bench": "quality", "birth": born, "machine": machine()}
     named = {**texts, "calibration": learned}
     result["texts"] = {
         name: {"about": text.about, "rows": len(text.ids), "length": text.ids.shape[1], "sha256": text.sha256}

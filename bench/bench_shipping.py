@@ -23,7 +23,7 @@ from typing import Any
 
 import isa_env  # noqa: F401  (before torch)
 import torch
-from common import add_json, machine, rounded, write_json
+from common import add_json, birth_in, machine, rounded, write_json
 from shipping_runs import CALIBRATION_ROWS, LENGTH, MERGES, SEEDS, SETTINGS, STEPS, TEXTS
 
 TRAINED = ("plain", "shipped")  # the adapter beside its base, and the model that `lora.ship` wrote
@@ -98,6 +98,7 @@ def main() -> None:
     add_json(parser)
     arguments = parser.parse_args()
     work: Path = arguments.work
+    born = birth_in(work)
     if not arguments.no_runs:
         command = [sys.executable, str(Path(__file__).with_name("shipping_runs.py")), "--work", str(work)]
         subprocess.run([*command, "--prepare"], check=True)
@@ -106,7 +107,7 @@ def main() -> None:
         failed = [worker.wait() for worker in workers]
         if any(failed):
             raise SystemExit("a run failed; what is done is kept")
-    result: dict[str, Any] = {"bench": "shipping", "machine": machine(), "texts": {}}
+    result: dict[str, Any] = {"bench": "shipping", "birth": born, "machine": machine(), "texts": {}}
     for text in TEXTS:
         file = work / text / "heldout.jsonl"
         lines = file.read_bytes().splitlines()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ __all__ = [
     "Seconds",
     "add_json",
     "birth",
+    "birth_in",
     "cache_bytes",
     "cpu_name",
     "interleaved",
@@ -133,10 +136,13 @@ def machine() -> dict[str, Any]:
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "kernels", "torchao", "trl", "gguf", "xllamacpp")
 
 
+@cache
 def birth() -> dict[str, Any]:
-    """Where a result comes from: the commit that was measured, when, and the versions of this package and of peers.
+    """Where a result comes from: the commit that is measured, when, and the versions of this package and of peers.
 
-    ``changed`` is true if the working tree differed from the commit.
+    Outside a clone the commit is that of the variable BENCH_COMMIT, or None; ``changed`` is true if the working tree
+    differs from the commit. The first call of a process counts, which is :func:`add_json`'s: code that changes during
+    the run is not what ran.
     """
 
     def git(*words: str) -> str:
@@ -148,12 +154,33 @@ def birth() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!docs")),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "versions": versions,
-    }
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!docs"))
+    except (OSError, subprocess.CalledProcessError):
+        commit, changed = os.environ.get("BENCH_COMMIT"), None
+    today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return {"commit": commit, "changed": changed, "date": today, "versions": versions}
+
+
+def birth_in(work: Path) -> dict[str, Any]:
+    """The birth of what a folder keeps from run to run: that of its first part, ``until`` that of its last one.
+
+    Raises:
+        SystemExit: the parts would be of different versions of torch or of a peer, or nobody knows of which.
+    """
+    file = work / "birth.json"
+    if not file.exists():
+        if work.exists() and any(work.iterdir()):
+            raise SystemExit(f"{work} has parts of an unknown commit: name another folder, or empty it.")
+        work.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(birth()) + "\n", encoding="utf-8")
+    first: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if first["versions"] != birth()["versions"]:
+        raise SystemExit(f"{work} was begun with {first['versions']}, now {birth()['versions']}: name another folder.")
+    if first["commit"] == birth()["commit"]:
+        return {**first, "changed": first["changed"] or birth()["changed"]}
+    return {**first, "until": {key: birth()[key] for key in ("commit", "changed", "date")}}
 
 
 def multiplies_bf16() -> bool:
@@ -178,17 +205,18 @@ def limit_bitsandbytes() -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json``, whose value is for :func:`write_json`."""
+    birth()
     parser.add_argument(
         "--json", nargs="?", const="", help="file for the result; without a name bench/results/BENCH-CPU_CLASS.json"
     )
 
 
 def write_json(path: str | None, result: dict[str, Any], name: str | None = None) -> None:
-    """Writes a result; "" is its file in bench/results by its ``name``, None writes nothing. The innermost lists stay
-    on one line."""
+    """Writes a result; "" is its file in bench/results by its ``name``, None writes nothing. A result that has a
+    birth keeps it. The innermost lists stay on one line."""
     if path is not None:
         file = Path(path or RESULTS / f"{name or result['bench']}-{result['machine']['cpu_isa']}.json")
-        born = {**result, "birth": birth()}
+        born = {"birth": birth(), **result}
         file.write_text(_short_lists(json.dumps(born, indent=1)) + "\n", encoding="utf-8")
 
 

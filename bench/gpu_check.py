@@ -281,7 +281,9 @@ def run_group(group: Group, seconds: float, arguments: argparse.Namespace) -> di
 
 def result() -> dict[str, Any]:
     """All records that are there, as one result."""
-    found: dict[str, Any] = {"bench": "gpu_check", "card": {}, "ceilings": {}, "groups": {}, "rows": []}
+    from common import birth  # brings torch, which groups load in processes of their own
+
+    found: dict[str, Any] = {"bench": "gpu_check", "birth": birth(), "card": {}, "ceilings": {}, "groups": {}, "rows": []}
     for group in GROUPS:
         records = read(WORK / f"{group.name}.jsonl")
         entry = next((record for record in reversed(records) if "group" in record), None)

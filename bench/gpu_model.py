@@ -13,9 +13,9 @@ Assumptions:
 - Two-step products decode to 16 bits, which the GEMM reads again: over L2 if the panel fits half of it. A GEMM of M
   rows reaches M / (M + 128) of the best rate. A low-rank term reads its operands once more.
 - A step is the sum of its products (forward twice, as checkpoints recompute), norms and the like by bytes, attention,
-  the loss and the optimizer; or the host's time if that is longer. Clocks are the boost clocks, without throttling.
+  the loss and the optimizer; or the host's time if that is longer. Rivals are not predicted. Clocks are the boost clocks, without throttling.
 
-Uncertainty: about 25 % a row, 12 % our steps, 50 % host rows and rivals' steps. The first run shows where it errs.
+Uncertainty: about 25 % a row, 12 % our steps, 50 % host rows. The first run shows where it errs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import gpu_models
 import gpu_paging
 import gpu_passes
 import gpu_products
+from common import birth
 from gpu_timing import Case
 from pages import RESULTS, write_or_check
 
@@ -182,34 +183,25 @@ class Model:
         chunks = -(-m // 512)
         return chunks * (2 * self.gemm(min(m, 512), n, k) + 4 * START_S) + self.moving(6 * m * n)
 
-    def step(self, case: Case, name: str, rival: str = "") -> float | None:
-        """A training step; None where the card's memory is too small."""
+    def step(self, case: Case, name: str) -> float | None:
+        """A training step of ours; None where the card's memory is too small."""
         shape, m = gpu_models.LLAMA[name], case.m
         width, layers, linears = shape["hidden_size"], shape["num_hidden_layers"], gpu_models.linears(name)
         vocabulary = gpu_models.VOCABULARY
         weights = layers * sum(n * k for n, k in linears)
-        is_dense = rival.startswith("dense")
-        needed = weights * (2 if is_dense else PACKED) + 4 * vocabulary * width + m * width * 2 * layers + 3 * GIB
+        needed = weights * PACKED + 4 * vocabulary * width + m * width * 2 * layers + 3 * GIB
         if needed > GIB * self.card.memory_gib:
             return None
         seconds = 0.0
         for n, k in linears:
-            if rival:
-                decode = 0.0 if is_dense else 3 * (self.moving((PACKED + 2) * n * k) + 2 * START_S)
-                seconds += 3 * (self.gemm(m, n, k) + self.moving(2 * m * (k + 3 * n)) + 4 * START_S) + decode
-            else:
-                forward = self.product(Case("lora_forward", m, n, k, case.r))
-                seconds += 2 * forward + self.product(Case("lora_backward", m, n, k, case.r))
-        # Norms, rotation, SwiGLU and residuals: 2.1 GB of 4,096 tokens of the 8B model, 8.0 as transformers has them.
-        gigabytes = {"": 2.1, "unsloth": 2.5, "dense compiled": 3.5}.get(rival, 8.0)
-        seconds += self.moving(1e9 * gigabytes * m / 4096 * width / 4096)
+            forward = self.product(Case("lora_forward", m, n, k, case.r))
+            seconds += 2 * forward + self.product(Case("lora_backward", m, n, k, case.r))
+        # Norms, rotation, SwiGLU and residuals: 2.1 GB of 4,096 tokens of the 8B model.
+        seconds += self.moving(2.1e9 * m / 4096 * width / 4096)
         length = gpu_models.BATCHES[name][1]
         seconds += 3.5 * 2 * 2 * m * length / 2 * width / (0.5 * self.card.tensor_share * 1e12 * self.card.tflops)
         device = layers * seconds + self.loss(m, vocabulary, width)
-        if rival and rival != "unsloth":
-            device += self.moving(12 * m * vocabulary)  # whole logits in fp32, and back
-        host = layers * 7 * (HOST_US["host lora"] + HOST_US["host lora step"]) * 1e-6
-        return max(device, host if not rival else host / 3.5)
+        return max(device, layers * 7 * (HOST_US["host lora"] + HOST_US["host lora step"]) * 1e-6)
 
     def seconds(self, case: Case) -> float | None:
         """Of any row."""
@@ -221,8 +213,8 @@ class Model:
             return 0.75 * 8 * case.k / 1e9 / self.card.pcie_gb_per_s
         if case.op in HOST_US:
             return 1e-6 * HOST_US[case.op]
-        if case.op.endswith("step") and case.form in gpu_models.LLAMA:
-            return self.step(case, case.form, "" if case.op == "qlora_step" else case.op.removesuffix(" step"))
+        if case.op == "qlora_step":
+            return self.step(case, case.form)
         return self.passing(case)
 
 
@@ -233,24 +225,25 @@ def every_case() -> list[Case]:
     ]
     passes = [gpu_passes.cases, gpu_passes.norm_cases, gpu_passes.loss_cases, gpu_passes.host_cases, gpu_paging.cases]
     steps = [case for model in ("8B", "70B") for case in gpu_models.cases(model, False)]
-    rivals = [steps[0]._replace(op=f"{rival} step") for rival in gpu_models.RIVALS]
-    return [*products, *(case for cases in passes for case in cases(False)), *steps, *rivals]
+    return [*products, *(case for cases in passes for case in cases(False)), *steps]
 
 
-def text() -> str:
-    """Of model.json: milliseconds by row and card."""
+def text(old: str) -> str:
+    """Of model.json: milliseconds by row and card, and the birth of these rows, which is kept if ``old`` has them."""
     budgets = json.loads(BUDGETS.read_text(encoding="utf-8"))
     models = {name: Model(card, budgets) for name, card in CARDS.items()}
     found: dict[str, dict[str, float | None]] = {}
     for case in every_case():
         seconds = {name: model.seconds(case) for name, model in models.items()}
         found[case.name] = {name: None if s is None else float(f"{1e3 * s:.3g}") for name, s in seconds.items()}
+    before = json.loads(old)
+    born = json.dumps(before["birth"] if "birth" in before and before["rows"] == found else birth())
     rows = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
-    return f'{{\n "bench": "gpu_model",\n "unit": "ms",\n "rows": {{\n  {rows}\n }}\n}}\n'
+    return f'{{\n "bench": "gpu_model",\n "birth": {born},\n "unit": "ms",\n "rows": {{\n  {rows}\n }}\n}}\n'
 
 
 def main() -> None:
-    write_or_check(__doc__, MODEL, lambda _: text(), Path(__file__).name)
+    write_or_check(__doc__, MODEL, text, Path(__file__).name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write docs/gpu.md: what gpu_check.py measured, beside what gpu_model.py predicted.
+"""Write docs/gpu.md: what gpu_model.py predicted and, once there is a card, what gpu_check.py measured.
 
 python bench/gpu_page.py --add FILE...       merge results into bench/results/CARD.json; later ones win, by group
 python bench/gpu_page.py --write             the page
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import births
 from pages import RESULTS, between, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,8 @@ def merged(results: Iterable[Result]) -> Result:
             raise ValueError(f"results of {found['card']['name']} and of {result['card']['name']}: merge one card's")
         old = [row for row in found.get("rows", []) if row["group"] not in result["groups"]]
         both = {key: {**found.get(key, {}), **result[key]} for key in ("groups", "ceilings")}
-        found = {**found, **result, **both, "rows": [*old, *result["rows"]]}
+        first = min(filter(None, (found.get("birth"), result["birth"])), key=lambda birth: str(birth["date"]))
+        found = {**found, **result, **both, "birth": first, "rows": [*old, *result["rows"]]}
     return found
 
 
@@ -100,6 +102,7 @@ def card_lines(result: Result, rows: Rows) -> list[str]:
     return [
         f"## {card['name']}",
         "",
+        *births.lines({card["name"]: result}),
         f"torch {card['torch']}, CUDA {card['torch_cuda']}, {card.get('dtype', '')}; {', '.join(rates)}.",
         f"Hottest: {hot} degrees Celsius; reasons for lower clocks, as nvidia-smi's bit masks: {', '.join(masks)}.",
         f"The model is off by more than {OFF} in {len(off)} of {len(compared(result, rows))} rows.",
@@ -118,11 +121,18 @@ def lines(folder: Path = RESULTS) -> list[str]:
     measured = [result for result in results if result.get("bench") == "gpu_check"]
     found = [line for result in measured for line in card_lines(result, rows)]
     if not measured:
-        found = ["No card has been measured yet.", ""]
+        found = ["No card has been measured yet: every time on this page is computed, from data sheets.", ""]
     cards = list(dict.fromkeys(name for row in rows.values() for name in row))
     steps = [[row, *(_ms(times[name]) for name in cards)] for row, times in rows.items() if row.endswith(MODELS)]
     found += ["## Predicted steps", "", "In ms; an empty cell is a model that does not fit into the card's memory.", ""]
     return [*found, *table(["", *cards], steps)]
+
+
+def page(text: str, folder: Path = RESULTS) -> str:
+    """The page with its title and its tables rewritten."""
+    made = between(text, BEGIN, END, lines(folder))
+    measured = "No card has been measured" not in made
+    return re.sub(r"\A# .*", f"# {'What a GPU measured' if measured else 'Predicted, not measured'}", made)
 
 
 def main() -> None:
@@ -134,7 +144,7 @@ def main() -> None:
         file.write_text(json.dumps(merged([*old, result]), indent=1) + "\n", encoding="utf-8")
         print(file)
         return
-    write_or_check(__doc__, PAGE, lambda text: between(text, BEGIN, END, lines()), "bench/results")
+    write_or_check(__doc__, PAGE, page, "bench/results")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import births
 from pages import results_of, rewritten, side_by_side, table, write_or_check
 
 PAGE = Path(__file__).parents[1] / "docs/memory.md"
@@ -36,16 +37,15 @@ def measured() -> list[str]:
     head = ["model", "tokens", "checkpointing", "predicted, MiB", "measured, MiB", "error"]
     lines = side_by_side(head, bodies, keys=3)
     for result in results.values():
-        tensors = max(abs(row[name]["error"]) for row in result["rows"] for name in ("weights", "optimizer"))
-        worst = max(abs(row["total"]["error"]) for row in result["rows"])
+        names = ("weights", "optimizer", "total")
+        weights, states, worst = (max(abs(row[name]["error"]) for row in result["rows"]) for name in names)
         machine = result["machine"]
-        about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}, {machine['threads']} thread"
+        about = f"{machine['cpu']}, torch {machine['torch']}, {machine['threads']} thread, {machine['cpu_isa']}"
         lines += [
             f"The largest error is {100 * worst:.1f} % ({about}).",
-            f"Of the bytes of weights and of optimizer states it is {100 * tensors:.1f} %.",
-            "",
+            f"Of the bytes of weights and scales it is {100 * weights:.1f} %, of optimizer states {100 * states:.1f} %.",
         ]
-    return lines
+    return births.marked("estimate", [*lines, *births.lines(results), births.FOOTNOTE, ""], results)
 
 
 def saved() -> list[str]:

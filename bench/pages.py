@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import births
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 CLASSES = ("amx", "avx512_bf16", "avx512", "avx2", "scalar", "neon_bf16", "neon")  # of CPUs, as the tables order them
@@ -36,12 +38,10 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
 
 
 def side_by_side(head: Sequence[str], bodies: Mapping[str, Sequence[Sequence[str]]], keys: int = 1) -> list[str]:
-    """One table of the rows of all CPU classes.
+    """One table of the rows of all CPU classes, which a column names.
 
-    Rows with equal first ``keys`` cells are adjacent. If there is more than one class, a column names it.
+    Rows with equal first ``keys`` cells are adjacent.
     """
-    if len(bodies) == 1:
-        return table(head, *bodies.values())
     rows = [(tuple(row[:keys]), cpu, row[keys:]) for cpu, body in bodies.items() for row in body]
     order = list(dict.fromkeys(key for key, _, _ in rows))
     rows.sort(key=lambda row: order.index(row[0]))
@@ -66,7 +66,8 @@ def rewritten(script: str, blocks: Mapping[str, Callable[[], Iterable[str]]], te
 
 
 def write_or_check(about: str | None, page: Path, make: Callable[[str], str], source: str) -> None:
-    """The command line: ``--write``, or ``--check``, which ends the script, with exit status 1 if the page is stale.
+    """The command line: ``--write``, or ``--check``, which ends the script, with exit status 1 if the page is stale but for
+    marks.
 
     Args:
         about: the script's docstring. make: new text from old text. source: where the figures come from.
@@ -79,5 +80,6 @@ def write_or_check(about: str | None, page: Path, make: Callable[[str], str], so
     text = page.read_text(encoding="utf-8")
     wanted = make(text)
     if arguments.check:
-        sys.exit(0 if wanted == text else f"{page.name} differs from {source}: run the script with --write")
+        same = births.without_marks(wanted) == births.without_marks(text)
+        sys.exit(0 if same else f"{page.name} differs from {source}: run the script with --write")
     page.write_text(wanted, encoding="utf-8")

@@ -27,7 +27,7 @@ def draw(result: dict[str, Any], path: str) -> None:
 
     rows = result["rows"]
     figure = Figure(figsize=(9, 5.2), layout="constrained")
-    axes = figure.add_subplot(ylabel="MiB", title="Predicted parts (bars) and measured peak (marks)")
+    axes = figure.add_subplot(ylabel="peak memory, MiB", title="Predicted parts (bars) and measured peak (marks)")
     bottoms = [0.0] * len(rows)
     for label, names in PARTS.items():
         heights = [sum(row["terms"][name] for name in names) / 2**20 for row in rows]

@@ -27,15 +27,14 @@ LINES = (
 
 def draw(result: dict[str, Any], path: str) -> None:
     """One panel for each N, forward; quartiles as bands."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     rows = [r for r in result["rows"] if r["direction"] == "forward"]
     shapes = sorted({(r["n"], r["k"]) for r in rows})
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=(5.4 * len(shapes), 4.4), squeeze=False)
-    for axis, (n, k) in zip(axes[0], shapes, strict=True):
+    figure = Figure(figsize=(5.4 * len(shapes), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(shapes), squeeze=False)[0]
+    for axis, (n, k) in zip(panels, shapes, strict=True):
         chosen = sorted((r for r in rows if (r["n"], r["k"]) == (n, k)), key=lambda r: r["m"])
         axis.plot(
             [r["m"] for r in chosen], [r["floor_ms"] for r in chosen], "--", color="black", linewidth=1, label="floor"
@@ -47,19 +46,19 @@ def draw(result: dict[str, Any], path: str) -> None:
             m, low, middle, high = zip(*points, strict=True)
             axis.plot(m, middle, style, color=color, marker="o", markersize=3.5, linewidth=1.6, label=label)
             axis.fill_between(m, low, high, color=color, alpha=0.15, linewidth=0)
-        axis.set(xscale="log", yscale="log", title=f"y = x Wᵀ, W {n} x {k}", xlabel="M, rows of x", ylabel="ms, median")
+        axis.set(xscale="log", yscale="log", title=f"y = x Wᵀ, W {n} x {k}")
+        axis.set(xlabel="M, rows of x (log scale)", ylabel="ms a product, median and quartiles (log scale)")
         ticks = [r["m"] for r in chosen]
         axis.set_xticks(ticks, [str(m) for m in ticks])
         axis.minorticks_off()
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8)
     machine = result["machine"]
     figure.suptitle(
         f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']}; torch {machine['torch']}", fontsize=9
     )
-    figure.tight_layout()
     figure.savefig(path, dpi=130, metadata=source(result))
 
 

@@ -23,13 +23,12 @@ LEVELS = (
 
 def draw(result: dict[str, Any], path: str) -> None:
     """Medians as a line, quartiles as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     rows = sorted((r for r in result["rows"] if r["case"] == "shares"), key=lambda r: r["paged_out"])
-    figure, axis = pyplot.subplots(figsize=(6.4, 4.4))
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.add_subplot()
     x = [100 * row["paged_out"] for row in rows]
     low, middle, high = zip(*(row["ms"]["ours"] for row in rows), strict=True)
     axis.plot(x, middle, color="#c2410c", marker="o", markersize=4, linewidth=1.8, label="qlora_native, paged=True")
@@ -37,10 +36,10 @@ def draw(result: dict[str, Any], path: str) -> None:
     for name, label, color in LEVELS:
         if name in rows[0]["ms"]:
             axis.axhline(rows[0]["ms"][name][1], color=color, linewidth=1.2, linestyle=":", label=label)
-    axis.set(yscale="log", xlabel="% of the states out of memory", ylabel="ms a step, median")
+    axis.set(yscale="log", xlabel="% of the states out of memory", ylabel="ms a step, median and quartiles (log scale)")
     axis.set_title(f"AdamW, {rows[0]['parameters']:,} parameters, 32-bit states", fontsize=10)
     axis.set_xticks(x)
-    axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
@@ -50,7 +49,6 @@ def draw(result: dict[str, Any], path: str) -> None:
         f"writes {disk['disk_write_gb_per_s']:g} GB/s; torch {machine['torch']}",
         fontsize=8,
     )
-    figure.tight_layout()
     figure.savefig(path, dpi=130, metadata=source(result))
 
 

@@ -40,7 +40,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     pairs = bars_of(results)
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, (title, key) in zip(figure.subplots(1, 2, sharey=True), PANELS, strict=True):
         for number, (side, label, color) in enumerate(SIDES):
             values = [row[key][side] for _, row in pairs]
@@ -48,14 +48,16 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             places = [place + 0.38 * (number - 0.5) for place in range(len(pairs))]
             drawn = axes.barh(places, medians, 0.36, color=color, label=label)
             axes.bar_label(drawn, [f"{median:,.0f}" for median in medians], padding=3, color=TEXT, fontsize=10)
-        axes.set_title(title, color=TEXT, fontsize=11)
+        axes.set_xlabel(title, color=TEXT, fontsize=11)
         axes.set_yticks(range(len(pairs)), [label for label, _ in pairs], color=TEXT, fontsize=9)
         axes.set_xticks([])
         axes.margins(x=0.16)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     axes.invert_yaxis()
-    axes.legend(frameon=False, labelcolor=TEXT, loc="upper right", fontsize=10)
+    figure.axes[0].set_ylabel("CPU class and peer", color=TEXT, fontsize=11)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, labelcolor=TEXT, fontsize=10)
     figure.savefig(path, dpi=160, transparent=True, metadata=source(results))
 
 

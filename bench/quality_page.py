@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import births
 from pages import between, results_of, source, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
@@ -92,46 +93,48 @@ def state(bar: dict[str, Any]) -> str:
     return "met" if bar["met"] else "missed"
 
 
-def block(result: dict[str, Any]) -> str:
+def block(cpu: str, result: dict[str, Any]) -> str:
     """The lines between the marks of the page."""
     machine = result["machine"]
     about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
     script = "[bench/bench_quality.py](../bench/bench_quality.py)"
-    lines = [f"Made by {script} ({about}).", "", *methods(result), "![What is lost](quality.png)", ""]
-    return "\n".join([*lines, *learning(result)])
+    lines = [f"Made by {script} ({about}).", *births.lines({cpu: result}), births.FOOTNOTE, "", *methods(result)]
+    lines += ["![What is lost](quality.png)", "", *learning(result)]
+    return "\n".join(births.marked("quality", lines, {cpu: result}))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Nats above 16 bits: as quantized, and after fine-tuning."""
+    """Nats above 16 bits: as quantized, with standard errors; and after fine-tuning, of which there are none."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.7), layout="constrained")
     parts = [
-        ("as quantized", "method", lambda found: found["excess"]),
-        ("after LoRA", "lora", lambda found: (found["gap"], 0.0)),
+        ("as quantized, with standard errors", "method", "excess"),
+        ("after LoRA, mean of the runs", "lora", "gap"),
     ]
-    for axes, (title, kind, values) in zip(figure.subplots(1, 2), parts, strict=True):
+    for axes, (title, kind, key) in zip(figure.subplots(1, 2), parts, strict=True):
         rows = [row for row in result["rows"] if row["kind"] == kind and row["base"] != "bf16"]
         texts = list(rows[0]["texts"]) if rows else []
         for number, text in enumerate(texts):
             width = 0.8 / len(texts)
             places = [at + (number - (len(texts) - 1) / 2) * width for at in range(len(rows))]
-            pairs = [values(row["texts"][text]) for row in rows]
+            values = [row["texts"][text][key] for row in rows]
+            heights, errors = zip(*values, strict=True) if key == "excess" else (values, None)
             label = f"{text}: {TEXTS[text]}" if text in TEXTS else text
-            axes.bar(places, [p[0] for p in pairs], width, yerr=[p[1] for p in pairs], label=label, capsize=2)
+            axes.bar(places, heights, width, yerr=errors, label=label, capsize=2)
         axes.set_xticks(range(len(rows)), [row["base"] for row in rows])
-        axes.set_title(title)
+        axes.set(title=title, xlabel="method of quantizing")
         axes.set_ylabel("nats a token above the 16-bit base")
         if texts:
             options = {"frameon": False, "fontsize": "small", "columnspacing": 1, "handlelength": 1}
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(texts), **options)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(texts), **options)
     figure.savefig(path, dpi=120, metadata=source(result))
 
 
 def main() -> None:
     """Write or check."""
-    results = list(results_of("quality").values())
-    blocks = list(map(block, results))
+    found = results_of("quality")
+    results, blocks = list(found.values()), [block(cpu, result) for cpu, result in found.items()]
     write_or_check(__doc__, PAGE, lambda text: between(text, BEGIN, END, blocks), "bench/results/quality-*.json")
     plot(results[0], PICTURE)
 

@@ -1,7 +1,8 @@
 """Write the figures of README.md and docs/performance.md from bench/results/*-CPU_CLASS.json.
 
 python bench/readme.py --write      # after the benches have run
-python bench/readme.py --check      # exit status 1 if a page differs from the results
+python bench/readme.py --check      # exit status 1 if a page differs from the results, or a result lacks its birth
+python bench/readme.py --marks      # which figures are older than their code
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import births
+import goals
 from pages import RESIDENCY, RESULTS, ROOT, results_of, side_by_side, table
 
 BEGIN, END = "<!-- bench/readme.py begins -->", "<!-- bench/readme.py ends -->"
@@ -70,7 +73,7 @@ def spread(values: Sequence[float]) -> str:
 
 def bars(row: Row) -> str:
     """The bars of a row: each with its limit, the measured value and whether it was met."""
-    words = []
+    words, either = [], row.get("either_bar")
     for bar in row["bars"]:
         rival = NAMES.get(bar["rival"], bar["rival"])
         asked = f"at most {bar['bar']:g} {bar['measure']} of {rival}"
@@ -78,9 +81,10 @@ def bars(row: Row) -> str:
             asked = f"at least {bar['bar']:g} x {rival}"
         elif bar["measure"] == "of the floor":
             asked = f"at least {100 * bar['bar']:g} % of {rival}"
-        state = {True: "met", False: "missed", None: "not measured"}[bar["met"]]
+        missed = "not reached" if either and any(goals.met_bars(row)) else "missed"
+        state = {True: "met", False: missed, None: "not measured"}[bar["met"]]
         words.append(f"{asked}: " + ("" if bar["value"] is None else f"{bar['value']:g}, ") + state)
-    return " or ".join(words) if row.get("either_bar") else "; ".join(words)
+    return "one of two: " + " or ".join(words) if either and words else "; ".join(words)
 
 
 def faster(row: Row, rival: str) -> str:
@@ -101,9 +105,9 @@ def machines(results: Results) -> str:
 
 
 def about(results: Results) -> str:
-    """The two lines that name the script and the machines."""
+    """The lines that name the script, the machines, the commits and days."""
     script = next(f"bench/bench_{result['bench']}.py" for result in results.values())
-    return f"Script: [{script}](../{script}).\nMachine: {machines(results)}."
+    return "\n".join([f"Script: [{script}](../{script}).", f"Machine: {machines(results)}.", *births.lines(results)])
 
 
 def every(results: Results) -> list[Row]:
@@ -226,7 +230,8 @@ def training(results: Results) -> list[str]:
         what = [f"The same over {steps} steps on answers, at most 256 tokens a row, with the held-out loss."]
     lines = [
         *what,
-        "SmolLM2-135M, rank 16 on every linear layer, NF4 with double quantization, here and in the peer.",
+        "SmolLM2-135M, rank 16 on every linear layer, over NF4 with double quantization here.",
+        "The peer's weights are those that its row names: dense where it does not say NF4.",
         "Both sides start from the same 16-bit weights and adapter tensors and take turns on the same batches.",
         "Speeds are medians with quartiles.",
         about(results),
@@ -243,7 +248,7 @@ def decoding(results: Results) -> list[str]:
         cpu: [[DECODERS[name], spread(values)] for name, values in result["rows"][0]["tokens_per_second"].items()]
         for cpu, result in results.items()
     }
-    asked = [[cpu, bars(result["rows"][0])] for cpu, result in results.items()]
+    asked = [["", cpu, bars(result["rows"][0])] for cpu, result in results.items()]
     lines = [
         "## Generation",
         "",
@@ -251,7 +256,7 @@ def decoding(results: Results) -> list[str]:
         about(results),
         "",
     ]
-    return [*lines, *side_by_side(["", "tokens a second"], bodies), *table(["CPU", "bar"], asked)]
+    return [*lines, *side_by_side(["", "tokens a second"], bodies), *table(["", "CPU", "bar"], asked)]
 
 
 def paging(results: Results) -> list[str]:
@@ -328,15 +333,18 @@ SECTIONS = (
 def performance(folder: Path) -> list[str]:
     """The tables of docs/performance.md."""
     lines = [
-        "Ratios come from runs in which both sides take turns; they, not the times, carry over to another machine.",
+        "Ratios come from runs in which both sides take turns; times do not carry over to another machine, ratios better.",
         "A bar is a goal that this project set itself.",
-        "",
+        births.FOOTNOTE,
     ]
+    if not any("amx" in results_of(name, folder) for name, _ in SECTIONS):
+        lines.append("The AMX kernels are tested where there is AMX; no speed on this page is from such a processor.")
+    lines.append("")
     for name, write in SECTIONS:
         results = results_of(name, folder)
         if results:
-            lines += write(results)
-    return lines
+            lines += births.marked(name, write(results), results)
+    return lines + goals.page(folder)
 
 
 def little_memory(folder: Path) -> list[str]:
@@ -354,7 +362,7 @@ def little_memory(folder: Path) -> list[str]:
         line += f"{number(row['tokens_per_second'])} tokens a second"
         if row["speed_to_unlimited"] is not None:
             line += f", {number(row['speed_to_unlimited'])} times its speed without one"
-        lines.append(f"{line}.")
+        lines.append(f"{line} ({cpu}).")
     about = "Random weights in the shapes of Llama 3, in files that stay where they are, on two CPU cores "
     return [f"{about}([how](docs/any-file.md)).", *lines] if lines else []
 
@@ -364,8 +372,8 @@ def summary(folder: Path) -> list[str]:
     results = results_of("train", folder)
     body = [
         [
-            cpu,
             PEERS[row["peer"]],
+            cpu,
             f"{faster(row, 'theirs')} x",
             " / ".join(number(row["tokens_per_second"][side][1]) for side in ("ours", "theirs")),
             " / ".join(f"{row['peak_rss_mib'][side]:,}" for side in ("ours", "theirs")),
@@ -374,27 +382,27 @@ def summary(folder: Path) -> list[str]:
         for row in result["rows"]
         if not row["peer"].startswith("ours")
     ]
-    rows = [row for name, _ in SECTIONS for row in every(results_of(name, folder))]
-    met = [met_bars(row) for row in rows]
-    asked, reached = sum(map(len, met)), sum(map(sum, met))
+    every_goal = goals.found(folder)
+    missed = sum(not goal.met for goal in every_goal)
     return [
         "![Tokens a second and peak memory of training, against the peers](docs/train.png)",
         "",
         "Training steps of SmolLM2-135M, rank 16 on every linear layer, four rows of 256 tokens.",
         f"Machine: {machines(results)}.",
+        *births.lines(results),
+        births.FOOTNOTE,
         "",
-        *table(["CPU class", "peer", "speed", "tokens a second, ours / peer", "peak memory, MiB, ours / peer"], body),
+        *births.marked(
+            "train",
+            table(["peer", "CPU class", "speed", "tokens a second, ours / peer", "peak memory, MiB, ours / peer"], body),
+            results,
+        ),
         "[docs/performance.md](docs/performance.md) has all figures, each with its goal and its script.",
-        f"Of the {asked} goals on that page {reached} are met and {asked - reached} are missed.",
+        f"Of {len(every_goal)} goals {len(every_goal) - missed} are met, and "
+        f"[{missed} are missed](docs/performance.md#missed-goals).",
         "",
         *little_memory(folder),
     ]
-
-
-def met_bars(row: Row) -> list[bool]:
-    """Whether each measured bar of a row was met; bars of which one is enough count as one."""
-    met = [bar["met"] for bar in row["bars"] if bar["met"] is not None]
-    return [any(met)] if met and row.get("either_bar") else met
 
 
 def replaced(text: str, lines: Sequence[str]) -> str:
@@ -416,16 +424,23 @@ def main() -> None:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_true", help="put the figures into the pages")
     action.add_argument("--check", action="store_true", help="exit 1 if a page has other figures")
+    action.add_argument("--marks", action="store_true", help="list the results whose code has changed since")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs/performance.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.marks:
+        print("\n".join(births.report(arguments.results)))
+        return
+    unborn = births.unborn(arguments.results)
+    if arguments.check and unborn:
+        sys.exit(f"no commit, date and versions in {', '.join(unborn)}: measure again with --json")
     for page, make in ((arguments.readme, summary), (arguments.performance, performance)):
         text = page.read_text(encoding="utf-8")
         wanted = replaced(text, make(arguments.results))
         if arguments.write:
             page.write_text(wanted, encoding="utf-8")
-        elif text != wanted:
+        elif births.without_marks(text) != births.without_marks(wanted):
             sys.exit(f"{page} differs from {arguments.results}: run python bench/readme.py --write")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import births
 from pages import between, results_of, source, table, write_or_check
 
 ROOT = Path(__file__).parents[1]
@@ -67,27 +68,31 @@ def state(bar: dict[str, Any]) -> str:
     return f"{'at least' if bar['at_least'] else 'at most'} {bar['bar']:g} {'met' if bar['met'] else 'missed'}"
 
 
-def block(result: dict[str, Any]) -> str:
+def block(cpu: str, result: dict[str, Any]) -> str:
     """The lines between the marks of the page."""
     machine = result["machine"]
     about = f"{machine['cpu']}, torch {machine['torch']}, {machine['cpu_isa']}"
     script = "[bench/bench_shipping.py](../bench/bench_shipping.py)"
     lines = [
         f"Made by {script} ({about}).",
+        *births.lines({cpu: result}),
+        births.FOOTNOTE,
         f"The calibration text of a merge is {result['training']['calibration_rows']} of the training rows.",
         "",
     ]
-    return "\n".join([*lines, *tables(result), "![Retention of each form](shipping.png)", ""])
+    lines += [*tables(result), "![Retention of each form](shipping.png)", ""]
+    return "\n".join(births.marked("shipping", lines, {cpu: result}))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Retention of the 4-bit forms, a panel for each setting."""
+    """Retention of the 4-bit forms with standard errors, a panel for each setting."""
     from matplotlib.figure import Figure
 
     forms = [form for form in NAMES if form not in ("plain", "bf16-base", "bf16-original")]
     settings = list(dict.fromkeys(row["setting"] for row in result["rows"]))
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    for axes, setting in zip(panels, settings, strict=True):
         rows = {row["form"]: row for row in result["rows"] if row["setting"] == setting}
         texts = list(rows["plain"]["texts"])
         height = 0.8 / len(texts)
@@ -98,19 +103,20 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes.barh(places, values, height, xerr=errors, label=TEXTS[text], capsize=2)
         axes.axvline(1, color="black", linewidth=0.6)
         axes.set_yticks(range(len(forms)), [NAMES[form].replace("`", "") for form in forms])
-        axes.invert_yaxis()
-        axes.set_title(setting)
-        axes.set_xlabel("retention")
-    axes.legend(frameon=False, fontsize="small")
+        axes.set_title(f"{setting} run, peak rate {result['training']['rates'][setting]:g}")
+        axes.set_xlabel("retention (1: all that the adapter learned)")
+    panels[0].invert_yaxis()
+    panels[0].set_ylabel("form that ships")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize="small")
     figure.savefig(path, dpi=120, metadata=source(result))
 
 
 def main() -> None:
     """Write or check."""
-    results = list(results_of("shipping").values())
-    write_or_check(
-        __doc__, PAGE, lambda text: between(text, BEGIN, END, map(block, results)), "bench/results/shipping-*.json"
-    )
+    found = results_of("shipping")
+    results, blocks = list(found.values()), [block(cpu, result) for cpu, result in found.items()]
+    write_or_check(__doc__, PAGE, lambda text: between(text, BEGIN, END, blocks), "bench/results/shipping-*.json")
     if results:
         plot(results[0], PICTURE)
 

@@ -18,6 +18,7 @@ import emulated
 import gpu_basics
 import gpu_check
 import gpu_model
+import gpu_models
 import gpu_page
 import gpu_primitives
 import gpu_products
@@ -247,7 +248,8 @@ def test_readings_of_a_card() -> None:
 
 
 def test_the_model_has_every_row_and_is_written() -> None:
-    assert gpu_model.MODEL.read_text(encoding="utf-8") == gpu_model.text(), "run: python bench/gpu_model.py --write"
+    stored = gpu_model.MODEL.read_text(encoding="utf-8")
+    assert gpu_model.text(stored) == stored, "run: python bench/gpu_model.py --write"
     for name, times in gpu_page.predictions().items():
         assert all(value is None or value > 0 for value in times.values()), name
         assert name.endswith(gpu_page.MODELS) or None not in times.values()
@@ -286,12 +288,16 @@ def result_of(name: str, groups: dict[str, float], **more: Any) -> dict[str, Any
         for group, ms in groups.items()
     ]
     entries = {group: {"state": "ok", "words": ""} for group in groups}
-    return {"bench": "gpu_check", "card": card, "ceilings": {}, "groups": entries, "rows": rows, **more}
+    birth = {"commit": "ab" * 20, "changed": False, "date": "2026-12-02", "versions": {"torch": "2.11"}}
+    return {"bench": "gpu_check", "birth": birth, "card": card, "ceilings": {}, "groups": entries, "rows": rows, **more}
 
 
 def test_results_are_merged_by_group(tmp_path: Path) -> None:
     name = "NVIDIA H100 80GB HBM3"
-    found = gpu_page.merged([result_of(name, {"a": 1.0, "b": 2.0}), result_of(name, {"b": 3.0})])
+    first = {**result_of(name, {})["birth"], "date": "2026-12-01"}  # the oldest of its groups
+    both = [result_of(name, {"a": 1.0, "b": 2.0}), result_of(name, {"b": 3.0}, birth=first)]
+    found = gpu_page.merged(both)
+    assert found["birth"] == gpu_page.merged(both[::-1])["birth"] == first
     assert [(row["group"], row["ms"]["ours"][1]) for row in found["rows"]] == [("a", 1.0), ("b", 3.0)]
     assert gpu_page.slug(name) == "h100-80gb-hbm3"
     with pytest.raises(ValueError, match="merge one card's"):
@@ -307,7 +313,16 @@ def test_the_page_shows_measured_over_predicted(tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text(json.dumps(result), encoding="utf-8")
     text = "\n".join(gpu_page.lines(tmp_path))
     assert "| forward m=1 n=4096 k=4096 |" in text and "| 2.00 |" in text
-    assert "more than 1.3 in 1 of 1 rows" in text
+    assert "more than 1.3 in 1 of 1 rows" in text and "Measured 2026-12-02, commit abababa, torch 2.11" in text
+    page = gpu_page.PAGE.read_text(encoding="utf-8")
+    assert gpu_page.page(page, tmp_path).startswith("# What a GPU measured\n")
+
+
+def test_what_no_card_has_measured_is_called_predicted_and_rivals_are_not(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_bytes(gpu_model.MODEL.read_bytes())
+    page = gpu_page.page(gpu_page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert page.startswith("# Predicted, not measured\n")
+    assert not [row for row in gpu_page.predictions() if row.startswith(tuple(f"{rival} step" for rival in gpu_models.RIVALS))]
 
 
 def test_the_page_is_of_the_results() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import pairwise
+from collections.abc import Callable
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ import pytest
 from laws import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import pages
 import plot_estimate
+import plot_linear
+import plot_paged
+import plot_train
 import quality_page
+import shipping_page
 
 from qlora_native.train.progress import plot_losses
 
 figures = pytest.importorskip("matplotlib.figure")
+text_class = pytest.importorskip("matplotlib.text")
 
 
 @pytest.fixture
@@ -47,6 +54,49 @@ def result_of(name: str) -> Any:
     return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+PICTURES: dict[str, Callable[[Path], None]] = {  # all of docs/
+    "memory": lambda path: plot_estimate.draw(result_of("estimate-amx"), str(path)),
+    "linear": lambda path: plot_linear.draw(result_of("linear-avx512_bf16"), str(path)),
+    "paged": lambda path: plot_paged.draw(result_of("paged-avx512_bf16"), str(path)),
+    "train": lambda path: plot_train.draw(pages.results_of("train"), path),
+    "quality": lambda path: quality_page.plot(result_of("quality-amx"), path),
+    "shipping": lambda path: shipping_page.plot(result_of("shipping-avx512_bf16"), path),
+}
+
+
+def test_every_picture_of_the_pages_is_drawn_here() -> None:
+    assert {file.stem for file in (ROOT / "docs").glob("*.png")} == PICTURES.keys()
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_no_two_texts_overlap_and_every_axis_has_a_label(
+    name: str, drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[int, tuple[str, Any]] = {}  # what is painted, at the file's resolution: ticks out of sight are not
+    sizes = []
+    paint = text_class.Text.draw
+
+    def kept(text: Any, renderer: Any, *args: Any, **options: Any) -> None:
+        paint(text, renderer, *args, **options)
+        if text.get_visible() and text.get_text().strip():
+            shown[id(text)] = text.get_text(), text.get_window_extent(renderer)
+            sizes.append(renderer.get_canvas_width_height())
+
+    monkeypatch.setattr(text_class.Text, "draw", kept)
+    PICTURES[name](tmp_path / f"{name}.png")
+    boxes, (width, height) = list(shown.values()), sizes[-1]
+    assert len(boxes) > 10
+    for (one, left), (other, right) in combinations(boxes, 2):
+        assert not left.padded(-0.5).overlaps(right.padded(-0.5)), f"{one!r} and {other!r}"
+    for text, box in boxes:
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, text
+    for axes in drawn:
+        shares_labels = axes.get_shared_y_axes().joined(axes, drawn[0]) and axes is not drawn[0]
+        assert axes.get_xlabel() and (axes.get_ylabel() or shares_labels)
+        for axis, label in ((axes.xaxis, axes.get_xlabel()), (axes.yaxis, axes.get_ylabel())):
+            assert (axis.get_scale() == "log") == ("log scale" in label), label
+
+
 def test_memory(drawn: list[Any], tmp_path: Path) -> None:
     plot_estimate.draw(result_of("estimate-amx"), str(tmp_path / "memory.png"))
     assert_labels_apart(*drawn)
@@ -62,6 +112,8 @@ def test_quality(drawn: list[Any], tmp_path: Path) -> None:
         assert len(axes.patches) > 1 and axes.figure.bbox.containsx(legend.x1) and legend.x0 > 0 <= legend.y0
         for artist in (*axes.patches, *axes.lines, *axes.collections):  # bars, caps, error bars
             assert not legend.overlaps(artist.get_tightbbox()), artist
+    errors = [[one for one in axes.containers if getattr(one, "errorbar", None)] for axes in drawn]
+    assert errors[0] and not errors[1]  # of the runs none was measured
     assert {name.partition(":")[0] for name in names(drawn[0])} == result["texts"].keys() - {"calibration"}
 
 

@@ -1,0 +1,187 @@
+"""Every stored figure names its commit, day and versions; a page marks what is older than its code, and stays green."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import births
+import common
+import goals
+import pages
+import pytest
+import readme
+from laws import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+BIRTH = {"commit": "ab" * 20, "changed": False, "date": "2026-12-01", "versions": {"torch": "2.13.0", "peft": "0.21.2"}}
+
+
+def git(folder: Path, *words: str) -> str:
+    options = ["-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *options, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a kernel of the products and a bench in it, in place of this one."""
+    for name in ("cpp/cpu/gemm.cc", "bench/bench_quality.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "begin")
+    monkeypatch.setattr(births, "ROOT", tmp_path)
+    births.changed_since.cache_clear()
+    yield tmp_path
+    births.changed_since.cache_clear()
+
+
+def born(clone: Path) -> dict[str, Any]:
+    return {"birth": {**BIRTH, "commit": git(clone, "rev-parse", "HEAD").strip()}}
+
+
+def test_every_result_is_born_and_has_paths_that_exist() -> None:
+    assert births.unborn(RESULTS) == []
+    names = {file.stem.rpartition("-")[0] for cpu in pages.CLASSES for file in RESULTS.glob(f"*-{cpu}.json")}
+    assert names and names <= births.PATHS.keys()
+    if not (ROOT / ".git").exists():
+        pytest.skip("a path is looked up in git")
+    for name, paths in births.PATHS.items():
+        for path in paths if name in names else ():
+            assert git(ROOT, "ls-files", "--", path), f"{name}: {path}"
+
+
+def test_a_figure_is_marked_when_code_of_its_paths_has_changed(clone: Path) -> None:
+    result = born(clone)
+    assert births.changed_since(result["birth"]["commit"], births.PATHS["linear"]) == ()
+    assert not births.is_old("linear", result)
+    (clone / "cpp/cpu/gemm.cc").write_text("2\n")
+    git(clone, "commit", "-qam", "change a product")
+    births.changed_since.cache_clear()
+    assert births.is_old("linear", result) and not births.is_old("optim", result)
+    page = ["Machine: x (avx2, amx).", "| a | avx2 | 1 |", "| avx2x | amx | `avx2` |"]
+    marked = births.marked("linear", page, {"avx2": result})
+    assert marked == ["Machine: x (avx2 †, amx).", "| a | avx2 † | 1 |", "| avx2x | amx | `avx2` |"]
+    assert births.without_marks("\n".join(marked)) == "\n".join(page)
+    assert births.marked("optim", page, {"avx2": result}) == page
+
+
+def test_where_git_does_not_know_the_commit_nothing_is_marked_and_that_is_said(clone: Path) -> None:
+    stranger = {"birth": BIRTH}
+    assert births.changed_since(BIRTH["commit"], ("cpp",)) is None and not births.is_old("linear", stranger)
+    (clone / "linear-avx2.json").write_text(json.dumps(stranger))
+    (clone / "optim-avx2.json").write_text(json.dumps(born(clone)))
+    (said, known) = births.report(clone)
+    assert said.startswith("linear-avx2: unknown") and BIRTH["commit"][:7] in said
+    assert known.startswith("optim-avx2: as measured")
+
+
+def test_pages_print_when_a_figure_was_measured() -> None:
+    stored = {**BIRTH, "backfilled": True, "versions": {"torch": "2.13.0"}}
+    later = {**BIRTH, "changed": True, "until": {**BIRTH, "commit": "cd" * 20, "date": "2026-12-03"}}
+    found = births.lines({"amx": {"birth": BIRTH}, "avx2": {"birth": BIRTH}, "neon": {"birth": stored}})
+    assert found == [
+        "Measured 2026-12-01, commit abababa, torch 2.13.0, peft 0.21.2 (amx, avx2).",
+        "Stored 2026-12-01, commit abababa, torch 2.13.0 (neon).",
+    ]
+    (line,) = births.lines({"amx": {"birth": later}})
+    assert "abababa with changes on top" in line and "until 2026-12-03, commit cdcdcdc" in line
+
+
+@pytest.mark.parametrize("missing", ["birth", "commit", "versions"])
+def test_the_check_fails_without_a_birth(missing: str, tmp_path: Path) -> None:
+    for file in RESULTS.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    result = json.loads((tmp_path / "train-avx2.json").read_text(encoding="utf-8"))
+    del (result if missing == "birth" else result["birth"])[missing]
+    (tmp_path / "train-avx2.json").write_text(json.dumps(result), encoding="utf-8")
+    command = [sys.executable, ROOT / "bench" / "readme.py", "--check", "--results", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "train-avx2.json" in done.stderr and "linear" not in done.stderr
+
+
+def test_the_check_does_not_see_marks(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "unmarked.md").write_text(births.without_marks(text), encoding="utf-8")
+    (tmp_path / "marked.md").write_text(births.without_marks(text).replace("| avx2 |", "| avx2 † |"), encoding="utf-8")
+    for name in ("unmarked.md", "marked.md"):
+        command = [sys.executable, ROOT / "bench" / "readme.py", "--check", "--readme", tmp_path / name]
+        assert subprocess.run(command, check=False).returncode == 0, name
+
+
+def test_a_work_folder_keeps_the_first_birth_and_refuses_other_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = {**BIRTH}
+    monkeypatch.setattr(common, "birth", lambda: dict(now))
+    work = tmp_path / "work"
+    assert common.birth_in(work) == BIRTH == common.birth_in(work)
+    now |= {"commit": "cd" * 20, "date": "2026-12-03"}
+    later = common.birth_in(work)
+    assert later["commit"] == BIRTH["commit"] and later["until"]["commit"] == "cd" * 20
+    now["versions"] = {"torch": "2.14.0"}
+    with pytest.raises(SystemExit, match=r"begun with .*2\.13\.0.* now .*2\.14\.0"):
+        common.birth_in(work)
+    (work / "birth.json").unlink()
+    (work / "runs").mkdir()
+    with pytest.raises(SystemExit, match="unknown commit"):
+        common.birth_in(work)
+
+
+def test_outside_a_clone_the_commit_is_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert common.birth.__wrapped__()["commit"] is None
+    assert not births.is_born({"birth": common.birth.__wrapped__()})
+    monkeypatch.setenv("BENCH_COMMIT", "ef" * 20)
+    assert births.is_born({"birth": common.birth.__wrapped__()})
+
+
+def test_amx_stands_beside_the_other_classes(tmp_path: Path) -> None:
+    """The same tables with one class more have its rows more, each with its class, and no other row changes."""
+    for file in RESULTS.glob("*.json"):
+        shutil.copy(file, tmp_path)
+        if file.stem.endswith("-avx512_bf16"):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            result["machine"]["cpu_isa"] = "amx"
+            for row in result["rows"]:
+                row["bars"] = []  # it has no goals of its own everywhere
+            (tmp_path / file.name.replace("avx512_bf16", "amx")).write_text(json.dumps(result), encoding="utf-8")
+    texts = ("\n".join(readme.performance(folder)) for folder in (RESULTS, tmp_path))
+    before, after = (births.without_marks(text).partition("## Missed goals")[0] for text in texts)
+    rows = [line for line in before.splitlines() if line.startswith("|")]
+    assert [line for line in after.splitlines() if line.startswith("|") and "| amx |" not in line] == rows
+    assert after.count("| amx |") == before.count("| avx512_bf16 |") > 50 > before.count("| amx |") == 0
+    assert "no speed on this page is from such a processor" in before
+    assert "no speed on this page is from such a processor" not in after
+    assert "| amx |" in births.without_marks("\n".join(readme.summary(tmp_path)))
+
+
+def test_the_list_of_missed_goals_is_whole() -> None:
+    """As many as the pages call missed, and those of results that no page shows."""
+    found = [goal for goal in goals.found(RESULTS) if not goal.met]
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8").partition("## Missed goals")[0]
+    on_page = [goal for goal in found if goal.bench in dict(readme.SECTIONS)]
+    assert text.count(", missed") == len(on_page) > 0
+    for name, page in (("residency", "any-file"), ("quality", "quality"), ("shipping", "shipping")):
+        count = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8").count("missed")
+        assert sum(goal.bench.startswith(name) for goal in found) == count > 0, name
+
+
+def test_a_goal_of_which_one_of_two_is_enough_counts_once(tmp_path: Path) -> None:
+    bars = [
+        {"rival": "a", "measure": "times as fast", "bar": 2.0, "value": 1.0, "met": False},
+        {"rival": "b", "measure": "of the time", "bar": 1.0, "value": 0.5, "met": True},
+        {"rival": "c", "measure": "of the time", "bar": 1.0, "value": None, "met": None},
+    ]
+    rows = [{"case": "either", "bars": bars, "either_bar": True}, {"case": "both", "bars": bars}]
+    (tmp_path / "optim-amx.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    assert [(goal.row, goal.met) for goal in goals.found(tmp_path)] == [
+        ("either", True),
+        ("both", False),
+        ("both", True),
+    ]
