@@ -82,6 +82,10 @@ class DataConfig(_Section):
         """What ``train`` names."""
         return [self.train] if isinstance(self.train, str) else self.train
 
+    def longest(self, rows: TokenizedDataset) -> int:
+        """Tokens of the longest sequence of a run on ``rows``."""
+        return self.max_length if self.packing else int(rows.lengths.max())
+
     def load(self, path: str | list[str], tokenizer: Any, **options: Any) -> TokenizedDataset:
         """The rows of files, tokenized and masked; ``folder`` and ``limit`` as in ``load_dataset``."""
         format = None if self.format == "auto" else self.format

@@ -172,10 +172,9 @@ class Trainer:
             self.hashes = {**rows.stats.files, **({} if held_out is None else held_out.stats.files)}
 
         # Model and optimizer.
-        longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
         memory = None
         if source is not None and not ranks.is_sharded:
-            memory = MemoryReport(config, source, longest, len(rows))
+            memory = MemoryReport(config, source, config.data.longest(rows), len(rows))
         budget = memory.layers_budget if memory is not None and ranks.world == 1 else None
         options_of_it: dict[str, Any] = {"source": source, "tokenizer": self.tokenizer, "layers_budget": budget}
         self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it, quiet=self.quiet)
