@@ -7,7 +7,6 @@ refused, every mistake is reported at once with its line, and any key can be set
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,12 +15,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from qlora_native._flags import apply_flags
 from qlora_native._io import as_user_error, reading, regular, user_path
 from qlora_native._version import __version__
 from qlora_native.data.dataset import TokenizedDataset, load_dataset
 from qlora_native.data.formats import FORMATS
 from qlora_native.errors import UserError
-from qlora_native.lora import LoraConfig
+from qlora_native.lora import LoraConfig, adapter_settings
+from qlora_native.lora.config import ALL_LINEAR
 
 # Limits of numbers, beyond which sums and products of them do not fit what computes with them.
 Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
@@ -129,6 +130,9 @@ class QuantConfig(_Section):
 class LoraSection(_Section):
     """The small matrices that are trained."""
 
+    adapter: str | None = _key(
+        None, "folder of an adapter to start from, with a new optimizer; rank, alpha and layers are then its own"
+    )
     r: Rank = _key(16, "rank; parameters and memory of the adapter grow with it")
     alpha: float = _key(
         32.0, "the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0, lt=1e30
@@ -164,6 +168,18 @@ class LoraSection(_Section):
         "train as calibration; gguf: over a GGUF file, each weight in the type it has there",
     )
 
+    @model_validator(mode="after")
+    def _as_the_adapter(self) -> LoraSection:
+        given = set(self.model_fields_set)
+        folder = self.adapter and user_path(self.adapter)
+        for name, value in adapter_settings(folder).items() if folder else ():
+            mine = getattr(self, name)
+            if name in given and mine not in (value, ALL_LINEAR) and name != "dropout":
+                raise ValueError(f"{name} is {mine}, and {value} in {folder}, where the run starts: remove {name}")
+            if name not in given or name != "dropout":
+                setattr(self, name, value)
+        return self
+
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _are_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +197,7 @@ class LoraSection(_Section):
             tokens = list(dict.fromkeys(ids.get(token, token) for token in self.trainable_tokens))
             if (highest := max(tokens)) >= len(tokenizer):
                 raise UserError(f"lora.trainable_tokens has {highest}: expected ids below {len(tokenizer):,}, or texts")
-        others = self.model_dump(exclude={"lora_plus_ratio", "ship", "trainable_tokens"})
+        others = self.model_dump(exclude={"adapter", "lora_plus_ratio", "ship", "trainable_tokens"})
         return LoraConfig(**others, trainable_tokens=list(tokens), seed=seed)
 
 
@@ -302,6 +318,11 @@ class TrainConfig(_Section):
                 raise ValueError(f"lora.trainable_tokens is set and {key} is {value}: expected one of them")
         return self
 
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of ``lora.adapter``."""
+        return user_path(self.lora.adapter) if self.lora.adapter else None
+
     def prepared(self, tokenizer: Any) -> Any:
         """The tokenizer, with the run's tokens and chat template: a text with a brace, or a file."""
         with as_user_error():
@@ -335,7 +356,7 @@ class TrainConfig(_Section):
         lines: Mapping[str, int] | None = None,
     ) -> TrainConfig:
         """The same from the nested values of a file that is read already; ``lines`` are those of its dotted keys."""
-        flags = _apply_overrides(values, overrides)
+        flags = apply_flags(values, overrides, keys(), _value_of)
         # A block whose keys are all commented out is an empty block, not a mistake.
         sections = cls.model_fields.keys() - keys()
         values = {key: {} if value is None and key in sections else value for key, value in values.items()}
@@ -365,11 +386,6 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, An
         else:
             found[prefix + name] = field
     return found
-
-
-def _takes_list(annotation: Any) -> bool:
-    is_list = typing.get_origin(annotation) in (list, tuple)
-    return is_list or any(_takes_list(each) for each in typing.get_args(annotation))
 
 
 def _key_of(item: Mapping[str, Any]) -> str:
@@ -431,49 +447,3 @@ def _value_of(text: str) -> Any:
     with suppress(Exception):  # the check reports the text
         return _parsed(text)[0]
     return text
-
-
-def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
-    """Write ``--key value`` pairs into the nested values; returns the flag as typed for each dotted key it set.
-
-    A key may be given without its section (``--lr``). A flag without a value means true, ``--resume`` alone means
-    auto. Values are read as YAML, so that lists, numbers and null work as in the file.
-    """
-    known = keys()
-    by_leaf = {key.rpartition(".")[2]: key for key in known}
-    flags: dict[str, str] = {}
-    words = list(overrides)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise UserError(f"{word!r} stands alone: expected --key value, for example --lr 1e-4")
-        name, equals, text = word[2:].partition("=")
-        if not equals:
-            text = words.pop(0) if words and not words[0].startswith("--") else "auto" if name == "resume" else "true"
-        name = name.replace("-", "_")
-        path = name if name in known else by_leaf.get(name, name)
-        value: Any = text  # a path such as 2024-01-01 is not a date
-        if text in ("null", "none"):
-            value = None
-        elif path not in known or known[path].annotation not in (str, str | None):
-            value = _value_of(text)
-        if path in known and _takes_list(known[path].annotation) and words and not words[0].startswith("--"):
-            value = [value]  # --betas 0.9 0.99
-            while words and not words[0].startswith("--"):
-                value.append(_value_of(words.pop(0)))
-        *sections, leaf = path.split(".")
-        target = values
-        for section in sections:
-            if target.get(section) is None:
-                target[section] = {}
-            target = target[section]
-            if not isinstance(target, dict):  # left as it is, for the check to report
-                break
-        else:
-            target[leaf] = value
-        flags[path] = f"--{name}"
-    # A length from the command line replaces the file's.
-    lengths = [name for name in ("steps", "epochs") if f"train.{name}" in flags]
-    if len(lengths) == 1 and isinstance(values.get("train"), dict):
-        values["train"].pop("epochs" if lengths == ["steps"] else "steps", None)
-    return flags

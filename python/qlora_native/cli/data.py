@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [*data.files, *([data.eval] if data.eval is not None else [])]
     for path in paths:
         read_rows(path)  # a missing file is reported before the tokenizer is loaded
-    tokenizer = config.prepared(load_tokenizer(config.model))
+    tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
     if args.action == "check":
         return _check(args, config, tokenizer)
     files = [data.load(path, tokenizer, limit=args.limit) for path in paths]

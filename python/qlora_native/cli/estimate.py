@@ -165,7 +165,7 @@ def measured_rows(config: TrainConfig, limit: int | None = None) -> tuple[int, i
     from qlora_native.data.dataset import load_split
     from qlora_native.hf.source import load_tokenizer
 
-    tokenizer = config.prepared(load_tokenizer(config.model))
+    tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
     rows = load_split(config.data, tokenizer, config.train.seed, limit=limit)[0]
     return len(rows), config.data.longest(rows)
 

@@ -163,7 +163,7 @@ class Trainer:
             names = config.logging if ranks.is_first else []
             loggers = make_loggers(names, self.output_dir, config.model_dump(mode="json"))
             source = open_source(user_path(config.model)) if self.model is None else None
-            self.tokenizer = config.prepared(self.tokenizer or load_tokenizer(source or config.model))
+            self.tokenizer = config.prepared(self.tokenizer or load_tokenizer(source or config.model, config.adapter))
             rows, held_out = load_rows(config, self.tokenizer)
             findings = check_data(source, self.tokenizer, rows, held_out)
             fell_back = settle_method(config, source, rows)
@@ -177,6 +177,7 @@ class Trainer:
             memory = MemoryReport(config, source, config.data.longest(rows), len(rows))
         budget = memory.layers_budget if memory is not None and ranks.world == 1 else None
         options_of_it: dict[str, Any] = {"source": source, "tokenizer": self.tokenizer, "layers_budget": budget}
+        options_of_it["adapter"] = config.adapter if checkpoint is None else None
         self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it, quiet=self.quiet)
         optimizer = make_optimizer(options, parameter_groups(model, config.lora.lora_plus_ratio), self.output_dir)
         highest = [int(data.input_ids.max()) for data in (rows, held_out) if data is not None]

@@ -19,7 +19,7 @@ from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import Progress, layer_progress, load_model
 from qlora_native.hf.source import AUTO, Source, open_source
-from qlora_native.lora import LoraConfig, LoRALinear, add_lora
+from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lora_layers
 from qlora_native.lora.config import H_SVD, ZERO
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.graphs import why_eager
@@ -38,6 +38,7 @@ def prepare_model(
     source: Source | None = None,
     tokenizer: Any = None,
     layers_budget: int | None = None,
+    adapter: Path | None = None,
     quiet: bool = False,
 ) -> Any:
     """The 4-bit model with adapters, in training mode, sharded over the ranks if the config says so.
@@ -47,10 +48,11 @@ def prepare_model(
         rows: training rows, which calibrate it if ``quant.calibration`` names nothing else.
         source: of ``config.model``, if it is open already.
         tokenizer: of the run, which names the rows that ``lora.trainable_tokens`` trains.
+        adapter: the folder of the adapter to start from.
         layers_budget: bytes of the card for the layers' 4-bit weights; the layers beyond it stream.
     """
     options, ranks = config.train, ranks or OneProcess()
-    if ranks.world > 1 and config.lora.init != ZERO and not _has_adapters(model):
+    if ranks.world > 1 and config.lora.init != ZERO and adapter is None and not _has_adapters(model):
         raise UserError(
             f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: set "
             f"lora.init to {ZERO}"
@@ -67,7 +69,11 @@ def prepare_model(
                 stream_layers(model, "cuda", layers_budget)
         else:
             fuse(model)
-        if not _has_adapters(model):
+        if adapter is not None:
+            load_adapter(model, adapter)
+            for _, layer in lora_layers(model):
+                layer.dropout = model.lora_config.dropout = lora.dropout
+        elif not _has_adapters(model):
             statistics = None
             if config.lora.init != ZERO:
                 from qlora_native.hf.residuals import lora_statistics
