@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import runs
+import tiny
 import yaml
+from safetensors.torch import load_file
 from sentences import Check
 
+import qlora_native as qn
 from qlora_native.cli._start import MOST_EPOCHS, schedule
 from qlora_native.cli.main import main
 from qlora_native.cli.train import config_of
@@ -78,11 +81,41 @@ def test_a_model_and_rows_are_enough(files: Path, tmp_path: Path, capsys: Captur
     assert [line["step"] for line in runs.metrics(out) if "loss" in line] == [1, 2, 3, 4, 5]
 
 
+def test_answers_are_in_the_report_unless_no_rows_are_held_out(files: Path, tmp_path: Path) -> None:
+    assert main(["train", *words(files, "--steps", 2, "--output_dir", tmp_path / "out")]) == 0
+    lines = runs.metrics(tmp_path / "out")
+    assert [len(line["samples"]) for line in lines if "samples" in line] == [2, 2]
+    expected = [sample["expected"] for line in lines for sample in line.get("samples", ())]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert len(expected) == 4 and all(text in page for text in expected)
+    without = config_of(words(files, "--eval_fraction", 0))
+    assert without.train.samples == 0 and config_of(words(files)).train.samples == 2
+    assert TrainConfig.from_values(yaml.safe_load(without.to_yaml())).train.samples == 0
+
+
 @pytest.mark.parametrize(
     "given", ["", "--model base", "--train {0}/train.jsonl", "--model {0}/model --train gone.jsonl"]
 )
 def test_a_mistake_without_a_file(files: Path, given: str, mistake: Callable[..., str], sentence: Check) -> None:
     sentence(mistake("train", *given.format(files).split()))
+
+
+def test_the_first_line_is_what_is_trained(files: Path, tmp_path: Path, capsys: Capture, sentence: Check) -> None:
+    four, gguf = tmp_path / "four", tmp_path / "file.gguf"
+    qn.load_model(files / "model").save_pretrained(four)
+    tiny.write_tokenizer(four)
+    assert main(["export", str(files / "model"), "--to", "gguf", "--type", "q4_k", "--out", str(gguf)]) == 0
+    rows = ["--train", str(files / "train.jsonl"), "--steps", "1", "--samples", "0"]
+    for number, (model, more) in enumerate(
+        [(files / "model", []), (four, ["--r", "4"]), (gguf, ["--rank_pattern", "q_proj=8"]), (gguf, ["--type", "nf4"])]
+    ):
+        capsys.readouterr()
+        assert main(["train", "--model", str(model), *rows, *more, "--output_dir", str(tmp_path / str(number))]) == 0
+        line = capsys.readouterr().out.splitlines()[0]
+        sentence(line)
+        adapter = load_file(tmp_path / str(number) / "adapter" / "adapter_model.safetensors")
+        count = sum(tensor.numel() for tensor in adapter.values())
+        assert f"{count / 1000:.3g} k of" in line and f"on {len(adapter) // 2} layers" in line
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])

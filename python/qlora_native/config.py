@@ -249,7 +249,9 @@ class LoopSection(_Section):
         None, "stop after so many evaluations in a row without a lower held-out loss; without it, never early"
     )
     samples: NonNegative | list[str] = _key(
-        0, "prompts, or a number of held-out rows, that are answered at each evaluation: greedy, up to 64 tokens"
+        2,
+        "prompts, or a number of held-out rows, that are answered at each evaluation: greedy, up to 64 tokens; 0 where "
+        "no rows are held out",
     )
     save_every: NonNegative = _key(100, "steps between checkpoints; 0 = at Ctrl-C only")
     keep: Positive = _key(2, "how many of the newest checkpoints stay on disk")
@@ -307,6 +309,8 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
+        if self.data.eval is None and self.data.eval_fraction == 0 and "samples" not in self.train.model_fields_set:
+            self.train.samples = 0
         if self.train.patience is not None and self.lora.ship is not None:
             raise ValueError(
                 "train.patience and lora.ship are set: expected one, as what ships is made after the last step"

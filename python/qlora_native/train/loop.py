@@ -56,6 +56,7 @@ from qlora_native.train.setup import (
     parameter_groups,
     prepare_model,
     settle_method,
+    what_is_trained,
 )
 
 MAX_SKIPPED = 5
@@ -204,6 +205,8 @@ class Trainer:
         metrics = Metrics(self.output_dir / "metrics.jsonl" if ranks.is_first else None, state.step, loggers)
         quiet = self.quiet or not ranks.is_first
         progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
+        is_converted = source is not None and not source.is_four_bit
+        progress.note(what_is_trained(config, model, is_converted, total))
         progress.note(rows.stats.describe())
         if held_out is not None:
             is_part = held_out.stats.path == rows.stats.path
