@@ -28,13 +28,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("--reference", "DIR", user_path, "the 16-bit model that a 4-bit MODEL was made from", {}),
         ("--max-length", "N", int, "tokens a row (default: 1024)", {"default": 1024}),
         ("--rows", "N", int, "only the first N rows of each file or task", {}),
+        ("--answers", "N", int, "print the answers to the first N rows of each file (default: 5 with --adapter)", {}),
         ("--train-on", None, str, part, {"choices": ("answers", "all"), "default": "answers"}),
         ("--dtype", None, str, "of activations and of what is not 4-bit (default: bfloat16)", {"choices": DTYPES}),
         ("--report", "DIR", user_path, "write report.md, report.json and report.png there", {}),
     ):
         parser.add_argument(name, metavar=metavar, type=kind, help=text, **options)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.epilog = """A 16-bit MODEL is compared with its 4-bit forms: loss, perplexity, KL divergence from 16 bits,
+    parser.epilog = """With --adapter base and tuned model are compared on the same rows: loss, perplexity, their
+difference with its standard error, how many rows are answered exactly, and some answers of both.
+A 16-bit MODEL is compared with its 4-bit forms: loss, perplexity, KL divergence from 16 bits,
 each with its standard error over rows. One model is in memory at a time; of the 16-bit one, two bytes for each token
 and element of its hidden state are kept in a temporary file.
 
@@ -85,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
         for text in texts:
             note(text.about)
         pad_id = padding_id(tokenizer)
-        result = compare(variants, texts, tokenizer, pad_id=pad_id, tasks=args.lm_eval, limit=args.rows, note=note)
+        count = args.answers if args.answers is not None else 5 if args.adapter else 0
+        limits = {"limit": args.rows, "answered": count}
+        result = compare(variants, texts, tokenizer, pad_id=pad_id, tasks=args.lm_eval, note=note, **limits)
     if args.report:
         settings = {"calibration": args.calibration, "adapter": args.adapter, "shipped": args.shipped}
         settings["16-bit reference"] = args.reference
@@ -110,6 +115,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"qlora eval: --max-length is {args.max_length}: expected 2 or more")
     if args.rows is not None and args.rows < 1:
         raise UserError(f"qlora eval: --rows is {args.rows}: expected 1 or more")
+    if args.answers is not None and args.answers < 0:
+        raise UserError(f"qlora eval: --answers is {args.answers}: expected 0 or more")
     names = [file.name for file in args.data]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

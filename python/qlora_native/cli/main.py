@@ -58,7 +58,7 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("answer, base model and adapter side by side", (*_MODEL, "jinja2")),
     "merge": Command("add an adapter to its base model and report what that cost", _MODEL),
     "export": Command("write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", _MODEL),
-    "eval": Command("measure quality lost to 4 bits, and regained by calibration and the adapter", _MODEL),
+    "eval": Command("measure whether an adapter is better than its base, and what 4 bits lost", _MODEL),
     "config": Command("list, write or check config files", first="what to do (list, init or check)"),
     "data": Command(
         "show or check the rows of a data file as the model will see them", _CONFIG, first="what to do (show or check)"
