@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from qlora_native._flags import apply_flags
 from qlora_native._io import as_user_error, reading, regular, user_path
 from qlora_native._version import __version__
 from qlora_native.data.dataset import TokenizedDataset, load_dataset
-from qlora_native.data.formats import FORMATS
+from qlora_native.data.formats import FORMATS, KEYS
 from qlora_native.errors import UserError
 from qlora_native.lora import LoraConfig, adapter_settings
 from qlora_native.lora.config import ALL_LINEAR
@@ -54,6 +55,9 @@ class DataConfig(_Section):
         0.05, "share of the training rows to hold out when data.eval is not set; 0 = none", ge=0, lt=1
     )
     format: str = _key("auto", f"layout of a row: {', '.join(FORMATS)}; auto: detected from the first rows")
+    columns: dict[str, str] = _key(
+        {}, "the files' columns by the keys of the format that they stand for: {prompt: question, completion: sql}"
+    )
     max_length: Positive = _key(
         1024, "tokens per row at most, longer rows are truncated; memory grows with it", le=1 << 24
     )
@@ -70,6 +74,15 @@ class DataConfig(_Section):
     def _known_format(cls, value: str) -> str:
         if value not in ("auto", *FORMATS):
             raise ValueError(f"expected auto, {', '.join(FORMATS)}")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _known_keys(cls, value: dict[str, str]) -> dict[str, str]:
+        for key in value.keys() - set(KEYS):
+            near = ", ".join(get_close_matches(key, KEYS, n=1))
+            hint = f"did you mean {near}?" if near else f"expected {', '.join(KEYS)}"
+            raise ValueError(f"{key} is no key of a format; {hint}")
         return value
 
     @model_validator(mode="after")
@@ -92,7 +105,13 @@ class DataConfig(_Section):
         format = None if self.format == "auto" else self.format
         with as_user_error():
             return load_dataset(
-                path, tokenizer, max_length=self.max_length, format=format, train_on=self.train_on, **options
+                path,
+                tokenizer,
+                max_length=self.max_length,
+                format=format,
+                train_on=self.train_on,
+                columns=self.columns,
+                **options,
             )
 
 

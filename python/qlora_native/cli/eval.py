@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qlora_native._io import as_user_error, as_write_error, user_path
-from qlora_native.cli._run import print_result
+from qlora_native._io import as_user_error, as_write_error, reading, user_path
+from qlora_native.cli._run import print_result, printable, require
 from qlora_native.cli._weights import DTYPES
 from qlora_native.errors import UserError
 
@@ -20,6 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("model", "MODEL", user_path, "a model folder, 16-bit or 4-bit, or a .gguf file", {}),
         ("--data", "FILE", user_path, "texts: any file that training reads, or .txt", several),
         ("--choices", None, str, argparse.SUPPRESS, {"nargs": "*"}),  # of older versions
+        ("--columns", "KEY=COLUMN", str, "columns of the files, as data.columns (default: the adapter's)", several),
         ("--lm-eval", "TASK", str, "tasks of lm-eval, if it is installed", several),
         ("--adapter", "DIR", user_path, "an adapter, measured on the first 4-bit form", {}),
         ("--shipped", "DIR", user_path, "a model that the adapter was merged into: what it keeps", {}),
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             options=options,
         )
         tokenizer = load_tokenizer(str(variants.model), args.adapter)
-        limits = {"max_length": args.max_length, "limit": args.rows}
+        limits = {"max_length": args.max_length, "limit": args.rows, "columns": _columns(args)}
         texts = [load_text(path, tokenizer, train_on=args.train_on, **limits) for path in args.data]
 
         def note(line: str) -> None:
@@ -100,9 +101,25 @@ def run(args: argparse.Namespace) -> int:
         note(f"report: {args.report}" + ("" if drawn else " (without report.png: pip install matplotlib draws it)"))
     peak = peak_rss_bytes()
     hashes = {text.name: text.sha256 for text in texts}
-    lines = ["", *tables(result), "", f"peak memory {peak / 2**20:,.0f} MiB"]
+    lines = ["", *map(printable, tables(result)), "", f"peak memory {peak / 2**20:,.0f} MiB"]
     print_result(args, {**result.as_dict(), "sha256": hashes, "peak_rss_bytes": peak}, lines)
     return 0
+
+
+def _columns(args: argparse.Namespace) -> dict[str, str]:
+    """``data.columns``: as given, or of the run that made the adapter."""
+    words = ["--columns", *args.columns] if args.columns else []
+    file = args.adapter / "config.yaml" if args.adapter else None
+    if not words and not (file and file.is_file()):
+        return {}
+    require("qlora eval --columns", "pydantic")
+    from qlora_native.config import TrainConfig, read_yaml
+
+    data: dict[str, Any] = {"train": "rows.jsonl"}
+    if file is not None and file.is_file() and not words:
+        with reading(file, "expected the config of the adapter's run, or none"):
+            data["columns"] = dict((read_yaml(file)[0].get("data") or {}).get("columns") or {})
+    return TrainConfig.from_values({"model": str(args.model), "data": data}, words).data.columns
 
 
 def _check(args: argparse.Namespace) -> None:

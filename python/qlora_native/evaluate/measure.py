@@ -160,8 +160,7 @@ def _measure(
             for total, value in zip(sums, values, strict=True):
                 total.index_add_(0, row_of[part], value.double().cpu())
         done += len(states)
-    tokens, nats, wrong, *divergence = sums
-    scores = Scores(tokens, nats, *divergence, wrong=wrong)
+    scores = Scores(**dict(zip(("tokens", "nats", "wrong", "kl", "agreed"), sums, strict=False)))
     return scores, None if kept is None else Kept(scores, kept, head)
 
 
