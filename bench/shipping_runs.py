@@ -86,7 +86,7 @@ def config(work: Path, text: str, setting: str, seed: int, ships: bool) -> Any:
     out = work / "trained" / f"{text}-{setting}-{seed}" / ("ship" if ships else "plain")
     data = {"train": f"{work / text}/train.jsonl", "max_length": LENGTH, "eval_fraction": EVALUATED[text]}
     train = {"steps": STEPS, "lr": SETTINGS[setting], "seed": seed, "batch_size": 4, "grad_accum": 1}
-    train |= {"grad_checkpointing": False, "eval_every": 0, "save_every": STEPS}
+    train |= {"grad_checkpointing": False, "eval_every": 0, "save_every": STEPS, "samples": 0}
     lora = {"r": 16, "alpha": 32} | ({"ship": "nf4"} if ships else {})
     values = {"model": str(work / BASE), "output_dir": str(out), "data": data, "lora": lora, "train": train}
     return TrainConfig.model_validate(values | {"resume": "auto"})

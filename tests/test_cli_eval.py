@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import runs
 import torch
 from tiny import write_model, write_rows, write_tokenizer
 from transformers import AutoModelForCausalLM
@@ -17,6 +20,7 @@ import qlora_native as qn
 from qlora_native.cli import main
 from qlora_native.data.dataset import load_dataset
 from qlora_native.hf.source import load_tokenizer
+from qlora_native.train.loop import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,78 @@ def test_the_command_line_compares_and_reports_plainly(files: Path, tmp_path: Pa
     names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
     assert names[:4] == ["", "16-bit", "rtn", "wmse"]
     assert "peak memory" in done.stdout and (tmp_path / "r" / "report.md").is_file()
+
+
+@pytest.fixture(scope="module")
+def adapter(files: Path) -> Path:
+    """Trained until it knows most rows."""
+    values = runs.settings(files, files / "run", {"train": str(files / "held.jsonl")}, steps=40, lr=4e-3, samples=0)
+    return Trainer(qn.TrainConfig.from_values(values), quiet=True).train().adapter_dir
+
+
+@torch.no_grad()
+def exact_rows(model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> int:
+    """How many answers greedy generation gives token for token."""
+    count = 0
+    for row in rows:
+        start = int((row["labels"] >= 0).argmax())
+        ids = torch.from_numpy(row["input_ids"].astype("int64"))
+        prompt, expected = ids[None, :start], ids[start:]
+        options = {"do_sample": False, "max_new_tokens": len(expected), "eos_token_id": int(expected[-1])}
+        found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, start:]  # type: ignore[operator]
+        count += torch.equal(found, expected)
+    return count
+
+
+def test_is_it_better(files: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", str(files / "four"), "--adapter", str(adapter), "--data", str(files / "held.jsonl")]
+    assert main.main([*words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    base, tuned = (side["texts"]["held.jsonl"] for side in printed["sides"])
+    assert printed["better"] == {"held.jsonl": True}
+    assert (
+        tuned["change"] == pytest.approx(tuned["loss"] - base["loss"]) and 0 < tuned["change_error"] < -tuned["change"]
+    )
+    assert base["change"] is base["kl"] is tuned["closed"] is None
+    tokenizer = load_tokenizer(files / "four")
+    rows = load_dataset(files / "held.jsonl", tokenizer)
+    models = {"base": qn.load_model(files / "four"), "tuned": qn.load_adapter(qn.load_model(files / "four"), adapter)}
+    counts = {name: exact_rows(model.eval(), rows) for name, model in models.items()}
+    assert counts["tuned"] > counts["base"] and len(rows) == 6
+    assert (base["exact"], tuned["exact"]) == pytest.approx((counts["base"] / 6, counts["tuned"] / 6))
+    assert [*printed["answers"][0]] == ["text", "question", "expected", "base", "tuned"] and len(
+        printed["answers"]
+    ) == 5
+    for about, row in zip(printed["answers"], rows, strict=False):
+        ids = row["input_ids"].tolist()
+        start = int((row["labels"] >= 0).argmax())
+        assert about["expected"] == tokenizer.decode(ids[start:-1]).strip() and "what is" in about["question"]
+    matched = sum(about["tuned"] == about["expected"] for about in printed["answers"])
+    assert matched == exact_rows(models["tuned"], rows[:5])
+
+    assert main.main([*words, "--answers", "2"]) == 0
+    text = capsys.readouterr().out
+    head = next(line for line in text.splitlines() if line.startswith("| "))
+    assert [cell.strip() for cell in head.split("|")[1:-1]] == ["", "loss", "perplexity", "less base", "exact"]
+    assert f"| {counts['tuned']} of 6" in text and "Better with the adapter: " in text
+    assert [text.count(f"   - {part}: ") for part in ("question", "expected", "base", "tuned")] == [2] * 4
+
+
+def test_no_column_is_empty_or_compares_a_thing_with_itself(
+    files: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(files / "model"), "--data", str(files / "held.jsonl"), str(files / "notes.txt")]
+    assert main.main([*words, "--adapter", str(adapter), "--answers", "0"]) == 0
+    text, tables = capsys.readouterr().out, []
+    for name in ("held.jsonl", "notes.txt"):
+        rows = text.partition(f"**{name}**")[2].split("\n\n")[1].splitlines()
+        tables.append([[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if "---" not in row])
+    for part in tables:
+        head, *body = part
+        assert [row[0] for row in body] == ["16-bit", "rtn", "rtn + adapter"] and "gap closed" not in head
+        assert all(any(row[at] for row in body) for at in range(len(head)))
+        assert not body[0][head.index("KL to 16-bit")]
+    assert "exact" in tables[0][0] and "exact" not in tables[1][0]  # plain text has no answers
 
 
 def test_json_is_one_object_and_nothing_else(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +165,7 @@ def test_dtype_is_that_of_the_models(files: Path, capsys: pytest.CaptureFixture[
         (["{files}/gone", "--data", "{held}"], "gone is not there: expected"),
         (["{model}", "--data", "{held}", "--max-length", "1"], "--max-length is 1: expected 2"),
         (["{model}", "--data", "{held}", "--rows", "0"], "--rows is 0: expected 1"),
+        (["{model}", "--data", "{held}", "--answers", "-1"], "--answers is -1: expected 0"),
         (["{model}", "--data", "{held}", "{files}/model/../held.jsonl"], "two files are called held.jsonl"),
     ],
 )

@@ -366,7 +366,7 @@ def test_config_init_for_a_model_and_a_card(folder: Path, tmp_path: Path, mistak
     assert main(["config", "init", model, "--gpu", "16GB", "--out", str(path)]) == 0
     config = TrainConfig.from_file(path)
     assert Estimator(LLAMA_8B, Setting.from_config(config, "cuda")).at().fits(16 * GIB)
-    assert config.train.batch_size * config.train.grad_accum == 16 and config.data.max_length == 2048
+    assert config.train.batch_size * config.train.grad_accum == 8 and config.data.max_length == 2048
     lines = path.read_text().splitlines()
     assert lines[1] == f"#   qlora train {path}"
     assert all(" # " in line for line in lines if line.startswith("  "))

@@ -16,10 +16,11 @@ from test_page import config
 from qlora_native.config import TrainConfig
 from qlora_native.data.dataset import load_dataset
 from qlora_native.errors import UserError
+from qlora_native.evaluate.answers import LONGEST
 from qlora_native.hf.source import load_tokenizer
 from qlora_native.train.loop import Trainer
 from qlora_native.train.progress import read_metrics
-from qlora_native.train.samples import LONGEST, Samples
+from qlora_native.train.samples import Samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,6 +17,7 @@ ALIASES = {
     "lora_r": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "use_rslora": "lora.rslora", "lora_target_modules": "lora.target_modules",
     "loraplus_lr_ratio": "lora.lora_plus_ratio", "peft_layers_to_transform": "lora.layers_to_transform",
+    "resume_adapter_file": "lora.adapter", "adapter_path": "lora.adapter",
     "max_steps": "train.steps", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
     "micro_batch_size": "train.batch_size", "per_device_train_batch_size": "train.batch_size",
     "gradient_accumulation_steps": "train.grad_accum", "learning_rate": "train.lr", "lr_scheduler": "train.scheduler",

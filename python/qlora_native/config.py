@@ -7,21 +7,23 @@ refused, every mistake is reported at once with its line, and any key can be set
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from qlora_native._flags import apply_flags
 from qlora_native._io import as_user_error, reading, regular, user_path
 from qlora_native._version import __version__
 from qlora_native.data.dataset import TokenizedDataset, load_dataset
-from qlora_native.data.formats import FORMATS
+from qlora_native.data.formats import FORMATS, KEYS
 from qlora_native.errors import UserError
-from qlora_native.lora import LoraConfig
+from qlora_native.lora import LoraConfig, adapter_settings
+from qlora_native.lora.config import ALL_LINEAR
 
 # Limits of numbers, beyond which sums and products of them do not fit what computes with them.
 Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
@@ -53,6 +55,9 @@ class DataConfig(_Section):
         0.05, "share of the training rows to hold out when data.eval is not set; 0 = none", ge=0, lt=1
     )
     format: str = _key("auto", f"layout of a row: {', '.join(FORMATS)}; auto: detected from the first rows")
+    columns: dict[str, str] = _key(
+        {}, "the files' columns by the keys of the format that they stand for: {prompt: question, completion: sql}"
+    )
     max_length: Positive = _key(
         1024, "tokens per row at most, longer rows are truncated; memory grows with it", le=1 << 24
     )
@@ -71,6 +76,15 @@ class DataConfig(_Section):
             raise ValueError(f"expected auto, {', '.join(FORMATS)}")
         return value
 
+    @field_validator("columns")
+    @classmethod
+    def _known_keys(cls, value: dict[str, str]) -> dict[str, str]:
+        for key in value.keys() - set(KEYS):
+            near = ", ".join(get_close_matches(key, KEYS, n=1))
+            hint = f"did you mean {near}?" if near else f"expected {', '.join(KEYS)}"
+            raise ValueError(f"{key} is no key of a format; {hint}")
+        return value
+
     @model_validator(mode="after")
     def _a_weight_each(self) -> DataConfig:
         if not self.files or (self.weights is not None and len(self.weights) != len(self.files)):
@@ -82,12 +96,22 @@ class DataConfig(_Section):
         """What ``train`` names."""
         return [self.train] if isinstance(self.train, str) else self.train
 
+    def longest(self, rows: TokenizedDataset) -> int:
+        """Tokens of the longest sequence of a run on ``rows``."""
+        return self.max_length if self.packing else int(rows.lengths.max())
+
     def load(self, path: str | list[str], tokenizer: Any, **options: Any) -> TokenizedDataset:
         """The rows of files, tokenized and masked; ``folder`` and ``limit`` as in ``load_dataset``."""
         format = None if self.format == "auto" else self.format
         with as_user_error():
             return load_dataset(
-                path, tokenizer, max_length=self.max_length, format=format, train_on=self.train_on, **options
+                path,
+                tokenizer,
+                max_length=self.max_length,
+                format=format,
+                train_on=self.train_on,
+                columns=self.columns,
+                **options,
             )
 
 
@@ -125,6 +149,9 @@ class QuantConfig(_Section):
 class LoraSection(_Section):
     """The small matrices that are trained."""
 
+    adapter: str | None = _key(
+        None, "folder of an adapter to start from, with a new optimizer; rank, alpha and layers are then its own"
+    )
     r: Rank = _key(16, "rank; parameters and memory of the adapter grow with it")
     alpha: float = _key(
         32.0, "the adapter's product is scaled by alpha / r (alpha / sqrt(r) with rslora)", gt=0, lt=1e30
@@ -160,6 +187,18 @@ class LoraSection(_Section):
         "train as calibration; gguf: over a GGUF file, each weight in the type it has there",
     )
 
+    @model_validator(mode="after")
+    def _as_the_adapter(self) -> LoraSection:
+        given = set(self.model_fields_set)
+        folder = self.adapter and user_path(self.adapter)
+        for name, value in adapter_settings(folder).items() if folder else ():
+            mine = getattr(self, name)
+            if name in given and mine not in (value, ALL_LINEAR) and name != "dropout":
+                raise ValueError(f"{name} is {mine}, and {value} in {folder}, where the run starts: remove {name}")
+            if name not in given or name != "dropout":
+                setattr(self, name, value)
+        return self
+
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _are_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +216,7 @@ class LoraSection(_Section):
             tokens = list(dict.fromkeys(ids.get(token, token) for token in self.trainable_tokens))
             if (highest := max(tokens)) >= len(tokenizer):
                 raise UserError(f"lora.trainable_tokens has {highest}: expected ids below {len(tokenizer):,}, or texts")
-        others = self.model_dump(exclude={"lora_plus_ratio", "ship", "trainable_tokens"})
+        others = self.model_dump(exclude={"adapter", "lora_plus_ratio", "ship", "trainable_tokens"})
         return LoraConfig(**others, trainable_tokens=list(tokens), seed=seed)
 
 
@@ -229,7 +268,9 @@ class LoopSection(_Section):
         None, "stop after so many evaluations in a row without a lower held-out loss; without it, never early"
     )
     samples: NonNegative | list[str] = _key(
-        0, "prompts, or a number of held-out rows, that are answered at each evaluation: greedy, up to 64 tokens"
+        2,
+        "prompts, or a number of held-out rows, that are answered at each evaluation: greedy, up to 64 tokens; 0 where "
+        "no rows are held out",
     )
     save_every: NonNegative = _key(100, "steps between checkpoints; 0 = at Ctrl-C only")
     keep: Positive = _key(2, "how many of the newest checkpoints stay on disk")
@@ -287,6 +328,8 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
+        if self.data.eval is None and self.data.eval_fraction == 0 and "samples" not in self.train.model_fields_set:
+            self.train.samples = 0
         if self.train.patience is not None and self.lora.ship is not None:
             raise ValueError(
                 "train.patience and lora.ship are set: expected one, as what ships is made after the last step"
@@ -297,6 +340,11 @@ class TrainConfig(_Section):
             if self.lora.trainable_tokens and value in ("fsdp", "gguf", "nf4"):
                 raise ValueError(f"lora.trainable_tokens is set and {key} is {value}: expected one of them")
         return self
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of ``lora.adapter``."""
+        return user_path(self.lora.adapter) if self.lora.adapter else None
 
     def prepared(self, tokenizer: Any) -> Any:
         """The tokenizer, with the run's tokens and chat template: a text with a brace, or a file."""
@@ -331,7 +379,7 @@ class TrainConfig(_Section):
         lines: Mapping[str, int] | None = None,
     ) -> TrainConfig:
         """The same from the nested values of a file that is read already; ``lines`` are those of its dotted keys."""
-        flags = _apply_overrides(values, overrides)
+        flags = apply_flags(values, overrides, keys(), _value_of)
         # A block whose keys are all commented out is an empty block, not a mistake.
         sections = cls.model_fields.keys() - keys()
         values = {key: {} if value is None and key in sections else value for key, value in values.items()}
@@ -361,11 +409,6 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, An
         else:
             found[prefix + name] = field
     return found
-
-
-def _takes_list(annotation: Any) -> bool:
-    is_list = typing.get_origin(annotation) in (list, tuple)
-    return is_list or any(_takes_list(each) for each in typing.get_args(annotation))
 
 
 def _key_of(item: Mapping[str, Any]) -> str:
@@ -427,49 +470,3 @@ def _value_of(text: str) -> Any:
     with suppress(Exception):  # the check reports the text
         return _parsed(text)[0]
     return text
-
-
-def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
-    """Write ``--key value`` pairs into the nested values; returns the flag as typed for each dotted key it set.
-
-    A key may be given without its section (``--lr``). A flag without a value means true, ``--resume`` alone means
-    auto. Values are read as YAML, so that lists, numbers and null work as in the file.
-    """
-    known = keys()
-    by_leaf = {key.rpartition(".")[2]: key for key in known}
-    flags: dict[str, str] = {}
-    words = list(overrides)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise UserError(f"{word!r} stands alone: expected --key value, for example --lr 1e-4")
-        name, equals, text = word[2:].partition("=")
-        if not equals:
-            text = words.pop(0) if words and not words[0].startswith("--") else "auto" if name == "resume" else "true"
-        name = name.replace("-", "_")
-        path = name if name in known else by_leaf.get(name, name)
-        value: Any = text  # a path such as 2024-01-01 is not a date
-        if text in ("null", "none"):
-            value = None
-        elif path not in known or known[path].annotation not in (str, str | None):
-            value = _value_of(text)
-        if path in known and _takes_list(known[path].annotation) and words and not words[0].startswith("--"):
-            value = [value]  # --betas 0.9 0.99
-            while words and not words[0].startswith("--"):
-                value.append(_value_of(words.pop(0)))
-        *sections, leaf = path.split(".")
-        target = values
-        for section in sections:
-            if target.get(section) is None:
-                target[section] = {}
-            target = target[section]
-            if not isinstance(target, dict):  # left as it is, for the check to report
-                break
-        else:
-            target[leaf] = value
-        flags[path] = f"--{name}"
-    # A length from the command line replaces the file's.
-    lengths = [name for name in ("steps", "epochs") if f"train.{name}" in flags]
-    if len(lengths) == 1 and isinstance(values.get("train"), dict):
-        values["train"].pop("epochs" if lengths == ["steps"] else "steps", None)
-    return flags

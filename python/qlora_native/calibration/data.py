@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qlora_native._io import as_write_error, atomic_file, reading, regular
 from qlora_native.data.batching import permutation
-from qlora_native.data.formats import INFER_ROWS, Row, infer_format, normalize
-from qlora_native.data.readers import read_rows
+from qlora_native.data.formats import Row, infer_format, normalize
+from qlora_native.data.readers import FIRST_ROWS, read_rows
 from qlora_native.data.template import ChatEncoder
 from qlora_native.errors import UserError
 
@@ -159,7 +159,7 @@ def _documents(data: CalibrationData, path: Path | None, load_tokenizer: Callabl
                 )
             yield ids.tolist()
         return
-    format = "" if path is None else data.format or infer_format(documents[:INFER_ROWS])
+    format = "" if path is None else data.format or infer_format(documents[:FIRST_ROWS])
     encoder = ChatEncoder(data.tokenizer or load_tokenizer(), train_on="all")
     for index in order:
         document = documents[index]

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import itertools
 import sys
 from pathlib import Path
 
 from qlora_native._io import as_user_error, as_write_error, user_path
 from qlora_native.cli._run import refuse_existing, require
-from qlora_native.cli.estimate import card_bytes, size
+from qlora_native.cli._start import MARGIN, ROWS, start
+from qlora_native.cli.estimate import card_bytes, measured_rows, size
 from qlora_native.data.readers import hub_id
 from qlora_native.errors import UserError
 
 DEFAULT = "smollm2"
 LINEAR, ATTENTION = "all-linear", "[q_proj, k_proj, v_proj, o_proj]"
-MARGIN = 0.9  # of the memory, so that a longer row or another process is no disaster
-OPTIMIZERS = ("adamw", "adamw8bit")
-LENGTHS = (2048, 1024, 512, 256)  # tokens a row
-MICRO_BATCHES = (8, 4, 2, 1)  # rows; more make a GPU no faster with rows of such lengths
-STEP_ROWS = 16
 COLUMNS = ("model", "length", "lr", "modules", "note")  # of the presets; note says what the chat template does
 PRESETS = {
     "deepseek-r1-7b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 2048, 2e-4, LINEAR, "drops thoughts from answers"),
@@ -43,16 +38,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("name", nargs="?", help="init: a shipped config or a model; check: a config file")
     add("--preset", choices=PRESETS, metavar="NAME", help=f"init: for a family of models: {', '.join(PRESETS)}")
     add("--gpu", metavar="SIZE", help="init MODEL: memory of the card, such as 24GB")
+    add("--train", metavar="FILE", help="init MODEL: the training rows, whose number and lengths choose the steps")
     add("--out", metavar="FILE", help="init: where to write it (default: to the screen)")
     parser.epilog = f"""list shows the shipped configs. init writes one of them, {DEFAULT} unless named; or, for the
-folder of a model, one whose batch size and length fit the card, or this machine.
+folder of a model, one whose batch size and length fit the rows and the card, or this machine.
 check reports every mistake in a file at once, or prints it with all defaults filled in.
 
 examples:
   qlora config list
   qlora config init {DEFAULT} --out config.yaml
   qlora config init --preset llama-3.1-8b --out config.yaml
-  qlora config init Llama-3.1-8B-Instruct --gpu 24GB --out config.yaml
+  qlora config init Llama-3.1-8B-Instruct --train rows.jsonl --gpu 24GB --out config.yaml
   qlora config check config.yaml --lr 1e-4"""
 
 
@@ -91,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name:<12} {first.removeprefix('# ').removesuffix(' Start it with:')}")
         print(f"--preset     {', '.join(PRESETS)}")
     else:
-        _init(args.preset or args.name or DEFAULT, args.out, args.gpu, args.preset is not None)
+        _init(args.preset or args.name or DEFAULT, args)
     return 0
 
 
@@ -101,15 +97,18 @@ def preset(name: str) -> str:
     return text.format(name=name, **dict(zip(COLUMNS, PRESETS[name], strict=True)))
 
 
-def _init(name: str, out: str | None, gpu: str | None, is_preset: bool) -> None:
-    configs, model = shipped(), user_path(name)
-    if is_preset:
-        text = preset(name)
+def _init(name: str, args: argparse.Namespace) -> None:
+    configs, model, out = shipped(), user_path(name), args.out
+    missing = ["model", "data.train"]
+    if args.preset is not None:
+        text, missing = preset(name), ["data.train"]
     elif model.exists() or hub_id(name):
-        text = config_for(model, gpu, out or "config.yaml")
-    elif gpu is not None:
+        text = config_for(model, args.gpu, out or "config.yaml", args.train)
+        missing = [] if args.train else ["data.train"]
+    elif args.gpu is not None or args.train is not None:
+        option = "--gpu" if args.gpu is not None else "--train"
         raise UserError(
-            f"{name} is no model folder: --gpu fits a config to a model, as in `qlora config init FOLDER --gpu 24GB`"
+            f"{name} is no model folder: {option} fits a config to a model, as in `qlora config init FOLDER --gpu 24GB`"
         )
     elif name in configs:
         text = configs[name].read_text(encoding="utf-8")
@@ -124,15 +123,17 @@ def _init(name: str, out: str | None, gpu: str | None, is_preset: bool) -> None:
     refuse_existing(Path(out), "--out")
     with as_write_error(Path(out)), Path(out).open("x", encoding="utf-8") as file:
         file.write(text)
-    start = text.splitlines()[1].removeprefix("#").strip()
-    print(f"{out} is written; set {'' if is_preset else 'model and '}data.train in it, then: {start}")
+    command = text.splitlines()[1].removeprefix("#").strip()
+    then = f"set {' and '.join(missing)} in it, then" if missing else "now"
+    print(f"{out} is written; {then}: {command}")
 
 
-def config_for(model: Path, gpu: str | None, name: str) -> str:
-    """The text of a config for a model on a card, or on the CPU of this machine: the longest rows that fit, as many as
-    fit, with optimizer states in 8 bits only if they must be. UserError if no row fits."""
+def config_for(model: Path, gpu: str | None, name: str, train: str | None = None) -> str:
+    """The text of a config for a model on a card, or on the CPU of this machine, and for the rows of ``train``.
+    UserError if no row fits."""
     require("qlora config init MODEL", "transformers", "yaml", "pydantic")
     from qlora_native._memory import free_memory
+    from qlora_native.config import TrainConfig
     from qlora_native.estimate import Estimator, Setting
 
     if gpu is not None:
@@ -140,25 +141,26 @@ def config_for(model: Path, gpu: str | None, name: str) -> str:
     else:
         free = free_memory()
         device, limit, where = "cpu", free.bytes if free else 8 << 30, "the free memory of this machine"
+    rows = {}
+    if train is not None:
+        config = TrainConfig.from_values({"model": str(model), "data": {"train": train, "max_length": 1 << 20}})
+        rows = dict(zip(("rows", "longest"), measured_rows(config), strict=True))
     with as_user_error():
         estimator = Estimator(model, Setting(device=device))
-    usable = int(MARGIN * limit)
-    lengths = [length for length in LENGTHS if length <= estimator.positions] or [estimator.positions]
-    candidates = itertools.product(OPTIMIZERS, lengths, MICRO_BATCHES if device == "cuda" else (1,))
-    estimates = (estimator.at(optimizer=o, length=length, batch_size=rows) for o, length, rows in candidates)
-    estimate = next((each for each in estimates if each.fits(usable)), None)
-    if estimate is None:
-        least = estimator.at(length=lengths[-1], batch_size=1, optimizer=OPTIMIZERS[-1])
+    chosen = start(estimator, limit, **rows)
+    estimate, optimizer = chosen.estimate, chosen.optimizer
+    setting, peak, needed = estimate.setting, estimate.peak, size(estimate.total + estimate.reserve)
+    if not chosen.fits:
         raise UserError(
-            f"{model} does not fit {where}: a row of {lengths[-1]} tokens takes {size(least.total + least.reserve)} of "
+            f"{model} does not fit {where}: a row of {setting.length} tokens takes {needed} of "
             f"{size(limit)}; take a larger card or a smaller model"
         )
-    needed = size(estimate.total + estimate.reserve)
-    setting, peak, optimizer = estimate.setting, estimate.peak, estimate.setting.optimizer
     weights = peak.weights + peak.scales + peak.dense
+    usable = int(MARGIN * limit)
     longest, widest = estimator.longest(usable, 1), estimator.widest(usable, setting.length)
     here = {"batch_size": setting.batch_size, "length": setting.length, "optimizer": optimizer}
     all_kept = size(estimator.at(checkpointing=False, **here).total)
+    counted = f"for the {rows['rows']:,} rows" if rows else f"for some {ROWS:,} rows"
     return f"""# {model.name} on {where}: {needed} of {size(limit)} by `qlora estimate`. Start it with:
 #   qlora train {name}
 # `qlora train --help` lists every key; those left out here keep their defaults.
@@ -167,9 +169,9 @@ model: {model}
 output_dir: {model.name}-qlora  # gets adapter/, best/, step-000100/ ..., metrics.jsonl and report.html
 
 data:
-  train: train.jsonl          # one JSON object per line; `qlora train --help` names the formats
+  train: {train or "train.jsonl":<20} # one JSON object per line; `qlora train --help` names the formats
   eval_fraction: 0.05         # rows held out to measure what was learned; or name a file with `eval:`
-  max_length: {setting.length:<16}# up to {longest:,} tokens fit with batch_size 1; longer rows are truncated
+  max_length: {chosen.max_length:<16}# up to {longest:,} tokens fit with batch_size 1; longer rows are truncated
   train_on: answers           # all = learn the questions too: only for plain text
 
 quant:
@@ -185,9 +187,10 @@ lora:
   target_modules: all-linear  # attention alone, [q_proj, v_proj], trains less and learns less
 
 train:
-  epochs: 1                   # more as long as the held-out loss falls; the best adapter is kept in best/
-  batch_size: {setting.batch_size:<16}# rows in memory at once; up to {widest} fit
-  grad_accum: {STEP_ROWS // setting.batch_size:<16}# a step learns from {STEP_ROWS} rows, in as many parts
+  epochs: {chosen.epochs:<20}# {counted}; more as long as the held-out loss falls: best/ has the best
+  batch_size: {chosen.batch_size:<16}# rows in memory at once; up to {widest} fit
+  grad_accum: {chosen.grad_accum:<16}# a step learns from {chosen.batch_size * chosen.grad_accum} rows, in as many parts
+  eval_every: {chosen.eval_every:<16}# steps between evaluations on the held-out rows
   optimizer: {optimizer:<17}# its states take {size(peak.optimizer)}; adamw8bit keeps them in a quarter of adamw's
   paged: auto                 # if memory runs short they wait elsewhere: slower, no crash
   lr: 2e-4                    # halve it if the loss jumps about

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [*data.files, *([data.eval] if data.eval is not None else [])]
     for path in paths:
         read_rows(path)  # a missing file is reported before the tokenizer is loaded
-    tokenizer = config.prepared(load_tokenizer(config.model))
+    tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
     if args.action == "check":
         return _check(args, config, tokenizer)
     files = [data.load(path, tokenizer, limit=args.limit) for path in paths]
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     encoder = ChatEncoder(tokenizer, max_length=data.max_length, train_on=data.train_on)
     rows = []
     for path, file in zip(data.files, files, strict=False):
-        sources = read_rows(path, limit=args.limit)
+        sources = read_rows(path, limit=args.limit, columns=data.columns)
         wanted = islice(sources, args.rows) if args.row is None else (row for row in sources if row.line == args.row)
         rows += [{"file": path, **_row(encoder, row, file.stats.format)} for row in wanted]
     if args.row is not None and not rows:

@@ -56,7 +56,7 @@ def demo_config(
 
     data = {"train": f"{out}/data/train.jsonl", "eval": f"{out}/data/heldout.jsonl", "max_length": MAX_LENGTH}
     train: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "dtype": dtype, "eval_every": 0, "save_every": 0}
-    train |= {"batch_size": 4, "grad_accum": 1, "grad_checkpointing": False}
+    train |= {"batch_size": 4, "grad_accum": 1, "grad_checkpointing": False, "samples": 0}
     quant, lora = {"type": "keep"} if keep else {"method": METHOD}, {"r": 16, "alpha": 32}
     values = {"model": str(model), "output_dir": str(out), "data": data, "quant": quant, "lora": lora, "train": train}
     return TrainConfig.model_validate(values)

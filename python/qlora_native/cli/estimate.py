@@ -51,7 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("what", metavar="CONFIG|MODEL", help="a YAML file, a model folder (config.json is enough) or a .gguf file")
     add("--gpu", metavar="SIZE", help="memory of a card, such as 24GB: does the run fit, and what would")
-    add("--seq-length", type=int, metavar="N", help="tokens a row (the key data.max_length)")
+    add(
+        "--seq-length", type=int, metavar="N", help="tokens of the longest row (default: of data.train, if it is there)"
+    )
     add("--batch-size", type=int, metavar="N", help="rows a micro-batch (the key train.batch_size)")
     add("--gpus", type=int, default=1, metavar="N", help="several processes with a card each, by ddp and by fsdp")
     add("--link", default="25GB", metavar="SIZE", help="with --gpus: bytes a second between cards (25GB)")
@@ -82,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
     card = None if args.gpu is None else card_bytes(args.gpu)
     config = _config(args)
     device = "cpu" if args.cpu or (card is None and not torch.cuda.is_available()) else "cuda"
+    counts, why = (None, "") if args.seq_length else _rows_at_hand(config)
     with as_user_error():
-        estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
+        estimator = Estimator(user_path(config.model), Setting.from_config(config, device, *(counts or ())))
         estimate = estimator.at()
     fitting = None if card is None else _fitting(estimator, card)
     on_card = None
@@ -98,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     setting = {
         "model": config.model,
         "device": device,
-        "batch_size": options.batch_size,
-        "length": config.data.max_length,
+        "batch_size": estimate.setting.batch_size,
+        "length": estimate.setting.length,
         "grad_checkpointing": options.grad_checkpointing,
         "optimizer": options.optimizer,
         "r": config.lora.r,
@@ -110,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
     result["streamed"] = None if streamed is None else vars(streamed)
     result["ranks"] = [rank.as_dict() for rank in ranks]
     title = (
-        f"{config.model} on {'a GPU' if device == 'cuda' else 'the CPU'}: {options.batch_size} x "
-        f"{config.data.max_length} tokens, checkpointing {'on' if options.grad_checkpointing else 'off'}, "
+        f"{config.model} on {'a GPU' if device == 'cuda' else 'the CPU'}: {estimate.setting.batch_size} x "
+        f"{estimate.setting.length} tokens{why}, checkpointing {'on' if options.grad_checkpointing else 'off'}, "
         f"{options.optimizer}, rank {config.lora.r}"
     )
     terms = [(name, getattr(estimate.peak, field)) for field, name in NAMES.items()]
@@ -155,6 +158,27 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     if args.what.endswith((".yaml", ".yml")):
         return TrainConfig.from_file(args.what, overrides)
     return TrainConfig.from_values({"model": args.what, "data": {"train": "rows.jsonl"}}, overrides)
+
+
+def measured_rows(config: TrainConfig, limit: int | None = None) -> tuple[int, int]:
+    """How many rows of ``data.train`` are trained, and the tokens of the longest; of the first ``limit`` of a file."""
+    from qlora_native.data.dataset import load_split
+    from qlora_native.hf.source import load_tokenizer
+
+    tokenizer = config.prepared(load_tokenizer(config.model, config.adapter))
+    rows = load_split(config.data, tokenizer, config.train.seed, limit=limit)[0]
+    return len(rows), config.data.longest(rows)
+
+
+def _rows_at_hand(config: TrainConfig) -> tuple[tuple[int, int] | None, str]:
+    """:func:`measured_rows` where the files are here and can be read, and how that is said."""
+    if not all(user_path(path).exists() for path in config.data.files):
+        return None, ""
+    try:
+        rows, longest = measured_rows(config)
+    except UserError as error:
+        return None, f" (data.max_length: {error})"
+    return (rows, longest), f" (the longest of {rows:,} rows)"
 
 
 def _fitting(estimator: Estimator, card: int) -> list[dict[str, int]]:

@@ -37,6 +37,7 @@ class Command(NamedTuple):
     summary: str
     needs: tuple[str, ...] = ()  # import names beyond torch, numpy and safetensors
     first: str = ""  # what stands before --key value pairs, where the command takes them: they become args.overrides
+    can_lack_first: bool = False
 
 
 _MODEL = ("transformers", "yaml")
@@ -46,7 +47,7 @@ COMMANDS: dict[str, Command] = {
         "fine-tune a small real model on this machine and show what it learned",
         (*_CONFIG, "gguf", "accelerate", "jinja2"),
     ),
-    "train": Command("fine-tune a model as a config file describes", _CONFIG, first="the config file"),
+    "train": Command("fine-tune a model on rows of yours", _CONFIG, first="the config file", can_lack_first=True),
     "estimate": Command(
         "predict how much memory a run takes, and what fits a card, before anything is loaded",
         _CONFIG,
@@ -57,7 +58,7 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("answer, base model and adapter side by side", (*_MODEL, "jinja2")),
     "merge": Command("add an adapter to its base model and report what that cost", _MODEL),
     "export": Command("write a model, with its adapter, as safetensors, GGUF or a PEFT adapter", _MODEL),
-    "eval": Command("measure quality lost to 4 bits, and regained by calibration and the adapter", _MODEL),
+    "eval": Command("measure whether an adapter is better than its base, and what 4 bits lost", _MODEL),
     "config": Command("list, write or check config files", first="what to do (list, init or check)"),
     "data": Command(
         "show or check the rows of a data file as the model will see them", _CONFIG, first="what to do (show or check)"
@@ -104,7 +105,9 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     argv = [other if (other := _hyphenated(word)).partition("=")[0] in options else word for word in argv]
     if spec.first:
         # argparse cannot distinguish the value of a key that it does not know from a positional argument.
-        if argv and argv[0].startswith("--") and argv[0] != "--help":
+        if argv and argv[0].startswith("--") and argv[0] != "--help" and spec.can_lack_first:
+            argv = ["", *argv]
+        elif argv and argv[0].startswith("--") and argv[0] != "--help":
             raise UserError(f"qlora {name}: {spec.first} comes first, then --key value")
         args, overrides = parser.parse_known_args(argv)
         args.overrides = overrides

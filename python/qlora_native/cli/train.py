@@ -1,4 +1,4 @@
-"""``qlora train``: run a config file."""
+"""``qlora train``: run a config file, or a model and a file of rows without one."""
 
 from __future__ import annotations
 
@@ -7,22 +7,36 @@ import json
 import os
 import sys
 import typing
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_native._io import as_user_error, user_path
 from qlora_native.cli._run import missing_packages
+from qlora_native.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_native.config import TrainConfig
+
+ENOUGH_ROWS = 4096  # of a file, to choose a run's start by
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and the page of keys."""
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file; `qlora config init` writes one")
-    parser.usage = "qlora train CONFIG [--key value ...]"
+    help = "a YAML file; `qlora config init` writes one; without it --model and --train are needed"
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=help)
+    parser.usage = "qlora train [CONFIG] [--key value ...]"
     parser.epilog = f"""examples:
+  qlora train --model half.gguf --train train.jsonl
+  qlora train --model SmolLM2-135M-Instruct --train train.jsonl --eval held.jsonl --output_dir run
+  qlora train --model half.gguf --train more.jsonl --adapter run/adapter --output_dir run2
   qlora config init --out config.yaml
   qlora train config.yaml
   qlora train config.yaml --lr 1e-4 --lora.r 32 --output_dir run2
   qlora train config.yaml --resume
   torchrun --nproc-per-node 4 -m qlora_native train config.yaml --parallel fsdp
 
+Without CONFIG, batch size, passes over the rows, length and optimizer are chosen by the rows and the memory, unless
+they are given; adapter/config.yaml has all of them.
 Ctrl-C finishes the step, saves a checkpoint and exits with 130; a second Ctrl-C stops at once.
 
 Any key of the config can be given as --key value:
@@ -71,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
     from qlora_native.config import TrainConfig
     from qlora_native.distributed import RankLost
 
-    config = TrainConfig.from_file(args.config, args.overrides)
+    if args.config is None:
+        raise UserError("qlora train: expected a config file, or --model MODEL --train FILE")
+    config = TrainConfig.from_file(args.config, args.overrides) if args.config else config_of(args.overrides)
     from qlora_native.train.loop import Trainer
 
     try:
@@ -82,3 +98,43 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         os._exit(1)  # threads of the backend that still wait for the lost process can abort or hang a normal exit
     return 0
+
+
+def config_of(overrides: list[str]) -> TrainConfig:
+    """The config of a run without a file: what is given, and for the rest what suits the rows and the memory. A resumed
+    run has that of its checkpoint."""
+    import torch
+
+    from qlora_native._memory import free_device_memory, free_memory
+    from qlora_native.cli._start import start
+    from qlora_native.cli.estimate import measured_rows
+    from qlora_native.config import TrainConfig
+    from qlora_native.estimate import Estimator, Setting
+    from qlora_native.train.checkpoint import CONFIG, checkpoints
+
+    config = TrainConfig.from_values({"data": {}}, overrides)
+    if config.resume is not None:
+        is_auto = config.resume == "auto"
+        for folder in checkpoints(user_path(config.output_dir))[-1:] if is_auto else [Path(config.resume)]:
+            return TrainConfig.from_file(folder / CONFIG, overrides)
+    rows, longest = measured_rows(config, ENOUGH_ROWS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    free = free_device_memory(torch.device("cuda", torch.cuda.current_device())) if device == "cuda" else free_memory()
+    with as_user_error():
+        estimator = Estimator(user_path(config.model), Setting.from_config(config, device))
+    chosen, given = start(estimator, free.bytes if free else 8 << 30, rows, longest), config.train.model_fields_set
+    options = config.train
+    for name in {"optimizer", "eval_every"} - given:
+        setattr(options, name, getattr(chosen, name))
+    if not given & {"epochs", "steps"}:
+        options.epochs = chosen.epochs
+    if "max_length" not in config.data.model_fields_set:
+        config.data.max_length = chosen.max_length
+    wide = chosen.batch_size * chosen.grad_accum
+    if not given & {"batch_size", "grad_accum"}:
+        options.batch_size, options.grad_accum = chosen.batch_size, chosen.grad_accum
+    elif "grad_accum" not in given:
+        options.grad_accum = max(1, wide // options.batch_size)
+    elif "batch_size" not in given:
+        options.batch_size = max(1, wide // options.grad_accum)
+    return config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -14,8 +14,8 @@ import numpy as np
 
 from qlora_native._io import as_write_error
 from qlora_native.data.batching import permutation
-from qlora_native.data.formats import FORMATS, INFER_ROWS, infer_format, normalize
-from qlora_native.data.readers import content_hash, read_rows
+from qlora_native.data.formats import FORMATS, infer_format, normalize
+from qlora_native.data.readers import FIRST_ROWS, content_hash, read_rows
 from qlora_native.data.template import ChatEncoder, TrainOn
 from qlora_native.errors import UserError
 
@@ -149,6 +149,7 @@ def load_dataset(
     max_length: int = 1024,
     format: str | None = None,
     train_on: TrainOn = "answers",
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     folder: str | Path | None = None,
 ) -> TokenizedDataset:
@@ -160,6 +161,7 @@ def load_dataset(
         max_length: tokens a row may have; longer rows lose their right end.
         format: one of ``FORMATS``, or None to infer it from the first rows of each file.
         train_on: "answers" or "all"; see :mod:`qlora_native.data.template`.
+        columns: the files' columns by the key that each stands for: ``{"prompt": "question"}``.
         limit: read only this many rows of each file.
         folder: where tokens beyond some 16 million go; by default the system's folder for temporary files.
     """
@@ -174,9 +176,9 @@ def load_dataset(
     trained, truncated, too_long, files = array("i"), bytearray(), bytearray(), array("h")
     with_messages = False
     for number, each in enumerate(paths):
-        rows = read_rows(each, limit=limit)
-        first = list(islice(rows, INFER_ROWS))
-        name = format or infer_format(first)
+        rows = read_rows(each, limit=limit, columns=columns)
+        first = list(islice(rows, FIRST_ROWS))
+        name = format or infer_format(first, columns or ())
         formats[name] = None
         for source in chain(first, rows):
             row = normalize(source, name)

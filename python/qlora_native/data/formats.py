@@ -38,7 +38,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 FORMATS = tuple(_REQUIRED)
-INFER_ROWS = 20
+KEYS = (*(key for keys in _REQUIRED.values() for key in keys), "input", "system", "history", "tools")
 
 _ROLES = {
     spelling: role
@@ -70,19 +70,21 @@ class Row:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-def infer_format(rows: Iterable[SourceRow]) -> str:
-    """The one of :data:`FORMATS` that all ``rows`` (the first few of a file) satisfy.
+def infer_format(rows: Iterable[SourceRow], mapped: Iterable[str] = ()) -> str:
+    """The one of :data:`FORMATS` that all ``rows`` (the first few of a file) satisfy; of those that need a key of
+    ``mapped``, if any does.
 
     UserError with the row and near-miss keys if none does, or the rows differ.
     """
+    meant = {name: needed for name, needed in _REQUIRED.items() if {*needed} & {*mapped}} or _REQUIRED
     found, where = "", ""
     for row in rows:
         keys = sorted(key for key, value in row.data.items() if value is not None)
         if not found:
-            found, where = next((name for name, needed in _REQUIRED.items() if {*needed} <= {*keys}), ""), row.where
+            found, where = next((name for name, needed in meant.items() if {*needed} <= {*keys}), ""), row.where
             if not found:
-                formats = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in _REQUIRED.items())
-                advice = _renames(_REQUIRED.values(), keys) or "rename the keys to those of one format"
+                formats = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in meant.items())
+                advice = _renames(meant.values(), keys) or "rename the keys to those of one format"
                 raise row.error(f"the keys {_listed(keys)} fit no known format ({formats}); {advice}.")
         elif not {*_REQUIRED[found]} <= {*keys}:
             problem = str(_missing(row, found, keys)).removesuffix(".")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 from qlora_native._io import reading, reason, regular, sha256, user_path
 from qlora_native.errors import UserError
 
+FIRST_ROWS = 20  # of a file, by which its format and its columns are found
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DATA_SUFFIXES = (*TEXT_SUFFIXES, ".csv", ".tsv", ".parquet")
 
@@ -42,8 +43,11 @@ class SourceRow(NamedTuple):
         return UserError(f"{self.where}: {problem}")
 
 
-def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceRow]:
+def read_rows(
+    path: str | Path, *, limit: int | None = None, columns: Mapping[str, str] | None = None
+) -> Iterator[SourceRow]:
     """Iterate over the rows of ``path``, at most ``limit`` of them; a bad row is a UserError when it is reached.
+    ``columns`` names the file's column for a key: ``{"prompt": "question"}``.
 
     ``.jsonl``, ``.ndjson`` and ``.json`` hold either one object per line or one array of objects (distinguished by the
     first character); ``.csv`` and ``.tsv`` begin with a row of names; ``.parquet`` needs pyarrow. Blank lines, CRLF
@@ -54,7 +58,7 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceR
     file = user_path(path)
     if name := hub_id(path):
         data = (_checked(file, number, value) for number, value in enumerate(load_data(name), 1))
-        return _not_empty(islice(data, limit), file)
+        return _renamed(_not_empty(islice(data, limit), file), columns or {}, file)
     if file.is_dir():
         raise UserError(
             f"{file} is a folder, expected a data file ({', '.join(DATA_SUFFIXES)}); name one file inside it."
@@ -72,7 +76,23 @@ def read_rows(path: str | Path, *, limit: int | None = None) -> Iterator[SourceR
         )
     readers = {".parquet": _read_parquet, ".csv": _read_table, ".tsv": _read_table}
     rows = readers.get(file.suffix.lower(), _read_text)(file)
-    return _not_empty(islice(rows, limit), file)
+    return _renamed(_not_empty(islice(rows, limit), file), columns or {}, file)
+
+
+def _renamed(rows: Iterator[SourceRow], columns: Mapping[str, str], file: Path) -> Iterator[SourceRow]:
+    """The rows with their keys in place of the file's columns. UserError if its first rows have no such column."""
+    first = list(islice(rows, FIRST_ROWS)) if columns else []
+    found = list(dict.fromkeys(name for row in first for name in row.data))
+    for key, column in columns.items():
+        if column not in found and key not in found:  # another of several files has it
+            near = difflib.get_close_matches(column, found, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else "name one of these."
+            listed = ", ".join(f"'{name}'" for name in found)
+            raise UserError(f"{file}: data.columns.{key} is '{column}', and the file has {listed}; {advice}")
+    for row in chain(first, rows):
+        kept = {name: value for name, value in row.data.items() if name not in columns.values()}
+        named = {key: row.data[column] for key, column in columns.items() if column in row.data}
+        yield row._replace(data={**kept, **named})
 
 
 def content_hash(path: str | Path) -> str:

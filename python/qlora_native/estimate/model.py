@@ -43,20 +43,24 @@ class Setting:
     device: str = "cpu"  # or "cuda"
 
     @classmethod
-    def from_config(cls, config: TrainConfig, device: str) -> Setting:
-        """That of a training run with rows of ``data.max_length`` tokens."""
+    def from_config(
+        cls, config: TrainConfig, device: str, rows: int | None = None, longest: int | None = None
+    ) -> Setting:
+        """That of a training run with so many rows, the longest of so many tokens; without them rows have
+        ``data.max_length``."""
         options = config.train
         return cls(
             quant=config.quant.options,
             dtype=getattr(torch, options.dtype),
             lora=config.lora.as_config(options.seed),
-            length=config.data.max_length,
+            length=config.data.max_length if longest is None else -(-longest // 8) * 8,  # as collate pads
+            batch_size=min(options.batch_size, rows or options.batch_size),
             micro_batches=options.grad_accum,
             checkpointing=options.grad_checkpointing,
             ships=config.lora.ship,
             cuda_graph=options.cuda_graph != "off",
             device=device,
-            **{name: getattr(options, name) for name in ("batch_size", "optimizer", "paged", "page_budget")},
+            **{name: getattr(options, name) for name in ("optimizer", "paged", "page_budget")},
         )
 
 

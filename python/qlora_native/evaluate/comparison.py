@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from qlora_native._io import without_nan
 from qlora_native.data.template import check_vocabulary
+from qlora_native.evaluate.answers import answers, as_text, has_answer, split_row
 from qlora_native.evaluate.harness import run_tasks
 from qlora_native.evaluate.measure import Kept, Scores, measure
 from qlora_native.evaluate.retention import retention
@@ -36,6 +37,7 @@ class Comparison:
 
     model: str
     variants: list[VariantResult]
+    answers: list[dict[str, str]] = field(default_factory=list)  # text, question, expected, base and tuned
 
     @property
     def reference(self) -> VariantResult | None:
@@ -51,6 +53,23 @@ class Comparison:
         """Whether a model is among them into which the adapter was merged."""
         return any(variant.name == SHIPPED for variant in self.variants)
 
+    @property
+    def adapted(self) -> tuple[VariantResult, VariantResult] | None:
+        """The form with the adapter, and the same without."""
+        tuned = next((variant for variant in self.variants if variant.name.endswith(ADAPTED)), None)
+        if tuned is None:
+            return None
+        return next(other for other in self.variants if f"{other.name}{ADAPTED}" == tuned.name), tuned
+
+    def is_better(self, text: str) -> bool | None:
+        """Whether the adapter lowers the loss on a text by more than twice the standard error; None for less, either
+        way, and without an adapter."""
+        if self.adapted is None:
+            return None
+        base, tuned = (variant.texts[text] for variant in self.adapted)
+        change, error = tuned.excess(base)
+        return change < 0 if abs(change) > 2 * error else None
+
     def text_row(self, variant: VariantResult, text: str) -> dict[str, float | None]:
         """The figures of one variant on one text; those against the reference are None without one, shares of the gap
         closed without plain rounding."""
@@ -64,13 +83,14 @@ class Comparison:
             "kl": scores.divergence,
             "same_first": scores.agreement,
             "closed": scores.closed(worst, best) if worst and best and not is_adapted else None,
+            "exact": scores.exact,
+            "change": scores.excess(self.adapted[0].texts[text]) if is_adapted and self.adapted else None,
         }
         row: dict[str, float | None] = {"tokens": float(scores.tokens.sum()), "perplexity": scores.perplexity}
         for name, pair in pairs.items():
             row[name], row[f"{name}_error"] = pair or (None, None)
-        adapted = next((other for other in self.variants if other.name.endswith(ADAPTED)), None)
-        if variant.name == SHIPPED and adapted is not None:
-            base = next(other for other in self.variants if f"{other.name}{ADAPTED}" == adapted.name)
+        if variant.name == SHIPPED and self.adapted is not None:
+            base, adapted = self.adapted
             found = retention(base.texts[text], adapted.texts[text], scores)
             row |= {key: found[key] for key in ("retention", "retention_error")}
         return row
@@ -88,7 +108,8 @@ class Comparison:
             }
             for variant in self.variants
         ]
-        return {"model": self.model, "sides": rows}
+        better = {text: self.is_better(text) for text in self.variants[0].texts}
+        return {"model": self.model, "sides": rows, "better": better, "answers": self.answers}
 
 
 def compare(
@@ -99,15 +120,20 @@ def compare(
     pad_id: int,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    answered: int = 0,
     note: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Measure each variant on all texts and tasks of lm-eval (``limit`` documents of each), one model in memory at a
-    time; ``note`` is called with a line for each thing measured.
+    time; ``note`` is called with a line for each thing measured. Base and adapter answer the first rows of each text
+    that has answers, ``answered`` of them.
 
     Of the reference, some two bytes a token and element of the hidden state are kept in a temporary file.
     """
     results: list[VariantResult] = []
     kept: dict[str, Kept] = {}
+    asked = {text.name: [row for row in text.rows[:answered] if has_answer(row)] for text in texts}
+    found = [_question(tokenizer, name, row) for name, rows in asked.items() for row in rows]
+    answering = {variants.base: "base", f"{variants.base}{ADAPTED}": "tuned"}
     with TemporaryDirectory(prefix="qlora-eval-") as folder:
         for name, load in variants.loaders():
             began = time.monotonic()
@@ -120,13 +146,24 @@ def compare(
                 check_vocabulary(max(highest, pad_id), tokenizer, model, text.name)
                 keep_in = Path(folder) if name == REFERENCE else None
                 scores, reference = measure(model, text.rows, pad_id, against=kept.get(text.name), keep_in=keep_in)
+                if not any(map(has_answer, text.rows)):
+                    scores = replace(scores, wrong=None)
                 if reference is not None:
                     kept[text.name] = reference
                 result.texts[text.name] = scores
                 note(f"{name}: {text.name}: loss {scores.loss[0]:.4f}, perplexity {scores.perplexity:,.2f}")
             if tasks:
                 result.tasks = run_tasks(model, tokenizer, tasks, limit)
+            if name in answering and found:
+                replies = answers(model, tokenizer, [row for rows in asked.values() for row in rows])
+                for about, reply in zip(found, replies, strict=True):
+                    about[answering[name]] = reply
             results.append(result)
             del model
             gc.collect()
-    return Comparison(str(variants.model), results)
+    return Comparison(str(variants.model), results, found)
+
+
+def _question(tokenizer: Any, name: str, row: Any) -> dict[str, str]:
+    prompt, expected = split_row(row)
+    return {"text": name, "question": as_text(tokenizer, prompt), "expected": as_text(tokenizer, expected)}

@@ -38,6 +38,7 @@ class Scores:
     nats: Tensor  # their cross-entropy
     kl: Tensor | None = None  # KL(reference || model) in nats; None without a reference
     agreed: Tensor | None = None  # tokens whose most likely successor is the reference's; None without a reference
+    wrong: Tensor | None = None  # tokens that are not the most likely ones
 
     @property
     def loss(self) -> tuple[float, float]:
@@ -58,6 +59,12 @@ class Scores:
     def agreement(self) -> tuple[float, float] | None:
         """Share of tokens whose most likely successor is the reference's, and its standard error."""
         return None if self.agreed is None else ratio(self.agreed, self.tokens)
+
+    @property
+    def exact(self) -> tuple[float, float] | None:
+        """Share of rows whose every predicted token is the most likely one, so that greedy generation writes them, and
+        its standard error."""
+        return None if self.wrong is None else ratio((self.wrong == 0).double(), torch.ones_like(self.wrong))
 
     def excess(self, other: Scores) -> tuple[float, float]:
         """This loss less ``other``'s on the same rows, in nats a token, and the standard error of the paired
@@ -118,7 +125,7 @@ def measure(
 def _measure(
     model: Any, rows: Rows, pad_id: int, against: Kept | None, keep_in: Path | None
 ) -> tuple[Scores, Kept | None]:
-    sums = torch.zeros(2 if against is None else 4, len(rows), dtype=torch.float64)  # in the order of Scores
+    sums = torch.zeros(3 if against is None else 5, len(rows), dtype=torch.float64)
     plain: bool | None = None
     head = kept = None
     done = 0
@@ -142,17 +149,18 @@ def _measure(
         for at in range(0, len(states), step):
             part = slice(at, at + step)
             found = log_probabilities(states[part], head)
-            picked = -found.gather(1, targets[trained][part, None]).squeeze(1)
-            values = [torch.ones_like(picked), picked]
+            expected_tokens, likeliest = targets[trained][part], found.argmax(1)
+            picked = -found.gather(1, expected_tokens[:, None]).squeeze(1)
+            values = [torch.ones_like(picked), picked, likeliest != expected_tokens]
             if against is not None:
                 theirs = against.states[done + at : done + at + len(found)].to(found.device)
                 expected = log_probabilities(theirs, against.head)
                 values.append(F.kl_div(found, expected, reduction="none", log_target=True).sum(1))
-                values.append(expected.argmax(1) == found.argmax(1))
+                values.append(expected.argmax(1) == likeliest)
             for total, value in zip(sums, values, strict=True):
                 total.index_add_(0, row_of[part], value.double().cpu())
         done += len(states)
-    scores = Scores(*sums)
+    scores = Scores(**dict(zip(("tokens", "nats", "wrong", "kl", "agreed"), sums, strict=False)))
     return scores, None if kept is None else Kept(scores, kept, head)
 
 

@@ -10,14 +10,20 @@ from typing import Any
 
 from qlora_native._io import atomic_file, write_whole
 from qlora_native.evaluate.comparison import Comparison, VariantResult
+from qlora_native.evaluate.page import shorten
 
-COLUMNS = ("", "loss", "perplexity", "above 16-bit", "KL to 16-bit", "same first token", "gap closed")
-MEANING = """Loss is the mean cross-entropy in nats a token, perplexity its exponential. "Above 16-bit" is the loss less
-that of the 16-bit model on the same rows; KL is the divergence of the distribution of the next token from the 16-bit
-model's, in nats; "same first token" is how often both name the same most likely token; "gap closed" is the share of
-plain rounding's (`rtn`) distance from 16 bits that is gone. Behind ± stands the standard error over rows, of the paired
-difference where two models are compared; it does not cover other texts, seeds or models."""
 RETENTION = "retention"
+COLUMNS = (
+    *("", "loss", "perplexity", "less base", "exact"),
+    *("above 16-bit", "KL to 16-bit", "same first token", "gap closed", RETENTION),
+)
+MEANING = """Loss is the mean cross-entropy in nats a token, perplexity its exponential. "Less base" is the loss with
+the adapter less that without it on the same rows; "exact" counts the rows whose answer greedy generation gives token
+for token. "Above 16-bit" is the loss less that of the 16-bit model on the same rows; KL is the divergence of the
+distribution of the next token from the 16-bit model's, in nats; "same first token" is how often both name the same most
+likely token; "gap closed" is the share of plain rounding's (`rtn`) distance from 16 bits that is gone. Behind ± stands
+the standard error over rows, of the paired difference where two models are compared; it does not cover other texts,
+seeds or models."""
 SHIPS = """Retention is (L_base - L_shipped) / (L_base - L_adapter): the part of what the adapter gained over the 4-bit
 base that the model without an adapter keeps."""
 
@@ -28,15 +34,30 @@ def tables(comparison: Comparison) -> list[str]:
     for text in comparison.variants[0].texts:
         body = [_cells(comparison, variant, text) for variant in comparison.variants]
         tokens = comparison.text_row(comparison.variants[0], text)["tokens"]
-        head = (*COLUMNS, RETENTION)[: len(body[0])]
+        used = [at for at in range(len(COLUMNS)) if at == 0 or any(cells[at] for cells in body)]
+        head, *body = ([cells[at] for at in used] for cells in (COLUMNS, *body))
         lines += [f"**{text}**, {tokens:,.0f} tokens predicted", "", *_table(head, body), ""]
+        lines += [_verdict(comparison, text), ""] if comparison.adapted is not None else []
     for task, metrics in comparison.variants[0].tasks.items():
         body = [
             [variant.name, *(f"{variant.tasks[task].get(key, float('nan')):.4g}" for key in metrics)]
             for variant in comparison.variants
         ]
         lines += [f"**{task}** (lm-eval)", "", *_table(("", *metrics), body), ""]
+    for number, about in enumerate(comparison.answers, 1):
+        lines.append(f"{number}. {about['text']}")
+        parts = ("question", "expected", "base", "tuned")
+        lines += [f"   - {part}: {shorten(' '.join(about[part].split()))}" for part in parts if part in about] + [""]
     return lines[:-1]
+
+
+def _verdict(comparison: Comparison, text: str) -> str:
+    """Whether the adapter is better on a text, in a sentence."""
+    assert comparison.adapted is not None
+    base, tuned = (comparison.text_row(variant, text) for variant in comparison.adapted)
+    word = {True: "Better", False: "Worse", None: "No clear difference"}[comparison.is_better(text)]
+    losses = f"loss {base['loss']:.4f} -> {tuned['loss']:.4f}"
+    return f"{word} with the adapter: {losses}, a change of {_figure(tuned, 'change')} nats a token."
 
 
 def write_report(comparison: Comparison, folder: Path, about: Sequence[str]) -> bool:
@@ -82,13 +103,14 @@ def plot(comparison: Comparison, path: Path) -> bool:
 
 
 def _cells(comparison: Comparison, variant: VariantResult, text: str) -> list[str]:
-    row = comparison.text_row(variant, text)
+    row, rows = comparison.text_row(variant, text), len(variant.texts[text].tokens)
     against = variant is not comparison.reference and comparison.reference is not None
     closes = against and variant is not comparison.baseline and row["closed"] is not None
     figures = [_figure(row, "excess"), _figure(row, "kl"), _figure(row, "same_first", 100)] if against else [""] * 3
-    loss = [_figure(row, "loss"), f"{row['perplexity']:,.2f}"]
-    ships = [_figure(row, RETENTION) if RETENTION in row else ""] if comparison.ships else []
-    return [variant.name, *loss, *figures, _figure(row, "closed", 100) if closes else "", *ships]
+    loss = [_figure(row, "loss"), f"{row['perplexity']:,.2f}", _figure(row, "change")]
+    exact = "" if row["exact"] is None else f"{round(row['exact'] * rows):,} of {rows:,}"
+    ships = _figure(row, RETENTION) if RETENTION in row else ""
+    return [variant.name, *loss, exact, *figures, _figure(row, "closed", 100) if closes else "", ships]
 
 
 def _figure(row: dict[str, float | None], key: str, scale: int = 1) -> str:

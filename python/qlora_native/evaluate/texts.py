@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,24 @@ class Text:
 
 
 def load_text(
-    path: str | Path, tokenizer: Any, *, max_length: int = 1024, train_on: TrainOn = "answers", limit: int | None = None
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_length: int = 1024,
+    train_on: TrainOn = "answers",
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Text:
     """Tokenize a file, or its first ``limit`` rows; UserError if it cannot be read or has nothing to predict.
 
     Plain text (``.txt``, ``.md``, ``.rst``) is split into windows of ``max_length`` tokens, in which every token but
     the first is predicted; a rest of less than two tokens is left out. Every other file is read as for training: of a
-    conversation the answers are predicted, or all of it with ``train_on="all"``.
+    conversation the answers are predicted, or all of it with ``train_on="all"``. ``columns`` are as in load_dataset.
     """
     file = user_path(path)
     if file.suffix.lower() not in PLAIN_SUFFIXES:
-        data = load_dataset(file, tokenizer, max_length=max_length, train_on=train_on, limit=limit)
+        options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "limit": limit}
+        data = load_dataset(file, tokenizer, columns=columns, **options)
         return Text(file.name, data, data.stats.describe(), data.stats.files[str(file)])
     with reading(file, "expected text in UTF-8"):
         text = regular(file).read_text(encoding="utf-8")

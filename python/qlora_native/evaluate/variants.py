@@ -23,9 +23,9 @@ class Variants:
     """Which forms of a model are compared; UserError for arguments that do not fit the model or each other.
 
     A 16-bit model is its own reference, and each of ``methods`` makes a 4-bit form of it. A model whose files are 4-bit
-    is one form, and ``reference`` may name the 16-bit model it was made from. A GGUF file whose weights are kept is one
-    form too, unless methods are named; it is its own reference, decoded. The adapter is measured on the first form, and
-    ``shipped`` is a model into which it was merged.
+    is one form, and ``reference`` may name the 16-bit model it was made from. A GGUF file whose weights are kept is
+    such a form too, unless methods are named. The adapter is measured on the first form, and ``shipped`` is a model
+    into which it was merged.
     """
 
     model: Path
@@ -55,15 +55,19 @@ class Variants:
         if self.shipped is not None and self.adapter is None:
             raise UserError(f"{self.shipped} is compared with the adapter that was merged into it: give the adapter")
 
+    @property
+    def base(self) -> str:
+        """The name of the first form, on which the adapter is measured."""
+        return FOUR_BIT if self.is_four_bit else KEPT if self.is_kept else [*self.methods, "rtn"][0]
+
     def loaders(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Each variant's name and a function that loads it, in the order in which they are to be measured."""
-        dense = self.reference if self.is_four_bit else self.reference or self.model
+        dense = self.reference if self.is_four_bit or self.is_kept else self.reference or self.model
         if dense is not None:
             yield REFERENCE, partial(load_dense, dense, **self.options)
         load = partial(load_to_device, self.model, **self.options)
-        whole = FOUR_BIT if self.is_four_bit else KEPT if self.is_kept else None
-        forms = [(whole, load)] if whole is not None else []
-        for method in self.methods or (("rtn",) if whole is None else ()):
+        forms = [(self.base, load)] if self.is_four_bit or self.is_kept else []
+        for method in () if forms else self.methods or (self.base,):
             calibration = {"calibration": self.calibration} if method in CALIBRATED else {}
             forms.append((method, partial(load, method=method, **calibration)))
         yield from forms[:1]

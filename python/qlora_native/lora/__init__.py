@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from qlora_native.lora.adapter import load_adapter, save_adapter
+from qlora_native.lora.adapter import adapter_settings, load_adapter, save_adapter
 from qlora_native.lora.config import LoraConfig
 from qlora_native.lora.layer import LayerStatistics, LoRALinear, adapters_off, add_lora, lora_layers, unload_adapter
 
@@ -14,6 +14,7 @@ __all__ = [
     "LayerStatistics",
     "LoRALinear",
     "LoraConfig",
+    "adapter_settings",
     "adapters_off",
     "add_lora",
     "load_adapter",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,22 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> StoredAdap
         if (got := list(whole[f"{path}.{DELTA}"].shape)) != size:
             raise UserError(f"{folder}: the rows of tokens of {path} are {got}: expected {size}.")
     return StoredAdapter(pairs, whole, config)
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What an adapter in PEFT's format is, under the names that the section ``lora`` of a config has for it. UserError
+    as :func:`load_adapter`."""
+    settings = _read_config(folder)
+    tensors, whole, init = _read_tensors(folder)
+    config = _our_config(folder, settings, sorted(tensors), whole)
+    names = settings.get("target_modules")
+    if not isinstance(names, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
+        names = list(config.target_modules)
+    same = ("r", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern")
+    tokens = list(dict.fromkeys(chain.from_iterable(dict(config.trainable_tokens).values())))
+    others = {"modules_to_save": list(config.modules_to_save), "trainable_tokens": tokens, "layers_to_transform": None}
+    found = {name: getattr(config, name) for name in same}
+    return {**found, **others, "target_modules": names, "init": init}
 
 
 def _whole(tensor: Tensor) -> Tensor:

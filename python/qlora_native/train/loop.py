@@ -56,6 +56,7 @@ from qlora_native.train.setup import (
     parameter_groups,
     prepare_model,
     settle_method,
+    what_is_trained,
 )
 
 MAX_SKIPPED = 5
@@ -163,7 +164,7 @@ class Trainer:
             names = config.logging if ranks.is_first else []
             loggers = make_loggers(names, self.output_dir, config.model_dump(mode="json"))
             source = open_source(user_path(config.model)) if self.model is None else None
-            self.tokenizer = config.prepared(self.tokenizer or load_tokenizer(source or config.model))
+            self.tokenizer = config.prepared(self.tokenizer or load_tokenizer(source or config.model, config.adapter))
             rows, held_out = load_rows(config, self.tokenizer)
             findings = check_data(source, self.tokenizer, rows, held_out)
             fell_back = settle_method(config, source, rows)
@@ -172,12 +173,12 @@ class Trainer:
             self.hashes = {**rows.stats.files, **({} if held_out is None else held_out.stats.files)}
 
         # Model and optimizer.
-        longest = config.data.max_length if config.data.packing else int(rows.lengths.max())
         memory = None
         if source is not None and not ranks.is_sharded:
-            memory = MemoryReport(config, source, longest, len(rows))
+            memory = MemoryReport(config, source, config.data.longest(rows), len(rows))
         budget = memory.layers_budget if memory is not None and ranks.world == 1 else None
         options_of_it: dict[str, Any] = {"source": source, "tokenizer": self.tokenizer, "layers_budget": budget}
+        options_of_it["adapter"] = config.adapter if checkpoint is None else None
         self.model = model = prepare_model(config, self.model, rows, ranks, **options_of_it, quiet=self.quiet)
         optimizer = make_optimizer(options, parameter_groups(model, config.lora.lora_plus_ratio), self.output_dir)
         highest = [int(data.input_ids.max()) for data in (rows, held_out) if data is not None]
@@ -204,6 +205,8 @@ class Trainer:
         metrics = Metrics(self.output_dir / "metrics.jsonl" if ranks.is_first else None, state.step, loggers)
         quiet = self.quiet or not ranks.is_first
         progress = Progress(total, state.step, options.log_every, options.eval_every, quiet=quiet)
+        is_converted = source is not None and not source.is_four_bit
+        progress.note(what_is_trained(config, model, is_converted, total))
         progress.note(rows.stats.describe())
         if held_out is not None:
             is_part = held_out.stats.path == rows.stats.path

@@ -8,7 +8,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,26 +46,24 @@ class MemoryReport:
         self.reason = ""
         self.mapped = 0  # bytes of the weights that lie in mapped files
         try:
-            setting = Setting.from_config(config, self.device)
-            estimator = Estimator(source, replace(setting, batch_size=min(setting.batch_size, rows)))
-            length = -(-longest // 8) * 8  # as collate pads
-            self.predicted = estimator.at(length=length)
+            estimator = Estimator(source, Setting.from_config(config, self.device, rows, longest))
+            self.predicted = estimator.at()
             if self.device == "cuda":
                 card = torch.device("cuda", torch.cuda.current_device())
-                self._fit(estimator, free_device_memory(card).bytes, length)
+                self._fit(estimator, free_device_memory(card).bytes)
         except Exception as error:  # loading raises what is wrong with the model; nothing else must stop a run
             self.reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         self._start = self._now()[0]
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    def _fit(self, estimator: Estimator, free: int, length: int) -> None:
+    def _fit(self, estimator: Estimator, free: int) -> None:
         """Has layers stream where the run does not fit a card with so many free bytes."""
         if self.predicted is None or self.predicted.fits(free):
             return
         from qlora_native.estimate.cards import streamed_on
 
-        run = streamed_on(estimator, free, length=length)
+        run = streamed_on(estimator, free)
         if run is not None and run.residency.streamed:
             self.predicted, self.layers_budget = run.estimate, run.residency.num_bytes
 
@@ -88,14 +85,14 @@ class MemoryReport:
         return {"measured": self.measured(), "mapped": self.mapped, "predicted": parts, "reason": self.reason}
 
     def line(self) -> str:
-        """Predicted against measured."""
-        measured = self.measured()
+        """Predicted against measured, with the mapped weights in both: the figure of `qlora estimate`."""
+        measured = self.measured() and self.measured() + self.mapped
         result = f"measured {measured / 2**20:,.0f} MiB" if measured else "which this system does not measure"
         if self.predicted is None:
             return f"memory of model and training: not predicted ({self.reason}), {result}"
-        predicted = self.predicted.total - self.mapped
+        predicted = self.predicted.total
         error = f" ({100 * (predicted / measured - 1):+.1f} %)" if measured else ""
-        mapped = f", beside {self.mapped / 2**20:,.0f} MiB of mapped weights" if self.mapped else ""
+        mapped = f"; {self.mapped / 2**20:,.0f} MiB of it are mapped weights" if self.mapped else ""
         return f"memory of model and training: predicted {predicted / 2**20:,.0f} MiB, {result}{error}{mapped}"
 
     def beside_weights(self) -> int:

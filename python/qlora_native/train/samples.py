@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import torch
 
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.data.template import ChatEncoder, check_vocabulary
+from qlora_native.evaluate.answers import answer, as_text, split_row
 from qlora_native.hf.fuse import modes_kept
-from qlora_native.hf.generate import Sampling, iter_tokens, stop_tokens
+from qlora_native.hf.generate import stop_tokens
 
-LONGEST = 64  # tokens of an answer
 Sample = dict[str, str]  # prompt, expected (of a held-out row), before (the first answer of the run), answer
 
 
@@ -34,12 +32,9 @@ class Samples:
         self._stop, self._prompts = stop_tokens(model, tokenizer), list[tuple[list[int], Sample]]()
         if isinstance(asked, int):
             for row in held_out[:asked]:
-                ids, is_trained = row["input_ids"], row["labels"] >= 0
-                first = int(is_trained.argmax())
-                first = first if first > 1 else len(ids) // 2  # half of a row that is trained as a whole
-                length = int(np.append(is_trained[first:], False).argmin())  # of its first answer
-                prompt, expected = ids[:first].tolist(), ids[first : first + min(length, LONGEST)]
-                self._prompts.append((prompt, {"prompt": self._text(prompt), "expected": self._text(expected)}))
+                prompt, expected = split_row(row)
+                texts = {"prompt": as_text(tokenizer, prompt), "expected": as_text(tokenizer, expected)}
+                self._prompts.append((prompt, texts))
             return
         encoder = ChatEncoder(tokenizer)
         for text in asked:
@@ -48,21 +43,15 @@ class Samples:
             check_vocabulary(max(prompt, default=0), tokenizer, model, "train.samples")
             self._prompts.append((prompt, {"prompt": text}))
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-
     @torch.no_grad()
     def answers(self, earlier: Sequence[Sample]) -> list[Sample]:
         """Answer every prompt, with dropout off and no random number drawn; ``earlier`` are the answers before."""
         before = {sample["prompt"]: sample["before"] for sample in earlier}
         with modes_kept(self._model):
             self._model.eval()
-            texts = [self._answer(prompt) for prompt, _ in self._prompts]
+            texts = [
+                answer(self._model, self._tokenizer, prompt, self._stop, is_sharded=self._is_sharded)
+                for prompt, _ in self._prompts
+            ]
         found = zip((about for _, about in self._prompts), texts, strict=True)
         return [{**about, "before": before.get(about["prompt"], text), "answer": text} for about, text in found]
-
-    def _answer(self, prompt: list[int]) -> str:
-        # Processes that share a model take the same number of passes, even if one rounds to another token.
-        stop = set() if self._is_sharded else self._stop
-        tokens = iter_tokens(self._model, prompt, Sampling(max_tokens=LONGEST), stop)
-        return self._text([*takewhile(lambda token: token not in self._stop, [*tokens])])

@@ -14,13 +14,14 @@ from qlora_native.config import LoopSection, TrainConfig
 from qlora_native.data.dataset import TokenizedDataset
 from qlora_native.distributed import OneProcess
 from qlora_native.errors import UserError
-from qlora_native.hf.build import dense_beside
+from qlora_native.hf.build import dense_beside, four_bit_parts
 from qlora_native.hf.config import METADATA
 from qlora_native.hf.fuse import fuse
 from qlora_native.hf.load import Progress, layer_progress, load_model
 from qlora_native.hf.source import AUTO, Source, open_source
-from qlora_native.lora import LoraConfig, LoRALinear, add_lora
+from qlora_native.lora import LoraConfig, LoRALinear, add_lora, load_adapter, lora_layers
 from qlora_native.lora.config import H_SVD, ZERO
+from qlora_native.nn import QuantizedLinear
 from qlora_native.optim import AdamW, Lion
 from qlora_native.train.graphs import why_eager
 from qlora_native.weight import CALIBRATED
@@ -38,6 +39,7 @@ def prepare_model(
     source: Source | None = None,
     tokenizer: Any = None,
     layers_budget: int | None = None,
+    adapter: Path | None = None,
     quiet: bool = False,
 ) -> Any:
     """The 4-bit model with adapters, in training mode, sharded over the ranks if the config says so.
@@ -47,10 +49,11 @@ def prepare_model(
         rows: training rows, which calibrate it if ``quant.calibration`` names nothing else.
         source: of ``config.model``, if it is open already.
         tokenizer: of the run, which names the rows that ``lora.trainable_tokens`` trains.
+        adapter: the folder of the adapter to start from.
         layers_budget: bytes of the card for the layers' 4-bit weights; the layers beyond it stream.
     """
     options, ranks = config.train, ranks or OneProcess()
-    if ranks.world > 1 and config.lora.init != ZERO and not _has_adapters(model):
+    if ranks.world > 1 and config.lora.init != ZERO and adapter is None and not _has_adapters(model):
         raise UserError(
             f"lora.init is {config.lora.init}, which one process computes, and {ranks.world} were started: set "
             f"lora.init to {ZERO}"
@@ -67,7 +70,11 @@ def prepare_model(
                 stream_layers(model, "cuda", layers_budget)
         else:
             fuse(model)
-        if not _has_adapters(model):
+        if adapter is not None:
+            load_adapter(model, adapter)
+            for _, layer in lora_layers(model):
+                layer.dropout = model.lora_config.dropout = lora.dropout
+        elif not _has_adapters(model):
             statistics = None
             if config.lora.init != ZERO:
                 from qlora_native.hf.residuals import lora_statistics
@@ -130,6 +137,39 @@ def _is_made(config: TrainConfig, source: Source) -> bool:
     """Whether the files hold the 4-bit weights of ``quant.method`` already."""
     metadata: Any = (source.four_bit_config or {}).get(METADATA) or {}
     return config.quant.method != "rtn" and metadata.get("method") == config.quant.method
+
+
+def what_is_trained(config: TrainConfig, model: Any, is_converted: bool, total: int) -> str:
+    """The first line of a run: what its weights are, what is trained beside them, for how long."""
+    report = getattr(model, "load_report", None)
+    frozen = [layer.quantized for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    parts = []
+    if frozen:
+        made = "kept as" if report is not None and report.is_kept else "converted to" if is_converted else "in"
+        kinds = "/".join(sorted({weight.quant_type.upper() for weight in frozen}))
+        method = f" by {report.method}" if report is not None and report.method in CALIBRATED else ""
+        parts.append(f"{len(frozen)} layers {made} {kinds}{method}")
+    adapted = [layer for _, layer in lora_layers(model)]
+    ranks = sorted({layer.r for layer in adapted})
+    start = "" if config.lora.adapter is None else f" from {config.lora.adapter}"
+    parts.append(f"rank {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))} on {len(adapted)} layers{start}")
+    four_bit = four_bit_parts(model)
+    dense = {name: tensor for name, tensor in model.named_parameters() if name not in four_bit}
+    trained = sum(tensor.numel() for tensor in dense.values() if tensor.requires_grad)
+    everything = sum(part.numel() for part in (*dense.values(), *four_bit.values()))
+    parts.append(f"{_in_words(trained)} of {_in_words(everything)} parameters trained")
+    options, items = config.train, "sequences" if config.data.packing else "rows"
+    parts.append(f"{total:,} steps of {options.batch_size * options.grad_accum} {items}")
+    return f"{Path(config.model).name}: {', '.join(parts)}"
+
+
+def _in_words(count: float) -> str:
+    """8.8 M, 494 M, 1.54 B."""
+    units = iter(("", " k", " M", " B"))
+    unit = next(units)
+    while count >= 999.5 and unit != " B":
+        count, unit = count / 1000, next(units)
+    return f"{count:.3g}{unit}"
 
 
 def _has_adapters(model: Any) -> bool:
